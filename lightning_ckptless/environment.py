@@ -1,0 +1,32 @@
+"""The environment variables that lightning_ckptless reads and sets: one name each, in one place.
+
+Set by the user:
+
+| Variable | Meaning |
+|---|---|
+| `CKPTLESS_RUN_ROOT` | folder that receives one sub-folder per run with its ledger (default `./ckptless`) |
+| `CKPTLESS_FAULTS` | fault script for the run, e.g. `kill:rank=1:step=7` (several: separated by commas) |
+| `CKPTLESS_TRACE_DIR` | folder that receives a digest of every step of every rank |
+| `CKPTLESS_RDZV_ENDPOINT` | `host:port` of the rendezvous, for `python train.py` on several nodes |
+
+Set by the agent for its workers:
+
+| Variable | Meaning |
+|---|---|
+| `CKPTLESS_AGENT` | process id of our agent; absent under torchrun |
+| `CKPTLESS_NODE` | name of this node, unique in the run, stable while its agent lives |
+| `CKPTLESS_FAULT_REPORT` | JSON: why this generation exists (`FaultReport`); absent in the first one |
+| `CKPTLESS_SPAWNED_AT` | wall clock (seconds since the epoch) at which this worker was requested |
+| `CKPTLESS_MAIN_AT` | wall clock at which this worker entered the user's script |
+"""
+
+RUN_ROOT = "CKPTLESS_RUN_ROOT"
+FAULTS = "CKPTLESS_FAULTS"
+TRACE_DIR = "CKPTLESS_TRACE_DIR"
+RDZV_ENDPOINT = "CKPTLESS_RDZV_ENDPOINT"
+
+AGENT = "CKPTLESS_AGENT"
+NODE = "CKPTLESS_NODE"
+FAULT_REPORT = "CKPTLESS_FAULT_REPORT"
+SPAWNED_AT = "CKPTLESS_SPAWNED_AT"
+MAIN_AT = "CKPTLESS_MAIN_AT"

@@ -1,0 +1,50 @@
+"""The exceptions that lightning_ckptless raises.
+
+    CkptlessError
+    ├── OptionsError          (also ValueError)  a setting that cannot work; raised before training starts
+    ├── LaunchError           the workers cannot be started or relaunched
+    ├── ArenaError            shared memory cannot be created, attached, grown or read
+    ├── TransportError        a peer did not answer, or answered with something else
+    ├── ProtocolError         an event that the state table does not allow: a bug of ours
+    ├── StateMissingError     no version of the state is complete, and no rung of the ladder is left
+    ├── LayoutMismatchError   the relaunched script built another model or optimizer
+    └── WorldSizeError        the relaunch has another number of ranks
+
+A message names the rank, the step, what was expected, what was found, and the fix.
+"""
+
+
+class CkptlessError(Exception):
+    """Base of every exception raised by lightning_ckptless."""
+
+
+class OptionsError(CkptlessError, ValueError):
+    """A setting that cannot work. Raised before training starts."""
+
+
+class LaunchError(CkptlessError, RuntimeError):
+    """The workers cannot be started or relaunched."""
+
+
+class ArenaError(CkptlessError, OSError):
+    """Shared memory cannot be created, attached, grown or read."""
+
+
+class TransportError(CkptlessError, RuntimeError):
+    """A peer did not answer, or answered with something else."""
+
+
+class ProtocolError(CkptlessError, RuntimeError):
+    """An event that the state table does not allow: a bug of ours, never the user's."""
+
+
+class StateMissingError(CkptlessError, RuntimeError):
+    """No version of the state is complete, and no rung of the ladder is left."""
+
+
+class LayoutMismatchError(CkptlessError, RuntimeError):
+    """The relaunched script built another model or optimizer than the one that was mirrored."""
+
+
+class WorldSizeError(CkptlessError, RuntimeError):
+    """The relaunch has another number of ranks than the mirrored state."""

@@ -1,0 +1,62 @@
+"""What a user can set on the strategy, checked before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lightning_ckptless.errors import OptionsError
+
+FailureDomain = Literal["node", "rank"]
+OnLate = Literal["wait", "skip"]
+OnUnrecoverable = Literal["durable", "raise"]
+Checksum = Literal["xxh3", "crc32", "none"]
+Staging = Literal["overlap", "blocking"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "failure_domain": ("node", "rank"),
+    "on_late": ("wait", "skip"),
+    "on_unrecoverable": ("durable", "raise"),
+    "checksum": ("xxh3", "crc32", "none"),
+    "staging": ("overlap", "blocking"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CkptlessOptions:
+    """Settings of fault tolerance.
+
+    Args:
+        mirror_every_n_steps: optimizer steps between two mirrored versions.
+        copies: replicas of each shard beyond the writer's own copy.
+        failure_domain: what is lost together; replicas are kept in other domains.
+        arena_dir: folder for the arenas; None for `/dev/shm`, or a temporary folder where that is missing.
+        max_recoveries: recoveries after which the run gives up.
+        on_unrecoverable: with no complete version left, go on from the newest checkpoint file or raise.
+        checksum: digest that guards every replica.
+        on_late: when the last mirror is still under way at the next one, wait for it or skip a version.
+        staging: copy the state while the next forward and backward run, or before they start.
+
+    Raises:
+        OptionsError: a value is out of range.
+    """
+
+    mirror_every_n_steps: int = 1
+    copies: int = 1
+    failure_domain: FailureDomain = "node"
+    arena_dir: Path | None = None
+    max_recoveries: int = 100
+    on_unrecoverable: OnUnrecoverable = "durable"
+    checksum: Checksum = "xxh3"
+    on_late: OnLate = "wait"
+    staging: Staging = "overlap"
+
+    def __post_init__(self) -> None:
+        for name, least in (("mirror_every_n_steps", 1), ("copies", 0), ("max_recoveries", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise OptionsError(f"{name}={value!r}: expected a whole number of at least {least}")
+        for name, allowed in _CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise OptionsError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
