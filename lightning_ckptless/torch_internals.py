@@ -1,0 +1,100 @@
+"""Every private torch name that lightning_ckptless touches, and nothing else.
+
+Read at torch 2.13. Each has a test in `tests/test_torch_internals.py` that fails loudly when a new version moves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data._utils.pin_memory import pin_memory
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+INDEX_SAMPLER = "_index_sampler"
+GET_ITERATOR = "_get_iterator"
+
+
+def version_counter(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place; writes through `.data` are not counted."""
+    return int(tensor._version)
+
+
+def index_sampler(loader_class: type[DataLoader[Any]], loader: DataLoader[Any]) -> Any:
+    """The sampler that drives a loader, by the property of one of its classes."""
+    return vars_in_mro(loader_class, INDEX_SAMPLER).fget(loader)
+
+
+def vars_in_mro(cls: type, name: str) -> Any:
+    """A class attribute as it was defined, not as it is read."""
+    for base in cls.__mro__:
+        if name in vars(base):
+            return vars(base)[name]
+    raise AttributeError(f"{cls.__name__} has no {name}")
+
+
+def is_map_style(loader: DataLoader[Any]) -> bool:
+    """Whether the loader asks its dataset by index."""
+    return int(loader._dataset_kind) == 0  # type: ignore[attr-defined]
+
+
+def batches_yielded(iterator: Any) -> int:
+    """How many batches a loader's iterator has handed out since its last start."""
+    return int(iterator._num_yielded)
+
+
+def set_batches_yielded(iterator: Any, count: int) -> None:
+    """Tell a loader's iterator how many batches were handed out before it was made."""
+    iterator._num_yielded = count
+
+
+def start_sampler(iterator: Any) -> None:
+    """Start an iterator's sampler now instead of at its first batch."""
+    sampler = iterator._sampler_iter
+    try:
+        first = next(sampler)
+    except StopIteration:
+        iterator._sampler_iter = iter(())
+        return
+
+    def resumed() -> Any:
+        yield first
+        yield from sampler
+
+    iterator._sampler_iter = resumed()
+
+
+def wrap_fetch(iterator: Any, wrap: Callable[[Callable[[], Any]], Callable[[], Any]]) -> None:
+    """Put a function around an iterator's fetch of the next batch."""
+    iterator._next_data = wrap(iterator._next_data)
+
+
+def pin(data: Any) -> Any:
+    """Pinned copies of all tensors in a batch."""
+    return pin_memory(data)
+
+
+class RotatedWorkersIterator(_MultiProcessingDataLoaderIter):
+    """Worker processes of a loader, of which the first batch goes to another one than the first.
+
+    Args:
+        loader: the loader to iterate over.
+        rotation: index of the worker that prepares the first batch; later epochs begin with worker 0 again.
+    """
+
+    def __init__(self, loader: DataLoader[Any], rotation: int) -> None:
+        self._rotation = rotation
+        super().__init__(loader)
+
+    def _try_put_index(self) -> None:
+        while self._rotation:
+            next(self._worker_queue_idx_cycle)
+            self._rotation -= 1
+        super()._try_put_index()
+
+
+def parameter_dicts(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A module's own parameters and buffers, as the live dictionaries that assignments go into."""
+    return module._parameters, module._buffers  # type: ignore[return-value]

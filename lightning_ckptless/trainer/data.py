@@ -1,0 +1,35 @@
+"""The exact position of the training data: every loader, the order they are combined in, and what lies prefetched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_ckptless.trainer.host.loops import FitLoops
+from lightning_ckptless.trainer.loader import resume_at, tracker_of
+
+
+def data_position(loops: FitLoops) -> dict[str, Any]:
+    """Where the training data is, as plain data."""
+    saved = loops.data_position()
+    trackers = [tracker_of(loader) for loader in loops.combined_loader.flattened]
+    saved["loaders"] = [tracker.position(saved["buffered"]) if tracker else None for tracker in trackers]
+    return saved
+
+
+def move_data_to(loops: FitLoops, saved: dict[str, Any]) -> None:
+    """Make new iterators that go on behind a saved position.
+
+    Nothing is asked of a map-style dataset; an iterable one is read again from the start of its epoch. The global
+    generators are left wherever this takes them: the caller sets them afterwards.
+    """
+    loaders = loops.combined_loader.flattened
+    for loader, position in zip(loaders, saved["loaders"], strict=True):
+        resume_at(loader, position)
+
+    def before_buffer() -> None:
+        for loader, position in zip(loaders, saved["loaders"], strict=True):
+            if position is not None and (tracker := tracker_of(loader)) is not None:
+                tracker.before_buffer(position)
+
+    unaware = [i for i, loader in enumerate(loaders) if tracker_of(loader) is None]
+    loops.reopen_data(saved, before_buffer, unaware)

@@ -1,0 +1,144 @@
+"""Log files across a relaunch: the same folder, no row missing, no row twice.
+
+A fresh `CSVLogger` would open the next version folder, or delete the rows of the one it is given; a fresh
+`TensorBoardLogger` would write steps again that are already there. Before anything touches `.experiment`, the version
+is set to the one of the run and the files are cut back to what belongs to the restored version.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning_ckptless.trainer.host.flavour import flavour_of, is_a, module
+
+
+def name_versions(loggers: list[Any]) -> list[dict[str, Any]]:
+    """Name and version of each logger: known from the first moment of a run."""
+    return [{"kind": type(logger).__name__, "version": getattr(logger, "_version", None)} for logger in loggers]
+
+
+def set_versions(loggers: list[Any], saved: list[dict[str, Any]]) -> None:
+    """Let fresh loggers write into the folders of the run."""
+    for logger, facts in zip(loggers, saved, strict=False):
+        if type(logger).__name__ == facts["kind"] and facts["version"] is not None and hasattr(logger, "_version"):
+            logger._version = facts["version"]
+
+
+def log_positions(loggers: list[Any]) -> list[dict[str, Any] | None]:
+    """How far each log file is: what was written until now, nothing after."""
+    return [_position(logger) for logger in loggers]
+
+
+def _position(logger: Any) -> dict[str, Any] | None:
+    if is_a(logger, "loggers", "CSVLogger"):
+        writer = logger.experiment
+        return {
+            "rows": getattr(writer, "ckptless_rows", 0),
+            "keys": list(writer.metrics_keys),
+            "unsaved": list(writer.metrics),
+        }
+    if is_a(logger, "loggers", "TensorBoardLogger"):
+        events = logger.experiment._get_file_writer()
+        events.flush()
+        folder = Path(logger.log_dir)
+        return {"files": {path.name: path.stat().st_size for path in folder.glob("events.out.tfevents.*")}}
+    return None
+
+
+def watch_logs(loggers: list[Any]) -> None:
+    """Make every write of the log files countable, and rewrites of them atomic."""
+    for logger in loggers:
+        if is_a(logger, "loggers", "CSVLogger"):
+            _watch_csv(logger.experiment)
+
+
+def cut_logs(trainer: Any, saved: list[dict[str, Any] | None]) -> None:
+    """Cut the log files back to saved positions; called on the rank that writes them, before it opens them."""
+    for logger, position in zip(trainer.loggers, saved, strict=False):
+        if position is None:
+            continue
+        if "rows" in position and is_a(logger, "loggers", "CSVLogger"):
+            _cut_csv(logger, position, flavour_of(trainer))
+        elif "files" in position:
+            _cut_events(Path(logger.log_dir), position["files"])
+
+
+# ---------------------------------------------------------------------- CSV
+
+
+def _watch_csv(writer: Any) -> None:
+    if hasattr(writer, "ckptless_rows"):
+        return
+    writer.ckptless_rows = 0
+    _count_rows(writer)
+
+
+def _count_rows(writer: Any) -> None:
+    save: Callable[[], None] = writer.save
+
+    def counted_save() -> None:
+        rows = len(writer.metrics)
+        save()
+        writer.ckptless_rows += rows
+
+    def rewrite_atomically(fieldnames: list[str]) -> None:
+        # Lightning empties the file and writes it anew when a column is added: a kill in between would lose all rows.
+        path = Path(writer.metrics_file_path)
+        _write_rows(path, fieldnames, _read_rows(path))
+
+    writer.save = counted_save
+    writer._rewrite_with_new_header = rewrite_atomically
+
+
+def _cut_csv(logger: Any, position: dict[str, Any], flavour: str) -> None:
+    writer_class = module(flavour, "loggers.csv_logs").ExperimentWriter
+    folder = Path(logger.log_dir)
+    path = folder / writer_class.NAME_METRICS_FILE
+    hidden = folder / f".{path.name}.kept"
+    if hidden.exists() and not path.exists():
+        os.replace(hidden, path)
+    rows = _read_rows(path)[: position["rows"]] if path.exists() else []
+    if path.exists():
+        # The constructor deletes a metrics file that it finds.
+        os.replace(path, hidden)
+    writer = writer_class(log_dir=str(folder))
+    if hidden.exists():
+        os.replace(hidden, path)
+        if position["rows"]:
+            _write_rows(path, position["keys"], rows)
+        else:
+            path.unlink()
+    writer.metrics_keys = list(position["keys"])
+    writer.metrics = list(position["unsaved"])
+    writer.ckptless_rows = position["rows"]
+    _count_rows(writer)
+    logger._experiment = writer
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _write_rows(path: Path, keys: list[str], rows: list[dict[str, str]]) -> None:
+    fresh = path.with_name(f".{path.name}.new")
+    with fresh.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=keys, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(fresh, path)
+
+
+# ---------------------------------------------------------------------- TensorBoard
+
+
+def _cut_events(folder: Path, sizes: dict[str, int]) -> None:
+    for path in folder.glob("events.out.tfevents.*"):
+        if path.name not in sizes:
+            path.unlink()
+        elif path.stat().st_size > sizes[path.name]:
+            os.truncate(path, sizes[path.name])

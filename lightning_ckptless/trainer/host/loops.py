@@ -1,0 +1,154 @@
+"""The loops of `Trainer.fit`: their counters, their data and the points at which a step begins and ends."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from lightning_ckptless.trainer.host.flavour import fabric_module, flavour_of, is_a, module
+
+
+class FitLoops:
+    """The fit loop and its epoch loop, by names of their meaning.
+
+    Args:
+        trainer: a `Trainer` of either distribution.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.fit: Any = trainer.fit_loop
+        self.epoch: Any = trainer.fit_loop.epoch_loop
+        self.validation: Any = trainer.fit_loop.epoch_loop.val_loop
+
+    # ------------------------------------------------------------------ where in the run
+
+    def step_done(self) -> bool:
+        """Whether the batch just processed ended an optimizer step, not a part of an accumulated one."""
+        return not self.epoch._should_accumulate()
+
+    def validation_is_due(self, fetcher: Any) -> bool:
+        """Whether validation follows the batch just processed."""
+        return bool(self.epoch._should_check_val_fx(fetcher)) and not self.epoch._skip_next_val
+
+    @property
+    def batches_that_stepped(self) -> int:
+        """The step number under which the loggers file the next row."""
+        return int(self.epoch._batches_that_stepped)
+
+    # ------------------------------------------------------------------ counters
+
+    def counters(self) -> dict[str, Any]:
+        """All progress counters and flags of the loops, as plain data."""
+        return {
+            "fit_loop": self.fit.state_dict(),
+            "skip_next_validation": self.epoch._skip_next_val,
+            "validation_has_run": self.validation._has_run,
+            "train_data_epoch": self.fit._last_train_dl_reload_epoch,
+            "validation_data_epoch": self.validation._last_val_dl_reload_epoch,
+            "last_validation_at": getattr(self.trainer, "_last_val_time", None),
+            "train_started_at": getattr(self.trainer, "_train_start_time", None),
+        }
+
+    def set_counters(self, saved: dict[str, Any]) -> None:
+        """Put the counters back, without Lightning's own notion of a restart."""
+        self.fit.load_state_dict(copy.deepcopy(saved["fit_loop"]))
+        for loop in self._all(self.fit):
+            loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
+            if hasattr(loop, "_restart_stage"):
+                loop.reset_restart_stage()
+        self.fit._combined_loader_states_to_load = []
+        self.epoch._skip_next_val = saved["skip_next_validation"]
+        self.validation._has_run = saved["validation_has_run"]
+        self.fit._last_train_dl_reload_epoch = saved["train_data_epoch"]
+        self.validation._last_val_dl_reload_epoch = saved["validation_data_epoch"]
+        if saved["last_validation_at"] is not None:
+            self.trainer._last_val_time = saved["last_validation_at"]
+            self.trainer._train_start_time = saved["train_started_at"]
+
+    def _all(self, loop: Any) -> Iterator[Any]:
+        base = module(flavour_of(self.trainer), "loops.loop")._Loop
+        yield loop
+        for value in vars(loop).values():
+            if isinstance(value, base):
+                yield from self._all(value)
+
+    # ------------------------------------------------------------------ data
+
+    @property
+    def combined_loader(self) -> Any:
+        """The training data: one or more dataloaders behind one iterator."""
+        return self.fit._combined_loader
+
+    @property
+    def fetcher(self) -> Any:
+        """What hands batches from the combined loader to the epoch loop."""
+        return self.fit._data_fetcher
+
+    def data_position(self) -> dict[str, Any]:
+        """How far the fetcher and the combined loader are."""
+        iterator = self.combined_loader._iterator
+        return {
+            "fetched": self.fetcher.fetched,
+            "buffered": len(getattr(self.fetcher, "batches", ())),
+            "index": getattr(iterator, "_idx", 0),
+            "consumed": list(getattr(iterator, "_consumed", ())),
+        }
+
+    def reopen_data(self, saved: dict[str, Any], before_buffer: Callable[[], None], unaware: Sequence[int]) -> None:
+        """Make new iterators at a saved position; the loaders have been told theirs.
+
+        Args:
+            saved: what `data_position` returned.
+            before_buffer: called before a batch that lay prefetched is fetched again.
+            unaware: indices of iterables that know no position: their batches are read again and dropped.
+        """
+        fetcher, loader = self.fetcher, self.combined_loader
+        loader.reset()
+        read = saved["index"] - saved["buffered"]
+        if is_a(fetcher, "loops.fetchers", "_PrefetchDataFetcher"):
+            plain = module(flavour_of(self.trainer), "loops.fetchers")._DataFetcher
+            plain.__iter__(fetcher)
+            self._read_again(unaware, read)
+            if saved["buffered"]:
+                before_buffer()
+            for _ in range(saved["buffered"]):
+                fetcher.batches.append(plain.__next__(fetcher))
+        else:
+            iter(fetcher)
+            self._read_again(unaware, read)
+        iterator = loader._iterator
+        if hasattr(iterator, "_idx"):
+            iterator._idx = saved["index"]
+        if hasattr(iterator, "_consumed"):
+            iterator._consumed = list(saved["consumed"])
+        fetcher.fetched = saved["fetched"]
+        if fetcher.length is not None:
+            fetcher.done = fetcher.fetched >= fetcher.length
+        elif hasattr(fetcher, "batches"):
+            fetcher.done = not fetcher.batches
+        fetcher._start_profiler = self.epoch._on_before_fetch
+        fetcher._stop_profiler = self.epoch._on_after_fetch
+
+    def _read_again(self, unaware: Sequence[int], batches: int) -> None:
+        for index in unaware:
+            for _ in range(batches):
+                next(self.combined_loader._iterator.iterators[index])
+
+    def set_sampler_epochs(self) -> None:
+        """Tell every sampler of the training data which epoch it is."""
+        set_epoch = fabric_module(flavour_of(self.trainer), "utilities.data")._set_sampler_epoch
+        for loader in self.combined_loader.flattened:
+            set_epoch(loader, self.fit.epoch_progress.current.processed)
+
+    # ------------------------------------------------------------------ driving
+
+    def finish_fit(self) -> None:
+        """What the fit loop does when its last epoch is over."""
+        self.fit._restarting = False
+        self.fit.on_run_end()
+
+    def show_model_to_profiler(self) -> Any:
+        """The profiler's span around an epoch, as the fit loop opens it."""
+        return self.trainer.profiler.profile("run_training_epoch")

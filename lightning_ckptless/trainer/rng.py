@@ -1,0 +1,72 @@
+"""The random number generators of a process: python, numpy, torch and the device, and those that objects own."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+MAX_ATTRIBUTES = 256
+
+
+class RngState(NamedTuple):
+    """The state of all global generators of one process."""
+
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...]
+    torch: bytes
+    cuda: bytes | None
+
+
+def capture_rng() -> RngState:
+    """The global generators as they are now."""
+    cuda = None
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        cuda = torch.cuda.get_rng_state().numpy().tobytes()
+    numpy_state = np.random.get_state(legacy=True)
+    return RngState(random.getstate(), tuple(numpy_state), torch.get_rng_state().numpy().tobytes(), cuda)
+
+
+def apply_rng(state: RngState) -> None:
+    """Put the global generators back."""
+    random.setstate(state.python)
+    np.random.set_state(state.numpy)
+    torch.set_rng_state(_tensor(state.torch))
+    if state.cuda is not None:
+        torch.cuda.set_rng_state(_tensor(state.cuda))
+
+
+def _tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def owned_generators(owner: object) -> dict[str, Any]:
+    """State of the generators that an object holds as attributes: `random.Random`, numpy's and torch's."""
+    states: dict[str, Any] = {}
+    attributes = getattr(owner, "__dict__", {})
+    for name, value in list(attributes.items())[:MAX_ATTRIBUTES]:
+        if isinstance(value, torch.Generator):
+            states[name] = value.get_state().numpy().tobytes()
+        elif isinstance(value, np.random.Generator):
+            states[name] = value.bit_generator.state
+        elif isinstance(value, np.random.RandomState):
+            states[name] = value.get_state(legacy=True)
+        elif isinstance(value, random.Random):
+            states[name] = value.getstate()
+    return states
+
+
+def set_owned_generators(owner: object, states: dict[str, Any]) -> None:
+    """Put an object's generators back, in place: others may share them."""
+    for name, state in states.items():
+        value = getattr(owner, name)
+        if isinstance(value, torch.Generator):
+            value.set_state(_tensor(state))
+        elif isinstance(value, np.random.Generator):
+            value.bit_generator.state = state
+        elif isinstance(value, np.random.RandomState):
+            value.set_state(state)
+        elif isinstance(value, random.Random):
+            value.setstate(state)

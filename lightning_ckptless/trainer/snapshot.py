@@ -1,0 +1,179 @@
+"""The small state: everything of a run that is not a big tensor, captured at a commit point and put back exactly.
+
+It is one dictionary of plain data per rank: loop counters, data position, generators, running metrics, schedulers,
+callbacks, scaler, hyper-parameters of the optimizers, and the plain attributes that users keep on their modules.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lightning_ckptless.errors import LayoutMismatchError
+from lightning_ckptless.trainer.data import data_position
+from lightning_ckptless.trainer.host import loggers as host_loggers
+from lightning_ckptless.trainer.host.flavour import flavour_of, is_a, module
+from lightning_ckptless.trainer.host.loops import FitLoops
+from lightning_ckptless.trainer.host.metrics import dump_metric, load_metric, metrics_of
+from lightning_ckptless.trainer.host.results import dump_results, load_results
+from lightning_ckptless.trainer.plain import plain_attributes, set_plain_attributes
+from lightning_ckptless.trainer.rng import capture_rng, owned_generators, set_owned_generators
+from lightning_ckptless.trainer.state import optimizer_facts, set_optimizer_facts
+
+_PROCESS_BOUND = (("callbacks", "ProgressBar"), ("callbacks", "Timer"), ("callbacks", "DeviceStatsMonitor"))
+
+
+class SmallState:
+    """Captures and applies the small state of one trainer.
+
+    Args:
+        trainer: in `fit`, with its model attached and its data set up.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.loops = FitLoops(trainer)
+        self.module = trainer.lightning_module
+        named = list(self.module.named_modules())
+        self._modules = [m for _, m in named]
+        self._metrics = metrics_of(named)
+        self._extra_state = {name: m for name, m in named if type(m).get_extra_state is not nn.Module.get_extra_state}
+        flavour = module(flavour_of(trainer))
+        self._module_baseline = frozenset(vars(flavour.LightningModule()))
+        self._data_baseline = frozenset(vars(flavour.LightningDataModule()))
+        self._savers = [owner for owner in (self.module, *trainer.callbacks) if _saves_extras(owner)]
+
+    # ------------------------------------------------------------------ capture
+
+    def capture(self) -> dict[str, Any]:
+        """The state now. It refers to live objects: pack it before training goes on."""
+        trainer = self.trainer
+        return {
+            "counters": self.loops.counters(),
+            "data": data_position(self.loops),
+            "results": dump_results(trainer),
+            "metrics": {name: dump_metric(metric) for name, metric in self._metrics.items()},
+            "optimizers": optimizer_facts(trainer),
+            "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            "precision": trainer.precision_plugin.state_dict(),
+            "callbacks": [self._callback(callback) for callback in trainer.callbacks],
+            "module": self._module(),
+            "datamodule": self._datamodule(),
+            "extras": self._extras(),
+            "training": [m.training for m in self._modules],
+            "should_stop": trainer.should_stop,
+            "logs": host_loggers.log_positions(trainer.loggers) if trainer.is_global_zero else None,
+            "rng": capture_rng(),
+        }
+
+    def _callback(self, callback: Any) -> dict[str, Any]:
+        bound = any(is_a(callback, *kind) for kind in _PROCESS_BOUND)
+        return {
+            "class": type(callback).__name__,
+            "state": callback.state_dict(),
+            "plain": {} if bound else plain_attributes(callback),
+            "generators": {} if bound else owned_generators(callback),
+        }
+
+    def _module(self) -> dict[str, Any]:
+        return {
+            "plain": plain_attributes(self.module, leave=self._module_baseline),
+            "generators": owned_generators(self.module),
+            "extra_state": {name: m.get_extra_state() for name, m in self._extra_state.items()},
+        }
+
+    def _datamodule(self) -> dict[str, Any] | None:
+        if (datamodule := self.trainer.datamodule) is None:
+            return None
+        return {
+            "state": datamodule.state_dict(),
+            "plain": plain_attributes(datamodule, leave=self._data_baseline),
+            "generators": owned_generators(datamodule),
+        }
+
+    def _extras(self) -> dict[str, Any]:
+        """What users put into a checkpoint by `on_save_checkpoint`: their own word for what is state."""
+        extras: dict[str, Any] = {"state_dict": {}, "optimizer_states": [], "lr_schedulers": [], "callbacks": {}}
+        for owner in self._savers:
+            _hook(owner, "on_save_checkpoint", self.trainer, extras)
+        return extras if self._savers else {}
+
+    # ------------------------------------------------------------------ apply
+
+    def apply(self, saved: dict[str, Any]) -> None:
+        """Put everything back but the data position and the generators, which come last.
+
+        Raises:
+            LayoutMismatchError: the relaunched script has other callbacks, optimizers or schedulers.
+        """
+        trainer = self.trainer
+        self._check(saved)
+        for callback, state in zip(trainer.callbacks, saved["callbacks"], strict=True):
+            if state["state"]:
+                callback.load_state_dict(copy.deepcopy(state["state"]))
+            set_plain_attributes(callback, copy.deepcopy(state["plain"]))
+            set_owned_generators(callback, state["generators"])
+        for config, state in zip(trainer.lr_scheduler_configs, saved["schedulers"], strict=True):
+            config.scheduler.load_state_dict(copy.deepcopy(state))
+        set_optimizer_facts(trainer, copy.deepcopy(saved["optimizers"]))
+        if saved["precision"]:
+            trainer.precision_plugin.load_state_dict(copy.deepcopy(saved["precision"]))
+        self._apply_datamodule(saved["datamodule"])
+        self._apply_module(saved)
+        for owner in self._savers:
+            _hook(owner, "on_load_checkpoint", trainer, copy.deepcopy(saved["extras"]))
+        self.loops.set_counters(saved["counters"])
+        load_results(trainer, saved["results"])
+        for name, state in saved["metrics"].items():
+            load_metric(self._metrics[name], copy.deepcopy(state))
+        for m, training in zip(self._modules, saved["training"], strict=True):
+            m.training = training
+        trainer.should_stop = saved["should_stop"]
+
+    def _apply_module(self, saved: dict[str, Any]) -> None:
+        set_plain_attributes(self.module, copy.deepcopy(saved["module"]["plain"]))
+        set_owned_generators(self.module, saved["module"]["generators"])
+        for name, state in saved["module"]["extra_state"].items():
+            self._extra_state[name].set_extra_state(copy.deepcopy(state))
+
+    def _apply_datamodule(self, saved: dict[str, Any] | None) -> None:
+        if saved is None:
+            return
+        datamodule = self.trainer.datamodule
+        if saved["state"]:
+            datamodule.load_state_dict(copy.deepcopy(saved["state"]))
+        set_plain_attributes(datamodule, copy.deepcopy(saved["plain"]))
+        set_owned_generators(datamodule, saved["generators"])
+
+    def _check(self, saved: dict[str, Any]) -> None:
+        pairs: tuple[tuple[str, list[str], list[str]], ...] = (
+            (
+                "callbacks",
+                [c["class"] for c in saved["callbacks"]],
+                [type(c).__name__ for c in self.trainer.callbacks],
+            ),
+            ("modules", [str(len(saved["training"]))], [str(len(self._modules))]),
+            ("schedulers", [str(len(saved["schedulers"]))], [str(len(self.trainer.lr_scheduler_configs))]),
+            ("metrics", sorted(saved["metrics"]), sorted(self._metrics)),
+        )
+        for kind, expected, found in pairs:
+            if expected != found:
+                raise LayoutMismatchError(
+                    f"the mirrored run has {kind} {', '.join(expected)}; the relaunched script made "
+                    f"{', '.join(found)}: it must build the same trainer and model at every start"
+                )
+
+
+def _saves_extras(owner: Any) -> bool:
+    hook: Callable[..., Any] | None = getattr(type(owner), "on_save_checkpoint", None)
+    return hook is not None and not hook.__module__.startswith(("lightning.", "pytorch_lightning", "lightning_ckptless"))
+
+
+def _hook(owner: Any, name: str, trainer: Any, checkpoint: dict[str, Any]) -> None:
+    if is_a(owner, "callbacks", "Callback"):
+        getattr(owner, name)(trainer, trainer.lightning_module, checkpoint)
+    else:
+        getattr(owner, name)(checkpoint)

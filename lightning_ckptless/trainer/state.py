@@ -1,0 +1,167 @@
+"""The big state: every tensor of the training state by its name.
+
+Parameters, optimizer state and the modules that callbacks keep (averaged weights) are the same on all ranks under
+data parallelism: *replicated*, divided over the ranks. Buffers are each rank's own (batch statistics differ until the
+next broadcast): *private*, kept whole by every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ckptless.errors import LayoutMismatchError
+from lightning_ckptless.torch_internals import parameter_dicts
+
+
+class StateIndex:
+    """Where the big tensors are, found once and read at every step.
+
+    A parameter, buffer or optimizer tensor may be replaced by another object at any time (`module.buffer = ...`), so
+    what is kept is its place, not the tensor.
+
+    Args:
+        trainer: its strategy is set up.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._places: list[tuple[str, dict[Any, Any], Any]] = []
+        self._private: list[str] = []
+        self._add_module("", trainer.lightning_module, private_buffers=True)
+        for prefix, extra in callback_modules(trainer):
+            self._add_module(f"{prefix}/", extra, private_buffers=False)
+        self._fixed = {name: tensor for name, tensor in optimizer_tensors(trainer) if name.endswith("/value")}
+        self._optimizer_size = self._count_optimizer_state()
+        self._add_optimizers()
+
+    @property
+    def private(self) -> frozenset[str]:
+        """Names of the tensors that are each rank's own; the forward pass may change them."""
+        return frozenset(self._private)
+
+    def is_current(self) -> bool:
+        """Whether the optimizers still have the state tensors that were found."""
+        return self._count_optimizer_state() == self._optimizer_size
+
+    def read(self) -> dict[str, Tensor]:
+        """All big tensors of this rank by name, as they are now."""
+        return {name: place[key] for name, place, key in self._places} | self._fixed
+
+    def _add_module(self, prefix: str, module: nn.Module, *, private_buffers: bool) -> None:
+        seen: set[int] = set()
+        for path, child in module.named_modules():
+            dot = f"{path}." if path else ""
+            parameters, buffers = parameter_dicts(child)
+            for kind, place in (("parameter", parameters), ("buffer", buffers)):
+                for key, tensor in place.items():
+                    if tensor is None or id(tensor) in seen:
+                        continue
+                    seen.add(id(tensor))
+                    name = f"{prefix}{kind}/{dot}{key}"
+                    self._places.append((name, place, key))
+                    if kind == "buffer" and private_buffers:
+                        self._private.append(name)
+
+    def _add_optimizers(self) -> None:
+        for index, optimizer in enumerate(self.trainer.optimizers):
+            for name, parameter in optimizer_parameters(self.trainer, index).items():
+                state = optimizer.state.get(parameter, {})
+                for key, value in state.items():
+                    if isinstance(value, Tensor):
+                        self._places.append((f"optimizer/{index}/{name}/{key}", state, key))
+
+    def _count_optimizer_state(self) -> int:
+        return sum(len(state) for optimizer in self.trainer.optimizers for state in optimizer.state.values())
+
+
+def callback_modules(trainer: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that callbacks keep beside the model, e.g. averaged weights."""
+    own = {id(m) for m in trainer.lightning_module.modules()}
+    for index, callback in enumerate(trainer.callbacks):
+        for name, value in vars(callback).items():
+            if isinstance(value, nn.Module) and id(value) not in own:
+                yield f"callback/{index}.{type(callback).__name__}.{name}", value
+
+
+def optimizer_parameters(trainer: Any, index: int) -> dict[str, nn.Parameter]:
+    """The parameters of an optimizer by name; those that the model does not hold are named by their place."""
+    names = {id(p): name for name, p in trainer.lightning_module.named_parameters()}
+    return {
+        names.get(id(parameter), f"#{group_index}.{place}"): parameter
+        for group_index, group in enumerate(trainer.optimizers[index].param_groups)
+        for place, parameter in enumerate(group["params"])
+    }
+
+
+def optimizer_tensors(trainer: Any) -> Iterator[tuple[str, Tensor]]:
+    for index, optimizer in enumerate(trainer.optimizers):
+        for name, parameter in optimizer_parameters(trainer, index).items():
+            if name.startswith("#"):
+                yield f"optimizer/{index}/{name}/value", parameter
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    yield f"optimizer/{index}/{name}/{key}", value
+
+
+def optimizer_facts(trainer: Any) -> list[dict[str, Any]]:
+    """What optimizers hold beside big tensors: hyper-parameters of their groups and plain values of their state."""
+    facts = []
+    for index, optimizer in enumerate(trainer.optimizers):
+        plain = {
+            name: {k: v for k, v in optimizer.state.get(parameter, {}).items() if not isinstance(v, Tensor)}
+            for name, parameter in optimizer_parameters(trainer, index).items()
+        }
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        facts.append({"groups": groups, "state": {name: values for name, values in plain.items() if values}})
+    return facts
+
+
+def set_optimizer_facts(trainer: Any, saved: list[dict[str, Any]]) -> None:
+    """Put back what `optimizer_facts` took. Learning rates live here, not in the schedulers.
+
+    Raises:
+        LayoutMismatchError: the script made other optimizers or parameter groups.
+    """
+    found, expected = ([len(o.param_groups) for o in trainer.optimizers], [len(f["groups"]) for f in saved])
+    if found != expected:
+        raise LayoutMismatchError(
+            f"the mirrored optimizers have {expected} parameter groups, those of the relaunched script {found}: "
+            "configure_optimizers() must return the same after a relaunch"
+        )
+    for index, (optimizer, facts) in enumerate(zip(trainer.optimizers, saved, strict=True)):
+        for group, values in zip(optimizer.param_groups, facts["groups"], strict=True):
+            group.update(values)
+        parameters = optimizer_parameters(trainer, index)
+        for name, values in facts["state"].items():
+            optimizer.state[parameters[name]].update(values)
+
+
+def make_room_for_optimizer_state(trainer: Any, described: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    """Create empty optimizer tensors for a state that a fresh optimizer does not have yet.
+
+    Args:
+        trainer: its optimizers have made no step.
+        described: dtype and shape of every optimizer tensor by the name that `named_state` gives it. Names that this
+            trainer has no parameter for are left out: comparing the layouts will name them.
+    """
+    parameters = [optimizer_parameters(trainer, index) for index in range(len(trainer.optimizers))]
+    for name, (dtype, shape) in described.items():
+        _, index, rest = name.split("/", 2)
+        parameter_name, key = rest.rsplit("/", 1)
+        if int(index) >= len(parameters) or parameter_name not in parameters[int(index)]:
+            continue
+        optimizer, parameter = trainer.optimizers[int(index)], parameters[int(index)][parameter_name]
+        if not (parameter_name.startswith("#") and key == "value"):
+            optimizer.state[parameter][key] = _room(optimizer, parameter, dtype, shape)
+
+
+def _room(optimizer: Any, parameter: nn.Parameter, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if shape == tuple(parameter.shape):
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    # Zero-dimensional counters stay on the host, as optimizers make them unless asked for fused or capturable ones.
+    on_host = not shape and not any(g.get("capturable") or g.get("fused") for g in optimizer.param_groups)
+    return torch.empty(shape, dtype=dtype, device="cpu" if on_host else parameter.device)

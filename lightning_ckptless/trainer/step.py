@@ -1,0 +1,77 @@
+"""The step as a transaction: the two moments of an optimizer step at which a version of the state exists.
+
+Lightning's epoch loop runs `advance` (fetch, forward, backward, optimizer step, schedulers, `on_train_batch_end`) and
+then `on_advance_end` (validation, plateau schedulers). A version is taken
+
+* after `on_advance_end`: nothing of the step is pending;
+* after `advance`, where validation follows: so that a fault in a long validation costs no step.
+
+Nowhere else: inside `on_train_batch_end` Lightning's counters are one step behind each other, and inside the optimizer
+step parameters are half old and half new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.trainer.host.loops import FitLoops
+
+Commit = Callable[[Version], None]
+
+
+class StepBoundaries:
+    """Calls `commit` at each moment at which a version exists.
+
+    The two methods of the epoch loop are wrapped on the instance, not on the class, and unwrapped by `remove`.
+
+    Args:
+        loops: the loops of the trainer.
+        commit: takes the version that has come to exist.
+        every_n_steps: optimizer steps between two versions.
+        since: version that the run starts from; None for a fresh one, which begins with a version of its own.
+    """
+
+    def __init__(self, loops: FitLoops, commit: Commit, *, every_n_steps: int, since: Version | None) -> None:
+        self.loops = loops
+        self.commit = commit
+        self.every_n_steps = every_n_steps
+        self.last = since
+        self._advance: Callable[[Any], None] = loops.epoch.advance
+        self._on_advance_end: Callable[[Any], None] = loops.epoch.on_advance_end
+        loops.epoch.advance = self.advance
+        loops.epoch.on_advance_end = self.on_advance_end
+
+    def remove(self) -> None:
+        """Give the epoch loop its own methods back."""
+        for name in ("advance", "on_advance_end"):
+            vars(self.loops.epoch).pop(name, None)
+
+    def advance(self, fetcher: Any) -> None:
+        """One batch; a version behind it if validation follows."""
+        if self.last is None and not self.loops.epoch.restarting:
+            self._take(tail_done=True)
+        self._advance(fetcher)
+        if self._step_is_new() and self._is_due(pending=1) and self.loops.validation_is_due(fetcher):
+            self._take(tail_done=False)
+
+    def on_advance_end(self, fetcher: Any) -> None:
+        """What follows the batch; a version behind it."""
+        step_done = self.loops.step_done()
+        self._on_advance_end(fetcher)
+        if step_done and self._step_is_new() and self._is_due(pending=0):
+            self._take(tail_done=True)
+
+    def _step_is_new(self) -> bool:
+        last = self.last
+        step = self.loops.trainer.global_step
+        return self.loops.step_done() and (last is None or step > last.optimizer_step or not last.tail_done)
+
+    def _is_due(self, *, pending: int) -> bool:
+        return (self.loops.batches_that_stepped + pending) % self.every_n_steps == 0
+
+    def _take(self, *, tail_done: bool) -> None:
+        version = Version(self.loops.trainer.global_step, tail_done)
+        self.commit(version)
+        self.last = version
