@@ -1,0 +1,184 @@
+"""Placement: who keeps what, checked against enumeration and the known values."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from math import comb
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.protocol.placement import Placement, _survived_in_circle, place
+
+# domains, copies in total, losses -> probability with groups (and a ring for the rest), with one ring alone
+KNOWN = {
+    (8, 2, 2): (0.857, 0.714),
+    (8, 2, 3): (0.571, 0.286),
+    (8, 2, 4): (0.229, 0.029),
+    (8, 2, 6): (0.0, 0.0),
+    (16, 2, 2): (0.9333, 0.8667),
+    (16, 2, 3): (0.8, 0.6286),
+    (16, 2, 4): (0.6154, 0.3626),
+    (16, 2, 6): (0.2238, 0.042),
+    (16, 2, 8): (0.0199, 0.0002),
+    (128, 2, 2): (0.9921, 0.9843),
+    (128, 2, 3): (0.9764, 0.9531),
+    (128, 2, 4): (0.9529, 0.9077),
+    (128, 2, 6): (0.8847, 0.7819),
+    (128, 2, 8): (0.7925, 0.6269),
+    (512, 2, 2): (0.998, 0.9961),
+    (512, 2, 3): (0.9941, 0.9883),
+    (512, 2, 4): (0.9883, 0.9767),
+    (512, 2, 6): (0.9708, 0.9424),
+    (512, 2, 8): (0.946, 0.8948),
+    (2048, 2, 2): (0.9995, 0.999),
+    (2048, 2, 3): (0.9985, 0.9971),
+    (2048, 2, 4): (0.9971, 0.9941),
+    (2048, 2, 6): (0.9927, 0.9854),
+    (2048, 2, 8): (0.9864, 0.9729),
+    (12, 3, 2): (1.0, 1.0),
+    (12, 3, 3): (0.9818, 0.9455),
+    (12, 3, 4): (0.9273, 0.8061),
+    (12, 3, 6): (0.6429, 0.3052),
+    (12, 3, 8): (0.1636, 0.0061),
+    (48, 3, 2): (1.0, 1.0),
+    (48, 3, 3): (0.9991, 0.9972),
+    (48, 3, 4): (0.9963, 0.9891),
+    (48, 3, 6): (0.9815, 0.9483),
+    (48, 3, 8): (0.9485, 0.8639),
+    (16, 4, 2): (1.0, 1.0),
+    (16, 4, 3): (1.0, 1.0),
+    (16, 4, 4): (0.9978, 0.9912),
+    (16, 4, 6): (0.967, 0.8901),
+    (16, 4, 8): (0.8466, 0.5941),
+    (5, 2, 2): (0.6, 0.5),
+    (5, 2, 3): (0.0, 0.0),
+    (7, 2, 2): (0.762, 0.667),
+    (7, 2, 3): (0.343, 0.2),
+    (7, 2, 4): (0.0, 0.0),
+    (11, 3, 2): (1.0, 1.0),
+    (11, 3, 3): (0.9576, 0.9333),
+    (11, 3, 4): (0.8455, 0.7667),
+}
+
+
+@st.composite
+def worlds(draw: st.DrawFn, most_domains: int = 7) -> tuple[list[str], int]:
+    """Domains of unequal sizes in any rank order, and a number of copies that fits them."""
+    count = draw(st.integers(1, most_domains))
+    sizes = [draw(st.integers(1, 3)) for _ in range(count)]
+    domains = draw(st.permutations([f"n{d}" for d, size in enumerate(sizes) for _ in range(size)]))
+    return domains, draw(st.integers(0, count - 1))
+
+
+def enumerated_survival(placement: Placement, losses: int) -> float:
+    names = sorted(set(placement.domains))
+    cases = list(combinations(names, losses))
+    kept = sum(all(set(row.domains) - set(lost) for row in placement.rows()) for lost in cases)
+    return kept / len(cases)
+
+
+def one_per_domain(count: int) -> list[str]:
+    return [f"n{d}" for d in range(count)]
+
+
+@given(worlds())
+def test_a_shard_is_kept_by_as_many_other_domains_as_there_are_copies(world: tuple[list[str], int]) -> None:
+    domains, copies = world
+    for row in place(domains, copies).rows():
+        assert len(row.keepers) == copies
+        assert len(set(row.domains)) == copies + 1
+
+
+@given(worlds())
+def test_survival_is_what_enumeration_finds(world: tuple[list[str], int]) -> None:
+    placement = place(*world)
+    for losses in range(len(set(placement.domains)) + 1):
+        assert placement.survival(losses) == pytest.approx(enumerated_survival(placement, losses), abs=1e-12)
+
+
+@given(worlds())
+def test_wards_are_the_inverse_of_keepers(world: tuple[list[str], int]) -> None:
+    placement = place(*world)
+    for rank in range(len(placement.domains)):
+        for shard, keepers in enumerate(placement.keepers):
+            assert (shard in placement.wards(rank)) == (rank in keepers)
+
+
+@given(st.integers(2, 12), st.integers(1, 4), st.integers(1, 4))
+def test_equal_domains_share_the_work_evenly(domain_count: int, ranks_each: int, copies: int) -> None:
+    copies = min(copies, domain_count - 1)
+    placement = place([f"n{d}" for d in range(domain_count) for _ in range(ranks_each)], copies)
+    assert {len(placement.wards(rank)) for rank in range(domain_count * ranks_each)} == {copies}
+
+
+@pytest.mark.parametrize(("world", "expected"), KNOWN.items())
+def test_known_values(world: tuple[int, int, int], expected: tuple[float, float]) -> None:
+    count, total_copies, losses = world
+    digits = 3 if count < 9 else 4
+    with_groups = place(one_per_domain(count), total_copies - 1).survival(losses)
+    with_one_ring = _survived_in_circle(count, total_copies)[losses] / comb(count, losses)
+    assert (round(with_groups, digits), round(with_one_ring, digits)) == expected
+
+
+def test_groups_where_they_divide_the_domains() -> None:
+    placement = place(["a", "a", "b", "b", "c", "c", "d", "d"], 1)
+    assert placement.circles == (("a", "b"), ("c", "d"))
+    assert placement.keepers == ((2,), (3,), (0,), (1,), (6,), (7,), (4,), (5,))
+    assert placement.wards(0) == (2,)
+    assert placement.reason == (
+        "8 shards, 2 copies each over 4 nodes in groups of 2: "
+        "any 1 node loss is survived, 2 at once with probability 0.667"
+    )
+
+
+def test_groups_and_a_ring_where_they_do_not() -> None:
+    placement = place(one_per_domain(5), 1, kind="rank")
+    assert placement.keepers == ((1,), (0,), (3,), (4,), (2,))
+    assert placement.reason == (
+        "5 shards, 2 copies each over 5 ranks in groups of 2 and a ring of 3: "
+        "any 1 rank loss is survived, 2 at once with probability 0.600"
+    )
+
+
+def test_two_copies_on_a_ring_alone() -> None:
+    placement = place(one_per_domain(4), 2)
+    assert placement.keepers == ((1, 2), (2, 3), (3, 0), (0, 1))
+    assert placement.reason.endswith(
+        "in a ring of 4: any 2 node losses at once are survived, 3 at once with probability 0.000"
+    )
+
+
+def test_unequal_domains_share_the_keeper_ranks() -> None:
+    placement = place(["a", "a", "a", "b"], 1)
+    assert placement.keepers == ((3,), (3,), (3,), (0,))
+    assert placement.rows()[1] == (1, 1, (3,), ("a", "b"))
+
+
+def test_a_single_domain_is_not_covered_and_says_so() -> None:
+    placement = place(["a"] * 4, 1)
+    assert placement.keepers == ((), (), (), ())
+    assert placement.survival(0) == 1.0
+    assert placement.survival(1) == 0.0
+    assert placement.reason == "4 shards, 1 copy each on 1 node: a node loss is not covered (copies=1 takes 2 nodes)"
+
+
+def test_no_copies_survive_no_loss() -> None:
+    placement = place(["a", "b"], 0)
+    assert placement.survival(1) == 0.0
+    assert placement.reason == "2 shards, 1 copy each over 2 nodes: no node loss is survived"
+
+
+def test_too_few_domains_are_refused_with_the_arithmetic() -> None:
+    with pytest.raises(OptionsError) as caught:
+        place(["a", "a", "b", "b"], 2)
+    assert str(caught.value) == (
+        "copies=2 takes 3 nodes (the writer's own and 2 more), but the 4 ranks are on 2: set copies=1 or add 1 node"
+    )
+
+
+def test_survival_of_more_losses_than_domains_is_refused() -> None:
+    with pytest.raises(OptionsError, match="3 losses: expected 0 to 2"):
+        place(["a", "b"], 1).survival(3)
