@@ -11,9 +11,9 @@ A shard is lost when its domain and the `copies` domains behind it in the circle
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
 from math import comb
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ class PlacementRow(NamedTuple):
     domains: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Placement:
     """Who keeps what.
 
@@ -67,10 +67,10 @@ class Placement:
         Raises:
             OptionsError: fewer than 0 or more losses than there are domains.
         """
-        most = len(self._survived) - 1
+        most = sum(len(circle) for circle in self.circles)
         if not 0 <= losses <= most:
             raise OptionsError(f"survival of {losses} losses: expected 0 to {most}, the number of failure domains")
-        return self._survived[losses] / comb(most, losses)
+        return _survival(self.circles, self.copies, losses)
 
     def rows(self) -> tuple[PlacementRow, ...]:
         """The placement as a table, one row per shard."""
@@ -78,10 +78,6 @@ class Placement:
             PlacementRow(shard, shard, keepers, tuple(self.domains[rank] for rank in (shard, *keepers)))
             for shard, keepers in enumerate(self.keepers)
         )
-
-    @cached_property
-    def _survived(self) -> tuple[int, ...]:
-        return _survived_sets([len(circle) for circle in self.circles], self.copies)
 
 
 def place(domains: Sequence[str], copies: int, *, kind: FailureDomain = "node") -> Placement:
@@ -105,8 +101,7 @@ def place(domains: Sequence[str], copies: int, *, kind: FailureDomain = "node") 
     placed = copies if len(names) > 1 else 0
     circles = _circles(names, placed + 1)
     keepers = _keepers(domains, circles, placed)
-    survived = _survived_sets([len(circle) for circle in circles], placed)
-    reason = _reason(len(domains), circles, survived, copies, kind)
+    reason = _reason(len(domains), circles, copies, kind)
     return Placement(keepers, tuple(domains), circles, placed, reason)
 
 
@@ -132,41 +127,46 @@ def _keepers(domains: Sequence[str], circles: Sequence[Circle], copies: int) -> 
     return tuple(keepers)
 
 
-def _survived_sets(circle_sizes: Sequence[int], copies: int) -> tuple[int, ...]:
-    """For each k, how many of the sets of k lost domains leave every shard a copy.
+def _survival(circles: Sequence[Circle], copies: int, losses: int) -> float:
+    """Probability that no circle loses `copies + 1` neighbours.
 
-    Circles fail independently of each other, so the counts multiply like polynomials in k.
+    Circles fail independently of each other, so the ways to survive multiply like polynomials in the losses.
     """
-    return reduce(_product, (_survived_in_circle(size, copies + 1) for size in circle_sizes), (1,))
+    ways: list[int] = [1]
+    for size, count in Counter(len(circle) for circle in circles).items():
+        in_circle = [_survivals_of_circle(size, copies + 1, lost) for lost in range(min(size, losses) + 1)]
+        for _ in range(count):
+            ways = _product(ways, in_circle, losses)
+    total = sum(len(circle) for circle in circles)
+    return ways[losses] / comb(total, losses)
 
 
-def _survived_in_circle(size: int, run: int) -> tuple[int, ...]:
-    """For each k, the ways to lose k of `size` domains in a circle without `run` neighbours among them.
+def _survivals_of_circle(size: int, run: int, lost: int) -> int:
+    """Ways to lose some of `size` domains in a circle without `run` neighbours among the lost.
 
-    The z = size - k domains left cut the circle into z gaps that hold k losses, each gap fewer than `run`:
-    inclusion and exclusion over the gaps that hold too many. Each set is counted once per gap that can come first.
+    The domains left cut the circle into as many gaps, which hold the lost ones, each gap fewer than `run`: inclusion
+    and exclusion over the gaps that hold too many. Each way is met once per domain that can stand first.
     """
-    counts = []
-    for lost in range(size):
-        left = size - lost
-        ways = sum(
-            (-1) ** full * comb(left, full) * comb(lost - full * run + left - 1, left - 1)
-            for full in range(lost // run + 1)
-        )
-        counts.append(size * ways // left)
-    return (*counts, 0)
+    left = size - lost
+    if left == 0:
+        return 0
+    ways = sum(
+        (-1 if full % 2 else 1) * comb(left, full) * comb(lost - full * run + left - 1, left - 1)
+        for full in range(lost // run + 1)
+    )
+    return size * ways // left
 
 
-def _product(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
-    product = [0] * (len(a) + len(b) - 1)
+def _product(a: Sequence[int], b: Sequence[int], degree: int) -> list[int]:
+    product = [0] * min(len(a) + len(b) - 1, degree + 1)
     for i, left in enumerate(a):
-        for j, right in enumerate(b):
+        for j, right in enumerate(b[: degree + 1 - i]):
             product[i + j] += left * right
-    return tuple(product)
+    return product
 
 
-def _reason(shards: int, circles: Sequence[Circle], survived: Sequence[int], copies: int, kind: str) -> str:
-    count = len(survived) - 1
+def _reason(shards: int, circles: Sequence[Circle], copies: int, kind: str) -> str:
+    count = sum(len(circle) for circle in circles)
     if count == 1 and copies:
         return (
             f"{_counted(shards, 'shard')}, 1 copy each on 1 {kind}: a {kind} loss is not covered "
@@ -175,7 +175,7 @@ def _reason(shards: int, circles: Sequence[Circle], survived: Sequence[int], cop
     if not copies:
         return f"{_counted(shards, 'shard')}, 1 copy each over {_counted(count, kind)}: no {kind} loss is survived"
     beyond = copies + 1
-    odds = survived[beyond] / comb(count, beyond)
+    odds = _survival(circles, copies, beyond)
     covered = f"any 1 {kind} loss is survived" if copies == 1 else f"any {copies} {kind} losses at once are survived"
     return (
         f"{_counted(shards, 'shard')}, {beyond} copies each over {count} {kind}s in {_shape(circles, beyond)}: "

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ckptless.errors import OptionsError
-from lightning_ckptless.protocol.placement import Placement, _survived_in_circle, place
+from lightning_ckptless.protocol.placement import Placement, _survivals_of_circle, place
 
 # domains, copies in total, losses -> probability with groups (and a ring for the rest), with one ring alone
 KNOWN = {
@@ -119,7 +119,7 @@ def test_known_values(world: tuple[int, int, int], expected: tuple[float, float]
     count, total_copies, losses = world
     digits = 3 if count < 9 else 4
     with_groups = place(one_per_domain(count), total_copies - 1).survival(losses)
-    with_one_ring = _survived_in_circle(count, total_copies)[losses] / comb(count, losses)
+    with_one_ring = _survivals_of_circle(count, total_copies, losses) / comb(count, losses)
     assert (round(with_groups, digits), round(with_one_ring, digits)) == expected
 
 
