@@ -37,6 +37,7 @@ class CkptlessOptions:
         checksum: digest that guards every replica.
         on_late: when the last mirror is still under way at the next one, wait for it or skip a version.
         staging: copy the state while the next forward and backward run, or before they start.
+        arena_keep_s: seconds for which the arena of a dead run is kept for a restart under the same run id.
 
     Raises:
         OptionsError: a value is out of range.
@@ -51,6 +52,7 @@ class CkptlessOptions:
     checksum: Checksum = "xxh3"
     on_late: OnLate = "wait"
     staging: Staging = "overlap"
+    arena_keep_s: float = 3600.0
 
     def __post_init__(self) -> None:
         for name, least in (("mirror_every_n_steps", 1), ("copies", 0), ("max_recoveries", 0)):

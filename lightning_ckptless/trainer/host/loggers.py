@@ -28,6 +28,18 @@ def set_versions(loggers: list[Any], saved: list[dict[str, Any]]) -> None:
             logger._version = facts["version"]
 
 
+def forget_versions(loggers: list[Any]) -> None:
+    """Let loggers choose folders of their own again."""
+    for logger in loggers:
+        if hasattr(logger, "_version"):
+            logger._version = None
+
+
+def empty_positions(loggers: list[Any]) -> list[dict[str, Any] | None]:
+    """The positions of log files before anything was written."""
+    return [{"rows": 0, "keys": [], "unsaved": [], "files": {}} for _ in loggers]
+
+
 def log_positions(loggers: list[Any]) -> list[dict[str, Any] | None]:
     """How far each log file is: what was written until now, nothing after."""
     return [_position(logger) for logger in loggers]
@@ -63,7 +75,7 @@ def cut_logs(trainer: Any, saved: list[dict[str, Any] | None]) -> None:
             continue
         if "rows" in position and is_a(logger, "loggers", "CSVLogger"):
             _cut_csv(logger, position, flavour_of(trainer))
-        elif "files" in position:
+        elif "files" in position and is_a(logger, "loggers", "TensorBoardLogger"):
             _cut_events(Path(logger.log_dir), position["files"])
 
 

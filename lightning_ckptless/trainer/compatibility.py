@@ -1,0 +1,71 @@
+"""What cannot be made exact is refused or named before training starts, not discovered after a fault."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.trainer.host.flavour import is_a
+
+log = logging.getLogger(__name__)
+
+
+def check_trainer(trainer: Any) -> None:
+    """Look at callbacks and optimizers of a trainer that is set up for `fit`.
+
+    Raises:
+        OptionsError: something in it keeps state that no version would hold.
+    """
+    for finding in _refusals(trainer):
+        raise OptionsError(finding)
+
+
+def _refusals(trainer: Any) -> Iterator[str]:
+    for callback in trainer.callbacks:
+        if is_a(callback, "callbacks", "StochasticWeightAveraging"):
+            yield (
+                "StochasticWeightAveraging exchanges schedulers in the middle of a run, which a relaunched process "
+                "cannot repeat; use WeightAveraging or EMAWeightAveraging instead"
+            )
+        if is_a(callback, "callbacks", "BaseFinetuning"):
+            yield (
+                f"{type(callback).__name__} adds parameter groups in the middle of a run, which a relaunched process "
+                "does not have; freeze parameters in configure_model() instead"
+            )
+    for index, optimizer in enumerate(trainer.optimizers):
+        if isinstance(optimizer, ZeroRedundancyOptimizer):
+            yield (
+                f"optimizer {index} is a ZeroRedundancyOptimizer: its state is sharded by itself, outside of what "
+                "data parallelism replicates; use the optimizer that it wraps"
+            )
+    if getattr(trainer.strategy, "_model_averaging_period", None) is not None:
+        yield "model_averaging_period: parameters that differ between ranks are not mirrored; leave it out"
+
+
+def warn_of_loader(loader: object, position: int) -> None:
+    """Say once, at the start, what a training dataloader costs or loses on a recovery.
+
+    Args:
+        loader: as the trainer uses it.
+        position: its place among the training dataloaders.
+    """
+    for finding in _loader_findings(loader):
+        log.warning("ckptless: training dataloader %d (%s): %s", position, type(loader).__name__, finding)
+
+
+def _loader_findings(loader: object) -> Iterator[str]:
+    if not isinstance(loader, DataLoader):
+        yield "is no DataLoader: after a fault its batches are read again from its beginning, which must give the same"
+        return
+    states_itself = callable(getattr(loader, "state_dict", None))
+    if isinstance(loader.dataset, IterableDataset) and not states_itself:
+        yield "an iterable dataset is read again from the start of the epoch after a fault"
+    if states_itself and loader.num_workers > 0:
+        yield "random numbers drawn in its workers are not restored after a fault; draw them in the training process"
+    if loader.num_workers > 0 and not loader.in_order:
+        yield "in_order=False lets batches arrive in any order: after a fault it may be another one"

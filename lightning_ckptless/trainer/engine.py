@@ -1,0 +1,382 @@
+"""The engine behind a strategy: opens the arena, mirrors every version, restores one after a relaunch.
+
+It owns the order of things and decides nothing: what to restore is decided by `protocol`, how bytes move by `replica`,
+when a version exists by `step`, how the loops are entered by `drive`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_ckptless import environment
+from lightning_ckptless.errors import CkptlessError, LayoutMismatchError
+from lightning_ckptless.ledger import Ledger, read_ledger
+from lightning_ckptless.membership.communicators import host_group
+from lightning_ckptless.options import CkptlessOptions
+from lightning_ckptless.protocol.placement import Placement, place
+from lightning_ckptless.protocol.start import StartAction, StartPlan, plan_start
+from lightning_ckptless.protocol.versions import Complete, Version
+from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.layout import Layout, describe, differences, plan_layout
+from lightning_ckptless.replica.mirror import Mirror
+from lightning_ckptless.replica.restore import choose, fetch, fill, shared_layout
+from lightning_ckptless.replica.transport import GlooTransport, SoloTransport, Transport
+from lightning_ckptless.trainer.arenas import is_first_of_node, local_rank, open_arena
+from lightning_ckptless.trainer.checkpoints import files_of_the_future, newest_checkpoint, note_of_save
+from lightning_ckptless.trainer.data import move_data_to
+from lightning_ckptless.trainer.drive import run_restored
+from lightning_ckptless.trainer.host import loggers as host_loggers
+from lightning_ckptless.trainer.host.loops import FitLoops
+from lightning_ckptless.trainer.identity import Identity, identify
+from lightning_ckptless.trainer.plain import pack, unpack
+from lightning_ckptless.trainer.report import RunReport
+from lightning_ckptless.trainer.rng import apply_rng
+from lightning_ckptless.trainer.snapshot import SmallState
+from lightning_ckptless.trainer.state import StateIndex, make_room_for_optimizer_state
+from lightning_ckptless.trainer.step import StepBoundaries
+
+log = logging.getLogger(__name__)
+COMMIT_TIMEOUT_S = 1800.0
+
+
+class Restored:
+    """A version fetched from the arenas, waiting for the trainer that takes it."""
+
+    def __init__(self, complete: Complete, layout: Layout, bulks: Any, small: dict[str, Any]) -> None:
+        self.complete = complete
+        self.version = complete.snapshot.version
+        self.layout = layout
+        self.bulks = bulks
+        self.small = small
+
+
+class Engine:
+    """Fault tolerance of one call of `fit`.
+
+    Args:
+        trainer: in `fit`, before anything of it is set up; the process group exists.
+        options: the user's settings.
+        generation: number of the membership.
+        chapter: how many times `fit` was entered before in this process.
+        probes: called in the mirror thread with the moment of a round and its version.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        options: CkptlessOptions,
+        generation: int,
+        chapter: int,
+        probes: list[Callable[[str, Version], None]],
+    ) -> None:
+        self.trainer = trainer
+        self.options = options
+        self.generation = generation
+        self.chapter = chapter
+        self.probes = probes
+        self.rank: int = trainer.global_rank
+        self.world_size: int = trainer.world_size
+        self.identity: Identity = identify(trainer)
+        self.run_folder: Path = self.identity.run_folder
+        self.ledger = Ledger(self.run_folder / "ledger.jsonl")
+        self.report = RunReport(trainer, self.ledger, generation)
+        self.transport: Transport = self._connect()
+        self.mirror: Mirror | None = None
+        self.restored: Restored | None = None
+        self.boundaries: StepBoundaries | None = None
+        self._index: StateIndex | None = None
+        self._small: SmallState | None = None
+        self._taken: Version | None = None
+        self._stamped = -1
+
+    def _connect(self) -> Transport:
+        if self.world_size == 1:
+            return SoloTransport()
+        return GlooTransport(host_group(COMMIT_TIMEOUT_S))
+
+    # ------------------------------------------------------------------ begin
+
+    def begin(self, ckpt_path: str | None) -> StartPlan:
+        """Open the arena and decide what this generation starts from.
+
+        Raises:
+            StateMissingError: nothing complete is left and the options say to stop.
+            WorldSizeError: the state was mirrored by another number of ranks.
+            OptionsError: the checkpoint path and a live arena disagree, or replicas cannot be placed.
+        """
+        opens = is_first_of_node(local_rank())
+        self.arena, self.nodes = open_arena(
+            self.identity, self.chapter, self.options, self.transport, opens=opens, origin=ckpt_path
+        )
+        self.placement: Placement = place(self._domains(), self._copies())
+        notes = self._notes()
+        self._name_logs(notes)
+        found = choose(self.arena, self.transport, self.nodes)
+        plan = plan_start(
+            found=found,
+            generation=self.generation,
+            world_size=self.world_size,
+            relaunched=self.generation > 1,
+            had_commit=any(n.get("committed") for n in notes),
+            ckpt_path=ckpt_path,
+            origin=next((n["origin"] for n in notes if n.get("origin")), None),
+            durable=None if isinstance(found, Complete) else self._newest_checkpoint(),
+            on_unrecoverable=self.options.on_unrecoverable,
+        )
+        self.report.started(self.identity, plan, self.placement, self.arena.path)
+        if plan.action is StartAction.REFUSE:
+            assert plan.error is not None
+            raise plan.error(plan.reason)
+        if plan.action is StartAction.RESTORE:
+            assert isinstance(found, Complete)
+            self._fetch(found)
+        else:
+            self._start_over(plan.action, opens)
+        return plan
+
+    def _domains(self) -> tuple[str, ...]:
+        if self.options.failure_domain == "rank":
+            return tuple(f"rank{rank}" for rank in range(self.world_size))
+        return self.nodes
+
+    def _copies(self) -> int:
+        return self.options.copies if self.world_size > 1 else 0
+
+    def _notes(self) -> list[dict[str, Any]]:
+        lines = self.transport.gather(json.dumps(self.arena.notes()).encode())
+        return [json.loads(line) for line in lines]
+
+    def _name_logs(self, notes: list[dict[str, Any]]) -> None:
+        """Loggers of a relaunch write into the folders of the run; asking for their paths must not choose new ones."""
+        saved = next((n["logger_versions"] for n in notes if n.get("logger_versions")), None)
+        self._logs_are_named = saved is not None
+        if saved is not None:
+            host_loggers.set_versions(self.trainer.loggers, saved)
+
+    def _newest_checkpoint(self) -> str | None:
+        return newest_checkpoint(self.trainer) if self._logs_are_named else None
+
+    def _fetch(self, found: Complete) -> None:
+        layout = shared_layout(self.arena, self.transport, found.snapshot.layout)
+        everything = {rank: tuple(range(self.world_size)) for rank in range(self.world_size)}
+        fetched = fetch(found, self.arena, self.transport, self.nodes, need=everything)
+        small = unpack(fetched.blob)
+        self.restored = Restored(found, layout, fetched.bulks, small)
+        self._taken = found.snapshot.version
+        self.report.fetched(found, fetched, self._step_in_flight())
+        self._forget_the_future(found.snapshot.version)
+        if self.trainer.is_global_zero:
+            host_loggers.cut_logs(self.trainer, small["state"]["logs"])
+
+    def _forget_the_future(self, version: Version) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        notes = [event.fields for event in read_ledger(self.ledger.path).events if event.event == "checkpoint"]
+        for path in files_of_the_future(notes, version):
+            log.warning("ckptless: removed %s: it was written after %s, which the run goes back to", path, version)
+            path.unlink()
+
+    def _start_over(self, action: StartAction, opens: bool) -> None:
+        self.transport.agree(True)
+        if opens:
+            self.arena.clear()
+        if action is StartAction.DURABLE:
+            # As on any resume from a file: a new folder, the rows of the old one stay as they are.
+            host_loggers.forget_versions(self.trainer.loggers)
+        elif self._logs_are_named and self.trainer.is_global_zero:
+            host_loggers.cut_logs(self.trainer, host_loggers.empty_positions(self.trainer.loggers))
+
+    # ------------------------------------------------------------------ run
+
+    def attach(self) -> None:
+        """Called when the model, its optimizers and the loops are set up: take over the commit points."""
+        trainer = self.trainer
+        if trainer.is_global_zero:
+            host_loggers.watch_logs(trainer.loggers)
+        if is_first_of_node(local_rank()):
+            self.arena.note("logger_versions", host_loggers.name_versions(trainer.loggers))
+        loops = FitLoops(trainer)
+        self.loops = loops
+        self._stamp = self.arena.path / f"begun-by-{self.rank:04d}"
+        self.boundaries = StepBoundaries(
+            loops, self.commit, every_n_steps=self.options.mirror_every_n_steps, since=self._taken
+        )
+        if self.restored is not None:
+            restored = self.restored
+            loops.fit.run = lambda: run_restored(
+                loops, tail_done=restored.version.tail_done, restore=self._restore, settle=self._settle
+            )
+
+    def detach(self) -> None:
+        """Give the loops their own methods back."""
+        if self.boundaries is not None:
+            self.boundaries.remove()
+            vars(self.loops.fit).pop("run", None)
+
+    def _restore(self) -> None:
+        restored = self.restored
+        assert restored is not None
+        described = {c.name: (getattr(torch, c.dtype), c.shape) for c in restored.layout.chunks}
+        make_room_for_optimizer_state(
+            self.trainer, {name: facts for name, facts in described.items() if name.startswith("optimizer/")}
+        )
+        self._index = StateIndex(self.trainer)
+        tensors = self._index.read()
+        self._require_same(restored.layout, plan_layout([self._describe(tensors)] * self.world_size))
+        fill(restored.layout, restored.bulks, tensors, self.rank)
+        self._small = SmallState(self.trainer)
+        self._small.apply(restored.small["state"])
+
+    def _settle(self) -> None:
+        restored, small = self.restored, self._small
+        assert restored is not None and small is not None
+        small.apply(restored.small["state"])
+        self.loops.set_sampler_epochs()
+        move_data_to(self.loops, restored.small["state"]["data"])
+        self.report.resume(restored.small["report"])
+        self._open_mirror(restored.layout, committed=restored.version)
+        self.restored = None
+        apply_rng(restored.small["state"]["rng"])
+
+    # ------------------------------------------------------------------ mirror
+
+    def commit(self, version: Version) -> None:
+        """Take a version and hand it to the mirror. Called in the training thread at a commit point."""
+        self.report.step_done()
+        began = time.perf_counter()
+        if self._small is None:
+            self._small = SmallState(self.trainer)
+        if self._index is None or not self._index.is_current():
+            self._plan_anew()
+        assert self._index is not None and self.mirror is not None
+        blob = pack(
+            {
+                "state": self._small.capture(),
+                "report": self.report.state(),
+                "logger_versions": host_loggers.name_versions(self.trainer.loggers),
+            }
+        )
+        stall_s = self.mirror.submit(version, self._index.read(), blob, blocking_names=self._index.private)
+        self._taken = version
+        self.report.taken(stall_s, time.perf_counter() - began, self.mirror)
+
+    def at_batch_start(self) -> None:
+        """Stamp the step that is begun: after a fault the stamps say how many are run again."""
+        step = self.trainer.global_step + 1
+        if step != self._stamped:
+            self._stamp.write_text(str(step))
+            self._stamped = step
+
+    def _step_in_flight(self) -> int:
+        """The highest step that any rank had begun before this generation."""
+        stamps = [int(path.read_text() or 0) for path in self.arena.path.glob("begun-by-*")]
+        return max(int(line) for line in self.transport.gather(str(max(stamps, default=0)).encode()))
+
+    def before_optimizer_step(self) -> None:
+        """Wait until the version under way is copied: the optimizer is about to change the tensors."""
+        if self.mirror is not None:
+            self.report.waited(self.mirror.wait_staged())
+
+    def _plan_anew(self) -> None:
+        if self.mirror is not None:
+            self.mirror.settle()
+        self._index = StateIndex(self.trainer)
+        mine = self._describe(self._index.read())
+        everyone = [unpack(line) for line in self.transport.gather(pack(mine))]
+        layout = plan_layout(everyone)
+        committed = self.mirror.committed if self.mirror is not None else None
+        self._open_mirror(layout, committed=committed)
+
+    def _describe(self, tensors: dict[str, Any]) -> Any:
+        assert self._index is not None
+        private = self._index.private
+        replicated = describe({n: t for n, t in tensors.items() if n not in private}, replicated=True)
+        return replicated + describe({n: t for n, t in tensors.items() if n in private}, replicated=False)
+
+    def _require_same(self, mirrored: Layout, built: Layout) -> None:
+        if found := differences(mirrored, built):
+            raise LayoutMismatchError(
+                f"rank {self.rank}: the relaunched script built another model or optimizer than the one mirrored at "
+                f"{self._taken}: {'; '.join(found)}. Build the same at every start, or begin a new run: ckptless clean"
+            )
+
+    def _open_mirror(self, layout: Layout, *, committed: Version | None) -> None:
+        if self.mirror is not None:
+            self.mirror.close()
+        if is_first_of_node(local_rank()):
+            self.arena.write_layout(layout)
+        self.mirror = Mirror(
+            arena=self.arena,
+            layout=layout,
+            placement=self.placement,
+            transport=self.transport,
+            generation=self.generation,
+            checksum=self.options.checksum,
+            committed=committed,
+            probe=self._probe,
+            staging=self.options.staging,
+        )
+
+    def _probe(self, moment: str, version: Version) -> None:
+        if moment == "committed" and self.report.committed(version) and is_first_of_node(local_rank()):
+            self.arena.note("committed", {"step": version.optimizer_step, "tail_done": version.tail_done})
+        for probe in list(self.probes):
+            probe(moment, version)
+
+    def saving_checkpoint(self, path: str) -> None:
+        """Called before a checkpoint file is written by this rank."""
+        self.ledger.record(
+            "checkpoint",
+            generation=self.generation,
+            rank=self.rank,
+            **note_of_save(path, self._taken, os.path.exists(path)),
+        )
+
+    # ------------------------------------------------------------------ end
+
+    def why_final(self, error: Exception) -> str | None:
+        """Why an exception of the user's is not worth another try; None for the first of its kind at a step."""
+        if isinstance(error, CkptlessError):
+            return "another try would end the same way"
+        if self._taken is None:
+            return "it was raised before the first step"
+        step = self._taken.optimizer_step
+        mark = f"{type(error).__name__} after step {step}"
+        name = f"raised by rank {self.rank}"
+        if self.arena.notes().get(name) == mark:
+            return f"{mark} was raised again after a recovery: it is the program's, not the machine's"
+        self.arena.note(name, mark)
+        return None
+
+    def leave_verdict(self, reason: str) -> None:
+        """Tell our agent not to start the workers again."""
+        if folder := os.environ.get(environment.VERDICT_DIR):
+            path = Path(folder) / f"verdict-{self.rank}.json"
+            path.write_text(json.dumps({"final": True, "reason": reason, "rank": self.rank}))
+
+    def finish(self) -> None:
+        """Called when `fit` returned: wait for the last version and say how it went."""
+        if self.mirror is not None:
+            self.mirror.settle()
+        if is_first_of_node(local_rank()):
+            self.arena.note("finished", True)
+        self.report.finished()
+
+    def close(self) -> None:
+        """Release threads and mappings; the arena stays for a relaunch, its agent removes it."""
+        self.detach()
+        if self.mirror is not None:
+            self.mirror.close()
+            self.mirror = None
+        self.restored = None
+        self.transport.close()
+        if hasattr(self, "arena"):
+            self.arena.close()

@@ -1,0 +1,61 @@
+"""Which run, node and agent this worker belongs to, read from its environment."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_ckptless import environment
+
+_DEFAULT_RUN_IDS = frozenset({"", "none"})
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A worker's place in the world of processes.
+
+    Args:
+        run_id: name of the run, the same on all nodes and over all relaunches.
+        node: name of this node, unique in the run while its agent lives.
+        agent_pid: process that relaunches the workers of this node.
+        own_agent: whether that process is our agent, not torchrun's.
+        run_root: folder that holds one folder per run.
+    """
+
+    run_id: str
+    node: str
+    agent_pid: int
+    own_agent: bool
+    run_root: Path
+
+    @property
+    def run_folder(self) -> Path:
+        """Folder of the ledger."""
+        return self.run_root / self.run_id
+
+
+def is_worker(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether an elastic agent, ours or torchrun's, started this process."""
+    return "TORCHELASTIC_RUN_ID" in env
+
+
+def identify(trainer: Any, env: Mapping[str, str] = os.environ) -> Identity:
+    """Read who this worker is.
+
+    torchrun names every run `none` unless told otherwise: such a run is named by its agent instead, so that two of
+    them on one machine do not take each other's arenas.
+    """
+    own_agent = environment.AGENT in env
+    agent_pid = int(env[environment.AGENT]) if own_agent else os.getppid()
+    host = re.sub(r"[^A-Za-z0-9.]+", "-", socket.gethostname())
+    run_id = env.get("TORCHELASTIC_RUN_ID", "")
+    if run_id in _DEFAULT_RUN_IDS:
+        run_id = f"torchrun-{host}-{agent_pid}"
+    node = env.get(environment.NODE, f"{host}-{agent_pid}")
+    root = Path(env[environment.RUN_ROOT]) if environment.RUN_ROOT in env else Path(trainer.default_root_dir) / "ckptless"
+    return Identity(re.sub(r"[^A-Za-z0-9_.-]+", "-", run_id), node, agent_pid, own_agent, root.absolute())

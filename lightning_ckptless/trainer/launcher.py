@@ -1,0 +1,167 @@
+"""Where `fit` is entered: turned into workers when it stands in a plain process, guarded when it stands in a worker."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from lightning_ckptless import environment
+from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.membership.cold import replace_by_agent
+from lightning_ckptless.membership.peers import is_lost_peer
+from lightning_ckptless.protocol.start import StartAction
+from lightning_ckptless.trainer.engine import Engine
+from lightning_ckptless.trainer.host.launch import CKPT_PATH_INDEX, is_fit, is_stop, launcher_base
+from lightning_ckptless.trainer.identity import is_worker
+
+log = logging.getLogger(__name__)
+
+PEER_LOSS_GRACE_S = 30.0
+
+
+class FitGuard:
+    """What the launcher does, apart from the class that Lightning wants it in.
+
+    Args:
+        strategy: the strategy that is launched.
+    """
+
+    def __init__(self, strategy: Any) -> None:
+        self.strategy = strategy
+        self.chapter = 0
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Run a trainer function here, or hand the process over to the agent that runs it in workers."""
+        if not is_worker():
+            self._hand_over(trainer)
+        self.strategy.check_world()
+        if trainer is None or not is_fit(function):
+            return function(*args, **kwargs)
+        return self._fit(function, args, kwargs, trainer)
+
+    def _hand_over(self, trainer: Any) -> None:
+        strategy = self.strategy
+        env = strategy.cluster_environment
+        if env.creates_processes_externally:
+            raise OptionsError(
+                f"{type(env).__name__} starts one process per rank, and nothing there could relaunch them. Start one "
+                f"agent per node instead: ckptless run --nproc-per-node {strategy.num_processes} SCRIPT "
+                "(see the guide on clusters)"
+            )
+        endpoint = os.environ.get(environment.RDZV_ENDPOINT)
+        if strategy.num_nodes > 1 and not endpoint:
+            raise OptionsError(
+                f"num_nodes={strategy.num_nodes}: the nodes must know where to meet. Set {environment.RDZV_ENDPOINT}="
+                f"HOST:PORT on each, or start with: ckptless run --nnodes {strategy.num_nodes} --rdzv-endpoint HOST:PORT "
+                f"--nproc-per-node {strategy.num_processes} SCRIPT"
+            )
+        root = trainer.default_root_dir if trainer is not None else os.getcwd()
+        replace_by_agent(
+            nproc=strategy.num_processes,
+            nnodes=strategy.num_nodes,
+            max_restarts=strategy.options.max_recoveries,
+            run_root=os.environ.get(environment.RUN_ROOT, os.path.join(os.path.abspath(root), "ckptless")),
+            arena_dir=strategy.options.arena_dir,
+            rdzv_endpoint=endpoint,
+        )
+
+    # ------------------------------------------------------------------ in a worker
+
+    def _fit(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], trainer: Any) -> Any:
+        strategy = self.strategy
+        strategy.setup_environment()
+        engine = Engine(trainer, strategy.options, strategy.generation, self.chapter, strategy.probes)
+        self.chapter += 1
+        strategy.engine = engine
+        try:
+            return self._guarded(engine, function, list(args), kwargs)
+        except BaseException as error:
+            self._judge(engine, error)
+            raise
+        finally:
+            engine.close()
+
+    def _guarded(self, engine: Engine, function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
+        trainer = engine.trainer
+        plan = engine.begin(args[CKPT_PATH_INDEX])
+        sanity_steps, log_hyperparameters = trainer.num_sanity_val_steps, trainer.enable_autolog_hparams
+        if plan.action is StartAction.RESTORE:
+            args[CKPT_PATH_INDEX] = None
+            # Both belong to the beginning of a run, which this is not.
+            trainer.num_sanity_val_steps, trainer.enable_autolog_hparams = 0, False
+        elif plan.action is StartAction.DURABLE:
+            args[CKPT_PATH_INDEX] = plan.ckpt_path
+        try:
+            result = function(*args, **kwargs)
+            engine.finish()
+            return result
+        finally:
+            trainer.num_sanity_val_steps, trainer.enable_autolog_hparams = sanity_steps, log_hyperparameters
+
+    def _judge(self, engine: Engine, error: BaseException) -> None:
+        """Decide what an exception means: a lost peer, a fault to recover from once, or the end of the run.
+
+        Does not return where the process has to go without Lightning hearing of it: what is recovered fires no
+        `on_exception`, marks no run as failed and saves no checkpoint.
+        """
+        if is_stop(error) or not isinstance(error, Exception):
+            engine.report.stopped(error)
+            engine.leave_verdict(f"stopped by {type(error).__name__}")
+            return
+        if is_lost_peer(error):
+            engine.report.peer_lost(error)
+            if engine.identity.own_agent:
+                _wait_for_the_agent()
+            _leave()
+        reason = engine.why_final(error)
+        if reason is not None:
+            engine.report.failed(error, reason)
+            engine.leave_verdict(reason)
+            return
+        engine.report.raised(error)
+        traceback.print_exception(error)
+        _leave()
+
+
+def _wait_for_the_agent() -> None:
+    """Our agent ends this process as soon as it has seen the peer's end; leaving first would blur whose fault it was.
+
+    torchrun's asks survivors to end and gives them half a minute: there a survivor leaves at once, which also frees
+    those ranks that still wait for it.
+    """
+    deadline = time.monotonic() + PEER_LOSS_GRACE_S
+    while time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def launcher_class(flavour: str) -> type:
+    """The launcher as a subclass of one distribution's own."""
+
+    class CkptlessLauncher(launcher_base(flavour)):  # type: ignore[misc]
+        """Hands `fit` to `FitGuard`."""
+
+        def __init__(self, strategy: Any) -> None:
+            self.guard = FitGuard(strategy)
+
+        @property
+        def is_interactive_compatible(self) -> bool:
+            return False
+
+        def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+            return self.guard.launch(function, *args, trainer=trainer, **kwargs)
+
+        def kill(self, signum: Any) -> None:
+            """Workers are their agent's."""
+
+    return CkptlessLauncher

@@ -1,0 +1,250 @@
+"""What a run tells about itself: the ledger, the loggers, the progress bar and one line on stderr per recovery."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning_ckptless import environment
+from lightning_ckptless.ledger import Ledger
+from lightning_ckptless.membership.fault import FaultReport
+from lightning_ckptless.protocol.goodput import GoodputAccount, Phases, phases_from
+from lightning_ckptless.protocol.placement import Placement
+from lightning_ckptless.protocol.start import StartPlan
+from lightning_ckptless.protocol.versions import Complete, Version
+from lightning_ckptless.replica.mirror import Mirror
+from lightning_ckptless.replica.restore import Fetched
+from lightning_ckptless.trainer.host.results import show_on_progress_bar
+from lightning_ckptless.trainer.identity import Identity
+
+PREFIX = "ckptless/"
+
+
+class RunReport:
+    """Gathers the facts of one generation and hands them on.
+
+    Args:
+        trainer: whose loggers and progress bar receive them.
+        ledger: of the run, over all its relaunches.
+        generation: number of the membership.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self, trainer: Any, ledger: Ledger, generation: int, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.trainer = trainer
+        self.ledger = ledger
+        self.generation = generation
+        self.clock = clock
+        self.speaks: bool = trainer.global_rank == 0
+        self.account = GoodputAccount(began_at=clock())
+        self.recoveries = 0
+        self.steps_replayed = 0
+        self.last_phases: Phases | None = None
+        self._fault = _fault_report()
+        self._joined_at = clock()
+        self._resumed_at: float | None = None
+        self._restored: Version | None = None
+        self._fetched: Fetched | None = None
+        self._step_began_at = clock()
+        self._stall_s = 0.0
+        self._values: dict[str, float] = {}
+
+    def _record(self, event: str, **fields: Any) -> None:
+        self.ledger.record(event, generation=self.generation, rank=self.trainer.global_rank, **fields)
+
+    def _say(self, text: str) -> None:
+        print(f"ckptless: {text}", file=sys.stderr, flush=True)
+
+    # ------------------------------------------------------------------ the start of a generation
+
+    def started(self, identity: Identity, plan: StartPlan, placement: Placement, arena: Path) -> None:
+        """The generation has decided what it starts from."""
+        if not self.speaks:
+            return
+        self._record(
+            "run_started",
+            run_id=identity.run_id,
+            world_size=self.trainer.world_size,
+            action=str(plan.action),
+            reason=plan.reason,
+            placement=placement.reason,
+            arena=str(arena),
+        )
+        if self.generation == 1:
+            self._say(f"run {identity.run_id}: {placement.reason}")
+        self._say(plan.reason)
+
+    def fetched(self, found: Complete, fetched: Fetched, step_in_flight: int) -> None:
+        """A version has been read from the arenas."""
+        self._fetched = fetched
+        self._restored = found.snapshot.version
+        self._replayed_now = max(0, step_in_flight - found.snapshot.version.optimizer_step)
+        if self.speaks:
+            self._record("restored", version=str(self._restored), sources=fetched.sources, moved_bytes=fetched.moved_bytes)
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Training is about to go on: take up the accounts of the restored version."""
+        self.account = GoodputAccount.from_dict(saved["account"])
+        self.recoveries, self.steps_replayed = saved["recoveries"], saved["steps_replayed"]
+        if saved["phases"]:
+            self.last_phases = Phases(**saved["phases"])
+        self._resumed_at = self._step_began_at = self.clock()
+
+    def state(self) -> dict[str, Any]:
+        """The accounts, to travel with the version: steps that are rolled back are not counted."""
+        phases = self.last_phases
+        return {
+            "account": self.account.to_dict(),
+            "recoveries": self.recoveries,
+            "steps_replayed": self.steps_replayed,
+            "phases": None if phases is None else {name: getattr(phases, name) for name in PHASE_NAMES},
+        }
+
+    # ------------------------------------------------------------------ steps
+
+    def waited(self, stall_s: float) -> None:
+        """The optimizer step had to wait for a copy."""
+        self._stall_s += stall_s
+
+    def step_done(self) -> None:
+        """A step is over and about to be captured; its time counts as productive."""
+        now = self.clock()
+        self.account.record_step(self._step_began_at, now, stall_s=self._stall_s)
+        if self.speaks and self._values:
+            self._hand_on()
+
+    def taken(self, stall_s: float, cost_s: float, mirror: Mirror) -> None:
+        """The step's version is with the mirror."""
+        self._step_began_at = self.clock()
+        stats, report = mirror.stats, self.account.report(self._step_began_at)
+        self._values = {
+            "goodput": report.goodput,
+            "recoveries": float(self.recoveries),
+            "steps_replayed": float(self.steps_replayed),
+            "mirror_ms": 1e3 * stats.last_round_s,
+            "mirror_stall_ms": 1e3 * (stall_s + self._stall_s),
+            "mirror_submit_ms": 1e3 * cost_s,
+            "mirrored_bytes": float(stats.last_staged_bytes),
+            "recovery_s": 0.0 if self.last_phases is None else self.last_phases.total_s,
+        }
+        for name in PHASE_NAMES:
+            self._values[f"recovery_{name}"] = 0.0 if self.last_phases is None else getattr(self.last_phases, name)
+        self._stall_s = 0.0
+
+    def _hand_on(self) -> None:
+        trainer = self.trainer
+        show_on_progress_bar(
+            trainer, {"goodput": round(self._values["goodput"], 3), "recoveries": self._values["recoveries"]}
+        )
+        stepped = trainer.fit_loop.epoch_loop.global_step
+        if trainer.loggers and trainer.log_every_n_steps and stepped % trainer.log_every_n_steps == 0:
+            values = {f"{PREFIX}{name}": value for name, value in self._values.items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=max(0, stepped - 1))
+                logger.save()
+
+    def committed(self, version: Version) -> bool:
+        """A version is in place on all ranks; returns whether it is the first one of this generation."""
+        if self._restored is None:
+            first, self._restored = True, version
+            return first
+        if self._resumed_at is None or version.optimizer_step <= self._restored.optimizer_step:
+            return False
+        self._recovered(version)
+        return True
+
+    # ------------------------------------------------------------------ recoveries
+
+    def _recovered(self, version: Version) -> None:
+        assert self._restored is not None and self._resumed_at is not None
+        fault, now = self._fault, self.clock()
+        phases = phases_from(
+            fault_at=fault.died_at if fault else None,
+            detected_at=fault.detected_at if fault else None,
+            stopped_at=fault.stopped_at if fault else None,
+            regrouped_at=self._joined_at,
+            restored_at=self._resumed_at,
+            first_step_done_at=now,
+        )
+        restored, self._resumed_at = self._restored, None
+        self.last_phases = phases
+        self.recoveries += 1
+        self.steps_replayed += self._replayed_now
+        self.account.record_recovery(phases)
+        if not self.speaks:
+            return
+        assert self._fetched is not None
+        named = {name: round(getattr(phases, name), 6) for name in PHASE_NAMES}
+        self._record(
+            "recovery",
+            kind=fault.kind if fault else "lost",
+            culprit_rank=fault.rank if fault else None,
+            cause=fault.cause if fault else "the workers were started again",
+            version=str(restored),
+            steps_replayed=self._replayed_now,
+            phases=named,
+            total_s=round(phases.total_s, 6),
+            sources=self._fetched.sources,
+            moved_bytes=self._fetched.moved_bytes,
+            spawned_at=_float(environment.SPAWNED_AT),
+            main_at=_float(environment.MAIN_AT),
+            joined_at=self._joined_at,
+        )
+        self._say(self._recovery_line(fault, restored, phases))
+
+    def _recovery_line(self, fault: FaultReport | None, restored: Version, phases: Phases) -> str:
+        who = f"rank {fault.rank} {fault.cause}" if fault else "the workers were started again"
+        parts = " + ".join(f"{name.removesuffix('_s')} {getattr(phases, name):.2f}" for name in PHASE_NAMES)
+        return (
+            f"recovered ({who}): went on from {restored} on {self.trainer.world_size} ranks, "
+            f"{self._replayed_now} step(s) run again, {phases.total_s:.2f} s = {parts}"
+        )
+
+    # ------------------------------------------------------------------ the end
+
+    def finished(self) -> None:
+        """`fit` has returned."""
+        if self.speaks:
+            report = self.account.report(self.clock())
+            self._record("run_ended", goodput=report.goodput, recoveries=self.recoveries, wall_s=report.wall_s)
+            self._say(f"fit ended: goodput {report.goodput:.1%} of {report.wall_s:.1f} s, {self.recoveries} recoveries")
+
+    def stopped(self, error: BaseException) -> None:
+        """The run was asked to stop."""
+        self._record("stopped", cause=type(error).__name__)
+
+    def peer_lost(self, error: Exception) -> None:
+        """Another rank is gone; this one waits for its agent."""
+        self._record("peer_lost", cause=f"{type(error).__name__}: {error}"[:300])
+
+    def raised(self, error: Exception) -> None:
+        """User code raised for the first time at this step."""
+        self._record("raised", cause=f"{type(error).__name__}: {error}"[:300], final=False)
+        self._say(
+            f"rank {self.trainer.global_rank}: {type(error).__name__} in the program; it is tried once more from the "
+            "last version, and raised if it comes again"
+        )
+
+    def failed(self, error: Exception, reason: str) -> None:
+        """The run ends with an exception."""
+        self._record("raised", cause=f"{type(error).__name__}: {error}"[:300], final=True, reason=reason)
+        self._say(f"rank {self.trainer.global_rank}: not tried again: {reason}")
+
+
+PHASE_NAMES = ("detect_s", "abort_s", "regroup_s", "restore_s", "replay_s", "other_s")
+
+
+def _fault_report() -> FaultReport | None:
+    text = os.environ.get(environment.FAULT_REPORT)
+    return FaultReport.from_json(text) if text else None
+
+
+def _float(name: str) -> float | None:
+    value = os.environ.get(name)
+    return float(value) if value else None

@@ -1,0 +1,171 @@
+"""The strategies that users name: Lightning's own, with the engine beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.membership.communicators import open_world, use_loopback_on_one_node
+from lightning_ckptless.options import (
+    Checksum,
+    CkptlessOptions,
+    FailureDomain,
+    OnLate,
+    OnUnrecoverable,
+    Staging,
+)
+from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.trainer.compatibility import check_trainer
+from lightning_ckptless.trainer.engine import Engine
+from lightning_ckptless.trainer.host.flavour import FLAVOURS, module
+from lightning_ckptless.trainer.launcher import launcher_class
+from lightning_ckptless.trainer.loader import make_resumable
+
+
+@lru_cache(maxsize=len(FLAVOURS))
+def strategy_class(flavour: str) -> type[Any]:
+    """`CkptlessStrategy` for one distribution of Lightning.
+
+    Args:
+        flavour: `lightning.pytorch` or `pytorch_lightning`.
+    """
+    base: Any = module(flavour, "strategies").DDPStrategy
+    launcher = launcher_class(flavour)
+
+    class CkptlessStrategy(base):  # type: ignore[misc]
+        """Data parallelism that survives the loss of any rank.
+
+        After every optimizer step the state of training is mirrored, in shards, into host memory of peers in other
+        failure domains. When a worker dies all are started again by torch elastic, the state is put together from
+        what the arenas hold, and training goes on behind the last step, bit for bit.
+
+        Args:
+            mirror_every_n_steps: optimizer steps between two mirrored versions.
+            copies: replicas of each shard beyond the writer's own copy.
+            failure_domain: what is lost together: `node`, or `rank` to keep replicas among the ranks of one node.
+            arena_dir: folder for the arenas; `/dev/shm` where nothing is given and it is there.
+            max_recoveries: recoveries after which the run gives up.
+            on_unrecoverable: with no complete version left, `durable` goes on from the newest checkpoint file, `raise`
+                stops.
+            checksum: digest that guards every replica: `xxh3`, `crc32` or `none`.
+            on_late: when a mirror is still under way at the next one: `wait` for it or `skip` a version.
+            staging: `overlap` copies the state while the next forward and backward run, `blocking` before they start.
+            arena_keep_s: seconds for which the arena of a dead run is kept for a restart under the same run id.
+            **ddp_options: everything that Lightning's `DDPStrategy` takes.
+
+        Raises:
+            OptionsError: a value is out of range.
+        """
+
+        strategy_name = "ckptless"
+
+        def __init__(
+            self,
+            mirror_every_n_steps: int = 1,
+            copies: int = 1,
+            failure_domain: FailureDomain = "node",
+            arena_dir: str | Path | None = None,
+            max_recoveries: int = 100,
+            on_unrecoverable: OnUnrecoverable = "durable",
+            checksum: Checksum = "xxh3",
+            on_late: OnLate = "wait",
+            staging: Staging = "overlap",
+            arena_keep_s: float = 3600.0,
+            **ddp_options: Any,
+        ) -> None:
+            super().__init__(**ddp_options)
+            self.options = CkptlessOptions(
+                mirror_every_n_steps=mirror_every_n_steps,
+                copies=copies,
+                failure_domain=failure_domain,
+                arena_dir=Path(arena_dir) if arena_dir is not None else None,
+                max_recoveries=max_recoveries,
+                on_unrecoverable=on_unrecoverable,
+                checksum=checksum,
+                on_late=on_late,
+                staging=staging,
+                arena_keep_s=arena_keep_s,
+            )
+            self.engine: Engine | None = None
+            self.generation = 0
+            self.probes: list[Callable[[str, Version], None]] = []
+
+        # -------------------------------------------------------------- processes
+
+        def _configure_launcher(self) -> None:
+            self._launcher = launcher(self)
+
+        def check_world(self) -> None:
+            """Compare what the trainer was told with how many workers the agent started.
+
+            Raises:
+                OptionsError: the numbers differ.
+            """
+            asked, found = self.num_nodes * self.num_processes, self.cluster_environment.world_size()
+            if asked != found:
+                raise OptionsError(
+                    f"Trainer(num_nodes={self.num_nodes}, devices={self.num_processes}) asks for {asked} ranks, the "
+                    f"agent started {found}: start with --nproc-per-node {self.num_processes} --nnodes {self.num_nodes}"
+                )
+
+        def setup_distributed(self) -> None:
+            """Join the current generation, then let Lightning do the rest of its set-up."""
+            if not self.generation:
+                self.set_world_ranks()
+                use_loopback_on_one_node(self.num_processes, self.world_size)
+                self.generation = open_world(
+                    rank=self.global_rank,
+                    world_size=self.world_size,
+                    backend=self._get_process_group_backend(),
+                    timeout=self._timeout,
+                    device=self.root_device if self.root_device.type != "cpu" else None,
+                ).number
+            super().setup_distributed()
+
+        # -------------------------------------------------------------- training
+
+        def setup(self, trainer: Any) -> None:
+            """Set up model and optimizers as Lightning does, then take over the commit points."""
+            super().setup(trainer)
+            if self.engine is not None and trainer.state.fn == "fit":
+                check_trainer(trainer)
+                self.engine.attach()
+
+        def process_dataloader(self, dataloader: object) -> object:
+            """Let a training dataloader know its exact position."""
+            dataloader = super().process_dataloader(dataloader)
+            if self.engine is not None and self.lightning_module.trainer.training:
+                return make_resumable(dataloader)
+            return dataloader
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            """Note which step is begun."""
+            if self.engine is not None:
+                self.engine.at_batch_start()
+            super().on_train_batch_start(batch, batch_idx)
+
+        def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+            """Step as Lightning does, but not before the last version is copied."""
+            engine = self.engine
+            if engine is None:
+                return super().optimizer_step(optimizer, closure, model, **kwargs)
+
+            def closure_then_wait() -> Any:
+                result = closure()
+                engine.before_optimizer_step()
+                return result
+
+            return super().optimizer_step(optimizer, closure_then_wait, model, **kwargs)
+
+        def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+            """Write a checkpoint file, and note it: a fault may roll the run back behind it."""
+            if self.engine is not None and self.is_global_zero:
+                self.engine.saving_checkpoint(str(filepath))
+            super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    CkptlessStrategy.__module__ = "lightning_ckptless"
+    CkptlessStrategy.__qualname__ = "CkptlessStrategy"
+    return CkptlessStrategy

@@ -1,0 +1,233 @@
+"""A small training run with one option per axis of what must be exact."""
+
+from __future__ import annotations
+
+import importlib
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torchmetrics
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+
+
+@dataclass(frozen=True)
+class Options:
+    """One field per axis of what must be exact."""
+
+    flavour: str = "lightning.pytorch"
+    devices: int = 2
+    num_nodes: int = 1
+    epochs: int = 2
+    samples: int = 48
+    data: str = "map"  # map, sampler, iterable, sized_iterable, stateful, combined, plain
+    workers: int = 0
+    persistent: bool = False
+    optimization: str = "adamw"  # adamw, manual, two
+    scheduler: str = "step"  # step, epoch, plateau, none
+    accumulate: int = 1
+    clip: float | None = None
+    precision: str = "32-true"
+    ema: bool = False
+    val_interval: float = 1.0
+    limit_train: float = 1.0
+    logger: str = "csv"  # csv, tensorboard, both, none
+    checkpoint_every: int = 0
+    early_stopping: bool = False
+    max_steps: int = -1
+    root: str = "."
+    seed: int = 7
+    strategy_options: str = "{}"  # a python dictionary of strategy options
+    raise_at: int = 0  # raise a ValueError at this step, every time
+
+
+class Numbers(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Samples that show which they are, with random augmentation from every generator."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = 0.1 * torch.rand(6) + 0.01 * random.random() + 0.01 * np.random.rand()
+        return torch.full((6,), index / self.samples) + noise, torch.tensor(index % 3)
+
+
+class Stream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
+    """The same samples as a stream; each rank and worker reads its share."""
+
+    def __init__(self, samples: int, rank: int, ranks: int) -> None:
+        self.numbers, self.rank, self.ranks = Numbers(samples), rank, ranks
+
+    def __iter__(self) -> Any:
+        worker = torch.utils.data.get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        mine = range(self.rank, len(self.numbers), self.ranks)
+        return (self.numbers[i] for i in list(mine)[first::stride])
+
+
+class SizedStream(Stream):
+    def __len__(self) -> int:
+        return len(self.numbers) // self.ranks
+
+
+def model_class(flavour: Any, options: Options) -> Any:
+    """The model, as a class of one distribution of Lightning."""
+
+    class Model(flavour.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2))
+            self.head = nn.Linear(16, 3)
+            self.accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=3)
+            self.mean = torchmetrics.MeanMetric()
+            self.automatic_optimization = options.optimization != "manual" and options.optimization != "two"
+            self.seen_batches = 0
+            self.outputs: list[torch.Tensor] = []
+            self.generator = np.random.default_rng(3)
+
+        def loss(self, batch: Any) -> torch.Tensor:
+            x, y = batch[0] if options.data == "combined" else batch
+            logits = self.head(self.body(x))
+            self.accuracy.update(logits, y)
+            return nn.functional.cross_entropy(logits, y)
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor | None:
+            if options.raise_at and self.global_step + 1 == options.raise_at and self.global_rank == 0:
+                raise ValueError(f"the program's own error at step {options.raise_at}")
+            loss = self.loss(batch) + 0.001 * float(self.generator.random())
+            self.seen_batches += 1
+            self.outputs.append(loss.detach())
+            self.mean.update(loss.detach())
+            self.log("loss", loss, on_step=True, on_epoch=True, prog_bar=True)
+            self.log("largest", loss, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
+            self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
+            if self.automatic_optimization:
+                return loss
+            for optimizer in self.optimizers() if options.optimization == "two" else [self.optimizers()]:
+                optimizer.zero_grad()
+                self.manual_backward(self.loss(batch))
+                optimizer.step()
+            if options.scheduler == "step":
+                schedulers = self.lr_schedulers()
+                for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+                    scheduler.step()
+            return None
+
+        def on_train_epoch_end(self) -> None:
+            self.log("seen", float(self.seen_batches))
+            self.log("outputs", torch.stack(self.outputs).sum())
+            self.log("mean", self.mean.compute())
+            self.mean.reset()
+            self.outputs.clear()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            x, y = batch
+            self.log("val_loss", nn.functional.cross_entropy(self.head(self.body(x)), y), sync_dist=True)
+
+        def configure_optimizers(self) -> Any:
+            if options.optimization == "two":
+                optimizers = [
+                    torch.optim.AdamW(self.body.parameters(), 1e-2),
+                    torch.optim.SGD(self.head.parameters(), 1e-2, momentum=0.9),
+                ]
+                return optimizers, [torch.optim.lr_scheduler.StepLR(o, 3, 0.9) for o in optimizers]
+            optimizer = torch.optim.AdamW(self.parameters(), 1e-2)
+            if options.scheduler == "plateau":
+                scheduler: Any = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+                return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "loss_epoch"}}
+            if options.scheduler == "none":
+                return optimizer
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.9)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": options.scheduler}}
+
+    return Model
+
+
+def data_class(flavour: Any, options: Options) -> Any:
+    """The data, as a class of one distribution of Lightning."""
+
+    class Data(flavour.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            trainer = self.trainer
+            assert trainer is not None
+            common: dict[str, Any] = {
+                "batch_size": 4, "num_workers": options.workers, "persistent_workers": options.persistent,
+            }  # fmt: skip
+            numbers = Numbers(options.samples)
+            if options.data == "sampler":
+                sampler: Any = DistributedSampler(
+                    numbers, trainer.world_size, trainer.global_rank, shuffle=True, seed=5
+                )
+                return DataLoader(numbers, sampler=sampler, **common)
+            if options.data in ("iterable", "sized_iterable"):
+                kind = Stream if options.data == "iterable" else SizedStream
+                return DataLoader(kind(options.samples, trainer.global_rank, trainer.world_size), **common)
+            if options.data == "stateful":
+                from torchdata.stateful_dataloader import StatefulDataLoader
+
+                return StatefulDataLoader(numbers, shuffle=True, **common)
+            if options.data == "combined":
+                from_short = DataLoader(Numbers(12), batch_size=2, shuffle=True)
+                return [DataLoader(numbers, shuffle=True, **common), from_short]
+            return DataLoader(numbers, shuffle=True, **common)
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(Numbers(16), batch_size=4)
+
+    return Data
+
+
+def make_trainer(flavour: Any, options: Options, strategy: Any, extra_callbacks: tuple[Any, ...] = ()) -> Any:
+    """A trainer with the loggers, callbacks and limits that the options name."""
+    loggers = {
+        "csv": lambda: [flavour.loggers.CSVLogger(options.root)],
+        "tensorboard": lambda: [flavour.loggers.TensorBoardLogger(options.root)],
+        "both": lambda: [
+            flavour.loggers.CSVLogger(options.root),
+            flavour.loggers.TensorBoardLogger(options.root, name="tb"),
+        ],
+        "none": lambda: False,
+    }[options.logger]()
+    callbacks: list[Any] = [*extra_callbacks]
+    if options.ema:
+        callbacks.append(flavour.callbacks.EMAWeightAveraging(decay=0.9))
+    if options.early_stopping:
+        callbacks.append(flavour.callbacks.EarlyStopping("val_loss", patience=50))
+    if options.checkpoint_every:
+        callbacks.append(flavour.callbacks.ModelCheckpoint(every_n_train_steps=options.checkpoint_every, save_top_k=-1))
+    val_interval = int(options.val_interval) if options.val_interval > 1 else options.val_interval
+    limit = int(options.limit_train) if options.limit_train > 1 else options.limit_train
+    return flavour.Trainer(
+        accelerator="cpu",
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=strategy,
+        max_epochs=options.epochs,
+        max_steps=options.max_steps,
+        precision=options.precision,
+        accumulate_grad_batches=options.accumulate,
+        gradient_clip_val=options.clip,
+        val_check_interval=val_interval,
+        limit_train_batches=limit,
+        log_every_n_steps=1,
+        logger=loggers,
+        callbacks=callbacks,
+        default_root_dir=options.root,
+        enable_checkpointing=bool(options.checkpoint_every),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def make_run(options: Options, strategy: Any, extra_callbacks: tuple[Any, ...] = ()) -> tuple[Any, Any, Any]:
+    """Seed everything, then make trainer, model and data."""
+    flavour = importlib.import_module(options.flavour)
+    flavour.seed_everything(options.seed, workers=True, verbose=False)
+    trainer = make_trainer(flavour, options, strategy, extra_callbacks)
+    return trainer, model_class(flavour, options)(), data_class(flavour, options)()

@@ -1,0 +1,34 @@
+"""The lab's run as a script, as a user would write one."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import importlib
+
+from parts import Options, make_run
+
+
+def parse() -> Options:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for field in dataclasses.fields(Options):
+        flag = "--" + field.name.replace("_", "-")
+        if field.type == "bool":
+            parser.add_argument(flag, action="store_true")
+        else:
+            kind = {"int": int, "float": float, "float | None": float}.get(str(field.type), str)
+            parser.add_argument(flag, type=kind, default=field.default)
+    return Options(**vars(parser.parse_args()))
+
+
+def main() -> None:
+    options = parse()
+    importlib.import_module(options.flavour)
+    strategy = importlib.import_module("lightning_ckptless").CkptlessStrategy
+    trainer, model, data = make_run(options, strategy(**ast.literal_eval(options.strategy_options)))
+    trainer.fit(model, datamodule=data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""A run that stops at a version and goes on in a fresh trainer, in one process: exactness without faults."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.trainer.data import move_data_to
+from lightning_ckptless.trainer.drive import run_restored
+from lightning_ckptless.trainer.host.loggers import cut_logs, set_versions, watch_logs
+from lightning_ckptless.trainer.host.loops import FitLoops
+from lightning_ckptless.trainer.loader import make_resumable
+from lightning_ckptless.trainer.plain import pack, unpack
+from lightning_ckptless.trainer.rng import apply_rng
+from lightning_ckptless.trainer.snapshot import SmallState
+from lightning_ckptless.trainer.state import StateIndex, make_room_for_optimizer_state
+from lightning_ckptless.trainer.step import StepBoundaries
+from tests.lab.parts import Options, make_run
+
+
+class Stop(Exception):
+    """The moment at which the run is interrupted."""
+
+
+class Track(pl.Callback):
+    """Writes down what happened, bit for bit."""
+
+    def __init__(self) -> None:
+        self.rows: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        weights = torch.cat([p.detach().reshape(-1).double() for p in module.parameters()]).sum().item().hex()
+        data = [t.double().sum().item().hex() for t in _tensors(batch)]
+        rng = (torch.rand(1).item().hex(), random.random().hex(), float(np.random.rand()).hex())
+        lrs = [g["lr"] for o in trainer.optimizers for g in o.param_groups]
+        self.rows.append(("batch", trainer.global_step, trainer.current_epoch, batch_idx, weights, data, rng, lrs))
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        self.rows.append(("epoch", trainer.current_epoch, _values(trainer.callback_metrics)))
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.rows.append(("validation", trainer.global_step, _values(trainer.callback_metrics)))
+
+
+def _tensors(batch: Any) -> list[torch.Tensor]:
+    return [t for item in batch for t in _tensors(item)] if isinstance(batch, list | tuple) else [batch]
+
+
+def _values(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    return sorted((name, float(value).hex()) for name, value in metrics.items())
+
+
+class OneProcess(SingleDeviceStrategy):
+    """Commit points and restoring without replicas: the version is kept in this process."""
+
+    strategy_name = "one_process"
+
+    def __init__(self, stop_at: Version | None = None, saved: dict[str, Any] | None = None) -> None:
+        super().__init__(device="cpu")
+        self.stop_at, self.saved, self.versions = stop_at, saved, list[Version]()
+        self.taken: dict[str, Any] = {}
+
+    def process_dataloader(self, dataloader: object) -> object:
+        return make_resumable(dataloader) if self.lightning_module.trainer.training else dataloader
+
+    def setup(self, trainer: Any) -> None:
+        super().setup(trainer)
+        watch_logs(trainer.loggers)
+        self.trainer, self.loops = trainer, FitLoops(trainer)
+        since = self.saved["version"] if self.saved else None
+        StepBoundaries(self.loops, self.commit, every_n_steps=1, since=since)
+        self.small: SmallState | None = None
+        if self.saved:
+            tail_done = self.saved["version"].tail_done
+            self.loops.fit.run = lambda: run_restored(
+                self.loops, tail_done=tail_done, restore=self.restore, settle=self.settle
+            )
+
+    def commit(self, version: Version) -> None:
+        self.versions.append(version)
+        self.small = self.small or SmallState(self.trainer)
+        if version == self.stop_at:
+            tensors = {name: t.detach().clone() for name, t in StateIndex(self.trainer).read().items()}
+            small = pack(self.small.capture())
+            versions = [getattr(logger, "_version", None) for logger in self.trainer.loggers]
+            self.taken = {"version": version, "small": small, "tensors": tensors, "loggers": versions}
+            raise Stop
+
+    def restore(self) -> None:
+        assert self.saved
+        tensors = self.saved["tensors"]
+        optimizer = {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items() if n.startswith("optimizer/")}
+        make_room_for_optimizer_state(self.trainer, optimizer)
+        live = StateIndex(self.trainer).read()
+        assert list(live) == list(tensors)
+        with torch.no_grad():
+            for name, tensor in live.items():
+                tensor.copy_(tensors[name])
+        self.small = SmallState(self.trainer)
+        self.small.apply(unpack(self.saved["small"]))
+
+    def settle(self) -> None:
+        assert self.saved and self.small
+        small = unpack(self.saved["small"])
+        self.small.apply(small)
+        self.loops.set_sampler_epochs()
+        move_data_to(self.loops, small["data"])
+        apply_rng(small["rng"])
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What is compared: every batch, epoch and validation, the final weights, the rows in the log file."""
+
+    rows: list[Any]
+    weights: dict[str, torch.Tensor]
+    log_rows: list[str]
+    versions: list[Version]
+
+
+def run(options: Options, root: Path, stop_at: Version | None = None, saved: dict[str, Any] | None = None) -> Any:
+    """Run once; returns the outcome and, where the run was stopped, what was taken at the version."""
+    strategy, track = OneProcess(stop_at, saved), Track()
+    options = dataclasses.replace(options, devices=1, root=str(root))
+    trainer, model, data = make_run(options, strategy, (track,))
+    if saved:
+        for logger, version in zip(trainer.loggers, saved["loggers"], strict=True):
+            set_versions([logger], [{"kind": type(logger).__name__, "version": version}])
+        cut_logs(trainer, unpack(saved["small"])["logs"])
+        trainer.num_sanity_val_steps = 0
+    try:
+        trainer.fit(model, datamodule=data)
+    except Stop:
+        pass
+    finally:
+        _close_workers(trainer)
+    weights = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    return Outcome(track.rows, weights, _log_rows(root), strategy.versions), strategy.taken
+
+
+def _close_workers(trainer: Any) -> None:
+    loader: Any = trainer.fit_loop._combined_loader
+    if loader is not None:
+        loader.reset()
+
+
+def _log_rows(root: Path) -> list[str]:
+    return [line for path in sorted(root.rglob("metrics.csv")) for line in path.read_text().splitlines()]
+
+
+def interrupted(options: Options, root: Path, at: Version, fresh: Callable[[], None] | None = None) -> Outcome:
+    """Stop at a version, start again in a fresh trainer from it, and join the two halves."""
+    first, taken = run(options, root, stop_at=at)
+    assert taken, f"the run never came to {at}: {first.versions}"
+    # A new process has other generators than the one that stopped.
+    torch.manual_seed(99)
+    random.seed(99)
+    np.random.seed(99)
+    second, _ = run(options, root, saved=taken)
+    # What the callback wrote before the stop came back with the state: its list is plain data.
+    return Outcome(second.rows, second.weights, second.log_rows, first.versions + second.versions)
