@@ -98,3 +98,35 @@ class RotatedWorkersIterator(_MultiProcessingDataLoaderIter):
 def parameter_dicts(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """A module's own parameters and buffers, as the live dictionaries that assignments go into."""
     return module._parameters, module._buffers  # type: ignore[return-value]
+
+
+def start_tails(workers: Any) -> None:
+    """Start the threads that show what an elastic context's workers write to their log files."""
+    for tail in workers._tail_logs:
+        tail.start()
+
+
+def forget_worker_store(handler: Any) -> None:
+    """Have an elastic rendezvous make a new store for the workers of its next round.
+
+    It would hand the same store to every round: the keys of the dead are still in it, and an agent that comes later
+    waits for an address that is not published again.
+    """
+    handler._bootstrap_store_info = None
+    handler._shared_tcp_store_server = None
+
+
+def remaining_restarts(agent: Any) -> int:
+    """How often an elastic agent may still relaunch its workers."""
+    return int(agent._remaining_restarts)
+
+
+def forbid_restarts(agent: Any) -> None:
+    """Have an elastic agent give up at the next failure."""
+    agent._remaining_restarts = 0
+
+
+def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor], *, non_blocking: bool = False) -> None:
+    """Copy each source into its target, in one call that gives up the interpreter lock once, not once per tensor."""
+    if targets:
+        torch._foreach_copy_(targets, sources, non_blocking=non_blocking)

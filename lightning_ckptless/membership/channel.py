@@ -1,0 +1,65 @@
+"""Messages between an agent and its preloaded parent: JSON with open files, over a local socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+_LENGTH = struct.Struct("!I")
+_MAX_FILES = 8
+
+Message = dict[str, Any]
+
+
+def send(sock: socket.socket, message: Message, files: Sequence[int] = ()) -> None:
+    """Send one message, with copies of open files.
+
+    Args:
+        sock: a blocking AF_UNIX stream socket.
+        message: anything JSON can hold.
+        files: at most 8 file descriptors; the receiver gets its own duplicates.
+
+    Raises:
+        OSError: the other end is gone.
+    """
+    body = json.dumps(message).encode()
+    socket.send_fds(sock, [_LENGTH.pack(len(body))], files)
+    sock.sendall(body)
+
+
+def receive(sock: socket.socket) -> tuple[Message, list[int]] | None:
+    """Wait for the next message; None when the other end has closed.
+
+    Returns:
+        The message and the file descriptors that came with it, not inheritable, owned by the caller.
+    """
+    head, files, _, _ = socket.recv_fds(sock, _LENGTH.size, _MAX_FILES, socket.MSG_CMSG_CLOEXEC)
+    body = None
+    if head:
+        rest = _exactly(sock, _LENGTH.size - len(head))
+        body = None if rest is None else _exactly(sock, _LENGTH.unpack(head + rest)[0])
+    if body is None:
+        close_all(files)
+        return None
+    message: Message = json.loads(body)
+    return message, files
+
+
+def close_all(files: Sequence[int]) -> None:
+    """Close every file descriptor of a list."""
+    for file in files:
+        os.close(file)
+
+
+def _exactly(sock: socket.socket, count: int) -> bytes | None:
+    parts = bytearray()
+    while len(parts) < count:
+        part = sock.recv(count - len(parts))
+        if not part:
+            return None
+        parts += part
+    return bytes(parts)

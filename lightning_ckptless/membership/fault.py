@@ -1,0 +1,81 @@
+"""Why a generation ended: what the agent tells the workers of the next one."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class FaultReport:
+    """What one agent saw of a fault.
+
+    Args:
+        rank: global rank of the worker that failed first; None when none of this agent's workers failed and
+            they were relaunched because the membership changed.
+        pid: its process id.
+        exit_code: its exit code; None when a signal ended it.
+        signal_name: the signal that ended it, e.g. `SIGKILL`.
+        died_at: wall clock of its death, seconds since the epoch.
+        detected_at: wall clock at which the agent noticed.
+        stopped_at: wall clock at which the last of the agent's workers was gone.
+        restart: how many relaunches the run has had, the one that follows included.
+        world_size: number of ranks in the generation that ended.
+    """
+
+    rank: int | None
+    pid: int | None
+    exit_code: int | None
+    signal_name: str | None
+    died_at: float
+    detected_at: float
+    stopped_at: float
+    restart: int
+    world_size: int
+
+    @property
+    def kind(self) -> str:
+        """`killed` by a signal, `exited` by itself, or `lost` together with its node."""
+        if self.signal_name is not None:
+            return "killed"
+        return "lost" if self.rank is None else "exited"
+
+    @property
+    def cause(self) -> str:
+        """What happened to the culprit, or to the run when there is none."""
+        if self.rank is None:
+            return "the members of the run changed"
+        return f"died by {self.signal_name}" if self.signal_name else f"exited with code {self.exit_code}"
+
+    def __str__(self) -> str:
+        return self.cause if self.rank is None else f"rank {self.rank} (pid {self.pid}) {self.cause}"
+
+    def fields(self) -> dict[str, Any]:
+        """The report as a flat dictionary of plain values."""
+        return {**asdict(self), "kind": self.kind}
+
+    def to_json(self) -> str:
+        """The report as one line of JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> FaultReport:
+        """The report that `to_json` wrote."""
+        return cls(**json.loads(text))
+
+
+def split_exit(exit_code: int) -> tuple[int | None, str | None]:
+    """Exit code as `subprocess` has it -> (code, None) for a process that exited, (None, signal name) for a killed."""
+    if exit_code >= 0:
+        return exit_code, None
+    try:
+        return None, signal.Signals(-exit_code).name
+    except ValueError:
+        return None, f"signal {-exit_code}"
+
+
+def shell_code(exit_code: int) -> int:
+    """Exit code as `subprocess` has it -> as a shell shows it: 128 + number for a signal."""
+    return exit_code if exit_code >= 0 else 128 - exit_code

@@ -1,0 +1,150 @@
+"""A fresh number, and a fresh part of the store, for every membership.
+
+A store may outlive the processes that use it: torchrun shares one over all its restarts. Whatever a dead process has
+written there, its number included, must not be taken for the word of a living one. So a number counts only for those
+who recognise themselves in it:
+
+    rank 0                                   every other rank
+    open     a number never used before      read     the number that rank 0 published last
+    publish  the number                      hello    own random nonce, under the number
+    collect  all nonces under the number     accept   the number whose `go` holds the own nonce
+    go       the list of nonces              else     read again; hello again under every new number
+
+A `go` that holds a process's nonce was written after that process had started, by a rank 0 that was alive then. A
+rank 0 that finds another number published than its own opens a new one, so a number published late by a dying process
+delays the living and nothing more.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from dataclasses import dataclass
+
+from torch.distributed import DistError
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from lightning_ckptless.errors import TransportError
+
+_COUNTER = "ckptless/generations"
+_CURRENT = "ckptless/current"
+_FIRST_PAUSE_S = 0.001
+_LONGEST_PAUSE_S = 0.01
+_QUESTIONS_PER_S = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One membership of a run.
+
+    Args:
+        number: grows with every membership that uses the same store.
+        store: a part of the store that no other membership uses.
+    """
+
+    number: int
+    store: Store
+
+
+def join_generation(store: Store, rank: int, world_size: int, timeout_s: float) -> Generation:
+    """Agree with all ranks of this membership on a generation.
+
+    Every rank calls it once; they may come in any order.
+
+    Args:
+        store: connected to all ranks; may hold anything from memberships that are dead.
+        rank: 0 to `world_size - 1`.
+        world_size: number of ranks.
+        timeout_s: time for all ranks to come.
+
+    Raises:
+        TransportError: not all ranks came in time, or the store is gone; the message names the missing ranks.
+    """
+    assert 0 <= rank < world_size
+    meeting = _Meeting(store, rank, world_size, time.monotonic() + timeout_s, timeout_s)
+    try:
+        number = meeting.lead() if rank == 0 else meeting.follow()
+    except DistError as error:
+        raise TransportError(f"rank {rank}: the store in which {world_size} ranks meet is gone: {error}") from error
+    return Generation(number, PrefixStore(f"ckptless/{number}", store))
+
+
+def skip_generations(store: Store, count: int) -> None:
+    """Begin the numbers of a new store after `count` generations that were numbered elsewhere."""
+    store.add(_COUNTER, count)
+
+
+@dataclass(slots=True)
+class _Meeting:
+    store: Store
+    rank: int
+    world_size: int
+    deadline: float
+    timeout_s: float
+    _pauses: int = 0
+
+    def lead(self) -> int:
+        """Rank 0: open numbers until one is accepted by all."""
+        while True:
+            number = self.store.add(_COUNTER, 1)
+            self.store.set(_CURRENT, str(number))
+            self._say_hello(number)
+            hellos = [_hello_key(number, rank) for rank in range(self.world_size)]
+            while self._published() == number:
+                if self.store.check(hellos):
+                    nonces = [self.store.get(key).decode() for key in hellos]
+                    self.store.set(_go_key(number), json.dumps(nonces))
+                    return number
+                self._pause(number)
+
+    def follow(self) -> int:
+        """Another rank: say hello under each number that is published until one knows it."""
+        nonces: dict[int, str] = {}
+        while True:
+            number = self._published()
+            if number is not None and number not in nonces:
+                nonces[number] = self._say_hello(number)
+                self._pauses = 0
+            for said, nonce in nonces.items():
+                if self.store.check([_go_key(said)]) and nonce in json.loads(self.store.get(_go_key(said))):
+                    return said
+            self._pause(number)
+
+    def _say_hello(self, number: int) -> str:
+        nonce = uuid.uuid4().hex
+        self.store.set(_hello_key(number, self.rank), nonce)
+        return nonce
+
+    def _published(self) -> int | None:
+        return int(self.store.get(_CURRENT)) if self.store.check([_CURRENT]) else None
+
+    def _pause(self, number: int | None) -> None:
+        """Wait a little before the store is asked again: longer each time, and longer the more ranks ask."""
+        if time.monotonic() > self.deadline:
+            raise self._late(number)
+        longest_s = max(_LONGEST_PAUSE_S, self.world_size / _QUESTIONS_PER_S)
+        time.sleep(min(_FIRST_PAUSE_S * 2 ** min(self._pauses, 10), longest_s))
+        self._pauses += 1
+
+    def _late(self, number: int | None) -> TransportError:
+        missing = [0] if number is None else self._missing(number)
+        names = ", ".join(str(rank) for rank in missing)
+        return TransportError(
+            f"rank {self.rank} waited {self.timeout_s:g} s for all {self.world_size} ranks to meet; "
+            f"rank{'s' if len(missing) > 1 else ''} {names} did not come. Look for errors of theirs above, or for a "
+            "node that cannot reach the others"
+        )
+
+    def _missing(self, number: int) -> list[int]:
+        absent = [rank for rank in range(self.world_size) if not self.store.check([_hello_key(number, rank)])]
+        # All were heard, so the one that answers is gone: what was heard came from a membership that is dead.
+        return absent or [0]
+
+
+def _hello_key(number: int, rank: int) -> str:
+    return f"ckptless/{number}/hello/{rank}"
+
+
+def _go_key(number: int) -> str:
+    return f"ckptless/{number}/go"

@@ -1,0 +1,129 @@
+"""A launch configuration as torch elastic has it: rendezvous, log folders, agent."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsSpecs, SignalException, Std
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from lightning_ckptless import environment
+from lightning_ckptless.errors import LaunchError
+from lightning_ckptless.membership.agent import CkptlessAgent, Node
+from lightning_ckptless.membership.launch import LaunchConfig, Outcome
+from lightning_ckptless.membership.parent import PreloadedParent
+
+# A replacement machine may take long to boot. A lost node shall be known after 6 s, and a busy one not taken for lost.
+_RENDEZVOUS_DEFAULTS = {
+    "join_timeout": 1800,
+    "last_call_timeout": 3,
+    "keep_alive_interval": 2,
+    "keep_alive_max_attempt": 3,
+}
+_MONITOR_INTERVAL_S = 0.001
+
+
+def run_node(config: LaunchConfig, parent: PreloadedParent, record: Callable[..., None]) -> Outcome:
+    """Run this node's workers to their end; see `launch.run`."""
+    with _rendezvous(config) as handler, _logs(config) as logs:
+        spec = WorkerSpec(
+            role="default",
+            local_world_size=config.nproc,
+            entrypoint=config.program.target,
+            rdzv_handler=handler,
+            max_restarts=config.max_restarts,
+            monitor_interval=_MONITOR_INTERVAL_S,
+            local_addr=config.local_addr,
+        )
+        agent = CkptlessAgent(spec, _node(config), parent, logs, record)
+        try:
+            agent.run()
+        except RendezvousClosedError as error:
+            if not agent.faults:
+                raise LaunchError(f"run {config.run_id!r} has been ended by another node") from error
+        except RendezvousError as error:
+            raise LaunchError(_no_meeting(config, error)) from error
+        finally:
+            agent.close()
+        return Outcome(agent.exit_code, agent.relaunches, tuple(agent.faults))
+
+
+def _node(config: LaunchConfig) -> Node:
+    host = re.sub(r"[^A-Za-z0-9.]+", "-", socket.gethostname())
+    return Node(
+        name=config.node_name or f"{host}-{os.getpid()}",
+        program=config.program,
+        env=_base_env(config),
+        cwd=config.working_dir,
+        fresh=config.fresh or config.program.kind == "executable",
+        stop_grace_s=config.stop_grace_s,
+        log_line_prefix=config.log_line_prefix,
+    )
+
+
+def _base_env(config: LaunchConfig) -> dict[str, str]:
+    env = {**os.environ, **config.env}
+    if config.nproc > 1:
+        # As torchrun does: otherwise each worker would start as many threads as there are cores.
+        env.setdefault("OMP_NUM_THREADS", "1")
+    if config.run_root is not None:
+        env[environment.RUN_ROOT] = str(config.run_root.absolute())
+    for name in (environment.FAULT_REPORT, environment.MAIN_AT):
+        env.pop(name, None)
+    return env
+
+
+@contextmanager
+def _rendezvous(config: LaunchConfig) -> Iterator[RendezvousHandler]:
+
+    least, most = config.node_range
+    alone = most == 1 and not config.rdzv_endpoint
+    settings: dict[str, Any] = {**_RENDEZVOUS_DEFAULTS, **({"is_host": True} if alone else {}), **config.rdzv_conf}
+    parameters = RendezvousParameters(
+        backend="c10d",
+        endpoint="127.0.0.1:0" if alone else config.rdzv_endpoint,
+        run_id=config.run_id or uuid.uuid4().hex[:12],
+        min_nodes=least,
+        max_nodes=most,
+        local_addr=config.local_addr or ("127.0.0.1" if alone else None),
+        **settings,
+    )
+    try:
+        handler = get_rendezvous_handler(parameters)
+    except RendezvousError as error:
+        raise LaunchError(_no_meeting(config, error)) from error
+    try:
+        yield handler
+    except (SignalException, KeyboardInterrupt):
+        # This node was asked to end. The rendezvous stays open: the others may go on, with another in its place.
+        raise
+    except BaseException:
+        handler.shutdown()
+        raise
+    else:
+        handler.shutdown()
+
+
+@contextmanager
+def _logs(config: LaunchConfig) -> Iterator[LogsSpecs]:
+    """Where output goes. torch elastic wants a folder even where there are no log files."""
+    streams = {"redirects": Std.from_str(config.redirects), "tee": Std.from_str(config.tee)}
+    shown = set(config.local_ranks_filter) or None
+    with tempfile.TemporaryDirectory(prefix="ckptless-logs-") as folder:
+        yield DefaultLogsSpecs(str(config.log_dir or folder), local_ranks_filter=shown, **streams)
+
+
+def _no_meeting(config: LaunchConfig, error: Exception) -> str:
+    where = config.rdzv_endpoint or "this machine"
+    return f"run {config.run_id!r}: {config.nnodes} node(s) did not meet at {where}: {type(error).__name__}: {error}"
+

@@ -1,0 +1,254 @@
+"""The agent's handle of its preloaded parent."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import lightning_ckptless
+from lightning_ckptless.errors import LaunchError
+from lightning_ckptless.membership import channel
+from lightning_ckptless.membership.worker import Job
+
+_PACKAGE_FOLDER = Path(lightning_ckptless.__file__).parent.parent
+_END_GRACE_S = 5.0
+
+
+class UnsafeForkError(LaunchError):
+    """The preloaded parent refuses to fork: a fork of it would not be a clean process."""
+
+
+class ParentLostError(LaunchError):
+    """The preloaded parent has ended, and its workers with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a worker ended.
+
+    Args:
+        exit_code: as in `subprocess`: minus the signal's number for a death by signal.
+        at: wall clock, seconds since the epoch.
+    """
+
+    exit_code: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Forked:
+    """A worker that was started.
+
+    Args:
+        pid: its process id and the id of its process group.
+        pidfd: becomes readable when it ends; owned by whoever asked for the fork.
+        parent_pid: process id of the parent that forked it.
+    """
+
+    pid: int
+    pidfd: int
+    parent_pid: int
+
+
+class PreloadedParent:
+    """A process that has imported what workers need and forks them on request; see `preload`.
+
+    One handle serves many runs, one after another or at once. It is a context manager that starts and closes the
+    parent.
+
+    Args:
+        modules: names of the modules to import, in this order; none for a parent that only starts fresh processes.
+        path: folders in which they are looked for first.
+        flags: options of its interpreter, e.g. `("-X", "dev")`.
+    """
+
+    def __init__(self, modules: Sequence[str] = (), *, path: Sequence[str] = (), flags: Sequence[str] = ()) -> None:
+        self.modules = tuple(modules)
+        self.path = tuple(path)
+        self.flags = tuple(flags)
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._awaits_preload = False
+        self._ends: dict[int, End] = {}
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the parent; None when it is not running."""
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> Self:
+        """Start the parent unless it runs, and let it begin to import; returns without waiting for that."""
+        with self._lock:
+            if self._socket is None:
+                self._launch()
+        return self
+
+    def ready(self) -> None:
+        """Wait until everything is imported.
+
+        Raises:
+            LaunchError: a module cannot be imported; the message names it.
+        """
+        self.start()
+        with self._lock:
+            self._await_preload()
+
+    def fork(self, job: Job, stdio: Sequence[int] = (0, 1, 2)) -> Forked:
+        """Start a worker.
+
+        Args:
+            job: what it is to run.
+            stdio: file descriptors of this process that become its stdin, stdout and stderr.
+
+        Raises:
+            UnsafeForkError: a fork would not be a clean process; jobs with `fresh` are never refused.
+            ParentLostError: the parent has ended.
+            LaunchError: a module cannot be preloaded.
+        """
+        self.start()
+        with self._lock:
+            if not job.fresh:
+                self._await_preload()
+            answer, files = self._ask({"fork": job.to_message()}, stdio)
+            if "refused" in answer:
+                raise UnsafeForkError(answer["refused"])
+            assert self._process is not None
+            return Forked(answer["pid"], files[0], self._process.pid)
+
+    def signal(self, pids: Sequence[int], number: int) -> None:
+        """Send a signal to workers and to the processes they have started; those that have ended are skipped."""
+        with self._lock:
+            if self._socket is not None and pids:
+                self._send({"signal": int(number), "pids": list(pids)})
+
+    def end_of(self, worker: Forked) -> End:
+        """How a worker ended, waiting until it does. Each end is told once.
+
+        Raises:
+            ParentLostError: the parent has ended.
+        """
+        with self._lock:
+            while worker.pid not in self._ends:
+                if self.pid != worker.parent_pid:
+                    raise ParentLostError(f"the preloaded parent of worker {worker.pid} has ended")
+                self._receive()
+            return self._ends.pop(worker.pid)
+
+    def close(self) -> None:
+        """End the parent and all its workers, and wait until they are gone."""
+        with self._lock:
+            self._abandon()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _launch(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            arguments = ["--fd", str(theirs.fileno()), "--agent", str(os.getpid())]
+            self._process = subprocess.Popen(
+                [sys.executable, *self.flags, "-m", f"{__package__}.preload", *arguments],
+                # Found from there whatever this process's own search path is; each worker gets its own folder later.
+                cwd=_PACKAGE_FOLDER,
+                env=_parent_environment(dict(os.environ)),
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        self._socket = ours
+        self._ends.clear()
+        if self.modules:
+            self._send({"preload": list(self.modules), "path": list(self.path)})
+            self._awaits_preload = True
+
+    def _await_preload(self) -> None:
+        if self._awaits_preload:
+            answer, _ = self._await_answer()
+            self._awaits_preload = False
+            if "failed" in answer:
+                self._abandon()
+                raise LaunchError(f"{answer['failed']}; install it, or leave it out of the modules to preload")
+
+    def _ask(self, message: channel.Message, files: Sequence[int]) -> tuple[channel.Message, list[int]]:
+        try:
+            self._send(message, files)
+            return self._await_answer()
+        except BaseException:
+            # Interrupted in mid-dialogue, e.g. by a signal: nobody knows any more which answer belongs to what.
+            self._abandon()
+            raise
+
+    def _await_answer(self) -> tuple[channel.Message, list[int]]:
+        while True:
+            received = self._receive()
+            if received is not None:
+                return received
+
+    def _send(self, message: channel.Message, files: Sequence[int] = ()) -> None:
+        assert self._socket is not None
+        try:
+            channel.send(self._socket, message, files)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise self._lost() from error
+
+    def _receive(self) -> tuple[channel.Message, list[int]] | None:
+        """The next answer; None when it was the report of an end, which is put down."""
+        if self._socket is None:
+            raise self._lost()
+        try:
+            received = channel.receive(self._socket)
+        except ConnectionResetError as error:
+            raise self._lost() from error
+        if received is None:
+            raise self._lost()
+        message, _ = received
+        if "ended" not in message:
+            return received
+        self._ends[message["ended"]] = End(message["exit_code"], message["at"])
+        return None
+
+    def _lost(self) -> ParentLostError:
+        pid = self.pid
+        self._abandon()
+        return ParentLostError(f"the preloaded parent (pid {pid}) has ended unexpectedly, and all its workers with it")
+
+    def _abandon(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._process is not None:
+            if self._awaits_preload:
+                # It reads nothing while it imports, and it has no workers yet.
+                self._process.kill()
+                self._awaits_preload = False
+            try:
+                self._process.wait(_END_GRACE_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+
+def _parent_environment(env: dict[str, str]) -> dict[str, str]:
+    """The environment of the parent itself, which its workers do not see.
+
+    Its libraries must start no threads at import: numpy's OpenBLAS would. Relative folders of the search path stay
+    relative to this process's working directory.
+    """
+    env["OPENBLAS_NUM_THREADS"] = "1"
+    if env.get("PYTHONPATH"):
+        env["PYTHONPATH"] = os.pathsep.join(os.path.abspath(folder) for folder in env["PYTHONPATH"].split(os.pathsep))
+    return env

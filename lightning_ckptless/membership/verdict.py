@@ -1,0 +1,51 @@
+"""A worker's last word: that another relaunch would not help."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lightning_ckptless import environment
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a worker left for its agent.
+
+    Args:
+        rank: who left it.
+        final: whether the run is to end with this worker's exit code, however many relaunches are left.
+        reason: why, in a sentence.
+    """
+
+    rank: int
+    final: bool
+    reason: str
+
+
+def leave_verdict(verdict: Verdict, env: Mapping[str, str] = os.environ) -> bool:
+    """Leave a verdict for the agent of this worker.
+
+    Returns:
+        False when no agent of ours asks for verdicts.
+    """
+    folder = env.get(environment.VERDICT_DIR)
+    if not folder:
+        return False
+    path = Path(folder, f"verdict-{verdict.rank}.json")
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(asdict(verdict)))
+    draft.rename(path)
+    return True
+
+
+def take_verdicts(folder: Path) -> tuple[Verdict, ...]:
+    """Read and remove the verdicts in a folder, in the order of ranks."""
+    verdicts = []
+    for path in folder.glob("verdict-*.json"):
+        verdicts.append(Verdict(**{"rank": -1, "reason": "", **json.loads(path.read_text())}))
+        path.unlink()
+    return tuple(sorted(verdicts, key=lambda verdict: verdict.rank))
