@@ -1,0 +1,1 @@
+"""Where the bytes of the state live, and how they move: arenas, layouts, transports, the mirror and the restore."""

@@ -1,0 +1,426 @@
+"""A node's arena: the folder in shared memory that holds its ranks' shards and the replicas it keeps for peers.
+
+    <arena_dir>/ckptless-<run id>-<node>/        mode 0700
+        arena.json                               format, run, node, owner, origin
+        layout-<digest>.json                     how the state is cut into shards
+        note-<name>.json                         small facts
+        shard-0003.kept-by-0001.<digest>.slot-0  one version of one shard (`slot.py`)
+
+It outlives the processes that write it. Its owner is the process that starts them, the agent; when the owner has ended, the
+arena may be adopted by the next agent of the same run, or removed. What is found here is believed only with the right user,
+format, run id and checksum.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_ckptless.errors import ArenaError
+from lightning_ckptless.protocol.versions import Replica
+from lightning_ckptless.replica import facts as arena_facts
+from lightning_ckptless.replica.checksum import bytes_of, matches
+from lightning_ckptless.replica.facts import Facts
+from lightning_ckptless.replica.layout import Layout
+from lightning_ckptless.replica.owner import Owner
+from lightning_ckptless.replica.slot import (
+    Slot,
+    SlotHeader,
+    SlotName,
+    Stamp,
+    read_blob,
+    read_bulk,
+    read_header,
+    slot_file_bytes,
+)
+
+__all__ = [
+    "Arena",
+    "ArenaInfo",
+    "Owner",
+    "Slot",
+    "SlotHeader",
+    "Stamp",
+    "adopt",
+    "default_arena_dir",
+    "find_arenas",
+    "reclaim",
+]
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class Arena:
+    """The folder of one node, for reading and writing.
+
+    Attributes:
+        path: the folder.
+        node: name of the node.
+        run_id: the run.
+        origin: checkpoint path that the run was asked to begin from.
+        torn_headers: slots that the last `inventory` could not read.
+    """
+
+    def __init__(self, path: Path, facts: Facts) -> None:
+        self.path = path
+        self.node = facts.node
+        self.run_id = facts.run_id
+        self.origin = facts.origin
+        self.torn_headers = 0
+        self._open_slots: list[Slot] = []
+
+    @classmethod
+    def create(cls, arena_dir: Path, run_id: str, node: str, owner: Owner, *, origin: str | None = None) -> Arena:
+        """Make the arena of a node, or attach to it where the same run has made it already.
+
+        Args:
+            arena_dir: folder of all arenas.
+            run_id: the run.
+            node: name of the node.
+            owner: process whose end releases the arena.
+            origin: checkpoint path that the run was asked to begin from.
+
+        Raises:
+            ArenaError: the folder cannot be made, or belongs to another user, or to a live process other than `owner`.
+        """
+        path = arena_facts.folder_of(arena_dir, run_id, node)
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArenaError(f"{path}: cannot make the arena: {error}: set arena_dir= to a writable folder") from error
+        with arena_facts.locked(path, wait=True):
+            if not arena_facts.exists(path):
+                Facts(run_id, node, owner, time.time(), origin).write(path)
+            elif (facts := Facts.read(path)).owner != owner:
+                if facts.owner.alive():
+                    raise ArenaError(
+                        f"{path}: run {run_id!r} on node {node!r} belongs to the live process {facts.owner.pid}, "
+                        f"not to {owner.pid}: start this one under another run id"
+                    )
+                replace(facts, owner=owner).write(path)
+        return cls.attach(path)
+
+    @classmethod
+    def attach(cls, path: Path) -> Arena:
+        """Open an arena that exists.
+
+        Raises:
+            ArenaError: it is unreadable, of another format, or belongs to another user.
+        """
+        return cls(path, Facts.read(path))
+
+    # ------------------------------------------------------------------ slots
+
+    def slots(self, shard: int, keeper: int, bulk_bytes: int, *, layout: str = "") -> tuple[Slot, Slot]:
+        """The two slots of a shelf, made and pre-faulted where they are missing.
+
+        Args:
+            shard: index of the shard.
+            keeper: rank that keeps it here.
+            bulk_bytes: length of the tensor part of each.
+            layout: digest of the layout: another layout gets slots of its own.
+
+        Raises:
+            ArenaError: the file system has too little free space.
+        """
+        paths = [self.path / str(SlotName.of(shard, keeper, layout, index)) for index in (0, 1)]
+        self._require_space(paths, slot_file_bytes(bulk_bytes))
+        first = self._open(paths[0], bulk_bytes)
+        return first, self._open(paths[1], bulk_bytes)
+
+    def _open(self, path: Path, bulk_bytes: int) -> Slot:
+        slot = Slot(path, self.run_id, bulk_bytes)
+        self._open_slots.append(slot)
+        return slot
+
+    def _require_space(self, paths: list[Path], file_bytes: int) -> None:
+        needed_bytes = sum(max(0, file_bytes - _taken_bytes(path)) for path in paths)
+        disk = os.statvfs(self.path)
+        free_bytes = disk.f_bavail * disk.f_frsize
+        if needed_bytes > free_bytes:
+            raise ArenaError(
+                f"{self.path}: two slots need {needed_bytes} more bytes, but {free_bytes} are free in "
+                f"{self.path.parent}: set arena_dir= to a larger file system, keep smaller or fewer copies, "
+                f"or enlarge the mount (mount -o remount,size=...)"
+            )
+
+    def _slot_files(self) -> Iterator[tuple[Path, SlotName]]:
+        for path in sorted(self.path.iterdir()):
+            if (name := SlotName.parse(path.name)) is not None:
+                yield path, name
+
+    def inventory(self) -> tuple[Replica, ...]:
+        """What the slots hold, read from their headers only. A torn header is left out and counted."""
+        self.torn_headers = 0
+        return tuple(self._replica(header, name.index) for _, name, header in self._headers() if header is not None)
+
+    def _headers(self) -> Iterator[tuple[Path, SlotName, SlotHeader | None]]:
+        for path, name in self._slot_files():
+            try:
+                header = read_header(path)
+            except ArenaError:
+                self.torn_headers += 1
+                header = None
+            if header is not None and header.run_id != self.run_id:
+                header = None
+            yield path, name, header
+
+    def _replica(self, header: SlotHeader, index: int) -> Replica:
+        stamp = header.stamp
+        return Replica(
+            shard=stamp.shard,
+            keeper=stamp.keeper,
+            node=self.node,
+            slot=index,
+            version=stamp.version,
+            generation=stamp.generation,
+            world_size=stamp.world_size,
+            layout=stamp.layout,
+            state=header.state,
+            bulk_bytes=header.bulk_bytes,
+            blob_bytes=header.blob_bytes,
+            checksum=header.checksum,
+        )
+
+    def verify(self, replica: Replica) -> bool:
+        """Whether the bytes of a replica match its checksum."""
+        return matches(replica.checksum, (bytes_of(self.read_bulk(replica)), self.read_blob(replica)))
+
+    def read_bulk(self, replica: Replica) -> torch.Tensor:
+        """The tensor part of a replica, mapped: uint8 of shape [bulk_bytes]. Writes into it stay in this process.
+
+        Raises:
+            ArenaError: the slot is gone.
+        """
+        try:
+            return read_bulk(self._path(replica), replica.bulk_bytes)
+        except (OSError, ValueError) as error:
+            raise ArenaError(f"{self._path(replica)}: cannot read {replica.bulk_bytes} bytes: {error}") from error
+
+    def read_blob(self, replica: Replica) -> bytes:
+        """The small state of a replica.
+
+        Raises:
+            ArenaError: the slot is gone.
+        """
+        try:
+            return read_blob(self._path(replica), replica.bulk_bytes, replica.blob_bytes)
+        except OSError as error:
+            raise ArenaError(f"{self._path(replica)}: cannot read {replica.blob_bytes} bytes: {error}") from error
+
+    def _path(self, replica: Replica) -> Path:
+        return self.path / str(SlotName.of(replica.shard, replica.keeper, replica.layout, replica.slot))
+
+    # ------------------------------------------------------------------ layouts and notes
+
+    def write_layout(self, layout: Layout) -> None:
+        """Keep a layout for as long as replicas written with it are kept."""
+        arena_facts.replace_file(self._layout_path(layout.digest), layout.to_bytes())
+
+    def read_layout(self, digest: str) -> Layout | None:
+        """The layout with a digest; None where this arena has none, or a damaged one."""
+        try:
+            layout = Layout.from_bytes(self._layout_path(digest).read_bytes())
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+        return layout if layout.digest == digest else None
+
+    def _layout_path(self, digest: str) -> Path:
+        return self.path / f"layout-{digest}.json"
+
+    def note(self, name: str, value: object) -> None:
+        """Keep a small fact, such as that the run has finished. Any JSON value; the last one counts."""
+        arena_facts.write_note(self.path, name, value)
+
+    def notes(self) -> dict[str, Any]:
+        """The facts that were noted, and `origin` where the run has one."""
+        origin = {} if self.origin is None else {"origin": self.origin}
+        return origin | arena_facts.read_notes(self.path)
+
+    # ------------------------------------------------------------------ room
+
+    def clear(self) -> None:
+        """Drop all slots and layouts: the run starts afresh, or from a checkpoint file."""
+        self.close()
+        for path in [path for path, _ in self._slot_files()] + list(self.path.glob("layout-*.json")):
+            path.unlink(missing_ok=True)
+
+    def prune(self, keep: Collection[tuple[int, int]]) -> None:
+        """Drop the slots of all shelves but some.
+
+        Args:
+            keep: (shard, keeper) of the shelves that stay.
+        """
+        for path, name in self._slot_files():
+            if (name.shard, name.keeper) not in keep:
+                path.unlink(missing_ok=True)
+
+    def retain(self, layout: str, generation: int) -> None:
+        """Drop what a version that is committed everywhere has replaced: other layouts, and shelves no longer written.
+
+        Args:
+            layout: digest of the layout of that version.
+            generation: membership that wrote it. A shelf without a slot of it belongs to a placement of the past.
+        """
+        wanted = (layout, generation)
+        slots = [(path, name.shelf, header and header.stamp) for path, name, header in self._headers()]
+        live = {shelf for _, shelf, stamp in slots if stamp is not None and (stamp.layout, stamp.generation) == wanted}
+        for path in [path for path, shelf, _ in slots if shelf not in live]:
+            path.unlink(missing_ok=True)
+        for path in self.path.glob("layout-*.json"):
+            if path != self._layout_path(layout):
+                path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the slots that this object opened; the files stay."""
+        for slot in self._open_slots:
+            slot.close()
+        self._open_slots.clear()
+
+    def remove(self) -> None:
+        """Delete the arena with all it holds."""
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class ArenaInfo:
+    """An arena as it is seen from outside.
+
+    Args:
+        path: its folder.
+        run_id: run that it belongs to.
+        node: name of the node that fills it.
+        owner: process whose end releases it.
+        owner_alive: whether that process still runs.
+        bytes: memory that its files take.
+        created_at: wall clock of its making, in seconds since the epoch.
+        origin: checkpoint path that the run was asked to begin from.
+    """
+
+    path: Path
+    run_id: str
+    node: str
+    owner: Owner
+    owner_alive: bool
+    bytes: int
+    created_at: float
+    origin: str | None
+
+
+def find_arenas(arena_dir: Path, run_id: str | None = None) -> tuple[ArenaInfo, ...]:
+    """The arenas of this user in a folder; what is not readable as one is left out.
+
+    Args:
+        arena_dir: folder of all arenas.
+        run_id: only those of this run.
+    """
+    found = []
+    for path in sorted(arena_dir.glob(f"{arena_facts.FOLDER_PREFIX}*")):
+        try:
+            info = _info(path, Facts.read(path))
+        except ArenaError:
+            continue
+        if run_id in (None, info.run_id):
+            found.append(info)
+    return tuple(found)
+
+
+def _info(path: Path, facts: Facts) -> ArenaInfo:
+    return ArenaInfo(
+        path=path,
+        run_id=facts.run_id,
+        node=facts.node,
+        owner=facts.owner,
+        owner_alive=facts.owner.alive(),
+        bytes=sum(_taken_bytes(file) for file in path.iterdir()),
+        created_at=facts.created_at,
+        origin=facts.origin,
+    )
+
+
+def adopt(info: ArenaInfo, *, node: str, owner: Owner) -> Arena | None:
+    """Take over an arena whose owner is dead.
+
+    The lock of its folder decides between two takers; the loser finds a live owner, or no folder.
+
+    Args:
+        info: the arena, as `find_arenas` gave it.
+        node: name of the node that goes on with it.
+        owner: its new owner.
+
+    Returns:
+        The arena under its new name; None if somebody else won, or the node has an arena of its own.
+    """
+    target = arena_facts.folder_of(info.path.parent, info.run_id, node)
+    try:
+        with arena_facts.locked(info.path, wait=False) as held:
+            facts = Facts.read(info.path)
+            if not held or facts.owner.alive() or (target != info.path and target.exists()):
+                return None
+            # Owner first: from here on a crash leaves an arena that is whole, under one name or the other.
+            replace(facts, node=node, owner=owner).write(info.path)
+            info.path.rename(target)
+    except (FileNotFoundError, ArenaError):
+        return None
+    return Arena.attach(target)
+
+
+def reclaim(arena_dir: Path, *, now: float, keep_s: float) -> tuple[Path, ...]:
+    """Remove the arenas, of any run, that were made long ago and whose owners are gone.
+
+    Args:
+        arena_dir: folder of all arenas.
+        now: wall clock, in seconds since the epoch.
+        keep_s: seconds for which an arena is kept after its last use.
+
+    Returns:
+        The folders removed.
+    """
+    removed = []
+    for info in find_arenas(arena_dir):
+        if info.owner_alive or now - _last_used_at(info.path) <= keep_s:
+            continue
+        try:
+            with arena_facts.locked(info.path, wait=False) as held:
+                if held and not Facts.read(info.path).owner.alive():
+                    shutil.rmtree(info.path, ignore_errors=True)
+                    removed.append(info.path)
+        except (FileNotFoundError, ArenaError):
+            continue
+    return tuple(removed)
+
+
+def default_arena_dir() -> Path:
+    """Folder for arenas: shared memory, else a folder among the temporary files, with a warning."""
+    if os.access(SHARED_MEMORY, os.W_OK | os.X_OK) and SHARED_MEMORY.is_mount():
+        return SHARED_MEMORY
+    fallback = Path(tempfile.gettempdir()) / f"ckptless-arenas-{os.getuid()}"
+    fallback.mkdir(mode=0o700, exist_ok=True)
+    warnings.warn(
+        f"{SHARED_MEMORY} is not a writable memory file system: arenas go to {fallback}, where mirroring is slower. "
+        f"Set arena_dir= to choose another folder.",
+        stacklevel=2,
+    )
+    return fallback
+
+
+def _last_used_at(path: Path) -> float:
+    times = [path.stat().st_mtime, *(file.stat().st_mtime for file in path.iterdir())]
+    return max(times)
+
+
+def _taken_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,68 @@
+"""Digests that guard replicas.
+
+A digest is written as `algorithm:hexadecimal`, so that a reader needs no option to check it; the empty string stands for
+no digest. xxh3 runs at the speed of a memory copy and, like zlib's crc32, gives up the interpreter lock while it reads a
+large buffer: it may run beside the training thread, and is never run in it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+import xxhash
+
+Buffer = bytes | memoryview
+
+
+class _Hash(Protocol):
+    def update(self, data: Buffer, /) -> None: ...
+    def hexdigest(self) -> str: ...
+
+
+class _Crc32:
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: Buffer, /) -> None:
+        self._value = zlib.crc32(data, self._value)
+
+    def hexdigest(self) -> str:
+        return f"{self._value:08x}"
+
+
+ALGORITHMS: dict[str, Callable[[], _Hash]] = {"xxh3": xxhash.xxh3_128, "crc32": _Crc32}
+NO_CHECKSUM = "none"
+
+
+def digest(algorithm: str, parts: Iterable[Buffer]) -> str:
+    """Digest of several buffers as if they were one.
+
+    Args:
+        algorithm: `xxh3`, `crc32` or `none`.
+        parts: the buffers, in order.
+
+    Returns:
+        `algorithm:hexadecimal`, or the empty string for `none`.
+    """
+    if algorithm == NO_CHECKSUM:
+        return ""
+    running = ALGORITHMS[algorithm]()
+    for part in parts:
+        running.update(part)
+    return f"{algorithm}:{running.hexdigest()}"
+
+
+def matches(checksum: str, parts: Iterable[Buffer]) -> bool:
+    """Whether buffers have a digest. True without one; False for an algorithm that is not known here."""
+    if not checksum:
+        return True
+    algorithm = checksum.partition(":")[0]
+    return algorithm in ALGORITHMS and digest(algorithm, parts) == checksum
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a flat uint8 tensor in host memory, without a copy."""
+    return memoryview(tensor.numpy())

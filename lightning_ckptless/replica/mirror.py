@@ -1,0 +1,382 @@
+"""The mirror: stage, send, commit, once per version, in a thread of its own.
+
+    training thread                     mirror thread
+    submit: begin the own slot
+            copy what forward changes
+                                        stage   copy the rest of the own shard
+    wait_staged, optimizer step         seal    checksum, header says `staged`
+                                        send    header page to keepers; bulk and blob follow
+                                        agree   every rank has all it should have?
+                                        commit  headers say `committed`, on all ranks or on none
+
+A round that a rank cannot take part in (nothing submitted, or a copy torn by a write) is voted down: all ranks abort it and
+keep the version before. Rounds run on a transport of their own, so they order against no collective of the training.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from lightning_ckptless.errors import TransportError
+from lightning_ckptless.protocol.placement import Placement
+from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.checksum import bytes_of, digest
+from lightning_ckptless.replica.layout import Layout
+from lightning_ckptless.replica.shelf import Shelf
+from lightning_ckptless.replica.slot import HEADER_BYTES, Slot, SlotHeader, Stamp
+from lightning_ckptless.replica.staging import Load, Stager
+from lightning_ckptless.replica.transport import Parcel, Transport
+
+PAGE, BULK, BLOB = range(3)
+"""Tags of the parcels of a round. A rank sends only its own shard, so a pair never has two of a kind."""
+
+
+@dataclass
+class MirrorStats:
+    """What a mirror has done so far.
+
+    Attributes:
+        rounds: versions begun, skipped ones included.
+        committed: rounds that all ranks committed.
+        skipped: rounds that this rank took part in without data.
+        aborted: rounds that some rank voted down.
+        torn: rounds in which a tensor changed while it was copied here.
+        staged_bytes: bytes of tensors copied into own slots.
+        sent_bytes: bytes of tensors and small state sent to keepers.
+        last_stage_s: time from `submit` until the last version was copied.
+        last_round_s: time from `submit` until the last round ended.
+        stall_s: time that the training thread has waited here, in all.
+    """
+
+    rounds: int = 0
+    committed: int = 0
+    skipped: int = 0
+    aborted: int = 0
+    torn: int = 0
+    staged_bytes: int = 0
+    sent_bytes: int = 0
+    last_stage_s: float = 0.0
+    last_round_s: float = 0.0
+    stall_s: float = 0.0
+
+
+@dataclass
+class _Round:
+    """One version on its way. Without a load, this rank has nothing to give."""
+
+    version: Version
+    began_at: float
+    slot: Slot | None = None
+    load: Load | None = None
+    blob: bytes = b""
+    staged: Future[None] = field(default_factory=Future)
+    ended: Future[None] = field(default_factory=Future)
+
+    def fail(self, error: BaseException) -> None:
+        """Hand an error to whoever waits for the round."""
+        for future in (self.staged, self.ended):
+            if not future.done():
+                future.set_exception(error)
+
+
+class Mirror:
+    """Mirrors this rank's shard to its keepers, and keeps the shards of its wards.
+
+    All ranks submit or skip the same versions in the same order. What goes wrong in the thread is raised by the next call.
+
+    Args:
+        arena: the node's arena.
+        layout: how the state is cut.
+        placement: who keeps what.
+        transport: used by this mirror alone while a round is under way.
+        generation: number of the membership.
+        checksum: `xxh3`, `crc32` or `none`.
+        committed: version that the state was restored from; it is not overwritten until a newer one is committed.
+        probe: called in the thread with `stage` (half of the copying done), `send`, `agree` or `committed`, and the version.
+        staging: `overlap`, or `blocking` to copy everything before `submit` returns.
+
+    Attributes:
+        committed: newest version that all ranks have committed.
+        stats: what was done so far.
+
+    Raises:
+        ArenaError: the slots do not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        arena: Arena,
+        layout: Layout,
+        placement: Placement,
+        transport: Transport,
+        generation: int,
+        checksum: str = "xxh3",
+        committed: Version | None = None,
+        probe: Callable[[str, Version], None] | None = None,
+        staging: str = "overlap",
+    ) -> None:
+        self.committed = committed
+        self.stats = MirrorStats()
+        self._arena = arena
+        self._layout = layout
+        self._transport = transport
+        self._generation = generation
+        self._checksum = checksum
+        self._probe = probe
+        self._blocking = staging == "blocking"
+        self._early: frozenset[str] = frozenset()
+        self._rank = transport.rank
+        self._keepers = placement.keepers[self._rank]
+        self._wards = placement.wards(self._rank)
+        self._shelves = {shard: self._shelf(shard) for shard in (self._rank, *self._wards)}
+        self._stager = Stager(layout, self._rank)
+        self._queue: queue.SimpleQueue[_Round | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._last: _Round | None = None
+        self._failure: BaseException | None = None
+
+    def _shelf(self, shard: int) -> Shelf:
+        bulk_bytes = self._layout.bulk_bytes(shard)
+        return Shelf(self._arena.slots(shard, self._rank, bulk_bytes, layout=self._layout.digest), self.committed)
+
+    # ------------------------------------------------------------------ training thread
+
+    @property
+    def busy(self) -> bool:
+        """Whether a round is under way: `submit` would wait for it."""
+        return self._last is not None and not self._last.ended.done()
+
+    def bind(self, early: Collection[str]) -> None:
+        """Name tensors that every `submit` copies before it returns, beside its `blocking_names`."""
+        self._early = frozenset(early)
+
+    def submit(
+        self,
+        version: Version,
+        tensors: Mapping[str, torch.Tensor],
+        blob: bytes,
+        *,
+        blocking_names: Collection[str] = (),
+    ) -> float:
+        """Begin to mirror a version. The tensors must not change until `wait_staged` has returned, but for those named.
+
+        Args:
+            version: the version.
+            tensors: this rank's live tensors by name.
+            blob: this rank's small state.
+            blocking_names: tensors that may change at once; they are copied before this returns.
+
+        Returns:
+            Seconds spent waiting for the round before.
+
+        Raises:
+            TransportError: a peer is gone.
+        """
+        stall_s = self._wait(self._last.ended if self._last is not None else None)
+        assert self.committed is None or version > self.committed, f"{version} after {self.committed} was committed"
+        slot = self._shelves[self._rank].free()
+        slot.begin(self._stamp(version, self._rank))
+        began_at = time.perf_counter()
+        early = tensors.keys() if self._blocking else self._early.union(blocking_names)
+        load = self._stager.take(slot.bulk, tensors, early)
+        self._hand_over(_Round(version, began_at, slot, load, blob))
+        return stall_s
+
+    def skip(self, version: Version) -> None:
+        """Take part in a version's round without data: it aborts on all ranks. Does not wait."""
+        self._raise_failure()
+        self.stats.skipped += 1
+        self._hand_over(_Round(version, time.perf_counter()))
+
+    def wait_staged(self) -> float:
+        """Wait until the tensors last submitted may change.
+
+        Returns:
+            Seconds waited.
+        """
+        return self._wait(self._last.staged if self._last is not None else None)
+
+    def settle(self, timeout_s: float | None = None) -> Version | None:
+        """Wait until the last round has ended.
+
+        Args:
+            timeout_s: longest wait; None for as long as the transport takes.
+
+        Returns:
+            Newest version that all ranks have committed.
+
+        Raises:
+            TransportError: a peer is gone, or the time is over.
+        """
+        self._wait(self._last.ended if self._last is not None else None, timeout_s)
+        return self.committed
+
+    def close(self) -> None:
+        """End the thread after the rounds handed over, and release the slots."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+        for shelf in self._shelves.values():
+            shelf.close()
+
+    def _hand_over(self, round_: _Round) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="ckptless-mirror", daemon=True)
+            self._thread.start()
+        self._last = round_
+        self._queue.put(round_)
+
+    def _wait(self, moment: Future[None] | None, timeout_s: float | None = None) -> float:
+        self._raise_failure()
+        if moment is None:
+            return 0.0
+        began_at = time.perf_counter()
+        try:
+            moment.result(timeout_s)
+        except TimeoutError as error:
+            assert self._last is not None
+            raise TransportError(
+                f"rank {self._rank}: {self._last.version} was not committed within {timeout_s} s"
+            ) from error
+        waited_s = time.perf_counter() - began_at
+        self.stats.stall_s += waited_s
+        return waited_s
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    # ------------------------------------------------------------------ mirror thread
+
+    def _serve(self) -> None:
+        while (round_ := self._queue.get()) is not None:
+            try:
+                self._raise_failure()
+                self._run(round_)
+            except BaseException as error:  # noqa: BLE001 - the boundary of the thread: the training thread raises it
+                self._failure = error
+                round_.fail(error)
+
+    def _run(self, round_: _Round) -> None:
+        self.stats.rounds += 1
+        sealed = self._stage(round_)
+        self._tell("send", round_.version)
+        written = self._exchange(sealed, round_)
+        self._tell("agree", round_.version)
+        if self._transport.agree(written.keys() == self._shelves.keys()):
+            self._commit(written, round_.version)
+        else:
+            self.stats.aborted += 1
+        self.stats.last_round_s = time.perf_counter() - round_.began_at
+        round_.ended.set_result(None)
+
+    def _stage(self, round_: _Round) -> Slot | None:
+        """Fill the own slot and seal it; None when there is nothing to seal."""
+        load, slot = round_.load, round_.slot
+        if load is None or slot is None:
+            round_.staged.set_result(None)
+            return None
+        self._stager.finish(load, lambda: self._tell("stage", round_.version))
+        torn = load.changed()
+        self.stats.last_stage_s = time.perf_counter() - round_.began_at
+        round_.staged.set_result(None)
+        round_.load = None
+        if torn is not None:
+            self._stage_blocking_from_now(torn, round_.version)
+            return None
+        self.stats.staged_bytes += slot.bulk_bytes
+        checksum = digest(self._checksum, (bytes_of(slot.bulk), round_.blob))
+        slot.seal(self._stamp(round_.version, self._rank), round_.blob, checksum)
+        return slot
+
+    def _stage_blocking_from_now(self, name: str, version: Version) -> None:
+        self.stats.torn += 1
+        if not self._blocking:
+            self._blocking = True
+            warnings.warn(
+                f"rank {self._rank}: {name} changed while {version} was copied, so that version is given up. From now on "
+                f"the state is copied before the next batch begins (staging='blocking' does so from the start)",
+                stacklevel=1,
+            )
+
+    def _exchange(self, sealed: Slot | None, round_: _Round) -> dict[int, Slot]:
+        """Send the own shard to its keepers and receive those of the wards, straight from and into slots.
+
+        Returns:
+            The slots that hold the version now, by shard.
+        """
+        sends: list[Parcel] = []
+        if sealed is not None:
+            blob = _tensor(round_.blob)
+            sends = [(keeper, *part) for keeper in self._keepers for part in ((BULK, sealed.bulk), (BLOB, blob))]
+            self.stats.sent_bytes += sum(parcel.numel() for _, _, parcel in sends)
+        receives: list[Parcel] = []
+        arriving: dict[int, tuple[Slot, SlotHeader, torch.Tensor]] = {}
+        for ward, header in self._exchange_pages(sealed).items():
+            if header is not None:
+                slot, blob = self._begin_kept(ward, header, round_.version), _room(header.blob_bytes)
+                receives += [(ward, BULK, slot.bulk), (ward, BLOB, blob)]
+                arriving[ward] = slot, header, blob
+        self._transport.exchange(sends, receives)
+        for slot, header, blob in arriving.values():
+            slot.seal(replace(header.stamp, keeper=self._rank), bytes_of(blob), header.checksum)
+        own = {} if sealed is None else {self._rank: sealed}
+        return own | {ward: slot for ward, (slot, _, _) in arriving.items()}
+
+    def _exchange_pages(self, sealed: Slot | None) -> dict[int, SlotHeader | None]:
+        """Tell keepers what is coming, and hear it from wards; an empty page says: nothing."""
+        header = sealed.header if sealed is not None else None
+        page = _tensor(header.encode() if header is not None else bytes(HEADER_BYTES))
+        pages = {ward: _room(HEADER_BYTES) for ward in self._wards}
+        self._transport.exchange(
+            [(keeper, PAGE, page) for keeper in self._keepers], [(ward, PAGE, room) for ward, room in pages.items()]
+        )
+        return {ward: SlotHeader.decode(bytes(bytes_of(room))) for ward, room in pages.items()}
+
+    def _begin_kept(self, ward: int, header: SlotHeader, version: Version) -> Slot:
+        expected = replace(self._stamp(version, ward), keeper=ward)
+        slot = self._shelves[ward].free()
+        if header.stamp != expected or header.bulk_bytes != slot.bulk_bytes:
+            raise TransportError(
+                f"rank {self._rank}: rank {ward} sends {header.stamp} of {header.bulk_bytes} bytes, "
+                f"expected {expected} of {slot.bulk_bytes} bytes"
+            )
+        slot.begin(replace(expected, keeper=self._rank))
+        return slot
+
+    def _commit(self, written: Mapping[int, Slot], version: Version) -> None:
+        for shard, slot in written.items():
+            self._shelves[shard].commit(slot)
+        self.committed = version
+        self.stats.committed += 1
+        if self.stats.committed == 1:
+            self._arena.retain(self._layout.digest, self._generation)
+        self._tell("committed", version)
+
+    def _stamp(self, version: Version, shard: int) -> Stamp:
+        return Stamp(version, self._generation, self._layout.world_size, self._layout.digest, shard, self._rank)
+
+    def _tell(self, moment: str, version: Version) -> None:
+        if self._probe is not None:
+            self._probe(moment, version)
+
+
+def _room(length_bytes: int) -> torch.Tensor:
+    return torch.empty(length_bytes, dtype=torch.uint8)
+
+
+def _tensor(data: bytes) -> torch.Tensor:
+    if not data:
+        return _room(0)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

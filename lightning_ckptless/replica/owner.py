@@ -1,0 +1,41 @@
+"""The process that an arena belongs to: when it has ended, the arena may be taken over or removed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+
+_CLOCK_TOLERANCE_S = 2.0
+"""The start time of a process is derived from the boot time, which a clock adjustment moves a little."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process, told apart from a later one with the same number by the time of its start.
+
+    Args:
+        pid: process id.
+        started_at: wall clock of its start, in seconds since the epoch.
+    """
+
+    pid: int
+    started_at: float
+
+    @classmethod
+    def of(cls, pid: int) -> Owner:
+        """The owner that a live process is.
+
+        Raises:
+            psutil.NoSuchProcess: there is no such process.
+        """
+        return cls(pid, psutil.Process(pid).create_time())
+
+    def alive(self) -> bool:
+        """Whether the process still runs. One that has ended and was not waited for counts as dead."""
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.started_at) < _CLOCK_TOLERANCE_S
+            return same and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        except psutil.NoSuchProcess:
+            return False

@@ -1,0 +1,287 @@
+"""One slot: a file in an arena that holds one version of one shard.
+
+    offset 0                 header page: magic, length, crc32, JSON; padded to 4096 bytes
+    offset 4096              bulk: the tensors of the shard, mapped into memory
+    offset 4096 + bulk       blob: the small state of the rank, any length
+
+The header says what the bytes behind it are, so it is written last; before the first byte is touched it says `writing`.
+A writer that dies in between leaves a header that no reader accepts as a replica. The bulk is mapped shared and pre-faulted:
+the first touch of a page costs ten times the copy into it.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+import struct
+import zlib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_ckptless.errors import ArenaError
+from lightning_ckptless.protocol.slots import SlotEvent, SlotView, advance
+from lightning_ckptless.protocol.versions import SlotState, Snapshot, Version
+
+FORMAT = 1
+HEADER_BYTES = 4096
+_MAGIC = b"ckptless"
+_SHARED = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+_PREFIX = struct.Struct("<8sHHI")
+"""Magic, format number, length of the JSON in bytes, crc32 of the JSON."""
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What a slot is about to hold.
+
+    Args:
+        version: the version of the state.
+        generation: number of the membership that writes it.
+        world_size: number of shards of the version.
+        layout: digest of the layout it is written with.
+        shard: index of the shard.
+        keeper: rank that keeps this copy.
+    """
+
+    version: Version
+    generation: int
+    world_size: int
+    layout: str
+    shard: int
+    keeper: int
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The state that the slot is a part of."""
+        return Snapshot(self.version, self.generation, self.world_size, self.layout)
+
+
+@dataclass(frozen=True)
+class SlotHeader:
+    """The first page of a slot.
+
+    Args:
+        run_id: run that the slot belongs to.
+        stamp: what the slot holds.
+        state: how far the writing has come.
+        bulk_bytes: length of the tensor part.
+        blob_bytes: length of the small state behind it.
+        checksum: digest of both parts, as `checksum.digest` gives it.
+    """
+
+    run_id: str
+    stamp: Stamp
+    state: SlotState
+    bulk_bytes: int
+    blob_bytes: int = 0
+    checksum: str = ""
+
+    def encode(self) -> bytes:
+        """The header as one page."""
+        fields = asdict(self)
+        fields["state"] = self.state.value
+        text = json.dumps(fields, separators=(",", ":"), sort_keys=True).encode()
+        page = _PREFIX.pack(_MAGIC, FORMAT, len(text), zlib.crc32(text)) + text
+        assert len(page) <= HEADER_BYTES, f"a slot header of {len(page)} bytes"
+        return page.ljust(HEADER_BYTES, b"\0")
+
+    @classmethod
+    def decode(cls, page: bytes) -> SlotHeader | None:
+        """The header in a page; None where the page is empty, torn or of another format."""
+        if len(page) < _PREFIX.size:
+            return None
+        magic, number, text_bytes, crc = _PREFIX.unpack_from(page)
+        text = page[_PREFIX.size : _PREFIX.size + text_bytes]
+        if magic != _MAGIC or number != FORMAT or len(text) != text_bytes or zlib.crc32(text) != crc:
+            return None
+        return cls._from_fields(json.loads(text))
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> SlotHeader:
+        stamp = fields.pop("stamp")
+        version = Version(**stamp.pop("version"))
+        return cls(stamp=Stamp(version=version, **stamp), state=SlotState(fields.pop("state")), **fields)
+
+
+_NAME = re.compile(r"shard-(\d+)\.kept-by-(\d+)\.([^.]*)\.slot-([01])")
+_TAG_CHARS = 12
+
+
+@dataclass(frozen=True)
+class SlotName:
+    """Where a slot lies in its arena.
+
+    Args:
+        shard: index of the shard.
+        keeper: rank that keeps it there.
+        tag: beginning of the layout's digest: two layouts never share a file.
+        index: 0 or 1.
+    """
+
+    shard: int
+    keeper: int
+    tag: str
+    index: int
+
+    @classmethod
+    def of(cls, shard: int, keeper: int, layout: str, index: int) -> SlotName:
+        """The name of a slot that is written with a layout."""
+        return cls(shard, keeper, layout[:_TAG_CHARS], index)
+
+    @classmethod
+    def parse(cls, file_name: str) -> SlotName | None:
+        """The slot behind a file name; None for other files."""
+        found = _NAME.fullmatch(file_name)
+        return found and cls(int(found[1]), int(found[2]), found[3], int(found[4]))
+
+    @property
+    def shelf(self) -> tuple[int, int, str]:
+        """What the two slots of a pair have in common."""
+        return self.shard, self.keeper, self.tag
+
+    def __str__(self) -> str:
+        return f"shard-{self.shard:04d}.kept-by-{self.keeper:04d}.{self.tag}.slot-{self.index}"
+
+
+def slot_file_bytes(bulk_bytes: int) -> int:
+    """Length of a slot's file before a blob is written."""
+    return HEADER_BYTES + bulk_bytes
+
+
+def read_header(path: Path) -> SlotHeader | None:
+    """The header of a slot's file; None where nothing was written yet.
+
+    Raises:
+        ArenaError: the header is torn, or promises more bytes than the file has.
+    """
+    with path.open("rb") as file:
+        page = file.read(HEADER_BYTES)
+        file_bytes = os.fstat(file.fileno()).st_size
+    if not any(page):
+        return None
+    header = SlotHeader.decode(page)
+    if header is None or slot_file_bytes(header.bulk_bytes) + header.blob_bytes > file_bytes:
+        raise ArenaError(f"{path}: the header is torn: its writer died, or is writing now")
+    return header
+
+
+def read_bulk(path: Path, bulk_bytes: int) -> torch.Tensor:
+    """The tensor part of a slot's file, mapped: uint8 of shape [bulk_bytes].
+
+    torch knows no read-only tensors. The mapping is private: a stray write into it stays in this process.
+    """
+    with path.open("rb") as file:
+        return _map(file.fileno(), bulk_bytes, access=mmap.ACCESS_COPY)
+
+
+def read_blob(path: Path, bulk_bytes: int, blob_bytes: int) -> bytes:
+    """The small state behind a slot's tensor part."""
+    with path.open("rb") as file:
+        file.seek(slot_file_bytes(bulk_bytes))
+        return file.read(blob_bytes)
+
+
+class Slot:
+    """A slot, open for writing. One process writes a slot; any process may read it.
+
+    Args:
+        path: file of the slot; made and filled with zeros where it is missing.
+        run_id: run that the slot belongs to.
+        bulk_bytes: length of the tensor part.
+
+    Attributes:
+        header: what the slot holds; None when that is nothing, or torn.
+        bulk: the tensor part, uint8 of shape [bulk_bytes], shared with every process that maps the file.
+
+    Raises:
+        ArenaError: the file cannot be made, reserved or mapped.
+    """
+
+    def __init__(self, path: Path, run_id: str, bulk_bytes: int) -> None:
+        self.path = path
+        self.bulk_bytes = bulk_bytes
+        self._run_id = run_id
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                # Reserving turns a full file system into an error here instead of a SIGBUS at a later write.
+                os.posix_fallocate(self._fd, 0, slot_file_bytes(bulk_bytes))
+                self.bulk = _map(self._fd, bulk_bytes, flags=_SHARED)
+            except OSError:
+                os.close(self._fd)
+                raise
+        except OSError as error:
+            raise ArenaError(f"{path}: cannot reserve a slot of {slot_file_bytes(bulk_bytes)} bytes: {error}") from error
+        self.header = SlotHeader.decode(os.pread(self._fd, HEADER_BYTES, 0))
+
+    @property
+    def view(self) -> SlotView:
+        """What the protocol needs to know of the slot."""
+        if self.header is None or self.header.state is SlotState.EMPTY:
+            return SlotView()
+        return SlotView(self.header.state, self.header.stamp.snapshot)
+
+    def begin(self, stamp: Stamp) -> None:
+        """Give up what the slot holds: from here on its bytes may be overwritten."""
+        state = self._after(SlotEvent.BEGIN, stamp)
+        self._write_header(SlotHeader(self._run_id, stamp, state, self.bulk_bytes))
+
+    def seal(self, stamp: Stamp, blob: bytes | memoryview, checksum: str) -> None:
+        """Declare the bulk written, after writing the blob behind it.
+
+        Args:
+            stamp: the one given to `begin`.
+            blob: the small state.
+            checksum: digest of bulk and blob.
+        """
+        state = self._after(SlotEvent.SEAL, stamp)
+        assert self.header is not None and self.header.stamp == stamp, f"{self.path}: sealed as {stamp}"
+        _write_fully(self._fd, memoryview(blob), slot_file_bytes(self.bulk_bytes), self.path)
+        self._write_header(replace(self.header, state=state, blob_bytes=len(blob), checksum=checksum))
+
+    def commit(self) -> None:
+        """Declare the version complete on all ranks."""
+        self._change(SlotEvent.COMMIT)
+
+    def discard(self) -> None:
+        """Declare the slot empty: what it holds was never agreed on."""
+        self._change(SlotEvent.DISCARD)
+
+    def close(self) -> None:
+        """Close the file. The mapping goes when the last view of `bulk` does."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self.bulk = torch.empty(0, dtype=torch.uint8)
+
+    def _change(self, event: SlotEvent) -> None:
+        assert self.header is not None, f"{self.path}: {event} in a slot that was never begun"
+        self._write_header(replace(self.header, state=self._after(event, self.header.stamp)))
+
+    def _after(self, event: SlotEvent, stamp: Stamp) -> SlotState:
+        return advance(self.view.state, event, shard=stamp.shard, rank=stamp.keeper, version=stamp.version)
+
+    def _write_header(self, header: SlotHeader) -> None:
+        _write_fully(self._fd, memoryview(header.encode()), 0, self.path)
+        self.header = header
+
+
+def _map(fd: int, bulk_bytes: int, **how: int) -> torch.Tensor:
+    if bulk_bytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    mapped = mmap.mmap(fd, slot_file_bytes(bulk_bytes), **how)
+    return torch.frombuffer(mapped, dtype=torch.uint8, offset=HEADER_BYTES, count=bulk_bytes)
+
+
+def _write_fully(fd: int, data: memoryview, offset: int, path: Path) -> None:
+    try:
+        while data:
+            written = os.pwrite(fd, data, offset)
+            data, offset = data[written:], offset + written
+    except OSError as error:
+        raise ArenaError(f"{path}: cannot write {len(data)} bytes at offset {offset}: {error}") from error

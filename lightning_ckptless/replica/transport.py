@@ -1,0 +1,222 @@
+"""How bytes move between ranks: one narrow interface, three implementations.
+
+Every method is collective or pairwise as it says, blocks until its part is done, and raises `TransportError` when a peer
+does not answer. A transport is used by one thread at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from lightning_ckptless.errors import TransportError
+from lightning_ckptless.replica.checksum import bytes_of
+
+Parcel = tuple[int, int, torch.Tensor]
+"""Peer, tag, flat uint8 tensor in host memory. Both sides know the length; the tag tells parcels of a pair apart."""
+
+
+class Transport(Protocol):
+    """Between the ranks of a run.
+
+    Ownership: a tensor that is sent must not change, and one that is received must not be read, until `exchange` returns.
+    Afterwards both are the caller's again. When it raises, they may be read or written until `close` returns.
+
+    Attributes:
+        rank: this rank.
+        world_size: number of ranks.
+    """
+
+    rank: int
+    world_size: int
+
+    def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
+        """Send and receive parcels, all at once; every send has a receive of the same tag and length at its peer.
+
+        Raises:
+            TransportError: a peer is gone, or silent for too long.
+        """
+
+    def agree(self, mine: bool) -> bool:
+        """Whether every rank said True. All ranks must call it: no rank returns before the last has entered.
+
+        Raises:
+            TransportError: a peer is gone, or silent for too long.
+        """
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        """The payloads of all ranks, by rank. All ranks must call it; lengths may differ.
+
+        Raises:
+            TransportError: a peer is gone, or silent for too long.
+        """
+
+    def close(self) -> None:
+        """Stop taking part. Buffers of an exchange that failed are free afterwards."""
+
+
+class SoloTransport:
+    """A world of one rank."""
+
+    rank = 0
+    world_size = 1
+
+    def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
+        """Nothing to do: there are no peers."""
+        assert not sends and not receives, "a world of one has no peers"
+
+    def agree(self, mine: bool) -> bool:
+        """This rank's own word."""
+        return mine
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        """This rank's own payload."""
+        return [payload]
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class _Hub:
+    """Where the ranks of a loopback world leave parcels for each other."""
+
+    def __init__(self, world_size: int, timeout_s: float) -> None:
+        self.world_size = world_size
+        self.timeout_s = timeout_s
+        self.changed = threading.Condition()
+        self.parcels: dict[tuple[int, int, object], deque[bytes]] = defaultdict(deque)
+        self.gone: set[int] = set()
+
+    def put(self, source: int, target: int, tag: object, data: bytes) -> None:
+        with self.changed:
+            if source in self.gone:
+                raise TransportError(f"rank {source}: its transport is closed")
+            if target in self.gone:
+                raise TransportError(f"rank {source}: rank {target} is gone, it cannot be sent {len(data)} bytes")
+            self.parcels[source, target, tag].append(data)
+            self.changed.notify_all()
+
+    def take(self, source: int, target: int, tag: object) -> bytes:
+        queue = self.parcels[source, target, tag]
+        with self.changed:
+            self.changed.wait_for(lambda: queue or {source, target} & self.gone, self.timeout_s)
+            if queue:
+                return queue.popleft()
+            if target in self.gone:
+                raise TransportError(f"rank {target}: its transport is closed")
+            why = "is gone" if source in self.gone else f"did not answer within {self.timeout_s} s"
+            raise TransportError(f"rank {target}: rank {source} {why}")
+
+    def leave(self, rank: int) -> None:
+        with self.changed:
+            self.gone.add(rank)
+            self.changed.notify_all()
+
+
+class LoopbackTransport:
+    """Ranks that are threads of one process. Parcels are copied when they are sent."""
+
+    def __init__(self, hub: _Hub, rank: int) -> None:
+        self._hub = hub
+        self.rank = rank
+        self.world_size = hub.world_size
+
+    @classmethod
+    def world(cls, world_size: int, *, timeout_s: float = 10.0) -> list[LoopbackTransport]:
+        """One transport per rank.
+
+        Args:
+            world_size: number of ranks.
+            timeout_s: silence of a peer after which it is given up.
+        """
+        hub = _Hub(world_size, timeout_s)
+        return [cls(hub, rank) for rank in range(world_size)]
+
+    def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
+        """See `Transport.exchange`."""
+        for peer, tag, tensor in sends:
+            self._hub.put(self.rank, peer, tag, bytes(bytes_of(tensor)))
+        for peer, tag, tensor in receives:
+            data = self._hub.take(peer, self.rank, tag)
+            if len(data) != tensor.numel():
+                raise TransportError(
+                    f"rank {self.rank}: rank {peer} sent {len(data)} bytes under tag {tag}, expected {tensor.numel()}"
+                )
+            bytes_of(tensor)[:] = data
+
+    def agree(self, mine: bool) -> bool:
+        """See `Transport.agree`."""
+        return all(said == b"\1" for said in self.gather(b"\1" if mine else b"\0"))
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        """See `Transport.gather`."""
+        for peer in range(self.world_size):
+            self._hub.put(self.rank, peer, "gather", payload)
+        return [self._hub.take(peer, self.rank, "gather") for peer in range(self.world_size)]
+
+    def close(self) -> None:
+        """Leave the world: peers that wait for this rank are told."""
+        self._hub.leave(self.rank)
+
+
+class GlooTransport:
+    """A gloo group of torch.distributed, over host memory.
+
+    Args:
+        group: a group that nothing else uses, so that no other collective orders against ours; its timeout is the silence
+            after which a peer is given up. None for the default group. Whoever made it destroys it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group: dist.ProcessGroup = group if group is not None else dist.group.WORLD
+        self.rank = self._group.rank()
+        self.world_size = self._group.size()
+
+    def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
+        """See `Transport.exchange`."""
+        with self._blaming("exchange"):
+            works = [self._group.recv([room], peer, tag) for peer, tag, room in receives if room.numel()]
+            works += [self._group.send([data], peer, tag) for peer, tag, data in sends if data.numel()]
+            for work in works:
+                work.wait()
+
+    def agree(self, mine: bool) -> bool:
+        """See `Transport.agree`."""
+        vote = torch.tensor([mine], dtype=torch.int32)
+        how = dist.AllreduceOptions()
+        how.reduceOp = dist.ReduceOp.MIN
+        with self._blaming("agree"):
+            self._group.allreduce([vote], how).wait()
+        return bool(vote.item())
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        """See `Transport.gather`."""
+        with self._blaming("gather"):
+            lengths = [int(length) for length in self._all_gather(torch.tensor([len(payload)]))]
+            longest = max(lengths)
+            if longest == 0:
+                return [b""] * self.world_size
+            padded = torch.frombuffer(bytearray(payload.ljust(longest, b"\0")), dtype=torch.uint8)
+            everyone = self._all_gather(padded)
+        return [bytes(bytes_of(data)[:length]) for data, length in zip(everyone, lengths, strict=True)]
+
+    def _all_gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
+        self._group.allgather([everyone], [mine]).wait()
+        return everyone
+
+    def close(self) -> None:
+        """Nothing of its own to release: whoever made the group destroys it."""
+
+    @contextmanager
+    def _blaming(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise TransportError(f"rank {self.rank} of {self.world_size}: {what} with its peers failed: {error}") from error

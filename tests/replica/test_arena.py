@@ -1,0 +1,344 @@
+"""Arenas: whose they are, what they hold, what becomes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lightning_ckptless.errors import ArenaError
+from lightning_ckptless.protocol.versions import SlotState, Version
+from lightning_ckptless.replica.arena import Arena, Owner, adopt, default_arena_dir, find_arenas, reclaim
+from lightning_ckptless.replica.checksum import bytes_of, digest
+from lightning_ckptless.replica.layout import describe, plan_layout
+from lightning_ckptless.replica.slot import HEADER_BYTES, Slot
+
+
+@pytest.fixture
+def dead() -> Owner:
+    """A process that has ended."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    gone = Owner.of(child.pid)
+    assert gone.alive()
+    child.communicate()
+    return gone
+
+
+@pytest.fixture
+def written(arena, stamp):
+    """An arena with one committed replica of 1000 bytes."""
+    slot, _ = arena.slots(0, 1, 1000, layout=stamp.layout)
+    write(slot, stamp, torch.arange(1000).to(torch.uint8), b"small state")
+    slot.commit()
+    return arena
+
+
+def write(slot: Slot, stamp, bulk: torch.Tensor, blob: bytes, algorithm: str = "xxh3") -> None:
+    slot.begin(stamp)
+    slot.bulk.copy_(bulk)
+    slot.seal(stamp, blob, digest(algorithm, (bytes_of(slot.bulk), blob)))
+
+
+# ------------------------------------------------------------------ what it holds
+
+
+def test_a_replica_is_read_as_it_was_written(written, stamp):
+    (replica,) = written.inventory()
+    assert replica.snapshot == stamp.snapshot and replica.state is SlotState.COMMITTED
+    assert (replica.shard, replica.keeper, replica.node, replica.slot) == (0, 1, "node0", 0)
+    assert written.verify(replica)
+    assert torch.equal(written.read_bulk(replica), torch.arange(1000).to(torch.uint8))
+    assert written.read_blob(replica) == b"small state"
+
+
+@pytest.mark.parametrize("algorithm", ["xxh3", "crc32"])
+@pytest.mark.parametrize("place", [HEADER_BYTES, HEADER_BYTES + 999, HEADER_BYTES + 1000, HEADER_BYTES + 1010])
+def test_a_flipped_byte_is_found(arena, stamp, place, algorithm):
+    slot, _ = arena.slots(0, 1, 1000, layout=stamp.layout)
+    write(slot, stamp, torch.arange(1000).to(torch.uint8), b"small state", algorithm)
+    (replica,) = arena.inventory()
+    assert arena.verify(replica)
+    with slot.path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte[0] ^ 1]))
+    assert not arena.verify(replica)
+
+
+def test_without_a_checksum_nothing_is_checked(arena, stamp):
+    slot, _ = arena.slots(0, 1, 10, layout=stamp.layout)
+    write(slot, stamp, torch.zeros(10, dtype=torch.uint8), b"", "none")
+    assert arena.verify(arena.inventory()[0])
+
+
+def test_an_unknown_checksum_is_no_match(written):
+    assert not written.verify(replace(written.inventory()[0], checksum="md9:00"))
+
+
+def test_writing_into_what_was_read_leaves_the_slot_alone(written):
+    (replica,) = written.inventory()
+    written.read_bulk(replica).zero_()
+    assert written.verify(replica)
+
+
+def test_a_torn_header_is_left_out_and_counted(written, stamp):
+    slot, _ = written.slots(1, 1, 1000, layout=stamp.layout)
+    slot.begin(replace(stamp, shard=1))
+    os.pwrite(slot._fd, b"\xff", 40)
+    assert [replica.shard for replica in written.inventory()] == [0]
+    assert written.torn_headers == 1
+
+
+def test_a_file_that_is_cut_short_is_left_out(written):
+    (replica,) = written.inventory()
+    path = next(written.path.glob("shard-*.slot-0"))
+    os.truncate(path, HEADER_BYTES + replica.bulk_bytes)
+    assert written.inventory() == ()
+
+
+def test_the_slots_of_another_run_are_left_out(written, tmp_path, owner):
+    other = Arena.create(tmp_path, "other", "node0", owner)
+    for path in written.path.glob("shard-*"):
+        (other.path / path.name).write_bytes(path.read_bytes())
+    assert other.inventory() == ()
+
+
+def test_a_slot_is_found_again_with_what_it_holds(written, stamp):
+    written.close()
+    again = Arena.attach(written.path)
+    slot, _ = again.slots(0, 1, 1000, layout=stamp.layout)
+    assert slot.header is not None and slot.header.stamp == stamp
+    assert torch.equal(slot.bulk, torch.arange(1000).to(torch.uint8))
+    again.close()
+
+
+def test_another_layout_gets_slots_of_its_own(written, stamp):
+    slot, _ = written.slots(0, 1, 500, layout="cd" * 32)
+    write(slot, replace(stamp, layout="cd" * 32), torch.zeros(500, dtype=torch.uint8), b"")
+    assert {replica.layout for replica in written.inventory()} == {stamp.layout, "cd" * 32}
+    assert all(written.verify(replica) for replica in written.inventory())
+
+
+def test_slots_larger_than_the_free_space_are_refused_with_the_arithmetic(arena):
+    disk = os.statvfs(arena.path)
+    asked = disk.f_bavail * disk.f_frsize
+    with pytest.raises(ArenaError, match=rf"{arena.path}.* need {2 * (asked + 4096)} more bytes.*arena_dir="):
+        arena.slots(0, 0, asked)
+    assert not list(arena.path.glob("shard-*"))
+
+
+def test_layouts_and_notes_are_kept(arena, state):
+    layout = plan_layout([describe(state, replicated=True)] * 2)
+    arena.write_layout(layout)
+    again = arena.read_layout(layout.digest)
+    assert again is not None and again.chunks == layout.chunks
+    assert arena.read_layout("00") is None
+    arena.note("committed", {"step": 3})
+    arena.note("committed", {"step": 4})
+    arena.note("odd/name", [1, None])
+    assert arena.notes() == {"committed": {"step": 4}, "odd/name": [1, None]}
+
+
+def test_a_damaged_layout_is_none(arena, state):
+    layout = plan_layout([describe(state, replicated=True)])
+    arena.write_layout(layout)
+    path = arena.path / f"layout-{layout.digest}.json"
+    path.write_bytes(path.read_bytes().replace(b"weight", b"height"))
+    assert arena.read_layout(layout.digest) is None
+    path.write_bytes(b"{")
+    assert arena.read_layout(layout.digest) is None
+
+
+def test_clear_drops_slots_and_layouts(written, state):
+    written.write_layout(plan_layout([describe(state, replicated=True)]))
+    written.note("committed", 1)
+    written.clear()
+    assert written.inventory() == () and not list(written.path.glob("layout-*"))
+    assert written.notes() == {"committed": 1}
+
+
+def test_prune_drops_other_shelves(written, stamp):
+    write(written.slots(1, 1, 10, layout=stamp.layout)[0], replace(stamp, shard=1), torch.zeros(10, dtype=torch.uint8), b"")
+    written.prune({(1, 1)})
+    assert [(replica.shard, replica.keeper) for replica in written.inventory()] == [(1, 1)]
+
+
+def test_retain_drops_what_a_committed_version_replaced(written, stamp, state):
+    new = replace(stamp, layout="cd" * 32, generation=2)
+    write(written.slots(0, 1, 10, layout=new.layout)[0], new, torch.zeros(10, dtype=torch.uint8), b"")
+    past = replace(new, shard=5, generation=1)
+    write(written.slots(5, 1, 10, layout=new.layout)[0], past, torch.zeros(10, dtype=torch.uint8), b"")
+    old_layout = plan_layout([describe(state, replicated=True)])
+    written.write_layout(old_layout)
+    written.retain(new.layout, 2)
+    assert [(replica.layout, replica.generation) for replica in written.inventory()] == [(new.layout, 2)]
+    assert written.read_layout(old_layout.digest) is None
+    assert len(list(written.path.glob("shard-*"))) == 2
+
+
+# ------------------------------------------------------------------ whose it is
+
+
+def test_only_its_user_may_look_into_an_arena(arena):
+    assert arena.path.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in arena.path.iterdir()} == {0o600}
+
+
+def test_making_an_arena_again_attaches_to_it(written, tmp_path, owner):
+    assert len(Arena.create(tmp_path, "run", "node0", owner).inventory()) == 1
+
+
+def test_many_ranks_may_make_the_same_arena_at_once(tmp_path, owner):
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: Arena.create(tmp_path, "run", "n", owner, origin="a.ckpt"), range(8)))
+    assert {arena.path for arena in made} == {made[0].path} and made[0].notes() == {"origin": "a.ckpt"}
+
+
+def test_an_arena_of_a_live_process_is_not_taken(tmp_path, owner):
+    Arena.create(tmp_path, "run", "n", Owner.of(os.getppid()))
+    with pytest.raises(ArenaError, match=f"live process {os.getppid()}, not to {owner.pid}"):
+        Arena.create(tmp_path, "run", "n", owner)
+
+
+def test_an_arena_of_a_dead_process_gets_the_new_owner(tmp_path, owner, dead):
+    Arena.create(tmp_path, "run", "n", dead)
+    Arena.create(tmp_path, "run", "n", owner)
+    assert find_arenas(tmp_path)[0].owner == owner
+
+
+@pytest.mark.parametrize("name", ["a/b", "../up", "a b", "ä", "-"])
+def test_any_run_id_makes_one_folder(tmp_path, owner, name):
+    made = Arena.create(tmp_path, name, name, owner)
+    assert made.path.parent == tmp_path and find_arenas(tmp_path, name)[0].node == name
+
+
+def test_another_format_is_refused(arena):
+    facts = json.loads((arena.path / "arena.json").read_bytes())
+    (arena.path / "arena.json").write_text(json.dumps(facts | {"format": 99}))
+    with pytest.raises(ArenaError, match="arena format 99, expected 1"):
+        Arena.attach(arena.path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"format": 1}', b"\xff"])
+def test_what_is_no_arena_is_refused(arena, content):
+    (arena.path / "arena.json").write_bytes(content)
+    with pytest.raises(ArenaError):
+        Arena.attach(arena.path)
+    assert find_arenas(arena.path.parent) == ()
+
+
+def test_an_arena_of_another_user_is_refused(arena):
+    if os.getuid() != 0:
+        pytest.skip("only root can give a folder away")
+    os.chown(arena.path, 12345, -1)
+    with pytest.raises(ArenaError, match="found one of user 12345"):
+        Arena.attach(arena.path)
+
+
+def test_a_link_is_no_arena(arena, tmp_path):
+    link = tmp_path / "ckptless-link"
+    link.symlink_to(arena.path)
+    with pytest.raises(ArenaError):
+        Arena.attach(link)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_with_the_fix(tmp_path, owner):
+    (tmp_path / "file").touch()
+    with pytest.raises(ArenaError, match="arena_dir="):
+        Arena.create(tmp_path / "file", "run", "n", owner)
+
+
+# ------------------------------------------------------------------ what becomes of it
+
+
+def test_arenas_are_found_with_what_is_known_of_them(written, tmp_path, owner, dead):
+    Arena.create(tmp_path, "other", "node1", dead, origin="last.ckpt")
+    first, second = find_arenas(tmp_path)
+    assert (first.run_id, first.node, first.owner_alive) == ("other", "node1", False) and first.origin == "last.ckpt"
+    assert (second.run_id, second.owner, second.owner_alive) == ("run", owner, True)
+    assert second.bytes >= 2 * HEADER_BYTES and second.created_at <= time.time()
+    assert find_arenas(tmp_path, "run") == (second,)
+    assert find_arenas(tmp_path / "nowhere") == ()
+
+
+def test_a_zombie_owner_is_dead():
+    child = subprocess.Popen([sys.executable, "-c", "pass"], stdout=subprocess.PIPE)
+    owner = Owner.of(child.pid)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert not owner.alive()
+    child.communicate()
+
+
+def test_a_process_with_a_number_used_again_is_another(owner):
+    assert not replace(owner, started_at=owner.started_at - 60).alive()
+
+
+def test_an_orphan_is_adopted_with_what_it_holds(tmp_path, owner, dead, stamp):
+    orphan = Arena.create(tmp_path, "run", "old", dead)
+    write(orphan.slots(0, 1, 10, layout=stamp.layout)[0], stamp, torch.ones(10, dtype=torch.uint8), b"b")
+    orphan.close()
+    adopted = adopt(find_arenas(tmp_path)[0], node="new", owner=owner)
+    assert adopted is not None and adopted.node == "new" and not orphan.path.exists()
+    (replica,) = adopted.inventory()
+    assert replica.node == "new" and adopted.verify(replica)
+    assert find_arenas(tmp_path)[0].owner == owner
+
+
+def test_of_many_adopters_one_wins(tmp_path, owner, dead):
+    Arena.create(tmp_path, "run", "old", dead)
+    (info,) = find_arenas(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda i: adopt(info, node=f"new{i}", owner=owner), range(8)))
+    assert len([arena for arena in won if arena is not None]) == 1
+    assert len(find_arenas(tmp_path)) == 1
+
+
+def test_an_arena_with_a_live_owner_is_not_adopted(arena, tmp_path, owner):
+    assert adopt(find_arenas(tmp_path)[0], node="new", owner=owner) is None
+
+
+def test_a_node_with_an_arena_adopts_no_other(arena, tmp_path, owner, dead):
+    Arena.create(tmp_path, "run", "old", dead)
+    orphan = next(info for info in find_arenas(tmp_path) if info.node == "old")
+    assert adopt(orphan, node="node0", owner=owner) is None
+    assert len(find_arenas(tmp_path)) == 2
+
+
+def test_reclaim_removes_old_orphans_only(arena, tmp_path, dead):
+    orphan = Arena.create(tmp_path, "run", "old", dead)
+    now = time.time()
+    assert reclaim(tmp_path, now=now + 50, keep_s=60) == ()
+    assert reclaim(tmp_path, now=now + 100, keep_s=60) == (orphan.path,)
+    assert [info.node for info in find_arenas(tmp_path)] == ["node0"]
+
+
+def test_remove_leaves_nothing(written):
+    written.remove()
+    assert not written.path.exists()
+
+
+def test_the_default_folder_can_be_written(recwarn):
+    assert os.access(default_arena_dir(), os.W_OK)
+
+
+def test_without_shared_memory_a_temporary_folder_is_used(monkeypatch, tmp_path):
+    monkeypatch.setattr("lightning_ckptless.replica.arena.SHARED_MEMORY", tmp_path / "none")
+    with pytest.warns(UserWarning, match="arenas go to"):
+        assert os.access(default_arena_dir(), os.W_OK)
+
+
+def test_a_new_version_may_follow_in_a_slot(written, stamp):
+    (replica,) = written.inventory()
+    slot, _ = written.slots(0, 1, 1000, layout=stamp.layout)
+    later = replace(stamp, version=Version(5, True))
+    write(slot, later, torch.ones(1000, dtype=torch.uint8), b"longer small state than before")
+    (after,) = written.inventory()
+    assert after.version == Version(5, True) and written.verify(after) and not written.verify(replica)

@@ -1,0 +1,212 @@
+"""One conformance suite for all transports, and what each does when a peer dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_ckptless.errors import TransportError
+from lightning_ckptless.replica.transport import GlooTransport, LoopbackTransport, SoloTransport
+
+TIMEOUT_S = 20.0
+
+
+def loopback(world_size, timeout_s=TIMEOUT_S):
+    ranks = LoopbackTransport.world(world_size, timeout_s=timeout_s)
+    return ranks.__getitem__
+
+
+def gloo(world_size, timeout_s=TIMEOUT_S):
+    store = dist.HashStore()
+
+    def join(rank):
+        return GlooTransport(dist.ProcessGroupGloo(store, rank, world_size, timedelta(seconds=timeout_s)))
+
+    return join
+
+
+def solo(world_size, timeout_s=TIMEOUT_S):
+    assert world_size == 1
+    return lambda rank: SoloTransport()
+
+
+CASES = [(solo, 1), (loopback, 1), (loopback, 2), (loopback, 4), (gloo, 1), (gloo, 2), (gloo, 4)]
+
+
+@pytest.fixture(params=CASES, ids=[f"{kind.__name__}-{size}" for kind, size in CASES])
+def world(request, together):
+    """Runs one function on every rank's transport."""
+    kind, world_size = request.param
+
+    def run(body):
+        join = kind(world_size)
+
+        def one(rank):
+            transport = join(rank)
+            assert (transport.rank, transport.world_size) == (rank, world_size)
+            try:
+                return body(transport)
+            finally:
+                transport.agree(True)
+                transport.close()
+
+        return together(world_size, one)
+
+    run.size = world_size
+    return run
+
+
+def parcel(source, target, length):
+    return ((torch.arange(length) * 7 + source * 31 + target) % 251).to(torch.uint8)
+
+
+@pytest.mark.parametrize("length", [0, 1, 4096, 3_000_001])
+def test_every_rank_sends_to_every_other_at_once(world, length):
+    def body(transport):
+        peers = [peer for peer in range(transport.world_size) if peer != transport.rank]
+        rooms = {peer: torch.empty(length, dtype=torch.uint8) for peer in peers}
+        transport.exchange(
+            [(peer, 1, parcel(transport.rank, peer, length)) for peer in peers],
+            [(peer, 1, room) for peer, room in rooms.items()],
+        )
+        return all(torch.equal(room, parcel(peer, transport.rank, length)) for peer, room in rooms.items())
+
+    assert all(world(body))
+
+
+def test_tags_tell_parcels_of_a_pair_apart(world):
+    def body(transport):
+        peers = [peer for peer in range(transport.world_size) if peer != transport.rank]
+        rooms = {(peer, tag): torch.empty(5 + tag, dtype=torch.uint8) for peer in peers for tag in (2, 0, 1)}
+        transport.exchange(
+            [(peer, tag, parcel(tag, peer, 5 + tag)) for peer in peers for tag in range(3)],
+            [(peer, tag, room) for (peer, tag), room in rooms.items()],
+        )
+        return all(torch.equal(room, parcel(tag, transport.rank, 5 + tag)) for (_, tag), room in rooms.items())
+
+    assert all(world(body))
+
+
+def test_one_way_traffic_needs_no_answer(world):
+    def body(transport):
+        room = torch.empty(10, dtype=torch.uint8)
+        last = transport.world_size - 1
+        sends = [(last, 0, parcel(0, last, 10))] if transport.rank == 0 < last else []
+        receives = [(0, 0, room)] if transport.rank == last > 0 else []
+        transport.exchange(sends, receives)
+        return not receives or torch.equal(room, parcel(0, last, 10))
+
+    assert all(world(body))
+
+
+def test_what_was_sent_may_change_afterwards(world):
+    def body(transport):
+        if transport.world_size == 1:
+            return True
+        after, before = (transport.rank + 1) % transport.world_size, (transport.rank - 1) % transport.world_size
+        data, room = torch.empty(100_000, dtype=torch.uint8), torch.empty(100_000, dtype=torch.uint8)
+        seen = []
+        for value in range(5):
+            data.fill_(value)
+            transport.exchange([(after, 0, data)], [(before, 0, room)])
+            seen.append(room.unique().tolist())
+        return seen == [[value] for value in range(5)]
+
+    assert all(world(body))
+
+
+@pytest.mark.parametrize("against", [None, 0, "last"])
+def test_all_must_agree(world, against):
+    dissenter = {None: None, 0: 0, "last": world.size - 1}[against]
+    assert world(lambda transport: transport.agree(transport.rank != dissenter)) == [against is None] * world.size
+
+
+def test_everybody_gets_everybodys_payload(world):
+    payloads = [bytes([rank]) * (rank * 1000) for rank in range(world.size)]
+    assert world(lambda transport: transport.gather(payloads[transport.rank])) == [payloads] * world.size
+
+
+def test_nothing_can_be_gathered(world):
+    assert world(lambda transport: transport.gather(b"")) == [[b""] * world.size] * world.size
+
+
+# ------------------------------------------------------------------ silence and death
+
+
+def ask(transport, what):
+    other = 1 - transport.rank
+    if what == "exchange":
+        transport.exchange([], [(other, 0, torch.empty(10, dtype=torch.uint8))])
+    elif what == "agree":
+        transport.agree(True)
+    else:
+        transport.gather(b"x")
+
+
+@pytest.mark.parametrize("what", ["exchange", "agree", "gather"])
+@pytest.mark.parametrize("kind", [loopback, gloo])
+def test_a_silent_peer_is_given_up(kind, what, together):
+    join = kind(2, timeout_s=0.3)
+    ranks = together(2, join)
+    with pytest.raises(TransportError, match="rank 0"):
+        ask(ranks[0], what)
+
+
+def test_a_closed_loopback_rank_is_noticed_at_once(together):
+    ranks = LoopbackTransport.world(2, timeout_s=3600)
+    ranks[1].close()
+    for what in ("exchange", "agree", "gather"):
+        with pytest.raises(TransportError, match="rank 1 is gone"):
+            ask(ranks[0], what)
+        with pytest.raises(TransportError, match="its transport is closed"):
+            ask(ranks[1], what)
+
+
+def test_a_parcel_of_another_length_is_refused():
+    ranks = LoopbackTransport.world(2)
+    ranks[1].exchange([(0, 0, torch.zeros(9, dtype=torch.uint8))], [])
+    with pytest.raises(TransportError, match="rank 1 sent 9 bytes under tag 0, expected 10"):
+        ask(ranks[0], "exchange")
+
+
+PEER = """
+    import os, signal, sys, torch, torch.distributed as dist
+    from datetime import timedelta
+    from lightning_ckptless.errors import TransportError
+    from lightning_ckptless.replica.transport import GlooTransport
+    folder, rank, what = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    transport = GlooTransport(dist.new_group(backend="gloo"))
+    assert transport.agree(True) and not transport.agree(rank == 0)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        if what == "exchange":
+            transport.exchange([], [(1, 0, torch.empty(10, dtype=torch.uint8))])
+        else:
+            transport.agree(True)
+    except TransportError as error:
+        print("told:", error)
+"""
+
+
+@pytest.mark.parametrize("what", ["exchange", "agree"])
+def test_a_killed_process_is_noticed_by_its_peer(tmp_path, what):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-c", textwrap.dedent(PEER), str(tmp_path)]
+    survivor, victim = (
+        subprocess.Popen([*command, str(rank), what], env=environment, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    )
+    said, _ = survivor.communicate(timeout=50)
+    victim.communicate(timeout=50)
+    assert victim.returncode == -signal.SIGKILL
+    assert said.startswith("told: rank 0 of 2:")
