@@ -5,6 +5,7 @@ Set by the user:
 | Variable | Meaning |
 |---|---|
 | `CKPTLESS_RUN_ROOT` | folder that receives one sub-folder per run with its ledger (default `./ckptless`) |
+| `CKPTLESS_ARENA_DIR` | folder of the shared memory, where the strategy names none (default `/dev/shm`) |
 | `CKPTLESS_FAULTS` | fault script for the run, e.g. `kill:rank=1:step=7` (several: separated by commas) |
 | `CKPTLESS_TRACE_DIR` | folder that receives a digest of every step of every rank |
 | `CKPTLESS_RDZV_ENDPOINT` | `host:port` of the rendezvous, for `python train.py` on several nodes |
@@ -16,11 +17,13 @@ Set by the agent for its workers:
 | `CKPTLESS_AGENT` | process id of our agent; absent under torchrun |
 | `CKPTLESS_NODE` | name of this node, unique in the run, stable while its agent lives |
 | `CKPTLESS_FAULT_REPORT` | JSON: why this generation exists (`FaultReport`); absent in the first one |
+| `CKPTLESS_VERDICT_DIR` | folder in which a worker says that it must not be started again |
 | `CKPTLESS_SPAWNED_AT` | wall clock (seconds since the epoch) at which this worker was requested |
 | `CKPTLESS_MAIN_AT` | wall clock at which this worker entered the user's script |
 """
 
 RUN_ROOT = "CKPTLESS_RUN_ROOT"
+ARENA_DIR = "CKPTLESS_ARENA_DIR"
 FAULTS = "CKPTLESS_FAULTS"
 TRACE_DIR = "CKPTLESS_TRACE_DIR"
 RDZV_ENDPOINT = "CKPTLESS_RDZV_ENDPOINT"
@@ -28,5 +31,6 @@ RDZV_ENDPOINT = "CKPTLESS_RDZV_ENDPOINT"
 AGENT = "CKPTLESS_AGENT"
 NODE = "CKPTLESS_NODE"
 FAULT_REPORT = "CKPTLESS_FAULT_REPORT"
+VERDICT_DIR = "CKPTLESS_VERDICT_DIR"
 SPAWNED_AT = "CKPTLESS_SPAWNED_AT"
 MAIN_AT = "CKPTLESS_MAIN_AT"

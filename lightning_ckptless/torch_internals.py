@@ -116,6 +116,19 @@ def forget_worker_store(handler: Any) -> None:
     handler._shared_tcp_store_server = None
 
 
+def skip_first_delay(handler: Any) -> None:
+    """Have an elastic rendezvous begin with round 1.
+
+    Its agents wait at random, up to 0.3 s, for every meeting in round 0, which is that of the first recovery too. The
+    delay spreads the load of many nodes; where there is one, it only costs time.
+    """
+    holder = handler._state_holder
+    holder.sync()
+    holder.state.round = 1
+    holder.mark_dirty()
+    holder.sync()
+
+
 def remaining_restarts(agent: Any) -> int:
     """How often an elastic agent may still relaunch its workers."""
     return int(agent._remaining_restarts)

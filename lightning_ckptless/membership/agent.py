@@ -116,9 +116,7 @@ class CkptlessAgent(LocalElasticAgent):
         pids = workers.pids()
         ranks = {worker.global_rank: pids[worker.local_rank] for worker in worker_group.workers}
         self._starts += 1
-        self._record(
-            "workers_spawned", node=self._node.name, world_size=worker_group.workers[0].world_size, pids=ranks
-        )
+        self._record("workers_spawned", node=self._node.name, world_size=worker_group.workers[0].world_size, pids=ranks)
         if self.relaunches:
             self._announce(worker_group)
         return pids

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.errors import LaunchError, OptionsError
+from lightning_ckptless.membership.command_line import parse_command_line
 from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.membership.program import Program, script_path
+from lightning_ckptless.membership.signals import AskedToEnd, raising_on_signals
 
 DEFAULT_PRELOAD = (
     "torch",
@@ -22,6 +27,15 @@ DEFAULT_PRELOAD = (
     "lightning_ckptless",
 )
 """What workers of a usual run import, in the order that is quickest."""
+DEFAULT_MAX_RESTARTS = 100
+DEFAULT_STOP_GRACE_S = 5.0
+
+_CANNOT_START_EXIT_CODE = 2
+
+
+def new_run_id() -> str:
+    """A name for a run: when it began, and something that no other has."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +48,12 @@ class LaunchConfig:
         nnodes: number of nodes, or `min:max`.
         rdzv_endpoint: `host:port` where several nodes meet; not needed on one.
         rdzv_conf: further settings of torch's c10d rendezvous, e.g. `{"join_timeout": 600}` (seconds).
-        run_id: name of the run, the same on all nodes; made up on a single node when empty.
+        run_id: name of the run, to be given where there are several nodes, the same on all; else made up.
         max_restarts: relaunches after failures of workers until the run gives up.
         preload: modules that the preloaded parent imports.
         fresh: start each worker as a new process, without a preloaded parent.
         run_root: folder that receives the run's own folder; handed to the workers.
+        arena_dir: folder of the shared memory; handed to the workers.
         env: what the workers' environment has beyond this process's.
         cwd: working directory of the workers; None for this process's.
         node_name: unique in the run; None for host name and process id.
@@ -48,6 +63,7 @@ class LaunchConfig:
         tee: streams that go to files too, as torchrun's `--tee` has them.
         local_ranks_filter: ranks whose output is shown; empty for all.
         log_line_prefix: template of what stands before each line of a stream in `tee`; None for torch's own.
+        role: torch elastic's name for the kind of worker.
         stop_grace_s: time that workers have to end after SIGTERM, where they are asked and not killed.
 
     Raises:
@@ -59,11 +75,12 @@ class LaunchConfig:
     nnodes: str = "1"
     rdzv_endpoint: str = ""
     rdzv_conf: Mapping[str, str | int] = field(default_factory=dict)
-    run_id: str = ""
-    max_restarts: int = 100
+    run_id: str = field(default_factory=new_run_id)
+    max_restarts: int = DEFAULT_MAX_RESTARTS
     preload: tuple[str, ...] = DEFAULT_PRELOAD
     fresh: bool = False
     run_root: Path | None = None
+    arena_dir: Path | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     cwd: Path | None = None
     node_name: str | None = None
@@ -73,7 +90,8 @@ class LaunchConfig:
     tee: str = "0"
     local_ranks_filter: tuple[int, ...] = ()
     log_line_prefix: str | None = None
-    stop_grace_s: float = 5.0
+    role: str = "default"
+    stop_grace_s: float = DEFAULT_STOP_GRACE_S
 
     def __post_init__(self) -> None:
         for name, least in (("nproc", 1), ("max_restarts", 0), ("stop_grace_s", 0)):
@@ -82,8 +100,6 @@ class LaunchConfig:
         _, most_nodes = self.node_range
         if most_nodes > 1 and not self.rdzv_endpoint:
             raise OptionsError(f"nnodes={self.nnodes}: the nodes must know where to meet; give rdzv_endpoint=HOST:PORT")
-        if most_nodes > 1 and not self.run_id:
-            raise OptionsError(f"nnodes={self.nnodes}: the nodes must know which run they belong to; give a run id")
 
     @property
     def node_range(self) -> tuple[int, int]:
@@ -93,7 +109,6 @@ class LaunchConfig:
         if not 0 < least <= most:
             raise OptionsError(f"nnodes={self.nnodes!r}: expected a number, or MIN:MAX with 0 < MIN <= MAX")
         return least, most
-
 
     @property
     def working_dir(self) -> str:
@@ -147,3 +162,43 @@ def make_parent(config: LaunchConfig) -> PreloadedParent:
     """The parent that suits a configuration, not yet started."""
     modules = () if config.fresh else config.preload
     return PreloadedParent(modules, path=script_path(config.program, config.working_dir), flags=config.program.flags)
+
+
+def main(
+    argv: Sequence[str],
+    *,
+    record_for: Callable[[LaunchConfig], Callable[..., None]] = lambda _config: _no_record,
+    ended: Callable[[LaunchConfig, Outcome | None], None] = lambda _config, _outcome: None,
+) -> int:
+    """Run as a process of its own does: options from the command line; a signal ends the workers too.
+
+    Args:
+        argv: options of `ckptless run`, program and its arguments.
+        record_for: makes the receiver of events for a configuration.
+        ended: is called when the run is over and its workers are gone, without an outcome where it was interrupted.
+
+    Returns:
+        Exit code: the workers', 128 + number for a signal, 2 where the run cannot be started.
+    """
+    # The parent begins before torch is imported here, so that both import at once.
+    modules = () if "--no-preload" in argv else DEFAULT_PRELOAD
+    flags = parse_command_line(sys.orig_argv).flags
+    try:
+        with raising_on_signals(), PreloadedParent(modules, flags=flags) as parent:
+            from lightning_ckptless.membership.torchrun import config_from_torchrun_args  # noqa: PLC0415
+
+            config, outcome = config_from_torchrun_args(argv), None
+            if not config.fresh:
+                more = [name for name in config.preload if name not in modules]
+                parent.preload(more, path=script_path(config.program, config.working_dir))
+            try:
+                outcome = run(config, parent=parent, record=record_for(config))
+            finally:
+                ended(config, outcome)
+            return outcome.exit_code
+    except AskedToEnd as request:
+        print(f"ckptless: {request}; no worker is left", file=sys.stderr)
+        return 128 + request.number
+    except (LaunchError, OptionsError) as error:
+        print(f"ckptless: {error}", file=sys.stderr)
+        return _CANNOT_START_EXIT_CODE

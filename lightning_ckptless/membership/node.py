@@ -6,13 +6,12 @@ import os
 import re
 import socket
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import WorkerSpec
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsSpecs, SignalException, Std
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsSpecs, Std
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
@@ -22,6 +21,8 @@ from lightning_ckptless.errors import LaunchError
 from lightning_ckptless.membership.agent import CkptlessAgent, Node
 from lightning_ckptless.membership.launch import LaunchConfig, Outcome
 from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.signals import AskedToEnd
+from lightning_ckptless.torch_internals import skip_first_delay
 
 # A replacement machine may take long to boot. A lost node shall be known after 6 s, and a busy one not taken for lost.
 _RENDEZVOUS_DEFAULTS = {
@@ -37,7 +38,7 @@ def run_node(config: LaunchConfig, parent: PreloadedParent, record: Callable[...
     """Run this node's workers to their end; see `launch.run`."""
     with _rendezvous(config) as handler, _logs(config) as logs:
         spec = WorkerSpec(
-            role="default",
+            role=config.role,
             local_world_size=config.nproc,
             entrypoint=config.program.target,
             rdzv_handler=handler,
@@ -76,8 +77,9 @@ def _base_env(config: LaunchConfig) -> dict[str, str]:
     if config.nproc > 1:
         # As torchrun does: otherwise each worker would start as many threads as there are cores.
         env.setdefault("OMP_NUM_THREADS", "1")
-    if config.run_root is not None:
-        env[environment.RUN_ROOT] = str(config.run_root.absolute())
+    for name, folder in ((environment.RUN_ROOT, config.run_root), (environment.ARENA_DIR, config.arena_dir)):
+        if folder is not None:
+            env[name] = str(folder.absolute())
     for name in (environment.FAULT_REPORT, environment.MAIN_AT):
         env.pop(name, None)
     return env
@@ -92,7 +94,7 @@ def _rendezvous(config: LaunchConfig) -> Iterator[RendezvousHandler]:
     parameters = RendezvousParameters(
         backend="c10d",
         endpoint="127.0.0.1:0" if alone else config.rdzv_endpoint,
-        run_id=config.run_id or uuid.uuid4().hex[:12],
+        run_id=config.run_id,
         min_nodes=least,
         max_nodes=most,
         local_addr=config.local_addr or ("127.0.0.1" if alone else None),
@@ -102,16 +104,18 @@ def _rendezvous(config: LaunchConfig) -> Iterator[RendezvousHandler]:
         handler = get_rendezvous_handler(parameters)
     except RendezvousError as error:
         raise LaunchError(_no_meeting(config, error)) from error
+    if alone:
+        skip_first_delay(handler)
+    asked_to_end = False
     try:
         yield handler
-    except (SignalException, KeyboardInterrupt):
-        # This node was asked to end. The rendezvous stays open: the others may go on, with another in its place.
+    except (AskedToEnd, KeyboardInterrupt):
+        asked_to_end = True
         raise
-    except BaseException:
-        handler.shutdown()
-        raise
-    else:
-        handler.shutdown()
+    finally:
+        # Closed, the rendezvous is over for all. Where only this node is to end, another may come in its place.
+        if alone or not asked_to_end:
+            handler.shutdown()
 
 
 @contextmanager
@@ -126,4 +130,3 @@ def _logs(config: LaunchConfig) -> Iterator[LogsSpecs]:
 def _no_meeting(config: LaunchConfig, error: Exception) -> str:
     where = config.rdzv_endpoint or "this machine"
     return f"run {config.run_id!r}: {config.nnodes} node(s) did not meet at {where}: {type(error).__name__}: {error}"
-

@@ -77,7 +77,7 @@ class PreloadedParent:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
-        self._awaits_preload = False
+        self._imports_awaited = 0
         self._ends: dict[int, End] = {}
 
     @property
@@ -92,6 +92,12 @@ class PreloadedParent:
                 self._launch()
         return self
 
+    def preload(self, modules: Sequence[str], *, path: Sequence[str] = ()) -> None:
+        """Have it import more modules before the next fork; returns without waiting for that."""
+        self.start()
+        with self._lock:
+            self._ask_for_import(modules, path)
+
     def ready(self) -> None:
         """Wait until everything is imported.
 
@@ -100,7 +106,7 @@ class PreloadedParent:
         """
         self.start()
         with self._lock:
-            self._await_preload()
+            self._await_imports()
 
     def fork(self, job: Job, stdio: Sequence[int] = (0, 1, 2)) -> Forked:
         """Start a worker.
@@ -117,7 +123,7 @@ class PreloadedParent:
         self.start()
         with self._lock:
             if not job.fresh:
-                self._await_preload()
+                self._await_imports()
             answer, files = self._ask({"fork": job.to_message()}, stdio)
             if "refused" in answer:
                 raise UnsafeForkError(answer["refused"])
@@ -170,14 +176,17 @@ class PreloadedParent:
             )
         self._socket = ours
         self._ends.clear()
-        if self.modules:
-            self._send({"preload": list(self.modules), "path": list(self.path)})
-            self._awaits_preload = True
+        self._ask_for_import(self.modules, self.path)
 
-    def _await_preload(self) -> None:
-        if self._awaits_preload:
+    def _ask_for_import(self, modules: Sequence[str], path: Sequence[str]) -> None:
+        if modules:
+            self._send({"preload": list(modules), "path": list(path)})
+            self._imports_awaited += 1
+
+    def _await_imports(self) -> None:
+        while self._imports_awaited:
             answer, _ = self._await_answer()
-            self._awaits_preload = False
+            self._imports_awaited -= 1
             if "failed" in answer:
                 self._abandon()
                 raise LaunchError(f"{answer['failed']}; install it, or leave it out of the modules to preload")
@@ -230,10 +239,10 @@ class PreloadedParent:
             self._socket.close()
             self._socket = None
         if self._process is not None:
-            if self._awaits_preload:
-                # It reads nothing while it imports, and it has no workers yet.
+            if self._imports_awaited:
+                # It reads nothing while it imports.
                 self._process.kill()
-                self._awaits_preload = False
+                self._imports_awaited = 0
             try:
                 self._process.wait(_END_GRACE_S)
             except subprocess.TimeoutExpired:

@@ -1,0 +1,10 @@
+"""The agent as a process: `python -m lightning_ckptless.membership [options] program [arguments]`."""
+
+from __future__ import annotations
+
+import sys
+
+from lightning_ckptless.membership.launch import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

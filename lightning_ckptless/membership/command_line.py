@@ -1,0 +1,68 @@
+"""How python was started: its command line taken apart, so that the same program can be started again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Source = Literal["script", "module", "command", "stdin"]
+
+_WITH_VALUE = "WX"
+_LONG_WITH_VALUE = "--check-hash-based-pycs"
+
+
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    """A command line of the interpreter.
+
+    Args:
+        flags: its options, one word each, e.g. `("-O", "-Xdev")`; without those that say what to run.
+        source: where the program comes from: a file, `-m`, `-c`, or standard input and the prompt.
+        target: the file, the module or the code; empty for standard input.
+        args: what follows.
+    """
+
+    flags: tuple[str, ...]
+    source: Source
+    target: str
+    args: tuple[str, ...]
+
+
+def parse_command_line(words: Sequence[str]) -> CommandLine:
+    """Take a command line apart as the interpreter does.
+
+    Args:
+        words: as in `sys.orig_argv`: the interpreter first.
+    """
+    flags: list[str] = []
+    rest = list(words[1:])
+    while rest:
+        word = rest.pop(0)
+        if word == "-":
+            return CommandLine(tuple(flags), "stdin", "", tuple(rest))
+        if word == "--" and rest:
+            word = rest.pop(0)
+            return CommandLine(tuple(flags), "script", word, tuple(rest))
+        if not word.startswith("-"):
+            return CommandLine(tuple(flags), "script", word, tuple(rest))
+        if word.startswith("--"):
+            flags.append(f"{word}={rest.pop(0)}" if word == _LONG_WITH_VALUE else word)
+            continue
+        found = _parse_letters(word[1:], rest, flags)
+        if found is not None:
+            return CommandLine(tuple(flags), *found, tuple(rest))
+    return CommandLine(tuple(flags), "stdin", "", ())
+
+
+def _parse_letters(letters: str, rest: list[str], flags: list[str]) -> tuple[Source, str] | None:
+    """One word of options, e.g. `Bum` with the module in the next word. Consumes what it needs of `rest`."""
+    for position, letter in enumerate(letters):
+        if letter in "cm" or letter in _WITH_VALUE:
+            value = letters[position + 1 :] or (rest.pop(0) if rest else "")
+            if letter in _WITH_VALUE:
+                flags.append(f"-{letter}{value}")
+                return None
+            return ("command" if letter == "c" else "module"), value
+        flags.append(f"-{letter}")
+    return None

@@ -1,0 +1,119 @@
+"""The options of `ckptless run`: torchrun's, and our own."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.distributed.run import determine_local_world_size, get_args_parser
+
+from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.membership.command_line import parse_command_line
+from lightning_ckptless.membership.launch import (
+    DEFAULT_MAX_RESTARTS,
+    DEFAULT_PRELOAD,
+    DEFAULT_STOP_GRACE_S,
+    LaunchConfig,
+    new_run_id,
+)
+from lightning_ckptless.membership.program import Kind, Program
+
+_UNSUPPORTED: dict[str, object] = {
+    "numa_binding": None,
+    "logs_specs": None,
+    "virtual_local_rank": False,
+    "duplicate_stdout_filters": [],
+    "duplicate_stderr_filters": [],
+}
+_DEFAULT_MASTER_PORT = 29500
+
+
+def options_parser() -> ArgumentParser:
+    """The parser of the options; what follows them is the program and its arguments."""
+    parser = get_args_parser()
+    parser.prog = "ckptless run"
+    parser.description = "Run a training program in several processes that survive the loss of any of them."
+    ours = parser.add_argument_group("ckptless")
+    ours.add_argument("--preload", action="append", default=[], metavar="MODULE", help="import it before forking, too")
+    ours.add_argument("--no-preload", action="store_true", help="start every worker as a new process")
+    ours.add_argument("--run-root", type=Path, default=Path("ckptless"), help="folder that receives the run's folder")
+    ours.add_argument("--arena-dir", type=Path, default=None, help="folder of the shared memory (default: /dev/shm)")
+    if "PET_MAX_RESTARTS" not in os.environ:
+        parser.set_defaults(max_restarts=DEFAULT_MAX_RESTARTS)
+    return parser
+
+
+def config_from_torchrun_args(argv: Sequence[str]) -> LaunchConfig:
+    """Read a configuration from a command line of torchrun.
+
+    Args:
+        argv: options, program and its arguments, e.g. `["--nproc-per-node", "2", "train.py", "--lr", "0.1"]`.
+
+    Raises:
+        OptionsError: an option that cannot be honoured.
+        SystemExit: the command line cannot be parsed, or asks for help.
+    """
+    args = options_parser().parse_args(argv)
+    for name, unset in _UNSUPPORTED.items():
+        if getattr(args, name) != unset:
+            raise OptionsError(f"--{name.replace('_', '-')} is not supported; start with torchrun if it is needed")
+    if args.rdzv_backend not in ("static", "c10d"):
+        raise OptionsError(f"--rdzv-backend {args.rdzv_backend}: expected c10d")
+    endpoint, conf = _meeting(args)
+    return LaunchConfig(
+        program=_program(args),
+        nproc=determine_local_world_size(args.nproc_per_node),
+        nnodes="1" if args.standalone else args.nnodes,
+        rdzv_endpoint=endpoint,
+        rdzv_conf=conf,
+        run_id=_run_id(args.rdzv_id, endpoint),
+        max_restarts=args.max_restarts,
+        preload=(*DEFAULT_PRELOAD, *args.preload),
+        fresh=args.no_preload,
+        run_root=args.run_root,
+        arena_dir=args.arena_dir,
+        local_addr=args.local_addr,
+        log_dir=None if args.log_dir is None else Path(args.log_dir),
+        redirects=args.redirects,
+        tee=args.tee,
+        local_ranks_filter=tuple(int(rank) for rank in args.local_ranks_filter.split(",") if rank),
+        log_line_prefix=os.environ.get("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"),
+        role=args.role,
+        stop_grace_s=DEFAULT_STOP_GRACE_S if args.shutdown_timeout is None else args.shutdown_timeout,
+    )
+
+
+def _program(args: Namespace) -> Program:
+    kind: Kind = "module" if args.module else "executable" if args.no_python else "script"
+    flags = parse_command_line(sys.orig_argv).flags
+    return Program(kind, args.training_script, tuple(args.training_script_args), flags)
+
+
+def _meeting(args: Namespace) -> tuple[str, dict[str, str | int]]:
+    """Where the nodes meet, and the settings of the rendezvous there."""
+    conf: dict[str, str | int] = {}
+    for pair in filter(None, args.rdzv_conf.split(",")):
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise OptionsError(f"--rdzv-conf {args.rdzv_conf!r}: expected KEY=VALUE,...; found {pair!r}")
+        conf[key.strip()] = value.strip()
+    if args.standalone:
+        return "", conf
+    if args.rdzv_endpoint or args.nnodes in ("1", "1:1"):
+        return args.rdzv_endpoint, conf
+    if args.rdzv_backend == "static":
+        # The older way to say it: the first node is the meeting place.
+        conf.setdefault("is_host", int(args.node_rank == 0))
+        return f"{args.master_addr}:{args.master_port or _DEFAULT_MASTER_PORT}", conf
+    return "", conf
+
+
+def _run_id(rdzv_id: str, endpoint: str) -> str:
+    """The name of the run: as given, or else one that all nodes of the run find alike."""
+    if rdzv_id not in ("", "none"):
+        return rdzv_id
+    return "at-" + re.sub(r"[^A-Za-z0-9.]+", "-", endpoint) if endpoint else new_run_id()
