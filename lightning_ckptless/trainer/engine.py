@@ -14,10 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lightning_ckptless import environment
-from lightning_ckptless.errors import CkptlessError, LayoutMismatchError
+from lightning_ckptless.errors import CkptlessError
 from lightning_ckptless.ledger import Ledger, read_ledger
 from lightning_ckptless.membership.communicators import host_group
 from lightning_ckptless.options import CkptlessOptions
@@ -25,7 +23,7 @@ from lightning_ckptless.protocol.placement import Placement, place
 from lightning_ckptless.protocol.start import StartAction, StartPlan, plan_start
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.arena import Arena
-from lightning_ckptless.replica.layout import Layout, describe, differences, plan_layout
+from lightning_ckptless.replica.layout import Layout, describe, dtype_of, plan_layout
 from lightning_ckptless.replica.mirror import Mirror
 from lightning_ckptless.replica.restore import choose, fetch, fill, shared_layout
 from lightning_ckptless.replica.transport import GlooTransport, SoloTransport, Transport
@@ -224,13 +222,13 @@ class Engine:
     def _restore(self) -> None:
         restored = self.restored
         assert restored is not None
-        described = {c.name: (getattr(torch, c.dtype), c.shape) for c in restored.layout.chunks}
+        described = restored.layout.tensors().items()
         make_room_for_optimizer_state(
-            self.trainer, {name: facts for name, facts in described.items() if name.startswith("optimizer/")}
+            self.trainer, {name: (dtype_of(d), shape) for name, (d, shape) in described if name.startswith("optimizer/")}
         )
         self._index = StateIndex(self.trainer)
         tensors = self._index.read()
-        self._require_same(restored.layout, plan_layout([self._describe(tensors)] * self.world_size))
+        restored.layout.require_same(plan_layout([self._describe(tensors)] * self.world_size), self.rank)
         fill(restored.layout, restored.bulks, tensors, self.rank)
         self._small = SmallState(self.trainer)
         self._small.apply(restored.small["state"])
@@ -300,13 +298,6 @@ class Engine:
         private = self._index.private
         replicated = describe({n: t for n, t in tensors.items() if n not in private}, replicated=True)
         return replicated + describe({n: t for n, t in tensors.items() if n in private}, replicated=False)
-
-    def _require_same(self, mirrored: Layout, built: Layout) -> None:
-        if found := differences(mirrored, built):
-            raise LayoutMismatchError(
-                f"rank {self.rank}: the relaunched script built another model or optimizer than the one mirrored at "
-                f"{self._taken}: {'; '.join(found)}. Build the same at every start, or begin a new run: ckptless clean"
-            )
 
     def _open_mirror(self, layout: Layout, *, committed: Version | None) -> None:
         if self.mirror is not None:

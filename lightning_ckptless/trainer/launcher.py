@@ -78,6 +78,8 @@ class FitGuard:
         engine = Engine(trainer, strategy.options, strategy.generation, self.chapter, strategy.probes)
         self.chapter += 1
         strategy.engine = engine
+        if not self.chapter - 1:
+            trainer.callbacks.extend(strategy.observers())
         try:
             return self._guarded(engine, function, list(args), kwargs)
         except BaseException as error:

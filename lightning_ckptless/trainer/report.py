@@ -130,7 +130,7 @@ class RunReport:
             "mirror_ms": 1e3 * stats.last_round_s,
             "mirror_stall_ms": 1e3 * (stall_s + self._stall_s),
             "mirror_submit_ms": 1e3 * cost_s,
-            "mirrored_bytes": float(stats.last_staged_bytes),
+            "mirrored_bytes": float(stats.staged_bytes + stats.sent_bytes) / max(1, stats.committed),
             "recovery_s": 0.0 if self.last_phases is None else self.last_phases.total_s,
         }
         for name in PHASE_NAMES:

@@ -61,6 +61,7 @@ def strategy_class(flavour: str) -> type[Any]:
         """
 
         strategy_name = "ckptless"
+        observers: Callable[[], list[Any]] = staticmethod(list)
 
         def __init__(
             self,

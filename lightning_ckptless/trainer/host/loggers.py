@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,10 @@ def _cut_csv(logger: Any, position: dict[str, Any], flavour: str) -> None:
     if path.exists():
         # The constructor deletes a metrics file that it finds.
         os.replace(path, hidden)
-    writer = writer_class(log_dir=str(folder))
+    with warnings.catch_warnings():
+        # It says that it deletes the rows of the folder, which is what is prevented here.
+        warnings.simplefilter("ignore")
+        writer = writer_class(log_dir=str(folder))
     if hidden.exists():
         os.replace(hidden, path)
         if position["rows"]:

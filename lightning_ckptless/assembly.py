@@ -1,0 +1,30 @@
+"""Puts the rooms together: a strategy of one distribution of Lightning, with the callbacks that the environment asks for.
+
+`trainer` knows nothing of `callbacks`; what joins them is here, at the top.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def strategy_for(flavour: str) -> type[Any]:
+    """`CkptlessStrategy` of one distribution.
+
+    Args:
+        flavour: `lightning.pytorch` or `pytorch_lightning`.
+    """
+    from lightning_ckptless.trainer.strategies import strategy_class
+
+    strategy = strategy_class(flavour)
+    strategy.observers = staticmethod(lambda: callbacks_from_environment(flavour))
+    return strategy
+
+
+def callbacks_from_environment(flavour: str) -> list[Any]:
+    """Callbacks that any script gets when the environment names faults to inject or a folder for traces."""
+    from lightning_ckptless.callbacks.fault_injector import fault_injector_from_environment
+    from lightning_ckptless.callbacks.trace import step_trace_from_environment
+
+    wanted = (fault_injector_from_environment(flavour), step_trace_from_environment(flavour))
+    return [callback for callback in wanted if callback is not None]
