@@ -1,0 +1,58 @@
+# Everything here needs Python 3.11 and make, nothing else: the first target that needs it sets up .venv.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+STAMP := $(VENV)/.complete
+CODE := lightning_ckptless tests $(wildcard examples benchmarks)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-quick lint types docs bench format clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## set up .venv; every other target does it when needed
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make: $(PYTHON) is not there. Install Python 3.11, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "setting up $(VENV) (once, some minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --constraint constraints.txt torch==2.13.0
+	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## train a small GPT on CPU ranks, kill some of them, compare with the run that nobody killed
+	@$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(STAMP)  ## run all tests; ARGS="tests/protocol -x" for some
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-quick: $(STAMP)  ## run the tests that take seconds
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: $(STAMP)  ## check style and formatting
+	@$(BIN)/ruff check $(CODE)
+	@$(BIN)/ruff format --check $(CODE)
+
+format: $(STAMP)  ## mend what can be mended by a program
+	@$(BIN)/ruff check --fix $(CODE)
+	@$(BIN)/ruff format $(CODE)
+
+types: $(STAMP)  ## check types, strictly
+	@$(BIN)/mypy
+
+docs: $(STAMP)  ## build the documentation into site/, strictly
+	@$(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+bench: $(STAMP)  ## measure; takes long and wants a quiet machine
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+clean:  ## remove everything that was built or set up
+	rm -rf $(VENV) site build dist demo_output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

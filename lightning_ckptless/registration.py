@@ -1,0 +1,94 @@
+"""Makes the string `"ckptless"` known to Lightning, without importing Lightning or torch.
+
+Lightning has a registry of strategies and no entry point to fill it. A distribution of Lightning that is imported
+already is told at once. For one that is not, a finder in front of `sys.meta_path` waits until the module with the
+registry has been executed. The strategy itself, and all that it needs, is imported when a trainer asks for it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from lightning_ckptless._autoload import autoload
+
+NAME = "ckptless"
+DESCRIPTION = "Data parallelism that survives the loss of any rank, bit for bit"
+FLAVOURS = {
+    "lightning.pytorch.strategies": "lightning.pytorch",
+    "pytorch_lightning.strategies": "pytorch_lightning",
+}
+
+
+def register_everywhere() -> None:
+    """Tell the distributions of Lightning that are imported, and see to it that later ones are told. Idempotent."""
+    for module_name, flavour in FLAVOURS.items():
+        # A module that is still being executed may have no registry yet: its loader comes back here.
+        registry = getattr(sys.modules.get(module_name), "StrategyRegistry", None)
+        if registry is not None and NAME not in registry:
+            registry.register(NAME, partial(build_strategy, flavour), description=DESCRIPTION)
+    if not any(isinstance(finder, RegistryFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, RegistryFinder())
+
+
+def build_strategy(flavour: str, **options: Any) -> Any:
+    """Make a strategy for one distribution of Lightning.
+
+    Args:
+        flavour: `lightning.pytorch` or `pytorch_lightning`.
+        **options: what `CkptlessStrategy` takes.
+    """
+    from lightning_ckptless.assembly import strategy_for
+
+    return strategy_for(flavour)(**options)
+
+
+class RegistryFinder(MetaPathFinder):
+    """Finds the modules with a registry as everybody else does, and adds a step behind their execution."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Find one of the two modules through the other finders; leave all other modules to them."""
+        if fullname not in FLAVOURS:
+            return None
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = RegisteringLoader(spec.loader)
+                return spec
+        return None
+
+
+class RegisteringLoader(Loader):
+    """Loads a module through its own loader, then registers the strategy in it and steps aside.
+
+    Args:
+        loader: the module's own loader.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Create the module as its own loader does."""
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Execute the module, then register; the module is as good as without us if that fails."""
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        autoload()
