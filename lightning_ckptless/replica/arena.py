@@ -167,6 +167,9 @@ class Arena:
         for path, name in self._slot_files():
             try:
                 header = read_header(path)
+            except FileNotFoundError:
+                # Another rank of the node has dropped it meanwhile.
+                continue
             except ArenaError:
                 self.torn_headers += 1
                 header = None
