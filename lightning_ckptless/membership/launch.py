@@ -24,7 +24,7 @@ DEFAULT_PRELOAD = (
     "torch.distributed",
     "torch._dynamo",
     "lightning.pytorch",
-    "lightning_ckptless",
+    "lightning_ckptless.trainer.strategies",
 )
 """What workers of a usual run import, in the order that is quickest."""
 DEFAULT_MAX_RESTARTS = 100
