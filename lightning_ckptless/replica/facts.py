@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -104,14 +105,15 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         ArenaError: it cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = None
     try:
-        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        draft.replace(path)
+        os.replace(draft, path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        if draft is not None:
+            Path(draft).unlink(missing_ok=True)
         raise ArenaError(f"{path}: cannot write {len(content)} bytes: {error}") from error
 
 

@@ -34,7 +34,7 @@ from lightning_ckptless.replica.layout import Layout
 from lightning_ckptless.replica.shelf import Shelf
 from lightning_ckptless.replica.slot import HEADER_BYTES, Slot, SlotHeader, Stamp
 from lightning_ckptless.replica.staging import Load, Stager
-from lightning_ckptless.replica.transport import Parcel, Transport
+from lightning_ckptless.replica.transport import Parcel, Transport, room, tensor_of
 
 PAGE, BULK, BLOB = range(3)
 """Tags of the parcels of a round. A rank sends only its own shard, so a pair never has two of a kind."""
@@ -318,14 +318,14 @@ class Mirror:
         """
         sends: list[Parcel] = []
         if sealed is not None:
-            blob = _tensor(round_.blob)
+            blob = tensor_of(round_.blob)
             sends = [(keeper, *part) for keeper in self._keepers for part in ((BULK, sealed.bulk), (BLOB, blob))]
             self.stats.sent_bytes += sum(parcel.numel() for _, _, parcel in sends)
         receives: list[Parcel] = []
         arriving: dict[int, tuple[Slot, SlotHeader, torch.Tensor]] = {}
         for ward, header in self._exchange_pages(sealed).items():
             if header is not None:
-                slot, blob = self._begin_kept(ward, header, round_.version), _room(header.blob_bytes)
+                slot, blob = self._begin_kept(ward, header, round_.version), room(header.blob_bytes)
                 receives += [(ward, BULK, slot.bulk), (ward, BLOB, blob)]
                 arriving[ward] = slot, header, blob
         self._transport.exchange(sends, receives)
@@ -337,12 +337,12 @@ class Mirror:
     def _exchange_pages(self, sealed: Slot | None) -> dict[int, SlotHeader | None]:
         """Tell keepers what is coming, and hear it from wards; an empty page says: nothing."""
         header = sealed.header if sealed is not None else None
-        page = _tensor(header.encode() if header is not None else bytes(HEADER_BYTES))
-        pages = {ward: _room(HEADER_BYTES) for ward in self._wards}
+        page = tensor_of(header.encode() if header is not None else bytes(HEADER_BYTES))
+        pages = {ward: room(HEADER_BYTES) for ward in self._wards}
         self._transport.exchange(
-            [(keeper, PAGE, page) for keeper in self._keepers], [(ward, PAGE, room) for ward, room in pages.items()]
+            [(keeper, PAGE, page) for keeper in self._keepers], [(ward, PAGE, page) for ward, page in pages.items()]
         )
-        return {ward: SlotHeader.decode(bytes(bytes_of(room))) for ward, room in pages.items()}
+        return {ward: SlotHeader.decode(bytes(bytes_of(page))) for ward, page in pages.items()}
 
     def _begin_kept(self, ward: int, header: SlotHeader, version: Version) -> Slot:
         expected = replace(self._stamp(version, ward), keeper=ward)
@@ -370,13 +370,3 @@ class Mirror:
     def _tell(self, moment: str, version: Version) -> None:
         if self._probe is not None:
             self._probe(moment, version)
-
-
-def _room(length_bytes: int) -> torch.Tensor:
-    return torch.empty(length_bytes, dtype=torch.uint8)
-
-
-def _tensor(data: bytes) -> torch.Tensor:
-    if not data:
-        return _room(0)
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

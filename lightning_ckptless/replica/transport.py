@@ -22,6 +22,16 @@ Parcel = tuple[int, int, torch.Tensor]
 """Peer, tag, flat uint8 tensor in host memory. Both sides know the length; the tag tells parcels of a pair apart."""
 
 
+def room(length_bytes: int) -> torch.Tensor:
+    """Room for a parcel to receive."""
+    return torch.empty(length_bytes, dtype=torch.uint8)
+
+
+def tensor_of(data: bytes) -> torch.Tensor:
+    """Bytes as a parcel to send."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else room(0)
+
+
 class Transport(Protocol):
     """Between the ranks of a run.
 
@@ -181,7 +191,7 @@ class GlooTransport:
     def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
         """See `Transport.exchange`."""
         with self._blaming("exchange"):
-            works = [self._group.recv([room], peer, tag) for peer, tag, room in receives if room.numel()]
+            works = [self._group.recv([empty], peer, tag) for peer, tag, empty in receives if empty.numel()]
             works += [self._group.send([data], peer, tag) for peer, tag, data in sends if data.numel()]
             for work in works:
                 work.wait()
@@ -202,8 +212,7 @@ class GlooTransport:
             longest = max(lengths)
             if longest == 0:
                 return [b""] * self.world_size
-            padded = torch.frombuffer(bytearray(payload.ljust(longest, b"\0")), dtype=torch.uint8)
-            everyone = self._all_gather(padded)
+            everyone = self._all_gather(tensor_of(payload.ljust(longest, b"\0")))
         return [bytes(bytes_of(data)[:length]) for data, length in zip(everyone, lengths, strict=True)]
 
     def _all_gather(self, mine: torch.Tensor) -> list[torch.Tensor]:

@@ -1,0 +1,399 @@
+"""Rounds of the mirror: committed, voted down, cut off in the middle."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from lightning_ckptless.errors import LayoutMismatchError, TransportError
+from lightning_ckptless.protocol.placement import place
+from lightning_ckptless.protocol.versions import Complete, SlotState, Version, newest_complete
+from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.layout import describe, plan_layout, slot_views
+from lightning_ckptless.replica.mirror import Mirror
+from lightning_ckptless.replica.transport import LoopbackTransport, SoloTransport
+
+
+class Stop(Exception):
+    """Raised by a probe to end a mirror in the middle of a round."""
+
+
+class World:
+    """Ranks in threads, each with an arena and a mirror of its own."""
+
+    def __init__(self, tmp_path, owner, world_size, *, copies=1, timeout_s=20.0):
+        self.size = world_size
+        self.arenas = [Arena.create(tmp_path, "run", f"node{rank}", owner) for rank in range(world_size)]
+        self.placement = place([f"node{rank}" for rank in range(world_size)], copies)
+        self.timeout_s = timeout_s
+        self.generation = 0
+        self.mirrors: list[Mirror] = []
+        self.transports: list[LoopbackTransport] = []
+
+    def tensors(self, value):
+        """The replicated state at a value, and a private tensor."""
+        return {
+            "weight": torch.full((200, 100), float(value)),
+            "bias": torch.full((50,), -value, dtype=torch.int64),
+            "mean": torch.full((9,), float(value)),
+        }
+
+    def layout(self, tensors=None):
+        tensors = tensors or self.tensors(0)
+        shared = describe({name: t for name, t in tensors.items() if name != "mean"}, replicated=True)
+        private = describe({name: t for name, t in tensors.items() if name == "mean"}, replicated=False)
+        return plan_layout([shared + private] * self.size)
+
+    def begin(self, *, committed=None, probes=None, layout=None, **options):
+        """A new generation."""
+        self.close()
+        self.generation += 1
+        self.transports = LoopbackTransport.world(self.size, timeout_s=self.timeout_s)
+        self.mirrors = [
+            Mirror(
+                arena=self.arenas[rank],
+                layout=layout or self.layout(),
+                placement=self.placement,
+                transport=self.transports[rank],
+                generation=self.generation,
+                committed=committed,
+                probe=(probes or {}).get(rank),
+                **options,
+            )
+            for rank in range(self.size)
+        ]
+        return self
+
+    def submit(self, step, tensors=None, *, ranks=None, **how):
+        for rank in ranks if ranks is not None else range(self.size):
+            state = tensors or self.tensors(step)
+            self.mirrors[rank].submit(Version(step, True), state, f"blob {rank} {step}".encode(), **how)
+
+    def settle(self):
+        return [mirror.settle() for mirror in self.mirrors]
+
+    def fail(self, victim):
+        """Cut a rank off; every other one is told, and leaves in turn. What each knows to be committed then."""
+        self.transports[victim].close()
+
+        def told(rank):
+            with pytest.raises(TransportError):
+                self.mirrors[rank].settle()
+            self.transports[rank].close()
+            return self.mirrors[rank].committed
+
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(told, [rank for rank in range(self.size) if rank != victim]))
+
+    def newest(self, *, without=()):
+        lines = [line for rank, arena in enumerate(self.arenas) if rank not in without for line in arena.inventory()]
+        found = newest_complete(lines)
+        return found.snapshot.version.optimizer_step if isinstance(found, Complete) else None
+
+    def values(self, *, without=()):
+        """All values in the tensors of the newest complete version; the checksums of all replicas are right."""
+        lines = {rank: arena.inventory() for rank, arena in enumerate(self.arenas) if rank not in without}
+        found = newest_complete([line for own in lines.values() for line in own])
+        assert isinstance(found, Complete)
+        seen = set()
+        for replica in (replica for kept in found.replicas for replica in kept):
+            arena = next(self.arenas[rank] for rank, own in lines.items() if replica in own)
+            assert arena.verify(replica)
+            layout = arena.read_layout(replica.layout) or self.layout()
+            for chunk, view in zip(
+                layout.of(replica.shard), slot_views(layout, replica.shard, arena.read_bulk(replica)), strict=True
+            ):
+                seen |= {abs(float(value)) for value in view.unique()}
+            step = replica.version.optimizer_step
+            assert arena.read_blob(replica) == f"blob {replica.shard} {step}".encode()
+        return seen
+
+    def close(self):
+        for transport in self.transports:
+            transport.close()
+        for mirror in self.mirrors:
+            mirror.close()
+        self.mirrors = []
+
+
+@pytest.fixture
+def world(tmp_path, owner):
+    """Makes worlds and closes them."""
+    made = []
+
+    def make(world_size, **options):
+        made.append(World(tmp_path, owner, world_size, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+        for arena in one.arenas:
+            arena.close()
+
+
+def stop_at(moment, step=None):
+    def probe(at, version):
+        if at == moment and step in (None, version.optimizer_step):
+            raise Stop(moment)
+
+    return probe
+
+
+# ------------------------------------------------------------------ rounds that are committed
+
+
+@pytest.mark.parametrize(("world_size", "copies"), [(2, 1), (3, 1), (3, 2), (4, 1)])
+def test_every_rank_commits_and_every_shard_has_its_copies(world, world_size, copies):
+    ranks = world(world_size, copies=copies).begin()
+    for step in (1, 2, 3):
+        ranks.submit(step)
+        assert ranks.settle() == [Version(step, True)] * world_size
+    lines = [line for arena in ranks.arenas for line in arena.inventory()]
+    kept = [line for line in lines if line.version == Version(3, True)]
+    assert len(kept) == world_size * (copies + 1) and {line.state for line in kept} == {SlotState.COMMITTED}
+    assert ranks.values() == {3.0}
+    for lost in range(world_size):
+        assert ranks.newest(without=[lost]) == 3 and ranks.values(without=[lost]) == {3.0}
+
+
+def test_a_world_of_one_commits(arena):
+    tensors = {"weight": torch.arange(1000.0)}
+    mirror = Mirror(
+        arena=arena,
+        layout=plan_layout([describe(tensors, replicated=True)]),
+        placement=place(["node0"], 0),
+        transport=SoloTransport(),
+        generation=1,
+    )
+    mirror.submit(Version(1, True), tensors, b"")
+    assert mirror.settle() == Version(1, True) and mirror.committed == Version(1, True)
+    mirror.close()
+
+
+def test_the_two_slots_take_turns(world):
+    ranks = world(2).begin()
+    for step in (1, 2, 3, 4):
+        ranks.submit(step)
+    ranks.settle()
+    held = sorted({line.version.optimizer_step for line in ranks.arenas[0].inventory()})
+    assert held == [3, 4]
+
+
+def test_stats_count_what_was_done(world):
+    ranks = world(2).begin()
+    for step in (1, 2):
+        ranks.submit(step)
+    ranks.settle()
+    stats = ranks.mirrors[0].stats
+    own_bytes = ranks.layout().bulk_bytes(0)
+    assert (stats.rounds, stats.committed, stats.aborted, stats.torn) == (2, 2, 0, 0)
+    assert stats.staged_bytes == 2 * own_bytes and stats.sent_bytes == 2 * (own_bytes + len(b"blob 0 1"))
+    assert stats.last_round_s >= stats.last_stage_s > 0
+
+
+@pytest.mark.parametrize("checksum", ["xxh3", "crc32", "none"])
+@pytest.mark.parametrize("staging", ["overlap", "blocking"])
+def test_every_option_commits(world, checksum, staging):
+    ranks = world(2).begin(checksum=checksum, staging=staging)
+    ranks.submit(1)
+    assert ranks.settle() == [Version(1, True)] * 2 and ranks.values() == {1.0}
+
+
+# ------------------------------------------------------------------ what may change when
+
+
+def test_blocking_names_may_change_at_once(world):
+    gate = threading.Event()
+    ranks = world(2).begin(probes={rank: lambda moment, version: gate.wait(20) for rank in range(2)})
+    states = [ranks.tensors(1) for _ in range(2)]
+    for rank, state in enumerate(states):
+        ranks.mirrors[rank].bind(["bias"])
+        ranks.mirrors[rank].submit(Version(1, True), state, f"blob {rank} 1".encode(), blocking_names=["mean"])
+        state["mean"].fill_(99)
+        state["bias"].fill_(99)
+    gate.set()
+    assert ranks.settle() == [Version(1, True)] * 2
+    assert ranks.values() == {1.0} and ranks.mirrors[0].stats.torn == 0
+
+
+def test_all_may_change_once_staged(world):
+    ranks = world(2).begin()
+    states = [ranks.tensors(1) for _ in range(2)]
+    for rank, state in enumerate(states):
+        ranks.mirrors[rank].submit(Version(1, True), state, f"blob {rank} 1".encode())
+    for rank, state in enumerate(states):
+        ranks.mirrors[rank].wait_staged()
+        for tensor in state.values():
+            tensor.fill_(99)
+    assert ranks.settle() == [Version(1, True)] * 2 and ranks.values() == {1.0}
+
+
+def test_a_tensor_written_while_it_is_copied_aborts_the_round_everywhere(world):
+    states = []
+
+    def write(moment, version):
+        if moment == "stage" and version.optimizer_step == 2:
+            states[0]["weight"].add_(1)
+
+    ranks = world(2).begin(probes={0: write})
+    ranks.submit(1)
+    ranks.settle()
+    states += [ranks.tensors(2), ranks.tensors(2)]
+    with pytest.warns(UserWarning, match="rank 0: weight changed while step 2 was copied"):
+        for rank in range(2):
+            ranks.mirrors[rank].submit(Version(2, True), states[rank], b"")
+        assert ranks.settle() == [Version(1, True)] * 2
+    assert [mirror.stats.torn for mirror in ranks.mirrors] == [1, 0]
+    assert [mirror.stats.aborted for mirror in ranks.mirrors] == [1, 1]
+    assert ranks.newest() == 1 and ranks.values() == {1.0}
+    ranks.submit(3)  # copied whole before submit returns from now on, so a write comes too late to tear it
+    assert ranks.settle() == [Version(3, True)] * 2 and ranks.values() == {3.0}
+
+
+def test_moved_tensors_are_followed(world):
+    ranks = world(2).begin()
+    for step in (1, 2, 3):
+        ranks.submit(step, ranks.tensors(step))
+    assert ranks.settle() == [Version(3, True)] * 2 and ranks.values() == {3.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("weight"), "'weight' of the layout is missing"),
+        (lambda state: state.update(weight=torch.zeros(200, 101)), r"weight is torch.float32\[200, 101\]"),
+        (lambda state: state.update(weight=torch.zeros(200, 100, dtype=torch.half)), r"weight is torch.float16"),
+    ],
+)
+def test_another_state_than_planned_is_refused(world, change, message):
+    ranks = world(2).begin()
+    state = ranks.tensors(1)
+    change(state)
+    with pytest.raises(LayoutMismatchError, match=message):
+        ranks.submit(1, state, ranks=[0])
+
+
+# ------------------------------------------------------------------ rounds that are not
+
+
+def test_a_skipped_round_aborts_on_all_ranks(world):
+    ranks = world(3).begin()
+    ranks.submit(1)
+    ranks.settle()
+    ranks.mirrors[1].skip(Version(2, True))
+    ranks.submit(2, ranks=[0, 2])
+    assert ranks.settle() == [Version(1, True)] * 3
+    assert [mirror.stats.aborted for mirror in ranks.mirrors] == [1, 1, 1] and ranks.mirrors[1].stats.skipped == 1
+    assert ranks.newest() == 1
+    ranks.submit(3)
+    assert ranks.settle() == [Version(3, True)] * 3 and ranks.values() == {3.0}
+
+
+def test_skipping_does_not_wait(world):
+    gate = threading.Event()
+    ranks = world(2).begin(probes={0: lambda moment, version: gate.wait(20)})
+    ranks.submit(1)
+    assert ranks.mirrors[0].busy
+    for mirror in ranks.mirrors:
+        mirror.skip(Version(2, True))
+    gate.set()
+    assert ranks.settle() == [Version(1, True)] * 2
+    assert not ranks.mirrors[0].busy
+
+
+@pytest.mark.parametrize("moment", ["stage", "send", "agree"])
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_rank_that_stops_in_mid_round_leaves_the_version_before(world, moment, victim):
+    ranks = world(3).begin(probes={victim: stop_at(moment, step=2)})
+    ranks.submit(1)
+    ranks.settle()
+    ranks.submit(2)
+    with pytest.raises(Stop):
+        ranks.mirrors[victim].settle()
+    assert ranks.fail(victim) == [Version(1, True)] * 2
+    whole = {"stage": 1, "send": 1, "agree": 2}[moment]  # before `agree` all copies are in place, so step 2 is as good
+    assert ranks.newest() >= 1 and (moment == "agree" or ranks.newest(without=[victim]) == whole)
+    assert ranks.values(without=[victim]) == {float(ranks.newest(without=[victim]))}
+
+
+def test_an_error_of_the_thread_is_raised_by_every_later_call(world):
+    ranks = world(2).begin(probes={0: stop_at("stage")})
+    ranks.submit(1)
+    mirror = ranks.mirrors[0]
+    for call in (mirror.wait_staged, mirror.settle, lambda: mirror.skip(Version(2, True)), lambda: ranks.submit(2)):
+        with pytest.raises(Stop):
+            call()
+
+
+def test_settling_has_an_end(world):
+    ranks = world(2).begin()
+    ranks.submit(1, ranks=[0])
+    with pytest.raises(TransportError, match=r"rank 0: step 1 was not committed within 0.01 s"):
+        ranks.mirrors[0].settle(0.01)
+
+
+def test_ranks_at_different_versions_are_told(world):
+    ranks = world(2).begin()
+    ranks.submit(1, ranks=[0])
+    ranks.submit(2, ranks=[1])
+    with pytest.raises(TransportError, match="rank 0: rank 1 sends .*optimizer_step=2.*expected .*optimizer_step=1"):
+        ranks.mirrors[0].settle()
+
+
+# ------------------------------------------------------------------ later generations and other layouts
+
+
+def test_a_new_generation_does_not_overwrite_what_it_restored(world):
+    ranks = world(2).begin(probes={0: stop_at("send", step=4)})
+    for step in (1, 2, 3, 4):
+        ranks.submit(step)
+    with pytest.raises(Stop):
+        ranks.mirrors[0].settle()
+    ranks.begin(committed=Version(3, True), probes={1: stop_at("stage", step=4)})
+    assert ranks.newest() == 3
+    ranks.submit(4)
+    with pytest.raises(Stop):
+        ranks.mirrors[1].settle()
+    ranks.begin(committed=Version(3, True))
+    assert ranks.newest() == 3 and ranks.values() == {3.0}
+    ranks.submit(4)
+    assert ranks.settle() == [Version(4, True)] * 2 and ranks.values() == {4.0}
+
+
+def test_a_rank_with_an_empty_arena_joins(world, tmp_path, owner):
+    ranks = world(2).begin()
+    ranks.submit(1)
+    ranks.settle()
+    ranks.close()
+    ranks.arenas[1].remove()
+    ranks.arenas[1] = Arena.create(tmp_path, "run", "node1", owner)
+    ranks.begin(committed=Version(1, True))
+    assert ranks.newest() == 1
+    ranks.submit(2)
+    assert ranks.settle() == [Version(2, True)] * 2
+    assert ranks.newest(without=[0]) == ranks.newest(without=[1]) == 2
+
+
+def test_a_new_layout_keeps_the_old_version_until_its_own_is_committed(world):
+    ranks = world(2).begin()
+    ranks.submit(1)
+    ranks.settle()
+    ranks.close()
+    grown = lambda step: ranks.tensors(step) | {"exp_avg": torch.full((300,), float(step))}  # noqa: E731
+    layout = ranks.layout(grown(0))
+    for arena in ranks.arenas:
+        arena.write_layout(layout)
+    ranks.begin(committed=Version(1, True), layout=layout, probes={0: stop_at("stage")})
+    ranks.submit(2, grown(2))
+    with pytest.raises(Stop):
+        ranks.mirrors[0].settle()
+    assert ranks.newest() == 1
+    ranks.begin(committed=Version(1, True), layout=layout)
+    ranks.submit(2, grown(2))
+    assert ranks.settle() == [Version(2, True)] * 2 and ranks.values() == {2.0}
+    for arena in ranks.arenas:
+        assert {line.layout for line in arena.inventory()} == {layout.digest}

@@ -1,0 +1,263 @@
+"""A version back into live tensors: bit for bit, whatever was lost or damaged."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lightning_ckptless.errors import StateMissingError
+from lightning_ckptless.protocol.placement import place
+from lightning_ckptless.protocol.versions import Complete, Missing, Version
+from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.layout import describe, plan_layout
+from lightning_ckptless.replica.mirror import Mirror
+from lightning_ckptless.replica.restore import choose, fetch, fill, gather_inventory, shared_layout
+from lightning_ckptless.replica.slot import HEADER_BYTES
+from lightning_ckptless.replica.transport import LoopbackTransport
+
+
+class Job:
+    """Ranks on nodes that mirror one state and lose some of it."""
+
+    def __init__(self, tmp_path, owner, together, state, nodes, *, domains=None):
+        self.folder, self.owner, self.together, self.nodes = tmp_path, owner, together, nodes
+        self.size = len(nodes)
+        self.arenas = {node: Arena.create(tmp_path, "run", node, owner) for node in dict.fromkeys(nodes)}
+        self.placement = place(domains or nodes, 1)
+        self.state = [self.state_of(rank, state) for rank in range(self.size)]
+        shared = describe(state, replicated=True)
+        private = describe({"seen": torch.zeros(5)}, replicated=False)
+        self.layout = plan_layout([shared + private] * self.size)
+
+    def state_of(self, rank, state):
+        return {name: tensor.clone() for name, tensor in state.items()} | {"seen": torch.full((5,), 10.0 + rank)}
+
+    def mirror(self, *steps):
+        """Mirror versions; all tensors are those of the last one."""
+        transports = LoopbackTransport.world(self.size)
+        mirrors = [
+            Mirror(
+                arena=self.arenas[node],
+                layout=self.layout,
+                placement=self.placement,
+                transport=transports[rank],
+                generation=1,
+            )
+            for rank, node in enumerate(self.nodes)
+        ]
+        for arena in self.arenas.values():
+            arena.write_layout(self.layout)
+        for step in steps:
+            for rank, mirror in enumerate(mirrors):
+                mirror.submit(Version(step, True), self.state[rank], f"blob {rank} {step}".encode())
+        for mirror in mirrors:
+            mirror.settle()
+            mirror.close()
+        return self
+
+    def lose(self, node):
+        """The node is gone, another one of its name takes its place."""
+        self.arenas[node].remove()
+        self.arenas[node] = Arena.create(self.folder, "run", node, self.owner)
+
+    def damage(self, node, shard, *, offset=100):
+        """Flip a byte of the newest replica of a shard on a node."""
+        newest = max(
+            (line for line in self.arenas[node].inventory() if line.shard == shard), key=lambda line: line.version
+        )
+        with self.arenas[node]._path(newest).open("r+b") as file:
+            file.seek(HEADER_BYTES + offset)
+            byte = file.read(1)
+            file.seek(HEADER_BYTES + offset)
+            file.write(bytes([byte[0] ^ 0x40]))
+
+    def run(self, body):
+        transports = LoopbackTransport.world(self.size)
+        return self.together(self.size, lambda rank: body(rank, self.arenas[self.nodes[rank]], transports[rank]))
+
+    def choose(self):
+        found = self.run(lambda rank, arena, transport: choose(arena, transport, self.nodes))
+        assert all(one == found[0] for one in found)
+        return found[0]
+
+    def restore(self):
+        """Every rank's tensors after a restore into zeros, and what was fetched."""
+
+        def body(rank, arena, transport):
+            found = choose(arena, transport, self.nodes)
+            assert isinstance(found, Complete)
+            layout = shared_layout(arena, transport, found.snapshot.layout)
+            fetched = fetch(found, arena, transport, self.nodes)
+            tensors = {name: torch.zeros_like(tensor) for name, tensor in self.state[rank].items()}
+            held = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+            assert fill(layout, fetched.bulks, tensors, rank) == sum(tensor.nbytes for tensor in tensors.values())
+            assert held == {name: tensor.data_ptr() for name, tensor in tensors.items()}
+            step = found.snapshot.version.optimizer_step
+            assert fetched.blob == f"blob {rank} {step}".encode()
+            return tensors, fetched
+
+        return self.run(body)
+
+    def exact(self, restored):
+        return all(
+            torch.equal(tensors[name], tensor)
+            for rank, (tensors, _) in enumerate(restored)
+            for name, tensor in self.state[rank].items()
+        )
+
+
+@pytest.fixture
+def job(tmp_path, owner, together, state):
+    """Makes jobs and closes their arenas."""
+    made = []
+
+    def make(nodes, **options):
+        made.append(Job(tmp_path, owner, together, state, nodes, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        for arena in one.arenas.values():
+            arena.close()
+
+
+TWO_BY_TWO = ["a", "a", "b", "b"]
+
+
+@pytest.mark.parametrize("nodes", [["a", "b"], ["a", "b", "c"], TWO_BY_TWO])
+def test_every_rank_gets_everything_back(job, nodes):
+    run = job(nodes).mirror(1, 2)
+    assert run.exact(run.restore())
+
+
+def test_one_node_reads_only_its_own_arena(job):
+    run = job(["a", "a"], domains=["r0", "r1"]).mirror(1)
+    restored = run.restore()
+    assert run.exact(restored)
+    assert [fetched.moved_bytes for _, fetched in restored] == [0, 0]
+    assert [fetched.sources for _, fetched in restored] == [{"own arena": 2, "peer": 0}] * 2
+
+
+@pytest.mark.parametrize("lost", ["a", "b"])
+@pytest.mark.parametrize("nodes", [["a", "b"], TWO_BY_TWO])
+def test_a_lost_node_gets_everything_from_its_peers(job, nodes, lost):
+    run = job(nodes).mirror(1, 2, 3)
+    run.lose(lost)
+    restored = run.restore()
+    assert run.exact(restored)
+    for node, (_, fetched) in zip(nodes, restored, strict=True):
+        peer = len(nodes) if node == lost else 0
+        assert fetched.sources == {"own arena": len(nodes) - peer, "peer": peer}
+        assert (fetched.moved_bytes > 0) == (node == lost)
+
+
+def test_three_nodes_lose_one(job):
+    run = job(["a", "b", "c"]).mirror(1)
+    run.lose("b")
+    assert run.exact(run.restore())
+
+
+def test_the_layout_is_learned_from_a_peer_and_kept(job):
+    run = job(["a", "b"]).mirror(1)
+    run.lose("a")
+    assert run.arenas["a"].read_layout(run.layout.digest) is None
+    run.restore()
+    kept = run.arenas["a"].read_layout(run.layout.digest)
+    assert kept is not None and kept.chunks == run.layout.chunks
+
+
+def test_a_layout_nobody_has_is_an_error(job):
+    run = job(["a", "b"]).mirror(1)
+
+    def body(rank, arena, transport):
+        with pytest.raises(StateMissingError, match=f"rank {rank}: no arena has layout 00"):
+            shared_layout(arena, transport, "00")
+
+    run.run(body)
+
+
+@pytest.mark.parametrize("offset", [0, 4321])
+def test_a_damaged_replica_is_left_aside_for_the_peers(job, offset):
+    run = job(["a", "b"]).mirror(1, 2)
+    run.damage("a", 0, offset=offset)
+    restored = run.restore()
+    assert run.exact(restored)
+    assert [fetched.sources["peer"] for _, fetched in restored] == [1, 0]
+    assert "1 damaged replicas left aside" in run.choose().reason
+
+
+def test_damage_everywhere_leads_to_the_version_before(job):
+    run = job(["a", "b"]).mirror(1, 2)
+    run.damage("a", 0)
+    run.damage("b", 0)
+    found = run.choose()
+    assert isinstance(found, Complete) and found.snapshot.version == Version(1, True)
+    assert run.exact(run.restore())
+
+
+def test_damage_to_every_version_is_missing(job):
+    run = job(["a", "b"]).mirror(1)
+    run.damage("a", 1)
+    run.damage("b", 1)
+    found = run.choose()
+    assert isinstance(found, Missing) and found.shards == (1,) and found.since == Version(1, True)
+
+
+def test_nothing_is_missing_from_empty_arenas(job):
+    run = job(["a", "b"])
+    assert run.choose() == Missing((), None, "the arenas are empty")
+
+
+def test_too_many_losses_are_missing(job):
+    run = job(["a", "b", "c"]).mirror(1)
+    run.lose("a")
+    run.lose("b")
+    found = run.choose()
+    assert isinstance(found, Missing) and found.since == Version(1, True) and found.shards
+
+
+def test_a_state_of_another_world_size_is_found_too(job, tmp_path, owner, together, state):
+    job(["a", "b"]).mirror(1)
+    larger = job(["a", "b", "c"])
+    found = larger.choose()
+    assert isinstance(found, Complete) and found.snapshot.world_size == 2
+
+
+def test_one_rank_of_each_node_reads_the_inventory(job):
+    run = job(TWO_BY_TWO).mirror(1)
+    lines = run.run(lambda rank, arena, transport: gather_inventory(arena, transport, reads=rank in (0, 2)))
+    assert all(one == lines[0] for one in lines)
+    assert len(lines[0]) == len(set(lines[0])) == 4 * 2
+
+
+def test_a_rank_may_need_only_some_shards(job):
+    run = job(["a", "b"]).mirror(1)
+    run.lose("a")
+    need = {0: (1,), 1: (0, 1)}
+
+    def body(rank, arena, transport):
+        found = choose(arena, transport, run.nodes, need=need)
+        return fetch(found, arena, transport, run.nodes, need=need)
+
+    fetched = run.run(body)
+    assert [set(one.bulks) for one in fetched] == [{1}, {0, 1}]
+    assert fetched[0].blob == b"" and fetched[1].blob == b"blob 1 1"
+
+
+def test_filling_counts_as_a_write(job):
+    run = job(["a", "b"]).mirror(1)
+    weight = torch.nn.Parameter(torch.zeros_like(run.state[0]["weight"]))
+    found = run.choose()
+    bulks = {kept[0].shard: run.arenas[kept[0].node].read_bulk(kept[0]) for kept in found.replicas}
+    before = weight._version
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in run.state[0].items()} | {"weight": weight}
+    fill(run.layout, bulks, tensors, 0)
+    assert weight._version > before and weight.requires_grad and torch.equal(weight, run.state[0]["weight"])
+
+
+def test_a_replica_of_a_vanished_slot_is_bad(job):
+    run = job(["a", "b"]).mirror(1)
+    (line, *_) = run.arenas["a"].inventory()
+    assert not run.arenas["a"].verify(replace(line, slot=1, checksum="xxh3:00"))
