@@ -1,0 +1,305 @@
+"""The two-slot commit under every interleaving: small worlds, all steps in all orders, a crash at any point.
+
+Every rank writes its shard (begin, two halves, seal), sends it to its keeper (the same four steps in the keeper's
+slot), votes, and learns that all have voted. After a crash all ranks are relaunched, perhaps without one of the arenas,
+fill in what the restored version lacks, and go on.
+Weaker rules are run through the same explorer, which must refute them: so it is shown to see what it looks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+from functools import cache, cached_property
+from typing import Any, NamedTuple
+
+import pytest
+
+from lightning_ckptless.errors import ProtocolError
+from lightning_ckptless.protocol.slots import SlotEvent, SlotView, advance, newest_committed, settle, target_slot
+from lightning_ckptless.protocol.versions import (
+    READABLE,
+    Missing,
+    Replica,
+    SlotState,
+    Snapshot,
+    Version,
+    newest_complete,
+)
+
+
+class Rule(Enum):
+    """When a slot may be overwritten: our rule, and the weaker ones."""
+
+    OURS = auto()
+    IN_PLACE_HERE = auto()
+    KEEPER_CHOOSES = auto()
+    RESTORED_IS_COMMITTED = auto()
+
+
+class Slot(NamedTuple):
+    """A slot: its header, and for each part of its bytes the snapshot they were copied from."""
+
+    view: SlotView = SlotView()
+    parts: tuple[Snapshot | None, ...] = ()
+
+
+class Rank(NamedTuple):
+    """A worker: what it knows to be committed, what it mirrors, and how far it is with that."""
+
+    committed: Snapshot | None
+    making: Snapshot
+    settled: bool = False
+    written: int = 0
+    sent: int = 0
+    voted: bool = False
+
+
+Copy = tuple[int, int]
+Slots = tuple[tuple[Slot, Slot], ...]
+
+
+class World(NamedTuple):
+    """Everything: the ranks, the slots of each copy, and `promised`, the newest version any rank ever learned of."""
+
+    ranks: tuple[Rank, ...]
+    slots: Slots
+    generation: int
+    crashes_left: int
+    losses_left: int
+    promised: Version | None
+
+
+@dataclass(frozen=True)
+class Game:
+    """The bounds of an exploration.
+
+    Args:
+        size: number of ranks; each is its own failure domain and its shard is kept by the next one.
+        steps: versions to be mirrored.
+        parts: pieces in which the bytes of a shard are copied.
+        crashes: how many times all workers may die; one arena may be lost in one of them.
+        rule: the rule under test.
+    """
+
+    size: int
+    steps: int
+    parts: int = 2
+    crashes: int = 1
+    rule: Rule = Rule.OURS
+
+    @cached_property
+    def copies(self) -> tuple[Copy, ...]:
+        return tuple((shard, (shard + ahead) % self.size) for shard in range(self.size) for ahead in (0, 1))
+
+    @property
+    def sealed(self) -> int:
+        """Progress of a copy that is begun, copied and sealed."""
+        return self.parts + 2
+
+    def snapshot(self, step: int, generation: int) -> Snapshot:
+        return Snapshot(Version(step, True), generation, self.size, "layout")
+
+    def start(self) -> World:
+        ranks = (Rank(committed=None, making=self.snapshot(1, 1)),) * self.size
+        return World(ranks, (self.empty_pair(),) * len(self.copies), 1, self.crashes, 1, None)
+
+    def empty_pair(self) -> tuple[Slot, Slot]:
+        return (Slot(parts=(None,) * self.parts),) * 2
+
+
+def explore(game: Game) -> tuple[set[str], set[World]]:
+    """Visit every reachable world; return all violations, behind which nothing is explored, and the worlds."""
+    start = game.start()
+    seen, pending, violations = {start}, [start], set()
+    while pending:
+        world = pending.pop()
+        if (violation := broken(game, world.slots, world.promised, world.losses_left > 0)) is not None:
+            violations.add(violation)
+            continue
+        try:
+            following = set(moves(game, world)) - seen
+        except ProtocolError as error:
+            violations.add(str(error))
+            continue
+        seen |= following
+        pending.extend(following)
+    return violations, seen
+
+
+@cache
+def broken(game: Game, slots: Slots, promised: Version | None, may_lose: bool) -> str | None:
+    """What is wrong with the arenas, seen by whoever would have to restore from them."""
+    for view, parts in (slot for pair in slots for slot in pair):
+        if view.state in READABLE and set(parts) != {view.snapshot}:
+            return f"a slot says {view.snapshot} and holds {parts}"
+    for lost in (None, *range(game.size)) if may_lose else (None,):
+        found = newest_complete(inventory(game, slots, lost))
+        if promised is not None and (isinstance(found, Missing) or found.snapshot.version < promised):
+            return f"{promised} was committed; without the arena of rank {lost}: {found.reason}"
+    return None
+
+
+def inventory(game: Game, slots: Slots, lost: int | None) -> tuple[Replica, ...]:
+    """What the arenas that are left hold."""
+    return tuple(
+        Replica(
+            shard, keeper, f"n{keeper}", number, s.version, s.generation, s.world_size, s.layout, view.state, 2, 0, ""
+        )
+        for (shard, keeper), pair in zip(game.copies, slots, strict=True)
+        for number, (view, _) in enumerate(pair)
+        if keeper != lost and (s := view.snapshot) is not None
+    )
+
+
+def moves(game: Game, world: World) -> Iterator[World]:
+    """Every world that one step of one rank, or one crash, leads to."""
+    for rank, me in enumerate(world.ranks):
+        if me.making.version.optimizer_step <= game.steps:
+            yield from moves_of(game, world, rank, me)
+    if world.crashes_left:
+        yield crashed(game, world, None)
+        if world.losses_left:
+            yield from (crashed(game, world, lost) for lost in range(game.size))
+
+
+def moves_of(game: Game, world: World, rank: int, me: Rank) -> Iterator[World]:
+    keeper, ward = (rank + 1) % game.size, (rank - 1) % game.size
+    if not me.settled:
+        yield settled(game, world, rank)
+        return
+    if me.written < game.sealed:
+        yield with_rank(copied(game, world, (rank, rank), me.written), rank, written=me.written + 1)
+    elif me.sent < game.sealed and world.ranks[keeper].settled:
+        yield with_rank(copied(game, world, (rank, keeper), me.sent), rank, sent=me.sent + 1)
+    if not me.voted and holds(game, world, (rank, rank), me.making) and holds(game, world, (ward, rank), me.making):
+        yield with_rank(world, rank, voted=True)
+    if me.voted and all(r.making > me.making or (r.making == me.making and r.voted) for r in world.ranks):
+        yield learned(game, world, rank)
+    elif game.rule is Rule.IN_PLACE_HERE and me.sent == game.sealed:
+        yield moved_on(game, world, rank)
+
+
+def copied(game: Game, world: World, copy: Copy, progress: int) -> World:
+    """One step of filling the slot of a copy: begin, each part, seal."""
+    writer, keeper = copy
+    snapshot = world.ranks[writer].making
+    index = game.copies.index(copy)
+    pair = world.slots[index]
+    if progress == 0:
+        chooser = keeper if game.rule is Rule.KEEPER_CHOOSES else writer
+        number = target_slot((pair[0].view, pair[1].view), world.ranks[chooser].committed)
+        return with_slot(world, index, number, changed(pair[number], SlotEvent.BEGIN, copy, snapshot))
+    number = next(n for n, slot in enumerate(pair) if slot.view.state is SlotState.WRITING)
+    if progress == game.parts + 1:
+        return with_slot(world, index, number, changed(pair[number], SlotEvent.SEAL, copy, snapshot))
+    part = progress - 1
+    source = snapshot if writer == keeper else own_part(game, world, writer, part)
+    parts = (*pair[number].parts[:part], source, *pair[number].parts[part + 1 :])
+    return with_slot(world, index, number, pair[number]._replace(parts=parts))
+
+
+def own_part(game: Game, world: World, writer: int, part: int) -> Snapshot | None:
+    """What the sender reads: the bytes that the writer's own slot for the version holds right now."""
+    pair = world.slots[game.copies.index((writer, writer))]
+    return next(slot.parts[part] for slot in pair if slot.view.snapshot == world.ranks[writer].making)
+
+
+def settled(game: Game, world: World, rank: int) -> World:
+    """A rank of a new generation settles the slots of its arena."""
+    me = world.ranks[rank]
+    for index, copy in enumerate(game.copies):
+        for number, slot in enumerate(world.slots[index]):
+            if copy[1] == rank and (event := settle(slot.view, me.making)) is not None:
+                world = with_slot(world, index, number, changed(slot, event, copy, None))
+    written, sent = (
+        game.sealed * holds(game, world, copy, me.making) for copy in ((rank, rank), (rank, (rank + 1) % game.size))
+    )
+    return with_rank(world, rank, settled=True, written=written, sent=sent)
+
+
+def learned(game: Game, world: World, rank: int) -> World:
+    """A rank learns that its version is committed, and says so in the headers of its arena."""
+    snapshot = world.ranks[rank].making
+    for index, copy in enumerate(game.copies):
+        for number, slot in enumerate(world.slots[index]):
+            if copy[1] == rank and slot.view == SlotView(SlotState.STAGED, snapshot):
+                world = with_slot(world, index, number, changed(slot, SlotEvent.COMMIT, copy, snapshot))
+    promised = max(world.promised or snapshot.version, snapshot.version)
+    return moved_on(game, world, rank)._replace(promised=promised)
+
+
+def moved_on(game: Game, world: World, rank: int) -> World:
+    done = world.ranks[rank].making
+    following = game.snapshot(done.version.optimizer_step + 1, world.generation)
+    return with_rank(world, rank, committed=done, making=following, written=0, sent=0, voted=False)
+
+
+def crashed(game: Game, world: World, lost: int | None) -> World:
+    """All workers die, perhaps an arena with them; the next generation reads what is left."""
+    left = inventory(game, world.slots, lost)
+    found = newest_complete(left)
+    generation = world.generation + 1
+    if isinstance(found, Missing):
+        rank = Rank(committed=None, making=game.snapshot(1, generation))
+    elif game.rule is Rule.RESTORED_IS_COMMITTED:
+        step = found.snapshot.version.optimizer_step
+        rank = Rank(committed=found.snapshot, making=game.snapshot(step + 1, generation))
+    else:
+        rank = Rank(committed=newest_committed(left), making=found.snapshot)
+    slots = tuple(
+        game.empty_pair() if keeper == lost else pair
+        for (_, keeper), pair in zip(game.copies, world.slots, strict=True)
+    )
+    losses_left = world.losses_left - (lost is not None)
+    return World((rank,) * game.size, slots, generation, world.crashes_left - 1, losses_left, world.promised)
+
+
+def holds(game: Game, world: World, copy: Copy, snapshot: Snapshot) -> bool:
+    return any(s.view.snapshot == snapshot and s.view.state in READABLE for s in world.slots[game.copies.index(copy)])
+
+
+def changed(slot: Slot, event: SlotEvent, copy: Copy, snapshot: Snapshot | None) -> Slot:
+    version = None if snapshot is None else snapshot.version
+    state = advance(slot.view.state, event, shard=copy[0], rank=copy[1], version=version)
+    return slot._replace(view=SlotView(state, snapshot))
+
+
+def with_rank(world: World, rank: int, **changes: Any) -> World:
+    ranks = list(world.ranks)
+    ranks[rank] = ranks[rank]._replace(**changes)
+    return world._replace(ranks=tuple(ranks))
+
+
+def with_slot(world: World, index: int, number: int, slot: Slot) -> World:
+    first, second = world.slots[index]
+    pair = (slot, second) if number == 0 else (first, slot)
+    return world._replace(slots=(*world.slots[:index], pair, *world.slots[index + 1 :]))
+
+
+@pytest.mark.parametrize(
+    "game",
+    [Game(size=2, steps=3), Game(size=2, steps=2, parts=1, crashes=2), Game(size=3, steps=2, parts=1)],
+    ids=str,
+)
+def test_a_committed_version_survives_every_interleaving(game: Game) -> None:
+    violations, worlds = explore(game)
+    assert violations == set()
+    ended = [w for w in worlds if all(rank.making.version.optimizer_step > game.steps for rank in w.ranks)]
+    assert {w.crashes_left for w in ended} == set(range(game.crashes + 1))
+    assert {w.promised for w in ended} == {Version(game.steps, True)}
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (Rule.IN_PLACE_HERE, "step 1 was committed; without the arena of rank 1: no version is complete"),
+        (Rule.KEEPER_CHOOSES, "rank 1, shard 0, step 2: begin in a slot that is staged"),
+        (Rule.RESTORED_IS_COMMITTED, "step 1 was committed; without the arena of rank 1: no version is complete"),
+    ],
+)
+def test_a_weaker_rule_is_refuted(rule: Rule, expected: str) -> None:
+    crashes = 1 if rule is Rule.RESTORED_IS_COMMITTED else 0
+    violations, _ = explore(Game(size=2, steps=3, parts=1, crashes=crashes, rule=rule))
+    assert any(violation.startswith(expected) for violation in violations), violations
