@@ -34,7 +34,9 @@ _VARIABLES_OF_OTHERS = frozenset(
 _VARIABLES_OF_SEEDS = frozenset({"PL_GLOBAL_SEED", "PL_SEED_WORKERS"})
 # pytest-timeout's.
 _SIGNALS_OF_OTHERS = frozenset({signal.SIGALRM})
-_CACHES = frozenset({".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__"})
+# Caches, and what people and their tools make while tests run.
+_MAY_APPEAR = frozenset({".coverage", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__"})
+_ROOMS = frozenset({"benchmarks", "configs", "docs", "examples", "site", "tests"})
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Scene:
                 if isinstance(s, signal.Signals)
             },
             process_group_exists(),
-            frozenset(os.listdir(REPOSITORY)) - _CACHES,
+            frozenset(os.listdir(REPOSITORY)) - _MAY_APPEAR - _ROOMS,
         )
 
 

@@ -1,0 +1,136 @@
+"""The hook itself, on stand-ins for Lightning: no torch, no Lightning, milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.registration.conftest import Run
+
+REGISTRY = """
+class Registry(dict):
+    def register(self, name, strategy, description):
+        assert name not in self
+        self[name] = (strategy, description)
+StrategyRegistry = Registry()
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
+    """A folder with a package that looks like pytorch_lightning to the hook."""
+    package = tmp_path / "stand_in" / "pytorch_lightning"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "strategies.py").write_text(REGISTRY)
+    return package
+
+
+def test_importing_the_package_loads_nothing_but_the_standard_library(run: Run) -> None:
+    foreign = run("""
+import sys
+before = set(sys.modules)
+import lightning_ckptless
+tell([m for m in set(sys.modules) - before if m.split(".")[0] not in {*sys.stdlib_module_names, "lightning_ckptless"}])
+""")
+    assert foreign == []
+
+
+@pytest.mark.parametrize("room", ["membership", "protocol", "replica"])
+def test_importing_a_room_does_not_import_lightning(run: Run, room: str) -> None:
+    assert not run(f"import sys, lightning_ckptless.{room}; tell([m for m in sys.modules if m == 'lightning'])")
+
+
+def test_registers_in_either_order(run: Run, site: Path, stand_in: Path) -> None:
+    ours, theirs = "import lightning_ckptless", "import pytorch_lightning.strategies as theirs"
+    for code in (f"{ours}\n{theirs}", f"{theirs}\n{ours}"):
+        assert run(f"{code}\ntell(list(theirs.StrategyRegistry))", site, stand_in.parent) == ["ckptless"]
+
+
+def test_steps_aside(run: Run, site: Path, stand_in: Path) -> None:
+    """After its import the module has its own loader, and the source of it can be found."""
+    loader, source = run(
+        """
+import inspect
+import lightning_ckptless
+from pytorch_lightning import strategies
+tell([type(strategies.__loader__).__name__, inspect.getsource(strategies.Registry).splitlines()[0]])
+assert strategies.__spec__.loader is strategies.__loader__
+""",
+        site,
+        stand_in.parent,
+    )
+    assert loader == "SourceFileLoader"
+    assert source == "class Registry(dict):"
+
+
+def test_found_but_not_imported_yet(run: Run, site: Path, stand_in: Path) -> None:
+    """What looks at a module before importing it sees the loader's own methods."""
+    assert run(
+        """
+import importlib.util
+import lightning_ckptless
+spec = importlib.util.find_spec("pytorch_lightning.strategies")
+tell("class Registry" in spec.loader.get_source("pytorch_lightning.strategies"))
+""",
+        site,
+        stand_in.parent,
+    )
+
+
+def test_registering_twice_is_harmless(run: Run, site: Path, stand_in: Path) -> None:
+    finders, names = run(
+        """
+import sys
+import lightning_ckptless
+from lightning_ckptless._autoload import autoload
+from pytorch_lightning.strategies import StrategyRegistry
+first = StrategyRegistry["ckptless"]
+autoload(); autoload()
+assert StrategyRegistry["ckptless"] is first
+tell([sum(type(f).__name__ == "RegistryFinder" for f in sys.meta_path), list(StrategyRegistry)])
+""",
+        site,
+        stand_in.parent,
+    )
+    assert (finders, names) == (1, ["ckptless"])
+
+
+def test_a_name_that_is_taken_stays_with_its_owner(run: Run, site: Path, stand_in: Path) -> None:
+    (stand_in / "strategies.py").write_text(REGISTRY + "StrategyRegistry['ckptless'] = 'theirs'\n")
+    owner = run(
+        "import lightning_ckptless\n"
+        "from pytorch_lightning.strategies import StrategyRegistry\n"
+        "tell(StrategyRegistry['ckptless'])",
+        site,
+        stand_in.parent,
+    )
+    assert owner == "theirs"
+
+
+@pytest.mark.parametrize("registry", ["", "StrategyRegistry = 7", "class StrategyRegistry: __contains__ = None"])
+def test_a_distribution_that_has_changed_is_left_alone(run: Run, site: Path, stand_in: Path, registry: str) -> None:
+    (stand_in / "strategies.py").write_text(f"{registry}\nimported = True")
+    assert run(
+        "import lightning_ckptless\nfrom pytorch_lightning import strategies\ntell(strategies.imported)",
+        site,
+        stand_in.parent,
+    )
+
+
+def test_an_error_of_the_module_is_its_own(run: Run, site: Path, stand_in: Path) -> None:
+    (stand_in / "strategies.py").write_text("raise LookupError('theirs')")
+    told = run(
+        """
+import sys
+import lightning_ckptless
+try:
+    import pytorch_lightning.strategies
+except LookupError as error:
+    tell([str(error), "pytorch_lightning.strategies" in sys.modules])
+""",
+        site,
+        stand_in.parent,
+    )
+    assert told == ["theirs", False]

@@ -1,0 +1,123 @@
+"""What a user of either Lightning sees after a plain install, in interpreters that start afresh."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.registration.conftest import PACKAGE, Run, install_into
+
+FLAVOURS = ["lightning.pytorch", "pytorch_lightning"]
+TRAINER = "accelerator='cpu', devices=2, logger=False, enable_checkpointing=False, enable_progress_bar=False"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_bare_string_in_a_script_that_does_not_import_us(run: Run, flavour: str) -> None:
+    told = run(f"""
+import sys
+from {flavour} import Trainer
+from {flavour}.strategies import DDPStrategy
+before = [m for m in sys.modules if m.startswith("lightning_ckptless.trainer")]
+strategy = Trainer(strategy="ckptless", {TRAINER}).strategy
+import lightning_ckptless
+tell([
+    before,
+    isinstance(strategy, DDPStrategy),
+    type(strategy) is lightning_ckptless.CkptlessStrategy,
+    strategy.options.copies,
+])
+""")
+    assert told == [[], True, True, 1]
+
+
+@pytest.mark.slow
+def test_switched_off_then_imported(run: Run) -> None:
+    """Without torch's call the string is unknown, until the package is imported."""
+    told = run(
+        """
+from lightning.pytorch.strategies import StrategyRegistry
+before = "ckptless" in StrategyRegistry
+import lightning_ckptless
+tell([before, "ckptless" in StrategyRegistry, StrategyRegistry["ckptless"]["description"]])
+""",
+        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
+    )
+    assert told == [False, True, "Data parallelism that survives the loss of any rank, bit for bit"]
+
+
+@pytest.mark.slow
+def test_imported_before_lightning(run: Run) -> None:
+    told = run(
+        "import lightning_ckptless\nfrom lightning.pytorch.strategies import StrategyRegistry\n"
+        "tell('ckptless' in StrategyRegistry)",
+        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
+    )
+    assert told is True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "breakage",
+    ["raise RuntimeError('broken')", "this is no python", "import a_module_that_is_not_there"],
+)
+def test_torch_is_unharmed_by_a_broken_hook(run: Run, tmp_path: Path, breakage: str) -> None:
+    site = tmp_path / "broken"
+    package = install_into(site)
+    package.mkdir()
+    for name in ("__init__.py", "_autoload.py"):
+        shutil.copy(PACKAGE / name, package / name)
+    (package / "registration.py").write_text(breakage)
+    told = run("import sys, torch\ntell([torch.ones(2).sum().item(), 'lightning_ckptless' in sys.modules])", site)
+    assert told == [2.0, True]
+
+
+@pytest.mark.slow
+def test_torch_pulls_in_no_more_than_the_hook(run: Run) -> None:
+    told = run("import sys, torch\ntell(sorted(m for m in sys.modules if m.split('.')[0] == 'lightning_ckptless'))")
+    assert told == ["lightning_ckptless", "lightning_ckptless._autoload", "lightning_ckptless.registration"]
+
+
+QUOTED = "'${trainer.max_epochs}'"
+CLI = """
+from {flavour}.cli import LightningCLI
+from {flavour}.demos.boring_classes import BoringModel
+common = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.logger=false"]
+
+def options(*args, **kwargs):
+    cli = LightningCLI(
+        BoringModel, run=False, args=[*common, *args], save_config_callback=None, parser_kwargs=kwargs
+    )
+    strategy = cli.trainer.strategy
+    return [type(strategy).__name__, strategy.options.copies, strategy._ddp_kwargs.get("find_unused_parameters")]
+
+by_class = ["--trainer.strategy=lightning_ckptless.CkptlessStrategy", "--trainer.strategy.copies=0"]
+tell({{
+    "string": options("--trainer.strategy=ckptless"),
+    "file": options("--config=string.yaml"),
+    "class": options(*by_class),
+    "class in a file": options("--config=class.yaml"),
+    "class in a file, omegaconf": options("--config=class.yaml", parser_mode="omegaconf"),
+    "string, omegaconf": options("--config=string.yaml", parser_mode="omegaconf"),
+    "interpolation": options("--config=interpolation.yaml", parser_mode="omegaconf"),
+}})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_lightning_cli(run: Run, tmp_path: Path, flavour: str) -> None:
+    strategy = (
+        "{class_path: lightning_ckptless.CkptlessStrategy, init_args: {copies: %s, find_unused_parameters: true}}"
+    )
+    (tmp_path / "string.yaml").write_text("trainer: {strategy: ckptless}\n")
+    (tmp_path / "class.yaml").write_text(f"trainer: {{strategy: {strategy % 0}}}\n")
+    (tmp_path / "interpolation.yaml").write_text(f"trainer: {{max_epochs: 7, strategy: {strategy % QUOTED}}}\n")
+    told = run(CLI.format(flavour=flavour))
+    name = "CkptlessStrategy"
+    assert told["string"] == told["file"] == told["string, omegaconf"] == [name, 1, None]
+    assert told["class"][:2] == [name, 0]
+    assert told["class in a file"] == told["class in a file, omegaconf"] == [name, 0, True]
+    assert told["interpolation"] == [name, 7, True]
