@@ -1,0 +1,144 @@
+"""Fault scripts: what is to go wrong, on which rank, at which step and moment.
+
+    kind:rank=R:step=S[:at=MOMENT][:times=N]        several are separated by commas
+
+    kill:rank=1:step=7                              SIGKILL to rank 1 while it works on optimizer step 7
+    raise:rank=all:step=3:at=backward               an exception on every rank, in the backward pass
+    exit:rank=0:step=9:at=commit:times=2            rank 0 exits at step 9, and once more when it is run again
+
+Steps are counted from 1: `step=7` is the one that makes `global_step` 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import StrEnum
+from typing import Literal, TypeVar
+
+from lightning_ckptless.errors import OptionsError
+
+GRAMMAR = "kind:rank=R:step=S[:at=MOMENT][:times=N]"
+
+ALL: Literal["all"] = "all"
+"""Every rank."""
+
+
+class FaultKind(StrEnum):
+    """What goes wrong."""
+
+    KILL = "kill"
+    RAISE = "raise"
+    HANG = "hang"
+    EXIT = "exit"
+    NODE = "node"
+
+
+class Moment(StrEnum):
+    """When in the step it goes wrong."""
+
+    TRAINING_STEP = "training_step"
+    BACKWARD = "backward"
+    OPTIMIZER_STEP = "optimizer_step"
+    COMMIT = "commit"
+    MIRROR = "mirror"
+    ACCUMULATION = "accumulation"
+    VALIDATION = "validation"
+    EPOCH_END = "epoch_end"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that is to go wrong. `str` gives back what `parse_faults` reads.
+
+    Args:
+        kind: what goes wrong.
+        rank: where; `all` for every rank.
+        step: the optimizer step that is being made, counted from 1.
+        at: when in the step.
+        times: how often, over all the times that the step is run.
+    """
+
+    kind: FaultKind
+    rank: int | Literal["all"]
+    step: int
+    at: Moment = Moment.TRAINING_STEP
+    times: int = 1
+
+    def __str__(self) -> str:
+        at = "" if self.at is Moment.TRAINING_STEP else f":at={self.at}"
+        times = "" if self.times == 1 else f":times={self.times}"
+        return f"{self.kind}:rank={self.rank}:step={self.step}{at}{times}"
+
+    def concerns(self, rank: int, step: int, at: Moment) -> bool:
+        """Whether it is due on a rank at a moment of a step."""
+        return self.rank in (ALL, rank) and self.step == step and self.at is at
+
+
+def parse_faults(text: str) -> tuple[Fault, ...]:
+    """Read a fault script.
+
+    Args:
+        text: faults in the grammar of this module, separated by commas; blank for none.
+
+    Raises:
+        OptionsError: a part is not understood; the message shows it, the nearest word and the grammar.
+    """
+    return tuple(_parse_fault(part.strip()) for part in text.split(",")) if text.strip() else ()
+
+
+def _parse_fault(text: str) -> Fault:
+    kind_name, *settings = text.split(":")
+    kind = _one_of(FaultKind, kind_name, "kind", text)
+    given: dict[str, str] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if name not in _NAMES:
+            raise _error(text, f"unknown part {setting!r}{_nearest(name, _NAMES)}")
+        if not equals or name in given:
+            raise _error(text, f"{setting!r} is {'given twice' if equals else 'without a value'}")
+        given[name] = value
+    if missing := [name for name in ("rank", "step") if name not in given]:
+        raise _error(text, f"{' and '.join(missing)} missing")
+    return Fault(
+        kind,
+        ALL if given["rank"] == ALL else _number("rank", given["rank"], 0, text),
+        _number("step", given["step"], 1, text),
+        _one_of(Moment, given.get("at", Moment.TRAINING_STEP), "moment", text),
+        _number("times", given.get("times", "1"), 1, text),
+    )
+
+
+_NAMES = ("rank", "step", "at", "times")
+_Word = TypeVar("_Word", bound=StrEnum)
+
+
+def _one_of(words: type[_Word], found: str, what: str, text: str) -> _Word:
+    by_name = {str(word): word for word in words}
+    if found not in by_name:
+        raise _error(text, f"unknown {what} {found!r}{_nearest(found, by_name)}")
+    return by_name[found]
+
+
+def _number(name: str, value: str, least: int, text: str) -> int:
+    if not (value.isascii() and value.isdigit()) or int(value) < least:
+        words = f" or {ALL!r}" if name == "rank" else ""
+        raise _error(text, f"{name}={value!r}: expected a whole number of at least {least}{words}")
+    return int(value)
+
+
+def _nearest(found: str, words: Iterable[str]) -> str:
+    near = get_close_matches(found, list(words), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _error(text: str, complaint: str) -> OptionsError:
+    return OptionsError(
+        f"fault {text!r}: {complaint}\n"
+        f"expected {GRAMMAR}\n"
+        f"  kind    {', '.join(FaultKind)}\n"
+        f"  R       a rank or {ALL!r}\n"
+        f"  S       an optimizer step, counted from 1\n"
+        f"  MOMENT  {', '.join(Moment)}"
+    )

@@ -1,0 +1,119 @@
+"""The ledger: whole lines, many writers, and no way to stop a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.ledger import Event, Events, Ledger, read_ledger, run_folder
+
+
+@contextmanager
+def files_at_most(size_bytes: int) -> Iterator[None]:
+    """Let no file of this process grow beyond a size: what does not fit is cut off, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_events_are_read_as_they_were_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "first" / "ledger.jsonl"
+    ledger = Ledger(path, clock=count(100.0).__next__)
+    assert not path.parent.exists()
+    ledger.record("run_started", world_size=2)
+    ledger.record("recovery", generation=2, rank=0, phases={"detect_s": 0.5}, folder=tmp_path)
+    assert list(read_ledger(path)) == [
+        Event("run_started", 100.0, None, None, {"world_size": 2}),
+        Event("recovery", 101.0, 2, 0, {"phases": {"detect_s": 0.5}, "folder": str(tmp_path)}),
+    ]
+
+
+def test_an_event_is_a_flat_object_on_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    Ledger(path, clock=lambda: 1.5).record("fault", rank=1, cause="line\nbreak")
+    (line,) = path.read_text().splitlines()
+    assert json.loads(line) == {"event": "fault", "at": 1.5, "generation": None, "rank": 1, "cause": "line\nbreak"}
+
+
+def test_writers_do_not_mix_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledgers = [Ledger(path) for _ in range(4)]
+
+    def write(writer: int) -> None:
+        for number in range(50):
+            ledgers[writer].record("committed", rank=writer, number=number, text="x" * 500)
+
+    threads = [threading.Thread(target=write, args=(writer,)) for writer in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    read = read_ledger(path)
+    assert read.skipped_lines == 0
+    assert sorted((e.rank, e.fields["number"]) for e in read) == [(w, n) for w in range(4) for n in range(50)]
+
+
+def test_a_full_disk_is_reported_once_and_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    ledger = Ledger("/dev/full")
+    with caplog.at_level(logging.WARNING):
+        ledger.record("run_started")
+        ledger.record("run_ended")
+    (message,) = caplog.messages
+    assert message.startswith("/dev/full cannot be written, events are missing from here on")
+    assert "No space left on device" in message
+
+
+def test_a_folder_that_cannot_be_made_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("in the way")
+    Ledger(tmp_path / "file" / "ledger.jsonl").record("run_started")
+    assert len(caplog.messages) == 1
+
+
+def test_a_line_cut_short_by_a_full_disk_costs_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    with files_at_most(150):
+        ledger.record("first")
+        ledger.record("cut", text="x" * 200)
+    assert path.stat().st_size == 150
+    ledger.record("last")
+    read = read_ledger(path)
+    assert [event.event for event in read] == ["first", "last"]
+    assert read.skipped_lines == 1
+
+
+@pytest.mark.parametrize("torn", [b'{"event": "fault", "at"', b"\xff\xfe", b"[1, 2]", b"7", b'{"event": "fault"}'])
+def test_lines_that_are_not_events_are_skipped_and_counted(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "ledger.jsonl"
+    Ledger(path).record("run_started")
+    with path.open("ab") as file:
+        file.write(torn)
+    read = read_ledger(path)
+    assert [event.event for event in read] == ["run_started"]
+    assert (len(read), read.skipped_lines) == (1, 1)
+
+
+def test_a_ledger_that_was_never_written_is_empty(tmp_path: Path) -> None:
+    assert read_ledger(tmp_path / "ledger.jsonl") == Events(())
+
+
+def test_the_folder_of_a_run() -> None:
+    assert run_folder("runs", "digits-1") == Path("runs/digits-1")
+
+
+@pytest.mark.parametrize("run_id", ["", ".", "..", "a/b", "/a", "a\0"])
+def test_a_run_id_that_leaves_the_root_is_refused(run_id: str) -> None:
+    with pytest.raises(OptionsError, match="expected a name that can be one folder in 'runs'"):
+        run_folder("runs", run_id)
