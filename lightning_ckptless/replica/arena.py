@@ -6,18 +6,15 @@
         note-<name>.json                         small facts
         shard-0003.kept-by-0001.<digest>.slot-0  one version of one shard (`slot.py`)
 
-It outlives the processes that write it. Its owner is the process that starts them, the agent; when the owner has ended, the
-arena may be adopted by the next agent of the same run, or removed. What is found here is believed only with the right user,
-format, run id and checksum.
+It outlives the processes that write it. Its owner is the process that starts them, the agent; when the owner has ended,
+the arena may be adopted by the next agent of the same run, or removed. What is found here is believed only with the
+right user, format, run id and checksum.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 import time
-import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +39,7 @@ from lightning_ckptless.replica.slot import (
     read_header,
     slot_file_bytes,
 )
+from lightning_ckptless.replica.space import default_arena_dir, require_room, taken_bytes
 
 __all__ = [
     "Arena",
@@ -55,8 +53,6 @@ __all__ = [
     "find_arenas",
     "reclaim",
 ]
-
-SHARED_MEMORY = Path("/dev/shm")
 
 
 class Arena:
@@ -133,7 +129,7 @@ class Arena:
             ArenaError: the file system has too little free space.
         """
         paths = [self.path / str(SlotName.of(shard, keeper, layout, index)) for index in (0, 1)]
-        self._require_space(paths, slot_file_bytes(bulk_bytes))
+        require_room(paths, slot_file_bytes(bulk_bytes), self.path)
         first = self._open(paths[0], bulk_bytes)
         return first, self._open(paths[1], bulk_bytes)
 
@@ -141,17 +137,6 @@ class Arena:
         slot = Slot(path, self.run_id, bulk_bytes)
         self._open_slots.append(slot)
         return slot
-
-    def _require_space(self, paths: list[Path], file_bytes: int) -> None:
-        needed_bytes = sum(max(0, file_bytes - _taken_bytes(path)) for path in paths)
-        disk = os.statvfs(self.path)
-        free_bytes = disk.f_bavail * disk.f_frsize
-        if needed_bytes > free_bytes:
-            raise ArenaError(
-                f"{self.path}: two slots need {needed_bytes} more bytes, but {free_bytes} are free in "
-                f"{self.path.parent}: set arena_dir= to a larger file system, keep smaller or fewer copies, "
-                f"or enlarge the mount (mount -o remount,size=...)"
-            )
 
     def _slot_files(self) -> Iterator[tuple[Path, SlotName]]:
         for path in sorted(self.path.iterdir()):
@@ -274,10 +259,13 @@ class Arena:
             layout: digest of the layout of that version.
             generation: membership that wrote it. A shelf without a slot of it belongs to a placement of the past.
         """
-        wanted = (layout, generation)
-        slots = [(path, name.shelf, header and header.stamp) for path, name, header in self._headers()]
-        live = {shelf for _, shelf, stamp in slots if stamp is not None and (stamp.layout, stamp.generation) == wanted}
-        for path in [path for path, shelf, _ in slots if shelf not in live]:
+        slots = list(self._headers())
+        live = {
+            name.shelf
+            for _, name, header in slots
+            if header is not None and (header.stamp.layout, header.stamp.generation) == (layout, generation)
+        }
+        for path in [path for path, name, _ in slots if name.shelf not in live]:
             path.unlink(missing_ok=True)
         for path in self.path.glob("layout-*.json"):
             if path != self._layout_path(layout):
@@ -345,7 +333,7 @@ def _info(path: Path, facts: Facts) -> ArenaInfo:
         node=facts.node,
         owner=facts.owner,
         owner_alive=facts.owner.alive(),
-        bytes=sum(_taken_bytes(file) for file in path.iterdir()),
+        bytes=sum(taken_bytes(file) for file in path.iterdir()),
         created_at=facts.created_at,
         origin=facts.origin,
     )
@@ -403,27 +391,6 @@ def reclaim(arena_dir: Path, *, now: float, keep_s: float) -> tuple[Path, ...]:
     return tuple(removed)
 
 
-def default_arena_dir() -> Path:
-    """Folder for arenas: shared memory, else a folder among the temporary files, with a warning."""
-    if os.access(SHARED_MEMORY, os.W_OK | os.X_OK) and SHARED_MEMORY.is_mount():
-        return SHARED_MEMORY
-    fallback = Path(tempfile.gettempdir()) / f"ckptless-arenas-{os.getuid()}"
-    fallback.mkdir(mode=0o700, exist_ok=True)
-    warnings.warn(
-        f"{SHARED_MEMORY} is not a writable memory file system: arenas go to {fallback}, where mirroring is slower. "
-        f"Set arena_dir= to choose another folder.",
-        stacklevel=2,
-    )
-    return fallback
-
-
 def _last_used_at(path: Path) -> float:
     times = [path.stat().st_mtime, *(file.stat().st_mtime for file in path.iterdir())]
     return max(times)
-
-
-def _taken_bytes(path: Path) -> int:
-    try:
-        return path.stat().st_blocks * 512
-    except FileNotFoundError:
-        return 0

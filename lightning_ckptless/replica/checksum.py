@@ -1,8 +1,8 @@
 """Digests that guard replicas.
 
-A digest is written as `algorithm:hexadecimal`, so that a reader needs no option to check it; the empty string stands for
-no digest. xxh3 runs at the speed of a memory copy and, like zlib's crc32, gives up the interpreter lock while it reads a
-large buffer: it may run beside the training thread, and is never run in it.
+A digest is written as `algorithm:hexadecimal`, so that a reader needs no option to check it; the empty string stands
+for no digest. xxh3 is about as fast as a memory copy and, like zlib's crc32, gives up the interpreter lock while it
+reads a large buffer: it may run beside the training thread, and never runs in it.
 """
 
 from __future__ import annotations
@@ -65,4 +65,4 @@ def matches(checksum: str, parts: Iterable[Buffer]) -> bool:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a flat uint8 tensor in host memory, without a copy."""
-    return memoryview(tensor.numpy())
+    return tensor.numpy().data

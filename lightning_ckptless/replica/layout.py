@@ -2,8 +2,8 @@
 
 What all ranks hold alike is divided over them; what a rank holds alone is a part of its own shard, under the name
 `rank<r>/<name>`. The planner removes the duplicates, balances the bytes and yields the metadata that any DCP reader
-understands. It balances by whole pieces, so large tensors are cut first, along their outermost dimension: each piece is one
-run of memory, and a copy of it one memcpy.
+understands. It balances by whole pieces, so large tensors are cut first, along their outermost dimension: each piece is
+one run of memory, and a copy of it one memcpy.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultSavePlanner, Metadata, SavePlan
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from lightning_ckptless.errors import LayoutMismatchError, OptionsError
 
@@ -137,9 +139,7 @@ class Layout:
             ValueError, KeyError, TypeError: the bytes are something else.
         """
         fields = json.loads(data)
-        lists = ("shape", "offsets", "sizes")
-        chunks = [Chunk(**{k: tuple(v) if k in lists else v for k, v in c.items()}) for c in fields["chunks"]]
-        return cls(chunks, fields["world_size"])
+        return cls([_chunk(chunk) for chunk in fields["chunks"]], fields["world_size"])
 
     def require_same(self, found: Layout, rank: int) -> None:
         """Refuse a state that is cut otherwise than this layout.
@@ -258,6 +258,10 @@ def live_views(layout: Layout, shard: int, rank: int, tensors: Mapping[str, torc
     return [_box(tensors[local_name(chunk, rank)], chunk) for chunk in pieces_for(layout, shard, rank)]
 
 
+def _chunk(fields: dict[str, Any]) -> Chunk:
+    return Chunk(**fields | {key: tuple(fields[key]) for key in ("shape", "offsets", "sizes")})
+
+
 def local_name(chunk: Chunk, rank: int) -> str:
     """Name of a piece's tensor among the tensors of a rank."""
     return chunk.name.removeprefix(private_name(rank, ""))
@@ -298,8 +302,8 @@ def _require_alike(per_rank: Sequence[Sequence[Described]]) -> None:
         for name in sorted(first.keys() | other.keys()):
             if first.get(name) != other.get(name):
                 raise LayoutMismatchError(
-                    f"rank {rank}: {name} is {other.get(name)}, on rank 0 it is {first.get(name)}, expected the same on "
-                    f"all ranks: build the same model and optimizer on every rank"
+                    f"rank {rank}: {name} is {other.get(name)}, on rank 0 it is {first.get(name)}: "
+                    f"build the same model and optimizer on every rank"
                 )
 
 
@@ -321,7 +325,7 @@ def _boxes(
         return
     parts = min(parts, sizes[dim])
     edges = [sizes[dim] * part // parts for part in range(parts + 1)]
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         corner = (*offsets[:dim], offsets[dim] + low, *offsets[dim + 1 :])
         yield from _boxes(corner, (*sizes[:dim], high - low, *sizes[dim + 1 :]), item_bytes, piece_bytes)
 
@@ -391,4 +395,3 @@ def _aligned(offset: int) -> int:
 
 def _words(dtype: str, shape: tuple[int, ...]) -> str:
     return f"{dtype.removeprefix('torch.')}{list(shape)}"
-

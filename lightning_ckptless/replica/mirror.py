@@ -9,16 +9,16 @@
                                         agree   every rank has all it should have?
                                         commit  headers say `committed`, on all ranks or on none
 
-A round that a rank cannot take part in (nothing submitted, or a copy torn by a write) is voted down: all ranks abort it and
-keep the version before. Rounds run on a transport of their own, so they order against no collective of the training.
+A round that a rank cannot take part in (nothing submitted, or a copy torn by a write) is voted down: all ranks abort it
+and keep the version before. Rounds run on a transport of their own, so they order against no collective of training.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -35,6 +35,8 @@ from lightning_ckptless.replica.shelf import Shelf
 from lightning_ckptless.replica.slot import HEADER_BYTES, Slot, SlotHeader, Stamp
 from lightning_ckptless.replica.staging import Load, Stager
 from lightning_ckptless.replica.transport import Parcel, Transport, room, tensor_of
+
+log = logging.getLogger(__name__)
 
 PAGE, BULK, BLOB = range(3)
 """Tags of the parcels of a round. A rank sends only its own shard, so a pair never has two of a kind."""
@@ -91,7 +93,8 @@ class _Round:
 class Mirror:
     """Mirrors this rank's shard to its keepers, and keeps the shards of its wards.
 
-    All ranks submit or skip the same versions in the same order. What goes wrong in the thread is raised by the next call.
+    All ranks submit or skip the same versions in the same order. What goes wrong in the thread is raised by the next
+    call.
 
     Args:
         arena: the node's arena.
@@ -101,7 +104,8 @@ class Mirror:
         generation: number of the membership.
         checksum: `xxh3`, `crc32` or `none`.
         committed: version that the state was restored from; it is not overwritten until a newer one is committed.
-        probe: called in the thread with `stage` (half of the copying done), `send`, `agree` or `committed`, and the version.
+        probe: called in the thread with a moment and the version: `stage` (half of the copying done), `send`, `agree`,
+            `committed`.
         staging: `overlap`, or `blocking` to copy everything before `submit` returns.
 
     Attributes:
@@ -304,10 +308,12 @@ class Mirror:
         self.stats.torn += 1
         if not self._blocking:
             self._blocking = True
-            warnings.warn(
-                f"rank {self._rank}: {name} changed while {version} was copied, so that version is given up. From now on "
-                f"the state is copied before the next batch begins (staging='blocking' does so from the start)",
-                stacklevel=1,
+            log.warning(
+                "ckptless: rank %d: %s changed while %s was copied, so that version is given up. From now on the state "
+                "is copied before the next batch begins, as staging='blocking' does from the start",
+                self._rank,
+                name,
+                version,
             )
 
     def _exchange(self, sealed: Slot | None, round_: _Round) -> dict[int, Slot]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lightning_ckptless.errors import StateMissingError
-from lightning_ckptless.protocol.transfers import Read, Send, Transfer, plan_transfers
+from lightning_ckptless.protocol.transfers import Part, Read, Send, Transfer, plan_transfers
 from lightning_ckptless.protocol.versions import Complete, Missing, Replica, SlotState, Version, newest_complete
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.checksum import bytes_of
@@ -23,7 +23,6 @@ from lightning_ckptless.torch_internals import foreach_copy
 
 OWN_ARENA = "own arena"
 PEER = "peer"
-BULK, BLOB = range(2)
 
 Need = Mapping[int, Collection[int]]
 """Which shards each rank needs, by rank."""
@@ -59,9 +58,7 @@ def gather_inventory(arena: Arena, transport: Transport, *, reads: bool) -> tupl
     return tuple(_replica(fields) for line in everyone for fields in json.loads(line))
 
 
-def choose(
-    arena: Arena, transport: Transport, nodes: Sequence[str], *, need: Need | None = None
-) -> Complete | Missing:
+def choose(arena: Arena, transport: Transport, nodes: Sequence[str], *, need: Need | None = None) -> Complete | Missing:
     """Choose the newest version that is complete and whose bytes are as they were written.
 
     Only the replicas that would be used are read; where one is damaged, the choice is made again without it.
@@ -79,9 +76,10 @@ def choose(
     good: set[Replica] = set()
     while True:
         found = newest_complete(inventory, bad=bad)
-        if isinstance(found, Missing):
+        if isinstance(found, Missing) or found.snapshot.world_size != len(nodes):
+            # What another number of ranks has written is reported, for a clear refusal, and not read.
             return found
-        plan = plan_transfers(found, nodes, need or _all_everywhere(found, nodes))
+        plan = plan_transfers(found, nodes, need or _all_everywhere(found))
         used = {step.replica for step in plan} - good
         if not used:
             return found
@@ -102,34 +100,35 @@ def fetch(
         complete: what `choose` returned.
         arena: the own node's arena.
         transport: between all ranks.
-        nodes: name of each rank's node.
+        nodes: name of each rank's node; as many as the version has shards.
         need: which shards each rank needs; None for all on all ranks.
 
     Raises:
         TransportError: a peer is gone.
     """
     rank = transport.rank
-    plan = plan_transfers(complete, nodes, need or _all_everywhere(complete, nodes))
-    bulks: dict[int, torch.Tensor] = {}
-    blob = b""
-    for step in plan:
-        if isinstance(step, Read) and step.rank == rank:
-            shard = step.replica.shard
-            bulks[shard] = arena.read_bulk(step.replica)
-            if shard == rank:
-                blob = arena.read_blob(step.replica)
-    sends = [parcel for step in plan if _sender(step) == rank for parcel in _parcels(step, arena)]
-    rooms = {step.shard: _rooms(step) for step in plan if isinstance(step, Send) and step.target_rank == rank}
-    receives = [parcel for parcels in rooms.values() for parcel in parcels]
+    plan = plan_transfers(complete, nodes, need or _all_everywhere(complete))
+    got = {(step.replica.shard, part): _read(arena, step, part) for step in _reads(plan, rank) for part in _parts(step)}
+    local_count = sum(part is Part.BULK for _, part in got)
+    sends = [
+        (step.target_rank, _tag(step.shard, part), _read(arena, step, part))
+        for step in _sends(plan)
+        if step.source_rank == rank
+        for part in _parts(step)
+    ]
+    receives: list[Parcel] = []
+    for step in _sends(plan):
+        if step.target_rank == rank:
+            for part in _parts(step):
+                got[step.shard, part] = room(step.replica.bulk_bytes if part is Part.BULK else step.replica.blob_bytes)
+                receives.append((step.source_rank, _tag(step.shard, part), got[step.shard, part]))
     transport.exchange(sends, receives)
-    bulks |= {shard: parcels[0][2] for shard, parcels in rooms.items()}
-    if rank in rooms:
-        blob = bytes(bytes_of(rooms[rank][1][2]))
+    bulks = {shard: data for (shard, part), data in got.items() if part is Part.BULK}
     return Fetched(
         bulks=bulks,
-        blob=blob,
-        moved_bytes=sum(room.numel() for _, _, room in receives),
-        sources={OWN_ARENA: len(bulks) - len(rooms), PEER: len(rooms)},
+        blob=bytes(bytes_of(got[rank, Part.BLOB])),
+        moved_bytes=sum(data.numel() for _, _, data in receives),
+        sources={OWN_ARENA: local_count, PEER: len(bulks) - local_count},
     )
 
 
@@ -182,32 +181,29 @@ def shared_layout(arena: Arena, transport: Transport, digest: str) -> Layout:
     return mine
 
 
-def _sender(step: Transfer) -> int | None:
-    return step.source_rank if isinstance(step, Send) else None
+def _reads(plan: Sequence[Transfer], rank: int) -> list[Read]:
+    return [step for step in plan if isinstance(step, Read) and step.rank == rank]
 
 
-def _parcels(step: Transfer, arena: Arena) -> list[Parcel]:
-    """What is sent for a step: the bulk, and the small state to the rank that wrote it."""
-    assert isinstance(step, Send)
-    parcels = [(step.target_rank, _tag(step.shard, BULK), arena.read_bulk(step.replica))]
-    if step.shard == step.target_rank:
-        parcels.append((step.target_rank, _tag(step.shard, BLOB), tensor_of(arena.read_blob(step.replica))))
-    return parcels
+def _sends(plan: Sequence[Transfer]) -> list[Send]:
+    return [step for step in plan if isinstance(step, Send)]
 
 
-def _rooms(step: Send) -> list[Parcel]:
-    """Where the same parcels go at the receiver."""
-    lengths = [(BULK, step.replica.bulk_bytes), (BLOB, step.replica.blob_bytes)]
-    parts = lengths if step.shard == step.target_rank else lengths[:1]
-    return [(step.source_rank, _tag(step.shard, part), room(length_bytes)) for part, length_bytes in parts]
+def _parts(step: Transfer) -> tuple[Part, ...]:
+    return (Part.BULK, Part.BLOB) if step.part is Part.WHOLE else (step.part,)
 
 
-def _tag(shard: int, part: int) -> int:
-    return 2 * shard + part
+def _read(arena: Arena, step: Transfer, part: Part) -> torch.Tensor:
+    return arena.read_bulk(step.replica) if part is Part.BULK else tensor_of(arena.read_blob(step.replica))
 
 
-def _all_everywhere(complete: Complete, nodes: Sequence[str]) -> Need:
-    return {rank: range(complete.snapshot.world_size) for rank in range(len(nodes))}
+def _tag(shard: int, part: Part) -> int:
+    return 2 * shard + (part is Part.BLOB)
+
+
+def _all_everywhere(complete: Complete) -> Need:
+    shards = range(complete.snapshot.world_size)
+    return dict.fromkeys(shards, shards)
 
 
 def _place_of(replica: Replica) -> tuple[int, int, int]:

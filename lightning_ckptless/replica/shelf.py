@@ -1,8 +1,8 @@
 """A shelf: the two slots that one keeper has for one shard, written in turn.
 
-`protocol.slots` has the rule and says why two are enough. It wants the slot chosen by what the writer of the shard knows
-to be committed. A keeper knows the same here: it meets round v+1 only after its own vote on v was answered, and the answer
-is one for all ranks.
+`protocol.slots` has the rule and says why two are enough. It wants the slot chosen by what the writer of the shard
+knows to be committed. A keeper knows the same here: it meets round v+1 only after its own vote on v was answered, and
+the answer is one for all ranks.
 """
 
 from __future__ import annotations

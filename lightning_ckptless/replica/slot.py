@@ -5,8 +5,8 @@
     offset 4096 + bulk       blob: the small state of the rank, any length
 
 The header says what the bytes behind it are, so it is written last; before the first byte is touched it says `writing`.
-A writer that dies in between leaves a header that no reader accepts as a replica. The bulk is mapped shared and pre-faulted:
-the first touch of a page costs ten times the copy into it.
+A writer that dies in between leaves a header that no reader accepts as a replica. The bulk is mapped shared and
+pre-faulted: the first touch of a page costs ten times the copy into it.
 """
 
 from __future__ import annotations
@@ -216,7 +216,8 @@ class Slot:
                 os.close(self._fd)
                 raise
         except OSError as error:
-            raise ArenaError(f"{path}: cannot reserve a slot of {slot_file_bytes(bulk_bytes)} bytes: {error}") from error
+            needed_bytes = slot_file_bytes(bulk_bytes)
+            raise ArenaError(f"{path}: cannot reserve a slot of {needed_bytes} bytes: {error}") from error
         self.header = SlotHeader.decode(os.pread(self._fd, HEADER_BYTES, 0))
 
     @property

@@ -1,12 +1,12 @@
 """Copying a rank's own shard out of the live tensors into a slot, partly now, partly beside the next batch.
 
-What is copied *early*, in the training thread, may change as soon as `take` returns. What is copied *late*, in the mirror
-thread, must not change until `finish` has returned. That is watched: torch counts in-place writes per tensor, and a counter
-that moved means a torn copy. (A write through `.data` is not counted, nor one still under way when the copy ends, so the
-count finds mistakes; the promise itself is the caller's.)
+What is copied *early*, in the training thread, may change as soon as `take` returns. What is copied *late*, in the
+mirror thread, must not change until `finish` has returned. That is watched: torch counts in-place writes per tensor,
+and a counter that moved means a torn copy. (A write through `.data` is not counted, nor one still under way when the
+copy ends, so the count finds mistakes; the promise itself is the caller's.)
 
-All late copies are one call: it gives up the interpreter lock once. A loop over tensors has to win the lock back after each,
-and beside a training thread busy in Python that took 400 ms for what takes 10.
+All late copies are one call, which gives up the interpreter lock once. A loop over tensors has to win the lock back
+after each, and beside a training thread busy in Python that took 400 ms for what takes 14.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Stager:
         )
         self._copy_now([(t, s) for t, s, is_now in zip(targets, sources, now, strict=True) if is_now], load)
         if any(source.is_cuda for source in load.sources):
-            load.ready = torch.cuda.Event()
+            load.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             load.ready.record()
         return load
 
@@ -157,7 +157,7 @@ class _DeviceCopier:
     """Brings tensors from a CUDA device to pinned host memory, in a stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pinned: dict[int, torch.Tensor] = {}
 
     def fetch(self, sources: list[torch.Tensor], ready: torch.cuda.Event) -> list[torch.Tensor]:

@@ -1,7 +1,7 @@
 """How bytes move between ranks: one narrow interface, three implementations.
 
-Every method is collective or pairwise as it says, blocks until its part is done, and raises `TransportError` when a peer
-does not answer. A transport is used by one thread at a time.
+Every method is collective or pairwise as it says, blocks until its part is done, and raises `TransportError` when a
+peer does not answer. A transport is used by one thread at a time.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def tensor_of(data: bytes) -> torch.Tensor:
 class Transport(Protocol):
     """Between the ranks of a run.
 
-    Ownership: a tensor that is sent must not change, and one that is received must not be read, until `exchange` returns.
-    Afterwards both are the caller's again. When it raises, they may be read or written until `close` returns.
+    Ownership: a tensor that is sent must not change, and one that is received must not be read, until `exchange`
+    returns. Afterwards both are the caller's again. When it raises, what was under way may still be read and written
+    until the peers are gone: none of the buffers holds anything that counts.
 
     Attributes:
         rank: this rank.
@@ -68,7 +69,7 @@ class Transport(Protocol):
         """
 
     def close(self) -> None:
-        """Stop taking part. Buffers of an exchange that failed are free afterwards."""
+        """Stop taking part."""
 
 
 class SoloTransport:
@@ -179,12 +180,14 @@ class GlooTransport:
     """A gloo group of torch.distributed, over host memory.
 
     Args:
-        group: a group that nothing else uses, so that no other collective orders against ours; its timeout is the silence
-            after which a peer is given up. None for the default group. Whoever made it destroys it.
+        group: a group that nothing else uses, so that no other collective orders against ours; its timeout is the
+            silence after which a peer is given up. None for the default group. Whoever made it destroys it.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group: dist.ProcessGroup = group if group is not None else dist.group.WORLD
+        chosen = group if group is not None else dist.group.WORLD
+        assert chosen is not None, "torch.distributed is not initialized"
+        self._group = chosen
         self.rank = self._group.rank()
         self.world_size = self._group.size()
 
@@ -200,7 +203,7 @@ class GlooTransport:
         """See `Transport.agree`."""
         vote = torch.tensor([mine], dtype=torch.int32)
         how = dist.AllreduceOptions()
-        how.reduceOp = dist.ReduceOp.MIN
+        how.reduceOp = dist.ReduceOp(dist.ReduceOp.MIN)
         with self._blaming("agree"):
             self._group.allreduce([vote], how).wait()
         return bool(vote.item())
@@ -228,4 +231,4 @@ class GlooTransport:
         try:
             yield
         except RuntimeError as error:
-            raise TransportError(f"rank {self.rank} of {self.world_size}: {what} with its peers failed: {error}") from error
+            raise TransportError(f"rank {self.rank} of {self.world_size}: {what} with peers failed: {error}") from error

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import pytest
 import torch
@@ -16,6 +16,12 @@ from lightning_ckptless.replica.arena import Arena, Owner
 from lightning_ckptless.replica.slot import Stamp
 
 T = TypeVar("T")
+
+
+class Together(Protocol):
+    """Runs one function per rank, each in a thread, and returns what they returned."""
+
+    def __call__(self, world_size: int, body: Callable[[int], T]) -> list[T]: ...
 
 
 @pytest.fixture
@@ -39,8 +45,8 @@ def stamp() -> Stamp:
 
 
 @pytest.fixture
-def together() -> Callable[..., list[object]]:
-    """Runs one function per rank, each in a thread, and returns what they returned."""
+def together() -> Together:
+    """See `Together`."""
 
     def run(world_size: int, body: Callable[[int], T]) -> list[T]:
         with ThreadPoolExecutor(world_size, thread_name_prefix="rank") as pool:

@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from lightning_ckptless.protocol.versions import SlotState, Version
 from lightning_ckptless.replica.arena import Arena, Owner, adopt, default_arena_dir, find_arenas, reclaim
 from lightning_ckptless.replica.checksum import bytes_of, digest
 from lightning_ckptless.replica.layout import describe, plan_layout
-from lightning_ckptless.replica.slot import HEADER_BYTES, Slot
+from lightning_ckptless.replica.slot import HEADER_BYTES, Slot, Stamp
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def dead() -> Owner:
 
 
 @pytest.fixture
-def written(arena, stamp):
+def written(arena: Arena, stamp: Stamp) -> Arena:
     """An arena with one committed replica of 1000 bytes."""
     slot, _ = arena.slots(0, 1, 1000, layout=stamp.layout)
     write(slot, stamp, torch.arange(1000).to(torch.uint8), b"small state")
@@ -40,7 +41,7 @@ def written(arena, stamp):
     return arena
 
 
-def write(slot: Slot, stamp, bulk: torch.Tensor, blob: bytes, algorithm: str = "xxh3") -> None:
+def write(slot: Slot, stamp: Stamp, bulk: torch.Tensor, blob: bytes, algorithm: str = "xxh3") -> None:
     slot.begin(stamp)
     slot.bulk.copy_(bulk)
     slot.seal(stamp, blob, digest(algorithm, (bytes_of(slot.bulk), blob)))
@@ -49,7 +50,7 @@ def write(slot: Slot, stamp, bulk: torch.Tensor, blob: bytes, algorithm: str = "
 # ------------------------------------------------------------------ what it holds
 
 
-def test_a_replica_is_read_as_it_was_written(written, stamp):
+def test_a_replica_is_read_as_it_was_written(written: Arena, stamp: Stamp) -> None:
     (replica,) = written.inventory()
     assert replica.snapshot == stamp.snapshot and replica.state is SlotState.COMMITTED
     assert (replica.shard, replica.keeper, replica.node, replica.slot) == (0, 1, "node0", 0)
@@ -60,7 +61,7 @@ def test_a_replica_is_read_as_it_was_written(written, stamp):
 
 @pytest.mark.parametrize("algorithm", ["xxh3", "crc32"])
 @pytest.mark.parametrize("place", [HEADER_BYTES, HEADER_BYTES + 999, HEADER_BYTES + 1000, HEADER_BYTES + 1010])
-def test_a_flipped_byte_is_found(arena, stamp, place, algorithm):
+def test_a_flipped_byte_is_found(arena: Arena, stamp: Stamp, place: int, algorithm: str) -> None:
     slot, _ = arena.slots(0, 1, 1000, layout=stamp.layout)
     write(slot, stamp, torch.arange(1000).to(torch.uint8), b"small state", algorithm)
     (replica,) = arena.inventory()
@@ -73,23 +74,23 @@ def test_a_flipped_byte_is_found(arena, stamp, place, algorithm):
     assert not arena.verify(replica)
 
 
-def test_without_a_checksum_nothing_is_checked(arena, stamp):
+def test_without_a_checksum_nothing_is_checked(arena: Arena, stamp: Stamp) -> None:
     slot, _ = arena.slots(0, 1, 10, layout=stamp.layout)
     write(slot, stamp, torch.zeros(10, dtype=torch.uint8), b"", "none")
     assert arena.verify(arena.inventory()[0])
 
 
-def test_an_unknown_checksum_is_no_match(written):
+def test_an_unknown_checksum_is_no_match(written: Arena) -> None:
     assert not written.verify(replace(written.inventory()[0], checksum="md9:00"))
 
 
-def test_writing_into_what_was_read_leaves_the_slot_alone(written):
+def test_writing_into_what_was_read_leaves_the_slot_alone(written: Arena) -> None:
     (replica,) = written.inventory()
     written.read_bulk(replica).zero_()
     assert written.verify(replica)
 
 
-def test_a_torn_header_is_left_out_and_counted(written, stamp):
+def test_a_torn_header_is_left_out_and_counted(written: Arena, stamp: Stamp) -> None:
     slot, _ = written.slots(1, 1, 1000, layout=stamp.layout)
     slot.begin(replace(stamp, shard=1))
     os.pwrite(slot._fd, b"\xff", 40)
@@ -97,21 +98,21 @@ def test_a_torn_header_is_left_out_and_counted(written, stamp):
     assert written.torn_headers == 1
 
 
-def test_a_file_that_is_cut_short_is_left_out(written):
+def test_a_file_that_is_cut_short_is_left_out(written: Arena) -> None:
     (replica,) = written.inventory()
     path = next(written.path.glob("shard-*.slot-0"))
     os.truncate(path, HEADER_BYTES + replica.bulk_bytes)
     assert written.inventory() == ()
 
 
-def test_the_slots_of_another_run_are_left_out(written, tmp_path, owner):
+def test_the_slots_of_another_run_are_left_out(written: Arena, tmp_path: Path, owner: Owner) -> None:
     other = Arena.create(tmp_path, "other", "node0", owner)
     for path in written.path.glob("shard-*"):
         (other.path / path.name).write_bytes(path.read_bytes())
     assert other.inventory() == ()
 
 
-def test_a_slot_is_found_again_with_what_it_holds(written, stamp):
+def test_a_slot_is_found_again_with_what_it_holds(written: Arena, stamp: Stamp) -> None:
     written.close()
     again = Arena.attach(written.path)
     slot, _ = again.slots(0, 1, 1000, layout=stamp.layout)
@@ -120,14 +121,14 @@ def test_a_slot_is_found_again_with_what_it_holds(written, stamp):
     again.close()
 
 
-def test_another_layout_gets_slots_of_its_own(written, stamp):
+def test_another_layout_gets_slots_of_its_own(written: Arena, stamp: Stamp) -> None:
     slot, _ = written.slots(0, 1, 500, layout="cd" * 32)
     write(slot, replace(stamp, layout="cd" * 32), torch.zeros(500, dtype=torch.uint8), b"")
     assert {replica.layout for replica in written.inventory()} == {stamp.layout, "cd" * 32}
     assert all(written.verify(replica) for replica in written.inventory())
 
 
-def test_slots_larger_than_the_free_space_are_refused_with_the_arithmetic(arena):
+def test_slots_larger_than_the_free_space_are_refused_with_the_arithmetic(arena: Arena) -> None:
     disk = os.statvfs(arena.path)
     asked = disk.f_bavail * disk.f_frsize
     with pytest.raises(ArenaError, match=rf"{arena.path}.* need {2 * (asked + 4096)} more bytes.*arena_dir="):
@@ -135,7 +136,7 @@ def test_slots_larger_than_the_free_space_are_refused_with_the_arithmetic(arena)
     assert not list(arena.path.glob("shard-*"))
 
 
-def test_layouts_and_notes_are_kept(arena, state):
+def test_layouts_and_notes_are_kept(arena: Arena, state: dict[str, torch.Tensor]) -> None:
     layout = plan_layout([describe(state, replicated=True)] * 2)
     arena.write_layout(layout)
     again = arena.read_layout(layout.digest)
@@ -147,7 +148,7 @@ def test_layouts_and_notes_are_kept(arena, state):
     assert arena.notes() == {"committed": {"step": 4}, "odd/name": [1, None]}
 
 
-def test_a_damaged_layout_is_none(arena, state):
+def test_a_damaged_layout_is_none(arena: Arena, state: dict[str, torch.Tensor]) -> None:
     layout = plan_layout([describe(state, replicated=True)])
     arena.write_layout(layout)
     path = arena.path / f"layout-{layout.digest}.json"
@@ -157,7 +158,7 @@ def test_a_damaged_layout_is_none(arena, state):
     assert arena.read_layout(layout.digest) is None
 
 
-def test_clear_drops_slots_and_layouts(written, state):
+def test_clear_drops_slots_and_layouts(written: Arena, state: dict[str, torch.Tensor]) -> None:
     written.write_layout(plan_layout([describe(state, replicated=True)]))
     written.note("committed", 1)
     written.clear()
@@ -165,13 +166,20 @@ def test_clear_drops_slots_and_layouts(written, state):
     assert written.notes() == {"committed": 1}
 
 
-def test_prune_drops_other_shelves(written, stamp):
-    write(written.slots(1, 1, 10, layout=stamp.layout)[0], replace(stamp, shard=1), torch.zeros(10, dtype=torch.uint8), b"")
+def test_prune_drops_other_shelves(written: Arena, stamp: Stamp) -> None:
+    write(
+        written.slots(1, 1, 10, layout=stamp.layout)[0],
+        replace(stamp, shard=1),
+        torch.zeros(10, dtype=torch.uint8),
+        b"",
+    )
     written.prune({(1, 1)})
     assert [(replica.shard, replica.keeper) for replica in written.inventory()] == [(1, 1)]
 
 
-def test_retain_drops_what_a_committed_version_replaced(written, stamp, state):
+def test_retain_drops_what_a_committed_version_replaced(
+    written: Arena, stamp: Stamp, state: dict[str, torch.Tensor]
+) -> None:
     new = replace(stamp, layout="cd" * 32, generation=2)
     write(written.slots(0, 1, 10, layout=new.layout)[0], new, torch.zeros(10, dtype=torch.uint8), b"")
     past = replace(new, shard=5, generation=1)
@@ -187,40 +195,40 @@ def test_retain_drops_what_a_committed_version_replaced(written, stamp, state):
 # ------------------------------------------------------------------ whose it is
 
 
-def test_only_its_user_may_look_into_an_arena(arena):
+def test_only_its_user_may_look_into_an_arena(arena: Arena) -> None:
     assert arena.path.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in arena.path.iterdir()} == {0o600}
 
 
-def test_making_an_arena_again_attaches_to_it(written, tmp_path, owner):
+def test_making_an_arena_again_attaches_to_it(written: Arena, tmp_path: Path, owner: Owner) -> None:
     assert len(Arena.create(tmp_path, "run", "node0", owner).inventory()) == 1
 
 
-def test_many_ranks_may_make_the_same_arena_at_once(tmp_path, owner):
+def test_many_ranks_may_make_the_same_arena_at_once(tmp_path: Path, owner: Owner) -> None:
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: Arena.create(tmp_path, "run", "n", owner, origin="a.ckpt"), range(8)))
     assert {arena.path for arena in made} == {made[0].path} and made[0].notes() == {"origin": "a.ckpt"}
 
 
-def test_an_arena_of_a_live_process_is_not_taken(tmp_path, owner):
+def test_an_arena_of_a_live_process_is_not_taken(tmp_path: Path, owner: Owner) -> None:
     Arena.create(tmp_path, "run", "n", Owner.of(os.getppid()))
     with pytest.raises(ArenaError, match=f"live process {os.getppid()}, not to {owner.pid}"):
         Arena.create(tmp_path, "run", "n", owner)
 
 
-def test_an_arena_of_a_dead_process_gets_the_new_owner(tmp_path, owner, dead):
+def test_an_arena_of_a_dead_process_gets_the_new_owner(tmp_path: Path, owner: Owner, dead: Owner) -> None:
     Arena.create(tmp_path, "run", "n", dead)
     Arena.create(tmp_path, "run", "n", owner)
     assert find_arenas(tmp_path)[0].owner == owner
 
 
 @pytest.mark.parametrize("name", ["a/b", "../up", "a b", "ä", "-"])
-def test_any_run_id_makes_one_folder(tmp_path, owner, name):
+def test_any_run_id_makes_one_folder(tmp_path: Path, owner: Owner, name: str) -> None:
     made = Arena.create(tmp_path, name, name, owner)
     assert made.path.parent == tmp_path and find_arenas(tmp_path, name)[0].node == name
 
 
-def test_another_format_is_refused(arena):
+def test_another_format_is_refused(arena: Arena) -> None:
     facts = json.loads((arena.path / "arena.json").read_bytes())
     (arena.path / "arena.json").write_text(json.dumps(facts | {"format": 99}))
     with pytest.raises(ArenaError, match="arena format 99, expected 1"):
@@ -228,14 +236,14 @@ def test_another_format_is_refused(arena):
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"format": 1}', b"\xff"])
-def test_what_is_no_arena_is_refused(arena, content):
+def test_what_is_no_arena_is_refused(arena: Arena, content: bytes) -> None:
     (arena.path / "arena.json").write_bytes(content)
     with pytest.raises(ArenaError):
         Arena.attach(arena.path)
     assert find_arenas(arena.path.parent) == ()
 
 
-def test_an_arena_of_another_user_is_refused(arena):
+def test_an_arena_of_another_user_is_refused(arena: Arena) -> None:
     if os.getuid() != 0:
         pytest.skip("only root can give a folder away")
     os.chown(arena.path, 12345, -1)
@@ -243,14 +251,14 @@ def test_an_arena_of_another_user_is_refused(arena):
         Arena.attach(arena.path)
 
 
-def test_a_link_is_no_arena(arena, tmp_path):
+def test_a_link_is_no_arena(arena: Arena, tmp_path: Path) -> None:
     link = tmp_path / "ckptless-link"
     link.symlink_to(arena.path)
     with pytest.raises(ArenaError):
         Arena.attach(link)
 
 
-def test_a_folder_that_cannot_be_made_is_an_error_with_the_fix(tmp_path, owner):
+def test_a_folder_that_cannot_be_made_is_an_error_with_the_fix(tmp_path: Path, owner: Owner) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ArenaError, match="arena_dir="):
         Arena.create(tmp_path / "file", "run", "n", owner)
@@ -259,7 +267,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_with_the_fix(tmp_path, owner):
 # ------------------------------------------------------------------ what becomes of it
 
 
-def test_arenas_are_found_with_what_is_known_of_them(written, tmp_path, owner, dead):
+def test_arenas_are_found_with_what_is_known_of_them(written: Arena, tmp_path: Path, owner: Owner, dead: Owner) -> None:
     Arena.create(tmp_path, "other", "node1", dead, origin="last.ckpt")
     first, second = find_arenas(tmp_path)
     assert (first.run_id, first.node, first.owner_alive) == ("other", "node1", False) and first.origin == "last.ckpt"
@@ -269,7 +277,7 @@ def test_arenas_are_found_with_what_is_known_of_them(written, tmp_path, owner, d
     assert find_arenas(tmp_path / "nowhere") == ()
 
 
-def test_a_zombie_owner_is_dead():
+def test_a_zombie_owner_is_dead() -> None:
     child = subprocess.Popen([sys.executable, "-c", "pass"], stdout=subprocess.PIPE)
     owner = Owner.of(child.pid)
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
@@ -277,11 +285,11 @@ def test_a_zombie_owner_is_dead():
     child.communicate()
 
 
-def test_a_process_with_a_number_used_again_is_another(owner):
+def test_a_process_with_a_number_used_again_is_another(owner: Owner) -> None:
     assert not replace(owner, started_at=owner.started_at - 60).alive()
 
 
-def test_an_orphan_is_adopted_with_what_it_holds(tmp_path, owner, dead, stamp):
+def test_an_orphan_is_adopted_with_what_it_holds(tmp_path: Path, owner: Owner, dead: Owner, stamp: Stamp) -> None:
     orphan = Arena.create(tmp_path, "run", "old", dead)
     write(orphan.slots(0, 1, 10, layout=stamp.layout)[0], stamp, torch.ones(10, dtype=torch.uint8), b"b")
     orphan.close()
@@ -292,7 +300,7 @@ def test_an_orphan_is_adopted_with_what_it_holds(tmp_path, owner, dead, stamp):
     assert find_arenas(tmp_path)[0].owner == owner
 
 
-def test_of_many_adopters_one_wins(tmp_path, owner, dead):
+def test_of_many_adopters_one_wins(tmp_path: Path, owner: Owner, dead: Owner) -> None:
     Arena.create(tmp_path, "run", "old", dead)
     (info,) = find_arenas(tmp_path)
     with ThreadPoolExecutor(8) as pool:
@@ -301,18 +309,18 @@ def test_of_many_adopters_one_wins(tmp_path, owner, dead):
     assert len(find_arenas(tmp_path)) == 1
 
 
-def test_an_arena_with_a_live_owner_is_not_adopted(arena, tmp_path, owner):
+def test_an_arena_with_a_live_owner_is_not_adopted(arena: Arena, tmp_path: Path, owner: Owner) -> None:
     assert adopt(find_arenas(tmp_path)[0], node="new", owner=owner) is None
 
 
-def test_a_node_with_an_arena_adopts_no_other(arena, tmp_path, owner, dead):
+def test_a_node_with_an_arena_adopts_no_other(arena: Arena, tmp_path: Path, owner: Owner, dead: Owner) -> None:
     Arena.create(tmp_path, "run", "old", dead)
     orphan = next(info for info in find_arenas(tmp_path) if info.node == "old")
     assert adopt(orphan, node="node0", owner=owner) is None
     assert len(find_arenas(tmp_path)) == 2
 
 
-def test_reclaim_removes_old_orphans_only(arena, tmp_path, dead):
+def test_reclaim_removes_old_orphans_only(arena: Arena, tmp_path: Path, dead: Owner) -> None:
     orphan = Arena.create(tmp_path, "run", "old", dead)
     now = time.time()
     assert reclaim(tmp_path, now=now + 50, keep_s=60) == ()
@@ -320,22 +328,22 @@ def test_reclaim_removes_old_orphans_only(arena, tmp_path, dead):
     assert [info.node for info in find_arenas(tmp_path)] == ["node0"]
 
 
-def test_remove_leaves_nothing(written):
+def test_remove_leaves_nothing(written: Arena) -> None:
     written.remove()
     assert not written.path.exists()
 
 
-def test_the_default_folder_can_be_written(recwarn):
+def test_the_default_folder_can_be_written(recwarn: pytest.WarningsRecorder) -> None:
     assert os.access(default_arena_dir(), os.W_OK)
 
 
-def test_without_shared_memory_a_temporary_folder_is_used(monkeypatch, tmp_path):
-    monkeypatch.setattr("lightning_ckptless.replica.arena.SHARED_MEMORY", tmp_path / "none")
+def test_without_shared_memory_a_temporary_folder_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("lightning_ckptless.replica.space.SHARED_MEMORY", tmp_path / "none")
     with pytest.warns(UserWarning, match="arenas go to"):
         assert os.access(default_arena_dir(), os.W_OK)
 
 
-def test_a_new_version_may_follow_in_a_slot(written, stamp):
+def test_a_new_version_may_follow_in_a_slot(written: Arena, stamp: Stamp) -> None:
     (replica,) = written.inventory()
     slot, _ = written.slots(0, 1, 1000, layout=stamp.layout)
     later = replace(stamp, version=Version(5, True))

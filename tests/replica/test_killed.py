@@ -34,7 +34,9 @@ WORKER = """
         if at == moment and version.optimizer_step == 4:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    mirror = Mirror(arena=arena, layout=layout, placement=place(["n"], 0), transport=SoloTransport(), generation=1, probe=die)
+    mirror = Mirror(
+        arena=arena, layout=layout, placement=place(["n"], 0), transport=SoloTransport(), generation=1, probe=die
+    )
     for step in (1, 2, 3, 4):
         for tensor in tensors.values():
             tensor.fill_(step)
@@ -48,10 +50,13 @@ WORKER = """
     ("moment", "left", "state"),
     [("stage", 3, SlotState.WRITING), ("send", 4, SlotState.STAGED), ("committed", 4, SlotState.COMMITTED)],
 )
-def test_a_kill_leaves_one_whole_version(arena, moment, left, state):
+def test_a_kill_leaves_one_whole_version(arena: Arena, moment: str, left: int, state: SlotState) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     worker = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(WORKER), str(arena.path), moment], env=environment, timeout=50
+        [sys.executable, "-c", textwrap.dedent(WORKER), str(arena.path), moment],
+        env=environment,
+        timeout=50,
+        check=False,
     )
     assert worker.returncode == -signal.SIGKILL
     lines = arena.inventory()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 import pytest
 import torch
@@ -10,18 +13,31 @@ import torch
 from lightning_ckptless.errors import StateMissingError
 from lightning_ckptless.protocol.placement import place
 from lightning_ckptless.protocol.versions import Complete, Missing, Version
-from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.arena import Arena, Owner
 from lightning_ckptless.replica.layout import describe, plan_layout
 from lightning_ckptless.replica.mirror import Mirror
-from lightning_ckptless.replica.restore import choose, fetch, fill, gather_inventory, shared_layout
+from lightning_ckptless.replica.restore import Fetched, choose, fetch, fill, gather_inventory, shared_layout
 from lightning_ckptless.replica.slot import HEADER_BYTES
-from lightning_ckptless.replica.transport import LoopbackTransport
+from lightning_ckptless.replica.transport import LoopbackTransport, Transport
+from tests.replica.conftest import Together
+
+T = TypeVar("T")
+State = dict[str, torch.Tensor]
 
 
 class Job:
     """Ranks on nodes that mirror one state and lose some of it."""
 
-    def __init__(self, tmp_path, owner, together, state, nodes, *, domains=None):
+    def __init__(
+        self,
+        tmp_path: Path,
+        owner: Owner,
+        together: Together,
+        state: State,
+        nodes: list[str],
+        *,
+        domains: list[str] | None = None,
+    ) -> None:
         self.folder, self.owner, self.together, self.nodes = tmp_path, owner, together, nodes
         self.size = len(nodes)
         self.arenas = {node: Arena.create(tmp_path, "run", node, owner) for node in dict.fromkeys(nodes)}
@@ -31,10 +47,10 @@ class Job:
         private = describe({"seen": torch.zeros(5)}, replicated=False)
         self.layout = plan_layout([shared + private] * self.size)
 
-    def state_of(self, rank, state):
+    def state_of(self, rank: int, state: State) -> State:
         return {name: tensor.clone() for name, tensor in state.items()} | {"seen": torch.full((5,), 10.0 + rank)}
 
-    def mirror(self, *steps):
+    def mirror(self, *steps: int) -> Job:
         """Mirror versions; all tensors are those of the last one."""
         transports = LoopbackTransport.world(self.size)
         mirrors = [
@@ -57,12 +73,12 @@ class Job:
             mirror.close()
         return self
 
-    def lose(self, node):
+    def lose(self, node: str) -> None:
         """The node is gone, another one of its name takes its place."""
         self.arenas[node].remove()
         self.arenas[node] = Arena.create(self.folder, "run", node, self.owner)
 
-    def damage(self, node, shard, *, offset=100):
+    def damage(self, node: str, shard: int, *, offset: int = 100) -> None:
         """Flip a byte of the newest replica of a shard on a node."""
         newest = max(
             (line for line in self.arenas[node].inventory() if line.shard == shard), key=lambda line: line.version
@@ -73,19 +89,19 @@ class Job:
             file.seek(HEADER_BYTES + offset)
             file.write(bytes([byte[0] ^ 0x40]))
 
-    def run(self, body):
+    def run(self, body: Callable[[int, Arena, Transport], T]) -> list[T]:
         transports = LoopbackTransport.world(self.size)
         return self.together(self.size, lambda rank: body(rank, self.arenas[self.nodes[rank]], transports[rank]))
 
-    def choose(self):
+    def choose(self) -> Complete | Missing:
         found = self.run(lambda rank, arena, transport: choose(arena, transport, self.nodes))
         assert all(one == found[0] for one in found)
         return found[0]
 
-    def restore(self):
+    def restore(self) -> list[tuple[State, Fetched]]:
         """Every rank's tensors after a restore into zeros, and what was fetched."""
 
-        def body(rank, arena, transport):
+        def body(rank: int, arena: Arena, transport: Transport) -> tuple[State, Fetched]:
             found = choose(arena, transport, self.nodes)
             assert isinstance(found, Complete)
             layout = shared_layout(arena, transport, found.snapshot.layout)
@@ -100,7 +116,7 @@ class Job:
 
         return self.run(body)
 
-    def exact(self, restored):
+    def exact(self, restored: list[tuple[State, Fetched]]) -> bool:
         return all(
             torch.equal(tensors[name], tensor)
             for rank, (tensors, _) in enumerate(restored)
@@ -108,13 +124,19 @@ class Job:
         )
 
 
-@pytest.fixture
-def job(tmp_path, owner, together, state):
-    """Makes jobs and closes their arenas."""
-    made = []
+class MakeJob(Protocol):
+    """Makes a job whose ranks are on some nodes."""
 
-    def make(nodes, **options):
-        made.append(Job(tmp_path, owner, together, state, nodes, **options))
+    def __call__(self, nodes: list[str], *, domains: list[str] | None = None) -> Job: ...
+
+
+@pytest.fixture
+def job(tmp_path: Path, owner: Owner, together: Together, state: State) -> Iterator[MakeJob]:
+    """Makes jobs and closes their arenas."""
+    made: list[Job] = []
+
+    def make(nodes: list[str], *, domains: list[str] | None = None) -> Job:
+        made.append(Job(tmp_path, owner, together, state, nodes, domains=domains))
         return made[-1]
 
     yield make
@@ -127,12 +149,12 @@ TWO_BY_TWO = ["a", "a", "b", "b"]
 
 
 @pytest.mark.parametrize("nodes", [["a", "b"], ["a", "b", "c"], TWO_BY_TWO])
-def test_every_rank_gets_everything_back(job, nodes):
+def test_every_rank_gets_everything_back(job: MakeJob, nodes: list[str]) -> None:
     run = job(nodes).mirror(1, 2)
     assert run.exact(run.restore())
 
 
-def test_one_node_reads_only_its_own_arena(job):
+def test_one_node_reads_only_its_own_arena(job: MakeJob) -> None:
     run = job(["a", "a"], domains=["r0", "r1"]).mirror(1)
     restored = run.restore()
     assert run.exact(restored)
@@ -142,7 +164,7 @@ def test_one_node_reads_only_its_own_arena(job):
 
 @pytest.mark.parametrize("lost", ["a", "b"])
 @pytest.mark.parametrize("nodes", [["a", "b"], TWO_BY_TWO])
-def test_a_lost_node_gets_everything_from_its_peers(job, nodes, lost):
+def test_a_lost_node_gets_everything_from_its_peers(job: MakeJob, nodes: list[str], lost: str) -> None:
     run = job(nodes).mirror(1, 2, 3)
     run.lose(lost)
     restored = run.restore()
@@ -153,13 +175,13 @@ def test_a_lost_node_gets_everything_from_its_peers(job, nodes, lost):
         assert (fetched.moved_bytes > 0) == (node == lost)
 
 
-def test_three_nodes_lose_one(job):
+def test_three_nodes_lose_one(job: MakeJob) -> None:
     run = job(["a", "b", "c"]).mirror(1)
     run.lose("b")
     assert run.exact(run.restore())
 
 
-def test_the_layout_is_learned_from_a_peer_and_kept(job):
+def test_the_layout_is_learned_from_a_peer_and_kept(job: MakeJob) -> None:
     run = job(["a", "b"]).mirror(1)
     run.lose("a")
     assert run.arenas["a"].read_layout(run.layout.digest) is None
@@ -168,10 +190,10 @@ def test_the_layout_is_learned_from_a_peer_and_kept(job):
     assert kept is not None and kept.chunks == run.layout.chunks
 
 
-def test_a_layout_nobody_has_is_an_error(job):
+def test_a_layout_nobody_has_is_an_error(job: MakeJob) -> None:
     run = job(["a", "b"]).mirror(1)
 
-    def body(rank, arena, transport):
+    def body(rank: int, arena: Arena, transport: Transport) -> None:
         with pytest.raises(StateMissingError, match=f"rank {rank}: no arena has layout 00"):
             shared_layout(arena, transport, "00")
 
@@ -179,7 +201,7 @@ def test_a_layout_nobody_has_is_an_error(job):
 
 
 @pytest.mark.parametrize("offset", [0, 4321])
-def test_a_damaged_replica_is_left_aside_for_the_peers(job, offset):
+def test_a_damaged_replica_is_left_aside_for_the_peers(job: MakeJob, offset: int) -> None:
     run = job(["a", "b"]).mirror(1, 2)
     run.damage("a", 0, offset=offset)
     restored = run.restore()
@@ -188,7 +210,7 @@ def test_a_damaged_replica_is_left_aside_for_the_peers(job, offset):
     assert "1 damaged replicas left aside" in run.choose().reason
 
 
-def test_damage_everywhere_leads_to_the_version_before(job):
+def test_damage_everywhere_leads_to_the_version_before(job: MakeJob) -> None:
     run = job(["a", "b"]).mirror(1, 2)
     run.damage("a", 0)
     run.damage("b", 0)
@@ -197,7 +219,7 @@ def test_damage_everywhere_leads_to_the_version_before(job):
     assert run.exact(run.restore())
 
 
-def test_damage_to_every_version_is_missing(job):
+def test_damage_to_every_version_is_missing(job: MakeJob) -> None:
     run = job(["a", "b"]).mirror(1)
     run.damage("a", 1)
     run.damage("b", 1)
@@ -205,12 +227,12 @@ def test_damage_to_every_version_is_missing(job):
     assert isinstance(found, Missing) and found.shards == (1,) and found.since == Version(1, True)
 
 
-def test_nothing_is_missing_from_empty_arenas(job):
+def test_nothing_is_missing_from_empty_arenas(job: MakeJob) -> None:
     run = job(["a", "b"])
     assert run.choose() == Missing((), None, "the arenas are empty")
 
 
-def test_too_many_losses_are_missing(job):
+def test_too_many_losses_are_missing(job: MakeJob) -> None:
     run = job(["a", "b", "c"]).mirror(1)
     run.lose("a")
     run.lose("b")
@@ -218,38 +240,41 @@ def test_too_many_losses_are_missing(job):
     assert isinstance(found, Missing) and found.since == Version(1, True) and found.shards
 
 
-def test_a_state_of_another_world_size_is_found_too(job, tmp_path, owner, together, state):
+def test_a_state_of_another_world_size_is_found_too(job: MakeJob) -> None:
     job(["a", "b"]).mirror(1)
     larger = job(["a", "b", "c"])
     found = larger.choose()
     assert isinstance(found, Complete) and found.snapshot.world_size == 2
 
 
-def test_one_rank_of_each_node_reads_the_inventory(job):
+def test_one_rank_of_each_node_reads_the_inventory(job: MakeJob) -> None:
     run = job(TWO_BY_TWO).mirror(1)
     lines = run.run(lambda rank, arena, transport: gather_inventory(arena, transport, reads=rank in (0, 2)))
     assert all(one == lines[0] for one in lines)
     assert len(lines[0]) == len(set(lines[0])) == 4 * 2
 
 
-def test_a_rank_may_need_only_some_shards(job):
+def test_a_rank_may_need_only_some_shards(job: MakeJob) -> None:
     run = job(["a", "b"]).mirror(1)
     run.lose("a")
-    need = {0: (1,), 1: (0, 1)}
+    need: dict[int, tuple[int, ...]] = {0: (1,), 1: ()}
 
-    def body(rank, arena, transport):
+    def body(rank: int, arena: Arena, transport: Transport) -> Fetched:
         found = choose(arena, transport, run.nodes, need=need)
+        assert isinstance(found, Complete)
         return fetch(found, arena, transport, run.nodes, need=need)
 
     fetched = run.run(body)
-    assert [set(one.bulks) for one in fetched] == [{1}, {0, 1}]
-    assert fetched[0].blob == b"" and fetched[1].blob == b"blob 1 1"
+    assert [set(one.bulks) for one in fetched] == [{1}, set()]
+    assert [one.blob for one in fetched] == [b"blob 0 1", b"blob 1 1"]
+    assert fetched[0].moved_bytes == run.layout.bulk_bytes(1) + len(b"blob 0 1") and fetched[1].moved_bytes == 0
 
 
-def test_filling_counts_as_a_write(job):
+def test_filling_counts_as_a_write(job: MakeJob) -> None:
     run = job(["a", "b"]).mirror(1)
     weight = torch.nn.Parameter(torch.zeros_like(run.state[0]["weight"]))
     found = run.choose()
+    assert isinstance(found, Complete)
     bulks = {kept[0].shard: run.arenas[kept[0].node].read_bulk(kept[0]) for kept in found.replicas}
     before = weight._version
     tensors = {name: torch.zeros_like(tensor) for name, tensor in run.state[0].items()} | {"weight": weight}
@@ -257,7 +282,7 @@ def test_filling_counts_as_a_write(job):
     assert weight._version > before and weight.requires_grad and torch.equal(weight, run.state[0]["weight"])
 
 
-def test_a_replica_of_a_vanished_slot_is_bad(job):
+def test_a_replica_of_a_vanished_slot_is_bad(job: MakeJob) -> None:
     run = job(["a", "b"]).mirror(1)
     (line, *_) = run.arenas["a"].inventory()
     assert not run.arenas["a"].verify(replace(line, slot=1, checksum="xxh3:00"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -15,21 +16,33 @@ from lightning_ckptless.replica.slot import HEADER_BYTES, Slot, SlotHeader, Slot
 numbers = st.integers(0, 2**40)
 names = st.text(min_size=0, max_size=40)
 stamps = st.builds(
-    Stamp, st.builds(Version, numbers, st.booleans()), numbers, numbers, st.text("0123abcdef", max_size=64), numbers, numbers
+    Stamp,
+    st.builds(Version, numbers, st.booleans()),
+    numbers,
+    numbers,
+    st.text("0123abcdef", max_size=64),
+    numbers,
+    numbers,
 )
 headers = st.builds(
-    SlotHeader, names, stamps, st.sampled_from(SlotState), numbers, numbers, st.just("") | st.text("0123abcdef:", max_size=40)
+    SlotHeader,
+    names,
+    stamps,
+    st.sampled_from(SlotState),
+    numbers,
+    numbers,
+    st.just("") | st.text("0123abcdef:", max_size=40),
 )
 
 
 @given(headers)
-def test_a_header_survives_its_page(header):
+def test_a_header_survives_its_page(header: SlotHeader) -> None:
     page = header.encode()
     assert len(page) == HEADER_BYTES
     assert SlotHeader.decode(page) == header
 
 
-def test_a_header_torn_at_any_byte_is_no_header(stamp):
+def test_a_header_torn_at_any_byte_is_no_header(stamp: Stamp) -> None:
     old = SlotHeader("run", replace(stamp, version=Version(1, True)), SlotState.COMMITTED, 1000, 50, "xxh3:00").encode()
     new = SlotHeader("run", stamp, SlotState.WRITING, 1000).encode()
     readable = {SlotHeader.decode(new[:cut] + old[cut:]) for cut in range(HEADER_BYTES + 1)}
@@ -38,7 +51,7 @@ def test_a_header_torn_at_any_byte_is_no_header(stamp):
         assert SlotHeader.decode(new[:cut]) is None
 
 
-def test_every_flipped_byte_of_a_header_is_noticed(stamp):
+def test_every_flipped_byte_of_a_header_is_noticed(stamp: Stamp) -> None:
     page = SlotHeader("run", stamp, SlotState.STAGED, 1000, 50, "xxh3:00").encode()
     for place in range(len(page.rstrip(b"\0"))):
         damaged = bytearray(page)
@@ -46,17 +59,23 @@ def test_every_flipped_byte_of_a_header_is_noticed(stamp):
         assert SlotHeader.decode(bytes(damaged)) is None
 
 
-@given(st.builds(SlotName.of, st.integers(0, 9999), st.integers(0, 99999), st.text("0123abcdef", max_size=64), st.integers(0, 1)))
-def test_a_name_survives_its_file(name):
+@given(
+    st.builds(
+        SlotName.of, st.integers(0, 9999), st.integers(0, 99999), st.text("0123abcdef", max_size=64), st.integers(0, 1)
+    )
+)
+def test_a_name_survives_its_file(name: SlotName) -> None:
     assert SlotName.parse(str(name)) == name
 
 
-@pytest.mark.parametrize("other", ["arena.json", "layout-ab.json", "shard-1.kept-by-2.ab.slot-2", ".shard-1.kept-by-2.ab.slot-1"])
-def test_other_files_are_no_slots(other):
+@pytest.mark.parametrize(
+    "other", ["arena.json", "layout-ab.json", "shard-1.kept-by-2.ab.slot-2", ".shard-1.kept-by-2.ab.slot-1"]
+)
+def test_other_files_are_no_slots(other: str) -> None:
     assert SlotName.parse(other) is None
 
 
-def test_a_slot_goes_through_its_states(tmp_path, stamp):
+def test_a_slot_goes_through_its_states(tmp_path: Path, stamp: Stamp) -> None:
     slot = Slot(tmp_path / "slot", "run", 100)
     assert slot.header is None and slot.bulk.tolist() == [0] * 100
     slot.begin(stamp)
@@ -70,11 +89,11 @@ def test_a_slot_goes_through_its_states(tmp_path, stamp):
     again.close()
 
 
-def test_only_its_owner_may_read_a_slot(tmp_path):
+def test_only_its_owner_may_read_a_slot(tmp_path: Path) -> None:
     Slot(tmp_path / "slot", "run", 10).close()
     assert (tmp_path / "slot").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_slot_that_cannot_be_made_says_so(tmp_path):
+def test_a_slot_that_cannot_be_made_says_so(tmp_path: Path) -> None:
     with pytest.raises(ArenaError, match="cannot reserve a slot of 4106 bytes"):
         Slot(tmp_path / "missing" / "slot", "run", 10)

@@ -7,70 +7,92 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar, cast
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from lightning_ckptless.errors import TransportError
-from lightning_ckptless.replica.transport import GlooTransport, LoopbackTransport, SoloTransport
+from lightning_ckptless.replica.transport import GlooTransport, LoopbackTransport, SoloTransport, Transport
+from tests.replica.conftest import Together
+
+T = TypeVar("T")
+Join = Callable[[int], Transport]
+Kind = Callable[..., Join]
 
 TIMEOUT_S = 20.0
 
 
-def loopback(world_size, timeout_s=TIMEOUT_S):
+def loopback(world_size: int, timeout_s: float = TIMEOUT_S) -> Join:
     ranks = LoopbackTransport.world(world_size, timeout_s=timeout_s)
     return ranks.__getitem__
 
 
-def gloo(world_size, timeout_s=TIMEOUT_S):
-    store = dist.HashStore()
+def gloo(world_size: int, timeout_s: float = TIMEOUT_S) -> Join:
+    store = dist.HashStore()  # type: ignore[attr-defined]
 
-    def join(rank):
-        return GlooTransport(dist.ProcessGroupGloo(store, rank, world_size, timedelta(seconds=timeout_s)))
+    def join(rank: int) -> Transport:
+        backend = dist.ProcessGroupGloo(store, rank, world_size, timedelta(seconds=timeout_s))
+        # A backend has the methods of a group; a group proper would need the process-wide default one.
+        return GlooTransport(cast("dist.ProcessGroup", backend))
 
     return join
 
 
-def solo(world_size, timeout_s=TIMEOUT_S):
+def solo(world_size: int, timeout_s: float = TIMEOUT_S) -> Join:
     assert world_size == 1
     return lambda rank: SoloTransport()
 
 
-CASES = [(solo, 1), (loopback, 1), (loopback, 2), (loopback, 4), (gloo, 1), (gloo, 2), (gloo, 4)]
+CASES: list[tuple[Kind, int]] = [
+    (solo, 1),
+    (loopback, 1),
+    (loopback, 2),
+    (loopback, 4),
+    (gloo, 1),
+    (gloo, 2),
+    (gloo, 4),
+]
 
 
-@pytest.fixture(params=CASES, ids=[f"{kind.__name__}-{size}" for kind, size in CASES])
-def world(request, together):
+class Ranks:
     """Runs one function on every rank's transport."""
-    kind, world_size = request.param
 
-    def run(body):
-        join = kind(world_size)
+    def __init__(self, kind: Kind, size: int, together: Together) -> None:
+        self.size = size
+        self._join, self._together = kind(size), together
 
-        def one(rank):
-            transport = join(rank)
-            assert (transport.rank, transport.world_size) == (rank, world_size)
+    def __call__(self, body: Callable[[Transport], T]) -> list[T]:
+        def one(rank: int) -> T:
+            transport = self._join(rank)
+            assert (transport.rank, transport.world_size) == (rank, self.size)
             try:
                 return body(transport)
             finally:
                 transport.agree(True)
                 transport.close()
 
-        return together(world_size, one)
-
-    run.size = world_size
-    return run
+        return self._together(self.size, one)
 
 
-def parcel(source, target, length):
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}")
+def world(request: pytest.FixtureRequest, together: Together) -> Ranks:
+    """A world of some ranks over one of the transports."""
+    kind, size = request.param
+    return Ranks(kind, size, together)
+
+
+def parcel(source: int, target: int, length: int) -> torch.Tensor:
     return ((torch.arange(length) * 7 + source * 31 + target) % 251).to(torch.uint8)
 
 
 @pytest.mark.parametrize("length", [0, 1, 4096, 3_000_001])
-def test_every_rank_sends_to_every_other_at_once(world, length):
-    def body(transport):
+def test_every_rank_sends_to_every_other_at_once(world: Ranks, length: int) -> None:
+    def body(transport: Transport) -> bool:
         peers = [peer for peer in range(transport.world_size) if peer != transport.rank]
         rooms = {peer: torch.empty(length, dtype=torch.uint8) for peer in peers}
         transport.exchange(
@@ -82,8 +104,8 @@ def test_every_rank_sends_to_every_other_at_once(world, length):
     assert all(world(body))
 
 
-def test_tags_tell_parcels_of_a_pair_apart(world):
-    def body(transport):
+def test_tags_tell_parcels_of_a_pair_apart(world: Ranks) -> None:
+    def body(transport: Transport) -> bool:
         peers = [peer for peer in range(transport.world_size) if peer != transport.rank]
         rooms = {(peer, tag): torch.empty(5 + tag, dtype=torch.uint8) for peer in peers for tag in (2, 0, 1)}
         transport.exchange(
@@ -95,8 +117,8 @@ def test_tags_tell_parcels_of_a_pair_apart(world):
     assert all(world(body))
 
 
-def test_one_way_traffic_needs_no_answer(world):
-    def body(transport):
+def test_one_way_traffic_needs_no_answer(world: Ranks) -> None:
+    def body(transport: Transport) -> bool:
         room = torch.empty(10, dtype=torch.uint8)
         last = transport.world_size - 1
         sends = [(last, 0, parcel(0, last, 10))] if transport.rank == 0 < last else []
@@ -107,41 +129,41 @@ def test_one_way_traffic_needs_no_answer(world):
     assert all(world(body))
 
 
-def test_what_was_sent_may_change_afterwards(world):
-    def body(transport):
+def test_what_was_sent_may_change_afterwards(world: Ranks) -> None:
+    def body(transport: Transport) -> bool:
         if transport.world_size == 1:
             return True
         after, before = (transport.rank + 1) % transport.world_size, (transport.rank - 1) % transport.world_size
-        data, room = torch.empty(100_000, dtype=torch.uint8), torch.empty(100_000, dtype=torch.uint8)
+        data, room = torch.empty(10_000, dtype=torch.uint8), torch.empty(10_000, dtype=torch.uint8)
         seen = []
         for value in range(5):
             data.fill_(value)
             transport.exchange([(after, 0, data)], [(before, 0, room)])
-            seen.append(room.unique().tolist())
+            seen.append(sorted(set(room.tolist())))
         return seen == [[value] for value in range(5)]
 
     assert all(world(body))
 
 
 @pytest.mark.parametrize("against", [None, 0, "last"])
-def test_all_must_agree(world, against):
-    dissenter = {None: None, 0: 0, "last": world.size - 1}[against]
+def test_all_must_agree(world: Ranks, against: int | str | None) -> None:
+    dissenter = world.size - 1 if against == "last" else against
     assert world(lambda transport: transport.agree(transport.rank != dissenter)) == [against is None] * world.size
 
 
-def test_everybody_gets_everybodys_payload(world):
+def test_everybody_gets_everybodys_payload(world: Ranks) -> None:
     payloads = [bytes([rank]) * (rank * 1000) for rank in range(world.size)]
     assert world(lambda transport: transport.gather(payloads[transport.rank])) == [payloads] * world.size
 
 
-def test_nothing_can_be_gathered(world):
+def test_nothing_can_be_gathered(world: Ranks) -> None:
     assert world(lambda transport: transport.gather(b"")) == [[b""] * world.size] * world.size
 
 
 # ------------------------------------------------------------------ silence and death
 
 
-def ask(transport, what):
+def ask(transport: Transport, what: str) -> None:
     other = 1 - transport.rank
     if what == "exchange":
         transport.exchange([], [(other, 0, torch.empty(10, dtype=torch.uint8))])
@@ -153,14 +175,14 @@ def ask(transport, what):
 
 @pytest.mark.parametrize("what", ["exchange", "agree", "gather"])
 @pytest.mark.parametrize("kind", [loopback, gloo])
-def test_a_silent_peer_is_given_up(kind, what, together):
+def test_a_silent_peer_is_given_up(kind: Kind, what: str, together: Together) -> None:
     join = kind(2, timeout_s=0.3)
     ranks = together(2, join)
     with pytest.raises(TransportError, match="rank 0"):
         ask(ranks[0], what)
 
 
-def test_a_closed_loopback_rank_is_noticed_at_once(together):
+def test_a_closed_loopback_rank_is_noticed_at_once(together: Together) -> None:
     ranks = LoopbackTransport.world(2, timeout_s=3600)
     ranks[1].close()
     for what in ("exchange", "agree", "gather"):
@@ -170,7 +192,7 @@ def test_a_closed_loopback_rank_is_noticed_at_once(together):
             ask(ranks[1], what)
 
 
-def test_a_parcel_of_another_length_is_refused():
+def test_a_parcel_of_another_length_is_refused() -> None:
     ranks = LoopbackTransport.world(2)
     ranks[1].exchange([(0, 0, torch.zeros(9, dtype=torch.uint8))], [])
     with pytest.raises(TransportError, match="rank 1 sent 9 bytes under tag 0, expected 10"):
@@ -183,7 +205,7 @@ PEER = """
     from lightning_ckptless.errors import TransportError
     from lightning_ckptless.replica.transport import GlooTransport
     folder, rank, what = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=60), 2, rank)
     transport = GlooTransport(dist.new_group(backend="gloo"))
     assert transport.agree(True) and not transport.agree(rank == 0)
     if rank == 1:
@@ -199,7 +221,7 @@ PEER = """
 
 
 @pytest.mark.parametrize("what", ["exchange", "agree"])
-def test_a_killed_process_is_noticed_by_its_peer(tmp_path, what):
+def test_a_killed_process_is_noticed_by_its_peer(tmp_path: Path, what: str) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-c", textwrap.dedent(PEER), str(tmp_path)]
     survivor, victim = (
