@@ -29,13 +29,14 @@ from lightning_ckptless.membership.fault import FaultReport, shell_code, split_e
 from lightning_ckptless.membership.generation import skip_generations
 from lightning_ckptless.membership.parent import End, PreloadedParent, UnsafeForkError
 from lightning_ckptless.membership.program import Program
-from lightning_ckptless.membership.verdict import Verdict, take_verdicts
+from lightning_ckptless.membership.verdict import Verdict, take_begun, take_verdicts
 from lightning_ckptless.membership.workers import Workers
 from lightning_ckptless.torch_internals import forbid_restarts, forget_worker_store, remaining_restarts
 
 Record = Callable[..., None]
 
 _WAIT_S = 0.1
+_FUTILE_STARTS = 3
 _STORE_TIMEOUT_S = 60.0
 _ROUNDS_KEY = "ckptless/rounds"
 
@@ -86,6 +87,7 @@ class CkptlessAgent(LocalElasticAgent):
         self._substitute: PreloadedParent | None = None
         self._record = record
         self._starts = 0
+        self._futile_starts = 0
         self._verdict_folder = tempfile.TemporaryDirectory(prefix="ckptless-verdicts-")
 
     @property
@@ -112,6 +114,7 @@ class CkptlessAgent(LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         envs = {worker.local_rank: self._worker_env(worker_group, worker) for worker in worker_group.workers}
         take_verdicts(Path(self._verdict_folder.name))
+        take_begun(Path(self._verdict_folder.name))
         self._pcontext = workers = self._fork(envs, self._line_prefixes(worker_group))
         pids = workers.pids()
         ranks = {worker.global_rank: pids[worker.local_rank] for worker in worker_group.workers}
@@ -207,7 +210,7 @@ class CkptlessAgent(LocalElasticAgent):
         """Stop the survivors, in the way that suits what comes next, and put down what happened."""
         detected_at = time.time()
         ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
-        final = _final_verdict(take_verdicts(Path(self._verdict_folder.name)))
+        final = _final_verdict(take_verdicts(Path(self._verdict_folder.name))) or self._judge_futile(ranks, failed)
         if final is not None:
             forbid_restarts(self)
         goes_on = remaining_restarts(self) > 0
@@ -231,6 +234,18 @@ class CkptlessAgent(LocalElasticAgent):
         if not goes_on:
             allowed = worker_group.spec.max_restarts
             _say(f"{fault}; {f'not relaunched: {final.reason}' if final else f'none of {allowed} restarts is left'}")
+
+    def _judge_futile(self, ranks: dict[int, int], failed: dict[int, End]) -> Verdict | None:
+        """A program that ends by itself before it trains, again and again, is wrong: more starts will not help it."""
+        culprit, end = next(iter(failed.items()))
+        if take_begun(Path(self._verdict_folder.name)) or end.exit_code < 0:
+            self._futile_starts = 0
+            return None
+        self._futile_starts += 1
+        if self._futile_starts < _FUTILE_STARTS:
+            return None
+        reason = f"{_FUTILE_STARTS} starts in a row ended with exit code {end.exit_code} before the program came to train"
+        return Verdict(ranks[culprit], final=True, reason=reason)
 
     def _put_down(self, fault: FaultReport) -> None:
         self.faults.append(fault)

@@ -1,4 +1,4 @@
-"""A worker's last word: that another relaunch would not help."""
+"""What a worker leaves for its agent: that it came as far as training, and that another relaunch would not help."""
 
 from __future__ import annotations
 
@@ -49,3 +49,17 @@ def take_verdicts(folder: Path) -> tuple[Verdict, ...]:
         verdicts.append(Verdict(**{"rank": -1, "reason": "", **json.loads(path.read_text())}))
         path.unlink()
     return tuple(sorted(verdicts, key=lambda verdict: verdict.rank))
+
+
+def mark_begun(rank: int, env: Mapping[str, str] = os.environ) -> None:
+    """Tell the agent of this worker that the program has come as far as its training."""
+    if folder := env.get(environment.VERDICT_DIR):
+        Path(folder, f"begun-{rank}").touch()
+
+
+def take_begun(folder: Path) -> bool:
+    """Whether any worker came as far as its training; forgets it."""
+    marks = list(folder.glob("begun-*"))
+    for mark in marks:
+        mark.unlink()
+    return bool(marks)

@@ -8,6 +8,7 @@ import os
 import time
 from pathlib import Path
 
+from lightning_ckptless import environment
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.replica.arena import Arena, Owner, adopt, default_arena_dir, find_arenas, reclaim
 from lightning_ckptless.replica.transport import Transport
@@ -32,7 +33,8 @@ def open_arena(
     Returns:
         The arena, and the node names of all ranks in rank order.
     """
-    folder = options.arena_dir or default_arena_dir()
+    named = os.environ.get(environment.ARENA_DIR)
+    folder = options.arena_dir or (Path(named) if named else default_arena_dir())
     run_id = f"{identity.run_id}.{chapter}" if chapter else identity.run_id
     arena = _make(folder, run_id, identity, options.arena_keep_s, origin) if opens else None
     facts = {"node": identity.node, "path": str(arena.path) if arena else ""}

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning_ckptless import environment
 from lightning_ckptless.errors import CkptlessError
 from lightning_ckptless.ledger import Ledger, read_ledger
 from lightning_ckptless.membership.communicators import host_group
+from lightning_ckptless.membership.reaper import MARKER, start_reaper
+from lightning_ckptless.membership.verdict import Verdict, leave_verdict, mark_begun
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.placement import Placement, place
 from lightning_ckptless.protocol.start import StartAction, StartPlan, plan_start
@@ -110,10 +111,13 @@ class Engine:
             WorldSizeError: the state was mirrored by another number of ranks.
             OptionsError: the checkpoint path and a live arena disagree, or replicas cannot be placed.
         """
+        mark_begun(self.rank)
         opens = is_first_of_node(local_rank())
         self.arena, self.nodes = open_arena(
             self.identity, self.chapter, self.options, self.transport, opens=opens, origin=ckpt_path
         )
+        if opens and not self.identity.own_agent:
+            start_reaper(self.identity.agent_pid, str(self.arena.path))
         self.placement: Placement = place(self._domains(), self._copies())
         notes = self._notes()
         self._name_logs(notes)
@@ -255,6 +259,9 @@ class Engine:
         if self._index is None or not self._index.is_current():
             self._plan_anew()
         assert self._index is not None and self.mirror is not None
+        if self.options.on_late == "skip" and self.mirror.busy:
+            self.mirror.skip(version)
+            return
         blob = pack(
             {
                 "state": self._small.capture(),
@@ -274,9 +281,10 @@ class Engine:
             self._stamped = step
 
     def _step_in_flight(self) -> int:
-        """The highest step that any rank had begun before this generation."""
-        stamps = [int(path.read_text() or 0) for path in self.arena.path.glob("begun-by-*")]
-        return max(int(line) for line in self.transport.gather(str(max(stamps, default=0)).encode()))
+        """The step that all ranks had begun when the last generation ended."""
+        stamps = [path.read_text() for path in self.arena.path.glob("begun-by-*")]
+        begun = [int(s) for line in self.transport.gather(" ".join(stamps).encode()) for s in line.split()]
+        return min(begun, default=0)
 
     def before_optimizer_step(self) -> None:
         """Wait until the version under way is copied: the optimizer is about to change the tensors."""
@@ -349,9 +357,7 @@ class Engine:
 
     def leave_verdict(self, reason: str) -> None:
         """Tell our agent not to start the workers again."""
-        if folder := os.environ.get(environment.VERDICT_DIR):
-            path = Path(folder) / f"verdict-{self.rank}.json"
-            path.write_text(json.dumps({"final": True, "reason": reason, "rank": self.rank}))
+        leave_verdict(Verdict(self.rank, final=True, reason=reason))
 
     def finish(self) -> None:
         """Called when `fit` returned: wait for the last version and say how it went."""
@@ -359,6 +365,7 @@ class Engine:
             self.mirror.settle()
         if is_first_of_node(local_rank()):
             self.arena.note("finished", True)
+            (self.arena.path / MARKER).touch()
         self.report.finished()
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ from lightning_ckptless.trainer.identity import is_worker
 log = logging.getLogger(__name__)
 
 PEER_LOSS_GRACE_S = 30.0
+AGENT_MODULE = "lightning_ckptless.job"
 
 
 class FitGuard:
@@ -68,6 +69,7 @@ class FitGuard:
             run_root=os.environ.get(environment.RUN_ROOT, os.path.join(os.path.abspath(root), "ckptless")),
             arena_dir=strategy.options.arena_dir,
             rdzv_endpoint=endpoint,
+            agent_module=AGENT_MODULE,
         )
 
     # ------------------------------------------------------------------ in a worker

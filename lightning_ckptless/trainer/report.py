@@ -130,6 +130,7 @@ class RunReport:
             "mirror_ms": 1e3 * stats.last_round_s,
             "mirror_stall_ms": 1e3 * (stall_s + self._stall_s),
             "mirror_submit_ms": 1e3 * cost_s,
+            "mirror_skipped": float(stats.skipped + stats.aborted),
             "mirrored_bytes": float(stats.staged_bytes + stats.sent_bytes) / max(1, stats.committed),
             "recovery_s": 0.0 if self.last_phases is None else self.last_phases.total_s,
         }
@@ -185,7 +186,7 @@ class RunReport:
             "recovery",
             kind=fault.kind if fault else "lost",
             culprit_rank=fault.rank if fault else None,
-            cause=fault.cause if fault else "the workers were started again",
+            cause=_cause(fault),
             version=str(restored),
             steps_replayed=self._replayed_now,
             phases=named,
@@ -199,7 +200,8 @@ class RunReport:
         self._say(self._recovery_line(fault, restored, phases))
 
     def _recovery_line(self, fault: FaultReport | None, restored: Version, phases: Phases) -> str:
-        who = f"rank {fault.rank} {fault.cause}" if fault else "the workers were started again"
+        named = fault is not None and fault.rank is not None
+        who = f"rank {fault.rank} {fault.cause}" if fault and named else _cause(fault)
         parts = " + ".join(f"{name.removesuffix('_s')} {getattr(phases, name):.2f}" for name in PHASE_NAMES)
         return (
             f"recovered ({who}): went on from {restored} on {self.trainer.world_size} ranks, "
@@ -238,6 +240,10 @@ class RunReport:
 
 
 PHASE_NAMES = ("detect_s", "abort_s", "regroup_s", "restore_s", "replay_s", "other_s")
+
+
+def _cause(fault: FaultReport | None) -> str:
+    return fault.cause if fault else "the workers were started again"
 
 
 def _fault_report() -> FaultReport | None:

@@ -23,7 +23,7 @@ class RngState(NamedTuple):
 def capture_rng() -> RngState:
     """The global generators as they are now."""
     cuda = None
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         cuda = torch.cuda.get_rng_state().numpy().tobytes()
     numpy_state = np.random.get_state(legacy=True)
     return RngState(random.getstate(), tuple(numpy_state), torch.get_rng_state().numpy().tobytes(), cuda)

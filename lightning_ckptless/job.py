@@ -1,0 +1,77 @@
+"""A run as a whole, around its agent: the ledger that the agent writes into, and the arenas that end with it.
+
+`membership` starts workers and knows nothing of arenas, `replica` keeps arenas and knows nothing of agents; here the
+two meet. This module is what `ckptless run` and `python train.py` become.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lightning_ckptless.membership.launch import LaunchConfig, Outcome, run
+from lightning_ckptless.membership.launch import main as run_agent
+from lightning_ckptless.membership.parent import PreloadedParent
+
+DEFAULT_RUN_ROOT = Path("ckptless")
+_RUN_ID_OPTIONS = ("--rdzv-id", "--rdzv_id")
+
+
+def run_job(config: LaunchConfig, *, parent: PreloadedParent | None = None) -> Outcome:
+    """Run a job on this node in the calling process, with its ledger, and leave nothing of it in shared memory.
+
+    Args:
+        config: what to run.
+        parent: a preloaded parent that outlives the job; None for one of its own.
+
+    Raises:
+        LaunchError: the workers cannot be started, or the nodes do not find each other.
+    """
+    config = replace(config, run_root=config.run_root or DEFAULT_RUN_ROOT)
+    try:
+        return run(config, parent=parent, record=record_for(config))
+    finally:
+        remove_arenas(config)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The process of an agent.
+
+    Args:
+        argv: options of `ckptless run`, the program and its arguments.
+
+    Returns:
+        Exit code.
+    """
+    named = any(argument.startswith(_RUN_ID_OPTIONS) for argument in argv)
+
+    def ended(config: LaunchConfig, outcome: Outcome | None) -> None:
+        # A run that was asked to stop and has a name can be started again under it, from what its arenas hold.
+        if outcome is not None or not named:
+            remove_arenas(config)
+
+    return run_agent(argv, record_for=record_for, ended=ended)
+
+
+def record_for(config: LaunchConfig) -> Callable[..., None]:
+    """What writes the agent's events into the ledger of a run."""
+    from lightning_ckptless.ledger import Ledger, run_folder
+
+    return Ledger(run_folder(config.run_root or DEFAULT_RUN_ROOT, config.run_id) / "ledger.jsonl").record
+
+
+def remove_arenas(config: LaunchConfig) -> None:
+    """Remove the arenas that workers of this process's agent have made for a run."""
+    from lightning_ckptless.replica.arena import Arena, default_arena_dir, find_arenas
+
+    for info in find_arenas(config.arena_dir or default_arena_dir()):
+        of_this_run = info.run_id == config.run_id or info.run_id.startswith(f"{config.run_id}.")
+        if of_this_run and info.owner.pid == os.getpid():
+            Arena.attach(info.path).remove()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
