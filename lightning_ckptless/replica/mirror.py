@@ -225,11 +225,18 @@ class Mirror:
         self._wait(self._last.ended if self._last is not None else None, timeout_s)
         return self.committed
 
-    def close(self) -> None:
-        """End the thread after the rounds handed over, and release the slots."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """End the thread after the rounds handed over, and release the slots.
+
+        Args:
+            timeout_s: longest wait. A thread that a peer keeps waiting for longer is left to end with the process, and
+                its slots with it. None for as long as the transport takes.
+        """
         if self._thread is not None:
             self._queue.put(None)
-            self._thread.join()
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                return
             self._thread = None
         for shelf in self._shelves.values():
             shelf.close()

@@ -371,6 +371,13 @@ def test_settling_has_an_end(world: MakeWorld) -> None:
         ranks.mirrors[0].settle(0.01)
 
 
+def test_a_mirror_that_waits_for_a_peer_need_not_be_waited_for(world: MakeWorld) -> None:
+    ranks = world(2).begin()
+    ranks.submit(1, ranks=[0])
+    ranks.mirrors[0].close(timeout_s=0.01)
+    assert ranks.mirrors[0].busy
+
+
 def test_ranks_at_different_versions_are_told(world: MakeWorld) -> None:
     ranks = world(2).begin()
     ranks.submit(1, ranks=[0])

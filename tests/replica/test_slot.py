@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_ckptless.errors import ArenaError
+from lightning_ckptless.errors import ArenaError, ProtocolError
 from lightning_ckptless.protocol.versions import SlotState, Version
 from lightning_ckptless.replica.slot import HEADER_BYTES, Slot, SlotHeader, SlotName, Stamp
 
@@ -89,9 +91,44 @@ def test_a_slot_goes_through_its_states(tmp_path: Path, stamp: Stamp) -> None:
     again.close()
 
 
+def test_what_the_table_forbids_is_a_bug(tmp_path: Path, stamp: Stamp) -> None:
+    slot = Slot(tmp_path / "slot", "run", 10)
+    with pytest.raises(ProtocolError, match="rank 1, shard 0, step 3: seal in a slot that is empty"):
+        slot.seal(stamp, b"", "")
+    slot.begin(stamp)
+    with pytest.raises(ProtocolError, match="commit in a slot that is writing"):
+        slot.commit()
+    slot.close()
+
+
 def test_only_its_owner_may_read_a_slot(tmp_path: Path) -> None:
     Slot(tmp_path / "slot", "run", 10).close()
     assert (tmp_path / "slot").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond 8192 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_slot_that_does_not_fit_is_an_error_and_no_signal(tmp_path: Path) -> None:
+    with pytest.raises(ArenaError, match="cannot reserve a slot of 8193 bytes"):
+        Slot(tmp_path / "slot", "run", 4097)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_blob_that_does_not_fit_leaves_the_slot_unsealed(tmp_path: Path, stamp: Stamp) -> None:
+    slot = Slot(tmp_path / "slot", "run", 4000)
+    slot.begin(stamp)
+    with pytest.raises(ArenaError, match="cannot write"):
+        slot.seal(stamp, bytes(1000), "")
+    assert slot.view.state is SlotState.WRITING
+    slot.close()
 
 
 def test_a_slot_that_cannot_be_made_says_so(tmp_path: Path) -> None:
