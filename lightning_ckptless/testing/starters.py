@@ -1,0 +1,182 @@
+"""The ways in which a drill starts a script: as `ckptless run`, `python` or `torchrun` would."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from lightning_ckptless.errors import LaunchError, OptionsError
+from lightning_ckptless.job import run_job
+from lightning_ckptless.membership.launch import LaunchConfig, make_parent, new_run_id
+from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.program import Program
+
+Launcher = Literal["ckptless", "python", "torchrun"]
+LAUNCHERS: tuple[str, ...] = get_args(Launcher)
+
+_END_GRACE_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What is started.
+
+    Args:
+        command: script or `-m module`, and its arguments.
+        env: variables beyond this process's.
+        cwd: working directory; None for this process's.
+        output: folder for what it prints.
+        run_root: folder of its ledger.
+        nproc: workers; `python` leaves their number to the script.
+        max_restarts: relaunches until the run gives up; `python` leaves them to the script.
+        timeout_s: time after which it is ended; None for none.
+    """
+
+    command: tuple[str, ...]
+    env: Mapping[str, str]
+    cwd: Path | None
+    output: Path
+    run_root: Path
+    nproc: int
+    max_restarts: int
+    timeout_s: float | None
+
+
+def program_of(command: Sequence[str]) -> Program:
+    """The program that a command line names.
+
+    Args:
+        command: a script or `-m` and a module, then arguments.
+
+    Raises:
+        OptionsError: there is no such script, or no command at all.
+    """
+    if not command:
+        raise OptionsError("no script given: expected SCRIPT [ARGUMENTS] or -m MODULE [ARGUMENTS]")
+    if command[0] == "-m":
+        if len(command) < 2:
+            raise OptionsError("-m without a module: expected -m MODULE [ARGUMENTS]")
+        return Program("module", command[1], tuple(command[2:]))
+    path = Path(command[0]).absolute()
+    if not path.exists():
+        raise OptionsError(f"there is no script {command[0]!r} in {Path.cwd()}")
+    return Program("script", str(path), tuple(command[1:]))
+
+
+@contextmanager
+def shared_parent(launcher: Launcher, command: Sequence[str]) -> Iterator[PreloadedParent | None]:
+    """A preloaded parent for several runs of a command, where the launcher forks from one."""
+    if launcher != "ckptless":
+        yield None
+        return
+    with make_parent(LaunchConfig(program=program_of(command))) as parent:
+        yield parent
+
+
+def start(launcher: Launcher, what: Start, parent: PreloadedParent | None) -> int:
+    """Run a script to its end.
+
+    Args:
+        launcher: as which program it is started.
+        what: the script and its surroundings.
+        parent: forks the workers of `ckptless`.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        OptionsError: the launcher or the script is not there.
+        LaunchError: the time was up.
+    """
+    if launcher not in LAUNCHERS:
+        raise OptionsError(f"launcher {launcher!r}: expected one of {', '.join(LAUNCHERS)}")
+    what.output.mkdir(parents=True, exist_ok=True)
+    if launcher == "ckptless":
+        with nullcontext(parent) if parent is not None else shared_parent(launcher, what.command) as forker:
+            return _run_here(what, forker)
+    words = [sys.executable, *_torchrun_words(what)] if launcher == "torchrun" else [sys.executable]
+    program = program_of(what.command)
+    module = ["-m"] if program.kind == "module" else []
+    return _run_process([*words, *module, program.target, *program.args], what)
+
+
+def _torchrun_words(what: Start) -> list[str]:
+    counts = ["--nproc-per-node", str(what.nproc), "--max-restarts", str(what.max_restarts)]
+    return ["-m", "torch.distributed.run", "--standalone", *counts]
+
+
+def _run_here(what: Start, parent: PreloadedParent | None) -> int:
+    """Run the agent in this process, which spares an import of torch."""
+    config = LaunchConfig(
+        program=program_of(what.command),
+        nproc=what.nproc,
+        run_id=new_run_id(),
+        run_root=what.run_root,
+        max_restarts=what.max_restarts,
+        env=what.env,
+        cwd=what.cwd,
+        log_dir=what.output,
+        redirects="3",
+    )
+    assert parent is not None
+    overtime = threading.Event()
+
+    def end() -> None:
+        overtime.set()
+        if parent.pid is not None:
+            # Its workers end with it, and the agent with an error.
+            os.kill(parent.pid, signal.SIGKILL)
+
+    timer = None if what.timeout_s is None else threading.Timer(what.timeout_s, end)
+    try:
+        if timer is not None:
+            timer.start()
+        return run_job(config, parent=parent).exit_code
+    except LaunchError as error:
+        if overtime.is_set():
+            raise _too_late(what) from error
+        raise
+    finally:
+        if timer is not None:
+            timer.cancel()
+            timer.join()
+
+
+def _run_process(command: list[str], what: Start) -> int:
+    with (what.output / "output.log").open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **what.env},
+            cwd=what.cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        return process.wait(what.timeout_s)
+    except subprocess.TimeoutExpired as error:
+        raise _too_late(what) from error
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask an agent to end, and its workers with it; make it if it does not."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            process.send_signal(number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_END_GRACE_S)
+
+
+def _too_late(what: Start) -> LaunchError:
+    return LaunchError(f"{' '.join(what.command)} did not end within {what.timeout_s:.0f} s; see {what.output}")

@@ -1,0 +1,90 @@
+"""How far a run is, told while it runs, from the files that it writes."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_ckptless.ledger import LEDGER_NAME, read_ledger
+
+_INTERVAL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run of a drill is.
+
+    Args:
+        variant: `baseline` or `faulted`.
+        step: optimizer steps done.
+        of: optimizer steps that it will make, where that is known.
+        faults: faults that have happened.
+        recoveries: recoveries from them.
+        done: whether it has ended.
+    """
+
+    variant: str
+    step: int
+    of: int | None
+    faults: int
+    recoveries: int
+    done: bool
+
+
+@contextmanager
+def watching(
+    folder: Path, variant: str, expected_steps: int | None, progress: Callable[[Progress], None] | None
+) -> Iterator[None]:
+    """Tell how far the run in a folder is, in a thread of its own, as long as the context lasts."""
+    if progress is None:
+        yield
+        return
+    watch, over = _Watch(folder, variant, expected_steps), threading.Event()
+
+    def tell() -> None:
+        while not over.wait(_INTERVAL_S):
+            progress(watch.look(done=False))
+
+    thread = threading.Thread(target=tell, name="ckptless-drill-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        progress(watch.look(done=True))
+
+
+class _Watch:
+    def __init__(self, folder: Path, variant: str, expected_steps: int | None) -> None:
+        self._trace = folder / "trace" / "trace-rank0.jsonl"
+        self._runs = folder / "runs"
+        self._variant = variant
+        self._of = expected_steps
+        self._read_bytes = 0
+        self._step = 0
+
+    def look(self, *, done: bool) -> Progress:
+        self._read_on()
+        names = [event.event for path in self._runs.glob(f"*/{LEDGER_NAME}") for event in read_ledger(path)]
+        return Progress(
+            self._variant, self._step, self._of, names.count("fault_injected"), names.count("recovery"), done
+        )
+
+    def _read_on(self) -> None:
+        if not self._trace.exists():
+            return
+        with self._trace.open("rb") as file:
+            file.seek(self._read_bytes)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self._read_bytes += len(whole)
+        for line in whole.splitlines():
+            try:
+                self._step = int(json.loads(line)["step"])
+            except (ValueError, KeyError):
+                continue
