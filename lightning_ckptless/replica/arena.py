@@ -180,8 +180,11 @@ class Arena:
         )
 
     def verify(self, replica: Replica) -> bool:
-        """Whether the bytes of a replica match its checksum."""
-        return matches(replica.checksum, (bytes_of(self.read_bulk(replica)), self.read_blob(replica)))
+        """Whether the bytes of a replica match its checksum. False where they are not there any more."""
+        try:
+            return matches(replica.checksum, (bytes_of(self.read_bulk(replica)), self.read_blob(replica)))
+        except ArenaError:
+            return False
 
     def read_bulk(self, replica: Replica) -> torch.Tensor:
         """The tensor part of a replica, mapped: uint8 of shape [bulk_bytes]. Writes into it stay in this process.

@@ -147,6 +147,7 @@ class Mirror:
         self._queue: queue.SimpleQueue[_Round | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._last: _Round | None = None
+        self._submitted: _Round | None = None
         self._failure: BaseException | None = None
 
     def _shelf(self, shard: int) -> Shelf:
@@ -193,7 +194,8 @@ class Mirror:
         began_at = time.perf_counter()
         early = tensors.keys() if self._blocking else self._early.union(blocking_names)
         load = self._stager.take(slot.bulk, tensors, early)
-        self._hand_over(_Round(version, began_at, slot, load, blob))
+        self._submitted = _Round(version, began_at, slot, load, blob)
+        self._hand_over(self._submitted)
         return stall_s
 
     def skip(self, version: Version) -> None:
@@ -208,7 +210,7 @@ class Mirror:
         Returns:
             Seconds waited.
         """
-        return self._wait(self._last.staged if self._last is not None else None)
+        return self._wait(self._submitted.staged if self._submitted is not None else None)
 
     def settle(self, timeout_s: float | None = None) -> Version | None:
         """Wait until the last round has ended.
@@ -296,7 +298,6 @@ class Mirror:
         """Fill the own slot and seal it; None when there is nothing to seal."""
         load, slot = round_.load, round_.slot
         if load is None or slot is None:
-            round_.staged.set_result(None)
             return None
         self._stager.finish(load, lambda: self._tell("stage", round_.version))
         torn = load.changed()
@@ -331,8 +332,8 @@ class Mirror:
         """
         sends: list[Parcel] = []
         if sealed is not None:
-            blob = tensor_of(round_.blob)
-            sends = [(keeper, *part) for keeper in self._keepers for part in ((BULK, sealed.bulk), (BLOB, blob))]
+            parts = ((BULK, sealed.bulk), (BLOB, tensor_of(round_.blob)))
+            sends = [(keeper, *part) for keeper in self._keepers for part in parts]
             self.stats.sent_bytes += sum(parcel.numel() for _, _, parcel in sends)
         receives: list[Parcel] = []
         arriving: dict[int, tuple[Slot, SlotHeader, torch.Tensor]] = {}

@@ -157,9 +157,9 @@ def world(tmp_path: Path, owner: Owner) -> Iterator[MakeWorld]:
             arena.close()
 
 
-def wait_for(gate: threading.Event) -> Probe:
+def wait_for(gate: threading.Event, moment: str = "stage") -> Probe:
     def probe(at: str, version: Version) -> None:
-        assert gate.wait(20)
+        assert at != moment or gate.wait(20)
 
     return probe
 
@@ -329,11 +329,12 @@ def test_a_skipped_round_aborts_on_all_ranks(world: MakeWorld) -> None:
 
 def test_skipping_does_not_wait(world: MakeWorld) -> None:
     gate = threading.Event()
-    ranks = world(2).begin(probes={0: wait_for(gate)})
+    ranks = world(2).begin(probes={0: wait_for(gate, moment="send")})
     ranks.submit(1)
     assert ranks.mirrors[0].busy
     for mirror in ranks.mirrors:
         mirror.skip(Version(2, True))
+        mirror.wait_staged()
     gate.set()
     assert ranks.settle() == [Version(1, True)] * 2
     assert not ranks.mirrors[0].busy

@@ -90,7 +90,7 @@ def parcel(source: int, target: int, length: int) -> torch.Tensor:
     return ((torch.arange(length) * 7 + source * 31 + target) % 251).to(torch.uint8)
 
 
-@pytest.mark.parametrize("length", [0, 1, 4096, 3_000_001])
+@pytest.mark.parametrize("length", [0, 1, 4096, 300_001])
 def test_every_rank_sends_to_every_other_at_once(world: Ranks, length: int) -> None:
     def body(transport: Transport) -> bool:
         peers = [peer for peer in range(transport.world_size) if peer != transport.rank]
