@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ckptless.errors import LayoutMismatchError
 from lightning_ckptless.trainer.data import data_position
@@ -65,9 +66,15 @@ class SmallState:
             "extras": self._extras(),
             "training": [m.training for m in self._modules],
             "should_stop": trainer.should_stop,
+            "buffers_are_due": self._buffers_are_due(),
             "logs": host_loggers.log_positions(trainer.loggers) if trainer.is_global_zero else None,
             "rng": capture_rng(),
         }
+
+    def _buffers_are_due(self) -> bool | None:
+        """Whether DDP broadcasts buffers at the next forward: it does so once per process where its flag says no."""
+        model = self.trainer.strategy.model
+        return model.require_forward_param_sync if isinstance(model, DistributedDataParallel) else None
 
     def _callback(self, callback: Any) -> dict[str, Any]:
         bound = any(is_a(callback, *kind) for kind in _PROCESS_BOUND)
@@ -132,6 +139,8 @@ class SmallState:
         for m, training in zip(self._modules, saved["training"], strict=True):
             m.training = training
         trainer.should_stop = saved["should_stop"]
+        if saved["buffers_are_due"] is not None:
+            trainer.strategy.model.require_forward_param_sync = saved["buffers_are_due"]
 
     def _apply_module(self, saved: dict[str, Any]) -> None:
         set_plain_attributes(self.module, copy.deepcopy(saved["module"]["plain"]))

@@ -1,8 +1,8 @@
 """The big state: every tensor of the training state by its name.
 
 Parameters, optimizer state and the modules that callbacks keep (averaged weights) are the same on all ranks under
-data parallelism: *replicated*, divided over the ranks. Buffers are each rank's own (batch statistics differ until the
-next broadcast): *private*, kept whole by every rank.
+data parallelism: *replicated*, divided over the ranks. Buffers, those of averaged models too, are each rank's own (batch
+statistics differ until the next broadcast): *private*, kept whole by every rank.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class StateIndex:
         self.trainer = trainer
         self._places: list[tuple[str, dict[Any, Any], Any]] = []
         self._private: list[str] = []
-        self._add_module("", trainer.lightning_module, private_buffers=True)
+        self._add_module("", trainer.lightning_module)
         for prefix, extra in callback_modules(trainer):
-            self._add_module(f"{prefix}/", extra, private_buffers=False)
+            self._add_module(f"{prefix}/", extra)
         self._fixed = {name: tensor for name, tensor in optimizer_tensors(trainer) if name.endswith("/value")}
         self._optimizer_size = self._count_optimizer_state()
         self._add_optimizers()
@@ -51,7 +51,7 @@ class StateIndex:
         """All big tensors of this rank by name, as they are now."""
         return {name: place[key] for name, place, key in self._places} | self._fixed
 
-    def _add_module(self, prefix: str, module: nn.Module, *, private_buffers: bool) -> None:
+    def _add_module(self, prefix: str, module: nn.Module) -> None:
         seen: set[int] = set()
         for path, child in module.named_modules():
             dot = f"{path}." if path else ""
@@ -63,7 +63,7 @@ class StateIndex:
                     seen.add(id(tensor))
                     name = f"{prefix}{kind}/{dot}{key}"
                     self._places.append((name, place, key))
-                    if kind == "buffer" and private_buffers:
+                    if kind == "buffer":
                         self._private.append(name)
 
     def _add_optimizers(self) -> None:

@@ -1,0 +1,70 @@
+"""One preloaded parent and one uninterrupted run per configuration, shared by all drills of a module."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lightning_ckptless.membership.launch import LaunchConfig, make_parent
+from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.testing.drill import DrillReport, Variant, run_drill, run_variant
+from lightning_ckptless.testing.starters import program_of
+from tests.faults.matrix import Cell
+from tests.lab.parts import Options
+
+LAB = Path(__file__).parents[1] / "lab" / "train.py"
+REPOSITORY = Path(__file__).parents[2]
+
+
+def command_for(options: Options) -> list[str]:
+    """The lab's script with the options that are not its defaults."""
+    words = [str(LAB)]
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value != field.default:
+            flag = "--" + field.name.replace("_", "-")
+            words += [flag] if value is True else [flag, str(value)]
+    return words
+
+
+@pytest.fixture(scope="module")
+def parent() -> Iterator[PreloadedParent]:
+    """Forks the workers of all runs of a module."""
+    with make_parent(LaunchConfig(program=program_of([str(LAB)]))) as preloaded:
+        yield preloaded
+
+
+Drill = Callable[[Cell], DrillReport]
+
+
+@pytest.fixture(scope="module")
+def drill(parent: PreloadedParent, tmp_path_factory: pytest.TempPathFactory) -> Drill:
+    """Runs a cell against the uninterrupted run of its configuration."""
+    baselines: dict[Options, Variant] = {}
+    env = {"PYTHONPATH": str(REPOSITORY)}
+
+    def run(cell: Cell) -> DrillReport:
+        options = cell.options
+        if options not in baselines:
+            folder = tmp_path_factory.mktemp("baseline") / "run"
+            baselines[options] = run_variant(
+                command_for(options), folder, nproc=options.devices, parent=parent, isolate=True, env=env
+            )
+            assert baselines[options].exit_code == 0, baselines[options].tail()
+        return run_drill(
+            command_for(options),
+            cell.faults,
+            folder=tmp_path_factory.mktemp("drill"),
+            nproc=options.devices,
+            parent=parent,
+            baseline=baselines[options],
+            isolate=True,
+            env=env,
+            max_restarts=5,
+            timeout_s=120,
+        )
+
+    return run

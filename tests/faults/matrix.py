@@ -1,0 +1,86 @@
+"""The cells of the fault matrix: what is trained, and what goes wrong when.
+
+Not the full product: every value of every axis stands in some cell, and every pair that can touch each other does (data
+with the moment that its position is captured, schedulers with validation, accumulation with the middle of a step).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tests.lab.parts import Options
+
+BASE = Options(samples=48, epochs=2)
+"""Six steps an epoch on each of two ranks, twelve in all; validation behind steps 6 and 12."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One drill.
+
+    Args:
+        faults: in the grammar of fault scripts.
+        options: what is trained.
+        recoveries: how many are to be seen.
+        restored: the versions that they go on from, in order; empty where the moment leaves more than one answer.
+    """
+
+    faults: str
+    options: Options = BASE
+    recoveries: int = 1
+    restored: tuple[str, ...] = ()
+
+
+WHEN = {
+    "rank=1-during=training_step": Cell("kill:rank=1:step=4", restored=("step 3",)),
+    "rank=0-during=backward": Cell("kill:rank=0:step=5:at=backward", restored=("step 4",)),
+    "rank=1-during=optimizer_step": Cell("kill:rank=1:step=4:at=optimizer_step", restored=("step 3",)),
+    "rank=0-during=commit": Cell("kill:rank=0:step=8:at=commit", restored=("step 7",)),
+    "rank=1-during=mirror": Cell("kill:rank=1:step=5:at=mirror", restored=("step 4",)),
+    "rank=0-during=accumulation": Cell(
+        "kill:rank=0:step=3:at=accumulation", replace(BASE, accumulate=2), restored=("step 2",)
+    ),
+    "rank=1-during=validation": Cell(
+        "kill:rank=1:step=3:at=validation", replace(BASE, val_interval=3), restored=("step 3 (before its tail)",)
+    ),
+    "rank=0-during=epoch_end": Cell("kill:rank=0:step=6:at=epoch_end"),
+    "rank=0-at=first_step": Cell("kill:rank=0:step=1", restored=("step 0",)),
+    "rank=1-at=last_step": Cell("kill:rank=1:step=12", restored=("step 11",)),
+}
+WHO = {
+    "rank=all-at_once": Cell("kill:rank=all:step=5", restored=("step 4",)),
+    "rank=1-twice": Cell("kill:rank=1:step=3,kill:rank=1:step=9:at=backward", recoveries=2),
+    "rank=0-then=1": Cell("kill:rank=0:step=2:at=optimizer_step,kill:rank=1:step=7", recoveries=2),
+    "rank=1-exits": Cell("exit:rank=1:step=5"),
+    "rank=0-raises": Cell("raise:rank=0:step=5"),
+}
+DATA = {
+    "data=sampler": Cell("kill:rank=1:step=9", replace(BASE, data="sampler")),
+    "data=workers": Cell("kill:rank=0:step=4", replace(BASE, workers=2)),
+    "data=persistent_workers": Cell("kill:rank=1:step=9:at=backward", replace(BASE, workers=2, persistent=True)),
+    "data=iterable": Cell("kill:rank=1:step=3:at=optimizer_step", replace(BASE, data="iterable")),
+    "data=iterable_with_workers": Cell("kill:rank=0:step=8", replace(BASE, data="sized_iterable", workers=2)),
+    "data=stateful": Cell("kill:rank=1:step=4:at=commit", replace(BASE, data="stateful")),
+    "data=combined": Cell("kill:rank=0:step=9:at=mirror", replace(BASE, data="combined")),
+}
+OPTIMIZATION = {
+    "manual": Cell("kill:rank=1:step=4", replace(BASE, optimization="manual")),
+    "two_optimizers": Cell("kill:rank=0:step=7:at=optimizer_step", replace(BASE, optimization="two")),
+    "accumulate-epoch_scheduler": Cell("kill:rank=1:step=4", replace(BASE, accumulate=2, scheduler="epoch")),
+    "plateau-early_stopping": Cell("kill:rank=0:step=8", replace(BASE, scheduler="plateau", early_stopping=True)),
+    "clip-bf16": Cell("kill:rank=1:step=5:at=backward", replace(BASE, clip=0.5, precision="bf16-mixed")),
+    "ema-checkpoints": Cell("kill:rank=0:step=9:at=commit", replace(BASE, ema=True, checkpoint_every=3)),
+    "mirror_every=3": Cell("kill:rank=1:step=8", replace(BASE, strategy_options="{'mirror_every_n_steps': 3}")),
+    "staging=blocking": Cell("kill:rank=0:step=4", replace(BASE, strategy_options="{'staging': 'blocking'}")),
+}
+VALIDATION = {
+    "mid_epoch-plateau": Cell(
+        "kill:rank=0:step=8:at=validation", replace(BASE, val_interval=2, scheduler="plateau", logger="both")
+    ),
+    "limited": Cell("kill:rank=1:step=5", replace(BASE, limit_train=4, val_interval=2, logger="tensorboard")),
+    "max_steps": Cell("kill:rank=0:step=9", replace(BASE, max_steps=9)),
+    "replica_per_rank": Cell(
+        "kill:rank=1:step=4", replace(BASE, strategy_options="{'failure_domain': 'rank'}"), restored=("step 3",)
+    ),
+}
+CELLS = {**WHEN, **WHO, **DATA, **OPTIMIZATION, **VALIDATION}
