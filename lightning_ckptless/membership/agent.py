@@ -188,9 +188,12 @@ class CkptlessAgent(LocalElasticAgent):
 
     def _announce(self, worker_group: WorkerGroup) -> None:
         fault, size = self.faults[-1], worker_group.workers[0].world_size
-        counted = worker_group.spec.max_restarts - remaining_restarts(self)
+        allowed = worker_group.spec.max_restarts
+        number = (
+            f"restart {allowed - remaining_restarts(self)} of {allowed}" if fault.rank is not None else "not counted"
+        )
         self._record("relaunch", node=self._node.name, restart=fault.restart, world_size=size, cause=str(fault))
-        _say(f"{fault}; all {size} workers relaunched, restart {counted} of {worker_group.spec.max_restarts}")
+        _say(f"{fault}; all {size} workers relaunched, {number}")
 
     # ---------------------------------------------------------------- watching workers
 
@@ -244,7 +247,9 @@ class CkptlessAgent(LocalElasticAgent):
         self._futile_starts += 1
         if self._futile_starts < _FUTILE_STARTS:
             return None
-        reason = f"{_FUTILE_STARTS} starts in a row ended with exit code {end.exit_code} before the program came to train"
+        reason = (
+            f"{_FUTILE_STARTS} starts in a row ended with exit code {end.exit_code} before the program came to train"
+        )
         return Verdict(ranks[culprit], final=True, reason=reason)
 
     def _put_down(self, fault: FaultReport) -> None:

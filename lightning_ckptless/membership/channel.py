@@ -37,15 +37,15 @@ def receive(sock: socket.socket) -> tuple[Message, list[int]] | None:
     Returns:
         The message and the file descriptors that came with it, not inheritable, owned by the caller.
     """
-    head, files, _, _ = socket.recv_fds(sock, _LENGTH.size, _MAX_FILES, socket.MSG_CMSG_CLOEXEC)
-    body = None
-    if head:
-        rest = _exactly(sock, _LENGTH.size - len(head))
-        body = None if rest is None else _exactly(sock, _LENGTH.unpack(head + rest)[0])
-    if body is None:
+    files: list[int] = []
+    try:
+        head, files, _, _ = socket.recv_fds(sock, _LENGTH.size, _MAX_FILES, socket.MSG_CMSG_CLOEXEC)
+        (length,) = _LENGTH.unpack(head + _exactly(sock, _LENGTH.size - len(head)))
+        message: Message = json.loads(_exactly(sock, length))
+    except (EOFError, ConnectionResetError):
+        # Reset is how the end shows where the other side has closed with something left to read.
         close_all(files)
         return None
-    message: Message = json.loads(body)
     return message, files
 
 
@@ -55,11 +55,11 @@ def close_all(files: Sequence[int]) -> None:
         os.close(file)
 
 
-def _exactly(sock: socket.socket, count: int) -> bytes | None:
+def _exactly(sock: socket.socket, count: int) -> bytes:
     parts = bytearray()
     while len(parts) < count:
         part = sock.recv(count - len(parts))
         if not part:
-            return None
+            raise EOFError
         parts += part
     return bytes(parts)

@@ -217,10 +217,7 @@ class PreloadedParent:
         """The next answer; None when it was the report of an end, which is put down."""
         if self._socket is None:
             raise self._lost()
-        try:
-            received = channel.receive(self._socket)
-        except ConnectionResetError as error:
-            raise self._lost() from error
+        received = channel.receive(self._socket)
         if received is None:
             raise self._lost()
         message, _ = received

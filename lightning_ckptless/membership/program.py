@@ -66,7 +66,7 @@ def run_as_main(program: Program) -> None:
 
 
 def _prepare_script(program: Program, main: ModuleType) -> CodeType:
-    path = os.path.abspath(program.target)
+    path = os.path.join(os.getcwd(), program.target)  # not made any simpler: python does not either
     if pkgutil.get_importer(path) is not None:
         return _prepare_container(path, main)
     _put_first(os.path.dirname(os.path.realpath(path)))

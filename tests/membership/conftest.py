@@ -1,0 +1,104 @@
+"""A preloaded parent for all tests of the room, and short ways to run programs under it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from lightning_ckptless.membership.parent import Forked, PreloadedParent
+from lightning_ckptless.membership.program import Program
+from lightning_ckptless.membership.worker import Job
+
+REPOSITORY = Path(__file__).parent.parent.parent
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A process that has ended."""
+
+    exit_code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _first_store() -> None:
+    """The first store of a process opens a pipe that stays: made here, it is no test's leak."""
+    TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+@pytest.fixture(scope="session")
+def parent() -> Iterator[PreloadedParent]:
+    """A parent with torch in it; its import is paid once."""
+    with PreloadedParent(("torch", "torch.distributed", "numpy")) as parent:
+        parent.ready()
+        yield parent
+
+
+@pytest.fixture(scope="session")
+def bare() -> Iterator[PreloadedParent]:
+    """A parent that imports nothing."""
+    with PreloadedParent() as parent:
+        yield parent
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Write a program into the test's folder."""
+
+    def write(text: str, name: str = "program.py") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(dedent(text))
+        return path
+
+    return write
+
+
+def worker_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment, and more."""
+    return {**os.environ, **(extra or {})}
+
+
+def start(parent: PreloadedParent, job: Job, folder: Path) -> Forked:
+    """Start a job with its output in files."""
+    with Path(os.devnull).open() as none, (folder / "out").open("w") as out, (folder / "err").open("w") as err:
+        return parent.fork(job, (none.fileno(), out.fileno(), err.fileno()))
+
+
+def finish(parent: PreloadedParent, worker: Forked, folder: Path) -> Ran:
+    """Wait for the end of a job that `start` started."""
+    end = parent.end_of(worker)
+    os.close(worker.pidfd)
+    return Ran(end.exit_code, (folder / "out").read_text(), (folder / "err").read_text())
+
+
+def run_forked(parent: PreloadedParent, program: Program, folder: Path, env: dict[str, str] | None = None) -> Ran:
+    """Run a program in a fork of the parent."""
+    return finish(parent, start(parent, Job(program, env or worker_env(), str(folder)), folder), folder)
+
+
+def run_fresh(program: Program, folder: Path, env: dict[str, str] | None = None) -> Ran:
+    """Run a program as a plain process."""
+    done = subprocess.run(
+        program.command(),
+        cwd=folder,
+        env=env or worker_env(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def script(path: Path, *args: str) -> Program:
+    """A program that is a file."""
+    return Program("script", str(path), args)

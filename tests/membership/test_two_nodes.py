@@ -1,0 +1,90 @@
+"""Two agents on one machine: one is lost together with its workers, and another takes its place."""
+
+from __future__ import annotations
+
+import json
+import queue
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from lightning_ckptless import environment
+from lightning_ckptless.membership.fault import FaultReport
+from lightning_ckptless.membership.launch import LaunchConfig, run
+from lightning_ckptless.membership.parent import PreloadedParent
+from tests.membership.conftest import REPOSITORY, script, worker_env
+
+# Runs until it is told that there has been enough, or fails once with its peer, as a worker in a collective would.
+WAITS = """
+    import json, os, sys, time
+    from pathlib import Path
+    name = f"{os.environ['CKPTLESS_NODE']}-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}"
+    Path(f"{name}.part").write_text(json.dumps(dict(os.environ)))
+    Path(f"{name}.part").rename(f"{name}.json")
+    while not Path("enough").exists():
+        time.sleep(0.005)
+        if Path("lost").exists() and "CKPTLESS_FAULT_REPORT" not in os.environ and "fails" in sys.argv:
+            sys.exit(1)
+"""
+
+# A busy machine must not take a healthy agent for lost, a test must not wait long.
+CONF = {"is_host": "0", "keep_alive_interval": "1", "keep_alive_max_attempt": "3", "last_call_timeout": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("manner", ["fails", "hangs"])
+def test_a_new_node_takes_the_place_of_a_lost_one(
+    manner: str, bare: PreloadedParent, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    program = script(write(WAITS), manner)
+    spawned: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def record(event: str, **fields: Any) -> None:
+        if event == "workers_spawned":
+            spawned.put(fields["node"])
+
+    def node(name: str) -> LaunchConfig:
+        return LaunchConfig(
+            program=program,
+            nnodes="2",
+            rdzv_endpoint=f"127.0.0.1:{store.port}",
+            rdzv_conf=CONF,
+            run_id="two",
+            node_name=name,
+            local_addr="127.0.0.1",
+            cwd=tmp_path,
+            fresh=True,
+            stop_grace_s=1,
+        )
+
+    options = ["--nnodes=2", f"--rdzv-endpoint=127.0.0.1:{store.port}", "--rdzv-id=two", "--local-addr=127.0.0.1"]
+    conf = ",".join(f"{key}={value}" for key, value in CONF.items())
+    command = [*options, f"--rdzv-conf={conf}", "--no-preload", program.target, manner]
+    lost = subprocess.Popen(
+        [sys.executable, "-m", "lightning_ckptless.membership", *command],
+        cwd=tmp_path,
+        env=worker_env({"PYTHONPATH": str(REPOSITORY)}),
+        stdout=subprocess.DEVNULL,
+    )
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(run, node("first"), parent=bare, record=record)
+        assert spawned.get(timeout=60) == "first"
+        lost.kill()
+        lost.wait()
+        (tmp_path / "lost").touch()
+        second = pool.submit(run, node("second"), parent=bare, record=record)
+        assert {spawned.get(timeout=60), spawned.get(timeout=60)} == {"first", "second"}
+        (tmp_path / "enough").touch()
+        assert (first.result().exit_code, first.result().restarts) == (0, 1)
+        assert (second.result().exit_code, second.result().restarts) == (0, 0)
+    assert [fault.kind for fault in first.result().faults] == ["lost" if manner == "hangs" else "exited"]
+    told = [json.loads(path.read_text()) for path in tmp_path.glob("first-*-of-2.json")]
+    reports = [FaultReport.from_json(env[environment.FAULT_REPORT]) for env in told if environment.FAULT_REPORT in env]
+    assert [*reports] == [*first.result().faults]
