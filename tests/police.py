@@ -8,6 +8,7 @@ not wait for it.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import sys
@@ -26,9 +27,15 @@ GRACE_S = 5.0
 
 # tqdm keeps one for all bars of a process.
 _THREADS_OF_OTHERS = frozenset({"TMonitor", "tqdm_monitor"})
-# pytest notes there which test is running, torch's libraries how they were loaded.
+# pytest notes there which test is running; torch's libraries and Lightning's how they are loaded.
 _VARIABLES_OF_OTHERS = frozenset(
-    {"PYTEST_CURRENT_TEST", "KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK", "TORCHINDUCTOR_CACHE_DIR"}
+    {
+        "KMP_DUPLICATE_LIB_OK",
+        "KMP_INIT_AT_FORK",
+        "PYTEST_CURRENT_TEST",
+        "PYTORCH_NVML_BASED_CUDA_CHECK",
+        "TORCHINDUCTOR_CACHE_DIR",
+    }
 )
 # Lightning's notes of seed_everything(): put back, as all that changes, but nobody's fault.
 _VARIABLES_OF_SEEDS = frozenset({"PL_GLOBAL_SEED", "PL_SEED_WORKERS"})
@@ -59,7 +66,7 @@ class Scene:
             frozenset(marked_processes()),
             frozenset(threading.enumerate()),
             open_files(),
-            frozenset(path.name for path in SHARED_MEMORY.glob("ckptless-*")),
+            frozenset(arenas()),
             {name: value for name, value in os.environ.items() if name not in _VARIABLES_OF_OTHERS},
             {
                 s: signal.getsignal(s)
@@ -84,9 +91,8 @@ def leaks(before: Scene) -> list[str]:
 
 def marked_processes() -> Iterator[psutil.Process]:
     """Live processes, other than this one, that were started under this test session, by whomever."""
-    mark = f"{MARK}={os.environ[MARK]}".encode()
     for entry in os.listdir("/proc"):
-        if entry.isdigit() and int(entry) != os.getpid() and mark in _environment(entry):
+        if entry.isdigit() and int(entry) != os.getpid() and _mark() in _environment(entry):
             try:
                 process = psutil.Process(int(entry))
                 if process.status() != psutil.STATUS_ZOMBIE:
@@ -123,6 +129,17 @@ def leaked_files(before: Scene) -> list[str]:
     if _new_files(before):
         gc.collect()
     return _new_files(before)
+
+
+def arenas() -> Iterator[str]:
+    """Arenas in shared memory, but for those of a live process that another session of tests has started."""
+    for facts in SHARED_MEMORY.glob("ckptless-*/arena.json"):
+        try:
+            owner = str(json.loads(facts.read_text())["owner"]["pid"])
+        except OSError:  # removed meanwhile
+            continue
+        if owner == str(os.getpid()) or not psutil.pid_exists(int(owner)) or _mark() in _environment(owner):
+            yield facts.parent.name
 
 
 def changed_variables(before: Scene, after: Scene) -> list[str]:
@@ -164,6 +181,10 @@ def _new_files(before: Scene) -> list[str]:
     return [
         f"file {number} -> {target}" for number, target in open_files().items() if before.files.get(number) != target
     ]
+
+
+def _mark() -> bytes:
+    return f"{MARK}={os.environ[MARK]}".encode()
 
 
 def _environment(pid: str) -> bytes:

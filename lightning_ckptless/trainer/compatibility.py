@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.trainer.host.ddp import model_averaging_period
 from lightning_ckptless.trainer.host.flavour import is_a
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def _refusals(trainer: Any) -> Iterator[str]:
                 f"optimizer {index} is a ZeroRedundancyOptimizer: its state is sharded by itself, outside of what "
                 "data parallelism replicates; use the optimizer that it wraps"
             )
-    if getattr(trainer.strategy, "_model_averaging_period", None) is not None:
+    if model_averaging_period(trainer.strategy) is not None:
         yield "model_averaging_period: parameters that differ between ranks are not mirrored; leave it out"
 
 

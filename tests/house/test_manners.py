@@ -1,0 +1,76 @@
+"""What the code does not do: swallow errors, sleep in tests, fix ports, reach into what is not its own."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+from tests.house.code import PACKAGE, Source, dotted, findings, private_names, sources
+
+CODE = sources(PACKAGE)
+TESTS = sources("tests")
+
+# Who catches everything, and why nothing narrower would do. Those that raise again are not listed.
+CATCHES_EVERYTHING = {
+    f"{PACKAGE}/_autoload.py": "an error would make `import torch` fail for everybody",
+    f"{PACKAGE}/membership/worker.py": "it stands in for the interpreter, which reports whatever a program raises",
+    f"{PACKAGE}/replica/mirror.py": "the boundary of the thread: the training thread raises it",
+}
+# Private by their name, made for everybody by their documentation.
+COMMON = {"os._exit", "sys._getframe"}
+# What a subclass shares with the base that another project wrote.
+INHERITED = {
+    f"{PACKAGE}/membership/agent.py": {"self._logs_specs"},
+    f"{PACKAGE}/trainer/strategies.py": {"self._get_process_group_backend", "self._timeout"},
+}
+HOSTS = (f"{PACKAGE}/trainer/host/", f"{PACKAGE}/torch_internals.py")
+FIXED_ADDRESS = re.compile(r"(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\]):[1-9]\d")
+
+
+def catches_everything(source: Source) -> bool:
+    """Whether a handler takes any exception and does not raise it again as its last act."""
+    for node in source.nodes:
+        if isinstance(node, ast.ExceptHandler):
+            kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            broad = any(kind is None or dotted(kind) in {"Exception", "BaseException"} for kind in kinds)
+            last = node.body[-1]
+            if broad and not (isinstance(last, ast.Raise) and last.exc is None):
+                return True
+    return False
+
+
+def test_errors_are_not_swallowed() -> None:
+    assert {str(source) for source in CODE if catches_everything(source)} == set(CATCHES_EVERYTHING)
+
+
+def test_private_names_of_others_stay_in_their_room() -> None:
+    def foreign(source: Source) -> Iterator[str]:
+        allowed = COMMON | INHERITED.get(str(source), set())
+        return (f"line {line}: {name}" for line, name in private_names(source) if name not in allowed)
+
+    assert findings((source for source in CODE if not str(source).startswith(HOSTS)), foreign) == {}
+
+
+def test_tests_do_not_sleep() -> None:
+    def sleeps(source: Source) -> Iterator[str]:
+        calls = (node for node in source.nodes if isinstance(node, ast.Call))
+        return (f"line {call.lineno}" for call in calls if dotted(call.func) in {"time.sleep", "sleep"})
+
+    assert findings(TESTS, sleeps) == {}
+
+
+def test_no_port_is_fixed() -> None:
+    assert findings([*CODE, *TESTS, *sources("examples", "benchmarks")], fixed_ports) == {}
+
+
+def fixed_ports(source: Source) -> Iterator[str]:
+    """Ports written down as numbers."""
+    for node in source.nodes:
+        match node:
+            case ast.Constant(value=str(text)) if FIXED_ADDRESS.search(text):
+                yield f"line {node.lineno}: {text!r}"
+            case ast.keyword(arg=str(name), value=ast.Constant(value=int(number))) if "port" in name and number > 1:
+                yield f"line {node.lineno}: {name}={number}"
+            case _:
+                pass

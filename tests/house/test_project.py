@@ -1,0 +1,65 @@
+"""Metadata, pins and targets agree with each other."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib.metadata import requires
+from itertools import chain
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import lightning_ckptless
+from tests.house.code import REPOSITORY
+
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+PINS = {
+    canonicalize_name(name): Version(version)
+    for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
+}
+EXTRAS = chain.from_iterable(PROJECT["optional-dependencies"].values())
+REQUIREMENTS = [Requirement(text) for text in (*PROJECT["dependencies"], *EXTRAS)]
+
+
+def test_what_is_required_is_pinned_within_its_range() -> None:
+    others = [requirement for requirement in REQUIREMENTS if requirement.name != PROJECT["name"]]
+    assert [str(r) for r in others if not r.specifier.contains(PINS[canonicalize_name(r.name)])] == []
+
+
+def test_constraints_hold_pins_alone() -> None:
+    lines = [line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert len(lines) == len(PINS)
+
+
+def test_what_pins_need_is_pinned() -> None:
+    """For what is installed here: nothing is left to the day of the installation."""
+    missing = {
+        f"{name} needs {requirement.name}"
+        for name in PINS
+        for requirement in map(Requirement, requires(name) or ())
+        if requirement.marker is None and canonicalize_name(requirement.name) not in PINS
+    }
+    assert missing <= {"tensorboard needs setuptools", "torch needs setuptools"}
+
+
+def test_version_is_in_the_changelog() -> None:
+    assert lightning_ckptless.__version__ == PROJECT["version"]
+    assert f"\n## {PROJECT['version']}" in (REPOSITORY / "CHANGELOG.md").read_text()
+
+
+def test_public_names_are_there() -> None:
+    for name in lightning_ckptless.__all__:
+        assert getattr(lightning_ckptless, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'Nonsense'"):
+        _ = lightning_ckptless.Nonsense
+    assert set(lightning_ckptless.__all__) <= set(dir(lightning_ckptless))
+
+
+def test_make_help_names_every_target() -> None:
+    text = (REPOSITORY / "Makefile").read_text()
+    phony = re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE)[0].split()
+    described = re.findall(r"^([a-z-]+):.*## ", text, re.MULTILINE)
+    assert sorted(phony) == sorted(described)
