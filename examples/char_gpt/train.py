@@ -1,0 +1,207 @@
+"""A small GPT that learns to write Python's standard library, character by character.
+
+    python examples/char_gpt/train.py
+    ckptless run --nproc-per-node 2 examples/char_gpt/train.py --steps 500
+    ckptless drill examples/char_gpt/train.py --nproc 2 --fault kill:rank=1:step=40 -- --steps 80
+
+The text is found on the machine at run time. The first two train it. The third trains it twice, the second time killing
+a rank, and compares every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import string
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+
+LETTERS = string.printable
+PLACES = {letter: place for place, letter in enumerate(LETTERS)}
+Batch = tuple[Tensor, Tensor]
+
+
+class Windows(Dataset[Batch]):
+    """Stretches of text, each with the same stretch one letter further on."""
+
+    def __init__(self, text: Tensor, context: int) -> None:
+        self.text = text
+        self.context = context
+
+    def __len__(self) -> int:
+        return (len(self.text) - 1) // self.context
+
+    def __getitem__(self, index: int) -> Batch:
+        begin = index * self.context
+        stretch = self.text[begin : begin + self.context + 1]
+        return stretch[:-1], stretch[1:]
+
+
+class StandardLibrary(LightningDataModule):
+    """The source of Python's standard library, as text.
+
+    Args:
+        files: how many of its modules, in the order of their names.
+        context: letters per stretch.
+        batch_size: stretches per rank and step.
+    """
+
+    def __init__(self, files: int = 40, context: int = 64, batch_size: int = 16) -> None:
+        super().__init__()
+        self.files = files
+        self.context = context
+        self.batch_size = batch_size
+
+    def setup(self, stage: str) -> None:
+        modules = sorted(Path(os.__file__).parent.glob("*.py"))[: self.files]
+        text = "\n".join(module.read_text(encoding="utf-8") for module in modules)
+        letters = torch.tensor([PLACES[letter] for letter in text if letter in PLACES])
+        held_out = 16 * self.batch_size * self.context
+        self.train, self.val = (Windows(part, self.context) for part in (letters[:-held_out], letters[-held_out:]))
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return DataLoader(self.val, self.batch_size)
+
+
+class Block(nn.Module):
+    """Attention to what came before, then a little thought about it."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attend, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.think = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        query, key, value = (
+            part.view(batch, length, self.heads, -1).transpose(1, 2)
+            for part in self.attend(self.norm_1(x)).chunk(3, dim=-1)
+        )
+        dropout = self.dropout if self.training else 0.0
+        seen = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        x = x + self.project(seen.transpose(1, 2).reshape(batch, length, width))
+        return x + self.think(self.norm_2(x))
+
+
+class CharGPT(LightningModule):
+    """A transformer that predicts the next letter.
+
+    Args:
+        layers: blocks.
+        heads: of attention, per block.
+        width: features per letter.
+        context: letters that it sees.
+        dropout: share of features dropped in training.
+        learning_rate: its highest value.
+        warmup_steps: steps over which the learning rate grows to it, before it falls along a cosine.
+    """
+
+    def __init__(
+        self,
+        layers: int = 4,
+        heads: int = 4,
+        width: int = 128,
+        context: int = 64,
+        dropout: float = 0.1,
+        learning_rate: float = 1e-3,
+        warmup_steps: int = 20,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.context = context
+        self.learning_rate = learning_rate
+        self.warmup_steps = warmup_steps
+        self.letters = nn.Embedding(len(LETTERS), width)
+        self.places = nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(Block(width, heads, dropout) for _ in range(layers)), nn.LayerNorm(width))
+        self.head = nn.Linear(width, len(LETTERS), bias=False)
+
+    def forward(self, letters: Tensor) -> Tensor:
+        places = torch.arange(letters.shape[1], device=letters.device)
+        return self.head(self.blocks(self.letters(letters) + self.places(places)))
+
+    def loss(self, batch: Batch) -> Tensor:
+        letters, following = batch
+        return functional.cross_entropy(self(letters).flatten(0, 1), following.flatten())
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch), prog_bar=True, sync_dist=True)
+
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[dict[str, object]]]:
+        optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=0.1)
+        steps = int(self.trainer.estimated_stepping_batches)
+
+        def share(step: int) -> float:
+            if step < self.warmup_steps:
+                return (step + 1) / self.warmup_steps
+            return 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / steps))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    @torch.no_grad()
+    def write(self, beginning: str, letters: int) -> str:
+        """Go on from a beginning; the same each time."""
+        self.eval()
+        dice = torch.Generator().manual_seed(1)
+        text = torch.tensor([[PLACES[letter] for letter in beginning]], device=self.device)
+        for _ in range(letters):
+            chances = self(text[:, -self.context :])[:, -1].softmax(-1)
+            text = torch.cat([text, torch.multinomial(chances, 1, generator=dice)], dim=1)
+        return "".join(LETTERS[place] for place in text[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--devices", type=int, default=2, help="ranks on this node (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="blocks of the model (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=128, help="features per letter (default: %(default)s)")
+    parser.add_argument("--context", type=int, default=64, help="letters that it sees (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="stretches per rank and step (default: %(default)s)")
+    parser.add_argument("--folder", default=".", help="for logs and checkpoint files (default: here)")
+    args = parser.parse_args()
+
+    seed_everything(1, workers=True)
+    model = CharGPT(layers=args.layers, width=args.width, context=args.context)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=args.devices,
+        strategy="ckptless",
+        max_steps=args.steps,
+        val_check_interval=max(1, args.steps // 4),
+        check_val_every_n_epoch=None,
+        log_every_n_steps=1,
+        gradient_clip_val=1.0,
+        logger=CSVLogger(args.folder),
+        callbacks=[ModelCheckpoint(monitor="val_loss")],
+        default_root_dir=args.folder,
+    )
+    trainer.fit(model, StandardLibrary(context=args.context, batch_size=args.batch_size))
+    if trainer.is_global_zero:
+        print(model.write("def ", 200))
+
+
+if __name__ == "__main__":
+    main()
