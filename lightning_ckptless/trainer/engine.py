@@ -162,6 +162,7 @@ class Engine:
         self._logs_are_named = saved is not None
         if saved is not None:
             host_loggers.set_versions(self.trainer.loggers, saved)
+            host_loggers.note_saved_config(self.trainer.callbacks, saved=True)
 
     def _newest_checkpoint(self) -> str | None:
         return newest_checkpoint(self.trainer) if self._logs_are_named else None
@@ -193,6 +194,7 @@ class Engine:
         if action is StartAction.DURABLE:
             # As on any resume from a file: a new folder, the rows of the old one stay as they are.
             host_loggers.forget_versions(self.trainer.loggers)
+            host_loggers.note_saved_config(self.trainer.callbacks, saved=False)
         elif self._logs_are_named and self.trainer.is_global_zero:
             host_loggers.cut_logs(self.trainer, host_loggers.empty_positions(self.trainer.loggers))
 

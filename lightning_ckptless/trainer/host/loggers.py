@@ -36,6 +36,13 @@ def forget_versions(loggers: list[Any]) -> None:
             logger._version = None
 
 
+def note_saved_config(callbacks: list[Any], *, saved: bool) -> None:
+    """Tell LightningCLI's callback whether the run's folder has its configuration; it refuses to find one there."""
+    for callback in callbacks:
+        if is_a(callback, "cli", "SaveConfigCallback"):
+            callback.already_saved = saved
+
+
 def empty_positions(loggers: list[Any]) -> list[dict[str, Any] | None]:
     """The positions of log files before anything was written."""
     return [{"rows": 0, "keys": [], "unsaved": [], "files": {}} for _ in loggers]
