@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
@@ -96,7 +97,8 @@ class Block(nn.Module):
         dropout = self.dropout if self.training else 0.0
         seen = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
         x = x + self.project(seen.transpose(1, 2).reshape(batch, length, width))
-        return x + self.think(self.norm_2(x))
+        thought: Tensor = self.think(self.norm_2(x))
+        return x + thought
 
 
 class CharGPT(LightningModule):
@@ -134,7 +136,8 @@ class CharGPT(LightningModule):
 
     def forward(self, letters: Tensor) -> Tensor:
         places = torch.arange(letters.shape[1], device=letters.device)
-        return self.head(self.blocks(self.letters(letters) + self.places(places)))
+        logits: Tensor = self.head(self.blocks(self.letters(letters) + self.places(places)))
+        return logits
 
     def loss(self, batch: Batch) -> Tensor:
         letters, following = batch
@@ -148,7 +151,7 @@ class CharGPT(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.log("val_loss", self.loss(batch), prog_bar=True, sync_dist=True)
 
-    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[dict[str, object]]]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=0.1)
         steps = int(self.trainer.estimated_stepping_batches)
 
@@ -158,7 +161,7 @@ class CharGPT(LightningModule):
             return 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / steps))
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @torch.no_grad()
     def write(self, beginning: str, letters: int) -> str:

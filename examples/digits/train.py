@@ -14,6 +14,7 @@ import argparse
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
@@ -40,10 +41,10 @@ class Digits(LightningDataModule):
         split = torch.Generator().manual_seed(1)
         self.train, self.val = random_split(TensorDataset(images, labels), [0.8, 0.2], split)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         return DataLoader(self.train, self.batch_size, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         return DataLoader(self.val, self.batch_size)
 
 
@@ -69,7 +70,8 @@ class DigitClassifier(LightningModule):
         self.val_accuracy = Accuracy(task="multiclass", num_classes=10)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net(images)
+        logits: Tensor = self.net(images)
+        return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
@@ -87,7 +89,7 @@ class DigitClassifier(LightningModule):
         self.log("val_loss", nn.functional.cross_entropy(logits, labels), sync_dist=True)
         self.log("val_accuracy", self.val_accuracy, prog_bar=True)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate)
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
