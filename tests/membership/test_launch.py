@@ -179,6 +179,19 @@ def test_a_parent_of_its_own(write: Write, tmp_path: Path) -> None:
     assert run(LaunchConfig(program=program, cwd=tmp_path, preload=("beside",))).exit_code == 0
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_the_loss_of_the_parent_is_a_fault_like_others(fresh: bool, write: Write, tmp_path: Path) -> None:
+    text = """
+        import os, signal, time
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(1000)
+    """
+    outcome = run(LaunchConfig(program=script(write(text)), nproc=2, cwd=tmp_path, preload=("json",), fresh=fresh))
+    assert (outcome.exit_code, outcome.restarts) == (0, 1)
+    assert outcome.faults[0].signal_name == "SIGKILL"
+
+
 def test_a_module_that_cannot_be_preloaded_ends_the_run(write: Write, tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match="cannot preload nowhere"):
         run(LaunchConfig(program=script(write("")), cwd=tmp_path, preload=("nowhere",)))

@@ -17,16 +17,16 @@ from tests.membership.conftest import REPOSITORY, worker_env
 Write = Callable[..., Path]
 
 # Each worker says that it is there, and its end is seen in the end of its output.
-WAITS = """
+WAITS = r"""
     import os, signal, sys, time
     def end(*_):
-        print("ended", flush=True)
+        os.write(1, b"ended\n")
         sys.exit(0)
     if "polite" in sys.argv:
         signal.signal(signal.SIGTERM, end)
     if "deaf" in sys.argv:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    print("up", flush=True)
+    os.write(1, b"up\n")  # in one piece, beside another worker
     time.sleep(1000)
 """
 
