@@ -5,13 +5,14 @@ Read at torch 2.13. Each has a test in `tests/test_torch_internals.py` that fail
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
 INDEX_SAMPLER = "_index_sampler"
 GET_ITERATOR = "_get_iterator"
@@ -40,35 +41,31 @@ def is_map_style(loader: DataLoader[Any]) -> bool:
     return int(loader._dataset_kind) == 0  # type: ignore[attr-defined]
 
 
-def batches_yielded(iterator: Any) -> int:
-    """How many batches a loader's iterator has handed out since its last start."""
-    return int(iterator._num_yielded)
-
-
 def set_batches_yielded(iterator: Any, count: int) -> None:
     """Tell a loader's iterator how many batches were handed out before it was made."""
     iterator._num_yielded = count
 
 
-def start_sampler(iterator: Any) -> None:
-    """Start an iterator's sampler now instead of at its first batch."""
-    sampler = iterator._sampler_iter
-    try:
-        first = next(sampler)
-    except StopIteration:
-        iterator._sampler_iter = iter(())
-        return
+def has_own_iteration(loader_class: type) -> bool:
+    """Whether a loader's class makes iterators in another way than `DataLoader`."""
+    return any(vars_in_mro(loader_class, name) is not vars(DataLoader)[name] for name in ("__iter__", GET_ITERATOR))
 
-    def resumed() -> Any:
-        yield first
-        yield from sampler
 
-    iterator._sampler_iter = resumed()
+def is_own_iterator(iterator: Any) -> bool:
+    """Whether an iterator is one of torch's own over a loader."""
+    return isinstance(iterator, _BaseDataLoaderIter)
 
 
 def wrap_fetch(iterator: Any, wrap: Callable[[Callable[[], Any]], Callable[[], Any]]) -> None:
-    """Put a function around an iterator's fetch of the next batch."""
-    iterator._next_data = wrap(iterator._next_data)
+    """Put a function around an iterator's fetch of the next batch, without making the iterator refer to itself."""
+    own = weakref.WeakMethod(iterator._next_data)
+
+    def fetch() -> Any:
+        method = own()
+        assert method is not None
+        return method()
+
+    iterator._next_data = wrap(fetch)
 
 
 def pin(data: Any) -> Any:

@@ -4,21 +4,24 @@ A loader made resumable remembers, at each start, the random numbers it is about
 what it has handed out. Put back, it draws the same order again and skips what was handed out without asking the
 dataset. Where that is not possible (an iterable dataset) the batches are fetched again and dropped.
 
-Random numbers drawn in worker processes: every batch of a map-style dataset carries home the state of its worker's
-generators; on a restart each worker gets its own state back, and the first batch is prepared by the worker whose turn
-it is. So augmentation in workers goes on exactly, in persistent workers too.
+Random numbers drawn in worker processes come home with the batches of a map-style dataset (`stamps`); on a restart each
+worker gets its own state back, and the first batch is prepared by the worker whose turn it is. So augmentation in
+workers goes on exactly, in persistent workers too.
 """
 
 from __future__ import annotations
 
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 
 from lightning_ckptless import torch_internals
+from lightning_ckptless.errors import CkptlessError
+from lightning_ckptless.trainer.host.samplers import sampler_inside
 from lightning_ckptless.trainer.plain import plain_attributes, set_plain_attributes
 from lightning_ckptless.trainer.rng import (
     apply_rng,
@@ -26,6 +29,7 @@ from lightning_ckptless.trainer.rng import (
     owned_generators,
     set_owned_generators,
 )
+from lightning_ckptless.trainer.stamps import Stamped, StampingCollate, WorkerStart
 
 TRACKER = "_ckptless_tracker"
 
@@ -37,8 +41,9 @@ class LoaderPosition:
     Args:
         yielded: batches handed out since the start of the iteration.
         at_start: generators just before the iterator was made (it draws the seed of its workers).
-        at_sampler: generators and the sampler's attributes just before the order was drawn; None before that.
-        at_fetch: generators before the last batch was fetched; None where no batch can lie prefetched.
+        at_order: generators and the sampler's attributes just before an iterator was made of the sampler.
+        at_sampler: the same just before the first index was drawn; None before that.
+        at_fetch: generators before the last batch was fetched; None where no batch lies prefetched.
         workers: per worker its generators after its last batch that was handed out.
         own_state: `state_dict()` of a loader that can say its own position.
         dataset: state of the generators that the dataset owns.
@@ -46,53 +51,12 @@ class LoaderPosition:
 
     yielded: int
     at_start: bytes
+    at_order: bytes | None
     at_sampler: bytes | None
-    at_fetch: bytes | None
+    at_fetch: tuple[Any, Any] | None
     workers: dict[int, bytes]
     own_state: dict[str, Any] | None
     dataset: dict[str, Any]
-
-
-class _Stamped:
-    """A batch with the generators of the worker that made it."""
-
-    def __init__(self, data: Any, worker: int, generators: bytes) -> None:
-        self.data, self.worker, self.generators = data, worker, generators
-
-    def pin_memory(self) -> _Stamped:
-        """Called by the loader's pinning thread."""
-        return _Stamped(torch_internals.pin(self.data), self.worker, self.generators)
-
-
-class _StampingCollate:
-    """The user's collate function, with a stamp on what it returns in a worker."""
-
-    def __init__(self, collate: Callable[[Any], Any]) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: Any) -> Any:
-        data = self.collate(samples)
-        if (worker := get_worker_info()) is None:
-            return data
-        generators = pickle.dumps((capture_rng(), owned_generators(worker.dataset)))
-        return _Stamped(data, worker.id, generators)
-
-
-class _WorkerStart:
-    """The user's `worker_init_fn`, then the generators that the worker had."""
-
-    def __init__(self, init: Callable[[int], None] | None, generators: dict[int, bytes]) -> None:
-        self.init, self.generators = init, generators
-
-    def __call__(self, worker_id: int) -> None:
-        if self.init is not None:
-            self.init(worker_id)
-        if (saved := self.generators.get(worker_id)) is not None:
-            worker = get_worker_info()
-            assert worker is not None
-            rng, owned = pickle.loads(saved)
-            apply_rng(rng)
-            set_owned_generators(worker.dataset, owned)
 
 
 class _WatchedSampler:
@@ -107,150 +71,263 @@ class _WatchedSampler:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.sampler, name)
 
-    def __iter__(self) -> Iterator[Any]:
-        skip = self.tracker.on_sampler_start(self.sampler)
-        indices = iter(self.sampler)
-        for _ in range(skip):
-            next(indices, None)
-        yield from indices
+    def __iter__(self) -> _Order:
+        return _Order(self.sampler, self.tracker)
+
+
+class _Order:
+    """A sampler's iterator. Samplers draw their order when it is made, or (generators) at the first index."""
+
+    def __init__(self, sampler: Any, tracker: LoaderTracker) -> None:
+        self.sampler, self.tracker, self.started = sampler, tracker, False
+        tracker.on_order_made(sampler, self)
+        self.indices = iter(sampler)
+
+    def __iter__(self) -> _Order:
+        return self
+
+    def __next__(self) -> Any:
+        self.start()
+        return next(self.indices)
+
+    def start(self) -> None:
+        """Come to the first index to be used, now and not when it is asked for."""
+        if not self.started:
+            self.started = True
+            for _ in range(self.tracker.on_order_start(self.sampler)):
+                next(self.indices, None)
+
+
+class _WatchedIterator:
+    """An iterator that is not one of torch's own, with a function around its fetch of the next batch."""
+
+    def __init__(self, iterator: Any, wrap: Callable[[Callable[[], Any]], Callable[[], Any]]) -> None:
+        self.iterator = iterator
+        self.fetch = wrap(iterator.__next__)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.iterator, name)
+
+    def __iter__(self) -> _WatchedIterator:
+        return self
+
+    def __next__(self) -> Any:
+        return self.fetch()
 
 
 class LoaderTracker:
-    """What a resumable loader remembers about its current iteration."""
+    """What a resumable loader remembers about its current iteration.
+
+    It refers to the loader and its iterator weakly: worker processes end when the last user of an iterator lets go of
+    it, not when the garbage collector finds a cycle.
+    """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
-        self.loader = loader
+        self._loader = weakref.ref(loader)
+        self._iterator: Callable[[], Any] = lambda: None
+        self.dataset = loader.dataset
         self.states_itself = callable(getattr(loader, "state_dict", None))
-        self.by_index = torch_internals.is_map_style(loader) and not self.states_itself
+        self.iterates_itself = not self.states_itself and torch_internals.has_own_iteration(type(loader))
+        self.by_index = torch_internals.is_map_style(loader) and not (self.states_itself or self.iterates_itself)
         self.resume: LoaderPosition | None = None
-        self.iterator: Any = None
+        self.yielded: int | None = None
+        self.ended = False
         self.at_start = b""
+        self.at_order: bytes | None = None
         self.at_sampler: bytes | None = None
-        self.at_fetch: bytes | None = None
+        self.at_fetch: tuple[Any, Any] | None = None
         self.state_before_fetch: dict[str, Any] | None = None
         self.workers: dict[int, bytes] = {}
         self.rotation = 0
+        self._order: _Order | None = None
         self._sampler_resume: LoaderPosition | None = None
+        self._orders_to_pass = 0
+        self._refetch: tuple[Any, Any] | None = None
+        self._prefetched = False
 
     # ------------------------------------------------------------------ remember
 
     def position(self, buffered: int) -> LoaderPosition | None:
         """Where the loader is, not counting batches that lie prefetched behind it."""
-        if self.iterator is None:
+        if self.yielded is None:
             return None
+        self._prefetched |= bool(buffered)
+        loader: Any = self._loader()
         own_state = None
-        if self.states_itself:
-            own_state = self.state_before_fetch if buffered else self.loader.state_dict()  # type: ignore[attr-defined]
+        if self.states_itself and loader is not None:
+            own_state = self.state_before_fetch if buffered else loader.state_dict()
         return LoaderPosition(
-            yielded=torch_internals.batches_yielded(self.iterator) - buffered,
+            # One that has ended gave nothing to what lies prefetched.
+            yielded=self.yielded - (0 if self.ended else buffered),
             at_start=self.at_start,
+            at_order=self.at_order,
             at_sampler=self.at_sampler,
             at_fetch=self.at_fetch if buffered else None,
             workers=dict(self.workers),
             own_state=own_state,
-            dataset=owned_generators(self.loader.dataset),
+            dataset=owned_generators(self.dataset),
         )
 
-    def on_sampler_start(self, sampler: Any) -> int:
-        """Called when the sampler is about to draw its order; returns how many index batches to skip."""
+    def on_order_made(self, sampler: Any, order: _Order) -> None:
+        """Called when an iterator is about to be made of the sampler."""
+        resume = self._sampler_resume
+        if resume is not None and resume.at_order is not None:
+            if not self._orders_to_pass:
+                _apply_sampler(sampler, resume.at_order)
+            self._orders_to_pass = max(0, self._orders_to_pass - 1)
+        self.at_order, self._order = _dump_sampler(sampler), order
+
+    def on_order_start(self, sampler: Any) -> int:
+        """Called when the first index is about to be drawn; returns how many index batches to skip."""
         resume, self._sampler_resume = self._sampler_resume, None
-        parts = list(_sampler_parts(sampler))
         if resume is not None and resume.at_sampler is not None:
-            rng, attributes = pickle.loads(resume.at_sampler)
-            apply_rng(rng)
-            for part, (plain, owned) in zip(parts, attributes, strict=True):
-                set_plain_attributes(part, plain)
-                set_owned_generators(part, owned)
-        self.at_sampler = pickle.dumps((capture_rng(), [(plain_attributes(p), owned_generators(p)) for p in parts]))
+            _apply_sampler(sampler, resume.at_sampler)
+        self.at_sampler = _dump_sampler(sampler)
         return resume.yielded if resume is not None and self.by_index else 0
 
     def fetch(self, inner: Callable[[], Any]) -> Callable[[], Any]:
         """The iterator's fetch, with the stamp taken off and the generators before it kept."""
 
         def fetched() -> Any:
-            if self._may_prefetch():
-                self.at_fetch = pickle.dumps((capture_rng(), owned_generators(self.loader.dataset)))
-                if self.states_itself:
-                    self.state_before_fetch = self.loader.state_dict()  # type: ignore[attr-defined]
-            data = inner()
-            if isinstance(data, _Stamped):
+            self._before_fetch()
+            try:
+                data = inner()
+            except StopIteration:
+                self.ended = True
+                raise
+            assert self.yielded is not None
+            self.yielded += 1
+            if isinstance(data, Stamped):
                 self.workers[data.worker] = data.generators
                 return data.data
             return data
 
         return fetched
 
-    def _may_prefetch(self) -> bool:
-        try:
-            len(self.loader)
-        except TypeError:
-            return True
-        return False
+    def _before_fetch(self) -> None:
+        loader: Any = self._loader()
+        if self.iterates_itself and self.yielded == 0 and loader is not None:
+            self.on_order_start(loader.batch_sampler if loader.batch_sampler is not None else loader.sampler)
+        if self._refetch is not None:
+            (rng, owned), self._refetch = self._refetch, None
+            apply_rng(rng)
+            set_owned_generators(self.dataset, owned)
+        if self._prefetched:
+            self.at_fetch = (capture_rng(), owned_generators(self.dataset))
+            if self.states_itself and loader is not None:
+                self.state_before_fetch = loader.state_dict()
 
     # ------------------------------------------------------------------ start
 
-    def start(self, make: Callable[[], Any]) -> Any:
+    def start(self, loader: DataLoader[Any], make: Callable[[], Any]) -> Any:
         """Make the loader's iterator, at the position to resume if there is one."""
         resume, self.resume = self.resume, None
-        fresh = not (self.loader.persistent_workers and self.iterator is not None)
-        if not self.loader.persistent_workers:
-            self.workers = {}
+        self._prefetched |= not _has_length(loader)
+        if resume is not None:
+            return self._restart(loader, resume, make)
+        before = pickle.dumps((capture_rng(), [owned_generators(part) for part in self._holders(loader)]))
         self.at_sampler = None
-        if resume is None:
-            if fresh:
-                self.at_start = pickle.dumps(capture_rng())
-            return self._watch(make())
-        return self._restart(resume, make)
+        last = self._iterator()
+        iterator = self._watch(make(), yielded=0)
+        if iterator is not last:
+            # Persistent workers live on with the seed and the generators that they have.
+            self.at_start, self.workers = before, {}
+        return iterator
 
-    def _restart(self, resume: LoaderPosition, make: Callable[[], Any]) -> Any:
-        loader, user_init = self.loader, self.loader.worker_init_fn
+    def _holders(self, loader: DataLoader[Any]) -> list[Any]:
+        """What may hold generators that an iteration begins with."""
+        return [loader, self.dataset, *_sampler_parts(loader.batch_sampler or loader.sampler)]
+
+    def _restart(self, loader: DataLoader[Any], resume: LoaderPosition, make: Callable[[], Any]) -> Any:
+        user_init = loader.worker_init_fn
         self.at_start, self.workers = resume.at_start, dict(resume.workers)
-        if resume.at_start:
-            apply_rng(pickle.loads(resume.at_start))
+        rng, owned = pickle.loads(resume.at_start)
+        apply_rng(rng)
+        for part, generators in zip(self._holders(loader), owned, strict=True):
+            set_owned_generators(part, generators)
         if resume.own_state is not None:
             loader.load_state_dict(resume.own_state)  # type: ignore[attr-defined]
-        elif resume.at_sampler is not None:
-            self._sampler_resume = resume
-        loader.worker_init_fn = _WorkerStart(user_init, resume.workers) if resume.workers else user_init
+        else:
+            # An iterator with workers asks its sampler twice, the first time in vain.
+            self._sampler_resume, self._orders_to_pass = resume, min(1, loader.num_workers)
+        self.at_sampler = None
+        loader.worker_init_fn = WorkerStart(user_init, resume.workers) if resume.workers else user_init
         self.rotation = resume.yielded % loader.num_workers if loader.num_workers and self.by_index else 0
         try:
-            iterator = self._watch(make())
+            iterator = self._watch(make(), yielded=0)
         finally:
             loader.worker_init_fn, self.rotation = user_init, 0
         self._skip(iterator, resume)
-        set_owned_generators(loader.dataset, resume.dataset)
+        set_owned_generators(self.dataset, resume.dataset)
         return iterator
 
     def _skip(self, iterator: Any, resume: LoaderPosition) -> None:
-        if resume.own_state is not None:
-            return
-        if self.by_index:
-            if self.loader.num_workers == 0 and resume.at_sampler is not None:
-                torch_internals.start_sampler(iterator)
+        if resume.own_state is None and not self.by_index:
+            read_again(iterator, resume.yielded)
+        elif self.by_index:
+            if resume.yielded:
+                assert self._order is not None
+                self._order.start()
             torch_internals.set_batches_yielded(iterator, resume.yielded)
-        else:
-            for _ in range(resume.yielded):
-                next(iterator)
+        self.yielded = resume.yielded
 
-    def _watch(self, iterator: Any) -> Any:
-        if iterator is not self.iterator:
+    def _watch(self, iterator: Any, *, yielded: int) -> Any:
+        self.yielded, self.ended = yielded, False
+        if iterator is self._iterator():
+            return iterator
+        if torch_internals.is_own_iterator(iterator):
             torch_internals.wrap_fetch(iterator, self.fetch)
-        self.iterator = iterator
+        else:
+            iterator = _WatchedIterator(iterator, self.fetch)
+        self._iterator = weakref.ref(iterator)
         return iterator
 
     def before_buffer(self, position: LoaderPosition) -> None:
-        """Put the generators to where they were before a prefetched batch was made."""
-        if position.at_fetch is not None:
-            rng, owned = pickle.loads(position.at_fetch)
-            apply_rng(rng)
-            set_owned_generators(self.loader.dataset, owned)
+        """Have a batch that lay prefetched made again with the generators as they were before it."""
+        self._refetch, self._prefetched = position.at_fetch, True
+
+
+def read_again(iterator: Iterator[Any], batches: int) -> None:
+    """Fetch batches that were handed out before a fault, and drop them.
+
+    Raises:
+        CkptlessError: there are fewer of them than before.
+    """
+    end = object()
+    for done in range(batches):
+        if next(iterator, end) is end:
+            raise CkptlessError(
+                f"a training dataloader gave {batches} batches before the fault and {done} on being read again: an "
+                "iterable must give the same batches each time. Give it a state_dict(), or read from a Dataset by index"
+            )
+
+
+def _has_length(loader: Any) -> bool:
+    try:
+        len(loader)
+    except (TypeError, NotImplementedError):
+        return False
+    return True
+
+
+def _dump_sampler(sampler: Any) -> bytes:
+    return pickle.dumps((capture_rng(), [(plain_attributes(p), owned_generators(p)) for p in _sampler_parts(sampler)]))
+
+
+def _apply_sampler(sampler: Any, saved: bytes) -> None:
+    rng, attributes = pickle.loads(saved)
+    apply_rng(rng)
+    for part, (plain, owned) in zip(_sampler_parts(sampler), attributes, strict=True):
+        set_plain_attributes(part, plain)
+        set_owned_generators(part, owned)
 
 
 def _sampler_parts(sampler: Any) -> Iterator[Any]:
+    """A sampler and those inside it."""
     seen = 0
     while sampler is not None and seen < 8:
         yield sampler
-        sampler, seen = getattr(sampler, "sampler", None), seen + 1
+        sampler, seen = getattr(sampler, "sampler", None) or sampler_inside(sampler), seen + 1
 
 
 def tracker_of(loader: Any) -> LoaderTracker | None:
@@ -269,21 +346,22 @@ def make_resumable(loader: Any) -> Any:
     tracker = LoaderTracker(loader)
     vars(loader)[TRACKER] = tracker
     if tracker.by_index and loader.num_workers > 0:
-        loader.collate_fn = _StampingCollate(loader.collate_fn)
-    object.__setattr__(loader, "__class__", _resumable_class(type(loader), tracker.states_itself))
+        loader.collate_fn = StampingCollate(loader.collate_fn)
+    watched = not (tracker.states_itself or tracker.iterates_itself)
+    object.__setattr__(loader, "__class__", _resumable_class(type(loader), watched))
     return loader
 
 
 _CLASSES: dict[type, type] = {}
 
 
-def _resumable_class(base: type, states_itself: bool) -> type:
+def _resumable_class(base: type, watched: bool) -> type:
     """A single-inheritance subclass: only that may be assigned to a live object's `__class__`."""
     if base in _CLASSES:
         return _CLASSES[base]
 
     def start(self: Any) -> Any:
-        return getattr(self, TRACKER).start(lambda: base.__iter__(self))  # type: ignore[attr-defined]
+        return getattr(self, TRACKER).start(self, lambda: base.__iter__(self))  # type: ignore[attr-defined]
 
     def index_sampler(self: Any) -> Any:
         return _WatchedSampler(torch_internals.index_sampler(base, self), getattr(self, TRACKER))
@@ -295,7 +373,7 @@ def _resumable_class(base: type, states_itself: bool) -> type:
         return torch_internals.RotatedWorkersIterator(self, tracker.rotation)
 
     members: dict[str, Any] = {"__iter__": start, "__module__": base.__module__, "__qualname__": base.__qualname__}
-    if not states_itself:
+    if watched:
         members[torch_internals.INDEX_SAMPLER] = property(index_sampler)
         members[torch_internals.GET_ITERATOR] = get_iterator
     _CLASSES[base] = type(base.__name__, (base,), members)
