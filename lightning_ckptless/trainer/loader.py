@@ -126,7 +126,7 @@ class LoaderTracker:
         self._loader = weakref.ref(loader)
         self._iterator: Callable[[], Any] = lambda: None
         self.dataset = loader.dataset
-        self.states_itself = callable(getattr(loader, "state_dict", None))
+        self.states_itself = says_its_position(loader)
         self.iterates_itself = not self.states_itself and torch_internals.has_own_iteration(type(loader))
         self.by_index = torch_internals.is_map_style(loader) and not (self.states_itself or self.iterates_itself)
         self.resume: LoaderPosition | None = None
@@ -330,6 +330,18 @@ def _sampler_parts(sampler: Any) -> Iterator[Any]:
         sampler, seen = getattr(sampler, "sampler", None) or sampler_inside(sampler), seen + 1
 
 
+def says_its_position(loader: Any) -> bool:
+    """Whether a loader's own `state_dict()` is needed to come back to a position.
+
+    That of a `StatefulDataLoader` holds nothing of a map-style dataset but a count, and not the order of a sampler that
+    is wrapped for several ranks: there the order is drawn again, as for any other loader. With workers its iterator is
+    of a kind of its own, and only it can say where it is.
+    """
+    if not callable(getattr(loader, "state_dict", None)):
+        return False
+    return loader.num_workers > 0 or not torch_internals.is_map_style(loader) or hasattr(loader.dataset, "state_dict")
+
+
 def tracker_of(loader: Any) -> LoaderTracker | None:
     """The tracker of a resumable loader; None for any other iterable."""
     return getattr(loader, TRACKER, None)
@@ -352,13 +364,13 @@ def make_resumable(loader: Any) -> Any:
     return loader
 
 
-_CLASSES: dict[type, type] = {}
+_CLASSES: dict[tuple[type, bool], type] = {}
 
 
 def _resumable_class(base: type, watched: bool) -> type:
     """A single-inheritance subclass: only that may be assigned to a live object's `__class__`."""
-    if base in _CLASSES:
-        return _CLASSES[base]
+    if (base, watched) in _CLASSES:
+        return _CLASSES[base, watched]
 
     def start(self: Any) -> Any:
         return getattr(self, TRACKER).start(self, lambda: base.__iter__(self))  # type: ignore[attr-defined]
@@ -376,8 +388,8 @@ def _resumable_class(base: type, watched: bool) -> type:
     if watched:
         members[torch_internals.INDEX_SAMPLER] = property(index_sampler)
         members[torch_internals.GET_ITERATOR] = get_iterator
-    _CLASSES[base] = type(base.__name__, (base,), members)
-    return _CLASSES[base]
+    _CLASSES[base, watched] = type(base.__name__, (base,), members)
+    return _CLASSES[base, watched]
 
 
 def resume_at(loader: Any, position: LoaderPosition | None) -> None:
