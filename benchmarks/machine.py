@@ -1,0 +1,98 @@
+"""What a measurement was made on: hardware, versions, date and how busy the machine was with other things."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+
+
+def facts() -> dict[str, Any]:
+    """Machine, versions and date, as JSON can hold them."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "shared_memory_gib": round(psutil.disk_usage("/dev/shm").total / 2**30, 1),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "lightning": version("lightning"),
+        "lightning_ckptless": version("lightning_ckptless"),
+        "commit": _commit(),
+    }
+
+
+def in_words(known: dict[str, Any]) -> str:
+    """One sentence for the head of a table."""
+    return (
+        f"{known['date']}; {known['cores']} cores of {known['cpu']}, {known['memory_gib']} GiB; "
+        f"Python {known['python']}, torch {known['torch']}, lightning {known['lightning']}, commit {known['commit']}"
+    )
+
+
+def load() -> list[float]:
+    """Load averages of 1, 5 and 15 minutes."""
+    return [round(value, 2) for value in os.getloadavg()]
+
+
+def wait_until_quiet(most: float, patience_s: float) -> bool:
+    """Wait until the load of the last minute is at most `most`. Returns whether it came to that."""
+    deadline = time.monotonic() + patience_s
+    while os.getloadavg()[0] > most:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(5.0)
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """CPU time used by everything on the machine since it started."""
+
+    cpu_s: float
+    at: float
+
+    @classmethod
+    def now(cls) -> Busy:
+        times = psutil.cpu_times()
+        stolen = getattr(times, "steal", 0.0)
+        return cls(times.user + times.system + getattr(times, "softirq", 0.0) + stolen, time.monotonic())
+
+    def foreign_cores(self, since: Busy, own_cpu_s: float) -> float:
+        """Cores that others used since then, on average.
+
+        Args:
+            since: the earlier look.
+            own_cpu_s: CPU time of the processes that are being measured.
+        """
+        return max(0.0, self.cpu_s - since.cpu_s - own_cpu_s) / max(1e-9, self.at - since.at)
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """Commit of the working tree, with a plus sign where it was changed."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()

@@ -1,0 +1,60 @@
+"""Numbers out of repeats: quantiles and a straight line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+
+def quantile(values: Sequence[float], part: float) -> float:
+    """A quantile, interpolated between the two nearest values.
+
+    Args:
+        values: at least one.
+        part: 0.5 for the median, 0.95 for the 95th percentile.
+    """
+    ordered = sorted(values)
+    place = part * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle of the values, of which there is at least one."""
+    return quantile(values, 0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class StraightLine:
+    """`y = fixed + slope * x`."""
+
+    fixed: float
+    slope: float
+
+
+def fit_line(points: Sequence[tuple[float, float]]) -> StraightLine:
+    """The straight line of least squares through points `(x, y)`, of which at least two differ in x.
+
+    Points are weighted by `1 / max(1, y)**2`: the spread of a time grows with it, and the fixed part is read at the
+    small ones.
+    """
+    weights = [1.0 / max(1.0, y) ** 2 for _, y in points]
+    total = sum(weights)
+    x_mean = sum(w * x for w, (x, _) in zip(weights, points, strict=True)) / total
+    y_mean = sum(w * y for w, (_, y) in zip(weights, points, strict=True)) / total
+    spread = sum(w * (x - x_mean) ** 2 for w, (x, _) in zip(weights, points, strict=True))
+    slope = sum(w * (x - x_mean) * (y - y_mean) for w, (x, y) in zip(weights, points, strict=True)) / spread
+    return StraightLine(y_mean - slope * x_mean, slope)
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Mean, median, 95th percentile and the two ends."""
+    return {
+        "mean": fmean(values),
+        "p50": median(values),
+        "p95": quantile(values, 0.95),
+        "min": min(values),
+        "max": max(values),
+    }

@@ -1,0 +1,148 @@
+"""One kill of one rank, and what came of it, seen from outside."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.processes import Command
+from benchmarks.wire import Desk, Note
+
+START_S = 180.0
+_LOOK_S = 1.0
+
+
+class NoRecoveryError(RuntimeError):
+    """What was waited for did not come, or the job has ended."""
+
+
+@dataclass
+class Life:
+    """What one process of a job has said.
+
+    Args:
+        rank: of the process; -1 until it has one.
+        moments: first time of each moment, wall clock.
+        first_step: first step that it finished; 0 for none.
+        last_step: last step that it finished.
+        committed: newest step that it has seen committed on all ranks.
+    """
+
+    rank: int = -1
+    moments: dict[str, float] = field(default_factory=dict)
+    first_step: int = 0
+    last_step: int = 0
+    committed: int = 0
+
+    def take(self, note: Note) -> None:
+        """Put a note down."""
+        self.moments.setdefault(note.moment, note.at)
+        if note.moment == "step":
+            self.last_step = note.fields["step"]
+            self.first_step = self.first_step or self.last_step
+        elif note.moment == "committed":
+            self.committed = max(self.committed, note.fields["step"])
+
+
+@dataclass
+class Watch:
+    """Follows a job from note to note.
+
+    Args:
+        desk: where the notes come in.
+        command: the job.
+        ranks: of the job.
+
+    Attributes:
+        lives: of all processes so far, by process id.
+        pids: newest process of each rank.
+    """
+
+    desk: Desk
+    command: Command
+    ranks: int
+    lives: dict[int, Life] = field(default_factory=dict)
+    pids: dict[int, int] = field(default_factory=dict)
+
+    def take(self, note: Note) -> None:
+        """Put a note down."""
+        life = self.lives.setdefault(note.pid, Life())
+        life.take(note)
+        if note.rank != life.rank:
+            life.rank = note.rank
+            self.pids[note.rank] = note.pid
+
+    def now(self) -> list[Life]:
+        """The newest process of each rank, as far as they have started."""
+        return [self.lives[self.pids[rank]] for rank in range(self.ranks) if rank in self.pids]
+
+    def until(self, reached: Callable[[list[Life]], bool], timeout_s: float, awaited: str) -> list[Life]:
+        """Follow the job until its ranks have all started and got somewhere.
+
+        Raises:
+            NoRecoveryError: they have not in time, or the job has ended.
+        """
+        deadline = time.monotonic() + timeout_s
+        while len(lives := self.now()) < self.ranks or not reached(lives):
+            note = self.desk.next(_LOOK_S)
+            if note is not None:
+                self.take(note)
+            elif not self.command.running:
+                raise NoRecoveryError(f"the job ended before {awaited}:\n{self.command.last_words()}")
+            if time.monotonic() > deadline:
+                raise NoRecoveryError(f"no sign of {awaited} within {timeout_s} s:\n{self.command.last_words()}")
+        return lives
+
+    def follow(self, seconds: float) -> None:
+        """Follow the job for so long."""
+        deadline = time.monotonic() + seconds
+        while (note := self.desk.next(max(0.0, deadline - time.monotonic()))) is not None:
+            self.take(note)
+
+
+def kill_one(watch: Watch, chance: random.Random, *, step_s: float, timeout_s: float) -> dict[str, Any]:
+    """Kill a random rank after a random number of steps, at a random moment of the step.
+
+    Args:
+        watch: of a job that trains until it is ended.
+        chance: source of randomness.
+        step_s: about the length of a step.
+        timeout_s: longest wait for the recovery.
+
+    Returns:
+        Seconds from the kill to the first step finished by all, finished steps that were run again, committed steps
+        that were lost, how often the workers were started, and the moments of the new processes in seconds since then.
+
+    Raises:
+        NoRecoveryError: the job did not come back in time.
+    """
+    steps = max((life.last_step for life in watch.now()), default=0) + chance.randint(5, 60)
+    watch.until(lambda lives: min(life.last_step for life in lives) >= steps, START_S, f"step {steps}")
+    watch.follow(chance.random() * step_s)
+    victim, old = chance.randrange(watch.ranks), set(watch.lives)
+    killed_at = time.time()
+    os.kill(watch.pids[victim], signal.SIGKILL)
+
+    def came_back(lives: list[Life]) -> bool:
+        return old.isdisjoint(watch.pids.values()) and all(life.first_step for life in lives)
+
+    lives = watch.until(came_back, timeout_s, f"a step by all ranks after the loss of rank {victim}")
+    restored = min(life.first_step for life in lives) - 1
+    dead = [watch.lives[pid] for pid in old]
+    return {
+        "victim": victim,
+        "killed_at": killed_at,
+        "seconds": max(life.moments["step"] for life in lives) - killed_at,
+        "step_before": max(life.last_step for life in dead),
+        "committed_before": max(life.committed for life in dead),
+        "restored_step": restored,
+        "repeated_steps": max(life.last_step for life in dead) - restored,
+        "lost_committed_steps": max(0, max(life.committed for life in dead) - restored),
+        "starts": len(set(watch.lives) - old) / watch.ranks,
+        "ranks": [{name: at - killed_at for name, at in life.moments.items()} for life in lives],
+    }

@@ -1,0 +1,183 @@
+"""The tables of `steady_state`, from what the ranks have said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.quantiles import fit_line, median
+from benchmarks.tables import Table, verdict
+
+FIXED_TARGET_MS = 1.5
+STAGING_TARGET = 1.25
+
+Pair = dict[str, Any]
+Segment = dict[str, Any]
+
+
+def step_ms(segment: Segment) -> float:
+    """The median step of a segment, on the slower rank."""
+    return 1e3 * max(median(rank["steps_s"]) for rank in segment["ranks"])
+
+
+def cpu_ms(segment: Segment) -> float:
+    """CPU time of a step, all threads of a rank, mean over steps and ranks."""
+    return float(1e3 * segment["cpu_per_step_s"])
+
+
+def part_ms(segments: list[Segment], name: str) -> float:
+    """The median of one part of the steps, over ranks and segments; 0 where it was never measured."""
+    values = [value for segment in segments for rank in segment["ranks"] for value in rank.get(name, ())]
+    return 1e3 * median(values) if values else 0.0
+
+
+def over_ddp(pair: Pair, variant: str, quantity: Callable[[Segment], float] = step_ms) -> list[float]:
+    """Difference of a quantity to the neighbouring segment of `ddp`, per round."""
+    ours, theirs = pair["segments"][variant], pair["segments"]["ddp"]
+    return [quantity(a) - quantity(b) for a, b in zip(ours, theirs, strict=True)]
+
+
+def main_pairs(results: dict[str, Any]) -> list[Pair]:
+    """The pairs of two, without the comparison of options."""
+    return [pair for pair in results["pairs"] if len(pair["segments"]) == 2]
+
+
+def shard_mb(pair: Pair, variant: str = "ckptless") -> float:
+    """Megabytes that a rank stages per step."""
+    return float(max(rank["staged_bytes"] for rank in pair["segments"][variant][-1]["ranks"]) / 1e6)
+
+
+def busy_ms(segments: list[Segment], kind: str = "") -> float:
+    """What the training thread itself does for a step: capture, pack, hand over, stamp; waits left out.
+
+    Args:
+        segments: of one variant.
+        kind: `cpu_` for CPU time, nothing for time by the wall.
+    """
+    waits = 0.0 if kind else part_ms(segments, "stall_s")
+    return part_ms(segments, f"commit_{kind}s") - waits + part_ms(segments, f"stamp_{kind}s")
+
+
+def step_table(results: dict[str, Any]) -> Table:
+    """Step times against `ddp`."""
+    table = Table(
+        "Step time on 2 CPU ranks, one thread each, in turns",
+        ("model", "batch", "strategy", "step ms", "over ddp ms", "least to most", "over ddp", "CPU over ddp ms",
+         "foreign cores"),
+    )  # fmt: skip
+    table.note(
+        "Step: median of a segment on the slower rank, median over segments. Over ddp: median over rounds of the "
+        "difference to the neighbouring segment. CPU: of all threads of a rank; it counts what a free core hides."
+    )
+    table.note("Foreign cores: cores used by other processes of the machine meanwhile, median.")
+    for pair in results["pairs"]:
+        ddp = median([step_ms(segment) for segment in pair["segments"]["ddp"]])
+        for name, segments in pair["segments"].items():
+            cells: list[str] = ["", "", "", ""]
+            if name != "ddp":
+                over, cpu = over_ddp(pair, name), median(over_ddp(pair, name, cpu_ms))
+                spread = f"{min(over):.2f} to {max(over):.2f}"
+                cells = [f"{median(over):.2f}", spread, f"{median(over) / ddp:+.1%}", f"{cpu:.2f}"]
+            step = median([step_ms(segment) for segment in segments])
+            foreign = median([segment["foreign_cores"] for segment in segments])
+            table.add(pair["size"], pair["batch"], name, f"{step:.2f}", *cells, f"{foreign:.2f}")
+    return table
+
+
+def cost_table(results: dict[str, Any]) -> Table:
+    """Where the time of a mirrored step goes."""
+    table = Table(
+        "Parts of a mirrored step, medians in ms",
+        ("model", "batch", "strategy", "MB staged", "commit", "its CPU", "its wait", "stamp", "wait for copy",
+         "mirror CPU", "staged after", "round"),
+    )  # fmt: skip
+    table.note(
+        "Training thread: commit (capture of the small state, hand-over, waiting for the round before), stamp of the "
+        "step begun, wait before the optimizer step for the copy."
+    )
+    table.note(
+        "Mirror thread: its CPU time per round, the time from hand-over until the shard is staged, and until the round "
+        "is committed on all ranks."
+    )
+    names = ("commit_s", "commit_cpu_s", "stall_s", "stamp_s", "wait_s", "mirror_cpu_s", "stage_s", "round_s")
+    for pair in results["pairs"]:
+        for variant, segments in pair["segments"].items():
+            if variant != "ddp":
+                parts = [f"{part_ms(segments, name):.2f}" for name in names]
+                table.add(pair["size"], pair["batch"], variant, f"{shard_mb(pair, variant):.1f}", *parts)
+    return table
+
+
+def split_table(results: dict[str, Any]) -> Table:
+    """The fixed part and the part per byte, by a straight line through the sizes."""
+    columns = ("quantity", "fixed ms", "ms per 100 MB of shard")
+    table = Table("Fixed part and part per byte, by least squares over the sizes", columns)
+    pairs = main_pairs(results)
+    if len({pair["size"] for pair in pairs}) < 2:
+        return table
+    quantities: dict[str, Callable[[Pair], float]] = {
+        "step time over ddp": lambda pair: median(over_ddp(pair, "ckptless")),
+        "CPU time over ddp, all threads": lambda pair: median(over_ddp(pair, "ckptless", cpu_ms)),
+        "training thread, without waits": lambda pair: busy_ms(pair["segments"]["ckptless"]),
+        "training thread, CPU": lambda pair: busy_ms(pair["segments"]["ckptless"], "cpu_"),
+        "mirror thread, CPU": lambda pair: part_ms(pair["segments"]["ckptless"], "mirror_cpu_s"),
+        "hand-over until staged": lambda pair: part_ms(pair["segments"]["ckptless"], "stage_s"),
+    }
+    for name, quantity in quantities.items():
+        line = fit_line([(shard_mb(pair), quantity(pair)) for pair in pairs])
+        table.add(name, f"{line.fixed:.2f}", f"{100 * line.slope:.2f}")
+    smallest = min(pairs, key=lambda pair: (shard_mb(pair), pair["batch"]))
+    table.note(
+        f"{smallest['size']} is {shard_mb(smallest):.2f} MB per rank, so what it costs is fixed. Training thread: "
+        f"{verdict(busy_ms(smallest['segments']['ckptless']), FIXED_TARGET_MS, 'ms')}"
+    )
+    whole = median(over_ddp(smallest, "ckptless"))
+    table.note(f"The same with all that the mirror thread takes from it: {verdict(whole, FIXED_TARGET_MS, 'ms')}")
+    return table
+
+
+def staging_table(results: dict[str, Any]) -> Table:
+    """Staging against memcpy."""
+    table = Table(
+        "Staging the shard of one rank of two, against a plain memcpy into warm shared memory, in turns in one process",
+        ("model", "MB", "pieces", "memcpy ms", "GB/s", "staging ms", "GB/s", "ratio", "beyond memcpy ms"),
+    )
+    for row in results["staging"]:
+        plain, staged, size = median(row["memcpy_s"]), median(row["stage_s"]), row["shard_bytes"]
+        speeds = [f"{size / seconds / 1e9:.1f}" for seconds in (plain, staged)]
+        table.add(
+            row["size"], f"{size / 1e6:.2f}", row["pieces"], f"{1e3 * plain:.2f}", speeds[0], f"{1e3 * staged:.2f}",
+            speeds[1], f"{staged / plain:.2f}", f"{1e3 * (staged - plain):.2f}",
+        )  # fmt: skip
+        if row["size"] != "tiny":
+            table.note(f"{row['size']}: {verdict(staged / plain, STAGING_TARGET, 'x memcpy')}")
+    return table
+
+
+def memory_table(results: dict[str, Any], ranks: int) -> Table:
+    """Bytes in shared memory against the formula."""
+    table = Table(
+        "Shared memory per rank, against 2 slots x (own shard + kept shards)",
+        ("model", "strategy", "state MB", "kept shards", "formula MB", "arena per rank MB", "peak MB", "arena / state"),
+    )
+    table.note(
+        "The formula counts parameters and optimizer state: 2 (1 + m) / N of it for m kept shards and N ranks. On one "
+        "node nothing is kept for others unless failure_domain=rank says so. Peak: while the slots of the first "
+        "step, which has no optimizer state yet, are still there.",
+    )
+    seen = set()
+    for pair in results["pairs"]:
+        for variant in ("ckptless", "failure_domain=rank"):
+            if variant not in pair["segments"] or (pair["size"], variant) in seen:
+                continue
+            seen.add((pair["size"], variant))
+            kept = 1 if variant == "failure_domain=rank" else 0
+            state = pair["state_bytes"] / 1e6
+            said = pair["segments"][variant][-1]["ranks"][0]
+            arena, peak = (said[name] / 1e6 / ranks for name in ("arena_bytes", "peak_arena_bytes"))
+            formula = 2 * (1 + kept) / ranks * state
+            table.add(
+                pair["size"], variant, f"{state:.1f}", kept, f"{formula:.1f}", f"{arena:.1f}", f"{peak:.1f}",
+                f"{arena / state:.2f}",
+            )  # fmt: skip
+    return table

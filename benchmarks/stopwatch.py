@@ -1,0 +1,85 @@
+"""Times what the strategy does in each step, from outside, by wrapping its public methods on the instance."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lightning_ckptless.protocol.versions import Version
+
+
+class Stopwatch:
+    """Times of the training thread and of the mirror thread, step by step.
+
+    Args:
+        engine: of a strategy that is training.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.times: dict[str, list[float]] = {}
+        self.mirror_cpu_s: float | None = None
+        self.peak_arena_bytes = 0
+        engine.probes.append(self._probe)
+
+    def attach(self) -> None:
+        """Wrap what is not wrapped yet; the mirror is another one when the layout has changed."""
+        engine = self.engine
+        self._wrap(engine.boundaries, "commit", "commit")
+        self._wrap(engine, "at_batch_start", "stamp")
+        self._wrap(engine, "before_optimizer_step", "wait")
+        if engine.mirror is not None:
+            self._wrap(engine.mirror, "submit", "submit", returned="stall_s")
+
+    def take(self) -> dict[str, Any]:
+        """All times since the last call, and the sizes as they are now."""
+        times, self.times = self.times, {}
+        mirror = self.engine.mirror
+        return times if mirror is None else {**times, **self._sizes(), "torn": mirror.stats.torn}
+
+    def _sizes(self) -> dict[str, int]:
+        stats = self.engine.mirror.stats
+        rounds = max(1, stats.committed)
+        return {
+            "staged_bytes": stats.staged_bytes // rounds,
+            "sent_bytes": stats.sent_bytes // rounds,
+            "arena_bytes": self._arena_bytes(),
+            "peak_arena_bytes": self.peak_arena_bytes,
+        }
+
+    def _wrap(self, owner: Any, method: str, name: str, *, returned: str | None = None) -> None:
+        inner: Callable[..., Any] = getattr(owner, method)
+        if getattr(inner, "timed", False):
+            return
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began, cpu_began = time.perf_counter(), time.thread_time()
+            result = inner(*args, **kwargs)
+            self._add(f"{name}_s", time.perf_counter() - began)
+            self._add(f"{name}_cpu_s", time.thread_time() - cpu_began)
+            if returned is not None:
+                self._add(returned, result)
+            return result
+
+        timed.timed = True  # type: ignore[attr-defined]
+        setattr(owner, method, timed)
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.times.setdefault(name, []).append(seconds)
+
+    def _probe(self, moment: str, _version: Version) -> None:
+        """Called in the mirror thread."""
+        if moment == "agree" and self.engine.mirror.stats.committed < 3:
+            self.peak_arena_bytes = max(self.peak_arena_bytes, self._arena_bytes())
+        if moment == "committed":
+            stats, cpu_s = self.engine.mirror.stats, time.thread_time()
+            if self.mirror_cpu_s is not None:
+                self._add("mirror_cpu_s", max(0.0, cpu_s - self.mirror_cpu_s))
+            self.mirror_cpu_s = cpu_s
+            self._add("stage_s", stats.last_stage_s)
+            self._add("round_s", stats.last_round_s)
+
+    def _arena_bytes(self) -> int:
+        """Bytes that the slots of all ranks of this node take in shared memory."""
+        return sum(path.stat().st_blocks * 512 for path in self.engine.arena.path.glob("shard-*"))

@@ -1,0 +1,92 @@
+"""Jobs whose agents are threads of this process, forked from one preloaded parent: they start in less than a second."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from benchmarks.job import JobOptions
+from benchmarks.processes import SCRIPT, job_environment
+from benchmarks.scratch import Scratch
+from benchmarks.wire import Desk, Note
+from lightning_ckptless.membership.launch import DEFAULT_PRELOAD, LaunchConfig, Outcome, run
+from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.program import Program
+
+PATIENCE_S = 300.0
+
+
+class JobLostError(RuntimeError):
+    """A job ended, or fell silent, before it was told to end."""
+
+
+class TurnsJob:
+    """A job that trains only when it is its turn. A context manager that ends it.
+
+    Args:
+        options: of the job; it is told to take turns.
+        parent: forks its workers.
+        place: for what it leaves behind.
+    """
+
+    def __init__(self, options: JobOptions, parent: PreloadedParent, place: Scratch) -> None:
+        self.options = options
+        self.desk = Desk(place.files / f"{id(self)}.socket")
+        self.outcome: Outcome | None = None
+        self._waiting: list[Note] = []
+        self._folder = place.files / f"job-{id(self)}"
+        self._folder.mkdir()
+        config = LaunchConfig(
+            program=Program("script", str(SCRIPT), tuple(options.to_arguments())),
+            nproc=options.devices,
+            max_restarts=0,
+            run_root=self._folder,
+            arena_dir=place.arenas,
+            cwd=self._folder,
+            env=job_environment(self.desk.path),
+            log_dir=self._folder,
+            redirects="3",
+        )
+        self._thread = threading.Thread(target=self._run, args=(config, parent), name="agent", daemon=True)
+        self._thread.start()
+
+    def _run(self, config: LaunchConfig, parent: PreloadedParent) -> None:
+        self.outcome = run(config, parent=parent)
+
+    def ready(self) -> list[Note]:
+        """Wait until all ranks wait for their turn; what they say of the segment that is over, by rank."""
+        while len(self._waiting) < self.options.devices:
+            note = self.desk.next(PATIENCE_S)
+            if note is None or note.moment == "gone":
+                raise JobLostError(f"{self.options}: {'silent' if note is None else f'rank {note.rank} is gone'}")
+            if note.moment == "ready":
+                self._waiting.append(note)
+        return sorted(self._waiting, key=lambda note: note.rank)
+
+    def train(self, steps: int) -> list[Note]:
+        """Let the job train so many steps; what the ranks say of them."""
+        waiting, self._waiting = self.ready(), []
+        for note in waiting:
+            note.answer(steps=steps)
+        return self.ready()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for note in self._waiting:
+            note.answer(steps=0)
+        if error is not None:
+            # Workers that still wait for an answer end when the wire does.
+            self.desk.close()
+        self._thread.join(PATIENCE_S)
+        self.desk.close()
+
+
+def preloaded_parent(folder: Path) -> PreloadedParent:
+    """The parent of all jobs, with the modules that `ckptless run` preloads."""
+    return PreloadedParent(DEFAULT_PRELOAD, path=[str(folder)])

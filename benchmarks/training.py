@@ -1,0 +1,139 @@
+"""What a job does: one Lightning run on random tokens, with a callback that tells the benchmark of each step."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.gpt import GPT, random_tokens
+from benchmarks.job import JobOptions
+from benchmarks.stopwatch import Stopwatch
+from benchmarks.wire import Wire
+
+SAMPLES = 4096
+
+
+class Trained(pl.LightningModule):
+    """The model with its loss and optimizer."""
+
+    def __init__(self, size: str) -> None:
+        super().__init__()
+        self.model = GPT(size)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
+        loss: Tensor = self.model(batch[0])
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), 1e-4)
+
+
+class Beacon(pl.Callback):
+    """Tells the benchmark of every finished step, and of every version that is committed on all ranks."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        probes: list[Callable[[str, Any], None]] | None = getattr(trainer.strategy, "probes", None)
+        if probes is not None:
+            probes.append(self.mirrored)
+
+    def mirrored(self, moment: str, version: Any) -> None:
+        if moment == "committed":
+            self.wire.say("committed", step=version.optimizer_step)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        self.wire.say("train", step=trainer.global_step)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        self.wire.say("step", step=trainer.global_step)
+
+
+class Turns(pl.Callback):
+    """Trains in segments: waits between two until it is this job's turn again.
+
+    What a segment took is told when it is over: the time of each step from the start of its batch to the start of the
+    next one, and what the stopwatch saw.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self.left = 0
+        self.starts: list[float] = []
+        self.cpu_s = 0.0
+        self.stopwatch: Stopwatch | None = None
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        self.starts.append(time.perf_counter())
+        if self.left == 0:
+            self.wait_for_turn(trainer)
+        self.left -= 1
+
+    def wait_for_turn(self, trainer: pl.Trainer) -> None:
+        starts, ended_cpu_s = self.starts, time.process_time()
+        self.wire.say(
+            "ready",
+            steps_s=[after - before for before, after in pairwise(starts)],
+            cpu_s=ended_cpu_s - self.cpu_s,
+            **(self.stopwatch.take() if self.stopwatch else {}),
+        )
+        heard = self.wire.hear()
+        self.left = int(heard["steps"])
+        if not self.left:
+            trainer.should_stop = True
+            return
+        if hasattr(trainer.strategy, "engine"):
+            self.stopwatch = self.stopwatch or Stopwatch(trainer.strategy.engine)
+            self.stopwatch.attach()
+        self.cpu_s = time.process_time()
+        self.starts = [time.perf_counter()]
+
+
+def make_strategy(options: JobOptions) -> Any:
+    """The strategy as a trainer takes it; a run with Lightning's own imports nothing of ours."""
+    if options.strategy != "ckptless":
+        return options.strategy
+    from lightning_ckptless import CkptlessStrategy  # noqa: PLC0415
+
+    return CkptlessStrategy(**options.strategy_options)
+
+
+def train(options: JobOptions, wire: Wire) -> None:
+    """Train as the options say.
+
+    Args:
+        options: of the job.
+        wire: to the benchmark.
+    """
+    pl.seed_everything(11, verbose=False)
+    callbacks: list[pl.Callback] = [Turns(wire) if options.turns else Beacon(wire)]
+    if options.checkpoint_every:
+        folder = os.path.join(options.root, "checkpoints")
+        callbacks.append(ModelCheckpoint(folder, every_n_train_steps=options.checkpoint_every, save_last=True))
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=options.devices,
+        strategy=make_strategy(options),
+        max_steps=options.steps,
+        max_epochs=-1 if options.steps < 0 else None,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=bool(options.checkpoint_every),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=options.root,
+    )
+    data = DataLoader(TensorDataset(random_tokens(SAMPLES)), batch_size=options.batch, shuffle=True)
+    wire.say("fit")
+    trainer.fit(Trained(options.size), data, ckpt_path="last" if options.checkpoint_every else None)
+    wire.say("done")

@@ -1,0 +1,108 @@
+import random
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.recoveries import Watch
+from benchmarks.relaunch import OPPONENTS
+from benchmarks.relaunch_tables import FRESH, moments_table, own_share_s, phases_table, stock_table, summary_table
+from benchmarks.wire import Desk, Note, Wire
+
+
+def kill(seconds: float, *, repeated: int = 1, lost: int = 0) -> dict[str, Any]:
+    moments = {"script": 0.2, "imported": 0.5, "fit": 0.6, "train": 0.7, "step": seconds}
+    earlier = {name: at - 0.1 for name, at in moments.items()}
+    phases = dict.fromkeys(("detect_s", "abort_s", "regroup_s", "restore_s", "replay_s"), 0.1) | {"other_s": 0.0}
+    return {
+        "seconds": seconds,
+        "killed_at": 1000.0,
+        "repeated_steps": repeated,
+        "lost_committed_steps": lost,
+        "starts": 1.0,
+        "ranks": [earlier, moments],
+        "ledger": {"phases": phases, "total_s": 0.5, "spawned_at": 1000.1},
+    }
+
+
+def results(*kills: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "kills": {FRESH: list(kills), "torchrun, ddp": [{"failed": "no sign"}]},
+        "stock": [{"failed": "no sign"}, kill(9.0)],
+    }
+
+
+def test_own_share_leaves_out_start_and_imports() -> None:
+    assert own_share_s(kill(0.9)) == pytest.approx(0.9 - (0.5 - 0.1))
+
+
+def test_summary_counts_the_survived_and_the_lost() -> None:
+    table = summary_table(results(kill(1.0), kill(3.0, repeated=2, lost=1), kill(2.0)))
+
+    assert table.rows[0] == (FRESH, "3", "3", "2.00", "2.90", "3.00", "1", "2", "1")
+    assert table.rows[1][:3] == ("torchrun, ddp", "1", "0")
+
+
+def test_spans_are_between_the_slowest_ranks() -> None:
+    table = moments_table(results(kill(0.9)))
+
+    assert table.rows == [(FRESH, "0.200", "0.300", "0.100", "0.100", "0.200", "0.90")]
+
+
+def test_phases_come_from_the_ledger() -> None:
+    assert phases_table(results(kill(0.9))).rows == [(FRESH, *5 * ("0.100",), "0.000", "0.50", "0.90")]
+
+
+def test_a_try_that_does_not_come_back_is_counted() -> None:
+    assert stock_table(results(kill(1.0))).notes == ["1 of 2 tries needed more than one start"]
+
+
+def test_every_opponent_has_a_command_line_of_its_own() -> None:
+    lines = [opponent.command(opponent.options("1M", Path("root"))) for opponent in OPPONENTS]
+
+    assert len({tuple(line) for line in lines}) == len(OPPONENTS)
+
+
+class Running:
+    running = True
+
+    def last_words(self) -> str:
+        return ""
+
+
+def test_a_watch_tells_the_processes_of_a_rank_apart() -> None:
+    ours, theirs = socket.socketpair()
+    watch: Any = Watch(None, Running(), 2)  # type: ignore[arg-type]
+
+    def take(moment: str, pid: int, rank: int, **fields: Any) -> None:
+        watch.take(Note(moment, float(pid), pid, rank, fields, ours))
+
+    for pid, rank in ((10, 0), (11, 1)):
+        take("script", pid, -1)
+        take("step", pid, rank, step=4)
+        take("step", pid, rank, step=5)
+    take("committed", 10, 0, step=5)
+    take("script", 20, 0)
+    take("step", 11, 1, step=6)
+
+    assert watch.pids[0] == 20 and watch.pids[1] == 11
+    assert (watch.lives[10].first_step, watch.lives[10].last_step, watch.lives[10].committed) == (4, 5, 5)
+    assert watch.lives[11].last_step == 6 and watch.lives[20].first_step == 0
+    ours.close()
+    theirs.close()
+
+
+def test_a_note_is_heard_and_answered_and_its_end_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    with Desk(tmp_path / "socket") as desk:
+        wire = Wire(str(desk.path))
+        wire.say("ready", step=random.randint(1, 9))
+        note = desk.next(10.0)
+        assert note is not None and (note.moment, note.rank) == ("ready", 3)
+        note.answer(steps=2)
+        assert wire.hear() == {"steps": 2}
+        wire.close()
+        gone = desk.next(10.0)
+        assert gone is not None and (gone.moment, gone.rank) == ("gone", 3)
+        assert desk.next(0.0) is None

@@ -1,0 +1,43 @@
+import io
+
+from rich.console import Console
+
+from benchmarks.machine import Busy, facts, in_words
+from benchmarks.tables import Table, verdict
+
+
+def table() -> Table:
+    found = Table("Times", ("what", "s"))
+    found.add("this", 1.5)
+    found.note("A sentence.")
+    return found
+
+
+def test_a_table_as_markdown() -> None:
+    assert table().markdown() == "**Times**\n\n| what | s |\n| --- | ---: |\n| this | 1.5 |\n\n- A sentence.\n"
+
+
+def test_a_table_on_a_terminal() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    table().show(console)
+
+    assert all(text in console.file.getvalue() for text in ("Times", "this", "1.5", "A sentence."))  # type: ignore[attr-defined]
+
+
+def test_a_verdict_names_both_numbers() -> None:
+    assert verdict(1.5, 1.5, "ms") == "1.50 ms (target 1.5 ms): met"
+    assert verdict(1.6, 1.5, "ms") == "1.60 ms (target 1.5 ms): missed"
+
+
+def test_the_machine_is_described() -> None:
+    known = facts()
+
+    assert known["cores"] >= 1 and known["torch"].startswith("2.")
+    assert known["date"] in in_words(known) and known["torch"] in in_words(known)
+
+
+def test_foreign_cores_are_what_others_used() -> None:
+    before, after = Busy(100.0, 50.0), Busy(116.0, 60.0)
+
+    assert after.foreign_cores(before, own_cpu_s=11.0) == 0.5
+    assert after.foreign_cores(before, own_cpu_s=99.0) == 0.0
