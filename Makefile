@@ -47,7 +47,7 @@ types: $(STAMP)  ## check types, strictly
 	@$(BIN)/mypy
 
 docs: $(STAMP)  ## build the documentation into site/, strictly
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
 bench: $(STAMP)  ## measure; takes long and wants a quiet machine

@@ -1,0 +1,205 @@
+"""The pages say what the code does: tables are compared, names are looked up, quoted messages are made again."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+
+import pytest
+
+from lightning_ckptless import environment, errors
+from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.membership.torchrun import options_parser
+from lightning_ckptless.options import CkptlessOptions
+from lightning_ckptless.protocol import start
+from lightning_ckptless.protocol.faults import GRAMMAR, FaultKind, Moment, parse_faults
+from lightning_ckptless.protocol.goodput import Phases
+from lightning_ckptless.protocol.placement import place
+from lightning_ckptless.protocol.slots import TRANSITIONS, SlotEvent
+from lightning_ckptless.protocol.start import StartPlan, plan_start
+from lightning_ckptless.protocol.versions import Complete, Missing, Replica, SlotState, Version, newest_complete
+from tests.house.code import PACKAGE, REPOSITORY, sources
+
+Row = list[str]
+PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
+ALL_TEXT = "\n".join(path.read_text() for path in (*PAGES, REPOSITORY / "README.md"))
+
+
+def page(name: str) -> str:
+    """The text of a page."""
+    return (REPOSITORY / "docs" / f"{name}.md").read_text()
+
+
+def flowing(text: str) -> str:
+    """Text without its line breaks."""
+    return " ".join(text.split())
+
+
+def tables(text: str) -> Iterator[list[Row]]:
+    """The tables of a page, as rows of cells, without the rule below the head."""
+    for block in re.findall(r"(?:^\|.*\|\n)+", text + "\n", re.MULTILINE):
+        rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in block.splitlines()]
+        yield [rows[0], *rows[2:]]
+
+
+def table(text: str, head: str) -> list[Row]:
+    """The rows below the head of the table whose first column has this head."""
+    return next(rows[1:] for rows in tables(text) if rows[0][0] == head)
+
+
+def first_words(rows: list[Row]) -> set[str]:
+    """What stands in code in the first column."""
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row[0])}
+
+
+def test_slot_states() -> None:
+    head, *rows = next(rows for rows in tables(page("how-it-works")) if rows[0][0] == "State")
+    events = [SlotEvent(name.strip("`")) for name in head[1:]]
+    assert events == list(SlotEvent)
+    documented = {
+        row[0].strip("`"): {e: cell.strip("`") for e, cell in zip(events, row[1:], strict=True) if cell} for row in rows
+    }
+    assert documented == {state: dict(edges) for state, edges in TRANSITIONS.items()}
+
+
+def test_what_a_generation_starts_from() -> None:
+    assert start.__doc__ is not None
+    assert table(page("how-it-works"), "Arenas") == table(start.__doc__, "Arenas")
+
+
+def test_phases() -> None:
+    documented = [row[0].strip("`") for row in table(page("how-it-works"), "Phase")]
+    assert documented == [field.name.removesuffix("_s") for field in fields(Phases)]
+
+
+def test_options() -> None:
+    text = page("configuration")
+    rows = {row[0]: row[1] for row in table(text, "Option")}
+    expected = {f"[`{f.name}`](#{f.name})": f"`{f.default}`" for f in fields(CkptlessOptions)}
+    assert rows == expected
+    assert re.findall(r"^### `(.*)`$", text, re.MULTILINE) == [f.name for f in fields(CkptlessOptions)]
+
+
+def test_environment_variables() -> None:
+    ours = {value for name, value in vars(environment).items() if name.isupper()}
+    documented = set().union(*(first_words(rows[1:]) for rows in tables(page("environment"))))
+    assert documented == ours
+    assert environment.__doc__ is not None
+    assert set(re.findall(r"CKPTLESS_\w+", environment.__doc__)) == ours
+    assert set(re.findall(r"CKPTLESS_[A-Z_]+", ALL_TEXT)) <= ours
+
+
+def test_errors() -> None:
+    classes = [cls for _, cls in inspect.getmembers(errors, inspect.isclass)]
+    built_in = {cls.__name__: cls.__bases__[-1].__name__ for cls in classes}
+    rows = table(page("errors"), "Exception")
+    assert {row[0].strip("`"): row[1].strip("`") for row in rows} == built_in
+
+
+def test_fault_grammar() -> None:
+    text = page("faults")
+    assert GRAMMAR in text
+    assert [row[0].strip("`") for row in table(text, "Moment")] == list(Moment)
+    assert {row[0].strip("`") for row in table(text, "Kind")} == set(FaultKind)
+
+
+def test_faults_that_are_shown_can_be_read() -> None:
+    shown = re.findall(r"(?:--fault |CKPTLESS_FAULTS=|FaultInjector\(\")([a-z]+:[^\s\"`]+)", ALL_TEXT)
+    assert len(shown) > 5
+    for text in shown:
+        assert parse_faults(text)
+
+
+def recorded_events() -> set[str]:
+    """Every event that is written into the ledger, by the calls that write it."""
+    calls = (node for source in sources(PACKAGE) for node in source.nodes if isinstance(node, ast.Call))
+    return {
+        call.args[0].value
+        for call in calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr in {"record", "_record"} and call.args
+        if isinstance(call.args[0], ast.Constant) and isinstance(call.args[0].value, str)
+    }
+
+
+def test_events() -> None:
+    assert first_words(table(page("watching"), "Event")) == recorded_events()
+
+
+def test_logged_values() -> None:
+    (report,) = (source for source in sources(f"{PACKAGE}/trainer") if source.path.name == "report.py")
+    values = next(
+        node.value
+        for node in report.nodes
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "self._values"
+    )
+    assert isinstance(values, ast.Dict)
+    names = {str(key.value) for key in values.keys if isinstance(key, ast.Constant)}
+    phases = {f"_{field.name}" for field in fields(Phases)} - {"_detect_s"} | {"ckptless/recovery_detect_s"}
+    assert first_words(table(page("watching"), "Name")) == {f"ckptless/{name}" for name in names} | phases
+
+
+def test_launch_options() -> None:
+    documented = {name.split()[0] for name in first_words(table(page("launching"), "Option"))}
+    ours = {
+        text
+        for group in options_parser()._action_groups
+        if group.title == "ckptless"
+        for action in group._group_actions
+        for text in action.option_strings
+    }
+    assert documented == ours
+
+
+def test_quoted_messages() -> None:
+    two_per_node = [f"node{rank // 2}" for rank in range(8)]
+    assert place(two_per_node, 1).reason in page("how-it-works")
+    with pytest.raises(OptionsError) as refused:
+        place([f"node{rank // 4}" for rank in range(8)], 2)
+    assert str(refused.value) in page("errors")
+
+
+def test_quoted_refusals() -> None:
+    found = newest_complete([_replica(shard, Version(120, True), world_size=4) for shard in range(4)])
+    assert flowing(_plan(found, world_size=3).reason) in flowing(page("errors"))
+    lost = newest_complete([_replica(0, Version(118, True), world_size=2)])
+    assert flowing(_plan(lost, world_size=2).reason) in flowing(page("errors"))
+
+
+def _replica(shard: int, version: Version, *, world_size: int) -> Replica:
+    return Replica(shard, shard, "node", 0, version, 1, world_size, "layout", SlotState.COMMITTED, 8, 8, "")
+
+
+def _plan(found: Complete | Missing, *, world_size: int) -> StartPlan:
+    return plan_start(
+        found=found,
+        generation=2,
+        world_size=world_size,
+        relaunched=True,
+        had_commit=True,
+        ckpt_path=None,
+        origin=None,
+        durable=None,
+        on_unrecoverable="durable",
+    )
+
+
+def test_make_targets_that_are_shown_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    shown = set(re.findall(r"(?:`|\$ )make ([a-z-]+)", ALL_TEXT))
+    assert {"demo", "test"} <= shown <= targets
+
+
+def test_files_that_are_shown_exist() -> None:
+    shown = set(
+        re.findall(r"\b(?:examples|configs|tests|benchmarks)/[\w./-]+\w|lightning_ckptless/[\w/]+\.py", ALL_TEXT)
+    )
+    assert len(shown) > 8
+    assert {path for path in shown if not (REPOSITORY / path).exists()} == set()
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    named = re.findall(r"^ +- [\w ]+: ([\w-]+\.md)$", (REPOSITORY / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(path.name for path in PAGES)
