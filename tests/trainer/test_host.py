@@ -1,0 +1,413 @@
+"""Every private name of Lightning and torchmetrics that we touch is there and does what we think it does."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchmetrics
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_ckptless.trainer.host import loggers as host_loggers
+from lightning_ckptless.trainer.host.ddp import model_averaging_period
+from lightning_ckptless.trainer.host.flavour import LIGHTNING, fabric_module, flavour_of, imported_flavour, is_a, module
+from lightning_ckptless.trainer.host.launch import CKPT_PATH_INDEX, fit_parameters, is_fit, is_stop, launcher_base
+from lightning_ckptless.trainer.host.loops import FitLoops
+from lightning_ckptless.trainer.host.metrics import dump_metric, load_metric, metrics_of
+from lightning_ckptless.trainer.host.results import dump_results, load_results, logs_are_due, show_on_progress_bar
+from lightning_ckptless.trainer.plain import pack, unpack
+from tests.lab.parts import Numbers
+from tests.trainer.tiny import FLAVOURS, callback, tiny_loader, tiny_module, tiny_trainer
+
+# Where each owner of private names is found in the middle of an epoch, and what is asked of it.
+OWNERS = {
+    "fit_loop": lambda t: t.fit_loop,
+    "epoch_loop": lambda t: t.fit_loop.epoch_loop,
+    "val_loop": lambda t: t.fit_loop.epoch_loop.val_loop,
+    "combined_loader": lambda t: t.fit_loop._combined_loader,
+    "iterator": lambda t: t.fit_loop._combined_loader._iterator,
+    "fetcher": lambda t: t.fit_loop._data_fetcher,
+    "trainer": lambda t: t,
+    "connector": lambda t: t._logger_connector,
+    "module": lambda t: t.lightning_module,
+}
+ASKED = {
+    "fit_loop": """
+        _combined_loader _combined_loader_states_to_load _data_fetcher _last_train_dl_reload_epoch _restart_stage
+        _restarting _loaded_from_state_dict _resuming_from_checkpoint reset_restart_stage setup_data reset run done
+        advance on_run_start on_advance_start on_advance_end on_iteration_done on_run_end epoch_progress state_dict
+        load_state_dict
+    """,
+    "epoch_loop": """
+        _results _should_accumulate _should_check_val_fx _skip_next_val _batches_that_stepped _on_before_fetch
+        _on_after_fetch _restart_stage advance on_advance_end on_iteration_done done restarting global_step
+    """,
+    "val_loop": "_results _has_run _last_val_dl_reload_epoch",
+    "combined_loader": "_iterator flattened reset",
+    "iterator": "_idx _consumed iterators",
+    "fetcher": "fetched done length batches _start_profiler _stop_profiler",
+    "trainer": "_logger_connector _last_val_time _train_start_time",
+    "connector": """
+        _progress_bar_metrics _logged_metrics _callback_metrics _current_fx _first_loop_iter should_update_logs
+    """,
+    "module": "_current_fx_name",
+}
+NAMES = [f"{owner}.{name}" for owner, names in ASKED.items() for name in names.split()]
+CLASSES = {
+    "loops.loop": ["_Loop"],
+    "loops.fetchers": ["_DataFetcher", "_PrefetchDataFetcher"],
+    "strategies.launchers.launcher": ["_Launcher"],
+    "utilities.exceptions": ["SIGTERMException", "_TunerExitException"],
+    "trainer.connectors.logger_connector.result": ["_Metadata", "_Sync", "_ResultMetric", "_ResultCollection"],
+    "loggers.csv_logs": ["ExperimentWriter"],
+    "loggers": ["CSVLogger", "TensorBoardLogger"],
+    "callbacks": ["ProgressBar", "Timer", "DeviceStatsMonitor", "BaseFinetuning", "StochasticWeightAveraging"],
+    "cli": ["SaveConfigCallback"],
+}
+
+
+@pytest.fixture(scope="module", params=FLAVOURS)
+def absent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The names that one distribution does not have in the middle of an epoch."""
+    missing: set[str] = set()
+
+    def look(trainer: Any, *_: Any) -> None:
+        for owner, name in (full.split(".") for full in NAMES):
+            if not hasattr(OWNERS[owner](trainer), name):
+                missing.add(f"{owner}.{name}")
+
+    options = {"val_check_interval": {"hours": 1}, "check_val_every_n_epoch": None, "limit_train_batches": 1}
+    trainer = tiny_trainer(tmp_path_factory.mktemp("names"), request.param, max_steps=1, **options)
+    trainer.callbacks.append(callback(request.param, on_train_batch_end=look))
+    trainer.fit(tiny_module(request.param), tiny_loader(), tiny_loader())
+    return missing
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loops_have(name: str, absent: set[str]) -> None:
+    assert name not in absent, f"Lightning has moved {name}"
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path, names in CLASSES.items() for name in names])
+def test_both_distributions_have(flavour: str, path: str, name: str) -> None:
+    assert inspect.isclass(getattr(module(flavour, path), name, None)), f"{flavour} has moved {path}.{name}"
+
+
+# ---------------------------------------------------------------------- flavours
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_objects_know_their_distribution(flavour: str) -> None:
+    assert flavour_of(tiny_module(flavour)) == flavour
+    assert is_a(module(flavour, "callbacks").Timer(), "callbacks", "Timer")
+    assert not is_a(module(flavour, "callbacks").Timer(), "callbacks", "ProgressBar")
+    assert not is_a(object(), "callbacks", "ThereIsNoSuchClass")
+
+
+def test_what_belongs_to_no_distribution_takes_the_imported_one() -> None:
+    assert flavour_of(object()) == imported_flavour() == LIGHTNING
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_sampler_epochs_are_set_by_a_function_of_fabric(flavour: str) -> None:
+    sampler = DistributedSampler(Numbers(4), num_replicas=2, rank=0)
+    fabric_module(flavour, "utilities.data")._set_sampler_epoch(DataLoader(Numbers(4), sampler=sampler), 5)
+    assert sampler.epoch == 5
+
+
+# ---------------------------------------------------------------------- launch
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_fit_hands_its_checkpoint_path_to_the_launcher(flavour: str, tmp_path: Path) -> None:
+    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    class Recorder(launcher_base(flavour)):  # type: ignore[misc]
+        @property
+        def is_interactive_compatible(self) -> bool:
+            return True
+
+        def launch(self, function: Any, *args: Any, **kwargs: Any) -> None:
+            calls.append((function, args, kwargs))
+
+        def kill(self, signum: Any) -> None:
+            """Nothing was started."""
+
+    trainer = tiny_trainer(tmp_path, flavour)
+    trainer.strategy._launcher = Recorder()
+    trainer.fit(tiny_module(flavour), ckpt_path="here.ckpt")
+    trainer.validate(tiny_module(flavour), ckpt_path="here.ckpt")
+    (fit, args, kwargs), (validate, *_) = calls
+    assert fit_parameters(flavour)[CKPT_PATH_INDEX] == "ckpt_path"
+    assert args[CKPT_PATH_INDEX] == "here.ckpt"
+    assert kwargs["trainer"] is trainer
+    assert is_fit(fit)
+    assert not is_fit(validate)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_requests_to_stop_are_no_faults(flavour: str) -> None:
+    errors = module(flavour, "utilities.exceptions")
+    for error in (errors.SIGTERMException(), errors._TunerExitException(), KeyboardInterrupt(), SystemExit(1)):
+        assert is_stop(error), error
+    assert not is_stop(ValueError())
+    assert not is_stop(errors.MisconfigurationException())
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_the_period_of_model_averaging_is_read(flavour: str) -> None:
+    strategy = module(flavour, "strategies").DDPStrategy
+    assert model_averaging_period(strategy()) is None
+    assert model_averaging_period(strategy(model_averaging_period=3)) == 3
+
+
+# ---------------------------------------------------------------------- loops
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_counters_travel_without_a_notion_of_restart(flavour: str, tmp_path: Path) -> None:
+    saved: list[Any] = []
+    steps: list[int] = []
+
+    def note(trainer: Any, *_: Any) -> None:
+        saved.append(unpack(pack(FitLoops(trainer).counters())))
+
+    options = {"val_check_interval": 2, "max_epochs": 2}
+    trainer = tiny_trainer(tmp_path / "first", flavour, callbacks=[callback(flavour, on_train_end=note)], **options)
+    trainer.fit(tiny_module(flavour), tiny_loader(), tiny_loader())
+
+    def take_over(trainer: Any, *_: Any) -> None:
+        loops = FitLoops(trainer)
+        loops.set_counters(saved[0])
+        steps.append(loops.batches_that_stepped)
+        assert loops.counters() == saved[0]
+        for loop in loops._all(loops.fit):
+            assert not (loop._restarting or loop._loaded_from_state_dict or loop._resuming_from_checkpoint)
+            assert getattr(loop, "_restart_stage", "none") == "none"
+
+    hook = callback(flavour, on_train_start=take_over)
+    fresh = tiny_trainer(tmp_path / "second", flavour, callbacks=[hook], **options)
+    fresh.fit(tiny_module(flavour), tiny_loader(), tiny_loader())
+    assert steps == [8]
+    assert fresh.global_step == 8
+    assert fresh.current_epoch == 2
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_every_loop_is_found(flavour: str, tmp_path: Path) -> None:
+    loops = FitLoops(tiny_trainer(tmp_path, flavour))
+    found = {type(loop).__name__ for loop in loops._all(loops.fit)}
+    assert found >= {
+        "_FitLoop",
+        "_TrainingEpochLoop",
+        "_EvaluationLoop",
+        "_AutomaticOptimization",
+        "_ManualOptimization",
+    }
+
+
+# ---------------------------------------------------------------------- results
+
+
+def logging_module(flavour: str) -> Any:
+    """A module that logs in every way there is."""
+    base: Any = type(tiny_module(flavour))
+
+    class Logging(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.counted = torchmetrics.SumMetric()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.layer(batch[0]).square().mean()
+            for reduce_fx in ("mean", "sum", "max", "min"):
+                self.log(f"{reduce_fx}_epoch", loss, on_step=False, on_epoch=True, reduce_fx=reduce_fx, prog_bar=True)
+                self.log(f"{reduce_fx}_both", loss, on_step=True, on_epoch=True, reduce_fx=reduce_fx, sync_dist=True)
+            self.log("step", loss, on_step=True, on_epoch=False, logger=False)
+            self.log("rank_zero", loss, on_step=True, rank_zero_only=True)
+            self.counted(torch.tensor(batch_idx + 1.0))
+            self.log("counted", self.counted, on_step=True, on_epoch=True)
+            return loss
+
+    return Logging()
+
+
+def _described(results: Any) -> dict[str, Any]:
+    return {
+        key: (
+            metric.meta,
+            metric.is_tensor,
+            metric.has_reset,
+            metric._update_count,
+            metric.value if metric.is_tensor else None,
+            metric._forward_cache,
+        )
+        for key, metric in results.items()
+    }
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_logged_values_come_back_with_what_they_mean(flavour: str, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def there_and_back(trainer: Any, *_: Any) -> None:
+        results = trainer.fit_loop.epoch_loop._results
+        connector = trainer._logger_connector
+        metrics = {
+            name: dict(getattr(connector, f"_{name}_metrics")) for name in ("progress_bar", "logged", "callback")
+        }
+        before, size = _described(results), results.batch_size
+        old = dict(results)
+        load_results(trainer, unpack(pack(dump_results(trainer))))
+        assert _described(results) == before
+        assert results.batch_size == size
+        for key, metric in results.items():
+            assert metric is not old[key]
+            assert metric.update_called
+            if metric.meta.on_epoch:
+                assert torch.equal(metric.compute(), old[key].compute()), key
+                metric._computed = old[key]._computed = None
+        for name, values in metrics.items():
+            assert getattr(connector, f"_{name}_metrics") == values
+        seen.append(len(results))
+
+    trainer = tiny_trainer(tmp_path, flavour, callbacks=[callback(flavour, on_train_batch_end=there_and_back)])
+    trainer.fit(logging_module(flavour), tiny_loader(), tiny_loader())
+    assert seen == [11] * 4
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_epoch_values_do_not_notice_a_reload(flavour: str, tmp_path: Path) -> None:
+    def reload(trainer: Any, *_: Any) -> None:
+        load_results(trainer, unpack(pack(dump_results(trainer))))
+
+    values = []
+    for number, hooks in enumerate(({}, {"on_train_batch_end": reload})):
+        torch.manual_seed(0)
+        trainer = tiny_trainer(tmp_path / str(number), flavour, callbacks=[callback(flavour, **hooks)])
+        trainer.fit(logging_module(flavour), tiny_loader(), tiny_loader())
+        values.append(trainer.callback_metrics)
+    assert values[0] == values[1]
+    assert set(values[0]) > {"mean_both_epoch", "max_epoch", "counted_epoch", "counted_step", "val_loss"}
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_values_of_our_own_reach_the_progress_bar(flavour: str, tmp_path: Path) -> None:
+    due: list[bool] = []
+
+    def show(trainer: Any, *_: Any) -> None:
+        show_on_progress_bar(trainer, {"goodput": 0.5})
+        assert trainer.progress_bar_metrics["goodput"] == 0.5
+        due.append(logs_are_due(trainer))
+
+    trainer = tiny_trainer(
+        tmp_path, flavour, log_every_n_steps=2, callbacks=[callback(flavour, on_train_batch_start=show)]
+    )
+    trainer.fit(tiny_module(flavour), tiny_loader())
+    assert due == [False, True, False, True]
+
+
+# ---------------------------------------------------------------------- torchmetrics
+
+
+@pytest.mark.parametrize("name", ["_defaults", "_update_count", "_computed", "_forward_cache"])
+def test_torchmetrics_has(name: str) -> None:
+    assert hasattr(torchmetrics.MeanMetric(), name), f"torchmetrics has moved Metric.{name}"
+
+
+@pytest.mark.parametrize(
+    ("make", "values"),
+    [
+        (torchmetrics.MeanMetric, [torch.tensor(1.0), torch.tensor(4.0)]),
+        (torchmetrics.CatMetric, [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]),
+        (torchmetrics.MaxMetric, [torch.tensor(3.0)]),
+        (lambda: torchmetrics.Accuracy(task="multiclass", num_classes=3), []),
+    ],
+    ids=["mean", "cat", "max", "unused"],
+)
+def test_metrics_go_on_where_they_were(make: Any, values: list[torch.Tensor]) -> None:
+    metric, fresh = make(), make()
+    for value in values:
+        metric(value)
+    if values:
+        metric.compute()
+    load_metric(fresh, unpack(pack(dump_metric(metric))))
+    assert fresh.update_count == metric.update_count == len(values)
+    assert fresh.update_called == metric.update_called
+    if values:
+        assert torch.equal(fresh._forward_cache, metric._forward_cache)
+        assert torch.equal(fresh.compute(), metric.compute())
+        for either in (metric, fresh):
+            either.update(torch.tensor(7.0))
+        assert torch.equal(fresh.compute(), metric.compute())
+
+
+def test_a_metric_that_was_reset_is_empty_again() -> None:
+    metric = torchmetrics.CatMetric()
+    metric.update(torch.ones(2))
+    empty = unpack(pack(dump_metric(torchmetrics.CatMetric())))
+    load_metric(metric, empty)
+    assert metric.value == []
+    assert not metric.update_called
+
+
+def test_metrics_are_found_in_collections() -> None:
+    root = torch.nn.Module()
+    root.all = torchmetrics.MetricCollection({"mean": torchmetrics.MeanMetric(), "sum": torchmetrics.SumMetric()})
+    root.layer = torch.nn.Linear(1, 1)
+    assert set(metrics_of(root.named_modules())) == {"all.mean", "all.sum"}
+
+
+# ---------------------------------------------------------------------- loggers
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("kind", ["CSVLogger", "TensorBoardLogger"])
+def test_loggers_take_their_version_from_an_attribute(flavour: str, kind: str, tmp_path: Path) -> None:
+    logger = getattr(module(flavour, "loggers"), kind)(str(tmp_path))
+    assert logger._version is None
+    host_loggers.set_versions([logger], [{"kind": kind, "version": 7}])
+    assert Path(logger.log_dir).name == "version_7"
+    assert logger._experiment is None
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_the_csv_writer_saves_by_its_own_attributes(flavour: str, tmp_path: Path) -> None:
+    logger = module(flavour, "loggers").CSVLogger(str(tmp_path))
+    writer = logger.experiment
+    assert type(writer) is module(flavour, "loggers.csv_logs").ExperimentWriter
+    assert Path(writer.metrics_file_path).name == writer.NAME_METRICS_FILE
+    calls: list[str] = []
+    save, rewrite = writer.save, writer._rewrite_with_new_header
+
+    def noted_save() -> None:
+        calls.append("save")
+        save()
+
+    def noted_rewrite(keys: list[str]) -> None:
+        calls.append("rewrite")
+        rewrite(keys)
+
+    writer.save, writer._rewrite_with_new_header = noted_save, noted_rewrite
+    logger.log_metrics({"a": 1.0}, step=0)
+    assert writer.metrics == [{"a": 1.0, "step": 0}]
+    logger.save()
+    assert (writer.metrics, writer.metrics_keys) == ([], ["a", "step"])
+    logger.log_metrics({"b": 1.0}, step=1)
+    logger.save()
+    assert calls == ["save", "save", "rewrite"]
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_the_configuration_of_the_command_line_is_saved_once(flavour: str) -> None:
+    cls = importlib.import_module(f"{flavour}.cli").SaveConfigCallback
+    saver = cls(parser=None, config=None)
+    assert vars(saver)["already_saved"] is False, "Lightning has moved SaveConfigCallback.already_saved"
+    host_loggers.note_saved_config([saver], saved=True)
+    # It would save, and find no trainer to ask for a folder.
+    saver.setup(None, None, stage="fit")
