@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from lightning_ckptless.membership.generation import Generation, join_generation
 
@@ -35,7 +36,7 @@ def open_world(
         TransportError: not all ranks came.
     """
     assert not dist.is_initialized()
-    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=JOIN_TIMEOUT_S)))
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=JOIN_TIMEOUT_S)))
     generation = join_generation(store, rank, world_size, JOIN_TIMEOUT_S)
     options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
     dist.init_process_group(

@@ -120,13 +120,15 @@ class Engine:
             start_reaper(self.identity.agent_pid, str(self.arena.path))
         self.placement: Placement = place(self._domains(), self._copies())
         notes = self._notes()
+        relaunched = self.generation > 1
+        self._go_beyond(notes, opens)
         self._name_logs(notes)
         found = choose(self.arena, self.transport, self.nodes)
         plan = plan_start(
             found=found,
             generation=self.generation,
             world_size=self.world_size,
-            relaunched=self.generation > 1,
+            relaunched=relaunched,
             had_commit=any(n.get("committed") for n in notes),
             ckpt_path=ckpt_path,
             origin=next((n["origin"] for n in notes if n.get("origin")), None),
@@ -155,6 +157,13 @@ class Engine:
     def _notes(self) -> list[dict[str, Any]]:
         lines = self.transport.gather(json.dumps(self.arena.notes()).encode())
         return [json.loads(line) for line in lines]
+
+    def _go_beyond(self, notes: list[dict[str, Any]], opens: bool) -> None:
+        """A run that is started again counts on: two memberships never write under one number into an arena."""
+        self.generation = max([self.generation, *(int(n["generation"]) + 1 for n in notes if "generation" in n)])
+        self.report.generation = self.generation
+        if opens:
+            self.arena.note("generation", self.generation)
 
     def _name_logs(self, notes: list[dict[str, Any]]) -> None:
         """Loggers of a relaunch write into the folders of the run; asking for their paths must not choose new ones."""
@@ -230,7 +239,8 @@ class Engine:
         assert restored is not None
         described = restored.layout.tensors().items()
         make_room_for_optimizer_state(
-            self.trainer, {name: (dtype_of(d), shape) for name, (d, shape) in described if name.startswith("optimizer/")}
+            self.trainer,
+            {name: (dtype_of(d), shape) for name, (d, shape) in described if name.startswith("optimizer/")},
         )
         self._index = StateIndex(self.trainer)
         tensors = self._index.read()

@@ -57,5 +57,7 @@ def identify(trainer: Any, env: Mapping[str, str] = os.environ) -> Identity:
     if run_id in _DEFAULT_RUN_IDS:
         run_id = f"torchrun-{host}-{agent_pid}"
     node = env.get(environment.NODE, f"{host}-{agent_pid}")
-    root = Path(env[environment.RUN_ROOT]) if environment.RUN_ROOT in env else Path(trainer.default_root_dir) / "ckptless"
+    root = (
+        Path(env[environment.RUN_ROOT]) if environment.RUN_ROOT in env else Path(trainer.default_root_dir) / "ckptless"
+    )
     return Identity(re.sub(r"[^A-Za-z0-9_.-]+", "-", run_id), node, agent_pid, own_agent, root.absolute())

@@ -53,9 +53,7 @@ def plain_attributes(owner: object, *, leave: Collection[str] = ()) -> dict[str,
         leave: names that are not to be taken.
     """
     return {
-        name: value
-        for name, value in getattr(owner, "__dict__", {}).items()
-        if name not in leave and is_plain(value)
+        name: value for name, value in getattr(owner, "__dict__", {}).items() if name not in leave and is_plain(value)
     }
 
 

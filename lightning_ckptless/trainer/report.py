@@ -34,9 +34,7 @@ class RunReport:
         clock: seconds since the epoch.
     """
 
-    def __init__(
-        self, trainer: Any, ledger: Ledger, generation: int, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, trainer: Any, ledger: Ledger, generation: int, clock: Callable[[], float] = time.time) -> None:
         self.trainer = trainer
         self.ledger = ledger
         self.generation = generation
@@ -86,7 +84,9 @@ class RunReport:
         self._restored = found.snapshot.version
         self._replayed_now = max(0, step_in_flight - found.snapshot.version.optimizer_step)
         if self.speaks:
-            self._record("restored", version=str(self._restored), sources=fetched.sources, moved_bytes=fetched.moved_bytes)
+            self._record(
+                "restored", version=str(self._restored), sources=fetched.sources, moved_bytes=fetched.moved_bytes
+            )
 
     def resume(self, saved: dict[str, Any]) -> None:
         """Training is about to go on: take up the accounts of the restored version."""

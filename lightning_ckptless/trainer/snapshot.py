@@ -40,12 +40,14 @@ class SmallState:
         self.module = trainer.lightning_module
         named = list(self.module.named_modules())
         self._modules = [m for _, m in named]
+        # Those that inject faults or write traces are no part of the run: the next start may have others.
+        self._callbacks = [c for c in trainer.callbacks if not type(c).__module__.startswith("lightning_ckptless")]
         self._metrics = metrics_of(named)
         self._extra_state = {name: m for name, m in named if type(m).get_extra_state is not nn.Module.get_extra_state}
         flavour = module(flavour_of(trainer))
         self._module_baseline = frozenset(vars(flavour.LightningModule()))
         self._data_baseline = frozenset(vars(flavour.LightningDataModule()))
-        self._savers = [owner for owner in (self.module, *trainer.callbacks) if _saves_extras(owner)]
+        self._savers = [owner for owner in (self.module, *self._callbacks) if _saves_extras(owner)]
 
     # ------------------------------------------------------------------ capture
 
@@ -60,7 +62,7 @@ class SmallState:
             "optimizers": optimizer_facts(trainer),
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
             "precision": trainer.precision_plugin.state_dict(),
-            "callbacks": [self._callback(callback) for callback in trainer.callbacks],
+            "callbacks": [self._callback(callback) for callback in self._callbacks],
             "module": self._module(),
             "datamodule": self._datamodule(),
             "extras": self._extras(),
@@ -118,7 +120,7 @@ class SmallState:
         """
         trainer = self.trainer
         self._check(saved)
-        for callback, state in zip(trainer.callbacks, saved["callbacks"], strict=True):
+        for callback, state in zip(self._callbacks, saved["callbacks"], strict=True):
             if state["state"]:
                 callback.load_state_dict(copy.deepcopy(state["state"]))
             set_plain_attributes(callback, copy.deepcopy(state["plain"]))
@@ -162,7 +164,7 @@ class SmallState:
             (
                 "callbacks",
                 [c["class"] for c in saved["callbacks"]],
-                [type(c).__name__ for c in self.trainer.callbacks],
+                [type(c).__name__ for c in self._callbacks],
             ),
             ("modules", [str(len(saved["training"]))], [str(len(self._modules))]),
             ("schedulers", [str(len(saved["schedulers"]))], [str(len(self.trainer.lr_scheduler_configs))]),
@@ -178,7 +180,9 @@ class SmallState:
 
 def _saves_extras(owner: Any) -> bool:
     hook: Callable[..., Any] | None = getattr(type(owner), "on_save_checkpoint", None)
-    return hook is not None and not hook.__module__.startswith(("lightning.", "pytorch_lightning", "lightning_ckptless"))
+    return hook is not None and not hook.__module__.startswith(
+        ("lightning.", "pytorch_lightning", "lightning_ckptless")
+    )
 
 
 def _hook(owner: Any, name: str, trainer: Any, checkpoint: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ def command_for(options: Options) -> list[str]:
 def parent() -> Iterator[PreloadedParent]:
     """Forks the workers of all runs of a module."""
     with make_parent(LaunchConfig(program=program_of([str(LAB)]))) as preloaded:
+        preloaded.ready()
         yield preloaded
 
 

@@ -41,6 +41,7 @@ class Options:
     root: str = "."
     seed: int = 7
     strategy_options: str = "{}"  # a python dictionary of strategy options
+    ckpt_path: str = ""  # a checkpoint file to begin from
     raise_at: int = 0  # raise a ValueError at this step, every time
 
 

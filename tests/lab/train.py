@@ -27,7 +27,7 @@ def main() -> None:
     importlib.import_module(options.flavour)
     strategy = importlib.import_module("lightning_ckptless").CkptlessStrategy
     trainer, model, data = make_run(options, strategy(**ast.literal_eval(options.strategy_options)))
-    trainer.fit(model, datamodule=data)
+    trainer.fit(model, datamodule=data, ckpt_path=options.ckpt_path or None)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,211 @@
+"""A run that ended, and is started again under its run id: what its arenas hold decides how it goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from lightning_ckptless.job import remove_arenas
+from lightning_ckptless.ledger import Event, read_ledger
+from lightning_ckptless.membership.launch import LaunchConfig, Outcome, new_run_id, run
+from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.program import Program
+from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.replica.arena import Arena, default_arena_dir, find_arenas
+from lightning_ckptless.testing.compare import compare
+from lightning_ckptless.testing.drill import Variant, run_variant
+from lightning_ckptless.testing.log_files import collect_logs
+from lightning_ckptless.testing.traces import read_traces
+from tests.faults.conftest import REPOSITORY, command_for
+from tests.faults.matrix import BASE
+from tests.lab.parts import Options
+
+PER_RANK = replace(BASE, strategy_options="{'failure_domain': 'rank'}")
+
+
+@dataclass
+class Run:
+    """A run on this machine whose starts share a run id, a folder and the arena."""
+
+    folder: Path
+    parent: PreloadedParent
+    run_id: str
+    config: LaunchConfig | None = None
+    starts: int = 0
+
+    def start(self, options: Options, faults: str = "", *, max_restarts: int = 0, run_root: Path | None = None) -> Outcome:
+        """Start it and wait for its end; its arena stays."""
+        script, *arguments = command_for(options)
+        output = self.folder / f"output-{self.starts}"
+        self.starts += 1
+        self.config = LaunchConfig(
+            program=Program("script", script, tuple(arguments)),
+            nproc=options.devices,
+            run_id=self.run_id,
+            max_restarts=max_restarts,
+            env={
+                "PYTHONPATH": str(REPOSITORY),
+                "CKPTLESS_FAULTS": faults,
+                "CKPTLESS_TRACE_DIR": str(self.folder / "trace"),
+            },
+            cwd=self.folder,
+            run_root=run_root or self.folder / "runs",
+            log_dir=output,
+            redirects="3",
+        )
+        return run(self.config, parent=self.parent)
+
+    @property
+    def output(self) -> str:
+        """All that the workers of the last start printed."""
+        folder = self.folder / f"output-{self.starts - 1}"
+        return "\n".join(path.read_text() for path in sorted(folder.rglob("*.log")))
+
+    @property
+    def arena(self) -> Arena:
+        """Its arena."""
+        return Arena.attach(next(info.path for info in find_arenas(default_arena_dir(), self.run_id)))
+
+    def events(self, kind: str) -> list[Event]:
+        """Events of a kind in its ledger."""
+        return [event for event in read_ledger(self.folder / "runs" / self.run_id / "ledger.jsonl") if event.event == kind]
+
+
+@pytest.fixture
+def job(tmp_path: Path, parent: PreloadedParent) -> Iterator[Run]:
+    """A run, whose arena is removed in the end."""
+    started = Run(tmp_path, parent, new_run_id())
+    yield started
+    assert started.config is not None
+    remove_arenas(started.config)
+
+
+@pytest.fixture(scope="module")
+def whole(parent: PreloadedParent, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Options], Variant]:
+    """The uninterrupted run of a configuration."""
+    made: dict[Options, Variant] = {}
+
+    def get(options: Options) -> Variant:
+        if options not in made:
+            made[options] = run_variant(
+                command_for(options),
+                tmp_path_factory.mktemp("whole") / "run",
+                parent=parent,
+                isolate=True,
+                env={"PYTHONPATH": str(REPOSITORY)},
+            )
+        return made[options]
+
+    return get
+
+
+def _assert_identical(job: Run, whole: Variant) -> None:
+    collect_logs(read_traces(job.folder / "trace").values(), job.folder / "logs", since=0)
+    verdict = compare(whole.folder, job.folder)
+    assert verdict.identical, str(verdict)
+
+
+def test_goes_on_where_it_ended(job: Run, whole: Callable[[Options], Variant]) -> None:
+    assert job.start(BASE, "kill:rank=1:step=5").exit_code == 128 + 9
+    assert job.start(BASE).exit_code == 0
+    assert [event.fields["version"] for event in job.events("restored")] == [str(Version(4, tail_done=True))]
+    _assert_identical(job, whole(BASE))
+
+
+def test_flipped_byte_is_left_aside_for_the_replica(job: Run, whole: Callable[[Options], Variant]) -> None:
+    job.start(PER_RANK, "kill:rank=0:step=5")
+    arena = job.arena
+    newest = max(r.version for r in arena.inventory())
+    damaged = next(r for r in arena.inventory() if (r.shard, r.keeper, r.version) == (1, 1, newest))
+    (path,) = arena.path.glob(f"shard-0001.kept-by-0001.*slot-{damaged.slot}")
+    with path.open("r+b") as file:
+        file.seek(4096 + 17)
+        byte = file.read(1)
+        file.seek(4096 + 17)
+        file.write(bytes([byte[0] ^ 1]))
+    assert job.start(PER_RANK).exit_code == 0
+    assert "1 damaged" in job.output
+    assert job.events("restored")[0].fields["version"] == str(newest)
+    _assert_identical(job, whole(PER_RANK))
+
+
+def test_lost_keeper_is_replaced_by_the_peer(job: Run, whole: Callable[[Options], Variant]) -> None:
+    job.start(PER_RANK, "kill:rank=1:step=7")
+    for path in job.arena.path.glob("*.kept-by-0001.*"):
+        path.unlink()
+    assert job.start(PER_RANK).exit_code == 0
+    _assert_identical(job, whole(PER_RANK))
+
+
+def test_no_replica_left_ends_with_the_shard_and_the_step(job: Run) -> None:
+    options = replace(BASE, strategy_options="{'failure_domain': 'rank', 'on_unrecoverable': 'raise'}")
+    job.start(options, "kill:rank=1:step=7")
+    for path in job.arena.path.glob("shard-0001.*"):
+        path.unlink()
+    assert job.start(options, max_restarts=3).exit_code == 1
+    assert job.starts == 2
+    assert "StateMissingError" in job.output
+    assert "shards 1 of 2" in job.output
+    assert "step 6" in job.output
+
+
+def test_no_replica_left_goes_on_from_the_checkpoint_file(job: Run) -> None:
+    options = replace(BASE, checkpoint_every=3)
+    job.start(options, "kill:rank=1:step=8")
+    for path in job.arena.path.glob("shard-0001.*"):
+        path.unlink()
+    assert job.start(options).exit_code == 0
+    assert "goes on from the newest checkpoint file" in job.output
+    assert "step=6.ckpt" in job.output
+
+
+def test_another_number_of_ranks_is_refused(job: Run) -> None:
+    job.start(BASE, "kill:rank=1:step=5")
+    outcome = job.start(replace(BASE, devices=1), max_restarts=3)
+    assert (outcome.exit_code, outcome.restarts) == (1, 0)
+    assert "was mirrored by 2 ranks, and 1 are started" in job.output
+
+
+def test_another_model_is_refused_by_the_name_of_a_tensor(job: Run) -> None:
+    job.start(BASE, "kill:rank=1:step=5")
+    outcome = job.start(replace(BASE, optimization="two"), max_restarts=3)
+    assert (outcome.exit_code, outcome.restarts) == (1, 0)
+    assert "LayoutMismatchError" in job.output
+    assert "optimizer/" in job.output
+
+
+def test_a_checkpoint_path_beside_a_live_arena_is_refused(job: Run) -> None:
+    job.start(BASE, "kill:rank=1:step=5")
+    outcome = job.start(replace(BASE, ckpt_path="other.ckpt"), max_restarts=3)
+    assert (outcome.exit_code, outcome.restarts) == (1, 0)
+    assert "ckpt_path='other.ckpt'" in job.output
+
+
+def test_an_exception_that_repeats_is_raised(job: Run) -> None:
+    outcome = job.start(replace(BASE, raise_at=5), max_restarts=3)
+    assert (outcome.exit_code, outcome.restarts) == (1, 1)
+    raised = job.events("raised")
+    assert [event.fields["final"] for event in raised] == [False, True]
+    assert "ValueError: the program's own error at step 5" in job.output
+    assert "in training_step" in job.output
+
+
+def test_training_goes_on_without_a_place_for_the_ledger(job: Run) -> None:
+    blocked = job.folder / "a-file"
+    blocked.write_text("")
+    assert job.start(BASE, run_root=blocked / "runs").exit_code == 0
+    assert job.output.count("ledger.jsonl cannot be written") == 1
+
+
+def test_an_arena_that_cannot_be_made_says_how_to_make_it(job: Run) -> None:
+    blocked = job.folder / "a-file"
+    blocked.write_text("")
+    options = replace(BASE, strategy_options=json.dumps({"arena_dir": str(blocked)}))
+    outcome = job.start(options, max_restarts=3)
+    assert (outcome.exit_code, outcome.restarts) == (1, 0)
+    assert "ArenaError" in job.output
+    assert str(blocked) in job.output
