@@ -26,5 +26,6 @@ def callbacks_from_environment(flavour: str) -> list[Any]:
     from lightning_ckptless.callbacks.fault_injector import fault_injector_from_environment
     from lightning_ckptless.callbacks.trace import step_trace_from_environment
 
-    wanted = (fault_injector_from_environment(flavour), step_trace_from_environment(flavour))
+    # The trace first: what a step has come to is written down before a fault strikes.
+    wanted = (step_trace_from_environment(flavour), fault_injector_from_environment(flavour))
     return [callback for callback in wanted if callback is not None]

@@ -1,0 +1,1 @@
+"""The command `ckptless`: run, drill, status, clean, timeline."""

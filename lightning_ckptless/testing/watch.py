@@ -70,10 +70,11 @@ class _Watch:
 
     def look(self, *, done: bool) -> Progress:
         self._read_on()
-        names = [event.event for path in self._runs.glob(f"*/{LEDGER_NAME}") for event in read_ledger(path)]
-        return Progress(
-            self._variant, self._step, self._of, names.count("fault_injected"), names.count("recovery"), done
-        )
+        events = [event for path in self._runs.glob(f"*/{LEDGER_NAME}") for event in read_ledger(path)]
+        # A fault of all ranks is told by each of them.
+        faults = {(e.generation, e.fields.get("fault")) for e in events if e.event == "fault_injected"}
+        recoveries = sum(event.event == "recovery" for event in events)
+        return Progress(self._variant, self._step, self._of, len(faults), recoveries, done)
 
     def _read_on(self) -> None:
         if not self._trace.exists():

@@ -1,0 +1,40 @@
+"""The command `ckptless`: its sub-commands, one file each, and how their errors are shown."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from lightning_ckptless.cli.clean import clean
+from lightning_ckptless.cli.drill import drill
+from lightning_ckptless.cli.run import run
+from lightning_ckptless.cli.status import status
+from lightning_ckptless.cli.timeline import timeline
+from lightning_ckptless.errors import CkptlessError
+
+USAGE_EXIT_CODE = 2
+
+app = typer.Typer(
+    name="ckptless",
+    help="Training with PyTorch Lightning that survives the loss of any rank, bit for bit.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+# What follows `run` is torchrun's to read.
+_AS_IT_IS = {"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}
+app.command(context_settings=_AS_IT_IS)(run)
+for command in (drill, status, clean, timeline):
+    app.command()(command)
+
+
+def main() -> None:
+    """The entry point. A mistake of the user's ends with one line and exit code 2, without a traceback."""
+    try:
+        app()
+    except CkptlessError as error:
+        print(f"ckptless: {error}", file=sys.stderr)
+        sys.exit(USAGE_EXIT_CODE)

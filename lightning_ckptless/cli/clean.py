@@ -1,0 +1,39 @@
+"""`ckptless clean`: removes shared memory that nobody needs any more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def clean(
+    run: Annotated[str | None, typer.Argument(help="Id of a run; all runs if left out.")] = None,
+    arena_dir: Annotated[Path | None, typer.Option(help="Folder of the shared memory (default: /dev/shm).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+) -> None:
+    """Remove the arenas of runs whose agents are gone. Arenas of live runs stay.
+
+    * `ckptless clean --dry-run`
+    * `ckptless clean 20250131-120000-3fa2`
+
+    Exit code: 1 if the named run is alive.
+    """
+    from rich.filesize import decimal
+
+    from lightning_ckptless.cli.leftovers import find_leftovers, remove_leftover
+    from lightning_ckptless.replica.arena import default_arena_dir
+
+    folder = arena_dir or default_arena_dir()
+    leftovers, alive = find_leftovers(folder, run)
+    for path in alive:
+        typer.echo(f"kept {path}: its agent is alive", err=run is not None)
+    for path, size_bytes in leftovers:
+        if dry_run or remove_leftover(path):
+            typer.echo(f"{'would remove' if dry_run else 'removed'} {path} ({decimal(size_bytes)})")
+        else:
+            typer.echo(f"kept {path}: somebody has just taken it over")
+    if not leftovers and not alive:
+        typer.echo(f"no arenas {'of ' + run if run else ''} in {folder}".replace("  ", " "))
+    raise typer.Exit(1 if run is not None and alive else 0)

@@ -1,0 +1,134 @@
+"""`ckptless drill`: proves on any script that faults leave no trace."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from lightning_ckptless.testing.drill import DrillReport
+
+
+class LauncherName(StrEnum):
+    """How the script is started."""
+
+    CKPTLESS = "ckptless"
+    PYTHON = "python"
+    TORCHRUN = "torchrun"
+
+
+def drill(
+    script: Annotated[str, typer.Argument(help="Training script, or the name of a module with -m.")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- ARGUMENTS]", help="What the script is given, behind --.")
+    ] = None,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FAULT", help="What goes wrong, as below. May be given several times."),
+    ] = None,
+    module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is a module, as in python -m.")] = False,
+    nproc: Annotated[
+        int, typer.Option("--nproc", min=1, metavar="N", help="Ranks; with python the script says how many.")
+    ] = 2,
+    launcher: Annotated[LauncherName, typer.Option(help="How the script is started.")] = LauncherName.CKPTLESS,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON, too.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep traces, ledgers, log files and output here.")
+    ] = None,
+    isolate: Annotated[bool, typer.Option("--isolate", help="Give each run a working directory of its own.")] = False,
+    max_restarts: Annotated[int, typer.Option(min=0, metavar="N", help="Relaunches after which a run gives up.")] = 100,
+    timeout_s: Annotated[
+        float | None, typer.Option("--timeout", min=0, metavar="SECONDS", help="Time that one run may take.")
+    ] = None,
+) -> None:
+    """Run a script uninterrupted and with faults, and compare every step of both.
+
+    The script must give the same result each time: it has to seed its random numbers.
+
+    * `ckptless drill train.py --fault kill:rank=1:step=7`
+    * `ckptless drill train.py --nproc 4 --fault kill:rank=0:step=3:at=backward --fault raise:rank=2:step=9 -- --lr 0.1`
+
+    FAULT is `kind:rank=R:step=S[:at=MOMENT][:times=N]`.
+
+    * kinds: kill, raise, hang, exit
+    * R: a rank or all; S: the optimizer step that is being made, counted from 1
+    * moments: training_step, backward, optimizer_step, commit, mirror, accumulation, validation, epoch_end
+
+    Exit code: 0 if the runs are identical, 1 if not, 2 if the drill cannot be held.
+    """
+    from lightning_ckptless.errors import OptionsError
+
+    if not fault:
+        raise OptionsError("nothing goes wrong: give --fault, e.g. --fault kill:rank=1:step=7")
+    command = [*(["-m"] if module else []), script, *(arguments or [])]
+    place = folder or Path(tempfile.mkdtemp(prefix="ckptless-drill-"))
+    report = hold_drill(
+        command,
+        fault,
+        place,
+        nproc=nproc,
+        launcher=launcher,
+        isolate=isolate,
+        max_restarts=max_restarts,
+        timeout_s=timeout_s,
+    )
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    if report.identical and folder is None:
+        shutil.rmtree(place)
+    else:
+        typer.echo(f"kept in {place}", err=True)
+    raise typer.Exit(0 if report.identical else 1)
+
+
+def hold_drill(
+    command: Sequence[str],
+    faults: Sequence[str],
+    folder: Path,
+    *,
+    nproc: int,
+    launcher: str = "ckptless",
+    isolate: bool = False,
+    max_restarts: int = 100,
+    timeout_s: float | None = None,
+) -> DrillReport:
+    """Hold a drill in front of the user: progress on stderr while it runs, the report on stdout.
+
+    Args:
+        command: a script or `-m` and a module, then its arguments.
+        faults: what is to go wrong.
+        folder: receives everything.
+        nproc: ranks.
+        launcher: how the script is started.
+        isolate: a working directory for each run.
+        max_restarts: relaunches after which a run gives up.
+        timeout_s: seconds that one run may take.
+    """
+    from rich.console import Console
+
+    from lightning_ckptless.cli.drill_view import ProgressView, show_report
+    from lightning_ckptless.testing.drill import run_drill
+
+    with ProgressView(Console(stderr=True)) as view:
+        report = run_drill(
+            command,
+            ",".join(faults),
+            folder=folder,
+            nproc=nproc,
+            launcher=launcher,  # type: ignore[arg-type]  # checked where it is used
+            isolate=isolate,
+            max_restarts=max_restarts,
+            timeout_s=timeout_s,
+            progress=view.update,
+        )
+    show_report(report, Console())
+    return report

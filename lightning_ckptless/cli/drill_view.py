@@ -1,0 +1,115 @@
+"""How a drill looks: progress while it runs, tables when it is over."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from lightning_ckptless.testing.drill import DrillReport, Progress, Recovery
+
+TITLES = {"baseline": "uninterrupted", "faulted": "with faults"}
+PHASES = ("detect", "abort", "regroup", "restore", "replay", "other")
+
+
+class ProgressView:
+    """Two bars, one for each run. A context manager.
+
+    Args:
+        console: where they are drawn.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._bars = Bars(
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description:<14}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps  {task.fields[events]}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def update(self, progress: Progress) -> None:
+        """Show how far a run is."""
+        task = self._tasks.get(progress.variant)
+        if task is None:
+            title = TITLES.get(progress.variant, progress.variant)
+            task = self._tasks[progress.variant] = self._bars.add_task(title, total=progress.of, events="")
+        events = f"{progress.faults} faults, {progress.recoveries} recoveries" if progress.faults else ""
+        total = progress.step if progress.done else progress.of
+        self._bars.update(task, completed=progress.step, total=total, events=events)
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+
+def show_report(report: DrillReport, console: Console) -> None:
+    """Print a report: faults and recoveries, what was compared, the verdict."""
+    console.print(faults_table(report))
+    if report.recoveries:
+        console.print(recoveries_table(report.recoveries))
+    console.print(comparison_table(report))
+    if report.identical:
+        console.print(Text("IDENTICAL", style="bold green"), "the faults have left no trace")
+        return
+    console.print(Text("NOT IDENTICAL", style="bold red"))
+    for problem in report.problems:
+        console.print(f"- {problem}", markup=False, highlight=False, soft_wrap=True)
+
+
+def faults_table(report: DrillReport) -> Table:
+    """What was to go wrong, and whether it did."""
+    table = _table("Faults", "fault", "happened")
+    for fault in report.faults:
+        table.add_row(str(fault), Text("no", style="red") if fault in report.unfired else "yes")
+    return table
+
+
+def recoveries_table(recoveries: tuple[Recovery, ...]) -> Table:
+    """One row per recovery, with its phases in milliseconds."""
+    table = _table("Recoveries, in milliseconds", "cause", "went on from")
+    shown = [name for name in PHASES if name != "other" or any(r.phases.get("other_s") for r in recoveries)]
+    for heading in (*shown, "total"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for recovery in recoveries:
+        who = "" if recovery.culprit_rank is None else f"rank {recovery.culprit_rank}: "
+        cause = f"{who}{recovery.cause.removeprefix('died by ')}"
+        phases = [f"{1e3 * recovery.phases.get(f'{name}_s', 0.0):.0f}" for name in shown]
+        table.add_row(cause, recovery.version, *phases, f"{1e3 * recovery.total_s:.0f}")
+    return table
+
+
+def comparison_table(report: DrillReport) -> Table:
+    """What was compared."""
+    verdict = report.verdict
+    table = _table("Runs", "", "uninterrupted", "with faults")
+    seconds = [f"{run.wall_s:.1f} s" for run in (report.baseline, report.faulted)]
+    table.add_row("took", *seconds)
+    table.add_row("relaunches", "0", str(report.relaunches))
+    table.add_row("steps run again", "0", str(sum(recovery.steps_replayed for recovery in report.recoveries)))
+    table.add_row("points compared", str(verdict.points), f"{verdict.points + verdict.repeated}")
+    table.add_row("log rows compared", str(verdict.rows), "")
+    first = "none" if verdict.first is None else f"{verdict.first.where}: {verdict.first.field}"
+    table.add_row("first difference", "", Text(first, style="green" if verdict.first is None else "red"))
+    return table
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in headings:
+        table.add_column(heading, no_wrap=True)
+    return table

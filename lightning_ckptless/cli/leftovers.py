@@ -1,0 +1,66 @@
+"""Arenas that may be removed: their agents are gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import psutil
+
+from lightning_ckptless.replica import facts as arena_facts
+from lightning_ckptless.replica.arena import find_arenas
+
+Leftover = tuple[Path, int]
+
+
+def find_leftovers(folder: Path, run_id: str | None) -> tuple[list[Leftover], list[Path]]:
+    """Arenas without an agent, with their sizes in bytes, and those with a live one.
+
+    Args:
+        folder: of all arenas.
+        run_id: only those of this run. Without it, arenas of another format are among them: they tell no run.
+    """
+    mine = [i for i in find_arenas(folder) if run_id in (None, i.run_id) or i.run_id.startswith(f"{run_id}.")]
+    leftovers = [(info.path, info.bytes) for info in mine if not info.owner_alive]
+    alive = [info.path for info in mine if info.owner_alive]
+    if run_id is None:
+        readable = {info.path for info in find_arenas(folder)}
+        foreign = [path for path in _arena_folders(folder) if path not in readable]
+        alive += [path for path in foreign if _owner_lives(path)]
+        leftovers += [(path, _size(path)) for path in foreign if path not in alive]
+    return leftovers, alive
+
+
+def remove_leftover(path: Path) -> bool:
+    """Remove an arena, unless an agent has adopted it since; returns whether it is gone."""
+    try:
+        with arena_facts.locked(path, wait=False) as held:
+            if not held or _owner_lives(path):
+                return False
+            shutil.rmtree(path, ignore_errors=True)
+    except FileNotFoundError:
+        return True
+    return True
+
+
+def _arena_folders(folder: Path) -> list[Path]:
+    """Folders of this user that say that they are arenas, whatever their format."""
+    named = folder.glob(f"{arena_facts.FOLDER_PREFIX}*")
+    return [path for path in named if path.is_dir() and path.stat().st_uid == os.getuid() and arena_facts.exists(path)]
+
+
+def _owner_lives(path: Path) -> bool:
+    for info in find_arenas(path.parent):
+        if info.path == path:
+            return info.owner_alive
+    try:
+        owner = json.loads((path / "arena.json").read_bytes())["owner"]
+        return bool(psutil.pid_exists(int(owner["pid"])))
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())

@@ -1,0 +1,24 @@
+"""`ckptless run`: the agent of one node."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def run(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[OPTIONS] SCRIPT [ARGUMENTS]", show_default=False)
+    ] = None,
+) -> None:
+    """Run a training script in workers that are relaunched when one dies.
+
+    Takes the options of torchrun, and some of its own: `ckptless run --help` lists them.
+
+    * `ckptless run --nproc-per-node 4 train.py --lr 0.1`
+    * `ckptless run --nnodes 2 --nproc-per-node 8 --rdzv-endpoint HOST:29400 --rdzv-id NAME train.py`
+    """
+    from lightning_ckptless.job import main
+
+    raise typer.Exit(main(arguments or ["--help"]))

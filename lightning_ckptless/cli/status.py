@@ -1,0 +1,35 @@
+"""`ckptless status`: what the arenas hold and what has happened, while the run is alive and after."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def status(
+    run: Annotated[str | None, typer.Argument(help="Id or folder of the run; the newest if left out.")] = None,
+    run_root: Annotated[Path | None, typer.Option(help="Folder of all runs (default: ./ckptless).")] = None,
+    arena_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the shared memory (default: as the run says).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show a run: versions, shards, who keeps them, sizes, commit lag and the last recoveries.
+
+    * `ckptless status`
+    * `ckptless status 20250131-120000-3fa2 --json`
+    """
+    from lightning_ckptless.cli.runs import find_run
+    from lightning_ckptless.cli.status_view import show_status
+    from lightning_ckptless.cli.survey import survey
+
+    found = survey(find_run(run, run_root), arena_dir, now=time.time())
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=1, default=str))
+    else:
+        show_status(found)

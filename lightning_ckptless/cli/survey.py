@@ -1,0 +1,190 @@
+"""What can be known about a run from outside: its ledger, and the headers of what its arenas hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_ckptless.cli.runs import Run
+from lightning_ckptless.errors import ArenaError
+from lightning_ckptless.protocol.versions import READABLE, Complete, Replica, SlotState, newest_complete
+from lightning_ckptless.replica.arena import Arena, ArenaInfo, default_arena_dir, find_arenas
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaLine:
+    """One arena.
+
+    Args:
+        path: its folder.
+        node: whose it is.
+        alive: whether the agent that owns it lives.
+        bytes: memory that it takes.
+        torn_headers: slots that were just being written, or were torn by a death.
+    """
+
+    path: str
+    node: str
+    alive: bool
+    bytes: int
+    torn_headers: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotLine:
+    """One slot.
+
+    Args:
+        shard: which part of the state.
+        keeper: rank that keeps this copy.
+        node: arena that holds it.
+        slot: 0 or 1.
+        version: of the state.
+        generation: membership that wrote it.
+        state: empty, writing, staged or committed.
+        bytes: tensors and small state.
+    """
+
+    shard: int
+    keeper: int
+    node: str
+    slot: int
+    version: str
+    generation: int
+    state: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """A run at one moment.
+
+    Args:
+        run_id: its name.
+        folder: of its ledger.
+        state: `running`, `ended`, or `stopped`: its agent is gone and it has not come to its end.
+        generation: number of the membership; None before the first.
+        world_size: ranks.
+        placement: where replicas are kept, in a sentence.
+        committed: newest version committed on all ranks.
+        restorable: what a relaunch would find, in a sentence.
+        commit_lag_steps: optimizer steps by which the newest version that is being mirrored is ahead of it.
+        commit_age_s: seconds since the last slot was written.
+        arenas: of this machine.
+        slots: what they hold.
+        recoveries: facts of the last ones.
+        recovery_count: of all.
+        goodput: at the end of the run; None before.
+    """
+
+    run_id: str
+    folder: str
+    state: str
+    generation: int | None
+    world_size: int | None
+    placement: str
+    committed: str | None
+    restorable: str
+    commit_lag_steps: int | None
+    commit_age_s: float | None
+    arenas: tuple[ArenaLine, ...]
+    slots: tuple[SlotLine, ...]
+    recoveries: tuple[dict[str, Any], ...]
+    recovery_count: int
+    goodput: float | None
+
+
+def survey(run: Run, arena_dir: Path | None, *, now: float, last: int = 5) -> Survey:
+    """Look at a run.
+
+    Args:
+        run: with its ledger.
+        arena_dir: folder of the arenas; None for what the ledger says.
+        now: seconds since the epoch.
+        last: how many recoveries to tell of.
+    """
+    infos = arenas_of(run, arena_dir)
+    arenas, replicas = _read(infos)
+    started, ended, recoveries = run.of("run_started"), run.of("run_ended"), run.of("recovery")
+    alive = any(info.owner_alive for info in infos)
+    newest = newest_complete(replicas)
+    facts = started[-1].fields if started else {}
+    return Survey(
+        run_id=run.run_id,
+        folder=str(run.folder),
+        state="running" if alive else "ended" if ended else "stopped",
+        generation=started[-1].generation if started else None,
+        world_size=facts.get("world_size"),
+        placement=facts.get("placement", ""),
+        committed=_committed(replicas),
+        restorable=newest.reason,
+        commit_lag_steps=_lag(replicas, newest),
+        commit_age_s=_age(infos, now),
+        arenas=arenas,
+        slots=tuple(_line(replica) for replica in sorted(replicas, key=_place)),
+        recoveries=tuple(dict(event.fields) | {"at": event.at} for event in recoveries[-last:]),
+        recovery_count=len(recoveries),
+        goodput=ended[-1].fields.get("goodput") if ended else None,
+    )
+
+
+def arenas_of(run: Run, arena_dir: Path | None) -> list[ArenaInfo]:
+    """The arenas of a run on this machine; each further `fit` of a program has an arena of its own."""
+    folder = arena_dir or run.arena_dir or default_arena_dir()
+    return [i for i in find_arenas(folder) if i.run_id == run.run_id or i.run_id.startswith(f"{run.run_id}.")]
+
+
+def _read(infos: list[ArenaInfo]) -> tuple[tuple[ArenaLine, ...], list[Replica]]:
+    lines, replicas = [], list[Replica]()
+    for info in infos:
+        torn = 0
+        try:
+            arena = Arena.attach(info.path)
+            replicas += arena.inventory()
+            torn = arena.torn_headers
+        except (ArenaError, FileNotFoundError):
+            # Removed while we looked: the run has just ended.
+            continue
+        lines.append(ArenaLine(str(info.path), info.node, info.owner_alive, info.bytes, torn))
+    return tuple(lines), replicas
+
+
+def _committed(replicas: list[Replica]) -> str | None:
+    versions = [replica.version for replica in replicas if replica.state is SlotState.COMMITTED]
+    return str(max(versions)) if versions else None
+
+
+def _lag(replicas: list[Replica], newest: object) -> int | None:
+    if not isinstance(newest, Complete):
+        return None
+    under_way = [r.version.optimizer_step for r in replicas if r.state in {*READABLE, SlotState.WRITING}]
+    committed = [r.version.optimizer_step for r in replicas if r.state is SlotState.COMMITTED]
+    return max(under_way) - max(committed) if committed else None
+
+
+def _age(infos: list[ArenaInfo], now: float) -> float | None:
+    times = []
+    for info in infos:
+        try:
+            times += [path.stat().st_mtime for path in info.path.glob("shard-*")]
+        except FileNotFoundError:
+            continue
+    return max(0.0, now - max(times)) if times else None
+
+
+def _place(replica: Replica) -> tuple[int, int, str, int]:
+    return replica.shard, replica.keeper, replica.node, replica.slot
+
+
+def _line(replica: Replica) -> SlotLine:
+    return SlotLine(
+        shard=replica.shard,
+        keeper=replica.keeper,
+        node=replica.node,
+        slot=replica.slot,
+        version=str(replica.version),
+        generation=replica.generation,
+        state=str(replica.state),
+        bytes=replica.bulk_bytes + replica.blob_bytes,
+    )
