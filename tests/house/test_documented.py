@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from lightning_ckptless import environment, errors
+from lightning_ckptless.cli.app import app
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.torchrun import options_parser
 from lightning_ckptless.options import CkptlessOptions
@@ -151,6 +154,15 @@ def test_launch_options() -> None:
         for text in action.option_strings
     }
     assert documented == ours
+
+
+def test_commands() -> None:
+    group = get_command(app)
+    assert isinstance(group, TyperGroup)
+    documented = {name.split()[1] for name in first_words(table(page("watching"), "Command"))}
+    assert documented | {"run", "drill"} == set(group.commands)
+    options = {text for parameter in group.commands["drill"].params for text in parameter.opts if text[0] == "-"}
+    assert first_words(table(page("faults"), "Option")) == options
 
 
 def test_quoted_messages() -> None:
