@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from multiprocessing import resource_tracker
 
 import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tests import police
 
@@ -17,6 +18,12 @@ def pytest_configure() -> None:
     os.environ[police.MARK] = uuid.uuid4().hex
     # One per process, kept until its end: started before the first test, it is no test's leak.
     resource_tracker.ensure_running()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _first_store() -> None:
+    """The first store of a process opens a pipe that stays: made here, it is no test's leak."""
+    TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightning_ckptless.membership.parent import Forked, PreloadedParent
 from lightning_ckptless.membership.program import Program
@@ -26,12 +25,6 @@ class Ran:
     exit_code: int
     out: str
     err: str
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _first_store() -> None:
-    """The first store of a process opens a pipe that stays: made here, it is no test's leak."""
-    TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 @pytest.fixture(scope="session")
