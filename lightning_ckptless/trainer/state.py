@@ -111,13 +111,17 @@ def optimizer_facts(trainer: Any) -> list[dict[str, Any]]:
     """What optimizers hold beside big tensors: hyper-parameters of their groups and plain values of their state."""
     facts = []
     for index, optimizer in enumerate(trainer.optimizers):
-        plain = {
-            name: {k: v for k, v in optimizer.state.get(parameter, {}).items() if not isinstance(v, Tensor)}
-            for name, parameter in optimizer_parameters(trainer, index).items()
-        }
+        plain = {id(parameter): _plain_values(state) for parameter, state in optimizer.state.items()}
+        # Most optimizers keep tensors only. Names are looked up for the others: that walks through the whole model.
+        names = optimizer_parameters(trainer, index) if any(plain.values()) else {}
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        facts.append({"groups": groups, "state": {name: values for name, values in plain.items() if values}})
+        state = {name: values for name, parameter in names.items() if (values := plain.get(id(parameter)))}
+        facts.append({"groups": groups, "state": state})
     return facts
+
+
+def _plain_values(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if not isinstance(value, Tensor)}
 
 
 def set_optimizer_facts(trainer: Any, saved: list[dict[str, Any]]) -> None:
