@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,10 +27,8 @@ END_GRACE_S = 20.0
 
 def with_ckptless_run(options: JobOptions, *flags: str) -> list[str]:
     """The command line of `ckptless run`."""
-    there = find_spec("lightning_ckptless.cli.app") is not None
-    program = [str(Path(sys.executable).with_name("ckptless")), "run"]
-    program = program if there else [sys.executable, "-m", "lightning_ckptless.job"]
-    return [*program, f"--nproc-per-node={options.devices}", *flags, str(SCRIPT), *options.to_arguments()]
+    program = str(Path(sys.executable).with_name("ckptless"))
+    return [program, "run", f"--nproc-per-node={options.devices}", *flags, str(SCRIPT), *options.to_arguments()]
 
 
 def with_torchrun(options: JobOptions) -> list[str]:
