@@ -207,7 +207,7 @@ class LoaderTracker:
     def _before_fetch(self) -> None:
         loader: Any = self._loader()
         if self.iterates_itself and self.yielded == 0 and loader is not None:
-            self.on_order_start(loader.batch_sampler if loader.batch_sampler is not None else loader.sampler)
+            self.on_order_start(_sampler_of(loader))
         if self._refetch is not None:
             (rng, owned), self._refetch = self._refetch, None
             apply_rng(rng)
@@ -236,7 +236,7 @@ class LoaderTracker:
 
     def _holders(self, loader: DataLoader[Any]) -> list[Any]:
         """What may hold generators that an iteration begins with."""
-        return [loader, self.dataset, *_sampler_parts(loader.batch_sampler or loader.sampler)]
+        return [loader, self.dataset, *_sampler_parts(_sampler_of(loader))]
 
     def _restart(self, loader: DataLoader[Any], resume: LoaderPosition, make: Callable[[], Any]) -> Any:
         user_init = loader.worker_init_fn
@@ -310,6 +310,11 @@ def _has_length(loader: Any) -> bool:
     return True
 
 
+def _sampler_of(loader: Any) -> Any:
+    # Not by `or`: a sampler that does not know its length has no truth value.
+    return loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+
+
 def _dump_sampler(sampler: Any) -> bytes:
     return pickle.dumps((capture_rng(), [(plain_attributes(p), owned_generators(p)) for p in _sampler_parts(sampler)]))
 
@@ -327,7 +332,8 @@ def _sampler_parts(sampler: Any) -> Iterator[Any]:
     seen = 0
     while sampler is not None and seen < 8:
         yield sampler
-        sampler, seen = getattr(sampler, "sampler", None) or sampler_inside(sampler), seen + 1
+        inner = getattr(sampler, "sampler", None)
+        sampler, seen = sampler_inside(sampler) if inner is None else inner, seen + 1
 
 
 def says_its_position(loader: Any) -> bool:

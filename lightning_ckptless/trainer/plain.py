@@ -59,7 +59,8 @@ def plain_attributes(owner: object, *, leave: Collection[str] = ()) -> dict[str,
 
 def set_plain_attributes(owner: object, saved: dict[str, Any]) -> None:
     """Put attributes back as they were saved."""
-    vars(owner).update(saved)
+    if saved:
+        vars(owner).update(saved)
 
 
 def _rebuild(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

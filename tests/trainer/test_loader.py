@@ -1,0 +1,458 @@
+"""A dataloader that is put back hands out what it would have handed out, whatever draws its order and its noise."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    WeightedRandomSampler,
+)
+
+from lightning_ckptless.errors import CkptlessError
+from lightning_ckptless.trainer.loader import make_resumable, resume_at, tracker_of
+from lightning_ckptless.trainer.plain import pack, unpack
+from lightning_ckptless.trainer.rng import apply_rng, capture_rng
+from lightning_ckptless.trainer.stamps import Stamped
+from tests.lab.parts import Numbers, SizedStream, Stream
+
+SAMPLES = 10
+BATCHES = 5
+
+
+class OwnNoise(Numbers):
+    """Samples with noise from generators that the dataset keeps."""
+
+    def __init__(self, samples: int = SAMPLES) -> None:
+        super().__init__(samples)
+        self.python, self.numpy = random.Random(1), np.random.default_rng(2)
+        self.torch = torch.Generator().manual_seed(3)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = self.python.random() + self.numpy.random() + torch.rand(1, generator=self.torch)
+        return noise, torch.tensor(index)
+
+
+class Shuffled(Sampler[int]):
+    """Draws the order of an epoch from a generator of its own, and counts epochs."""
+
+    def __init__(self) -> None:
+        self.generator, self.epochs = random.Random(5), 0
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __iter__(self) -> Iterator[int]:
+        self.epochs += 1
+        order = [*range(SAMPLES)] if self.epochs % 2 else [*range(0, SAMPLES, 2)] * 2
+        self.generator.shuffle(order)
+        return iter(order)
+
+
+class EachIndexDrawn(Sampler[int]):
+    """Draws one index after the other, between the draws of everybody else."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __iter__(self) -> Iterator[int]:
+        return (random.randrange(SAMPLES) for _ in range(SAMPLES))
+
+
+class EarlyBatches(Sampler[list[int]]):
+    """Draws its order when it is asked for an iterator, not at the first index."""
+
+    def __len__(self) -> int:
+        return BATCHES
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(SAMPLES).tolist()
+        return iter([order[i : i + 2] for i in range(0, SAMPLES, 2)])
+
+
+class ShuffledStream(IterableDataset[torch.Tensor]):
+    """Draws the order of an epoch from a generator of its own."""
+
+    def __init__(self) -> None:
+        self.generator = random.Random(7)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        order = [*range(SAMPLES)]
+        self.generator.shuffle(order)
+        return (torch.tensor(i) for i in order)
+
+
+class InAnotherWay(DataLoader[Any]):
+    """A loader that makes its iterators by itself."""
+
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            yield "mine", batch
+
+
+def collate_with_noise(samples: Any) -> Any:
+    return torch.stack([x for x, _ in samples]) + torch.rand(1) + random.random(), [int(y) for _, y in samples]
+
+
+def init_with_noise(worker_id: int) -> None:
+    np.random.seed(int(torch.randint(1000, (1,))) + worker_id)
+
+
+def stateful(**options: Any) -> Any:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    return StatefulDataLoader(Numbers(SAMPLES), batch_size=2, **options)
+
+
+def numbered(**options: Any) -> DataLoader[Any]:
+    return DataLoader(Numbers(SAMPLES), **({"batch_size": 2} | options))
+
+
+def own_generator(**options: Any) -> DataLoader[Any]:
+    return numbered(shuffle=True, generator=torch.Generator().manual_seed(11), **options)
+
+
+LOADERS: dict[str, Callable[[], DataLoader[Any]]] = {
+    "in order": numbered,
+    "shuffled": lambda: numbered(shuffle=True),
+    "own generator": own_generator,
+    "with replacement": lambda: numbered(sampler=RandomSampler(range(SAMPLES), replacement=True)),
+    "weighted": lambda: numbered(sampler=WeightedRandomSampler([1.0] * SAMPLES, SAMPLES)),
+    "distributed": lambda: numbered(sampler=DistributedSampler(range(2 * SAMPLES), 2, 1)),  # type: ignore[arg-type]
+    "batch sampler": lambda: DataLoader(
+        Numbers(SAMPLES), batch_sampler=BatchSampler(RandomSampler(range(SAMPLES)), 2, drop_last=True)
+    ),
+    "early batches": lambda: DataLoader(Numbers(SAMPLES), batch_sampler=EarlyBatches()),
+    "list as sampler": lambda: numbered(sampler=[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]),
+    "sampler with its own generator": lambda: numbered(sampler=Shuffled()),
+    "index after index": lambda: numbered(sampler=EachIndexDrawn()),
+    "dataset with its own generators": lambda: DataLoader(OwnNoise(), batch_size=2, shuffle=True),
+    "no batches": lambda: DataLoader(Numbers(BATCHES), batch_size=None, shuffle=True),
+    "own collate": lambda: numbered(shuffle=True, collate_fn=collate_with_noise),
+    "iterable": lambda: DataLoader(Stream(SAMPLES, 0, 1), batch_size=2),
+    "sized iterable": lambda: DataLoader(SizedStream(SAMPLES, 0, 1), batch_size=2),
+    "iterable with its own generator": lambda: DataLoader(ShuffledStream(), batch_size=2),
+    "own iteration": lambda: InAnotherWay(Numbers(SAMPLES), batch_size=2, shuffle=True),
+    "stateful": lambda: stateful(shuffle=True),
+}
+WORKERS: dict[str, Callable[[], DataLoader[Any]]] = {
+    "one": lambda: numbered(shuffle=True, num_workers=1),
+    "two": lambda: numbered(shuffle=True, num_workers=2),
+    "two, own generator": lambda: own_generator(num_workers=2),
+    "two, persistent": lambda: numbered(shuffle=True, num_workers=2, persistent_workers=True),
+    "two, persistent, early batches": lambda: DataLoader(
+        OwnNoise(), batch_sampler=EarlyBatches(), num_workers=2, persistent_workers=True
+    ),
+    "two, own start and collate": lambda: numbered(
+        shuffle=True, num_workers=2, worker_init_fn=init_with_noise, collate_fn=collate_with_noise
+    ),
+    "two, iterable": lambda: DataLoader(Stream(SAMPLES, 0, 1), batch_size=2, num_workers=2),
+}
+
+
+def seed(number: int) -> None:
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number)
+
+
+def exact(value: Any) -> Any:
+    """A batch as something that compares bit for bit."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return [exact(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def train_on(iterator: Iterator[Any], batches: int) -> list[Any]:
+    """Take batches, drawing random numbers in between as a model does."""
+    return [
+        (exact(batch), torch.rand(1).item(), random.random(), np.random.rand()) for batch in islice(iterator, batches)
+    ]
+
+
+@dataclass
+class Stopped:
+    """What a version would hold of the data."""
+
+    position: bytes
+    rng: bytes
+
+
+def whole(make: Callable[[], Any], *, resumable: bool, epochs: int = 2) -> list[Any]:
+    """All batches of some epochs, and the generators after them."""
+    seed(0)
+    loader = make_resumable(make()) if resumable else make()
+    rows = [row for _ in range(epochs) for row in train_on(iter(loader), BATCHES)]
+    return [*rows, pack(capture_rng())]
+
+
+def first_part(make: Callable[[], Any], epoch: int, batches: int) -> tuple[list[Any], Stopped]:
+    """Batches up to a stop, and what is needed to go on from it."""
+    seed(0)
+    loader = make_resumable(make())
+    rows = [row for _ in range(epoch) for row in train_on(iter(loader), BATCHES)]
+    iterator = iter(loader)
+    rows += train_on(iterator, batches)
+    tracker = tracker_of(loader)
+    assert tracker is not None
+    return rows, Stopped(pack(tracker.position(buffered=0)), pack(capture_rng()))
+
+
+def rest(make: Callable[[], Any], stopped: Stopped, epoch: int, batches: int) -> list[Any]:
+    """Batches behind a stop, of another loader in a process with other random numbers."""
+    seed(99)
+    loader = make_resumable(make())
+    resume_at(loader, unpack(stopped.position))
+    iterator = iter(loader)
+    apply_rng(unpack(stopped.rng))
+    rows = train_on(iterator, BATCHES - batches)
+    rows += [row for _ in range(epoch + 1, 2) for row in train_on(iter(loader), BATCHES)]
+    return [*rows, pack(capture_rng())]
+
+
+def resumed(make: Callable[[], Any], epoch: int, batches: int) -> list[Any]:
+    """All batches, with a stop in between."""
+    rows, stopped = first_part(make, epoch, batches)
+    return rows + rest(make, stopped, epoch, batches)
+
+
+# ---------------------------------------------------------------------- nothing is disturbed
+
+
+@pytest.mark.parametrize("case", LOADERS)
+def test_a_resumable_loader_gives_what_a_plain_one_gives(case: str) -> None:
+    assert whole(LOADERS[case], resumable=True) == whole(LOADERS[case], resumable=False)
+
+
+@pytest.mark.parametrize("case", WORKERS)
+def test_workers_of_a_resumable_loader_give_what_plain_ones_give(case: str) -> None:
+    assert whole(WORKERS[case], resumable=True) == whole(WORKERS[case], resumable=False)
+
+
+def test_the_loader_stays_what_it_is() -> None:
+    loader = InAnotherWay(Numbers(SAMPLES), batch_size=4)
+    vars(loader)["mine"] = "kept"
+    dataset, sampler = loader.dataset, loader.batch_sampler
+    assert make_resumable(loader) is loader
+    assert isinstance(loader, InAnotherWay)
+    assert (type(loader).__name__, type(loader).__module__) == ("InAnotherWay", __name__)
+    assert len(loader) == 3
+    assert vars(loader)["mine"] == "kept"
+    assert (loader.dataset, loader.batch_sampler) == (dataset, sampler)
+
+
+def test_all_loaders_of_a_class_become_one_class() -> None:
+    first, second = make_resumable(numbered()), make_resumable(numbered())
+    assert type(first) is type(second) is not DataLoader
+    assert make_resumable(first) is first
+    assert tracker_of(first) is not tracker_of(second)
+
+
+def test_what_is_no_dataloader_is_left_alone() -> None:
+    batches = [1, 2, 3]
+    assert make_resumable(batches) is batches
+    assert tracker_of(batches) is None
+    resume_at(batches, None)
+
+
+def test_a_loader_that_was_not_started_has_no_position() -> None:
+    tracker = tracker_of(make_resumable(numbered()))
+    assert tracker is not None
+    assert tracker.position(buffered=0) is None
+
+
+# ---------------------------------------------------------------------- going on
+
+
+@pytest.mark.parametrize("case", LOADERS)
+def test_goes_on_behind_any_batch(case: str) -> None:
+    expected = whole(LOADERS[case], resumable=False)
+    for epoch in range(2):
+        for batches in range(BATCHES + 1):
+            assert resumed(LOADERS[case], epoch, batches) == expected, (epoch, batches)
+
+
+@pytest.mark.parametrize("case", WORKERS)
+def test_workers_go_on_behind_a_batch(case: str) -> None:
+    expected = whole(WORKERS[case], resumable=False)
+    for epoch, batches in ((0, 3), (1, 1)):
+        assert resumed(WORKERS[case], epoch, batches) == expected, (epoch, batches)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    samples=st.integers(1, 12),
+    batch_size=st.integers(1, 4),
+    drop_last=st.booleans(),
+    stops=st.lists(st.integers(0, 12), max_size=3),
+)
+def test_goes_on_behind_any_stops(samples: int, batch_size: int, drop_last: bool, stops: list[int]) -> None:
+    def make() -> Any:
+        return make_resumable(DataLoader(Numbers(samples), batch_size, shuffle=True, drop_last=drop_last))
+
+    seed(0)
+    expected = train_on(iter(make()), samples)
+    seed(0)
+    loader = make()
+    iterator, rows = iter(loader), list[Any]()
+    for stop in sorted(stops):
+        rows += train_on(iterator, stop - len(rows))
+        tracker, rng = tracker_of(loader), capture_rng()
+        assert tracker is not None
+        position = unpack(pack(tracker.position(buffered=0)))
+        seed(99)
+        loader = make()
+        resume_at(loader, position)
+        iterator = iter(loader)
+        apply_rng(rng)
+    assert rows + train_on(iterator, samples) == expected
+
+
+def test_the_dataset_is_not_asked_for_what_was_handed_out() -> None:
+    asked: list[int] = []
+
+    class Asked(Numbers):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            asked.append(index)
+            return super().__getitem__(index)
+
+    def make() -> Any:
+        return DataLoader(Asked(SAMPLES), batch_size=2)
+
+    _, stopped = first_part(make, 0, 3)
+    asked.clear()
+    rest(make, stopped, 1, 3)
+    assert asked == [6, 7, 8, 9]
+
+
+def test_a_second_iteration_begins_anew() -> None:
+    _, stopped = first_part(numbered, 0, 3)
+    loader = make_resumable(numbered())
+    resume_at(loader, unpack(stopped.position))
+    assert len(list(loader)) == 2
+    assert len(list(loader)) == BATCHES
+
+
+def test_a_batch_that_lay_prefetched_is_made_again() -> None:
+    def make() -> Any:
+        return make_resumable(DataLoader(Stream(SAMPLES, 0, 1), batch_size=2))
+
+    seed(0)
+    loader = make()
+    iterator, tracker = iter(loader), tracker_of(loader)
+    assert tracker is not None
+    train_on(iterator, 2)
+    prefetched, position = exact(next(iterator)), unpack(pack(tracker.position(buffered=1)))
+    assert position.yielded == 2
+    seed(99)
+    loader = make()
+    resume_at(loader, position)
+    iterator, tracker = iter(loader), tracker_of(loader)
+    assert tracker is not None
+    tracker.before_buffer(position)
+    assert exact(next(iterator)) == prefetched
+
+
+def test_a_loader_that_has_ended_has_nothing_prefetched() -> None:
+    loader = make_resumable(numbered())
+    assert len(list(loader)) == BATCHES
+    tracker = tracker_of(loader)
+    assert tracker is not None
+    position = tracker.position(buffered=1)
+    assert position is not None
+    assert position.yielded == BATCHES
+
+
+def test_a_stream_that_has_become_shorter_is_an_error() -> None:
+    _, stopped = first_part(LOADERS["iterable"], 0, 4)
+    loader = make_resumable(DataLoader(Stream(4, 0, 1), batch_size=2))
+    resume_at(loader, unpack(stopped.position))
+    with pytest.raises(CkptlessError, match=r"gave 4 batches before the fault and 2 on being read again.*state_dict"):
+        iter(loader)
+
+
+# ---------------------------------------------------------------------- workers
+
+
+def test_workers_end_with_the_last_user_of_their_iterator() -> None:
+    gc.disable()
+    try:
+        loader = make_resumable(numbered(num_workers=2))
+        iterator = iter(loader)
+        next(iterator)
+        assert len(multiprocessing.active_children()) == 2
+        del iterator
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
+
+
+def test_persistent_workers_end_with_their_loader() -> None:
+    gc.disable()
+    try:
+        loader = make_resumable(numbered(num_workers=1, persistent_workers=True))
+        next(iter(loader))
+        assert len(multiprocessing.active_children()) == 1
+        del loader
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
+
+
+def test_workers_that_were_shut_down_begin_with_a_seed_of_their_own() -> None:
+    """As Lightning shuts them down between two calls of `fit` with one loader."""
+
+    def make() -> Any:
+        return numbered(num_workers=1, persistent_workers=True)
+
+    def after_shutdown(loader: Any) -> Any:
+        seed(0)
+        next(iter(loader))
+        loader._iterator._shutdown_workers()
+        loader._iterator = None
+        seed(1)
+        return iter(loader)
+
+    expected = train_on(after_shutdown(make()), BATCHES)
+    loader = make_resumable(make())
+    rows = train_on(after_shutdown(loader), 2)
+    tracker, rng = tracker_of(loader), capture_rng()
+    assert tracker is not None
+    position = unpack(pack(tracker.position(buffered=0)))
+    loader = make_resumable(make())
+    resume_at(loader, position)
+    iterator = iter(loader)
+    apply_rng(rng)
+    assert rows + train_on(iterator, BATCHES) == expected
+
+
+class Pinned:
+    """A batch that knows how to be pinned."""
+
+    def __init__(self, *, pinned: bool = False) -> None:
+        self.pinned = pinned
+
+    def pin_memory(self) -> Pinned:
+        return Pinned(pinned=True)
+
+
+def test_the_batch_under_a_stamp_is_pinned() -> None:
+    stamped = Stamped({"batch": Pinned()}, 1, b"generators").pin_memory()
+    assert stamped.data["batch"].pinned
+    assert (stamped.worker, stamped.generators) == (1, b"generators")
