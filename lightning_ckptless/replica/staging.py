@@ -33,12 +33,14 @@ class Load:
         targets: views of the slot that are still to be filled.
         sources: the live views they are filled from.
         watched: live tensors behind the sources, with their counts of in-place writes.
+        middle: index that halves the bytes.
         ready: marks the point in the device's stream at which the sources hold the version; None in host memory.
     """
 
     targets: list[torch.Tensor]
     sources: list[torch.Tensor]
     watched: list[tuple[str, torch.Tensor, int]]
+    middle: int
     ready: torch.cuda.Event | None = None
 
     def changed(self) -> str | None:
@@ -52,6 +54,20 @@ class _Sources:
 
     identity: list[tuple[int, torch.Size, tuple[int, ...]]] = field(default_factory=list)
     views: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What is copied into one slot early and what late, for as long as neither the sources nor the names change."""
+
+    live: _Sources
+    early: frozenset[str]
+    now: list[Pair]
+    targets: list[torch.Tensor]
+    sources: list[torch.Tensor]
+    watched: list[str]
+    middle: int
+    on_device: bool
 
 
 class Stager:
@@ -68,6 +84,7 @@ class Stager:
         self._names = [local_name(chunk, rank) for chunk in layout.of(rank)]
         self._sources = _Sources()
         self._targets: dict[int, list[torch.Tensor]] = {}
+        self._cuts: dict[int, _Cut] = {}
         self._device_copier: _DeviceCopier | None = None
 
     def take(self, bulk: torch.Tensor, tensors: Mapping[str, torch.Tensor], early: Collection[str]) -> Load:
@@ -84,19 +101,37 @@ class Stager:
         Raises:
             LayoutMismatchError: a tensor of the layout is missing or has another shape.
         """
-        sources = self._live(tensors)
-        targets = self._views_of(bulk)
-        now = [name in early for name in self._names]
+        cut = self._cut(bulk, self._live(tensors), frozenset(early))
+        watched = [(name, tensors[name]) for name in cut.watched]
         load = Load(
-            [t for t, is_now in zip(targets, now, strict=True) if not is_now],
-            [s for s, is_now in zip(sources, now, strict=True) if not is_now],
-            [(n, tensors[n], version_counter(tensors[n])) for n in dict.fromkeys(self._names) if n not in early],
+            list(cut.targets),
+            list(cut.sources),
+            [(name, tensor, version_counter(tensor)) for name, tensor in watched],
+            cut.middle,
         )
-        self._copy_now([(t, s) for t, s, is_now in zip(targets, sources, now, strict=True) if is_now], load)
-        if any(source.is_cuda for source in load.sources):
+        self._copy_now(cut.now, load)
+        if cut.on_device:
             load.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             load.ready.record()
         return load
+
+    def _cut(self, bulk: torch.Tensor, live: _Sources, early: frozenset[str]) -> _Cut:
+        """Divide the copies into early and late ones: once per slot, since hundreds of tensors are looked at."""
+        cut = self._cuts.get(bulk.data_ptr())
+        if cut is None or cut.live is not live or cut.early != early:
+            pairs = list(zip(self._names, self._views_of(bulk), live.views, strict=True))
+            late = [(target, source) for name, target, source in pairs if name not in early]
+            cut = self._cuts[bulk.data_ptr()] = _Cut(
+                live=live,
+                early=early,
+                now=[(target, source) for name, target, source in pairs if name in early],
+                targets=[target for target, _ in late],
+                sources=[source for _, source in late],
+                watched=[name for name in dict.fromkeys(self._names) if name not in early],
+                middle=_middle([source for _, source in late]),
+                on_device=any(source.is_cuda for source in live.views),
+            )
+        return cut
 
     def _copy_now(self, pairs: list[Pair], load: Load) -> None:
         host = [(target, source) for target, source in pairs if not source.is_cuda]
@@ -115,7 +150,7 @@ class Stager:
             load: what `take` returned.
             half_done: called in the middle.
         """
-        middle = _middle(load.sources) if half_done is not None else len(load.sources)
+        middle = load.middle if half_done is not None else len(load.sources)
         sources = load.sources if load.ready is None else self._from_device(load)
         with torch.no_grad():
             foreach_copy(load.targets[:middle], sources[:middle])
@@ -130,7 +165,7 @@ class Stager:
         assert load.ready is not None
         return self._device_copier.fetch(load.sources, load.ready)
 
-    def _live(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    def _live(self, tensors: Mapping[str, torch.Tensor]) -> _Sources:
         try:
             own = [tensors[name] for name in self._names]
         except KeyError as error:
@@ -144,7 +179,7 @@ class Stager:
                         f"expected {chunk.dtype}{list(chunk.shape)}"
                     )
             self._sources = _Sources(identity, live_views(self._layout, self._rank, self._rank, tensors))
-        return self._sources.views
+        return self._sources
 
     def _views_of(self, bulk: torch.Tensor) -> list[torch.Tensor]:
         at = bulk.data_ptr()
