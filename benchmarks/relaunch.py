@@ -29,6 +29,7 @@ RANKS = 2
 STEP_S = 0.05
 CHECKPOINT_EVERY = 50
 TIMEOUT_S = 120.0
+STOCK_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,15 @@ def job(opponent: Opponent, size: str, place: Scratch, name: str) -> Iterator[tu
             yield Watch(desk, command, RANKS), folder
 
 
-def block(opponent: Opponent, size: str, kills: int, place: Scratch, name: str, chance: random.Random) -> Iterator[Any]:
+def block(
+    opponent: Opponent,
+    size: str,
+    kills: int,
+    place: Scratch,
+    name: str,
+    chance: random.Random,
+    timeout_s: float = TIMEOUT_S,
+) -> Iterator[Any]:
     """Start a job, kill it so many times, and end it.
 
     Yields:
@@ -85,7 +94,7 @@ def block(opponent: Opponent, size: str, kills: int, place: Scratch, name: str, 
     with job(opponent, size, place, name) as (watch, folder):
         for _ in range(kills):
             try:
-                found.append(kill_one(watch, chance, step_s=STEP_S, timeout_s=TIMEOUT_S))
+                found.append(kill_one(watch, chance, step_s=STEP_S, timeout_s=timeout_s))
             except NoRecoveryError as error:
                 console.print(f"{opponent.name}: {error}", markup=False)
                 found.append({"failed": str(error)})
@@ -130,7 +139,8 @@ def run(args: Any, progress: Progress) -> dict[str, Any]:
                         results[opponent.name].append(kill)
         for number in range(args.stock_tries):
             progress.update(task, description=STOCK.name)
-            stock += [k for k in block(STOCK, args.size, 1, place, f"stock-{number}", chance) if k is not None]
+            tried = block(STOCK, args.size, 1, place, f"stock-{number}", chance, STOCK_TIMEOUT_S)
+            stock += [kill for kill in tried if kill is not None]
             progress.advance(task)
     return {"kills": results, "stock": stock}
 

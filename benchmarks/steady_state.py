@@ -42,7 +42,7 @@ class Plan:
 
     batches: tuple[int, ...] = (2, 8)
     rounds: int = 8
-    segment_s: float = 4.0
+    segment_s: float = 3.0
     steps: tuple[int, int] = (6, 60)
     repeats: int = 40
 

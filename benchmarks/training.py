@@ -59,6 +59,15 @@ class Beacon(pl.Callback):
         self.wire.say("step", step=trainer.global_step)
 
 
+class Segment:
+    """The steps since the last turn. An object of its own class: it is none of the plain data that a version carries."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+        self.began_cpu_s = time.process_time()
+        self.starts = [time.perf_counter()]
+
+
 class Turns(pl.Callback):
     """Trains in segments: waits between two until it is this job's turn again.
 
@@ -68,35 +77,32 @@ class Turns(pl.Callback):
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
-        self.left = 0
-        self.starts: list[float] = []
-        self.cpu_s = 0.0
+        self.segment = Segment(0)
         self.stopwatch: Stopwatch | None = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        self.starts.append(time.perf_counter())
-        if self.left == 0:
+        self.segment.starts.append(time.perf_counter())
+        if not self.segment.left:
             self.wait_for_turn(trainer)
-        self.left -= 1
+        self.segment.left -= 1
 
     def wait_for_turn(self, trainer: pl.Trainer) -> None:
-        starts, ended_cpu_s = self.starts, time.process_time()
+        segment, ended_cpu_s = self.segment, time.process_time()
         self.wire.say(
             "ready",
-            steps_s=[after - before for before, after in pairwise(starts)],
-            cpu_s=ended_cpu_s - self.cpu_s,
+            steps_s=[after - before for before, after in pairwise(segment.starts)],
+            cpu_s=ended_cpu_s - segment.began_cpu_s,
             **(self.stopwatch.take() if self.stopwatch else {}),
         )
         heard = self.wire.hear()
-        self.left = int(heard["steps"])
-        if not self.left:
+        steps = int(heard["steps"])
+        if not steps:
             trainer.should_stop = True
             return
         if hasattr(trainer.strategy, "engine"):
             self.stopwatch = self.stopwatch or Stopwatch(trainer.strategy.engine)
             self.stopwatch.attach()
-        self.cpu_s = time.process_time()
-        self.starts = [time.perf_counter()]
+        self.segment = Segment(steps)
 
 
 def make_strategy(options: JobOptions) -> Any:
