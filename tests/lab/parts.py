@@ -23,7 +23,7 @@ class Options:
     num_nodes: int = 1
     epochs: int = 2
     samples: int = 48
-    data: str = "map"  # map, sampler, iterable, sized_iterable, stateful, combined, plain
+    data: str = "map"  # map, sampler, iterable, sized_iterable, stateful, combined, combined_stream, plain
     workers: int = 0
     persistent: bool = False
     optimization: str = "adamw"  # adamw, manual, two
@@ -93,7 +93,7 @@ def model_class(flavour: Any, options: Options) -> Any:
             self.generator = np.random.default_rng(3)
 
         def loss(self, batch: Any) -> torch.Tensor:
-            x, y = batch[0] if options.data == "combined" else batch
+            x, y = batch[0] if options.data.startswith("combined") else batch
             logits = self.head(self.body(x))
             self.accuracy.update(logits, y)
             return nn.functional.cross_entropy(logits, y)
@@ -173,6 +173,9 @@ def data_class(flavour: Any, options: Options) -> Any:
                 from torchdata.stateful_dataloader import StatefulDataLoader
 
                 return StatefulDataLoader(numbers, shuffle=True, **common)
+            if options.data == "combined_stream":
+                stream = Stream(10 * trainer.world_size, trainer.global_rank, trainer.world_size)
+                return [DataLoader(numbers, shuffle=True, **common), DataLoader(stream, batch_size=2)]
             if options.data == "combined":
                 from_short = DataLoader(Numbers(12), batch_size=2, shuffle=True)
                 return [DataLoader(numbers, shuffle=True, **common), from_short]

@@ -27,7 +27,7 @@ from lightning_ckptless.trainer.step import StepBoundaries
 from tests.lab.parts import Options, make_run
 
 
-class Stop(Exception):
+class Interruption(BaseException):
     """The moment at which the run is interrupted."""
 
 
@@ -38,9 +38,9 @@ class Track(pl.Callback):
         self.rows: list[Any] = []
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        weights = torch.cat([p.detach().reshape(-1).double() for p in module.parameters()]).sum().item().hex()
-        data = [t.double().sum().item().hex() for t in _tensors(batch)]
-        rng = (torch.rand(1).item().hex(), random.random().hex(), float(np.random.rand()).hex())
+        weights = float(torch.cat([p.detach().reshape(-1).double() for p in module.parameters()]).sum()).hex()
+        data = [float(t.double().sum()).hex() for t in _tensors(batch)]
+        rng = (float(torch.rand(1)).hex(), random.random().hex(), float(np.random.rand()).hex())
         lrs = [g["lr"] for o in trainer.optimizers for g in o.param_groups]
         self.rows.append(("batch", trainer.global_step, trainer.current_epoch, batch_idx, weights, data, rng, lrs))
 
@@ -71,6 +71,7 @@ class OneProcess(SingleDeviceStrategy):
         self.taken: dict[str, Any] = {}
 
     def process_dataloader(self, dataloader: object) -> object:
+        assert self.lightning_module is not None
         return make_resumable(dataloader) if self.lightning_module.trainer.training else dataloader
 
     def setup(self, trainer: Any) -> None:
@@ -89,12 +90,12 @@ class OneProcess(SingleDeviceStrategy):
     def commit(self, version: Version) -> None:
         self.versions.append(version)
         self.small = self.small or SmallState(self.trainer)
+        small = pack(self.small.capture())
         if version == self.stop_at:
             tensors = {name: t.detach().clone() for name, t in StateIndex(self.trainer).read().items()}
-            small = pack(self.small.capture())
             versions = [getattr(logger, "_version", None) for logger in self.trainer.loggers]
             self.taken = {"version": version, "small": small, "tensors": tensors, "loggers": versions}
-            raise Stop
+            raise Interruption
 
     def restore(self) -> None:
         assert self.saved
@@ -130,8 +131,13 @@ class Outcome:
 
 def run(options: Options, root: Path, stop_at: Version | None = None, saved: dict[str, Any] | None = None) -> Any:
     """Run once; returns the outcome and, where the run was stopped, what was taken at the version."""
-    strategy, track = OneProcess(stop_at, saved), Track()
-    options = dataclasses.replace(options, devices=1, root=str(root))
+    strategy = OneProcess(stop_at, saved)
+    return fit(options, root, strategy, saved), strategy.taken
+
+
+def fit(options: Options, root: Path, strategy: Any, saved: dict[str, Any] | None = None) -> Outcome:
+    """Run under a strategy of one device."""
+    options, track = dataclasses.replace(options, devices=1, root=str(root)), Track()
     trainer, model, data = make_run(options, strategy, (track,))
     if saved:
         for logger, version in zip(trainer.loggers, saved["loggers"], strict=True):
@@ -140,12 +146,12 @@ def run(options: Options, root: Path, stop_at: Version | None = None, saved: dic
         trainer.num_sanity_val_steps = 0
     try:
         trainer.fit(model, datamodule=data)
-    except Stop:
+    except Interruption:
         pass
     finally:
         _close_workers(trainer)
     weights = {name: t.detach().clone() for name, t in model.state_dict().items()}
-    return Outcome(track.rows, weights, _log_rows(root), strategy.versions), strategy.taken
+    return Outcome(track.rows, weights, _log_rows(root), getattr(strategy, "versions", []))
 
 
 def _close_workers(trainer: Any) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_ckptless.protocol.versions import Version
 from tests.lab.parts import Options
-from tests.trainer.interrupted import interrupted, run
+from tests.trainer.interrupted import Outcome, fit, interrupted, run
 
 BASE = Options(samples=24, epochs=2)
 CASES = {
@@ -20,6 +23,7 @@ CASES = {
     "sized_iterable": replace(BASE, data="sized_iterable"),
     "stateful": replace(BASE, data="stateful"),
     "combined": replace(BASE, data="combined"),
+    "combined_stream": replace(BASE, data="combined_stream"),
     "accumulate": replace(BASE, accumulate=2, samples=40),
     "manual": replace(BASE, optimization="manual"),
     "two_optimizers": replace(BASE, optimization="two", samples=12),
@@ -38,16 +42,34 @@ WORKERS = {
     "sampler_with_workers": replace(BASE, workers=2, data="sampler"),
     "iterable_with_workers": replace(BASE, workers=2, data="iterable"),
 }
+PLACES: dict[str, Callable[[int], int]] = {
+    "first": lambda _: 0,
+    "early": lambda _: 3,
+    "second epoch": lambda count: 2 * count // 3,
+    "last": lambda count: count - 1,
+}
+# Two places of each case; over all cases every place, and every pair of places that are neighbours.
+PAIRED = [(case, [*PLACES][(number + step) % 4]) for number, case in enumerate(CASES) for step in (0, 1)]
+THE_OTHERS = [(case, place) for case in CASES for place in PLACES if (case, place) not in PAIRED]
+
+Whole = Callable[[Options], Outcome]
 
 
-def _versions(options: Options, root: Path) -> list[Version]:
-    outcome, _ = run(options, root)
-    return outcome.versions
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Runs that nobody interrupts, each of them once."""
+
+    @cache
+    def outcome(options: Options) -> Outcome:
+        complete, _ = run(options, tmp_path_factory.mktemp("whole"))
+        assert isinstance(complete, Outcome)
+        return complete
+
+    return outcome
 
 
-def _assert_exact(options: Options, root: Path, at: Version) -> None:
-    whole, _ = run(options, root / "whole")
-    joined = interrupted(options, root / "joined", at)
+def _assert_exact(whole: Outcome, options: Options, root: Path, at: Version) -> None:
+    joined = interrupted(options, root, at)
     for expected, found in zip(whole.rows, joined.rows, strict=False):
         assert found == expected
     assert len(joined.rows) == len(whole.rows)
@@ -57,18 +79,32 @@ def _assert_exact(options: Options, root: Path, at: Version) -> None:
         assert torch.equal(tensor, joined.weights[name]), name
 
 
-@pytest.mark.parametrize("place", ["first", "early", "second epoch", "last"])
-@pytest.mark.parametrize("case", CASES)
-def test_interrupted(case: str, place: str, tmp_path: Path) -> None:
-    options = CASES[case]
-    versions = _versions(options, tmp_path / "versions")
-    index = {"first": 0, "early": 3, "second epoch": 2 * len(versions) // 3, "last": -1}[place]
-    _assert_exact(options, tmp_path, versions[index])
+@pytest.mark.parametrize("case", ["plain", "iterable", "combined_stream", "manual"])
+def test_taking_versions_disturbs_nothing(case: str, whole: Whole, tmp_path: Path) -> None:
+    expected, found = fit(CASES[case], tmp_path, SingleDeviceStrategy("cpu")), whole(CASES[case])
+    assert found.versions
+    assert found.rows == expected.rows
+    assert found.log_rows == expected.log_rows
+    for name, tensor in expected.weights.items():
+        assert torch.equal(tensor, found.weights[name]), name
 
 
+@pytest.mark.parametrize(("case", "place"), PAIRED)
+def test_interrupted(case: str, place: str, whole: Whole, tmp_path: Path) -> None:
+    complete = whole(CASES[case])
+    at = complete.versions[PLACES[place](len(complete.versions))]
+    _assert_exact(complete, CASES[case], tmp_path, at)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "place"), THE_OTHERS)
+def test_interrupted_at_the_other_places(case: str, place: str, whole: Whole, tmp_path: Path) -> None:
+    test_interrupted(case, place, whole, tmp_path)
+
+
+@pytest.mark.parametrize("place", ["early", "second epoch"])
 @pytest.mark.parametrize("case", WORKERS)
-def test_interrupted_with_workers(case: str, tmp_path: Path) -> None:
-    options = WORKERS[case]
-    versions = _versions(options, tmp_path / "versions")
-    for number, index in enumerate((3, 2 * len(versions) // 3)):
-        _assert_exact(options, tmp_path / str(number), versions[index])
+def test_interrupted_with_workers(case: str, place: str, whole: Whole, tmp_path: Path) -> None:
+    complete = whole(WORKERS[case])
+    at = complete.versions[PLACES[place](len(complete.versions))]
+    _assert_exact(complete, WORKERS[case], tmp_path, at)
