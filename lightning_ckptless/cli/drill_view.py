@@ -81,13 +81,13 @@ def faults_table(report: DrillReport) -> Table:
 
 def recoveries_table(recoveries: tuple[Recovery, ...]) -> Table:
     """One row per recovery, with its phases in milliseconds."""
-    table = _table("Recoveries, in milliseconds", "cause", "went on from")
+    table = _table("Recoveries, in milliseconds", "cause", "from")
     shown = [name for name in PHASES if name != "other" or any(r.phases.get("other_s") for r in recoveries)]
     for heading in (*shown, "total"):
         table.add_column(heading, justify="right", no_wrap=True)
     for recovery in recoveries:
         who = "" if recovery.culprit_rank is None else f"rank {recovery.culprit_rank}: "
-        cause = f"{who}{recovery.cause.removeprefix('died by ')}"
+        cause = who + recovery.cause.removeprefix("died by ").replace("exited with code", "exit")
         phases = [f"{1e3 * recovery.phases.get(f'{name}_s', 0.0):.0f}" for name in shown]
         table.add_row(cause, recovery.version, *phases, f"{1e3 * recovery.total_s:.0f}")
     return table

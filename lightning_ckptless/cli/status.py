@@ -25,10 +25,13 @@ def status(
     * `ckptless status 20250131-120000-3fa2 --json`
     """
     from lightning_ckptless.cli.runs import find_run
+
+    # A wrong name is told before torch is imported.
+    named = find_run(run, run_root)
     from lightning_ckptless.cli.status_view import show_status
     from lightning_ckptless.cli.survey import survey
 
-    found = survey(find_run(run, run_root), arena_dir, now=time.time())
+    found = survey(named, arena_dir, now=time.time())
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1, default=str))
     else:

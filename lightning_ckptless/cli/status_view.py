@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
@@ -9,7 +10,7 @@ from rich.text import Text
 
 from lightning_ckptless.cli.survey import Survey
 
-_COLOURS = {"running": "green", "ended": "blue", "stopped": "red"}
+_COLOURS = {"starting": "yellow", "running": "green", "ended": "blue", "stopped": "red"}
 _SLOT_COLOURS = {"committed": "green", "staged": "yellow", "writing": "cyan"}
 
 
@@ -33,10 +34,10 @@ def _head(found: Survey) -> Table:
         table.add_row("members", f"generation {found.generation}, {found.world_size} ranks")
         table.add_row("placement", found.placement)
     if found.arenas:
-        age = "" if found.commit_age_s is None else f", last written {found.commit_age_s:.1f} s ago"
-        table.add_row("committed", f"{found.committed or 'nothing yet'}{age}")
-        lag = found.commit_lag_steps
-        table.add_row("commit lag", "unknown" if lag is None else f"{lag} steps are being mirrored")
+        table.add_row("committed", found.committed or "nothing yet")
+        if found.commit_lag_steps is not None:
+            age = "" if found.commit_age_s is None else f", last written {found.commit_age_s:.1f} s ago"
+            table.add_row("commit lag", f"{found.commit_lag_steps} steps{age}")
         table.add_row("restorable", found.restorable)
     else:
         table.add_row("arenas", "none on this machine")
@@ -47,7 +48,7 @@ def _head(found: Survey) -> Table:
 
 
 def _arenas(found: Survey) -> Table:
-    table = Table("node", "agent", "size", "torn slots", "folder", title="Arenas", title_justify="left")
+    table = _table("Arenas", "node", "agent", "size", "torn slots", "folder")
     for arena in found.arenas:
         agent = Text("alive", style="green") if arena.alive else Text("gone", style="red")
         table.add_row(arena.node, agent, decimal(arena.bytes), str(arena.torn_headers), arena.path)
@@ -55,20 +56,27 @@ def _arenas(found: Survey) -> Table:
 
 
 def _slots(found: Survey) -> Table:
-    table = Table("shard", "kept by", "on", "slot", "version", "state", title="Shards", title_justify="left")
-    table.add_column("size", justify="right")
+    table = _table("Shards", "shard", "kept by", "on", "slot", "version", "state", "size")
     for slot in found.slots:
         state = Text(slot.state, style=_SLOT_COLOURS.get(slot.state, ""))
-        own = " (its writer)" if slot.keeper == slot.shard else ""
-        cells = (str(slot.shard), f"rank {slot.keeper}{own}", slot.node, str(slot.slot), slot.version)
+        keeper = f"rank {slot.keeper}" + (" (own)" if slot.keeper == slot.shard else "")
+        cells = (str(slot.shard), keeper, slot.node, str(slot.slot), slot.version)
         table.add_row(*cells, state, decimal(slot.bytes))
     return table
 
 
 def _recoveries(found: Survey) -> Table:
-    table = Table("who", "how", "went on from", "total", title="Last recoveries", title_justify="left")
+    table = _table("Last recoveries", "cause", "went on from", "total")
     for facts in found.recoveries:
         rank = facts.get("culprit_rank")
-        who = "?" if rank is None else f"rank {rank}"
-        table.add_row(who, facts["cause"], facts["version"], f"{facts['total_s']:.2f} s")
+        who = "" if rank is None else f"rank {rank} "
+        table.add_row(f"{who}{facts['cause']}", facts["version"], f"{facts['total_s']:.2f} s")
+    return table
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in headings:
+        # A path is of use only as a whole.
+        table.add_column(heading, overflow="fold" if heading == "folder" else "ellipsis")
     return table

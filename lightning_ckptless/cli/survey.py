@@ -63,7 +63,8 @@ class Survey:
     Args:
         run_id: its name.
         folder: of its ledger.
-        state: `running`, `ended`, or `stopped`: its agent is gone and it has not come to its end.
+        state: `starting` (nothing is known of its workers), `running`, `ended`, or `stopped`: its agent is gone and it
+            has not come to its end.
         generation: number of the membership; None before the first.
         world_size: ranks.
         placement: where replicas are kept, in a sentence.
@@ -107,13 +108,12 @@ def survey(run: Run, arena_dir: Path | None, *, now: float, last: int = 5) -> Su
     infos = arenas_of(run, arena_dir)
     arenas, replicas = _read(infos)
     started, ended, recoveries = run.of("run_started"), run.of("run_ended"), run.of("recovery")
-    alive = any(info.owner_alive for info in infos)
     newest = newest_complete(replicas)
     facts = started[-1].fields if started else {}
     return Survey(
         run_id=run.run_id,
         folder=str(run.folder),
-        state="running" if alive else "ended" if ended else "stopped",
+        state=_state(alive=any(info.owner_alive for info in infos), started=bool(started), ended=bool(ended)),
         generation=started[-1].generation if started else None,
         world_size=facts.get("world_size"),
         placement=facts.get("placement", ""),
@@ -127,6 +127,14 @@ def survey(run: Run, arena_dir: Path | None, *, now: float, last: int = 5) -> Su
         recovery_count=len(recoveries),
         goodput=ended[-1].fields.get("goodput") if ended else None,
     )
+
+
+def _state(*, alive: bool, started: bool, ended: bool) -> str:
+    if alive:
+        return "running"
+    if ended:
+        return "ended"
+    return "stopped" if started else "starting"
 
 
 def arenas_of(run: Run, arena_dir: Path | None) -> list[ArenaInfo]:

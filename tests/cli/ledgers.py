@@ -1,0 +1,78 @@
+"""A ledger as a run with two faults would have written it, at instants that are easy to count with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning_ckptless.cli.story import Step
+from lightning_ckptless.ledger import LEDGER_NAME, Ledger
+
+BEGAN_AT = 1000.0
+RUN_ID = "20250131-120000-abcd"
+
+
+class Writer:
+    """Writes events at given instants.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.now = BEGAN_AT
+        self.ledger = Ledger(folder / LEDGER_NAME, clock=lambda: self.now)
+
+    def at(self, after_s: float, event: str, *, generation: int | None = None, **fields: Any) -> None:
+        """Write an event so many seconds after the run began."""
+        self.now = BEGAN_AT + after_s
+        self.ledger.record(event, generation=generation, **fields)
+
+
+def write_ledger(root: Path, *, arena: Path | None = None, ended: bool = True) -> Path:
+    """Write the ledger of a run, and return the run's folder.
+
+    Args:
+        root: folder of all runs.
+        arena: of the run; None for one that is gone.
+        ended: whether the run has come to its end.
+    """
+    folder = root / RUN_ID
+    writer = Writer(folder)
+    writer.at(0.0, "workers_spawned", world_size=2)
+    for generation, (began_s, action) in enumerate(((1.0, "fresh"), (5.3, "restore"), (8.4, "restore")), 1):
+        if generation > 1:
+            writer.at(began_s - 0.2, "relaunch", restart=generation - 1)
+        facts = {"world_size": 2, "action": action, "placement": "2 shards, 2 copies each", "arena": str(arena)}
+        writer.at(began_s, "run_started", generation=generation, **facts)
+        if generation > 1:
+            writer.at(began_s + 0.7, "recovery", generation=generation, **recovery(generation))
+        if generation < 3:
+            dead_s = (5.0, 8.0)[generation - 1]
+            writer.at(dead_s + 0.1, "fault", rank=2 - generation, signal_name="SIGKILL", died_at=BEGAN_AT + dead_s)
+    if ended:
+        writer.at(11.0, "run_ended", generation=3, goodput=0.75, recoveries=2)
+    return folder
+
+
+def recovery(generation: int) -> dict[str, Any]:
+    """The facts of a recovery that took a second."""
+    seconds = (0.01, 0.09, 0.3, 0.4, 0.2, 0.0)
+    names = ("detect_s", "abort_s", "regroup_s", "restore_s", "replay_s", "other_s")
+    return {
+        "kind": "killed",
+        "culprit_rank": 3 - generation,
+        "cause": "died by SIGKILL",
+        "version": f"step {generation}",
+        "steps_replayed": 1,
+        "phases": dict(zip(names, seconds, strict=True)),
+        "total_s": 1.0,
+    }
+
+
+STEPS = (
+    *(Step(BEGAN_AT + 1.0 + number, number, 1) for number in range(1, 4)),
+    *(Step(BEGAN_AT + 3.0 + number, number, 2) for number in range(3, 5)),
+    *(Step(BEGAN_AT + 5.0 + number, number, 3) for number in range(4, 7)),
+)
+"""A step each second: 1 to 3, then 3 again and 4, then 4 again and up to 6."""

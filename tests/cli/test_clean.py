@@ -1,0 +1,75 @@
+"""Shared memory of the dead is removed, that of the living stays."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lightning_ckptless.cli.app import app
+from lightning_ckptless.replica.arena import Arena, Owner
+
+DEAD = Owner(pid=2**22 - 1, started_at=1.0)
+
+
+def make(folder: Path, run_id: str, owner: Owner = DEAD) -> Path:
+    arena = Arena.create(folder, run_id, "node", owner)
+    arena.note("committed", True)
+    arena.close()
+    return arena.path
+
+
+def clean(folder: Path, *more: str) -> Result:
+    return CliRunner().invoke(app, ["clean", "--arena-dir", str(folder), *more])
+
+
+@pytest.fixture
+def alive(tmp_path: Path) -> Path:
+    """An arena whose agent is this process."""
+    return make(tmp_path, "alive", Owner.of(os.getpid()))
+
+
+def test_all(tmp_path: Path, alive: Path) -> None:
+    dead = [make(tmp_path, "one"), make(tmp_path, "two")]
+    result = clean(tmp_path)
+    assert result.exit_code == 0
+    assert alive.is_dir() and f"kept {alive}: its agent is alive" in result.output
+    assert not any(path.exists() for path in dead)
+    assert result.output.count("removed") == 2
+
+
+def test_dry_run(tmp_path: Path) -> None:
+    dead = make(tmp_path, "one")
+    assert f"would remove {dead}" in clean(tmp_path, "--dry-run").output
+    assert dead.is_dir()
+
+
+def test_one(tmp_path: Path) -> None:
+    other, mine, second_fit = make(tmp_path, "other"), make(tmp_path, "mine"), make(tmp_path, "mine.1")
+    assert clean(tmp_path, "mine").exit_code == 0
+    assert other.is_dir() and not mine.exists() and not second_fit.exists()
+
+
+def test_live_run_is_refused(tmp_path: Path, alive: Path) -> None:
+    result = clean(tmp_path, "alive")
+    assert result.exit_code == 1
+    assert alive.is_dir()
+
+
+def test_another_format_can_be_removed(tmp_path: Path) -> None:
+    old, live = make(tmp_path, "old"), make(tmp_path, "live", Owner.of(os.getpid()))
+    for path in (old, live):
+        facts = json.loads((path / "arena.json").read_text())
+        (path / "arena.json").write_text(json.dumps({**facts, "format": 999}))
+    assert clean(tmp_path).exit_code == 0
+    assert live.is_dir() and not old.exists()
+
+
+def test_what_is_no_arena_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "ckptless-of-somebody"
+    folder.mkdir()
+    assert clean(tmp_path).output == f"no arenas in {tmp_path}\n"
+    assert folder.is_dir()

@@ -1,0 +1,105 @@
+"""What a run keeps is read from the headers of its slots."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from lightning_ckptless.cli.app import app
+from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.replica.arena import Arena, Owner
+from lightning_ckptless.replica.slot import Stamp
+from tests.cli.ledgers import RUN_ID, write_ledger
+
+DEAD = Owner(pid=2**22 - 1, started_at=1.0)
+
+
+def fill(arena: Arena, *, shard: int, keeper: int, committed: int, staged: int) -> None:
+    """Two slots of a shelf: one committed, one staged behind it."""
+    for slot, step in zip(arena.slots(shard, keeper, 64), (committed, staged), strict=True):
+        stamp = Stamp(Version(step, True), generation=2, world_size=2, layout="", shard=shard, keeper=keeper)
+        slot.begin(stamp)
+        slot.seal(stamp, b"small state", "")
+        if step == committed:
+            slot.commit()
+
+
+@pytest.fixture
+def arena(tmp_path: Path) -> Iterator[Arena]:
+    """The arena of a run whose agent is this process: version 6 is committed, 7 has come to shard 0 only."""
+    made = Arena.create(tmp_path / "shm", RUN_ID, "node-a", Owner.of(os.getpid()))
+    fill(made, shard=0, keeper=0, committed=6, staged=7)
+    fill(made, shard=1, keeper=1, committed=6, staged=5)
+    yield made
+    made.close()
+
+
+def ask(root: Path, *more: str) -> Any:
+    result = CliRunner().invoke(app, ["status", "--run-root", str(root), "--json", *more])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.output)
+
+
+def test_running(tmp_path: Path, arena: Arena) -> None:
+    write_ledger(tmp_path / "runs", arena=arena.path, ended=False)
+    told = ask(tmp_path / "runs")
+    assert (told["state"], told["generation"], told["world_size"]) == ("running", 3, 2)
+    assert (told["committed"], told["commit_lag_steps"]) == ("step 6", 1)
+    assert told["restorable"].startswith("step 6 of generation 2 is complete")
+    assert [(a["node"], a["alive"], a["torn_headers"]) for a in told["arenas"]] == [("node-a", True, 0)]
+    assert [(s["shard"], s["keeper"], s["version"], s["state"], s["bytes"]) for s in told["slots"]] == [
+        (0, 0, "step 6", "committed", 75),
+        (0, 0, "step 7", "staged", 75),
+        (1, 1, "step 6", "committed", 75),
+        (1, 1, "step 5", "staged", 75),
+    ]
+    assert told["recovery_count"] == 2
+    assert told["recoveries"][-1]["cause"] == "died by SIGKILL"
+
+
+def test_agent_that_is_gone(tmp_path: Path, arena: Arena) -> None:
+    write_ledger(tmp_path / "runs", arena=arena.path, ended=False)
+    arena.remove()
+    dead = Arena.create(tmp_path / "shm", RUN_ID, "node-b", DEAD)
+    dead.close()
+    told = ask(tmp_path / "runs")
+    assert (told["state"], told["restorable"]) == ("stopped", "the arenas are empty")
+
+
+def test_ended(tmp_path: Path) -> None:
+    write_ledger(tmp_path / "runs", arena=tmp_path / "shm" / "gone")
+    told = ask(tmp_path / "runs", RUN_ID)
+    assert (told["state"], told["goodput"], told["arenas"]) == ("ended", 0.75, [])
+
+
+def test_torn_header_is_counted(tmp_path: Path, arena: Arena) -> None:
+    write_ledger(tmp_path / "runs", arena=arena.path)
+    torn = next(path for path in sorted(arena.path.glob("shard-0000*slot-1")))
+    with torn.open("r+b") as file:
+        file.write(b"torn")
+    told = ask(tmp_path / "runs")
+    assert told["arenas"][0]["torn_headers"] == 1
+    assert len(told["slots"]) == 3
+
+
+def test_arenas_of_other_runs_are_not_shown(tmp_path: Path, arena: Arena) -> None:
+    write_ledger(tmp_path / "runs", arena=arena.path)
+    second = Arena.create(tmp_path / "shm", f"{RUN_ID}.1", "node-a", Owner.of(os.getpid()))
+    other = Arena.create(tmp_path / "shm", f"{RUN_ID}0", "node-a", Owner.of(os.getpid()))
+    assert {a["path"] for a in ask(tmp_path / "runs")["arenas"]} == {str(arena.path), str(second.path)}
+    second.close()
+    other.close()
+
+
+def test_tables(tmp_path: Path, arena: Arena) -> None:
+    write_ledger(tmp_path / "runs", arena=arena.path)
+    result = CliRunner().invoke(app, ["status", "--run-root", str(tmp_path / "runs")], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    for words in (RUN_ID, "running", "step 6", "rank 1 (own)", "committed", "node-a", "rank 0 died by SIGKILL"):
+        assert words in result.output

@@ -1,0 +1,119 @@
+"""The picture is one, and the page stands alone."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from typer.testing import CliRunner
+
+from lightning_ckptless.cli.app import app
+from lightning_ckptless.cli.page import page
+from lightning_ckptless.cli.runs import find_run
+from lightning_ckptless.cli.story import story_of
+from lightning_ckptless.cli.timeline import write_timeline
+from lightning_ckptless.errors import OptionsError
+from tests.cli.ledgers import RUN_ID, STEPS, write_ledger
+from tests.testing.test_compare import batch, write
+
+VOID = {"meta", "br", "link", "img", "hr", "path", "use"}
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order, and gathers what would be fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+        self.fetched: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in {"src", "href", "xlink:href"} and value and not value.startswith("#"):
+                self.fetched.append(value)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_html_stands_alone(tmp_path: Path) -> None:
+    write_ledger(tmp_path)
+    text = page(story_of("<b>run</b>", find_run(None, tmp_path).events, STEPS))
+    parsed = Page()
+    parsed.feed(text)
+    parsed.close()
+    assert parsed.open == []
+    assert parsed.fetched == []
+    assert {"svg", "table", "style"} <= parsed.seen and "b" not in parsed.seen
+    assert "script" not in parsed.seen and "@import" not in text and "url(http" not in text
+    assert "rank 1 died by SIGKILL, went on from step 2" in parsed.text
+    assert "75.0%" in parsed.text
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fonts_are_open(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """matplotlib keeps the fonts open that it has drawn with: no test's leak."""
+    run = find_run(str(write_ledger(tmp_path_factory.mktemp("run"))), None)
+    page(story_of(run.run_id, run.events, STEPS))
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_png_is_a_picture(traced: bool, tmp_path: Path) -> None:
+    write_ledger(tmp_path / "runs")
+    rows = [dict(batch(step.step, step.generation), at=step.at) for step in STEPS]
+    trace = write(tmp_path / "trace", rows) if traced else None
+    write_timeline(find_run(RUN_ID, tmp_path / "runs"), trace, [tmp_path / "out.png"])
+    picture = imread(tmp_path / "out.png")
+    assert picture.shape[0] > 400 and picture.shape[1] > 1000
+    # Not a blank sheet: the curve, the faults and the phases have colours of their own.
+    colours = set(np.unique((picture[..., :3] * 255).round().astype(int) @ [0x10000, 0x100, 1]).tolist())
+    assert {0xCC3311, 0xDDAA33, 0x33BBEE, 0x0077BB} <= colours
+    assert (0x004488 in colours) == traced
+
+
+def test_the_same_run_gives_the_same_file(tmp_path: Path) -> None:
+    run = find_run(str(write_ledger(tmp_path)), None)
+    for name in ("a", "b"):
+        write_timeline(run, None, [tmp_path / f"{name}.png", tmp_path / f"{name}.html"])
+    for suffix in (".png", ".html"):
+        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+
+
+def test_a_run_without_faults_is_drawn(tmp_path: Path) -> None:
+    run = find_run(str(write_ledger(tmp_path)), None)
+    events = [event for event in run.events if event.event in {"run_started", "run_ended"}]
+    assert "<table>" not in page(story_of("quiet", events, STEPS[:3]))
+
+
+def test_command(tmp_path: Path) -> None:
+    write_ledger(tmp_path / "runs")
+    out = tmp_path / "deep" / "run.html"
+    result = CliRunner().invoke(app, ["timeline", "--run-root", str(tmp_path / "runs"), "-o", str(out)])
+    assert result.exit_code == 0, result.output
+    assert result.output == f"{out}\n"
+    assert out.read_text().startswith("<!DOCTYPE html>")
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    run = find_run(str(write_ledger(tmp_path)), None)
+    with pytest.raises(OptionsError, match=r"run.pdf: expected a file that ends with .png or .html"):
+        write_timeline(run, None, [Path("run.pdf")])
+    with pytest.raises(OptionsError, match="no trace in it"):
+        write_timeline(run, tmp_path, [tmp_path / "run.png"])
