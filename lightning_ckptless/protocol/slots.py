@@ -13,7 +13,9 @@ The version v+1 may be whole too, when its votes were cast and nobody lived to l
 
 **After a relaunch** the restored version may be whole but thin: some shards have fewer copies than they should. It is
 not committed until its missing copies are filled in and all ranks have voted for it like for any other version;
-meanwhile the newest snapshot that any header calls committed is the one that must not be overwritten.
+meanwhile the newest snapshot that any header calls committed is the one that must not be overwritten. Where no copy is
+missing, the inventory that all ranks have read stands for the vote. Either way the headers are told before anything is
+overwritten.
 
 **What breaks weaker rules.**
 
@@ -130,14 +132,18 @@ def settle(found: SlotView, restored: Snapshot | None) -> SlotEvent | None:
     return SlotEvent.DISCARD if torn or passed_over else None
 
 
-def absent_copies(restored: Complete, keepers: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+def absent_copies(
+    restored: Complete, keepers: Sequence[Sequence[int]], nodes: Sequence[str]
+) -> tuple[tuple[int, int], ...]:
     """The copies that must be filled in before a restored version is committed.
 
-    A copy that is filled in carries the snapshot it completes, not the generation that fills it in.
+    A copy that is filled in carries the snapshot it completes, not the generation that fills it in. A copy on another
+    node than its keeper's does not count: where ranks are numbered anew, each finds the copies of another one.
 
     Args:
         restored: the version that all ranks restore.
         keepers: for each shard the ranks, beyond its writer, that are to keep a copy.
+        nodes: name of each rank's node.
 
     Returns:
         Pairs of shard and rank that is to keep it, the writer's own copies included.
@@ -146,5 +152,23 @@ def absent_copies(restored: Complete, keepers: Sequence[Sequence[int]]) -> tuple
         (shard, rank)
         for shard, (kept, others) in enumerate(zip(restored.replicas, keepers, strict=True))
         for rank in (shard, *others)
-        if rank not in {replica.keeper for replica in kept}
+        if (rank, nodes[rank]) not in {(replica.keeper, replica.node) for replica in kept}
     )
+
+
+def refill_slot(headers: tuple[SlotView, SlotView], restored: Snapshot, committed: Snapshot | None) -> int:
+    """The slot that an absent copy of a restored version is written into.
+
+    A slot that claims to hold that version has bytes that are damaged or not all there. It is the one to be written:
+    a second slot with the same snapshot would leave the two to be told apart by nothing.
+
+    Args:
+        headers: the two slots of the copy.
+        restored: what is filled in.
+        committed: newest snapshot that any header calls committed.
+
+    Returns:
+        0 or 1; never a slot that holds the committed snapshot, unless that is the restored one.
+    """
+    claims = [number for number, view in enumerate(headers) if view.snapshot == restored]
+    return claims[0] if claims else target_slot(headers, committed)

@@ -62,6 +62,8 @@ class Send:
 
 
 Transfer = Read | Send
+_Wish = tuple[int, int, Part]
+"""A rank, a shard, and what the rank wants of it."""
 
 
 def plan_transfers(
@@ -77,12 +79,30 @@ def plan_transfers(
     Returns:
         One transfer for each rank and shard that it needs anything of.
     """
+    return _routed(complete, nodes, _wanted(complete, need))
+
+
+def plan_copies(complete: Complete, nodes: Sequence[str], absent: Collection[tuple[int, int]]) -> tuple[Transfer, ...]:
+    """Plan how keepers get copies that they lack, tensors and small state.
+
+    Args:
+        complete: the version, with the good replicas of each shard.
+        nodes: name of each rank's node, as for `plan_transfers`.
+        absent: pairs of shard and rank that is to have a copy of it.
+
+    Returns:
+        One transfer for each pair.
+    """
+    return _routed(complete, nodes, _largest_first(complete, [(rank, shard, Part.WHOLE) for shard, rank in absent]))
+
+
+def _routed(complete: Complete, nodes: Sequence[str], wanted: Sequence[_Wish]) -> tuple[Transfer, ...]:
     ranks_of: dict[str, list[int]] = {}
     for rank, node in enumerate(nodes):
         ranks_of.setdefault(node, []).append(rank)
     sent_bytes = [0] * len(nodes)
     plan: list[Transfer] = []
-    for rank, shard, part in _wanted(complete, need):
+    for rank, shard, part in wanted:
         replicas = complete.replicas[shard]
         local = [replica for replica in replicas if replica.node == nodes[rank]]
         if local:
@@ -97,12 +117,16 @@ def plan_transfers(
     return tuple(plan)
 
 
-def _wanted(complete: Complete, need: Mapping[int, Collection[int]]) -> list[tuple[int, int, Part]]:
-    """What each rank wants of each shard, the largest first."""
-    wanted: list[tuple[int, int, Part]] = []
+def _wanted(complete: Complete, need: Mapping[int, Collection[int]]) -> list[_Wish]:
+    """What each rank wants of each shard."""
+    wanted: list[_Wish] = []
     for rank, shards in need.items():
         wanted += [(rank, shard, Part.BULK) for shard in set(shards) - {rank}]
         wanted.append((rank, rank, Part.WHOLE if rank in shards else Part.BLOB))
+    return _largest_first(complete, wanted)
+
+
+def _largest_first(complete: Complete, wanted: Sequence[_Wish]) -> list[_Wish]:
     return sorted(wanted, key=lambda w: (-_part_bytes(complete.replicas[w[1]][0], w[2]), w[1], w[0]))
 
 

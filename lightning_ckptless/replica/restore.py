@@ -6,7 +6,7 @@ All ranks call these functions together, gather the same facts and compute the s
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,8 +53,17 @@ def gather_inventory(arena: Arena, transport: Transport, *, reads: bool) -> tupl
         transport: between all ranks.
         reads: whether this rank speaks for its node: one rank of each does.
     """
-    mine = [asdict(replica) for replica in arena.inventory()] if reads else []
-    everyone = transport.gather(json.dumps(mine).encode())
+    return gather_replicas(arena.inventory() if reads else (), transport)
+
+
+def gather_replicas(mine: Iterable[Replica], transport: Transport) -> tuple[Replica, ...]:
+    """What all ranks have to say, where each names some replicas.
+
+    Args:
+        mine: those that this rank names.
+        transport: between all ranks.
+    """
+    everyone = transport.gather(json.dumps([asdict(replica) for replica in mine]).encode())
     return tuple(_replica(fields) for line in everyone for fields in json.loads(line))
 
 
@@ -85,9 +94,7 @@ def choose(arena: Arena, transport: Transport, nodes: Sequence[str], *, need: Ne
             return found
         here = sorted((replica for replica in used if replica.node == arena.node), key=_place_of)
         mine = here[neighbours.index(rank) :: len(neighbours)]
-        damaged = [asdict(replica) for replica in mine if not arena.verify(replica)]
-        for line in transport.gather(json.dumps(damaged).encode()):
-            bad.update(_replica(fields) for fields in json.loads(line))
+        bad.update(gather_replicas((replica for replica in mine if not arena.verify(replica)), transport))
         good |= used - bad
 
 

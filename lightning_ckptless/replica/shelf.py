@@ -7,7 +7,7 @@ the answer is one for all ranks.
 
 from __future__ import annotations
 
-from lightning_ckptless.protocol.slots import SlotEvent, settle, target_slot
+from lightning_ckptless.protocol.slots import SlotEvent, SlotView, settle, target_slot
 from lightning_ckptless.protocol.versions import READABLE, SlotState, Snapshot, Version
 from lightning_ckptless.replica.slot import Slot
 
@@ -17,19 +17,21 @@ class Shelf:
 
     Args:
         slots: the pair, as the last generation left it.
-        restored: the version that all ranks restored; None when they begin anew. A version is written once in a line of
-            generations that restore each other, so where two slots have it, the later generation's is meant.
+        committed: newest version that has all its copies, and all ranks know it; None when they begin anew. A version
+            is written once in a line of generations that restore each other, so where two slots have it, the later
+            generation's is meant.
     """
 
-    def __init__(self, slots: tuple[Slot, Slot], restored: Version | None) -> None:
+    def __init__(self, slots: tuple[Slot, Slot], committed: Version | None) -> None:
         self._slots = slots
-        self._committed = self._snapshot_of(restored)
+        self._committed = self._snapshot_of(committed)
         for slot in slots:
-            match settle(slot.view, self._committed):
-                case SlotEvent.COMMIT:
-                    slot.commit()
-                case SlotEvent.DISCARD:
-                    slot.discard()
+            if settle(slot.view, self._committed) is SlotEvent.DISCARD:
+                slot.discard()
+            elif slot.view == SlotView(SlotState.STAGED, self._committed):
+                # Whoever learned of it first died before this slot was told. From now on the version before may be
+                # written over, and a header must say which one to spare.
+                slot.commit()
 
     def _snapshot_of(self, version: Version | None) -> Snapshot | None:
         views = [slot.view for slot in self._slots]

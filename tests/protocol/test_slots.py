@@ -12,6 +12,7 @@ from lightning_ckptless.protocol.slots import (
     absent_copies,
     advance,
     newest_committed,
+    refill_slot,
     settle,
     target_slot,
 )
@@ -88,5 +89,28 @@ def test_one_header_that_says_committed_is_enough() -> None:
 
 def test_absent_copies_are_those_that_the_placement_wants_and_nobody_has() -> None:
     restored = Complete(snapshot(5), ((replica(0, 0),), (replica(1, 0),)), "")
-    assert absent_copies(restored, [(1,), (0,)]) == ((0, 1), (1, 1))
-    assert absent_copies(restored, [(), ()]) == ((1, 1),)
+    assert absent_copies(restored, [(1,), (0,)], ["n0", "n1"]) == ((0, 1), (1, 1))
+    assert absent_copies(restored, [(), ()], ["n0", "n1"]) == ((1, 1),)
+
+
+def test_copies_on_the_nodes_of_other_ranks_are_absent() -> None:
+    everything = tuple((replica(shard, shard), replica(shard, 1 - shard)) for shard in (0, 1))
+    restored = Complete(snapshot(5), everything, "")
+    assert absent_copies(restored, [(1,), (0,)], ["n0", "n1"]) == ()
+    assert absent_copies(restored, [(1,), (0,)], ["n1", "n0"]) == ((0, 0), (0, 1), (1, 1), (1, 0))
+
+
+@pytest.mark.parametrize("state", [SlotState.WRITING, SlotState.STAGED, SlotState.COMMITTED])
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_absent_copy_goes_where_a_bad_one_is(number: int, state: SlotState) -> None:
+    bad, other = SlotView(state, snapshot(5)), SlotView(SlotState.COMMITTED, snapshot(4))
+    headers = (bad, other) if number == 0 else (other, bad)
+    assert refill_slot(headers, snapshot(5), snapshot(4)) == number
+    assert refill_slot(headers, snapshot(5), snapshot(5)) == number
+
+
+def test_an_absent_copy_goes_beside_what_is_committed() -> None:
+    old, older = SlotView(SlotState.STAGED, snapshot(4)), SlotView(SlotState.COMMITTED, snapshot(3))
+    assert refill_slot((old, older), snapshot(5), snapshot(4)) == 1
+    assert refill_slot((older, old), snapshot(5), snapshot(4)) == 0
+    assert refill_slot((SlotView(), SlotView()), snapshot(5), snapshot(4)) == 0

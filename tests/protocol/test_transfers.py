@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_ckptless.protocol.transfers import Part, Read, Send, plan_transfers
+from lightning_ckptless.protocol.transfers import Part, Read, Send, plan_copies, plan_transfers
 from lightning_ckptless.protocol.versions import Complete, Replica, SlotState, Snapshot, Version
 
 VERSION = Version(7, True)
@@ -97,6 +97,17 @@ def test_the_small_state_is_wanted_even_where_the_own_tensors_are_not() -> None:
         Send(0, 1, 1, found.replicas[1][0], Part.BLOB),
     )
     assert [t.sent_bytes for t in plan if isinstance(t, Send)] == [100, 11]
+
+
+@given(worlds())
+def test_every_absent_copy_is_made_once_and_whole(world: World) -> None:
+    found, nodes, need = world
+    absent = [(shard, rank) for rank, shards in need.items() for shard in shards]
+    plan = plan_copies(found, nodes, absent)
+    assert Counter((t.replica.shard, _receiver(t)) for t in plan) == Counter(absent)
+    for transfer in plan:
+        near = nodes[_receiver(transfer)] in {r.node for r in found.replicas[transfer.replica.shard]}
+        assert isinstance(transfer, Read) == near and transfer.part is Part.WHOLE
 
 
 def _receiver(transfer: Read | Send) -> int:

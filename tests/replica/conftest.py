@@ -14,6 +14,7 @@ import torch
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena, Owner
 from lightning_ckptless.replica.slot import Stamp
+from tests.replica.world import MakeWorld, World
 
 T = TypeVar("T")
 
@@ -53,6 +54,22 @@ def together() -> Together:
             return list(pool.map(body, range(world_size)))
 
     return run
+
+
+@pytest.fixture
+def world(tmp_path: Path, owner: Owner) -> Iterator[MakeWorld]:
+    """Makes worlds and closes them."""
+    made: list[World] = []
+
+    def make(world_size: int, *, copies: int = 1) -> World:
+        made.append(World(tmp_path, owner, world_size, copies=copies))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+        for arena in one.arenas:
+            arena.close()
 
 
 @pytest.fixture

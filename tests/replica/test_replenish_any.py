@@ -1,0 +1,134 @@
+"""Whatever is in the arenas, once a version is replenished any one of them may be lost."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_ckptless.protocol.placement import place
+from lightning_ckptless.protocol.slots import absent_copies
+from lightning_ckptless.protocol.versions import Complete, Snapshot, Version, newest_complete
+from lightning_ckptless.replica.arena import Arena, Owner
+from lightning_ckptless.replica.checksum import bytes_of, digest
+from lightning_ckptless.replica.replenish import Replenished, replenish
+from lightning_ckptless.replica.restore import choose
+from lightning_ckptless.replica.slot import Stamp
+from lightning_ckptless.replica.transport import LoopbackTransport
+
+OLD, NEW = Version(1, True), Version(2, True)
+LAYOUT = "5e" * 32
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What the arenas hold when a generation begins.
+
+    Args:
+        before: node of each rank while the versions were written.
+        now: node of each rank of the generation that begins.
+        learned: for each rank of the past, whether it learned that the older version is committed.
+        present: for each shard the copies of the newer version: its writer's own, its keeper's.
+        swapped: for each rank, which slot of its shelves has the older version.
+    """
+
+    before: tuple[str, ...]
+    now: tuple[str, ...]
+    learned: tuple[bool, ...]
+    present: tuple[tuple[bool, bool], ...]
+    swapped: tuple[int, ...]
+
+
+@st.composite
+def plots(draw: st.DrawFn) -> Plot:
+    """Two or three nodes of one or two ranks, numbered anew or not; the newer version is whole, and perhaps thin."""
+    nodes, each = draw(st.integers(2, 3)), draw(st.integers(1, 2))
+    names = tuple(f"n{node}" for node in range(nodes) for _ in range(each))
+    now = draw(st.one_of(st.just(names), st.permutations(names).map(tuple)))
+    some = st.sampled_from([(True, False), (False, True), (True, True)])
+    size = len(names)
+    return Plot(
+        before=names,
+        now=now,
+        learned=draw(st.tuples(*[st.booleans()] * size).filter(any)),
+        present=draw(st.tuples(*[some] * size)),
+        swapped=draw(st.tuples(*[st.integers(0, 1)] * size)),
+    )
+
+
+def written(plot: Plot, arenas: dict[str, Arena]) -> None:
+    """Put the two versions into the arenas."""
+    for shard, (keeper,) in enumerate(place(plot.before, 1).keepers):
+        for rank, is_present in zip((shard, keeper), plot.present[shard], strict=True):
+            bulk_bytes = 8 + 3 * shard
+            pair = arenas[plot.before[rank]].slots(shard, rank, bulk_bytes, layout=LAYOUT)
+            for version, slot in zip((OLD, NEW), (pair[plot.swapped[rank]], pair[1 - plot.swapped[rank]]), strict=True):
+                if version is NEW and not is_present:
+                    continue
+                stamp = Stamp(version, 1, len(plot.before), LAYOUT, shard, rank)
+                blob = f"{shard} at {version}".encode()
+                slot.begin(stamp)
+                slot.bulk.fill_(10 * shard + version.optimizer_step)
+                slot.seal(stamp, blob, digest("xxh3", (bytes_of(slot.bulk), blob)))
+                if version is OLD and plot.learned[rank]:
+                    slot.commit()
+
+
+def newest(arenas: dict[str, Arena], without: str | None) -> Complete:
+    """The newest complete version of the arenas that are left; all its replicas have the right bytes."""
+    lines = [line for node, arena in arenas.items() if node != without for line in arena.inventory()]
+    found = newest_complete(lines)
+    assert isinstance(found, Complete)
+    for shard, kept in enumerate(found.replicas):
+        for replica in kept:
+            assert arenas[replica.node].verify(replica)
+            assert arenas[replica.node].read_blob(replica) == f"{shard} at {found.snapshot.version}".encode()
+    return found
+
+
+def old_copies(arenas: dict[str, Arena]) -> set[tuple[str, int, int, int]]:
+    """Where the older version is."""
+    lines = [line for arena in arenas.values() for line in arena.inventory()]
+    return {(line.node, line.shard, line.keeper, line.slot) for line in lines if line.version == OLD}
+
+
+def replenished(plot: Plot, arenas: dict[str, Arena]) -> Replenished:
+    """What all ranks of the generation that begins say."""
+    transports = LoopbackTransport.world(len(plot.now))
+    placement = place(plot.now, 1)
+
+    def body(rank: int) -> Replenished:
+        arena = arenas[plot.now[rank]]
+        found = choose(arena, transports[rank], plot.now)
+        assert isinstance(found, Complete) and found.snapshot == Snapshot(NEW, 1, len(plot.now), LAYOUT)
+        return replenish(found, arena, transports[rank], plot.now, placement)
+
+    with ThreadPoolExecutor(len(plot.now)) as pool:
+        said = list(pool.map(body, range(len(plot.now))))
+    assert all(one == said[0] for one in said)
+    return said[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(plots())
+def test_any_arena_may_be_lost_once_replenished(plot: Plot) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        owner = Owner.of(os.getpid())
+        arenas = {node: Arena.create(Path(folder), "run", node, owner) for node in dict.fromkeys(plot.before)}
+        written(plot, arenas)
+        olds = old_copies(arenas)
+        said = replenished(plot, arenas)
+        if plot.now == plot.before:
+            assert len(said.pairs) == sum(not there for pair in plot.present for there in pair)
+        assert old_copies(arenas) == olds
+        assert absent_copies(newest(arenas, None), place(plot.now, 1).keepers, plot.now) == ()
+        for lost in arenas:
+            assert newest(arenas, lost).snapshot.version == NEW
+        assert replenished(plot, arenas).pairs == ()
+        for arena in arenas.values():
+            arena.close()
