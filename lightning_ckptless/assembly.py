@@ -1,4 +1,4 @@
-"""Puts the rooms together: a strategy of one distribution of Lightning, with the callbacks that the environment asks for.
+"""Puts the rooms together: a strategy of one distribution, with the callbacks that the environment asks for.
 
 `trainer` knows nothing of `callbacks`; what joins them is here, at the top.
 """

@@ -58,14 +58,14 @@ def main(argv: Sequence[str]) -> int:
 
 def record_for(config: LaunchConfig) -> Callable[..., None]:
     """What writes the agent's events into the ledger of a run."""
-    from lightning_ckptless.ledger import Ledger, run_folder
+    from lightning_ckptless.ledger import Ledger, run_folder  # noqa: PLC0415 - not before the parent's own imports
 
     return Ledger(run_folder(config.run_root or DEFAULT_RUN_ROOT, config.run_id) / "ledger.jsonl").record
 
 
 def remove_arenas(config: LaunchConfig) -> None:
     """Remove the arenas that workers of this process's agent have made for a run."""
-    from lightning_ckptless.replica.arena import Arena, default_arena_dir, find_arenas
+    from lightning_ckptless.replica.arena import Arena, default_arena_dir, find_arenas  # noqa: PLC0415 - brings torch
 
     for info in find_arenas(config.arena_dir or default_arena_dir()):
         of_this_run = info.run_id == config.run_id or info.run_id.startswith(f"{config.run_id}.")

@@ -38,7 +38,7 @@ def vars_in_mro(cls: type, name: str) -> Any:
 
 def is_map_style(loader: DataLoader[Any]) -> bool:
     """Whether the loader asks its dataset by index."""
-    return int(loader._dataset_kind) == 0  # type: ignore[attr-defined]
+    return int(loader._dataset_kind) == 0
 
 
 def set_batches_yielded(iterator: Any, count: int) -> None:
@@ -70,7 +70,7 @@ def wrap_fetch(iterator: Any, wrap: Callable[[Callable[[], Any]], Callable[[], A
 
 def pin(data: Any) -> Any:
     """Pinned copies of all tensors in a batch."""
-    return pin_memory(data)
+    return pin_memory(data)  # type: ignore[no-untyped-call]
 
 
 class RotatedWorkersIterator(_MultiProcessingDataLoaderIter):
@@ -94,7 +94,7 @@ class RotatedWorkersIterator(_MultiProcessingDataLoaderIter):
 
 def parameter_dicts(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """A module's own parameters and buffers, as the live dictionaries that assignments go into."""
-    return module._parameters, module._buffers  # type: ignore[return-value]
+    return module._parameters, module._buffers
 
 
 def start_tails(workers: Any) -> None:

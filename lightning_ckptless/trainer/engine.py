@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.placement import Placement, place
 from lightning_ckptless.protocol.start import StartAction, StartPlan, plan_start
 from lightning_ckptless.protocol.versions import Complete, Version
-from lightning_ckptless.replica.arena import Arena
-from lightning_ckptless.replica.layout import Layout, describe, dtype_of, plan_layout
+from lightning_ckptless.replica.layout import Layout, plan_layout
 from lightning_ckptless.replica.mirror import Mirror
-from lightning_ckptless.replica.restore import choose, fetch, fill, shared_layout
+from lightning_ckptless.replica.replenish import replenish
+from lightning_ckptless.replica.restore import Fetched, choose, fetch, shared_layout
 from lightning_ckptless.replica.transport import GlooTransport, SoloTransport, Transport
 from lightning_ckptless.trainer.arenas import is_first_of_node, local_rank, open_arena
+from lightning_ckptless.trainer.begun import BegunStep, step_in_flight
 from lightning_ckptless.trainer.checkpoints import files_of_the_future, newest_checkpoint, note_of_save
 from lightning_ckptless.trainer.data import move_data_to
 from lightning_ckptless.trainer.drive import run_restored
@@ -36,14 +38,16 @@ from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.identity import Identity, identify
 from lightning_ckptless.trainer.plain import pack, unpack
-from lightning_ckptless.trainer.report import RunReport
+from lightning_ckptless.trainer.report import Moved, RunReport
 from lightning_ckptless.trainer.rng import apply_rng
 from lightning_ckptless.trainer.snapshot import SmallState
-from lightning_ckptless.trainer.state import StateIndex, make_room_for_optimizer_state
+from lightning_ckptless.trainer.state import StateIndex
 from lightning_ckptless.trainer.step import StepBoundaries
+from lightning_ckptless.trainer.tensors import describe_state, fill_trainer
 
 log = logging.getLogger(__name__)
 COMMIT_TIMEOUT_S = 1800.0
+CLOSE_TIMEOUT_S = 10.0
 
 
 class Restored:
@@ -94,7 +98,6 @@ class Engine:
         self._index: StateIndex | None = None
         self._small: SmallState | None = None
         self._taken: Version | None = None
-        self._stamped = -1
 
     def _connect(self) -> Transport:
         if self.world_size == 1:
@@ -183,10 +186,18 @@ class Engine:
         small = unpack(fetched.blob)
         self.restored = Restored(found, layout, fetched.bulks, small)
         self._taken = found.snapshot.version
-        self.report.fetched(found, fetched, self._step_in_flight())
+        self.report.fetched(found, self._sum_over_ranks(fetched), step_in_flight(self.arena.path, self.transport))
         self._forget_the_future(found.snapshot.version)
         if self.trainer.is_global_zero:
             host_loggers.cut_logs(self.trainer, small["state"]["logs"])
+
+    def _sum_over_ranks(self, fetched: Fetched) -> Moved:
+        lines = self.transport.gather(json.dumps([fetched.moved_bytes, fetched.sources]).encode())
+        moved = [json.loads(line) for line in lines]
+        sources: Counter[str] = Counter()
+        for _, of_rank in moved:
+            sources.update(of_rank)
+        return Moved(sum(moved_bytes for moved_bytes, _ in moved), dict(sources))
 
     def _forget_the_future(self, version: Version) -> None:
         if not self.trainer.is_global_zero:
@@ -218,7 +229,7 @@ class Engine:
             self.arena.note("logger_versions", host_loggers.name_versions(trainer.loggers))
         loops = FitLoops(trainer)
         self.loops = loops
-        self._stamp = self.arena.path / f"begun-by-{self.rank:04d}"
+        self._begun = BegunStep(self.arena.path, self.rank)
         self.boundaries = StepBoundaries(
             loops, self.commit, every_n_steps=self.options.mirror_every_n_steps, since=self._taken
         )
@@ -237,15 +248,9 @@ class Engine:
     def _restore(self) -> None:
         restored = self.restored
         assert restored is not None
-        described = restored.layout.tensors().items()
-        make_room_for_optimizer_state(
-            self.trainer,
-            {name: (dtype_of(d), shape) for name, (d, shape) in described if name.startswith("optimizer/")},
+        self._index = fill_trainer(
+            self.trainer, restored.layout, restored.bulks, rank=self.rank, world_size=self.world_size
         )
-        self._index = StateIndex(self.trainer)
-        tensors = self._index.read()
-        restored.layout.require_same(plan_layout([self._describe(tensors)] * self.world_size), self.rank)
-        fill(restored.layout, restored.bulks, tensors, self.rank)
         self._small = SmallState(self.trainer)
         self._small.apply(restored.small["state"])
 
@@ -255,6 +260,7 @@ class Engine:
         small.apply(restored.small["state"])
         self.loops.set_sampler_epochs()
         move_data_to(self.loops, restored.small["state"]["data"])
+        self.report.protected(replenish(restored.complete, self.arena, self.transport, self.nodes, self.placement))
         self.report.resume(restored.small["report"])
         self._open_mirror(restored.layout, committed=restored.version)
         self.restored = None
@@ -286,17 +292,8 @@ class Engine:
         self.report.taken(stall_s, time.perf_counter() - began, self.mirror)
 
     def at_batch_start(self) -> None:
-        """Stamp the step that is begun: after a fault the stamps say how many are run again."""
-        step = self.trainer.global_step + 1
-        if step != self._stamped:
-            self._stamp.write_text(str(step))
-            self._stamped = step
-
-    def _step_in_flight(self) -> int:
-        """The step that all ranks had begun when the last generation ended."""
-        stamps = [path.read_text() for path in self.arena.path.glob("begun-by-*")]
-        begun = [int(s) for line in self.transport.gather(" ".join(stamps).encode()) for s in line.split()]
-        return min(begun, default=0)
+        """Note which step is begun."""
+        self._begun.stamp(self.trainer.global_step + 1)
 
     def before_optimizer_step(self) -> None:
         """Wait until the version under way is copied: the optimizer is about to change the tensors."""
@@ -307,17 +304,10 @@ class Engine:
         if self.mirror is not None:
             self.mirror.settle()
         self._index = StateIndex(self.trainer)
-        mine = self._describe(self._index.read())
-        everyone = [unpack(line) for line in self.transport.gather(pack(mine))]
-        layout = plan_layout(everyone)
+        mine = pack(describe_state(self._index))
+        layout = plan_layout([unpack(line) for line in self.transport.gather(mine)])
         committed = self.mirror.committed if self.mirror is not None else None
         self._open_mirror(layout, committed=committed)
-
-    def _describe(self, tensors: dict[str, Any]) -> Any:
-        assert self._index is not None
-        private = self._index.private
-        replicated = describe({n: t for n, t in tensors.items() if n not in private}, replicated=True)
-        return replicated + describe({n: t for n, t in tensors.items() if n in private}, replicated=False)
 
     def _open_mirror(self, layout: Layout, *, committed: Version | None) -> None:
         if self.mirror is not None:
@@ -384,7 +374,7 @@ class Engine:
         """Release threads and mappings; the arena stays for a relaunch, its agent removes it."""
         self.detach()
         if self.mirror is not None:
-            self.mirror.close()
+            self.mirror.close(CLOSE_TIMEOUT_S)
             self.mirror = None
         self.restored = None
         self.transport.close()

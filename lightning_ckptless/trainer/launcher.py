@@ -58,8 +58,8 @@ class FitGuard:
         if strategy.num_nodes > 1 and not endpoint:
             raise OptionsError(
                 f"num_nodes={strategy.num_nodes}: the nodes must know where to meet. Set {environment.RDZV_ENDPOINT}="
-                f"HOST:PORT on each, or start with: ckptless run --nnodes {strategy.num_nodes} --rdzv-endpoint HOST:PORT "
-                f"--nproc-per-node {strategy.num_processes} SCRIPT"
+                f"HOST:PORT on each, or start with: ckptless run --nnodes {strategy.num_nodes} "
+                f"--rdzv-endpoint HOST:PORT --nproc-per-node {strategy.num_processes} SCRIPT"
             )
         root = trainer.default_root_dir if trainer is not None else os.getcwd()
         replace_by_agent(

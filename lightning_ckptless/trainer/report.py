@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,24 @@ from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.protocol.start import StartPlan
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.mirror import Mirror
-from lightning_ckptless.replica.restore import Fetched
+from lightning_ckptless.replica.replenish import Replenished
 from lightning_ckptless.trainer.host.results import show_on_progress_bar
 from lightning_ckptless.trainer.identity import Identity
 
 PREFIX = "ckptless/"
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Where a restored state came from, over all ranks.
+
+    Args:
+        moved_bytes: bytes sent between ranks.
+        sources: shards read from the `own arena` and received from a `peer`.
+    """
+
+    moved_bytes: int
+    sources: dict[str, int]
 
 
 class RunReport:
@@ -48,7 +62,7 @@ class RunReport:
         self._joined_at = clock()
         self._resumed_at: float | None = None
         self._restored: Version | None = None
-        self._fetched: Fetched | None = None
+        self._moved: Moved | None = None
         self._step_began_at = clock()
         self._stall_s = 0.0
         self._values: dict[str, float] = {}
@@ -78,15 +92,26 @@ class RunReport:
             self._say(f"run {identity.run_id}: {placement.reason}")
         self._say(plan.reason)
 
-    def fetched(self, found: Complete, fetched: Fetched, step_in_flight: int) -> None:
+    def fetched(self, found: Complete, moved: Moved, step_in_flight: int) -> None:
         """A version has been read from the arenas."""
-        self._fetched = fetched
+        self._moved = moved
         self._restored = found.snapshot.version
         self._replayed_now = max(0, step_in_flight - found.snapshot.version.optimizer_step)
         if self.speaks:
-            self._record(
-                "restored", version=str(self._restored), sources=fetched.sources, moved_bytes=fetched.moved_bytes
-            )
+            self._record("restored", version=str(self._restored), sources=moved.sources, moved_bytes=moved.moved_bytes)
+
+    def protected(self, replenished: Replenished) -> None:
+        """The restored version has all its copies again; nothing to tell where none was missing."""
+        if not self.speaks or not replenished.pairs:
+            return
+        self._record(
+            "protection",
+            copied_bytes=replenished.copied_bytes,
+            sent_bytes=replenished.sent_bytes,
+            pairs=[list(pair) for pair in replenished.pairs],
+            reason=replenished.reason,
+        )
+        self._say(replenished.reason)
 
     def resume(self, saved: dict[str, Any]) -> None:
         """Training is about to go on: take up the accounts of the restored version."""
@@ -157,12 +182,12 @@ class RunReport:
             return first
         if self._resumed_at is None or version.optimizer_step <= self._restored.optimizer_step:
             return False
-        self._recovered(version)
+        self._recovered()
         return True
 
     # ------------------------------------------------------------------ recoveries
 
-    def _recovered(self, version: Version) -> None:
+    def _recovered(self) -> None:
         assert self._restored is not None and self._resumed_at is not None
         fault, now = self._fault, self.clock()
         phases = phases_from(
@@ -180,7 +205,7 @@ class RunReport:
         self.account.record_recovery(phases)
         if not self.speaks:
             return
-        assert self._fetched is not None
+        assert self._moved is not None
         named = {name: round(getattr(phases, name), 6) for name in PHASE_NAMES}
         self._record(
             "recovery",
@@ -191,8 +216,8 @@ class RunReport:
             steps_replayed=self._replayed_now,
             phases=named,
             total_s=round(phases.total_s, 6),
-            sources=self._fetched.sources,
-            moved_bytes=self._fetched.moved_bytes,
+            sources=self._moved.sources,
+            moved_bytes=self._moved.moved_bytes,
             spawned_at=_float(environment.SPAWNED_AT),
             main_at=_float(environment.MAIN_AT),
             joined_at=self._joined_at,

@@ -1,8 +1,8 @@
 """The big state: every tensor of the training state by its name.
 
 Parameters, optimizer state and the modules that callbacks keep (averaged weights) are the same on all ranks under
-data parallelism: *replicated*, divided over the ranks. Buffers, those of averaged models too, are each rank's own (batch
-statistics differ until the next broadcast): *private*, kept whole by every rank.
+data parallelism: *replicated*, divided over the ranks. Buffers, those of averaged models too, are each rank's own, as
+batch statistics differ until the next broadcast: *private*, kept whole by every rank.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ def optimizer_parameters(trainer: Any, index: int) -> dict[str, nn.Parameter]:
 
 
 def optimizer_tensors(trainer: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of all optimizers by name, with those parameters that the model does not hold."""
     for index, optimizer in enumerate(trainer.optimizers):
         for name, parameter in optimizer_parameters(trainer, index).items():
             if name.startswith("#"):

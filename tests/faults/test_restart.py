@@ -37,7 +37,9 @@ class Run:
     config: LaunchConfig | None = None
     starts: int = 0
 
-    def start(self, options: Options, faults: str = "", *, max_restarts: int = 0, run_root: Path | None = None) -> Outcome:
+    def start(
+        self, options: Options, faults: str = "", *, max_restarts: int = 0, run_root: Path | None = None
+    ) -> Outcome:
         """Start it and wait for its end; its arena stays."""
         script, *arguments = command_for(options)
         output = self.folder / f"output-{self.starts}"
@@ -72,7 +74,9 @@ class Run:
 
     def events(self, kind: str) -> list[Event]:
         """Events of a kind in its ledger."""
-        return [event for event in read_ledger(self.folder / "runs" / self.run_id / "ledger.jsonl") if event.event == kind]
+        return [
+            event for event in read_ledger(self.folder / "runs" / self.run_id / "ledger.jsonl") if event.event == kind
+        ]
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def model_class(flavour: Any, options: Options) -> Any:
             self.head = nn.Linear(16, 3)
             self.accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=3)
             self.mean = torchmetrics.MeanMetric()
-            self.automatic_optimization = options.optimization != "manual" and options.optimization != "two"
+            self.automatic_optimization = options.optimization not in {"manual", "two"}
             self.seen_batches = 0
             self.outputs: list[torch.Tensor] = []
             self.generator = np.random.default_rng(3)

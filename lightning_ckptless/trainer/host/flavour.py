@@ -1,4 +1,4 @@
-"""The two distributions of Lightning: `lightning.pytorch` and `pytorch_lightning`, equal in code, separate in classes."""
+"""The two distributions of Lightning, `lightning.pytorch` and `pytorch_lightning`: equal in code, not in classes."""
 
 from __future__ import annotations
 

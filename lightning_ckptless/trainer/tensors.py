@@ -1,0 +1,46 @@
+"""Between a trainer's big tensors and the layout that cuts them into shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_ckptless.replica.layout import Described, Layout, describe, dtype_of, plan_layout
+from lightning_ckptless.replica.restore import fill
+from lightning_ckptless.trainer.state import StateIndex, make_room_for_optimizer_state
+
+
+def describe_state(index: StateIndex) -> tuple[Described, ...]:
+    """What this rank holds: the tensors that all ranks share, then its own."""
+    tensors, private = index.read(), index.private
+    shared = describe({name: t for name, t in tensors.items() if name not in private}, replicated=True)
+    return shared + describe({name: t for name, t in tensors.items() if name in private}, replicated=False)
+
+
+def fill_trainer(
+    trainer: Any, layout: Layout, bulks: Mapping[int, Tensor], *, rank: int, world_size: int
+) -> StateIndex:
+    """Copy a version into the tensors of a trainer, whose optimizers may not have made a step yet.
+
+    Args:
+        trainer: its strategy is set up.
+        layout: of the version.
+        bulks: tensor part of each shard: uint8 of shape [bulk bytes].
+        rank: this rank.
+        world_size: number of ranks.
+
+    Returns:
+        Where the trainer's tensors are.
+
+    Raises:
+        LayoutMismatchError: the script has built other tensors than those that were mirrored; names them.
+    """
+    described = layout.tensors().items()
+    optimizer = {name: (dtype_of(d), shape) for name, (d, shape) in described if name.startswith("optimizer/")}
+    make_room_for_optimizer_state(trainer, optimizer)
+    index = StateIndex(trainer)
+    layout.require_same(plan_layout([describe_state(index)] * world_size), rank)
+    fill(layout, bulks, index.read(), rank)
+    return index
