@@ -1,0 +1,45 @@
+"""What a relaunch finds too few copies of is protected before its first step: the next loss is harmless too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lightning_ckptless.job import remove_arenas
+from lightning_ckptless.membership.launch import new_run_id
+from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.protocol.versions import Version
+from tests.faults.test_restart import PER_RANK, Run
+
+
+@pytest.fixture
+def job(tmp_path: Path, parent: PreloadedParent) -> Iterator[Run]:
+    """A run, whose arena is removed in the end."""
+    started = Run(tmp_path, parent, new_run_id())
+    yield started
+    assert started.config is not None
+    remove_arenas(started.config)
+
+
+def lose(job: Run, rank: int) -> None:
+    """All that a rank keeps is gone."""
+    for path in job.arena.path.glob(f"*.kept-by-{rank:04d}.*"):
+        path.unlink()
+
+
+def test_the_other_keeper_may_be_lost_in_the_first_step(job: Run) -> None:
+    first = "kill:rank=1:step=7"
+    job.start(PER_RANK, first)
+    lose(job, 1)
+    job.start(PER_RANK, f"{first},kill:rank=0:step=7")
+    (protection,) = job.events("protection")
+    assert protection.fields["pairs"] == [[0, 1], [1, 1]]
+    assert protection.fields["copied_bytes"] > 0
+    assert "2 copies that step 6 lacked were filled in" in job.output
+    lose(job, 0)
+    assert job.start(PER_RANK).exit_code == 0
+    restored = [event.fields["version"] for event in job.events("restored")]
+    assert restored == [str(Version(6, tail_done=True))] * 2
+    assert [event.fields["pairs"] for event in job.events("protection")[1:]] == [[[0, 0], [1, 0]]]
