@@ -7,12 +7,12 @@ files, threads, other modules) is left alone.
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import enum
 import io
 import pathlib
 import pickle
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -21,28 +21,35 @@ import torch
 
 _ATOMS = (
     type(None), bool, int, float, complex, str, bytes, enum.Enum, pathlib.PurePath,
-    datetime.timedelta, datetime.datetime, np.generic, np.ndarray, torch.dtype, torch.device,
+    dt.timedelta, dt.date, range, np.generic, torch.dtype, torch.device,
 )  # fmt: skip
-_SEQUENCES = (list, tuple, set, frozenset, deque)
+_SEQUENCES = (list, tuple, set, frozenset, deque, torch.Size)
 _MAPPINGS = (dict, OrderedDict, Counter)
+_FACTORIES = (None, int, float, str, list, dict, set, Counter)
 MAX_DEPTH = 6
 
 
 def is_plain(value: Any, depth: int = 0) -> bool:
     """Whether a value consists of numbers, strings, arrays, tensors and containers of these."""
     if isinstance(value, torch.Tensor):
-        return not isinstance(value, torch.nn.Parameter) and value.layout is torch.strided
+        return _is_plain_tensor(value)
     if isinstance(value, np.ndarray):
-        return not value.dtype.hasobject
+        # What is mapped from a file is data to read, not state.
+        return not value.dtype.hasobject and not isinstance(value, np.memmap)
     if isinstance(value, _ATOMS):
         return True
     if depth >= MAX_DEPTH:
         return False
     if type(value) in _SEQUENCES:
         return all(is_plain(item, depth + 1) for item in value)
-    if type(value) in _MAPPINGS:
+    if type(value) in _MAPPINGS or (type(value) is defaultdict and value.default_factory in _FACTORIES):
         return all(is_plain(key, depth + 1) and is_plain(item, depth + 1) for key, item in value.items())
     return False
+
+
+def _is_plain_tensor(value: torch.Tensor) -> bool:
+    # A leaf that wants gradients is a parameter, whatever its class: an optimizer may hold this very object.
+    return value.layout is torch.strided and not (value.is_leaf and value.requires_grad)
 
 
 def plain_attributes(owner: object, *, leave: Collection[str] = ()) -> dict[str, Any]:
@@ -63,10 +70,10 @@ def set_plain_attributes(owner: object, saved: dict[str, Any]) -> None:
         vars(owner).update(saved)
 
 
-def _rebuild(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+def _rebuild(data: bytes, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> torch.Tensor:
     if not data:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape).to(device)
 
 
 class _SmallTensorPickler(pickle.Pickler):
@@ -74,14 +81,14 @@ class _SmallTensorPickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) is torch.Tensor and value.layout is torch.strided and not value.is_quantized:
-            host = value.detach().cpu().contiguous()
+            host = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
             data = host.view(-1).view(torch.uint8).numpy().tobytes() if host.numel() else b""
-            return _rebuild, (data, value.dtype, tuple(value.shape))
+            return _rebuild, (data, value.dtype, tuple(value.shape), value.device.type)
         return NotImplemented
 
 
 def pack(value: Any) -> bytes:
-    """Pickle the small state. Tensors lose their device and graph, nothing else."""
+    """Pickle the small state. Tensors keep their values and kind of device, not their graph, strides and views."""
     out = io.BytesIO()
     _SmallTensorPickler(out, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
     return out.getvalue()

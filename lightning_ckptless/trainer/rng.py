@@ -48,25 +48,44 @@ def owned_generators(owner: object) -> dict[str, Any]:
     attributes = getattr(owner, "__dict__", {})
     for name, value in list(attributes.items())[:MAX_ATTRIBUTES]:
         if isinstance(value, torch.Generator):
-            states[name] = value.get_state().numpy().tobytes()
+            states[name] = value.device.type, value.get_state().numpy().tobytes()
         elif isinstance(value, np.random.Generator):
             states[name] = value.bit_generator.state
         elif isinstance(value, np.random.RandomState):
             states[name] = value.get_state(legacy=True)
-        elif isinstance(value, random.Random):
+        elif isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
             states[name] = value.getstate()
     return states
 
 
 def set_owned_generators(owner: object, states: dict[str, Any]) -> None:
-    """Put an object's generators back, in place: others may share them."""
+    """Put an object's generators back, in place where it has them: others may share them."""
     for name, state in states.items():
-        value = getattr(owner, name)
-        if isinstance(value, torch.Generator):
-            value.set_state(_tensor(state))
-        elif isinstance(value, np.random.Generator):
-            value.bit_generator.state = state
-        elif isinstance(value, np.random.RandomState):
-            value.set_state(state)
-        elif isinstance(value, random.Random):
-            value.setstate(state)
+        generator = getattr(owner, name, None)
+        if not isinstance(generator, _GENERATORS):
+            # Made by the owner on first use, which is behind us.
+            generator = _made_for(state)
+            setattr(owner, name, generator)
+        _set_state(generator, state)
+
+
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+def _made_for(state: Any) -> Any:
+    if isinstance(state, dict):
+        return np.random.Generator(getattr(np.random, state["bit_generator"])())
+    if isinstance(state[0], int):
+        return random.Random()
+    return np.random.RandomState() if isinstance(state[1], np.ndarray) else torch.Generator(state[0])
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(_tensor(state[1]))
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(state)
+    else:
+        generator.setstate(state)
