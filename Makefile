@@ -32,7 +32,7 @@ demo: $(STAMP)  ## train a small GPT on CPU ranks, kill some of them, compare wi
 test: $(STAMP)  ## run all tests; ARGS="tests/protocol -x" for some
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-quick: $(STAMP)  ## run the tests that take seconds
+test-quick: $(STAMP)  ## run all but the slow tests
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 lint: $(STAMP)  ## check style and formatting
