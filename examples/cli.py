@@ -2,7 +2,7 @@
 
 python examples/cli.py fit --config configs/two_cpu_ranks.yaml
 python examples/cli.py fit --config configs/two_cpu_ranks.yaml --trainer.max_epochs 1
-python examples/cli.py fit --trainer.strategy.help CkptlessStrategy
+python examples/cli.py fit --trainer.strategy.help lightning_ckptless.CkptlessStrategy
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def story_of(run_id: str, events: Sequence[Event], finished: Sequence[Step] = ()
         run_id=run_id,
         wall_s=ended_at,
         steps=steps,
-        faults=tuple(_fault(event, began_at) for event in events if event.event == "fault"),
+        faults=tuple(_fault(event, began_at) for event in _seen_first_hand(events)),
         recoveries=recoveries,
         goodput=tuple(goodput_over_time(steps, recoveries, since=_training_began_at(events) - began_at)),
         final_goodput=ends[-1] if ends else None,
@@ -136,12 +136,18 @@ def _training_began_at(events: Sequence[Event]) -> float:
     return min((event.at for event in events if event.event == "run_started"), default=min(e.at for e in events))
 
 
+def _seen_first_hand(events: Sequence[Event]) -> list[Event]:
+    """The faults, each as told by the agent that saw it; the agents of other nodes know only that there was one."""
+    faults = [event for event in events if event.event == "fault"]
+    known = {event.fields.get("restart") for event in faults if event.rank is not None}
+    return [event for event in faults if event.rank is not None or event.fields.get("restart") not in known]
+
+
 def _fault(event: Event, began_at: float) -> Mark:
-    rank, signal_name, code = (event.fields.get(name) for name in ("rank", "signal_name", "exit_code"))
-    rank = event.rank if rank is None else rank
+    signal_name, code = event.fields.get("signal_name"), event.fields.get("exit_code")
     died_at = event.fields.get("died_at") or event.at
     how = signal_name or ("lost" if code is None else f"exit {code}")
-    return Mark(float(died_at) - began_at, how if rank is None else f"rank {rank}: {how}")
+    return Mark(float(died_at) - began_at, how if event.rank is None else f"rank {event.rank}: {how}")
 
 
 def _span(event: Event, began_at: float) -> Span:

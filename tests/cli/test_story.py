@@ -8,6 +8,7 @@ import pytest
 
 from lightning_ckptless.cli.runs import find_run
 from lightning_ckptless.cli.story import PHASES, Span, Step, goodput_over_time, story_of
+from lightning_ckptless.ledger import Event
 from tests.cli.ledgers import RUN_ID, STEPS, write_ledger
 
 
@@ -56,3 +57,16 @@ def test_goodput_loses_what_is_rolled_back() -> None:
 def test_goodput_counts_from_the_beginning_of_training() -> None:
     steps = [Step(11.0, 1, 1), Step(12.0, 2, 1)]
     assert goodput_over_time(steps, [], since=10.0) == [(11.0, 0.0), (12.0, 0.5)]
+
+
+def test_fault_of_another_node_is_shown_once() -> None:
+    """Two agents tell of it: one has seen rank 3 die, the other that the members changed."""
+    seen = {"restart": 1, "died_at": 5.0, "signal_name": "SIGKILL"}
+    heard = {"restart": 1, "died_at": 6.0, "signal_name": None, "exit_code": None}
+    events = [
+        Event("fault", 5.1, None, 3, seen),
+        Event("fault", 6.1, None, None, heard),
+        Event("fault", 9.0, None, None, heard | {"restart": 2, "died_at": 8.5}),
+    ]
+    story = story_of("run", [Event("workers_spawned", 0.0, None, None, {}), *events])
+    assert [(mark.at, mark.text) for mark in story.faults] == [(5.0, "rank 3: SIGKILL"), (8.5, "lost")]

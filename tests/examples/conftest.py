@@ -1,0 +1,42 @@
+"""One preloaded parent and one uninterrupted run per example, shared by the drills on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.testing.drill import DrillReport, run_drill
+from lightning_ckptless.testing.starters import Launcher, shared_parent
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CONFIGS = EXAMPLES.parent / "configs"
+
+DIGITS = (str(EXAMPLES / "digits" / "train.py"), "--epochs", "2")
+CHAR_GPT = (
+    str(EXAMPLES / "char_gpt" / "train.py"),
+    *("--steps", "16", "--layers", "1", "--width", "32", "--context", "32", "--batch-size", "4"),
+)
+
+Drill = Callable[..., DrillReport]
+
+
+@pytest.fixture(scope="package")
+def parent() -> Iterator[PreloadedParent | None]:
+    """Forks the workers of all drills that are held in this process."""
+    with shared_parent("ckptless", DIGITS) as preloaded:
+        yield preloaded
+
+
+@pytest.fixture
+def drill(parent: PreloadedParent, tmp_path: Path) -> Drill:
+    """Holds a drill in which each run has a working directory of its own."""
+
+    def hold(command: tuple[str, ...], faults: str, launcher: Launcher = "ckptless") -> DrillReport:
+        return run_drill(
+            command, faults, folder=tmp_path / "drill", launcher=launcher, parent=parent, isolate=True, timeout_s=200
+        )
+
+    return hold

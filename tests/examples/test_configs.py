@@ -1,0 +1,49 @@
+"""Every configuration is understood as it stands, and the help shows what ours means."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.cli import LightningCLI
+
+from tests.examples.conftest import CONFIGS, EXAMPLES
+
+FILES = [*CONFIGS.glob("*.yaml"), *EXAMPLES.glob("*/*.yaml")]
+
+
+@pytest.fixture(autouse=True)
+def beside_the_examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As for `python examples/cli.py`."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] in {"digits", "char_gpt"}]:
+        del sys.modules[name]
+
+
+def ask(*arguments: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        LightningCLI(args=["fit", *arguments], seed_everything_default=1, parser_kwargs={"parser_mode": "omegaconf"})
+    assert end.value.code == 0
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_is_understood(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask("--config", str(path), "--print_config")
+    told = capsys.readouterr().out
+    assert "seed_everything: 1" in told
+    assert "ckptless" in told
+
+
+def test_help_shows_our_options(capsys: pytest.CaptureFixture[str]) -> None:
+    ask("--trainer.strategy.help", "lightning_ckptless.CkptlessStrategy")
+    told = capsys.readouterr().out
+    assert "optimizer steps between two mirrored versions" in told
+    assert "failure_domain {node,rank}" in told
+
+
+def test_there_are_all_of_them() -> None:
+    names = {path.stem for path in FILES}
+    assert names == {"two_cpu_ranks", "four_ranks_with_faults", "gpu", "two_nodes", "digits", "char_gpt"}
