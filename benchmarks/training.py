@@ -60,7 +60,7 @@ class Beacon(pl.Callback):
 
 
 class Segment:
-    """The steps since the last turn. An object of its own class: it is none of the plain data that a version carries."""
+    """The steps since the last turn, in a class of its own: so it is none of the plain data that a version carries."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps
