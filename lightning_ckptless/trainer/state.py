@@ -35,7 +35,7 @@ class StateIndex:
         for prefix, extra in callback_modules(trainer):
             self._add_module(f"{prefix}/", extra)
         self._fixed = {name: tensor for name, tensor in optimizer_tensors(trainer) if name.endswith("/value")}
-        self._optimizer_size = self._count_optimizer_state()
+        self._optimizer_state = self._optimizer_state_now()
         self._add_optimizers()
 
     @property
@@ -45,7 +45,7 @@ class StateIndex:
 
     def is_current(self) -> bool:
         """Whether the optimizers still have the state tensors that were found."""
-        return self._count_optimizer_state() == self._optimizer_size
+        return self._optimizer_state_now() == self._optimizer_state
 
     def read(self) -> dict[str, Tensor]:
         """All big tensors of this rank by name, as they are now."""
@@ -74,8 +74,14 @@ class StateIndex:
                     if isinstance(value, Tensor):
                         self._places.append((f"optimizer/{index}/{name}/{key}", state, key))
 
-    def _count_optimizer_state(self) -> int:
-        return sum(len(state) for optimizer in self.trainer.optimizers for state in optimizer.state.values())
+    def _optimizer_state_now(self) -> list[tuple[int, int]]:
+        # By identity too: loading a state dictionary replaces all of it by as many tensors.
+        return [
+            (id(state), len(state))
+            for optimizer in self.trainer.optimizers
+            for parameter, state in optimizer.state.items()
+            if isinstance(parameter, Tensor)
+        ]
 
 
 def callback_modules(trainer: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -112,12 +118,15 @@ def optimizer_facts(trainer: Any) -> list[dict[str, Any]]:
     """What optimizers hold beside big tensors: hyper-parameters of their groups and plain values of their state."""
     facts = []
     for index, optimizer in enumerate(trainer.optimizers):
-        plain = {id(parameter): _plain_values(state) for parameter, state in optimizer.state.items()}
+        by_parameter = {key: state for key, state in optimizer.state.items() if isinstance(key, Tensor)}
+        plain = {id(parameter): _plain_values(state) for parameter, state in by_parameter.items()}
         # Most optimizers keep tensors only. Names are looked up for the others: that walks through the whole model.
         names = optimizer_parameters(trainer, index) if any(plain.values()) else {}
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         state = {name: values for name, parameter in names.items() if (values := plain.get(id(parameter)))}
-        facts.append({"groups": groups, "state": state})
+        # Some optimizers keep a counter for all parameters beside what they keep for each.
+        common = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
+        facts.append({"groups": groups, "state": state, "common": common})
     return facts
 
 
@@ -139,10 +148,20 @@ def set_optimizer_facts(trainer: Any, saved: list[dict[str, Any]]) -> None:
         )
     for index, (optimizer, facts) in enumerate(zip(trainer.optimizers, saved, strict=True)):
         for group, values in zip(optimizer.param_groups, facts["groups"], strict=True):
-            group.update(values)
+            _update_group(group, values)
         parameters = optimizer_parameters(trainer, index)
         for name, values in facts["state"].items():
             optimizer.state[parameters[name]].update(values)
+        optimizer.state.update(facts["common"])
+
+
+def _update_group(group: dict[str, Any], values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
+            # A learning rate in a tensor: schedulers and captured graphs hold this very object.
+            group[key].copy_(value)
+        else:
+            group[key] = value
 
 
 def make_room_for_optimizer_state(trainer: Any, described: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
@@ -161,11 +180,11 @@ def make_room_for_optimizer_state(trainer: Any, described: dict[str, tuple[torch
             continue
         optimizer, parameter = trainer.optimizers[int(index)], parameters[int(index)][parameter_name]
         if not (parameter_name.startswith("#") and key == "value"):
-            optimizer.state[parameter][key] = _room(optimizer, parameter, dtype, shape)
+            optimizer.state[parameter][key] = _room(optimizer, parameter, key, dtype, shape)
 
 
-def _room(optimizer: Any, parameter: nn.Parameter, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    if shape == tuple(parameter.shape):
+def _room(optimizer: Any, parameter: nn.Parameter, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if shape == tuple(parameter.shape) and not (key == "step" and not shape):
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     # Zero-dimensional counters stay on the host, as optimizers make them unless asked for fused or capturable ones.
     on_host = not shape and not any(g.get("capturable") or g.get("fused") for g in optimizer.param_groups)

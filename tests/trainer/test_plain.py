@@ -48,7 +48,7 @@ def the_same(left: Any, right: Any) -> bool:
         same_kind = (left.dtype, left.shape, left.device) == (right.dtype, right.shape, right.device)
         return same_kind and bool(left.tolist() == right.tolist())
     if isinstance(left, np.ndarray):
-        return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
+        return (left.dtype, left.shape, left.tobytes()) == (right.dtype, right.shape, right.tobytes())
     if isinstance(left, list | tuple | deque):
         return len(left) == len(right) and all(the_same(a, b) for a, b in zip(left, right, strict=True))
     if isinstance(left, dict):
