@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning_ckptless.errors import LaunchError, OptionsError
 from lightning_ckptless.membership.command_line import parse_command_line
+from lightning_ckptless.membership.distribution import LIGHTNING, distribution_of
 from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.membership.program import Program, script_path
@@ -27,6 +28,14 @@ DEFAULT_PRELOAD = (
     "lightning_ckptless.trainer.strategies",
 )
 """What workers of a usual run import, in the order that is quickest."""
+
+
+def usual_modules(words: Sequence[str]) -> tuple[str, ...]:
+    """What workers of a usual run import, with the distribution of Lightning that a command line's script uses."""
+    used = distribution_of(words)
+    return tuple(used if name == LIGHTNING else name for name in DEFAULT_PRELOAD)
+
+
 DEFAULT_MAX_RESTARTS = 100
 DEFAULT_STOP_GRACE_S = 5.0
 
@@ -160,7 +169,9 @@ def run(
 
 def make_parent(config: LaunchConfig) -> PreloadedParent:
     """The parent that suits a configuration, not yet started."""
-    modules = () if config.fresh else config.preload
+    usual = config.preload == DEFAULT_PRELOAD
+    modules = usual_modules([config.program.target]) if usual else config.preload
+    modules = () if config.fresh else modules
     return PreloadedParent(modules, path=script_path(config.program, config.working_dir), flags=config.program.flags)
 
 
@@ -181,7 +192,7 @@ def main(
         Exit code: the workers', 128 + number for a signal, 2 where the run cannot be started.
     """
     # The parent begins before torch is imported here, so that both import at once.
-    modules = () if "--no-preload" in argv else DEFAULT_PRELOAD
+    modules = () if "--no-preload" in argv else usual_modules(argv)
     flags = parse_command_line(sys.orig_argv).flags
     try:
         with raising_on_signals(), PreloadedParent(modules, flags=flags) as parent:

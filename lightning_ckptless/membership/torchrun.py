@@ -15,10 +15,10 @@ from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.command_line import parse_command_line
 from lightning_ckptless.membership.launch import (
     DEFAULT_MAX_RESTARTS,
-    DEFAULT_PRELOAD,
     DEFAULT_STOP_GRACE_S,
     LaunchConfig,
     new_run_id,
+    usual_modules,
 )
 from lightning_ckptless.membership.program import Kind, Program
 
@@ -72,7 +72,7 @@ def config_from_torchrun_args(argv: Sequence[str]) -> LaunchConfig:
         rdzv_conf=conf,
         run_id=_run_id(args.rdzv_id, endpoint),
         max_restarts=args.max_restarts,
-        preload=(*DEFAULT_PRELOAD, *args.preload),
+        preload=(*usual_modules(argv), *args.preload),
         fresh=args.no_preload,
         run_root=args.run_root,
         arena_dir=args.arena_dir,

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning_ckptless.errors import CkptlessError
+from lightning_ckptless.errors import CkptlessError, LaunchError
 from lightning_ckptless.ledger import Ledger, read_ledger
 from lightning_ckptless.membership.communicators import host_group
 from lightning_ckptless.membership.reaper import MARKER, start_reaper
@@ -110,6 +110,7 @@ class Engine:
         """Open the arena and decide what this generation starts from.
 
         Raises:
+            LaunchError: as many recoveries were made as the options allow.
             StateMissingError: nothing complete is left and the options say to stop.
             WorldSizeError: the state was mirrored by another number of ranks.
             OptionsError: the checkpoint path and a live arena disagree, or replicas cannot be placed.
@@ -144,6 +145,7 @@ class Engine:
             raise plan.error(plan.reason)
         if plan.action is StartAction.RESTORE:
             assert isinstance(found, Complete)
+            self._count_recovery(notes, opens)
             self._fetch(found)
         else:
             self._start_over(plan.action, opens)
@@ -167,6 +169,17 @@ class Engine:
         self.report.generation = self.generation
         if opens:
             self.arena.note("generation", self.generation)
+
+    def _count_recovery(self, notes: list[dict[str, Any]], opens: bool) -> None:
+        """Count over all starts of the run: under another agent only we know the user's limit."""
+        most, count = self.options.max_recoveries, 1 + max(int(n.get("recoveries", 0)) for n in notes)
+        if count > most:
+            raise LaunchError(
+                f"rank {self.rank}: max_recoveries={most} recoveries were made, and the run has failed again: look for "
+                "the cause in its ledger; raise max_recoveries to go on from the arenas"
+            )
+        if opens:
+            self.arena.note("recoveries", count)
 
     def _name_logs(self, notes: list[dict[str, Any]]) -> None:
         """Loggers of a relaunch write into the folders of the run; asking for their paths must not choose new ones."""
@@ -279,6 +292,7 @@ class Engine:
         assert self._index is not None and self.mirror is not None
         if self.options.on_late == "skip" and self.mirror.busy:
             self.mirror.skip(version)
+            self.report.taken(0.0, time.perf_counter() - began, self.mirror)
             return
         blob = pack(
             {

@@ -16,6 +16,7 @@ from lightning_ckptless.membership.cold import replace_by_agent
 from lightning_ckptless.membership.peers import is_lost_peer
 from lightning_ckptless.protocol.start import StartAction
 from lightning_ckptless.trainer.engine import Engine
+from lightning_ckptless.trainer.host.flavour import flavour_of
 from lightning_ckptless.trainer.host.launch import CKPT_PATH_INDEX, is_fit, is_stop, launcher_base
 from lightning_ckptless.trainer.identity import is_worker
 
@@ -61,6 +62,7 @@ class FitGuard:
                 f"HOST:PORT on each, or start with: ckptless run --nnodes {strategy.num_nodes} "
                 f"--rdzv-endpoint HOST:PORT --nproc-per-node {strategy.num_processes} SCRIPT"
             )
+        os.environ[environment.LIGHTNING] = flavour_of(strategy)
         root = trainer.default_root_dir if trainer is not None else os.getcwd()
         replace_by_agent(
             nproc=strategy.num_processes,

@@ -42,6 +42,7 @@ class Options:
     seed: int = 7
     strategy_options: str = "{}"  # a python dictionary of strategy options
     ckpt_path: str = ""  # a checkpoint file to begin from
+    slow_mirror_s: float = 0.0  # how long each round of the mirror is held up
     raise_at: int = 0  # raise a ValueError at this step, every time
 
 

@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import importlib
+import threading
 
 from parts import Options, make_run
 
@@ -26,7 +27,10 @@ def main() -> None:
     options = parse()
     importlib.import_module(options.flavour)
     strategy = importlib.import_module("lightning_ckptless").CkptlessStrategy
-    trainer, model, data = make_run(options, strategy(**ast.literal_eval(options.strategy_options)))
+    made = strategy(**ast.literal_eval(options.strategy_options))
+    if options.slow_mirror_s:
+        made.probes.append(lambda moment, _: threading.Event().wait(options.slow_mirror_s * (moment == "send")))
+    trainer, model, data = make_run(options, made)
     trainer.fit(model, datamodule=data, ckpt_path=options.ckpt_path or None)
 
 

@@ -1,0 +1,104 @@
+"""Every option of the strategy does something that a user can see; and what users see is there."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.faults.matrix import BASE
+from tests.faults.test_restart import Run, job
+from tests.lab.parts import Options
+
+__all__ = ["job"]
+SHORT = replace(BASE, epochs=1)
+
+
+def _with(**strategy_options: object) -> Options:
+    return replace(SHORT, strategy_options=repr(strategy_options))
+
+
+def _columns(folder: Path) -> dict[str, list[float]]:
+    (path,) = folder.glob("lightning_logs/version_0/metrics.csv")
+    columns: dict[str, list[float]] = {}
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value:
+                    columns.setdefault(name, []).append(float(value))
+    return columns
+
+
+def test_loggers_receive_what_recovery_and_mirror_cost(job: Run) -> None:
+    assert job.start(BASE, "kill:rank=1:step=5", max_restarts=3).exit_code == 0
+    columns = _columns(job.folder)
+    assert columns["ckptless/recoveries"][-1] == 1
+    assert columns["ckptless/steps_replayed"][-1] == 1
+    assert 0 < columns["ckptless/goodput"][-1] < 1
+    assert columns["ckptless/recovery_s"][-1] > 0
+    phases = ("detect_s", "abort_s", "regroup_s", "restore_s", "replay_s", "other_s")
+    parts = sum(columns[f"ckptless/recovery_{phase}"][-1] for phase in phases)
+    assert parts == pytest.approx(columns["ckptless/recovery_s"][-1], abs=1e-6)
+    assert columns["ckptless/mirrored_bytes"][-1] > 0
+    assert columns["ckptless/mirror_ms"][-1] > 0
+    assert columns["ckptless/mirror_stall_ms"][-1] >= 0
+    assert "recovered (rank 1 died by SIGKILL): went on from step 4" in job.output
+
+
+def test_max_recoveries_ends_the_run(job: Run) -> None:
+    faults = "kill:rank=1:step=2,kill:rank=0:step=3,kill:rank=1:step=4"
+    outcome = job.start(_with(max_recoveries=2), faults, max_restarts=9)
+    assert (outcome.exit_code, outcome.restarts) == (1, 3)
+    assert "max_recoveries=2 recoveries were made" in job.output
+
+
+@pytest.mark.parametrize("kind", ["xxh3", "crc32"])
+def test_checksum_is_of_the_kind_that_was_asked_for(kind: str, job: Run) -> None:
+    job.start(_with(checksum=kind), "kill:rank=1:step=5")
+    assert {replica.checksum.partition(":")[0] for replica in job.arena.inventory()} == {kind}
+
+
+@pytest.mark.parametrize(("domain", "keepers"), [("node", 1), ("rank", 2)])
+def test_failure_domain_decides_who_keeps_a_replica(domain: str, keepers: int, job: Run) -> None:
+    job.start(_with(failure_domain=domain), "kill:rank=1:step=5")
+    replicas = job.arena.inventory()
+    assert {len({r.keeper for r in replicas if r.shard == shard}) for shard in (0, 1)} == {keepers}
+
+
+def test_copies_are_not_kept_where_none_are_asked_for(job: Run) -> None:
+    job.start(_with(failure_domain="rank", copies=0), "kill:rank=1:step=5")
+    assert all(replica.keeper == replica.shard for replica in job.arena.inventory())
+
+
+def test_more_copies_than_failure_domains_are_refused(job: Run) -> None:
+    outcome = job.start(_with(failure_domain="rank", copies=2), max_restarts=3)
+    assert (outcome.exit_code, outcome.restarts) == (1, 0)
+    assert "OptionsError" in job.output
+
+
+@pytest.mark.parametrize(("on_late", "skips"), [("skip", True), ("wait", False)])
+def test_late_mirror_is_waited_for_or_skipped(on_late: str, skips: bool, job: Run) -> None:
+    options = replace(_with(on_late=on_late), slow_mirror_s=0.2)
+    assert job.start(options).exit_code == 0
+    assert (_columns(job.folder)["ckptless/mirror_skipped"][-1] > 0) is skips
+
+
+def test_arena_lies_where_it_was_asked_to(job: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "arenas"
+    folder.mkdir()
+    job.start(_with(arena_dir=str(folder)), "kill:rank=1:step=3")
+    assert [path.name.startswith(f"ckptless-{job.run_id}") for path in folder.iterdir()] == [True]
+
+
+def test_one_process_alone_is_restored_from_its_own_arena(job: Run) -> None:
+    options = replace(BASE, devices=1)
+    assert job.start(options, "kill:rank=0:step=5", max_restarts=3).exit_code == 0
+    assert job.events("recovery")[0].fields["version"] == "step 4"
+
+
+def test_unknown_option_is_named(tmp_path: Path, job: Run) -> None:
+    outcome = job.start(_with(mirror_every=3), max_restarts=3)
+    assert outcome.exit_code == 1
+    assert "mirror_every" in job.output
