@@ -8,7 +8,7 @@ Set by the user:
 | `CKPTLESS_ARENA_DIR` | folder of the shared memory, where the strategy names none (default `/dev/shm`) |
 | `CKPTLESS_FAULTS` | fault script for the run, e.g. `kill:rank=1:step=7` (several: separated by commas) |
 | `CKPTLESS_TRACE_DIR` | folder that receives a digest of every step of every rank |
-| `CKPTLESS_LIGHTNING` | `lightning.pytorch` or `pytorch_lightning`: what is preloaded (default: what the script imports) |
+| `CKPTLESS_LIGHTNING` | `lightning.pytorch` or `pytorch_lightning`: what is preloaded (default: as the script) |
 | `CKPTLESS_RDZV_ENDPOINT` | `host:port` of the rendezvous, for `python train.py` on several nodes |
 
 Set by the agent for its workers:
