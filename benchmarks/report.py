@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ class Report:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        # As by Ctrl-C: everything that was started is ended, and the folders are removed.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         if not args.quick and not machine.wait_until_quiet(args.max_load, args.patience):
             console.print(f"the machine is still busy (load {machine.load()[0]}); measuring all the same")
         self.load_before = machine.load()
