@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning_ckptless.errors import CkptlessError, LaunchError
+from lightning_ckptless.errors import LaunchError
 from lightning_ckptless.ledger import Ledger, read_ledger
 from lightning_ckptless.membership.communicators import host_group
 from lightning_ckptless.membership.reaper import MARKER, start_reaper
@@ -37,6 +37,7 @@ from lightning_ckptless.trainer.drive import run_restored
 from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.identity import Identity, identify
+from lightning_ckptless.trainer.judgement import why_final
 from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.report import Moved, RunReport
 from lightning_ckptless.trainer.rng import apply_rng
@@ -121,7 +122,7 @@ class Engine:
             self.identity, self.chapter, self.options, self.transport, opens=opens, origin=ckpt_path
         )
         if opens and not self.identity.own_agent:
-            start_reaper(self.identity.agent_pid, str(self.arena.path))
+            self._have_arena_reaped()
         self.placement: Placement = place(self._domains(), self._copies())
         notes = self._notes()
         relaunched = self.generation > 1
@@ -150,6 +151,13 @@ class Engine:
         else:
             self._start_over(plan.action, opens)
         return plan
+
+    def _have_arena_reaped(self) -> None:
+        """An agent that is not ours knows nothing of arenas: one process per arena waits for its end."""
+        agent = self.identity.agent_pid
+        if self.arena.notes().get("reaped with") != agent:
+            start_reaper(agent, str(self.arena.path))
+            self.arena.note("reaped with", agent)
 
     def _domains(self) -> tuple[str, ...]:
         if self.options.failure_domain == "rank":
@@ -358,18 +366,8 @@ class Engine:
     # ------------------------------------------------------------------ end
 
     def why_final(self, error: Exception) -> str | None:
-        """Why an exception of the user's is not worth another try; None for the first of its kind at a step."""
-        if isinstance(error, CkptlessError):
-            return "another try would end the same way"
-        if self._taken is None:
-            return "it was raised before the first step"
-        step = self._taken.optimizer_step
-        mark = f"{type(error).__name__} after step {step}"
-        name = f"raised by rank {self.rank}"
-        if self.arena.notes().get(name) == mark:
-            return f"{mark} was raised again after a recovery: it is the program's, not the machine's"
-        self.arena.note(name, mark)
-        return None
+        """Why an exception is not worth another try; None where it is."""
+        return why_final(error, rank=self.rank, taken=self._taken, arena=self.arena)
 
     def leave_verdict(self, reason: str) -> None:
         """Tell our agent not to start the workers again."""

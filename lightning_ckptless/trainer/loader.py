@@ -21,8 +21,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ckptless import torch_internals
 from lightning_ckptless.errors import CkptlessError
-from lightning_ckptless.trainer.host.samplers import sampler_inside
-from lightning_ckptless.trainer.plain import plain_attributes, set_plain_attributes
+from lightning_ckptless.trainer.order import Order, WatchedSampler, apply_sampler, dump_sampler, sampler_parts
 from lightning_ckptless.trainer.rng import (
     apply_rng,
     capture_rng,
@@ -57,45 +56,6 @@ class LoaderPosition:
     workers: dict[int, bytes]
     own_state: dict[str, Any] | None
     dataset: dict[str, Any]
-
-
-class _WatchedSampler:
-    """A loader's sampler, watched at the moment its order is drawn."""
-
-    def __init__(self, sampler: Any, tracker: LoaderTracker) -> None:
-        self.sampler, self.tracker = sampler, tracker
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.sampler, name)
-
-    def __iter__(self) -> _Order:
-        return _Order(self.sampler, self.tracker)
-
-
-class _Order:
-    """A sampler's iterator. Samplers draw their order when it is made, or (generators) at the first index."""
-
-    def __init__(self, sampler: Any, tracker: LoaderTracker) -> None:
-        self.sampler, self.tracker, self.started = sampler, tracker, False
-        tracker.on_order_made(sampler, self)
-        self.indices = iter(sampler)
-
-    def __iter__(self) -> _Order:
-        return self
-
-    def __next__(self) -> Any:
-        self.start()
-        return next(self.indices)
-
-    def start(self) -> None:
-        """Come to the first index to be used, now and not when it is asked for."""
-        if not self.started:
-            self.started = True
-            for _ in range(self.tracker.on_order_start(self.sampler)):
-                next(self.indices, None)
 
 
 class _WatchedIterator:
@@ -139,7 +99,7 @@ class LoaderTracker:
         self.state_before_fetch: dict[str, Any] | None = None
         self.workers: dict[int, bytes] = {}
         self.rotation = 0
-        self._order: _Order | None = None
+        self._order: Order | None = None
         self._sampler_resume: LoaderPosition | None = None
         self._orders_to_pass = 0
         self._refetch: tuple[Any, Any] | None = None
@@ -168,21 +128,21 @@ class LoaderTracker:
             dataset=owned_generators(self.dataset),
         )
 
-    def on_order_made(self, sampler: Any, order: _Order) -> None:
+    def on_order_made(self, sampler: Any, order: Order) -> None:
         """Called when an iterator is about to be made of the sampler."""
         resume = self._sampler_resume
         if resume is not None and resume.at_order is not None:
             if not self._orders_to_pass:
-                _apply_sampler(sampler, resume.at_order)
+                apply_sampler(sampler, resume.at_order)
             self._orders_to_pass = max(0, self._orders_to_pass - 1)
-        self.at_order, self._order = _dump_sampler(sampler), order
+        self.at_order, self._order = dump_sampler(sampler), order
 
     def on_order_start(self, sampler: Any) -> int:
         """Called when the first index is about to be drawn; returns how many index batches to skip."""
         resume, self._sampler_resume = self._sampler_resume, None
         if resume is not None and resume.at_sampler is not None:
-            _apply_sampler(sampler, resume.at_sampler)
-        self.at_sampler = _dump_sampler(sampler)
+            apply_sampler(sampler, resume.at_sampler)
+        self.at_sampler = dump_sampler(sampler)
         return resume.yielded if resume is not None and self.by_index else 0
 
     def fetch(self, inner: Callable[[], Any]) -> Callable[[], Any]:
@@ -236,7 +196,7 @@ class LoaderTracker:
 
     def _holders(self, loader: DataLoader[Any]) -> list[Any]:
         """What may hold generators that an iteration begins with."""
-        return [loader, self.dataset, *_sampler_parts(_sampler_of(loader))]
+        return [loader, self.dataset, *sampler_parts(_sampler_of(loader))]
 
     def _restart(self, loader: DataLoader[Any], resume: LoaderPosition, make: Callable[[], Any]) -> Any:
         user_init = loader.worker_init_fn
@@ -315,27 +275,6 @@ def _sampler_of(loader: Any) -> Any:
     return loader.sampler if loader.batch_sampler is None else loader.batch_sampler
 
 
-def _dump_sampler(sampler: Any) -> bytes:
-    return pickle.dumps((capture_rng(), [(plain_attributes(p), owned_generators(p)) for p in _sampler_parts(sampler)]))
-
-
-def _apply_sampler(sampler: Any, saved: bytes) -> None:
-    rng, attributes = pickle.loads(saved)
-    apply_rng(rng)
-    for part, (plain, owned) in zip(_sampler_parts(sampler), attributes, strict=True):
-        set_plain_attributes(part, plain)
-        set_owned_generators(part, owned)
-
-
-def _sampler_parts(sampler: Any) -> Iterator[Any]:
-    """A sampler and those inside it."""
-    seen = 0
-    while sampler is not None and seen < 8:
-        yield sampler
-        inner = getattr(sampler, "sampler", None)
-        sampler, seen = sampler_inside(sampler) if inner is None else inner, seen + 1
-
-
 def says_its_position(loader: Any) -> bool:
     """Whether a loader's own `state_dict()` is needed to come back to a position.
 
@@ -382,7 +321,7 @@ def _resumable_class(base: type, watched: bool) -> type:
         return getattr(self, TRACKER).start(self, lambda: base.__iter__(self))  # type: ignore[attr-defined]
 
     def index_sampler(self: Any) -> Any:
-        return _WatchedSampler(torch_internals.index_sampler(base, self), getattr(self, TRACKER))
+        return WatchedSampler(torch_internals.index_sampler(base, self), getattr(self, TRACKER))
 
     def get_iterator(self: Any) -> Any:
         tracker = getattr(self, TRACKER)

@@ -1,0 +1,84 @@
+"""The order of a loader's samples: what its samplers draw it from, and an iterator over it that can skip."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from lightning_ckptless.trainer.host.samplers import sampler_inside
+from lightning_ckptless.trainer.plain import plain_attributes, set_plain_attributes
+from lightning_ckptless.trainer.rng import apply_rng, capture_rng, owned_generators, set_owned_generators
+
+
+class OrderTracker(Protocol):
+    """Who is told when an order is drawn."""
+
+    def on_order_made(self, sampler: Any, order: Order) -> None:
+        """Called when an iterator is about to be made of the sampler."""
+
+    def on_order_start(self, sampler: Any) -> int:
+        """Called when the first index is about to be drawn; returns how many index batches to skip."""
+        ...
+
+
+class WatchedSampler:
+    """A loader's sampler, watched at the moment its order is drawn."""
+
+    def __init__(self, sampler: Any, tracker: OrderTracker) -> None:
+        self.sampler, self.tracker = sampler, tracker
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sampler, name)
+
+    def __iter__(self) -> Order:
+        return Order(self.sampler, self.tracker)
+
+
+class Order:
+    """A sampler's iterator. Samplers draw their order when it is made, or (generators) at the first index."""
+
+    def __init__(self, sampler: Any, tracker: OrderTracker) -> None:
+        self.sampler, self.tracker, self.started = sampler, tracker, False
+        tracker.on_order_made(sampler, self)
+        self.indices = iter(sampler)
+
+    def __iter__(self) -> Order:
+        return self
+
+    def __next__(self) -> Any:
+        self.start()
+        return next(self.indices)
+
+    def start(self) -> None:
+        """Come to the first index to be used, now and not when it is asked for."""
+        if not self.started:
+            self.started = True
+            for _ in range(self.tracker.on_order_start(self.sampler)):
+                next(self.indices, None)
+
+
+def dump_sampler(sampler: Any) -> bytes:
+    """The global generators, and what a sampler and those inside it hold, before an order is drawn."""
+    return pickle.dumps((capture_rng(), [(plain_attributes(p), owned_generators(p)) for p in sampler_parts(sampler)]))
+
+
+def apply_sampler(sampler: Any, saved: bytes) -> None:
+    """Put back what `dump_sampler` took: the same order is drawn again."""
+    rng, attributes = pickle.loads(saved)
+    apply_rng(rng)
+    for part, (plain, owned) in zip(sampler_parts(sampler), attributes, strict=True):
+        set_plain_attributes(part, plain)
+        set_owned_generators(part, owned)
+
+
+def sampler_parts(sampler: Any) -> Iterator[Any]:
+    """A sampler and those inside it."""
+    seen = 0
+    while sampler is not None and seen < 8:
+        yield sampler
+        inner = getattr(sampler, "sampler", None)
+        sampler, seen = sampler_inside(sampler) if inner is None else inner, seen + 1
