@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.trainer.host.ddp import model_averaging_period
 from lightning_ckptless.trainer.host.flavour import is_a
+from lightning_ckptless.trainer.loader import tracker_of
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +65,17 @@ def _loader_findings(loader: object) -> Iterator[str]:
         yield "is no DataLoader: after a fault its batches are read again from its beginning, which must give the same"
         return
     states_itself = callable(getattr(loader, "state_dict", None))
-    if isinstance(loader.dataset, IterableDataset) and not states_itself:
+    streams = isinstance(loader.dataset, IterableDataset) and not states_itself
+    tracker = tracker_of(loader)
+    if streams:
         yield "an iterable dataset is read again from the start of the epoch after a fault"
+    elif tracker is not None and tracker.iterates_itself and not states_itself:
+        yield "iterates in a way of its own: after a fault it is read again from its start, which must give the same"
+    if streams and loader.persistent_workers:
+        yield (
+            "random numbers drawn in its persistent workers begin anew after a fault: leave persistent_workers out, or "
+            "draw them in the training process"
+        )
     if states_itself and loader.num_workers > 0:
         yield "random numbers drawn in its workers are not restored after a fault; draw them in the training process"
     if loader.num_workers > 0 and not loader.in_order:

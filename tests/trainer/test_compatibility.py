@@ -1,0 +1,118 @@
+"""What cannot be made exact is said before training starts, with what to do instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.trainer.compatibility import check_trainer, warn_of_loader
+from lightning_ckptless.trainer.host.flavour import module
+from lightning_ckptless.trainer.loader import make_resumable
+from tests.lab.parts import Numbers, Stream
+from tests.trainer.tiny import FLAVOURS, tiny_trainer
+
+
+def trainer_with(root: Path, flavour: str = FLAVOURS[0], callbacks: tuple[Any, ...] = (), **options: Any) -> Any:
+    strategy = module(flavour, "strategies").DDPStrategy(**options)
+    return tiny_trainer(root, flavour, strategy=strategy, callbacks=[*callbacks])
+
+
+# ---------------------------------------------------------------------- trainers
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_usual_trainer_is_taken(flavour: str, tmp_path: Path) -> None:
+    callbacks = module(flavour, "callbacks")
+    usual = callbacks.EMAWeightAveraging(), callbacks.EarlyStopping("loss"), callbacks.LearningRateMonitor()
+    trainer = trainer_with(tmp_path, flavour, usual)
+    trainer.optimizers = [torch.optim.AdamW(torch.nn.Linear(1, 1).parameters())]
+    check_trainer(trainer)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_stochastic_weight_averaging_is_refused(flavour: str, tmp_path: Path) -> None:
+    callback = module(flavour, "callbacks").StochasticWeightAveraging(1e-2)
+    with pytest.raises(OptionsError, match=r"StochasticWeightAveraging.*use WeightAveraging or EMAWeightAveraging"):
+        check_trainer(trainer_with(tmp_path, flavour, (callback,)))
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_finetuning_is_refused(flavour: str, tmp_path: Path) -> None:
+    callback = module(flavour, "callbacks").BackboneFinetuning()
+    with pytest.raises(OptionsError, match=r"BackboneFinetuning adds.*freeze parameters in configure_model\(\)"):
+        check_trainer(trainer_with(tmp_path, flavour, (callback,)))
+
+
+def test_an_optimizer_that_shards_its_state_is_refused(tmp_path: Path) -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    trainer = trainer_with(tmp_path)
+    # Not set up: that takes a process group.
+    sharded = object.__new__(ZeroRedundancyOptimizer)
+    trainer.optimizers = [torch.optim.SGD(torch.nn.Linear(1, 1).parameters()), sharded]
+    with pytest.raises(
+        OptionsError, match=r"optimizer 1 is a ZeroRedundancyOptimizer.*use the optimizer that it wraps"
+    ):
+        check_trainer(trainer)
+
+
+def test_averaging_of_models_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionsError, match=r"model_averaging_period.*leave it out"):
+        check_trainer(trainer_with(tmp_path, model_averaging_period=4))
+
+
+# ---------------------------------------------------------------------- loaders
+
+
+class InAnotherWay(DataLoader[Any]):
+    def __iter__(self) -> Any:
+        yield from super().__iter__()
+
+
+def stateful(**options: Any) -> Any:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    return StatefulDataLoader(Numbers(4), **options)
+
+
+SILENT: dict[str, Any] = {
+    "in order": lambda: DataLoader(Numbers(4)),
+    "with workers": lambda: DataLoader(Numbers(4), num_workers=2, persistent_workers=True),
+    "stateful": stateful,
+}
+
+
+@pytest.mark.parametrize("kind", SILENT)
+def test_nothing_is_said_of_what_is_exact(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_loader(make_resumable(SILENT[kind]()), 0)
+    assert caplog.messages == []
+
+
+WARNED: dict[str, tuple[Any, list[str]]] = {
+    "no loader": (lambda: [1, 2], ["(list): is no DataLoader", "must give the same"]),
+    "own iteration": (
+        lambda: InAnotherWay(Numbers(4)),
+        ["(InAnotherWay): iterates in a way of its own", "must give the same"],
+    ),
+    "stream": (lambda: DataLoader(Stream(4, 0, 1)), ["read again from the start of the epoch"]),
+    "stream, persistent": (
+        lambda: DataLoader(Stream(4, 0, 1), num_workers=1, persistent_workers=True),
+        ["read again from the start of the epoch", "leave persistent_workers out"],
+    ),
+    "stateful, workers": (lambda: stateful(num_workers=1), ["draw them in the training process"]),
+    "any order": (lambda: DataLoader(Numbers(4), num_workers=1, in_order=False), ["in_order=False"]),
+}
+
+
+@pytest.mark.parametrize("kind", WARNED)
+def test_what_is_lost_is_said(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    make, words = WARNED[kind]
+    warn_of_loader(make_resumable(make()), 3)
+    said = "\n".join(caplog.messages)
+    assert all(word in said for word in words), said
+    assert all(message.startswith("ckptless: training dataloader 3 (") for message in caplog.messages)
