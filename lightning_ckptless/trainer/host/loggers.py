@@ -62,10 +62,8 @@ def _position(logger: Any) -> dict[str, Any] | None:
             "unsaved": list(writer.metrics),
         }
     if is_a(logger, "loggers", "TensorBoardLogger"):
-        events = logger.experiment._get_file_writer()
-        events.flush()
-        folder = Path(logger.log_dir)
-        return {"files": {path.name: path.stat().st_size for path in folder.glob("events.out.tfevents.*")}}
+        logger.experiment.flush()
+        return {"files": {name: path.stat().st_size for name, path in _event_files(Path(logger.log_dir)).items()}}
     return None
 
 
@@ -93,7 +91,8 @@ def cut_logs(trainer: Any, saved: list[dict[str, Any] | None]) -> None:
 def _watch_csv(writer: Any) -> None:
     if hasattr(writer, "ckptless_rows"):
         return
-    writer.ckptless_rows = 0
+    path = Path(writer.metrics_file_path)
+    writer.ckptless_rows = len(_read_rows(path)) if path.exists() else 0
     _count_rows(writer)
 
 
@@ -159,9 +158,14 @@ def _write_rows(path: Path, keys: list[str], rows: list[dict[str, str]]) -> None
 # ---------------------------------------------------------------------- TensorBoard
 
 
+def _event_files(folder: Path) -> dict[str, Path]:
+    """Event files by their place in the folder: values that are logged together have folders of their own in it."""
+    return {path.relative_to(folder).as_posix(): path for path in folder.rglob("events.out.tfevents.*")}
+
+
 def _cut_events(folder: Path, sizes: dict[str, int]) -> None:
-    for path in folder.glob("events.out.tfevents.*"):
-        if path.name not in sizes:
+    for name, path in _event_files(folder).items():
+        if name not in sizes:
             path.unlink()
-        elif path.stat().st_size > sizes[path.name]:
-            os.truncate(path, sizes[path.name])
+        elif path.stat().st_size > sizes[name]:
+            os.truncate(path, sizes[name])
