@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_ckptless.membership.parent import PreloadedParent
-from lightning_ckptless.testing.drill import DrillReport, run_drill
+from lightning_ckptless.testing.drill import DrillReport, Variant, run_drill, run_variant
 from lightning_ckptless.testing.starters import Launcher, shared_parent
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -30,13 +30,31 @@ def parent() -> Iterator[PreloadedParent | None]:
         yield preloaded
 
 
+@pytest.fixture(scope="package")
+def baselines() -> dict[tuple[str, ...], Variant]:
+    """The uninterrupted runs, by their commands. One serves all launchers: they too must make no difference."""
+    return {}
+
+
 @pytest.fixture
-def drill(parent: PreloadedParent, tmp_path: Path) -> Drill:
+def drill(
+    parent: PreloadedParent, baselines: dict[tuple[str, ...], Variant], tmp_path_factory: pytest.TempPathFactory
+) -> Drill:
     """Holds a drill in which each run has a working directory of its own."""
 
     def hold(command: tuple[str, ...], faults: str, launcher: Launcher = "ckptless") -> DrillReport:
-        return run_drill(
-            command, faults, folder=tmp_path / "drill", launcher=launcher, parent=parent, isolate=True, timeout_s=200
+        report = run_drill(
+            command,
+            faults,
+            folder=tmp_path_factory.mktemp("drill"),
+            launcher=launcher,
+            parent=parent,
+            baseline=baselines.get(command)
+            or run_variant(command, tmp_path_factory.mktemp("baseline"), parent=parent, isolate=True, timeout_s=200),
+            isolate=True,
+            timeout_s=200,
         )
+        baselines[command] = report.baseline
+        return report
 
     return hold
