@@ -38,6 +38,11 @@ def _refusals(trainer: Any) -> Iterator[str]:
                 f"{type(callback).__name__} adds parameter groups in the middle of a run, which a relaunched process "
                 "does not have; freeze parameters in configure_model() instead"
             )
+        if is_a(callback, "callbacks", "LearningRateFinder") or is_a(callback, "callbacks", "BatchSizeFinder"):
+            yield (
+                f"{type(callback).__name__} trains before the training and throws away what it trained, which a "
+                "relaunched process would do again; run it once with another strategy and write down what it finds"
+            )
     for index, optimizer in enumerate(trainer.optimizers):
         # By name: importing the class compiles scripts for half a second.
         if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__):

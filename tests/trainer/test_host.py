@@ -65,7 +65,15 @@ CLASSES = {
     "trainer.connectors.logger_connector.result": ["_Metadata", "_Sync", "_ResultMetric", "_ResultCollection"],
     "loggers.csv_logs": ["ExperimentWriter"],
     "loggers": ["CSVLogger", "TensorBoardLogger"],
-    "callbacks": ["ProgressBar", "Timer", "DeviceStatsMonitor", "BaseFinetuning", "StochasticWeightAveraging"],
+    "callbacks": [
+        "ProgressBar",
+        "Timer",
+        "DeviceStatsMonitor",
+        "BaseFinetuning",
+        "StochasticWeightAveraging",
+        "LearningRateFinder",
+        "BatchSizeFinder",
+    ],
     "cli": ["SaveConfigCallback"],
 }
 

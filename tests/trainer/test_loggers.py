@@ -42,6 +42,13 @@ def a_step(logger: Any, step: int) -> None:
     logger.save()
 
 
+def used(logger: Any) -> Any:
+    """A logger of a run that is over."""
+    a_step(logger, 0)
+    logger.finalize("success")
+    return logger
+
+
 def started_again(logger: Any, saved: list[Any], root: Path, make: Callable[..., Any], flavour: str) -> Any:
     """A logger of a fresh process that goes on at a version."""
     fresh = make(root, flavour)
@@ -70,10 +77,7 @@ def text(logger: Any) -> str:
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("make", [csv_logger, tensorboard])
 def test_a_fresh_logger_writes_into_the_folder_of_the_run(make: Any, flavour: str, tmp_path: Path) -> None:
-    logger = make(tmp_path, flavour)
-    for logger in (logger, make(tmp_path, flavour)):
-        a_step(logger, 0)
-        logger.finalize("success")
+    _, logger = used(make(tmp_path, flavour)), used(make(tmp_path, flavour))
     saved = name_versions([logger])
     fresh = make(tmp_path, flavour)
     set_versions([fresh], unpack(pack(saved)))
