@@ -23,6 +23,7 @@ _ATOMS = (
     type(None), bool, int, float, complex, str, bytes, enum.Enum, pathlib.PurePath,
     dt.timedelta, dt.date, range, np.generic, torch.dtype, torch.device,
 )  # fmt: skip
+_COMMON = frozenset({type(None), bool, int, float, str})
 _SEQUENCES = (list, tuple, set, frozenset, deque, torch.Size)
 _MAPPINGS = (dict, OrderedDict, Counter)
 _FACTORIES = (None, int, float, str, list, dict, set, Counter)
@@ -31,6 +32,8 @@ MAX_DEPTH = 6
 
 def is_plain(value: Any, depth: int = 0) -> bool:
     """Whether a value consists of numbers, strings, arrays, tensors and containers of these."""
+    if type(value) in _COMMON:
+        return True
     if isinstance(value, torch.Tensor):
         return _is_plain_tensor(value)
     if isinstance(value, np.ndarray):

@@ -20,6 +20,7 @@ from lightning_ckptless.trainer.host.flavour import flavour_of, is_a, module
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.metrics import dump_metric, load_metric, metrics_of
 from lightning_ckptless.trainer.host.results import dump_results, load_results
+from lightning_ckptless.trainer.inner import InnerState
 from lightning_ckptless.trainer.plain import plain_attributes, set_plain_attributes
 from lightning_ckptless.trainer.rng import capture_rng, owned_generators, set_owned_generators
 from lightning_ckptless.trainer.state import optimizer_facts, set_optimizer_facts
@@ -43,6 +44,7 @@ class SmallState:
         # Those that inject faults or write traces are no part of the run: the next start may have others.
         self._callbacks = [c for c in trainer.callbacks if not type(c).__module__.startswith("lightning_ckptless")]
         self._metrics = metrics_of(named)
+        self._inner = InnerState(self.module)
         self._extra_state = {name: m for name, m in named if type(m).get_extra_state is not nn.Module.get_extra_state}
         flavour = module(flavour_of(trainer))
         self._module_baseline = frozenset(vars(flavour.LightningModule()))
@@ -92,6 +94,7 @@ class SmallState:
             "plain": plain_attributes(self.module, leave=self._module_baseline),
             "generators": owned_generators(self.module),
             "extra_state": {name: m.get_extra_state() for name, m in self._extra_state.items()},
+            "inner": self._inner.capture(),
         }
 
     def _datamodule(self) -> dict[str, Any] | None:
@@ -149,6 +152,7 @@ class SmallState:
         set_owned_generators(self.module, saved["module"]["generators"])
         for name, state in saved["module"]["extra_state"].items():
             self._extra_state[name].set_extra_state(copy.deepcopy(state))
+        self._inner.apply(copy.deepcopy(saved["module"]["inner"]))
 
     def _apply_datamodule(self, saved: dict[str, Any] | None) -> None:
         if saved is None:
