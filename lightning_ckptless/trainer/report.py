@@ -23,6 +23,8 @@ from lightning_ckptless.trainer.host.results import show_on_progress_bar
 from lightning_ckptless.trainer.identity import Identity
 
 PREFIX = "ckptless/"
+NOTE_EVERY_S = 1.0
+"""Seconds between two notes of a committed version in the ledger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class RunReport:
         self._step_began_at = clock()
         self._stall_s = 0.0
         self._values: dict[str, float] = {}
+        self._last_noted_at = 0.0
 
     def _record(self, event: str, **fields: Any) -> None:
         self.ledger.record(event, generation=self.generation, rank=self.trainer.global_rank, **fields)
@@ -177,6 +180,10 @@ class RunReport:
 
     def committed(self, version: Version) -> bool:
         """A version is in place on all ranks; returns whether it is the first one of this generation."""
+        now = self.clock()
+        if self.speaks and now - self._last_noted_at >= NOTE_EVERY_S:
+            self._last_noted_at = now
+            self._record("committed", step=version.optimizer_step, tail_done=version.tail_done)
         if self._restored is None:
             first, self._restored = True, version
             return first

@@ -189,3 +189,23 @@ def _room(optimizer: Any, parameter: nn.Parameter, key: str, dtype: torch.dtype,
     # Zero-dimensional counters stay on the host, as optimizers make them unless asked for fused or capturable ones.
     on_host = not shape and not any(g.get("capturable") or g.get("fused") for g in optimizer.param_groups)
     return torch.empty(shape, dtype=dtype, device="cpu" if on_host else parameter.device)
+
+
+def make_room_for_buffers(trainer: Any, described: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    """Create empty buffers that a fresh model does not have yet, because it makes them when it is first used.
+
+    Args:
+        trainer: its model has trained nothing.
+        described: dtype and shape of this rank's own tensors by name.
+    """
+    model = trainer.lightning_module
+    modules = dict(model.named_modules())
+    for name, (dtype, shape) in described.items():
+        kind, _, place = name.partition("/")
+        path, _, key = place.rpartition(".")
+        if kind != "buffer" or path not in modules or getattr(modules[path], key, None) is not None:
+            continue
+        _, buffers = parameter_dicts(modules[path])
+        if key not in buffers:
+            modules[path].register_buffer(key, None)
+        buffers[key] = torch.empty(shape, dtype=dtype, device=model.device)

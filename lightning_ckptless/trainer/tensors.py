@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ckptless.replica.layout import Described, Layout, describe, dtype_of, plan_layout
+from lightning_ckptless.replica.layout import Described, Layout, describe, dtype_of, plan_layout, private_name
 from lightning_ckptless.replica.restore import fill
-from lightning_ckptless.trainer.state import StateIndex, make_room_for_optimizer_state
+from lightning_ckptless.trainer.state import StateIndex, make_room_for_buffers, make_room_for_optimizer_state
 
 
 def describe_state(index: StateIndex) -> tuple[Described, ...]:
@@ -37,9 +37,10 @@ def fill_trainer(
     Raises:
         LayoutMismatchError: the script has built other tensors than those that were mirrored; names them.
     """
-    described = layout.tensors().items()
-    optimizer = {name: (dtype_of(d), shape) for name, (d, shape) in described if name.startswith("optimizer/")}
-    make_room_for_optimizer_state(trainer, optimizer)
+    described = {name: (dtype_of(dtype), shape) for name, (dtype, shape) in layout.tensors().items()}
+    own = private_name(rank, "")
+    make_room_for_buffers(trainer, {n.removeprefix(own): facts for n, facts in described.items() if n.startswith(own)})
+    make_room_for_optimizer_state(trainer, {n: facts for n, facts in described.items() if n.startswith("optimizer/")})
     index = StateIndex(trainer)
     layout.require_same(plan_layout([describe_state(index)] * world_size), rank)
     fill(layout, bulks, index.read(), rank)
