@@ -59,10 +59,12 @@ def main() -> None:
     began_at = time.time()
     wire = Wire(os.environ[SOCKET])
     wire.say("script", at=began_at)
-    from benchmarks.training import train  # noqa: PLC0415 - the time of this import is measured
+    from benchmarks.training import make_strategy, train  # noqa: PLC0415 - the time of this import is measured
 
+    options = JobOptions.from_arguments()
+    strategy = make_strategy(options)
     wire.say("imported")
-    train(JobOptions.from_arguments(), wire)
+    train(options, strategy, wire)
 
 
 if __name__ == "__main__":

@@ -105,12 +105,16 @@ class Watch:
             self.take(note)
 
 
-def kill_one(watch: Watch, chance: random.Random, *, step_s: float, timeout_s: float) -> dict[str, Any]:
+def kill_one(
+    watch: Watch, chance: random.Random, *, every_n_steps: int, step_s: float, timeout_s: float
+) -> dict[str, Any]:
     """Kill a random rank after a random number of steps, at a random moment of the step.
 
     Args:
         watch: of a job that trains until it is ended.
         chance: source of randomness.
+        every_n_steps: the kill comes after so many steps at least and less than twice as many, all equally likely:
+            where a checkpoint file is written as often, the kill is equally likely at any distance from the last one.
         step_s: about the length of a step.
         timeout_s: longest wait for the recovery.
 
@@ -121,10 +125,11 @@ def kill_one(watch: Watch, chance: random.Random, *, step_s: float, timeout_s: f
     Raises:
         NoRecoveryError: the job did not come back in time.
     """
-    steps = max((life.last_step for life in watch.now()), default=0) + chance.randint(5, 60)
+    watch.until(lambda lives: min(life.first_step for life in lives) > 0, START_S, "a first step")
+    steps = min(life.first_step for life in watch.now()) - 1 + every_n_steps + chance.randrange(every_n_steps)
     watch.until(lambda lives: min(life.last_step for life in lives) >= steps, START_S, f"step {steps}")
     watch.follow(chance.random() * step_s)
-    victim, old = chance.randrange(watch.ranks), set(watch.lives)
+    victim, old, dying = chance.randrange(watch.ranks), set(watch.lives), watch.now()
     killed_at = time.time()
     os.kill(watch.pids[victim], signal.SIGKILL)
 
@@ -133,16 +138,15 @@ def kill_one(watch: Watch, chance: random.Random, *, step_s: float, timeout_s: f
 
     lives = watch.until(came_back, timeout_s, f"a step by all ranks after the loss of rank {victim}")
     restored = min(life.first_step for life in lives) - 1
-    dead = [watch.lives[pid] for pid in old]
     return {
         "victim": victim,
         "killed_at": killed_at,
         "seconds": max(life.moments["step"] for life in lives) - killed_at,
-        "step_before": max(life.last_step for life in dead),
-        "committed_before": max(life.committed for life in dead),
+        "step_before": max(life.last_step for life in dying),
+        "committed_before": max(life.committed for life in dying),
         "restored_step": restored,
-        "repeated_steps": max(life.last_step for life in dead) - restored,
-        "lost_committed_steps": max(0, max(life.committed for life in dead) - restored),
+        "repeated_steps": max(life.last_step for life in dying) - restored,
+        "lost_committed_steps": max(0, max(life.committed for life in dying) - restored),
         "starts": len(set(watch.lives) - old) / watch.ranks,
         "ranks": [{name: at - killed_at for name, at in life.moments.items()} for life in lives],
     }

@@ -27,7 +27,8 @@ from lightning_ckptless.ledger import read_ledger
 
 RANKS = 2
 STEP_S = 0.05
-CHECKPOINT_EVERY = 50
+EVERY = 50
+"""Steps between two checkpoint files of the opponent; the kills are spread over them."""
 TIMEOUT_S = 120.0
 STOCK_TIMEOUT_S = 60.0
 
@@ -59,9 +60,9 @@ OPPONENTS = (
     Opponent("ckptless run", with_ckptless_run),
     Opponent("ckptless run --no-preload", lambda options: with_ckptless_run(options, "--no-preload")),
     Opponent("torchrun, ckptless", with_torchrun),
-    Opponent("torchrun, ddp + ModelCheckpoint(50)", with_torchrun, "ddp", CHECKPOINT_EVERY, tuple(OWN_STORE.items())),
+    Opponent("torchrun, ddp + ModelCheckpoint(50)", with_torchrun, "ddp", EVERY, tuple(OWN_STORE.items())),
 )
-STOCK = Opponent("torchrun as it is, ddp + ModelCheckpoint(50)", with_torchrun, "ddp", CHECKPOINT_EVERY)
+STOCK = Opponent("torchrun as it is, ddp + ModelCheckpoint(50)", with_torchrun, "ddp", EVERY)
 
 
 @contextmanager
@@ -94,7 +95,7 @@ def block(
     with job(opponent, size, place, name) as (watch, folder):
         for _ in range(kills):
             try:
-                found.append(kill_one(watch, chance, step_s=STEP_S, timeout_s=timeout_s))
+                found.append(kill_one(watch, chance, every_n_steps=EVERY, step_s=STEP_S, timeout_s=timeout_s))
             except NoRecoveryError as error:
                 console.print(f"{opponent.name}: {error}", markup=False)
                 found.append({"failed": str(error)})

@@ -114,11 +114,12 @@ def make_strategy(options: JobOptions) -> Any:
     return CkptlessStrategy(**options.strategy_options)
 
 
-def train(options: JobOptions, wire: Wire) -> None:
+def train(options: JobOptions, strategy: Any, wire: Wire) -> None:
     """Train as the options say.
 
     Args:
         options: of the job.
+        strategy: from `make_strategy`.
         wire: to the benchmark.
     """
     pl.seed_everything(11, verbose=False)
@@ -129,7 +130,7 @@ def train(options: JobOptions, wire: Wire) -> None:
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=options.devices,
-        strategy=make_strategy(options),
+        strategy=strategy,
         max_steps=options.steps,
         max_epochs=-1 if options.steps < 0 else None,
         callbacks=callbacks,
