@@ -31,11 +31,12 @@ class StateIndex:
         self.trainer = trainer
         self._places: list[tuple[str, dict[Any, Any], Any]] = []
         self._private: list[str] = []
+        self._buffers: list[dict[str, Any]] = []
         self._add_module("", trainer.lightning_module)
         for prefix, extra in callback_modules(trainer):
             self._add_module(f"{prefix}/", extra)
         self._fixed = {name: tensor for name, tensor in optimizer_tensors(trainer) if name.endswith("/value")}
-        self._optimizer_state = self._optimizer_state_now()
+        self._present = self._present_now()
         self._add_optimizers()
 
     @property
@@ -44,8 +45,8 @@ class StateIndex:
         return frozenset(self._private)
 
     def is_current(self) -> bool:
-        """Whether the optimizers still have the state tensors that were found."""
-        return self._optimizer_state_now() == self._optimizer_state
+        """Whether the tensors that were found are still all that there are."""
+        return self._present_now() == self._present
 
     def read(self) -> dict[str, Tensor]:
         """All big tensors of this rank by name, as they are now."""
@@ -56,6 +57,7 @@ class StateIndex:
         for path, child in module.named_modules():
             dot = f"{path}." if path else ""
             parameters, buffers = parameter_dicts(child)
+            self._buffers.append(buffers)
             for kind, place in (("parameter", parameters), ("buffer", buffers)):
                 for key, tensor in place.items():
                     if tensor is None or id(tensor) in seen:
@@ -74,14 +76,16 @@ class StateIndex:
                     if isinstance(value, Tensor):
                         self._places.append((f"optimizer/{index}/{name}/{key}", state, key))
 
-    def _optimizer_state_now(self) -> list[tuple[int, int]]:
+    def _present_now(self) -> tuple[int, list[tuple[int, int]]]:
+        buffers = sum(buffer is not None for buffers in self._buffers for buffer in buffers.values())
         # By identity too: loading a state dictionary replaces all of it by as many tensors.
-        return [
+        states = [
             (id(state), len(state))
             for optimizer in self.trainer.optimizers
             for parameter, state in optimizer.state.items()
             if isinstance(parameter, Tensor)
         ]
+        return buffers, states
 
 
 def callback_modules(trainer: Any) -> Iterator[tuple[str, nn.Module]]:

@@ -22,7 +22,7 @@ from lightning_ckptless.trainer.loader import make_resumable
 from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.rng import apply_rng
 from lightning_ckptless.trainer.snapshot import SmallState
-from lightning_ckptless.trainer.state import StateIndex, make_room_for_optimizer_state
+from lightning_ckptless.trainer.state import StateIndex, make_room_for_buffers, make_room_for_optimizer_state
 from lightning_ckptless.trainer.step import StepBoundaries
 from tests.lab.parts import Options, make_run
 
@@ -100,10 +100,12 @@ class OneProcess(SingleDeviceStrategy):
     def restore(self) -> None:
         assert self.saved
         tensors = self.saved["tensors"]
-        optimizer = {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items() if n.startswith("optimizer/")}
+        described = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+        optimizer = {name: facts for name, facts in described.items() if name.startswith("optimizer/")}
+        make_room_for_buffers(self.trainer, described)
         make_room_for_optimizer_state(self.trainer, optimizer)
         live = StateIndex(self.trainer).read()
-        assert list(live) == list(tensors)
+        assert {*live} == {*tensors}
         with torch.no_grad():
             for name, tensor in live.items():
                 tensor.copy_(tensors[name])

@@ -16,6 +16,7 @@ from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.state import (
     StateIndex,
     callback_modules,
+    make_room_for_buffers,
     make_room_for_optimizer_state,
     optimizer_facts,
     optimizer_parameters,
@@ -42,6 +43,7 @@ class Trainer:
 
 class Net(nn.Module):
     norm: Any
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,6 +171,20 @@ def test_a_parameter_that_begins_to_be_trained_is_noticed() -> None:
     assert index.is_current()
     trainer.step()
     assert not index.is_current()
+
+
+def test_a_buffer_that_comes_to_be_is_noticed() -> None:
+    trainer = trained()
+    net, index = trainer.lightning_module, StateIndex(trainer)
+    net.mask = torch.zeros(2)
+    assert index.is_current()
+    net.nothing = torch.ones(3)
+    assert not index.is_current()
+    index = StateIndex(trainer)
+    assert index.read()["buffer/nothing"] is net.nothing
+    net.norm.register_buffer("later", torch.ones(1))
+    assert not index.is_current()
+    assert "buffer/norm.later" in StateIndex(trainer).private
 
 
 def test_a_state_that_was_loaded_is_noticed() -> None:
@@ -312,6 +328,27 @@ def test_no_room_is_made_for_parameters_that_are_not_there() -> None:
     }
     make_room_for_optimizer_state(trainer, described)
     assert not trainer.optimizers[0].state
+
+
+def test_room_is_made_for_buffers_that_a_model_makes_when_it_is_used() -> None:
+    trainer = trained(steps=0)
+    net = trainer.lightning_module
+    mask = net.mask
+    described = {
+        "buffer/nothing": (torch.float64, (2, 3)),
+        "buffer/norm.later": (torch.bool, ()),
+        "buffer/mask": (torch.int64, (5,)),
+        "buffer/gone.cache": (torch.float32, (1,)),
+        "parameter/norm.new": (torch.float32, (1,)),
+        "callback/0.Average.model/buffer/mask": (torch.float32, (1,)),
+    }
+    make_room_for_buffers(trainer, described)
+    found = {name: t for name, t in StateIndex(trainer).read().items() if name in described}
+    assert {*found} == {"buffer/nothing", "buffer/norm.later", "buffer/mask"}
+    assert (net.nothing.dtype, net.nothing.shape) == (torch.float64, (2, 3))
+    assert (net.norm.later.dtype, net.norm.later.shape) == (torch.bool, ())
+    # A model that was changed is no room to be made: comparing the layouts names it.
+    assert net.mask is mask
 
 
 @pytest.mark.parametrize("groups", [[], [1, 1], [2]], ids=str)
