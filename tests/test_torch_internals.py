@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_ckptless import torch_internals
 
@@ -26,3 +33,88 @@ def test_foreach_copy_copies_and_counts() -> None:
 
 def test_foreach_copy_takes_nothing() -> None:
     torch_internals.foreach_copy([], [])
+
+
+# ---------------------------------------------------------------------- dataloaders
+
+
+class Squares(Dataset[int]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        return index**2
+
+
+class Stream(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(4))
+
+
+class SizedStream(Stream):
+    def __len__(self) -> int:
+        return 4
+
+
+class InAnotherWay(DataLoader[int]):
+    def __iter__(self) -> Any:
+        yield from super().__iter__()
+
+
+def test_a_loader_asks_its_dataset_by_index_or_not() -> None:
+    assert torch_internals.is_map_style(DataLoader(Squares()))
+    assert not torch_internals.is_map_style(DataLoader(Stream()))
+
+
+def test_the_sampler_that_drives_a_loader_is_known() -> None:
+    batched, single = DataLoader(Squares(), batch_size=2), DataLoader(Squares(), batch_size=None)
+    assert torch_internals.index_sampler(DataLoader, batched) is batched.batch_sampler
+    assert torch_internals.index_sampler(DataLoader, single) is single.sampler
+
+
+def test_iterators_of_torch_are_told_from_others() -> None:
+    assert not torch_internals.has_own_iteration(DataLoader)
+    assert torch_internals.has_own_iteration(InAnotherWay)
+    assert torch_internals.is_own_iterator(iter(DataLoader(Squares())))
+    assert not torch_internals.is_own_iterator(iter(InAnotherWay(Squares())))
+
+
+def test_a_fetch_is_wrapped_and_the_iterator_freed_by_its_last_user() -> None:
+    calls: list[str] = []
+
+    def noted(inner: Callable[[], Any]) -> Callable[[], Any]:
+        def fetch() -> Any:
+            calls.append("fetch")
+            return inner()
+
+        return fetch
+
+    iterator = iter(DataLoader(Squares(), batch_size=None))
+    torch_internals.wrap_fetch(iterator, noted)
+    assert [next(iterator), next(iterator)] == [0, 1]
+    assert calls == ["fetch", "fetch"]
+    gc.disable()
+    try:
+        gone = weakref.ref(iterator)
+        del iterator
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_batches_that_were_handed_out_before_count() -> None:
+    loader = DataLoader(SizedStream(), batch_size=None)
+    assert len(loader) == 4
+    iterator = iter(loader)
+    torch_internals.set_batches_yielded(iterator, 4)
+    with pytest.warns(UserWarning, match="5 samples have been fetched"):
+        next(iterator)
+
+
+def test_parameters_and_buffers_are_the_live_dictionaries() -> None:
+    module = torch.nn.BatchNorm1d(2)
+    parameters, buffers = torch_internals.parameter_dicts(module)
+    module.weight = torch.nn.Parameter(torch.zeros(2))
+    module.running_mean = torch.ones(2)
+    assert parameters["weight"] is module.weight
+    assert buffers["running_mean"] is module.running_mean

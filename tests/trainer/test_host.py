@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torchmetrics
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ckptless.trainer.host import loggers as host_loggers
@@ -17,8 +15,6 @@ from lightning_ckptless.trainer.host.ddp import model_averaging_period
 from lightning_ckptless.trainer.host.flavour import LIGHTNING, fabric_module, flavour_of, imported_flavour, is_a, module
 from lightning_ckptless.trainer.host.launch import CKPT_PATH_INDEX, fit_parameters, is_fit, is_stop, launcher_base
 from lightning_ckptless.trainer.host.loops import FitLoops
-from lightning_ckptless.trainer.host.metrics import dump_metric, load_metric, metrics_of
-from lightning_ckptless.trainer.host.results import dump_results, load_results, logs_are_due, show_on_progress_bar
 from lightning_ckptless.trainer.plain import pack, unpack
 from tests.lab.parts import Numbers
 from tests.trainer.tiny import FLAVOURS, callback, tiny_loader, tiny_module, tiny_trainer
@@ -217,158 +213,6 @@ def test_every_loop_is_found(flavour: str, tmp_path: Path) -> None:
         "_AutomaticOptimization",
         "_ManualOptimization",
     }
-
-
-# ---------------------------------------------------------------------- results
-
-
-def logging_module(flavour: str) -> Any:
-    """A module that logs in every way there is."""
-    base: Any = type(tiny_module(flavour))
-
-    class Logging(base):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.counted = torchmetrics.SumMetric()
-
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            loss = self.layer(batch[0]).square().mean()
-            for reduce_fx in ("mean", "sum", "max", "min"):
-                self.log(f"{reduce_fx}_epoch", loss, on_step=False, on_epoch=True, reduce_fx=reduce_fx, prog_bar=True)
-                self.log(f"{reduce_fx}_both", loss, on_step=True, on_epoch=True, reduce_fx=reduce_fx, sync_dist=True)
-            self.log("step", loss, on_step=True, on_epoch=False, logger=False)
-            self.log("rank_zero", loss, on_step=True, rank_zero_only=True)
-            self.counted(torch.tensor(batch_idx + 1.0))
-            self.log("counted", self.counted, on_step=True, on_epoch=True)
-            return loss
-
-    return Logging()
-
-
-def _described(results: Any) -> dict[str, Any]:
-    return {
-        key: (
-            metric.meta,
-            metric.is_tensor,
-            metric.has_reset,
-            metric._update_count,
-            metric.value if metric.is_tensor else None,
-            metric._forward_cache,
-        )
-        for key, metric in results.items()
-    }
-
-
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_logged_values_come_back_with_what_they_mean(flavour: str, tmp_path: Path) -> None:
-    seen: list[int] = []
-
-    def there_and_back(trainer: Any, *_: Any) -> None:
-        results = trainer.fit_loop.epoch_loop._results
-        connector = trainer._logger_connector
-        metrics = {
-            name: dict(getattr(connector, f"_{name}_metrics")) for name in ("progress_bar", "logged", "callback")
-        }
-        before, size = _described(results), results.batch_size
-        old = dict(results)
-        load_results(trainer, unpack(pack(dump_results(trainer))))
-        assert _described(results) == before
-        assert results.batch_size == size
-        for key, metric in results.items():
-            assert metric is not old[key]
-            assert metric.update_called
-            if metric.meta.on_epoch:
-                assert torch.equal(metric.compute(), old[key].compute()), key
-                metric._computed = old[key]._computed = None
-        for name, values in metrics.items():
-            assert getattr(connector, f"_{name}_metrics") == values
-        seen.append(len(results))
-
-    trainer = tiny_trainer(tmp_path, flavour, callbacks=[callback(flavour, on_train_batch_end=there_and_back)])
-    trainer.fit(logging_module(flavour), tiny_loader(), tiny_loader())
-    assert seen == [11] * 4
-
-
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_epoch_values_do_not_notice_a_reload(flavour: str, tmp_path: Path) -> None:
-    def reload(trainer: Any, *_: Any) -> None:
-        load_results(trainer, unpack(pack(dump_results(trainer))))
-
-    values = []
-    for number, hooks in enumerate(({}, {"on_train_batch_end": reload})):
-        torch.manual_seed(0)
-        trainer = tiny_trainer(tmp_path / str(number), flavour, callbacks=[callback(flavour, **hooks)])
-        trainer.fit(logging_module(flavour), tiny_loader(), tiny_loader())
-        values.append(trainer.callback_metrics)
-    assert values[0] == values[1]
-    assert set(values[0]) > {"mean_both_epoch", "max_epoch", "counted_epoch", "counted_step", "val_loss"}
-
-
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_values_of_our_own_reach_the_progress_bar(flavour: str, tmp_path: Path) -> None:
-    due: list[bool] = []
-
-    def show(trainer: Any, *_: Any) -> None:
-        show_on_progress_bar(trainer, {"goodput": 0.5})
-        assert trainer.progress_bar_metrics["goodput"] == 0.5
-        due.append(logs_are_due(trainer))
-
-    trainer = tiny_trainer(
-        tmp_path, flavour, log_every_n_steps=2, callbacks=[callback(flavour, on_train_batch_start=show)]
-    )
-    trainer.fit(tiny_module(flavour), tiny_loader())
-    assert due == [False, True, False, True]
-
-
-# ---------------------------------------------------------------------- torchmetrics
-
-
-@pytest.mark.parametrize("name", ["_defaults", "_update_count", "_computed", "_forward_cache"])
-def test_torchmetrics_has(name: str) -> None:
-    assert hasattr(torchmetrics.MeanMetric(), name), f"torchmetrics has moved Metric.{name}"
-
-
-@pytest.mark.parametrize(
-    ("make", "values"),
-    [
-        (torchmetrics.MeanMetric, [torch.tensor(1.0), torch.tensor(4.0)]),
-        (torchmetrics.CatMetric, [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]),
-        (torchmetrics.MaxMetric, [torch.tensor(3.0)]),
-        (lambda: torchmetrics.Accuracy(task="multiclass", num_classes=3), []),
-    ],
-    ids=["mean", "cat", "max", "unused"],
-)
-def test_metrics_go_on_where_they_were(make: Any, values: list[torch.Tensor]) -> None:
-    metric, fresh = make(), make()
-    for value in values:
-        metric(value)
-    if values:
-        metric.compute()
-    load_metric(fresh, unpack(pack(dump_metric(metric))))
-    assert fresh.update_count == metric.update_count == len(values)
-    assert fresh.update_called == metric.update_called
-    if values:
-        assert torch.equal(fresh._forward_cache, metric._forward_cache)
-        assert torch.equal(fresh.compute(), metric.compute())
-        for either in (metric, fresh):
-            either.update(torch.tensor(7.0))
-        assert torch.equal(fresh.compute(), metric.compute())
-
-
-def test_a_metric_that_was_reset_is_empty_again() -> None:
-    metric = torchmetrics.CatMetric()
-    metric.update(torch.ones(2))
-    empty = unpack(pack(dump_metric(torchmetrics.CatMetric())))
-    load_metric(metric, empty)
-    assert metric.value == []
-    assert not metric.update_called
-
-
-def test_metrics_are_found_in_collections() -> None:
-    root = torch.nn.Module()
-    root.all = torchmetrics.MetricCollection({"mean": torchmetrics.MeanMetric(), "sum": torchmetrics.SumMetric()})
-    root.layer = torch.nn.Linear(1, 1)
-    assert set(metrics_of(root.named_modules())) == {"all.mean", "all.sum"}
 
 
 # ---------------------------------------------------------------------- loggers
