@@ -20,6 +20,8 @@ Set by the agent for its workers:
 | `CKPTLESS_FAULT_REPORT` | JSON: why this generation exists (`FaultReport`); absent in the first one |
 | `CKPTLESS_VERDICT_DIR` | folder in which a worker says that it must not be started again |
 | `CKPTLESS_SPAWNED_AT` | wall clock (seconds since the epoch) at which this worker was requested |
+| `CKPTLESS_GENERATION` | number of the membership that this worker has joined; set by the worker for itself |
+| `CKPTLESS_CHAPTER` | how many times this worker has entered `fit`; set by the worker for itself |
 | `CKPTLESS_MAIN_AT` | wall clock at which this worker entered the user's script |
 """
 
@@ -35,4 +37,6 @@ NODE = "CKPTLESS_NODE"
 FAULT_REPORT = "CKPTLESS_FAULT_REPORT"
 VERDICT_DIR = "CKPTLESS_VERDICT_DIR"
 SPAWNED_AT = "CKPTLESS_SPAWNED_AT"
+GENERATION = "CKPTLESS_GENERATION"
+CHAPTER = "CKPTLESS_CHAPTER"
 MAIN_AT = "CKPTLESS_MAIN_AT"

@@ -239,7 +239,7 @@ class CkptlessAgent(LocalElasticAgent):
             _say(f"{fault}; {f'not relaunched: {final.reason}' if final else f'none of {allowed} restarts is left'}")
 
     def _judge_futile(self, ranks: dict[int, int], failed: dict[int, End]) -> Verdict | None:
-        """A program that ends by itself before it trains, again and again, is wrong: more starts will not help it."""
+        """A program that ends by itself again and again, with no step in between, is not helped by more starts."""
         culprit, end = next(iter(failed.items()))
         if take_begun(Path(self._verdict_folder.name)) or end.exit_code < 0:
             self._futile_starts = 0

@@ -15,15 +15,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from lightning_ckptless.membership.generation import Generation, join_generation
+from lightning_ckptless import environment
+from lightning_ckptless.membership.generation import join_generation
 
 JOIN_TIMEOUT_S = 600.0
 
 
 def open_world(
     *, rank: int, world_size: int, backend: str, timeout: timedelta | None, device: torch.device | None
-) -> Generation:
-    """Join the current generation and create its default process group.
+) -> int:
+    """Join the current generation and create its default process group, once per process.
 
     Args:
         rank: this worker's rank.
@@ -32,10 +33,15 @@ def open_world(
         timeout: for collectives; None for torch's default.
         device: bound to the group where the backend wants it; None on the host.
 
+    Returns:
+        Number of the generation.
+
     Raises:
         TransportError: not all ranks came.
     """
-    assert not dist.is_initialized()
+    if dist.is_initialized():
+        # A second trainer of the same program, in a membership that the first one has joined.
+        return int(os.environ.get(environment.GENERATION, "1"))
     store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=JOIN_TIMEOUT_S)))
     generation = join_generation(store, rank, world_size, JOIN_TIMEOUT_S)
     options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
@@ -43,7 +49,8 @@ def open_world(
         backend, store=generation.store, rank=rank, world_size=world_size, device_id=device, **options
     )
     atexit.register(close_world)
-    return generation
+    os.environ[environment.GENERATION] = str(generation.number)
+    return generation.number
 
 
 def close_world() -> None:

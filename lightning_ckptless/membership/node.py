@@ -80,7 +80,7 @@ def _base_env(config: LaunchConfig) -> dict[str, str]:
     for name, folder in ((environment.RUN_ROOT, config.run_root), (environment.ARENA_DIR, config.arena_dir)):
         if folder is not None:
             env[name] = str(folder.absolute())
-    for name in (environment.FAULT_REPORT, environment.MAIN_AT):
+    for name in (environment.FAULT_REPORT, environment.MAIN_AT, environment.GENERATION, environment.CHAPTER):
         env.pop(name, None)
     return env
 

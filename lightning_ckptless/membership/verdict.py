@@ -1,4 +1,4 @@
-"""What a worker leaves for its agent: that it came as far as training, and that another relaunch would not help."""
+"""What a worker leaves for its agent: that it has trained, or that another relaunch would not help."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def take_verdicts(folder: Path) -> tuple[Verdict, ...]:
 
 
 def mark_begun(rank: int, env: Mapping[str, str] = os.environ) -> None:
-    """Tell the agent of this worker that the program has come as far as its training."""
+    """Tell the agent of this worker that the program has trained: that this generation has made a step of its own."""
     if folder := env.get(environment.VERDICT_DIR):
         Path(folder, f"begun-{rank}").touch()
 
 
 def take_begun(folder: Path) -> bool:
-    """Whether any worker came as far as its training; forgets it."""
+    """Whether the workers have trained since their start; forgets it."""
     marks = list(folder.glob("begun-*"))
     for mark in marks:
         mark.unlink()

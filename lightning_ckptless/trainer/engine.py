@@ -116,7 +116,6 @@ class Engine:
             WorldSizeError: the state was mirrored by another number of ranks.
             OptionsError: the checkpoint path and a live arena disagree, or replicas cannot be placed.
         """
-        mark_begun(self.rank)
         opens = is_first_of_node(local_rank())
         self.arena, self.nodes = open_arena(
             self.identity, self.chapter, self.options, self.transport, opens=opens, origin=ckpt_path
@@ -349,8 +348,10 @@ class Engine:
         )
 
     def _probe(self, moment: str, version: Version) -> None:
-        if moment == "committed" and self.report.committed(version) and is_first_of_node(local_rank()):
-            self.arena.note("committed", {"step": version.optimizer_step, "tail_done": version.tail_done})
+        if moment == "committed" and self.report.committed(version):
+            mark_begun(self.rank)
+            if is_first_of_node(local_rank()):
+                self.arena.note("committed", {"step": version.optimizer_step, "tail_done": version.tail_done})
         for probe in list(self.probes):
             probe(moment, version)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,3 +61,14 @@ def identify(trainer: Any, env: Mapping[str, str] = os.environ) -> Identity:
         Path(env[environment.RUN_ROOT]) if environment.RUN_ROOT in env else Path(trainer.default_root_dir) / "ckptless"
     )
     return Identity(re.sub(r"[^A-Za-z0-9_.-]+", "-", run_id), node, agent_pid, own_agent, root.absolute())
+
+
+def next_chapter(env: MutableMapping[str, str] = os.environ) -> int:
+    """Count the calls of `fit` in this process, over all its trainers; a relaunched program repeats their order.
+
+    Returns:
+        How many there were before.
+    """
+    before = int(env.get(environment.CHAPTER, "0"))
+    env[environment.CHAPTER] = str(before + 1)
+    return before

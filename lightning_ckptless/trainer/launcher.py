@@ -18,7 +18,7 @@ from lightning_ckptless.protocol.start import StartAction
 from lightning_ckptless.trainer.engine import Engine
 from lightning_ckptless.trainer.host.flavour import flavour_of
 from lightning_ckptless.trainer.host.launch import CKPT_PATH_INDEX, is_fit, is_stop, launcher_base
-from lightning_ckptless.trainer.identity import is_worker
+from lightning_ckptless.trainer.identity import is_worker, next_chapter
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class FitGuard:
 
     def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
-        self.chapter = 0
+        self._is_observed = False
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         """Run a trainer function here, or hand the process over to the agent that runs it in workers."""
@@ -79,11 +79,11 @@ class FitGuard:
     def _fit(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], trainer: Any) -> Any:
         strategy = self.strategy
         strategy.setup_environment()
-        engine = Engine(trainer, strategy.options, strategy.generation, self.chapter, strategy.probes)
-        self.chapter += 1
+        engine = Engine(trainer, strategy.options, strategy.generation, next_chapter(), strategy.probes)
         strategy.engine = engine
-        if not self.chapter - 1:
+        if not self._is_observed:
             trainer.callbacks.extend(strategy.observers())
+            self._is_observed = True
         try:
             return self._guarded(engine, function, list(args), kwargs)
         except BaseException as error:

@@ -123,7 +123,7 @@ def strategy_class(flavour: str) -> type[Any]:
                     backend=self._get_process_group_backend(),
                     timeout=self._timeout,
                     device=self.root_device if self.root_device.type != "cpu" else None,
-                ).number
+                )
             super().setup_distributed()
 
         # -------------------------------------------------------------- training

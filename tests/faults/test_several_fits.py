@@ -1,0 +1,61 @@
+"""A program with several trainers: each `fit` has its own state, and what stands between them runs as usual."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.testing.drill import run_drill, run_variant
+from lightning_ckptless.testing.variant import Variant
+from tests.faults.conftest import REPOSITORY
+
+SCRIPT = """
+import sys
+import lightning as L
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+def trainer(epochs):
+    return L.Trainer(
+        accelerator="cpu", devices=2, strategy="ckptless", max_epochs=epochs, limit_train_batches=6,
+        limit_val_batches=2, limit_test_batches=2, enable_progress_bar=False, enable_model_summary=False,
+        log_every_n_steps=1, logger=L.pytorch.loggers.CSVLogger("."), enable_checkpointing=False,
+    )
+
+L.seed_everything(3, workers=True)
+model = BoringModel()
+first = trainer(1)
+first.fit(model)
+first.test(model)
+second = trainer(3)
+second.fit(model)
+assert second.global_step == 18
+if "--fail" in sys.argv:
+    raise ValueError("behind the training")
+"""
+ENV = {"PYTHONPATH": str(REPOSITORY)}
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """The program."""
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+@pytest.mark.parametrize("step", [3, 9])
+def test_kill(step: int, script: Path, tmp_path: Path, parent: PreloadedParent) -> None:
+    faults = f"kill:rank=1:step={step}"
+    report = run_drill([str(script)], faults, folder=tmp_path / "drill", parent=parent, isolate=True, env=ENV)
+    assert report.problems == ()
+    assert report.relaunches == 1
+
+
+def test_error_behind_the_training_is_not_tried_for_ever(script: Path, tmp_path: Path, parent: PreloadedParent) -> None:
+    command = [str(script), "--fail"]
+    variant: Variant = run_variant(command, tmp_path / "run", parent=parent, isolate=True, env=ENV)
+    assert variant.exit_code == 1
+    assert "behind the training" in variant.tail()
+    assert sum(event.event == "relaunch" for event in variant.events) <= 3
