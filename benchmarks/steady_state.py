@@ -18,11 +18,11 @@ from benchmarks import machine
 from benchmarks.gpt import GPT, WIDTHS
 from benchmarks.job import JobOptions
 from benchmarks.quantiles import median
-from benchmarks.report import Report, base_parser, progress_bar
+from benchmarks.report import Report, base_parser, console, progress_bar
 from benchmarks.scratch import Scratch, scratch
 from benchmarks.stage import measure_staging
 from benchmarks.steady_tables import cost_table, memory_table, split_table, staging_table, step_table
-from benchmarks.threads import TurnsJob, preloaded_parent
+from benchmarks.threads import JobLostError, TurnsJob, preloaded_parent
 
 WARM_UP_STEPS = 4
 RANKS = 2
@@ -136,7 +136,11 @@ def run(plan: Plan, sizes: list[str], variants_at: str, progress: Progress) -> d
             progress.advance(task)
         for size, batch, variants in pairs:
             progress.update(task, description=f"{size}, batch {batch}, {len(variants)} strategies in turns")
-            results["pairs"].append(measure(size, batch, variants, plan, place, lambda: progress.advance(task)))
+            try:
+                results["pairs"].append(measure(size, batch, variants, plan, place, lambda: progress.advance(task)))
+            except JobLostError as error:
+                # An hour of measuring is not thrown away for one job; the table lacks it, and this says why.
+                console.print(f"{size}, batch {batch}: {error}", markup=False)
     return results
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -33,11 +34,10 @@ class TurnsJob:
 
     def __init__(self, options: JobOptions, parent: PreloadedParent, place: Scratch) -> None:
         self.options = options
-        self.desk = Desk(place.files / f"{id(self)}.socket")
+        self._folder = Path(tempfile.mkdtemp(prefix="job-", dir=place.files))
+        self.desk = Desk(self._folder / "socket")
         self.outcome: Outcome | None = None
         self._waiting: list[Note] = []
-        self._folder = place.files / f"job-{id(self)}"
-        self._folder.mkdir()
         config = LaunchConfig(
             program=Program("script", str(SCRIPT), tuple(options.to_arguments())),
             nproc=options.devices,
