@@ -25,7 +25,7 @@ TRAIN = f"""
     dist.all_reduce(total)
     assert total.item() == 3
     with open(f"generations-{{rank}}", "a") as file:
-        print(generation.number, file=file)
+        print(generation, file=file)
     dist.barrier()
     if count < {RELAUNCHES} and rank == count % 2:
         os.kill(os.getpid(), signal.SIGKILL)
