@@ -102,6 +102,11 @@ def test_interrupted_at_the_other_places(case: str, place: str, whole: Whole, tm
     test_interrupted(case, place, whole, tmp_path)
 
 
+def test_interrupted_when_the_stream_has_ended_and_begun_again(whole: Whole, tmp_path: Path) -> None:
+    complete = whole(CASES["combined_stream"])
+    _assert_exact(complete, CASES["combined_stream"], tmp_path, Version(5, tail_done=True))
+
+
 @pytest.mark.parametrize("place", ["early", "second epoch"])
 @pytest.mark.parametrize("case", WORKERS)
 def test_interrupted_with_workers(case: str, place: str, whole: Whole, tmp_path: Path) -> None:

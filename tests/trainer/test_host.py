@@ -181,7 +181,7 @@ def test_counters_travel_without_a_notion_of_restart(flavour: str, tmp_path: Pat
     def note(trainer: Any, *_: Any) -> None:
         saved.append(unpack(pack(FitLoops(trainer).counters())))
 
-    options = {"val_check_interval": 2, "max_epochs": 2}
+    options = {"val_check_interval": 2, "max_epochs": 2, "reload_dataloaders_every_n_epochs": 1}
     trainer = tiny_trainer(tmp_path / "first", flavour, callbacks=[callback(flavour, on_train_end=note)], **options)
     trainer.fit(tiny_module(flavour), tiny_loader(), tiny_loader())
 

@@ -57,6 +57,7 @@ def _described(results: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_logged_values_come_back_with_what_they_mean(flavour: str, tmp_path: Path) -> None:
     seen: list[int] = []
+    reset: list[bool] = []
 
     def there_and_back(trainer: Any, *_: Any) -> None:
         results = trainer.fit_loop.epoch_loop._results
@@ -71,17 +72,21 @@ def test_logged_values_come_back_with_what_they_mean(flavour: str, tmp_path: Pat
         assert results.batch_size == size
         for key, metric in results.items():
             assert metric is not old[key]
-            assert metric.update_called
-            if metric.meta.on_epoch:
+            assert metric.update_called == old[key].update_called
+            if metric.meta.on_epoch and metric.update_called:
                 assert torch.equal(metric.compute(), old[key].compute()), key
                 metric._computed = old[key]._computed = None
         for name, values in metrics.items():
             assert getattr(connector, f"_{name}_metrics") == values
         seen.append(len(results))
+        reset.append(all(metric.has_reset for metric in results.values()))
 
-    trainer = tiny_trainer(tmp_path, flavour, callbacks=[callback(flavour, on_train_batch_end=there_and_back)])
+    hooks = callback(flavour, on_train_batch_end=there_and_back, on_train_epoch_start=there_and_back)
+    trainer = tiny_trainer(tmp_path, flavour, max_epochs=2, callbacks=[hooks])
     trainer.fit(logging_module(flavour), tiny_loader(), tiny_loader())
-    assert seen == [11] * 4
+    assert seen == [0, *[11] * 9]
+    # Between epochs the values are those of the last one, to be thrown away by the first new one.
+    assert reset == [True, *[False] * 4, True, *[False] * 4]
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
