@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
@@ -16,6 +17,10 @@ from tests import police
 def pytest_configure() -> None:
     """Mark what is started from here on, so that it is found even when its parent is gone."""
     os.environ[police.MARK] = uuid.uuid4().hex
+    # A shell's background jobs ignore some, and what tests start would inherit that.
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
     # One per process, kept until its end: started before the first test, it is no test's leak.
     resource_tracker.ensure_running()
 

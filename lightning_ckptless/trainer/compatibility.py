@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -54,15 +54,15 @@ def _refusals(trainer: Any) -> Iterator[str]:
         yield "model_averaging_period: parameters that differ between ranks are not mirrored; leave it out"
 
 
-def warn_of_loader(loader: object, position: int) -> None:
-    """Say once, at the start, what a training dataloader costs or loses on a recovery.
+def warn_of_loaders(loaders: Iterable[object]) -> None:
+    """Say once, at the start, what training dataloaders cost or lose on a recovery.
 
     Args:
-        loader: as the trainer uses it.
-        position: its place among the training dataloaders.
+        loaders: as the trainer uses them, in order.
     """
-    for finding in _loader_findings(loader):
-        log.warning("ckptless: training dataloader %d (%s): %s", position, type(loader).__name__, finding)
+    for position, loader in enumerate(loaders):
+        for finding in _loader_findings(loader):
+            log.warning("ckptless: training dataloader %d (%s): %s", position, type(loader).__name__, finding)
 
 
 def _loader_findings(loader: object) -> Iterator[str]:

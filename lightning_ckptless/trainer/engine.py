@@ -32,6 +32,7 @@ from lightning_ckptless.replica.transport import GlooTransport, SoloTransport, T
 from lightning_ckptless.trainer.arenas import is_first_of_node, local_rank, open_arena
 from lightning_ckptless.trainer.begun import BegunStep, step_in_flight
 from lightning_ckptless.trainer.checkpoints import files_of_the_future, newest_checkpoint, note_of_save
+from lightning_ckptless.trainer.compatibility import warn_of_loaders
 from lightning_ckptless.trainer.data import move_data_to
 from lightning_ckptless.trainer.drive import run_restored
 from lightning_ckptless.trainer.host import loggers as host_loggers
@@ -294,6 +295,8 @@ class Engine:
         began = time.perf_counter()
         if self._small is None:
             self._small = SmallState(self.trainer)
+            if self.rank == 0:
+                warn_of_loaders(self.loops.combined_loader.flattened)
         if self._index is None or not self._index.is_current():
             self._plan_anew()
         assert self._index is not None and self.mirror is not None

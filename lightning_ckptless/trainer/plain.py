@@ -67,6 +67,31 @@ def plain_attributes(owner: object, *, leave: Collection[str] = ()) -> dict[str,
     }
 
 
+def heavy_attributes(owner: object, limit_bytes: int) -> tuple[str, ...]:
+    """Names of plain attributes that are too large to travel with every step, e.g. a dataset held in memory."""
+    return tuple(
+        name
+        for name, value in getattr(owner, "__dict__", {}).items()
+        if is_plain(value) and _weigh(value, limit_bytes) > limit_bytes
+    )
+
+
+def _weigh(value: Any, limit_bytes: int) -> int:
+    """Roughly the bytes of a plain value; stops counting beyond the limit."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return int(value.nbytes)
+    if isinstance(value, str | bytes):
+        return len(value)
+    if type(value) not in (*_SEQUENCES, *_MAPPINGS):
+        return 8
+    total = 0
+    for item in value.values() if isinstance(value, dict) else value:
+        total += 8 + _weigh(item, limit_bytes)
+        if total > limit_bytes:
+            break
+    return total
+
+
 def set_plain_attributes(owner: object, saved: dict[str, Any]) -> None:
     """Put attributes back as they were saved."""
     if saved:

@@ -7,6 +7,7 @@ callbacks, scaler, hyper-parameters of the optimizers, and the plain attributes 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +22,13 @@ from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.metrics import dump_metric, load_metric, metrics_of
 from lightning_ckptless.trainer.host.results import dump_results, load_results
 from lightning_ckptless.trainer.inner import InnerState
-from lightning_ckptless.trainer.plain import plain_attributes, set_plain_attributes
+from lightning_ckptless.trainer.plain import heavy_attributes, plain_attributes, set_plain_attributes
 from lightning_ckptless.trainer.rng import capture_rng, owned_generators, set_owned_generators
 from lightning_ckptless.trainer.state import optimizer_facts, set_optimizer_facts
 
+log = logging.getLogger(__name__)
+
+HEAVY_BYTES = 8_000_000
 _PROCESS_BOUND = (("callbacks", "ProgressBar"), ("callbacks", "Timer"), ("callbacks", "DeviceStatsMonitor"))
 
 
@@ -44,12 +48,25 @@ class SmallState:
         # Those that inject faults or write traces are no part of the run: the next start may have others.
         self._callbacks = [c for c in trainer.callbacks if not type(c).__module__.startswith("lightning_ckptless")]
         self._metrics = metrics_of(named)
+        self._heavy_names: dict[int, frozenset[str]] = {}
         self._inner = InnerState(self.module)
         self._extra_state = {name: m for name, m in named if type(m).get_extra_state is not nn.Module.get_extra_state}
         flavour = module(flavour_of(trainer))
         self._module_baseline = frozenset(vars(flavour.LightningModule()))
         self._data_baseline = frozenset(vars(flavour.LightningDataModule()))
         self._savers = [owner for owner in (self.module, *self._callbacks) if _saves_extras(owner)]
+
+    def _heavy(self, owner: Any) -> frozenset[str]:
+        """Attributes that are left out for their size, looked for once and named."""
+        if id(owner) not in self._heavy_names:
+            names = heavy_attributes(owner, HEAVY_BYTES)
+            self._heavy_names[id(owner)] = frozenset(names)
+            for name in names:
+                log.warning(
+                    "ckptless: %s.%s is larger than %d MB and is not taken along with every step: if training changes "
+                    "it, put it into state_dict()", type(owner).__name__, name, HEAVY_BYTES // 1_000_000
+                )  # fmt: skip
+        return self._heavy_names[id(owner)]
 
     # ------------------------------------------------------------------ capture
 
@@ -85,13 +102,13 @@ class SmallState:
         return {
             "class": type(callback).__name__,
             "state": callback.state_dict(),
-            "plain": {} if bound else plain_attributes(callback),
+            "plain": {} if bound else plain_attributes(callback, leave=self._heavy(callback)),
             "generators": {} if bound else owned_generators(callback),
         }
 
     def _module(self) -> dict[str, Any]:
         return {
-            "plain": plain_attributes(self.module, leave=self._module_baseline),
+            "plain": plain_attributes(self.module, leave=self._module_baseline | self._heavy(self.module)),
             "generators": owned_generators(self.module),
             "extra_state": {name: m.get_extra_state() for name, m in self._extra_state.items()},
             "inner": self._inner.capture(),
@@ -102,7 +119,7 @@ class SmallState:
             return None
         return {
             "state": datamodule.state_dict(),
-            "plain": plain_attributes(datamodule, leave=self._data_baseline),
+            "plain": plain_attributes(datamodule, leave=self._data_baseline | self._heavy(datamodule)),
             "generators": owned_generators(datamodule),
         }
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_ckptless.errors import OptionsError
-from lightning_ckptless.trainer.compatibility import check_trainer, warn_of_loader
+from lightning_ckptless.trainer.compatibility import check_trainer, warn_of_loaders
 from lightning_ckptless.trainer.host.flavour import module
 from lightning_ckptless.trainer.loader import make_resumable
 from tests.lab.parts import Numbers, Stream
@@ -97,7 +97,7 @@ SILENT: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", SILENT)
 def test_nothing_is_said_of_what_is_exact(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    warn_of_loader(make_resumable(SILENT[kind]()), 0)
+    warn_of_loaders([make_resumable(SILENT[kind]())])
     assert caplog.messages == []
 
 
@@ -120,7 +120,7 @@ WARNED: dict[str, tuple[Any, list[str]]] = {
 @pytest.mark.parametrize("kind", WARNED)
 def test_what_is_lost_is_said(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     make, words = WARNED[kind]
-    warn_of_loader(make_resumable(make()), 3)
+    warn_of_loaders(["an iterable of another kind", make_resumable(make())])
     said = "\n".join(caplog.messages)
     assert all(word in said for word in words), said
     assert all(message.startswith("ckptless: training dataloader 3 (") for message in caplog.messages)

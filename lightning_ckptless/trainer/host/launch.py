@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from lightning_ckptless.trainer.host.flavour import FLAVOURS, is_a, module
+from lightning_ckptless.trainer.host.flavour import is_a, module
 
 FIT = "_fit_impl"
 CKPT_PATH_INDEX = 4
@@ -32,4 +32,4 @@ def is_stop(error: BaseException) -> bool:
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
         return True
     names = (("utilities.exceptions", "SIGTERMException"), ("utilities.exceptions", "_TunerExitException"))
-    return any(is_a(error, *name) for name in names) and bool(FLAVOURS)
+    return any(is_a(error, *name) for name in names)
