@@ -371,7 +371,7 @@ class Engine:
 
     def why_final(self, error: Exception) -> str | None:
         """Why an exception is not worth another try; None where it is."""
-        return why_final(error, rank=self.rank, taken=self._taken, arena=self.arena)
+        return why_final(error, rank=self.rank, taken=self._taken, arena=getattr(self, "arena", None))
 
     def leave_verdict(self, reason: str) -> None:
         """Tell our agent not to start the workers again."""
