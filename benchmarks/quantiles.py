@@ -37,10 +37,10 @@ class StraightLine:
 def fit_line(points: Sequence[tuple[float, float]]) -> StraightLine:
     """The straight line of least squares through points `(x, y)`, of which at least two differ in x.
 
-    Points are weighted by `1 / max(1, y)**2`: the spread of a time grows with it, and the fixed part is read at the
+    Points are weighted by `1 / (1 + x)**2`: the spread of a time grows with the size, and the fixed part is read at the
     small ones.
     """
-    weights = [1.0 / max(1.0, y) ** 2 for _, y in points]
+    weights = [1.0 / (1.0 + x) ** 2 for x, _ in points]
     total = sum(weights)
     x_mean = sum(w * x for w, (x, _) in zip(weights, points, strict=True)) / total
     y_mean = sum(w * y for w, (_, y) in zip(weights, points, strict=True)) / total
