@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -15,17 +12,7 @@ import pytest
 
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.ledger import Event, Events, Ledger, read_ledger, run_folder
-
-
-@contextmanager
-def files_at_most(size_bytes: int) -> Iterator[None]:
-    """Let no file of this process grow beyond a size: what does not fit is cut off, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+from tests.limits import files_at_most
 
 
 def test_events_are_read_as_they_were_recorded(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 from lightning_ckptless.errors import ArenaError, ProtocolError
 from lightning_ckptless.protocol.versions import SlotState, Version
 from lightning_ckptless.replica.slot import HEADER_BYTES, Slot, SlotHeader, SlotName, Stamp
+from tests.limits import files_at_most
 
 numbers = st.integers(0, 2**40)
 names = st.text(min_size=0, max_size=40)
@@ -106,27 +105,17 @@ def test_only_its_owner_may_read_a_slot(tmp_path: Path) -> None:
     assert (tmp_path / "slot").stat().st_mode & 0o777 == 0o600
 
 
-@pytest.fixture
-def full_disk() -> Iterator[None]:
-    """No file may grow beyond 8192 bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.usefixtures("full_disk")
 def test_a_slot_that_does_not_fit_is_an_error_and_no_signal(tmp_path: Path) -> None:
-    with pytest.raises(ArenaError, match="cannot reserve a slot of 8193 bytes"):
+    with files_at_most(8192), pytest.raises(ArenaError, match="cannot reserve a slot of 8193 bytes"):
         Slot(tmp_path / "slot", "run", 4097)
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_a_blob_that_does_not_fit_leaves_the_slot_unsealed(tmp_path: Path, stamp: Stamp) -> None:
-    slot = Slot(tmp_path / "slot", "run", 4000)
-    slot.begin(stamp)
-    with pytest.raises(ArenaError, match="cannot write"):
-        slot.seal(stamp, bytes(1000), "")
+    with files_at_most(8192):
+        slot = Slot(tmp_path / "slot", "run", 4000)
+        slot.begin(stamp)
+        with pytest.raises(ArenaError, match="cannot write"):
+            slot.seal(stamp, bytes(1000), "")
     assert slot.view.state is SlotState.WRITING
     slot.close()
 
