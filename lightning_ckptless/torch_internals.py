@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed import Logger, Reducer, _register_comm_hook  # type: ignore[attr-defined]
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
@@ -140,3 +141,61 @@ def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor], *, no
     """Copy each source into its target, in one call that gives up the interpreter lock once, not once per tensor."""
     if targets:
         torch._foreach_copy_(targets, sources, non_blocking=non_blocking)
+
+
+def settle_buckets(model: Any) -> bool:
+    """Divide the gradients into the buckets that the next forward pass would divide them into.
+
+    torch does it once, in the second forward pass of a process, in the order in which the first backward pass has made
+    the gradients. All ranks must call it together: rank 0's order counts.
+
+    Returns:
+        Whether it has been done, now or before.
+    """
+    if not model._has_rebuilt_buckets and model.reducer._rebuild_buckets():
+        model._has_rebuilt_buckets = True
+    return bool(model._has_rebuilt_buckets)
+
+
+def bucket_layout(model: Any) -> list[list[int]]:
+    """Which parameters share a bucket, by their places among those that want gradients."""
+    parameters, _ = model._build_params_for_reducer()
+    places = {id(parameter): place for place, parameter in enumerate(parameters)}
+    buckets = model.reducer._get_zeros_like_grad_buckets()
+    return [[places[id(parameter)] for parameter in bucket.parameters()] for bucket in buckets]
+
+
+def set_bucket_layout(model: Any, layout: list[list[int]]) -> None:
+    """Give a model new buckets; hooks of communication that were registered stay.
+
+    A ring of three ranks or more adds the parts of a bucket in an order that depends on where in it they lie, so that
+    other buckets round otherwise.
+    """
+    parameters, expect_sparse = model._build_params_for_reducer()
+    limits, limits_for_rebuilding = model._bucket_config.compute_bucket_size_limits(
+        static_graph=model.static_graph, find_unused_parameters=model.find_unused_parameters
+    )
+    model.reducer = Reducer(
+        parameters,
+        layout,
+        [limits[-1]] * len(layout),
+        model.process_group,
+        expect_sparse,
+        model.bucket_bytes_cap,
+        model.find_unused_parameters,
+        model.gradient_as_bucket_view,
+        model._build_debug_param_to_name_mapping(parameters),
+        model._bucket_config.first_bucket_bytes_cap,
+        model.skip_all_reduce_unused_params,
+        model._use_python_reducer,
+        limits_for_rebuilding,
+        model.batched_grad_copy,
+    )
+    model._has_rebuilt_buckets = False
+    model.logger = Logger(model.reducer)
+    model.reducer.set_logger(model.logger)
+    for hook, state in model._comm_hooks:
+        _register_comm_hook(model.reducer, state, hook)
+    if model.static_graph:
+        model.static_graph = False
+        model._set_static_graph()

@@ -1,6 +1,6 @@
 """Limits of this process, for as long as a block runs.
 
-Only inside a test's body: while a fixture is set up or torn down, pytest writes its report, which may be a file as well.
+Only inside a test: while a fixture is set up or torn down, pytest writes its report, which may be a file as well.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ckptless.errors import LayoutMismatchError
+from lightning_ckptless.trainer.buckets import BucketWatch, restore_buckets
 from lightning_ckptless.trainer.data import data_position
 from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host.flavour import flavour_of, is_a, module
@@ -49,6 +50,7 @@ class SmallState:
         self._callbacks = [c for c in trainer.callbacks if not type(c).__module__.startswith("lightning_ckptless")]
         self._metrics = metrics_of(named)
         self._heavy_names: dict[int, frozenset[str]] = {}
+        self._buckets = BucketWatch()
         self._inner = InnerState(self.module)
         self._extra_state = {name: m for name, m in named if type(m).get_extra_state is not nn.Module.get_extra_state}
         flavour = module(flavour_of(trainer))
@@ -88,6 +90,7 @@ class SmallState:
             "training": [m.training for m in self._modules],
             "should_stop": trainer.should_stop,
             "buffers_are_due": self._buffers_are_due(),
+            "buckets": self._buckets.settled(trainer.strategy.model),
             "logs": host_loggers.log_positions(trainer.loggers) if trainer.is_global_zero else None,
             "rng": capture_rng(),
         }
@@ -163,6 +166,7 @@ class SmallState:
         trainer.should_stop = saved["should_stop"]
         if saved["buffers_are_due"] is not None:
             trainer.strategy.model.require_forward_param_sync = saved["buffers_are_due"]
+        restore_buckets(trainer.strategy.model, saved["buckets"])
 
     def _apply_module(self, saved: dict[str, Any]) -> None:
         set_plain_attributes(self.module, copy.deepcopy(saved["module"]["plain"]))

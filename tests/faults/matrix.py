@@ -21,6 +21,8 @@ def is_version(found: str, expected: str) -> bool:
 BASE = Options(samples=48, epochs=2)
 """Six steps an epoch on each of two ranks, twelve in all; validation behind steps 6 and 12."""
 
+FOUR = replace(BASE, devices=4, samples=96, epochs=1)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -61,6 +63,8 @@ WHO = {
     "rank=0-then=1": Cell("kill:rank=0:step=2:at=optimizer_step,kill:rank=1:step=7", recoveries=2),
     "rank=1-exits": Cell("exit:rank=1:step=5"),
     "rank=0-raises": Cell("raise:rank=0:step=5"),
+    # From three ranks on, sums round by the buckets that the gradients lie in.
+    "rank=2-of_four": Cell("kill:rank=2:step=2,kill:rank=2:step=4", FOUR, recoveries=2, restored=("step 1", "step 3")),
 }
 DATA = {
     "data=sampler": Cell("kill:rank=1:step=9", replace(BASE, data="sampler")),
