@@ -23,6 +23,10 @@ Set by the agent for its workers:
 | `CKPTLESS_GENERATION` | number of the membership that this worker has joined; set by the worker for itself |
 | `CKPTLESS_CHAPTER` | how many times this worker has entered `fit`; set by the worker for itself |
 | `CKPTLESS_MAIN_AT` | wall clock at which this worker entered the user's script |
+| `CKPTLESS_LINE` | file descriptor of the line to the agent; taken out when the strategy has opened it |
+| `CKPTLESS_STANDBY` | set for a worker that has no rank yet |
+| `CKPTLESS_REGROUPING` | number under which this worker meets survivors of a fault; absent where all start together |
+| `CKPTLESS_CALLS` | how often this worker has used its trainer; set by the worker for itself |
 """
 
 RUN_ROOT = "CKPTLESS_RUN_ROOT"
@@ -40,3 +44,7 @@ SPAWNED_AT = "CKPTLESS_SPAWNED_AT"
 GENERATION = "CKPTLESS_GENERATION"
 CHAPTER = "CKPTLESS_CHAPTER"
 MAIN_AT = "CKPTLESS_MAIN_AT"
+LINE = "CKPTLESS_LINE"
+STANDBY = "CKPTLESS_STANDBY"
+REGROUPING = "CKPTLESS_REGROUPING"
+CALLS = "CKPTLESS_CALLS"

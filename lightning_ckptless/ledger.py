@@ -121,16 +121,20 @@ class Events:
         return len(self.events)
 
 
-def read_ledger(path: str | os.PathLike[str]) -> Events:
+def read_ledger(path: str | os.PathLike[str], *, only: str = "") -> Events:
     """Read a ledger, which may be written to at the same time.
 
     Args:
         path: of the file; one that does not exist holds no events.
+        only: name of the events that are wanted; empty for all. The others are not even looked into.
     """
     try:
         lines = Path(path).read_bytes().splitlines()
     except FileNotFoundError:
         return Events(())
+    if only:
+        start = f'{{"event": "{only}"'.encode()
+        lines = [line for line in lines if line.startswith(start)]
     events = [_event(line) for line in lines if line]
     whole = tuple(event for event in events if event is not None)
     return Events(whole, len(events) - len(whole))

@@ -38,6 +38,8 @@ class CkptlessOptions:
         on_late: when the last mirror is still under way at the next one, wait for it or skip a version.
         staging: copy the state while the next forward and backward run, or before they start.
         arena_keep_s: seconds for which the arena of a dead run is kept for a restart under the same run id.
+        in_place: after a fault replace only what was lost and let the other ranks go on; else start all again.
+        standbys: processes per node that have run the script up to `fit` and wait there for a rank.
 
     Raises:
         OptionsError: a value is out of range.
@@ -53,9 +55,11 @@ class CkptlessOptions:
     on_late: OnLate = "wait"
     staging: Staging = "overlap"
     arena_keep_s: float = 3600.0
+    in_place: bool = True
+    standbys: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("mirror_every_n_steps", 1), ("copies", 0), ("max_recoveries", 0)):
+        for name, least in (("mirror_every_n_steps", 1), ("copies", 0), ("max_recoveries", 0), ("standbys", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise OptionsError(f"{name}={value!r}: expected a whole number of at least {least}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.distributed import Logger, Reducer, _register_comm_hook  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _world
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
@@ -20,8 +21,8 @@ GET_ITERATOR = "_get_iterator"
 
 
 def version_counter(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed in place; writes through `.data` are not counted."""
-    return int(tensor._version)
+    """How often a tensor was changed in place; writes through `.data` are not counted, nor those in inference mode."""
+    return 0 if tensor.is_inference() else int(tensor._version)
 
 
 def index_sampler(loader_class: type[DataLoader[Any]], loader: DataLoader[Any]) -> Any:
@@ -141,6 +142,29 @@ def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor], *, no
     """Copy each source into its target, in one call that gives up the interpreter lock once, not once per tensor."""
     if targets:
         torch._foreach_copy_(targets, sources, non_blocking=non_blocking)
+
+
+def process_groups() -> list[Any]:
+    """The process groups of this process, the default one first."""
+    return list(_world.pg_map)
+
+
+def abort_device_groups() -> None:
+    """Abort every communicator of a device: what waits in one fails. gloo has no such call."""
+    for group in process_groups():
+        for device_type in group._device_types:
+            if device_type.type != "cpu" and hasattr(backend := group._get_backend(device_type), "abort"):
+                backend.abort()
+
+
+def use_process_group(model: Any, group: Any) -> None:
+    """Let a wrapped model sum its gradients in another process group, and forget a backward pass that was cut off."""
+    model._update_process_group(group)
+
+
+def use_restart(agent: Any) -> None:
+    """Have an elastic agent count one of its restarts as used."""
+    agent._remaining_restarts -= 1
 
 
 def settle_buckets(model: Any) -> bool:

@@ -145,11 +145,11 @@ class Injection:
                 f"FaultInjector with {type(trainer.strategy).__name__}: give marker_dir=, a folder that remembers over "
                 "relaunches which faults have happened"
             )
-        generation = engine.generation if engine else int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        self._marks = FaultMarks(folder, generation, rank)
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        self._marks = FaultMarks(folder, lambda: engine.generation if engine else restarts, rank)
         if engine is not None:
             self._record = lambda event, **fields: engine.ledger.record(
-                event, generation=generation, rank=rank, **fields
+                event, generation=engine.generation, rank=rank, **fields
             )
             self._probes = engine.probes
             self._probes.append(self._probe)

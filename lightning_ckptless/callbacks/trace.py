@@ -103,22 +103,20 @@ class Recorder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._file: TraceFile | None = None
-        self._place: dict[str, int] = {}
+        self._engine: Any = None
 
     def open(self, trainer: Any) -> None:
         """Find out who writes, and open the file."""
-        engine = getattr(trainer.strategy, "engine", None)
-        self._place = {
-            "fit": engine.chapter if engine else 0,
-            "generation": engine.generation if engine else 0,
-        }
+        self._engine = getattr(trainer.strategy, "engine", None)
         self._file = TraceFile(self.folder / f"trace-rank{trainer.global_rank}.jsonl")
 
     def write(self, kind: str, trainer: Any, **fields: Any) -> None:
         """Append a line; nothing outside of `fit`."""
         if self._file is not None:
             where = {"epoch": trainer.current_epoch, "step": trainer.global_step, "at": time.time()}
-            self._file.append({"kind": kind, **self._place, **where, **fields})
+            engine = self._engine
+            who = {"fit": engine.chapter if engine else 0, "generation": engine.generation if engine else 0}
+            self._file.append({"kind": kind, **who, **where, **fields})
 
     def close(self) -> None:
         """Close the file."""

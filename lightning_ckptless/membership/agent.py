@@ -1,8 +1,8 @@
 """The torch elastic agent of one node, with workers forked from a preloaded parent.
 
-Membership, rendezvous and the decision to relaunch are torch elastic's. What is our own: how workers are started and
-ended, that a death is noticed at once, that the survivors of a fault are not asked to end but ended, since their state
-is in the arenas, and that the workers of the next generation are told why there is one.
+Membership of nodes and rendezvous are torch elastic's. What is our own: how workers are started and ended, that a death
+is noticed at once, and the ladder. Where it can be, only the lost are replaced and the others go on in place; else the
+survivors are not asked to end but ended, since their state is in the arenas, and all are started again.
 """
 
 from __future__ import annotations
@@ -27,11 +27,15 @@ from torch.distributed.elastic.multiprocessing import LogsSpecs
 from lightning_ckptless import environment
 from lightning_ckptless.membership.fault import FaultReport, shell_code, split_exit
 from lightning_ckptless.membership.generation import skip_generations
+from lightning_ckptless.membership.in_place import InPlace
 from lightning_ckptless.membership.parent import End, PreloadedParent, UnsafeForkError
+from lightning_ckptless.membership.process import Process
 from lightning_ckptless.membership.program import Program
+from lightning_ckptless.membership.regrouping import Regroupings
 from lightning_ckptless.membership.verdict import Verdict, take_begun, take_verdicts
 from lightning_ckptless.membership.workers import Workers
-from lightning_ckptless.torch_internals import forbid_restarts, forget_worker_store, remaining_restarts
+from lightning_ckptless.protocol.recovery import RecoveryPlan, Rung, Situation, plan_recovery
+from lightning_ckptless.torch_internals import forbid_restarts, forget_worker_store, remaining_restarts, use_restart
 
 Record = Callable[..., None]
 
@@ -52,6 +56,8 @@ class Node:
         cwd: their working directory.
         fresh: start new interpreters instead of forking the preloaded parent.
         stop_grace_s: time between SIGTERM and SIGKILL where workers are asked to end.
+        in_place: whether survivors of a fault go on in place; None to leave it to the strategy of the workers.
+        standbys: processes that wait for a rank; None to leave it to the strategy.
         log_line_prefix: put before each line of a worker's output that is shown and logged at once; a template with
             `${role_name}`, `${rank}` and `${local_rank}`.
     """
@@ -62,6 +68,8 @@ class Node:
     cwd: str
     fresh: bool
     stop_grace_s: float
+    in_place: bool | None = None
+    standbys: int | None = None
     log_line_prefix: str | None = None
 
 
@@ -88,7 +96,17 @@ class CkptlessAgent(LocalElasticAgent):
         self._record = record
         self._starts = 0
         self._futile_starts = 0
+        self._reason = ""
         self._verdict_folder = tempfile.TemporaryDirectory(prefix="ckptless-verdicts-")
+        self._folder = Path(self._verdict_folder.name)
+        self._in_place = InPlace(
+            in_place=node.in_place, standbys=node.standbys, folder=self._folder, record=record, say=_say
+        )
+
+    @property
+    def recoveries_in_place(self) -> int:
+        """How often workers were replaced while the others went on."""
+        return len(self.faults) - self.relaunches
 
     @property
     def relaunches(self) -> int:
@@ -108,17 +126,20 @@ class CkptlessAgent(LocalElasticAgent):
         forget_worker_store(handler)
         super()._rendezvous(worker_group)
         group_rank: int | None = worker_group.group_rank
+        store = _worker_store(worker_group)
         if group_rank == 0 and handler.use_agent_store:
-            _number_generations(worker_group)
+            _number_generations(worker_group, store)
+        self._regroupings = Regroupings(store, int(worker_group.group_world_size or 1))
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         envs = {worker.local_rank: self._worker_env(worker_group, worker) for worker in worker_group.workers}
-        take_verdicts(Path(self._verdict_folder.name))
-        take_begun(Path(self._verdict_folder.name))
+        take_verdicts(self._folder)
+        take_begun(self._folder)
         self._pcontext = workers = self._fork(envs, self._line_prefixes(worker_group))
         pids = workers.pids()
         ranks = {worker.global_rank: pids[worker.local_rank] for worker in worker_group.workers}
         self._starts += 1
+        self._in_place.begin_round(self._regroupings, lambda stdio: self._start_standby(worker_group, stdio))
         self._record("workers_spawned", node=self._node.name, world_size=worker_group.workers[0].world_size, pids=ranks)
         if self.relaunches:
             self._announce(worker_group)
@@ -147,6 +168,13 @@ class CkptlessAgent(LocalElasticAgent):
                 self._parent = self._substitute = PreloadedParent(flags=self._parent.flags)
             else:
                 return workers
+
+    def _start_standby(self, worker_group: WorkerGroup, stdio: list[int]) -> Process:
+        # The last rank stands in for the one to come: it speaks for nobody.
+        last = worker_group.workers[-1]
+        env = {**self._worker_env(worker_group, last), environment.STANDBY: "1"}
+        job = self._current_workers().job(last.local_rank, env)
+        return Process.start(self._parent, job, stdio)
 
     def _worker_env(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
         spec = worker_group.spec
@@ -192,56 +220,127 @@ class CkptlessAgent(LocalElasticAgent):
         number = (
             f"restart {allowed - remaining_restarts(self)} of {allowed}" if fault.rank is not None else "not counted"
         )
-        self._record("relaunch", node=self._node.name, restart=fault.restart, world_size=size, cause=str(fault))
-        _say(f"{fault}; all {size} workers relaunched, {number}")
+        self._record(
+            "relaunch",
+            node=self._node.name,
+            restart=fault.restart,
+            world_size=size,
+            cause=str(fault),
+            reason=self._reason,
+        )
+        _say(f"{fault}; all {size} workers relaunched, {number} ({self._reason})")
 
     # ---------------------------------------------------------------- watching workers
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         workers = self._current_workers()
         # torch elastic sleeps between two looks; it is told to sleep next to nothing, and the wait is here instead.
-        workers.wait_for_end(_WAIT_S)
-        failed = workers.failed()
-        if failed:
-            self._handle_failure(worker_group, workers, failed)
+        workers.watch(_WAIT_S)
+        self._in_place.hear(workers)
+        self._in_place.follow(workers)
+        if (lost := workers.lost()) and self._take_the_ladder(worker_group, workers, lost) is Rung.IN_PLACE:
+            return RunResult(state=WorkerState.HEALTHY)
+        self._in_place.tend_standbys()
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state is WorkerState.SUCCEEDED:
             self.exit_code = 0
         return result
 
-    def _handle_failure(self, worker_group: WorkerGroup, workers: Workers, failed: dict[int, End]) -> None:
-        """Stop the survivors, in the way that suits what comes next, and put down what happened."""
-        detected_at = time.time()
+    def _take_the_ladder(self, worker_group: WorkerGroup, workers: Workers, lost: dict[int, End | None]) -> Rung:
+        """Decide how to go on without the lost, say so, and do it."""
+        at = time.time()
         ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
-        final = _final_verdict(take_verdicts(Path(self._verdict_folder.name))) or self._judge_futile(ranks, failed)
-        if final is not None:
-            forbid_restarts(self)
-        goes_on = remaining_restarts(self) > 0
-        workers.stop(signal.SIGKILL if goes_on else signal.SIGTERM, 0.0 if goes_on else self._node.stop_grace_s)
-        culprit, end = next(iter(failed.items()))
-        spoken = [end for local, end in failed.items() if final is not None and ranks[local] == final.rank]
-        self.exit_code = shell_code((spoken or [end])[0].exit_code)
-        code, signal_name = split_exit(end.exit_code)
-        fault = FaultReport(
-            rank=ranks[culprit],
+        verdict = _final_verdict(take_verdicts(self._folder)) or self._judge_futile(ranks, lost)
+        plan = plan_recovery(
+            Situation(
+                lost=tuple(ranks[local] for local in lost),
+                world_size=worker_group.workers[0].world_size,
+                final=None if verdict is None else verdict.reason,
+                recoveries_left=remaining_restarts(self),
+                in_place=self._in_place.is_wanted,
+                obstacle=self._in_place.obstacle,
+                outside=tuple(ranks[local] for local in ranks if local not in workers.inside),
+                tries=self._in_place.tries,
+            )
+        )
+        if plan.rung is Rung.IN_PLACE:
+            self._go_on_in_place(worker_group, workers, lost, at, plan)
+        else:
+            self._stop_survivors(worker_group, workers, lost, at, plan, verdict)
+        return plan.rung
+
+    def _go_on_in_place(
+        self, worker_group: WorkerGroup, workers: Workers, lost: dict[int, End | None], at: float, plan: RecoveryPlan
+    ) -> None:
+        """Replace the lost, and let the others go on."""
+        use_restart(self)
+        fault = self._report(worker_group, workers, lost, at)
+        regrouping = self._in_place.open(fault)
+        by_local = {worker.local_rank: worker for worker in worker_group.workers}
+        how = self._in_place.replace(
+            workers, list(lost), regrouping, lambda local: self._worker_env(worker_group, by_local[local])
+        )
+        for local, pid in workers.pids().items():
+            by_local[local].id = pid
+        self._put_down(fault)
+        new = {by_local[local].global_rank: (by_local[local].id, who) for local, who in how.items()}
+        self._record(
+            "in_place",
+            node=self._node.name,
+            regrouping=regrouping.number,
+            reason=plan.reason,
+            cause=str(fault),
+            new=new,
+        )
+        _say(f"{fault}; {plan.reason} ({', '.join(f'rank {rank} by a {who}' for rank, (_, who) in new.items())})")
+
+    def _report(
+        self, worker_group: WorkerGroup, workers: Workers, lost: dict[int, End | None], detected_at: float
+    ) -> FaultReport:
+        culprit, end = next(iter(lost.items()))
+        code, signal_name = (None, None) if end is None else split_exit(end.exit_code)
+        return FaultReport(
+            rank=next(worker.global_rank for worker in worker_group.workers if worker.local_rank == culprit),
             pid=workers.pids()[culprit],
             exit_code=code,
             signal_name=signal_name,
-            died_at=end.at,
+            died_at=detected_at if end is None else end.at,
             detected_at=detected_at,
             stopped_at=time.time(),
-            restart=self._starts,
+            restart=len(self.faults) + 1,
             world_size=worker_group.workers[0].world_size,
         )
-        self._put_down(fault)
-        if not goes_on:
-            allowed = worker_group.spec.max_restarts
-            _say(f"{fault}; {f'not relaunched: {final.reason}' if final else f'none of {allowed} restarts is left'}")
 
-    def _judge_futile(self, ranks: dict[int, int], failed: dict[int, End]) -> Verdict | None:
+    def _stop_survivors(
+        self,
+        worker_group: WorkerGroup,
+        workers: Workers,
+        lost: dict[int, End | None],
+        at: float,
+        plan: RecoveryPlan,
+        verdict: Verdict | None,
+    ) -> None:
+        """Stop all, in the way that suits what comes next, and put down what happened."""
+        goes_on = plan.rung is Rung.RELAUNCH
+        if not goes_on:
+            forbid_restarts(self)
+        workers.stop(signal.SIGKILL if goes_on else signal.SIGTERM, 0.0 if goes_on else self._node.stop_grace_s)
+        failed = workers.failed()
+        ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
+        lost = {local: failed.get(local, end) for local, end in lost.items()}
+        spoken = [end for local, end in lost.items() if verdict is not None and ranks[local] == verdict.rank]
+        end = (spoken or list(lost.values()))[0]
+        self.exit_code = shell_code(-signal.SIGKILL if end is None else end.exit_code) or 1
+        fault = self._report(worker_group, workers, lost, at)
+        self._put_down(fault)
+        self._reason = plan.reason
+        if not goes_on:
+            _say(f"{fault}; {plan.reason}")
+
+    def _judge_futile(self, ranks: dict[int, int], lost: dict[int, End | None]) -> Verdict | None:
         """A program that ends by itself again and again, with no step in between, is not helped by more starts."""
-        culprit, end = next(iter(failed.items()))
-        if take_begun(Path(self._verdict_folder.name)) or end.exit_code < 0:
+        culprit, end = next(iter(lost.items()))
+        if take_begun(self._folder) or end is None or end.exit_code < 0:
             self._futile_starts = 0
             return None
         self._futile_starts += 1
@@ -264,25 +363,33 @@ class CkptlessAgent(LocalElasticAgent):
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         workers = self._current_workers()
+        self._in_place.end_round(self._parent)
         if workers.running:
             # Nobody failed here: nodes have come or gone. The state is in the arenas, so there is nothing to wait for.
             at = time.time()
             workers.stop(signal.SIGKILL, 0)
             size = worker_group.workers[0].world_size
-            self._put_down(FaultReport(None, None, None, None, at, at, time.time(), self._starts, size))
+            self._put_down(FaultReport(None, None, None, None, at, at, time.time(), len(self.faults) + 1, size))
+            self._reason = "nodes have come or gone"
         super()._stop_workers(worker_group)
 
     def _shutdown(self, *_: Any, **__: Any) -> None:
         """Ask running workers to end, whatever signal has ended the agent, and insist after our own grace time."""
+        self._in_place.end_round(self._parent)
         super()._shutdown(signal.SIGTERM, self._node.stop_grace_s)  # type: ignore[arg-type]
 
 
-def _number_generations(worker_group: WorkerGroup) -> None:
-    """Let the numbers of generations grow over the rounds of the rendezvous, each of which has a new store."""
+def _worker_store(worker_group: WorkerGroup) -> TCPStore:
+    """The store that the workers meet in."""
     group: Any = worker_group  # torch declares its fields as None, which they are before the first rendezvous
-    number = group.store.underlying_store.add(_ROUNDS_KEY, 1)
     timeout = timedelta(seconds=_STORE_TIMEOUT_S)
-    skip_generations(TCPStore(group.master_addr, group.master_port, is_master=False, timeout=timeout), number - 1)
+    return TCPStore(group.master_addr, group.master_port, is_master=False, timeout=timeout)
+
+
+def _number_generations(worker_group: WorkerGroup, store: TCPStore) -> None:
+    """Let the numbers of generations grow over the rounds of the rendezvous, each of which has a new store."""
+    group: Any = worker_group
+    skip_generations(store, group.store.underlying_store.add(_ROUNDS_KEY, 1) - 1)
 
 
 def _final_verdict(verdicts: tuple[Verdict, ...]) -> Verdict | None:

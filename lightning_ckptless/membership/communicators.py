@@ -2,67 +2,142 @@
 
 A store that outlives its workers (torchrun shares one over all its restarts) still holds the addresses of the dead:
 a group that reads them fails or hangs. Under a fresh prefix there is nothing old to read.
+
+A worker that survives a fault leaves its groups and opens new ones in the same process. What belonged to the old ones
+is cut first, and let go of later: gloo takes 10 ms and more to end its threads, which no recovery has to wait for.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from lightning_ckptless import environment
+from lightning_ckptless.membership.connections import Connections
 from lightning_ckptless.membership.generation import join_generation
+from lightning_ckptless.torch_internals import abort_device_groups, process_groups
 
 JOIN_TIMEOUT_S = 600.0
 
 
-def open_world(
-    *, rank: int, world_size: int, backend: str, timeout: timedelta | None, device: torch.device | None
-) -> int:
-    """Join the current generation and create its default process group, once per process.
+def _never() -> bool:
+    return False
 
-    Args:
-        rank: this worker's rank.
-        world_size: number of ranks.
-        backend: of the default group, e.g. `gloo` or `nccl`.
-        timeout: for collectives; None for torch's default.
-        device: bound to the group where the backend wants it; None on the host.
 
-    Returns:
-        Number of the generation.
+class World:
+    """The process groups that a worker trains in.
 
-    Raises:
-        TransportError: not all ranks came.
+    Attributes:
+        generation: number of the membership that was joined last; 0 before the first.
     """
-    if dist.is_initialized():
-        # A second trainer of the same program, in a membership that the first one has joined.
-        return int(os.environ.get(environment.GENERATION, "1"))
-    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=JOIN_TIMEOUT_S)))
-    generation = join_generation(store, rank, world_size, JOIN_TIMEOUT_S)
-    options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
-    dist.init_process_group(
-        backend, store=generation.store, rank=rank, world_size=world_size, device_id=device, **options
-    )
-    atexit.register(close_world)
-    os.environ[environment.GENERATION] = str(generation.number)
-    return generation.number
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self._connections = Connections()
+        self._own: set[int] = set()
+        self._retired: list[Any] = []
+
+    def open(
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        backend: str,
+        timeout: timedelta | None,
+        device: torch.device | None,
+        regrouping: int = 0,
+        is_over: Callable[[], bool] = _never,
+    ) -> int:
+        """Join the current generation and create its default process group, unless there is one.
+
+        Args:
+            rank: this worker's rank.
+            world_size: number of ranks.
+            backend: of the default group, e.g. `gloo` or `nccl`.
+            timeout: for collectives; None for torch's default.
+            device: bound to the group where the backend wants it; None on the host.
+            regrouping: number under which survivors of a fault and their new peers meet; 0 where all start together.
+            is_over: whether a newer regrouping has been told meanwhile.
+
+        Returns:
+            Number of the generation.
+
+        Raises:
+            TransportError: not all ranks came, or a newer regrouping has been told.
+        """
+        if dist.is_initialized():
+            # A second trainer of the same program, in a membership that the first one has joined.
+            self.generation = int(os.environ.get(environment.GENERATION, "1"))
+            return self.generation
+        with self._connections.opening():
+            store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=JOIN_TIMEOUT_S)))
+            if regrouping:
+                store = PrefixStore(f"ckptless/regrouping-{regrouping}", store)
+            generation = join_generation(store, rank, world_size, JOIN_TIMEOUT_S, is_over)
+            options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+            dist.init_process_group(
+                backend, store=generation.store, rank=rank, world_size=world_size, device_id=device, **options
+            )
+        self._own = {id(group) for group in process_groups()}
+        atexit.register(close_world)
+        os.environ[environment.GENERATION] = str(generation.number)
+        self.generation = generation.number
+        return generation.number
+
+    def host_group(self, timeout_s: float) -> dist.ProcessGroup | None:
+        """A gloo group over all ranks for state in host memory, apart from the training's own collectives."""
+        with self._connections.opening():
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._own.add(id(group))
+        return group if isinstance(group, dist.ProcessGroup) else None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a default process group."""
+        return dist.is_available() and dist.is_initialized()
+
+    def foreign_groups(self) -> int:
+        """How many process groups there are that somebody else has made: they cannot be made anew for him."""
+        return sum(id(group) not in self._own for group in process_groups())
+
+    def cut(self) -> None:
+        """End whatever a thread does in these groups, now and in those that are being made. Any thread may call it."""
+        abort_device_groups()
+        self._connections.cut()
+
+    def leave(self) -> None:
+        """Give up the groups, which are cut: they are let go of by `bury`."""
+        self.cut()
+        self._retired += process_groups()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self._own.clear()
+        self._connections.forget()
+
+    def bury(self) -> None:
+        """Let go of the groups that were left, which waits for their threads."""
+        self._retired.clear()
+
+
+def world_group() -> dist.ProcessGroup:
+    """The default process group."""
+    group = dist.group.WORLD
+    assert group is not None, "torch.distributed is not initialized"
+    return group
 
 
 def close_world() -> None:
     """Destroy the default process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def host_group(timeout_s: float) -> dist.ProcessGroup | None:
-    """A gloo group over all ranks for state in host memory, apart from the training's own collectives."""
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-    return group if isinstance(group, dist.ProcessGroup) else None
 
 
 def use_loopback_on_one_node(local_world_size: int, world_size: int) -> None:

@@ -23,6 +23,7 @@ class FaultReport:
         stopped_at: wall clock at which the last of the agent's workers was gone.
         restart: how many relaunches the run has had, the one that follows included.
         world_size: number of ranks in the generation that ended.
+        hung: why it was ended for a hang; empty where it was not.
     """
 
     rank: int | None
@@ -34,20 +35,27 @@ class FaultReport:
     stopped_at: float
     restart: int
     world_size: int
+    hung: str = ""
 
     @property
     def kind(self) -> str:
-        """`killed` by a signal, `exited` by itself, or `lost` together with its node."""
-        if self.signal_name is not None:
-            return "killed"
-        return "lost" if self.rank is None else "exited"
+        """`killed` by a signal, `exited` by itself, `hung`, or `lost` together with its node."""
+        if self.hung:
+            return "hung"
+        if self.rank is None:
+            return "lost"
+        return "exited" if self.exit_code is not None else "killed"
 
     @property
     def cause(self) -> str:
         """What happened to the culprit, or to the run when there is none."""
         if self.rank is None:
             return "the members of the run changed"
-        return f"died by {self.signal_name}" if self.signal_name else f"exited with code {self.exit_code}"
+        if self.hung:
+            return f"hung: {self.hung}"
+        if self.exit_code is not None:
+            return f"exited with code {self.exit_code}"
+        return f"died by {self.signal_name}" if self.signal_name else "died"
 
     def __str__(self) -> str:
         return self.cause if self.rank is None else f"rank {self.rank} (pid {self.pid}) {self.cause}"

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch.distributed import DistError
@@ -47,7 +48,13 @@ class Generation:
     store: Store
 
 
-def join_generation(store: Store, rank: int, world_size: int, timeout_s: float) -> Generation:
+def _never() -> bool:
+    return False
+
+
+def join_generation(
+    store: Store, rank: int, world_size: int, timeout_s: float, is_over: Callable[[], bool] = _never
+) -> Generation:
     """Agree with all ranks of this membership on a generation.
 
     Every rank calls it once; they may come in any order.
@@ -57,12 +64,14 @@ def join_generation(store: Store, rank: int, world_size: int, timeout_s: float) 
         rank: 0 to `world_size - 1`.
         world_size: number of ranks.
         timeout_s: time for all ranks to come.
+        is_over: asked while waiting: whether this membership is over before it has begun.
 
     Raises:
-        TransportError: not all ranks came in time, or the store is gone; the message names the missing ranks.
+        TransportError: not all ranks came in time, or the store is gone; the message names the missing ranks. Or the
+            membership is over.
     """
     assert 0 <= rank < world_size
-    meeting = _Meeting(store, rank, world_size, time.monotonic() + timeout_s, timeout_s)
+    meeting = _Meeting(store, rank, world_size, time.monotonic() + timeout_s, timeout_s, is_over)
     try:
         number = meeting.lead() if rank == 0 else meeting.follow()
     except DistError as error:
@@ -82,6 +91,7 @@ class _Meeting:
     world_size: int
     deadline: float
     timeout_s: float
+    is_over: Callable[[], bool]
     _pauses: int = 0
 
     def lead(self) -> int:
@@ -121,6 +131,8 @@ class _Meeting:
 
     def _pause(self, number: int | None) -> None:
         """Wait a little before the store is asked again: longer each time, and longer the more ranks ask."""
+        if self.is_over():
+            raise TransportError(f"rank {self.rank}: another fault was told while {self.world_size} ranks were to meet")
         if time.monotonic() > self.deadline:
             raise self._late(number)
         longest_s = max(_LONGEST_PAUSE_S, self.world_size / _QUESTIONS_PER_S)

@@ -74,6 +74,8 @@ class LaunchConfig:
         log_line_prefix: template of what stands before each line of a stream in `tee`; None for torch's own.
         role: torch elastic's name for the kind of worker.
         stop_grace_s: time that workers have to end after SIGTERM, where they are asked and not killed.
+        in_place: whether survivors of a fault go on in place; None to leave it to the strategy of the workers.
+        standbys: processes that wait for a rank; None to leave it to the strategy.
 
     Raises:
         OptionsError: a value is out of range, or several nodes are given no place to meet.
@@ -101,11 +103,13 @@ class LaunchConfig:
     log_line_prefix: str | None = None
     role: str = "default"
     stop_grace_s: float = DEFAULT_STOP_GRACE_S
+    in_place: bool | None = None
+    standbys: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("nproc", 1), ("max_restarts", 0), ("stop_grace_s", 0)):
-            if getattr(self, name) < least:
-                raise OptionsError(f"{name}={getattr(self, name)!r}: expected at least {least}")
+        for name, least in (("nproc", 1), ("max_restarts", 0), ("stop_grace_s", 0), ("standbys", 0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise OptionsError(f"{name}={value!r}: expected at least {least}")
         _, most_nodes = self.node_range
         if most_nodes > 1 and not self.rdzv_endpoint:
             raise OptionsError(f"nnodes={self.nnodes}: the nodes must know where to meet; give rdzv_endpoint=HOST:PORT")
@@ -131,13 +135,15 @@ class Outcome:
 
     Args:
         exit_code: 0, or that of the worker which ended it, 128 + number for a signal.
-        restarts: how often the workers were started again.
+        restarts: how often all workers were started again.
         faults: what this node saw of each fault.
+        in_place: how often only the lost were replaced.
     """
 
     exit_code: int
     restarts: int
     faults: tuple[FaultReport, ...]
+    in_place: int = 0
 
 
 def _no_record(event: str, **fields: Any) -> None:

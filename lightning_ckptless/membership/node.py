@@ -32,6 +32,16 @@ _RENDEZVOUS_DEFAULTS = {
     "keep_alive_max_attempt": 3,
 }
 _MONITOR_INTERVAL_S = 0.001
+_OF_ONE_WORKER = (
+    environment.FAULT_REPORT,
+    environment.MAIN_AT,
+    environment.GENERATION,
+    environment.CHAPTER,
+    environment.CALLS,
+    environment.LINE,
+    environment.STANDBY,
+    environment.REGROUPING,
+)
 
 
 def run_node(config: LaunchConfig, parent: PreloadedParent, record: Callable[..., None]) -> Outcome:
@@ -56,7 +66,7 @@ def run_node(config: LaunchConfig, parent: PreloadedParent, record: Callable[...
             raise LaunchError(_no_meeting(config, error)) from error
         finally:
             agent.close()
-        return Outcome(agent.exit_code, agent.relaunches, tuple(agent.faults))
+        return Outcome(agent.exit_code, agent.relaunches, tuple(agent.faults), agent.recoveries_in_place)
 
 
 def _node(config: LaunchConfig) -> Node:
@@ -68,6 +78,8 @@ def _node(config: LaunchConfig) -> Node:
         cwd=config.working_dir,
         fresh=config.fresh or config.program.kind == "executable",
         stop_grace_s=config.stop_grace_s,
+        in_place=config.in_place,
+        standbys=config.standbys,
         log_line_prefix=config.log_line_prefix,
     )
 
@@ -80,7 +92,7 @@ def _base_env(config: LaunchConfig) -> dict[str, str]:
     for name, folder in ((environment.RUN_ROOT, config.run_root), (environment.ARENA_DIR, config.arena_dir)):
         if folder is not None:
             env[name] = str(folder.absolute())
-    for name in (environment.FAULT_REPORT, environment.MAIN_AT, environment.GENERATION, environment.CHAPTER):
+    for name in _OF_ONE_WORKER:
         env.pop(name, None)
     return env
 

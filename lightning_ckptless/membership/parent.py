@@ -113,7 +113,8 @@ class PreloadedParent:
 
         Args:
             job: what it is to run.
-            stdio: file descriptors of this process that become its stdin, stdout and stderr.
+            stdio: file descriptors of this process that become its stdin, stdout and stderr; a fourth one becomes its
+                line to the agent.
 
         Raises:
             UnsafeForkError: a fork would not be a clean process; jobs with `fresh` are never refused.

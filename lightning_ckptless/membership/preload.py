@@ -9,7 +9,7 @@ parent ends.
 | Request | Answer |
 |---|---|
 | `{"preload": [names], "path": [folders]}` | `{"ready": seconds}` or `{"failed": sentence}` |
-| `{"fork": job}` with stdin, stdout, stderr | `{"pid": n}` with a pidfd, or `{"refused": sentence}` |
+| `{"fork": job}` with stdin, stdout, stderr, line | `{"pid": n}` with a pidfd, or `{"refused": sentence}` |
 | `{"signal": number, "pids": [...]}` | none |
 
 Unasked, `{"ended": pid, "exit_code": n, "at": seconds}` is sent when a worker ends, `at` being wall clock.
@@ -120,11 +120,11 @@ class Parent:
         worker.outlive_parent()
         self._send({"ready": time.monotonic() - began} if failure is None else {"failed": failure})
 
-    def _fork(self, job: Job, stdio: list[int]) -> Job | None:
+    def _fork(self, job: Job, files: list[int]) -> Job | None:
         """Fork a worker. Returns its job in the worker, None in the parent."""
         refusal = None if job.fresh else unsafe_to_fork()
         if refusal is not None:
-            channel.close_all(stdio)
+            channel.close_all(files)
             self._send({"refused": refusal})
             return None
         parent_pid = os.getpid()
@@ -133,11 +133,12 @@ class Parent:
         pid = os.fork()
         if pid == 0:
             self._release()
-            worker.detach(parent_pid, stdio)
+            worker.detach(parent_pid, files[:3])
+            worker.hold_line(job, files[3:])
             if job.fresh:
                 worker.execute(job)
             return job
-        channel.close_all(stdio)
+        channel.close_all(files)
         self.pidfds[pid] = os.pidfd_open(pid)
         self.selector.register(self.pidfds[pid], selectors.EVENT_READ)
         self._send({"pid": pid}, [self.pidfds[pid]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,6 +42,19 @@ def options_parser() -> ArgumentParser:
     ours.add_argument("--no-preload", action="store_true", help="start every worker as a new process")
     ours.add_argument("--run-root", type=Path, default=Path("ckptless"), help="folder that receives the run's folder")
     ours.add_argument("--arena-dir", type=Path, default=None, help="folder of the shared memory (default: /dev/shm)")
+    ours.add_argument(
+        "--standbys",
+        type=int,
+        default=None,
+        metavar="K",
+        help="processes that wait for a rank (default: the strategy's)",
+    )
+    ours.add_argument(
+        "--in-place",
+        action=BooleanOptionalAction,
+        default=None,
+        help="whether survivors of a fault go on without a restart (default: the strategy's)",
+    )
     if "PET_MAX_RESTARTS" not in os.environ:
         parser.set_defaults(max_restarts=DEFAULT_MAX_RESTARTS)
     return parser
@@ -76,6 +89,8 @@ def config_from_torchrun_args(argv: Sequence[str]) -> LaunchConfig:
         fresh=args.no_preload,
         run_root=args.run_root,
         arena_dir=args.arena_dir,
+        in_place=args.in_place,
+        standbys=args.standbys,
         local_addr=args.local_addr,
         log_dir=None if args.log_dir is None else Path(args.log_dir),
         redirects=args.redirects,

@@ -77,6 +77,13 @@ def detach(parent_pid: int, stdio: list[int]) -> None:
         os.close(source)
 
 
+def hold_line(job: Job, line: list[int]) -> None:
+    """Tell the job which file descriptor is its line to the agent, if it has one."""
+    for number in line:
+        job.env[environment.LINE] = str(number)
+        os.set_inheritable(number, job.fresh)
+
+
 def execute(job: Job) -> NoReturn:
     """Replace this process by a fresh one that runs the job."""
     command = job.program.command()

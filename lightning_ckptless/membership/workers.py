@@ -1,4 +1,4 @@
-"""The workers of one agent in one generation, as torch elastic sees them."""
+"""The workers of one agent, as torch elastic sees them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ import select
 import signal
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.multiprocessing.api import PContext, RunProcsResult
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from lightning_ckptless.membership.parent import End, Forked, ParentLostError, PreloadedParent
+from lightning_ckptless.membership.channel import Message
+from lightning_ckptless.membership.parent import End, PreloadedParent
+from lightning_ckptless.membership.process import Process
 from lightning_ckptless.membership.program import Program
 from lightning_ckptless.membership.worker import Job
 from lightning_ckptless.torch_internals import start_tails
 
 _KILL_WAIT_S = 60.0
+_LOOK_EVERY_S = 0.005
+"""Between two looks at whether a worker is dying: the kernel tells of an end only when it has freed the memory."""
+_DYING_GRACE_S = 0.025
+"""For which the end of a dying worker is waited for, to know how it died."""
 
 
 class Workers(PContext):
@@ -35,6 +42,9 @@ class Workers(PContext):
         fresh: start new interpreters instead of running inside the forks.
         logs_specs: where stdout and stderr go.
         log_line_prefixes: put before each line that is shown and logged at once.
+
+    Attributes:
+        inside: local ranks that are in the training loop, or on their way back into it.
     """
 
     def __init__(
@@ -51,13 +61,17 @@ class Workers(PContext):
     ) -> None:
         args: dict[int, tuple[Any, ...]] = dict.fromkeys(envs, ())
         super().__init__("worker", program.target, args, envs, logs_specs, log_line_prefixes)
+        self.inside: set[int] = set()
         self._parent = parent
         # After super().__init__, which adds the name of each worker's error file to `envs`.
         self._jobs = {rank: Job(program, {**base_env, **env}, cwd, fresh) for rank, env in envs.items()}
-        self._started: dict[int, Forked] = {}
+        self._processes: dict[int, Process] = {}
         self._running: set[int] = set()
+        self._leaving: list[Process] = []
         self._ends: dict[int, End] = {}
         self._stopped: set[int] = set()
+
+    # ------------------------------------------------------------------ starting
 
     def start(self) -> None:
         """Start all workers."""
@@ -66,56 +80,142 @@ class Workers(PContext):
 
     def _start(self) -> None:
         for rank, job in self._jobs.items():
-            stdio = self._open_stdio(rank)
-            try:
-                self._started[rank] = self._parent.fork(job, stdio)
-            finally:
-                for file in stdio[1:]:
-                    if file > 2:
-                        os.close(file)
-            self._running.add(rank)
+            self._launch(rank, job, os.O_TRUNC)
 
-    def _open_stdio(self, rank: int) -> list[int]:
-        mode = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    def _launch(self, rank: int, job: Job, mode: int) -> None:
+        stdio = self.open_stdio(rank, mode)
+        try:
+            self._processes[rank] = Process.start(self._parent, job, stdio)
+        finally:
+            _close_files(stdio)
+        self._running.add(rank)
+
+    def open_stdio(self, rank: int, mode: int = os.O_APPEND) -> list[int]:
+        """Standard input, output and error of a rank: its log files, or this process's own."""
         files = [0]
         for number, path in ((1, self.stdouts[rank]), (2, self.stderrs[rank])):
-            files.append(os.open(path, mode, 0o644) if path else number)
+            files.append(os.open(path, os.O_WRONLY | os.O_CREAT | mode, 0o644) if path else number)
         return files
+
+    def job(self, rank: int, env: Mapping[str, str]) -> Job:
+        """What a new worker of a rank runs, with more variables in its environment."""
+        job = self._jobs[rank]
+        return replace(job, env={**job.env, **env})
+
+    def replace(self, rank: int, env: Mapping[str, str]) -> None:
+        """Start a new worker in the place of one that was lost."""
+        self._part_with(rank)
+        self._launch(rank, self.job(rank, env), os.O_APPEND)
+
+    def put_in_place(self, rank: int, process: Process) -> None:
+        """Let a process that runs already take the place of a worker that was lost."""
+        self._part_with(rank)
+        self._processes[rank] = process
+        self._running.add(rank)
+
+    def _part_with(self, rank: int) -> None:
+        lost = self._processes[rank]
+        lost.line.close()
+        if rank in self._running:
+            # It is dying, or stuck: its memory is freed while the new one starts.
+            self._parent.signal([lost.pid], signal.SIGKILL)
+            self._running.remove(rank)
+            self._leaving.append(lost)
+        self._ends.pop(rank, None)
+        self.inside.add(rank)
 
     def pids(self) -> dict[int, int]:
         """Process ids by local rank."""
-        return {rank: worker.pid for rank, worker in self._started.items()}
+        return {rank: process.pid for rank, process in self._processes.items()}
 
     @property
     def running(self) -> int:
         """How many have not been seen to end."""
         return len(self._running)
 
+    # ------------------------------------------------------------------ the lines
+
+    def tell(self, kind: str, *, leave: frozenset[int] = frozenset(), **fields: Any) -> None:
+        """Send a message to all that run.
+
+        Args:
+            kind: what it is.
+            leave: local ranks that do not get it.
+            fields: what it says.
+        """
+        for rank in sorted(self._running - leave):
+            self._processes[rank].line.tell(kind, **fields)
+
+    def heard(self) -> list[tuple[int, Message]]:
+        """What workers have said, with their local ranks."""
+        # Of those that have ended, too: the last that a worker says is why.
+        said = [(rank, message) for rank, process in self._processes.items() for message in process.line.waiting()]
+        for rank, message in said:
+            if message["kind"] == "entered":
+                self.inside.add(rank)
+            elif message["kind"] == "left":
+                self.inside.discard(rank)
+        return said
+
+    # ------------------------------------------------------------------ ends
+
+    def watch(self, timeout_s: float) -> None:
+        """Wait until a worker ends, is seen to die or says something, at most `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            pause_s = min(_LOOK_EVERY_S, max(0.0, deadline - time.monotonic()))
+            if self._look(pause_s, lines=True) or time.monotonic() >= deadline:
+                return
+
     def wait_for_end(self, timeout_s: float) -> bool:
         """Wait until a worker ends that has not been seen to end, at most `timeout_s`. Returns whether one did."""
         if not self._running:
             return False
-        ranks = {self._started[rank].pidfd: rank for rank in self._running}
-        poll = select.poll()
-        for pidfd in ranks:
-            poll.register(pidfd, select.POLLIN)
-        ended = [ranks[pidfd] for pidfd, _ in poll.poll(timeout_s * 1000)]
-        for rank in ended:
-            self._put_down(rank)
-        return bool(ended)
+        before = len(self._running)
+        self._look(timeout_s, lines=False)
+        return len(self._running) < before
+
+    def _look(self, timeout_s: float, *, lines: bool) -> bool:
+        """Look once; returns whether something has happened."""
+        poll, of_file = select.poll(), dict[int, int]()
+        for rank in self._running:
+            process = self._processes[rank]
+            of_file[process.pidfd] = rank
+            poll.register(process.pidfd, select.POLLIN)
+            if lines and not process.line.ended:
+                poll.register(process.line.fileno(), select.POLLIN)
+        ready = [number for number, _ in poll.poll(timeout_s * 1000)]
+        for number in ready:
+            if number in of_file:
+                self._put_down(of_file[number])
+        self._leaving = [process for process in self._leaving if not process.buried()]
+        return bool(ready) or any(self._processes[rank].is_dying() for rank in self._running)
 
     def _put_down(self, rank: int) -> None:
-        worker = self._started[rank]
+        process = self._processes[rank]
         self._running.remove(rank)
-        os.close(worker.pidfd)
-        try:
-            self._ends[rank] = self._parent.end_of(worker)
-        except ParentLostError:
-            self._ends[rank] = End(-signal.SIGKILL, time.time())
+        self._ends[rank] = process.end()
+
+    def lost(self) -> dict[int, End | None]:
+        """Workers that failed by themselves, by local rank, in the order of their deaths.
+
+        An end with exit code 0 is a failure of a worker that is in the training loop. None stands for the end of one
+        that is dying, with more memory to free than was waited for.
+        """
+        dying = [rank for rank in self._running if self._processes[rank].is_dying()]
+        deadline = time.monotonic() + _DYING_GRACE_S
+        while dying and (left_s := deadline - time.monotonic()) > 0:
+            self.wait_for_end(left_s)
+            dying = [rank for rank in dying if rank in self._running]
+        return {**self.failed(), **dict.fromkeys(dying)}
 
     def failed(self) -> dict[int, End]:
-        """Workers that failed by themselves, by local rank, in the order of their deaths."""
-        ends = {rank: end for rank, end in self._ends.items() if end.exit_code != 0 and rank not in self._stopped}
+        """Workers whose end is known to be a failure of their own, by local rank, in the order of their deaths."""
+        ends = {
+            rank: end
+            for rank, end in self._ends.items()
+            if rank not in self._stopped and (end.exit_code != 0 or rank in self.inside)
+        }
         return dict(sorted(ends.items(), key=lambda item: item[1].at))
 
     def stop(self, death_signal: int, grace_s: float) -> None:
@@ -127,7 +227,8 @@ class Workers(PContext):
         """
         while self.wait_for_end(0):
             pass
-        self._stopped |= self._running
+        # Those that are dying have failed by themselves.
+        self._stopped |= {rank for rank in self._running if not self._processes[rank].is_dying()}
         self._signal_running(death_signal)
         self._wait_all(grace_s)
         if self._running and death_signal != signal.SIGKILL:
@@ -135,8 +236,14 @@ class Workers(PContext):
         # Beyond this a process is stuck in the kernel, and waiting for it would only wedge the agent as well.
         self._wait_all(_KILL_WAIT_S)
 
+    def finish(self, grace_s: float) -> None:
+        """Ask all workers to end behind the step in hand, and give them time to."""
+        self._stopped |= self._running
+        self.tell("finish")
+        self._wait_all(grace_s)
+
     def _signal_running(self, number: int) -> None:
-        self._parent.signal([self._started[rank].pid for rank in self._running], number)
+        self._parent.signal([self._processes[rank].pid for rank in self._running], number)
 
     def _wait_all(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
@@ -144,16 +251,26 @@ class Workers(PContext):
             self.wait_for_end(remaining_s)
 
     def _poll(self) -> RunProcsResult | None:
-        while self.wait_for_end(0):
-            pass
+        # Tells what was looked at before, and nothing newer: the agent has decided by the same.
         failed = self.failed()
         if self._running and not failed:
             return None
         failures = {
-            rank: ProcessFailure(rank, self._started[rank].pid, end.exit_code, self.error_files[rank])
+            rank: ProcessFailure(rank, self._processes[rank].pid, end.exit_code, self.error_files[rank])
             for rank, end in failed.items()
         }
         return RunProcsResult(dict.fromkeys(range(self.nprocs)), failures, self.stdouts, self.stderrs)
 
     def _close(self, death_sig: signal.Signals, timeout: float = 30) -> None:
         self.stop(death_sig, timeout)
+        for process in self._processes.values():
+            process.line.close()
+        for process in self._leaving:
+            process.end()
+        self._leaving.clear()
+
+
+def _close_files(stdio: list[int]) -> None:
+    for number in stdio:
+        if number > 2:
+            os.close(number)

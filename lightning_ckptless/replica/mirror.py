@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 PAGE, BULK, BLOB = range(3)
 """Tags of the parcels of a round. A rank sends only its own shard, so a pair never has two of a kind."""
 
+WHOLE, CARRY_ON = 1, 2
+"""What a rank votes on in a round: it has all that it should have, and nobody has asked it to end the run."""
+
 
 @dataclass
 class MirrorStats:
@@ -107,9 +110,12 @@ class Mirror:
         probe: called in the thread with a moment and the version: `stage` (half of the copying done), `send`, `agree`,
             `committed`.
         staging: `overlap`, or `blocking` to copy everything before `submit` returns.
+        finish_asked: whether this rank was asked to end the run; the next round tells all.
 
     Attributes:
         committed: newest version that all ranks have committed.
+        finish_after: version in whose round a rank was asked to end the run. All ranks know it when they have
+            submitted the version behind it.
         stats: what was done so far.
 
     Raises:
@@ -128,8 +134,11 @@ class Mirror:
         committed: Version | None = None,
         probe: Callable[[str, Version], None] | None = None,
         staging: str = "overlap",
+        finish_asked: Callable[[], bool] = lambda: False,
     ) -> None:
         self.committed = committed
+        self.finish_after: Version | None = None
+        self._finish_asked = finish_asked
         self.stats = MirrorStats()
         self._arena = arena
         self._layout = layout
@@ -287,7 +296,11 @@ class Mirror:
         self._tell("send", round_.version)
         written = self._exchange(sealed, round_)
         self._tell("agree", round_.version)
-        if self._transport.agree(written.keys() == self._shelves.keys()):
+        mine = (WHOLE if written.keys() == self._shelves.keys() else 0) | (0 if self._finish_asked() else CARRY_ON)
+        outcome = self._transport.vote(mine)
+        if not outcome & CARRY_ON and self.finish_after is None:
+            self.finish_after = round_.version
+        if outcome & WHOLE:
             self._commit(written, round_.version)
         else:
             self.stats.aborted += 1

@@ -10,6 +10,8 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
+from operator import and_
 from typing import Protocol
 
 import torch
@@ -54,8 +56,15 @@ class Transport(Protocol):
             TransportError: a peer is gone, or silent for too long.
         """
 
+    def vote(self, mine: int) -> int:
+        """The bits that every rank has set. All ranks must call it: no rank returns before the last has entered.
+
+        Raises:
+            TransportError: a peer is gone, or silent for too long.
+        """
+
     def agree(self, mine: bool) -> bool:
-        """Whether every rank said True. All ranks must call it: no rank returns before the last has entered.
+        """Whether every rank said True; otherwise as `vote`.
 
         Raises:
             TransportError: a peer is gone, or silent for too long.
@@ -81,6 +90,10 @@ class SoloTransport:
     def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
         """Nothing to do: there are no peers."""
         assert not sends and not receives, "a world of one has no peers"
+
+    def vote(self, mine: int) -> int:
+        """This rank's own bits."""
+        return mine
 
     def agree(self, mine: bool) -> bool:
         """This rank's own word."""
@@ -161,9 +174,13 @@ class LoopbackTransport:
                 )
             bytes_of(tensor)[:] = data
 
+    def vote(self, mine: int) -> int:
+        """See `Transport.vote`."""
+        return reduce(and_, (said[0] for said in self.gather(bytes([mine]))))
+
     def agree(self, mine: bool) -> bool:
         """See `Transport.agree`."""
-        return all(said == b"\1" for said in self.gather(b"\1" if mine else b"\0"))
+        return self.vote(int(mine)) == 1
 
     def gather(self, payload: bytes) -> list[bytes]:
         """See `Transport.gather`."""
@@ -199,14 +216,18 @@ class GlooTransport:
             for work in works:
                 work.wait()
 
+    def vote(self, mine: int) -> int:
+        """See `Transport.vote`."""
+        ballot = torch.tensor([mine], dtype=torch.int32)
+        how = dist.AllreduceOptions()
+        how.reduceOp = dist.ReduceOp(dist.ReduceOp.BAND)
+        with self._blaming("vote"):
+            self._group.allreduce([ballot], how).wait()
+        return int(ballot.item())
+
     def agree(self, mine: bool) -> bool:
         """See `Transport.agree`."""
-        vote = torch.tensor([mine], dtype=torch.int32)
-        how = dist.AllreduceOptions()
-        how.reduceOp = dist.ReduceOp(dist.ReduceOp.MIN)
-        with self._blaming("agree"):
-            self._group.allreduce([vote], how).wait()
-        return bool(vote.item())
+        return self.vote(int(mine)) == 1
 
     def gather(self, payload: bytes) -> list[bytes]:
         """See `Transport.gather`."""

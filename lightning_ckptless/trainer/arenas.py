@@ -33,9 +33,7 @@ def open_arena(
     Returns:
         The arena, and the node names of all ranks in rank order.
     """
-    named = os.environ.get(environment.ARENA_DIR)
-    folder = options.arena_dir or (Path(named) if named else default_arena_dir())
-    run_id = f"{identity.run_id}.{chapter}" if chapter else identity.run_id
+    folder, run_id = _folder(options), _run_id(identity, chapter)
     arena = _make(folder, run_id, identity, options.arena_keep_s, origin) if opens else None
     facts = {"node": identity.node, "path": str(arena.path) if arena else ""}
     everyone = [json.loads(line) for line in transport.gather(json.dumps(facts).encode())]
@@ -43,6 +41,23 @@ def open_arena(
     if arena is None:
         arena = Arena.attach(Path(next(f["path"] for f in everyone if f["node"] == identity.node and f["path"])))
     return arena, nodes
+
+
+def find_arena(identity: Identity, chapter: int, options: CkptlessOptions) -> Arena | None:
+    """The arena of this node, where others of its workers have it open; None where there is none."""
+    for info in find_arenas(_folder(options), _run_id(identity, chapter)):
+        if info.node == identity.node and info.owner.pid == identity.agent_pid:
+            return Arena.attach(info.path)
+    return None
+
+
+def _folder(options: CkptlessOptions) -> Path:
+    named = os.environ.get(environment.ARENA_DIR)
+    return options.arena_dir or (Path(named) if named else default_arena_dir())
+
+
+def _run_id(identity: Identity, chapter: int) -> str:
+    return f"{identity.run_id}.{chapter}" if chapter else identity.run_id
 
 
 def _make(folder: Path, run_id: str, identity: Identity, keep_s: float, origin: str | None) -> Arena:

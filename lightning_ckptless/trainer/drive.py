@@ -28,6 +28,33 @@ def run_restored(loops: FitLoops, *, tail_done: bool, restore: Callable[[], None
     restore()
     fit.on_run_start()
     settle()
+    go_on(loops, tail_done=tail_done)
+
+
+def run_joined(loops: FitLoops, join: Callable[[], bool]) -> None:
+    """Run the fit loop of a process that takes the place of a lost rank.
+
+    The hooks of a starting fit run alone, without a process group: the survivors do not run them again.
+
+    Args:
+        loops: the loops of a trainer that is set up for `fit`.
+        join: meets the survivors and puts everything back; returns what `go_on` is to be told.
+    """
+    fit = loops.fit
+    fit.setup_data()
+    fit.reset()
+    fit.on_run_start()
+    go_on(loops, tail_done=join())
+
+
+def go_on(loops: FitLoops, *, tail_done: bool) -> None:
+    """Run from a position in the middle of an epoch, where everything is in place, to the end.
+
+    Args:
+        loops: the loops.
+        tail_done: whether validation and the rest behind the last step is part of what is in place.
+    """
+    fit = loops.fit
     try:
         with loops.show_model_to_profiler():
             _finish_epoch(loops, tail_done=tail_done)

@@ -69,6 +69,21 @@ def next_chapter(env: MutableMapping[str, str] = os.environ) -> int:
     Returns:
         How many there were before.
     """
-    before = int(env.get(environment.CHAPTER, "0"))
+    before = chapters_before(env)
     env[environment.CHAPTER] = str(before + 1)
     return before
+
+
+def chapters_before(env: Mapping[str, str] = os.environ) -> int:
+    """How many calls of `fit` this process has made."""
+    return int(env.get(environment.CHAPTER, "0"))
+
+
+def count_call(env: MutableMapping[str, str] = os.environ) -> None:
+    """Count a call of a trainer for anything but `fit`."""
+    env[environment.CALLS] = str(calls_before(env) + 1)
+
+
+def calls_before(env: Mapping[str, str] = os.environ) -> int:
+    """How many calls of trainers for anything but `fit` this process has made."""
+    return int(env.get(environment.CALLS, "0"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -13,12 +12,16 @@ from typing import Any
 from lightning_ckptless import environment
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.cold import replace_by_agent
+from lightning_ckptless.membership.control import Line, is_standby, open_line
 from lightning_ckptless.membership.peers import is_lost_peer
-from lightning_ckptless.protocol.start import StartAction
+from lightning_ckptless.membership.watch import Watcher
+from lightning_ckptless.protocol.start import StartAction, StartPlan
 from lightning_ckptless.trainer.engine import Engine
+from lightning_ckptless.trainer.exits import leave_process
 from lightning_ckptless.trainer.host.flavour import flavour_of
 from lightning_ckptless.trainer.host.launch import CKPT_PATH_INDEX, is_fit, is_stop, launcher_base
-from lightning_ckptless.trainer.identity import is_worker, next_chapter
+from lightning_ckptless.trainer.identity import calls_before, chapters_before, count_call, is_worker, next_chapter
+from lightning_ckptless.trainer.waiting import wait_for_rank
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ class FitGuard:
     def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
         self._is_observed = False
+        self._line: Line | None = None
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         """Run a trainer function here, or hand the process over to the agent that runs it in workers."""
@@ -43,6 +47,7 @@ class FitGuard:
             self._hand_over(trainer)
         self.strategy.check_world()
         if trainer is None or not is_fit(function):
+            self._pass_by(function)
             return function(*args, **kwargs)
         return self._fit(function, args, kwargs, trainer)
 
@@ -76,11 +81,32 @@ class FitGuard:
 
     # ------------------------------------------------------------------ in a worker
 
+    def _pass_by(self, function: Callable[..., Any]) -> None:
+        """Another function of the trainer is called: none that a process can call alone on its way to `fit`."""
+        if (is_standby() or environment.REGROUPING in os.environ) and not chapters_before():
+            line = open_line()
+            if line is not None:
+                reason = (
+                    f"the program calls {function.__name__.strip('_')} before fit, which a new process cannot alone"
+                )
+                line.tell("unable", reason=reason, lasting=True)
+            leave_process()
+        count_call()
+
     def _fit(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], trainer: Any) -> Any:
         strategy = self.strategy
+        line = open_line() if self._line is None else self._line
+        self._line = line
+        if is_standby():
+            assert line is not None, "a standby has a line to its agent"
+            wait_for_rank(line, strategy)
+        strategy.joins_alone = environment.REGROUPING in os.environ
+        strategy.calls_before_fit = calls_before()
         strategy.setup_environment()
-        engine = Engine(trainer, strategy.options, strategy.generation, next_chapter(), strategy.probes)
+        engine = Engine(strategy, trainer, next_chapter())
         strategy.engine = engine
+        if line is not None and engine.world_size > 1:
+            strategy.watcher = Watcher(line, strategy.world.cut, int(os.environ.get(environment.REGROUPING, "0")))
         if not self._is_observed:
             trainer.callbacks.extend(strategy.observers())
             self._is_observed = True
@@ -91,10 +117,17 @@ class FitGuard:
             raise
         finally:
             engine.close()
+            if strategy.watcher is not None:
+                strategy.watcher.close()
+                strategy.watcher = None
 
     def _guarded(self, engine: Engine, function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
         trainer = engine.trainer
-        plan = engine.begin(args[CKPT_PATH_INDEX])
+        if self.strategy.joins_alone:
+            engine.begin_alone()
+            plan = StartPlan(StartAction.RESTORE, "takes the place of a lost rank")
+        else:
+            plan = engine.begin(args[CKPT_PATH_INDEX])
         sanity_steps, log_hyperparameters = trainer.num_sanity_val_steps, trainer.enable_autolog_hparams
         if plan.action is StartAction.RESTORE:
             args[CKPT_PATH_INDEX] = None
@@ -119,11 +152,20 @@ class FitGuard:
             engine.report.stopped(error)
             engine.leave_verdict(f"stopped by {type(error).__name__}")
             return
+        if engine.is_on_its_way:
+            # Alone, and with nothing to lose: the agent can start all again.
+            traceback.print_exception(error)
+            self.strategy.watcher.tell(
+                "unable",
+                reason=f"a new process could not come to fit alone: {type(error).__name__}: {error}",
+                lasting=True,
+            )
+            leave_process()
         if is_lost_peer(error):
             engine.report.peer_lost(error)
             if engine.identity.own_agent:
                 _wait_for_the_agent()
-            _leave()
+            leave_process()
         reason = engine.why_final(error)
         if reason is not None:
             engine.report.failed(error, reason)
@@ -131,7 +173,7 @@ class FitGuard:
             return
         engine.report.raised(error)
         traceback.print_exception(error)
-        _leave()
+        leave_process()
 
 
 def _wait_for_the_agent() -> None:
@@ -143,12 +185,6 @@ def _wait_for_the_agent() -> None:
     deadline = time.monotonic() + PEER_LOSS_GRACE_S
     while time.monotonic() < deadline:
         time.sleep(0.05)
-
-
-def _leave() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
 
 
 def launcher_class(flavour: str) -> type:

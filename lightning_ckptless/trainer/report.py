@@ -13,8 +13,10 @@ from typing import Any
 from lightning_ckptless import environment
 from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.membership.fault import FaultReport
+from lightning_ckptless.membership.watch import Assignment
 from lightning_ckptless.protocol.goodput import GoodputAccount, Phases, phases_from
 from lightning_ckptless.protocol.placement import Placement
+from lightning_ckptless.protocol.recovery import Rung
 from lightning_ckptless.protocol.start import StartPlan
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.mirror import Mirror
@@ -61,6 +63,8 @@ class RunReport:
         self.steps_replayed = 0
         self.last_phases: Phases | None = None
         self._fault = _fault_report()
+        self._told_at: float | None = None
+        self._in_place = False
         self._joined_at = clock()
         self._resumed_at: float | None = None
         self._restored: Version | None = None
@@ -94,6 +98,18 @@ class RunReport:
         if self.generation == 1:
             self._say(f"run {identity.run_id}: {placement.reason}")
         self._say(plan.reason)
+
+    def faulted(self, assignment: Assignment) -> None:
+        """This rank has heard of a fault that it lives through, or joins in after."""
+        self._fault = assignment.fault
+        self._told_at = assignment.told_at
+        self._resumed_at = None
+        self._in_place = True
+
+    def met(self, generation: int) -> None:
+        """The ranks of the next generation have met."""
+        self.generation = generation
+        self._joined_at = self.clock()
 
     def fetched(self, found: Complete, moved: Moved, step_in_flight: int) -> None:
         """A version has been read from the arenas."""
@@ -200,7 +216,7 @@ class RunReport:
         phases = phases_from(
             fault_at=fault.died_at if fault else None,
             detected_at=fault.detected_at if fault else None,
-            stopped_at=fault.stopped_at if fault else None,
+            stopped_at=self._told_at if self._in_place else fault.stopped_at if fault else None,
             regrouped_at=self._joined_at,
             restored_at=self._resumed_at,
             first_step_done_at=now,
@@ -216,6 +232,7 @@ class RunReport:
         named = {name: round(getattr(phases, name), 6) for name in PHASE_NAMES}
         self._record(
             "recovery",
+            rung=str(Rung.IN_PLACE if self._in_place else Rung.RELAUNCH),
             kind=fault.kind if fault else "lost",
             culprit_rank=fault.rank if fault else None,
             cause=_cause(fault),
@@ -235,8 +252,9 @@ class RunReport:
         named = fault is not None and fault.rank is not None
         who = f"rank {fault.rank} {fault.cause}" if fault and named else _cause(fault)
         parts = " + ".join(f"{name.removesuffix('_s')} {getattr(phases, name):.2f}" for name in PHASE_NAMES)
+        how = "in place" if self._in_place else "by a relaunch"
         return (
-            f"recovered ({who}): went on from {restored} on {self.trainer.world_size} ranks, "
+            f"recovered {how} ({who}): went on from {restored} on {self.trainer.world_size} ranks, "
             f"{self._replayed_now} step(s) run again, {phases.total_s:.2f} s = {parts}"
         )
 

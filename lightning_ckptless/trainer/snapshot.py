@@ -72,12 +72,16 @@ class SmallState:
 
     # ------------------------------------------------------------------ capture
 
-    def capture(self) -> dict[str, Any]:
-        """The state now. It refers to live objects: pack it before training goes on."""
+    def capture(self, data: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The state now. It refers to live objects: pack it before training goes on.
+
+        Args:
+            data: where the training data is; None to find out.
+        """
         trainer = self.trainer
         return {
             "counters": self.loops.counters(),
-            "data": data_position(self.loops),
+            "data": data_position(self.loops) if data is None else data,
             "results": dump_results(trainer),
             "metrics": {name: dump_metric(metric) for name, metric in self._metrics.items()},
             "optimizers": optimizer_facts(trainer),

@@ -169,10 +169,10 @@ def _update_group(group: dict[str, Any], values: dict[str, Any]) -> None:
 
 
 def make_room_for_optimizer_state(trainer: Any, described: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-    """Create empty optimizer tensors for a state that a fresh optimizer does not have yet.
+    """Create empty optimizer tensors for a state that a fresh optimizer does not have yet; those that are there stay.
 
     Args:
-        trainer: its optimizers have made no step.
+        trainer: with its optimizers.
         described: dtype and shape of every optimizer tensor by the name that `named_state` gives it. Names that this
             trainer has no parameter for are left out: comparing the layouts will name them.
     """
@@ -183,7 +183,10 @@ def make_room_for_optimizer_state(trainer: Any, described: dict[str, tuple[torch
         if int(index) >= len(parameters) or parameter_name not in parameters[int(index)]:
             continue
         optimizer, parameter = trainer.optimizers[int(index)], parameters[int(index)][parameter_name]
-        if not (parameter_name.startswith("#") and key == "value"):
+        if parameter_name.startswith("#") and key == "value":
+            continue
+        there = optimizer.state[parameter].get(key)
+        if not isinstance(there, Tensor) or (there.dtype, tuple(there.shape)) != (dtype, shape):
             optimizer.state[parameter][key] = _room(optimizer, parameter, key, dtype, shape)
 
 

@@ -31,11 +31,21 @@ class StepBoundaries:
         commit: takes the version that has come to exist.
         every_n_steps: optimizer steps between two versions.
         since: version that the run starts from; None for a fresh one, which begins with a version of its own.
+        before_batch: called with the fetcher before each batch.
     """
 
-    def __init__(self, loops: FitLoops, commit: Commit, *, every_n_steps: int, since: Version | None) -> None:
+    def __init__(
+        self,
+        loops: FitLoops,
+        commit: Commit,
+        *,
+        every_n_steps: int,
+        since: Version | None,
+        before_batch: Callable[[Any], None] = lambda _: None,
+    ) -> None:
         self.loops = loops
         self.commit = commit
+        self.before_batch = before_batch
         self.every_n_steps = every_n_steps
         self.last = since
         self._advance: Callable[[Any], None] = loops.epoch.advance
@@ -50,6 +60,7 @@ class StepBoundaries:
 
     def advance(self, fetcher: Any) -> None:
         """One batch; a version behind it if validation follows."""
+        self.before_batch(fetcher)
         if self.last is None and not self.loops.epoch.restarting:
             self._take(tail_done=True)
         self._advance(fetcher)

@@ -7,8 +7,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from torch.nn.parallel import DistributedDataParallel
+
 from lightning_ckptless.errors import OptionsError
-from lightning_ckptless.membership.communicators import open_world, use_loopback_on_one_node
+from lightning_ckptless.membership.communicators import World, use_loopback_on_one_node, world_group
+from lightning_ckptless.membership.watch import Watcher
 from lightning_ckptless.options import (
     Checksum,
     CkptlessOptions,
@@ -18,8 +21,10 @@ from lightning_ckptless.options import (
     Staging,
 )
 from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.torch_internals import use_process_group
 from lightning_ckptless.trainer.compatibility import check_trainer
 from lightning_ckptless.trainer.engine import Engine
+from lightning_ckptless.trainer.host.ddp import prepare_without_group, wrap_late
 from lightning_ckptless.trainer.host.flavour import FLAVOURS, module
 from lightning_ckptless.trainer.launcher import launcher_class
 from lightning_ckptless.trainer.loader import make_resumable
@@ -39,8 +44,8 @@ def strategy_class(flavour: str) -> type[Any]:
         """Data parallelism that survives the loss of any rank.
 
         After every optimizer step the state of training is mirrored, in shards, into host memory of peers in other
-        failure domains. When a worker dies all are started again by torch elastic, the state is put together from
-        what the arenas hold, and training goes on behind the last step, bit for bit.
+        failure domains. When a worker dies, a new process takes its place and the others go back to the last step;
+        where that is not possible all are started again. Training goes on from what the arenas hold, bit for bit.
 
         Args:
             mirror_every_n_steps: optimizer steps between two mirrored versions.
@@ -54,6 +59,8 @@ def strategy_class(flavour: str) -> type[Any]:
             on_late: when a mirror is still under way at the next one: `wait` for it or `skip` a version.
             staging: `overlap` copies the state while the next forward and backward run, `blocking` before they start.
             arena_keep_s: seconds for which the arena of a dead run is kept for a restart under the same run id.
+            in_place: after a fault replace only what was lost and let the other ranks go on; else start all again.
+            standbys: processes per node that have run the script up to `fit` and wait there for a rank.
             **ddp_options: everything that Lightning's `DDPStrategy` takes.
 
         Raises:
@@ -75,6 +82,8 @@ def strategy_class(flavour: str) -> type[Any]:
             on_late: OnLate = "wait",
             staging: Staging = "overlap",
             arena_keep_s: float = 3600.0,
+            in_place: bool = True,
+            standbys: int = 0,
             **ddp_options: Any,
         ) -> None:
             super().__init__(**ddp_options)
@@ -89,9 +98,14 @@ def strategy_class(flavour: str) -> type[Any]:
                 on_late=on_late,
                 staging=staging,
                 arena_keep_s=arena_keep_s,
+                in_place=in_place,
+                standbys=standbys,
             )
             self.engine: Engine | None = None
-            self.generation = 0
+            self.world = World()
+            self.watcher: Watcher | None = None
+            self.joins_alone = False
+            self.calls_before_fit = 0
             self.probes: list[Callable[[str, Version], None]] = []
 
         # -------------------------------------------------------------- processes
@@ -113,20 +127,53 @@ def strategy_class(flavour: str) -> type[Any]:
                 )
 
         def setup_distributed(self) -> None:
-            """Join the current generation, then let Lightning do the rest of its set-up."""
-            if not self.generation:
+            """Join the current generation, then let Lightning do the rest of its set-up.
+
+            A process that takes a lost rank's place does without: it meets the others in the loop, where they are.
+            """
+            use_loopback_on_one_node(self.num_processes, self.world_size)
+            if self.joins_alone:
+                prepare_without_group(self)
+                return
+            if not self.world.generation:
                 self.set_world_ranks()
-                use_loopback_on_one_node(self.num_processes, self.world_size)
-                self.generation = open_world(
-                    rank=self.global_rank,
-                    world_size=self.world_size,
-                    backend=self._get_process_group_backend(),
-                    timeout=self._timeout,
-                    device=self.root_device if self.root_device.type != "cpu" else None,
-                )
+                self._open_world(0, lambda: False)
             super().setup_distributed()
 
+        def _open_world(self, regrouping: int, is_over: Callable[[], bool]) -> None:
+            self.world.open(
+                rank=self.global_rank,
+                world_size=self.world_size,
+                backend=self._get_process_group_backend(),
+                timeout=self._timeout,
+                device=self.root_device if self.root_device.type != "cpu" else None,
+                regrouping=regrouping,
+                is_over=is_over,
+            )
+
+        def rejoin(self, regrouping: int, is_over: Callable[[], bool]) -> None:
+            """Leave the process groups of a generation that is over, and meet the others of the next one.
+
+            Args:
+                regrouping: number under which they meet.
+                is_over: whether another fault was told meanwhile.
+
+            Raises:
+                TransportError: not all ranks came.
+            """
+            self.world.leave()
+            self._open_world(regrouping, is_over)
+            if isinstance(self.model, DistributedDataParallel):
+                use_process_group(self.model, world_group())
+            else:
+                wrap_late(self)
+
         # -------------------------------------------------------------- training
+
+        def configure_ddp(self) -> None:
+            """Wrap the model, once there is a process group to sum its gradients in."""
+            if self.world.is_open:
+                super().configure_ddp()
 
         def setup(self, trainer: Any) -> None:
             """Set up model and optimizers as Lightning does, then take over the commit points."""

@@ -20,7 +20,7 @@ def describe_state(index: StateIndex) -> tuple[Described, ...]:
 
 
 def fill_trainer(
-    trainer: Any, layout: Layout, bulks: Mapping[int, Tensor], *, rank: int, world_size: int
+    trainer: Any, layout: Layout, bulks: Mapping[int, Tensor], *, rank: int, world_size: int, only_own: bool = False
 ) -> StateIndex:
     """Copy a version into the tensors of a trainer, whose optimizers may not have made a step yet.
 
@@ -30,6 +30,7 @@ def fill_trainer(
         bulks: tensor part of each shard: uint8 of shape [bulk bytes].
         rank: this rank.
         world_size: number of ranks.
+        only_own: copy this rank's own tensors alone: those that all ranks share hold the version already.
 
     Returns:
         Where the trainer's tensors are.
@@ -43,5 +44,5 @@ def fill_trainer(
     make_room_for_optimizer_state(trainer, {n: facts for n, facts in described.items() if n.startswith("optimizer/")})
     index = StateIndex(trainer)
     layout.require_same(plan_layout([describe_state(index)] * world_size), rank)
-    fill(layout, bulks, index.read(), rank)
+    fill(layout, {rank: bulks[rank]} if only_own else bulks, index.read(), rank)
     return index

@@ -85,6 +85,31 @@ def cut_logs(trainer: Any, saved: list[dict[str, Any] | None]) -> None:
             _cut_events(Path(logger.log_dir), position["files"])
 
 
+def keep_logs(trainer: Any) -> None:
+    """Open the log files that are there, as they are; called on the rank that writes them, before it opens them."""
+    for logger in trainer.loggers:
+        if is_a(logger, "loggers", "CSVLogger"):
+            path = (
+                Path(logger.log_dir)
+                / module(flavour_of(trainer), "loggers.csv_logs").ExperimentWriter.NAME_METRICS_FILE
+            )
+            rows = _read_rows(path) if path.exists() else []
+            keys = list(rows[0]) if rows else []
+            _cut_csv(logger, {"rows": len(rows), "keys": keys, "unsaved": []}, flavour_of(trainer))
+
+
+def rewind_logs(trainer: Any, saved: list[dict[str, Any] | None]) -> None:
+    """Bring log files that are open back to saved positions; called on the rank that writes them."""
+    for logger, position in zip(trainer.loggers, saved, strict=False):
+        if position is None:
+            continue
+        if "rows" in position and is_a(logger, "loggers", "CSVLogger"):
+            _rewind_csv(logger.experiment, position)
+        elif "files" in position and is_a(logger, "loggers", "TensorBoardLogger"):
+            logger.experiment.flush()
+            _cut_events(Path(logger.log_dir), position["files"], spare=_open_events(logger))
+
+
 # ---------------------------------------------------------------------- CSV
 
 
@@ -141,6 +166,19 @@ def _cut_csv(logger: Any, position: dict[str, Any], flavour: str) -> None:
     logger._experiment = writer
 
 
+def _rewind_csv(writer: Any, position: dict[str, Any]) -> None:
+    path = Path(writer.metrics_file_path)
+    if (writer.ckptless_rows, writer.metrics_keys) != (position["rows"], position["keys"]):
+        rows = _read_rows(path)[: position["rows"]] if path.exists() else []
+        if rows:
+            _write_rows(path, position["keys"], rows)
+        else:
+            path.unlink(missing_ok=True)
+    writer.metrics_keys = list(position["keys"])
+    writer.metrics = list(position["unsaved"])
+    writer.ckptless_rows = position["rows"]
+
+
 def _read_rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -163,9 +201,15 @@ def _event_files(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in folder.rglob("events.out.tfevents.*")}
 
 
-def _cut_events(folder: Path, sizes: dict[str, int]) -> None:
+def _open_events(logger: Any) -> Path:
+    """The file that a logger writes into at present: in a process that is new it holds nothing but its head."""
+    return Path(logger.experiment.file_writer.event_writer._file_name)
+
+
+def _cut_events(folder: Path, sizes: dict[str, int], spare: Path | None = None) -> None:
     for name, path in _event_files(folder).items():
         if name not in sizes:
-            path.unlink()
+            if path != spare:
+                path.unlink()
         elif path.stat().st_size > sizes[name]:
             os.truncate(path, sizes[name])

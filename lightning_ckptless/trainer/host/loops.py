@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning_ckptless.trainer.host.flavour import fabric_module, flavour_of, is_a, module
 
@@ -142,6 +142,38 @@ class FitLoops:
         for loader in self.combined_loader.flattened:
             set_epoch(loader, self.fit.epoch_progress.current.processed)
 
+    # ------------------------------------------------------------------ after a fault
+
+    def tidy_up(self) -> None:
+        """Put right what an exception leaves behind where it passes through hooks, validation and the forward pass."""
+        self.trainer.training = True
+        module_ = self.trainer.lightning_module
+        module_._current_fx_name = None
+        _put_back_forward(module_)
+        for parameter in module_.parameters():
+            parameter.grad = None
+
+    def silence_sigterm(self, asked: Callable[[], None]) -> None:
+        """Take the collectives out of Lightning's way with SIGTERM: they have no partner where a rank is lost.
+
+        Args:
+            asked: called, in a signal handler, when this process is asked to end.
+        """
+        self.epoch._broadcast_sigterm_tensor = lambda: None
+        self.trainer._signal_connector._sigterm_notifier_fn = lambda *_: asked()
+
+    def give_back(self) -> None:
+        """Give the loops and the signal connector their own methods back."""
+        vars(self.fit).pop("run", None)
+        vars(self.epoch).pop("_broadcast_sigterm_tensor", None)
+        vars(self.trainer._signal_connector).pop("_sigterm_notifier_fn", None)
+
+    def stop_for_sigterm(self, exit_code: int) -> NoReturn:
+        """End `fit` as Lightning does when it was asked to end."""
+        error = module(flavour_of(self.trainer), "utilities.exceptions").SIGTERMException()
+        error.code = exit_code
+        raise error
+
     # ------------------------------------------------------------------ driving
 
     def finish_fit(self) -> None:
@@ -152,3 +184,11 @@ class FitLoops:
     def show_model_to_profiler(self) -> Any:
         """The profiler's span around an epoch, as the fit loop opens it."""
         return self.trainer.profiler.profile("run_training_epoch")
+
+
+def _put_back_forward(module_: Any) -> None:
+    """Undo what the strategy does to `forward` on the way into a wrapped model, where it did not come to do so."""
+    forward = vars(module_).get("forward")
+    if getattr(forward, "__name__", "") == "wrapped_forward":
+        inside = dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True))
+        module_.forward = inside["original_forward"].cell_contents

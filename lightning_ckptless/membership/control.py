@@ -1,0 +1,114 @@
+"""The line between an agent and each of its workers: one local socket, messages both ways.
+
+| From | Message | Says |
+|---|---|---|
+| worker | `entered` | it is about to train; with what its strategy asks of the agent |
+| worker | `stepped` | its generation has committed a step |
+| worker | `left` | it has left the training loop: its end is no fault from here on, and no peer can wait for it |
+| worker | `unable` | it cannot go on in place, with the reason |
+| worker | `ready` | a standby has come to `fit` and waits for a rank |
+| agent | `regroup` | a fault: meet under this number, with this report |
+| agent | `assign` | to a standby: variables that make it a rank, then as `regroup`; with its output |
+| agent | `finish` | the run is to end: commit the step, save and leave |
+
+What counts is the last `regroup` that was sent, so a worker that was busy through several needs to read but one.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import stat
+from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from lightning_ckptless import environment
+from lightning_ckptless.membership import channel
+from lightning_ckptless.membership.channel import Message
+
+
+class Line:
+    """One end of the line.
+
+    Args:
+        sock: its socket, blocking; owned by this object.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._ended = False
+
+    @classmethod
+    def pair(cls) -> tuple[Line, Line]:
+        """Both ends of a new line."""
+        ours, theirs = socket.socketpair()
+        return cls(ours), cls(theirs)
+
+    def fileno(self) -> int:
+        """File descriptor, to wait for."""
+        return self._socket.fileno()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the other end is gone."""
+        return self._ended
+
+    def tell(self, kind: str, files: Sequence[int] = (), **fields: Any) -> None:
+        """Send a message; lost without a word where the other end is gone, which shows elsewhere.
+
+        Args:
+            kind: what it is.
+            files: file descriptors that go with it.
+            fields: what it says, as JSON has it.
+        """
+        with suppress(OSError):
+            channel.send(self._socket, {"kind": kind, **fields}, files)
+
+    def receive(self) -> tuple[Message, list[int]] | None:
+        """Wait for the next message, with its files; None when the other end is gone."""
+        try:
+            received = channel.receive(self._socket)
+        except OSError:
+            received = None
+        self._ended = received is None
+        return received
+
+    def waiting(self) -> list[Message]:
+        """The messages that have come, without waiting for more."""
+        found: list[Message] = []
+        while not self._ended and select.select([self._socket], [], [], 0)[0]:
+            received = self.receive()
+            if received is not None:
+                found.append(received[0])
+        return found
+
+    def close(self) -> None:
+        """Close this end."""
+        self._socket.close()
+
+
+def open_line(env: MutableMapping[str, str] = os.environ) -> Line | None:
+    """The worker's end of the line to its agent; None where no agent of ours has started this very process.
+
+    The variable is taken out of the environment: the line belongs to one process, and to none that it starts.
+    """
+    number = env.pop(environment.LINE, "")
+    if not number.isdigit() or not _is_socket(int(number)):
+        return None
+    sock = socket.socket(fileno=int(number))
+    sock.set_inheritable(False)
+    return Line(sock)
+
+
+def is_standby(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process has no rank yet."""
+    return environment.STANDBY in env
+
+
+def _is_socket(number: int) -> bool:
+    try:
+        return stat.S_ISSOCK(os.fstat(number).st_mode)
+    except OSError:
+        return False

@@ -1,0 +1,196 @@
+"""Recoveries in place, on one node: what its workers have said, who takes the place of whom, who is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import DistError
+
+from lightning_ckptless import environment
+from lightning_ckptless.membership.fault import FaultReport
+from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.process import Process
+from lightning_ckptless.membership.regrouping import Regrouping, Regroupings
+from lightning_ckptless.membership.standby import Standbys, promote
+from lightning_ckptless.membership.workers import Workers
+
+Record = Callable[..., None]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the user has asked of the agent, on the command line or by the strategy of the workers.
+
+    Args:
+        in_place: whether survivors may go on in place.
+        standbys: processes that wait for a rank.
+    """
+
+    in_place: bool = True
+    standbys: int = 0
+
+
+class InPlace:
+    """One agent's part in recoveries in place.
+
+    Args:
+        given: wishes of the command line; None for each that the strategy may decide.
+        folder: for what standbys print.
+        record: receives events.
+        say: tells the user something.
+
+    Attributes:
+        tries: recoveries in place since the last step that was made.
+    """
+
+    def __init__(self, *, in_place: bool | None, standbys: int | None, folder: Path, record: Record, say: Say) -> None:
+        self.tries = 0
+        self._given = in_place, standbys
+        self._wishes: Wishes | None = None
+        self._folder = folder
+        self._record = record
+        self._say = say
+        self._obstacle: str | None = None
+        self._lasting: str | None = None
+        self._trains = False
+        self._regroupings: Regroupings | None = None
+        self._standbys: Standbys | None = None
+        self._start_standby: Callable[[list[int]], Process] | None = None
+
+    # ------------------------------------------------------------------ rounds
+
+    def begin_round(self, regroupings: Regroupings, start_standby: Callable[[list[int]], Process]) -> None:
+        """All workers have been started together.
+
+        Args:
+            regroupings: of the round of the rendezvous.
+            start_standby: starts a process without a rank.
+        """
+        self.tries, self._obstacle, self._trains = 0, None, False
+        self._regroupings = regroupings
+        self._start_standby = start_standby
+
+    def end_round(self, parent: PreloadedParent) -> None:
+        """The workers of the round are gone, or about to."""
+        self._regroupings = None
+        if self._standbys is not None:
+            self._standbys.stop(lambda pids: parent.signal(pids, signal.SIGKILL))
+            self._standbys = None
+
+    # ------------------------------------------------------------------ what is known
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether survivors may go on in place. Not known, and so not so, before a worker has come to train."""
+        return self._wishes is not None and self._wishes.in_place
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why a worker cannot go on in place, in its own words."""
+        return self._lasting or self._obstacle
+
+    def hear(self, workers: Workers) -> None:
+        """Take in what workers have said."""
+        for rank, message in workers.heard():
+            if message["kind"] == "entered":
+                self._take_wishes(message)
+            elif message["kind"] == "stepped":
+                self.tries, self._trains = 0, True
+            elif message["kind"] == "unable":
+                self._obstacle = f"local rank {rank}: {message['reason']}"
+                if message["lasting"]:
+                    self._lasting = self._obstacle
+
+    def _take_wishes(self, message: dict[str, Any]) -> None:
+        in_place, standbys = self._given
+        self._wishes = Wishes(
+            in_place=message["in_place"] if in_place is None else in_place,
+            standbys=message["standbys"] if standbys is None else standbys,
+        )
+        self._lasting = message["obstacle"] or self._lasting
+
+    def tend_standbys(self) -> None:
+        """Keep as many standbys as are wanted, once training is under way."""
+        wanted = self._wishes.standbys if self._wishes is not None and self.is_wanted else 0
+        if not wanted or not self._trains or self.obstacle is not None or self._start_standby is None:
+            return
+        if self._standbys is None:
+            self._standbys = Standbys(wanted, self._start_standby, self._folder, self._say)
+        if self._standbys.tend():
+            self._record("standbys", ready=self._standbys.ready, wanted=wanted, pids=list(self._standbys.pids))
+
+    # ------------------------------------------------------------------ recovering
+
+    def open(self, fault: FaultReport) -> Regrouping:
+        """Open a regrouping for a fault of this node."""
+        assert self._regroupings is not None, "a round has begun"
+        self.tries += 1
+        return self._regroupings.open(fault)
+
+    def follow(self, workers: Workers) -> None:
+        """Hand on to this node's workers what another node's agent has opened."""
+        if self._regroupings is None:
+            return
+        try:
+            news = self._regroupings.news()
+        except DistError:
+            # The store is gone with its node: the rendezvous will say so.
+            return
+        if news is not None:
+            tell(workers, news, leave=frozenset())
+
+    def replace(
+        self, workers: Workers, lost: list[int], regrouping: Regrouping, env_of: Callable[[int], dict[str, str]]
+    ) -> dict[int, str]:
+        """Tell the survivors, and put others in the places of the lost.
+
+        Args:
+            workers: of this node.
+            lost: local ranks.
+            regrouping: under which they meet.
+            env_of: variables that make a process a local rank.
+
+        Returns:
+            By local rank, who takes its place: `standby` or `new process`.
+        """
+        tell(workers, regrouping, leave=frozenset(lost))
+        how = {}
+        for rank in lost:
+            env = env_of(rank)
+            standby = self._standbys.take() if self._standbys is not None else None
+            if standby is None:
+                workers.replace(rank, env | joining(regrouping))
+            else:
+                _promote(workers, rank, standby, env, regrouping)
+            how[rank] = "new process" if standby is None else "standby"
+        return how
+
+
+def joining(regrouping: Regrouping) -> dict[str, str]:
+    """What tells a new process that it meets survivors."""
+    return {
+        environment.REGROUPING: str(regrouping.number),
+        environment.FAULT_REPORT: regrouping.fault.to_json(),
+    }
+
+
+def tell(workers: Workers, regrouping: Regrouping, leave: frozenset[int]) -> None:
+    """Tell workers of a regrouping."""
+    workers.tell("regroup", leave=leave, number=regrouping.number, fault=asdict(regrouping.fault))
+
+
+def _promote(workers: Workers, rank: int, standby: Process, env: dict[str, str], regrouping: Regrouping) -> None:
+    stdio = workers.open_stdio(rank)
+    try:
+        promote(standby, env | joining(regrouping), regrouping, stdio[1:])
+    finally:
+        for number in stdio:
+            if number > 2:
+                os.close(number)
+    workers.put_in_place(rank, standby)

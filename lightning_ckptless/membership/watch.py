@@ -1,0 +1,131 @@
+"""The watcher of one worker: hears of faults while the training thread is busy, and sets it free.
+
+The training thread may wait in a collective for a rank that is dead, or compute for a long time. The watcher listens
+to the agent in a thread of its own. When a fault is told, it cuts the connections of the generation that is over, until
+the training thread has taken notice: whatever that does with them fails, and is caught where the step began.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_ckptless.membership.control import Line
+from lightning_ckptless.membership.fault import FaultReport
+
+_CUT_EVERY_S = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What an agent has told its workers after a fault.
+
+    Args:
+        number: under which they meet; grows with every regrouping of a run.
+        fault: why.
+        told_at: wall clock at which this worker read it, seconds since the epoch.
+    """
+
+    number: int
+    fault: FaultReport
+    told_at: float
+
+
+class Watcher:
+    """Listens on a worker's line for as long as it trains.
+
+    Args:
+        line: to the agent; stays open.
+        cut: frees the training thread, as far as it can be freed; called again until `accept`.
+        number: regrouping that this worker belongs to; 0 before the first.
+    """
+
+    def __init__(self, line: Line, cut: Callable[[], object], number: int = 0) -> None:
+        self._line = line
+        self._cut = cut
+        self._accepted = number
+        self._latest: Assignment | None = None
+        self._finish_asked = False
+        self._changed = threading.Condition()
+        self._wake, self._woken = socket.socketpair()
+        self._thread = threading.Thread(target=self._listen, name="ckptless-watcher", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------ training thread
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the generation that this worker belongs to is over."""
+        return self._pending() is not None
+
+    @property
+    def finish_asked(self) -> bool:
+        """Whether the run is to end after this step."""
+        return self._finish_asked
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        """Tell the agent something."""
+        self._line.tell(kind, **fields)
+
+    def accept(self, timeout_s: float) -> Assignment | None:
+        """Take notice of the newest regrouping, waiting for it if it is not there yet.
+
+        Args:
+            timeout_s: longest wait.
+
+        Returns:
+            None where none came, or the agent is gone.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._pending() is not None or self._line.ended, timeout_s)
+            found = self._pending()
+            if found is not None:
+                self._accepted = found.number
+            return found
+
+    def close(self) -> None:
+        """End the thread."""
+        self._wake.close()
+        self._thread.join()
+        self._woken.close()
+
+    # ------------------------------------------------------------------ the thread
+
+    def _pending(self) -> Assignment | None:
+        latest = self._latest
+        return latest if latest is not None and latest.number > self._accepted else None
+
+    def _listen(self) -> None:
+        while not self._line.ended:
+            timeout_s = _CUT_EVERY_S if self._pending() is not None else None
+            ready = select.select([self._line.fileno(), self._woken.fileno()], [], [], timeout_s)[0]
+            if self._woken.fileno() in ready:
+                return
+            if self._line.fileno() in ready:
+                self._read()
+            if self._pending() is not None:
+                self._cut()
+        with self._changed:
+            self._changed.notify_all()
+
+    def _read(self) -> None:
+        received = self._line.receive()
+        if received is None:
+            return
+        message, _ = received
+        if message["kind"] == "finish":
+            self._finish_asked = True
+        elif message["kind"] == "regroup":
+            with self._changed:
+                self._latest = assignment_from(message)
+                self._changed.notify_all()
+
+
+def assignment_from(message: dict[str, Any]) -> Assignment:
+    """What a `regroup` or an `assign` says."""
+    return Assignment(message["number"], FaultReport(**message["fault"]), time.time())

@@ -1,0 +1,90 @@
+"""A cohort: the ranks of one generation, how they speak with each other and where each has its arena."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_ckptless.options import CkptlessOptions
+from lightning_ckptless.protocol.placement import Placement, place
+from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.transport import Transport
+from lightning_ckptless.trainer.arenas import is_first_of_node, local_rank
+
+Notes = tuple[dict[str, Any], ...]
+"""What has been noted in the arena of each rank's node."""
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The ranks of one generation, as one of them sees them.
+
+    Args:
+        transport: between all of them.
+        arena: of this rank's node.
+        nodes: names of all ranks' nodes.
+        placement: who keeps which shard.
+        generation: number of the generation: no other one that has written into these arenas has it.
+        notes: what the arenas had noted when the ranks met.
+    """
+
+    transport: Transport
+    arena: Arena
+    nodes: tuple[str, ...]
+    placement: Placement
+    generation: int
+    notes: Notes
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self.transport.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.transport.world_size
+
+    @property
+    def speaks_for_node(self) -> bool:
+        """Whether this rank is the one of its node that writes notes."""
+        return is_first_of_node(local_rank())
+
+    def gather(self, facts: Mapping[str, Any] | list[Any]) -> list[Any]:
+        """What all ranks have to say, by rank."""
+        return [json.loads(line) for line in self.transport.gather(json.dumps(facts).encode())]
+
+    def noted(self, name: str) -> Any:
+        """A note that any arena has; None where none has."""
+        return next((notes[name] for notes in self.notes if notes.get(name)), None)
+
+
+def form_cohort(
+    transport: Transport, arena: Arena, nodes: tuple[str, ...], options: CkptlessOptions, generation: int
+) -> Cohort:
+    """Let the ranks get to know each other. All call it together.
+
+    A run that is started again counts on: two memberships never write under one number into an arena.
+
+    Args:
+        transport: between all ranks.
+        arena: of this rank's node.
+        nodes: names of all ranks' nodes.
+        options: the user's settings.
+        generation: number of the membership, as it was joined.
+
+    Raises:
+        OptionsError: replicas cannot be placed.
+    """
+    world_size = transport.world_size
+    by_rank = options.failure_domain == "rank"
+    domains = tuple(f"rank{rank}" for rank in range(world_size)) if by_rank else nodes
+    placement = place(domains, options.copies if world_size > 1 else 0)
+    notes = tuple(json.loads(line) for line in transport.gather(json.dumps(arena.notes()).encode()))
+    number = max([generation, *(int(n["generation"]) + 1 for n in notes if "generation" in n)])
+    cohort = Cohort(transport, arena, nodes, placement, number, notes)
+    if cohort.speaks_for_node:
+        arena.note("generation", number)
+    return cohort

@@ -1,0 +1,74 @@
+"""What hands batches to the epoch loop, watched; and the containers that batches come in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_ckptless.torch_internals import version_counter
+from lightning_ckptless.trainer.host.flavour import is_a
+
+
+class Fetches(Protocol):
+    """Who is asked for the next batch."""
+
+    def fetch(self, fetch: Callable[[], Any]) -> Any:
+        """The next batch, from `fetch` or from elsewhere."""
+
+    def reset(self) -> None:
+        """The data is opened anew."""
+
+
+_LOG = "_ckptless_batches"
+_CLASSES: dict[type, type] = {}
+
+
+def watch_fetches(fetcher: Any, log: Fetches) -> bool:
+    """Ask a log for each batch that a fetcher hands out.
+
+    The object stays the same; its class becomes a subclass of its own.
+
+    Returns:
+        False for a fetcher that hands out its own iterator instead of batches.
+    """
+    if is_a(fetcher, "loops.fetchers", "_DataLoaderIterDataFetcher"):
+        return False
+    vars(fetcher)[_LOG] = log
+    base = type(fetcher)
+    if not hasattr(base, _LOG):
+        fetcher.__class__ = _watched_class(base)
+    return True
+
+
+def _watched_class(base: Any) -> type:
+    if base not in _CLASSES:
+
+        def next_batch(self: Any) -> Any:
+            return vars(self)[_LOG].fetch(lambda: base.__next__(self))
+
+        def open_anew(self: Any) -> Any:
+            vars(self)[_LOG].reset()
+            return base.__iter__(self)
+
+        members = {"__next__": next_batch, "__iter__": open_anew, _LOG: None}
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        _CLASSES[base] = type(base.__name__, (base,), members | names)
+    return _CLASSES[base]
+
+
+def copy_containers(data: Any) -> tuple[Any, tuple[int, ...]]:
+    """Lists, dictionaries and the like anew, with the same tensors in them.
+
+    Returns:
+        The copy, and how often each tensor was written to.
+    """
+    stamps: list[int] = []
+
+    def same(tensor: Tensor) -> Tensor:
+        stamps.append(version_counter(tensor))
+        return tensor
+
+    return apply_to_collection(data, Tensor, same), tuple(stamps)

@@ -1,0 +1,177 @@
+"""Taking versions: at a commit point the state of the trainer is captured and handed to the mirror."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lightning_ckptless.options import CkptlessOptions
+from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.replica.layout import Layout, plan_layout
+from lightning_ckptless.replica.mirror import Mirror
+from lightning_ckptless.trainer.cohort import Cohort
+from lightning_ckptless.trainer.compatibility import warn_of_loaders
+from lightning_ckptless.trainer.host import loggers as host_loggers
+from lightning_ckptless.trainer.host.loops import FitLoops
+from lightning_ckptless.trainer.plain import pack, unpack
+from lightning_ckptless.trainer.replay import BatchLog
+from lightning_ckptless.trainer.report import RunReport
+from lightning_ckptless.trainer.snapshot import SmallState
+from lightning_ckptless.trainer.state import StateIndex
+from lightning_ckptless.trainer.tensors import describe_state
+
+CLOSE_TIMEOUT_S = 10.0
+SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
+
+
+class Mirroring:
+    """Takes the versions of one trainer, over all generations that it lives through.
+
+    Args:
+        trainer: set up for `fit`.
+        loops: its loops.
+        options: the user's settings.
+        report: is told what it costs.
+        batches: the batches in hand.
+        probe: called in the mirror thread with the moment of a round and its version.
+        finish_asked: whether this rank was asked to end the run.
+
+    Attributes:
+        taken: the version that was taken last, or restored.
+        tensors_are_of: the version that the parameters and the optimizer hold; None while a step changes them.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        loops: FitLoops,
+        options: CkptlessOptions,
+        report: RunReport,
+        batches: BatchLog,
+        probe: Callable[[str, Version], None],
+        finish_asked: Callable[[], bool],
+    ) -> None:
+        self.taken: Version | None = None
+        self.tensors_are_of: Version | None = None
+        self._trainer = trainer
+        self._loops = loops
+        self._options = options
+        self._report = report
+        self._batches = batches
+        self._probe = probe
+        self._finish_asked = finish_asked
+        self._cohort: Cohort | None = None
+        self._mirror: Mirror | None = None
+        self._index: StateIndex | None = None
+        self._small: SmallState | None = None
+
+    @property
+    def small(self) -> SmallState:
+        """The small state of the trainer."""
+        if self._small is None:
+            self._small = SmallState(self._trainer)
+        return self._small
+
+    # ------------------------------------------------------------------ generations
+
+    def join(self, cohort: Cohort) -> None:
+        """Mirror from here on among these ranks."""
+        self._cohort = cohort
+
+    def resume(self, version: Version, layout: Layout, index: StateIndex) -> None:
+        """Go on from a version that was restored, and whose copies are all in place.
+
+        Args:
+            version: the version.
+            layout: how it is cut.
+            index: where its tensors are in this trainer.
+        """
+        self._index = index
+        self.taken = self.tensors_are_of = version
+        self._open(layout, committed=version)
+
+    def abandon(self) -> None:
+        """Give up what is under way: the cohort is over, and its connections are cut."""
+        if self._mirror is not None:
+            self._mirror.close(CLOSE_TIMEOUT_S)
+            self._mirror = None
+
+    def settle(self) -> None:
+        """Wait until the last version is committed."""
+        if self._mirror is not None:
+            self._mirror.settle()
+
+    def close(self) -> None:
+        """Release threads and mappings."""
+        self.abandon()
+        self._index = self._small = None
+
+    # ------------------------------------------------------------------ versions
+
+    def commit(self, version: Version) -> None:
+        """Take a version and hand it to the mirror. Called in the training thread at a commit point."""
+        self._report.step_done()
+        began = time.perf_counter()
+        if self._small is None and self._trainer.is_global_zero:
+            warn_of_loaders(self._loops.combined_loader.flattened)
+        self.tensors_are_of = version
+        if self._index is None or self._mirror is None or not self._index.is_current():
+            self._plan_anew()
+        assert self._index is not None and self._mirror is not None
+        if self._options.on_late == "skip" and self._mirror.busy:
+            self._mirror.skip(version)
+            self._report.taken(0.0, time.perf_counter() - began, self._mirror)
+            return
+        blob = pack(
+            {
+                "state": self.small.capture(self._batches.position_at(version)),
+                "report": self._report.state(),
+                "logger_versions": host_loggers.name_versions(self._trainer.loggers),
+            }
+        )
+        stall_s = self._mirror.submit(version, self._index.read(), blob, blocking_names=self._index.private)
+        self._batches.forget_before(self._mirror.committed)
+        self.taken = version
+        self._report.taken(stall_s, time.perf_counter() - began, self._mirror)
+        if self._mirror.finish_after is not None and self._mirror.finish_after < version:
+            # All ranks have waited for that round, so all stop here.
+            self._mirror.settle()
+            self._loops.stop_for_sigterm(SIGTERM_EXIT_CODE)
+
+    def before_optimizer_step(self) -> None:
+        """Wait until the version under way is copied: the optimizer is about to change the tensors."""
+        if self._mirror is not None:
+            self._report.waited(self._mirror.wait_staged())
+        self.tensors_are_of = None
+
+    def _plan_anew(self) -> None:
+        assert self._cohort is not None
+        if self._mirror is not None:
+            self._mirror.settle()
+        self._index = StateIndex(self._trainer)
+        mine = pack(describe_state(self._index))
+        layout = plan_layout([unpack(line) for line in self._cohort.transport.gather(mine)])
+        committed = self._mirror.committed if self._mirror is not None else None
+        self._open(layout, committed=committed)
+
+    def _open(self, layout: Layout, *, committed: Version | None) -> None:
+        cohort = self._cohort
+        assert cohort is not None
+        if self._mirror is not None:
+            self._mirror.close()
+        if cohort.speaks_for_node:
+            cohort.arena.write_layout(layout)
+        self._mirror = Mirror(
+            arena=cohort.arena,
+            layout=layout,
+            placement=cohort.placement,
+            transport=cohort.transport,
+            generation=cohort.generation,
+            checksum=self._options.checksum,
+            committed=committed,
+            probe=self._probe,
+            staging=self._options.staging,
+            finish_asked=self._finish_asked,
+        )

@@ -1,0 +1,114 @@
+"""A version on its way from the arenas into a trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_ckptless.ledger import Ledger, read_ledger
+from lightning_ckptless.protocol.versions import Complete, Version
+from lightning_ckptless.replica.layout import Layout
+from lightning_ckptless.replica.replenish import replenish
+from lightning_ckptless.replica.restore import Fetched, fetch, shared_layout
+from lightning_ckptless.trainer.begun import step_in_flight
+from lightning_ckptless.trainer.checkpoints import files_of_the_future
+from lightning_ckptless.trainer.cohort import Cohort
+from lightning_ckptless.trainer.data import move_data_to
+from lightning_ckptless.trainer.host.loops import FitLoops
+from lightning_ckptless.trainer.mirroring import Mirroring
+from lightning_ckptless.trainer.plain import unpack
+from lightning_ckptless.trainer.report import Moved, RunReport
+from lightning_ckptless.trainer.rng import apply_rng
+from lightning_ckptless.trainer.state import StateIndex
+from lightning_ckptless.trainer.tensors import fill_trainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Restoration:
+    """A version that has been brought here, waiting for the trainer that takes it.
+
+    Args:
+        complete: the version, with its replicas.
+        layout: how it is cut.
+        bulks: tensor part of each shard.
+        small: this rank's small state, with the accounts of the run.
+        index: where its tensors are in the trainer; None until it is filled.
+    """
+
+    complete: Complete
+    layout: Layout
+    bulks: dict[int, Any]
+    small: dict[str, Any]
+    index: StateIndex | None = None
+
+    @property
+    def version(self) -> Version:
+        """The version."""
+        return self.complete.snapshot.version
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The small state of the trainer."""
+        state: dict[str, Any] = self.small["state"]
+        return state
+
+    def fill(self, trainer: Any, *, only_own: bool = False) -> None:
+        """Put the tensors into the trainer.
+
+        Args:
+            trainer: its strategy is set up.
+            only_own: leave out those that all ranks share: they hold the version already.
+        """
+        rank, world_size = trainer.global_rank, trainer.world_size
+        self.index = fill_trainer(trainer, self.layout, self.bulks, rank=rank, world_size=world_size, only_own=only_own)
+
+    def move_data(self, loops: FitLoops) -> None:
+        """Open the training data anew at the position of the version."""
+        move_data_to(loops, self.state["data"])
+
+    def resume(self, mirroring: Mirroring, report: RunReport, cohort: Cohort) -> None:
+        """Protect the version and mirror from here on; the generators come last. All ranks call it together."""
+        assert self.index is not None
+        report.protected(replenish(self.complete, cohort.arena, cohort.transport, cohort.nodes, cohort.placement))
+        report.resume(self.small["report"])
+        mirroring.resume(self.version, self.layout, self.index)
+        apply_rng(self.state["rng"])
+
+
+def fetch_version(trainer: Any, found: Complete, cohort: Cohort, report: RunReport, ledger: Ledger) -> Restoration:
+    """Bring a version here, and forget what came after it. All ranks call it together.
+
+    Args:
+        trainer: that will take it.
+        found: the version.
+        cohort: all ranks.
+        report: is told where it came from.
+        ledger: knows which checkpoint files were written since.
+    """
+    arena, transport = cohort.arena, cohort.transport
+    layout = shared_layout(arena, transport, found.snapshot.layout)
+    everything = {rank: tuple(range(cohort.world_size)) for rank in range(cohort.world_size)}
+    fetched = fetch(found, arena, transport, cohort.nodes, need=everything)
+    report.fetched(found, _sum_over_ranks(fetched, cohort), step_in_flight(arena.path, transport))
+    if trainer.is_global_zero:
+        _forget_the_future(found.snapshot.version, ledger)
+    return Restoration(found, layout, fetched.bulks, unpack(fetched.blob))
+
+
+def _sum_over_ranks(fetched: Fetched, cohort: Cohort) -> Moved:
+    moved = cohort.gather([fetched.moved_bytes, fetched.sources])
+    sources: Counter[str] = Counter()
+    for _, of_rank in moved:
+        sources.update(of_rank)
+    return Moved(sum(moved_bytes for moved_bytes, _ in moved), dict(sources))
+
+
+def _forget_the_future(version: Version, ledger: Ledger) -> None:
+    notes = [event.fields for event in read_ledger(ledger.path, only="checkpoint").events]
+    for path in files_of_the_future(notes, version):
+        log.warning("ckptless: removed %s: it was written after %s, which the run goes back to", path, version)
+        path.unlink()

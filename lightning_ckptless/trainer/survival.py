@@ -1,0 +1,215 @@
+"""Survival: the fit loop, run so that the loss of a peer rolls this rank back instead of ending it.
+
+A rank that lives through a fault stays inside `fit`. The error that it meets, or is given by having its connections
+cut, is caught where the fit loop was entered. The rank meets the others anew, is rolled back to the newest complete
+version, and goes on in the middle of the epoch: the same trainer, model, optimizers, dataloaders and loggers, and no
+hook of a starting or failing `fit` is called. A new process that takes a lost rank's place comes to the same point from
+the other side, through `fit` as always, and from there on does the same.
+
+    OUTSIDE -> TRAINING -> CUT -> REGROUPING -> RESTORING -> TRAINING     (the table is in `protocol.recovery`)
+
+Whatever goes wrong on the way is another fault, and begins the way again. Where the way cannot be gone, the agent is
+told why, this process ends, and the next rung of the ladder is its agent's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
+
+from lightning_ckptless import environment
+from lightning_ckptless.errors import CkptlessError, LaunchError, TransportError
+from lightning_ckptless.membership.fault import FaultReport
+from lightning_ckptless.membership.peers import is_lost_peer
+from lightning_ckptless.membership.watch import Assignment, Watcher
+from lightning_ckptless.protocol.recovery import WorkerEvent, WorkerState, next_state
+from lightning_ckptless.protocol.versions import Complete, Version
+from lightning_ckptless.replica.restore import choose
+from lightning_ckptless.trainer.cohort import form_cohort
+from lightning_ckptless.trainer.drive import go_on, run_joined
+from lightning_ckptless.trainer.exits import leave_process
+from lightning_ckptless.trainer.host import loggers as host_loggers
+from lightning_ckptless.trainer.host.launch import is_stop
+from lightning_ckptless.trainer.mirroring import Mirroring
+from lightning_ckptless.trainer.replay import BatchLog
+from lightning_ckptless.trainer.restoration import Restoration
+from lightning_ckptless.trainer.step import StepBoundaries
+
+if TYPE_CHECKING:
+    from lightning_ckptless.trainer.engine import Engine
+
+log = logging.getLogger(__name__)
+
+LOST_PEER_WAIT_S = 30.0
+"""For the agent's word after an error that says that a peer is gone."""
+ANY_ERROR_WAIT_S = 0.5
+"""For the agent's word after any other error, which may come of a lost peer too."""
+
+
+class Survival:
+    """Runs the fit loop of one trainer through the faults of its peers.
+
+    Args:
+        engine: of the trainer.
+        mirroring: takes its versions.
+        batches: those in hand.
+        boundaries: where versions are taken.
+    """
+
+    def __init__(self, engine: Engine, mirroring: Mirroring, batches: BatchLog, boundaries: StepBoundaries) -> None:
+        self.state = WorkerState.OUTSIDE
+        self._engine = engine
+        self._strategy = engine.strategy
+        self._trainer = engine.trainer
+        self._loops = engine.loops
+        self._mirroring = mirroring
+        self._batches = batches
+        self._boundaries = boundaries
+
+    @property
+    def _watcher(self) -> Watcher | None:
+        watcher: Watcher | None = self._strategy.watcher
+        return watcher
+
+    # ------------------------------------------------------------------ entering
+
+    def run(self, first: Callable[[], None]) -> None:
+        """Run the fit loop among ranks that have all been started together.
+
+        Args:
+            first: runs the loop, from its beginning or from a restored position.
+        """
+        self._move(WorkerEvent.ENTER)
+        self._say_entered()
+        self._run(first)
+
+    def join_and_run(self) -> None:
+        """Run the fit loop in the place of a lost rank."""
+        self._run(lambda: run_joined(self._loops, self._join))
+
+    def _join(self) -> bool:
+        number, report = os.environ[environment.REGROUPING], os.environ[environment.FAULT_REPORT]
+        self._say_entered()
+        told_at = self._engine.report.clock()
+        return self._restore_among_others(Assignment(int(number), FaultReport.from_json(report), told_at)).tail_done
+
+    def _say_entered(self) -> None:
+        if self._watcher is not None:
+            options = self._engine.options
+            self._watcher.tell(
+                "entered", in_place=options.in_place, standbys=options.standbys, obstacle=self._obstacle()
+            )
+
+    def _obstacle(self) -> str | None:
+        """Why no new process could come to where this one is."""
+        if self._engine.chapter:
+            return f"the program has entered fit {self._engine.chapter} times before, which a new process cannot"
+        if calls := self._strategy.calls_before_fit:
+            return f"the program has used its trainer {calls} times before fit, which a new process cannot"
+        if foreign := self._strategy.world.foreign_groups():
+            return f"the program has made {foreign} process groups of its own, which nobody else can make anew"
+        return None
+
+    # ------------------------------------------------------------------ running
+
+    def _run(self, go: Callable[[], None]) -> None:
+        while True:
+            try:
+                go()
+                break
+            except Exception as error:
+                assignment = self._peer_fault(error)
+                if assignment is None:
+                    raise
+                # What the error holds on to would keep old process groups alive.
+                traceback.clear_frames(error.__traceback__)
+            go = self._come_back(assignment)
+        self._move(WorkerEvent.LEAVE)
+        if self._watcher is not None:
+            self._watcher.tell("left")
+
+    def _peer_fault(self, error: Exception) -> Assignment | None:
+        """What the agent says of an error; None where it is this rank's own."""
+        if self._watcher is None or self.state is not WorkerState.TRAINING or is_stop(error):
+            return None
+        if isinstance(error, CkptlessError) and not isinstance(error, TransportError):
+            return None
+        log.debug("rank %d: asking the agent about %r", self._engine.rank, error)
+        return self._watcher.accept(LOST_PEER_WAIT_S if is_lost_peer(error) else ANY_ERROR_WAIT_S)
+
+    def _come_back(self, assignment: Assignment) -> Callable[[], None]:
+        """Meet the others and be rolled back; returns what runs the rest of the loop."""
+        self._move(WorkerEvent.FAULT)
+        self._loops.tidy_up()
+        version = self._restore_among_others(assignment)
+        return lambda: go_on(self._loops, tail_done=version.tail_done)
+
+    def _restore_among_others(self, assignment: Assignment) -> Version:
+        """Meet the others and put everything back, over as many faults as come in between."""
+        while True:
+            self._move(WorkerEvent.ASSIGN)
+            try:
+                return self._restore_once(assignment)
+            except Exception as error:
+                if not is_lost_peer(error):
+                    raise
+                newer = self._watcher.accept(LOST_PEER_WAIT_S) if self._watcher is not None else None
+                if newer is None:
+                    self._give_up(
+                        f"{type(error).__name__} while meeting the others, and no word from the agent: {error}"
+                    )
+                traceback.clear_frames(error.__traceback__)
+            assignment = newer
+            self._move(WorkerEvent.FAULT)
+
+    def _restore_once(self, assignment: Assignment) -> Version:
+        engine, report = self._engine, self._engine.report
+        report.faulted(assignment)
+        self._mirroring.abandon()
+        if foreign := self._strategy.world.foreign_groups():
+            self._give_up(f"the program has made {foreign} process groups of its own, which cannot be made anew")
+        self._strategy.rejoin(assignment.number, lambda: self._watcher is not None and self._watcher.is_over)
+        assert engine.arena is not None
+        transport = engine.connect()
+        nodes = tuple(line.decode() for line in transport.gather(engine.identity.node.encode()))
+        engine.cohort = form_cohort(transport, engine.arena, nodes, engine.options, self._strategy.world.generation)
+        self._move(WorkerEvent.MEET)
+        report.met(engine.cohort.generation)
+        found = choose(engine.arena, transport, nodes)
+        if not isinstance(found, Complete):
+            self._give_up(found.reason)
+        try:
+            restoration = engine.fetch(found)
+        except LaunchError as error:
+            # As many recoveries were made as the user allows: a relaunch counts them again, and ends the run.
+            self._give_up(str(error))
+        self._mirroring.join(engine.cohort)
+        self._put_back(restoration)
+        self._move(WorkerEvent.RESTORE)
+        return restoration.version
+
+    def _put_back(self, restoration: Restoration) -> None:
+        assert self._engine.cohort is not None
+        restoration.fill(self._trainer, only_own=self._mirroring.tensors_are_of == restoration.version)
+        self._mirroring.small.apply(restoration.state)
+        if restoration.state["logs"] is not None:
+            host_loggers.rewind_logs(self._trainer, restoration.state["logs"])
+        if not self._batches.go_back_to(restoration.version):
+            self._loops.set_sampler_epochs()
+            restoration.move_data(self._loops)
+            self._batches.reset()
+        self._boundaries.last = restoration.version
+        restoration.resume(self._mirroring, self._engine.report, self._engine.cohort)
+
+    def _give_up(self, reason: str) -> NoReturn:
+        """End this process, so that the agent takes the next rung."""
+        self._move(WorkerEvent.GIVE_UP)
+        if self._watcher is not None:
+            self._watcher.tell("unable", reason=reason, lasting=False)
+        leave_process()
+
+    def _move(self, event: WorkerEvent) -> None:
+        self.state = next_state(self.state, event)

@@ -1,0 +1,53 @@
+"""A standby: a process that has come to `fit` and waits there for a rank."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+
+from lightning_ckptless import environment
+from lightning_ckptless.membership.control import Line
+
+
+def wait_for_rank(line: Line, strategy: Any) -> None:
+    """Wait until the agent gives this process a rank, and become it. Ends the process where the agent is gone.
+
+    Args:
+        line: to the agent.
+        strategy: of the trainer; it was made for a rank that stands in for the one to come.
+    """
+    warm_up()
+    line.tell("ready")
+    received = line.receive()
+    if received is None:
+        sys.exit(0)
+    message, files = received
+    assert message["kind"] == "assign", f"a standby was told {message['kind']}"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for target, source in zip((1, 2), files, strict=True):
+        os.dup2(source, target)
+        os.close(source)
+    del os.environ[environment.STANDBY]
+    os.environ.update(message["env"])
+    strategy.set_world_ranks()
+
+
+def warm_up() -> None:
+    """Run a small network once, forward, backward and in an optimizer, with generators put back afterwards.
+
+    The first time of each costs a new process some tenths of a second, in threads that are started, kernels that are
+    chosen and modules that are loaded: here it costs nobody anything.
+    """
+    generator = torch.get_rng_state()
+    network = torch.nn.Sequential(
+        torch.nn.Linear(64, 64), torch.nn.LayerNorm(64), torch.nn.GELU(), torch.nn.Linear(64, 8)
+    )
+    optimizer = torch.optim.AdamW(network.parameters())
+    loss = torch.nn.functional.cross_entropy(network(torch.zeros(16, 64)), torch.zeros(16, dtype=torch.long))
+    torch.autograd.backward(loss)
+    optimizer.step()
+    torch.set_rng_state(generator)
