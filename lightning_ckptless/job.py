@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_ckptless.membership.launch import LaunchConfig, Outcome, run
+from lightning_ckptless.membership.launch import SIGTERM_EXIT_CODE, LaunchConfig, Outcome, run
 from lightning_ckptless.membership.launch import main as run_agent
 from lightning_ckptless.membership.parent import PreloadedParent
 
@@ -50,7 +50,8 @@ def main(argv: Sequence[str]) -> int:
 
     def ended(config: LaunchConfig, outcome: Outcome | None) -> None:
         # A run that was asked to stop and has a name can be started again under it, from what its arenas hold.
-        if outcome is not None or not named:
+        asked_to_end = outcome is None or outcome.exit_code == SIGTERM_EXIT_CODE
+        if not (asked_to_end and named):
             remove_arenas(config)
 
     return run_agent(argv, record_for=record_for, ended=ended)

@@ -40,6 +40,8 @@ class CkptlessOptions:
         arena_keep_s: seconds for which the arena of a dead run is kept for a restart under the same run id.
         in_place: after a fault replace only what was lost and let the other ranks go on; else start all again.
         standbys: processes per node that have run the script up to `fit` and wait there for a rank.
+        hang_timeout_s: seconds without a sign of any rank after which those that are behind are ended as hung; None to
+            learn it from the steps, 0 for never.
 
     Raises:
         OptionsError: a value is out of range.
@@ -57,12 +59,15 @@ class CkptlessOptions:
     arena_keep_s: float = 3600.0
     in_place: bool = True
     standbys: int = 0
+    hang_timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("mirror_every_n_steps", 1), ("copies", 0), ("max_recoveries", 0), ("standbys", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise OptionsError(f"{name}={value!r}: expected a whole number of at least {least}")
+        if self.hang_timeout_s is not None and self.hang_timeout_s < 0:
+            raise OptionsError(f"hang_timeout_s={self.hang_timeout_s!r}: expected seconds, 0 for never, or None")
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise OptionsError(f"{name}={value!r}: expected one of {', '.join(allowed)}")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.distributed import Logger, Reducer, _register_comm_hook  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _world
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
@@ -23,6 +24,11 @@ GET_ITERATOR = "_get_iterator"
 def version_counter(tensor: torch.Tensor) -> int:
     """How often a tensor was changed in place; writes through `.data` are not counted, nor those in inference mode."""
     return 0 if tensor.is_inference() else int(tensor._version)
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], data: Any) -> Any:
+    """Nested data with a function applied to every tensor in it; containers are made anew, other leaves stay."""
+    return tree_map_only(torch.Tensor, function, data)
 
 
 def index_sampler(loader_class: type[DataLoader[Any]], loader: DataLoader[Any]) -> Any:

@@ -10,6 +10,8 @@
 | `accumulation` | a batch is done whose gradients wait for those of the next |
 | `validation` | the validation behind the step has begun |
 | `epoch_end` | the last step of the epoch is done, the end of the epoch is under way |
+| `regroup` | another fault has come at this step or after it, and the ranks are about to meet in place |
+| `restore` | they have met, and the state is about to be put back |
 
 Steps count from 1 as `trainer.global_step` will: with manual optimization of two optimizers a batch makes two. A fault
 whose moment does not exist in its step (there is no validation behind it, its version is not mirrored) comes at the
@@ -196,6 +198,8 @@ class Injection:
     def _probe(self, moment: str, version: Version) -> None:
         if moment == "stage":
             self.strike(Moment.MIRROR, version.optimizer_step)
+        elif moment in (Moment.REGROUP, Moment.RESTORE):
+            self.strike(Moment(moment), version.optimizer_step)
 
     def _due(self, moment: Moment, step: int) -> list[tuple[int, Fault]]:
         return [(i, fault) for i, fault in self._mine if fault.at == moment and fault.step <= step]

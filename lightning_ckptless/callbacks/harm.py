@@ -35,6 +35,12 @@ def do_harm(fault: Fault, step: int) -> NoReturn:
     sys.stderr.flush()
     if fault.kind == "exit":
         os._exit(EXIT_CODE)
+    if fault.kind == "leave":
+        os._exit(0)
+    if fault.kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if fault.kind == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
     if fault.kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault.kind == "node":

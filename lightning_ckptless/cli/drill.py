@@ -14,6 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from lightning_ckptless.testing.drill import DrillReport
+    from lightning_ckptless.testing.starters import Ladder
 
 
 class LauncherName(StrEnum):
@@ -45,7 +46,13 @@ def drill(
         Path | None, typer.Option(metavar="DIR", help="Keep traces, ledgers, log files and output here.")
     ] = None,
     isolate: Annotated[bool, typer.Option("--isolate", help="Give each run a working directory of its own.")] = False,
-    max_restarts: Annotated[int, typer.Option(min=0, metavar="N", help="Relaunches after which a run gives up.")] = 100,
+    max_restarts: Annotated[int, typer.Option(min=0, metavar="N", help="Recoveries after which a run gives up.")] = 100,
+    in_place: Annotated[
+        bool | None, typer.Option("--in-place/--no-in-place", help="Recover so; else as the script's strategy says.")
+    ] = None,
+    standbys: Annotated[
+        int | None, typer.Option(min=0, metavar="K", help="Standbys; else as many as the script's strategy says.")
+    ] = None,
     timeout_s: Annotated[
         float | None, typer.Option("--timeout", min=0, metavar="SECONDS", help="Time that one run may take.")
     ] = None,
@@ -59,13 +66,15 @@ def drill(
 
     FAULT is `kind:rank=R:step=S[:at=MOMENT][:times=N]`.
 
-    * kinds: kill, raise, hang, exit
+    * kinds: kill, crash, raise, exit, leave, hang, stop
     * R: a rank or all; S: the optimizer step that is being made, counted from 1
-    * moments: training_step, backward, optimizer_step, commit, mirror, accumulation, validation, epoch_end
+    * moments: training_step, backward, optimizer_step, commit, mirror, accumulation, validation, epoch_end,
+      regroup, restore
 
     Exit code: 0 if the runs are identical, 1 if not, 2 if the drill cannot be held.
     """
     from lightning_ckptless.errors import OptionsError
+    from lightning_ckptless.testing.starters import Ladder
 
     if not fault:
         raise OptionsError("nothing goes wrong: give --fault, e.g. --fault kill:rank=1:step=7")
@@ -78,7 +87,7 @@ def drill(
         nproc=nproc,
         launcher=launcher,
         isolate=isolate,
-        max_restarts=max_restarts,
+        ladder=Ladder(max_restarts, in_place, standbys),
         timeout_s=timeout_s,
     )
     if json_file is not None:
@@ -98,7 +107,7 @@ def hold_drill(
     nproc: int,
     launcher: str = "ckptless",
     isolate: bool = False,
-    max_restarts: int = 100,
+    ladder: Ladder | None = None,
     timeout_s: float | None = None,
 ) -> DrillReport:
     """Hold a drill in front of the user: progress on stderr while it runs, the report on stdout.
@@ -110,13 +119,13 @@ def hold_drill(
         nproc: ranks.
         launcher: how the script is started.
         isolate: a working directory for each run.
-        max_restarts: relaunches after which a run gives up.
+        ladder: how the runs recover; None for as the script says.
         timeout_s: seconds that one run may take.
     """
     from rich.console import Console
 
     from lightning_ckptless.cli.drill_view import ProgressView, show_report
-    from lightning_ckptless.testing.drill import run_drill
+    from lightning_ckptless.testing.drill import Ladder, run_drill
 
     with ProgressView(Console(stderr=True)) as view:
         report = run_drill(
@@ -126,7 +135,7 @@ def hold_drill(
             nproc=nproc,
             launcher=launcher,  # type: ignore[arg-type]  # checked where it is used
             isolate=isolate,
-            max_restarts=max_restarts,
+            ladder=ladder or Ladder(),
             timeout_s=timeout_s,
             progress=view.update,
         )

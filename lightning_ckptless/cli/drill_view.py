@@ -99,6 +99,7 @@ def comparison_table(report: DrillReport) -> Table:
     table = _table("Runs", "", "uninterrupted", "with faults")
     seconds = [f"{run.wall_s:.1f} s" for run in (report.baseline, report.faulted)]
     table.add_row("took", *seconds)
+    table.add_row("recovered in place", "0", str(report.in_place))
     table.add_row("relaunches", "0", str(report.relaunches))
     table.add_row("steps run again", "0", str(sum(recovery.steps_replayed for recovery in report.recoveries)))
     table.add_row("points compared", str(verdict.points), f"{verdict.points + verdict.repeated}")

@@ -14,24 +14,24 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsSpecs
 
 from lightning_ckptless import environment
 from lightning_ckptless.membership.fault import FaultReport, shell_code, split_exit
-from lightning_ckptless.membership.generation import skip_generations
+from lightning_ckptless.membership.hangs import HangWatch
 from lightning_ckptless.membership.in_place import InPlace
 from lightning_ckptless.membership.parent import End, PreloadedParent, UnsafeForkError
 from lightning_ckptless.membership.process import Process
 from lightning_ckptless.membership.program import Program
 from lightning_ckptless.membership.regrouping import Regroupings
+from lightning_ckptless.membership.rounds import number_generations, worker_store
+from lightning_ckptless.membership.signals import AskedToEnd
 from lightning_ckptless.membership.verdict import Verdict, take_begun, take_verdicts
 from lightning_ckptless.membership.workers import Workers
 from lightning_ckptless.protocol.recovery import RecoveryPlan, Rung, Situation, plan_recovery
@@ -41,8 +41,6 @@ Record = Callable[..., None]
 
 _WAIT_S = 0.1
 _FUTILE_STARTS = 3
-_STORE_TIMEOUT_S = 60.0
-_ROUNDS_KEY = "ckptless/rounds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +54,7 @@ class Node:
         cwd: their working directory.
         fresh: start new interpreters instead of forking the preloaded parent.
         stop_grace_s: time between SIGTERM and SIGKILL where workers are asked to end.
+        finish_grace_s: time that workers have to finish a step and save, when the agent is asked to end.
         in_place: whether survivors of a fault go on in place; None to leave it to the strategy of the workers.
         standbys: processes that wait for a rank; None to leave it to the strategy.
         log_line_prefix: put before each line of a worker's output that is shown and logged at once; a template with
@@ -68,6 +67,7 @@ class Node:
     cwd: str
     fresh: bool
     stop_grace_s: float
+    finish_grace_s: float
     in_place: bool | None = None
     standbys: int | None = None
     log_line_prefix: str | None = None
@@ -99,6 +99,7 @@ class CkptlessAgent(LocalElasticAgent):
         self._reason = ""
         self._verdict_folder = tempfile.TemporaryDirectory(prefix="ckptless-verdicts-")
         self._folder = Path(self._verdict_folder.name)
+        self._hangs = HangWatch(self._folder, record, _say)
         self._in_place = InPlace(
             in_place=node.in_place, standbys=node.standbys, folder=self._folder, record=record, say=_say
         )
@@ -126,15 +127,16 @@ class CkptlessAgent(LocalElasticAgent):
         forget_worker_store(handler)
         super()._rendezvous(worker_group)
         group_rank: int | None = worker_group.group_rank
-        store = _worker_store(worker_group)
+        store = worker_store(worker_group)
         if group_rank == 0 and handler.use_agent_store:
-            _number_generations(worker_group, store)
+            number_generations(worker_group, store)
         self._regroupings = Regroupings(store, int(worker_group.group_world_size or 1))
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         envs = {worker.local_rank: self._worker_env(worker_group, worker) for worker in worker_group.workers}
         take_verdicts(self._folder)
         take_begun(self._folder)
+        self._hangs.begin_round(list(envs))
         self._pcontext = workers = self._fork(envs, self._line_prefixes(worker_group))
         pids = workers.pids()
         ranks = {worker.global_rank: pids[worker.local_rank] for worker in worker_group.workers}
@@ -237,7 +239,10 @@ class CkptlessAgent(LocalElasticAgent):
         # torch elastic sleeps between two looks; it is told to sleep next to nothing, and the wait is here instead.
         workers.watch(_WAIT_S)
         self._in_place.hear(workers)
+        self._hangs.limit_s = self._in_place.hang_timeout_s
         self._in_place.follow(workers)
+        if (hang := self._hangs.look(workers)) is not None:
+            self._hangs.end(hang, workers, self._parent)
         if (lost := workers.lost()) and self._take_the_ladder(worker_group, workers, lost) is Rung.IN_PLACE:
             return RunResult(state=WorkerState.HEALTHY)
         self._in_place.tend_standbys()
@@ -277,6 +282,8 @@ class CkptlessAgent(LocalElasticAgent):
         fault = self._report(worker_group, workers, lost, at)
         regrouping = self._in_place.open(fault)
         by_local = {worker.local_rank: worker for worker in worker_group.workers}
+        for local in lost:
+            self._hangs.forget(local)
         how = self._in_place.replace(
             workers, list(lost), regrouping, lambda local: self._worker_env(worker_group, by_local[local])
         )
@@ -309,6 +316,7 @@ class CkptlessAgent(LocalElasticAgent):
             stopped_at=time.time(),
             restart=len(self.faults) + 1,
             world_size=worker_group.workers[0].world_size,
+            hung=workers.blamed(culprit),
         )
 
     def _stop_survivors(
@@ -376,20 +384,10 @@ class CkptlessAgent(LocalElasticAgent):
     def _shutdown(self, *_: Any, **__: Any) -> None:
         """Ask running workers to end, whatever signal has ended the agent, and insist after our own grace time."""
         self._in_place.end_round(self._parent)
+        request = sys.exception()
+        if isinstance(request, AskedToEnd) and request.number == signal.SIGTERM and self._pcontext is not None:
+            self._current_workers().finish(self._node.finish_grace_s)
         super()._shutdown(signal.SIGTERM, self._node.stop_grace_s)  # type: ignore[arg-type]
-
-
-def _worker_store(worker_group: WorkerGroup) -> TCPStore:
-    """The store that the workers meet in."""
-    group: Any = worker_group  # torch declares its fields as None, which they are before the first rendezvous
-    timeout = timedelta(seconds=_STORE_TIMEOUT_S)
-    return TCPStore(group.master_addr, group.master_port, is_master=False, timeout=timeout)
-
-
-def _number_generations(worker_group: WorkerGroup, store: TCPStore) -> None:
-    """Let the numbers of generations grow over the rounds of the rendezvous, each of which has a new store."""
-    group: Any = worker_group
-    skip_generations(store, group.store.underlying_store.add(_ROUNDS_KEY, 1) - 1)
 
 
 def _final_verdict(verdicts: tuple[Verdict, ...]) -> Verdict | None:

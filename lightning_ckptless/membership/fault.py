@@ -18,10 +18,10 @@ class FaultReport:
         pid: its process id.
         exit_code: its exit code; None when a signal ended it.
         signal_name: the signal that ended it, e.g. `SIGKILL`.
-        died_at: wall clock of its death, seconds since the epoch.
+        died_at: wall clock of its death, or of the last sign of a worker that hung, seconds since the epoch.
         detected_at: wall clock at which the agent noticed.
         stopped_at: wall clock at which the last of the agent's workers was gone.
-        restart: how many relaunches the run has had, the one that follows included.
+        restart: how many faults this agent has seen, this one included.
         world_size: number of ranks in the generation that ended.
         hung: why it was ended for a hang; empty where it was not.
     """
@@ -52,13 +52,15 @@ class FaultReport:
         if self.rank is None:
             return "the members of the run changed"
         if self.hung:
-            return f"hung: {self.hung}"
+            return "hung"
         if self.exit_code is not None:
             return f"exited with code {self.exit_code}"
         return f"died by {self.signal_name}" if self.signal_name else "died"
 
     def __str__(self) -> str:
-        return self.cause if self.rank is None else f"rank {self.rank} (pid {self.pid}) {self.cause}"
+        if self.rank is None:
+            return self.cause
+        return f"rank {self.rank} (pid {self.pid}) {self.cause}" + (f": {self.hung}" if self.hung else "")
 
     def fields(self) -> dict[str, Any]:
         """The report as a flat dictionary of plain values."""

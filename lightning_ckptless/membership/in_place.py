@@ -30,10 +30,12 @@ class Wishes:
     Args:
         in_place: whether survivors may go on in place.
         standbys: processes that wait for a rank.
+        hang_timeout_s: silence after which ranks that are behind are killed; None to learn it, 0 for never.
     """
 
     in_place: bool = True
     standbys: int = 0
+    hang_timeout_s: float | None = None
 
 
 class InPlace:
@@ -87,13 +89,20 @@ class InPlace:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether survivors may go on in place. Not known, and so not so, before a worker has come to train."""
-        return self._wishes is not None and self._wishes.in_place
+        """Whether survivors may go on in place."""
+        allowed = self._given[0] if self._wishes is None else self._wishes.in_place
+        return allowed is not False
+
+    @property
+    def hang_timeout_s(self) -> float | None:
+        """Silence after which ranks that are behind are killed."""
+        return None if self._wishes is None else self._wishes.hang_timeout_s
 
     @property
     def obstacle(self) -> str | None:
         """Why a worker cannot go on in place, in its own words."""
-        return self._lasting or self._obstacle
+        unknown = None if self._wishes is not None else "no worker has come to fit yet"
+        return self._lasting or self._obstacle or unknown
 
     def hear(self, workers: Workers) -> None:
         """Take in what workers have said."""
@@ -112,6 +121,7 @@ class InPlace:
         self._wishes = Wishes(
             in_place=message["in_place"] if in_place is None else in_place,
             standbys=message["standbys"] if standbys is None else standbys,
+            hang_timeout_s=message["hang_timeout_s"],
         )
         self._lasting = message["obstacle"] or self._lasting
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 import time
 import uuid
@@ -38,6 +39,9 @@ def usual_modules(words: Sequence[str]) -> tuple[str, ...]:
 
 DEFAULT_MAX_RESTARTS = 100
 DEFAULT_STOP_GRACE_S = 5.0
+DEFAULT_FINISH_GRACE_S = 20.0
+"""Together with the time before SIGKILL less than the half minute that schedulers give."""
+SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 
 _CANNOT_START_EXIT_CODE = 2
 
@@ -74,6 +78,7 @@ class LaunchConfig:
         log_line_prefix: template of what stands before each line of a stream in `tee`; None for torch's own.
         role: torch elastic's name for the kind of worker.
         stop_grace_s: time that workers have to end after SIGTERM, where they are asked and not killed.
+        finish_grace_s: time that workers have to finish a step and save, when the agent gets SIGTERM.
         in_place: whether survivors of a fault go on in place; None to leave it to the strategy of the workers.
         standbys: processes that wait for a rank; None to leave it to the strategy.
 
@@ -103,11 +108,18 @@ class LaunchConfig:
     log_line_prefix: str | None = None
     role: str = "default"
     stop_grace_s: float = DEFAULT_STOP_GRACE_S
+    finish_grace_s: float = DEFAULT_FINISH_GRACE_S
     in_place: bool | None = None
     standbys: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("nproc", 1), ("max_restarts", 0), ("stop_grace_s", 0), ("standbys", 0)):
+        for name, least in (
+            ("nproc", 1),
+            ("max_restarts", 0),
+            ("stop_grace_s", 0),
+            ("finish_grace_s", 0),
+            ("standbys", 0),
+        ):
             if (value := getattr(self, name)) is not None and value < least:
                 raise OptionsError(f"{name}={value!r}: expected at least {least}")
         _, most_nodes = self.node_range

@@ -78,6 +78,7 @@ def _node(config: LaunchConfig) -> Node:
         cwd=config.working_dir,
         fresh=config.fresh or config.program.kind == "executable",
         stop_grace_s=config.stop_grace_s,
+        finish_grace_s=config.finish_grace_s,
         in_place=config.in_place,
         standbys=config.standbys,
         log_line_prefix=config.log_line_prefix,

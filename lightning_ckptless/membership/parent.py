@@ -137,6 +137,12 @@ class PreloadedParent:
             if self._socket is not None and pids:
                 self._send({"signal": int(number), "pids": list(pids)})
 
+    def signal_one(self, pid: int, number: int) -> None:
+        """Send a signal to one worker, and not to the processes it has started."""
+        with self._lock:
+            if self._socket is not None:
+                self._send({"signal": int(number), "pids": [pid], "alone": True})
+
     def end_of(self, worker: Forked) -> End:
         """How a worker ended, waiting until it does. Each end is told once.
 

@@ -10,7 +10,7 @@ parent ends.
 |---|---|
 | `{"preload": [names], "path": [folders]}` | `{"ready": seconds}` or `{"failed": sentence}` |
 | `{"fork": job}` with stdin, stdout, stderr, line | `{"pid": n}` with a pidfd, or `{"refused": sentence}` |
-| `{"signal": number, "pids": [...]}` | none |
+| `{"signal": number, "pids": [...]}`, to groups, or with `"alone": true` to processes | none |
 
 Unasked, `{"ended": pid, "exit_code": n, "at": seconds}` is sent when a worker ends, `at` being wall clock.
 """
@@ -109,7 +109,7 @@ class Parent:
         if "preload" in request:
             self._preload(request["preload"], request["path"])
         else:
-            self._signal(request["signal"], request["pids"])
+            self._signal(request["signal"], request["pids"], alone=request.get("alone", False))
         return None
 
     def _preload(self, names: list[str], path: list[str]) -> None:
@@ -150,10 +150,13 @@ class Parent:
         self.control.close()
         channel.close_all(list(self.pidfds.values()))
 
-    def _signal(self, number: int, pids: list[int]) -> None:
+    def _signal(self, number: int, pids: list[int], *, alone: bool) -> None:
         for pid in pids:
             if pid in self.pidfds:
-                _signal_group(pid, number)
+                if alone:
+                    os.kill(pid, number)
+                else:
+                    _signal_group(pid, number)
 
     def _bury(self, pid: int) -> None:
         """Report a worker that has ended, and end what it has left behind if it failed."""

@@ -14,6 +14,7 @@ from torch.distributed.run import determine_local_world_size, get_args_parser
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.command_line import parse_command_line
 from lightning_ckptless.membership.launch import (
+    DEFAULT_FINISH_GRACE_S,
     DEFAULT_MAX_RESTARTS,
     DEFAULT_STOP_GRACE_S,
     LaunchConfig,
@@ -55,6 +56,13 @@ def options_parser() -> ArgumentParser:
         default=None,
         help="whether survivors of a fault go on without a restart (default: the strategy's)",
     )
+    ours.add_argument(
+        "--finish-grace",
+        type=float,
+        default=DEFAULT_FINISH_GRACE_S,
+        metavar="SECONDS",
+        help="on SIGTERM, time to finish the step and save (default: %(default)s)",
+    )
     if "PET_MAX_RESTARTS" not in os.environ:
         parser.set_defaults(max_restarts=DEFAULT_MAX_RESTARTS)
     return parser
@@ -91,6 +99,7 @@ def config_from_torchrun_args(argv: Sequence[str]) -> LaunchConfig:
         arena_dir=args.arena_dir,
         in_place=args.in_place,
         standbys=args.standbys,
+        finish_grace_s=args.finish_grace,
         local_addr=args.local_addr,
         log_dir=None if args.log_dir is None else Path(args.log_dir),
         redirects=args.redirects,

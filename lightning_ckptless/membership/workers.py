@@ -6,7 +6,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -69,7 +69,9 @@ class Workers(PContext):
         self._running: set[int] = set()
         self._leaving: list[Process] = []
         self._ends: dict[int, End] = {}
+        self._first_signs: dict[int, float] = {}
         self._stopped: set[int] = set()
+        self._blamed: dict[int, str] = {}
 
     # ------------------------------------------------------------------ starting
 
@@ -122,6 +124,8 @@ class Workers(PContext):
             self._running.remove(rank)
             self._leaving.append(lost)
         self._ends.pop(rank, None)
+        self._first_signs.pop(rank, None)
+        self._blamed.pop(rank, None)
         self.inside.add(rank)
 
     def pids(self) -> dict[int, int]:
@@ -189,12 +193,33 @@ class Workers(PContext):
             if number in of_file:
                 self._put_down(of_file[number])
         self._leaving = [process for process in self._leaving if not process.buried()]
-        return bool(ready) or any(self._processes[rank].is_dying() for rank in self._running)
+        dying = [rank for rank in self._running if self._processes[rank].is_dying()]
+        for rank in dying:
+            self._first_signs.setdefault(rank, time.time())
+        return bool(ready) or bool(dying)
 
     def _put_down(self, rank: int) -> None:
         process = self._processes[rank]
         self._running.remove(rank)
-        self._ends[rank] = process.end()
+        end = process.end()
+        # Whoever begins to die first is the culprit, not he whose memory is freed first.
+        self._ends[rank] = replace(end, at=min(end.at, self._first_signs.pop(rank, end.at)))
+
+    def blame(self, ranks: Collection[int], reason: str, since: float) -> None:
+        """Kill workers that hang; their ends are their own failures.
+
+        Args:
+            ranks: local ranks.
+            reason: why they are thought to hang.
+            since: wall clock of the last sign of any worker.
+        """
+        self._first_signs.update(dict.fromkeys(ranks, since))
+        self._blamed.update(dict.fromkeys(ranks, reason))
+        self._parent.signal([self._processes[rank].pid for rank in ranks], signal.SIGKILL)
+
+    def blamed(self, rank: int) -> str:
+        """Why a worker was killed for a hang; empty where it was not."""
+        return self._blamed.get(rank, "")
 
     def lost(self) -> dict[int, End | None]:
         """Workers that failed by themselves, by local rank, in the order of their deaths.
@@ -207,7 +232,8 @@ class Workers(PContext):
         while dying and (left_s := deadline - time.monotonic()) > 0:
             self.wait_for_end(left_s)
             dying = [rank for rank in dying if rank in self._running]
-        return {**self.failed(), **dict.fromkeys(dying)}
+        signs = {rank: end.at for rank, end in self.failed().items()} | {r: self._first_signs[r] for r in dying}
+        return {rank: self._ends.get(rank) for rank in sorted(signs, key=lambda rank: signs[rank])}
 
     def failed(self) -> dict[int, End]:
         """Workers whose end is known to be a failure of their own, by local rank, in the order of their deaths."""
@@ -237,7 +263,9 @@ class Workers(PContext):
         self._wait_all(_KILL_WAIT_S)
 
     def finish(self, grace_s: float) -> None:
-        """Ask all workers to end behind the step in hand, and give them time to."""
+        """Ask workers that train to end behind the step in hand, and give them time to."""
+        if not self._running <= self.inside:
+            return
         self._stopped |= self._running
         self.tell("finish")
         self._wait_all(grace_s)

@@ -32,6 +32,9 @@ class FaultKind(StrEnum):
     RAISE = "raise"
     HANG = "hang"
     EXIT = "exit"
+    LEAVE = "leave"
+    STOP = "stop"
+    CRASH = "crash"
     NODE = "node"
 
 
@@ -46,6 +49,8 @@ class Moment(StrEnum):
     ACCUMULATION = "accumulation"
     VALIDATION = "validation"
     EPOCH_END = "epoch_end"
+    REGROUP = "regroup"
+    RESTORE = "restore"
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from types import MappingProxyType
 
 from lightning_ckptless.errors import ProtocolError
 
@@ -76,7 +75,7 @@ def plan_recovery(now: Situation) -> RecoveryPlan:
     if now.final is not None:
         return RecoveryPlan(Rung.END, f"not relaunched: {now.final}")
     if now.recoveries_left < 1:
-        return RecoveryPlan(Rung.END, "no recovery is left of those that were allowed")
+        return RecoveryPlan(Rung.END, "no restart is left of those that were allowed")
     if not now.in_place:
         return RecoveryPlan(Rung.RELAUNCH, "recovery in place is switched off")
     if now.obstacle is not None:
@@ -120,16 +119,14 @@ class WorkerEvent(StrEnum):
 
 
 _S, _E = WorkerState, WorkerEvent
-WORKER_TRANSITIONS: Mapping[WorkerState, Mapping[WorkerEvent, WorkerState]] = MappingProxyType(
-    {
-        _S.OUTSIDE: {_E.ENTER: _S.TRAINING, _E.ASSIGN: _S.REGROUPING},
-        _S.TRAINING: {_E.FAULT: _S.CUT, _E.LEAVE: _S.OUTSIDE},
-        _S.CUT: {_E.ASSIGN: _S.REGROUPING, _E.GIVE_UP: _S.ENDED},
-        _S.REGROUPING: {_E.MEET: _S.RESTORING, _E.FAULT: _S.CUT, _E.GIVE_UP: _S.ENDED},
-        _S.RESTORING: {_E.RESTORE: _S.TRAINING, _E.FAULT: _S.CUT, _E.GIVE_UP: _S.ENDED},
-        _S.ENDED: {},
-    }
-)
+WORKER_TRANSITIONS: Mapping[WorkerState, Mapping[WorkerEvent, WorkerState]] = {
+    _S.OUTSIDE: {_E.ENTER: _S.TRAINING, _E.ASSIGN: _S.REGROUPING},
+    _S.TRAINING: {_E.FAULT: _S.CUT, _E.LEAVE: _S.OUTSIDE},
+    _S.CUT: {_E.ASSIGN: _S.REGROUPING, _E.GIVE_UP: _S.ENDED},
+    _S.REGROUPING: {_E.MEET: _S.RESTORING, _E.FAULT: _S.CUT, _E.GIVE_UP: _S.ENDED},
+    _S.RESTORING: {_E.RESTORE: _S.TRAINING, _E.FAULT: _S.CUT, _E.GIVE_UP: _S.ENDED},
+    _S.ENDED: {},
+}
 """What a worker may do next: any other event is a bug of ours."""
 
 

@@ -16,12 +16,15 @@ from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.protocol.faults import Fault, FaultKind, parse_faults
 from lightning_ckptless.testing.compare import Verdict, compare
 from lightning_ckptless.testing.log_files import collect_logs
-from lightning_ckptless.testing.starters import Launcher, Start, program_of, shared_parent, start
+from lightning_ckptless.testing.starters import Ladder, Launcher, Start, program_of, shared_parent, start
 from lightning_ckptless.testing.traces import read_traces
 from lightning_ckptless.testing.variant import Variant, environment_of
 from lightning_ckptless.testing.watch import Progress, watching
 
-__all__ = ["DrillReport", "Progress", "Recovery", "Variant", "run_drill", "run_variant"]
+__all__ = ["DrillReport", "Ladder", "Progress", "Recovery", "Variant", "run_drill", "run_variant"]
+
+
+AS_THE_SCRIPT_SAYS = Ladder()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,7 @@ class Recovery:
         steps_replayed: optimizer steps that were run again.
         phases: seconds by phase; they sum to `total_s`.
         total_s: from the fault to the end of the first step after it.
+        rung: of the ladder: in place, or by a relaunch.
         sources: how many shards came from where.
         moved_bytes: bytes that were sent between ranks.
         at: when it was over, seconds since the epoch.
@@ -50,6 +54,7 @@ class Recovery:
     steps_replayed: int
     phases: Mapping[str, float]
     total_s: float
+    rung: str
     sources: Mapping[str, int]
     moved_bytes: int
     at: float
@@ -57,7 +62,7 @@ class Recovery:
     @classmethod
     def from_event(cls, event: Event) -> Recovery:
         """The recovery that an event of the ledger tells of."""
-        names = ("kind", "culprit_rank", "cause", "version", "steps_replayed", "phases", "total_s")
+        names = ("kind", "culprit_rank", "cause", "version", "steps_replayed", "phases", "total_s", "rung")
         facts = {name: event.fields[name] for name in names}
         moved = {"sources": event.fields.get("sources", {}), "moved_bytes": event.fields.get("moved_bytes", 0)}
         return cls(generation=event.generation or 0, at=event.at, **facts, **moved)
@@ -75,7 +80,8 @@ class DrillReport:
         baseline: the run that was left alone.
         faulted: the run with faults.
         recoveries: of the run with faults, in their order.
-        relaunches: how often its workers were started again.
+        relaunches: how often all its workers were started again.
+        in_place: how often workers were replaced while the others went on.
     """
 
     command: tuple[str, ...]
@@ -86,6 +92,7 @@ class DrillReport:
     faulted: Variant
     recoveries: tuple[Recovery, ...]
     relaunches: int
+    in_place: int
 
     @property
     def identical(self) -> bool:
@@ -127,6 +134,7 @@ class DrillReport:
             "unfired": [str(fault) for fault in self.unfired],
             "verdict": self.verdict.to_dict(),
             "relaunches": self.relaunches,
+            "in_place": self.in_place,
             "recoveries": [asdict(recovery) for recovery in self.recoveries],
             **{name: _facts(variant) for name, variant in (("baseline", self.baseline), ("faulted", self.faulted))},
         }
@@ -147,7 +155,7 @@ def run_drill(
     baseline: Variant | Path | None = None,
     isolate: bool = False,
     env: Mapping[str, str] | None = None,
-    max_restarts: int = 100,
+    ladder: Ladder = AS_THE_SCRIPT_SAYS,
     timeout_s: float | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> DrillReport:
@@ -165,7 +173,7 @@ def run_drill(
         baseline: an uninterrupted run of the same command that has ended; None to run it.
         isolate: give each run a working directory of its own, for a script that writes files by fixed names.
         env: variables for the script.
-        max_restarts: relaunches after which a run gives up.
+        ladder: how the runs recover.
         timeout_s: time after which a run is ended; None for none.
         progress: is called, in another thread, with how far the runs are.
 
@@ -188,7 +196,7 @@ def run_drill(
                 parent=forker,
                 isolate=isolate,
                 env=env,
-                max_restarts=max_restarts,
+                ladder=ladder,
                 timeout_s=timeout_s,
                 progress=progress,
                 expected_steps=expected_steps,
@@ -228,7 +236,7 @@ def run_variant(
     parent: PreloadedParent | None = None,
     isolate: bool = False,
     env: Mapping[str, str] | None = None,
-    max_restarts: int = 100,
+    ladder: Ladder = AS_THE_SCRIPT_SAYS,
     timeout_s: float | None = None,
     progress: Callable[[Progress], None] | None = None,
     expected_steps: int | None = None,
@@ -244,7 +252,7 @@ def run_variant(
         parent: forks the workers of `ckptless`.
         isolate: give the run a working directory of its own.
         env: variables for the script.
-        max_restarts: relaunches after which it gives up.
+        ladder: how it recovers.
         timeout_s: time after which it is ended.
         progress: is called with how far it is.
         expected_steps: optimizer steps that it will make, for `progress`.
@@ -254,7 +262,7 @@ def run_variant(
     cwd = folder / "cwd" if isolate else None
     (cwd or folder).mkdir(parents=True, exist_ok=True)
     variables = environment_of(folder.absolute(), faults, env or {})
-    what = Start(tuple(command), variables, cwd, folder / "output", folder / "runs", nproc, max_restarts, timeout_s)
+    what = Start(tuple(command), variables, cwd, folder / "output", folder / "runs", nproc, ladder, timeout_s)
     began_at = time.time()
     with watching(folder, folder.name, expected_steps, progress):
         exit_code = start(launcher, what, parent)
@@ -291,4 +299,5 @@ def report_on(command: Sequence[str], script: Sequence[Fault], baseline: Variant
         faulted=faulted,
         recoveries=tuple(Recovery.from_event(event) for event in events if event.event == "recovery"),
         relaunches=max(0, len(generations) - 1),
+        in_place=sum(event.event == "in_place" for event in events),
     )

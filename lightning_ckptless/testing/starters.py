@@ -26,6 +26,21 @@ _END_GRACE_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
+class Ladder:
+    """How far down a run may go, and how it recovers.
+
+    Args:
+        max_restarts: recoveries until the run gives up; `python` leaves them to the script.
+        in_place: whether survivors may go on in place; None to leave it to the script. For `ckptless` alone.
+        standbys: processes that wait for a rank; None to leave it to the script. For `ckptless` alone.
+    """
+
+    max_restarts: int = 100
+    in_place: bool | None = None
+    standbys: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Start:
     """What is started.
 
@@ -36,7 +51,7 @@ class Start:
         output: folder for what it prints.
         run_root: folder of its ledger.
         nproc: workers; `python` leaves their number to the script.
-        max_restarts: relaunches until the run gives up; `python` leaves them to the script.
+        ladder: how it recovers.
         timeout_s: time after which it is ended; None for none.
     """
 
@@ -46,7 +61,7 @@ class Start:
     output: Path
     run_root: Path
     nproc: int
-    max_restarts: int
+    ladder: Ladder
     timeout_s: float | None
 
 
@@ -109,7 +124,7 @@ def start(launcher: Launcher, what: Start, parent: PreloadedParent | None) -> in
 
 
 def _torchrun_words(what: Start) -> list[str]:
-    counts = ["--nproc-per-node", str(what.nproc), "--max-restarts", str(what.max_restarts)]
+    counts = ["--nproc-per-node", str(what.nproc), "--max-restarts", str(what.ladder.max_restarts)]
     return ["-m", "torch.distributed.run", "--standalone", *counts]
 
 
@@ -120,7 +135,9 @@ def _run_here(what: Start, parent: PreloadedParent | None) -> int:
         nproc=what.nproc,
         run_id=new_run_id(),
         run_root=what.run_root,
-        max_restarts=what.max_restarts,
+        max_restarts=what.ladder.max_restarts,
+        in_place=what.ladder.in_place,
+        standbys=what.ladder.standbys,
         env=what.env,
         cwd=what.cwd,
         log_dir=what.output,

@@ -12,11 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning_ckptless import environment
 from lightning_ckptless.errors import LaunchError
 from lightning_ckptless.ledger import Ledger
+from lightning_ckptless.membership.pulse import PulseWriter, stacks_path
 from lightning_ckptless.membership.reaper import MARKER, start_reaper
 from lightning_ckptless.membership.verdict import Verdict, leave_verdict, mark_begun
 from lightning_ckptless.options import CkptlessOptions
+from lightning_ckptless.protocol.hang import Point
 from lightning_ckptless.protocol.start import StartAction, StartPlan, plan_start
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.arena import Arena
@@ -68,6 +71,7 @@ class Engine:
         self._restoration: Restoration | None = None
         self._boundaries: StepBoundaries | None = None
         self._finish_asked = False
+        self._pulse: PulseWriter | None = None
 
     @property
     def generation(self) -> int:
@@ -197,6 +201,7 @@ class Engine:
             arena.note("logger_versions", host_loggers.name_versions(trainer.loggers))
         self.loops = loops
         self._begun = BegunStep(arena.path, self.rank)
+        self._take_pulse()
         every = self.options.mirror_every_n_steps
         # Beside the batches of a step, those of the step whose copy is still being made.
         limit = 2 * trainer.accumulate_grad_batches + 2 if every == 1 else 0
@@ -210,7 +215,7 @@ class Engine:
         since = restoration.version if restoration is not None else None
         mirroring.taken = since
         self._boundaries = StepBoundaries(
-            loops, mirroring.commit, every_n_steps=every, since=since, before_batch=batches.watch
+            loops, self._commit, every_n_steps=every, since=since, before_batch=batches.watch
         )
         loops.silence_sigterm(self._ask_to_finish)
         survival = Survival(self, mirroring, batches, self._boundaries)
@@ -265,11 +270,40 @@ class Engine:
     def at_batch_start(self) -> None:
         """Note which step is begun."""
         self._begun.stamp(self.trainer.global_step + 1)
+        self.beat(Point.BATCH)
+
+    def beat(self, point: Point) -> None:
+        """Note where in the step this rank stands: a rank that hangs is found by it."""
+        if self._pulse is not None and self.cohort is not None and not self.trainer.sanity_checking:
+            done = point in (Point.COMMIT, Point.TAIL)
+            self._pulse.beat(self.trainer.global_step + (not done), point)
+
+    def _commit(self, version: Version) -> None:
+        assert self.mirroring is not None
+        self.beat(Point.COMMIT)
+        self.mirroring.commit(version)
+
+    def _take_pulse(self) -> None:
+        self._pulse = PulseWriter.from_environment() if self.strategy.watcher is not None else None
+        if self._pulse is not None:
+            self._pulse.dump_stacks_into(stacks_path(Path(os.environ[environment.VERDICT_DIR]), local_rank()))
 
     def before_optimizer_step(self) -> None:
         """Wait until the version under way is copied: the optimizer is about to change the tensors."""
         if self.mirroring is not None:
             self.mirroring.before_optimizer_step()
+
+    def leave_loop(self) -> None:
+        """The fit loop is over: from here on ranks go their own ways."""
+        if self._pulse is not None:
+            self._pulse.outside()
+
+    def probe_recovery(self, moment: str) -> None:
+        """Tell the probes that a recovery is under way; they get the step that was begun before it."""
+        assert self.arena is not None
+        begun = max((int(path.read_text() or 0) for path in self.arena.path.glob("begun-by-*")), default=0)
+        for probe in list(self.probes):
+            probe(moment, Version(begun, False))
 
     def _probe(self, moment: str, version: Version) -> None:
         if moment == "committed" and self.report.committed(version):
@@ -314,6 +348,9 @@ class Engine:
     def close(self) -> None:
         """Release threads and mappings; the arena stays for a relaunch, its agent removes it."""
         self.detach()
+        if self._pulse is not None:
+            self._pulse.close()
+            self._pulse = None
         if self.mirroring is not None:
             self.mirroring.close()
         self._restoration = None

@@ -7,7 +7,7 @@ batch statistics differ until the next broadcast: *private*, kept whole by every
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -51,6 +51,24 @@ class StateIndex:
     def read(self) -> dict[str, Tensor]:
         """All big tensors of this rank by name, as they are now."""
         return {name: place[key] for name, place, key in self._places} | self._fixed
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Drop buffers and optimizer tensors that the trainer has made since a version that it goes back to.
+
+        Optimizers and modules make them anew when they need them, as they did the first time.
+
+        Args:
+            names: of the tensors of that version.
+        """
+        for name, place, key in self._places:
+            if name in names:
+                continue
+            if "buffer/" in name and not name.startswith("optimizer/"):
+                place[key] = None
+            elif name.startswith("optimizer/"):
+                place.pop(key, None)
+                if not any(isinstance(value, Tensor) for value in place.values()):
+                    place.clear()
 
     def _add_module(self, prefix: str, module: nn.Module) -> None:
         seen: set[int] = set()

@@ -20,6 +20,7 @@ from lightning_ckptless.options import (
     OnUnrecoverable,
     Staging,
 )
+from lightning_ckptless.protocol.hang import Point
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.torch_internals import use_process_group
 from lightning_ckptless.trainer.compatibility import check_trainer
@@ -61,6 +62,8 @@ def strategy_class(flavour: str) -> type[Any]:
             arena_keep_s: seconds for which the arena of a dead run is kept for a restart under the same run id.
             in_place: after a fault replace only what was lost and let the other ranks go on; else start all again.
             standbys: processes per node that have run the script up to `fit` and wait there for a rank.
+            hang_timeout_s: seconds without a sign of any rank after which those that are behind are ended as hung; None
+                to learn it from the steps, 0 for never.
             **ddp_options: everything that Lightning's `DDPStrategy` takes.
 
         Raises:
@@ -84,6 +87,7 @@ def strategy_class(flavour: str) -> type[Any]:
             arena_keep_s: float = 3600.0,
             in_place: bool = True,
             standbys: int = 0,
+            hang_timeout_s: float | None = None,
             **ddp_options: Any,
         ) -> None:
             super().__init__(**ddp_options)
@@ -100,6 +104,7 @@ def strategy_class(flavour: str) -> type[Any]:
                 arena_keep_s=arena_keep_s,
                 in_place=in_place,
                 standbys=standbys,
+                hang_timeout_s=hang_timeout_s,
             )
             self.engine: Engine | None = None
             self.world = World()
@@ -195,6 +200,20 @@ def strategy_class(flavour: str) -> type[Any]:
                 self.engine.at_batch_start()
             super().on_train_batch_start(batch, batch_idx)
 
+        def pre_backward(self, closure_loss: Any) -> None:
+            """Note that the forward pass is over."""
+            self._beat(Point.BACKWARD)
+            super().pre_backward(closure_loss)
+
+        def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+            """Note that validation makes progress."""
+            self._beat(Point.TAIL)
+            return super().validation_step(*args, **kwargs)
+
+        def _beat(self, point: Point) -> None:
+            if self.engine is not None:
+                self.engine.beat(point)
+
         def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
             """Step as Lightning does, but not before the last version is copied."""
             engine = self.engine
@@ -203,6 +222,7 @@ def strategy_class(flavour: str) -> type[Any]:
 
             def closure_then_wait() -> Any:
                 result = closure()
+                self._beat(Point.OPTIMIZER)
                 engine.before_optimizer_step()
                 return result
 

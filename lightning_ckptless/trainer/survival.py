@@ -100,7 +100,11 @@ class Survival:
         if self._watcher is not None:
             options = self._engine.options
             self._watcher.tell(
-                "entered", in_place=options.in_place, standbys=options.standbys, obstacle=self._obstacle()
+                "entered",
+                in_place=options.in_place,
+                standbys=options.standbys,
+                hang_timeout_s=options.hang_timeout_s,
+                obstacle=self._obstacle(),
             )
 
     def _obstacle(self) -> str | None:
@@ -128,6 +132,7 @@ class Survival:
                 traceback.clear_frames(error.__traceback__)
             go = self._come_back(assignment)
         self._move(WorkerEvent.LEAVE)
+        self._engine.leave_loop()
         if self._watcher is not None:
             self._watcher.tell("left")
 
@@ -171,6 +176,7 @@ class Survival:
         self._mirroring.abandon()
         if foreign := self._strategy.world.foreign_groups():
             self._give_up(f"the program has made {foreign} process groups of its own, which cannot be made anew")
+        engine.probe_recovery("regroup")
         self._strategy.rejoin(assignment.number, lambda: self._watcher is not None and self._watcher.is_over)
         assert engine.arena is not None
         transport = engine.connect()
@@ -187,6 +193,7 @@ class Survival:
             # As many recoveries were made as the user allows: a relaunch counts them again, and ends the run.
             self._give_up(str(error))
         self._mirroring.join(engine.cohort)
+        engine.probe_recovery("restore")
         self._put_back(restoration)
         self._move(WorkerEvent.RESTORE)
         return restoration.version

@@ -9,7 +9,11 @@ from torch import Tensor
 
 from lightning_ckptless.replica.layout import Described, Layout, describe, dtype_of, plan_layout, private_name
 from lightning_ckptless.replica.restore import fill
-from lightning_ckptless.trainer.state import StateIndex, make_room_for_buffers, make_room_for_optimizer_state
+from lightning_ckptless.trainer.state import (
+    StateIndex,
+    make_room_for_buffers,
+    make_room_for_optimizer_state,
+)
 
 
 def describe_state(index: StateIndex) -> tuple[Described, ...]:
@@ -40,8 +44,11 @@ def fill_trainer(
     """
     described = {name: (dtype_of(dtype), shape) for name, (dtype, shape) in layout.tensors().items()}
     own = private_name(rank, "")
-    make_room_for_buffers(trainer, {n.removeprefix(own): facts for n, facts in described.items() if n.startswith(own)})
-    make_room_for_optimizer_state(trainer, {n: facts for n, facts in described.items() if n.startswith("optimizer/")})
+    of_buffers = {name.removeprefix(own): facts for name, facts in described.items() if name.startswith(own)}
+    of_optimizers = {name: facts for name, facts in described.items() if name.startswith("optimizer/")}
+    StateIndex(trainer).keep_only({name.removeprefix(own) for name in described})
+    make_room_for_buffers(trainer, of_buffers)
+    make_room_for_optimizer_state(trainer, of_optimizers)
     index = StateIndex(trainer)
     layout.require_same(plan_layout([describe_state(index)] * world_size), rank)
     fill(layout, {rank: bulks[rank]} if only_own else bulks, index.read(), rank)

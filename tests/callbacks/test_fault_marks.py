@@ -10,7 +10,7 @@ from lightning_ckptless.protocol.faults import parse_faults
 
 
 def marks(folder: Path, *, generation: int = 1, rank: int = 0) -> FaultMarks:
-    return FaultMarks(folder / "faults", generation, rank)
+    return FaultMarks(folder / "faults", lambda: generation, rank)
 
 
 def test_once_per_run(tmp_path: Path) -> None:

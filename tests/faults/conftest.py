@@ -10,7 +10,7 @@ import pytest
 
 from lightning_ckptless.membership.launch import LaunchConfig, make_parent
 from lightning_ckptless.membership.parent import PreloadedParent
-from lightning_ckptless.testing.drill import DrillReport, Variant, run_drill, run_variant
+from lightning_ckptless.testing.drill import DrillReport, Ladder, Variant, run_drill, run_variant
 from lightning_ckptless.testing.starters import program_of
 from tests.faults.matrix import Cell
 from tests.lab.parts import Options
@@ -38,7 +38,7 @@ def parent() -> Iterator[PreloadedParent]:
         yield preloaded
 
 
-Drill = Callable[[Cell], DrillReport]
+Drill = Callable[[Cell, Ladder], DrillReport]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def drill(parent: PreloadedParent, tmp_path_factory: pytest.TempPathFactory) -> 
     baselines: dict[Options, Variant] = {}
     env = {"PYTHONPATH": str(REPOSITORY)}
 
-    def run(cell: Cell) -> DrillReport:
+    def run(cell: Cell, ladder: Ladder) -> DrillReport:
         options = cell.options
         if options not in baselines:
             folder = tmp_path_factory.mktemp("baseline") / "run"
@@ -64,7 +64,7 @@ def drill(parent: PreloadedParent, tmp_path_factory: pytest.TempPathFactory) -> 
             baseline=baselines[options],
             isolate=True,
             env=env,
-            max_restarts=5,
+            ladder=ladder,
             timeout_s=120,
         )
 

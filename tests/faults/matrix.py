@@ -96,3 +96,22 @@ VALIDATION = {
     ),
 }
 CELLS = {**WHEN, **WHO, **DATA, **OPTIMIZATION, **VALIDATION}
+TELLING = (
+    "rank=1-during=training_step",
+    "rank=1-during=optimizer_step",
+    "rank=0-during=accumulation",
+    "rank=1-during=validation",
+    "rank=0-during=epoch_end",
+    "rank=0-at=first_step",
+    "rank=1-twice",
+    "rank=2-of_four",
+    "data=persistent_workers",
+    "data=iterable_with_workers",
+    "data=stateful",
+    "two_optimizers",
+    "ema-checkpoints",
+    "mirror_every=3",
+    "mid_epoch-plateau",
+    "replica_per_rank",
+)
+"""Cells that are tried by a relaunch of all, too: those in which a new process has to find its way for everybody."""

@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import pytest
 
+from lightning_ckptless.testing.drill import DrillReport
+from lightning_ckptless.testing.starters import Ladder
 from tests.faults.conftest import Drill
-from tests.faults.matrix import CELLS, is_version
+from tests.faults.matrix import CELLS, TELLING, Cell, is_version
+
+IN_PLACE = Ladder(max_restarts=5)
+RELAUNCH = Ladder(max_restarts=5, in_place=False)
 
 
 @pytest.mark.parametrize("name", CELLS)
 def test_kill(name: str, drill: Drill) -> None:
     cell = CELLS[name]
-    report = drill(cell)
+    report = drill(cell, IN_PLACE)
+    # Nobody is left to go on in place where all ranks are lost at once.
+    relaunches = cell.recoveries if "rank=all" in cell.faults else 0
+    _assert_survived(cell, report, relaunches=relaunches, in_place=cell.recoveries - relaunches)
+
+
+@pytest.mark.parametrize("name", TELLING)
+def test_kill_and_relaunch(name: str, drill: Drill) -> None:
+    cell = CELLS[name]
+    _assert_survived(cell, drill(cell, RELAUNCH), relaunches=cell.recoveries, in_place=0)
+
+
+def _assert_survived(cell: Cell, report: DrillReport, *, relaunches: int, in_place: int) -> None:
     assert report.problems == ()
     assert report.identical
-    assert report.relaunches == cell.recoveries
+    assert (report.relaunches, report.in_place) == (relaunches, in_place)
     assert len(report.recoveries) == cell.recoveries
+    assert {recovery.rung for recovery in report.recoveries} == ({"in place"} if in_place else {"relaunch"})
     for recovery, expected in zip(report.recoveries, cell.restored, strict=False):
         assert is_version(recovery.version, expected)
     for recovery in report.recoveries:

@@ -194,6 +194,9 @@ class _Dying:
         self._die("before gather")
         return self._inner.gather(payload)
 
+    def vote(self, mine: int) -> int:
+        return self._inner.vote(mine)
+
     def agree(self, mine: bool) -> bool:
         self._die("before agree")
         agreed = self._inner.agree(mine)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_ckptless.torch_internals import version_counter
+from lightning_ckptless.torch_internals import map_tensors, version_counter
 from lightning_ckptless.trainer.host.flavour import is_a
 
 
@@ -71,4 +70,4 @@ def copy_containers(data: Any) -> tuple[Any, tuple[int, ...]]:
         stamps.append(version_counter(tensor))
         return tensor
 
-    return apply_to_collection(data, Tensor, same), tuple(stamps)
+    return map_tensors(same, data), tuple(stamps)

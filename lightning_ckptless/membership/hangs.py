@@ -1,0 +1,91 @@
+"""Looking for workers that hang, and for those that hold the others back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.pulse import STACKS_SIGNAL, pulse_path, read_pulse, stacks_path
+from lightning_ckptless.membership.workers import Workers
+from lightning_ckptless.protocol.hang import Hang, Pulse, find_hang, find_straggler
+
+_LOOK_EVERY_S = 0.25
+_STACKS_WAIT_S = 0.5
+_STACKS_POLL_S = 0.02
+_STRAGGLER_EVERY_S = 60.0
+_MOST_STACKS = 8000
+
+
+class HangWatch:
+    """Watches the pulses of one node's workers.
+
+    Args:
+        folder: in which workers write them.
+        record: receives events.
+        say: tells the user something.
+    """
+
+    def __init__(self, folder: Path, record: Callable[..., None], say: Callable[[str], None]) -> None:
+        self.limit_s: float | None = None
+        self._folder = folder
+        self._record = record
+        self._say = say
+        self._looked_at = 0.0
+        self._straggler_at = 0.0
+
+    def begin_round(self, local_ranks: list[int]) -> None:
+        """Workers are about to start: forget the pulses of those before them."""
+        for rank in local_ranks:
+            self.forget(rank)
+
+    def forget(self, local_rank: int) -> None:
+        """Another process takes a worker's place."""
+        pulse_path(self._folder, local_rank).unlink(missing_ok=True)
+
+    def look(self, workers: Workers) -> Hang | None:
+        """Look, if it is time to; returns who hangs."""
+        now = time.monotonic()
+        if now - self._looked_at < _LOOK_EVERY_S:
+            return None
+        self._looked_at = now
+        pids = workers.pids()
+        pulses = {rank: read_pulse(self._folder, rank, pid) for rank, pid in pids.items() if rank in workers.inside}
+        known = {rank: pulse for rank, pulse in pulses.items() if pulse is not None}
+        if len(known) < len(pids) or any(workers.blamed(rank) for rank in pids):
+            return None
+        self._look_for_stragglers(known, now)
+        return find_hang(known, now=now, override_s=self.limit_s)
+
+    def _look_for_stragglers(self, pulses: dict[int, Pulse], now: float) -> None:
+        if now - self._straggler_at < _STRAGGLER_EVERY_S:
+            return
+        if not self._straggler_at:
+            self._straggler_at = now
+            return
+        self._straggler_at = now
+        own_ms = {rank: round(1e3 * pulse.own_s, 3) for rank, pulse in pulses.items()}
+        self._record("step_times", own_ms=own_ms)
+        if (found := find_straggler({rank: pulse.own_s for rank, pulse in pulses.items()})) is not None:
+            rank, ratio = found
+            self._say(
+                f"local rank {rank} holds the others back: {own_ms[rank]:.1f} ms a step, {ratio:.1f} times theirs"
+            )
+
+    def end(self, hang: Hang, workers: Workers, parent: PreloadedParent) -> None:
+        """Put down where the hung workers stand, and kill them: their ends are found as any other."""
+        pids = {rank: workers.pids()[rank] for rank in hang.ranks}
+        stacks = {rank: self._stacks(rank, pid, parent) for rank, pid in pids.items()}
+        self._record("hang", local_ranks=list(hang.ranks), reason=hang.reason, stacks=stacks)
+        workers.blame(hang.ranks, hang.reason, since=time.time() - hang.silent_s)
+
+    def _stacks(self, rank: int, pid: int, parent: PreloadedParent) -> str:
+        path = stacks_path(self._folder, rank)
+        parent.signal_one(pid, STACKS_SIGNAL)
+        deadline = time.monotonic() + _STACKS_WAIT_S
+        while time.monotonic() < deadline:
+            if path.exists() and (text := path.read_text()).count("most recent call first"):
+                return text[:_MOST_STACKS]
+            time.sleep(_STACKS_POLL_S)
+        return "it did not answer"

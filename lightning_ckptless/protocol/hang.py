@@ -1,0 +1,143 @@
+"""Which rank hangs, told from how far each has come, and which holds the others back.
+
+In lockstep one rank that hangs stops all: the others come to the next collective and wait there. So it is not silence
+that gives the culprit away, but being behind. Nobody is blamed where all stand at the same point (a long validation, a
+first compilation), where a debugger has stopped one, or where somebody has stopped all.
+
+| All ranks silent for longer than the limit, and | Then |
+|---|---|
+| a debugger holds one | nobody hangs |
+| all are stopped | nobody hangs |
+| some are stopped | they hang |
+| some are behind the others | they hang |
+| all stand at the same point, for less than the ceiling | nobody hangs |
+| all stand at the same point | all hang |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+FLOOR_S = 10.0
+CEILING_S = 1800.0
+FACTOR = 8.0
+"""Times the longest pause that was seen between two signs of progress."""
+STRAGGLER_FACTOR = 1.5
+"""Times the median of the ranks' own time per step, from which a rank is said to hold the others back."""
+
+
+class Point(IntEnum):
+    """Where in a step a rank is, in order."""
+
+    OUTSIDE = 0
+    BATCH = 1
+    BACKWARD = 2
+    OPTIMIZER = 3
+    COMMIT = 4
+    TAIL = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """What is known of one rank.
+
+    Args:
+        step: optimizer step that it has begun.
+        point: where in the step.
+        count: how many signs it gave at this point, e.g. batches of a validation.
+        at: when it gave the last one, in seconds of a clock that all ranks of the node share.
+        longest_pause_s: between two signs, of all that were given since its first step.
+        own_s: its own time per step, without waiting for others; 0 where that is not known.
+        stopped: whether the system has stopped it.
+        traced: whether a debugger holds it.
+    """
+
+    step: int
+    point: Point
+    count: int
+    at: float
+    longest_pause_s: float
+    own_s: float
+    stopped: bool = False
+    traced: bool = False
+
+    @property
+    def progress(self) -> tuple[int, int, int]:
+        """How far it has come."""
+        return self.step, self.point, self.count
+
+
+@dataclass(frozen=True, slots=True)
+class Hang:
+    """Who hangs, why that is thought, and for how long nobody has given a sign."""
+
+    ranks: tuple[int, ...]
+    reason: str
+    silent_s: float
+
+
+def limit_s(pulses: Mapping[int, Pulse], override_s: float | None) -> float:
+    """For how long all ranks may be silent.
+
+    Args:
+        pulses: by rank.
+        override_s: the user's limit; None to learn it from the pauses that were seen.
+    """
+    if override_s is not None:
+        return override_s
+    longest_s = max((pulse.longest_pause_s for pulse in pulses.values()), default=0.0)
+    # Before the first step is through, nothing is known: a compilation may take its time.
+    return CEILING_S if longest_s == 0.0 else min(CEILING_S, max(FLOOR_S, FACTOR * longest_s))
+
+
+def find_hang(pulses: Mapping[int, Pulse], *, now: float, override_s: float | None = None) -> Hang | None:
+    """Tell which ranks hang.
+
+    Args:
+        pulses: by rank, of all ranks that can be seen.
+        now: on the clock of the pulses.
+        override_s: the user's limit; None to learn it, 0 to look for none.
+    """
+    if not pulses or override_s == 0.0 or any(pulse.point is Point.OUTSIDE for pulse in pulses.values()):
+        return None
+    silent_s, allowed_s = now - max(pulse.at for pulse in pulses.values()), limit_s(pulses, override_s)
+    if silent_s <= allowed_s or any(pulse.traced for pulse in pulses.values()):
+        return None
+    stopped = tuple(rank for rank, pulse in pulses.items() if pulse.stopped)
+    if len(stopped) == len(pulses):
+        return None
+    silent = f"no rank gave a sign for {silent_s:.1f} s, {allowed_s:.1f} s are allowed"
+    if stopped:
+        return Hang(stopped, f"stopped by a signal; {silent}", silent_s)
+    least = min(pulse.progress for pulse in pulses.values())
+    behind = tuple(rank for rank, pulse in pulses.items() if pulse.progress == least)
+    if len(behind) < len(pulses):
+        step, point, _ = least
+        return Hang(
+            behind, f"stands at {Point(point).name.lower()} of step {step}, behind the others; {silent}", silent_s
+        )
+    if silent_s <= max(allowed_s, CEILING_S if override_s is None else override_s):
+        return None
+    return Hang(behind, f"all ranks stand at the same point; {silent}", silent_s)
+
+
+def find_straggler(own_s: Mapping[int, float]) -> tuple[int, float] | None:
+    """The rank that holds the others back, and how many times the median it takes; None where none does.
+
+    Args:
+        own_s: each rank's own time per step, without waiting for others.
+    """
+    known = {rank: seconds for rank, seconds in own_s.items() if seconds > 0}
+    if len(known) < 2:
+        return None
+    slowest = max(known, key=lambda rank: known[rank])
+    ratio = known[slowest] / _median([seconds for rank, seconds in known.items() if rank != slowest])
+    return (slowest, ratio) if ratio >= STRAGGLER_FACTOR else None
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
