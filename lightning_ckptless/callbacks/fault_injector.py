@@ -148,7 +148,9 @@ class Injection:
                 "relaunches which faults have happened"
             )
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        self._marks = FaultMarks(folder, lambda: engine.generation if engine else restarts, rank)
+        # A process that has not met the others yet is a generation of its own.
+        alone = -os.getpid()
+        self._marks = FaultMarks(folder, lambda: (engine.generation or alone) if engine else restarts, rank)
         if engine is not None:
             self._record = lambda event, **fields: engine.ledger.record(
                 event, generation=engine.generation, rank=rank, **fields

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,9 +80,11 @@ def _shut_down(number: int, target: str) -> bool:
         duplicate = os.dup(number)
     except OSError:
         return False
+    facts = os.fstat(duplicate)
+    if not stat.S_ISSOCK(facts.st_mode) or f"socket:[{facts.st_ino}]" != target:
+        os.close(duplicate)
+        return False
     with socket.socket(fileno=duplicate) as sock:
-        if f"socket:[{os.fstat(duplicate).st_ino}]" != target:
-            return False
         if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
             return False
         try:

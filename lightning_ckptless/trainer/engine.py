@@ -308,6 +308,8 @@ class Engine:
     def _probe(self, moment: str, version: Version) -> None:
         if moment == "committed" and self.report.committed(version):
             mark_begun(self.rank)
+            # Here, because it waits for threads of gloo, and training does not wait for this thread.
+            self.strategy.world.bury()
             if self.strategy.watcher is not None:
                 self.strategy.watcher.tell("stepped")
             if is_first_of_node(local_rank()) and self.arena is not None:
@@ -317,6 +319,9 @@ class Engine:
 
     def saving_checkpoint(self, path: str) -> None:
         """Called before a checkpoint file is written by this rank."""
+        if self.mirroring is not None and self.mirroring.is_over:
+            # Nothing is run again behind it: it stays, whatever the next start goes on from.
+            return
         taken = self.mirroring.taken if self.mirroring is not None else None
         self.ledger.record(
             "checkpoint",

@@ -41,6 +41,7 @@ class Mirroring:
     Attributes:
         taken: the version that was taken last, or restored.
         tensors_are_of: the version that the parameters and the optimizer hold; None while a step changes them.
+        is_over: whether the run was asked to end, and no version follows the last one.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Mirroring:
     ) -> None:
         self.taken: Version | None = None
         self.tensors_are_of: Version | None = None
+        self.is_over = False
         self._trainer = trainer
         self._loops = loops
         self._options = options
@@ -138,6 +140,7 @@ class Mirroring:
         if self._mirror.finish_after is not None and self._mirror.finish_after < version:
             # All ranks have waited for that round, so all stop here.
             self._mirror.settle()
+            self.is_over = True
             self._loops.stop_for_sigterm(SIGTERM_EXIT_CODE)
 
     def before_optimizer_step(self) -> None:

@@ -135,3 +135,19 @@ def test_ranks_of_both_nodes_die_at_once(tmp_path: Path, stack: ExitStack, paren
     agents = [cluster.start_agent("kill:rank=all:step=5") for _ in range(2)]
     assert [agent.wait(timeout=END_S) for agent in agents] == [0, 0], cluster.output()
     _assert_identical(cluster, parent)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_rank_of_one_node_is_replaced_and_the_other_node_goes_on(
+    tmp_path: Path, stack: ExitStack, parent: PreloadedParent
+) -> None:
+    cluster = Cluster(tmp_path, stack)
+    cluster.arenas.mkdir()
+    agents = [cluster.start_agent("kill:rank=1:step=5,kill:rank=0:step=9") for _ in range(2)]
+    assert [agent.wait(timeout=END_S) for agent in agents] == [0, 0], cluster.output()
+    events = list(read_ledger(tmp_path / "runs" / "two-nodes" / "ledger.jsonl"))
+    assert sum(event.event == "in_place" for event in events) == 2
+    assert not [event for event in events if event.event == "relaunch"]
+    assert [event.fields["culprit_rank"] for event in events if event.event == "recovery"] == [1, 0]
+    _assert_identical(cluster, parent)

@@ -1,0 +1,71 @@
+"""A process that lives through twenty recoveries holds as much as before the first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.testing.starters import Ladder, Start, start
+from tests.faults.conftest import REPOSITORY
+
+RECOVERIES = 20
+EVERY = 6
+SCRIPT = f"""
+import os, threading
+import lightning as L
+import psutil
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+class Census(L.Callback):
+    def on_train_batch_start(self, trainer, *_):
+        # Behind a recovery the last groups are let go of within a step or two.
+        if trainer.global_step % {EVERY} == 3:
+            me = psutil.Process()
+            facts = threading.active_count(), me.num_threads(), me.num_fds(), me.memory_info().rss
+            with open(f"census-{{os.getpid()}}", "a") as file:
+                print(*facts, file=file)
+
+L.seed_everything(1)
+trainer = L.Trainer(
+    accelerator="cpu", devices=2, strategy="ckptless", max_steps={EVERY * (RECOVERIES + 2)}, max_epochs=-1,
+    enable_progress_bar=False, logger=False, enable_checkpointing=False, limit_val_batches=0, callbacks=[Census()],
+)
+trainer.fit(BoringModel())
+"""
+
+
+@dataclass(frozen=True)
+class Census:
+    """What a process held at one moment."""
+
+    python_threads: int
+    threads: int
+    files: int
+    rss_bytes: int
+
+
+@pytest.mark.slow
+def test_twenty_recoveries_leave_nothing(tmp_path: Path, parent: PreloadedParent) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    faults = ",".join(f"kill:rank=1:step={EVERY * (count + 1)}" for count in range(RECOVERIES))
+    what = Start(
+        command=(str(tmp_path / "train.py"),),
+        env={"PYTHONPATH": str(REPOSITORY), "CKPTLESS_FAULTS": faults},
+        cwd=tmp_path,
+        output=tmp_path / "output",
+        run_root=tmp_path / "runs",
+        nproc=2,
+        ladder=Ladder(RECOVERIES),
+        timeout_s=120,
+    )
+    assert start("ckptless", what, parent) == 0
+    longest = max(tmp_path.glob("census-*"), key=lambda path: path.stat().st_size)
+    found = [Census(*(int(word) for word in line.split())) for line in longest.read_text().splitlines()]
+    assert len(found) >= RECOVERIES
+    # The first recovery loads and makes what all others use.
+    early, late = found[2], found[-1]
+    assert (late.python_threads, late.threads, late.files) == (early.python_threads, early.threads, early.files)
+    assert late.rss_bytes <= 1.02 * early.rss_bytes
