@@ -8,13 +8,16 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.processes import Command
+from benchmarks.quantiles import median
 from benchmarks.wire import Desk, Note
 
 START_S = 180.0
 _LOOK_S = 1.0
+_LAST_STEPS = 10
 
 
 class NoRecoveryError(RuntimeError):
@@ -28,6 +31,7 @@ class Life:
     Args:
         rank: of the process; -1 until it has one.
         moments: first time of each moment, wall clock.
+        steps: last time that each step was finished, wall clock.
         first_step: first step that it finished; 0 for none.
         last_step: last step that it finished.
         committed: newest step that it has seen committed on all ranks.
@@ -35,6 +39,7 @@ class Life:
 
     rank: int = -1
     moments: dict[str, float] = field(default_factory=dict)
+    steps: dict[int, float] = field(default_factory=dict)
     first_step: int = 0
     last_step: int = 0
     committed: int = 0
@@ -44,6 +49,7 @@ class Life:
         self.moments.setdefault(note.moment, note.at)
         if note.moment == "step":
             self.last_step = note.fields["step"]
+            self.steps[self.last_step] = note.at
             self.first_step = self.first_step or self.last_step
         elif note.moment == "committed":
             self.committed = max(self.committed, note.fields["step"])
@@ -106,7 +112,7 @@ class Watch:
 
 
 def kill_one(
-    watch: Watch, chance: random.Random, *, every_n_steps: int, step_s: float, timeout_s: float
+    watch: Watch, chance: random.Random, *, every_n_steps: int, within_s: float, timeout_s: float
 ) -> dict[str, Any]:
     """Kill a random rank after a random number of steps, at a random moment of the step.
 
@@ -115,7 +121,7 @@ def kill_one(
         chance: source of randomness.
         every_n_steps: the kill comes after so many steps at least and less than twice as many, all equally likely:
             where a checkpoint file is written as often, the kill is equally likely at any distance from the last one.
-        step_s: about the length of a step.
+        within_s: about the length of a step.
         timeout_s: longest wait for the recovery.
 
     Returns:
@@ -128,25 +134,39 @@ def kill_one(
     watch.until(lambda lives: min(life.first_step for life in lives) > 0, START_S, "a first step")
     steps = min(life.first_step for life in watch.now()) - 1 + every_n_steps + chance.randrange(every_n_steps)
     watch.until(lambda lives: min(life.last_step for life in lives) >= steps, START_S, f"step {steps}")
-    watch.follow(chance.random() * step_s)
+    watch.follow(chance.random() * within_s)
     victim, old, dying = chance.randrange(watch.ranks), set(watch.lives), watch.now()
+    last, committed = max(life.last_step for life in dying), max(life.committed for life in dying)
+    step_s = _step_s(dying[victim])
     killed_at = time.time()
     os.kill(watch.pids[victim], signal.SIGKILL)
 
     def came_back(lives: list[Life]) -> bool:
-        return old.isdisjoint(watch.pids.values()) and all(life.first_step for life in lives)
+        # The newcomer's first step, finished by all of them since then.
+        first = lives[victim].first_step
+        again = watch.pids[victim] not in old and first > 0
+        return again and all(life.steps.get(first, 0.0) > killed_at for life in lives)
 
     lives = watch.until(came_back, timeout_s, f"a step by all ranks after the loss of rank {victim}")
-    restored = min(life.first_step for life in lives) - 1
+    first = lives[victim].first_step
+    restored, new = first - 1, [life for pid, life in watch.lives.items() if pid not in old and life.rank >= 0]
     return {
         "victim": victim,
         "killed_at": killed_at,
-        "seconds": max(life.moments["step"] for life in lives) - killed_at,
-        "step_before": max(life.last_step for life in dying),
-        "committed_before": max(life.committed for life in dying),
+        "seconds": max(life.steps[first] for life in lives) - killed_at,
+        "step_before": last,
+        "committed_before": committed,
         "restored_step": restored,
-        "repeated_steps": max(life.last_step for life in dying) - restored,
-        "lost_committed_steps": max(0, max(life.committed for life in dying) - restored),
-        "starts": len(set(watch.lives) - old) / watch.ranks,
-        "ranks": [{name: at - killed_at for name, at in life.moments.items()} for life in lives],
+        "repeated_steps": last - restored,
+        "lost_committed_steps": max(0, committed - restored),
+        "starts": len(new) / watch.ranks,
+        "step_s": step_s,
+        "ranks": [{name: at - killed_at for name, at in life.moments.items()} for life in lives if life in new],
     }
+
+
+def _step_s(life: Life) -> float:
+    """A usual step of the job, by what a rank has done last."""
+    times = sorted(life.steps.values())[-_LAST_STEPS:]
+    took_s = [after - before for before, after in pairwise(times)]
+    return median(took_s) if took_s else 0.0

@@ -1,4 +1,4 @@
-"""SIGKILL of one rank to the first step that all ranks have finished, and how many steps are run again.
+"""SIGKILL of one rank to the first step that all ranks have finished, where all are started again.
 
 A small GPT trains on two CPU ranks; again and again a random rank is killed at a random moment. The opponent is stock
 torchrun with Lightning's `ddp` and a checkpoint file every 50 steps, from which the restarted script resumes.
@@ -6,164 +6,32 @@ torchrun with Lightning's `ddp` and a checkpoint file every 50 steps, from which
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from rich.progress import Progress
-
-from benchmarks.job import JobOptions
-from benchmarks.processes import OWN_STORE, Command, job_environment, with_ckptless_run, with_torchrun
-from benchmarks.recoveries import NoRecoveryError, Watch, kill_one
+from benchmarks.kills import Opponent, add_options, complete, files, run
+from benchmarks.processes import with_ckptless_run, with_torchrun
 from benchmarks.relaunch_tables import moments_table, phases_table, stock_table, summary_table
-from benchmarks.report import Report, base_parser, console, progress_bar
-from benchmarks.scratch import Scratch, scratch
-from benchmarks.wire import Desk
-from lightning_ckptless import environment
-from lightning_ckptless.ledger import read_ledger
+from benchmarks.report import Report, base_parser, progress_bar
 
 RANKS = 2
-STEP_S = 0.05
-EVERY = 50
-"""Steps between two checkpoint files of the opponent; the kills are spread over them."""
-TIMEOUT_S = 120.0
-STOCK_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True)
-class Opponent:
-    """One way to survive a kill.
-
-    Args:
-        name: what the tables call it.
-        command: makes the command line.
-        strategy: of the script.
-        checkpoint_every: steps between two checkpoint files; 0 for none.
-        env: what it needs beyond the usual.
-    """
-
-    name: str
-    command: Callable[[JobOptions], list[str]]
-    strategy: str = "ckptless"
-    checkpoint_every: int = 0
-    env: tuple[tuple[str, str], ...] = ()
-
-    def options(self, size: str, root: Path) -> JobOptions:
-        """The job that is killed."""
-        return JobOptions(size, 2, self.strategy, devices=RANKS, checkpoint_every=self.checkpoint_every, root=str(root))
 
 
 OPPONENTS = (
-    Opponent("ckptless run", with_ckptless_run),
-    Opponent("ckptless run --no-preload", lambda options: with_ckptless_run(options, "--no-preload")),
+    Opponent("ckptless run", lambda options: with_ckptless_run(options, "--no-in-place")),
+    Opponent("ckptless run --no-preload", lambda options: with_ckptless_run(options, "--no-in-place", "--no-preload")),
     Opponent("torchrun, ckptless", with_torchrun),
-    Opponent("torchrun, ddp + ModelCheckpoint(50)", with_torchrun, "ddp", EVERY, tuple(OWN_STORE.items())),
+    files(RANKS),
 )
-STOCK = Opponent("torchrun as it is, ddp + ModelCheckpoint(50)", with_torchrun, "ddp", EVERY)
-
-
-@contextmanager
-def job(opponent: Opponent, size: str, place: Scratch, name: str) -> Iterator[tuple[Watch, Path]]:
-    """A job that is training, and the folder of its runs."""
-    folder = place.files / name
-    folder.mkdir()
-    ours = {environment.RUN_ROOT: str(folder / "runs"), environment.ARENA_DIR: str(place.arenas)}
-    with Desk(place.files / f"{name}.socket") as desk:
-        env = {**job_environment(desk.path), **ours, **dict(opponent.env)}
-        with Command(opponent.command(opponent.options(size, folder)), folder, env) as command:
-            yield Watch(desk, command, RANKS), folder
-
-
-def block(
-    opponent: Opponent,
-    size: str,
-    kills: int,
-    place: Scratch,
-    name: str,
-    chance: random.Random,
-    timeout_s: float = TIMEOUT_S,
-) -> Iterator[Any]:
-    """Start a job, kill it so many times, and end it.
-
-    Yields:
-        What came of each kill; with the ledger's account of it under `ledger` where there is one.
-    """
-    found: list[dict[str, Any]] = []
-    with job(opponent, size, place, name) as (watch, folder):
-        for _ in range(kills):
-            try:
-                found.append(kill_one(watch, chance, every_n_steps=EVERY, step_s=STEP_S, timeout_s=timeout_s))
-            except NoRecoveryError as error:
-                console.print(f"{opponent.name}: {error}", markup=False)
-                found.append({"failed": str(error)})
-                break
-            yield None
-        if opponent.strategy == "ckptless" and "failed" not in found[-1]:
-            _await_last_account(watch, folder, sum("failed" not in kill for kill in found))
-    accounts = recoveries_of(folder)
-    for place_in_order, kill in enumerate(found):
-        if place_in_order < len(accounts) and "failed" not in kill:
-            kill["ledger"] = accounts[place_in_order]
-        yield kill
-
-
-def _await_last_account(watch: Watch, folder: Path, kills: int) -> None:
-    """A recovery is written down when its first step is committed, a moment after it was finished."""
-    watch.until(lambda _: len(recoveries_of(folder)) >= kills, TIMEOUT_S, "the ledger's last recovery")
-
-
-def recoveries_of(folder: Path) -> list[dict[str, Any]]:
-    """The ledger's `recovery` events of the runs in a folder."""
-    paths = sorted(folder.rglob("ledger.jsonl"))
-    return [event.fields for path in paths for event in read_ledger(path).events if event.event == "recovery"]
-
-
-def run(args: Any, progress: Progress) -> dict[str, Any]:
-    """Kill every opponent `args.repeats` times, in blocks that alternate; then stock torchrun a few times."""
-    chance = random.Random(args.seed)
-    opponents = [opponent for opponent in OPPONENTS if not args.only or opponent.name in args.only]
-    results: dict[str, list[Any]] = {opponent.name: [] for opponent in opponents}
-    stock: list[Any] = []
-    task = progress.add_task("", total=len(opponents) * args.repeats + args.stock_tries)
-    with scratch() as place:
-        blocks = [min(args.block, args.repeats - done) for done in range(0, args.repeats, args.block)]
-        for number, kills in enumerate(blocks):
-            for index, opponent in enumerate(opponents):
-                progress.update(task, description=opponent.name)
-                for kill in block(opponent, args.size, kills, place, f"{index}-{number}", chance):
-                    if kill is None:
-                        progress.advance(task)
-                    else:
-                        results[opponent.name].append(kill)
-        for number in range(args.stock_tries):
-            progress.update(task, description=STOCK.name)
-            tried = block(STOCK, args.size, 1, place, f"stock-{number}", chance, STOCK_TIMEOUT_S)
-            stock += [kill for kill in tried if kill is not None]
-            progress.advance(task)
-    return {"kills": results, "stock": stock}
 
 
 def main() -> None:
     """Read the command line, measure, report."""
-    names = [opponent.name for opponent in OPPONENTS]
     parser = base_parser(__doc__)
-    parser.add_argument("--repeats", type=int, help="kills of each opponent (default: 12; 2 with --quick)")
-    parser.add_argument("--block", type=int, default=4, help="kills before the next opponent has its turn (default: 4)")
-    parser.add_argument("--stock-tries", type=int, help="kills of torchrun as it is (default: 6; 1 with --quick)")
-    parser.add_argument("--size", default="1M", help="model that is trained (default: 1M)")
-    parser.add_argument("--seed", type=int, default=1, help="of the moments and victims (default: 1)")
-    parser.add_argument("--only", nargs="+", choices=names, help="opponents (default: all)")
-    args = parser.parse_args()
-    args.repeats = args.repeats or (2 if args.quick else 12)
-    args.stock_tries = (1 if args.quick else 6) if args.stock_tries is None else args.stock_tries
+    add_options(parser, OPPONENTS, repeats=12, block=4)
+    args = complete(parser.parse_args())
     report = Report(args)
     with progress_bar() as progress:
-        results = run(args, progress)
+        results = run(args, OPPONENTS, progress)
     report.finish(
-        [summary_table(results), phases_table(results), moments_table(results), stock_table(results)], results
+        [summary_table(results, RANKS), phases_table(results), moments_table(results), stock_table(results)], results
     )
 
 

@@ -28,10 +28,10 @@ def own_share_s(kill: Kill) -> float:
     return float(kill["seconds"] - (max(rank["imported"] for rank in kill["ranks"]) - spawned_s))
 
 
-def summary_table(results: dict[str, Any]) -> Table:
+def summary_table(results: dict[str, Any], ranks: int = 2) -> Table:
     """How long it takes and what is repeated."""
     table = Table(
-        "SIGKILL of one of two ranks to the first step finished by all",
+        f"SIGKILL of one of {ranks} ranks to the first step finished by all",
         ("launcher, strategy", "kills", "survived", "p50 s", "p95 s", "max s", "steps run again p50", "max",
          "committed steps lost"),
     )  # fmt: skip

@@ -29,17 +29,17 @@ class Stopwatch:
         self._wrap(engine.boundaries, "commit", "commit")
         self._wrap(engine, "at_batch_start", "stamp")
         self._wrap(engine, "before_optimizer_step", "wait")
-        if engine.mirror is not None:
-            self._wrap(engine.mirror, "submit", "submit", returned="stall_s")
+        if (mirror := engine.mirroring.mirror) is not None:
+            self._wrap(mirror, "submit", "submit", returned="stall_s")
 
     def take(self) -> dict[str, Any]:
         """All times since the last call, and the sizes as they are now."""
         times, self.times = self.times, {}
-        mirror = self.engine.mirror
+        mirror = self.engine.mirroring.mirror
         return times if mirror is None else {**times, **self._sizes(), "torn": mirror.stats.torn}
 
     def _sizes(self) -> dict[str, int]:
-        stats = self.engine.mirror.stats
+        stats = self.engine.mirroring.mirror.stats
         rounds = max(1, stats.committed)
         return {
             "staged_bytes": stats.staged_bytes // rounds,
@@ -70,10 +70,10 @@ class Stopwatch:
 
     def _probe(self, moment: str, _version: Version) -> None:
         """Called in the mirror thread."""
-        if moment == "agree" and self.engine.mirror.stats.committed < 3:
+        if moment == "agree" and self.engine.mirroring.mirror.stats.committed < 3:
             self.peak_arena_bytes = max(self.peak_arena_bytes, self._arena_bytes())
         if moment == "committed":
-            stats, cpu_s = self.engine.mirror.stats, time.thread_time()
+            stats, cpu_s = self.engine.mirroring.mirror.stats, time.thread_time()
             if self.mirror_cpu_s is not None:
                 self._add("mirror_cpu_s", max(0.0, cpu_s - self.mirror_cpu_s))
             self.mirror_cpu_s = cpu_s

@@ -14,6 +14,11 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from tests import police
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """One flag, for one seed of the simulations."""
+    parser.addoption("--simulation-seed", type=int, help="run the simulations of recovery with this seed alone")
+
+
 def pytest_configure() -> None:
     """Mark what is started from here on, so that it is found even when its parent is gone."""
     os.environ[police.MARK] = uuid.uuid4().hex

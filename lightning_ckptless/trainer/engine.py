@@ -69,7 +69,7 @@ class Engine:
         self.cohort: Cohort | None = None
         self.mirroring: Mirroring | None = None
         self._restoration: Restoration | None = None
-        self._boundaries: StepBoundaries | None = None
+        self.boundaries: StepBoundaries | None = None
         self._finish_asked = False
         self._pulse: PulseWriter | None = None
 
@@ -214,11 +214,11 @@ class Engine:
         restoration = self._restoration
         since = restoration.version if restoration is not None else None
         mirroring.taken = since
-        self._boundaries = StepBoundaries(
+        self.boundaries = StepBoundaries(
             loops, self._commit, every_n_steps=every, since=since, before_batch=batches.watch
         )
         loops.silence_sigterm(self._ask_to_finish)
-        survival = Survival(self, mirroring, batches, self._boundaries)
+        survival = Survival(self, mirroring, batches, self.boundaries)
         if self.cohort is None:
             loops.fit.run = survival.join_and_run
         elif restoration is None:
@@ -247,8 +247,8 @@ class Engine:
 
     def detach(self) -> None:
         """Give the loops their own methods back."""
-        if self._boundaries is not None:
-            self._boundaries.remove()
+        if self.boundaries is not None:
+            self.boundaries.remove()
             self.loops.give_back()
 
     # ------------------------------------------------------------------ in the loop

@@ -70,6 +70,11 @@ class Mirroring:
         self._small: SmallState | None = None
 
     @property
+    def mirror(self) -> Mirror | None:
+        """The mirror of this generation; None before its first version."""
+        return self._mirror
+
+    @property
     def small(self) -> SmallState:
         """The small state of the trainer."""
         if self._small is None:

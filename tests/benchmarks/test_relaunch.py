@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import recovery, relaunch
 from benchmarks.recoveries import Watch
-from benchmarks.relaunch import OPPONENTS
 from benchmarks.relaunch_tables import FRESH, moments_table, own_share_s, phases_table, stock_table, summary_table
 from benchmarks.wire import Desk, Note, Wire
 
@@ -59,9 +59,9 @@ def test_a_try_that_does_not_come_back_is_counted() -> None:
 
 
 def test_every_opponent_has_a_command_line_of_its_own() -> None:
-    lines = [opponent.command(opponent.options("1M", Path("root"))) for opponent in OPPONENTS]
-
-    assert len({tuple(line) for line in lines}) == len(OPPONENTS)
+    for opponents in (relaunch.OPPONENTS, recovery.OPPONENTS):
+        lines = [opponent.command(opponent.options("1M", Path("root"))) for opponent in opponents]
+        assert len({tuple(line) for line in lines}) == len(opponents)
 
 
 class Running:

@@ -1,0 +1,80 @@
+"""The tables of `recovery`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.quantiles import median, quantile, summary
+from benchmarks.relaunch_tables import PHASES, came_back
+from benchmarks.tables import Table, verdict
+
+TARGETS = {
+    "in place, standby": ("beyond one step", 0.2, 0.4),
+    "in place, new process": ("", 0.6, 1.0),
+    "relaunch, preloaded": ("", 1.0, None),
+}
+"""Row -> what is judged, p50 and p95 in s."""
+
+
+def ladder_table(results: dict[str, Any], ranks: int) -> Table:
+    """How long each rung takes, and what it costs."""
+    table = Table(
+        f"SIGKILL of one of {ranks} ranks to the first step finished by all",
+        ("how", "kills", "survived", "p50 s", "p95 s", "max s", "one step s", "steps run again p50", "max",
+         "committed steps lost", "rank 0 survived"),
+    )  # fmt: skip
+    for name, kills in results["kills"].items():
+        good = came_back(kills)
+        if not good:
+            table.add(name, len(kills), 0, *8 * ("",))
+            continue
+        seconds = summary([kill["seconds"] for kill in good])
+        again = [float(kill["repeated_steps"]) for kill in good]
+        lost = sum(kill["lost_committed_steps"] for kill in good) if "ddp" not in name else ""
+        leader = [kill for kill in kills if kill.get("victim") == 0]
+        table.add(
+            name,
+            len(kills),
+            len(good),
+            *(f"{seconds[key]:.2f}" for key in ("p50", "p95", "max")),
+            f"{median([kill['step_s'] for kill in good]):.2f}",
+            f"{median(again):g}",
+            f"{max(again):g}",
+            lost,
+            f"{len(came_back(leader))} of {len(leader)}",
+        )
+    for name, (what, p50_s, p95_s) in TARGETS.items():
+        _judge(table, name, came_back(results["kills"].get(name, [])), what, p50_s, p95_s)
+    table.note(
+        "Steps run again are finished ones. Whether a run is exact is no question of time: the drill compares every bit "
+        "of the same recoveries."
+    )
+    return table
+
+
+def _judge(table: Table, name: str, kills: list[Any], what: str, p50_s: float, p95_s: float | None) -> None:
+    if not kills:
+        return
+    seconds = [kill["seconds"] - (kill["step_s"] if what else 0.0) for kill in kills]
+    label = f"{name}, {what}" if what else name
+    table.note(f"{label}, p50: {verdict(median(seconds), p50_s, 's')}")
+    if p95_s is not None:
+        table.note(f"{label}, p95: {verdict(quantile(seconds, 0.95), p95_s, 's')}")
+
+
+def phases_of_kinds_table(results: dict[str, Any]) -> Table:
+    """The phases by the runs' own ledgers."""
+    table = Table(
+        "Phases by the run's own ledger, medians in s",
+        ("how", *(name.removesuffix("_s") for name in PHASES), "total"),
+    )
+    table.note(
+        "In place: detect ends when the agent has seen the death, abort when the rank that speaks has heard of it, "
+        "regroup when all ranks have met, restore when the state is in place, replay when the first new step is committed."
+    )
+    for name, kills in results["kills"].items():
+        accounts = [kill["ledger"] for kill in came_back(kills) if "ledger" in kill]
+        if accounts:
+            phases = [f"{median([account['phases'][phase] for account in accounts]):.3f}" for phase in PHASES]
+            table.add(name, *phases, f"{median([account['total_s'] for account in accounts]):.2f}")
+    return table
