@@ -90,6 +90,7 @@ class CkptlessAgent(LocalElasticAgent):
         super().__init__(spec, logs_specs)
         self.faults: list[FaultReport] = []
         self.exit_code = 0
+        self.recoveries_in_place = 0
         self._node = node
         self._parent = parent
         self._substitute: PreloadedParent | None = None
@@ -103,11 +104,6 @@ class CkptlessAgent(LocalElasticAgent):
         self._in_place = InPlace(
             in_place=node.in_place, standbys=node.standbys, folder=self._folder, record=record, say=_say
         )
-
-    @property
-    def recoveries_in_place(self) -> int:
-        """How often workers were replaced while the others went on."""
-        return len(self.faults) - self.relaunches
 
     @property
     def relaunches(self) -> int:
@@ -279,6 +275,7 @@ class CkptlessAgent(LocalElasticAgent):
     ) -> None:
         """Replace the lost, and let the others go on."""
         use_restart(self)
+        self.recoveries_in_place += 1
         fault = self._report(worker_group, workers, lost, at)
         regrouping = self._in_place.open(fault)
         by_local = {worker.local_rank: worker for worker in worker_group.workers}
@@ -332,6 +329,7 @@ class CkptlessAgent(LocalElasticAgent):
         goes_on = plan.rung is Rung.RELAUNCH
         if not goes_on:
             forbid_restarts(self)
+            workers.tell("over")
         workers.stop(signal.SIGKILL if goes_on else signal.SIGTERM, 0.0 if goes_on else self._node.stop_grace_s)
         failed = workers.failed()
         ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}

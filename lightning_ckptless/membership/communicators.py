@@ -88,9 +88,13 @@ class World:
             )
         self._own = {id(group) for group in process_groups()}
         atexit.register(close_world)
-        os.environ[environment.GENERATION] = str(generation.number)
-        self.generation = generation.number
+        self.renumber(generation.number)
         return generation.number
+
+    def renumber(self, generation: int) -> None:
+        """Give the generation the number that its ranks have agreed on, for whatever this process trains next, too."""
+        os.environ[environment.GENERATION] = str(generation)
+        self.generation = generation
 
     def host_group(self, timeout_s: float) -> dist.ProcessGroup | None:
         """A gloo group over all ranks for state in host memory, apart from the training's own collectives."""

@@ -9,6 +9,7 @@
 | worker | `ready` | a standby has come to `fit` and waits for a rank |
 | agent | `regroup` | a fault: meet under this number, with this report |
 | agent | `assign` | to a standby: variables that make it a rank, then as `regroup`; with its output |
+| agent | `over` | the run has ended with a fault: nobody goes on |
 | agent | `finish` | the run is to end: commit the step, save and leave |
 
 What counts is the last `regroup` that was sent, so a worker that was busy through several needs to read but one.

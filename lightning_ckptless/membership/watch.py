@@ -51,6 +51,7 @@ class Watcher:
         self._accepted = number
         self._latest: Assignment | None = None
         self._finish_asked = False
+        self._is_run_over = False
         self._changed = threading.Condition()
         self._wake, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._listen, name="ckptless-watcher", daemon=True)
@@ -68,6 +69,11 @@ class Watcher:
         """Whether the run is to end after this step."""
         return self._finish_asked
 
+    @property
+    def is_run_over(self) -> bool:
+        """Whether no regrouping will come any more."""
+        return self._is_run_over or self._line.ended
+
     def tell(self, kind: str, **fields: Any) -> None:
         """Tell the agent something."""
         self._line.tell(kind, **fields)
@@ -82,7 +88,7 @@ class Watcher:
             None where none came, or the agent is gone.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._pending() is not None or self._line.ended, timeout_s)
+            self._changed.wait_for(lambda: self._pending() is not None or self.is_run_over, timeout_s)
             found = self._pending()
             if found is not None:
                 self._accepted = found.number
@@ -102,13 +108,13 @@ class Watcher:
 
     def _listen(self) -> None:
         while not self._line.ended:
-            timeout_s = _CUT_EVERY_S if self._pending() is not None else None
+            timeout_s = _CUT_EVERY_S if self._pending() is not None or self._is_run_over else None
             ready = select.select([self._line.fileno(), self._woken.fileno()], [], [], timeout_s)[0]
             if self._woken.fileno() in ready:
                 return
             if self._line.fileno() in ready:
                 self._read()
-            if self._pending() is not None:
+            if self._pending() is not None or self._is_run_over:
                 self._cut()
         with self._changed:
             self._changed.notify_all()
@@ -120,6 +126,10 @@ class Watcher:
         message, _ = received
         if message["kind"] == "finish":
             self._finish_asked = True
+        elif message["kind"] == "over":
+            with self._changed:
+                self._is_run_over = True
+                self._changed.notify_all()
         elif message["kind"] == "regroup":
             with self._changed:
                 self._latest = assignment_from(message)

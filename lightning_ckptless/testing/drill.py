@@ -289,7 +289,10 @@ def report_on(command: Sequence[str], script: Sequence[Fault], baseline: Variant
     """
     events = faulted.events
     happened = FaultMarks.claimed(faulted.run_folder / "faults") if faulted.run_folder else frozenset()
-    generations = {event.generation for event in events if event.event == "run_started"}
+    # torchrun's agent writes nothing down: there every start of rank 0 is one.
+    starts = sum(event.event == "workers_spawned" for event in events) or len(
+        {event.generation for event in events if event.event == "run_started"}
+    )
     return DrillReport(
         command=tuple(command),
         faults=tuple(script),
@@ -298,6 +301,6 @@ def report_on(command: Sequence[str], script: Sequence[Fault], baseline: Variant
         baseline=baseline,
         faulted=faulted,
         recoveries=tuple(Recovery.from_event(event) for event in events if event.event == "recovery"),
-        relaunches=max(0, len(generations) - 1),
+        relaunches=max(0, starts - 1),
         in_place=sum(event.event == "in_place" for event in events),
     )

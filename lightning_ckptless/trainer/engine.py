@@ -264,6 +264,11 @@ class Engine:
         watcher = self.strategy.watcher
         return self._finish_asked or (watcher is not None and watcher.finish_asked)
 
+    @property
+    def is_run_over(self) -> bool:
+        """Whether this rank need not wait for its agent's word on a fault: it was asked to end, or none will come."""
+        return self._finish_asked or (self.strategy.watcher is not None and self.strategy.watcher.is_run_over)
+
     def _ask_to_finish(self) -> None:
         self._finish_asked = True
 

@@ -164,7 +164,7 @@ class FitGuard:
         if is_lost_peer(error):
             engine.report.peer_lost(error)
             if engine.identity.own_agent:
-                _wait_for_the_agent()
+                _wait_for_the_agent(engine)
             leave_process()
         reason = engine.why_final(error)
         if reason is not None:
@@ -176,14 +176,14 @@ class FitGuard:
         leave_process()
 
 
-def _wait_for_the_agent() -> None:
+def _wait_for_the_agent(engine: Engine) -> None:
     """Our agent ends this process as soon as it has seen the peer's end; leaving first would blur whose fault it was.
 
     torchrun's asks survivors to end and gives them half a minute: there a survivor leaves at once, which also frees
     those ranks that still wait for it.
     """
     deadline = time.monotonic() + PEER_LOSS_GRACE_S
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and not engine.is_run_over:
         time.sleep(0.05)
 
 

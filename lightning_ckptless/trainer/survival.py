@@ -91,7 +91,8 @@ class Survival:
         self._run(lambda: run_joined(self._loops, self._join))
 
     def _join(self) -> bool:
-        number, report = os.environ[environment.REGROUPING], os.environ[environment.FAULT_REPORT]
+        # Once: what this process does after this fit it does among the others.
+        number, report = os.environ.pop(environment.REGROUPING), os.environ[environment.FAULT_REPORT]
         self._say_entered()
         told_at = self._engine.report.clock()
         return self._restore_among_others(Assignment(int(number), FaultReport.from_json(report), told_at)).tail_done
@@ -182,6 +183,7 @@ class Survival:
         transport = engine.connect()
         nodes = tuple(line.decode() for line in transport.gather(engine.identity.node.encode()))
         engine.cohort = form_cohort(transport, engine.arena, nodes, engine.options, self._strategy.world.generation)
+        self._strategy.world.renumber(engine.cohort.generation)
         self._move(WorkerEvent.MEET)
         report.met(engine.cohort.generation)
         found = choose(engine.arena, transport, nodes)

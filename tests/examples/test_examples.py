@@ -27,7 +27,7 @@ FAULTS = "kill:rank=1:step=5:at=backward,kill:rank=0:step=9:at=commit"
 def test_identical(example: str, drill: Drill) -> None:
     report = drill(COMMANDS[example], FAULTS)
     assert report.identical, report.problems
-    assert report.relaunches == 2
+    assert (report.in_place, report.relaunches) == (2, 0)
     assert [(r.kind, r.culprit_rank, r.version) for r in report.recoveries] == [
         ("killed", 1, "step 4"),
         ("killed", 0, "step 8"),

@@ -45,13 +45,14 @@ def test_loggers_receive_what_recovery_and_mirror_cost(job: Run) -> None:
     assert columns["ckptless/mirrored_bytes"][-1] > 0
     assert columns["ckptless/mirror_ms"][-1] > 0
     assert columns["ckptless/mirror_stall_ms"][-1] >= 0
-    assert re.search(r"recovered \(rank 1 died by SIGKILL\): went on from step [34]", job.output)
+    assert re.search(r"recovered in place \(rank 1 died by SIGKILL\): went on from step [34]", job.output)
 
 
 def test_max_recoveries_ends_the_run(job: Run) -> None:
     faults = "kill:rank=1:step=2,kill:rank=0:step=3,kill:rank=1:step=4"
     outcome = job.start(_with(max_recoveries=2), faults, max_restarts=9)
-    assert (outcome.exit_code, outcome.restarts) == (1, 3)
+    # The third try in place finds that no recovery is left, and so does the relaunch that follows.
+    assert (outcome.exit_code, outcome.in_place, outcome.restarts) == (1, 3, 1)
     assert "max_recoveries=2 recoveries were made" in job.output
 
 

@@ -193,7 +193,7 @@ def test_a_checkpoint_path_beside_a_live_arena_is_refused(job: Run) -> None:
 
 def test_an_exception_that_repeats_is_raised(job: Run) -> None:
     outcome = job.start(replace(BASE, raise_at=5), max_restarts=3)
-    assert (outcome.exit_code, outcome.restarts) == (1, 1)
+    assert (outcome.exit_code, outcome.in_place, outcome.restarts) == (1, 1, 0)
     raised = job.events("raised")
     assert [event.fields["final"] for event in raised] == [False, True]
     assert "ValueError: the program's own error at step 5" in job.output

@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from types import ModuleType
 
 import pytest
 from typer.core import TyperGroup
@@ -17,10 +18,11 @@ from lightning_ckptless.cli.app import app
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.torchrun import options_parser
 from lightning_ckptless.options import CkptlessOptions
-from lightning_ckptless.protocol import start
+from lightning_ckptless.protocol import hang, recovery, start
 from lightning_ckptless.protocol.faults import GRAMMAR, FaultKind, Moment, parse_faults
 from lightning_ckptless.protocol.goodput import Phases
 from lightning_ckptless.protocol.placement import place
+from lightning_ckptless.protocol.recovery import WORKER_TRANSITIONS, WorkerEvent
 from lightning_ckptless.protocol.slots import TRANSITIONS, SlotEvent
 from lightning_ckptless.protocol.start import StartPlan, plan_start
 from lightning_ckptless.protocol.versions import Complete, Missing, Replica, SlotState, Version, newest_complete
@@ -66,6 +68,24 @@ def test_slot_states() -> None:
         row[0].strip("`"): {e: cell.strip("`") for e, cell in zip(events, row[1:], strict=True) if cell} for row in rows
     }
     assert documented == {state: dict(edges) for state, edges in TRANSITIONS.items()}
+
+
+def test_worker_states() -> None:
+    head, *rows = next(rows for rows in tables(page("how-it-works")) if rows[0][0] == "Worker")
+    events = [WorkerEvent(name.strip("`")) for name in head[1:]]
+    assert set(events) == set(WorkerEvent)
+    documented = {
+        row[0].strip("`"): {e: cell.strip("`") for e, cell in zip(events, row[1:], strict=True) if cell} for row in rows
+    }
+    assert documented == {state: dict(edges) for state, edges in WORKER_TRANSITIONS.items()}
+
+
+@pytest.mark.parametrize(
+    ("module", "head"), [(recovery, "Fault"), (hang, "All ranks silent for longer than the limit, and")]
+)
+def test_cascades(module: ModuleType, head: str) -> None:
+    assert module.__doc__ is not None
+    assert table(page("how-it-works"), head) == table(module.__doc__, head)
 
 
 def test_what_a_generation_starts_from() -> None:
@@ -161,7 +181,8 @@ def test_commands() -> None:
     assert isinstance(group, TyperGroup)
     documented = {name.split()[1] for name in first_words(table(page("watching"), "Command"))}
     assert documented | {"run", "drill"} == set(group.commands)
-    options = {text for parameter in group.commands["drill"].params for text in parameter.opts if text[0] == "-"}
+    drill = group.commands["drill"].params
+    options = {text for p in drill for text in (*p.opts, *p.secondary_opts) if text[0] == "-"}
     assert first_words(table(page("faults"), "Option")) == options
 
 

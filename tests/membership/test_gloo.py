@@ -16,11 +16,11 @@ TRAIN = f"""
     import os, signal
     import torch
     import torch.distributed as dist
-    from lightning_ckptless.membership.communicators import open_world, use_loopback_on_one_node
+    from lightning_ckptless.membership.communicators import World, use_loopback_on_one_node
 
     rank, count = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     use_loopback_on_one_node(2, 2)
-    generation = open_world(rank=rank, world_size=2, backend="gloo", timeout=None, device=None)
+    generation = World().open(rank=rank, world_size=2, backend="gloo", timeout=None, device=None)
     total = torch.ones(1) * (rank + 1)
     dist.all_reduce(total)
     assert total.item() == 3

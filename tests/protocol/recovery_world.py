@@ -12,6 +12,7 @@ import heapq
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 
 from lightning_ckptless.protocol.recovery import (
@@ -210,7 +211,7 @@ class World:
             self.start(process.rank)
         for process in self.ranks():
             if process.alive and process not in gone and process.meeting != meeting:
-                self.later(0.005, lambda process=process: self.hear(process, meeting))
+                self.later(0.005, partial(self.hear, process, meeting))
 
     def hear(self, process: Process, meeting: Meeting) -> None:
         """A worker is told of a regrouping; only the newest counts."""
@@ -248,7 +249,7 @@ class World:
         if len(present) == self.world_size and all(p.alive for p, _ in present.values()):
             del self._waiting[key]
             for waiting, then in present.values():
-                self.later(0.002, lambda waiting=waiting, then=then: then() if waiting.alive else None)
+                self.later(0.002, partial(_if_alive, waiting, then))
 
     def meet(self, process: Process, meeting: Meeting) -> None:
         """Come to a meeting; it is held when all ranks are there."""
@@ -381,3 +382,8 @@ class World:
         then, process.then = process.then, None
         if then is not None:
             then()
+
+
+def _if_alive(process: Process, then: Callable[[], None]) -> None:
+    if process.alive:
+        then()
