@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ProtocolError,
         StateMissingError,
         TransportError,
+        UnfitNodeError,
         WorldSizeError,
     )
     from lightning_ckptless.metrics import Goodput, RecoveryTime
@@ -45,6 +46,7 @@ __all__ = [
     "RecoveryTime",
     "StateMissingError",
     "TransportError",
+    "UnfitNodeError",
     "WorldSizeError",
 ]
 

@@ -42,6 +42,8 @@ class CkptlessOptions:
         standbys: processes per node that have run the script up to `fit` and wait there for a rank.
         hang_timeout_s: seconds without a sign of any rank after which those that are behind are ended as hung; None to
             learn it from the steps, 0 for never.
+        health_check: dotted name of a function of yours that raises where a node is not fit to train; it is called,
+            beside our own checks, before a worker joins the others.
 
     Raises:
         OptionsError: a value is out of range.
@@ -60,6 +62,7 @@ class CkptlessOptions:
     in_place: bool = True
     standbys: int = 0
     hang_timeout_s: float | None = None
+    health_check: str = ""
 
     def __post_init__(self) -> None:
         for name, least in (("mirror_every_n_steps", 1), ("copies", 0), ("max_recoveries", 0), ("standbys", 0)):

@@ -32,6 +32,9 @@ def _head(found: Survey) -> Table:
     table.add_row("ledger", found.folder)
     if found.generation is not None:
         table.add_row("members", f"generation {found.generation}, {found.world_size} ranks")
+        table.add_row("", ", ".join(f"rank {rank}: pid {pid}" for rank, pid in found.members))
+        if found.standbys:
+            table.add_row("standbys", found.standbys)
         table.add_row("placement", found.placement)
     if found.arenas:
         table.add_row("committed", found.committed or "nothing yet")
@@ -66,11 +69,11 @@ def _slots(found: Survey) -> Table:
 
 
 def _recoveries(found: Survey) -> Table:
-    table = _table("Last recoveries", "cause", "went on from", "total")
+    table = _table("Last recoveries", "cause", "how", "went on from", "total")
     for facts in found.recoveries:
         rank = facts.get("culprit_rank")
         who = "" if rank is None else f"rank {rank} "
-        table.add_row(f"{who}{facts['cause']}", facts["version"], f"{facts['total_s']:.2f} s")
+        table.add_row(f"{who}{facts['cause']}", facts["rung"], facts["version"], f"{facts['total_s']:.2f} s")
     return table
 
 

@@ -74,6 +74,8 @@ class Survey:
         commit_age_s: seconds since the last slot was written.
         arenas: of this machine.
         slots: what they hold.
+        members: rank and process id of the workers that were started last.
+        standbys: how many wait for a rank, in words; empty where none are wanted.
         recoveries: facts of the last ones.
         recovery_count: of all.
         goodput: at the end of the run; None before.
@@ -91,6 +93,8 @@ class Survey:
     commit_age_s: float | None
     arenas: tuple[ArenaLine, ...]
     slots: tuple[SlotLine, ...]
+    members: tuple[tuple[int, int], ...]
+    standbys: str
     recoveries: tuple[dict[str, Any], ...]
     recovery_count: int
     goodput: float | None
@@ -114,7 +118,9 @@ def survey(run: Run, arena_dir: Path | None, *, now: float, last: int = 5) -> Su
         run_id=run.run_id,
         folder=str(run.folder),
         state=_state(alive=any(info.owner_alive for info in infos), started=bool(started), ended=bool(ended)),
-        generation=started[-1].generation if started else None,
+        generation=max((e.generation or 0 for e in (*started, *recoveries)), default=None),
+        members=_members(run),
+        standbys=_standbys(run),
         world_size=facts.get("world_size"),
         placement=facts.get("placement", ""),
         committed=_committed(replicas),
@@ -127,6 +133,23 @@ def survey(run: Run, arena_dir: Path | None, *, now: float, last: int = 5) -> Su
         recovery_count=len(recoveries),
         goodput=ended[-1].fields.get("goodput") if ended else None,
     )
+
+
+def _members(run: Run) -> tuple[tuple[int, int], ...]:
+    """Process id of each rank's newest worker."""
+    pids: dict[int, int] = {}
+    for event in run.events:
+        if event.event == "workers_spawned":
+            pids.update({int(rank): pid for rank, pid in event.fields["pids"].items()})
+        elif event.event == "in_place":
+            pids.update({int(rank): pid for rank, (pid, _) in event.fields["new"].items()})
+    return tuple(sorted(pids.items()))
+
+
+def _standbys(run: Run) -> str:
+    """How many processes wait for a rank; empty where none are wanted."""
+    told = run.of("standbys")
+    return f"{told[-1].fields['ready']} of {told[-1].fields['wanted']} ready" if told else ""
 
 
 def _state(*, alive: bool, started: bool, ended: bool) -> str:

@@ -23,6 +23,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsSpecs
 
 from lightning_ckptless import environment
+from lightning_ckptless.errors import UnfitNodeError
 from lightning_ckptless.membership.fault import FaultReport, shell_code, split_exit
 from lightning_ckptless.membership.hangs import HangWatch
 from lightning_ckptless.membership.in_place import InPlace
@@ -252,6 +253,9 @@ class CkptlessAgent(LocalElasticAgent):
         at = time.time()
         ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
         verdict = _final_verdict(take_verdicts(self._folder)) or self._judge_futile(ranks, lost)
+        if verdict is not None and verdict.unfit:
+            workers.stop(signal.SIGKILL, 0.0)
+            raise UnfitNodeError(verdict.reason)
         plan = plan_recovery(
             Situation(
                 lost=tuple(ranks[local] for local in lost),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, Rend
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from lightning_ckptless import environment
-from lightning_ckptless.errors import LaunchError
+from lightning_ckptless.errors import LaunchError, UnfitNodeError
 from lightning_ckptless.membership.agent import CkptlessAgent, Node
 from lightning_ckptless.membership.launch import LaunchConfig, Outcome
 from lightning_ckptless.membership.parent import PreloadedParent
@@ -46,27 +47,38 @@ _OF_ONE_WORKER = (
 
 def run_node(config: LaunchConfig, parent: PreloadedParent, record: Callable[..., None]) -> Outcome:
     """Run this node's workers to their end; see `launch.run`."""
-    with _rendezvous(config) as handler, _logs(config) as logs:
-        spec = WorkerSpec(
-            role=config.role,
-            local_world_size=config.nproc,
-            entrypoint=config.program.target,
-            rdzv_handler=handler,
-            max_restarts=config.max_restarts,
-            monitor_interval=_MONITOR_INTERVAL_S,
-            local_addr=config.local_addr,
-        )
-        agent = CkptlessAgent(spec, _node(config), parent, logs, record)
-        try:
-            agent.run()
-        except RendezvousClosedError as error:
-            if not agent.faults:
-                raise LaunchError(f"run {config.run_id!r} has been ended by another node") from error
-        except RendezvousError as error:
-            raise LaunchError(_no_meeting(config, error)) from error
-        finally:
-            agent.close()
-        return Outcome(agent.exit_code, agent.relaunches, tuple(agent.faults), agent.recoveries_in_place)
+    agent: CkptlessAgent | None = None
+    try:
+        with _rendezvous(config) as handler, _logs(config) as logs:
+            spec = WorkerSpec(
+                role=config.role,
+                local_world_size=config.nproc,
+                entrypoint=config.program.target,
+                rdzv_handler=handler,
+                max_restarts=config.max_restarts,
+                monitor_interval=_MONITOR_INTERVAL_S,
+                local_addr=config.local_addr,
+            )
+            agent = CkptlessAgent(spec, _node(config), parent, logs, record)
+            _run_to_its_end(agent, config)
+    except UnfitNodeError as error:
+        # The run may go on without this node: its rendezvous stays open for another one.
+        print(f"ckptless: {error}", file=sys.stderr, flush=True)
+        assert agent is not None
+        agent.exit_code = 1
+    return Outcome(agent.exit_code, agent.relaunches, tuple(agent.faults), agent.recoveries_in_place)
+
+
+def _run_to_its_end(agent: CkptlessAgent, config: LaunchConfig) -> None:
+    try:
+        agent.run()
+    except RendezvousClosedError as error:
+        if not agent.faults:
+            raise LaunchError(f"run {config.run_id!r} has been ended by another node") from error
+    except RendezvousError as error:
+        raise LaunchError(_no_meeting(config, error)) from error
+    finally:
+        agent.close()
 
 
 def _node(config: LaunchConfig) -> Node:
@@ -122,7 +134,7 @@ def _rendezvous(config: LaunchConfig) -> Iterator[RendezvousHandler]:
     asked_to_end = False
     try:
         yield handler
-    except (AskedToEnd, KeyboardInterrupt):
+    except (AskedToEnd, KeyboardInterrupt, UnfitNodeError):
         asked_to_end = True
         raise
     finally:

@@ -19,11 +19,13 @@ class Verdict:
         rank: who left it.
         final: whether the run is to end with this worker's exit code, however many relaunches are left.
         reason: why, in a sentence.
+        unfit: whether it is this node that cannot go on, and not the run.
     """
 
     rank: int
     final: bool
     reason: str
+    unfit: bool = False
 
 
 def leave_verdict(verdict: Verdict, env: Mapping[str, str] = os.environ) -> bool:

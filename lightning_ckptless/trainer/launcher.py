@@ -10,14 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_ckptless import environment
-from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.errors import OptionsError, UnfitNodeError
 from lightning_ckptless.membership.cold import replace_by_agent
 from lightning_ckptless.membership.control import Line, is_standby, open_line
 from lightning_ckptless.membership.peers import is_lost_peer
+from lightning_ckptless.membership.verdict import Verdict, leave_verdict
 from lightning_ckptless.membership.watch import Watcher
 from lightning_ckptless.protocol.start import StartAction, StartPlan
 from lightning_ckptless.trainer.engine import Engine
 from lightning_ckptless.trainer.exits import leave_process
+from lightning_ckptless.trainer.health import check_health
 from lightning_ckptless.trainer.host.flavour import flavour_of
 from lightning_ckptless.trainer.host.launch import CKPT_PATH_INDEX, is_fit, is_stop, launcher_base
 from lightning_ckptless.trainer.identity import calls_before, chapters_before, count_call, is_worker, next_chapter
@@ -102,6 +104,7 @@ class FitGuard:
             wait_for_rank(line, strategy)
         strategy.joins_alone = environment.REGROUPING in os.environ
         strategy.calls_before_fit = calls_before()
+        self._require_health()
         strategy.setup_environment()
         engine = Engine(strategy, trainer, next_chapter())
         strategy.engine = engine
@@ -120,6 +123,16 @@ class FitGuard:
             if strategy.watcher is not None:
                 strategy.watcher.close()
                 strategy.watcher = None
+
+    def _require_health(self) -> None:
+        """Join nobody on a node that is not fit."""
+        strategy = self.strategy
+        strategy.set_world_ranks()
+        try:
+            check_health(strategy.root_device, strategy.options.health_check, os.environ.get(environment.NODE, "?"))
+        except UnfitNodeError as error:
+            leave_verdict(Verdict(strategy.global_rank, final=True, reason=str(error), unfit=True))
+            raise
 
     def _guarded(self, engine: Engine, function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
         trainer = engine.trainer

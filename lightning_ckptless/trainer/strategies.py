@@ -64,6 +64,8 @@ def strategy_class(flavour: str) -> type[Any]:
             standbys: processes per node that have run the script up to `fit` and wait there for a rank.
             hang_timeout_s: seconds without a sign of any rank after which those that are behind are ended as hung; None
                 to learn it from the steps, 0 for never.
+            health_check: dotted name of a function of yours that raises where a node is not fit to train; it is
+                called, beside our own checks, before a worker joins the others.
             **ddp_options: everything that Lightning's `DDPStrategy` takes.
 
         Raises:
@@ -88,6 +90,7 @@ def strategy_class(flavour: str) -> type[Any]:
             in_place: bool = True,
             standbys: int = 0,
             hang_timeout_s: float | None = None,
+            health_check: str = "",
             **ddp_options: Any,
         ) -> None:
             super().__init__(**ddp_options)
@@ -105,6 +108,7 @@ def strategy_class(flavour: str) -> type[Any]:
                 in_place=in_place,
                 standbys=standbys,
                 hang_timeout_s=hang_timeout_s,
+                health_check=health_check,
             )
             self.engine: Engine | None = None
             self.world = World()

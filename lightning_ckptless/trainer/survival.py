@@ -94,8 +94,9 @@ class Survival:
         # Once: what this process does after this fit it does among the others.
         number, report = os.environ.pop(environment.REGROUPING), os.environ[environment.FAULT_REPORT]
         self._say_entered()
-        told_at = self._engine.report.clock()
-        return self._restore_among_others(Assignment(int(number), FaultReport.from_json(report), told_at)).tail_done
+        fault = FaultReport.from_json(report)
+        # The way of this process to the others is part of their meeting, not of their being told.
+        return self._restore_among_others(Assignment(int(number), fault, fault.stopped_at)).tail_done
 
     def _say_entered(self) -> None:
         if self._watcher is not None:

@@ -39,7 +39,9 @@ def write_ledger(root: Path, *, arena: Path | None = None, ended: bool = True) -
     """
     folder = root / RUN_ID
     writer = Writer(folder)
-    writer.at(0.0, "workers_spawned", world_size=2)
+    writer.at(0.0, "workers_spawned", world_size=2, pids={"0": 70, "1": 71})
+    writer.at(4.0, "standbys", ready=1, wanted=2, pids=[80, 81])
+    writer.at(8.2, "in_place", new={"1": [80, "standby"]})
     for generation, (began_s, action) in enumerate(((1.0, "fresh"), (5.3, "restore"), (8.4, "restore")), 1):
         if generation > 1:
             writer.at(began_s - 0.2, "relaunch", restart=generation - 1)
@@ -60,6 +62,7 @@ def recovery(generation: int) -> dict[str, Any]:
     seconds = (0.01, 0.09, 0.3, 0.4, 0.2, 0.0)
     names = ("detect_s", "abort_s", "regroup_s", "restore_s", "replay_s", "other_s")
     return {
+        "rung": "in place",
         "kind": "killed",
         "culprit_rank": 3 - generation,
         "cause": "died by SIGKILL",

@@ -59,6 +59,7 @@ def test_running(tmp_path: Path, arena: Arena) -> None:
         (1, 1, "step 6", "committed", 75),
         (1, 1, "step 5", "staged", 75),
     ]
+    assert (told["members"], told["standbys"]) == ([[0, 70], [1, 80]], "1 of 2 ready")
     assert told["recovery_count"] == 2
     assert told["recoveries"][-1]["cause"] == "died by SIGKILL"
 
@@ -101,5 +102,14 @@ def test_tables(tmp_path: Path, arena: Arena) -> None:
     write_ledger(tmp_path / "runs", arena=arena.path)
     result = CliRunner().invoke(app, ["status", "--run-root", str(tmp_path / "runs")], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
-    for words in (RUN_ID, "running", "step 6", "rank 1 (own)", "committed", "node-a", "rank 0 died by SIGKILL"):
+    for words in (
+        RUN_ID,
+        "running",
+        "step 6",
+        "rank 1 (own)",
+        "committed",
+        "node-a",
+        "rank 0 died by SIGKILL",
+        "in place",
+    ):
         assert words in result.output

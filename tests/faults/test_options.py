@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.matrix import BASE, is_version
+from tests.faults.conftest import REPOSITORY
 from tests.faults.test_restart import Run, job
 from tests.lab.parts import Options
 
@@ -85,6 +86,26 @@ def test_late_mirror_is_waited_for_or_skipped(on_late: str, skips: bool, job: Ru
     options = replace(_with(on_late=on_late), slow_mirror_s=0.2)
     assert job.start(options).exit_code == 0
     assert (_columns(job.folder)["ckptless/mirror_skipped"][-1] > 0) is skips
+
+
+def test_a_node_that_is_not_fit_stays_out(job: Run) -> None:
+    (job.folder / "checks.py").write_text("def network():\n    raise OSError('the link is down')\n")
+    job.env = {"PYTHONPATH": f"{REPOSITORY}:{job.folder}"}
+    outcome = job.start(_with(health_check="checks.network"), max_restarts=3)
+    assert (outcome.exit_code, outcome.restarts) == (1, 0)
+    assert "is not fit to train: checks.network says OSError: the link is down" in job.output
+
+
+def test_survivors_are_started_again_where_in_place_is_switched_off(job: Run) -> None:
+    outcome = job.start(_with(in_place=False), "kill:rank=1:step=3", max_restarts=3)
+    assert (outcome.exit_code, outcome.in_place, outcome.restarts) == (0, 0, 1)
+
+
+def test_standbys_wait_for_a_rank(job: Run) -> None:
+    options = replace(_with(standbys=1), samples=240)
+    assert job.start(options, "kill:rank=1:step=25", max_restarts=3).exit_code == 0
+    assert job.events("standbys")[-1].fields["wanted"] == 1
+    assert [who for _, who in job.events("in_place")[0].fields["new"].values()] == ["standby"]
 
 
 def test_arena_lies_where_it_was_asked_to(job: Run, tmp_path: Path) -> None:

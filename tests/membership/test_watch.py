@@ -1,0 +1,111 @@
+"""A watcher hears its agent while the training thread is busy, and cuts until that has taken notice."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import pytest
+
+from lightning_ckptless.membership.control import Line
+from lightning_ckptless.membership.fault import FaultReport
+from lightning_ckptless.membership.watch import Watcher
+
+FAULT = FaultReport(1, 99, None, "SIGKILL", 1.0, 2.0, 3.0, 1, 2)
+
+
+class Cuts:
+    """Counts cuts, and lets a test wait for some."""
+
+    def __init__(self) -> None:
+        self.some = threading.Semaphore(0)
+
+    def __call__(self) -> None:
+        self.some.release()
+
+    def wait(self, count: int) -> bool:
+        return all(self.some.acquire(timeout=5) for _ in range(count))
+
+
+@pytest.fixture
+def cuts() -> Cuts:
+    return Cuts()
+
+
+@pytest.fixture
+def agent() -> Iterator[Line]:
+    ours, theirs = Line.pair()
+    vars(ours)["other"] = theirs
+    yield ours
+    ours.close()
+    theirs.close()
+
+
+@pytest.fixture
+def watcher(agent: Line, cuts: Cuts) -> Iterator[Watcher]:
+    watching = Watcher(vars(agent)["other"], cuts)
+    yield watching
+    watching.close()
+
+
+def regroup(agent: Line, number: int) -> None:
+    agent.tell("regroup", number=number, fault=asdict(FAULT))
+
+
+def test_a_regrouping_is_told_and_cuts_until_it_is_accepted(agent: Line, watcher: Watcher, cuts: Cuts) -> None:
+    seen = [watcher.is_over]
+    regroup(agent, 1)
+    assert cuts.wait(3)
+    seen.append(watcher.is_over)
+    assignment = watcher.accept(5.0)
+    assert assignment is not None
+    assert (assignment.number, assignment.fault) == (1, FAULT)
+    assert [*seen, watcher.is_over] == [False, True, False]
+
+
+def test_only_the_newest_counts(agent: Line, watcher: Watcher, cuts: Cuts) -> None:
+    for number in (1, 2, 3):
+        regroup(agent, number)
+    assert cuts.wait(3)
+    numbers = []
+    while (assignment := watcher.accept(0.05)) is not None:
+        numbers.append(assignment.number)
+    assert numbers[-1] == 3
+    assert numbers == sorted(numbers)
+
+
+def test_no_word_comes_in_time(watcher: Watcher) -> None:
+    assert watcher.accept(0.01) is None
+
+
+@pytest.mark.parametrize("how", ["over", "gone"])
+def test_nobody_waits_for_a_run_that_is_over(agent: Line, watcher: Watcher, how: str) -> None:
+    if how == "over":
+        agent.tell("over")
+    else:
+        agent.close()
+    assert watcher.accept(60.0) is None
+    assert watcher.is_run_over
+
+
+def test_an_end_that_is_asked_for_is_heard(agent: Line, watcher: Watcher, cuts: Cuts) -> None:
+    agent.tell("finish")
+    regroup(agent, 1)
+    assert cuts.wait(1)
+    assert watcher.finish_asked
+
+
+def test_the_agent_hears_what_a_worker_says(agent: Line, watcher: Watcher) -> None:
+    watcher.tell("stepped")
+    watcher.tell("unable", reason="because", lasting=False)
+    received = agent.receive()
+    assert received is not None and received[0] == {"kind": "stepped"}
+    assert agent.waiting() == [{"kind": "unable", "reason": "because", "lasting": False}]
+
+
+def test_a_line_whose_other_end_is_gone_says_so(agent: Line) -> None:
+    vars(agent)["other"].close()
+    agent.tell("stepped")
+    assert agent.waiting() == []
+    assert agent.ended

@@ -1,0 +1,97 @@
+"""Who hangs is told from who is behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_ckptless.protocol.hang import CEILING_S, FLOOR_S, Point, Pulse, find_hang, find_straggler, limit_s
+
+AHEAD = Pulse(step=9, point=Point.BACKWARD, count=0, at=100.0, longest_pause_s=0.5, own_s=0.1)
+BEHIND = replace(AHEAD, point=Point.BATCH, at=99.0)
+LATE = 100.0 + FLOOR_S + 1.0
+
+
+def test_the_rank_that_is_behind_hangs() -> None:
+    hang = find_hang({0: AHEAD, 1: BEHIND, 2: AHEAD}, now=LATE)
+    assert hang is not None
+    assert hang.ranks == (1,)
+    assert "batch of step 9" in hang.reason and "11.0 s" in hang.reason
+    assert hang.silent_s == 11.0
+
+
+def test_nobody_hangs_before_the_time_is_up() -> None:
+    assert find_hang({0: AHEAD, 1: BEHIND}, now=100.0 + FLOOR_S) is None
+
+
+def test_progress_of_one_is_progress_of_all() -> None:
+    assert find_hang({0: replace(AHEAD, at=LATE), 1: BEHIND}, now=LATE + 1.0) is None
+
+
+@pytest.mark.parametrize("how", ["traced", "outside", "all stopped", "at the same point"])
+def test_what_is_no_hang_of_one(how: str) -> None:
+    pulses = {
+        "traced": {0: AHEAD, 1: replace(BEHIND, traced=True)},
+        "outside": {0: AHEAD, 1: replace(BEHIND, point=Point.OUTSIDE)},
+        "all stopped": {0: replace(AHEAD, stopped=True), 1: replace(BEHIND, stopped=True)},
+        "at the same point": {0: AHEAD, 1: AHEAD},
+    }[how]
+    assert find_hang(pulses, now=LATE) is None
+
+
+def test_who_is_stopped_hangs_even_where_he_is_not_behind() -> None:
+    hang = find_hang({0: AHEAD, 1: replace(AHEAD, stopped=True)}, now=LATE)
+    assert hang is not None and hang.ranks == (1,)
+
+
+def test_all_at_one_point_hang_at_last() -> None:
+    assert find_hang({0: AHEAD, 1: AHEAD}, now=100.0 + CEILING_S - 1) is None
+    hang = find_hang({0: AHEAD, 1: AHEAD}, now=100.0 + CEILING_S + 1)
+    assert hang is not None and hang.ranks == (0, 1)
+
+
+def test_limit_is_learned_between_floor_and_ceiling() -> None:
+    assert limit_s({0: replace(AHEAD, longest_pause_s=0.0)}, None) == CEILING_S
+    assert limit_s({0: replace(AHEAD, longest_pause_s=0.1)}, None) == FLOOR_S
+    assert limit_s({0: replace(AHEAD, longest_pause_s=5.0), 1: AHEAD}, None) == 40.0
+    assert limit_s({0: replace(AHEAD, longest_pause_s=900.0)}, None) == CEILING_S
+    assert limit_s({0: AHEAD}, 3.0) == 3.0
+
+
+def test_zero_switches_it_off() -> None:
+    assert find_hang({0: AHEAD, 1: BEHIND}, now=1e6, override_s=0.0) is None
+
+
+pulses = st.builds(
+    Pulse,
+    step=st.integers(0, 5),
+    point=st.sampled_from([point for point in Point if point is not Point.OUTSIDE]),
+    count=st.integers(0, 2),
+    at=st.floats(0, 100),
+    longest_pause_s=st.floats(0, 10),
+    own_s=st.floats(0, 1),
+    stopped=st.booleans(),
+    traced=st.booleans(),
+)
+
+
+@given(st.dictionaries(st.integers(0, 7), pulses, min_size=2, max_size=8))
+def test_who_is_furthest_is_never_blamed_alone(found: dict[int, Pulse]) -> None:
+    hang = find_hang(found, now=1e6, override_s=1.0)
+    if hang is None:
+        return
+    furthest = max(pulse.progress for pulse in found.values())
+    blamed = {found[rank].progress for rank in hang.ranks if not found[rank].stopped}
+    assert furthest not in blamed or len(hang.ranks) == len(found)
+
+
+def test_the_slowest_is_named_when_it_holds_the_others_back() -> None:
+    found = find_straggler({0: 0.1, 1: 0.1, 2: 0.19})
+    assert found is not None
+    assert (found[0], round(found[1], 6)) == (2, 1.9)
+    assert find_straggler({0: 0.1, 1: 0.1, 2: 0.12}) is None
+    assert find_straggler({0: 0.1}) is None
+    assert find_straggler({0: 0.0, 1: 0.5}) is None

@@ -1,0 +1,81 @@
+"""The rung of the ladder, and what a worker may do next."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_ckptless.errors import ProtocolError
+from lightning_ckptless.protocol.recovery import (
+    TRIES_IN_PLACE,
+    WORKER_TRANSITIONS,
+    Rung,
+    Situation,
+    WorkerEvent,
+    WorkerState,
+    next_state,
+    plan_recovery,
+)
+
+USUAL = Situation((1,), 4, None, 10, in_place=True, obstacle=None, outside=(), tries=0)
+
+
+@pytest.mark.parametrize(
+    ("now", "rung", "reason"),
+    [
+        (USUAL, Rung.IN_PLACE, "3 of 4 ranks go on, rank 1 is replaced"),
+        (replace(USUAL, lost=(1, 3)), Rung.IN_PLACE, "2 of 4 ranks go on, ranks 1, 3 are replaced"),
+        (replace(USUAL, final="its own bug"), Rung.END, "not relaunched: its own bug"),
+        (replace(USUAL, recoveries_left=0), Rung.END, "no restart is left"),
+        (replace(USUAL, in_place=False), Rung.RELAUNCH, "switched off"),
+        (replace(USUAL, obstacle="it has a second fit"), Rung.RELAUNCH, "it has a second fit"),
+        (replace(USUAL, lost=(0, 1, 2, 3)), Rung.RELAUNCH, "none of 4 ranks survives"),
+        (replace(USUAL, outside=(0,)), Rung.RELAUNCH, "rank 0 is not in the training loop"),
+        (replace(USUAL, tries=TRIES_IN_PLACE), Rung.RELAUNCH, "tried 2 times"),
+    ],
+)
+def test_each_row_of_the_table(now: Situation, rung: Rung, reason: str) -> None:
+    plan = plan_recovery(now)
+    assert plan.rung is rung
+    assert reason in plan.reason
+
+
+situations = st.builds(
+    Situation,
+    lost=st.sets(st.integers(0, 7), min_size=1).map(lambda ranks: tuple(sorted(ranks))),
+    world_size=st.just(8),
+    final=st.none() | st.just("a bug"),
+    recoveries_left=st.integers(0, 3),
+    in_place=st.booleans(),
+    obstacle=st.none() | st.just("something"),
+    outside=st.sets(st.integers(0, 7)).map(tuple),
+    tries=st.integers(0, 4),
+)
+
+
+@given(situations)
+def test_in_place_takes_everything_and_the_end_is_never_put_off(now: Situation) -> None:
+    plan = plan_recovery(now)
+    assert plan.reason
+    assert (plan.rung is Rung.END) == (now.final is not None or now.recoveries_left == 0)
+    if plan.rung is Rung.IN_PLACE:
+        assert now.in_place and now.obstacle is None and not now.outside and len(now.lost) < now.world_size
+
+
+def test_a_worker_that_lives_through_a_fault_trains_again() -> None:
+    state = WorkerState.OUTSIDE
+    for event in ("enter", "fault", "assign", "meet", "fault", "assign", "meet", "restore", "leave"):
+        state = next_state(state, WorkerEvent(event))
+    assert state is WorkerState.OUTSIDE
+
+
+@given(st.sampled_from(WorkerState), st.sampled_from(WorkerEvent))
+def test_what_the_table_does_not_have_is_a_bug(state: WorkerState, event: WorkerEvent) -> None:
+    if event in WORKER_TRANSITIONS[state]:
+        assert next_state(state, event) is WORKER_TRANSITIONS[state][event]
+    else:
+        with pytest.raises(ProtocolError, match=f"a worker that is {state} met {event}"):
+            next_state(state, event)
