@@ -12,8 +12,8 @@ from tests.faults.conftest import Drill
 from tests.faults.matrix import BASE, FOUR, Cell
 from tests.lab.parts import Options
 
-PATIENT = replace(BASE, samples=240, epochs=1)
-"""Thirty steps on each of two ranks: time for a standby to come."""
+PATIENT = replace(BASE, samples=800, epochs=1)
+"""A hundred steps on each of two ranks: time for a standby to come."""
 WATCHED = replace(BASE, strategy_options="{'hang_timeout_s': 1.0}")
 FIRST = "kill:rank=1:step=4"
 
@@ -47,7 +47,7 @@ HAZARDS = {
     "newcomer=1-during=restore": Hazard(f"{FIRST},kill:rank=1:step=4:at=restore", in_place=2),
     "newcomer=1-during=restore-twice": Hazard(f"{FIRST},kill:rank=1:step=4:at=restore:times=2", 2, relaunches=1),
     "standby-during=promotion": Hazard(
-        "kill:rank=1:step=25,kill:rank=1:step=25:at=regroup", in_place=2, options=PATIENT, standbys=1
+        "kill:rank=1:step=90,kill:rank=1:step=90:at=regroup", in_place=2, options=PATIENT, standbys=1
     ),
     "two_of_four-at_once": Hazard("kill:rank=1:step=3,kill:rank=2:step=3", in_place=1, options=FOUR),
     "rank=0-hangs": Hazard("hang:rank=0:step=4", in_place=1, options=WATCHED),

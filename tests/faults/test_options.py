@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.faults.matrix import BASE, is_version
-from tests.faults.conftest import REPOSITORY
 from tests.faults.test_restart import Run, job
 from tests.lab.parts import Options
 
@@ -89,11 +88,9 @@ def test_late_mirror_is_waited_for_or_skipped(on_late: str, skips: bool, job: Ru
 
 
 def test_a_node_that_is_not_fit_stays_out(job: Run) -> None:
-    (job.folder / "checks.py").write_text("def network():\n    raise OSError('the link is down')\n")
-    job.env = {"PYTHONPATH": f"{REPOSITORY}:{job.folder}"}
-    outcome = job.start(_with(health_check="checks.network"), max_restarts=3)
+    outcome = job.start(_with(health_check="parts.link_is_down"), max_restarts=3)
     assert (outcome.exit_code, outcome.restarts) == (1, 0)
-    assert "is not fit to train: checks.network says OSError: the link is down" in job.output
+    assert "is not fit to train: parts.link_is_down says OSError: the link is down" in job.output
 
 
 def test_survivors_are_started_again_where_in_place_is_switched_off(job: Run) -> None:
@@ -102,8 +99,8 @@ def test_survivors_are_started_again_where_in_place_is_switched_off(job: Run) ->
 
 
 def test_standbys_wait_for_a_rank(job: Run) -> None:
-    options = replace(_with(standbys=1), samples=240)
-    assert job.start(options, "kill:rank=1:step=25", max_restarts=3).exit_code == 0
+    options = replace(_with(standbys=1), samples=800)
+    assert job.start(options, "kill:rank=1:step=90", max_restarts=3).exit_code == 0
     assert job.events("standbys")[-1].fields["wanted"] == 1
     assert [who for _, who in job.events("in_place")[0].fields["new"].values()] == ["standby"]
 

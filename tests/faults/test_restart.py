@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +36,6 @@ class Run:
     run_id: str
     config: LaunchConfig | None = None
     starts: int = 0
-    env: dict[str, str] = field(default_factory=dict)
 
     def start(
         self, options: Options, faults: str = "", *, max_restarts: int = 0, run_root: Path | None = None
@@ -54,7 +53,6 @@ class Run:
                 "PYTHONPATH": str(REPOSITORY),
                 "CKPTLESS_FAULTS": faults,
                 "CKPTLESS_TRACE_DIR": str(self.folder / "trace"),
-                **self.env,
             },
             cwd=self.folder,
             run_root=run_root or self.folder / "runs",

@@ -46,6 +46,11 @@ class Options:
     raise_at: int = 0  # raise a ValueError at this step, every time
 
 
+def link_is_down() -> None:
+    """A health check that fails."""
+    raise OSError("the link is down")
+
+
 class Numbers(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Samples that show which they are, with random augmentation from every generator."""
 

@@ -23,7 +23,7 @@ def test_a_fit_node_passes() -> None:
 
 
 def test_the_users_own_check_is_asked() -> None:
-    with pytest.raises(UnfitNodeError, match="node7 is not fit to train: .*refuse says ConnectionError: no link"):
+    with pytest.raises(UnfitNodeError, match=r"node7 is not fit to train: .*refuse says ConnectionError: no link"):
         check_health(CPU, f"{refuse.__module__}.refuse", "node7")
 
 
@@ -43,5 +43,5 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_device_that_is_not_there() -> None:
-    with pytest.raises(UnfitNodeError, match="cuda:7 cannot multiply" if torch.cuda.is_available() else "cuda"):
+    with pytest.raises(UnfitNodeError, match="cuda:7 cannot multiply"):
         check_health(torch.device("cuda:7"), "", "node0")
