@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+STANDBY = "CKPTLESS_STANDBY"
+"""Written out, because nothing of ours is imported here: when imports begin is measured."""
 SOCKET = "CKPTLESS_BENCH_SOCKET"
 """Environment variable with the path of the benchmark's socket."""
 
@@ -142,7 +144,9 @@ class Wire:
 
     def say(self, moment: str, *, at: float | None = None, **fields: Any) -> None:
         """Say what has happened. Any thread."""
-        rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "-1")))
+        # A standby has the variables of a rank, and no rank.
+        named = "-1" if STANDBY in os.environ else os.environ.get("RANK", os.environ.get("LOCAL_RANK", "-1"))
+        rank = int(named)
         note = {"moment": moment, "at": time.time() if at is None else at, "pid": os.getpid(), "rank": rank, **fields}
         with self._lock:
             self._socket.sendall(json.dumps(note).encode() + b"\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.job import remove_arenas
+from lightning_ckptless.job import record_for, remove_arenas
 from lightning_ckptless.ledger import Event, read_ledger
 from lightning_ckptless.membership.launch import LaunchConfig, Outcome, new_run_id, run
 from lightning_ckptless.membership.parent import PreloadedParent
@@ -59,7 +59,7 @@ class Run:
             log_dir=output,
             redirects="3",
         )
-        return run(self.config, parent=self.parent)
+        return run(self.config, parent=self.parent, record=record_for(self.config))
 
     @property
     def output(self) -> str:
