@@ -135,7 +135,8 @@ def kill_one(
     steps = min(life.first_step for life in watch.now()) - 1 + every_n_steps + chance.randrange(every_n_steps)
     watch.until(lambda lives: min(life.last_step for life in lives) >= steps, START_S, f"step {steps}")
     watch.follow(chance.random() * within_s)
-    victim, old, dying = chance.randrange(watch.ranks), set(watch.lives), watch.now()
+    victim, old, dying = chance.randrange(watch.ranks), dict(watch.pids), watch.now()
+    known = set(watch.lives)
     last, committed = max(life.last_step for life in dying), max(life.committed for life in dying)
     step_s = _step_s(dying[victim])
     killed_at = time.time()
@@ -144,12 +145,13 @@ def kill_one(
     def came_back(lives: list[Life]) -> bool:
         # The newcomer's first step, finished by all of them since then.
         first = lives[victim].first_step
-        again = watch.pids[victim] not in old and first > 0
+        again = watch.pids[victim] != old[victim] and first > 0
         return again and all(life.steps.get(first, 0.0) > killed_at for life in lives)
 
     lives = watch.until(came_back, timeout_s, f"a step by all ranks after the loss of rank {victim}")
     first = lives[victim].first_step
-    restored, new = first - 1, [life for pid, life in watch.lives.items() if pid not in old and life.rank >= 0]
+    restored, new = first - 1, [watch.lives[pid] for rank, pid in watch.pids.items() if pid != old.get(rank)]
+    starts = sum(pid not in known and life.rank >= 0 for pid, life in watch.lives.items())
     return {
         "victim": victim,
         "killed_at": killed_at,
@@ -159,7 +161,7 @@ def kill_one(
         "restored_step": restored,
         "repeated_steps": last - restored,
         "lost_committed_steps": max(0, committed - restored),
-        "starts": len(new) / watch.ranks,
+        "starts": max(starts, len(new)) / watch.ranks,
         "step_s": step_s,
         "ranks": [{name: at - killed_at for name, at in life.moments.items()} for life in lives if life in new],
     }

@@ -46,8 +46,8 @@ def ladder_table(results: dict[str, Any], ranks: int) -> Table:
     for name, (what, p50_s, p95_s) in TARGETS.items():
         _judge(table, name, came_back(results["kills"].get(name, [])), what, p50_s, p95_s)
     table.note(
-        "Steps run again are finished ones. Whether a run is exact is no question of time: the drill compares every bit "
-        "of the same recoveries."
+        "Steps run again are finished ones. Whether a run is exact is no question of time: the drill compares every "
+        "bit of the same recoveries."
     )
     return table
 
@@ -70,7 +70,8 @@ def phases_of_kinds_table(results: dict[str, Any]) -> Table:
     )
     table.note(
         "In place: detect ends when the agent has seen the death, abort when the rank that speaks has heard of it, "
-        "regroup when all ranks have met, restore when the state is in place, replay when the first new step is committed."
+        "regroup when all ranks have met, restore when the state is in place, replay when the first new step is "
+        "committed."
     )
     for name, kills in results["kills"].items():
         accounts = [kill["ledger"] for kill in came_back(kills) if "ledger" in kill]

@@ -131,8 +131,8 @@ def split_table(results: dict[str, Any]) -> Table:
     own = max(busy_ms(pair["segments"]["ckptless"]) for pair in smallest)
     whole = max(median(over_ddp(pair, "ckptless")) for pair in smallest)
     table.note(
-        f"{least['size']} is {shard_mb(least):.2f} MB per rank, so what it costs is fixed. Training thread, worse of its "
-        f"batches: {verdict(own, FIXED_TARGET_MS, 'ms')}"
+        f"{least['size']} is {shard_mb(least):.2f} MB per rank, so what it costs is fixed. Training thread, worse of "
+        f"its batches: {verdict(own, FIXED_TARGET_MS, 'ms')}"
     )
     table.note(f"The same with all that the mirror thread takes from it: {verdict(whole, FIXED_TARGET_MS, 'ms')}")
     return table
