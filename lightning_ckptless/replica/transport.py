@@ -6,6 +6,7 @@ peer does not answer. A transport is used by one thread at a time.
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,10 @@ import torch.distributed as dist
 
 from lightning_ckptless.errors import TransportError
 from lightning_ckptless.replica.checksum import bytes_of
+
+_LENGTH = struct.Struct("!Q")
+_PAGE_BYTES = 8192
+_FIRST_PAGE_BYTES = _PAGE_BYTES - _LENGTH.size
 
 Parcel = tuple[int, int, torch.Tensor]
 """Peer, tag, flat uint8 tensor in host memory. Both sides know the length; the tag tells parcels of a pair apart."""
@@ -232,12 +237,19 @@ class GlooTransport:
     def gather(self, payload: bytes) -> list[bytes]:
         """See `Transport.gather`."""
         with self._blaming("gather"):
-            lengths = [int(length) for length in self._all_gather(torch.tensor([len(payload)]))]
-            longest = max(lengths)
-            if longest == 0:
-                return [b""] * self.world_size
-            everyone = self._all_gather(tensor_of(payload.ljust(longest, b"\0")))
-        return [bytes(bytes_of(data)[:length]) for data, length in zip(everyone, lengths, strict=True)]
+            # Most payloads fit into one page, and a recovery waits for every collective.
+            page = _LENGTH.pack(len(payload)) + payload[:_FIRST_PAGE_BYTES]
+            pages = [bytes_of(page) for page in self._all_gather(tensor_of(page.ljust(_PAGE_BYTES, b"\0")))]
+            lengths = [_LENGTH.unpack(page[: _LENGTH.size])[0] for page in pages]
+            heads = [bytes(page[_LENGTH.size :][:length]) for page, length in zip(pages, lengths, strict=True)]
+            longest = max(lengths) - _FIRST_PAGE_BYTES
+            if longest <= 0:
+                return heads
+            rests = self._all_gather(tensor_of(payload[_FIRST_PAGE_BYTES:].ljust(longest, b"\0")))
+        return [
+            head + bytes(bytes_of(rest)[: max(0, length - _FIRST_PAGE_BYTES)])
+            for head, rest, length in zip(heads, rests, lengths, strict=True)
+        ]
 
     def _all_gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
         everyone = [torch.empty_like(mine) for _ in range(self.world_size)]

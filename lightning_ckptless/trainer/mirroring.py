@@ -67,7 +67,15 @@ class Mirroring:
         self._cohort: Cohort | None = None
         self._mirror: Mirror | None = None
         self._index: StateIndex | None = None
+        self._layout: Layout | None = None
         self._small: SmallState | None = None
+
+    def index_of(self, layout: Layout) -> StateIndex | None:
+        """Where the trainer's tensors are, if they are known to be those of a layout."""
+        known = self._index
+        if known is None or self._layout is None or self._layout.digest != layout.digest or not known.is_current():
+            return None
+        return known
 
     @property
     def mirror(self) -> Mirror | None:
@@ -167,6 +175,7 @@ class Mirroring:
     def _open(self, layout: Layout, *, committed: Version | None) -> None:
         cohort = self._cohort
         assert cohort is not None
+        self._layout = layout
         if self._mirror is not None:
             self._mirror.close()
         if cohort.speaks_for_node:

@@ -203,7 +203,10 @@ class Survival:
 
     def _put_back(self, restoration: Restoration) -> None:
         assert self._engine.cohort is not None
-        restoration.fill(self._trainer, only_own=self._mirroring.tensors_are_of == restoration.version)
+        mirroring, version = self._mirroring, restoration.version
+        restoration.fill(
+            self._trainer, only_own=mirroring.tensors_are_of == version, index=mirroring.index_of(restoration.layout)
+        )
         self._mirroring.small.apply(restoration.state)
         if restoration.state["logs"] is not None:
             host_loggers.rewind_logs(self._trainer, restoration.state["logs"])

@@ -24,7 +24,14 @@ def describe_state(index: StateIndex) -> tuple[Described, ...]:
 
 
 def fill_trainer(
-    trainer: Any, layout: Layout, bulks: Mapping[int, Tensor], *, rank: int, world_size: int, only_own: bool = False
+    trainer: Any,
+    layout: Layout,
+    bulks: Mapping[int, Tensor],
+    *,
+    rank: int,
+    world_size: int,
+    only_own: bool = False,
+    index: StateIndex | None = None,
 ) -> StateIndex:
     """Copy a version into the tensors of a trainer, whose optimizers may not have made a step yet.
 
@@ -35,6 +42,7 @@ def fill_trainer(
         rank: this rank.
         world_size: number of ranks.
         only_own: copy this rank's own tensors alone: those that all ranks share hold the version already.
+        index: where the trainer's tensors are, if it is known that they are those of the layout.
 
     Returns:
         Where the trainer's tensors are.
@@ -42,6 +50,9 @@ def fill_trainer(
     Raises:
         LayoutMismatchError: the script has built other tensors than those that were mirrored; names them.
     """
+    if index is not None:
+        fill(layout, {rank: bulks[rank]} if only_own else bulks, index.read(), rank)
+        return index
     described = {name: (dtype_of(dtype), shape) for name, (dtype, shape) in layout.tensors().items()}
     own = private_name(rank, "")
     of_buffers = {name.removeprefix(own): facts for name, facts in described.items() if name.startswith(own)}
