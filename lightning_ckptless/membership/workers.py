@@ -72,6 +72,7 @@ class Workers(PContext):
         self._first_signs: dict[int, float] = {}
         self._stopped: set[int] = set()
         self._blamed: dict[int, str] = {}
+        self._said: list[tuple[int, Message]] = []
 
     # ------------------------------------------------------------------ starting
 
@@ -152,14 +153,19 @@ class Workers(PContext):
 
     def heard(self) -> list[tuple[int, Message]]:
         """What workers have said, with their local ranks."""
-        # Of those that have ended, too: the last that a worker says is why.
-        said = [(rank, message) for rank, process in self._processes.items() for message in process.line.waiting()]
-        for rank, message in said:
-            if message["kind"] == "entered":
-                self.inside.add(rank)
-            elif message["kind"] == "left":
-                self.inside.discard(rank)
+        self._listen()
+        said, self._said = self._said, []
         return said
+
+    def _listen(self) -> None:
+        # To those that have ended, too: the last that a worker says is why.
+        for rank, process in self._processes.items():
+            for message in process.line.waiting():
+                self._said.append((rank, message))
+                if message["kind"] == "entered":
+                    self.inside.add(rank)
+                elif message["kind"] == "left":
+                    self.inside.discard(rank)
 
     # ------------------------------------------------------------------ ends
 
@@ -227,11 +233,13 @@ class Workers(PContext):
         An end with exit code 0 is a failure of a worker that is in the training loop. None stands for the end of one
         that is dying, with more memory to free than was waited for.
         """
-        dying = [rank for rank in self._running if self._processes[rank].is_dying()]
+        # Whoever has left the loop may end as he likes, and take his time.
+        dying = [rank for rank in self._running if rank in self.inside and self._processes[rank].is_dying()]
         deadline = time.monotonic() + _DYING_GRACE_S
         while dying and (left_s := deadline - time.monotonic()) > 0:
             self.wait_for_end(left_s)
             dying = [rank for rank in dying if rank in self._running]
+        self._listen()
         signs = {rank: end.at for rank, end in self.failed().items()} | {r: self._first_signs[r] for r in dying}
         return {rank: self._ends.get(rank) for rank in sorted(signs, key=lambda rank: signs[rank])}
 

@@ -18,6 +18,9 @@ from lightning_ckptless.trainer.host.fetcher import copy_containers, watch_fetch
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.rng import RngState, apply_rng, capture_rng
 
+MOST_BYTES = 2**30
+"""Of batches that are held; where they are larger the data is read anew after a fault."""
+
 
 @dataclass(frozen=True)
 class _Fetched:
@@ -25,6 +28,7 @@ class _Fetched:
 
     data: Any
     stamps: tuple[int, ...]
+    bytes: int
     fetched: int
     done: bool
     rng: RngState
@@ -84,11 +88,12 @@ class BatchLog:
             self._entries.append(entry)
             return copy_containers(entry.data)[0]
         data = fetch()
-        kept, stamps = copy_containers(data)
+        kept, stamps, size_bytes = copy_containers(data)
         fetcher = self._fetcher
-        self._entries.append(_Fetched(kept, stamps, fetcher.fetched, fetcher.done, capture_rng()))
-        if len(self._entries) > self._limit:
-            del self._entries[0]
+        self._entries.append(_Fetched(kept, stamps, size_bytes, fetcher.fetched, fetcher.done, capture_rng()))
+        held_bytes = sum(entry.bytes for entry in self._entries)
+        while self._entries and (len(self._entries) > self._limit or held_bytes > MOST_BYTES):
+            held_bytes -= self._entries.pop(0).bytes
             self._first += 1
         return data
 

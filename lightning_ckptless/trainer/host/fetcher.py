@@ -58,16 +58,18 @@ def _watched_class(base: Any) -> type:
     return _CLASSES[base]
 
 
-def copy_containers(data: Any) -> tuple[Any, tuple[int, ...]]:
+def copy_containers(data: Any) -> tuple[Any, tuple[int, ...], int]:
     """Lists, dictionaries and the like anew, with the same tensors in them.
 
     Returns:
-        The copy, and how often each tensor was written to.
+        The copy, how often each tensor was written to, and the bytes of all of them.
     """
     stamps: list[int] = []
+    sizes: list[int] = []
 
     def same(tensor: Tensor) -> Tensor:
         stamps.append(version_counter(tensor))
+        sizes.append(tensor.nbytes)
         return tensor
 
-    return map_tensors(same, data), tuple(stamps)
+    return map_tensors(same, data), tuple(stamps), sum(sizes)
