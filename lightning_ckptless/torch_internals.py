@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.distributed import Logger, Reducer, _register_comm_hook  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _world
+from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
@@ -132,6 +133,11 @@ def skip_first_delay(handler: Any) -> None:
     holder.state.round = 1
     holder.mark_dirty()
     holder.sync()
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a host name or address means this machine, as an elastic rendezvous decides it."""
+    return bool(_matches_machine_hostname(host))
 
 
 def remaining_restarts(agent: Any) -> int:

@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from string import Template
 from typing import Any
 
+from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsSpecs
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from lightning_ckptless import environment
 from lightning_ckptless.errors import UnfitNodeError
@@ -31,7 +32,7 @@ from lightning_ckptless.membership.parent import End, PreloadedParent, UnsafeFor
 from lightning_ckptless.membership.process import Process
 from lightning_ckptless.membership.program import Program
 from lightning_ckptless.membership.regrouping import Regroupings
-from lightning_ckptless.membership.rounds import number_generations, worker_store
+from lightning_ckptless.membership.rounds import line_prefixes, number_generations, variables_of, worker_store
 from lightning_ckptless.membership.signals import AskedToEnd
 from lightning_ckptless.membership.verdict import Verdict, take_begun, take_verdicts
 from lightning_ckptless.membership.workers import Workers
@@ -83,20 +84,27 @@ class CkptlessAgent(LocalElasticAgent):
         parent: forks the workers; stays open.
         logs_specs: where their output goes.
         record: receives events, as `record(event, **fields)`.
+        after: the agent of this node before this one, whose place of meeting was lost.
     """
 
     def __init__(
-        self, spec: WorkerSpec, node: Node, parent: PreloadedParent, logs_specs: LogsSpecs, record: Record
+        self,
+        spec: WorkerSpec,
+        node: Node,
+        parent: PreloadedParent,
+        logs_specs: LogsSpecs,
+        record: Record,
+        after: CkptlessAgent | None = None,
     ) -> None:
         super().__init__(spec, logs_specs)
-        self.faults: list[FaultReport] = []
+        self.faults: list[FaultReport] = [] if after is None else after.faults_with_the_place_lost()
         self.exit_code = 0
         self.recoveries_in_place = 0
         self._node = node
         self._parent = parent
         self._substitute: PreloadedParent | None = None
         self._record = record
-        self._starts = 0
+        self._starts = 0 if after is None else 1
         self._futile_starts = 0
         self._reason = ""
         self._verdict_folder = tempfile.TemporaryDirectory(prefix="ckptless-verdicts-")
@@ -105,6 +113,16 @@ class CkptlessAgent(LocalElasticAgent):
         self._in_place = InPlace(
             in_place=node.in_place, standbys=node.standbys, folder=self._folder, record=record, say=_say
         )
+
+    @property
+    def has_started(self) -> bool:
+        """Whether its workers have been started."""
+        return self._pcontext is not None
+
+    def faults_with_the_place_lost(self) -> list[FaultReport]:
+        """What it has seen, and that the nodes could not meet any more."""
+        at, size = time.time(), self._worker_group.workers[0].world_size
+        return [*self.faults, FaultReport(None, None, None, None, at, at, at, len(self.faults) + 1, size)]
 
     @property
     def relaunches(self) -> int:
@@ -134,7 +152,7 @@ class CkptlessAgent(LocalElasticAgent):
         take_verdicts(self._folder)
         take_begun(self._folder)
         self._hangs.begin_round(list(envs))
-        self._pcontext = workers = self._fork(envs, self._line_prefixes(worker_group))
+        self._pcontext = workers = self._fork(envs, line_prefixes(worker_group, self._node.log_line_prefix))
         pids = workers.pids()
         ranks = {worker.global_rank: pids[worker.local_rank] for worker in worker_group.workers}
         self._starts += 1
@@ -176,23 +194,8 @@ class CkptlessAgent(LocalElasticAgent):
         return Process.start(self._parent, job, stdio)
 
     def _worker_env(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
-        spec = worker_group.spec
         env = {
-            "LOCAL_RANK": str(worker.local_rank),
-            "RANK": str(worker.global_rank),
-            "GROUP_RANK": str(worker_group.group_rank),
-            "ROLE_RANK": str(worker.role_rank),
-            "ROLE_NAME": spec.role,
-            "LOCAL_WORLD_SIZE": str(spec.local_world_size),
-            "WORLD_SIZE": str(worker.world_size),
-            "GROUP_WORLD_SIZE": str(worker_group.group_world_size),
-            "ROLE_WORLD_SIZE": str(worker.role_world_size),
-            "MASTER_ADDR": str(worker_group.master_addr),
-            "MASTER_PORT": str(worker_group.master_port),
-            "TORCHELASTIC_RESTART_COUNT": str(spec.max_restarts - remaining_restarts(self)),
-            "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
-            "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
-            "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),
+            **variables_of(worker_group, worker, restarts=worker_group.spec.max_restarts - remaining_restarts(self)),
             environment.AGENT: str(os.getpid()),
             environment.NODE: self._node.name,
             environment.SPAWNED_AT: repr(time.time()),
@@ -201,17 +204,6 @@ class CkptlessAgent(LocalElasticAgent):
         if self.faults:
             env[environment.FAULT_REPORT] = self.faults[-1].to_json()
         return env
-
-    def _line_prefixes(self, worker_group: WorkerGroup) -> dict[int, str] | None:
-        if self._node.log_line_prefix is None:
-            return None
-        template, role = Template(self._node.log_line_prefix), worker_group.spec.role
-        return {
-            worker.local_rank: template.safe_substitute(
-                role_name=role, rank=worker.global_rank, local_rank=worker.local_rank
-            )
-            for worker in worker_group.workers
-        }
 
     def _announce(self, worker_group: WorkerGroup) -> None:
         fault, size = self.faults[-1], worker_group.workers[0].world_size
@@ -387,6 +379,9 @@ class CkptlessAgent(LocalElasticAgent):
         """Ask running workers to end, whatever signal has ended the agent, and insist after our own grace time."""
         self._in_place.end_round(self._parent)
         request = sys.exception()
+        if isinstance(request, RendezvousError | DistError) and self._pcontext is not None:
+            # The others will meet elsewhere, and the state is in the arenas.
+            self._current_workers().stop(signal.SIGKILL, 0)
         if isinstance(request, AskedToEnd) and request.number == signal.SIGTERM and self._pcontext is not None:
             self._current_workers().finish(self._node.finish_grace_s)
         super()._shutdown(signal.SIGTERM, self._node.stop_grace_s)  # type: ignore[arg-type]

@@ -59,7 +59,8 @@ class LaunchConfig:
         program: what the workers run.
         nproc: workers on this node.
         nnodes: number of nodes, or `min:max`.
-        rdzv_endpoint: `host:port` where several nodes meet; not needed on one.
+        rdzv_endpoint: `host:port` where several nodes meet; not needed on one. Several, separated by commas, are places
+            on different nodes, the next of which is used when one is lost.
         rdzv_conf: further settings of torch's c10d rendezvous, e.g. `{"join_timeout": 600}` (seconds).
         run_id: name of the run, to be given where there are several nodes, the same on all; else made up.
         max_restarts: relaunches after failures of workers until the run gives up.
@@ -125,6 +126,11 @@ class LaunchConfig:
         _, most_nodes = self.node_range
         if most_nodes > 1 and not self.rdzv_endpoint:
             raise OptionsError(f"nnodes={self.nnodes}: the nodes must know where to meet; give rdzv_endpoint=HOST:PORT")
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """The places where nodes may meet, in their order."""
+        return tuple(endpoint.strip() for endpoint in self.rdzv_endpoint.split(",") if endpoint.strip())
 
     @property
     def node_range(self) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsSpecs, Std
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
@@ -22,7 +23,9 @@ from lightning_ckptless.errors import LaunchError, UnfitNodeError
 from lightning_ckptless.membership.agent import CkptlessAgent, Node
 from lightning_ckptless.membership.launch import LaunchConfig, Outcome
 from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.route import Route
 from lightning_ckptless.membership.signals import AskedToEnd
+from lightning_ckptless.protocol.meeting import MeetingPlace
 from lightning_ckptless.torch_internals import skip_first_delay
 
 # A replacement machine may take long to boot. A lost node shall be known after 6 s, and a busy one not taken for lost.
@@ -45,40 +48,73 @@ _OF_ONE_WORKER = (
 )
 
 
+class _PlaceLostError(Exception):
+    """The node that hosts the rendezvous is gone."""
+
+
 def run_node(config: LaunchConfig, parent: PreloadedParent, record: Callable[..., None]) -> Outcome:
     """Run this node's workers to their end; see `launch.run`."""
-    agent: CkptlessAgent | None = None
-    try:
-        with _rendezvous(config) as handler, _logs(config) as logs:
-            spec = WorkerSpec(
-                role=config.role,
-                local_world_size=config.nproc,
-                entrypoint=config.program.target,
-                rdzv_handler=handler,
-                max_restarts=config.max_restarts,
-                monitor_interval=_MONITOR_INTERVAL_S,
-                local_addr=config.local_addr,
-            )
-            agent = CkptlessAgent(spec, _node(config), parent, logs, record)
-            _run_to_its_end(agent, config)
-    except UnfitNodeError as error:
-        # The run may go on without this node: its rendezvous stays open for another one.
-        print(f"ckptless: {error}", file=sys.stderr, flush=True)
-        assert agent is not None
-        agent.exit_code = 1
-    return Outcome(agent.exit_code, agent.relaunches, tuple(agent.faults), agent.recoveries_in_place)
+    endpoints = config.endpoints
+    route = Route(endpoints, config.local_addr) if len(endpoints) > 1 else None
+    place, agents = route.next() if route is not None else None, list[CkptlessAgent]()
+    while True:
+        try:
+            _run_at(config, place, parent, record, agents)
+            break
+        except _PlaceLostError as error:
+            assert route is not None and place is not None
+            place = route.next(lost=place)
+            record("meeting_place_lost", cause=str(error), next=place.endpoint, reason=place.reason)
+            print(f"ckptless: the rendezvous is lost; the nodes meet at {place.reason}", file=sys.stderr, flush=True)
+        except UnfitNodeError as error:
+            # The run may go on without this node: its rendezvous stays open for another one.
+            print(f"ckptless: {error}", file=sys.stderr, flush=True)
+            agents[-1].exit_code = 1
+            break
+    last = agents[-1]
+    in_place = sum(agent.recoveries_in_place for agent in agents)
+    return Outcome(last.exit_code, sum(agent.relaunches for agent in agents), tuple(last.faults), in_place)
 
 
-def _run_to_its_end(agent: CkptlessAgent, config: LaunchConfig) -> None:
-    try:
-        agent.run()
-    except RendezvousClosedError as error:
-        if not agent.faults:
-            raise LaunchError(f"run {config.run_id!r} has been ended by another node") from error
-    except RendezvousError as error:
-        raise LaunchError(_no_meeting(config, error)) from error
-    finally:
-        agent.close()
+def _run_at(
+    config: LaunchConfig,
+    place: MeetingPlace | None,
+    parent: PreloadedParent,
+    record: Callable[..., None],
+    agents: list[CkptlessAgent],
+) -> None:
+    """Run the workers as long as the nodes can meet at a place.
+
+    Args:
+        config: what to run.
+        place: where to meet; None where there is but one place.
+        parent: forks the workers.
+        record: receives events.
+        agents: those before this one, of this node; this one is added.
+    """
+    with _rendezvous(config, place) as handler, _logs(config) as logs:
+        spec = WorkerSpec(
+            role=config.role,
+            local_world_size=config.nproc,
+            entrypoint=config.program.target,
+            rdzv_handler=handler,
+            max_restarts=config.max_restarts,
+            monitor_interval=_MONITOR_INTERVAL_S,
+            local_addr=config.local_addr,
+        )
+        agent = CkptlessAgent(spec, _node(config), parent, logs, record, after=agents[-1] if agents else None)
+        agents.append(agent)
+        try:
+            agent.run()
+        except RendezvousClosedError as error:
+            if not agent.faults:
+                raise LaunchError(f"run {config.run_id!r} has been ended by another node") from error
+        except (RendezvousError, DistError) as error:
+            if place is not None and not place.hosts and agent.has_started:
+                raise _PlaceLostError(f"{type(error).__name__}: {error}") from error
+            raise LaunchError(_no_meeting(config, error)) from error
+        finally:
+            agent.close()
 
 
 def _node(config: LaunchConfig) -> Node:
@@ -111,14 +147,15 @@ def _base_env(config: LaunchConfig) -> dict[str, str]:
 
 
 @contextmanager
-def _rendezvous(config: LaunchConfig) -> Iterator[RendezvousHandler]:
-
+def _rendezvous(config: LaunchConfig, place: MeetingPlace | None) -> Iterator[RendezvousHandler]:
     least, most = config.node_range
     alone = most == 1 and not config.rdzv_endpoint
     settings: dict[str, Any] = {**_RENDEZVOUS_DEFAULTS, **({"is_host": True} if alone else {}), **config.rdzv_conf}
+    if place is not None:
+        settings["is_host"] = place.hosts
     parameters = RendezvousParameters(
         backend="c10d",
-        endpoint="127.0.0.1:0" if alone else config.rdzv_endpoint,
+        endpoint="127.0.0.1:0" if alone else place.endpoint if place is not None else config.rdzv_endpoint,
         run_id=config.run_id,
         min_nodes=least,
         max_nodes=most,
@@ -134,7 +171,7 @@ def _rendezvous(config: LaunchConfig) -> Iterator[RendezvousHandler]:
     asked_to_end = False
     try:
         yield handler
-    except (AskedToEnd, KeyboardInterrupt, UnfitNodeError):
+    except (AskedToEnd, KeyboardInterrupt, UnfitNodeError, _PlaceLostError):
         asked_to_end = True
         raise
     finally:

@@ -44,6 +44,7 @@ class Cluster:
     folder: Path
     stack: ExitStack
     port: int = field(default_factory=_free_port)
+    next_port: int = 0
     agents: list[psutil.Popen] = field(default_factory=list)
 
     @property
@@ -51,12 +52,16 @@ class Cluster:
         """Where the nodes' shared memory is."""
         return self.folder / "arenas"
 
-    def start_agent(self, faults: str = "") -> psutil.Popen:
+    def start_agent(self, faults: str = "", address: str = "127.0.0.1") -> psutil.Popen:
         """Start one node, with faults for the rank that it gets; the first one hosts the rendezvous."""
         name = f"node{len(self.agents)}"
-        words = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "two-nodes", "--local-addr", "127.0.0.1"]
-        words += ["--rdzv-endpoint", f"127.0.0.1:{self.port}", "--run-root", str(self.folder / "runs")]
-        words += ["--arena-dir", str(self.arenas), "--rdzv-conf", f"is_host={'no' if self.agents else 'yes'}"]
+        words = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "two-nodes", "--local-addr", address]
+        words += ["--run-root", str(self.folder / "runs"), "--arena-dir", str(self.arenas)]
+        if self.next_port:
+            words += ["--rdzv-endpoint", f"127.0.0.1:{self.port},127.0.0.2:{self.next_port}"]
+        else:
+            words += ["--rdzv-endpoint", f"127.0.0.1:{self.port}"]
+            words += ["--rdzv-conf", f"is_host={'no' if self.agents else 'yes'}"]
         env = {
             **os.environ,
             "PYTHONPATH": str(REPOSITORY),
@@ -150,4 +155,24 @@ def test_a_rank_of_one_node_is_replaced_and_the_other_node_goes_on(
     assert sum(event.event == "in_place" for event in events) == 2
     assert not [event for event in events if event.event == "relaunch"]
     assert [event.fields["culprit_rank"] for event in events if event.event == "recovery"] == [1, 0]
+    _assert_identical(cluster, parent)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_the_node_that_hosts_the_rendezvous_is_lost(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
+    cluster = Cluster(tmp_path, stack, next_port=_free_port())
+    cluster.arenas.mkdir()
+    lost = cluster.start_agent("node:rank=all:step=7")
+    stays = cluster.start_agent(address="127.0.0.2")
+    assert lost.wait(timeout=END_S) == -signal.SIGKILL, cluster.output()
+    cluster.lose(lost)
+    comes = cluster.start_agent()
+    assert [agent.wait(timeout=END_S) for agent in (stays, comes)] == [0, 0], cluster.output()
+    events = list(read_ledger(tmp_path / "runs" / "two-nodes" / "ledger.jsonl"))
+    assert [event.fields["next"].split(":")[0] for event in events if event.event == "meeting_place_lost"] == [
+        "127.0.0.2"
+    ]
+    restored = [event.fields for event in events if event.event == "restored"]
+    assert [is_version(fields["version"], "step 6") for fields in restored] == [True]
     _assert_identical(cluster, parent)
