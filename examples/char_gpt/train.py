@@ -177,7 +177,10 @@ class CharGPT(LightningModule):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", type=int, default=2, help="ranks on this node (default: %(default)s)")
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", "2"))
+    parser.add_argument(
+        "--devices", type=int, default=started, help="ranks on this node (default: as many as are started, or 2)"
+    )
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="blocks of the model (default: %(default)s)")
     parser.add_argument("--width", type=int, default=128, help="features per letter (default: %(default)s)")

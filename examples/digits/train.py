@@ -10,6 +10,7 @@ The first two train it. The third trains it twice, the second time killing a ran
 from __future__ import annotations
 
 import argparse
+import os
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
@@ -97,7 +98,10 @@ class DigitClassifier(LightningModule):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", type=int, default=2, help="ranks on this node (default: %(default)s)")
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", "2"))
+    parser.add_argument(
+        "--devices", type=int, default=started, help="ranks on this node (default: as many as are started, or 2)"
+    )
     parser.add_argument("--num-nodes", type=int, default=1, help="machines (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the data (default: %(default)s)")
     parser.add_argument("--folder", default=".", help="for logs and checkpoint files (default: here)")

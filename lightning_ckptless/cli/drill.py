@@ -36,8 +36,14 @@ def drill(
     ] = None,
     module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is a module, as in python -m.")] = False,
     nproc: Annotated[
-        int, typer.Option("--nproc", min=1, metavar="N", help="Ranks; with python the script says how many.")
-    ] = 2,
+        int | None,
+        typer.Option(
+            "--nproc",
+            min=1,
+            metavar="N",
+            help="Ranks (default: 2, or as many as the faults name); with python the script's.",
+        ),
+    ] = None,
     launcher: Annotated[LauncherName, typer.Option(help="How the script is started.")] = LauncherName.CKPTLESS,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON, too.")
@@ -84,7 +90,7 @@ def drill(
         command,
         fault,
         place,
-        nproc=nproc,
+        nproc=nproc or ranks_named(fault),
         launcher=launcher,
         isolate=isolate,
         ladder=Ladder(max_restarts, in_place, standbys),
@@ -97,6 +103,13 @@ def drill(
     else:
         typer.echo(f"kept in {place}", err=True)
     raise typer.Exit(0 if report.identical else 1)
+
+
+def ranks_named(faults: Sequence[str]) -> int:
+    """How many ranks there have to be for all faults to find theirs; two at least."""
+    from lightning_ckptless.protocol.faults import parse_faults
+
+    return max(2, *(fault.rank + 1 for fault in parse_faults(",".join(faults)) if isinstance(fault.rank, int)), 0)
 
 
 def hold_drill(
