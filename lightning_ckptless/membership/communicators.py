@@ -112,6 +112,10 @@ class World:
         """How many process groups there are that somebody else has made: they cannot be made anew for him."""
         return sum(id(group) not in self._own for group in process_groups())
 
+    def adopt_groups(self) -> None:
+        """Take the groups that are there now for ours, whoever made them: what made them can make them anew."""
+        self._own = {id(group) for group in process_groups()}
+
     def cut(self) -> None:
         """End whatever a thread does in these groups, now and in those that are being made. Any thread may call it."""
         abort_device_groups()

@@ -9,8 +9,9 @@ from typing import Any
 
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.replica.layout import Layout, plan_layout
+from lightning_ckptless.replica.layout import Layout
 from lightning_ckptless.replica.mirror import Mirror
+from lightning_ckptless.replica.partition import plan_layout
 from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.compatibility import warn_of_loaders
 from lightning_ckptless.trainer.host import loggers as host_loggers
@@ -167,7 +168,7 @@ class Mirroring:
         if self._mirror is not None:
             self._mirror.settle()
         self._index = StateIndex(self._trainer)
-        mine = pack(describe_state(self._index))
+        mine = pack(describe_state(self._index, replicated=self._trainer.strategy.replicates))
         layout = plan_layout([unpack(line) for line in self._cohort.transport.gather(mine)])
         committed = self._mirror.committed if self._mirror is not None else None
         self._open(layout, committed=committed)

@@ -64,10 +64,8 @@ class Restoration:
             only_own: leave out those that all ranks share: they hold the version already.
             index: where the trainer's tensors are, if it is known that they are those of the version's layout.
         """
-        rank, world_size = trainer.global_rank, trainer.world_size
-        self.index = fill_trainer(
-            trainer, self.layout, self.bulks, rank=rank, world_size=world_size, only_own=only_own, index=index
-        )
+        rank = trainer.global_rank
+        self.index = fill_trainer(trainer, self.layout, self.bulks, rank=rank, only_own=only_own, index=index)
 
     def move_data(self, loops: FitLoops) -> None:
         """Open the training data anew at the position of the version."""
@@ -94,8 +92,7 @@ def fetch_version(trainer: Any, found: Complete, cohort: Cohort, report: RunRepo
     """
     arena, transport = cohort.arena, cohort.transport
     layout = shared_layout(arena, transport, found.snapshot.layout)
-    everything = {rank: tuple(range(cohort.world_size)) for rank in range(cohort.world_size)}
-    fetched = fetch(found, arena, transport, cohort.nodes, need=everything)
+    fetched = fetch(found, arena, transport, cohort.nodes, need=layout.need)
     report.fetched(found, _sum_over_ranks(fetched, cohort), step_in_flight(arena.path, transport))
     if trainer.is_global_zero:
         _forget_the_future(found.snapshot.version, ledger)

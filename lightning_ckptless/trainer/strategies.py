@@ -1,45 +1,43 @@
-"""The strategies that users name: Lightning's own, with the engine beside them."""
+"""The strategies that users name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ckptless.errors import OptionsError
-from lightning_ckptless.membership.communicators import World, use_loopback_on_one_node, world_group
-from lightning_ckptless.membership.watch import Watcher
-from lightning_ckptless.options import (
-    Checksum,
-    CkptlessOptions,
-    FailureDomain,
-    OnLate,
-    OnUnrecoverable,
-    Staging,
-)
-from lightning_ckptless.protocol.hang import Point
-from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.membership.communicators import world_group
 from lightning_ckptless.torch_internals import use_process_group
-from lightning_ckptless.trainer.compatibility import check_trainer
-from lightning_ckptless.trainer.engine import Engine
-from lightning_ckptless.trainer.host.ddp import prepare_without_group, wrap_late
+from lightning_ckptless.trainer.host.ddp import wrap_late
 from lightning_ckptless.trainer.host.flavour import FLAVOURS, module
-from lightning_ckptless.trainer.launcher import launcher_class
-from lightning_ckptless.trainer.loader import make_resumable
+from lightning_ckptless.trainer.host.model_parallel import PRECISIONS, precision_of, sizes_of
+from lightning_ckptless.trainer.host.process import set_up_device
+from lightning_ckptless.trainer.recoverable import recoverable
+
+
+def strategy_class(flavour: str, name: str = "ckptless") -> type[Any]:
+    """A strategy for one distribution of Lightning.
+
+    Args:
+        flavour: `lightning.pytorch` or `pytorch_lightning`.
+        name: `ckptless` or `ckptless_model_parallel`.
+    """
+    made = {"ckptless": data_parallel_class, "ckptless_model_parallel": model_parallel_class}[name](flavour)
+    made.__module__, made.__qualname__ = "lightning_ckptless", made.__name__
+    return made
 
 
 @lru_cache(maxsize=len(FLAVOURS))
-def strategy_class(flavour: str) -> type[Any]:
+def data_parallel_class(flavour: str) -> type[Any]:
     """`CkptlessStrategy` for one distribution of Lightning.
 
     Args:
         flavour: `lightning.pytorch` or `pytorch_lightning`.
     """
-    base: Any = module(flavour, "strategies").DDPStrategy
-    launcher = launcher_class(flavour)
+    base: Any = recoverable(module(flavour, "strategies").DDPStrategy, flavour)
 
     class CkptlessStrategy(base):  # type: ignore[misc]
         """Data parallelism that survives the loss of any rank.
@@ -47,197 +45,82 @@ def strategy_class(flavour: str) -> type[Any]:
         After every optimizer step the state of training is mirrored, in shards, into host memory of peers in other
         failure domains. When a worker dies, a new process takes its place and the others go back to the last step;
         where that is not possible all are started again. Training goes on from what the arenas hold, bit for bit.
-
-        Args:
-            mirror_every_n_steps: optimizer steps between two mirrored versions.
-            copies: replicas of each shard beyond the writer's own copy.
-            failure_domain: what is lost together: `node`, or `rank` to keep replicas among the ranks of one node.
-            arena_dir: folder for the arenas; `/dev/shm` where nothing is given and it is there.
-            max_recoveries: recoveries after which the run gives up.
-            on_unrecoverable: with no complete version left, `durable` goes on from the newest checkpoint file, `raise`
-                stops.
-            checksum: digest that guards every replica: `xxh3`, `crc32` or `none`.
-            on_late: when a mirror is still under way at the next one: `wait` for it or `skip` a version.
-            staging: `overlap` copies the state while the next forward and backward run, `blocking` before they start.
-            arena_keep_s: seconds for which the arena of a dead run is kept for a restart under the same run id.
-            in_place: after a fault replace only what was lost and let the other ranks go on; else start all again.
-            standbys: processes per node that have run the script up to `fit` and wait there for a rank.
-            hang_timeout_s: seconds without a sign of any rank after which those that are behind are ended as hung; None
-                to learn it from the steps, 0 for never.
-            health_check: dotted name of a function of yours that raises where a node is not fit to train; it is
-                called, beside our own checks, before a worker joins the others.
-            **ddp_options: everything that Lightning's `DDPStrategy` takes.
-
-        Raises:
-            OptionsError: a value is out of range.
         """
 
         strategy_name = "ckptless"
-        observers: Callable[[], list[Any]] = staticmethod(list)
-
-        def __init__(
-            self,
-            mirror_every_n_steps: int = 1,
-            copies: int = 1,
-            failure_domain: FailureDomain = "node",
-            arena_dir: str | Path | None = None,
-            max_recoveries: int = 100,
-            on_unrecoverable: OnUnrecoverable = "durable",
-            checksum: Checksum = "xxh3",
-            on_late: OnLate = "wait",
-            staging: Staging = "overlap",
-            arena_keep_s: float = 3600.0,
-            in_place: bool = True,
-            standbys: int = 0,
-            hang_timeout_s: float | None = None,
-            health_check: str = "",
-            **ddp_options: Any,
-        ) -> None:
-            super().__init__(**ddp_options)
-            self.options = CkptlessOptions(
-                mirror_every_n_steps=mirror_every_n_steps,
-                copies=copies,
-                failure_domain=failure_domain,
-                arena_dir=Path(arena_dir) if arena_dir is not None else None,
-                max_recoveries=max_recoveries,
-                on_unrecoverable=on_unrecoverable,
-                checksum=checksum,
-                on_late=on_late,
-                staging=staging,
-                arena_keep_s=arena_keep_s,
-                in_place=in_place,
-                standbys=standbys,
-                hang_timeout_s=hang_timeout_s,
-                health_check=health_check,
-            )
-            self.engine: Engine | None = None
-            self.world = World()
-            self.watcher: Watcher | None = None
-            self.joins_alone = False
-            self.calls_before_fit = 0
-            self.probes: list[Callable[[str, Version], None]] = []
-
-        # -------------------------------------------------------------- processes
-
-        def _configure_launcher(self) -> None:
-            self._launcher = launcher(self)
-
-        def check_world(self) -> None:
-            """Compare what the trainer was told with how many workers the agent started.
-
-            Raises:
-                OptionsError: the numbers differ.
-            """
-            asked, found = self.num_nodes * self.num_processes, self.cluster_environment.world_size()
-            if asked != found:
-                raise OptionsError(
-                    f"Trainer(num_nodes={self.num_nodes}, devices={self.num_processes}) asks for {asked} ranks, the "
-                    f"agent started {found}: start with --nproc-per-node {self.num_processes} --nnodes {self.num_nodes}"
-                )
 
         def setup_distributed(self) -> None:
-            """Join the current generation, then let Lightning do the rest of its set-up.
-
-            A process that takes a lost rank's place does without: it meets the others in the loop, where they are.
-            """
-            use_loopback_on_one_node(self.num_processes, self.world_size)
-            if self.joins_alone:
-                prepare_without_group(self)
-                return
-            if not self.world.generation:
-                self.set_world_ranks()
-                self._open_world(0, lambda: False)
-            super().setup_distributed()
-
-        def _open_world(self, regrouping: int, is_over: Callable[[], bool]) -> None:
-            self.world.open(
-                rank=self.global_rank,
-                world_size=self.world_size,
-                backend=self._get_process_group_backend(),
-                timeout=self._timeout,
-                device=self.root_device if self.root_device.type != "cpu" else None,
-                regrouping=regrouping,
-                is_over=is_over,
-            )
-
-        def rejoin(self, regrouping: int, is_over: Callable[[], bool]) -> None:
-            """Leave the process groups of a generation that is over, and meet the others of the next one.
-
-            Args:
-                regrouping: number under which they meet.
-                is_over: whether another fault was told meanwhile.
-
-            Raises:
-                TransportError: not all ranks came.
-            """
-            self.world.leave()
-            self._open_world(regrouping, is_over)
-            if isinstance(self.model, DistributedDataParallel):
-                use_process_group(self.model, world_group())
-            else:
-                wrap_late(self)
-
-        # -------------------------------------------------------------- training
+            """Join the current generation, then let Lightning do the rest of its set-up."""
+            if self.join_generation():
+                super().setup_distributed()
 
         def configure_ddp(self) -> None:
             """Wrap the model, once there is a process group to sum its gradients in."""
             if self.world.is_open:
                 super().configure_ddp()
 
-        def setup(self, trainer: Any) -> None:
-            """Set up model and optimizers as Lightning does, then take over the commit points."""
-            super().setup(trainer)
-            if self.engine is not None and trainer.state.fn == "fit":
-                check_trainer(trainer)
-                self.engine.attach()
+        def use_new_groups(self) -> None:
+            """Sum gradients in the new process group."""
+            if isinstance(self.model, DistributedDataParallel):
+                use_process_group(self.model, world_group())
+            else:
+                wrap_late(self)
 
-        def process_dataloader(self, dataloader: object) -> object:
-            """Let a training dataloader know its exact position."""
-            dataloader = super().process_dataloader(dataloader)
-            if self.engine is not None and self.lightning_module.trainer.training:
-                return make_resumable(dataloader)
-            return dataloader
-
-        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-            """Note which step is begun."""
-            if self.engine is not None:
-                self.engine.at_batch_start()
-            super().on_train_batch_start(batch, batch_idx)
-
-        def pre_backward(self, closure_loss: Any) -> None:
-            """Note that the forward pass is over."""
-            self._beat(Point.BACKWARD)
-            super().pre_backward(closure_loss)
-
-        def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-            """Note that validation makes progress."""
-            self._beat(Point.TAIL)
-            return super().validation_step(*args, **kwargs)
-
-        def _beat(self, point: Point) -> None:
-            if self.engine is not None:
-                self.engine.beat(point)
-
-        def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-            """Step as Lightning does, but not before the last version is copied."""
-            engine = self.engine
-            if engine is None:
-                return super().optimizer_step(optimizer, closure, model, **kwargs)
-
-            def closure_then_wait() -> Any:
-                result = closure()
-                self._beat(Point.OPTIMIZER)
-                engine.before_optimizer_step()
-                return result
-
-            return super().optimizer_step(optimizer, closure_then_wait, model, **kwargs)
-
-        def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-            """Write a checkpoint file, and note it: a fault may roll the run back behind it."""
-            if self.engine is not None and self.is_global_zero:
-                self.engine.saving_checkpoint(str(filepath))
-            super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-
-    CkptlessStrategy.__module__ = "lightning_ckptless"
-    CkptlessStrategy.__qualname__ = "CkptlessStrategy"
     return CkptlessStrategy
+
+
+@lru_cache(maxsize=len(FLAVOURS))
+def model_parallel_class(flavour: str) -> type[Any]:
+    """`CkptlessModelParallelStrategy` for one distribution of Lightning.
+
+    Args:
+        flavour: `lightning.pytorch` or `pytorch_lightning`.
+    """
+    base: Any = recoverable(module(flavour, "strategies").ModelParallelStrategy, flavour)
+
+    class CkptlessModelParallelStrategy(base):  # type: ignore[misc]
+        """Sharded models that survive the loss of any rank: FSDP2 (`fully_shard`), tensor parallelism, and both.
+
+        What each rank holds of a sharded tensor is mirrored once, by a rank that holds it, into host memory of peers in
+        other failure domains. `configure_model()` of the model shards it, over `self.device_mesh`.
+        """
+
+        strategy_name = "ckptless_model_parallel"
+        replicates = False
+
+        def check_options(self) -> None:
+            """Compare the mesh with the world, and the precision with what is supported.
+
+            Raises:
+                OptionsError: they do not fit.
+            """
+            sizes, ranks = sizes_of(self), self.num_nodes * self.num_processes
+            if math.prod(sizes) != ranks:
+                raise OptionsError(
+                    f"data_parallel_size={sizes[0]} x tensor_parallel_size={sizes[1]} makes a mesh of "
+                    f"{math.prod(sizes)} ranks, Trainer(num_nodes={self.num_nodes}, devices={self.num_processes}) has "
+                    f"{ranks}: choose sizes whose product is {ranks}"
+                )
+            if (precision := precision_of(self)) not in PRECISIONS:
+                raise OptionsError(
+                    f"precision={precision!r} is not supported for sharded models: choose among {', '.join(PRECISIONS)}"
+                )
+
+        def obstacle_in_place(self) -> str | None:
+            """Why a lost rank is not replaced while the others go on."""
+            return "a sharded model holds the process groups of its mesh"
+
+        def setup_environment(self) -> None:
+            """Set the process up as Lightning does, once there is a model to give its mesh to."""
+            if self.lightning_module is None:
+                set_up_device(self)
+                self.join_generation()
+            else:
+                super().setup_environment()
+                self.world.adopt_groups()
+
+        def _setup_distributed(self) -> None:
+            if self.join_generation():
+                super()._setup_distributed()
+
+    return CkptlessModelParallelStrategy

@@ -115,6 +115,8 @@ class Survival:
             return f"the program has entered fit {self._engine.chapter} times before, which a new process cannot"
         if calls := self._strategy.calls_before_fit:
             return f"the program has used its trainer {calls} times before fit, which a new process cannot"
+        if obstacle := self._strategy.obstacle_in_place():
+            return str(obstacle)
         if foreign := self._strategy.world.foreign_groups():
             return f"the program has made {foreign} process groups of its own, which nobody else can make anew"
         return None

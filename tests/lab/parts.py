@@ -44,6 +44,7 @@ class Options:
     ckpt_path: str = ""  # a checkpoint file to begin from
     slow_mirror_s: float = 0.0  # how long each round of the mirror is held up
     raise_at: int = 0  # raise a ValueError at this step, every time
+    mesh: str = ""  # data_parallel x tensor_parallel ranks of a sharded model, e.g. 2x1; empty for data parallelism
 
 
 def link_is_down() -> None:
@@ -83,6 +84,32 @@ class SizedStream(Stream):
         return len(self.numbers) // self.ranks
 
 
+def shard(model: Any) -> None:
+    """Shard a model over its mesh: layers by tensor parallelism, then everything by fully sharded data parallelism."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    data, tensor = model.device_mesh["data_parallel"], model.device_mesh["tensor_parallel"]
+    if tensor.size() > 1:
+        parallelize_module(model.block, tensor, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    if data.size() > 1:
+        for part in (model.block, model):
+            fully_shard(part, mesh=data)
+
+
+class Block(nn.Module):
+    """Two layers that tensor parallelism divides between ranks, and a norm that every rank has whole."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 3 * width + 1), nn.Linear(3 * width + 1, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.down(torch.relu(self.up(self.norm(x))))
+        return x + hidden
+
+
 def model_class(flavour: Any, options: Options) -> Any:
     """The model, as a class of one distribution of Lightning."""
 
@@ -90,6 +117,7 @@ def model_class(flavour: Any, options: Options) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.body = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2))
+            self.block = Block(16) if options.mesh else nn.Identity()
             self.head = nn.Linear(16, 3)
             self.accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=3)
             self.mean = torchmetrics.MeanMetric()
@@ -98,9 +126,13 @@ def model_class(flavour: Any, options: Options) -> Any:
             self.outputs: list[torch.Tensor] = []
             self.generator = np.random.default_rng(3)
 
+        def configure_model(self) -> None:
+            if options.mesh:
+                shard(self)
+
         def loss(self, batch: Any) -> torch.Tensor:
             x, y = batch[0] if options.data.startswith("combined") else batch
-            logits = self.head(self.body(x))
+            logits = self.head(self.block(self.body(x)))
             self.accuracy.update(logits, y)
             return nn.functional.cross_entropy(logits, y)
 
@@ -135,7 +167,7 @@ def model_class(flavour: Any, options: Options) -> Any:
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             x, y = batch
-            self.log("val_loss", nn.functional.cross_entropy(self.head(self.body(x)), y), sync_dist=True)
+            self.log("val_loss", nn.functional.cross_entropy(self.head(self.block(self.body(x))), y), sync_dist=True)
 
         def configure_optimizers(self) -> Any:
             if options.optimization == "two":
