@@ -93,7 +93,7 @@ def shard(model: Any) -> None:
     if tensor.size() > 1:
         parallelize_module(model.block, tensor, {"up": ColwiseParallel(), "down": RowwiseParallel()})
     if data.size() > 1:
-        for part in (model.block, model):
+        for part in (model.body[0], model.body, model.block, model.head):
             fully_shard(part, mesh=data)
 
 
