@@ -91,6 +91,10 @@ class World:
         self.renumber(generation.number)
         return generation.number
 
+    def pretend(self, rank: int, world_size: int) -> None:
+        """Make groups that send nothing, for a process that has to build its model before it meets the others."""
+        dist.init_process_group("fake", rank=rank, world_size=world_size)
+
     def renumber(self, generation: int) -> None:
         """Give the generation the number that its ranks have agreed on, for whatever this process trains next, too."""
         os.environ[environment.GENERATION] = str(generation)

@@ -10,12 +10,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.communicators import world_group
+from lightning_ckptless.mesh_internals import forget_iteration, number_groups_from, use_groups_of
 from lightning_ckptless.torch_internals import use_process_group
 from lightning_ckptless.trainer.host.ddp import wrap_late
 from lightning_ckptless.trainer.host.flavour import FLAVOURS, module
-from lightning_ckptless.trainer.host.model_parallel import PRECISIONS, precision_of, sizes_of
-from lightning_ckptless.trainer.host.process import set_up_device
+from lightning_ckptless.trainer.host.model_parallel import PRECISIONS, give_mesh, make_mesh, precision_of, sizes_of
 from lightning_ckptless.trainer.recoverable import recoverable
+from lightning_ckptless.trainer.sharding import sharded_modules
+
+FIRST_GROUP_OF_MESH = 1000
+"""Number of the first process group of a mesh: those for other ends come before it, in whatever order."""
 
 
 def strategy_class(flavour: str, name: str = "ckptless") -> type[Any]:
@@ -106,21 +110,50 @@ def model_parallel_class(flavour: str) -> type[Any]:
                     f"precision={precision!r} is not supported for sharded models: choose among {', '.join(PRECISIONS)}"
                 )
 
-        def obstacle_in_place(self) -> str | None:
-            """Why a lost rank is not replaced while the others go on."""
-            return "a sharded model holds the process groups of its mesh"
-
         def setup_environment(self) -> None:
-            """Set the process up as Lightning does, once there is a model to give its mesh to."""
-            if self.lightning_module is None:
-                set_up_device(self)
-                self.join_generation()
-            else:
+            """Set the process up as Lightning does, but make one mesh for all calls: those who meet again need it."""
+            if not give_mesh(self):
                 super().setup_environment()
                 self.world.adopt_groups()
 
         def _setup_distributed(self) -> None:
             if self.join_generation():
                 super()._setup_distributed()
+            else:
+                self.world.pretend(self.global_rank, self.world_size)
+            number_groups_from(FIRST_GROUP_OF_MESH)
+
+        def use_new_groups(self) -> None:
+            """Give the mesh, and the modules that are sharded over it, groups of the new generation."""
+            number_groups_from(FIRST_GROUP_OF_MESH)
+            use_groups_of(self.device_mesh, make_mesh(self))
+            self.world.adopt_groups()
+            forget_iteration(sharded_modules(self.lightning_module))
+            for parameter in self.lightning_module.parameters():
+                parameter.grad = None
+
+        # -------------------------------------------------------------- on the way to the others
+
+        @property
+        def is_alone(self) -> bool:
+            """Whether this process is to take a lost rank's place, and has not met the others yet."""
+            return self.joins_alone and not self.world.generation
+
+        def barrier(self, name: str | None = None) -> None:
+            """Wait for the others."""
+            if not self.is_alone:
+                super().barrier(name)
+
+        def broadcast(self, obj: Any, src: int = 0) -> Any:
+            """What another rank has."""
+            return obj if self.is_alone else super().broadcast(obj, src)
+
+        def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            """A value of all ranks."""
+            return tensor if self.is_alone else super().reduce(tensor, *args, **kwargs)
+
+        def all_gather(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            """The values of all ranks."""
+            return tensor if self.is_alone else super().all_gather(tensor, *args, **kwargs)
 
     return CkptlessModelParallelStrategy

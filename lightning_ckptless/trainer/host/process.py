@@ -12,8 +12,3 @@ def prepare_without_group(strategy: Any) -> None:
     fabric_module(flavour_of(strategy), "utilities.seed").reset_seed()
     strategy.set_world_ranks()
     strategy._process_group_backend = strategy._get_process_group_backend()
-
-
-def set_up_device(strategy: Any) -> None:
-    """Choose the strategy's device for this process."""
-    strategy.accelerator.setup_device(strategy.root_device)
