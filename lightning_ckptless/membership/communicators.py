@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -102,9 +103,8 @@ class World:
 
     def host_group(self, timeout_s: float) -> dist.ProcessGroup | None:
         """A gloo group over all ranks for state in host memory, apart from the training's own collectives."""
-        with self._connections.opening():
+        with self.making():
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-        self._own.add(id(group))
         return group if isinstance(group, dist.ProcessGroup) else None
 
     @property
@@ -116,9 +116,13 @@ class World:
         """How many process groups there are that somebody else has made: they cannot be made anew for him."""
         return sum(id(group) not in self._own for group in process_groups())
 
-    def adopt_groups(self) -> None:
-        """Take the groups that are there now for ours, whoever made them: what made them can make them anew."""
-        self._own = {id(group) for group in process_groups()}
+    @contextmanager
+    def making(self) -> Iterator[None]:
+        """Groups that are made within it are ours, whoever makes them: we cut them and make them anew."""
+        before = set(map(id, process_groups()))
+        with self._connections.opening():
+            yield
+        self._own |= set(map(id, process_groups())) - before
 
     def cut(self) -> None:
         """End whatever a thread does in these groups, now and in those that are being made. Any thread may call it."""

@@ -112,9 +112,11 @@ def model_parallel_class(flavour: str) -> type[Any]:
 
         def setup_environment(self) -> None:
             """Set the process up as Lightning does, but make one mesh for all calls: those who meet again need it."""
-            if not give_mesh(self):
+            if give_mesh(self):
+                return
+            self.join_generation()
+            with self.world.making():
                 super().setup_environment()
-                self.world.adopt_groups()
 
         def _setup_distributed(self) -> None:
             if self.join_generation():
@@ -126,8 +128,8 @@ def model_parallel_class(flavour: str) -> type[Any]:
         def use_new_groups(self) -> None:
             """Give the mesh, and the modules that are sharded over it, groups of the new generation."""
             number_groups_from(FIRST_GROUP_OF_MESH)
-            use_groups_of(self.device_mesh, make_mesh(self))
-            self.world.adopt_groups()
+            with self.world.making():
+                use_groups_of(self.device_mesh, make_mesh(self))
             forget_iteration(sharded_modules(self.lightning_module))
             for parameter in self.lightning_module.parameters():
                 parameter.grad = None

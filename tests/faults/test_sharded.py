@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from lightning_ckptless.testing.drill import DrillReport
 from lightning_ckptless.testing.starters import Ladder
 from tests.faults.conftest import Drill
 from tests.faults.matrix import BASE, Cell, is_version
@@ -20,17 +21,31 @@ CELLS = {
     "fsdp-rank=0-during=validation": Cell(
         "kill:rank=0:step=3:at=validation", replace(SHARDED, val_interval=3), restored=("step 3 (before its tail)",)
     ),
-    "fsdp-all-at_once": Cell("kill:rank=all:step=5:at=mirror", SHARDED),
+    "fsdp-rank=1-during=backward-then=0-during=optimizer_step": Cell(
+        "kill:rank=1:step=4:at=backward,kill:rank=0:step=8:at=optimizer_step", SHARDED, recoveries=2
+    ),
+    "fsdp-all-at_once": Cell("kill:rank=all:step=5", SHARDED),
     "2d-rank=3-then=0": Cell("kill:rank=3:step=3,kill:rank=0:step=9:at=backward", GRID, recoveries=2),
 }
+RELAUNCHED = ("fsdp-rank=0-during=validation", "2d-rank=3-then=0")
 
 
 @pytest.mark.parametrize("name", CELLS)
 def test_kill(name: str, drill: Drill) -> None:
-    cell = CELLS[name]
-    report = drill(cell, Ladder(max_restarts=5))
+    # Nobody is left to go on in place where all ranks are lost at once.
+    _assert_survived(CELLS[name], drill(CELLS[name], Ladder(max_restarts=5)), in_place="all" not in name)
+
+
+@pytest.mark.parametrize("name", RELAUNCHED)
+def test_kill_and_relaunch(name: str, drill: Drill) -> None:
+    _assert_survived(CELLS[name], drill(CELLS[name], Ladder(max_restarts=5, in_place=False)), in_place=False)
+
+
+def _assert_survived(cell: Cell, report: DrillReport, *, in_place: bool) -> None:
     assert report.problems == ()
     assert report.identical
-    assert report.relaunches + report.in_place == len(report.recoveries) == cell.recoveries
+    counts = (report.in_place, report.relaunches) if in_place else (report.relaunches, report.in_place)
+    assert counts == (cell.recoveries, 0)
+    assert {recovery.rung for recovery in report.recoveries} == {"in place" if in_place else "relaunch"}
     for recovery, expected in zip(report.recoveries, cell.restored, strict=False):
         assert is_version(recovery.version, expected)
