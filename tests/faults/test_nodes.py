@@ -25,9 +25,10 @@ from lightning_ckptless.testing.log_files import collect_logs
 from lightning_ckptless.testing.traces import read_traces
 from tests.faults.conftest import REPOSITORY, command_for
 from tests.faults.matrix import BASE, is_version
+from tests.lab.parts import Options
 
 ONE_NODE = replace(BASE, samples=80)
-TWO_NODES = replace(ONE_NODE, devices=1, num_nodes=2)
+SHARDED = replace(ONE_NODE, mesh="2x1")
 END_S = 90
 
 
@@ -43,6 +44,7 @@ class Cluster:
 
     folder: Path
     stack: ExitStack
+    options: Options = ONE_NODE
     port: int = field(default_factory=_free_port)
     next_port: int = 0
     agents: list[psutil.Popen] = field(default_factory=list)
@@ -72,7 +74,13 @@ class Cluster:
         }
         log = self.stack.enter_context((self.folder / f"{name}.log").open("w"))
         agent = psutil.Popen(
-            [sys.executable, "-m", "lightning_ckptless.job", *words, *command_for(TWO_NODES)],
+            [
+                sys.executable,
+                "-m",
+                "lightning_ckptless.job",
+                *words,
+                *command_for(replace(self.options, devices=1, num_nodes=2)),
+            ],
             cwd=self.folder,
             env=env,
             stdout=log,
@@ -107,7 +115,7 @@ def stack() -> Iterator[ExitStack]:
 
 def _assert_identical(cluster: Cluster, parent: PreloadedParent) -> None:
     env = {"PYTHONPATH": str(REPOSITORY)}
-    whole = run_variant(command_for(ONE_NODE), cluster.folder / "whole", parent=parent, isolate=True, env=env)
+    whole = run_variant(command_for(cluster.options), cluster.folder / "whole", parent=parent, isolate=True, env=env)
     collect_logs(read_traces(cluster.folder / "trace").values(), cluster.folder / "logs", since=0)
     verdict = compare(whole.folder, cluster.folder)
     assert verdict.identical, f"{verdict}\n{cluster.output()}"
@@ -115,8 +123,11 @@ def _assert_identical(cluster: Cluster, parent: PreloadedParent) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_node_is_lost_with_its_arena(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
-    cluster = Cluster(tmp_path, stack)
+@pytest.mark.parametrize("options", [ONE_NODE, SHARDED], ids=["replicated", "sharded"])
+def test_node_is_lost_with_its_arena(
+    options: Options, tmp_path: Path, stack: ExitStack, parent: PreloadedParent
+) -> None:
+    cluster = Cluster(tmp_path, stack, options)
     cluster.arenas.mkdir()
     stays = cluster.start_agent()
     lost = cluster.start_agent("node:rank=all:step=7")

@@ -24,7 +24,9 @@ CELLS = {
     "fsdp-rank=1-during=backward-then=0-during=optimizer_step": Cell(
         "kill:rank=1:step=4:at=backward,kill:rank=0:step=8:at=optimizer_step", SHARDED, recoveries=2
     ),
-    "fsdp-all-at_once": Cell("kill:rank=all:step=5", SHARDED),
+    "fsdp-ten_in_a_row": Cell(
+        ",".join(f"kill:rank={step % 2}:step={step}" for step in range(2, 12)), SHARDED, recoveries=10
+    ),
     "2d-rank=3-then=0": Cell("kill:rank=3:step=3,kill:rank=0:step=9:at=backward", GRID, recoveries=2),
 }
 RELAUNCHED = ("fsdp-rank=0-during=validation", "2d-rank=3-then=0")
@@ -32,8 +34,7 @@ RELAUNCHED = ("fsdp-rank=0-during=validation", "2d-rank=3-then=0")
 
 @pytest.mark.parametrize("name", CELLS)
 def test_kill(name: str, drill: Drill) -> None:
-    # Nobody is left to go on in place where all ranks are lost at once.
-    _assert_survived(CELLS[name], drill(CELLS[name], Ladder(max_restarts=5)), in_place="all" not in name)
+    _assert_survived(CELLS[name], drill(CELLS[name], Ladder(max_restarts=20)), in_place=True)
 
 
 @pytest.mark.parametrize("name", RELAUNCHED)
