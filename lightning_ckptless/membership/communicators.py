@@ -131,6 +131,15 @@ class World:
         self._retired.clear()
 
 
+def keep_through_device_errors() -> None:
+    """Have NCCL leave this process alive when a peer is gone, for a watcher ends what waits for that peer.
+
+    By default a thread of NCCL's ends the whole process as soon as it has seen a lost connection, and every survivor
+    of a fault with it.
+    """
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+
+
 def world_group() -> dist.ProcessGroup:
     """The default process group."""
     group = dist.group.WORLD

@@ -44,6 +44,18 @@ def unsafe_to_fork() -> str | None:
     return None
 
 
+def loses_cuda() -> bool:
+    """Whether forks of this process cannot use CUDA: a module that only counts the devices is enough for that."""
+    if "torch" not in sys.modules or sys.modules["torch"].version.cuda is None:
+        return False
+    from lightning_ckptless.torch_internals import cuda_was_lost_by_fork  # noqa: PLC0415 - needs torch
+
+    pid = os.fork()
+    if pid == 0:
+        os._exit(int(cuda_was_lost_by_fork()))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
+
+
 def import_all(names: list[str], path: list[str]) -> str | None:
     """Import modules, looking in `path` first.
 
@@ -80,6 +92,7 @@ class Parent:
     agent_pid: int
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     pidfds: dict[int, int] = field(default_factory=dict)
+    loses_cuda: bool = False
 
     def serve(self) -> Job | None:
         """Serve until the agent is gone: None. In a forked worker: its job."""
@@ -118,11 +131,12 @@ class Parent:
         worker.die_with(self.agent_pid)
         failure = import_all(names, path)
         worker.outlive_parent()
+        self.loses_cuda = self.loses_cuda or loses_cuda()
         self._send({"ready": time.monotonic() - began} if failure is None else {"failed": failure})
 
     def _fork(self, job: Job, files: list[int]) -> Job | None:
         """Fork a worker. Returns its job in the worker, None in the parent."""
-        refusal = None if job.fresh else unsafe_to_fork()
+        refusal = None if job.fresh else self._refusal()
         if refusal is not None:
             channel.close_all(files)
             self._send({"refused": refusal})
@@ -143,6 +157,9 @@ class Parent:
         self.selector.register(self.pidfds[pid], selectors.EVENT_READ)
         self._send({"pid": pid}, [self.pidfds[pid]])
         return None
+
+    def _refusal(self) -> str | None:
+        return "an imported module has asked CUDA for its devices" if self.loses_cuda else unsafe_to_fork()
 
     def _release(self) -> None:
         """In the worker: close what belongs to the parent."""
