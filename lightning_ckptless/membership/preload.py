@@ -26,22 +26,43 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from lightning_ckptless.membership import channel, worker
 from lightning_ckptless.membership.worker import Job
 
+FORK_SAFE_THREADS = frozenset({"jemalloc_bg_thd"})
+"""jemalloc, which pyarrow brings, takes its locks before a fork and starts its thread again behind it."""
+
 
 def unsafe_to_fork() -> str | None:
     """Why a fork of this process would not be a clean worker; None when it would."""
-    threads = len(os.listdir("/proc/self/task"))
-    if threads > 1:
-        return f"an imported module has started threads: {threads - 1} beside the main thread"
+    if threads := _foreign_threads():
+        return f"an imported module has started threads: {', '.join(threads)}"
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return "an imported module has initialised CUDA"
     return None
+
+
+def _foreign_threads() -> list[str]:
+    """Names of the threads beside the main one, without those that a fork is known not to harm."""
+    names = []
+    for task in os.listdir("/proc/self/task"):
+        if int(task) == os.getpid():
+            continue
+        with suppress(FileNotFoundError), open(f"/proc/self/task/{task}/comm") as comm:
+            names.append(comm.read().strip())
+    return [name for name in names if name not in FORK_SAFE_THREADS]
+
+
+def _fork() -> int:
+    # Python warns of every thread, of those that are known to do no harm too.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def loses_cuda() -> bool:
@@ -50,7 +71,7 @@ def loses_cuda() -> bool:
         return False
     from lightning_ckptless.torch_internals import cuda_was_lost_by_fork  # noqa: PLC0415 - needs torch
 
-    pid = os.fork()
+    pid = _fork()
     if pid == 0:
         os._exit(int(cuda_was_lost_by_fork()))
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
@@ -144,7 +165,7 @@ class Parent:
         parent_pid = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
+        pid = _fork()
         if pid == 0:
             self._release()
             worker.detach(parent_pid, files[:3])

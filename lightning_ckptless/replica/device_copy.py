@@ -8,6 +8,7 @@ driver refuses to register it (its memory cannot be locked, say) pinned buffers 
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class DeviceCopier:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._registered: dict[int, bool] = {}
         self._pinned: dict[int, torch.Tensor] = {}
+        self._has_warned = False
 
     def copy(
         self, bulk: torch.Tensor, targets: list[torch.Tensor], sources: list[torch.Tensor], ready: torch.cuda.Event
@@ -62,13 +64,19 @@ class DeviceCopier:
             status = _driver().cudaHostRegister(address, bulk.nbytes, 0)
             self._registered[address] = int(status) == 0
             if int(status):
-                log.warning(
-                    "ckptless: %.1f MB of an arena cannot be registered with CUDA (%s): copies go through pinned "
-                    "buffers, more slowly",
-                    bulk.nbytes / 1e6,
-                    status,
-                )
+                _forget_last_error(self._stream.device)
+                self._warn(bulk.nbytes, status)
         return self._registered[address]
+
+    def _warn(self, length_bytes: int, status: object) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "ckptless: %.1f MB of an arena cannot be registered with CUDA (%s): copies go through pinned buffers, "
+                "more slowly. An arena in shared memory can",
+                length_bytes / 1e6,
+                status,
+            )
 
     def _buffer(self, target: torch.Tensor) -> torch.Tensor:
         held = self._pinned.get(target.data_ptr())
@@ -76,6 +84,12 @@ class DeviceCopier:
             held = torch.empty(target.shape, dtype=target.dtype, pin_memory=True)
             self._pinned[target.data_ptr()] = held
         return held
+
+
+def _forget_last_error(device: torch.device) -> None:
+    """Start a kernel for nothing: it reports the refusal, which the driver keeps as the last error of this thread."""
+    with suppress(RuntimeError):
+        torch.ones(1, device=device)
 
 
 def _driver() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_ckptless.ledger import read_ledger
+from lightning_ckptless.replica.space import default_arena_dir
 from lightning_ckptless.testing.compare import compare
 from lightning_ckptless.testing.drill import Ladder
 from lightning_ckptless.testing.log_files import collect_logs
@@ -69,8 +71,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _run(folder: Path, options: Options, faults: str, *words: str) -> list[str]:
     """Run two nodes to the end. Returns the events of the ledger."""
     with ExitStack() as stack:
-        cluster = Cluster(folder, stack, options, HOSTS, words)
-        cluster.arenas.mkdir()
+        arenas = stack.enter_context(tempfile.TemporaryDirectory(dir=default_arena_dir()))
+        cluster = Cluster(folder, stack, options, HOSTS, words, Path(arenas))
         agents = [cluster.start_agent(faults) for _ in range(2)]
         assert [agent.wait(timeout=END_S) for agent in agents] == [0, 0], cluster.output()
         collect_logs(read_traces(folder / "trace").values(), folder / "logs", since=0)

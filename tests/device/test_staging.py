@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.replica.layout import Layout, describe, plan_layout, slot_views
+from lightning_ckptless.replica.layout import Layout, describe, live_views, plan_layout, slot_views
 from lightning_ckptless.replica.slot import Slot, Stamp
+from lightning_ckptless.replica.space import default_arena_dir
 from lightning_ckptless.replica.staging import Stager
 from lightning_ckptless.trainer.late_packing import pack_late
 from lightning_ckptless.trainer.plain import unpack
@@ -27,7 +29,7 @@ def _keep_busy() -> torch.Tensor:
     """Some tenths of a second of work for the device."""
     product = torch.randn(4096, 4096, device="cuda")
     for _ in range(100):
-        product = product @ product / product.norm()
+        product = torch.sin(product @ product)
     return product
 
 
@@ -42,8 +44,15 @@ def layout(tensors: dict[str, torch.Tensor]) -> Layout:
 
 
 @pytest.fixture
-def slot(layout: Layout, tmp_path: Path) -> Iterator[Slot]:
-    made = Slot(tmp_path / "slot", "run", layout.bulk_bytes(0))
+def arena() -> Iterator[Path]:
+    """A folder in shared memory."""
+    with tempfile.TemporaryDirectory(dir=default_arena_dir()) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def slot(layout: Layout, arena: Path) -> Iterator[Slot]:
+    made = Slot(arena / "slot", "run", layout.bulk_bytes(0))
     made.begin(Stamp(Version(1, True), 1, 1, layout.digest, 0, 0))
     yield made
     made.close()
@@ -53,15 +62,31 @@ def _held(layout: Layout, slot: Slot) -> list[torch.Tensor]:
     return [view.clone() for view in slot_views(layout, 0, slot.bulk)]
 
 
+@pytest.fixture
+def warm(tensors: dict[str, torch.Tensor], layout: Layout, slot: Slot) -> None:
+    """The first use of anything waits for the device."""
+    busy = _keep_busy()
+    tensors["weight0"].copy_(busy[:SIZE, :SIZE])
+    Stager(layout, 0).take(slot.bulk, tensors, ())
+    pack_late({"mean": busy.mean(), "last": busy[0, :5]})
+    torch.cuda.synchronize()
+
+
 def test_every_byte_arrives(tensors: dict[str, torch.Tensor], layout: Layout, slot: Slot) -> None:
     stager, halves = Stager(layout, 0), []
     stager.finish(stager.take(slot.bulk, tensors, ()), lambda: halves.append(1))
-    expected = [tensors[chunk.name].cpu() for chunk in layout.of(0)]
-    assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(_held(layout, slot), expected, strict=True))
-    assert halves == [1]
+    expected = [view.cpu() for view in live_views(layout, 0, 0, tensors)]
+    differing = [
+        chunk.name
+        for chunk, found, want in zip(layout.of(0), _held(layout, slot), expected, strict=True)
+        if not torch.equal(found.flatten(), want.flatten())
+    ]
     stager.close()
+    assert differing == []
+    assert halves == [1]
 
 
+@pytest.mark.usefixtures("warm")
 def test_values_are_those_behind_the_work_that_was_queued(
     tensors: dict[str, torch.Tensor], layout: Layout, slot: Slot
 ) -> None:
@@ -71,10 +96,9 @@ def test_values_are_those_behind_the_work_that_was_queued(
     load = stager.take(slot.bulk, tensors, ())
     assert not torch.cuda.current_stream().query(), "taking has waited for the device"
     stager.finish(load)
-    places = [chunk.name for chunk in layout.of(0)]
-    held = _held(layout, slot)[places.index("weight0")]
-    assert torch.equal(held.flatten(), busy[:SIZE, :SIZE].flatten().cpu())
     stager.close()
+    held = [view for chunk, view in zip(layout.of(0), _held(layout, slot), strict=True) if chunk.name == "weight0"]
+    assert torch.equal(torch.cat([view.flatten() for view in held]), busy[:SIZE, :SIZE].flatten().cpu())
 
 
 def test_what_is_copied_early_may_change_at_once(tensors: dict[str, torch.Tensor], layout: Layout, slot: Slot) -> None:
@@ -98,19 +122,26 @@ def test_a_write_to_a_late_tensor_is_noticed(tensors: dict[str, torch.Tensor], l
     stager.close()
 
 
-def test_a_slot_can_be_mapped_and_registered_again(
-    tensors: dict[str, torch.Tensor], layout: Layout, tmp_path: Path
+@pytest.mark.parametrize("in_shared_memory", [True, False])
+def test_slots_come_and_go(
+    in_shared_memory: bool, tensors: dict[str, torch.Tensor], layout: Layout, arena: Path, tmp_path: Path
 ) -> None:
-    for _ in range(3):
-        slot = Slot(tmp_path / "again", "run", layout.bulk_bytes(0))
+    for number in range(3):
+        folder = arena if in_shared_memory else tmp_path
+        slot = Slot(folder / str(number), "run", layout.bulk_bytes(0))
         slot.begin(Stamp(Version(1, True), 1, 1, layout.digest, 0, 0))
         stager = Stager(layout, 0)
         stager.finish(stager.take(slot.bulk, tensors, ()))
-        assert torch.equal(_held(layout, slot)[0].flatten(), tensors[layout.of(0)[0].name].flatten().cpu())
+        torch.cuda.synchronize()
+        torch.zeros(1, device="cuda").item()
+        (first, *_), (expected, *_) = _held(layout, slot), live_views(layout, 0, 0, tensors)
         stager.close()
         slot.close()
+        assert torch.equal(first.flatten(), expected.flatten().cpu())
+        slot.path.unlink()
 
 
+@pytest.mark.usefixtures("warm")
 def test_small_state_is_packed_without_a_wait() -> None:
     busy = _keep_busy()
     state = {"mean": busy.mean(), "count": torch.tensor(3), "nested": [{"last": busy[0, :5]}], "text": "x"}

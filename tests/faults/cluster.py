@@ -36,6 +36,7 @@ class Cluster:
     options: Options
     env: dict[str, dict[str, str]] = field(default_factory=dict)
     words: tuple[str, ...] = ()
+    arena_dir: Path | None = None
     port: int = field(default_factory=free_port)
     next_port: int = 0
     agents: list[psutil.Popen] = field(default_factory=list)
@@ -43,7 +44,7 @@ class Cluster:
     @property
     def arenas(self) -> Path:
         """Where the nodes' shared memory is."""
-        return self.folder / "arenas"
+        return self.arena_dir or self.folder / "arenas"
 
     def start_agent(self, faults: str = "", address: str = "127.0.0.1") -> psutil.Popen:
         """Start one node, with faults for the rank that it gets; the first one hosts the rendezvous."""
