@@ -235,8 +235,8 @@ class Workers(PContext):
         An end with exit code 0 is a failure of a worker that is in the training loop. None stands for the end of one
         that is dying, with more memory to free than was waited for.
         """
-        # Whoever has left the loop may end as he likes, and take his time. Those that were killed for a hang are lost at
-        # once and together, even one that the kernel holds.
+        # Whoever has left the loop may end as he likes, and take his time. Those that were killed for a hang are lost
+        # at once and together, even one that the kernel holds.
         dying = [
             rank
             for rank in self._running
