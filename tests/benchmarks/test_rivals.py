@@ -12,7 +12,8 @@ from benchmarks.exactness import is_exact, reference_of
 from benchmarks.fingerprint import fingerprint
 from benchmarks.gpt import GPT, random_tokens
 from benchmarks.job import JobOptions
-from benchmarks.kills import jobs
+from benchmarks.kills import Opponent, jobs
+from benchmarks.machine import ROOT
 from benchmarks.recovery_tables import ladder_table
 from benchmarks.rivals import environment
 from benchmarks.rivals.batches import Batches
@@ -106,7 +107,7 @@ def run_jobs(
     """The kills that each job was started for, and what came of five, where a job is lost after so many."""
     started: list[int] = []
 
-    def block(opponent: Any, size: str, kills: int, *_: Any) -> Any:
+    def block(opponent: Any, size: str, kills: int, *others: Any) -> Any:
         survives = lost[len(started)] if len(started) < len(lost) else kills
         started.append(kills)
         for _ in range(survives):
@@ -116,7 +117,7 @@ def run_jobs(
             yield {"failed": "", "victim": victim}
 
     monkeypatch.setattr("benchmarks.kills.block", block)
-    opponent = recovery.Opponent("one", lambda _: [], kills_of_a_job=of_a_job)
+    opponent = Opponent("one", lambda _: [], kills_of_a_job=of_a_job)
     args: Any = SimpleNamespace(size="1M", timeout=1.0)
     found = list(jobs(opponent, args, 5, None, "name", None))  # type: ignore[arg-type]
     return started, [one for one in found if one is not None]
@@ -175,5 +176,5 @@ def test_ports_are_free() -> None:
 
 
 def test_the_environment_is_described() -> None:
-    text = (environment.ROOT / "benchmarks" / "rivals" / "constraints.txt").read_text()
+    text = (ROOT / "benchmarks" / "rivals" / "constraints.txt").read_text()
     assert {"torchft", "nvidia-resiliency-ext"} <= set(re.findall(r"^([\w-]+)==", text, re.MULTILINE))
