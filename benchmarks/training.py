@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.fingerprint import fingerprint
 from benchmarks.gpt import GPT, random_tokens
 from benchmarks.job import JobOptions
 from benchmarks.stopwatch import Stopwatch
@@ -55,8 +56,9 @@ class Beacon(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         self.wire.say("train", step=trainer.global_step)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        self.wire.say("step", step=trainer.global_step)
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
+        assert isinstance(pl_module, Trained)
+        self.wire.say("step", step=trainer.global_step, fingerprint=fingerprint(pl_module.model, trainer.optimizers[0]))
 
 
 class Segment:
@@ -88,9 +90,13 @@ class Turns(pl.Callback):
 
     def wait_for_turn(self, trainer: pl.Trainer) -> None:
         segment, ended_cpu_s = self.segment, time.process_time()
+        steps = len(segment.starts) - 1
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
         self.wire.say(
             "ready",
             steps_s=[after - before for before, after in pairwise(segment.starts)],
+            mean_s=(time.perf_counter() - segment.starts[0]) / steps if steps else 0.0,
             cpu_s=ended_cpu_s - segment.began_cpu_s,
             **(self.stopwatch.take() if self.stopwatch else {}),
         )
@@ -128,7 +134,7 @@ def train(options: JobOptions, strategy: Any, wire: Wire) -> None:
         folder = os.path.join(options.root, "checkpoints")
         callbacks.append(ModelCheckpoint(folder, every_n_train_steps=options.checkpoint_every, save_last=True))
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator=options.accelerator,
         devices=options.devices,
         strategy=strategy,
         max_steps=options.steps,

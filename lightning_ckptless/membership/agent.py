@@ -121,7 +121,7 @@ class CkptlessAgent(LocalElasticAgent):
 
     def faults_with_the_place_lost(self) -> list[FaultReport]:
         """What it has seen, and that the nodes could not meet any more."""
-        at, size = time.time(), self._worker_group.workers[0].world_size
+        at, size = time.time(), self.get_worker_group().workers[0].world_size
         return [*self.faults, FaultReport(None, None, None, None, at, at, at, len(self.faults) + 1, size)]
 
     @property
@@ -230,7 +230,7 @@ class CkptlessAgent(LocalElasticAgent):
         self._in_place.hear(workers)
         self._hangs.limit_s = self._in_place.hang_timeout_s
         self._in_place.follow(workers)
-        if (hang := self._hangs.look(workers)) is not None:
+        if (hang := self._hangs.look(workers) or self._in_place.look()) is not None:
             self._hangs.end(hang, workers, self._parent)
         if (lost := workers.lost()) and self._take_the_ladder(worker_group, workers, lost) is Rung.IN_PLACE:
             return RunResult(state=WorkerState.HEALTHY)

@@ -12,6 +12,7 @@ from typing import Any
 from lightning_ckptless import environment
 from lightning_ckptless.errors import OptionsError, UnfitNodeError
 from lightning_ckptless.membership.cold import replace_by_agent
+from lightning_ckptless.membership.communicators import keep_through_device_errors
 from lightning_ckptless.membership.control import Line, is_standby, open_line
 from lightning_ckptless.membership.peers import is_lost_peer
 from lightning_ckptless.membership.verdict import Verdict, leave_verdict
@@ -106,6 +107,8 @@ class FitGuard:
         strategy.joins_alone = environment.REGROUPING in os.environ
         strategy.calls_before_fit = calls_before()
         self._require_health()
+        if line is not None and strategy.options.in_place:
+            keep_through_device_errors()
         strategy.setup_environment()
         engine = Engine(strategy, trainer, next_chapter())
         strategy.engine = engine

@@ -176,7 +176,7 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             )
 
         def rejoin(self, regrouping: int, is_over: Callable[[], bool]) -> None:
-            """Leave the process groups of a generation that is over, and meet the others of the next one.
+            """Meet the others of the next generation; the process groups of the last one have been left.
 
             Args:
                 regrouping: number under which they meet.
@@ -185,7 +185,6 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             Raises:
                 TransportError: not all ranks came.
             """
-            self.world.leave()
             self._open_world(regrouping, is_over)
             self.use_new_groups()
 
