@@ -237,6 +237,8 @@ def main() -> None:
         check_val_every_n_epoch=None,
         log_every_n_steps=1,
         gradient_clip_val=1.0,
+        # torch has no norm over gradients of which only some are tensor parallel.
+        gradient_clip_algorithm="norm" if args.mesh in {"", f"{args.devices}x1"} else "value",
         logger=CSVLogger(args.folder),
         callbacks=[ModelCheckpoint(monitor="val_loss")],
         default_root_dir=args.folder,

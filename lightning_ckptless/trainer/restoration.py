@@ -13,7 +13,7 @@ from lightning_ckptless.replica.layout import Layout
 from lightning_ckptless.replica.replenish import replenish
 from lightning_ckptless.replica.restore import Fetched, fetch, shared_layout
 from lightning_ckptless.trainer.begun import step_in_flight
-from lightning_ckptless.trainer.checkpoints import files_of_the_future
+from lightning_ckptless.trainer.checkpoints import files_of_the_future, remove
 from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.data import move_data_to
 from lightning_ckptless.trainer.host.loops import FitLoops
@@ -111,4 +111,4 @@ def _forget_the_future(version: Version, ledger: Ledger) -> None:
     notes = [event.fields for event in read_ledger(ledger.path, only="checkpoint").events]
     for path in files_of_the_future(notes, version):
         log.warning("ckptless: removed %s: it was written after %s, which the run goes back to", path, version)
-        path.unlink()
+        remove(path)
