@@ -15,6 +15,10 @@ SHARDED = replace(BASE, mesh="2x1", clip=0.5)
 """FSDP2 over two ranks; sizes of the layers do not all divide by them."""
 GRID = replace(BASE, mesh="2x2", devices=4, samples=48)
 """FSDP2 over two ranks, of layers that tensor parallelism divides over two more."""
+HYBRID = replace(GRID, sharding="hybrid")
+"""FSDP2 over two ranks, and once more over two others."""
+PARTLY = replace(SHARDED, sharding="partly", accumulate=2)
+"""With a frozen weight, one that two layers share, and activations that are computed again in the backward pass."""
 
 CELLS = {
     "fsdp-rank=1-during=training_step": Cell("kill:rank=1:step=4", SHARDED, restored=("step 3",)),
@@ -27,9 +31,14 @@ CELLS = {
     "fsdp-ten_in_a_row": Cell(
         ",".join(f"kill:rank={step % 2}:step={step}" for step in range(2, 12)), SHARDED, recoveries=10
     ),
+    "partly-rank=0-during=accumulation": Cell("kill:rank=0:step=3:at=accumulation", PARTLY, restored=("step 2",)),
+    "tp-rank=1-during=optimizer_step": Cell(
+        "kill:rank=1:step=4:at=optimizer_step", replace(BASE, mesh="1x2"), restored=("step 3",)
+    ),
+    "hybrid-rank=2-during=mirror": Cell("kill:rank=2:step=4:at=mirror", HYBRID),
     "2d-rank=3-then=0": Cell("kill:rank=3:step=3,kill:rank=0:step=9:at=backward", GRID, recoveries=2),
 }
-RELAUNCHED = ("fsdp-rank=0-during=validation", "2d-rank=3-then=0")
+RELAUNCHED = ("fsdp-rank=0-during=validation", "partly-rank=0-during=accumulation", "hybrid-rank=2-during=mirror")
 
 
 @pytest.mark.parametrize("name", CELLS)

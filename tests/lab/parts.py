@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torchmetrics
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 
@@ -47,6 +48,7 @@ class Options:
     pin_memory: bool = False
     raise_at: int = 0  # raise a ValueError at this step, every time
     mesh: str = ""  # data_parallel x tensor_parallel ranks of a sharded model, e.g. 2x1; empty for data parallelism
+    sharding: str = "plain"  # plain, hybrid (data_parallel replicates, tensor_parallel shards), partly (frozen, tied)
 
 
 def link_is_down() -> None:
@@ -86,17 +88,21 @@ class SizedStream(Stream):
         return len(self.numbers) // self.ranks
 
 
-def shard(model: Any) -> None:
+def shard(model: Any, how: str) -> None:
     """Shard a model over its mesh: layers by tensor parallelism, then everything by fully sharded data parallelism."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     data, tensor = model.device_mesh["data_parallel"], model.device_mesh["tensor_parallel"]
-    if tensor.size() > 1:
+    if how == "partly":
+        model.body[0].weight.requires_grad_(False)
+        model.block.again = Block(16)
+        model.block.again.up.weight = model.block.up.weight
+    if tensor.size() > 1 and how == "plain":
         parallelize_module(model.block, tensor, {"up": ColwiseParallel(), "down": RowwiseParallel()})
     if data.size() > 1:
         for part in (model.body[0], model.body, model.block, model.head):
-            fully_shard(part, mesh=data)
+            fully_shard(part, mesh=model.device_mesh if how == "hybrid" else data)
 
 
 class Block(nn.Module):
@@ -106,9 +112,14 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.up, self.down = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
+        self.again: nn.Module | None = None
+        self.uses = [0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.uses[0] += 1
         hidden: torch.Tensor = self.down(torch.relu(self.up(self.norm(x))))
+        if self.again is not None:
+            hidden = hidden + 0.01 * self.uses[0] * checkpoint(self.again, x, use_reentrant=False)
         return x + hidden
 
 
@@ -130,7 +141,7 @@ def model_class(flavour: Any, options: Options) -> Any:
 
         def configure_model(self) -> None:
             if options.mesh:
-                shard(self)
+                shard(self, options.sharding)
 
         def loss(self, batch: Any) -> torch.Tensor:
             x, y = batch[0] if options.data.startswith("combined") else batch
