@@ -59,8 +59,8 @@ def use_groups_of(mesh: DeviceMesh, anew: DeviceMesh) -> None:
     """
     if mesh._dim_group_names != anew._dim_group_names:
         raise RuntimeError(f"groups {anew._dim_group_names} in the place of {mesh._dim_group_names}")
-    mesh._pg_registry.clear()
-    mesh._pg_registry.update(anew._pg_registry)
+    # Moved, not copied: a mesh is let go of late, and groups that are held end no thread.
+    mesh._pg_registry, anew._pg_registry = anew._pg_registry, {}
 
 
 def forget_iteration(modules: Iterable[Any]) -> None:

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import logging
 import os
-import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from lightning_ckptless import environment
-from lightning_ckptless.errors import CkptlessError, LaunchError, TransportError
+from lightning_ckptless.errors import CkptlessError, LaunchError, TransportError, let_go
 from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.peers import is_lost_peer
 from lightning_ckptless.membership.watch import Assignment, Watcher
@@ -132,8 +131,7 @@ class Survival:
                 assignment = self._peer_fault(error)
                 if assignment is None:
                     raise
-                # What the error holds on to would keep old process groups alive.
-                traceback.clear_frames(error.__traceback__)
+                let_go(error)
             go = self._come_back(assignment)
         self._move(WorkerEvent.LEAVE)
         self._engine.leave_loop()
@@ -170,7 +168,7 @@ class Survival:
                     self._give_up(
                         f"{type(error).__name__} while meeting the others, and no word from the agent: {error}"
                     )
-                traceback.clear_frames(error.__traceback__)
+                let_go(error)
             assignment = newer
             self._move(WorkerEvent.FAULT)
 
