@@ -21,7 +21,7 @@ from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.replay import BatchLog
 from lightning_ckptless.trainer.report import RunReport
 from lightning_ckptless.trainer.snapshot import SmallState
-from lightning_ckptless.trainer.state import StateIndex
+from lightning_ckptless.trainer.state import StateIndex, require_room
 from lightning_ckptless.trainer.tensors import describe_state
 
 CLOSE_TIMEOUT_S = 10.0
@@ -168,6 +168,7 @@ class Mirroring:
         assert self._cohort is not None
         if self._mirror is not None:
             self._mirror.settle()
+        require_room(self._trainer)
         self._index = StateIndex(self._trainer)
         mine = pack(describe_state(self._index, replicated=self._trainer.strategy.replicates))
         layout = plan_layout([unpack(line) for line in self._cohort.transport.gather(mine)])

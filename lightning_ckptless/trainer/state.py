@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from lightning_ckptless.errors import LayoutMismatchError
+from lightning_ckptless.errors import LayoutMismatchError, OptionsError
 from lightning_ckptless.replica.description import local_part
 from lightning_ckptless.torch_internals import parameter_dicts
 from lightning_ckptless.trainer.sharding import reshard, sharded_modules
@@ -145,6 +146,27 @@ def optimizer_tensors(trainer: Any) -> Iterator[tuple[str, Tensor]]:
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
                     yield f"optimizer/{index}/{name}/{key}", value
+
+
+def require_room(trainer: Any) -> None:
+    """Refuse optimizer tensors that `make_room_for_optimizer_state` could not make in a new process.
+
+    Raises:
+        OptionsError: one is sharded, and not as its parameter is; names it.
+    """
+    for index, optimizer in enumerate(trainer.optimizers):
+        for name, parameter in optimizer_parameters(trainer, index).items():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, DTensor) and (value.shape, value.placements) != _sharding(parameter):
+                    raise OptionsError(
+                        f"optimizer {index} ({type(optimizer).__name__}): {key} of {name} is {list(value.shape)} over "
+                        f"{value.placements}, the parameter {list(parameter.shape)}: a new process could not make it "
+                        "anew. Take an optimizer whose state is sharded as its parameters are, such as AdamW"
+                    )
+
+
+def _sharding(parameter: Tensor) -> tuple[Any, Any]:
+    return parameter.shape, parameter.placements if isinstance(parameter, DTensor) else None
 
 
 def optimizer_facts(trainer: Any) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from lightning_ckptless.replica.description import Box, Described
 from lightning_ckptless.replica.layout import Layout, live_views, slot_views
 from lightning_ckptless.replica.partition import plan_layout
 from lightning_ckptless.replica.restore import fill
+from lightning_ckptless.replica.staging import Stager
 
 Shape = tuple[int, ...]
 meshes = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -131,3 +132,13 @@ def test_a_sharded_layout_survives_its_file() -> None:
     assert again.chunks == layout.chunks and again.digest == layout.digest and again.need == layout.need
     starts = sorted(chunk.offsets for chunk in again.chunks)
     assert all(low != high for low, high in pairwise(starts))
+
+
+def test_a_part_that_changes_its_shape_in_training_is_named() -> None:
+    boxes = [Box((3, 0), (2, 4)), Box((0, 0), (3, 4))]
+    layout = plan_layout(describe_parts("head.weight", (5, 4), boxes))
+    bulk = torch.zeros(layout.bulk_bytes(0), dtype=torch.uint8)
+    stager = Stager(layout, 0)
+    stager.take(bulk, {"head.weight": torch.zeros(2, 4)}, ())
+    with pytest.raises(LayoutMismatchError, match=r"head.weight is torch.float32\[5, 2\] here, expected \[2, 4\]"):
+        stager.take(bulk, {"head.weight": torch.zeros(5, 2)}, ())
