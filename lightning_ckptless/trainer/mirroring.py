@@ -68,6 +68,7 @@ class Mirroring:
         self._finish_asked = finish_asked
         self._cohort: Cohort | None = None
         self._mirror: Mirror | None = None
+        self._seen: Version | None = None
         self._index: StateIndex | None = None
         self._layout: Layout | None = None
         self._small: SmallState | None = None
@@ -106,7 +107,7 @@ class Mirroring:
             index: where its tensors are in this trainer.
         """
         self._index = index
-        self.taken = self.tensors_are_of = version
+        self.taken = self.tensors_are_of = self._seen = version
         self._open(layout, committed=version)
 
     def abandon(self) -> None:
@@ -134,8 +135,9 @@ class Mirroring:
         if self._small is None and self._trainer.is_global_zero:
             warn_of_loaders(self._loops.combined_loader.flattened)
         self.tensors_are_of = version
-        if self._index is None or self._mirror is None or not self._index.is_current():
+        if self._index is None or self._mirror is None or not self._index.is_current() or self._is_to_be_compared():
             self._plan_anew()
+        self._seen = version
         assert self._index is not None and self._mirror is not None
         if self._options.on_late == "skip" and self._mirror.busy:
             self._mirror.skip(version)
@@ -163,6 +165,10 @@ class Mirroring:
         if self._mirror is not None:
             self._report.waited(self._mirror.wait_staged())
         self.tensors_are_of = None
+
+    def _is_to_be_compared(self) -> bool:
+        """Whether ranks may have trained for the first time what they began alike, and might train differently."""
+        return not self._trainer.strategy.replicates and self._seen is not None and self._seen.optimizer_step == 0
 
     def _plan_anew(self) -> None:
         assert self._cohort is not None

@@ -17,8 +17,9 @@ GRID = replace(BASE, mesh="2x2", devices=4, samples=48)
 """FSDP2 over two ranks, of layers that tensor parallelism divides over two more."""
 HYBRID = replace(GRID, sharding="hybrid")
 """FSDP2 over two ranks, and once more over two others."""
-PARTLY = replace(SHARDED, sharding="partly", accumulate=2)
-"""With a frozen weight, one that two layers share, and activations that are computed again in the backward pass."""
+PARTLY = replace(SHARDED, sharding="partly", accumulate=2, optimization="sgd", clip=None)
+"""With a frozen weight, one that two layers share, activations that are computed again in the backward pass, and a head
+that each rank trains for itself, without a tensor of the optimizer that would tell of it."""
 
 CELLS = {
     "fsdp-rank=1-during=training_step": Cell("kill:rank=1:step=4", SHARDED, restored=("step 3",)),

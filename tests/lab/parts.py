@@ -27,7 +27,7 @@ class Options:
     data: str = "map"  # map, sampler, iterable, sized_iterable, stateful, combined, combined_stream, plain
     workers: int = 0
     persistent: bool = False
-    optimization: str = "adamw"  # adamw, manual, two
+    optimization: str = "adamw"  # adamw, sgd, manual, two
     scheduler: str = "step"  # step, epoch, plateau, none
     accumulate: int = 1
     clip: float | None = None
@@ -48,7 +48,8 @@ class Options:
     pin_memory: bool = False
     raise_at: int = 0  # raise a ValueError at this step, every time
     mesh: str = ""  # data_parallel x tensor_parallel ranks of a sharded model, e.g. 2x1; empty for data parallelism
-    sharding: str = "plain"  # plain, hybrid (data_parallel replicates, tensor_parallel shards), partly (frozen, tied)
+    sharding: str = "plain"  # plain, hybrid (data_parallel replicates, tensor_parallel shards), partly (frozen, tied,
+    # and a head that each rank trains for itself)
 
 
 def link_is_down() -> None:
@@ -101,7 +102,7 @@ def shard(model: Any, how: str) -> None:
     if tensor.size() > 1 and how == "plain":
         parallelize_module(model.block, tensor, {"up": ColwiseParallel(), "down": RowwiseParallel()})
     if data.size() > 1:
-        for part in (model.body[0], model.body, model.block, model.head):
+        for part in (model.body[0], model.body, model.block, *([] if how == "partly" else [model.head])):
             fully_shard(part, mesh=model.device_mesh if how == "hybrid" else data)
 
 
@@ -189,7 +190,9 @@ def model_class(flavour: Any, options: Options) -> Any:
                     torch.optim.SGD(self.head.parameters(), 1e-2, momentum=0.9),
                 ]
                 return optimizers, [torch.optim.lr_scheduler.StepLR(o, 3, 0.9) for o in optimizers]
-            optimizer = torch.optim.AdamW(self.parameters(), 1e-2)
+            optimizer: Any = torch.optim.AdamW(self.parameters(), 1e-2)
+            if options.optimization == "sgd":
+                optimizer = torch.optim.SGD(self.parameters(), 1e-2)
             if options.scheduler == "plateau":
                 scheduler: Any = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
                 return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "loss_epoch"}}
