@@ -14,6 +14,7 @@ OnUnrecoverable = Literal["durable", "raise"]
 Checksum = Literal["xxh3", "crc32", "none"]
 Staging = Literal["overlap", "blocking"]
 
+_LEAST = {"mirror_every_n_steps": 1, "copies": 0, "max_recoveries": 0, "standbys": 0, "durable_keep": 1}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "failure_domain": ("node", "rank"),
     "on_late": ("wait", "skip"),
@@ -44,6 +45,10 @@ class CkptlessOptions:
             learn it from the steps, 0 for never.
         health_check: dotted name of a function of yours that raises where a node is not fit to train; it is called,
             beside our own checks, before a worker joins the others.
+        durable_every_n_steps: optimizer steps from one durable state to the next; None for none by steps.
+        durable_every_s: seconds from one durable state to the next; None for none by time.
+        durable_dir: folder of the durable states; None for `durable` in the run's own folder.
+        durable_keep: durable states that are kept.
 
     Raises:
         OptionsError: a value is out of range.
@@ -63,12 +68,21 @@ class CkptlessOptions:
     standbys: int = 0
     hang_timeout_s: float | None = None
     health_check: str = ""
+    durable_every_n_steps: int | None = None
+    durable_every_s: float | None = None
+    durable_dir: Path | None = None
+    durable_keep: int = 2
 
     def __post_init__(self) -> None:
-        for name, least in (("mirror_every_n_steps", 1), ("copies", 0), ("max_recoveries", 0), ("standbys", 0)):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise OptionsError(f"{name}={value!r}: expected a whole number of at least {least}")
+        n, every_s = self.durable_every_n_steps, self.durable_every_s
+        if n is not None and (not isinstance(n, int) or n < 1):
+            raise OptionsError(f"durable_every_n_steps={n!r}: expected a whole number of at least 1, or None for never")
+        if every_s is not None and not every_s > 0:
+            raise OptionsError(f"durable_every_s={every_s!r}: expected seconds, more than 0, or None for never")
         if self.hang_timeout_s is not None and self.hang_timeout_s < 0:
             raise OptionsError(f"hang_timeout_s={self.hang_timeout_s!r}: expected seconds, 0 for never, or None")
         for name, allowed in _CHOICES.items():

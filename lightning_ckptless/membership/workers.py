@@ -270,13 +270,22 @@ class Workers(PContext):
         # Beyond this a process is stuck in the kernel, and waiting for it would only wedge the agent as well.
         self._wait_all(_KILL_WAIT_S)
 
-    def finish(self, grace_s: float) -> None:
-        """Ask workers that train to end behind the step in hand, and give them time to."""
+    def finish(self, grace_s: float) -> float:
+        """Ask workers that train to end behind the step in hand, and give them time to.
+
+        Args:
+            grace_s: how much.
+
+        Returns:
+            How much of it is left.
+        """
         if not self._running <= self.inside:
-            return
+            return grace_s
+        began = time.monotonic()
         self._stopped |= self._running
         self.tell("finish")
         self._wait_all(grace_s)
+        return max(0.0, grace_s - (time.monotonic() - began))
 
     def _signal_running(self, number: int) -> None:
         self._parent.signal([self._processes[rank].pid for rank in self._running], number)

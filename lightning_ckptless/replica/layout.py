@@ -126,7 +126,7 @@ class Layout:
     @cached_property
     def metadata(self) -> Metadata:
         """The layout as torch.distributed.checkpoint describes a checkpoint."""
-        plans = [SavePlan([_write_item(c) for c in self.of(shard)]) for shard in range(self.world_size)]
+        plans = [SavePlan([write_item(c) for c in self.of(shard)]) for shard in range(self.world_size)]
         return DefaultSavePlanner(flatten_state_dict=False).create_global_plan(plans)[1]
 
     def to_bytes(self) -> bytes:
@@ -354,7 +354,8 @@ def _item(
     return cls(index=MetadataIndex(name, torch.Size(offsets)), type=kind, tensor_data=data)
 
 
-def _write_item(chunk: Chunk) -> WriteItem:
+def write_item(chunk: Chunk) -> WriteItem:
+    """A piece as torch.distributed.checkpoint plans to write it."""
     kind = WriteItemType.TENSOR if chunk.sizes == chunk.shape else WriteItemType.SHARD
     return _item(WriteItem, kind, chunk.name, chunk.dtype, chunk.shape, chunk.offsets, chunk.sizes)
 

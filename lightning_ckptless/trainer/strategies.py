@@ -66,6 +66,11 @@ def strategy_class(flavour: str) -> type[Any]:
                 to learn it from the steps, 0 for never.
             health_check: dotted name of a function of yours that raises where a node is not fit to train; it is
                 called, beside our own checks, before a worker joins the others.
+            durable_every_n_steps: optimizer steps from one durable state to the next, written beside training; None
+                for none by steps.
+            durable_every_s: seconds from one durable state to the next; None for none by time.
+            durable_dir: folder of the durable states; `durable` in the run's own folder where nothing is given.
+            durable_keep: durable states that are kept.
             **ddp_options: everything that Lightning's `DDPStrategy` takes.
 
         Raises:
@@ -91,6 +96,10 @@ def strategy_class(flavour: str) -> type[Any]:
             standbys: int = 0,
             hang_timeout_s: float | None = None,
             health_check: str = "",
+            durable_every_n_steps: int | None = None,
+            durable_every_s: float | None = None,
+            durable_dir: str | Path | None = None,
+            durable_keep: int = 2,
             **ddp_options: Any,
         ) -> None:
             super().__init__(**ddp_options)
@@ -109,6 +118,10 @@ def strategy_class(flavour: str) -> type[Any]:
                 standbys=standbys,
                 hang_timeout_s=hang_timeout_s,
                 health_check=health_check,
+                durable_every_n_steps=durable_every_n_steps,
+                durable_every_s=durable_every_s,
+                durable_dir=Path(durable_dir) if durable_dir is not None else None,
+                durable_keep=durable_keep,
             )
             self.engine: Engine | None = None
             self.world = World()
