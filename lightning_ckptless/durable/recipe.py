@@ -1,4 +1,4 @@
-"""How a Lightning checkpoint is put together from a version: what a version itself does not say, because it never changes.
+"""How a Lightning checkpoint is put together from a version: what the version does not say, as it never changes.
 
 A version holds tensors by our names and the small state of each rank. A checkpoint file has other names for them, and
 hyper-parameters, keys of callbacks and the like. They are written down once, beside the layout in the arena, and travel

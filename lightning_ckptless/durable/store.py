@@ -1,9 +1,9 @@
 """A durable state on the disk, in the format of torch.distributed.checkpoint.
 
 Tensors have the names of the layout: `parameter/<name>`, `optimizer/<index>/<parameter>/<key>`, and `rank<r>/...` for
-what each rank holds alone. The small state of a rank is the entry `rank<r>/small_state`, as bytes. `dcp.load` reads what
-it is asked for; we read back whole shards, byte by byte, so that the checksum which the rank computed when it staged the
-shard still holds, over arena, network and disk.
+what each rank holds alone. The small state of a rank is the entry `rank<r>/small_state`, as bytes. `dcp.load` reads
+what it is asked for; we read back whole shards, byte by byte, so that the checksum which the rank computed when it
+staged the shard still holds, over arena and disk.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem, SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult

@@ -85,9 +85,7 @@ class Companions:
         say: tells the user something.
     """
 
-    def __init__(
-        self, where: Surroundings, record: Callable[..., None], say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, where: Surroundings, record: Callable[..., None], say: Callable[[str], None]) -> None:
         self._where = where
         self._record = record
         self._say = say

@@ -73,6 +73,11 @@ class StartPlan:
     state: DurableState | None = None
     error: type[CkptlessError] | None = None
 
+    @property
+    def enters_midway(self) -> bool:
+        """Whether the loops are entered at the position of a version, and nothing is loaded by Lightning."""
+        return self.action is StartAction.RESTORE or self.state is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Left:
@@ -152,9 +157,7 @@ def _plan_from_arenas(start: Start, found: Complete) -> StartPlan:
     return StartPlan(StartAction.RESTORE, f"generation {start.generation} goes on: {found.reason}")
 
 
-def _plan_from_state(
-    start: Start, found: Complete | Missing, state: DurableState, left: Left
-) -> StartPlan | None:
+def _plan_from_state(start: Start, found: Complete | Missing, state: DurableState, left: Left) -> StartPlan | None:
     """What a durable state means for a start; None where something else is to be gone on from."""
     is_lost = isinstance(found, Missing) and start.had_commit
     if is_lost and start.on_unrecoverable == "raise":

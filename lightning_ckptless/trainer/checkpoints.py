@@ -7,9 +7,12 @@ see its own file and write a second one beside it.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lightning_ckptless.protocol.versions import Version
 
@@ -44,6 +47,19 @@ def newest_checkpoint(trainer: Any) -> str | None:
     folders = {Path(folder) for callback in trainer.checkpoint_callbacks if (folder := _folder(trainer, callback))}
     files = [path for folder in folders if folder.is_dir() for path in folder.glob("*.ckpt") if path.is_file()]
     return str(max(files, key=lambda path: path.stat().st_mtime)) if files else None
+
+
+def step_of(path: str) -> int | None:
+    """The optimizer step of a checkpoint file; None where it cannot be known without loading it.
+
+    Args:
+        path: of the file, or a word that Lightning makes a path of later.
+    """
+    try:
+        loaded = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+        return int(loaded["global_step"])
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError):
+        return None
 
 
 def _folder(trainer: Any, callback: Any) -> str | None:

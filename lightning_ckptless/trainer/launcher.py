@@ -106,7 +106,7 @@ class FitGuard:
         strategy.calls_before_fit = calls_before()
         self._require_health()
         strategy.setup_environment()
-        engine = Engine(strategy, trainer, next_chapter())
+        engine = Engine(strategy, trainer, next_chapter(), line)
         strategy.engine = engine
         if line is not None and engine.world_size > 1:
             strategy.watcher = Watcher(line, strategy.world.cut, int(os.environ.get(environment.REGROUPING, "0")))
@@ -142,7 +142,7 @@ class FitGuard:
         else:
             plan = engine.begin(args[CKPT_PATH_INDEX])
         sanity_steps, log_hyperparameters = trainer.num_sanity_val_steps, trainer.enable_autolog_hparams
-        if plan.action is StartAction.RESTORE:
+        if plan.enters_midway:
             args[CKPT_PATH_INDEX] = None
             # Both belong to the beginning of a run, which this is not.
             trainer.num_sanity_val_steps, trainer.enable_autolog_hparams = 0, False
