@@ -25,6 +25,7 @@ from lightning_ckptless.protocol.versions import (
     Missing,
     Replica,
     SlotState,
+    Snapshot,
     Version,
     newest_complete,
 )
@@ -60,18 +61,18 @@ class Captured:
     """A version outside of the arenas.
 
     Args:
-        found: the version.
+        snapshot: which one.
         layout: how it is cut.
         shards: one per rank.
         recipe: how a Lightning checkpoint is put together from it; empty where the run has left none.
-        tries: how often it was tried.
+        tries: how often it was tried to copy it out of arenas.
     """
 
-    found: Complete
+    snapshot: Snapshot
     layout: Layout
     shards: tuple[ShardCopy, ...]
     recipe: bytes
-    tries: int
+    tries: int = 1
 
 
 class Room:
@@ -123,7 +124,7 @@ def capture(arenas: Sequence[Arena], room: Room, *, at: Version | None = None, t
             layout = _layout(arenas, found)
         except OverwrittenError:
             continue
-        return Captured(found, layout, shards, _recipe(arenas), number)
+        return Captured(found.snapshot, layout, shards, _recipe(arenas), number)
     raise DurableError(
         f"training has overwritten each of {TRIES} versions while it was copied: a version lives for about a step; "
         "set mirror_every_n_steps to a larger number"

@@ -18,17 +18,6 @@ NAME = "recipe.bin"
 
 
 @dataclass(frozen=True)
-class Averaged:
-    """A callback that keeps an average of the model, which a checkpoint has in the place of the model.
-
-    Args:
-        state_dict: our name of each tensor by its name in the average's `state_dict`.
-    """
-
-    state_dict: dict[str, str]
-
-
-@dataclass(frozen=True)
 class Recipe:
     """What a checkpoint needs beyond a version.
 
@@ -43,7 +32,8 @@ class Recipe:
         datamodule_key: under which the datamodule's state is filed; None without one.
         hyper_parameters: what a checkpoint says of hyper-parameters, keys and all.
         other_loops: state of the loops other than fit's.
-        averaged: the average of the model that some callback keeps; None where none does.
+        averaged: our name of each tensor by its name in the `state_dict` of the average that a callback keeps, and that
+            a checkpoint has in the place of the model; None where none does.
         lacking: names in the `state_dict` that a version does not hold.
     """
 
@@ -57,7 +47,7 @@ class Recipe:
     datamodule_key: str | None
     hyper_parameters: dict[str, Any]
     other_loops: dict[str, Any]
-    averaged: Averaged | None
+    averaged: dict[str, str] | None
     lacking: tuple[str, ...]
 
     def to_bytes(self) -> bytes:

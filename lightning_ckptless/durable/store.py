@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from lightning_ckptless.durable.capture import Captured, ShardCopy
 from lightning_ckptless.durable.folder import Manifest, write_synced
 from lightning_ckptless.durable.recipe import NAME as RECIPE_NAME
+from lightning_ckptless.durable.recipe import read_recipe
 from lightning_ckptless.errors import DurableError
 from lightning_ckptless.replica.checksum import bytes_of, matches
 from lightning_ckptless.replica.layout import Layout, private_name, slot_views, write_item
@@ -133,6 +135,24 @@ def read_shard(state: Path, manifest: Manifest, layout: Layout, shard: int) -> S
     if not matches(facts.checksum, (bytes_of(copy.bulk), planner.blob)):
         raise DurableError(f"{state}: shard {shard} is damaged: its bytes do not match their checksum")
     return ShardCopy(copy.bulk, planner.blob, facts.checksum)
+
+
+def load_state(state: Path, manifest: Manifest, progress: Callable[[int], None] = lambda _bytes: None) -> Captured:
+    """A whole state, in memory.
+
+    Args:
+        state: folder of the state.
+        manifest: of the state.
+        progress: told of the bytes of each shard.
+
+    Raises:
+        DurableError: it cannot be read, or its bytes are not those that were written.
+    """
+    layout, shards = read_layout(state), list[ShardCopy]()
+    for shard in range(layout.world_size):
+        shards.append(read_shard(state, manifest, layout, shard))
+        progress(shards[-1].bulk.numel())
+    return Captured(manifest.snapshot, layout, tuple(shards), read_recipe(state))
 
 
 def _plan(layout: Layout, shard: int) -> SavePlan:

@@ -108,7 +108,7 @@ class DurableWriter:
         began = time.monotonic()
         captured = capture([self._arena], self._room, threads=max(1, (os.cpu_count() or 1) // 2))
         copied_s = time.monotonic() - began
-        version = captured.found.snapshot.version
+        version = captured.snapshot.version
         self._folder.prepare()
         with self._folder.locked() as held:
             if not held:
@@ -128,7 +128,7 @@ class DurableWriter:
         notes = self._arena.notes()
         return Manifest(
             run_id=self._order.run_id,
-            snapshot=captured.found.snapshot,
+            snapshot=captured.snapshot,
             shards=tuple(ShardFacts(s.bulk.numel(), len(s.blob), s.checksum) for s in captured.shards),
             origin=notes.get("origin"),
             logger_versions=notes.get("logger_versions"),

@@ -7,14 +7,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from lightning_ckptless.durable.recipe import read_recipe, write_recipe
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.layout import Layout, plan_layout
 from lightning_ckptless.replica.mirror import Mirror
 from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.compatibility import warn_of_loaders
 from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host.loops import FitLoops
+from lightning_ckptless.trainer.host.recipe import recipe_of
 from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.replay import BatchLog
 from lightning_ckptless.trainer.report import RunReport
@@ -106,6 +109,9 @@ class Mirroring:
         self._index = index
         self.taken = self.tensors_are_of = version
         self._open(layout, committed=version)
+        assert self._cohort is not None
+        if not read_recipe(self._cohort.arena.path):
+            self._keep_recipe(self._cohort.arena)
 
     def abandon(self) -> None:
         """Give up what is under way: the cohort is over, and its connections are cut."""
@@ -171,6 +177,13 @@ class Mirroring:
         layout = plan_layout([unpack(line) for line in self._cohort.transport.gather(mine)])
         committed = self._mirror.committed if self._mirror is not None else None
         self._open(layout, committed=committed)
+        self._keep_recipe(self._cohort.arena)
+
+    def _keep_recipe(self, arena: Arena) -> None:
+        """Say beside the version what a checkpoint file has beyond it; it changes as rarely as the layout does."""
+        assert self._cohort is not None and self._index is not None
+        if self._cohort.speaks_for_node:
+            write_recipe(arena.path, recipe_of(self._trainer, self._index.read(), self.small.callbacks))
 
     def _open(self, layout: Layout, *, committed: Version | None) -> None:
         cohort = self._cohort
