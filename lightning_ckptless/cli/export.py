@@ -32,7 +32,7 @@ def export(
         Path | None, typer.Option(help="Folder of the shared memory (default: as the run says).")
     ] = None,
 ) -> None:
-    """Write the state of a run as a file: of a live run without stopping or slowing it, of a dead one from what is left.
+    """Write the state of a run as a file: of a live one without slowing it, of a dead one from what is left.
 
     * `ckptless export -o model.ckpt`
     * `ckptless export 20250131-120000-3fa2 --step 120 --format safetensors`

@@ -53,15 +53,17 @@ class Cadence:
 def states_to_drop(kept: Collection[Version], written: Version, keep: int) -> tuple[Version, ...]:
     """The states that go when a new one is complete.
 
-    Those behind the written version belong to a future that did not happen: the run has gone back since.
+    Those behind the written version belong to a future that did not happen: the run has gone back since. Of a step
+    before and after its tail the later one is kept.
 
     Args:
         kept: versions of all complete states, the written one included.
         written: the one just completed.
         keep: how many are to be kept.
     """
-    past = sorted((version for version in kept if version <= written), reverse=True)
-    return tuple(sorted(set(kept) - set(past[:keep])))
+    of_step = {version.optimizer_step: version for version in sorted(kept) if version <= written}
+    newest = sorted(of_step, reverse=True)[:keep]
+    return tuple(sorted(set(kept) - {of_step[step] for step in newest}))
 
 
 def state_name(version: Version) -> str:

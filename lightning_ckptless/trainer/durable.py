@@ -68,9 +68,6 @@ class DurableRung:
         identity: who this worker is.
         chapter: how many times `fit` was entered before in this process: each has a folder of its own.
         options: the user's settings.
-
-    Raises:
-        OptionsError: the folder is not ours.
     """
 
     def __init__(self, identity: Identity, chapter: int, options: CkptlessOptions) -> None:
@@ -80,9 +77,8 @@ class DurableRung:
         path = (given or identity.run_folder / "durable").absolute()
         self.folder = DurableFolder(path.with_name(f"{path.name}.{chapter}") if chapter else path)
         self._is_on = options.durable_every_n_steps is not None or options.durable_every_s is not None
+        self._is_named = given is not None
         self._logger_versions: dict[str, list[dict[str, Any]] | None] = {}
-        if self._is_on or given is not None:
-            self.folder.require_ours()
 
     # ------------------------------------------------------------------ reading
 
@@ -90,8 +86,10 @@ class DurableRung:
         """The states that all ranks see, the newest first. All ranks call it together.
 
         Raises:
-            OptionsError: there are several nodes, whose shards nobody puts together yet.
+            OptionsError: the folder is not ours, or there are several nodes, whose shards nobody puts together yet.
         """
+        if self._is_on or self._is_named:
+            self.folder.require_ours()
         if self._is_on and len(set(nodes)) > 1:
             raise OptionsError(
                 f"durable states are written on one node so far, and there are {len(set(nodes))}: leave "

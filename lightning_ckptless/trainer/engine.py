@@ -100,14 +100,14 @@ class Engine:
         )
         if opens and not self.identity.own_agent:
             self._have_arena_reaped(self.arena)
-        states = self.durable.states(transport, nodes)
+        relaunched, states = self.generation > 1, self.durable.states(transport, nodes)
         after = max((state.snapshot.generation for state in states), default=0)
         cohort = self.cohort = form_cohort(transport, self.arena, nodes, self.options, self.generation, after=after)
         self.report.generation = cohort.generation
         saved = cohort.noted("logger_versions") or (self.durable.logger_versions(states[0]) if states else None)
         self._name_logs(saved)
         sources = Sources(self.durable, states, ckpt_path, saved is not None)
-        plan, found = decide_start(self.trainer, cohort, self.options, sources, relaunched=self.generation > 1)
+        plan, found = decide_start(self.trainer, cohort, self.options, sources, relaunched=relaunched)
         self.report.started(self.identity, plan, cohort.placement, self.arena.path)
         if plan.action is StartAction.REFUSE:
             assert plan.error is not None

@@ -1,0 +1,206 @@
+"""The durable rung: everything is lost, shared memory too, and the run goes on from what was written beside it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from lightning_ckptless.ledger import read_ledger
+from lightning_ckptless.replica.arena import default_arena_dir, find_arenas
+from lightning_ckptless.testing.drill import Variant
+from tests.faults.conftest import REPOSITORY, command_for
+from tests.faults.matrix import BASE
+from tests.faults.test_restart import Run, _assert_identical, job, whole
+from tests.lab.parts import Options
+
+__all__ = ["job", "whole"]
+SHORT = replace(BASE, epochs=1)
+SLOW_S = 0.07
+"""How long each version takes, so that the writer meets them all."""
+
+
+def durable(options: Options = BASE, **more: object) -> Options:
+    return replace(options, slow_mirror_s=SLOW_S, strategy_options=repr({"durable_every_n_steps": 2, **more}))
+
+
+def lose_arenas(run_id: str) -> None:
+    for info in find_arenas(default_arena_dir(), run_id):
+        shutil.rmtree(info.path)
+
+
+def states(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def folder_of(job: Run) -> Path:
+    return job.folder / "runs" / job.run_id / "durable"
+
+
+def reason_of_last_start(job: Run) -> str:
+    return str(job.events("run_started")[-1].fields["reason"])
+
+
+def test_everything_is_lost_but_the_durable_states(job: Run, whole: Callable[[Options], Variant]) -> None:
+    assert job.start(durable(), "kill:rank=all:step=9").exit_code == 128 + 9
+    lose_arenas(job.run_id)
+    newest = states(folder_of(job))[-1]
+    assert job.start(durable()).exit_code == 0
+    assert f"goes on from the durable state {newest}" in reason_of_last_start(job)
+    assert [event.fields["rung"] for event in job.events("recovery")] == ["relaunch"]
+    _assert_identical(job, whole(BASE))
+
+
+def test_a_damaged_state_is_left_aside_for_the_one_before(job: Run, whole: Callable[[Options], Variant]) -> None:
+    job.start(durable(), "kill:rank=1:step=9")
+    lose_arenas(job.run_id)
+    before, newest = states(folder_of(job))[-2:]
+    flip(newest / "__1_0.distcp")
+    assert job.start(durable()).exit_code == 0
+    assert f"goes on from the durable state {before}" in reason_of_last_start(job)
+    assert "left aside" in reason_of_last_start(job)
+    _assert_identical(job, whole(BASE))
+
+
+def flip(path: Path) -> None:
+    """Change one bit of what a rank has written first: its small state."""
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+
+
+def test_the_newest_of_arena_and_state_is_taken(job: Run, whole: Callable[[Options], Variant]) -> None:
+    job.start(durable(), "kill:rank=1:step=3")
+    stale, place = job.folder / "stale", job.arena.path
+    shutil.copytree(place, stale)
+    assert job.start(durable(), "kill:rank=1:step=9").exit_code == 128 + 9
+    # The arena has the version of the last state, or a newer one, and is quicker.
+    assert "is complete" in reason_of_last_start(job)
+    # As if the machine had been away, and another one had gone on from the durable states since.
+    shutil.rmtree(place)
+    shutil.move(stale, place)
+    assert job.start(durable()).exit_code == 0
+    assert re.search(r"newest that is left, newer than step [12]", reason_of_last_start(job))
+    _assert_identical(job, whole(BASE))
+
+
+def test_a_run_that_ended_has_its_last_state_and_can_be_longer(job: Run) -> None:
+    assert job.start(durable(SHORT)).exit_code == 0
+    assert [path.name for path in states(folder_of(job))][-1] == "step-0000000006"
+    lose_arenas(job.run_id)
+    assert job.start(durable(BASE)).exit_code == 0
+    assert "step-0000000006" in reason_of_last_start(job)
+    assert states(folder_of(job))[-1].name == "step-0000000012"
+
+
+def test_what_does_not_fit_is_refused(job: Run) -> None:
+    job.start(durable(), "kill:rank=1:step=5")
+    lose_arenas(job.run_id)
+    outcome = job.start(durable(replace(BASE, devices=1)), max_restarts=3)
+    assert (outcome.exit_code, outcome.restarts) == (1, 0)
+    assert "WorldSizeError" in job.output
+    assert "was written by 2 ranks, and 1 are started" in job.output
+    lose_arenas(job.run_id)
+    outcome = job.start(durable(replace(BASE, optimization="two")), max_restarts=3)
+    assert (outcome.exit_code, outcome.restarts) == (1, 0)
+    assert "LayoutMismatchError" in job.output
+    assert "optimizer/" in job.output
+
+
+def test_a_folder_that_is_not_ours_is_refused(job: Run) -> None:
+    (job.folder / "theirs").mkdir()
+    (job.folder / "theirs" / "thesis.tex").write_text("")
+    outcome = job.start(durable(durable_dir="theirs"), max_restarts=3)
+    assert (outcome.exit_code, outcome.restarts) == (1, 0)
+    assert "OptionsError" in job.output and "thesis.tex" in job.output
+
+
+def test_training_goes_on_where_no_state_can_be_written(job: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    assert job.start(durable(SHORT, durable_dir="/proc/nowhere")).exit_code == 0
+    failed = job.events("durable_failed")
+    assert len(failed) >= 2
+    assert "FileNotFoundError" in failed[0].fields["cause"]
+    assert capfd.readouterr().err.count("was not written") == 1
+
+
+def test_folder_number_and_interval_are_as_asked_for(job: Run) -> None:
+    job.start(durable(SHORT, durable_keep=3, durable_every_n_steps=1, durable_dir="here"))
+    kept = states(job.folder / "here")
+    assert len(kept) == 3
+    assert not folder_of(job).exists()
+    assert len({event.fields["step"] for event in job.events("durable_written")}) >= 5
+    # Others read it as well.
+    wanted = {"parameter/head.weight": torch.full((3, 16), torch.nan)}
+    dcp.load(wanted, checkpoint_id=str(kept[-1]), no_dist=True)
+    assert not wanted["parameter/head.weight"].isnan().any()
+
+
+def test_by_time(job: Run) -> None:
+    job.start(durable(durable_every_n_steps=None, durable_every_s=0.3))
+    at = [event.at for event in job.events("durable_written")]
+    assert len(at) >= 2
+    # The last one is that of the end.
+    assert all(later - earlier > 0.25 for earlier, later in pairwise(at[:-1]))
+
+
+def test_without_the_options_nothing_is_written(job: Run) -> None:
+    job.start(SHORT)
+    assert not folder_of(job).exists()
+
+
+@pytest.mark.slow
+def test_asked_to_end_then_killed_with_its_agent(tmp_path: Path, job: Run, whole: Callable[[Options], Variant]) -> None:
+    """The agent in a process of its own: it is asked to end, started again, and killed at last with all it has."""
+    assert _start_agent(job, terminate_after=3) == 128 + signal.SIGTERM
+    ended = job.events("stopped") and states(folder_of(job))[-1]
+    committed = max(replica.version for replica in job.arena.inventory())
+    assert str(ended).endswith(f"step-{committed.optimizer_step:010d}{'' if committed.tail_done else '-before-tail'}")
+    lose_arenas(job.run_id)
+    assert _start_agent(job, faults="node:rank=all:step=10") == -signal.SIGKILL
+    lose_arenas(job.run_id)
+    assert len(job.events("run_started")) == 2
+    assert job.start(durable()).exit_code == 0
+    assert "goes on from the durable state" in reason_of_last_start(job)
+    _assert_identical(job, whole(BASE))
+
+
+def _start_agent(job: Run, *, faults: str = "", terminate_after: int | None = None) -> int:
+    words = ["--nproc-per-node=2", f"--rdzv-id={job.run_id}", f"--run-root={job.folder / 'runs'}"]
+    words += ["--durable-every-n-steps=2", f"--log-dir={job.folder / 'agent'}", "--redirects=3"]
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "CKPTLESS_FAULTS": faults,
+        "CKPTLESS_TRACE_DIR": str(job.folder / "trace"),
+    }
+    options: Any = replace(durable(), strategy_options="{}")
+    command = [sys.executable, "-m", "lightning_ckptless.job", *words, *command_for(options)]
+    with subprocess.Popen(command, cwd=job.folder, env=env) as agent:
+        try:
+            if terminate_after is not None:
+                wait_for_states(job, terminate_after, agent)
+                agent.terminate()
+            return agent.wait(60)
+        finally:
+            agent.kill()
+
+
+def wait_for_states(job: Run, count: int, agent: subprocess.Popen[bytes]) -> None:
+    ledger = job.folder / "runs" / job.run_id / "ledger.jsonl"
+    while agent.poll() is None and len(read_ledger(ledger, only="durable_written")) < count:
+        try:
+            agent.wait(0.05)
+        except subprocess.TimeoutExpired:
+            continue
