@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,10 @@ _LAYOUT = "layout.json"
 _BYTES_PER_ENTRY = 2048
 """What a piece takes beside its own bytes, and more than that."""
 
-_CANNOT_READ = (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, AssertionError)
+_CANNOT_READ = (
+    OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, AssertionError, ImportError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 """What damaged files make of torch's reader."""
 
 

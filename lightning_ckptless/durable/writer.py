@@ -59,7 +59,7 @@ class DurableWriter:
         if newest is None:
             return
         if self._last is None:
-            self._last = newest if self._starts_from(newest) else Version(0, True)
+            self._last = self._start_of(newest)
         since_s = time.monotonic() - self._last_at
         if is_last:
             due = self._written is None or newest > self._written
@@ -77,11 +77,14 @@ class DurableWriter:
             return None
         return found.snapshot.version if isinstance(found, Complete) else None
 
-    def _starts_from(self, newest: Version) -> bool:
-        """Whether the run has come from somewhere: then the interval counts from the first version that is seen."""
-        kept = [version for version in self._folder.versions() if version <= newest]
-        self._written = max(kept, default=None)
-        return bool(kept) or newest.optimizer_step > 1
+    def _start_of(self, newest: Version) -> Version:
+        """The version from which the interval counts: the state that the run has gone on from, or its beginning."""
+        assert self._arena is not None
+        self._written = max((version for version in self._folder.versions() if version <= newest), default=None)
+        if self._written is not None:
+            return self._written
+        # Which step of which file nobody has told: the first version that is seen will do.
+        return newest if self._arena.origin is not None else Version(0, True)
 
     def _try_to_write(self, due: Version) -> None:
         began = time.monotonic()
