@@ -10,7 +10,7 @@ import select
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from lightning_ckptless.membership.channel import Message
 from lightning_ckptless.membership.parent import End, PreloadedParent, UnsafeForkError
@@ -62,17 +62,17 @@ class _Companion:
     Args:
         module: what it runs.
         argument: of its command line.
+        pause_s: how long it is not started again when it is lost next.
         process: while it runs.
-        pause_s: how long it is not started again when it ends next.
         next_at: when it may be started.
         done: it has ended with what it had to do.
     """
 
     module: str
     argument: str
+    pause_s: float
     process: Process | None = None
-    pause_s: float = _FIRST_PAUSE_S
-    next_at: float = field(default=0.0)
+    next_at: float = 0.0
     done: bool = False
 
 
@@ -83,10 +83,18 @@ class Companions:
         where: they run.
         record: receives events.
         say: tells the user something.
+        pause_s: how long one that was lost is not started again, the first time.
     """
 
-    def __init__(self, where: Surroundings, record: Callable[..., None], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        where: Surroundings,
+        record: Callable[..., None],
+        say: Callable[[str], None],
+        pause_s: float = _FIRST_PAUSE_S,
+    ) -> None:
         self._where = where
+        self._pause_s = pause_s
         self._record = record
         self._say = say
         self._asked: dict[str, _Companion] = {}
@@ -99,7 +107,7 @@ class Companions:
         """
         for _, message in said:
             if message["kind"] == "companion" and message["argument"] not in self._asked:
-                self._asked[message["argument"]] = _Companion(message["module"], message["argument"])
+                self._asked[message["argument"]] = _Companion(message["module"], message["argument"], self._pause_s)
         for companion in self._asked.values():
             self._look(companion)
             if companion.process is None and not companion.done and time.monotonic() >= companion.next_at:

@@ -45,7 +45,9 @@ def test_nothing_was_committed(world: World) -> None:
         capture(world.arenas, Room())
 
 
-def test_never_a_mixture_while_training_overwrites(world: World) -> None:
+@pytest.mark.parametrize("checksum", ["xxh3", "none"])
+def test_never_a_mixture_while_training_overwrites(checksum: str, world: World) -> None:
+    world.begin(checksum=checksum)
     stop = threading.Event()
 
     def train() -> None:

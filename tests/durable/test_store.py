@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader as dcp
 
 from lightning_ckptless.durable.capture import Captured, ShardCopy
 from lightning_ckptless.durable.folder import Manifest, write_manifest

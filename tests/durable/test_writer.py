@@ -7,7 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,16 +78,12 @@ def writer(training: Training, folder: Path, *, agent: int, limit_bytes: int | N
 
 def wait_for_events(folder: Path, count: int, process: subprocess.Popen[str]) -> list[Event]:
     """The events of the ledger, when there are so many."""
-    return wait_until(lambda: list(read_ledger(folder / "ledger")), lambda events: len(events) >= count, process)
-
-
-def wait_until(look: Callable[[], Any], good: Callable[[Any], bool], process: subprocess.Popen[str]) -> Any:
-    while process.poll() is None and not good(look()):
+    while process.poll() is None and len(read_ledger(folder / "ledger")) < count:
         try:
             process.wait(0.02)
         except subprocess.TimeoutExpired:
             continue
-    return look()
+    return list(read_ledger(folder / "ledger"))
 
 
 def test_states_are_written_when_they_are_due_and_at_the_end(training: Training, tmp_path: Path) -> None:
@@ -111,29 +107,17 @@ def test_states_are_written_when_they_are_due_and_at_the_end(training: Training,
 
 def test_a_disk_that_is_full_is_one_line_each_and_one_warning(training: Training, tmp_path: Path) -> None:
     folder = tmp_path / "durable"
-    with writer(training, folder, agent=os.getpid(), limit_bytes=60_000) as process:
+    with (
+        subprocess.Popen(["sleep", "60"]) as agent,
+        writer(training, folder, agent=agent.pid, limit_bytes=60_000) as process,
+    ):
         for count, step in enumerate((10, 20), start=1):
             training.step_to(step)
             events = wait_for_events(tmp_path, count, process)
             assert [event.event for event in events] == ["durable_failed"] * count
-        process.send_signal(signal.SIGTERM)
+        # It ends with its agent, too.
+        agent.kill()
         _, said = process.communicate(timeout=20)
         assert process.returncode == 0
     assert said.count("was not written") == 1 and "training goes on" in said
     assert DurableFolder(folder).states() == []
-
-
-def test_it_ends_with_its_agent(training: Training, tmp_path: Path) -> None:
-    training.step_to(10)
-    with subprocess.Popen(["sleep", "60"]) as agent, writer(training, tmp_path / "durable", agent=agent.pid) as process:
-        wait_for_events(tmp_path, 1, process)
-        agent.kill()
-        assert process.wait(20) == 0
-
-
-def test_it_ends_when_the_run_has_finished(training: Training, tmp_path: Path) -> None:
-    training.step_to(4)
-    (training.arena.path / "finished").touch()
-    with writer(training, tmp_path / "durable", agent=os.getpid()) as process:
-        assert process.wait(20) == 0
-    assert [event.fields["step"] for event in read_ledger(tmp_path / "ledger")] == [4]

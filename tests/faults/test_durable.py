@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader as dcp
 
 from lightning_ckptless.ledger import read_ledger
 from lightning_ckptless.replica.arena import default_arena_dir, find_arenas
@@ -51,16 +51,6 @@ def folder_of(job: Run) -> Path:
 
 def reason_of_last_start(job: Run) -> str:
     return str(job.events("run_started")[-1].fields["reason"])
-
-
-def test_everything_is_lost_but_the_durable_states(job: Run, whole: Callable[[Options], Variant]) -> None:
-    assert job.start(durable(), "kill:rank=all:step=9").exit_code == 128 + 9
-    lose_arenas(job.run_id)
-    newest = states(folder_of(job))[-1]
-    assert job.start(durable()).exit_code == 0
-    assert f"goes on from the durable state {newest}" in reason_of_last_start(job)
-    assert [event.fields["rung"] for event in job.events("recovery")] == ["relaunch"]
-    _assert_identical(job, whole(BASE))
 
 
 def test_a_damaged_state_is_left_aside_for_the_one_before(job: Run, whole: Callable[[Options], Variant]) -> None:
@@ -148,11 +138,11 @@ def test_folder_number_and_interval_are_as_asked_for(job: Run) -> None:
 
 
 def test_by_time(job: Run) -> None:
-    job.start(durable(durable_every_n_steps=None, durable_every_s=0.3))
+    job.start(durable(SHORT, durable_every_n_steps=None, durable_every_s=0.15))
     at = [event.at for event in job.events("durable_written")]
     assert len(at) >= 2
     # The last one is that of the end.
-    assert all(later - earlier > 0.25 for earlier, later in pairwise(at[:-1]))
+    assert all(later - earlier > 0.12 for earlier, later in pairwise(at[:-1]))
 
 
 def test_without_the_options_nothing_is_written(job: Run) -> None:
