@@ -29,6 +29,7 @@ class JobOptions:
         checkpoint_every: steps between two checkpoint files; 0 for none.
         root: folder for what a run leaves behind.
         turns: train only when it is this job's turn.
+        accelerator: `cpu` or `gpu`.
     """
 
     size: str = "tiny"
@@ -40,6 +41,7 @@ class JobOptions:
     checkpoint_every: int = 0
     root: str = "."
     turns: bool = False
+    accelerator: str = "cpu"
 
     def to_arguments(self) -> list[str]:
         """The options as the script's command line."""

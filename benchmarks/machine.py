@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,6 +24,7 @@ def facts() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "shared_memory_gib": round(psutil.disk_usage("/dev/shm").total / 2**30, 1),
         "kernel": platform.release(),
@@ -36,8 +38,9 @@ def facts() -> dict[str, Any]:
 
 def in_words(known: dict[str, Any]) -> str:
     """One sentence for the head of a table."""
+    device = f", one {known['device']}" if known.get("device") else ""
     return (
-        f"{known['date']}; {known['cores']} cores of {known['cpu']}, {known['memory_gib']} GiB; "
+        f"{known['date']}; {known['cores']} cores of {known['cpu']}, {known['memory_gib']} GiB{device}; "
         f"Python {known['python']}, torch {known['torch']}, lightning {known['lightning']}, commit {known['commit']}"
     )
 

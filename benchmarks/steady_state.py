@@ -26,6 +26,7 @@ from benchmarks.threads import JobLostError, TurnsJob, preloaded_parent
 
 WARM_UP_STEPS = 4
 RANKS = 2
+SIZES = ("tiny", "1M", "10M", "33M")
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,8 @@ def run(plan: Plan, sizes: list[str], variants_at: str, progress: Progress) -> d
 def main() -> None:
     """Read the command line, measure, report."""
     parser = base_parser(__doc__)
-    parser.add_argument("--sizes", nargs="+", default=list(WIDTHS), choices=list(WIDTHS), help="models (default: all)")
-    parser.add_argument(
-        "--variants-at", default="10M", choices=["", *WIDTHS], help="size at which options are compared"
-    )
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(WIDTHS), help="models")
+    parser.add_argument("--variants-at", default="10M", choices=["", *SIZES], help="size at which options are compared")
     parser.add_argument("--rounds", type=int, help="segments per strategy")
     args = parser.parse_args()
     report = Report(args)

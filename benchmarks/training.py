@@ -88,9 +88,13 @@ class Turns(pl.Callback):
 
     def wait_for_turn(self, trainer: pl.Trainer) -> None:
         segment, ended_cpu_s = self.segment, time.process_time()
+        steps = len(segment.starts) - 1
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
         self.wire.say(
             "ready",
             steps_s=[after - before for before, after in pairwise(segment.starts)],
+            mean_s=(time.perf_counter() - segment.starts[0]) / steps if steps else 0.0,
             cpu_s=ended_cpu_s - segment.began_cpu_s,
             **(self.stopwatch.take() if self.stopwatch else {}),
         )
@@ -128,7 +132,7 @@ def train(options: JobOptions, strategy: Any, wire: Wire) -> None:
         folder = os.path.join(options.root, "checkpoints")
         callbacks.append(ModelCheckpoint(folder, every_n_train_steps=options.checkpoint_every, save_last=True))
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator=options.accelerator,
         devices=options.devices,
         strategy=strategy,
         max_steps=options.steps,

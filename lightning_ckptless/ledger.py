@@ -65,7 +65,8 @@ class Ledger:
             self._append(json.dumps(line, default=str).encode() + b"\n")
         except OSError as error:
             if not self._warned:
-                log.warning("%s cannot be written, events are missing from here on: %s", self.path, error)
+                # In words: whoever keeps the record would keep the error with all that its frames hold.
+                log.warning("%s cannot be written, events are missing from here on: %s", self.path, str(error))
             self._warned = True
 
     def _append(self, line: bytes) -> None:

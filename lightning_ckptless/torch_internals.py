@@ -169,6 +169,11 @@ def abort_device_groups() -> None:
                 backend.abort()
 
 
+def cuda_was_lost_by_fork() -> bool:
+    """Whether this process was forked from one that had asked CUDA for something: it cannot use CUDA then."""
+    return bool(torch.cuda._is_in_bad_fork())
+
+
 def use_process_group(model: Any, group: Any) -> None:
     """Let a wrapped model sum its gradients in another process group, and forget a backward pass that was cut off."""
     model._update_process_group(group)

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -98,11 +98,16 @@ def drill(
     )
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-    if report.identical and folder is None:
+    _end(report.identical, place, keep=folder is not None)
+
+
+def _end(identical: bool, place: Path, *, keep: bool) -> NoReturn:
+    """Leave nothing behind that nobody will want to look at, and exit."""
+    if identical and not keep:
         shutil.rmtree(place)
     else:
         typer.echo(f"kept in {place}", err=True)
-    raise typer.Exit(0 if report.identical else 1)
+    raise typer.Exit(0 if identical else 1)
 
 
 def ranks_named(faults: Sequence[str]) -> int:

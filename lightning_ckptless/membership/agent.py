@@ -124,7 +124,7 @@ class CkptlessAgent(LocalElasticAgent):
 
     def faults_with_the_place_lost(self) -> list[FaultReport]:
         """What it has seen, and that the nodes could not meet any more."""
-        at, size = time.time(), self._worker_group.workers[0].world_size
+        at, size = time.time(), self.get_worker_group().workers[0].world_size
         return [*self.faults, FaultReport(None, None, None, None, at, at, at, len(self.faults) + 1, size)]
 
     @property

@@ -26,6 +26,12 @@ from lightning_ckptless.membership.generation import join_generation
 from lightning_ckptless.torch_internals import abort_device_groups, process_groups
 
 JOIN_TIMEOUT_S = 600.0
+_NCCL_ENDS_THE_PROCESS = (
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT",
+    "TORCH_NCCL_ENABLE_MONITORING",
+    "TORCH_NCCL_RETHROW_CUDA_ERRORS",
+)
 
 
 def _never() -> bool:
@@ -129,6 +135,16 @@ class World:
     def bury(self) -> None:
         """Let go of the groups that were left, which waits for their threads."""
         self._retired.clear()
+
+
+def keep_through_device_errors() -> None:
+    """Have NCCL leave this process alive when a peer is gone, for a watcher ends what waits for that peer.
+
+    By default threads of torch's end the whole process when they have seen a lost connection, or after a dump of what
+    was under way, and every survivor of a fault with it.
+    """
+    for name in _NCCL_ENDS_THE_PROCESS:
+        os.environ.setdefault(name, "0")
 
 
 def world_group() -> dist.ProcessGroup:

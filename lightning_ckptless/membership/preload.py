@@ -26,22 +26,55 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from lightning_ckptless.membership import channel, worker
 from lightning_ckptless.membership.worker import Job
 
+FORK_SAFE_THREADS = frozenset({"jemalloc_bg_thd"})
+"""jemalloc, which pyarrow brings, takes its locks before a fork and starts its thread again behind it."""
+
 
 def unsafe_to_fork() -> str | None:
     """Why a fork of this process would not be a clean worker; None when it would."""
-    threads = len(os.listdir("/proc/self/task"))
-    if threads > 1:
-        return f"an imported module has started threads: {threads - 1} beside the main thread"
+    if threads := _foreign_threads():
+        return f"an imported module has started threads: {', '.join(threads)}"
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return "an imported module has initialised CUDA"
     return None
+
+
+def _foreign_threads() -> list[str]:
+    """Names of the threads beside the main one, without those that a fork is known not to harm."""
+    names = []
+    for task in os.listdir("/proc/self/task"):
+        if int(task) == os.getpid():
+            continue
+        with suppress(FileNotFoundError), open(f"/proc/self/task/{task}/comm") as comm:
+            names.append(comm.read().strip())
+    return [name for name in names if name not in FORK_SAFE_THREADS]
+
+
+def _fork() -> int:
+    # Python warns of every thread, of those that are known to do no harm too.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def loses_cuda() -> bool:
+    """Whether forks of this process cannot use CUDA: a module that only counts the devices is enough for that."""
+    if "torch" not in sys.modules or sys.modules["torch"].version.cuda is None:
+        return False
+    from lightning_ckptless.torch_internals import cuda_was_lost_by_fork  # noqa: PLC0415 - needs torch
+
+    pid = _fork()
+    if pid == 0:
+        os._exit(int(cuda_was_lost_by_fork()))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
 
 
 def import_all(names: list[str], path: list[str]) -> str | None:
@@ -80,6 +113,7 @@ class Parent:
     agent_pid: int
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     pidfds: dict[int, int] = field(default_factory=dict)
+    loses_cuda: bool = False
 
     def serve(self) -> Job | None:
         """Serve until the agent is gone: None. In a forked worker: its job."""
@@ -118,11 +152,12 @@ class Parent:
         worker.die_with(self.agent_pid)
         failure = import_all(names, path)
         worker.outlive_parent()
+        self.loses_cuda = self.loses_cuda or loses_cuda()
         self._send({"ready": time.monotonic() - began} if failure is None else {"failed": failure})
 
     def _fork(self, job: Job, files: list[int]) -> Job | None:
         """Fork a worker. Returns its job in the worker, None in the parent."""
-        refusal = None if job.fresh else unsafe_to_fork()
+        refusal = None if job.fresh else self._refusal()
         if refusal is not None:
             channel.close_all(files)
             self._send({"refused": refusal})
@@ -130,7 +165,7 @@ class Parent:
         parent_pid = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
+        pid = _fork()
         if pid == 0:
             self._release()
             worker.detach(parent_pid, files[:3])
@@ -143,6 +178,9 @@ class Parent:
         self.selector.register(self.pidfds[pid], selectors.EVENT_READ)
         self._send({"pid": pid}, [self.pidfds[pid]])
         return None
+
+    def _refusal(self) -> str | None:
+        return "an imported module has asked CUDA for its devices" if self.loses_cuda else unsafe_to_fork()
 
     def _release(self) -> None:
         """In the worker: close what belongs to the parent."""

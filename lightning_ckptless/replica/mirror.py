@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import logging
 import queue
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -31,6 +33,7 @@ from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.checksum import bytes_of, digest
 from lightning_ckptless.replica.layout import Layout
+from lightning_ckptless.replica.mirror_stats import MirrorStats
 from lightning_ckptless.replica.shelf import Shelf
 from lightning_ckptless.replica.slot import HEADER_BYTES, Slot, SlotHeader, Stamp
 from lightning_ckptless.replica.staging import Load, Stager
@@ -44,34 +47,8 @@ PAGE, BULK, BLOB = range(3)
 WHOLE, CARRY_ON = 1, 2
 """What a rank votes on in a round: it has all that it should have, and nobody has asked it to end the run."""
 
-
-@dataclass
-class MirrorStats:
-    """What a mirror has done so far.
-
-    Attributes:
-        rounds: versions begun, skipped ones included.
-        committed: rounds that all ranks committed.
-        skipped: rounds that this rank took part in without data.
-        aborted: rounds that some rank voted down.
-        torn: rounds in which a tensor changed while it was copied here.
-        staged_bytes: bytes of tensors copied into own slots.
-        sent_bytes: bytes of tensors and small state sent to keepers.
-        last_stage_s: time from `submit` until the last version was copied.
-        last_round_s: time from `submit` until the last round ended.
-        stall_s: time that the training thread has waited here, in all.
-    """
-
-    rounds: int = 0
-    committed: int = 0
-    skipped: int = 0
-    aborted: int = 0
-    torn: int = 0
-    staged_bytes: int = 0
-    sent_bytes: int = 0
-    last_stage_s: float = 0.0
-    last_round_s: float = 0.0
-    stall_s: float = 0.0
+Blob = bytes | Callable[[], bytes]
+"""A rank's small state, or what gives it in the mirror's thread, where waiting for a device holds up nobody."""
 
 
 @dataclass
@@ -82,9 +59,15 @@ class _Round:
     began_at: float
     slot: Slot | None = None
     load: Load | None = None
-    blob: bytes = b""
+    blob: Blob = b""
     staged: Future[None] = field(default_factory=Future)
     ended: Future[None] = field(default_factory=Future)
+
+    def pack(self) -> bytes:
+        """The small state; packed when it is asked for first."""
+        if not isinstance(self.blob, bytes):
+            self.blob = self.blob()
+        return self.blob
 
     def fail(self, error: BaseException) -> None:
         """Hand an error to whoever waits for the round."""
@@ -178,7 +161,7 @@ class Mirror:
         self,
         version: Version,
         tensors: Mapping[str, torch.Tensor],
-        blob: bytes,
+        blob: Blob,
         *,
         blocking_names: Collection[str] = (),
     ) -> float:
@@ -247,8 +230,15 @@ class Mirror:
             self._queue.put(None)
             self._thread.join(timeout_s)
             if self._thread.is_alive():
+                log.warning(
+                    "ckptless: rank %d: after %g s its mirror is left behind; it waits here:\n%s",
+                    self._rank,
+                    timeout_s,
+                    _stack_of(self._thread),
+                )
                 return
             self._thread = None
+        self._stager.close()
         for shelf in self._shelves.values():
             shelf.close()
 
@@ -321,8 +311,8 @@ class Mirror:
             self._stage_blocking_from_now(torn, round_.version)
             return None
         self.stats.staged_bytes += slot.bulk_bytes
-        checksum = digest(self._checksum, (bytes_of(slot.bulk), round_.blob))
-        slot.seal(self._stamp(round_.version, self._rank), round_.blob, checksum)
+        checksum = digest(self._checksum, (bytes_of(slot.bulk), round_.pack()))
+        slot.seal(self._stamp(round_.version, self._rank), round_.pack(), checksum)
         return slot
 
     def _stage_blocking_from_now(self, name: str, version: Version) -> None:
@@ -345,7 +335,7 @@ class Mirror:
         """
         sends: list[Parcel] = []
         if sealed is not None:
-            parts = ((BULK, sealed.bulk), (BLOB, tensor_of(round_.blob)))
+            parts = ((BULK, sealed.bulk), (BLOB, tensor_of(round_.pack())))
             sends = [(keeper, *part) for keeper in self._keepers for part in parts]
             self.stats.sent_bytes += sum(parcel.numel() for _, _, parcel in sends)
         receives: list[Parcel] = []
@@ -397,3 +387,8 @@ class Mirror:
     def _tell(self, moment: str, version: Version) -> None:
         if self._probe is not None:
             self._probe(moment, version)
+
+
+def _stack_of(thread: threading.Thread) -> str:
+    frame = sys._current_frames().get(thread.ident or 0)
+    return "".join(traceback.format_stack(frame)) if frame is not None else "it has just ended"

@@ -18,6 +18,7 @@ from itertools import accumulate
 import torch
 
 from lightning_ckptless.errors import LayoutMismatchError
+from lightning_ckptless.replica.device_copy import DeviceCopier
 from lightning_ckptless.replica.layout import Layout, live_views, local_name, slot_views
 from lightning_ckptless.torch_internals import foreach_copy, version_counter
 
@@ -30,13 +31,15 @@ class Load:
     """A shard on its way into a slot.
 
     Args:
-        targets: views of the slot that are still to be filled.
+        bulk: the slot's tensor part.
+        targets: views of it that are still to be filled.
         sources: the live views they are filled from.
         watched: live tensors behind the sources, with their counts of in-place writes.
         middle: index that halves the bytes.
         ready: marks the point in the device's stream at which the sources hold the version; None in host memory.
     """
 
+    bulk: torch.Tensor
     targets: list[torch.Tensor]
     sources: list[torch.Tensor]
     watched: list[tuple[str, torch.Tensor, int]]
@@ -85,7 +88,7 @@ class Stager:
         self._sources = _Sources()
         self._targets: dict[int, list[torch.Tensor]] = {}
         self._cuts: dict[int, _Cut] = {}
-        self._device_copier: _DeviceCopier | None = None
+        self._device_copier: DeviceCopier | None = None
 
     def take(self, bulk: torch.Tensor, tensors: Mapping[str, torch.Tensor], early: Collection[str]) -> Load:
         """Begin to fill a slot, in the training thread.
@@ -104,6 +107,7 @@ class Stager:
         cut = self._cut(bulk, self._live(tensors), frozenset(early))
         watched = [(name, tensors[name]) for name in cut.watched]
         load = Load(
+            bulk,
             list(cut.targets),
             list(cut.sources),
             [(name, tensor, version_counter(tensor)) for name, tensor in watched],
@@ -151,19 +155,28 @@ class Stager:
             half_done: called in the middle.
         """
         middle = load.middle if half_done is not None else len(load.sources)
-        sources = load.sources if load.ready is None else self._from_device(load)
-        with torch.no_grad():
-            foreach_copy(load.targets[:middle], sources[:middle])
-            if half_done is not None:
-                half_done()
-            foreach_copy(load.targets[middle:], sources[middle:])
+        self._copy(load, slice(0, middle))
+        if half_done is not None:
+            half_done()
+            self._copy(load, slice(middle, None))
 
-    def _from_device(self, load: Load) -> list[torch.Tensor]:
-        if self._device_copier is None:
-            device = next(source.device for source in load.sources if source.is_cuda)
-            self._device_copier = _DeviceCopier(device)
-        assert load.ready is not None
-        return self._device_copier.fetch(load.sources, load.ready)
+    def close(self) -> None:
+        """Let go of the slots: they are about to be unmapped."""
+        if self._device_copier is not None:
+            self._device_copier.close()
+
+    def _copy(self, load: Load, part: slice) -> None:
+        pairs = list(zip(load.targets[part], load.sources[part], strict=True))
+        host = [pair for pair in pairs if load.ready is None or not pair[1].is_cuda]
+        with torch.no_grad():
+            foreach_copy([target for target, _ in host], [source for _, source in host])
+        device = [pair for pair in pairs if pair[1].is_cuda]
+        if device and load.ready is not None:
+            if self._device_copier is None:
+                self._device_copier = DeviceCopier(device[0][1].device)
+            self._device_copier.copy(
+                load.bulk, [target for target, _ in device], [source for _, source in device], load.ready
+            )
 
     def _live(self, tensors: Mapping[str, torch.Tensor]) -> _Sources:
         try:
@@ -186,30 +199,6 @@ class Stager:
         if at not in self._targets:
             self._targets[at] = slot_views(self._layout, self._rank, bulk)
         return self._targets[at]
-
-
-class _DeviceCopier:
-    """Brings tensors from a CUDA device to pinned host memory, in a stream of its own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pinned: dict[int, torch.Tensor] = {}
-
-    def fetch(self, sources: list[torch.Tensor], ready: torch.cuda.Event) -> list[torch.Tensor]:
-        """The sources, those of the device replaced by host copies. Valid until the next call."""
-        fetched = [self._host(place, s) if s.is_cuda else s for place, s in enumerate(sources)]
-        on_device = [place for place, source in enumerate(sources) if source.is_cuda]
-        with torch.no_grad(), torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
-            foreach_copy([fetched[p] for p in on_device], [sources[p] for p in on_device], non_blocking=True)
-        self._stream.synchronize()
-        return fetched
-
-    def _host(self, place: int, source: torch.Tensor) -> torch.Tensor:
-        held = self._pinned.get(place)
-        if held is None or held.shape != source.shape or held.dtype != source.dtype:
-            held = self._pinned[place] = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-        return held
 
 
 def _middle(tensors: list[torch.Tensor]) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from lightning_ckptless import environment
 from lightning_ckptless.errors import OptionsError, UnfitNodeError
 from lightning_ckptless.membership.cold import replace_by_agent
+from lightning_ckptless.membership.communicators import keep_through_device_errors
 from lightning_ckptless.membership.control import Line, is_standby, open_line
 from lightning_ckptless.membership.peers import is_lost_peer
 from lightning_ckptless.membership.verdict import Verdict, leave_verdict
@@ -109,6 +110,8 @@ class FitGuard:
         engine = Engine(strategy, trainer, next_chapter(), line)
         strategy.engine = engine
         if line is not None and engine.world_size > 1:
+            if strategy.options.in_place:
+                keep_through_device_errors()
             strategy.watcher = Watcher(line, strategy.world.cut, int(os.environ.get(environment.REGROUPING, "0")))
         if not self._is_observed:
             trainer.callbacks.extend(strategy.observers())

@@ -18,6 +18,7 @@ from lightning_ckptless.trainer.compatibility import warn_of_loaders
 from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.recipe import recipe_of
+from lightning_ckptless.trainer.late_packing import pack_late
 from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.replay import BatchLog
 from lightning_ckptless.trainer.report import RunReport
@@ -145,7 +146,7 @@ class Mirroring:
             self._mirror.skip(version)
             self._report.taken(0.0, time.perf_counter() - began, self._mirror)
             return
-        blob = pack(
+        blob = pack_late(
             {
                 "state": self.small.capture(self._batches.position_at(version)),
                 "report": self._report.state(),

@@ -100,14 +100,20 @@ def set_plain_attributes(owner: object, saved: dict[str, Any]) -> None:
 
 def _rebuild(data: bytes, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> torch.Tensor:
     if not data:
-        return torch.empty(shape, dtype=dtype, device=device)
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape).to(device)
+        return on_device(torch.empty(shape, dtype=dtype), device)
+    return on_device(torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape), device)
 
 
-class _SmallTensorPickler(pickle.Pickler):
+def on_device(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """A tensor on the kind of device that it was on; on the host where a process without that device reads it."""
+    return tensor if device == "cuda" and not torch.cuda.is_available() else tensor.to(device)
+
+
+class SmallTensorPickler(pickle.Pickler):
     """Writes a tensor as its bytes: a tenth of the time that torch's own reduction takes for a scalar."""
 
     def reducer_override(self, value: Any) -> Any:
+        """How a value is written; `NotImplemented` for the usual way."""
         if type(value) is torch.Tensor and value.layout is torch.strided and not value.is_quantized:
             host = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
             data = host.view(-1).view(torch.uint8).numpy().tobytes() if host.numel() else b""
@@ -118,7 +124,7 @@ class _SmallTensorPickler(pickle.Pickler):
 def pack(value: Any) -> bytes:
     """Pickle the small state. Tensors keep their values and kind of device, not their graph, strides and views."""
     out = io.BytesIO()
-    _SmallTensorPickler(out, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    SmallTensorPickler(out, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
     return out.getvalue()
 
 

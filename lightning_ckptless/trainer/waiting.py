@@ -10,6 +10,7 @@ import torch
 
 from lightning_ckptless import environment
 from lightning_ckptless.membership.control import Line
+from lightning_ckptless.trainer.rng import apply_rng, capture_rng
 
 
 def wait_for_rank(line: Line, strategy: Any) -> None:
@@ -19,7 +20,7 @@ def wait_for_rank(line: Line, strategy: Any) -> None:
         line: to the agent.
         strategy: of the trainer; it was made for a rank that stands in for the one to come.
     """
-    warm_up()
+    warm_up(strategy.root_device)
     line.tell("ready")
     received = line.receive()
     if received is None:
@@ -36,18 +37,27 @@ def wait_for_rank(line: Line, strategy: Any) -> None:
     strategy.set_world_ranks()
 
 
-def warm_up() -> None:
+def warm_up(device: torch.device) -> None:
     """Run a small network once, forward, backward and in an optimizer, with generators put back afterwards.
 
-    The first time of each costs a new process some tenths of a second, in threads that are started, kernels that are
-    chosen and modules that are loaded: here it costs nobody anything.
+    The first time of each costs a new process some tenths of a second, and on a device some seconds, for a context,
+    kernels that are loaded and threads that are started: here it costs nobody anything.
+
+    Args:
+        device: that the process will train on.
     """
-    generator = torch.get_rng_state()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    generators = capture_rng()
     network = torch.nn.Sequential(
         torch.nn.Linear(64, 64), torch.nn.LayerNorm(64), torch.nn.GELU(), torch.nn.Linear(64, 8)
-    )
+    ).to(device)
     optimizer = torch.optim.AdamW(network.parameters())
-    loss = torch.nn.functional.cross_entropy(network(torch.zeros(16, 64)), torch.zeros(16, dtype=torch.long))
+    classes = torch.zeros(16, dtype=torch.long, device=device)
+    loss = torch.nn.functional.cross_entropy(network(torch.zeros(16, 64, device=device)), classes)
     torch.autograd.backward(loss)
     optimizer.step()
-    torch.set_rng_state(generator)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    apply_rng(generators)

@@ -58,7 +58,7 @@ def test_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         (["train.py"], "nothing goes wrong: give --fault"),
         (["missing.py", "--fault", "kill:rank=1:step=7"], "there is no script 'missing.py'"),
         ([__file__, "--fault", "kil:rank=1:step=7"], "did you mean 'kill'"),
-        ([__file__, "--fault", "kill:rank=2:step=7"], "there is no rank 2 among 2: give --nproc 3"),
+        ([__file__, "--nproc", "2", "--fault", "kill:rank=2:step=7"], "there is no rank 2 among 2: give --nproc 3"),
         ([__file__, "--fault", "node:rank=0:step=7"], "a drill has one node"),
     ],
 )

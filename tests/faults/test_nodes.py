@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 
 from lightning_ckptless.ledger import read_ledger
@@ -23,79 +17,12 @@ from lightning_ckptless.testing.compare import compare
 from lightning_ckptless.testing.drill import run_variant
 from lightning_ckptless.testing.log_files import collect_logs
 from lightning_ckptless.testing.traces import read_traces
+from tests.faults.cluster import END_S, Cluster, free_port
 from tests.faults.conftest import REPOSITORY, command_for
 from tests.faults.matrix import BASE, is_version
 
 ONE_NODE = replace(BASE, samples=80)
 TWO_NODES = replace(ONE_NODE, devices=1, num_nodes=2)
-END_S = 90
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@dataclass
-class Cluster:
-    """Agents on loopback that share a folder for logs and have an arena each."""
-
-    folder: Path
-    stack: ExitStack
-    port: int = field(default_factory=_free_port)
-    next_port: int = 0
-    agents: list[psutil.Popen] = field(default_factory=list)
-
-    @property
-    def arenas(self) -> Path:
-        """Where the nodes' shared memory is."""
-        return self.folder / "arenas"
-
-    def start_agent(self, faults: str = "", address: str = "127.0.0.1") -> psutil.Popen:
-        """Start one node, with faults for the rank that it gets; the first one hosts the rendezvous."""
-        name = f"node{len(self.agents)}"
-        words = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "two-nodes", "--local-addr", address]
-        words += ["--run-root", str(self.folder / "runs"), "--arena-dir", str(self.arenas)]
-        if self.next_port:
-            words += ["--rdzv-endpoint", f"127.0.0.1:{self.port},127.0.0.2:{self.next_port}"]
-        else:
-            words += ["--rdzv-endpoint", f"127.0.0.1:{self.port}"]
-            words += ["--rdzv-conf", f"is_host={'no' if self.agents else 'yes'}"]
-        env = {
-            **os.environ,
-            "PYTHONPATH": str(REPOSITORY),
-            "CKPTLESS_FAULTS": faults,
-            # Sums over several threads round otherwise than the uninterrupted run's.
-            "OMP_NUM_THREADS": "1",
-            "CKPTLESS_TRACE_DIR": str(self.folder / "trace"),
-        }
-        log = self.stack.enter_context((self.folder / f"{name}.log").open("w"))
-        agent = psutil.Popen(
-            [sys.executable, "-m", "lightning_ckptless.job", *words, *command_for(TWO_NODES)],
-            cwd=self.folder,
-            env=env,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        self.agents.append(agent)
-        self.stack.callback(_end, agent)
-        return agent
-
-    def lose(self, agent: psutil.Popen) -> None:
-        """Take the arena of a dead node away."""
-        (info,) = [info for info in find_arenas(self.arenas) if info.owner.pid == agent.pid]
-        shutil.rmtree(info.path)
-
-    def output(self) -> str:
-        """What all agents and workers printed."""
-        return "\n".join(path.read_text() for path in sorted(self.folder.glob("node*.log")))
-
-
-def _end(agent: psutil.Popen) -> None:
-    if agent.poll() is None:
-        agent.terminate()
-        agent.wait(timeout=END_S)
 
 
 @pytest.fixture
@@ -116,7 +43,7 @@ def _assert_identical(cluster: Cluster, parent: PreloadedParent) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_node_is_lost_with_its_arena(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
-    cluster = Cluster(tmp_path, stack)
+    cluster = Cluster(tmp_path, stack, TWO_NODES)
     cluster.arenas.mkdir()
     stays = cluster.start_agent()
     lost = cluster.start_agent("node:rank=all:step=7")
@@ -135,7 +62,7 @@ def test_node_is_lost_with_its_arena(tmp_path: Path, stack: ExitStack, parent: P
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_ranks_of_both_nodes_die_at_once(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
-    cluster = Cluster(tmp_path, stack)
+    cluster = Cluster(tmp_path, stack, TWO_NODES)
     cluster.arenas.mkdir()
     agents = [cluster.start_agent("kill:rank=all:step=5") for _ in range(2)]
     assert [agent.wait(timeout=END_S) for agent in agents] == [0, 0], cluster.output()
@@ -147,7 +74,7 @@ def test_ranks_of_both_nodes_die_at_once(tmp_path: Path, stack: ExitStack, paren
 def test_a_rank_of_one_node_is_replaced_and_the_other_node_goes_on(
     tmp_path: Path, stack: ExitStack, parent: PreloadedParent
 ) -> None:
-    cluster = Cluster(tmp_path, stack)
+    cluster = Cluster(tmp_path, stack, TWO_NODES)
     cluster.arenas.mkdir()
     agents = [cluster.start_agent("kill:rank=1:step=5,kill:rank=0:step=9") for _ in range(2)]
     assert [agent.wait(timeout=END_S) for agent in agents] == [0, 0], cluster.output()
@@ -161,7 +88,7 @@ def test_a_rank_of_one_node_is_replaced_and_the_other_node_goes_on(
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_the_node_that_hosts_the_rendezvous_is_lost(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
-    cluster = Cluster(tmp_path, stack, next_port=_free_port())
+    cluster = Cluster(tmp_path, stack, TWO_NODES, next_port=free_port())
     cluster.arenas.mkdir()
     lost = cluster.start_agent("node:rank=all:step=7")
     stays = cluster.start_agent(address="127.0.0.2")

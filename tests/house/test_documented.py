@@ -26,7 +26,7 @@ from lightning_ckptless.protocol.recovery import WORKER_TRANSITIONS, WorkerEvent
 from lightning_ckptless.protocol.slots import TRANSITIONS, SlotEvent
 from lightning_ckptless.protocol.start import Left, Start, StartPlan, plan_start
 from lightning_ckptless.protocol.versions import Complete, Missing, Replica, SlotState, Version, newest_complete
-from tests.house.code import PACKAGE, REPOSITORY, sources
+from tests.house.code import PACKAGE, REPOSITORY, dotted, sources
 
 Row = list[str]
 PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
@@ -142,7 +142,7 @@ def recorded_events() -> set[str]:
     return {
         call.args[0].value
         for call in calls
-        if isinstance(call.func, ast.Attribute) and call.func.attr in {"record", "_record"} and call.args
+        if dotted(call.func).split(".")[-1] in {"record", "_record"} and call.args
         if isinstance(call.args[0], ast.Constant) and isinstance(call.args[0].value, str)
     }
 

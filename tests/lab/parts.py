@@ -43,6 +43,8 @@ class Options:
     strategy_options: str = "{}"  # a python dictionary of strategy options
     ckpt_path: str = ""  # a checkpoint file to begin from
     slow_mirror_s: float = 0.0  # how long each round of the mirror is held up
+    accelerator: str = "cpu"
+    pin_memory: bool = False
     raise_at: int = 0  # raise a ValueError at this step, every time
 
 
@@ -165,6 +167,7 @@ def data_class(flavour: Any, options: Options) -> Any:
             assert trainer is not None
             common: dict[str, Any] = {
                 "batch_size": 4, "num_workers": options.workers, "persistent_workers": options.persistent,
+                "pin_memory": options.pin_memory,
             }  # fmt: skip
             numbers = Numbers(options.samples)
             if options.data == "sampler":
@@ -214,7 +217,7 @@ def make_trainer(flavour: Any, options: Options, strategy: Any, extra_callbacks:
     val_interval = int(options.val_interval) if options.val_interval > 1 else options.val_interval
     limit = int(options.limit_train) if options.limit_train > 1 else options.limit_train
     return flavour.Trainer(
-        accelerator="cpu",
+        accelerator=options.accelerator,
         devices=options.devices,
         num_nodes=options.num_nodes,
         strategy=strategy,

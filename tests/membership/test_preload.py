@@ -56,13 +56,33 @@ def test_it_keeps_the_options_of_the_interpreter(write: Callable[..., Path], tmp
         assert run_forked(parent, script(path), tmp_path).out == "1 {'demo': '1'} ['ignore']\n"
 
 
+THREADED = """
+import threading
+named, for_ever = threading.Event(), threading.Event()
+
+def run():
+    with open(f"/proc/self/task/{threading.get_native_id()}/comm", "w") as comm:
+        comm.write("NAME")
+    named.set()
+    for_ever.wait()
+
+threading.Thread(target=run, daemon=True).start()
+named.wait()
+"""
+
+
+def test_it_forks_when_its_threads_are_known_to_be_safe(write: Callable[..., Path], tmp_path: Path) -> None:
+    folder = write(THREADED.replace("NAME", "jemalloc_bg_thd"), "extras/threaded.py").parent
+    path = write("import os; print(len(os.listdir('/proc/self/task')))")
+    with PreloadedParent(("threaded",), path=(str(folder),)) as parent:
+        assert finish(parent, start(parent, job(path), tmp_path), tmp_path).out == "1\n"
+
+
 def test_it_does_not_fork_when_it_has_threads(write: Callable[..., Path], tmp_path: Path) -> None:
-    folder = write(
-        "import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()", "extras/threaded.py"
-    ).parent
+    folder = write(THREADED.replace("NAME", "somebody's"), "extras/threaded.py").parent
     path = write("print('ran')")
     with PreloadedParent(("threaded",), path=(str(folder),)) as parent:
-        with pytest.raises(UnsafeForkError, match="1 beside the main thread"):
+        with pytest.raises(UnsafeForkError, match="has started threads: somebody's"):
             start(parent, job(path), tmp_path)
         assert finish(parent, start(parent, job(path, fresh=True), tmp_path), tmp_path).out == "ran\n"
 

@@ -1,0 +1,1 @@
+"""What needs a CUDA device. Without one these tests are skipped."""
