@@ -235,7 +235,7 @@ class CkptlessAgent(LocalElasticAgent):
         self._companions.tend(said)
         self._hangs.limit_s = self._in_place.hang_timeout_s
         self._in_place.follow(workers)
-        if (hang := self._hangs.look(workers)) is not None:
+        if (hang := self._hangs.look(workers) or self._in_place.look()) is not None:
             self._hangs.end(hang, workers, self._parent)
         if (lost := workers.lost()) and self._take_the_ladder(worker_group, workers, lost) is Rung.IN_PLACE:
             return RunResult(state=WorkerState.HEALTHY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from lightning_ckptless.membership.process import Process
 from lightning_ckptless.membership.regrouping import Regrouping, Regroupings
 from lightning_ckptless.membership.standby import Standbys, promote
 from lightning_ckptless.membership.workers import Workers
+from lightning_ckptless.protocol.hang import Hang, find_unreleased
 
 Record = Callable[..., None]
 Say = Callable[[str], None]
@@ -65,6 +67,8 @@ class InPlace:
         self._regroupings: Regroupings | None = None
         self._standbys: Standbys | None = None
         self._start_standby: Callable[[list[int]], Process] | None = None
+        self._told_at: dict[int, float] = {}
+        self._coming: set[int] = set()
 
     # ------------------------------------------------------------------ rounds
 
@@ -76,6 +80,8 @@ class InPlace:
             start_standby: starts a process without a rank.
         """
         self.tries, self._obstacle, self._trains = 0, None, False
+        self._told_at.clear()
+        self._coming.clear()
         self._regroupings = regroupings
         self._start_standby = start_standby
 
@@ -109,9 +115,12 @@ class InPlace:
         """Take in what workers have said, with their local ranks."""
         for rank, message in said:
             if message["kind"] == "entered":
+                self._coming.discard(rank)
                 self._take_wishes(message)
             elif message["kind"] == "stepped":
                 self.tries, self._trains = 0, True
+            elif message["kind"] == "released":
+                self._told_at.pop(rank, None)
             elif message["kind"] == "unable":
                 self._obstacle = f"local rank {rank}: {message['reason']}"
                 if message["lasting"]:
@@ -125,6 +134,10 @@ class InPlace:
             hang_timeout_s=message["hang_timeout_s"],
         )
         self._lasting = message["obstacle"] or self._lasting
+
+    def look(self) -> Hang | None:
+        """Which survivors do not get free of what they shared with the lost."""
+        return find_unreleased(self._told_at, now=time.monotonic(), override_s=self.hang_timeout_s)
 
     def tend_standbys(self) -> None:
         """Keep as many standbys as are wanted, once training is under way."""
@@ -154,7 +167,15 @@ class InPlace:
             # The store is gone with its node: the rendezvous will say so.
             return
         if news is not None:
-            tell(workers, news, leave=frozenset())
+            self._tell(workers, news, leave=frozenset())
+
+    def _tell(self, workers: Workers, regrouping: Regrouping, leave: frozenset[int]) -> None:
+        told = workers.tell("regroup", leave=leave, number=regrouping.number, fault=asdict(regrouping.fault))
+        for rank in leave:
+            self._told_at.pop(rank, None)
+        # Those on their way to `fit` hold on to nothing, and may take their time.
+        self._coming |= leave
+        self._told_at |= dict.fromkeys((rank for rank in told if rank not in self._coming), time.monotonic())
 
     def replace(
         self, workers: Workers, lost: list[int], regrouping: Regrouping, env_of: Callable[[int], dict[str, str]]
@@ -170,7 +191,7 @@ class InPlace:
         Returns:
             By local rank, who takes its place: `standby` or `new process`.
         """
-        tell(workers, regrouping, leave=frozenset(lost))
+        self._tell(workers, regrouping, leave=frozenset(lost))
         how = {}
         for rank in lost:
             env = env_of(rank)
@@ -189,11 +210,6 @@ def joining(regrouping: Regrouping) -> dict[str, str]:
         environment.REGROUPING: str(regrouping.number),
         environment.FAULT_REPORT: regrouping.fault.to_json(),
     }
-
-
-def tell(workers: Workers, regrouping: Regrouping, leave: frozenset[int]) -> None:
-    """Tell workers of a regrouping."""
-    workers.tell("regroup", leave=leave, number=regrouping.number, fault=asdict(regrouping.fault))
 
 
 def _promote(workers: Workers, rank: int, standby: Process, env: dict[str, str], regrouping: Regrouping) -> None:

@@ -79,7 +79,7 @@ class Watcher:
         self._line.tell(kind, **fields)
 
     def accept(self, timeout_s: float) -> Assignment | None:
-        """Take notice of the newest regrouping, waiting for it if it is not there yet.
+        """Take notice of the newest regrouping, waiting for it if it is not there yet. Nothing is cut from then on.
 
         Args:
             timeout_s: longest wait.
@@ -114,8 +114,10 @@ class Watcher:
                 return
             if self._line.fileno() in ready:
                 self._read()
-            if self._pending() is not None or self._is_run_over:
-                self._cut()
+            # Under the lock: who has taken notice makes new connections, and none of those must be cut.
+            with self._changed:
+                if self._pending() is not None or self._is_run_over:
+                    self._cut()
         with self._changed:
             self._changed.notify_all()
 

@@ -140,16 +140,18 @@ class Workers(PContext):
 
     # ------------------------------------------------------------------ the lines
 
-    def tell(self, kind: str, *, leave: frozenset[int] = frozenset(), **fields: Any) -> None:
-        """Send a message to all that run.
+    def tell(self, kind: str, *, leave: frozenset[int] = frozenset(), **fields: Any) -> tuple[int, ...]:
+        """Send a message to all that run. Returns the local ranks that it was sent to.
 
         Args:
             kind: what it is.
             leave: local ranks that do not get it.
             fields: what it says.
         """
-        for rank in sorted(self._running - leave):
+        ranks = tuple(sorted(self._running - leave))
+        for rank in ranks:
             self._processes[rank].line.tell(kind, **fields)
+        return ranks
 
     def heard(self) -> list[tuple[int, Message]]:
         """What workers have said, with their local ranks."""

@@ -22,6 +22,8 @@ from enum import IntEnum
 
 FLOOR_S = 10.0
 CEILING_S = 1800.0
+RELEASE_S = 30.0
+"""For which a survivor of a fault may hold on to what it shared with the lost."""
 FACTOR = 8.0
 """Times the longest pause that was seen between two signs of progress."""
 STRAGGLER_FACTOR = 1.5
@@ -121,6 +123,22 @@ def find_hang(pulses: Mapping[int, Pulse], *, now: float, override_s: float | No
     if silent_s <= max(allowed_s, CEILING_S if override_s is None else override_s):
         return None
     return Hang(behind, f"all ranks stand at the same point; {silent}", silent_s)
+
+
+def find_unreleased(told_at: Mapping[int, float], *, now: float, override_s: float | None = None) -> Hang | None:
+    """Tell which survivors of a fault do not get free of it: a driver that waits for a lost peer may hold one for ever.
+
+    Args:
+        told_at: when they were told of the fault, by rank, of those that have not said that they are free.
+        now: on the same clock.
+        override_s: the user's limit; None for our own, 0 to look for none.
+    """
+    allowed_s = RELEASE_S if override_s is None else override_s
+    held = {rank: now - at for rank, at in told_at.items() if now - at > allowed_s}
+    if not held or allowed_s == 0.0:
+        return None
+    reason = f"did not get free of the lost within {allowed_s:.1f} s of being told"
+    return Hang(tuple(held), reason, max(held.values()))
 
 
 def find_straggler(own_s: Mapping[int, float]) -> tuple[int, float] | None:

@@ -76,6 +76,7 @@ class Engine:
         self._restoration: Restoration | None = None
         self.boundaries: StepBoundaries | None = None
         self._finish_asked = False
+        self._stepped_in = 0
         self._pulse: PulseWriter | None = None
 
     @property
@@ -284,6 +285,9 @@ class Engine:
         assert self.mirroring is not None
         self.beat(Point.COMMIT)
         self.mirroring.commit(version)
+        if self.strategy.watcher is not None and self._stepped_in != self.report.generation:
+            self._stepped_in = self.report.generation
+            self.strategy.watcher.tell("stepped")
 
     def _take_pulse(self) -> None:
         self._pulse = PulseWriter.from_environment() if self.strategy.watcher is not None else None
@@ -312,8 +316,6 @@ class Engine:
             mark_begun(self.rank)
             # Here, because it waits for threads of gloo, and training does not wait for this thread.
             self.strategy.world.bury()
-            if self.strategy.watcher is not None:
-                self.strategy.watcher.tell("stepped")
             if is_first_of_node(local_rank()) and self.arena is not None:
                 self.arena.note("committed", {"step": version.optimizer_step, "tail_done": version.tail_done})
         for probe in list(self.probes):

@@ -106,12 +106,12 @@ class FitGuard:
         strategy.joins_alone = environment.REGROUPING in os.environ
         strategy.calls_before_fit = calls_before()
         self._require_health()
+        if line is not None and strategy.options.in_place:
+            keep_through_device_errors()
         strategy.setup_environment()
         engine = Engine(strategy, trainer, next_chapter(), line)
         strategy.engine = engine
         if line is not None and engine.world_size > 1:
-            if strategy.options.in_place:
-                keep_through_device_errors()
             strategy.watcher = Watcher(line, strategy.world.cut, int(os.environ.get(environment.REGROUPING, "0")))
         if not self._is_observed:
             trainer.callbacks.extend(strategy.observers())

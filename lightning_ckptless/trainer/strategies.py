@@ -174,7 +174,7 @@ def strategy_class(flavour: str) -> type[Any]:
             )
 
         def rejoin(self, regrouping: int, is_over: Callable[[], bool]) -> None:
-            """Leave the process groups of a generation that is over, and meet the others of the next one.
+            """Meet the others of the next generation; the process groups of the last one have been left.
 
             Args:
                 regrouping: number under which they meet.
@@ -183,7 +183,6 @@ def strategy_class(flavour: str) -> type[Any]:
             Raises:
                 TransportError: not all ranks came.
             """
-            self.world.leave()
             self._open_world(regrouping, is_over)
             if isinstance(self.model, DistributedDataParallel):
                 use_process_group(self.model, world_group())

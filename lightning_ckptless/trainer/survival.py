@@ -179,6 +179,9 @@ class Survival:
         if foreign := self._strategy.world.foreign_groups():
             self._give_up(f"the program has made {foreign} process groups of its own, which cannot be made anew")
         engine.probe_recovery("regroup")
+        self._strategy.world.leave()
+        if self._watcher is not None:
+            self._watcher.tell("released")
         self._strategy.rejoin(assignment.number, lambda: self._watcher is not None and self._watcher.is_over)
         assert engine.arena is not None
         transport = engine.connect()

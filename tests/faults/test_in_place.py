@@ -27,6 +27,7 @@ class Hazard:
         in_place: how often workers are replaced while the others go on.
         relaunches: how often all are started again.
         recoveries: how many of them come to a step.
+        overtaken: how many of those may be hit by the next fault before that step is committed everywhere.
         options: what is trained.
         standbys: processes that wait for a rank.
     """
@@ -37,6 +38,7 @@ class Hazard:
     recoveries: int = 1
     options: Options = BASE
     standbys: int = 0
+    overtaken: int = 0
 
 
 HAZARDS = {
@@ -51,13 +53,14 @@ HAZARDS = {
     ),
     "two_of_four-at_once": Hazard("kill:rank=1:step=3,kill:rank=2:step=3", in_place=1, options=FOUR),
     "rank=0-hangs": Hazard("hang:rank=0:step=4", in_place=1, options=WATCHED),
+    "survivor=0-hangs-during=regroup": Hazard(f"{FIRST},hang:rank=0:step=4:at=regroup", in_place=2, options=WATCHED),
     # Nobody is behind the others: who hangs cannot be told.
     "rank=0-hangs-during=backward": Hazard("hang:rank=0:step=4:at=backward", 0, relaunches=1, options=WATCHED),
     "rank=1-stopped": Hazard("stop:rank=1:step=4", in_place=1, options=WATCHED),
     "rank=0-segfault": Hazard("crash:rank=0:step=4", in_place=1),
     "rank=1-leaves_with_code_0": Hazard("leave:rank=1:step=4", in_place=1),
     "ten_in_a_row": Hazard(
-        ",".join(f"kill:rank={step % 2}:step={step}" for step in range(2, 12)), in_place=10, recoveries=10
+        ",".join(f"kill:rank={step % 2}:step={step}" for step in range(2, 12)), in_place=10, recoveries=10, overtaken=5
     ),
 }
 
@@ -71,4 +74,4 @@ def test_hazard(name: str, drill: Drill) -> None:
     # Two ranks that die within the same moment are one fault or two, as they are seen.
     assert report.in_place in (hazard.in_place, hazard.in_place + ("at_once" in name))
     assert report.relaunches == hazard.relaunches
-    assert len(report.recoveries) == hazard.recoveries
+    assert hazard.recoveries - hazard.overtaken <= len(report.recoveries) <= hazard.recoveries

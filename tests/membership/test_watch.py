@@ -64,6 +64,29 @@ def test_a_regrouping_is_told_and_cuts_until_it_is_accepted(agent: Line, watcher
     assert [*seen, watcher.is_over] == [False, True, False]
 
 
+def test_nothing_is_cut_when_notice_has_been_taken(agent: Line) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    done: list[str] = []
+
+    def cut() -> None:
+        begun.set()
+        assert go_on.wait(5)
+        done.append("cut")
+
+    watching = Watcher(vars(agent)["other"], cut)
+    try:
+        regroup(agent, 1)
+        assert begun.wait(5)
+        taking_notice = threading.Thread(target=lambda: done.append(f"accepted {watching.accept(5.0) is not None}"))
+        taking_notice.start()
+        taking_notice.join(0.05)
+        go_on.set()
+        taking_notice.join(5)
+    finally:
+        watching.close()
+    assert done[-1] == "accepted True"
+
+
 def test_only_the_newest_counts(agent: Line, watcher: Watcher, cuts: Cuts) -> None:
     for number in (1, 2, 3):
         regroup(agent, number)

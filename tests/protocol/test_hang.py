@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_ckptless.protocol.hang import CEILING_S, FLOOR_S, Point, Pulse, find_hang, find_straggler, limit_s
+from lightning_ckptless.protocol.hang import (
+    CEILING_S,
+    FLOOR_S,
+    RELEASE_S,
+    Point,
+    Pulse,
+    find_hang,
+    find_straggler,
+    find_unreleased,
+    limit_s,
+)
 
 AHEAD = Pulse(step=9, point=Point.BACKWARD, count=0, at=100.0, longest_pause_s=0.5, own_s=0.1)
 BEHIND = replace(AHEAD, point=Point.BATCH, at=99.0)
@@ -86,6 +96,18 @@ def test_who_is_furthest_is_never_blamed_alone(found: dict[int, Pulse]) -> None:
     furthest = max(pulse.progress for pulse in found.values())
     blamed = {found[rank].progress for rank in hang.ranks if not found[rank].stopped}
     assert furthest not in blamed or len(hang.ranks) == len(found)
+
+
+def test_a_survivor_that_does_not_get_free_hangs() -> None:
+    told_at = {0: 100.0, 2: 125.0}
+    assert find_unreleased(told_at, now=100.0 + RELEASE_S) is None
+    hang = find_unreleased(told_at, now=101.0 + RELEASE_S)
+    assert hang is not None
+    assert (hang.ranks, hang.silent_s) == ((0,), RELEASE_S + 1.0)
+    assert "within 30.0 s of being told" in hang.reason
+    assert find_unreleased(told_at, now=103.0, override_s=2.0) is not None
+    assert find_unreleased(told_at, now=1e6, override_s=0.0) is None
+    assert find_unreleased({}, now=1e6) is None
 
 
 def test_the_slowest_is_named_when_it_holds_the_others_back() -> None:
