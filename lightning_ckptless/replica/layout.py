@@ -156,7 +156,7 @@ class Layout:
         if different := differences(_seen_by(self, rank), _seen_by(found, rank)):
             raise LayoutMismatchError(
                 f"rank {rank}: the script built another model or optimizer than the one that was mirrored: "
-                f"{'; '.join(different)}. Start the script unchanged, or begin anew under another run id"
+                f"{'; '.join(different)}. Start the script unchanged, or begin anew: another run id (and durable_dir)"
             )
 
 

@@ -82,19 +82,14 @@ class DurableRung:
 
     # ------------------------------------------------------------------ reading
 
-    def states(self, transport: Transport, nodes: tuple[str, ...]) -> list[DurableState]:
+    def states(self, transport: Transport) -> list[DurableState]:
         """The states that all ranks see, the newest first. All ranks call it together.
 
         Raises:
-            OptionsError: the folder is not ours, or there are several nodes, whose shards nobody puts together yet.
+            OptionsError: the folder is not ours.
         """
         if self._is_on or self._is_named:
             self.folder.require_ours()
-        if self._is_on and len(set(nodes)) > 1:
-            raise OptionsError(
-                f"durable states are written on one node so far, and there are {len(set(nodes))}: leave "
-                "durable_every_n_steps and durable_every_s out; ModelCheckpoint covers the loss of all nodes"
-            )
         mine = self.folder.states()
         self._logger_versions = {str(path): manifest.logger_versions for path, manifest in mine}
         told = json.dumps([asdict(manifest.state(path)) for path, manifest in mine]).encode()
@@ -133,11 +128,29 @@ class DurableRung:
 
     # ------------------------------------------------------------------ writing
 
+    def require_all_shards(self, cohort: Cohort) -> None:
+        """Refuse a placement under which no node could write a whole state: the node of rank 0 does it alone.
+
+        Raises:
+            OptionsError: its arena does not get all shards.
+        """
+        nodes, keepers = cohort.nodes, cohort.placement.keepers
+        there = [
+            shard for shard, others in enumerate(keepers) if nodes[0] in {nodes[rank] for rank in (shard, *others)}
+        ]
+        if self._is_on and len(there) < len(nodes):
+            count = len(dict.fromkeys(nodes))
+            raise OptionsError(
+                f"durable states are written by the node of rank 0, whose arena holds {len(there)} of the {len(nodes)} "
+                f"shards with copies={self._options.copies} on {count} nodes: set copies={count - 1}, or leave "
+                "durable_every_n_steps and durable_every_s out and save with ModelCheckpoint"
+            )
+
     def order_writer(self, arena: Arena, line: Line | None) -> None:
         """Have states written from an arena, by a process of this node's agent.
 
         Args:
-            arena: of this node.
+            arena: of this node, the one of rank 0.
             line: to an agent of ours; None where another one has started this worker.
         """
         if not self._is_on:

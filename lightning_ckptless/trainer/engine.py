@@ -101,9 +101,10 @@ class Engine:
         )
         if opens and not self.identity.own_agent:
             self._have_arena_reaped(self.arena)
-        relaunched, states = self.generation > 1, self.durable.states(transport, nodes)
+        relaunched, states = self.generation > 1, self.durable.states(transport)
         after = max((state.snapshot.generation for state in states), default=0)
         cohort = self.cohort = form_cohort(transport, self.arena, nodes, self.options, self.generation, after=after)
+        self.durable.require_all_shards(cohort)
         self.report.generation = cohort.generation
         saved = cohort.noted("logger_versions") or (self.durable.logger_versions(states[0]) if states else None)
         self._name_logs(saved)
@@ -194,9 +195,9 @@ class Engine:
         assert arena is not None
         if trainer.is_global_zero:
             host_loggers.watch_logs(trainer.loggers)
+            self.durable.order_writer(arena, self._line)
         if is_first_of_node(local_rank()):
             arena.note("logger_versions", host_loggers.name_versions(trainer.loggers))
-            self.durable.order_writer(arena, self._line)
         self.loops = loops
         self._begun = BegunStep(arena.path, self.rank)
         self._take_pulse()

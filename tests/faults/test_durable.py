@@ -9,16 +9,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint import state_dict_loader as dcp
 
 from lightning_ckptless.ledger import read_ledger
+from lightning_ckptless.membership.launch import new_run_id
+from lightning_ckptless.protocol.durable import state_name
 from lightning_ckptless.replica.arena import default_arena_dir, find_arenas
 from lightning_ckptless.testing.drill import Variant
 from tests.faults.conftest import REPOSITORY, command_for
@@ -53,17 +54,6 @@ def reason_of_last_start(job: Run) -> str:
     return str(job.events("run_started")[-1].fields["reason"])
 
 
-def test_a_damaged_state_is_left_aside_for_the_one_before(job: Run, whole: Callable[[Options], Variant]) -> None:
-    job.start(durable(), "kill:rank=1:step=9")
-    lose_arenas(job.run_id)
-    before, newest = states(folder_of(job))[-2:]
-    flip(newest / "__1_0.distcp")
-    assert job.start(durable()).exit_code == 0
-    assert f"goes on from the durable state {before}" in reason_of_last_start(job)
-    assert "left aside" in reason_of_last_start(job)
-    _assert_identical(job, whole(BASE))
-
-
 def flip(path: Path) -> None:
     """Change one bit of what a rank has written first: its small state."""
     data = bytearray(path.read_bytes())
@@ -84,15 +74,6 @@ def test_the_newest_of_arena_and_state_is_taken(job: Run, whole: Callable[[Optio
     assert job.start(durable()).exit_code == 0
     assert re.search(r"newest that is left, newer than step [12]", reason_of_last_start(job))
     _assert_identical(job, whole(BASE))
-
-
-def test_a_run_that_ended_has_its_last_state_and_can_be_longer(job: Run) -> None:
-    assert job.start(durable(SHORT)).exit_code == 0
-    assert [path.name for path in states(folder_of(job))][-1] == "step-0000000006"
-    lose_arenas(job.run_id)
-    assert job.start(durable(BASE)).exit_code == 0
-    assert "step-0000000006" in reason_of_last_start(job)
-    assert states(folder_of(job))[-1].name == "step-0000000012"
 
 
 def test_what_does_not_fit_is_refused(job: Run) -> None:
@@ -126,71 +107,56 @@ def test_training_goes_on_where_no_state_can_be_written(job: Run, capfd: pytest.
 
 
 def test_folder_number_and_interval_are_as_asked_for(job: Run) -> None:
-    job.start(durable(SHORT, durable_keep=3, durable_every_n_steps=1, durable_dir="here"))
+    asked = {"durable_keep": 3, "durable_every_n_steps": 1, "durable_dir": "here"}
+    job.start(durable(SHORT, **asked))
     kept = states(job.folder / "here")
-    assert len(kept) == 3
+    assert len(kept) == 3 and kept[-1].name == "step-0000000006"
     assert not folder_of(job).exists()
     assert len({event.fields["step"] for event in job.events("durable_written")}) >= 5
     # Others read it as well.
     wanted = {"parameter/head.weight": torch.full((3, 16), torch.nan)}
     dcp.load(wanted, checkpoint_id=str(kept[-1]), no_dist=True)
     assert not wanted["parameter/head.weight"].isnan().any()
-
-
-def test_by_time(job: Run) -> None:
-    job.start(durable(SHORT, durable_every_n_steps=None, durable_every_s=0.15))
-    at = [event.at for event in job.events("durable_written")]
-    assert len(at) >= 2
-    # The last one is that of the end.
-    assert all(later - earlier > 0.12 for earlier, later in pairwise(at[:-1]))
-
-
-def test_without_the_options_nothing_is_written(job: Run) -> None:
-    job.start(SHORT)
-    assert not folder_of(job).exists()
+    # A run of another name goes on from it, and is longer.
+    lose_arenas(job.run_id)
+    before, job.run_id = job.run_id, new_run_id()
+    assert job.start(durable(BASE, **asked)).exit_code == 0
+    assert f"step 6 of run {before} is the newest that is left" in reason_of_last_start(job)
+    assert states(job.folder / "here")[-1].name == "step-0000000012"
 
 
 @pytest.mark.slow
-def test_asked_to_end_then_killed_with_its_agent(tmp_path: Path, job: Run, whole: Callable[[Options], Variant]) -> None:
-    """The agent in a process of its own: it is asked to end, started again, and killed at last with all it has."""
-    assert _start_agent(job, terminate_after=3) == 128 + signal.SIGTERM
-    ended = job.events("stopped") and states(folder_of(job))[-1]
+def test_asked_to_end_and_what_is_damaged_is_left_aside(
+    tmp_path: Path, job: Run, whole: Callable[[Options], Variant]
+) -> None:
+    """The agent in a process of its own: it writes the last state before it ends."""
+    assert _run_agent_until(job, written=3) == 128 + signal.SIGTERM
+    before, newest = states(folder_of(job))[-2:]
     committed = max(replica.version for replica in job.arena.inventory())
-    assert str(ended).endswith(f"step-{committed.optimizer_step:010d}{'' if committed.tail_done else '-before-tail'}")
+    assert newest.name == state_name(committed)
+    assert job.events("stopped")
     lose_arenas(job.run_id)
-    assert _start_agent(job, faults="node:rank=all:step=10") == -signal.SIGKILL
-    lose_arenas(job.run_id)
-    assert len(job.events("run_started")) == 2
+    flip(newest / "__1_0.distcp")
     assert job.start(durable()).exit_code == 0
-    assert "goes on from the durable state" in reason_of_last_start(job)
+    assert f"goes on from the durable state {before}" in reason_of_last_start(job)
+    assert "left aside" in reason_of_last_start(job)
     _assert_identical(job, whole(BASE))
 
 
-def _start_agent(job: Run, *, faults: str = "", terminate_after: int | None = None) -> int:
+def _run_agent_until(job: Run, *, written: int) -> int:
+    """Run the agent until so many states are written, then ask it to end."""
     words = ["--nproc-per-node=2", f"--rdzv-id={job.run_id}", f"--run-root={job.folder / 'runs'}"]
     words += ["--durable-every-n-steps=2", f"--log-dir={job.folder / 'agent'}", "--redirects=3"]
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(REPOSITORY),
-        "CKPTLESS_FAULTS": faults,
-        "CKPTLESS_TRACE_DIR": str(job.folder / "trace"),
-    }
-    options: Any = replace(durable(), strategy_options="{}")
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CKPTLESS_TRACE_DIR": str(job.folder / "trace")}
+    options = replace(durable(), strategy_options="{}")
     command = [sys.executable, "-m", "lightning_ckptless.job", *words, *command_for(options)]
+    ledger = job.folder / "runs" / job.run_id / "ledger.jsonl"
     with subprocess.Popen(command, cwd=job.folder, env=env) as agent:
         try:
-            if terminate_after is not None:
-                wait_for_states(job, terminate_after, agent)
-                agent.terminate()
+            while agent.poll() is None and len(read_ledger(ledger, only="durable_written")) < written:
+                with suppress(subprocess.TimeoutExpired):
+                    agent.wait(0.05)
+            agent.terminate()
             return agent.wait(60)
         finally:
             agent.kill()
-
-
-def wait_for_states(job: Run, count: int, agent: subprocess.Popen[bytes]) -> None:
-    ledger = job.folder / "runs" / job.run_id / "ledger.jsonl"
-    while agent.poll() is None and len(read_ledger(ledger, only="durable_written")) < count:
-        try:
-            agent.wait(0.05)
-        except subprocess.TimeoutExpired:
-            continue
