@@ -27,6 +27,9 @@ from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.arena import Arena
 
 LOOK_EVERY_S = 0.05
+LONGEST_PAUSE_S = 1.0
+SHARE = 0.02
+"""Of one core, at most, that is spent on looking whether a state is due."""
 NICENESS = 10
 _FINISHED = "finished"
 
@@ -55,6 +58,8 @@ class DurableWriter:
         Args:
             is_last: nothing follows: the newest version is due unless it is written already.
         """
+        if not is_last and not self._may_be_due():
+            return
         newest = self._newest()
         if newest is None:
             return
@@ -68,6 +73,11 @@ class DurableWriter:
         if due:
             self._last, self._last_at = newest, time.monotonic()
             self._try_to_write(newest)
+
+    def _may_be_due(self) -> bool:
+        """Whether it is worth looking into the arena: by time alone nothing is due before."""
+        order = self._order
+        return order.every_n_steps is not None or time.monotonic() - self._last_at >= (order.every_s or 0.0)
 
     def _newest(self) -> Version | None:
         try:
@@ -192,8 +202,11 @@ def run(order: WriterOrder) -> None:
         return
     writer = DurableWriter(order)
     try:
-        while not (_asked_to_end(LOOK_EVERY_S) or _has_ended(agent) or writer.is_over()):
+        pause_s = LOOK_EVERY_S
+        while not (_asked_to_end(pause_s) or _has_ended(agent) or writer.is_over()):
+            began = time.thread_time()
             writer.look()
+            pause_s = min(max(LOOK_EVERY_S, (time.thread_time() - began) / SHARE), LONGEST_PAUSE_S)
         writer.look(is_last=True)
     finally:
         os.close(agent)

@@ -22,6 +22,7 @@ _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
 _LOOK_EVERY_S = 0.02
 _SAY_AFTER_S = 2.0
+_KILL_WAIT_S = 10.0
 END_GRACE_S = 600.0
 """For the last that companions have to do, where nobody is in a hurry."""
 _STDIO = (0, 2, 2)
@@ -146,8 +147,9 @@ class Companions:
             if companion.process is not None:
                 self._where.parent().signal([companion.process.pid], signal.SIGKILL)
                 companion.process.line.close()
-                companion.process.end()
-                companion.process = None
+                # Longer than that one is stuck in the kernel, at a disk that does not answer: not this run's end.
+                select.select([companion.process.pidfd], [], [], _KILL_WAIT_S)
+                companion.process.buried()
         self._asked.clear()
 
     def _running(self) -> list[Process]:
