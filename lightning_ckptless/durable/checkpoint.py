@@ -74,7 +74,7 @@ def lightning_checkpoint(captured: Captured) -> dict[str, Any]:
     recipe, small, tensors = recipe_in(captured), small_state_of(captured), tensors_of(captured)
     loops = small["counters"]["fit_loop"]
     checkpoint: dict[str, Any] = {
-        "epoch": loops["epoch_progress"]["current"]["processed"],
+        "epoch": loops["epoch_progress"]["current"]["completed"],
         "global_step": captured.snapshot.version.optimizer_step,
         "pytorch-lightning_version": recipe.lightning_version,
         "state_dict": model_state(recipe, small, tensors),
@@ -128,8 +128,10 @@ def _put_average_first(checkpoint: dict[str, Any], averaged: Mapping[str, str], 
     """Lightning's averaging callbacks put the average in the place of the model, and the model beside it."""
     inside = "module."
     average = {key: tensors[name] for key, name in averaged.items() if name in tensors}
-    checkpoint["current_model_state"] = checkpoint["state_dict"]
-    checkpoint["state_dict"] = {k.removeprefix(inside): v for k, v in average.items() if k.startswith(inside)}
+    model = checkpoint["current_model_state"] = checkpoint["state_dict"]
+    averaged_model = {k.removeprefix(inside): v for k, v in average.items() if k.startswith(inside)}
+    # What has no average, extra state and metrics, is the model's own.
+    checkpoint["state_dict"] = model | averaged_model
     checkpoint["averaging_state"] = {k: v for k, v in average.items() if not k.startswith(inside)}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ckptless.durable.recipe import Recipe
 from lightning_ckptless.trainer.host.flavour import flavour_of, is_a, module
@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 
 _EXTRA_STATE = "_extra_state"
 _AVERAGE = "_average_model"
+_HEAVY_BYTES = 8_000_000
+_TOLD = set[str]()
+"""Hyper-parameters that were warned of: once per process is enough."""
 
 
 def recipe_of(trainer: Any, tensors: Mapping[str, Tensor], callbacks: list[Any]) -> Recipe:
@@ -94,7 +97,7 @@ def _place(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], torch
 
 
 def _hyper_parameters(owner: Any) -> dict[str, Any]:
-    """As Lightning files them, without those that cannot be pickled."""
+    """As Lightning files them, without those that cannot be pickled or are large, as a model among them is."""
     if owner is None or not owner.hparams:
         return {}
     found: dict[str, Any] = {}
@@ -102,14 +105,20 @@ def _hyper_parameters(owner: Any) -> dict[str, Any]:
         found[owner.CHECKPOINT_HYPER_PARAMS_NAME] = owner._hparams_name
     if is_container := type(owner.hparams).__module__.startswith("omegaconf"):
         found[owner.CHECKPOINT_HYPER_PARAMS_TYPE] = type(owner.hparams)
-    kept = owner.hparams if is_container else {k: v for k, v in owner.hparams.items() if _is_picklable(k, v)}
+    kept = owner.hparams if is_container else {k: v for k, v in owner.hparams.items() if _fits(k, v)}
     return found | {owner.CHECKPOINT_HYPER_PARAMS_KEY: kept}
 
 
-def _is_picklable(name: str, value: Any) -> bool:
+def _fits(name: str, value: Any) -> bool:
+    problem = ""
     try:
-        pickle.dumps(value)
+        if isinstance(value, nn.Module) and sum(p.nbytes for p in value.parameters()) > _HEAVY_BYTES:
+            problem = "it is a large module"
+        elif len(pickle.dumps(value)) > _HEAVY_BYTES:
+            problem = f"it is larger than {_HEAVY_BYTES // 1_000_000} MB"
     except (pickle.PicklingError, TypeError, AttributeError) as error:
-        log.warning("ckptless: the hyper-parameter %s is left out of exported checkpoints: %s", name, error)
-        return False
-    return True
+        problem = str(error)
+    if problem and name not in _TOLD:
+        _TOLD.add(name)
+        log.warning("ckptless: the hyper-parameter %s is left out of exported checkpoints: %s", name, problem)
+    return not problem
