@@ -7,10 +7,11 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.complete
+RIVALS := .venv-rivals
 CODE := lightning_ckptless tests $(wildcard examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick lint types docs bench format clean
+.PHONY: help setup demo test test-quick lint types docs bench bench-rivals format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +54,15 @@ docs: $(STAMP)  ## build the documentation into site/, strictly
 bench: $(STAMP)  ## measure; takes long and wants a quiet machine
 	@$(BIN)/python -m benchmarks $(ARGS)
 
+bench-rivals: $(RIVALS)/.complete  ## set up .venv-rivals with torchft and nvidia-resiliency-ext, for `make bench`
+
+$(RIVALS)/.complete: pyproject.toml constraints.txt benchmarks/rivals/constraints.txt
+	@echo "setting up $(RIVALS) (once, some minutes)"
+	@test -x $(RIVALS)/bin/python || $(PYTHON) -m venv $(RIVALS)
+	@$(RIVALS)/bin/python -m pip --disable-pip-version-check --quiet install \
+	  --constraint constraints.txt --constraint benchmarks/rivals/constraints.txt torch==2.13.0 '.[benchmarks]'
+	@touch $@
+
 clean:  ## remove everything that was built or set up
-	rm -rf $(VENV) site build dist demo_output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RIVALS) site build dist demo_output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -41,6 +41,7 @@ class Opponent:
         ranks: of the job.
         every: steps between two kills, at least.
         strategy_options: of the script's strategy.
+        kills_of_a_job: most kills that a job can take; 0 for any number.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Opponent:
     ranks: int = 2
     every: int = EVERY
     strategy_options: dict[str, Any] = field(default_factory=dict)
+    kills_of_a_job: int = 0
 
     def options(self, size: str, root: Path) -> JobOptions:
         """The job that is killed."""
@@ -111,9 +113,10 @@ def block(
                 )
             except NoRecoveryError as error:
                 console.print(f"{opponent.name}: {error}", markup=False)
-                found.append({"failed": str(error)})
-                break
+                found.append({"failed": str(error), "victim": error.victim})
             yield None
+            if "failed" in found[-1]:
+                break
         if opponent.strategy == "ckptless" and "failed" not in found[-1]:
             _await_last_account(watch, folder, sum("failed" not in kill for kill in found))
     accounts = recoveries_of(folder)
@@ -121,6 +124,24 @@ def block(
         if place_in_order < len(accounts) and "failed" not in kill:
             kill["ledger"] = accounts[place_in_order]
         yield kill
+
+
+def jobs(opponent: Opponent, args: Any, kills: int, place: Scratch, name: str, chance: random.Random) -> Iterator[Any]:
+    """So many kills, in as many jobs as that takes: one that is lost, or can take no more, is followed by another.
+
+    Yields:
+        As `block` does.
+    """
+    done = 0
+    while done < kills:
+        most, dead = min(kills - done, opponent.kills_of_a_job or kills), False
+        for kill in block(opponent, args.size, most, place, f"{name}-{done}", chance, args.timeout):
+            if kill is not None:
+                done += 1
+                dead = "failed" in kill and kill["victim"] is None
+            yield kill
+        if dead:
+            return
 
 
 def _await_last_account(watch: Watch, folder: Path, kills: int) -> None:
@@ -153,7 +174,7 @@ def run(args: Any, everybody: tuple[Opponent, ...], progress: Progress) -> dict[
         for number, kills in enumerate(blocks):
             for index, opponent in enumerate(opponents):
                 progress.update(task, description=opponent.name)
-                for kill in block(opponent, args.size, kills, place, f"{index}-{number}", chance):
+                for kill in jobs(opponent, args, kills, place, f"{index}-{number}", chance):
                     if kill is None:
                         progress.advance(task)
                     else:
@@ -181,6 +202,12 @@ def add_options(parser: Any, everybody: tuple[Opponent, ...], repeats: int, bloc
         "--block", type=int, default=block, help="kills before the next one's turn (default: %(default)s)"
     )
     parser.add_argument("--stock-tries", type=int, help="kills of torchrun as it is (default: 6; 1 with --quick)")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT_S,
+        help="seconds after a kill at which a job is given up as lost (default: %(default)g)",
+    )
     parser.add_argument("--size", default="1M", help="model that is trained (default: 1M)")
     parser.add_argument("--seed", type=int, default=1, help="of the moments and victims (default: 1)")
     parser.add_argument("--only", nargs="+", choices=names, help="opponents (default: all)")

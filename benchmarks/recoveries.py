@@ -18,10 +18,20 @@ from benchmarks.wire import Desk, Note
 START_S = 180.0
 _LOOK_S = 1.0
 _LAST_STEPS = 10
+_WITNESSES = 6
 
 
 class NoRecoveryError(RuntimeError):
-    """What was waited for did not come, or the job has ended."""
+    """What was waited for did not come, or the job has ended.
+
+    Args:
+        message: what happened instead.
+        victim: rank that was killed before; none if it did not come to that.
+    """
+
+    def __init__(self, message: str, victim: int | None = None) -> None:
+        super().__init__(message)
+        self.victim = victim
 
 
 @dataclass
@@ -35,6 +45,7 @@ class Life:
         first_step: first step that it finished; 0 for none.
         last_step: last step that it finished.
         committed: newest step that it has seen committed on all ranks.
+        fingerprints: of its model and optimizer after each step, as it was last run.
     """
 
     rank: int = -1
@@ -43,6 +54,7 @@ class Life:
     first_step: int = 0
     last_step: int = 0
     committed: int = 0
+    fingerprints: dict[int, int] = field(default_factory=dict)
 
     def take(self, note: Note) -> None:
         """Put a note down."""
@@ -50,6 +62,7 @@ class Life:
         if note.moment == "step":
             self.last_step = note.fields["step"]
             self.steps[self.last_step] = note.at
+            self.fingerprints[self.last_step] = note.fields.get("fingerprint", 0)
             self.first_step = self.first_step or self.last_step
         elif note.moment == "committed":
             self.committed = max(self.committed, note.fields["step"])
@@ -126,10 +139,11 @@ def kill_one(
 
     Returns:
         Seconds from the kill to the first step finished by all, finished steps that were run again, committed steps
-        that were lost, how often the workers were started, and the moments of the new processes in seconds since then.
+        that were lost, how often the workers were started, the fingerprints of the steps from there on, and the
+        moments of the new processes in seconds since the kill.
 
     Raises:
-        NoRecoveryError: the job did not come back in time.
+        NoRecoveryError: the job did not come back in time, or not for long.
     """
     watch.until(lambda lives: min(life.first_step for life in lives) > 0, START_S, "a first step")
     # From the last recovery on: the newest process began with its first step.
@@ -149,14 +163,19 @@ def kill_one(
         again = watch.pids[victim] != old[victim] and first > 0
         return again and all(life.steps.get(first, 0.0) > killed_at for life in lives)
 
-    lives = watch.until(came_back, timeout_s, f"a step by all ranks after the loss of rank {victim}")
-    first = lives[victim].first_step
+    try:
+        lives = watch.until(came_back, timeout_s, f"a step by all ranks after the loss of rank {victim}")
+        first = lives[victim].first_step
+        ended_at = max(life.steps[first] for life in lives)
+        fingerprints = _fingerprints(watch, range(first, first + _WITNESSES), timeout_s)
+    except NoRecoveryError as error:
+        raise NoRecoveryError(str(error), victim) from error
     restored, new = first - 1, [watch.lives[pid] for rank, pid in watch.pids.items() if pid != old.get(rank)]
     starts = sum(pid not in known and life.rank >= 0 for pid, life in watch.lives.items())
     return {
         "victim": victim,
         "killed_at": killed_at,
-        "seconds": max(life.steps[first] for life in lives) - killed_at,
+        "seconds": ended_at - killed_at,
         "step_before": last,
         "committed_before": committed,
         "restored_step": restored,
@@ -164,8 +183,16 @@ def kill_one(
         "lost_committed_steps": max(0, committed - restored),
         "starts": max(starts, len(new)) / watch.ranks,
         "step_s": step_s,
+        "fingerprints": fingerprints,
         "ranks": [{name: at - killed_at for name, at in life.moments.items()} for life in lives if life in new],
     }
+
+
+def _fingerprints(watch: Watch, steps: range, timeout_s: float) -> dict[int, list[int]]:
+    """Follow the job through these steps, and return the fingerprints that its ranks have had after each."""
+    last = steps[-1]
+    lives = watch.until(lambda lives: min(life.last_step for life in lives) >= last, timeout_s, f"step {last}")
+    return {step: sorted({life.fingerprints[step] for life in lives}) for step in steps}
 
 
 def _step_s(life: Life) -> float:

@@ -1,16 +1,21 @@
 """SIGKILL of one rank to the first step that all ranks have finished: every rung of the ladder, and others.
 
 A small GPT trains on CPU ranks; again and again a random rank, rank 0 as well, is killed at a random moment. All rows
-are measured in one run, in blocks that alternate.
+are measured in one run, in blocks that alternate. torchft and NVIDIA's resiliency extension take part where `make
+bench-rivals` has installed them.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from benchmarks.exactness import compare
 from benchmarks.kills import Opponent, add_options, complete, files, run
 from benchmarks.processes import with_ckptless_run, with_torchrun
 from benchmarks.recovery_tables import ladder_table, phases_of_kinds_table
 from benchmarks.relaunch_tables import moments_table, stock_table
-from benchmarks.report import Report, base_parser, progress_bar
+from benchmarks.report import Report, base_parser, console, progress_bar
+from benchmarks.rivals.environment import USUAL, RivalsMissingError, rivals, versions
 
 RANKS = 4
 EVERY = 20
@@ -32,11 +37,20 @@ OPPONENTS = (
 def main() -> None:
     """Read the command line, measure, report."""
     parser = base_parser(__doc__)
-    add_options(parser, OPPONENTS, repeats=30, block=6)
+    add_options(parser, (*OPPONENTS, *rivals(USUAL, RANKS, EVERY)), repeats=30, block=6)
+    parser.add_argument(
+        "--rivals-python",
+        type=Path,
+        default=USUAL,
+        metavar="PATH",
+        help="Python of the environment that `make bench-rivals` sets up (default: %(default)s, if it is there)",
+    )
     args = complete(parser.parse_args())
+    opponents, installed = with_rivals(args.rivals_python.absolute())
     report = Report(args)
     with progress_bar() as progress:
-        results = run(args, OPPONENTS, progress)
+        results = run(args, opponents, progress) | {"rivals": installed}
+        compare(results["kills"], opponents, args.size)
     tables = [
         ladder_table(results, RANKS),
         phases_of_kinds_table(results),
@@ -44,6 +58,16 @@ def main() -> None:
         stock_table(results),
     ]
     report.finish(tables, results)
+
+
+def with_rivals(python: Path) -> tuple[tuple[Opponent, ...], dict[str, str]]:
+    """All opponents that there are here, and the versions of the rivals' packages."""
+    try:
+        installed = versions(python)
+    except RivalsMissingError as error:
+        console.print(f"torchft and nvidia-resiliency-ext are not measured: {error}", markup=False)
+        return OPPONENTS, {}
+    return (*OPPONENTS, *rivals(python, RANKS, EVERY)), installed
 
 
 if __name__ == "__main__":

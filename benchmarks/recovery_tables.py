@@ -22,17 +22,16 @@ def ladder_table(results: dict[str, Any], ranks: int) -> Table:
     table = Table(
         f"SIGKILL of one of {ranks} ranks to the first step finished by all",
         ("how", "kills", "survived", "p50 s", "p95 s", "max s", "one step s", "steps run again p50", "max",
-         "committed steps lost", "rank 0 survived"),
+         "committed steps lost", "exact", "rank 0 survived"),
     )  # fmt: skip
     for name, kills in results["kills"].items():
         good = came_back(kills)
         if not good:
-            table.add(name, len(kills), 0, *8 * ("",))
+            table.add(name, len(kills), 0, *8 * ("",), rank_0_survived(kills))
             continue
         seconds = summary([kill["seconds"] for kill in good])
         again = [float(kill["repeated_steps"]) for kill in good]
         lost = sum(kill["lost_committed_steps"] for kill in good) if "ddp" not in name else ""
-        leader = [kill for kill in kills if kill.get("victim") == 0]
         table.add(
             name,
             len(kills),
@@ -42,7 +41,8 @@ def ladder_table(results: dict[str, Any], ranks: int) -> Table:
             f"{median(again):g}",
             f"{max(again):g}",
             lost,
-            f"{len(came_back(leader))} of {len(leader)}",
+            exact(good),
+            rank_0_survived(kills),
         )
     for name, (what, p50_s, p95_s) in TARGETS.items():
         _judge(table, name, came_back(results["kills"].get(name, [])), what, p50_s, p95_s)
@@ -51,10 +51,24 @@ def ladder_table(results: dict[str, Any], ranks: int) -> Table:
         own_s = median([own_share_s(kill) for kill in fresh])
         table.note(f"{FRESH}, all but start of the processes and imports, p50: {verdict(own_s, 0.3, 's')}")
     table.note(
-        "Steps run again are finished ones. Whether a run is exact is no question of time: the drill compares every "
-        "bit of the same recoveries."
+        "Steps run again are finished ones. Exact: in the steps after the recovery, a checksum of weights and moments "
+        "is on all ranks that of the same step of a run that nobody killed. The drill compares every bit."
     )
+    if installed := results.get("rivals"):
+        table.note("Others: " + ", ".join(f"{name} {version}" for name, version in installed.items()) + ".")
     return table
+
+
+def exact(kills: list[Any]) -> str:
+    """How many of the recoveries that could be compared were exact."""
+    compared = [kill["exact"] for kill in kills if "exact" in kill]
+    return f"{sum(compared)} of {len(compared)}" if compared else ""
+
+
+def rank_0_survived(kills: list[Any]) -> str:
+    """How many of the kills of rank 0 were survived."""
+    leader = [kill for kill in kills if kill.get("victim") == 0]
+    return f"{len(came_back(leader))} of {len(leader)}"
 
 
 def _judge(table: Table, name: str, kills: list[Any], what: str, p50_s: float, p95_s: float | None) -> None:

@@ -113,8 +113,10 @@ def moments_table(results: dict[str, Any]) -> Table:
 
 
 def _span(kill: Kill, start: str | None, end: str) -> float:
+    # A process that was in reserve had some of it behind it when it was needed.
     ends = [rank[end] for rank in kill["ranks"]]
-    return float(max(ends) - (max(rank[start] for rank in kill["ranks"]) if start else 0.0))
+    starts = [rank[start] for rank in kill["ranks"]] if start else []
+    return float(max(0.0, *ends) - max(0.0, *starts, 0.0))
 
 
 def stock_table(results: dict[str, Any]) -> Table:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.fingerprint import fingerprint
 from benchmarks.gpt import GPT, random_tokens
 from benchmarks.job import JobOptions
 from benchmarks.stopwatch import Stopwatch
@@ -56,8 +57,9 @@ class Beacon(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         self.wire.say("train", step=trainer.global_step)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        self.wire.say("step", step=trainer.global_step)
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
+        assert isinstance(pl_module, Trained)
+        self.wire.say("step", step=trainer.global_step, fingerprint=fingerprint(pl_module.model, trainer.optimizers[0]))
 
 
 class Segment:

@@ -84,7 +84,8 @@ def recoveries_table(recoveries: tuple[Recovery, ...]) -> Table:
     table = _table("Recoveries, in milliseconds", "cause", "from")
     shown = [name for name in PHASES if name != "other" or any(r.phases.get("other_s") for r in recoveries)]
     for heading in (*shown, "total"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        # Where the terminal is narrow the sentences are folded, not the figures.
+        table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
     for recovery in recoveries:
         who = "" if recovery.culprit_rank is None else f"rank {recovery.culprit_rank}: "
         cause = who + recovery.cause.removeprefix("died by ").replace("exited with code", "exit")
@@ -112,5 +113,5 @@ def comparison_table(report: DrillReport) -> Table:
 def _table(title: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in headings:
-        table.add_column(heading, no_wrap=True)
+        table.add_column(heading, overflow="fold")
     return table

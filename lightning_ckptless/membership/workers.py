@@ -235,8 +235,13 @@ class Workers(PContext):
         An end with exit code 0 is a failure of a worker that is in the training loop. None stands for the end of one
         that is dying, with more memory to free than was waited for.
         """
-        # Whoever has left the loop may end as he likes, and take his time.
-        dying = [rank for rank in self._running if rank in self.inside and self._processes[rank].is_dying()]
+        # Whoever has left the loop may end as he likes, and take his time. Those that were killed for a hang are lost
+        # at once and together, even one that the kernel holds.
+        dying = [
+            rank
+            for rank in self._running
+            if rank in self._blamed or (rank in self.inside and self._processes[rank].is_dying())
+        ]
         deadline = time.monotonic() + _DYING_GRACE_S
         while dying and (left_s := deadline - time.monotonic()) > 0:
             self.wait_for_end(left_s)

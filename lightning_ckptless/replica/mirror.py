@@ -15,12 +15,12 @@ and keep the version before. Rounds run on a transport of their own, so they ord
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import queue
-import sys
+import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -231,10 +231,10 @@ class Mirror:
             self._thread.join(timeout_s)
             if self._thread.is_alive():
                 log.warning(
-                    "ckptless: rank %d: after %g s its mirror is left behind; it waits here:\n%s",
+                    "ckptless: rank %d: after %g s its mirror is left behind; its threads stand here:\n%s",
                     self._rank,
                     timeout_s,
-                    _stack_of(self._thread),
+                    _stacks(),
                 )
                 return
             self._thread = None
@@ -389,6 +389,8 @@ class Mirror:
             self._probe(moment, version)
 
 
-def _stack_of(thread: threading.Thread) -> str:
-    frame = sys._current_frames().get(thread.ident or 0)
-    return "".join(traceback.format_stack(frame)) if frame is not None else "it has just ended"
+def _stacks() -> str:
+    with tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        return file.read().decode(errors="replace")

@@ -1,0 +1,28 @@
+"""The script that every process of a rival's job runs; the strategy says whose.
+
+It stands apart from what it imports so that the moment of its first line is known before torch is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from importlib import import_module
+
+from benchmarks.job import JobOptions
+from benchmarks.wire import SOCKET, Wire
+
+
+def main() -> None:
+    """Train, and tell the benchmark of each moment."""
+    began_at = time.time()
+    wire = Wire(os.environ[SOCKET])
+    wire.say("script", at=began_at)
+    options = JobOptions.from_arguments()
+    rival = import_module(f"benchmarks.rivals.{options.strategy}")
+    wire.say("imported")
+    rival.train(options, wire)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Starts the processes of a rival's job, and, where the rival wants that, a lost one again at once.
+
+`python -m benchmarks.rivals.supervisor [OPTIONS OF THE JOB]`
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+
+from benchmarks.job import JobOptions
+
+LOOPBACK = "127.0.0.1"
+GROUP_PORT = "GROUP_PORT"
+"""Environment variable with the port where the ranks of a job meet, beside that of the rival itself."""
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of all below it that lose theirs, so that whoever ends it finds them."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def supervise(words: list[str], ranks: int, env: Mapping[str, str], *, again: bool) -> None:
+    """Run one process per rank until all have ended.
+
+    Args:
+        words: command line of each; the variables `RANK` and `WORLD_SIZE` tell them apart.
+        ranks: how many.
+        env: variables beyond those of this process.
+        again: start a process that has ended again, whatever it ended with.
+    """
+    running: dict[int, int] = {}
+
+    def start(rank: int) -> None:
+        own = {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        running[os.spawnve(os.P_NOWAIT, words[0], words, {**os.environ, **env, **own})] = rank
+
+    try:
+        for rank in range(ranks):
+            start(rank)
+        while running:
+            pid, _ = os.wait()
+            rank = running.pop(pid, -1)
+            if again and rank >= 0:
+                start(rank)
+    finally:
+        for pid in running:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind((LOOPBACK, 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@contextmanager
+def lighthouse(ranks: int) -> Iterator[str]:
+    """Torchft's coordinator, as quick to notice a death as its options allow. Yields its address."""
+    from torchft.coordination import LighthouseServer  # noqa: PLC0415 - there in one of the two cases
+
+    server = LighthouseServer(
+        bind=f"{LOOPBACK}:0", min_replicas=ranks, join_timeout_ms=1000, quorum_tick_ms=10, heartbeat_timeout_ms=500
+    )
+    try:
+        yield server.address()
+    finally:
+        server.shutdown()
+
+
+def main() -> None:
+    """Supervise the job of a rival until it ends, or until this process is told to."""
+    options = JobOptions.from_arguments()
+    ranks, words = options.devices, [sys.executable, "-m", "benchmarks.rivals.job", *options.to_arguments()]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    adopt_orphans()
+    if options.strategy == "torchft":
+        with lighthouse(ranks) as address:
+            supervise(words, ranks, {"TORCHFT_LIGHTHOUSE": address}, again=True)
+    else:
+        env = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(free_port()), GROUP_PORT: str(free_port())}
+        supervise(words, ranks + 1, env, again=False)
+
+
+if __name__ == "__main__":
+    main()
