@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,12 +30,11 @@ from tests.lab.parts import Options
 
 __all__ = ["job", "whole"]
 SHORT = replace(BASE, epochs=1)
-SLOW_S = 0.07
-"""How long each version takes, so that the writer meets them all."""
 
 
-def durable(options: Options = BASE, **more: object) -> Options:
-    return replace(options, slow_mirror_s=SLOW_S, strategy_options=repr({"durable_every_n_steps": 2, **more}))
+def durable(options: Options = BASE, *, slow_s: float = 0.0, **more: object) -> Options:
+    """A run with durable states; `slow_s` is how long each version takes, where the writer is to meet several."""
+    return replace(options, slow_mirror_s=slow_s, strategy_options=repr({"durable_every_n_steps": 2, **more}))
 
 
 def lose_arenas(run_id: str) -> None:
@@ -99,7 +99,7 @@ def test_a_folder_that_is_not_ours_is_refused(job: Run) -> None:
 
 
 def test_training_goes_on_where_no_state_can_be_written(job: Run, capfd: pytest.CaptureFixture[str]) -> None:
-    assert job.start(durable(SHORT, durable_dir="/proc/nowhere")).exit_code == 0
+    assert job.start(durable(SHORT, slow_s=0.15, durable_dir="/proc/nowhere")).exit_code == 0
     failed = job.events("durable_failed")
     assert len(failed) >= 2
     assert "FileNotFoundError" in failed[0].fields["cause"]
@@ -107,12 +107,13 @@ def test_training_goes_on_where_no_state_can_be_written(job: Run, capfd: pytest.
 
 
 def test_folder_number_and_interval_are_as_asked_for(job: Run) -> None:
-    asked = {"durable_keep": 3, "durable_every_n_steps": 1, "durable_dir": "here"}
-    job.start(durable(SHORT, **asked))
+    asked: dict[str, Any] = {"durable_keep": 1, "durable_every_n_steps": 3, "durable_dir": "here"}
+    job.start(durable(SHORT, slow_s=0.2, **asked))
     kept = states(job.folder / "here")
-    assert len(kept) == 3 and kept[-1].name == "step-0000000006"
+    assert [path.name for path in kept] == ["step-0000000006"]
     assert not folder_of(job).exists()
-    assert len({event.fields["step"] for event in job.events("durable_written")}) >= 5
+    # Not at two, as every second one would be.
+    assert min(event.fields["step"] for event in job.events("durable_written")) >= 3
     # Others read it as well.
     wanted = {"parameter/head.weight": torch.full((3, 16), torch.nan)}
     dcp.load(wanted, checkpoint_id=str(kept[-1]), no_dist=True)
@@ -130,7 +131,7 @@ def test_asked_to_end_and_what_is_damaged_is_left_aside(
     tmp_path: Path, job: Run, whole: Callable[[Options], Variant]
 ) -> None:
     """The agent in a process of its own: it writes the last state before it ends."""
-    assert _run_agent_until(job, written=3) == 128 + signal.SIGTERM
+    assert _run_agent_until(job, written=1) == 128 + signal.SIGTERM
     before, newest = states(folder_of(job))[-2:]
     committed = max(replica.version for replica in job.arena.inventory())
     assert newest.name == state_name(committed)
@@ -148,7 +149,7 @@ def _run_agent_until(job: Run, *, written: int) -> int:
     words = ["--nproc-per-node=2", f"--rdzv-id={job.run_id}", f"--run-root={job.folder / 'runs'}"]
     words += ["--durable-every-n-steps=2", f"--log-dir={job.folder / 'agent'}", "--redirects=3"]
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CKPTLESS_TRACE_DIR": str(job.folder / "trace")}
-    options = replace(durable(), strategy_options="{}")
+    options = replace(durable(slow_s=0.3), strategy_options="{}")
     command = [sys.executable, "-m", "lightning_ckptless.job", *words, *command_for(options)]
     ledger = job.folder / "runs" / job.run_id / "ledger.jsonl"
     with subprocess.Popen(command, cwd=job.folder, env=env) as agent:
