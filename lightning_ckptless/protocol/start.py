@@ -10,7 +10,7 @@ exactly before what does not.
 | a complete version, as new as any durable state | | restore it |
 | no complete version, or an older one | a durable state, of another world size | refuse |
 | no complete version, or an older one | a durable state, first start, asked for another checkpoint file, whose step is not known | refuse |
-| no complete version, or an older one | a durable state, first start, asked for another checkpoint file, which is newer | begin from the file |
+| no complete version, or an older one | a durable state, first start, asked for another checkpoint file, which is newer | go on from the file |
 | no complete version, or an older one | a durable state, which may be used, and no newer checkpoint file of the run | go on from the durable state |
 | no complete version | nothing of this run was ever committed | begin anew |
 | no complete version | a checkpoint file is there and may be used | go on from the file |
@@ -62,7 +62,8 @@ class StartPlan:
     Args:
         action: what to do.
         reason: why, in a sentence; the message of the error where there is one.
-        ckpt_path: checkpoint file to load: the user's with `FRESH`, the newest one with `DURABLE`; None for none.
+        ckpt_path: checkpoint file to load: the user's with `FRESH`, the newest one, of the run or the user's, with
+            `DURABLE`; None for none.
         state: durable state to go on from with `DURABLE`; None for the checkpoint file.
         error: the exception to raise; None unless the action is `REFUSE`.
     """
@@ -169,8 +170,8 @@ def _plan_from_state(start: Start, found: Complete | Missing, state: DurableStat
     if asked is not None and asked.step is None:
         return _refuse(OptionsError, _asked_for_unknown(state, asked))
     if asked is not None and asked.step is not None and asked.step > step:
-        reason = f"{state} of {version} is older than {asked}: generation {start.generation} begins from that file"
-        return StartPlan(StartAction.FRESH, reason, asked.path)
+        reason = f"{state} of {version} is older than {asked}: generation {start.generation} goes on from that file"
+        return StartPlan(StartAction.DURABLE, reason, asked.path)
     if state.snapshot.world_size != start.world_size:
         return _refuse(WorldSizeError, _other_world_size_in(state, start.world_size))
     why = _why_state(start, found, state, asked, left)

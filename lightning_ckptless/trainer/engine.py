@@ -106,7 +106,7 @@ class Engine:
         cohort = self.cohort = form_cohort(transport, self.arena, nodes, self.options, self.generation, after=after)
         self.durable.require_all_shards(cohort)
         self.report.generation = cohort.generation
-        saved = cohort.noted("logger_versions") or (self.durable.logger_versions(states[0]) if states else None)
+        saved = cohort.noted("logger_versions")
         self._name_logs(saved)
         sources = Sources(self.durable, states, ckpt_path, saved is not None)
         plan, found = decide_start(self.trainer, cohort, self.options, sources, relaunched=relaunched)
@@ -116,6 +116,8 @@ class Engine:
             raise plan.error(plan.reason)
         if plan.enters_midway:
             assert isinstance(found, Complete)
+            if plan.state is not None:
+                self._name_logs(self.durable.logger_versions(plan.state))
             self._restoration = self.fetch(found)
             if self.trainer.is_global_zero:
                 host_loggers.cut_logs(self.trainer, self._restoration.state["logs"])

@@ -124,6 +124,7 @@ def test_folder_number_and_interval_are_as_asked_for(job: Run) -> None:
     assert job.start(durable(BASE, **asked)).exit_code == 0
     assert f"step 6 of run {before} is the newest that is left" in reason_of_last_start(job)
     assert states(job.folder / "here")[-1].name == "step-0000000012"
+    assert [path.name for path in (job.folder / "lightning_logs").iterdir()] == ["version_0"]
 
 
 @pytest.mark.slow
@@ -136,11 +137,14 @@ def test_asked_to_end_and_what_is_damaged_is_left_aside(
     committed = max(replica.version for replica in job.arena.inventory())
     assert newest.name == state_name(committed)
     assert job.events("stopped")
-    lose_arenas(job.run_id)
+    # What is left in the arena makes no version: the last rung of the ladder.
+    for path in job.arena.path.glob("shard-0001.*"):
+        path.unlink()
     flip(newest / "__1_0.distcp")
     assert job.start(durable()).exit_code == 0
     assert f"goes on from the durable state {before}" in reason_of_last_start(job)
     assert "left aside" in reason_of_last_start(job)
+    assert "shards 1 of 2 have no replica" in reason_of_last_start(job)
     _assert_identical(job, whole(BASE))
 
 
