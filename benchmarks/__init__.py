@@ -3,6 +3,7 @@
 | Program | What it measures |
 |---|---|
 | `python -m benchmarks.steady_state` | what mirroring every step costs while nothing fails |
-| `python -m benchmarks.relaunch` | SIGKILL to the first step finished by all |
+| `python -m benchmarks.recovery` | SIGKILL to the first step finished by all, ours beside others |
+| `python -m benchmarks.relaunch` | the same where all ranks are started again |
 | `python -m benchmarks.cold_start` | command to the first optimizer step |
 """

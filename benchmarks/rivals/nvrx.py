@@ -8,12 +8,13 @@ As a user would write it: the wrapped function builds everything anew and goes o
 import gc
 import os
 from datetime import timedelta
+from typing import Any
 
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from nvidia_resiliency_ext.inprocess import CallWrapper, Compose, Wrapper
 from nvidia_resiliency_ext.inprocess.rank_assignment import FillGaps, MaxActiveWorldSize
-from torch.distributed import TCPStore, init_process_group  # type: ignore[attr-defined]
+from torch.distributed import TCPStore, group, init_process_group  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 
 from benchmarks import training
@@ -24,7 +25,7 @@ from benchmarks.wire import Wire
 
 OFTEN = timedelta(milliseconds=50)
 """How often its threads and processes look; usually every second."""
-PEER_LEFT = timedelta(seconds=5)
+PEER_LEFT = timedelta(seconds=1)
 """Time limit of a collective. The wrapper cannot abort gloo: a rank whose peer has left its place waits as long."""
 
 
@@ -33,6 +34,7 @@ def train(options: JobOptions, wire: Wire) -> None:
     warm_up(options)
     leads = os.environ["RANK"] == "0"
     base = TCPStore(os.environ["MASTER_ADDR"], int(os.environ[GROUP_PORT]), is_master=leads, wait_for_workers=False)
+    groups: list[Any] = []
 
     def attempt(call: CallWrapper | None = None) -> None:
         """What is wrapped: called anew on all ranks after each fault."""
@@ -41,6 +43,9 @@ def train(options: JobOptions, wire: Wire) -> None:
         os.environ["LOCAL_RANK"] = str(rank)
         store = PrefixStore(f"attempt-{call.iteration}", base)
         init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=PEER_LEFT)
+        # If DDP had the last reference, it would end the group with the interpreter's lock held, which the threads of
+        # the group want too: the rank would stand still for ever.
+        groups.append(group.WORLD)
         training.train(options, DDPStrategy(cluster_environment=TorchElasticEnvironment()), wire)
 
     wrapper = Wrapper(

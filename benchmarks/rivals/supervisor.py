@@ -13,11 +13,14 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
+import psutil
+
 from benchmarks.job import JobOptions
 
 LOOPBACK = "127.0.0.1"
 GROUP_PORT = "GROUP_PORT"
 """Environment variable with the port where the ranks of a job meet, beside that of the rival itself."""
+END_S = 10.0
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -29,7 +32,7 @@ def adopt_orphans() -> None:
 
 
 def supervise(words: list[str], ranks: int, env: Mapping[str, str], *, again: bool) -> None:
-    """Run one process per rank until all have ended.
+    """Run one process per rank until all have ended; leave none when this is interrupted.
 
     Args:
         words: command line of each; the variables `RANK` and `WORLD_SIZE` tell them apart.
@@ -52,9 +55,11 @@ def supervise(words: list[str], ranks: int, env: Mapping[str, str], *, again: bo
             if again and rank >= 0:
                 start(rank)
     finally:
-        for pid in running:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        left = psutil.Process().children(recursive=True)
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, END_S)
 
 
 def free_port() -> int:

@@ -16,22 +16,34 @@ import lightning_ckptless
 from tests.house.code import REPOSITORY
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-PINS = {
-    canonicalize_name(name): Version(version)
-    for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
-}
+CONSTRAINTS = ("constraints.txt", "benchmarks/rivals/constraints.txt")
+
+
+def pins(file: str) -> dict[str, Version]:
+    """The versions that a file of constraints holds, by name."""
+    found = re.findall(r"^([\w.-]+)==(\S+)$", (REPOSITORY / file).read_text(), re.MULTILINE)
+    return {canonicalize_name(name): Version(version) for name, version in found}
+
+
+PINS, RIVALS_PINS = map(pins, CONSTRAINTS)
 EXTRAS = chain.from_iterable(PROJECT["optional-dependencies"].values())
 REQUIREMENTS = [Requirement(text) for text in (*PROJECT["dependencies"], *EXTRAS)]
 
 
 def test_what_is_required_is_pinned_within_its_range() -> None:
     others = [requirement for requirement in REQUIREMENTS if requirement.name != PROJECT["name"]]
-    assert [str(r) for r in others if not r.specifier.contains(PINS[canonicalize_name(r.name)])] == []
+    pinned = PINS | RIVALS_PINS
+    assert [str(r) for r in others if not r.specifier.contains(pinned[canonicalize_name(r.name)])] == []
 
 
-def test_constraints_hold_pins_alone() -> None:
-    lines = [line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
-    assert len(lines) == len(PINS)
+def test_the_rivals_change_no_pin() -> None:
+    assert not PINS.keys() & RIVALS_PINS.keys()
+
+
+@pytest.mark.parametrize("file", CONSTRAINTS)
+def test_constraints_hold_pins_alone(file: str) -> None:
+    lines = [line for line in (REPOSITORY / file).read_text().splitlines() if line and line[0] != "#"]
+    assert len(lines) == len(pins(file))
 
 
 def test_what_pins_need_is_pinned() -> None:

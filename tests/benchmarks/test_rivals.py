@@ -1,0 +1,180 @@
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import recovery
+from benchmarks.exactness import is_exact, reference_of
+from benchmarks.fingerprint import fingerprint
+from benchmarks.gpt import GPT, random_tokens
+from benchmarks.job import JobOptions
+from benchmarks.kills import Opponent, jobs
+from benchmarks.machine import ROOT
+from benchmarks.recovery_tables import ladder_table
+from benchmarks.rivals import environment
+from benchmarks.rivals.batches import Batches
+from benchmarks.rivals.environment import NVRX, TORCHFT, RivalsMissingError, rivals, versions
+from benchmarks.rivals.supervisor import free_port, supervise
+
+PYTHON = Path("/rivals/bin/python")
+NVRX_JOB, TORCHFT_JOB, AS_IT_IS_JOB = rivals(PYTHON, 4, 20)
+
+
+def test_the_batches_of_an_epoch_are_shared_by_the_ranks() -> None:
+    shares = [Batches(24, 2, rank, 3) for rank in range(3)]
+
+    epoch = torch.cat([share.at(step) for step in range(4) for share in shares])
+    assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, random_tokens(24).tolist()))
+
+
+def test_a_step_has_the_same_batch_whenever_it_is_asked_for() -> None:
+    first, second = Batches(24, 2, 1, 3), Batches(24, 2, 1, 3)
+    ahead = [first.at(step) for step in range(9)]
+
+    assert all(torch.equal(second.at(step), ahead[step]) for step in (8, 0, 5))
+    assert not torch.equal(ahead[0], ahead[4])
+
+
+def trained(steps: int, lr: float) -> int:
+    torch.manual_seed(3)
+    model = GPT("tiny")
+    optimizer = torch.optim.AdamW(model.parameters(), lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(random_tokens(2)).backward()
+        optimizer.step()
+    return fingerprint(model, optimizer)
+
+
+def test_a_fingerprint_tells_runs_apart() -> None:
+    assert trained(2, 1e-4) == trained(2, 1e-4)
+    assert len({trained(2, 1e-4), trained(1, 1e-4), trained(2, 1.001e-4)}) == 3
+
+
+def test_exact_is_every_rank_in_every_step() -> None:
+    right = {1: 10, 2: 20, 3: 30}
+
+    assert is_exact({2: [20], 3: [30]}, right)
+    assert not is_exact({2: [20, 21], 3: [30]}, right)
+    assert not is_exact({2: [20], 3: [31]}, right)
+
+
+def test_a_trainer_is_compared_with_ddp_and_a_loop_with_itself() -> None:
+    references = [reference_of(opponent) for opponent in (*recovery.OPPONENTS, NVRX_JOB)]
+
+    assert {(reference.strategy, reference.checkpoint_every) for reference in references} == {("ddp", 0)}
+    assert reference_of(TORCHFT_JOB) is TORCHFT_JOB
+
+
+def kill(**fields: Any) -> dict[str, Any]:
+    return {"victim": 1, "seconds": 1.0, "repeated_steps": 0, "lost_committed_steps": 0, "step_s": 0.1, **fields}
+
+
+def test_the_table_tells_exactness_and_the_losses_of_rank_0() -> None:
+    kills = {
+        NVRX: [kill(exact=False), kill(exact=True), {"failed": "no sign", "victim": 0}],
+        TORCHFT: [{"failed": "no sign", "victim": 0}],
+    }
+    table = ladder_table({"kills": kills, "rivals": {"torchft": "0.2.0"}}, 4)
+
+    place = table.columns.index("exact")
+    assert [row[place] for row in table.rows] == ["1 of 2", ""]
+    assert [row[-1] for row in table.rows] == ["0 of 1", "0 of 1"]
+    assert table.notes[-1] == "Others: torchft 0.2.0."
+
+
+@pytest.mark.parametrize(("of_a_job", "lost", "expected"), [(0, (), [5]), (2, (), [2, 2, 1]), (0, (2,), [5, 2])])
+def test_a_lost_job_is_followed_by_another(
+    of_a_job: int, lost: tuple[int, ...], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, found = run_jobs(of_a_job, [*lost], 1, monkeypatch)
+
+    assert started == expected
+    assert len(found) == 5
+
+
+def test_who_does_not_even_start_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_jobs(0, [0], None, monkeypatch) == ([5], [{"failed": "", "victim": None}])
+
+
+def run_jobs(
+    of_a_job: int, lost: list[int], victim: int | None, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[int], list[Any]]:
+    """The kills that each job was started for, and what came of five, where a job is lost after so many."""
+    started: list[int] = []
+
+    def block(opponent: Any, size: str, kills: int, *others: Any) -> Any:
+        survives = lost[len(started)] if len(started) < len(lost) else kills
+        started.append(kills)
+        for _ in range(survives):
+            yield None
+            yield {}
+        if survives < kills:
+            yield {"failed": "", "victim": victim}
+
+    monkeypatch.setattr("benchmarks.kills.block", block)
+    opponent = Opponent("one", lambda _: [], kills_of_a_job=of_a_job)
+    args: Any = SimpleNamespace(size="1M", timeout=1.0)
+    found = list(jobs(opponent, args, 5, None, "name", None))  # type: ignore[arg-type]
+    return started, [one for one in found if one is not None]
+
+
+def test_without_their_environment_the_rivals_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RivalsMissingError, match="is not there: `make bench-rivals` sets it up"):
+        versions(tmp_path / "python")
+    opponents, installed = recovery.with_rivals(tmp_path / "python")
+
+    assert opponents == recovery.OPPONENTS and installed == {}
+    assert "torchft and nvidia-resiliency-ext are not measured:" in capsys.readouterr().out
+
+
+def test_with_their_environment_they_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "PACKAGES", ("torch",))
+    opponents, installed = recovery.with_rivals(Path(sys.executable))
+
+    assert [opponent.name for opponent in opponents[len(recovery.OPPONENTS) :]] == [
+        opponent.name for opponent in (NVRX_JOB, TORCHFT_JOB, AS_IT_IS_JOB)
+    ]
+    assert installed == {"torch": torch.__version__}
+
+
+def test_the_command_line_of_a_rival_names_its_python_and_its_job() -> None:
+    line = NVRX_JOB.command(NVRX_JOB.options("1M", Path("root")))
+
+    assert line[:3] == [str(PYTHON), "-m", "benchmarks.rivals.supervisor"]
+    assert JobOptions.from_arguments(line[3:]).strategy == "nvrx"
+
+
+def test_a_lost_process_is_started_again(tmp_path: Path) -> None:
+    script = """
+import os, signal, sys
+runs = open(sys.argv[1] + os.environ["RANK"], "a+")
+print(os.environ["WORLD_SIZE"], file=runs, flush=True)
+runs.seek(0)
+if os.environ["RANK"] == "1" and len(runs.readlines()) < 3:
+    os.kill(os.getpid(), signal.SIGKILL)
+if os.environ["RANK"] == "1":
+    os.kill(os.getppid(), signal.SIGINT)
+signal.pause()
+"""
+    with pytest.raises(KeyboardInterrupt):
+        supervise([sys.executable, "-c", script, f"{tmp_path}/"], 2, {}, again=True)
+
+    assert (tmp_path / "1").read_text() == "2\n" * 3
+
+
+def test_a_job_ends_with_its_processes(tmp_path: Path) -> None:
+    supervise([sys.executable, "-c", "pass"], 2, {}, again=False)
+
+
+def test_ports_are_free() -> None:
+    assert free_port() != free_port()
+
+
+def test_the_environment_is_described() -> None:
+    text = (ROOT / "benchmarks" / "rivals" / "constraints.txt").read_text()
+    assert {"torchft", "nvidia-resiliency-ext"} <= set(re.findall(r"^([\w-]+)==", text, re.MULTILINE))
