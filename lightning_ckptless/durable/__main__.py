@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+NICENESS = 10
+
 
 def main(arguments: list[str]) -> None:
     """Write durable states as ordered.
@@ -12,7 +14,9 @@ def main(arguments: list[str]) -> None:
     Args:
         arguments: the order, and `--detach` to let this process end at once and write in one of its own.
     """
-    # Before torch is imported: whoever has started a detached writer waits for this process.
+    # Before torch is imported, which takes seconds of a core: training comes first, and whoever has started a detached
+    # writer waits for this process.
+    os.nice(NICENESS)
     if "--detach" in arguments and os.fork() != 0:
         os._exit(0)
     from lightning_ckptless.durable.order import WriterOrder  # noqa: PLC0415

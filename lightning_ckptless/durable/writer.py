@@ -30,7 +30,6 @@ LOOK_EVERY_S = 0.05
 LONGEST_PAUSE_S = 1.0
 SHARE = 0.02
 """Of one core, at most, that is spent on looking whether a state is due."""
-NICENESS = 10
 _FINISHED = "finished"
 
 
@@ -191,7 +190,6 @@ def run(order: WriterOrder) -> None:
     Args:
         order: what to write where.
     """
-    os.nice(NICENESS)
     torch.set_num_threads(1)
     # Looked at between two states: one that is being written is finished first.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
