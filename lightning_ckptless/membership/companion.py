@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from lightning_ckptless.errors import LaunchError
 from lightning_ckptless.membership.channel import Message
 from lightning_ckptless.membership.parent import End, PreloadedParent, UnsafeForkError
 from lightning_ckptless.membership.process import Process
@@ -112,7 +113,14 @@ class Companions:
         for companion in self._asked.values():
             self._look(companion)
             if companion.process is None and not companion.done and time.monotonic() >= companion.next_at:
-                companion.process = self._where.start(companion.module, companion.argument)
+                self._begin(companion)
+
+    def _begin(self, companion: _Companion) -> None:
+        try:
+            companion.process = self._where.start(companion.module, companion.argument)
+        except LaunchError:
+            # The parent has just been lost, with all workers: what that means is not decided here.
+            self._lose(companion, None)
 
     def _look(self, companion: _Companion) -> None:
         process = companion.process
@@ -122,10 +130,11 @@ class Companions:
         if end.exit_code == 0:
             companion.done = True
             return
+        self._lose(companion, end.exit_code)
+
+    def _lose(self, companion: _Companion, exit_code: int | None) -> None:
         companion.next_at = time.monotonic() + companion.pause_s
-        self._record(
-            "companion_lost", module=companion.module, exit_code=end.exit_code, again_after_s=companion.pause_s
-        )
+        self._record("companion_lost", module=companion.module, exit_code=exit_code, again_after_s=companion.pause_s)
         companion.pause_s = min(2 * companion.pause_s, _LONGEST_PAUSE_S)
 
     def end(self, grace_s: float) -> None:

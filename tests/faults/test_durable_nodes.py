@@ -20,7 +20,7 @@ __all__ = ["stack"]
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_all_nodes_are_lost(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
-    options = replace(TWO_NODES, slow_mirror_s=0.3, strategy_options="{'durable_every_s': 0.2}")
+    options = replace(TWO_NODES, slow_mirror_s=0.2, strategy_options="{'durable_every_s': 0.2}")
     cluster = Cluster(tmp_path, stack, options)
     cluster.arenas.mkdir()
     agents = [cluster.start_agent("node:rank=all:step=9") for _ in range(2)]

@@ -121,3 +121,11 @@ def test_one_that_fails_is_started_again_later_each_time(node: Node) -> None:
     node.until(lambda: len(node.events) == 2)
     assert [fields["again_after_s"] for _, fields in node.events] == [0.05, 0.1]
     assert {fields["exit_code"] for _, fields in node.events} == {3}
+
+
+def test_one_that_cannot_be_started_is_no_error_of_the_run(write: Write, tmp_path: Path) -> None:
+    with PreloadedParent(("nowhere",)) as parent:
+        node = Node(parent, tmp_path)
+        node.ask("orderly")
+        assert [fields["exit_code"] for _, fields in node.events] == [None]
+        node.companions.end(0.0)
