@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from lightning_ckptless.protocol.durable import Cadence
+from lightning_ckptless.protocol.durable import Timetable
 
 MODULE = "lightning_ckptless.durable"
 
@@ -35,9 +35,9 @@ class WriterOrder:
     keep: int
 
     @property
-    def cadence(self) -> Cadence:
+    def timetable(self) -> Timetable:
         """How often."""
-        return Cadence(self.every_n_steps, self.every_s)
+        return Timetable(self.every_n_steps, self.every_s)
 
     def to_text(self) -> str:
         """The order as an argument."""

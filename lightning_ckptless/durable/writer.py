@@ -68,7 +68,7 @@ class DurableWriter:
         if is_last:
             due = self._written is None or newest > self._written
         else:
-            due = self._order.cadence.is_due(newest, self._last, since_s=since_s)
+            due = self._order.timetable.is_due(newest, self._last, since_s=since_s)
         if due:
             self._last, self._last_at = newest, time.monotonic()
             self._try_to_write(newest)

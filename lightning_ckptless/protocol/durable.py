@@ -1,7 +1,7 @@
 """The durable rung, as decisions: when a state is written to storage, which ones are kept, how they are called.
 
 A durable state is a version outside of memory. It is written beside training from what the arenas hold, so it is always
-a version that training has passed; how far behind is what the cadence says.
+a version that training has passed; how far behind is what the timetable says.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _NAME = re.compile(r"step-(\d{10})(-before-tail)?")
 
 
 @dataclass(frozen=True, slots=True)
-class Cadence:
+class Timetable:
     """How often a durable state is written.
 
     Args:

@@ -203,9 +203,8 @@ class Engine:
         self.loops = loops
         self._begun = BegunStep(arena.path, self.rank)
         self._take_pulse()
-        every = self.options.mirror_every_n_steps
         # Beside the batches of a step, those of the step whose copy is still being made.
-        limit = 2 * trainer.accumulate_grad_batches + 2 if every == 1 else 0
+        limit = 2 * trainer.accumulate_grad_batches + 2 if self.options.mirror_every_n_steps == 1 else 0
         batches = BatchLog(loops, limit)
         mirroring = self.mirroring = Mirroring(
             trainer, loops, self.options, self.report, batches, self._probe, lambda: self.finish_asked
@@ -216,7 +215,11 @@ class Engine:
         since = restoration.version if restoration is not None else None
         mirroring.taken = since
         self.boundaries = StepBoundaries(
-            loops, self._commit, every_n_steps=every, since=since, before_batch=batches.watch
+            loops,
+            self._commit,
+            every_n_steps=lambda: mirroring.cadence.interval,
+            since=since,
+            before_batch=batches.watch,
         )
         loops.silence_sigterm(self._ask_to_finish)
         survival = Survival(self, mirroring, batches, self.boundaries)
@@ -276,6 +279,8 @@ class Engine:
     def at_batch_start(self) -> None:
         """Note which step is begun."""
         self._begun.stamp(self.trainer.global_step + 1)
+        if self.mirroring is not None:
+            self.mirroring.cadence.begin_step(self.trainer.global_step)
         self.beat(Point.BATCH)
 
     def beat(self, point: Point) -> None:

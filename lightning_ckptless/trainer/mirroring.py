@@ -9,10 +9,12 @@ from typing import Any
 
 from lightning_ckptless.durable.recipe import read_recipe, write_recipe
 from lightning_ckptless.options import CkptlessOptions
+from lightning_ckptless.protocol.cadence import agreed
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.layout import Layout, plan_layout
 from lightning_ckptless.replica.mirror import Mirror
+from lightning_ckptless.trainer.cadence import Cadence
 from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.compatibility import warn_of_loaders
 from lightning_ckptless.trainer.host import loggers as host_loggers
@@ -46,6 +48,7 @@ class Mirroring:
         taken: the version that was taken last, or restored.
         tensors_are_of: the version that the parameters and the optimizer hold; None while a step changes them.
         is_over: whether the run was asked to end, and no version follows the last one.
+        cadence: how often one is taken.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Mirroring:
         self._batches = batches
         self._probe = probe
         self._finish_asked = finish_asked
+        self.cadence = Cadence(options, report)
         self._cohort: Cohort | None = None
         self._mirror: Mirror | None = None
         self._index: StateIndex | None = None
@@ -150,13 +154,19 @@ class Mirroring:
             {
                 "state": self.small.capture(self._batches.position_at(version)),
                 "report": self._report.state(),
+                "interval": self.cadence.chosen,
                 "logger_versions": host_loggers.name_versions(self._trainer.loggers),
             }
         )
         stall_s = self._mirror.submit(version, self._index.read(), blob, blocking_names=self._index.private)
         self._batches.forget_before(self._mirror.committed)
         self.taken = version
-        self._report.taken(stall_s, time.perf_counter() - began, self._mirror)
+        spent_s = time.perf_counter() - began
+        self.cadence.took(version, spent_s)
+        self._report.taken(stall_s, spent_s, self._mirror)
+        agreement = self._mirror.interval_after
+        if agreement is not None and agreement[0] < version:
+            self.cadence.settle(agreed(agreement[1]))
         if self._mirror.finish_after is not None and self._mirror.finish_after < version:
             # All ranks have waited for that round, so all stop here.
             self._mirror.settle()
@@ -205,4 +215,5 @@ class Mirroring:
             probe=self._probe,
             staging=self._options.staging,
             finish_asked=self._finish_asked,
+            interval_word=self.cadence.word,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_ckptless.protocol.durable import Cadence, state_name, states_to_drop, version_of
+from lightning_ckptless.protocol.durable import Timetable, state_name, states_to_drop, version_of
 from lightning_ckptless.protocol.versions import Version
 
 versions = st.builds(Version, st.integers(0, 60), st.booleans())
@@ -25,7 +25,7 @@ def test_names_are_in_the_order_of_steps(found: set[Version]) -> None:
 
 @given(versions, versions, st.integers(1, 20))
 def test_by_steps_a_state_is_due_when_a_multiple_was_passed(newest: Version, last: Version, n: int) -> None:
-    due = Cadence(every_n_steps=n).is_due(newest, last, since_s=1e9)
+    due = Timetable(every_n_steps=n).is_due(newest, last, since_s=1e9)
     passed = any(step % n == 0 for step in range(last.optimizer_step + 1, newest.optimizer_step + 1))
     assert due == (passed and newest > last)
 
@@ -34,20 +34,20 @@ def test_by_steps_a_state_is_due_when_a_multiple_was_passed(newest: Version, las
 def test_by_time_a_state_is_due_when_there_is_a_newer_version(
     newest: Version, last: Version, every_s: float, since_s: float
 ) -> None:
-    due = Cadence(every_s=every_s).is_due(newest, last, since_s=since_s)
+    due = Timetable(every_s=every_s).is_due(newest, last, since_s=since_s)
     assert due == (newest > last and since_s >= every_s)
 
 
 def test_whichever_comes_first() -> None:
-    both = Cadence(every_n_steps=10, every_s=60.0)
+    both = Timetable(every_n_steps=10, every_s=60.0)
     assert both.is_due(Version(10, True), Version(1, True), since_s=1.0)
     assert both.is_due(Version(2, True), Version(1, True), since_s=61.0)
     assert not both.is_due(Version(9, True), Version(1, True), since_s=59.0)
 
 
 def test_without_an_interval_nothing_is_due() -> None:
-    assert not Cadence().is_on
-    assert not Cadence().is_due(Version(1000, True), Version(0, True), since_s=1e9)
+    assert not Timetable().is_on
+    assert not Timetable().is_due(Version(1000, True), Version(0, True), since_s=1e9)
 
 
 @given(st.sets(versions, max_size=12), versions, st.integers(1, 4))
