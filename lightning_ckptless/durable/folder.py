@@ -156,7 +156,8 @@ class DurableFolder:
     @contextmanager
     def locked(self) -> Iterator[bool]:
         """Hold the folder for writing; yields False where another process does. Its holder's death releases it."""
-        with (self.path / MARKER).open("rb") as file:
+        # For writing, which is what a lock takes on a network file system.
+        with (self.path / MARKER).open("r+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

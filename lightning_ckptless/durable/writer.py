@@ -62,7 +62,7 @@ class DurableWriter:
         newest = self._newest()
         if newest is None:
             return
-        if self._last is None:
+        if self._last is None or newest < self._last:
             self._last = self._start_of(newest)
         since_s = time.monotonic() - self._last_at
         if is_last:
@@ -87,7 +87,10 @@ class DurableWriter:
         return found.snapshot.version if isinstance(found, Complete) else None
 
     def _start_of(self, newest: Version) -> Version:
-        """The version from which the interval counts: the state that the run has gone on from, or its beginning."""
+        """The version from which the interval counts: the state that the run has gone on from, or its beginning.
+
+        Asked for at first, and again where the run has gone back behind what was written.
+        """
         assert self._arena is not None
         self._written = max((version for version in self._folder.versions() if version <= newest), default=None)
         if self._written is not None:
@@ -126,14 +129,23 @@ class DurableWriter:
             if not held:
                 raise DurableError(f"{self._folder.path}: another process writes durable states into it")
             self._folder.tidy()
-            require_space(self._folder.path, state_bytes(captured))
-            part = self._folder.begin(version)
-            size_bytes = write_state(captured, part)
-            write_manifest(part, self._manifest(captured))
-            path = self._folder.complete(part, version)
-            for old in states_to_drop(self._folder.versions(), version, self._order.keep):
-                self._folder.drop(old)
+            try:
+                path, size_bytes = self._store(captured)
+            finally:
+                # What was begun in vain takes room that a full disk has not.
+                self._folder.tidy()
         return _Written(version, path, size_bytes, copied_s, captured.tries)
+
+    def _store(self, captured: Captured) -> tuple[Path, int]:
+        version = captured.snapshot.version
+        require_space(self._folder.path, state_bytes(captured))
+        part = self._folder.begin(version)
+        size_bytes = write_state(captured, part)
+        write_manifest(part, self._manifest(captured))
+        path = self._folder.complete(part, version)
+        for old in states_to_drop(self._folder.versions(), version, self._order.keep):
+            self._folder.drop(old)
+        return path, size_bytes
 
     def _manifest(self, captured: Captured) -> Manifest:
         assert self._arena is not None

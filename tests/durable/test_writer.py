@@ -121,3 +121,4 @@ def test_a_disk_that_is_full_is_one_line_each_and_one_warning(training: Training
         assert process.returncode == 0
     assert said.count("was not written") == 1 and "training goes on" in said
     assert DurableFolder(folder).states() == []
+    assert [path.name for path in folder.iterdir()] == ["ckptless-durable.json"]
