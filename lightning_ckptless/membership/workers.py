@@ -213,6 +213,10 @@ class Workers(PContext):
         # Whoever begins to die first is the culprit, not he whose memory is freed first.
         self._ends[rank] = replace(end, at=min(end.at, self._first_signs.pop(rank, end.at)))
 
+    def signs(self) -> dict[int, float]:
+        """When workers that have failed were seen to, by local rank: their end, or the first sign of it."""
+        return {rank: end.at for rank, end in self.failed().items()} | self._first_signs
+
     def blame(self, ranks: Collection[int], reason: str, since: float) -> None:
         """Kill workers that hang; their ends are their own failures.
 
