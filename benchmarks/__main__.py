@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAMS = ("steady_state", "recovery", "relaunch", "cold_start")
+PROGRAMS = ("steady_state", "recovery", "growth", "detection", "relaunch", "cold_start", "durable")
 
 
 def main() -> int:

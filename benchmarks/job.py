@@ -29,6 +29,7 @@ class JobOptions:
         checkpoint_every: steps between two checkpoint files; 0 for none.
         root: folder for what a run leaves behind.
         turns: train only when it is this job's turn.
+        async_save_every: steps between two calls of torch's `async_save`; 0 for none.
         accelerator: `cpu` or `gpu`.
     """
 
@@ -41,6 +42,7 @@ class JobOptions:
     checkpoint_every: int = 0
     root: str = "."
     turns: bool = False
+    async_save_every: int = 0
     accelerator: str = "cpu"
 
     def to_arguments(self) -> list[str]:

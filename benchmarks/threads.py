@@ -30,23 +30,26 @@ class TurnsJob:
         options: of the job; it is told to take turns.
         parent: forks its workers.
         place: for what it leaves behind.
+
+    Attributes:
+        folder: its working directory, with what it prints.
     """
 
     def __init__(self, options: JobOptions, parent: PreloadedParent, place: Scratch) -> None:
         self.options = options
-        self._folder = Path(tempfile.mkdtemp(prefix="job-", dir=place.files))
-        self.desk = Desk(self._folder / "socket")
+        self.folder = Path(tempfile.mkdtemp(prefix="job-", dir=place.files))
+        self.desk = Desk(self.folder / "socket")
         self.outcome: Outcome | None = None
         self._waiting: list[Note] = []
         config = LaunchConfig(
             program=Program("script", str(SCRIPT), tuple(options.to_arguments())),
             nproc=options.devices,
             max_restarts=0,
-            run_root=self._folder,
+            run_root=self.folder,
             arena_dir=place.arenas,
-            cwd=self._folder,
+            cwd=self.folder,
             env=job_environment(self.desk.path),
-            log_dir=self._folder,
+            log_dir=self.folder,
             redirects="3",
         )
         self._thread = threading.Thread(target=self._run, args=(config, parent), name="agent", daemon=True)

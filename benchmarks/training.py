@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -133,6 +134,12 @@ def train(options: JobOptions, strategy: Any, wire: Wire) -> None:
     if options.checkpoint_every:
         folder = os.path.join(options.root, "checkpoints")
         callbacks.append(ModelCheckpoint(folder, every_n_train_steps=options.checkpoint_every, save_last=True))
+    if options.async_save_every:
+        from benchmarks.async_save import AsyncSave  # noqa: PLC0415 - of one variant alone
+
+        saves = Path("saves")
+        saves.mkdir(exist_ok=True)
+        callbacks.append(AsyncSave(options.async_save_every, saves))
     trainer = pl.Trainer(
         accelerator=options.accelerator,
         devices=options.devices,

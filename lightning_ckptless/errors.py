@@ -4,6 +4,7 @@
     ├── OptionsError          (also ValueError)  a setting that cannot work; raised before training starts
     ├── LaunchError           the workers cannot be started or relaunched
     ├── ArenaError            shared memory cannot be created, attached, grown or read
+    ├── DurableError          a durable state cannot be written, read or exported
     ├── TransportError        a peer did not answer, or answered with something else
     ├── ProtocolError         an event that the state table does not allow: a bug of ours
     ├── StateMissingError     no version of the state is complete, and no rung of the ladder is left
@@ -33,6 +34,10 @@ class LaunchError(CkptlessError, RuntimeError):
 
 class ArenaError(CkptlessError, OSError):
     """Shared memory cannot be created, attached, grown or read."""
+
+
+class DurableError(CkptlessError, OSError):
+    """A durable state cannot be written, read or exported."""
 
 
 class TransportError(CkptlessError, RuntimeError):

@@ -9,11 +9,13 @@ from typing import Literal
 from lightning_ckptless.errors import OptionsError
 
 FailureDomain = Literal["node", "rank"]
+EveryNSteps = int | Literal["auto"]
 OnLate = Literal["wait", "skip"]
 OnUnrecoverable = Literal["durable", "raise"]
 Checksum = Literal["xxh3", "crc32", "none"]
 Staging = Literal["overlap", "blocking"]
 
+_LEAST = {"copies": 0, "max_recoveries": 0, "standbys": 0, "durable_keep": 1}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "failure_domain": ("node", "rank"),
     "on_late": ("wait", "skip"),
@@ -28,7 +30,7 @@ class CkptlessOptions:
     """Settings of fault tolerance.
 
     Args:
-        mirror_every_n_steps: optimizer steps between two mirrored versions.
+        mirror_every_n_steps: optimizer steps between two mirrored versions; `auto` to choose by what they cost.
         copies: replicas of each shard beyond the writer's own copy.
         failure_domain: what is lost together; replicas are kept in other domains.
         arena_dir: folder for the arenas; None for `/dev/shm`, or a temporary folder where that is missing.
@@ -38,18 +40,24 @@ class CkptlessOptions:
         on_late: when the last mirror is still under way at the next one, wait for it or skip a version.
         staging: copy the state while the next forward and backward run, or before they start.
         arena_keep_s: seconds for which the arena of a dead run is kept for a restart under the same run id.
+        mirror_budget: with `auto`, by which share mirroring may lengthen training at most.
+        failures_per_day: with `auto`, how many failures of the whole run are expected.
         in_place: after a fault replace only what was lost and let the other ranks go on; else start all again.
         standbys: processes per node that have run the script up to `fit` and wait there for a rank.
         hang_timeout_s: seconds without a sign of any rank after which those that are behind are ended as hung; None to
             learn it from the steps, 0 for never.
         health_check: dotted name of a function of yours that raises where a node is not fit to train; it is called,
             beside our own checks, before a worker joins the others.
+        durable_every_n_steps: optimizer steps from one durable state to the next; None for none by steps.
+        durable_every_s: seconds from one durable state to the next; None for none by time.
+        durable_dir: folder of the durable states; None for `durable` in the run's own folder.
+        durable_keep: durable states that are kept.
 
     Raises:
         OptionsError: a value is out of range.
     """
 
-    mirror_every_n_steps: int = 1
+    mirror_every_n_steps: EveryNSteps = 1
     copies: int = 1
     failure_domain: FailureDomain = "node"
     arena_dir: Path | None = None
@@ -63,9 +71,17 @@ class CkptlessOptions:
     standbys: int = 0
     hang_timeout_s: float | None = None
     health_check: str = ""
+    mirror_budget: float = 0.01
+    failures_per_day: float = 1.0
+    durable_every_n_steps: int | None = None
+    durable_every_s: float | None = None
+    durable_dir: Path | None = None
+    durable_keep: int = 2
 
     def __post_init__(self) -> None:
-        for name, least in (("mirror_every_n_steps", 1), ("copies", 0), ("max_recoveries", 0), ("standbys", 0)):
+        self._check_cadence()
+        self._check_durable()
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise OptionsError(f"{name}={value!r}: expected a whole number of at least {least}")
@@ -74,3 +90,23 @@ class CkptlessOptions:
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise OptionsError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+
+    def _check_cadence(self) -> None:
+        every = self.mirror_every_n_steps
+        if every != "auto" and (not isinstance(every, int) or every < 1):
+            raise OptionsError(f"mirror_every_n_steps={every!r}: expected a whole number of at least 1, or 'auto'")
+        if every == "auto" and self.on_late == "skip":
+            raise OptionsError(
+                "mirror_every_n_steps='auto' measures how long training waits, and on_late='skip' never does: take one"
+            )
+        if not 0 < self.mirror_budget <= 1:
+            raise OptionsError(f"mirror_budget={self.mirror_budget!r}: expected a share above 0, at most 1, e.g. 0.01")
+        if not self.failures_per_day > 0:
+            raise OptionsError(f"failures_per_day={self.failures_per_day!r}: expected a number above 0")
+
+    def _check_durable(self) -> None:
+        n, every_s = self.durable_every_n_steps, self.durable_every_s
+        if n is not None and (not isinstance(n, int) or n < 1):
+            raise OptionsError(f"durable_every_n_steps={n!r}: expected a whole number of at least 1, or None for never")
+        if every_s is not None and not every_s > 0:
+            raise OptionsError(f"durable_every_s={every_s!r}: expected seconds, more than 0, or None for never")

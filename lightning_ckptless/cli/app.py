@@ -8,6 +8,7 @@ import typer
 
 from lightning_ckptless.cli.clean import clean
 from lightning_ckptless.cli.drill import drill
+from lightning_ckptless.cli.export import export
 from lightning_ckptless.cli.run import run
 from lightning_ckptless.cli.status import status
 from lightning_ckptless.cli.timeline import timeline
@@ -27,7 +28,7 @@ app = typer.Typer(
 # What follows `run` is torchrun's to read.
 _AS_IT_IS = {"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}
 app.command(context_settings=_AS_IT_IS)(run)
-for command in (drill, status, clean, timeline):
+for command in (drill, status, export, clean, timeline):
     app.command()(command)
 
 

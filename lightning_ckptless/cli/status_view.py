@@ -44,6 +44,8 @@ def _head(found: Survey) -> Table:
         table.add_row("restorable", found.restorable)
     else:
         table.add_row("arenas", "none on this machine")
+    if found.durable:
+        table.add_row("durable", found.durable)
     table.add_row("recoveries", str(found.recovery_count))
     if found.goodput is not None:
         table.add_row("goodput", f"{found.goodput:.1%}")

@@ -76,6 +76,7 @@ class Survey:
         slots: what they hold.
         members: rank and process id of the workers that were started last.
         standbys: how many wait for a rank, in words; empty where none are wanted.
+        durable: durable states that were written, in words; empty where none were.
         recoveries: facts of the last ones.
         recovery_count: of all.
         goodput: at the end of the run; None before.
@@ -95,6 +96,7 @@ class Survey:
     slots: tuple[SlotLine, ...]
     members: tuple[tuple[int, int], ...]
     standbys: str
+    durable: str
     recoveries: tuple[dict[str, Any], ...]
     recovery_count: int
     goodput: float | None
@@ -121,6 +123,7 @@ def survey(run: Run, arena_dir: Path | None, *, now: float, last: int = 5) -> Su
         generation=max((e.generation or 0 for e in (*started, *recoveries)), default=None),
         members=_members(run),
         standbys=_standbys(run),
+        durable=_durable(run),
         world_size=facts.get("world_size"),
         placement=facts.get("placement", ""),
         committed=_committed(replicas),
@@ -150,6 +153,16 @@ def _standbys(run: Run) -> str:
     """How many processes wait for a rank; empty where none are wanted."""
     told = run.of("standbys")
     return f"{told[-1].fields['ready']} of {told[-1].fields['wanted']} ready" if told else ""
+
+
+def _durable(run: Run) -> str:
+    """The newest durable state and where it is, or that the last one could not be written."""
+    written, failed = run.of("durable_written"), run.of("durable_failed")
+    newest = f"step {written[-1].fields['step']}, in {Path(written[-1].fields['path']).parent}" if written else ""
+    if failed and (not written or failed[-1].at > written[-1].at):
+        lost = f"that of step {failed[-1].fields['step']} could not be written"
+        return f"{newest}; {lost}" if newest else lost
+    return newest
 
 
 def _state(*, alive: bool, started: bool, ended: bool) -> str:

@@ -25,6 +25,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from lightning_ckptless import environment
 from lightning_ckptless.errors import UnfitNodeError
+from lightning_ckptless.membership.companion import END_GRACE_S, Companions, Surroundings
 from lightning_ckptless.membership.fault import FaultReport, shell_code, split_exit
 from lightning_ckptless.membership.hangs import HangWatch
 from lightning_ckptless.membership.in_place import InPlace
@@ -34,7 +35,7 @@ from lightning_ckptless.membership.program import Program
 from lightning_ckptless.membership.regrouping import Regroupings
 from lightning_ckptless.membership.rounds import line_prefixes, number_generations, variables_of, worker_store
 from lightning_ckptless.membership.signals import AskedToEnd
-from lightning_ckptless.membership.verdict import Verdict, take_begun, take_verdicts
+from lightning_ckptless.membership.verdict import Verdict, final_verdict, take_begun, take_verdicts
 from lightning_ckptless.membership.workers import Workers
 from lightning_ckptless.protocol.recovery import RecoveryPlan, Rung, Situation, plan_recovery
 from lightning_ckptless.torch_internals import forbid_restarts, forget_worker_store, remaining_restarts, use_restart
@@ -110,6 +111,8 @@ class CkptlessAgent(LocalElasticAgent):
         self._verdict_folder = tempfile.TemporaryDirectory(prefix="ckptless-verdicts-")
         self._folder = Path(self._verdict_folder.name)
         self._hangs = HangWatch(self._folder, record, _say)
+        where = Surroundings(lambda: self._parent, node.env, node.cwd, node.program.flags, node.fresh)
+        self._companions = Companions(where, record, _say)
         self._in_place = InPlace(
             in_place=node.in_place, standbys=node.standbys, folder=self._folder, record=record, say=_say
         )
@@ -227,7 +230,9 @@ class CkptlessAgent(LocalElasticAgent):
         workers = self._current_workers()
         # torch elastic sleeps between two looks; it is told to sleep next to nothing, and the wait is here instead.
         workers.watch(_WAIT_S)
-        self._in_place.hear(workers)
+        said = workers.heard()
+        self._in_place.hear(said)
+        self._companions.tend(said)
         self._hangs.limit_s = self._in_place.hang_timeout_s
         self._in_place.follow(workers)
         if (hang := self._hangs.look(workers) or self._in_place.look()) is not None:
@@ -244,7 +249,7 @@ class CkptlessAgent(LocalElasticAgent):
         """Decide how to go on without the lost, say so, and do it."""
         at = time.time()
         ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
-        verdict = _final_verdict(take_verdicts(self._folder)) or self._judge_futile(ranks, lost)
+        verdict = final_verdict(take_verdicts(self._folder)) or self._judge_futile(ranks, lost)
         if verdict is not None and verdict.unfit:
             workers.stop(signal.SIGKILL, 0.0)
             raise UnfitNodeError(verdict.reason)
@@ -382,13 +387,11 @@ class CkptlessAgent(LocalElasticAgent):
         if isinstance(request, RendezvousError | DistError) and self._pcontext is not None:
             # The others will meet elsewhere, and the state is in the arenas.
             self._current_workers().stop(signal.SIGKILL, 0)
+        grace_s = END_GRACE_S if request is None else 0.0
         if isinstance(request, AskedToEnd) and request.number == signal.SIGTERM and self._pcontext is not None:
-            self._current_workers().finish(self._node.finish_grace_s)
+            grace_s = self._current_workers().finish(self._node.finish_grace_s)
         super()._shutdown(signal.SIGTERM, self._node.stop_grace_s)  # type: ignore[arg-type]
-
-
-def _final_verdict(verdicts: tuple[Verdict, ...]) -> Verdict | None:
-    return next((verdict for verdict in verdicts if verdict.final), None)
+        self._companions.end(grace_s)
 
 
 def _say(text: str) -> None:

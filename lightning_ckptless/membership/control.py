@@ -6,6 +6,7 @@
 | worker | `stepped` | its generation has committed a step |
 | worker | `left` | it has left the training loop: its end is no fault from here on, and no peer can wait for it |
 | worker | `unable` | it cannot go on in place, with the reason |
+| worker | `companion` | it asks for a process beside the workers, of this module with this argument |
 | worker | `ready` | a standby has come to `fit` and waits for a rank |
 | agent | `regroup` | a fault: meet under this number, with this report |
 | agent | `assign` | to a standby: variables that make it a rank, then as `regroup`; with its output |

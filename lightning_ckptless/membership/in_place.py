@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from torch.distributed import DistError
 
 from lightning_ckptless import environment
+from lightning_ckptless.membership.channel import Message
 from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.membership.process import Process
@@ -110,9 +111,9 @@ class InPlace:
         unknown = None if self._wishes is not None else "no worker has come to fit yet"
         return self._lasting or self._obstacle or unknown
 
-    def hear(self, workers: Workers) -> None:
-        """Take in what workers have said."""
-        for rank, message in workers.heard():
+    def hear(self, said: Sequence[tuple[int, Message]]) -> None:
+        """Take in what workers have said, with their local ranks."""
+        for rank, message in said:
             if message["kind"] == "entered":
                 self._coming.discard(rank)
                 self._take_wishes(message)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch.distributed.run import determine_local_world_size, get_args_parser
 
+from lightning_ckptless import environment
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.command_line import parse_command_line
 from lightning_ckptless.membership.launch import (
@@ -22,6 +23,7 @@ from lightning_ckptless.membership.launch import (
     usual_modules,
 )
 from lightning_ckptless.membership.program import Kind, Program
+from lightning_ckptless.options import CkptlessOptions
 
 _UNSUPPORTED: dict[str, object] = {
     "numa_binding": None,
@@ -55,6 +57,15 @@ def options_parser() -> ArgumentParser:
         action=BooleanOptionalAction,
         default=None,
         help="whether survivors of a fault go on without a restart (default: the strategy's)",
+    )
+    ours.add_argument(
+        "--durable-every-n-steps", type=int, metavar="N", help="steps between durable states (default: the strategy's)"
+    )
+    ours.add_argument(
+        "--durable-every-s", type=float, metavar="S", help="seconds between durable states (default: the strategy's)"
+    )
+    ours.add_argument(
+        "--durable-dir", type=Path, metavar="FOLDER", help="folder of the durable states (default: the strategy's)"
     )
     ours.add_argument(
         "--finish-grace",
@@ -95,6 +106,7 @@ def config_from_torchrun_args(argv: Sequence[str]) -> LaunchConfig:
         max_restarts=args.max_restarts,
         preload=(*usual_modules(argv), *args.preload),
         fresh=args.no_preload,
+        env=_durable(args),
         run_root=args.run_root,
         arena_dir=args.arena_dir,
         in_place=args.in_place,
@@ -109,6 +121,19 @@ def config_from_torchrun_args(argv: Sequence[str]) -> LaunchConfig:
         role=args.role,
         stop_grace_s=DEFAULT_STOP_GRACE_S if args.shutdown_timeout is None else args.shutdown_timeout,
     )
+
+
+def _durable(args: Namespace) -> dict[str, str]:
+    """What the workers are told of durable states, in the place of what their strategy says."""
+    folder: Path | None = args.durable_dir
+    given = {
+        environment.DURABLE_EVERY_N_STEPS: args.durable_every_n_steps,
+        environment.DURABLE_EVERY_S: args.durable_every_s,
+        environment.DURABLE_DIR: None if folder is None else folder.absolute(),
+    }
+    # A mistake is told now, and not by every worker.
+    CkptlessOptions(durable_every_n_steps=args.durable_every_n_steps, durable_every_s=args.durable_every_s)
+    return {name: str(value) for name, value in given.items() if value is not None}
 
 
 def _program(args: Namespace) -> Program:

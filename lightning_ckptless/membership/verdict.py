@@ -53,6 +53,11 @@ def take_verdicts(folder: Path) -> tuple[Verdict, ...]:
     return tuple(sorted(verdicts, key=lambda verdict: verdict.rank))
 
 
+def final_verdict(verdicts: tuple[Verdict, ...]) -> Verdict | None:
+    """The first one that ends the run; None where none does."""
+    return next((verdict for verdict in verdicts if verdict.final), None)
+
+
 def mark_begun(rank: int, env: Mapping[str, str] = os.environ) -> None:
     """Tell the agent of this worker that the program has trained: that this generation has made a step of its own."""
     if folder := env.get(environment.VERDICT_DIR):

@@ -213,6 +213,10 @@ class Workers(PContext):
         # Whoever begins to die first is the culprit, not he whose memory is freed first.
         self._ends[rank] = replace(end, at=min(end.at, self._first_signs.pop(rank, end.at)))
 
+    def signs(self) -> dict[int, float]:
+        """When workers that have failed were seen to, by local rank: their end, or the first sign of it."""
+        return {rank: end.at for rank, end in self.failed().items()} | self._first_signs
+
     def blame(self, ranks: Collection[int], reason: str, since: float) -> None:
         """Kill workers that hang; their ends are their own failures.
 
@@ -277,13 +281,22 @@ class Workers(PContext):
         # Beyond this a process is stuck in the kernel, and waiting for it would only wedge the agent as well.
         self._wait_all(_KILL_WAIT_S)
 
-    def finish(self, grace_s: float) -> None:
-        """Ask workers that train to end behind the step in hand, and give them time to."""
+    def finish(self, grace_s: float) -> float:
+        """Ask workers that train to end behind the step in hand, and give them time to.
+
+        Args:
+            grace_s: how much.
+
+        Returns:
+            How much of it is left.
+        """
         if not self._running <= self.inside:
-            return
+            return grace_s
+        began = time.monotonic()
         self._stopped |= self._running
         self.tell("finish")
         self._wait_all(grace_s)
+        return max(0.0, grace_s - (time.monotonic() - began))
 
     def _signal_running(self, number: int) -> None:
         self._parent.signal([self._processes[rank].pid for rank in self._running], number)

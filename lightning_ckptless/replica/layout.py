@@ -130,7 +130,7 @@ class Layout:
     @cached_property
     def metadata(self) -> Metadata:
         """The layout as torch.distributed.checkpoint describes a checkpoint."""
-        plans = [SavePlan([_write_item(c) for c in self.of(shard)]) for shard in range(self.world_size)]
+        plans = [SavePlan([write_item(c) for c in self.of(shard)]) for shard in range(self.world_size)]
         return DefaultSavePlanner(flatten_state_dict=False).create_global_plan(plans)[1]
 
     def to_bytes(self) -> bytes:
@@ -160,7 +160,7 @@ class Layout:
         if different := differences(self.held_by(rank), held_by_name(found)):
             raise LayoutMismatchError(
                 f"rank {rank}: the script built another model or optimizer than the one that was mirrored: "
-                f"{'; '.join(different)}. Start the script unchanged, or begin anew under another run id"
+                f"{'; '.join(different)}. Start the script unchanged, or begin anew: another run id (and durable_dir)"
             )
 
 
@@ -195,8 +195,22 @@ def live_views(layout: Layout, shard: int, rank: int, tensors: Mapping[str, torc
     views = []
     for chunk in pieces_for(layout, shard, rank):
         name = local_name(chunk, rank)
-        views.append(_part(tensors[name], chunk, held[name].box.offsets))
+        views.append(part_of(tensors[name], chunk, held[name].box.offsets))
     return views
+
+
+def part_of(tensor: torch.Tensor, chunk: Chunk, corner: tuple[int, ...]) -> torch.Tensor:
+    """A piece in a tensor.
+
+    Args:
+        tensor: a box of the whole tensor.
+        chunk: the piece, which lies in that box.
+        corner: of the box.
+    """
+    view = tensor.detach()
+    for dim, (offset, at, size) in enumerate(zip(chunk.offsets, corner, chunk.sizes, strict=True)):
+        view = view.narrow(dim, offset - at, size)
+    return view
 
 
 def local_name(chunk: Chunk, rank: int) -> str:
@@ -209,7 +223,7 @@ def aligned(offset: int) -> int:
     return -(-offset // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def write_item(
+def box_item(
     cls: type[WriteItem],
     name: str,
     dtype: str,
@@ -236,6 +250,11 @@ def write_item(
     return cls(index=MetadataIndex(name, torch.Size(offsets)), type=kind, tensor_data=data)
 
 
+def write_item(chunk: Chunk) -> WriteItem:
+    """A piece as torch.distributed.checkpoint plans to write it."""
+    return box_item(WriteItem, chunk.name, chunk.dtype, chunk.shape, chunk.offsets, chunk.sizes)
+
+
 def item_bytes(item: WriteItem) -> int:
     """Bytes of the box that an item writes."""
     assert item.tensor_data is not None
@@ -244,17 +263,6 @@ def item_bytes(item: WriteItem) -> int:
 
 def _chunk(fields: dict[str, Any]) -> Chunk:
     return Chunk(**fields | {key: tuple(fields[key]) for key in ("shape", "offsets", "sizes", "holders")})
-
-
-def _write_item(chunk: Chunk) -> WriteItem:
-    return write_item(WriteItem, chunk.name, chunk.dtype, chunk.shape, chunk.offsets, chunk.sizes)
-
-
-def _part(tensor: torch.Tensor, chunk: Chunk, corner: tuple[int, ...]) -> torch.Tensor:
-    view = tensor.detach()
-    for dim, (offset, at, size) in enumerate(zip(chunk.offsets, corner, chunk.sizes, strict=True)):
-        view = view.narrow(dim, offset - at, size)
-    return view
 
 
 def _held(chunks: Sequence[Chunk], rank: int) -> dict[str, Held]:

@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
@@ -34,9 +34,10 @@ from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.checksum import bytes_of, digest
 from lightning_ckptless.replica.layout import Layout
 from lightning_ckptless.replica.mirror_stats import MirrorStats
+from lightning_ckptless.replica.round import Blob, Round
 from lightning_ckptless.replica.shelf import Shelf
 from lightning_ckptless.replica.slot import HEADER_BYTES, Slot, SlotHeader, Stamp
-from lightning_ckptless.replica.staging import Load, Stager
+from lightning_ckptless.replica.staging import Stager
 from lightning_ckptless.replica.transport import Parcel, Transport, room, tensor_of
 
 log = logging.getLogger(__name__)
@@ -44,36 +45,10 @@ log = logging.getLogger(__name__)
 PAGE, BULK, BLOB = range(3)
 """Tags of the parcels of a round. A rank sends only its own shard, so a pair never has two of a kind."""
 
-WHOLE, CARRY_ON = 1, 2
-"""What a rank votes on in a round: it has all that it should have, and nobody has asked it to end the run."""
-
-Blob = bytes | Callable[[], bytes]
-"""A rank's small state, or what gives it in the mirror's thread, where waiting for a device holds up nobody."""
-
-
-@dataclass
-class _Round:
-    """One version on its way. Without a load, this rank has nothing to give."""
-
-    version: Version
-    began_at: float
-    slot: Slot | None = None
-    load: Load | None = None
-    blob: Blob = b""
-    staged: Future[None] = field(default_factory=Future)
-    ended: Future[None] = field(default_factory=Future)
-
-    def pack(self) -> bytes:
-        """The small state; packed when it is asked for first."""
-        if not isinstance(self.blob, bytes):
-            self.blob = self.blob()
-        return self.blob
-
-    def fail(self, error: BaseException) -> None:
-        """Hand an error to whoever waits for the round."""
-        for future in (self.staged, self.ended):
-            if not future.done():
-                future.set_exception(error)
+WHOLE, CARRY_ON, CHOSEN = 1, 2, 4
+"""What a rank votes on in a round: it has all that it should have, nobody has asked it to end the run, it has a word on
+the interval between versions, in the bits above."""
+_WORD_AT = 3
 
 
 class Mirror:
@@ -94,11 +69,14 @@ class Mirror:
             `committed`.
         staging: `overlap`, or `blocking` to copy everything before `submit` returns.
         finish_asked: whether this rank was asked to end the run; the next round tells all.
+        interval_word: this rank's word on the interval between versions; None while it has none.
 
     Attributes:
         committed: newest version that all ranks have committed.
         finish_after: version in whose round a rank was asked to end the run. All ranks know it when they have
             submitted the version behind it.
+        interval_after: version in whose round all ranks had a word on the interval, and the bits that all words have in
+            common. All ranks know them when they have submitted the version behind it.
         stats: what was done so far.
 
     Raises:
@@ -118,9 +96,12 @@ class Mirror:
         probe: Callable[[str, Version], None] | None = None,
         staging: str = "overlap",
         finish_asked: Callable[[], bool] = lambda: False,
+        interval_word: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.committed = committed
         self.finish_after: Version | None = None
+        self.interval_after: tuple[Version, int] | None = None
+        self._interval_word = interval_word
         self._finish_asked = finish_asked
         self.stats = MirrorStats()
         self._arena = arena
@@ -136,10 +117,10 @@ class Mirror:
         self._wards = placement.wards(self._rank)
         self._shelves = {shard: self._shelf(shard) for shard in (self._rank, *self._wards)}
         self._stager = Stager(layout, self._rank)
-        self._queue: queue.SimpleQueue[_Round | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Round | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._last: _Round | None = None
-        self._submitted: _Round | None = None
+        self._last: Round | None = None
+        self._submitted: Round | None = None
         self._failure: BaseException | None = None
 
     def _shelf(self, shard: int) -> Shelf:
@@ -186,7 +167,7 @@ class Mirror:
         began_at = time.perf_counter()
         early = tensors.keys() if self._blocking else self._early.union(blocking_names)
         load = self._stager.take(slot.bulk, tensors, early)
-        self._submitted = _Round(version, began_at, slot, load, blob)
+        self._submitted = Round(version, began_at, slot, load, blob)
         self._hand_over(self._submitted)
         return stall_s
 
@@ -194,7 +175,7 @@ class Mirror:
         """Take part in a version's round without data: it aborts on all ranks. Does not wait."""
         self._raise_failure()
         self.stats.skipped += 1
-        self._hand_over(_Round(version, time.perf_counter()))
+        self._hand_over(Round(version, time.perf_counter()))
 
     def wait_staged(self) -> float:
         """Wait until the tensors last submitted may change.
@@ -243,7 +224,7 @@ class Mirror:
         for shelf in self._shelves.values():
             shelf.close()
 
-    def _hand_over(self, round_: _Round) -> None:
+    def _hand_over(self, round_: Round) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="ckptless-mirror", daemon=True)
             self._thread.start()
@@ -281,16 +262,17 @@ class Mirror:
                 self._failure = error
                 round_.fail(error)
 
-    def _run(self, round_: _Round) -> None:
+    def _run(self, round_: Round) -> None:
         self.stats.rounds += 1
         sealed = self._stage(round_)
         self._tell("send", round_.version)
         written = self._exchange(sealed, round_)
         self._tell("agree", round_.version)
-        mine = (WHOLE if written.keys() == self._shelves.keys() else 0) | (0 if self._finish_asked() else CARRY_ON)
-        outcome = self._transport.vote(mine)
+        outcome = self._transport.vote(self._vote(whole=written.keys() == self._shelves.keys()))
         if not outcome & CARRY_ON and self.finish_after is None:
             self.finish_after = round_.version
+        if outcome & CHOSEN and self.interval_after is None:
+            self.interval_after = round_.version, outcome >> _WORD_AT
         if outcome & WHOLE:
             self._commit(written, round_.version)
         else:
@@ -298,7 +280,12 @@ class Mirror:
         self.stats.last_round_s = time.perf_counter() - round_.began_at
         round_.ended.set_result(None)
 
-    def _stage(self, round_: _Round) -> Slot | None:
+    def _vote(self, *, whole: bool) -> int:
+        word = self._interval_word()
+        chosen = 0 if word is None else CHOSEN | word << _WORD_AT
+        return (WHOLE if whole else 0) | (0 if self._finish_asked() else CARRY_ON) | chosen
+
+    def _stage(self, round_: Round) -> Slot | None:
         """Fill the own slot and seal it; None when there is nothing to seal."""
         load, slot = round_.load, round_.slot
         if load is None or slot is None:
@@ -328,7 +315,7 @@ class Mirror:
                 version,
             )
 
-    def _exchange(self, sealed: Slot | None, round_: _Round) -> dict[int, Slot]:
+    def _exchange(self, sealed: Slot | None, round_: Round) -> dict[int, Slot]:
         """Send the own shard to its keepers and receive those of the wards, straight from and into slots.
 
         Returns:

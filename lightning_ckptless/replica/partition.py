@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from lightning_ckptless.errors import LayoutMismatchError
 from lightning_ckptless.replica.description import Box, Described, is_empty_part
-from lightning_ckptless.replica.layout import Chunk, Layout, aligned, dtype_of, item_bytes, private_name, write_item
+from lightning_ckptless.replica.layout import Chunk, Layout, aligned, box_item, dtype_of, item_bytes, private_name
 
 PIECES_PER_RANK = 16
 PIECE_BYTES_LEAST = 16 * 1024
@@ -166,7 +166,7 @@ def _cut(box: Box, item_bytes_each: int, piece_bytes: int) -> Iterator[Box]:
 
 
 def _item(cls: type[WriteItem], described: Described, box: Box) -> WriteItem:
-    return write_item(cls, described.name, described.dtype, described.shape, box.offsets, box.sizes)
+    return box_item(cls, described.name, described.dtype, described.shape, box.offsets, box.sizes)
 
 
 def _place(plan: SavePlan, shard: int, held_by: Mapping[Corner, tuple[int, ...]], world_size: int) -> Iterator[Chunk]:

@@ -7,10 +7,13 @@ see its own file and write a second one beside it.
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lightning_ckptless.protocol.versions import Version
 
@@ -60,6 +63,19 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def step_of(path: str) -> int | None:
+    """The optimizer step of a checkpoint file; None where it cannot be known without loading it.
+
+    Args:
+        path: of the file, or a word that Lightning makes a path of later.
+    """
+    try:
+        loaded = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+        return int(loaded["global_step"])
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError):
+        return None
 
 
 def _folder(trainer: Any, callback: Any) -> str | None:

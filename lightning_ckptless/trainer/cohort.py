@@ -62,7 +62,13 @@ class Cohort:
 
 
 def form_cohort(
-    transport: Transport, arena: Arena, nodes: tuple[str, ...], options: CkptlessOptions, generation: int
+    transport: Transport,
+    arena: Arena,
+    nodes: tuple[str, ...],
+    options: CkptlessOptions,
+    generation: int,
+    *,
+    after: int = 0,
 ) -> Cohort:
     """Let the ranks get to know each other. All call it together.
 
@@ -74,6 +80,7 @@ def form_cohort(
         nodes: names of all ranks' nodes.
         options: the user's settings.
         generation: number of the membership, as it was joined.
+        after: number of the generation that has written what may be gone on from, outside of the arenas.
 
     Raises:
         OptionsError: replicas cannot be placed.
@@ -83,7 +90,7 @@ def form_cohort(
     domains = tuple(f"rank{rank}" for rank in range(world_size)) if by_rank else nodes
     placement = place(domains, options.copies if world_size > 1 else 0)
     notes = tuple(json.loads(line) for line in transport.gather(json.dumps(arena.notes()).encode()))
-    number = max([generation, *(int(n["generation"]) + 1 for n in notes if "generation" in n)])
+    number = max([generation, after + 1, *(int(n["generation"]) + 1 for n in notes if "generation" in n)])
     cohort = Cohort(transport, arena, nodes, placement, number, notes)
     if cohort.speaks_for_node:
         arena.note("generation", number)

@@ -15,21 +15,22 @@ from typing import Any
 from lightning_ckptless import environment
 from lightning_ckptless.errors import LaunchError
 from lightning_ckptless.ledger import Ledger
+from lightning_ckptless.membership.control import Line
 from lightning_ckptless.membership.pulse import PulseWriter, stacks_path
 from lightning_ckptless.membership.reaper import MARKER, start_reaper
 from lightning_ckptless.membership.verdict import Verdict, leave_verdict, mark_begun
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.hang import Point
-from lightning_ckptless.protocol.start import StartAction, StartPlan, plan_start
+from lightning_ckptless.protocol.start import StartAction, StartPlan
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.arena import Arena
-from lightning_ckptless.replica.restore import choose
 from lightning_ckptless.replica.transport import GlooTransport, SoloTransport, Transport
 from lightning_ckptless.trainer.arenas import find_arena, is_first_of_node, local_rank, open_arena
 from lightning_ckptless.trainer.begun import BegunStep
-from lightning_ckptless.trainer.checkpoints import newest_checkpoint, note_of_save
+from lightning_ckptless.trainer.checkpoints import note_of_save
 from lightning_ckptless.trainer.cohort import Cohort, form_cohort
 from lightning_ckptless.trainer.drive import run_restored
+from lightning_ckptless.trainer.durable import DurableRung, with_environment
 from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.identity import Identity, identify
@@ -38,6 +39,7 @@ from lightning_ckptless.trainer.mirroring import Mirroring
 from lightning_ckptless.trainer.replay import BatchLog
 from lightning_ckptless.trainer.report import RunReport
 from lightning_ckptless.trainer.restoration import Restoration, fetch_version
+from lightning_ckptless.trainer.starting import Sources, decide_start
 from lightning_ckptless.trainer.step import StepBoundaries
 from lightning_ckptless.trainer.survival import Survival
 
@@ -51,18 +53,21 @@ class Engine:
         strategy: of the trainer; it has the process groups, and a watcher where an agent of ours listens.
         trainer: in `fit`, before anything of it is set up.
         chapter: how many times `fit` was entered before in this process.
+        line: to an agent of ours; None under another one.
     """
 
-    def __init__(self, strategy: Any, trainer: Any, chapter: int) -> None:
+    def __init__(self, strategy: Any, trainer: Any, chapter: int, line: Line | None = None) -> None:
         self.strategy = strategy
         self.trainer = trainer
-        self.options: CkptlessOptions = strategy.options
+        self.options: CkptlessOptions = with_environment(strategy.options)
         self.chapter = chapter
         self.probes: list[Callable[[str, Version], None]] = strategy.probes
         self.rank: int = trainer.global_rank
         self.world_size: int = trainer.world_size
         self.identity: Identity = identify(trainer)
         self.run_folder: Path = self.identity.run_folder
+        self.durable = DurableRung(self.identity, chapter, self.options)
+        self._line = line
         self.ledger = Ledger(self.run_folder / "ledger.jsonl")
         self.report = RunReport(trainer, self.ledger, strategy.world.generation)
         self.arena: Arena | None = None
@@ -96,29 +101,23 @@ class Engine:
         )
         if opens and not self.identity.own_agent:
             self._have_arena_reaped(self.arena)
-        relaunched = self.generation > 1
-        cohort = self.cohort = form_cohort(transport, self.arena, nodes, self.options, self.generation)
+        relaunched, states = self.generation > 1, self.durable.states(transport)
+        after = max((state.snapshot.generation for state in states), default=0)
+        cohort = self.cohort = form_cohort(transport, self.arena, nodes, self.options, self.generation, after=after)
+        self.durable.require_all_shards(cohort)
         self.report.generation = cohort.generation
         saved = cohort.noted("logger_versions")
         self._name_logs(saved)
-        found = choose(self.arena, transport, nodes)
-        plan = plan_start(
-            found=found,
-            generation=cohort.generation,
-            world_size=self.world_size,
-            relaunched=relaunched,
-            had_commit=cohort.noted("committed") is not None,
-            ckpt_path=ckpt_path,
-            origin=cohort.noted("origin"),
-            durable=newest_checkpoint(self.trainer) if saved and not isinstance(found, Complete) else None,
-            on_unrecoverable=self.options.on_unrecoverable,
-        )
+        sources = Sources(self.durable, states, ckpt_path, saved is not None)
+        plan, found = decide_start(self.trainer, cohort, self.options, sources, relaunched=relaunched)
         self.report.started(self.identity, plan, cohort.placement, self.arena.path)
         if plan.action is StartAction.REFUSE:
             assert plan.error is not None
             raise plan.error(plan.reason)
-        if plan.action is StartAction.RESTORE:
+        if plan.enters_midway:
             assert isinstance(found, Complete)
+            if plan.state is not None:
+                self._name_logs(self.durable.logger_versions(plan.state))
             self._restoration = self.fetch(found)
             if self.trainer.is_global_zero:
                 host_loggers.cut_logs(self.trainer, self._restoration.state["logs"])
@@ -198,14 +197,14 @@ class Engine:
         assert arena is not None
         if trainer.is_global_zero:
             host_loggers.watch_logs(trainer.loggers)
+            self.durable.order_writer(arena, self._line)
         if is_first_of_node(local_rank()):
             arena.note("logger_versions", host_loggers.name_versions(trainer.loggers))
         self.loops = loops
         self._begun = BegunStep(arena.path, self.rank)
         self._take_pulse()
-        every = self.options.mirror_every_n_steps
         # Beside the batches of a step, those of the step whose copy is still being made.
-        limit = 2 * trainer.accumulate_grad_batches + 2 if every == 1 else 0
+        limit = 2 * trainer.accumulate_grad_batches + 2 if self.options.mirror_every_n_steps == 1 else 0
         batches = BatchLog(loops, limit)
         mirroring = self.mirroring = Mirroring(
             trainer, loops, self.options, self.report, batches, self._probe, lambda: self.finish_asked
@@ -216,7 +215,11 @@ class Engine:
         since = restoration.version if restoration is not None else None
         mirroring.taken = since
         self.boundaries = StepBoundaries(
-            loops, self._commit, every_n_steps=every, since=since, before_batch=batches.watch
+            loops,
+            self._commit,
+            every_n_steps=lambda: mirroring.cadence.interval,
+            since=since,
+            before_batch=batches.watch,
         )
         loops.silence_sigterm(self._ask_to_finish)
         survival = Survival(self, mirroring, batches, self.boundaries)
@@ -276,6 +279,8 @@ class Engine:
     def at_batch_start(self) -> None:
         """Note which step is begun."""
         self._begun.stamp(self.trainer.global_step + 1)
+        if self.mirroring is not None:
+            self.mirroring.cadence.begin_step(self.trainer.global_step)
         self.beat(Point.BATCH)
 
     def beat(self, point: Point) -> None:

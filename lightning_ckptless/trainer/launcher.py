@@ -110,7 +110,7 @@ class FitGuard:
         if line is not None and strategy.options.in_place:
             keep_through_device_errors()
         strategy.setup_environment()
-        engine = Engine(strategy, trainer, next_chapter())
+        engine = Engine(strategy, trainer, next_chapter(), line)
         strategy.engine = engine
         if line is not None and engine.world_size > 1:
             strategy.watcher = Watcher(line, strategy.world.cut, int(os.environ.get(environment.REGROUPING, "0")))
@@ -146,7 +146,7 @@ class FitGuard:
         else:
             plan = engine.begin(args[CKPT_PATH_INDEX])
         sanity_steps, log_hyperparameters = trainer.num_sanity_val_steps, trainer.enable_autolog_hparams
-        if plan.action is StartAction.RESTORE:
+        if plan.enters_midway:
             args[CKPT_PATH_INDEX] = None
             # Both belong to the beginning of a run, which this is not.
             trainer.num_sanity_val_steps, trainer.enable_autolog_hparams = 0, False

@@ -7,15 +7,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from lightning_ckptless.durable.recipe import read_recipe, write_recipe
 from lightning_ckptless.options import CkptlessOptions
+from lightning_ckptless.protocol.cadence import agreed
 from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.layout import Layout
 from lightning_ckptless.replica.mirror import Mirror
 from lightning_ckptless.replica.partition import plan_layout
+from lightning_ckptless.trainer.cadence import Cadence
 from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.compatibility import warn_of_loaders
 from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host.loops import FitLoops
+from lightning_ckptless.trainer.host.recipe import recipe_of
 from lightning_ckptless.trainer.late_packing import pack_late
 from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.replay import BatchLog
@@ -44,6 +49,7 @@ class Mirroring:
         taken: the version that was taken last, or restored.
         tensors_are_of: the version that the parameters and the optimizer hold; None while a step changes them.
         is_over: whether the run was asked to end, and no version follows the last one.
+        cadence: how often one is taken.
     """
 
     def __init__(
@@ -66,6 +72,7 @@ class Mirroring:
         self._batches = batches
         self._probe = probe
         self._finish_asked = finish_asked
+        self.cadence = Cadence(options, report)
         self._cohort: Cohort | None = None
         self._mirror: Mirror | None = None
         self._seen: Version | None = None
@@ -109,6 +116,9 @@ class Mirroring:
         self._index = index
         self.taken = self.tensors_are_of = self._seen = version
         self._open(layout, committed=version)
+        assert self._cohort is not None
+        if not read_recipe(self._cohort.arena.path):
+            self._keep_recipe(self._cohort.arena)
 
     def abandon(self) -> None:
         """Give up what is under way: the cohort is over, and its connections are cut."""
@@ -147,13 +157,19 @@ class Mirroring:
             {
                 "state": self.small.capture(self._batches.position_at(version)),
                 "report": self._report.state(),
+                "interval": self.cadence.chosen,
                 "logger_versions": host_loggers.name_versions(self._trainer.loggers),
             }
         )
         stall_s = self._mirror.submit(version, self._index.read(), blob, blocking_names=self._index.private)
         self._batches.forget_before(self._mirror.committed)
         self.taken = version
-        self._report.taken(stall_s, time.perf_counter() - began, self._mirror)
+        spent_s = time.perf_counter() - began
+        self.cadence.took(version, spent_s)
+        self._report.taken(stall_s, spent_s, self._mirror)
+        agreement = self._mirror.interval_after
+        if agreement is not None and agreement[0] < version:
+            self.cadence.settle(agreed(agreement[1]))
         if self._mirror.finish_after is not None and self._mirror.finish_after < version:
             # All ranks have waited for that round, so all stop here.
             self._mirror.settle()
@@ -180,6 +196,13 @@ class Mirroring:
         layout = plan_layout([unpack(line) for line in self._cohort.transport.gather(mine)])
         committed = self._mirror.committed if self._mirror is not None else None
         self._open(layout, committed=committed)
+        self._keep_recipe(self._cohort.arena)
+
+    def _keep_recipe(self, arena: Arena) -> None:
+        """Say beside the version what a checkpoint file has beyond it; it changes as rarely as the layout does."""
+        assert self._cohort is not None and self._index is not None
+        if self._cohort.speaks_for_node:
+            write_recipe(arena.path, recipe_of(self._trainer, self._index.read(), self.small.callbacks))
 
     def _open(self, layout: Layout, *, committed: Version | None) -> None:
         cohort = self._cohort
@@ -200,4 +223,5 @@ class Mirroring:
             probe=self._probe,
             staging=self._options.staging,
             finish_asked=self._finish_asked,
+            interval_word=self.cadence.word,
         )

@@ -16,6 +16,7 @@ from lightning_ckptless.membership.watch import Watcher
 from lightning_ckptless.options import (
     Checksum,
     CkptlessOptions,
+    EveryNSteps,
     FailureDomain,
     OnLate,
     OnUnrecoverable,
@@ -43,7 +44,7 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
         """Lightning's strategy, recoverable.
 
         Args:
-            mirror_every_n_steps: optimizer steps between two mirrored versions.
+            mirror_every_n_steps: optimizer steps between two mirrored versions; `auto` to choose by what they cost.
             copies: replicas of each shard beyond the writer's own copy.
             failure_domain: what is lost together: `node`, or `rank` to keep replicas among the ranks of one node.
             arena_dir: folder for the arenas; `/dev/shm` where nothing is given and it is there.
@@ -58,8 +59,15 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             standbys: processes per node that have run the script up to `fit` and wait there for a rank.
             hang_timeout_s: seconds without a sign of any rank after which those that are behind are ended as hung; None
                 to learn it from the steps, 0 for never.
+            mirror_budget: with `auto`, by which share mirroring may lengthen training at most.
+            failures_per_day: with `auto`, how many failures of the whole run are expected.
             health_check: dotted name of a function of yours that raises where a node is not fit to train; it is
                 called, beside our own checks, before a worker joins the others.
+            durable_every_n_steps: optimizer steps from one durable state to the next, written beside training; None
+                for none by steps.
+            durable_every_s: seconds from one durable state to the next; None for none by time.
+            durable_dir: folder of the durable states; `durable` in the run's own folder where nothing is given.
+            durable_keep: durable states that are kept.
             **base_options: everything that Lightning's own strategy takes.
 
         Raises:
@@ -70,7 +78,7 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
 
         def __init__(
             self,
-            mirror_every_n_steps: int = 1,
+            mirror_every_n_steps: EveryNSteps = 1,
             copies: int = 1,
             failure_domain: FailureDomain = "node",
             arena_dir: str | Path | None = None,
@@ -84,6 +92,12 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             standbys: int = 0,
             hang_timeout_s: float | None = None,
             health_check: str = "",
+            mirror_budget: float = 0.01,
+            failures_per_day: float = 1.0,
+            durable_every_n_steps: int | None = None,
+            durable_every_s: float | None = None,
+            durable_dir: str | Path | None = None,
+            durable_keep: int = 2,
             **base_options: Any,
         ) -> None:
             super().__init__(**base_options)
@@ -102,6 +116,12 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
                 standbys=standbys,
                 hang_timeout_s=hang_timeout_s,
                 health_check=health_check,
+                mirror_budget=mirror_budget,
+                failures_per_day=failures_per_day,
+                durable_every_n_steps=durable_every_n_steps,
+                durable_every_s=durable_every_s,
+                durable_dir=Path(durable_dir) if durable_dir is not None else None,
+                durable_keep=durable_keep,
             )
             self.engine: Engine | None = None
             self.world = World()

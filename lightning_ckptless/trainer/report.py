@@ -14,6 +14,7 @@ from lightning_ckptless import environment
 from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.watch import Assignment
+from lightning_ckptless.protocol.cadence import CadencePlan
 from lightning_ckptless.protocol.goodput import GoodputAccount, Phases, phases_from
 from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.protocol.recovery import Rung
@@ -151,6 +152,12 @@ class RunReport:
         }
 
     # ------------------------------------------------------------------ steps
+
+    def cadence(self, interval: int, plan: CadencePlan) -> None:
+        """All ranks have agreed on how often to mirror."""
+        if self.speaks:
+            self._record("cadence", interval=interval, reason=plan.reason)
+            self._say(f"from here on a version is mirrored every {interval} steps; rank 0 would take {plan.reason}")
 
     def waited(self, stall_s: float) -> None:
         """The optimizer step had to wait for a copy."""

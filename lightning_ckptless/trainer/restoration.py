@@ -76,6 +76,7 @@ class Restoration:
         assert self.index is not None
         report.protected(replenish(self.complete, cohort.arena, cohort.transport, cohort.nodes, cohort.placement))
         report.resume(self.small["report"])
+        mirroring.cadence.begin(self.small["interval"])
         mirroring.resume(self.version, self.layout, self.index)
         apply_rng(self.state["rng"])
 

@@ -58,6 +58,11 @@ class SmallState:
         self._data_baseline = frozenset(vars(flavour.LightningDataModule()))
         self._savers = [owner for owner in (self.module, *self._callbacks) if _saves_extras(owner)]
 
+    @property
+    def callbacks(self) -> list[Any]:
+        """Those whose state is a part of it, in its order."""
+        return self._callbacks
+
     def _heavy(self, owner: Any) -> frozenset[str]:
         """Attributes that are left out for their size, looked for once and named."""
         if id(owner) not in self._heavy_names:

@@ -29,7 +29,7 @@ class StepBoundaries:
     Args:
         loops: the loops of the trainer.
         commit: takes the version that has come to exist.
-        every_n_steps: optimizer steps between two versions.
+        every_n_steps: tells how many optimizer steps lie between two versions.
         since: version that the run starts from; None for a fresh one, which begins with a version of its own.
         before_batch: called with the fetcher before each batch.
     """
@@ -39,7 +39,7 @@ class StepBoundaries:
         loops: FitLoops,
         commit: Commit,
         *,
-        every_n_steps: int,
+        every_n_steps: Callable[[], int],
         since: Version | None,
         before_batch: Callable[[Any], None] = lambda _: None,
     ) -> None:
@@ -80,7 +80,7 @@ class StepBoundaries:
         return self.loops.step_done() and (last is None or step > last.optimizer_step or not last.tail_done)
 
     def _is_due(self, *, pending: int) -> bool:
-        return (self.loops.batches_that_stepped + pending) % self.every_n_steps == 0
+        return (self.loops.batches_that_stepped + pending) % self.every_n_steps() == 0
 
     def _take(self, *, tail_done: bool) -> None:
         version = Version(self.loops.trainer.global_step, tail_done)

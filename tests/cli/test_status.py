@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lightning_ckptless.cli.app import app
+from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena, Owner
 from lightning_ckptless.replica.slot import Stamp
@@ -62,6 +63,16 @@ def test_running(tmp_path: Path, arena: Arena) -> None:
     assert (told["members"], told["standbys"]) == ([[0, 70], [1, 80]], "1 of 2 ready")
     assert told["recovery_count"] == 2
     assert told["recoveries"][-1]["cause"] == "died by SIGKILL"
+
+
+def test_durable_states(tmp_path: Path) -> None:
+    folder = write_ledger(tmp_path / "runs")
+    assert ask(tmp_path / "runs")["durable"] == ""
+    ledger = Ledger(folder / "ledger.jsonl")
+    ledger.record("durable_written", step=20, path="/far/durable/step-0000000020")
+    assert ask(tmp_path / "runs")["durable"] == "step 20, in /far/durable"
+    ledger.record("durable_failed", step=30, cause="full")
+    assert ask(tmp_path / "runs")["durable"].endswith("in /far/durable; that of step 30 could not be written")
 
 
 def test_agent_that_is_gone(tmp_path: Path, arena: Arena) -> None:

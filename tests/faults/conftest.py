@@ -1,4 +1,4 @@
-"""One preloaded parent and one uninterrupted run per configuration, shared by all drills of a module."""
+"""One preloaded parent for all runs, and one uninterrupted run per configuration for all drills of a module."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def command_for(options: Options) -> list[str]:
     return words
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def parent() -> Iterator[PreloadedParent]:
-    """Forks the workers of all runs of a module."""
+    """Forks the workers of all runs: its imports are paid once."""
     with make_parent(LaunchConfig(program=program_of([str(LAB)]))) as preloaded:
         preloaded.ready()
         yield preloaded

@@ -82,6 +82,12 @@ OPTIMIZATION = {
     "plateau-early_stopping": Cell("kill:rank=0:step=8", replace(BASE, scheduler="plateau", early_stopping=True)),
     "clip-bf16": Cell("kill:rank=1:step=5:at=backward", replace(BASE, clip=0.5, precision="bf16-mixed")),
     "ema-checkpoints": Cell("kill:rank=0:step=9:at=commit", replace(BASE, ema=True, checkpoint_every=3)),
+    # Once while the interval is measured, and once when it is chosen.
+    "mirror_every=auto": Cell(
+        "kill:rank=1:step=20,kill:rank=0:step=95",
+        replace(BASE, samples=800, epochs=1, strategy_options="{'mirror_every_n_steps': 'auto'}"),
+        recoveries=2,
+    ),
     "mirror_every=3": Cell("kill:rank=1:step=8", replace(BASE, strategy_options="{'mirror_every_n_steps': 3}")),
     "staging=blocking": Cell("kill:rank=0:step=4", replace(BASE, strategy_options="{'staging': 'blocking'}")),
 }

@@ -112,6 +112,15 @@ def test_arena_lies_where_it_was_asked_to(job: Run, tmp_path: Path) -> None:
     assert [path.name.startswith(f"ckptless-{job.run_id}") for path in folder.iterdir()] == [True]
 
 
+@pytest.mark.parametrize(("per_day", "interval"), [(1e-3, "1000"), (1e9, r"\d+")])
+def test_interval_is_chosen_by_what_versions_cost(per_day: float, interval: str, job: Run) -> None:
+    options = {"mirror_every_n_steps": "auto", "failures_per_day": per_day, "mirror_budget": 1.0}
+    assert job.start(replace(SHORT, samples=480, strategy_options=repr(options))).exit_code == 0
+    (chosen,) = re.findall(r"a version is mirrored every (\d+) steps; rank 0 would take", job.output)
+    assert re.fullmatch(interval, chosen)
+    assert (chosen == "1000") == (per_day < 1)
+
+
 def test_one_process_alone_is_restored_from_its_own_arena(job: Run) -> None:
     options = replace(BASE, devices=1)
     assert job.start(options, "kill:rank=0:step=5", max_restarts=3).exit_code == 0

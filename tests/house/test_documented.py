@@ -24,7 +24,7 @@ from lightning_ckptless.protocol.goodput import Phases
 from lightning_ckptless.protocol.placement import place
 from lightning_ckptless.protocol.recovery import WORKER_TRANSITIONS, WorkerEvent
 from lightning_ckptless.protocol.slots import TRANSITIONS, SlotEvent
-from lightning_ckptless.protocol.start import StartPlan, plan_start
+from lightning_ckptless.protocol.start import Left, Start, StartPlan, plan_start
 from lightning_ckptless.protocol.versions import Complete, Missing, Replica, SlotState, Version, newest_complete
 from tests.house.code import PACKAGE, REPOSITORY, dotted, sources
 
@@ -206,17 +206,16 @@ def _replica(shard: int, version: Version, *, world_size: int) -> Replica:
 
 
 def _plan(found: Complete | Missing, *, world_size: int) -> StartPlan:
-    return plan_start(
-        found=found,
+    start_ = Start(
         generation=2,
         world_size=world_size,
         relaunched=True,
         had_commit=True,
-        ckpt_path=None,
+        asked=None,
         origin=None,
-        durable=None,
         on_unrecoverable="durable",
     )
+    return plan_start(start_, found, Left())
 
 
 def test_make_targets_that_are_shown_exist() -> None:

@@ -15,9 +15,10 @@ MAY_IMPORT = {
     "protocol": {"protocol", "errors", "options"},
     "replica": {"replica", "protocol", *BASE},
     "membership": {"membership", "protocol", *BASE},
+    "durable": {"durable", "replica", "protocol", "ledger", *BASE},
     "ledger": {"errors"},
     "metrics": {"protocol"},
-    "trainer": {"trainer", "replica", "membership", "protocol", "ledger", "metrics", *BASE},
+    "trainer": {"trainer", "durable", "replica", "membership", "protocol", "ledger", "metrics", *BASE},
     "callbacks": {"callbacks", "testing.digest", "trainer", "protocol", "ledger", *BASE},
     "testing": {"testing", "job", "membership", "protocol", "ledger", "trainer", "callbacks", *BASE},
     "testing.digest": set[str](),
@@ -25,7 +26,7 @@ MAY_IMPORT = {
     "assembly": {"callbacks", "trainer"},
     "registration": {"_autoload", "assembly"},
     "_autoload": {"registration"},
-    "cli": {"cli", "job", "testing", "membership", "replica", "protocol", "ledger", "metrics", *BASE},
+    "cli": {"cli", "job", "testing", "durable", "membership", "replica", "protocol", "ledger", "metrics", *BASE},
     "__init__": {"_autoload", "assembly", "callbacks", "errors", "metrics", "options"},
 }
 # `protocol` decides: it has no clock, opens nothing, and could be run in the head.

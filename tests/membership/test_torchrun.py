@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_ckptless import environment
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.launch import DEFAULT_PRELOAD, LaunchConfig
 from lightning_ckptless.membership.torchrun import config_from_torchrun_args
@@ -34,6 +35,18 @@ def test_our_own_options() -> None:
     assert config.preload == (*DEFAULT_PRELOAD, "a.b", "c")
     assert (config.fresh, config.run_root, config.arena_dir) == (True, Path("/runs"), Path("/shm"))
     assert config.max_restarts == 3
+
+
+def test_options_of_durable_states_are_handed_to_the_workers() -> None:
+    assert read("train.py").env == {}
+    words = "--durable-every-n-steps 50 --durable-every-s 2.5 --durable-dir states"
+    assert read(f"{words} train.py").env == {
+        environment.DURABLE_EVERY_N_STEPS: "50",
+        environment.DURABLE_EVERY_S: "2.5",
+        environment.DURABLE_DIR: str(Path("states").absolute()),
+    }
+    with pytest.raises(OptionsError, match="durable_every_n_steps=0: expected a whole number of at least 1"):
+        read("--durable-every-n-steps 0 train.py")
 
 
 def test_options_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ class OneProcess(SingleDeviceStrategy):
         watch_logs(trainer.loggers)
         self.trainer, self.loops = trainer, FitLoops(trainer)
         since = self.saved["version"] if self.saved else None
-        StepBoundaries(self.loops, self.commit, every_n_steps=1, since=since)
+        StepBoundaries(self.loops, self.commit, every_n_steps=lambda: 1, since=since)
         self.small: SmallState | None = None
         if self.saved:
             tail_done = self.saved["version"].tail_done

@@ -7,13 +7,20 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.trainer.checkpoints import files_of_the_future, newest_checkpoint, note_of_save, remove
+from lightning_ckptless.trainer.checkpoints import (
+    files_of_the_future,
+    newest_checkpoint,
+    note_of_save,
+    remove,
+    step_of,
+)
 from tests.trainer.tiny import tiny_trainer
 
 
@@ -137,3 +144,15 @@ def test_a_folder_is_a_checkpoint_once_its_last_file_is_there(tmp_path: Path) ->
     remove(whole)
     assert newest_checkpoint(trainer) is None
     assert torn.exists()
+
+
+def test_the_step_of_a_file_is_read_without_its_tensors(tmp_path: Path) -> None:
+    torch.save({"global_step": 7, "state_dict": {"w": torch.ones(3)}}, tmp_path / "good.ckpt")
+    torch.save({"epoch": 7}, tmp_path / "other.ckpt")
+    torch.save({"global_step": 7, "class": Path}, tmp_path / "classes.ckpt")
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    (tmp_path / "folder.ckpt").mkdir()
+    assert step_of(str(tmp_path / "good.ckpt")) == 7
+    for name in ("other", "classes", "text", "folder", "missing"):
+        assert step_of(str(tmp_path / f"{name}.ckpt")) is None
+    assert step_of("last") is None

@@ -51,7 +51,7 @@ def versions(
         taken.append(f"{version.optimizer_step}{'' if version.tail_done else '-'}")
 
     trainer = tiny_trainer(root, **options)
-    StepBoundaries(FitLoops(trainer), take, every_n_steps=every_n_steps, since=since)
+    StepBoundaries(FitLoops(trainer), take, every_n_steps=lambda: every_n_steps, since=since)
     trainer.fit(module or tiny_module(), tiny_loader(samples), tiny_loader() if validate else None)
     return taken
 
@@ -108,7 +108,7 @@ def test_a_run_from_a_checkpoint_begins_with_a_version_where_it_is_between_epoch
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     taken: list[int] = []
     trainer = tiny_trainer(tmp_path, max_epochs=2)
-    StepBoundaries(FitLoops(trainer), lambda v: taken.append(v.optimizer_step), every_n_steps=1, since=None)
+    StepBoundaries(FitLoops(trainer), lambda v: taken.append(v.optimizer_step), every_n_steps=lambda: 1, since=None)
     trainer.fit(tiny_module(), tiny_loader(), ckpt_path=str(tmp_path / "end.ckpt"), weights_only=False)
     assert taken == [4, 5, 6, 7, 8]
 
@@ -118,7 +118,7 @@ def test_a_version_before_the_tail_is_one_before_validation(tmp_path: Path) -> N
     trainer = tiny_trainer(tmp_path)
     StepBoundaries(
         FitLoops(trainer), lambda v: known.update({str(v): "val_loss" in trainer.callback_metrics}),
-        every_n_steps=1, since=None,
+        every_n_steps=lambda: 1, since=None,
     )  # fmt: skip
     trainer.fit(tiny_module(), tiny_loader(), tiny_loader())
     assert known["step 4 (before its tail)"] is False
@@ -136,7 +136,7 @@ def test_counters_agree_at_every_version(tmp_path: Path) -> None:
 
     trainer = tiny_trainer(tmp_path)
     loops = FitLoops(trainer)
-    StepBoundaries(loops, look, every_n_steps=1, since=None)
+    StepBoundaries(loops, look, every_n_steps=lambda: 1, since=None)
     trainer.fit(tiny_module(), tiny_loader(), tiny_loader())
     assert seen == [(step, step) for step in (0, 1, 2, 3, 4, 4)]
 
@@ -147,7 +147,7 @@ def test_what_commit_raises_ends_the_run_before_the_next_step(tmp_path: Path) ->
             raise RuntimeError("the arena is full")
 
     trainer = tiny_trainer(tmp_path)
-    boundaries = StepBoundaries(FitLoops(trainer), refuse, every_n_steps=1, since=None)
+    boundaries = StepBoundaries(FitLoops(trainer), refuse, every_n_steps=lambda: 1, since=None)
     with pytest.raises(RuntimeError, match="the arena is full"):
         trainer.fit(tiny_module(), tiny_loader())
     assert trainer.global_step == 2
@@ -158,7 +158,7 @@ def test_the_loop_gets_its_own_methods_back(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path)
     loops = FitLoops(trainer)
     before = loops.epoch.advance, loops.epoch.on_advance_end
-    boundaries = StepBoundaries(loops, lambda _: pytest.fail("a version"), every_n_steps=1, since=None)
+    boundaries = StepBoundaries(loops, lambda _: pytest.fail("a version"), every_n_steps=lambda: 1, since=None)
     assert loops.epoch.advance == boundaries.advance
     boundaries.remove()
     assert (loops.epoch.advance, loops.epoch.on_advance_end) == before

@@ -1,0 +1,120 @@
+"""From SIGKILL to the first sign of death that an agent sees, by the memory that the kernel has to free.
+
+Real workers, looked at by the agent's own code. Beside it: when the kernel tells of the end, which it does when the
+memory is freed. That is what an agent would have to wait for otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+
+from benchmarks import machine
+from benchmarks.quantiles import median, quantile
+from benchmarks.report import Report, base_parser, progress_bar
+from benchmarks.tables import Table, verdict
+from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.program import Program
+from lightning_ckptless.membership.workers import Workers
+
+TARGET_MS = 50.0
+SIZES_GIB = (0.0, 1.0, 4.0)
+_HOLD = """
+import sys, time
+held = bytearray(int(float(sys.argv[1]) * 2**30))
+held[::4096] = bytes(len(held[::4096]))
+open(sys.argv[2], "w").close()
+time.sleep(600)
+"""
+_PAUSE_S = 0.02
+_READY_S = 120.0
+
+
+def kill_one(parent: PreloadedParent, folder: Path, size_gib: float, after_s: float) -> dict[str, float]:
+    """Start a worker that holds so much memory, kill it, and look.
+
+    Args:
+        parent: forks it.
+        folder: for its output.
+        size_gib: memory that it touches.
+        after_s: pause before the kill, so that it falls at no fixed moment of the looking.
+    """
+    script, sign = folder / "hold.py", folder / "ready"
+    script.write_text(_HOLD)
+    sign.unlink(missing_ok=True)
+    program = Program("script", str(script), (str(size_gib), str(sign)))
+    workers = Workers(
+        parent,
+        program,
+        {0: {}},
+        base_env=dict(os.environ),
+        cwd=str(folder),
+        fresh=False,
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=Std.ALL),
+    )
+    workers.start()
+    workers.inside.add(0)
+    deadline = time.monotonic() + _READY_S
+    while not sign.exists():
+        assert time.monotonic() < deadline, f"a worker has not touched {size_gib} GiB within {_READY_S:g} s"
+        time.sleep(_PAUSE_S)
+    time.sleep(after_s)
+    try:
+        killed_at = time.time()
+        os.kill(workers.pids()[0], signal.SIGKILL)
+        while not workers.signs():
+            workers.watch(1.0)
+        seen_at = time.time()
+        while workers.running:
+            workers.wait_for_end(1.0)
+        return {"seen_s": seen_at - killed_at, "told_s": time.time() - killed_at}
+    finally:
+        workers.close(signal.SIGKILL)
+
+
+def detection_table(results: dict[str, list[dict[str, float]]]) -> Table:
+    """How soon a death is seen."""
+    table = Table(
+        "SIGKILL to the first sign of death, by the memory of the worker",
+        ("memory", "kills", "seen p50 ms", "p99 ms", "max ms", "told by the kernel p50 ms", "max ms "),
+    )
+    for size, kills in results.items():
+        seen = [1e3 * kill["seen_s"] for kill in kills]
+        told = [1e3 * kill["told_s"] for kill in kills]
+        figures = (median(seen), quantile(seen, 0.99), max(seen), median(told), max(told))
+        table.add(f"{size} GiB", len(kills), *(f"{figure:.1f}" for figure in figures))
+    everything = [1e3 * kill["seen_s"] for kills in results.values() for kill in kills]
+    table.note(f"Seen, p99 over all: {verdict(quantile(everything, 0.99), TARGET_MS, 'ms')}")
+    return table
+
+
+def main() -> None:
+    """Read the command line, measure, report."""
+    parser = base_parser(__doc__)
+    parser.add_argument("--repeats", type=int, help="kills of each size (default: 40; 3 with --quick)")
+    args = parser.parse_args()
+    repeats = args.repeats or (3 if args.quick else 40)
+    report = Report(args)
+    results: dict[str, Any] = {f"{size:g}": [] for size in SIZES_GIB}
+    with (
+        progress_bar() as progress,
+        tempfile.TemporaryDirectory() as folder,
+        PreloadedParent(path=[str(machine.ROOT)]) as parent,
+    ):
+        task = progress.add_task("", total=repeats * len(SIZES_GIB))
+        for number in range(repeats):
+            for size in SIZES_GIB:
+                progress.update(task, description=f"a worker of {size:g} GiB")
+                results[f"{size:g}"].append(kill_one(parent, Path(folder), size, 0.0007 * number))
+                progress.advance(task)
+    report.finish([detection_table(results)], results)
+
+
+if __name__ == "__main__":
+    main()

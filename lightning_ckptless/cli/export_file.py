@@ -1,0 +1,269 @@
+"""From what a run has left to a file: the newest state is found, copied, and put into the form that was asked for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lightning_ckptless.cli.export_source import Source
+from lightning_ckptless.cli.survey import arenas_of
+from lightning_ckptless.durable.capture import Captured, Room, capture, newest_committed
+from lightning_ckptless.durable.checkpoint import (
+    lightning_checkpoint,
+    model_state,
+    recipe_in,
+    small_state_of,
+    tensors_of,
+)
+from lightning_ckptless.durable.folder import DurableFolder, Manifest, ShardFacts, write_manifest
+from lightning_ckptless.durable.safetensors import write_safetensors
+from lightning_ckptless.durable.store import load_state, require_space, state_bytes, write_state
+from lightning_ckptless.errors import ArenaError, DurableError, OptionsError
+from lightning_ckptless.protocol.versions import Complete, Version
+from lightning_ckptless.replica.arena import Arena
+
+_SUFFIX = {"lightning": ".ckpt", "dcp": "", "safetensors": ".safetensors"}
+_CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A state that can be exported.
+
+    Args:
+        version: of the state.
+        run_id: run that it belongs to.
+        origin: checkpoint file that the run began from.
+        where: where it is, in words.
+        size_bytes: of its tensors.
+        get: brings it into memory; told a function that takes the bytes done.
+    """
+
+    version: Version
+    run_id: str
+    origin: str | None
+    where: str
+    size_bytes: int
+    get: Callable[[Callable[[int], None]], Captured]
+
+
+def write_export(source: Source, step: int | None, kind: str, output: Path | None, *, force: bool) -> str:
+    """Export a state.
+
+    Args:
+        source: where it is looked for.
+        step: its optimizer step; None for the newest.
+        kind: `lightning`, `dcp` or `safetensors`.
+        output: file or folder; None for one named by run and step.
+        force: overwrite what is there.
+
+    Returns:
+        What was written, in a sentence.
+
+    Raises:
+        OptionsError: the output is there, or there is no such step.
+        DurableError: there is no complete version, or it cannot be read or written.
+    """
+    if output is not None:
+        _require_free(output, force=force)
+    choice = _choose(source, step)
+    target = output or Path(f"{choice.run_id}-step-{choice.version.optimizer_step}{_SUFFIX[kind]}")
+    _require_free(target, force=force)
+    with _progress() as bar:
+        task = bar.add_task(f"reading {choice.version}", total=choice.size_bytes)
+        captured = choice.get(lambda done: bar.advance(task, done))
+        bar.update(task, completed=choice.size_bytes)
+        writing = bar.add_task(f"writing {target}", total=None)
+        _write(captured, choice, kind, target, lambda done: bar.advance(writing, done))
+    size_bytes = _size(target)
+    return f"{target}: {captured.snapshot.version} of run {choice.run_id}, {decimal(size_bytes)}, from {choice.where}"
+
+
+def _require_free(target: Path, *, force: bool) -> None:
+    if target.exists() and not force:
+        raise OptionsError(f"{target} is there already: name another file, or give --force to overwrite it")
+    if not target.absolute().parent.is_dir():
+        raise OptionsError(f"{target}: there is no folder {target.absolute().parent}")
+
+
+# ------------------------------------------------------------------ what there is
+
+
+def _choose(source: Source, step: int | None) -> _Choice:
+    choices = [*_in_arenas(source, step), *_durable(source)]
+    fitting = [choice for choice in choices if step in (None, choice.version.optimizer_step)]
+    if fitting:
+        # Of the same version that in memory: it is the quicker one.
+        return max(enumerate(fitting), key=lambda entry: (entry[1].version, -entry[0]))[1]
+    if not choices:
+        raise DurableError(f"{source.name}: nothing to export: {_why_nothing(source)}")
+    there = ", ".join(str(choice.version) for choice in sorted(choices, key=lambda choice: choice.version))
+    raise OptionsError(f"{source.name}: step {step} is not there (any more); there are: {there}")
+
+
+def _in_arenas(source: Source, step: int | None) -> Iterator[_Choice]:
+    arenas = _arenas(source)
+    for at in _wanted(arenas, step):
+        found = newest_committed(arenas, at=at)
+        if isinstance(found, Complete):
+            yield _Choice(
+                version=found.snapshot.version,
+                run_id=arenas[0].run_id,
+                origin=arenas[0].notes().get("origin"),
+                where="shared memory",
+                size_bytes=sum(kept[0].bulk_bytes for kept in found.replicas),
+                get=lambda progress, at=at: _capture(arenas, at, progress),  # type: ignore[misc]
+            )
+
+
+def _wanted(arenas: list[Arena], step: int | None) -> list[Version | None]:
+    """Which versions to ask for: the newest, or both of a step, its tail done or not."""
+    if not arenas:
+        return []
+    return [None] if step is None else [Version(step, True), Version(step, False), None]
+
+
+def _capture(arenas: list[Arena], at: Version | None, progress: Callable[[int], None]) -> Captured:
+    captured = capture(arenas, Room(), at=at)
+    progress(sum(shard.bulk.numel() for shard in captured.shards))
+    return captured
+
+
+def _arenas(source: Source) -> list[Arena]:
+    """Arenas of the newest `fit` of the run that are on this machine."""
+    if source.run is None:
+        return []
+    arenas = []
+    for info in arenas_of(source.run, source.arena_dir):
+        try:
+            arenas.append(Arena.attach(info.path))
+        except ArenaError:
+            # Removed while we looked: the run has just ended.
+            continue
+    newest = max((arena.run_id for arena in arenas), key=lambda name: (len(name), name), default="")
+    return [arena for arena in arenas if arena.run_id == newest]
+
+
+def _durable(source: Source) -> Iterator[_Choice]:
+    if source.state is not None:
+        yield _from_state(source.state, Manifest.read(source.state))
+    elif source.durable is not None:
+        for path, manifest in DurableFolder(source.durable).states():
+            yield _from_state(path, manifest)
+
+
+def _from_state(path: Path, manifest: Manifest) -> _Choice:
+    return _Choice(
+        version=manifest.snapshot.version,
+        run_id=manifest.run_id,
+        origin=manifest.origin,
+        where=f"the durable state {path}",
+        size_bytes=sum(shard.bulk_bytes for shard in manifest.shards),
+        get=lambda progress: load_state(path, manifest, progress),
+    )
+
+
+def _why_nothing(source: Source) -> str:
+    if source.run is None:
+        return "no durable state is complete"
+    if not (arenas := _arenas(source)):
+        return "its arenas are gone, and it has written no durable state"
+    return newest_committed(arenas).reason
+
+
+# ------------------------------------------------------------------ writing
+
+
+def _write(captured: Captured, choice: _Choice, kind: str, target: Path, progress: Callable[[int], None]) -> None:
+    """Write beside the target, then put it in place: who looks meanwhile sees the old one or none."""
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        require_space(target.absolute().parent, state_bytes(captured))
+        if kind == "dcp":
+            part.mkdir()
+            write_state(captured, part)
+            write_manifest(part, _manifest(captured, choice))
+        else:
+            with part.open("wb") as file:
+                _write_file(captured, choice, kind, file, progress)
+                file.flush()
+                os.fsync(file.fileno())
+        _remove(target)
+        part.rename(target)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, DurableError):
+            raise
+        raise DurableError(f"{target}: cannot be written: {error}") from error
+    finally:
+        _remove(part)
+
+
+def _write_file(
+    captured: Captured, choice: _Choice, kind: str, file: BinaryIO, progress: Callable[[int], None]
+) -> None:
+    counted: Any = _Counted(file, progress)
+    if kind == "lightning":
+        torch.save(lightning_checkpoint(captured), counted)
+        return
+    recipe = recipe_in(captured)
+    state = model_state(recipe, small_state_of(captured), tensors_of(captured))
+    weights = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    facts = {"format": "pt", "run": choice.run_id, "step": str(captured.snapshot.version.optimizer_step)}
+    write_safetensors(weights, facts, counted)
+
+
+class _Counted:
+    """A file that tells how much was written."""
+
+    def __init__(self, file: BinaryIO, progress: Callable[[int], None]) -> None:
+        self._file = file
+        self._progress = progress
+
+    def write(self, data: Any) -> int:
+        """Write all, in pieces that can be seen."""
+        view = memoryview(data).cast("B")
+        for at in range(0, len(view), _CHUNK_BYTES):
+            self._progress(self._file.write(view[at : at + _CHUNK_BYTES]))
+        return len(view)
+
+    def flush(self) -> None:
+        """Hand on what is held back."""
+        self._file.flush()
+
+
+def _manifest(captured: Captured, choice: _Choice) -> Manifest:
+    shards = tuple(ShardFacts(s.bulk.numel(), len(s.blob), s.checksum) for s in captured.shards)
+    return Manifest(choice.run_id, captured.snapshot, shards, choice.origin, None, time.time())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int:
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    # On stderr: what is printed last, on stdout, is for programs, too.
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        yield bar

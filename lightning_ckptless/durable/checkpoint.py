@@ -1,0 +1,144 @@
+"""A version as a checkpoint of Lightning's: what `Trainer.save_checkpoint` would have written at that step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ckptless.durable.capture import Captured
+from lightning_ckptless.durable.foreign import read_pickle
+from lightning_ckptless.durable.recipe import Recipe
+from lightning_ckptless.errors import DurableError
+from lightning_ckptless.replica.layout import local_name, part_of, slot_views
+
+_RANK = 0
+"""Whose buffers and small state a checkpoint has: Lightning's own is written by rank 0."""
+
+
+def tensors_of(captured: Captured) -> dict[str, Tensor]:
+    """The tensors of a version as rank 0 has them, whole, by our names."""
+    layout = captured.layout
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in layout.known_to(_RANK).items()}
+    for shard, copy in enumerate(captured.shards):
+        for piece, view in zip(layout.of(shard), slot_views(layout, shard, copy.bulk), strict=True):
+            whole = tensors.get(local_name(piece, _RANK))
+            if whole is not None:
+                part_of(whole, piece, (0,) * whole.dim()).copy_(view)
+    return tensors
+
+
+def recipe_in(captured: Captured) -> Recipe:
+    """How a checkpoint of a version is put together.
+
+    Raises:
+        DurableError: the run has left no recipe, or it cannot make whole what it describes.
+    """
+    if not captured.recipe:
+        raise DurableError(
+            f"{captured.snapshot.version}: the run has not said how a checkpoint is put together from it; format dcp "
+            "takes the tensors as they are"
+        )
+    recipe = read_pickle(captured.recipe)
+    assert isinstance(recipe, Recipe)
+    if recipe.lacking:
+        raise DurableError(
+            f"the model's state_dict has {', '.join(recipe.lacking[:3])}, which is no tensor of the state (does a hook "
+            "make it?), so a checkpoint would lack it; format dcp takes the tensors as they are"
+        )
+    return recipe
+
+
+def model_state(recipe: Recipe, small: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The model's `state_dict`."""
+    state: dict[str, Any] = {key: tensors[name] for key, name in recipe.state_dict.items()}
+    state |= {key: small["module"]["extra_state"][path] for key, path in recipe.extra_state.items()}
+    return state | {key: small["metrics"][path]["states"][name] for key, (path, name) in recipe.metric_state.items()}
+
+
+def small_state_of(captured: Captured) -> dict[str, Any]:
+    """The small state of rank 0."""
+    state: dict[str, Any] = read_pickle(captured.shards[_RANK].blob)["state"]
+    return state
+
+
+def lightning_checkpoint(captured: Captured) -> dict[str, Any]:
+    """A version as Lightning's checkpoint dictionary.
+
+    Raises:
+        DurableError: the run has left no recipe, or it lacks something.
+    """
+    recipe, small, tensors = recipe_in(captured), small_state_of(captured), tensors_of(captured)
+    loops = small["counters"]["fit_loop"]
+    checkpoint: dict[str, Any] = {
+        "epoch": loops["epoch_progress"]["current"]["completed"],
+        "global_step": captured.snapshot.version.optimizer_step,
+        "pytorch-lightning_version": recipe.lightning_version,
+        "state_dict": model_state(recipe, small, tensors),
+        "loops": {"fit_loop": loops, **recipe.other_loops},
+        "callbacks": _callback_states(recipe, small),
+        "optimizer_states": [_optimizer_state(recipe, small, tensors, i) for i in range(len(recipe.parameters))],
+        "lr_schedulers": small["schedulers"],
+        **recipe.hyper_parameters,
+    }
+    if small["precision"]:
+        checkpoint[recipe.precision_key] = small["precision"]
+    if recipe.datamodule_key is not None and small["datamodule"] and small["datamodule"]["state"]:
+        checkpoint[recipe.datamodule_key] = small["datamodule"]["state"]
+    if recipe.averaged is not None:
+        _put_average_first(checkpoint, recipe.averaged, tensors)
+    return _with_extras(checkpoint, small["extras"])
+
+
+def _callback_states(recipe: Recipe, small: Mapping[str, Any]) -> dict[str, Any]:
+    states = (callback["state"] for callback in small["callbacks"])
+    return {key: state for key, state in zip(recipe.callback_keys, states, strict=True) if state}
+
+
+def _optimizer_state(
+    recipe: Recipe, small: Mapping[str, Any], tensors: Mapping[str, Tensor], index: int
+) -> dict[str, Any]:
+    """As `Optimizer.state_dict` has it: parameters by number, in the order of their groups."""
+    facts = small["optimizers"][index]
+    numbered = {
+        name: number for number, name in enumerate(name for group in recipe.parameters[index] for name in group)
+    }
+    groups = [
+        values | {"params": [numbered[name] for name in names]}
+        for values, names in zip(facts["groups"], recipe.parameters[index], strict=True)
+    ]
+    state: dict[Any, Any] = dict(facts["common"])
+    prefix = f"optimizer/{index}/"
+    for name, tensor in tensors.items():
+        parameter, _, key = name.removeprefix(prefix).rpartition("/")
+        if name.startswith(prefix) and parameter in numbered and not (parameter.startswith("#") and key == "value"):
+            state.setdefault(numbered[parameter], {})[key] = tensor
+    for name, values in facts["state"].items():
+        state.setdefault(numbered[name], {}).update(values)
+    return {
+        "state": dict(sorted(state.items(), key=lambda item: (isinstance(item[0], str), item[0]))),
+        "param_groups": groups,
+    }
+
+
+def _put_average_first(checkpoint: dict[str, Any], averaged: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Lightning's averaging callbacks put the average in the place of the model, and the model beside it."""
+    inside = "module."
+    average = {key: tensors[name] for key, name in averaged.items() if name in tensors}
+    model = checkpoint["current_model_state"] = checkpoint["state_dict"]
+    averaged_model = {k.removeprefix(inside): v for k, v in average.items() if k.startswith(inside)}
+    # What has no average, extra state and metrics, is the model's own.
+    checkpoint["state_dict"] = model | averaged_model
+    checkpoint["averaging_state"] = {k: v for k, v in average.items() if not k.startswith(inside)}
+
+
+def _with_extras(checkpoint: dict[str, Any], extras: Mapping[str, Any]) -> dict[str, Any]:
+    """What the program's own `on_save_checkpoint` hooks have put into a checkpoint."""
+    for key, value in extras.items():
+        if isinstance(value, dict) and isinstance(checkpoint.get(key), dict):
+            checkpoint[key].update(value)
+        elif value or key not in checkpoint:
+            checkpoint[key] = value
+    return checkpoint

@@ -1,0 +1,246 @@
+"""The folder of a run's durable states.
+
+    <durable_dir>/                     mode 0700
+        ckptless-durable.json          says that the folder is ours; locked by the one process that writes here
+        step-0000000120/               one state: complete, for it gets this name last
+            state.json                 what it holds: version, run, and a checksum for each shard
+            layout.json                how the tensors are cut
+            recipe.bin                 how a Lightning checkpoint is put together from it
+            .metadata, __0_0.distcp    torch.distributed.checkpoint's: one file per shard
+        .step-0000000130.part          on its way, or left by a writer that was killed
+
+A state becomes visible by a rename, when all its files are on the disk. What is not visible is nobody's state.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_ckptless.errors import DurableError, OptionsError
+from lightning_ckptless.protocol.durable import DurableState, state_name, version_of
+from lightning_ckptless.protocol.versions import Snapshot, Version
+
+FORMAT = 1
+MARKER = "ckptless-durable.json"
+_MANIFEST = "state.json"
+_PART = ".part"
+_GOING = ".going"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFacts:
+    """One shard of a durable state.
+
+    Args:
+        bulk_bytes: length of its tensor part.
+        blob_bytes: length of its rank's small state.
+        checksum: digest of both, as the rank that staged it has computed it.
+    """
+
+    bulk_bytes: int
+    blob_bytes: int
+    checksum: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a durable state says of itself.
+
+    Args:
+        run_id: run that has written it.
+        snapshot: version, generation, world size and digest of the layout.
+        shards: one per rank.
+        origin: checkpoint file that the run began from.
+        logger_versions: names and versions of its loggers.
+        written_at: wall clock, in seconds since the epoch.
+    """
+
+    run_id: str
+    snapshot: Snapshot
+    shards: tuple[ShardFacts, ...]
+    origin: str | None
+    logger_versions: list[dict[str, Any]] | None
+    written_at: float
+
+    def to_bytes(self) -> bytes:
+        """As JSON."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1).encode()
+
+    @classmethod
+    def read(cls, state: Path) -> Manifest:
+        """The manifest of a state's folder.
+
+        Raises:
+            DurableError: the folder is no state that can be read, or is another user's.
+        """
+        try:
+            found = state.stat()
+            if found.st_uid != os.getuid():
+                raise DurableError(f"{state}: expected a folder of user {os.getuid()}, found one of {found.st_uid}")
+            fields = json.loads((state / _MANIFEST).read_bytes())
+            if (number := fields.pop("format", None)) != FORMAT:
+                raise DurableError(f"{state}: a durable state of format {number}, expected {FORMAT}")
+            snapshot = fields.pop("snapshot")
+            snapshot["version"] = Version(**snapshot["version"])
+            shards = tuple(ShardFacts(**shard) for shard in fields.pop("shards"))
+            return cls(snapshot=Snapshot(**snapshot), shards=shards, **fields)
+        except DurableError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DurableError(f"{state}: not a durable state that can be read: {error!r}") from error
+
+    def state(self, path: Path) -> DurableState:
+        """The state as the protocol knows it."""
+        return DurableState(str(path), self.snapshot, self.run_id, self.origin)
+
+
+class DurableFolder:
+    """The folder of one run's durable states.
+
+    Args:
+        path: the folder; need not be there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def require_ours(self) -> None:
+        """Refuse a folder that holds something else; makes nothing.
+
+        Raises:
+            OptionsError: it is a file, another user's, of another format, or holds what is not ours.
+        """
+        try:
+            if not self.path.exists():
+                return
+            if not self.path.is_dir():
+                raise OptionsError(f"durable_dir={str(self.path)!r} is no folder: name one that is empty or missing")
+            if (marker := self.path / MARKER).exists():
+                number = json.loads(marker.read_bytes()).get("format")
+                if number != FORMAT:
+                    raise OptionsError(
+                        f"durable_dir={str(self.path)!r} holds durable states of format {number}, expected {FORMAT}: "
+                        "name another folder"
+                    )
+                return
+            strangers = sorted(path.name for path in self.path.iterdir())
+        except (OSError, ValueError, AttributeError) as error:
+            raise OptionsError(f"durable_dir={str(self.path)!r} cannot be read: {error}: name another one") from error
+        if strangers:
+            raise OptionsError(
+                f"durable_dir={str(self.path)!r} is not ours: it holds {', '.join(strangers[:3])}"
+                f"{' and more' if len(strangers) > 3 else ''} and no {MARKER}: name an empty folder or a missing one"
+            )
+
+    def prepare(self) -> None:
+        """Make the folder, and mark it as ours.
+
+        Raises:
+            OptionsError: it holds something else.
+            OSError: it cannot be made.
+        """
+        self.require_ours()
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        marker = self.path / MARKER
+        if not marker.exists():
+            write_synced(marker, json.dumps({"format": FORMAT}).encode())
+
+    @contextmanager
+    def locked(self) -> Iterator[bool]:
+        """Hold the folder for writing; yields False where another process does. Its holder's death releases it."""
+        # For writing, which is what a lock takes on a network file system.
+        with (self.path / MARKER).open("r+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    # ------------------------------------------------------------------ reading
+
+    def states(self) -> list[tuple[Path, Manifest]]:
+        """The complete states, the newest last; what cannot be read as one is left out."""
+        found = []
+        for path in self._folders():
+            try:
+                found.append((path, Manifest.read(path)))
+            except DurableError:
+                continue
+        return sorted(found, key=lambda entry: entry[1].snapshot)
+
+    def versions(self) -> tuple[Version, ...]:
+        """The versions of which there is a folder, in order."""
+        return tuple(sorted(version for path in self._folders() if (version := version_of(path.name)) is not None))
+
+    def _folders(self) -> list[Path]:
+        try:
+            return [path for path in self.path.iterdir() if version_of(path.name) is not None]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    # ------------------------------------------------------------------ writing
+
+    def begin(self, version: Version) -> Path:
+        """An empty folder for a state on its way."""
+        part = self.path / f".{state_name(version)}{_PART}"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(mode=0o700)
+        return part
+
+    def complete(self, part: Path, version: Version) -> Path:
+        """Let a state be seen, in the place of one of the same version if there is one."""
+        target = self.path / state_name(version)
+        sync(part)
+        if target.exists():
+            # The same version again, of a run that has gone back and come here once more.
+            self._remove(target)
+        part.rename(target)
+        sync(self.path)
+        return target
+
+    def drop(self, version: Version) -> None:
+        """Remove a state; in one step, as far as readers see."""
+        self._remove(self.path / state_name(version))
+
+    def _remove(self, state: Path) -> None:
+        going = state.with_name(f".{state.name}{_GOING}")
+        shutil.rmtree(going, ignore_errors=True)
+        state.rename(going)
+        shutil.rmtree(going, ignore_errors=True)
+
+    def tidy(self) -> None:
+        """Remove what a writer that was killed has left; called by the one that holds the lock."""
+        for path in self.path.iterdir():
+            if path.name.endswith((_PART, _GOING)) and version_of(path.name[1:].rpartition(".")[0]) is not None:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a small file and wait until the disk has it."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_manifest(state: Path, manifest: Manifest) -> None:
+    """Put the manifest into a state's folder."""
+    write_synced(state / _MANIFEST, manifest.to_bytes())
+
+
+def sync(folder: Path) -> None:
+    """Wait until the disk has the names in a folder."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,213 @@
+"""A durable state on the disk, in the format of torch.distributed.checkpoint.
+
+Tensors have the names of the layout: `parameter/<name>`, `optimizer/<index>/<parameter>/<key>`, and `rank<r>/...` for
+what each rank holds alone. The small state of a rank is the entry `rank<r>/small_state`, as bytes. `dcp.load` reads
+what it is asked for; we read back whole shards, byte by byte, so that the checksum which the rank computed when it
+staged the shard still holds, over arena and disk.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem, SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from lightning_ckptless.durable.capture import Captured, ShardCopy
+from lightning_ckptless.durable.folder import Manifest, write_synced
+from lightning_ckptless.durable.recipe import NAME as RECIPE_NAME
+from lightning_ckptless.durable.recipe import read_recipe
+from lightning_ckptless.errors import DurableError
+from lightning_ckptless.replica.checksum import bytes_of, matches
+from lightning_ckptless.replica.layout import Layout, private_name, slot_views, write_item
+
+_LAYOUT = "layout.json"
+_BYTES_PER_ENTRY = 2048
+"""What a piece takes beside its own bytes, and more than that."""
+
+_CANNOT_READ = (
+    OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, AssertionError, ImportError,
+    pickle.UnpicklingError,
+)  # fmt: skip
+"""What damaged files make of torch's reader."""
+
+
+def state_bytes(captured: Captured) -> int:
+    """Bytes that a state takes on the disk, a little too many rather than too few."""
+    shards = sum(shard.bulk.numel() + len(shard.blob) for shard in captured.shards)
+    return shards + _BYTES_PER_ENTRY * (len(captured.layout.chunks) + len(captured.shards) + 8)
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse to begin what does not fit.
+
+    Raises:
+        DurableError: with the bytes that are needed and those that are free.
+    """
+    disk = os.statvfs(folder)
+    free_bytes = disk.f_bavail * disk.f_frsize
+    if needed_bytes > free_bytes:
+        raise DurableError(
+            f"{folder}: {needed_bytes / 1e6:.1f} MB are needed, {free_bytes / 1e6:.1f} MB are free: make room, name "
+            "another durable_dir, or keep fewer states (durable_keep)"
+        )
+
+
+def write_state(captured: Captured, folder: Path) -> int:
+    """Write all but the manifest of a state into an empty folder, and wait until the disk has it.
+
+    Args:
+        captured: the version.
+        folder: empty.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        OSError, RuntimeError: it cannot be written.
+    """
+    layout = captured.layout
+    writer = FileSystemWriter(folder)
+    writer.set_up_storage_writer(is_coordinator=True)
+    metadata = replace(layout.metadata, state_dict_metadata=dict(layout.metadata.state_dict_metadata))
+    plans = writer.prepare_global_plan([_plan(layout, shard) for shard in range(layout.world_size)])
+    results: list[list[WriteResult]] = []
+    for shard, plan in enumerate(plans):
+        writer.prepare_local_plan(plan)
+        results.append(writer.write_data(plan, _ShardPlanner(layout, shard, captured.shards[shard])).wait())
+        metadata.state_dict_metadata[small_state_name(shard)] = BytesStorageMetadata()
+    writer.finish(metadata, results)
+    write_synced(folder / _LAYOUT, layout.to_bytes())
+    if captured.recipe:
+        write_synced(folder / RECIPE_NAME, captured.recipe)
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def small_state_name(rank: int) -> str:
+    """Name of a rank's small state among the entries of a state."""
+    return private_name(rank, "small_state")
+
+
+def read_layout(state: Path) -> Layout:
+    """How a state is cut.
+
+    Raises:
+        DurableError: it is not there, or not as it was written.
+    """
+    manifest = Manifest.read(state)
+    try:
+        layout = Layout.from_bytes((state / _LAYOUT).read_bytes())
+    except _CANNOT_READ as error:
+        raise DurableError(f"{state / _LAYOUT}: cannot be read: {error!r}") from error
+    if layout.digest != manifest.snapshot.layout:
+        raise DurableError(f"{state / _LAYOUT}: is damaged: its digest is not the one that {state} was written with")
+    return layout
+
+
+def read_shard(state: Path, manifest: Manifest, layout: Layout, shard: int) -> ShardCopy:
+    """One shard of a state, byte by byte as it was staged.
+
+    Args:
+        state: folder of the state.
+        manifest: of the state.
+        layout: of the state.
+        shard: index of the shard.
+
+    Raises:
+        DurableError: it cannot be read, or its bytes are not those that were written.
+    """
+    facts = manifest.shards[shard]
+    # Zeros between the pieces, as in a slot: the checksum is of them, too.
+    copy = ShardCopy(torch.zeros(facts.bulk_bytes, dtype=torch.uint8), b"", facts.checksum)
+    planner = _FillPlanner(layout, shard, copy.bulk)
+    reader = FileSystemReader(state)
+    try:
+        reader.set_up_storage_reader(reader.read_metadata(), is_coordinator=True)
+        reader.read_data(LoadPlan([*map(_read_item, _plan(layout, shard).items)]), planner).wait()
+    except _CANNOT_READ as error:
+        raise DurableError(f"{state}: shard {shard} cannot be read: {error!r}") from error
+    if not matches(facts.checksum, (bytes_of(copy.bulk), planner.blob)):
+        raise DurableError(f"{state}: shard {shard} is damaged: its bytes do not match their checksum")
+    return ShardCopy(copy.bulk, planner.blob, facts.checksum)
+
+
+def load_state(state: Path, manifest: Manifest, progress: Callable[[int], None] = lambda _bytes: None) -> Captured:
+    """A whole state, in memory.
+
+    Args:
+        state: folder of the state.
+        manifest: of the state.
+        progress: told of the bytes of each shard.
+
+    Raises:
+        DurableError: it cannot be read, or its bytes are not those that were written.
+    """
+    layout, shards = read_layout(state), list[ShardCopy]()
+    for shard in range(layout.world_size):
+        shards.append(read_shard(state, manifest, layout, shard))
+        progress(shards[-1].bulk.numel())
+    return Captured(manifest.snapshot, layout, tuple(shards), read_recipe(state))
+
+
+def _plan(layout: Layout, shard: int) -> SavePlan:
+    small = WriteItem(index=MetadataIndex(small_state_name(shard)), type=WriteItemType.BYTE_IO)
+    return SavePlan([small, *map(write_item, layout.of(shard))])
+
+
+def _read_item(item: WriteItem) -> ReadItem:
+    data = item.tensor_data
+    none = torch.Size(())
+    if data is None:
+        return ReadItem(LoadItemType.BYTE_IO, item.index, none, item.index, none, none)
+    start = torch.Size([0] * len(data.chunk.sizes))
+    return ReadItem(LoadItemType.TENSOR, item.index, start, item.index, start, data.chunk.sizes)
+
+
+class _ShardPlanner(DefaultSavePlanner):
+    """Hands the pieces of a shard to the writer."""
+
+    def __init__(self, layout: Layout, shard: int, copy: ShardCopy) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._views = _views(layout, shard, copy.bulk)
+        self._blob = copy.blob
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        """A view of a piece, or the small state."""
+        if write_item.type is WriteItemType.BYTE_IO:
+            return io.BytesIO(self._blob)
+        return self._views[write_item.index]
+
+
+class _FillPlanner(DefaultLoadPlanner):
+    """Puts what the reader reads where it lies in a shard."""
+
+    def __init__(self, layout: Layout, shard: int, bulk: torch.Tensor) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._views = _views(layout, shard, bulk)
+        self.blob = b""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:  # noqa: ARG002 - there is but one
+        """Take the small state."""
+        self.blob = value.getvalue()
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        """Where a piece goes."""
+        return self._views[read_item.storage_index]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """It is there already."""
+
+
+def _views(layout: Layout, shard: int, bulk: torch.Tensor) -> dict[MetadataIndex, torch.Tensor]:
+    items = [write_item(chunk) for chunk in layout.of(shard)]
+    return {item.index: view for item, view in zip(items, slot_views(layout, shard, bulk), strict=True)}

@@ -1,0 +1,206 @@
+"""The durable rung as a trainer takes it: the writer is asked for, and a state is brought back into the arenas.
+
+A state comes back the way it went: each rank puts its own shard into its own slot, under the version, the layout and
+the checksum that it was staged with. From there on it is restored like any version that arenas hold, and by the same
+code, so what is exact there is exact here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from lightning_ckptless import environment
+from lightning_ckptless.durable.capture import ShardCopy
+from lightning_ckptless.durable.folder import DurableFolder, Manifest
+from lightning_ckptless.durable.order import MODULE, WriterOrder
+from lightning_ckptless.durable.store import read_layout, read_shard
+from lightning_ckptless.errors import DurableError, OptionsError
+from lightning_ckptless.ledger import LEDGER_NAME
+from lightning_ckptless.membership.control import Line
+from lightning_ckptless.options import CkptlessOptions
+from lightning_ckptless.protocol.durable import DurableState, newest_first
+from lightning_ckptless.protocol.versions import Complete, Missing, Snapshot, Version
+from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.layout import Layout
+from lightning_ckptless.replica.restore import choose
+from lightning_ckptless.replica.slot import Slot, Stamp
+from lightning_ckptless.replica.transport import Transport
+from lightning_ckptless.trainer.cohort import Cohort
+from lightning_ckptless.trainer.identity import Identity
+
+log = logging.getLogger(__name__)
+
+_NOTE = "durable writer with"
+
+
+def with_environment(options: CkptlessOptions, env: Mapping[str, str] = os.environ) -> CkptlessOptions:
+    """The options, with what the launcher was told about durable states in the place of the strategy's own.
+
+    Raises:
+        OptionsError: a value is out of range, or no number.
+    """
+    given: dict[str, Any] = {}
+    for name, variable, kind in (
+        ("durable_every_n_steps", environment.DURABLE_EVERY_N_STEPS, int),
+        ("durable_every_s", environment.DURABLE_EVERY_S, float),
+        ("durable_dir", environment.DURABLE_DIR, Path),
+    ):
+        if text := env.get(variable):
+            try:
+                given[name] = kind(text)
+            except ValueError as error:
+                raise OptionsError(f"{variable}={text!r}: expected {kind.__name__}") from error
+    return replace(options, **given) if given else options
+
+
+class DurableRung:
+    """Durable states of one call of `fit`.
+
+    Args:
+        identity: who this worker is.
+        chapter: how many times `fit` was entered before in this process: each has a folder of its own.
+        options: the user's settings.
+    """
+
+    def __init__(self, identity: Identity, chapter: int, options: CkptlessOptions) -> None:
+        self._identity = identity
+        self._options = options
+        given = options.durable_dir
+        path = (given or identity.run_folder / "durable").absolute()
+        self.folder = DurableFolder(path.with_name(f"{path.name}.{chapter}") if chapter else path)
+        self._is_on = options.durable_every_n_steps is not None or options.durable_every_s is not None
+        self._is_named = given is not None
+        self._logger_versions: dict[str, list[dict[str, Any]] | None] = {}
+
+    # ------------------------------------------------------------------ reading
+
+    def states(self, transport: Transport) -> list[DurableState]:
+        """The states that all ranks see, the newest first. All ranks call it together.
+
+        Raises:
+            OptionsError: the folder is not ours.
+        """
+        if self._is_on or self._is_named:
+            self.folder.require_ours()
+        mine = self.folder.states()
+        self._logger_versions = {str(path): manifest.logger_versions for path, manifest in mine}
+        told = json.dumps([asdict(manifest.state(path)) for path, manifest in mine]).encode()
+        seen = [{_state(fields) for fields in json.loads(line)} for line in transport.gather(told)]
+        return newest_first(list(set.intersection(*seen)))
+
+    def logger_versions(self, state: DurableState) -> list[dict[str, Any]] | None:
+        """Names and versions of the loggers of a state."""
+        return self._logger_versions.get(state.path)
+
+    def bring(self, state: DurableState, cohort: Cohort) -> Complete | str:
+        """Put a state into the arenas, in the place of all they hold. All ranks call it together.
+
+        Returns:
+            The version as the arenas have it now, or why the state cannot be used; then the arenas are as they were.
+        """
+        arena, rank = cohort.arena, cohort.rank
+        mine = _read(state, rank)
+        problems = [text for (text,) in cohort.gather([mine if isinstance(mine, str) else ""]) if text]
+        if isinstance(mine, str) or problems:
+            log.warning("ckptless: %s is left aside: %s", state, problems[0])
+            return str(problems[0])
+        layout, copy = mine
+        if cohort.speaks_for_node:
+            arena.clear()
+            arena.write_layout(layout)
+            arena.note("origin", state.origin)
+        cohort.transport.agree(True)
+        pair = arena.slots(rank, rank, copy.bulk.numel(), layout=layout.digest)
+        _put(pair[0], copy, state.snapshot, rank)
+        for slot in pair:
+            slot.close()
+        cohort.transport.agree(True)
+        found = choose(arena, cohort.transport, cohort.nodes)
+        return found.reason if isinstance(found, Missing) else found
+
+    # ------------------------------------------------------------------ writing
+
+    def require_all_shards(self, cohort: Cohort) -> None:
+        """Refuse a placement under which no node could write a whole state: the node of rank 0 does it alone.
+
+        Raises:
+            OptionsError: its arena does not get all shards.
+        """
+        nodes, keepers = cohort.nodes, cohort.placement.keepers
+        there = [
+            shard for shard, others in enumerate(keepers) if nodes[0] in {nodes[rank] for rank in (shard, *others)}
+        ]
+        if self._is_on and len(there) < len(nodes):
+            count = len(dict.fromkeys(nodes))
+            raise OptionsError(
+                f"durable states are written by the node of rank 0, whose arena holds {len(there)} of the {len(nodes)} "
+                f"shards with copies={self._options.copies} on {count} nodes: set copies={count - 1}, or leave "
+                "durable_every_n_steps and durable_every_s out and save with ModelCheckpoint"
+            )
+
+    def order_writer(self, arena: Arena, line: Line | None) -> None:
+        """Have states written from an arena, by a process of this node's agent.
+
+        Args:
+            arena: of this node, the one of rank 0.
+            line: to an agent of ours; None where another one has started this worker.
+        """
+        if not self._is_on:
+            return
+        order = WriterOrder(
+            arena=str(arena.path),
+            folder=str(self.folder.path),
+            ledger=str(self._identity.run_folder / LEDGER_NAME),
+            run_id=self._identity.run_id,
+            agent_pid=self._identity.agent_pid,
+            every_n_steps=self._options.durable_every_n_steps,
+            every_s=self._options.durable_every_s,
+            keep=self._options.durable_keep,
+        )
+        if line is not None:
+            line.tell("companion", module=MODULE, argument=order.to_text())
+        elif not self._identity.own_agent and arena.notes().get(_NOTE) != order.agent_pid:
+            _start_detached(order)
+            arena.note(_NOTE, order.agent_pid)
+
+
+def _read(state: DurableState, shard: int) -> tuple[Layout, ShardCopy] | str:
+    """A shard of a state, or why it cannot be had."""
+    path = Path(state.path)
+    try:
+        layout = read_layout(path)
+        return layout, read_shard(path, Manifest.read(path), layout, shard)
+    except DurableError as error:
+        return str(error)
+
+
+def _put(slot: Slot, copy: ShardCopy, snapshot: Snapshot, rank: int) -> None:
+    stamp = Stamp(snapshot.version, snapshot.generation, snapshot.world_size, snapshot.layout, rank, rank)
+    slot.begin(stamp)
+    slot.bulk.copy_(copy.bulk)
+    slot.seal(stamp, copy.blob, copy.checksum)
+    slot.commit()
+
+
+def _state(fields: dict[str, Any]) -> DurableState:
+    snapshot = fields["snapshot"] | {"version": Version(**fields["snapshot"]["version"])}
+    return DurableState(**(fields | {"snapshot": Snapshot(**snapshot)}))
+
+
+def _start_detached(order: WriterOrder) -> None:
+    """Under an agent that is not ours: a process that init adopts, and that ends when the agent has ended."""
+    subprocess.run(
+        [sys.executable, "-m", MODULE, order.to_text(), "--detach"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        check=True,
+    )

@@ -1,0 +1,109 @@
+"""The folder of durable states: ours or refused, and a state complete or invisible."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightning_ckptless.durable.capture import Captured
+from lightning_ckptless.durable.folder import MARKER, DurableFolder, Manifest, write_manifest
+from lightning_ckptless.errors import DurableError, OptionsError
+from lightning_ckptless.protocol.versions import Version
+from tests.durable.conftest import manifest_of
+
+FIRST, SECOND = Version(10, True), Version(20, False)
+
+
+def folder_with(path: Path, manifest: Manifest, *versions: Version) -> DurableFolder:
+    folder = DurableFolder(path)
+    folder.prepare()
+    for version in versions:
+        part = folder.begin(version)
+        write_manifest(part, manifest)
+        folder.complete(part, version)
+    return folder
+
+
+def test_a_missing_folder_is_made_and_marked(tmp_path: Path) -> None:
+    folder = DurableFolder(tmp_path / "a" / "b")
+    folder.require_ours()
+    assert not folder.path.exists()
+    folder.prepare()
+    folder.prepare()
+    assert [path.name for path in folder.path.iterdir()] == [MARKER]
+    assert folder.path.stat().st_mode & 0o777 == 0o700
+    assert folder.states() == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"thesis.tex": ""}, "not ours: it holds thesis.tex and no ckptless-durable.json"),
+        ({"a": "", "b": "", "c": "", "d": ""}, "a, b, c and more"),
+        ({MARKER: json.dumps({"format": 99})}, "of format 99, expected 1"),
+        ({MARKER: "no json"}, "cannot be read"),
+    ],
+)
+def test_what_is_not_ours_is_refused(content: dict[str, str], message: str, tmp_path: Path) -> None:
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(OptionsError, match=message):
+        DurableFolder(tmp_path).require_ours()
+    assert {path.name for path in tmp_path.iterdir()} == set(content)
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OptionsError, match="is no folder"):
+        DurableFolder(tmp_path / "file").prepare()
+
+
+def test_a_state_is_seen_when_it_is_complete(captured: Captured, tmp_path: Path) -> None:
+    folder = DurableFolder(tmp_path / "durable")
+    folder.prepare()
+    part = folder.begin(FIRST)
+    write_manifest(part, manifest_of(captured))
+    assert folder.states() == [] and folder.versions() == ()
+    path = folder.complete(part, FIRST)
+    assert folder.versions() == (FIRST,)
+    assert folder.states() == [(path, manifest_of(captured))]
+    folder.drop(FIRST)
+    assert folder.states() == []
+
+
+def test_a_state_takes_the_place_of_one_of_its_version(captured: Captured, tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "durable", manifest_of(captured), FIRST)
+    (folder.path / "step-0000000010" / "old").write_text("")
+    part = folder.begin(FIRST)
+    write_manifest(part, manifest_of(captured))
+    assert [path.name for path in folder.complete(part, FIRST).iterdir()] == ["state.json"]
+
+
+def test_what_a_killed_writer_left_is_tidied(captured: Captured, tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "durable", manifest_of(captured), FIRST)
+    (folder.begin(SECOND) / "half").write_text("")
+    (folder.path / "mine.part").write_text("")
+    assert folder.versions() == (FIRST,)
+    folder.tidy()
+    names = sorted(path.name for path in folder.path.iterdir())
+    assert names == [MARKER, "mine.part", "step-0000000010"]
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    folder = DurableFolder(tmp_path / "durable")
+    folder.prepare()
+    with folder.locked() as first, folder.locked() as second:
+        assert (first, second) == (True, False)
+    with folder.locked() as again:
+        assert again
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": 2}', '{"format": 1, "snapshot": 3}'])
+def test_a_manifest_that_cannot_be_read_hides_its_state(text: str, captured: Captured, tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "durable", manifest_of(captured), FIRST, SECOND)
+    (folder.path / "step-0000000010" / "state.json").write_text(text)
+    assert [path.name for path, _ in folder.states()] == ["step-0000000020-before-tail"]
+    with pytest.raises(DurableError):
+        Manifest.read(folder.path / "step-0000000010")

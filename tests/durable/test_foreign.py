@@ -1,0 +1,79 @@
+"""A small state is read without the program that has written it, and given back to it as it was."""
+
+from __future__ import annotations
+
+import enum
+import pickle
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import torch
+
+from lightning_ckptless.durable.foreign import read_pickle
+from lightning_ckptless.trainer.late_packing import _Bundle
+from lightning_ckptless.trainer.plain import pack
+
+PROGRAM = """
+    import dataclasses, enum, pickle, sys
+    from pathlib import Path
+
+    class Colour(enum.Enum):
+        RED = 1
+
+    @dataclasses.dataclass
+    class Setting:
+        name: str
+        depth: int
+        class Inner:
+            pass
+
+    inner = Setting.Inner()
+    inner.value = 3
+    if sys.argv[1] == "write":
+        Path("data").write_bytes(pickle.dumps({"c": Colour.RED, "s": Setting("a", 2), "i": inner, "n": 5}))
+    else:
+        found = pickle.loads(Path("again").read_bytes())
+        assert found["c"] is Colour.RED and found["s"] == Setting("a", 2) and found["i"].value == 3 and found["n"] == 5
+"""
+
+
+def test_classes_of_the_program_come_back_to_it(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM))
+
+    def run(what: str) -> None:
+        subprocess.run([sys.executable, "program.py", what], cwd=tmp_path, timeout=60, check=True)
+
+    run("write")
+    found = read_pickle((tmp_path / "data").read_bytes())
+    assert found["n"] == 5
+    (tmp_path / "again").write_bytes(pickle.dumps(found))
+    run("read")
+
+
+class Known(enum.Enum):
+    ONE = 1
+
+
+def test_what_is_there_is_used() -> None:
+    assert read_pickle(pickle.dumps(Known.ONE)) is Known.ONE
+
+
+def test_tensors_are_read_on_the_host() -> None:
+    value = {"a": torch.arange(6).view(2, 3), "b": torch.empty(0, 4), "c": torch.tensor(2.5)}
+    found = read_pickle(pack(value))
+    assert all(torch.equal(found[name], value[name]) for name in value)
+
+
+def test_what_stood_beside_is_put_in_without_a_device() -> None:
+    class Beside(pickle.Pickler):
+        def persistent_id(self, value: object) -> int | None:
+            return 0 if isinstance(value, torch.Tensor) else None
+
+    import io
+
+    out = io.BytesIO()
+    Beside(out).dump({"mean": torch.tensor(1.0)})
+    found = read_pickle(pack(_Bundle(out.getvalue(), [torch.tensor(7.0)], ["cuda"])))
+    assert found["mean"].device.type == "cpu" and float(found["mean"]) == 7.0

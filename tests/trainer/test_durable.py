@@ -1,0 +1,72 @@
+"""What a trainer asks of the durable rung."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_ckptless import environment
+from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.options import CkptlessOptions
+from lightning_ckptless.protocol.placement import place
+from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.transport import SoloTransport
+from lightning_ckptless.trainer.cohort import Cohort
+from lightning_ckptless.trainer.durable import DurableRung, with_environment
+from lightning_ckptless.trainer.identity import Identity
+from tests.replica.conftest import arena, owner
+
+__all__ = ["arena", "owner"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("durable_every_n_steps", 0),
+        ("durable_every_n_steps", 1.5),
+        ("durable_every_s", 0.0),
+        ("durable_every_s", -1.0),
+        ("durable_every_s", float("nan")),
+        ("durable_keep", 0),
+    ],
+)
+def test_options_out_of_range_are_named(name: str, value: Any) -> None:
+    with pytest.raises(OptionsError, match=f"{name}="):
+        CkptlessOptions(**{name: value})
+
+
+def test_the_launcher_comes_before_the_strategy() -> None:
+    options = CkptlessOptions(durable_every_n_steps=7, durable_keep=3)
+    assert with_environment(options, {}) is options
+    env = {environment.DURABLE_EVERY_N_STEPS: "9", environment.DURABLE_EVERY_S: "1.5", environment.DURABLE_DIR: "/x"}
+    changed = with_environment(options, env)
+    assert (changed.durable_every_n_steps, changed.durable_every_s) == (9, 1.5)
+    assert (changed.durable_dir, changed.durable_keep) == (Path("/x"), 3)
+    with pytest.raises(OptionsError, match="CKPTLESS_DURABLE_EVERY_S='often': expected float"):
+        with_environment(options, {environment.DURABLE_EVERY_S: "often"})
+
+
+def identity(folder: Path) -> Identity:
+    return Identity("run", "node0", 1, own_agent=True, run_root=folder)
+
+
+def test_each_fit_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    options = CkptlessOptions(durable_dir=tmp_path / "states")
+    assert DurableRung(identity(tmp_path), 0, options).folder.path == tmp_path / "states"
+    assert DurableRung(identity(tmp_path), 2, options).folder.path == tmp_path / "states.2"
+    assert DurableRung(identity(tmp_path), 0, CkptlessOptions()).folder.path == tmp_path / "run" / "durable"
+
+
+@pytest.mark.parametrize(("nodes", "copies", "fits"), [("aabb", 1, True), ("aabbcc", 1, False), ("aabbcc", 2, True)])
+def test_a_placement_under_which_no_node_has_all_shards_is_refused(
+    nodes: str, copies: int, fits: bool, arena: Arena, tmp_path: Path
+) -> None:
+    rung = DurableRung(identity(tmp_path), 0, CkptlessOptions(durable_every_s=1.0, copies=copies))
+    cohort = Cohort(SoloTransport(), arena, tuple(nodes), place(list(nodes), copies), 1, ())
+    if fits:
+        rung.require_all_shards(cohort)
+        return
+    with pytest.raises(OptionsError, match="holds 4 of the 6 shards with copies=1 on 3 nodes: set copies=2"):
+        rung.require_all_shards(cohort)

@@ -1,0 +1,169 @@
+"""A version, put together by its recipe, is the checkpoint that Lightning writes at the same moment."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchmetrics
+from torch import nn
+
+from lightning_ckptless.durable.capture import Captured, ShardCopy
+from lightning_ckptless.durable.checkpoint import lightning_checkpoint
+from lightning_ckptless.errors import DurableError
+from lightning_ckptless.protocol.versions import Snapshot, Version
+from lightning_ckptless.replica.layout import live_views, slot_views
+from lightning_ckptless.replica.partition import plan_layout
+from lightning_ckptless.trainer.host.recipe import recipe_of
+from lightning_ckptless.trainer.plain import pack
+from lightning_ckptless.trainer.snapshot import SmallState
+from lightning_ckptless.trainer.state import StateIndex
+from lightning_ckptless.trainer.tensors import describe_state
+from tests.trainer.tiny import FLAVOURS, tiny_loader, tiny_trainer
+
+
+class Counted(nn.Module):
+    """A module with extra state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.calls = state["calls"]
+
+
+def rich_module(flavour: str) -> Any:
+    """A module with something of every kind that a checkpoint holds."""
+    base: Any = importlib.import_module(flavour).LightningModule
+
+    class Rich(base):  # type: ignore[misc]
+        def __init__(self, width: int = 4, layer: Any = None, secret: Any = None) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.first, self.second = nn.Linear(2, width), nn.Linear(width, 2)
+            self.tied = nn.Linear(2, width)
+            self.tied.weight = self.first.weight
+            self.norm, self.counted = nn.BatchNorm1d(2), Counted()
+            self.register_buffer("scratch", torch.zeros(3), persistent=False)
+            self.register_buffer("nothing", torch.empty(0))
+            self.mean = torchmetrics.MeanMetric()
+            self.mean.persistent(True)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            loss = self.counted(self.norm(self.second(self.first(batch[0]) + self.tied(batch[0])))).square().mean()
+            self.mean.update(loss.detach())
+            self.manual_backward(loss)
+            for optimizer, scheduler in zip(self.optimizers(), self.lr_schedulers(), strict=True):
+                optimizer.step()
+                optimizer.zero_grad()
+                scheduler.step()
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["mine"] = {"answer": 42}
+
+        def configure_optimizers(self) -> Any:
+            groups: list[dict[str, Any]] = [
+                {"params": self.first.parameters(), "lr": 0.1},
+                {"params": self.second.parameters()},
+            ]
+            optimizers = [torch.optim.AdamW(groups), torch.optim.SGD(self.norm.parameters(), 0.1, momentum=0.9)]
+            return optimizers, [torch.optim.lr_scheduler.StepLR(optimizer, 2) for optimizer in optimizers]
+
+    return Rich(layer=nn.Linear(2000, 2000), secret=lambda: None)
+
+
+def data_of(flavour: str) -> Any:
+    base: Any = importlib.import_module(flavour).LightningDataModule
+
+    class Data(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = 3
+
+        def train_dataloader(self) -> Any:
+            return tiny_loader()
+
+        def state_dict(self) -> dict[str, int]:
+            return {"seen": self.seen}
+
+    return Data()
+
+
+def capture_from(trainer: Any) -> Captured:
+    """The state of a trainer of one rank, as an arena would hold it."""
+    index, small = StateIndex(trainer), SmallState(trainer)
+    layout = plan_layout([describe_state(index)])
+    bulk = torch.zeros(layout.bulk_bytes(0), dtype=torch.uint8)
+    for view, source in zip(slot_views(layout, 0, bulk), live_views(layout, 0, 0, index.read()), strict=True):
+        view.copy_(source)
+    recipe = recipe_of(trainer, index.read(), small.callbacks).to_bytes()
+    snapshot = Snapshot(Version(trainer.global_step, True), 1, 1, layout.digest)
+    return Captured(snapshot, layout, (ShardCopy(bulk, pack({"state": small.capture({})}), ""),), recipe)
+
+
+def same(found: Any, expected: Any, where: str) -> None:
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            same(found[key], expected[key], f"{where}/{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for place, pair in enumerate(zip(found, expected, strict=True)):
+            same(*pair, f"{where}/{place}")
+    else:
+        assert found == expected, where
+
+
+def both(flavour: str, root: Path, module: Any, *, ema: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is put together from a version at the end of `fit`, and what Lightning saves there."""
+    made: list[dict[str, Any]] = []
+    callbacks: Any = importlib.import_module(f"{flavour}.callbacks")
+
+    class Look(callbacks.Callback):  # type: ignore[misc]
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            made.append(lightning_checkpoint(capture_from(trainer)))
+            trainer.save_checkpoint(root / "own.ckpt")
+
+    extra = [callbacks.EMAWeightAveraging(decay=0.9)] if ema else []
+    trainer = tiny_trainer(root, flavour, callbacks=[*extra, Look()])
+    trainer.fit(module, datamodule=data_of(flavour))
+    return made[0], torch.load(root / "own.ckpt", weights_only=False)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("ema", [False, True])
+def test_all_that_a_checkpoint_holds(ema: bool, flavour: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        found, expected = both(flavour, tmp_path, rich_module(flavour), ema=ema)
+    for name in ("layer", "secret"):
+        expected["hyper_parameters"].pop(name, None)
+    assert found["hyper_parameters"] == {"width": 4}
+    if ema:
+        # The averaged copy has extra state and metrics of its own, which never change: a version does not hold them.
+        own = {key for key in expected["state_dict"] if key.startswith("mean.") or key.endswith("_extra_state")}
+        expected["state_dict"] |= {key: expected["current_model_state"][key] for key in own}
+    same(found, expected, "")
+    assert {"mine", "hyper_parameters", "data_of.<locals>.Data", "callbacks"} <= found.keys()
+    assert "scratch" not in found["state_dict"] and "tied.weight" in found["state_dict"]
+
+
+def test_a_state_dict_that_is_made_up_is_no_part_of_a_version(tmp_path: Path) -> None:
+    module = rich_module(FLAVOURS[0])
+    module.register_state_dict_post_hook(lambda _, state, *__: state.update({"made.up": torch.ones(2)}))
+    with pytest.raises(DurableError, match=r"state_dict has made\.up, which is no tensor of the state"):
+        both(FLAVOURS[0], tmp_path, module)
