@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lightning_ckptless.errors import LayoutMismatchError
 from lightning_ckptless.replica.description import Box, Described
-from lightning_ckptless.replica.layout import Layout, live_views, slot_views
+from lightning_ckptless.replica.layout import Layout, live_views, part_of, slot_views
 from lightning_ckptless.replica.partition import plan_layout
 from lightning_ckptless.replica.restore import fill
 from lightning_ckptless.replica.staging import Stager
@@ -42,7 +42,7 @@ def box_of(shape: Shape, mesh: tuple[int, int], sharded: tuple[int | None, int |
     return Box(tuple(offsets), tuple(sizes))
 
 
-def part_of(whole: torch.Tensor, box: Box) -> torch.Tensor:
+def cut_out(whole: torch.Tensor, box: Box) -> torch.Tensor:
     for dim, (offset, size) in enumerate(zip(*box, strict=True)):
         whole = whole.narrow(dim, offset, size)
     return whole.clone()
@@ -54,14 +54,14 @@ def describe_parts(name: str, shape: Shape, boxes: list[Box]) -> list[tuple[Desc
 
 @settings(max_examples=120, deadline=None)
 @given(mesh=meshes, shape=shapes, sharded=st.tuples(dims, dims))
-def test_every_rank_finds_its_own_part_again(
+def test_every_rank_finds_its_own_part_again_and_all_parts_are_the_whole(
     mesh: tuple[int, int], shape: Shape, sharded: tuple[int | None, int | None]
 ) -> None:
     ranks = math.prod(mesh)
     boxes = [box_of(shape, mesh, sharded, rank) for rank in range(ranks)]
     layout = plan_layout(describe_parts("w", shape, boxes))
     whole = torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
-    parts = [part_of(whole, box) for box in boxes]
+    parts = [cut_out(whole, box) for box in boxes]
     bulks = {shard: torch.zeros(layout.bulk_bytes(shard), dtype=torch.uint8) for shard in range(ranks)}
     for shard, bulk in bulks.items():
         live = live_views(layout, shard, shard, {"w": parts[shard]})
@@ -69,6 +69,11 @@ def test_every_rank_finds_its_own_part_again(
             target.copy_(source)
     # Once each, whoever holds it.
     assert sum(chunk.nbytes for chunk in layout.chunks) == 4 * math.prod(shape)
+    again = torch.full_like(whole, -1.0)
+    for shard, bulk in bulks.items():
+        for piece, view in zip(layout.of(shard), slot_views(layout, shard, bulk), strict=True):
+            part_of(again, piece, (0,) * len(shape)).copy_(view)
+    assert torch.equal(again, whole)
     for rank, part in enumerate(parts):
         restored = torch.full_like(part, -1.0)
         fill(layout, {shard: bulks[shard] for shard in layout.need[rank]}, {"w": restored}, rank)
