@@ -93,7 +93,7 @@ def options(*args, **kwargs):
         BoringModel, run=False, args=[*common, *args], save_config_callback=None, parser_kwargs=kwargs
     )
     strategy = cli.trainer.strategy
-    own = getattr(strategy, "_ddp_kwargs", {}).get("find_unused_parameters")
+    own = getattr(strategy, "_ddp_kwargs", {{}}).get("find_unused_parameters")
     return [type(strategy).__name__, strategy.options.copies, getattr(strategy, "_data_parallel_size", own)]
 
 by_class = ["--trainer.strategy=lightning_ckptless.CkptlessStrategy", "--trainer.strategy.copies=0"]
