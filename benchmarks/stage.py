@@ -12,7 +12,9 @@ import torch
 
 from benchmarks.gpt import GPT
 from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.replica.layout import Layout, describe, plan_layout
+from lightning_ckptless.replica.description import describe
+from lightning_ckptless.replica.layout import Layout
+from lightning_ckptless.replica.partition import plan_layout
 from lightning_ckptless.replica.slot import Slot, Stamp
 from lightning_ckptless.replica.staging import Stager
 

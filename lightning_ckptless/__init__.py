@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lightning_ckptless.metrics import Goodput, RecoveryTime
     from lightning_ckptless.options import CkptlessOptions
 
+    CkptlessModelParallelStrategy: Any
     CkptlessStrategy: Any
     FaultInjector: Any
     __version__: str
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ArenaError",
     "CkptlessError",
+    "CkptlessModelParallelStrategy",
     "CkptlessOptions",
     "CkptlessStrategy",
     "FaultInjector",
@@ -50,19 +52,20 @@ __all__ = [
     "WorldSizeError",
 ]
 
+_STRATEGIES = {"CkptlessStrategy": "ckptless", "CkptlessModelParallelStrategy": "ckptless_model_parallel"}
 _HOMES = {"CkptlessOptions": "options", "Goodput": "metrics", "RecoveryTime": "metrics"}
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name.
 
-    `CkptlessStrategy` and `FaultInjector` are classes of the Lightning that is imported: of `lightning.pytorch`, or of
+    The strategies and `FaultInjector` are classes of the Lightning that is imported: of `lightning.pytorch`, or of
     `pytorch_lightning` where only that is.
     """
-    if name == "CkptlessStrategy":
+    if name in _STRATEGIES:
         from lightning_ckptless.assembly import strategy_for
 
-        return strategy_for(_flavour())
+        return strategy_for(_flavour(), _STRATEGIES[name])
     if name == "FaultInjector":
         from lightning_ckptless.callbacks.fault_injector import fault_injector_class
 

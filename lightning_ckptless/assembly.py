@@ -8,15 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 
-def strategy_for(flavour: str) -> type[Any]:
-    """`CkptlessStrategy` of one distribution.
+def strategy_for(flavour: str, name: str = "ckptless") -> type[Any]:
+    """A strategy of one distribution.
 
     Args:
         flavour: `lightning.pytorch` or `pytorch_lightning`.
+        name: under which Lightning knows it.
     """
     from lightning_ckptless.trainer.strategies import strategy_class
 
-    strategy = strategy_class(flavour)
+    strategy = strategy_class(flavour, name)
     strategy.observers = staticmethod(lambda: callbacks_from_environment(flavour))
     return strategy
 

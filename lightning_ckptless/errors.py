@@ -15,6 +15,10 @@
 A message names the rank, the step, what was expected, what was found, and the fix.
 """
 
+from __future__ import annotations
+
+import traceback
+
 
 class CkptlessError(Exception):
     """Base of every exception raised by lightning_ckptless."""
@@ -58,3 +62,10 @@ class WorldSizeError(CkptlessError, RuntimeError):
 
 class UnfitNodeError(CkptlessError, RuntimeError):
     """This node failed its health check, and stays out of the run."""
+
+
+def let_go(error: BaseException | None) -> None:
+    """Have an error, and what it came of, hold on to nothing: their frames would keep process groups alive."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""Makes the string `"ckptless"` known to Lightning, without importing Lightning or torch.
+"""Makes the names of our strategies, such as `"ckptless"`, known to Lightning, without importing Lightning or torch.
 
 Lightning has a registry of strategies and no entry point to fill it. A distribution of Lightning that is imported
 already is told at once. For one that is not, a finder in front of `sys.meta_path` waits until the module with the
@@ -17,8 +17,10 @@ from typing import Any
 
 from lightning_ckptless._autoload import autoload
 
-NAME = "ckptless"
-DESCRIPTION = "Data parallelism that survives the loss of any rank, bit for bit"
+DESCRIPTIONS = {
+    "ckptless": "Data parallelism that survives the loss of any rank, bit for bit",
+    "ckptless_model_parallel": "Sharded models (FSDP2, tensor parallel) that survive the loss of any rank, bit for bit",
+}
 FLAVOURS = {
     "lightning.pytorch.strategies": "lightning.pytorch",
     "pytorch_lightning.strategies": "pytorch_lightning",
@@ -30,22 +32,24 @@ def register_everywhere() -> None:
     for module_name, flavour in FLAVOURS.items():
         # A module that is still being executed may have no registry yet: its loader comes back here.
         registry = getattr(sys.modules.get(module_name), "StrategyRegistry", None)
-        if registry is not None and NAME not in registry:
-            registry.register(NAME, partial(build_strategy, flavour), description=DESCRIPTION)
+        for name, description in DESCRIPTIONS.items():
+            if registry is not None and name not in registry:
+                registry.register(name, partial(build_strategy, flavour, name), description=description)
     if not any(isinstance(finder, RegistryFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, RegistryFinder())
 
 
-def build_strategy(flavour: str, **options: Any) -> Any:
+def build_strategy(flavour: str, name: str, **options: Any) -> Any:
     """Make a strategy for one distribution of Lightning.
 
     Args:
         flavour: `lightning.pytorch` or `pytorch_lightning`.
-        **options: what `CkptlessStrategy` takes.
+        name: of the strategy.
+        **options: what its class takes.
     """
     from lightning_ckptless.assembly import strategy_for
 
-    return strategy_for(flavour)(**options)
+    return strategy_for(flavour, name)(**options)
 
 
 class RegistryFinder(MetaPathFinder):
@@ -69,7 +73,7 @@ class RegistryFinder(MetaPathFinder):
 
 
 class RegisteringLoader(Loader):
-    """Loads a module through its own loader, then registers the strategy in it and steps aside.
+    """Loads a module through its own loader, then registers the strategies in it and steps aside.
 
     Args:
         loader: the module's own loader.

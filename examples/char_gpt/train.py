@@ -3,9 +3,10 @@
     python examples/char_gpt/train.py
     ckptless run --nproc-per-node 2 examples/char_gpt/train.py --steps 500
     ckptless drill examples/char_gpt/train.py --nproc 2 --fault kill:rank=1:step=40 -- --steps 80
+    ckptless drill examples/char_gpt/train.py --nproc 4 --fault kill:rank=3:step=40 -- --steps 80 --mesh 2x2
 
 The text is found on the machine at run time. The first two train it. The third trains it twice, the second time killing
-a rank, and compares every step.
+a rank, and compares every step. The fourth shards it: over two ranks by FSDP2, and its large layers over two more.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import os
 import string
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
@@ -24,6 +26,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
+
+import lightning_ckptless
 
 LETTERS = string.printable
 PLACES = {letter: place for place, letter in enumerate(LETTERS)}
@@ -134,6 +138,26 @@ class CharGPT(LightningModule):
         self.blocks = nn.Sequential(*(Block(width, heads, dropout) for _ in range(layers)), nn.LayerNorm(width))
         self.head = nn.Linear(width, len(LETTERS), bias=False)
 
+    def configure_model(self) -> None:
+        """Shard the model over the mesh of a strategy that has one."""
+        if (mesh := self.device_mesh) is None:
+            return
+        # Here, because importing them takes long.
+        from torch.distributed.fsdp import FSDPModule, fully_shard  # noqa: PLC0415
+        from torch.distributed.tensor.parallel import (  # noqa: PLC0415
+            ColwiseParallel,
+            RowwiseParallel,
+            parallelize_module,
+        )
+
+        if isinstance(self.head, FSDPModule):
+            return
+        if (tensor := mesh["tensor_parallel"]).size() > 1:
+            plan = {"blocks.*.think.0": ColwiseParallel(), "blocks.*.think.2": RowwiseParallel()}
+            parallelize_module(self, tensor, plan)
+        for part in (self.letters, self.places, *self.blocks, self.head):
+            fully_shard(part, mesh=mesh["data_parallel"])
+
     def forward(self, letters: Tensor) -> Tensor:
         places = torch.arange(letters.shape[1], device=letters.device)
         logits: Tensor = self.head(self.blocks(self.letters(letters) + self.places(places)))
@@ -175,6 +199,14 @@ class CharGPT(LightningModule):
         return "".join(LETTERS[place] for place in text[0])
 
 
+def strategy(mesh: str) -> Any:
+    """The strategy for a mesh such as `2x1`, or for none."""
+    if not mesh:
+        return "ckptless"
+    data, tensor = (int(size) for size in mesh.split("x"))
+    return lightning_ckptless.CkptlessModelParallelStrategy(data_parallel_size=data, tensor_parallel_size=tensor)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     started = int(os.environ.get("LOCAL_WORLD_SIZE", "2"))
@@ -186,6 +218,11 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128, help="features per letter (default: %(default)s)")
     parser.add_argument("--context", type=int, default=64, help="letters that it sees (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="stretches per rank and step (default: %(default)s)")
+    parser.add_argument(
+        "--mesh",
+        default="",
+        help="shard it over DATAxTENSOR parallel ranks, such as 2x1 (default: a whole model per rank)",
+    )
     parser.add_argument("--folder", default=".", help="for logs and checkpoint files (default: here)")
     args = parser.parse_args()
 
@@ -194,19 +231,23 @@ def main() -> None:
     trainer = Trainer(
         accelerator="cpu",
         devices=args.devices,
-        strategy="ckptless",
+        strategy=strategy(args.mesh),
         max_steps=args.steps,
         val_check_interval=max(1, args.steps // 4),
         check_val_every_n_epoch=None,
         log_every_n_steps=1,
         gradient_clip_val=1.0,
+        # torch has no norm over gradients of which only some are tensor parallel.
+        gradient_clip_algorithm="norm" if args.mesh in {"", f"{args.devices}x1"} else "value",
         logger=CSVLogger(args.folder),
         callbacks=[ModelCheckpoint(monitor="val_loss")],
         default_root_dir=args.folder,
     )
     trainer.fit(model, StandardLibrary(context=args.context, batch_size=args.batch_size))
+    # All ranks together: each has a part of a sharded model.
+    text = model.write("def ", 200)
     if trainer.is_global_zero:
-        print(model.write("def ", 200))
+        print(text)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ first such moment after it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -36,6 +36,7 @@ from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.protocol.faults import Fault, Moment, parse_faults
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.host.flavour import FLAVOURS, module
+from lightning_ckptless.trainer.sharding import sharded_modules
 
 Remove = Callable[[], None]
 
@@ -86,6 +87,9 @@ def fault_injector_class(flavour: str) -> type[Any]:
 
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             self._injection.arm(trainer, pl_module)
+
+        def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
+            self._injection.arm_backward(trainer, pl_module, loss)
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             self._injection.disarm()
@@ -173,7 +177,7 @@ class Injection:
         strike = self.strike
         if self._due(Moment.TRAINING_STEP, step):
             self._removers.append(after_training_step(pl_module, lambda: strike(Moment.TRAINING_STEP, step)))
-        if self._due(Moment.BACKWARD, step):
+        if self._due(Moment.BACKWARD, step) and not sharded_modules(pl_module):
             parameters = [p for p in pl_module.parameters() if p.requires_grad]
             hook = torch.autograd.graph.register_multi_grad_hook(
                 parameters, lambda _: strike(Moment.BACKWARD, step), mode="any"
@@ -183,6 +187,15 @@ class Injection:
             self._removers += after_optimizers(
                 trainer.optimizers, lambda: strike(Moment.OPTIMIZER_STEP, trainer.global_step + 1)
             )
+
+    def arm_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
+        """Place hooks for the backward pass of a sharded model, which computes with other parameters than it keeps."""
+        step = trainer.global_step + 1
+        if self._due(Moment.BACKWARD, step) and sharded_modules(pl_module):
+            nodes = gradient_nodes(loss)
+            self._removers += [
+                node.register_hook(lambda *_: self.strike(Moment.BACKWARD, step)).remove for node in nodes
+            ]
 
     def disarm(self) -> None:
         """Take the hooks of a batch back."""
@@ -234,6 +247,19 @@ def after_training_step(pl_module: Any, action: Callable[[], None]) -> Remove:
 
     pl_module.training_step = training_step
     return remove
+
+
+def gradient_nodes(loss: torch.Tensor) -> Iterator[Any]:
+    """The nodes of a loss's graph that hand gradients to parameters."""
+    ahead, seen = [loss.grad_fn], set[Any]()
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node
+        ahead += [following for following, _ in node.next_functions]
 
 
 def after_optimizers(optimizers: Iterable[Any], action: Callable[[], None]) -> list[Remove]:

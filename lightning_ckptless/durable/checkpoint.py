@@ -12,8 +12,7 @@ from lightning_ckptless.durable.capture import Captured
 from lightning_ckptless.durable.foreign import read_pickle
 from lightning_ckptless.durable.recipe import Recipe
 from lightning_ckptless.errors import DurableError
-from lightning_ckptless.replica.layout import dtype_of, local_name, pieces_for
-from lightning_ckptless.replica.restore import fill
+from lightning_ckptless.replica.layout import local_name, part_of, slot_views
 
 _RANK = 0
 """Whose buffers and small state a checkpoint has: Lightning's own is written by rank 0."""
@@ -22,12 +21,12 @@ _RANK = 0
 def tensors_of(captured: Captured) -> dict[str, Tensor]:
     """The tensors of a version as rank 0 has them, whole, by our names."""
     layout = captured.layout
-    tensors = {
-        local_name(piece, _RANK): torch.empty(piece.shape, dtype=dtype_of(piece.dtype))
-        for shard in range(layout.world_size)
-        for piece in pieces_for(layout, shard, _RANK)
-    }
-    fill(layout, {shard: copy.bulk for shard, copy in enumerate(captured.shards)}, tensors, _RANK)
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in layout.known_to(_RANK).items()}
+    for shard, copy in enumerate(captured.shards):
+        for piece, view in zip(layout.of(shard), slot_views(layout, shard, copy.bulk), strict=True):
+            whole = tensors.get(local_name(piece, _RANK))
+            if whole is not None:
+                part_of(whole, piece, (0,) * whole.dim()).copy_(view)
     return tensors
 
 

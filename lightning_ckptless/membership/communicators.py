@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -97,6 +98,10 @@ class World:
         self.renumber(generation.number)
         return generation.number
 
+    def pretend(self, rank: int, world_size: int) -> None:
+        """Make groups that send nothing, for a process that has to build its model before it meets the others."""
+        dist.init_process_group("fake", rank=rank, world_size=world_size)
+
     def renumber(self, generation: int) -> None:
         """Give the generation the number that its ranks have agreed on, for whatever this process trains next, too."""
         os.environ[environment.GENERATION] = str(generation)
@@ -104,9 +109,8 @@ class World:
 
     def host_group(self, timeout_s: float) -> dist.ProcessGroup | None:
         """A gloo group over all ranks for state in host memory, apart from the training's own collectives."""
-        with self._connections.opening():
+        with self.making():
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-        self._own.add(id(group))
         return group if isinstance(group, dist.ProcessGroup) else None
 
     @property
@@ -117,6 +121,14 @@ class World:
     def foreign_groups(self) -> int:
         """How many process groups there are that somebody else has made: they cannot be made anew for him."""
         return sum(id(group) not in self._own for group in process_groups())
+
+    @contextmanager
+    def making(self) -> Iterator[None]:
+        """Groups that are made within it are ours, whoever makes them: we cut them and make them anew."""
+        before = set(map(id, process_groups()))
+        with self._connections.opening():
+            yield
+        self._own |= set(map(id, process_groups())) - before
 
     def cut(self) -> None:
         """End whatever a thread does in these groups, now and in those that are being made. Any thread may call it."""

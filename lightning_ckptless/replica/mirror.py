@@ -27,7 +27,7 @@ from dataclasses import replace
 
 import torch
 
-from lightning_ckptless.errors import TransportError
+from lightning_ckptless.errors import TransportError, let_go
 from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena
@@ -219,6 +219,7 @@ class Mirror:
                 )
                 return
             self._thread = None
+        let_go(self._failure)
         self._stager.close()
         for shelf in self._shelves.values():
             shelf.close()

@@ -76,7 +76,10 @@ def choose(arena: Arena, transport: Transport, nodes: Sequence[str], *, need: Ne
         arena: the own node's arena.
         transport: between all ranks.
         nodes: name of each rank's node.
-        need: which shards each rank needs; None for all on all ranks.
+        need: which shards each rank needs; None for those in which it finds what it holds.
+
+    Raises:
+        StateMissingError: no arena has the layout of the version.
     """
     rank = transport.rank
     neighbours = [other for other, node in enumerate(nodes) if node == nodes[rank]]
@@ -88,7 +91,8 @@ def choose(arena: Arena, transport: Transport, nodes: Sequence[str], *, need: Ne
         if isinstance(found, Missing) or found.snapshot.world_size != len(nodes):
             # What another number of ranks has written is reported, for a clear refusal, and not read.
             return found
-        plan = plan_transfers(found, nodes, need or _all_everywhere(found))
+        needed = shared_layout(arena, transport, found.snapshot.layout).need if need is None else need
+        plan = plan_transfers(found, nodes, needed)
         used = {step.replica for step in plan} - good
         if not used:
             return found
@@ -98,9 +102,7 @@ def choose(arena: Arena, transport: Transport, nodes: Sequence[str], *, need: Ne
         good |= used - bad
 
 
-def fetch(
-    complete: Complete, arena: Arena, transport: Transport, nodes: Sequence[str], *, need: Need | None = None
-) -> Fetched:
+def fetch(complete: Complete, arena: Arena, transport: Transport, nodes: Sequence[str], *, need: Need) -> Fetched:
     """Bring the shards of a version to every rank that needs them, and to each rank its own small state.
 
     Args:
@@ -108,13 +110,13 @@ def fetch(
         arena: the own node's arena.
         transport: between all ranks.
         nodes: name of each rank's node; as many as the version has shards.
-        need: which shards each rank needs; None for all on all ranks.
+        need: which shards each rank needs, as they were chosen for.
 
     Raises:
         TransportError: a peer is gone.
     """
     rank = transport.rank
-    plan = plan_transfers(complete, nodes, need or _all_everywhere(complete))
+    plan = plan_transfers(complete, nodes, need)
     got = {(step.replica.shard, part): _read(arena, step, part) for step in _reads(plan, rank) for part in _parts(step)}
     local_count = sum(part is Part.BULK for _, part in got)
     sends = [
@@ -179,6 +181,9 @@ def shared_layout(arena: Arena, transport: Transport, digest: str) -> Layout:
             f"rank {transport.rank}: no arena has layout {digest}, without which its replicas cannot be read: remove "
             f"them with `ckptless clean`"
         )
+    if len(having) == transport.world_size:
+        assert mine is not None
+        return mine
     teller = having[0]
     sent = mine.to_bytes() if mine is not None and transport.rank == teller else b""
     told = transport.gather(sent)[teller]
@@ -206,11 +211,6 @@ def _read(arena: Arena, step: Transfer, part: Part) -> torch.Tensor:
 
 def _tag(shard: int, part: Part) -> int:
     return 2 * shard + (part is Part.BLOB)
-
-
-def _all_everywhere(complete: Complete) -> Need:
-    shards = range(complete.snapshot.world_size)
-    return dict.fromkeys(shards, shards)
 
 
 def _place_of(replica: Replica) -> tuple[int, int, int]:

@@ -185,11 +185,12 @@ class Stager:
             raise LayoutMismatchError(f"rank {self._rank}: tensor {error} of the layout is missing") from error
         identity = [(t.data_ptr(), t.shape, t.stride()) for t in own]
         if identity != self._sources.identity:
-            for chunk, tensor in zip(self._layout.of(self._rank), own, strict=True):
-                if (str(tensor.dtype), tuple(tensor.shape)) != (chunk.dtype, chunk.shape):
+            held = self._layout.held_by(self._rank)
+            for name, tensor in zip(self._names, own, strict=True):
+                if (str(tensor.dtype), tuple(tensor.shape)) != (held[name].dtype, held[name].box.sizes):
                     raise LayoutMismatchError(
-                        f"rank {self._rank}: {chunk.name} is {tensor.dtype}{list(tensor.shape)}, "
-                        f"expected {chunk.dtype}{list(chunk.shape)}"
+                        f"rank {self._rank}: {name} is {tensor.dtype}{list(tensor.shape)} here, expected {held[name]}: "
+                        "the layout of the state must stay as it was when training began"
                     )
             self._sources = _Sources(identity, live_views(self._layout, self._rank, self._rank, tensors))
         return self._sources

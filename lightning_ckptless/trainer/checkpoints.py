@@ -8,6 +8,7 @@ see its own file and write a second one beside it.
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 from lightning_ckptless.protocol.versions import Version
 
 Noted = dict[str, Any]
+WRITTEN_LAST = (".metadata", "meta.pt")
+"""In the folder of a sharded model's checkpoint: of torch.distributed.checkpoint, and of Lightning."""
 
 
 def note_of_save(path: str, after: Version | None, existed: bool) -> Noted:
@@ -45,8 +48,21 @@ def files_of_the_future(notes: Iterable[Noted], restored: Version) -> list[Path]
 def newest_checkpoint(trainer: Any) -> str | None:
     """The newest checkpoint file that this trainer's callbacks have written, in this process or before it."""
     folders = {Path(folder) for callback in trainer.checkpoint_callbacks if (folder := _folder(trainer, callback))}
-    files = [path for folder in folders if folder.is_dir() for path in folder.glob("*.ckpt") if path.is_file()]
+    files = [path for folder in folders if folder.is_dir() for path in folder.glob("*.ckpt") if is_whole(path)]
     return str(max(files, key=lambda path: path.stat().st_mtime)) if files else None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint has been written to its end: a file, or a folder of a sharded model with what comes last."""
+    return path.is_file() or all((path / last).is_file() for last in WRITTEN_LAST)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, be it a file or the folder of a sharded model."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def step_of(path: str) -> int | None:

@@ -6,9 +6,11 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.torch_internals import map_tensors
 from lightning_ckptless.trainer.host.ddp import model_averaging_period
 from lightning_ckptless.trainer.host.flavour import is_a
 from lightning_ckptless.trainer.loader import tracker_of
@@ -50,8 +52,33 @@ def _refusals(trainer: Any) -> Iterator[str]:
                 f"optimizer {index} is a ZeroRedundancyOptimizer: its state is sharded by itself, outside of what "
                 "data parallelism replicates; use the optimizer that it wraps"
             )
+        if names := hidden_tensors(optimizer):
+            yield (
+                f"optimizer {index} ({type(optimizer).__name__}) keeps tensors in {', '.join(names)}, outside of its "
+                "`state`, where no version would hold them; keep them in `self.state[parameter]`"
+            )
     if model_averaging_period(trainer.strategy) is not None:
         yield "model_averaging_period: parameters that differ between ranks are not mirrored; leave it out"
+
+
+def hidden_tensors(optimizer: Any) -> list[str]:
+    """Attributes of an optimizer that hold tensors other than its parameters, beside its groups and its state.
+
+    One number alone is left out: fused optimizers keep a flag for overflows that way.
+    """
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [
+        name
+        for name, value in vars(optimizer).items()
+        if name not in {"param_groups", "state", "defaults"}
+        and any(t.numel() > 1 and id(t) not in known for t in _tensors_in(value))
+    ]
+
+
+def _tensors_in(value: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    map_tensors(found.append, value)
+    return found
 
 
 def warn_of_loaders(loaders: Iterable[object]) -> None:

@@ -64,7 +64,8 @@ class InnerState:
 
 
 def _is_of_torch(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.")
+    # All its bases: torch makes classes of its own out of those of modules that are sharded.
+    return all(base.__module__.startswith("torch.") for base in type(module).__mro__[:-1])
 
 
 def _numbers(module: nn.Module) -> tuple[str, ...]:

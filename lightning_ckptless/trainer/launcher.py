@@ -46,6 +46,7 @@ class FitGuard:
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         """Run a trainer function here, or hand the process over to the agent that runs it in workers."""
+        self.strategy.check_options()
         if not is_worker():
             self._hand_over(trainer)
         self.strategy.check_world()

@@ -12,8 +12,9 @@ from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.cadence import agreed
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena
-from lightning_ckptless.replica.layout import Layout, plan_layout
+from lightning_ckptless.replica.layout import Layout
 from lightning_ckptless.replica.mirror import Mirror
+from lightning_ckptless.replica.partition import plan_layout
 from lightning_ckptless.trainer.cadence import Cadence
 from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.compatibility import warn_of_loaders
@@ -25,7 +26,7 @@ from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.replay import BatchLog
 from lightning_ckptless.trainer.report import RunReport
 from lightning_ckptless.trainer.snapshot import SmallState
-from lightning_ckptless.trainer.state import StateIndex
+from lightning_ckptless.trainer.state import StateIndex, require_room
 from lightning_ckptless.trainer.tensors import describe_state
 
 CLOSE_TIMEOUT_S = 10.0
@@ -74,6 +75,7 @@ class Mirroring:
         self.cadence = Cadence(options, report)
         self._cohort: Cohort | None = None
         self._mirror: Mirror | None = None
+        self._seen: Version | None = None
         self._index: StateIndex | None = None
         self._layout: Layout | None = None
         self._small: SmallState | None = None
@@ -112,7 +114,7 @@ class Mirroring:
             index: where its tensors are in this trainer.
         """
         self._index = index
-        self.taken = self.tensors_are_of = version
+        self.taken = self.tensors_are_of = self._seen = version
         self._open(layout, committed=version)
         assert self._cohort is not None
         if not read_recipe(self._cohort.arena.path):
@@ -143,8 +145,9 @@ class Mirroring:
         if self._small is None and self._trainer.is_global_zero:
             warn_of_loaders(self._loops.combined_loader.flattened)
         self.tensors_are_of = version
-        if self._index is None or self._mirror is None or not self._index.is_current():
+        if self._index is None or self._mirror is None or not self._index.is_current() or self._is_to_be_compared():
             self._plan_anew()
+        self._seen = version
         assert self._index is not None and self._mirror is not None
         if self._options.on_late == "skip" and self._mirror.busy:
             self._mirror.skip(version)
@@ -179,12 +182,17 @@ class Mirroring:
             self._report.waited(self._mirror.wait_staged())
         self.tensors_are_of = None
 
+    def _is_to_be_compared(self) -> bool:
+        """Whether ranks may have trained for the first time what they began alike, and might train differently."""
+        return not self._trainer.strategy.replicates and self._seen is not None and self._seen.optimizer_step == 0
+
     def _plan_anew(self) -> None:
         assert self._cohort is not None
         if self._mirror is not None:
             self._mirror.settle()
+        require_room(self._trainer)
         self._index = StateIndex(self._trainer)
-        mine = pack(describe_state(self._index))
+        mine = pack(describe_state(self._index, replicated=self._trainer.strategy.replicates))
         layout = plan_layout([unpack(line) for line in self._cohort.transport.gather(mine)])
         committed = self._mirror.committed if self._mirror is not None else None
         self._open(layout, committed=committed)

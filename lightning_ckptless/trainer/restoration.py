@@ -13,7 +13,7 @@ from lightning_ckptless.replica.layout import Layout
 from lightning_ckptless.replica.replenish import replenish
 from lightning_ckptless.replica.restore import Fetched, fetch, shared_layout
 from lightning_ckptless.trainer.begun import step_in_flight
-from lightning_ckptless.trainer.checkpoints import files_of_the_future
+from lightning_ckptless.trainer.checkpoints import files_of_the_future, remove
 from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.data import move_data_to
 from lightning_ckptless.trainer.host.loops import FitLoops
@@ -64,10 +64,8 @@ class Restoration:
             only_own: leave out those that all ranks share: they hold the version already.
             index: where the trainer's tensors are, if it is known that they are those of the version's layout.
         """
-        rank, world_size = trainer.global_rank, trainer.world_size
-        self.index = fill_trainer(
-            trainer, self.layout, self.bulks, rank=rank, world_size=world_size, only_own=only_own, index=index
-        )
+        rank = trainer.global_rank
+        self.index = fill_trainer(trainer, self.layout, self.bulks, rank=rank, only_own=only_own, index=index)
 
     def move_data(self, loops: FitLoops) -> None:
         """Open the training data anew at the position of the version."""
@@ -95,8 +93,7 @@ def fetch_version(trainer: Any, found: Complete, cohort: Cohort, report: RunRepo
     """
     arena, transport = cohort.arena, cohort.transport
     layout = shared_layout(arena, transport, found.snapshot.layout)
-    everything = {rank: tuple(range(cohort.world_size)) for rank in range(cohort.world_size)}
-    fetched = fetch(found, arena, transport, cohort.nodes, need=everything)
+    fetched = fetch(found, arena, transport, cohort.nodes, need=layout.need)
     report.fetched(found, _sum_over_ranks(fetched, cohort), step_in_flight(arena.path, transport))
     if trainer.is_global_zero:
         _forget_the_future(found.snapshot.version, ledger)
@@ -115,4 +112,4 @@ def _forget_the_future(version: Version, ledger: Ledger) -> None:
     notes = [event.fields for event in read_ledger(ledger.path, only="checkpoint").events]
     for path in files_of_the_future(notes, version):
         log.warning("ckptless: removed %s: it was written after %s, which the run goes back to", path, version)
-        path.unlink()
+        remove(path)

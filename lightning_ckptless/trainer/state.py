@@ -1,8 +1,9 @@
 """The big state: every tensor of the training state by its name.
 
 Parameters, optimizer state and the modules that callbacks keep (averaged weights) are the same on all ranks under
-data parallelism: *replicated*, divided over the ranks. Buffers, those of averaged models too, are each rank's own, as
-batch statistics differ until the next broadcast: *private*, kept whole by every rank.
+data parallelism: *replicated*, divided over the ranks. Where they are sharded, each rank has its part. Buffers, those
+of averaged models too, are each rank's own, as batch statistics differ until the next broadcast: *private*, kept whole
+by every rank.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from lightning_ckptless.errors import LayoutMismatchError
+from lightning_ckptless.errors import LayoutMismatchError, OptionsError
+from lightning_ckptless.replica.description import local_part
 from lightning_ckptless.torch_internals import parameter_dicts
+from lightning_ckptless.trainer.sharding import reshard, sharded_modules
 
 
 class StateIndex:
@@ -29,6 +33,8 @@ class StateIndex:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+        self._sharded = sharded_modules(trainer.lightning_module)
+        reshard(self._sharded)
         self._places: list[tuple[str, dict[Any, Any], Any]] = []
         self._private: list[str] = []
         self._buffers: list[dict[str, Any]] = []
@@ -49,7 +55,13 @@ class StateIndex:
         return self._present_now() == self._present
 
     def read(self) -> dict[str, Tensor]:
-        """All big tensors of this rank by name, as they are now."""
+        """All big tensors of this rank by name, as they are now; of sharded ones the part that is here."""
+        with torch.no_grad():
+            return {name: local_part(tensor) for name, tensor in self.tensors().items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All big tensors by name, as they are now, sharded ones as such."""
+        reshard(self._sharded)
         return {name: place[key] for name, place, key in self._places} | self._fixed
 
     def keep_only(self, names: Collection[str]) -> None:
@@ -136,6 +148,27 @@ def optimizer_tensors(trainer: Any) -> Iterator[tuple[str, Tensor]]:
                     yield f"optimizer/{index}/{name}/{key}", value
 
 
+def require_room(trainer: Any) -> None:
+    """Refuse optimizer tensors that `make_room_for_optimizer_state` could not make in a new process.
+
+    Raises:
+        OptionsError: one is sharded, and not as its parameter is; names it.
+    """
+    for index, optimizer in enumerate(trainer.optimizers):
+        for name, parameter in optimizer_parameters(trainer, index).items():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, DTensor) and (value.shape, value.placements) != _sharding(parameter):
+                    raise OptionsError(
+                        f"optimizer {index} ({type(optimizer).__name__}): {key} of {name} is {list(value.shape)} over "
+                        f"{value.placements}, the parameter {list(parameter.shape)}: a new process could not make it "
+                        "anew. Take an optimizer whose state is sharded as its parameters are, such as AdamW"
+                    )
+
+
+def _sharding(parameter: Tensor) -> tuple[Any, Any]:
+    return parameter.shape, parameter.placements if isinstance(parameter, DTensor) else None
+
+
 def optimizer_facts(trainer: Any) -> list[dict[str, Any]]:
     """What optimizers hold beside big tensors: hyper-parameters of their groups and plain values of their state."""
     facts = []
@@ -204,12 +237,17 @@ def make_room_for_optimizer_state(trainer: Any, described: dict[str, tuple[torch
         if parameter_name.startswith("#") and key == "value":
             continue
         there = optimizer.state[parameter].get(key)
-        if not isinstance(there, Tensor) or (there.dtype, tuple(there.shape)) != (dtype, shape):
+        if not isinstance(there, Tensor) or there.dtype != dtype or shape not in _shapes(there):
             optimizer.state[parameter][key] = _room(optimizer, parameter, key, dtype, shape)
 
 
+def _shapes(tensor: Tensor) -> tuple[tuple[int, ...], ...]:
+    """The shapes by which a tensor may be described: that of the whole, and that of the part that is here."""
+    return tuple(tensor.shape), tuple(local_part(tensor).shape)
+
+
 def _room(optimizer: Any, parameter: nn.Parameter, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    if shape == tuple(parameter.shape) and not (key == "step" and not shape):
+    if shape in _shapes(parameter) and not (key == "step" and not shape):
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     # Zero-dimensional counters stay on the host, as optimizers make them unless asked for fused or capturable ones.
     on_host = not shape and not any(g.get("capturable") or g.get("fused") for g in optimizer.param_groups)

@@ -1,46 +1,47 @@
-"""The strategies that users name: Lightning's own, with the engine beside them."""
+"""The strategies that users name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ckptless.errors import OptionsError
-from lightning_ckptless.membership.communicators import World, use_loopback_on_one_node, world_group
-from lightning_ckptless.membership.watch import Watcher
-from lightning_ckptless.options import (
-    Checksum,
-    CkptlessOptions,
-    EveryNSteps,
-    FailureDomain,
-    OnLate,
-    OnUnrecoverable,
-    Staging,
-)
-from lightning_ckptless.protocol.hang import Point
-from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.membership.communicators import world_group
+from lightning_ckptless.mesh_internals import forget_iteration, number_groups_from, use_groups_of
 from lightning_ckptless.torch_internals import use_process_group
-from lightning_ckptless.trainer.compatibility import check_trainer
-from lightning_ckptless.trainer.engine import Engine
-from lightning_ckptless.trainer.host.ddp import prepare_without_group, wrap_late
+from lightning_ckptless.trainer.host.ddp import wrap_late
 from lightning_ckptless.trainer.host.flavour import FLAVOURS, module
-from lightning_ckptless.trainer.launcher import launcher_class
-from lightning_ckptless.trainer.loader import make_resumable
+from lightning_ckptless.trainer.host.model_parallel import PRECISIONS, give_mesh, make_mesh, precision_of, sizes_of
+from lightning_ckptless.trainer.recoverable import recoverable
+from lightning_ckptless.trainer.sharding import sharded_modules
+
+FIRST_GROUP_OF_MESH = 1000
+"""Number of the first process group of a mesh: those for other ends come before it, in whatever order."""
+
+
+def strategy_class(flavour: str, name: str = "ckptless") -> type[Any]:
+    """A strategy for one distribution of Lightning.
+
+    Args:
+        flavour: `lightning.pytorch` or `pytorch_lightning`.
+        name: `ckptless` or `ckptless_model_parallel`.
+    """
+    made = {"ckptless": data_parallel_class, "ckptless_model_parallel": model_parallel_class}[name](flavour)
+    made.__module__, made.__qualname__ = "lightning_ckptless", made.__name__
+    return made
 
 
 @lru_cache(maxsize=len(FLAVOURS))
-def strategy_class(flavour: str) -> type[Any]:
+def data_parallel_class(flavour: str) -> type[Any]:
     """`CkptlessStrategy` for one distribution of Lightning.
 
     Args:
         flavour: `lightning.pytorch` or `pytorch_lightning`.
     """
-    base: Any = module(flavour, "strategies").DDPStrategy
-    launcher = launcher_class(flavour)
+    base: Any = recoverable(module(flavour, "strategies").DDPStrategy, flavour)
 
     class CkptlessStrategy(base):  # type: ignore[misc]
         """Data parallelism that survives the loss of any rank.
@@ -48,215 +49,113 @@ def strategy_class(flavour: str) -> type[Any]:
         After every optimizer step the state of training is mirrored, in shards, into host memory of peers in other
         failure domains. When a worker dies, a new process takes its place and the others go back to the last step;
         where that is not possible all are started again. Training goes on from what the arenas hold, bit for bit.
-
-        Args:
-            mirror_every_n_steps: optimizer steps between two mirrored versions; `auto` to choose by what they cost.
-            copies: replicas of each shard beyond the writer's own copy.
-            failure_domain: what is lost together: `node`, or `rank` to keep replicas among the ranks of one node.
-            arena_dir: folder for the arenas; `/dev/shm` where nothing is given and it is there.
-            max_recoveries: recoveries after which the run gives up.
-            on_unrecoverable: with no complete version left, `durable` goes on from the newest checkpoint file, `raise`
-                stops.
-            checksum: digest that guards every replica: `xxh3`, `crc32` or `none`.
-            on_late: when a mirror is still under way at the next one: `wait` for it or `skip` a version.
-            staging: `overlap` copies the state while the next forward and backward run, `blocking` before they start.
-            arena_keep_s: seconds for which the arena of a dead run is kept for a restart under the same run id.
-            in_place: after a fault replace only what was lost and let the other ranks go on; else start all again.
-            standbys: processes per node that have run the script up to `fit` and wait there for a rank.
-            hang_timeout_s: seconds without a sign of any rank after which those that are behind are ended as hung; None
-                to learn it from the steps, 0 for never.
-            mirror_budget: with `auto`, by which share mirroring may lengthen training at most.
-            failures_per_day: with `auto`, how many failures of the whole run are expected.
-            health_check: dotted name of a function of yours that raises where a node is not fit to train; it is
-                called, beside our own checks, before a worker joins the others.
-            durable_every_n_steps: optimizer steps from one durable state to the next, written beside training; None
-                for none by steps.
-            durable_every_s: seconds from one durable state to the next; None for none by time.
-            durable_dir: folder of the durable states; `durable` in the run's own folder where nothing is given.
-            durable_keep: durable states that are kept.
-            **ddp_options: everything that Lightning's `DDPStrategy` takes.
-
-        Raises:
-            OptionsError: a value is out of range.
         """
 
         strategy_name = "ckptless"
-        observers: Callable[[], list[Any]] = staticmethod(list)
-
-        def __init__(
-            self,
-            mirror_every_n_steps: EveryNSteps = 1,
-            copies: int = 1,
-            failure_domain: FailureDomain = "node",
-            arena_dir: str | Path | None = None,
-            max_recoveries: int = 100,
-            on_unrecoverable: OnUnrecoverable = "durable",
-            checksum: Checksum = "xxh3",
-            on_late: OnLate = "wait",
-            staging: Staging = "overlap",
-            arena_keep_s: float = 3600.0,
-            in_place: bool = True,
-            standbys: int = 0,
-            hang_timeout_s: float | None = None,
-            health_check: str = "",
-            mirror_budget: float = 0.01,
-            failures_per_day: float = 1.0,
-            durable_every_n_steps: int | None = None,
-            durable_every_s: float | None = None,
-            durable_dir: str | Path | None = None,
-            durable_keep: int = 2,
-            **ddp_options: Any,
-        ) -> None:
-            super().__init__(**ddp_options)
-            self.options = CkptlessOptions(
-                mirror_every_n_steps=mirror_every_n_steps,
-                copies=copies,
-                failure_domain=failure_domain,
-                arena_dir=Path(arena_dir) if arena_dir is not None else None,
-                max_recoveries=max_recoveries,
-                on_unrecoverable=on_unrecoverable,
-                checksum=checksum,
-                on_late=on_late,
-                staging=staging,
-                arena_keep_s=arena_keep_s,
-                in_place=in_place,
-                standbys=standbys,
-                hang_timeout_s=hang_timeout_s,
-                health_check=health_check,
-                mirror_budget=mirror_budget,
-                failures_per_day=failures_per_day,
-                durable_every_n_steps=durable_every_n_steps,
-                durable_every_s=durable_every_s,
-                durable_dir=Path(durable_dir) if durable_dir is not None else None,
-                durable_keep=durable_keep,
-            )
-            self.engine: Engine | None = None
-            self.world = World()
-            self.watcher: Watcher | None = None
-            self.joins_alone = False
-            self.calls_before_fit = 0
-            self.probes: list[Callable[[str, Version], None]] = []
-
-        # -------------------------------------------------------------- processes
-
-        def _configure_launcher(self) -> None:
-            self._launcher = launcher(self)
-
-        def check_world(self) -> None:
-            """Compare what the trainer was told with how many workers the agent started.
-
-            Raises:
-                OptionsError: the numbers differ.
-            """
-            asked, found = self.num_nodes * self.num_processes, self.cluster_environment.world_size()
-            if asked != found:
-                raise OptionsError(
-                    f"Trainer(num_nodes={self.num_nodes}, devices={self.num_processes}) asks for {asked} ranks, the "
-                    f"agent started {found}: start with --nproc-per-node {self.num_processes} --nnodes {self.num_nodes}"
-                )
 
         def setup_distributed(self) -> None:
-            """Join the current generation, then let Lightning do the rest of its set-up.
-
-            A process that takes a lost rank's place does without: it meets the others in the loop, where they are.
-            """
-            use_loopback_on_one_node(self.num_processes, self.world_size)
-            if self.joins_alone:
-                prepare_without_group(self)
-                return
-            if not self.world.generation:
-                self.set_world_ranks()
-                self._open_world(0, lambda: False)
-            super().setup_distributed()
-
-        def _open_world(self, regrouping: int, is_over: Callable[[], bool]) -> None:
-            self.world.open(
-                rank=self.global_rank,
-                world_size=self.world_size,
-                backend=self._get_process_group_backend(),
-                timeout=self._timeout,
-                device=self.root_device if self.root_device.type != "cpu" else None,
-                regrouping=regrouping,
-                is_over=is_over,
-            )
-
-        def rejoin(self, regrouping: int, is_over: Callable[[], bool]) -> None:
-            """Meet the others of the next generation; the process groups of the last one have been left.
-
-            Args:
-                regrouping: number under which they meet.
-                is_over: whether another fault was told meanwhile.
-
-            Raises:
-                TransportError: not all ranks came.
-            """
-            self._open_world(regrouping, is_over)
-            if isinstance(self.model, DistributedDataParallel):
-                use_process_group(self.model, world_group())
-            else:
-                wrap_late(self)
-
-        # -------------------------------------------------------------- training
+            """Join the current generation, then let Lightning do the rest of its set-up."""
+            if self.join_generation():
+                super().setup_distributed()
 
         def configure_ddp(self) -> None:
             """Wrap the model, once there is a process group to sum its gradients in."""
             if self.world.is_open:
                 super().configure_ddp()
 
-        def setup(self, trainer: Any) -> None:
-            """Set up model and optimizers as Lightning does, then take over the commit points."""
-            super().setup(trainer)
-            if self.engine is not None and trainer.state.fn == "fit":
-                check_trainer(trainer)
-                self.engine.attach()
+        def use_new_groups(self) -> None:
+            """Sum gradients in the new process group."""
+            if isinstance(self.model, DistributedDataParallel):
+                use_process_group(self.model, world_group())
+            else:
+                wrap_late(self)
 
-        def process_dataloader(self, dataloader: object) -> object:
-            """Let a training dataloader know its exact position."""
-            dataloader = super().process_dataloader(dataloader)
-            if self.engine is not None and self.lightning_module.trainer.training:
-                return make_resumable(dataloader)
-            return dataloader
-
-        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-            """Note which step is begun."""
-            if self.engine is not None:
-                self.engine.at_batch_start()
-            super().on_train_batch_start(batch, batch_idx)
-
-        def pre_backward(self, closure_loss: Any) -> None:
-            """Note that the forward pass is over."""
-            self._beat(Point.BACKWARD)
-            super().pre_backward(closure_loss)
-
-        def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-            """Note that validation makes progress."""
-            self._beat(Point.TAIL)
-            return super().validation_step(*args, **kwargs)
-
-        def _beat(self, point: Point) -> None:
-            if self.engine is not None:
-                self.engine.beat(point)
-
-        def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-            """Step as Lightning does, but not before the last version is copied."""
-            engine = self.engine
-            if engine is None:
-                return super().optimizer_step(optimizer, closure, model, **kwargs)
-
-            def closure_then_wait() -> Any:
-                result = closure()
-                self._beat(Point.OPTIMIZER)
-                engine.before_optimizer_step()
-                return result
-
-            return super().optimizer_step(optimizer, closure_then_wait, model, **kwargs)
-
-        def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-            """Write a checkpoint file, and note it: a fault may roll the run back behind it."""
-            if self.engine is not None and self.is_global_zero:
-                self.engine.saving_checkpoint(str(filepath))
-            super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-
-    CkptlessStrategy.__module__ = "lightning_ckptless"
-    CkptlessStrategy.__qualname__ = "CkptlessStrategy"
     return CkptlessStrategy
+
+
+@lru_cache(maxsize=len(FLAVOURS))
+def model_parallel_class(flavour: str) -> type[Any]:
+    """`CkptlessModelParallelStrategy` for one distribution of Lightning.
+
+    Args:
+        flavour: `lightning.pytorch` or `pytorch_lightning`.
+    """
+    base: Any = recoverable(module(flavour, "strategies").ModelParallelStrategy, flavour)
+
+    class CkptlessModelParallelStrategy(base):  # type: ignore[misc]
+        """Sharded models that survive the loss of any rank: FSDP2 (`fully_shard`), tensor parallelism, and both.
+
+        What each rank holds of a sharded tensor is mirrored once, by a rank that holds it, into host memory of peers in
+        other failure domains. `configure_model()` of the model shards it, over `self.device_mesh`.
+        """
+
+        strategy_name = "ckptless_model_parallel"
+        replicates = False
+
+        def check_options(self) -> None:
+            """Compare the mesh with the world, and the precision with what is supported.
+
+            Raises:
+                OptionsError: they do not fit.
+            """
+            sizes, ranks = sizes_of(self), self.num_nodes * self.num_processes
+            if math.prod(sizes) != ranks:
+                raise OptionsError(
+                    f"data_parallel_size={sizes[0]} x tensor_parallel_size={sizes[1]} makes a mesh of "
+                    f"{math.prod(sizes)} ranks, Trainer(num_nodes={self.num_nodes}, devices={self.num_processes}) has "
+                    f"{ranks}: choose sizes whose product is {ranks}"
+                )
+            if (precision := precision_of(self)) not in PRECISIONS:
+                raise OptionsError(
+                    f"precision={precision!r} is not supported for sharded models: choose among {', '.join(PRECISIONS)}"
+                )
+
+        def setup_environment(self) -> None:
+            """Set the process up as Lightning does, but make one mesh for all calls: those who meet again need it."""
+            if give_mesh(self):
+                return
+            self.join_generation()
+            with self.world.making():
+                super().setup_environment()
+
+        def _setup_distributed(self) -> None:
+            if self.join_generation():
+                super()._setup_distributed()
+            else:
+                self.world.pretend(self.global_rank, self.world_size)
+            number_groups_from(FIRST_GROUP_OF_MESH)
+
+        def use_new_groups(self) -> None:
+            """Give the mesh, and the modules that are sharded over it, groups of the new generation."""
+            number_groups_from(FIRST_GROUP_OF_MESH)
+            with self.world.making():
+                use_groups_of(self.device_mesh, make_mesh(self))
+            forget_iteration(sharded_modules(self.lightning_module))
+            for parameter in self.lightning_module.parameters():
+                parameter.grad = None
+
+        # -------------------------------------------------------------- on the way to the others
+
+        @property
+        def is_alone(self) -> bool:
+            """Whether this process is to take a lost rank's place, and has not met the others yet."""
+            return self.joins_alone and not self.world.generation
+
+        def barrier(self, name: str | None = None) -> None:
+            """Wait for the others."""
+            if not self.is_alone:
+                super().barrier(name)
+
+        def broadcast(self, obj: Any, src: int = 0) -> Any:
+            """What another rank has."""
+            return obj if self.is_alone else super().broadcast(obj, src)
+
+        def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            """A value of all ranks."""
+            return tensor if self.is_alone else super().reduce(tensor, *args, **kwargs)
+
+        def all_gather(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            """The values of all ranks."""
+            return tensor if self.is_alone else super().all_gather(tensor, *args, **kwargs)
+
+    return CkptlessModelParallelStrategy

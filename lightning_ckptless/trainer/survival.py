@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import logging
 import os
-import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from lightning_ckptless import environment
-from lightning_ckptless.errors import CkptlessError, LaunchError, TransportError
+from lightning_ckptless.errors import CkptlessError, LaunchError, TransportError, let_go
 from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.peers import is_lost_peer
 from lightning_ckptless.membership.watch import Assignment, Watcher
@@ -115,6 +114,8 @@ class Survival:
             return f"the program has entered fit {self._engine.chapter} times before, which a new process cannot"
         if calls := self._strategy.calls_before_fit:
             return f"the program has used its trainer {calls} times before fit, which a new process cannot"
+        if obstacle := self._strategy.obstacle_in_place():
+            return str(obstacle)
         if foreign := self._strategy.world.foreign_groups():
             return f"the program has made {foreign} process groups of its own, which nobody else can make anew"
         return None
@@ -130,8 +131,7 @@ class Survival:
                 assignment = self._peer_fault(error)
                 if assignment is None:
                     raise
-                # What the error holds on to would keep old process groups alive.
-                traceback.clear_frames(error.__traceback__)
+                let_go(error)
             go = self._come_back(assignment)
         self._move(WorkerEvent.LEAVE)
         self._engine.leave_loop()
@@ -168,7 +168,7 @@ class Survival:
                     self._give_up(
                         f"{type(error).__name__} while meeting the others, and no word from the agent: {error}"
                     )
-                traceback.clear_frames(error.__traceback__)
+                let_go(error)
             assignment = newer
             self._move(WorkerEvent.FAULT)
 

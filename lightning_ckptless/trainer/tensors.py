@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lightning_ckptless.replica.layout import Described, Layout, describe, dtype_of, plan_layout, private_name
+from lightning_ckptless.replica.checksum import bytes_of, digest
+from lightning_ckptless.replica.description import Described, describe
+from lightning_ckptless.replica.layout import Layout
 from lightning_ckptless.replica.restore import fill
 from lightning_ckptless.trainer.state import (
     StateIndex,
@@ -16,11 +20,25 @@ from lightning_ckptless.trainer.state import (
 )
 
 
-def describe_state(index: StateIndex) -> tuple[Described, ...]:
-    """What this rank holds: the tensors that all ranks share, then its own."""
-    tensors, private = index.read(), index.private
+def describe_state(index: StateIndex, *, replicated: bool = True) -> tuple[Described, ...]:
+    """What this rank holds: the tensors that other ranks may hold too, then its own.
+
+    Args:
+        index: where they are.
+        replicated: whether those that are neither sharded nor its own are known to be the same on all ranks; else
+            their values are compared.
+    """
+    tensors, private = index.tensors(), index.private
     shared = describe({name: t for name, t in tensors.items() if name not in private}, replicated=True)
-    return shared + describe({name: t for name, t in tensors.items() if name in private}, replicated=False)
+    own = describe({name: t for name, t in tensors.items() if name in private}, replicated=False)
+    if not replicated:
+        shared = tuple(d if d.box or not d.replicated else replace(d, digest=_digest(tensors[d.name])) for d in shared)
+    return shared + own
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return digest("xxh3", [bytes_of(flat.view(torch.uint8))])
 
 
 def fill_trainer(
@@ -29,7 +47,6 @@ def fill_trainer(
     bulks: Mapping[int, Tensor],
     *,
     rank: int,
-    world_size: int,
     only_own: bool = False,
     index: StateIndex | None = None,
 ) -> StateIndex:
@@ -40,7 +57,6 @@ def fill_trainer(
         layout: of the version.
         bulks: tensor part of each shard: uint8 of shape [bulk bytes].
         rank: this rank.
-        world_size: number of ranks.
         only_own: copy this rank's own tensors alone: those that all ranks share hold the version already.
         index: where the trainer's tensors are, if it is known that they are those of the layout.
 
@@ -50,17 +66,15 @@ def fill_trainer(
     Raises:
         LayoutMismatchError: the script has built other tensors than those that were mirrored; names them.
     """
-    if index is not None:
-        fill(layout, {rank: bulks[rank]} if only_own else bulks, index.read(), rank)
-        return index
-    described = {name: (dtype_of(dtype), shape) for name, (dtype, shape) in layout.tensors().items()}
-    own = private_name(rank, "")
-    of_buffers = {name.removeprefix(own): facts for name, facts in described.items() if name.startswith(own)}
-    of_optimizers = {name: facts for name, facts in described.items() if name.startswith("optimizer/")}
-    StateIndex(trainer).keep_only({name.removeprefix(own) for name in described})
-    make_room_for_buffers(trainer, of_buffers)
-    make_room_for_optimizer_state(trainer, of_optimizers)
-    index = StateIndex(trainer)
-    layout.require_same(plan_layout([describe_state(index)] * world_size), rank)
-    fill(layout, {rank: bulks[rank]} if only_own else bulks, index.read(), rank)
+    wanted = {shard: bulk for shard, bulk in bulks.items() if shard == rank or not only_own}
+    if index is None:
+        described = layout.known_to(rank)
+        StateIndex(trainer).keep_only(described)
+        make_room_for_buffers(trainer, described)
+        make_room_for_optimizer_state(
+            trainer, {name: facts for name, facts in described.items() if name.startswith("optimizer/")}
+        )
+        index = StateIndex(trainer)
+        layout.require_same(describe_state(index), rank)
+    fill(layout, wanted, index.read(), rank)
     return index

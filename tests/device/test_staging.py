@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.replica.layout import Layout, describe, live_views, plan_layout, slot_views
+from lightning_ckptless.replica.description import describe
+from lightning_ckptless.replica.layout import Layout, live_views, slot_views
+from lightning_ckptless.replica.partition import plan_layout
 from lightning_ckptless.replica.slot import Slot, Stamp
 from lightning_ckptless.replica.space import default_arena_dir
 from lightning_ckptless.replica.staging import Stager

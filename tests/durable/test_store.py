@@ -15,7 +15,9 @@ from lightning_ckptless.durable.store import load_state, read_shard, require_spa
 from lightning_ckptless.errors import DurableError
 from lightning_ckptless.protocol.versions import Snapshot, Version
 from lightning_ckptless.replica.checksum import bytes_of, digest
-from lightning_ckptless.replica.layout import describe, plan_layout, private_name, slot_views
+from lightning_ckptless.replica.description import describe
+from lightning_ckptless.replica.layout import private_name, slot_views
+from lightning_ckptless.replica.partition import plan_layout
 from tests.durable.conftest import manifest_of
 from tests.replica.conftest import state
 

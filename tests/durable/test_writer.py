@@ -21,8 +21,9 @@ from lightning_ckptless.ledger import Event, read_ledger
 from lightning_ckptless.protocol.placement import place
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena, Owner
-from lightning_ckptless.replica.layout import describe, plan_layout
+from lightning_ckptless.replica.description import describe
 from lightning_ckptless.replica.mirror import Mirror
+from lightning_ckptless.replica.partition import plan_layout
 from lightning_ckptless.replica.transport import SoloTransport
 
 REPOSITORY = Path(__file__).parents[2]

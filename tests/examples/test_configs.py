@@ -37,8 +37,9 @@ def test_is_understood(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "ckptless" in told
 
 
-def test_help_shows_our_options(capsys: pytest.CaptureFixture[str]) -> None:
-    ask("--trainer.strategy.help", "lightning_ckptless.CkptlessStrategy")
+@pytest.mark.parametrize("strategy", ["CkptlessStrategy", "CkptlessModelParallelStrategy"])
+def test_help_shows_our_options(strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ask("--trainer.strategy.help", f"lightning_ckptless.{strategy}")
     told = capsys.readouterr().out
     assert "optimizer steps between two mirrored versions" in told
     assert "failure_domain {node,rank}" in told
@@ -46,4 +47,4 @@ def test_help_shows_our_options(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_there_are_all_of_them() -> None:
     names = {path.stem for path in FILES}
-    assert names == {"two_cpu_ranks", "four_ranks_with_faults", "gpu", "two_nodes", "digits", "char_gpt"}
+    assert names == {"two_cpu_ranks", "four_ranks_with_faults", "gpu", "sharded", "two_nodes", "digits", "char_gpt"}

@@ -20,9 +20,11 @@ from lightning_ckptless.testing.traces import read_traces
 from tests.faults.cluster import END_S, Cluster, free_port
 from tests.faults.conftest import REPOSITORY, command_for
 from tests.faults.matrix import BASE, is_version
+from tests.lab.parts import Options
 
 ONE_NODE = replace(BASE, samples=80)
 TWO_NODES = replace(ONE_NODE, devices=1, num_nodes=2)
+SHARDED = replace(TWO_NODES, mesh="2x1")
 
 
 @pytest.fixture
@@ -34,7 +36,8 @@ def stack() -> Iterator[ExitStack]:
 
 def _assert_identical(cluster: Cluster, parent: PreloadedParent) -> None:
     env = {"PYTHONPATH": str(REPOSITORY)}
-    whole = run_variant(command_for(ONE_NODE), cluster.folder / "whole", parent=parent, isolate=True, env=env)
+    alone = replace(cluster.options, devices=2, num_nodes=1)
+    whole = run_variant(command_for(alone), cluster.folder / "whole", parent=parent, isolate=True, env=env)
     collect_logs(read_traces(cluster.folder / "trace").values(), cluster.folder / "logs", since=0)
     verdict = compare(whole.folder, cluster.folder)
     assert verdict.identical, f"{verdict}\n{cluster.output()}"
@@ -42,8 +45,11 @@ def _assert_identical(cluster: Cluster, parent: PreloadedParent) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_node_is_lost_with_its_arena(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
-    cluster = Cluster(tmp_path, stack, TWO_NODES)
+@pytest.mark.parametrize("options", [TWO_NODES, SHARDED], ids=["replicated", "sharded"])
+def test_node_is_lost_with_its_arena(
+    options: Options, tmp_path: Path, stack: ExitStack, parent: PreloadedParent
+) -> None:
+    cluster = Cluster(tmp_path, stack, options)
     cluster.arenas.mkdir()
     stays = cluster.start_agent()
     lost = cluster.start_agent("node:rank=all:step=7")

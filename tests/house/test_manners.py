@@ -24,9 +24,9 @@ COMMON = {"os._exit", "sys._getframe"}
 # What a subclass shares with the base that another project wrote.
 INHERITED = {
     f"{PACKAGE}/membership/agent.py": {"self._logs_specs"},
-    f"{PACKAGE}/trainer/strategies.py": {"self._get_process_group_backend", "self._timeout"},
+    f"{PACKAGE}/trainer/recoverable.py": {"self._get_process_group_backend", "self._timeout"},
 }
-HOSTS = (f"{PACKAGE}/trainer/host/", f"{PACKAGE}/torch_internals.py")
+HOSTS = (f"{PACKAGE}/trainer/host/", f"{PACKAGE}/torch_internals.py", f"{PACKAGE}/mesh_internals.py")
 FIXED_ADDRESS = re.compile(r"(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\]):[1-9]\d")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torchmetrics
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 
@@ -26,7 +27,7 @@ class Options:
     data: str = "map"  # map, sampler, iterable, sized_iterable, stateful, combined, combined_stream, plain
     workers: int = 0
     persistent: bool = False
-    optimization: str = "adamw"  # adamw, manual, two
+    optimization: str = "adamw"  # adamw, sgd, manual, two
     scheduler: str = "step"  # step, epoch, plateau, none
     accumulate: int = 1
     clip: float | None = None
@@ -46,6 +47,9 @@ class Options:
     accelerator: str = "cpu"
     pin_memory: bool = False
     raise_at: int = 0  # raise a ValueError at this step, every time
+    mesh: str = ""  # data_parallel x tensor_parallel ranks of a sharded model, e.g. 2x1; empty for data parallelism
+    sharding: str = "plain"  # plain, hybrid (data_parallel replicates, tensor_parallel shards), partly (frozen, tied,
+    # and a head that each rank trains for itself)
 
 
 def link_is_down() -> None:
@@ -85,6 +89,41 @@ class SizedStream(Stream):
         return len(self.numbers) // self.ranks
 
 
+def shard(model: Any, how: str) -> None:
+    """Shard a model over its mesh: layers by tensor parallelism, then everything by fully sharded data parallelism."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    data, tensor = model.device_mesh["data_parallel"], model.device_mesh["tensor_parallel"]
+    if how == "partly":
+        model.body[0].weight.requires_grad_(False)
+        model.block.again = Block(16)
+        model.block.again.up.weight = model.block.up.weight
+    if tensor.size() > 1 and how == "plain":
+        parallelize_module(model.block, tensor, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    if data.size() > 1:
+        for part in (model.body[0], model.body, model.block, *([] if how == "partly" else [model.head])):
+            fully_shard(part, mesh=model.device_mesh if how == "hybrid" else data)
+
+
+class Block(nn.Module):
+    """Two layers that tensor parallelism divides between ranks, and a norm that every rank has whole."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
+        self.again: nn.Module | None = None
+        self.uses = [0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.uses[0] += 1
+        hidden: torch.Tensor = self.down(torch.relu(self.up(self.norm(x))))
+        if self.again is not None:
+            hidden = hidden + 0.01 * self.uses[0] * checkpoint(self.again, x, use_reentrant=False)
+        return x + hidden
+
+
 def model_class(flavour: Any, options: Options) -> Any:
     """The model, as a class of one distribution of Lightning."""
 
@@ -92,6 +131,7 @@ def model_class(flavour: Any, options: Options) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.body = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2))
+            self.block = Block(16) if options.mesh else nn.Identity()
             self.head = nn.Linear(16, 3)
             self.accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=3)
             self.mean = torchmetrics.MeanMetric()
@@ -100,9 +140,13 @@ def model_class(flavour: Any, options: Options) -> Any:
             self.outputs: list[torch.Tensor] = []
             self.generator = np.random.default_rng(3)
 
+        def configure_model(self) -> None:
+            if options.mesh:
+                shard(self, options.sharding)
+
         def loss(self, batch: Any) -> torch.Tensor:
             x, y = batch[0] if options.data.startswith("combined") else batch
-            logits = self.head(self.body(x))
+            logits = self.head(self.block(self.body(x)))
             self.accuracy.update(logits, y)
             return nn.functional.cross_entropy(logits, y)
 
@@ -137,7 +181,7 @@ def model_class(flavour: Any, options: Options) -> Any:
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             x, y = batch
-            self.log("val_loss", nn.functional.cross_entropy(self.head(self.body(x)), y), sync_dist=True)
+            self.log("val_loss", nn.functional.cross_entropy(self.head(self.block(self.body(x))), y), sync_dist=True)
 
         def configure_optimizers(self) -> Any:
             if options.optimization == "two":
@@ -146,7 +190,9 @@ def model_class(flavour: Any, options: Options) -> Any:
                     torch.optim.SGD(self.head.parameters(), 1e-2, momentum=0.9),
                 ]
                 return optimizers, [torch.optim.lr_scheduler.StepLR(o, 3, 0.9) for o in optimizers]
-            optimizer = torch.optim.AdamW(self.parameters(), 1e-2)
+            optimizer: Any = torch.optim.AdamW(self.parameters(), 1e-2)
+            if options.optimization == "sgd":
+                optimizer = torch.optim.SGD(self.parameters(), 1e-2)
             if options.scheduler == "plateau":
                 scheduler: Any = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
                 return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "loss_epoch"}}

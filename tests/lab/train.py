@@ -26,8 +26,14 @@ def parse() -> Options:
 def main() -> None:
     options = parse()
     importlib.import_module(options.flavour)
-    strategy = importlib.import_module("lightning_ckptless").CkptlessStrategy
-    made = strategy(**ast.literal_eval(options.strategy_options))
+    ours = importlib.import_module("lightning_ckptless")
+    strategy_options = ast.literal_eval(options.strategy_options)
+    if options.mesh:
+        data, tensor = map(int, options.mesh.split("x"))
+        sizes = {"data_parallel_size": data, "tensor_parallel_size": tensor}
+        made = ours.CkptlessModelParallelStrategy(**sizes, **strategy_options)
+    else:
+        made = ours.CkptlessStrategy(**strategy_options)
     if options.slow_mirror_s:
         made.probes.append(lambda moment, _: threading.Event().wait(options.slow_mirror_s * (moment == "send")))
     trainer, model, data = make_run(options, made)

@@ -19,18 +19,20 @@ def test_bare_string_in_a_script_that_does_not_import_us(run: Run, flavour: str)
     told = run(f"""
 import sys
 from {flavour} import Trainer
-from {flavour}.strategies import DDPStrategy
+from {flavour}.strategies import DDPStrategy, ModelParallelStrategy
 before = [m for m in sys.modules if m.startswith("lightning_ckptless.trainer")]
 strategy = Trainer(strategy="ckptless", {TRAINER}).strategy
+sharded = Trainer(strategy="ckptless_model_parallel", {TRAINER}).strategy
 import lightning_ckptless
 tell([
     before,
-    isinstance(strategy, DDPStrategy),
+    isinstance(strategy, DDPStrategy) and isinstance(sharded, ModelParallelStrategy),
     type(strategy) is lightning_ckptless.CkptlessStrategy,
-    strategy.options.copies,
+    type(sharded) is lightning_ckptless.CkptlessModelParallelStrategy,
+    strategy.options == sharded.options,
 ])
 """)
-    assert told == [[], True, True, 1]
+    assert told == [[], True, True, True, True]
 
 
 @pytest.mark.slow
@@ -91,13 +93,16 @@ def options(*args, **kwargs):
         BoringModel, run=False, args=[*common, *args], save_config_callback=None, parser_kwargs=kwargs
     )
     strategy = cli.trainer.strategy
-    return [type(strategy).__name__, strategy.options.copies, strategy._ddp_kwargs.get("find_unused_parameters")]
+    own = getattr(strategy, "_ddp_kwargs", {{}}).get("find_unused_parameters")
+    return [type(strategy).__name__, strategy.options.copies, getattr(strategy, "_data_parallel_size", own)]
 
 by_class = ["--trainer.strategy=lightning_ckptless.CkptlessStrategy", "--trainer.strategy.copies=0"]
+sharded = "--trainer.strategy=lightning_ckptless.CkptlessModelParallelStrategy"
 tell({{
     "string": options("--trainer.strategy=ckptless"),
     "file": options("--config=string.yaml"),
     "class": options(*by_class),
+    "sharded": options(sharded, "--trainer.strategy.copies=0", "--trainer.strategy.data_parallel_size=2"),
     "class in a file": options("--config=class.yaml"),
     "class in a file, omegaconf": options("--config=class.yaml", parser_mode="omegaconf"),
     "string, omegaconf": options("--config=string.yaml", parser_mode="omegaconf"),
@@ -119,5 +124,6 @@ def test_lightning_cli(run: Run, tmp_path: Path, flavour: str) -> None:
     name = "CkptlessStrategy"
     assert told["string"] == told["file"] == told["string, omegaconf"] == [name, 1, None]
     assert told["class"][:2] == [name, 0]
+    assert told["sharded"] == ["CkptlessModelParallelStrategy", 0, 2]
     assert told["class in a file"] == told["class in a file, omegaconf"] == [name, 0, True]
     assert told["interpolation"] == [name, 7, True]

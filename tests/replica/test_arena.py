@@ -18,7 +18,8 @@ from lightning_ckptless.errors import ArenaError
 from lightning_ckptless.protocol.versions import SlotState, Version
 from lightning_ckptless.replica.arena import Arena, Owner, adopt, default_arena_dir, find_arenas, reclaim
 from lightning_ckptless.replica.checksum import bytes_of, digest
-from lightning_ckptless.replica.layout import describe, plan_layout
+from lightning_ckptless.replica.description import describe
+from lightning_ckptless.replica.partition import plan_layout
 from lightning_ckptless.replica.slot import HEADER_BYTES, Slot, Stamp
 
 

@@ -21,7 +21,8 @@ WORKER = """
     from lightning_ckptless.protocol.placement import place
     from lightning_ckptless.protocol.versions import Version
     from lightning_ckptless.replica.arena import Arena
-    from lightning_ckptless.replica.layout import describe, plan_layout
+    from lightning_ckptless.replica.description import describe
+    from lightning_ckptless.replica.partition import plan_layout
     from lightning_ckptless.replica.mirror import Mirror
     from lightning_ckptless.replica.transport import SoloTransport
 

@@ -12,18 +12,9 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_ckptless.errors import LayoutMismatchError, OptionsError
-from lightning_ckptless.replica.layout import (
-    ALIGNMENT_BYTES,
-    PIECE_BYTES_LEAST,
-    PIECES_PER_RANK,
-    Described,
-    Layout,
-    describe,
-    differences,
-    live_views,
-    plan_layout,
-    slot_views,
-)
+from lightning_ckptless.replica.description import Described, describe, differences, held_by_name
+from lightning_ckptless.replica.layout import ALIGNMENT_BYTES, Layout, live_views, slot_views
+from lightning_ckptless.replica.partition import PIECE_BYTES_LEAST, PIECES_PER_RANK, plan_layout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.bool, torch.int8, torch.int64, torch.complex64, torch.float64]
 Sizes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -148,12 +139,9 @@ def test_views_carry_every_kind_of_tensor_through_a_bulk(state: dict[str, torch.
 
 
 def test_differences_name_the_tensors() -> None:
-    before = plan_layout(
-        [described({"a": (torch.float32, (2,)), "b": (torch.float32, (3,)), "c": (torch.float32, ())}, replicated=True)]
-    )
-    after = plan_layout(
-        [described({"a": (torch.float32, (2,)), "b": (torch.float16, (3,)), "d": (torch.int64, (1,))}, replicated=True)]
-    )
+    common = {"a": (torch.float32, (2,)), "b": (torch.float32, (3,)), "c": (torch.float32, ())}
+    other = {"a": (torch.float32, (2,)), "b": (torch.float16, (3,)), "d": (torch.int64, (1,))}
+    before, after = (held_by_name(described(sizes, replicated=True)) for sizes in (common, other))
     assert differences(before, after) == [
         "b is float16[3], expected float32[3]",
         "c is missing, expected float32[]",
@@ -164,20 +152,19 @@ def test_differences_name_the_tensors() -> None:
 
 
 def test_another_model_is_refused_by_the_name_of_its_tensor() -> None:
-    before = plan_layout([described({"w": (torch.float32, (2,))}, replicated=True)])
-    after = plan_layout([described({"w": (torch.float32, (3,))}, replicated=True)])
-    before.require_same(before, 0)
+    before, after = (described({"w": (torch.float32, (size,))}, replicated=True) for size in (2, 3))
+    layout = plan_layout([before])
+    layout.require_same(before, 0)
     with pytest.raises(LayoutMismatchError, match=r"rank 0: .*w is float32\[3\], expected float32\[2\]"):
-        before.require_same(after, 0)
+        layout.require_same(after, 0)
 
 
 def test_private_tensors_of_other_ranks_are_not_compared() -> None:
-    one, two = ({"m": (torch.float32, (size,))} for size in (2, 3))
-    saved = plan_layout([described(one, replicated=False), described(two, replicated=False)])
-    alone = plan_layout([described(one, replicated=False)] * 2)
-    saved.require_same(alone, 0)
-    with pytest.raises(LayoutMismatchError, match="rank1/m"):
-        saved.require_same(alone, 1)
+    one, two = (described({"m": (torch.float32, (size,))}, replicated=False) for size in (2, 3))
+    saved = plan_layout([one, two])
+    saved.require_same(one, 0)
+    with pytest.raises(LayoutMismatchError, match=r"m is float32\[2\], expected float32\[3\]"):
+        saved.require_same(one, 1)
 
 
 def test_ranks_that_differ_are_refused() -> None:

@@ -14,8 +14,9 @@ from lightning_ckptless.errors import LayoutMismatchError, TransportError
 from lightning_ckptless.protocol.placement import place
 from lightning_ckptless.protocol.versions import SlotState, Version
 from lightning_ckptless.replica.arena import Arena, Owner
-from lightning_ckptless.replica.layout import describe, plan_layout
+from lightning_ckptless.replica.description import describe
 from lightning_ckptless.replica.mirror import Mirror
+from lightning_ckptless.replica.partition import plan_layout
 from lightning_ckptless.replica.transport import SoloTransport
 from tests.replica.world import MakeWorld, State, StopError, stop_at, wait_for
 

@@ -25,11 +25,15 @@ def names(world: World) -> list[str]:
     return [arena.node for arena in world.arenas]
 
 
+def everything(world: World) -> dict[int, range]:
+    return dict.fromkeys(range(world.size), range(world.size))
+
+
 def restored_by(world: World, together: Together) -> list[Complete]:
     transports = LoopbackTransport.world(world.size)
 
     def body(rank: int) -> Complete:
-        found = choose(world.arenas[rank], transports[rank], names(world))
+        found = choose(world.arenas[rank], transports[rank], names(world), need=everything(world))
         assert isinstance(found, Complete)
         return found
 
@@ -241,7 +245,10 @@ def test_restored_mappings_keep_their_bytes(world: MakeWorld, together: Together
     ranks = thin(world(2))
     found = restored_by(ranks, together)
     transports = LoopbackTransport.world(2)
-    fetched = together(2, lambda rank: fetch(found[rank], ranks.arenas[rank], transports[rank], names(ranks)))
+    need = everything(ranks)
+    fetched = together(
+        2, lambda rank: fetch(found[rank], ranks.arenas[rank], transports[rank], names(ranks), need=need)
+    )
     before = [{shard: bulk.clone() for shard, bulk in one.bulks.items()} for one in fetched]
     fill_in(ranks, together, found)
     for one, kept in zip(fetched, before, strict=True):

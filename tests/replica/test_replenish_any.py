@@ -100,11 +100,11 @@ def old_copies(arenas: dict[str, Arena]) -> set[tuple[str, int, int, int]]:
 def replenished(plot: Plot, arenas: dict[str, Arena]) -> Replenished:
     """What all ranks of the generation that begins say."""
     transports = LoopbackTransport.world(len(plot.now))
-    placement = place(plot.now, 1)
+    placement, ranks = place(plot.now, 1), range(len(plot.now))
 
     def body(rank: int) -> Replenished:
         arena = arenas[plot.now[rank]]
-        found = choose(arena, transports[rank], plot.now)
+        found = choose(arena, transports[rank], plot.now, need=dict.fromkeys(ranks, ranks))
         assert isinstance(found, Complete) and found.snapshot == Snapshot(NEW, 1, len(plot.now), LAYOUT)
         return replenish(found, arena, transports[rank], plot.now, placement)
 

@@ -13,8 +13,9 @@ from lightning_ckptless.errors import StateMissingError
 from lightning_ckptless.protocol.placement import place
 from lightning_ckptless.protocol.versions import Complete, Missing, Version
 from lightning_ckptless.replica.arena import Arena, Owner
-from lightning_ckptless.replica.layout import describe, plan_layout
+from lightning_ckptless.replica.description import describe
 from lightning_ckptless.replica.mirror import Mirror
+from lightning_ckptless.replica.partition import plan_layout
 from lightning_ckptless.replica.restore import Fetched, choose, fetch, fill, gather_inventory, shared_layout
 from lightning_ckptless.replica.slot import HEADER_BYTES
 from lightning_ckptless.replica.transport import LoopbackTransport, Transport
@@ -104,7 +105,7 @@ class Job:
             found = choose(arena, transport, self.nodes)
             assert isinstance(found, Complete)
             layout = shared_layout(arena, transport, found.snapshot.layout)
-            fetched = fetch(found, arena, transport, self.nodes)
+            fetched = fetch(found, arena, transport, self.nodes, need=layout.need)
             tensors = {name: torch.zeros_like(tensor) for name, tensor in self.state[rank].items()}
             held = {name: tensor.data_ptr() for name, tensor in tensors.items()}
             assert fill(layout, fetched.bulks, tensors, rank) == sum(tensor.nbytes for tensor in tensors.values())

@@ -14,7 +14,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.trainer.checkpoints import files_of_the_future, newest_checkpoint, note_of_save, step_of
+from lightning_ckptless.trainer.checkpoints import (
+    files_of_the_future,
+    newest_checkpoint,
+    note_of_save,
+    remove,
+    step_of,
+)
 from tests.trainer.tiny import tiny_trainer
 
 
@@ -125,6 +131,19 @@ def test_without_a_logger_the_folder_is_below_the_root(tmp_path: Path) -> None:
     path.parent.mkdir()
     path.touch()
     assert newest_checkpoint(trainer) == str(path)
+
+
+def test_a_folder_is_a_checkpoint_once_its_last_file_is_there(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
+    whole, torn = tmp_path / "step=1.ckpt", tmp_path / "step=2.ckpt"
+    for folder, files in ((whole, (".metadata", "meta.pt")), (torn, (".metadata",))):
+        folder.mkdir()
+        for name in files:
+            (folder / name).touch()
+    assert newest_checkpoint(trainer) == str(whole)
+    remove(whole)
+    assert newest_checkpoint(trainer) is None
+    assert torn.exists()
 
 
 def test_the_step_of_a_file_is_read_without_its_tensors(tmp_path: Path) -> None:

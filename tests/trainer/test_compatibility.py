@@ -69,6 +69,23 @@ def test_an_optimizer_that_shards_its_state_is_refused(tmp_path: Path) -> None:
         check_trainer(trainer)
 
 
+class SlowWeights(torch.optim.SGD):
+    """Keeps averages of its parameters where nobody looks for them."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.slow = {"weights": [[p.detach().clone() for p in group["params"]] for group in self.param_groups]}
+        self.overflow = torch.zeros(1)
+
+
+def test_an_optimizer_that_hides_its_state_is_refused(tmp_path: Path) -> None:
+    trainer = trainer_with(tmp_path)
+    lbfgs = torch.optim.LBFGS(torch.nn.Linear(2, 1).parameters())
+    trainer.optimizers = [lbfgs, SlowWeights(torch.nn.Linear(2, 1).parameters())]
+    with pytest.raises(OptionsError, match=r"optimizer 1 \(SlowWeights\) keeps tensors in slow, outside"):
+        check_trainer(trainer)
+
+
 def test_averaging_of_models_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionsError, match=r"model_averaging_period.*leave it out"):
         check_trainer(trainer_with(tmp_path, model_averaging_period=4))

@@ -16,7 +16,8 @@ from lightning_ckptless.durable.capture import Captured, ShardCopy
 from lightning_ckptless.durable.checkpoint import lightning_checkpoint
 from lightning_ckptless.errors import DurableError
 from lightning_ckptless.protocol.versions import Snapshot, Version
-from lightning_ckptless.replica.layout import live_views, plan_layout, slot_views
+from lightning_ckptless.replica.layout import live_views, slot_views
+from lightning_ckptless.replica.partition import plan_layout
 from lightning_ckptless.trainer.host.recipe import recipe_of
 from lightning_ckptless.trainer.plain import pack
 from lightning_ckptless.trainer.snapshot import SmallState

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ckptless.durable.recipe import Recipe
+from lightning_ckptless.replica.description import local_part
 from lightning_ckptless.trainer.host.flavour import flavour_of, is_a, module
 from lightning_ckptless.trainer.host.metrics import metrics_of
 from lightning_ckptless.trainer.state import optimizer_parameters
@@ -29,7 +30,7 @@ def recipe_of(trainer: Any, tensors: Mapping[str, Tensor], callbacks: list[Any])
 
     Args:
         trainer: in `fit`, as it trains.
-        tensors: its big tensors by our names.
+        tensors: its big tensors by our names; of sharded ones the part that is here.
         callbacks: those whose state a version holds, in that order.
     """
     model = trainer.lightning_module
@@ -85,9 +86,10 @@ def _named(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str,
     known = {}
     for key, value in state.items():
         if isinstance(value, Tensor):
+            place = _place(local_part(value))
             same = [f"{kind}/{key}" for kind in ("parameter", "buffer") if f"{kind}/{key}" in tensors]
-            name = same[0] if same else names.get(_place(value))
-            if name is not None and _place(tensors[name]) == _place(value):
+            name = same[0] if same else names.get(place)
+            if name is not None and _place(tensors[name]) == place:
                 known[key] = name
     return known
 

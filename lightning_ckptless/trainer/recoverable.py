@@ -1,0 +1,267 @@
+"""What every strategy of ours has in common: one of Lightning's own, with the engine beside it.
+
+Strategies differ in how they wrap the model, in which process groups that takes, and in what is the same on all ranks.
+That is theirs to say, by the methods below *what a strategy says of itself*; all else is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.membership.communicators import World, use_loopback_on_one_node
+from lightning_ckptless.membership.watch import Watcher
+from lightning_ckptless.options import (
+    Checksum,
+    CkptlessOptions,
+    EveryNSteps,
+    FailureDomain,
+    OnLate,
+    OnUnrecoverable,
+    Staging,
+)
+from lightning_ckptless.protocol.hang import Point
+from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.trainer.compatibility import check_trainer
+from lightning_ckptless.trainer.engine import Engine
+from lightning_ckptless.trainer.host.process import prepare_without_group
+from lightning_ckptless.trainer.launcher import launcher_class
+from lightning_ckptless.trainer.loader import make_resumable
+
+
+def recoverable(base: Any, flavour: str) -> type[Any]:
+    """One of Lightning's strategies for several ranks, with the engine beside it.
+
+    Args:
+        base: its class.
+        flavour: the distribution that it comes from.
+    """
+    launcher = launcher_class(flavour)
+
+    class Recoverable(base):  # type: ignore[misc]
+        """Lightning's strategy, recoverable.
+
+        Args:
+            mirror_every_n_steps: optimizer steps between two mirrored versions; `auto` to choose by what they cost.
+            copies: replicas of each shard beyond the writer's own copy.
+            failure_domain: what is lost together: `node`, or `rank` to keep replicas among the ranks of one node.
+            arena_dir: folder for the arenas; `/dev/shm` where nothing is given and it is there.
+            max_recoveries: recoveries after which the run gives up.
+            on_unrecoverable: with no complete version left, `durable` goes on from the newest checkpoint file, `raise`
+                stops.
+            checksum: digest that guards every replica: `xxh3`, `crc32` or `none`.
+            on_late: when a mirror is still under way at the next one: `wait` for it or `skip` a version.
+            staging: `overlap` copies the state while the next forward and backward run, `blocking` before they start.
+            arena_keep_s: seconds for which the arena of a dead run is kept for a restart under the same run id.
+            in_place: after a fault replace only what was lost and let the other ranks go on; else start all again.
+            standbys: processes per node that have run the script up to `fit` and wait there for a rank.
+            hang_timeout_s: seconds without a sign of any rank after which those that are behind are ended as hung; None
+                to learn it from the steps, 0 for never.
+            mirror_budget: with `auto`, by which share mirroring may lengthen training at most.
+            failures_per_day: with `auto`, how many failures of the whole run are expected.
+            health_check: dotted name of a function of yours that raises where a node is not fit to train; it is
+                called, beside our own checks, before a worker joins the others.
+            durable_every_n_steps: optimizer steps from one durable state to the next, written beside training; None
+                for none by steps.
+            durable_every_s: seconds from one durable state to the next; None for none by time.
+            durable_dir: folder of the durable states; `durable` in the run's own folder where nothing is given.
+            durable_keep: durable states that are kept.
+            **base_options: everything that Lightning's own strategy takes.
+
+        Raises:
+            OptionsError: a value is out of range.
+        """
+
+        observers: Callable[[], list[Any]] = staticmethod(list)
+
+        def __init__(
+            self,
+            mirror_every_n_steps: EveryNSteps = 1,
+            copies: int = 1,
+            failure_domain: FailureDomain = "node",
+            arena_dir: str | Path | None = None,
+            max_recoveries: int = 100,
+            on_unrecoverable: OnUnrecoverable = "durable",
+            checksum: Checksum = "xxh3",
+            on_late: OnLate = "wait",
+            staging: Staging = "overlap",
+            arena_keep_s: float = 3600.0,
+            in_place: bool = True,
+            standbys: int = 0,
+            hang_timeout_s: float | None = None,
+            health_check: str = "",
+            mirror_budget: float = 0.01,
+            failures_per_day: float = 1.0,
+            durable_every_n_steps: int | None = None,
+            durable_every_s: float | None = None,
+            durable_dir: str | Path | None = None,
+            durable_keep: int = 2,
+            **base_options: Any,
+        ) -> None:
+            super().__init__(**base_options)
+            self.options = CkptlessOptions(
+                mirror_every_n_steps=mirror_every_n_steps,
+                copies=copies,
+                failure_domain=failure_domain,
+                arena_dir=Path(arena_dir) if arena_dir is not None else None,
+                max_recoveries=max_recoveries,
+                on_unrecoverable=on_unrecoverable,
+                checksum=checksum,
+                on_late=on_late,
+                staging=staging,
+                arena_keep_s=arena_keep_s,
+                in_place=in_place,
+                standbys=standbys,
+                hang_timeout_s=hang_timeout_s,
+                health_check=health_check,
+                mirror_budget=mirror_budget,
+                failures_per_day=failures_per_day,
+                durable_every_n_steps=durable_every_n_steps,
+                durable_every_s=durable_every_s,
+                durable_dir=Path(durable_dir) if durable_dir is not None else None,
+                durable_keep=durable_keep,
+            )
+            self.engine: Engine | None = None
+            self.world = World()
+            self.watcher: Watcher | None = None
+            self.joins_alone = False
+            self.calls_before_fit = 0
+            self.probes: list[Callable[[str, Version], None]] = []
+
+        # -------------------------------------------------------------- what a strategy says of itself
+
+        replicates = True
+        """Whether what is neither sharded nor a rank's own is the same on all ranks, by what the strategy does."""
+
+        def check_options(self) -> None:
+            """Look at the strategy's own options, before anything is started.
+
+            Raises:
+                OptionsError: they cannot be.
+            """
+
+        def obstacle_in_place(self) -> str | None:
+            """Why a lost rank could not be replaced while the others go on; None where it can."""
+            return None
+
+        def use_new_groups(self) -> None:
+            """Let the model use the process groups of a new generation."""
+
+        # -------------------------------------------------------------- processes
+
+        def _configure_launcher(self) -> None:
+            self._launcher = launcher(self)
+
+        def check_world(self) -> None:
+            """Compare what the trainer was told with how many workers the agent started.
+
+            Raises:
+                OptionsError: the numbers differ.
+            """
+            asked, found = self.num_nodes * self.num_processes, self.cluster_environment.world_size()
+            if asked != found:
+                raise OptionsError(
+                    f"Trainer(num_nodes={self.num_nodes}, devices={self.num_processes}) asks for {asked} ranks, the "
+                    f"agent started {found}: start with --nproc-per-node {self.num_processes} --nnodes {self.num_nodes}"
+                )
+
+        def join_generation(self) -> bool:
+            """Join the current generation, unless this process has.
+
+            A process that takes a lost rank's place does without: it meets the others in the loop, where they are.
+
+            Returns:
+                Whether there is a process group.
+            """
+            use_loopback_on_one_node(self.num_processes, self.world_size)
+            if self.joins_alone:
+                prepare_without_group(self)
+                return False
+            if not self.world.generation:
+                self.set_world_ranks()
+                self._open_world(0, lambda: False)
+            return True
+
+        def _open_world(self, regrouping: int, is_over: Callable[[], bool]) -> None:
+            self.world.open(
+                rank=self.global_rank,
+                world_size=self.world_size,
+                backend=self._get_process_group_backend(),
+                timeout=self._timeout,
+                device=self.root_device if self.root_device.type != "cpu" else None,
+                regrouping=regrouping,
+                is_over=is_over,
+            )
+
+        def rejoin(self, regrouping: int, is_over: Callable[[], bool]) -> None:
+            """Meet the others of the next generation; the process groups of the last one have been left.
+
+            Args:
+                regrouping: number under which they meet.
+                is_over: whether another fault was told meanwhile.
+
+            Raises:
+                TransportError: not all ranks came.
+            """
+            self._open_world(regrouping, is_over)
+            self.use_new_groups()
+
+        # -------------------------------------------------------------- training
+
+        def setup(self, trainer: Any) -> None:
+            """Set up model and optimizers as Lightning does, then take over the commit points."""
+            super().setup(trainer)
+            if self.engine is not None and trainer.state.fn == "fit":
+                check_trainer(trainer)
+                self.engine.attach()
+
+        def process_dataloader(self, dataloader: object) -> object:
+            """Let a training dataloader know its exact position."""
+            dataloader = super().process_dataloader(dataloader)
+            if self.engine is not None and self.lightning_module.trainer.training:
+                return make_resumable(dataloader)
+            return dataloader
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            """Note which step is begun."""
+            if self.engine is not None:
+                self.engine.at_batch_start()
+            super().on_train_batch_start(batch, batch_idx)
+
+        def pre_backward(self, closure_loss: Any) -> None:
+            """Note that the forward pass is over."""
+            self._beat(Point.BACKWARD)
+            super().pre_backward(closure_loss)
+
+        def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+            """Note that validation makes progress."""
+            self._beat(Point.TAIL)
+            return super().validation_step(*args, **kwargs)
+
+        def _beat(self, point: Point) -> None:
+            if self.engine is not None:
+                self.engine.beat(point)
+
+        def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+            """Step as Lightning does, but not before the last version is copied."""
+            engine = self.engine
+            if engine is None:
+                return super().optimizer_step(optimizer, closure, model, **kwargs)
+
+            def closure_then_wait() -> Any:
+                result = closure()
+                self._beat(Point.OPTIMIZER)
+                engine.before_optimizer_step()
+                return result
+
+            return super().optimizer_step(optimizer, closure_then_wait, model, **kwargs)
+
+        def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+            """Write a checkpoint file, and note it: a fault may roll the run back behind it."""
+            if self.engine is not None and self.is_global_zero:
+                self.engine.saving_checkpoint(str(filepath))
+            super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    return Recoverable

@@ -1,0 +1,62 @@
+"""Sharded models: what each rank holds is mirrored once, and a run with faults ends as the one that was left alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lightning_ckptless.testing.drill import DrillReport
+from lightning_ckptless.testing.starters import Ladder
+from tests.faults.conftest import Drill
+from tests.faults.matrix import BASE, Cell, is_version
+
+SHARDED = replace(BASE, mesh="2x1", clip=0.5)
+"""FSDP2 over two ranks; sizes of the layers do not all divide by them."""
+GRID = replace(BASE, mesh="2x2", devices=4, samples=48)
+"""FSDP2 over two ranks, of layers that tensor parallelism divides over two more."""
+HYBRID = replace(GRID, sharding="hybrid")
+"""FSDP2 over two ranks, and once more over two others."""
+PARTLY = replace(SHARDED, sharding="partly", accumulate=2, optimization="sgd", clip=None)
+"""With a frozen weight, one that two layers share, activations that are computed again in the backward pass, and a head
+that each rank trains for itself, without a tensor of the optimizer that would tell of it."""
+
+CELLS = {
+    "fsdp-rank=1-during=training_step": Cell("kill:rank=1:step=4", SHARDED, restored=("step 3",)),
+    "fsdp-rank=0-during=validation": Cell(
+        "kill:rank=0:step=3:at=validation", replace(SHARDED, val_interval=3), restored=("step 3 (before its tail)",)
+    ),
+    "fsdp-rank=1-during=backward-then=0-during=optimizer_step": Cell(
+        "kill:rank=1:step=4:at=backward,kill:rank=0:step=8:at=optimizer_step", SHARDED, recoveries=2
+    ),
+    "fsdp-ten_in_a_row": Cell(
+        ",".join(f"kill:rank={step % 2}:step={step}" for step in range(2, 12)), SHARDED, recoveries=10
+    ),
+    "partly-rank=0-during=accumulation": Cell("kill:rank=0:step=3:at=accumulation", PARTLY, restored=("step 2",)),
+    "tp-rank=1-during=optimizer_step": Cell(
+        "kill:rank=1:step=4:at=optimizer_step", replace(BASE, mesh="1x2"), restored=("step 3",)
+    ),
+    "hybrid-rank=2-during=mirror": Cell("kill:rank=2:step=4:at=mirror", HYBRID),
+    "2d-rank=3-then=0": Cell("kill:rank=3:step=3,kill:rank=0:step=9:at=backward", GRID, recoveries=2),
+}
+RELAUNCHED = ("fsdp-rank=0-during=validation", "partly-rank=0-during=accumulation", "hybrid-rank=2-during=mirror")
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_kill(name: str, drill: Drill) -> None:
+    _assert_survived(CELLS[name], drill(CELLS[name], Ladder(max_restarts=20)), in_place=True)
+
+
+@pytest.mark.parametrize("name", RELAUNCHED)
+def test_kill_and_relaunch(name: str, drill: Drill) -> None:
+    _assert_survived(CELLS[name], drill(CELLS[name], Ladder(max_restarts=5, in_place=False)), in_place=False)
+
+
+def _assert_survived(cell: Cell, report: DrillReport, *, in_place: bool) -> None:
+    assert report.problems == ()
+    assert report.identical
+    counts = (report.in_place, report.relaunches) if in_place else (report.relaunches, report.in_place)
+    assert counts == (cell.recoveries, 0)
+    assert {recovery.rung for recovery in report.recoveries} == {"in place" if in_place else "relaunch"}
+    for recovery, expected in zip(report.recoveries, cell.restored, strict=False):
+        assert is_version(recovery.version, expected)
