@@ -185,7 +185,11 @@ def test_the_loss_of_the_parent_is_a_fault_like_others(fresh: bool, write: Write
     text = """
         import os, signal, time
         if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            os.kill(os.getppid(), signal.SIGKILL)
+            if os.environ["RANK"] == "1":
+                # When it has told the agent of this worker, it waits.
+                while open(f"/proc/{os.getppid()}/stat").read().rpartition(")")[2].split()[0] != "S":
+                    pass
+                os.kill(os.getppid(), signal.SIGKILL)
             time.sleep(1000)
     """
     outcome = run(LaunchConfig(program=script(write(text)), nproc=2, cwd=tmp_path, preload=("json",), fresh=fresh))
