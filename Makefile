@@ -11,7 +11,7 @@ RIVALS := .venv-rivals
 CODE := lightning_ckptless tests $(wildcard examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick lint types docs bench bench-rivals format clean
+.PHONY: help setup demo test test-all test-quick lint types docs bench bench-rivals format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,11 +30,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## train a small GPT on CPU ranks, kill some of them, compare with the run that nobody killed
 	@$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(STAMP)  ## run all tests; ARGS="tests/protocol -x" for some
+test: $(STAMP)  ## run the tests; ARGS="tests/protocol -x" for some
+	@$(BIN)/python -m pytest -m "not long" $(ARGS)
+
+test-all: $(STAMP)  ## run the long ones as well
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-quick: $(STAMP)  ## run all but the slow tests
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not long" $(ARGS)
 
 lint: $(STAMP)  ## check style and formatting
 	@$(BIN)/ruff check $(CODE)

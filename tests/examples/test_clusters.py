@@ -77,6 +77,7 @@ def test_the_variables_of_the_runtime_are_read(monkeypatch: pytest.MonkeyPatch) 
     assert (config.nnodes, config.nproc, config.rdzv_endpoint, config.standbys) == ("2", 2, "first:1234", 1)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_slurm_script_runs_as_it_stands(tmp_path: Path) -> None:
     for name, text in STAND_INS.items():

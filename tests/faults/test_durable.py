@@ -127,6 +127,7 @@ def test_folder_number_and_interval_are_as_asked_for(job: Run) -> None:
     assert [path.name for path in (job.folder / "lightning_logs").iterdir()] == ["version_0"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_asked_to_end_and_what_is_damaged_is_left_aside(
     tmp_path: Path, job: Run, whole: Callable[[Options], Variant]

@@ -17,6 +17,7 @@ from tests.faults.test_nodes import TWO_NODES, _assert_identical, stack
 __all__ = ["stack"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_all_nodes_are_lost(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:

@@ -45,7 +45,9 @@ def _assert_identical(cluster: Cluster, parent: PreloadedParent) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("options", [TWO_NODES, SHARDED], ids=["replicated", "sharded"])
+@pytest.mark.parametrize(
+    "options", [TWO_NODES, pytest.param(SHARDED, marks=pytest.mark.long)], ids=["replicated", "sharded"]
+)
 def test_node_is_lost_with_its_arena(
     options: Options, tmp_path: Path, stack: ExitStack, parent: PreloadedParent
 ) -> None:
@@ -65,6 +67,7 @@ def test_node_is_lost_with_its_arena(
     _assert_identical(cluster, parent)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_ranks_of_both_nodes_die_at_once(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
@@ -91,6 +94,7 @@ def test_a_rank_of_one_node_is_replaced_and_the_other_node_goes_on(
     _assert_identical(cluster, parent)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_the_node_that_hosts_the_rendezvous_is_lost(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:

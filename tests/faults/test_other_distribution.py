@@ -27,7 +27,9 @@ assert any(base.__module__.startswith("pytorch_lightning") for base in type(trai
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ['"ckptless"', "lightning_ckptless.CkptlessStrategy()"])
+@pytest.mark.parametrize(
+    "strategy", ['"ckptless"', pytest.param("lightning_ckptless.CkptlessStrategy()", marks=pytest.mark.long)]
+)
 def test_kill(strategy: str, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(strategy=strategy))

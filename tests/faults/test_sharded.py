@@ -46,6 +46,7 @@ def test_kill(name: str, drill: Drill) -> None:
     _assert_survived(CELLS[name], drill(CELLS[name], Ladder(max_restarts=20)), in_place=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", RELAUNCHED)
 def test_kill_and_relaunch(name: str, drill: Drill) -> None:
     _assert_survived(CELLS[name], drill(CELLS[name], Ladder(max_restarts=5, in_place=False)), in_place=False)

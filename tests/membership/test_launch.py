@@ -234,6 +234,7 @@ def test_in_a_thread(bare: PreloadedParent, write: Write, tmp_path: Path) -> Non
     assert [(outcome.exit_code, outcome.restarts) for outcome in found] == [(0, 1)]
 
 
+@pytest.mark.long
 def test_twenty_relaunches_cost_no_files_and_no_threads(bare: PreloadedParent, write: Write, tmp_path: Path) -> None:
     counts: list[tuple[int, int]] = []
 

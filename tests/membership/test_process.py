@@ -108,7 +108,7 @@ COLD = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [("program.py",), ("-m", "package.program")])
+@pytest.mark.parametrize("how", [("program.py",), pytest.param(("-m", "package.program"), marks=pytest.mark.long)])
 def test_a_program_is_replaced_by_an_agent_that_runs_it(how: tuple[str, ...], write: Write, tmp_path: Path) -> None:
     write("", "package/__init__.py")
     path = write(COLD, "package/program.py" if "-m" in how else "program.py")

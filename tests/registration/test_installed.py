@@ -112,7 +112,7 @@ tell({{
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavour", [FLAVOURS[0], pytest.param(FLAVOURS[1], marks=pytest.mark.long)])
 def test_lightning_cli(run: Run, tmp_path: Path, flavour: str) -> None:
     strategy = (
         "{class_path: lightning_ckptless.CkptlessStrategy, init_args: {copies: %s, find_unused_parameters: true}}"
