@@ -1,4 +1,4 @@
-"""Every private torch name of sharded models that lightning_ckptless touches; apart, because importing them takes long.
+"""Every private torch name of sharded models that lightning_ckptless touches; those of other things are elsewhere.
 
 Read at torch 2.13. Each has a test in `tests/test_mesh_internals.py` that fails loudly when a new version moves it.
 """

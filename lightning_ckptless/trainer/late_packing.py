@@ -23,7 +23,7 @@ def pack_late(value: Any) -> bytes | Callable[[], bytes]:
     Returns:
         The bytes, or where some of the tensors are on a device what gives the bytes. It may be called in any thread.
     """
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):  # type: ignore[no-untyped-call]
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return pack(value)
     out = io.BytesIO()
     pickler = _DevicePickler(out)
