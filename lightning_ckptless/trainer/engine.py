@@ -103,7 +103,10 @@ class Engine:
             self._have_arena_reaped(self.arena)
         relaunched, states = self.generation > 1, self.durable.states(transport)
         after = max((state.snapshot.generation for state in states), default=0)
-        cohort = self.cohort = form_cohort(transport, self.arena, nodes, self.options, self.generation, after=after)
+        mesh = self.strategy.mesh_sizes()
+        cohort = self.cohort = form_cohort(
+            transport, self.arena, nodes, self.options, self.generation, after=after, mesh=mesh
+        )
         self.durable.require_all_shards(cohort)
         self.report.generation = cohort.generation
         saved = cohort.noted("logger_versions")

@@ -92,6 +92,10 @@ def model_parallel_class(flavour: str) -> type[Any]:
         strategy_name = "ckptless_model_parallel"
         replicates = False
 
+        def mesh_sizes(self) -> tuple[int, int] | None:
+            """Ranks in each dimension of the mesh."""
+            return sizes_of(self)
+
         def check_options(self) -> None:
             """Compare the mesh with the world, and the precision with what is supported.
 
