@@ -50,6 +50,7 @@ class Placement:
         domains: failure domain of each rank.
         circles: the domains, in the circles that keep each other's shards.
         copies: replicas of each shard beyond the writer's own; 0 where a single domain leaves no other place.
+        kind: what a failure domain is, in a word.
         reason: what was placed and what it survives, in a sentence.
     """
 
@@ -57,6 +58,7 @@ class Placement:
     domains: tuple[str, ...]
     circles: tuple[Circle, ...]
     copies: int
+    kind: str
     reason: str
 
     def wards(self, rank: int) -> tuple[int, ...]:
@@ -133,7 +135,7 @@ def place(domains: Sequence[str], copies: int, *, kind: str = "node") -> Placeme
     circles = _circles(names, placed + 1)
     keepers = _keepers(domains, circles, placed)
     reason = _reason(len(domains), circles, copies, kind)
-    return Placement(keepers, tuple(domains), circles, placed, reason)
+    return Placement(keepers, tuple(domains), circles, placed, kind, reason)
 
 
 def _circles(names: tuple[str, ...], group_size: int) -> tuple[Circle, ...]:
