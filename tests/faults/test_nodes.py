@@ -35,9 +35,12 @@ def stack() -> Iterator[ExitStack]:
 
 
 def assert_identical(cluster: Cluster, parent: PreloadedParent) -> None:
-    env = {"PYTHONPATH": str(REPOSITORY)}
+    """Compare what a cluster has done with the run of as many ranks on one node that is left alone."""
+    env = {"PYTHONPATH": str(REPOSITORY), "CKPTLESS_FAILURE_DOMAIN": "r0"}
     alone = replace(cluster.options, devices=cluster.options.num_nodes, num_nodes=1)
-    whole = run_variant(command_for(alone), cluster.folder / "whole", parent=parent, isolate=True, env=env)
+    words, folder = command_for(alone), cluster.folder / "whole"
+    whole = run_variant(words, folder, nproc=alone.devices, parent=parent, isolate=True, env=env)
+    assert whole.exit_code == 0, whole.tail()
     collect_logs(read_traces(cluster.folder / "trace").values(), cluster.folder / "logs", since=0)
     verdict = compare(whole.folder, cluster.folder)
     assert verdict.identical, f"{verdict}\n{cluster.output()}"
