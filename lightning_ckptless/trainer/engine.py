@@ -107,7 +107,7 @@ class Engine:
         cohort = self.cohort = form_cohort(
             transport, self.arena, nodes, self.options, self.generation, after=after, mesh=mesh
         )
-        self.durable.require_all_shards(cohort)
+        self.durable.share_out(cohort)
         self.report.generation = cohort.generation
         saved = cohort.noted("logger_versions")
         self._name_logs(saved)
@@ -200,8 +200,8 @@ class Engine:
         assert arena is not None
         if trainer.is_global_zero:
             host_loggers.watch_logs(trainer.loggers)
-            self.durable.order_writer(arena, self._line)
         if is_first_of_node(local_rank()):
+            self.durable.order_writer(arena, self._line)
             arena.note("logger_versions", host_loggers.name_versions(trainer.loggers))
         self.loops = loops
         self._begun = BegunStep(arena.path, self.rank)

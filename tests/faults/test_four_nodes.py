@@ -117,6 +117,26 @@ def test_a_pair_that_placement_survives_is_lost(tmp_path: Path, stack: ExitStack
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_what_memory_does_not_survive_comes_from_the_state_that_all_nodes_have_written(
+    tmp_path: Path, stack: ExitStack, parent: PreloadedParent
+) -> None:
+    # No node holds all four shards: each writes its own, and a state is seen when all have.
+    options = replace(FOUR_NODES, slow_mirror_s=0.3, strategy_options="{'durable_every_n_steps': 2}")
+    nodes = FourNodes(tmp_path, stack, options)
+    nodes.start_all({2: 9, 3: 9})
+    nodes.replace([2, 3])
+    nodes.cluster.options = replace(options, slow_mirror_s=0.0)
+    assert nodes.exit_codes == [0] * 4, nodes.output
+    reason = nodes.cluster.events("run_started")[-1]["reason"]
+    assert "goes on from the durable state" in reason
+    assert "no version is complete" in reason
+    assert {facts["step"] % 2 for facts in nodes.cluster.events("durable_written")} == {0}
+    assert_identical(nodes.cluster, parent)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_pair_that_placement_does_not_survive_is_told_and_ends_the_run(tmp_path: Path, stack: ExitStack) -> None:
     nodes = FourNodes(tmp_path, stack, FOUR_NODES)
     nodes.start_all({2: 7, 3: 7})
