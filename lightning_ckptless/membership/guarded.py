@@ -86,7 +86,13 @@ class GuardedAgent(CkptlessAgent):
         if self._why_stopped:
             self._reason, self._why_stopped = self._why_stopped, ""
 
+    def _exit_barrier(self) -> None:
+        # Others may have to do for longer than this node waits for them.
+        self._heartbeat.leave()
+        super()._exit_barrier()  # type: ignore[no-untyped-call]
+
     def _shutdown(self, *args: Any, **kwargs: Any) -> None:
-        if self.why_cut:
-            self._record("node_cut", node=self._node.name, reason=self.why_cut)
         super()._shutdown(*args, **kwargs)
+        if self.why_cut:
+            # After the workers are gone: the ledger may be on the network that is not there.
+            self._record("node_cut", node=self._node.name, reason=self.why_cut)

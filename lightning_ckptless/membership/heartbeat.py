@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from lightning_ckptless.protocol.heartbeat import AllThere, Bound, CutOff, Findi
 _LOOKS_PER_INTERVAL = 5
 _CLOSE_S = 5.0
 _CUT_EVERY_S = 0.05
+_GOODBYE = -(2**62)
 
 Address = tuple[str, int]
 
@@ -79,6 +81,14 @@ class Heartbeat:
         if before is not None:
             before.end()
 
+    def leave(self) -> None:
+        """This node has done its part: from now on it may be silent."""
+        with self._lock:
+            beats = self._round
+        self.rest()
+        if beats is not None:
+            beats.say_goodbye()
+
     def close(self) -> None:
         """End the threads."""
         self._over.set()
@@ -135,6 +145,12 @@ class _Round:
         if self._thread is not None:
             self._thread.join(_CLOSE_S)
 
+    def say_goodbye(self) -> None:
+        """Let nobody miss this node; after `end`."""
+        # Where the store does not answer there is nobody to be told.
+        with suppress(DistError, RuntimeError):
+            self._store.add(_key(self._node), _GOODBYE)
+
     def judge(self, bound: Bound) -> Finding:
         """What to make of what was seen so far."""
         with self._lock:
@@ -159,8 +175,10 @@ class _Round:
             now = self._clock()
             heard = {node: now for node, count in counts.items() if count != self._counts[node]}
             with self._lock:
-                self._counts = counts
-                self._pulse = replace(self._pulse, answered_at=now, heard_at={**self._pulse.heard_at, **heard})
+                self._counts = {node: count for node, count in counts.items() if count >= 0}
+                known = {**self._pulse.heard_at, **heard}
+                heard_at = {node: at for node, at in known.items() if node in self._counts}
+                self._pulse = replace(self._pulse, answered_at=now, heard_at=heard_at)
             self._over.wait(interval_s)
 
 

@@ -130,6 +130,15 @@ def test_a_node_that_is_gone_is_missed_and_the_next_round_begins_anew() -> None:
         assert stays.finding == AllThere()
 
 
+def test_a_node_that_says_goodbye_is_not_missed() -> None:
+    server = make_store()
+    with beating(server, 0, 2) as stays, beating(server.clone(), 1, 2) as leaves:
+        threading.Event().wait(2 * BOUND.interval_s)
+        leaves.leave()
+        threading.Event().wait(2 * BOUND.lost_s)
+        assert (stays.finding, leaves.finding) == (AllThere(), AllThere())
+
+
 def test_a_silent_workers_store_sets_the_agent_free() -> None:
     server = make_store()
     workers = make_store()
