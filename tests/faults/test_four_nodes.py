@@ -69,8 +69,9 @@ class FourNodes:
         return self.cluster.output()
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_a_rack_is_lost(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
     options = replace(FOUR_NODES, strategy_options="{'failure_domain': 'rack'}")
     nodes = FourNodes(tmp_path, stack, options)
