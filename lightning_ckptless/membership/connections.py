@@ -13,7 +13,7 @@ import os
 import socket
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 _Sockets = dict[int, str]
@@ -62,6 +62,18 @@ class Connections:
         return {number: target for number, target in _sockets().items() if before.get(number) != target}
 
 
+def cut_connections_to(addresses: Collection[tuple[str, int]]) -> int:
+    """Shut down this process's connections to certain ports, whoever has made them. Any thread may call it.
+
+    Args:
+        addresses: numeric address and port of each.
+
+    Returns:
+        How many there were.
+    """
+    return sum(_shut_down(number, target, addresses) for number, target in _sockets().items())
+
+
 def _sockets() -> _Sockets:
     found: _Sockets = {}
     for name in os.listdir("/proc/self/fd"):
@@ -74,7 +86,7 @@ def _sockets() -> _Sockets:
     return found
 
 
-def _shut_down(number: int, target: str) -> bool:
+def _shut_down(number: int, target: str, only: Collection[tuple[str, int]] | None = None) -> bool:
     try:
         # The duplicate stays what it is, whatever the number is used for meanwhile.
         duplicate = os.dup(number)
@@ -88,7 +100,9 @@ def _shut_down(number: int, target: str) -> bool:
         if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
             return False
         try:
-            sock.getpeername()
+            host, port, *_ = sock.getpeername()
+            if only is not None and (host.removeprefix("::ffff:"), port) not in only:
+                return False
             sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             # It listens, or is cut already.

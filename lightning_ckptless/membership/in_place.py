@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import DistError
-
 from lightning_ckptless import environment
 from lightning_ckptless.membership.channel import Message
 from lightning_ckptless.membership.fault import FaultReport
@@ -159,14 +157,7 @@ class InPlace:
 
     def follow(self, workers: Workers) -> None:
         """Hand on to this node's workers what another node's agent has opened."""
-        if self._regroupings is None:
-            return
-        try:
-            news = self._regroupings.news()
-        except DistError:
-            # The store is gone with its node: the rendezvous will say so.
-            return
-        if news is not None:
+        if self._regroupings is not None and (news := self._regroupings.news()) is not None:
             self._tell(workers, news, leave=frozenset())
 
     def _tell(self, workers: Workers, regrouping: Regrouping, leave: frozenset[int]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
 from lightning_ckptless.membership.fault import FaultReport
@@ -54,9 +55,14 @@ class Regroupings:
 
     def news(self) -> Regrouping | None:
         """What another agent has opened, if it is new."""
-        if not self._is_shared or not self._store.check([_KEY]):
+        if not self._is_shared:
             return None
-        text = self._store.get(_KEY).decode()
+        try:
+            text = self._store.get(_KEY).decode() if self._store.check([_KEY]) else self._seen
+        except DistError:
+            # The store is gone with its node: heartbeats and the rendezvous say so. It is not asked again.
+            self._is_shared = False
+            return None
         return self._take(text) if text != self._seen else None
 
     def _take(self, text: str) -> Regrouping:

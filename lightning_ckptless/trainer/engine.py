@@ -106,8 +106,11 @@ class Engine:
             self._have_arena_reaped(self.arena)
         relaunched, states = self.generation > 1, self.durable.states(transport)
         after = max((state.snapshot.generation for state in states), default=0)
-        cohort = self.cohort = form_cohort(transport, self.arena, nodes, self.options, self.generation, after=after)
-        self.durable.require_all_shards(cohort)
+        mesh = self.strategy.mesh_sizes()
+        cohort = self.cohort = form_cohort(
+            transport, self.arena, nodes, self.options, self.generation, after=after, mesh=mesh
+        )
+        self.durable.share_out(cohort)
         self.report.generation = cohort.generation
         saved = cohort.noted("logger_versions")
         self._name_logs(saved)
@@ -200,8 +203,8 @@ class Engine:
         assert arena is not None
         if trainer.is_global_zero:
             host_loggers.watch_logs(trainer.loggers)
-            self.durable.order_writer(arena, self._line)
         if is_first_of_node(local_rank()):
+            self.durable.order_writer(arena, self._line)
             arena.note("logger_versions", host_loggers.name_versions(trainer.loggers))
         self.loops = loops
         self._begun = BegunStep(arena.path, self.rank)

@@ -122,6 +122,7 @@ class Mirroring:
         self.taken = self.tensors_are_of = self._seen = version
         self._open(layout, committed=version)
         assert self._cohort is not None
+        self._tell_plan(version)
         if not read_recipe(self._cohort.arena.path):
             self._keep_recipe(self._cohort.arena)
 
@@ -152,6 +153,7 @@ class Mirroring:
         self.tensors_are_of = version
         if self._index is None or self._mirror is None or not self._index.is_current() or self._is_to_be_compared():
             self._plan_anew()
+            self._tell_plan(version)
         self._seen = version
         assert self._index is not None and self._mirror is not None
         if self._options.on_late == "skip" and self._mirror.busy:
@@ -219,6 +221,11 @@ class Mirroring:
         committed = self._mirror.committed if self._mirror is not None else None
         self._open(layout, committed=committed)
         self._keep_recipe(self._cohort.arena)
+
+    def _tell_plan(self, version: Version) -> None:
+        assert self._cohort is not None and self._layout is not None
+        layout = self._layout
+        self._report.planned(self._cohort, [layout.bulk_bytes(shard) for shard in range(layout.world_size)], version)
 
     def _keep_recipe(self, arena: Arena) -> None:
         """Say beside the version what a checkpoint file has beyond it; it changes as rarely as the layout does."""

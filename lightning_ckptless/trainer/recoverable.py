@@ -17,7 +17,6 @@ from lightning_ckptless.options import (
     Checksum,
     CkptlessOptions,
     EveryNSteps,
-    FailureDomain,
     OnLate,
     OnUnrecoverable,
     Staging,
@@ -48,7 +47,8 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
         Args:
             mirror_every_n_steps: optimizer steps between two mirrored versions; `auto` to choose by what they cost.
             copies: replicas of each shard beyond the writer's own copy.
-            failure_domain: what is lost together: `node`, or `rank` to keep replicas among the ranks of one node.
+            failure_domain: what is lost together: `node`, `rank` to keep replicas among the ranks of one node, a
+                dimension of the mesh, or a level that you name, e.g. `rack`, see `CKPTLESS_FAILURE_DOMAIN`.
             arena_dir: folder for the arenas; `/dev/shm` where nothing is given and it is there.
             max_recoveries: recoveries after which the run gives up.
             on_unrecoverable: with no complete version left, `durable` goes on from the newest checkpoint file, `raise`
@@ -82,7 +82,7 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             self,
             mirror_every_n_steps: EveryNSteps = 1,
             copies: int = 1,
-            failure_domain: FailureDomain = "node",
+            failure_domain: str = "node",
             arena_dir: str | Path | None = None,
             max_recoveries: int = 100,
             on_unrecoverable: OnUnrecoverable = "durable",
@@ -137,6 +137,10 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
 
         replicates = True
         """Whether what is neither sharded nor a rank's own is the same on all ranks, by what the strategy does."""
+
+        def mesh_sizes(self) -> tuple[int, int] | None:
+            """Ranks in each dimension of the mesh; None without one."""
+            return None
 
         def check_options(self) -> None:
             """Look at the strategy's own options, before anything is started.

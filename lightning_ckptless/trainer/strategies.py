@@ -112,6 +112,10 @@ def model_parallel_class(flavour: str) -> type[Any]:
             """Size of the data-parallel dimension when all ranks are there."""
             return int(self.num_nodes * self.num_processes // sizes_of(self)[1])
 
+        def mesh_sizes(self) -> tuple[int, int] | None:
+            """Ranks in each dimension of the mesh."""
+            return sizes_of(self)
+
         def check_options(self) -> None:
             """Compare the mesh with the world, and the precision with what is supported.
 

@@ -186,7 +186,8 @@ class Survival:
         assert engine.arena is not None
         transport = engine.connect()
         nodes = tuple(line.decode() for line in transport.gather(engine.identity.node.encode()))
-        engine.cohort = form_cohort(transport, engine.arena, nodes, engine.options, self._strategy.world.generation)
+        generation, mesh = self._strategy.world.generation, self._strategy.mesh_sizes()
+        engine.cohort = form_cohort(transport, engine.arena, nodes, engine.options, generation, mesh=mesh)
         self._strategy.world.renumber(engine.cohort.generation)
         self._move(WorkerEvent.MEET)
         report.met(engine.cohort.generation)

@@ -12,7 +12,7 @@ import pytest
 from lightning_ckptless.ledger import read_ledger
 from lightning_ckptless.membership.parent import PreloadedParent
 from tests.faults.cluster import END_S, Cluster
-from tests.faults.test_nodes import TWO_NODES, _assert_identical, stack
+from tests.faults.test_nodes import TWO_NODES, assert_identical, stack
 
 __all__ = ["stack"]
 
@@ -36,4 +36,4 @@ def test_all_nodes_are_lost(tmp_path: Path, stack: ExitStack, parent: PreloadedP
         e.fields["reason"] for e in read_ledger(tmp_path / "runs" / "two-nodes" / "ledger.jsonl", only="run_started")
     ]
     assert "goes on from the durable state" in started[-1]
-    _assert_identical(cluster, parent)
+    assert_identical(cluster, parent)

@@ -34,10 +34,13 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def _assert_identical(cluster: Cluster, parent: PreloadedParent) -> None:
-    env = {"PYTHONPATH": str(REPOSITORY)}
-    alone = replace(cluster.options, devices=2, num_nodes=1)
-    whole = run_variant(command_for(alone), cluster.folder / "whole", parent=parent, isolate=True, env=env)
+def assert_identical(cluster: Cluster, parent: PreloadedParent) -> None:
+    """Compare what a cluster has done with the run of as many ranks on one node that is left alone."""
+    env = {"PYTHONPATH": str(REPOSITORY), "CKPTLESS_FAILURE_DOMAIN": "r0"}
+    alone = replace(cluster.options, devices=cluster.options.num_nodes, num_nodes=1)
+    words, folder = command_for(alone), cluster.folder / "whole"
+    whole = run_variant(words, folder, nproc=alone.devices, parent=parent, isolate=True, env=env)
+    assert whole.exit_code == 0, whole.tail()
     collect_logs(read_traces(cluster.folder / "trace").values(), cluster.folder / "logs", since=0)
     verdict = compare(whole.folder, cluster.folder)
     assert verdict.identical, f"{verdict}\n{cluster.output()}"
@@ -64,7 +67,7 @@ def test_node_is_lost_with_its_arena(
     assert [is_version(fields["version"], "step 6") for fields in restored] == [True]
     assert restored[0]["moved_bytes"] > 0
     assert list(find_arenas(cluster.arenas)) == []
-    _assert_identical(cluster, parent)
+    assert_identical(cluster, parent)
 
 
 @pytest.mark.long
@@ -75,7 +78,7 @@ def test_ranks_of_both_nodes_die_at_once(tmp_path: Path, stack: ExitStack, paren
     cluster.arenas.mkdir()
     agents = [cluster.start_agent("kill:rank=all:step=5") for _ in range(2)]
     assert [agent.wait(timeout=END_S) for agent in agents] == [0, 0], cluster.output()
-    _assert_identical(cluster, parent)
+    assert_identical(cluster, parent)
 
 
 @pytest.mark.slow
@@ -91,7 +94,7 @@ def test_a_rank_of_one_node_is_replaced_and_the_other_node_goes_on(
     assert sum(event.event == "in_place" for event in events) == 2
     assert not [event for event in events if event.event == "relaunch"]
     assert [event.fields["culprit_rank"] for event in events if event.event == "recovery"] == [1, 0]
-    _assert_identical(cluster, parent)
+    assert_identical(cluster, parent)
 
 
 @pytest.mark.long
@@ -112,4 +115,4 @@ def test_the_node_that_hosts_the_rendezvous_is_lost(tmp_path: Path, stack: ExitS
     ]
     restored = [event.fields for event in events if event.event == "restored"]
     assert [is_version(fields["version"], "step 6") for fields in restored] == [True]
-    _assert_identical(cluster, parent)
+    assert_identical(cluster, parent)
