@@ -298,6 +298,11 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             streams.run_others(lambda other: go_back(other * share, *args, **kwargs), self.without_sync, sums=sums)
             return loss
 
+        @property
+        def runs_for_nothing(self) -> bool:
+            """Whether the training step at hand is there to keep ranks in step, and its samples do not count."""
+            return self.engine is not None and self.engine.streams.is_running_for_nothing
+
         def _others(self) -> Streams | None:
             """The streams, where this micro-batch is the rank's own."""
             streams = None if self.engine is None else self.engine.streams
