@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
@@ -11,16 +12,17 @@ from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
 from lightning_ckptless.membership.agent import CkptlessAgent, Node, Record
 from lightning_ckptless.membership.heartbeat import Heartbeat
+from lightning_ckptless.membership.moving import MovingAgent
 from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.protocol.heartbeat import Bound, CutOff, NodesLost
 
 
-class GuardedAgent(CkptlessAgent):
+class GuardedAgent(MovingAgent):
     """An agent with heartbeats.
 
     Where its node is cut off, its workers are killed and the agent ends: the others may go on without it, and what it
-    was a part of is over. Where another node falls silent, the workers of this one are stopped, and the nodes that are
-    left meet anew, among as many as the user allows.
+    was a part of is over. Where another node falls silent, the nodes that are left meet anew, among as many as the user
+    allows.
 
     Args:
         spec, node, parent, logs_specs, record, after: see `CkptlessAgent`.
@@ -76,7 +78,7 @@ class GuardedAgent(CkptlessAgent):
         if isinstance(found, NodesLost):
             self._record("node_lost", node=self._node.name, lost=list(found.nodes), reason=found.reason)
             print(f"ckptless: {found.reason}; the nodes that are left meet anew", file=sys.stderr, flush=True)
-            self._why_stopped = found.reason
+            self._why_stopped, self._lost_at = found.reason, time.time() - found.silent_s
             self._restart_workers(worker_group)
             return RunResult(state=WorkerState.HEALTHY)
         return super()._monitor_workers(worker_group)

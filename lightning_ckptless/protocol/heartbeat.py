@@ -68,10 +68,12 @@ class NodesLost:
     Args:
         nodes: their numbers in the round of the rendezvous.
         reason: the finding in a sentence.
+        silent_s: for how long, those that were silent for longest.
     """
 
     nodes: tuple[int, ...]
     reason: str
+    silent_s: float = 0.0
 
 
 Finding = AllThere | CutOff | NodesLost
@@ -128,4 +130,5 @@ def judge(pulse: Pulse, bound: Bound, *, now: float, place: str) -> Finding:
         tuple(lost),
         f"node{'s' if len(lost) > 1 else ''} {names} of the round {'have' if len(lost) > 1 else 'has'} been silent "
         f"for {max(lost.values()):.1f} s, {bound.lost_s:g} s are borne ({bound}, and one interval)",
+        max(lost.values()),
     )

@@ -153,6 +153,10 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             """Why a lost rank could not be replaced while the others go on; None where it can."""
             return None
 
+        def obstacle_to_another_world(self) -> str:
+            """Why the model, as it is, could not go on among another number of ranks; empty where it can."""
+            return ""
+
         def use_new_groups(self) -> None:
             """Let the model use the process groups of a new generation."""
 

@@ -79,6 +79,10 @@ class Streams:
         """Whether every rank has its own stream and no other."""
         return self.count == self._places
 
+    def place_at(self, place: int, places: int) -> None:
+        """Be another of another number of ranks; what is carried is told by the next version."""
+        self._place, self._places = place, places
+
     # ------------------------------------------------------------------ state
 
     def capture(self) -> dict[str, Any]:

@@ -103,3 +103,5 @@ def test_a_node_is_lost_and_comes_back(
     assert furthest(expected, found) < BOUND
     changed = nodes.cluster.events("world_changed")
     assert [(fields["before"], fields["world_size"]) for fields in changed] == [(3, 2), (2, 3)]
+    rungs = [fields["rung"] for fields in nodes.cluster.events("recovery")]
+    assert rungs == (["relaunch"] * 2 if "--sharded" in words else ["in place"] * 2)

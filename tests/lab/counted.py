@@ -52,15 +52,17 @@ class Counted(pl.LightningModule):
         if self.sharded:
             from torch.distributed.fsdp import fully_shard
 
+            mesh: Any = self.device_mesh
             for layer in (self.body[0], self.body[3], self.body):
-                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+                fully_shard(layer, mesh=mesh["data_parallel"])
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         inputs, targets, indices = batch
-        loss = (self.body(inputs).squeeze(1) - targets).square().mean()
+        strategy: Any = self.trainer.strategy
+        loss: torch.Tensor = (self.body(inputs).squeeze(1) - targets).square().mean()
         self.count.update(float(len(indices)))
         self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True)
-        if not self.trainer.strategy.runs_for_nothing:
+        if not strategy.runs_for_nothing:
             self._put_down({"samples": indices.tolist(), "batch": batch_idx})
         return loss
 
