@@ -104,15 +104,15 @@ def require_world(world_size: int, *, before: int, streams: int, obstacle: str |
         )
     if world_size < streams and obstacle is not None:
         raise WorldSizeError(
-            f"{world_size} ranks are started for {streams} streams of samples, and a rank cannot carry two: {obstacle}. "
-            f"Start {streams} ranks"
+            f"{world_size} ranks are started for {streams} streams of samples, and a rank cannot carry two: "
+            f"{obstacle}. Start {streams} ranks"
         )
     most = -(-streams // world_size)
     if most == 1:
         return f"{world_size} ranks go on where {before} were: each has its own stream of samples again"
     carrying = streams - world_size * (most - 1)
     return (
-        f"{world_size} ranks go on where {before} were: {streams} streams of samples, {carrying} of the ranks run {most} "
-        f"micro-batches a step{'' if carrying == world_size else f', the others {most - 1}'}; a step is made of the same "
-        "samples as before"
+        f"{world_size} ranks go on where {before} were: {streams} streams of samples, {carrying} of the ranks run "
+        f"{most} micro-batches a step{'' if carrying == world_size else f', the others {most - 1}'}; a step is made of "
+        "the same samples as before"
     )

@@ -13,7 +13,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -108,21 +108,22 @@ class DurableRung:
             The version as the arenas have it now, or why the state cannot be used; then the arenas are as they were.
         """
         arena, rank = cohort.arena, cohort.rank
-        mine = _read(state, rank)
+        mine = _read(state, range(rank, state.snapshot.world_size, cohort.world_size))
         problems = [text for (text,) in cohort.gather([mine if isinstance(mine, str) else ""]) if text]
         if isinstance(mine, str) or problems:
             log.warning("ckptless: %s is left aside: %s", state, problems[0])
             return str(problems[0])
-        layout, copy = mine
+        layout, copies = mine
         if cohort.speaks_for_node:
             arena.clear()
             arena.write_layout(layout)
             arena.note("origin", state.origin)
         cohort.transport.agree(True)
-        pair = arena.slots(rank, rank, copy.bulk.numel(), layout=layout.digest)
-        _put(pair[0], copy, state.snapshot, rank)
-        for slot in pair:
-            slot.close()
+        for shard, copy in copies.items():
+            pair = arena.slots(shard, rank, copy.bulk.numel(), layout=layout.digest)
+            _put(pair[0], copy, state.snapshot, shard, rank)
+            for slot in pair:
+                slot.close()
         cohort.transport.agree(True)
         found = choose(arena, cohort.transport, cohort.nodes)
         return found.reason if isinstance(found, Missing) else found
@@ -177,18 +178,18 @@ class DurableRung:
             arena.note(_NOTE, order.agent_pid)
 
 
-def _read(state: DurableState, shard: int) -> tuple[Layout, ShardCopy] | str:
-    """A shard of a state, or why it cannot be had."""
+def _read(state: DurableState, shards: Iterable[int]) -> tuple[Layout, dict[int, ShardCopy]] | str:
+    """Some shards of a state, or why they cannot be had."""
     path = Path(state.path)
     try:
-        layout = read_layout(path)
-        return layout, read_shard(path, Manifest.read(path), layout, shard)
+        layout, manifest = read_layout(path), Manifest.read(path)
+        return layout, {shard: read_shard(path, manifest, layout, shard) for shard in shards}
     except DurableError as error:
         return str(error)
 
 
-def _put(slot: Slot, copy: ShardCopy, snapshot: Snapshot, rank: int) -> None:
-    stamp = Stamp(snapshot.version, snapshot.generation, snapshot.world_size, snapshot.layout, rank, rank)
+def _put(slot: Slot, copy: ShardCopy, snapshot: Snapshot, shard: int, keeper: int) -> None:
+    stamp = Stamp(snapshot.version, snapshot.generation, snapshot.world_size, snapshot.layout, shard, keeper)
     slot.begin(stamp)
     slot.bulk.copy_(copy.bulk)
     slot.seal(stamp, copy.blob, copy.checksum)

@@ -196,8 +196,8 @@ class Mirroring:
         assert self._mirror is not None
         if self._mirror.settle() != version:
             raise TransportError(
-                f"rank {self._trainer.global_rank}: {version} could not be mirrored by {self._trainer.world_size} ranks "
-                "before they go on: a rank had not all of it"
+                f"rank {self._trainer.global_rank}: {version} could not be mirrored by {self._trainer.world_size} "
+                "ranks before they go on: a rank had not all of it"
             )
 
     def before_optimizer_step(self) -> None:

@@ -85,6 +85,7 @@ class Restoration:
 
 
 def sum_over_ranks(fetched: Fetched, cohort: Cohort) -> Moved:
+    """Where a state came from, over all ranks. All call it together."""
     moved = cohort.gather([fetched.moved_bytes, fetched.sources])
     sources: Counter[str] = Counter()
     for _, of_rank in moved:
@@ -93,6 +94,7 @@ def sum_over_ranks(fetched: Fetched, cohort: Cohort) -> Moved:
 
 
 def forget_the_future(version: Version, ledger: Ledger) -> None:
+    """Remove the checkpoint files that were written after a version, which the run goes back to."""
     notes = [event.fields for event in read_ledger(ledger.path, only="checkpoint").events]
     for path in files_of_the_future(notes, version):
         log.warning("ckptless: removed %s: it was written after %s, which the run goes back to", path, version)

@@ -50,7 +50,7 @@ class Succession(Restoration):
     smalls: dict[int, Small]
     reason: str
 
-    def fill(self, trainer: Any, *, only_own: bool = False, index: StateIndex | None = None) -> None:
+    def fill(self, trainer: Any, **_: Any) -> None:
         """Put the tensors into the trainer, whatever is in them now. All ranks call it together.
 
         Raises:
@@ -63,7 +63,8 @@ class Succession(Restoration):
         described = describe_state(self.index)
         if lost := sorted(layout.known_to(self.heir.home).keys() - {d.name for d in described}):
             raise LayoutMismatchError(
-                f"rank {cohort.rank}: the version has {', '.join(lost[:5])}, the model does not: start the script unchanged"
+                f"rank {cohort.rank}: the version has {', '.join(lost[:5])}, the model does not: start the script "
+                "unchanged"
             )
         reads = plan_reads(layout, held_by_name(described), home=self.heir.home)
         need = dict(enumerate(cohort.gather(list(shards_in(reads)))))
@@ -81,7 +82,7 @@ class Succession(Restoration):
                 absorb(self.state, self.smalls[rank]["state"], reductions)
         self.smalls = {}
 
-    def resume(self, mirroring: Mirroring, report: RunReport, cohort: Cohort) -> None:
+    def resume(self, mirroring: Mirroring, report: RunReport, _: Cohort) -> None:
         """Mirror the version as the ranks of now cut it, and go on from there. All ranks call it together."""
         assert self.index is not None
         report.resume(self.small["report"])

@@ -83,7 +83,7 @@ def _absorb_metric(
         reduce = REDUCTIONS.get(reductions.get(key) or "")
         if reduce is None:
             log.warning(
-                "ckptless: %s.%s cannot be added up over ranks: what the lost rank had gathered in this epoch is left out",
+                "ckptless: %s.%s cannot be added up over ranks: what a lost rank has of this epoch is left out",
                 name, key,
             )  # fmt: skip
             continue

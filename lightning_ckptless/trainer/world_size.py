@@ -1,4 +1,4 @@
-"""How many ranks there may be: as many as the trainer asks for, or fewer where the launcher may go on with fewer nodes."""
+"""How many ranks there may be: as many as the trainer asks for, or fewer where the launcher may do with fewer nodes."""
 
 from __future__ import annotations
 
@@ -37,6 +37,6 @@ def require_ranks(*, nodes: int, per_node: int, found: int, env: Mapping[str, st
     if found == asked or (low * per_node <= found < asked and found % per_node == 0):
         return
     raise OptionsError(
-        f"Trainer(num_nodes={nodes}, devices={per_node}) asks for {asked} ranks, the agents started {found}: start with "
-        f"--nproc-per-node {per_node} --nnodes {nodes}, or --nnodes MIN:{nodes} to go on with fewer"
+        f"Trainer(num_nodes={nodes}, devices={per_node}) asks for {asked} ranks, the agents started {found}: start "
+        f"with --nproc-per-node {per_node} --nnodes {nodes}, or --nnodes MIN:{nodes} to go on with fewer"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,11 @@ import psutil
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from lightning_ckptless.job import record_for
+from lightning_ckptless.ledger import read_ledger
+from lightning_ckptless.membership.launch import LaunchConfig, Outcome, run
 from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.program import Program
 from lightning_ckptless.testing.drill import run_variant
 from tests.faults.cluster import END_S, Cluster
 from tests.faults.conftest import REPOSITORY
@@ -45,6 +50,24 @@ def whole(folder: Path, parent: PreloadedParent, ranks: int, *words: str) -> Acc
     )
     assert variant.exit_code == 0, variant.tail()
     return account_of(folder)
+
+
+def start(folder: Path, parent: PreloadedParent, ranks: int, *words: str, faults: str = "") -> Outcome:
+    """Start a counted run on one machine, under the run id that it has in this folder, and wait for its end."""
+    script, *arguments = command(folder, 1, ranks, *words)
+    config = LaunchConfig(
+        program=Program("script", script, tuple(arguments)),
+        nproc=ranks,
+        run_id=folder.name,
+        max_restarts=0,
+        env={"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CKPTLESS_FAULTS": faults},
+        cwd=folder,
+        run_root=folder / "runs",
+        arena_dir=folder / "arenas",
+        log_dir=folder / f"output-{ranks}",
+        redirects="3",
+    )
+    return run(config, parent=parent, record=record_for(config))
 
 
 class Nodes:
@@ -105,3 +128,40 @@ def test_a_node_is_lost_and_comes_back(
     assert [(fields["before"], fields["world_size"]) for fields in changed] == [(3, 2), (2, 3)]
     rungs = [fields["rung"] for fields in nodes.cluster.events("recovery")]
     assert rungs == (["relaunch"] * 2 if "--sharded" in words else ["in place"] * 2)
+
+
+DURABLE = ("--samples", "180", "--strategy-options", "{'durable_every_n_steps': 2}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    "words", [DURABLE, pytest.param((*DURABLE, "--sharded"), marks=pytest.mark.long)], ids=["ddp", "fsdp2"]
+)
+def test_a_durable_state_of_three_ranks_starts_two(
+    words: tuple[str, ...], tmp_path: Path, parent: PreloadedParent
+) -> None:
+    expected = whole(tmp_path / "whole", parent, 3, *words)
+    folder = tmp_path / "run"
+    (folder / "arenas").mkdir(parents=True)
+    assert start(folder, parent, 3, *words, faults="kill:rank=1:step=9").exit_code == 128 + 9
+    shutil.rmtree(folder / "arenas")
+    assert start(folder, parent, 2, *words).exit_code == 0
+    found = account_of(folder)
+    assert found.sizes == [3, 2]
+    assert found.steps == expected.steps
+    assert [row["count"] for row in found.epochs] == [180.0, 180.0]
+    assert furthest(expected, found) < BOUND
+    (last,) = [e.fields for e in read_ledger(folder / "runs" / "run" / "ledger.jsonl", only="run_started").events][1:]
+    assert "durable state" in last["reason"] and "written by 3 ranks, 2 go on" in last["reason"]
+
+
+@pytest.mark.timeout(100)
+def test_more_ranks_than_streams_are_refused(tmp_path: Path, parent: PreloadedParent) -> None:
+    folder = tmp_path / "run"
+    (folder / "arenas").mkdir(parents=True)
+    start(folder, parent, 2, *DURABLE, faults="kill:rank=1:step=5")
+    shutil.rmtree(folder / "arenas")
+    assert start(folder, parent, 3, *DURABLE).exit_code == 1
+    output = "".join(path.read_text() for path in (folder / "output-3").rglob("*.log"))
+    assert "2 streams of samples, 3 ranks are started" in output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import threading
@@ -72,11 +73,12 @@ class Counted(pl.LightningModule):
         self._put_down({"done": self.trainer.world_size})
 
     def _put_down(self, facts: dict[str, Any]) -> None:
+        strategy: Any = self.trainer.strategy
         where = {
             "epoch": self.current_epoch,
             "step": self.global_step - ("done" in facts),
             "rank": self.global_rank,
-            "generation": int(os.environ["CKPTLESS_GENERATION"]),
+            "generation": strategy.engine.generation,
         }
         with (self.folder / f"seen-{os.getpid()}.jsonl").open("a") as file:
             file.write(json.dumps(where | facts) + "\n")
@@ -107,13 +109,17 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--pace", type=float, default=0.0)
+    parser.add_argument("--strategy-options", default="{}")
     parser.add_argument("--sharded", action="store_true")
     args = parser.parse_args()
     pl.seed_everything(5, workers=True, verbose=False)
-    strategy: Any = lightning_ckptless.CkptlessStrategy()
+    options = ast.literal_eval(args.strategy_options)
+    strategy: Any = lightning_ckptless.CkptlessStrategy(**options)
     if args.sharded:
         ranks = args.nodes * args.devices
-        strategy = lightning_ckptless.CkptlessModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
+        strategy = lightning_ckptless.CkptlessModelParallelStrategy(
+            data_parallel_size=ranks, tensor_parallel_size=1, **options
+        )
     trainer = pl.Trainer(
         accelerator="cpu", devices=args.devices, num_nodes=args.nodes, strategy=strategy, max_epochs=args.epochs,
         accumulate_grad_batches=args.accumulate, logger=False, enable_checkpointing=False, enable_progress_bar=False,

@@ -81,9 +81,8 @@ def test_what_is_gone_on_from_is_the_newest(case: dict[str, Any]) -> None:
     plan, state, found = planned(**case), case["state"], case["found"]
     if plan.action is StartAction.RESTORE and state is not None and not case["relaunched"]:
         assert state.snapshot.version <= found.snapshot.version
-    if plan.state is not None:
-        if isinstance(found, Complete):
-            assert plan.state.snapshot.version > found.snapshot.version and not case["relaunched"]
+    if plan.state is not None and isinstance(found, Complete):
+        assert plan.state.snapshot.version > found.snapshot.version and not case["relaunched"]
     if plan.action is StartAction.DURABLE and plan.ckpt_path is not None and state is not None:
         steps = [
             file.step for file in (case["file"], case["asked"]) if file is not None and file.path == plan.ckpt_path
