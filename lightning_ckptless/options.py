@@ -14,6 +14,7 @@ OnLate = Literal["wait", "skip"]
 OnUnrecoverable = Literal["durable", "raise"]
 Checksum = Literal["xxh3", "crc32", "none"]
 Staging = Literal["overlap", "blocking"]
+ElasticBatch = Literal["keep", "scale"]
 
 _LEVEL = "[a-z][a-z0-9_]*"
 _LEAST = {"copies": 0, "max_recoveries": 0, "standbys": 0, "durable_keep": 1}
@@ -22,6 +23,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "on_unrecoverable": ("durable", "raise"),
     "checksum": ("xxh3", "crc32", "none"),
     "staging": ("overlap", "blocking"),
+    "elastic_batch": ("keep", "scale"),
 }
 
 
@@ -53,6 +55,7 @@ class CkptlessOptions:
         durable_every_s: seconds from one durable state to the next; None for none by time.
         durable_dir: folder of the durable states; None for `durable` in the run's own folder.
         durable_keep: durable states that are kept.
+        elastic_batch: with another number of ranks, keep the samples of a step together, or take one batch per rank.
 
     Raises:
         OptionsError: a value is out of range.
@@ -78,6 +81,7 @@ class CkptlessOptions:
     durable_every_s: float | None = None
     durable_dir: Path | None = None
     durable_keep: int = 2
+    elastic_batch: ElasticBatch = "keep"
 
     def __post_init__(self) -> None:
         self._check_cadence()

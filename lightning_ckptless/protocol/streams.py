@@ -84,6 +84,21 @@ def inherit(rank: int, world_size: int, *, before: int, streams: int, width: int
     )
 
 
+def adopt(rank: int, world_size: int, *, before: int, width: int = 1) -> Inheritance:
+    """What a rank takes over where the rest of the epoch is dealt anew, and nobody carries a stream.
+
+    Args:
+        rank: of the new world.
+        world_size: of the new world.
+        before: number of ranks that have written the version.
+        width: ranks that share a place, side by side.
+    """
+    place, lane = divmod(rank, width)
+    places, places_before = world_size // width, before // width
+    sums = tuple(other * width + lane for other in range(place, places_before, places))
+    return Inheritance(home=place % places_before * width + lane, streams={}, sums=sums)
+
+
 def require_world(world_size: int, *, before: int, streams: int, obstacle: str | None) -> str:
     """Whether so many ranks can go on with a version; returns how, in a sentence.
 

@@ -16,6 +16,12 @@ def data_position(loops: FitLoops) -> dict[str, Any]:
     return saved
 
 
+def at_the_beginning(saved: dict[str, Any]) -> dict[str, Any]:
+    """The position before the first batch, of the same dataloaders."""
+    none = [None for _ in saved["loaders"]]
+    return {"fetched": 0, "buffered": 0, "index": 0, "consumed": [False for _ in saved["consumed"]], "loaders": none}
+
+
 def move_data_to(loops: FitLoops, saved: dict[str, Any]) -> None:
     """Make new iterators that go on behind a saved position.
 

@@ -179,7 +179,8 @@ class Engine:
         """
         assert self.cohort is not None
         self._count_recovery(self.cohort)
-        return fetch_version(self.trainer, found, self.cohort, self.streams, self.report, self.ledger)
+        batch = self.options.elastic_batch
+        return fetch_version(self.trainer, found, self.cohort, self.streams, batch, self.report, self.ledger)
 
     def _have_arena_reaped(self, arena: Arena) -> None:
         """An agent that is not ours knows nothing of arenas: one process per arena waits for its end."""
@@ -248,6 +249,7 @@ class Engine:
             since=since,
             before_batch=batches.watch,
         )
+        loops.before_setup_of_data(self.streams.begin_epoch)
         loops.silence_sigterm(self._ask_to_finish)
         survival = Survival(self, mirroring, batches, self.boundaries)
         if self.cohort is None:
@@ -270,6 +272,7 @@ class Engine:
         def settle() -> None:
             mirroring.small.apply(restoration.state)
             self.loops.set_sampler_epochs()
+            restoration.open_streams(self.streams)
             restoration.move_data(self.loops)
             restoration.move_streams(self.streams)
             restoration.resume(mirroring, self.report, cohort)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_ckptless.ledger import Ledger
+from lightning_ckptless.options import ElasticBatch
 from lightning_ckptless.protocol.versions import Complete
 from lightning_ckptless.replica.restore import fetch, shared_layout
 from lightning_ckptless.trainer.begun import step_in_flight
@@ -17,7 +18,13 @@ from lightning_ckptless.trainer.succession import take_over
 
 
 def fetch_version(
-    trainer: Any, found: Complete, cohort: Cohort, streams: Streams, report: RunReport, ledger: Ledger
+    trainer: Any,
+    found: Complete,
+    cohort: Cohort,
+    streams: Streams,
+    batch: ElasticBatch,
+    report: RunReport,
+    ledger: Ledger,
 ) -> Restoration:
     """Bring a version here, and forget what came after it. All ranks call it together.
 
@@ -26,6 +33,7 @@ def fetch_version(
         found: the version.
         cohort: all ranks.
         streams: those that this rank carries.
+        batch: what a step of another number of ranks is made of.
         report: is told where it came from.
         ledger: knows which checkpoint files were written since.
 
@@ -39,7 +47,8 @@ def fetch_version(
         moved = sum_over_ranks(fetched, cohort)
         restoration = Restoration(found, layout, fetched.bulks, unpack(fetched.blobs[cohort.rank]))
     else:
-        restoration, moved = take_over(found, layout, cohort, streams, obstacle_to_carrying(trainer)), Moved(0, {})
+        obstacle = obstacle_to_carrying(trainer)
+        restoration, moved = take_over(found, layout, cohort, streams.width, batch, obstacle), Moved(0, {})
     # Its dataloaders are set up before its state is put in.
     streams.count = restoration.small["streams"]["count"]
     report.fetched(found, moved, step_in_flight(arena.path, transport))

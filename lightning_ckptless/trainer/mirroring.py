@@ -93,6 +93,11 @@ class Mirroring:
         return known
 
     @property
+    def trainer(self) -> Any:
+        """Whose versions are taken."""
+        return self._trainer
+
+    @property
     def mirror(self) -> Mirror | None:
         """The mirror of this generation; None before its first version."""
         return self._mirror

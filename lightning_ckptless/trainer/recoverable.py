@@ -16,6 +16,7 @@ from lightning_ckptless.membership.watch import Watcher
 from lightning_ckptless.options import (
     Checksum,
     CkptlessOptions,
+    ElasticBatch,
     EveryNSteps,
     OnLate,
     OnUnrecoverable,
@@ -26,6 +27,7 @@ from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.compatibility import check_trainer
 from lightning_ckptless.trainer.engine import Engine
 from lightning_ckptless.trainer.host.process import prepare_without_group
+from lightning_ckptless.trainer.host.streams import logs_kept
 from lightning_ckptless.trainer.launcher import launcher_class
 from lightning_ckptless.trainer.loader import make_resumable
 from lightning_ckptless.trainer.streams import Streams
@@ -70,6 +72,8 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             durable_every_s: seconds from one durable state to the next; None for none by time.
             durable_dir: folder of the durable states; `durable` in the run's own folder where nothing is given.
             durable_keep: durable states that are kept.
+            elastic_batch: with fewer ranks than at first, `keep` runs the batches of those that are missing on the
+                others; `scale` makes each step of one batch per rank that is there.
             **base_options: everything that Lightning's own strategy takes.
 
         Raises:
@@ -100,6 +104,7 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             durable_every_s: float | None = None,
             durable_dir: str | Path | None = None,
             durable_keep: int = 2,
+            elastic_batch: ElasticBatch = "keep",
             **base_options: Any,
         ) -> None:
             super().__init__(**base_options)
@@ -124,6 +129,7 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
                 durable_every_s=durable_every_s,
                 durable_dir=Path(durable_dir) if durable_dir is not None else None,
                 durable_keep=durable_keep,
+                elastic_batch=elastic_batch,
             )
             self._stream: int | None = None
             self.engine: Engine | None = None
@@ -215,8 +221,8 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             place, places, _ = self.place_among_streams()
             if self.engine is None or not self.engine.trainer.training:
                 return {"num_replicas": places, "rank": place}
-            stream = place if self._stream is None else self._stream
-            return {"num_replicas": self.engine.streams.count, "rank": stream}
+            stream, count = place if self._stream is None else self._stream, self.engine.streams.count
+            return {"num_replicas": count, "rank": stream % count}
 
         def join_generation(self) -> bool:
             """Join the current generation, unless this process has.
@@ -284,9 +290,9 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             """The forward pass of the own micro-batch; others that this rank runs follow its backward pass."""
             streams = self._others()
-            if streams is None or not streams.extra_batches:
+            if streams is None or not (streams.extra_batches or streams.is_running_for_nothing):
                 return super().training_step(*args, **kwargs)
-            with self.without_sync():
+            with self.without_sync() if streams.extra_batches else logs_kept(streams.trainer):
                 return super().training_step(*args, **kwargs)
 
         def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:

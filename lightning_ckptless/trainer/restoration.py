@@ -70,6 +70,10 @@ class Restoration:
         """Open the training data anew at the position of the version."""
         move_data_to(loops, self.state["data"])
 
+    def open_streams(self, streams: Streams) -> None:
+        """Say what there is to run, before the training data is opened."""
+        streams.open(self.small["streams"])
+
     def move_streams(self, streams: Streams) -> None:
         """Have the streams beside this rank's own go on from the version; the training data is set up."""
         streams.move_to(self.small["streams"])

@@ -12,12 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.protocol.dealing import Deal
 from lightning_ckptless.protocol.streams import share_of, streams_of
+from lightning_ckptless.trainer.dealing import deal_out
+from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.streams import batch_in_hand, hands_over_the_iterator, logs_kept, training_loss
 from lightning_ckptless.trainer.passenger import Passenger
 from lightning_ckptless.trainer.rng import apply_rng, capture_rng
@@ -39,15 +44,18 @@ class Streams:
     Attributes:
         count: see above; that of the run, once a version of it is known.
         is_running_another: whether the training step at hand is not on the rank's own batch.
-        is_running_for_nothing: whether it is on that batch once more, and nothing comes of it.
+        deal: how the rest of this epoch is dealt; None where each rank runs its streams.
+        trainer: see above.
     """
 
     def __init__(self, trainer: Any, *, count: int, place: int, places: int, width: int, evenly: bool) -> None:
         self.count = count
         self.width = width
         self.is_running_another = False
-        self.is_running_for_nothing = False
-        self._trainer = trainer
+        self.deal: Deal | None = None
+        self.trainer = trainer
+        self._own_is_repeated = False
+        self._dealt_in = -1
         self._place = place
         self._places = places
         self._evenly = evenly
@@ -56,16 +64,25 @@ class Streams:
     @property
     def carried(self) -> tuple[int, ...]:
         """The streams beside this rank's own."""
-        return streams_of(self._place, self._places, self.count)[1:]
+        return () if self.deal is not None else streams_of(self._place, self._places, self.count)[1:]
 
     @property
     def share(self) -> float:
         """What the loss of a micro-batch is multiplied by."""
+        if self.deal is not None:
+            return self.deal.weight(self._place, FitLoops(self.trainer).fetcher.fetched - 1)
         return share_of(self._places, self.count)
+
+    @property
+    def is_running_for_nothing(self) -> bool:
+        """Whether the training step at hand is there to keep ranks in step, and nothing comes of it."""
+        return self._own_is_repeated or (self.deal is not None and self.share == 0)
 
     @property
     def extra_batches(self) -> int:
         """Micro-batches that this rank runs in a step beside its own stream's."""
+        if self.deal is not None:
+            return 0
         most = -(-self.count // self._places) - 1
         return most if self._evenly else len(self.carried)
 
@@ -77,7 +94,7 @@ class Streams:
     @property
     def are_whole(self) -> bool:
         """Whether every rank has its own stream and no other."""
-        return self.count == self._places
+        return self.deal is None and self.count == self._places
 
     def place_at(self, place: int, places: int) -> None:
         """Be another of another number of ranks; what is carried is told by the next version."""
@@ -86,24 +103,54 @@ class Streams:
     # ------------------------------------------------------------------ state
 
     def capture(self) -> dict[str, Any]:
-        """How many there are, and where those are that this rank carries."""
+        """How many there are, and where those are that this rank carries, or how the epoch is dealt."""
         carried = {stream: self._passenger(stream).capture() for stream in self.carried}
-        return {"count": self.count, "own": self._place, "carried": carried}
+        length = FitLoops(self.trainer).length if self.deal is None else self.deal.length
+        deal = None if self.deal is None else asdict(self.deal)
+        return {"count": self.count, "own": self._place, "carried": carried, "length": length, "deal": deal}
 
-    def move_to(self, saved: dict[str, Any]) -> None:
-        """Go on with the streams from where they were; this rank's own data is set up.
+    def open(self, saved: dict[str, Any]) -> None:
+        """Before the rank's own data is moved: deal it out, where it was dealt.
 
         Args:
             saved: what `capture` returned.
         """
         self.count = saved["count"]
+        self.deal = None if saved["deal"] is None else Deal(**saved["deal"])
+        if self.deal is None:
+            return
+        loops = FitLoops(self.trainer)
+        if len(loops.combined_loader.flattened) > 1:
+            raise OptionsError(
+                "elastic_batch='scale' deals one training dataloader; with several of them take elastic_batch='keep'"
+            )
+        self._dealt_in = self.trainer.current_epoch
+        loops.combined_loader.limits = [self.deal.steps]
+        for loader in loops.combined_loader.flattened:
+            deal_out(loader, self.deal, self._place)
+
+    def move_to(self, saved: dict[str, Any]) -> None:
+        """Go on with the streams from where they were; this rank's own data is in place.
+
+        Args:
+            saved: what `capture` returned.
+        """
+        if self.deal is not None:
+            loops = FitLoops(self.trainer)
+            loops.set_length(self.deal.steps - loops.fetcher.fetched)
         self._passengers = {s: p for s, p in self._passengers.items() if s in self.carried}
         for stream, position in saved["carried"].items():
             self._passenger(stream).move_to(position["rng"], position["data"])
 
+    def begin_epoch(self) -> None:
+        """A deal ends with its epoch: from here on there are as many streams as ranks."""
+        if self.deal is not None and self.trainer.current_epoch != self._dealt_in:
+            self.deal, self.count = None, self._places
+            FitLoops(self.trainer).forget_training_data()
+
     def _passenger(self, stream: int) -> Passenger:
         if stream not in self._passengers:
-            self._passengers[stream] = Passenger(self._trainer, stream, self.count)
+            self._passengers[stream] = Passenger(self.trainer, stream, self.count)
         return self._passengers[stream]
 
     # ------------------------------------------------------------------ a step
@@ -134,16 +181,16 @@ class Streams:
             self.is_running_another = False
 
     def _run_for(self, passenger: Passenger, backward: Backward) -> None:
-        with passenger.at_the_wheel() as batch, _buffers_kept(self._trainer.lightning_module):
-            backward(training_loss(self._trainer, batch))
+        with passenger.at_the_wheel() as batch, _buffers_kept(self.trainer.lightning_module):
+            backward(training_loss(self.trainer, batch))
 
     def _run_for_nothing(self, backward: Backward) -> None:
-        generators, self.is_running_for_nothing = capture_rng(), True
+        generators, self._own_is_repeated = capture_rng(), True
         try:
-            with _buffers_kept(self._trainer.lightning_module), logs_kept(self._trainer):
-                backward(0 * training_loss(self._trainer, batch_in_hand(self._trainer)))
+            with _buffers_kept(self.trainer.lightning_module), logs_kept(self.trainer):
+                backward(0 * training_loss(self.trainer, batch_in_hand(self.trainer)))
         finally:
-            self.is_running_for_nothing = False
+            self._own_is_repeated = False
         apply_rng(generators)
 
 

@@ -9,25 +9,28 @@ what the ranks before have written.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_ckptless.errors import LayoutMismatchError
-from lightning_ckptless.protocol.streams import Inheritance, inherit, require_world
+from lightning_ckptless.options import ElasticBatch
+from lightning_ckptless.protocol.dealing import Deal, require_deal
+from lightning_ckptless.protocol.streams import Inheritance, adopt, inherit, require_world
 from lightning_ckptless.protocol.versions import Complete
 from lightning_ckptless.replica.description import held_by_name
 from lightning_ckptless.replica.layout import Layout
 from lightning_ckptless.replica.reshard import fill_resharded, plan_reads, shards_in
 from lightning_ckptless.replica.restore import fetch
 from lightning_ckptless.trainer.cohort import Cohort
+from lightning_ckptless.trainer.data import at_the_beginning
 from lightning_ckptless.trainer.host.metrics import defaults_of, metrics_of, reductions_of
+from lightning_ckptless.trainer.host.streams import tell_of_batch
 from lightning_ckptless.trainer.mirroring import Mirroring
 from lightning_ckptless.trainer.plain import unpack
 from lightning_ckptless.trainer.report import RunReport
 from lightning_ckptless.trainer.restoration import Restoration
 from lightning_ckptless.trainer.rng import apply_rng
 from lightning_ckptless.trainer.state import StateIndex
-from lightning_ckptless.trainer.streams import Streams
 from lightning_ckptless.trainer.sums import absorb, forget
 from lightning_ckptless.trainer.tensors import describe_state, make_room
 
@@ -43,12 +46,14 @@ class Succession(Restoration):
         heir: what this rank takes over.
         smalls: small states by the ranks that wrote them; that of `heir.home` has become this rank's own.
         reason: who goes on for whom, in a sentence.
+        change: micro-batches of a step, before and now; None where they stay as many.
     """
 
     cohort: Cohort
     heir: Inheritance
     smalls: dict[int, Small]
     reason: str
+    change: tuple[int, int] | None = None
 
     def fill(self, trainer: Any, **_: Any) -> None:
         """Put the tensors into the trainer, whatever is in them now. All ranks call it together.
@@ -88,40 +93,74 @@ class Succession(Restoration):
         report.resume(self.small["report"])
         mirroring.cadence.begin(self.small["interval"])
         apply_rng(self.state["rng"])
+        if self.change is not None:
+            tell_of_batch(mirroring.trainer, *self.change)
         mirroring.take_again(self.version)
         report.world_changed(self.complete.snapshot.world_size, self.reason)
 
 
-def take_over(found: Complete, layout: Layout, cohort: Cohort, streams: Streams, obstacle: str | None) -> Succession:
+def take_over(
+    found: Complete, layout: Layout, cohort: Cohort, width: int, batch: ElasticBatch, obstacle: str | None
+) -> Succession:
     """Bring the small states here that this rank takes over. All ranks call it together.
 
     Args:
         found: the version.
         layout: how it is cut.
         cohort: the ranks of now.
-        streams: of this rank; it is told how many there are.
+        width: ranks that share a stream.
+        batch: what a step of another number of ranks is made of.
         obstacle: why a rank cannot carry a stream beside its own; None where it can.
 
     Raises:
         WorldSizeError: this number of ranks cannot go on with the version.
     """
-    before, world_size, width = found.snapshot.world_size, cohort.world_size, streams.width
-    ranks = range(world_size)
-    some = cohort.rank % before
-    count = _smalls(found, cohort, {rank: (rank % before,) for rank in ranks})[some]["streams"]["count"]
+    before, world_size = found.snapshot.world_size, cohort.world_size
+    some = {rank: (rank % before,) for rank in range(world_size)}
+    streams = _smalls(found, cohort, some)[cohort.rank % before]["streams"]
+    if batch == "scale" or streams["deal"] is not None:
+        return _take_over_dealt(found, layout, cohort, width)
+    count = streams["count"]
     reason = require_world(world_size // width, before=before // width, streams=count, obstacle=obstacle)
-    heirs = {rank: inherit(rank, world_size, before=before, streams=count, width=width) for rank in ranks}
-    smalls = _smalls(found, cohort, {rank: heir.sources for rank, heir in heirs.items()})
+    heirs = [inherit(rank, world_size, before=before, streams=count, width=width) for rank in range(world_size)]
+    smalls = _smalls(found, cohort, {rank: heir.sources for rank, heir in enumerate(heirs)})
     heir = heirs[cohort.rank]
     positions = {stream: _position(smalls[source], stream) for stream, source in heir.streams.items()}
     own, *others = heir.streams
-    small = smalls[heir.home]
+    small = _adopted(smalls, heir, cohort)
     small["state"] |= positions[own]
+    small["streams"] |= {"own": own, "carried": {stream: positions[stream] for stream in others}}
+    return Succession(found, layout, {}, small, cohort=cohort, heir=heir, smalls=smalls, reason=reason)
+
+
+def _take_over_dealt(found: Complete, layout: Layout, cohort: Cohort, width: int) -> Succession:
+    """Deal the rest of the epoch to the ranks that there are."""
+    before, world_size = found.snapshot.world_size, cohort.world_size
+    places = world_size // width
+    heirs = [adopt(rank, world_size, before=before, width=width) for rank in range(world_size)]
+    smalls = _smalls(found, cohort, {rank: heir.sources for rank, heir in enumerate(heirs)})
+    heir = heirs[cohort.rank]
+    small = _adopted(smalls, heir, cohort)
+    streams, data = small["streams"], small["state"]["data"]
+    done = data["fetched"] - data["buffered"]
+    last = None if streams["deal"] is None else Deal(**streams["deal"])
+    begin = streams["count"] * done if last is None else last.after(done)
+    deal = Deal(streams["count"], streams["length"], begin, places)
+    per_step = streams["count"] if last is None else last.world_size
+    small["streams"] |= {"own": cohort.rank // width, "carried": {}, "deal": asdict(deal)}
+    small["state"]["data"] = at_the_beginning(data)
+    reason = require_deal(deal, before=before // width, per_step=per_step)
+    change = (per_step, places)
+    return Succession(found, layout, {}, small, cohort=cohort, heir=heir, smalls=smalls, reason=reason, change=change)
+
+
+def _adopted(smalls: dict[int, Small], heir: Inheritance, cohort: Cohort) -> Small:
+    """The small state that a rank takes for its own."""
+    small = smalls[heir.home]
     if cohort.rank:
         # What stands in log files is rank 0's to say.
         small["state"]["logs"] = None
-    small["streams"] = {"count": count, "own": own, "carried": {stream: positions[stream] for stream in others}}
-    return Succession(found, layout, {}, small, cohort=cohort, heir=heir, smalls=smalls, reason=reason)
+    return small
 
 
 def _smalls(found: Complete, cohort: Cohort, wanted: Mapping[int, Collection[int]]) -> dict[int, Small]:

@@ -222,6 +222,7 @@ class Survival:
         moved = any(told for (told,) in self._engine.cohort.gather([self._engine.has_moved]))
         if moved:
             self._engine.open_data_anew()
+        restoration.open_streams(self._engine.streams)
         if moved or not self._batches.go_back_to(restoration.version):
             self._loops.set_sampler_epochs()
             restoration.move_data(self._loops)

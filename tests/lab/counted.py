@@ -67,6 +67,10 @@ class Counted(pl.LightningModule):
             self._put_down({"samples": indices.tolist(), "batch": batch_idx})
         return loss
 
+    def on_batch_scale(self, before: int, now: int) -> None:
+        with (self.folder / f"scaled-{os.getpid()}.jsonl").open("a") as file:
+            file.write(json.dumps([before, now]) + "\n")
+
     def on_train_batch_end(self, *_: Any) -> None:
         if self.trainer.world_size < self.trainer.num_nodes * self.trainer.num_devices:
             threading.Event().wait(self.pace_s)

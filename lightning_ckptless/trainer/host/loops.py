@@ -142,6 +142,33 @@ class FitLoops:
         for loader in combined.flattened:
             set_epoch(loader, self.fit.epoch_progress.current.processed)
 
+    @property
+    def length(self) -> int:
+        """Batches of this epoch; 0 where that is not known."""
+        most = self.fit.max_batches
+        return int(most) if most != float("inf") else 0
+
+    def set_length(self, left: int) -> None:
+        """Have this epoch end after so many more batches."""
+        most = self.fit.max_batches = self.epoch.batch_progress.current.ready + left
+        interval = self.trainer.val_check_interval
+        if isinstance(interval, float) and self.trainer.val_check_batch is not None:
+            self.trainer.val_check_batch = max(1, int(most * interval))
+
+    def before_setup_of_data(self, do: Callable[[], None]) -> None:
+        """Call a function whenever the fit loop is about to set up its training data, or to keep what it has."""
+        own = self.fit.setup_data
+
+        def setup_data() -> None:
+            do()
+            own()
+
+        self.fit.setup_data = setup_data
+
+    def forget_training_data(self) -> None:
+        """Have the fit loop set up its training data anew."""
+        self.fit._combined_loader = None
+
     def replace_training_data(self, combined_loader: Any) -> None:
         """Train on other dataloaders of as many batches; they are opened by `reopen_data`."""
         self.combined_loader.reset()
@@ -175,6 +202,7 @@ class FitLoops:
     def give_back(self) -> None:
         """Give the loops and the signal connector their own methods back."""
         vars(self.fit).pop("run", None)
+        vars(self.fit).pop("setup_data", None)
         vars(self.epoch).pop("_broadcast_sigterm_tensor", None)
         vars(self.trainer._signal_connector).pop("_sigterm_notifier_fn", None)
 

@@ -44,6 +44,21 @@ def to_device(trainer: Any, batch: Any) -> Any:
     return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
 
 
+def tell_of_batch(trainer: Any, before: int, now: int) -> None:
+    """Tell callbacks and model that a step is made of more or fewer batches, where they have a hook for it.
+
+    Args:
+        trainer: in `fit`.
+        before: batches of a step, over all ranks.
+        now: the same from here on.
+    """
+    for callback in trainer.callbacks:
+        if (hook := getattr(callback, "on_batch_scale", None)) is not None:
+            hook(trainer, trainer.lightning_module, before, now)
+    if (hook := getattr(trainer.lightning_module, "on_batch_scale", None)) is not None:
+        hook(before, now)
+
+
 def batch_in_hand(trainer: Any) -> Any:
     """The batch that the epoch loop trains on now."""
     return trainer._results.batch
