@@ -137,7 +137,7 @@ def _node(config: LaunchConfig) -> Node:
 
 
 def _base_env(config: LaunchConfig) -> dict[str, str]:
-    env = {**os.environ, **config.env}
+    env = {**os.environ, **config.env, environment.NNODES: config.nnodes}
     if config.nproc > 1:
         # As torchrun does: otherwise each worker would start as many threads as there are cores.
         env.setdefault("OMP_NUM_THREADS", "1")

@@ -31,6 +31,7 @@ from lightning_ckptless.trainer.checkpoints import note_of_save
 from lightning_ckptless.trainer.cohort import Cohort, form_cohort
 from lightning_ckptless.trainer.drive import run_restored
 from lightning_ckptless.trainer.durable import DurableRung, with_environment
+from lightning_ckptless.trainer.fetching import fetch_version
 from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.identity import Identity, identify
@@ -38,9 +39,10 @@ from lightning_ckptless.trainer.judgement import why_final
 from lightning_ckptless.trainer.mirroring import Mirroring
 from lightning_ckptless.trainer.replay import BatchLog
 from lightning_ckptless.trainer.report import RunReport
-from lightning_ckptless.trainer.restoration import Restoration, fetch_version
+from lightning_ckptless.trainer.restoration import Restoration
 from lightning_ckptless.trainer.starting import Sources, decide_start
 from lightning_ckptless.trainer.step import StepBoundaries
+from lightning_ckptless.trainer.streams import Streams
 from lightning_ckptless.trainer.survival import Survival
 
 COMMIT_TIMEOUT_S = 1800.0
@@ -66,6 +68,7 @@ class Engine:
         self.world_size: int = trainer.world_size
         self.identity: Identity = identify(trainer)
         self.run_folder: Path = self.identity.run_folder
+        self.streams: Streams = strategy.make_streams(trainer)
         self.durable = DurableRung(self.identity, chapter, self.options)
         self._line = line
         self.ledger = Ledger(self.run_folder / "ledger.jsonl")
@@ -92,7 +95,7 @@ class Engine:
         Raises:
             LaunchError: as many recoveries were made as the options allow.
             StateMissingError: nothing complete is left and the options say to stop.
-            WorldSizeError: the state was mirrored by another number of ranks.
+            WorldSizeError: the state was mirrored by another number of ranks, for which these cannot go on.
             OptionsError: the checkpoint path and a live arena disagree, or replicas cannot be placed.
         """
         transport, opens = self.connect(), is_first_of_node(local_rank())
@@ -155,7 +158,7 @@ class Engine:
         """
         assert self.cohort is not None
         self._count_recovery(self.cohort)
-        return fetch_version(self.trainer, found, self.cohort, self.report, self.ledger)
+        return fetch_version(self.trainer, found, self.cohort, self.streams, self.report, self.ledger)
 
     def _have_arena_reaped(self, arena: Arena) -> None:
         """An agent that is not ours knows nothing of arenas: one process per arena waits for its end."""
@@ -210,7 +213,7 @@ class Engine:
         limit = 2 * trainer.accumulate_grad_batches + 2 if self.options.mirror_every_n_steps == 1 else 0
         batches = BatchLog(loops, limit)
         mirroring = self.mirroring = Mirroring(
-            trainer, loops, self.options, self.report, batches, self._probe, lambda: self.finish_asked
+            trainer, loops, self.options, self.report, batches, self.streams, self._probe, lambda: self.finish_asked
         )
         if self.cohort is not None:
             mirroring.join(self.cohort)
@@ -247,6 +250,7 @@ class Engine:
             mirroring.small.apply(restoration.state)
             self.loops.set_sampler_epochs()
             restoration.move_data(self.loops)
+            restoration.move_streams(self.streams)
             restoration.resume(mirroring, self.report, cohort)
 
         self._restoration = None
@@ -282,6 +286,7 @@ class Engine:
     def at_batch_start(self) -> None:
         """Note which step is begun."""
         self._begun.stamp(self.trainer.global_step + 1)
+        self.streams.fetch()
         if self.mirroring is not None:
             self.mirroring.cadence.begin_step(self.trainer.global_step)
         self.beat(Point.BATCH)

@@ -166,6 +166,12 @@ class RunReport:
         )
         self._say(replenished.reason)
 
+    def world_changed(self, before: int, reason: str) -> None:
+        """A version of another number of ranks is in place, and mirrored by these."""
+        if self.speaks:
+            self._record("world_changed", before=before, world_size=self.trainer.world_size, reason=reason)
+            self._say(reason)
+
     def resume(self, saved: dict[str, Any]) -> None:
         """Training is about to go on: take up the accounts of the restored version."""
         self.account = GoodputAccount.from_dict(saved["account"])

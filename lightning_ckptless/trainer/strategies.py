@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning_ckptless.mesh_internals import forget_iteration, number_groups_fr
 from lightning_ckptless.torch_internals import use_process_group
 from lightning_ckptless.trainer.host.ddp import wrap_late
 from lightning_ckptless.trainer.host.flavour import FLAVOURS, module
-from lightning_ckptless.trainer.host.model_parallel import PRECISIONS, give_mesh, make_mesh, precision_of, sizes_of
+from lightning_ckptless.trainer.host.model_parallel import PRECISIONS, fit_mesh, give_mesh, make_mesh, precision_of, sizes_of
 from lightning_ckptless.trainer.recoverable import recoverable
 from lightning_ckptless.trainer.sharding import sharded_modules
 
@@ -63,6 +64,15 @@ def data_parallel_class(flavour: str) -> type[Any]:
             if self.world.is_open:
                 super().configure_ddp()
 
+        def without_sync(self) -> AbstractContextManager[Any]:
+            """Context in which a backward pass does not sum gradients over the ranks."""
+            model: Any = self.model
+            return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+        def sums_now(self) -> bool:
+            """Whether a backward pass sums gradients over the ranks now."""
+            return not isinstance(self.model, DistributedDataParallel) or self.model.require_backward_grad_sync
+
         def use_new_groups(self) -> None:
             """Sum gradients in the new process group."""
             if isinstance(self.model, DistributedDataParallel):
@@ -91,6 +101,16 @@ def model_parallel_class(flavour: str) -> type[Any]:
 
         strategy_name = "ckptless_model_parallel"
         replicates = False
+        runs_evenly = True
+
+        def place_among_streams(self) -> tuple[int, int, int]:
+            """This rank's number along the data-parallel dimension, the size of that, and ranks per number."""
+            _, width = sizes_of(self)
+            return self.global_rank // width, self.world_size // width, width
+
+        def asked_streams(self) -> int:
+            """Size of the data-parallel dimension when all ranks are there."""
+            return int(self.num_nodes * self.num_processes // sizes_of(self)[1])
 
         def mesh_sizes(self) -> tuple[int, int] | None:
             """Ranks in each dimension of the mesh."""
@@ -119,6 +139,7 @@ def model_parallel_class(flavour: str) -> type[Any]:
             if give_mesh(self):
                 return
             self.join_generation()
+            fit_mesh(self)
             with self.world.making():
                 super().setup_environment()
 

@@ -218,6 +218,7 @@ class Survival:
             self._loops.set_sampler_epochs()
             restoration.move_data(self._loops)
             self._batches.reset()
+        restoration.move_streams(self._engine.streams)
         self._boundaries.last = restoration.version
         restoration.resume(self._mirroring, self._engine.report, self._engine.cohort)
 
