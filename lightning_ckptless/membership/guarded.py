@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -11,6 +12,7 @@ from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
 from lightning_ckptless.membership.agent import CkptlessAgent, Node, Record
+from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.heartbeat import Heartbeat
 from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.protocol.heartbeat import Bound, CutOff, NodesLost
@@ -42,7 +44,7 @@ class GuardedAgent(CkptlessAgent):
         self._heartbeat = Heartbeat(
             Bound(settings.keep_alive_interval.total_seconds(), settings.keep_alive_max_attempt)
         )
-        self._why_stopped = ""
+        self._lost: NodesLost | None = None
 
     @property
     def why_cut(self) -> str:
@@ -78,7 +80,7 @@ class GuardedAgent(CkptlessAgent):
         if isinstance(found, NodesLost) and self._current_workers().running:
             self._record("node_lost", node=self._node.name, lost=list(found.nodes), reason=found.reason)
             print(f"ckptless: {found.reason}; the nodes that are left meet anew", file=sys.stderr, flush=True)
-            self._why_stopped = found.reason
+            self._lost = found
             # Unless the run comes to its end after all, e.g. where the others have ended it.
             self.exit_code = 1
             self._restart_workers(worker_group)
@@ -87,8 +89,14 @@ class GuardedAgent(CkptlessAgent):
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         super()._stop_workers(worker_group)
-        if self._why_stopped:
-            self._reason, self._why_stopped = self._why_stopped, ""
+        if self._lost is not None:
+            self._reason, self._lost = self._lost.reason, None
+
+    def _put_down(self, fault: FaultReport) -> None:
+        if self._lost is not None:
+            # What has happened to the others happened when they fell silent.
+            fault = replace(fault, died_at=fault.died_at - self._lost.silent_s)
+        super()._put_down(fault)
 
     def _exit_barrier(self) -> None:
         # Others may have to do for longer than this node waits for them.

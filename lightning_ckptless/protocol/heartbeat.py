@@ -67,10 +67,12 @@ class NodesLost:
 
     Args:
         nodes: their numbers in the round of the rendezvous.
+        silent_s: how long they have been silent.
         reason: the finding in a sentence.
     """
 
     nodes: tuple[int, ...]
+    silent_s: float
     reason: str
 
 
@@ -123,9 +125,10 @@ def judge(pulse: Pulse, bound: Bound, *, now: float, place: str) -> Finding:
     lost = {node: now - at for node, at in pulse.heard_at.items() if now - at > bound.lost_s}
     if not lost:
         return AllThere()
-    names = ", ".join(str(node) for node in lost)
+    names, longest_s = ", ".join(str(node) for node in lost), max(lost.values())
     return NodesLost(
         tuple(lost),
+        longest_s,
         f"node{'s' if len(lost) > 1 else ''} {names} of the round {'have' if len(lost) > 1 else 'has'} been silent "
-        f"for {max(lost.values()):.1f} s, {bound.lost_s:g} s are borne ({bound}, and one interval)",
+        f"for {longest_s:.1f} s, {bound.lost_s:g} s are borne ({bound}, and one interval)",
     )
