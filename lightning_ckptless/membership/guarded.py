@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+import time
 from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -12,18 +12,18 @@ from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
 from lightning_ckptless.membership.agent import CkptlessAgent, Node, Record
-from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.heartbeat import Heartbeat
+from lightning_ckptless.membership.moving import MovingAgent
 from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.protocol.heartbeat import Bound, CutOff, NodesLost
 
 
-class GuardedAgent(CkptlessAgent):
+class GuardedAgent(MovingAgent):
     """An agent with heartbeats.
 
     Where its node is cut off, its workers are killed and the agent ends: the others may go on without it, and what it
-    was a part of is over. Where another node falls silent, the workers of this one are stopped, and the nodes that are
-    left meet anew, among as many as the user allows.
+    was a part of is over. Where another node falls silent, the nodes that are left meet anew, among as many as the user
+    allows.
 
     Args:
         spec, node, parent, logs_specs, record, after: see `CkptlessAgent`.
@@ -44,7 +44,7 @@ class GuardedAgent(CkptlessAgent):
         self._heartbeat = Heartbeat(
             Bound(settings.keep_alive_interval.total_seconds(), settings.keep_alive_max_attempt)
         )
-        self._lost: NodesLost | None = None
+        self._why_stopped = ""
 
     @property
     def why_cut(self) -> str:
@@ -80,7 +80,7 @@ class GuardedAgent(CkptlessAgent):
         if isinstance(found, NodesLost) and self._current_workers().running:
             self._record("node_lost", node=self._node.name, lost=list(found.nodes), reason=found.reason)
             print(f"ckptless: {found.reason}; the nodes that are left meet anew", file=sys.stderr, flush=True)
-            self._lost = found
+            self._why_stopped, self._lost_at = found.reason, time.time() - found.silent_s
             # Unless the run comes to its end after all, e.g. where the others have ended it.
             self.exit_code = 1
             self._restart_workers(worker_group)
@@ -89,14 +89,8 @@ class GuardedAgent(CkptlessAgent):
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         super()._stop_workers(worker_group)
-        if self._lost is not None:
-            self._reason, self._lost = self._lost.reason, None
-
-    def _put_down(self, fault: FaultReport) -> None:
-        if self._lost is not None:
-            # What has happened to the others happened when they fell silent.
-            fault = replace(fault, died_at=fault.died_at - self._lost.silent_s)
-        super()._put_down(fault)
+        if self._why_stopped:
+            self._reason, self._why_stopped = self._why_stopped, ""
 
     def _exit_barrier(self) -> None:
         # Others may have to do for longer than this node waits for them.

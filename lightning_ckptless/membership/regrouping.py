@@ -23,7 +23,7 @@ class Regrouping:
     """One of them.
 
     Args:
-        number: counted from 1, in one round of the rendezvous.
+        number: grows with each, in one round of the rendezvous.
         fault: what has opened it.
     """
 
@@ -37,13 +37,14 @@ class Regroupings:
     Args:
         store: that all agents of the round share.
         nodes: how many there are.
+        number: newest that they have behind them.
 
     Attributes:
         number: the newest that this agent knows.
     """
 
-    def __init__(self, store: Store, nodes: int) -> None:
-        self.number = 0
+    def __init__(self, store: Store, nodes: int, number: int = 0) -> None:
+        self.number = number
         self._store = store
         self._is_shared = nodes > 1
         self._seen = ""

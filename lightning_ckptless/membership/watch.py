@@ -11,8 +11,8 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_ckptless.membership.control import Line
@@ -29,11 +29,13 @@ class Assignment:
         number: under which they meet; grows with every regrouping of a run.
         fault: why.
         told_at: wall clock at which this worker read it, seconds since the epoch.
+        env: what makes this process the rank that it is from then on: its number may be another one.
     """
 
     number: int
     fault: FaultReport
     told_at: float
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 class Watcher:
@@ -52,6 +54,7 @@ class Watcher:
         self._latest: Assignment | None = None
         self._finish_asked = False
         self._is_run_over = False
+        self._is_on_hold = False
         self._changed = threading.Condition()
         self._wake, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._listen, name="ckptless-watcher", daemon=True)
@@ -82,13 +85,15 @@ class Watcher:
         """Take notice of the newest regrouping, waiting for it if it is not there yet. Nothing is cut from then on.
 
         Args:
-            timeout_s: longest wait.
+            timeout_s: longest wait, but for the time in which the nodes meet anew.
 
         Returns:
             None where none came, or the agent is gone.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._pending() is not None or self.is_run_over, timeout_s)
+            self._changed.wait_for(self._has_word, timeout_s)
+            if self._is_on_hold:
+                self._changed.wait_for(lambda: self._pending() is not None or self.is_run_over)
             found = self._pending()
             if found is not None:
                 self._accepted = found.number
@@ -105,6 +110,9 @@ class Watcher:
     def _pending(self) -> Assignment | None:
         latest = self._latest
         return latest if latest is not None and latest.number > self._accepted else None
+
+    def _has_word(self) -> bool:
+        return self._pending() is not None or self.is_run_over or self._is_on_hold
 
     def _listen(self) -> None:
         while not self._line.ended:
@@ -132,12 +140,20 @@ class Watcher:
             with self._changed:
                 self._is_run_over = True
                 self._changed.notify_all()
+        elif message["kind"] == "hold":
+            with self._changed:
+                self._is_on_hold = True
+                self._changed.notify_all()
         elif message["kind"] == "regroup":
             with self._changed:
-                self._latest = assignment_from(message)
+                found = assignment_from(message)
+                self._is_on_hold = False
+                # A fault while others come has its own number, and may be told before that of their coming.
+                if self._latest is None or found.number > self._latest.number:
+                    self._latest = found
                 self._changed.notify_all()
 
 
 def assignment_from(message: dict[str, Any]) -> Assignment:
     """What a `regroup` or an `assign` says."""
-    return Assignment(message["number"], FaultReport(**message["fault"]), time.time())
+    return Assignment(message["number"], FaultReport(**message["fault"]), time.time(), message.get("env", {}))

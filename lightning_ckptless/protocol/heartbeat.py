@@ -67,13 +67,13 @@ class NodesLost:
 
     Args:
         nodes: their numbers in the round of the rendezvous.
-        silent_s: how long they have been silent.
         reason: the finding in a sentence.
+        silent_s: for how long, those that were silent for longest.
     """
 
     nodes: tuple[int, ...]
-    silent_s: float
     reason: str
+    silent_s: float = 0.0
 
 
 Finding = AllThere | CutOff | NodesLost
@@ -125,10 +125,10 @@ def judge(pulse: Pulse, bound: Bound, *, now: float, place: str) -> Finding:
     lost = {node: now - at for node, at in pulse.heard_at.items() if now - at > bound.lost_s}
     if not lost:
         return AllThere()
-    names, longest_s = ", ".join(str(node) for node in lost), max(lost.values())
+    names = ", ".join(str(node) for node in lost)
     return NodesLost(
         tuple(lost),
-        longest_s,
         f"node{'s' if len(lost) > 1 else ''} {names} of the round {'have' if len(lost) > 1 else 'has'} been silent "
-        f"for {longest_s:.1f} s, {bound.lost_s:g} s are borne ({bound}, and one interval)",
+        f"for {max(lost.values()):.1f} s, {bound.lost_s:g} s are borne ({bound}, and one interval)",
+        max(lost.values()),
     )

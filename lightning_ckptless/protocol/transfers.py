@@ -83,7 +83,9 @@ def plan_transfers(
     Returns:
         One transfer for each rank and shard that it needs anything of.
     """
-    return _routed(complete, nodes, _wanted(complete, need, {rank: {rank} for rank in need} if blobs is None else blobs))
+    return _routed(
+        complete, nodes, _wanted(complete, need, {rank: {rank} for rank in need} if blobs is None else blobs)
+    )
 
 
 def plan_copies(complete: Complete, nodes: Sequence[str], absent: Collection[tuple[int, int]]) -> tuple[Transfer, ...]:

@@ -7,7 +7,7 @@ when a version exists by `step`, how the loops are entered by `drive`, what an e
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from lightning_ckptless.protocol.start import StartAction, StartPlan
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.transport import GlooTransport, SoloTransport, Transport
-from lightning_ckptless.trainer.arenas import find_arena, is_first_of_node, local_rank, open_arena
+from lightning_ckptless.trainer.arenas import find_or_make_arena, is_first_of_node, local_rank, open_arena
 from lightning_ckptless.trainer.begun import BegunStep
 from lightning_ckptless.trainer.checkpoints import note_of_save
 from lightning_ckptless.trainer.cohort import Cohort, form_cohort
@@ -34,6 +34,7 @@ from lightning_ckptless.trainer.durable import DurableRung, with_environment
 from lightning_ckptless.trainer.fetching import fetch_version
 from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host.loops import FitLoops
+from lightning_ckptless.trainer.host.streams import open_training_data
 from lightning_ckptless.trainer.identity import Identity, identify
 from lightning_ckptless.trainer.judgement import why_final
 from lightning_ckptless.trainer.mirroring import Mirroring
@@ -76,11 +77,37 @@ class Engine:
         self.arena: Arena | None = None
         self.cohort: Cohort | None = None
         self.mirroring: Mirroring | None = None
+        self.has_moved = False
         self._restoration: Restoration | None = None
         self.boundaries: StepBoundaries | None = None
         self._finish_asked = False
         self._stepped_in = 0
         self._pulse: PulseWriter | None = None
+
+    def become(self, env: Mapping[str, str]) -> None:
+        """Be the rank that the agent says; nothing where this process is it already.
+
+        Args:
+            env: what makes a process that rank.
+        """
+        strategy, trainer = self.strategy, self.trainer
+        os.environ.update(env)
+        if (trainer.global_rank, trainer.world_size) == (self.rank, self.world_size):
+            return
+        self.has_moved = True
+        strategy.set_world_ranks()
+        self.rank, self.world_size = trainer.global_rank, trainer.world_size
+        place, places, _ = strategy.place_among_streams()
+        self.streams.place_at(place, places)
+        if self.arena is not None:
+            self._begun = BegunStep(self.arena.path, self.rank)
+
+    def open_data_anew(self) -> None:
+        """Some rank is another one than before: open what each has a share of anew, on all of them."""
+        self.has_moved = False
+        self.loops.forget_validation_data()
+        with self.strategy.as_stream(self.streams.own):
+            self.loops.replace_training_data(open_training_data(self.trainer))
 
     @property
     def generation(self) -> int:
@@ -132,14 +159,8 @@ class Engine:
         return plan
 
     def begin_alone(self) -> None:
-        """Prepare to take a lost rank's place: what can be known without the others.
-
-        Raises:
-            LaunchError: this node has no arena of the run.
-        """
-        self.arena = find_arena(self.identity, self.chapter, self.options)
-        if self.arena is None:
-            raise LaunchError(f"rank {self.rank}: node {self.identity.node} has no arena of run {self.identity.run_id}")
+        """Prepare to come to the others where they are: what can be known without them."""
+        self.arena = find_or_make_arena(self.identity, self.chapter, self.options)
         self._name_logs(self.arena.notes().get("logger_versions"))
         if self.trainer.is_global_zero:
             host_loggers.keep_logs(self.trainer)

@@ -153,6 +153,10 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             """Why a lost rank could not be replaced while the others go on; None where it can."""
             return None
 
+        def obstacle_to_another_world(self) -> str:
+            """Why the model, as it is, could not go on among another number of ranks; empty where it can."""
+            return ""
+
         def use_new_groups(self) -> None:
             """Let the model use the process groups of a new generation."""
 
@@ -297,6 +301,11 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
                 loss = go_back(closure_loss * share, *args, **kwargs)
             streams.run_others(lambda other: go_back(other * share, *args, **kwargs), self.without_sync, sums=sums)
             return loss
+
+        @property
+        def runs_for_nothing(self) -> bool:
+            """Whether the training step at hand is there to keep ranks in step, and its samples do not count."""
+            return self.engine is not None and self.engine.streams.is_running_for_nothing
 
         def _others(self) -> Streams | None:
             """The streams, where this micro-batch is the rank's own."""

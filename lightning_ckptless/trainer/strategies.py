@@ -12,10 +12,17 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.communicators import world_group
 from lightning_ckptless.mesh_internals import forget_iteration, number_groups_from, use_groups_of
-from lightning_ckptless.torch_internals import use_process_group
+from lightning_ckptless.torch_internals import bucket_layout, set_bucket_layout, use_process_group
 from lightning_ckptless.trainer.host.ddp import wrap_late
 from lightning_ckptless.trainer.host.flavour import FLAVOURS, module
-from lightning_ckptless.trainer.host.model_parallel import PRECISIONS, fit_mesh, give_mesh, make_mesh, precision_of, sizes_of
+from lightning_ckptless.trainer.host.model_parallel import (
+    PRECISIONS,
+    fit_mesh,
+    give_mesh,
+    make_mesh,
+    precision_of,
+    sizes_of,
+)
 from lightning_ckptless.trainer.recoverable import recoverable
 from lightning_ckptless.trainer.sharding import sharded_modules
 
@@ -75,8 +82,13 @@ def data_parallel_class(flavour: str) -> type[Any]:
 
         def use_new_groups(self) -> None:
             """Sum gradients in the new process group."""
-            if isinstance(self.model, DistributedDataParallel):
-                use_process_group(self.model, world_group())
+            model: Any = self.model
+            if isinstance(model, DistributedDataParallel):
+                before = model.process_group.size()
+                use_process_group(model, world_group())
+                if before != self.world_size:
+                    # What sums are divided by is settled when the buckets are made.
+                    set_bucket_layout(model, bucket_layout(model))
             else:
                 wrap_late(self)
 
@@ -149,6 +161,10 @@ def model_parallel_class(flavour: str) -> type[Any]:
             else:
                 self.world.pretend(self.global_rank, self.world_size)
             number_groups_from(FIRST_GROUP_OF_MESH)
+
+        def obstacle_to_another_world(self) -> str:
+            """Why the model, as it is, could not go on among another number of ranks."""
+            return "the layers of a sharded model are divided over as many ranks as its mesh has"
 
         def use_new_groups(self) -> None:
             """Give the mesh, and the modules that are sharded over it, groups of the new generation."""

@@ -35,12 +35,18 @@ class Streams:
         places: how many such numbers there are.
         width: ranks that share a number, as those of a tensor-parallel group do.
         evenly: whether all ranks must run equally many micro-batches.
+
+    Attributes:
+        count: see above; that of the run, once a version of it is known.
+        is_running_another: whether the training step at hand is not on the rank's own batch.
+        is_running_for_nothing: whether it is on that batch once more, and nothing comes of it.
     """
 
     def __init__(self, trainer: Any, *, count: int, place: int, places: int, width: int, evenly: bool) -> None:
         self.count = count
         self.width = width
         self.is_running_another = False
+        self.is_running_for_nothing = False
         self._trainer = trainer
         self._place = place
         self._places = places
@@ -72,6 +78,10 @@ class Streams:
     def are_whole(self) -> bool:
         """Whether every rank has its own stream and no other."""
         return self.count == self._places
+
+    def place_at(self, place: int, places: int) -> None:
+        """Be another of another number of ranks; what is carried is told by the next version."""
+        self._place, self._places = place, places
 
     # ------------------------------------------------------------------ state
 
@@ -128,9 +138,12 @@ class Streams:
             backward(training_loss(self._trainer, batch))
 
     def _run_for_nothing(self, backward: Backward) -> None:
-        generators = capture_rng()
-        with _buffers_kept(self._trainer.lightning_module), logs_kept(self._trainer):
-            backward(0 * training_loss(self._trainer, batch_in_hand(self._trainer)))
+        generators, self.is_running_for_nothing = capture_rng(), True
+        try:
+            with _buffers_kept(self._trainer.lightning_module), logs_kept(self._trainer):
+                backward(0 * training_loss(self._trainer, batch_in_hand(self._trainer)))
+        finally:
+            self.is_running_for_nothing = False
         apply_rng(generators)
 
 

@@ -46,6 +46,7 @@ class Cluster:
         host: where they meet.
         port: where they meet.
         next_port: of another place to meet, at 127.0.0.2.
+        command: what is run in the place of the lab's training run.
         hosted: whether somebody else hosts the meeting: every node can be lost.
         agents: those that were started.
     """
@@ -60,12 +61,18 @@ class Cluster:
     port: int = field(default_factory=free_port)
     next_port: int = 0
     hosted: bool = False
+    command: tuple[str, ...] = ()
     agents: list[psutil.Popen] = field(default_factory=list)
 
     @property
     def arenas(self) -> Path:
         """Where the nodes' shared memory is."""
         return self.arena_dir or self.folder / "arenas"
+
+    @property
+    def program(self) -> list[str]:
+        """What every node runs."""
+        return [*self.command] or command_for(self.options)
 
     @property
     def ledger(self) -> Path:
@@ -89,7 +96,7 @@ class Cluster:
         """
         name, nodes = f"node{len(self.agents)}", str(self.options.num_nodes)
         words = ["--nnodes", nodes, "--nproc-per-node", "1", "--rdzv-id", "two-nodes", "--local-addr", address]
-        words += [*self.words, "--run-root", str(self.folder / "runs"), "--arena-dir", str(self.arenas)]
+        words += ["--run-root", str(self.folder / "runs"), "--arena-dir", str(self.arenas), *self.words]
         if self.next_port:
             words += ["--rdzv-endpoint", f"127.0.0.1:{self.port},127.0.0.2:{self.next_port}"]
         else:
@@ -107,7 +114,7 @@ class Cluster:
         }
         log = self.stack.enter_context((self.folder / f"{name}.log").open("w"))
         agent = psutil.Popen(
-            [*within, sys.executable, "-m", "lightning_ckptless.job", *words, *command_for(self.options)],
+            [*within, sys.executable, "-m", "lightning_ckptless.job", *words, *self.program],
             cwd=self.folder,
             env=environment,
             stdout=log,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,12 @@ class Counted(pl.LightningModule):
     Args:
         folder: receives one file per process, and `end.json`.
         sharded: whether the layers are sharded over the mesh.
+        pace_s: how long a step takes at least while nodes are missing: those that come shall find it running.
     """
 
-    def __init__(self, folder: Path, sharded: bool) -> None:
+    def __init__(self, folder: Path, sharded: bool, pace_s: float) -> None:
         super().__init__()
-        self.folder, self.sharded = folder, sharded
+        self.folder, self.sharded, self.pace_s = folder, sharded, pace_s
         self.body = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Dropout(0.1), nn.Linear(12, 1))
         self.count = torchmetrics.SumMetric()
 
@@ -50,18 +52,23 @@ class Counted(pl.LightningModule):
         if self.sharded:
             from torch.distributed.fsdp import fully_shard
 
+            mesh: Any = self.device_mesh
             for layer in (self.body[0], self.body[3], self.body):
-                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+                fully_shard(layer, mesh=mesh["data_parallel"])
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         inputs, targets, indices = batch
-        loss = (self.body(inputs).squeeze(1) - targets).square().mean()
+        strategy: Any = self.trainer.strategy
+        loss: torch.Tensor = (self.body(inputs).squeeze(1) - targets).square().mean()
         self.count.update(float(len(indices)))
         self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True)
-        self._put_down({"samples": indices.tolist(), "batch": batch_idx})
+        if not strategy.runs_for_nothing:
+            self._put_down({"samples": indices.tolist(), "batch": batch_idx})
         return loss
 
     def on_train_batch_end(self, *_: Any) -> None:
+        if self.trainer.world_size < self.trainer.num_nodes * self.trainer.num_devices:
+            threading.Event().wait(self.pace_s)
         self._put_down({"done": self.trainer.world_size})
 
     def _put_down(self, facts: dict[str, Any]) -> None:
@@ -99,6 +106,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=120)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--pace", type=float, default=0.0)
     parser.add_argument("--sharded", action="store_true")
     args = parser.parse_args()
     pl.seed_everything(5, workers=True, verbose=False)
@@ -111,7 +119,8 @@ def main() -> None:
         accumulate_grad_batches=args.accumulate, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=args.folder,
     )  # fmt: skip
-    trainer.fit(Counted(args.folder, args.sharded), DataLoader(Indexed(args.samples), batch_size=BATCH, shuffle=True))
+    model = Counted(args.folder, args.sharded, args.pace)
+    trainer.fit(model, DataLoader(Indexed(args.samples), batch_size=BATCH, shuffle=True))
 
 
 if __name__ == "__main__":

@@ -142,6 +142,16 @@ class FitLoops:
         for loader in combined.flattened:
             set_epoch(loader, self.fit.epoch_progress.current.processed)
 
+    def replace_training_data(self, combined_loader: Any) -> None:
+        """Train on other dataloaders of as many batches; they are opened by `reopen_data`."""
+        self.combined_loader.reset()
+        self.fit._combined_loader = combined_loader
+        self.fetcher.setup(combined_loader)
+
+    def forget_validation_data(self) -> None:
+        """Have the next validation set up its dataloaders anew."""
+        self.validation._combined_loader = None
+
     # ------------------------------------------------------------------ after a fault
 
     def tidy_up(self) -> None:

@@ -82,4 +82,3 @@ def training_loss(trainer: Any, batch: Any) -> Any:
     for key, value in of_step.items():
         results[key]._forward_cache = value
     return closure_result.from_training_step_output(output, trainer.accumulate_grad_batches).closure_loss
-
