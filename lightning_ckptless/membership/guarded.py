@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
@@ -59,10 +60,11 @@ class GuardedAgent(MovingAgent):
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         super()._rendezvous(worker_group)
         group: Any = worker_group
-        if group.group_world_size < 2:
+        store = group.store.underlying_store
+        if group.group_world_size < 2 or not isinstance(store, TCPStore):
+            # There is nobody else, or no network between them: they meet in a file.
             self._heartbeat.rest()
             return
-        store = group.store.underlying_store
         self._heartbeat.begin_round(
             group.store,
             node=group.group_rank,
@@ -75,10 +77,12 @@ class GuardedAgent(MovingAgent):
         found = self._heartbeat.finding
         if isinstance(found, CutOff):
             raise RendezvousConnectionError(found.reason)
-        if isinstance(found, NodesLost):
+        if isinstance(found, NodesLost) and self._current_workers().running:
             self._record("node_lost", node=self._node.name, lost=list(found.nodes), reason=found.reason)
             print(f"ckptless: {found.reason}; the nodes that are left meet anew", file=sys.stderr, flush=True)
             self._why_stopped, self._lost_at = found.reason, time.time() - found.silent_s
+            # Unless the run comes to its end after all, e.g. where the others have ended it.
+            self.exit_code = 1
             self._restart_workers(worker_group)
             return RunResult(state=WorkerState.HEALTHY)
         return super()._monitor_workers(worker_group)

@@ -24,6 +24,7 @@ from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.recipe import recipe_of
 from lightning_ckptless.trainer.late_packing import pack_late
 from lightning_ckptless.trainer.plain import pack, unpack
+from lightning_ckptless.trainer.protecting import Protecting
 from lightning_ckptless.trainer.replay import BatchLog
 from lightning_ckptless.trainer.report import RunReport
 from lightning_ckptless.trainer.snapshot import SmallState
@@ -84,6 +85,7 @@ class Mirroring:
         self._index: StateIndex | None = None
         self._layout: Layout | None = None
         self._small: SmallState | None = None
+        self._protecting: Protecting | None = None
 
     def index_of(self, layout: Layout) -> StateIndex | None:
         """Where the trainer's tensors are, if they are known to be those of a layout."""
@@ -115,30 +117,43 @@ class Mirroring:
         """Mirror from here on among these ranks."""
         self._cohort = cohort
 
-    def resume(self, version: Version, layout: Layout, index: StateIndex) -> None:
-        """Go on from a version that was restored, and whose copies are all in place.
+    def resume(self, version: Version, layout: Layout, index: StateIndex, protect: Callable[[], None]) -> None:
+        """Go on from a version that was restored.
 
         Args:
             version: the version.
             layout: how it is cut.
             index: where its tensors are in this trainer.
+            protect: fills in the copies that it lacks; all ranks call it together.
         """
-        self._index = index
+        self._index, self._layout = index, layout
         self.taken = self.tensors_are_of = self._seen = version
-        self._open(layout, committed=version)
         assert self._cohort is not None
         self._tell_plan(version)
+        self._protecting = Protecting(protect)
         if not read_recipe(self._cohort.arena.path):
             self._keep_recipe(self._cohort.arena)
 
+    def _await_protection(self) -> None:
+        """Wait until the restored version has all its copies: from here on newer ones are mirrored."""
+        protecting, self._protecting = self._protecting, None
+        if protecting is not None:
+            assert self._layout is not None
+            self._report.waited(protecting.wait())
+            self._open(self._layout, committed=self.taken)
+
     def abandon(self) -> None:
         """Give up what is under way: the cohort is over, and its connections are cut."""
+        if self._protecting is not None:
+            self._protecting.abandon(CLOSE_TIMEOUT_S)
+            self._protecting = None
         if self._mirror is not None:
             self._mirror.close(CLOSE_TIMEOUT_S)
             self._mirror = None
 
     def settle(self) -> None:
         """Wait until the last version is committed."""
+        self._await_protection()
         if self._mirror is not None:
             self._mirror.settle()
 
@@ -151,6 +166,7 @@ class Mirroring:
 
     def commit(self, version: Version) -> None:
         """Take a version and hand it to the mirror. Called in the training thread at a commit point."""
+        self._await_protection()
         self._report.step_done()
         began = time.perf_counter()
         if self._small is None and self._trainer.is_global_zero:

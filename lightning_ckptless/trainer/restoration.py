@@ -79,12 +79,15 @@ class Restoration:
         streams.move_to(self.small["streams"])
 
     def resume(self, mirroring: Mirroring, report: RunReport, cohort: Cohort) -> None:
-        """Protect the version and mirror from here on; the generators come last. All ranks call it together."""
+        """Protect the version beside training, and mirror from here on; the generators come last. All ranks call it."""
         assert self.index is not None
-        report.protected(replenish(self.complete, cohort.arena, cohort.transport, cohort.nodes, cohort.placement))
+
+        def protect() -> None:
+            report.protected(replenish(self.complete, cohort.arena, cohort.transport, cohort.nodes, cohort.placement))
+
         report.resume(self.small["report"])
         mirroring.cadence.begin(self.small["interval"])
-        mirroring.resume(self.version, self.layout, self.index)
+        mirroring.resume(self.version, self.layout, self.index, protect)
         apply_rng(self.state["rng"])
 
 

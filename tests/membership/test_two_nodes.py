@@ -88,3 +88,45 @@ def test_a_new_node_takes_the_place_of_a_lost_one(
     told = [json.loads(path.read_text()) for path in tmp_path.glob("first-*-of-2.json")]
     reports = [FaultReport.from_json(env[environment.FAULT_REPORT]) for env in told if environment.FAULT_REPORT in env]
     assert [*reports] == [*first.result().faults]
+
+
+ONE_FAILS = """
+    import os, sys, time
+    from pathlib import Path
+    if os.environ["CKPTLESS_NODE"] == "second":
+        sys.exit(3)
+    while not Path("enough").exists():
+        time.sleep(0.005)
+"""
+
+
+@pytest.mark.slow
+def test_a_node_that_ends_for_good_ends_the_others(
+    bare: PreloadedParent, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    events: list[str] = []
+
+    def node(name: str) -> LaunchConfig:
+        return LaunchConfig(
+            program=script(write(ONE_FAILS)),
+            nnodes="2",
+            rdzv_endpoint=f"127.0.0.1:{store.port}",
+            rdzv_conf=CONF,
+            run_id="two",
+            node_name=name,
+            local_addr="127.0.0.1",
+            cwd=tmp_path,
+            fresh=True,
+            stop_grace_s=1,
+            max_restarts=0,
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(run, node("first"), parent=bare, record=lambda event, **_: events.append(event))
+        second = pool.submit(run, node("second"), parent=bare)
+        assert second.result(timeout=60).exit_code == 3
+        assert first.result(timeout=60).exit_code == 1
+    (fault,) = first.result().faults
+    assert fault.detected_at - fault.died_at > 3, "silence is part of the time that it took to see the loss"
+    assert "node_lost" in events

@@ -28,10 +28,13 @@ def test_silence_that_is_borne(silent_s: float, own_s: float) -> None:
 
 
 def test_another_node_is_lost() -> None:
-    assert after(8.1) == NodesLost(
-        (3,),
+    found = after(8.1)
+    assert isinstance(found, NodesLost)
+    assert found.nodes == (3,)
+    assert found.silent_s == pytest.approx(8.1)
+    assert found.reason == (
         "node 3 of the round has been silent for 8.1 s, 8 s are borne (keep_alive_interval=2 x "
-        "keep_alive_max_attempt=3, and one interval)",
+        "keep_alive_max_attempt=3, and one interval)"
     )
 
 
