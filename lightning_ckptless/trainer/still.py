@@ -1,0 +1,41 @@
+"""Which tensors seem to stand still. A guess: it decides where they lie in a shard, and is checked at every version."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_ckptless.torch_internals import version_counter
+from lightning_ckptless.trainer.state import StateIndex
+
+Trace = tuple[int, int]
+"""Address of a tensor, and how often torch has counted a write into it."""
+
+
+class StillWatch:
+    """Looks at the tensors of a trainer whenever a layout is planned: first before its first step, then behind it."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, Trace] = {}
+
+    def look(self, index: StateIndex) -> frozenset[str]:
+        """Names of the tensors that seem to stand still.
+
+        Parameters without gradients, and buffers that have been the same before. None that was written to since.
+
+        Args:
+            index: where the tensors are.
+        """
+        wholes, here = index.tensors(), index.read()
+        traces = {name: _trace(here[name]) for name in wholes if not name.startswith("optimizer/")}
+        seen, self._seen = self._seen, traces
+        return frozenset(
+            name
+            for name, trace in traces.items()
+            if (name in seen or name not in index.private)
+            and seen.get(name, trace) == trace
+            and not wholes[name].requires_grad
+        )
+
+
+def _trace(tensor: Tensor) -> Trace:
+    return tensor.data_ptr(), version_counter(tensor)
