@@ -6,9 +6,10 @@ from torch import Tensor
 
 from lightning_ckptless.torch_internals import version_counter
 from lightning_ckptless.trainer.state import StateIndex
+from lightning_ckptless.trainer.tensors import digest_of
 
-Trace = tuple[int, int]
-"""Address of a tensor, and how often torch has counted a write into it."""
+Trace = tuple[int, int, str]
+"""Address of a tensor, how often torch has counted a write into it, and a digest where reading it is quick."""
 
 
 class StillWatch:
@@ -26,16 +27,21 @@ class StillWatch:
             index: where the tensors are.
         """
         wholes, here = index.tensors(), index.read()
-        traces = {name: _trace(here[name]) for name in wholes if not name.startswith("optimizer/")}
-        seen, self._seen = self._seen, traces
+        seen, self._seen = (
+            self._seen,
+            {
+                name: _trace(here[name])
+                for name, whole in wholes.items()
+                if not whole.requires_grad and not name.startswith("optimizer/")
+            },
+        )
         return frozenset(
             name
-            for name, trace in traces.items()
-            if (name in seen or name not in index.private)
-            and seen.get(name, trace) == trace
-            and not wholes[name].requires_grad
+            for name, trace in self._seen.items()
+            if (name in seen or name not in index.private) and seen.get(name, trace) == trace
         )
 
 
 def _trace(tensor: Tensor) -> Trace:
-    return tensor.data_ptr(), version_counter(tensor)
+    # Batch norm changes its statistics without a count.
+    return tensor.data_ptr(), version_counter(tensor), digest_of(tensor) if tensor.device.type == "cpu" else ""

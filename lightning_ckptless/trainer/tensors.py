@@ -33,11 +33,14 @@ def describe_state(index: StateIndex, *, replicated: bool = True, still: Collect
     shared = describe({name: t for name, t in tensors.items() if name not in private}, replicated=True)
     own = describe({name: t for name, t in tensors.items() if name in private}, replicated=False)
     if not replicated:
-        shared = tuple(d if d.box or not d.replicated else replace(d, digest=_digest(tensors[d.name])) for d in shared)
+        shared = tuple(
+            d if d.box or not d.replicated else replace(d, digest=digest_of(tensors[d.name])) for d in shared
+        )
     return tuple(replace(d, still=d.name in still) for d in shared + own)
 
 
-def _digest(tensor: Tensor) -> str:
+def digest_of(tensor: Tensor) -> str:
+    """Digest of the values of a tensor."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return digest("xxh3", [bytes_of(flat.view(torch.uint8))])
 
