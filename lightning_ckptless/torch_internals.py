@@ -6,7 +6,8 @@ Read at torch 2.13. Each has a test in `tests/test_torch_internals.py` that fail
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -199,9 +200,8 @@ def settle_buckets(model: Any) -> bool:
 
 
 def bucket_layout(model: Any) -> list[list[int]]:
-    """Which parameters share a bucket, by their places among those that want gradients."""
-    parameters, _ = model._build_params_for_reducer()
-    places = {id(parameter): place for place, parameter in enumerate(parameters)}
+    """Which parameters share a bucket, by their places among all: those that want gradients now may be others."""
+    places = {id(parameter): place for place, parameter in enumerate(model.module.parameters())}
     buckets = model.reducer._get_zeros_like_grad_buckets()
     return [[places[id(parameter)] for parameter in bucket.parameters()] for bucket in buckets]
 
@@ -212,6 +212,26 @@ def set_bucket_layout(model: Any, layout: list[list[int]]) -> None:
     A ring of three ranks or more adds the parts of a bucket in an order that depends on where in it they lie, so that
     other buckets round otherwise.
     """
+    summed = sorted(place for bucket in layout for place in bucket)
+    with _wanting_gradients(list(model.module.parameters()), frozenset(summed)):
+        number = {place: number for number, place in enumerate(summed)}
+        _set_reducer(model, [[number[place] for place in bucket] for bucket in layout])
+
+
+@contextmanager
+def _wanting_gradients(parameters: list[torch.nn.Parameter], places: Collection[int]) -> Iterator[None]:
+    """Let those parameters want gradients, and no others, as they did when the model was wrapped."""
+    before = [parameter.requires_grad for parameter in parameters]
+    try:
+        for place, parameter in enumerate(parameters):
+            parameter.requires_grad_(place in places)
+        yield
+    finally:
+        for parameter, wanted in zip(parameters, before, strict=True):
+            parameter.requires_grad_(wanted)
+
+
+def _set_reducer(model: Any, layout: list[list[int]]) -> None:
     parameters, expect_sparse = model._build_params_for_reducer()
     limits, limits_for_rebuilding = model._bucket_config.compute_bucket_size_limits(
         static_graph=model.static_graph, find_unused_parameters=model.find_unused_parameters

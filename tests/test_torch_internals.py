@@ -59,8 +59,14 @@ BUCKETS = """
     layout = torch_internals.bucket_layout(model)
     assert layout == [[3, 2, 1, 0]]
 
+    model.module[0].requires_grad_(False)
+    assert torch_internals.bucket_layout(model) == layout
+
     other = parallel()
+    other.module[0].weight.requires_grad_(False)
     torch_internals.set_bucket_layout(other, layout)
+    assert [p.requires_grad for p in other.parameters()] == [False, True, True, True]
+    other.module[0].weight.requires_grad_(True)
     assert torch_internals.bucket_layout(other) == layout
     other(torch.ones(2, 4)).sum().backward()
     assert other.module[0].weight.grad is not None

@@ -74,6 +74,7 @@ class Restoration:
     def resume(self, mirroring: Mirroring, report: RunReport, cohort: Cohort) -> None:
         """Protect the version and mirror from here on; the generators come last. All ranks call it together."""
         assert self.index is not None
+        self.index.refresh()
         report.protected(replenish(self.complete, cohort.arena, cohort.transport, cohort.nodes, cohort.placement))
         report.resume(self.small["report"])
         mirroring.cadence.begin(self.small["interval"])

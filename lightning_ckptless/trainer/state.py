@@ -9,6 +9,7 @@ by every rank.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from lightning_ckptless.errors import LayoutMismatchError, OptionsError
 from lightning_ckptless.replica.description import local_part
 from lightning_ckptless.torch_internals import parameter_dicts
+from lightning_ckptless.trainer.plain import plain_attributes, set_plain_attributes
 from lightning_ckptless.trainer.sharding import reshard, sharded_modules
 
 
@@ -53,6 +55,10 @@ class StateIndex:
     def is_current(self) -> bool:
         """Whether the tensors that were found are still all that there are."""
         return self._present_now() == self._present
+
+    def refresh(self) -> None:
+        """Take what there is beside the tensors for what was found: plain values are put back after them."""
+        self._present = self._present_now()
 
     def read(self) -> dict[str, Tensor]:
         """All big tensors of this rank by name, as they are now; of sharded ones the part that is here."""
@@ -170,7 +176,7 @@ def _sharding(parameter: Tensor) -> tuple[Any, Any]:
 
 
 def optimizer_facts(trainer: Any) -> list[dict[str, Any]]:
-    """What optimizers hold beside big tensors: hyper-parameters of their groups and plain values of their state."""
+    """What optimizers hold beside big tensors: hyper-parameters of their groups, and plain values."""
     facts = []
     for index, optimizer in enumerate(trainer.optimizers):
         by_parameter = {key: state for key, state in optimizer.state.items() if isinstance(key, Tensor)}
@@ -181,8 +187,23 @@ def optimizer_facts(trainer: Any) -> list[dict[str, Any]]:
         state = {name: values for name, parameter in names.items() if (values := plain.get(id(parameter)))}
         # Some optimizers keep a counter for all parameters beside what they keep for each.
         common = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
-        facts.append({"groups": groups, "state": state, "common": common})
+        facts.append({"groups": groups, "state": state, "common": common, "plain": _own_attributes(optimizer)})
     return facts
+
+
+def _own_attributes(optimizer: Any) -> dict[str, Any]:
+    """What an optimizer that is not torch's keeps beside its state, such as a count of its steps."""
+    if type(optimizer).__module__.startswith("torch."):
+        return {}
+    return plain_attributes(optimizer, leave=_attributes_of_all_optimizers())
+
+
+@cache
+def _attributes_of_all_optimizers() -> frozenset[str]:
+    scheduled = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
+    torch.optim.lr_scheduler.LambdaLR(scheduled, lambda _: 1.0)
+    # A scheduler sets that one when the optimizer is called.
+    return frozenset(vars(scheduled)) | {"_opt_called"}
 
 
 def _plain_values(state: dict[str, Any]) -> dict[str, Any]:
@@ -208,6 +229,7 @@ def set_optimizer_facts(trainer: Any, saved: list[dict[str, Any]]) -> None:
         for name, values in facts["state"].items():
             optimizer.state[parameters[name]].update(values)
         optimizer.state.update(facts["common"])
+        set_plain_attributes(optimizer, facts["plain"])
 
 
 def _update_group(group: dict[str, Any], values: dict[str, Any]) -> None:
