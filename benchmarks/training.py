@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -27,9 +28,17 @@ SAMPLES = 4096
 class Trained(pl.LightningModule):
     """The model with its loss and optimizer."""
 
-    def __init__(self, size: str) -> None:
+    def __init__(self, size: str, *, sharded: bool = False) -> None:
         super().__init__()
         self.model = GPT(size)
+        self.sharded = sharded
+
+    def configure_model(self) -> None:
+        if self.sharded and self.device_mesh is not None:
+            from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - of one variant alone
+
+            for part in (*self.model.blocks, self.model):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
         loss: Tensor = self.model(batch[0])
@@ -114,10 +123,13 @@ class Turns(pl.Callback):
 
 def make_strategy(options: JobOptions) -> Any:
     """The strategy as a trainer takes it; a run with Lightning's own imports nothing of ours."""
+    sizes: dict[str, Any] = {"data_parallel_size": options.devices, "tensor_parallel_size": 1}
     if options.strategy != "ckptless":
-        return options.strategy
-    from lightning_ckptless import CkptlessStrategy  # noqa: PLC0415
+        return ModelParallelStrategy(**sizes) if options.sharded else options.strategy
+    from lightning_ckptless import CkptlessModelParallelStrategy, CkptlessStrategy  # noqa: PLC0415
 
+    if options.sharded:
+        return CkptlessModelParallelStrategy(**sizes, **options.strategy_options)
     return CkptlessStrategy(**options.strategy_options)
 
 
@@ -155,5 +167,7 @@ def train(options: JobOptions, strategy: Any, wire: Wire) -> None:
     )
     data = DataLoader(TensorDataset(random_tokens(SAMPLES)), batch_size=options.batch, shuffle=True)
     wire.say("fit")
-    trainer.fit(Trained(options.size), data, ckpt_path="last" if options.checkpoint_every else None)
+    trainer.fit(
+        Trained(options.size, sharded=options.sharded), data, ckpt_path="last" if options.checkpoint_every else None
+    )
     wire.say("done")
