@@ -32,20 +32,20 @@ def bytes_table(results: dict[str, Any]) -> Table:
     table = Table(
         "Shared memory per rank, and bytes per version, against the formula",
         ("model", "strategy", "ranks", "state MB", "kept", "formula MB", "arena per rank MB", "over the formula",
-         "staged MB", "sent MB"),
+         "sent MB"),
     )  # fmt: skip
     table.note(
-        "Formula: 2 (1 + m) / N of parameters and optimizer state, for m kept shards and N ranks. Staged, sent: by the "
-        "rank that stages most, per version."
+        "Formula: 2 (1 + m) / N of parameters and optimizer state, for m kept shards and N ranks. Sent: by the rank "
+        "that sends most, per version."
     )
     for cell in results["cells"]:
         state, kept, said = cell["state_bytes"] / 1e6, cell["kept"], cell["ranks_said"]
         formula = 2 * (1 + kept) / cell["ranks"] * state
         arena = said[0]["arena_bytes"] / 1e6 / cell["ranks"]
-        staged, sent = (max(rank[name] for rank in said) / 1e6 for name in ("staged_bytes", "sent_bytes"))
+        sent = max(rank["sent_bytes"] for rank in said) / 1e6
         table.add(
             cell["size"], cell["strategy"], cell["ranks"], f"{state:.0f}", kept, f"{formula:.0f}", f"{arena:.0f}",
-            f"{arena / formula - 1:+.2%}", f"{staged:.0f}", f"{sent:.0f}",
+            f"{arena / formula - 1:+.2%}", f"{sent:.0f}",
         )  # fmt: skip
     for reason in results["left_out"]:
         table.note(f"Left out: {reason}")

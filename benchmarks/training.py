@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -71,6 +72,35 @@ class Beacon(pl.Callback):
         self.wire.say("step", step=trainer.global_step, fingerprint=fingerprint(pl_module.model, trainer.optimizers[0]))
 
 
+def _be_nice() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+def _be_batch() -> None:
+    os.sched_setscheduler(threading.get_native_id(), os.SCHED_BATCH, os.sched_param(0))
+
+
+MIRROR_HABITS: dict[str, Callable[[], None]] = {
+    "nice": _be_nice,
+    "batch": _be_batch,
+    "one": lambda: torch.set_num_threads(1),
+}
+"""What the mirror's thread may be made to do at its first probe: each is a try to take less from training."""
+
+
+class Habit:
+    """A probe that gives each thread of a mirror a habit, once."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.known: set[int] = set()
+
+    def __call__(self, moment: str, version: Any) -> None:  # noqa: ARG002 - the signature of probes
+        if threading.get_ident() not in self.known:
+            self.known.add(threading.get_ident())
+            MIRROR_HABITS[self.name]()
+
+
 class Segment:
     """The steps since the last turn, in a class of its own: so it is none of the plain data that a version carries."""
 
@@ -130,7 +160,10 @@ def make_strategy(options: JobOptions) -> Any:
 
     if options.sharded:
         return CkptlessModelParallelStrategy(**sizes, **options.strategy_options)
-    return CkptlessStrategy(**options.strategy_options)
+    strategy = CkptlessStrategy(**options.strategy_options)
+    if options.mirror_habit:
+        strategy.probes.append(Habit(options.mirror_habit))
+    return strategy
 
 
 def train(options: JobOptions, strategy: Any, wire: Wire) -> None:

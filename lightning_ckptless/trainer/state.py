@@ -46,6 +46,7 @@ class StateIndex:
         self._fixed = {name: tensor for name, tensor in optimizer_tensors(trainer) if name.endswith("/value")}
         self._present = self._present_now()
         self._add_optimizers()
+        self._placements = {name: _sharding(tensor) for name, tensor in self.tensors().items()}
 
     @property
     def private(self) -> frozenset[str]:
@@ -61,9 +62,22 @@ class StateIndex:
         self._present = self._present_now()
 
     def read(self) -> dict[str, Tensor]:
-        """All big tensors of this rank by name, as they are now; of sharded ones the part that is here."""
+        """All big tensors of this rank by name, as they are now; of sharded ones the part that is here.
+
+        Raises:
+            LayoutMismatchError: one is sharded otherwise than when it was found; names it.
+        """
+        tensors = self.tensors()
+        for name, tensor in tensors.items():
+            if isinstance(tensor, DTensor) and _sharding(tensor) != self._placements[name]:
+                shape, placements = self._placements[name]
+                raise LayoutMismatchError(
+                    f"rank {self.trainer.global_rank}: {name} is {list(tensor.shape)} over {tensor.placements} at step "
+                    f"{self.trainer.global_step}, it was {list(shape)} over {placements} when the state was cut: the "
+                    "sharding of a model must stay as configure_model() made it"
+                )
         with torch.no_grad():
-            return {name: local_part(tensor) for name, tensor in self.tensors().items()}
+            return {name: local_part(tensor) for name, tensor in tensors.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """All big tensors by name, as they are now, sharded ones as such."""
