@@ -54,14 +54,14 @@ def block_of(kind: str, width: int) -> nn.Module:
 
 
 class Thaw:
-    """Keeps the first layers frozen until a step, which every process works out for itself."""
+    """Keeps the first layers frozen until a step; only who is there at that step sees it happen."""
 
     def __init__(self, at_step: int) -> None:
         self.at_step = at_step
 
     def before_batch(self, part: nn.Module, step: int) -> None:
         """Freeze or thaw a part of a model whose optimizer holds all of its parameters."""
-        if self.at_step:
+        if self.at_step and step in (0, self.at_step):
             part.requires_grad_(step >= self.at_step)
 
 
