@@ -14,7 +14,7 @@ import torch
 from torch.distributed import Logger, Reducer, _register_comm_hook  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _world
 from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
@@ -31,6 +31,11 @@ def version_counter(tensor: torch.Tensor) -> int:
 def map_tensors(function: Callable[[torch.Tensor], Any], data: Any) -> Any:
     """Nested data with a function applied to every tensor in it; containers are made anew, other leaves stay."""
     return tree_map_only(torch.Tensor, function, data)
+
+
+def leaves_of(data: Any) -> list[Any]:
+    """What lies in nested containers; the thing itself where it is none."""
+    return list(tree_leaves(data))
 
 
 def index_sampler(loader_class: type[DataLoader[Any]], loader: DataLoader[Any]) -> Any:

@@ -34,6 +34,12 @@ def test_foreach_copy_copies_and_counts() -> None:
     assert torch_internals.version_counter(targets[0]) > before
 
 
+def test_leaves_of_nested_data() -> None:
+    thing = object()
+    assert torch_internals.leaves_of({"a": [1, (2,)], "b": thing}) == [1, 2, thing]
+    assert torch_internals.leaves_of(thing) == [thing]
+
+
 def test_foreach_copy_takes_nothing() -> None:
     torch_internals.foreach_copy([], [])
 

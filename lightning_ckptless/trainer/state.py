@@ -209,11 +209,12 @@ def _own_attributes(optimizer: Any) -> dict[str, Any]:
     """What an optimizer that is not torch's keeps beside its state, such as a count of its steps."""
     if type(optimizer).__module__.startswith("torch."):
         return {}
-    return plain_attributes(optimizer, leave=_attributes_of_all_optimizers())
+    return plain_attributes(optimizer, leave=attributes_of_all_optimizers())
 
 
 @cache
-def _attributes_of_all_optimizers() -> frozenset[str]:
+def attributes_of_all_optimizers() -> frozenset[str]:
+    """Names of what torch and its schedulers keep on any optimizer."""
     scheduled = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
     torch.optim.lr_scheduler.LambdaLR(scheduled, lambda _: 1.0)
     # A scheduler sets that one when the optimizer is called.
