@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ckptless.errors import LayoutMismatchError
-from lightning_ckptless.torch_internals import parameter_dicts
 from lightning_ckptless.trainer.buckets import BucketWatch, restore_buckets
 from lightning_ckptless.trainer.data import data_position
 from lightning_ckptless.trainer.host import loggers as host_loggers
@@ -98,17 +97,12 @@ class SmallState:
             "datamodule": self._datamodule(),
             "extras": self._extras(),
             "training": [m.training for m in self._modules],
-            "wants_gradients": [p.requires_grad for p in self._parameters()],
             "should_stop": trainer.should_stop,
             "buffers_are_due": self._buffers_are_due(),
             "buckets": self._buckets.settled(trainer.strategy.model),
             "logs": host_loggers.log_positions(trainer.loggers) if trainer.is_global_zero else None,
             "rng": capture_rng(),
         }
-
-    def _parameters(self) -> list[nn.Parameter]:
-        """All parameters, one that is shared by modules once for each: asked for at every version, so in few calls."""
-        return [p for m in self._modules for p in parameter_dicts(m)[0].values() if p is not None]
 
     def _buffers_are_due(self) -> bool | None:
         """Whether DDP broadcasts buffers at the next forward: it does so once per process where its flag says no."""
@@ -178,8 +172,6 @@ class SmallState:
             load_metric(self._metrics[name], copy.deepcopy(state))
         for m, training in zip(self._modules, saved["training"], strict=True):
             m.training = training
-        for parameter, wanted in zip(self._parameters(), saved["wants_gradients"], strict=True):
-            parameter.requires_grad_(wanted)
         trainer.should_stop = saved["should_stop"]
         if saved["buffers_are_due"] is not None:
             trainer.strategy.model.require_forward_param_sync = saved["buffers_are_due"]

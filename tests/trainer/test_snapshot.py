@@ -153,18 +153,6 @@ def test_the_module_comes_back(tmp_path: Path) -> None:
     applied(tmp_path, captured(tmp_path, change), check)
 
 
-def test_a_layer_that_was_thawed_or_frozen_comes_back(tmp_path: Path) -> None:
-    def change(trainer: Any) -> None:
-        first, *others = trainer.lightning_module.parameters()
-        first.requires_grad_(False)
-        assert others and all(p.requires_grad for p in others)
-
-    def look(trainer: Any) -> None:
-        assert [p.requires_grad for p in trainer.lightning_module.parameters()][:2] == [False, True]
-
-    applied(tmp_path, captured(tmp_path, change), look)
-
-
 def test_the_datamodule_comes_back(tmp_path: Path) -> None:
     def change(trainer: Any) -> None:
         trainer.datamodule.opaque.value, trainer.datamodule.passes = 6, 7
