@@ -108,12 +108,11 @@ class Stager:
             LayoutMismatchError: a tensor of the layout is missing or has another shape.
         """
         cut = self._cut(bulk, self._live(tensors), frozenset(early))
-        watched = [(name, tensors[name]) for name in cut.watched]
         load = Load(
             bulk,
             list(cut.targets),
             list(cut.sources),
-            [(name, tensor, version_counter(tensor)) for name, tensor in watched],
+            [(name, tensor := tensors[name], version_counter(tensor)) for name in cut.watched],
             cut.middle,
             cut.still,
         )

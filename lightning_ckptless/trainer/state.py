@@ -46,7 +46,7 @@ class StateIndex:
         self._fixed = {name: tensor for name, tensor in optimizer_tensors(trainer) if name.endswith("/value")}
         self._present = self._present_now()
         self._add_optimizers()
-        self._placements = {name: _sharding(tensor) for name, tensor in self.tensors().items()}
+        self._shardings = {name: _sharding(tensor) for name, tensor in self.tensors().items()}
 
     @property
     def private(self) -> frozenset[str]:
@@ -69,15 +69,19 @@ class StateIndex:
         """
         tensors = self.tensors()
         for name, tensor in tensors.items():
-            if isinstance(tensor, DTensor) and _sharding(tensor) != self._placements[name]:
-                shape, placements = self._placements[name]
-                raise LayoutMismatchError(
-                    f"rank {self.trainer.global_rank}: {name} is {list(tensor.shape)} over {tensor.placements} at step "
-                    f"{self.trainer.global_step}, it was {list(shape)} over {placements} when the state was cut: the "
-                    "sharding of a model must stay as configure_model() made it"
-                )
-        with torch.no_grad():
-            return {name: local_part(tensor) for name, tensor in tensors.items()}
+            if isinstance(tensor, DTensor):
+                self._require_sharding(name, tensor)
+                tensors[name] = local_part(tensor)
+        return tensors
+
+    def _require_sharding(self, name: str, tensor: DTensor) -> None:
+        shape, placements = self._shardings[name]
+        if _sharding(tensor) != (shape, placements):
+            raise LayoutMismatchError(
+                f"rank {self.trainer.global_rank}: {name} is {list(tensor.shape)} over {tensor.placements} at step "
+                f"{self.trainer.global_step}, it was {list(shape)} over {placements} when the state was cut: the "
+                "sharding of a model must stay as configure_model() made it"
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         """All big tensors by name, as they are now, sharded ones as such."""
@@ -193,12 +197,11 @@ def optimizer_facts(trainer: Any) -> list[dict[str, Any]]:
     """What optimizers hold beside big tensors: hyper-parameters of their groups, and plain values."""
     facts = []
     for index, optimizer in enumerate(trainer.optimizers):
-        by_parameter = {key: state for key, state in optimizer.state.items() if isinstance(key, Tensor)}
-        plain = {id(parameter): _plain_values(state) for parameter, state in by_parameter.items()}
-        # Most optimizers keep tensors only. Names are looked up for the others: that walks through the whole model.
-        names = optimizer_parameters(trainer, index) if any(plain.values()) else {}
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        state = {name: values for name, parameter in names.items() if (values := plain.get(id(parameter)))}
+        # Most optimizers keep tensors only. Names are looked up for the others: that walks through the whole model.
+        states = [state for key, state in optimizer.state.items() if isinstance(key, Tensor)]
+        has_plain = not all(isinstance(value, Tensor) for state in states for value in state.values())
+        state = _plain_state(trainer, index) if has_plain else {}
         # Some optimizers keep a counter for all parameters beside what they keep for each.
         common = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
         facts.append({"groups": groups, "state": state, "common": common, "plain": _own_attributes(optimizer)})
@@ -219,6 +222,12 @@ def attributes_of_all_optimizers() -> frozenset[str]:
     torch.optim.lr_scheduler.LambdaLR(scheduled, lambda _: 1.0)
     # A scheduler sets that one when the optimizer is called.
     return frozenset(vars(scheduled)) | {"_opt_called"}
+
+
+def _plain_state(trainer: Any, index: int) -> dict[str, Any]:
+    state = trainer.optimizers[index].state
+    named = optimizer_parameters(trainer, index).items()
+    return {name: plain for name, parameter in named if (plain := _plain_values(state.get(parameter, {})))}
 
 
 def _plain_values(state: dict[str, Any]) -> dict[str, Any]:
