@@ -89,11 +89,10 @@ def _train(
     return steps_s, [note.fields for note in notes], saves
 
 
-def run(args: Any, progress: Progress) -> dict[str, Any]:
-    """Measure everything that fits."""
+def run(args: Any, results: dict[str, Any], progress: Progress) -> None:
+    """Measure everything that fits, cell by cell into the results."""
     wanted = cells(args.sizes, args.ranks)
     task = progress.add_task("", total=len(wanted) + len(args.sizes))
-    results: dict[str, Any] = {"cells": [], "staging": [], "frozen": [], "left_out": []}
     for size in args.sizes:
         progress.update(task, description=f"staging, {size}")
         with scratch() as place:
@@ -116,7 +115,6 @@ def run(args: Any, progress: Progress) -> dict[str, Any]:
                     console.print(f"{cell}: {error}", markup=False)
                     results["left_out"].append(f"{cell.size}, {cell.strategy}, {cell.ranks} ranks: the job was lost")
         progress.advance(task)
-    return results
 
 
 def main() -> None:
@@ -128,9 +126,14 @@ def main() -> None:
     args = parser.parse_args()
     report = Report(args)
     torch.set_num_threads(1)
-    with progress_bar() as progress:
-        results = run(args, progress)
-    report.finish([bytes_table(results), step_table(results), staging_table(results), frozen_table(results)], results)
+    results: dict[str, Any] = {"cells": [], "staging": [], "frozen": [], "left_out": []}
+    try:
+        with progress_bar() as progress:
+            run(args, results, progress)
+    finally:
+        # Whoever ends it early has what was measured until then.
+        tables = [bytes_table(results), step_table(results), staging_table(results), frozen_table(results)]
+        report.finish(tables, results)
 
 
 if __name__ == "__main__":
