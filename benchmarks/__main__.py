@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAMS = ("steady_state", "recovery", "growth", "detection", "relaunch", "cold_start", "durable")
+PROGRAMS = ("steady_state", "recovery", "growth", "detection", "relaunch", "cold_start", "durable", "sharded")
 
 
 def main() -> int:

@@ -29,6 +29,7 @@ from benchmarks.tables import Table
 from benchmarks.threads import JobLostError, TurnsJob, preloaded_parent
 from lightning_ckptless.ledger import read_ledger
 
+SIZES = ("tiny", "1M", "10M", "33M", "124M", "345M")
 RANKS = 2
 WARM_UP_STEPS = 2
 IDLE_S = 0.3
@@ -225,7 +226,7 @@ def run(plan: Plan, sizes: list[str], progress: Progress) -> dict[str, Any]:
 def main() -> None:
     """Read the command line, measure, report."""
     parser = base_parser(__doc__)
-    parser.add_argument("--sizes", nargs="+", default=list(WIDTHS), choices=list(WIDTHS), help="models (default: all)")
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(WIDTHS), help="models")
     args = parser.parse_args()
     report = Report(args)
     torch.set_num_threads(1)

@@ -13,7 +13,16 @@ from torch.nn import functional as F  # noqa: N812 - the name that everybody kno
 VOCABULARY = 256
 CONTEXT = 64
 LAYERS = 5
-WIDTHS = {"tiny": (16, 2), "1M": (128, 4), "10M": (400, 8), "33M": (736, 8), "124M": (1440, 16), "345M": (2400, 24)}
+WIDTHS = {
+    "tiny": (16, 2),
+    "1M": (128, 4),
+    "10M": (400, 8),
+    "33M": (736, 8),
+    "100M": (1288, 8),
+    "124M": (1440, 16),
+    "300M": (2240, 16),
+    "345M": (2400, 24),
+}
 """Width and number of heads by name of the size."""
 
 

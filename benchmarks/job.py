@@ -31,6 +31,8 @@ class JobOptions:
         turns: train only when it is this job's turn.
         async_save_every: steps between two calls of torch's `async_save`; 0 for none.
         accelerator: `cpu` or `gpu`.
+        mirror_habit: of the mirror's thread, one of `training.MIRROR_HABITS`; nothing for its own.
+        sharded: by FSDP2 over all ranks, under the sibling of the strategy for that.
     """
 
     size: str = "tiny"
@@ -44,6 +46,8 @@ class JobOptions:
     turns: bool = False
     async_save_every: int = 0
     accelerator: str = "cpu"
+    sharded: bool = False
+    mirror_habit: str = ""
 
     def to_arguments(self) -> list[str]:
         """The options as the script's command line."""

@@ -96,12 +96,13 @@ def measure(size: str, batch: int, variants: tuple[Variant, ...], plan: Plan, pl
         steps = WARM_UP_STEPS + max(plan.steps[0], min(plan.steps[1], int(plan.segment_s / step_s)))
         for _ in range(plan.rounds):
             for variant in variants:
-                segments[variant.name].append(_segment(jobs[variant.name], steps))
+                segments[variant.name].append(segment_of(jobs[variant.name], steps))
                 advance()
     return {"size": size, "batch": batch, "segments": segments, "state_bytes": state_bytes(size)}
 
 
-def _segment(job: TurnsJob, steps: int) -> dict[str, Any]:
+def segment_of(job: TurnsJob, steps: int) -> dict[str, Any]:
+    """Let a job train so many steps; what its ranks said of those behind the first few, and what else was going on."""
     before = machine.Busy.now()
     notes = job.train(steps)
     own_cpu_s = sum(note.fields.pop("cpu_s") for note in notes)

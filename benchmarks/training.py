@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -12,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -27,9 +29,17 @@ SAMPLES = 4096
 class Trained(pl.LightningModule):
     """The model with its loss and optimizer."""
 
-    def __init__(self, size: str) -> None:
+    def __init__(self, size: str, *, sharded: bool = False) -> None:
         super().__init__()
         self.model = GPT(size)
+        self.sharded = sharded
+
+    def configure_model(self) -> None:
+        if self.sharded and self.device_mesh is not None:
+            from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - of one variant alone
+
+            for part in (*self.model.blocks, self.model):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
         loss: Tensor = self.model(batch[0])
@@ -60,6 +70,35 @@ class Beacon(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
         assert isinstance(pl_module, Trained)
         self.wire.say("step", step=trainer.global_step, fingerprint=fingerprint(pl_module.model, trainer.optimizers[0]))
+
+
+def _be_nice() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+def _be_batch() -> None:
+    os.sched_setscheduler(threading.get_native_id(), os.SCHED_BATCH, os.sched_param(0))
+
+
+MIRROR_HABITS: dict[str, Callable[[], None]] = {
+    "nice": _be_nice,
+    "batch": _be_batch,
+    "one": lambda: torch.set_num_threads(1),
+}
+"""What the mirror's thread may be made to do at its first probe: each is a try to take less from training."""
+
+
+class Habit:
+    """A probe that gives each thread of a mirror a habit, once."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.known: set[int] = set()
+
+    def __call__(self, moment: str, version: Any) -> None:  # noqa: ARG002 - the signature of probes
+        if threading.get_ident() not in self.known:
+            self.known.add(threading.get_ident())
+            MIRROR_HABITS[self.name]()
 
 
 class Segment:
@@ -114,11 +153,17 @@ class Turns(pl.Callback):
 
 def make_strategy(options: JobOptions) -> Any:
     """The strategy as a trainer takes it; a run with Lightning's own imports nothing of ours."""
+    sizes: dict[str, Any] = {"data_parallel_size": options.devices, "tensor_parallel_size": 1}
     if options.strategy != "ckptless":
-        return options.strategy
-    from lightning_ckptless import CkptlessStrategy  # noqa: PLC0415
+        return ModelParallelStrategy(**sizes) if options.sharded else options.strategy
+    from lightning_ckptless import CkptlessModelParallelStrategy, CkptlessStrategy  # noqa: PLC0415
 
-    return CkptlessStrategy(**options.strategy_options)
+    if options.sharded:
+        return CkptlessModelParallelStrategy(**sizes, **options.strategy_options)
+    strategy = CkptlessStrategy(**options.strategy_options)
+    if options.mirror_habit:
+        strategy.probes.append(Habit(options.mirror_habit))
+    return strategy
 
 
 def train(options: JobOptions, strategy: Any, wire: Wire) -> None:
@@ -155,5 +200,7 @@ def train(options: JobOptions, strategy: Any, wire: Wire) -> None:
     )
     data = DataLoader(TensorDataset(random_tokens(SAMPLES)), batch_size=options.batch, shuffle=True)
     wire.say("fit")
-    trainer.fit(Trained(options.size), data, ckpt_path="last" if options.checkpoint_every else None)
+    trainer.fit(
+        Trained(options.size, sharded=options.sharded), data, ckpt_path="last" if options.checkpoint_every else None
+    )
     wire.say("done")

@@ -6,14 +6,15 @@ Read at torch 2.13. Each has a test in `tests/test_torch_internals.py` that fail
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.distributed import Logger, Reducer, _register_comm_hook  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _world
 from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
@@ -30,6 +31,11 @@ def version_counter(tensor: torch.Tensor) -> int:
 def map_tensors(function: Callable[[torch.Tensor], Any], data: Any) -> Any:
     """Nested data with a function applied to every tensor in it; containers are made anew, other leaves stay."""
     return tree_map_only(torch.Tensor, function, data)
+
+
+def leaves_of(data: Any) -> list[Any]:
+    """What lies in nested containers; the thing itself where it is none."""
+    return list(tree_leaves(data))
 
 
 def index_sampler(loader_class: type[DataLoader[Any]], loader: DataLoader[Any]) -> Any:
@@ -199,9 +205,8 @@ def settle_buckets(model: Any) -> bool:
 
 
 def bucket_layout(model: Any) -> list[list[int]]:
-    """Which parameters share a bucket, by their places among those that want gradients."""
-    parameters, _ = model._build_params_for_reducer()
-    places = {id(parameter): place for place, parameter in enumerate(parameters)}
+    """Which parameters share a bucket, by their places among all: those that want gradients now may be others."""
+    places = {id(parameter): place for place, parameter in enumerate(model.module.parameters())}
     buckets = model.reducer._get_zeros_like_grad_buckets()
     return [[places[id(parameter)] for parameter in bucket.parameters()] for bucket in buckets]
 
@@ -212,6 +217,26 @@ def set_bucket_layout(model: Any, layout: list[list[int]]) -> None:
     A ring of three ranks or more adds the parts of a bucket in an order that depends on where in it they lie, so that
     other buckets round otherwise.
     """
+    summed = sorted(place for bucket in layout for place in bucket)
+    with _wanting_gradients(list(model.module.parameters()), frozenset(summed)):
+        number = {place: number for number, place in enumerate(summed)}
+        _set_reducer(model, [[number[place] for place in bucket] for bucket in layout])
+
+
+@contextmanager
+def _wanting_gradients(parameters: list[torch.nn.Parameter], places: Collection[int]) -> Iterator[None]:
+    """Let those parameters want gradients, and no others, as they did when the model was wrapped."""
+    before = [parameter.requires_grad for parameter in parameters]
+    try:
+        for place, parameter in enumerate(parameters):
+            parameter.requires_grad_(place in places)
+        yield
+    finally:
+        for parameter, wanted in zip(parameters, before, strict=True):
+            parameter.requires_grad_(wanted)
+
+
+def _set_reducer(model: Any, layout: list[list[int]]) -> None:
     parameters, expect_sparse = model._build_params_for_reducer()
     limits, limits_for_rebuilding = model._bucket_config.compute_bucket_size_limits(
         static_graph=model.static_graph, find_unused_parameters=model.find_unused_parameters

@@ -34,6 +34,12 @@ def test_foreach_copy_copies_and_counts() -> None:
     assert torch_internals.version_counter(targets[0]) > before
 
 
+def test_leaves_of_nested_data() -> None:
+    thing = object()
+    assert torch_internals.leaves_of({"a": [1, (2,)], "b": thing}) == [1, 2, thing]
+    assert torch_internals.leaves_of(thing) == [thing]
+
+
 def test_foreach_copy_takes_nothing() -> None:
     torch_internals.foreach_copy([], [])
 
@@ -59,8 +65,14 @@ BUCKETS = """
     layout = torch_internals.bucket_layout(model)
     assert layout == [[3, 2, 1, 0]]
 
+    model.module[0].requires_grad_(False)
+    assert torch_internals.bucket_layout(model) == layout
+
     other = parallel()
+    other.module[0].weight.requires_grad_(False)
     torch_internals.set_bucket_layout(other, layout)
+    assert [p.requires_grad for p in other.parameters()] == [False, True, True, True]
+    other.module[0].weight.requires_grad_(True)
     assert torch_internals.bucket_layout(other) == layout
     other(torch.ones(2, 4)).sum().backward()
     assert other.module[0].weight.grad is not None

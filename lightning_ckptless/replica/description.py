@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -61,6 +61,7 @@ class Described:
         replicated: whether every rank with the same box of it holds the same values; else they are this rank's own.
         box: the part that this rank holds; None for all of it.
         digest: of the values, where only they can tell whether ranks hold the same; empty where it is known.
+        still: whether it seems to change seldom. That decides its place in a shard, and nothing else.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Described:
     replicated: bool
     box: Box | None = None
     digest: str = ""
+    still: bool = field(default=False, compare=False)
 
     @property
     def held(self) -> Held:

@@ -40,6 +40,7 @@ class Chunk:
         at: byte offset in the shard's bulk, a multiple of 64.
         nbytes: length.
         holders: ranks whose tensors hold the box; empty where all do.
+        still: whether the tensor seems to change seldom: such pieces come first in the bulk.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Chunk:
     at: int
     nbytes: int
     holders: tuple[int, ...] = ()
+    still: bool = False
 
     def is_held_by(self, rank: int) -> bool:
         """Whether a rank's tensors hold the box."""
@@ -91,7 +93,7 @@ class Layout:
         self._by_shard = tuple(tuple(c for c in self.chunks if c.shard == s) for s in range(world_size))
         self._held: dict[int, dict[str, Held]] = {}
         # `vars` where `dataclasses.asdict` would do as well: in a relaunch that took a tenth of a second.
-        fields = {"world_size": world_size, "chunks": [vars(chunk) for chunk in self.chunks]}
+        fields = {"world_size": world_size, "chunks": [_fields(chunk) for chunk in self.chunks]}
         self._bytes = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
         self.digest = hashlib.sha256(self._bytes).hexdigest()
 
@@ -102,6 +104,10 @@ class Layout:
     def bulk_bytes(self, shard: int) -> int:
         """Length of a shard's tensor part."""
         return max((aligned(chunk.at + chunk.nbytes) for chunk in self.of(shard)), default=0)
+
+    def still_bytes(self, shard: int) -> int:
+        """Length of the part that seems to change seldom, at the beginning of a shard's tensor part."""
+        return max((aligned(chunk.at + chunk.nbytes) for chunk in self.of(shard) if chunk.still), default=0)
 
     def held_by(self, rank: int) -> Mapping[str, Held]:
         """What a rank holds of each tensor, by its name there; without those of which it holds nothing."""
@@ -259,6 +265,11 @@ def item_bytes(item: WriteItem) -> int:
     """Bytes of the box that an item writes."""
     assert item.tensor_data is not None
     return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+
+
+def _fields(chunk: Chunk) -> dict[str, Any]:
+    """What is written down of a piece; what most do not have is left out."""
+    return {name: value for name, value in vars(chunk).items() if name != "still" or value}
 
 
 def _chunk(fields: dict[str, Any]) -> Chunk:

@@ -23,7 +23,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
-from dataclasses import replace
 
 import torch
 
@@ -31,24 +30,25 @@ from lightning_ckptless.errors import TransportError, let_go
 from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena
-from lightning_ckptless.replica.checksum import bytes_of, digest
+from lightning_ckptless.replica.checksum import NO_CHECKSUM, bytes_of, digest, joined
+from lightning_ckptless.replica.delivery import Delivery, Known, Shipment
 from lightning_ckptless.replica.layout import Layout
 from lightning_ckptless.replica.mirror_stats import MirrorStats
 from lightning_ckptless.replica.round import Blob, Round
 from lightning_ckptless.replica.shelf import Shelf
-from lightning_ckptless.replica.slot import HEADER_BYTES, Slot, SlotHeader, Stamp
+from lightning_ckptless.replica.slot import Slot, Stamp
 from lightning_ckptless.replica.staging import Stager
-from lightning_ckptless.replica.transport import Parcel, Transport, room, tensor_of
+from lightning_ckptless.replica.transport import Transport
 
 log = logging.getLogger(__name__)
-
-PAGE, BULK, BLOB = range(3)
-"""Tags of the parcels of a round. A rank sends only its own shard, so a pair never has two of a kind."""
 
 WHOLE, CARRY_ON, CHOSEN = 1, 2, 4
 """What a rank votes on in a round: it has all that it should have, nobody has asked it to end the run, it has a word on
 the interval between versions, in the bits above."""
 _WORD_AT = 3
+
+REWRITE_ROUNDS = 200
+"""After so many rounds what stands still is written and sent anew, into both slots."""
 
 
 class Mirror:
@@ -113,9 +113,8 @@ class Mirror:
         self._blocking = staging == "blocking"
         self._early: frozenset[str] = frozenset()
         self._rank = transport.rank
-        self._keepers = placement.keepers[self._rank]
-        self._wards = placement.wards(self._rank)
-        self._shelves = {shard: self._shelf(shard) for shard in (self._rank, *self._wards)}
+        self._shelves = {shard: self._shelf(shard) for shard in (self._rank, *placement.wards(self._rank))}
+        self._delivery = Delivery(transport, placement.keepers[self._rank], self._shelves)
         self._stager = Stager(layout, self._rank)
         self._queue: queue.SimpleQueue[Round | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -266,7 +265,8 @@ class Mirror:
         self.stats.rounds += 1
         sealed = self._stage(round_)
         self._tell("send", round_.version)
-        written = self._exchange(sealed, round_)
+        written = self._delivery.exchange(sealed, lambda ward: self._stamp(round_.version, ward))
+        self.stats.sent_bytes = self._delivery.sent_bytes
         self._tell("agree", round_.version)
         outcome = self._transport.vote(self._vote(whole=written.keys() == self._shelves.keys()))
         if not outcome & CARRY_ON and self.finish_after is None:
@@ -285,12 +285,14 @@ class Mirror:
         chosen = 0 if word is None else CHOSEN | word << _WORD_AT
         return (WHOLE if whole else 0) | (0 if self._finish_asked() else CARRY_ON) | chosen
 
-    def _stage(self, round_: Round) -> Slot | None:
+    def _stage(self, round_: Round) -> Shipment | None:
         """Fill the own slot and seal it; None when there is nothing to seal."""
         load, slot = round_.load, round_.slot
         if load is None or slot is None:
             return None
-        self._stager.finish(load, lambda: self._tell("stage", round_.version))
+        if self.stats.rounds % REWRITE_ROUNDS < 2:
+            load.still.forget()
+        spared_bytes = self._stager.finish(load, lambda: self._tell("stage", round_.version))
         torn = load.changed()
         self.stats.last_stage_s = time.perf_counter() - round_.began_at
         round_.staged.set_result(None)
@@ -298,10 +300,17 @@ class Mirror:
         if torn is not None:
             self._stage_blocking_from_now(torn, round_.version)
             return None
-        self.stats.staged_bytes += slot.bulk_bytes
-        checksum = digest(self._checksum, (bytes_of(slot.bulk), round_.pack()))
-        slot.seal(self._stamp(round_.version, self._rank), round_.pack(), checksum)
-        return slot
+        self.stats.staged_bytes += slot.bulk_bytes - spared_bytes
+        is_there = load.still.settle()
+        still = Known(self._layout.still_bytes(self._rank), load.still.digest)
+        slot.seal(self._stamp(round_.version, self._rank), round_.pack(), self._checksum_of(slot, still, round_.pack()))
+        return Shipment(slot, round_.pack(), still, is_there)
+
+    def _checksum_of(self, slot: Slot, still: Known, blob: bytes) -> str:
+        if self._checksum == NO_CHECKSUM:
+            return ""
+        rest = digest(self._checksum, (bytes_of(slot.bulk[still.length_bytes :]), blob))
+        return joined(still.length_bytes, still.digest, rest)
 
     def _stage_blocking_from_now(self, name: str, version: Version) -> None:
         self.stats.torn += 1
@@ -314,51 +323,6 @@ class Mirror:
                 name,
                 version,
             )
-
-    def _exchange(self, sealed: Slot | None, round_: Round) -> dict[int, Slot]:
-        """Send the own shard to its keepers and receive those of the wards, straight from and into slots.
-
-        Returns:
-            The slots that hold the version now, by shard.
-        """
-        sends: list[Parcel] = []
-        if sealed is not None:
-            parts = ((BULK, sealed.bulk), (BLOB, tensor_of(round_.pack())))
-            sends = [(keeper, *part) for keeper in self._keepers for part in parts]
-            self.stats.sent_bytes += sum(parcel.numel() for _, _, parcel in sends)
-        receives: list[Parcel] = []
-        arriving: dict[int, tuple[Slot, SlotHeader, torch.Tensor]] = {}
-        for ward, header in self._exchange_pages(sealed).items():
-            if header is not None:
-                slot, blob = self._begin_kept(ward, header, round_.version), room(header.blob_bytes)
-                receives += [(ward, BULK, slot.bulk), (ward, BLOB, blob)]
-                arriving[ward] = slot, header, blob
-        self._transport.exchange(sends, receives)
-        for slot, header, blob in arriving.values():
-            slot.seal(replace(header.stamp, keeper=self._rank), bytes_of(blob), header.checksum)
-        own = {} if sealed is None else {self._rank: sealed}
-        return own | {ward: slot for ward, (slot, _, _) in arriving.items()}
-
-    def _exchange_pages(self, sealed: Slot | None) -> dict[int, SlotHeader | None]:
-        """Tell keepers what is coming, and hear it from wards; an empty page says: nothing."""
-        header = sealed.header if sealed is not None else None
-        page = tensor_of(header.encode() if header is not None else bytes(HEADER_BYTES))
-        pages = {ward: room(HEADER_BYTES) for ward in self._wards}
-        self._transport.exchange(
-            [(keeper, PAGE, page) for keeper in self._keepers], [(ward, PAGE, page) for ward, page in pages.items()]
-        )
-        return {ward: SlotHeader.decode(bytes(bytes_of(page))) for ward, page in pages.items()}
-
-    def _begin_kept(self, ward: int, header: SlotHeader, version: Version) -> Slot:
-        expected = replace(self._stamp(version, ward), keeper=ward)
-        slot = self._shelves[ward].free()
-        if header.stamp != expected or header.bulk_bytes != slot.bulk_bytes:
-            raise TransportError(
-                f"rank {self._rank}: rank {ward} sends {header.stamp} of {header.bulk_bytes} bytes, "
-                f"expected {expected} of {slot.bulk_bytes} bytes"
-            )
-        slot.begin(replace(expected, keeper=self._rank))
-        return slot
 
     def _commit(self, written: Mapping[int, Slot], version: Version) -> None:
         for shard, slot in written.items():

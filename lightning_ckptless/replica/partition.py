@@ -43,23 +43,42 @@ def plan_layout(per_rank: Sequence[Sequence[Described]]) -> Layout:
     world_size, described = len(per_rank), _named_for_all(per_rank)
     holders = _holders(described)
     shared = {corner for corner, ranks in holders.items() if len(ranks) > 1 or world_size == 1}
-    shared_bytes = sum(
-        {_corner(d): _bytes(d) for of_rank in described for d in of_rank if _corner(d) in shared}.values()
-    )
-    piece_bytes = max(shared_bytes // (PIECES_PER_RANK * world_size), PIECE_BYTES_LEAST)
-    plans: list[SavePlan] = []
+    still, pieces = _still(described), PIECES_PER_RANK * world_size
+    sizes = {_corner(d): _bytes(d) for of_rank in described for d in of_rank if _corner(d) in shared}
+    piece_bytes = {
+        part: max(sum(sizes[c] for c in sizes if (c[0] in still) is part) // pieces, PIECE_BYTES_LEAST)
+        for part in (False, True)
+    }
+    items: list[list[WriteItem]] = []
     held_by: dict[Corner, tuple[int, ...]] = {}
     for of_rank in described:
-        items: list[WriteItem] = []
+        items.append([])
         for d in of_rank:
-            cut = list(_pieces(d, piece_bytes)) if _corner(d) in shared else [_item(_Owned, d, d.held.box)]
+            small_enough = piece_bytes[d.name in still]
+            cut = list(_pieces(d, small_enough)) if _corner(d) in shared else [_item(_Owned, d, d.held.box)]
             held_by |= {(d.name, tuple(item.index.offset or ())): holders[_corner(d)] for item in cut}
-            items += cut
-        # The planner gives each piece to the rank that has least so far: the largest must come first.
-        plans.append(SavePlan(sorted(items, key=lambda item: -item_bytes(item))))
-    global_plan, _ = DefaultSavePlanner(flatten_state_dict=False).create_global_plan(plans)
-    chunks = [chunk for shard, plan in enumerate(global_plan) for chunk in _place(plan, shard, held_by, world_size)]
+            items[-1] += cut
+    # Divided one by one, so that both what every step writes and what it seldom does are balanced.
+    first = _divide([[item for item in of_rank if item.index.fqn in still] for of_rank in items])
+    rest = _divide([[item for item in of_rank if item.index.fqn not in still] for of_rank in items])
+    chunks = [
+        chunk
+        for shard, (early, late) in enumerate(zip(first, rest, strict=True))
+        for chunk in _place((early, late), shard, held_by, world_size)
+    ]
     return Layout(chunks, world_size)
+
+
+def _still(described: Sequence[Sequence[Described]]) -> frozenset[str]:
+    """Names of the tensors that seem to change seldom to all ranks that hold anything of them."""
+    all_of_them = [d for of_rank in described for d in of_rank]
+    return frozenset(d.name for d in all_of_them if d.still) - {d.name for d in all_of_them if not d.still}
+
+
+def _divide(items: Sequence[Sequence[WriteItem]]) -> list[SavePlan]:
+    # The planner gives each piece to the rank that has least so far: the largest must come first.
+    plans = [SavePlan(sorted(of_rank, key=lambda item: -item_bytes(item))) for of_rank in items]
+    return DefaultSavePlanner(flatten_state_dict=False).create_global_plan(plans)[0]
 
 
 class _Shared(WriteItem):
@@ -169,9 +188,13 @@ def _item(cls: type[WriteItem], described: Described, box: Box) -> WriteItem:
     return box_item(cls, described.name, described.dtype, described.shape, box.offsets, box.sizes)
 
 
-def _place(plan: SavePlan, shard: int, held_by: Mapping[Corner, tuple[int, ...]], world_size: int) -> Iterator[Chunk]:
+def _place(
+    plans: tuple[SavePlan, SavePlan], shard: int, held_by: Mapping[Corner, tuple[int, ...]], world_size: int
+) -> Iterator[Chunk]:
+    """Where the pieces of a shard lie: first those that seem to change seldom, then the others."""
     at = 0
-    for item in sorted(plan.items, key=lambda item: (item.index.fqn, tuple(item.index.offset or ()))):
+    still, moving = (sorted(p.items, key=lambda item: (item.index.fqn, tuple(item.index.offset or ()))) for p in plans)
+    for place, item in enumerate(still + moving):
         data = item.tensor_data
         assert data is not None
         offsets = tuple(data.chunk.offsets)
@@ -186,5 +209,6 @@ def _place(plan: SavePlan, shard: int, held_by: Mapping[Corner, tuple[int, ...]]
             at=at,
             nbytes=item_bytes(item),
             holders=ranks if len(ranks) < world_size else (),
+            still=place < len(still),
         )
         at = aligned(at + item_bytes(item))

@@ -5,13 +5,15 @@ mirror thread, must not change until `finish` has returned. That is watched: tor
 and a counter that moved means a torn copy. (A write through `.data` is not counted, nor one still under way when the
 copy ends, so the count finds mistakes; the promise itself is the caller's.)
 
+Tensors that seem to change seldom are copied late only where they have changed (`still.py`).
+
 All late copies are one call, which gives up the interpreter lock once. A loop over tensors has to win the lock back
 after each, and beside a training thread busy in Python that took 400 ms for what takes 14.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -20,10 +22,8 @@ import torch
 from lightning_ckptless.errors import LayoutMismatchError
 from lightning_ckptless.replica.device_copy import DeviceCopier
 from lightning_ckptless.replica.layout import Layout, live_views, local_name, slot_views
+from lightning_ckptless.replica.still import Pair, StillPart
 from lightning_ckptless.torch_internals import foreach_copy, version_counter
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""Target, source."""
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Load:
         sources: the live views they are filled from.
         watched: live tensors behind the sources, with their counts of in-place writes.
         middle: index that halves the bytes.
+        still: what seems to change seldom.
         ready: marks the point in the device's stream at which the sources hold the version; None in host memory.
     """
 
@@ -44,6 +45,7 @@ class Load:
     sources: list[torch.Tensor]
     watched: list[tuple[str, torch.Tensor, int]]
     middle: int
+    still: StillPart
     ready: torch.cuda.Event | None = None
 
     def changed(self) -> str | None:
@@ -71,6 +73,7 @@ class _Cut:
     watched: list[str]
     middle: int
     on_device: bool
+    still: StillPart
 
 
 class Stager:
@@ -105,13 +108,13 @@ class Stager:
             LayoutMismatchError: a tensor of the layout is missing or has another shape.
         """
         cut = self._cut(bulk, self._live(tensors), frozenset(early))
-        watched = [(name, tensors[name]) for name in cut.watched]
         load = Load(
             bulk,
             list(cut.targets),
             list(cut.sources),
-            [(name, tensor, version_counter(tensor)) for name, tensor in watched],
+            [(name, tensor := tensors[name], version_counter(tensor)) for name in cut.watched],
             cut.middle,
+            cut.still,
         )
         self._copy_now(cut.now, load)
         if cut.on_device:
@@ -124,7 +127,12 @@ class Stager:
         cut = self._cuts.get(bulk.data_ptr())
         if cut is None or cut.live is not live or cut.early != early:
             pairs = list(zip(self._names, self._views_of(bulk), live.views, strict=True))
-            late = [(target, source) for name, target, source in pairs if name not in early]
+            still = self._still_part(bulk, pairs, early)
+            late = [
+                (target, source)
+                for place, (name, target, source) in enumerate(pairs)
+                if name not in early and place not in still.compared
+            ]
             cut = self._cuts[bulk.data_ptr()] = _Cut(
                 live=live,
                 early=early,
@@ -134,8 +142,18 @@ class Stager:
                 watched=[name for name in dict.fromkeys(self._names) if name not in early],
                 middle=_middle([source for _, source in late]),
                 on_device=any(source.is_cuda for source in live.views),
+                still=still,
             )
         return cut
+
+    def _still_part(
+        self, bulk: torch.Tensor, pairs: Sequence[tuple[str, torch.Tensor, torch.Tensor]], early: frozenset[str]
+    ) -> StillPart:
+        chunks = [chunk for chunk in self._layout.of(self._rank) if chunk.still]
+        first = pairs[: len(chunks)]
+        return StillPart(
+            chunks, bulk, [(target, source) for _, target, source in first], [name not in early for name, _, _ in first]
+        )
 
     def _copy_now(self, pairs: list[Pair], load: Load) -> None:
         host = [(target, source) for target, source in pairs if not source.is_cuda]
@@ -147,18 +165,25 @@ class Stager:
                 load.targets.append(target)
                 load.sources.append(source.clone())
 
-    def finish(self, load: Load, half_done: Callable[[], None] | None = None) -> None:
+    def finish(self, load: Load, half_done: Callable[[], None] | None = None) -> int:
         """Fill the rest of a slot; any thread.
 
         Args:
             load: what `take` returned.
             half_done: called in the middle.
+
+        Returns:
+            Bytes of the slot that hold the version already, and were not written.
         """
+        outdated = load.still.outdated()
+        load.targets += [target for target, _ in outdated]
+        load.sources += [source for _, source in outdated]
         middle = load.middle if half_done is not None else len(load.sources)
         self._copy(load, slice(0, middle))
         if half_done is not None:
             half_done()
             self._copy(load, slice(middle, None))
+        return load.still.compared_bytes - sum(target.nbytes for target, _ in outdated)
 
     def close(self) -> None:
         """Let go of the slots: they are about to be unmapped."""

@@ -10,10 +10,12 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ckptless.errors import OptionsError
-from lightning_ckptless.torch_internals import map_tensors
+from lightning_ckptless.torch_internals import leaves_of, map_tensors
 from lightning_ckptless.trainer.host.ddp import model_averaging_period
 from lightning_ckptless.trainer.host.flavour import is_a
 from lightning_ckptless.trainer.loader import tracker_of
+from lightning_ckptless.trainer.plain import is_plain
+from lightning_ckptless.trainer.state import attributes_of_all_optimizers
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,13 @@ def check_trainer(trainer: Any) -> None:
     """
     for finding in _refusals(trainer):
         raise OptionsError(finding)
+    for index, optimizer in enumerate(trainer.optimizers):
+        if trainer.is_global_zero and (names := opaque_attributes(optimizer)):
+            log.warning(
+                "ckptless: optimizer %d (%s) keeps objects in %s: what is in them is not restored after a fault; keep "
+                "what changes in `self.state`, or as numbers in attributes of its own",
+                index, type(optimizer).__name__, ", ".join(names),
+            )  # fmt: skip
 
 
 def _refusals(trainer: Any) -> Iterator[str]:
@@ -57,6 +66,11 @@ def _refusals(trainer: Any) -> Iterator[str]:
                 f"optimizer {index} ({type(optimizer).__name__}) keeps tensors in {', '.join(names)}, outside of its "
                 "`state`, where no version would hold them; keep them in `self.state[parameter]`"
             )
+        if names := inner_optimizers(optimizer):
+            yield (
+                f"optimizer {index} ({type(optimizer).__name__}) wraps another one in {', '.join(names)}, whose state "
+                "no version would hold; let both have the same `state`, as in `self.state = inner.state`"
+            )
     if model_averaging_period(trainer.strategy) is not None:
         yield "model_averaging_period: parameters that differ between ranks are not mirrored; leave it out"
 
@@ -72,6 +86,30 @@ def hidden_tensors(optimizer: Any) -> list[str]:
         for name, value in vars(optimizer).items()
         if name not in {"param_groups", "state", "defaults"}
         and any(t.numel() > 1 and id(t) not in known for t in _tensors_in(value))
+    ]
+
+
+def inner_optimizers(optimizer: Any) -> list[str]:
+    """Attributes of an optimizer that hold another one with a state of its own."""
+    return [
+        name
+        for name, value in vars(optimizer).items()
+        if any(isinstance(v, torch.optim.Optimizer) and v.state is not optimizer.state for v in leaves_of(value))
+    ]
+
+
+def opaque_attributes(optimizer: Any) -> list[str]:
+    """Attributes of an optimizer that is not torch's in which nobody can see what changes."""
+    if type(optimizer).__module__.startswith("torch."):
+        return []
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+    def is_seen(value: Any) -> bool:
+        return id(value) in known or callable(value) or isinstance(value, torch.optim.Optimizer) or is_plain(value)
+
+    left = attributes_of_all_optimizers()
+    return [
+        name for name, value in vars(optimizer).items() if name not in left and not all(map(is_seen, leaves_of(value)))
     ]
 
 

@@ -29,6 +29,7 @@ from lightning_ckptless.trainer.replay import BatchLog
 from lightning_ckptless.trainer.report import RunReport
 from lightning_ckptless.trainer.snapshot import SmallState
 from lightning_ckptless.trainer.state import StateIndex, require_room
+from lightning_ckptless.trainer.still import StillWatch
 from lightning_ckptless.trainer.streams import Streams
 from lightning_ckptless.trainer.tensors import describe_state
 
@@ -86,6 +87,7 @@ class Mirroring:
         self._layout: Layout | None = None
         self._small: SmallState | None = None
         self._protecting: Protecting | None = None
+        self._still = StillWatch()
 
     def index_of(self, layout: Layout) -> StateIndex | None:
         """Where the trainer's tensors are, if they are known to be those of a layout."""
@@ -237,7 +239,8 @@ class Mirroring:
             self._mirror.settle()
         require_room(self._trainer)
         self._index = StateIndex(self._trainer)
-        mine = pack(describe_state(self._index, replicated=self._trainer.strategy.replicates))
+        still = self._still.look(self._index)
+        mine = pack(describe_state(self._index, replicated=self._trainer.strategy.replicates, still=still))
         layout = plan_layout([unpack(line) for line in self._cohort.transport.gather(mine)])
         committed = self._mirror.committed if self._mirror is not None else None
         self._open(layout, committed=committed)

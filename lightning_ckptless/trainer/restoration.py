@@ -81,6 +81,7 @@ class Restoration:
     def resume(self, mirroring: Mirroring, report: RunReport, cohort: Cohort) -> None:
         """Protect the version beside training, and mirror from here on; the generators come last. All ranks call it."""
         assert self.index is not None
+        self.index.refresh()
 
         def protect() -> None:
             report.protected(replenish(self.complete, cohort.arena, cohort.transport, cohort.nodes, cohort.placement))

@@ -9,6 +9,7 @@ by every rank.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from lightning_ckptless.errors import LayoutMismatchError, OptionsError
 from lightning_ckptless.replica.description import local_part
 from lightning_ckptless.torch_internals import parameter_dicts
+from lightning_ckptless.trainer.plain import plain_attributes, set_plain_attributes
 from lightning_ckptless.trainer.sharding import reshard, sharded_modules
 
 
@@ -44,6 +46,7 @@ class StateIndex:
         self._fixed = {name: tensor for name, tensor in optimizer_tensors(trainer) if name.endswith("/value")}
         self._present = self._present_now()
         self._add_optimizers()
+        self._shardings = {name: _sharding(tensor) for name, tensor in self.tensors().items()}
 
     @property
     def private(self) -> frozenset[str]:
@@ -54,10 +57,31 @@ class StateIndex:
         """Whether the tensors that were found are still all that there are."""
         return self._present_now() == self._present
 
+    def refresh(self) -> None:
+        """Take what there is beside the tensors for what was found: plain values are put back after them."""
+        self._present = self._present_now()
+
     def read(self) -> dict[str, Tensor]:
-        """All big tensors of this rank by name, as they are now; of sharded ones the part that is here."""
-        with torch.no_grad():
-            return {name: local_part(tensor) for name, tensor in self.tensors().items()}
+        """All big tensors of this rank by name, as they are now; of sharded ones the part that is here.
+
+        Raises:
+            LayoutMismatchError: one is sharded otherwise than when it was found; names it.
+        """
+        tensors = self.tensors()
+        for name, tensor in tensors.items():
+            if isinstance(tensor, DTensor):
+                self._require_sharding(name, tensor)
+                tensors[name] = local_part(tensor)
+        return tensors
+
+    def _require_sharding(self, name: str, tensor: DTensor) -> None:
+        shape, placements = self._shardings[name]
+        if _sharding(tensor) != (shape, placements):
+            raise LayoutMismatchError(
+                f"rank {self.trainer.global_rank}: {name} is {list(tensor.shape)} over {tensor.placements} at step "
+                f"{self.trainer.global_step}, it was {list(shape)} over {placements} when the state was cut: the "
+                "sharding of a model must stay as configure_model() made it"
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         """All big tensors by name, as they are now, sharded ones as such."""
@@ -170,19 +194,40 @@ def _sharding(parameter: Tensor) -> tuple[Any, Any]:
 
 
 def optimizer_facts(trainer: Any) -> list[dict[str, Any]]:
-    """What optimizers hold beside big tensors: hyper-parameters of their groups and plain values of their state."""
+    """What optimizers hold beside big tensors: hyper-parameters of their groups, and plain values."""
     facts = []
     for index, optimizer in enumerate(trainer.optimizers):
-        by_parameter = {key: state for key, state in optimizer.state.items() if isinstance(key, Tensor)}
-        plain = {id(parameter): _plain_values(state) for parameter, state in by_parameter.items()}
-        # Most optimizers keep tensors only. Names are looked up for the others: that walks through the whole model.
-        names = optimizer_parameters(trainer, index) if any(plain.values()) else {}
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        state = {name: values for name, parameter in names.items() if (values := plain.get(id(parameter)))}
+        # Most optimizers keep tensors only. Names are looked up for the others: that walks through the whole model.
+        states = [state for key, state in optimizer.state.items() if isinstance(key, Tensor)]
+        has_plain = not all(isinstance(value, Tensor) for state in states for value in state.values())
+        state = _plain_state(trainer, index) if has_plain else {}
         # Some optimizers keep a counter for all parameters beside what they keep for each.
         common = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
-        facts.append({"groups": groups, "state": state, "common": common})
+        facts.append({"groups": groups, "state": state, "common": common, "plain": _own_attributes(optimizer)})
     return facts
+
+
+def _own_attributes(optimizer: Any) -> dict[str, Any]:
+    """What an optimizer that is not torch's keeps beside its state, such as a count of its steps."""
+    if type(optimizer).__module__.startswith("torch."):
+        return {}
+    return plain_attributes(optimizer, leave=attributes_of_all_optimizers())
+
+
+@cache
+def attributes_of_all_optimizers() -> frozenset[str]:
+    """Names of what torch and its schedulers keep on any optimizer."""
+    scheduled = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
+    torch.optim.lr_scheduler.LambdaLR(scheduled, lambda _: 1.0)
+    # A scheduler sets that one when the optimizer is called.
+    return frozenset(vars(scheduled)) | {"_opt_called"}
+
+
+def _plain_state(trainer: Any, index: int) -> dict[str, Any]:
+    state = trainer.optimizers[index].state
+    named = optimizer_parameters(trainer, index).items()
+    return {name: plain for name, parameter in named if (plain := _plain_values(state.get(parameter, {})))}
 
 
 def _plain_values(state: dict[str, Any]) -> dict[str, Any]:
@@ -208,6 +253,7 @@ def set_optimizer_facts(trainer: Any, saved: list[dict[str, Any]]) -> None:
         for name, values in facts["state"].items():
             optimizer.state[parameters[name]].update(values)
         optimizer.state.update(facts["common"])
+        set_plain_attributes(optimizer, facts["plain"])
 
 
 def _update_group(group: dict[str, Any], values: dict[str, Any]) -> None:

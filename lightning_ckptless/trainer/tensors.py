@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,23 +20,27 @@ from lightning_ckptless.trainer.state import (
 )
 
 
-def describe_state(index: StateIndex, *, replicated: bool = True) -> tuple[Described, ...]:
+def describe_state(index: StateIndex, *, replicated: bool = True, still: Collection[str] = ()) -> tuple[Described, ...]:
     """What this rank holds: the tensors that other ranks may hold too, then its own.
 
     Args:
         index: where they are.
         replicated: whether those that are neither sharded nor its own are known to be the same on all ranks; else
             their values are compared.
+        still: names of those that seem to change seldom.
     """
     tensors, private = index.tensors(), index.private
     shared = describe({name: t for name, t in tensors.items() if name not in private}, replicated=True)
     own = describe({name: t for name, t in tensors.items() if name in private}, replicated=False)
     if not replicated:
-        shared = tuple(d if d.box or not d.replicated else replace(d, digest=_digest(tensors[d.name])) for d in shared)
-    return shared + own
+        shared = tuple(
+            d if d.box or not d.replicated else replace(d, digest=digest_of(tensors[d.name])) for d in shared
+        )
+    return tuple(replace(d, still=d.name in still) for d in shared + own)
 
 
-def _digest(tensor: Tensor) -> str:
+def digest_of(tensor: Tensor) -> str:
+    """Digest of the values of a tensor."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return digest("xxh3", [bytes_of(flat.view(torch.uint8))])
 

@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
+from tests.lab.kinds import Thaw, block_of, two_optimizers
+
 
 @dataclass(frozen=True)
 class Options:
@@ -27,7 +29,7 @@ class Options:
     data: str = "map"  # map, sampler, iterable, sized_iterable, stateful, combined, combined_stream, plain
     workers: int = 0
     persistent: bool = False
-    optimization: str = "adamw"  # adamw, sgd, manual, two
+    optimization: str = "adamw"  # adamw, sgd, manual, two, two_odd, two_quick
     scheduler: str = "step"  # step, epoch, plateau, none
     accumulate: int = 1
     clip: float | None = None
@@ -49,7 +51,9 @@ class Options:
     raise_at: int = 0  # raise a ValueError at this step, every time
     mesh: str = ""  # data_parallel x tensor_parallel ranks of a sharded model, e.g. 2x1; empty for data parallelism
     sharding: str = "plain"  # plain, hybrid (data_parallel replicates, tensor_parallel shards), partly (frozen, tied,
-    # and a head that each rank trains for itself)
+    # and a head that each rank trains for itself), mixed (computed in bf16), offloaded (parameters rest on the host)
+    block: str = ""  # of a model that is not sharded: adapted (frozen, with low-rank layers), compiled:BACKEND
+    thaw_at: int = 0  # step before which the first layers are frozen
 
 
 def link_is_down() -> None:
@@ -91,7 +95,7 @@ class SizedStream(Stream):
 
 def shard(model: Any, how: str) -> None:
     """Shard a model over its mesh: layers by tensor parallelism, then everything by fully sharded data parallelism."""
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     data, tensor = model.device_mesh["data_parallel"], model.device_mesh["tensor_parallel"]
@@ -101,9 +105,17 @@ def shard(model: Any, how: str) -> None:
         model.block.again.up.weight = model.block.up.weight
     if tensor.size() > 1 and how == "plain":
         parallelize_module(model.block, tensor, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    policies: dict[str, Any] = {
+        "mixed": {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)},
+        "offloaded": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+    }
     if data.size() > 1:
         for part in (model.body[0], model.body, model.block, *([] if how == "partly" else [model.head])):
-            fully_shard(part, mesh=model.device_mesh if how == "hybrid" else data)
+            fully_shard(
+                part,
+                mesh=model.device_mesh if how == "hybrid" else data,
+                **policies.get(how if part is not model.body else "", {}),
+            )
 
 
 class Block(nn.Module):
@@ -131,11 +143,13 @@ def model_class(flavour: Any, options: Options) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.body = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2))
-            self.block = Block(16) if options.mesh else nn.Identity()
+            self.block = Block(16) if options.mesh else block_of(options.block, 16)
             self.head = nn.Linear(16, 3)
             self.accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=3)
             self.mean = torchmetrics.MeanMetric()
-            self.automatic_optimization = options.optimization not in {"manual", "two"}
+            self.has_two = options.optimization.startswith("two")
+            self.thaw = Thaw(options.thaw_at)
+            self.automatic_optimization = options.optimization != "manual" and not self.has_two
             self.seen_batches = 0
             self.outputs: list[torch.Tensor] = []
             self.generator = np.random.default_rng(3)
@@ -162,7 +176,7 @@ def model_class(flavour: Any, options: Options) -> Any:
             self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
             if self.automatic_optimization:
                 return loss
-            for optimizer in self.optimizers() if options.optimization == "two" else [self.optimizers()]:
+            for optimizer in self.optimizers() if self.has_two else [self.optimizers()]:
                 optimizer.zero_grad()
                 self.manual_backward(self.loss(batch))
                 optimizer.step()
@@ -179,16 +193,16 @@ def model_class(flavour: Any, options: Options) -> Any:
             self.mean.reset()
             self.outputs.clear()
 
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.thaw.before_batch(self.body, self.global_step)
+
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             x, y = batch
             self.log("val_loss", nn.functional.cross_entropy(self.head(self.block(self.body(x))), y), sync_dist=True)
 
         def configure_optimizers(self) -> Any:
-            if options.optimization == "two":
-                optimizers = [
-                    torch.optim.AdamW(self.body.parameters(), 1e-2),
-                    torch.optim.SGD(self.head.parameters(), 1e-2, momentum=0.9),
-                ]
+            if self.has_two:
+                optimizers = two_optimizers(options.optimization, self.body.parameters(), self.head.parameters())
                 return optimizers, [torch.optim.lr_scheduler.StepLR(o, 3, 0.9) for o in optimizers]
             optimizer: Any = torch.optim.AdamW(self.parameters(), 1e-2)
             if options.optimization == "sgd":

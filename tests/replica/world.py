@@ -123,7 +123,7 @@ class World:
             assert arena.verify(replica)
             layout = arena.read_layout(replica.layout) or self.layout()
             for view in slot_views(layout, replica.shard, arena.read_bulk(replica)):
-                seen |= {abs(float(value)) for value in view.flatten().tolist()}
+                seen |= {abs(float(value)) for value in set(view.flatten().tolist())}
             step = replica.version.optimizer_step
             assert arena.read_blob(replica) == f"blob {replica.shard} {step}".encode()
         return seen

@@ -142,3 +142,45 @@ def test_what_is_lost_is_said(kind: str, caplog: pytest.LogCaptureFixture) -> No
     said = "\n".join(caplog.messages)
     assert all(word in said for word in words), said
     assert all(message.startswith("ckptless: training dataloader 3 (") for message in caplog.messages)
+
+
+# ---------------------------------------------------------------------- optimizers of one's own
+
+
+class Wrapper(torch.optim.SGD):
+    """Keeps what it is told to, in an attribute of its own."""
+
+    kept: Any
+
+
+def wrapper(kept: Any) -> Wrapper:
+    optimizer = Wrapper(torch.nn.Linear(1, 1).parameters(), 0.1)
+    optimizer.kept = kept
+    return optimizer
+
+
+def test_an_optimizer_around_another_one_is_refused(tmp_path: Path) -> None:
+    trainer = trainer_with(tmp_path)
+    inner = torch.optim.AdamW(torch.nn.Linear(1, 1).parameters())
+    trainer.optimizers = [wrapper([inner])]
+    with pytest.raises(
+        OptionsError, match=r"optimizer 0 \(Wrapper\) wraps another one in kept.*self.state = inner.state"
+    ):
+        check_trainer(trainer)
+    trainer.optimizers[0].state = inner.state
+    check_trainer(trainer)
+
+
+def test_objects_of_an_optimizer_are_named_and_what_can_be_seen_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_with(tmp_path)
+    optimizer = wrapper(None)
+    for seen in (3, {"a": [1.0]}, len, list(optimizer.param_groups[0]["params"]), torch.optim.AdamW):
+        optimizer.kept = seen
+        trainer.optimizers = [optimizer]
+        check_trainer(trainer)
+    assert "ckptless" not in caplog.text
+    optimizer.kept = [object()]
+    check_trainer(trainer)
+    assert "optimizer 0 (Wrapper) keeps objects in kept: what is in them is not restored" in caplog.text

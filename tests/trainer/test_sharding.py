@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.errors import LayoutMismatchError, OptionsError
 from lightning_ckptless.replica.description import Box
 from lightning_ckptless.trainer.inner import InnerState
 from lightning_ckptless.trainer.sharding import sharded_modules
@@ -55,6 +55,8 @@ class Trainer:
     lightning_module: nn.Module
     optimizers: list[Any]
     callbacks: list[Any] = field(default_factory=list)
+    global_rank: int = 1
+    global_step: int = 1
 
 
 @pytest.fixture
@@ -116,6 +118,20 @@ def test_state_that_is_sharded_otherwise_is_refused(trainer: Trainer) -> None:
     optimizer.state[weight]["row"] = weight.redistribute(placements=[Replicate()])
     with pytest.raises(OptionsError, match=r"AdamW\): row of layer.inner.weight is \[5, 3\] over .*Replicate"):
         require_room(trainer)
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+def test_a_tensor_that_is_sharded_otherwise_in_training_is_refused(trainer: Trainer, name: str) -> None:
+    index = StateIndex(trainer)
+    index.read()
+    weight, (optimizer,) = trainer.lightning_module.get_parameter("layer.inner.weight"), trainer.optimizers
+    assert isinstance(weight, DTensor)
+    optimizer.state[weight][name] = optimizer.state[weight][name].redistribute(placements=[Shard(1)])
+    with pytest.raises(
+        LayoutMismatchError,
+        match=rf"rank 1: optimizer/0/layer.inner.weight/{name} is \[5, 3\] over .*dim=1.* at step 1, it was .*dim=0",
+    ):
+        index.read()
 
 
 def test_attributes_of_a_users_layer_are_taken_along_when_it_is_sharded(trainer: Trainer) -> None:

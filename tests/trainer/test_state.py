@@ -22,6 +22,7 @@ from lightning_ckptless.trainer.state import (
     optimizer_parameters,
     set_optimizer_facts,
 )
+from tests.lab.kinds import Rounded
 
 
 @dataclass
@@ -349,6 +350,33 @@ def test_room_is_made_for_buffers_that_a_model_makes_when_it_is_used() -> None:
     assert (net.norm.later.dtype, net.norm.later.shape) == (torch.bool, ())
     # A model that was changed is no room to be made: comparing the layouts names it.
     assert net.mask is mask
+
+
+def test_plain_values_of_a_state_that_are_put_back_are_no_change_of_the_tensors() -> None:
+    trainer, fresh = counting(steps=2), counting(steps=0)
+    move(trainer, fresh)
+    index = StateIndex(fresh)
+    fresh.optimizers[0].state[fresh.lightning_module.weight]["more"] = 1
+    assert not index.is_current()
+    index.refresh()
+    assert index.is_current()
+
+
+def test_attributes_of_an_optimizer_of_ones_own_go_on() -> None:
+    trainer, fresh = counting(steps=2), counting(steps=0)
+    move(trainer, fresh)
+    assert fresh.optimizers[0].calls == 2
+    assert set(optimizer_facts(trainer)[0]["plain"]) == {"calls"}
+    assert optimizer_facts(trained())[0]["plain"] == {}
+
+
+def counting(steps: int) -> Trainer:
+    net = nn.Linear(1, 1)
+    trainer = Trainer(net, [Rounded(net.parameters(), 0.1)])
+    torch.optim.lr_scheduler.StepLR(trainer.optimizers[0], 1)
+    for _ in range(steps):
+        trainer.step()
+    return trainer
 
 
 @pytest.mark.parametrize("groups", [[], [1, 1], [2]], ids=str)

@@ -1,0 +1,46 @@
+"""The benchmark of what the mirror's thread takes from training."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+from benchmarks.interference import HABITS, interference_table
+from benchmarks.job import JobOptions
+from benchmarks.training import MIRROR_HABITS, Habit, make_strategy
+
+
+def test_a_habit_is_taken_by_the_thread_that_is_probed_and_by_no_other() -> None:
+    found: list[int] = []
+
+    def mirror() -> None:
+        habit = Habit("nice")
+        for moment in ("stage", "send"):
+            habit(moment, None)
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    thread = threading.Thread(target=mirror)
+    thread.start()
+    thread.join()
+    assert found == [10] and os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
+def test_every_habit_reaches_the_strategy() -> None:
+    assert {*HABITS.values()} == {"", *MIRROR_HABITS}
+    probes = [make_strategy(JobOptions(strategy="ckptless", mirror_habit=habit)).probes for habit in HABITS.values()]
+    assert [len(found) for found in probes] == [0, 1, 1, 1]
+
+
+def test_each_variant_is_compared_with_its_neighbour() -> None:
+    def segment(step_s: float, cpu_s: float) -> dict[str, Any]:
+        rank = {"steps_s": [step_s], "stage_s": [0.001], "round_s": [0.004]}
+        return {"ranks": [rank, rank], "cpu_per_step_s": cpu_s, "foreign_cores": 0.5}
+
+    segments = {
+        "ddp": [segment(0.010, 0.02), segment(0.020, 0.02)],
+        "nice 10": [segment(0.012, 0.023), segment(0.023, 0.024)],
+    }
+    table = interference_table({"pairs": [{"size": "tiny", "batch": 2, "segments": segments}]})
+    assert table.rows[1] == ("tiny", "nice 10", "17.50", "2.50", "2.00 to 3.00", "3.50", "1.00", "4.00", "0.50")

@@ -1,0 +1,86 @@
+"""The benchmark of large models: which cells fit, and its tables from made-up measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.sharded import cells
+from benchmarks.sharded_cells import Cell, fit
+from benchmarks.sharded_tables import (
+    bytes_table,
+    frozen_table,
+    plain_step_s,
+    staging_table,
+    step_table,
+    version_costs_s,
+)
+from benchmarks.stage import measure_frozen
+
+LARGE = Cell("300M", 300_000_000, 4, is_sharded=False)
+STEPS = [1.5, 1.0, 1.1, 1.3, 1.4, 1.0, 1.0, 1.2]
+RESULTS = {
+    "cells": [
+        {
+            "size": "33M", "ranks": 2, "strategy": "FSDP2", "state_bytes": 400_000_000, "kept": 1, "steps_s": STEPS,
+            "ranks_said": [
+                {"arena_bytes": 1_604_000_000, "sent_bytes": 200_000_000, "stage_s": [0.02], "round_s": [0.2, 0.4]},
+                {"arena_bytes": 1_604_000_000, "sent_bytes": 199_000_000, "stage_s": [0.04], "round_s": [0.3]},
+            ],
+            "saves": [{"blocked_s": 0.5, "total_s": 2.0}],
+        }
+    ],
+    "staging": [
+        {"size": "33M", "ranks": 2, "shard_bytes": 2e8, "pieces": 86, "memcpy_s": [0.02], "stage_s": [0.024]},
+    ],
+    "frozen": [
+        {
+            "size": "33M", "shard_bytes": 2e8, "still_bytes": 1.8e8, "written_bytes": 2.1e7, "sent_bytes": 2e7,
+            "still_s": [0.01], "moving_s": [0.04],
+        }
+    ],
+    "left_out": ["300M, DDP, 4 ranks: too large"],
+}  # fmt: skip
+
+
+def test_a_cell_keeps_shards_for_others_where_that_fits() -> None:
+    assert fit(LARGE, 64 * 10**9).kept == 1
+    assert fit(LARGE, 40 * 10**9).kept == 0
+    left_out = fit(LARGE, 20 * 10**9)
+    assert left_out.kept is None
+    assert left_out.reason == (
+        "300M, DDP, 4 ranks: 24.0 GB of training and 9.6 GB of arenas with 0 kept shards, 20.0 GB are free"
+    )
+
+
+def test_sharded_training_takes_less() -> None:
+    data_parallel, sharded = cells(["33M"], [2])
+    assert (data_parallel.strategy, sharded.strategy) == ("DDP", "FSDP2")
+    assert sharded.training_bytes() < data_parallel.training_bytes()
+    assert sharded.state_bytes == data_parallel.state_bytes
+
+
+def test_a_version_costs_what_its_two_steps_take_beyond_the_others() -> None:
+    assert [round(cost, 6) for cost in version_costs_s(STEPS)] == [0.7, 0.6]
+    assert plain_step_s(STEPS) == 1.0
+
+
+def test_the_tables() -> None:
+    (row,) = bytes_table(RESULTS).rows
+    assert row == ("33M", "FSDP2", "2", "400", "1", "800", "802", "+0.25%", "200")
+    assert bytes_table(RESULTS).notes[-1] == "Left out: 300M, DDP, 4 ranks: too large"
+    (row,) = step_table(RESULTS).rows
+    assert row[3:] == ("1000", "650", "600 to 700", "+65.0%", "30", "300", "500", "2000")
+    (row,) = staging_table(RESULTS).rows
+    assert row[-1] == "83%" and staging_table(RESULTS).notes == [
+        "33M, 2 ranks: 1.20 x memcpy (target 1.25 x memcpy): met"
+    ]
+    (row,) = frozen_table(RESULTS).rows
+    assert row == ("33M", "200.0", "180.0", "21.0", "20.0", "10.0", "40.0", "25%")
+
+
+def test_of_a_frozen_model_little_is_written_and_sent(tmp_path: Path) -> None:
+    found = measure_frozen("1M", tmp_path, ranks=2, repeats=1)
+    assert found["still_bytes"] > 0.7 * found["shard_bytes"]
+    assert found["sent_bytes"] == found["shard_bytes"] - found["still_bytes"]
+    assert found["written_bytes"] < 0.5 * found["shard_bytes"]
+    assert list(tmp_path.iterdir()) == []

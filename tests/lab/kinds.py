@@ -1,0 +1,114 @@
+"""Kinds of modules and optimizers that a lab's run may have: what people fine-tune, shrink and compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+WIDE = 17_000
+"""So that the pieces of a frozen weight are long enough to be compared where they are."""
+
+
+class Adapted(nn.Module):
+    """A frozen pair of layers with low-rank ones beside it, of which the outer are one; computed again in backward."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, WIDE), nn.Linear(WIDE, width)
+        for frozen in (self.up, self.down):
+            frozen.requires_grad_(False)
+        self.into, self.out = nn.Linear(width, 2, bias=False), nn.Linear(2, width, bias=False)
+        self.again = nn.Linear(width, 2, bias=False)
+        self.again.weight = self.into.weight
+        self.register_buffer("mask", torch.ones(width, WIDE))
+
+    def _computed_again(self, x: Tensor) -> Tensor:
+        base: Tensor = self.down(torch.relu(self.up(x)))
+        added: Tensor = self.out(self.into(x) + self.again(x).relu())
+        return base + added
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` of shape [batch, width] to the same."""
+        y: Tensor = checkpoint(self._computed_again, x, use_reentrant=False)
+        return x + y
+
+
+def block_of(kind: str, width: int) -> nn.Module:
+    """The block in the middle of a model.
+
+    Args:
+        kind: `adapted`, `compiled:BACKEND`, or nothing for none.
+        width: of its input and output.
+    """
+    if kind == "adapted":
+        return Adapted(width)
+    if kind.startswith("compiled:"):
+        block = nn.Sequential(nn.Linear(width, 24), nn.GELU(), nn.Linear(24, width))
+        block.compile(backend=kind.removeprefix("compiled:"))
+        return block
+    return nn.Identity()
+
+
+class Thaw:
+    """Keeps the first layers frozen until a step; only who is there at that step sees it happen."""
+
+    def __init__(self, at_step: int) -> None:
+        self.at_step = at_step
+
+    def before_batch(self, part: nn.Module, step: int) -> None:
+        """Freeze or thaw a part of a model whose optimizer holds all of its parameters."""
+        if self.at_step and step in (0, self.at_step):
+            part.requires_grad_(step >= self.at_step)
+
+
+class Rounded(torch.optim.Optimizer):
+    """Momentum in 8 bits; a scale and a count in tensors; counts in Python: of each, of all, and of the optimizer."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+        self.calls = 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of momentum, longer with every count."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        common: Any = self.state
+        common["steps"] = int(common["steps"] or 0) + 1
+        self.calls += 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group["lr"], common["steps"] + self.calls)
+        return loss
+
+    def _update(self, parameter: Tensor, lr: float, counted: int) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["codes"] = torch.full_like(parameter, 128, dtype=torch.uint8)
+            state["scale"], state["seen"], state["count"] = torch.tensor(0.0), torch.tensor(0), 0
+        assert parameter.grad is not None
+        momentum = 0.9 * (state["codes"].float() - 128) * state["scale"] + parameter.grad
+        state["scale"].copy_(momentum.abs().max() / 127)
+        state["codes"].copy_((momentum / state["scale"].clamp_min(1e-12) + 128).round())
+        state["seen"] += 1
+        state["count"] += 1
+        parameter.add_(momentum, alpha=-lr * (1 + 0.01 * (int(state["seen"]) + state["count"] + counted)))
+
+
+def two_optimizers(kind: str, body: Iterable[nn.Parameter], head: Iterable[nn.Parameter]) -> list[Any]:
+    """Two optimizers.
+
+    Args:
+        kind: `two`, `two_odd` (8 bits, counts; state from the start), `two_quick` (fused, foreach).
+        body: parameters of the first.
+        head: parameters of the second.
+    """
+    if kind == "two_odd":
+        return [Rounded(body, 1e-2), torch.optim.Adagrad(head, 1e-2)]
+    if kind == "two_quick":
+        return [torch.optim.AdamW(body, 1e-2, fused=True), torch.optim.NAdam(head, 1e-2, foreach=True)]
+    return [torch.optim.AdamW(body, 1e-2), torch.optim.SGD(head, 1e-2, momentum=0.9)]
