@@ -130,10 +130,13 @@ class World:
             yield
         self._own |= set(map(id, process_groups())) - before
 
-    def cut(self) -> None:
-        """End whatever a thread does in these groups, now and in those that are being made. Any thread may call it."""
-        abort_device_groups()
-        self._connections.cut()
+    def cut(self) -> int:
+        """End whatever a thread does in these groups, now and in those that are being made. Any thread may call it.
+
+        Returns:
+            How many connections were there to be cut, each communicator of a device counted as one.
+        """
+        return abort_device_groups() + self._connections.cut()
 
     def leave(self) -> None:
         """Give up the groups, which are cut: they are let go of by `bury`."""

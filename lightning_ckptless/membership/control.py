@@ -5,6 +5,8 @@
 | worker | `entered` | it is about to train; with what its strategy asks of the agent |
 | worker | `stepped` | its generation has committed a step |
 | worker | `left` | it has left the training loop: its end is no fault from here on, and no peer can wait for it |
+| worker | `released` | it has left the process groups that it shared with the lost |
+| worker | `held` | it cannot get free of them, with the reason |
 | worker | `unable` | it cannot go on in place, with the reason |
 | worker | `companion` | it asks for a process beside the workers, of this module with this argument |
 | worker | `ready` | a standby has come to `fit` and waits for a rank |
@@ -22,6 +24,7 @@ import os
 import select
 import socket
 import stat
+import threading
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -40,6 +43,7 @@ class Line:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        self._telling = threading.Lock()
         self._ended = False
 
     @classmethod
@@ -58,14 +62,14 @@ class Line:
         return self._ended
 
     def tell(self, kind: str, files: Sequence[int] = (), **fields: Any) -> None:
-        """Send a message; lost without a word where the other end is gone, which shows elsewhere.
+        """Send a message; lost without a word where the other end is gone, which shows elsewhere. Any thread.
 
         Args:
             kind: what it is.
             files: file descriptors that go with it.
             fields: what it says, as JSON has it.
         """
-        with suppress(OSError):
+        with self._telling, suppress(OSError):
             channel.send(self._socket, {"kind": kind, **fields}, files)
 
     def receive(self) -> tuple[Message, list[int]] | None:

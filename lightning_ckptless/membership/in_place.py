@@ -68,6 +68,7 @@ class InPlace:
         self._standbys: Standbys | None = None
         self._start_standby: Callable[[list[int]], Process] | None = None
         self._told_at: dict[int, float] = {}
+        self._held: dict[int, str] = {}
         self._coming: set[int] = set()
 
     # ------------------------------------------------------------------ rounds
@@ -81,6 +82,7 @@ class InPlace:
         """
         self.tries, self._obstacle, self._trains = 0, None, False
         self._told_at.clear()
+        self._held.clear()
         self._coming.clear()
         self._regroupings = regroupings
         self._start_standby = start_standby
@@ -121,6 +123,8 @@ class InPlace:
                 self.tries, self._trains = 0, True
             elif message["kind"] == "released":
                 self._told_at.pop(rank, None)
+            elif message["kind"] == "held":
+                self._held[rank] = message["reason"]
             elif message["kind"] == "unable":
                 self._obstacle = f"local rank {rank}: {message['reason']}"
                 if message["lasting"]:
@@ -137,7 +141,7 @@ class InPlace:
 
     def look(self) -> Hang | None:
         """Which survivors do not get free of what they shared with the lost."""
-        return find_unreleased(self._told_at, now=time.monotonic(), override_s=self.hang_timeout_s)
+        return find_unreleased(self._told_at, now=time.monotonic(), override_s=self.hang_timeout_s, held=self._held)
 
     def tend_standbys(self) -> None:
         """Keep as many standbys as are wanted, once training is under way."""
@@ -173,6 +177,7 @@ class InPlace:
         told = workers.tell("regroup", leave=leave, number=regrouping.number, fault=asdict(regrouping.fault))
         for rank in leave:
             self._told_at.pop(rank, None)
+        self._held.clear()
         # Those on their way to `fit` hold on to nothing, and may take their time.
         self._coming |= leave
         self._told_at |= dict.fromkeys((rank for rank in told if rank not in self._coming), time.monotonic())

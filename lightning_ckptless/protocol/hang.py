@@ -19,11 +19,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from types import MappingProxyType
 
 FLOOR_S = 10.0
 CEILING_S = 1800.0
 RELEASE_S = 30.0
 """For which a survivor of a fault may hold on to what it shared with the lost."""
+LOST_WAIT_S = 0.5
+"""For which a thread sleeps in a collective without connections, before it is said to sleep for ever."""
 FACTOR = 8.0
 """Times the longest pause that was seen between two signs of progress."""
 STRAGGLER_FACTOR = 1.5
@@ -125,20 +128,76 @@ def find_hang(pulses: Mapping[int, Pulse], *, now: float, override_s: float | No
     return Hang(behind, f"all ranks stand at the same point; {silent}", silent_s)
 
 
-def find_unreleased(told_at: Mapping[int, float], *, now: float, override_s: float | None = None) -> Hang | None:
+@dataclass(frozen=True, slots=True)
+class Stand:
+    """Where a thread sleeps that waits for other ranks.
+
+    Args:
+        thread: its name.
+        where: module and function.
+        used_ticks: processor time that it has used, in ticks of the system.
+    """
+
+    thread: str
+    where: str
+    used_ticks: int
+
+
+def unchanged_since(
+    before: Mapping[int, tuple[Stand, float]], found: Mapping[int, Stand], now: float
+) -> dict[int, tuple[Stand, float]]:
+    """Since when each thread has been seen where it is found now, without a moment's work in between.
+
+    Args:
+        before: what this function has returned last.
+        found: where threads sleep now.
+        now: seconds of any clock.
+    """
+    return {
+        number: before[number] if number in before and before[number][0] == stand else (stand, now)
+        for number, stand in found.items()
+    }
+
+
+def find_lost_wait(since: Mapping[int, tuple[Stand, float]], now: float) -> str | None:
+    """Tell whether a thread sleeps for ever, of a process that has no connection to another rank any more.
+
+    Whatever it waits for has failed by then, and would have waked it within milliseconds.
+
+    Args:
+        since: from when on each thread has slept, as `unchanged_since` tells it.
+        now: on the same clock.
+    """
+    for stand, at in since.values():
+        if now - at > LOST_WAIT_S:
+            return f"{stand.thread} sleeps in {stand.where} for {now - at:.1f} s, with no connection left to end it"
+    return None
+
+
+def find_unreleased(
+    told_at: Mapping[int, float],
+    *,
+    now: float,
+    override_s: float | None = None,
+    held: Mapping[int, str] = MappingProxyType({}),
+) -> Hang | None:
     """Tell which survivors of a fault do not get free of it: a driver that waits for a lost peer may hold one for ever.
 
     Args:
         told_at: when they were told of the fault, by rank, of those that have not said that they are free.
         now: on the same clock.
         override_s: the user's limit; None for our own, 0 to look for none.
+        held: why some of them say themselves that they will never get free, by rank: nobody waits for those.
     """
+    for rank, at in told_at.items():
+        if rank in held:
+            return Hang((rank,), f"cannot get free of the lost: {held[rank]}", now - at)
     allowed_s = RELEASE_S if override_s is None else override_s
-    held = {rank: now - at for rank, at in told_at.items() if now - at > allowed_s}
-    if not held or allowed_s == 0.0:
+    late = {rank: now - at for rank, at in told_at.items() if now - at > allowed_s}
+    if not late or allowed_s == 0.0:
         return None
     reason = f"did not get free of the lost within {allowed_s:.1f} s of being told"
-    return Hang(tuple(held), reason, max(held.values()))
+    return Hang(tuple(late), reason, max(late.values()))
 
 
 def find_straggler(own_s: Mapping[int, float]) -> tuple[int, float] | None:

@@ -11,13 +11,17 @@ from hypothesis import strategies as st
 from lightning_ckptless.protocol.hang import (
     CEILING_S,
     FLOOR_S,
+    LOST_WAIT_S,
     RELEASE_S,
     Point,
     Pulse,
+    Stand,
     find_hang,
+    find_lost_wait,
     find_straggler,
     find_unreleased,
     limit_s,
+    unchanged_since,
 )
 
 AHEAD = Pulse(step=9, point=Point.BACKWARD, count=0, at=100.0, longest_pause_s=0.5, own_s=0.1)
@@ -108,6 +112,29 @@ def test_a_survivor_that_does_not_get_free_hangs() -> None:
     assert find_unreleased(told_at, now=103.0, override_s=2.0) is not None
     assert find_unreleased(told_at, now=1e6, override_s=0.0) is None
     assert find_unreleased({}, now=1e6) is None
+
+
+def test_a_survivor_that_says_it_never_gets_free_is_not_waited_for() -> None:
+    held = {1: "MainThread sleeps in torch.distributed.send"}
+    hang = find_unreleased({0: 100.0, 1: 100.0}, now=101.5, held=held, override_s=0.0)
+    assert hang is not None
+    assert (hang.ranks, hang.silent_s) == ((1,), 1.5)
+    assert hang.reason == "cannot get free of the lost: MainThread sleeps in torch.distributed.send"
+    # It has got free meanwhile, or was replaced.
+    assert find_unreleased({0: 100.0}, now=101.5, held=held) is None
+
+
+def test_who_sleeps_without_a_moment_of_work_is_lost() -> None:
+    asleep, awake = Stand("MainThread", "torch.distributed.send", 7), Stand("MainThread", "torch.distributed.send", 8)
+    since = unchanged_since({}, {1: asleep, 2: asleep}, 10.0)
+    assert find_lost_wait(since, 10.0 + LOST_WAIT_S) is None
+    since = unchanged_since(since, {1: asleep, 2: awake}, 10.4)
+    assert since == {1: (asleep, 10.0), 2: (awake, 10.4)}
+    since = unchanged_since(since, {2: awake}, 10.8)
+    assert find_lost_wait(since, 10.8) is None
+    assert find_lost_wait(since, 11.0) == (
+        "MainThread sleeps in torch.distributed.send for 0.6 s, with no connection left to end it"
+    )
 
 
 def test_the_slowest_is_named_when_it_holds_the_others_back() -> None:
