@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from types import MappingProxyType
 
 FLOOR_S = 10.0
 CEILING_S = 1800.0
@@ -179,7 +178,7 @@ def find_unreleased(
     *,
     now: float,
     override_s: float | None = None,
-    held: Mapping[int, str] = MappingProxyType({}),
+    held: Mapping[int, str] | None = None,
 ) -> Hang | None:
     """Tell which survivors of a fault do not get free of it: a driver that waits for a lost peer may hold one for ever.
 
@@ -190,7 +189,7 @@ def find_unreleased(
         held: why some of them say themselves that they will never get free, by rank: nobody waits for those.
     """
     for rank, at in told_at.items():
-        if rank in held:
+        if held is not None and rank in held:
             return Hang((rank,), f"cannot get free of the lost: {held[rank]}", now - at)
     allowed_s = RELEASE_S if override_s is None else override_s
     late = {rank: now - at for rank, at in told_at.items() if now - at > allowed_s}
