@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -49,6 +50,7 @@ class World:
     def __init__(self) -> None:
         self.generation = 0
         self._connections = Connections()
+        self._leaving = threading.Lock()
         self._own: set[int] = set()
         self._retired: list[Any] = []
 
@@ -136,16 +138,18 @@ class World:
         Returns:
             How many connections were there to be cut, each communicator of a device counted as one.
         """
-        return abort_device_groups() + self._connections.cut()
+        with self._leaving:
+            return abort_device_groups() + self._connections.cut()
 
     def leave(self) -> None:
         """Give up the groups, which are cut: they are let go of by `bury`."""
         self.cut()
-        self._retired += process_groups()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        self._own.clear()
-        self._connections.forget()
+        with self._leaving:
+            self._retired += process_groups()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            self._own.clear()
+            self._connections.forget()
 
     def bury(self) -> None:
         """Let go of the groups that were left, which waits for their threads."""

@@ -58,7 +58,7 @@ class Line:
 
     @property
     def ended(self) -> bool:
-        """Whether the other end is gone."""
+        """Whether the other end is gone, or this one closed."""
         return self._ended
 
     def tell(self, kind: str, files: Sequence[int] = (), **fields: Any) -> None:
@@ -92,6 +92,7 @@ class Line:
 
     def close(self) -> None:
         """Close this end."""
+        self._ended = True
         self._socket.close()
 
 

@@ -15,7 +15,7 @@ from torch.distributed import DistError
 from lightning_ckptless import environment
 from lightning_ckptless.membership.channel import Message
 from lightning_ckptless.membership.fault import FaultReport
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.parent import ParentLostError, PreloadedParent
 from lightning_ckptless.membership.process import Process
 from lightning_ckptless.membership.regrouping import Regrouping, Regroupings
 from lightning_ckptless.membership.standby import Standbys, promote
@@ -150,7 +150,12 @@ class InPlace:
             return
         if self._standbys is None:
             self._standbys = Standbys(wanted, self._start_standby, self._folder, self._say)
-        if self._standbys.tend():
+        try:
+            has_changed = self._standbys.tend()
+        except ParentLostError:
+            # All workers have ended with it, which shows next.
+            return
+        if has_changed:
             self._record("standbys", ready=self._standbys.ready, wanted=wanted, pids=list(self._standbys.pids))
 
     # ------------------------------------------------------------------ recovering
