@@ -152,8 +152,9 @@ class World:
             self._connections.forget()
 
     def bury(self) -> None:
-        """Let go of the groups that were left, which waits for their threads."""
+        """Let go of the groups that were left, which waits for their threads. All ranks have left them."""
         self._retired.clear()
+        self._connections.bury()
 
 
 def keep_through_device_errors() -> None:
