@@ -220,6 +220,7 @@ class Engine:
             every_n_steps=lambda: mirroring.cadence.interval,
             since=since,
             before_batch=batches.watch,
+            ends_here=mirroring.ends_here,
         )
         loops.silence_sigterm(self._ask_to_finish)
         survival = Survival(self, mirroring, batches, self.boundaries)
