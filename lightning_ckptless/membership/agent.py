@@ -228,6 +228,7 @@ class CkptlessAgent(LocalElasticAgent):
         said = workers.heard()
         self._in_place.hear(said)
         self._companions.tend(said)
+        self._hangs.hear(said)
         self._hangs.limit_s = self._in_place.hang_timeout_s
         self._in_place.follow(workers)
         if (hang := self._hangs.look(workers) or self._in_place.look()) is not None:

@@ -7,11 +7,13 @@
 | worker | `left` | it has left the training loop: its end is no fault from here on, and no peer can wait for it |
 | worker | `released` | it has left the process groups that it shared with the lost |
 | worker | `held` | it cannot get free of them, with the reason |
+| worker | `stands` | whether it waits for others, when it was asked `where` it is |
 | worker | `unable` | it cannot go on in place, with the reason |
 | worker | `companion` | it asks for a process beside the workers, of this module with this argument |
 | worker | `ready` | a standby has come to `fit` and waits for a rank |
 | agent | `regroup` | a fault: meet under this number, with this report |
 | agent | `assign` | to a standby: variables that make it a rank, then as `regroup`; with its output |
+| agent | `where` | all are silent: does it wait for others? |
 | agent | `over` | the run has ended with a fault: nobody goes on |
 | agent | `finish` | the run is to end: commit the step, save and leave |
 

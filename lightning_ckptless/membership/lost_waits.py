@@ -53,6 +53,11 @@ class LostWaits:
         return find_lost_wait(self._since, now)
 
 
+def main_thread_waits() -> bool:
+    """Whether the main thread sleeps for the sake of other ranks, at this moment."""
+    return os.getpid() in _stands()
+
+
 def _stands() -> dict[int, Stand]:
     """Where the threads sleep that sleep in one of those modules, by their number in the system."""
     frames, found = sys._current_frames(), {}

@@ -18,7 +18,7 @@ from typing import Any
 
 from lightning_ckptless.membership.control import Line
 from lightning_ckptless.membership.fault import FaultReport
-from lightning_ckptless.membership.lost_waits import LostWaits
+from lightning_ckptless.membership.lost_waits import LostWaits, main_thread_waits
 
 _CUT_EVERY_S = 0.01
 
@@ -148,6 +148,8 @@ class Watcher:
         message, _ = received
         if message["kind"] == "finish":
             self._finish_asked = True
+        elif message["kind"] == "where":
+            self.tell("stands", waits=main_thread_waits())
         elif message["kind"] == "over":
             with self._changed:
                 self._is_run_over = True

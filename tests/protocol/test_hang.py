@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ckptless.protocol.hang import (
+    ANSWER_S,
     CEILING_S,
     FLOOR_S,
     LOST_WAIT_S,
@@ -20,6 +21,7 @@ from lightning_ckptless.protocol.hang import (
     find_lost_wait,
     find_straggler,
     find_unreleased,
+    is_to_be_asked,
     limit_s,
     unchanged_since,
 )
@@ -62,9 +64,42 @@ def test_who_is_stopped_hangs_even_where_he_is_not_behind() -> None:
 
 
 def test_all_at_one_point_hang_at_last() -> None:
-    assert find_hang({0: AHEAD, 1: AHEAD}, now=100.0 + CEILING_S - 1) is None
-    hang = find_hang({0: AHEAD, 1: AHEAD}, now=100.0 + CEILING_S + 1)
+    waiting = replace(AHEAD, waits=True)
+    assert find_hang({0: waiting, 1: waiting}, now=100.0 + CEILING_S - 1) is None
+    hang = find_hang({0: waiting, 1: waiting}, now=100.0 + CEILING_S + 1)
     assert hang is not None and hang.ranks == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("waits", "hangs"),
+    [
+        ((True, False, True), (1,)),
+        ((False, False, True), (0, 1)),
+        ((True, True, True), None),
+        # All compute, e.g. compile; or not all have answered.
+        ((False, False, False), None),
+        ((True, False, None), None),
+    ],
+)
+def test_in_the_backward_pass_who_does_not_wait_hangs(
+    waits: tuple[bool | None, ...], hangs: tuple[int, ...] | None
+) -> None:
+    pulses = {rank: replace(AHEAD, waits=word) for rank, word in enumerate(waits)}
+    assert is_to_be_asked(pulses, now=LATE) and not is_to_be_asked(pulses, now=100.0)
+    hang = find_hang(pulses, now=LATE)
+    assert (None if hang is None else hang.ranks) == hangs
+    # Rank 0 may write a large file meanwhile: elsewhere than in the backward pass nobody is asked.
+    elsewhere = {rank: replace(pulse, point=Point.OPTIMIZER) for rank, pulse in pulses.items()}
+    assert not is_to_be_asked(elsewhere, now=LATE)
+    assert find_hang(elsewhere, now=LATE) is None
+
+
+def test_an_answer_is_waited_for() -> None:
+    pulses = {0: AHEAD, 1: AHEAD}
+    assert find_hang(pulses, now=102.0, override_s=1.0) is None
+    assert find_hang(pulses, now=101.1 + ANSWER_S, override_s=1.0) is not None
+    told = {rank: replace(pulse, waits=True) for rank, pulse in pulses.items()}
+    assert find_hang(told, now=102.0, override_s=1.0) is not None
 
 
 def test_limit_is_learned_between_floor_and_ceiling() -> None:
