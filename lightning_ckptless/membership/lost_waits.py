@@ -14,8 +14,8 @@ payload is half received nor those whose payload is half sent or refused (`Pair:
 
 No call of torch frees such a thread before the time-out of its group, which is half an hour. `connections.py` sees to
 it that no rank does this to another one; who has died, or a pipe that is full, still may. So its process is given up
-and replaced, as a lost one is. That is certain once every connection is gone, and the thread sleeps inside torch and has
-used no processor time since.
+and replaced, as a lost one is. That is certain once every connection is gone, and the thread sleeps inside torch and
+has used no processor time since.
 """
 
 from __future__ import annotations
