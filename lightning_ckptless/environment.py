@@ -10,6 +10,9 @@ Set by the user:
 | `CKPTLESS_TRACE_DIR` | folder that receives a digest of every step of every rank |
 | `CKPTLESS_LIGHTNING` | `lightning.pytorch` or `pytorch_lightning`: what is preloaded (default: as the script) |
 | `CKPTLESS_RDZV_ENDPOINT` | `host:port` of the rendezvous, for `python train.py` on several nodes |
+| `CKPTLESS_NNODES` | number of nodes, or `MIN:MAX`; ours sets it for its workers, under torchrun it is yours to set |
+| `CKPTLESS_FAILURE_DOMAIN` | where this node is, for a `failure_domain` of your own: `rack7`, or `rack=rack7,row=b` |
+| `CKPTLESS_FAILURE_DOMAINS_FILE` | the same from a file with a line `host rack7` for every host |
 | `CKPTLESS_DURABLE_EVERY_N_STEPS` | optimizer steps between two durable states, in the place of the strategy's option |
 | `CKPTLESS_DURABLE_EVERY_S` | seconds between two durable states, in the place of the strategy's option |
 | `CKPTLESS_DURABLE_DIR` | folder of the durable states, in the place of the strategy's option |
@@ -38,6 +41,9 @@ FAULTS = "CKPTLESS_FAULTS"
 TRACE_DIR = "CKPTLESS_TRACE_DIR"
 LIGHTNING = "CKPTLESS_LIGHTNING"
 RDZV_ENDPOINT = "CKPTLESS_RDZV_ENDPOINT"
+NNODES = "CKPTLESS_NNODES"
+FAILURE_DOMAIN = "CKPTLESS_FAILURE_DOMAIN"
+FAILURE_DOMAINS_FILE = "CKPTLESS_FAILURE_DOMAINS_FILE"
 DURABLE_EVERY_N_STEPS = "CKPTLESS_DURABLE_EVERY_N_STEPS"
 DURABLE_EVERY_S = "CKPTLESS_DURABLE_EVERY_S"
 DURABLE_DIR = "CKPTLESS_DURABLE_DIR"

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from lightning_ckptless.errors import OptionsError
 
-FailureDomain = Literal["node", "rank"]
 EveryNSteps = int | Literal["auto"]
 OnLate = Literal["wait", "skip"]
 OnUnrecoverable = Literal["durable", "raise"]
 Checksum = Literal["xxh3", "crc32", "none"]
 Staging = Literal["overlap", "blocking"]
 
+_LEVEL = "[a-z][a-z0-9_]*"
 _LEAST = {"copies": 0, "max_recoveries": 0, "standbys": 0, "durable_keep": 1}
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "failure_domain": ("node", "rank"),
     "on_late": ("wait", "skip"),
     "on_unrecoverable": ("durable", "raise"),
     "checksum": ("xxh3", "crc32", "none"),
@@ -32,7 +32,8 @@ class CkptlessOptions:
     Args:
         mirror_every_n_steps: optimizer steps between two mirrored versions; `auto` to choose by what they cost.
         copies: replicas of each shard beyond the writer's own copy.
-        failure_domain: what is lost together; replicas are kept in other domains.
+        failure_domain: what is lost together; replicas are kept in other domains. `node`, `rank`, a dimension of the
+            mesh, or a level that you name, e.g. `rack`.
         arena_dir: folder for the arenas; None for `/dev/shm`, or a temporary folder where that is missing.
         max_recoveries: recoveries after which the run gives up.
         on_unrecoverable: with no complete version left, go on from the newest checkpoint file or raise.
@@ -59,7 +60,7 @@ class CkptlessOptions:
 
     mirror_every_n_steps: EveryNSteps = 1
     copies: int = 1
-    failure_domain: FailureDomain = "node"
+    failure_domain: str = "node"
     arena_dir: Path | None = None
     max_recoveries: int = 100
     on_unrecoverable: OnUnrecoverable = "durable"
@@ -81,6 +82,11 @@ class CkptlessOptions:
     def __post_init__(self) -> None:
         self._check_cadence()
         self._check_durable()
+        if not isinstance(self.failure_domain, str) or not re.fullmatch(_LEVEL, self.failure_domain):
+            raise OptionsError(
+                f"failure_domain={self.failure_domain!r}: expected node, rank, or the name of a level of your own, "
+                "e.g. rack: lower-case letters, digits and _"
+            )
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:

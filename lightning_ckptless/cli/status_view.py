@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_ckptless.cli.survey import Survey
+from lightning_ckptless.protocol.placement_table import HEAD, LOSSES_HEAD, PlacementTable
 
 _COLOURS = {"starting": "yellow", "running": "green", "ended": "blue", "stopped": "red"}
 _SLOT_COLOURS = {"committed": "green", "staged": "yellow", "writing": "cyan"}
@@ -18,6 +19,8 @@ def show_status(found: Survey) -> None:
     """Print what is known about a run."""
     console = Console()
     console.print(_head(found))
+    if found.plan is not None:
+        _show_plan(console, found.plan)
     if found.arenas:
         console.print(_arenas(found))
     if found.slots:
@@ -36,6 +39,8 @@ def _head(found: Survey) -> Table:
         if found.standbys:
             table.add_row("standbys", found.standbys)
         table.add_row("placement", found.placement)
+    if found.protection:
+        table.add_row("protected", found.protection)
     if found.arenas:
         table.add_row("committed", found.committed or "nothing yet")
         if found.commit_lag_steps is not None:
@@ -50,6 +55,16 @@ def _head(found: Survey) -> Table:
     if found.goodput is not None:
         table.add_row("goodput", f"{found.goodput:.1%}")
     return table
+
+
+def _show_plan(console: Console, plan: PlacementTable) -> None:
+    for title, head, rows in (("Plan", HEAD, plan.rows), ("Losses", LOSSES_HEAD, plan.losses)):
+        table = _table(title, *head)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        if plan.more and head is HEAD:
+            console.print(plan.more)
 
 
 def _arenas(found: Survey) -> Table:

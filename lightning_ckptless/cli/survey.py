@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_ckptless.cli.plan import plan_of, protection_in
 from lightning_ckptless.cli.runs import Run
 from lightning_ckptless.errors import ArenaError
+from lightning_ckptless.protocol.placement_table import PlacementTable
 from lightning_ckptless.protocol.versions import READABLE, Complete, Replica, SlotState, newest_complete
 from lightning_ckptless.replica.arena import Arena, ArenaInfo, default_arena_dir, find_arenas
 
@@ -68,6 +70,8 @@ class Survey:
         generation: number of the membership; None before the first.
         world_size: ranks.
         placement: where replicas are kept, in a sentence.
+        plan: the same as tables; None where nothing is kept for others.
+        protection: how many shards have all the copies that are planned, in a sentence; empty where that is not known.
         committed: newest version committed on all ranks.
         restorable: what a relaunch would find, in a sentence.
         commit_lag_steps: optimizer steps by which the newest version that is being mirrored is ahead of it.
@@ -88,6 +92,8 @@ class Survey:
     generation: int | None
     world_size: int | None
     placement: str
+    plan: PlacementTable | None
+    protection: str
     committed: str | None
     restorable: str
     commit_lag_steps: int | None
@@ -126,6 +132,8 @@ def survey(run: Run, arena_dir: Path | None, *, now: float, last: int = 5) -> Su
         durable=_durable(run),
         world_size=facts.get("world_size"),
         placement=facts.get("placement", ""),
+        plan=plan_of(run),
+        protection=protection_in(run, replicas, {info.node for info in infos}) if infos else "",
         committed=_committed(replicas),
         restorable=newest.reason,
         commit_lag_steps=_lag(replicas, newest),

@@ -120,7 +120,7 @@ def capture(arenas: Sequence[Arena], room: Room, *, at: Version | None = None, t
             raise DurableError(_absent(found, arenas, at))
         try:
             with ThreadPoolExecutor(threads, thread_name_prefix="ckptless-capture") as pool:
-                shards = tuple(pool.map(lambda kept: _copy(by_node, kept, room), found.replicas))
+                shards = tuple(pool.map(lambda kept: copy_shard(by_node, kept, room), found.replicas))
             layout = _layout(arenas, found)
         except OverwrittenError:
             continue
@@ -151,7 +151,7 @@ def _recipe(arenas: Sequence[Arena]) -> bytes:
     return next((recipe for arena in arenas if (recipe := read_recipe(arena.path))), b"")
 
 
-def _copy(by_node: dict[str, Arena], kept: Iterable[Replica], room: Room) -> ShardCopy:
+def copy_shard(by_node: dict[str, Arena], kept: Iterable[Replica], room: Room) -> ShardCopy:
     """Copy a shard from the first of its replicas that is as it was written.
 
     Raises:

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from lightning_ckptless.protocol.durable import Timetable
+from lightning_ckptless.protocol.durable import Share, Timetable
 
 MODULE = "lightning_ckptless.durable"
+SHARE_NOTE = "durable share"
+"""What the writer of a node has to do: it changes with the ranks of the node, which the order does not know."""
+
+
+def share_note(share: Share) -> dict[str, Any]:
+    """A share as a note in an arena."""
+    return asdict(share)
+
+
+def read_share(notes: Mapping[str, Any]) -> Share | None:
+    """The share that was noted in an arena; None where none was."""
+    fields = notes.get(SHARE_NOTE)
+    return None if fields is None else Share(**(fields | {"shards": tuple(fields["shards"])}))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,20 +76,58 @@ def write_state(captured: Captured, folder: Path) -> int:
     Raises:
         OSError, RuntimeError: it cannot be written.
     """
-    layout = captured.layout
+    results = write_shards(captured.layout, dict(enumerate(captured.shards)), folder)
+    return finish_state(captured.layout, results, captured.recipe, folder)
+
+
+def write_shards(layout: Layout, shards: Mapping[int, ShardCopy], folder: Path) -> dict[int, list[WriteResult]]:
+    """Write some shards of a state, and wait until the disk has them.
+
+    Args:
+        layout: of the whole state.
+        shards: by their index.
+        folder: of the state.
+
+    Returns:
+        What `finish_state` has to know of each.
+
+    Raises:
+        OSError, RuntimeError: they cannot be written.
+    """
     writer = FileSystemWriter(folder)
     writer.set_up_storage_writer(is_coordinator=True)
-    metadata = replace(layout.metadata, state_dict_metadata=dict(layout.metadata.state_dict_metadata))
     plans = writer.prepare_global_plan([_plan(layout, shard) for shard in range(layout.world_size)])
-    results: list[list[WriteResult]] = []
-    for shard, plan in enumerate(plans):
-        writer.prepare_local_plan(plan)
-        results.append(writer.write_data(plan, _ShardPlanner(layout, shard, captured.shards[shard])).wait())
+    results: dict[int, list[WriteResult]] = {}
+    for shard, copy in shards.items():
+        writer.prepare_local_plan(plans[shard])
+        results[shard] = writer.write_data(plans[shard], _ShardPlanner(layout, shard, copy)).wait()
+    return results
+
+
+def finish_state(layout: Layout, results: Mapping[int, list[WriteResult]], recipe: bytes, folder: Path) -> int:
+    """Write what belongs to all shards of a state but the manifest, and wait until the disk has it.
+
+    Args:
+        layout: of the state.
+        results: of all shards, as `write_shards` has returned them.
+        recipe: how a Lightning checkpoint is put together from it; empty where nobody knows.
+        folder: of the state.
+
+    Returns:
+        Bytes that the state takes.
+
+    Raises:
+        OSError, RuntimeError: it cannot be written.
+    """
+    metadata = replace(layout.metadata, state_dict_metadata=dict(layout.metadata.state_dict_metadata))
+    for shard in range(layout.world_size):
         metadata.state_dict_metadata[small_state_name(shard)] = BytesStorageMetadata()
-    writer.finish(metadata, results)
+    writer = FileSystemWriter(folder)
+    writer.set_up_storage_writer(is_coordinator=True)
+    writer.finish(metadata, [results[shard] for shard in range(layout.world_size)])
     write_synced(folder / _LAYOUT, layout.to_bytes())
-    if captured.recipe:
-        write_synced(folder / RECIPE_NAME, captured.recipe)
+    if recipe:
+        write_synced(folder / RECIPE_NAME, recipe)
     return sum(path.stat().st_size for path in folder.iterdir())
 
 

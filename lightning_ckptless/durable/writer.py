@@ -18,11 +18,12 @@ import torch
 
 from lightning_ckptless.durable.capture import Captured, Room, capture, newest_committed
 from lightning_ckptless.durable.folder import DurableFolder, Manifest, ShardFacts, write_manifest
-from lightning_ckptless.durable.order import WriterOrder
+from lightning_ckptless.durable.order import WriterOrder, read_share
+from lightning_ckptless.durable.shared import SharedWriter
 from lightning_ckptless.durable.store import require_space, state_bytes, write_state
 from lightning_ckptless.errors import ArenaError, CkptlessError, DurableError
 from lightning_ckptless.ledger import Ledger
-from lightning_ckptless.protocol.durable import states_to_drop
+from lightning_ckptless.protocol.durable import Share, states_to_drop
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.arena import Arena
 
@@ -50,6 +51,7 @@ class DurableWriter:
         self._last_at = time.monotonic()
         self._written: Version | None = None
         self._warned = False
+        self._shared = SharedWriter(order, self._failed)
 
     def look(self, *, is_last: bool = False) -> None:
         """Write a state if one is due.
@@ -57,6 +59,11 @@ class DurableWriter:
         Args:
             is_last: nothing follows: the newest version is due unless it is written already.
         """
+        share = self._share()
+        if share is not None and not share.is_whole:
+            if share.shards and self._arena is not None:
+                self._shared.look(self._arena, share, is_last=is_last)
+            return
         if not is_last and not self._may_be_due():
             return
         newest = self._newest()
@@ -72,6 +79,14 @@ class DurableWriter:
         if due:
             self._last, self._last_at = newest, time.monotonic()
             self._try_to_write(newest)
+
+    def _share(self) -> Share | None:
+        """What this node has to do, as its workers have noted it; None where they have not."""
+        try:
+            self._arena = self._arena or Arena.attach(Path(self._order.arena))
+            return read_share(self._arena.notes())
+        except (ArenaError, FileNotFoundError):
+            return None
 
     def _may_be_due(self) -> bool:
         """Whether it is worth looking into the arena: by time alone nothing is due before."""

@@ -108,6 +108,7 @@ class CkptlessAgent(LocalElasticAgent):
         self._starts = 0 if after is None else 1
         self._futile_starts = 0
         self._reason = ""
+        self._lost_at = 0.0
         self._verdict_folder = tempfile.TemporaryDirectory(prefix="ckptless-verdicts-")
         self._folder = Path(self._verdict_folder.name)
         self._hangs = HangWatch(self._folder, record, _say)
@@ -148,10 +149,10 @@ class CkptlessAgent(LocalElasticAgent):
         forget_worker_store(handler)
         super()._rendezvous(worker_group)
         group_rank: int | None = worker_group.group_rank
-        store = worker_store(worker_group)
+        self._meeting_store = worker_store(worker_group)
         if group_rank == 0 and handler.use_agent_store:
-            number_generations(worker_group, store)
-        self._regroupings = Regroupings(store, int(worker_group.group_world_size or 1))
+            number_generations(worker_group, self._meeting_store)
+        self._regroupings = Regroupings(self._meeting_store, int(worker_group.group_world_size or 1))
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         envs = {worker.local_rank: self._worker_env(worker_group, worker) for worker in worker_group.workers}
@@ -372,7 +373,8 @@ class CkptlessAgent(LocalElasticAgent):
             at = time.time()
             workers.stop(signal.SIGKILL, 0)
             size = worker_group.workers[0].world_size
-            self._put_down(FaultReport(None, None, None, None, at, at, time.time(), len(self.faults) + 1, size))
+            lost_at, stopped_at = self._lost_at or at, time.time()
+            self._put_down(FaultReport(None, None, None, None, lost_at, at, stopped_at, len(self.faults) + 1, size))
             self._reason = "nodes have come or gone"
         super()._stop_workers(worker_group)
 

@@ -33,6 +33,8 @@ _NCCL_ENDS_THE_PROCESS = (
     "TORCH_NCCL_DUMP_ON_TIMEOUT",
     "TORCH_NCCL_ENABLE_MONITORING",
     "TORCH_NCCL_RETHROW_CUDA_ERRORS",
+    # How long its watchdog waits for a dump that nobody makes, before it lets a group be left.
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC",
 )
 
 

@@ -17,7 +17,7 @@ import os
 import socket
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 
 _Sockets = dict[int, str]
@@ -83,6 +83,27 @@ class Connections:
         return {number: target for number, target in _sockets().items() if before.get(number) != target}
 
 
+def cut_connections_to(addresses: Collection[tuple[str, int]]) -> int:
+    """Shut down this process's connections to certain ports, whoever has made them. Any thread may call it.
+
+    Args:
+        addresses: numeric address and port of each.
+
+    Returns:
+        How many there were.
+    """
+    found = [_connection(number, target) for number, target in _sockets().items()]
+    count = 0
+    for sock in found:
+        if sock is None:
+            continue
+        with sock, suppress(OSError):
+            if _peer(sock) in addresses:
+                sock.shutdown(socket.SHUT_RDWR)
+                count += 1
+    return count
+
+
 def _sockets() -> _Sockets:
     found: _Sockets = {}
     for name in os.listdir("/proc/self/fd"):
@@ -97,6 +118,16 @@ def _sockets() -> _Sockets:
 
 def _shut_down(number: int, target: str) -> socket.socket | None:
     """Let nothing be read from a connection any more; returns a duplicate, or None where it is none."""
+    sock = _connection(number, target)
+    if sock is not None:
+        with suppress(OSError):
+            # Where the peer is gone already there is nothing to read.
+            sock.shutdown(socket.SHUT_RD)
+    return sock
+
+
+def _connection(number: int, target: str) -> socket.socket | None:
+    """A duplicate of a connection; None where it is none, or listens, or is still being made."""
     try:
         # The duplicate stays what it is, whatever the number is used for meanwhile.
         duplicate = os.dup(number)
@@ -107,21 +138,16 @@ def _shut_down(number: int, target: str) -> socket.socket | None:
         os.close(duplicate)
         return None
     sock = socket.socket(fileno=duplicate)
-    if _is_connected(sock):
-        with suppress(OSError):
-            # Where the peer is gone already there is nothing to read.
-            sock.shutdown(socket.SHUT_RD)
+    if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM and _peer(sock) is not None:
         return sock
     sock.close()
     return None
 
 
-def _is_connected(sock: socket.socket) -> bool:
-    """Whether it is a connection, and not one that listens or is still being made."""
-    if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
-        return False
+def _peer(sock: socket.socket) -> tuple[str, int] | None:
+    """Numeric address and port at the other end; None where there is none."""
     try:
-        sock.getpeername()
+        host, port, *_ = sock.getpeername()
     except OSError:
-        return False
-    return True
+        return None
+    return host.removeprefix("::ffff:"), port

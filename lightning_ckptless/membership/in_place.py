@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import DistError
-
 from lightning_ckptless import environment
 from lightning_ckptless.membership.channel import Message
 from lightning_ckptless.membership.fault import FaultReport
@@ -34,11 +32,13 @@ class Wishes:
         in_place: whether survivors may go on in place.
         standbys: processes that wait for a rank.
         hang_timeout_s: silence after which ranks that are behind are killed; None to learn it, 0 for never.
+        fixed_world: why the workers cannot go on in another world; empty where they can.
     """
 
     in_place: bool = True
     standbys: int = 0
     hang_timeout_s: float | None = None
+    fixed_world: str = ""
 
 
 class InPlace:
@@ -52,10 +52,12 @@ class InPlace:
 
     Attributes:
         tries: recoveries in place since the last step that was made.
+        at_the_door: local ranks that have come to the loop, and wait there for the others.
     """
 
     def __init__(self, *, in_place: bool | None, standbys: int | None, folder: Path, record: Record, say: Say) -> None:
         self.tries = 0
+        self.at_the_door: set[int] = set()
         self._given = in_place, standbys
         self._wishes: Wishes | None = None
         self._folder = folder
@@ -69,21 +71,31 @@ class InPlace:
         self._start_standby: Callable[[list[int]], Process] | None = None
         self._told_at: dict[int, float] = {}
         self._held: dict[int, str] = {}
+        self._env_of: Callable[[int], dict[str, str]] | None = None
         self._coming: set[int] = set()
 
     # ------------------------------------------------------------------ rounds
 
-    def begin_round(self, regroupings: Regroupings, start_standby: Callable[[list[int]], Process]) -> None:
-        """All workers have been started together.
+    def begin_round(
+        self,
+        regroupings: Regroupings,
+        start_standby: Callable[[list[int]], Process],
+        *,
+        env_of: Callable[[int], dict[str, str]] | None = None,
+    ) -> None:
+        """A round of the rendezvous has begun.
 
         Args:
-            regroupings: of the round of the rendezvous.
+            regroupings: of the round.
             start_standby: starts a process without a rank.
+            env_of: variables that make a local rank the rank that it is in this round, for workers that have stayed
+                from the round before; None where all have been started together.
         """
-        self.tries, self._obstacle, self._trains = 0, None, False
+        self.tries, self._obstacle, self._trains, self._env_of = 0, None, False, env_of
         self._told_at.clear()
         self._held.clear()
         self._coming.clear()
+        self.at_the_door.clear()
         self._regroupings = regroupings
         self._start_standby = start_standby
 
@@ -101,6 +113,13 @@ class InPlace:
         """Whether survivors may go on in place."""
         allowed = self._given[0] if self._wishes is None else self._wishes.in_place
         return allowed is not False
+
+    @property
+    def obstacle_to_moving(self) -> str:
+        """Why a worker cannot go on in another world, in its own words; empty where it can."""
+        if not self.is_wanted:
+            return "recovery in place is switched off"
+        return self.obstacle or ("" if self._wishes is None else self._wishes.fixed_world)
 
     @property
     def hang_timeout_s(self) -> float | None:
@@ -121,6 +140,8 @@ class InPlace:
                 self._take_wishes(message)
             elif message["kind"] == "stepped":
                 self.tries, self._trains = 0, True
+            elif message["kind"] == "waiting":
+                self.at_the_door.add(rank)
             elif message["kind"] == "released":
                 self._told_at.pop(rank, None)
             elif message["kind"] == "held":
@@ -136,6 +157,7 @@ class InPlace:
             in_place=message["in_place"] if in_place is None else in_place,
             standbys=message["standbys"] if standbys is None else standbys,
             hang_timeout_s=message["hang_timeout_s"],
+            fixed_world=message["fixed_world"],
         )
         self._lasting = message["obstacle"] or self._lasting
 
@@ -166,20 +188,20 @@ class InPlace:
         self.tries += 1
         return self._regroupings.open(fault)
 
+    def meet(self, workers: Workers, number: int, fault: FaultReport) -> None:
+        """Tell this node's workers that the world is another one."""
+        self._tell(workers, Regrouping(number, fault), leave=frozenset())
+
     def follow(self, workers: Workers) -> None:
         """Hand on to this node's workers what another node's agent has opened."""
-        if self._regroupings is None:
-            return
-        try:
-            news = self._regroupings.news()
-        except DistError:
-            # The store is gone with its node: the rendezvous will say so.
-            return
-        if news is not None:
+        if self._regroupings is not None and (news := self._regroupings.news()) is not None:
             self._tell(workers, news, leave=frozenset())
 
     def _tell(self, workers: Workers, regrouping: Regrouping, leave: frozenset[int]) -> None:
-        told = workers.tell("regroup", leave=leave, number=regrouping.number, fault=asdict(regrouping.fault))
+        told = tuple(rank for rank in workers.running_ranks if rank not in leave)
+        for rank in told:
+            env = self._env_of(rank) if self._env_of is not None else {}
+            workers.tell_one(rank, "regroup", number=regrouping.number, fault=asdict(regrouping.fault), env=env)
         for rank in leave:
             self._told_at.pop(rank, None)
         self._held.clear()

@@ -21,6 +21,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from lightning_ckptless import environment
 from lightning_ckptless.errors import LaunchError, UnfitNodeError
 from lightning_ckptless.membership.agent import CkptlessAgent, Node
+from lightning_ckptless.membership.guarded import GuardedAgent
 from lightning_ckptless.membership.launch import LaunchConfig, Outcome
 from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.membership.route import Route
@@ -102,7 +103,7 @@ def _run_at(
             monitor_interval=_MONITOR_INTERVAL_S,
             local_addr=config.local_addr,
         )
-        agent = CkptlessAgent(spec, _node(config), parent, logs, record, after=agents[-1] if agents else None)
+        agent = GuardedAgent(spec, _node(config), parent, logs, record, after=agents[-1] if agents else None)
         agents.append(agent)
         try:
             agent.run()
@@ -111,7 +112,9 @@ def _run_at(
                 raise LaunchError(f"run {config.run_id!r} has been ended by another node") from error
         except (RendezvousError, DistError) as error:
             if place is not None and not place.hosts and agent.has_started:
-                raise _PlaceLostError(f"{type(error).__name__}: {error}") from error
+                raise _PlaceLostError(agent.why_cut or f"{type(error).__name__}: {error}") from error
+            if agent.why_cut:
+                raise LaunchError(_cut_off(config, agent.why_cut)) from error
             raise LaunchError(_no_meeting(config, error)) from error
         finally:
             agent.close()
@@ -134,7 +137,7 @@ def _node(config: LaunchConfig) -> Node:
 
 
 def _base_env(config: LaunchConfig) -> dict[str, str]:
-    env = {**os.environ, **config.env}
+    env = {**os.environ, **config.env, environment.NNODES: config.nnodes}
     if config.nproc > 1:
         # As torchrun does: otherwise each worker would start as many threads as there are cores.
         env.setdefault("OMP_NUM_THREADS", "1")
@@ -187,6 +190,13 @@ def _logs(config: LaunchConfig) -> Iterator[LogsSpecs]:
     shown = set(config.local_ranks_filter) or None
     with tempfile.TemporaryDirectory(prefix="ckptless-logs-") as folder:
         yield DefaultLogsSpecs(str(config.log_dir or folder), local_ranks_filter=shown, **streams)
+
+
+def _cut_off(config: LaunchConfig, reason: str) -> str:
+    return (
+        f"run {config.run_id!r}: this node is cut off: {reason}; its workers are stopped, and the others may have gone "
+        "on without it: start its agent again when the network is back"
+    )
 
 
 def _no_meeting(config: LaunchConfig, error: Exception) -> str:

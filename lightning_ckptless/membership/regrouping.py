@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
 from lightning_ckptless.membership.fault import FaultReport
@@ -22,7 +23,7 @@ class Regrouping:
     """One of them.
 
     Args:
-        number: counted from 1, in one round of the rendezvous.
+        number: grows with each, in one round of the rendezvous.
         fault: what has opened it.
     """
 
@@ -36,13 +37,14 @@ class Regroupings:
     Args:
         store: that all agents of the round share.
         nodes: how many there are.
+        number: newest that they have behind them.
 
     Attributes:
         number: the newest that this agent knows.
     """
 
-    def __init__(self, store: Store, nodes: int) -> None:
-        self.number = 0
+    def __init__(self, store: Store, nodes: int, number: int = 0) -> None:
+        self.number = number
         self._store = store
         self._is_shared = nodes > 1
         self._seen = ""
@@ -54,9 +56,14 @@ class Regroupings:
 
     def news(self) -> Regrouping | None:
         """What another agent has opened, if it is new."""
-        if not self._is_shared or not self._store.check([_KEY]):
+        if not self._is_shared:
             return None
-        text = self._store.get(_KEY).decode()
+        try:
+            text = self._store.get(_KEY).decode() if self._store.check([_KEY]) else self._seen
+        except DistError:
+            # The store is gone with its node: heartbeats and the rendezvous say so. It is not asked again.
+            self._is_shared = False
+            return None
         return self._take(text) if text != self._seen else None
 
     def _take(self, text: str) -> Regrouping:

@@ -12,8 +12,8 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_ckptless.membership.control import Line
@@ -31,11 +31,13 @@ class Assignment:
         number: under which they meet; grows with every regrouping of a run.
         fault: why.
         told_at: wall clock at which this worker read it, seconds since the epoch.
+        env: what makes this process the rank that it is from then on: its number may be another one.
     """
 
     number: int
     fault: FaultReport
     told_at: float
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 class Watcher:
@@ -57,6 +59,7 @@ class Watcher:
         self._finish_asked = False
         self._is_run_over = False
         self._waits = LostWaits()
+        self._is_on_hold = False
         self._changed = threading.Condition()
         self._wake, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._listen, name="ckptless-watcher", daemon=True)
@@ -87,13 +90,15 @@ class Watcher:
         """Take notice of the newest regrouping, waiting for it if it is not there yet.
 
         Args:
-            timeout_s: longest wait.
+            timeout_s: longest wait, but for the time in which the nodes meet anew.
 
         Returns:
             None where none came, or the agent is gone.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._pending() is not None or self.is_run_over, timeout_s)
+            self._changed.wait_for(self._has_word, timeout_s)
+            if self._is_on_hold:
+                self._changed.wait_for(lambda: self._pending() is not None or self.is_run_over)
             found = self._pending()
             if found is not None:
                 self._accepted, self._is_leaving = found.number, True
@@ -119,6 +124,9 @@ class Watcher:
 
     def _is_to_cut(self) -> bool:
         return self._pending() is not None or self._is_leaving or self._is_run_over
+
+    def _has_word(self) -> bool:
+        return self._pending() is not None or self.is_run_over or self._is_on_hold
 
     def _listen(self) -> None:
         while not self._line.ended:
@@ -154,12 +162,20 @@ class Watcher:
             with self._changed:
                 self._is_run_over = True
                 self._changed.notify_all()
+        elif message["kind"] == "hold":
+            with self._changed:
+                self._is_on_hold = True
+                self._changed.notify_all()
         elif message["kind"] == "regroup":
             with self._changed:
-                self._latest, self._waits = assignment_from(message), LostWaits()
+                found = assignment_from(message)
+                self._is_on_hold = False
+                # A fault while others come has its own number, and may be told before that of their coming.
+                if self._latest is None or found.number > self._latest.number:
+                    self._latest, self._waits = found, LostWaits()
                 self._changed.notify_all()
 
 
 def assignment_from(message: dict[str, Any]) -> Assignment:
     """What a `regroup` or an `assign` says."""
-    return Assignment(message["number"], FaultReport(**message["fault"]), time.time())
+    return Assignment(message["number"], FaultReport(**message["fault"]), time.time(), message.get("env", {}))

@@ -156,6 +156,15 @@ class Workers(PContext):
             self._processes[rank].line.tell(kind, **fields)
         return ranks
 
+    @property
+    def running_ranks(self) -> tuple[int, ...]:
+        """Local ranks whose processes run."""
+        return tuple(sorted(self._running))
+
+    def tell_one(self, rank: int, kind: str, **fields: Any) -> None:
+        """Send a message to one local rank that runs."""
+        self._processes[rank].line.tell(kind, **fields)
+
     def heard(self) -> list[tuple[int, Message]]:
         """What workers have said, with their local ranks."""
         self._listen()

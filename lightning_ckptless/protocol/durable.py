@@ -50,6 +50,51 @@ class Timetable:
         return by_time or (n is not None and newest.optimizer_step // n > last.optimizer_step // n)
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a node's writer has to do with the durable states of a run.
+
+    Args:
+        shards: those that it writes; none, where others write all.
+        of: how many there are.
+        leads: whether it puts the parts of all nodes together.
+        every_n_steps: where there are several writers, the states that all of them write: nobody is asked when one is
+            due.
+    """
+
+    shards: tuple[int, ...]
+    of: int
+    leads: bool
+    every_n_steps: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether one writer does it all."""
+        return len(self.shards) == self.of
+
+    def is_due(self, version: Version) -> bool:
+        """Whether a version is one that all writers write."""
+        return (
+            bool(self.every_n_steps) and version.tail_done and version.optimizer_step % (self.every_n_steps or 1) == 0
+        )
+
+
+def share_of(node: str, keepers: Sequence[Sequence[int]], nodes: Sequence[str], every_n_steps: int | None) -> Share:
+    """What a node writes: all, where the node of rank 0 holds all shards and is this one; else its own ranks' shards.
+
+    Args:
+        node: name of the node.
+        keepers: for each shard the ranks, beyond its writer, that keep a copy.
+        nodes: name of each rank's node.
+        every_n_steps: optimizer steps from one state of several writers to the next; None where time decides.
+    """
+    first, count = nodes[0], len(nodes)
+    held = [first in {nodes[rank] for rank in (shard, *others)} for shard, others in enumerate(keepers)]
+    if all(held):
+        return Share(tuple(range(count)) if node == first else (), count, node == first)
+    return Share(tuple(rank for rank in range(count) if nodes[rank] == node), count, node == first, every_n_steps)
+
+
 def states_to_drop(kept: Collection[Version], written: Version, keep: int) -> tuple[Version, ...]:
     """The states that go when a new one is complete.
 

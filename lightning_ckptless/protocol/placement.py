@@ -7,18 +7,20 @@ survives the most. Where groups do not divide the domains evenly, the last circl
 
 A shard is lost when its domain and the `copies` domains behind it in the circle are lost, so a circle survives when no
 `copies + 1` domains in a row are gone. That is counted exactly, see `Placement.survival`.
+
+Where more than a domain is lost together, a group of ranks that share a fate, the domains are joined first: see
+`fail_together`. A copy is never kept by a rank that is lost with the shard's writer.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import NamedTuple
 
 from lightning_ckptless.errors import OptionsError
-from lightning_ckptless.options import FailureDomain
 
 Circle = tuple[str, ...]
 
@@ -48,6 +50,7 @@ class Placement:
         domains: failure domain of each rank.
         circles: the domains, in the circles that keep each other's shards.
         copies: replicas of each shard beyond the writer's own; 0 where a single domain leaves no other place.
+        kind: what a failure domain is, in a word.
         reason: what was placed and what it survives, in a sentence.
     """
 
@@ -55,6 +58,7 @@ class Placement:
     domains: tuple[str, ...]
     circles: tuple[Circle, ...]
     copies: int
+    kind: str
     reason: str
 
     def wards(self, rank: int) -> tuple[int, ...]:
@@ -72,6 +76,16 @@ class Placement:
             raise OptionsError(f"survival of {losses} losses: expected 0 to {most}, the number of failure domains")
         return _survival(self.circles, self.copies, losses)
 
+    def fatal_losses(self) -> tuple[tuple[str, ...], ...]:
+        """The smallest sets of domains whose loss at once takes every copy of some shard.
+
+        A loss is survived if none of these sets is part of it.
+        """
+        run = self.copies + 1
+        starts = ((circle, start) for circle in self.circles for start in range(len(circle)))
+        runs = ([circle[(start + step) % len(circle)] for step in range(run)] for circle, start in starts)
+        return tuple(dict.fromkeys(tuple(sorted(neighbours)) for neighbours in runs))
+
     def rows(self) -> tuple[PlacementRow, ...]:
         """The placement as a table, one row per shard."""
         return tuple(
@@ -80,7 +94,26 @@ class Placement:
         )
 
 
-def place(domains: Sequence[str], copies: int, *, kind: FailureDomain = "node") -> Placement:
+def fail_together(domains: Sequence[str], groups: Iterable[Collection[int]]) -> tuple[str, ...]:
+    """Join the failure domains that share a group: what is lost together is one domain.
+
+    Args:
+        domains: name of each rank's failure domain.
+        groups: ranks that are lost together, e.g. the tensor-parallel groups; a rank may be in none or in several.
+
+    Returns:
+        The name of each rank's joined domain: `a+b` where `a` and `b` share a group, directly or by others. No finer
+        division keeps every domain and every group whole.
+    """
+    joined = {name: {name} for name in domains}
+    for group in groups:
+        together = set[str]().union(*(joined[domains[rank]] for rank in group))
+        joined |= dict.fromkeys(together, together)
+    order = {name: position for position, name in enumerate(dict.fromkeys(domains))}
+    return tuple("+".join(sorted(joined[name], key=order.__getitem__)) for name in domains)
+
+
+def place(domains: Sequence[str], copies: int, *, kind: str = "node") -> Placement:
     """Choose the keepers of every shard.
 
     The shard of the i-th rank of a domain is kept by the (i mod size)-th rank of each domain that keeps it.
@@ -88,7 +121,7 @@ def place(domains: Sequence[str], copies: int, *, kind: FailureDomain = "node") 
     Args:
         domains: name of each rank's failure domain.
         copies: replicas of each shard beyond the writer's own.
-        kind: what a failure domain is, for the wording.
+        kind: what a failure domain is, in a word, for the wording.
 
     Raises:
         OptionsError: there are several domains, but too few for so many copies.
@@ -102,7 +135,7 @@ def place(domains: Sequence[str], copies: int, *, kind: FailureDomain = "node") 
     circles = _circles(names, placed + 1)
     keepers = _keepers(domains, circles, placed)
     reason = _reason(len(domains), circles, copies, kind)
-    return Placement(keepers, tuple(domains), circles, placed, reason)
+    return Placement(keepers, tuple(domains), circles, placed, kind, reason)
 
 
 def _circles(names: tuple[str, ...], group_size: int) -> tuple[Circle, ...]:

@@ -5,10 +5,8 @@ exactly before what does not.
 
 | Arenas | And | Then |
 |---|---|---|
-| a complete version, as new as any durable state | of another world size | refuse |
 | a complete version, as new as any durable state | first start, asked for another checkpoint file than the one it began from | refuse |
 | a complete version, as new as any durable state | | restore it |
-| no complete version, or an older one | a durable state, of another world size | refuse |
 | no complete version, or an older one | a durable state, first start, asked for another checkpoint file, whose step is not known | refuse |
 | no complete version, or an older one | a durable state, first start, asked for another checkpoint file, which is newer | go on from the file |
 | no complete version, or an older one | a durable state, which may be used, and no newer checkpoint file of the run | go on from the durable state |
@@ -24,7 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from lightning_ckptless.errors import CkptlessError, OptionsError, StateMissingError, WorldSizeError
+from lightning_ckptless.errors import CkptlessError, OptionsError, StateMissingError
 from lightning_ckptless.options import OnUnrecoverable
 from lightning_ckptless.protocol.durable import DurableState
 from lightning_ckptless.protocol.versions import Complete, Missing
@@ -151,11 +149,10 @@ def _is_newer(state: DurableState, found: Complete) -> bool:
 
 
 def _plan_from_arenas(start: Start, found: Complete) -> StartPlan:
-    if found.snapshot.world_size != start.world_size:
-        return _refuse(WorldSizeError, _other_world_size(found, start.world_size))
     if not start.relaunched and start.ckpt_path is not None and start.ckpt_path != start.origin:
         return _refuse(OptionsError, _other_origin(found, start.ckpt_path, start.origin))
-    return StartPlan(StartAction.RESTORE, f"generation {start.generation} goes on: {found.reason}")
+    more = _world_of(found.snapshot.world_size, start.world_size)
+    return StartPlan(StartAction.RESTORE, f"generation {start.generation} goes on: {found.reason}{more}")
 
 
 def _plan_from_state(start: Start, found: Complete | Missing, state: DurableState, left: Left) -> StartPlan | None:
@@ -172,9 +169,7 @@ def _plan_from_state(start: Start, found: Complete | Missing, state: DurableStat
     if asked is not None and asked.step is not None and asked.step > step:
         reason = f"{state} of {version} is older than {asked}: generation {start.generation} goes on from that file"
         return StartPlan(StartAction.DURABLE, reason, asked.path)
-    if state.snapshot.world_size != start.world_size:
-        return _refuse(WorldSizeError, _other_world_size_in(state, start.world_size))
-    why = _why_state(start, found, state, asked, left)
+    why = _why_state(start, found, state, asked, left) + _world_of(state.snapshot.world_size, start.world_size)
     return StartPlan(StartAction.DURABLE, f"generation {start.generation} goes on from {state}: {why}", state=state)
 
 
@@ -194,21 +189,8 @@ def _refuse(error: type[CkptlessError], reason: str) -> StartPlan:
     return StartPlan(StartAction.REFUSE, reason, error=error)
 
 
-def _other_world_size(found: Complete, world_size: int) -> str:
-    before = found.snapshot.world_size
-    return (
-        f"{found.snapshot.version} was mirrored by {before} ranks, and {world_size} are started: "
-        f"start {before} ranks, or remove the mirrored state with `ckptless clean`"
-    )
-
-
-def _other_world_size_in(state: DurableState, world_size: int) -> str:
-    before = state.snapshot.world_size
-    return (
-        f"{state} of {state.snapshot.version} was written by {before} ranks, and {world_size} are started: "
-        f"start {before} ranks, or name another durable_dir; `ckptless export` makes a checkpoint file of it that any "
-        "number of ranks can begin from"
-    )
+def _world_of(before: int, world_size: int) -> str:
+    return f"; written by {before} ranks, {world_size} go on" if before != world_size else ""
 
 
 def _other_origin(found: Complete, ckpt_path: str, origin: str | None) -> str:

@@ -67,19 +67,25 @@ _Wish = tuple[int, int, Part]
 
 
 def plan_transfers(
-    complete: Complete, nodes: Sequence[str], need: Mapping[int, Collection[int]]
+    complete: Complete,
+    nodes: Sequence[str],
+    need: Mapping[int, Collection[int]],
+    blobs: Mapping[int, Collection[int]] | None = None,
 ) -> tuple[Transfer, ...]:
     """Plan how the ranks get what they need.
 
     Args:
         complete: the version, with the good replicas of each shard.
         nodes: name of each rank's node. Every replica lies on the node of some rank: inventories come from live ranks.
-        need: for each rank the shards whose tensors it needs. The small state of its own shard comes with it.
+        need: for each rank the shards whose tensors it needs.
+        blobs: for each rank the shards whose small state it needs; None for that of its own shard.
 
     Returns:
         One transfer for each rank and shard that it needs anything of.
     """
-    return _routed(complete, nodes, _wanted(complete, need))
+    return _routed(
+        complete, nodes, _wanted(complete, need, {rank: {rank} for rank in need} if blobs is None else blobs)
+    )
 
 
 def plan_copies(complete: Complete, nodes: Sequence[str], absent: Collection[tuple[int, int]]) -> tuple[Transfer, ...]:
@@ -117,13 +123,15 @@ def _routed(complete: Complete, nodes: Sequence[str], wanted: Sequence[_Wish]) -
     return tuple(plan)
 
 
-def _wanted(complete: Complete, need: Mapping[int, Collection[int]]) -> list[_Wish]:
+def _wanted(
+    complete: Complete, need: Mapping[int, Collection[int]], blobs: Mapping[int, Collection[int]]
+) -> list[_Wish]:
     """What each rank wants of each shard."""
-    wanted: list[_Wish] = []
-    for rank, shards in need.items():
-        wanted += [(rank, shard, Part.BULK) for shard in set(shards) - {rank}]
-        wanted.append((rank, rank, Part.WHOLE if rank in shards else Part.BLOB))
-    return _largest_first(complete, wanted)
+    parts: dict[tuple[int, int], Part] = {(rank, shard): Part.BULK for rank, shards in need.items() for shard in shards}
+    for rank, shards in blobs.items():
+        for shard in shards:
+            parts[rank, shard] = Part.WHOLE if (rank, shard) in parts else Part.BLOB
+    return _largest_first(complete, [(rank, shard, part) for (rank, shard), part in parts.items()])
 
 
 def _largest_first(complete: Complete, wanted: Sequence[_Wish]) -> list[_Wish]:

@@ -34,13 +34,13 @@ class Fetched:
 
     Args:
         bulks: tensor part of each needed shard: mapped from the own arena, or received.
-        blob: this rank's small state.
+        blobs: small state of each rank whose small state was asked for.
         moved_bytes: bytes received from peers.
         sources: number of shards from the `own arena` and from a `peer`.
     """
 
     bulks: dict[int, torch.Tensor]
-    blob: bytes
+    blobs: dict[int, bytes]
     moved_bytes: int
     sources: dict[str, int]
 
@@ -70,7 +70,8 @@ def gather_replicas(mine: Iterable[Replica], transport: Transport) -> tuple[Repl
 def choose(arena: Arena, transport: Transport, nodes: Sequence[str], *, need: Need | None = None) -> Complete | Missing:
     """Choose the newest version that is complete and whose bytes are as they were written.
 
-    Only the replicas that would be used are read; where one is damaged, the choice is made again without it.
+    Only the replicas that would be used are read; where one is damaged, the choice is made again without it. Of what
+    another number of ranks has written every shard counts as used.
 
     Args:
         arena: the own node's arena.
@@ -88,11 +89,13 @@ def choose(arena: Arena, transport: Transport, nodes: Sequence[str], *, need: Ne
     good: set[Replica] = set()
     while True:
         found = newest_complete(inventory, bad=bad)
-        if isinstance(found, Missing) or found.snapshot.world_size != len(nodes):
-            # What another number of ranks has written is reported, for a clear refusal, and not read.
+        if isinstance(found, Missing):
             return found
-        needed = shared_layout(arena, transport, found.snapshot.layout).need if need is None else need
-        plan = plan_transfers(found, nodes, needed)
+        if is_other := found.snapshot.world_size != len(nodes):
+            needed: Need = {rank: range(found.snapshot.world_size) for rank in range(len(nodes))}
+        else:
+            needed = shared_layout(arena, transport, found.snapshot.layout).need if need is None else need
+        plan = plan_transfers(found, nodes, needed, needed if is_other else None)
         used = {step.replica for step in plan} - good
         if not used:
             return found
@@ -102,21 +105,30 @@ def choose(arena: Arena, transport: Transport, nodes: Sequence[str], *, need: Ne
         good |= used - bad
 
 
-def fetch(complete: Complete, arena: Arena, transport: Transport, nodes: Sequence[str], *, need: Need) -> Fetched:
-    """Bring the shards of a version to every rank that needs them, and to each rank its own small state.
+def fetch(
+    complete: Complete,
+    arena: Arena,
+    transport: Transport,
+    nodes: Sequence[str],
+    *,
+    need: Need,
+    blobs: Need | None = None,
+) -> Fetched:
+    """Bring the shards of a version, and small states, to every rank that needs them.
 
     Args:
         complete: what `choose` returned.
         arena: the own node's arena.
         transport: between all ranks.
-        nodes: name of each rank's node; as many as the version has shards.
+        nodes: name of each rank's node.
         need: which shards each rank needs, as they were chosen for.
+        blobs: the small state of which shards each rank needs; None for that of its own.
 
     Raises:
         TransportError: a peer is gone.
     """
     rank = transport.rank
-    plan = plan_transfers(complete, nodes, need)
+    plan = plan_transfers(complete, nodes, need, blobs)
     got = {(step.replica.shard, part): _read(arena, step, part) for step in _reads(plan, rank) for part in _parts(step)}
     local_count = sum(part is Part.BULK for _, part in got)
     sends = [
@@ -135,7 +147,7 @@ def fetch(complete: Complete, arena: Arena, transport: Transport, nodes: Sequenc
     bulks = {shard: data for (shard, part), data in got.items() if part is Part.BULK}
     return Fetched(
         bulks=bulks,
-        blob=bytes(bytes_of(got[rank, Part.BLOB])),
+        blobs={shard: bytes(bytes_of(data)) for (shard, part), data in got.items() if part is Part.BLOB},
         moved_bytes=sum(data.numel() for _, _, data in receives),
         sources={OWN_ARENA: local_count, PEER: len(bulks) - local_count},
     )

@@ -79,6 +79,10 @@ class Trace:
             found.setdefault(line.point, []).append(line)
         return found
 
+    def last_of_generations(self) -> list[Line]:
+        """The line that each generation wrote last."""
+        return list({line.generation: line for line in self.lines}.values())
+
 
 def read_traces(folder: Path) -> dict[int, Trace]:
     """The traces in a folder, by rank."""

@@ -42,12 +42,12 @@ def open_arena(
     return arena, nodes
 
 
-def find_arena(identity: Identity, chapter: int, options: CkptlessOptions) -> Arena | None:
-    """The arena of this node, where others of its workers have it open; None where there is none."""
+def find_or_make_arena(identity: Identity, chapter: int, options: CkptlessOptions) -> Arena:
+    """The arena of this node: that which its other workers have open, or a new one where the node is new to the run."""
     for info in find_arenas(_folder(options), _run_id(identity, chapter)):
         if info.node == identity.node and info.owner.pid == identity.agent_pid:
             return Arena.attach(info.path)
-    return None
+    return _make(_folder(options), _run_id(identity, chapter), identity, options.arena_keep_s, None)
 
 
 def _folder(options: CkptlessOptions) -> Path:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_ckptless.options import CkptlessOptions
-from lightning_ckptless.protocol.placement import Placement, place
+from lightning_ckptless.protocol.domains import place_in
+from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.transport import Transport
 from lightning_ckptless.trainer.arenas import is_first_of_node, local_rank
+from lightning_ckptless.trainer.domains import find_domains
 
 Notes = tuple[dict[str, Any], ...]
 """What has been noted in the arena of each rank's node."""
@@ -69,6 +71,7 @@ def form_cohort(
     generation: int,
     *,
     after: int = 0,
+    mesh: tuple[int, int] | None = None,
 ) -> Cohort:
     """Let the ranks get to know each other. All call it together.
 
@@ -81,14 +84,13 @@ def form_cohort(
         options: the user's settings.
         generation: number of the membership, as it was joined.
         after: number of the generation that has written what may be gone on from, outside of the arenas.
+        mesh: ranks in each dimension of the strategy's mesh; None without one.
 
     Raises:
-        OptionsError: replicas cannot be placed.
+        OptionsError: replicas cannot be placed, or nobody has said where a node is.
     """
-    world_size = transport.world_size
-    by_rank = options.failure_domain == "rank"
-    domains = tuple(f"rank{rank}" for rank in range(world_size)) if by_rank else nodes
-    placement = place(domains, options.copies if world_size > 1 else 0)
+    domains = find_domains(options.failure_domain, nodes, transport, mesh)
+    placement = place_in(domains, options.copies if transport.world_size > 1 else 0)
     notes = tuple(json.loads(line) for line in transport.gather(json.dumps(arena.notes()).encode()))
     number = max([generation, after + 1, *(int(n["generation"]) + 1 for n in notes if "generation" in n)])
     cohort = Cohort(transport, arena, nodes, placement, number, notes)

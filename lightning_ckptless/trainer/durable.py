@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -20,13 +21,13 @@ from typing import Any
 from lightning_ckptless import environment
 from lightning_ckptless.durable.capture import ShardCopy
 from lightning_ckptless.durable.folder import DurableFolder, Manifest
-from lightning_ckptless.durable.order import MODULE, WriterOrder
+from lightning_ckptless.durable.order import MODULE, SHARE_NOTE, WriterOrder, read_share, share_note
 from lightning_ckptless.durable.store import read_layout, read_shard
 from lightning_ckptless.errors import DurableError, OptionsError
 from lightning_ckptless.ledger import LEDGER_NAME
 from lightning_ckptless.membership.control import Line
 from lightning_ckptless.options import CkptlessOptions
-from lightning_ckptless.protocol.durable import DurableState, newest_first
+from lightning_ckptless.protocol.durable import DurableState, newest_first, share_of
 from lightning_ckptless.protocol.versions import Complete, Missing, Snapshot, Version
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.layout import Layout
@@ -128,32 +129,36 @@ class DurableRung:
 
     # ------------------------------------------------------------------ writing
 
-    def require_all_shards(self, cohort: Cohort) -> None:
-        """Refuse a placement under which no node could write a whole state: the node of rank 0 does it alone.
+    def share_out(self, cohort: Cohort) -> None:
+        """Note what the writer of this node has to do. All ranks call it.
 
         Raises:
-            OptionsError: its arena does not get all shards.
-        """
-        nodes, keepers = cohort.nodes, cohort.placement.keepers
-        there = [
-            shard for shard, others in enumerate(keepers) if nodes[0] in {nodes[rank] for rank in (shard, *others)}
-        ]
-        if self._is_on and len(there) < len(nodes):
-            count = len(dict.fromkeys(nodes))
-            raise OptionsError(
-                f"durable states are written by the node of rank 0, whose arena holds {len(there)} of the {len(nodes)} "
-                f"shards with copies={self._options.copies} on {count} nodes: set copies={count - 1}, or leave "
-                "durable_every_n_steps and durable_every_s out and save with ModelCheckpoint"
-            )
-
-    def order_writer(self, arena: Arena, line: Line | None) -> None:
-        """Have states written from an arena, by a process of this node's agent.
-
-        Args:
-            arena: of this node, the one of rank 0.
-            line: to an agent of ours; None where another one has started this worker.
+            OptionsError: several nodes would have to write, and the options do not say at which steps.
         """
         if not self._is_on:
+            return
+        n, mirrored = self._options.durable_every_n_steps, self._options.mirror_every_n_steps
+        steps = None if n is None or mirrored == "auto" else math.lcm(n, mirrored)
+        nodes = cohort.nodes
+        share = share_of(nodes[cohort.rank], cohort.placement.keepers, nodes, steps)
+        if not any(share_of(node, cohort.placement.keepers, nodes, steps).is_whole for node in nodes) and not steps:
+            raise OptionsError(
+                f"with copies={self._options.copies} no node holds all {len(nodes)} shards, so {len(set(nodes))} nodes "
+                "write a durable state together, at steps that all of them know: set durable_every_n_steps, and "
+                "mirror_every_n_steps to a number"
+            )
+        if cohort.speaks_for_node:
+            cohort.arena.note(SHARE_NOTE, share_note(share))
+
+    def order_writer(self, arena: Arena, line: Line | None) -> None:
+        """Have states written from an arena, by a process of this node's agent, if this node writes any.
+
+        Args:
+            arena: of this node.
+            line: to an agent of ours; None where another one has started this worker.
+        """
+        share = read_share(arena.notes())
+        if not self._is_on or share is None or not share.shards:
             return
         order = WriterOrder(
             arena=str(arena.path),

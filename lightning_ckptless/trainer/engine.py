@@ -7,7 +7,7 @@ when a version exists by `step`, how the loops are entered by `drive`, what an e
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,22 +25,25 @@ from lightning_ckptless.protocol.start import StartAction, StartPlan
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.transport import GlooTransport, SoloTransport, Transport
-from lightning_ckptless.trainer.arenas import find_arena, is_first_of_node, local_rank, open_arena
+from lightning_ckptless.trainer.arenas import find_or_make_arena, is_first_of_node, local_rank, open_arena
 from lightning_ckptless.trainer.begun import BegunStep
 from lightning_ckptless.trainer.checkpoints import note_of_save
 from lightning_ckptless.trainer.cohort import Cohort, form_cohort
 from lightning_ckptless.trainer.drive import run_restored
 from lightning_ckptless.trainer.durable import DurableRung, with_environment
+from lightning_ckptless.trainer.fetching import fetch_version
 from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host.loops import FitLoops
+from lightning_ckptless.trainer.host.streams import open_training_data
 from lightning_ckptless.trainer.identity import Identity, identify
 from lightning_ckptless.trainer.judgement import why_final
 from lightning_ckptless.trainer.mirroring import Mirroring
 from lightning_ckptless.trainer.replay import BatchLog
 from lightning_ckptless.trainer.report import RunReport
-from lightning_ckptless.trainer.restoration import Restoration, fetch_version
+from lightning_ckptless.trainer.restoration import Restoration
 from lightning_ckptless.trainer.starting import Sources, decide_start
 from lightning_ckptless.trainer.step import StepBoundaries
+from lightning_ckptless.trainer.streams import Streams
 from lightning_ckptless.trainer.survival import Survival
 
 COMMIT_TIMEOUT_S = 1800.0
@@ -66,6 +69,7 @@ class Engine:
         self.world_size: int = trainer.world_size
         self.identity: Identity = identify(trainer)
         self.run_folder: Path = self.identity.run_folder
+        self.streams: Streams = strategy.make_streams(trainer)
         self.durable = DurableRung(self.identity, chapter, self.options)
         self._line = line
         self.ledger = Ledger(self.run_folder / "ledger.jsonl")
@@ -73,11 +77,37 @@ class Engine:
         self.arena: Arena | None = None
         self.cohort: Cohort | None = None
         self.mirroring: Mirroring | None = None
+        self.has_moved = False
         self._restoration: Restoration | None = None
         self.boundaries: StepBoundaries | None = None
         self._finish_asked = False
         self._stepped_in = 0
         self._pulse: PulseWriter | None = None
+
+    def become(self, env: Mapping[str, str]) -> None:
+        """Be the rank that the agent says; nothing where this process is it already.
+
+        Args:
+            env: what makes a process that rank.
+        """
+        strategy, trainer = self.strategy, self.trainer
+        os.environ.update(env)
+        if (trainer.global_rank, trainer.world_size) == (self.rank, self.world_size):
+            return
+        self.has_moved = True
+        strategy.set_world_ranks()
+        self.rank, self.world_size = trainer.global_rank, trainer.world_size
+        place, places, _ = strategy.place_among_streams()
+        self.streams.place_at(place, places)
+        if self.arena is not None:
+            self._begun = BegunStep(self.arena.path, self.rank)
+
+    def open_data_anew(self) -> None:
+        """Some rank is another one than before: open what each has a share of anew, on all of them."""
+        self.has_moved = False
+        self.loops.forget_validation_data()
+        with self.strategy.as_stream(self.streams.own):
+            self.loops.replace_training_data(open_training_data(self.trainer))
 
     @property
     def generation(self) -> int:
@@ -92,7 +122,7 @@ class Engine:
         Raises:
             LaunchError: as many recoveries were made as the options allow.
             StateMissingError: nothing complete is left and the options say to stop.
-            WorldSizeError: the state was mirrored by another number of ranks.
+            WorldSizeError: the state was mirrored by another number of ranks, for which these cannot go on.
             OptionsError: the checkpoint path and a live arena disagree, or replicas cannot be placed.
         """
         transport, opens = self.connect(), is_first_of_node(local_rank())
@@ -103,8 +133,11 @@ class Engine:
             self._have_arena_reaped(self.arena)
         relaunched, states = self.generation > 1, self.durable.states(transport)
         after = max((state.snapshot.generation for state in states), default=0)
-        cohort = self.cohort = form_cohort(transport, self.arena, nodes, self.options, self.generation, after=after)
-        self.durable.require_all_shards(cohort)
+        mesh = self.strategy.mesh_sizes()
+        cohort = self.cohort = form_cohort(
+            transport, self.arena, nodes, self.options, self.generation, after=after, mesh=mesh
+        )
+        self.durable.share_out(cohort)
         self.report.generation = cohort.generation
         saved = cohort.noted("logger_versions")
         self._name_logs(saved)
@@ -126,14 +159,8 @@ class Engine:
         return plan
 
     def begin_alone(self) -> None:
-        """Prepare to take a lost rank's place: what can be known without the others.
-
-        Raises:
-            LaunchError: this node has no arena of the run.
-        """
-        self.arena = find_arena(self.identity, self.chapter, self.options)
-        if self.arena is None:
-            raise LaunchError(f"rank {self.rank}: node {self.identity.node} has no arena of run {self.identity.run_id}")
+        """Prepare to come to the others where they are: what can be known without them."""
+        self.arena = find_or_make_arena(self.identity, self.chapter, self.options)
         self._name_logs(self.arena.notes().get("logger_versions"))
         if self.trainer.is_global_zero:
             host_loggers.keep_logs(self.trainer)
@@ -152,7 +179,7 @@ class Engine:
         """
         assert self.cohort is not None
         self._count_recovery(self.cohort)
-        return fetch_version(self.trainer, found, self.cohort, self.report, self.ledger)
+        return fetch_version(self.trainer, found, self.cohort, self.streams, self.report, self.ledger)
 
     def _have_arena_reaped(self, arena: Arena) -> None:
         """An agent that is not ours knows nothing of arenas: one process per arena waits for its end."""
@@ -197,8 +224,8 @@ class Engine:
         assert arena is not None
         if trainer.is_global_zero:
             host_loggers.watch_logs(trainer.loggers)
-            self.durable.order_writer(arena, self._line)
         if is_first_of_node(local_rank()):
+            self.durable.order_writer(arena, self._line)
             arena.note("logger_versions", host_loggers.name_versions(trainer.loggers))
         self.loops = loops
         self._begun = BegunStep(arena.path, self.rank)
@@ -207,7 +234,7 @@ class Engine:
         limit = 2 * trainer.accumulate_grad_batches + 2 if self.options.mirror_every_n_steps == 1 else 0
         batches = BatchLog(loops, limit)
         mirroring = self.mirroring = Mirroring(
-            trainer, loops, self.options, self.report, batches, self._probe, lambda: self.finish_asked
+            trainer, loops, self.options, self.report, batches, self.streams, self._probe, lambda: self.finish_asked
         )
         if self.cohort is not None:
             mirroring.join(self.cohort)
@@ -245,6 +272,7 @@ class Engine:
             mirroring.small.apply(restoration.state)
             self.loops.set_sampler_epochs()
             restoration.move_data(self.loops)
+            restoration.move_streams(self.streams)
             restoration.resume(mirroring, self.report, cohort)
 
         self._restoration = None
@@ -280,6 +308,7 @@ class Engine:
     def at_batch_start(self) -> None:
         """Note which step is begun."""
         self._begun.stamp(self.trainer.global_step + 1)
+        self.streams.fetch()
         if self.mirroring is not None:
             self.mirroring.cadence.begin_step(self.trainer.global_step)
         self.beat(Point.BATCH)

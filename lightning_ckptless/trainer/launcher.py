@@ -75,7 +75,7 @@ class FitGuard:
         root = trainer.default_root_dir if trainer is not None else os.getcwd()
         replace_by_agent(
             nproc=strategy.num_processes,
-            nnodes=strategy.num_nodes,
+            nnodes=os.environ.get(environment.NNODES, strategy.num_nodes),
             max_restarts=strategy.options.max_recoveries,
             run_root=os.environ.get(environment.RUN_ROOT, os.path.join(os.path.abspath(root), "ckptless")),
             arena_dir=strategy.options.arena_dir,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_ckptless.durable.recipe import read_recipe, write_recipe
+from lightning_ckptless.errors import TransportError
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.cadence import agreed
 from lightning_ckptless.protocol.versions import Version
@@ -27,6 +28,7 @@ from lightning_ckptless.trainer.replay import BatchLog
 from lightning_ckptless.trainer.report import RunReport
 from lightning_ckptless.trainer.snapshot import SmallState
 from lightning_ckptless.trainer.state import StateIndex, require_room
+from lightning_ckptless.trainer.streams import Streams
 from lightning_ckptless.trainer.tensors import describe_state
 
 CLOSE_TIMEOUT_S = 10.0
@@ -42,6 +44,7 @@ class Mirroring:
         options: the user's settings.
         report: is told what it costs.
         batches: the batches in hand.
+        streams: those that this rank carries.
         probe: called in the mirror thread with the moment of a round and its version.
         finish_asked: whether this rank was asked to end the run.
 
@@ -59,6 +62,7 @@ class Mirroring:
         options: CkptlessOptions,
         report: RunReport,
         batches: BatchLog,
+        streams: Streams,
         probe: Callable[[str, Version], None],
         finish_asked: Callable[[], bool],
     ) -> None:
@@ -71,6 +75,7 @@ class Mirroring:
         self._options = options
         self._report = report
         self._batches = batches
+        self._streams = streams
         self._probe = probe
         self._finish_asked = finish_asked
         self.cadence = Cadence(options, report)
@@ -118,6 +123,7 @@ class Mirroring:
         self.taken = self.tensors_are_of = self._seen = version
         self._open(layout, committed=version)
         assert self._cohort is not None
+        self._tell_plan(version)
         if not read_recipe(self._cohort.arena.path):
             self._keep_recipe(self._cohort.arena)
 
@@ -153,21 +159,14 @@ class Mirroring:
         self.tensors_are_of = version
         if self._index is None or self._mirror is None or not self._index.is_current() or self._is_to_be_compared():
             self._plan_anew()
+            self._tell_plan(version)
         self._seen = version
         assert self._index is not None and self._mirror is not None
         if self._options.on_late == "skip" and self._mirror.busy and not self._ends_here:
             self._mirror.skip(version)
             self._report.taken(0.0, time.perf_counter() - began, self._mirror)
             return
-        blob = pack_late(
-            {
-                "state": self.small.capture(self._batches.position_at(version)),
-                "report": self._report.state(),
-                "interval": self.cadence.chosen,
-                "logger_versions": host_loggers.name_versions(self._trainer.loggers),
-            }
-        )
-        stall_s = self._mirror.submit(version, self._index.read(), blob, blocking_names=self._index.private)
+        stall_s = self._submit(version)
         self._batches.forget_before(self._mirror.committed)
         self.taken = version
         spent_s = time.perf_counter() - began
@@ -180,6 +179,31 @@ class Mirroring:
             self._mirror.settle()
             self.is_over = True
             self._loops.stop_for_sigterm(SIGTERM_EXIT_CODE)
+
+    def _submit(self, version: Version) -> float:
+        assert self._index is not None and self._mirror is not None
+        blob = pack_late(
+            {
+                "state": self.small.capture(self._batches.position_at(version)),
+                "streams": self._streams.capture(),
+                "report": self._report.state(),
+                "interval": self.cadence.chosen,
+                "logger_versions": host_loggers.name_versions(self._trainer.loggers),
+            }
+        )
+        return self._mirror.submit(version, self._index.read(), blob, blocking_names=self._index.private)
+
+    def take_again(self, version: Version) -> None:
+        """Mirror a version that other ranks had written, and wait until it is committed. All ranks call it together."""
+        self.taken = self.tensors_are_of = self._seen = version
+        self._plan_anew()
+        self._submit(version)
+        assert self._mirror is not None
+        if self._mirror.settle() != version:
+            raise TransportError(
+                f"rank {self._trainer.global_rank}: {version} could not be mirrored by {self._trainer.world_size} ranks "
+                "before they go on: a rank had not all of it"
+            )
 
     def before_optimizer_step(self) -> None:
         """Wait until the version under way is copied: the optimizer is about to change the tensors."""
@@ -202,6 +226,11 @@ class Mirroring:
         committed = self._mirror.committed if self._mirror is not None else None
         self._open(layout, committed=committed)
         self._keep_recipe(self._cohort.arena)
+
+    def _tell_plan(self, version: Version) -> None:
+        assert self._cohort is not None and self._layout is not None
+        layout = self._layout
+        self._report.planned(self._cohort, [layout.bulk_bytes(shard) for shard in range(layout.world_size)], version)
 
     def _keep_recipe(self, arena: Arena) -> None:
         """Say beside the version what a checkpoint file has beyond it; it changes as rarely as the layout does."""

@@ -6,18 +6,17 @@ That is theirs to say, by the methods below *what a strategy says of itself*; al
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.communicators import World, use_loopback_on_one_node
 from lightning_ckptless.membership.watch import Watcher
 from lightning_ckptless.options import (
     Checksum,
     CkptlessOptions,
     EveryNSteps,
-    FailureDomain,
     OnLate,
     OnUnrecoverable,
     Staging,
@@ -29,6 +28,8 @@ from lightning_ckptless.trainer.engine import Engine
 from lightning_ckptless.trainer.host.process import prepare_without_group
 from lightning_ckptless.trainer.launcher import launcher_class
 from lightning_ckptless.trainer.loader import make_resumable
+from lightning_ckptless.trainer.streams import Streams
+from lightning_ckptless.trainer.world_size import require_ranks
 
 
 def recoverable(base: Any, flavour: str) -> type[Any]:
@@ -46,7 +47,8 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
         Args:
             mirror_every_n_steps: optimizer steps between two mirrored versions; `auto` to choose by what they cost.
             copies: replicas of each shard beyond the writer's own copy.
-            failure_domain: what is lost together: `node`, or `rank` to keep replicas among the ranks of one node.
+            failure_domain: what is lost together: `node`, `rank` to keep replicas among the ranks of one node, a
+                dimension of the mesh, or a level that you name, e.g. `rack`, see `CKPTLESS_FAILURE_DOMAIN`.
             arena_dir: folder for the arenas; `/dev/shm` where nothing is given and it is there.
             max_recoveries: recoveries after which the run gives up.
             on_unrecoverable: with no complete version left, `durable` goes on from the newest checkpoint file, `raise`
@@ -80,7 +82,7 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             self,
             mirror_every_n_steps: EveryNSteps = 1,
             copies: int = 1,
-            failure_domain: FailureDomain = "node",
+            failure_domain: str = "node",
             arena_dir: str | Path | None = None,
             max_recoveries: int = 100,
             on_unrecoverable: OnUnrecoverable = "durable",
@@ -123,6 +125,7 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
                 durable_dir=Path(durable_dir) if durable_dir is not None else None,
                 durable_keep=durable_keep,
             )
+            self._stream: int | None = None
             self.engine: Engine | None = None
             self.world = World()
             self.watcher: Watcher | None = None
@@ -135,6 +138,10 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
         replicates = True
         """Whether what is neither sharded nor a rank's own is the same on all ranks, by what the strategy does."""
 
+        def mesh_sizes(self) -> tuple[int, int] | None:
+            """Ranks in each dimension of the mesh; None without one."""
+            return None
+
         def check_options(self) -> None:
             """Look at the strategy's own options, before anything is started.
 
@@ -146,8 +153,31 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             """Why a lost rank could not be replaced while the others go on; None where it can."""
             return None
 
+        def obstacle_to_another_world(self) -> str:
+            """Why the model, as it is, could not go on among another number of ranks; empty where it can."""
+            return ""
+
         def use_new_groups(self) -> None:
             """Let the model use the process groups of a new generation."""
+
+        runs_evenly = False
+        """Whether all ranks must run equally many forward passes in a step."""
+
+        def place_among_streams(self) -> tuple[int, int, int]:
+            """This rank's number among those with a share of the samples, how many there are, and ranks per share."""
+            return self.global_rank, self.world_size, 1
+
+        def asked_streams(self) -> int:
+            """How many shares of the samples there are when all ranks are."""
+            return int(self.num_nodes * self.num_processes)
+
+        def without_sync(self) -> AbstractContextManager[Any]:
+            """Context in which a backward pass does not sum gradients over the ranks."""
+            return nullcontext()
+
+        def sums_now(self) -> bool:
+            """Whether a backward pass sums gradients over the ranks now."""
+            return True
 
         # -------------------------------------------------------------- processes
 
@@ -160,12 +190,33 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             Raises:
                 OptionsError: the numbers differ.
             """
-            asked, found = self.num_nodes * self.num_processes, self.cluster_environment.world_size()
-            if asked != found:
-                raise OptionsError(
-                    f"Trainer(num_nodes={self.num_nodes}, devices={self.num_processes}) asks for {asked} ranks, the "
-                    f"agent started {found}: start with --nproc-per-node {self.num_processes} --nnodes {self.num_nodes}"
-                )
+            require_ranks(
+                nodes=self.num_nodes, per_node=self.num_processes, found=self.cluster_environment.world_size()
+            )
+
+        def make_streams(self, trainer: Any) -> Streams:
+            """The streams of samples that this rank carries, as at the start of a run."""
+            place, places, width = self.place_among_streams()
+            count = self.asked_streams()
+            return Streams(trainer, count=count, place=place, places=places, width=width, evenly=self.runs_evenly)
+
+        @contextmanager
+        def as_stream(self, stream: int) -> Iterator[None]:
+            """Have dataloaders that are set up within it take the share of a stream."""
+            self._stream = stream
+            try:
+                yield
+            finally:
+                self._stream = None
+
+        @property
+        def distributed_sampler_kwargs(self) -> dict[str, Any]:
+            """Which share of the samples a dataloader takes: of training a stream's, of the rest this rank's."""
+            place, places, _ = self.place_among_streams()
+            if self.engine is None or not self.engine.trainer.training:
+                return {"num_replicas": places, "rank": place}
+            stream = place if self._stream is None else self._stream
+            return {"num_replicas": self.engine.streams.count, "rank": stream}
 
         def join_generation(self) -> bool:
             """Join the current generation, unless this process has.
@@ -229,6 +280,37 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             if self.engine is not None:
                 self.engine.at_batch_start()
             super().on_train_batch_start(batch, batch_idx)
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            """The forward pass of the own micro-batch; others that this rank runs follow its backward pass."""
+            streams = self._others()
+            if streams is None or not streams.extra_batches:
+                return super().training_step(*args, **kwargs)
+            with self.without_sync():
+                return super().training_step(*args, **kwargs)
+
+        def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
+            """The backward pass, and the micro-batches of further streams behind it."""
+            streams = self._others()
+            if streams is None or streams.are_whole:
+                return super().backward(closure_loss, *args, **kwargs)
+            go_back, share, sums = super().backward, streams.share, self.sums_now()
+            if not streams.extra_batches:
+                return go_back(closure_loss * share, *args, **kwargs)
+            with self.without_sync():
+                loss = go_back(closure_loss * share, *args, **kwargs)
+            streams.run_others(lambda other: go_back(other * share, *args, **kwargs), self.without_sync, sums=sums)
+            return loss
+
+        @property
+        def runs_for_nothing(self) -> bool:
+            """Whether the training step at hand is there to keep ranks in step, and its samples do not count."""
+            return self.engine is not None and self.engine.streams.is_running_for_nothing
+
+        def _others(self) -> Streams | None:
+            """The streams, where this micro-batch is the rank's own."""
+            streams = None if self.engine is None else self.engine.streams
+            return None if streams is None or streams.is_running_another else streams
 
         def pre_backward(self, closure_loss: Any) -> None:
             """Note that the forward pass is over."""

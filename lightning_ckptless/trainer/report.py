@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from lightning_ckptless.membership.watch import Assignment
 from lightning_ckptless.protocol.cadence import CadencePlan
 from lightning_ckptless.protocol.goodput import GoodputAccount, Phases, phases_from
 from lightning_ckptless.protocol.placement import Placement
+from lightning_ckptless.protocol.placement_table import table_of
 from lightning_ckptless.protocol.recovery import Rung
 from lightning_ckptless.protocol.start import StartPlan
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.mirror import Mirror
 from lightning_ckptless.replica.replenish import Replenished
+from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.host.results import show_on_progress_bar
 from lightning_ckptless.trainer.identity import Identity
 
@@ -74,6 +76,8 @@ class RunReport:
         self._stall_s = 0.0
         self._values: dict[str, float] = {}
         self._last_noted_at = 0.0
+        self._plan: tuple[Placement, tuple[str, ...], tuple[int, ...]] | None = None
+        self._is_plan_shown = False
 
     def _record(self, event: str, **fields: Any) -> None:
         self.ledger.record(event, generation=self.generation, rank=self.trainer.global_rank, **fields)
@@ -99,6 +103,34 @@ class RunReport:
         if self.generation == 1:
             self._say(f"run {identity.run_id}: {placement.reason}")
         self._say(plan.reason)
+
+    def planned(self, cohort: Cohort, sizes_bytes: Sequence[int], version: Version) -> None:
+        """How the state is cut is known, and so is what each rank keeps.
+
+        Args:
+            cohort: the ranks.
+            sizes_bytes: size of each shard.
+            version: that is cut so; the first one has no state of the optimizer yet.
+        """
+        placement = cohort.placement
+        plan = (placement, cohort.nodes, tuple(sizes_bytes))
+        if not self.speaks or plan == self._plan:
+            return
+        self._plan = plan
+        self._record(
+            "placement",
+            kind=placement.kind,
+            copies=placement.copies,
+            keepers=placement.keepers,
+            domains=placement.domains,
+            nodes=cohort.nodes,
+            sizes_bytes=sizes_bytes,
+            version=str(version),
+        )
+        if placement.copies and version.optimizer_step and self.generation == 1 and not self._is_plan_shown:
+            self._is_plan_shown = True
+            table = table_of(placement, sizes_bytes, kind=placement.kind)
+            self._say("\n  ".join(["where the state is kept:", *table.lines()]))
 
     def faulted(self, assignment: Assignment) -> None:
         """This rank has heard of a fault that it lives through, or joins in after."""
@@ -126,12 +158,19 @@ class RunReport:
             return
         self._record(
             "protection",
+            version=str(self._restored),
             copied_bytes=replenished.copied_bytes,
             sent_bytes=replenished.sent_bytes,
             pairs=[list(pair) for pair in replenished.pairs],
             reason=replenished.reason,
         )
         self._say(replenished.reason)
+
+    def world_changed(self, before: int, reason: str) -> None:
+        """A version of another number of ranks is in place, and mirrored by these."""
+        if self.speaks:
+            self._record("world_changed", before=before, world_size=self.trainer.world_size, reason=reason)
+            self._say(reason)
 
     def resume(self, saved: dict[str, Any]) -> None:
         """Training is about to go on: take up the accounts of the restored version."""

@@ -11,17 +11,16 @@ from lightning_ckptless.ledger import Ledger, read_ledger
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.layout import Layout
 from lightning_ckptless.replica.replenish import replenish
-from lightning_ckptless.replica.restore import Fetched, fetch, shared_layout
-from lightning_ckptless.trainer.begun import step_in_flight
+from lightning_ckptless.replica.restore import Fetched
 from lightning_ckptless.trainer.checkpoints import files_of_the_future, remove
 from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.data import move_data_to
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.mirroring import Mirroring
-from lightning_ckptless.trainer.plain import unpack
 from lightning_ckptless.trainer.report import Moved, RunReport
 from lightning_ckptless.trainer.rng import apply_rng
 from lightning_ckptless.trainer.state import StateIndex
+from lightning_ckptless.trainer.streams import Streams
 from lightning_ckptless.trainer.tensors import fill_trainer
 
 log = logging.getLogger(__name__)
@@ -71,6 +70,10 @@ class Restoration:
         """Open the training data anew at the position of the version."""
         move_data_to(loops, self.state["data"])
 
+    def move_streams(self, streams: Streams) -> None:
+        """Have the streams beside this rank's own go on from the version; the training data is set up."""
+        streams.move_to(self.small["streams"])
+
     def resume(self, mirroring: Mirroring, report: RunReport, cohort: Cohort) -> None:
         """Protect the version and mirror from here on; the generators come last. All ranks call it together."""
         assert self.index is not None
@@ -81,26 +84,7 @@ class Restoration:
         apply_rng(self.state["rng"])
 
 
-def fetch_version(trainer: Any, found: Complete, cohort: Cohort, report: RunReport, ledger: Ledger) -> Restoration:
-    """Bring a version here, and forget what came after it. All ranks call it together.
-
-    Args:
-        trainer: that will take it.
-        found: the version.
-        cohort: all ranks.
-        report: is told where it came from.
-        ledger: knows which checkpoint files were written since.
-    """
-    arena, transport = cohort.arena, cohort.transport
-    layout = shared_layout(arena, transport, found.snapshot.layout)
-    fetched = fetch(found, arena, transport, cohort.nodes, need=layout.need)
-    report.fetched(found, _sum_over_ranks(fetched, cohort), step_in_flight(arena.path, transport))
-    if trainer.is_global_zero:
-        _forget_the_future(found.snapshot.version, ledger)
-    return Restoration(found, layout, fetched.bulks, unpack(fetched.blob))
-
-
-def _sum_over_ranks(fetched: Fetched, cohort: Cohort) -> Moved:
+def sum_over_ranks(fetched: Fetched, cohort: Cohort) -> Moved:
     moved = cohort.gather([fetched.moved_bytes, fetched.sources])
     sources: Counter[str] = Counter()
     for _, of_rank in moved:
@@ -108,7 +92,7 @@ def _sum_over_ranks(fetched: Fetched, cohort: Cohort) -> Moved:
     return Moved(sum(moved_bytes for moved_bytes, _ in moved), dict(sources))
 
 
-def _forget_the_future(version: Version, ledger: Ledger) -> None:
+def forget_the_future(version: Version, ledger: Ledger) -> None:
     notes = [event.fields for event in read_ledger(ledger.path, only="checkpoint").events]
     for path in files_of_the_future(notes, version):
         log.warning("ckptless: removed %s: it was written after %s, which the run goes back to", path, version)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -11,10 +12,17 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.communicators import world_group
 from lightning_ckptless.mesh_internals import forget_iteration, number_groups_from, use_groups_of
-from lightning_ckptless.torch_internals import use_process_group
+from lightning_ckptless.torch_internals import bucket_layout, set_bucket_layout, use_process_group
 from lightning_ckptless.trainer.host.ddp import wrap_late
 from lightning_ckptless.trainer.host.flavour import FLAVOURS, module
-from lightning_ckptless.trainer.host.model_parallel import PRECISIONS, give_mesh, make_mesh, precision_of, sizes_of
+from lightning_ckptless.trainer.host.model_parallel import (
+    PRECISIONS,
+    fit_mesh,
+    give_mesh,
+    make_mesh,
+    precision_of,
+    sizes_of,
+)
 from lightning_ckptless.trainer.recoverable import recoverable
 from lightning_ckptless.trainer.sharding import sharded_modules
 
@@ -63,10 +71,24 @@ def data_parallel_class(flavour: str) -> type[Any]:
             if self.world.is_open:
                 super().configure_ddp()
 
+        def without_sync(self) -> AbstractContextManager[Any]:
+            """Context in which a backward pass does not sum gradients over the ranks."""
+            model: Any = self.model
+            return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+        def sums_now(self) -> bool:
+            """Whether a backward pass sums gradients over the ranks now."""
+            return not isinstance(self.model, DistributedDataParallel) or self.model.require_backward_grad_sync
+
         def use_new_groups(self) -> None:
             """Sum gradients in the new process group."""
-            if isinstance(self.model, DistributedDataParallel):
-                use_process_group(self.model, world_group())
+            model: Any = self.model
+            if isinstance(model, DistributedDataParallel):
+                before = model.process_group.size()
+                use_process_group(model, world_group())
+                if before != self.world_size:
+                    # What sums are divided by is settled when the buckets are made.
+                    set_bucket_layout(model, bucket_layout(model))
             else:
                 wrap_late(self)
 
@@ -91,6 +113,20 @@ def model_parallel_class(flavour: str) -> type[Any]:
 
         strategy_name = "ckptless_model_parallel"
         replicates = False
+        runs_evenly = True
+
+        def place_among_streams(self) -> tuple[int, int, int]:
+            """This rank's number along the data-parallel dimension, the size of that, and ranks per number."""
+            _, width = sizes_of(self)
+            return self.global_rank // width, self.world_size // width, width
+
+        def asked_streams(self) -> int:
+            """Size of the data-parallel dimension when all ranks are there."""
+            return int(self.num_nodes * self.num_processes // sizes_of(self)[1])
+
+        def mesh_sizes(self) -> tuple[int, int] | None:
+            """Ranks in each dimension of the mesh."""
+            return sizes_of(self)
 
         def check_options(self) -> None:
             """Compare the mesh with the world, and the precision with what is supported.
@@ -115,6 +151,7 @@ def model_parallel_class(flavour: str) -> type[Any]:
             if give_mesh(self):
                 return
             self.join_generation()
+            fit_mesh(self)
             with self.world.making():
                 super().setup_environment()
 
@@ -124,6 +161,10 @@ def model_parallel_class(flavour: str) -> type[Any]:
             else:
                 self.world.pretend(self.global_rank, self.world_size)
             number_groups_from(FIRST_GROUP_OF_MESH)
+
+        def obstacle_to_another_world(self) -> str:
+            """Why the model, as it is, could not go on among another number of ranks."""
+            return "the layers of a sharded model are divided over as many ranks as its mesh has"
 
         def use_new_groups(self) -> None:
             """Give the mesh, and the modules that are sharded over it, groups of the new generation."""

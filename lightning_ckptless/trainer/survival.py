@@ -93,6 +93,8 @@ class Survival:
         # Once: what this process does after this fit it does among the others.
         number, report = os.environ.pop(environment.REGROUPING), os.environ[environment.FAULT_REPORT]
         self._say_entered()
+        if self._watcher is not None:
+            self._watcher.tell("waiting")
         fault = FaultReport.from_json(report)
         # The way of this process to the others is part of their meeting, not of their being told.
         return self._restore_among_others(Assignment(int(number), fault, fault.stopped_at)).tail_done
@@ -106,6 +108,7 @@ class Survival:
                 standbys=options.standbys,
                 hang_timeout_s=options.hang_timeout_s,
                 obstacle=self._obstacle(),
+                fixed_world=self._strategy.obstacle_to_another_world(),
             )
 
     def _obstacle(self) -> str | None:
@@ -175,6 +178,7 @@ class Survival:
     def _restore_once(self, assignment: Assignment) -> Version:
         engine, report = self._engine, self._engine.report
         report.faulted(assignment)
+        engine.become(assignment.env)
         self._mirroring.abandon()
         if foreign := self._strategy.world.foreign_groups():
             self._give_up(f"the program has made {foreign} process groups of its own, which cannot be made anew")
@@ -186,9 +190,11 @@ class Survival:
         assert engine.arena is not None
         transport = engine.connect()
         nodes = tuple(line.decode() for line in transport.gather(engine.identity.node.encode()))
-        engine.cohort = form_cohort(transport, engine.arena, nodes, engine.options, self._strategy.world.generation)
+        generation, mesh = self._strategy.world.generation, self._strategy.mesh_sizes()
+        engine.cohort = form_cohort(transport, engine.arena, nodes, engine.options, generation, mesh=mesh)
         self._strategy.world.renumber(engine.cohort.generation)
         self._move(WorkerEvent.MEET)
+        engine.durable.share_out(engine.cohort)
         report.met(engine.cohort.generation)
         found = choose(engine.arena, transport, nodes)
         if not isinstance(found, Complete):
@@ -213,10 +219,14 @@ class Survival:
         self._mirroring.small.apply(restoration.state)
         if restoration.state["logs"] is not None:
             host_loggers.rewind_logs(self._trainer, restoration.state["logs"])
-        if not self._batches.go_back_to(restoration.version):
+        moved = any(told for (told,) in self._engine.cohort.gather([self._engine.has_moved]))
+        if moved:
+            self._engine.open_data_anew()
+        if moved or not self._batches.go_back_to(restoration.version):
             self._loops.set_sampler_epochs()
             restoration.move_data(self._loops)
             self._batches.reset()
+        restoration.move_streams(self._engine.streams)
         self._boundaries.last = restoration.version
         restoration.resume(self._mirroring, self._engine.report, self._engine.cohort)
 

@@ -41,6 +41,20 @@ def _digest(tensor: Tensor) -> str:
     return digest("xxh3", [bytes_of(flat.view(torch.uint8))])
 
 
+def make_room(trainer: Any, described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    """Create the tensors of a version that a trainer makes only when it trains, and drop those that it has beyond.
+
+    Args:
+        trainer: its strategy is set up; it may not have made a step yet.
+        described: dtype and whole shape of every tensor of the version, by name.
+    """
+    StateIndex(trainer).keep_only(dict(described))
+    make_room_for_buffers(trainer, dict(described))
+    make_room_for_optimizer_state(
+        trainer, {name: facts for name, facts in described.items() if name.startswith("optimizer/")}
+    )
+
+
 def fill_trainer(
     trainer: Any,
     layout: Layout,
@@ -68,12 +82,7 @@ def fill_trainer(
     """
     wanted = {shard: bulk for shard, bulk in bulks.items() if shard == rank or not only_own}
     if index is None:
-        described = layout.known_to(rank)
-        StateIndex(trainer).keep_only(described)
-        make_room_for_buffers(trainer, described)
-        make_room_for_optimizer_state(
-            trainer, {name: facts for name, facts in described.items() if name.startswith("optimizer/")}
-        )
+        make_room(trainer, layout.known_to(rank))
         index = StateIndex(trainer)
         layout.require_same(describe_state(index), rank)
     fill(layout, wanted, index.read(), rank)

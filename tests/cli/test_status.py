@@ -124,3 +124,39 @@ def test_tables(tmp_path: Path, arena: Arena) -> None:
         "in place",
     ):
         assert words in result.output
+
+
+def plan(folder: Path, *, nodes: tuple[str, ...], copies: int = 1) -> None:
+    """A plan of two shards that two nodes keep for each other."""
+    Ledger(folder / "ledger.jsonl").record(
+        "placement",
+        kind="node",
+        copies=copies,
+        keepers=[[1], [0]],
+        domains=nodes,
+        nodes=nodes,
+        sizes_bytes=[64, 64],
+        version="step 1",
+    )
+
+
+def test_protection_is_read_from_the_arenas(tmp_path: Path, arena: Arena) -> None:
+    folder = write_ledger(tmp_path / "runs", arena=arena.path, ended=False)
+    assert ask(tmp_path / "runs")["protection"] == ""
+    plan(folder, nodes=("node-a", "node-b"))
+    assert ask(tmp_path / "runs")["protection"].startswith("not known here: the arenas of 1 nodes")
+    Ledger(folder / "ledger.jsonl").record("committed", step=7)
+    assert ask(tmp_path / "runs")["protection"].startswith("2 of 2 shards had all copies of step 7")
+    other = Arena.create(tmp_path / "shm", RUN_ID, "node-b", Owner.of(os.getpid()))
+    told = ask(tmp_path / "runs")["protection"]
+    assert told.startswith("0 of 2 shards have all copies of step 6; missing: shard 0 on rank 1")
+    other.close()
+
+
+def test_the_plan_is_shown(tmp_path: Path, arena: Arena) -> None:
+    plan(write_ledger(tmp_path / "runs", arena=arena.path), nodes=("node-a", "node-b"))
+    told = ask(tmp_path / "runs")["plan"]
+    assert told["rows"][1] == ["1", "rank 1", "rank 0", "node-b, node-a", "64 bytes"]
+    shown = CliRunner().invoke(app, ["status", "--run-root", str(tmp_path / "runs")], env={"COLUMNS": "200"}).output
+    for words in ("protected", "keepers", "node-b, node-a", "any 1 node ", "always", "never"):
+        assert words in shown

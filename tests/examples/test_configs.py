@@ -42,7 +42,7 @@ def test_help_shows_our_options(strategy: str, capsys: pytest.CaptureFixture[str
     ask("--trainer.strategy.help", f"lightning_ckptless.{strategy}")
     told = capsys.readouterr().out
     assert "optimizer steps between two mirrored versions" in told
-    assert "failure_domain {node,rank}" in told
+    assert "staging {overlap,blocking}" in told
 
 
 def test_there_are_all_of_them() -> None:

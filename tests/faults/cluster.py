@@ -1,4 +1,4 @@
-"""Several nodes on one machine: agents on loopback, with an arena each."""
+"""Several nodes on one machine: agents on loopback, or in network namespaces, with an arena each."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from lightning_ckptless.ledger import read_ledger
 from lightning_ckptless.replica.arena import find_arenas
 from tests.faults.conftest import REPOSITORY, command_for
 from tests.lab.parts import Options
 
 END_S = 90
+CONF = "keep_alive_interval=1,keep_alive_max_attempt=4,last_call_timeout=1"
+"""Silence is borne for 4 s: a busy machine must not take a healthy node for lost, a test must not wait long."""
 
 
 def free_port() -> int:
@@ -29,7 +34,22 @@ def free_port() -> int:
 
 @dataclass
 class Cluster:
-    """Agents on loopback that share a folder for logs and have an arena each."""
+    """Agents that share a folder for logs and have an arena each.
+
+    Args:
+        folder: for all that they write.
+        stack: ends them.
+        options: what is trained; one worker per node.
+        env: further variables, by node.
+        words: further options of `ckptless run`.
+        arena_dir: folder of the arenas; None for one in `folder`.
+        host: where they meet.
+        port: where they meet.
+        next_port: of another place to meet, at 127.0.0.2.
+        command: what is run in the place of the lab's training run.
+        hosted: whether somebody else hosts the meeting: every node can be lost.
+        agents: those that were started.
+    """
 
     folder: Path
     stack: ExitStack
@@ -37,8 +57,11 @@ class Cluster:
     env: dict[str, dict[str, str]] = field(default_factory=dict)
     words: tuple[str, ...] = ()
     arena_dir: Path | None = None
+    host: str = "127.0.0.1"
     port: int = field(default_factory=free_port)
     next_port: int = 0
+    hosted: bool = False
+    command: tuple[str, ...] = ()
     agents: list[psutil.Popen] = field(default_factory=list)
 
     @property
@@ -46,17 +69,40 @@ class Cluster:
         """Where the nodes' shared memory is."""
         return self.arena_dir or self.folder / "arenas"
 
-    def start_agent(self, faults: str = "", address: str = "127.0.0.1") -> psutil.Popen:
-        """Start one node, with faults for the rank that it gets; the first one hosts the rendezvous."""
-        name = f"node{len(self.agents)}"
-        words = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "two-nodes", "--local-addr", address]
-        words += [*self.words, "--run-root", str(self.folder / "runs"), "--arena-dir", str(self.arenas)]
+    @property
+    def program(self) -> list[str]:
+        """What every node runs."""
+        return [*self.command] or command_for(self.options)
+
+    @property
+    def ledger(self) -> Path:
+        """Of the run."""
+        return self.folder / "runs" / "two-nodes" / "ledger.jsonl"
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """What the ledger says of one kind of event."""
+        return [event.fields for event in read_ledger(self.ledger, only=kind)]
+
+    def start_agent(
+        self, faults: str = "", address: str = "127.0.0.1", *, env: Mapping[str, str] = {}, within: Sequence[str] = ()
+    ) -> psutil.Popen:
+        """Start one node; the first one hosts the rendezvous.
+
+        Args:
+            faults: for the rank that it gets.
+            address: of the node; ranks are in the order of addresses.
+            env: further variables of this node.
+            within: command that runs another one elsewhere.
+        """
+        name, nodes = f"node{len(self.agents)}", str(self.options.num_nodes)
+        words = ["--nnodes", nodes, "--nproc-per-node", "1", "--rdzv-id", "two-nodes", "--local-addr", address]
+        words += ["--run-root", str(self.folder / "runs"), "--arena-dir", str(self.arenas), *self.words]
         if self.next_port:
             words += ["--rdzv-endpoint", f"127.0.0.1:{self.port},127.0.0.2:{self.next_port}"]
         else:
-            words += ["--rdzv-endpoint", f"127.0.0.1:{self.port}"]
-            words += ["--rdzv-conf", f"is_host={'no' if self.agents else 'yes'}"]
-        env = {
+            words += ["--rdzv-endpoint", f"{self.host}:{self.port}"]
+            words += ["--rdzv-conf", f"is_host={'no' if self.agents or self.hosted else 'yes'},{CONF}"]
+        environment = {
             **os.environ,
             "PYTHONPATH": str(REPOSITORY),
             "CKPTLESS_FAULTS": faults,
@@ -64,12 +110,13 @@ class Cluster:
             "OMP_NUM_THREADS": "1",
             "CKPTLESS_TRACE_DIR": str(self.folder / "trace"),
             **self.env.get(name, {}),
+            **env,
         }
         log = self.stack.enter_context((self.folder / f"{name}.log").open("w"))
         agent = psutil.Popen(
-            [sys.executable, "-m", "lightning_ckptless.job", *words, *command_for(self.options)],
+            [*within, sys.executable, "-m", "lightning_ckptless.job", *words, *self.program],
             cwd=self.folder,
-            env=env,
+            env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
         )

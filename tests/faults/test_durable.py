@@ -25,7 +25,7 @@ from lightning_ckptless.replica.arena import default_arena_dir, find_arenas
 from lightning_ckptless.testing.drill import Variant
 from tests.faults.conftest import REPOSITORY, command_for
 from tests.faults.matrix import BASE
-from tests.faults.test_restart import Run, _assert_identical, job, whole
+from tests.faults.test_restart import Run, assert_identical, job, whole
 from tests.lab.parts import Options
 
 __all__ = ["job", "whole"]
@@ -73,7 +73,7 @@ def test_the_newest_of_arena_and_state_is_taken(job: Run, whole: Callable[[Optio
     shutil.move(stale, place)
     assert job.start(durable()).exit_code == 0
     assert re.search(r"newest that is left, newer than step [12]", reason_of_last_start(job))
-    _assert_identical(job, whole(BASE))
+    assert_identical(job, whole(BASE))
 
 
 def test_what_does_not_fit_is_refused(job: Run) -> None:
@@ -146,7 +146,7 @@ def test_asked_to_end_and_what_is_damaged_is_left_aside(
     assert f"goes on from the durable state {before}" in reason_of_last_start(job)
     assert "left aside" in reason_of_last_start(job)
     assert "shards 1 of 2 have no replica" in reason_of_last_start(job)
-    _assert_identical(job, whole(BASE))
+    assert_identical(job, whole(BASE))
 
 
 def _run_agent_until(job: Run, *, written: int) -> int:

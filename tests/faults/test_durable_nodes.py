@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +10,17 @@ from pathlib import Path
 import pytest
 
 from lightning_ckptless.ledger import read_ledger
-from lightning_ckptless.testing.drill import Variant
+from lightning_ckptless.membership.parent import PreloadedParent
 from tests.faults.cluster import END_S, Cluster
-from tests.faults.test_nodes import TWO_NODES, _assert_identical, stack, whole
-from tests.lab.parts import Options
+from tests.faults.test_nodes import TWO_NODES, assert_identical, stack
 
-__all__ = ["stack", "whole"]
+__all__ = ["stack"]
 
 
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_all_nodes_are_lost(tmp_path: Path, stack: ExitStack, whole: Callable[[Options], Variant]) -> None:
+def test_all_nodes_are_lost(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
     options = replace(TWO_NODES, slow_mirror_s=0.2, strategy_options="{'durable_every_s': 0.2}")
     cluster = Cluster(tmp_path, stack, options)
     cluster.arenas.mkdir()
@@ -38,4 +36,4 @@ def test_all_nodes_are_lost(tmp_path: Path, stack: ExitStack, whole: Callable[[O
         e.fields["reason"] for e in read_ledger(tmp_path / "runs" / "two-nodes" / "ledger.jsonl", only="run_started")
     ]
     assert "goes on from the durable state" in started[-1]
-    _assert_identical(cluster, whole)
+    assert_identical(cluster, parent)

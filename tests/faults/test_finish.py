@@ -11,7 +11,7 @@ import pytest
 from lightning_ckptless.protocol.versions import Complete, newest_complete
 from lightning_ckptless.testing.drill import Variant
 from tests.faults.matrix import BASE
-from tests.faults.test_restart import Run, _assert_identical, job, whole
+from tests.faults.test_restart import Run, assert_identical, job, whole
 from tests.lab.parts import Options
 
 __all__ = ["job", "whole"]
@@ -30,4 +30,4 @@ def test_all_end_behind_one_step(
     found = newest_complete(job.arena.inventory())
     assert isinstance(found, Complete) and found.snapshot.version.optimizer_step in range(5, 11)
     assert job.start(options).exit_code == 0
-    _assert_identical(job, whole(BASE))
+    assert_identical(job, whole(BASE))

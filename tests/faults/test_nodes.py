@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 
 from lightning_ckptless.ledger import read_ledger
+from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.replica.arena import find_arenas
 from lightning_ckptless.testing.compare import compare
-from lightning_ckptless.testing.drill import Variant
+from lightning_ckptless.testing.drill import run_variant
 from lightning_ckptless.testing.log_files import collect_logs
 from lightning_ckptless.testing.traces import read_traces
 from tests.faults.cluster import END_S, Cluster, free_port
+from tests.faults.conftest import REPOSITORY, command_for
 from tests.faults.matrix import BASE, is_version
-from tests.faults.test_restart import whole
 from tests.lab.parts import Options
 
-__all__ = ["whole"]
 ONE_NODE = replace(BASE, samples=80)
 TWO_NODES = replace(ONE_NODE, devices=1, num_nodes=2)
 SHARDED = replace(TWO_NODES, mesh="2x1")
@@ -34,10 +34,15 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def _assert_identical(cluster: Cluster, whole: Callable[[Options], Variant]) -> None:
-    alone = whole(replace(cluster.options, devices=2, num_nodes=1))
+def assert_identical(cluster: Cluster, parent: PreloadedParent) -> None:
+    """Compare what a cluster has done with the run of as many ranks on one node that is left alone."""
+    env = {"PYTHONPATH": str(REPOSITORY), "CKPTLESS_FAILURE_DOMAIN": "r0"}
+    alone = replace(cluster.options, devices=cluster.options.num_nodes, num_nodes=1)
+    words, folder = command_for(alone), cluster.folder / "whole"
+    whole = run_variant(words, folder, nproc=alone.devices, parent=parent, isolate=True, env=env)
+    assert whole.exit_code == 0, whole.tail()
     collect_logs(read_traces(cluster.folder / "trace").values(), cluster.folder / "logs", since=0)
-    verdict = compare(alone.folder, cluster.folder)
+    verdict = compare(whole.folder, cluster.folder)
     assert verdict.identical, f"{verdict}\n{cluster.output()}"
 
 
@@ -47,7 +52,7 @@ def _assert_identical(cluster: Cluster, whole: Callable[[Options], Variant]) -> 
     "options", [TWO_NODES, pytest.param(SHARDED, marks=pytest.mark.long)], ids=["replicated", "sharded"]
 )
 def test_node_is_lost_with_its_arena(
-    options: Options, tmp_path: Path, stack: ExitStack, whole: Callable[[Options], Variant]
+    options: Options, tmp_path: Path, stack: ExitStack, parent: PreloadedParent
 ) -> None:
     cluster = Cluster(tmp_path, stack, options)
     cluster.arenas.mkdir()
@@ -62,24 +67,24 @@ def test_node_is_lost_with_its_arena(
     assert [is_version(fields["version"], "step 6") for fields in restored] == [True]
     assert restored[0]["moved_bytes"] > 0
     assert list(find_arenas(cluster.arenas)) == []
-    _assert_identical(cluster, whole)
+    assert_identical(cluster, parent)
 
 
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_ranks_of_both_nodes_die_at_once(tmp_path: Path, stack: ExitStack, whole: Callable[[Options], Variant]) -> None:
+def test_ranks_of_both_nodes_die_at_once(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
     cluster = Cluster(tmp_path, stack, TWO_NODES)
     cluster.arenas.mkdir()
     agents = [cluster.start_agent("kill:rank=all:step=5") for _ in range(2)]
     assert [agent.wait(timeout=END_S) for agent in agents] == [0, 0], cluster.output()
-    _assert_identical(cluster, whole)
+    assert_identical(cluster, parent)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_rank_of_one_node_is_replaced_and_the_other_node_goes_on(
-    tmp_path: Path, stack: ExitStack, whole: Callable[[Options], Variant]
+    tmp_path: Path, stack: ExitStack, parent: PreloadedParent
 ) -> None:
     cluster = Cluster(tmp_path, stack, TWO_NODES)
     cluster.arenas.mkdir()
@@ -89,15 +94,13 @@ def test_a_rank_of_one_node_is_replaced_and_the_other_node_goes_on(
     assert sum(event.event == "in_place" for event in events) == 2
     assert not [event for event in events if event.event == "relaunch"]
     assert [event.fields["culprit_rank"] for event in events if event.event == "recovery"] == [1, 0]
-    _assert_identical(cluster, whole)
+    assert_identical(cluster, parent)
 
 
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_the_node_that_hosts_the_rendezvous_is_lost(
-    tmp_path: Path, stack: ExitStack, whole: Callable[[Options], Variant]
-) -> None:
+def test_the_node_that_hosts_the_rendezvous_is_lost(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
     cluster = Cluster(tmp_path, stack, TWO_NODES, next_port=free_port())
     cluster.arenas.mkdir()
     lost = cluster.start_agent("node:rank=all:step=7")
@@ -112,4 +115,4 @@ def test_the_node_that_hosts_the_rendezvous_is_lost(
     ]
     restored = [event.fields for event in events if event.event == "restored"]
     assert [is_version(fields["version"], "step 6") for fields in restored] == [True]
-    _assert_identical(cluster, whole)
+    assert_identical(cluster, parent)

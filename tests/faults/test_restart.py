@@ -107,7 +107,7 @@ def whole(parent: PreloadedParent, tmp_path_factory: pytest.TempPathFactory) -> 
     return get
 
 
-def _assert_identical(job: Run, whole: Variant) -> None:
+def assert_identical(job: Run, whole: Variant) -> None:
     collect_logs(read_traces(job.folder / "trace").values(), job.folder / "logs", since=0)
     verdict = compare(whole.folder, job.folder)
     assert verdict.identical, str(verdict)
@@ -117,7 +117,7 @@ def test_goes_on_where_it_ended(job: Run, whole: Callable[[Options], Variant]) -
     assert job.start(BASE, "kill:rank=1:step=5").exit_code == 128 + 9
     assert job.start(BASE).exit_code == 0
     assert [is_version(event.fields["version"], "step 4") for event in job.events("restored")] == [True]
-    _assert_identical(job, whole(BASE))
+    assert_identical(job, whole(BASE))
 
 
 def test_flipped_byte_is_left_aside_for_the_replica(job: Run, whole: Callable[[Options], Variant]) -> None:
@@ -136,7 +136,7 @@ def test_flipped_byte_is_left_aside_for_the_replica(job: Run, whole: Callable[[O
     assert job.start(PER_RANK).exit_code == 0
     assert "1 damaged" in job.output
     assert is_version(job.events("restored")[0].fields["version"], str(newest))
-    _assert_identical(job, whole(PER_RANK))
+    assert_identical(job, whole(PER_RANK))
 
 
 def test_lost_keeper_is_replaced_by_the_peer(job: Run, whole: Callable[[Options], Variant]) -> None:
@@ -144,7 +144,7 @@ def test_lost_keeper_is_replaced_by_the_peer(job: Run, whole: Callable[[Options]
     for path in job.arena.path.glob("*.kept-by-0001.*"):
         path.unlink()
     assert job.start(PER_RANK).exit_code == 0
-    _assert_identical(job, whole(PER_RANK))
+    assert_identical(job, whole(PER_RANK))
 
 
 def test_no_replica_left_ends_with_the_shard_and_the_step(job: Run) -> None:

@@ -18,10 +18,12 @@ from lightning_ckptless.cli.app import app
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.torchrun import options_parser
 from lightning_ckptless.options import CkptlessOptions
-from lightning_ckptless.protocol import hang, recovery, start
+from lightning_ckptless.protocol import hang, heartbeat, recovery, start
+from lightning_ckptless.protocol.domains import nobody_says
 from lightning_ckptless.protocol.faults import GRAMMAR, FaultKind, Moment, parse_faults
 from lightning_ckptless.protocol.goodput import Phases
 from lightning_ckptless.protocol.placement import place
+from lightning_ckptless.protocol.placement_table import table_of
 from lightning_ckptless.protocol.recovery import WORKER_TRANSITIONS, WorkerEvent
 from lightning_ckptless.protocol.slots import TRANSITIONS, SlotEvent
 from lightning_ckptless.protocol.start import Left, Start, StartPlan, plan_start
@@ -86,6 +88,21 @@ def test_worker_states() -> None:
 def test_cascades(module: ModuleType, head: str) -> None:
     assert module.__doc__ is not None
     assert table(page("how-it-works"), head) == table(module.__doc__, head)
+
+
+def test_what_silence_means() -> None:
+    assert heartbeat.__doc__ is not None
+    assert table(page("nodes"), "Seen") == table(heartbeat.__doc__, "Seen")
+
+
+def test_the_plan_that_is_shown() -> None:
+    plan = table_of(place(["n0", "n1", "n2", "n3"], 1), [1000, 1_234_000, 999, 0], kind="node")
+    assert "\n".join(f"  {line}" for line in plan.lines()) in page("nodes")
+
+
+def test_who_says_where_a_machine_is() -> None:
+    error = nobody_says("rack", "node17", environment.FAILURE_DOMAIN, environment.FAILURE_DOMAINS_FILE)
+    assert str(error) in flowing(page("errors"))
 
 
 def test_what_a_generation_starts_from() -> None:

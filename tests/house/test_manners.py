@@ -21,9 +21,10 @@ CATCHES_EVERYTHING = {
 }
 # Private by their name, made for everybody by their documentation.
 COMMON = {"os._exit", "sys._current_frames", "sys._getframe"}
-# What a subclass shares with the base that another project wrote.
+# What a subclass shares with its base, most of them another project's.
 INHERITED = {
     f"{PACKAGE}/membership/agent.py": {"self._logs_specs"},
+    f"{PACKAGE}/membership/guarded.py": {"self._node", "self._record", "self._restart_workers"},
     f"{PACKAGE}/trainer/recoverable.py": {"self._get_process_group_backend", "self._timeout"},
 }
 HOSTS = (f"{PACKAGE}/trainer/host/", f"{PACKAGE}/torch_internals.py", f"{PACKAGE}/mesh_internals.py")

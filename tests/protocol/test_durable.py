@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_ckptless.protocol.durable import Timetable, state_name, states_to_drop, version_of
+from lightning_ckptless.protocol.durable import Share, Timetable, share_of, state_name, states_to_drop, version_of
+from lightning_ckptless.protocol.placement import place
 from lightning_ckptless.protocol.versions import Version
 
 versions = st.builds(Version, st.integers(0, 60), st.booleans())
@@ -65,3 +66,24 @@ def test_the_newest_steps_stay(kept: set[Version], written: Version, keep: int) 
 def test_a_future_that_did_not_happen_goes() -> None:
     kept = {Version(10, True), Version(20, True), Version(30, True), Version(40, True)}
     assert states_to_drop(kept, Version(20, True), 2) == (Version(30, True), Version(40, True))
+
+
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=5), st.integers(0, 4))
+def test_every_shard_is_written_by_one_node_that_holds_it(sizes: list[int], copies: int) -> None:
+    nodes = [f"n{number}" for number, size in enumerate(sizes) for _ in range(size)]
+    placement = place(nodes, min(copies, len(sizes) - 1))
+    shares = {node: share_of(node, placement.keepers, nodes, 10) for node in dict.fromkeys(nodes)}
+    assert sorted(shard for share in shares.values() for shard in share.shards) == list(range(len(nodes)))
+    for node, share in shares.items():
+        assert all(node in {nodes[rank] for rank in (s, *placement.keepers[s])} for s in share.shards)
+    assert [node for node, share in shares.items() if share.leads] == ["n0"]
+    # One writer needs nobody's agreement.
+    first = shares["n0"]
+    assert first.is_whole == (len(sizes) == min(copies, len(sizes) - 1) + 1)
+
+
+def test_several_writers_write_the_steps_that_the_interval_divides() -> None:
+    share = Share((0,), of=4, leads=True, every_n_steps=5)
+    assert [step for step in range(1, 12) if share.is_due(Version(step, True))] == [5, 10]
+    assert not share.is_due(Version(5, False))
+    assert not Share((0,), of=4, leads=True).is_due(Version(5, True))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ckptless.errors import OptionsError
-from lightning_ckptless.protocol.placement import Placement, _survivals_of_circle, place
+from lightning_ckptless.protocol.placement import Placement, _survivals_of_circle, fail_together, place
 
 # domains, copies in total, losses -> probability with groups (and a ring for the rest), with one ring alone
 KNOWN = {
@@ -97,6 +97,75 @@ def test_survival_is_what_enumeration_finds(world: tuple[list[str], int]) -> Non
     placement = place(*world)
     for losses in range(len(set(placement.domains)) + 1):
         assert placement.survival(losses) == pytest.approx(enumerated_survival(placement, losses), abs=1e-12)
+
+
+@st.composite
+def racks(draw: st.DrawFn) -> tuple[list[str], list[str], int]:
+    """Ranks on nodes, one to three each, and nodes in racks of unequal size, in any order."""
+    rack_sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
+    nodes = [(f"n{rack}.{n}", f"r{rack}") for rack, size in enumerate(rack_sizes) for n in range(size)]
+    ranks = [place for place in draw(st.permutations(nodes)) for _ in range(draw(st.integers(1, 3)))]
+    return [node for node, _ in ranks], [rack for _, rack in ranks], draw(st.integers(0, len(rack_sizes) - 1))
+
+
+@given(racks())
+def test_survival_of_racks_is_what_enumeration_over_their_nodes_finds(world: tuple[list[str], list[str], int]) -> None:
+    nodes, domains, copies = world
+    placement = place(domains, copies, kind="rack")
+    nodes_of = {rack: {node for node, of in zip(nodes, domains, strict=True) if of == rack} for rack in set(domains)}
+    holders = [{nodes[rank] for rank in (shard, *keepers)} for shard, keepers in enumerate(placement.keepers)]
+    for losses in range(len(nodes_of) + 1):
+        cases = [set[str]().union(*(nodes_of[rack] for rack in lost)) for lost in combinations(nodes_of, losses)]
+        survived = sum(all(held - lost for held in holders) for lost in cases)
+        assert placement.survival(losses) == pytest.approx(survived / len(cases), abs=1e-12)
+
+
+@given(worlds())
+def test_a_loss_is_fatal_where_it_has_one_of_the_fatal_losses(world: tuple[list[str], int]) -> None:
+    placement = place(*world)
+    names = sorted(set(placement.domains))
+    fatal = [set(losses) for losses in placement.fatal_losses()]
+    for lost in (set(case) for count in range(len(names) + 1) for case in combinations(names, count)):
+        is_survived = all(set(row.domains) - lost for row in placement.rows())
+        assert is_survived == (not any(losses <= lost for losses in fatal))
+
+
+@given(worlds(), st.data())
+def test_what_fails_together_is_one_domain_and_nothing_else_is(
+    world: tuple[list[str], int], data: st.DataObject
+) -> None:
+    domains, _ = world
+    ranks = st.integers(0, len(domains) - 1)
+    groups = data.draw(st.lists(st.sets(ranks, min_size=1, max_size=4), max_size=4))
+    joined = fail_together(domains, groups)
+    # By brute force: what is reached from a rank over domains and groups.
+    for rank in range(len(domains)):
+        reached = {rank}
+        while True:
+            more = {r for r in range(len(domains)) if domains[r] in {domains[m] for m in reached}}
+            more |= set[int]().union(*(group for group in groups if group & more))
+            if more == reached:
+                break
+            reached = more
+        assert {r for r in range(len(domains)) if joined[r] == joined[rank]} == reached
+
+
+@given(worlds(), st.data())
+def test_no_copy_is_kept_by_a_rank_that_is_lost_with_the_writer(
+    world: tuple[list[str], int], data: st.DataObject
+) -> None:
+    domains, copies = world
+    ranks = st.integers(0, len(domains) - 1)
+    groups = data.draw(st.lists(st.sets(ranks, min_size=1, max_size=4), max_size=3))
+    joined = fail_together(domains, groups)
+    placement = place(joined, min(copies, len(set(joined)) - 1))
+    for shard, keepers in enumerate(placement.keepers):
+        lost_with_it = set[int]().union(*(group for group in groups if shard in group))
+        assert not (lost_with_it - {shard}) & set(keepers)
+
+
+def test_domains_that_are_joined_have_both_names() -> None:
+    assert fail_together(["b", "b", "a", "a", "c"], [(1, 2)]) == ("b+a", "b+a", "b+a", "b+a", "c")
 
 
 @given(worlds())

@@ -111,7 +111,7 @@ class Job:
             assert fill(layout, fetched.bulks, tensors, rank) == sum(tensor.nbytes for tensor in tensors.values())
             assert held == {name: tensor.data_ptr() for name, tensor in tensors.items()}
             step = found.snapshot.version.optimizer_step
-            assert fetched.blob == f"blob {rank} {step}".encode()
+            assert fetched.blobs == {rank: f"blob {rank} {step}".encode()}
             return tensors, fetched
 
         return self.run(body)
@@ -266,7 +266,7 @@ def test_a_rank_may_need_only_some_shards(job: MakeJob) -> None:
 
     fetched = run.run(body)
     assert [set(one.bulks) for one in fetched] == [{1}, set()]
-    assert [one.blob for one in fetched] == [b"blob 0 1", b"blob 1 1"]
+    assert [one.blobs for one in fetched] == [{0: b"blob 0 1"}, {1: b"blob 1 1"}]
     assert fetched[0].moved_bytes == run.layout.bulk_bytes(1) + len(b"blob 0 1") and fetched[1].moved_bytes == 0
 
 

@@ -56,12 +56,19 @@ def test_steps_run_again_are_counted_and_agree(tmp_path: Path) -> None:
 
 def test_first_attempt_that_differs_is_found(tmp_path: Path) -> None:
     """Even where the last attempt is right: the state at the fault was wrong."""
-    again = [begin(), batch(1), batch(2, parameters="other"), batch(2, 2), batch(3, 2), batch(4, 2), end(4, 2)]
+    first = [begin(), batch(1), batch(2, parameters="other"), batch(3)]
+    again = [*first, batch(2, 2), batch(3, 2), batch(4, 2), end(4, 2)]
     verdict = compare_traces(write(tmp_path / "a", run()), write(tmp_path / "b", again))
     assert not verdict.identical
     assert verdict.first is not None
     assert "attempt of generation 1" in verdict.first.where
     assert (verdict.first.expected, verdict.first.found) == ("p2", "other")
+
+
+def test_step_in_flight_at_a_fault_may_differ(tmp_path: Path) -> None:
+    """A device ends a sum with a lost rank without an error: what came of it is rolled back."""
+    again = [begin(), batch(1), batch(2, gradients="cut"), batch(2, 2), batch(3, 2), batch(4, 2), end(4, 2)]
+    assert compare_traces(write(tmp_path / "a", run()), write(tmp_path / "b", again)).identical
 
 
 def test_last_attempt_counts(tmp_path: Path) -> None:

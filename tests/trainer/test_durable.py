@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lightning_ckptless import environment
+from lightning_ckptless.durable.order import read_share
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.placement import place
@@ -59,14 +60,31 @@ def test_each_fit_has_a_folder_of_its_own(tmp_path: Path) -> None:
     assert DurableRung(identity(tmp_path), 0, CkptlessOptions()).folder.path == tmp_path / "run" / "durable"
 
 
-@pytest.mark.parametrize(("nodes", "copies", "fits"), [("aabb", 1, True), ("aabbcc", 1, False), ("aabbcc", 2, True)])
-def test_a_placement_under_which_no_node_has_all_shards_is_refused(
-    nodes: str, copies: int, fits: bool, arena: Arena, tmp_path: Path
+def cohort_of(nodes: str, copies: int, arena: Arena) -> Cohort:
+    return Cohort(SoloTransport(), arena, tuple(nodes), place(list(nodes), copies), 1, ())
+
+
+@pytest.mark.parametrize(("nodes", "copies", "shards"), [("aabb", 1, 4), ("aabbcc", 1, 2), ("aabbcc", 2, 6)])
+def test_one_node_writes_all_where_it_holds_all(
+    nodes: str, copies: int, shards: int, arena: Arena, tmp_path: Path
 ) -> None:
-    rung = DurableRung(identity(tmp_path), 0, CkptlessOptions(durable_every_s=1.0, copies=copies))
-    cohort = Cohort(SoloTransport(), arena, tuple(nodes), place(list(nodes), copies), 1, ())
-    if fits:
-        rung.require_all_shards(cohort)
-        return
-    with pytest.raises(OptionsError, match="holds 4 of the 6 shards with copies=1 on 3 nodes: set copies=2"):
-        rung.require_all_shards(cohort)
+    rung = DurableRung(identity(tmp_path), 0, CkptlessOptions(durable_every_n_steps=6, mirror_every_n_steps=4))
+    rung.share_out(cohort_of(nodes, copies, arena))
+    share = read_share(arena.notes())
+    assert share is not None
+    assert (len(share.shards), share.leads, share.every_n_steps) == (
+        shards, True, None if shards == len(nodes) else 12,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [CkptlessOptions(durable_every_s=1.0), CkptlessOptions(durable_every_n_steps=5, mirror_every_n_steps="auto")],
+)
+def test_several_writers_must_know_the_steps(options: CkptlessOptions, arena: Arena, tmp_path: Path) -> None:
+    rung = DurableRung(identity(tmp_path), 0, options)
+    rung.share_out(cohort_of("aabb", 1, arena))
+    with pytest.raises(
+        OptionsError, match="with copies=1 no node holds all 6 shards, so 3 nodes write a durable state"
+    ):
+        rung.share_out(cohort_of("aabbcc", 1, arena))

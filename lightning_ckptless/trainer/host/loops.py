@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
+from lightning_ckptless.trainer.host.combined import iterators_of, place_of, set_place
 from lightning_ckptless.trainer.host.flavour import fabric_module, flavour_of, is_a, module
 
 
@@ -88,12 +89,10 @@ class FitLoops:
 
     def data_position(self) -> dict[str, Any]:
         """How far the fetcher and the combined loader are."""
-        iterator = self.combined_loader._iterator
         return {
             "fetched": self.fetcher.fetched,
             "buffered": len(getattr(self.fetcher, "batches", ())),
-            "index": getattr(iterator, "_idx", 0),
-            "consumed": list(getattr(iterator, "_consumed", ())),
+            **place_of(self.combined_loader),
         }
 
     def reopen_data(self, saved: dict[str, Any], before_buffer: Callable[[], None], unaware: Sequence[int]) -> None:
@@ -118,11 +117,7 @@ class FitLoops:
         else:
             iter(fetcher)
             self._read_again(unaware, read)
-        iterator = loader._iterator
-        if hasattr(iterator, "_idx"):
-            iterator._idx = saved["index"]
-        if hasattr(iterator, "_consumed"):
-            iterator._consumed = list(saved["consumed"])
+        set_place(loader, saved["index"], saved["consumed"])
         fetcher.fetched = saved["fetched"]
         if fetcher.length is not None:
             fetcher.done = fetcher.fetched >= fetcher.length
@@ -134,13 +129,28 @@ class FitLoops:
     def _read_again(self, unaware: Sequence[int], batches: int) -> None:
         for index in unaware:
             for _ in range(batches):
-                next(self.combined_loader._iterator.iterators[index])
+                next(iterators_of(self.combined_loader)[index])
 
-    def set_sampler_epochs(self) -> None:
-        """Tell every sampler of the training data which epoch it is."""
+    def set_sampler_epochs(self, combined_loader: Any = None) -> None:
+        """Tell every sampler of the training data which epoch it is.
+
+        Args:
+            combined_loader: the dataloaders; None for those of the fit loop.
+        """
         set_epoch = fabric_module(flavour_of(self.trainer), "utilities.data")._set_sampler_epoch
-        for loader in self.combined_loader.flattened:
+        combined = self.combined_loader if combined_loader is None else combined_loader
+        for loader in combined.flattened:
             set_epoch(loader, self.fit.epoch_progress.current.processed)
+
+    def replace_training_data(self, combined_loader: Any) -> None:
+        """Train on other dataloaders of as many batches; they are opened by `reopen_data`."""
+        self.combined_loader.reset()
+        self.fit._combined_loader = combined_loader
+        self.fetcher.setup(combined_loader)
+
+    def forget_validation_data(self) -> None:
+        """Have the next validation set up its dataloaders anew."""
+        self.validation._combined_loader = None
 
     # ------------------------------------------------------------------ after a fault
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat, dim_zero_max, dim_zero_mean, dim_zero_min, dim_zero_sum
 
 
 def dump_metric(metric: Metric) -> dict[str, Any]:
@@ -31,6 +33,45 @@ def load_metric(metric: Metric, saved: dict[str, Any]) -> None:
 def metrics_of(modules: Iterable[tuple[str, Any]]) -> dict[str, Metric]:
     """The metrics among named modules."""
     return {name: module for name, module in modules if isinstance(module, Metric)}
+
+
+_NAMES: dict[Any, str] = {
+    dim_zero_sum: "sum",
+    dim_zero_mean: "mean",
+    dim_zero_max: "max",
+    dim_zero_min: "min",
+    dim_zero_cat: "cat",
+}
+
+
+def reductions_of(metric: Metric) -> dict[str, str | None]:
+    """How each state of a metric is reduced over ranks: a name in `REDUCTIONS`; None where that is the metric's own."""
+    return {key: _NAMES.get(reduce) for key, reduce in metric._reductions.items()}
+
+
+def defaults_of(metric: Metric) -> dict[str, Any]:
+    """What the states of a metric begin with."""
+    return dict(metric._defaults)
+
+
+def _joined(mine: Any, theirs: Any, *_: int) -> Any:
+    if isinstance(mine, list):
+        return [*mine, *(theirs if isinstance(theirs, list) else [theirs])]
+    return torch.cat([mine, *theirs]) if isinstance(theirs, list) else torch.cat([mine, theirs])
+
+
+def _mean(mine: Tensor, theirs: Tensor, count: int, other_count: int) -> Tensor:
+    return (mine * count + theirs * other_count) / (count + other_count)
+
+
+REDUCTIONS: dict[str, Callable[..., Any]] = {
+    "sum": lambda mine, theirs, *_: mine + theirs,
+    "mean": _mean,
+    "max": lambda mine, theirs, *_: torch.maximum(mine, theirs),
+    "min": lambda mine, theirs, *_: torch.minimum(mine, theirs),
+    "cat": _joined,
+}
+"""How a state of one rank and the same of another are put together, with how often each was updated."""
 
 
 def _is_data(value: Any) -> bool:

@@ -19,6 +19,14 @@ def sizes_of(strategy: Any) -> tuple[int, int]:
     )
 
 
+def fit_mesh(strategy: Any) -> None:
+    """Make the data-parallel dimension as long as there are ranks for, where they are not as many as were asked for."""
+    _, tensor = sizes_of(strategy)
+    if strategy.cluster_environment.world_size() != strategy.num_nodes * strategy.num_processes:
+        strategy._data_parallel_size = strategy.cluster_environment.world_size() // tensor
+        strategy._tensor_parallel_size = tensor
+
+
 def precision_of(strategy: Any) -> str:
     """The precision that the trainer was asked for."""
     return str(strategy.precision_plugin.precision)

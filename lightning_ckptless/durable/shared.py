@@ -1,0 +1,170 @@
+"""The durable writer of one node of several, none of which holds all shards.
+
+It writes the shards of its own ranks, of every version that is due on all nodes: with a step that the interval divides,
+behind its tail. The writer of the first node puts the states together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_ckptless.durable.capture import OverwrittenError, Room, ShardCopy, copy_shard
+from lightning_ckptless.durable.folder import DurableFolder, Manifest, write_manifest
+from lightning_ckptless.durable.order import WriterOrder
+from lightning_ckptless.durable.parts import Parts, remove_parts_up_to
+from lightning_ckptless.durable.recipe import read_recipe
+from lightning_ckptless.durable.store import finish_state, require_space
+from lightning_ckptless.errors import DurableError
+from lightning_ckptless.ledger import Ledger
+from lightning_ckptless.protocol.durable import Share, states_to_drop
+from lightning_ckptless.protocol.versions import READABLE, Replica, SlotState, Snapshot, Version
+from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.layout import Layout
+
+PARTS_WAIT_S = 60.0
+"""Within this time the parts of all nodes are there, or the state is given up."""
+_LOOK_EVERY_S = 0.05
+
+Failed = Callable[[Version, Exception], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A state whose parts are awaited.
+
+    Args:
+        parts: of all nodes.
+        layout: how the state is cut.
+        recipe: how a Lightning checkpoint is put together from it.
+        began_at: when this node has written its own, on the monotonic clock.
+        copied_s: time to copy them out of the arena.
+    """
+
+    parts: Parts
+    layout: Layout
+    recipe: bytes
+    began_at: float
+    copied_s: float
+
+
+class SharedWriter:
+    """Writes a node's part of the durable states of a run.
+
+    Args:
+        order: what to write where.
+        failed: is told of a state that was due and is not written.
+    """
+
+    def __init__(self, order: WriterOrder, failed: Failed) -> None:
+        self._order = order
+        self._failed = failed
+        self._folder = DurableFolder(Path(order.folder))
+        self._ledger = Ledger(order.ledger)
+        self._room = Room()
+        self._last: tuple[int, Version] | None = None
+        self._pending: list[_Pending] = []
+
+    def look(self, arena: Arena, share: Share, *, is_last: bool = False) -> None:
+        """Write this node's part of a state that is due, and complete those whose parts are there.
+
+        Args:
+            arena: of this node.
+            share: of this node.
+            is_last: nothing follows: the newest version is due, and its parts are waited for.
+        """
+        due = self._due(arena, share, is_last=is_last)
+        if due is not None:
+            self._last = due.generation, due.version
+            self._write(arena, share, due)
+        self._complete(arena)
+        while is_last and self._pending:
+            time.sleep(_LOOK_EVERY_S)
+            self._complete(arena)
+
+    def _due(self, arena: Arena, share: Share, *, is_last: bool) -> Snapshot | None:
+        inventory = [replica for replica in arena.inventory() if replica.shard in share.shards]
+        committed = sorted({replica.snapshot for replica in inventory if replica.state is SlotState.COMMITTED})
+        for snapshot in committed[:-2:-1] if is_last else reversed(committed):
+            is_new = self._last is None or (snapshot.generation, snapshot.version) > self._last
+            if not is_new or snapshot.version in self._folder.versions():
+                continue
+            if is_last or share.is_due(snapshot.version):
+                return snapshot
+        return None
+
+    def _write(self, arena: Arena, share: Share, due: Snapshot) -> None:
+        began = time.monotonic()
+        try:
+            layout = arena.read_layout(due.layout)
+            if layout is None:
+                raise OverwrittenError(f"the layout of {due.version} is gone")
+            shards = {shard: self._copy(arena, shard, due) for shard in share.shards}
+            copied_s = time.monotonic() - began
+            self._folder.prepare()
+            require_space(self._folder.path, sum(s.bulk.numel() + len(s.blob) for s in shards.values()))
+            parts = Parts(self._folder.path, due)
+            parts.write(layout, shards)
+        except (DurableError, OSError, RuntimeError) as error:
+            self._failed(due.version, error)
+            return
+        if share.leads:
+            self._pending.append(_Pending(parts, layout, read_recipe(arena.path), began, copied_s))
+
+    def _copy(self, arena: Arena, shard: int, due: Snapshot) -> ShardCopy:
+        def fits(replica: Replica) -> bool:
+            return replica.shard == shard and replica.snapshot == due and replica.state in READABLE
+
+        return copy_shard({arena.node: arena}, [replica for replica in arena.inventory() if fits(replica)], self._room)
+
+    def _complete(self, arena: Arena) -> None:
+        """Put together what is there, and give up what does not come."""
+        for pending in list(self._pending):
+            version = pending.parts.snapshot.version
+            try:
+                if missing := pending.parts.missing():
+                    if time.monotonic() - pending.began_at < PARTS_WAIT_S:
+                        continue
+                    raise DurableError(
+                        f"shards {', '.join(map(str, missing))} were not written by their nodes within "
+                        f"{PARTS_WAIT_S:.0f} s: is {self._folder.path} a folder that all nodes see?"
+                    )
+                self._finish(arena, pending)
+            except (DurableError, OSError, RuntimeError) as error:
+                pending.parts.remove()
+                self._failed(version, error)
+            self._pending.remove(pending)
+
+    def _finish(self, arena: Arena, pending: _Pending) -> None:
+        parts, version = pending.parts, pending.parts.snapshot.version
+        notes, whole = arena.notes(), parts.read()
+        parts.forget_words()
+        size_bytes = finish_state(pending.layout, whole.results, pending.recipe, parts.path)
+        manifest = Manifest(
+            run_id=self._order.run_id,
+            snapshot=parts.snapshot,
+            shards=tuple(whole.facts[shard] for shard in range(parts.snapshot.world_size)),
+            origin=notes.get("origin"),
+            logger_versions=notes.get("logger_versions"),
+            written_at=time.time(),
+        )
+        write_manifest(parts.path, manifest)
+        with self._folder.locked() as held:
+            if not held:
+                raise DurableError(f"{self._folder.path}: another process writes durable states into it")
+            path = self._folder.complete(parts.path, version)
+            for old in states_to_drop(self._folder.versions(), version, self._order.keep):
+                self._folder.drop(old)
+            remove_parts_up_to(self._folder.path, version)
+        self._ledger.record(
+            "durable_written",
+            step=version.optimizer_step,
+            tail_done=version.tail_done,
+            path=str(path),
+            bytes=size_bytes,
+            copied_s=round(pending.copied_s, 6),
+            total_s=round(time.monotonic() - pending.began_at, 6),
+            tries=1,
+        )

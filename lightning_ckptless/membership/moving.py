@@ -1,0 +1,159 @@
+"""An agent whose workers stay in the training loop when nodes go or come.
+
+The nodes meet anew, as torch elastic has it, but the workers are not ended for it. Those that train are told their new
+ranks when all that come are at the loop, which they reach alone, while the others train on; so a step is lost, and the
+time in which the ranks meet. What is decided, and when all are started together after all, is `protocol.moving`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import DistError
+from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerState
+
+from lightning_ckptless.membership.agent import CkptlessAgent
+from lightning_ckptless.membership.fault import FaultReport
+from lightning_ckptless.membership.in_place import joining
+from lightning_ckptless.membership.regrouping import Regrouping, Regroupings
+from lightning_ckptless.protocol.moving import MovePlan, Standing, plan_move
+
+_AGREE_S = 60.0
+_STANDING = "ckptless/standing/{}"
+_READY = "ckptless/ready/{}"
+
+
+class MovingAgent(CkptlessAgent):
+    """See the module."""
+
+    _plan: MovePlan | None = None
+    _is_to_tell = False
+    """Whether the workers of this node are still to be told that they meet others."""
+    _world_before = 0
+    _starts_joiners = False
+    _has_knocked = False
+
+    # ---------------------------------------------------------------- meeting
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        standing = self._standing(worker_group)
+        super()._rendezvous(worker_group)
+        group: Any = worker_group
+        nodes: int = group.group_world_size
+        plan = self._plan = self._agree(standing, group.group_rank, nodes)
+        self._is_to_tell, self._has_knocked, self._lost_at = False, False, plan.lost_at
+        if plan.stay:
+            self._regroupings = Regroupings(self._meeting_store, nodes, plan.number)
+            self._record("move", node=self._node.name, stay=list(plan.stay), come=list(plan.come), reason=plan.reason)
+
+    def _standing(self, worker_group: WorkerGroup) -> Standing:
+        if not self.has_started:
+            return Standing()
+        workers, first = self._current_workers(), worker_group.workers[0]
+        return Standing(
+            trains=bool(workers.running_ranks) and set(workers.running_ranks) == set(workers.pids()) == workers.inside,
+            first_rank=first.global_rank,
+            world_size=first.world_size,
+            number=self._regroupings.number,
+            obstacle=self._in_place.obstacle_to_moving,
+            lost_at=self._lost_at,
+        )
+
+    def _agree(self, standing: Standing, node: int, nodes: int) -> MovePlan:
+        if nodes == 1:
+            return plan_move([standing])
+        keys = [_STANDING.format(other) for other in range(nodes)]
+        try:
+            self._meeting_store.set(keys[node], json.dumps(asdict(standing)))
+            self._meeting_store.wait(keys, timedelta(seconds=_AGREE_S))
+            return plan_move([Standing(**json.loads(self._meeting_store.get(key))) for key in keys])
+        except DistError as error:
+            # One is gone again. Those that stay would wait for it: its absence is noticed, and all meet anew.
+            return MovePlan((), tuple(range(nodes)), 0, f"the nodes could not agree who stays: {error}")
+
+    # ---------------------------------------------------------------- staying
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        """The nodes are to meet anew; workers that train go on, if they may."""
+        if not self._standing(worker_group).trains:
+            super()._restart_workers(worker_group)
+            return
+        before = worker_group.workers[0].world_size
+        self._current_workers().tell("hold")
+        self._rendezvous(worker_group)
+        assert self._plan is not None
+        if self._plan.stay:
+            self._stay(worker_group, before, self._plan)
+            return
+        self._stop_workers(worker_group)
+        for local_rank, pid in self._start_workers(worker_group).items():
+            worker_group.workers[local_rank].id = pid
+        worker_group.state = WorkerState.HEALTHY
+
+    def _stay(self, worker_group: WorkerGroup, before: int, plan: MovePlan) -> None:
+        self._is_to_tell, self._world_before = True, before
+        by_local = {worker.local_rank: worker for worker in worker_group.workers}
+        for local_rank, pid in self._current_workers().pids().items():
+            by_local[local_rank].id = pid
+        worker_group.state = WorkerState.HEALTHY
+        self._in_place.end_round(self._parent)
+        self._in_place.begin_round(
+            self._regroupings,
+            lambda stdio: self._start_standby(worker_group, stdio),
+            env_of=lambda local_rank: self._worker_env(worker_group, by_local[local_rank]),
+        )
+        self.recoveries_in_place += 1
+        print(f"ckptless: {plan.reason}; {by_local[0].world_size} ranks go on", file=sys.stderr, flush=True)
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        plan, group = self._plan, worker_group
+        if plan is not None and plan.stay and result.state is WorkerState.HEALTHY:
+            self._bring_together(plan, group)
+        return result
+
+    def _bring_together(self, plan: MovePlan, worker_group: WorkerGroup) -> None:
+        """Tell those that stay when those that come are at the door."""
+        node: Any = worker_group.group_rank
+        try:
+            if node in plan.come and not self._has_knocked:
+                workers = self._current_workers()
+                if self._in_place.at_the_door >= set(workers.pids()):
+                    self._meeting_store.set(_READY.format(node), "1")
+                    self._has_knocked = True
+            elif self._is_to_tell and self._are_ready(plan):
+                fault = self._change(self._world_before)
+                self._put_down(fault)
+                self._in_place.meet(self._current_workers(), plan.number, fault)
+                self._is_to_tell, self._lost_at = False, 0.0
+        except DistError:
+            # The store is gone with its node: the rendezvous will say so.
+            return
+
+    def _change(self, world_size: int) -> FaultReport:
+        at = time.time()
+        return FaultReport(None, None, None, None, self._lost_at or at, at, at, len(self.faults) + 1, world_size)
+
+    def _are_ready(self, plan: MovePlan) -> bool:
+        return not plan.come or bool(self._meeting_store.check([_READY.format(node) for node in plan.come]))
+
+    # ---------------------------------------------------------------- coming
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
+        plan, node = self._plan, worker_group.group_rank
+        self._starts_joiners = plan is not None and bool(plan.stay) and node in plan.come
+        try:
+            return super()._start_workers(worker_group)
+        finally:
+            self._starts_joiners = False
+
+    def _worker_env(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
+        env = super()._worker_env(worker_group, worker)
+        if not self._starts_joiners or self._plan is None:
+            return env
+        return env | joining(Regrouping(self._plan.number, self._change(worker.world_size)))

@@ -1,0 +1,48 @@
+"""A version is brought from the arenas to the ranks that go on with it, be they as many as have written it or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_ckptless.ledger import Ledger
+from lightning_ckptless.protocol.versions import Complete
+from lightning_ckptless.replica.restore import fetch, shared_layout
+from lightning_ckptless.trainer.begun import step_in_flight
+from lightning_ckptless.trainer.cohort import Cohort
+from lightning_ckptless.trainer.plain import unpack
+from lightning_ckptless.trainer.report import Moved, RunReport
+from lightning_ckptless.trainer.restoration import Restoration, forget_the_future, sum_over_ranks
+from lightning_ckptless.trainer.streams import Streams, obstacle_to_carrying
+from lightning_ckptless.trainer.succession import take_over
+
+
+def fetch_version(
+    trainer: Any, found: Complete, cohort: Cohort, streams: Streams, report: RunReport, ledger: Ledger
+) -> Restoration:
+    """Bring a version here, and forget what came after it. All ranks call it together.
+
+    Args:
+        trainer: that will take it.
+        found: the version.
+        cohort: all ranks.
+        streams: those that this rank carries.
+        report: is told where it came from.
+        ledger: knows which checkpoint files were written since.
+
+    Raises:
+        WorldSizeError: it is of another number of ranks, which these cannot go on for.
+    """
+    arena, transport = cohort.arena, cohort.transport
+    layout = shared_layout(arena, transport, found.snapshot.layout)
+    if found.snapshot.world_size == cohort.world_size:
+        fetched = fetch(found, arena, transport, cohort.nodes, need=layout.need)
+        moved = sum_over_ranks(fetched, cohort)
+        restoration = Restoration(found, layout, fetched.bulks, unpack(fetched.blobs[cohort.rank]))
+    else:
+        restoration, moved = take_over(found, layout, cohort, streams, obstacle_to_carrying(trainer)), Moved(0, {})
+    # Its dataloaders are set up before its state is put in.
+    streams.count = restoration.small["streams"]["count"]
+    report.fetched(found, moved, step_in_flight(arena.path, transport))
+    if trainer.is_global_zero:
+        forget_the_future(found.snapshot.version, ledger)
+    return restoration

@@ -1,0 +1,42 @@
+"""How many ranks there may be: as many as the trainer asks for, or fewer where the launcher may go on with fewer nodes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from lightning_ckptless import environment
+from lightning_ckptless.errors import OptionsError
+
+
+def require_ranks(*, nodes: int, per_node: int, found: int, env: Mapping[str, str] = os.environ) -> None:
+    """Compare what the trainer was told with how many workers the agents have started.
+
+    Args:
+        nodes: `Trainer(num_nodes=...)`.
+        per_node: `Trainer(devices=...)`.
+        found: ranks that there are.
+        env: this process's environment.
+
+    Raises:
+        OptionsError: the numbers do not go together.
+    """
+    asked = nodes * per_node
+    least, _, most = env.get(environment.NNODES, "").partition(":")
+    try:
+        low, high = int(least or nodes), int(most or least or nodes)
+    except ValueError as error:
+        raise OptionsError(
+            f"{environment.NNODES}={env[environment.NNODES]!r}: expected a number of nodes, or MIN:MAX"
+        ) from error
+    if high * per_node != asked and low != high:
+        raise OptionsError(
+            f"Trainer(num_nodes={nodes}) and --nnodes {low}:{high} differ: num_nodes is how many nodes there are when "
+            f"all are there; set num_nodes={high}"
+        )
+    if found == asked or (low * per_node <= found < asked and found % per_node == 0):
+        return
+    raise OptionsError(
+        f"Trainer(num_nodes={nodes}, devices={per_node}) asks for {asked} ranks, the agents started {found}: start with "
+        f"--nproc-per-node {per_node} --nnodes {nodes}, or --nnodes MIN:{nodes} to go on with fewer"
+    )

@@ -1,0 +1,120 @@
+"""Several nodes write a durable state together: it is seen when all parts are there, and never before."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lightning_ckptless.durable import shared
+from lightning_ckptless.durable.folder import DurableFolder, Manifest
+from lightning_ckptless.durable.order import WriterOrder
+from lightning_ckptless.durable.shared import SharedWriter
+from lightning_ckptless.durable.store import load_state
+from lightning_ckptless.protocol.durable import Share, share_of
+from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.replica.arena import Owner
+from tests.replica.world import World
+
+NODES = 4
+
+
+class Nodes:
+    """Four ranks with an arena and a writer each; none of their arenas holds all shards."""
+
+    def __init__(self, folder: Path) -> None:
+        self.world = World(folder, Owner.of(os.getpid()), NODES)
+        for arena in self.world.arenas:
+            arena.write_layout(self.world.layout())
+        self.world.begin()
+        self.folder = DurableFolder(folder / "durable")
+        self.failures: list[str] = []
+        self.writers = [self._writer(folder, arena.path) for arena in self.world.arenas]
+
+    def _writer(self, folder: Path, arena: Path) -> SharedWriter:
+        order = WriterOrder(str(arena), str(self.folder.path), str(folder / "ledger"), "run", os.getpid(), 5, None, 2)
+        return SharedWriter(order, lambda version, error: self.failures.append(f"{version}: {error}"))
+
+    def train_to(self, step: int) -> None:
+        """Commit a version."""
+        self.world.submit(step)
+        self.world.settle()
+
+    def look(self, *nodes: int, is_last: bool = False) -> None:
+        """Let the writers of some nodes look, in this order."""
+        names = [arena.node for arena in self.world.arenas]
+        for node in nodes:
+            share = share_of(names[node], self.world.placement.keepers, names, 5)
+            self.writers[node].look(self.world.arenas[node], share, is_last=is_last)
+
+    def close(self) -> None:
+        """Release threads and mappings; pytest holds this object."""
+        self.world.close()
+        for arena in self.world.arenas:
+            arena.close()
+        self.writers.clear()
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    made = Nodes(tmp_path)
+    yield made
+    made.close()
+
+
+def test_a_state_is_seen_when_all_parts_are_there(nodes: Nodes) -> None:
+    nodes.train_to(4)
+    nodes.look(0, 1, 2, 3)
+    assert not nodes.folder.path.exists()
+    nodes.train_to(5)
+    nodes.look(0, 3, 1)
+    nodes.look(0)
+    assert nodes.folder.versions() == ()
+    # In another's slot it lives on for a step.
+    nodes.train_to(6)
+    nodes.look(2, 0)
+    assert (nodes.folder.versions(), nodes.failures) == ((Version(5, True),), [])
+    ((path, manifest),) = nodes.folder.states()
+    state = load_state(path, Manifest.read(path))
+    assert [shard.blob for shard in state.shards] == [f"blob {rank} 5".encode() for rank in range(NODES)]
+    assert manifest.snapshot.world_size == NODES
+    assert [entry.name for entry in nodes.folder.path.iterdir() if entry.name.startswith(".")] == []
+
+
+def test_a_state_that_a_node_has_missed_is_given_up(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes.train_to(5)
+    nodes.look(0, 1, 3)
+    nodes.train_to(6)
+    nodes.train_to(7)
+    monkeypatch.setattr(shared, "PARTS_WAIT_S", 0.0)
+    nodes.look(2, 0)
+    assert nodes.folder.states() == []
+    (failure,) = nodes.failures
+    assert failure.startswith("step 5: shards 2 were not written by their nodes within 0 s: is ")
+    assert failure.endswith("a folder that all nodes see?")
+    assert [entry.name for entry in nodes.folder.path.iterdir()] == ["ckptless-durable.json"]
+
+
+def test_the_next_state_clears_away_what_a_lost_leader_has_left(nodes: Nodes) -> None:
+    nodes.train_to(5)
+    nodes.look(1, 2)
+    for step in (9, 10):
+        nodes.train_to(step)
+    nodes.look(3, 2, 1, 0)
+    assert nodes.folder.versions() == (Version(10, True),)
+    assert sorted(entry.name for entry in nodes.folder.path.iterdir()) == ["ckptless-durable.json", "step-0000000010"]
+
+
+def test_the_last_version_is_written_whatever_its_step(nodes: Nodes) -> None:
+    nodes.train_to(8)
+    nodes.look(3, 2, 1, is_last=True)
+    nodes.look(0, is_last=True)
+    assert nodes.folder.versions() == (Version(8, True),)
+
+
+def test_who_has_no_part_writes_nothing(nodes: Nodes) -> None:
+    nodes.train_to(5)
+    nodes.writers[0].look(nodes.world.arenas[0], Share((), NODES, leads=False))
+    assert not nodes.folder.path.exists()

@@ -1,0 +1,107 @@
+"""Nodes that are lost and not replaced, and nodes that come back: every sample once, whatever the world was."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.testing.drill import run_variant
+from tests.faults.cluster import END_S, Cluster
+from tests.faults.conftest import REPOSITORY
+from tests.faults.counting import COUNTED, Account, account_of, furthest
+from tests.lab.parts import Options
+
+BOUND = 2e-6
+"""Largest difference of a weight of size one, after all steps: sums over ranks in another order."""
+LOOK_S = 0.1
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """What ends with the test."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def command(folder: Path, nodes: int, devices: int, *words: str) -> tuple[str, ...]:
+    """A counted run that has as many ranks when all nodes are there."""
+    return (str(COUNTED), "--folder", str(folder), "--nodes", str(nodes), "--devices", str(devices), *words)
+
+
+def whole(folder: Path, parent: PreloadedParent, ranks: int, *words: str) -> Account:
+    """The run that loses nobody."""
+    folder.mkdir()
+    env = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    variant = run_variant(
+        list(command(folder, 1, ranks, *words)), folder / "run", nproc=ranks, parent=parent, isolate=True, env=env
+    )
+    assert variant.exit_code == 0, variant.tail()
+    return account_of(folder)
+
+
+class Nodes:
+    """Nodes of one rank each that go on with fewer; they meet at a place which none of them hosts."""
+
+    def __init__(self, folder: Path, stack: ExitStack, *, least: int, most: int, words: tuple[str, ...] = ()) -> None:
+        self.meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        run = command(folder, most, 1, *words)
+        self.cluster = Cluster(
+            folder, stack, Options(), words=("--nnodes", f"{least}:{most}"), port=self.meeting.port, hosted=True,
+            command=run,
+        )  # fmt: skip
+        self.cluster.arenas.mkdir()
+        self.agents: list[psutil.Popen] = []
+
+    def start(self, number: int, faults: str = "") -> psutil.Popen:
+        """Start a node; ranks are in the order of nodes."""
+        agent = self.cluster.start_agent(faults, f"127.0.0.{number + 1}")
+        self.agents.append(agent)
+        return agent
+
+    def lose(self, agent: psutil.Popen) -> None:
+        """Wait until a node is lost, and take what it had away."""
+        assert agent.wait(timeout=END_S) == -signal.SIGKILL, self.cluster.output()
+        self.cluster.lose(agent)
+
+    def wait_for_world(self, size: int) -> None:
+        """Until so many ranks have made a step."""
+        for _ in range(round(END_S / LOOK_S)):
+            if size in account_of(self.cluster.folder).worlds.values():
+                return
+            threading.Event().wait(LOOK_S)
+        raise AssertionError(f"no step of {size} ranks:\n{self.cluster.output()}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("words", [(), pytest.param(("--sharded",), marks=pytest.mark.long)], ids=["ddp", "fsdp2"])
+def test_a_node_is_lost_and_comes_back(
+    words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: PreloadedParent
+) -> None:
+    folder, words = tmp_path / "elastic", (*words, "--samples", "540", "--pace", "0.25")
+    folder.mkdir()
+    expected = whole(tmp_path / "whole", parent, 3, *words)
+    nodes = Nodes(folder, stack, least=2, most=3, words=words)
+    stays = [nodes.start(0), nodes.start(1)]
+    nodes.lose(nodes.start(2, "node:rank=2:step=9"))
+    nodes.wait_for_world(2)
+    stays.append(nodes.start(2))
+    assert [agent.wait(timeout=END_S) for agent in stays] == [0, 0, 0], nodes.cluster.output()
+    found = account_of(folder)
+    assert found.sizes == [3, 2, 3]
+    assert found.steps == expected.steps
+    assert [row["count"] for row in found.epochs] == [540.0, 540.0]
+    assert [row["loss"] for row in found.epochs] == pytest.approx([row["loss"] for row in expected.epochs], rel=1e-6)
+    assert furthest(expected, found) < BOUND
+    changed = nodes.cluster.events("world_changed")
+    assert [(fields["before"], fields["world_size"]) for fields in changed] == [(3, 2), (2, 3)]
+    rungs = [fields["rung"] for fields in nodes.cluster.events("recovery")]
+    assert rungs == (["relaunch"] * 2 if "--sharded" in words else ["in place"] * 2)

@@ -1,0 +1,150 @@
+"""Four nodes, and the loss of one, of those that the placement survives, and of those that it does not."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from lightning_ckptless.membership.parent import PreloadedParent
+from tests.faults.cluster import END_S, Cluster
+from tests.faults.matrix import is_version
+from tests.faults.test_nodes import TWO_NODES, assert_identical
+from tests.lab.parts import Options
+
+FOUR_NODES = replace(TWO_NODES, num_nodes=4, samples=160)
+"""Ten steps an epoch on each of four ranks, twenty in all."""
+RACKS = ("r0", "r0", "r1", "r1")
+DIES = "node:rank=all:step={}"
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """What ends with the test."""
+    with ExitStack() as stack:
+        yield stack
+
+
+class FourNodes:
+    """A cluster of four nodes that meet at a place which none of them hosts, numbered as they are started."""
+
+    def __init__(self, folder: Path, stack: ExitStack, options: Options) -> None:
+        self.meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.cluster = Cluster(folder, stack, options, port=self.meeting.port, hosted=True)
+        self.cluster.arenas.mkdir()
+        self.agents: list[psutil.Popen] = []
+
+    def start(self, node: int, faults: str = "") -> psutil.Popen:
+        """Start a node; ranks are in the order of nodes."""
+        env = {"CKPTLESS_FAILURE_DOMAIN": RACKS[node]}
+        return self.cluster.start_agent(faults, f"127.0.0.{node + 1}", env=env)
+
+    def start_all(self, steps: dict[int, int]) -> None:
+        """Start all nodes; some are lost at a step."""
+        self.agents = [self.start(node, DIES.format(steps[node]) if node in steps else "") for node in range(4)]
+
+    def replace(self, lost: Collection[int]) -> None:
+        """Wait until nodes are lost, take what they had away, and start others as a scheduler would."""
+        for node in lost:
+            assert self.agents[node].wait(timeout=END_S) == -signal.SIGKILL, self.output
+        for node in lost:
+            self.cluster.lose(self.agents[node])
+        for node in lost:
+            self.agents[node] = self.start(node)
+
+    @property
+    def exit_codes(self) -> list[int]:
+        """Those of all nodes, when all have ended."""
+        return [agent.wait(timeout=END_S) for agent in self.agents]
+
+    @property
+    def output(self) -> str:
+        """What all have printed."""
+        return self.cluster.output()
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_rack_is_lost(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
+    options = replace(FOUR_NODES, strategy_options="{'failure_domain': 'rack'}")
+    nodes = FourNodes(tmp_path, stack, options)
+    nodes.start_all({0: 7, 1: 7})
+    nodes.replace([0, 1])
+    assert nodes.exit_codes == [0] * 4, nodes.output
+    planned = nodes.cluster.events("placement")[0]
+    assert (planned["kind"], planned["domains"], planned["keepers"]) == ("rack", [*RACKS], [[2], [3], [0], [1]])
+    assert "any 1 rack    always" in nodes.output
+    (restored,) = nodes.cluster.events("restored")
+    assert is_version(restored["version"], "step 6")
+    (protection,) = nodes.cluster.events("protection")
+    assert protection["version"] == restored["version"]
+    assert {keeper for _, keeper in protection["pairs"]} == {0, 1}
+    assert_identical(nodes.cluster, parent)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_each_of_four_nodes_is_lost_in_turn(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
+    nodes = FourNodes(tmp_path, stack, FOUR_NODES)
+    nodes.start_all({0: 4, 1: 8, 2: 12, 3: 16})
+    for node in range(4):
+        nodes.replace([node])
+    assert nodes.exit_codes == [0] * 4, nodes.output
+    restored = [facts["version"] for facts in nodes.cluster.events("restored")]
+    assert all(map(is_version, restored, ("step 3", "step 7", "step 11", "step 15"))), restored
+    assert_identical(nodes.cluster, parent)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_pair_that_placement_survives_is_lost(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
+    nodes = FourNodes(tmp_path, stack, FOUR_NODES)
+    nodes.start_all({0: 7, 2: 7})
+    nodes.replace([0, 2])
+    assert nodes.exit_codes == [0] * 4, nodes.output
+    assert len(nodes.cluster.events("restored")) == 1
+    assert_identical(nodes.cluster, parent)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_what_memory_does_not_survive_comes_from_the_state_that_all_nodes_have_written(
+    tmp_path: Path, stack: ExitStack, parent: PreloadedParent
+) -> None:
+    # No node holds all four shards: each writes its own, and a state is seen when all have.
+    options = replace(FOUR_NODES, slow_mirror_s=0.3, strategy_options="{'durable_every_n_steps': 2}")
+    nodes = FourNodes(tmp_path, stack, options)
+    nodes.start_all({2: 9, 3: 9})
+    nodes.replace([2, 3])
+    nodes.cluster.options = replace(options, slow_mirror_s=0.0)
+    assert nodes.exit_codes == [0] * 4, nodes.output
+    reason = nodes.cluster.events("run_started")[-1]["reason"]
+    assert "goes on from the durable state" in reason
+    assert "no version is complete" in reason
+    assert {facts["step"] % 2 for facts in nodes.cluster.events("durable_written")} == {0}
+    assert_identical(nodes.cluster, parent)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_pair_that_placement_does_not_survive_is_told_and_ends_the_run(tmp_path: Path, stack: ExitStack) -> None:
+    nodes = FourNodes(tmp_path, stack, FOUR_NODES)
+    nodes.start_all({2: 7, 3: 7})
+    nodes.replace([2, 3])
+    assert all(code not in (0, None) for code in nodes.exit_codes), nodes.output
+    reason = nodes.cluster.events("run_started")[-1]["reason"]
+    assert "no version is complete: of step " in reason
+    assert "shards 2, 3 of 4 have no replica" in reason
+    assert "StateMissingError" in nodes.output
+    assert not nodes.cluster.events("restored")

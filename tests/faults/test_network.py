@@ -1,0 +1,75 @@
+"""The network between two nodes is gone, without a word: packets are lost, and no connection is reset."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lightning_ckptless.membership.parent import PreloadedParent
+from tests.faults.cluster import END_S, Cluster
+from tests.faults.hosts import ADDRESSES, make_hosts
+from tests.faults.test_nodes import TWO_NODES, assert_identical
+
+BOUND_S = 4.0
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """What ends with the test."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def wait_until_committed(cluster: Cluster, step: int) -> None:
+    """Wait until a version is in place on all ranks."""
+    pause, deadline = threading.Event(), time.monotonic() + END_S
+    while not any(facts["step"] >= step for facts in cluster.events("committed")):
+        assert time.monotonic() < deadline, cluster.output()
+        pause.wait(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_node_whose_link_is_cut_is_fenced_and_comes_back(
+    tmp_path: Path, stack: ExitStack, parent: PreloadedParent
+) -> None:
+    hosts = make_hosts(stack)
+    cluster = Cluster(tmp_path, stack, replace(TWO_NODES, slow_mirror_s=0.3), host=ADDRESSES[0])
+    cluster.arenas.mkdir()
+    stays, cut = (
+        cluster.start_agent(address=ADDRESSES[host], env=hosts.env, within=hosts.within(host)) for host in (0, 1)
+    )
+    wait_until_committed(cluster, 2)
+    workers = psutil.Process(cut.pid).children(recursive=True)
+    hosts.cut()
+    began = time.monotonic()
+    assert cut.wait(timeout=END_S) == 2, cluster.output()
+    took_s = time.monotonic() - began
+    assert BOUND_S - 1 <= took_s < BOUND_S + 4, cluster.output()
+    assert [process for process in workers if process.is_running() and process.status() != "zombie"] == []
+    assert "this node is cut off: the rendezvous at 10.77.0.1" in cluster.output()
+    assert "of the round has been silent" in _wait_for(cluster, "node_lost")
+    assert stays.poll() is None
+    hosts.mend()
+    cluster.options = replace(cluster.options, slow_mirror_s=0.0)
+    comes = cluster.start_agent(address=ADDRESSES[1], env=hosts.env, within=hosts.within(1))
+    assert [agent.wait(timeout=END_S) for agent in (stays, comes)] == [0, 0], cluster.output()
+    generations = [facts["action"] for facts in cluster.events("run_started")]
+    assert generations == ["fresh", "restore"]
+    assert_identical(cluster, parent)
+
+
+def _wait_for(cluster: Cluster, kind: str) -> str:
+    """The reason of an event that is about to be written."""
+    pause, deadline = threading.Event(), time.monotonic() + 10
+    while not (found := cluster.events(kind)):
+        assert time.monotonic() < deadline, cluster.output()
+        pause.wait(0.05)
+    return str(found[0]["reason"])

@@ -1,0 +1,127 @@
+"""A run that puts down which samples each rank trains on in each step, and what comes of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torchmetrics
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import lightning_ckptless
+
+BATCH = 3
+
+
+class Indexed(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
+    """Samples that know their number, with noise from the generator of the process."""
+
+    def __init__(self, samples: int) -> None:
+        self.inputs = torch.randn(samples, 8, generator=torch.Generator().manual_seed(1))
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        return self.inputs[index] + 0.01 * torch.randn(8), self.inputs[index].sum().sin(), index
+
+
+class Counted(pl.LightningModule):
+    """Regression that writes down its samples.
+
+    Args:
+        folder: receives one file per process, and `end.json`.
+        sharded: whether the layers are sharded over the mesh.
+        pace_s: how long a step takes at least while nodes are missing: those that come shall find it running.
+    """
+
+    def __init__(self, folder: Path, sharded: bool, pace_s: float) -> None:
+        super().__init__()
+        self.folder, self.sharded, self.pace_s = folder, sharded, pace_s
+        self.body = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Dropout(0.1), nn.Linear(12, 1))
+        self.count = torchmetrics.SumMetric()
+
+    def configure_model(self) -> None:
+        if self.sharded:
+            from torch.distributed.fsdp import fully_shard
+
+            mesh: Any = self.device_mesh
+            for layer in (self.body[0], self.body[3], self.body):
+                fully_shard(layer, mesh=mesh["data_parallel"])
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        inputs, targets, indices = batch
+        strategy: Any = self.trainer.strategy
+        loss: torch.Tensor = (self.body(inputs).squeeze(1) - targets).square().mean()
+        self.count.update(float(len(indices)))
+        self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        if not strategy.runs_for_nothing:
+            self._put_down({"samples": indices.tolist(), "batch": batch_idx})
+        return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.trainer.world_size < self.trainer.num_nodes * self.trainer.num_devices:
+            threading.Event().wait(self.pace_s)
+        self._put_down({"done": self.trainer.world_size})
+
+    def _put_down(self, facts: dict[str, Any]) -> None:
+        where = {
+            "epoch": self.current_epoch,
+            "step": self.global_step - ("done" in facts),
+            "rank": self.global_rank,
+            "generation": int(os.environ["CKPTLESS_GENERATION"]),
+        }
+        with (self.folder / f"seen-{os.getpid()}.jsonl").open("a") as file:
+            file.write(json.dumps(where | facts) + "\n")
+
+    def on_train_epoch_end(self) -> None:
+        count = float(self.count.compute())
+        self.count.reset()
+        if self.global_rank == 0:
+            loss = float(self.trainer.callback_metrics["loss"])
+            with (self.folder / "epochs.jsonl").open("a") as file:
+                file.write(json.dumps({"epoch": self.current_epoch, "loss": loss, "count": count}) + "\n")
+
+    def on_train_end(self) -> None:
+        whole = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).tolist() for n, p in self.named_parameters()}
+        if self.global_rank == 0:
+            (self.folder / "end.json").write_text(json.dumps(whole))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), 1e-2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--samples", type=int, default=120)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--pace", type=float, default=0.0)
+    parser.add_argument("--sharded", action="store_true")
+    args = parser.parse_args()
+    pl.seed_everything(5, workers=True, verbose=False)
+    strategy: Any = lightning_ckptless.CkptlessStrategy()
+    if args.sharded:
+        ranks = args.nodes * args.devices
+        strategy = lightning_ckptless.CkptlessModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=args.devices, num_nodes=args.nodes, strategy=strategy, max_epochs=args.epochs,
+        accumulate_grad_batches=args.accumulate, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=args.folder,
+    )  # fmt: skip
+    model = Counted(args.folder, args.sharded, args.pace)
+    trainer.fit(model, DataLoader(Indexed(args.samples), batch_size=BATCH, shuffle=True))
+
+
+if __name__ == "__main__":
+    main()
