@@ -66,9 +66,13 @@ def record_for(config: LaunchConfig) -> Callable[..., None]:
 
 def remove_arenas(config: LaunchConfig) -> None:
     """Remove the arenas that workers of this process's agent have made for a run."""
+    from lightning_ckptless.ledger import read_ledger, run_folder  # noqa: PLC0415 - as above
     from lightning_ckptless.replica.arena import Arena, default_arena_dir, find_arenas  # noqa: PLC0415 - brings torch
 
-    for info in find_arenas(config.arena_dir or default_arena_dir()):
+    # The strategy may have named another folder, which the ledger knows.
+    ledger = run_folder(config.run_root or DEFAULT_RUN_ROOT, config.run_id) / "ledger.jsonl"
+    named = {Path(event.fields["arena"]).parent for event in read_ledger(ledger, only="run_started")}
+    for info in [info for folder in {config.arena_dir or default_arena_dir(), *named} for info in find_arenas(folder)]:
         of_this_run = info.run_id == config.run_id or info.run_id.startswith(f"{config.run_id}.")
         if of_this_run and info.owner.pid == os.getpid():
             Arena.attach(info.path).remove()

@@ -167,12 +167,20 @@ def process_groups() -> list[Any]:
     return list(_world.pg_map)
 
 
-def abort_device_groups() -> None:
-    """Abort every communicator of a device: what waits in one fails. gloo has no such call."""
+def abort_device_groups() -> int:
+    """Abort every communicator of a device: what waits in one fails. gloo's call of that name does nothing.
+
+    Returns:
+        How many there are.
+    """
+    count = 0
     for group in process_groups():
         for device_type in group._device_types:
-            if device_type.type != "cpu" and hasattr(backend := group._get_backend(device_type), "abort"):
+            backend = None if device_type.type == "cpu" else group._get_backend(device_type)
+            if backend is not None and backend.name() != "gloo" and hasattr(backend, "abort"):
                 backend.abort()
+                count += 1
+    return count
 
 
 def cuda_was_lost_by_fork() -> bool:

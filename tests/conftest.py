@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import uuid
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from multiprocessing import resource_tracker
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from lightning_ckptless import environment
 from tests import police
 
 
@@ -22,12 +24,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Mark what is started from here on, so that it is found even when its parent is gone."""
     os.environ[police.MARK] = uuid.uuid4().hex
+    police.arena_folder().mkdir()
+    os.environ[environment.ARENA_DIR] = str(police.arena_folder())
     # A shell's background jobs ignore some, and what tests start would inherit that.
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, usual)
     # One per process, kept until its end: started before the first test, it is no test's leak.
     resource_tracker.ensure_running()
+
+
+def pytest_unconfigure() -> None:
+    """Remove the folder of the arenas."""
+    shutil.rmtree(police.arena_folder(), ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

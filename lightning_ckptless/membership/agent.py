@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from lightning_ckptless import environment
 from lightning_ckptless.errors import UnfitNodeError
 from lightning_ckptless.membership.companion import END_GRACE_S, Companions, Surroundings
 from lightning_ckptless.membership.fault import FaultReport, shell_code, split_exit
+from lightning_ckptless.membership.forks import Forks
 from lightning_ckptless.membership.hangs import HangWatch
 from lightning_ckptless.membership.in_place import InPlace
-from lightning_ckptless.membership.parent import End, PreloadedParent, UnsafeForkError
+from lightning_ckptless.membership.parent import End, PreloadedParent
 from lightning_ckptless.membership.process import Process
 from lightning_ckptless.membership.program import Program
 from lightning_ckptless.membership.regrouping import Regroupings
@@ -102,8 +103,7 @@ class CkptlessAgent(LocalElasticAgent):
         self.exit_code = 0
         self.recoveries_in_place = 0
         self._node = node
-        self._parent = parent
-        self._substitute: PreloadedParent | None = None
+        self._forks = Forks(parent, fresh=node.fresh, say=_say)
         self._record = record
         self._starts = 0 if after is None else 1
         self._futile_starts = 0
@@ -117,6 +117,10 @@ class CkptlessAgent(LocalElasticAgent):
         self._in_place = InPlace(
             in_place=node.in_place, standbys=node.standbys, folder=self._folder, record=record, say=_say
         )
+
+    @property
+    def _parent(self) -> PreloadedParent:
+        return self._forks.parent
 
     @property
     def has_started(self) -> bool:
@@ -135,8 +139,7 @@ class CkptlessAgent(LocalElasticAgent):
 
     def close(self) -> None:
         """Release what the agent has made for itself."""
-        if self._substitute is not None:
-            self._substitute.close()
+        self._forks.close()
         self._verdict_folder.cleanup()
 
     # ---------------------------------------------------------------- starting workers
@@ -156,7 +159,8 @@ class CkptlessAgent(LocalElasticAgent):
         take_verdicts(self._folder)
         take_begun(self._folder)
         self._hangs.begin_round(list(envs))
-        self._pcontext = workers = self._fork(envs, line_prefixes(worker_group, self._node.log_line_prefix))
+        prefixes = line_prefixes(worker_group, self._node.log_line_prefix)
+        workers = self._forks.start(lambda: self._make_workers(envs, prefixes))
         pids = workers.pids()
         ranks = {worker.global_rank: pids[worker.local_rank] for worker in worker_group.workers}
         self._starts += 1
@@ -166,29 +170,20 @@ class CkptlessAgent(LocalElasticAgent):
             self._announce(worker_group)
         return pids
 
-    def _fork(self, envs: dict[int, dict[str, str]], prefixes: dict[int, str] | None) -> Workers:
-        """Start the workers; with another parent, and then for good, where the preloaded one cannot be forked."""
-        while True:
-            workers = Workers(
-                self._parent,
-                self._node.program,
-                envs,
-                base_env=self._node.env,
-                cwd=self._node.cwd,
-                fresh=self._node.fresh,
-                logs_specs=self._logs_specs,
-                log_line_prefixes=prefixes,
-            )
-            self._pcontext = workers
-            try:
-                workers.start()
-            except UnsafeForkError as error:
-                workers.stop(signal.SIGKILL, 0)
-                _say(f"workers are started afresh from now on, a relaunch takes longer: {error}")
-                self._node = replace(self._node, fresh=True)
-                self._parent = self._substitute = PreloadedParent(flags=self._parent.flags)
-            else:
-                return workers
+    def _make_workers(self, envs: dict[int, dict[str, str]], prefixes: dict[int, str] | None) -> Workers:
+        workers = Workers(
+            self._parent,
+            self._node.program,
+            {rank: dict(env) for rank, env in envs.items()},
+            base_env=self._node.env,
+            cwd=self._node.cwd,
+            fresh=self._forks.fresh,
+            logs_specs=self._logs_specs,
+            log_line_prefixes=prefixes,
+        )
+        # Whoever interrupts their start ends those that have been started.
+        self._pcontext = workers
+        return workers
 
     def _start_standby(self, worker_group: WorkerGroup, stdio: list[int]) -> Process:
         # The last rank stands in for the one to come: it speaks for nobody.
@@ -234,6 +229,7 @@ class CkptlessAgent(LocalElasticAgent):
         said = workers.heard()
         self._in_place.hear(said)
         self._companions.tend(said)
+        self._hangs.hear(said)
         self._hangs.limit_s = self._in_place.hang_timeout_s
         self._in_place.follow(workers)
         if (hang := self._hangs.look(workers) or self._in_place.look()) is not None:

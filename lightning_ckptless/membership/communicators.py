@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -51,6 +52,7 @@ class World:
     def __init__(self) -> None:
         self.generation = 0
         self._connections = Connections()
+        self._leaving = threading.Lock()
         self._own: set[int] = set()
         self._retired: list[Any] = []
 
@@ -132,23 +134,29 @@ class World:
             yield
         self._own |= set(map(id, process_groups())) - before
 
-    def cut(self) -> None:
-        """End whatever a thread does in these groups, now and in those that are being made. Any thread may call it."""
-        abort_device_groups()
-        self._connections.cut()
+    def cut(self) -> int:
+        """End whatever a thread does in these groups, now and in those that are being made. Any thread may call it.
+
+        Returns:
+            How many connections were there to be cut, each communicator of a device counted as one.
+        """
+        with self._leaving:
+            return abort_device_groups() + self._connections.cut()
 
     def leave(self) -> None:
         """Give up the groups, which are cut: they are let go of by `bury`."""
         self.cut()
-        self._retired += process_groups()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        self._own.clear()
-        self._connections.forget()
+        with self._leaving:
+            self._retired += process_groups()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            self._own.clear()
+            self._connections.forget()
 
     def bury(self) -> None:
-        """Let go of the groups that were left, which waits for their threads."""
+        """Let go of the groups that were left, which waits for their threads. All ranks have left them."""
         self._retired.clear()
+        self._connections.bury()
 
 
 def keep_through_device_errors() -> None:

@@ -4,6 +4,10 @@ A collective of gloo that waits for a dead peer, or for a living one that waits 
 by no other call of torch: aborting the group does nothing to it. Shutting down the sockets below it ends it within
 milliseconds. Duplicates of a socket in forked processes do not matter then, as they would for closing it.
 
+Only our side of reading is shut down, and a duplicate keeps the connection when gloo closes it upon that: no peer may
+notice, for a peer that sends at this moment would be lost in gloo (`lost_waits.py`). Each rank ends what it does itself
+waits for, and lets go of the duplicates when all have gone on.
+
 A socket that listens is never touched: gloo ends the process when one fails.
 """
 
@@ -14,7 +18,7 @@ import socket
 import stat
 import threading
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _Sockets = dict[int, str]
 """File descriptors with what they refer to: numbers are used again, the text is not."""
@@ -27,6 +31,8 @@ class Connections:
         self._lock = threading.Lock()
         self._made: _Sockets = {}
         self._before: _Sockets | None = None
+        self._cut: dict[str, socket.socket] = {}
+        self._retired: list[socket.socket] = []
 
     @contextmanager
     def opening(self) -> Iterator[None]:
@@ -41,19 +47,34 @@ class Connections:
                 self._before = None
 
     def cut(self) -> int:
-        """Shut down what was made, and what is being made at this moment. Any thread may call it.
+        """Let nothing be read from what was made, and what is being made at this moment. Any thread may call it.
 
         Returns:
-            How many connections were there to be cut.
+            How many connections were there that had not been cut before.
         """
         with self._lock:
             targets = self._made | self._new()
-        return sum(_shut_down(number, target) for number, target in targets.items())
+            found = {
+                target: sock
+                for number, target in targets.items()
+                if target not in self._cut and (sock := _shut_down(number, target)) is not None
+            }
+            self._cut |= found
+            return len(found)
 
     def forget(self) -> None:
         """Begin anew: what was made belongs to a generation that is over."""
         with self._lock:
             self._made.clear()
+            self._retired += self._cut.values()
+            self._cut.clear()
+
+    def bury(self) -> None:
+        """Close what was cut before `forget`: no peer uses it any more."""
+        with self._lock:
+            retired, self._retired = self._retired, []
+        for sock in retired:
+            sock.close()
 
     def _new(self) -> _Sockets:
         before = self._before
@@ -71,7 +92,16 @@ def cut_connections_to(addresses: Collection[tuple[str, int]]) -> int:
     Returns:
         How many there were.
     """
-    return sum(_shut_down(number, target, addresses) for number, target in _sockets().items())
+    found = [_connection(number, target) for number, target in _sockets().items()]
+    count = 0
+    for sock in found:
+        if sock is None:
+            continue
+        with sock, suppress(OSError):
+            if _peer(sock) in addresses:
+                sock.shutdown(socket.SHUT_RDWR)
+                count += 1
+    return count
 
 
 def _sockets() -> _Sockets:
@@ -86,25 +116,38 @@ def _sockets() -> _Sockets:
     return found
 
 
-def _shut_down(number: int, target: str, only: Collection[tuple[str, int]] | None = None) -> bool:
+def _shut_down(number: int, target: str) -> socket.socket | None:
+    """Let nothing be read from a connection any more; returns a duplicate, or None where it is none."""
+    sock = _connection(number, target)
+    if sock is not None:
+        with suppress(OSError):
+            # Where the peer is gone already there is nothing to read.
+            sock.shutdown(socket.SHUT_RD)
+    return sock
+
+
+def _connection(number: int, target: str) -> socket.socket | None:
+    """A duplicate of a connection; None where it is none, or listens, or is still being made."""
     try:
         # The duplicate stays what it is, whatever the number is used for meanwhile.
         duplicate = os.dup(number)
     except OSError:
-        return False
+        return None
     facts = os.fstat(duplicate)
     if not stat.S_ISSOCK(facts.st_mode) or f"socket:[{facts.st_ino}]" != target:
         os.close(duplicate)
-        return False
-    with socket.socket(fileno=duplicate) as sock:
-        if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
-            return False
-        try:
-            host, port, *_ = sock.getpeername()
-            if only is not None and (host.removeprefix("::ffff:"), port) not in only:
-                return False
-            sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            # It listens, or is cut already.
-            return False
-    return True
+        return None
+    sock = socket.socket(fileno=duplicate)
+    if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM and _peer(sock) is not None:
+        return sock
+    sock.close()
+    return None
+
+
+def _peer(sock: socket.socket) -> tuple[str, int] | None:
+    """Numeric address and port at the other end; None where there is none."""
+    try:
+        host, port, *_ = sock.getpeername()
+    except OSError:
+        return None
+    return host.removeprefix("::ffff:"), port

@@ -5,11 +5,15 @@
 | worker | `entered` | it is about to train; with what its strategy asks of the agent |
 | worker | `stepped` | its generation has committed a step |
 | worker | `left` | it has left the training loop: its end is no fault from here on, and no peer can wait for it |
+| worker | `released` | it has left the process groups that it shared with the lost |
+| worker | `held` | it cannot get free of them, with the reason |
+| worker | `stands` | whether it waits for others, when it was asked `where` it is |
 | worker | `unable` | it cannot go on in place, with the reason |
 | worker | `companion` | it asks for a process beside the workers, of this module with this argument |
 | worker | `ready` | a standby has come to `fit` and waits for a rank |
 | agent | `regroup` | a fault: meet under this number, with this report |
 | agent | `assign` | to a standby: variables that make it a rank, then as `regroup`; with its output |
+| agent | `where` | all are silent: does it wait for others? |
 | agent | `over` | the run has ended with a fault: nobody goes on |
 | agent | `finish` | the run is to end: commit the step, save and leave |
 
@@ -22,6 +26,7 @@ import os
 import select
 import socket
 import stat
+import threading
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -40,6 +45,7 @@ class Line:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        self._telling = threading.Lock()
         self._ended = False
 
     @classmethod
@@ -54,18 +60,18 @@ class Line:
 
     @property
     def ended(self) -> bool:
-        """Whether the other end is gone."""
+        """Whether the other end is gone, or this one closed."""
         return self._ended
 
     def tell(self, kind: str, files: Sequence[int] = (), **fields: Any) -> None:
-        """Send a message; lost without a word where the other end is gone, which shows elsewhere.
+        """Send a message; lost without a word where the other end is gone, which shows elsewhere. Any thread.
 
         Args:
             kind: what it is.
             files: file descriptors that go with it.
             fields: what it says, as JSON has it.
         """
-        with suppress(OSError):
+        with self._telling, suppress(OSError):
             channel.send(self._socket, {"kind": kind, **fields}, files)
 
     def receive(self) -> tuple[Message, list[int]] | None:
@@ -88,6 +94,7 @@ class Line:
 
     def close(self) -> None:
         """Close this end."""
+        self._ended = True
         self._socket.close()
 
 

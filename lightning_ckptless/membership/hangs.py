@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from lightning_ckptless.membership.channel import Message
 from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.membership.pulse import STACKS_SIGNAL, pulse_path, read_pulse, stacks_path
 from lightning_ckptless.membership.workers import Workers
-from lightning_ckptless.protocol.hang import Hang, Pulse, find_hang, find_straggler
+from lightning_ckptless.protocol.hang import Hang, Pulse, find_hang, find_straggler, is_to_be_asked
 
 _LOOK_EVERY_S = 0.25
+_ANSWERS = 4
+"""That must say the same."""
 _STACKS_WAIT_S = 0.5
 _STACKS_POLL_S = 0.02
 _STRAGGLER_EVERY_S = 60.0
@@ -33,6 +38,8 @@ class HangWatch:
         self._record = record
         self._say = say
         self._looked_at = 0.0
+        self._asked = 0
+        self._answers: dict[int, deque[bool]] = {}
         self._straggler_at = 0.0
 
     def begin_round(self, local_ranks: list[int]) -> None:
@@ -56,7 +63,30 @@ class HangWatch:
         if len(known) < len(pids) or any(workers.blamed(rank) for rank in pids):
             return None
         self._look_for_stragglers(known, now)
+        if is_to_be_asked(known, now=now, override_s=self.limit_s):
+            self._ask(workers)
+            known = {rank: replace(pulse, waits=self._waits(rank)) for rank, pulse in known.items()}
+        else:
+            self._asked = 0
+            self._answers.clear()
         return find_hang(known, now=now, override_s=self.limit_s)
+
+    def _ask(self, workers: Workers) -> None:
+        self._asked += 1
+        workers.tell("where")
+
+    def hear(self, said: Sequence[tuple[int, Message]]) -> None:
+        """Take in what workers have answered, with their local ranks."""
+        for rank, message in said:
+            if message["kind"] == "stands":
+                self._answers.setdefault(rank, deque(maxlen=_ANSWERS)).append(message["waits"])
+
+    def _waits(self, rank: int) -> bool | None:
+        """Whether a rank waits for others, by its last answers. One that cannot even answer does not."""
+        answers = self._answers.get(rank, deque())
+        if len(answers) < _ANSWERS:
+            return False if not answers and self._asked > 2 * _ANSWERS else None
+        return answers[0] if len(set(answers)) == 1 else None
 
     def _look_for_stragglers(self, pulses: dict[int, Pulse], now: float) -> None:
         if now - self._straggler_at < _STRAGGLER_EVERY_S:

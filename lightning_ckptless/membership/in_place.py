@@ -13,7 +13,7 @@ from typing import Any
 from lightning_ckptless import environment
 from lightning_ckptless.membership.channel import Message
 from lightning_ckptless.membership.fault import FaultReport
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.parent import ParentLostError, PreloadedParent
 from lightning_ckptless.membership.process import Process
 from lightning_ckptless.membership.regrouping import Regrouping, Regroupings
 from lightning_ckptless.membership.standby import Standbys, promote
@@ -70,6 +70,7 @@ class InPlace:
         self._standbys: Standbys | None = None
         self._start_standby: Callable[[list[int]], Process] | None = None
         self._told_at: dict[int, float] = {}
+        self._held: dict[int, str] = {}
         self._env_of: Callable[[int], dict[str, str]] | None = None
         self._coming: set[int] = set()
 
@@ -92,6 +93,7 @@ class InPlace:
         """
         self.tries, self._obstacle, self._trains, self._env_of = 0, None, False, env_of
         self._told_at.clear()
+        self._held.clear()
         self._coming.clear()
         self.at_the_door.clear()
         self._regroupings = regroupings
@@ -142,6 +144,8 @@ class InPlace:
                 self.at_the_door.add(rank)
             elif message["kind"] == "released":
                 self._told_at.pop(rank, None)
+            elif message["kind"] == "held":
+                self._held[rank] = message["reason"]
             elif message["kind"] == "unable":
                 self._obstacle = f"local rank {rank}: {message['reason']}"
                 if message["lasting"]:
@@ -159,7 +163,7 @@ class InPlace:
 
     def look(self) -> Hang | None:
         """Which survivors do not get free of what they shared with the lost."""
-        return find_unreleased(self._told_at, now=time.monotonic(), override_s=self.hang_timeout_s)
+        return find_unreleased(self._told_at, now=time.monotonic(), override_s=self.hang_timeout_s, held=self._held)
 
     def tend_standbys(self) -> None:
         """Keep as many standbys as are wanted, once training is under way."""
@@ -168,7 +172,12 @@ class InPlace:
             return
         if self._standbys is None:
             self._standbys = Standbys(wanted, self._start_standby, self._folder, self._say)
-        if self._standbys.tend():
+        try:
+            has_changed = self._standbys.tend()
+        except ParentLostError:
+            # All workers have ended with it, which shows next.
+            return
+        if has_changed:
             self._record("standbys", ready=self._standbys.ready, wanted=wanted, pids=list(self._standbys.pids))
 
     # ------------------------------------------------------------------ recovering
@@ -195,6 +204,7 @@ class InPlace:
             workers.tell_one(rank, "regroup", number=regrouping.number, fault=asdict(regrouping.fault), env=env)
         for rank in leave:
             self._told_at.pop(rank, None)
+        self._held.clear()
         # Those on their way to `fit` hold on to nothing, and may take their time.
         self._coming |= leave
         self._told_at |= dict.fromkeys((rank for rank in told if rank not in self._coming), time.monotonic())

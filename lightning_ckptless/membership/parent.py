@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -78,6 +79,7 @@ class PreloadedParent:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._imports_awaited = 0
+        self._more: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
         self._ends: dict[int, End] = {}
 
     @property
@@ -96,6 +98,7 @@ class PreloadedParent:
         """Have it import more modules before the next fork; returns without waiting for that."""
         self.start()
         with self._lock:
+            self._more.append((tuple(modules), tuple(path)))
             self._ask_for_import(modules, path)
 
     def ready(self) -> None:
@@ -133,13 +136,14 @@ class PreloadedParent:
 
     def signal(self, pids: Sequence[int], number: int) -> None:
         """Send a signal to workers and to the processes they have started; those that have ended are skipped."""
-        with self._lock:
+        # Where the parent has ended, its workers have.
+        with self._lock, suppress(ParentLostError):
             if self._socket is not None and pids:
                 self._send({"signal": int(number), "pids": list(pids)})
 
     def signal_one(self, pid: int, number: int) -> None:
         """Send a signal to one worker, and not to the processes it has started."""
-        with self._lock:
+        with self._lock, suppress(ParentLostError):
             if self._socket is not None:
                 self._send({"signal": int(number), "pids": [pid], "alone": True})
 
@@ -183,7 +187,8 @@ class PreloadedParent:
             )
         self._socket = ours
         self._ends.clear()
-        self._ask_for_import(self.modules, self.path)
+        for modules, path in ((self.modules, self.path), *self._more):
+            self._ask_for_import(modules, path)
 
     def _ask_for_import(self, modules: Sequence[str], path: Sequence[str]) -> None:
         if modules:
@@ -195,6 +200,7 @@ class PreloadedParent:
             answer, _ = self._await_answer()
             self._imports_awaited -= 1
             if "failed" in answer:
+                self._more.clear()
                 self._abandon()
                 raise LaunchError(f"{answer['failed']}; install it, or leave it out of the modules to preload")
 

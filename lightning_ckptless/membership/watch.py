@@ -2,7 +2,8 @@
 
 The training thread may wait in a collective for a rank that is dead, or compute for a long time. The watcher listens
 to the agent in a thread of its own. When a fault is told, it cuts the connections of the generation that is over, until
-the training thread has taken notice: whatever that does with them fails, and is caught where the step began.
+the training thread has let go of them: whatever that does with them fails, and is caught where the step began. Where
+gloo has lost a thread that waited in it, it says so to the agent (`lost_waits.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from lightning_ckptless.membership.control import Line
 from lightning_ckptless.membership.fault import FaultReport
+from lightning_ckptless.membership.lost_waits import LostWaits, main_thread_waits
 
 _CUT_EVERY_S = 0.01
 
@@ -43,17 +45,20 @@ class Watcher:
 
     Args:
         line: to the agent; stays open.
-        cut: frees the training thread, as far as it can be freed; called again until `accept`.
+        cut: frees the training thread, as far as it can be freed, and returns how many connections were still there;
+            called again from the news of a fault until `release`.
         number: regrouping that this worker belongs to; 0 before the first.
     """
 
-    def __init__(self, line: Line, cut: Callable[[], object], number: int = 0) -> None:
+    def __init__(self, line: Line, cut: Callable[[], int], number: int = 0) -> None:
         self._line = line
         self._cut = cut
         self._accepted = number
+        self._is_leaving = False
         self._latest: Assignment | None = None
         self._finish_asked = False
         self._is_run_over = False
+        self._waits = LostWaits()
         self._is_on_hold = False
         self._changed = threading.Condition()
         self._wake, self._woken = socket.socketpair()
@@ -82,7 +87,7 @@ class Watcher:
         self._line.tell(kind, **fields)
 
     def accept(self, timeout_s: float) -> Assignment | None:
-        """Take notice of the newest regrouping, waiting for it if it is not there yet. Nothing is cut from then on.
+        """Take notice of the newest regrouping, waiting for it if it is not there yet.
 
         Args:
             timeout_s: longest wait, but for the time in which the nodes meet anew.
@@ -96,8 +101,14 @@ class Watcher:
                 self._changed.wait_for(lambda: self._pending() is not None or self.is_run_over)
             found = self._pending()
             if found is not None:
-                self._accepted = found.number
+                self._accepted, self._is_leaving = found.number, True
             return found
+
+    def release(self) -> None:
+        """The generation that is over has been left: from here on connections are new, and none of them is cut."""
+        with self._changed:
+            self._is_leaving = False
+        self.tell("released")
 
     def close(self) -> None:
         """End the thread."""
@@ -111,23 +122,32 @@ class Watcher:
         latest = self._latest
         return latest if latest is not None and latest.number > self._accepted else None
 
+    def _is_to_cut(self) -> bool:
+        return self._pending() is not None or self._is_leaving or self._is_run_over
+
     def _has_word(self) -> bool:
         return self._pending() is not None or self.is_run_over or self._is_on_hold
 
     def _listen(self) -> None:
         while not self._line.ended:
-            timeout_s = _CUT_EVERY_S if self._pending() is not None or self._is_run_over else None
+            timeout_s = _CUT_EVERY_S if self._is_to_cut() else None
             ready = select.select([self._line.fileno(), self._woken.fileno()], [], [], timeout_s)[0]
             if self._woken.fileno() in ready:
                 return
             if self._line.fileno() in ready:
                 self._read()
-            # Under the lock: who has taken notice makes new connections, and none of those must be cut.
+            # Under the lock: who has let go makes new connections, and none of those must be cut.
             with self._changed:
-                if self._pending() is not None or self._is_run_over:
-                    self._cut()
+                if self._is_to_cut():
+                    self._look_for_lost_waits(self._cut())
         with self._changed:
             self._changed.notify_all()
+
+    def _look_for_lost_waits(self, connections: int) -> None:
+        reason = self._waits.look(connections, time.monotonic())
+        if reason is not None:
+            self._waits = LostWaits()
+            self.tell("held", reason=reason)
 
     def _read(self) -> None:
         received = self._line.receive()
@@ -136,6 +156,8 @@ class Watcher:
         message, _ = received
         if message["kind"] == "finish":
             self._finish_asked = True
+        elif message["kind"] == "where":
+            self.tell("stands", waits=main_thread_waits())
         elif message["kind"] == "over":
             with self._changed:
                 self._is_run_over = True
@@ -150,7 +172,7 @@ class Watcher:
                 self._is_on_hold = False
                 # A fault while others come has its own number, and may be told before that of their coming.
                 if self._latest is None or found.number > self._latest.number:
-                    self._latest = found
+                    self._latest, self._waits = found, LostWaits()
                 self._changed.notify_all()
 
 

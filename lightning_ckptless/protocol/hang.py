@@ -2,7 +2,9 @@
 
 In lockstep one rank that hangs stops all: the others come to the next collective and wait there. So it is not silence
 that gives the culprit away, but being behind. Nobody is blamed where all stand at the same point (a long validation, a
-first compilation), where a debugger has stopped one, or where somebody has stopped all.
+first compilation), where a debugger has stopped one, or where somebody has stopped all. In the backward pass ranks that
+stand at the same point are told apart by what they do there: each is asked, and who does not wait for the others, while
+they wait, has not come to where they are.
 
 | All ranks silent for longer than the limit, and | Then |
 |---|---|
@@ -10,6 +12,7 @@ first compilation), where a debugger has stopped one, or where somebody has stop
 | all are stopped | nobody hangs |
 | some are stopped | they hang |
 | some are behind the others | they hang |
+| all are in the backward pass of one step, and some do not wait for the others as these do | they hang |
 | all stand at the same point, for less than the ceiling | nobody hangs |
 | all stand at the same point | all hang |
 """
@@ -24,6 +27,10 @@ FLOOR_S = 10.0
 CEILING_S = 1800.0
 RELEASE_S = 30.0
 """For which a survivor of a fault may hold on to what it shared with the lost."""
+LOST_WAIT_S = 0.5
+"""For which a thread sleeps in a collective without connections, before it is said to sleep for ever."""
+ANSWER_S = 5.0
+"""For which an answer of ranks that are asked what they do is waited for."""
 FACTOR = 8.0
 """Times the longest pause that was seen between two signs of progress."""
 STRAGGLER_FACTOR = 1.5
@@ -54,6 +61,7 @@ class Pulse:
         own_s: its own time per step, without waiting for others; 0 where that is not known.
         stopped: whether the system has stopped it.
         traced: whether a debugger holds it.
+        waits: whether it waits for other ranks; None where it was not asked, or did now one and then the other.
     """
 
     step: int
@@ -64,6 +72,7 @@ class Pulse:
     own_s: float
     stopped: bool = False
     traced: bool = False
+    waits: bool | None = None
 
     @property
     def progress(self) -> tuple[int, int, int]:
@@ -94,6 +103,28 @@ def limit_s(pulses: Mapping[int, Pulse], override_s: float | None) -> float:
     return CEILING_S if longest_s == 0.0 else min(CEILING_S, max(FLOOR_S, FACTOR * longest_s))
 
 
+def _silence(pulses: Mapping[int, Pulse], now: float, override_s: float | None) -> tuple[float, float] | None:
+    """For how long all have been silent, and for how long they might, where it is longer and no debugger's doing."""
+    if not pulses or override_s == 0.0 or any(pulse.point is Point.OUTSIDE for pulse in pulses.values()):
+        return None
+    silent_s, allowed_s = now - max(pulse.at for pulse in pulses.values()), limit_s(pulses, override_s)
+    if silent_s <= allowed_s or any(pulse.traced for pulse in pulses.values()):
+        return None
+    return silent_s, allowed_s
+
+
+def is_to_be_asked(pulses: Mapping[int, Pulse], *, now: float, override_s: float | None = None) -> bool:
+    """Whether the ranks are to be asked what they do: they may hang, and their pulses do not tell who.
+
+    Args:
+        pulses: as for `find_hang`.
+        now: as for `find_hang`.
+        override_s: as for `find_hang`.
+    """
+    silent = _silence(pulses, now, override_s) is not None
+    return silent and _all_in_backward(pulses)
+
+
 def find_hang(pulses: Mapping[int, Pulse], *, now: float, override_s: float | None = None) -> Hang | None:
     """Tell which ranks hang.
 
@@ -102,43 +133,104 @@ def find_hang(pulses: Mapping[int, Pulse], *, now: float, override_s: float | No
         now: on the clock of the pulses.
         override_s: the user's limit; None to learn it, 0 to look for none.
     """
-    if not pulses or override_s == 0.0 or any(pulse.point is Point.OUTSIDE for pulse in pulses.values()):
-        return None
-    silent_s, allowed_s = now - max(pulse.at for pulse in pulses.values()), limit_s(pulses, override_s)
-    if silent_s <= allowed_s or any(pulse.traced for pulse in pulses.values()):
-        return None
+    silence = _silence(pulses, now, override_s)
     stopped = tuple(rank for rank, pulse in pulses.items() if pulse.stopped)
-    if len(stopped) == len(pulses):
+    if silence is None or len(stopped) == len(pulses):
         return None
+    silent_s, allowed_s = silence
     silent = f"no rank gave a sign for {silent_s:.1f} s, {allowed_s:.1f} s are allowed"
     if stopped:
         return Hang(stopped, f"stopped by a signal; {silent}", silent_s)
     least = min(pulse.progress for pulse in pulses.values())
     behind = tuple(rank for rank, pulse in pulses.items() if pulse.progress == least)
+    where = f"{Point(least[1]).name.lower()} of step {least[0]}"
     if len(behind) < len(pulses):
-        step, point, _ = least
-        return Hang(
-            behind, f"stands at {Point(point).name.lower()} of step {step}, behind the others; {silent}", silent_s
-        )
-    if silent_s <= max(allowed_s, CEILING_S if override_s is None else override_s):
+        return Hang(behind, f"stands at {where}, behind the others; {silent}", silent_s)
+    busy = tuple(rank for rank, pulse in pulses.items() if pulse.waits is False)
+    is_told = all(pulse.waits is not None for pulse in pulses.values())
+    if is_told and len(busy) < len(pulses) and busy and _all_in_backward(pulses):
+        return Hang(busy, f"does not wait for the others at {where}, as they do for it; {silent}", silent_s)
+    ceiling_s = max(allowed_s, CEILING_S if override_s is None else override_s)
+    if silent_s <= ceiling_s + (0.0 if is_told or not _all_in_backward(pulses) else ANSWER_S):
         return None
     return Hang(behind, f"all ranks stand at the same point; {silent}", silent_s)
 
 
-def find_unreleased(told_at: Mapping[int, float], *, now: float, override_s: float | None = None) -> Hang | None:
+def _all_in_backward(pulses: Mapping[int, Pulse]) -> bool:
+    places = {pulse.progress for pulse in pulses.values()}
+    return len(places) == 1 and next(iter(places))[1] is Point.BACKWARD
+
+
+@dataclass(frozen=True, slots=True)
+class Stand:
+    """Where a thread sleeps that waits for other ranks.
+
+    Args:
+        thread: its name.
+        where: module and function.
+        used_ticks: processor time that it has used, in ticks of the system.
+    """
+
+    thread: str
+    where: str
+    used_ticks: int
+
+
+def unchanged_since(
+    before: Mapping[int, tuple[Stand, float]], found: Mapping[int, Stand], now: float
+) -> dict[int, tuple[Stand, float]]:
+    """Since when each thread has been seen where it is found now, without a moment's work in between.
+
+    Args:
+        before: what this function has returned last.
+        found: where threads sleep now.
+        now: seconds of any clock.
+    """
+    return {
+        number: before[number] if number in before and before[number][0] == stand else (stand, now)
+        for number, stand in found.items()
+    }
+
+
+def find_lost_wait(since: Mapping[int, tuple[Stand, float]], now: float) -> str | None:
+    """Tell whether a thread sleeps for ever, of a process that has no connection to another rank any more.
+
+    Whatever it waits for has failed by then, and would have waked it within milliseconds.
+
+    Args:
+        since: from when on each thread has slept, as `unchanged_since` tells it.
+        now: on the same clock.
+    """
+    for stand, at in since.values():
+        if now - at > LOST_WAIT_S:
+            return f"{stand.thread} sleeps in {stand.where} for {now - at:.1f} s, with no connection left to end it"
+    return None
+
+
+def find_unreleased(
+    told_at: Mapping[int, float],
+    *,
+    now: float,
+    override_s: float | None = None,
+    held: Mapping[int, str] | None = None,
+) -> Hang | None:
     """Tell which survivors of a fault do not get free of it: a driver that waits for a lost peer may hold one for ever.
 
     Args:
         told_at: when they were told of the fault, by rank, of those that have not said that they are free.
         now: on the same clock.
         override_s: the user's limit; None for our own, 0 to look for none.
+        held: why some of them say themselves that they will never get free, by rank: nobody waits for those.
     """
+    for rank, at in told_at.items():
+        if held is not None and rank in held:
+            return Hang((rank,), f"cannot get free of the lost: {held[rank]}", now - at)
     allowed_s = RELEASE_S if override_s is None else override_s
-    held = {rank: now - at for rank, at in told_at.items() if now - at > allowed_s}
-    if not held or allowed_s == 0.0:
+    late = {rank: now - at for rank, at in told_at.items() if now - at > allowed_s}
+    if not late or allowed_s == 0.0:
         return None
     reason = f"did not get free of the lost within {allowed_s:.1f} s of being told"
-    return Hang(tuple(held), reason, max(held.values()))
+    return Hang(tuple(late), reason, max(late.values()))
 
 
 def find_straggler(own_s: Mapping[int, float]) -> tuple[int, float] | None:

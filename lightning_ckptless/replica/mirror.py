@@ -32,6 +32,7 @@ from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.checksum import NO_CHECKSUM, bytes_of, digest, joined
 from lightning_ckptless.replica.delivery import Delivery, Known, Shipment
+from lightning_ckptless.replica.ending import Ending
 from lightning_ckptless.replica.layout import Layout
 from lightning_ckptless.replica.mirror_stats import MirrorStats
 from lightning_ckptless.replica.round import Blob, Round
@@ -68,13 +69,12 @@ class Mirror:
         probe: called in the thread with a moment and the version: `stage` (half of the copying done), `send`, `agree`,
             `committed`.
         staging: `overlap`, or `blocking` to copy everything before `submit` returns.
-        finish_asked: whether this rank was asked to end the run; the next round tells all.
+        finish_asked: whether this rank was asked to end the run; the next round tells all, and they agree where.
         interval_word: this rank's word on the interval between versions; None while it has none.
 
     Attributes:
         committed: newest version that all ranks have committed.
-        finish_after: version in whose round a rank was asked to end the run. All ranks know it when they have
-            submitted the version behind it.
+        ending: where the run ends, when a rank was asked to end it.
         interval_after: version in whose round all ranks had a word on the interval, and the bits that all words have in
             common. All ranks know them when they have submitted the version behind it.
         stats: what was done so far.
@@ -99,7 +99,7 @@ class Mirror:
         interval_word: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.committed = committed
-        self.finish_after: Version | None = None
+        self.ending = Ending()
         self.interval_after: tuple[Version, int] | None = None
         self._interval_word = interval_word
         self._finish_asked = finish_asked
@@ -269,14 +269,14 @@ class Mirror:
         self.stats.sent_bytes = self._delivery.sent_bytes
         self._tell("agree", round_.version)
         outcome = self._transport.vote(self._vote(whole=written.keys() == self._shelves.keys()))
-        if not outcome & CARRY_ON and self.finish_after is None:
-            self.finish_after = round_.version
         if outcome & CHOSEN and self.interval_after is None:
             self.interval_after = round_.version, outcome >> _WORD_AT
         if outcome & WHOLE:
             self._commit(written, round_.version)
         else:
             self.stats.aborted += 1
+        if not outcome & CARRY_ON and not self.ending.is_agreed:
+            self.ending.agree(self._transport.gather)
         self.stats.last_round_s = time.perf_counter() - round_.began_at
         round_.ended.set_result(None)
 

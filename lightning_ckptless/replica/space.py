@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+from lightning_ckptless import environment
 from lightning_ckptless.errors import ArenaError
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -16,7 +17,9 @@ _BLOCK_BYTES = 512
 
 
 def default_arena_dir() -> Path:
-    """Folder for arenas: shared memory, else a folder among the temporary files, with a warning."""
+    """Folder for arenas: what the environment names, shared memory, else one of temporary files, with a warning."""
+    if named := os.environ.get(environment.ARENA_DIR):
+        return Path(named)
     if os.access(SHARED_MEMORY, os.W_OK | os.X_OK) and SHARED_MEMORY.is_mount():
         return SHARED_MEMORY
     fallback = Path(tempfile.gettempdir()) / f"ckptless-arenas-{os.getuid()}"

@@ -8,7 +8,6 @@ import os
 import time
 from pathlib import Path
 
-from lightning_ckptless import environment
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.replica.arena import Arena, Owner, adopt, default_arena_dir, find_arenas, reclaim
 from lightning_ckptless.replica.transport import Transport
@@ -52,8 +51,7 @@ def find_or_make_arena(identity: Identity, chapter: int, options: CkptlessOption
 
 
 def _folder(options: CkptlessOptions) -> Path:
-    named = os.environ.get(environment.ARENA_DIR)
-    return options.arena_dir or (Path(named) if named else default_arena_dir())
+    return options.arena_dir or default_arena_dir()
 
 
 def _run_id(identity: Identity, chapter: int) -> str:

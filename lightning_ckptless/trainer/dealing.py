@@ -61,8 +61,8 @@ def deal_out(loader: Any, deal: Deal, rank: int) -> None:
     if not ours or not torch_internals.is_map_style(loader):
         raise OptionsError(
             f"the rest of the epoch cannot be dealt to {deal.world_size} ranks: the samples of a "
-            f"{type(loader).__name__} are not divided by Lightning's DistributedSampler. With elastic_batch='scale' leave "
-            "the sampler to Lightning (a dataset that is read by index, shuffle=True or False), or take "
+            f"{type(loader).__name__} are not divided by Lightning's DistributedSampler. With elastic_batch='scale' "
+            "leave the sampler to Lightning (a dataset that is read by index, shuffle=True or False), or take "
             "elastic_batch='keep'"
         )
     # A loader refuses another batch sampler once it is made; nothing of it depends on the one before.

@@ -248,6 +248,7 @@ class Engine:
             every_n_steps=lambda: mirroring.cadence.interval,
             since=since,
             before_batch=batches.watch,
+            ends_here=mirroring.ends_here,
         )
         loops.before_setup_of_data(self.streams.begin_epoch)
         loops.silence_sigterm(self._ask_to_finish)

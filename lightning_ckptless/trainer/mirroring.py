@@ -71,6 +71,7 @@ class Mirroring:
         self.taken: Version | None = None
         self.tensors_are_of: Version | None = None
         self.is_over = False
+        self._ends_here = False
         self._trainer = trainer
         self._loops = loops
         self._options = options
@@ -166,6 +167,11 @@ class Mirroring:
 
     # ------------------------------------------------------------------ versions
 
+    def ends_here(self) -> bool:
+        """A moment has come at which a version may be taken; returns whether the run ends with it."""
+        self._ends_here = self._mirror is not None and self._mirror.ending.passes()
+        return self._ends_here
+
     def commit(self, version: Version) -> None:
         """Take a version and hand it to the mirror. Called in the training thread at a commit point."""
         self._await_protection()
@@ -179,7 +185,7 @@ class Mirroring:
             self._tell_plan(version)
         self._seen = version
         assert self._index is not None and self._mirror is not None
-        if self._options.on_late == "skip" and self._mirror.busy:
+        if self._options.on_late == "skip" and self._mirror.busy and not self._ends_here:
             self._mirror.skip(version)
             self._report.taken(0.0, time.perf_counter() - began, self._mirror)
             return
@@ -192,8 +198,7 @@ class Mirroring:
         agreement = self._mirror.interval_after
         if agreement is not None and agreement[0] < version:
             self.cadence.settle(agreed(agreement[1]))
-        if self._mirror.finish_after is not None and self._mirror.finish_after < version:
-            # All ranks have waited for that round, so all stop here.
+        if self._ends_here:
             self._mirror.settle()
             self.is_over = True
             self._loops.stop_for_sigterm(SIGTERM_EXIT_CODE)

@@ -32,6 +32,7 @@ class StepBoundaries:
         every_n_steps: tells how many optimizer steps lie between two versions.
         since: version that the run starts from; None for a fresh one, which begins with a version of its own.
         before_batch: called with the fetcher before each batch.
+        ends_here: asked at each moment at which a version may be taken, whether the run ends with it: then it is taken.
     """
 
     def __init__(
@@ -42,10 +43,12 @@ class StepBoundaries:
         every_n_steps: Callable[[], int],
         since: Version | None,
         before_batch: Callable[[Any], None] = lambda _: None,
+        ends_here: Callable[[], bool] = lambda: False,
     ) -> None:
         self.loops = loops
         self.commit = commit
         self.before_batch = before_batch
+        self.ends_here = ends_here
         self.every_n_steps = every_n_steps
         self.last = since
         self._advance: Callable[[Any], None] = loops.epoch.advance
@@ -64,7 +67,7 @@ class StepBoundaries:
         if self.last is None and not self.loops.epoch.restarting:
             self._take(tail_done=True)
         self._advance(fetcher)
-        if self._step_is_new() and self._is_due(pending=1) and self.loops.validation_is_due(fetcher):
+        if self._step_is_new() and self.loops.validation_is_due(fetcher) and self._is_due(pending=1):
             self._take(tail_done=False)
 
     def on_advance_end(self, fetcher: Any) -> None:
@@ -80,7 +83,7 @@ class StepBoundaries:
         return self.loops.step_done() and (last is None or step > last.optimizer_step or not last.tail_done)
 
     def _is_due(self, *, pending: int) -> bool:
-        return (self.loops.batches_that_stepped + pending) % self.every_n_steps() == 0
+        return self.ends_here() or (self.loops.batches_that_stepped + pending) % self.every_n_steps() == 0
 
     def _take(self, *, tail_done: bool) -> None:
         version = Version(self.loops.trainer.global_step, tail_done)

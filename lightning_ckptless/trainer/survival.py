@@ -185,7 +185,7 @@ class Survival:
         engine.probe_recovery("regroup")
         self._strategy.world.leave()
         if self._watcher is not None:
-            self._watcher.tell("released")
+            self._watcher.release()
         self._strategy.rejoin(assignment.number, lambda: self._watcher is not None and self._watcher.is_over)
         assert engine.arena is not None
         transport = engine.connect()

@@ -54,9 +54,9 @@ HAZARDS = {
     "two_of_four-at_once": Hazard("kill:rank=1:step=3,kill:rank=2:step=3", in_place=1, options=FOUR),
     "rank=0-hangs": Hazard("hang:rank=0:step=4", in_place=1, options=WATCHED),
     "survivor=0-hangs-during=regroup": Hazard(f"{FIRST},hang:rank=0:step=4:at=regroup", in_place=2, options=WATCHED),
-    # Nobody is behind the others: who hangs cannot be told.
-    "rank=0-hangs-during=backward": Hazard("hang:rank=0:step=4:at=backward", 0, relaunches=1, options=WATCHED),
-    "rank=1-stopped": Hazard("stop:rank=1:step=4", in_place=1, options=WATCHED),
+    # Nobody is behind the others: they are asked.
+    "rank=0-hangs-during=backward": Hazard("hang:rank=0:step=4:at=backward", in_place=1, options=WATCHED),
+    "rank=1-stopped": Hazard("stop:rank=1:step=4:at=backward", in_place=1, options=WATCHED),
     "rank=0-segfault": Hazard("crash:rank=0:step=4", in_place=1),
     "rank=1-leaves_with_code_0": Hazard("leave:rank=1:step=4", in_place=1),
     "ten_in_a_row": Hazard(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_ckptless.job import remove_arenas
 from tests.faults.matrix import BASE, is_version
 from tests.faults.test_restart import Run, job
 from tests.lab.parts import Options
@@ -116,6 +117,9 @@ def test_arena_lies_where_it_was_asked_to(job: Run, tmp_path: Path) -> None:
     folder.mkdir()
     job.start(_with(arena_dir=str(folder)), "kill:rank=1:step=3")
     assert [path.name.startswith(f"ckptless-{job.run_id}") for path in folder.iterdir()] == [True]
+    assert job.config is not None
+    remove_arenas(job.config)
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(("per_day", "interval"), [(1e-3, "1000"), (1e9, r"\d+")])

@@ -37,18 +37,31 @@ if "--fail" in sys.argv:
 ENV = {"PYTHONPATH": str(REPOSITORY)}
 
 
-@pytest.fixture
-def script(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program."""
-    path = tmp_path / "train.py"
+    path = tmp_path_factory.mktemp("program") / "train.py"
     path.write_text(SCRIPT)
     return path
 
 
+@pytest.fixture(scope="module")
+def baseline(script: Path, tmp_path_factory: pytest.TempPathFactory, parent: PreloadedParent) -> Variant:
+    """The uninterrupted run."""
+    return run_variant([str(script)], tmp_path_factory.mktemp("baseline"), parent=parent, isolate=True, env=ENV)
+
+
 @pytest.mark.parametrize("step", [3, 9])
-def test_kill(step: int, script: Path, tmp_path: Path, parent: PreloadedParent) -> None:
-    faults = f"kill:rank=1:step={step}"
-    report = run_drill([str(script)], faults, folder=tmp_path / "drill", parent=parent, isolate=True, env=ENV)
+def test_kill(step: int, script: Path, baseline: Variant, tmp_path: Path, parent: PreloadedParent) -> None:
+    report = run_drill(
+        [str(script)],
+        f"kill:rank=1:step={step}",
+        folder=tmp_path / "drill",
+        parent=parent,
+        baseline=baseline,
+        isolate=True,
+        env=ENV,
+    )
     assert report.problems == ()
     # What a new process cannot do is to come to the second fit alone.
     assert (report.in_place, report.relaunches) == ((1, 0) if step < 6 else (0, 1))

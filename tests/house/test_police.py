@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.owner import Owner
+from lightning_ckptless.replica.space import default_arena_dir
 from tests import police
 from tests.police import Scene, leaks
 
@@ -62,12 +64,18 @@ def test_a_file(before: Scene, tmp_path: Path) -> None:
 
 
 def test_an_arena(before: Scene, tmp_path: Path) -> None:
-    arena = Arena.create(police.SHARED_MEMORY, f"police-{os.getpid()}", "node", Owner.of(os.getpid()))
+    arena = Arena.create(default_arena_dir(), f"police-{os.getpid()}", "node", Owner.of(os.getpid()))
     found = leaks(before)
     arena.remove()
     arena.close()
     assert found == [f"shared memory {arena.path.name}"]
     assert leaks(before) == []
+
+
+def test_arenas_of_other_runs_are_not_looked_at(before: Scene) -> None:
+    with tempfile.TemporaryDirectory(dir=police.SHARED_MEMORY) as folder:
+        Arena.create(Path(folder), "another", "node", Owner.of(os.getpid())).close()
+        assert leaks(before) == []
 
 
 def test_settings(before: Scene) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import random
+import signal
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +51,7 @@ class Options:
     accelerator: str = "cpu"
     pin_memory: bool = False
     raise_at: int = 0  # raise a ValueError at this step, every time
+    terminate_at: int = 0  # SIGTERM to rank 1 at this step
     mesh: str = ""  # data_parallel x tensor_parallel ranks of a sharded model, e.g. 2x1; empty for data parallelism
     sharding: str = "plain"  # plain, hybrid (data_parallel replicates, tensor_parallel shards), partly (frozen, tied,
     # and a head that each rank trains for itself), mixed (computed in bf16), offloaded (parameters rest on the host)
@@ -167,6 +170,8 @@ def model_class(flavour: Any, options: Options) -> Any:
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor | None:
             if options.raise_at and self.global_step + 1 == options.raise_at and self.global_rank == 0:
                 raise ValueError(f"the program's own error at step {options.raise_at}")
+            if options.terminate_at and self.global_step + 1 == options.terminate_at and self.global_rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
             loss = self.loss(batch) + 0.001 * float(self.generator.random())
             self.seen_batches += 1
             self.outputs.append(loss.detach())

@@ -18,6 +18,14 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
+@pytest.fixture
+def connections() -> Iterator[Connections]:
+    made = Connections()
+    yield made
+    made.forget()
+    made.bury()
+
+
 def connected(stack: ExitStack) -> tuple[socket.socket, socket.socket, socket.socket]:
     """A listener and both ends of a connection to it."""
     listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
@@ -26,9 +34,10 @@ def connected(stack: ExitStack) -> tuple[socket.socket, socket.socket, socket.so
     return listener, ours, theirs
 
 
-def test_what_was_made_inside_is_cut_and_what_was_there_before_is_not(stack: ExitStack) -> None:
+def test_what_was_made_inside_is_cut_and_what_was_there_before_is_not(
+    connections: Connections, stack: ExitStack
+) -> None:
     _, before, before_peer = connected(stack)
-    connections = Connections()
     with connections.opening():
         listener, ours, theirs = connected(stack)
     assert connections.cut() == 2
@@ -40,16 +49,33 @@ def test_what_was_made_inside_is_cut_and_what_was_there_before_is_not(stack: Exi
         assert another.getpeername() == listener.getsockname()
 
 
-def test_what_is_being_made_is_cut_too(stack: ExitStack) -> None:
-    connections = Connections()
+def test_no_peer_notices_before_all_have_let_go(connections: Connections, stack: ExitStack) -> None:
+    listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    with connections.opening():
+        ours = socket.create_connection(listener.getsockname())
+    theirs = stack.enter_context(listener.accept()[0])
+    assert [connections.cut(), connections.cut()] == [1, 0]
+    assert ours.recv(1) == b""
+    # As gloo does when it has read the end.
+    ours.close()
+    connections.forget()
+    theirs.settimeout(0.05)
+    theirs.sendall(b"x")
+    with pytest.raises(TimeoutError):
+        theirs.recv(1)
+    connections.bury()
+    with pytest.raises(ConnectionResetError):
+        theirs.recv(1)
+
+
+def test_what_is_being_made_is_cut_too(connections: Connections, stack: ExitStack) -> None:
     with connections.opening():
         _, ours, _ = connected(stack)
         assert connections.cut() == 2
         assert ours.recv(1) == b""
 
 
-def test_a_number_that_is_used_again_is_left_alone(stack: ExitStack) -> None:
-    connections = Connections()
+def test_a_number_that_is_used_again_is_left_alone(connections: Connections, stack: ExitStack) -> None:
     with connections.opening():
         _, ours, theirs = connected(stack)
     numbers = ours.fileno(), theirs.fileno()
@@ -63,8 +89,7 @@ def test_a_number_that_is_used_again_is_left_alone(stack: ExitStack) -> None:
     assert os.write(write, b"x") == 1
 
 
-def test_local_sockets_are_left_alone(stack: ExitStack) -> None:
-    connections = Connections()
+def test_local_sockets_are_left_alone(connections: Connections, stack: ExitStack) -> None:
     with connections.opening():
         ours, theirs = socket.socketpair()
     stack.enter_context(ours)
@@ -74,8 +99,7 @@ def test_local_sockets_are_left_alone(stack: ExitStack) -> None:
     assert theirs.recv(1) == b"x"
 
 
-def test_nothing_is_left_to_be_cut_when_it_is_forgotten(stack: ExitStack) -> None:
-    connections = Connections()
+def test_nothing_is_left_to_be_cut_when_it_is_forgotten(connections: Connections, stack: ExitStack) -> None:
     with connections.opening():
         connected(stack)
     connections.forget()

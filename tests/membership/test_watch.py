@@ -21,8 +21,9 @@ class Cuts:
     def __init__(self) -> None:
         self.some = threading.Semaphore(0)
 
-    def __call__(self) -> None:
+    def __call__(self) -> int:
         self.some.release()
+        return 1
 
     def wait(self, count: int) -> bool:
         return all(self.some.acquire(timeout=5) for _ in range(count))
@@ -53,7 +54,7 @@ def regroup(agent: Line, number: int) -> None:
     agent.tell("regroup", number=number, fault=asdict(FAULT))
 
 
-def test_a_regrouping_is_told_and_cuts_until_it_is_accepted(agent: Line, watcher: Watcher, cuts: Cuts) -> None:
+def test_a_regrouping_is_told_and_cuts_until_the_old_groups_are_left(agent: Line, watcher: Watcher, cuts: Cuts) -> None:
     seen = [watcher.is_over]
     regroup(agent, 1)
     assert cuts.wait(3)
@@ -62,29 +63,40 @@ def test_a_regrouping_is_told_and_cuts_until_it_is_accepted(agent: Line, watcher
     assert assignment is not None
     assert (assignment.number, assignment.fault) == (1, FAULT)
     assert [*seen, watcher.is_over] == [False, True, False]
+    # The thread of the mirror may still wait in them.
+    while cuts.some.acquire(blocking=False):
+        pass
+    assert cuts.wait(3)
 
 
-def test_nothing_is_cut_when_notice_has_been_taken(agent: Line) -> None:
+def test_nothing_is_cut_when_the_old_groups_are_left(agent: Line) -> None:
     begun, go_on = threading.Event(), threading.Event()
     done: list[str] = []
 
-    def cut() -> None:
+    def cut() -> int:
         begun.set()
         assert go_on.wait(5)
         done.append("cut")
+        return 1
+
+    def leave() -> None:
+        accepted = watching.accept(5.0) is not None
+        watching.release()
+        done.append(f"accepted {accepted}")
 
     watching = Watcher(vars(agent)["other"], cut)
     try:
         regroup(agent, 1)
         assert begun.wait(5)
-        taking_notice = threading.Thread(target=lambda: done.append(f"accepted {watching.accept(5.0) is not None}"))
-        taking_notice.start()
-        taking_notice.join(0.05)
+        leaving = threading.Thread(target=leave)
+        leaving.start()
+        leaving.join(0.05)
         go_on.set()
-        taking_notice.join(5)
+        leaving.join(5)
     finally:
         watching.close()
     assert done[-1] == "accepted True"
+    assert agent.waiting() == [{"kind": "released"}]
 
 
 def test_only_the_newest_counts(agent: Line, watcher: Watcher, cuts: Cuts) -> None:

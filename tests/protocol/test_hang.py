@@ -9,15 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ckptless.protocol.hang import (
+    ANSWER_S,
     CEILING_S,
     FLOOR_S,
+    LOST_WAIT_S,
     RELEASE_S,
     Point,
     Pulse,
+    Stand,
     find_hang,
+    find_lost_wait,
     find_straggler,
     find_unreleased,
+    is_to_be_asked,
     limit_s,
+    unchanged_since,
 )
 
 AHEAD = Pulse(step=9, point=Point.BACKWARD, count=0, at=100.0, longest_pause_s=0.5, own_s=0.1)
@@ -58,9 +64,42 @@ def test_who_is_stopped_hangs_even_where_he_is_not_behind() -> None:
 
 
 def test_all_at_one_point_hang_at_last() -> None:
-    assert find_hang({0: AHEAD, 1: AHEAD}, now=100.0 + CEILING_S - 1) is None
-    hang = find_hang({0: AHEAD, 1: AHEAD}, now=100.0 + CEILING_S + 1)
+    waiting = replace(AHEAD, waits=True)
+    assert find_hang({0: waiting, 1: waiting}, now=100.0 + CEILING_S - 1) is None
+    hang = find_hang({0: waiting, 1: waiting}, now=100.0 + CEILING_S + 1)
     assert hang is not None and hang.ranks == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("waits", "hangs"),
+    [
+        ((True, False, True), (1,)),
+        ((False, False, True), (0, 1)),
+        ((True, True, True), None),
+        # All compute, e.g. compile; or not all have answered.
+        ((False, False, False), None),
+        ((True, False, None), None),
+    ],
+)
+def test_in_the_backward_pass_who_does_not_wait_hangs(
+    waits: tuple[bool | None, ...], hangs: tuple[int, ...] | None
+) -> None:
+    pulses = {rank: replace(AHEAD, waits=word) for rank, word in enumerate(waits)}
+    assert is_to_be_asked(pulses, now=LATE) and not is_to_be_asked(pulses, now=100.0)
+    hang = find_hang(pulses, now=LATE)
+    assert (None if hang is None else hang.ranks) == hangs
+    # Rank 0 may write a large file meanwhile: elsewhere than in the backward pass nobody is asked.
+    elsewhere = {rank: replace(pulse, point=Point.OPTIMIZER) for rank, pulse in pulses.items()}
+    assert not is_to_be_asked(elsewhere, now=LATE)
+    assert find_hang(elsewhere, now=LATE) is None
+
+
+def test_an_answer_is_waited_for() -> None:
+    pulses = {0: AHEAD, 1: AHEAD}
+    assert find_hang(pulses, now=102.0, override_s=1.0) is None
+    assert find_hang(pulses, now=101.1 + ANSWER_S, override_s=1.0) is not None
+    told = {rank: replace(pulse, waits=True) for rank, pulse in pulses.items()}
+    assert find_hang(told, now=102.0, override_s=1.0) is not None
 
 
 def test_limit_is_learned_between_floor_and_ceiling() -> None:
@@ -108,6 +147,29 @@ def test_a_survivor_that_does_not_get_free_hangs() -> None:
     assert find_unreleased(told_at, now=103.0, override_s=2.0) is not None
     assert find_unreleased(told_at, now=1e6, override_s=0.0) is None
     assert find_unreleased({}, now=1e6) is None
+
+
+def test_a_survivor_that_says_it_never_gets_free_is_not_waited_for() -> None:
+    held = {1: "MainThread sleeps in torch.distributed.send"}
+    hang = find_unreleased({0: 100.0, 1: 100.0}, now=101.5, held=held, override_s=0.0)
+    assert hang is not None
+    assert (hang.ranks, hang.silent_s) == ((1,), 1.5)
+    assert hang.reason == "cannot get free of the lost: MainThread sleeps in torch.distributed.send"
+    # It has got free meanwhile, or was replaced.
+    assert find_unreleased({0: 100.0}, now=101.5, held=held) is None
+
+
+def test_who_sleeps_without_a_moment_of_work_is_lost() -> None:
+    asleep, awake = Stand("MainThread", "torch.distributed.send", 7), Stand("MainThread", "torch.distributed.send", 8)
+    since = unchanged_since({}, {1: asleep, 2: asleep}, 10.0)
+    assert find_lost_wait(since, 10.0 + LOST_WAIT_S) is None
+    since = unchanged_since(since, {1: asleep, 2: awake}, 10.4)
+    assert since == {1: (asleep, 10.0), 2: (awake, 10.4)}
+    since = unchanged_since(since, {2: awake}, 10.8)
+    assert find_lost_wait(since, 10.8) is None
+    assert find_lost_wait(since, 11.0) == (
+        "MainThread sleeps in torch.distributed.send for 0.6 s, with no connection left to end it"
+    )
 
 
 def test_the_slowest_is_named_when_it_holds_the_others_back() -> None:

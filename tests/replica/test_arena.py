@@ -334,11 +334,17 @@ def test_remove_leaves_nothing(written: Arena) -> None:
     assert not written.path.exists()
 
 
-def test_the_default_folder_can_be_written(recwarn: pytest.WarningsRecorder) -> None:
+def test_the_default_folder_can_be_written(
+    recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CKPTLESS_ARENA_DIR")
     assert os.access(default_arena_dir(), os.W_OK)
+    monkeypatch.setenv("CKPTLESS_ARENA_DIR", str(tmp_path))
+    assert default_arena_dir() == tmp_path
 
 
 def test_without_shared_memory_a_temporary_folder_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CKPTLESS_ARENA_DIR")
     monkeypatch.setattr("lightning_ckptless.replica.space.SHARED_MEMORY", tmp_path / "none")
     with pytest.warns(UserWarning, match="arenas go to"):
         assert os.access(default_arena_dir(), os.W_OK)

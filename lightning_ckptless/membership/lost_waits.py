@@ -1,0 +1,84 @@
+"""Threads of this process that wait in a collective which nothing will end any more.
+
+When a connection ends, gloo (2026-04) fails the operations that wait for their turn on it, but neither the one whose
+payload is half received nor those whose payload is half sent or refused (`Pair::signalException` in
+`transport/tcp/pair.cc` looks at neither `rx_` nor the unbound buffers of `tx_`):
+
+    a thread of the process             the thread of gloo that reads              the connection
+    send: the pipe is full, or broken
+          is put into `tx_`
+    wait until it is sent                                                          is cut, or its peer dies
+                                        reads the end, fails what waits its turn
+                                        closes
+    waits for ever
+
+No call of torch frees such a thread before the time-out of its group, which is half an hour. `connections.py` sees to
+it that no rank does this to another one; who has died, or a pipe that is full, still may. So its process is given up
+and replaced, as a lost one is. That is certain once every connection is gone, and the thread sleeps inside torch and
+has used no processor time since.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+from lightning_ckptless.protocol.hang import Stand, find_lost_wait, unchanged_since
+
+_WAITS_FOR_PEERS = (
+    "torch._ops",
+    "torch.autograd.graph",
+    "torch.distributed",
+    "torch.nn.parallel",
+    "lightning_ckptless.replica.transport",
+)
+"""Modules whose functions sleep only for the sake of other ranks."""
+
+
+class LostWaits:
+    """Looks at the threads of this process, again and again."""
+
+    def __init__(self) -> None:
+        self._since: dict[int, tuple[Stand, float]] = {}
+
+    def look(self, connections: int, now: float) -> str | None:
+        """Look at all threads; returns which of them waits for ever, in a sentence.
+
+        Args:
+            connections: to other ranks, that are still there.
+            now: seconds of any clock.
+        """
+        self._since = unchanged_since(self._since, {} if connections else _stands(), now)
+        return find_lost_wait(self._since, now)
+
+
+def main_thread_waits() -> bool:
+    """Whether the main thread sleeps for the sake of other ranks, at this moment."""
+    return os.getpid() in _stands()
+
+
+def _stands() -> dict[int, Stand]:
+    """Where the threads sleep that sleep in one of those modules, by their number in the system."""
+    frames, found = sys._current_frames(), {}
+    for thread in threading.enumerate():
+        frame = frames.get(thread.ident or 0)
+        module = "" if frame is None else str(frame.f_globals.get("__name__", ""))
+        # Behind a fork, python still has the main thread's number of the parent.
+        number = os.getpid() if thread is threading.main_thread() else thread.native_id
+        if frame is None or number is None or not module.startswith(_WAITS_FOR_PEERS):
+            continue
+        facts = _facts(number)
+        if facts[0] == "S":
+            used_ticks = int(facts[11]) + int(facts[12])
+            found[number] = Stand(thread.name, f"{module}.{frame.f_code.co_name}", used_ticks)
+    return found
+
+
+def _facts(thread_id: int) -> list[str]:
+    """What the system says of a thread, from its state on; as of an ended one where it is gone."""
+    try:
+        return Path(f"/proc/{os.getpid()}/task/{thread_id}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return ["X"]

@@ -1,0 +1,33 @@
+"""A run that is asked to end, by SIGTERM to one rank: all ranks end behind one step, however versions are taken."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from lightning_ckptless.protocol.versions import Complete, newest_complete
+from lightning_ckptless.testing.drill import Variant
+from tests.faults.matrix import BASE
+from tests.faults.test_restart import Run, assert_identical, job, whole
+from tests.lab.parts import Options
+
+__all__ = ["job", "whole"]
+
+
+@pytest.mark.parametrize("strategy_options", [{"on_late": "skip"}, {"mirror_every_n_steps": 4}], ids=str)
+def test_all_end_behind_one_step(
+    strategy_options: dict[str, object], job: Run, whole: Callable[[Options], Variant]
+) -> None:
+    # Each version is still on its way when the next step is done.
+    options = replace(BASE, strategy_options=repr(strategy_options), slow_mirror_s=0.1)
+    assert job.start(replace(options, terminate_at=5)).exit_code == 128 + signal.SIGTERM
+    assert {(event.rank, event.fields["cause"]) for event in job.events("stopped")} == {
+        (rank, "SIGTERMException") for rank in (0, 1)
+    }
+    found = newest_complete(job.arena.inventory())
+    assert isinstance(found, Complete) and found.snapshot.version.optimizer_step in range(5, 11)
+    assert job.start(options).exit_code == 0
+    assert_identical(job, whole(BASE))

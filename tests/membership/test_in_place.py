@@ -1,0 +1,53 @@
+"""Recoveries in place as the agent does them, with workers that say what a test has them say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_ckptless.membership.launch import LaunchConfig, run
+from lightning_ckptless.membership.parent import PreloadedParent
+from tests.membership.conftest import script
+
+# Rank 0 kills itself when all have come; the others write down what they are told, and answer.
+WORKER = """
+    import json, os, signal, time
+    from pathlib import Path
+    from lightning_ckptless.membership.control import open_line
+
+    rank, line = os.environ["RANK"], open_line()
+    line.tell("entered", in_place=True, standbys=0, hang_timeout_s=None, obstacle=None, fixed_world="")
+    number = int(os.environ.get("CKPTLESS_REGROUPING", "0"))
+    Path(f"came-{rank}-{number}").touch()
+    if rank == "0" and not number:
+        while not all(Path(f"came-{other}-0").exists() for other in (0, 1, 2)):
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGKILL)
+    while number < 2:
+        number = line.receive()[0]["number"]
+        if rank == "1" and number == 1:
+            line.tell("held", reason="it sleeps")
+        else:
+            line.tell("released")
+    line.tell("left")
+"""
+
+
+@pytest.mark.timeout(25)
+def test_who_says_that_it_cannot_get_free_is_replaced_at_once(
+    bare: PreloadedParent, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    events: list[tuple[str, dict[str, Any]]] = []
+    config = LaunchConfig(program=script(write(WORKER)), nproc=3, cwd=tmp_path, max_restarts=3)
+    outcome = run(config, parent=bare, record=lambda event, **fields: events.append((event, fields)))
+    assert (outcome.exit_code, outcome.restarts, outcome.in_place) == (0, 0, 2)
+    assert [(fault.rank, fault.hung) for fault in outcome.faults] == [
+        (0, ""),
+        (1, "cannot get free of the lost: it sleeps"),
+    ]
+    hangs = [fields for event, fields in events if event == "hang"]
+    assert [fields["local_ranks"] for fields in hangs] == [[1]], json.dumps(hangs)
