@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -103,31 +105,75 @@ class Nodes:
         raise AssertionError(f"no step of {size} ranks:\n{self.cluster.output()}")
 
 
+SAMPLES = 720
+PACED = ("--samples", str(SAMPLES), "--pace", "0.25")
+SCALE = ("--strategy-options", "{'elastic_batch': 'scale'}")
+
+
+def shrink_and_grow(folder: Path, stack: ExitStack, *words: str) -> tuple[Account, Nodes]:
+    """Four nodes train, one is lost with all it has, three go on, it comes back."""
+    folder.mkdir()
+    nodes = Nodes(folder, stack, least=3, most=4, words=words)
+    stays = [nodes.start(number) for number in range(3)]
+    nodes.lose(nodes.start(3, "node:rank=3:step=9"))
+    nodes.wait_for_world(3)
+    stays.append(nodes.start(3))
+    assert [agent.wait(timeout=END_S) for agent in stays] == [0] * 4, nodes.cluster.output()
+    found = account_of(folder)
+    assert found.sizes == [4, 3, 4]
+    changed = nodes.cluster.events("world_changed")
+    assert [(fields["before"], fields["world_size"]) for fields in changed] == [(4, 3), (3, 4)]
+    return found, nodes
+
+
+def rungs(nodes: Nodes) -> list[str]:
+    """The rung of each recovery."""
+    return [str(fields["rung"]) for fields in nodes.cluster.events("recovery")]
+
+
+def each_once(account: Account) -> bool:
+    """Whether every sample came once in every epoch."""
+    seen: dict[int, Counter[int]] = {}
+    for (epoch, _), samples in account.steps.items():
+        seen.setdefault(epoch, Counter()).update(samples)
+    return list(seen.values()) == [Counter(range(SAMPLES))] * 2
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("words", [(), pytest.param(("--sharded",), marks=pytest.mark.long)], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("words", "rung"),
+    [
+        ((), "in place"),
+        pytest.param(("--accumulate", "2"), "in place", marks=pytest.mark.long),
+        pytest.param(("--sharded",), "relaunch", marks=pytest.mark.long),
+    ],
+    ids=["ddp", "accumulated", "fsdp2"],
+)
 def test_a_node_is_lost_and_comes_back(
-    words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: PreloadedParent
+    words: tuple[str, ...], rung: str, tmp_path: Path, stack: ExitStack, parent: PreloadedParent
 ) -> None:
-    folder, words = tmp_path / "elastic", (*words, "--samples", "540", "--pace", "0.25")
-    folder.mkdir()
-    expected = whole(tmp_path / "whole", parent, 3, *words)
-    nodes = Nodes(folder, stack, least=2, most=3, words=words)
-    stays = [nodes.start(0), nodes.start(1)]
-    nodes.lose(nodes.start(2, "node:rank=2:step=9"))
-    nodes.wait_for_world(2)
-    stays.append(nodes.start(2))
-    assert [agent.wait(timeout=END_S) for agent in stays] == [0, 0, 0], nodes.cluster.output()
-    found = account_of(folder)
-    assert found.sizes == [3, 2, 3]
+    expected = whole(tmp_path / "whole", parent, 4, *PACED, *words)
+    found, nodes = shrink_and_grow(tmp_path / "elastic", stack, *PACED, *words)
+    assert rungs(nodes) == [rung, rung]
     assert found.steps == expected.steps
-    assert [row["count"] for row in found.epochs] == [540.0, 540.0]
+    assert each_once(found)
+    assert [row["count"] for row in found.epochs] == [SAMPLES, SAMPLES]
     assert [row["loss"] for row in found.epochs] == pytest.approx([row["loss"] for row in expected.epochs], rel=1e-6)
     assert furthest(expected, found) < BOUND
-    changed = nodes.cluster.events("world_changed")
-    assert [(fields["before"], fields["world_size"]) for fields in changed] == [(3, 2), (2, 3)]
-    rungs = [fields["rung"] for fields in nodes.cluster.events("recovery")]
-    assert rungs == (["relaunch"] * 2 if "--sharded" in words else ["in place"] * 2)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("words", "rung"), [((), "in place"), (("--sharded",), "relaunch")], ids=["ddp", "fsdp2"])
+def test_steps_of_fewer_samples(words: tuple[str, ...], rung: str, tmp_path: Path, stack: ExitStack) -> None:
+    found, nodes = shrink_and_grow(tmp_path / "elastic", stack, *PACED, *SCALE, *words)
+    assert rungs(nodes) == [rung, rung]
+    assert each_once(found)
+    assert [row["count"] for row in found.epochs] == [SAMPLES, SAMPLES]
+    told = [json.loads(line) for path in found.folder.glob("scaled-*") for line in path.read_text().splitlines()]
+    assert Counter(map(tuple, told)) == {(4, 3): 3, (3, 4): 4}
 
 
 DURABLE = ("--samples", "180", "--strategy-options", "{'durable_every_n_steps': 2}")

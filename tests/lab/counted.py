@@ -48,6 +48,7 @@ class Counted(pl.LightningModule):
         self.folder, self.sharded, self.pace_s = folder, sharded, pace_s
         self.body = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Dropout(0.1), nn.Linear(12, 1))
         self.count = torchmetrics.SumMetric()
+        self.step = 0
 
     def configure_model(self) -> None:
         if self.sharded:
@@ -64,6 +65,7 @@ class Counted(pl.LightningModule):
         self.count.update(float(len(indices)))
         self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True)
         if not strategy.runs_for_nothing:
+            self.step = self.global_step
             self._put_down({"samples": indices.tolist(), "batch": batch_idx})
         return loss
 
@@ -80,7 +82,7 @@ class Counted(pl.LightningModule):
         strategy: Any = self.trainer.strategy
         where = {
             "epoch": self.current_epoch,
-            "step": self.global_step - ("done" in facts),
+            "step": self.step,
             "rank": self.global_rank,
             "generation": strategy.engine.generation,
         }
