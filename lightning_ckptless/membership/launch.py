@@ -123,9 +123,15 @@ class LaunchConfig:
         ):
             if (value := getattr(self, name)) is not None and value < least:
                 raise OptionsError(f"{name}={value!r}: expected at least {least}")
-        _, most_nodes = self.node_range
+        least_nodes, most_nodes = self.node_range
         if most_nodes > 1 and not self.rdzv_endpoint:
             raise OptionsError(f"nnodes={self.nnodes}: the nodes must know where to meet; give rdzv_endpoint=HOST:PORT")
+        if len(self.endpoints) > 1 and 2 * least_nodes <= most_nodes:
+            raise OptionsError(
+                f"nnodes={self.nnodes} with {len(self.endpoints)} places to meet: where the network is cut in two, "
+                "both halves could go on, each at a place of its own. Set the least number of nodes to "
+                f"{most_nodes // 2 + 1} or more, or name one place"
+            )
 
     @property
     def endpoints(self) -> tuple[str, ...]:

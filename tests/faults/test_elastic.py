@@ -54,14 +54,16 @@ def whole(folder: Path, parent: PreloadedParent, ranks: int, *words: str) -> Acc
     return account_of(folder)
 
 
-def start(folder: Path, parent: PreloadedParent, ranks: int, *words: str, faults: str = "") -> Outcome:
+def start(
+    folder: Path, parent: PreloadedParent, ranks: int, *words: str, faults: str = "", max_restarts: int = 0
+) -> Outcome:
     """Start a counted run on one machine, under the run id that it has in this folder, and wait for its end."""
     script, *arguments = command(folder, 1, ranks, *words)
     config = LaunchConfig(
         program=Program("script", script, tuple(arguments)),
         nproc=ranks,
         run_id=folder.name,
-        max_restarts=0,
+        max_restarts=max_restarts,
         env={"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CKPTLESS_FAULTS": faults},
         cwd=folder,
         run_root=folder / "runs",
@@ -211,3 +213,26 @@ def test_more_ranks_than_streams_are_refused(tmp_path: Path, parent: PreloadedPa
     assert start(folder, parent, 3, *DURABLE).exit_code == 1
     output = "".join(path.read_text() for path in (folder / "output-3").rglob("*.log"))
     assert "2 streams of samples, 3 ranks are started" in output
+
+
+CARRIED = ("--samples", "180")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("words", [CARRIED, (*CARRIED, *SCALE)], ids=["keep", "scale"])
+def test_a_fault_among_fewer_ranks_changes_no_bit(
+    words: tuple[str, ...], tmp_path: Path, parent: PreloadedParent
+) -> None:
+    """Rank 0 carries two streams, rank 1 is killed while it mirrors."""
+    folders = [tmp_path / "untouched", tmp_path / "killed"]
+    for folder, faults in zip(folders, ("", "kill:rank=0:step=12,kill:rank=1:step=15:at=mirror"), strict=True):
+        (folder / "arenas").mkdir(parents=True)
+        assert start(folder, parent, 3, *words, faults="kill:rank=2:step=7").exit_code == 128 + 9
+        outcome = start(folder, parent, 2, *words, faults=faults, max_restarts=3)
+        assert (outcome.exit_code, outcome.restarts, outcome.in_place) == (0, 0, 2 if faults else 0)
+    untouched, killed = map(account_of, folders)
+    assert untouched.sizes == killed.sizes == [3, 2]
+    assert untouched.steps == killed.steps
+    assert untouched.epochs == killed.epochs
+    assert furthest(untouched, killed) == 0

@@ -255,6 +255,7 @@ def test_twenty_relaunches_cost_no_files_and_no_threads(bare: PreloadedParent, w
         ({"nnodes": "2:1"}, "nnodes='2:1'"),
         ({"nnodes": "many"}, "nnodes='many'"),
         ({"nnodes": "2"}, "must know where to meet"),
+        ({"nnodes": "2:4", "rdzv_endpoint": "a:1,b:1"}, "least number of nodes to 3"),
     ],
 )
 def test_settings_that_cannot_work(settings: dict[str, Any], text: str) -> None:
