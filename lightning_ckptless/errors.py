@@ -9,7 +9,7 @@
     ├── ProtocolError         an event that the state table does not allow: a bug of ours
     ├── StateMissingError     no version of the state is complete, and no rung of the ladder is left
     ├── LayoutMismatchError   the relaunched script built another model or optimizer
-    ├── WorldSizeError        the relaunch has another number of ranks
+    ├── WorldSizeError        this number of ranks cannot go on with the state
     └── UnfitNodeError        this node failed its health check, and stays out
 
 A message names the rank, the step, what was expected, what was found, and the fix.
@@ -57,7 +57,7 @@ class LayoutMismatchError(CkptlessError, RuntimeError):
 
 
 class WorldSizeError(CkptlessError, RuntimeError):
-    """The relaunch has another number of ranks than the mirrored state."""
+    """This number of ranks cannot go on with the mirrored state."""
 
 
 class UnfitNodeError(CkptlessError, RuntimeError):

@@ -8,6 +8,7 @@ import os
 import time
 from pathlib import Path
 
+from lightning_ckptless.membership.reaper import start_reaper
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.replica.arena import Arena, Owner, adopt, default_arena_dir, find_arenas, reclaim
 from lightning_ckptless.replica.transport import Transport
@@ -48,6 +49,14 @@ def find_or_make_arena(identity: Identity, chapter: int, options: CkptlessOption
         if info.node == identity.node and info.owner.pid == identity.agent_pid:
             return Arena.attach(info.path)
     return _make(_folder(options), _run_id(identity, chapter), identity, options.arena_keep_s, None)
+
+
+def have_reaped(arena: Arena, identity: Identity) -> None:
+    """Have an arena removed at the end of an agent that is not ours, and knows nothing of arenas."""
+    agent = identity.agent_pid
+    if arena.notes().get("reaped with") != agent:
+        start_reaper(agent, str(arena.path))
+        arena.note("reaped with", agent)
 
 
 def _folder(options: CkptlessOptions) -> Path:

@@ -17,7 +17,7 @@ from lightning_ckptless.errors import LaunchError
 from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.membership.control import Line
 from lightning_ckptless.membership.pulse import PulseWriter, stacks_path
-from lightning_ckptless.membership.reaper import MARKER, start_reaper
+from lightning_ckptless.membership.reaper import MARKER
 from lightning_ckptless.membership.verdict import Verdict, leave_verdict, mark_begun
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.hang import Point
@@ -25,18 +25,18 @@ from lightning_ckptless.protocol.start import StartAction, StartPlan
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.transport import GlooTransport, SoloTransport, Transport
-from lightning_ckptless.trainer.arenas import find_or_make_arena, is_first_of_node, local_rank, open_arena
+from lightning_ckptless.trainer.arenas import find_or_make_arena, have_reaped, is_first_of_node, local_rank, open_arena
 from lightning_ckptless.trainer.begun import BegunStep
 from lightning_ckptless.trainer.checkpoints import note_of_save
 from lightning_ckptless.trainer.cohort import Cohort, form_cohort
 from lightning_ckptless.trainer.drive import run_restored
 from lightning_ckptless.trainer.durable import DurableRung, with_environment
 from lightning_ckptless.trainer.fetching import fetch_version
-from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.streams import open_training_data
 from lightning_ckptless.trainer.identity import Identity, identify
 from lightning_ckptless.trainer.judgement import why_final
+from lightning_ckptless.trainer.log_files import LogFiles
 from lightning_ckptless.trainer.mirroring import Mirroring
 from lightning_ckptless.trainer.replay import BatchLog
 from lightning_ckptless.trainer.report import RunReport
@@ -71,6 +71,7 @@ class Engine:
         self.run_folder: Path = self.identity.run_folder
         self.streams: Streams = strategy.make_streams(trainer)
         self.durable = DurableRung(self.identity, chapter, self.options)
+        self.logs = LogFiles(trainer)
         self._line = line
         self.ledger = Ledger(self.run_folder / "ledger.jsonl")
         self.report = RunReport(trainer, self.ledger, strategy.world.generation)
@@ -130,7 +131,7 @@ class Engine:
             self.identity, self.chapter, self.options, transport, opens=opens, origin=ckpt_path
         )
         if opens and not self.identity.own_agent:
-            self._have_arena_reaped(self.arena)
+            have_reaped(self.arena, self.identity)
         relaunched, states = self.generation > 1, self.durable.states(transport)
         after = max((state.snapshot.generation for state in states), default=0)
         mesh = self.strategy.mesh_sizes()
@@ -140,7 +141,7 @@ class Engine:
         self.durable.share_out(cohort)
         self.report.generation = cohort.generation
         saved = cohort.noted("logger_versions")
-        self._name_logs(saved)
+        self.logs.name(saved)
         sources = Sources(self.durable, states, ckpt_path, saved is not None)
         plan, found = decide_start(self.trainer, cohort, self.options, sources, relaunched=relaunched)
         self.report.started(self.identity, plan, cohort.placement, self.arena.path)
@@ -150,10 +151,9 @@ class Engine:
         if plan.enters_midway:
             assert isinstance(found, Complete)
             if plan.state is not None:
-                self._name_logs(self.durable.logger_versions(plan.state))
+                self.logs.name(self.durable.logger_versions(plan.state))
             self._restoration = self.fetch(found)
-            if self.trainer.is_global_zero:
-                host_loggers.cut_logs(self.trainer, self._restoration.state["logs"])
+            self.logs.cut(self._restoration.state["logs"])
         else:
             self._start_over(cohort, plan.action, logs_are_named=saved is not None)
         return plan
@@ -161,9 +161,8 @@ class Engine:
     def begin_alone(self) -> None:
         """Prepare to come to the others where they are: what can be known without them."""
         self.arena = find_or_make_arena(self.identity, self.chapter, self.options)
-        self._name_logs(self.arena.notes().get("logger_versions"))
-        if self.trainer.is_global_zero:
-            host_loggers.keep_logs(self.trainer)
+        self.logs.name(self.arena.notes().get("logger_versions"))
+        self.logs.keep()
 
     def connect(self) -> Transport:
         """A transport between the ranks of the generation."""
@@ -182,13 +181,6 @@ class Engine:
         batch = self.options.elastic_batch
         return fetch_version(self.trainer, found, self.cohort, self.streams, batch, self.report, self.ledger)
 
-    def _have_arena_reaped(self, arena: Arena) -> None:
-        """An agent that is not ours knows nothing of arenas: one process per arena waits for its end."""
-        agent = self.identity.agent_pid
-        if arena.notes().get("reaped with") != agent:
-            start_reaper(agent, str(arena.path))
-            arena.note("reaped with", agent)
-
     def _count_recovery(self, cohort: Cohort) -> None:
         """Count over all starts of the run: under another agent only we know the user's limit."""
         most, count = self.options.max_recoveries, 1 + max(int(n.get("recoveries", 0)) for n in cohort.notes)
@@ -200,22 +192,14 @@ class Engine:
         if cohort.speaks_for_node:
             cohort.arena.note("recoveries", count)
 
-    def _name_logs(self, saved: list[dict[str, Any]] | None) -> None:
-        """Loggers of a relaunch write into the folders of the run; asking for their paths must not choose new ones."""
-        if saved is not None:
-            host_loggers.set_versions(self.trainer.loggers, saved)
-            host_loggers.note_saved_config(self.trainer.callbacks, saved=True)
-
     def _start_over(self, cohort: Cohort, action: StartAction, *, logs_are_named: bool) -> None:
         cohort.transport.agree(True)
         if cohort.speaks_for_node:
             cohort.arena.clear()
         if action is StartAction.DURABLE:
-            # As on any resume from a file: a new folder, the rows of the old one stay as they are.
-            host_loggers.forget_versions(self.trainer.loggers)
-            host_loggers.note_saved_config(self.trainer.callbacks, saved=False)
-        elif logs_are_named and self.trainer.is_global_zero:
-            host_loggers.cut_logs(self.trainer, host_loggers.empty_positions(self.trainer.loggers))
+            self.logs.name_anew()
+        elif logs_are_named:
+            self.logs.empty()
 
     # ------------------------------------------------------------------ run
 
@@ -223,11 +207,10 @@ class Engine:
         """Called when the model, its optimizers and the loops are set up: take over the commit points."""
         trainer, loops, arena = self.trainer, FitLoops(self.trainer), self.arena
         assert arena is not None
-        if trainer.is_global_zero:
-            host_loggers.watch_logs(trainer.loggers)
+        self.logs.watch()
         if is_first_of_node(local_rank()):
             self.durable.order_writer(arena, self._line)
-            arena.note("logger_versions", host_loggers.name_versions(trainer.loggers))
+            arena.note("logger_versions", self.logs.names)
         self.loops = loops
         self._begun = BegunStep(arena.path, self.rank)
         self._take_pulse()

@@ -47,4 +47,5 @@ def test_help_shows_our_options(strategy: str, capsys: pytest.CaptureFixture[str
 
 def test_there_are_all_of_them() -> None:
     names = {path.stem for path in FILES}
-    assert names == {"two_cpu_ranks", "four_ranks_with_faults", "gpu", "sharded", "two_nodes", "digits", "char_gpt"}
+    configs = {"two_cpu_ranks", "four_ranks_with_faults", "gpu", "sharded", "two_nodes", "elastic"}
+    assert names == {*configs, "digits", "char_gpt"}

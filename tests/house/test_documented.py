@@ -6,7 +6,7 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import ModuleType
 
 import pytest
@@ -15,10 +15,11 @@ from typer.main import get_command
 
 from lightning_ckptless import environment, errors
 from lightning_ckptless.cli.app import app
-from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.errors import OptionsError, WorldSizeError
 from lightning_ckptless.membership.torchrun import options_parser
 from lightning_ckptless.options import CkptlessOptions
-from lightning_ckptless.protocol import hang, heartbeat, recovery, start
+from lightning_ckptless.protocol import hang, heartbeat, moving, recovery, start
+from lightning_ckptless.protocol.dealing import Deal, require_deal
 from lightning_ckptless.protocol.domains import nobody_says
 from lightning_ckptless.protocol.faults import GRAMMAR, FaultKind, Moment, parse_faults
 from lightning_ckptless.protocol.goodput import Phases
@@ -27,11 +28,14 @@ from lightning_ckptless.protocol.placement_table import table_of
 from lightning_ckptless.protocol.recovery import WORKER_TRANSITIONS, WorkerEvent
 from lightning_ckptless.protocol.slots import TRANSITIONS, SlotEvent
 from lightning_ckptless.protocol.start import Left, Start, StartPlan, plan_start
+from lightning_ckptless.protocol.streams import require_world
 from lightning_ckptless.protocol.versions import Complete, Missing, Replica, SlotState, Version, newest_complete
+from lightning_ckptless.trainer.world_size import require_ranks
 from tests.house.code import PACKAGE, REPOSITORY, dotted, sources
 
 Row = list[str]
 PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
+MANUAL = "the model steps its optimizers itself (automatic_optimization=False)"
 ALL_TEXT = "\n".join(path.read_text() for path in (*PAGES, REPOSITORY / "README.md"))
 
 
@@ -93,6 +97,38 @@ def test_cascades(module: ModuleType, head: str) -> None:
 def test_what_silence_means() -> None:
     assert heartbeat.__doc__ is not None
     assert table(page("nodes"), "Seen") == table(heartbeat.__doc__, "Seen")
+
+
+def test_who_stays_where_nodes_go_or_come() -> None:
+    assert moving.__doc__ is not None
+    assert table(page("elastic"), "Nodes") == table(moving.__doc__, "Nodes")
+    trains = moving.Standing(trains=True, world_size=8)
+    standings = [replace(trains, first_rank=2 * node) for node in range(3)]
+    assert f"{moving.plan_move(standings).reason.replace('3 of 3', '3 of 4')}; 6 ranks" in page("elastic")
+    assert f"{moving.plan_move([*standings, moving.Standing()]).reason}; 8 ranks" in page("elastic")
+
+
+def test_how_other_ranks_go_on() -> None:
+    text = page("elastic")
+    assert require_world(6, before=8, streams=8, obstacle=None) in text
+    assert require_world(8, before=6, streams=8, obstacle=None) in text
+    assert require_deal(Deal(4, 60, 36, 3), before=4, per_step=4) in text
+
+
+def test_other_ranks_that_cannot_go_on() -> None:
+    text = flowing(page("errors"))
+    with pytest.raises(WorldSizeError) as refused:
+        require_world(3, before=2, streams=2, obstacle=None)
+    assert str(refused.value) in text
+    with pytest.raises(WorldSizeError) as refused:
+        require_world(3, before=4, streams=4, obstacle=MANUAL)
+    assert str(refused.value) in text
+    with pytest.raises(OptionsError) as differs:
+        require_ranks(nodes=2, per_node=2, found=4, env={environment.NNODES: "1:4"})
+    assert str(differs.value) in text
+    with pytest.raises(OptionsError) as differs:
+        require_ranks(nodes=4, per_node=2, found=4, env={})
+    assert str(differs.value) in text
 
 
 def test_the_plan_that_is_shown() -> None:

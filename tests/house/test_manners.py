@@ -30,6 +30,19 @@ INHERITED = {
         "self._record",
         "self._restart_workers",
     },
+    f"{PACKAGE}/membership/moving.py": {
+        "self._current_workers",
+        "self._in_place",
+        "self._lost_at",
+        "self._meeting_store",
+        "self._node",
+        "self._parent",
+        "self._put_down",
+        "self._record",
+        "self._regroupings",
+        "self._start_standby",
+        "self._stop_workers",
+    },
     f"{PACKAGE}/trainer/recoverable.py": {"self._get_process_group_backend", "self._timeout"},
 }
 HOSTS = (f"{PACKAGE}/trainer/host/", f"{PACKAGE}/torch_internals.py", f"{PACKAGE}/mesh_internals.py")
