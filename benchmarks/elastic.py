@@ -145,7 +145,9 @@ def with_accounts(cycles: list[Found], events: tuple[Event, ...]) -> None:
             within = [event for event in events if begin < event.at < end]
             noticed = [event.at - begin for event in within if event.event == "node_lost"]
             accounts = [event.fields for event in within if event.event == "recovery"]
-            found[kind]["events"] = [(event.event, round(event.at - begin, 3), event.fields.get("node")) for event in within]
+            found[kind]["events"] = [
+                (event.event, round(event.at - begin, 3), event.fields.get("node")) for event in within
+            ]
             found[kind] |= {"noticed_s": min(noticed)} if noticed else {}
             found[kind] |= {"ledger": accounts[0]} if accounts else {}
 

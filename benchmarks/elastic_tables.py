@@ -37,7 +37,7 @@ def shrink_table(results: Results, bound: Bound) -> Table:
         f"A node is lost after {lost_s} s without a heartbeat: keep_alive_interval={bound.interval_s} x "
         f"keep_alive_max_attempt={bound.attempts} and one interval, counted from its last one. Noticed: the ledger's "
         f"`node_lost`. From there {bound.last_call_s} s is last_call_timeout, for which the rendezvous waits for "
-        "another node."
+        "another node; its agents look once a second."
     )
     table.note(
         "torchrun's agents do not say when they notice: their workers fail at once, and the rendezvous waits for "
@@ -56,9 +56,8 @@ def phases_table(results: Results) -> Table:
         ("how", "change", "rung", *(name.removesuffix("_s") for name in PHASES), "total"),
     )
     table.note(
-        "detect, in place: from the last sign of the lost node until the ranks are told to meet, which is after the "
-        "rendezvous of the agents; nothing at the return of a node. By a relaunch: until the agents notice; the "
-        "rendezvous is then a part of regroup."
+        "detect: from the last sign of the lost node until the ranks are told to meet, or ended, which is after the "
+        "agents have met anew; nothing at the return of a node, since nobody is lost then."
     )
     for name, found in results.items():
         for kind, change in (("shrink", "4 to 3"), ("grow", "3 to 4")):

@@ -126,7 +126,10 @@ def test_a_node_is_lost_and_comes_back(
     assert furthest(expected, found) < BOUND
     changed = nodes.cluster.events("world_changed")
     assert [(fields["before"], fields["world_size"]) for fields in changed] == [(3, 2), (2, 3)]
-    rungs = [fields["rung"] for fields in nodes.cluster.events("recovery")]
+    recoveries = nodes.cluster.events("recovery")
+    assert recoveries[0]["phases"]["detect_s"] > 0
+    assert recoveries[1]["phases"]["detect_s"] == 0, "nobody was lost when the node came back"
+    rungs = [fields["rung"] for fields in recoveries]
     assert rungs == (["relaunch"] * 2 if "--sharded" in words else ["in place"] * 2)
 
 
