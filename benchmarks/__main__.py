@@ -7,7 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAMS = ("steady_state", "recovery", "growth", "detection", "relaunch", "cold_start", "durable", "sharded")
+PROGRAMS = (
+    "steady_state",
+    "recovery",
+    "growth",
+    "detection",
+    "relaunch",
+    "cold_start",
+    "durable",
+    "sharded",
+    "elastic",
+)
 
 
 def main() -> int:

@@ -82,6 +82,21 @@ class Command:
         """Wait for the end and return the exit code."""
         return self._process.wait(timeout_s)
 
+    @property
+    def pid(self) -> int:
+        """Of the process itself."""
+        return self._process.pid
+
+    def kill(self) -> None:
+        """SIGKILL it, and then all that it has started."""
+        left = self._descendants()
+        self._process.kill()
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, END_GRACE_S)
+        self._process.wait()
+
     def last_words(self, lines: int = 15) -> str:
         """The end of its output."""
         return "\n".join(self.output.read_text(errors="replace").splitlines()[-lines:])

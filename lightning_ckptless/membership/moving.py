@@ -150,7 +150,8 @@ class MovingAgent(CkptlessAgent):
         try:
             return super()._start_workers(worker_group)
         finally:
-            self._starts_joiners = False
+            # Those that were lost are told of: what comes next is no loss of theirs.
+            self._starts_joiners, self._lost_at = False, 0.0
 
     def _worker_env(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
         env = super()._worker_env(worker_group, worker)

@@ -83,7 +83,8 @@ class PulseWriter:
 
     def _write(self, now: float) -> None:
         step, point = self._place
-        _FORMAT.pack_into(self._memory, 0, step, point, self._count, now, self._longest_pause_s, self._own_s)
+        # Packed into the memory itself they would be zero for a moment first: a sign from the time of the last boot.
+        self._memory[:] = _FORMAT.pack(step, point, self._count, now, self._longest_pause_s, self._own_s)
 
     def close(self) -> None:
         """Release the memory and the signal."""

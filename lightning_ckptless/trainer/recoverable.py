@@ -203,7 +203,7 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
         def make_streams(self, trainer: Any) -> Streams:
             """The streams of samples that this rank carries, as at the start of a run."""
             place, places, width = self.place_among_streams()
-            count = self.asked_streams()
+            count = self.asked_streams() if self.options.elastic_batch == "keep" else places
             return Streams(trainer, count=count, place=place, places=places, width=width, evenly=self.runs_evenly)
 
         @contextmanager

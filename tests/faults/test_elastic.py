@@ -125,6 +125,9 @@ def shrink_and_grow(folder: Path, stack: ExitStack, *words: str) -> tuple[Accoun
     assert found.sizes == [4, 3, 4]
     changed = nodes.cluster.events("world_changed")
     assert [(fields["before"], fields["world_size"]) for fields in changed] == [(4, 3), (3, 4)]
+    shrunk, grown = (fields["phases"] for fields in nodes.cluster.events("recovery"))
+    assert shrunk["detect_s"] > 0
+    assert grown["detect_s"] == 0, "nobody was lost when the node came back"
     return found, nodes
 
 

@@ -169,11 +169,12 @@ def test_no_replica_left_goes_on_from_the_checkpoint_file(job: Run) -> None:
     assert "step=6.ckpt" in job.output
 
 
-def test_another_number_of_ranks_is_refused(job: Run) -> None:
-    job.start(BASE, "kill:rank=1:step=5")
-    outcome = job.start(replace(BASE, devices=1), max_restarts=3)
+def test_another_number_of_ranks_is_refused_where_a_rank_cannot_run_for_two(job: Run) -> None:
+    own_steps = replace(BASE, optimization="manual")
+    job.start(own_steps, "kill:rank=1:step=5")
+    outcome = job.start(replace(own_steps, devices=1), max_restarts=3)
     assert (outcome.exit_code, outcome.restarts) == (1, 0)
-    assert "was mirrored by 2 ranks, and 1 are started" in job.output
+    assert "1 ranks are started for 2 streams of samples, and a rank cannot carry two" in job.output
 
 
 def test_another_model_is_refused_by_the_name_of_a_tensor(job: Run) -> None:

@@ -13,6 +13,7 @@ NAMES = (
     "TORCH_NCCL_DUMP_ON_TIMEOUT",
     "TORCH_NCCL_ENABLE_MONITORING",
     "TORCH_NCCL_RETHROW_CUDA_ERRORS",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC",
 )
 
 
@@ -25,4 +26,4 @@ def test_nccl_is_told_to_leave_the_process_alive_unless_the_user_says_otherwise(
         monkeypatch.delenv(name)
     monkeypatch.setenv("TORCH_NCCL_ENABLE_MONITORING", "1")
     keep_through_device_errors()
-    assert [os.environ[name] for name in NAMES] == ["0", "0", "1", "0"]
+    assert [os.environ[name] for name in NAMES] == ["0", "0", "1", "0", "0"]

@@ -1,0 +1,127 @@
+"""The benchmark of worlds that change: what is counted of made-up rows, and its tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.elastic import WAYS, grown, shrunk, with_accounts
+from benchmarks.elastic_nodes import Bound
+from benchmarks.elastic_tables import exactness_table, grow_table, phases_table, shrink_table
+from benchmarks.samples import Row, Rows, Step, Tally, counting, finished, first_of, last_before, tally
+from lightning_ckptless.ledger import Event
+
+
+def row(attempt: int, step: int, rank: int, world: int, at: float, *samples: int, epoch: int = 0) -> Row:
+    return Row(attempt, epoch, step, rank, world, at, samples)
+
+
+SHRUNK = [
+    row(0, 0, 0, 2, 1.0, 0),
+    row(0, 0, 1, 2, 1.1, 1),
+    row(0, 1, 0, 2, 2.0, 2),
+    row(1, 1, 0, 1, 9.0, 2, 3),
+]
+"""Two ranks; one is lost in its second step, which the other one makes again for both."""
+
+
+def test_a_step_is_finished_when_all_ranks_of_its_world_are_done() -> None:
+    steps = finished(SHRUNK)
+    assert steps == [Step(0, 0, 2, 1.1), Step(1, 1, 1, 9.0)]
+    assert first_of(steps, 1, after=2.0) == steps[1]
+    assert first_of(steps, 2, after=2.0) is None
+    assert last_before(steps, 9.0) == steps[0]
+
+
+def test_what_a_later_attempt_runs_again_does_not_count() -> None:
+    assert counting(SHRUNK) == [SHRUNK[0], SHRUNK[1], SHRUNK[3]]
+    assert tally(SHRUNK, samples=4, epochs=1) == Tally(due=4, twice=0, never=0)
+
+
+def test_steps_beyond_those_that_were_made_again_are_taken_back_too() -> None:
+    rows = [row(0, step, 0, 1, float(step), step) for step in range(4)] + [row(1, 1, 0, 1, 9.0, 7)]
+    assert [(r.attempt, r.step) for r in counting(rows)] == [(0, 0), (1, 1)]
+
+
+def test_samples_that_come_again_or_never_are_counted_by_epoch() -> None:
+    rows = [row(0, 0, 0, 1, 1.0, 0, 1), row(0, 1, 0, 1, 2.0, 1, 0), row(0, 2, 0, 1, 3.0, 0, 1, 2, epoch=1)]
+    assert tally(rows, samples=3, epochs=2) == Tally(due=6, twice=2, never=1)
+
+
+def test_rows_are_read_line_by_line_while_they_are_written(tmp_path: Path) -> None:
+    said = {"attempt": 1, "epoch": 0, "step": 3, "rank": 0, "world": 2, "at": 5.0, "samples": [4, 5]}
+    line, file = json.dumps(said) + "\n", tmp_path / "seen-7.jsonl"
+    rows = Rows(tmp_path)
+    file.write_text(line + line[:9])
+    assert rows.look() == [row(1, 3, 0, 2, 5.0, 4, 5)]
+    file.write_text(line + line)
+    assert len(rows.look()) == 2 and len(rows.look()) == 2
+
+
+STEPS = [Step(0, n, 4, float(n)) for n in range(10)] + [Step(1, 9 + n, 3, 15.0 + n) for n in range(4)]
+STEPS.append(Step(2, 12, 4, 18.5))
+
+
+def test_the_loss_of_a_node_is_measured_from_the_kill_to_a_step_of_the_others() -> None:
+    assert shrunk(STEPS, 9.5, STEPS[10]) == {"seconds": 5.5, "step_s": 1.0, "repeated_steps": 1}
+
+
+def test_the_return_of_a_node_is_measured_by_how_long_the_others_stand_still() -> None:
+    assert grown(STEPS, 15.5, STEPS[-1]) == {
+        "still_s": 0.5,
+        "seconds": 3.0,
+        "steps_meanwhile": 3,
+        "repeated_steps": 1,
+    }
+
+
+def cycle() -> dict[str, Any]:
+    return {
+        "killed_at": 100.0, "came_at": 120.0, "full_at": 130.0,
+        "shrink": {"seconds": 9.0, "step_s": 0.1, "repeated_steps": 1},
+        "grow": {"still_s": 0.3, "seconds": 10.0, "steps_meanwhile": 50, "repeated_steps": 0},
+    }  # fmt: skip
+
+
+def account(at: float, rung: str) -> Event:
+    names = ("detect_s", "abort_s", "regroup_s", "restore_s", "replay_s", "other_s")
+    return Event("recovery", at, 1, 0, {"rung": rung, "phases": dict.fromkeys(names, 0.25), "total_s": 1.5})
+
+
+def test_the_ledgers_accounts_are_told_apart_by_their_time() -> None:
+    found = cycle()
+    lost = [Event("node_lost", at, None, None, {"node": "a"}) for at in (107.0, 105.0)]
+    with_accounts([found], (*lost, account(110.0, "in place"), account(131.0, "relaunch")))
+    assert found["shrink"]["noticed_s"] == 5.0
+    assert found["shrink"]["ledger"]["rung"] == "in place" and found["grow"]["ledger"]["rung"] == "relaunch"
+    results = {"ours": {"cycles": [found], "failed": ""}}
+    assert [table_row[:3] for table_row in phases_table(results).rows] == [
+        ("ours", "4 to 3", "in place"),
+        ("ours", "3 to 4", "relaunch"),
+    ]
+
+
+def test_the_tables_say_the_middle_and_the_worst() -> None:
+    noticed, late = cycle(), cycle()
+    noticed["shrink"]["noticed_s"] = 5.0
+    late["shrink"] |= {"noticed_s": 6.0, "seconds": 12.0}
+    late["grow"]["still_s"] = 0.5
+    counted = {"due": 100, "twice": 0, "never": 0, "weight": 1.2e-7, "loss": 2e-7}
+    results: dict[str, dict[str, Any]] = {
+        "ours": {"cycles": [noticed, late], "failed": "", **counted},
+        "theirs": {"cycles": [cycle()], "failed": "no sign\nof it"},
+        "none": {"cycles": [], "failed": "never began"},
+    }
+    shrink = shrink_table(results, Bound(1, 4))
+    assert shrink.rows[0] == ("ours", "2", "10.50", "12.00", "5.50", "5.00", "6.00", "0.10", "1", "1")
+    assert shrink.rows[1][:7] == ("theirs", "1", "9.00", "9.00", "", "", "")
+    assert shrink.rows[2][:3] == ("none", "0", "")
+    assert shrink.notes[-2:] == ["theirs: no sign", "none: never began"]
+    assert grow_table(results).rows[0] == ("ours", "2", "0.40", "0.50", "10.00", "10.00", "50", "50", "0", "0")
+    assert exactness_table(results).rows == [("ours", "2", "100", "0", "0", "1.2e-07", "2.0e-07")]
+
+
+def test_every_way_has_a_command_line_of_its_own() -> None:
+    lines = {(tuple(way.script(Path("folder"), 4, 1)), way.flags) for way in WAYS}
+    assert len(lines) == len(WAYS)
