@@ -131,7 +131,7 @@ def read_ledger(path: str | os.PathLike[str], *, only: str = "") -> Events:
     """
     try:
         lines = Path(path).read_bytes().splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return Events(())
     if only:
         start = f'{{"event": "{only}"'.encode()
