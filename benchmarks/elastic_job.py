@@ -100,8 +100,8 @@ class Counted(pl.LightningModule):
         inputs, targets, indices = batch
         loss: Tensor = (self.body(inputs).squeeze(1) - targets).square().mean()
         self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(indices))
-        if not getattr(self.trainer.strategy, "runs_for_nothing", False):
-            self.notebook.saw(self.attempt, self.global_step, indices.tolist())
+        for_nothing = getattr(self.trainer.strategy, "runs_for_nothing", False)
+        self.notebook.saw(self.attempt, self.global_step, [] if for_nothing else indices.tolist())
         return loss
 
     def on_train_batch_end(self, *_: Any) -> None:
