@@ -107,8 +107,13 @@ class Engine:
         """Some rank is another one than before: open what each has a share of anew, on all of them."""
         self.has_moved = False
         self.loops.forget_validation_data()
+        self.open_training_data_anew()
+
+    def open_training_data_anew(self) -> None:
+        """Open this rank's share of the samples; no other rank is needed for it."""
         with self.strategy.as_stream(self.streams.own):
             self.loops.replace_training_data(open_training_data(self.trainer))
+        self.streams.opened_for = self.streams.count
 
     @property
     def generation(self) -> int:
@@ -153,8 +158,10 @@ class Engine:
             if plan.state is not None:
                 self.logs.name(self.durable.logger_versions(plan.state))
             self._restoration = self.fetch(found)
+            self.streams.opened_for = self.streams.count
             self.logs.cut(self._restoration.state["logs"])
         else:
+            self.streams.require()
             self._start_over(cohort, plan.action, logs_are_named=saved is not None)
         return plan
 

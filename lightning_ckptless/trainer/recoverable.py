@@ -166,9 +166,6 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
         def use_new_groups(self) -> None:
             """Let the model use the process groups of a new generation."""
 
-        runs_evenly = False
-        """Whether all ranks must run equally many forward passes in a step."""
-
         def place_among_streams(self) -> tuple[int, int, int]:
             """This rank's number among those with a share of the samples, how many there are, and ranks per share."""
             return self.global_rank, self.world_size, 1
@@ -204,7 +201,7 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             """The streams of samples that this rank carries, as at the start of a run."""
             place, places, width = self.place_among_streams()
             count = self.asked_streams() if self.options.elastic_batch == "keep" else places
-            return Streams(trainer, count=count, place=place, places=places, width=width, evenly=self.runs_evenly)
+            return Streams(trainer, count=count, place=place, places=places, width=width)
 
         @contextmanager
         def as_stream(self, stream: int) -> Iterator[None]:

@@ -113,7 +113,6 @@ def model_parallel_class(flavour: str) -> type[Any]:
 
         strategy_name = "ckptless_model_parallel"
         replicates = False
-        runs_evenly = True
 
         def place_among_streams(self) -> tuple[int, int, int]:
             """This rank's number along the data-parallel dimension, the size of that, and ranks per number."""

@@ -4,8 +4,8 @@ A step of fewer ranks is made of the same samples as one of all: a rank runs the
 the streams it carries, and only the last of them sums the gradients over the ranks. What each is multiplied by makes
 the mean over ranks the mean over streams (`protocol.streams`).
 
-Ranks that must call the same collectives in every forward pass, as those of a sharded model, run equally many: who
-carries fewer streams runs its own batch once more, for nothing.
+All ranks run equally many, for a forward pass may call collectives: those of a sharded model, of `self.log`, of a norm
+over the ranks. Who carries fewer streams runs its own batch once more, for nothing: the step waits for others anyway.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.protocol.dealing import Deal
-from lightning_ckptless.protocol.streams import share_of, streams_of
+from lightning_ckptless.protocol.streams import require_world, share_of, streams_of
 from lightning_ckptless.trainer.dealing import deal_out
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.streams import batch_in_hand, hands_over_the_iterator, logs_kept, training_loss
@@ -39,17 +39,17 @@ class Streams:
         place: this rank's number among those that have a stream each.
         places: how many such numbers there are.
         width: ranks that share a number, as those of a tensor-parallel group do.
-        evenly: whether all ranks must run equally many micro-batches.
 
     Attributes:
         count: see above; that of the run, once a version of it is known.
+        opened_for: number of streams that this rank's own dataloaders were set up for.
         is_running_another: whether the training step at hand is not on the rank's own batch.
         deal: how the rest of this epoch is dealt; None where each rank runs its streams.
         trainer: see above.
     """
 
-    def __init__(self, trainer: Any, *, count: int, place: int, places: int, width: int, evenly: bool) -> None:
-        self.count = count
+    def __init__(self, trainer: Any, *, count: int, place: int, places: int, width: int) -> None:
+        self.count = self.opened_for = count
         self.width = width
         self.is_running_another = False
         self.deal: Deal | None = None
@@ -58,7 +58,6 @@ class Streams:
         self._dealt_in = -1
         self._place = place
         self._places = places
-        self._evenly = evenly
         self._passengers: dict[int, Passenger] = {}
 
     @property
@@ -83,8 +82,7 @@ class Streams:
         """Micro-batches that this rank runs in a step beside its own stream's."""
         if self.deal is not None:
             return 0
-        most = -(-self.count // self._places) - 1
-        return most if self._evenly else len(self.carried)
+        return -(-self.count // self._places) - 1
 
     @property
     def own(self) -> int:
@@ -135,9 +133,12 @@ class Streams:
         Args:
             saved: what `capture` returned.
         """
+        loops = FitLoops(self.trainer)
         if self.deal is not None:
-            loops = FitLoops(self.trainer)
-            loops.set_length(self.deal.steps - loops.fetcher.fetched)
+            loops.set_length(loops.batches_done + self.deal.steps - loops.fetcher.fetched)
+        elif saved["length"]:
+            # A rank that came alone may have taken the run for one of as many streams as it was told to start.
+            loops.set_length(saved["length"])
         self._passengers = {s: p for s, p in self._passengers.items() if s in self.carried}
         for stream, position in saved["carried"].items():
             self._passenger(stream).move_to(position["rng"], position["data"])
@@ -146,12 +147,22 @@ class Streams:
         """A deal ends with its epoch: from here on there are as many streams as ranks."""
         if self.deal is not None and self.trainer.current_epoch != self._dealt_in:
             self.deal, self.count = None, self._places
+            self.opened_for = self.count
             FitLoops(self.trainer).forget_training_data()
 
     def _passenger(self, stream: int) -> Passenger:
         if stream not in self._passengers:
             self._passengers[stream] = Passenger(self.trainer, stream, self.count)
         return self._passengers[stream]
+
+    def require(self) -> None:
+        """Refuse to begin a run in which a rank would have to carry two streams, and cannot.
+
+        Raises:
+            WorldSizeError: says why.
+        """
+        obstacle = obstacle_to_carrying(self.trainer)
+        require_world(self._places, before=self._places, streams=self.count, obstacle=obstacle)
 
     # ------------------------------------------------------------------ a step
 

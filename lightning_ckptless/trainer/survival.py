@@ -220,14 +220,17 @@ class Survival:
         if restoration.state["logs"] is not None:
             host_loggers.rewind_logs(self._trainer, restoration.state["logs"])
         moved = any(told for (told,) in self._engine.cohort.gather([self._engine.has_moved]))
+        streams = self._engine.streams
         if moved:
             self._engine.open_data_anew()
-        restoration.open_streams(self._engine.streams)
+        elif streams.opened_for != streams.count:
+            self._engine.open_training_data_anew()
+        restoration.open_streams(streams)
         if moved or not self._batches.go_back_to(restoration.version):
             self._loops.set_sampler_epochs()
             restoration.move_data(self._loops)
             self._batches.reset()
-        restoration.move_streams(self._engine.streams)
+        restoration.move_streams(streams)
         self._boundaries.last = restoration.version
         restoration.resume(self._mirroring, self._engine.report, self._engine.cohort)
 

@@ -34,7 +34,7 @@ def require_ranks(*, nodes: int, per_node: int, found: int, env: Mapping[str, st
             f"Trainer(num_nodes={nodes}) and --nnodes {low}:{high} differ: num_nodes is how many nodes there are when "
             f"all are there; set num_nodes={high}"
         )
-    if found == asked or (low * per_node <= found < asked and found % per_node == 0):
+    if found == asked or (low != high and low * per_node <= found < asked and found % per_node == 0):
         return
     raise OptionsError(
         f"Trainer(num_nodes={nodes}, devices={per_node}) asks for {asked} ranks, the agents started {found}: start "

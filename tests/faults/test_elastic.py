@@ -21,7 +21,7 @@ from lightning_ckptless.membership.launch import LaunchConfig, Outcome, run
 from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.membership.program import Program
 from lightning_ckptless.testing.drill import run_variant
-from tests.faults.cluster import END_S, Cluster
+from tests.faults.cluster import END_S, Cluster, free_port
 from tests.faults.conftest import REPOSITORY
 from tests.faults.counting import COUNTED, Account, account_of, furthest
 from tests.lab.parts import Options
@@ -55,7 +55,13 @@ def whole(folder: Path, parent: PreloadedParent, ranks: int, *words: str) -> Acc
 
 
 def start(
-    folder: Path, parent: PreloadedParent, ranks: int, *words: str, faults: str = "", max_restarts: int = 0
+    folder: Path,
+    parent: PreloadedParent,
+    ranks: int,
+    *words: str,
+    faults: str = "",
+    max_restarts: int = 0,
+    nnodes: str = "1",
 ) -> Outcome:
     """Start a counted run on one machine, under the run id that it has in this folder, and wait for its end."""
     script, *arguments = command(folder, 1, ranks, *words)
@@ -65,6 +71,9 @@ def start(
         run_id=folder.name,
         max_restarts=max_restarts,
         env={"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CKPTLESS_FAULTS": faults},
+        nnodes=nnodes,
+        rdzv_endpoint=f"127.0.0.1:{free_port()}",
+        rdzv_conf={"last_call_timeout": 1},
         cwd=folder,
         run_root=folder / "runs",
         arena_dir=folder / "arenas",
@@ -216,6 +225,14 @@ def test_more_ranks_than_streams_are_refused(tmp_path: Path, parent: PreloadedPa
     assert start(folder, parent, 3, *DURABLE).exit_code == 1
     output = "".join(path.read_text() for path in (folder / "output-3").rglob("*.log"))
     assert "2 streams of samples, 3 ranks are started" in output
+
+
+@pytest.mark.timeout(100)
+def test_a_model_that_steps_by_itself_does_not_begin_with_fewer(tmp_path: Path, parent: PreloadedParent) -> None:
+    (tmp_path / "arenas").mkdir()
+    assert start(tmp_path, parent, 1, "--nodes", "2", "--manual", nnodes="1:2").exit_code == 1
+    output = "".join(path.read_text() for path in (tmp_path / "output-1").rglob("*.log"))
+    assert "a rank cannot carry two: the model steps its optimizers itself" in output
 
 
 CARRIED = ("--samples", "180")

@@ -63,7 +63,7 @@ class Counted(pl.LightningModule):
         strategy: Any = self.trainer.strategy
         loss: torch.Tensor = (self.body(inputs).squeeze(1) - targets).square().mean()
         self.count.update(float(len(indices)))
-        self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
         if not strategy.runs_for_nothing:
             self.step = self.global_step
             self._put_down({"samples": indices.tolist(), "batch": batch_idx})
@@ -93,7 +93,7 @@ class Counted(pl.LightningModule):
         count = float(self.count.compute())
         self.count.reset()
         if self.global_rank == 0:
-            loss = float(self.trainer.callback_metrics["loss"])
+            loss = float(self.trainer.callback_metrics["loss_epoch"])
             with (self.folder / "epochs.jsonl").open("a") as file:
                 file.write(json.dumps({"epoch": self.current_epoch, "loss": loss, "count": count}) + "\n")
 
@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--pace", type=float, default=0.0)
     parser.add_argument("--strategy-options", default="{}")
+    parser.add_argument("--manual", action="store_true")
     parser.add_argument("--sharded", action="store_true")
     args = parser.parse_args()
     pl.seed_everything(5, workers=True, verbose=False)
@@ -132,6 +133,7 @@ def main() -> None:
         enable_model_summary=False, default_root_dir=args.folder,
     )  # fmt: skip
     model = Counted(args.folder, args.sharded, args.pace)
+    model.automatic_optimization = not args.manual
     trainer.fit(model, DataLoader(Indexed(args.samples), batch_size=BATCH, shuffle=True))
 
 

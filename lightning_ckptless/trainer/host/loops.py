@@ -148,9 +148,14 @@ class FitLoops:
         most = self.fit.max_batches
         return int(most) if most != float("inf") else 0
 
-    def set_length(self, left: int) -> None:
-        """Have this epoch end after so many more batches."""
-        most = self.fit.max_batches = self.epoch.batch_progress.current.ready + left
+    @property
+    def batches_done(self) -> int:
+        """Batches of this epoch that were run."""
+        return int(self.epoch.batch_progress.current.ready)
+
+    def set_length(self, most: int) -> None:
+        """Have this epoch end after so many batches."""
+        self.fit.max_batches = most
         interval = self.trainer.val_check_interval
         if isinstance(interval, float) and self.trainer.val_check_batch is not None:
             self.trainer.val_check_batch = max(1, int(most * interval))

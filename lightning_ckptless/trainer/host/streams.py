@@ -27,8 +27,16 @@ def open_training_data(trainer: Any) -> Any:
         connector._process_dataloader(trainer, states.TrainerFn.FITTING, states.RunningStage.TRAINING, loader)
         for loader in combined.flattened
     ]
-    combined.limits = fit._combined_loader.limits
+    stage, limit = states.RunningStage.TRAINING, trainer.limit_train_batches
+    combined.limits = [connector._parse_num_batches(stage, _length(loader), limit) for loader in combined.flattened]
     return combined
+
+
+def _length(loader: Any) -> int | float:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return float("inf")
 
 
 def hands_over_the_iterator(trainer: Any) -> bool:
