@@ -36,7 +36,7 @@ def test_identical(example: str, drill: Drill) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["python", "torchrun"])
+@pytest.mark.parametrize("launcher", [pytest.param("python", marks=pytest.mark.long), "torchrun"])
 @pytest.mark.parametrize(
     "example",
     ["digits", pytest.param("char_gpt", marks=pytest.mark.long), pytest.param("digits.yaml", marks=pytest.mark.long)],

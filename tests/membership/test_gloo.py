@@ -33,6 +33,7 @@ TRAIN = f"""
 """
 
 
+@pytest.mark.long
 def test_ten_relaunches(parent: PreloadedParent, write: Callable[..., Path], tmp_path: Path) -> None:
     config = LaunchConfig(program=script(write(TRAIN)), nproc=2, cwd=tmp_path, max_restarts=RELAUNCHES)
     outcome = run(config, parent=parent)
