@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from lightning_ckptless.membership.launch import LaunchConfig, run
 from lightning_ckptless.membership.parent import PreloadedParent
 from tests.membership.conftest import script
