@@ -21,13 +21,14 @@ __all__ = ["job", "whole"]
 def test_all_end_behind_one_step(
     strategy_options: dict[str, object], job: Run, whole: Callable[[Options], Variant]
 ) -> None:
-    # Each version is still on its way when the next step is done.
-    options = replace(BASE, strategy_options=repr(strategy_options), slow_mirror_s=0.1)
+    # Each version is still on its way when the next step is done; the ranks need far fewer steps to agree than there are.
+    long = replace(BASE, samples=144)
+    options = replace(long, strategy_options=repr(strategy_options), slow_mirror_s=0.1)
     assert job.start(replace(options, terminate_at=5)).exit_code == 128 + signal.SIGTERM
     assert {(event.rank, event.fields["cause"]) for event in job.events("stopped")} == {
         (rank, "SIGTERMException") for rank in (0, 1)
     }
     found = newest_complete(job.arena.inventory())
-    assert isinstance(found, Complete) and found.snapshot.version.optimizer_step in range(5, 11)
+    assert isinstance(found, Complete) and found.snapshot.version.optimizer_step in range(5, 36)
     assert job.start(options).exit_code == 0
-    assert_identical(job, whole(BASE))
+    assert_identical(job, whole(long))

@@ -37,8 +37,9 @@ WAITS = """
 CONF = {"is_host": "0", "keep_alive_interval": "1", "keep_alive_max_attempt": "3", "last_call_timeout": "1"}
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("manner", [pytest.param("fails", marks=pytest.mark.long), "hangs"])
+@pytest.mark.parametrize("manner", ["fails", "hangs"])
 def test_a_new_node_takes_the_place_of_a_lost_one(
     manner: str, bare: PreloadedParent, write: Callable[..., Path], tmp_path: Path
 ) -> None:
