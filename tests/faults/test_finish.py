@@ -21,7 +21,7 @@ __all__ = ["job", "whole"]
 def test_all_end_behind_one_step(
     strategy_options: dict[str, object], job: Run, whole: Callable[[Options], Variant]
 ) -> None:
-    # Each version is still on its way when the next step is done; the ranks need far fewer steps to agree than there are.
+    # Each version is still on its way when the next step is done. The ranks need far fewer steps than there are.
     long = replace(BASE, samples=144)
     options = replace(long, strategy_options=repr(strategy_options), slow_mirror_s=0.1)
     assert job.start(replace(options, terminate_at=5)).exit_code == 128 + signal.SIGTERM
