@@ -5,6 +5,7 @@
 | worker | `entered` | it is about to train; with what its strategy asks of the agent |
 | worker | `stepped` | its generation has committed a step |
 | worker | `left` | it has left the training loop: its end is no fault from here on, and no peer can wait for it |
+| worker | `waiting` | it has come to the loop alone, and waits there for the others |
 | worker | `released` | it has left the process groups that it shared with the lost |
 | worker | `held` | it cannot get free of them, with the reason |
 | worker | `stands` | whether it waits for others, when it was asked `where` it is |
@@ -12,6 +13,7 @@
 | worker | `companion` | it asks for a process beside the workers, of this module with this argument |
 | worker | `ready` | a standby has come to `fit` and waits for a rank |
 | agent | `regroup` | a fault: meet under this number, with this report |
+| agent | `hold` | the nodes meet anew: wait for the next `regroup`, however long it takes |
 | agent | `assign` | to a standby: variables that make it a rank, then as `regroup`; with its output |
 | agent | `where` | all are silent: does it wait for others? |
 | agent | `over` | the run has ended with a fault: nobody goes on |

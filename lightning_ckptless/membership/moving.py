@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -29,7 +30,7 @@ _READY = "ckptless/ready/{}"
 
 
 class MovingAgent(CkptlessAgent):
-    """See the module."""
+    """An agent that asks, whenever the nodes have met, whether its workers may stay."""
 
     _plan: MovePlan | None = None
     _is_to_tell = False
@@ -91,16 +92,12 @@ class MovingAgent(CkptlessAgent):
             self._stay(worker_group, before, self._plan)
             return
         self._stop_workers(worker_group)
-        for local_rank, pid in self._start_workers(worker_group).items():
-            worker_group.workers[local_rank].id = pid
-        worker_group.state = WorkerState.HEALTHY
+        self._note(worker_group, self._start_workers(worker_group))
 
     def _stay(self, worker_group: WorkerGroup, before: int, plan: MovePlan) -> None:
         self._is_to_tell, self._world_before = True, before
+        self._note(worker_group, self._current_workers().pids())
         by_local = {worker.local_rank: worker for worker in worker_group.workers}
-        for local_rank, pid in self._current_workers().pids().items():
-            by_local[local_rank].id = pid
-        worker_group.state = WorkerState.HEALTHY
         self._in_place.end_round(self._parent)
         self._in_place.begin_round(
             self._regroupings,
@@ -110,11 +107,18 @@ class MovingAgent(CkptlessAgent):
         self.recoveries_in_place += 1
         print(f"ckptless: {plan.reason}; {by_local[0].world_size} ranks go on", file=sys.stderr, flush=True)
 
+    @staticmethod
+    def _note(worker_group: WorkerGroup, pids: Mapping[int, int]) -> None:
+        """Note which processes the workers of a round are: what torch elastic does when it has started them itself."""
+        for worker in worker_group.workers:
+            worker.id = pids[worker.local_rank]
+        worker_group.state = WorkerState.HEALTHY
+
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
-        plan, group = self._plan, worker_group
+        plan = self._plan
         if plan is not None and plan.stay and result.state is WorkerState.HEALTHY:
-            self._bring_together(plan, group)
+            self._bring_together(plan, worker_group)
         return result
 
     def _bring_together(self, plan: MovePlan, worker_group: WorkerGroup) -> None:

@@ -61,14 +61,14 @@ class Inheritance:
         return tuple(sorted({self.home, *self.streams.values(), *self.sums}))
 
 
-def inherit(rank: int, world_size: int, *, before: int, streams: int, width: int = 1) -> Inheritance:
+def inherit(rank: int, world_size: int, *, before: int, streams: int | None, width: int = 1) -> Inheritance:
     """What a rank takes over.
 
     Args:
         rank: of the new world.
         world_size: of the new world.
         before: number of ranks that have written the version.
-        streams: number of streams of the version.
+        streams: number of streams of the version; None where the rest of the epoch is dealt, and nobody carries one.
         width: ranks that share a stream, side by side, as those of a tensor-parallel group do.
     """
     place, lane = divmod(rank, width)
@@ -77,26 +77,12 @@ def inherit(rank: int, world_size: int, *, before: int, streams: int, width: int
     def there(place: int) -> int:
         return place * width + lane
 
+    carried = () if streams is None else streams_of(place, places, streams)
     return Inheritance(
         home=there(place % places_before),
-        streams={s: there(carrier_of(s, places_before)) for s in streams_of(place, places, streams)},
+        streams={stream: there(carrier_of(stream, places_before)) for stream in carried},
         sums=tuple(there(other) for other in range(place, places_before, places)),
     )
-
-
-def adopt(rank: int, world_size: int, *, before: int, width: int = 1) -> Inheritance:
-    """What a rank takes over where the rest of the epoch is dealt anew, and nobody carries a stream.
-
-    Args:
-        rank: of the new world.
-        world_size: of the new world.
-        before: number of ranks that have written the version.
-        width: ranks that share a place, side by side.
-    """
-    place, lane = divmod(rank, width)
-    places, places_before = world_size // width, before // width
-    sums = tuple(other * width + lane for other in range(place, places_before, places))
-    return Inheritance(home=place % places_before * width + lane, streams={}, sums=sums)
 
 
 def require_world(world_size: int, *, before: int, streams: int, obstacle: str | None) -> str:

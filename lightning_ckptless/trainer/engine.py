@@ -111,8 +111,7 @@ class Engine:
 
     def open_training_data_anew(self) -> None:
         """Open this rank's share of the samples; no other rank is needed for it."""
-        with self.strategy.as_stream(self.streams.own):
-            self.loops.replace_training_data(open_training_data(self.trainer))
+        self.loops.replace_training_data(open_training_data(self.trainer))
         self.streams.opened_for = self.streams.count
 
     @property

@@ -85,11 +85,6 @@ class Streams:
         return -(-self.count // self._places) - 1
 
     @property
-    def own(self) -> int:
-        """This rank's own stream."""
-        return self._place
-
-    @property
     def are_whole(self) -> bool:
         """Whether every rank has its own stream and no other."""
         return self.deal is None and self.count == self._places
@@ -209,7 +204,7 @@ def obstacle_to_carrying(trainer: Any) -> str | None:
     """Why a rank of this trainer cannot run more than its own stream; None where it can.
 
     Args:
-        trainer: with its model, and its training data set up.
+        trainer: with its model.
     """
     if not trainer.lightning_module.automatic_optimization:
         return "the model steps its optimizers itself (automatic_optimization=False)"

@@ -15,7 +15,7 @@ from typing import Any
 from lightning_ckptless.errors import LayoutMismatchError
 from lightning_ckptless.options import ElasticBatch
 from lightning_ckptless.protocol.dealing import Deal, require_deal
-from lightning_ckptless.protocol.streams import Inheritance, adopt, inherit, require_world
+from lightning_ckptless.protocol.streams import Inheritance, inherit, require_world
 from lightning_ckptless.protocol.versions import Complete
 from lightning_ckptless.replica.description import held_by_name
 from lightning_ckptless.replica.layout import Layout
@@ -63,10 +63,11 @@ class Succession(Restoration):
         """
         cohort, layout = self.cohort, self.layout
         self._add_up(trainer)
-        make_room(trainer, layout.known_to(self.heir.home))
+        known = layout.known_to(self.heir.home)
+        make_room(trainer, known)
         self.index = StateIndex(trainer)
         described = describe_state(self.index)
-        if lost := sorted(layout.known_to(self.heir.home).keys() - {d.name for d in described}):
+        if lost := sorted(known.keys() - {d.name for d in described}):
             raise LayoutMismatchError(
                 f"rank {cohort.rank}: the version has {', '.join(lost[:5])}, the model does not: start the script "
                 "unchanged"
@@ -122,12 +123,9 @@ def take_over(
         return _take_over_dealt(found, layout, cohort, width)
     count = streams["count"]
     reason = require_world(world_size // width, before=before // width, streams=count, obstacle=obstacle)
-    heirs = [inherit(rank, world_size, before=before, streams=count, width=width) for rank in range(world_size)]
-    smalls = _smalls(found, cohort, {rank: heir.sources for rank, heir in enumerate(heirs)})
-    heir = heirs[cohort.rank]
+    heir, smalls = _inherited(found, cohort, count, width)
+    small, (own, *others) = smalls[heir.home], heir.streams
     positions = {stream: _position(smalls[source], stream) for stream, source in heir.streams.items()}
-    own, *others = heir.streams
-    small = _adopted(smalls, heir, cohort)
     small["state"] |= positions[own]
     small["streams"] |= {"own": own, "carried": {stream: positions[stream] for stream in others}}
     return Succession(found, layout, {}, small, cohort=cohort, heir=heir, smalls=smalls, reason=reason)
@@ -135,32 +133,33 @@ def take_over(
 
 def _take_over_dealt(found: Complete, layout: Layout, cohort: Cohort, width: int) -> Succession:
     """Deal the rest of the epoch to the ranks that there are."""
-    before, world_size = found.snapshot.world_size, cohort.world_size
-    places = world_size // width
-    heirs = [adopt(rank, world_size, before=before, width=width) for rank in range(world_size)]
-    smalls = _smalls(found, cohort, {rank: heir.sources for rank, heir in enumerate(heirs)})
-    heir = heirs[cohort.rank]
-    small = _adopted(smalls, heir, cohort)
+    heir, smalls = _inherited(found, cohort, None, width)
+    small = smalls[heir.home]
     streams, data = small["streams"], small["state"]["data"]
     done = data["fetched"] - data["buffered"]
     last = None if streams["deal"] is None else Deal(**streams["deal"])
     begin = streams["count"] * done if last is None else last.after(done)
-    deal = Deal(streams["count"], streams["length"], begin, places)
+    deal = Deal(streams["count"], streams["length"], begin, cohort.world_size // width)
     per_step = streams["count"] if last is None else last.world_size
+    reason = require_deal(deal, before=found.snapshot.world_size // width, per_step=per_step)
     small["streams"] |= {"own": cohort.rank // width, "carried": {}, "deal": asdict(deal)}
     small["state"]["data"] = at_the_beginning(data)
-    reason = require_deal(deal, before=before // width, per_step=per_step)
-    change = (per_step, places)
+    change = (per_step, deal.world_size)
     return Succession(found, layout, {}, small, cohort=cohort, heir=heir, smalls=smalls, reason=reason, change=change)
 
 
-def _adopted(smalls: dict[int, Small], heir: Inheritance, cohort: Cohort) -> Small:
-    """The small state that a rank takes for its own."""
-    small = smalls[heir.home]
+def _inherited(
+    found: Complete, cohort: Cohort, streams: int | None, width: int
+) -> tuple[Inheritance, dict[int, Small]]:
+    """What this rank takes over, and the small states that takes. All ranks call it together."""
+    before, world_size = found.snapshot.world_size, cohort.world_size
+    heirs = [inherit(rank, world_size, before=before, streams=streams, width=width) for rank in range(world_size)]
+    smalls = _smalls(found, cohort, {rank: heir.sources for rank, heir in enumerate(heirs)})
+    heir = heirs[cohort.rank]
     if cohort.rank:
         # What stands in log files is rank 0's to say.
-        small["state"]["logs"] = None
-    return small
+        smalls[heir.home]["state"]["logs"] = None
+    return heir, smalls
 
 
 def _smalls(found: Complete, cohort: Cohort, wanted: Mapping[int, Collection[int]]) -> dict[int, Small]:

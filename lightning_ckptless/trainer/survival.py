@@ -14,6 +14,7 @@ told why, this process ends, and the next rung of the ladder is its agent's.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -189,7 +190,10 @@ class Survival:
         self._strategy.rejoin(assignment.number, lambda: self._watcher is not None and self._watcher.is_over)
         assert engine.arena is not None
         transport = engine.connect()
-        nodes = tuple(line.decode() for line in transport.gather(engine.identity.node.encode()))
+        told = [
+            json.loads(line) for line in transport.gather(json.dumps([engine.identity.node, engine.has_moved]).encode())
+        ]
+        nodes, has_moved = (tuple(facts) for facts in zip(*told, strict=True))
         generation, mesh = self._strategy.world.generation, self._strategy.mesh_sizes()
         engine.cohort = form_cohort(transport, engine.arena, nodes, engine.options, generation, mesh=mesh)
         self._strategy.world.renumber(engine.cohort.generation)
@@ -206,11 +210,17 @@ class Survival:
             self._give_up(str(error))
         self._mirroring.join(engine.cohort)
         engine.probe_recovery("restore")
-        self._put_back(restoration)
+        self._put_back(restoration, moved=any(has_moved))
         self._move(WorkerEvent.RESTORE)
         return restoration.version
 
-    def _put_back(self, restoration: Restoration) -> None:
+    def _put_back(self, restoration: Restoration, *, moved: bool) -> None:
+        """Be as the version was.
+
+        Args:
+            restoration: the version.
+            moved: whether any rank is another one than before.
+        """
         assert self._engine.cohort is not None
         mirroring, version = self._mirroring, restoration.version
         restoration.fill(
@@ -219,7 +229,6 @@ class Survival:
         self._mirroring.small.apply(restoration.state)
         if restoration.state["logs"] is not None:
             host_loggers.rewind_logs(self._trainer, restoration.state["logs"])
-        moved = any(told for (told,) in self._engine.cohort.gather([self._engine.has_moved]))
         streams = self._engine.streams
         if moved:
             self._engine.open_data_anew()

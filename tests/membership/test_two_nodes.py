@@ -18,6 +18,7 @@ from lightning_ckptless import environment
 from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.launch import LaunchConfig, run
 from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.program import Program
 from tests.membership.conftest import REPOSITORY, script, worker_env
 
 # Runs until it is told that there has been enough, or fails once with its peer, as a worker in a collective would.
@@ -37,6 +38,23 @@ WAITS = """
 CONF = {"is_host": "0", "keep_alive_interval": "1", "keep_alive_max_attempt": "3", "last_call_timeout": "1"}
 
 
+def node_of_two(name: str, program: Program, port: int, folder: Path, **more: Any) -> LaunchConfig:
+    """One of two nodes that meet at a port of loopback."""
+    return LaunchConfig(
+        program=program,
+        nnodes="2",
+        rdzv_endpoint=f"127.0.0.1:{port}",
+        rdzv_conf=CONF,
+        run_id="two",
+        node_name=name,
+        local_addr="127.0.0.1",
+        cwd=folder,
+        fresh=True,
+        stop_grace_s=1,
+        **more,
+    )
+
+
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("manner", ["fails", "hangs"])
@@ -52,18 +70,7 @@ def test_a_new_node_takes_the_place_of_a_lost_one(
             spawned.put(fields["node"])
 
     def node(name: str) -> LaunchConfig:
-        return LaunchConfig(
-            program=program,
-            nnodes="2",
-            rdzv_endpoint=f"127.0.0.1:{store.port}",
-            rdzv_conf=CONF,
-            run_id="two",
-            node_name=name,
-            local_addr="127.0.0.1",
-            cwd=tmp_path,
-            fresh=True,
-            stop_grace_s=1,
-        )
+        return node_of_two(name, program, store.port, tmp_path)
 
     options = ["--nnodes=2", f"--rdzv-endpoint=127.0.0.1:{store.port}", "--rdzv-id=two", "--local-addr=127.0.0.1"]
     conf = ",".join(f"{key}={value}" for key, value in CONF.items())
@@ -109,19 +116,7 @@ def test_a_node_that_ends_for_good_ends_the_others(
     events: list[str] = []
 
     def node(name: str) -> LaunchConfig:
-        return LaunchConfig(
-            program=script(write(ONE_FAILS)),
-            nnodes="2",
-            rdzv_endpoint=f"127.0.0.1:{store.port}",
-            rdzv_conf=CONF,
-            run_id="two",
-            node_name=name,
-            local_addr="127.0.0.1",
-            cwd=tmp_path,
-            fresh=True,
-            stop_grace_s=1,
-            max_restarts=0,
-        )
+        return node_of_two(name, script(write(ONE_FAILS)), store.port, tmp_path, max_restarts=0)
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(run, node("first"), parent=bare, record=lambda event, **_: events.append(event))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning_ckptless.trainer.host.flavour import flavour_of, module
+from lightning_ckptless.trainer.host.flavour import fabric_module, flavour_of, module
 from lightning_ckptless.trainer.host.metrics import dump_metric, load_metric, metrics_of
 from lightning_ckptless.trainer.host.results import dump_results, load_results
 
@@ -28,15 +28,11 @@ def open_training_data(trainer: Any) -> Any:
         for loader in combined.flattened
     ]
     stage, limit = states.RunningStage.TRAINING, trainer.limit_train_batches
-    combined.limits = [connector._parse_num_batches(stage, _length(loader), limit) for loader in combined.flattened]
+    lengths = [fabric_module(flavour, "utilities.data").sized_len(loader) for loader in combined.flattened]
+    combined.limits = [
+        connector._parse_num_batches(stage, float("inf") if length is None else length, limit) for length in lengths
+    ]
     return combined
-
-
-def _length(loader: Any) -> int | float:
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return float("inf")
 
 
 def hands_over_the_iterator(trainer: Any) -> bool:
