@@ -28,6 +28,7 @@ OWNERS = {
     "iterator": lambda t: t.fit_loop._combined_loader._iterator,
     "fetcher": lambda t: t.fit_loop._data_fetcher,
     "trainer": lambda t: t,
+    "results": lambda t: t._results,
     "connector": lambda t: t._logger_connector,
     "module": lambda t: t.lightning_module,
 }
@@ -36,21 +37,24 @@ ASKED = {
         _combined_loader _combined_loader_states_to_load _data_fetcher _last_train_dl_reload_epoch _restart_stage
         _restarting _loaded_from_state_dict _resuming_from_checkpoint reset_restart_stage setup_data reset run done
         advance on_run_start on_advance_start on_advance_end on_iteration_done on_run_end epoch_progress state_dict
-        load_state_dict
+        load_state_dict _data_source max_batches
     """,
     "epoch_loop": """
         _results _should_accumulate _should_check_val_fx _skip_next_val _batches_that_stepped _on_before_fetch
         _on_after_fetch _restart_stage advance on_advance_end on_iteration_done done restarting global_step
+        _build_kwargs batch_progress batch_idx
     """,
-    "val_loop": "_results _has_run _last_val_dl_reload_epoch",
-    "combined_loader": "_iterator flattened reset",
+    "val_loop": "_results _has_run _last_val_dl_reload_epoch _combined_loader",
+    "combined_loader": "_iterator flattened reset limits",
     "iterator": "_idx _consumed iterators",
-    "fetcher": "fetched done length batches _start_profiler _stop_profiler",
-    "trainer": "_logger_connector _last_val_time _train_start_time",
+    "fetcher": "fetched done length batches _start_profiler _stop_profiler setup",
+    "trainer": "_logger_connector _last_val_time _train_start_time _results val_check_batch",
+    "results": "batch batch_size",
     "connector": """
         _progress_bar_metrics _logged_metrics _callback_metrics _current_fx _first_loop_iter should_update_logs
+        on_batch_start
     """,
-    "module": "_current_fx_name",
+    "module": "_current_fx_name _on_before_batch_transfer",
 }
 NAMES = [f"{owner}.{name}" for owner, names in ASKED.items() for name in names.split()]
 CLASSES = {
@@ -71,6 +75,13 @@ CLASSES = {
         "BatchSizeFinder",
     ],
     "cli": ["SaveConfigCallback"],
+    "utilities.combined_loader": ["CombinedLoader"],
+    "loops.optimization.automatic": ["ClosureResult"],
+    "trainer.states": ["TrainerFn", "RunningStage"],
+}
+FUNCTIONS = {
+    "trainer.connectors.data_connector": ["_request_dataloader", "_process_dataloader", "_parse_num_batches"],
+    "trainer.call": ["_call_strategy_hook"],
 }
 
 
@@ -102,6 +113,13 @@ def test_classes_are_where_we_look(flavour: str, path: str) -> None:
     assert not moved, f"{flavour} has moved {', '.join(moved)} out of {path}"
 
 
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("path", FUNCTIONS)
+def test_functions_are_where_we_look(flavour: str, path: str) -> None:
+    moved = [name for name in FUNCTIONS[path] if not callable(getattr(module(flavour, path), name, None))]
+    assert not moved, f"{flavour} has moved {', '.join(moved)} out of {path}"
+
+
 # ---------------------------------------------------------------------- flavours
 
 
@@ -122,6 +140,13 @@ def test_sampler_epochs_are_set_by_a_function_of_fabric(flavour: str) -> None:
     sampler: Any = DistributedSampler(Numbers(4), num_replicas=2, rank=0)
     fabric_module(flavour, "utilities.data")._set_sampler_epoch(DataLoader(Numbers(4), sampler=sampler), 5)
     assert sampler.epoch == 5
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_lengths_are_measured_by_a_function_of_fabric(flavour: str) -> None:
+    sized_len = fabric_module(flavour, "utilities.data").sized_len
+    assert sized_len(DataLoader(Numbers(4), batch_size=2)) == 2
+    assert sized_len(iter(())) is None
 
 
 # ---------------------------------------------------------------------- launch

@@ -123,7 +123,7 @@ def test_values_of_our_own_reach_the_progress_bar(flavour: str, tmp_path: Path) 
 # ---------------------------------------------------------------------- torchmetrics
 
 
-@pytest.mark.parametrize("name", ["_defaults", "_update_count", "_computed", "_forward_cache"])
+@pytest.mark.parametrize("name", ["_defaults", "_reductions", "_update_count", "_computed", "_forward_cache"])
 def test_torchmetrics_has(name: str) -> None:
     assert hasattr(torchmetrics.MeanMetric(), name), f"torchmetrics has moved Metric.{name}"
 

@@ -1,0 +1,86 @@
+"""Sums of ranks that are gone, taken on by one that stays: as if it had seen their samples itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torchmetrics
+
+from lightning_ckptless.trainer.host.metrics import defaults_of, dump_metric, load_metric, reductions_of
+from lightning_ckptless.trainer.sums import absorb, forget
+
+METRICS = {
+    "mean": torchmetrics.MeanMetric,
+    "sum": torchmetrics.SumMetric,
+    "max": torchmetrics.MaxMetric,
+    "min": torchmetrics.MinMetric,
+    "cat": torchmetrics.CatMetric,
+}
+MINE, THEIRS = (2.0, 8.0), (5.0, 1.0)
+
+
+def small(metrics: dict[str, Any], logged: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A small state with nothing else in it."""
+    items = {"training": {"items": logged or {}}, "validation": {"items": {}}}
+    return {"results": items, "metrics": {name: dump_metric(metric) for name, metric in metrics.items()}}
+
+
+def updated(kind: str, values: tuple[float, ...]) -> Any:
+    metric = METRICS[kind]()
+    for value in values:
+        metric.update(value)
+    return metric
+
+
+@pytest.mark.parametrize("kind", METRICS)
+@pytest.mark.parametrize(("mine", "theirs"), [(MINE, THEIRS), ((), THEIRS), (MINE, ())], ids=["both", "new", "alone"])
+def test_a_metric_goes_on_with_what_both_have_seen(
+    kind: str, mine: tuple[float, ...], theirs: tuple[float, ...]
+) -> None:
+    metric = updated(kind, mine)
+    state = small({"m": metric})
+    absorb(state, small({"m": updated(kind, theirs)}), {"m": reductions_of(metric)})
+    load_metric(metric, state["metrics"]["m"])
+    assert torch.equal(metric.compute(), updated(kind, (*mine, *theirs)).compute())
+
+
+def test_what_cannot_be_added_is_named_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    state = small({"m": updated("sum", MINE)})
+    absorb(state, small({"m": updated("sum", THEIRS)}), {"m": {"sum_value": None}})
+    assert "m.sum_value cannot be added up over ranks" in caplog.text
+    assert float(state["metrics"]["m"]["states"]["sum_value"]) == sum(MINE)
+
+
+def logged(reduce: str, value: float, samples: int, *, reset: bool = False) -> dict[str, Any]:
+    item = {"is_tensor": True, "reduce_fx": reduce, "value": torch.tensor(value), "has_reset": reset, "update_count": 1}
+    return item | ({"cumulated_batch_size": torch.tensor(samples)} if reduce == "mean" else {})
+
+
+@pytest.mark.parametrize(("reduce", "expected"), [("mean", 12.0), ("sum", 12.0), ("max", 8.0), ("min", 4.0)])
+def test_logged_values_are_put_together_as_over_ranks(reduce: str, expected: float) -> None:
+    state = small({}, {"x": logged(reduce, 4.0, 3)})
+    absorb(state, small({}, {"x": logged(reduce, 8.0, 2), "y": logged(reduce, 1.0, 1)}), {})
+    items = state["results"]["training"]["items"]
+    assert float(items["x"]["value"]) == expected
+    assert float(items["y"]["value"]) == 1.0
+    if reduce == "mean":
+        assert int(items["x"]["cumulated_batch_size"]) == 5
+
+
+@pytest.mark.parametrize(("mine_reset", "theirs_reset", "expected"), [(True, False, 8.0), (False, True, 4.0)])
+def test_a_value_that_was_put_back_adds_nothing(mine_reset: bool, theirs_reset: bool, expected: float) -> None:
+    state = small({}, {"x": logged("mean", 4.0, 3, reset=mine_reset)})
+    absorb(state, small({}, {"x": logged("mean", 8.0, 2, reset=theirs_reset)}), {})
+    assert float(state["results"]["training"]["items"]["x"]["value"]) == expected
+
+
+def test_a_new_rank_begins_with_no_sums() -> None:
+    metric = updated("sum", MINE)
+    state = small({"m": metric}, {"x": logged("mean", 4.0, 3)})
+    forget(state, {"m": defaults_of(metric)})
+    assert state["results"]["training"]["items"] == {}
+    load_metric(metric, state["metrics"]["m"])
+    metric.update(3.0)
+    assert float(metric.compute()) == 3.0
