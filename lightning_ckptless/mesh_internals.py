@@ -5,14 +5,20 @@ Read at torch 2.13. Each has a test in `tests/test_mesh_internals.py` that fails
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _world
 from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from torch.distributed.tensor._redistribute import _gen_transform_infos
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.distributed.tensor.placement_types import _StridedShard
 
 
@@ -61,6 +67,131 @@ def use_groups_of(mesh: DeviceMesh, anew: DeviceMesh) -> None:
         raise RuntimeError(f"groups {anew._dim_group_names} in the place of {mesh._dim_group_names}")
     # Moved, not copied: a mesh is let go of late, and groups that are held end no thread.
     mesh._pg_registry, anew._pg_registry = anew._pg_registry, {}
+
+
+def become(mesh: DeviceMesh, anew: DeviceMesh) -> None:
+    """Let a mesh, and all that was sliced from it, be as one made for another world, or another rank.
+
+    Tensors, modules and hooks of tensor parallelism hold meshes, some of them where nobody else can reach: so each has
+    to stay the object that it is.
+
+    Args:
+        mesh: of the last generation, or made before there was one.
+        anew: of as many dimensions, under the same names.
+    """
+    slices = [found for found in gc.get_objects() if type(found) is DeviceMesh and found._root_mesh is mesh]
+    vars(mesh).update(vars(anew))
+    anew._pg_registry = {}
+    for part in slices:
+        vars(part).update(vars(_slice_like(mesh, part)))
+    # What is looked up by a mesh does not know that this rank is another one in it.
+    _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+    _gen_transform_infos.cache_clear()
+
+
+def obstacle_to_dividing_anew(modules: Iterable[Any], tensors: Iterable[torch.Tensor], mesh: DeviceMesh) -> str:
+    """Why sharded tensors could not be divided over another number of ranks where they are; empty where they can.
+
+    Args:
+        modules: those under `fully_shard`.
+        tensors: all that are to be divided, and others.
+        mesh: the one that they are to be sharded over.
+    """
+    if mesh._flatten_mapping:
+        return f"the mesh was flattened, into {', '.join(mesh._flatten_mapping)}"
+    for group in _groups(modules):
+        if group.post_forward_mesh_info not in (None, group.mesh_info):
+            return "layers are sharded over fewer ranks after their forward pass (reshard_after_forward is a number)"
+        if group.mesh_info.is_spmd_mesh:
+            return "fully_shard was told which dimensions of the mesh are data parallel (dp_mesh_dims)"
+        if group.mesh_info.mesh._get_root_mesh() is not mesh:
+            return "layers are sharded over another mesh than the strategy's"
+    for tensor in tensors:
+        if not isinstance(tensor, DTensor):
+            continue
+        # Equal, for torch may have given it a mesh that it remembers.
+        if tensor.device_mesh._get_root_mesh() != mesh:
+            return "a tensor is sharded over another mesh than the strategy's"
+        if type(tensor._local_tensor) is not torch.Tensor:
+            return f"a sharded tensor is made of {type(tensor._local_tensor).__name__}"
+    return ""
+
+
+def divide_anew(modules: Iterable[Any]) -> list[Any]:
+    """Give every parameter under `fully_shard` room for what this rank holds of it now; its values are lost.
+
+    Args:
+        modules: those under `fully_shard`; their mesh is of the new world, and no pass is under way.
+
+    Returns:
+        The parameters.
+    """
+    divided = []
+    for group in _groups(modules):
+        for parameter in group.fsdp_params:
+            _divide_parameter(parameter)
+            divided.append(parameter.sharded_param)
+    return divided
+
+
+def uneven_parameters(modules: Iterable[Any]) -> list[tuple[str, list[int], int, int]]:
+    """Parameters that `fully_shard` will not divide: name, sizes, dimension along which they are sharded, and ranks.
+
+    Args:
+        modules: those under `fully_shard`; their mesh is of the new world.
+    """
+    return [
+        (parameter._param_fqn, list(parameter._orig_size), dim, ranks)
+        for group in _groups(modules)
+        for parameter in group.fsdp_params
+        if (dim := parameter.fsdp_placement.dim) > 0
+        and parameter._orig_size[dim] % (ranks := parameter.mesh_info.mesh.size(-1))
+    ]
+
+
+def _divide_parameter(parameter: Any) -> None:
+    """What torch does when a module comes under `fully_shard`, but for a parameter that others know already."""
+    known, spec, number = parameter.sharded_param, parameter._unsharded_dtensor_spec, parameter._orig_param_uid
+    whole = torch.empty(parameter._orig_size, dtype=known.dtype, device=parameter.device)
+    if spec is not None:
+        over = _slice_like(parameter.mesh_info.mesh._get_root_mesh(), spec.mesh)
+        spec = DTensorSpec(over, spec.placements, tensor_meta=spec.tensor_meta)
+        whole = DTensor(whole, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    whole, place = nn.Parameter(whole, requires_grad=known.requires_grad), parameter.fsdp_placement
+    parameter._init_sharded_param(whole, parameter.device, lambda _: place, parameter.mesh_info)
+    divided = parameter.sharded_param
+    known._local_tensor, known._spec = divided._local_tensor, divided._spec
+    parameter.sharded_param, parameter._orig_param_uid = known, number
+    parameter._setattr_on_modules(known)
+    # Of the size that all parts had together.
+    parameter.all_gather_outputs = []
+    vars(parameter).pop("_unsharded_param", None)
+
+
+def make_room_for_part(tensor: DTensor, mesh: DeviceMesh) -> None:
+    """Give a sharded tensor room for what this rank holds of it now; its values are lost.
+
+    Args:
+        tensor: sharded over some dimensions of the mesh.
+        mesh: of the new world.
+    """
+    # Torch remembers what an operation makes, with a mesh that was equal once: that of an earlier fit it may be.
+    over = _slice_like(mesh, tensor.device_mesh)
+    sizes, _ = compute_local_shape_and_global_offset(tensor.shape, over, tensor.placements)
+    tensor._local_tensor = tensor._local_tensor.new_zeros(sizes)
+    tensor._spec = DTensorSpec(over, tensor.placements, tensor_meta=tensor._spec.tensor_meta)
+
+
+def _slice_like(mesh: DeviceMesh, part: DeviceMesh) -> DeviceMesh:
+    """The dimensions of a mesh that another one has."""
+    names = part.mesh_dim_names
+    assert names is not None
+    return DeviceMesh._concatenate([mesh[name] for name in names])
+
+
+def _groups(modules: Iterable[Any]) -> Iterator[Any]:
+    for module in modules:
+        yield from module._get_fsdp_state()._fsdp_param_groups
 
 
 def forget_iteration(modules: Iterable[Any]) -> None:

@@ -13,14 +13,27 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_ckptless.mesh_internals import forget_iteration, number_groups_from, shard_box, use_groups_of
+from lightning_ckptless.mesh_internals import (
+    become,
+    divide_anew,
+    forget_iteration,
+    make_room_for_part,
+    number_groups_from,
+    obstacle_to_dividing_anew,
+    shard_box,
+    uneven_parameters,
+    use_groups_of,
+)
 
 
 @contextmanager
 def pretended(rank: int, world_size: int = 4) -> Iterator[None]:
     """A process group that sends nothing."""
+    # What torch remembers of an operation has a mesh that was equal, with another rank in it.
+    _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
     dist.init_process_group("fake", rank=rank, world_size=world_size)
     try:
         yield
@@ -29,7 +42,15 @@ def pretended(rank: int, world_size: int = 4) -> Iterator[None]:
 
 
 def mesh_of_four() -> DeviceMesh:
-    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    return mesh_of(2, 2)
+
+
+def mesh_of(*sizes: int) -> DeviceMesh:
+    return init_device_mesh("cpu", sizes, mesh_dim_names=("data", "tensor"))
+
+
+def modules_of(network: nn.Module) -> list[FSDPModule]:
+    return [module for module in network.modules() if isinstance(module, FSDPModule)]
 
 
 def cover(shape: tuple[int, ...], make: Callable[[DeviceMesh], DTensor]) -> torch.Tensor:
@@ -116,7 +137,7 @@ def test_a_pass_that_was_cut_off_is_forgotten() -> None:
         network = nn.Sequential(nn.Linear(4, 4), breaks)
         for part in (network[0], network):
             fully_shard(part, mesh=mesh["data"])
-        modules = [module for module in network.modules() if isinstance(module, FSDPModule)]
+        modules = modules_of(network)
         forget_iteration(modules)
         with pytest.raises(OSError, match="the link"):
             network(torch.zeros(1, 4))
@@ -124,3 +145,89 @@ def test_a_pass_that_was_cut_off_is_forgotten() -> None:
         assert all(isinstance(parameter, DTensor) for parameter in network.parameters())
         Breaks.broken = False
         network(torch.zeros(1, 4)).sum().backward()
+
+
+def sharded(mesh: DeviceMesh, **options: Any) -> nn.Sequential:
+    """Two layers with an odd number of rows, by tensor parallelism too where the mesh has it, that share nothing."""
+    network = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5, bias=False))
+    if mesh["tensor"].size() > 1:
+        parallelize_module(network, mesh["tensor"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    for part in (network[0], network):
+        fully_shard(part, mesh=mesh["data"], **options)
+    return network
+
+
+def held_by(network: nn.Module) -> list[tuple[Any, ...]]:
+    """What a rank holds of every parameter, and how much of it torch sends."""
+    groups = [group for module in modules_of(network) for group in module._get_fsdp_state()._fsdp_param_groups]
+    of_torch = [(*p.sharded_size, p._sharded_param_data.numel()) for group in groups for p in group.fsdp_params]
+    return [
+        (p.shape, p.to_local().shape, shard_box(p)) for p in network.parameters() if isinstance(p, DTensor)
+    ] + of_torch
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((1, 4, (4, 1)), (1, 3, (3, 1))), ((2, 3, (3, 1)), (2, 4, (4, 1))), ((3, 4, (2, 2)), (1, 2, (1, 2))),
+     ((0, 4, (4, 1)), (3, 4, (4, 1)))],
+    ids=["fewer", "more", "both kinds", "another rank"],
+)  # fmt: skip
+def test_a_model_is_divided_over_another_world(before: Any, after: Any) -> None:
+    rank, ranks, sizes = before
+    with pretended(rank, ranks):
+        mesh = mesh_of(*sizes)
+        data, network = mesh["data"], sharded(mesh)
+        modules = modules_of(network)
+        optimizer = torch.optim.AdamW(network.parameters())
+        network(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for module in modules:
+            module.reshard()
+    rank, ranks, sizes = after
+    with pretended(rank, ranks):
+        expected = held_by(sharded(mesh_of(*sizes)))
+        anew = mesh_of(*sizes)
+        known = list(network.parameters())
+        become(mesh, anew)
+        forget_iteration(modules)
+        assert {id(parameter) for parameter in divide_anew(modules)} == set(map(id, known))
+        assert (mesh, data) == (anew, anew["data"]) and hash(data) == hash(anew["data"])
+        assert data.get_group() in dist.distributed_c10d._world.pg_map
+        assert [id(parameter) for parameter in network.parameters()] == [id(parameter) for parameter in known]
+        assert held_by(network) == expected
+        for parameter in known:
+            assert isinstance(parameter, DTensor)
+            for key in ("exp_avg", "exp_avg_sq"):
+                moment = optimizer.state[parameter][key]
+                make_room_for_part(moment, mesh)
+                assert moment.to_local().shape == parameter.to_local().shape
+        network(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+
+
+def test_a_dimension_that_cannot_be_divided_is_named() -> None:
+    with pretended(1):
+        mesh = mesh_of(4, 1)
+        network = nn.Sequential(nn.Linear(8, 2))
+        fully_shard(network, mesh=mesh["data"], shard_placement_fn=lambda p: Shard(p.ndim - 1) if p.ndim > 1 else None)
+        network(torch.ones(1, 8))
+    with pretended(1, 3):
+        become(mesh, mesh_of(3, 1))
+        forget_iteration(modules_of(network))
+        assert uneven_parameters(modules_of(network)) == [("0.weight", [2, 8], 1, 3)]
+        with pytest.raises(NotImplementedError, match="uneven"):
+            divide_anew(modules_of(network))
+
+
+def test_what_cannot_be_divided_anew_is_said() -> None:
+    def obstacle(network: nn.Module, mesh: DeviceMesh) -> str:
+        return obstacle_to_dividing_anew(modules_of(network), network.parameters(), mesh)
+
+    with pretended(0):
+        mesh, other = mesh_of(4, 1), mesh_of(4, 1)
+        assert obstacle(sharded(mesh), mesh) == ""
+        assert "another mesh" in obstacle(sharded(other), mesh)
+        assert "reshard_after_forward is a number" in obstacle(sharded(mesh, reshard_after_forward=2), mesh)
+        mesh._flatten("all")
+        assert "flattened, into all" in obstacle(sharded(mesh), mesh)

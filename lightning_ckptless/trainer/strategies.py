@@ -11,14 +11,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.communicators import world_group
-from lightning_ckptless.mesh_internals import forget_iteration, number_groups_from, use_groups_of
+from lightning_ckptless.mesh_internals import (
+    become,
+    forget_iteration,
+    number_groups_from,
+    obstacle_to_dividing_anew,
+    use_groups_of,
+)
 from lightning_ckptless.torch_internals import bucket_layout, set_bucket_layout, use_process_group
+from lightning_ckptless.trainer.dividing import divide_state_anew
 from lightning_ckptless.trainer.host.ddp import wrap_late
 from lightning_ckptless.trainer.host.flavour import FLAVOURS, module
 from lightning_ckptless.trainer.host.model_parallel import (
     PRECISIONS,
     fit_mesh,
     give_mesh,
+    has_mesh,
     make_mesh,
     precision_of,
     sizes_of,
@@ -133,6 +141,9 @@ def model_parallel_class(flavour: str) -> type[Any]:
             Raises:
                 OptionsError: they do not fit.
             """
+            if has_mesh(self):
+                # That of an earlier fit, which may have lost nodes since.
+                return
             sizes, ranks = sizes_of(self), self.num_nodes * self.num_processes
             if math.prod(sizes) != ranks:
                 raise OptionsError(
@@ -163,16 +174,32 @@ def model_parallel_class(flavour: str) -> type[Any]:
 
         def obstacle_to_another_world(self) -> str:
             """Why the model, as it is, could not go on among another number of ranks."""
-            return "the layers of a sharded model are divided over as many ranks as its mesh has"
+            model = self.lightning_module
+            return obstacle_to_dividing_anew(sharded_modules(model), model.parameters(), self.device_mesh)
 
         def use_new_groups(self) -> None:
-            """Give the mesh, and the modules that are sharded over it, groups of the new generation."""
+            """Give the mesh, and the modules that are sharded over it, groups of the new generation.
+
+            Where the world or this rank's place in it is another one, what this rank holds of each tensor becomes so.
+
+            Raises:
+                LayoutMismatchError: a tensor cannot be divided over the ranks that there are.
+            """
+            fit_mesh(self)
             number_groups_from(FIRST_GROUP_OF_MESH)
             with self.world.making():
-                use_groups_of(self.device_mesh, make_mesh(self))
-            forget_iteration(sharded_modules(self.lightning_module))
+                anew = make_mesh(self)
+            mesh, modules = self.device_mesh, sharded_modules(self.lightning_module)
+            is_same = (mesh.shape, mesh.get_coordinate()) == (anew.shape, anew.get_coordinate())
+            if is_same:
+                use_groups_of(mesh, anew)
+            else:
+                become(mesh, anew)
+            forget_iteration(modules)
             for parameter in self.lightning_module.parameters():
                 parameter.grad = None
+            if not is_same:
+                divide_state_anew(self.lightning_module.trainer, modules, mesh)
 
         # -------------------------------------------------------------- on the way to the others
 

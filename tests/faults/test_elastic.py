@@ -84,14 +84,16 @@ def start(
 
 
 class Nodes:
-    """Nodes of one rank each that go on with fewer; they meet at a place which none of them hosts."""
+    """Nodes that go on with fewer; they meet at a place which none of them hosts."""
 
-    def __init__(self, folder: Path, stack: ExitStack, *, least: int, most: int, words: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, folder: Path, stack: ExitStack, *, least: int, most: int, devices: int = 1, words: tuple[str, ...] = ()
+    ) -> None:
         self.meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        run = command(folder, most, 1, *words)
+        run = command(folder, most, devices, *words)
+        nodes = ("--nnodes", f"{least}:{most}", "--nproc-per-node", str(devices))
         self.cluster = Cluster(
-            folder, stack, Options(), words=("--nnodes", f"{least}:{most}"), port=self.meeting.port, hosted=True,
-            command=run,
+            folder, stack, Options(), words=nodes, port=self.meeting.port, hosted=True, command=run
         )  # fmt: skip
         self.cluster.arenas.mkdir()
         self.agents: list[psutil.Popen] = []
@@ -160,7 +162,7 @@ def each_once(account: Account) -> bool:
     [
         ((), "in place"),
         pytest.param(("--accumulate", "2"), "in place", marks=pytest.mark.long),
-        pytest.param(("--sharded",), "relaunch", marks=pytest.mark.long),
+        pytest.param(("--sharded",), "in place", marks=pytest.mark.long),
     ],
     ids=["ddp", "accumulated", "fsdp2"],
 )
@@ -180,7 +182,29 @@ def test_a_node_is_lost_and_comes_back(
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("words", "rung"), [((), "in place"), (("--sharded",), "relaunch")], ids=["ddp", "fsdp2"])
+def test_a_mesh_loses_a_row(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
+    """FSDP2 beside tensor parallelism: two nodes of two ranks, of which one is lost and comes back."""
+    words = ("--samples", "240", "--pace", "0.5", "--sharded", "--tensor", "2")
+    expected = whole(tmp_path / "whole", parent, 4, *words)
+    folder = tmp_path / "elastic"
+    folder.mkdir()
+    nodes = Nodes(folder, stack, least=1, most=2, devices=2, words=words)
+    stays = [nodes.start(0)]
+    nodes.lose(nodes.start(1, "node:rank=3:step=9"))
+    nodes.wait_for_world(2)
+    stays.append(nodes.start(1))
+    assert [agent.wait(timeout=END_S) for agent in stays] == [0] * 2, nodes.cluster.output()
+    found = account_of(folder)
+    assert found.sizes == [4, 2, 4]
+    assert rungs(nodes) == ["in place"] * 2
+    assert found.steps == expected.steps
+    assert furthest(expected, found) < BOUND
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("words", "rung"), [((), "in place"), (("--sharded",), "in place")], ids=["ddp", "fsdp2"])
 def test_steps_of_fewer_samples(words: tuple[str, ...], rung: str, tmp_path: Path, stack: ExitStack) -> None:
     found, nodes = shrink_and_grow(tmp_path / "elastic", stack, *PACED, *SCALE, *words)
     assert rungs(nodes) == [rung, rung]

@@ -39,7 +39,7 @@ class Counted(pl.LightningModule):
 
     Args:
         folder: receives one file per process, and `end.json`.
-        sharded: whether the layers are sharded over the mesh.
+        sharded: whether the layers are sharded over the mesh, by both kinds of parallelism where it has both.
         pace_s: how long a step takes at least while nodes are missing: those that come shall find it running.
     """
 
@@ -53,8 +53,11 @@ class Counted(pl.LightningModule):
     def configure_model(self) -> None:
         if self.sharded:
             from torch.distributed.fsdp import fully_shard
+            from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
             mesh: Any = self.device_mesh
+            if mesh["tensor_parallel"].size() > 1:
+                parallelize_module(self.body, mesh["tensor_parallel"], {"0": ColwiseParallel(), "3": RowwiseParallel()})
             for layer in (self.body[0], self.body[3], self.body):
                 fully_shard(layer, mesh=mesh["data_parallel"])
 
@@ -118,6 +121,7 @@ def main() -> None:
     parser.add_argument("--strategy-options", default="{}")
     parser.add_argument("--manual", action="store_true")
     parser.add_argument("--sharded", action="store_true")
+    parser.add_argument("--tensor", type=int, default=1, help="ranks that are tensor-parallel")
     args = parser.parse_args()
     pl.seed_everything(5, workers=True, verbose=False)
     options = ast.literal_eval(args.strategy_options)
@@ -125,7 +129,7 @@ def main() -> None:
     if args.sharded:
         ranks = args.nodes * args.devices
         strategy = lightning_ckptless.CkptlessModelParallelStrategy(
-            data_parallel_size=ranks, tensor_parallel_size=1, **options
+            data_parallel_size=ranks // args.tensor, tensor_parallel_size=args.tensor, **options
         )
     trainer = pl.Trainer(
         accelerator="cpu", devices=args.devices, num_nodes=args.nodes, strategy=strategy, max_epochs=args.epochs,

@@ -20,11 +20,15 @@ def sizes_of(strategy: Any) -> tuple[int, int]:
 
 
 def fit_mesh(strategy: Any) -> None:
-    """Make the data-parallel dimension as long as there are ranks for, where they are not as many as were asked for."""
+    """Make the data-parallel dimension as long as there are ranks for."""
     _, tensor = sizes_of(strategy)
-    if strategy.cluster_environment.world_size() != strategy.num_nodes * strategy.num_processes:
-        strategy._data_parallel_size = strategy.cluster_environment.world_size() // tensor
-        strategy._tensor_parallel_size = tensor
+    strategy._data_parallel_size = strategy.cluster_environment.world_size() // tensor
+    strategy._tensor_parallel_size = tensor
+
+
+def has_mesh(strategy: Any) -> bool:
+    """Whether the strategy's mesh has been made."""
+    return strategy._device_mesh is not None
 
 
 def precision_of(strategy: Any) -> str:
@@ -34,7 +38,7 @@ def precision_of(strategy: Any) -> str:
 
 def give_mesh(strategy: Any) -> bool:
     """Give the model the strategy's mesh, if there is one; returns whether there is."""
-    if strategy._device_mesh is None:
+    if not has_mesh(strategy):
         return False
     strategy.lightning_module._device_mesh = strategy._device_mesh
     return True
