@@ -88,7 +88,8 @@ class MovingAgent(CkptlessAgent):
         self._current_workers().tell("hold")
         self._rendezvous(worker_group)
         assert self._plan is not None
-        if self._plan.stay:
+        group: Any = worker_group
+        if group.group_rank in self._plan.stay:
             self._stay(worker_group, before, self._plan)
             return
         self._stop_workers(worker_group)

@@ -7,8 +7,10 @@ Every agent says of its node what it has; all read the same, so all decide alike
 | none trains | | all start together |
 | one trains, and cannot go on in another world | | all start together |
 | some train, of different worlds | | all start together |
-| some train, but the first one does not, or had not rank 0 before | rank 0 alone writes log files and checkpoints | all start together |
-| some train | all others have no workers yet | those stay, and wait for the others at the loop |
+| some train, but not the first one | rank 0 alone writes log files and checkpoints: its node must know them | all start together |
+| some train, the first one among them, which had not rank 0 before | no other one trains | all start together |
+| some train, the first one among them, which had not rank 0 before | rank 0 has to be a process that has written no file | its workers start anew, those of the others stay |
+| some train, the first one with rank 0, as before | | those stay, and wait for the others at the loop |
 """  # noqa: E501 - a row of a table is a line
 
 from __future__ import annotations
@@ -64,24 +66,33 @@ def plan_move(standings: Sequence[Standing]) -> MovePlan:
         standings: of all nodes, in the order of the new round.
     """
     everyone = tuple(range(len(standings)))
-    stay = tuple(node for node in everyone if standings[node].trains)
-    come = tuple(node for node in everyone if node not in stay)
+    train = tuple(node for node in everyone if standings[node].trains)
     number = max(standing.number for standing in standings) + 1
     lost_at = min((standing.lost_at for standing in standings if standing.lost_at), default=0.0)
-    if (why := _why_together(standings, stay)) is not None:
+    if (why := _why_together(standings, train)) is not None:
         return MovePlan((), everyone, number, f"all {len(everyone)} nodes start together: {why}", lost_at)
-    others = f", node {', '.join(map(str, come))} comes to them" if come else ""
-    return MovePlan(stay, come, number, f"the workers of {len(stay)} of {len(everyone)} nodes stay{others}", lost_at)
+    is_first_anew = standings[0].first_rank != 0
+    stay = train[1:] if is_first_anew else train
+    come = tuple(node for node in everyone if node not in train)
+    reason = f"the workers of {len(stay)} of {len(everyone)} nodes stay"
+    if come:
+        reason += f", node {', '.join(map(str, come))} comes to them"
+    if is_first_anew:
+        reason += ", those of node 0 start anew: rank 0, which writes log files and checkpoints, was on another node"
+        come = (0, *come)
+    return MovePlan(stay, come, number, reason, lost_at)
 
 
-def _why_together(standings: Sequence[Standing], stay: Sequence[int]) -> str | None:
-    if not stay:
+def _why_together(standings: Sequence[Standing], train: Sequence[int]) -> str | None:
+    if not train:
         return "none has workers that train"
-    for node in stay:
+    for node in train:
         if standings[node].obstacle:
             return f"node {node} cannot go on in another world: {standings[node].obstacle}"
-    if len({standings[node].world_size for node in stay}) > 1:
+    if len({standings[node].world_size for node in train}) > 1:
         return "they come from different worlds"
-    if stay[0] != 0 or standings[0].first_rank != 0:
-        return "rank 0, which writes log files and checkpoints, is not where it was"
+    if train[0] != 0:
+        return "rank 0, which writes log files and checkpoints, is on a node that does not train yet"
+    if train == (0,) and standings[0].first_rank != 0:
+        return "rank 0, which writes log files and checkpoints, was on another node, and no other one trains"
     return None

@@ -37,6 +37,11 @@ class Account:
         return found
 
     @property
+    def processes(self) -> int:
+        """How many processes have trained, all ranks and all generations together."""
+        return len(list(self.folder.glob("seen-*.jsonl")))
+
+    @property
     def epochs(self) -> list[dict[str, float]]:
         """What was logged of each epoch; the last time counts."""
         rows = [json.loads(line) for line in (self.folder / "epochs.jsonl").read_text().splitlines()]

@@ -123,7 +123,7 @@ PACED = ("--samples", str(SAMPLES), "--pace", "0.25")
 SCALE = ("--strategy-options", "{'elastic_batch': 'scale'}")
 
 
-def shrink_and_grow(folder: Path, stack: ExitStack, *words: str) -> tuple[Account, Nodes]:
+def shrink_and_grow(folder: Path, stack: ExitStack, *words: str) -> Account:
     """Four nodes train, one is lost with all it has, three go on, it comes back."""
     folder.mkdir()
     nodes = Nodes(folder, stack, least=3, most=4, words=words)
@@ -134,12 +134,14 @@ def shrink_and_grow(folder: Path, stack: ExitStack, *words: str) -> tuple[Accoun
     assert [agent.wait(timeout=END_S) for agent in stays] == [0] * 4, nodes.cluster.output()
     found = account_of(folder)
     assert found.sizes == [4, 3, 4]
+    assert rungs(nodes) == ["in place"] * 2
+    assert found.processes == 4 + 1, "the others stay"
     changed = nodes.cluster.events("world_changed")
     assert [(fields["before"], fields["world_size"]) for fields in changed] == [(4, 3), (3, 4)]
     shrunk, grown = (fields["phases"] for fields in nodes.cluster.events("recovery"))
     assert shrunk["detect_s"] > 0
     assert grown["detect_s"] == 0, "nobody was lost when the node came back"
-    return found, nodes
+    return found
 
 
 def rungs(nodes: Nodes) -> list[str]:
@@ -158,23 +160,47 @@ def each_once(account: Account) -> bool:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("words", "rung"),
+    "words",
     [
-        ((), "in place"),
-        pytest.param(("--accumulate", "2"), "in place", marks=pytest.mark.long),
-        pytest.param(("--sharded",), "in place", marks=pytest.mark.long),
+        (),
+        pytest.param(("--accumulate", "2"), marks=pytest.mark.long),
+        pytest.param(("--sharded",), marks=pytest.mark.long),
     ],
     ids=["ddp", "accumulated", "fsdp2"],
 )
 def test_a_node_is_lost_and_comes_back(
-    words: tuple[str, ...], rung: str, tmp_path: Path, stack: ExitStack, parent: PreloadedParent
+    words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: PreloadedParent
 ) -> None:
     expected = whole(tmp_path / "whole", parent, 4, *PACED, *words)
-    found, nodes = shrink_and_grow(tmp_path / "elastic", stack, *PACED, *words)
-    assert rungs(nodes) == [rung, rung]
+    found = shrink_and_grow(tmp_path / "elastic", stack, *PACED, *words)
     assert found.steps == expected.steps
     assert each_once(found)
     assert [row["count"] for row in found.epochs] == [SAMPLES, SAMPLES]
+    assert [row["loss"] for row in found.epochs] == pytest.approx([row["loss"] for row in expected.epochs], rel=1e-6)
+    assert furthest(expected, found) < BOUND
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("words", [(), ("--sharded",)], ids=["ddp", "fsdp2"])
+def test_the_node_of_rank_0_is_lost(
+    words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: PreloadedParent
+) -> None:
+    """Another one becomes rank 0's: its worker starts anew, that of the third stays."""
+    words = ("--samples", "180", "--pace", "0.1", *words)
+    expected = whole(tmp_path / "whole", parent, 3, *words)
+    folder = tmp_path / "elastic"
+    folder.mkdir()
+    nodes = Nodes(folder, stack, least=2, most=3, words=words)
+    lost, *stay = nodes.start(0, "node:rank=0:step=9"), nodes.start(1), nodes.start(2)
+    nodes.lose(lost)
+    assert [agent.wait(timeout=END_S) for agent in stay] == [0] * 2, nodes.cluster.output()
+    found = account_of(folder)
+    assert found.sizes == [3, 2]
+    assert rungs(nodes) == ["in place"]
+    assert found.processes == 3 + 1, "the third node's worker stays"
+    assert found.steps == expected.steps
     assert [row["loss"] for row in found.epochs] == pytest.approx([row["loss"] for row in expected.epochs], rel=1e-6)
     assert furthest(expected, found) < BOUND
 
@@ -197,6 +223,7 @@ def test_a_mesh_loses_a_row(tmp_path: Path, stack: ExitStack, parent: PreloadedP
     found = account_of(folder)
     assert found.sizes == [4, 2, 4]
     assert rungs(nodes) == ["in place"] * 2
+    assert found.processes == 4 + 2
     assert found.steps == expected.steps
     assert furthest(expected, found) < BOUND
 
@@ -204,10 +231,9 @@ def test_a_mesh_loses_a_row(tmp_path: Path, stack: ExitStack, parent: PreloadedP
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("words", "rung"), [((), "in place"), (("--sharded",), "in place")], ids=["ddp", "fsdp2"])
-def test_steps_of_fewer_samples(words: tuple[str, ...], rung: str, tmp_path: Path, stack: ExitStack) -> None:
-    found, nodes = shrink_and_grow(tmp_path / "elastic", stack, *PACED, *SCALE, *words)
-    assert rungs(nodes) == [rung, rung]
+@pytest.mark.parametrize("words", [(), ("--sharded",)], ids=["ddp", "fsdp2"])
+def test_steps_of_fewer_samples(words: tuple[str, ...], tmp_path: Path, stack: ExitStack) -> None:
+    found = shrink_and_grow(tmp_path / "elastic", stack, *PACED, *SCALE, *words)
     assert each_once(found)
     assert [row["count"] for row in found.epochs] == [SAMPLES, SAMPLES]
     told = [json.loads(line) for path in found.folder.glob("scaled-*") for line in path.read_text().splitlines()]

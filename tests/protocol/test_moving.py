@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,11 +33,13 @@ def test_every_node_stays_or_comes_under_a_number_that_none_has_seen(nodes: list
 
 
 @given(standings)
-def test_only_those_stay_that_train_and_all_of_them(nodes: list[Standing]) -> None:
+def test_only_those_stay_that_train_and_all_of_them_but_for_a_new_rank_0(nodes: list[Standing]) -> None:
     plan = plan_move(nodes)
+    train = [node for node, standing in enumerate(nodes) if standing.trains]
     if plan.stay:
-        assert [node for node, standing in enumerate(nodes) if standing.trains] == list(plan.stay)
-        assert nodes[0].first_rank == 0 and not any(nodes[node].obstacle for node in plan.stay)
+        assert train == sorted({0, *plan.stay})
+        assert (0 in plan.stay) == (nodes[0].first_rank == 0)
+        assert not any(nodes[node].obstacle for node in train)
 
 
 def test_survivors_stay_and_a_new_node_comes() -> None:
@@ -45,8 +48,18 @@ def test_survivors_stay_and_a_new_node_comes() -> None:
     assert plan.reason == "the workers of 2 of 3 nodes stay, node 2 comes to them"
 
 
-def test_without_the_writer_of_logs_all_start_together() -> None:
-    plan = plan_move([replace(TRAINS, first_rank=1), replace(TRAINS, first_rank=2)])
+def test_a_node_that_becomes_the_writer_of_logs_starts_anew() -> None:
+    plan = plan_move([replace(TRAINS, first_rank=1), replace(TRAINS, first_rank=2), Standing()])
+    assert (plan.stay, plan.come) == ((1,), (0, 2))
+    assert plan.reason == (
+        "the workers of 1 of 3 nodes stay, node 2 comes to them, those of node 0 start anew: rank 0, which writes log "
+        "files and checkpoints, was on another node"
+    )
+
+
+@pytest.mark.parametrize("others", [[replace(TRAINS, first_rank=1)], [Standing(), TRAINS]], ids=["alone", "newcomer"])
+def test_without_a_node_that_knows_the_log_files_all_start_together(others: list[Standing]) -> None:
+    plan = plan_move(others)
     assert plan.stay == ()
     assert "rank 0, which writes log files" in plan.reason
 
