@@ -4,7 +4,7 @@ Four agents of one CPU rank each, on loopback, `--nnodes 3:4`. Again and again t
 killed and its shared memory is removed; another agent is started in its place when the others go on. Beside our
 strategy stands torchrun with Lightning's ddp and a checkpoint file that every start resumes. In the end all that the
 ranks have trained on is counted, and the weights are compared with those of a run that nobody left. The first node,
-with rank 0, is spared: without it all are started again, as `--no-in-place` has it. Takes a quarter of an hour.
+with rank 0, is spared. Takes a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RANDOM_STEPS = 50
 WAYS = (
     Way("DDP, in place"),
     Way("DDP, --no-in-place", flags=("--no-in-place",)),
-    Way("FSDP2 (relaunch)", sharded=True),
+    Way("FSDP2, in place", sharded=True),
     Way('DDP, in place, elastic_batch="scale"', ("--strategy-options={'elastic_batch': 'scale'}",)),
     Way(f"torchrun, ddp + ModelCheckpoint({EVERY})", checkpoint_every=EVERY),
 )

@@ -117,7 +117,7 @@ class Counted(pl.LightningModule):
                 file.write(json.dumps(row) + "\n")
 
     def on_train_end(self) -> None:
-        whole = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p.data) for n, p in self.named_parameters()}
+        whole = {n: getattr(p, "full_tensor", lambda p=p: p)().detach() for n, p in self.named_parameters()}
         if self.global_rank == 0:
             torch.save(whole, self.notebook.folder / "end.pt")
 

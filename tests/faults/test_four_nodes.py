@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -45,9 +45,10 @@ class FourNodes:
         env = {"CKPTLESS_FAILURE_DOMAIN": RACKS[node]}
         return self.cluster.start_agent(faults, f"127.0.0.{node + 1}", env=env)
 
-    def start_all(self, steps: dict[int, int]) -> None:
-        """Start all nodes; some are lost at a step."""
-        self.agents = [self.start(node, DIES.format(steps[node]) if node in steps else "") for node in range(4)]
+    def start_all(self, steps: dict[int, int], at: Mapping[int, str] = {}) -> None:
+        """Start all nodes; some are lost at a step, some of those at a moment of it."""
+        faults = {node: DIES.format(step) + at.get(node, "") for node, step in steps.items()}
+        self.agents = [self.start(node, faults.get(node, "")) for node in range(4)]
 
     def replace(self, lost: Collection[int]) -> None:
         """Wait until nodes are lost, take what they had away, and start others as a scheduler would."""
@@ -148,3 +149,36 @@ def test_a_pair_that_placement_does_not_survive_is_told_and_ends_the_run(tmp_pat
     assert "shards 2, 3 of 4 have no replica" in reason
     assert "StateMissingError" in nodes.output
     assert not nodes.cluster.events("restored")
+
+
+def lose_a_second_before_the_first_is_protected(nodes: FourNodes, second: int) -> None:
+    """Node 1 is lost; when all restore the version with its successor, which has no copies yet, so is another."""
+    nodes.start_all({1: 7, second: 7}, at={second: ":at=restore"})
+    nodes.replace([1])
+    nodes.replace([second])
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_second_loss_before_the_first_is_protected(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
+    nodes = FourNodes(tmp_path, stack, FOUR_NODES)
+    lose_a_second_before_the_first_is_protected(nodes, 2)
+    assert nodes.exit_codes == [0] * 4, nodes.output
+    restored = [facts["version"] for facts in nodes.cluster.events("restored")]
+    assert all(is_version(version, "step 6") for version in restored), restored
+    protection = nodes.cluster.events("protection")[-1]
+    assert {keeper for _, keeper in protection["pairs"]} == {1, 2}
+    assert_identical(nodes.cluster, parent)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_second_loss_of_the_last_copies_is_told(tmp_path: Path, stack: ExitStack) -> None:
+    nodes = FourNodes(tmp_path, stack, FOUR_NODES)
+    lose_a_second_before_the_first_is_protected(nodes, 0)
+    assert all(code not in (0, None) for code in nodes.exit_codes), nodes.output
+    reason = nodes.cluster.events("run_started")[-1]["reason"]
+    assert "shards 0, 1 of 4 have no replica" in reason
+    assert "StateMissingError" in nodes.output
