@@ -8,12 +8,13 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _world
+from torch.distributed.distributed_c10d import _get_default_group, _world
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor._redistribute import _gen_transform_infos
@@ -57,20 +58,22 @@ def number_groups_from(first: int) -> None:
     _world.group_count = max(_world.group_count, first)
 
 
-def use_groups_of(mesh: DeviceMesh, anew: DeviceMesh) -> None:
-    """Let a mesh, and all that was sliced from it, use the groups of one that was made like it in another generation.
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """Have groups made each for itself, not split off the default one as they are where that is bound to a device.
 
-    Raises:
-        RuntimeError: the groups have other names.
+    NCCL ends the process when a communicator that was made behind a fault is split (torch 2.11, NCCL 2.28).
     """
-    if mesh._dim_group_names != anew._dim_group_names:
-        raise RuntimeError(f"groups {anew._dim_group_names} in the place of {mesh._dim_group_names}")
-    # Moved, not copied: a mesh is let go of late, and groups that are held end no thread.
-    mesh._pg_registry, anew._pg_registry = anew._pg_registry, {}
+    group = _get_default_group()
+    bound, group.bound_device_id = group.bound_device_id, None
+    try:
+        yield
+    finally:
+        group.bound_device_id = bound
 
 
-def become(mesh: DeviceMesh, anew: DeviceMesh) -> None:
-    """Let a mesh, and all that was sliced from it, be as one made for another world, or another rank.
+def become(mesh: DeviceMesh, anew: DeviceMesh) -> bool:
+    """Let a mesh, and all that was sliced from it, be as one that was made for another generation.
 
     Tensors, modules and hooks of tensor parallelism hold meshes, some of them where nobody else can reach: so each has
     to stay the object that it is.
@@ -78,15 +81,24 @@ def become(mesh: DeviceMesh, anew: DeviceMesh) -> None:
     Args:
         mesh: of the last generation, or made before there was one.
         anew: of as many dimensions, under the same names.
+
+    Returns:
+        Whether it has other sizes now, or this rank another place in it.
     """
+    has_moved = (mesh.shape, mesh.get_coordinate()) != (anew.shape, anew.get_coordinate())
+    # Moved, not copied: a mesh is let go of late, and groups that are held end no thread.
+    groups, anew._pg_registry = anew._pg_registry, {}
+    if not has_moved and mesh._dim_group_names == anew._dim_group_names:
+        mesh._pg_registry = groups
+        return False
     slices = [found for found in gc.get_objects() if type(found) is DeviceMesh and found._root_mesh is mesh]
-    vars(mesh).update(vars(anew))
-    anew._pg_registry = {}
+    vars(mesh).update(vars(anew) | {"_pg_registry": groups})
     for part in slices:
         vars(part).update(vars(_slice_like(mesh, part)))
     # What is looked up by a mesh does not know that this rank is another one in it.
     _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
     _gen_transform_infos.cache_clear()
+    return has_moved
 
 
 def obstacle_to_dividing_anew(modules: Iterable[Any], tensors: Iterable[torch.Tensor], mesh: DeviceMesh) -> str:

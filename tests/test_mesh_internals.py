@@ -23,9 +23,9 @@ from lightning_ckptless.mesh_internals import (
     make_room_for_part,
     number_groups_from,
     obstacle_to_dividing_anew,
+    one_by_one,
     shard_box,
     uneven_parameters,
-    use_groups_of,
 )
 
 
@@ -107,20 +107,31 @@ def test_what_is_still_to_be_summed_up_is_no_box() -> None:
         assert shard_box(DTensor.from_local(torch.zeros(2, 2), mesh_of_four(), placements, run_check=False)) is None
 
 
-def test_groups_made_anew_get_the_same_names() -> None:
+@pytest.mark.parametrize(("first", "has_same_names"), [(100, True), (200, False)], ids=["same names", "other names"])
+def test_a_mesh_and_its_slices_use_the_groups_of_another_generation(first: int, has_same_names: bool) -> None:
     with pretended(1):
         number_groups_from(100)
         mesh = mesh_of_four()
-        data = mesh["data"]
+        data, names = mesh["data"], list(mesh._dim_group_names)
         before = data.get_group()
     with pretended(1):
         dist.new_group([0, 1])
-        number_groups_from(100)
-        use_groups_of(mesh, mesh_of_four())
+        number_groups_from(first)
+        assert not become(mesh, mesh_of_four())
+        assert (list(mesh._dim_group_names) == names) == has_same_names
         assert data.get_group() is not before
         assert data.get_group() in dist.distributed_c10d._world.pg_map
-        with pytest.raises(RuntimeError, match="in the place of"):
-            use_groups_of(mesh, mesh_of_four())
+        assert data == mesh["data"]
+
+
+def test_groups_are_not_split_off_one_that_is_bound_to_a_device() -> None:
+    with pretended(1):
+        group: Any = dist.distributed_c10d._get_default_group()
+        group.bound_device_id = device = torch.device("cuda", 0)
+        with one_by_one():
+            inside = [group.bound_device_id]
+        assert (inside, group.bound_device_id) == ([None], device)
+        group.bound_device_id = None
 
 
 def test_a_pass_that_was_cut_off_is_forgotten() -> None:
@@ -189,7 +200,7 @@ def test_a_model_is_divided_over_another_world(before: Any, after: Any) -> None:
         expected = held_by(sharded(mesh_of(*sizes)))
         anew = mesh_of(*sizes)
         known = list(network.parameters())
-        become(mesh, anew)
+        assert become(mesh, anew)
         forget_iteration(modules)
         assert {id(parameter) for parameter in divide_anew(modules)} == set(map(id, known))
         assert (mesh, data) == (anew, anew["data"]) and hash(data) == hash(anew["data"])

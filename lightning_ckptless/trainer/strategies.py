@@ -16,7 +16,7 @@ from lightning_ckptless.mesh_internals import (
     forget_iteration,
     number_groups_from,
     obstacle_to_dividing_anew,
-    use_groups_of,
+    one_by_one,
 )
 from lightning_ckptless.torch_internals import bucket_layout, set_bucket_layout, use_process_group
 from lightning_ckptless.trainer.dividing import divide_state_anew
@@ -187,18 +187,14 @@ def model_parallel_class(flavour: str) -> type[Any]:
             """
             fit_mesh(self)
             number_groups_from(FIRST_GROUP_OF_MESH)
-            with self.world.making():
+            with self.world.making(), one_by_one():
                 anew = make_mesh(self)
             mesh, modules = self.device_mesh, sharded_modules(self.lightning_module)
-            is_same = (mesh.shape, mesh.get_coordinate()) == (anew.shape, anew.get_coordinate())
-            if is_same:
-                use_groups_of(mesh, anew)
-            else:
-                become(mesh, anew)
+            has_moved = become(mesh, anew)
             forget_iteration(modules)
             for parameter in self.lightning_module.parameters():
                 parameter.grad = None
-            if not is_same:
+            if has_moved:
                 divide_state_anew(self.lightning_module.trainer, modules, mesh)
 
         # -------------------------------------------------------------- on the way to the others

@@ -15,6 +15,7 @@ from lightning_ckptless.testing.compare import compare
 from lightning_ckptless.testing.drill import Ladder
 from lightning_ckptless.testing.log_files import collect_logs
 from lightning_ckptless.testing.traces import read_traces
+from tests.device.hosts import HOSTS
 from tests.faults.cluster import END_S, Cluster
 from tests.faults.conftest import Drill, drill, parent  # noqa: F401 - fixtures
 from tests.faults.matrix import BASE, Cell
@@ -43,21 +44,7 @@ def test_kill(cell: Cell, drill: Drill) -> None:  # noqa: F811 - the fixture
 
 
 TWO_NODES = replace(BASE, samples=80, accelerator="gpu", devices=1, num_nodes=2)
-"""Two ranks on one device, each for itself a node: NCCL refuses them otherwise."""
-
-
-def _as_if_a_host(number: int) -> dict[str, str]:
-    return {
-        "NCCL_HOSTID": f"host{number}",
-        "NCCL_SOCKET_IFNAME": "lo",
-        "NCCL_IB_DISABLE": "1",
-        "NCCL_P2P_DISABLE": "1",
-        "NCCL_SHM_DISABLE": "1",
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    }
-
-
-HOSTS = {f"node{number}": _as_if_a_host(number) for number in range(3)}
+"""Two ranks on one device, each for itself a node."""
 
 
 @pytest.fixture(scope="module")

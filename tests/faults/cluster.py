@@ -54,7 +54,7 @@ class Cluster:
     folder: Path
     stack: ExitStack
     options: Options
-    env: dict[str, dict[str, str]] = field(default_factory=dict)
+    env: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     words: tuple[str, ...] = ()
     arena_dir: Path | None = None
     host: str = "127.0.0.1"

@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -87,13 +87,21 @@ class Nodes:
     """Nodes that go on with fewer; they meet at a place which none of them hosts."""
 
     def __init__(
-        self, folder: Path, stack: ExitStack, *, least: int, most: int, devices: int = 1, words: tuple[str, ...] = ()
+        self,
+        folder: Path,
+        stack: ExitStack,
+        *,
+        least: int,
+        most: int,
+        devices: int = 1,
+        words: tuple[str, ...] = (),
+        env: Mapping[str, Mapping[str, str]] = {},
     ) -> None:
         self.meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         run = command(folder, most, devices, *words)
         nodes = ("--nnodes", f"{least}:{most}", "--nproc-per-node", str(devices))
         self.cluster = Cluster(
-            folder, stack, Options(), words=nodes, port=self.meeting.port, hosted=True, command=run
+            folder, stack, Options(), env, words=nodes, port=self.meeting.port, hosted=True, command=run
         )  # fmt: skip
         self.cluster.arenas.mkdir()
         self.agents: list[psutil.Popen] = []

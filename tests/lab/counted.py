@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--samples", type=int, default=120)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--accumulate", type=int, default=1)
@@ -132,9 +133,9 @@ def main() -> None:
             data_parallel_size=ranks // args.tensor, tensor_parallel_size=args.tensor, **options
         )
     trainer = pl.Trainer(
-        accelerator="cpu", devices=args.devices, num_nodes=args.nodes, strategy=strategy, max_epochs=args.epochs,
-        accumulate_grad_batches=args.accumulate, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=args.folder,
+        accelerator=args.accelerator, devices=args.devices, num_nodes=args.nodes, strategy=strategy,
+        max_epochs=args.epochs, accumulate_grad_batches=args.accumulate, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=args.folder,
     )  # fmt: skip
     model = Counted(args.folder, args.sharded, args.pace)
     model.automatic_optimization = not args.manual

@@ -1,0 +1,51 @@
+"""A node whose rank trains on a device is lost and comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.device.hosts import HOSTS
+from tests.faults.cluster import END_S
+from tests.faults.counting import Account, account_of, furthest
+from tests.faults.test_elastic import Nodes, rungs
+
+WORDS = ("--samples", "360", "--pace", "0.5", "--accelerator", "gpu")
+BOUND = 1e-5
+"""Largest difference of a weight: sums over ranks in another order."""
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """What ends with the test."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def two_nodes(folder: Path, stack: ExitStack, words: tuple[str, ...], *, one_is_lost: bool) -> tuple[Account, Nodes]:
+    """Train on two nodes, of which one may be lost with all it has, and come back."""
+    folder.mkdir()
+    nodes = Nodes(folder, stack, least=1, most=2, words=words, env=HOSTS)
+    agents = [nodes.start(0), nodes.start(1, "node:rank=1:step=9" if one_is_lost else "")]
+    if one_is_lost:
+        nodes.lose(agents.pop())
+        nodes.wait_for_world(1)
+        agents.append(nodes.start(1))
+    assert [agent.wait(timeout=END_S) for agent in agents] == [0, 0], nodes.cluster.output()
+    return account_of(folder), nodes
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("words", [(), ("--sharded",)], ids=["ddp", "fsdp2"])
+def test_a_node_is_lost_and_comes_back(words: tuple[str, ...], tmp_path: Path, stack: ExitStack) -> None:
+    expected, _ = two_nodes(tmp_path / "whole", stack, (*WORDS, *words), one_is_lost=False)
+    found, nodes = two_nodes(tmp_path / "elastic", stack, (*WORDS, *words), one_is_lost=True)
+    assert found.sizes == [2, 1, 2]
+    assert rungs(nodes) == ["in place", "in place"]
+    assert found.steps == expected.steps
+    difference = furthest(expected, found)
+    print(f"largest difference of a weight: {difference:.2g}")
+    assert difference < BOUND
