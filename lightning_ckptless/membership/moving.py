@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import Any
 
 from torch.distributed import DistError
-from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
 
 from lightning_ckptless.membership.agent import CkptlessAgent
 from lightning_ckptless.membership.fault import FaultReport
@@ -33,6 +33,7 @@ class MovingAgent(CkptlessAgent):
     """An agent that asks, whenever the nodes have met, whether its workers may stay."""
 
     _plan: MovePlan | None = None
+    _node_rank = -1
     _is_to_tell = False
     """Whether the workers of this node are still to be told that they meet others."""
     _world_before = 0
@@ -42,40 +43,50 @@ class MovingAgent(CkptlessAgent):
     # ---------------------------------------------------------------- meeting
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        standing = self._standing(worker_group)
         super()._rendezvous(worker_group)
         group: Any = worker_group
-        nodes: int = group.group_world_size
-        plan = self._plan = self._agree(standing, group.group_rank, nodes)
+        plan = self._plan
+        assert plan is not None
+        group.group_rank = self._node_rank
         self._is_to_tell, self._has_knocked, self._lost_at = False, False, plan.lost_at
         if plan.stay:
-            self._regroupings = Regroupings(self._meeting_store, nodes, plan.number)
+            self._regroupings = Regroupings(self._meeting_store, group.group_world_size, plan.number)
             self._record("move", node=self._node.name, stay=list(plan.stay), come=list(plan.come), reason=plan.reason)
+
+    def _assign_worker_ranks(
+        self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
+    ) -> list[Worker]:
+        """Called when the nodes have met, in the order of their addresses: theirs is not that of ranks."""
+        plan = self._plan = self._agree(store, self._standing(self.get_worker_group()), group_rank, group_world_size)
+        self._node_rank = plan.node_ranks[group_rank]
+        workers: list[Worker] = super()._assign_worker_ranks(store, self._node_rank, group_world_size, spec)
+        return workers
 
     def _standing(self, worker_group: WorkerGroup) -> Standing:
         if not self.has_started:
             return Standing()
-        workers, first = self._current_workers(), worker_group.workers[0]
+        workers = self._current_workers()
         return Standing(
             trains=bool(workers.running_ranks) and set(workers.running_ranks) == set(workers.pids()) == workers.inside,
-            first_rank=first.global_rank,
-            world_size=first.world_size,
+            node_rank=self._node_rank,
+            world_size=worker_group.workers[0].world_size,
             number=self._regroupings.number,
             obstacle=self._in_place.obstacle_to_moving,
             lost_at=self._lost_at,
         )
 
-    def _agree(self, standing: Standing, node: int, nodes: int) -> MovePlan:
+    def _agree(self, store: Any, standing: Standing, node: int, nodes: int) -> MovePlan:
         if nodes == 1:
             return plan_move([standing])
         keys = [_STANDING.format(other) for other in range(nodes)]
         try:
-            self._meeting_store.set(keys[node], json.dumps(asdict(standing)))
-            self._meeting_store.wait(keys, timedelta(seconds=_AGREE_S))
-            return plan_move([Standing(**json.loads(self._meeting_store.get(key))) for key in keys])
+            store.set(keys[node], json.dumps(asdict(standing)))
+            store.wait(keys, timedelta(seconds=_AGREE_S))
+            return plan_move([Standing(**json.loads(store.get(key))) for key in keys])
         except DistError as error:
             # One is gone again. Those that stay would wait for it: its absence is noticed, and all meet anew.
-            return MovePlan((), tuple(range(nodes)), 0, f"the nodes could not agree who stays: {error}")
+            everyone = tuple(range(nodes))
+            return MovePlan(everyone, (), everyone, 0, f"the nodes could not agree who stays: {error}")
 
     # ---------------------------------------------------------------- staying
 
@@ -88,8 +99,7 @@ class MovingAgent(CkptlessAgent):
         self._current_workers().tell("hold")
         self._rendezvous(worker_group)
         assert self._plan is not None
-        group: Any = worker_group
-        if group.group_rank in self._plan.stay:
+        if self._node_rank in self._plan.stay:
             self._stay(worker_group, before, self._plan)
             return
         self._stop_workers(worker_group)
@@ -106,7 +116,7 @@ class MovingAgent(CkptlessAgent):
             env_of=lambda local_rank: self._worker_env(worker_group, by_local[local_rank]),
         )
         self.recoveries_in_place += 1
-        print(f"ckptless: {plan.reason}; {by_local[0].world_size} ranks go on", file=sys.stderr, flush=True)
+        print(f"ckptless: {plan.reason}; the world size is {by_local[0].world_size}", file=sys.stderr, flush=True)
 
     @staticmethod
     def _note(worker_group: WorkerGroup, pids: Mapping[int, int]) -> None:
@@ -119,17 +129,16 @@ class MovingAgent(CkptlessAgent):
         result = super()._monitor_workers(worker_group)
         plan = self._plan
         if plan is not None and plan.stay and result.state is WorkerState.HEALTHY:
-            self._bring_together(plan, worker_group)
+            self._bring_together(plan)
         return result
 
-    def _bring_together(self, plan: MovePlan, worker_group: WorkerGroup) -> None:
+    def _bring_together(self, plan: MovePlan) -> None:
         """Tell those that stay when those that come are at the door."""
-        node: Any = worker_group.group_rank
         try:
-            if node in plan.come and not self._has_knocked:
+            if self._node_rank in plan.come and not self._has_knocked:
                 workers = self._current_workers()
                 if self._in_place.at_the_door >= set(workers.pids()):
-                    self._meeting_store.set(_READY.format(node), "1")
+                    self._meeting_store.set(_READY.format(self._node_rank), "1")
                     self._has_knocked = True
             elif self._is_to_tell and self._are_ready(plan):
                 fault = self._change(self._world_before)
@@ -150,8 +159,8 @@ class MovingAgent(CkptlessAgent):
     # ---------------------------------------------------------------- coming
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
-        plan, node = self._plan, worker_group.group_rank
-        self._starts_joiners = plan is not None and bool(plan.stay) and node in plan.come
+        plan = self._plan
+        self._starts_joiners = plan is not None and bool(plan.stay) and self._node_rank in plan.come
         try:
             return super()._start_workers(worker_group)
         finally:

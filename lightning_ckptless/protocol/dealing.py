@@ -81,7 +81,7 @@ def require_deal(deal: Deal, *, before: int, per_step: int) -> str:
             "does not say how many batches it has: take elastic_batch='keep'"
         )
     return (
-        f"{deal.world_size} ranks go on where {before} were: the {deal.left} batches that are left of the epoch are "
-        f"dealt to them in {deal.steps} steps. A step is made of {deal.world_size} batches instead of {per_step}: what "
-        "depends on it, such as the learning rate, is changed by an `on_batch_scale` hook alone"
+        f"the world size is {deal.world_size}, was {before}: the {deal.left} batches that are left of the epoch are "
+        f"dealt to the ranks in {deal.steps} steps. A step is made of {deal.world_size} batches instead of {per_step}: "
+        "what depends on it, such as the learning rate, is changed by an `on_batch_scale` hook alone"
     )

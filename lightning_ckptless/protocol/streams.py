@@ -110,10 +110,10 @@ def require_world(world_size: int, *, before: int, streams: int, obstacle: str |
         )
     most = -(-streams // world_size)
     if most == 1:
-        return f"{world_size} ranks go on where {before} were: each has its own stream of samples again"
+        return f"the world size is {world_size}, was {before}: each rank has its own stream of samples again"
     carrying = streams - world_size * (most - 1)
+    where = "each rank" if carrying == world_size else f"{carrying} of the ranks, {most - 1} on the others"
     return (
-        f"{world_size} ranks go on where {before} were: {streams} streams of samples, {carrying} of the ranks run "
-        f"{most} micro-batches a step{'' if carrying == world_size else f', the others {most - 1}'}; a step is made of "
-        "the same samples as before"
+        f"the world size is {world_size}, was {before}: {streams} streams of samples, so {most} micro-batches a step "
+        f"on {where}; a step is made of the same samples as before"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.host import loggers as host_loggers
 
 Names = list[dict[str, Any]]
@@ -34,6 +35,13 @@ class LogFiles:
         if saved is not None:
             host_loggers.set_versions(self._trainer.loggers, saved)
             host_loggers.note_saved_config(self._trainer.callbacks, saved=True)
+
+    def name_as_noted(self, cohort: Cohort) -> None:
+        """Know them as rank 0's node does, and note that: any node may become that of rank 0."""
+        if (names := cohort.noted("logger_versions")) is not None:
+            self.name(names)
+            if cohort.speaks_for_node:
+                cohort.arena.note("logger_versions", names)
 
     def name_anew(self) -> None:
         """Choose new folders, as on any resume from a file: the rows of the old ones stay as they are."""

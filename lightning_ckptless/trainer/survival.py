@@ -197,6 +197,7 @@ class Survival:
         generation, mesh = self._strategy.world.generation, self._strategy.mesh_sizes()
         engine.cohort = form_cohort(transport, engine.arena, nodes, engine.options, generation, mesh=mesh)
         self._strategy.world.renumber(engine.cohort.generation)
+        engine.logs.name_as_noted(engine.cohort)
         self._move(WorkerEvent.MEET)
         engine.durable.share_out(engine.cohort)
         report.met(engine.cohort.generation)

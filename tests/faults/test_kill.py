@@ -10,13 +10,13 @@ from tests.faults.conftest import Drill
 from tests.faults.matrix import CELLS, TELLING, Cell, is_version
 
 IN_PLACE = Ladder(max_restarts=5)
-OFTEN = ("rank=1-twice", "rank=0-then=1")
-"""Ten in a row, of both ranks in turn, are a hazard of `test_in_place`."""
+LONG = ("rank=1-twice", "rank=0-then=1", "data=iterable", "data=workers", "plateau-early_stopping", "limited")
+"""Another cell, or ten kills in a row in `test_in_place`, has all that they have."""
 RELAUNCH = Ladder(max_restarts=5, in_place=False)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long) if name in OFTEN else name for name in CELLS]
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in CELLS]
 )
 def test_kill(name: str, drill: Drill) -> None:
     cell = CELLS[name]

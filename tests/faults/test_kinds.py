@@ -47,7 +47,9 @@ def test_kill_of_a_model_that_is_mostly_frozen(drill: Drill) -> None:
     assert mirrored[-1] < shard_bytes < 2 * shard_bytes < max(mirrored)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name == "sharded-mixed" else name for name in CELLS]
+)
 def test_kill(name: str, drill: Drill) -> None:
     _assert_survived(CELLS[name], drill)
 

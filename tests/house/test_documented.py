@@ -103,9 +103,9 @@ def test_who_stays_where_nodes_go_or_come() -> None:
     assert moving.__doc__ is not None
     assert table(page("elastic"), "Nodes") == table(moving.__doc__, "Nodes")
     trains = moving.Standing(trains=True, world_size=8)
-    standings = [replace(trains, first_rank=2 * node) for node in range(3)]
-    assert f"{moving.plan_move(standings).reason.replace('3 of 3', '3 of 4')}; 6 ranks" in page("elastic")
-    assert f"{moving.plan_move([*standings, moving.Standing()]).reason}; 8 ranks" in page("elastic")
+    standings = [replace(trains, node_rank=node) for node in range(3)]
+    assert f"{moving.plan_move(standings).reason.replace('3 of 3', '3 of 4')}; the world size is 6" in page("elastic")
+    assert f"{moving.plan_move([*standings, moving.Standing()]).reason}; the world size is 8" in page("elastic")
 
 
 def test_how_other_ranks_go_on() -> None:

@@ -29,7 +29,14 @@ def test_every_round_has_a_store_of_its_own() -> None:
 
 
 def test_the_names_that_are_overridden_are_those_of_torch() -> None:
-    for name in ("_rendezvous", "_start_workers", "_monitor_workers", "_stop_workers", "_shutdown"):
+    for name in (
+        "_rendezvous",
+        "_assign_worker_ranks",
+        "_start_workers",
+        "_monitor_workers",
+        "_stop_workers",
+        "_shutdown",
+    ):
         assert callable(getattr(LocalElasticAgent, name))
     for name in ("_start", "_poll", "_close", "start"):
         assert callable(getattr(PContext, name))

@@ -76,7 +76,7 @@ def test_obstacle_matters_only_where_a_rank_would_carry_two() -> None:
 
 
 def test_plan_names_who_runs_how_many() -> None:
-    assert "1 of the ranks run 2 micro-batches a step, the others 1" in require_world(
+    assert "so 2 micro-batches a step on 1 of the ranks, 1 on the others;" in require_world(
         3, before=4, streams=4, obstacle=None
     )
-    assert "2 of the ranks run 2 micro-batches a step;" in require_world(2, before=4, streams=4, obstacle=None)
+    assert "so 2 micro-batches a step on each rank;" in require_world(2, before=4, streams=4, obstacle=None)

@@ -14,7 +14,7 @@ TRAINER = "accelerator='cpu', devices=2, logger=False, enable_checkpointing=Fals
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavour", [FLAVOURS[0], pytest.param(FLAVOURS[1], marks=pytest.mark.long)])
 def test_bare_string_in_a_script_that_does_not_import_us(run: Run, flavour: str) -> None:
     told = run(f"""
 import sys
