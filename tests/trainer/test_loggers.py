@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +14,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_ckptless.protocol.placement import place
+from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.owner import Owner
+from lightning_ckptless.replica.transport import SoloTransport
+from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.host.flavour import module
 from lightning_ckptless.trainer.host.loggers import (
     cut_logs,
@@ -23,6 +29,7 @@ from lightning_ckptless.trainer.host.loggers import (
     set_versions,
     watch_logs,
 )
+from lightning_ckptless.trainer.log_files import LogFiles
 from lightning_ckptless.trainer.plain import pack, unpack
 from tests.trainer.tiny import FLAVOURS, tiny_trainer
 
@@ -291,8 +298,8 @@ def events(logger: Any) -> Counter[tuple[str, int]]:
     """How often each value of each step stands in the event files."""
     found: Counter[tuple[str, int]] = Counter()
     folder = Path(logger.log_dir)
-    for place in {path.parent for path in folder.rglob("events.out.tfevents.*")}:
-        reader = EventAccumulator(str(place), size_guidance={"scalars": 0})
+    for found_in in {path.parent for path in folder.rglob("events.out.tfevents.*")}:
+        reader = EventAccumulator(str(found_in), size_guidance={"scalars": 0})
         reader.Reload()
         for tag in reader.Tags()["scalars"]:
             found.update((tag, event.step) for event in reader.Scalars(tag))
@@ -362,3 +369,16 @@ def test_files_of_others_in_the_folder_stay(tmp_path: Path) -> None:
     other.touch()
     started_again(logger, empty_positions([logger]), tmp_path, tensorboard, FLAVOURS[0])
     assert other.exists()
+
+
+def test_a_node_that_comes_knows_the_folders_of_the_run(tmp_path: Path) -> None:
+    """It had chosen others by itself, and it may become the node of rank 0."""
+    arena = Arena.create(tmp_path, "run", "n1", Owner.of(os.getpid()))
+    trainer = tiny_trainer(tmp_path, logger=csv_logger(tmp_path))
+    trainer.logger._version = 7
+    notes = tuple({"logger_versions": [{"kind": "CSVLogger", "version": version}]} for version in (3, 7))
+    cohort = Cohort(SoloTransport(), arena, ("n0", "n1"), place(["n0", "n1"], 1), 1, notes)
+    LogFiles(trainer).name_as_noted(cohort)
+    assert trainer.logger._version == 3
+    assert arena.notes()["logger_versions"] == notes[0]["logger_versions"]
+    arena.close()
