@@ -17,7 +17,11 @@ from tests.lab.parts import Options
 __all__ = ["job", "whole"]
 
 
-@pytest.mark.parametrize("strategy_options", [{"on_late": "skip"}, {"mirror_every_n_steps": 4}], ids=str)
+@pytest.mark.parametrize(
+    "strategy_options",
+    [pytest.param({"on_late": "skip"}, marks=pytest.mark.long), {"mirror_every_n_steps": 4}],
+    ids=str,
+)
 def test_all_end_behind_one_step(
     strategy_options: dict[str, object], job: Run, whole: Callable[[Options], Variant]
 ) -> None:

@@ -81,6 +81,7 @@ def test_ranks_of_both_nodes_die_at_once(tmp_path: Path, stack: ExitStack, paren
     assert_identical(cluster, parent)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_rank_of_one_node_is_replaced_and_the_other_node_goes_on(

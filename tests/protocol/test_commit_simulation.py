@@ -293,7 +293,11 @@ def with_slot(world: World, index: int, number: int, slot: Slot) -> World:
 
 @pytest.mark.parametrize(
     "game",
-    [Game(size=2, steps=3), Game(size=2, steps=2, parts=1, crashes=2), Game(size=3, steps=2, parts=1)],
+    [
+        Game(size=2, steps=3),
+        Game(size=2, steps=2, parts=1, crashes=2),
+        pytest.param(Game(size=3, steps=2, parts=1), marks=pytest.mark.long),
+    ],
     ids=str,
 )
 def test_a_committed_version_survives_every_interleaving(game: Game) -> None:

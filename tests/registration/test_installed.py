@@ -50,6 +50,7 @@ tell([before, "ckptless" in StrategyRegistry, StrategyRegistry["ckptless"]["desc
     assert told == [False, True, "Data parallelism that survives the loss of any rank, bit for bit"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_imported_before_lightning(run: Run) -> None:
     told = run(
