@@ -25,24 +25,26 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def two_nodes(folder: Path, stack: ExitStack, words: tuple[str, ...], *, one_is_lost: bool) -> tuple[Account, Nodes]:
-    """Train on two nodes, of which one may be lost with all it has, and come back."""
+def two_nodes(folder: Path, stack: ExitStack, words: tuple[str, ...]) -> Nodes:
+    """Two nodes that go on alone; the folder is made."""
     folder.mkdir()
-    nodes = Nodes(folder, stack, least=1, most=2, words=words, env=HOSTS)
-    agents = [nodes.start(0), nodes.start(1, "node:rank=1:step=9" if one_is_lost else "")]
-    if one_is_lost:
-        nodes.lose(agents.pop())
-        nodes.wait_for_world(1)
-        agents.append(nodes.start(1))
+    return Nodes(folder, stack, least=1, most=2, words=words, env=HOSTS)
+
+
+def whole(folder: Path, stack: ExitStack, words: tuple[str, ...]) -> Account:
+    """The run that loses nobody."""
+    nodes = two_nodes(folder, stack, words)
+    agents = [nodes.start(0), nodes.start(1)]
     assert [agent.wait(timeout=END_S) for agent in agents] == [0, 0], nodes.cluster.output()
-    return account_of(folder), nodes
+    return account_of(folder)
 
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("words", [(), ("--sharded",)], ids=["ddp", "fsdp2"])
 def test_a_node_is_lost_and_comes_back(words: tuple[str, ...], tmp_path: Path, stack: ExitStack) -> None:
-    expected, _ = two_nodes(tmp_path / "whole", stack, (*WORDS, *words), one_is_lost=False)
-    found, nodes = two_nodes(tmp_path / "elastic", stack, (*WORDS, *words), one_is_lost=True)
+    expected = whole(tmp_path / "whole", stack, (*WORDS, *words))
+    nodes = two_nodes(tmp_path / "elastic", stack, (*WORDS, *words))
+    found = nodes.lose_and_bring_back(1, "node:rank=1:step=9", of=2, left=1)
     assert found.sizes == [2, 1, 2]
     assert rungs(nodes) == ["in place", "in place"]
     assert found.steps == expected.steps

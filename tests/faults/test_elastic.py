@@ -117,6 +117,22 @@ class Nodes:
         assert agent.wait(timeout=END_S) == -signal.SIGKILL, self.cluster.output()
         self.cluster.lose(agent)
 
+    def lose_and_bring_back(self, lost: int, fault: str, *, of: int, left: int) -> Account:
+        """Train to the end on so many nodes, of which one is lost with all it has, and comes back.
+
+        Args:
+            lost: the node.
+            fault: that ends it.
+            of: number of nodes.
+            left: ranks that go on without it.
+        """
+        agents = [self.start(number, fault if number == lost else "") for number in range(of)]
+        self.lose(agents[lost])
+        self.wait_for_world(left)
+        agents[lost] = self.start(lost)
+        assert [agent.wait(timeout=END_S) for agent in agents] == [0] * of, self.cluster.output()
+        return account_of(self.cluster.folder)
+
     def wait_for_world(self, size: int) -> None:
         """Until so many ranks have made a step."""
         for _ in range(round(END_S / LOOK_S)):
@@ -135,12 +151,7 @@ def shrink_and_grow(folder: Path, stack: ExitStack, *words: str) -> Account:
     """Four nodes train, one is lost with all it has, three go on, it comes back."""
     folder.mkdir()
     nodes = Nodes(folder, stack, least=3, most=4, words=words)
-    stays = [nodes.start(number) for number in range(3)]
-    nodes.lose(nodes.start(3, "node:rank=3:step=9"))
-    nodes.wait_for_world(3)
-    stays.append(nodes.start(3))
-    assert [agent.wait(timeout=END_S) for agent in stays] == [0] * 4, nodes.cluster.output()
-    found = account_of(folder)
+    found = nodes.lose_and_bring_back(3, "node:rank=3:step=9", of=4, left=3)
     assert found.sizes == [4, 3, 4]
     assert rungs(nodes) == ["in place"] * 2
     assert found.processes == 4 + 1, "the others stay"
@@ -201,12 +212,7 @@ def test_the_node_of_rank_0_is_lost_and_comes_back(
     folder = tmp_path / "elastic"
     folder.mkdir()
     nodes = Nodes(folder, stack, least=2, most=3, words=words)
-    lost, *stay = nodes.start(0, "node:rank=0:step=9"), nodes.start(1), nodes.start(2)
-    nodes.lose(lost)
-    nodes.wait_for_world(2)
-    comes = nodes.start(0)
-    assert [agent.wait(timeout=END_S) for agent in (*stay, comes)] == [0] * 3, nodes.cluster.output()
-    found = account_of(folder)
+    found = nodes.lose_and_bring_back(0, "node:rank=0:step=9", of=3, left=2)
     assert found.sizes == [3, 2, 3]
     assert rungs(nodes) == ["in place", "in place"]
     assert found.processes == 3 + 1 + 1
@@ -227,12 +233,7 @@ def test_a_mesh_loses_a_row(tmp_path: Path, stack: ExitStack, parent: PreloadedP
     folder = tmp_path / "elastic"
     folder.mkdir()
     nodes = Nodes(folder, stack, least=1, most=2, devices=2, words=words)
-    stays = [nodes.start(0)]
-    nodes.lose(nodes.start(1, "node:rank=3:step=9"))
-    nodes.wait_for_world(2)
-    stays.append(nodes.start(1))
-    assert [agent.wait(timeout=END_S) for agent in stays] == [0] * 2, nodes.cluster.output()
-    found = account_of(folder)
+    found = nodes.lose_and_bring_back(1, "node:rank=3:step=9", of=2, left=2)
     assert found.sizes == [4, 2, 4]
     assert rungs(nodes) == ["in place"] * 2
     assert found.processes == 4 + 2

@@ -70,6 +70,13 @@ class FourNodes:
         return self.cluster.output()
 
 
+def why_all_have_ended(nodes: FourNodes) -> str:
+    """Wait until all have ended for want of a state; what was said of it."""
+    assert all(code not in (0, None) for code in nodes.exit_codes), nodes.output
+    assert "StateMissingError" in nodes.output
+    return str(nodes.cluster.events("run_started")[-1]["reason"])
+
+
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(400)
@@ -143,11 +150,9 @@ def test_a_pair_that_placement_does_not_survive_is_told_and_ends_the_run(tmp_pat
     nodes = FourNodes(tmp_path, stack, FOUR_NODES)
     nodes.start_all({2: 7, 3: 7})
     nodes.replace([2, 3])
-    assert all(code not in (0, None) for code in nodes.exit_codes), nodes.output
-    reason = nodes.cluster.events("run_started")[-1]["reason"]
+    reason = why_all_have_ended(nodes)
     assert "no version is complete: of step " in reason
     assert "shards 2, 3 of 4 have no replica" in reason
-    assert "StateMissingError" in nodes.output
     assert not nodes.cluster.events("restored")
 
 
@@ -178,7 +183,4 @@ def test_a_second_loss_before_the_first_is_protected(tmp_path: Path, stack: Exit
 def test_a_second_loss_of_the_last_copies_is_told(tmp_path: Path, stack: ExitStack) -> None:
     nodes = FourNodes(tmp_path, stack, FOUR_NODES)
     lose_a_second_before_the_first_is_protected(nodes, 0)
-    assert all(code not in (0, None) for code in nodes.exit_codes), nodes.output
-    reason = nodes.cluster.events("run_started")[-1]["reason"]
-    assert "shards 0, 1 of 4 have no replica" in reason
-    assert "StateMissingError" in nodes.output
+    assert "shards 0, 1 of 4 have no replica" in why_all_have_ended(nodes)
