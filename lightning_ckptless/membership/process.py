@@ -7,6 +7,7 @@ import select
 import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from lightning_ckptless.membership.control import Line
 from lightning_ckptless.membership.parent import End, Forked, ParentLostError, PreloadedParent
@@ -61,6 +62,17 @@ class Process:
             return os.pread(self._memory, 2, 0) == b"0 "
         except ProcessLookupError:
             return True
+
+    def exit_code(self) -> int | None:
+        """What it dies of, as in `subprocess`, told before its memory is freed.
+
+        None where the kernel does not tell yet, or tells of success, which is what it says of those that live, too.
+        """
+        try:
+            status = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[-1]
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        return os.waitstatus_to_exitcode(int(status)) or None
 
     def buried(self) -> bool:
         """Whether it has ended; releases what was held of it, once."""

@@ -25,7 +25,7 @@ _KILL_WAIT_S = 60.0
 _LOOK_EVERY_S = 0.005
 """Between two looks at whether a worker is dying: the kernel tells of an end only when it has freed the memory."""
 _DYING_GRACE_S = 0.025
-"""For which the end of a dying worker is waited for, to know how it died."""
+"""For which the end of a dying worker is waited for, where the kernel does not tell at once how it dies."""
 
 
 class Workers(PContext):
@@ -249,7 +249,7 @@ class Workers(PContext):
         """Workers that failed by themselves, by local rank, in the order of their deaths.
 
         An end with exit code 0 is a failure of a worker that is in the training loop. None stands for the end of one
-        that is dying, with more memory to free than was waited for.
+        that is dying, when neither the kernel nor a short wait tells how.
         """
         # Whoever has left the loop may end as he likes, and take his time. Those that were killed for a hang are lost
         # at once and together, even one that the kernel holds.
@@ -258,13 +258,23 @@ class Workers(PContext):
             for rank in self._running
             if rank in self._blamed or (rank in self.inside and self._processes[rank].is_dying())
         ]
+        for rank in dying:
+            self._first_signs.setdefault(rank, time.time())
         deadline = time.monotonic() + _DYING_GRACE_S
-        while dying and (left_s := deadline - time.monotonic()) > 0:
+        while self._told_of(dying).keys() < self._running.intersection(dying):
+            if (left_s := deadline - time.monotonic()) <= 0:
+                break
             self.wait_for_end(left_s)
-            dying = [rank for rank in dying if rank in self._running]
         self._listen()
-        signs = {rank: end.at for rank, end in self.failed().items()} | {r: self._first_signs[r] for r in dying}
-        return {rank: self._ends.get(rank) for rank in sorted(signs, key=lambda rank: signs[rank])}
+        ends = {**self._told_of(dying), **self.failed()}
+        signs = {rank: self._first_signs[rank] for rank in self._running.intersection(dying)}
+        signs |= {rank: end.at for rank, end in ends.items()}
+        return {rank: ends.get(rank) for rank in sorted(signs, key=lambda rank: signs[rank])}
+
+    def _told_of(self, dying: Collection[int]) -> dict[int, End]:
+        """The ends of workers that have memory to free before they reach them, by local rank."""
+        codes = {rank: self._processes[rank].exit_code() for rank in self._running.intersection(dying)}
+        return {rank: End(code, self._first_signs[rank]) for rank, code in codes.items() if code is not None}
 
     def failed(self) -> dict[int, End]:
         """Workers whose end is known to be a failure of their own, by local rank, in the order of their deaths."""
