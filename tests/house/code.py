@@ -39,6 +39,11 @@ class Source:
         """Every node of its tree."""
         return tuple(ast.walk(self.tree))
 
+    def forget(self) -> None:
+        """Let the tree go, which has more objects than all else that tests hold."""
+        for name in ("tree", "nodes"):
+            vars(self).pop(name, None)
+
     @property
     def room(self) -> str:
         """The folder or the file right below the package: `protocol`, `errors`, ..."""

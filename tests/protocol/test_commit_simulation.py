@@ -150,6 +150,13 @@ def broken(game: Game, slots: Slots, promised: Version | None, may_lose: bool) -
     return None
 
 
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    """Worlds that were looked at are let go: later tests would look through them whenever they collect garbage."""
+    yield
+    broken.cache_clear()
+
+
 def inventory(game: Game, slots: Slots, lost: int | None) -> tuple[Replica, ...]:
     """What the arenas that are left hold."""
     return tuple(
