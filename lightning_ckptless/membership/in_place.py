@@ -53,6 +53,7 @@ class InPlace:
     Attributes:
         tries: recoveries in place since the last step that was made.
         at_the_door: local ranks that have come to the loop, and wait there for the others.
+        trains: whether a step was made in this round.
     """
 
     def __init__(self, *, in_place: bool | None, standbys: int | None, folder: Path, record: Record, say: Say) -> None:
@@ -65,7 +66,7 @@ class InPlace:
         self._say = say
         self._obstacle: str | None = None
         self._lasting: str | None = None
-        self._trains = False
+        self.trains = False
         self._regroupings: Regroupings | None = None
         self._standbys: Standbys | None = None
         self._start_standby: Callable[[list[int]], Process] | None = None
@@ -91,7 +92,7 @@ class InPlace:
             env_of: variables that make a local rank the rank that it is in this round, for workers that have stayed
                 from the round before; None where all have been started together.
         """
-        self.tries, self._obstacle, self._trains, self._env_of = 0, None, False, env_of
+        self.tries, self._obstacle, self.trains, self._env_of = 0, None, False, env_of
         self._told_at.clear()
         self._held.clear()
         self._coming.clear()
@@ -139,7 +140,7 @@ class InPlace:
                 self._coming.discard(rank)
                 self._take_wishes(message)
             elif message["kind"] == "stepped":
-                self.tries, self._trains = 0, True
+                self.tries, self.trains = 0, True
             elif message["kind"] == "waiting":
                 self.at_the_door.add(rank)
             elif message["kind"] == "released":
@@ -168,7 +169,7 @@ class InPlace:
     def tend_standbys(self) -> None:
         """Keep as many standbys as are wanted, once training is under way."""
         wanted = self._wishes.standbys if self._wishes is not None and self.is_wanted else 0
-        if not wanted or not self._trains or self.obstacle is not None or self._start_standby is None:
+        if not wanted or not self.trains or self.obstacle is not None or self._start_standby is None:
             return
         if self._standbys is None:
             self._standbys = Standbys(wanted, self._start_standby, self._folder, self._say)

@@ -8,6 +8,7 @@ time in which the ranks meet. What is decided, and when all are started together
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ from lightning_ckptless.protocol.moving import MovePlan, Standing, plan_move
 _AGREE_S = 60.0
 _STANDING = "ckptless/standing/{}"
 _READY = "ckptless/ready/{}"
+_OUTCOME = "ckptless/outcome"
+_MEET, _OVER = "meet", "over"
 
 
 class MovingAgent(CkptlessAgent):
@@ -65,15 +68,18 @@ class MovingAgent(CkptlessAgent):
     def _standing(self, worker_group: WorkerGroup) -> Standing:
         if not self.has_started:
             return Standing()
-        workers = self._current_workers()
         return Standing(
-            trains=bool(workers.running_ranks) and set(workers.running_ranks) == set(workers.pids()) == workers.inside,
+            trains=self._all_train(),
             node_rank=self._node_rank,
             world_size=worker_group.workers[0].world_size,
             number=self._regroupings.number,
             obstacle=self._in_place.obstacle_to_moving,
             lost_at=self._lost_at,
         )
+
+    def _all_train(self) -> bool:
+        workers = self._current_workers()
+        return bool(workers.running_ranks) and set(workers.running_ranks) == set(workers.pids()) == workers.inside
 
     def _agree(self, store: Any, standing: Standing, node: int, nodes: int) -> MovePlan:
         if nodes == 1:
@@ -128,26 +134,64 @@ class MovingAgent(CkptlessAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         plan = self._plan
-        if plan is not None and plan.stay and result.state is WorkerState.HEALTHY:
-            self._bring_together(plan)
-        return result
-
-    def _bring_together(self, plan: MovePlan) -> None:
-        """Tell those that stay when those that come are at the door."""
+        if plan is None or not plan.stay or result.state not in (WorkerState.HEALTHY, WorkerState.SUCCEEDED):
+            return result
         try:
-            if self._node_rank in plan.come and not self._has_knocked:
-                workers = self._current_workers()
-                if self._in_place.at_the_door >= set(workers.pids()):
-                    self._meeting_store.set(_READY.format(self._node_rank), "1")
-                    self._has_knocked = True
-            elif self._is_to_tell and self._are_ready(plan):
-                fault = self._change(self._world_before)
-                self._put_down(fault)
-                self._in_place.meet(self._current_workers(), plan.number, fault)
-                self._is_to_tell, self._lost_at = False, 0.0
+            if self._node_rank in plan.come:
+                return self._end_unmet(worker_group) if self._comes_too_late() else result
+            are_apart = self._is_to_tell and not self._bring_together(plan)
         except DistError:
             # The store is gone with its node: the rendezvous will say so.
-            return
+            return result
+        if are_apart:
+            # The others are at their meeting, and cannot end without these.
+            self._restart_workers(worker_group)
+            return RunResult(state=WorkerState.HEALTHY)
+        return result
+
+    def _bring_together(self, plan: MovePlan) -> bool:
+        """Tell those that stay when those that come are at the door; returns whether all nodes do alike."""
+        if not self._all_train():
+            self._is_to_tell = False
+            return self._settle_on(_OVER) == _OVER
+        if not self._are_ready(plan):
+            return True
+        self._is_to_tell = False
+        if self._settle_on(_MEET) == _MEET:
+            fault = self._change(self._world_before)
+            self._put_down(fault)
+            self._in_place.meet(self._current_workers(), plan.number, fault)
+            self._lost_at = 0.0
+        return True
+
+    def _settle_on(self, outcome: str) -> str:
+        """What comes of the round: what the first node said whose workers can meet others, or have left the loop."""
+        settled: bytes = self._meeting_store.compare_set(_OUTCOME, "", outcome)
+        return settled.decode()
+
+    def _comes_too_late(self) -> bool:
+        """Knock, once all stand at the loop; returns whether those that this node comes to have left it meanwhile."""
+        if self._in_place.trains:
+            return False
+        if not self._has_knocked and self._in_place.at_the_door >= set(self._current_workers().pids()):
+            self._meeting_store.set(_READY.format(self._node_rank), "1")
+            self._has_knocked = True
+        return bool(self._meeting_store.check([_OUTCOME])) and self._meeting_store.get(_OUTCOME).decode() == _OVER
+
+    def _end_unmet(self, worker_group: WorkerGroup) -> RunResult:
+        """End workers that have trained nothing, as those of a run that has come to its end."""
+        workers = self._current_workers()
+        self._record("came_too_late", node=self._node.name, pids=list(workers.pids().values()))
+        print(
+            f"ckptless: the others left the training loop before this node's {len(workers.pids())} worker(s) had come "
+            "to it; those end with nothing done",
+            file=sys.stderr,
+            flush=True,
+        )
+        workers.stop(signal.SIGKILL, 0)
+        self.exit_code = 0
+        nothing = dict.fromkeys(worker.global_rank for worker in worker_group.workers)
+        return RunResult(state=WorkerState.SUCCEEDED, return_values=nothing)
 
     def _change(self, world_size: int) -> FaultReport:
         at = time.time()

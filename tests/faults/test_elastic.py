@@ -245,12 +245,60 @@ def test_a_mesh_loses_a_row(tmp_path: Path, stack: ExitStack, parent: PreloadedP
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("words", [(), ("--sharded",)], ids=["ddp", "fsdp2"])
+def test_one_node_of_four_is_left_and_all_come_back(
+    words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: PreloadedParent
+) -> None:
+    """Three are lost one by one, that of rank 0 among them; each time what it held was protected anew by then."""
+    words = ("--samples", str(SAMPLES), "--pace", "0.5", *words)
+    expected = whole(tmp_path / "whole", parent, 4, *words)
+    folder = tmp_path / "elastic"
+    folder.mkdir()
+    nodes = Nodes(folder, stack, least=1, most=4, words=words)
+    losses = {3: "node:rank=3:step=5", 0: "node:rank=0:step=10", 1: "node:rank=1:step=15"}
+    agents = [nodes.start(number, losses.get(number, "")) for number in range(4)]
+    for number, left in zip(losses, (3, 2, 1), strict=True):
+        nodes.lose(agents[number])
+        nodes.wait_for_world(left)
+    for number in losses:
+        agents[number] = nodes.start(number)
+    assert [agent.wait(timeout=END_S) for agent in agents] == [0] * 4, nodes.cluster.output()
+    found = account_of(folder)
+    assert (found.sizes[:4], found.sizes[-1]) == ([4, 3, 2, 1], 4)
+    assert set(rungs(nodes)) == {"in place"}
+    assert found.steps == expected.steps
+    assert each_once(found)
+    assert furthest(expected, found) < BOUND
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("words", [(), ("--sharded",)], ids=["ddp", "fsdp2"])
 def test_steps_of_fewer_samples(words: tuple[str, ...], tmp_path: Path, stack: ExitStack) -> None:
     found = shrink_and_grow(tmp_path / "elastic", stack, *PACED, *SCALE, *words)
     assert each_once(found)
     assert [row["count"] for row in found.epochs] == [SAMPLES, SAMPLES]
     told = [json.loads(line) for path in found.folder.glob("scaled-*") for line in path.read_text().splitlines()]
     assert Counter(map(tuple, told)) == {(4, 3): 3, (3, 4): 4}
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_node_that_comes_too_late_ends_with_the_others(tmp_path: Path, stack: ExitStack) -> None:
+    """It is one of the nodes, and on its way to the loop, when those that train are at their end."""
+    words = ("--samples", "120", "--pace", "0.5")
+    late = {"node2": {"COUNTED_AWAITS": str(tmp_path / "end.json")}}
+    nodes = Nodes(tmp_path, stack, least=1, most=2, words=words, env=late)
+    agents = [nodes.start(number, "node:rank=1:step=5" if number else "") for number in range(2)]
+    nodes.lose(agents[1])
+    nodes.wait_for_world(1)
+    agents[1] = nodes.start(1)
+    assert [agent.wait(timeout=END_S) for agent in agents] == [0, 0], nodes.cluster.output()
+    assert [(fields["stay"], fields["come"]) for fields in nodes.cluster.events("move")][-1] == ([0], [1])
+    assert len(nodes.cluster.events("came_too_late")) == 1
+    assert account_of(tmp_path).sizes == [2, 1]
+    assert rungs(nodes) == ["in place"]
 
 
 DURABLE = ("--samples", "180", "--strategy-options", "{'durable_every_n_steps': 2}")

@@ -32,16 +32,20 @@ CELLS = {
         ",".join(f"kill:rank={step % 2}:step={step}" for step in range(2, 12)), SHARDED, recoveries=10
     ),
     "partly-rank=0-during=accumulation": Cell("kill:rank=0:step=3:at=accumulation", PARTLY, restored=("step 2",)),
+    "compiled-rank=1-during=backward": Cell("kill:rank=1:step=4:at=backward", replace(SHARDED, sharding="compiled")),
     "tp-rank=1-during=optimizer_step": Cell(
         "kill:rank=1:step=4:at=optimizer_step", replace(BASE, mesh="1x2"), restored=("step 3",)
     ),
     "hybrid-rank=2-during=mirror": Cell("kill:rank=2:step=4:at=mirror", HYBRID),
     "2d-rank=3-then=0": Cell("kill:rank=3:step=2,kill:rank=0:step=5:at=backward", GRID, recoveries=2),
 }
+TELL_LITTLE_MORE = ("compiled-rank=1-during=backward",)
 RELAUNCHED = ("fsdp-rank=0-during=validation", "hybrid-rank=2-during=mirror")
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in TELL_LITTLE_MORE)) for name in CELLS]
+)
 def test_kill(name: str, drill: Drill) -> None:
     _assert_survived(CELLS[name], drill(CELLS[name], Ladder(max_restarts=20)), in_place=True)
 

@@ -34,7 +34,7 @@ from lightning_ckptless.trainer.world_size import require_ranks
 from tests.house.code import PACKAGE, REPOSITORY, dotted, sources
 
 Row = list[str]
-PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
+PAGES = sorted((REPOSITORY / "docs").rglob("*.md"))
 MANUAL = "the model steps its optimizers itself (automatic_optimization=False)"
 ALL_TEXT = "\n".join(path.read_text() for path in (*PAGES, REPOSITORY / "README.md"))
 
@@ -286,5 +286,5 @@ def test_files_that_are_shown_exist() -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    named = re.findall(r"^ +- [\w ]+: ([\w-]+\.md)$", (REPOSITORY / "mkdocs.yml").read_text(), re.MULTILINE)
-    assert sorted(named) == sorted(path.name for path in PAGES)
+    named = re.findall(r"^ +- [\w ]+: ([\w/-]+\.md)$", (REPOSITORY / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(str(path.relative_to(REPOSITORY / "docs")) for path in PAGES)

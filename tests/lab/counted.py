@@ -139,6 +139,9 @@ def main() -> None:
     )  # fmt: skip
     model = Counted(args.folder, args.sharded, args.pace)
     model.automatic_optimization = not args.manual
+    if awaited := os.environ.get("COUNTED_AWAITS"):
+        while not Path(awaited).exists():
+            threading.Event().wait(0.05)
     trainer.fit(model, DataLoader(Indexed(args.samples), batch_size=BATCH, shuffle=True))
 
 

@@ -54,7 +54,8 @@ class Options:
     terminate_at: int = 0  # SIGTERM to rank 1 at this step
     mesh: str = ""  # data_parallel x tensor_parallel ranks of a sharded model, e.g. 2x1; empty for data parallelism
     sharding: str = "plain"  # plain, hybrid (data_parallel replicates, tensor_parallel shards), partly (frozen, tied,
-    # and a head that each rank trains for itself), mixed (computed in bf16), offloaded (parameters rest on the host)
+    # and a head that each rank trains for itself), mixed (computed in bf16), offloaded (parameters rest on the host),
+    # compiled (layers into graphs, each before it is sharded)
     block: str = ""  # of a model that is not sharded: adapted (frozen, with low-rank layers), compiled:BACKEND
     thaw_at: int = 0  # step before which the first layers are frozen
 
@@ -106,6 +107,9 @@ def shard(model: Any, how: str) -> None:
         model.body[0].weight.requires_grad_(False)
         model.block.again = Block(16)
         model.block.again.up.weight = model.block.up.weight
+    if how == "compiled":
+        for part in (model.body[0], model.block, model.head):
+            part.compile(backend="aot_eager")
     if tensor.size() > 1 and how == "plain":
         parallelize_module(model.block, tensor, {"up": ColwiseParallel(), "down": RowwiseParallel()})
     policies: dict[str, Any] = {
