@@ -288,7 +288,7 @@ def test_steps_of_fewer_samples(words: tuple[str, ...], tmp_path: Path, stack: E
 def test_a_node_that_comes_too_late_ends_with_the_others(tmp_path: Path, stack: ExitStack) -> None:
     """It is one of the nodes, and on its way to the loop, when those that train are at their end."""
     words = ("--samples", "120", "--pace", "0.5")
-    late = {"node2": {"COUNTED_AWAITS": str(tmp_path / "end.json")}}
+    late = {"node2": {"COUNTED_AWAITS": str(tmp_path / "left")}}
     nodes = Nodes(tmp_path, stack, least=1, most=2, words=words, env=late)
     agents = [nodes.start(number, "node:rank=1:step=5" if number else "") for number in range(2)]
     nodes.lose(agents[1])

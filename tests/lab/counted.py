@@ -143,6 +143,7 @@ def main() -> None:
         while not Path(awaited).exists():
             threading.Event().wait(0.05)
     trainer.fit(model, DataLoader(Indexed(args.samples), batch_size=BATCH, shuffle=True))
+    (args.folder / "left").touch()
 
 
 if __name__ == "__main__":
