@@ -25,7 +25,8 @@ _KILL_WAIT_S = 60.0
 _LOOK_EVERY_S = 0.005
 """Between two looks at whether a worker is dying: the kernel tells of an end only when it has freed the memory."""
 _DYING_GRACE_S = 0.025
-"""For which the end of a dying worker is waited for, where the kernel does not tell at once how it dies."""
+"""For which the end of a dying worker is waited for: on a machine without a free core its memory had better be freed
+before the others meet. What it dies of is known without."""
 
 
 class Workers(PContext):
@@ -249,7 +250,7 @@ class Workers(PContext):
         """Workers that failed by themselves, by local rank, in the order of their deaths.
 
         An end with exit code 0 is a failure of a worker that is in the training loop. None stands for the end of one
-        that is dying, when neither the kernel nor a short wait tells how.
+        that is dying, when neither a short wait nor the kernel tells how.
         """
         # Whoever has left the loop may end as he likes, and take his time. Those that were killed for a hang are lost
         # at once and together, even one that the kernel holds.
@@ -261,9 +262,7 @@ class Workers(PContext):
         for rank in dying:
             self._first_signs.setdefault(rank, time.time())
         deadline = time.monotonic() + _DYING_GRACE_S
-        while self._told_of(dying).keys() < self._running.intersection(dying):
-            if (left_s := deadline - time.monotonic()) <= 0:
-                break
+        while self._running.intersection(dying) and (left_s := deadline - time.monotonic()) > 0:
             self.wait_for_end(left_s)
         self._listen()
         ends = {**self._told_of(dying), **self.failed()}
