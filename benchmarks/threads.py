@@ -86,8 +86,10 @@ class TurnsJob:
         if error is not None:
             # Workers that still wait for an answer end when the wire does.
             self.desk.close()
-        self._thread.join(PATIENCE_S)
-        self.desk.close()
+            self._thread.join(PATIENCE_S)
+        else:
+            self._thread.join(PATIENCE_S)
+            self.desk.close()
 
 
 def preloaded_parent(folder: Path) -> PreloadedParent:

@@ -59,6 +59,7 @@ class InPlace:
     def __init__(self, *, in_place: bool | None, standbys: int | None, folder: Path, record: Record, say: Say) -> None:
         self.tries = 0
         self.at_the_door: set[int] = set()
+        self.trains = False
         self._given = in_place, standbys
         self._wishes: Wishes | None = None
         self._folder = folder
@@ -66,7 +67,6 @@ class InPlace:
         self._say = say
         self._obstacle: str | None = None
         self._lasting: str | None = None
-        self.trains = False
         self._regroupings: Regroupings | None = None
         self._standbys: Standbys | None = None
         self._start_standby: Callable[[list[int]], Process] | None = None

@@ -23,8 +23,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from pathlib import Path
 
+from lightning_ckptless.membership.kernel import stat_fields
 from lightning_ckptless.protocol.hang import Stand, find_lost_wait, unchanged_since
 
 _WAITS_FOR_PEERS = (
@@ -69,16 +69,8 @@ def _stands() -> dict[int, Stand]:
         number = os.getpid() if thread is threading.main_thread() else thread.native_id
         if frame is None or number is None or not module.startswith(_WAITS_FOR_PEERS):
             continue
-        facts = _facts(number)
-        if facts[0] == "S":
-            used_ticks = int(facts[11]) + int(facts[12])
+        fields = stat_fields(os.getpid(), number)
+        if fields is not None and fields[0] == "S":
+            used_ticks = int(fields[11]) + int(fields[12])
             found[number] = Stand(thread.name, f"{module}.{frame.f_code.co_name}", used_ticks)
     return found
-
-
-def _facts(thread_id: int) -> list[str]:
-    """What the system says of a thread, from its state on; as of an ended one where it is gone."""
-    try:
-        return Path(f"/proc/{os.getpid()}/task/{thread_id}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return ["X"]

@@ -151,18 +151,17 @@ class MovingAgent(CkptlessAgent):
 
     def _bring_together(self, plan: MovePlan) -> bool:
         """Tell those that stay when those that come are at the door; returns whether all nodes do alike."""
-        if not self._all_train():
-            self._is_to_tell = False
-            return self._settle_on(_OVER) == _OVER
-        if not self._are_ready(plan):
+        all_train = self._all_train()
+        if all_train and not self._are_ready(plan):
             return True
+        settled = self._settle_on(_MEET if all_train else _OVER)
         self._is_to_tell = False
-        if self._settle_on(_MEET) == _MEET:
+        if all_train and settled == _MEET:
             fault = self._change(self._world_before)
             self._put_down(fault)
             self._in_place.meet(self._current_workers(), plan.number, fault)
             self._lost_at = 0.0
-        return True
+        return all_train or settled == _OVER
 
     def _settle_on(self, outcome: str) -> str:
         """What comes of the round: what the first node said whose workers can meet others, or have left the loop."""

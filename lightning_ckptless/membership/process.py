@@ -7,9 +7,9 @@ import select
 import signal
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from lightning_ckptless.membership.control import Line
+from lightning_ckptless.membership.kernel import stat_fields
 from lightning_ckptless.membership.parent import End, Forked, ParentLostError, PreloadedParent
 from lightning_ckptless.membership.worker import Job
 
@@ -68,11 +68,8 @@ class Process:
 
         None where the kernel does not tell yet, or tells of success, which is what it says of those that live, too.
         """
-        try:
-            status = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[-1]
-        except (FileNotFoundError, ProcessLookupError):
-            return None
-        return os.waitstatus_to_exitcode(int(status)) or None
+        fields = stat_fields(self.pid)
+        return None if fields is None else os.waitstatus_to_exitcode(int(fields[-1])) or None
 
     def buried(self) -> bool:
         """Whether it has ended; releases what was held of it, once."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from lightning_ckptless import environment
+from lightning_ckptless.membership.kernel import stat_fields
 from lightning_ckptless.protocol.hang import Point, Pulse
 
 STACKS_SIGNAL = signal.SIGRTMIN + 4
@@ -114,10 +115,11 @@ def read_pulse(folder: Path, local_rank: int, pid: int) -> Pulse | None:
     """
     try:
         data = pulse_path(folder, local_rank).read_bytes()
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
+    except FileNotFoundError:
         return None
-    if len(data) != _FORMAT.size:
+    fields = stat_fields(pid)
+    if fields is None or len(data) != _FORMAT.size:
         return None
+    state = fields[0]
     step, point, count, at, longest_pause_s, own_s = _FORMAT.unpack(data)
     return Pulse(step, Point(point), count, at, longest_pause_s, own_s, stopped=state == "T", traced=state == "t")

@@ -39,12 +39,12 @@ CELLS = {
     "hybrid-rank=2-during=mirror": Cell("kill:rank=2:step=4:at=mirror", HYBRID),
     "2d-rank=3-then=0": Cell("kill:rank=3:step=2,kill:rank=0:step=5:at=backward", GRID, recoveries=2),
 }
-TELL_LITTLE_MORE = ("compiled-rank=1-during=backward",)
+LONG = ("compiled-rank=1-during=backward",)
 RELAUNCHED = ("fsdp-rank=0-during=validation", "hybrid-rank=2-during=mirror")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in TELL_LITTLE_MORE)) for name in CELLS]
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in CELLS]
 )
 def test_kill(name: str, drill: Drill) -> None:
     _assert_survived(CELLS[name], drill(CELLS[name], Ladder(max_restarts=20)), in_place=True)
