@@ -8,6 +8,7 @@ import shutil
 import signal
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from multiprocessing import resource_tracker
 
 import pytest
@@ -62,3 +63,10 @@ def nothing_left_behind() -> Iterator[None]:
     yield
     if found := police.leaks(before):
         pytest.fail("left behind: " + "; ".join(found))
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """What ends with the test."""
+    with ExitStack() as stack:
+        yield stack

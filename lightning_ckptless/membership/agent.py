@@ -28,6 +28,7 @@ from lightning_ckptless.errors import UnfitNodeError
 from lightning_ckptless.membership.companion import END_GRACE_S, Companions, Surroundings
 from lightning_ckptless.membership.fault import FaultReport, shell_code, split_exit
 from lightning_ckptless.membership.forks import Forks
+from lightning_ckptless.membership.futility import Futility
 from lightning_ckptless.membership.hangs import HangWatch
 from lightning_ckptless.membership.in_place import InPlace
 from lightning_ckptless.membership.parent import End, PreloadedParent
@@ -44,7 +45,6 @@ from lightning_ckptless.torch_internals import forbid_restarts, forget_worker_st
 Record = Callable[..., None]
 
 _WAIT_S = 0.1
-_FUTILE_STARTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class CkptlessAgent(LocalElasticAgent):
         self._forks = Forks(parent, fresh=node.fresh, say=_say)
         self._record = record
         self._starts = 0 if after is None else 1
-        self._futile_starts = 0
+        self._futility = Futility()
         self._reason = ""
         self._lost_at = 0.0
         self._verdict_folder = tempfile.TemporaryDirectory(prefix="ckptless-verdicts-")
@@ -236,11 +236,17 @@ class CkptlessAgent(LocalElasticAgent):
             self._hangs.end(hang, workers, self._parent)
         if (lost := workers.lost()) and self._take_the_ladder(worker_group, workers, lost) is Rung.IN_PLACE:
             return RunResult(state=WorkerState.HEALTHY)
+        if workers.at_end and self._may_end():
+            workers.let_leave()
         self._in_place.tend_standbys()
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state is WorkerState.SUCCEEDED:
             self.exit_code = 0
         return result
+
+    def _may_end(self) -> bool:
+        """Whether workers that have made their last step may leave the training loop."""
+        return True
 
     def _take_the_ladder(self, worker_group: WorkerGroup, workers: Workers, lost: dict[int, End | None]) -> Rung:
         """Decide how to go on without the lost, say so, and do it."""
@@ -342,18 +348,8 @@ class CkptlessAgent(LocalElasticAgent):
             _say(f"{fault}; {plan.reason}")
 
     def _judge_futile(self, ranks: dict[int, int], lost: dict[int, End | None]) -> Verdict | None:
-        """A program that ends by itself again and again, with no step in between, is not helped by more starts."""
         culprit, end = next(iter(lost.items()))
-        if take_begun(self._folder) or end is None or end.exit_code < 0:
-            self._futile_starts = 0
-            return None
-        self._futile_starts += 1
-        if self._futile_starts < _FUTILE_STARTS:
-            return None
-        reason = (
-            f"{_FUTILE_STARTS} starts in a row ended with exit code {end.exit_code} before the program came to train"
-        )
-        return Verdict(ranks[culprit], final=True, reason=reason)
+        return self._futility.judge(ranks[culprit], end, has_begun=take_begun(self._folder))
 
     def _put_down(self, fault: FaultReport) -> None:
         self.faults.append(fault)

@@ -79,7 +79,8 @@ class MovingAgent(CkptlessAgent):
 
     def _all_train(self) -> bool:
         workers = self._current_workers()
-        return bool(workers.running_ranks) and set(workers.running_ranks) == set(workers.pids()) == workers.inside
+        training = workers.inside - workers.ending
+        return bool(workers.running_ranks) and set(workers.running_ranks) == set(workers.pids()) == training
 
     def _agree(self, store: Any, standing: Standing, node: int, nodes: int) -> MovePlan:
         if nodes == 1:
@@ -162,6 +163,14 @@ class MovingAgent(CkptlessAgent):
             self._in_place.meet(self._current_workers(), plan.number, fault)
             self._lost_at = 0.0
         return all_train or settled == _OVER
+
+    def _may_end(self) -> bool:
+        """They may, unless others come whose meeting is settled already: then they are told of it next."""
+        try:
+            return not self._is_to_tell or self._settle_on(_OVER) == _OVER
+        except DistError:
+            # The store is gone with its node: the rendezvous will say so.
+            return False
 
     def _settle_on(self, outcome: str) -> str:
         """What comes of the round: what the first node said whose workers can meet others, or have left the loop."""

@@ -58,6 +58,7 @@ class Watcher:
         self._latest: Assignment | None = None
         self._finish_asked = False
         self._is_run_over = False
+        self._may_leave: int | None = None
         self._waits = LostWaits()
         self._is_on_hold = False
         self._changed = threading.Condition()
@@ -82,6 +83,17 @@ class Watcher:
         """Whether no regrouping will come any more."""
         return self._is_run_over or self._line.ended
 
+    def ask_to_leave(self) -> bool:
+        """Ask whether the training loop may be left, and wait for the answer.
+
+        Returns:
+            False where this worker is to meet others instead.
+        """
+        self.tell("ending", number=self._accepted)
+        with self._changed:
+            self._changed.wait_for(self._has_answer)
+            return self._pending() is None
+
     def tell(self, kind: str, **fields: Any) -> None:
         """Tell the agent something."""
         self._line.tell(kind, **fields)
@@ -98,7 +110,7 @@ class Watcher:
         with self._changed:
             self._changed.wait_for(self._has_word, timeout_s)
             if self._is_on_hold:
-                self._changed.wait_for(lambda: self._pending() is not None or self.is_run_over)
+                self._changed.wait_for(self._has_assignment_or_end)
             found = self._pending()
             if found is not None:
                 self._accepted, self._is_leaving = found.number, True
@@ -125,8 +137,14 @@ class Watcher:
     def _is_to_cut(self) -> bool:
         return self._pending() is not None or self._is_leaving or self._is_run_over
 
+    def _has_assignment_or_end(self) -> bool:
+        return self._pending() is not None or self.is_run_over
+
+    def _has_answer(self) -> bool:
+        return self._may_leave == self._accepted or self._finish_asked or self._has_assignment_or_end()
+
     def _has_word(self) -> bool:
-        return self._pending() is not None or self.is_run_over or self._is_on_hold
+        return self._has_assignment_or_end() or self._is_on_hold
 
     def _listen(self) -> None:
         while not self._line.ended:
@@ -154,26 +172,29 @@ class Watcher:
         if received is None:
             return
         message, _ = received
+        if message["kind"] == "where":
+            self.tell("stands", waits=main_thread_waits())
+            return
+        with self._changed:
+            self._take_in(message)
+            self._changed.notify_all()
+
+    def _take_in(self, message: dict[str, Any]) -> None:
         if message["kind"] == "finish":
             self._finish_asked = True
-        elif message["kind"] == "where":
-            self.tell("stands", waits=main_thread_waits())
         elif message["kind"] == "over":
-            with self._changed:
-                self._is_run_over = True
-                self._changed.notify_all()
+            self._is_run_over = True
+        elif message["kind"] == "leave":
+            # An answer to a question from before a fault is none.
+            self._may_leave = message["number"]
         elif message["kind"] == "hold":
-            with self._changed:
-                self._is_on_hold = True
-                self._changed.notify_all()
+            self._is_on_hold = True
         elif message["kind"] == "regroup":
-            with self._changed:
-                found = assignment_from(message)
-                self._is_on_hold = False
-                # A fault while others come has its own number, and may be told before that of their coming.
-                if self._latest is None or found.number > self._latest.number:
-                    self._latest, self._waits = found, LostWaits()
-                self._changed.notify_all()
+            found = assignment_from(message)
+            self._is_on_hold = False
+            # A fault while others come has its own number, and may be told before that of their coming.
+            if self._latest is None or found.number > self._latest.number:
+                self._latest, self._waits = found, LostWaits()
 
 
 def assignment_from(message: dict[str, Any]) -> Assignment:

@@ -46,6 +46,9 @@ class Workers(PContext):
 
     Attributes:
         inside: local ranks that are in the training loop, or on their way back into it.
+        at_end: those of them that have made their last step, and ask whether they may leave; with the number of the
+            regrouping that they belong to.
+        ending: those of them that may.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class Workers(PContext):
         args: dict[int, tuple[Any, ...]] = dict.fromkeys(envs, ())
         super().__init__("worker", program.target, args, envs, logs_specs, log_line_prefixes)
         self.inside: set[int] = set()
+        self.at_end: dict[int, int] = {}
+        self.ending: set[int] = set()
         self._parent = parent
         # After super().__init__, which adds the name of each worker's error file to `envs`.
         self._jobs = {rank: Job(program, {**base_env, **env}, cwd, fresh) for rank, env in envs.items()}
@@ -132,6 +137,11 @@ class Workers(PContext):
         self._first_signs.pop(rank, None)
         self._blamed.pop(rank, None)
         self.inside.add(rank)
+        self._is_back(rank)
+
+    def _is_back(self, rank: int) -> None:
+        self.at_end.pop(rank, None)
+        self.ending.discard(rank)
 
     def pids(self) -> dict[int, int]:
         """Process ids by local rank."""
@@ -179,8 +189,20 @@ class Workers(PContext):
                 self._said.append((rank, message))
                 if message["kind"] == "entered":
                     self.inside.add(rank)
+                elif message["kind"] == "ending":
+                    self.at_end[rank] = message["number"]
+                elif message["kind"] == "released":
+                    self._is_back(rank)
                 elif message["kind"] == "left":
                     self.inside.discard(rank)
+
+    def let_leave(self) -> None:
+        """Answer those that ask whether they may leave the training loop: they may."""
+        for rank, number in self.at_end.items():
+            if rank in self._running:
+                self.tell_one(rank, "leave", number=number)
+        self.ending.update(self.at_end)
+        self.at_end.clear()
 
     # ------------------------------------------------------------------ ends
 

@@ -242,6 +242,7 @@ class Engine:
         loops.before_setup_of_data(self.streams.begin_epoch)
         loops.silence_sigterm(self._ask_to_finish)
         survival = Survival(self, mirroring, batches, self.boundaries)
+        loops.before_end_of_run(survival.ask_to_leave)
         if self.cohort is None:
             loops.fit.run = survival.join_and_run
         elif restoration is None:

@@ -254,6 +254,11 @@ class RunReport:
         self._recovered()
         return True
 
+    def ran_out(self) -> None:
+        """No step is left to make: a recovery that none has followed is over, too."""
+        if self._resumed_at is not None and self._restored is not None:
+            self._recovered()
+
     # ------------------------------------------------------------------ recoveries
 
     def _recovered(self) -> None:

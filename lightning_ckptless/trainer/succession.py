@@ -31,7 +31,7 @@ from lightning_ckptless.trainer.report import RunReport
 from lightning_ckptless.trainer.restoration import Restoration
 from lightning_ckptless.trainer.rng import apply_rng
 from lightning_ckptless.trainer.state import StateIndex
-from lightning_ckptless.trainer.sums import absorb, forget
+from lightning_ckptless.trainer.sums import absorb, forget, reopen
 from lightning_ckptless.trainer.tensors import describe_state, make_room
 
 Small = dict[str, Any]
@@ -86,6 +86,7 @@ class Succession(Restoration):
         for rank in self.heir.sums:
             if rank != self.heir.home:
                 absorb(self.state, self.smalls[rank]["state"], reductions)
+        reopen(self.state)
         self.smalls = {}
 
     def resume(self, mirroring: Mirroring, report: RunReport, _: Cohort) -> None:

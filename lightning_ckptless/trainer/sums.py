@@ -42,18 +42,36 @@ def absorb(state: Small, other: Small, reductions: Mapping[str, Mapping[str, str
         _absorb_metric(name, state["metrics"][name], theirs, reductions.get(name, {}))
 
 
+_NOTHING = {"max": float("-inf"), "min": float("inf")}
+"""What a logged value begins with, by its reduction; 0 for others."""
+
+
 def forget(state: Small, defaults: Mapping[str, Mapping[str, Any]]) -> None:
     """Begin with no sums: those in the small state are another rank's.
+
+    That values are logged is not forgotten: where no step of the epoch is left, all ranks reduce them at its end.
 
     Args:
         state: is changed.
         defaults: by metric the values that its states begin with.
     """
     for stage in ("training", "validation"):
-        state["results"][stage]["items"] = {}
+        for item in state["results"][stage]["items"].values():
+            if item["is_tensor"]:
+                item["value"] = torch.full_like(item["value"], _NOTHING.get(item["reduce_fx"], 0))
+            if "cumulated_batch_size" in item:
+                item["cumulated_batch_size"] = torch.zeros_like(item["cumulated_batch_size"])
+            item["update_count"] = 0
     for name, saved in state["metrics"].items():
         saved["states"] = copy.deepcopy(dict(defaults[name]))
-        saved["update_count"], saved["computed"], saved["forward_cache"] = 0, None, None
+        saved["update_count"], saved["forward_cache"] = 0, None
+
+
+def reopen(state: Small) -> None:
+    """Have all be computed anew: what was computed is of other sums, and no rank may know what others still reduce."""
+    logged = (item for stage in ("training", "validation") for item in state["results"][stage]["items"].values())
+    for saved in (*logged, *state["metrics"].values()):
+        saved["computed"] = None
 
 
 def _absorb_logged(mine: dict[str, Any], theirs: dict[str, Any]) -> None:

@@ -142,6 +142,16 @@ class Survival:
         if self._watcher is not None:
             self._watcher.tell("left")
 
+    def ask_to_leave(self) -> None:
+        """Called when the last epoch is over: go on to the end of `fit`, or meet those that come.
+
+        Raises:
+            TransportError: others come.
+        """
+        if self._watcher is not None and not self._watcher.ask_to_leave():
+            raise TransportError(f"rank {self._engine.rank} was told to meet others while it asked to leave the loop")
+        self._engine.report.ran_out()
+
     def _peer_fault(self, error: Exception) -> Assignment | None:
         """What the agent says of an error; None where it is this rank's own."""
         if self._watcher is None or self.state is not WorkerState.TRAINING or is_stop(error):

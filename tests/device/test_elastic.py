@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,18 +10,11 @@ import pytest
 from tests.device.hosts import HOSTS
 from tests.faults.cluster import END_S
 from tests.faults.counting import Account, account_of, furthest
-from tests.faults.test_elastic import Nodes, rungs
+from tests.faults.elastic import Nodes, rungs
 
 WORDS = ("--samples", "360", "--pace", "0.5", "--accelerator", "gpu")
 BOUND = 1e-5
 """Largest difference of a weight: sums over ranks in another order."""
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    """What ends with the test."""
-    with ExitStack() as stack:
-        yield stack
 
 
 def two_nodes(folder: Path, stack: ExitStack, words: tuple[str, ...]) -> Nodes:

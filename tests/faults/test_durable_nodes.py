@@ -12,9 +12,7 @@ import pytest
 from lightning_ckptless.ledger import read_ledger
 from lightning_ckptless.membership.parent import PreloadedParent
 from tests.faults.cluster import END_S, Cluster
-from tests.faults.test_nodes import TWO_NODES, assert_identical, stack
-
-__all__ = ["stack"]
+from tests.faults.test_nodes import TWO_NODES, assert_identical
 
 
 @pytest.mark.long

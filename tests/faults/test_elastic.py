@@ -4,143 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-import psutil
 import pytest
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from lightning_ckptless.job import record_for
 from lightning_ckptless.ledger import read_ledger
-from lightning_ckptless.membership.launch import LaunchConfig, Outcome, run
 from lightning_ckptless.membership.parent import PreloadedParent
-from lightning_ckptless.membership.program import Program
-from lightning_ckptless.testing.drill import run_variant
-from tests.faults.cluster import END_S, Cluster, free_port
-from tests.faults.conftest import REPOSITORY
-from tests.faults.counting import COUNTED, Account, account_of, furthest
-from tests.lab.parts import Options
-
-BOUND = 2e-6
-"""Largest difference of a weight of size one, after all steps: sums over ranks in another order."""
-LOOK_S = 0.1
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    """What ends with the test."""
-    with ExitStack() as stack:
-        yield stack
-
-
-def command(folder: Path, nodes: int, devices: int, *words: str) -> tuple[str, ...]:
-    """A counted run that has as many ranks when all nodes are there."""
-    return (str(COUNTED), "--folder", str(folder), "--nodes", str(nodes), "--devices", str(devices), *words)
-
-
-def whole(folder: Path, parent: PreloadedParent, ranks: int, *words: str) -> Account:
-    """The run that loses nobody."""
-    folder.mkdir()
-    env = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    variant = run_variant(
-        list(command(folder, 1, ranks, *words)), folder / "run", nproc=ranks, parent=parent, isolate=True, env=env
-    )
-    assert variant.exit_code == 0, variant.tail()
-    return account_of(folder)
-
-
-def start(
-    folder: Path,
-    parent: PreloadedParent,
-    ranks: int,
-    *words: str,
-    faults: str = "",
-    max_restarts: int = 0,
-    nnodes: str = "1",
-) -> Outcome:
-    """Start a counted run on one machine, under the run id that it has in this folder, and wait for its end."""
-    script, *arguments = command(folder, 1, ranks, *words)
-    config = LaunchConfig(
-        program=Program("script", script, tuple(arguments)),
-        nproc=ranks,
-        run_id=folder.name,
-        max_restarts=max_restarts,
-        env={"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CKPTLESS_FAULTS": faults},
-        nnodes=nnodes,
-        rdzv_endpoint=f"127.0.0.1:{free_port()}",
-        rdzv_conf={"last_call_timeout": 1},
-        cwd=folder,
-        run_root=folder / "runs",
-        arena_dir=folder / "arenas",
-        log_dir=folder / f"output-{ranks}",
-        redirects="3",
-    )
-    return run(config, parent=parent, record=record_for(config))
-
-
-class Nodes:
-    """Nodes that go on with fewer; they meet at a place which none of them hosts."""
-
-    def __init__(
-        self,
-        folder: Path,
-        stack: ExitStack,
-        *,
-        least: int,
-        most: int,
-        devices: int = 1,
-        words: tuple[str, ...] = (),
-        env: Mapping[str, Mapping[str, str]] = {},
-    ) -> None:
-        self.meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        run = command(folder, most, devices, *words)
-        nodes = ("--nnodes", f"{least}:{most}", "--nproc-per-node", str(devices))
-        self.cluster = Cluster(
-            folder, stack, Options(), env, words=nodes, port=self.meeting.port, hosted=True, command=run
-        )  # fmt: skip
-        self.cluster.arenas.mkdir()
-        self.agents: list[psutil.Popen] = []
-
-    def start(self, number: int, faults: str = "") -> psutil.Popen:
-        """Start a node; ranks are in the order of nodes."""
-        agent = self.cluster.start_agent(faults, f"127.0.0.{number + 1}")
-        self.agents.append(agent)
-        return agent
-
-    def lose(self, agent: psutil.Popen) -> None:
-        """Wait until a node is lost, and take what it had away."""
-        assert agent.wait(timeout=END_S) == -signal.SIGKILL, self.cluster.output()
-        self.cluster.lose(agent)
-
-    def lose_and_bring_back(self, lost: int, fault: str, *, of: int, left: int) -> Account:
-        """Train to the end on so many nodes, of which one is lost with all it has, and comes back.
-
-        Args:
-            lost: the node.
-            fault: that ends it.
-            of: number of nodes.
-            left: ranks that go on without it.
-        """
-        agents = [self.start(number, fault if number == lost else "") for number in range(of)]
-        self.lose(agents[lost])
-        self.wait_for_world(left)
-        agents[lost] = self.start(lost)
-        assert [agent.wait(timeout=END_S) for agent in agents] == [0] * of, self.cluster.output()
-        return account_of(self.cluster.folder)
-
-    def wait_for_world(self, size: int) -> None:
-        """Until so many ranks have made a step."""
-        for _ in range(round(END_S / LOOK_S)):
-            if size in account_of(self.cluster.folder).worlds.values():
-                return
-            threading.Event().wait(LOOK_S)
-        raise AssertionError(f"no step of {size} ranks:\n{self.cluster.output()}")
-
+from tests.faults.cluster import END_S
+from tests.faults.counting import Account, account_of, furthest
+from tests.faults.elastic import BOUND, Nodes, rungs, start, whole
 
 SAMPLES = 720
 PACED = ("--samples", str(SAMPLES), "--pace", "0.25")
@@ -161,11 +35,6 @@ def shrink_and_grow(folder: Path, stack: ExitStack, *words: str) -> Account:
     assert shrunk["detect_s"] > 0
     assert grown["detect_s"] == 0, "nobody was lost when the node came back"
     return found
-
-
-def rungs(nodes: Nodes) -> list[str]:
-    """The rung of each recovery."""
-    return [str(fields["rung"]) for fields in nodes.cluster.events("recovery")]
 
 
 def each_once(account: Account) -> bool:
@@ -280,25 +149,6 @@ def test_steps_of_fewer_samples(words: tuple[str, ...], tmp_path: Path, stack: E
     assert [row["count"] for row in found.epochs] == [SAMPLES, SAMPLES]
     told = [json.loads(line) for path in found.folder.glob("scaled-*") for line in path.read_text().splitlines()]
     assert Counter(map(tuple, told)) == {(4, 3): 3, (3, 4): 4}
-
-
-@pytest.mark.long
-@pytest.mark.slow
-@pytest.mark.timeout(200)
-def test_a_node_that_comes_too_late_ends_with_the_others(tmp_path: Path, stack: ExitStack) -> None:
-    """It is one of the nodes, and on its way to the loop, when those that train are at their end."""
-    words = ("--samples", "120", "--pace", "0.5")
-    late = {"node2": {"COUNTED_AWAITS": str(tmp_path / "left")}}
-    nodes = Nodes(tmp_path, stack, least=1, most=2, words=words, env=late)
-    agents = [nodes.start(number, "node:rank=1:step=5" if number else "") for number in range(2)]
-    nodes.lose(agents[1])
-    nodes.wait_for_world(1)
-    agents[1] = nodes.start(1)
-    assert [agent.wait(timeout=END_S) for agent in agents] == [0, 0], nodes.cluster.output()
-    assert [(fields["stay"], fields["come"]) for fields in nodes.cluster.events("move")][-1] == ([0], [1])
-    assert len(nodes.cluster.events("came_too_late")) == 1
-    assert account_of(tmp_path).sizes == [2, 1]
-    assert rungs(nodes) == ["in place"]
 
 
 DURABLE = ("--samples", "180", "--strategy-options", "{'durable_every_n_steps': 2}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +22,6 @@ FOUR_NODES = replace(TWO_NODES, num_nodes=4, samples=160)
 """Ten steps an epoch on each of four ranks, twenty in all."""
 RACKS = ("r0", "r0", "r1", "r1")
 DIES = "node:rank=all:step={}"
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    """What ends with the test."""
-    with ExitStack() as stack:
-        yield stack
 
 
 class FourNodes:

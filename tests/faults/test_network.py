@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +18,6 @@ from tests.faults.hosts import ADDRESSES, make_hosts
 from tests.faults.test_nodes import TWO_NODES, assert_identical
 
 BOUND_S = 4.0
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    """What ends with the test."""
-    with ExitStack() as stack:
-        yield stack
 
 
 def wait_until_committed(cluster: Cluster, step: int) -> None:

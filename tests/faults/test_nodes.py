@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -25,13 +24,6 @@ from tests.lab.parts import Options
 ONE_NODE = replace(BASE, samples=80)
 TWO_NODES = replace(ONE_NODE, devices=1, num_nodes=2)
 SHARDED = replace(TWO_NODES, mesh="2x1")
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    """What ends with the test."""
-    with ExitStack() as stack:
-        yield stack
 
 
 def assert_identical(cluster: Cluster, parent: PreloadedParent) -> None:

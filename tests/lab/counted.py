@@ -100,13 +100,27 @@ class Counted(pl.LightningModule):
             with (self.folder / "epochs.jsonl").open("a") as file:
                 file.write(json.dumps({"epoch": self.current_epoch, "loss": loss, "count": count}) + "\n")
 
+        if self.trainer.max_epochs == self.current_epoch + 1:
+            linger("epoch_end")
+
     def on_train_end(self) -> None:
+        linger("end")
         whole = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).tolist() for n, p in self.named_parameters()}
         if self.global_rank == 0:
             (self.folder / "end.json").write_text(json.dumps(whole))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), 1e-2)
+
+
+def linger(where: str) -> None:
+    """Wait for the file that the environment names for a place of the run, and say so by another file beside it."""
+    name = os.environ.get(f"COUNTED_LINGERS_AT_{where.upper()}")
+    if name is None:
+        return
+    Path(f"{name}-awaited").touch()
+    while not Path(name).exists():
+        threading.Event().wait(0.05)
 
 
 def main() -> None:
@@ -139,9 +153,7 @@ def main() -> None:
     )  # fmt: skip
     model = Counted(args.folder, args.sharded, args.pace)
     model.automatic_optimization = not args.manual
-    if awaited := os.environ.get("COUNTED_AWAITS"):
-        while not Path(awaited).exists():
-            threading.Event().wait(0.05)
+    linger("start")
     trainer.fit(model, DataLoader(Indexed(args.samples), batch_size=BATCH, shuffle=True))
     (args.folder / "left").touch()
 

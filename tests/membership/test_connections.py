@@ -13,12 +13,6 @@ from lightning_ckptless.membership.connections import Connections
 
 
 @pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
 def connections() -> Iterator[Connections]:
     made = Connections()
     yield made

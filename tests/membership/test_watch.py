@@ -144,3 +144,32 @@ def test_a_line_whose_other_end_is_gone_says_so(agent: Line) -> None:
     agent.tell("stepped")
     assert agent.waiting() == []
     assert agent.ended
+
+
+@pytest.mark.parametrize("answer", ["leave", "finish", "over", "gone"])
+def test_the_loop_is_left_when_the_agent_says_so_or_nothing_follows(agent: Line, watcher: Watcher, answer: str) -> None:
+    if answer == "gone":
+        agent.close()
+    else:
+        agent.tell(answer, number=0)
+    assert watcher.ask_to_leave()
+
+
+def test_who_asks_to_leave_may_be_told_to_meet_others(agent: Line, watcher: Watcher) -> None:
+    """The agent has told of a meeting before it heard the question: its answer to that is none."""
+    regroup(agent, 1)
+    agent.tell("leave", number=0)
+    assert not watcher.ask_to_leave()
+    assert watcher.accept(5.0) is not None
+    asking = threading.Thread(target=lambda: answers.append(watcher.ask_to_leave()))
+    answers: list[bool] = []
+    asking.start()
+    asking.join(0.1)
+    assert answers == []
+    agent.tell("leave", number=1)
+    asking.join(5)
+    assert answers == [True]
+    assert [message for message in agent.waiting() if message["kind"] == "ending"] == [
+        {"kind": "ending", "number": 0},
+        {"kind": "ending", "number": 1},
+    ]

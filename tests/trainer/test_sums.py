@@ -9,7 +9,7 @@ import torch
 import torchmetrics
 
 from lightning_ckptless.trainer.host.metrics import defaults_of, dump_metric, load_metric, reductions_of
-from lightning_ckptless.trainer.sums import absorb, forget
+from lightning_ckptless.trainer.sums import absorb, forget, reopen
 
 METRICS = {
     "mean": torchmetrics.MeanMetric,
@@ -80,7 +80,26 @@ def test_a_new_rank_begins_with_no_sums() -> None:
     metric = updated("sum", MINE)
     state = small({"m": metric}, {"x": logged("mean", 4.0, 3)})
     forget(state, {"m": defaults_of(metric)})
-    assert state["results"]["training"]["items"] == {}
     load_metric(metric, state["metrics"]["m"])
     metric.update(3.0)
     assert float(metric.compute()) == 3.0
+
+
+@pytest.mark.parametrize(("reduce", "value"), [("mean", 4.0), ("sum", 4.0), ("max", -4.0), ("min", 4.0)])
+def test_a_new_rank_adds_nothing_to_a_logged_value(reduce: str, value: float) -> None:
+    """And has it: what all ranks reduce at the end of the epoch must be the same on all."""
+    new, old = (small({}, {"x": logged(reduce, value, 3)}) for _ in range(2))
+    forget(new, {})
+    absorb(new, old, {})
+    (found, expected) = (state["results"]["training"]["items"]["x"] for state in (new, old))
+    assert torch.equal(found["value"], expected["value"])
+    assert found.get("cumulated_batch_size") == expected.get("cumulated_batch_size")
+
+
+def test_nothing_that_was_computed_outlives_a_change() -> None:
+    metric = updated("sum", MINE)
+    metric.compute()
+    state = small({"m": metric}, {"x": logged("mean", 4.0, 3) | {"computed": torch.tensor(4.0)}})
+    reopen(state)
+    assert state["metrics"]["m"]["computed"] is None
+    assert state["results"]["training"]["items"]["x"]["computed"] is None

@@ -170,6 +170,16 @@ class FitLoops:
 
         self.fit.setup_data = setup_data
 
+    def before_end_of_run(self, do: Callable[[], None]) -> None:
+        """Call a function when the last epoch is over, before the hooks of an ending run."""
+        own = self.fit.on_run_end
+
+        def on_run_end() -> None:
+            do()
+            own()
+
+        self.fit.on_run_end = on_run_end
+
     def forget_training_data(self) -> None:
         """Have the fit loop set up its training data anew."""
         self.fit._combined_loader = None
@@ -208,6 +218,7 @@ class FitLoops:
         """Give the loops and the signal connector their own methods back."""
         vars(self.fit).pop("run", None)
         vars(self.fit).pop("setup_data", None)
+        vars(self.fit).pop("on_run_end", None)
         vars(self.epoch).pop("_broadcast_sigterm_tensor", None)
         vars(self.trainer._signal_connector).pop("_sigterm_notifier_fn", None)
 

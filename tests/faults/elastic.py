@@ -1,0 +1,144 @@
+"""Counted runs of nodes that go on with fewer, and take others in."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from lightning_ckptless.job import record_for
+from lightning_ckptless.membership.launch import LaunchConfig, Outcome, run
+from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.program import Program
+from lightning_ckptless.testing.drill import run_variant
+from tests.faults.cluster import END_S, Cluster, free_port
+from tests.faults.conftest import REPOSITORY
+from tests.faults.counting import COUNTED, Account, account_of
+from tests.lab.parts import Options
+
+BOUND = 2e-6
+"""Largest difference of a weight of size one, after all steps: sums over ranks in another order."""
+LOOK_S = 0.1
+
+
+def command(folder: Path, nodes: int, devices: int, *words: str) -> tuple[str, ...]:
+    """A counted run that has as many ranks when all nodes are there."""
+    return (str(COUNTED), "--folder", str(folder), "--nodes", str(nodes), "--devices", str(devices), *words)
+
+
+def whole(folder: Path, parent: PreloadedParent, ranks: int, *words: str) -> Account:
+    """The run that loses nobody."""
+    folder.mkdir()
+    env = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    variant = run_variant(
+        list(command(folder, 1, ranks, *words)), folder / "run", nproc=ranks, parent=parent, isolate=True, env=env
+    )
+    assert variant.exit_code == 0, variant.tail()
+    return account_of(folder)
+
+
+def start(
+    folder: Path,
+    parent: PreloadedParent,
+    ranks: int,
+    *words: str,
+    faults: str = "",
+    max_restarts: int = 0,
+    nnodes: str = "1",
+) -> Outcome:
+    """Start a counted run on one machine, under the run id that it has in this folder, and wait for its end."""
+    script, *arguments = command(folder, 1, ranks, *words)
+    config = LaunchConfig(
+        program=Program("script", script, tuple(arguments)),
+        nproc=ranks,
+        run_id=folder.name,
+        max_restarts=max_restarts,
+        env={"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CKPTLESS_FAULTS": faults},
+        nnodes=nnodes,
+        rdzv_endpoint=f"127.0.0.1:{free_port()}",
+        rdzv_conf={"last_call_timeout": 1},
+        cwd=folder,
+        run_root=folder / "runs",
+        arena_dir=folder / "arenas",
+        log_dir=folder / f"output-{ranks}",
+        redirects="3",
+    )
+    return run(config, parent=parent, record=record_for(config))
+
+
+class Nodes:
+    """Nodes that go on with fewer; they meet at a place which none of them hosts."""
+
+    def __init__(
+        self,
+        folder: Path,
+        stack: ExitStack,
+        *,
+        least: int,
+        most: int,
+        devices: int = 1,
+        words: tuple[str, ...] = (),
+        env: Mapping[str, Mapping[str, str]] = {},
+    ) -> None:
+        self.meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        run = command(folder, most, devices, *words)
+        nodes = ("--nnodes", f"{least}:{most}", "--nproc-per-node", str(devices))
+        self.cluster = Cluster(
+            folder, stack, Options(), env, words=nodes, port=self.meeting.port, hosted=True, command=run
+        )  # fmt: skip
+        self.cluster.arenas.mkdir()
+        self.agents: list[psutil.Popen] = []
+
+    def start(self, number: int, faults: str = "") -> psutil.Popen:
+        """Start a node; ranks are in the order of nodes."""
+        agent = self.cluster.start_agent(faults, f"127.0.0.{number + 1}")
+        self.agents.append(agent)
+        return agent
+
+    def lose(self, agent: psutil.Popen) -> None:
+        """Wait until a node is lost, and take what it had away."""
+        assert agent.wait(timeout=END_S) == -signal.SIGKILL, self.cluster.output()
+        self.cluster.lose(agent)
+
+    def lose_and_bring_back(self, lost: int, fault: str, *, of: int, left: int) -> Account:
+        """Train to the end on so many nodes, of which one is lost with all it has, and comes back.
+
+        Args:
+            lost: the node.
+            fault: that ends it.
+            of: number of nodes.
+            left: ranks that go on without it.
+        """
+        agents = [self.start(number, fault if number == lost else "") for number in range(of)]
+        self.lose(agents[lost])
+        self.wait_for_world(left)
+        agents[lost] = self.start(lost)
+        assert [agent.wait(timeout=END_S) for agent in agents] == [0] * of, self.cluster.output()
+        return account_of(self.cluster.folder)
+
+    def wait_for_world(self, size: int) -> None:
+        """Until so many ranks have made a step."""
+        self.wait_until(lambda: size in account_of(self.cluster.folder).worlds.values(), f"no step of {size} ranks")
+
+    def wait_until(self, condition: Callable[[], bool], otherwise: str) -> None:
+        """Look until a condition holds.
+
+        Args:
+            condition: asked again and again.
+            otherwise: what is said where it does not come to hold.
+        """
+        for _ in range(round(END_S / LOOK_S)):
+            if condition():
+                return
+            threading.Event().wait(LOOK_S)
+        raise AssertionError(f"{otherwise}:\n{self.cluster.output()}")
+
+
+def rungs(nodes: Nodes) -> list[str]:
+    """The rung of each recovery."""
+    return [str(fields["rung"]) for fields in nodes.cluster.events("recovery")]
