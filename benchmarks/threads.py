@@ -17,6 +17,9 @@ from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.membership.program import Program
 
 PATIENCE_S = 300.0
+"""For a start, or an end."""
+PATIENCE_PER_STEP_S = 120.0
+"""The largest model makes one in half a minute where four ranks share two cores."""
 
 
 class JobLostError(RuntimeError):
@@ -58,12 +61,21 @@ class TurnsJob:
     def _run(self, config: LaunchConfig, parent: PreloadedParent) -> None:
         self.outcome = run(config, parent=parent)
 
-    def ready(self) -> list[Note]:
-        """Wait until all ranks wait for their turn; what they say of the segment that is over, by rank."""
+    def ready(self, steps: int = 0) -> list[Note]:
+        """Wait until all ranks wait for their turn; what they say of the segment that is over, by rank.
+
+        Args:
+            steps: how many it has.
+
+        Raises:
+            JobLostError: a rank is gone, or none has said anything for longer than that takes.
+        """
+        patience_s = PATIENCE_S + steps * PATIENCE_PER_STEP_S
         while len(self._waiting) < self.options.devices:
-            note = self.desk.next(PATIENCE_S)
+            note = self.desk.next(patience_s)
             if note is None or note.moment == "gone":
-                raise JobLostError(f"{self.options}: {'silent' if note is None else f'rank {note.rank} is gone'}")
+                found = f"silent for {patience_s:.0f} s" if note is None else f"rank {note.rank} is gone"
+                raise JobLostError(f"{self.options}: {found}")
             if note.moment == "ready":
                 self._waiting.append(note)
         return sorted(self._waiting, key=lambda note: note.rank)
@@ -73,7 +85,7 @@ class TurnsJob:
         waiting, self._waiting = self.ready(), []
         for note in waiting:
             note.answer(steps=steps)
-        return self.ready()
+        return self.ready(steps)
 
     def __enter__(self) -> Self:
         return self
