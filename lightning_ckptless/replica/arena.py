@@ -179,10 +179,11 @@ class Arena:
             checksum=header.checksum,
         )
 
-    def verify(self, replica: Replica) -> bool:
-        """Whether the bytes of a replica match its checksum. False where they are not there any more."""
+    def verify(self, replica: Replica, threads: int = 1) -> bool:
+        """Whether a replica's bytes, read by so many threads, match its checksum. False where they are gone."""
         try:
-            return matches(replica.checksum, (bytes_of(self.read_bulk(replica)), self.read_blob(replica)))
+            parts = bytes_of(self.read_bulk(replica)), self.read_blob(replica)
+            return matches(replica.checksum, parts, threads=threads)
         except ArenaError:
             return False
 

@@ -65,6 +65,7 @@ class Mirror:
         transport: used by this mirror alone while a round is under way.
         generation: number of the membership.
         checksum: `xxh3`, `crc32` or `none`.
+        threads: that may read a version for its checksum at once.
         committed: version that the state was restored from; it is not overwritten until a newer one is committed.
         probe: called in the thread with a moment and the version: `stage` (half of the copying done), `send`, `agree`,
             `committed`.
@@ -92,6 +93,7 @@ class Mirror:
         transport: Transport,
         generation: int,
         checksum: str = "xxh3",
+        threads: int = 1,
         committed: Version | None = None,
         probe: Callable[[str, Version], None] | None = None,
         staging: str = "overlap",
@@ -109,6 +111,7 @@ class Mirror:
         self._transport = transport
         self._generation = generation
         self._checksum = checksum
+        self._threads = threads
         self._probe = probe
         self._blocking = staging == "blocking"
         self._early: frozenset[str] = frozenset()
@@ -309,7 +312,8 @@ class Mirror:
     def _checksum_of(self, slot: Slot, still: Known, blob: bytes) -> str:
         if self._checksum == NO_CHECKSUM:
             return ""
-        rest = digest(self._checksum, (bytes_of(slot.bulk[still.length_bytes :]), blob))
+        changed = bytes_of(slot.bulk[still.length_bytes :]), blob
+        rest = digest(self._checksum, changed, threads=self._threads)
         return joined(still.length_bytes, still.digest, rest)
 
     def _stage_blocking_from_now(self, name: str, version: Version) -> None:

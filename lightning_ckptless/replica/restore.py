@@ -17,6 +17,7 @@ from lightning_ckptless.protocol.transfers import Part, Read, Send, Transfer, pl
 from lightning_ckptless.protocol.versions import Complete, Missing, Replica, SlotState, Version, newest_complete
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.checksum import bytes_of
+from lightning_ckptless.replica.cores import threads_of_a_rank
 from lightning_ckptless.replica.layout import Layout, live_views, slot_views
 from lightning_ckptless.replica.transport import Parcel, Transport, room, tensor_of
 from lightning_ckptless.torch_internals import foreach_copy
@@ -85,6 +86,7 @@ def choose(arena: Arena, transport: Transport, nodes: Sequence[str], *, need: Ne
     rank = transport.rank
     neighbours = [other for other, node in enumerate(nodes) if node == nodes[rank]]
     inventory = gather_inventory(arena, transport, reads=rank == neighbours[0])
+    threads = threads_of_a_rank(len(neighbours), beside_training=False)
     bad: set[Replica] = set()
     good: set[Replica] = set()
     while True:
@@ -101,7 +103,7 @@ def choose(arena: Arena, transport: Transport, nodes: Sequence[str], *, need: Ne
             return found
         here = sorted((replica for replica in used if replica.node == arena.node), key=_place_of)
         mine = here[neighbours.index(rank) :: len(neighbours)]
-        bad.update(gather_replicas((replica for replica in mine if not arena.verify(replica)), transport))
+        bad.update(gather_replicas((replica for replica in mine if not arena.verify(replica, threads)), transport))
         good |= used - bad
 
 

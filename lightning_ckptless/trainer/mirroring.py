@@ -13,6 +13,7 @@ from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.cadence import agreed
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.cores import threads_of_a_rank
 from lightning_ckptless.replica.layout import Layout
 from lightning_ckptless.replica.mirror import Mirror
 from lightning_ckptless.replica.partition import plan_layout
@@ -277,6 +278,7 @@ class Mirroring:
             transport=cohort.transport,
             generation=cohort.generation,
             checksum=self._options.checksum,
+            threads=threads_of_a_rank(cohort.nodes.count(cohort.nodes[cohort.rank]), beside_training=True),
             committed=committed,
             probe=self._probe,
             staging=self._options.staging,

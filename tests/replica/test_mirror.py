@@ -13,6 +13,7 @@ import torch
 from lightning_ckptless.errors import LayoutMismatchError, TransportError
 from lightning_ckptless.protocol.placement import place
 from lightning_ckptless.protocol.versions import SlotState, Version
+from lightning_ckptless.replica import checksum
 from lightning_ckptless.replica.arena import Arena, Owner
 from lightning_ckptless.replica.description import describe
 from lightning_ckptless.replica.mirror import Mirror
@@ -72,12 +73,21 @@ def test_stats_count_what_was_done(world: MakeWorld) -> None:
     assert stats.last_round_s >= stats.last_stage_s > 0
 
 
-@pytest.mark.parametrize("checksum", ["xxh3", "crc32", "none"])
+@pytest.mark.parametrize("algorithm", ["xxh3", "crc32", "none"])
 @pytest.mark.parametrize("staging", ["overlap", "blocking"])
-def test_every_option_commits(world: MakeWorld, checksum: str, staging: str) -> None:
-    ranks = world(2).begin(checksum=checksum, staging=staging)
+def test_every_option_commits(world: MakeWorld, algorithm: str, staging: str) -> None:
+    ranks = world(2).begin(checksum=algorithm, staging=staging)
     ranks.submit(1)
     assert ranks.settle() == [Version(1, True)] * 2 and ranks.values() == {1.0}
+
+
+def test_several_threads_read_a_version_for_its_checksum(world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checksum, "PIECE_BYTES", 64)
+    ranks = world(2).begin(threads=2)
+    ranks.submit(1)
+    assert ranks.settle() == [Version(1, True)] * 2 and ranks.values() == {1.0}
+    kept = {replica.checksum.partition(":")[0] for arena in ranks.arenas for replica in arena.inventory()}
+    assert kept == {"xxh3*64"}
 
 
 # ------------------------------------------------------------------ what may change when

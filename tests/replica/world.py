@@ -64,6 +64,7 @@ class World:
         probes: dict[int, Probe] | None = None,
         layout: Layout | None = None,
         checksum: str = "xxh3",
+        threads: int = 1,
         staging: str = "overlap",
     ) -> World:
         """A new generation."""
@@ -80,6 +81,7 @@ class World:
                 committed=committed,
                 probe=(probes or {}).get(rank),
                 checksum=checksum,
+                threads=threads,
                 staging=staging,
             )
             for rank in range(self.size)
