@@ -21,6 +21,7 @@ from tests.faults.conftest import REPOSITORY, command_for
 from tests.lab.parts import Options
 
 END_S = 90
+OUR_LAUNCHER = ("-m", "lightning_ckptless.job")
 CONF = "keep_alive_interval=1,keep_alive_max_attempt=4,last_call_timeout=1"
 """Silence is borne for 4 s: a busy machine must not take a healthy node for lost, a test must not wait long."""
 
@@ -47,6 +48,7 @@ class Cluster:
         port: where they meet.
         next_port: of another place to meet, at 127.0.0.2.
         command: what is run in the place of the lab's training run.
+        launcher: starts a node: arguments of Python.
         hosted: whether somebody else hosts the meeting: every node can be lost.
         agents: those that were started.
     """
@@ -62,6 +64,7 @@ class Cluster:
     next_port: int = 0
     hosted: bool = False
     command: tuple[str, ...] = ()
+    launcher: tuple[str, ...] = OUR_LAUNCHER
     agents: list[psutil.Popen] = field(default_factory=list)
 
     @property
@@ -96,7 +99,7 @@ class Cluster:
         """
         name, nodes = f"node{len(self.agents)}", str(self.options.num_nodes)
         words = ["--nnodes", nodes, "--nproc-per-node", "1", "--rdzv-id", "two-nodes", "--local-addr", address]
-        words += ["--run-root", str(self.folder / "runs"), "--arena-dir", str(self.arenas), *self.words]
+        words += self.words
         if self.next_port:
             words += ["--rdzv-endpoint", f"127.0.0.1:{self.port},127.0.0.2:{self.next_port}"]
         else:
@@ -106,6 +109,8 @@ class Cluster:
             **os.environ,
             "PYTHONPATH": str(REPOSITORY),
             "CKPTLESS_FAULTS": faults,
+            "CKPTLESS_RUN_ROOT": str(self.folder / "runs"),
+            "CKPTLESS_ARENA_DIR": str(self.arenas),
             # Sums over several threads round otherwise than the uninterrupted run's.
             "OMP_NUM_THREADS": "1",
             "CKPTLESS_TRACE_DIR": str(self.folder / "trace"),
@@ -114,7 +119,7 @@ class Cluster:
         }
         log = self.stack.enter_context((self.folder / f"{name}.log").open("w"))
         agent = psutil.Popen(
-            [*within, sys.executable, "-m", "lightning_ckptless.job", *words, *self.program],
+            [*within, sys.executable, *self.launcher, *words, *self.program],
             cwd=self.folder,
             env=environment,
             stdout=log,

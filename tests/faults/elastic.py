@@ -16,7 +16,7 @@ from lightning_ckptless.membership.launch import LaunchConfig, Outcome, run
 from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.membership.program import Program
 from lightning_ckptless.testing.drill import run_variant
-from tests.faults.cluster import END_S, Cluster, free_port
+from tests.faults.cluster import END_S, OUR_LAUNCHER, Cluster, free_port
 from tests.faults.conftest import REPOSITORY
 from tests.faults.counting import COUNTED, Account, account_of
 from tests.lab.parts import Options
@@ -84,12 +84,14 @@ class Nodes:
         devices: int = 1,
         words: tuple[str, ...] = (),
         env: Mapping[str, Mapping[str, str]] = {},
+        launcher: tuple[str, ...] = OUR_LAUNCHER,
     ) -> None:
         self.meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         run = command(folder, most, devices, *words)
         nodes = ("--nnodes", f"{least}:{most}", "--nproc-per-node", str(devices))
         self.cluster = Cluster(
-            folder, stack, Options(), env, words=nodes, port=self.meeting.port, hosted=True, command=run
+            folder, stack, Options(), env, words=nodes, port=self.meeting.port, hosted=True, command=run,
+            launcher=launcher,
         )  # fmt: skip
         self.cluster.arenas.mkdir()
         self.agents: list[psutil.Popen] = []
