@@ -35,6 +35,12 @@ Set by the agent for its workers:
 | `CKPTLESS_CALLS` | how often this worker has used its trainer; set by the worker for itself |
 """
 
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
 RUN_ROOT = "CKPTLESS_RUN_ROOT"
 ARENA_DIR = "CKPTLESS_ARENA_DIR"
 FAULTS = "CKPTLESS_FAULTS"
@@ -60,3 +66,8 @@ LINE = "CKPTLESS_LINE"
 STANDBY = "CKPTLESS_STANDBY"
 REGROUPING = "CKPTLESS_REGROUPING"
 CALLS = "CKPTLESS_CALLS"
+
+
+def run_root(env: Mapping[str, str] = os.environ) -> Path:
+    """The folder of all runs, where no option names one: as the environment says, or `./ckptless`."""
+    return Path(env.get(RUN_ROOT) or "ckptless")

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lightning_ckptless import environment
 from lightning_ckptless.membership.launch import SIGTERM_EXIT_CODE, LaunchConfig, Outcome, run
 from lightning_ckptless.membership.launch import main as run_agent
 from lightning_ckptless.membership.parent import PreloadedParent
 
-DEFAULT_RUN_ROOT = Path("ckptless")
 _RUN_ID_OPTIONS = ("--rdzv-id", "--rdzv_id")
 
 
@@ -30,7 +30,7 @@ def run_job(config: LaunchConfig, *, parent: PreloadedParent | None = None) -> O
     Raises:
         LaunchError: the workers cannot be started, or the nodes do not find each other.
     """
-    config = replace(config, run_root=config.run_root or DEFAULT_RUN_ROOT)
+    config = replace(config, run_root=config.run_root or environment.run_root())
     try:
         return run(config, parent=parent, record=record_for(config))
     finally:
@@ -61,7 +61,7 @@ def record_for(config: LaunchConfig) -> Callable[..., None]:
     """What writes the agent's events into the ledger of a run."""
     from lightning_ckptless.ledger import Ledger, run_folder  # noqa: PLC0415 - not before the parent's own imports
 
-    return Ledger(run_folder(config.run_root or DEFAULT_RUN_ROOT, config.run_id) / "ledger.jsonl").record
+    return Ledger(run_folder(config.run_root or environment.run_root(), config.run_id) / "ledger.jsonl").record
 
 
 def remove_arenas(config: LaunchConfig) -> None:
@@ -70,7 +70,7 @@ def remove_arenas(config: LaunchConfig) -> None:
     from lightning_ckptless.replica.arena import Arena, default_arena_dir, find_arenas  # noqa: PLC0415 - brings torch
 
     # The strategy may have named another folder, which the ledger knows.
-    ledger = run_folder(config.run_root or DEFAULT_RUN_ROOT, config.run_id) / "ledger.jsonl"
+    ledger = run_folder(config.run_root or environment.run_root(), config.run_id) / "ledger.jsonl"
     named = {Path(event.fields["arena"]).parent for event in read_ledger(ledger, only="run_started")}
     for info in [info for folder in {config.arena_dir or default_arena_dir(), *named} for info in find_arenas(folder)]:
         of_this_run = info.run_id == config.run_id or info.run_id.startswith(f"{config.run_id}.")

@@ -27,7 +27,9 @@ def export(
     ] = None,
     kind: Annotated[Format, typer.Option("--format", help="What is written, as below.")] = Format.LIGHTNING,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
-    run_root: Annotated[Path | None, typer.Option(help="Folder of all runs (default: ./ckptless).")] = None,
+    run_root: Annotated[
+        Path | None, typer.Option(help="Folder of all runs (default: CKPTLESS_RUN_ROOT, or ./ckptless).")
+    ] = None,
     arena_dir: Annotated[
         Path | None, typer.Option(help="Folder of the shared memory (default: as the run says).")
     ] = None,

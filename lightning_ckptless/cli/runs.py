@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +36,7 @@ class Run:
 
 def run_root(root: Path | None) -> Path:
     """The folder of all runs: as given, from the environment, or `./ckptless`."""
-    return root or Path(os.environ.get(environment.RUN_ROOT, "ckptless"))
+    return root or environment.run_root()
 
 
 def find_run(name: str | None, root: Path | None) -> Run:

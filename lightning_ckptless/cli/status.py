@@ -13,7 +13,9 @@ import typer
 
 def status(
     run: Annotated[str | None, typer.Argument(help="Id or folder of the run; the newest if left out.")] = None,
-    run_root: Annotated[Path | None, typer.Option(help="Folder of all runs (default: ./ckptless).")] = None,
+    run_root: Annotated[
+        Path | None, typer.Option(help="Folder of all runs (default: CKPTLESS_RUN_ROOT, or ./ckptless).")
+    ] = None,
     arena_dir: Annotated[
         Path | None, typer.Option(help="Folder of the shared memory (default: as the run says).")
     ] = None,

@@ -20,7 +20,9 @@ def timeline(
         typer.Option("--output", "-o", help="A .png or .html file; several are allowed (default: timeline.html)."),
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="Folder of the run's trace: shows every step.")] = None,
-    run_root: Annotated[Path | None, typer.Option(help="Folder of all runs (default: ./ckptless).")] = None,
+    run_root: Annotated[
+        Path | None, typer.Option(help="Folder of all runs (default: CKPTLESS_RUN_ROOT, or ./ckptless).")
+    ] = None,
 ) -> None:
     """Draw a run: steps, faults, recoveries with their phases, and goodput over time.
 

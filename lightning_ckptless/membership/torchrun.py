@@ -43,7 +43,12 @@ def options_parser() -> ArgumentParser:
     ours = parser.add_argument_group("ckptless")
     ours.add_argument("--preload", action="append", default=[], metavar="MODULE", help="import it before forking, too")
     ours.add_argument("--no-preload", action="store_true", help="start every worker as a new process")
-    ours.add_argument("--run-root", type=Path, default=Path("ckptless"), help="folder that receives the run's folder")
+    ours.add_argument(
+        "--run-root",
+        type=Path,
+        default=environment.run_root(),
+        help="folder that receives the run's folder (default: CKPTLESS_RUN_ROOT, or ./ckptless)",
+    )
     ours.add_argument("--arena-dir", type=Path, default=None, help="folder of the shared memory (default: /dev/shm)")
     ours.add_argument(
         "--standbys",

@@ -25,7 +25,9 @@ def test_a_node_is_lost_and_comes_back(
     expected = whole(tmp_path / "whole", parent, 2, *words)
     folder = tmp_path / "elastic"
     folder.mkdir()
-    env = {f"node{number}": {"CKPTLESS_NNODES": "1:2", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} for number in range(3)}
+    env = {
+        f"node{number}": {"CKPTLESS_NNODES": "1:2", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} for number in range(3)
+    }
     nodes = Nodes(folder, stack, least=1, most=2, words=words, env=env, launcher=TORCHRUN)
     found = nodes.lose_and_bring_back(1, "node:rank=1:step=9", of=2, left=1)
     assert found.sizes == [2, 1, 2]

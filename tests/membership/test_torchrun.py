@@ -30,6 +30,12 @@ def test_defaults() -> None:
     assert (config.preload, config.fresh, config.run_root) == (DEFAULT_PRELOAD, False, Path("ckptless"))
 
 
+def test_the_folder_of_runs_is_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CKPTLESS_RUN_ROOT", "/elsewhere")
+    assert read("train.py").run_root == Path("/elsewhere")
+    assert read("--run-root /runs train.py").run_root == Path("/runs")
+
+
 def test_our_own_options() -> None:
     config = read("--preload a.b --preload c --no-preload --run-root /runs --arena-dir /shm --max-restarts 3 train.py")
     assert config.preload == (*DEFAULT_PRELOAD, "a.b", "c")
