@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_ckptless.errors import TransportError
 from lightning_ckptless.membership.control import Line
 from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.lost_waits import LostWaits, main_thread_waits
@@ -72,6 +73,15 @@ class Watcher:
     def is_over(self) -> bool:
         """Whether the generation that this worker belongs to is over."""
         return self._pending() is not None
+
+    def heed(self) -> None:
+        """Go no further where the generation is over. A rank that needs nobody else would not notice.
+
+        Raises:
+            TransportError: it is.
+        """
+        if self.is_over:
+            raise TransportError("the ranks meet anew; this one was told between two collectives")
 
     @property
     def finish_asked(self) -> bool:

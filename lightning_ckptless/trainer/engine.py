@@ -307,8 +307,9 @@ class Engine:
         self.beat(Point.BATCH)
 
     def beat(self, point: Point) -> None:
-        """Note where in the step this rank stands: a rank that hangs is found by it."""
+        """Note where in the step this rank stands: a rank that hangs is found by it. It goes on if it still may."""
         if self._pulse is not None and self.cohort is not None and not self.trainer.sanity_checking:
+            self.strategy.watcher.heed()
             done = point in (Point.COMMIT, Point.TAIL)
             self._pulse.beat(self.trainer.global_step + (not done), point)
 
@@ -358,12 +359,8 @@ class Engine:
             # Nothing is run again behind it: it stays, whatever the next start goes on from.
             return
         taken = self.mirroring.taken if self.mirroring is not None else None
-        self.ledger.record(
-            "checkpoint",
-            generation=self.generation,
-            rank=self.rank,
-            **note_of_save(path, taken, os.path.exists(path)),
-        )
+        note = note_of_save(path, taken, os.path.exists(path))
+        self.ledger.record("checkpoint", generation=self.generation, rank=self.rank, **note)
 
     # ------------------------------------------------------------------ end
 

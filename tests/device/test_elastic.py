@@ -39,6 +39,7 @@ def test_a_node_is_lost_and_comes_back(words: tuple[str, ...], tmp_path: Path, s
     found = nodes.lose_and_bring_back(1, "node:rank=1:step=9", of=2, left=1)
     assert found.sizes == [2, 1, 2]
     assert rungs(nodes) == ["in place", "in place"]
+    assert found.processes == 2 + 1, "who was left alone stays, too"
     assert found.steps == expected.steps
     difference = furthest(expected, found)
     print(f"largest difference of a weight: {difference:.2g}")

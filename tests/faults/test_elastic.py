@@ -134,6 +134,8 @@ def test_one_node_of_four_is_left_and_all_come_back(
     found = account_of(folder)
     assert (found.sizes[:4], found.sizes[-1]) == ([4, 3, 2, 1], 4)
     assert set(rungs(nodes)) == {"in place"}
+    assert found.processes == 4 + 1 + 3, "rank 0's place is taken by a new process, those that stay are the same"
+    assert not nodes.cluster.events("hang")
     assert found.steps == expected.steps
     assert each_once(found)
     assert furthest(expected, found) < BOUND

@@ -47,6 +47,8 @@ def test_a_node_comes_at_the_last_moment(
     assert rungs(nodes) == ["in place", "in place"]
     assert nodes.cluster.events("came_too_late") == []
     found = account_of(nodes.cluster.folder)
+    assert found.processes == 2, "the first stays, and the second trains no step"
+    assert not nodes.cluster.events("hang")
     assert found.steps == expected.steps
     assert [row["count"] for row in found.epochs] == [120, 120]
     assert furthest(expected, found) < BOUND

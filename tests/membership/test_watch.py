@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import pytest
 
+from lightning_ckptless.errors import TransportError
 from lightning_ckptless.membership.control import Line
 from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.watch import Watcher
@@ -108,6 +109,16 @@ def test_only_the_newest_counts(agent: Line, watcher: Watcher, cuts: Cuts) -> No
         numbers.append(assignment.number)
     assert numbers[-1] == 3
     assert numbers == sorted(numbers)
+
+
+def test_who_needs_nobody_else_is_stopped_all_the_same(agent: Line, watcher: Watcher, cuts: Cuts) -> None:
+    watcher.heed()
+    regroup(agent, 1)
+    assert cuts.wait(1)
+    with pytest.raises(TransportError, match="the ranks meet anew"):
+        watcher.heed()
+    assert watcher.accept(5.0) is not None
+    watcher.heed()
 
 
 def test_no_word_comes_in_time(watcher: Watcher) -> None:
