@@ -95,13 +95,11 @@ class TurnsJob:
     ) -> None:
         for note in self._waiting:
             note.answer(steps=0)
-        if error is not None:
-            # Workers that still wait for an answer end when the wire does.
-            self.desk.close()
+        if error is None:
             self._thread.join(PATIENCE_S)
-        else:
-            self._thread.join(PATIENCE_S)
-            self.desk.close()
+        # Workers that still wait for an answer end when the wire does.
+        self.desk.close()
+        self._thread.join(PATIENCE_S)
 
 
 def preloaded_parent(folder: Path) -> PreloadedParent:

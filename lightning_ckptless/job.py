@@ -59,19 +59,25 @@ def main(argv: Sequence[str]) -> int:
 
 def record_for(config: LaunchConfig) -> Callable[..., None]:
     """What writes the agent's events into the ledger of a run."""
-    from lightning_ckptless.ledger import Ledger, run_folder  # noqa: PLC0415 - not before the parent's own imports
+    from lightning_ckptless.ledger import Ledger  # noqa: PLC0415 - not before the parent's own imports
 
-    return Ledger(run_folder(config.run_root or environment.run_root(), config.run_id) / "ledger.jsonl").record
+    return Ledger(_ledger_path(config)).record
+
+
+def _ledger_path(config: LaunchConfig) -> Path:
+    from lightning_ckptless.ledger import LEDGER_NAME, run_folder  # noqa: PLC0415 - as above
+
+    return run_folder(config.run_root or environment.run_root(), config.run_id) / LEDGER_NAME
 
 
 def remove_arenas(config: LaunchConfig) -> None:
     """Remove the arenas that workers of this process's agent have made for a run."""
-    from lightning_ckptless.ledger import read_ledger, run_folder  # noqa: PLC0415 - as above
+    from lightning_ckptless.ledger import read_ledger  # noqa: PLC0415 - as above
     from lightning_ckptless.replica.arena import Arena, default_arena_dir, find_arenas  # noqa: PLC0415 - brings torch
 
     # The strategy may have named another folder, which the ledger knows.
-    ledger = run_folder(config.run_root or environment.run_root(), config.run_id) / "ledger.jsonl"
-    named = {Path(event.fields["arena"]).parent for event in read_ledger(ledger, only="run_started")}
+    started = read_ledger(_ledger_path(config), only="run_started")
+    named = {Path(event.fields["arena"]).parent for event in started}
     for info in [info for folder in {config.arena_dir or default_arena_dir(), *named} for info in find_arenas(folder)]:
         of_this_run = info.run_id == config.run_id or info.run_id.startswith(f"{config.run_id}.")
         if of_this_run and info.owner.pid == os.getpid():

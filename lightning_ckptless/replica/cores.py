@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 MOST_THREADS = 8
-"""Together they read 38 GB/s where one reads 6; more were not measured."""
+"""More were not measured."""
 
 
 def threads_of_a_rank(ranks: int, *, beside_training: bool, cores: int | None = None) -> int:

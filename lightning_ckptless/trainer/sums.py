@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 
 Small = dict[str, Any]
 """The small state of a trainer, as `snapshot` captures it."""
+_NOTHING = {"max": float("-inf"), "min": float("inf")}
+"""What a logged value begins with, by its reduction; 0 for others."""
+_STAGES = ("training", "validation")
 
 
 def absorb(state: Small, other: Small, reductions: Mapping[str, Mapping[str, str | None]]) -> None:
@@ -31,7 +34,7 @@ def absorb(state: Small, other: Small, reductions: Mapping[str, Mapping[str, str
         reductions: by metric and name of its state, how ranks are reduced: `sum`, `mean`, `max`, `min`, `cat`; None
             where that is not known.
     """
-    for stage in ("training", "validation"):
+    for stage in _STAGES:
         items = state["results"][stage]["items"]
         for key, theirs in other["results"][stage]["items"].items():
             if key not in items:
@@ -40,10 +43,6 @@ def absorb(state: Small, other: Small, reductions: Mapping[str, Mapping[str, str
                 _absorb_logged(items[key], theirs)
     for name, theirs in other["metrics"].items():
         _absorb_metric(name, state["metrics"][name], theirs, reductions.get(name, {}))
-
-
-_NOTHING = {"max": float("-inf"), "min": float("inf")}
-"""What a logged value begins with, by its reduction; 0 for others."""
 
 
 def forget(state: Small, defaults: Mapping[str, Mapping[str, Any]]) -> None:
@@ -55,13 +54,12 @@ def forget(state: Small, defaults: Mapping[str, Mapping[str, Any]]) -> None:
         state: is changed.
         defaults: by metric the values that its states begin with.
     """
-    for stage in ("training", "validation"):
-        for item in state["results"][stage]["items"].values():
-            if item["is_tensor"]:
-                item["value"] = torch.full_like(item["value"], _NOTHING.get(item["reduce_fx"], 0))
-            if "cumulated_batch_size" in item:
-                item["cumulated_batch_size"] = torch.zeros_like(item["cumulated_batch_size"])
-            item["update_count"] = 0
+    for item in _logged(state):
+        if item["is_tensor"]:
+            item["value"] = torch.full_like(item["value"], _NOTHING.get(item["reduce_fx"], 0))
+        if "cumulated_batch_size" in item:
+            item["cumulated_batch_size"] = torch.zeros_like(item["cumulated_batch_size"])
+        item["update_count"] = 0
     for name, saved in state["metrics"].items():
         saved["states"] = copy.deepcopy(dict(defaults[name]))
         saved["update_count"], saved["forward_cache"] = 0, None
@@ -69,9 +67,13 @@ def forget(state: Small, defaults: Mapping[str, Mapping[str, Any]]) -> None:
 
 def reopen(state: Small) -> None:
     """Have all be computed anew: what was computed is of other sums, and no rank may know what others still reduce."""
-    logged = (item for stage in ("training", "validation") for item in state["results"][stage]["items"].values())
-    for saved in (*logged, *state["metrics"].values()):
+    for saved in (*_logged(state), *state["metrics"].values()):
         saved["computed"] = None
+
+
+def _logged(state: Small) -> list[dict[str, Any]]:
+    """All that `self.log` has gathered."""
+    return [item for stage in _STAGES for item in state["results"][stage]["items"].values()]
 
 
 def _absorb_logged(mine: dict[str, Any], theirs: dict[str, Any]) -> None:

@@ -86,6 +86,7 @@ class Nodes:
         env: Mapping[str, Mapping[str, str]] = {},
         launcher: tuple[str, ...] = OUR_LAUNCHER,
     ) -> None:
+        folder.mkdir(exist_ok=True)
         self.meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         run = command(folder, most, devices, *words)
         nodes = ("--nnodes", f"{least}:{most}", "--nproc-per-node", str(devices))

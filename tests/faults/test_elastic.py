@@ -23,7 +23,6 @@ SCALE = ("--strategy-options", "{'elastic_batch': 'scale'}")
 
 def shrink_and_grow(folder: Path, stack: ExitStack, *words: str) -> Account:
     """Four nodes train, one is lost with all it has, three go on, it comes back."""
-    folder.mkdir()
     nodes = Nodes(folder, stack, least=3, most=4, words=words)
     found = nodes.lose_and_bring_back(3, "node:rank=3:step=9", of=4, left=3)
     assert found.sizes == [4, 3, 4]
@@ -79,7 +78,6 @@ def test_the_node_of_rank_0_is_lost_and_comes_back(
     words = ("--samples", "360", "--pace", "0.25", *words)
     expected = whole(tmp_path / "whole", parent, 3, *words)
     folder = tmp_path / "elastic"
-    folder.mkdir()
     nodes = Nodes(folder, stack, least=2, most=3, words=words)
     found = nodes.lose_and_bring_back(0, "node:rank=0:step=9", of=3, left=2)
     assert found.sizes == [3, 2, 3]
@@ -100,7 +98,6 @@ def test_a_mesh_loses_a_row(tmp_path: Path, stack: ExitStack, parent: PreloadedP
     words = ("--samples", "240", "--pace", "0.5", "--sharded", "--tensor", "2")
     expected = whole(tmp_path / "whole", parent, 4, *words)
     folder = tmp_path / "elastic"
-    folder.mkdir()
     nodes = Nodes(folder, stack, least=1, most=2, devices=2, words=words)
     found = nodes.lose_and_bring_back(1, "node:rank=3:step=9", of=2, left=2)
     assert found.sizes == [4, 2, 4]
@@ -121,7 +118,6 @@ def test_one_node_of_four_is_left_and_all_come_back(
     words = ("--samples", str(SAMPLES), "--pace", "0.5", *words)
     expected = whole(tmp_path / "whole", parent, 4, *words)
     folder = tmp_path / "elastic"
-    folder.mkdir()
     nodes = Nodes(folder, stack, least=1, most=4, words=words)
     losses = {3: "node:rank=3:step=5", 0: "node:rank=0:step=10", 1: "node:rank=1:step=15"}
     agents = [nodes.start(number, losses.get(number, "")) for number in range(4)]

@@ -19,7 +19,6 @@ def one_of_two_is_lost(
     folder: Path, stack: ExitStack, env: Mapping[str, Mapping[str, str]], *words: str
 ) -> tuple[Nodes, list[psutil.Popen]]:
     """Two nodes train, the second is lost, the first makes a step alone. Returns both agents."""
-    folder.mkdir(exist_ok=True)
     nodes = Nodes(folder, stack, least=1, most=2, words=words, env=env)
     agents = [nodes.start(number, "node:rank=1:step=5" if number else "") for number in range(2)]
     nodes.lose(agents[1])

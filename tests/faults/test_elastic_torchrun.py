@@ -24,7 +24,6 @@ def test_a_node_is_lost_and_comes_back(
     words = ("--samples", "240", "--pace", "0.5", *words)
     expected = whole(tmp_path / "whole", parent, 2, *words)
     folder = tmp_path / "elastic"
-    folder.mkdir()
     env = {
         f"node{number}": {"CKPTLESS_NNODES": "1:2", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} for number in range(3)
     }

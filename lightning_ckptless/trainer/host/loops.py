@@ -162,23 +162,20 @@ class FitLoops:
 
     def before_setup_of_data(self, do: Callable[[], None]) -> None:
         """Call a function whenever the fit loop is about to set up its training data, or to keep what it has."""
-        own = self.fit.setup_data
-
-        def setup_data() -> None:
-            do()
-            own()
-
-        self.fit.setup_data = setup_data
+        self._precede("setup_data", do)
 
     def before_end_of_run(self, do: Callable[[], None]) -> None:
         """Call a function when the last epoch is over, before the hooks of an ending run."""
-        own = self.fit.on_run_end
+        self._precede("on_run_end", do)
 
-        def on_run_end() -> None:
+    def _precede(self, name: str, do: Callable[[], None]) -> None:
+        own = getattr(self.fit, name)
+
+        def both() -> None:
             do()
             own()
 
-        self.fit.on_run_end = on_run_end
+        setattr(self.fit, name, both)
 
     def forget_training_data(self) -> None:
         """Have the fit loop set up its training data anew."""
@@ -216,9 +213,8 @@ class FitLoops:
 
     def give_back(self) -> None:
         """Give the loops and the signal connector their own methods back."""
-        vars(self.fit).pop("run", None)
-        vars(self.fit).pop("setup_data", None)
-        vars(self.fit).pop("on_run_end", None)
+        for name in ("run", "setup_data", "on_run_end"):
+            vars(self.fit).pop(name, None)
         vars(self.epoch).pop("_broadcast_sigterm_tensor", None)
         vars(self.trainer._signal_connector).pop("_sigterm_notifier_fn", None)
 
