@@ -3,6 +3,7 @@
     CkptlessError
     ├── OptionsError          (also ValueError)  a setting that cannot work; raised before training starts
     ├── LaunchError           the workers cannot be started or relaunched
+    │   └── TimeLimitError    the run took longer than it was allowed to
     ├── ArenaError            shared memory cannot be created, attached, grown or read
     ├── DurableError          a durable state cannot be written, read or exported
     ├── TransportError        a peer did not answer, or answered with something else
@@ -30,6 +31,10 @@ class OptionsError(CkptlessError, ValueError):
 
 class LaunchError(CkptlessError, RuntimeError):
     """The workers cannot be started or relaunched."""
+
+
+class TimeLimitError(LaunchError):
+    """The run took longer than it was allowed to, and was ended."""
 
 
 class ArenaError(CkptlessError, OSError):

@@ -6,8 +6,8 @@ closed by the next generation, which writes the steps that are run again once mo
 | `kind` | Written | Digests and values |
 |---|---|---|
 | `begin` | when training begins, in each generation | where the loggers write |
-| `batch` | behind each batch | batch, parameters, buffers, optimizer state, generators; learning rates, logged values |
-| `validation` | behind each validation | generators; logged values |
+| `batch` | after each batch | batch, each tensor by name, generators; learning rates, logged values |
+| `validation` | after each validation | generators; logged values |
 | `epoch` | at the end of each epoch | parameters, generators |
 | `end` | when `fit` ends | as `batch`, and loops, schedulers, precision, each callback; logged values |
 """
@@ -78,7 +78,7 @@ def step_trace_class(flavour: str) -> type[Any]:
                 self._recorder.write("validation", trainer, digests=generators(), values=logged(trainer))
 
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            digests = {"parameters": parameters_of(trainer), **generators()}
+            digests = {**parameters_of(trainer), **generators()}
             self._recorder.write("epoch", trainer, digests=digests)
 
         def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -129,27 +129,36 @@ class Recorder:
 
 
 def tensors_of(trainer: Any) -> dict[str, str]:
-    """Digests of parameters, buffers and optimizer state."""
-    buffers = dict(trainer.lightning_module.named_buffers())
-    return {
-        "parameters": parameters_of(trainer),
-        "buffers": digest_tensors(buffers),
-        "optimizer": digest_values([optimizer_state(optimizer) for optimizer in trainer.optimizers]),
-    }
+    """A digest of every parameter and buffer and of all that the optimizers keep for each parameter, by name."""
+    module = trainer.lightning_module
+    buffers = {f"buffer {name}": digest_tensors({name: buffer}) for name, buffer in module.named_buffers()}
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    found = {**parameters_of(trainer), **buffers}
+    for index, optimizer in enumerate(trainer.optimizers):
+        found |= {f"optimizer {index} {name}": digest for name, digest in optimizer_state(optimizer, names).items()}
+    return found
 
 
-def parameters_of(trainer: Any) -> str:
-    """Digest of the parameters."""
-    return digest_tensors(dict(trainer.lightning_module.named_parameters()))
+def parameters_of(trainer: Any) -> dict[str, str]:
+    """A digest of every parameter, by name."""
+    named = trainer.lightning_module.named_parameters()
+    return {f"parameter {name}": digest_tensors({name: parameter}) for name, parameter in named}
 
 
-def optimizer_state(optimizer: Any) -> list[Any]:
-    """State and settings of an optimizer, in the order of its parameters."""
-    groups = []
-    for group in optimizer.param_groups:
-        settings = {name: value for name, value in group.items() if name != "params"}
-        groups.append((settings, [dict(optimizer.state.get(parameter, {})) for parameter in group["params"]]))
-    return groups
+def optimizer_state(optimizer: Any, names: Mapping[int, str]) -> dict[str, str]:
+    """A digest of the settings of every group, and of the state that is kept for every parameter.
+
+    Args:
+        optimizer: to be read.
+        names: of the parameters by their `id`; others are numbered.
+    """
+    found = {}
+    for index, group in enumerate(optimizer.param_groups):
+        found[f"group {index}"] = digest_values({key: value for key, value in group.items() if key != "params"})
+        for place, parameter in enumerate(group["params"]):
+            name = names.get(id(parameter), f"group {index} parameter {place}")
+            found[name] = digest_values(dict(optimizer.state.get(parameter, {})))
+    return found
 
 
 def generators() -> dict[str, str]:

@@ -25,10 +25,19 @@ class LauncherName(StrEnum):
     TORCHRUN = "torchrun"
 
 
+TimeLimit = Annotated[
+    float | None, typer.Option("--timeout", min=0, metavar="SECONDS", help="Time that one run may take.")
+]
+IgnoredValues = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Values that need not be equal, by name. May be given several times."),
+]
+
+
 def drill(
     script: Annotated[str, typer.Argument(help="Training script, or the name of a module with -m.")],
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- ARGUMENTS]", help="What the script is given, behind --.")
+        list[str] | None, typer.Argument(metavar="[-- ARGUMENTS]", help="Arguments passed to the script, after --.")
     ] = None,
     fault: Annotated[
         list[str] | None,
@@ -59,9 +68,8 @@ def drill(
     standbys: Annotated[
         int | None, typer.Option(min=0, metavar="K", help="Standbys; else as many as the script's strategy says.")
     ] = None,
-    timeout_s: Annotated[
-        float | None, typer.Option("--timeout", min=0, metavar="SECONDS", help="Time that one run may take.")
-    ] = None,
+    timeout_s: TimeLimit = None,
+    ignore: IgnoredValues = None,
 ) -> None:
     """Run a script uninterrupted and with faults, and compare every step of both.
 
@@ -76,6 +84,9 @@ def drill(
     * R: a rank or all; S: the optimizer step that is being made, counted from 1
     * moments: training_step, backward, optimizer_step, commit, mirror, accumulation, validation, epoch_end,
       regroup, restore
+
+    PATTERN is a shell-style pattern for the name of a tensor, a logged value or a column, as the report names them:
+    `--ignore samples_per_s`, `--ignore 'callback * (Speed)'`.
 
     Exit code: 0 if the runs are identical, 1 if not, 2 if the drill cannot be held.
     """
@@ -95,6 +106,7 @@ def drill(
         isolate=isolate,
         ladder=Ladder(max_restarts, in_place, standbys),
         timeout_s=timeout_s,
+        ignore=ignore or (),
     )
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
@@ -127,6 +139,7 @@ def hold_drill(
     isolate: bool = False,
     ladder: Ladder | None = None,
     timeout_s: float | None = None,
+    ignore: Sequence[str] = (),
 ) -> DrillReport:
     """Hold a drill in front of the user: progress on stderr while it runs, the report on stdout.
 
@@ -139,6 +152,7 @@ def hold_drill(
         isolate: a working directory for each run.
         ladder: how the runs recover; None for as the script says.
         timeout_s: seconds that one run may take.
+        ignore: patterns for the names of values that need not be equal.
     """
     from rich.console import Console
 
@@ -155,6 +169,7 @@ def hold_drill(
             isolate=isolate,
             ladder=ladder or Ladder(),
             timeout_s=timeout_s,
+            ignore=ignore,
             progress=view.update,
         )
     show_report(report, Console())

@@ -6,16 +6,26 @@ from types import TracebackType
 from typing import Self
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
 from lightning_ckptless.testing.drill import DrillReport, Progress, Recovery
 
-TITLES = {"baseline": "uninterrupted", "faulted": "with faults"}
+TITLES = {"baseline": "uninterrupted", "faulted": "with faults", "repeated": "once more"}
+MOST_SHOWN = 20
 PHASES = ("detect", "abort", "regroup", "restore", "replay", "other")
+
+
+class _Mark(SpinnerColumn):
+    """A spinner, then a green tick or a red cross."""
+
+    def render(self, task: Task) -> RenderableType:
+        if task.fields["failed"] is None:
+            return super().render(task)
+        return Text("✗", style="red") if task.fields["failed"] else Text("✓", style="green")
 
 
 class ProgressView:
@@ -27,7 +37,7 @@ class ProgressView:
 
     def __init__(self, console: Console) -> None:
         self._bars = Bars(
-            SpinnerColumn(finished_text="[green]✓"),
+            _Mark(),
             TextColumn("{task.description:<14}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -42,10 +52,11 @@ class ProgressView:
         task = self._tasks.get(progress.variant)
         if task is None:
             title = TITLES.get(progress.variant, progress.variant)
-            task = self._tasks[progress.variant] = self._bars.add_task(title, total=progress.of, events="")
+            task = self._tasks[progress.variant] = self._bars.add_task(title, total=progress.of, events="", failed=None)
         events = f"{progress.faults} faults, {progress.recoveries} recoveries" if progress.faults else ""
         total = progress.step if progress.done else progress.of
-        self._bars.update(task, completed=progress.step, total=total, events=events)
+        failed = progress.failed if progress.done else None
+        self._bars.update(task, completed=progress.step, total=total, events=events, failed=failed)
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -63,8 +74,12 @@ def show_report(report: DrillReport, console: Console) -> None:
     if report.recoveries:
         console.print(recoveries_table(report.recoveries))
     console.print(comparison_table(report))
+    if report.verdict.differences:
+        console.print(differences_table(report))
+    for pattern in report.unused_patterns:
+        console.print(f"--ignore {pattern}: no value has such a name", style="yellow", markup=False, soft_wrap=True)
     if report.identical:
-        console.print(Text("IDENTICAL", style="bold green"), "the faults have left no trace")
+        console.print(Text("IDENTICAL", style="bold green"), "results match bit for bit")
         return
     console.print(Text("NOT IDENTICAL", style="bold red"))
     for problem in report.problems:
@@ -102,11 +117,28 @@ def comparison_table(report: DrillReport) -> Table:
     table.add_row("took", *seconds)
     table.add_row("recovered in place", "0", str(report.in_place))
     table.add_row("relaunches", "0", str(report.relaunches))
-    table.add_row("steps run again", "0", str(sum(recovery.steps_replayed for recovery in report.recoveries)))
+    table.add_row("steps replayed", "0", str(sum(recovery.steps_replayed for recovery in report.recoveries)))
     table.add_row("points compared", str(verdict.points), f"{verdict.points + verdict.repeated}")
     table.add_row("log rows compared", str(verdict.rows), "")
+    if verdict.ignored:
+        table.add_row("values ignored", ", ".join(verdict.ignored), "")
     first = "none" if verdict.first is None else f"{verdict.first.where}: {verdict.first.field}"
     table.add_row("first difference", "", Text(first, style="green" if verdict.first is None else "red"))
+    return table
+
+
+def differences_table(report: DrillReport) -> Table:
+    """What differs, by name: how often, where first, and whether two undisturbed runs differ there as well."""
+    table = _table("What differs", "value", "times", "first at", "expected", "found")
+    if report.repetition is not None:
+        table.add_column("also undisturbed")
+    by_field = report.verdict.by_field()
+    for field, differences in list(by_field.items())[:MOST_SHOWN]:
+        first = differences[0]
+        also = [] if report.repetition is None else ["yes" if field in report.unrepeatable else "no"]
+        table.add_row(field, str(len(differences)), first.where, first.expected, first.found, *also)
+    if len(by_field) > MOST_SHOWN:
+        table.add_row(f"and {len(by_field) - MOST_SHOWN} more", "", "", "", "")
     return table
 
 

@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from lightning_ckptless import environment
-from lightning_ckptless.errors import UnfitNodeError
+from lightning_ckptless.errors import TimeLimitError, UnfitNodeError
 from lightning_ckptless.membership.companion import END_GRACE_S, Companions, Surroundings
 from lightning_ckptless.membership.fault import FaultReport, shell_code, split_exit
 from lightning_ckptless.membership.forks import Forks
@@ -63,6 +63,7 @@ class Node:
         standbys: processes that wait for a rank; None to leave it to the strategy.
         log_line_prefix: put before each line of a worker's output that is shown and logged at once; a template with
             `${role_name}`, `${rank}` and `${local_rank}`.
+        time_limit_s: time from the agent's start after which the run is ended; None for none.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Node:
     in_place: bool | None = None
     standbys: int | None = None
     log_line_prefix: str | None = None
+    time_limit_s: float | None = None
 
 
 class CkptlessAgent(LocalElasticAgent):
@@ -106,6 +108,7 @@ class CkptlessAgent(LocalElasticAgent):
         self._forks = Forks(parent, fresh=node.fresh, say=_say)
         self._record = record
         self._starts = 0 if after is None else 1
+        self._started_at = time.monotonic()
         self._futility = Futility()
         self._reason = ""
         self._lost_at = 0.0
@@ -226,6 +229,7 @@ class CkptlessAgent(LocalElasticAgent):
         workers = self._current_workers()
         # torch elastic sleeps between two looks; it is told to sleep next to nothing, and the wait is here instead.
         workers.watch(_WAIT_S)
+        self._enforce_time_limit()
         said = workers.heard()
         self._in_place.hear(said)
         self._companions.tend(said)
@@ -243,6 +247,11 @@ class CkptlessAgent(LocalElasticAgent):
         if result.state is WorkerState.SUCCEEDED:
             self.exit_code = 0
         return result
+
+    def _enforce_time_limit(self) -> None:
+        limit_s = self._node.time_limit_s
+        if limit_s is not None and time.monotonic() - self._started_at > limit_s:
+            raise TimeLimitError(f"the run did not end within {limit_s:.0f} s; its workers are stopped")
 
     def _may_end(self) -> bool:
         """Whether workers that have made their last step may leave the training loop."""

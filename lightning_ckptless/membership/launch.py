@@ -82,6 +82,7 @@ class LaunchConfig:
         finish_grace_s: time that workers have to finish a step and save, when the agent gets SIGTERM.
         in_place: whether survivors of a fault go on in place; None to leave it to the strategy of the workers.
         standbys: processes that wait for a rank; None to leave it to the strategy.
+        time_limit_s: time from the start of the agent after which the run is ended; None for none.
 
     Raises:
         OptionsError: a value is out of range, or several nodes are given no place to meet.
@@ -112,6 +113,7 @@ class LaunchConfig:
     finish_grace_s: float = DEFAULT_FINISH_GRACE_S
     in_place: bool | None = None
     standbys: int | None = None
+    time_limit_s: float | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -120,6 +122,7 @@ class LaunchConfig:
             ("stop_grace_s", 0),
             ("finish_grace_s", 0),
             ("standbys", 0),
+            ("time_limit_s", 0),
         ):
             if (value := getattr(self, name)) is not None and value < least:
                 raise OptionsError(f"{name}={value!r}: expected at least {least}")
@@ -189,6 +192,7 @@ def run(
 
     Raises:
         LaunchError: the workers cannot be started, or the nodes do not find each other.
+        TimeLimitError: the run took longer than it was allowed to.
     """
     with nullcontext(parent) if parent is not None else make_parent(config) as forker:
         # torch is imported here, while the parent imports it too.

@@ -133,6 +133,7 @@ def _node(config: LaunchConfig) -> Node:
         in_place=config.in_place,
         standbys=config.standbys,
         log_line_prefix=config.log_line_prefix,
+        time_limit_s=config.time_limit_s,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from lightning_ckptless.testing.log_files import Row, read_logs
 from lightning_ckptless.testing.traces import Line, Trace, read_traces
 
 NOTHING = "nothing"
+LOG_ROWS = "log rows"
+RECORD = "the record"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +23,13 @@ class Difference:
 
     Args:
         where: rank and point of training, or log file and row.
-        field: what differs there.
+        field: the value that differs there: a tensor, a generator, a logged value, a column; `log rows` where a row is
+            missing or repeated, `the record` where a point of training is.
         expected: what the first run has.
         found: what the second run has.
         rank: of the trace it stands in; None for log files.
         step: optimizer steps done there, where that is known.
+        at: when the second run wrote it, seconds since the epoch; None for log files and for what is missing.
     """
 
     where: str
@@ -32,6 +38,7 @@ class Difference:
     found: str
     rank: int | None = None
     step: int | None = None
+    at: float | None = None
 
     def __str__(self) -> str:
         return f"{self.where}: {self.field}: expected {self.expected}, found {self.found}"
@@ -47,6 +54,7 @@ class Verdict:
         points: points compared: batches, validations, ends of epochs and of `fit`, of all ranks.
         repeated: lines about points that the second run came to more than once.
         rows: rows of log files compared.
+        ignored: names of the values that were left out because a pattern said so.
     """
 
     differences: tuple[Difference, ...]
@@ -54,6 +62,7 @@ class Verdict:
     points: int
     repeated: int
     rows: int
+    ignored: tuple[str, ...] = ()
 
     @property
     def identical(self) -> bool:
@@ -65,8 +74,15 @@ class Verdict:
         """The first difference in the order of training."""
         return self.differences[0] if self.differences else None
 
+    def by_field(self) -> dict[str, tuple[Difference, ...]]:
+        """The differences of each value, the value that differs first at the front."""
+        found: dict[str, list[Difference]] = {}
+        for difference in self.differences:
+            found.setdefault(difference.field, []).append(difference)
+        return {field: tuple(differences) for field, differences in found.items()}
+
     def __str__(self) -> str:
-        compared = f"{self.points} points on {self.ranks} ranks ({self.repeated} run again), {self.rows} log rows"
+        compared = f"{self.points} points on {self.ranks} ranks ({self.repeated} repeated), {self.rows} log rows"
         if self.identical:
             return f"identical: {compared}"
         if self.first is None:
@@ -78,22 +94,46 @@ class Verdict:
         return {"identical": self.identical, "first": self.first and asdict(self.first), **asdict(self)}
 
 
-def compare(expected: Path, found: Path) -> Verdict:
+class Ignore:
+    """Values that are left out of a comparison.
+
+    Args:
+        patterns: shell-style patterns for the names of values, e.g. `callback * (Speed)` or `*_s`.
+
+    Attributes:
+        names: of the values that were left out.
+    """
+
+    def __init__(self, patterns: Sequence[str] = ()) -> None:
+        self.patterns = tuple(patterns)
+        self.names: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        if any(fnmatchcase(name, pattern) for pattern in self.patterns):
+            self.names.add(name)
+            return True
+        return False
+
+
+def compare(expected: Path, found: Path, ignore: Sequence[str] = ()) -> Verdict:
     """Compare two finished runs.
 
     Args:
         expected: folder of the run that is right: `trace/` with its traces, `logs/` with copies of its log files.
         found: folder of the other.
+        ignore: patterns for the names of values that need not be equal.
     """
-    traces = compare_traces(expected / "trace", found / "trace")
-    rows, differences = compare_logs(expected / "logs", found / "logs")
-    return Verdict((*traces.differences, *differences), traces.ranks, traces.points, traces.repeated, rows)
+    left_out = Ignore(ignore)
+    traces = compare_traces(expected / "trace", found / "trace", left_out)
+    rows, differences = compare_logs(expected / "logs", found / "logs", left_out)
+    names = tuple(sorted(left_out.names))
+    return Verdict((*traces.differences, *differences), traces.ranks, traces.points, traces.repeated, rows, names)
 
 
 # ---------------------------------------------------------------------- traces
 
 
-def compare_traces(expected: Path, found: Path) -> Verdict:
+def compare_traces(expected: Path, found: Path, ignore: Ignore | None = None) -> Verdict:
     """Compare the traces of two runs.
 
     Where a point was come to more than once, the last time counts, and all times must agree: but for the step that was
@@ -102,20 +142,22 @@ def compare_traces(expected: Path, found: Path) -> Verdict:
     Args:
         expected: folder with the traces of the run that is right.
         found: folder with those of the other.
+        ignore: values that need not be equal.
     """
     right, other = read_traces(expected), read_traces(found)
+    ignore = ignore or Ignore()
     placed: list[tuple[int, int, Difference]] = []
     points = repeated = 0
     for rank in sorted(right | other):
         a, b = right.get(rank, Trace(rank)), other.get(rank, Trace(rank))
         points += len(a.attempts())
         repeated += len(b.lines) - len(b.attempts())
-        placed += [(place, rank, difference) for place, difference in _compare_rank(a, b)]
+        placed += [(place, rank, difference) for place, difference in _compare_rank(a, b, ignore)]
     placed.sort(key=lambda entry: entry[:2])
     return Verdict(tuple(entry[2] for entry in placed), len(right | other), points, repeated, 0)
 
 
-def _compare_rank(right: Trace, other: Trace) -> Iterator[tuple[int, Difference]]:
+def _compare_rank(right: Trace, other: Trace, ignore: Ignore) -> Iterator[tuple[int, Difference]]:
     """Differences of one rank, each with its place in the order of training."""
     expected, found = right.attempts(), other.attempts()
     order = {point: place for place, point in enumerate(expected)}
@@ -129,65 +171,99 @@ def _compare_rank(right: Trace, other: Trace) -> Iterator[tuple[int, Difference]
         if point not in expected:
             yield place, _whole_line(lines[-1], other.rank, missing=False)
             continue
-        for difference in _compare_facts(expected[point][-1], lines[-1], other.rank, "field"):
+        for difference in _compare_facts(expected[point][-1], lines[-1], other.rank, ignore):
             yield place, difference
         for earlier in lines[:-1]:
             if earlier in in_flight:
                 continue
-            for difference in _compare_facts(lines[-1], earlier, other.rank, "first attempt"):
+            for difference in _compare_facts(lines[-1], earlier, other.rank, ignore, repeated_later=True):
                 yield place, difference
 
 
 def _whole_line(line: Line, rank: int, *, missing: bool) -> Difference:
     there = f"one of generation {line.generation}"
     sides = (there, NOTHING) if missing else (NOTHING, there)
-    return Difference(f"rank {rank}, {line.point}", "the record", *sides, rank, line.point.step)
+    return Difference(f"rank {rank}, {line.point}", RECORD, *sides, rank, line.point.step, None if missing else line.at)
 
 
-def _compare_facts(expected: Line, found: Line, rank: int, attempt: str) -> Iterator[Difference]:
-    again = "" if attempt == "field" else f" (in the attempt of generation {found.generation}, run again later)"
+def _compare_facts(
+    expected: Line, found: Line, rank: int, ignore: Ignore, *, repeated_later: bool = False
+) -> Iterator[Difference]:
+    again = f" (in the attempt of generation {found.generation}, repeated later)" if repeated_later else ""
     for name in [*expected.facts, *(name for name in found.facts if name not in expected.facts)]:
+        if name in ignore:
+            continue
         a, b = expected.facts.get(name, NOTHING), found.facts.get(name, NOTHING)
         if a != b:
-            yield Difference(f"rank {rank}, {expected.point}{again}", name, a, b, rank, expected.point.step)
+            where = f"rank {rank}, {expected.point}{again}"
+            yield Difference(where, name, a, b, rank, expected.point.step, found.at)
 
 
 # ---------------------------------------------------------------------- log files
 
 
-def compare_logs(expected: Path, found: Path) -> tuple[int, list[Difference]]:
+def compare_logs(expected: Path, found: Path, ignore: Ignore | None = None) -> tuple[int, list[Difference]]:
     """Compare copies of log files, as `log_files.collect_logs` made them.
+
+    Args:
+        expected: folder with the copies of the run that is right.
+        found: folder with those of the other.
+        ignore: columns that need not be equal.
 
     Returns:
         The number of rows in the first, and the differences.
     """
-    right, other = read_logs(expected), read_logs(found)
-    differences = []
+    ignore = ignore or Ignore()
+    right, other = ({name: _without(rows, ignore) for name, rows in read_logs(at).items()} for at in (expected, found))
+    differences: list[Difference] = []
     for name in sorted(right | other):
-        differences += list(_compare_rows(name, right.get(name, []), other.get(name, [])))
+        differences += _compare_rows(name, right.get(name, []), other.get(name, []))
     return sum(len(rows) for rows in right.values()), differences
 
 
-def _compare_rows(name: str, expected: list[Row], found: list[Row]) -> Iterator[Difference]:
-    """Differences of one log file. Rows that only one side has are named, not those that they push along."""
-    for row, (right, other) in _count_both(expected, found).items():
-        if other != right:
-            yield Difference(name, f"row {_show(row)}", _times(right), _times(other), step=_step(row))
-            return
-    for i, (a, b) in enumerate(zip(expected, found, strict=True)):
+def _without(rows: Sequence[Row], ignore: Ignore) -> list[Row]:
+    """Rows without the columns that are ignored; those of which nothing but the step is left are dropped."""
+    kept = []
+    for row in rows:
+        cells = tuple(cell for cell in row if cell[0] not in ignore)
+        if len(cells) == len(row) or {name for name, _ in cells} - {"step", "epoch"}:
+            kept.append(cells)
+    return kept
+
+
+def _compare_rows(name: str, expected: Sequence[Row], found: Sequence[Row]) -> Iterator[Difference]:
+    """Differences of one log file: cells that differ, rows that one side has more often, rows out of order."""
+    lost, extra = Counter(expected) - Counter(found), Counter(found) - Counter(expected)
+    right, other = Counter(expected), Counter(found)
+    if not lost and not extra:
+        yield from _out_of_order(name, expected, found)
+    for row in list(lost.elements()):
+        counterpart = next((candidate for candidate in extra if _key(candidate) == _key(row)), None)
+        if counterpart is not None:
+            lost -= Counter([row])
+            extra -= Counter([counterpart])
+            yield from _compare_cells(name, row, counterpart)
+    for row in dict.fromkeys((*lost, *extra)):
+        yield Difference(f"{name}, row {_show(row)}", LOG_ROWS, _times(right[row]), _times(other[row]), step=_step(row))
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    """Equal in two rows that say the same things about the same step."""
+    return _step(row), tuple(name for name, _ in row)
+
+
+def _compare_cells(name: str, right: Row, other: Row) -> Iterator[Difference]:
+    at = "" if (step := _step(right)) is None else f", row of step {step}"
+    for (column, a), (_, b) in zip(right, other, strict=True):
         if a != b:
-            yield Difference(name, f"row {i}", _show(a), _show(b), step=_step(a))
+            yield Difference(f"{name}{at}", column, a, b, step=step)
+
+
+def _out_of_order(name: str, expected: Sequence[Row], found: Sequence[Row]) -> Iterator[Difference]:
+    for number, (a, b) in enumerate(zip(expected, found, strict=True)):
+        if a != b:
+            yield Difference(f"{name}, row {number}", LOG_ROWS, _show(a), _show(b), step=_step(a))
             return
-
-
-def _count_both(expected: list[Row], found: list[Row]) -> dict[Row, tuple[int, int]]:
-    counts: dict[Row, tuple[int, int]] = {}
-    for row in expected:
-        counts[row] = (counts.get(row, (0, 0))[0] + 1, 0)
-    for row in found:
-        right, other = counts.get(row, (0, 0))
-        counts[row] = (right, other + 1)
-    return counts
 
 
 def _times(count: int) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,10 @@ class DrillReport:
         faulted: the run with faults.
         recoveries: of the run with faults, in their order.
         relaunches: how often all its workers were started again.
-        in_place: how often workers were replaced while the others went on.
+        in_place: how often workers were replaced while the others stayed.
+        repetition: how a second undisturbed run compares with the first, where the verdict raised the question whether
+            the script repeats itself; None where it did not.
+        ignore: patterns for the names of the values that were not to be compared.
     """
 
     command: tuple[str, ...]
@@ -93,6 +97,8 @@ class DrillReport:
     recoveries: tuple[Recovery, ...]
     relaunches: int
     in_place: int
+    repetition: Verdict | None = None
+    ignore: tuple[str, ...] = ()
 
     @property
     def identical(self) -> bool:
@@ -111,18 +117,36 @@ class DrillReport:
         found += [f"{fault} never happened: the run did not come to its step or moment" for fault in self.unfired]
         if not self.verdict.identical:
             found.append(str(self.verdict))
-        if self.differs_before_faults:
+        if self.unrepeatable:
             found.append(
-                "the runs differ before any fault: the script gives another result each time it is run. "
-                "Seed it first: seed_everything(1, workers=True)"
+                f"two undisturbed runs differ, too, in {_listed(self.unrepeatable)}: the script gives other results "
+                "each time it is run. Seed it (seed_everything(1, workers=True)); values that depend on time or place "
+                "are left out by --ignore NAME"
+            )
+        elif self.differs_before_faults:
+            found.append(
+                "the runs differ before the first fault happened: the script depends on something that differs between "
+                "runs. Seed it first: seed_everything(1, workers=True)"
             )
         return tuple(found)
 
     @property
+    def unrepeatable(self) -> tuple[str, ...]:
+        """Names of the values that differ between two undisturbed runs of the script."""
+        return () if self.repetition is None else tuple(self.repetition.by_field())
+
+    @property
+    def unused_patterns(self) -> tuple[str, ...]:
+        """Patterns in `ignore` that no value's name matches."""
+        names = self.verdict.ignored
+        return tuple(pattern for pattern in self.ignore if not any(fnmatchcase(name, pattern) for name in names))
+
+    @property
     def differs_before_faults(self) -> bool:
-        """Whether the runs differ at a step that no fault had touched: then the script is not repeatable."""
-        first, steps = self.verdict.first, [fault.step for fault in self.faults]
-        return first is not None and first.step is not None and bool(steps) and first.step < min(steps)
+        """Whether something differs that was written before the first fault happened: the script does not repeat."""
+        times = [event.at for event in self.faulted.events if event.event == "fault_injected"]
+        before = min(times, default=0.0)
+        return any(difference.at is not None and difference.at < before for difference in self.verdict.differences)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
@@ -133,6 +157,8 @@ class DrillReport:
             "faults": [str(fault) for fault in self.faults],
             "unfired": [str(fault) for fault in self.unfired],
             "verdict": self.verdict.to_dict(),
+            "unrepeatable": list(self.unrepeatable),
+            "ignored": list(self.verdict.ignored),
             "relaunches": self.relaunches,
             "in_place": self.in_place,
             "recoveries": [asdict(recovery) for recovery in self.recoveries],
@@ -157,11 +183,13 @@ def run_drill(
     env: Mapping[str, str] | None = None,
     ladder: Ladder = AS_THE_SCRIPT_SAYS,
     timeout_s: float | None = None,
+    ignore: Sequence[str] = (),
     progress: Callable[[Progress], None] | None = None,
 ) -> DrillReport:
     """Run a script uninterrupted and with faults, and compare the two.
 
-    The script must give the same result whenever it is run: it has to seed its generators.
+    The script must give the same result whenever it is run: it has to seed its generators. Where the two runs differ,
+    it is run uninterrupted once more, to name the values that do not repeat.
 
     Args:
         command: a script or `-m` and a module, then its arguments.
@@ -175,6 +203,7 @@ def run_drill(
         env: variables for the script.
         ladder: how the runs recover.
         timeout_s: time after which a run is ended; None for none.
+        ignore: shell-style patterns for the names of values that need not be equal.
         progress: is called, in another thread, with how far the runs are.
 
     Raises:
@@ -207,7 +236,11 @@ def run_drill(
         right = baseline or run("baseline", "", None)
         _require_success(right, command)
         faulted = run("faulted", ",".join(map(str, script)), steps_of(right))
-    return report_on(command, script, right, faulted)
+        report = report_on(command, script, right, faulted, ignore)
+        if faulted.exit_code or not report.verdict.differences:
+            return report
+        again = run("repeated", "", steps_of(right))
+        return replace(report, repetition=compare(right.folder, again.folder, ignore))
 
 
 def _check(script: Sequence[Fault], nproc: int, launcher: str) -> None:
@@ -264,8 +297,8 @@ def run_variant(
     variables = environment_of(folder.absolute(), faults, env or {})
     what = Start(tuple(command), variables, cwd, folder / "output", folder / "runs", nproc, ladder, timeout_s)
     began_at = time.time()
-    with watching(folder, folder.name, expected_steps, progress):
-        exit_code = start(launcher, what, parent)
+    with watching(folder, folder.name, expected_steps, progress) as ending:
+        exit_code = ending.exit_code = start(launcher, what, parent)
     variant = Variant(folder, exit_code, time.time() - began_at)
     collect_logs(read_traces(variant.trace).values(), folder / "logs", since=began_at)
     variant.save()
@@ -278,7 +311,9 @@ def steps_of(variant: Variant) -> int | None:
     return max(steps, default=None)
 
 
-def report_on(command: Sequence[str], script: Sequence[Fault], baseline: Variant, faulted: Variant) -> DrillReport:
+def report_on(
+    command: Sequence[str], script: Sequence[Fault], baseline: Variant, faulted: Variant, ignore: Sequence[str] = ()
+) -> DrillReport:
     """Compare two runs that have ended.
 
     Args:
@@ -286,6 +321,7 @@ def report_on(command: Sequence[str], script: Sequence[Fault], baseline: Variant
         script: what was to go wrong in the second.
         baseline: the run that was left alone.
         faulted: the run with faults.
+        ignore: patterns for the names of values that need not be equal.
     """
     events = faulted.events
     happened = FaultMarks.claimed(faulted.run_folder / "faults") if faulted.run_folder else frozenset()
@@ -297,10 +333,16 @@ def report_on(command: Sequence[str], script: Sequence[Fault], baseline: Variant
         command=tuple(command),
         faults=tuple(script),
         unfired=tuple(fault for index, fault in enumerate(script) if index not in happened),
-        verdict=compare(baseline.folder, faulted.folder),
+        verdict=compare(baseline.folder, faulted.folder, ignore),
         baseline=baseline,
         faulted=faulted,
         recoveries=tuple(Recovery.from_event(event) for event in events if event.event == "recovery"),
         relaunches=max(0, starts - 1),
         in_place=sum(event.event == "in_place" for event in events),
+        ignore=tuple(ignore),
     )
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

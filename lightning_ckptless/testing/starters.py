@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from lightning_ckptless.errors import LaunchError, OptionsError
+import psutil
+
+from lightning_ckptless.errors import OptionsError, TimeLimitError
 from lightning_ckptless.job import run_job
 from lightning_ckptless.membership.launch import LaunchConfig, make_parent, new_run_id
 from lightning_ckptless.membership.parent import PreloadedParent
@@ -109,7 +109,7 @@ def start(launcher: Launcher, what: Start, parent: PreloadedParent | None) -> in
 
     Raises:
         OptionsError: the launcher or the script is not there.
-        LaunchError: the time was up.
+        TimeLimitError: the time was up.
     """
     if launcher not in LAUNCHERS:
         raise OptionsError(f"launcher {launcher!r}: expected one of {', '.join(LAUNCHERS)}")
@@ -142,29 +142,13 @@ def _run_here(what: Start, parent: PreloadedParent | None) -> int:
         cwd=what.cwd,
         log_dir=what.output,
         redirects="3",
+        time_limit_s=what.timeout_s,
     )
     assert parent is not None
-    overtime = threading.Event()
-
-    def end() -> None:
-        overtime.set()
-        if parent.pid is not None:
-            # Its workers end with it, and the agent with an error.
-            os.kill(parent.pid, signal.SIGKILL)
-
-    timer = None if what.timeout_s is None else threading.Timer(what.timeout_s, end)
     try:
-        if timer is not None:
-            timer.start()
         return run_job(config, parent=parent).exit_code
-    except LaunchError as error:
-        if overtime.is_set():
-            raise _too_late(what) from error
-        raise
-    finally:
-        if timer is not None:
-            timer.cancel()
-            timer.join()
+    except TimeLimitError as error:
+        raise _too_late(what) from error
 
 
 def _run_process(command: list[str], what: Start) -> int:
@@ -187,13 +171,23 @@ def _run_process(command: list[str], what: Start) -> int:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask an agent to end, and its workers with it; make it if it does not."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            process.send_signal(number)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_END_GRACE_S)
+    """Ask an agent to end, and its workers with it; end what is left of them if they do not.
+
+    torchrun's workers are in sessions of their own and outlive their agent: they are looked for before it is asked.
+    """
+    if process.poll() is not None:
+        return
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_END_GRACE_S)
+    process.kill()
+    process.wait()
+    for descendant in descendants:
+        # psutil knows a process by its start time, too: a number that has been given out again is left alone.
+        with suppress(psutil.NoSuchProcess):
+            descendant.kill()
 
 
-def _too_late(what: Start) -> LaunchError:
-    return LaunchError(f"{' '.join(what.command)} did not end within {what.timeout_s:.0f} s; see {what.output}")
+def _too_late(what: Start) -> TimeLimitError:
+    return TimeLimitError(f"{' '.join(what.command)} did not end within {what.timeout_s:.0f} s; see {what.output}")

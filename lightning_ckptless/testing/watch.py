@@ -1,4 +1,4 @@
-"""How far a run is, told while it runs, from the files that it writes."""
+"""How far a run is while it runs, read from the files that it writes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightning_ckptless.ledger import LEDGER_NAME, read_ledger
@@ -25,6 +25,7 @@ class Progress:
         faults: faults that have happened.
         recoveries: recoveries from them.
         done: whether it has ended.
+        failed: whether it ended otherwise than with exit code 0.
     """
 
     variant: str
@@ -33,30 +34,46 @@ class Progress:
     faults: int
     recoveries: int
     done: bool
+    failed: bool = False
+
+
+class Ending:
+    """How a watched run ended, as whoever runs it says.
+
+    Attributes:
+        exit_code: None while it runs, and where it was interrupted.
+    """
+
+    exit_code: int | None = None
 
 
 @contextmanager
 def watching(
     folder: Path, variant: str, expected_steps: int | None, progress: Callable[[Progress], None] | None
-) -> Iterator[None]:
-    """Tell how far the run in a folder is, in a thread of its own, as long as the context lasts."""
+) -> Iterator[Ending]:
+    """Report how far the run in a folder is, from a thread of its own, as long as the context lasts.
+
+    Yields:
+        What receives the exit code of the run.
+    """
+    ending = Ending()
     if progress is None:
-        yield
+        yield ending
         return
     watch, over = _Watch(folder, variant, expected_steps), threading.Event()
 
-    def tell() -> None:
+    def report() -> None:
         while not over.wait(_INTERVAL_S):
-            progress(watch.look(done=False))
+            progress(watch.look())
 
-    thread = threading.Thread(target=tell, name="ckptless-drill-watch", daemon=True)
+    thread = threading.Thread(target=report, name="ckptless-drill-watch", daemon=True)
     thread.start()
     try:
-        yield
+        yield ending
     finally:
         over.set()
         thread.join()
-        progress(watch.look(done=True))
+        progress(replace(watch.look(), done=True, failed=ending.exit_code != 0))
 
 
 class _Watch:
@@ -68,13 +85,13 @@ class _Watch:
         self._read_bytes = 0
         self._step = 0
 
-    def look(self, *, done: bool) -> Progress:
+    def look(self) -> Progress:
         self._read_on()
         events = [event for path in self._runs.glob(f"*/{LEDGER_NAME}") for event in read_ledger(path)]
         # A fault of all ranks is told by each of them.
         faults = {(e.generation, e.fields.get("fault")) for e in events if e.event == "fault_injected"}
         recoveries = sum(event.event == "recovery" for event in events)
-        return Progress(self._variant, self._step, self._of, len(faults), recoveries, done)
+        return Progress(self._variant, self._step, self._of, len(faults), recoveries, done=False)
 
     def _read_on(self) -> None:
         if not self._trace.exists():

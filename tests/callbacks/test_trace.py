@@ -53,7 +53,8 @@ def test_every_batch_validation_and_epoch(tmp_path: Path) -> None:
 def test_names_what_is_compared(tmp_path: Path) -> None:
     trace = traced(replace(BASE, early_stopping=True, checkpoint_every=4), tmp_path)
     batch, end = trace.lines[0].facts, trace.lines[-1].facts
-    tensors, rng = {"parameters", "buffers", "optimizer"}, {"python_rng", "numpy_rng", "torch_rng"}
+    tensors = {"parameter head.weight", "buffer body.1.running_mean", "optimizer 0 head.weight", "optimizer 0 group 0"}
+    rng = {"python_rng", "numpy_rng", "torch_rng"}
     assert set(batch) >= {"batch", "lr[0][0]", "loss", "loss_step", *tensors, *rng}
     assert set(end) >= {"loops", "schedulers", "precision", "loss_epoch", "accuracy", "val_loss", *tensors, *rng}
     assert {name.partition("(")[2] for name in end if name.startswith("callback")} >= {
@@ -102,12 +103,14 @@ def test_optimizer_state_and_settings_count() -> None:
     optimizer = torch.optim.AdamW([parameter], lr=0.1)
     parameter.grad = torch.ones(2)
     optimizer.step()
-    digests = [digest_values(optimizer_state(optimizer))]
+    found = [optimizer_state(optimizer, {id(parameter): "weight"})]
     optimizer.param_groups[0]["weight_decay"] = 0.5
-    digests.append(digest_values(optimizer_state(optimizer)))
+    found.append(optimizer_state(optimizer, {id(parameter): "weight"}))
     optimizer.state[parameter]["exp_avg"][0] += 1e-7
-    digests.append(digest_values(optimizer_state(optimizer)))
-    assert len(set(digests)) == 3
+    found.append(optimizer_state(optimizer, {id(parameter): "weight"}))
+    settings, state = zip(*((each["group 0"], each["weight"]) for each in found), strict=True)
+    assert len({settings[0], settings[1]}) == 2 and settings[1] == settings[2]
+    assert len({state[1], state[2]}) == 2 and state[0] == state[1]
 
 
 def test_paths_do_not_tell_where_a_run_has_put_its_files() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_ckptless.testing.compare import compare, compare_traces
+from lightning_ckptless.testing.compare import LOG_ROWS, compare, compare_traces
 from lightning_ckptless.testing.traces import Point, read_trace
 
 Row = dict[str, Any]
@@ -160,7 +160,38 @@ def test_log_row_twice_missing_and_moved(tmp_path: Path) -> None:
     assert twice is not None and missing is not None and moved is not None
     assert (twice.step, twice.found) == (1, "it twice")
     assert (missing.step, missing.found) == (1, "nothing")
-    assert (moved.field, moved.expected, moved.found) == ("row 0", "loss=0.5, step=0", "loss=0.4, step=1")
+    assert moved.where.endswith("row 0")
+    assert (moved.expected, moved.found) == ("loss=0.5, step=0", "loss=0.4, step=1")
+
+
+def test_every_lost_and_repeated_row_is_counted(tmp_path: Path) -> None:
+    right = finished(tmp_path / "a", "0,0.5, 1,0.4, 2,0.3, 3,0.2,")
+    verdict = compare(right, finished(tmp_path / "b", "0,0.5, 3,0.2, 3,0.2,"))
+    assert [(d.step, d.expected, d.found) for d in verdict.by_field()[LOG_ROWS]] == [
+        (1, "it once", "nothing"),
+        (2, "it once", "nothing"),
+        (3, "it once", "it twice"),
+    ]
+
+
+def test_a_column_that_differs_is_named_with_its_row(tmp_path: Path) -> None:
+    right = finished(tmp_path / "a", "0,0.5, 1,0.4, 2,0.3,")
+    (difference,) = compare(right, finished(tmp_path / "b", "0,0.5, 1,0.7, 2,0.3,")).differences
+    assert (difference.field, difference.step) == ("loss", 1)
+    assert (difference.expected, difference.found) == ("0.4", "0.7")
+    assert difference.where.endswith("row of step 1")
+
+
+def test_ignored_values_do_not_count(tmp_path: Path) -> None:
+    right = finished(tmp_path / "a", "0,0.5, 1,0.4,")
+    other = finished(tmp_path / "b", "0,0.9, 1,0.8,")
+    rows = run()
+    rows[2]["digests"]["torch_rng"] = "other"
+    (other / "trace" / "trace-rank0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert set(compare(right, other).by_field()) == {"loss", "torch_rng"}
+    verdict = compare(right, other, ignore=["lo*", "*_rng", "unheard_of"])
+    assert verdict.identical
+    assert verdict.ignored == ("loss", "torch_rng")
 
 
 def test_second_log_folder_and_second_checkpoint_file(tmp_path: Path) -> None:
@@ -168,4 +199,4 @@ def test_second_log_folder_and_second_checkpoint_file(tmp_path: Path) -> None:
     folders = compare(right, finished(tmp_path / "b", "0,0.5,", folders=2)).first
     files = compare(right, finished(tmp_path / "c", "0,0.5,", checkpoints="last.ckpt\nlast-v1.ckpt\n")).first
     assert folders is not None and folders.where == "log folders"
-    assert files is not None and "last-v1.ckpt" in files.field
+    assert files is not None and "last-v1.ckpt" in files.where
