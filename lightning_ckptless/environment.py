@@ -32,6 +32,8 @@ Set by the agent for its workers:
 | `CKPTLESS_LINE` | file descriptor of the line to the agent; taken out when the strategy has opened it |
 | `CKPTLESS_STANDBY` | set for a worker that has no rank yet |
 | `CKPTLESS_REGROUPING` | number under which this worker meets survivors of a fault; absent where all start together |
+| `CKPTLESS_OUTPUT_FILE` | file for what this worker prints until it has joined the others |
+| `CKPTLESS_HIDDEN_STREAMS` | file descriptors of its real stdout and stderr until then |
 | `CKPTLESS_CALLS` | how often this worker has used its trainer; set by the worker for itself |
 """
 
@@ -66,6 +68,8 @@ LINE = "CKPTLESS_LINE"
 STANDBY = "CKPTLESS_STANDBY"
 REGROUPING = "CKPTLESS_REGROUPING"
 CALLS = "CKPTLESS_CALLS"
+OUTPUT_FILE = "CKPTLESS_OUTPUT_FILE"
+HIDDEN_STREAMS = "CKPTLESS_HIDDEN_STREAMS"
 
 
 def run_root(env: Mapping[str, str] = os.environ) -> Path:

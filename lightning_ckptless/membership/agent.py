@@ -24,6 +24,7 @@ from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from lightning_ckptless import environment
+from lightning_ckptless.console import CONSOLE
 from lightning_ckptless.errors import TimeLimitError, UnfitNodeError
 from lightning_ckptless.membership.companion import END_GRACE_S, Companions, Surroundings
 from lightning_ckptless.membership.fault import FaultReport, shell_code, split_exit
@@ -64,6 +65,8 @@ class Node:
         log_line_prefix: put before each line of a worker's output that is shown and logged at once; a template with
             `${role_name}`, `${rank}` and `${local_rank}`.
         time_limit_s: time from the agent's start after which the run is ended; None for none.
+        newcomer_outputs: folder for what new processes print before they have joined the others; None for a temporary
+            one.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Node:
     standbys: int | None = None
     log_line_prefix: str | None = None
     time_limit_s: float | None = None
+    newcomer_outputs: Path | None = None
 
 
 class CkptlessAgent(LocalElasticAgent):
@@ -105,7 +109,7 @@ class CkptlessAgent(LocalElasticAgent):
         self.exit_code = 0
         self.recoveries_in_place = 0
         self._node = node
-        self._forks = Forks(parent, fresh=node.fresh, say=_say)
+        self._forks = Forks(parent, fresh=node.fresh, say=CONSOLE.say)
         self._record = record
         self._starts = 0 if after is None else 1
         self._started_at = time.monotonic()
@@ -114,11 +118,16 @@ class CkptlessAgent(LocalElasticAgent):
         self._lost_at = 0.0
         self._verdict_folder = tempfile.TemporaryDirectory(prefix="ckptless-verdicts-")
         self._folder = Path(self._verdict_folder.name)
-        self._hangs = HangWatch(self._folder, record, _say)
+        self._hangs = HangWatch(self._folder, record, CONSOLE.say)
         where = Surroundings(lambda: self._parent, node.env, node.cwd, node.program.flags, node.fresh)
-        self._companions = Companions(where, record, _say)
+        self._companions = Companions(where, record, CONSOLE.say)
         self._in_place = InPlace(
-            in_place=node.in_place, standbys=node.standbys, folder=self._folder, record=record, say=_say
+            in_place=node.in_place,
+            standbys=node.standbys,
+            folder=self._folder,
+            outputs=node.newcomer_outputs or self._folder,
+            record=record,
+            say=CONSOLE.say,
         )
 
     @property
@@ -221,7 +230,7 @@ class CkptlessAgent(LocalElasticAgent):
             cause=str(fault),
             reason=self._reason,
         )
-        _say(f"{fault}; all {size} workers relaunched, {number} ({self._reason})")
+        CONSOLE.say(f"{fault}; all {size} workers relaunched, {number} ({self._reason})")
 
     # ---------------------------------------------------------------- watching workers
 
@@ -238,7 +247,10 @@ class CkptlessAgent(LocalElasticAgent):
         self._in_place.follow(workers)
         if (hang := self._hangs.look(workers) or self._in_place.look()) is not None:
             self._hangs.end(hang, workers, self._parent)
-        if (lost := workers.lost()) and self._take_the_ladder(worker_group, workers, lost) is Rung.IN_PLACE:
+        lost = workers.lost()
+        for local in lost:
+            self._in_place.show_output_of(local)
+        if lost and self._take_the_ladder(worker_group, workers, lost) is Rung.IN_PLACE:
             return RunResult(state=WorkerState.HEALTHY)
         if workers.at_end and self._may_end():
             workers.let_leave()
@@ -309,7 +321,9 @@ class CkptlessAgent(LocalElasticAgent):
             cause=str(fault),
             new=new,
         )
-        _say(f"{fault}; {plan.reason} ({', '.join(f'rank {rank} by a {who}' for rank, (_, who) in new.items())})")
+        CONSOLE.say(
+            f"{fault}; {plan.reason} ({', '.join(f'rank {rank} by a {who}' for rank, (_, who) in new.items())})"
+        )
 
     def _report(
         self, worker_group: WorkerGroup, workers: Workers, lost: dict[int, End | None], detected_at: float
@@ -354,7 +368,7 @@ class CkptlessAgent(LocalElasticAgent):
         self._put_down(fault)
         self._reason = plan.reason
         if not goes_on:
-            _say(f"{fault}; {plan.reason}")
+            CONSOLE.say(f"{fault}; {plan.reason}")
 
     def _judge_futile(self, ranks: dict[int, int], lost: dict[int, End | None]) -> Verdict | None:
         culprit, end = next(iter(lost.items()))
@@ -395,7 +409,3 @@ class CkptlessAgent(LocalElasticAgent):
             grace_s = self._current_workers().finish(self._node.finish_grace_s)
         super()._shutdown(signal.SIGTERM, self._node.stop_grace_s)  # type: ignore[arg-type]
         self._companions.end(grace_s)
-
-
-def _say(text: str) -> None:
-    print(f"ckptless: {text}", file=sys.stderr, flush=True)

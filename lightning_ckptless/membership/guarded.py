@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
+from lightning_ckptless.console import CONSOLE
 from lightning_ckptless.membership.agent import CkptlessAgent, Node, Record
 from lightning_ckptless.membership.heartbeat import Heartbeat
 from lightning_ckptless.membership.moving import MovingAgent
@@ -79,7 +79,7 @@ class GuardedAgent(MovingAgent):
             raise RendezvousConnectionError(found.reason)
         if isinstance(found, NodesLost) and self._current_workers().running:
             self._record("node_lost", node=self._node.name, lost=list(found.nodes), reason=found.reason)
-            print(f"ckptless: {found.reason}; the nodes that are left meet anew", file=sys.stderr, flush=True)
+            CONSOLE.say(f"{found.reason}; the nodes that are left meet anew")
             self._why_stopped, self._lost_at = found.reason, time.time() - found.silent_s
             # Unless the run comes to its end after all, e.g. where the others have ended it.
             self.exit_code = 1

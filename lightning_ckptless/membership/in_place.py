@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ckptless import environment
+from lightning_ckptless.console import CONSOLE, Bar
 from lightning_ckptless.membership.channel import Message
 from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.parent import ParentLostError, PreloadedParent
@@ -20,6 +21,7 @@ from lightning_ckptless.membership.standby import Standbys, promote
 from lightning_ckptless.membership.workers import Workers
 from lightning_ckptless.protocol.hang import Hang, find_unreleased
 
+_LINES_SHOWN = 40
 Record = Callable[..., None]
 Say = Callable[[str], None]
 
@@ -47,6 +49,7 @@ class InPlace:
     Args:
         given: wishes of the command line; None for each that the strategy may decide.
         folder: for what standbys print.
+        outputs: folder for what new processes print until they have joined the others.
         record: receives events.
         say: tells the user something.
 
@@ -56,13 +59,17 @@ class InPlace:
         trains: whether a step was made in this round.
     """
 
-    def __init__(self, *, in_place: bool | None, standbys: int | None, folder: Path, record: Record, say: Say) -> None:
+    def __init__(
+        self, *, in_place: bool | None, standbys: int | None, folder: Path, outputs: Path, record: Record, say: Say
+    ) -> None:
         self.tries = 0
         self.at_the_door: set[int] = set()
         self.trains = False
         self._given = in_place, standbys
         self._wishes: Wishes | None = None
         self._folder = folder
+        self._outputs = outputs
+        self._output_of: dict[int, Path] = {}
         self._record = record
         self._say = say
         self._obstacle: str | None = None
@@ -138,6 +145,7 @@ class InPlace:
         for rank, message in said:
             if message["kind"] == "entered":
                 self._coming.discard(rank)
+                self._output_of.pop(rank, None)
                 self._take_wishes(message)
             elif message["kind"] == "stepped":
                 self.tries, self.trains = 0, True
@@ -147,6 +155,8 @@ class InPlace:
                 self._told_at.pop(rank, None)
             elif message["kind"] == "held":
                 self._held[rank] = message["reason"]
+            elif message["kind"] == "left":
+                CONSOLE.bar = Bar.NONE
             elif message["kind"] == "unable":
                 self._obstacle = f"local rank {rank}: {message['reason']}"
                 if message["lasting"]:
@@ -154,6 +164,7 @@ class InPlace:
 
     def _take_wishes(self, message: dict[str, Any]) -> None:
         in_place, standbys = self._given
+        CONSOLE.bar = Bar(message["bar"])
         self._wishes = Wishes(
             in_place=message["in_place"] if in_place is None else in_place,
             standbys=message["standbys"] if standbys is None else standbys,
@@ -182,6 +193,15 @@ class InPlace:
             self._record("standbys", ready=self._standbys.ready, wanted=wanted, pids=list(self._standbys.pids))
 
     # ------------------------------------------------------------------ recovering
+
+    def show_output_of(self, rank: int) -> None:
+        """Show the output of a lost local rank that was a new process and had not joined the others yet."""
+        path = self._output_of.pop(rank, None)
+        if path is not None and path.exists():
+            lines = path.read_text(errors="replace").splitlines()[-_LINES_SHOWN:]
+            self._say(
+                "\n  ".join([f"a new process failed before it joined the others; its output, in {path}:", *lines])
+            )
 
     def open(self, fault: FaultReport) -> Regrouping:
         """Open a regrouping for a fault of this node."""
@@ -229,9 +249,12 @@ class InPlace:
         for rank in lost:
             env = env_of(rank)
             standby = self._standbys.take() if self._standbys is not None else None
-            if standby is None:
-                workers.replace(rank, env | joining(regrouping))
+            if self._standbys is None or standby is None:
+                output = self._outputs / f"rank{env['RANK']}-{regrouping.number}.log"
+                self._output_of[rank] = output
+                workers.replace(rank, env | joining(regrouping) | {environment.OUTPUT_FILE: str(output)})
             else:
+                self._output_of[rank] = self._standbys.output_of(standby)
                 _promote(workers, rank, standby, env, regrouping)
             how[rank] = "new process" if standby is None else "standby"
         return how

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_ckptless.console import CONSOLE
 from lightning_ckptless.errors import LaunchError, OptionsError
 from lightning_ckptless.membership.command_line import parse_command_line
 from lightning_ckptless.membership.distribution import LIGHTNING, distribution_of
@@ -242,8 +243,8 @@ def main(
                 ended(config, outcome)
             return outcome.exit_code
     except AskedToEnd as request:
-        print(f"ckptless: {request}; no worker is left", file=sys.stderr)
+        CONSOLE.say(f"{request}; no worker is left")
         return 128 + request.number
     except (LaunchError, OptionsError) as error:
-        print(f"ckptless: {error}", file=sys.stderr)
+        CONSOLE.say(str(error))
         return _CANNOT_START_EXIT_CODE

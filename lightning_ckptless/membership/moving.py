@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from typing import Any
 from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
 
+from lightning_ckptless.console import CONSOLE
 from lightning_ckptless.membership.agent import CkptlessAgent
 from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.in_place import joining
@@ -123,7 +123,7 @@ class MovingAgent(CkptlessAgent):
             env_of=lambda local_rank: self._worker_env(worker_group, by_local[local_rank]),
         )
         self.recoveries_in_place += 1
-        print(f"ckptless: {plan.reason}; the world size is {by_local[0].world_size}", file=sys.stderr, flush=True)
+        CONSOLE.say(f"{plan.reason}; the world size is {by_local[0].world_size}")
 
     @staticmethod
     def _note(worker_group: WorkerGroup, pids: Mapping[int, int]) -> None:
@@ -190,11 +190,9 @@ class MovingAgent(CkptlessAgent):
         """End workers that have trained nothing, as those of a run that has come to its end."""
         workers = self._current_workers()
         self._record("came_too_late", node=self._node.name, pids=list(workers.pids().values()))
-        print(
-            f"ckptless: the others left the training loop before this node's {len(workers.pids())} worker(s) had come "
-            "to it; those end with nothing done",
-            file=sys.stderr,
-            flush=True,
+        CONSOLE.say(
+            f"the others left the training loop before this node's {len(workers.pids())} worker(s) had come "
+            "to it; those end with nothing done"
         )
         workers.stop(signal.SIGKILL, 0)
         self.exit_code = 0

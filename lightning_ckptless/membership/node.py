@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 import socket
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch.distributed import DistError
@@ -19,6 +19,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, Rend
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from lightning_ckptless import environment
+from lightning_ckptless.console import CONSOLE
 from lightning_ckptless.errors import LaunchError, UnfitNodeError
 from lightning_ckptless.membership.agent import CkptlessAgent, Node
 from lightning_ckptless.membership.guarded import GuardedAgent
@@ -66,10 +67,10 @@ def run_node(config: LaunchConfig, parent: PreloadedParent, record: Callable[...
             assert route is not None and place is not None
             place = route.next(lost=place)
             record("meeting_place_lost", cause=str(error), next=place.endpoint, reason=place.reason)
-            print(f"ckptless: the rendezvous is lost; the nodes meet at {place.reason}", file=sys.stderr, flush=True)
+            CONSOLE.say(f"the rendezvous is lost; the nodes meet at {place.reason}")
         except UnfitNodeError as error:
             # The run may go on without this node: its rendezvous stays open for another one.
-            print(f"ckptless: {error}", file=sys.stderr, flush=True)
+            CONSOLE.say(str(error))
             agents[-1].exit_code = 1
             break
     last = agents[-1]
@@ -134,7 +135,14 @@ def _node(config: LaunchConfig) -> Node:
         standbys=config.standbys,
         log_line_prefix=config.log_line_prefix,
         time_limit_s=config.time_limit_s,
+        newcomer_outputs=_newcomer_outputs(config),
     )
+
+
+def _newcomer_outputs(config: LaunchConfig) -> Path | None:
+    """Where new processes print before they have joined the others: with the logs, or in the folder of the run."""
+    folder = config.log_dir or (config.run_root / config.run_id if config.run_root is not None else None)
+    return None if folder is None else folder.absolute() / "newcomers"
 
 
 def _base_env(config: LaunchConfig) -> dict[str, str]:

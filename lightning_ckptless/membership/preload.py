@@ -30,7 +30,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from lightning_ckptless.membership import channel, worker
+from lightning_ckptless.membership import channel, hidden_output, worker
 from lightning_ckptless.membership.worker import Job
 
 FORK_SAFE_THREADS = frozenset({"jemalloc_bg_thd"})
@@ -170,6 +170,7 @@ class Parent:
             self._release()
             worker.detach(parent_pid, files[:3])
             worker.hold_line(job, files[3:])
+            hidden_output.hide(job.env, inheritable=job.fresh)
             if job.fresh:
                 worker.execute(job)
             return job

@@ -38,6 +38,7 @@ class Standbys:
         self._say = say
         self._waiting: list[Process] = []
         self._coming: dict[int, tuple[Process, Path]] = {}
+        self._outputs: dict[int, Path] = {}
         self._begun = 0
         self._failures = 0
 
@@ -75,6 +76,7 @@ class Standbys:
         finally:
             os.close(number)
         self._coming[process.pid] = process, output
+        self._outputs[process.pid] = output
 
     def _count_failure(self, output: Path) -> None:
         self._failures += 1
@@ -91,6 +93,10 @@ class Standbys:
             if not _gone(process) and not process.is_dying():
                 return process
         return None
+
+    def output_of(self, process: Process) -> Path:
+        """The file that a standby of these prints into until it has joined the others."""
+        return self._outputs[process.pid]
 
     def stop(self, kill: Callable[[list[int]], None]) -> None:
         """End all of them.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ckptless import environment
+from lightning_ckptless.console import CONSOLE, Bar
 from lightning_ckptless.errors import LaunchError
 from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.membership.control import Line
@@ -32,6 +33,7 @@ from lightning_ckptless.trainer.cohort import Cohort, form_cohort
 from lightning_ckptless.trainer.drive import run_restored
 from lightning_ckptless.trainer.durable import DurableRung, with_environment
 from lightning_ckptless.trainer.fetching import fetch_version
+from lightning_ckptless.trainer.host import progress
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.streams import open_training_data
 from lightning_ckptless.trainer.identity import Identity, identify
@@ -214,6 +216,7 @@ class Engine:
         trainer, loops, arena = self.trainer, FitLoops(self.trainer), self.arena
         assert arena is not None
         self.logs.watch()
+        CONSOLE.bar = progress.bar_kind(trainer)
         if is_first_of_node(local_rank()):
             self.durable.order_writer(arena, self._line)
             arena.note("logger_versions", self.logs.names)
@@ -266,6 +269,7 @@ class Engine:
             restoration.open_streams(self.streams)
             restoration.move_data(self.loops)
             restoration.move_streams(self.streams)
+            progress.show_position(self.trainer, afresh=True)
             restoration.resume(mirroring, self.report, cohort)
 
         self._restoration = None
@@ -385,6 +389,7 @@ class Engine:
     def close(self) -> None:
         """Release threads and mappings; the arena stays for a relaunch, its agent removes it."""
         self.detach()
+        CONSOLE.bar = Bar.NONE
         if self._pulse is not None:
             self._pulse.close()
             self._pulse = None

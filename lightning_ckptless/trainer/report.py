@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.mirror import Mirror
 from lightning_ckptless.replica.replenish import Replenished
 from lightning_ckptless.trainer.cohort import Cohort
+from lightning_ckptless.trainer.host import progress
 from lightning_ckptless.trainer.host.results import show_on_progress_bar
 from lightning_ckptless.trainer.identity import Identity
 
@@ -83,7 +83,7 @@ class RunReport:
         self.ledger.record(event, generation=self.generation, rank=self.trainer.global_rank, **fields)
 
     def _say(self, text: str) -> None:
-        print(f"ckptless: {text}", file=sys.stderr, flush=True)
+        progress.say(self.trainer, text)
 
     # ------------------------------------------------------------------ the start of a generation
 

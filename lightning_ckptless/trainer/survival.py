@@ -21,7 +21,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from lightning_ckptless import environment
+from lightning_ckptless.console import CONSOLE
 from lightning_ckptless.errors import CkptlessError, LaunchError, TransportError, let_go
+from lightning_ckptless.membership import hidden_output
 from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.peers import is_lost_peer
 from lightning_ckptless.membership.watch import Assignment, Watcher
@@ -32,6 +34,7 @@ from lightning_ckptless.trainer.cohort import form_cohort
 from lightning_ckptless.trainer.drive import go_on, run_joined
 from lightning_ckptless.trainer.exits import leave_process
 from lightning_ckptless.trainer.host import loggers as host_loggers
+from lightning_ckptless.trainer.host import progress
 from lightning_ckptless.trainer.host.launch import is_stop
 from lightning_ckptless.trainer.mirroring import Mirroring
 from lightning_ckptless.trainer.replay import BatchLog
@@ -68,6 +71,7 @@ class Survival:
         self._mirroring = mirroring
         self._batches = batches
         self._boundaries = boundaries
+        self._has_trained = False
 
     @property
     def _watcher(self) -> Watcher | None:
@@ -84,6 +88,7 @@ class Survival:
         """
         self._move(WorkerEvent.ENTER)
         self._say_entered()
+        self._has_trained = True
         self._run(first)
 
     def join_and_run(self) -> None:
@@ -93,6 +98,7 @@ class Survival:
     def _join(self) -> bool:
         # Once: what this process does after this fit it does among the others.
         number, report = os.environ.pop(environment.REGROUPING), os.environ[environment.FAULT_REPORT]
+        hidden_output.show()
         self._say_entered()
         if self._watcher is not None:
             self._watcher.tell("waiting")
@@ -109,6 +115,7 @@ class Survival:
                 standbys=options.standbys,
                 hang_timeout_s=options.hang_timeout_s,
                 obstacle=self._obstacle(),
+                bar=str(CONSOLE.bar),
                 fixed_world=self._strategy.obstacle_to_another_world(),
             )
 
@@ -252,6 +259,8 @@ class Survival:
             self._batches.reset()
         restoration.move_streams(streams)
         self._boundaries.last = restoration.version
+        progress.show_position(self._trainer, afresh=not self._has_trained)
+        self._has_trained = True
         restoration.resume(self._mirroring, self._engine.report, self._engine.cohort)
 
     def _give_up(self, reason: str) -> NoReturn:

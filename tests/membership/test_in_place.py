@@ -20,7 +20,7 @@ WORKER = """
     from lightning_ckptless.membership.control import open_line
 
     rank, line = os.environ["RANK"], open_line()
-    line.tell("entered", in_place=True, standbys=0, hang_timeout_s=None, obstacle=None, fixed_world="")
+    line.tell("entered", in_place=True, standbys=0, hang_timeout_s=None, obstacle=None, fixed_world="", bar="none")
     number = int(os.environ.get("CKPTLESS_REGROUPING", "0"))
     Path(f"came-{rank}-{number}").touch()
     if rank == "0" and not number:

@@ -1,0 +1,64 @@
+"""Messages on stderr, each on a line of its own, beside progress bars that other code draws.
+
+A bar leaves the cursor at the end of an unfinished line, and a bar of several lines redraws itself from some lines
+further up. A message in between begins a line first, and leaves room for what is redrawn after it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from enum import StrEnum
+
+PREFIX = "ckptless: "
+_CLEAR_LINE = "\r\x1b[K"
+_LINES_REDRAWN = 1
+"""Lines above the cursor that a live display of Lightning's, training and validation, overwrites at most."""
+
+
+class Bar(StrEnum):
+    """What kind of progress bar the terminal shows."""
+
+    NONE = "none"
+    LINE = "line"
+    LIVE = "live"
+
+
+class Console:
+    """Writes messages to a process's stderr.
+
+    Attributes:
+        bar: the kind of bar that this process or another one draws on the same terminal.
+    """
+
+    def __init__(self) -> None:
+        self.bar = Bar.NONE
+        self._lock = threading.Lock()
+
+    def say(self, text: str) -> None:
+        """Print a message at once.
+
+        Args:
+            text: without the name of the package, which is put before it.
+        """
+        with self._lock:
+            print(framed(f"{PREFIX}{text}", self.bar, terminal=sys.stderr.isatty()), file=sys.stderr, flush=True)
+
+
+def framed(message: str, bar: Bar, *, terminal: bool) -> str:
+    """A message with what separates it from a progress bar.
+
+    Args:
+        message: text of one or more lines.
+        bar: the kind of bar that may have left an unfinished line.
+        terminal: whether it is shown on a terminal, which can clear a line; a file or pipe cannot.
+    """
+    if bar is Bar.NONE:
+        return message
+    if bar is Bar.LIVE:
+        return f"\n{message}" + "\n" * _LINES_REDRAWN if terminal else message
+    return f"{_CLEAR_LINE}{message}" if terminal else f"\n{message}"
+
+
+CONSOLE = Console()
+"""The one of this process: there is but one stderr."""

@@ -1,0 +1,52 @@
+"""The output of a process that takes a lost rank's place, kept in a file until it stands where the others are.
+
+It runs the script from its first line: what the script prints there, the seed, the devices and the summary of the model
+was shown when the run began. The file is for the case that the process fails on its way.
+
+It is a file of its own because the fork of a worker hides its output and the trainer, far from there, shows it again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import MutableMapping
+
+from lightning_ckptless import environment
+
+_STDOUT, _STDERR = 1, 2
+
+
+def hide(env: MutableMapping[str, str], *, inheritable: bool) -> None:
+    """Send stdout and stderr of this process to the file that its environment names; nothing where it names none.
+
+    Args:
+        env: environment of the worker; receives where the real streams are.
+        inheritable: whether the worker becomes another program, which is to have them as well.
+    """
+    path = env.get(environment.OUTPUT_FILE)
+    if not path:
+        return
+    real = [os.dup(number) for number in (_STDOUT, _STDERR)]
+    for number in real:
+        os.set_inheritable(number, inheritable)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for number in (_STDOUT, _STDERR):
+        os.dup2(file, number)
+    os.close(file)
+    env[environment.HIDDEN_STREAMS] = ",".join(map(str, real))
+
+
+def show(env: MutableMapping[str, str] = os.environ) -> bool:
+    """Give this process its real stdout and stderr back. Returns whether they were hidden."""
+    hidden = env.pop(environment.HIDDEN_STREAMS, "")
+    env.pop(environment.OUTPUT_FILE, None)
+    if not hidden:
+        return False
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for number, real in zip((_STDOUT, _STDERR), map(int, hidden.split(",")), strict=True):
+        os.dup2(real, number)
+        os.close(real)
+    return True
