@@ -34,6 +34,7 @@ def run_job(config: LaunchConfig, *, parent: PreloadedParent | None = None) -> O
     try:
         return run(config, parent=parent, record=record_for(config))
     finally:
+        settle_checkpoint_files(config)
         remove_arenas(config)
 
 
@@ -49,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
     named = any(argument.startswith(_RUN_ID_OPTIONS) for argument in argv)
 
     def ended(config: LaunchConfig, outcome: Outcome | None) -> None:
+        settle_checkpoint_files(config)
         # A run that was asked to stop and has a name can be started again under it, from what its arenas hold.
         asked_to_end = outcome is None or outcome.exit_code == SIGTERM_EXIT_CODE
         if not (asked_to_end and named):
@@ -68,6 +70,15 @@ def _ledger_path(config: LaunchConfig) -> Path:
     from lightning_ckptless.ledger import LEDGER_NAME, run_folder  # noqa: PLC0415 - as above
 
     return run_folder(config.run_root or environment.run_root(), config.run_id) / LEDGER_NAME
+
+
+def settle_checkpoint_files(config: LaunchConfig) -> None:
+    """Put checkpoint files back that a replay had set aside when the run ended; its workers are gone."""
+    from lightning_ckptless.trainer.checkpoint_files import settle_run  # noqa: PLC0415 - as above
+
+    if config.node_range[1] == 1:
+        # With several nodes the others may still be training.
+        settle_run(_ledger_path(config))
 
 
 def remove_arenas(config: LaunchConfig) -> None:

@@ -1,48 +1,14 @@
-"""Checkpoint files across a relaunch.
-
-A fault rolls the run back to a step; checkpoint files written after that step belong to a future that did not happen.
-They are removed, so that the step which is run again finds the folder as it was: otherwise `ModelCheckpoint` would
-see its own file and write a second one beside it.
-"""
+"""Checkpoint files that a run can continue from: which is the newest, and of which step it is."""
 
 from __future__ import annotations
 
 import pickle
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lightning_ckptless.protocol.versions import Version
-
-Noted = dict[str, Any]
-WRITTEN_LAST = (".metadata", "meta.pt")
-"""In the folder of a sharded model's checkpoint: of torch.distributed.checkpoint, and of Lightning."""
-
-
-def note_of_save(path: str, after: Version | None, existed: bool) -> Noted:
-    """What the ledger is told before a checkpoint file is written."""
-    step, tail = (after.optimizer_step, after.tail_done) if after else (-1, False)
-    return {"path": path, "after_step": step, "after_tail": tail, "existed": existed}
-
-
-def files_of_the_future(notes: Iterable[Noted], restored: Version) -> list[Path]:
-    """Files whose writing began after a version was taken, and that were not there before.
-
-    Args:
-        notes: what `note_of_save` gave, in the order of writing.
-        restored: the version that the run goes on from.
-    """
-    files: dict[Path, bool] = {}
-    for note in notes:
-        path = Path(note["path"])
-        if Version(note["after_step"], note["after_tail"]) < restored:
-            files[path] = False
-        elif not note["existed"]:
-            files.setdefault(path, True)
-    return [path for path, ahead in files.items() if ahead and path.exists()]
+from lightning_ckptless.trainer.checkpoint_files import is_whole
 
 
 def newest_checkpoint(trainer: Any) -> str | None:
@@ -50,19 +16,6 @@ def newest_checkpoint(trainer: Any) -> str | None:
     folders = {Path(folder) for callback in trainer.checkpoint_callbacks if (folder := _folder(trainer, callback))}
     files = [path for folder in folders if folder.is_dir() for path in folder.glob("*.ckpt") if is_whole(path)]
     return str(max(files, key=lambda path: path.stat().st_mtime)) if files else None
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a checkpoint has been written to its end: a file, or a folder of a sharded model with what comes last."""
-    return path.is_file() or all((path / last).is_file() for last in WRITTEN_LAST)
-
-
-def remove(path: Path) -> None:
-    """Remove a checkpoint, be it a file or the folder of a sharded model."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def step_of(path: str) -> int | None:

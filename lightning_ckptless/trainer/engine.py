@@ -21,6 +21,7 @@ from lightning_ckptless.membership.pulse import PulseWriter, stacks_path
 from lightning_ckptless.membership.reaper import MARKER
 from lightning_ckptless.membership.verdict import Verdict, leave_verdict, mark_begun
 from lightning_ckptless.options import CkptlessOptions
+from lightning_ckptless.protocol.checkpoint_history import BEGINNING
 from lightning_ckptless.protocol.hang import Point
 from lightning_ckptless.protocol.start import StartAction, StartPlan
 from lightning_ckptless.protocol.versions import Complete, Version
@@ -28,7 +29,7 @@ from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.transport import GlooTransport, SoloTransport, Transport
 from lightning_ckptless.trainer.arenas import find_or_make_arena, have_reaped, is_first_of_node, local_rank, open_arena
 from lightning_ckptless.trainer.begun import BegunStep
-from lightning_ckptless.trainer.checkpoints import note_of_save
+from lightning_ckptless.trainer.checkpoint_files import CheckpointFiles
 from lightning_ckptless.trainer.cohort import Cohort, form_cohort
 from lightning_ckptless.trainer.drive import run_restored
 from lightning_ckptless.trainer.durable import DurableRung, with_environment
@@ -77,6 +78,7 @@ class Engine:
         self._line = line
         self.ledger = Ledger(self.run_folder / "ledger.jsonl")
         self.report = RunReport(trainer, self.ledger, strategy.world.generation)
+        self.files = CheckpointFiles(self.ledger, chapter, self.report.say_of_files)
         self.arena: Arena | None = None
         self.cohort: Cohort | None = None
         self.mirroring: Mirroring | None = None
@@ -163,7 +165,7 @@ class Engine:
             self.logs.cut(self._restoration.state["logs"])
         else:
             self.streams.require()
-            self._start_over(cohort, plan.action, logs_are_named=saved is not None)
+            self._start_over(cohort, plan.action, logs_are_named=saved is not None, relaunched=relaunched)
         return plan
 
     def begin_alone(self) -> None:
@@ -187,7 +189,7 @@ class Engine:
         assert self.cohort is not None
         self._count_recovery(self.cohort)
         batch = self.options.elastic_batch
-        return fetch_version(self.trainer, found, self.cohort, self.streams, batch, self.report, self.ledger)
+        return fetch_version(self.trainer, found, self.cohort, self.streams, batch, self.report, self.files)
 
     def _count_recovery(self, cohort: Cohort) -> None:
         """Count over all starts of the run: under another agent only we know the user's limit."""
@@ -200,7 +202,11 @@ class Engine:
         if cohort.speaks_for_node:
             cohort.arena.note("recoveries", count)
 
-    def _start_over(self, cohort: Cohort, action: StartAction, *, logs_are_named: bool) -> None:
+    def _start_over(self, cohort: Cohort, action: StartAction, *, logs_are_named: bool, relaunched: bool) -> None:
+        if self.trainer.is_global_zero and relaunched and action is StartAction.FRESH:
+            self.files.go_back(BEGINNING, generation=cohort.generation)
+        elif self.trainer.is_global_zero:
+            self.files.begin(generation=cohort.generation)
         cohort.transport.agree(True)
         if cohort.speaks_for_node:
             cohort.arena.clear()
@@ -321,6 +327,7 @@ class Engine:
         assert self.mirroring is not None
         self.beat(Point.COMMIT)
         self.mirroring.commit(version)
+        self.files.settle(self.mirroring.committed)
         if self.strategy.watcher is not None and self._stepped_in != self.report.generation:
             self._stepped_in = self.report.generation
             self.strategy.watcher.tell("stepped")
@@ -359,19 +366,27 @@ class Engine:
 
     def saving_checkpoint(self, path: str) -> None:
         """Called before a checkpoint file is written by this rank."""
-        if self.mirroring is not None and self.mirroring.is_over:
-            # Nothing is run again behind it: it stays, whatever the next start goes on from.
-            return
-        taken = self.mirroring.taken if self.mirroring is not None else None
-        note = note_of_save(path, taken, os.path.exists(path))
-        self.ledger.record("checkpoint", generation=self.generation, rank=self.rank, **note)
+        if not self._is_asked_to_end:
+            self.files.saving(path, self._taken, generation=self.generation)
+
+    def removing_checkpoint(self, path: str) -> bool:
+        """Called before a checkpoint file is removed by this rank; returns whether that is dealt with."""
+        return not self._is_asked_to_end and self.files.removing(path, self._taken, generation=self.generation)
+
+    @property
+    def _taken(self) -> Version | None:
+        return self.mirroring.taken if self.mirroring is not None else None
+
+    @property
+    def _is_asked_to_end(self) -> bool:
+        # No step follows that a later start would run again: what is written now stays, wherever that start begins.
+        return self.mirroring is not None and self.mirroring.is_over
 
     # ------------------------------------------------------------------ end
 
     def why_final(self, error: Exception) -> str | None:
         """Why an exception is not worth another try; None where it is."""
-        taken = self.mirroring.taken if self.mirroring is not None else None
-        return why_final(error, rank=self.rank, taken=taken, arena=self.arena)
+        return why_final(error, rank=self.rank, taken=self._taken, arena=self.arena)
 
     def leave_verdict(self, reason: str) -> None:
         """Tell our agent not to start the workers again."""
@@ -395,6 +410,7 @@ class Engine:
             self._pulse = None
         if self.mirroring is not None:
             self.mirroring.close()
+        self.files.close()
         self._restoration = None
         if self.cohort is not None:
             self.cohort.transport.close()

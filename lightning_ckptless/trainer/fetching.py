@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.options import ElasticBatch
 from lightning_ckptless.protocol.versions import Complete
 from lightning_ckptless.replica.restore import fetch, shared_layout
 from lightning_ckptless.trainer.begun import step_in_flight
+from lightning_ckptless.trainer.checkpoint_files import CheckpointFiles
 from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.plain import unpack
 from lightning_ckptless.trainer.report import Moved, RunReport
-from lightning_ckptless.trainer.restoration import Restoration, forget_the_future, sum_over_ranks
+from lightning_ckptless.trainer.restoration import Restoration, sum_over_ranks
 from lightning_ckptless.trainer.streams import Streams, obstacle_to_carrying
 from lightning_ckptless.trainer.succession import take_over
 
@@ -24,9 +24,9 @@ def fetch_version(
     streams: Streams,
     batch: ElasticBatch,
     report: RunReport,
-    ledger: Ledger,
+    files: CheckpointFiles,
 ) -> Restoration:
-    """Bring a version here, and forget what came after it. All ranks call it together.
+    """Bring a version here, and have the checkpoint files as they were at it. All ranks call it together.
 
     Args:
         trainer: that will take it.
@@ -35,7 +35,7 @@ def fetch_version(
         streams: those that this rank carries.
         batch: what a step of another number of ranks is made of.
         report: is told where it came from.
-        ledger: knows which checkpoint files were written since.
+        files: checkpoint files, which return to the version with the run.
 
     Raises:
         WorldSizeError: it is of another number of ranks, which these cannot go on for.
@@ -53,5 +53,7 @@ def fetch_version(
     streams.count = restoration.small["streams"]["count"]
     report.fetched(found, moved, step_in_flight(arena.path, transport))
     if trainer.is_global_zero:
-        forget_the_future(found.snapshot.version, ledger)
+        files.go_back(found.snapshot.version, generation=cohort.generation)
+    else:
+        files.forget()
     return restoration

@@ -109,6 +109,11 @@ class Mirroring:
         return self._mirror
 
     @property
+    def committed(self) -> Version | None:
+        """The newest version that is in place on all ranks, as far as this one knows."""
+        return self._mirror.committed if self._mirror is not None else None
+
+    @property
     def small(self) -> SmallState:
         """The small state of the trainer."""
         if self._small is None:

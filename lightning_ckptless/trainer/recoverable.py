@@ -24,6 +24,7 @@ from lightning_ckptless.options import (
 )
 from lightning_ckptless.protocol.hang import Point
 from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.trainer.checkpoint_files import removes_by_path
 from lightning_ckptless.trainer.compatibility import check_trainer
 from lightning_ckptless.trainer.engine import Engine
 from lightning_ckptless.trainer.host.process import prepare_without_group
@@ -344,9 +345,16 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             return super().optimizer_step(optimizer, closure_then_wait, model, **kwargs)
 
         def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-            """Write a checkpoint file, and note it: a fault may roll the run back behind it."""
+            """Write a checkpoint file, and note it: a fault may take the run back to a step before it."""
             if self.engine is not None and self.is_global_zero:
                 self.engine.saving_checkpoint(str(filepath))
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+        def remove_checkpoint(self, filepath: Any) -> None:
+            """Remove a checkpoint file, but keep it at hand until a committed version does without it."""
+            if self.engine is not None and self.is_global_zero and removes_by_path(self.checkpoint_io):
+                if self.engine.removing_checkpoint(str(filepath)):
+                    return
+            super().remove_checkpoint(filepath)
 
     return Recoverable

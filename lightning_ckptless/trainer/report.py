@@ -82,6 +82,10 @@ class RunReport:
     def _record(self, event: str, **fields: Any) -> None:
         self.ledger.record(event, generation=self.generation, rank=self.trainer.global_rank, **fields)
 
+    def say_of_files(self, text: str) -> None:
+        """Tell what a rollback means for files of the run."""
+        self._say(text)
+
     def _say(self, text: str) -> None:
         progress.say(self.trainer, text)
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_ckptless.ledger import Ledger, read_ledger
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.layout import Layout
 from lightning_ckptless.replica.replenish import replenish
 from lightning_ckptless.replica.restore import Fetched
-from lightning_ckptless.trainer.checkpoints import files_of_the_future, remove
 from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.data import move_data_to
 from lightning_ckptless.trainer.host.loops import FitLoops
@@ -22,8 +19,6 @@ from lightning_ckptless.trainer.rng import apply_rng
 from lightning_ckptless.trainer.state import StateIndex
 from lightning_ckptless.trainer.streams import Streams
 from lightning_ckptless.trainer.tensors import fill_trainer
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -99,11 +94,3 @@ def sum_over_ranks(fetched: Fetched, cohort: Cohort) -> Moved:
     for _, of_rank in moved:
         sources.update(of_rank)
     return Moved(sum(moved_bytes for moved_bytes, _ in moved), dict(sources))
-
-
-def forget_the_future(version: Version, ledger: Ledger) -> None:
-    """Remove the checkpoint files that were written after a version, which the run goes back to."""
-    notes = [event.fields for event in read_ledger(ledger.path, only="checkpoint").events]
-    for path in files_of_the_future(notes, version):
-        log.warning("ckptless: removed %s: it was written after %s, which the run goes back to", path, version)
-        remove(path)

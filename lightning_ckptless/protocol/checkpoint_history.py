@@ -1,0 +1,215 @@
+"""What happened to the checkpoint files of a run, and what a rollback does with them.
+
+A rollback returns to a version; the steps after it run again and write their checkpoint files again. They must find the
+files as they were at that version: `ModelCheckpoint` would otherwise see its own file and write a second one, `-v1`,
+beside it. So a file written after the version is *set aside* until the replay has passed the step that wrote it, and a
+file removed after the version is put back: until the next version is committed, a removed file is *held*.
+
+Operations are noted per call of `fit`. The files of one fit are never touched on behalf of another one.
+
+| Note | Meaning |
+|---|---|
+| `save` | a file is about to be written |
+| `remove` | a file is about to be removed |
+| `rewind` | the fit returned to a version: its later operations are undone |
+| `begin` | the fit began without a version: notes of an earlier run under the same id do not count |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from lightning_ckptless.protocol.versions import Version
+
+BEGINNING = Version(-1, False)
+"""Precedes every version."""
+
+
+class Action(StrEnum):
+    """What a note says."""
+
+    SAVE = "save"
+    REMOVE = "remove"
+    REWIND = "rewind"
+    BEGIN = "begin"
+
+
+@dataclass(frozen=True, slots=True)
+class FileOperation:
+    """A checkpoint file was written or removed.
+
+    Args:
+        path: absolute, or a URL.
+        action: `SAVE` or `REMOVE`.
+        after: the newest version that had been taken.
+        existed: whether the file was there before.
+    """
+
+    path: str
+    action: Action
+    after: Version
+    existed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FileHistory:
+    """The operations of one fit.
+
+    Args:
+        live: those that are part of the run, in order.
+        undone: those that a rollback took back, in order.
+        of_later_fits: paths last written by a fit that follows this one; a relaunched program comes to it again.
+    """
+
+    live: tuple[FileOperation, ...] = ()
+    undone: tuple[FileOperation, ...] = ()
+    of_later_fits: frozenset[str] = frozenset()
+
+    @property
+    def paths(self) -> list[str]:
+        """All paths, in the order in which they were first touched."""
+        return list(dict.fromkeys(operation.path for operation in (*self.live, *self.undone)))
+
+    def first_after(self, version: Version) -> dict[str, FileOperation]:
+        """The first operation on each path that a version does not include; live ones decide where there are any."""
+        first: dict[str, FileOperation] = {}
+        for operation in (*self.live, *self.undone):
+            if operation.after >= version:
+                first.setdefault(operation.path, operation)
+        return first
+
+    def is_saved_before(self, path: str, version: Version) -> bool:
+        """Whether a version includes the writing of a file."""
+        return any(operation.path == path and operation.after < version for operation in self.live)
+
+    def saved(self) -> frozenset[str]:
+        """Paths that a live operation has written."""
+        return frozenset(operation.path for operation in self.live if operation.action is Action.SAVE)
+
+    def present(self) -> frozenset[str]:
+        """Paths of files that are there by the live operations."""
+        last = {operation.path: operation.action for operation in self.live}
+        return frozenset(path for path, action in last.items() if action is Action.SAVE)
+
+
+def note_of(operation: FileOperation, fit: int) -> dict[str, Any]:
+    """The note of an operation, as a ledger keeps it."""
+    return {
+        "action": operation.action.value,
+        "fit": fit,
+        "path": operation.path,
+        "existed": operation.existed,
+        **_version_fields(operation.after),
+    }
+
+
+def note_of_rewind(version: Version, fit: int) -> dict[str, Any]:
+    """The note that a fit returns to a version."""
+    return {"action": Action.REWIND.value, "fit": fit, **_version_fields(version)}
+
+
+def note_of_begin(fit: int) -> dict[str, Any]:
+    """The note that a fit begins without a version."""
+    return {"action": Action.BEGIN.value, "fit": fit}
+
+
+def read_history(notes: Iterable[Mapping[str, Any]], fit: int) -> FileHistory:
+    """The history of one fit.
+
+    Args:
+        notes: of all fits, in the order in which they were written.
+        fit: how many fits of the program precede it.
+    """
+    live: list[FileOperation] = []
+    undone: list[FileOperation] = []
+    writers: dict[str, int] = {}
+    for note in notes:
+        action, of = Action(note["action"]), int(note["fit"])
+        if action is Action.BEGIN:
+            writers = {path: writer for path, writer in writers.items() if writer < of}
+            if of <= fit:
+                live, undone = ([], []) if of == fit else (live, undone)
+        elif action is Action.REWIND and of == fit:
+            version = _version(note)
+            undone += [operation for operation in live if operation.after >= version]
+            live = [operation for operation in live if operation.after < version]
+        elif action in (Action.SAVE, Action.REMOVE):
+            if action is Action.SAVE:
+                writers[note["path"]] = max(of, writers.get(note["path"], 0))
+            if of == fit:
+                live.append(FileOperation(note["path"], action, _version(note), bool(note["existed"])))
+    later = frozenset(path for path, writer in writers.items() if writer > fit)
+    return FileHistory(tuple(live), tuple(undone), later)
+
+
+class Move(StrEnum):
+    """What is done with a file or with one of its copies."""
+
+    SET_ASIDE = "set aside"
+    DELETE = "delete"
+    PUT_ASIDE_BACK = "put back what was set aside"
+    DROP_ASIDE = "drop what was set aside"
+    PUT_HELD_BACK = "put back what was held"
+    DROP_HELD = "drop what was held"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What lies on the disk of one path.
+
+    Args:
+        exists: the file itself.
+        aside: a copy that was set aside.
+        held: a copy that is held after its removal.
+    """
+
+    exists: bool
+    aside: bool = False
+    held: bool = False
+
+
+def moves_to_return(first: FileOperation, found: Found, *, of_later_fit: bool) -> list[Move]:
+    """What makes a path look as it did at a version.
+
+    Args:
+        first: the first operation on the path after that version.
+        found: what lies there.
+        of_later_fit: whether a later fit wrote the file, so that this one may overwrite a stand-in only.
+    """
+    was_there = first.action is Action.REMOVE or first.existed
+    is_in_the_way = found.exists and (not was_there or found.held or of_later_fit)
+    moves = [Move.DELETE if found.aside else Move.SET_ASIDE] if is_in_the_way else []
+    if was_there and found.held:
+        moves.append(Move.PUT_HELD_BACK)
+    elif found.held:
+        moves.append(Move.DROP_HELD)
+    return moves
+
+
+def moves_to_settle(found: Found, *, rewritten: bool, of_later_fit: bool) -> list[Move]:
+    """What remains to be done with the copies of a path once the run has passed what they were kept for.
+
+    Args:
+        found: what lies there; a file that is not whole does not count as existing.
+        rewritten: whether the replay has written the file again.
+        of_later_fit: whether a later fit wrote the file: then what was set aside is the file to keep.
+    """
+    moves: list[Move] = []
+    if found.aside:
+        # A replay that wrote the file and does not have it any more has removed it, as the undisturbed run did.
+        keeps_what_is_there = not of_later_fit and (rewritten or found.exists)
+        moves.append(Move.DROP_ASIDE if keeps_what_is_there else Move.PUT_ASIDE_BACK)
+    if found.held:
+        moves.append(Move.DROP_HELD)
+    return moves
+
+
+def _version_fields(version: Version) -> dict[str, Any]:
+    return {"after_step": version.optimizer_step, "after_tail": version.tail_done}
+
+
+def _version(note: Mapping[str, Any]) -> Version:
+    return Version(int(note["after_step"]), bool(note["after_tail"]))
