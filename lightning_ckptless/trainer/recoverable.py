@@ -352,9 +352,8 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
 
         def remove_checkpoint(self, filepath: Any) -> None:
             """Remove a checkpoint file, but keep it at hand until a committed version does without it."""
-            if self.engine is not None and self.is_global_zero and removes_by_path(self.checkpoint_io):
-                if self.engine.removing_checkpoint(str(filepath)):
-                    return
-            super().remove_checkpoint(filepath)
+            engine = self.engine if self.is_global_zero and removes_by_path(self.checkpoint_io) else None
+            if engine is None or not engine.removing_checkpoint(str(filepath)):
+                super().remove_checkpoint(filepath)
 
     return Recoverable

@@ -1,105 +1,17 @@
-"""Checkpoint files of a future that did not happen are removed, and no others."""
+"""Which checkpoint file a run can continue from."""
 
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
 from pathlib import Path
 
-import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.trainer.checkpoints import (
-    files_of_the_future,
-    newest_checkpoint,
-    note_of_save,
-    remove,
-    step_of,
-)
+from lightning_ckptless.trainer.checkpoints import newest_checkpoint, step_of
 from tests.trainer.tiny import tiny_trainer
-
-
-def before_tail(step: int) -> Version:
-    return Version(step, tail_done=False)
-
-
-def after_tail(step: int) -> Version:
-    return Version(step, tail_done=True)
-
-
-@pytest.mark.parametrize(
-    ("after", "restored", "ahead"),
-    [
-        (None, after_tail(0), False),
-        (after_tail(3), after_tail(4), False),
-        (after_tail(3), after_tail(3), True),
-        (after_tail(3), after_tail(2), True),
-        # Saved in the validation behind step 3: a version after that validation holds it, one before does not.
-        (before_tail(3), after_tail(3), False),
-        (before_tail(3), before_tail(3), True),
-    ],
-)
-def test_a_file_is_of_the_future_if_the_version_does_not_know_it(
-    after: Version | None, restored: Version, ahead: bool, tmp_path: Path
-) -> None:
-    path = tmp_path / "epoch=0.ckpt"
-    note = note_of_save(str(path), after, existed=False)
-    path.touch()
-    assert files_of_the_future([note], restored) == ([path] if ahead else [])
-
-
-def test_a_file_that_was_written_over_is_kept(tmp_path: Path) -> None:
-    last, best = tmp_path / "last.ckpt", tmp_path / "best.ckpt"
-    notes = [
-        note_of_save(str(last), after_tail(1), existed=False),
-        note_of_save(str(last), after_tail(5), existed=True),
-        # It lay there before the run: no note tells who wrote it.
-        note_of_save(str(best), after_tail(5), existed=True),
-    ]
-    last.touch()
-    best.touch()
-    assert files_of_the_future(notes, after_tail(3)) == []
-
-
-def test_a_file_that_is_gone_is_not_named(tmp_path: Path) -> None:
-    notes = [note_of_save(str(tmp_path / "gone.ckpt"), after_tail(5), existed=False)]
-    assert files_of_the_future(notes, after_tail(3)) == []
-
-
-def test_a_file_saved_twice_is_named_once(tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
-    path.touch()
-    notes = [note_of_save(str(path), after_tail(step), existed=step > 4) for step in (4, 5)]
-    assert files_of_the_future(notes, after_tail(3)) == [path]
-
-
-@given(
-    saves=st.lists(st.tuples(st.integers(0, 6), st.booleans(), st.sampled_from("abcd")), max_size=12),
-    restored=st.builds(Version, st.integers(0, 6), st.booleans()),
-)
-def test_what_is_left_is_the_folder_that_the_version_has_seen(
-    saves: list[tuple[int, bool, str]], restored: Version
-) -> None:
-    with tempfile.TemporaryDirectory() as root:
-        notes, known = [], set[str]()
-        for step, tail_done, name in sorted(saves):
-            path, after = Path(root, f"{name}.ckpt"), Version(step, tail_done)
-            notes.append(note_of_save(str(path), after, path.exists()))
-            path.touch()
-            if after < restored:
-                known.add(path.name)
-        for path in files_of_the_future(notes, restored):
-            path.unlink()
-        assert set(os.listdir(root)) == known
-        assert files_of_the_future(notes, restored) == []
-
-
-# ---------------------------------------------------------------------- the newest file
 
 
 def test_the_newest_of_all_folders_is_found(tmp_path: Path) -> None:
@@ -141,7 +53,7 @@ def test_a_folder_is_a_checkpoint_once_its_last_file_is_there(tmp_path: Path) ->
         for name in files:
             (folder / name).touch()
     assert newest_checkpoint(trainer) == str(whole)
-    remove(whole)
+    shutil.rmtree(whole)
     assert newest_checkpoint(trainer) is None
     assert torn.exists()
 

@@ -1,0 +1,129 @@
+"""What a rollback does with checkpoint files: decided from notes, fit by fit."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_ckptless.protocol.checkpoint_history import (
+    BEGINNING,
+    Action,
+    FileOperation,
+    Found,
+    Move,
+    moves_to_return,
+    moves_to_settle,
+    note_of,
+    note_of_begin,
+    note_of_rewind,
+    read_history,
+)
+from lightning_ckptless.protocol.versions import Version
+
+Note = dict[str, object]
+
+
+def after_tail(step: int) -> Version:
+    return Version(step, tail_done=True)
+
+
+def before_tail(step: int) -> Version:
+    return Version(step, tail_done=False)
+
+
+def save(path: str, step: int, *, fit: int = 0, existed: bool = False) -> Note:
+    return note_of(FileOperation(path, Action.SAVE, after_tail(step), existed), fit)
+
+
+def remove(path: str, step: int, *, fit: int = 0) -> Note:
+    return note_of(FileOperation(path, Action.REMOVE, after_tail(step), True), fit)
+
+
+@pytest.mark.parametrize(
+    ("after", "restored", "is_later"),
+    [
+        (BEGINNING, after_tail(0), False),
+        (after_tail(3), after_tail(4), False),
+        (after_tail(3), after_tail(3), True),
+        (after_tail(3), after_tail(2), True),
+        # Saved in the validation of step 3: a version after that validation includes it, one before does not.
+        (before_tail(3), after_tail(3), False),
+        (before_tail(3), before_tail(3), True),
+        (BEGINNING, BEGINNING, True),
+    ],
+)
+def test_which_operations_a_version_does_not_include(after: Version, restored: Version, is_later: bool) -> None:
+    operation = FileOperation("/a.ckpt", Action.SAVE, after, False)
+    history = read_history([note_of(operation, 0)], 0)
+    assert history.first_after(restored) == ({"/a.ckpt": operation} if is_later else {})
+
+
+def test_fits_do_not_see_each_other() -> None:
+    notes = [save("/one.ckpt", 16), note_of_begin(1), save("/two.ckpt", 8, fit=1), note_of_rewind(after_tail(4), 1)]
+    assert read_history(notes, 0).paths == ["/one.ckpt"]
+    assert read_history(notes, 0).saved() == {"/one.ckpt"}
+    assert read_history(notes, 1).paths == ["/two.ckpt"]
+    assert read_history(notes, 1).saved() == frozenset()
+
+
+def test_an_operation_that_was_undone_does_not_count_as_later() -> None:
+    notes = [save("/a", 9), remove("/a", 11), note_of_rewind(after_tail(9), 0), save("/a", 9)]
+    history = read_history(notes, 0)
+    assert [operation.action for operation in history.live] == [Action.SAVE]
+    assert history.first_after(after_tail(10)) == {"/a": history.undone[1]}
+    assert history.present() == {"/a"}
+
+
+def test_a_run_that_begins_again_under_its_old_name_has_no_history() -> None:
+    notes = [save("/a", 9), save("/b", 3, fit=1), note_of_begin(0), save("/c", 1)]
+    assert read_history(notes, 0).paths == ["/c"]
+    assert read_history(notes, 0).of_later_fits == frozenset()
+
+
+def test_a_file_is_of_the_last_fit_that_wrote_it() -> None:
+    notes = [save("/a", 9), save("/b", 9), save("/a", 3, fit=1, existed=True), save("/a", 9)]
+    assert read_history(notes, 0).of_later_fits == {"/a"}
+    assert read_history(notes, 1).of_later_fits == frozenset()
+
+
+WRITTEN = FileOperation("/a", Action.SAVE, after_tail(9), existed=False)
+WRITTEN_OVER = FileOperation("/a", Action.SAVE, after_tail(9), existed=True)
+REMOVED = FileOperation("/a", Action.REMOVE, after_tail(9), existed=True)
+
+
+@pytest.mark.parametrize(
+    ("first", "found", "of_later_fit", "moves"),
+    [
+        (WRITTEN, Found(exists=True), False, [Move.SET_ASIDE]),
+        (WRITTEN, Found(exists=False), False, []),
+        (WRITTEN, Found(exists=False, held=True), False, [Move.DROP_HELD]),
+        # The replay was overtaken by another fault.
+        (WRITTEN, Found(exists=True, aside=True), False, [Move.DELETE]),
+        (WRITTEN, Found(exists=False, aside=True), False, []),
+        (WRITTEN_OVER, Found(exists=True), False, []),
+        (WRITTEN_OVER, Found(exists=True), True, [Move.SET_ASIDE]),
+        (REMOVED, Found(exists=False, held=True), False, [Move.PUT_HELD_BACK]),
+        (REMOVED, Found(exists=True, held=True), False, [Move.SET_ASIDE, Move.PUT_HELD_BACK]),
+        # Its removal had been committed when an older version had to be used.
+        (REMOVED, Found(exists=False), False, []),
+    ],
+)
+def test_a_path_returns_to_a_version(first: FileOperation, found: Found, of_later_fit: bool, moves: list[Move]) -> None:
+    assert moves_to_return(first, found, of_later_fit=of_later_fit) == moves
+
+
+@pytest.mark.parametrize(
+    ("found", "rewritten", "of_later_fit", "moves"),
+    [
+        (Found(exists=True, aside=True), True, False, [Move.DROP_ASIDE]),
+        (Found(exists=False, aside=True), True, False, [Move.DROP_ASIDE]),
+        # Saved by the clock, say: the replay had no reason to.
+        (Found(exists=False, aside=True), False, False, [Move.PUT_ASIDE_BACK]),
+        (Found(exists=True, aside=True), True, True, [Move.PUT_ASIDE_BACK]),
+        (Found(exists=False, held=True), False, False, [Move.DROP_HELD]),
+        (Found(exists=True), True, False, []),
+    ],
+)
+def test_copies_end_once_the_run_has_passed_their_step(
+    found: Found, rewritten: bool, of_later_fit: bool, moves: list[Move]
+) -> None:
+    assert moves_to_settle(found, rewritten=rewritten, of_later_fit=of_later_fit) == moves
