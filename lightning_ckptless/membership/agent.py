@@ -31,6 +31,7 @@ from lightning_ckptless.membership.fault import FaultReport, shell_code, split_e
 from lightning_ckptless.membership.forks import Forks
 from lightning_ckptless.membership.futility import Futility
 from lightning_ckptless.membership.hangs import HangWatch
+from lightning_ckptless.membership.hydra import FIRST_WAIT_S, imports_hydra
 from lightning_ckptless.membership.in_place import InPlace
 from lightning_ckptless.membership.parent import End, PreloadedParent
 from lightning_ckptless.membership.process import Process
@@ -115,6 +116,7 @@ class CkptlessAgent(LocalElasticAgent):
         self._started_at = time.monotonic()
         self._futility = Futility()
         self._reason = ""
+        self._hydra: str = "" if after is None else after._hydra
         self._lost_at = 0.0
         self._verdict_folder = tempfile.TemporaryDirectory(prefix="ckptless-verdicts-")
         self._folder = Path(self._verdict_folder.name)
@@ -192,10 +194,15 @@ class CkptlessAgent(LocalElasticAgent):
             fresh=self._forks.fresh,
             logs_specs=self._logs_specs,
             log_line_prefixes=prefixes,
+            first_wait_s=self._first_wait_s(),
         )
         # Whoever interrupts their start ends those that have been started.
         self._pcontext = workers
         return workers
+
+    def _first_wait_s(self) -> float:
+        is_named = bool(self._hydra) or environment.HYDRA in self._node.env
+        return 0.0 if is_named or not imports_hydra(self._node.program, Path(self._node.cwd)) else FIRST_WAIT_S
 
     def _start_standby(self, worker_group: WorkerGroup, stdio: list[int]) -> Process:
         # The last rank stands in for the one to come: it speaks for nobody.
@@ -212,6 +219,8 @@ class CkptlessAgent(LocalElasticAgent):
             environment.SPAWNED_AT: repr(time.time()),
             environment.VERDICT_DIR: self._verdict_folder.name,
         }
+        if self._hydra:
+            env[environment.HYDRA] = self._hydra
         if self.faults:
             env[environment.FAULT_REPORT] = self.faults[-1].to_json()
         return env
@@ -240,6 +249,7 @@ class CkptlessAgent(LocalElasticAgent):
         workers.watch(_WAIT_S)
         self._enforce_time_limit()
         said = workers.heard()
+        self._hydra = self._hydra or next((m["hydra"] for _, m in said if m["kind"] == "arrived"), "")
         self._in_place.hear(said)
         self._companions.tend(said)
         self._hangs.hear(said)

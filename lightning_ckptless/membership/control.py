@@ -2,6 +2,7 @@
 
 | From | Message | Says |
 |---|---|---|
+| worker | `arrived` | the program has come to its trainer; with the folder that Hydra has made for it, if any |
 | worker | `entered` | it is about to train; with what its strategy asks of the agent |
 | worker | `stepped` | its generation has committed a step |
 | worker | `left` | it has left the training loop: its end is no fault from here on, and no peer can wait for it |
@@ -111,6 +112,21 @@ def open_line(env: MutableMapping[str, str] = os.environ) -> Line | None:
     sock = socket.socket(fileno=int(number))
     sock.set_inheritable(False)
     return Line(sock)
+
+
+def say_without_opening(kind: str, env: Mapping[str, str] = os.environ, **fields: Any) -> None:
+    """Send a message to the agent, and leave the line for whoever opens it later; nothing where there is none.
+
+    Args:
+        kind: what it is.
+        env: of a worker.
+        fields: what it says, as JSON has it.
+    """
+    number = env.get(environment.LINE, "")
+    if number.isdigit() and _is_socket(int(number)):
+        line = Line(socket.socket(fileno=os.dup(int(number))))
+        line.tell(kind, **fields)
+        line.close()
 
 
 def is_standby(env: Mapping[str, str] = os.environ) -> bool:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from lightning_ckptless import environment
+from lightning_ckptless.membership.hydra import with_folder, without_folder
 from lightning_ckptless.membership.program import Program, run_as_main
 
 _PR_SET_PDEATHSIG = 1
@@ -86,10 +87,10 @@ def hold_line(job: Job, line: list[int]) -> None:
 
 def execute(job: Job) -> NoReturn:
     """Replace this process by a fresh one that runs the job."""
-    command = job.program.command()
+    command = with_folder(job.program, job.env).command()
     try:
         os.chdir(job.cwd)
-        os.execvpe(command[0], command, job.env)
+        os.execvpe(command[0], command, without_folder(job.env))
     except OSError as error:
         os.write(2, f"cannot start {command[0]!r} in {job.cwd!r}: {error.strerror}\n".encode())
         os._exit(_CANNOT_START_EXIT_CODE)
@@ -103,7 +104,7 @@ def run(job: Job) -> int:
     """
     _enter(job)
     try:
-        run_as_main(job.program)
+        run_as_main(with_folder(job.program, job.env))
     except SystemExit:
         raise
     except BaseException as error:  # noqa: BLE001 - the last resort of an interpreter: report whatever the user raised
@@ -115,7 +116,7 @@ def run(job: Job) -> int:
 
 def _enter(job: Job) -> None:
     os.environ.clear()
-    os.environ.update(job.env)
+    os.environ.update(without_folder(job.env))
     os.chdir(job.cwd)
     multiprocessing.process.ORIGINAL_DIR = job.cwd  # type: ignore[attr-defined]
     multiprocessing.process.current_process().authkey = os.urandom(32)

@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.multiprocessing.api import PContext, RunProcsResult
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from lightning_ckptless import environment
 from lightning_ckptless.membership.channel import Message
 from lightning_ckptless.membership.parent import End, ParentLostError, PreloadedParent
 from lightning_ckptless.membership.process import Process
@@ -43,6 +44,8 @@ class Workers(PContext):
         fresh: start new interpreters instead of running inside the forks.
         logs_specs: where stdout and stderr go.
         log_line_prefixes: put before each line that is shown and logged at once.
+        first_wait_s: how long the start of the others waits for the first one to come to its trainer, with the run
+            folder that Hydra has made for it; 0 to start all at once.
 
     Attributes:
         inside: local ranks that are in the training loop, or on their way back into it.
@@ -62,6 +65,7 @@ class Workers(PContext):
         fresh: bool,
         logs_specs: LogsSpecs,
         log_line_prefixes: dict[int, str] | None = None,
+        first_wait_s: float = 0.0,
     ) -> None:
         args: dict[int, tuple[Any, ...]] = dict.fromkeys(envs, ())
         super().__init__("worker", program.target, args, envs, logs_specs, log_line_prefixes)
@@ -79,6 +83,7 @@ class Workers(PContext):
         self._stopped: set[int] = set()
         self._blamed: dict[int, str] = {}
         self._said: list[tuple[int, Message]] = []
+        self._first_wait_s = first_wait_s
 
     # ------------------------------------------------------------------ starting
 
@@ -88,8 +93,22 @@ class Workers(PContext):
         start_tails(self)
 
     def _start(self) -> None:
-        for rank, job in self._jobs.items():
-            self._launch(rank, job, os.O_TRUNC)
+        first, *others = self._jobs
+        self._launch(first, self._jobs[first], os.O_TRUNC)
+        folder = self._folder_of(first) if others else ""
+        for rank in others:
+            self._launch(rank, self.job(rank, {environment.HYDRA: folder} if folder else {}), os.O_TRUNC)
+
+    def _folder_of(self, first: int) -> str:
+        """The run folder that the first worker comes to its trainer with; empty where it has none, or takes long."""
+        deadline = time.monotonic() + self._first_wait_s
+        while first in self._running and (left_s := deadline - time.monotonic()) > 0:
+            self._look(left_s, lines=True)
+            self._listen()
+            for _, message in self._said:
+                if message["kind"] == "arrived":
+                    return str(message["hydra"])
+        return ""
 
     def _launch(self, rank: int, job: Job, mode: int) -> None:
         stdio = self.open_stdio(rank, mode)

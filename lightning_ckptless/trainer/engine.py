@@ -44,6 +44,7 @@ from lightning_ckptless.trainer.mirroring import Mirroring
 from lightning_ckptless.trainer.replay import BatchLog
 from lightning_ckptless.trainer.report import RunReport
 from lightning_ckptless.trainer.restoration import Restoration
+from lightning_ckptless.trainer.run_folders import RunFolders
 from lightning_ckptless.trainer.starting import Sources, decide_start
 from lightning_ckptless.trainer.step import StepBoundaries
 from lightning_ckptless.trainer.streams import Streams
@@ -75,6 +76,7 @@ class Engine:
         self.streams: Streams = strategy.make_streams(trainer)
         self.durable = DurableRung(self.identity, chapter, self.options)
         self.logs = LogFiles(trainer)
+        self.folders = RunFolders(trainer)
         self._line = line
         self.ledger = Ledger(self.run_folder / "ledger.jsonl")
         self.report = RunReport(trainer, self.ledger, strategy.world.generation)
@@ -146,6 +148,7 @@ class Engine:
         cohort = self.cohort = form_cohort(
             transport, self.arena, nodes, self.options, self.generation, after=after, mesh=mesh
         )
+        self.folders.adopt(cohort.noted("folders"), self.rank)
         self.durable.share_out(cohort)
         self.report.generation = cohort.generation
         saved = cohort.noted("logger_versions")
@@ -171,6 +174,7 @@ class Engine:
     def begin_alone(self) -> None:
         """Prepare to come to the others where they are: what can be known without them."""
         self.arena = find_or_make_arena(self.identity, self.chapter, self.options)
+        self.folders.adopt(self.arena.notes().get("folders"), self.rank)
         self.logs.name(self.arena.notes().get("logger_versions"))
         self.logs.keep()
 
@@ -226,6 +230,7 @@ class Engine:
         if is_first_of_node(local_rank()):
             self.durable.order_writer(arena, self._line)
             arena.note("logger_versions", self.logs.names)
+        self._note_folders(arena)
         self.loops = loops
         self._begun = BegunStep(arena.path, self.rank)
         self._take_pulse()
@@ -258,6 +263,13 @@ class Engine:
             loops.fit.run = partial(survival.run, loops.fit.run)
         else:
             loops.fit.run = partial(survival.run, partial(self._run_restored, restoration))
+
+    def _note_folders(self, arena: Arena) -> None:
+        """Note the folders of all ranks, when the first processes of this fit have theirs."""
+        if self.cohort is not None and self.cohort.noted("folders") is None:
+            folders = self.cohort.gather(self.folders.facts())
+            if self.cohort.speaks_for_node:
+                arena.note("folders", folders)
 
     def _run_restored(self, restoration: Restoration) -> None:
         """Enter the loops at the restored position, in a process that is as new as all others."""

@@ -13,7 +13,7 @@ from lightning_ckptless import environment
 from lightning_ckptless.errors import OptionsError, UnfitNodeError
 from lightning_ckptless.membership.cold import replace_by_agent
 from lightning_ckptless.membership.communicators import keep_through_device_errors
-from lightning_ckptless.membership.control import Line, is_standby, open_line
+from lightning_ckptless.membership.control import Line, is_standby, open_line, say_without_opening
 from lightning_ckptless.membership.peers import is_lost_peer
 from lightning_ckptless.membership.verdict import Verdict, leave_verdict
 from lightning_ckptless.membership.watch import Watcher
@@ -24,6 +24,7 @@ from lightning_ckptless.trainer.health import check_health
 from lightning_ckptless.trainer.host.flavour import flavour_of
 from lightning_ckptless.trainer.host.launch import CKPT_PATH_INDEX, is_fit, is_stop, launcher_base
 from lightning_ckptless.trainer.identity import calls_before, chapters_before, count_call, is_worker, next_chapter
+from lightning_ckptless.trainer.run_folders import hydra_folder
 from lightning_ckptless.trainer.waiting import wait_for_rank
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class FitGuard:
         self.strategy.check_options()
         if not is_worker():
             self._hand_over(trainer)
+        say_without_opening("arrived", hydra=hydra_folder())
         self.strategy.check_world()
         if trainer is None or not is_fit(function):
             self._pass_by(function)
@@ -72,6 +74,8 @@ class FitGuard:
                 f"--rdzv-endpoint HOST:PORT --nproc-per-node {strategy.num_processes} SCRIPT"
             )
         os.environ[environment.LIGHTNING] = flavour_of(strategy)
+        if folder := hydra_folder():
+            os.environ[environment.HYDRA] = folder
         root = trainer.default_root_dir if trainer is not None else os.getcwd()
         replace_by_agent(
             nproc=strategy.num_processes,

@@ -12,3 +12,8 @@ def prepare_without_group(strategy: Any) -> None:
     fabric_module(flavour_of(strategy), "utilities.seed").reset_seed()
     strategy.set_world_ranks()
     strategy._process_group_backend = strategy._get_process_group_backend()
+
+
+def set_root_folder(trainer: Any, path: str) -> None:
+    """Give a trainer another `default_root_dir`."""
+    trainer._default_root_dir = path
