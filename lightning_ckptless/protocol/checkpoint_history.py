@@ -10,6 +10,7 @@ Operations are noted per call of `fit`. The files of one fit are never touched o
 | Note | Meaning |
 |---|---|
 | `save` | a file is about to be written |
+| `written` | it has been written, and how long it is |
 | `remove` | a file is about to be removed |
 | `rewind` | the fit returned to a version: its later operations are undone |
 | `begin` | the fit began without a version: notes of an earlier run under the same id do not count |
@@ -18,7 +19,7 @@ Operations are noted per call of `fit`. The files of one fit are never touched o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -32,6 +33,7 @@ class Action(StrEnum):
     """What a note says."""
 
     SAVE = "save"
+    WRITTEN = "written"
     REMOVE = "remove"
     REWIND = "rewind"
     BEGIN = "begin"
@@ -62,11 +64,13 @@ class FileHistory:
         live: those that are part of the run, in order.
         undone: those that a rollback took back, in order.
         of_later_fits: paths last written by a fit that follows this one; a relaunched program comes to it again.
+        written_bytes: size of each file when it was written last.
     """
 
     live: tuple[FileOperation, ...] = ()
     undone: tuple[FileOperation, ...] = ()
     of_later_fits: frozenset[str] = frozenset()
+    written_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def paths(self) -> list[str]:
@@ -106,14 +110,24 @@ def note_of(operation: FileOperation, fit: int) -> dict[str, Any]:
     }
 
 
+def note_of_written(path: str, size_bytes: int, fit: int) -> dict[str, Any]:
+    """The note that a file has been written."""
+    return {"action": Action.WRITTEN.value, "fit": fit, "path": path, "bytes": size_bytes}
+
+
 def note_of_rewind(version: Version, fit: int) -> dict[str, Any]:
     """The note that a fit returns to a version."""
     return {"action": Action.REWIND.value, "fit": fit, **_version_fields(version)}
 
 
-def note_of_begin(fit: int) -> dict[str, Any]:
-    """The note that a fit begins without a version."""
-    return {"action": Action.BEGIN.value, "fit": fit}
+def note_of_begin(fit: int, *, new_run: bool) -> dict[str, Any]:
+    """The note that a fit begins without a version.
+
+    Args:
+        fit: its number.
+        new_run: whether the run is a new one, whose later fits begin as well.
+    """
+    return {"action": Action.BEGIN.value, "fit": fit, "new_run": new_run}
 
 
 def read_history(notes: Iterable[Mapping[str, Any]], fit: int) -> FileHistory:
@@ -126,23 +140,29 @@ def read_history(notes: Iterable[Mapping[str, Any]], fit: int) -> FileHistory:
     live: list[FileOperation] = []
     undone: list[FileOperation] = []
     writers: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for note in notes:
         action, of = Action(note["action"]), int(note["fit"])
         if action is Action.BEGIN:
-            writers = {path: writer for path, writer in writers.items() if writer < of}
-            if of <= fit:
-                live, undone = ([], []) if of == fit else (live, undone)
+            is_new_run = bool(note["new_run"])
+            if of == fit or (of < fit and is_new_run):
+                live, undone = [], []
+            if is_new_run:
+                writers = {path: writer for path, writer in writers.items() if writer < of}
         elif action is Action.REWIND and of == fit:
             version = _version(note)
             undone += [operation for operation in live if operation.after >= version]
             live = [operation for operation in live if operation.after < version]
+        elif action is Action.WRITTEN:
+            # Whichever fit wrote it last: that is how long it has to be.
+            sizes[note["path"]] = int(note["bytes"])
         elif action in (Action.SAVE, Action.REMOVE):
             if action is Action.SAVE:
                 writers[note["path"]] = max(of, writers.get(note["path"], 0))
             if of == fit:
                 live.append(FileOperation(note["path"], action, _version(note), bool(note["existed"])))
     later = frozenset(path for path, writer in writers.items() if writer > fit)
-    return FileHistory(tuple(live), tuple(undone), later)
+    return FileHistory(tuple(live), tuple(undone), later, sizes)
 
 
 class Move(StrEnum):

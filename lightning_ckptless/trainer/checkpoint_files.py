@@ -29,9 +29,11 @@ from lightning_ckptless.protocol.checkpoint_history import (
     note_of,
     note_of_begin,
     note_of_rewind,
+    note_of_written,
     read_history,
 )
 from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.trainer.lost_files import lost_checkpoints, size_bytes, warning_of
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,12 @@ class CheckpointFiles:
         self._note(FileOperation(path, Action.SAVE, after or BEGINNING, _exists(path)), generation)
         self._rewritten.add(path)
 
+    def written(self, path: str, *, generation: int) -> None:
+        """A file has been written."""
+        path = absolute(path)
+        if not self._is_closed and not is_remote(path) and (size := size_bytes(path)) is not None:
+            self._ledger.record(EVENT, generation=generation, rank=0, **note_of_written(path, size, self._fit))
+
     def removing(self, path: str, after: Version | None, *, generation: int) -> bool:
         """A file is about to be removed.
 
@@ -107,10 +115,15 @@ class CheckpointFiles:
 
     # ------------------------------------------------------------------ as versions come and go
 
-    def begin(self, *, generation: int) -> None:
-        """The fit begins from nothing or from a checkpoint file: an earlier run's notes do not count."""
+    def begin(self, *, generation: int, new_run: bool) -> None:
+        """The fit begins without a version, so nothing that was noted before is written again.
+
+        Args:
+            generation: of this rank.
+            new_run: whether it begins from nothing, and not from a checkpoint file of this run.
+        """
         settle_fit(self._history(), self._fit)
-        self._ledger.record(EVENT, generation=generation, rank=0, **note_of_begin(self._fit))
+        self._ledger.record(EVENT, generation=generation, rank=0, **note_of_begin(self._fit, new_run=new_run))
 
     def go_back(self, version: Version, *, generation: int) -> None:
         """Make all files look as they did at a version. No file of another fit is touched."""
@@ -134,6 +147,10 @@ class CheckpointFiles:
                 self._waiting[path] = first[path].after
         self._ledger.record(EVENT, generation=generation, rank=0, **note_of_rewind(version, self._fit))
         self._tell(version, aside, remote)
+        # A file that is about to be written again may be torn: it was being written when a rank was lost.
+        due = {path: history.written_bytes.get(path, 0) for path in history.present() - first.keys()}
+        if lost := lost_checkpoints({path: size for path, size in due.items() if not is_remote(path)}):
+            self._say(warning_of(lost, version))
 
     def settle(self, committed: Version | None) -> None:
         """Deal with the copies that were kept for steps which a committed version includes."""
@@ -151,10 +168,6 @@ class CheckpointFiles:
         """Another rank writes from here on."""
         self._waiting.clear()
         self._rewritten.clear()
-
-    def expected(self) -> list[str]:
-        """Local files that are part of the run as it stands."""
-        return sorted(path for path in self._history().present() if not is_remote(path))
 
     def _settle(self, path: str) -> None:
         del self._waiting[path]

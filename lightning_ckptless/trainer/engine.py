@@ -40,6 +40,7 @@ from lightning_ckptless.trainer.host.streams import open_training_data
 from lightning_ckptless.trainer.identity import Identity, identify
 from lightning_ckptless.trainer.judgement import why_final
 from lightning_ckptless.trainer.log_files import LogFiles
+from lightning_ckptless.trainer.lost_files import lost_logs, warning_of
 from lightning_ckptless.trainer.mirroring import Mirroring
 from lightning_ckptless.trainer.replay import BatchLog
 from lightning_ckptless.trainer.report import RunReport
@@ -165,6 +166,7 @@ class Engine:
                 self.logs.name(self.durable.logger_versions(plan.state))
             self._restoration = self.fetch(found)
             self.streams.opened_for = self.streams.count
+            self.check_logs(self._restoration)
             self.logs.cut(self._restoration.state["logs"])
         else:
             self.streams.require()
@@ -195,6 +197,11 @@ class Engine:
         batch = self.options.elastic_batch
         return fetch_version(self.trainer, found, self.cohort, self.streams, batch, self.report, self.files)
 
+    def check_logs(self, restoration: Restoration) -> None:
+        """Warn of log files that are not what they were at a version; before they are cut back to it."""
+        if lost := lost_logs(self.trainer, restoration.state["logs"]):
+            self.report.say_of_files(warning_of(lost, restoration.version))
+
     def _count_recovery(self, cohort: Cohort) -> None:
         """Count over all starts of the run: under another agent only we know the user's limit."""
         most, count = self.options.max_recoveries, 1 + max(int(n.get("recoveries", 0)) for n in cohort.notes)
@@ -210,7 +217,7 @@ class Engine:
         if self.trainer.is_global_zero and relaunched and action is StartAction.FRESH:
             self.files.go_back(BEGINNING, generation=cohort.generation)
         elif self.trainer.is_global_zero:
-            self.files.begin(generation=cohort.generation)
+            self.files.begin(generation=cohort.generation, new_run=action is StartAction.FRESH)
         cohort.transport.agree(True)
         if cohort.speaks_for_node:
             cohort.arena.clear()
@@ -380,6 +387,11 @@ class Engine:
         """Called before a checkpoint file is written by this rank."""
         if not self._is_asked_to_end:
             self.files.saving(path, self._taken, generation=self.generation)
+
+    def saved_checkpoint(self, path: str) -> None:
+        """Called when a checkpoint file has been written by this rank."""
+        if not self._is_asked_to_end:
+            self.files.written(path, generation=self.generation)
 
     def removing_checkpoint(self, path: str) -> bool:
         """Called before a checkpoint file is removed by this rank; returns whether that is dealt with."""

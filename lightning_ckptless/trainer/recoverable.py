@@ -349,6 +349,8 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             if self.engine is not None and self.is_global_zero:
                 self.engine.saving_checkpoint(str(filepath))
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            if self.engine is not None and self.is_global_zero:
+                self.engine.saved_checkpoint(str(filepath))
 
         def remove_checkpoint(self, filepath: Any) -> None:
             """Remove a checkpoint file, but keep it at hand until a committed version does without it."""

@@ -58,7 +58,12 @@ def test_which_operations_a_version_does_not_include(after: Version, restored: V
 
 
 def test_fits_do_not_see_each_other() -> None:
-    notes = [save("/one.ckpt", 16), note_of_begin(1), save("/two.ckpt", 8, fit=1), note_of_rewind(after_tail(4), 1)]
+    notes = [
+        save("/one.ckpt", 16),
+        note_of_begin(1, new_run=True),
+        save("/two.ckpt", 8, fit=1),
+        note_of_rewind(after_tail(4), 1),
+    ]
     assert read_history(notes, 0).paths == ["/one.ckpt"]
     assert read_history(notes, 0).saved() == {"/one.ckpt"}
     assert read_history(notes, 1).paths == ["/two.ckpt"]
@@ -74,9 +79,17 @@ def test_an_operation_that_was_undone_does_not_count_as_later() -> None:
 
 
 def test_a_run_that_begins_again_under_its_old_name_has_no_history() -> None:
-    notes = [save("/a", 9), save("/b", 3, fit=1), note_of_begin(0), save("/c", 1)]
+    notes = [save("/a", 9), save("/b", 3, fit=1), note_of_begin(0, new_run=True), save("/c", 1)]
     assert read_history(notes, 0).paths == ["/c"]
     assert read_history(notes, 0).of_later_fits == frozenset()
+    assert read_history(notes, 1).paths == []
+
+
+def test_a_fit_that_begins_from_a_checkpoint_file_leaves_the_history_of_later_ones() -> None:
+    notes = [save("/a", 9), save("/b", 3, fit=1), note_of_begin(0, new_run=False)]
+    assert read_history(notes, 0).paths == []
+    assert read_history(notes, 0).of_later_fits == {"/b"}
+    assert read_history(notes, 1).paths == ["/b"]
 
 
 def test_a_file_is_of_the_last_fit_that_wrote_it() -> None:

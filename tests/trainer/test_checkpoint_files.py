@@ -184,7 +184,7 @@ def test_when_the_run_has_ended_no_copy_is_left(tmp_path: Path) -> None:
 
 def test_folders_of_sharded_models_are_moved_as_files_are(tmp_path: Path) -> None:
     folder = tmp_path / "step=1.ckpt"
-    files = CheckpointFiles(Ledger(tmp_path / "ledger.jsonl"), 0, [].append)
+    files = CheckpointFiles(Ledger(tmp_path / "ledger.jsonl"), 0, print)
 
     def write(*names: str) -> None:
         files.saving(str(folder), after_tail(0), generation=1)
@@ -217,7 +217,7 @@ def test_storage_that_is_not_local_is_left_alone_and_named(tmp_path: Path) -> No
 
 def test_the_longest_name_has_room_for_its_copy(tmp_path: Path) -> None:
     path = tmp_path / f"{'x' * 250}.ckpt"
-    files = CheckpointFiles(Ledger(tmp_path / "ledger.jsonl"), 0, [].append)
+    files = CheckpointFiles(Ledger(tmp_path / "ledger.jsonl"), 0, print)
     files.saving(str(path), after_tail(0), generation=1)
     path.touch()
     files.go_back(after_tail(0), generation=1)
@@ -227,7 +227,7 @@ def test_the_longest_name_has_room_for_its_copy(tmp_path: Path) -> None:
 
 
 def test_a_relative_path_is_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = CheckpointFiles(Ledger(tmp_path / "ledger.jsonl"), 0, [].append)
+    files = CheckpointFiles(Ledger(tmp_path / "ledger.jsonl"), 0, print)
     monkeypatch.chdir(tmp_path)
     files.saving("a.ckpt", after_tail(0), generation=1)
     Path("a.ckpt").touch()

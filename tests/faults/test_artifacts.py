@@ -1,0 +1,102 @@
+"""Files and folders that a program makes for itself are those of the run that was never disturbed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.testing.drill import run_drill, run_variant
+from lightning_ckptless.testing.starters import Ladder
+from lightning_ckptless.testing.variant import Variant
+from tests.faults.conftest import REPOSITORY
+
+ENV = {"PYTHONPATH": str(REPOSITORY)}
+STAMP = re.compile(r"\d{15,}")
+SCRIPT = """
+import os, sys, time
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+class Model(BoringModel):
+    def training_step(self, batch, batch_idx):
+        # Of the user's own, and never written over.
+        if self.global_step == 4 and not os.path.exists(path := f"{root}/own-{fit}.ckpt"):
+            self.trainer.save_checkpoint(path)
+        return super().training_step(batch, batch_idx)
+
+stamp = str(time.time_ns())
+if "--chdir" in sys.argv:
+    os.makedirs(stamp, exist_ok=True)
+    os.chdir(stamp)
+root = "." if "--chdir" in sys.argv else stamp
+for fit in range(2 if "--twice" in sys.argv else 1):
+    L.seed_everything(3, workers=True)
+    model = Model()
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy="ckptless", max_epochs=2, limit_train_batches=6, limit_val_batches=0,
+        enable_progress_bar=False, enable_model_summary=False, logger=False, default_root_dir=root,
+        callbacks=[
+            # Both fits write into the same folder.
+            ModelCheckpoint(f"{root}/newest", every_n_train_steps=2, save_last=True),
+            ModelCheckpoint(f"{root}/all", every_n_train_steps=3, save_top_k=-1),
+        ],
+    )
+    trainer.fit(model)
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program."""
+    path = tmp_path_factory.mktemp("program") / "train.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def made_by(variant: Variant) -> dict[str, int]:
+    """Checkpoint files of a run by their paths, stamps left out, with the steps they are of; hidden files too."""
+    files = {path: STAMP.sub("STAMP", str(path.relative_to(variant.folder))) for path in variant.folder.rglob("*ckpt*")}
+    return {name: torch.load(path, weights_only=False)["global_step"] for path, name in files.items() if path.is_file()}
+
+
+def stamps_of(variant: Variant) -> set[str]:
+    """Stamped folders in which a checkpoint lies."""
+    return {stamp for path in variant.folder.rglob("*.ckpt") for stamp in STAMP.findall(str(path))}
+
+
+CASES = {
+    # After a save, before its version is committed: one file too many, and one removed too early.
+    "rank=0-in_place": ("kill:rank=0:step=4:at=commit", (), None, (1, 0)),
+    "rank=1-in_place": ("kill:rank=1:step=7", (), None, (1, 0)),
+    "rank=0-relaunch-chdir": ("kill:rank=0:step=6:at=commit", ("--chdir",), False, (0, 1)),
+    "rank=0-in_place-chdir": ("kill:rank=0:step=5", ("--chdir",), None, (1, 0)),
+    "second_fit": ("kill:rank=1:step=16", ("--twice",), None, (0, 1)),
+}
+LONG = ("rank=1-in_place", "rank=0-in_place-chdir")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] if n in LONG else []) for n in CASES])
+def test_checkpoints_after_a_kill(name: str, script: Path, tmp_path: Path, parent: PreloadedParent) -> None:
+    faults, arguments, in_place, recoveries = CASES[name]
+    command = [str(script), *arguments]
+    plain = run_variant(command, tmp_path / "plain", parent=parent, isolate=True, env=ENV)
+    report = run_drill(
+        command,
+        faults,
+        folder=tmp_path / "drill",
+        parent=parent,
+        baseline=plain,
+        isolate=True,
+        env=ENV,
+        ladder=Ladder(in_place=in_place),
+    )
+    assert report.problems == ()
+    assert (report.in_place, report.relaunches) == recoveries
+    assert made_by(plain)
+    assert made_by(report.faulted) == made_by(plain)
+    assert len(stamps_of(report.faulted)) == 1
