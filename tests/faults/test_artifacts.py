@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 class Model(BoringModel):
     def training_step(self, batch, batch_idx):
         # Of the user's own, and never written over.
-        if self.global_step == 4 and not os.path.exists(path := f"{root}/own-{fit}.ckpt"):
+        path = f"{self.trainer.default_root_dir}/own-{fit}.ckpt"
+        if self.global_step == 4 and not os.path.exists(path):
             self.trainer.save_checkpoint(path)
         return super().training_step(batch, batch_idx)
 
@@ -38,8 +41,8 @@ for fit in range(2 if "--twice" in sys.argv else 1):
     L.seed_everything(3, workers=True)
     model = Model()
     trainer = L.Trainer(
-        accelerator="cpu", devices=2, strategy="ckptless", max_epochs=2, limit_train_batches=6, limit_val_batches=0,
-        enable_progress_bar=False, enable_model_summary=False, logger=False, default_root_dir=root,
+        accelerator="cpu", devices=2, strategy="ckptless", max_epochs=2 + fit, limit_train_batches=6,
+        limit_val_batches=0, enable_progress_bar=False, enable_model_summary=False, logger=False, default_root_dir=root,
         callbacks=[
             # Both fits write into the same folder.
             ModelCheckpoint(f"{root}/newest", every_n_train_steps=2, save_last=True),
@@ -56,6 +59,21 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("program") / "train.py"
     path.write_text(SCRIPT)
     return path
+
+
+Undisturbed = Callable[[tuple[str, ...]], Variant]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(script: Path, parent: PreloadedParent, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """The uninterrupted run with some arguments, run once."""
+
+    @cache
+    def run(arguments: tuple[str, ...]) -> Variant:
+        folder = tmp_path_factory.mktemp("plain") / "run"
+        return run_variant([str(script), *arguments], folder, parent=parent, isolate=True, env=ENV)
+
+    return run
 
 
 def made_by(variant: Variant) -> dict[str, int]:
@@ -81,10 +99,12 @@ LONG = ("rank=1-in_place", "rank=0-in_place-chdir")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] if n in LONG else []) for n in CASES])
-def test_checkpoints_after_a_kill(name: str, script: Path, tmp_path: Path, parent: PreloadedParent) -> None:
+def test_checkpoints_after_a_kill(
+    name: str, script: Path, undisturbed: Undisturbed, tmp_path: Path, parent: PreloadedParent
+) -> None:
     faults, arguments, in_place, recoveries = CASES[name]
     command = [str(script), *arguments]
-    plain = run_variant(command, tmp_path / "plain", parent=parent, isolate=True, env=ENV)
+    plain = undisturbed(arguments)
     report = run_drill(
         command,
         faults,
