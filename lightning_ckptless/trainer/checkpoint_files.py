@@ -37,7 +37,6 @@ from lightning_ckptless.trainer.lost_files import lost_checkpoints, size_bytes, 
 
 log = logging.getLogger(__name__)
 
-EVENT = "checkpoint"
 WRITTEN_LAST = (".metadata", "meta.pt")
 """In the folder of a sharded model's checkpoint: of torch.distributed.checkpoint, and of Lightning."""
 _NAMES_SHOWN = 3
@@ -84,7 +83,7 @@ class CheckpointFiles:
         """A file has been written."""
         path = absolute(path)
         if not self._is_closed and not is_remote(path) and (size := size_bytes(path)) is not None:
-            self._ledger.record(EVENT, generation=generation, rank=0, **note_of_written(path, size, self._fit))
+            self._ledger.record("checkpoint", generation=generation, rank=0, **note_of_written(path, size, self._fit))
 
     def removing(self, path: str, after: Version | None, *, generation: int) -> bool:
         """A file is about to be removed.
@@ -111,7 +110,7 @@ class CheckpointFiles:
         return True
 
     def _note(self, operation: FileOperation, generation: int) -> None:
-        self._ledger.record(EVENT, generation=generation, rank=0, **note_of(operation, self._fit))
+        self._ledger.record("checkpoint", generation=generation, rank=0, **note_of(operation, self._fit))
 
     # ------------------------------------------------------------------ as versions come and go
 
@@ -123,7 +122,7 @@ class CheckpointFiles:
             new_run: whether it begins from nothing, and not from a checkpoint file of this run.
         """
         settle_fit(self._history(), self._fit)
-        self._ledger.record(EVENT, generation=generation, rank=0, **note_of_begin(self._fit, new_run=new_run))
+        self._ledger.record("checkpoint", generation=generation, rank=0, **note_of_begin(self._fit, new_run=new_run))
 
     def go_back(self, version: Version, *, generation: int) -> None:
         """Make all files look as they did at a version. No file of another fit is touched."""
@@ -145,7 +144,7 @@ class CheckpointFiles:
             aside += [path] if Move.SET_ASIDE in moves else []
             if os.path.lexists(_aside(path, self._fit)):
                 self._waiting[path] = first[path].after
-        self._ledger.record(EVENT, generation=generation, rank=0, **note_of_rewind(version, self._fit))
+        self._ledger.record("checkpoint", generation=generation, rank=0, **note_of_rewind(version, self._fit))
         self._tell(version, aside, remote)
         # A file that is about to be written again may be torn: it was being written when a rank was lost.
         due = {path: history.written_bytes.get(path, 0) for path in history.present() - first.keys()}
@@ -238,7 +237,7 @@ def _settling(history: FileHistory, path: str, found: Found) -> list[Move]:
 
 
 def _notes(ledger: Path) -> Iterable[Mapping[str, Any]]:
-    return (event.fields for event in read_ledger(ledger, only=EVENT))
+    return (event.fields for event in read_ledger(ledger, only="checkpoint"))
 
 
 def _aside(path: str, fit: int) -> str:
