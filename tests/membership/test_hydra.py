@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,10 @@ from lightning_ckptless.membership.hydra import (
     with_folder,
     without_folder,
 )
+from lightning_ckptless.membership.launch import LaunchConfig, run
+from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.membership.program import Program
+from tests.membership.conftest import script
 
 
 def environment_of(folder: str, local_rank: int) -> dict[str, str]:
@@ -68,3 +73,37 @@ def test_a_script_that_imports_hydra_is_known_by_its_text(text: str, found: bool
     assert imports_hydra(Program("module", "package.train"), tmp_path) is found
     assert not imports_hydra(Program("module", "package.absent"), tmp_path)
     assert not imports_hydra(Program("executable", "package/train.py"), tmp_path)
+
+
+ASKS = """
+    import json, os, signal, sys
+    from pathlib import Path
+    from lightning_ckptless import environment
+    from lightning_ckptless.membership.control import say_without_opening
+    if "--never" in sys.argv:
+        import hydra
+    rank, restarts = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+    Path(f"argv-{rank}-{restarts}.json").write_text(json.dumps([sys.argv[1:], environment.HYDRA in os.environ]))
+    say_without_opening("arrived", hydra=f"run=/of-{rank}")
+    if (rank, restarts) == ("1", "0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.sigwait({signal.SIGTERM}) if restarts == "0" else None
+"""
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_all_processes_get_the_folder_of_the_first(
+    fresh: bool, bare: PreloadedParent, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = LaunchConfig(program=script(write(ASKS), "seed=1"), nproc=2, cwd=tmp_path, fresh=fresh, stop_grace_s=0.5)
+    assert run(config, parent=bare).restarts == 1
+
+    def started_with(rank: int, restarts: int) -> list[object]:
+        found: list[object] = json.loads((tmp_path / f"argv-{rank}-{restarts}.json").read_text())
+        return found
+
+    given = ["seed=1", 'hydra.run.dir="/of-0"']
+    assert started_with(0, 0) == [["seed=1"], False]
+    others = [*given, "hydra.job.name=train_ddp_process_1", "hydra.output_subdir=null"]
+    assert started_with(1, 0) == started_with(1, 1) == [others, False]
+    assert started_with(0, 1) == [[*given, "hydra.output_subdir=null"], False]

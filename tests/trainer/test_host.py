@@ -48,7 +48,7 @@ ASKED = {
     "combined_loader": "_iterator flattened reset limits",
     "iterator": "_idx _consumed iterators",
     "fetcher": "fetched done length batches _start_profiler _stop_profiler setup",
-    "trainer": "_logger_connector _last_val_time _train_start_time _results val_check_batch",
+    "trainer": "_logger_connector _last_val_time _train_start_time _results val_check_batch _default_root_dir",
     "results": "batch batch_size",
     "connector": """
         _progress_bar_metrics _logged_metrics _callback_metrics _current_fx _first_loop_iter should_update_logs

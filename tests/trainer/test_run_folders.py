@@ -24,11 +24,10 @@ def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(os.getcwd())
 
 
-def trainer_in(folder: Path, **changes: Any) -> Any:
+def trainer_in(folder: Path) -> Any:
     saver, other = ModelCheckpoint(folder / "all"), OnExceptionCheckpoint(folder / "failed")
     profiler = SimpleProfiler(dirpath=folder / "profile", filename="times")
-    changes = {"callbacks": [saver, other], "profiler": profiler, "enable_checkpointing": True} | changes
-    return tiny_trainer(folder, **changes)
+    return tiny_trainer(folder, callbacks=[saver, other], profiler=profiler, enable_checkpointing=True)
 
 
 def test_root_callbacks_and_profiler_follow_the_first_process(tmp_path: Path) -> None:
