@@ -37,6 +37,7 @@ class Program:
     fit: int = 0
     said: list[str] = field(default_factory=list)
     last: dict[int, dict[str, str]] = field(default_factory=lambda: {0: {}})
+    names: dict[int, set[str]] = field(default_factory=lambda: {0: set()})
 
     def __post_init__(self) -> None:
         self.folder.mkdir(exist_ok=True)
@@ -61,7 +62,7 @@ class Program:
             elif (known := last.pop(letter.lower(), None)) and not self.files.removing(known, after, generation=1):
                 Path(known).unlink(missing_ok=True)
         yield
-        self.last[step] = last
+        self.last[step], self.names[step] = last, self.visible()
 
     def _free_path(self, letter: str, own: str | None) -> str:
         path, number = str(self.folder / f"{letter}.ckpt"), 0
@@ -77,6 +78,10 @@ class Program:
                 pass
             self.files.settle(after_tail(step - 1))
         self.files.close()
+
+    def visible(self) -> set[str]:
+        """Names of the files that are not hidden."""
+        return {path.name for path in self.folder.iterdir() if not path.name.startswith(".")}
 
     def listing(self) -> dict[str, str]:
         """What a user finds, hidden files included."""
@@ -108,6 +113,7 @@ def test_a_disturbed_run_leaves_the_files_of_an_undisturbed_one(script: list[str
             if data.draw(st.booleans(), "in a new process"):
                 disturbed.start()
             disturbed.files.go_back(after_tail(back), generation=1)
+            assert disturbed.visible() == plain.names[back]
             at, committed = back + 1, back
         disturbed.run(at)
         assert disturbed.listing() == plain.listing()
