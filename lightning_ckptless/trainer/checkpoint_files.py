@@ -33,7 +33,7 @@ from lightning_ckptless.protocol.checkpoint_history import (
     read_history,
 )
 from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.trainer.lost_files import lost_checkpoints, size_bytes, warning_of
+from lightning_ckptless.trainer.lost_files import LostFile, lost_checkpoints, size_bytes
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +51,16 @@ class CheckpointFiles:
         ledger: of the run.
         fit: how many fits of the program precede it.
         say: tells the user something.
+
+    Attributes:
+        lost: files that were missing or too short when the run returned to a version last.
     """
 
     def __init__(self, ledger: Ledger, fit: int, say: Callable[[str], None]) -> None:
         self._ledger = ledger
         self._fit = fit
         self._say = say
+        self.lost: list[LostFile] = []
         self._is_closed = False
         self._waiting: dict[str, Version] = {}
         self._rewritten: set[str] = set()
@@ -148,8 +152,7 @@ class CheckpointFiles:
         self._tell(version, aside, remote)
         # A file that is about to be written again may be torn: it was being written when a rank was lost.
         due = {path: history.written_bytes.get(path, 0) for path in history.present() - first.keys()}
-        if lost := lost_checkpoints({path: size for path, size in due.items() if not is_remote(path)}):
-            self._say(warning_of(lost, version))
+        self.lost = lost_checkpoints({path: size for path, size in due.items() if not is_remote(path)})
 
     def settle(self, committed: Version | None) -> None:
         """Deal with the copies that were kept for steps which a committed version includes."""
@@ -165,6 +168,7 @@ class CheckpointFiles:
 
     def forget(self) -> None:
         """Another rank writes from here on."""
+        self.lost = []
         self._waiting.clear()
         self._rewritten.clear()
 

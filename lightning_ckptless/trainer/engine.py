@@ -166,7 +166,7 @@ class Engine:
                 self.logs.name(self.durable.logger_versions(plan.state))
             self._restoration = self.fetch(found)
             self.streams.opened_for = self.streams.count
-            self.check_logs(self._restoration)
+            self.check_files(self._restoration)
             self.logs.cut(self._restoration.state["logs"])
         else:
             self.streams.require()
@@ -197,9 +197,9 @@ class Engine:
         batch = self.options.elastic_batch
         return fetch_version(self.trainer, found, self.cohort, self.streams, batch, self.report, self.files)
 
-    def check_logs(self, restoration: Restoration) -> None:
-        """Warn of log files that are not what they were at a version; before they are cut back to it."""
-        if lost := lost_logs(self.trainer, restoration.state["logs"]):
+    def check_files(self, restoration: Restoration) -> None:
+        """Warn of files that are not what they were at a version; before log files are cut back to it."""
+        if lost := [*lost_logs(self.trainer, restoration.state["logs"]), *self.files.lost]:
             self.report.say_of_files(warning_of(lost, restoration.version))
 
     def _count_recovery(self, cohort: Cohort) -> None:

@@ -246,7 +246,7 @@ class Survival:
         restoration.fill(self._trainer, only_own=only_own, index=mirroring.index_of(restoration.layout))
         self._mirroring.small.apply(restoration.state)
         if restoration.state["logs"] is not None:
-            self._engine.check_logs(restoration)
+            self._engine.check_files(restoration)
             host_loggers.rewind_logs(self._trainer, restoration.state["logs"])
         streams = self._engine.streams
         if moved:

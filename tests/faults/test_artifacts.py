@@ -120,3 +120,32 @@ def test_checkpoints_after_a_kill(
     assert made_by(plain)
     assert made_by(report.faulted) == made_by(plain)
     assert len(stamps_of(report.faulted)) == 1
+
+
+CLEARS = """
+import shutil
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+shutil.rmtree("out", ignore_errors=True)
+L.seed_everything(3, workers=True)
+trainer = L.Trainer(
+    accelerator="cpu", devices=2, strategy="ckptless", max_epochs=1, limit_train_batches=8, limit_val_batches=0,
+    enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+    logger=L.pytorch.loggers.CSVLogger("out", flush_logs_every_n_steps=1),
+    callbacks=[ModelCheckpoint("out/kept", every_n_train_steps=2, save_top_k=-1)],
+)
+trainer.fit(BoringModel())
+"""
+
+
+def test_a_script_that_clears_its_output_folder_is_named_as_the_cause(tmp_path: Path, parent: PreloadedParent) -> None:
+    (tmp_path / "train.py").write_text(CLEARS)
+    command, faults = [str(tmp_path / "train.py")], "kill:rank=0:step=6"
+    run: Variant = run_variant(command, tmp_path / "run", faults=faults, parent=parent, isolate=True, env=ENV)
+    assert run.exit_code == 0, run.tail()
+    said = "".join(path.read_text() for path in (run.folder / "output").rglob("*") if path.is_file())
+    assert said.count("files of the run are missing or shorter than they were at step 5") == 1
+    assert re.search(r"kept/epoch=0-step=[24]\.ckpt \(expected \d+ bytes, it is missing\)", said)
+    assert re.search(r"metrics\.csv \(expected \d+ rows, it is missing\)", said)
