@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.testing.drill import run_drill, run_variant
 from lightning_ckptless.testing.starters import Ladder
 from lightning_ckptless.testing.variant import Variant
-from tests.faults.conftest import REPOSITORY
+from lightning_ckptless.trainer.checkpoint_files import is_whole
+from tests.faults.conftest import REPOSITORY, Drill
+from tests.faults.matrix import BASE, Cell
 
 ENV = {"PYTHONPATH": str(REPOSITORY)}
 STAMP = re.compile(r"\d{15,}")
@@ -149,3 +152,19 @@ def test_a_script_that_clears_its_output_folder_is_named_as_the_cause(tmp_path: 
     assert said.count("files of the run are missing or shorter than they were at step 5") == 1
     assert re.search(r"kept/epoch=0-step=[24]\.ckpt \(expected \d+ bytes, it is missing\)", said)
     assert re.search(r"metrics\.csv \(expected \d+ rows, it is missing\)", said)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("in_place", [None, False])
+def test_checkpoint_folders_of_a_sharded_model(in_place: bool | None, drill: Drill) -> None:
+    options = replace(BASE, mesh="2x1", checkpoint_every=2, epochs=1)
+    report = drill(Cell("kill:rank=0:step=4:at=commit", options), Ladder(in_place=in_place))
+    assert report.problems == ()
+
+    def folders(variant: Variant) -> list[str]:
+        found = [path for path in variant.folder.rglob("*ckpt*") if path.parent.name == "checkpoints"]
+        assert all(is_whole(path) for path in found)
+        return sorted(path.name for path in found)
+
+    assert folders(report.faulted) == folders(report.baseline)
+    assert "step=4" in " ".join(folders(report.faulted))
