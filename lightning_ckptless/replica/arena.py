@@ -229,8 +229,8 @@ class Arena:
     def _layout_path(self, digest: str) -> Path:
         return self.path / f"layout-{digest}.json"
 
-    def note(self, name: str, value: object) -> None:
-        """Keep a small fact, such as that the run has finished. Any JSON value; the last one counts."""
+    def note(self, name: str, value: arena_facts.Json) -> None:
+        """Keep a small fact, such as that the run has finished; the last one counts."""
         arena_facts.write_note(self.path, name, value)
 
     def notes(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ That is theirs to say, by the methods below *what a strategy says of itself*; al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from lightning_ckptless.membership.communicators import World, use_loopback_on_one_node
 from lightning_ckptless.membership.watch import Watcher
 from lightning_ckptless.options import (
+    CheckpointHooks,
     Checksum,
     CkptlessOptions,
     ElasticBatch,
@@ -74,6 +75,9 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             durable_keep: durable states that are kept.
             elastic_batch: with fewer ranks than at first, `keep` runs the batches of those that are missing on the
                 others; `scale` makes each step of one batch per rank that is there.
+            checkpoint_hooks: `every_version` calls the program's `on_save_checkpoint` hooks with each version, and
+                `on_load_checkpoint` when one is restored; `never` leaves them to Lightning.
+            stateless_callbacks: class names of callbacks whose `state_dict()` is not called with each version.
             **base_options: everything that Lightning's own strategy takes.
 
         Raises:
@@ -105,6 +109,8 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             durable_dir: str | Path | None = None,
             durable_keep: int = 2,
             elastic_batch: ElasticBatch = "keep",
+            checkpoint_hooks: CheckpointHooks = "never",
+            stateless_callbacks: Sequence[str] = (),
             **base_options: Any,
         ) -> None:
             super().__init__(**base_options)
@@ -130,6 +136,8 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
                 durable_dir=Path(durable_dir) if durable_dir is not None else None,
                 durable_keep=durable_keep,
                 elastic_batch=elastic_batch,
+                checkpoint_hooks=checkpoint_hooks,
+                stateless_callbacks=stateless_callbacks,
             )
             self._stream: int | None = None
             self.engine: Engine | None = None

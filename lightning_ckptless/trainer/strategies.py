@@ -155,6 +155,11 @@ def model_parallel_class(flavour: str) -> type[Any]:
                 raise OptionsError(
                     f"precision={precision!r} is not supported for sharded models: choose among {', '.join(PRECISIONS)}"
                 )
+            if self.options.checkpoint_hooks != "never":
+                raise OptionsError(
+                    f"checkpoint_hooks={self.options.checkpoint_hooks!r} would gather a sharded model with each "
+                    "version: set checkpoint_hooks='never', and keep that state in plain attributes or state_dict()"
+                )
 
         def setup_environment(self) -> None:
             """Set the process up as Lightning does, but make one mesh for all calls: those who meet again need it."""
