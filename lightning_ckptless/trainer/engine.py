@@ -392,6 +392,11 @@ class Engine:
             (self.arena.path / MARKER).touch()
         self.report.finished()
 
+    def discard_empty_arena(self) -> None:
+        """Remove the arena after a start that failed before anything was mirrored: it has nothing to continue from."""
+        if self.arena is not None and is_first_of_node(local_rank()) and not self.arena.inventory():
+            self.arena.remove()
+
     def close(self) -> None:
         """Release threads and mappings; the arena stays for a relaunch, its agent removes it."""
         self.detach()

@@ -122,6 +122,7 @@ class FitGuard:
             return self._guarded(engine, function, list(args), kwargs)
         except BaseException as error:
             self._judge(engine, error)
+            engine.discard_empty_arena()
             raise
         finally:
             engine.close()

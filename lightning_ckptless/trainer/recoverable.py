@@ -85,6 +85,8 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
         """
 
         observers: Callable[[], list[Any]] = staticmethod(list)
+        blank: Callable[[str, str], Any]
+        """Makes an object of the class that a copy is filled into. Set where the class gets its public name."""
 
         def __init__(
             self,
@@ -146,6 +148,26 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             self.joins_alone = False
             self.calls_before_fit = 0
             self.probes: list[Callable[[str, Version], None]] = []
+
+        # -------------------------------------------------------------- copies
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            """Name what builds the class: there is one for each distribution of Lightning, under the same name."""
+            cls = type(self)
+            if "blank" not in vars(cls):
+                # A class that a program has derived from ours has a name of its own.
+                return super().__reduce_ex__(protocol)
+            return cls.blank, (flavour, cls.strategy_name), self.__getstate__()
+
+        def __getstate__(self) -> dict[str, Any]:
+            """What describes the strategy, without what holds the ranks of a run together: that has no copy."""
+            live = {"engine": None, "watcher": None, "world": None, "probes": [], "_launcher": None}
+            return super().__getstate__() | live
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            super().__setstate__(state)
+            self.world = World()
+            self._configure_launcher()
 
         # -------------------------------------------------------------- what a strategy says of itself
 

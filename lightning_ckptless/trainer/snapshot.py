@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_ckptless.errors import LayoutMismatchError
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.trainer.buckets import BucketWatch, restore_buckets
+from lightning_ckptless.trainer.compatibility import names_of_class
 from lightning_ckptless.trainer.data import data_position
 from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.hooked import CheckpointHooks
@@ -123,7 +124,7 @@ class SmallState:
         bound = any(is_a(callback, *kind) for kind in _PROCESS_BOUND)
         return {
             "class": type(callback).__name__,
-            "state": {} if _names(type(callback)) & self._stateless else callback.state_dict(),
+            "state": {} if names_of_class(type(callback)) & self._stateless else callback.state_dict(),
             "plain": {} if bound else plain_attributes(callback, leave=self._heavy(callback)),
             "generators": {} if bound else owned_generators(callback),
         }
@@ -216,8 +217,3 @@ class SmallState:
                     f"the mirrored run has {kind} {', '.join(expected)}; the relaunched script made "
                     f"{', '.join(found)}: it must build the same trainer and model at every start"
                 )
-
-
-def _names(cls: type) -> frozenset[str]:
-    """By which a class may be named in an option."""
-    return frozenset((cls.__name__, f"{cls.__module__}.{cls.__qualname__}"))
