@@ -30,7 +30,7 @@ def blank_strategy(flavour: str, name: str) -> Any:
         flavour: of Lightning.
         name: under which Lightning knows it.
     """
-    cls = strategy_for(flavour, name)
+    cls: Any = strategy_for(flavour, name)
     return cls.__new__(cls)
 
 

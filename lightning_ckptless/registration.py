@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from lightning_ckptless._autoload import autoload
 
 
-
 class Registered(NamedTuple):
     """What a name in the registry stands for.
 

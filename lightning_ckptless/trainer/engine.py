@@ -229,7 +229,15 @@ class Engine:
         batches = BatchLog(loops, limit)
         sigterm = self._sigterm = SigtermFlag(trainer)
         mirroring = self.mirroring = Mirroring(
-            trainer, loops, self.options, self.report, batches, self.streams, self._probe, sigterm, lambda: self.finish_asked
+            trainer,
+            loops,
+            self.options,
+            self.report,
+            batches,
+            self.streams,
+            self._probe,
+            sigterm,
+            lambda: self.finish_asked,
         )
         if self.cohort is not None:
             mirroring.join(self.cohort)

@@ -161,8 +161,8 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
 
         def __getstate__(self) -> dict[str, Any]:
             """What describes the strategy, without what holds the ranks of a run together: that has no copy."""
-            live = {"engine": None, "watcher": None, "world": None, "probes": [], "_launcher": None}
-            return super().__getstate__() | live
+            state: dict[str, Any] = super().__getstate__()
+            return state | {"engine": None, "watcher": None, "world": None, "probes": [], "_launcher": None}
 
         def __setstate__(self, state: dict[str, Any]) -> None:
             super().__setstate__(state)

@@ -19,8 +19,8 @@ from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.trainer.buckets import BucketWatch, restore_buckets
 from lightning_ckptless.trainer.compatibility import names_of_class
 from lightning_ckptless.trainer.data import data_position
-from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.hooked import CheckpointHooks
+from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host.flavour import flavour_of, is_a, module
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.metrics import dump_metric, load_metric, metrics_of

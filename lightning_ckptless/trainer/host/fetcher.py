@@ -42,7 +42,7 @@ def watch_fetches(fetcher: Any, log: Fetches) -> bool:
     return True
 
 
-def _blank(cls: type) -> Any:
+def _blank(cls: Any) -> Any:
     """An object without attributes, for what reads a pickle."""
     return cls.__new__(cls)
 
