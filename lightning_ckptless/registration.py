@@ -35,8 +35,8 @@ class Registered(NamedTuple):
 _DATA_PARALLEL = "Data parallelism that survives the loss of any rank, bit for bit"
 NAMES = {
     "ckptless": Registered("ckptless", {}, _DATA_PARALLEL),
-    # Programs look for "ddp" in the name of the strategy, and for the names that Lightning gives to DDP's options. Those
-    # of its start methods (`ddp_spawn`, `ddp_fork`, `ddp_notebook`) have no counterpart: our agent starts the workers.
+    # Programs look for "ddp" in the name of a strategy, and for the names that Lightning gives to options of DDP. Those
+    # of start methods (`ddp_spawn`, `ddp_fork`, `ddp_notebook`) have no counterpart: the agent starts the workers.
     "ckptless_ddp": Registered("ckptless", {}, _DATA_PARALLEL),
     "ckptless_ddp_find_unused_parameters_true": Registered(
         "ckptless", {"find_unused_parameters": True}, f"{_DATA_PARALLEL}; parameters may be left out of a step"

@@ -18,9 +18,7 @@ from tests.trainer.tiny import FLAVOURS, callback, tiny_loader, tiny_module, tin
 HOOKS = ("on_train_batch_start", "on_train_batch_end", "on_validation_start", "on_train_epoch_end", "on_exception")
 
 
-def run(
-    root: Path, flavour: str, *, at: str, agree: bool | None, step: int = 1
-) -> tuple[list[Any], BaseException | None]:
+def run(root: Path, flavour: str, *, at: str, agree: bool | None, step: int) -> tuple[list[Any], SystemExit | None]:
     """Train four batches, asked to end in a hook.
 
     Args:
@@ -59,7 +57,7 @@ def run(
         )  # fmt: skip
     try:
         trainer.fit(tiny_module(flavour), tiny_loader(), tiny_loader())
-    except BaseException as error:
+    except SystemExit as error:
         return seen, error
     return seen, None
 

@@ -1,9 +1,9 @@
 """A request to end, by SIGTERM: Lightning's flag, its exception, and when the two may meet.
 
-Lightning ends the run where it finds `trainer.received_sigterm` set: after a batch, after an epoch, and after each batch
-of a validation. It tells the other ranks by collectives inside the signal handler, which have no partner when a rank
-is lost. Here a handler only takes note. The flag is visible to the program while it trains on a batch; at the points
-where Lightning would end this rank it is hidden until all ranks have agreed on the step with which the run ends.
+Lightning ends the run where it finds `trainer.received_sigterm` set: after a batch, an epoch, and in a validation.
+It tells the other ranks by collectives inside the signal handler, which have no partner when a rank is lost. Here the
+handler only takes note. The flag is visible to the program while it trains on a batch; at the points where Lightning
+would end this rank it is hidden until all ranks have agreed on the step with which the run ends.
 """
 
 from __future__ import annotations
