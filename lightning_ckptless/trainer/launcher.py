@@ -147,7 +147,7 @@ class FitGuard:
             plan = StartPlan(StartAction.RESTORE, "takes the place of a lost rank")
         else:
             asked = args[CKPT_PATH_INDEX]
-            plan = engine.begin(None if asked is None else os.fspath(asked))
+            plan = engine.begin(None if asked is None else str(asked))
         sanity_steps, log_hyperparameters = trainer.num_sanity_val_steps, trainer.enable_autolog_hparams
         if plan.enters_midway:
             args[CKPT_PATH_INDEX] = None
