@@ -92,7 +92,7 @@ class SmallState:
 
         Args:
             data: where the training data is; None to find out.
-            tensors: the tensors that the version holds by name; None to look for them.
+            tensors: those that the version holds anyway, by name: the rest may refer to them.
         """
         trainer = self.trainer
         return {
@@ -106,7 +106,7 @@ class SmallState:
             "callbacks": [self._callback(callback) for callback in self._callbacks],
             "module": self._module(),
             "datamodule": self._datamodule(),
-            "checkpoint": self.hooks.capture(self._tensors() if tensors is None else tensors),
+            "checkpoint": self.hooks.capture(tensors or {}),
             "training": [m.training for m in self._modules],
             "should_stop": trainer.should_stop,
             "buffers_are_due": self._buffers_are_due(),
@@ -146,9 +146,6 @@ class SmallState:
             "generators": owned_generators(datamodule),
         }
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return StateIndex(self.trainer).read()
-
     # ------------------------------------------------------------------ apply
 
     def apply(self, saved: dict[str, Any]) -> None:
@@ -172,7 +169,7 @@ class SmallState:
         self._apply_datamodule(saved["datamodule"])
         self._apply_module(saved)
         if saved["checkpoint"] is not None:
-            self.hooks.apply(saved["checkpoint"], self._tensors())
+            self.hooks.apply(saved["checkpoint"], StateIndex(trainer).read())
         self.loops.set_counters(saved["counters"])
         load_results(trainer, saved["results"])
         for name, state in saved["metrics"].items():

@@ -47,7 +47,6 @@ RUNS: dict[str, tuple[Cell, dict[str, Any]]] = {
             "deterministic": True,
             "benchmark": False,
             "inference_mode": False,
-            "enable_progress_bar": True,
             "enable_model_summary": True,
             "enable_autolog_hparams": False,
         },

@@ -16,6 +16,7 @@ from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.trainer.compatibility import check_trainer
 from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.snapshot import SmallState
+from lightning_ckptless.trainer.state import StateIndex
 from tests.trainer.tiny import callback, tiny_loader, tiny_module, tiny_trainer
 
 EVERY = CkptlessOptions(checkpoint_hooks="every_version")
@@ -78,7 +79,11 @@ def at_last_step(root: Path, module: Any, counting: Counting, look: Callable[[An
 
 def captured(root: Path, options: CkptlessOptions, module: Any, counting: Counting) -> Any:
     taken: list[bytes] = []
-    at_last_step(root, module, counting, lambda t: taken.append(pack(SmallState(t, options).capture())))
+
+    def look(trainer: Any) -> None:
+        taken.append(pack(SmallState(trainer, options).capture(None, StateIndex(trainer).read())))
+
+    at_last_step(root, module, counting, look)
     return unpack(taken[0])
 
 
