@@ -26,7 +26,14 @@ from lightning_ckptless.protocol.start import StartAction, StartPlan
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.transport import GlooTransport, SoloTransport, Transport
-from lightning_ckptless.trainer.arenas import find_or_make_arena, have_reaped, is_first_of_node, local_rank, open_arena
+from lightning_ckptless.trainer.arenas import (
+    discard_if_empty,
+    find_or_make_arena,
+    have_reaped,
+    is_first_of_node,
+    local_rank,
+    open_arena,
+)
 from lightning_ckptless.trainer.begun import BegunStep
 from lightning_ckptless.trainer.checkpoints import note_of_save
 from lightning_ckptless.trainer.cohort import Cohort, form_cohort
@@ -402,8 +409,8 @@ class Engine:
 
     def discard_empty_arena(self) -> None:
         """Remove the arena after a start that failed before anything was mirrored: it has nothing to continue from."""
-        if self.arena is not None and is_first_of_node(local_rank()) and not self.arena.inventory():
-            self.arena.remove()
+        if self.arena is not None and is_first_of_node(local_rank()):
+            discard_if_empty(self.arena)
 
     def close(self) -> None:
         """Release threads and mappings; the arena stays for a relaunch, its agent removes it."""

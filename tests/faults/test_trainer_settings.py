@@ -83,6 +83,7 @@ ELSEWHERE = {
     "default_root_dir": "tests/lab/parts.py",
     "devices": "tests/faults/matrix.py",
     "enable_checkpointing": "tests/faults/matrix.py",
+    "enable_progress_bar": "tests/faults/test_terminal.py",
     "logger": "tests/faults/matrix.py",
     "num_nodes": "tests/faults/test_nodes.py",
     "strategy": "tests/faults/test_options.py",
