@@ -19,7 +19,19 @@ def strategy_for(flavour: str, name: str = "ckptless") -> type[Any]:
 
     strategy = strategy_class(flavour, name)
     strategy.observers = staticmethod(lambda: callbacks_from_environment(flavour))
+    strategy.blank = staticmethod(blank_strategy)
     return strategy
+
+
+def blank_strategy(flavour: str, name: str) -> Any:
+    """A strategy without attributes, for what reads a pickle of one.
+
+    Args:
+        flavour: of Lightning.
+        name: under which Lightning knows it.
+    """
+    cls: Any = strategy_for(flavour, name)
+    return cls.__new__(cls)
 
 
 def callbacks_from_environment(flavour: str) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ OnUnrecoverable = Literal["durable", "raise"]
 Checksum = Literal["xxh3", "crc32", "none"]
 Staging = Literal["overlap", "blocking"]
 ElasticBatch = Literal["keep", "scale"]
+CheckpointHooks = Literal["never", "every_version"]
 
 _LEVEL = "[a-z][a-z0-9_]*"
 _LEAST = {"copies": 0, "max_recoveries": 0, "standbys": 0, "durable_keep": 1}
@@ -24,6 +26,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "checksum": ("xxh3", "crc32", "none"),
     "staging": ("overlap", "blocking"),
     "elastic_batch": ("keep", "scale"),
+    "checkpoint_hooks": ("never", "every_version"),
 }
 
 
@@ -56,6 +59,9 @@ class CkptlessOptions:
         durable_dir: folder of the durable states; None for `durable` in the run's own folder.
         durable_keep: durable states that are kept.
         elastic_batch: with another number of ranks, keep the samples of a step together, or take one batch per rank.
+        checkpoint_hooks: whether the program's `on_save_checkpoint` hooks are called with each version, and
+            `on_load_checkpoint` when one is restored, or only when Lightning calls them.
+        stateless_callbacks: class names of callbacks whose `state_dict()` is not called with each version.
 
     Raises:
         OptionsError: a value is out of range.
@@ -82,6 +88,8 @@ class CkptlessOptions:
     durable_dir: Path | None = None
     durable_keep: int = 2
     elastic_batch: ElasticBatch = "keep"
+    checkpoint_hooks: CheckpointHooks = "never"
+    stateless_callbacks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self._check_cadence()
@@ -100,6 +108,9 @@ class CkptlessOptions:
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise OptionsError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+        names = self.stateless_callbacks
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise OptionsError(f"stateless_callbacks={names!r}: expected a list of class names, e.g. ['SlowMonitor']")
 
     def _check_cadence(self) -> None:
         every = self.mirror_every_n_steps

@@ -13,13 +13,42 @@ from functools import partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_ckptless._autoload import autoload
 
-DESCRIPTIONS = {
-    "ckptless": "Data parallelism that survives the loss of any rank, bit for bit",
-    "ckptless_model_parallel": "Sharded models (FSDP2, tensor parallel) that survive the loss of any rank, bit for bit",
+
+class Registered(NamedTuple):
+    """What a name in the registry stands for.
+
+    Args:
+        strategy: name of the class, as `assembly.strategy_for` takes it.
+        options: that the name implies.
+        description: what the registry says about it.
+    """
+
+    strategy: str
+    options: dict[str, Any]
+    description: str
+
+
+_DATA_PARALLEL = "Data parallelism that survives the loss of any rank, bit for bit"
+NAMES = {
+    "ckptless": Registered("ckptless", {}, _DATA_PARALLEL),
+    # Programs look for "ddp" in the name of a strategy, and for the names that Lightning gives to options of DDP. Those
+    # of start methods (`ddp_spawn`, `ddp_fork`, `ddp_notebook`) have no counterpart: the agent starts the workers.
+    "ckptless_ddp": Registered("ckptless", {}, _DATA_PARALLEL),
+    "ckptless_ddp_find_unused_parameters_true": Registered(
+        "ckptless", {"find_unused_parameters": True}, f"{_DATA_PARALLEL}; parameters may be left out of a step"
+    ),
+    "ckptless_ddp_find_unused_parameters_false": Registered(
+        "ckptless", {"find_unused_parameters": False}, f"{_DATA_PARALLEL}; every parameter takes part in every step"
+    ),
+    "ckptless_model_parallel": Registered(
+        "ckptless_model_parallel",
+        {},
+        "Sharded models (FSDP2, tensor parallel) that survive the loss of any rank, bit for bit",
+    ),
 }
 FLAVOURS = {
     "lightning.pytorch.strategies": "lightning.pytorch",
@@ -32,9 +61,10 @@ def register_everywhere() -> None:
     for module_name, flavour in FLAVOURS.items():
         # A module that is still being executed may have no registry yet: its loader comes back here.
         registry = getattr(sys.modules.get(module_name), "StrategyRegistry", None)
-        for name, description in DESCRIPTIONS.items():
+        for name, (strategy, options, description) in NAMES.items():
             if registry is not None and name not in registry:
-                registry.register(name, partial(build_strategy, flavour, name), description=description)
+                build = partial(build_strategy, flavour, strategy, **options)
+                registry.register(name, build, description=description)
     if not any(isinstance(finder, RegistryFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, RegistryFinder())
 

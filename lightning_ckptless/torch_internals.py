@@ -198,6 +198,9 @@ def use_restart(agent: Any) -> None:
     agent._remaining_restarts -= 1
 
 
+_UNUSED_PARAMETERS = "Expected to have finished reduction in the prior iteration"
+
+
 def settle_buckets(model: Any) -> bool:
     """Divide the gradients into the buckets that the next forward pass would divide them into.
 
@@ -205,10 +208,15 @@ def settle_buckets(model: Any) -> bool:
     the gradients. All ranks must call it together: rank 0's order counts.
 
     Returns:
-        Whether it has been done, now or before.
+        Whether it has been done, now or before. It is not where a parameter has no gradient: the next forward pass
+        refuses that, if there is one.
     """
-    if not model._has_rebuilt_buckets and model.reducer._rebuild_buckets():
-        model._has_rebuilt_buckets = True
+    try:
+        if not model._has_rebuilt_buckets and model.reducer._rebuild_buckets():
+            model._has_rebuilt_buckets = True
+    except RuntimeError as error:
+        if _UNUSED_PARAMETERS not in str(error):
+            raise
     return bool(model._has_rebuilt_buckets)
 
 

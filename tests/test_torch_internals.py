@@ -79,6 +79,24 @@ BUCKETS = """
     assert torch_internals.settle_buckets(other)
     assert torch_internals.bucket_layout(other) == layout
 
+    class Unused(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.spare = torch.nn.Linear(4, 4), torch.nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    unused = DistributedDataParallel(Unused())
+    unused(torch.ones(2, 4)).sum().backward()
+    assert not torch_internals.settle_buckets(unused)
+    try:
+        unused(torch.ones(2, 4))
+    except RuntimeError as error:
+        assert "Expected to have finished reduction in the prior iteration" in str(error)
+    else:
+        raise AssertionError("parameters without gradients are refused by the next forward pass")
+
     seen = []
     def hook(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         seen.append(bucket.index())

@@ -71,6 +71,10 @@ def lightning_checkpoint(captured: Captured) -> dict[str, Any]:
         DurableError: the run has left no recipe, or it lacks something.
     """
     recipe, small, tensors = recipe_in(captured), small_state_of(captured), tensors_of(captured)
+    if small["checkpoint"] is not None:
+        # The program's own hooks have had their say: this is the dictionary that Lightning would have written.
+        whole: dict[str, Any] = read_pickle(small["checkpoint"], tensors)
+        return whole
     loops = small["counters"]["fit_loop"]
     checkpoint: dict[str, Any] = {
         "epoch": loops["epoch_progress"]["current"]["completed"],
@@ -89,7 +93,7 @@ def lightning_checkpoint(captured: Captured) -> dict[str, Any]:
         checkpoint[recipe.datamodule_key] = small["datamodule"]["state"]
     if recipe.averaged is not None:
         _put_average_first(checkpoint, recipe.averaged, tensors)
-    return _with_extras(checkpoint, small["extras"])
+    return checkpoint
 
 
 def _callback_states(recipe: Recipe, small: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,13 +136,3 @@ def _put_average_first(checkpoint: dict[str, Any], averaged: Mapping[str, str], 
     # What has no average, extra state and metrics, is the model's own.
     checkpoint["state_dict"] = model | averaged_model
     checkpoint["averaging_state"] = {k: v for k, v in average.items() if not k.startswith(inside)}
-
-
-def _with_extras(checkpoint: dict[str, Any], extras: Mapping[str, Any]) -> dict[str, Any]:
-    """What the program's own `on_save_checkpoint` hooks have put into a checkpoint."""
-    for key, value in extras.items():
-        if isinstance(value, dict) and isinstance(checkpoint.get(key), dict):
-            checkpoint[key].update(value)
-        elif value or key not in checkpoint:
-            checkpoint[key] = value
-    return checkpoint

@@ -12,7 +12,7 @@ import importlib
 import io
 import pickle
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, Self
 
@@ -63,16 +63,17 @@ class _Unpickler(pickle.Unpickler):
 
     Args:
         data: what was pickled.
-        aside: tensors that were on a device and stand beside it.
+        aside: tensors that stand beside it, by number or by name.
     """
 
-    def __init__(self, data: bytes, aside: Sequence[torch.Tensor] = ()) -> None:
+    def __init__(self, data: bytes, aside: Sequence[torch.Tensor] | Mapping[str, torch.Tensor] = ()) -> None:
         super().__init__(io.BytesIO(data))
         self._aside = aside
 
-    def persistent_load(self, place: int) -> torch.Tensor:
+    def persistent_load(self, place: Any) -> torch.Tensor:
         """A tensor that stands beside the rest."""
-        return self._aside[place]
+        tensor: torch.Tensor = self._aside[place]
+        return tensor
 
     def find_class(self, module: str, name: str) -> Any:
         """The class of a name, or one that stands in for it."""
@@ -102,6 +103,11 @@ _ON_HOST: dict[tuple[str, str], Any] = {
 """How small tensors are read without the device that they were on: its memory is the training's."""
 
 
-def read_pickle(data: bytes) -> Any:
-    """What was pickled by a program whose modules may not be there."""
-    return _Unpickler(data).load()
+def read_pickle(data: bytes, named: Mapping[str, torch.Tensor] | None = None) -> Any:
+    """What was pickled by a program whose modules may not be there.
+
+    Args:
+        data: the pickle.
+        named: tensors that it refers to by name.
+    """
+    return _Unpickler(data, named or ()).load()

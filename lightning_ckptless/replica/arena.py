@@ -95,7 +95,12 @@ class Arena:
             raise ArenaError(f"{path}: cannot make the arena: {error}: set arena_dir= to a writable folder") from error
         with arena_facts.locked(path, wait=True):
             if not arena_facts.exists(path):
-                Facts(run_id, node, owner, time.time(), origin).write(path)
+                try:
+                    Facts(run_id, node, owner, time.time(), origin).write(path)
+                except BaseException:
+                    # A folder without facts is no arena: nothing that looks for arenas would ever remove it.
+                    shutil.rmtree(path, ignore_errors=True)
+                    raise
             elif (facts := Facts.read(path)).owner != owner:
                 if facts.owner.alive():
                     raise ArenaError(
@@ -229,8 +234,8 @@ class Arena:
     def _layout_path(self, digest: str) -> Path:
         return self.path / f"layout-{digest}.json"
 
-    def note(self, name: str, value: object) -> None:
-        """Keep a small fact, such as that the run has finished. Any JSON value; the last one counts."""
+    def note(self, name: str, value: arena_facts.Json) -> None:
+        """Keep a small fact, such as that the run has finished; the last one counts."""
         arena_facts.write_note(self.path, name, value)
 
     def notes(self) -> dict[str, Any]:

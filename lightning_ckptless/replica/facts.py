@@ -7,7 +7,7 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +16,9 @@ from urllib.parse import quote, unquote
 
 from lightning_ckptless.errors import ArenaError
 from lightning_ckptless.replica.owner import Owner
+
+Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
+"""What a note may hold."""
 
 FORMAT = 1
 FOLDER_PREFIX = "ckptless-"
@@ -117,7 +120,7 @@ def replace_file(path: Path, content: bytes) -> None:
         raise ArenaError(f"{path}: cannot write {len(content)} bytes: {error}") from error
 
 
-def write_note(folder: Path, name: str, value: object) -> None:
+def write_note(folder: Path, name: str, value: Json) -> None:
     """Put a named fact beside the arena's own."""
     replace_file(folder / f"{_NOTE_PREFIX}{quote(name, safe='')}.json", json.dumps(value).encode())
 

@@ -59,6 +59,12 @@ def have_reaped(arena: Arena, identity: Identity) -> None:
         arena.note("reaped with", agent)
 
 
+def discard_if_empty(arena: Arena) -> None:
+    """Remove an arena in which nothing was mirrored, so that a start that failed leaves nothing in shared memory."""
+    if not arena.inventory():
+        arena.remove()
+
+
 def _folder(options: CkptlessOptions) -> Path:
     return options.arena_dir or default_arena_dir()
 

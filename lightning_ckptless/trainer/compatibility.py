@@ -28,6 +28,7 @@ def check_trainer(trainer: Any) -> None:
     """
     for finding in _refusals(trainer):
         raise OptionsError(finding)
+    _require_known(trainer.strategy.options.stateless_callbacks, trainer.callbacks)
     for index, optimizer in enumerate(trainer.optimizers):
         if trainer.is_global_zero and (names := opaque_attributes(optimizer)):
             log.warning(
@@ -35,6 +36,22 @@ def check_trainer(trainer: Any) -> None:
                 "what changes in `self.state`, or as numbers in attributes of its own",
                 index, type(optimizer).__name__, ", ".join(names),
             )  # fmt: skip
+
+
+def _require_known(names: Iterable[str], callbacks: Iterable[object]) -> None:
+    """Refuse names of callbacks that the trainer does not have, which are slips of the pen."""
+    known = frozenset[str]().union(*(names_of_class(type(callback)) for callback in callbacks))
+    for name in names:
+        if name not in known:
+            raise OptionsError(
+                f"stateless_callbacks names {name!r}; the trainer's callbacks are "
+                f"{', '.join(sorted(name for name in known if '.' not in name)) or 'none'}"
+            )
+
+
+def names_of_class(cls: type) -> frozenset[str]:
+    """By which an option may name a class."""
+    return frozenset((cls.__name__, f"{cls.__module__}.{cls.__qualname__}"))
 
 
 def _refusals(trainer: Any) -> Iterator[str]:

@@ -27,7 +27,14 @@ from lightning_ckptless.protocol.start import StartAction, StartPlan
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.transport import GlooTransport, SoloTransport, Transport
-from lightning_ckptless.trainer.arenas import find_or_make_arena, have_reaped, is_first_of_node, local_rank, open_arena
+from lightning_ckptless.trainer.arenas import (
+    discard_if_empty,
+    find_or_make_arena,
+    have_reaped,
+    is_first_of_node,
+    local_rank,
+    open_arena,
+)
 from lightning_ckptless.trainer.begun import BegunStep
 from lightning_ckptless.trainer.checkpoint_files import CheckpointFiles
 from lightning_ckptless.trainer.cohort import Cohort, form_cohort
@@ -36,6 +43,7 @@ from lightning_ckptless.trainer.durable import DurableRung, with_environment
 from lightning_ckptless.trainer.fetching import fetch_version
 from lightning_ckptless.trainer.host import progress
 from lightning_ckptless.trainer.host.loops import FitLoops
+from lightning_ckptless.trainer.host.sigterm import SigtermFlag
 from lightning_ckptless.trainer.host.streams import open_training_data
 from lightning_ckptless.trainer.identity import Identity, identify
 from lightning_ckptless.trainer.judgement import why_final
@@ -88,7 +96,7 @@ class Engine:
         self.has_moved = False
         self._restoration: Restoration | None = None
         self.boundaries: StepBoundaries | None = None
-        self._finish_asked = False
+        self._sigterm: SigtermFlag | None = None
         self._stepped_in = 0
         self._pulse: PulseWriter | None = None
 
@@ -244,8 +252,17 @@ class Engine:
         # Beside the batches of a step, those of the step whose copy is still being made.
         limit = 2 * trainer.accumulate_grad_batches + 2 if self.options.mirror_every_n_steps == 1 else 0
         batches = BatchLog(loops, limit)
+        sigterm = self._sigterm = SigtermFlag(trainer)
         mirroring = self.mirroring = Mirroring(
-            trainer, loops, self.options, self.report, batches, self.streams, self._probe, lambda: self.finish_asked
+            trainer,
+            loops,
+            self.options,
+            self.report,
+            batches,
+            self.streams,
+            self._probe,
+            sigterm,
+            lambda: self.finish_asked,
         )
         if self.cohort is not None:
             mirroring.join(self.cohort)
@@ -259,17 +276,18 @@ class Engine:
             since=since,
             before_batch=batches.watch,
             ends_here=mirroring.ends_here,
+            after_batch=mirroring.end_if_asked,
+            training=sigterm.show,
         )
         loops.before_setup_of_data(self.streams.begin_epoch)
-        loops.silence_sigterm(self._ask_to_finish)
         survival = Survival(self, mirroring, batches, self.boundaries)
         loops.before_end_of_run(survival.ask_to_leave)
         if self.cohort is None:
-            loops.fit.run = survival.join_and_run
+            loops.run_by(lambda _: survival.join_and_run())
         elif restoration is None:
-            loops.fit.run = partial(survival.run, loops.fit.run)
+            loops.run_by(survival.run)
         else:
-            loops.fit.run = partial(survival.run, partial(self._run_restored, restoration))
+            loops.run_by(lambda _: survival.run(partial(self._run_restored, restoration)))
 
     def _note_folders(self, arena: Arena) -> None:
         """Note the folders of all ranks, when the first processes of this fit have theirs."""
@@ -305,6 +323,8 @@ class Engine:
         if self.boundaries is not None:
             self.boundaries.remove()
             self.loops.give_back()
+        if self._sigterm is not None:
+            self._sigterm.remove()
 
     # ------------------------------------------------------------------ in the loop
 
@@ -317,15 +337,16 @@ class Engine:
     def finish_asked(self) -> bool:
         """Whether this rank was asked to end the run behind the step in hand."""
         watcher = self.strategy.watcher
-        return self._finish_asked or (watcher is not None and watcher.finish_asked)
+        return self._got_sigterm or (watcher is not None and watcher.finish_asked)
 
     @property
     def is_run_over(self) -> bool:
         """Whether this rank need not wait for its agent's word on a fault: it was asked to end, or none will come."""
-        return self._finish_asked or (self.strategy.watcher is not None and self.strategy.watcher.is_run_over)
+        return self._got_sigterm or (self.strategy.watcher is not None and self.strategy.watcher.is_run_over)
 
-    def _ask_to_finish(self) -> None:
-        self._finish_asked = True
+    @property
+    def _got_sigterm(self) -> bool:
+        return self._sigterm is not None and self._sigterm.asked
 
     def at_batch_start(self) -> None:
         """Note which step is begun."""
@@ -424,6 +445,11 @@ class Engine:
             self.arena.note("finished", True)
             (self.arena.path / MARKER).touch()
         self.report.finished()
+
+    def discard_empty_arena(self) -> None:
+        """Remove the arena after a start that failed before anything was mirrored: it has nothing to continue from."""
+        if self.arena is not None and is_first_of_node(local_rank()):
+            discard_if_empty(self.arena)
 
     def close(self) -> None:
         """Release threads and mappings; the arena stays for a relaunch, its agent removes it."""

@@ -23,6 +23,7 @@ from lightning_ckptless.trainer.exits import leave_process
 from lightning_ckptless.trainer.health import check_health
 from lightning_ckptless.trainer.host.flavour import flavour_of
 from lightning_ckptless.trainer.host.launch import CKPT_PATH_INDEX, is_fit, is_stop, launcher_base
+from lightning_ckptless.trainer.host.sigterm import give_exit_code
 from lightning_ckptless.trainer.identity import calls_before, chapters_before, count_call, is_worker, next_chapter
 from lightning_ckptless.trainer.run_folders import hydra_folder
 from lightning_ckptless.trainer.waiting import wait_for_rank
@@ -125,6 +126,7 @@ class FitGuard:
             return self._guarded(engine, function, list(args), kwargs)
         except BaseException as error:
             self._judge(engine, error)
+            engine.discard_empty_arena()
             raise
         finally:
             engine.close()
@@ -148,7 +150,8 @@ class FitGuard:
             engine.begin_alone()
             plan = StartPlan(StartAction.RESTORE, "takes the place of a lost rank")
         else:
-            plan = engine.begin(args[CKPT_PATH_INDEX])
+            asked = args[CKPT_PATH_INDEX]
+            plan = engine.begin(None if asked is None else str(asked))
         sanity_steps, log_hyperparameters = trainer.num_sanity_val_steps, trainer.enable_autolog_hparams
         if plan.enters_midway:
             args[CKPT_PATH_INDEX] = None
@@ -172,6 +175,7 @@ class FitGuard:
         if is_stop(error) or not isinstance(error, Exception):
             engine.report.stopped(error)
             engine.leave_verdict(f"stopped by {type(error).__name__}")
+            give_exit_code(error)
             return
         if engine.is_on_its_way:
             # Alone, and with nothing to lose: the agent can start all again.

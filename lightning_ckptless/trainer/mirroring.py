@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +22,7 @@ from lightning_ckptless.trainer.compatibility import warn_of_loaders
 from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.recipe import recipe_of
+from lightning_ckptless.trainer.host.sigterm import SigtermFlag, sigterm_exception
 from lightning_ckptless.trainer.late_packing import pack_late
 from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.protecting import Protecting
@@ -35,7 +35,6 @@ from lightning_ckptless.trainer.streams import Streams
 from lightning_ckptless.trainer.tensors import describe_state
 
 CLOSE_TIMEOUT_S = 10.0
-SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 
 
 class Mirroring:
@@ -49,12 +48,12 @@ class Mirroring:
         batches: the batches in hand.
         streams: those that this rank carries.
         probe: called in the mirror thread with the moment of a round and its version.
-        finish_asked: whether this rank was asked to end the run.
+        sigterm: Lightning's flag for a request to end.
+        finish_asked: whether this rank was asked to end the run, by a signal or by its agent.
 
     Attributes:
         taken: the version that was taken last, or restored.
         tensors_are_of: the version that the parameters and the optimizer hold; None while a step changes them.
-        is_over: whether the run was asked to end, and no version follows the last one.
         cadence: how often one is taken.
     """
 
@@ -67,11 +66,11 @@ class Mirroring:
         batches: BatchLog,
         streams: Streams,
         probe: Callable[[str, Version], None],
+        sigterm: SigtermFlag,
         finish_asked: Callable[[], bool],
     ) -> None:
         self.taken: Version | None = None
         self.tensors_are_of: Version | None = None
-        self.is_over = False
         self._ends_here = False
         self._trainer = trainer
         self._loops = loops
@@ -80,6 +79,7 @@ class Mirroring:
         self._batches = batches
         self._streams = streams
         self._probe = probe
+        self._sigterm = sigterm
         self._finish_asked = finish_asked
         self.cadence = Cadence(options, report)
         self._cohort: Cohort | None = None
@@ -117,7 +117,7 @@ class Mirroring:
     def small(self) -> SmallState:
         """The small state of the trainer."""
         if self._small is None:
-            self._small = SmallState(self._trainer)
+            self._small = SmallState(self._trainer, self._options)
         return self._small
 
     # ------------------------------------------------------------------ generations
@@ -175,8 +175,33 @@ class Mirroring:
 
     def ends_here(self) -> bool:
         """A moment has come at which a version may be taken; returns whether the run ends with it."""
-        self._ends_here = self._mirror is not None and self._mirror.ending.passes()
+        mirror = self._mirror
+        if self._trainer.world_size == 1:
+            self._ends_here = mirror is not None and self._finish_asked()
+        else:
+            self._ends_here = mirror is not None and mirror.ending.passes()
         return self._ends_here
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run ended as it was asked to, and its last hooks are running."""
+        return self._sigterm.agreed and bool(self._trainer.interrupted)
+
+    def end_if_asked(self) -> None:
+        """End the run after a batch, where all ranks have agreed to.
+
+        Raises:
+            SIGTERMException: Lightning's own, raised where Lightning raises it.
+        """
+        if self._is_between_steps() and self._trainer.world_size == 1 and self._finish_asked():
+            self.settle()
+            self._sigterm.agree()
+        if self._sigterm.agreed and not self._sigterm.is_training_done:
+            raise sigterm_exception(self._trainer)
+
+    def _is_between_steps(self) -> bool:
+        """Whether the last version holds all steps, and the batches since are to be part of the next one."""
+        return self.taken == Version(self._trainer.global_step, True) and not self._loops.step_done()
 
     def commit(self, version: Version) -> None:
         """Take a version and hand it to the mirror. Called in the training thread at a commit point."""
@@ -185,6 +210,7 @@ class Mirroring:
         began = time.perf_counter()
         if self._small is None and self._trainer.is_global_zero:
             warn_of_loaders(self._loops.combined_loader.flattened)
+            self.small.hooks.warn_of_uncovered()
         self.tensors_are_of = version
         if self._index is None or self._mirror is None or not self._index.is_current() or self._is_to_be_compared():
             self._plan_anew()
@@ -206,21 +232,21 @@ class Mirroring:
             self.cadence.settle(agreed(agreement[1]))
         if self._ends_here:
             self._mirror.settle()
-            self.is_over = True
-            self._loops.stop_for_sigterm(SIGTERM_EXIT_CODE)
+            self._sigterm.agree()
 
     def _submit(self, version: Version) -> float:
         assert self._index is not None and self._mirror is not None
+        tensors = self._index.read()
         blob = pack_late(
             {
-                "state": self.small.capture(self._batches.position_at(version)),
+                "state": self.small.capture(self._batches.position_at(version), tensors),
                 "streams": self._streams.capture(),
                 "report": self._report.state(),
                 "interval": self.cadence.chosen,
                 "logger_versions": host_loggers.name_versions(self._trainer.loggers),
             }
         )
-        return self._mirror.submit(version, self._index.read(), blob, blocking_names=self._index.private)
+        return self._mirror.submit(version, tensors, blob, blocking_names=self._index.private)
 
     def take_again(self, version: Version) -> None:
         """Mirror a version that other ranks had written, and wait until it is committed. All ranks call it together."""

@@ -6,7 +6,7 @@ That is theirs to say, by the methods below *what a strategy says of itself*; al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from lightning_ckptless.membership.communicators import World, use_loopback_on_one_node
 from lightning_ckptless.membership.watch import Watcher
 from lightning_ckptless.options import (
+    CheckpointHooks,
     Checksum,
     CkptlessOptions,
     ElasticBatch,
@@ -75,6 +76,9 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             durable_keep: durable states that are kept.
             elastic_batch: with fewer ranks than at first, `keep` runs the batches of those that are missing on the
                 others; `scale` makes each step of one batch per rank that is there.
+            checkpoint_hooks: `every_version` calls the program's `on_save_checkpoint` hooks with each version, and
+                `on_load_checkpoint` when one is restored; `never` leaves them to Lightning.
+            stateless_callbacks: class names of callbacks whose `state_dict()` is not called with each version.
             **base_options: everything that Lightning's own strategy takes.
 
         Raises:
@@ -82,6 +86,8 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
         """
 
         observers: Callable[[], list[Any]] = staticmethod(list)
+        blank: Callable[[str, str], Any]
+        """Makes an object of the class that a copy is filled into. Set where the class gets its public name."""
 
         def __init__(
             self,
@@ -106,6 +112,8 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             durable_dir: str | Path | None = None,
             durable_keep: int = 2,
             elastic_batch: ElasticBatch = "keep",
+            checkpoint_hooks: CheckpointHooks = "never",
+            stateless_callbacks: Sequence[str] = (),
             **base_options: Any,
         ) -> None:
             super().__init__(**base_options)
@@ -131,6 +139,8 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
                 durable_dir=Path(durable_dir) if durable_dir is not None else None,
                 durable_keep=durable_keep,
                 elastic_batch=elastic_batch,
+                checkpoint_hooks=checkpoint_hooks,
+                stateless_callbacks=stateless_callbacks,
             )
             self._stream: int | None = None
             self.engine: Engine | None = None
@@ -139,6 +149,26 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             self.joins_alone = False
             self.calls_before_fit = 0
             self.probes: list[Callable[[str, Version], None]] = []
+
+        # -------------------------------------------------------------- copies
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            """Name what builds the class: there is one for each distribution of Lightning, under the same name."""
+            cls = type(self)
+            if "blank" not in vars(cls):
+                # A class that a program has derived from ours has a name of its own.
+                return super().__reduce_ex__(protocol)
+            return cls.blank, (flavour, cls.strategy_name), self.__getstate__()
+
+        def __getstate__(self) -> dict[str, Any]:
+            """What describes the strategy, without what holds the ranks of a run together: that has no copy."""
+            state: dict[str, Any] = super().__getstate__()
+            return state | {"engine": None, "watcher": None, "world": None, "probes": [], "_launcher": None}
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            super().__setstate__(state)
+            self.world = World()
+            self._configure_launcher()
 
         # -------------------------------------------------------------- what a strategy says of itself
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ckptless.errors import LayoutMismatchError
+from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.trainer.buckets import BucketWatch, restore_buckets
+from lightning_ckptless.trainer.compatibility import names_of_class
 from lightning_ckptless.trainer.data import data_position
+from lightning_ckptless.trainer.hooked import CheckpointHooks
 from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host.flavour import flavour_of, is_a, module
 from lightning_ckptless.trainer.host.loops import FitLoops
@@ -25,7 +28,7 @@ from lightning_ckptless.trainer.host.results import dump_results, load_results
 from lightning_ckptless.trainer.inner import InnerState
 from lightning_ckptless.trainer.plain import heavy_attributes, plain_attributes, set_plain_attributes
 from lightning_ckptless.trainer.rng import capture_rng, owned_generators, set_owned_generators
-from lightning_ckptless.trainer.state import optimizer_facts, set_optimizer_facts
+from lightning_ckptless.trainer.state import StateIndex, optimizer_facts, set_optimizer_facts
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +41,11 @@ class SmallState:
 
     Args:
         trainer: in `fit`, with its model attached and its data set up.
+        options: the user's settings; None for the defaults.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, options: CkptlessOptions | None = None) -> None:
+        options = options or CkptlessOptions()
         self.trainer = trainer
         self.loops = FitLoops(trainer)
         self.module = trainer.lightning_module
@@ -56,7 +61,10 @@ class SmallState:
         flavour = module(flavour_of(trainer))
         self._module_baseline = frozenset(vars(flavour.LightningModule()))
         self._data_baseline = frozenset(vars(flavour.LightningDataModule()))
-        self._savers = [owner for owner in (self.module, *self._callbacks) if _saves_extras(owner)]
+        self._stateless = frozenset(options.stateless_callbacks)
+        self.hooks = CheckpointHooks(
+            trainer, self._callbacks, every_version=options.checkpoint_hooks == "every_version"
+        )
 
     @property
     def callbacks(self) -> list[Any]:
@@ -77,11 +85,14 @@ class SmallState:
 
     # ------------------------------------------------------------------ capture
 
-    def capture(self, data: dict[str, Any] | None = None) -> dict[str, Any]:
+    def capture(
+        self, data: dict[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Any]:
         """The state now. It refers to live objects: pack it before training goes on.
 
         Args:
             data: where the training data is; None to find out.
+            tensors: those that the version holds anyway, by name: the rest may refer to them.
         """
         trainer = self.trainer
         return {
@@ -95,7 +106,7 @@ class SmallState:
             "callbacks": [self._callback(callback) for callback in self._callbacks],
             "module": self._module(),
             "datamodule": self._datamodule(),
-            "extras": self._extras(),
+            "checkpoint": self.hooks.capture(tensors or {}),
             "training": [m.training for m in self._modules],
             "should_stop": trainer.should_stop,
             "buffers_are_due": self._buffers_are_due(),
@@ -113,7 +124,7 @@ class SmallState:
         bound = any(is_a(callback, *kind) for kind in _PROCESS_BOUND)
         return {
             "class": type(callback).__name__,
-            "state": callback.state_dict(),
+            "state": {} if names_of_class(type(callback)) & self._stateless else callback.state_dict(),
             "plain": {} if bound else plain_attributes(callback, leave=self._heavy(callback)),
             "generators": {} if bound else owned_generators(callback),
         }
@@ -134,13 +145,6 @@ class SmallState:
             "plain": plain_attributes(datamodule, leave=self._data_baseline | self._heavy(datamodule)),
             "generators": owned_generators(datamodule),
         }
-
-    def _extras(self) -> dict[str, Any]:
-        """What users put into a checkpoint by `on_save_checkpoint`: their own word for what is state."""
-        extras: dict[str, Any] = {"state_dict": {}, "optimizer_states": [], "lr_schedulers": [], "callbacks": {}}
-        for owner in self._savers:
-            _hook(owner, "on_save_checkpoint", self.trainer, extras)
-        return extras if self._savers else {}
 
     # ------------------------------------------------------------------ apply
 
@@ -164,8 +168,8 @@ class SmallState:
             trainer.precision_plugin.load_state_dict(copy.deepcopy(saved["precision"]))
         self._apply_datamodule(saved["datamodule"])
         self._apply_module(saved)
-        for owner in self._savers:
-            _hook(owner, "on_load_checkpoint", trainer, copy.deepcopy(saved["extras"]))
+        if saved["checkpoint"] is not None:
+            self.hooks.apply(saved["checkpoint"], StateIndex(trainer).read())
         self.loops.set_counters(saved["counters"])
         load_results(trainer, saved["results"])
         for name, state in saved["metrics"].items():
@@ -210,17 +214,3 @@ class SmallState:
                     f"the mirrored run has {kind} {', '.join(expected)}; the relaunched script made "
                     f"{', '.join(found)}: it must build the same trainer and model at every start"
                 )
-
-
-def _saves_extras(owner: Any) -> bool:
-    hook: Callable[..., Any] | None = getattr(type(owner), "on_save_checkpoint", None)
-    return hook is not None and not hook.__module__.startswith(
-        ("lightning.", "pytorch_lightning", "lightning_ckptless")
-    )
-
-
-def _hook(owner: Any, name: str, trainer: Any, checkpoint: dict[str, Any]) -> None:
-    if is_a(owner, "callbacks", "Callback"):
-        getattr(owner, name)(trainer, trainer.lightning_module, checkpoint)
-    else:
-        getattr(owner, name)(checkpoint)

@@ -17,6 +17,7 @@ from typing import Any
 
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.host.loops import FitLoops
+from lightning_ckptless.trainer.host.override import Override, remove_overrides
 
 Commit = Callable[[Version], None]
 
@@ -33,6 +34,8 @@ class StepBoundaries:
         since: version that the run starts from; None for a fresh one, which begins with a version of its own.
         before_batch: called with the fetcher before each batch.
         ends_here: asked at each moment at which a version may be taken, whether the run ends with it: then it is taken.
+        after_batch: called when everything that follows a batch is done; may end the run by an exception.
+        training: told whether a batch is being trained on, before and after it.
     """
 
     def __init__(
@@ -44,6 +47,8 @@ class StepBoundaries:
         since: Version | None,
         before_batch: Callable[[Any], None] = lambda _: None,
         ends_here: Callable[[], bool] = lambda: False,
+        after_batch: Callable[[], None] = lambda: None,
+        training: Callable[[bool], None] = lambda _: None,
     ) -> None:
         self.loops = loops
         self.commit = commit
@@ -51,22 +56,23 @@ class StepBoundaries:
         self.ends_here = ends_here
         self.every_n_steps = every_n_steps
         self.last = since
-        self._advance: Callable[[Any], None] = loops.epoch.advance
-        self._on_advance_end: Callable[[Any], None] = loops.epoch.on_advance_end
-        loops.epoch.advance = self.advance
-        loops.epoch.on_advance_end = self.on_advance_end
+        self._after_batch = after_batch
+        self._training = training
+        self._advance = Override(loops.epoch, "advance", self.advance).original
+        self._on_advance_end = Override(loops.epoch, "on_advance_end", self.on_advance_end).original
 
     def remove(self) -> None:
         """Give the epoch loop its own methods back."""
-        for name in ("advance", "on_advance_end"):
-            vars(self.loops.epoch).pop(name, None)
+        remove_overrides(self.loops.epoch, "advance", "on_advance_end")
 
     def advance(self, fetcher: Any) -> None:
         """One batch; a version behind it if validation follows."""
         self.before_batch(fetcher)
         if self.last is None and not self.loops.epoch.restarting:
             self._take(tail_done=True)
+        self._training(True)
         self._advance(fetcher)
+        self._training(False)
         if self._step_is_new() and self.loops.validation_is_due(fetcher) and self._is_due(pending=1):
             self._take(tail_done=False)
 
@@ -76,6 +82,7 @@ class StepBoundaries:
         self._on_advance_end(fetcher)
         if step_done and self._step_is_new() and self._is_due(pending=0):
             self._take(tail_done=True)
+        self._after_batch()
 
     def _step_is_new(self) -> bool:
         last = self.last

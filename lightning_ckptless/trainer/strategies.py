@@ -43,9 +43,9 @@ def strategy_class(flavour: str, name: str = "ckptless") -> type[Any]:
 
     Args:
         flavour: `lightning.pytorch` or `pytorch_lightning`.
-        name: `ckptless` or `ckptless_model_parallel`.
+        name: `ckptless_model_parallel`, or any name of data parallelism.
     """
-    made = {"ckptless": data_parallel_class, "ckptless_model_parallel": model_parallel_class}[name](flavour)
+    made = (model_parallel_class if name == "ckptless_model_parallel" else data_parallel_class)(flavour)
     made.__module__, made.__qualname__ = "lightning_ckptless", made.__name__
     return made
 
@@ -67,7 +67,7 @@ def data_parallel_class(flavour: str) -> type[Any]:
         where that is not possible all are started again. Training goes on from what the arenas hold, bit for bit.
         """
 
-        strategy_name = "ckptless"
+        strategy_name = "ckptless_ddp"
 
         def setup_distributed(self) -> None:
             """Join the current generation, then let Lightning do the rest of its set-up."""
@@ -154,6 +154,11 @@ def model_parallel_class(flavour: str) -> type[Any]:
             if (precision := precision_of(self)) not in PRECISIONS:
                 raise OptionsError(
                     f"precision={precision!r} is not supported for sharded models: choose among {', '.join(PRECISIONS)}"
+                )
+            if self.options.checkpoint_hooks != "never":
+                raise OptionsError(
+                    f"checkpoint_hooks={self.options.checkpoint_hooks!r} would gather a sharded model with each "
+                    "version: set checkpoint_hooks='never', and keep that state in plain attributes or state_dict()"
                 )
 
         def setup_environment(self) -> None:

@@ -156,6 +156,8 @@ class Streams:
         Raises:
             WorldSizeError: says why.
         """
+        if self.are_whole:
+            return
         obstacle = obstacle_to_carrying(self.trainer)
         require_world(self._places, before=self._places, streams=self.count, obstacle=obstacle)
 

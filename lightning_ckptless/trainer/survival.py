@@ -111,9 +111,9 @@ class Survival:
             options = self._engine.options
             self._watcher.tell(
                 "entered",
-                in_place=options.in_place,
+                in_place=bool(options.in_place),
                 standbys=options.standbys,
-                hang_timeout_s=options.hang_timeout_s,
+                hang_timeout_s=None if options.hang_timeout_s is None else float(options.hang_timeout_s),
                 obstacle=self._obstacle(),
                 bar=str(CONSOLE.bar),
                 fixed_world=self._strategy.obstacle_to_another_world(),

@@ -8,13 +8,25 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_ckptless.protocol.versions import Complete, newest_complete
+from lightning_ckptless.protocol.versions import Complete, Version, newest_complete
 from lightning_ckptless.testing.drill import Variant
 from tests.faults.matrix import BASE
 from tests.faults.test_restart import Run, assert_identical, job, whole
 from tests.lab.parts import Options
 
 __all__ = ["job", "whole"]
+
+
+def test_one_rank_ends_with_the_step_in_which_it_was_asked(job: Run, whole: Callable[[Options], Variant]) -> None:
+    # As under Lightning's own strategies; no version would be due before step 8.
+    long = replace(BASE, devices=1, samples=80, epochs=1)
+    options = replace(long, strategy_options="{'mirror_every_n_steps': 4}")
+    assert job.start(replace(options, terminate_at=6)).exit_code == 128 + signal.SIGTERM
+    assert [event.fields["cause"] for event in job.events("stopped")] == ["SIGTERMException"]
+    found = newest_complete(job.arena.inventory())
+    assert isinstance(found, Complete) and found.snapshot.version == Version(6, True)
+    assert job.start(options).exit_code == 0
+    assert_identical(job, whole(long))
 
 
 @pytest.mark.parametrize(

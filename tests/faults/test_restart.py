@@ -98,6 +98,7 @@ def whole(parent: PreloadedParent, tmp_path_factory: pytest.TempPathFactory) -> 
             made[options] = run_variant(
                 command_for(options),
                 tmp_path_factory.mktemp("whole") / "run",
+                nproc=options.devices,
                 parent=parent,
                 isolate=True,
                 env={"PYTHONPATH": str(REPOSITORY)},

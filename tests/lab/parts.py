@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import random
@@ -51,13 +52,14 @@ class Options:
     accelerator: str = "cpu"
     pin_memory: bool = False
     raise_at: int = 0  # raise a ValueError at this step, every time
-    terminate_at: int = 0  # SIGTERM to rank 1 at this step
+    terminate_at: int = 0  # SIGTERM to the last rank at this step
     mesh: str = ""  # data_parallel x tensor_parallel ranks of a sharded model, e.g. 2x1; empty for data parallelism
     sharding: str = "plain"  # plain, hybrid (data_parallel replicates, tensor_parallel shards), partly (frozen, tied,
     # and a head that each rank trains for itself), mixed (computed in bf16), offloaded (parameters rest on the host),
     # compiled (layers into graphs, each before it is sharded)
     block: str = ""  # of a model that is not sharded: adapted (frozen, with low-rank layers), compiled:BACKEND
     thaw_at: int = 0  # step before which the first layers are frozen
+    settings: str = "{}"  # a python dictionary of further arguments of the trainer; plugins by the name of their class
 
 
 def link_is_down() -> None:
@@ -174,7 +176,11 @@ def model_class(flavour: Any, options: Options) -> Any:
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor | None:
             if options.raise_at and self.global_step + 1 == options.raise_at and self.global_rank == 0:
                 raise ValueError(f"the program's own error at step {options.raise_at}")
-            if options.terminate_at and self.global_step + 1 == options.terminate_at and self.global_rank == 1:
+            if (
+                options.terminate_at
+                and self.global_step + 1 == options.terminate_at
+                and self.global_rank == options.devices - 1
+            ):
                 os.kill(os.getpid(), signal.SIGTERM)
             loss = self.loss(batch) + 0.001 * float(self.generator.random())
             self.seen_batches += 1
@@ -285,26 +291,30 @@ def make_trainer(flavour: Any, options: Options, strategy: Any, extra_callbacks:
         callbacks.append(flavour.callbacks.ModelCheckpoint(every_n_train_steps=options.checkpoint_every, save_top_k=-1))
     val_interval = int(options.val_interval) if options.val_interval > 1 else options.val_interval
     limit = int(options.limit_train) if options.limit_train > 1 else options.limit_train
-    return flavour.Trainer(
-        accelerator=options.accelerator,
-        devices=options.devices,
-        num_nodes=options.num_nodes,
-        strategy=strategy,
-        max_epochs=options.epochs,
-        max_steps=options.max_steps,
-        precision=options.precision,
-        accumulate_grad_batches=options.accumulate,
-        gradient_clip_val=options.clip,
-        val_check_interval=val_interval,
-        limit_train_batches=limit,
-        log_every_n_steps=1,
-        logger=loggers,
-        callbacks=callbacks,
-        default_root_dir=options.root,
-        enable_checkpointing=bool(options.checkpoint_every),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    arguments: dict[str, Any] = {
+        "accelerator": options.accelerator,
+        "devices": options.devices,
+        "num_nodes": options.num_nodes,
+        "strategy": strategy,
+        "max_epochs": options.epochs,
+        "max_steps": options.max_steps,
+        "precision": options.precision,
+        "accumulate_grad_batches": options.accumulate,
+        "gradient_clip_val": options.clip,
+        "val_check_interval": val_interval,
+        "limit_train_batches": limit,
+        "log_every_n_steps": 1,
+        "logger": loggers,
+        "callbacks": callbacks,
+        "default_root_dir": options.root,
+        "enable_checkpointing": bool(options.checkpoint_every),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    given = ast.literal_eval(options.settings)
+    if "plugins" in given:
+        given["plugins"] = [getattr(flavour.plugins, name)() for name in given["plugins"]]
+    return flavour.Trainer(**(arguments | given))
 
 
 def make_run(options: Options, strategy: Any, extra_callbacks: tuple[Any, ...] = ()) -> tuple[Any, Any, Any]:

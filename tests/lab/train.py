@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import importlib
 import threading
+from pathlib import Path
 
 from parts import Options, make_run
 
@@ -37,7 +38,7 @@ def main() -> None:
     if options.slow_mirror_s:
         made.probes.append(lambda moment, _: threading.Event().wait(options.slow_mirror_s * (moment == "send")))
     trainer, model, data = make_run(options, made)
-    trainer.fit(model, datamodule=data, ckpt_path=options.ckpt_path or None)
+    trainer.fit(model, datamodule=data, ckpt_path=Path(options.ckpt_path) if options.ckpt_path else None)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,13 @@ import pytest
 
 from tests.registration.conftest import Run
 
-NAMES = ["ckptless", "ckptless_model_parallel"]
+NAMES = [
+    "ckptless",
+    "ckptless_ddp",
+    "ckptless_ddp_find_unused_parameters_true",
+    "ckptless_ddp_find_unused_parameters_false",
+    "ckptless_model_parallel",
+]
 REGISTRY = """
 class Registry(dict):
     def register(self, name, strategy, description):

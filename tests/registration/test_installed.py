@@ -23,16 +23,23 @@ from {flavour}.strategies import DDPStrategy, ModelParallelStrategy
 before = [m for m in sys.modules if m.startswith("lightning_ckptless.trainer")]
 strategy = Trainer(strategy="ckptless", {TRAINER}).strategy
 sharded = Trainer(strategy="ckptless_model_parallel", {TRAINER}).strategy
+ddp = [
+    Trainer(strategy=f"ckptless_ddp{{end}}", {TRAINER}).strategy
+    for end in ("", "_find_unused_parameters_true", "_find_unused_parameters_false")
+]
 import lightning_ckptless
 tell([
     before,
+    [type(made) is type(strategy) and "ddp" in made.strategy_name for made in ddp],
+    [made._ddp_kwargs for made in ddp],
     isinstance(strategy, DDPStrategy) and isinstance(sharded, ModelParallelStrategy),
     type(strategy) is lightning_ckptless.CkptlessStrategy,
     type(sharded) is lightning_ckptless.CkptlessModelParallelStrategy,
     strategy.options == sharded.options,
 ])
 """)
-    assert told == [[], True, True, True, True]
+    options = [{}, {"find_unused_parameters": True}, {"find_unused_parameters": False}]
+    assert told == [[], [True] * 3, options, True, True, True, True]
 
 
 @pytest.mark.slow

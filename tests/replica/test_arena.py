@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,13 @@ def written(arena: Arena, stamp: Stamp) -> Arena:
     write(slot, stamp, torch.arange(1000).to(torch.uint8), b"small state")
     slot.commit()
     return arena
+
+
+def test_a_folder_that_could_not_become_an_arena_is_removed(tmp_path: Path) -> None:
+    origin: Any = object()
+    with pytest.raises(TypeError):
+        Arena.create(tmp_path, "run", "node", Owner.of(os.getpid()), origin=origin)
+    assert list(tmp_path.iterdir()) == []
 
 
 def write(slot: Slot, stamp: Stamp, bulk: torch.Tensor, blob: bytes, algorithm: str = "xxh3") -> None:

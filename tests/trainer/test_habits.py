@@ -166,30 +166,6 @@ class Habits:
 
         return Habit
 
-    @staticmethod
-    def what_goes_into_a_checkpoint(model: Any) -> Any:
-        class Opaque:
-            """No plain data: only the user's own hooks know how to save it."""
-
-            value = 0.0
-
-        class Habit(model):  # type: ignore[misc]
-            def __init__(self) -> None:
-                super().__init__()
-                self.opaque = Opaque()
-
-            def training_step(self, batch: Any, batch_idx: int) -> Any:
-                self.opaque.value += 0.1
-                return super().training_step(batch, batch_idx) * (1 + self.opaque.value)
-
-            def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-                checkpoint["opaque"] = self.opaque.value
-
-            def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-                self.opaque.value = checkpoint["opaque"]
-
-        return Habit
-
 
 HABITS = [name for name in vars(Habits) if not name.startswith("_")]
 

@@ -28,6 +28,8 @@ OWNERS = {
     "iterator": lambda t: t.fit_loop._combined_loader._iterator,
     "fetcher": lambda t: t.fit_loop._data_fetcher,
     "trainer": lambda t: t,
+    "signals": lambda t: t._signal_connector,
+    "checkpoints": lambda t: t._checkpoint_connector,
     "results": lambda t: t._results,
     "connector": lambda t: t._logger_connector,
     "module": lambda t: t.lightning_module,
@@ -42,13 +44,18 @@ ASKED = {
     "epoch_loop": """
         _results _should_accumulate _should_check_val_fx _skip_next_val _batches_that_stepped _on_before_fetch
         _on_after_fetch _restart_stage advance on_advance_end on_iteration_done done restarting global_step
-        _build_kwargs batch_progress batch_idx
+        _build_kwargs batch_progress batch_idx _is_training_done _broadcast_sigterm_tensor
     """,
     "val_loop": "_results _has_run _last_val_dl_reload_epoch _combined_loader",
     "combined_loader": "_iterator flattened reset limits",
     "iterator": "_idx _consumed iterators",
     "fetcher": "fetched done length batches _start_profiler _stop_profiler setup",
-    "trainer": "_logger_connector _last_val_time _train_start_time _results val_check_batch _default_root_dir",
+    "trainer": """
+        _logger_connector _last_val_time _train_start_time _val_check_time_interval _results val_check_batch
+        _signal_connector _checkpoint_connector _default_root_dir interrupted received_sigterm
+    """,
+    "signals": "received_sigterm _sigterm_notifier_fn",
+    "checkpoints": "dump_checkpoint",
     "results": "batch batch_size",
     "connector": """
         _progress_bar_metrics _logged_metrics _callback_metrics _current_fx _first_loop_iter should_update_logs
@@ -251,6 +258,17 @@ def test_loggers_take_their_version_from_an_attribute(flavour: str, kind: str, t
     host_loggers.set_versions([logger], [{"kind": kind, "version": 7}])
     assert Path(logger.log_dir).name == "version_7"
     assert logger._experiment is None
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_logger_that_answers_to_every_name_has_no_version(flavour: str) -> None:
+    dummy = module(flavour, "loggers.logger").DummyLogger()
+    assert callable(dummy._version)
+    found = host_loggers.name_versions([dummy])
+    assert found == [{"kind": "DummyLogger", "version": None}]
+    host_loggers.set_versions([dummy], [{"kind": "DummyLogger", "version": 3}])
+    host_loggers.forget_versions([dummy])
+    assert "_version" not in vars(dummy)
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)

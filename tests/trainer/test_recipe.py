@@ -15,6 +15,7 @@ from torch import nn
 from lightning_ckptless.durable.capture import Captured, ShardCopy
 from lightning_ckptless.durable.checkpoint import lightning_checkpoint
 from lightning_ckptless.errors import DurableError
+from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.versions import Snapshot, Version
 from lightning_ckptless.replica.layout import live_views, slot_views
 from lightning_ckptless.replica.partition import plan_layout
@@ -102,9 +103,9 @@ def data_of(flavour: str) -> Any:
     return Data()
 
 
-def capture_from(trainer: Any) -> Captured:
+def capture_from(trainer: Any, options: CkptlessOptions) -> Captured:
     """The state of a trainer of one rank, as an arena would hold it."""
-    index, small = StateIndex(trainer), SmallState(trainer)
+    index, small = StateIndex(trainer), SmallState(trainer, options)
     layout = plan_layout([describe_state(index)])
     bulk = torch.zeros(layout.bulk_bytes(0), dtype=torch.uint8)
     for view, source in zip(slot_views(layout, 0, bulk), live_views(layout, 0, 0, index.read()), strict=True):
@@ -129,14 +130,16 @@ def same(found: Any, expected: Any, where: str) -> None:
         assert found == expected, where
 
 
-def both(flavour: str, root: Path, module: Any, *, ema: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+def both(
+    flavour: str, root: Path, module: Any, *, ema: bool = False, hooks: Any = "never"
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is put together from a version at the end of `fit`, and what Lightning saves there."""
     made: list[dict[str, Any]] = []
     callbacks: Any = importlib.import_module(f"{flavour}.callbacks")
 
     class Look(callbacks.Callback):  # type: ignore[misc]
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            made.append(lightning_checkpoint(capture_from(trainer)))
+            made.append(lightning_checkpoint(capture_from(trainer, CkptlessOptions(checkpoint_hooks=hooks))))
             trainer.save_checkpoint(root / "own.ckpt")
 
     extra = [callbacks.EMAWeightAveraging(decay=0.9)] if ema else []
@@ -152,14 +155,24 @@ def test_all_that_a_checkpoint_holds(ema: bool, flavour: str, tmp_path: Path, ca
         found, expected = both(flavour, tmp_path, rich_module(flavour), ema=ema)
     for name in ("layer", "secret"):
         expected["hyper_parameters"].pop(name, None)
+    assert expected.pop("mine") == {"answer": 42}, "only the program's own hook adds it"
     assert found["hyper_parameters"] == {"width": 4}
     if ema:
         # The averaged copy has extra state and metrics of its own, which never change: a version does not hold them.
         own = {key for key in expected["state_dict"] if key.startswith("mean.") or key.endswith("_extra_state")}
         expected["state_dict"] |= {key: expected["current_model_state"][key] for key in own}
     same(found, expected, "")
-    assert {"mine", "hyper_parameters", "data_of.<locals>.Data", "callbacks"} <= found.keys()
+    assert {"hyper_parameters", "data_of.<locals>.Data", "callbacks"} <= found.keys()
     assert "scratch" not in found["state_dict"] and "tied.weight" in found["state_dict"]
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_with_the_programs_own_hooks_it_is_what_lightning_writes(ema: bool, tmp_path: Path) -> None:
+    found, expected = both(FLAVOURS[0], tmp_path, rich_module(FLAVOURS[0]), ema=ema, hooks="every_version")
+    assert found["mine"] == {"answer": 42}
+    layers = [checkpoint["hyper_parameters"].pop("layer") for checkpoint in (found, expected)]
+    assert torch.equal(layers[0].weight, layers[1].weight)
+    same(found, expected, "")
 
 
 def test_a_state_dict_that_is_made_up_is_no_part_of_a_version(tmp_path: Path) -> None:

@@ -42,6 +42,11 @@ def watch_fetches(fetcher: Any, log: Fetches) -> bool:
     return True
 
 
+def _blank(cls: Any) -> Any:
+    """An object without attributes, for what reads a pickle."""
+    return cls.__new__(cls)
+
+
 def _watched_class(base: Any) -> type:
     if base not in _CLASSES:
 
@@ -52,7 +57,12 @@ def _watched_class(base: Any) -> type:
             vars(self)[_LOG].reset()
             return base.__iter__(self)
 
-        members = {"__next__": next_batch, "__iter__": open_anew, _LOG: None}
+        def copy_of_base(self: Any, _: Any) -> Any:
+            # What copies or pickles the loops gets a fetcher of Lightning's own class, without the log.
+            state = {name: value for name, value in vars(self).items() if name != _LOG}
+            return _blank, (base,), state
+
+        members = {"__next__": next_batch, "__iter__": open_anew, "__reduce_ex__": copy_of_base, _LOG: None}
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
         _CLASSES[base] = type(base.__name__, (base,), members | names)
     return _CLASSES[base]

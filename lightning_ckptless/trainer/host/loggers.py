@@ -10,29 +10,35 @@ from __future__ import annotations
 import csv
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightning_ckptless.trainer.host.flavour import flavour_of, is_a, module
+from lightning_ckptless.trainer.host.override import Override
 
 
 def name_versions(loggers: list[Any]) -> list[dict[str, Any]]:
     """Name and version of each logger: known from the first moment of a run."""
-    return [{"kind": type(logger).__name__, "version": getattr(logger, "_version", None)} for logger in loggers]
+    return [{"kind": type(logger).__name__, "version": _version_of(logger)} for logger in loggers]
+
+
+def _version_of(logger: Any) -> int | str | None:
+    # Not by getattr: Lightning's DummyLogger has an attribute of every name.
+    version = vars(logger).get("_version")
+    return version if isinstance(version, int | str) else None
 
 
 def set_versions(loggers: list[Any], saved: list[dict[str, Any]]) -> None:
     """Let fresh loggers write into the folders of the run."""
     for logger, facts in zip(loggers, saved, strict=False):
-        if type(logger).__name__ == facts["kind"] and facts["version"] is not None and hasattr(logger, "_version"):
+        if type(logger).__name__ == facts["kind"] and facts["version"] is not None and "_version" in vars(logger):
             logger._version = facts["version"]
 
 
 def forget_versions(loggers: list[Any]) -> None:
     """Let loggers choose folders of their own again."""
     for logger in loggers:
-        if hasattr(logger, "_version"):
+        if "_version" in vars(logger):
             logger._version = None
 
 
@@ -122,11 +128,9 @@ def _watch_csv(writer: Any) -> None:
 
 
 def _count_rows(writer: Any) -> None:
-    save: Callable[[], None] = writer.save
-
     def counted_save() -> None:
         rows = len(writer.metrics)
-        save()
+        save.original()
         writer.ckptless_rows += rows
 
     def rewrite_atomically(fieldnames: list[str]) -> None:
@@ -134,8 +138,8 @@ def _count_rows(writer: Any) -> None:
         path = Path(writer.metrics_file_path)
         _write_rows(path, fieldnames, _read_rows(path))
 
-    writer.save = counted_save
-    writer._rewrite_with_new_header = rewrite_atomically
+    save = Override(writer, "save", counted_save)
+    Override(writer, "_rewrite_with_new_header", rewrite_atomically)
 
 
 def _cut_csv(logger: Any, position: dict[str, Any], flavour: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning_ckptless.trainer.host.combined import iterators_of, place_of, set_place
 from lightning_ckptless.trainer.host.flavour import fabric_module, flavour_of, is_a, module
+from lightning_ckptless.trainer.host.override import Override, remove_overrides
 
 
 class FitLoops:
@@ -30,7 +32,12 @@ class FitLoops:
         return not self.epoch._should_accumulate()
 
     def validation_is_due(self, fetcher: Any) -> bool:
-        """Whether validation follows the batch just processed."""
+        """Whether validation follows the batch just processed, as far as all ranks agree on it.
+
+        Where a clock says when to validate, each rank has its own, which may say otherwise a moment later.
+        """
+        if self.trainer._val_check_time_interval is not None:
+            return False
         return bool(self.epoch._should_check_val_fx(fetcher)) and not self.epoch._skip_next_val
 
     @property
@@ -48,9 +55,23 @@ class FitLoops:
             "validation_has_run": self.validation._has_run,
             "train_data_epoch": self.fit._last_train_dl_reload_epoch,
             "validation_data_epoch": self.validation._last_val_dl_reload_epoch,
-            "last_validation_at": getattr(self.trainer, "_last_val_time", None),
-            "train_started_at": getattr(self.trainer, "_train_start_time", None),
+            "validation_clock": self._validation_clock(),
         }
+
+    def _validation_clock(self) -> dict[str, float] | None:
+        """Seconds since training began and since the last validation, where a clock says when to validate."""
+        trainer = self.trainer
+        if trainer._val_check_time_interval is None:
+            return None
+        now = time.monotonic()
+        return {"training_s": now - trainer._train_start_time, "last_validation_s": now - trainer._last_val_time}
+
+    def _set_validation_clock(self, saved: dict[str, float] | None) -> None:
+        # By what has passed: the clock of another machine, or of this one after a reboot, began at another time.
+        if saved is not None:
+            now = time.monotonic()
+            self.trainer._train_start_time = now - saved["training_s"]
+            self.trainer._last_val_time = now - saved["last_validation_s"]
 
     def set_counters(self, saved: dict[str, Any]) -> None:
         """Put the counters back, without Lightning's own notion of a restart."""
@@ -64,9 +85,7 @@ class FitLoops:
         self.validation._has_run = saved["validation_has_run"]
         self.fit._last_train_dl_reload_epoch = saved["train_data_epoch"]
         self.validation._last_val_dl_reload_epoch = saved["validation_data_epoch"]
-        if saved["last_validation_at"] is not None:
-            self.trainer._last_val_time = saved["last_validation_at"]
-            self.trainer._train_start_time = saved["train_started_at"]
+        self._set_validation_clock(saved["validation_clock"])
 
     def _all(self, loop: Any) -> Iterator[Any]:
         base = module(flavour_of(self.trainer), "loops.loop")._Loop
@@ -156,7 +175,8 @@ class FitLoops:
     def set_length(self, most: int) -> None:
         """Have this epoch end after so many batches."""
         self.fit.max_batches = most
-        interval = self.trainer.val_check_interval
+        # Lightning leaves this attribute out where validation goes by the clock.
+        interval = vars(self.trainer).get("val_check_interval")
         if isinstance(interval, float) and self.trainer.val_check_batch is not None:
             self.trainer.val_check_batch = max(1, int(most * interval))
 
@@ -169,13 +189,11 @@ class FitLoops:
         self._precede("on_run_end", do)
 
     def _precede(self, name: str, do: Callable[[], None]) -> None:
-        own = getattr(self.fit, name)
-
         def both() -> None:
             do()
-            own()
+            override.original()
 
-        setattr(self.fit, name, both)
+        override = Override(self.fit, name, both)
 
     def forget_training_data(self) -> None:
         """Have the fit loop set up its training data anew."""
@@ -202,27 +220,17 @@ class FitLoops:
         for parameter in module_.parameters():
             parameter.grad = None
 
-    def silence_sigterm(self, asked: Callable[[], None]) -> None:
-        """Take the collectives out of Lightning's way with SIGTERM: they have no partner where a rank is lost.
+    def run_by(self, run: Callable[[Callable[[], None]], None]) -> None:
+        """Have the fit loop run by a function.
 
         Args:
-            asked: called, in a signal handler, when this process is asked to end.
+            run: is given what would have run it.
         """
-        self.epoch._broadcast_sigterm_tensor = lambda: None
-        self.trainer._signal_connector._sigterm_notifier_fn = lambda *_: asked()
+        override = Override(self.fit, "run", lambda: run(override.original))
 
     def give_back(self) -> None:
-        """Give the loops and the signal connector their own methods back."""
-        for name in ("run", "setup_data", "on_run_end"):
-            vars(self.fit).pop(name, None)
-        vars(self.epoch).pop("_broadcast_sigterm_tensor", None)
-        vars(self.trainer._signal_connector).pop("_sigterm_notifier_fn", None)
-
-    def stop_for_sigterm(self, exit_code: int) -> NoReturn:
-        """End `fit` as Lightning does when it was asked to end."""
-        error = module(flavour_of(self.trainer), "utilities.exceptions").SIGTERMException()
-        error.code = exit_code
-        raise error
+        """Give the fit loop its own methods back."""
+        remove_overrides(self.fit, "run", "setup_data", "on_run_end")
 
     # ------------------------------------------------------------------ driving
 

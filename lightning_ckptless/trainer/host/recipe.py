@@ -74,8 +74,7 @@ def _groups(trainer: Any, index: int) -> list[list[str]]:
 
 def _averaged(callbacks: list[Any], tensors: Mapping[str, Tensor]) -> dict[str, str] | None:
     for callback in callbacks:
-        average = getattr(callback, _AVERAGE, None)
-        if average is not None and is_a(callback, "callbacks", "WeightAveraging"):
+        if is_a(callback, "callbacks", "WeightAveraging") and (average := vars(callback).get(_AVERAGE)) is not None:
             return _named(average.state_dict(), tensors)
     return None
 

@@ -37,7 +37,8 @@ def open_training_data(trainer: Any) -> Any:
 
 def hands_over_the_iterator(trainer: Any) -> bool:
     """Whether `training_step` takes an iterator of batches, and no batch."""
-    return "dataloader_iter" in inspect.signature(trainer.lightning_module.training_step).parameters
+    step = trainer.lightning_module.training_step
+    return callable(step) and "dataloader_iter" in inspect.signature(step).parameters
 
 
 def to_device(trainer: Any, batch: Any) -> Any:
@@ -56,11 +57,17 @@ def tell_of_batch(trainer: Any, before: int, now: int) -> None:
         before: batches of a step, over all ranks.
         now: the same from here on.
     """
+    model = trainer.lightning_module
     for callback in trainer.callbacks:
-        if (hook := getattr(callback, "on_batch_scale", None)) is not None:
-            hook(trainer, trainer.lightning_module, before, now)
-    if (hook := getattr(trainer.lightning_module, "on_batch_scale", None)) is not None:
-        hook(before, now)
+        if _has_batch_scale(callback):
+            callback.on_batch_scale(trainer, model, before, now)
+    if _has_batch_scale(model):
+        model.on_batch_scale(before, now)
+
+
+def _has_batch_scale(owner: Any) -> bool:
+    # By its class: an object may answer to every name.
+    return callable(getattr(type(owner), "on_batch_scale", None))
 
 
 def batch_in_hand(trainer: Any) -> Any:

@@ -1,0 +1,173 @@
+"""Every argument of Lightning's `Trainer`: training under it is killed and compared with the run left alone.
+
+Arguments that do not act on each other share a run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_ckptless.testing.starters import Ladder
+from tests.faults.conftest import Drill
+from tests.faults.matrix import BASE, Cell
+from tests.trainer.tiny import FLAVOURS, tiny_trainer
+
+SHORT = replace(BASE, epochs=1)
+
+RUNS: dict[str, tuple[Cell, dict[str, Any]]] = {
+    "a trial run": (Cell("kill:rank=0:step=2", replace(SHORT, logger="csv")), {"fast_dev_run": 3}),
+    "validation by the clock": (
+        Cell("kill:rank=0:step=3", SHORT),
+        {"val_check_interval": "00:01:00:00", "check_val_every_n_epoch": None, "max_time": {"hours": 1}},
+    ),
+    "limits": (
+        Cell("kill:rank=1:step=4"),
+        {
+            "limit_train_batches": 0.5,
+            "limit_val_batches": 0.5,
+            "limit_test_batches": 1,
+            "limit_predict_batches": 0.5,
+            "num_sanity_val_steps": -1,
+            "min_epochs": 2,
+            "log_every_n_steps": 2,
+        },
+    ),
+    "overfitting": (Cell("kill:rank=1:step=5"), {"overfit_batches": 3}),
+    "what watches training": (
+        Cell("kill:rank=0:step=4:at=backward", SHORT),
+        {
+            "profiler": "simple",
+            "detect_anomaly": True,
+            "deterministic": True,
+            "benchmark": False,
+            "inference_mode": False,
+            "enable_model_summary": True,
+            "enable_autolog_hparams": False,
+        },
+    ),
+    "nothing but the loop": (
+        Cell("kill:rank=0:step=4", replace(SHORT, logger="none")),
+        {"barebones": True, "log_every_n_steps": None, "enable_progress_bar": None, "enable_model_summary": None},
+    ),
+    "accumulation": (
+        Cell("kill:rank=1:step=2:at=accumulation", SHORT),
+        {
+            "accumulate_grad_batches": 2,
+            "val_check_interval": 3,
+            "gradient_clip_val": 0.5,
+            "gradient_clip_algorithm": "value",
+        },
+    ),
+    "steps instead of epochs": (Cell("kill:rank=0:step=9"), {"max_epochs": -1, "max_steps": 9, "min_steps": 4}),
+    "other dataloaders in each epoch": (
+        Cell("kill:rank=1:step=8", replace(BASE, data="sampler")),
+        {"reload_dataloaders_every_n_epochs": 1, "use_distributed_sampler": False, "check_val_every_n_epoch": 2},
+    ),
+    "checkpoints in a thread": (
+        Cell("kill:rank=0:step=5", replace(SHORT, checkpoint_every=2)),
+        {"plugins": ["AsyncCheckpointIO"]},
+    ),
+    "double precision": (Cell("kill:rank=1:step=3", SHORT), {"precision": "64-true"}),
+}
+TELLING = ("a trial run", "validation by the clock")
+
+ELSEWHERE = {
+    "accelerator": "tests/device/test_kill.py",
+    "callbacks": "tests/faults/matrix.py",
+    "default_root_dir": "tests/lab/parts.py",
+    "devices": "tests/faults/matrix.py",
+    "enable_checkpointing": "tests/faults/matrix.py",
+    "enable_progress_bar": "tests/faults/test_terminal.py",
+    "logger": "tests/faults/matrix.py",
+    "num_nodes": "tests/faults/test_nodes.py",
+    "strategy": "tests/faults/test_options.py",
+}
+"""Arguments that other tests give to runs that are killed."""
+
+WITHOUT_A_RUN = {
+    "sync_batchnorm": "torch synchronises batch norms on accelerators only; plain DDP fails on a CPU, too",
+    "model_registry": "it names where a checkpoint is uploaded to, by a service that is not Lightning's own",
+}
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_every_argument_has_a_row(flavour: str) -> None:
+    arguments = {*inspect.signature(importlib.import_module(flavour).Trainer.__init__).parameters} - {"self"}
+    rows = {name for _, settings in RUNS.values() for name in settings} | {*ELSEWHERE} | {*WITHOUT_A_RUN}
+    assert arguments - rows == set(), "arguments of Trainer that no test gives to a run that is killed"
+    assert rows - arguments == set(), "rows for arguments that Trainer does not have"
+
+
+@pytest.mark.parametrize("path", sorted({*ELSEWHERE.values()}))
+def test_other_tests_are_there(path: str) -> None:
+    assert (Path(__file__).parents[2] / path).exists()
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in TELLING else pytest.param(name, marks=pytest.mark.long) for name in RUNS]
+)
+def test_kill(name: str, drill: Drill) -> None:
+    cell, settings = RUNS[name]
+    report = drill(replace(cell, options=replace(cell.options, settings=repr(settings))), Ladder(max_restarts=20))
+    assert report.problems == ()
+    assert report.identical
+    assert (report.in_place, report.relaunches) == (cell.recoveries, 0)
+
+
+# ---------------------------------------------------------------------- loops
+
+COUNTED = "counters"  # part of every version
+GIVEN = "given"  # set by arguments, or by the program
+DERIVED = "derived"  # follows from the others, or is set up again with the data
+LOOPS = {
+    "fit_loop": {
+        "epoch_loop": COUNTED, "epoch_progress": COUNTED, "restarting": COUNTED, "is_resuming": COUNTED,
+        "restarted_mid_epoch": COUNTED, "restarted_on_epoch_end": COUNTED, "restarted_on_epoch_start": COUNTED,
+        "resumed_on_epoch_end": COUNTED, "batch_idx": DERIVED, "total_batch_idx": DERIVED, "done": DERIVED,
+        "skip": DERIVED, "max_batches": DERIVED, "max_epochs": GIVEN, "min_epochs": GIVEN, "max_steps": GIVEN,
+        "min_steps": GIVEN, "trainer": GIVEN,
+    },
+    "epoch_loop": {
+        "automatic_optimization": COUNTED, "manual_optimization": COUNTED, "batch_progress": COUNTED,
+        "scheduler_progress": COUNTED, "val_loop": COUNTED, "restarting": COUNTED, "is_resuming": COUNTED,
+        "restarted_on_last": COUNTED, "restarted_on_train_batch_end": COUNTED, "batch_idx": DERIVED,
+        "total_batch_idx": DERIVED, "done": DERIVED, "global_step": DERIVED, "max_steps": GIVEN, "min_steps": GIVEN,
+        "trainer": GIVEN,
+    },
+    "automatic_optimization": {
+        "optim_progress": COUNTED, "restarting": COUNTED, "is_resuming": COUNTED, "trainer": GIVEN,
+    },
+    "manual_optimization": {
+        "optim_step_progress": COUNTED, "restarting": COUNTED, "is_resuming": COUNTED, "trainer": GIVEN,
+    },
+    "val_loop": {
+        "batch_progress": COUNTED, "restarting": COUNTED, "is_resuming": COUNTED, "restarted_mid_evaluation": COUNTED,
+        "max_batches": DERIVED, "num_dataloaders": DERIVED, "skip": DERIVED, "inference_mode": GIVEN, "verbose": GIVEN,
+        "trainer": GIVEN,
+    },
+}  # fmt: skip
+"""What becomes of each public attribute of the loops when a version is restored."""
+
+
+def _public_attributes(loop: Any) -> set[str]:
+    properties = {name for name, value in inspect.getmembers(type(loop)) if isinstance(value, property)}
+    return {name for name in {*vars(loop)} | properties if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_every_attribute_of_the_loops_has_a_row(flavour: str, tmp_path: Path) -> None:
+    fit = tiny_trainer(tmp_path, flavour).fit_loop
+    epoch = fit.epoch_loop
+    loops = {"fit_loop": fit, "epoch_loop": epoch, "val_loop": epoch.val_loop}
+    loops |= {name: getattr(epoch, name) for name in ("automatic_optimization", "manual_optimization")}
+    assert {name: _public_attributes(loop) for name, loop in loops.items()} == {
+        name: {*rows} for name, rows in LOOPS.items()
+    }
+    # What a version holds of the loops is what their own state holds, beside a few private flags.
+    assert {"epoch_progress", "epoch_loop.batch_progress", "epoch_loop.scheduler_progress"} <= {*fit.state_dict()}
