@@ -365,7 +365,7 @@ class Workers(PContext):
         for process in self._processes.values():
             process.line.close()
         for process in self._leaving:
-            process.end()
+            process.leave(_KILL_WAIT_S)
         self._leaving.clear()
 
 

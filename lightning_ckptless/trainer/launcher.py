@@ -13,7 +13,7 @@ from lightning_ckptless import environment
 from lightning_ckptless.errors import OptionsError, UnfitNodeError
 from lightning_ckptless.membership.cold import replace_by_agent
 from lightning_ckptless.membership.communicators import keep_through_device_errors
-from lightning_ckptless.membership.control import Line, is_standby, open_line
+from lightning_ckptless.membership.control import is_standby, open_line
 from lightning_ckptless.membership.peers import is_lost_peer
 from lightning_ckptless.membership.verdict import Verdict, leave_verdict
 from lightning_ckptless.membership.watch import Watcher
@@ -42,7 +42,6 @@ class FitGuard:
     def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
         self._is_observed = False
-        self._line: Line | None = None
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         """Run a trainer function here, or hand the process over to the agent that runs it in workers."""
@@ -99,8 +98,7 @@ class FitGuard:
 
     def _fit(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], trainer: Any) -> Any:
         strategy = self.strategy
-        line = open_line() if self._line is None else self._line
-        self._line = line
+        line = open_line()
         if is_standby():
             assert line is not None, "a standby has a line to its agent"
             wait_for_rank(line, strategy)
