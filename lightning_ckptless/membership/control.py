@@ -2,6 +2,8 @@
 
 | From | Message | Says |
 |---|---|---|
+| worker | `came_to_fit` | its program has called `fit` |
+| worker | `past_fit` | that call has returned, or raised: what follows is the program's own |
 | worker | `entered` | it is about to train; with what its strategy asks of the agent |
 | worker | `stepped` | its generation has committed a step |
 | worker | `left` | it has left the training loop: its end is no fault from here on, and no peer can wait for it |

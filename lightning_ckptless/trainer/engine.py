@@ -14,7 +14,6 @@ from typing import Any
 
 from lightning_ckptless import environment
 from lightning_ckptless.console import CONSOLE, Bar
-from lightning_ckptless.errors import LaunchError
 from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.membership.control import Line
 from lightning_ckptless.membership.pulse import PulseWriter, stacks_path
@@ -37,7 +36,7 @@ from lightning_ckptless.trainer.host import progress
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.streams import open_training_data
 from lightning_ckptless.trainer.identity import Identity, identify
-from lightning_ckptless.trainer.judgement import why_final
+from lightning_ckptless.trainer.judgement import count_recovery, why_final
 from lightning_ckptless.trainer.log_files import LogFiles
 from lightning_ckptless.trainer.mirroring import Mirroring
 from lightning_ckptless.trainer.replay import BatchLog
@@ -150,7 +149,10 @@ class Engine:
         self.logs.name(saved)
         sources = Sources(self.durable, states, ckpt_path, saved is not None)
         plan, found = decide_start(self.trainer, cohort, self.options, sources, relaunched=relaunched)
-        self.report.started(self.identity, plan, cohort.placement, self.arena.path)
+        had_ended = plan.action is StartAction.RESTORE and relaunched and bool(cohort.noted("finished"))
+        self.report.started(
+            self.identity, plan, cohort.placement, self.arena.path, chapter=self.chapter, had_ended=had_ended
+        )
         if plan.action is StartAction.REFUSE:
             assert plan.error is not None
             raise plan.error(plan.reason)
@@ -182,23 +184,13 @@ class Engine:
         """Bring a version here. All ranks call it together.
 
         Raises:
-            LaunchError: as many recoveries were made as the options allow.
+            LaunchError: under another agent: as many recoveries were made as the options allow.
         """
         assert self.cohort is not None
-        self._count_recovery(self.cohort)
+        if not self.identity.own_agent:
+            count_recovery(self.cohort, found.snapshot.version, self.options)
         batch = self.options.elastic_batch
         return fetch_version(self.trainer, found, self.cohort, self.streams, batch, self.report, self.ledger)
-
-    def _count_recovery(self, cohort: Cohort) -> None:
-        """Count over all starts of the run: under another agent only we know the user's limit."""
-        most, count = self.options.max_recoveries, 1 + max(int(n.get("recoveries", 0)) for n in cohort.notes)
-        if count > most:
-            raise LaunchError(
-                f"rank {self.rank}: max_recoveries={most} recoveries were made, and the run has failed again: look for "
-                "the cause in its ledger; raise max_recoveries to go on from the arenas"
-            )
-        if cohort.speaks_for_node:
-            cohort.arena.note("recoveries", count)
 
     def _start_over(self, cohort: Cohort, action: StartAction, *, logs_are_named: bool) -> None:
         cohort.transport.agree(True)
