@@ -115,10 +115,9 @@ class RunReport:
         )
         if self.generation == 1 and chapter == 0:
             self._say(f"run {identity.run_id}: {placement.reason}")
-        which = f"fit number {chapter + 1} of the program: " if chapter else ""
-        if had_ended:
-            which = f"fit number {chapter + 1} of the program had ended before the fault, and no step of it runs again: "
-        self._say(which + plan.reason)
+        which = f"fit number {chapter + 1} of the program" if chapter or had_ended else ""
+        ended = " had ended before the fault, and no step of it runs again" if had_ended else ""
+        self._say(": ".join(filter(None, [which + ended, plan.reason])))
 
     def planned(self, cohort: Cohort, sizes_bytes: Sequence[int], version: Version) -> None:
         """How the state is cut is known, and so is what each rank keeps.
