@@ -399,7 +399,8 @@ class CkptlessAgent(LocalElasticAgent):
         spoken = [end for local, end in lost.items() if verdict is not None and ranks[local] == verdict.rank]
         end = (spoken or list(lost.values()))[0]
         self.exit_code = shell_code(-signal.SIGKILL if end is None else end.exit_code) or 1
-        if failure_of(self._folder, workers.pids()[next(iter(lost))]) is not None and self.exit_code > 128:
+        culprit = next(iter(lost))
+        if workers.blamed(culprit) and failure_of(self._folder, workers.pids()[culprit]) is not None:
             # It had failed before it was killed for not ending.
             self.exit_code = 1
         fault = self._report(worker_group, workers, lost, at)

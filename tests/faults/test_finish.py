@@ -1,4 +1,4 @@
-"""A run that is asked to end: all ranks end behind one step, and the last line says what is kept and how to continue."""
+"""A run that is asked to end: all ranks end behind one step; the last line says what is kept, and how to continue."""
 
 from __future__ import annotations
 
