@@ -7,15 +7,21 @@ two meet. This module is what `ckptless run` and `python train.py` become.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning_ckptless import environment
 from lightning_ckptless.membership.launch import SIGTERM_EXIT_CODE, LaunchConfig, Outcome, run
 from lightning_ckptless.membership.launch import main as run_agent
 from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.protocol.conclusion import Ending, conclude
+
+if TYPE_CHECKING:
+    from lightning_ckptless.replica.arena import Arena
 
 _RUN_ID_OPTIONS = ("--rdzv-id", "--rdzv_id")
 
@@ -47,14 +53,23 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         Exit code.
     """
-    named = any(argument.startswith(_RUN_ID_OPTIONS) for argument in argv)
+    is_named = any(argument.startswith(_RUN_ID_OPTIONS) for argument in argv)
 
-    def ended(config: LaunchConfig, outcome: Outcome | None) -> None:
+    def ended(config: LaunchConfig, outcome: Outcome | None) -> str:
         settle_checkpoint_files(config)
-        # A run that was asked to stop and has a name can be started again under it, from what its arenas hold.
-        asked_to_end = outcome is None or outcome.exit_code == SIGTERM_EXIT_CODE
-        if not (asked_to_end and named):
+        conclusion = conclude(
+            Ending(
+                is_asked_for=outcome is None or outcome.exit_code == SIGTERM_EXIT_CODE,
+                has_given_up=outcome is not None and outcome.has_given_up,
+                is_named=is_named,
+                committed=_committed(config),
+                durable=_durable(config),
+                command=shlex.join(["ckptless", "run", *([] if is_named else [f"--rdzv-id={config.run_id}"]), *argv]),
+            )
+        )
+        if not conclusion.keeps_arenas:
             remove_arenas(config)
+        return conclusion.text
 
     return run_agent(argv, record_for=record_for, ended=ended)
 
@@ -83,16 +98,47 @@ def settle_checkpoint_files(config: LaunchConfig) -> None:
 
 def remove_arenas(config: LaunchConfig) -> None:
     """Remove the arenas that workers of this process's agent have made for a run."""
+    for arena in _arenas(config):
+        arena.remove()
+
+
+def _arenas(config: LaunchConfig) -> list[Arena]:
+    """The arenas that workers of this process's agent have made for a run, in the order of its calls of `fit`."""
     from lightning_ckptless.ledger import read_ledger  # noqa: PLC0415 - as above
     from lightning_ckptless.replica.arena import Arena, default_arena_dir, find_arenas  # noqa: PLC0415 - brings torch
 
     # The strategy may have named another folder, which the ledger knows.
     started = read_ledger(_ledger_path(config), only="run_started")
     named = {Path(event.fields["arena"]).parent for event in started}
-    for info in [info for folder in {config.arena_dir or default_arena_dir(), *named} for info in find_arenas(folder)]:
-        of_this_run = info.run_id == config.run_id or info.run_id.startswith(f"{config.run_id}.")
-        if of_this_run and info.owner.pid == os.getpid():
-            Arena.attach(info.path).remove()
+    infos = [info for folder in {config.arena_dir or default_arena_dir(), *named} for info in find_arenas(folder)]
+    found = [
+        info
+        for info in infos
+        if info.owner.pid == os.getpid()
+        and (info.run_id == config.run_id or info.run_id.startswith(f"{config.run_id}."))
+    ]
+    return [Arena.attach(info.path) for info in sorted(found, key=lambda info: info.created_at)]
+
+
+def _committed(config: LaunchConfig) -> str:
+    """The newest version in this node's shared memory, in words; empty where there is none."""
+    from lightning_ckptless.protocol.versions import Complete, newest_complete  # noqa: PLC0415 - as above
+
+    for arena in reversed(_arenas(config)):
+        found = newest_complete(arena.inventory())
+        if isinstance(found, Complete):
+            return f"{found.snapshot.version} of the run"
+        if found.since is not None:
+            return f"this node's part of {found.since} of the run"
+    return ""
+
+
+def _durable(config: LaunchConfig) -> str:
+    """The newest durable state of a run, in words; empty where there is none."""
+    from lightning_ckptless.ledger import read_ledger  # noqa: PLC0415 - as above
+
+    written = [event.fields["step"] for event in read_ledger(_ledger_path(config), only="durable_written")]
+    return f"the durable state of step {written[-1]}" if written else ""
 
 
 if __name__ == "__main__":

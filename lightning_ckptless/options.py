@@ -19,7 +19,13 @@ ElasticBatch = Literal["keep", "scale"]
 CheckpointHooks = Literal["never", "every_version"]
 
 _LEVEL = "[a-z][a-z0-9_]*"
-_LEAST = {"copies": 0, "max_recoveries": 0, "standbys": 0, "durable_keep": 1}
+_LEAST = {
+    "copies": 0,
+    "max_recoveries_without_progress": 0,
+    "max_recoveries_per_hour": 0,
+    "standbys": 0,
+    "durable_keep": 1,
+}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "on_late": ("wait", "skip"),
     "on_unrecoverable": ("durable", "raise"),
@@ -40,7 +46,9 @@ class CkptlessOptions:
         failure_domain: what is lost together; replicas are kept in other domains. `node`, `rank`, a dimension of the
             mesh, or a level that you name, e.g. `rack`.
         arena_dir: folder for the arenas; None for `/dev/shm`, or a temporary folder where that is missing.
-        max_recoveries: recoveries after which the run gives up.
+        max_recoveries_without_progress: recoveries with no new step committed between them, after which the run gives
+            up: it comes back to the same fault.
+        max_recoveries_per_hour: recoveries within an hour, after which the run gives up.
         on_unrecoverable: with no complete version left, go on from the newest checkpoint file or raise.
         checksum: digest that guards every replica.
         on_late: when the last mirror is still under way at the next one, wait for it or skip a version.
@@ -71,7 +79,8 @@ class CkptlessOptions:
     copies: int = 1
     failure_domain: str = "node"
     arena_dir: Path | None = None
-    max_recoveries: int = 100
+    max_recoveries_without_progress: int = 10
+    max_recoveries_per_hour: int = 100
     on_unrecoverable: OnUnrecoverable = "durable"
     checksum: Checksum = "xxh3"
     on_late: OnLate = "wait"

@@ -146,11 +146,6 @@ def is_this_machine(host: str) -> bool:
     return bool(_matches_machine_hostname(host))
 
 
-def remaining_restarts(agent: Any) -> int:
-    """How often an elastic agent may still relaunch its workers."""
-    return int(agent._remaining_restarts)
-
-
 def forbid_restarts(agent: Any) -> None:
     """Have an elastic agent give up at the next failure."""
     agent._remaining_restarts = 0
@@ -191,11 +186,6 @@ def cuda_was_lost_by_fork() -> bool:
 def use_process_group(model: Any, group: Any) -> None:
     """Let a wrapped model sum its gradients in another process group, and forget a backward pass that was cut off."""
     model._update_process_group(group)
-
-
-def use_restart(agent: Any) -> None:
-    """Have an elastic agent count one of its restarts as used."""
-    agent._remaining_restarts -= 1
 
 
 _UNUSED_PARAMETERS = "Expected to have finished reduction in the prior iteration"

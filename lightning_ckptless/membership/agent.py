@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ from lightning_ckptless import environment
 from lightning_ckptless.console import CONSOLE
 from lightning_ckptless.errors import TimeLimitError, UnfitNodeError
 from lightning_ckptless.membership.companion import END_GRACE_S, Companions, Surroundings
+from lightning_ckptless.membership.failure import Failure, failure_of
 from lightning_ckptless.membership.fault import FaultReport, shell_code, split_exit
 from lightning_ckptless.membership.forks import Forks
-from lightning_ckptless.membership.futility import Futility
-from lightning_ckptless.membership.hangs import HangWatch
+from lightning_ckptless.membership.hangs import HangWatch, LateExits
 from lightning_ckptless.membership.hydra import FIRST_WAIT_S, imports_hydra
 from lightning_ckptless.membership.in_place import InPlace
 from lightning_ckptless.membership.parent import End, PreloadedParent
@@ -41,8 +41,10 @@ from lightning_ckptless.membership.rounds import line_prefixes, number_generatio
 from lightning_ckptless.membership.signals import AskedToEnd
 from lightning_ckptless.membership.verdict import Verdict, final_verdict, take_begun, take_verdicts
 from lightning_ckptless.membership.workers import Workers
+from lightning_ckptless.protocol.program_end import ProgramEnd, Stage, Starts, judge_end
 from lightning_ckptless.protocol.recovery import RecoveryPlan, Rung, Situation, plan_recovery
-from lightning_ckptless.torch_internals import forbid_restarts, forget_worker_store, remaining_restarts, use_restart
+from lightning_ckptless.protocol.recovery_limits import RecoveryHistory, RecoveryLimits, why_no_recovery
+from lightning_ckptless.torch_internals import forbid_restarts, forget_worker_store
 
 Record = Callable[..., None]
 
@@ -61,6 +63,11 @@ class Node:
         fresh: start new interpreters instead of forking the preloaded parent.
         stop_grace_s: time between SIGTERM and SIGKILL where workers are asked to end.
         finish_grace_s: time that workers have to finish a step and save, when the agent is asked to end.
+        exit_grace_s: time between an exception that ends a worker's program and the end of its process.
+        max_restarts: recoveries in the life of the agent; None for any number.
+        max_recoveries_without_progress: recoveries with no new step committed between them; None to leave it to the
+            strategy of the workers.
+        max_recoveries_per_hour: recoveries within an hour; None to leave it to the strategy.
         in_place: whether survivors of a fault go on in place; None to leave it to the strategy of the workers.
         standbys: processes that wait for a rank; None to leave it to the strategy.
         log_line_prefix: put before each line of a worker's output that is shown and logged at once; a template with
@@ -77,11 +84,28 @@ class Node:
     fresh: bool
     stop_grace_s: float
     finish_grace_s: float
+    exit_grace_s: float
+    max_restarts: int | None = None
+    max_recoveries_without_progress: int | None = None
+    max_recoveries_per_hour: int | None = None
     in_place: bool | None = None
     standbys: int | None = None
     log_line_prefix: str | None = None
     time_limit_s: float | None = None
     newcomer_outputs: Path | None = None
+
+    def limits(self, asked: RecoveryLimits) -> RecoveryLimits:
+        """How often the run may recover.
+
+        Args:
+            asked: by the strategy of the workers; what the command line says takes precedence.
+        """
+        without_progress, per_hour = self.max_recoveries_without_progress, self.max_recoveries_per_hour
+        return RecoveryLimits(
+            asked.without_progress if without_progress is None else without_progress,
+            asked.per_hour if per_hour is None else per_hour,
+            self.max_restarts,
+        )
 
 
 class CkptlessAgent(LocalElasticAgent):
@@ -108,19 +132,22 @@ class CkptlessAgent(LocalElasticAgent):
         super().__init__(spec, logs_specs)
         self.faults: list[FaultReport] = [] if after is None else after.faults_with_the_place_lost()
         self.exit_code = 0
+        self.has_given_up = False
         self.recoveries_in_place = 0
         self._node = node
         self._forks = Forks(parent, fresh=node.fresh, say=CONSOLE.say)
         self._record = record
         self._starts = 0 if after is None else 1
         self._started_at = time.monotonic()
-        self._futility = Futility()
+        self._history = RecoveryHistory() if after is None else after.history
+        self._program_starts = Starts()
         self._reason = ""
         self._hydra: str = "" if after is None else after._hydra
         self._lost_at = 0.0
         self._verdict_folder = tempfile.TemporaryDirectory(prefix="ckptless-verdicts-")
         self._folder = Path(self._verdict_folder.name)
         self._hangs = HangWatch(self._folder, record, CONSOLE.say)
+        self._late_exits = LateExits(self._folder, node.exit_grace_s)
         where = Surroundings(lambda: self._parent, node.env, node.cwd, node.program.flags, node.fresh)
         self._companions = Companions(where, record, CONSOLE.say)
         self._in_place = InPlace(
@@ -135,6 +162,11 @@ class CkptlessAgent(LocalElasticAgent):
     @property
     def _parent(self) -> PreloadedParent:
         return self._forks.parent
+
+    @property
+    def history(self) -> RecoveryHistory:
+        """The recoveries of the run so far."""
+        return self._history
 
     @property
     def has_started(self) -> bool:
@@ -171,7 +203,7 @@ class CkptlessAgent(LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         envs = {worker.local_rank: self._worker_env(worker_group, worker) for worker in worker_group.workers}
         take_verdicts(self._folder)
-        take_begun(self._folder)
+        self._take_progress()
         self._hangs.begin_round(list(envs))
         prefixes = line_prefixes(worker_group, self._node.log_line_prefix)
         workers = self._forks.start(lambda: self._make_workers(envs, prefixes))
@@ -213,7 +245,7 @@ class CkptlessAgent(LocalElasticAgent):
 
     def _worker_env(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
         env = {
-            **variables_of(worker_group, worker, restarts=worker_group.spec.max_restarts - remaining_restarts(self)),
+            **variables_of(worker_group, worker, restarts=self._history.count),
             environment.AGENT: str(os.getpid()),
             environment.NODE: self._node.name,
             environment.SPAWNED_AT: repr(time.time()),
@@ -227,10 +259,7 @@ class CkptlessAgent(LocalElasticAgent):
 
     def _announce(self, worker_group: WorkerGroup) -> None:
         fault, size = self.faults[-1], worker_group.workers[0].world_size
-        allowed = worker_group.spec.max_restarts
-        number = (
-            f"restart {allowed - remaining_restarts(self)} of {allowed}" if fault.rank is not None else "not counted"
-        )
+        number = str(self._history) if fault.rank is not None else "not counted"
         self._record(
             "relaunch",
             node=self._node.name,
@@ -255,6 +284,7 @@ class CkptlessAgent(LocalElasticAgent):
         self._hangs.hear(said)
         self._hangs.limit_s = self._in_place.hang_timeout_s
         self._in_place.follow(workers)
+        self._late_exits.look(workers)
         if (hang := self._hangs.look(workers) or self._in_place.look()) is not None:
             self._hangs.end(hang, workers, self._parent)
         lost = workers.lost()
@@ -283,7 +313,10 @@ class CkptlessAgent(LocalElasticAgent):
         """Decide how to go on without the lost, say so, and do it."""
         at = time.time()
         ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
-        verdict = final_verdict(take_verdicts(self._folder)) or self._judge_futile(ranks, lost)
+        has_stepped = self._take_progress()
+        verdict = final_verdict(take_verdicts(self._folder)) or self._judge_end(
+            ranks, workers, lost, has_stepped=has_stepped
+        )
         if verdict is not None and verdict.unfit:
             workers.stop(signal.SIGKILL, 0.0)
             raise UnfitNodeError(verdict.reason)
@@ -292,13 +325,15 @@ class CkptlessAgent(LocalElasticAgent):
                 lost=tuple(ranks[local] for local in lost),
                 world_size=worker_group.workers[0].world_size,
                 final=None if verdict is None else verdict.reason,
-                recoveries_left=remaining_restarts(self),
+                exhausted=why_no_recovery(self._history, self._node.limits(self._in_place.limits), time.monotonic()),
                 in_place=self._in_place.is_wanted,
                 obstacle=self._in_place.obstacle,
-                outside=tuple(ranks[local] for local in ranks if local not in workers.inside),
+                outside={ranks[local]: workers.stages[local] for local in ranks if local not in workers.inside},
                 tries=self._in_place.tries,
             )
         )
+        if plan.rung is not Rung.END:
+            self._history = self._history.after_recovery(time.monotonic())
         if plan.rung is Rung.IN_PLACE:
             self._go_on_in_place(worker_group, workers, lost, at, plan)
         else:
@@ -309,7 +344,6 @@ class CkptlessAgent(LocalElasticAgent):
         self, worker_group: WorkerGroup, workers: Workers, lost: dict[int, End | None], at: float, plan: RecoveryPlan
     ) -> None:
         """Replace the lost, and let the others go on."""
-        use_restart(self)
         self.recoveries_in_place += 1
         fault = self._report(worker_group, workers, lost, at)
         regrouping = self._in_place.open(fault)
@@ -366,6 +400,7 @@ class CkptlessAgent(LocalElasticAgent):
         goes_on = plan.rung is Rung.RELAUNCH
         if not goes_on:
             forbid_restarts(self)
+            self.has_given_up = verdict is None or verdict.keeps_state
             workers.tell("over")
         workers.stop(signal.SIGKILL if goes_on else signal.SIGTERM, 0.0 if goes_on else self._node.stop_grace_s)
         failed = workers.failed()
@@ -374,15 +409,47 @@ class CkptlessAgent(LocalElasticAgent):
         spoken = [end for local, end in lost.items() if verdict is not None and ranks[local] == verdict.rank]
         end = (spoken or list(lost.values()))[0]
         self.exit_code = shell_code(-signal.SIGKILL if end is None else end.exit_code) or 1
+        culprit = next(iter(lost))
+        if workers.blamed(culprit) and failure_of(self._folder, workers.pids()[culprit]) is not None:
+            # It had failed before it was killed for not ending.
+            self.exit_code = 1
         fault = self._report(worker_group, workers, lost, at)
         self._put_down(fault)
         self._reason = plan.reason
         if not goes_on:
             CONSOLE.say(f"{fault}; {plan.reason}")
 
-    def _judge_futile(self, ranks: dict[int, int], lost: dict[int, End | None]) -> Verdict | None:
+    def _take_progress(self) -> bool:
+        """Whether a new step was committed since the last look."""
+        has_stepped = take_begun(self._folder)
+        if has_stepped:
+            self._history = self._history.after_progress()
+        return has_stepped
+
+    def _judge_end(
+        self, ranks: dict[int, int], workers: Workers, lost: dict[int, End | None], *, has_stepped: bool
+    ) -> Verdict | None:
+        """Decide whether the program has ended by itself, and whether it would do so again."""
         culprit, end = next(iter(lost.items()))
-        return self._futility.judge(ranks[culprit], end, has_begun=take_begun(self._folder))
+        failure = failure_of(self._folder, workers.pids()[culprit]) or Failure("")
+        stages = workers.stages.values()
+        self._program_starts = replace(
+            self._program_starts,
+            came_to_fit=self._program_starts.came_to_fit or any(stage is not Stage.BEFORE for stage in stages),
+        )
+        found = ProgramEnd(
+            None if end is None else end.exit_code, workers.stages[culprit], failure.error, failure.is_of_lost_peer
+        )
+        plan = judge_end(found, self._program_starts, has_stepped=has_stepped)
+        self._program_starts = plan.starts
+        if plan.final is not None:
+            return Verdict(ranks[culprit], final=True, reason=plan.final, keeps_state=plan.keeps_state)
+        if found.is_its_own and found.stage is Stage.BEFORE and plan.starts.came_to_fit:
+            self._in_place.forgo(
+                f"a new process ended before fit ({found}), to which the first ones came: what the program does before "
+                "fit cannot be repeated by one process alone"
+            )
+        return None
 
     def _put_down(self, fault: FaultReport) -> None:
         self.faults.append(fault)

@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 _LENGTH = struct.Struct("!I")
@@ -47,6 +48,18 @@ def receive(sock: socket.socket) -> tuple[Message, list[int]] | None:
         close_all(files)
         return None
     return message, files
+
+
+def hang_up(sock: socket.socket) -> None:
+    """End a connection, and close this process's descriptor of it.
+
+    Closing alone would not show at the other end as long as another process, e.g. one forked by a user's program, holds
+    a duplicate.
+    """
+    with suppress(OSError):
+        # Where the other end has gone first there is nothing to end.
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()
 
 
 def close_all(files: Sequence[int]) -> None:

@@ -20,7 +20,6 @@ def replace_by_agent(
     *,
     nproc: int,
     nnodes: int | str = 1,
-    max_restarts: int,
     run_root: str | Path,
     arena_dir: str | Path | None = None,
     rdzv_endpoint: str | None = None,
@@ -36,7 +35,6 @@ def replace_by_agent(
     Args:
         nproc: workers on this node.
         nnodes: number of nodes, or `min:max`.
-        max_restarts: relaunches until the run gives up.
         run_root: folder that receives the run's folder.
         arena_dir: folder of the shared memory; None for the default.
         rdzv_endpoint: `host:port` where several nodes meet.
@@ -55,7 +53,6 @@ def replace_by_agent(
     options = {
         "--nproc-per-node": nproc,
         "--nnodes": nnodes,
-        "--max-restarts": max_restarts,
         "--run-root": Path(run_root).absolute(),
         "--arena-dir": None if arena_dir is None else Path(arena_dir).absolute(),
         "--rdzv-endpoint": rdzv_endpoint,

@@ -155,10 +155,7 @@ class Companions:
         for companion in self._asked.values():
             if companion.process is not None:
                 self._where.parent().signal([companion.process.pid], signal.SIGKILL)
-                companion.process.line.close()
-                # Longer than that one is stuck in the kernel, at a disk that does not answer: not this run's end.
-                select.select([companion.process.pidfd], [], [], _KILL_WAIT_S)
-                companion.process.buried()
+                companion.process.leave(_KILL_WAIT_S)
         self._asked.clear()
 
     def _running(self) -> list[Process]:

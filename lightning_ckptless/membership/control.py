@@ -3,6 +3,8 @@
 | From | Message | Says |
 |---|---|---|
 | worker | `arrived` | the program has come to its trainer; with the folder that Hydra has made for it, if any |
+| worker | `came_to_fit` | its program has called `fit` |
+| worker | `past_fit` | that call has returned, or raised: what follows is the program's own |
 | worker | `entered` | it is about to train; with what its strategy asks of the agent |
 | worker | `stepped` | its generation has committed a step |
 | worker | `left` | it has left the training loop: its end is no fault from here on, and no peer can wait for it |
@@ -96,22 +98,32 @@ class Line:
         return found
 
     def close(self) -> None:
-        """Close this end."""
+        """End the line: the other end sees it at once, whichever processes hold duplicates of this one."""
+        self._ended = True
+        channel.hang_up(self._socket)
+
+    def hand_over(self) -> None:
+        """Close this process's descriptor of an end that another process has received."""
         self._ended = True
         self._socket.close()
+
+
+_opened: dict[int, Line] = {}
+"""The line of this process, by process id: a process that it forks has none."""
 
 
 def open_line(env: MutableMapping[str, str] = os.environ) -> Line | None:
     """The worker's end of the line to its agent; None where no agent of ours has started this very process.
 
-    The variable is taken out of the environment: the line belongs to one process, and to none that it starts.
+    There is one per process, whichever of its trainers asks for it. The variable is taken out of the environment: the
+    line belongs to one process, and to none that it starts.
     """
     number = env.pop(environment.LINE, "")
-    if not number.isdigit() or not _is_socket(int(number)):
-        return None
-    sock = socket.socket(fileno=int(number))
-    sock.set_inheritable(False)
-    return Line(sock)
+    if number.isdigit() and _is_socket(int(number)):
+        sock = socket.socket(fileno=int(number))
+        sock.set_inheritable(False)
+        _opened[os.getpid()] = Line(sock)
+    return _opened.get(os.getpid())
 
 
 def say_without_opening(kind: str, env: Mapping[str, str] = os.environ, **fields: Any) -> None:

@@ -1,4 +1,4 @@
-"""Looking for workers that hang, and for those that hold the others back."""
+"""Looking for workers that hang, for those that hold the others back, and for those that have failed and do not end."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lightning_ckptless.membership.channel import Message
+from lightning_ckptless.membership.failure import failure_of
 from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.membership.pulse import STACKS_SIGNAL, pulse_path, read_pulse, stacks_path
 from lightning_ckptless.membership.workers import Workers
@@ -119,3 +120,35 @@ class HangWatch:
                 return text[:_MOST_STACKS]
             time.sleep(_STACKS_POLL_S)
         return "it did not answer"
+
+
+class LateExits:
+    """Ends workers whose program has failed, and that do not end.
+
+    Args:
+        folder: where failures are left.
+        grace_s: time between the report of a failure and the end of the process.
+        clock: seconds.
+    """
+
+    def __init__(self, folder: Path, grace_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._folder = folder
+        self._grace_s = grace_s
+        self._clock = clock
+        self._since: dict[int, float] = {}
+
+    def look(self, workers: Workers) -> None:
+        """End those whose time is up.
+
+        Args:
+            workers: of this node.
+        """
+        now = self._clock()
+        failed = {int(path.stem.removeprefix("failure-")) for path in self._folder.glob("failure-*.json")}
+        self._since = {pid: self._since.get(pid, now) for pid in failed}
+        for rank, pid in workers.pids().items():
+            waited_s = now - self._since.get(pid, now)
+            if rank in workers.running_ranks and waited_s >= self._grace_s and not workers.blamed(rank):
+                failure = failure_of(self._folder, pid)
+                error = "" if failure is None else failure.error
+                workers.blame([rank], f"{error} was reported {waited_s:.0f} s ago, and it has not ended", time.time())

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lightning_ckptless.membership.regrouping import Regrouping, Regroupings
 from lightning_ckptless.membership.standby import Standbys, promote
 from lightning_ckptless.membership.workers import Workers
 from lightning_ckptless.protocol.hang import Hang, find_unreleased
+from lightning_ckptless.protocol.recovery_limits import RecoveryLimits
 
 _LINES_SHOWN = 40
 Record = Callable[..., None]
@@ -34,12 +35,14 @@ class Wishes:
         in_place: whether survivors may go on in place.
         standbys: processes that wait for a rank.
         hang_timeout_s: silence after which ranks that are behind are killed; None to learn it, 0 for never.
+        limits: how often the run may recover.
         fixed_world: why the workers cannot go on in another world; empty where they can.
     """
 
     in_place: bool = True
     standbys: int = 0
     hang_timeout_s: float | None = None
+    limits: RecoveryLimits = field(default_factory=RecoveryLimits)
     fixed_world: str = ""
 
 
@@ -135,6 +138,15 @@ class InPlace:
         return None if self._wishes is None else self._wishes.hang_timeout_s
 
     @property
+    def limits(self) -> RecoveryLimits:
+        """How often the run may recover, as the strategy of the workers says."""
+        return RecoveryLimits() if self._wishes is None else self._wishes.limits
+
+    def forgo(self, reason: str) -> None:
+        """Recover in place no more, in the life of the agent."""
+        self._lasting = self._lasting or reason
+
+    @property
     def obstacle(self) -> str | None:
         """Why a worker cannot go on in place, in its own words."""
         unknown = None if self._wishes is not None else "no worker has come to fit yet"
@@ -169,6 +181,7 @@ class InPlace:
             in_place=message["in_place"] if in_place is None else in_place,
             standbys=message["standbys"] if standbys is None else standbys,
             hang_timeout_s=message["hang_timeout_s"],
+            limits=RecoveryLimits(message["max_recoveries_without_progress"], message["max_recoveries_per_hour"]),
             fixed_world=message["fixed_world"],
         )
         self._lasting = message["obstacle"] or self._lasting

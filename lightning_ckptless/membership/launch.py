@@ -38,10 +38,11 @@ def usual_modules(words: Sequence[str]) -> tuple[str, ...]:
     return tuple(used if name == LIGHTNING else name for name in DEFAULT_PRELOAD)
 
 
-DEFAULT_MAX_RESTARTS = 100
 DEFAULT_STOP_GRACE_S = 5.0
 DEFAULT_FINISH_GRACE_S = 20.0
 """Together with the time before SIGKILL less than the half minute that schedulers give."""
+DEFAULT_EXIT_GRACE_S = 60.0
+"""For what programs do at their end after an exception, e.g. to send the last rows of their logs away."""
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 
 _CANNOT_START_EXIT_CODE = 2
@@ -64,7 +65,10 @@ class LaunchConfig:
             on different nodes, the next of which is used when one is lost.
         rdzv_conf: further settings of torch's c10d rendezvous, e.g. `{"join_timeout": 600}` (seconds).
         run_id: name of the run, to be given where there are several nodes, the same on all; else made up.
-        max_restarts: relaunches after failures of workers until the run gives up.
+        max_restarts: recoveries in the life of the agent until the run gives up; None for any number.
+        max_recoveries_without_progress: recoveries with no new step committed between them until the run gives up; None
+            to leave it to the strategy.
+        max_recoveries_per_hour: recoveries within an hour until the run gives up; None to leave it to the strategy.
         preload: modules that the preloaded parent imports.
         fresh: start each worker as a new process, without a preloaded parent.
         run_root: folder that receives the run's own folder; handed to the workers.
@@ -81,6 +85,8 @@ class LaunchConfig:
         role: torch elastic's name for the kind of worker.
         stop_grace_s: time that workers have to end after SIGTERM, where they are asked and not killed.
         finish_grace_s: time that workers have to finish a step and save, when the agent gets SIGTERM.
+        exit_grace_s: time between an exception that ends a worker's program and the end of its process, which is killed
+            then.
         in_place: whether survivors of a fault go on in place; None to leave it to the strategy of the workers.
         standbys: processes that wait for a rank; None to leave it to the strategy.
         time_limit_s: time from the start of the agent after which the run is ended; None for none.
@@ -95,7 +101,9 @@ class LaunchConfig:
     rdzv_endpoint: str = ""
     rdzv_conf: Mapping[str, str | int] = field(default_factory=dict)
     run_id: str = field(default_factory=new_run_id)
-    max_restarts: int = DEFAULT_MAX_RESTARTS
+    max_restarts: int | None = None
+    max_recoveries_without_progress: int | None = None
+    max_recoveries_per_hour: int | None = None
     preload: tuple[str, ...] = DEFAULT_PRELOAD
     fresh: bool = False
     run_root: Path | None = None
@@ -112,6 +120,7 @@ class LaunchConfig:
     role: str = "default"
     stop_grace_s: float = DEFAULT_STOP_GRACE_S
     finish_grace_s: float = DEFAULT_FINISH_GRACE_S
+    exit_grace_s: float = DEFAULT_EXIT_GRACE_S
     in_place: bool | None = None
     standbys: int | None = None
     time_limit_s: float | None = None
@@ -120,8 +129,11 @@ class LaunchConfig:
         for name, least in (
             ("nproc", 1),
             ("max_restarts", 0),
+            ("max_recoveries_without_progress", 0),
+            ("max_recoveries_per_hour", 0),
             ("stop_grace_s", 0),
             ("finish_grace_s", 0),
+            ("exit_grace_s", 0),
             ("standbys", 0),
             ("time_limit_s", 0),
         ):
@@ -166,12 +178,14 @@ class Outcome:
         restarts: how often all workers were started again.
         faults: what this node saw of each fault.
         in_place: how often only the lost were replaced.
+        has_given_up: whether it ended for a fault of its machines or their surroundings, and not by its program.
     """
 
     exit_code: int
     restarts: int
     faults: tuple[FaultReport, ...]
     in_place: int = 0
+    has_given_up: bool = False
 
 
 def _no_record(event: str, **fields: Any) -> None:
@@ -214,21 +228,22 @@ def main(
     argv: Sequence[str],
     *,
     record_for: Callable[[LaunchConfig], Callable[..., None]] = lambda _config: _no_record,
-    ended: Callable[[LaunchConfig, Outcome | None], None] = lambda _config, _outcome: None,
+    ended: Callable[[LaunchConfig, Outcome | None], str] = lambda _config, _outcome: "",
 ) -> int:
     """Run as a process of its own does: options from the command line; a signal ends the workers too.
 
     Args:
         argv: options of `ckptless run`, program and its arguments.
         record_for: makes the receiver of events for a configuration.
-        ended: is called when the run is over and its workers are gone, without an outcome where it was interrupted.
+        ended: is called when the run is over and its workers are gone, without an outcome where it was interrupted;
+            what it returns is the last that the user is told.
 
     Returns:
         Exit code: the workers', 128 + number for a signal, 2 where the run cannot be started.
     """
     # The parent begins before torch is imported here, so that both import at once.
     modules = () if "--no-preload" in argv else usual_modules(argv)
-    flags = parse_command_line(sys.orig_argv).flags
+    flags, last_words = parse_command_line(sys.orig_argv).flags, ""
     try:
         with raising_on_signals(), PreloadedParent(modules, flags=flags) as parent:
             from lightning_ckptless.membership.torchrun import config_from_torchrun_args  # noqa: PLC0415
@@ -240,11 +255,14 @@ def main(
             try:
                 outcome = run(config, parent=parent, record=record_for(config))
             finally:
-                ended(config, outcome)
-            return outcome.exit_code
+                last_words = ended(config, outcome)
+            exit_code = outcome.exit_code
     except AskedToEnd as request:
-        CONSOLE.say(f"{request}; no worker is left")
-        return 128 + request.number
+        last_words = "; ".join(filter(None, [f"{request}; no worker is left", last_words]))
+        exit_code = 128 + request.number
     except (LaunchError, OptionsError) as error:
         CONSOLE.say(str(error))
-        return _CANNOT_START_EXIT_CODE
+        exit_code = _CANNOT_START_EXIT_CODE
+    if last_words:
+        CONSOLE.say(last_words)
+    return exit_code

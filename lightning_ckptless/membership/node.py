@@ -38,6 +38,7 @@ _RENDEZVOUS_DEFAULTS = {
     "keep_alive_max_attempt": 3,
 }
 _MONITOR_INTERVAL_S = 0.001
+_ANY_NUMBER = 2**31 - 1
 _OF_ONE_WORKER = (
     environment.FAULT_REPORT,
     environment.MAIN_AT,
@@ -75,7 +76,8 @@ def run_node(config: LaunchConfig, parent: PreloadedParent, record: Callable[...
             break
     last = agents[-1]
     in_place = sum(agent.recoveries_in_place for agent in agents)
-    return Outcome(last.exit_code, sum(agent.relaunches for agent in agents), tuple(last.faults), in_place)
+    relaunches = sum(agent.relaunches for agent in agents)
+    return Outcome(last.exit_code, relaunches, tuple(last.faults), in_place, last.has_given_up)
 
 
 def _run_at(
@@ -100,7 +102,8 @@ def _run_at(
             local_world_size=config.nproc,
             entrypoint=config.program.target,
             rdzv_handler=handler,
-            max_restarts=config.max_restarts,
+            # Not torch elastic's to count: what allows another one is protocol.recovery_limits.
+            max_restarts=_ANY_NUMBER,
             monitor_interval=_MONITOR_INTERVAL_S,
             local_addr=config.local_addr,
         )
@@ -131,6 +134,10 @@ def _node(config: LaunchConfig) -> Node:
         fresh=config.fresh or config.program.kind == "executable",
         stop_grace_s=config.stop_grace_s,
         finish_grace_s=config.finish_grace_s,
+        exit_grace_s=config.exit_grace_s,
+        max_restarts=config.max_restarts,
+        max_recoveries_without_progress=config.max_recoveries_without_progress,
+        max_recoveries_per_hour=config.max_recoveries_per_hour,
         in_place=config.in_place,
         standbys=config.standbys,
         log_line_prefix=config.log_line_prefix,

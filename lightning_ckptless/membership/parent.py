@@ -246,7 +246,7 @@ class PreloadedParent:
 
     def _abandon(self) -> None:
         if self._socket is not None:
-            self._socket.close()
+            channel.hang_up(self._socket)
             self._socket = None
         if self._process is not None:
             if self._imports_awaited:

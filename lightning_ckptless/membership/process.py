@@ -52,7 +52,7 @@ class Process:
             ours.close()
             raise
         finally:
-            theirs.close()
+            theirs.hand_over()
 
     def is_dying(self) -> bool:
         """Whether it has given up its memory: the first sign of an end, whatever there is to be freed."""
@@ -83,12 +83,29 @@ class Process:
             end = self._parent.end_of(self._forked)
         except ParentLostError:
             end = End(-signal.SIGKILL, time.time())
+        self._release()
+        return end
+
+    def leave(self, timeout_s: float) -> None:
+        """Wait for the end of a process that was killed, and release what is held of it in any case.
+
+        Args:
+            timeout_s: longest wait: a process that takes longer is stuck in the kernel, at a disk that does not answer.
+        """
+        self.line.close()
+        if self.pidfd < 0:
+            return
+        if select.select([self.pidfd], [], [], timeout_s)[0]:
+            self.end()
+        else:
+            self._release()
+
+    def _release(self) -> None:
         os.close(self.pidfd)
         self.pidfd = -1
         if self._memory >= 0:
             os.close(self._memory)
             self._memory = -1
-        return end
 
 
 def _open_memory(pid: int) -> int:

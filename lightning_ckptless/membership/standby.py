@@ -16,6 +16,7 @@ from lightning_ckptless.membership.regrouping import Regrouping
 
 _TRIES = 3
 _LAST_WORDS_BYTES = 600
+_KILL_WAIT_S = 10.0
 
 Start = Callable[[list[int]], Process]
 """Starts one, given its standard input, output and error."""
@@ -107,8 +108,7 @@ class Standbys:
         processes = [*self._waiting, *(process for process, _ in self._coming.values())]
         kill([process.pid for process in processes])
         for process in processes:
-            process.line.close()
-            process.end()
+            process.leave(_KILL_WAIT_S)
         self._waiting.clear()
         self._coming.clear()
 

@@ -16,7 +16,6 @@ from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.command_line import parse_command_line
 from lightning_ckptless.membership.launch import (
     DEFAULT_FINISH_GRACE_S,
-    DEFAULT_MAX_RESTARTS,
     DEFAULT_STOP_GRACE_S,
     LaunchConfig,
     new_run_id,
@@ -64,6 +63,18 @@ def options_parser() -> ArgumentParser:
         help="whether survivors of a fault go on without a restart (default: the strategy's)",
     )
     ours.add_argument(
+        "--max-recoveries-without-progress",
+        type=int,
+        metavar="N",
+        help="recoveries with no new step between them until the run gives up (default: the strategy's)",
+    )
+    ours.add_argument(
+        "--max-recoveries-per-hour",
+        type=int,
+        metavar="N",
+        help="recoveries within an hour until the run gives up (default: the strategy's)",
+    )
+    ours.add_argument(
         "--durable-every-n-steps", type=int, metavar="N", help="steps between durable states (default: the strategy's)"
     )
     ours.add_argument(
@@ -80,7 +91,7 @@ def options_parser() -> ArgumentParser:
         help="on SIGTERM, time to finish the step and save (default: %(default)s)",
     )
     if "PET_MAX_RESTARTS" not in os.environ:
-        parser.set_defaults(max_restarts=DEFAULT_MAX_RESTARTS)
+        parser.set_defaults(max_restarts=None)
     return parser
 
 
@@ -109,6 +120,8 @@ def config_from_torchrun_args(argv: Sequence[str]) -> LaunchConfig:
         rdzv_conf=conf,
         run_id=_run_id(args.rdzv_id, endpoint),
         max_restarts=args.max_restarts,
+        max_recoveries_without_progress=args.max_recoveries_without_progress,
+        max_recoveries_per_hour=args.max_recoveries_per_hour,
         preload=(*usual_modules(argv), *args.preload),
         fresh=args.no_preload,
         env=_durable(args),

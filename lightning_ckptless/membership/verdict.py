@@ -1,4 +1,7 @@
-"""What a worker leaves for its agent: that it has trained, or that another relaunch would not help."""
+"""What a worker leaves for its agent in a folder: that it has trained, or that another relaunch would not help.
+
+How a program of a worker has failed, as its interpreter has reported it, lies in the same folder (`failure.py`).
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,14 @@ class Verdict:
         final: whether the run is to end with this worker's exit code, however many relaunches are left.
         reason: why, in a sentence.
         unfit: whether it is this node that cannot go on, and not the run.
+        keeps_state: whether the state is worth a start by hand, once the reason has been removed.
     """
 
     rank: int
     final: bool
     reason: str
     unfit: bool = False
+    keeps_state: bool = False
 
 
 def leave_verdict(verdict: Verdict, env: Mapping[str, str] = os.environ) -> bool:
@@ -37,11 +42,21 @@ def leave_verdict(verdict: Verdict, env: Mapping[str, str] = os.environ) -> bool
     folder = env.get(environment.VERDICT_DIR)
     if not folder:
         return False
-    path = Path(folder, f"verdict-{verdict.rank}.json")
+    path = _path(folder, verdict.rank)
     draft = path.with_suffix(".part")
     draft.write_text(json.dumps(asdict(verdict)))
     draft.rename(path)
     return True
+
+
+def withdraw_verdict(rank: int, env: Mapping[str, str] = os.environ) -> None:
+    """Take back what this worker has left: its program has caught the exception, and trains again."""
+    if folder := env.get(environment.VERDICT_DIR):
+        _path(folder, rank).unlink(missing_ok=True)
+
+
+def _path(folder: str, rank: int) -> Path:
+    return Path(folder, f"verdict-{rank}.json")
 
 
 def take_verdicts(folder: Path) -> tuple[Verdict, ...]:

@@ -8,8 +8,9 @@ gloo has lost a thread that waited in it, it says so to the agent (`lost_waits.p
 
 from __future__ import annotations
 
+import logging
+import os
 import select
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +22,11 @@ from lightning_ckptless.membership.control import Line
 from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.lost_waits import LostWaits, main_thread_waits
 
+log = logging.getLogger(__name__)
+
 _CUT_EVERY_S = 0.01
+_CLOSE_S = 5.0
+"""For the thread to end when it is asked to: it may be in the middle of cutting connections."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,9 @@ class Watcher:
         self._waits = LostWaits()
         self._is_on_hold = False
         self._changed = threading.Condition()
-        self._wake, self._woken = socket.socketpair()
+        # A count, and not the end of a pipe: forked dataloader workers hold duplicates of whatever this process opens,
+        # and an end shows only when the last of them is closed.
+        self._asked_to_close = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._listen, name="ckptless-watcher", daemon=True)
         self._thread.start()
 
@@ -133,10 +140,13 @@ class Watcher:
         self.tell("released")
 
     def close(self) -> None:
-        """End the thread."""
-        self._wake.close()
-        self._thread.join()
-        self._woken.close()
+        """End the thread, whatever processes this one has forked meanwhile."""
+        os.eventfd_write(self._asked_to_close, 1)
+        self._thread.join(_CLOSE_S)
+        if self._thread.is_alive():
+            log.warning("ckptless: the watcher has not ended within %g s; it ends with this process", _CLOSE_S)
+            return
+        os.close(self._asked_to_close)
 
     # ------------------------------------------------------------------ the thread
 
@@ -159,8 +169,8 @@ class Watcher:
     def _listen(self) -> None:
         while not self._line.ended:
             timeout_s = _CUT_EVERY_S if self._is_to_cut() else None
-            ready = select.select([self._line.fileno(), self._woken.fileno()], [], [], timeout_s)[0]
-            if self._woken.fileno() in ready:
+            ready = select.select([self._line.fileno(), self._asked_to_close], [], [], timeout_s)[0]
+            if self._asked_to_close in ready:
                 return
             if self._line.fileno() in ready:
                 self._read()

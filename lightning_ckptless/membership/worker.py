@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from lightning_ckptless import environment
+from lightning_ckptless.membership.failure import is_reported_already, leave_failure
 from lightning_ckptless.membership.hydra import with_folder, without_folder
 from lightning_ckptless.membership.program import Program, run_as_main
 
@@ -105,9 +106,12 @@ def run(job: Job) -> int:
     _enter(job)
     try:
         run_as_main(with_folder(job.program, job.env))
-    except SystemExit:
+    except SystemExit as request:
+        if request.code not in (None, 0):
+            leave_failure(request)
         raise
     except BaseException as error:  # noqa: BLE001 - the last resort of an interpreter: report whatever the user raised
+        leave_failure(error)
         _report(error)
         # Python would end itself by SIGINT; the shell shows the same number for both.
         return _SIGINT_EXIT_CODE if isinstance(error, KeyboardInterrupt) else 1
@@ -165,6 +169,10 @@ def _report(error: BaseException) -> None:
     """Print an uncaught exception the way the interpreter does, from the program's first frame on."""
     traceback = _without_ours(error.__traceback__)
     error.__traceback__ = traceback
+    if environment.CHAPTER not in os.environ and is_reported_already(error):
+        # Every start of every rank raises it: what is read is the first.
+        print(f"{type(error).__name__}: {error}, with the traceback that is shown above", file=sys.stderr)
+        return
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, traceback
     sys.excepthook(type(error), error, traceback)
 

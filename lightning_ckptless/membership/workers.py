@@ -20,6 +20,7 @@ from lightning_ckptless.membership.parent import End, ParentLostError, Preloaded
 from lightning_ckptless.membership.process import Process
 from lightning_ckptless.membership.program import Program
 from lightning_ckptless.membership.worker import Job
+from lightning_ckptless.protocol.program_end import Stage
 from lightning_ckptless.torch_internals import start_tails
 
 _KILL_WAIT_S = 60.0
@@ -28,6 +29,7 @@ _LOOK_EVERY_S = 0.005
 _DYING_GRACE_S = 0.025
 """For which the end of a dying worker is waited for: on a machine without a free core its memory had better be freed
 before the others meet. What it dies of is known without."""
+_STAGES = {"came_to_fit": Stage.INSIDE, "past_fit": Stage.PAST}
 
 
 class Workers(PContext):
@@ -49,6 +51,7 @@ class Workers(PContext):
 
     Attributes:
         inside: local ranks that are in the training loop, or on their way back into it.
+        stages: where each local rank is in its program.
         at_end: those of them that have made their last step, and ask whether they may leave; with the number of the
             regrouping that they belong to.
         ending: those of them that may.
@@ -70,6 +73,7 @@ class Workers(PContext):
         args: dict[int, tuple[Any, ...]] = dict.fromkeys(envs, ())
         super().__init__("worker", program.target, args, envs, logs_specs, log_line_prefixes)
         self.inside: set[int] = set()
+        self.stages: dict[int, Stage] = dict.fromkeys(envs, Stage.BEFORE)
         self.at_end: dict[int, int] = {}
         self.ending: set[int] = set()
         self._parent = parent
@@ -156,6 +160,7 @@ class Workers(PContext):
         self._first_signs.pop(rank, None)
         self._blamed.pop(rank, None)
         self.inside.add(rank)
+        self.stages[rank] = Stage.BEFORE
         self._is_back(rank)
 
     def _is_back(self, rank: int) -> None:
@@ -214,6 +219,8 @@ class Workers(PContext):
                     self._is_back(rank)
                 elif message["kind"] == "left":
                     self.inside.discard(rank)
+                elif message["kind"] in _STAGES:
+                    self.stages[rank] = _STAGES[message["kind"]]
 
     def let_leave(self) -> None:
         """Answer those that ask whether they may leave the training loop: they may."""
@@ -384,7 +391,7 @@ class Workers(PContext):
         for process in self._processes.values():
             process.line.close()
         for process in self._leaving:
-            process.end()
+            process.leave(_KILL_WAIT_S)
         self._leaving.clear()
 
 

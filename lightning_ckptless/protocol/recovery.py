@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from lightning_ckptless.errors import ProtocolError
+from lightning_ckptless.protocol.program_end import Stage
 
 TRIES_IN_PLACE = 2
 """Tries without a step in between, after which the next rung is taken."""
@@ -44,20 +45,20 @@ class Situation:
         lost: their ranks.
         world_size: number of ranks.
         final: why a worker says that another try would end alike; None where none does.
-        recoveries_left: how many more the run may have.
+        exhausted: why the run may not recover once more; None where it may.
         in_place: whether survivors may go on in place.
         obstacle: why a worker cannot go on in place, in its own words; None where none said so.
-        outside: ranks of this node that have not entered the training loop, or have left it.
+        outside: ranks of this node that are not in the training loop, with where they are.
         tries: recoveries in place since the last step that was made.
     """
 
     lost: tuple[int, ...]
     world_size: int
     final: str | None
-    recoveries_left: int
+    exhausted: str | None
     in_place: bool
     obstacle: str | None
-    outside: tuple[int, ...]
+    outside: Mapping[int, Stage]
     tries: int
 
 
@@ -74,8 +75,8 @@ def plan_recovery(now: Situation) -> RecoveryPlan:
     lost = _ranks(now.lost)
     if now.final is not None:
         return RecoveryPlan(Rung.END, f"not relaunched: {now.final}")
-    if now.recoveries_left < 1:
-        return RecoveryPlan(Rung.END, "no restart is left of those that were allowed")
+    if now.exhausted is not None:
+        return RecoveryPlan(Rung.END, now.exhausted)
     if not now.in_place:
         return RecoveryPlan(Rung.RELAUNCH, "recovery in place is switched off")
     if now.obstacle is not None:
@@ -83,11 +84,16 @@ def plan_recovery(now: Situation) -> RecoveryPlan:
     if len(now.lost) >= now.world_size:
         return RecoveryPlan(Rung.RELAUNCH, f"none of {now.world_size} ranks survives")
     if now.outside:
-        return RecoveryPlan(Rung.RELAUNCH, f"not in place: {_ranks(now.outside)} not in the training loop")
+        return RecoveryPlan(Rung.RELAUNCH, f"not in place: {_whereabouts(now.outside)}")
     if now.tries >= TRIES_IN_PLACE:
         return RecoveryPlan(Rung.RELAUNCH, f"recovery in place was tried {now.tries} times, and no step was made since")
     survivors = now.world_size - len(now.lost)
     return RecoveryPlan(Rung.IN_PLACE, f"{survivors} of {now.world_size} ranks go on, {lost} replaced")
+
+
+def _whereabouts(outside: Mapping[int, Stage]) -> str:
+    by_stage = {stage: tuple(rank for rank in sorted(outside) if outside[rank] is stage) for stage in Stage}
+    return ", ".join(f"{_ranks(ranks)} {stage}" for stage, ranks in by_stage.items() if ranks)
 
 
 def _ranks(ranks: tuple[int, ...]) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 
 from lightning_ckptless import environment
 from lightning_ckptless.console import CONSOLE, Bar
-from lightning_ckptless.errors import LaunchError
 from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.membership.control import Line
 from lightning_ckptless.membership.pulse import PulseWriter, stacks_path
@@ -46,7 +45,7 @@ from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.sigterm import SigtermFlag
 from lightning_ckptless.trainer.host.streams import open_training_data
 from lightning_ckptless.trainer.identity import Identity, identify
-from lightning_ckptless.trainer.judgement import why_final
+from lightning_ckptless.trainer.judgement import count_recovery, why_final
 from lightning_ckptless.trainer.log_files import LogFiles
 from lightning_ckptless.trainer.lost_files import lost_logs, warning_of
 from lightning_ckptless.trainer.mirroring import Mirroring
@@ -164,7 +163,10 @@ class Engine:
         self.logs.name(saved)
         sources = Sources(self.durable, states, ckpt_path, saved is not None)
         plan, found = decide_start(self.trainer, cohort, self.options, sources, relaunched=relaunched)
-        self.report.started(self.identity, plan, cohort.placement, self.arena.path)
+        had_ended = plan.action is StartAction.RESTORE and relaunched and bool(cohort.noted("finished"))
+        self.report.started(
+            self.identity, plan, cohort.placement, self.arena.path, chapter=self.chapter, had_ended=had_ended
+        )
         if plan.action is StartAction.REFUSE:
             assert plan.error is not None
             raise plan.error(plan.reason)
@@ -198,10 +200,11 @@ class Engine:
         """Bring a version here. All ranks call it together.
 
         Raises:
-            LaunchError: as many recoveries were made as the options allow.
+            LaunchError: under another agent: as many recoveries were made as the options allow.
         """
         assert self.cohort is not None
-        self._count_recovery(self.cohort)
+        if not self.identity.own_agent:
+            count_recovery(self.cohort, found.snapshot.version, self.options)
         batch = self.options.elastic_batch
         return fetch_version(self.trainer, found, self.cohort, self.streams, batch, self.report, self.files)
 
@@ -209,17 +212,6 @@ class Engine:
         """Warn of files that are not what they were at a version; before log files are cut back to it."""
         if lost := [*lost_logs(self.trainer, restoration.state["logs"]), *self.files.lost]:
             self.report.say_of_files(warning_of(lost, restoration.version))
-
-    def _count_recovery(self, cohort: Cohort) -> None:
-        """Count over all starts of the run: under another agent only we know the user's limit."""
-        most, count = self.options.max_recoveries, 1 + max(int(n.get("recoveries", 0)) for n in cohort.notes)
-        if count > most:
-            raise LaunchError(
-                f"rank {self.rank}: max_recoveries={most} recoveries were made, and the run has failed again: look for "
-                "the cause in its ledger; raise max_recoveries to go on from the arenas"
-            )
-        if cohort.speaks_for_node:
-            cohort.arena.note("recoveries", count)
 
     def _start_over(self, cohort: Cohort, action: StartAction, *, logs_are_named: bool, relaunched: bool) -> None:
         if self.trainer.is_global_zero and relaunched and action is StartAction.FRESH:

@@ -1,10 +1,16 @@
-"""What an exception of the program's means for the run."""
+"""What a worker judges itself: what an exception of the program's means for the run, and how often it may recover."""
 
 from __future__ import annotations
 
-from lightning_ckptless.errors import CkptlessError
+import time
+from dataclasses import asdict
+
+from lightning_ckptless.errors import CkptlessError, LaunchError
+from lightning_ckptless.options import CkptlessOptions
+from lightning_ckptless.protocol.recovery_limits import RecoveryHistory, RecoveryLimits, why_no_recovery
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.trainer.cohort import Cohort
 
 
 def why_final(error: Exception, *, rank: int, taken: Version | None, arena: Arena | None) -> str | None:
@@ -26,3 +32,30 @@ def why_final(error: Exception, *, rank: int, taken: Version | None, arena: Aren
         return f"{mark} was raised again after a recovery: it is the program's, not the machine's"
     arena.note(name, mark)
     return None
+
+
+def count_recovery(cohort: Cohort, restored: Version, options: CkptlessOptions) -> None:
+    """Count a recovery over all starts of the run: an agent that is not ours does not know the user's limits.
+
+    Args:
+        cohort: the ranks.
+        restored: the version that they continue from.
+        options: the user's settings.
+
+    Raises:
+        LaunchError: as many recoveries were made as the options allow.
+    """
+    noted = max((notes.get("recoveries", {}) for notes in cohort.notes), key=lambda note: note.get("count", 0))
+    history = RecoveryHistory.from_note(noted) if noted else RecoveryHistory()
+    if restored.optimizer_step > noted.get("step", -1):
+        history = history.after_progress()
+    limits, now = RecoveryLimits(options.max_recoveries_without_progress, options.max_recoveries_per_hour), time.time()
+    why_not = why_no_recovery(history, limits, now)
+    if why_not is not None:
+        raise LaunchError(
+            f"rank {cohort.rank}: {why_not}. Look for the cause in the run's ledger; a higher limit continues from the "
+            "arenas"
+        )
+    if cohort.speaks_for_node:
+        note = asdict(history.after_recovery(now)) | {"step": restored.optimizer_step}
+        cohort.arena.note("recoveries", note)

@@ -15,7 +15,7 @@ from lightning_ckptless.membership.cold import replace_by_agent
 from lightning_ckptless.membership.communicators import keep_through_device_errors
 from lightning_ckptless.membership.control import Line, is_standby, open_line, say_without_opening
 from lightning_ckptless.membership.peers import is_lost_peer
-from lightning_ckptless.membership.verdict import Verdict, leave_verdict
+from lightning_ckptless.membership.verdict import Verdict, leave_verdict, withdraw_verdict
 from lightning_ckptless.membership.watch import Watcher
 from lightning_ckptless.protocol.start import StartAction, StartPlan
 from lightning_ckptless.trainer.engine import Engine
@@ -44,7 +44,6 @@ class FitGuard:
     def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
         self._is_observed = False
-        self._line: Line | None = None
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         """Run a trainer function here, or hand the process over to the agent that runs it in workers."""
@@ -81,7 +80,6 @@ class FitGuard:
         replace_by_agent(
             nproc=strategy.num_processes,
             nnodes=os.environ.get(environment.NNODES, strategy.num_nodes),
-            max_restarts=strategy.options.max_recoveries,
             run_root=os.environ.get(environment.RUN_ROOT, os.path.join(os.path.abspath(root), "ckptless")),
             arena_dir=strategy.options.arena_dir,
             rdzv_endpoint=endpoint,
@@ -104,11 +102,28 @@ class FitGuard:
 
     def _fit(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], trainer: Any) -> Any:
         strategy = self.strategy
-        line = open_line() if self._line is None else self._line
-        self._line = line
+        line = open_line()
         if is_standby():
             assert line is not None, "a standby has a line to its agent"
             wait_for_rank(line, strategy)
+        if line is not None:
+            line.tell("came_to_fit")
+        try:
+            return self._fit_as_rank(function, args, kwargs, trainer, line)
+        finally:
+            # What the program raises from here on is its own, and ends the run.
+            if line is not None:
+                line.tell("past_fit")
+
+    def _fit_as_rank(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        trainer: Any,
+        line: Line | None,
+    ) -> Any:
+        strategy = self.strategy
         strategy.joins_alone = environment.REGROUPING in os.environ
         strategy.calls_before_fit = calls_before()
         self._require_health()
@@ -138,6 +153,7 @@ class FitGuard:
         """Join nobody on a node that is not fit."""
         strategy = self.strategy
         strategy.set_world_ranks()
+        withdraw_verdict(strategy.global_rank)
         try:
             check_health(strategy.root_device, strategy.options.health_check, os.environ.get(environment.NODE, "?"))
         except UnfitNodeError as error:

@@ -54,7 +54,9 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             failure_domain: what is lost together: `node`, `rank` to keep replicas among the ranks of one node, a
                 dimension of the mesh, or a level that you name, e.g. `rack`, see `CKPTLESS_FAILURE_DOMAIN`.
             arena_dir: folder for the arenas; `/dev/shm` where nothing is given and it is there.
-            max_recoveries: recoveries after which the run gives up.
+            max_recoveries_without_progress: recoveries with no new step committed between them, after which the run
+                gives up: it comes back to the same fault.
+            max_recoveries_per_hour: recoveries within an hour, after which the run gives up.
             on_unrecoverable: with no complete version left, `durable` goes on from the newest checkpoint file, `raise`
                 stops.
             checksum: digest that guards every replica: `xxh3`, `crc32` or `none`.
@@ -95,7 +97,8 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             copies: int = 1,
             failure_domain: str = "node",
             arena_dir: str | Path | None = None,
-            max_recoveries: int = 100,
+            max_recoveries_without_progress: int = 10,
+            max_recoveries_per_hour: int = 100,
             on_unrecoverable: OnUnrecoverable = "durable",
             checksum: Checksum = "xxh3",
             on_late: OnLate = "wait",
@@ -122,7 +125,8 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
                 copies=copies,
                 failure_domain=failure_domain,
                 arena_dir=Path(arena_dir) if arena_dir is not None else None,
-                max_recoveries=max_recoveries,
+                max_recoveries_without_progress=max_recoveries_without_progress,
+                max_recoveries_per_hour=max_recoveries_per_hour,
                 on_unrecoverable=on_unrecoverable,
                 checksum=checksum,
                 on_late=on_late,

@@ -68,6 +68,7 @@ class RunReport:
         self._fault = _fault_report()
         self._told_at: float | None = None
         self._in_place = False
+        self._had_ended = False
         self._joined_at = clock()
         self._resumed_at: float | None = None
         self._restored: Version | None = None
@@ -91,8 +92,20 @@ class RunReport:
 
     # ------------------------------------------------------------------ the start of a generation
 
-    def started(self, identity: Identity, plan: StartPlan, placement: Placement, arena: Path) -> None:
-        """The generation has decided what it starts from."""
+    def started(
+        self, identity: Identity, plan: StartPlan, placement: Placement, arena: Path, *, chapter: int, had_ended: bool
+    ) -> None:
+        """The generation has decided what it starts from.
+
+        Args:
+            identity: whose run it is.
+            plan: what was decided.
+            placement: who keeps what.
+            arena: folder of this node's arena.
+            chapter: how many times `fit` was entered before in this process.
+            had_ended: whether this `fit` had returned before the fault.
+        """
+        self._had_ended = had_ended
         if not self.speaks:
             return
         self._record(
@@ -104,9 +117,11 @@ class RunReport:
             placement=placement.reason,
             arena=str(arena),
         )
-        if self.generation == 1:
+        if self.generation == 1 and chapter == 0:
             self._say(f"run {identity.run_id}: {placement.reason}")
-        self._say(plan.reason)
+        which = f"fit number {chapter + 1} of the program" if chapter or had_ended else ""
+        ended = " had ended before the fault, and no step of it runs again" if had_ended else ""
+        self._say(": ".join(filter(None, [which + ended, plan.reason])))
 
     def planned(self, cohort: Cohort, sizes_bytes: Sequence[int], version: Version) -> None:
         """How the state is cut is known, and so is what each rank keeps.
@@ -267,6 +282,10 @@ class RunReport:
 
     def _recovered(self) -> None:
         assert self._restored is not None and self._resumed_at is not None
+        if self._had_ended:
+            # The fault struck a later part of the program, which tells of its own recovery.
+            self._resumed_at = None
+            return
         fault, now = self._fault, self.clock()
         phases = phases_from(
             fault_at=fault.died_at if fault else None,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from lightning_ckptless import environment
 from lightning_ckptless.console import CONSOLE
-from lightning_ckptless.errors import CkptlessError, LaunchError, TransportError, let_go
+from lightning_ckptless.errors import CkptlessError, TransportError, let_go
 from lightning_ckptless.membership import hidden_output
 from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.peers import is_lost_peer
@@ -114,6 +114,8 @@ class Survival:
                 in_place=bool(options.in_place),
                 standbys=options.standbys,
                 hang_timeout_s=None if options.hang_timeout_s is None else float(options.hang_timeout_s),
+                max_recoveries_without_progress=options.max_recoveries_without_progress,
+                max_recoveries_per_hour=options.max_recoveries_per_hour,
                 obstacle=self._obstacle(),
                 bar=str(CONSOLE.bar),
                 fixed_world=self._strategy.obstacle_to_another_world(),
@@ -122,7 +124,9 @@ class Survival:
     def _obstacle(self) -> str | None:
         """Why no new process could come to where this one is."""
         if self._engine.chapter:
-            return f"the program has entered fit {self._engine.chapter} times before, which a new process cannot"
+            return (
+                f"the program is in its fit number {self._engine.chapter + 1}, which a new process cannot reach alone"
+            )
         if calls := self._strategy.calls_before_fit:
             return f"the program has used its trainer {calls} times before fit, which a new process cannot"
         if obstacle := self._strategy.obstacle_in_place():
@@ -221,11 +225,7 @@ class Survival:
         found = choose(engine.arena, transport, nodes)
         if not isinstance(found, Complete):
             self._give_up(found.reason)
-        try:
-            restoration = engine.fetch(found)
-        except LaunchError as error:
-            # As many recoveries were made as the user allows: a relaunch counts them again, and ends the run.
-            self._give_up(str(error))
+        restoration = engine.fetch(found)
         self._mirroring.join(engine.cohort)
         engine.probe_recovery("restore")
         self._put_back(restoration, moved=any(has_moved))

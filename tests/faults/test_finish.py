@@ -1,15 +1,24 @@
-"""A run that is asked to end, by SIGTERM to one rank: all ranks end behind one step, however versions are taken."""
+"""A run that is asked to end: all ranks end behind one step; the last line says what is kept, and how to continue."""
 
 from __future__ import annotations
 
+import os
+import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 
+from lightning_ckptless.ledger import read_ledger
+from lightning_ckptless.membership.launch import LaunchConfig
 from lightning_ckptless.protocol.versions import Complete, Version, newest_complete
 from lightning_ckptless.testing.drill import Variant
+from lightning_ckptless.testing.starters import program_of
+from tests.faults.conftest import LAB, REPOSITORY, command_for
 from tests.faults.matrix import BASE
 from tests.faults.test_restart import Run, assert_identical, job, whole
 from tests.lab.parts import Options
@@ -48,3 +57,60 @@ def test_all_end_behind_one_step(
     assert isinstance(found, Complete) and found.snapshot.version.optimizer_step in range(5, 36)
     assert job.start(options).exit_code == 0
     assert_identical(job, whole(long))
+
+
+AGENT = [sys.executable, "-m", "lightning_ckptless.job"]
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["hung up", "given up"])
+def test_the_last_line_names_the_command_that_continues(
+    how: str, job: Run, whole: Callable[[Options], Variant]
+) -> None:
+    job.config = LaunchConfig(program=program_of([str(LAB)]), run_id=job.run_id, run_root=job.folder / "runs")
+    words = ["--nproc-per-node=2", f"--run-root={job.folder / 'runs'}", f"--log-dir={job.folder / 'agent'}"]
+    # A run that gives up need not have been given a name.
+    words += ["--redirects=3", *([f"--rdzv-id={job.run_id}"] if how == "hung up" else ["--max-restarts=0"])]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CKPTLESS_TRACE_DIR": str(job.folder / "trace")}
+    env["CKPTLESS_FAULTS"] = "kill:rank=1:step=7" if how == "given up" else ""
+    script = command_for(replace(BASE, slow_mirror_s=0.3 if how == "hung up" else 0.0))
+    said = _run_until_committed([*AGENT, *words, *script], job, env, ask=how == "hung up")
+    last = said.splitlines()[-1]
+    assert " of the run is kept in shared memory; continue with: ckptless run " in last
+    again = shlex.split(last.partition("continue with: ckptless run ")[2])
+    again = [word for word in again if word != "--max-restarts=0"]
+    assert subprocess.run([*AGENT, *again], cwd=job.folder, env=env, check=False).returncode == 0
+    assert_identical(job, whole(BASE))
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_run_without_a_name_keeps_nothing_and_says_so(job: Run) -> None:
+    job.config = LaunchConfig(program=program_of([str(LAB)]), run_id=job.run_id, run_root=job.folder / "runs")
+    words = ["--nproc-per-node=2", f"--run-root={job.folder / 'runs'}", f"--log-dir={job.folder / 'agent'}"]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    script = command_for(replace(BASE, slow_mirror_s=0.3))
+    said = _run_until_committed([*AGENT, *words, "--redirects=3", *script], job, env, ask=True)
+    assert " of the run is not kept: the run was given no name." in said.splitlines()[-1]
+
+
+def _run_until_committed(command: list[str], job: Run, env: dict[str, str], *, ask: bool) -> str:
+    """Run an agent, ask it to end once a step is committed if that is wanted, and return what it said."""
+    with subprocess.Popen(command, cwd=job.folder, env=env, stderr=subprocess.PIPE, text=True) as agent:
+        try:
+            while ask and agent.poll() is None and not _committed(job):
+                with suppress(subprocess.TimeoutExpired):
+                    agent.wait(0.05)
+            if ask:
+                agent.send_signal(signal.SIGHUP)
+            said = agent.communicate(timeout=120)[1]
+        finally:
+            agent.kill()
+    assert agent.returncode == 128 + (signal.SIGHUP if ask else signal.SIGKILL)
+    return said
+
+
+def _committed(job: Run) -> bool:
+    ledgers = (job.folder / "runs").glob("*/ledger.jsonl")
+    return any(len(read_ledger(ledger, only="committed")) for ledger in ledgers)

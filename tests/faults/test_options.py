@@ -49,12 +49,21 @@ def test_loggers_receive_what_recovery_and_mirror_cost(job: Run) -> None:
     assert re.search(r"recovered in place \(rank 1 died by SIGKILL\): went on from step [34]", job.output)
 
 
-def test_max_recoveries_ends_the_run(job: Run) -> None:
-    faults = "kill:rank=1:step=2,kill:rank=0:step=3,kill:rank=1:step=4"
-    outcome = job.start(_with(max_recoveries=2), faults, max_restarts=9)
-    # The third try in place finds that no recovery is left, and so does the relaunch that follows.
-    assert (outcome.exit_code, outcome.in_place, outcome.restarts) == (1, 3, 1)
-    assert "max_recoveries=2 recoveries were made" in job.output
+def test_recoveries_without_progress_end_the_run(job: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    options = _with(max_recoveries_without_progress=2)
+    outcome = job.start(options, "kill:rank=1:step=3:at=backward:times=9", max_restarts=9)
+    # The version before the fault may be committed while the step runs again, which is progress, once.
+    assert outcome.in_place + outcome.restarts in (2, 3)
+    assert outcome.exit_code == 128 + 9
+    assert outcome.has_given_up
+    assert "max_recoveries_without_progress=2 allows no more" in capfd.readouterr().err
+
+
+def test_recoveries_in_an_hour_end_the_run(job: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    faults = "kill:rank=1:step=2,kill:rank=0:step=4,kill:rank=1:step=6"
+    outcome = job.start(_with(max_recoveries_per_hour=2), faults, max_restarts=9)
+    assert (outcome.exit_code, outcome.in_place + outcome.restarts) == (128 + 9, 2)
+    assert "max_recoveries_per_hour=2 allows no more" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["xxh3", "crc32"])

@@ -202,6 +202,16 @@ def test_an_exception_that_repeats_is_raised(job: Run) -> None:
     assert "in training_step" in job.output
 
 
+@pytest.mark.parametrize("persistent", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.timeout(120)
+def test_an_exception_that_repeats_is_raised_beside_dataloader_workers(persistent: bool, job: Run) -> None:
+    """They are forks of the rank, and hold whatever it had open."""
+    outcome = job.start(replace(BASE, raise_at=5, workers=2, persistent=persistent), max_restarts=3)
+    assert (outcome.exit_code, outcome.in_place, outcome.restarts) == (1, 1, 0)
+    assert [event.fields["final"] for event in job.events("raised")] == [False, True]
+    assert "ValueError: the program's own error at step 5" in job.output
+
+
 def test_training_goes_on_without_a_place_for_the_ledger(job: Run) -> None:
     blocked = job.folder / "a-file"
     blocked.write_text("")

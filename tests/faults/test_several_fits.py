@@ -32,7 +32,7 @@ second = trainer(3)
 second.fit(model)
 assert second.global_step == 18
 if "--fail" in sys.argv:
-    raise ValueError("behind the training")
+    raise ValueError("past the training")
 """
 ENV = {"PYTHONPATH": str(REPOSITORY)}
 
@@ -65,11 +65,18 @@ def test_kill(step: int, script: Path, baseline: Variant, tmp_path: Path, parent
     assert report.problems == ()
     # What a new process cannot do is to come to the second fit alone.
     assert (report.in_place, report.relaunches) == ((1, 0) if step < 6 else (0, 1))
+    # A fit that had ended before the fault recovers from nothing.
+    assert [recovery.steps_replayed > 0 for recovery in report.recoveries] == [True]
+    if step > 6:
+        (relaunch,) = (event for event in report.faulted.events if event.event == "relaunch")
+        assert relaunch.fields["reason"] == (
+            "not in place: the program is in its fit number 2, which a new process cannot reach alone"
+        )
 
 
-def test_error_behind_the_training_is_not_tried_for_ever(script: Path, tmp_path: Path, parent: PreloadedParent) -> None:
+def test_an_error_past_fit_ends_the_run_once(script: Path, tmp_path: Path, parent: PreloadedParent) -> None:
     command = [str(script), "--fail"]
     variant: Variant = run_variant(command, tmp_path / "run", parent=parent, isolate=True, env=ENV)
     assert variant.exit_code == 1
-    assert "behind the training" in variant.tail()
-    assert sum(event.event == "relaunch" for event in variant.events) <= 3
+    assert "ValueError: past the training" in variant.tail()
+    assert not any(event.event == "relaunch" for event in variant.events)

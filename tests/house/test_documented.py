@@ -18,7 +18,16 @@ from lightning_ckptless.cli.app import app
 from lightning_ckptless.errors import OptionsError, WorldSizeError
 from lightning_ckptless.membership.torchrun import options_parser
 from lightning_ckptless.options import CkptlessOptions
-from lightning_ckptless.protocol import hang, heartbeat, moving, recovery, start
+from lightning_ckptless.protocol import (
+    conclusion,
+    hang,
+    heartbeat,
+    moving,
+    program_end,
+    recovery,
+    recovery_limits,
+    start,
+)
 from lightning_ckptless.protocol.dealing import Deal, require_deal
 from lightning_ckptless.protocol.domains import nobody_says
 from lightning_ckptless.protocol.faults import GRAMMAR, FaultKind, Moment, parse_faults
@@ -92,6 +101,19 @@ def test_worker_states() -> None:
 def test_cascades(module: ModuleType, head: str) -> None:
     assert module.__doc__ is not None
     assert table(page("how-it-works"), head) == table(module.__doc__, head)
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "module"),
+    [
+        ("configuration", "The run", recovery_limits),
+        ("launching", "The run", conclusion),
+        ("errors", "The worker ended", program_end),
+    ],
+)
+def test_how_runs_end(name: str, head: str, module: ModuleType) -> None:
+    assert module.__doc__ is not None
+    assert table(page(name), head) == table(module.__doc__, head)
 
 
 def test_what_silence_means() -> None:

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "callbacks": {"callbacks", "testing.digest", "trainer", "protocol", "ledger", *BASE},
     "testing": {"testing", "job", "membership", "protocol", "ledger", "trainer", "callbacks", *BASE},
     "testing.digest": set[str](),
-    "job": {"trainer", "ledger", "membership", "replica", *BASE},
+    "job": {"trainer", "ledger", "membership", "protocol", "replica", *BASE},
     "assembly": {"callbacks", "trainer"},
     "registration": {"_autoload", "assembly"},
     "_autoload": {"registration"},

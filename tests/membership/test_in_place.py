@@ -20,7 +20,9 @@ WORKER = """
     from lightning_ckptless.membership.control import open_line
 
     rank, line = os.environ["RANK"], open_line()
-    line.tell("entered", in_place=True, standbys=0, hang_timeout_s=None, obstacle=None, fixed_world="", bar="none")
+    wishes = {"standbys": 0, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
+    wishes |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
+    line.tell("entered", in_place=True, **wishes)
     number = int(os.environ.get("CKPTLESS_REGROUPING", "0"))
     Path(f"came-{rank}-{number}").touch()
     if rank == "0" and not number:

@@ -96,8 +96,11 @@ def test_a_killed_worker_is_relaunched_with_the_others(
         assert FaultReport.from_json(seen(tmp_path, 0, count)[environment.FAULT_REPORT]) == fault
     assert ledger.names() == ["workers_spawned", *["fault", "workers_spawned", "relaunch"] * 2]
     lines = capfd.readouterr().err.splitlines()
-    why = "(not in place: no worker has come to fit yet)"
-    assert lines == [f"ckptless: {f}; all 2 workers relaunched, restart {f.restart} of 5 {why}" for f in outcome.faults]
+    assert lines == [
+        f"ckptless: {fault}; all 2 workers relaunched, recovery {fault.restart} of the run, {fault.restart} without a "
+        "new step (not in place: no worker has come to fit yet)"
+        for fault in outcome.faults
+    ]
 
 
 @pytest.mark.parametrize(("how", "code"), [("killed", 137), ("3", 3)])
@@ -106,7 +109,8 @@ def test_a_run_ends_with_the_code_of_its_culprit(
 ) -> None:
     outcome = launch(bare, script(write(FAILS), "9", how), tmp_path, max_restarts=1)
     assert (outcome.exit_code, outcome.restarts, len(outcome.faults)) == (code, 1, 2)
-    assert "no restart is left of those that were allowed" in capfd.readouterr().err
+    assert outcome.has_given_up
+    assert "has had 1, and the launcher's --max-restarts allows no more" in capfd.readouterr().err
 
 
 def test_a_final_verdict_forbids_relaunches(
@@ -122,6 +126,7 @@ def test_a_final_verdict_forbids_relaunches(
     """
     outcome = launch(bare, script(write(text)), tmp_path)
     assert (outcome.exit_code, outcome.restarts, len(outcome.faults)) == (4, 0, 1)
+    assert not outcome.has_given_up
     assert "exited with code 4; not relaunched: the loss is not a number" in capfd.readouterr().err
 
 
@@ -132,7 +137,7 @@ def test_a_program_that_never_trains_is_given_up(
     for text, starts in (("import sys; sys.exit(6)", 3), (f"{begins}; import sys; sys.exit(6)", 5)):
         outcome = launch(bare, script(write(text)), tmp_path, nproc=1, max_restarts=4)
         assert (outcome.exit_code, outcome.restarts) == (6, starts - 1)
-    assert "before the program came to train" in capfd.readouterr().err
+    assert "3 starts in a row ended before a step was made, the last with sys.exit(6)" in capfd.readouterr().err
 
 
 def test_verdicts_that_are_not_final_change_nothing(bare: PreloadedParent, write: Write, tmp_path: Path) -> None:
@@ -242,7 +247,8 @@ def test_twenty_relaunches_cost_no_files_and_no_threads(bare: PreloadedParent, w
         if event == "workers_spawned":
             counts.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
 
-    outcome = launch(bare, script(write(FAILS), "20", "killed"), tmp_path, count)
+    program = script(write(FAILS), "20", "killed")
+    outcome = launch(bare, program, tmp_path, count, max_recoveries_without_progress=20)
     assert (outcome.exit_code, outcome.restarts) == (0, 20)
     assert max(counts[5:]) <= max(counts[:5])
 
@@ -252,6 +258,8 @@ def test_twenty_relaunches_cost_no_files_and_no_threads(bare: PreloadedParent, w
     [
         ({"nproc": 0}, "nproc=0"),
         ({"max_restarts": -1}, "max_restarts=-1"),
+        ({"max_recoveries_without_progress": -1}, "max_recoveries_without_progress=-1"),
+        ({"max_recoveries_per_hour": -1}, "max_recoveries_per_hour=-1"),
         ({"nnodes": "2:1"}, "nnodes='2:1'"),
         ({"nnodes": "many"}, "nnodes='many'"),
         ({"nnodes": "2"}, "must know where to meet"),

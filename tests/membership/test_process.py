@@ -103,7 +103,7 @@ COLD = """
     from lightning_ckptless.membership.cold import replace_by_agent
     print("cold", os.getpid(), flush=True)
     os.chdir("/")
-    replace_by_agent(nproc=2, max_restarts=0, run_root="runs", preload=("json",))
+    replace_by_agent(nproc=2, run_root="runs", preload=("json",))
 """
 
 
@@ -124,9 +124,7 @@ def test_a_program_is_replaced_by_an_agent_that_runs_it(how: tuple[str, ...], wr
 
 @pytest.mark.parametrize("how", [("-c",), ("-",)])
 def test_what_is_no_file_is_refused(how: tuple[str, ...], tmp_path: Path) -> None:
-    code = (
-        "from lightning_ckptless.membership.cold import replace_by_agent as r; r(nproc=1, max_restarts=0, run_root='')"
-    )
+    code = "from lightning_ckptless.membership.cold import replace_by_agent as r; r(nproc=1, run_root='')"
     done = subprocess.run(
         [sys.executable, *how, *([code] if how == ("-c",) else [])],
         input=code,

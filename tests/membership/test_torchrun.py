@@ -26,7 +26,7 @@ def test_the_program_and_its_arguments() -> None:
 
 def test_defaults() -> None:
     config = read("train.py")
-    assert (config.nproc, config.nnodes, config.rdzv_endpoint, config.max_restarts) == (1, "1:1", "", 100)
+    assert (config.nproc, config.nnodes, config.rdzv_endpoint, config.max_restarts) == (1, "1:1", "", None)
     assert (config.preload, config.fresh, config.run_root) == (DEFAULT_PRELOAD, False, Path("ckptless"))
 
 
@@ -41,6 +41,8 @@ def test_our_own_options() -> None:
     assert config.preload == (*DEFAULT_PRELOAD, "a.b", "c")
     assert (config.fresh, config.run_root, config.arena_dir) == (True, Path("/runs"), Path("/shm"))
     assert config.max_restarts == 3
+    config = read("--max-recoveries-without-progress 4 --max-recoveries-per-hour 50 train.py")
+    assert (config.max_recoveries_without_progress, config.max_recoveries_per_hour) == (4, 50)
 
 
 def test_options_of_durable_states_are_handed_to_the_workers() -> None:

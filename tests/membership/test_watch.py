@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import pytest
@@ -184,3 +188,38 @@ def test_who_asks_to_leave_may_be_told_to_meet_others(agent: Line, watcher: Watc
         {"kind": "ending", "number": 0},
         {"kind": "ending", "number": 1},
     ]
+
+
+@contextmanager
+def forked_process() -> Iterator[None]:
+    """A process that is forked from this one, and holds duplicates of whatever this one has open."""
+    pid = os.fork()
+    if pid == 0:
+        signal.pause()
+        os._exit(0)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_it_ends_beside_processes_that_were_forked_meanwhile(agent: Line) -> None:
+    watching = Watcher(vars(agent)["other"], lambda: 0)
+    with forked_process():
+        closing = threading.Thread(target=watching.close)
+        closing.start()
+        closing.join(2)
+        ended = not closing.is_alive()
+    closing.join()
+    assert ended
+    assert not any(thread.name == "ckptless-watcher" for thread in threading.enumerate())
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_the_end_of_a_line_shows_beside_processes_that_hold_it_open(agent: Line) -> None:
+    with forked_process():
+        vars(agent)["other"].close()
+        assert select.select([agent.fileno()], [], [], 2)[0]
+        assert agent.receive() is None

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 
+from lightning_ckptless.protocol.program_end import Stage
 from lightning_ckptless.protocol.recovery import (
     RecoveryPlan,
     Rung,
@@ -173,7 +174,7 @@ class World:
                 lost=tuple(process.rank for process in gone),
                 world_size=self.world_size,
                 final=None,
-                recoveries_left=1000,
+                exhausted=None,
                 in_place=True,
                 obstacle=None,
                 outside=self._outside(self.nodes[lost.rank]),
@@ -187,11 +188,13 @@ class World:
         else:
             self.relaunch()
 
-    def _outside(self, node: int) -> tuple[int, ...]:
+    def _outside(self, node: int) -> dict[int, Stage]:
         first_time = (WorkerState.OUTSIDE,)
-        return tuple(
-            p.rank for p in self.ranks() if self.nodes[p.rank] == node and p.state in first_time and p.meeting[1] == 0
-        )
+        return {
+            p.rank: Stage.BEFORE
+            for p in self.ranks()
+            if self.nodes[p.rank] == node and p.state in first_time and p.meeting[1] == 0
+        }
 
     def relaunch(self) -> None:
         """All end, and all are started again."""

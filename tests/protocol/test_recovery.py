@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ckptless.errors import ProtocolError
+from lightning_ckptless.protocol.program_end import Stage
 from lightning_ckptless.protocol.recovery import (
     TRIES_IN_PLACE,
     WORKER_TRANSITIONS,
@@ -20,7 +21,7 @@ from lightning_ckptless.protocol.recovery import (
     plan_recovery,
 )
 
-USUAL = Situation((1,), 4, None, 10, in_place=True, obstacle=None, outside=(), tries=0)
+USUAL = Situation((1,), 4, None, None, in_place=True, obstacle=None, outside={}, tries=0)
 
 
 @pytest.mark.parametrize(
@@ -29,11 +30,16 @@ USUAL = Situation((1,), 4, None, 10, in_place=True, obstacle=None, outside=(), t
         (USUAL, Rung.IN_PLACE, "3 of 4 ranks go on, rank 1 is replaced"),
         (replace(USUAL, lost=(1, 3)), Rung.IN_PLACE, "2 of 4 ranks go on, ranks 1, 3 are replaced"),
         (replace(USUAL, final="its own bug"), Rung.END, "not relaunched: its own bug"),
-        (replace(USUAL, recoveries_left=0), Rung.END, "no restart is left"),
+        (replace(USUAL, exhausted="no recovery is left"), Rung.END, "no recovery is left"),
         (replace(USUAL, in_place=False), Rung.RELAUNCH, "switched off"),
         (replace(USUAL, obstacle="it has a second fit"), Rung.RELAUNCH, "it has a second fit"),
         (replace(USUAL, lost=(0, 1, 2, 3)), Rung.RELAUNCH, "none of 4 ranks survives"),
-        (replace(USUAL, outside=(0,)), Rung.RELAUNCH, "rank 0 is not in the training loop"),
+        (replace(USUAL, outside={0: Stage.BEFORE}), Rung.RELAUNCH, "not in place: rank 0 is before fit"),
+        (
+            replace(USUAL, outside={1: Stage.PAST, 0: Stage.PAST, 3: Stage.INSIDE}),
+            Rung.RELAUNCH,
+            "not in place: rank 3 is in fit, outside its training loop, ranks 0, 1 are past fit",
+        ),
         (replace(USUAL, tries=TRIES_IN_PLACE), Rung.RELAUNCH, "tried 2 times"),
     ],
 )
@@ -48,10 +54,10 @@ situations = st.builds(
     lost=st.sets(st.integers(0, 7), min_size=1).map(lambda ranks: tuple(sorted(ranks))),
     world_size=st.just(8),
     final=st.none() | st.just("a bug"),
-    recoveries_left=st.integers(0, 3),
+    exhausted=st.none() | st.just("too many"),
     in_place=st.booleans(),
     obstacle=st.none() | st.just("something"),
-    outside=st.sets(st.integers(0, 7)).map(tuple),
+    outside=st.dictionaries(st.integers(0, 7), st.sampled_from(Stage)),
     tries=st.integers(0, 4),
 )
 
@@ -60,7 +66,7 @@ situations = st.builds(
 def test_in_place_takes_everything_and_the_end_is_never_put_off(now: Situation) -> None:
     plan = plan_recovery(now)
     assert plan.reason
-    assert (plan.rung is Rung.END) == (now.final is not None or now.recoveries_left == 0)
+    assert (plan.rung is Rung.END) == (now.final is not None or now.exhausted is not None)
     if plan.rung is Rung.IN_PLACE:
         assert now.in_place and now.obstacle is None and not now.outside and len(now.lost) < now.world_size
 

@@ -1,0 +1,117 @@
+"""What the end of a worker means that nobody asked to end: the machine's fault, or the program's own end.
+
+A program that ends by itself would end alike if it were started again, unless a lost peer made it. Only inside `fit`
+is its first error tried once more, which the worker decides itself.
+
+| The worker ended | And | Then |
+|---|---|---|
+| by a signal, or by the error of a lost peer | | recover |
+| by itself, past a `fit` | | end |
+| by itself, after a new step of this start | | recover |
+| by itself, before `fit`, to which an earlier process came | the second time in a row | end, and keep the state |
+| by itself, before a step | the third time in a row | end |
+| by itself | | recover |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+_MOST_STARTS = 3
+_MOST_STARTS_BEFORE_FIT = 2
+
+
+class Stage(StrEnum):
+    """Where a worker is in its program."""
+
+    BEFORE = "before fit"
+    INSIDE = "in fit, outside its training loop"
+    PAST = "past fit"
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramEnd:
+    """How a worker ended.
+
+    Args:
+        exit_code: minus the signal's number for a death by signal; None where it is not known.
+        stage: where it was in its program.
+        error: what the program raised, in a line; empty where that is not known.
+        is_of_lost_peer: whether that error says that another rank is gone.
+    """
+
+    exit_code: int | None
+    stage: Stage
+    error: str = ""
+    is_of_lost_peer: bool = False
+
+    @property
+    def is_its_own(self) -> bool:
+        """Whether the program ended by itself."""
+        has_exited = self.exit_code is not None and self.exit_code >= 0
+        return (has_exited or bool(self.error)) and not self.is_of_lost_peer
+
+    def __str__(self) -> str:
+        return self.error or f"exit code {self.exit_code}"
+
+
+@dataclass(frozen=True, slots=True)
+class Starts:
+    """What the starts of a program have come to.
+
+    Args:
+        failed: how many in a row have ended by themselves before a step.
+        came_to_fit: whether a process has come to `fit`.
+    """
+
+    failed: int = 0
+    came_to_fit: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EndPlan:
+    """What the end of a worker means.
+
+    Args:
+        starts: with this end counted.
+        final: why the run ends with it; None where it recovers.
+        keeps_state: whether its state is worth a start by hand, after what is in the way has been removed.
+    """
+
+    starts: Starts
+    final: str | None = None
+    keeps_state: bool = False
+
+
+def judge_end(end: ProgramEnd, starts: Starts, *, has_stepped: bool) -> EndPlan:
+    """Decide what the end of a worker means.
+
+    Args:
+        end: of the worker that ended first.
+        starts: what earlier starts have come to.
+        has_stepped: whether a new step was committed since the workers were started.
+    """
+    if not end.is_its_own:
+        return EndPlan(replace(starts, failed=0))
+    if end.stage is Stage.PAST:
+        return EndPlan(
+            starts,
+            f"the program itself ended past fit ({end}), and would do so again: what stands there is not repeated",
+        )
+    if has_stepped:
+        return EndPlan(replace(starts, failed=0))
+    failed = replace(starts, failed=starts.failed + 1)
+    if end.stage is Stage.BEFORE and starts.came_to_fit and failed.failed >= _MOST_STARTS_BEFORE_FIT:
+        return EndPlan(failed, _head_does_not_repeat(end, failed.failed), keeps_state=True)
+    if failed.failed >= _MOST_STARTS:
+        return EndPlan(failed, f"{failed.failed} starts in a row ended before a step was made, the last with {end}")
+    return EndPlan(failed)
+
+
+def _head_does_not_repeat(end: ProgramEnd, count: int) -> str:
+    return (
+        f"{count} new processes in a row ended before fit ({end}), to which the first ones came: what the program does "
+        "before fit cannot be repeated. Remove what stands in its way, e.g. make it accept an output folder that is "
+        "there already"
+    )

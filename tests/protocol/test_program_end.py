@@ -1,0 +1,62 @@
+"""What the end of a worker means: the machine's fault, or the program's own end."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_ckptless.protocol.program_end import EndPlan, ProgramEnd, Stage, Starts, judge_end
+
+
+def ends(*ends_: ProgramEnd, came_to_fit: bool = True, has_stepped: bool = False) -> EndPlan:
+    """Judge several ends in a row; returns what the last one means."""
+    plan = EndPlan(Starts(came_to_fit=came_to_fit))
+    for end in ends_:
+        assert plan.final is None
+        plan = judge_end(end, plan.starts, has_stepped=has_stepped)
+    return plan
+
+
+@pytest.mark.parametrize("stage", Stage)
+def test_a_signal_and_a_lost_peer_are_recovered_from_at_any_stage(stage: Stage) -> None:
+    killed = ProgramEnd(-9, stage)
+    peer_lost = ProgramEnd(1, stage, "RuntimeError: Connection closed by peer", is_of_lost_peer=True)
+    unknown = ProgramEnd(None, stage)
+    assert ends(*[killed, peer_lost, unknown] * 4).final is None
+
+
+@pytest.mark.parametrize(
+    ("end", "text"),
+    [
+        (ProgramEnd(1, Stage.PAST, "KeyError: 'mine'"), "ended past fit (KeyError: 'mine'), and would do so again"),
+        (ProgramEnd(7, Stage.PAST), "ended past fit (exit code 7)"),
+        (ProgramEnd(-9, Stage.PAST, "ValueError: kept from ending"), "ended past fit (ValueError: kept from ending)"),
+    ],
+)
+def test_what_ends_past_fit_ends_the_run_at_once(end: ProgramEnd, text: str) -> None:
+    plan = ends(end, has_stepped=True)
+    assert plan.final is not None and text in plan.final
+    assert not plan.keeps_state
+
+
+def test_a_head_that_cannot_be_repeated_is_named_and_the_state_kept() -> None:
+    refused = ProgramEnd(1, Stage.BEFORE, "FileExistsError: out")
+    assert ends(refused).final is None
+    plan = ends(refused, refused)
+    assert plan.final is not None and plan.keeps_state
+    assert (
+        "2 new processes in a row ended before fit (FileExistsError: out), to which the first ones came" in plan.final
+    )
+
+
+@pytest.mark.parametrize("end", [ProgramEnd(6, Stage.BEFORE), ProgramEnd(6, Stage.INSIDE)])
+def test_three_starts_without_a_step_are_enough(end: ProgramEnd) -> None:
+    assert ends(end, end, came_to_fit=False).final is None
+    plan = ends(end, end, end, came_to_fit=False)
+    assert plan.final == "3 starts in a row ended before a step was made, the last with exit code 6"
+    assert not plan.keeps_state
+
+
+def test_a_step_or_a_signal_in_between_begins_the_count_again() -> None:
+    exited = ProgramEnd(3, Stage.INSIDE)
+    assert ends(*[exited, exited, ProgramEnd(-9, Stage.INSIDE)] * 3).final is None
+    assert ends(*[exited] * 9, has_stepped=True).final is None
