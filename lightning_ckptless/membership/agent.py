@@ -204,6 +204,12 @@ class CkptlessAgent(LocalElasticAgent):
         job = self._current_workers().job(last.local_rank, env)
         return Process.start(self._parent, job, stdio)
 
+    def _kept_for(self, worker: Worker) -> dict[str, str]:
+        root = self._node.env.get(environment.RUN_ROOT)
+        if worker.global_rank or root is None:
+            return {}
+        return environment.kept_for_rank_zero(Path(root) / self._worker_group.spec.rdzv_handler.get_run_id())
+
     def _worker_env(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
         env = {
             **variables_of(worker_group, worker, restarts=worker_group.spec.max_restarts - remaining_restarts(self)),
@@ -212,6 +218,8 @@ class CkptlessAgent(LocalElasticAgent):
             environment.SPAWNED_AT: repr(time.time()),
             environment.VERDICT_DIR: self._verdict_folder.name,
         }
+        if self._starts or self.faults:
+            env |= self._kept_for(worker)
         if self.faults:
             env[environment.FAULT_REPORT] = self.faults[-1].to_json()
         return env

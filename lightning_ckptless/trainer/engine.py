@@ -38,7 +38,7 @@ from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.streams import open_training_data
 from lightning_ckptless.trainer.identity import Identity, identify
 from lightning_ckptless.trainer.judgement import why_final
-from lightning_ckptless.trainer.log_files import LogFiles
+from lightning_ckptless.trainer.loggers import NOTE, RunLoggers
 from lightning_ckptless.trainer.mirroring import Mirroring
 from lightning_ckptless.trainer.replay import BatchLog
 from lightning_ckptless.trainer.report import RunReport
@@ -73,7 +73,7 @@ class Engine:
         self.run_folder: Path = self.identity.run_folder
         self.streams: Streams = strategy.make_streams(trainer)
         self.durable = DurableRung(self.identity, chapter, self.options)
-        self.logs = LogFiles(trainer)
+        self.loggers = RunLoggers(trainer, self.run_folder, chapter)
         self._line = line
         self.ledger = Ledger(self.run_folder / "ledger.jsonl")
         self.report = RunReport(trainer, self.ledger, strategy.world.generation)
@@ -104,6 +104,7 @@ class Engine:
         self.streams.place_at(place, places)
         if self.arena is not None:
             self._begun = BegunStep(self.arena.path, self.rank)
+            self.loggers.hold(self.arena.path)
 
     def open_data_anew(self) -> None:
         """Some rank is another one than before: open what each has a share of anew, on all of them."""
@@ -146,8 +147,11 @@ class Engine:
         )
         self.durable.share_out(cohort)
         self.report.generation = cohort.generation
-        saved = cohort.noted("logger_versions")
-        self.logs.name(saved)
+        saved = cohort.noted(NOTE)
+        self.loggers.hold(self.arena.path)
+        self.loggers.identify(saved)
+        if saved is None and self.trainer.is_global_zero:
+            self.loggers.warn_of_strangers()
         sources = Sources(self.durable, states, ckpt_path, saved is not None)
         plan, found = decide_start(self.trainer, cohort, self.options, sources, relaunched=relaunched)
         self.report.started(self.identity, plan, cohort.placement, self.arena.path)
@@ -157,10 +161,11 @@ class Engine:
         if plan.enters_midway:
             assert isinstance(found, Complete)
             if plan.state is not None:
-                self.logs.name(self.durable.logger_versions(plan.state))
+                self.loggers.identify(self.durable.logger_identities(plan.state))
             self._restoration = self.fetch(found)
             self.streams.opened_for = self.streams.count
-            self.logs.cut(self._restoration.state["logs"])
+            if (logs := self._restoration.small["logs"]) is not None:
+                self.loggers.cut(logs)
         else:
             self.streams.require()
             self._start_over(cohort, plan.action, logs_are_named=saved is not None)
@@ -169,8 +174,9 @@ class Engine:
     def begin_alone(self) -> None:
         """Prepare to come to the others where they are: what can be known without them."""
         self.arena = find_or_make_arena(self.identity, self.chapter, self.options)
-        self.logs.name(self.arena.notes().get("logger_versions"))
-        self.logs.keep()
+        self.loggers.hold(self.arena.path)
+        self.loggers.identify_alone(self.arena)
+        self.loggers.keep()
 
     def connect(self) -> Transport:
         """A transport between the ranks of the generation."""
@@ -204,10 +210,11 @@ class Engine:
         cohort.transport.agree(True)
         if cohort.speaks_for_node:
             cohort.arena.clear()
+        self.loggers.start_over()
         if action is StartAction.DURABLE:
-            self.logs.name_anew()
+            self.loggers.choose_new()
         elif logs_are_named:
-            self.logs.empty()
+            self.loggers.empty()
 
     # ------------------------------------------------------------------ run
 
@@ -215,11 +222,12 @@ class Engine:
         """Called when the model, its optimizers and the loops are set up: take over the commit points."""
         trainer, loops, arena = self.trainer, FitLoops(self.trainer), self.arena
         assert arena is not None
-        self.logs.watch()
+        self.loggers.watch()
         CONSOLE.bar = progress.bar_kind(trainer)
         if is_first_of_node(local_rank()):
             self.durable.order_writer(arena, self._line)
-            arena.note("logger_versions", self.logs.names)
+        if self.cohort is not None:
+            self.loggers.note(self.cohort)
         self.loops = loops
         self._begun = BegunStep(arena.path, self.rank)
         self._take_pulse()
@@ -227,7 +235,15 @@ class Engine:
         limit = 2 * trainer.accumulate_grad_batches + 2 if self.options.mirror_every_n_steps == 1 else 0
         batches = BatchLog(loops, limit)
         mirroring = self.mirroring = Mirroring(
-            trainer, loops, self.options, self.report, batches, self.streams, self._probe, lambda: self.finish_asked
+            trainer,
+            loops,
+            self.options,
+            self.report,
+            batches,
+            self.streams,
+            self.loggers,
+            self._probe,
+            lambda: self.finish_asked,
         )
         if self.cohort is not None:
             mirroring.join(self.cohort)
@@ -265,6 +281,7 @@ class Engine:
 
         def settle() -> None:
             mirroring.small.apply(restoration.state)
+            self.loggers.restore(restoration.small["logs"])
             self.loops.set_sampler_epochs()
             restoration.open_streams(self.streams)
             restoration.move_data(self.loops)
@@ -306,6 +323,7 @@ class Engine:
         """Note which step is begun."""
         self._begun.stamp(self.trainer.global_step + 1)
         self.streams.fetch()
+        self.hand_rows_on()
         if self.mirroring is not None:
             self.mirroring.cadence.begin_step(self.trainer.global_step)
         self.beat(Point.BATCH)
@@ -318,9 +336,14 @@ class Engine:
             self._pulse.beat(self.trainer.global_step + (not done), point)
 
     def _commit(self, version: Version) -> None:
-        assert self.mirroring is not None
+        assert self.mirroring is not None and self.boundaries is not None
         self.beat(Point.COMMIT)
+        self.hand_rows_on()
         self.mirroring.commit(version)
+        if self.boundaries.closes_validation(version):
+            # Who reads the metrics of a validation reads them now, not a step later.
+            self.mirroring.settle()
+            self.hand_rows_on()
         if self.strategy.watcher is not None and self._stepped_in != self.report.generation:
             self._stepped_in = self.report.generation
             self.strategy.watcher.tell("stepped")
@@ -334,6 +357,11 @@ class Engine:
         """Wait until the version under way is copied: the optimizer is about to change the tensors."""
         if self.mirroring is not None:
             self.mirroring.before_optimizer_step()
+
+    def hand_rows_on(self) -> None:
+        """Let the loggers have the rows of all steps that are committed."""
+        if self.mirroring is not None and self.mirroring.mirror is not None:
+            self.loggers.hand_on(self.mirroring.mirror.committed)
 
     def leave_loop(self) -> None:
         """The fit loop is over: from here on ranks go their own ways."""
@@ -389,6 +417,7 @@ class Engine:
     def close(self) -> None:
         """Release threads and mappings; the arena stays for a relaunch, its agent removes it."""
         self.detach()
+        self.loggers.release()
         CONSOLE.bar = Bar.NONE
         if self._pulse is not None:
             self._pulse.close()

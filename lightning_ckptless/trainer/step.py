@@ -77,6 +77,11 @@ class StepBoundaries:
         if step_done and self._step_is_new() and self._is_due(pending=0):
             self._take(tail_done=True)
 
+    def closes_validation(self, version: Version) -> bool:
+        """Whether a version, about to be noted as the last, is that behind a validation."""
+        last = self.last
+        return version.tail_done and last is not None and last == Version(version.optimizer_step, False)
+
     def _step_is_new(self) -> bool:
         last = self.last
         step = self.loops.trainer.global_step
