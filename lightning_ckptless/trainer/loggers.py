@@ -18,12 +18,14 @@ from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host.logger_identity import (
+    begin_after,
     can_be_continued,
     forget_identity,
     identity_of,
     is_dummy,
     set_identity,
     variables_of,
+    write_soon,
     writes_elsewhere,
 )
 from lightning_ckptless.trainer.outbox import Marks, Outbox
@@ -145,6 +147,7 @@ class RunLoggers:
         """
         marks = self._marks(arena)
         if self._outbox is None:
+            write_soon(self._loggers)
             self._outbox = Outbox(self._loggers, marks)
         else:
             self._outbox.use(marks)
@@ -202,7 +205,7 @@ class RunLoggers:
             host_loggers.rewind_logs(self._trainer, saved["files"])
             pairs = zip(self._trainer.loggers, saved["files"], strict=False)
             rewound = [logger for logger, position in pairs if position is not None]
-        self._outbox.restore(saved["rows"] if saved is not None else None, rewound=rewound)
+        self._outbox.restore(saved["rows"] if saved is not None else None, rewound=rewound, before=begin_after)
 
     def empty(self) -> None:
         """Begin with empty log files, before they are opened; rank 0 does so."""

@@ -269,12 +269,15 @@ class Outbox:
         self._taken.append((version, [box.counted for box in self._boxes]))
         return [box.capture() for box in self._boxes]
 
-    def restore(self, saved: list[dict[str, Any]] | None, *, rewound: Sequence[Any]) -> None:
+    def restore(
+        self, saved: list[dict[str, Any]] | None, *, rewound: Sequence[Any], before: Callable[[Any, int], None]
+    ) -> None:
         """Be as a committed version was, and hand on what it holds.
 
         Args:
             saved: what `capture` returned; None for a rank that has logged nothing.
             rewound: loggers whose files were brought back to where they were at the version.
+            before: called with each logger and how many rows it has got, before it gets more.
         """
         self._taken.clear()
         for index, box in enumerate(self._boxes):
@@ -282,6 +285,7 @@ class Outbox:
             known = state["handed_on"] if state is not None else 0
             is_rewound = any(logger is box.logger for logger in rewound)
             box.restore(state, known if is_rewound else max(known, self._marks.read(index)))
+            before(box.logger, box.handed_on)
         self.flush()
 
     def start_over(self) -> None:

@@ -7,6 +7,7 @@ methods, `LoggerWithIdentity`.
 from __future__ import annotations
 
 import json
+import os
 from typing import Any, Protocol
 
 from lightning_ckptless.errors import OptionsError
@@ -25,6 +26,8 @@ _ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 _WANDB_INIT = {"_id": "id", "_project": "project", "_name": "name", "_save_dir": "dir"}
 """What `wandb.init` is called with, by the attribute that holds the same."""
+
+_WANDB_FLUSH = "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"
 
 _VARIABLES: dict[str, tuple[str, dict[str, str | None]]] = {
     "WandbLogger": ("_id", {"WANDB_RUN_ID": None, "WANDB_RESUME": "allow"}),
@@ -150,6 +153,29 @@ def writes_elsewhere(logger: Any, identity: Identity) -> bool:
     name, _ = _VARIABLES[kind]
     found = experiment.id if kind == "WandbLogger" else experiment.get_key()
     return name in identity and found != identity[name]
+
+
+def begin_after(logger: Any, rows: int) -> None:
+    """Have a run that a new process continues count its rows from where the last one stopped.
+
+    W&B knows how many there are from its server; offline it would number them from 0 again, and refuse them as steps
+    that lie behind when the files are uploaded.
+
+    Args:
+        logger: open.
+        rows: that the run has.
+    """
+    if _kind(logger) == "WandbLogger" and (run := logger._experiment) is not None and run.offline and run.step < rows:
+        run.log({}, step=rows, commit=False)
+
+
+def write_soon(loggers: list[Any]) -> None:
+    """Have W&B write rows to its file at once: by default its service keeps them for 15 s, and loses them in a kill.
+
+    A version of W&B that does not know the variable ignores it.
+    """
+    if any(_kind(logger) == "WandbLogger" for logger in loggers):
+        os.environ.setdefault(_WANDB_FLUSH, "0.01")
 
 
 def variables_of(loggers: list[Any]) -> dict[str, str]:
