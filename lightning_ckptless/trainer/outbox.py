@@ -108,6 +108,7 @@ class Box:
         self.logger = logger
         self.counted = 0
         self.handed_on = 0
+        self._is_numbered = False
         self._mark = mark
         self._held: deque[Held] = deque()
         self._own: dict[str, Callable[..., Any]] = {name: getattr(logger, name) for name in _METHODS}
@@ -161,6 +162,7 @@ class Box:
 
     def capture(self) -> dict[str, Any]:
         """The numbers, and the rows that are held."""
+        self._is_numbered = True
         return {
             "counted": self.counted,
             "handed_on": self.handed_on,
@@ -174,8 +176,10 @@ class Box:
             saved: what `capture` returned; None for a rank that has logged nothing.
             handed_on: rows that the logger has got, of this process or an earlier one.
         """
-        here = {held.number: held for held in self._held if held.row is not None}
+        # What a new process has logged on its way here was logged before, and has numbers of its own.
+        here = {held.number: held for held in self._held if held.row is not None and self._is_numbered}
         self._held.clear()
+        self._is_numbered = True
         self.counted, self.handed_on = (saved["counted"] if saved is not None else 0), handed_on
         lost: list[str] = []
         for number, form, content in saved["held"] if saved is not None else ():

@@ -14,6 +14,7 @@ from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host.ddp import model_averaging_period
 from lightning_ckptless.trainer.host.flavour import LIGHTNING, fabric_module, flavour_of, imported_flavour, is_a, module
 from lightning_ckptless.trainer.host.launch import CKPT_PATH_INDEX, fit_parameters, is_fit, is_stop, launcher_base
+from lightning_ckptless.trainer.host.logger_identity import set_identity
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.plain import pack, unpack
 from tests.lab.parts import Numbers
@@ -248,7 +249,7 @@ def test_every_loop_is_found(flavour: str, tmp_path: Path) -> None:
 def test_loggers_take_their_version_from_an_attribute(flavour: str, kind: str, tmp_path: Path) -> None:
     logger = getattr(module(flavour, "loggers"), kind)(str(tmp_path))
     assert logger._version is None
-    host_loggers.set_versions([logger], [{"kind": kind, "version": 7}])
+    set_identity(logger, {"_version": 7})
     assert Path(logger.log_dir).name == "version_7"
     assert logger._experiment is None
 
