@@ -59,7 +59,7 @@ def checkpoint(variant: Variant) -> str:
 
 FAULTS = {
     "rank 0 in place": "kill:rank=0:step=4",
-    "rank 0 while the rows of a step are committed": "kill:rank=0:step=4:at=agree",
+    "rank 0 while the rows of a step are committed": "kill:rank=0:step=4:at=mirror",
     "all ranks": "kill:rank=all:step=4",
     "rank 0 after a validation, then rank 1, then all": "kill:rank=0:step=7,kill:rank=1:step=9,kill:rank=all:step=11",
 }

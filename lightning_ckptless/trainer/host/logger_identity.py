@@ -57,6 +57,16 @@ class LoggerWithIdentity(Protocol):
         """
 
 
+def private_attributes() -> dict[str, tuple[str, ...]]:
+    """The private attributes of Lightning's loggers that are touched here, by class."""
+    more = {
+        "WandbLogger": ("_wandb_init", "_experiment"),
+        "CometLogger": ("_experiment",),
+        "MLFlowLogger": ("_initialized", "_mlflow_client"),
+    }
+    return {kind: names + more.get(kind, ()) for kind, names in _ATTRIBUTES.items()}
+
+
 def is_dummy(logger: Any) -> bool:
     """Whether a logger is Lightning's stand-in, which writes nothing and has an attribute of any name."""
     return is_a(logger, "loggers.logger", "DummyLogger")
