@@ -79,7 +79,8 @@ def run_root(env: Mapping[str, str] = os.environ) -> Path:
     return Path(env.get(RUN_ROOT) or "ckptless")
 
 
-_FOR_RANK_ZERO = "variables-of-rank-0.json"
+def _kept_in(run_folder: Path) -> Path:
+    return run_folder / "variables-of-rank-0.json"
 
 
 def keep_for_rank_zero(run_folder: Path, variables: Mapping[str, str]) -> None:
@@ -92,13 +93,13 @@ def keep_for_rank_zero(run_folder: Path, variables: Mapping[str, str]) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    (run_folder / _FOR_RANK_ZERO).write_text(json.dumps(dict(variables)))
+    _kept_in(run_folder).write_text(json.dumps(dict(variables)))
 
 
 def kept_for_rank_zero(run_folder: Path) -> dict[str, str]:
     """The variables that `keep_for_rank_zero` has kept; none where there are none to read."""
     with suppress(OSError, ValueError):
-        kept = json.loads((run_folder / _FOR_RANK_ZERO).read_text())
+        kept = json.loads(_kept_in(run_folder).read_text())
         if isinstance(kept, dict):
             return {str(name): str(value) for name, value in kept.items()}
     return {}

@@ -204,11 +204,11 @@ class CkptlessAgent(LocalElasticAgent):
         job = self._current_workers().job(last.local_rank, env)
         return Process.start(self._parent, job, stdio)
 
-    def _kept_for(self, worker: Worker) -> dict[str, str]:
+    def _kept_for(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
         root = self._node.env.get(environment.RUN_ROOT)
         if worker.global_rank or root is None:
             return {}
-        return environment.kept_for_rank_zero(Path(root) / self._worker_group.spec.rdzv_handler.get_run_id())
+        return environment.kept_for_rank_zero(Path(root) / worker_group.spec.rdzv_handler.get_run_id())
 
     def _worker_env(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
         env = {
@@ -219,7 +219,7 @@ class CkptlessAgent(LocalElasticAgent):
             environment.VERDICT_DIR: self._verdict_folder.name,
         }
         if self._starts or self.faults:
-            env |= self._kept_for(worker)
+            env |= self._kept_for(worker_group, worker)
         if self.faults:
             env[environment.FAULT_REPORT] = self.faults[-1].to_json()
         return env
