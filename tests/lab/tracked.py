@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import struct
 import sys
 import uuid
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,15 +160,14 @@ def _read_journal(folder: Path) -> dict[str, Read]:
 
 
 def _read_mlflow(folder: Path) -> dict[str, Read]:
-    from mlflow.tracking import MlflowClient
-
-    client, runs = MlflowClient(f"sqlite:///{folder}/runs.db"), {}
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    for found in client.search_runs(experiments):
-        run = runs[found.info.run_id] = Read(dict(found.data.params), status=found.info.status)
-        for name in sorted(found.data.metrics):
-            for metric in client.get_metric_history(found.info.run_id, name):
-                run.rows += _row(metric.step, {name: metric.value})
+    # Its tables, without its client: that keeps the file open in this process.
+    with closing(sqlite3.connect(folder / "runs.db")) as database:
+        runs = {name: Read(status=status) for name, status in database.execute("SELECT run_uuid, status FROM runs")}
+        for name, key, value in database.execute("SELECT run_uuid, key, value FROM params"):
+            runs[name].params[key] = value
+        for name, key, value, step in database.execute("SELECT run_uuid, key, value, step FROM metrics"):
+            runs[name].rows += _row(step, {key: value})
+    for run in runs.values():
         run.rows.sort()
     return runs
 
