@@ -8,10 +8,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.complete
 RIVALS := .venv-rivals
+STORES := .venv-loggers
 CODE := lightning_ckptless tests $(wildcard examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-quick lint types docs bench bench-rivals format clean
+.PHONY: help setup demo test test-all test-quick lint types docs bench bench-rivals test-loggers format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +39,16 @@ test-all: $(STAMP)  ## run the long ones as well
 
 test-quick: $(STAMP)  ## run all but the slow tests
 	@$(BIN)/python -m pytest -m "not slow and not long" $(ARGS)
+
+test-loggers: $(STORES)/.complete  ## run the tests with W&B, MLflow and Comet, in .venv-loggers
+	@$(STORES)/bin/python -m pytest tests/faults/test_loggers.py tests/trainer/test_logger_identity.py $(ARGS)
+
+$(STORES)/.complete: pyproject.toml constraints.txt tests/lab/constraints-loggers.txt
+	@echo "setting up $(STORES) (once, some minutes)"
+	@test -x $(STORES)/bin/python || $(PYTHON) -m venv $(STORES)
+	@$(STORES)/bin/python -m pip --disable-pip-version-check --quiet install \
+	  --constraint constraints.txt --constraint tests/lab/constraints-loggers.txt torch==2.13.0 --editable '.[dev,loggers]'
+	@touch $@
 
 lint: $(STAMP)  ## check style and formatting
 	@$(BIN)/ruff check $(CODE)
@@ -67,5 +78,5 @@ $(RIVALS)/.complete: pyproject.toml constraints.txt benchmarks/rivals/constraint
 	@touch $@
 
 clean:  ## remove everything that was built or set up
-	rm -rf $(VENV) $(RIVALS) site build dist demo_output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RIVALS) $(STORES) site build dist demo_output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

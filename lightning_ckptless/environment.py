@@ -40,8 +40,10 @@ Set by the agent for its workers:
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 RUN_ROOT = "CKPTLESS_RUN_ROOT"
@@ -77,3 +79,29 @@ HYDRA = "CKPTLESS_HYDRA"
 def run_root(env: Mapping[str, str] = os.environ) -> Path:
     """The folder of all runs, where no option names one: as the environment says, or `./ckptless`."""
     return Path(env.get(RUN_ROOT) or "ckptless")
+
+
+def _kept_in(run_folder: Path) -> Path:
+    return run_folder / "variables-of-rank-0.json"
+
+
+def keep_for_rank_zero(run_folder: Path, variables: Mapping[str, str]) -> None:
+    """Keep variables for the next process that is rank 0, by which libraries continue what the last one began.
+
+    Args:
+        run_folder: of the run.
+        variables: beside those of every worker.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    _kept_in(run_folder).write_text(json.dumps(dict(variables)))
+
+
+def kept_for_rank_zero(run_folder: Path) -> dict[str, str]:
+    """The variables that `keep_for_rank_zero` has kept; none where there are none to read."""
+    with suppress(OSError, ValueError):
+        kept = json.loads(_kept_in(run_folder).read_text())
+        if isinstance(kept, dict):
+            return {str(name): str(value) for name, value in kept.items()}
+    return {}

@@ -15,6 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from lightning_ckptless import mlflow_tables
 from lightning_ckptless._autoload import autoload
 
 
@@ -58,6 +59,7 @@ FLAVOURS = {
 
 def register_everywhere() -> None:
     """Tell the distributions of Lightning that are imported, and see to it that later ones are told. Idempotent."""
+    mlflow_tables.open_one_at_a_time()
     for module_name, flavour in FLAVOURS.items():
         # A module that is still being executed may have no registry yet: its loader comes back here.
         registry = getattr(sys.modules.get(module_name), "StrategyRegistry", None)
@@ -83,13 +85,13 @@ def build_strategy(flavour: str, name: str, **options: Any) -> Any:
 
 
 class RegistryFinder(MetaPathFinder):
-    """Finds the modules with a registry as everybody else does, and adds a step behind their execution."""
+    """Finds the modules with a registry, and MLflow's store, as any finder does; adds a step after their execution."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Find one of the two modules through the other finders; leave all other modules to them."""
-        if fullname not in FLAVOURS:
+        """Find one of these modules through the other finders; leave all other modules to them."""
+        if fullname not in FLAVOURS and fullname != mlflow_tables.STORE:
             return None
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):

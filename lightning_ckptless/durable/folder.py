@@ -59,7 +59,7 @@ class Manifest:
         snapshot: version, generation, world size and digest of the layout.
         shards: one per rank.
         origin: checkpoint file that the run began from.
-        logger_versions: names and versions of its loggers.
+        logger_identities: the runs that its loggers write to.
         written_at: wall clock, in seconds since the epoch.
     """
 
@@ -67,7 +67,7 @@ class Manifest:
     snapshot: Snapshot
     shards: tuple[ShardFacts, ...]
     origin: str | None
-    logger_versions: list[dict[str, Any]] | None
+    logger_identities: list[dict[str, Any]] | None
     written_at: float
 
     def to_bytes(self) -> bytes:

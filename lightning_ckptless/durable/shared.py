@@ -147,7 +147,7 @@ class SharedWriter:
             snapshot=parts.snapshot,
             shards=tuple(whole.facts[shard] for shard in range(parts.snapshot.world_size)),
             origin=notes.get("origin"),
-            logger_versions=notes.get("logger_versions"),
+            logger_identities=notes.get("logger_identities"),
             written_at=time.time(),
         )
         write_manifest(parts.path, manifest)

@@ -170,7 +170,7 @@ class DurableWriter:
             snapshot=captured.snapshot,
             shards=tuple(ShardFacts(s.bulk.numel(), len(s.blob), s.checksum) for s in captured.shards),
             origin=notes.get("origin"),
-            logger_versions=notes.get("logger_versions"),
+            logger_identities=notes.get("logger_identities"),
             written_at=time.time(),
         )
 

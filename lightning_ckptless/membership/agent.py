@@ -243,6 +243,12 @@ class CkptlessAgent(LocalElasticAgent):
         job = self._current_workers().job(last.local_rank, env)
         return Process.start(self._parent, job, stdio)
 
+    def _kept_for(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
+        root = self._node.env.get(environment.RUN_ROOT)
+        if worker.global_rank or root is None:
+            return {}
+        return environment.kept_for_rank_zero(Path(root) / worker_group.spec.rdzv_handler.get_run_id())
+
     def _worker_env(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
         env = {
             **variables_of(worker_group, worker, restarts=self._history.count),
@@ -253,6 +259,8 @@ class CkptlessAgent(LocalElasticAgent):
         }
         if self._hydra:
             env[environment.HYDRA] = self._hydra
+        if self._starts or self.faults:
+            env |= self._kept_for(worker_group, worker)
         if self.faults:
             env[environment.FAULT_REPORT] = self.faults[-1].to_json()
         return env

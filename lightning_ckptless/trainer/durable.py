@@ -79,7 +79,7 @@ class DurableRung:
         self.folder = DurableFolder(path.with_name(f"{path.name}.{chapter}") if chapter else path)
         self._is_on = options.durable_every_n_steps is not None or options.durable_every_s is not None
         self._is_named = given is not None
-        self._logger_versions: dict[str, list[dict[str, Any]] | None] = {}
+        self._logger_identities: dict[str, list[dict[str, Any]] | None] = {}
 
     # ------------------------------------------------------------------ reading
 
@@ -92,14 +92,14 @@ class DurableRung:
         if self._is_on or self._is_named:
             self.folder.require_ours()
         mine = self.folder.states()
-        self._logger_versions = {str(path): manifest.logger_versions for path, manifest in mine}
+        self._logger_identities = {str(path): manifest.logger_identities for path, manifest in mine}
         told = json.dumps([asdict(manifest.state(path)) for path, manifest in mine]).encode()
         seen = [{_state(fields) for fields in json.loads(line)} for line in transport.gather(told)]
         return newest_first(list(set.intersection(*seen)))
 
-    def logger_versions(self, state: DurableState) -> list[dict[str, Any]] | None:
-        """Names and versions of the loggers of a state."""
-        return self._logger_versions.get(state.path)
+    def logger_identities(self, state: DurableState) -> list[dict[str, Any]] | None:
+        """The runs that the loggers of a state write to."""
+        return self._logger_identities.get(state.path)
 
     def bring(self, state: DurableState, cohort: Cohort) -> Complete | str:
         """Put a state into the arenas, in the place of all they hold. All ranks call it together.

@@ -46,7 +46,7 @@ from lightning_ckptless.trainer.host.sigterm import SigtermFlag
 from lightning_ckptless.trainer.host.streams import open_training_data
 from lightning_ckptless.trainer.identity import Identity, identify
 from lightning_ckptless.trainer.judgement import count_recovery, why_final
-from lightning_ckptless.trainer.log_files import LogFiles
+from lightning_ckptless.trainer.loggers import NOTE, RunLoggers
 from lightning_ckptless.trainer.lost_files import lost_logs, warning_of
 from lightning_ckptless.trainer.mirroring import Mirroring
 from lightning_ckptless.trainer.replay import BatchLog
@@ -83,7 +83,7 @@ class Engine:
         self.run_folder: Path = self.identity.run_folder
         self.streams: Streams = strategy.make_streams(trainer)
         self.durable = DurableRung(self.identity, chapter, self.options)
-        self.logs = LogFiles(trainer)
+        self.loggers = RunLoggers(trainer, self.run_folder, chapter)
         self.folders = RunFolders(trainer)
         self._line = line
         self.ledger = Ledger(self.run_folder / "ledger.jsonl")
@@ -116,6 +116,7 @@ class Engine:
         self.streams.place_at(place, places)
         if self.arena is not None:
             self._begun = BegunStep(self.arena.path, self.rank)
+            self.loggers.hold(self.arena.path)
 
     def open_data_anew(self) -> None:
         """Some rank is another one than before: open what each has a share of anew, on all of them."""
@@ -159,8 +160,11 @@ class Engine:
         self.folders.adopt(cohort.noted("folders"), self.rank)
         self.durable.share_out(cohort)
         self.report.generation = cohort.generation
-        saved = cohort.noted("logger_versions")
-        self.logs.name(saved)
+        saved = cohort.noted(NOTE)
+        self.loggers.hold(self.arena.path)
+        self.loggers.identify(saved)
+        if saved is None and self.trainer.is_global_zero:
+            self.loggers.warn_of_strangers()
         sources = Sources(self.durable, states, ckpt_path, saved is not None)
         plan, found = decide_start(self.trainer, cohort, self.options, sources, relaunched=relaunched)
         had_ended = plan.action is StartAction.RESTORE and relaunched and bool(cohort.noted("finished"))
@@ -173,11 +177,12 @@ class Engine:
         if plan.enters_midway:
             assert isinstance(found, Complete)
             if plan.state is not None:
-                self.logs.name(self.durable.logger_versions(plan.state))
+                self.loggers.identify(self.durable.logger_identities(plan.state))
             self._restoration = self.fetch(found)
             self.streams.opened_for = self.streams.count
             self.check_files(self._restoration)
-            self.logs.cut(self._restoration.state["logs"])
+            if (logs := self._restoration.small["logs"]) is not None:
+                self.loggers.cut(logs)
         else:
             self.streams.require()
             self._start_over(cohort, plan.action, logs_are_named=saved is not None, relaunched=relaunched)
@@ -187,8 +192,9 @@ class Engine:
         """Prepare to come to the others where they are: what can be known without them."""
         self.arena = find_or_make_arena(self.identity, self.chapter, self.options)
         self.folders.adopt(self.arena.notes().get("folders"), self.rank)
-        self.logs.name(self.arena.notes().get("logger_versions"))
-        self.logs.keep()
+        self.loggers.hold(self.arena.path)
+        self.loggers.identify_alone(self.arena)
+        self.loggers.keep()
 
     def connect(self) -> Transport:
         """A transport between the ranks of the generation."""
@@ -210,7 +216,9 @@ class Engine:
 
     def check_files(self, restoration: Restoration) -> None:
         """Warn of files that are not what they were at a version; before log files are cut back to it."""
-        if lost := [*lost_logs(self.trainer, restoration.state["logs"]), *self.files.lost]:
+        logs = restoration.small["logs"]
+        positions = None if logs is None else logs["files"]
+        if lost := [*lost_logs(self.trainer, positions), *self.files.lost]:
             self.report.say_of_files(warning_of(lost, restoration.version))
 
     def _start_over(self, cohort: Cohort, action: StartAction, *, logs_are_named: bool, relaunched: bool) -> None:
@@ -221,10 +229,11 @@ class Engine:
         cohort.transport.agree(True)
         if cohort.speaks_for_node:
             cohort.arena.clear()
+        self.loggers.start_over()
         if action is StartAction.DURABLE:
-            self.logs.name_anew()
+            self.loggers.choose_new()
         elif logs_are_named:
-            self.logs.empty()
+            self.loggers.empty()
 
     # ------------------------------------------------------------------ run
 
@@ -232,12 +241,13 @@ class Engine:
         """Called when the model, its optimizers and the loops are set up: take over the commit points."""
         trainer, loops, arena = self.trainer, FitLoops(self.trainer), self.arena
         assert arena is not None
-        self.logs.watch()
+        self.loggers.watch()
         CONSOLE.bar = progress.bar_kind(trainer)
         if is_first_of_node(local_rank()):
             self.durable.order_writer(arena, self._line)
-            arena.note("logger_versions", self.logs.names)
         self._note_folders(arena)
+        if self.cohort is not None:
+            self.loggers.note(self.cohort)
         self.loops = loops
         self._begun = BegunStep(arena.path, self.rank)
         self._take_pulse()
@@ -252,6 +262,7 @@ class Engine:
             self.report,
             batches,
             self.streams,
+            self.loggers,
             self._probe,
             sigterm,
             lambda: self.finish_asked,
@@ -300,6 +311,7 @@ class Engine:
 
         def settle() -> None:
             mirroring.small.apply(restoration.state)
+            self.loggers.restore(restoration.small["logs"])
             self.loops.set_sampler_epochs()
             restoration.open_streams(self.streams)
             restoration.move_data(self.loops)
@@ -344,6 +356,7 @@ class Engine:
         """Note which step is begun."""
         self._begun.stamp(self.trainer.global_step + 1)
         self.streams.fetch()
+        self.hand_rows_on()
         if self.mirroring is not None:
             self.mirroring.cadence.begin_step(self.trainer.global_step)
         self.beat(Point.BATCH)
@@ -356,10 +369,15 @@ class Engine:
             self._pulse.beat(self.trainer.global_step + (not done), point)
 
     def _commit(self, version: Version) -> None:
-        assert self.mirroring is not None
+        assert self.mirroring is not None and self.boundaries is not None
         self.beat(Point.COMMIT)
+        self.hand_rows_on()
         self.mirroring.commit(version)
         self.files.settle(self.mirroring.committed)
+        if self.boundaries.closes_validation(version):
+            # Who reads the metrics of a validation reads them now, not a step later.
+            self.mirroring.settle()
+            self.hand_rows_on()
         if self.strategy.watcher is not None and self._stepped_in != self.report.generation:
             self._stepped_in = self.report.generation
             self.strategy.watcher.tell("stepped")
@@ -373,6 +391,11 @@ class Engine:
         """Wait until the version under way is copied: the optimizer is about to change the tensors."""
         if self.mirroring is not None:
             self.mirroring.before_optimizer_step()
+
+    def hand_rows_on(self) -> None:
+        """Let the loggers have the rows of all steps that are committed."""
+        if self.mirroring is not None and self.mirroring.mirror is not None:
+            self.loggers.hand_on(self.mirroring.mirror.committed)
 
     def leave_loop(self) -> None:
         """The fit loop is over: from here on ranks go their own ways."""
@@ -446,6 +469,7 @@ class Engine:
     def close(self) -> None:
         """Release threads and mappings; the arena stays for a relaunch, its agent removes it."""
         self.detach()
+        self.loggers.release()
         CONSOLE.bar = Bar.NONE
         if self._pulse is not None:
             self._pulse.close()

@@ -19,11 +19,11 @@ from lightning_ckptless.replica.partition import plan_layout
 from lightning_ckptless.trainer.cadence import Cadence
 from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.compatibility import warn_of_loaders
-from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.recipe import recipe_of
 from lightning_ckptless.trainer.host.sigterm import SigtermFlag, sigterm_exception
 from lightning_ckptless.trainer.late_packing import pack_late
+from lightning_ckptless.trainer.loggers import RunLoggers
 from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.protecting import Protecting
 from lightning_ckptless.trainer.replay import BatchLog
@@ -47,6 +47,7 @@ class Mirroring:
         report: is told what it costs.
         batches: the batches in hand.
         streams: those that this rank carries.
+        loggers: of the trainer.
         probe: called in the mirror thread with the moment of a round and its version.
         sigterm: Lightning's flag for a request to end.
         finish_asked: whether this rank was asked to end the run, by a signal or by its agent.
@@ -65,6 +66,7 @@ class Mirroring:
         report: RunReport,
         batches: BatchLog,
         streams: Streams,
+        loggers: RunLoggers,
         probe: Callable[[str, Version], None],
         sigterm: SigtermFlag,
         finish_asked: Callable[[], bool],
@@ -78,6 +80,7 @@ class Mirroring:
         self._report = report
         self._batches = batches
         self._streams = streams
+        self._loggers = loggers
         self._probe = probe
         self._sigterm = sigterm
         self._finish_asked = finish_asked
@@ -243,7 +246,7 @@ class Mirroring:
                 "streams": self._streams.capture(),
                 "report": self._report.state(),
                 "interval": self.cadence.chosen,
-                "logger_versions": host_loggers.name_versions(self._trainer.loggers),
+                "logs": self._loggers.capture(version),
             }
         )
         return self._mirror.submit(version, tensors, blob, blocking_names=self._index.private)

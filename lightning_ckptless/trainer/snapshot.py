@@ -20,7 +20,6 @@ from lightning_ckptless.trainer.buckets import BucketWatch, restore_buckets
 from lightning_ckptless.trainer.compatibility import names_of_class
 from lightning_ckptless.trainer.data import data_position
 from lightning_ckptless.trainer.hooked import CheckpointHooks
-from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host.flavour import flavour_of, is_a, module
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.metrics import dump_metric, load_metric, metrics_of
@@ -111,7 +110,6 @@ class SmallState:
             "should_stop": trainer.should_stop,
             "buffers_are_due": self._buffers_are_due(),
             "buckets": self._buckets.settled(trainer.strategy.model),
-            "logs": host_loggers.log_positions(trainer.loggers) if trainer.is_global_zero else None,
             "rng": capture_rng(),
         }
 

@@ -84,6 +84,11 @@ class StepBoundaries:
             self._take(tail_done=True)
         self._after_batch()
 
+    def closes_validation(self, version: Version) -> bool:
+        """Whether a version, about to be noted as the last, is that behind a validation."""
+        last = self.last
+        return version.tail_done and last is not None and last == Version(version.optimizer_step, False)
+
     def _step_is_new(self) -> bool:
         last = self.last
         step = self.loops.trainer.global_step

@@ -158,8 +158,8 @@ def _inherited(
     smalls = _smalls(found, cohort, {rank: heir.sources for rank, heir in enumerate(heirs)})
     heir = heirs[cohort.rank]
     if cohort.rank:
-        # What stands in log files is rank 0's to say.
-        smalls[heir.home]["state"]["logs"] = None
+        # What is logged is rank 0's to say.
+        smalls[heir.home]["logs"] = None
     return heir, smalls
 
 

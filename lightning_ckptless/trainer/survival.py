@@ -33,7 +33,6 @@ from lightning_ckptless.replica.restore import choose
 from lightning_ckptless.trainer.cohort import form_cohort
 from lightning_ckptless.trainer.drive import go_on, run_joined
 from lightning_ckptless.trainer.exits import leave_process
-from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host import progress
 from lightning_ckptless.trainer.host.launch import is_stop
 from lightning_ckptless.trainer.mirroring import Mirroring
@@ -161,6 +160,8 @@ class Survival:
         """
         if self._watcher is not None and not self._watcher.ask_to_leave():
             raise TransportError(f"rank {self._engine.rank} was told to meet others while it asked to leave the loop")
+        # No rank goes back from here, but in a relaunch.
+        self._engine.loggers.flush()
         self._engine.report.ran_out()
 
     def _peer_fault(self, error: Exception) -> Assignment | None:
@@ -218,7 +219,7 @@ class Survival:
         generation, mesh = self._strategy.world.generation, self._strategy.mesh_sizes()
         engine.cohort = form_cohort(transport, engine.arena, nodes, engine.options, generation, mesh=mesh)
         self._strategy.world.renumber(engine.cohort.generation)
-        engine.logs.name_as_noted(engine.cohort)
+        engine.loggers.identify_as_noted(engine.cohort)
         self._move(WorkerEvent.MEET)
         engine.durable.share_out(engine.cohort)
         report.met(engine.cohort.generation)
@@ -245,9 +246,8 @@ class Survival:
         only_own = mirroring.tensors_are_of == version and not moved
         restoration.fill(self._trainer, only_own=only_own, index=mirroring.index_of(restoration.layout))
         self._mirroring.small.apply(restoration.state)
-        if restoration.state["logs"] is not None:
-            self._engine.check_files(restoration)
-            host_loggers.rewind_logs(self._trainer, restoration.state["logs"])
+        self._engine.check_files(restoration)
+        self._engine.loggers.restore(restoration.small["logs"])
         streams = self._engine.streams
         if moved:
             self._engine.open_data_anew()

@@ -16,6 +16,7 @@ CATCHES_EVERYTHING = {
     f"{PACKAGE}/_autoload.py": "an error would make `import torch` fail for everybody",
     f"{PACKAGE}/membership/worker.py": "it stands in for the interpreter, which reports whatever a program raises",
     f"{PACKAGE}/trainer/health.py": "whatever the user's check raises is its answer",
+    f"{PACKAGE}/trainer/loggers.py": "a logger that fails while fit ends must not hide why it ends",
     f"{PACKAGE}/trainer/survival.py": "the boundary of the fit loop: what is not a peer's fault is raised again",
     f"{PACKAGE}/replica/mirror.py": "the boundary of the thread: the training thread raises it",
 }

@@ -16,7 +16,7 @@ import lightning_ckptless
 from tests.house.code import REPOSITORY
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-CONSTRAINTS = ("constraints.txt", "benchmarks/rivals/constraints.txt")
+CONSTRAINTS = ("constraints.txt", "benchmarks/rivals/constraints.txt", "tests/lab/constraints-loggers.txt")
 
 
 def pins(file: str) -> dict[str, Version]:
@@ -25,19 +25,23 @@ def pins(file: str) -> dict[str, Version]:
     return {canonicalize_name(name): Version(version) for name, version in found}
 
 
-PINS, RIVALS_PINS = map(pins, CONSTRAINTS)
+PINS, RIVALS_PINS, LOGGERS_PINS = map(pins, CONSTRAINTS)
 EXTRAS = chain.from_iterable(PROJECT["optional-dependencies"].values())
 REQUIREMENTS = [Requirement(text) for text in (*PROJECT["dependencies"], *EXTRAS)]
 
 
 def test_what_is_required_is_pinned_within_its_range() -> None:
     others = [requirement for requirement in REQUIREMENTS if requirement.name != PROJECT["name"]]
-    pinned = PINS | RIVALS_PINS
+    pinned = PINS | RIVALS_PINS | LOGGERS_PINS
     assert [str(r) for r in others if not r.specifier.contains(pinned[canonicalize_name(r.name)])] == []
 
 
 def test_the_rivals_change_no_pin() -> None:
     assert not PINS.keys() & RIVALS_PINS.keys()
+
+
+def test_the_tracking_stores_change_no_pin() -> None:
+    assert not PINS.keys() & LOGGERS_PINS.keys()
 
 
 @pytest.mark.parametrize("file", CONSTRAINTS)

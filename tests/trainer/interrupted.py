@@ -16,7 +16,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.data import move_data_to
 from lightning_ckptless.trainer.drive import run_restored
-from lightning_ckptless.trainer.host.loggers import cut_logs, set_versions, watch_logs
+from lightning_ckptless.trainer.host.logger_identity import identity_of, set_identity
+from lightning_ckptless.trainer.host.loggers import cut_logs, log_positions, watch_logs
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.loader import make_resumable
 from lightning_ckptless.trainer.plain import pack, unpack
@@ -93,8 +94,14 @@ class OneProcess(SingleDeviceStrategy):
         small = pack(self.small.capture())
         if version == self.stop_at:
             tensors = {name: t.detach().clone() for name, t in StateIndex(self.trainer).read().items()}
-            versions = [getattr(logger, "_version", None) for logger in self.trainer.loggers]
-            self.taken = {"version": version, "small": small, "tensors": tensors, "loggers": versions}
+            loggers = self.trainer.loggers
+            self.taken = {
+                "version": version,
+                "small": small,
+                "tensors": tensors,
+                "loggers": [identity_of(logger) for logger in loggers],
+                "logs": log_positions(loggers),
+            }
             raise Interruption
 
     def restore(self) -> None:
@@ -142,9 +149,9 @@ def fit(options: Options, root: Path, strategy: Any, saved: dict[str, Any] | Non
     options, track = dataclasses.replace(options, devices=1, root=str(root)), Track()
     trainer, model, data = make_run(options, strategy, (track,))
     if saved:
-        for logger, version in zip(trainer.loggers, saved["loggers"], strict=True):
-            set_versions([logger], [{"kind": type(logger).__name__, "version": version}])
-        cut_logs(trainer, unpack(saved["small"])["logs"])
+        for logger, identity in zip(trainer.loggers, saved["loggers"], strict=True):
+            set_identity(logger, identity)
+        cut_logs(trainer, saved["logs"])
         trainer.num_sanity_val_steps = 0
     try:
         trainer.fit(model, datamodule=data)

@@ -14,6 +14,7 @@ from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host.ddp import model_averaging_period
 from lightning_ckptless.trainer.host.flavour import LIGHTNING, fabric_module, flavour_of, imported_flavour, is_a, module
 from lightning_ckptless.trainer.host.launch import CKPT_PATH_INDEX, fit_parameters, is_fit, is_stop, launcher_base
+from lightning_ckptless.trainer.host.logger_identity import private_attributes, set_identity
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.plain import pack, unpack
 from tests.lab.parts import Numbers
@@ -255,20 +256,18 @@ def test_every_loop_is_found(flavour: str, tmp_path: Path) -> None:
 def test_loggers_take_their_version_from_an_attribute(flavour: str, kind: str, tmp_path: Path) -> None:
     logger = getattr(module(flavour, "loggers"), kind)(str(tmp_path))
     assert logger._version is None
-    host_loggers.set_versions([logger], [{"kind": kind, "version": 7}])
+    set_identity(logger, {"_version": 7})
     assert Path(logger.log_dir).name == "version_7"
     assert logger._experiment is None
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_a_logger_that_answers_to_every_name_has_no_version(flavour: str) -> None:
-    dummy = module(flavour, "loggers.logger").DummyLogger()
-    assert callable(dummy._version)
-    found = host_loggers.name_versions([dummy])
-    assert found == [{"kind": "DummyLogger", "version": None}]
-    host_loggers.set_versions([dummy], [{"kind": "DummyLogger", "version": 3}])
-    host_loggers.forget_versions([dummy])
-    assert "_version" not in vars(dummy)
+@pytest.mark.parametrize("kind", private_attributes())
+def test_loggers_keep_which_run_they_write_to_in_private_attributes(flavour: str, kind: str) -> None:
+    """Read in their source: most of them take a package of their own to be made."""
+    found = "".join(inspect.getsource(cls) for cls in getattr(module(flavour, "loggers"), kind).__mro__[:-1])
+    for name in private_attributes()[kind]:
+        assert f"self.{name}" in found, f"Lightning has moved {kind}.{name}"
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)

@@ -1,9 +1,8 @@
-"""Log files go on in the folder of the run: each row and each event once, none lost, whenever the process dies."""
+"""Log files continue in the folder of the run: each row and each event once, none lost, whenever the process dies."""
 
 from __future__ import annotations
 
 import csv
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -14,22 +13,15 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_ckptless.protocol.placement import place
-from lightning_ckptless.replica.arena import Arena
-from lightning_ckptless.replica.owner import Owner
-from lightning_ckptless.replica.transport import SoloTransport
-from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.host.flavour import module
+from lightning_ckptless.trainer.host.logger_identity import identity_of, set_identity
 from lightning_ckptless.trainer.host.loggers import (
     cut_logs,
     empty_positions,
-    forget_versions,
     log_positions,
-    name_versions,
-    set_versions,
+    rewind_logs,
     watch_logs,
 )
-from lightning_ckptless.trainer.log_files import LogFiles
 from lightning_ckptless.trainer.plain import pack, unpack
 from tests.trainer.tiny import FLAVOURS, tiny_trainer
 
@@ -59,7 +51,7 @@ def used(logger: Any) -> Any:
 def started_again(logger: Any, saved: list[Any], root: Path, make: Callable[..., Any], flavour: str) -> Any:
     """A logger of a fresh process that goes on at a version."""
     fresh = make(root, flavour)
-    set_versions([fresh], name_versions([logger]))
+    set_identity(fresh, identity_of(logger))
     cut_logs(tiny_trainer(root, flavour, logger=fresh), unpack(pack(saved)))
     watch_logs([fresh])
     return fresh
@@ -78,35 +70,6 @@ def text(logger: Any) -> str:
     return Path(logger.log_dir, "metrics.csv").read_text()
 
 
-# ---------------------------------------------------------------------- folders
-
-
-@pytest.mark.parametrize("flavour", FLAVOURS)
-@pytest.mark.parametrize("make", [csv_logger, tensorboard])
-def test_a_fresh_logger_writes_into_the_folder_of_the_run(make: Any, flavour: str, tmp_path: Path) -> None:
-    _, logger = used(make(tmp_path, flavour)), used(make(tmp_path, flavour))
-    saved = name_versions([logger])
-    fresh = make(tmp_path, flavour)
-    set_versions([fresh], unpack(pack(saved)))
-    assert (fresh.version, fresh.log_dir) == (1, logger.log_dir)
-    forget_versions([fresh])
-    assert fresh.version == 2
-
-
-def test_a_version_that_is_not_chosen_yet_stays_open(tmp_path: Path) -> None:
-    saved = name_versions([csv_logger(tmp_path)])
-    fresh = csv_logger(tmp_path)
-    set_versions([fresh], saved)
-    assert fresh.version == 0
-
-
-def test_versions_are_those_of_the_same_kind_of_logger(tmp_path: Path) -> None:
-    fresh = csv_logger(tmp_path)
-    set_versions([fresh], [{"kind": "TensorBoardLogger", "version": 4}])
-    set_versions([], [{"kind": "CSVLogger", "version": 4}])
-    assert fresh.version == 0
-
-
 def test_loggers_of_other_kinds_are_left_alone(tmp_path: Path) -> None:
     class Own(module(FLAVOURS[0], "loggers").Logger):  # type: ignore[misc]
         name = version = None
@@ -116,10 +79,8 @@ def test_loggers_of_other_kinds_are_left_alone(tmp_path: Path) -> None:
 
     own = Own()
     watch_logs([own])
-    assert name_versions([own]) == [{"kind": "Own", "version": None}]
     assert log_positions([own]) == [None]
     cut_logs(tiny_trainer(tmp_path, logger=own), empty_positions([own]))
-    forget_versions([own])
 
 
 # ---------------------------------------------------------------------- CSV
@@ -291,6 +252,45 @@ def test_nobody_is_told_that_rows_will_be_deleted(watched: tuple[Any, str], tmp_
         started_again(logger, log_positions([logger]), tmp_path, csv_logger, flavour)
 
 
+def test_hyper_parameters_of_the_last_process_stay_beside_new_ones(watched: tuple[Any, str], tmp_path: Path) -> None:
+    logger, flavour = watched
+    logger.log_hyperparams({"lr": 0.1})
+    a_step(logger, 0)
+    fresh = started_again(logger, log_positions([logger]), tmp_path, csv_logger, flavour)
+    fresh.log_hyperparams({"width": 8})
+    assert set(Path(fresh.log_dir, "hparams.yaml").read_text().split("\n")) == {"lr: 0.1", "width: 8", ""}
+
+
+def test_a_rank_that_becomes_rank_0_opens_the_file_of_the_run(watched: tuple[Any, str], tmp_path: Path) -> None:
+    logger, flavour = watched
+    for step in range(3):
+        a_step(logger, step)
+    saved = log_positions([logger])
+    a_step(logger, 3)
+    fresh = csv_logger(tmp_path, flavour)
+    set_identity(fresh, identity_of(logger))
+    rewind_logs(tiny_trainer(tmp_path, flavour, logger=fresh), saved)
+    a_step(fresh, 3)
+    assert steps(fresh) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("make", [csv_logger, tensorboard])
+def test_a_logger_that_the_program_opened_before_fit_writes_into_the_folder_of_the_run(
+    make: Any, tmp_path: Path
+) -> None:
+    logger = make(tmp_path, FLAVOURS[0])
+    watch_logs([logger])
+    a_step(logger, 0)
+    saved = log_positions([logger])
+    fresh = make(tmp_path, FLAVOURS[0])
+    assert fresh.experiment.log_dir != logger.log_dir
+    set_identity(fresh, identity_of(logger))
+    cut_logs(tiny_trainer(tmp_path, logger=fresh), saved)
+    assert fresh.experiment.log_dir == logger.log_dir
+    for opened in (logger, fresh):
+        opened.finalize("success")
+
+
 # ---------------------------------------------------------------------- TensorBoard
 
 
@@ -369,16 +369,3 @@ def test_files_of_others_in_the_folder_stay(tmp_path: Path) -> None:
     other.touch()
     started_again(logger, empty_positions([logger]), tmp_path, tensorboard, FLAVOURS[0])
     assert other.exists()
-
-
-def test_a_node_that_comes_knows_the_folders_of_the_run(tmp_path: Path) -> None:
-    """It had chosen others by itself, and it may become the node of rank 0."""
-    arena = Arena.create(tmp_path, "run", "n1", Owner.of(os.getpid()))
-    trainer = tiny_trainer(tmp_path, logger=csv_logger(tmp_path))
-    trainer.logger._version = 7
-    notes = tuple({"logger_versions": [{"kind": "CSVLogger", "version": version}]} for version in (3, 7))
-    cohort = Cohort(SoloTransport(), arena, ("n0", "n1"), place(["n0", "n1"], 1), 1, notes)
-    LogFiles(trainer).name_as_noted(cohort)
-    assert trainer.logger._version == 3
-    assert arena.notes()["logger_versions"] == notes[0]["logger_versions"]
-    arena.close()

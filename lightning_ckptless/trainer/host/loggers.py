@@ -1,8 +1,8 @@
-"""Log files across a relaunch: the same folder, no row missing, no row twice.
+"""Log files of a run that is restored: cut back to a version, and written on from there.
 
-A fresh `CSVLogger` would open the next version folder, or delete the rows of the one it is given; a fresh
-`TensorBoardLogger` would write steps again that are already there. Before anything touches `.experiment`, the version
-is set to the one of the run and the files are cut back to what belongs to the restored version.
+A new `CSVLogger` would delete the rows of the folder that it is given; a new `TensorBoardLogger` would write steps
+again that are already there. Before anything asks for `experiment`, the files are cut back to what belongs to the
+restored version.
 """
 
 from __future__ import annotations
@@ -10,36 +10,14 @@ from __future__ import annotations
 import csv
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lightning_ckptless.trainer.host.flavour import flavour_of, is_a, module
 from lightning_ckptless.trainer.host.override import Override
-
-
-def name_versions(loggers: list[Any]) -> list[dict[str, Any]]:
-    """Name and version of each logger: known from the first moment of a run."""
-    return [{"kind": type(logger).__name__, "version": _version_of(logger)} for logger in loggers]
-
-
-def _version_of(logger: Any) -> int | str | None:
-    # Not by getattr: Lightning's DummyLogger has an attribute of every name.
-    version = vars(logger).get("_version")
-    return version if isinstance(version, int | str) else None
-
-
-def set_versions(loggers: list[Any], saved: list[dict[str, Any]]) -> None:
-    """Let fresh loggers write into the folders of the run."""
-    for logger, facts in zip(loggers, saved, strict=False):
-        if type(logger).__name__ == facts["kind"] and facts["version"] is not None and "_version" in vars(logger):
-            logger._version = facts["version"]
-
-
-def forget_versions(loggers: list[Any]) -> None:
-    """Let loggers choose folders of their own again."""
-    for logger in loggers:
-        if "_version" in vars(logger):
-            logger._version = None
 
 
 def note_saved_config(callbacks: list[Any], *, saved: bool) -> None:
@@ -88,6 +66,7 @@ def cut_logs(trainer: Any, saved: list[dict[str, Any] | None]) -> None:
         if "rows" in position and is_a(logger, "loggers", "CSVLogger"):
             _cut_csv(logger, position, flavour_of(trainer))
         elif "files" in position and is_a(logger, "loggers", "TensorBoardLogger"):
+            _close_elsewhere(logger)
             _cut_events(Path(logger.log_dir), position["files"])
 
 
@@ -105,15 +84,23 @@ def keep_logs(trainer: Any) -> None:
 
 
 def rewind_logs(trainer: Any, saved: list[dict[str, Any] | None]) -> None:
-    """Bring log files that are open back to saved positions; called on the rank that writes them."""
+    """Bring log files back to saved positions, open or not; called on the rank that writes them."""
     for logger, position in zip(trainer.loggers, saved, strict=False):
         if position is None:
             continue
         if "rows" in position and is_a(logger, "loggers", "CSVLogger"):
-            _rewind_csv(logger.experiment, position)
+            if _is_open(logger):
+                _rewind_csv(logger.experiment, position)
+            else:
+                _cut_csv(logger, position, flavour_of(trainer))
         elif "files" in position and is_a(logger, "loggers", "TensorBoardLogger"):
             logger.experiment.flush()
             _cut_events(Path(logger.log_dir), position["files"], spare=_open_events(logger))
+
+
+def _is_open(logger: Any) -> bool:
+    """Whether a `CSVLogger` writes, and into its own folder: the program may have opened another one before `fit`."""
+    return hasattr(logger._experiment, "ckptless_rows") and logger._experiment.log_dir == logger.log_dir
 
 
 # ---------------------------------------------------------------------- CSV
@@ -166,8 +153,17 @@ def _cut_csv(logger: Any, position: dict[str, Any], flavour: str) -> None:
     writer.metrics_keys = list(position["keys"])
     writer.metrics = list(position["unsaved"])
     writer.ckptless_rows = position["rows"]
+    writer.hparams = _saved_hparams(folder / writer.NAME_HPARAMS_FILE, flavour)
     _count_rows(writer)
     logger._experiment = writer
+
+
+def _saved_hparams(path: Path, flavour: str) -> dict[str, Any]:
+    """The hyper-parameters that are there: the writer puts all it knows into the file whenever it is given more."""
+    with suppress(yaml.YAMLError):
+        if path.exists():
+            return dict(module(flavour, "core.saving").load_hparams_from_yaml(path, use_omegaconf=False))
+    return {}
 
 
 def _rewind_csv(writer: Any, position: dict[str, Any]) -> None:
@@ -208,6 +204,14 @@ def _event_files(folder: Path) -> dict[str, Path]:
 def _open_events(logger: Any) -> Path:
     """The file that a logger writes into at present: in a process that is new it holds nothing but its head."""
     return Path(logger.experiment.file_writer.event_writer._file_name)
+
+
+def _close_elsewhere(logger: Any) -> None:
+    """Close a writer that the program opened before `fit`, in a folder that is not the run's."""
+    writer = logger._experiment
+    if writer is not None and writer.log_dir != logger.log_dir:
+        writer.close()
+        logger._experiment = None
 
 
 def _cut_events(folder: Path, sizes: dict[str, int], spare: Path | None = None) -> None:

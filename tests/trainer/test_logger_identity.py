@@ -1,0 +1,215 @@
+"""Which run of its store a logger writes to, from one process to the next."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_ckptless import environment
+from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.protocol.placement import place
+from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.owner import Owner
+from lightning_ckptless.replica.transport import SoloTransport
+from lightning_ckptless.trainer.cohort import Cohort
+from lightning_ckptless.trainer.host.flavour import module
+from lightning_ckptless.trainer.host.logger_identity import forget_identity, identity_of, set_identity, variables_of
+from lightning_ckptless.trainer.loggers import NOTE, RunLoggers
+from tests.trainer.tiny import FLAVOURS, tiny_trainer
+
+
+def file_logger(kind: str, root: Path, flavour: str = FLAVOURS[0], **given: Any) -> Any:
+    return getattr(module(flavour, "loggers"), kind)(str(root), **given)
+
+
+def own_logger(flavour: str = FLAVOURS[0], **methods: Any) -> Any:
+    """A logger of the user's own."""
+    base = module(flavour, "loggers").Logger
+    silent = dict.fromkeys(("log_metrics", "log_hyperparams"), lambda *_, **__: None)
+    return type("Own", (base,), {"name": "own", "version": 0, **silent, **methods})()
+
+
+def run_loggers(logger: Any, folder: Path, chapter: int = 0) -> RunLoggers:
+    return RunLoggers(tiny_trainer(folder, logger=logger), folder / "run", chapter)
+
+
+@pytest.fixture
+def arena(tmp_path: Path) -> Iterator[Arena]:
+    with closing(Arena.create(tmp_path, "run", "n1", Owner.of(os.getpid()))) as made:
+        yield made
+
+
+def cohort_of(arena: Arena, *notes: dict[str, Any]) -> Cohort:
+    nodes = tuple(f"n{number}" for number in range(len(notes)))
+    return Cohort(SoloTransport(), arena, nodes, place(nodes, 1 if len(nodes) > 1 else 0), 1, notes)
+
+
+# ---------------------------------------------------------------------- by class
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("kind", ["CSVLogger", "TensorBoardLogger"])
+def test_a_new_logger_writes_into_the_folder_of_the_run(kind: str, flavour: str, tmp_path: Path) -> None:
+    logger = file_logger(kind, tmp_path / "first", flavour, name="at-10-15")
+    (tmp_path / "first" / "at-10-15" / "version_0").mkdir(parents=True)
+    assert logger.version == 1
+    fresh = file_logger(kind, tmp_path / "second", flavour, name="at-10-16")
+    set_identity(fresh, identity_of(logger))
+    assert (fresh.name, fresh.save_dir, fresh.version) == ("at-10-15", str(tmp_path / "first"), 1)
+    assert fresh.log_dir == logger.log_dir
+    forget_identity(fresh)
+    logger.log_hyperparams({})
+    assert fresh.version == 2
+    logger.finalize("success")
+
+
+def test_a_version_that_is_not_chosen_yet_stays_open(tmp_path: Path) -> None:
+    fresh = file_logger("CSVLogger", tmp_path)
+    set_identity(fresh, identity_of(file_logger("CSVLogger", tmp_path)))
+    assert fresh.version == 0
+
+
+def test_identities_are_those_of_the_same_kind_of_logger(tmp_path: Path) -> None:
+    logger = file_logger("CSVLogger", tmp_path)
+    loggers = run_loggers(logger, tmp_path)
+    loggers.identify([{"kind": "TensorBoardLogger", "identity": {"_version": 4}}])
+    assert logger.version == 0
+
+
+def test_a_resume_from_a_file_chooses_a_new_folder_of_the_scripts_name(tmp_path: Path) -> None:
+    logger = file_logger("CSVLogger", tmp_path, name="script")
+    loggers = run_loggers(logger, tmp_path)
+    loggers.identify([{"kind": "CSVLogger", "identity": {"_name": "run", "_version": 4}}])
+    assert (logger.name, logger.version) == ("run", 4)
+    loggers.choose_new()
+    assert (logger.name, logger.version) == ("script", 0)
+
+
+# ---------------------------------------------------------------------- by the protocol
+
+
+def test_a_logger_of_ones_own_names_its_run_by_two_methods(tmp_path: Path) -> None:
+    def identify(self: Any) -> dict[str, Any]:
+        return {"run": self.run}
+
+    def continue_(self: Any, identity: dict[str, Any]) -> None:
+        self.run = identity["run"]
+
+    methods: dict[str, Any] = {"run": None, "ckptless_identity": identify, "set_ckptless_identity": continue_}
+    logger, fresh = own_logger(**methods), own_logger(**methods)
+    logger.run, fresh.run = "a", "b"
+    saved = run_loggers(logger, tmp_path).identities
+    assert saved == [{"kind": "Own", "identity": {"run": "a"}}]
+    run_loggers(fresh, tmp_path).identify(saved)
+    assert fresh.run == "a"
+
+
+@pytest.mark.parametrize("answer", [{"run": object()}, ["a"], None])
+def test_an_identity_that_is_no_plain_data_is_refused(answer: Any) -> None:
+    logger = own_logger(ckptless_identity=lambda _: answer, set_ckptless_identity=lambda *_: None)
+    with pytest.raises(OptionsError, match=r"Own.ckptless_identity\(\) must return"):
+        identity_of(logger)
+
+
+def test_a_logger_whose_run_is_not_known_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dummy = module(FLAVOURS[0], "loggers.logger").DummyLogger()
+    known = [file_logger("CSVLogger", tmp_path), dummy]
+    run_loggers(known, tmp_path).warn_of_strangers()
+    run_loggers([*known, own_logger(), own_logger()], tmp_path).warn_of_strangers()
+    (said,) = (record.message for record in caplog.records if record.name.startswith("lightning_ckptless"))
+    assert "Own" in said
+    assert "ckptless_identity() and set_ckptless_identity(identity)" in said
+
+
+def test_a_dummy_logger_is_not_asked_for_anything(tmp_path: Path, arena: Arena) -> None:
+    loggers = run_loggers(module(FLAVOURS[0], "loggers.logger").DummyLogger(), tmp_path)
+    loggers.hold(arena.path)
+    loggers.note(cohort_of(arena, {}))
+    assert arena.notes()[NOTE] == []
+    loggers.release()
+
+
+# ---------------------------------------------------------------------- where it is kept
+
+
+def test_a_node_that_comes_knows_the_runs_of_rank_0(tmp_path: Path, arena: Arena) -> None:
+    """It had chosen others by itself, and it may become the node of rank 0."""
+    notes = tuple({NOTE: [{"kind": "CSVLogger", "identity": {"_version": version}}]} for version in (3, 7))
+    logger = file_logger("CSVLogger", tmp_path, version=7)
+    run_loggers(logger, tmp_path).identify_as_noted(cohort_of(arena, *notes))
+    assert logger.version == 3
+    assert arena.notes()[NOTE] == notes[0][NOTE]
+
+
+@pytest.mark.parametrize("arena_is_empty", [False, True])
+def test_a_new_process_finds_the_run_in_the_arena_or_in_the_runs_folder(
+    arena_is_empty: bool, tmp_path: Path, arena: Arena
+) -> None:
+    first = file_logger("CSVLogger", tmp_path, version=5)
+    run_loggers(first, tmp_path, chapter=1).note(cohort_of(arena, {}))
+    if arena_is_empty:
+        arena.note(NOTE, None)
+    fresh = file_logger("CSVLogger", tmp_path)
+    run_loggers(fresh, tmp_path, chapter=1).identify_alone(arena)
+    assert fresh.version == 5
+    other = file_logger("CSVLogger", tmp_path)
+    if arena_is_empty:
+        run_loggers(other, tmp_path, chapter=2).identify_alone(arena)
+        assert other.version == 0
+
+
+def test_variables_for_rank_0_are_kept_in_the_runs_folder(tmp_path: Path) -> None:
+    assert environment.kept_for_rank_zero(tmp_path) == {}
+    environment.keep_for_rank_zero(tmp_path, {"WANDB_RUN_ID": "a"})
+    assert environment.kept_for_rank_zero(tmp_path) == {"WANDB_RUN_ID": "a"}
+
+
+# ---------------------------------------------------------------------- tracking services
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_wandb_resumes_by_its_id(flavour: str, tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="installed by the extra `loggers`")
+    make = module(flavour, "loggers").WandbLogger
+    logger, fresh = (make(name=name, project="p", save_dir=str(tmp_path), offline=True) for name in ("10:15", "10:16"))
+    set_identity(logger, {"_id": "abc"})
+    set_identity(fresh, identity_of(logger))
+    assert (fresh.version, fresh._wandb_init["name"]) == ("abc", "10:15")
+    assert (fresh._wandb_init["id"], fresh._wandb_init["resume"]) == ("abc", "allow")
+    assert fresh.save_dir == str(tmp_path)
+    assert variables_of([fresh]) == {"WANDB_RUN_ID": "abc", "WANDB_RESUME": "allow"}
+    assert variables_of([fresh, logger]) == {}
+    forget_identity(fresh)
+    assert fresh._wandb_init["id"] is None
+
+
+MLFLOW = """
+import importlib, sys
+from lightning_ckptless.trainer.host.logger_identity import identity_of, set_identity
+make = importlib.import_module(sys.argv[1] + ".loggers").MLFlowLogger
+logger, fresh = (make("e", tracking_uri="sqlite:///runs.db") for _ in range(2))
+stray = fresh.run_id
+assert stray != logger.run_id
+set_identity(fresh, identity_of(logger))
+assert (fresh.run_id, fresh.name) == (logger.run_id, logger.name)
+assert fresh.experiment.get_run(stray).info.status == "KILLED"
+fresh.finalize("success")
+assert fresh.experiment.get_run(logger.run_id).info.status == "FINISHED"
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_mlflow_continues_its_run_and_ends_one_that_was_opened_before_fit(flavour: str, tmp_path: Path) -> None:
+    for name in ("mlflow", "sqlalchemy"):
+        pytest.importorskip(name, reason="installed by the extra `loggers`")
+    # In a process of its own: MLflow keeps the database open.
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", MLFLOW, flavour], cwd=tmp_path, env=env, check=True, timeout=120)
