@@ -129,3 +129,18 @@ def pack(value: Any) -> bytes:
 
 
 unpack: Callable[[bytes], Any] = pickle.loads
+
+
+def is_same(left: Any, right: Any) -> bool:
+    """Whether two values of small state are equal in type and value, bit for bit."""
+    if left is right:
+        return True
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(is_same(value, right[key]) for key, value in left.items())
+    if isinstance(left, list | tuple | deque):
+        return len(left) == len(right) and all(map(is_same, left, right))
+    if isinstance(left, set | frozenset):
+        return bool(left == right)
+    return pack(left) == pack(right)

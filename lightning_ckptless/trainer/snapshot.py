@@ -18,19 +18,20 @@ from lightning_ckptless.errors import LayoutMismatchError
 from lightning_ckptless.trainer.buckets import BucketWatch, restore_buckets
 from lightning_ckptless.trainer.data import data_position
 from lightning_ckptless.trainer.host import loggers as host_loggers
+from lightning_ckptless.trainer.host.clocks import ages_of, set_ages
 from lightning_ckptless.trainer.host.flavour import flavour_of, is_a, module
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.metrics import dump_metric, load_metric, metrics_of
 from lightning_ckptless.trainer.host.results import dump_results, load_results
 from lightning_ckptless.trainer.inner import InnerState
-from lightning_ckptless.trainer.plain import heavy_attributes, plain_attributes, set_plain_attributes
+from lightning_ckptless.trainer.own_state import own_state, set_own_state
+from lightning_ckptless.trainer.plain import heavy_attributes, is_same, plain_attributes, set_plain_attributes
 from lightning_ckptless.trainer.rng import capture_rng, owned_generators, set_owned_generators
-from lightning_ckptless.trainer.state import optimizer_facts, set_optimizer_facts
+from lightning_ckptless.trainer.state import callback_modules, optimizer_facts, set_optimizer_facts
 
 log = logging.getLogger(__name__)
 
 HEAVY_BYTES = 8_000_000
-_PROCESS_BOUND = (("callbacks", "ProgressBar"), ("callbacks", "Timer"), ("callbacks", "DeviceStatsMonitor"))
 
 
 class SmallState:
@@ -48,7 +49,10 @@ class SmallState:
         self._modules = [m for _, m in named]
         # Those that inject faults or write traces are no part of the run: the next start may have others.
         self._callbacks = [c for c in trainer.callbacks if not type(c).__module__.startswith("lightning_ckptless")]
-        self._metrics = metrics_of(named)
+        beside = (
+            (f"{prefix}.{path}", m) for prefix, held in callback_modules(trainer) for path, m in held.named_modules()
+        )
+        self._metrics = metrics_of([*named, *beside])
         self._heavy_names: dict[int, frozenset[str]] = {}
         self._buckets = BucketWatch()
         self._inner = InnerState(self.module)
@@ -86,13 +90,17 @@ class SmallState:
         trainer = self.trainer
         return {
             "counters": self.loops.counters(),
+            "ages": ages_of(trainer),
             "data": data_position(self.loops) if data is None else data,
             "results": dump_results(trainer),
             "metrics": {name: dump_metric(metric) for name, metric in self._metrics.items()},
             "optimizers": optimizer_facts(trainer),
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
             "precision": trainer.precision_plugin.state_dict(),
-            "callbacks": [self._callback(callback) for callback in self._callbacks],
+            "callbacks": [
+                {"class": type(callback).__name__, **own_state(callback, self._heavy(callback))}
+                for callback in self._callbacks
+            ],
             "module": self._module(),
             "datamodule": self._datamodule(),
             "extras": self._extras(),
@@ -109,15 +117,6 @@ class SmallState:
         model = self.trainer.strategy.model
         return model.require_forward_param_sync if isinstance(model, DistributedDataParallel) else None
 
-    def _callback(self, callback: Any) -> dict[str, Any]:
-        bound = any(is_a(callback, *kind) for kind in _PROCESS_BOUND)
-        return {
-            "class": type(callback).__name__,
-            "state": callback.state_dict(),
-            "plain": {} if bound else plain_attributes(callback, leave=self._heavy(callback)),
-            "generators": {} if bound else owned_generators(callback),
-        }
-
     def _module(self) -> dict[str, Any]:
         return {
             "plain": plain_attributes(self.module, leave=self._module_baseline | self._heavy(self.module)),
@@ -129,11 +128,7 @@ class SmallState:
     def _datamodule(self) -> dict[str, Any] | None:
         if (datamodule := self.trainer.datamodule) is None:
             return None
-        return {
-            "state": datamodule.state_dict(),
-            "plain": plain_attributes(datamodule, leave=self._data_baseline | self._heavy(datamodule)),
-            "generators": owned_generators(datamodule),
-        }
+        return own_state(datamodule, self._data_baseline | self._heavy(datamodule))
 
     def _extras(self) -> dict[str, Any]:
         """What users put into a checkpoint by `on_save_checkpoint`: their own word for what is state."""
@@ -153,10 +148,7 @@ class SmallState:
         trainer = self.trainer
         self._check(saved)
         for callback, state in zip(self._callbacks, saved["callbacks"], strict=True):
-            if state["state"]:
-                callback.load_state_dict(copy.deepcopy(state["state"]))
-            set_plain_attributes(callback, copy.deepcopy(state["plain"]))
-            set_owned_generators(callback, state["generators"])
+            set_own_state(callback, state, self._heavy(callback))
         for config, state in zip(trainer.lr_scheduler_configs, saved["schedulers"], strict=True):
             config.scheduler.load_state_dict(copy.deepcopy(state))
         set_optimizer_facts(trainer, copy.deepcopy(saved["optimizers"]))
@@ -167,6 +159,7 @@ class SmallState:
         for owner in self._savers:
             _hook(owner, "on_load_checkpoint", trainer, copy.deepcopy(saved["extras"]))
         self.loops.set_counters(saved["counters"])
+        set_ages(trainer, saved["ages"])
         load_results(trainer, saved["results"])
         for name, state in saved["metrics"].items():
             load_metric(self._metrics[name], copy.deepcopy(state))
@@ -181,17 +174,15 @@ class SmallState:
         set_plain_attributes(self.module, copy.deepcopy(saved["module"]["plain"]))
         set_owned_generators(self.module, saved["module"]["generators"])
         for name, state in saved["module"]["extra_state"].items():
-            self._extra_state[name].set_extra_state(copy.deepcopy(state))
+            if not is_same(self._extra_state[name].get_extra_state(), state):
+                self._extra_state[name].set_extra_state(copy.deepcopy(state))
         self._inner.apply(copy.deepcopy(saved["module"]["inner"]))
 
     def _apply_datamodule(self, saved: dict[str, Any] | None) -> None:
         if saved is None:
             return
         datamodule = self.trainer.datamodule
-        if saved["state"]:
-            datamodule.load_state_dict(copy.deepcopy(saved["state"]))
-        set_plain_attributes(datamodule, copy.deepcopy(saved["plain"]))
-        set_owned_generators(datamodule, saved["generators"])
+        set_own_state(datamodule, saved, self._data_baseline | self._heavy(datamodule))
 
     def _check(self, saved: dict[str, Any]) -> None:
         pairs: tuple[tuple[str, list[str], list[str]], ...] = (

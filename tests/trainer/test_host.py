@@ -68,6 +68,8 @@ CLASSES = {
     "callbacks": [
         "ProgressBar",
         "Timer",
+        "ModelCheckpoint",
+        "ThroughputMonitor",
         "DeviceStatsMonitor",
         "BaseFinetuning",
         "StochasticWeightAveraging",
@@ -75,6 +77,7 @@ CLASSES = {
         "BatchSizeFinder",
     ],
     "cli": ["SaveConfigCallback"],
+    "trainer.trainer": ["Trainer"],
     "utilities.combined_loader": ["CombinedLoader"],
     "loops.optimization.automatic": ["ClosureResult"],
     "trainer.states": ["TrainerFn", "RunningStage"],

@@ -48,8 +48,6 @@ class FitLoops:
             "validation_has_run": self.validation._has_run,
             "train_data_epoch": self.fit._last_train_dl_reload_epoch,
             "validation_data_epoch": self.validation._last_val_dl_reload_epoch,
-            "last_validation_at": getattr(self.trainer, "_last_val_time", None),
-            "train_started_at": getattr(self.trainer, "_train_start_time", None),
         }
 
     def set_counters(self, saved: dict[str, Any]) -> None:
@@ -64,9 +62,6 @@ class FitLoops:
         self.validation._has_run = saved["validation_has_run"]
         self.fit._last_train_dl_reload_epoch = saved["train_data_epoch"]
         self.validation._last_val_dl_reload_epoch = saved["validation_data_epoch"]
-        if saved["last_validation_at"] is not None:
-            self.trainer._last_val_time = saved["last_validation_at"]
-            self.trainer._train_start_time = saved["train_started_at"]
 
     def _all(self, loop: Any) -> Iterator[Any]:
         base = module(flavour_of(self.trainer), "loops.loop")._Loop
