@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from collections.abc import Callable
@@ -32,9 +33,17 @@ from lightning_ckptless.trainer.snapshot import SmallState
 from lightning_ckptless.trainer.state import StateIndex, require_room
 from lightning_ckptless.trainer.still import StillWatch
 from lightning_ckptless.trainer.streams import Streams
+from lightning_ckptless.trainer.surroundings import Surroundings
 from lightning_ckptless.trainer.tensors import describe_state
 
+log = logging.getLogger(__name__)
+
 CLOSE_TIMEOUT_S = 10.0
+WHAT_IS_LOST = (
+    "%s was changed in training, and is an object or too large to be part of every step: a process that is replaced "
+    "begins with the first value. Keep what changes in a number, a list or an array of its own, or in `state_dict()` "
+    "of a callback"
+)
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 
 
@@ -90,6 +99,12 @@ class Mirroring:
         self._small: SmallState | None = None
         self._protecting: Protecting | None = None
         self._still = StillWatch()
+        self._surroundings = Surroundings(trainer, self._tell_of_loss)
+        loops.after_setup_of_validation_data(self._surroundings.on_validation_data)
+
+    def _tell_of_loss(self, name: str) -> None:
+        if self._trainer.is_global_zero:
+            log.warning("ckptless: %s", WHAT_IS_LOST % name)
 
     def index_of(self, layout: Layout) -> StateIndex | None:
         """Where the trainer's tensors are, if they are known to be those of a layout."""
@@ -112,7 +127,7 @@ class Mirroring:
     def small(self) -> SmallState:
         """The small state of the trainer."""
         if self._small is None:
-            self._small = SmallState(self._trainer)
+            self._small = SmallState(self._trainer, self._surroundings)
         return self._small
 
     # ------------------------------------------------------------------ generations

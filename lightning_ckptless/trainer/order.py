@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from lightning_ckptless.trainer.host.samplers import sampler_inside
-from lightning_ckptless.trainer.plain import plain_attributes, set_plain_attributes
+from lightning_ckptless.trainer.plain import heavy_attributes, plain_attributes, set_plain_attributes
 from lightning_ckptless.trainer.rng import apply_rng, capture_rng, owned_generators, set_owned_generators
+
+HEAVY_BYTES = 1_000_000
+"""A sampler's attribute beyond this is taken along only where it has changed since the sampler was made."""
 
 
 class OrderTracker(Protocol):
@@ -63,7 +66,11 @@ class Order:
 
 def dump_sampler(sampler: Any) -> bytes:
     """The global generators, and what a sampler and those inside it hold, before an order is drawn."""
-    return pickle.dumps((capture_rng(), [(plain_attributes(p), owned_generators(p)) for p in sampler_parts(sampler)]))
+    parts = [
+        (plain_attributes(part, leave=heavy_attributes(part, HEAVY_BYTES)), owned_generators(part))
+        for part in sampler_parts(sampler)
+    ]
+    return pickle.dumps((capture_rng(), parts))
 
 
 def apply_sampler(sampler: Any, saved: bytes) -> None:

@@ -28,6 +28,7 @@ from lightning_ckptless.trainer.own_state import own_state, set_own_state
 from lightning_ckptless.trainer.plain import heavy_attributes, is_same, plain_attributes, set_plain_attributes
 from lightning_ckptless.trainer.rng import capture_rng, owned_generators, set_owned_generators
 from lightning_ckptless.trainer.state import callback_modules, optimizer_facts, set_optimizer_facts
+from lightning_ckptless.trainer.surroundings import Surroundings
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +40,12 @@ class SmallState:
 
     Args:
         trainer: in `fit`, with its model attached and its data set up.
+        surroundings: of the trainer, watched since the fit was set up; None to watch them from now on.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, surroundings: Surroundings | None = None) -> None:
         self.trainer = trainer
+        self._surroundings = surroundings or Surroundings(trainer)
         self.loops = FitLoops(trainer)
         self.module = trainer.lightning_module
         named = list(self.module.named_modules())
@@ -103,6 +106,7 @@ class SmallState:
             ],
             "module": self._module(),
             "datamodule": self._datamodule(),
+            "surroundings": self._surroundings.capture(),
             "extras": self._extras(),
             "training": [m.training for m in self._modules],
             "should_stop": trainer.should_stop,
@@ -156,6 +160,7 @@ class SmallState:
             trainer.precision_plugin.load_state_dict(copy.deepcopy(saved["precision"]))
         self._apply_datamodule(saved["datamodule"])
         self._apply_module(saved)
+        self._surroundings.apply(saved["surroundings"])
         for owner in self._savers:
             _hook(owner, "on_load_checkpoint", trainer, copy.deepcopy(saved["extras"]))
         self.loops.set_counters(saved["counters"])

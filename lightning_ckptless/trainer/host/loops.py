@@ -150,10 +150,27 @@ class FitLoops:
 
     def set_length(self, most: int) -> None:
         """Have this epoch end after so many batches."""
+        if most == self.fit.max_batches:
+            return
         self.fit.max_batches = most
         interval = self.trainer.val_check_interval
         if isinstance(interval, float) and self.trainer.val_check_batch is not None:
             self.trainer.val_check_batch = max(1, int(most * interval))
+
+    @property
+    def validation_loader(self) -> Any:
+        """The validation data; None before it is set up."""
+        return self.validation._combined_loader
+
+    def after_setup_of_validation_data(self, do: Callable[[], None]) -> None:
+        """Call a function whenever the validation loop has set up its data, or kept what it has."""
+        own = self.validation.setup_data
+
+        def both() -> None:
+            own()
+            do()
+
+        self.validation.setup_data = both
 
     def before_setup_of_data(self, do: Callable[[], None]) -> None:
         """Call a function whenever the fit loop is about to set up its training data, or to keep what it has."""
@@ -210,6 +227,7 @@ class FitLoops:
         """Give the loops and the signal connector their own methods back."""
         for name in ("run", "setup_data", "on_run_end"):
             vars(self.fit).pop(name, None)
+        vars(self.validation).pop("setup_data", None)
         vars(self.epoch).pop("_broadcast_sigterm_tensor", None)
         vars(self.trainer._signal_connector).pop("_sigterm_notifier_fn", None)
 
