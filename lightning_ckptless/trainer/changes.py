@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from enum import Enum
 from operator import is_
 from typing import Any
 
@@ -23,7 +24,7 @@ Changed = dict[str, dict[str, dict[str, Any]]]
 COMPARED_BYTES = 65_536
 """Up to here a value is compared as a whole."""
 KEPT_BYTES = 8_000_000
-"""Up to here a value is taken along when it has changed."""
+"""Up to here a tensor or an array is taken along when it has changed; of other values those that are compared."""
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _ABSENT = object()
 
@@ -79,7 +80,6 @@ class _Owner:
         self._values = tuple(attributes.values())
         self._mutable = tuple(name for name, first in self._first.items() if first.is_mutable)
         self._lost: list[str] = []
-        self._told: set[str] = set()
 
     @property
     def _attributes(self) -> dict[str, Any] | None:
@@ -95,19 +95,19 @@ class _Owner:
             value = attributes.get(name, _ABSENT)
             if value is _ABSENT:
                 gone.append(name)
-            elif (size := measure(value, KEPT_BYTES)) is not None and size <= KEPT_BYTES:
+            elif _size(value) is Size.FITS:
                 changed[name] = _copied(value)
             elif not self._plain_only:
+                # Said once; from here on it is not looked at.
                 self._lost.append(name)
+                self._leave |= {name}
         if not changed and not gone:
             return {}
         return {"set": changed, "gone": dict.fromkeys(gone)}
 
     def lost(self) -> list[str]:
         """Names whose change was met since the last call, and could not be taken along."""
-        new = [name for name in self._lost if name not in self._told]
-        self._told.update(new)
-        self._lost.clear()
+        new, self._lost = self._lost, []
         return new
 
     def put(self, saved: dict[str, Any]) -> None:
@@ -119,7 +119,7 @@ class _Owner:
         for name in {*self._differing(attributes), *values, *gone}:
             if name in values:
                 _put(attributes, name, _copied(values[name]))
-            elif self._plain_only and name in attributes and measure(attributes[name], KEPT_BYTES) is None:
+            elif self._plain_only and name in attributes and _size(attributes[name]) is Size.UNKNOWN:
                 continue
             elif name in gone or name not in self._first:
                 attributes.pop(name, None)
@@ -130,7 +130,9 @@ class _Owner:
         """Names of the attributes that are not as they were at first."""
         if len(attributes) == len(self._values) and all(map(is_, attributes.values(), self._values)):
             # The same objects, as nearly always.
-            yield from (name for name in self._mutable if not self._first[name].is_still(attributes.get(name)))
+            for name in self._mutable:
+                if name not in self._leave and not self._first[name].is_still(attributes.get(name)):
+                    yield name
             return
         for name in {**self._first, **attributes}:
             if name in self._leave:
@@ -154,14 +156,10 @@ class _Value:
         self.is_mutable = False
         if type(value) in _ATOMS:
             return
-        size = measure(value, KEPT_BYTES if isinstance(value, torch.Tensor) else COMPARED_BYTES)
-        if isinstance(value, torch.Tensor):
-            self._mark = _mark(value)
-            if size is not None and size <= KEPT_BYTES:
-                self._copy = _copied(value)
-        elif size is not None and size <= COMPARED_BYTES:
+        fits = _size(value) is Size.FITS
+        if fits:
             self._copy = _copied(value)
-        else:
+        if isinstance(value, torch.Tensor) or not fits or _is_large_array(value):
             self._mark = _mark(value)
         self.is_mutable = self._mark != 0
 
@@ -180,6 +178,24 @@ class _Value:
             _put(attributes, name, _copied(self._copy))
         if self._mark is not None:
             self._mark = _mark(self._object)
+
+
+class Size(Enum):
+    """What can be done with a value."""
+
+    FITS = "taken along"
+    LARGE = "plain, and too large to be taken along"
+    UNKNOWN = "no plain data"
+
+
+def _size(value: Any) -> Size:
+    limit = KEPT_BYTES if isinstance(value, torch.Tensor | np.ndarray) else COMPARED_BYTES
+    size = measure(value, limit)
+    return Size.UNKNOWN if size is None else Size.FITS if size <= limit else Size.LARGE
+
+
+def _is_large_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.nbytes > COMPARED_BYTES
 
 
 def _mark(value: Any) -> Any:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from lightning_ckptless import torch_internals
 from lightning_ckptless.errors import CkptlessError
 from lightning_ckptless.trainer.changes import Changed, Changes
-from lightning_ckptless.trainer.order import Order, WatchedSampler, apply_sampler, dump_sampler, sampler_parts
+from lightning_ckptless.trainer.order import Order, Switched, WatchedSampler, apply_sampler, dump_sampler, sampler_parts
 from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.reach import reach
 from lightning_ckptless.trainer.rng import (
@@ -44,6 +44,7 @@ class LoaderPosition:
         at_start: generators and changed attributes just before the iterator was made (it draws its workers' seed).
         at_order: generators and the sampler's attributes just before an iterator was made of the sampler.
         at_sampler: the same just before the first index was drawn; None before that.
+        switched: numbers of the sampler that have changed between its batches.
         at_fetch: generators and attributes before the last batch was fetched; None where no batch lies prefetched.
         workers: per worker its generators after its last batch that was handed out.
         own_state: `state_dict()` of a loader that can say its own position.
@@ -55,6 +56,7 @@ class LoaderPosition:
     at_start: bytes
     at_order: bytes | None
     at_sampler: bytes | None
+    switched: Switched
     at_fetch: tuple[Any, Any, Changed] | None
     workers: dict[int, bytes]
     own_state: dict[str, Any] | None
@@ -100,6 +102,7 @@ class LoaderTracker:
         self.at_start = b""
         self.at_order: bytes | None = None
         self.at_sampler: bytes | None = None
+        self.switched: Switched = {}
         self.at_fetch: tuple[Any, Any, Changed] | None = None
         self.state_before_fetch: dict[str, Any] | None = None
         self.workers: dict[int, bytes] = {}
@@ -127,6 +130,7 @@ class LoaderTracker:
             at_start=self.at_start,
             at_order=self.at_order,
             at_sampler=self.at_sampler,
+            switched=dict(self.switched),
             at_fetch=self.at_fetch if buffered else None,
             workers=dict(self.workers),
             own_state=own_state,
@@ -149,6 +153,7 @@ class LoaderTracker:
         if resume is not None and resume.at_sampler is not None:
             apply_sampler(sampler, resume.at_sampler)
         self.at_sampler = dump_sampler(sampler)
+        self.switched = {} if resume is None else dict(resume.switched)
         return resume.yielded if resume is not None and self.by_index else 0
 
     def fetch(self, inner: Callable[[], Any]) -> Callable[[], Any]:
@@ -227,6 +232,8 @@ class LoaderTracker:
         finally:
             loader.worker_init_fn, self.rotation = user_init, 0
         self._skip(iterator, resume)
+        # The length of the epoch is taken next, as it was when the epoch began.
+        self.attributes.apply(attributes)
         set_owned_generators(self.dataset, resume.dataset)
         return iterator
 
