@@ -11,6 +11,7 @@ import copy
 from collections.abc import Collection
 from typing import Any
 
+from lightning_ckptless.trainer.host.averaging import AVERAGE_STATE, averages_weights
 from lightning_ckptless.trainer.host.clocks import ages_of, readings_of, set_ages, set_windows, windows_of
 from lightning_ckptless.trainer.host.flavour import is_a
 from lightning_ckptless.trainer.plain import is_same, plain_attributes, set_plain_attributes
@@ -32,7 +33,7 @@ def own_state(owner: Any, leave: Collection[str]) -> dict[str, Any]:
     if kept is not None:
         leave = [name for name in attributes if name not in kept]
     return {
-        "state": owner.state_dict(),
+        "state": _state_of(owner),
         "plain": plain_attributes(owner, leave={*leave, *readings_of(owner)}),
         "generators": owned_generators(owner) if kept is None else {},
         "names": tuple(attributes) if kept is None else None,
@@ -50,7 +51,7 @@ def set_own_state(owner: Any, saved: dict[str, Any], leave: Collection[str]) -> 
         leave: names of attributes that are not part of it.
     """
     _set_attributes(owner, saved, leave)
-    if saved["state"] and not _is_clock(owner) and not is_same(owner.state_dict(), saved["state"]):
+    if saved["state"] and not _is_told_by_attributes(owner) and not is_same(owner.state_dict(), saved["state"]):
         owner.load_state_dict(copy.deepcopy(saved["state"]))
         _set_attributes(owner, saved, leave)
 
@@ -70,6 +71,13 @@ def _attributes_of_the_process(owner: Any) -> tuple[str, ...] | None:
     return next((kept for name, kept in _OF_THE_PROCESS.items() if is_a(owner, "callbacks", name)), None)
 
 
-def _is_clock(owner: Any) -> bool:
-    """Whether `state_dict` reads the clock, and says something else at every call."""
-    return is_a(owner, "callbacks", "Timer")
+def _state_of(owner: Any) -> dict[str, Any]:
+    state: dict[str, Any] = owner.state_dict()
+    if averages_weights(owner):
+        return {key: value for key, value in state.items() if key != AVERAGE_STATE}
+    return state
+
+
+def _is_told_by_attributes(owner: Any) -> bool:
+    """Whether nothing is left to load: `state_dict` of a Timer says something else at every call."""
+    return is_a(owner, "callbacks", "Timer") or averages_weights(owner)

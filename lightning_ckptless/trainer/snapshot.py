@@ -17,7 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_ckptless.errors import LayoutMismatchError
 from lightning_ckptless.trainer.buckets import BucketWatch, restore_buckets
 from lightning_ckptless.trainer.data import data_position
+from lightning_ckptless.trainer.groups import GroupNames
 from lightning_ckptless.trainer.host import loggers as host_loggers
+from lightning_ckptless.trainer.host.averaging import join_scheduler
 from lightning_ckptless.trainer.host.clocks import ages_of, set_ages
 from lightning_ckptless.trainer.host.flavour import flavour_of, is_a, module
 from lightning_ckptless.trainer.host.loops import FitLoops
@@ -27,7 +29,8 @@ from lightning_ckptless.trainer.inner import InnerState
 from lightning_ckptless.trainer.own_state import own_state, set_own_state
 from lightning_ckptless.trainer.plain import heavy_attributes, is_same, plain_attributes, set_plain_attributes
 from lightning_ckptless.trainer.rng import capture_rng, owned_generators, set_owned_generators
-from lightning_ckptless.trainer.state import callback_modules, optimizer_facts, set_optimizer_facts
+from lightning_ckptless.trainer.schedulers import Schedulers
+from lightning_ckptless.trainer.state import callback_modules, optimizer_facts, set_optimizer_facts, trained_alone
 from lightning_ckptless.trainer.surroundings import Surroundings
 
 log = logging.getLogger(__name__)
@@ -56,6 +59,7 @@ class SmallState:
             (f"{prefix}.{path}", m) for prefix, held in callback_modules(trainer) for path, m in held.named_modules()
         )
         self._metrics = metrics_of([*named, *beside])
+        self._groups, self._schedulers = GroupNames(trainer), Schedulers(trainer)
         self._heavy_names: dict[int, frozenset[str]] = {}
         self._buckets = BucketWatch()
         self._inner = InnerState(self.module)
@@ -98,7 +102,9 @@ class SmallState:
             "results": dump_results(trainer),
             "metrics": {name: dump_metric(metric) for name, metric in self._metrics.items()},
             "optimizers": optimizer_facts(trainer),
-            "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            "groups": self._groups.now(),
+            "trained_alone": sorted(trained_alone(trainer)),
+            "schedulers": self._schedulers.capture(),
             "precision": trainer.precision_plugin.state_dict(),
             "callbacks": [
                 {"class": type(callback).__name__, **own_state(callback, self._heavy(callback))}
@@ -153,8 +159,8 @@ class SmallState:
         self._check(saved)
         for callback, state in zip(self._callbacks, saved["callbacks"], strict=True):
             set_own_state(callback, state, self._heavy(callback))
-        for config, state in zip(trainer.lr_scheduler_configs, saved["schedulers"], strict=True):
-            config.scheduler.load_state_dict(copy.deepcopy(state))
+        self._schedulers.apply(saved["schedulers"])
+        join_scheduler(self._callbacks, trainer)
         set_optimizer_facts(trainer, copy.deepcopy(saved["optimizers"]))
         if saved["precision"]:
             trainer.precision_plugin.load_state_dict(copy.deepcopy(saved["precision"]))
@@ -197,7 +203,6 @@ class SmallState:
                 [type(c).__name__ for c in self._callbacks],
             ),
             ("modules", [str(len(saved["training"]))], [str(len(self._modules))]),
-            ("schedulers", [str(len(saved["schedulers"]))], [str(len(self.trainer.lr_scheduler_configs))]),
             ("metrics", sorted(saved["metrics"]), sorted(self._metrics)),
         )
         for kind, expected, found in pairs:

@@ -20,6 +20,7 @@ from lightning_ckptless.trainer.host.loggers import cut_logs, set_versions, watc
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.loader import make_resumable
 from lightning_ckptless.trainer.plain import pack, unpack
+from lightning_ckptless.trainer.restoration import restore_structure
 from lightning_ckptless.trainer.rng import apply_rng
 from lightning_ckptless.trainer.snapshot import SmallState
 from lightning_ckptless.trainer.state import StateIndex, make_room_for_buffers, make_room_for_optimizer_state
@@ -102,6 +103,7 @@ class OneProcess(SingleDeviceStrategy):
 
     def restore(self) -> None:
         assert self.saved
+        restore_structure(self.trainer, unpack(self.saved["small"]))
         tensors = self.saved["tensors"]
         described = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
         optimizer = {name: facts for name, facts in described.items() if name.startswith("optimizer/")}

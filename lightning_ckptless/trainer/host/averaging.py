@@ -1,0 +1,24 @@
+"""`StochasticWeightAveraging`, whose state refers to a scheduler of the trainer and holds a whole second model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from lightning_ckptless.trainer.host.flavour import is_a
+
+AVERAGE_STATE = "average_model_state"
+"""Key of its `state_dict` that holds the averaged model: its tensors are mirrored with those of the model."""
+
+
+def averages_weights(callback: Any) -> bool:
+    """Whether a callback is one."""
+    return is_a(callback, "callbacks", "StochasticWeightAveraging")
+
+
+def join_scheduler(callbacks: Iterable[Any], trainer: Any) -> None:
+    """Have it hold the scheduler that the trainer steps, which may have been made in this process."""
+    for callback in callbacks:
+        if averages_weights(callback):
+            configs = trainer.lr_scheduler_configs
+            callback._swa_scheduler = configs[0].scheduler if callback._initialized else None
