@@ -94,6 +94,7 @@ class Mirroring:
         self._cohort: Cohort | None = None
         self._mirror: Mirror | None = None
         self._seen: Version | None = None
+        self._writes = 0
         self._index: StateIndex | None = None
         self._layout: Layout | None = None
         self._small: SmallState | None = None
@@ -105,6 +106,13 @@ class Mirroring:
     def _tell_of_loss(self, name: str) -> None:
         if self._trainer.is_global_zero:
             log.warning("ckptless: %s", WHAT_IS_LOST % name)
+
+    def holds(self, version: Version) -> bool:
+        """Whether the tensors that all ranks share are still those of a version: a hook may have written to them."""
+        index = self._index
+        if self.tensors_are_of != version or index is None or not index.is_current():
+            return False
+        return index.writes() == self._writes
 
     def index_of(self, layout: Layout) -> StateIndex | None:
         """Where the trainer's tensors are, if they are known to be those of a layout."""
@@ -145,7 +153,7 @@ class Mirroring:
             index: where its tensors are in this trainer.
             protect: fills in the copies that it lacks; all ranks call it together.
         """
-        self._index, self._layout = index, layout
+        self._index, self._layout, self._writes = index, layout, index.writes()
         self.taken = self.tensors_are_of = self._seen = version
         assert self._cohort is not None
         self._tell_plan(version)
@@ -201,6 +209,7 @@ class Mirroring:
             self._tell_plan(version)
         self._seen = version
         assert self._index is not None and self._mirror is not None
+        self._writes = self._index.writes()
         if self._options.on_late == "skip" and self._mirror.busy and not self._ends_here:
             self._mirror.skip(version)
             self._report.taken(0.0, time.perf_counter() - began, self._mirror)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_ckptless.errors import LayoutMismatchError, OptionsError
 from lightning_ckptless.replica.description import local_part
-from lightning_ckptless.torch_internals import parameter_dicts
+from lightning_ckptless.torch_internals import parameter_dicts, version_counter
 from lightning_ckptless.trainer.buckets import summed_parameters
 from lightning_ckptless.trainer.plain import plain_attributes, set_plain_attributes
 from lightning_ckptless.trainer.sharding import reshard, sharded_modules
@@ -50,6 +50,8 @@ class StateIndex:
         for prefix, extra in callback_modules(trainer):
             self._add_module(f"{prefix}/", extra)
         self._fixed = {name: tensor for name, tensor in optimizer_tensors(trainer) if name.endswith("/value")}
+        private = self.private
+        self._shared = [(place, key) for name, place, key in self._places if name not in private]
         self._present = self._present_now()
         self._add_optimizers()
         self._shardings = {name: _sharding(tensor) for name, tensor in self.tensors().items()}
@@ -93,6 +95,10 @@ class StateIndex:
         """All big tensors by name, as they are now, sharded ones as such."""
         reshard(self._sharded)
         return {name: place[key] for name, place, key in self._places} | self._fixed
+
+    def writes(self) -> int:
+        """How often the parameters that all ranks share were written to; writes by `.data` are not counted."""
+        return sum(version_counter(place[key]) for place, key in self._shared)
 
     def keep_only(self, names: Collection[str]) -> None:
         """Drop buffers and optimizer tensors that the trainer has made since a version that it goes back to.
@@ -172,9 +178,9 @@ def note_trained_alone(trainer: Any, alone: dict[str, nn.Parameter]) -> None:
     new = {name for name, parameter in alone.items() if parameter.requires_grad} - trained_alone(trainer)
     if new and trainer.is_global_zero:
         log.warning(
-            "ckptless: %d parameters (%s, ...) were frozen when DDP wrapped the model and are trained from step %d: DDP "
-            "does not sum their gradients, so each rank trains them for itself. For ranks that agree freeze them when "
-            "training has begun, with find_unused_parameters=True",
+            "ckptless: %d parameters (%s, ...) were frozen when DDP wrapped the model and are trained from step %d: "
+            "DDP does not sum their gradients, so each rank trains them for itself. For ranks that agree freeze them "
+            "when training has begun, with find_unused_parameters=True",
             len(new), min(new), trainer.global_step,
         )  # fmt: skip
     trained_alone(trainer).update(new)
