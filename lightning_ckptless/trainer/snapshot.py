@@ -19,7 +19,7 @@ from lightning_ckptless.trainer.buckets import BucketWatch, restore_buckets
 from lightning_ckptless.trainer.data import data_position
 from lightning_ckptless.trainer.groups import GroupNames
 from lightning_ckptless.trainer.host import loggers as host_loggers
-from lightning_ckptless.trainer.host.averaging import join_scheduler
+from lightning_ckptless.trainer.host.averaging import join_scheduler, steps_with_old_gradients
 from lightning_ckptless.trainer.host.clocks import ages_of, set_ages
 from lightning_ckptless.trainer.host.flavour import flavour_of, is_a, module
 from lightning_ckptless.trainer.host.loops import FitLoops
@@ -29,7 +29,6 @@ from lightning_ckptless.trainer.inner import InnerState
 from lightning_ckptless.trainer.own_state import own_state, set_own_state
 from lightning_ckptless.trainer.plain import heavy_attributes, is_same, plain_attributes, set_plain_attributes
 from lightning_ckptless.trainer.rng import capture_rng, owned_generators, set_owned_generators
-from lightning_ckptless.trainer.schedulers import Schedulers
 from lightning_ckptless.trainer.state import callback_modules, optimizer_facts, set_optimizer_facts, trained_alone
 from lightning_ckptless.trainer.surroundings import Surroundings
 
@@ -59,7 +58,7 @@ class SmallState:
             (f"{prefix}.{path}", m) for prefix, held in callback_modules(trainer) for path, m in held.named_modules()
         )
         self._metrics = metrics_of([*named, *beside])
-        self._groups, self._schedulers = GroupNames(trainer), Schedulers(trainer)
+        self._groups = GroupNames(trainer)
         self._heavy_names: dict[int, frozenset[str]] = {}
         self._buckets = BucketWatch()
         self._inner = InnerState(self.module)
@@ -104,7 +103,7 @@ class SmallState:
             "optimizers": optimizer_facts(trainer),
             "groups": self._groups.now(),
             "trained_alone": sorted(trained_alone(trainer)),
-            "schedulers": self._schedulers.capture(),
+            "schedulers": self._surroundings.schedulers.capture(),
             "precision": trainer.precision_plugin.state_dict(),
             "callbacks": [
                 {"class": type(callback).__name__, **own_state(callback, self._heavy(callback))}
@@ -116,11 +115,22 @@ class SmallState:
             "extras": self._extras(),
             "training": [m.training for m in self._modules],
             "should_stop": trainer.should_stop,
+            "gradients": self._gradients(),
             "buffers_are_due": self._buffers_are_due(),
             "buckets": self._buckets.settled(trainer.strategy.model),
             "logs": host_loggers.log_positions(trainer.loggers) if trainer.is_global_zero else None,
             "rng": capture_rng(),
         }
+
+    def _gradients(self) -> dict[str, Any] | None:
+        """Those of the last step, where another step is made of them; nearly never."""
+        if not steps_with_old_gradients(self._callbacks, self.trainer):
+            return None
+        return {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+
+    def _apply_gradients(self, saved: dict[str, Any]) -> None:
+        for name, parameter in self.module.named_parameters():
+            parameter.grad = saved[name].to(parameter.device) if name in saved else None
 
     def _buffers_are_due(self) -> bool | None:
         """Whether DDP broadcasts buffers at the next forward: it does so once per process where its flag says no."""
@@ -159,7 +169,7 @@ class SmallState:
         self._check(saved)
         for callback, state in zip(self._callbacks, saved["callbacks"], strict=True):
             set_own_state(callback, state, self._heavy(callback))
-        self._schedulers.apply(saved["schedulers"])
+        self._surroundings.schedulers.apply(saved["schedulers"])
         join_scheduler(self._callbacks, trainer)
         set_optimizer_facts(trainer, copy.deepcopy(saved["optimizers"]))
         if saved["precision"]:
@@ -177,6 +187,8 @@ class SmallState:
         for m, training in zip(self._modules, saved["training"], strict=True):
             m.training = training
         trainer.should_stop = saved["should_stop"]
+        if saved["gradients"] is not None:
+            self._apply_gradients(saved["gradients"])
         if saved["buffers_are_due"] is not None:
             trainer.strategy.model.require_forward_param_sync = saved["buffers_are_due"]
         restore_buckets(trainer.strategy.model, saved["buckets"])

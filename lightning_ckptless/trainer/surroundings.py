@@ -15,6 +15,7 @@ from lightning_ckptless.trainer.changes import Changed, Changes
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.settings import kept_elsewhere, optimizer_wrappers, settings_of
 from lightning_ckptless.trainer.loader import tracker_of, watch_attributes
+from lightning_ckptless.trainer.schedulers import Schedulers
 
 _VALIDATION = "trainer.fit_loop.epoch_loop.val_loop"
 
@@ -25,12 +26,16 @@ class Surroundings:
     Args:
         trainer: its strategy is set up.
         tell: is told once of each attribute whose change is lost when its process is.
+
+    Attributes:
+        schedulers: those that the trainer began with, and later ones.
     """
 
     def __init__(self, trainer: Any, tell: Callable[[str], None] = lambda _: None) -> None:
         self._trainer = trainer
         self._loops = FitLoops(trainer)
         self._tell = tell
+        self.schedulers = Schedulers(trainer)
         settings = [*settings_of(trainer), *optimizer_wrappers(trainer)]
         self._settings = Changes(settings, kept_elsewhere(trainer), plain_only=True)
         self._validation: list[Changes] = []
