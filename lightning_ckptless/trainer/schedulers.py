@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lightning_ckptless.errors import LayoutMismatchError, OptionsError
+from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.trainer.host.flavour import flavour_of, module
 from lightning_ckptless.trainer.plain import SmallTensorPickler
 
@@ -32,6 +32,11 @@ class Schedulers:
         self._first = list(trainer.lr_scheduler_configs)
         self._built: dict[int, tuple[Any, bytes]] = {}
 
+    @property
+    def first(self) -> list[str]:
+        """Class names of those that were there when training began."""
+        return [type(config.scheduler).__name__ for config in self._first]
+
     def capture(self) -> list[dict[str, Any]]:
         """The state of each, and of those that came later what they are made of.
 
@@ -49,11 +54,7 @@ class Schedulers:
         ]
 
     def apply(self, saved: list[dict[str, Any]]) -> None:
-        """Have the schedulers that were captured, with their state.
-
-        Raises:
-            LayoutMismatchError: the script has made others than those with which training began.
-        """
+        """Have the schedulers that were captured, with their state; the trainer has begun with the same ones."""
         live = list(self._trainer.lr_scheduler_configs)
         configs = [self._config(place, state, live[place : place + 1]) for place, state in enumerate(saved)]
         self._trainer.lr_scheduler_configs[:] = configs
@@ -65,13 +66,7 @@ class Schedulers:
 
     def _config(self, place: int, saved: dict[str, Any], live: list[Any]) -> Any:
         if saved["built"] is None:
-            if place < len(self._first) and type(self._first[place].scheduler).__name__ == saved["class"]:
-                return self._first[place]
-            made = [type(config.scheduler).__name__ for config in self._first]
-            raise LayoutMismatchError(
-                f"the mirrored run has schedulers, of which {place} is {saved['class']}; the relaunched script made "
-                f"{', '.join(made) or 'none'}: it must build the same trainer and model at every start"
-            )
+            return self._first[place]
         if live and not self._is_first(place, live[0]) and type(live[0].scheduler).__name__ == saved["class"]:
             return live[0]
         scheduler = _Maker(saved["built"], self._trainer.optimizers).load()

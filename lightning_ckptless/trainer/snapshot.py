@@ -103,6 +103,7 @@ class SmallState:
             "optimizers": optimizer_facts(trainer),
             "groups": self._groups.now(),
             "trained_alone": sorted(trained_alone(trainer)),
+            "first_schedulers": self._surroundings.schedulers.first,
             "schedulers": self._surroundings.schedulers.capture(),
             "precision": trainer.precision_plugin.state_dict(),
             "callbacks": [
@@ -215,6 +216,7 @@ class SmallState:
                 [type(c).__name__ for c in self._callbacks],
             ),
             ("modules", [str(len(saved["training"]))], [str(len(self._modules))]),
+            ("schedulers", saved["first_schedulers"], self._surroundings.schedulers.first),
             ("metrics", sorted(saved["metrics"]), sorted(self._metrics)),
         )
         for kind, expected, found in pairs:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 
-from lightning_ckptless.errors import LayoutMismatchError, OptionsError
+from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.trainer.groups import GroupNames, names_in_groups, restore_groups
 from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.schedulers import Schedulers
@@ -128,13 +128,3 @@ def test_a_scheduler_that_cannot_be_made_again_is_refused_when_it_is_set() -> No
     schedule(trainer, torch.optim.lr_scheduler.LambdaLR, lambda _: 1.0)
     with pytest.raises(OptionsError, match=r"LambdaLR became a scheduler at step 3.*top of a module"):
         schedulers.capture()
-
-
-def test_a_script_with_other_schedulers_is_named() -> None:
-    first, second = trainer_with(), trainer_with()
-    schedule(first, torch.optim.lr_scheduler.StepLR, 1)
-    saved = Schedulers(first).capture()
-    with pytest.raises(
-        LayoutMismatchError, match="has schedulers, of which 0 is StepLR; the relaunched script made none"
-    ):
-        Schedulers(second).apply(saved)
