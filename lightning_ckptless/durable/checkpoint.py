@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,9 +83,9 @@ def lightning_checkpoint(captured: Captured) -> dict[str, Any]:
         "pytorch-lightning_version": recipe.lightning_version,
         "state_dict": model_state(recipe, small, tensors),
         "loops": {"fit_loop": loops, **recipe.other_loops},
-        "callbacks": _callback_states(recipe, small),
+        "callbacks": _callback_states(recipe, small, tensors),
         "optimizer_states": [_optimizer_state(recipe, small, tensors, i) for i in range(len(recipe.parameters))],
-        "lr_schedulers": small["schedulers"],
+        "lr_schedulers": [scheduler["state"] for scheduler in small["schedulers"]],
         **recipe.hyper_parameters,
     }
     if small["precision"]:
@@ -96,9 +97,21 @@ def lightning_checkpoint(captured: Captured) -> dict[str, Any]:
     return checkpoint
 
 
-def _callback_states(recipe: Recipe, small: Mapping[str, Any]) -> dict[str, Any]:
-    states = (callback["state"] for callback in small["callbacks"])
+def _callback_states(recipe: Recipe, small: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    states = [
+        callback["state"] | _average_state(tensors)
+        if callback["class"] == "StochasticWeightAveraging"
+        else callback["state"]
+        for callback in small["callbacks"]
+    ]
     return {key: state for key, state in zip(recipe.callback_keys, states, strict=True) if state}
+
+
+def _average_state(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The averaged model of `StochasticWeightAveraging`, which lies among the big tensors."""
+    averaged = re.compile(r".*\.StochasticWeightAveraging\._average_model/(?:parameter|buffer)/(.*)")
+    found = {match[1]: tensor for name, tensor in tensors.items() if (match := averaged.fullmatch(name))}
+    return {"average_model_state": found}
 
 
 def _optimizer_state(

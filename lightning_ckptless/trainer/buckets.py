@@ -7,6 +7,7 @@ begin with the buckets that the others had come to.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
@@ -15,6 +16,25 @@ from lightning_ckptless.torch_internals import bucket_layout, set_bucket_layout,
 
 Buckets = list[list[int]] | None
 """Places of the parameters by bucket; None where a model has none."""
+
+
+_SUMMED: weakref.WeakKeyDictionary[DistributedDataParallel, frozenset[int]] = weakref.WeakKeyDictionary()
+
+
+def note_summed(model: Any) -> None:
+    """Remember which parameters want gradients as a model is wrapped: those of the others are never summed."""
+    if isinstance(model, DistributedDataParallel):
+        _SUMMED[model] = frozenset(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
+
+
+def summed_parameters(model: Any) -> frozenset[int] | None:
+    """Identities of the parameters whose gradients are summed over the ranks; None where that is not DDP's to say."""
+    if not isinstance(model, DistributedDataParallel):
+        return None
+    if model not in _SUMMED:
+        parameters = list(model.module.parameters())
+        _SUMMED[model] = frozenset(id(parameters[place]) for bucket in bucket_layout(model) for place in bucket)
+    return _SUMMED[model]
 
 
 class BucketWatch:
@@ -47,3 +67,5 @@ def restore_buckets(model: Any, saved: Buckets) -> None:
     """
     if saved is not None and isinstance(model, DistributedDataParallel) and bucket_layout(model) != saved:
         set_bucket_layout(model, saved)
+        # The run may have wrapped its model once more, with other parameters thawed.
+        _SUMMED.pop(model, None)

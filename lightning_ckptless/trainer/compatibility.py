@@ -56,16 +56,6 @@ def names_of_class(cls: type) -> frozenset[str]:
 
 def _refusals(trainer: Any) -> Iterator[str]:
     for callback in trainer.callbacks:
-        if is_a(callback, "callbacks", "StochasticWeightAveraging"):
-            yield (
-                "StochasticWeightAveraging exchanges schedulers in the middle of a run, which a relaunched process "
-                "cannot repeat; use WeightAveraging or EMAWeightAveraging instead"
-            )
-        if is_a(callback, "callbacks", "BaseFinetuning"):
-            yield (
-                f"{type(callback).__name__} adds parameter groups in the middle of a run, which a relaunched process "
-                "does not have; freeze parameters in configure_model() instead"
-            )
         if is_a(callback, "callbacks", "LearningRateFinder") or is_a(callback, "callbacks", "BatchSizeFinder"):
             yield (
                 f"{type(callback).__name__} trains before the training and throws away what it trained, which a "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_ckptless.trainer.changes import Changed
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.loader import resume_at, tracker_of
 
@@ -39,3 +40,22 @@ def move_data_to(loops: FitLoops, saved: dict[str, Any]) -> None:
 
     unaware = [i for i, loader in enumerate(loaders) if tracker_of(loader) is None]
     loops.reopen_data(saved, before_buffer, unaware)
+    set_attributes(loops, saved)
+
+
+def set_attributes(loops: FitLoops, saved: dict[str, Any]) -> None:
+    """Put back what the version holds of the dataloaders' attributes: where the order was drawn they were others."""
+    apply_attributes(loops, [None if position is None else position.attributes for position in saved["loaders"]])
+
+
+def attributes_now(loops: FitLoops) -> list[Changed | None]:
+    """What differs in each dataloader from when it was made."""
+    trackers = [tracker_of(loader) for loader in loops.combined_loader.flattened]
+    return [tracker.attributes.capture() if tracker else None for tracker in trackers]
+
+
+def apply_attributes(loops: FitLoops, attributes: list[Changed | None]) -> None:
+    """Put back what `attributes_now` returned."""
+    for loader, changed in zip(loops.combined_loader.flattened, attributes, strict=True):
+        if changed is not None and (tracker := tracker_of(loader)) is not None:
+            tracker.attributes.apply(changed)

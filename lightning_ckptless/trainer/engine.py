@@ -252,8 +252,8 @@ class Engine:
         self._begun = BegunStep(arena.path, self.rank)
         self._take_pulse()
         # Beside the batches of a step, those of the step whose copy is still being made.
-        limit = 2 * trainer.accumulate_grad_batches + 2 if self.options.mirror_every_n_steps == 1 else 0
-        batches = BatchLog(loops, limit)
+        every_step = self.options.mirror_every_n_steps == 1
+        batches = BatchLog(loops, lambda: (2 * trainer.accumulate_grad_batches + 2) * every_step)
         sigterm = self._sigterm = SigtermFlag(trainer)
         mirroring = self.mirroring = Mirroring(
             trainer,

@@ -11,7 +11,6 @@ workers goes on exactly, in persistent workers too.
 
 from __future__ import annotations
 
-import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +20,10 @@ from torch.utils.data import DataLoader
 
 from lightning_ckptless import torch_internals
 from lightning_ckptless.errors import CkptlessError
-from lightning_ckptless.trainer.order import Order, WatchedSampler, apply_sampler, dump_sampler, sampler_parts
+from lightning_ckptless.trainer.changes import Changed, Changes
+from lightning_ckptless.trainer.order import Order, Switched, WatchedSampler, apply_sampler, dump_sampler, sampler_parts
+from lightning_ckptless.trainer.plain import pack, unpack
+from lightning_ckptless.trainer.reach import reach
 from lightning_ckptless.trainer.rng import (
     apply_rng,
     capture_rng,
@@ -39,23 +41,27 @@ class LoaderPosition:
 
     Args:
         yielded: batches handed out since the start of the iteration.
-        at_start: generators just before the iterator was made (it draws the seed of its workers).
+        at_start: generators and changed attributes just before the iterator was made (it draws its workers' seed).
         at_order: generators and the sampler's attributes just before an iterator was made of the sampler.
         at_sampler: the same just before the first index was drawn; None before that.
-        at_fetch: generators before the last batch was fetched; None where no batch lies prefetched.
+        switched: numbers of the sampler that have changed between its batches.
+        at_fetch: generators and attributes before the last batch was fetched; None where no batch lies prefetched.
         workers: per worker its generators after its last batch that was handed out.
         own_state: `state_dict()` of a loader that can say its own position.
         dataset: state of the generators that the dataset owns.
+        attributes: what differs in the loader, its dataset, samplers and functions from when they were made.
     """
 
     yielded: int
     at_start: bytes
     at_order: bytes | None
     at_sampler: bytes | None
-    at_fetch: tuple[Any, Any] | None
+    switched: Switched
+    at_fetch: tuple[Any, Any, Changed] | None
     workers: dict[int, bytes]
     own_state: dict[str, Any] | None
     dataset: dict[str, Any]
+    attributes: Changed
 
 
 class _WatchedIterator:
@@ -86,6 +92,7 @@ class LoaderTracker:
         self._loader = weakref.ref(loader)
         self._iterator: Callable[[], Any] = lambda: None
         self.dataset = loader.dataset
+        self.attributes = watch_attributes(loader)
         self.states_itself = says_its_position(loader)
         self.iterates_itself = not self.states_itself and torch_internals.has_own_iteration(type(loader))
         self.by_index = torch_internals.is_map_style(loader) and not (self.states_itself or self.iterates_itself)
@@ -95,14 +102,15 @@ class LoaderTracker:
         self.at_start = b""
         self.at_order: bytes | None = None
         self.at_sampler: bytes | None = None
-        self.at_fetch: tuple[Any, Any] | None = None
+        self.switched: Switched = {}
+        self.at_fetch: tuple[Any, Any, Changed] | None = None
         self.state_before_fetch: dict[str, Any] | None = None
         self.workers: dict[int, bytes] = {}
         self.rotation = 0
         self._order: Order | None = None
         self._sampler_resume: LoaderPosition | None = None
         self._orders_to_pass = 0
-        self._refetch: tuple[Any, Any] | None = None
+        self._refetch: tuple[Any, Any, Changed] | None = None
         self._prefetched = False
 
     # ------------------------------------------------------------------ remember
@@ -122,10 +130,12 @@ class LoaderTracker:
             at_start=self.at_start,
             at_order=self.at_order,
             at_sampler=self.at_sampler,
+            switched=dict(self.switched),
             at_fetch=self.at_fetch if buffered else None,
             workers=dict(self.workers),
             own_state=own_state,
             dataset=owned_generators(self.dataset),
+            attributes=self.attributes.capture(),
         )
 
     def on_order_made(self, sampler: Any, order: Order) -> None:
@@ -143,6 +153,7 @@ class LoaderTracker:
         if resume is not None and resume.at_sampler is not None:
             apply_sampler(sampler, resume.at_sampler)
         self.at_sampler = dump_sampler(sampler)
+        self.switched = {} if resume is None else dict(resume.switched)
         return resume.yielded if resume is not None and self.by_index else 0
 
     def fetch(self, inner: Callable[[], Any]) -> Callable[[], Any]:
@@ -169,11 +180,12 @@ class LoaderTracker:
         if self.iterates_itself and self.yielded == 0 and loader is not None:
             self.on_order_start(_sampler_of(loader))
         if self._refetch is not None:
-            (rng, owned), self._refetch = self._refetch, None
+            (rng, owned, attributes), self._refetch = self._refetch, None
+            self.attributes.apply(attributes)
             apply_rng(rng)
             set_owned_generators(self.dataset, owned)
         if self._prefetched:
-            self.at_fetch = (capture_rng(), owned_generators(self.dataset))
+            self.at_fetch = (capture_rng(), owned_generators(self.dataset), self.attributes.capture())
             if self.states_itself and loader is not None:
                 self.state_before_fetch = loader.state_dict()
 
@@ -185,7 +197,8 @@ class LoaderTracker:
         self._prefetched |= not _has_length(loader)
         if resume is not None:
             return self._restart(loader, resume, make)
-        before = pickle.dumps((capture_rng(), [owned_generators(part) for part in self._holders(loader)]))
+        owned = [owned_generators(part) for part in self._holders(loader)]
+        before = pack((capture_rng(), owned, self.attributes.capture()))
         self.at_sampler = None
         last = self._iterator()
         iterator = self._watch(make(), yielded=0)
@@ -201,7 +214,8 @@ class LoaderTracker:
     def _restart(self, loader: DataLoader[Any], resume: LoaderPosition, make: Callable[[], Any]) -> Any:
         user_init = loader.worker_init_fn
         self.at_start, self.workers = resume.at_start, dict(resume.workers)
-        rng, owned = pickle.loads(resume.at_start)
+        rng, owned, attributes = unpack(resume.at_start)
+        self.attributes.apply(attributes)
         apply_rng(rng)
         for part, generators in zip(self._holders(loader), owned, strict=True):
             set_owned_generators(part, generators)
@@ -218,6 +232,8 @@ class LoaderTracker:
         finally:
             loader.worker_init_fn, self.rotation = user_init, 0
         self._skip(iterator, resume)
+        # The length of the epoch is taken next, as it was when the epoch began.
+        self.attributes.apply(attributes)
         set_owned_generators(self.dataset, resume.dataset)
         return iterator
 
@@ -260,6 +276,11 @@ def read_again(iterator: Iterator[Any], batches: int) -> None:
                 f"a training dataloader gave {batches} batches before the fault and {done} on being read again: an "
                 "iterable must give the same batches each time. Give it a state_dict(), or read from a Dataset by index"
             )
+
+
+def watch_attributes(loader: DataLoader[Any]) -> Changes:
+    """Watch a loader, and the objects in it: its dataset with what lies inside, its samplers and functions."""
+    return Changes(reach(loader, "loader"), {"loader": (TRACKER, "_iterator", "collate_fn", "worker_init_fn")})
 
 
 def _has_length(loader: Any) -> bool:

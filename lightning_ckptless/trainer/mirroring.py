@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -32,9 +33,17 @@ from lightning_ckptless.trainer.snapshot import SmallState
 from lightning_ckptless.trainer.state import StateIndex, require_room
 from lightning_ckptless.trainer.still import StillWatch
 from lightning_ckptless.trainer.streams import Streams
+from lightning_ckptless.trainer.surroundings import Surroundings
 from lightning_ckptless.trainer.tensors import describe_state
 
+log = logging.getLogger(__name__)
+
 CLOSE_TIMEOUT_S = 10.0
+WHAT_IS_LOST = (
+    "%s was changed in training, and is an object or too large to be part of every step: a process that is replaced "
+    "begins with the first value. Keep what changes in a number, a list or an array of its own, or in `state_dict()` "
+    "of a callback"
+)
 
 
 class Mirroring:
@@ -88,11 +97,25 @@ class Mirroring:
         self._cohort: Cohort | None = None
         self._mirror: Mirror | None = None
         self._seen: Version | None = None
+        self._writes = 0
         self._index: StateIndex | None = None
         self._layout: Layout | None = None
         self._small: SmallState | None = None
         self._protecting: Protecting | None = None
         self._still = StillWatch()
+        self._surroundings = Surroundings(trainer, self._tell_of_loss)
+        loops.after_setup_of_validation_data(self._surroundings.on_validation_data)
+
+    def _tell_of_loss(self, name: str) -> None:
+        if self._trainer.is_global_zero:
+            log.warning("ckptless: %s", WHAT_IS_LOST % name)
+
+    def holds(self, version: Version) -> bool:
+        """Whether the tensors that all ranks share are still those of a version: a hook may have written to them."""
+        index = self._index
+        if self.tensors_are_of != version or index is None or not index.is_current():
+            return False
+        return index.writes() == self._writes
 
     def index_of(self, layout: Layout) -> StateIndex | None:
         """Where the trainer's tensors are, if they are known to be those of a layout."""
@@ -120,7 +143,7 @@ class Mirroring:
     def small(self) -> SmallState:
         """The small state of the trainer."""
         if self._small is None:
-            self._small = SmallState(self._trainer, self._options)
+            self._small = SmallState(self._trainer, self._options, self._surroundings)
         return self._small
 
     # ------------------------------------------------------------------ generations
@@ -138,7 +161,7 @@ class Mirroring:
             index: where its tensors are in this trainer.
             protect: fills in the copies that it lacks; all ranks call it together.
         """
-        self._index, self._layout = index, layout
+        self._index, self._layout, self._writes = index, layout, index.writes()
         self.taken = self.tensors_are_of = self._seen = version
         assert self._cohort is not None
         self._tell_plan(version)
@@ -220,6 +243,7 @@ class Mirroring:
             self._tell_plan(version)
         self._seen = version
         assert self._index is not None and self._mirror is not None
+        self._writes = self._index.writes()
         if self._options.on_late == "skip" and self._mirror.busy and not self._ends_here:
             self._mirror.skip(version)
             self._report.taken(0.0, time.perf_counter() - began, self._mirror)

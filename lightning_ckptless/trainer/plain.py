@@ -45,7 +45,7 @@ def is_plain(value: Any, depth: int = 0) -> bool:
         return False
     if type(value) in _SEQUENCES:
         return all(is_plain(item, depth + 1) for item in value)
-    if type(value) in _MAPPINGS or (type(value) is defaultdict and value.default_factory in _FACTORIES):
+    if _is_mapping(value):
         return all(is_plain(key, depth + 1) and is_plain(item, depth + 1) for key, item in value.items())
     return False
 
@@ -72,24 +72,40 @@ def heavy_attributes(owner: object, limit_bytes: int) -> tuple[str, ...]:
     return tuple(
         name
         for name, value in getattr(owner, "__dict__", {}).items()
-        if is_plain(value) and _weigh(value, limit_bytes) > limit_bytes
+        if (size := measure(value, limit_bytes)) is not None and size > limit_bytes
     )
 
 
-def _weigh(value: Any, limit_bytes: int) -> int:
-    """Roughly the bytes of a plain value; stops counting beyond the limit."""
-    if isinstance(value, torch.Tensor | np.ndarray):
-        return int(value.nbytes)
+def measure(value: Any, limit_bytes: int, depth: int = 0) -> int | None:
+    """Roughly the bytes of a plain value; None for one that is not plain.
+
+    Args:
+        value: the value.
+        limit_bytes: where to stop counting: what lies beyond is not looked at.
+        depth: of the containers around it.
+    """
     if isinstance(value, str | bytes):
         return len(value)
-    if type(value) not in (*_SEQUENCES, *_MAPPINGS):
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return int(value.nbytes) if is_plain(value) else None
+    if isinstance(value, _ATOMS):
         return 8
+    if depth >= MAX_DEPTH or not (type(value) in _SEQUENCES or _is_mapping(value)):
+        return None
     total = 0
-    for item in value.values() if isinstance(value, dict) else value:
-        total += 8 + _weigh(item, limit_bytes)
+    for item in value:
+        inner = (item, value[item]) if _is_mapping(value) else (item,)
+        for part in inner:
+            if (size := measure(part, limit_bytes - total, depth + 1)) is None:
+                return None
+            total += 8 + size
         if total > limit_bytes:
             break
     return total
+
+
+def _is_mapping(value: Any) -> bool:
+    return type(value) in _MAPPINGS or (type(value) is defaultdict and value.default_factory in _FACTORIES)
 
 
 def set_plain_attributes(owner: object, saved: dict[str, Any]) -> None:
@@ -129,3 +145,18 @@ def pack(value: Any) -> bytes:
 
 
 unpack: Callable[[bytes], Any] = pickle.loads
+
+
+def is_same(left: Any, right: Any) -> bool:
+    """Whether two values of small state are equal in type and value, bit for bit."""
+    if left is right:
+        return True
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(is_same(value, right[key]) for key, value in left.items())
+    if isinstance(left, list | tuple | deque):
+        return len(left) == len(right) and all(map(is_same, left, right))
+    if isinstance(left, set | frozenset):
+        return bool(left == right)
+    return pack(left) == pack(right)

@@ -9,11 +9,13 @@ new process does it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.trainer.data import data_position
+from lightning_ckptless.trainer.changes import Changed
+from lightning_ckptless.trainer.data import apply_attributes, attributes_now, data_position, set_attributes
 from lightning_ckptless.trainer.host.fetcher import copy_containers, watch_fetches
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.rng import RngState, apply_rng, capture_rng
@@ -24,7 +26,7 @@ MOST_BYTES = 2**30
 
 @dataclass(frozen=True)
 class _Fetched:
-    """One fetch: what came, where the fetcher was then, and the generators behind it."""
+    """One fetch: what came, where the fetcher was then, and the generators and dataloaders' attributes after it."""
 
     data: Any
     stamps: tuple[int, ...]
@@ -32,6 +34,7 @@ class _Fetched:
     fetched: int
     done: bool
     rng: RngState
+    attributes: list[Changed | None]
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,13 @@ class BatchLog:
 
     Args:
         loops: whose fetches.
-        limit: fetches to remember at most; with 0 none is remembered.
+        limit: tells how many fetches to remember at most; with 0 none is remembered.
     """
 
-    def __init__(self, loops: FitLoops, limit: int) -> None:
+    def __init__(self, loops: FitLoops, limit: Callable[[], int]) -> None:
         self._loops = loops
         self._limit = limit
+        self._is_on = limit() > 0
         self._fetcher: Any = None
         self._entries: list[_Fetched] = []
         self._first = 0
@@ -63,12 +67,12 @@ class BatchLog:
 
     def watch(self, fetcher: Any) -> None:
         """Remember what a fetcher hands out from now on; called before each batch."""
-        if fetcher is self._fetcher or not self._limit:
+        if fetcher is self._fetcher or not self._is_on:
             return
         self.reset()
         self._fetcher = fetcher
         if not watch_fetches(fetcher, self):
-            self._limit = 0
+            self._is_on = False
 
     def reset(self) -> None:
         """Forget all: the data was opened anew."""
@@ -85,14 +89,16 @@ class BatchLog:
             entry = self._replay.pop(0)
             self._fetcher.fetched, self._fetcher.done = entry.fetched, entry.done
             apply_rng(entry.rng)
+            apply_attributes(self._loops, entry.attributes)
             self._entries.append(entry)
             return copy_containers(entry.data)[0]
         data = fetch()
         kept, stamps, size_bytes = copy_containers(data)
         fetcher = self._fetcher
-        self._entries.append(_Fetched(kept, stamps, size_bytes, fetcher.fetched, fetcher.done, capture_rng()))
-        held_bytes = sum(entry.bytes for entry in self._entries)
-        while self._entries and (len(self._entries) > self._limit or held_bytes > MOST_BYTES):
+        now = capture_rng(), attributes_now(self._loops)
+        self._entries.append(_Fetched(kept, stamps, size_bytes, fetcher.fetched, fetcher.done, *now))
+        held_bytes, limit = sum(entry.bytes for entry in self._entries), self._limit()
+        while self._entries and (len(self._entries) > limit or held_bytes > MOST_BYTES):
             held_bytes -= self._entries.pop(0).bytes
             self._first += 1
         return data
@@ -103,7 +109,7 @@ class BatchLog:
         """Where the data is at a version that is taken now, not counting what is still to be run again."""
         known = self._marks.get(version)
         position = known.position if known is not None and self._replay else data_position(self._loops)
-        if self._limit:
+        if self._is_on:
             fetcher = self._loops.fetcher
             count = self._first + len(self._entries)
             self._marks[version] = _Mark(count, fetcher.fetched, fetcher.done, position)
@@ -134,4 +140,5 @@ class BatchLog:
         self._replay = again
         del self._entries[mark.fetches - self._first :]
         self._fetcher.fetched, self._fetcher.done = mark.fetched, mark.done
+        set_attributes(self._loops, mark.position)
         return True

@@ -12,11 +12,12 @@ from lightning_ckptless.replica.replenish import replenish
 from lightning_ckptless.replica.restore import Fetched
 from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.data import move_data_to
+from lightning_ckptless.trainer.groups import restore_groups
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.mirroring import Mirroring
 from lightning_ckptless.trainer.report import Moved, RunReport
 from lightning_ckptless.trainer.rng import apply_rng
-from lightning_ckptless.trainer.state import StateIndex
+from lightning_ckptless.trainer.state import StateIndex, trained_alone
 from lightning_ckptless.trainer.streams import Streams
 from lightning_ckptless.trainer.tensors import fill_trainer
 
@@ -59,6 +60,7 @@ class Restoration:
             index: where the trainer's tensors are, if it is known that they are those of the version's layout.
         """
         rank = trainer.global_rank
+        restore_structure(trainer, self.state)
         self.index = fill_trainer(trainer, self.layout, self.bulks, rank=rank, only_own=only_own, index=index)
 
     def move_data(self, loops: FitLoops) -> None:
@@ -85,6 +87,16 @@ class Restoration:
         mirroring.cadence.begin(self.small["interval"])
         mirroring.resume(self.version, self.layout, self.index, protect)
         apply_rng(self.state["rng"])
+
+
+def restore_structure(trainer: Any, state: dict[str, Any]) -> None:
+    """Have the parameter groups of a version, and know which parameters ranks have trained for themselves.
+
+    Tensors of the optimizers are filled after that: a new process has no place for them before.
+    """
+    restore_groups(trainer, state["groups"])
+    trained_alone(trainer).clear()
+    trained_alone(trainer).update(state["trained_alone"])
 
 
 def sum_over_ranks(fetched: Fetched, cohort: Cohort) -> Moved:

@@ -19,20 +19,30 @@ from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.trainer.buckets import BucketWatch, restore_buckets
 from lightning_ckptless.trainer.compatibility import names_of_class
 from lightning_ckptless.trainer.data import data_position
+from lightning_ckptless.trainer.groups import GroupNames
 from lightning_ckptless.trainer.hooked import CheckpointHooks
-from lightning_ckptless.trainer.host.flavour import flavour_of, is_a, module
+from lightning_ckptless.trainer.host.averaging import join_scheduler, steps_with_old_gradients
+from lightning_ckptless.trainer.host.clocks import ages_of, set_ages
+from lightning_ckptless.trainer.host.flavour import flavour_of, module
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.metrics import dump_metric, load_metric, metrics_of
 from lightning_ckptless.trainer.host.results import dump_results, load_results
 from lightning_ckptless.trainer.inner import InnerState
-from lightning_ckptless.trainer.plain import heavy_attributes, plain_attributes, set_plain_attributes
+from lightning_ckptless.trainer.own_state import own_state, set_own_state
+from lightning_ckptless.trainer.plain import heavy_attributes, is_same, plain_attributes, set_plain_attributes
 from lightning_ckptless.trainer.rng import capture_rng, owned_generators, set_owned_generators
-from lightning_ckptless.trainer.state import StateIndex, optimizer_facts, set_optimizer_facts
+from lightning_ckptless.trainer.state import (
+    StateIndex,
+    callback_modules,
+    optimizer_facts,
+    set_optimizer_facts,
+    trained_alone,
+)
+from lightning_ckptless.trainer.surroundings import Surroundings
 
 log = logging.getLogger(__name__)
 
 HEAVY_BYTES = 8_000_000
-_PROCESS_BOUND = (("callbacks", "ProgressBar"), ("callbacks", "Timer"), ("callbacks", "DeviceStatsMonitor"))
 
 
 class SmallState:
@@ -41,18 +51,26 @@ class SmallState:
     Args:
         trainer: in `fit`, with its model attached and its data set up.
         options: the user's settings; None for the defaults.
+        surroundings: of the trainer, watched since the fit was set up; None to watch them from now on.
     """
 
-    def __init__(self, trainer: Any, options: CkptlessOptions | None = None) -> None:
+    def __init__(
+        self, trainer: Any, options: CkptlessOptions | None = None, surroundings: Surroundings | None = None
+    ) -> None:
         options = options or CkptlessOptions()
         self.trainer = trainer
+        self._surroundings = surroundings or Surroundings(trainer)
         self.loops = FitLoops(trainer)
         self.module = trainer.lightning_module
         named = list(self.module.named_modules())
         self._modules = [m for _, m in named]
         # Those that inject faults or write traces are no part of the run: the next start may have others.
         self._callbacks = [c for c in trainer.callbacks if not type(c).__module__.startswith("lightning_ckptless")]
-        self._metrics = metrics_of(named)
+        beside = (
+            (f"{prefix}.{path}", m) for prefix, held in callback_modules(trainer) for path, m in held.named_modules()
+        )
+        self._metrics = metrics_of([*named, *beside])
+        self._groups = GroupNames(trainer)
         self._heavy_names: dict[int, frozenset[str]] = {}
         self._buckets = BucketWatch()
         self._inner = InnerState(self.module)
@@ -96,22 +114,38 @@ class SmallState:
         trainer = self.trainer
         return {
             "counters": self.loops.counters(),
+            "ages": ages_of(trainer),
             "data": data_position(self.loops) if data is None else data,
             "results": dump_results(trainer),
             "metrics": {name: dump_metric(metric) for name, metric in self._metrics.items()},
             "optimizers": optimizer_facts(trainer),
-            "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            "groups": self._groups.now(),
+            "trained_alone": sorted(trained_alone(trainer)),
+            "first_schedulers": self._surroundings.schedulers.first,
+            "schedulers": self._surroundings.schedulers.capture(),
             "precision": trainer.precision_plugin.state_dict(),
             "callbacks": [self._callback(callback) for callback in self._callbacks],
             "module": self._module(),
             "datamodule": self._datamodule(),
+            "surroundings": self._surroundings.capture(),
             "checkpoint": self.hooks.capture(tensors or {}),
             "training": [m.training for m in self._modules],
             "should_stop": trainer.should_stop,
+            "gradients": self._gradients(),
             "buffers_are_due": self._buffers_are_due(),
             "buckets": self._buckets.settled(trainer.strategy.model),
             "rng": capture_rng(),
         }
+
+    def _gradients(self) -> dict[str, Any] | None:
+        """Those of the last step, where another step is made of them; nearly never."""
+        if not steps_with_old_gradients(self._callbacks, self.trainer):
+            return None
+        return {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+
+    def _apply_gradients(self, saved: dict[str, Any]) -> None:
+        for name, parameter in self.module.named_parameters():
+            parameter.grad = saved[name].to(parameter.device) if name in saved else None
 
     def _buffers_are_due(self) -> bool | None:
         """Whether DDP broadcasts buffers at the next forward: it does so once per process where its flag says no."""
@@ -119,13 +153,9 @@ class SmallState:
         return model.require_forward_param_sync if isinstance(model, DistributedDataParallel) else None
 
     def _callback(self, callback: Any) -> dict[str, Any]:
-        bound = any(is_a(callback, *kind) for kind in _PROCESS_BOUND)
-        return {
-            "class": type(callback).__name__,
-            "state": {} if names_of_class(type(callback)) & self._stateless else callback.state_dict(),
-            "plain": {} if bound else plain_attributes(callback, leave=self._heavy(callback)),
-            "generators": {} if bound else owned_generators(callback),
-        }
+        is_stateless = bool(names_of_class(type(callback)) & self._stateless)
+        state = own_state(callback, self._heavy(callback), calls_state_dict=not is_stateless)
+        return {"class": type(callback).__name__, **state}
 
     def _module(self) -> dict[str, Any]:
         return {
@@ -138,11 +168,7 @@ class SmallState:
     def _datamodule(self) -> dict[str, Any] | None:
         if (datamodule := self.trainer.datamodule) is None:
             return None
-        return {
-            "state": datamodule.state_dict(),
-            "plain": plain_attributes(datamodule, leave=self._data_baseline | self._heavy(datamodule)),
-            "generators": owned_generators(datamodule),
-        }
+        return own_state(datamodule, self._data_baseline | self._heavy(datamodule))
 
     # ------------------------------------------------------------------ apply
 
@@ -155,26 +181,27 @@ class SmallState:
         trainer = self.trainer
         self._check(saved)
         for callback, state in zip(self._callbacks, saved["callbacks"], strict=True):
-            if state["state"]:
-                callback.load_state_dict(copy.deepcopy(state["state"]))
-            set_plain_attributes(callback, copy.deepcopy(state["plain"]))
-            set_owned_generators(callback, state["generators"])
-        for config, state in zip(trainer.lr_scheduler_configs, saved["schedulers"], strict=True):
-            config.scheduler.load_state_dict(copy.deepcopy(state))
+            set_own_state(callback, state, self._heavy(callback))
+        self._surroundings.schedulers.apply(saved["schedulers"])
+        join_scheduler(self._callbacks, trainer)
         set_optimizer_facts(trainer, copy.deepcopy(saved["optimizers"]))
         if saved["precision"]:
             trainer.precision_plugin.load_state_dict(copy.deepcopy(saved["precision"]))
         self._apply_datamodule(saved["datamodule"])
         self._apply_module(saved)
+        self._surroundings.apply(saved["surroundings"])
         if saved["checkpoint"] is not None:
             self.hooks.apply(saved["checkpoint"], StateIndex(trainer).read())
         self.loops.set_counters(saved["counters"])
+        set_ages(trainer, saved["ages"])
         load_results(trainer, saved["results"])
         for name, state in saved["metrics"].items():
             load_metric(self._metrics[name], copy.deepcopy(state))
         for m, training in zip(self._modules, saved["training"], strict=True):
             m.training = training
         trainer.should_stop = saved["should_stop"]
+        if saved["gradients"] is not None:
+            self._apply_gradients(saved["gradients"])
         if saved["buffers_are_due"] is not None:
             trainer.strategy.model.require_forward_param_sync = saved["buffers_are_due"]
         restore_buckets(trainer.strategy.model, saved["buckets"])
@@ -183,17 +210,15 @@ class SmallState:
         set_plain_attributes(self.module, copy.deepcopy(saved["module"]["plain"]))
         set_owned_generators(self.module, saved["module"]["generators"])
         for name, state in saved["module"]["extra_state"].items():
-            self._extra_state[name].set_extra_state(copy.deepcopy(state))
+            if not is_same(self._extra_state[name].get_extra_state(), state):
+                self._extra_state[name].set_extra_state(copy.deepcopy(state))
         self._inner.apply(copy.deepcopy(saved["module"]["inner"]))
 
     def _apply_datamodule(self, saved: dict[str, Any] | None) -> None:
         if saved is None:
             return
         datamodule = self.trainer.datamodule
-        if saved["state"]:
-            datamodule.load_state_dict(copy.deepcopy(saved["state"]))
-        set_plain_attributes(datamodule, copy.deepcopy(saved["plain"]))
-        set_owned_generators(datamodule, saved["generators"])
+        set_own_state(datamodule, saved, self._data_baseline | self._heavy(datamodule))
 
     def _check(self, saved: dict[str, Any]) -> None:
         pairs: tuple[tuple[str, list[str], list[str]], ...] = (
@@ -203,7 +228,7 @@ class SmallState:
                 [type(c).__name__ for c in self._callbacks],
             ),
             ("modules", [str(len(saved["training"]))], [str(len(self._modules))]),
-            ("schedulers", [str(len(saved["schedulers"]))], [str(len(self.trainer.lr_scheduler_configs))]),
+            ("schedulers", saved["first_schedulers"], self._surroundings.schedulers.first),
             ("metrics", sorted(saved["metrics"]), sorted(self._metrics)),
         )
         for kind, expected, found in pairs:

@@ -8,6 +8,7 @@ by every rank.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator
 from functools import cache
 from typing import Any
@@ -18,9 +19,12 @@ from torch.distributed.tensor import DTensor
 
 from lightning_ckptless.errors import LayoutMismatchError, OptionsError
 from lightning_ckptless.replica.description import local_part
-from lightning_ckptless.torch_internals import parameter_dicts
+from lightning_ckptless.torch_internals import parameter_dicts, version_counter
+from lightning_ckptless.trainer.buckets import summed_parameters
 from lightning_ckptless.trainer.plain import plain_attributes, set_plain_attributes
 from lightning_ckptless.trainer.sharding import reshard, sharded_modules
+
+log = logging.getLogger(__name__)
 
 
 class StateIndex:
@@ -40,10 +44,14 @@ class StateIndex:
         self._places: list[tuple[str, dict[Any, Any], Any]] = []
         self._private: list[str] = []
         self._buffers: list[dict[str, Any]] = []
+        self._watched_alone = alone_parameters(trainer)
+        note_trained_alone(trainer, self._watched_alone)
         self._add_module("", trainer.lightning_module)
         for prefix, extra in callback_modules(trainer):
             self._add_module(f"{prefix}/", extra)
         self._fixed = {name: tensor for name, tensor in optimizer_tensors(trainer) if name.endswith("/value")}
+        private = self.private
+        self._shared = [(place, key) for name, place, key in self._places if name not in private]
         self._present = self._present_now()
         self._add_optimizers()
         self._shardings = {name: _sharding(tensor) for name, tensor in self.tensors().items()}
@@ -88,6 +96,10 @@ class StateIndex:
         reshard(self._sharded)
         return {name: place[key] for name, place, key in self._places} | self._fixed
 
+    def writes(self) -> int:
+        """How often the parameters that all ranks share were written to; writes by `.data` are not counted."""
+        return sum(version_counter(place[key]) for place, key in self._shared)
+
     def keep_only(self, names: Collection[str]) -> None:
         """Drop buffers and optimizer tensors that the trainer has made since a version that it goes back to.
 
@@ -119,7 +131,7 @@ class StateIndex:
                     seen.add(id(tensor))
                     name = f"{prefix}{kind}/{dot}{key}"
                     self._places.append((name, place, key))
-                    if kind == "buffer":
+                    if kind == "buffer" or (not prefix and f"{dot}{key}" in trained_alone(self.trainer)):
                         self._private.append(name)
 
     def _add_optimizers(self) -> None:
@@ -129,8 +141,10 @@ class StateIndex:
                 for key, value in state.items():
                     if isinstance(value, Tensor):
                         self._places.append((f"optimizer/{index}/{name}/{key}", state, key))
+                        if name in trained_alone(self.trainer):
+                            self._private.append(f"optimizer/{index}/{name}/{key}")
 
-    def _present_now(self) -> tuple[int, list[tuple[int, int]]]:
+    def _present_now(self) -> tuple[Any, ...]:
         buffers = sum(buffer is not None for buffers in self._buffers for buffer in buffers.values())
         # By identity too: loading a state dictionary replaces all of it by as many tensors.
         states = [
@@ -139,7 +153,37 @@ class StateIndex:
             for parameter, state in optimizer.state.items()
             if isinstance(parameter, Tensor)
         ]
-        return buffers, states
+        groups = [len(group["params"]) for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        alone = sum(parameter.requires_grad for parameter in self._watched_alone.values())
+        return buffers, states, groups, alone
+
+
+def alone_parameters(trainer: Any) -> dict[str, nn.Parameter]:
+    """Parameters whose gradients are not summed over the ranks: they were frozen when DDP wrapped the model."""
+    summed = summed_parameters(trainer.strategy.model)
+    if summed is None:
+        return {}
+    named = trainer.lightning_module.named_parameters()
+    return {name: parameter for name, parameter in named if id(parameter) not in summed}
+
+
+def trained_alone(trainer: Any) -> set[str]:
+    """Names of the parameters that each rank has trained for itself: they are another one on each, from then on."""
+    names: set[str] = vars(trainer.strategy).setdefault("ckptless_trained_alone", set())
+    return names
+
+
+def note_trained_alone(trainer: Any, alone: dict[str, nn.Parameter]) -> None:
+    """Add those that are trained from now on; says so once."""
+    new = {name for name, parameter in alone.items() if parameter.requires_grad} - trained_alone(trainer)
+    if new and trainer.is_global_zero:
+        log.warning(
+            "ckptless: %d parameters (%s, ...) were frozen when DDP wrapped the model and are trained from step %d: "
+            "DDP does not sum their gradients, so each rank trains them for itself. For ranks that agree freeze them "
+            "when training has begun, with find_unused_parameters=True",
+            len(new), min(new), trainer.global_step,
+        )  # fmt: skip
+    trained_alone(trainer).update(new)
 
 
 def callback_modules(trainer: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -257,6 +301,9 @@ def set_optimizer_facts(trainer: Any, saved: list[dict[str, Any]]) -> None:
 
 
 def _update_group(group: dict[str, Any], values: dict[str, Any]) -> None:
+    for key in group.keys() - values.keys() - {"params"}:
+        # Set since that version, as a scheduler does it that comes in the middle of a run.
+        del group[key]
     for key, value in values.items():
         if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
             # A learning rate in a tensor: schedulers and captured graphs hold this very object.

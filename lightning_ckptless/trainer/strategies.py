@@ -19,6 +19,7 @@ from lightning_ckptless.mesh_internals import (
     one_by_one,
 )
 from lightning_ckptless.torch_internals import bucket_layout, set_bucket_layout, use_process_group
+from lightning_ckptless.trainer.buckets import note_summed
 from lightning_ckptless.trainer.dividing import divide_state_anew
 from lightning_ckptless.trainer.host.ddp import wrap_late
 from lightning_ckptless.trainer.host.flavour import FLAVOURS, module
@@ -78,6 +79,7 @@ def data_parallel_class(flavour: str) -> type[Any]:
             """Wrap the model, once there is a process group to sum its gradients in."""
             if self.world.is_open:
                 super().configure_ddp()
+                note_summed(self.model)
 
         def without_sync(self) -> AbstractContextManager[Any]:
             """Context in which a backward pass does not sum gradients over the ranks."""

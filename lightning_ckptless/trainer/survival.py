@@ -243,7 +243,7 @@ class Survival:
         assert self._engine.cohort is not None
         mirroring, version = self._mirroring, restoration.version
         # Those of a rank that is another one now are not those of its new place.
-        only_own = mirroring.tensors_are_of == version and not moved
+        only_own = mirroring.holds(version) and not moved
         restoration.fill(self._trainer, only_own=only_own, index=mirroring.index_of(restoration.layout))
         self._mirroring.small.apply(restoration.state)
         self._engine.check_files(restoration)

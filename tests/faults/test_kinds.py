@@ -29,6 +29,12 @@ CELLS = {
     "compiled": Cell("kill:rank=1:step=4", replace(SHORT, block="compiled:aot_eager")),
     "8_bits-adagrad": Cell("kill:rank=0:step=5:at=optimizer_step", replace(SHORT, optimization="two_odd")),
     "fused-foreach": Cell("kill:rank=1:step=5:at=mirror", replace(SHORT, optimization="two_quick")),
+    # Before the averaging has begun, and in the epoch that is run for the statistics of batch norm.
+    "averaging": Cell("kill:rank=0:step=4,kill:rank=1:step=13", replace(BASE, callback="averaging"), recoveries=2),
+    # In the step that adds the group, and after it.
+    "finetuning": Cell(
+        "kill:rank=1:step=7:at=optimizer_step,kill:rank=0:step=9", replace(BASE, callback="finetuning"), recoveries=2
+    ),
     "sharded-mixed": Cell("kill:rank=1:step=4:at=backward", replace(SHORT, mesh="2x1", sharding="mixed")),
     "sharded-bf16": Cell("kill:rank=0:step=4", replace(SHORT, mesh="2x1", precision="bf16-mixed")),
     "sharded-offloaded": Cell("kill:rank=0:step=4", replace(SHORT, mesh="2x1", sharding="offloaded")),

@@ -112,3 +112,24 @@ def two_optimizers(kind: str, body: Iterable[nn.Parameter], head: Iterable[nn.Pa
     if kind == "two_quick":
         return [torch.optim.AdamW(body, 1e-2, fused=True), torch.optim.NAdam(head, 1e-2, foreach=True)]
     return [torch.optim.AdamW(body, 1e-2), torch.optim.SGD(head, 1e-2, momentum=0.9)]
+
+
+def callback_of(kind: str, flavour: Any) -> Any:
+    """A callback that changes schedulers or parameter groups in the middle of a run.
+
+    Args:
+        kind: `averaging` or `finetuning`.
+        flavour: the distribution of Lightning.
+    """
+    if kind == "averaging":
+        return flavour.callbacks.StochasticWeightAveraging(1e-2, swa_epoch_start=1)
+
+    class Finetuning(flavour.callbacks.BaseFinetuning):
+        def freeze_before_training(self, pl_module: Any) -> None:
+            self.freeze(pl_module.body)
+
+        def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.body, optimizer, lr=1e-3)
+
+    return Finetuning()

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
-from tests.lab.kinds import Thaw, block_of, two_optimizers
+from tests.lab.kinds import Thaw, block_of, callback_of, two_optimizers
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Options:
     # and a head that each rank trains for itself), mixed (computed in bf16), offloaded (parameters rest on the host),
     # compiled (layers into graphs, each before it is sharded)
     block: str = ""  # of a model that is not sharded: adapted (frozen, with low-rank layers), compiled:BACKEND
+    callback: str = ""  # averaging (StochasticWeightAveraging), finetuning (a group for the body from epoch 1 on)
     thaw_at: int = 0  # step before which the first layers are frozen
     settings: str = "{}"  # a python dictionary of further arguments of the trainer; plugins by the name of their class
 
@@ -219,7 +220,8 @@ def model_class(flavour: Any, options: Options) -> Any:
             if self.has_two:
                 optimizers = two_optimizers(options.optimization, self.body.parameters(), self.head.parameters())
                 return optimizers, [torch.optim.lr_scheduler.StepLR(o, 3, 0.9) for o in optimizers]
-            optimizer: Any = torch.optim.AdamW(self.parameters(), 1e-2)
+            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            optimizer: Any = torch.optim.AdamW(trained, 1e-2)
             if options.optimization == "sgd":
                 optimizer = torch.optim.SGD(self.parameters(), 1e-2)
             if options.scheduler == "plateau":
@@ -285,6 +287,8 @@ def make_trainer(flavour: Any, options: Options, strategy: Any, extra_callbacks:
     callbacks: list[Any] = [*extra_callbacks]
     if options.ema:
         callbacks.append(flavour.callbacks.EMAWeightAveraging(decay=0.9))
+    if options.callback:
+        callbacks.append(callback_of(options.callback, flavour))
     if options.early_stopping:
         callbacks.append(flavour.callbacks.EarlyStopping("val_loss", patience=50))
     if options.checkpoint_every:

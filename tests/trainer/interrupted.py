@@ -21,10 +21,12 @@ from lightning_ckptless.trainer.host.loggers import cut_logs, log_positions, wat
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.loader import make_resumable
 from lightning_ckptless.trainer.plain import pack, unpack
+from lightning_ckptless.trainer.restoration import restore_structure
 from lightning_ckptless.trainer.rng import apply_rng
 from lightning_ckptless.trainer.snapshot import SmallState
 from lightning_ckptless.trainer.state import StateIndex, make_room_for_buffers, make_room_for_optimizer_state
 from lightning_ckptless.trainer.step import StepBoundaries
+from lightning_ckptless.trainer.surroundings import Surroundings
 from tests.lab.parts import Options, make_run
 
 
@@ -82,6 +84,8 @@ class OneProcess(SingleDeviceStrategy):
         since = self.saved["version"] if self.saved else None
         StepBoundaries(self.loops, self.commit, every_n_steps=lambda: 1, since=since)
         self.small: SmallState | None = None
+        self.surroundings = Surroundings(trainer, lambda _: None)
+        self.loops.after_setup_of_validation_data(self.surroundings.on_validation_data)
         if self.saved:
             tail_done = self.saved["version"].tail_done
             self.loops.fit.run = lambda: run_restored(
@@ -90,7 +94,7 @@ class OneProcess(SingleDeviceStrategy):
 
     def commit(self, version: Version) -> None:
         self.versions.append(version)
-        self.small = self.small or SmallState(self.trainer)
+        self.small = self.small or SmallState(self.trainer, surroundings=self.surroundings)
         small = pack(self.small.capture())
         if version == self.stop_at:
             tensors = {name: t.detach().clone() for name, t in StateIndex(self.trainer).read().items()}
@@ -106,6 +110,7 @@ class OneProcess(SingleDeviceStrategy):
 
     def restore(self) -> None:
         assert self.saved
+        restore_structure(self.trainer, unpack(self.saved["small"]))
         tensors = self.saved["tensors"]
         described = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
         optimizer = {name: facts for name, facts in described.items() if name.startswith("optimizer/")}
@@ -116,7 +121,7 @@ class OneProcess(SingleDeviceStrategy):
         with torch.no_grad():
             for name, tensor in live.items():
                 tensor.copy_(tensors[name])
-        self.small = SmallState(self.trainer)
+        self.small = SmallState(self.trainer, surroundings=self.surroundings)
         self.small.apply(unpack(self.saved["small"]))
 
     def settle(self) -> None:

@@ -28,24 +28,16 @@ def trainer_with(root: Path, flavour: str = FLAVOURS[0], callbacks: tuple[Any, .
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_usual_trainer_is_taken(flavour: str, tmp_path: Path) -> None:
     callbacks = module(flavour, "callbacks")
-    usual = callbacks.EMAWeightAveraging(), callbacks.EarlyStopping("loss"), callbacks.LearningRateMonitor()
+    usual = (
+        callbacks.EMAWeightAveraging(),
+        callbacks.EarlyStopping("loss"),
+        callbacks.LearningRateMonitor(),
+        callbacks.StochasticWeightAveraging(1e-2),
+        callbacks.BackboneFinetuning(),
+    )
     trainer = trainer_with(tmp_path, flavour, usual)
     trainer.optimizers = [torch.optim.AdamW(torch.nn.Linear(1, 1).parameters())]
     check_trainer(trainer)
-
-
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_stochastic_weight_averaging_is_refused(flavour: str, tmp_path: Path) -> None:
-    callback = module(flavour, "callbacks").StochasticWeightAveraging(1e-2)
-    with pytest.raises(OptionsError, match=r"StochasticWeightAveraging.*use WeightAveraging or EMAWeightAveraging"):
-        check_trainer(trainer_with(tmp_path, flavour, (callback,)))
-
-
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_finetuning_is_refused(flavour: str, tmp_path: Path) -> None:
-    callback = module(flavour, "callbacks").BackboneFinetuning()
-    with pytest.raises(OptionsError, match=r"BackboneFinetuning adds.*freeze parameters in configure_model\(\)"):
-        check_trainer(trainer_with(tmp_path, flavour, (callback,)))
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)

@@ -76,6 +76,8 @@ CLASSES = {
     "callbacks": [
         "ProgressBar",
         "Timer",
+        "ModelCheckpoint",
+        "ThroughputMonitor",
         "DeviceStatsMonitor",
         "BaseFinetuning",
         "StochasticWeightAveraging",
@@ -83,6 +85,7 @@ CLASSES = {
         "BatchSizeFinder",
     ],
     "cli": ["SaveConfigCallback"],
+    "trainer.trainer": ["Trainer"],
     "utilities.combined_loader": ["CombinedLoader"],
     "loops.optimization.automatic": ["ClosureResult"],
     "trainer.states": ["TrainerFn", "RunningStage"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,6 +56,7 @@ class Trainer:
     lightning_module: nn.Module
     optimizers: list[Any]
     callbacks: list[Any] = field(default_factory=list)
+    strategy: Any = field(default_factory=lambda: SimpleNamespace(model=None))
     global_rank: int = 1
     global_step: int = 1
 

@@ -129,7 +129,7 @@ def test_callbacks_come_back_by_their_own_hooks_and_by_their_attributes(tmp_path
 def test_clocks_and_bars_are_those_of_the_process(tmp_path: Path) -> None:
     first, second = pl.callbacks.Timer(duration={"hours": 1}), pl.callbacks.Timer(duration={"hours": 2})
     saved = captured(tmp_path, nothing, callbacks=(first,))
-    assert saved["callbacks"][0]["plain"] == {}
+    assert saved["callbacks"][0]["plain"] == {"_offset": 0}
     applied(tmp_path, saved, nothing, callbacks=(second,))
     assert second._duration == 7200
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ class Trainer:
     lightning_module: Any
     optimizers: list[Any]
     callbacks: list[Any] = field(default_factory=list)
+    strategy: Any = field(default_factory=lambda: SimpleNamespace(model=None))
 
     def step(self) -> None:
         """One step of each optimizer, with gradients that depend on the parameters."""

@@ -12,7 +12,9 @@ from lightning_ckptless.trainer.still import StillWatch
 
 
 def index_of(model: nn.Module, *optimizers: torch.optim.Optimizer) -> StateIndex:
-    return StateIndex(SimpleNamespace(lightning_module=model, callbacks=[], optimizers=list(optimizers)))
+    trainer = SimpleNamespace(lightning_module=model, callbacks=[], optimizers=list(optimizers))
+    trainer.strategy = SimpleNamespace(model=model)
+    return StateIndex(trainer)
 
 
 def model_of_three() -> nn.Sequential:

@@ -48,3 +48,18 @@ def is_a(value: Any, module_name: str, class_name: str) -> bool:
             if cls is not None and isinstance(value, cls):
                 return True
     return False
+
+
+_PARTS_OF_A_RUN = (
+    ("trainer.trainer", "Trainer"),
+    ("core.module", "LightningModule"),
+    ("core.datamodule", "LightningDataModule"),
+    ("callbacks", "Callback"),
+    ("strategies", "Strategy"),
+    ("loggers", "Logger"),
+)
+
+
+def is_part_of_a_run(value: Any) -> bool:
+    """Whether a value is a trainer or one of the objects that are handed to one."""
+    return any(is_a(value, *kind) for kind in _PARTS_OF_A_RUN)

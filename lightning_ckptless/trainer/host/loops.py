@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -55,23 +54,7 @@ class FitLoops:
             "validation_has_run": self.validation._has_run,
             "train_data_epoch": self.fit._last_train_dl_reload_epoch,
             "validation_data_epoch": self.validation._last_val_dl_reload_epoch,
-            "validation_clock": self._validation_clock(),
         }
-
-    def _validation_clock(self) -> dict[str, float] | None:
-        """Seconds since training began and since the last validation, where a clock says when to validate."""
-        trainer = self.trainer
-        if trainer._val_check_time_interval is None:
-            return None
-        now = time.monotonic()
-        return {"training_s": now - trainer._train_start_time, "last_validation_s": now - trainer._last_val_time}
-
-    def _set_validation_clock(self, saved: dict[str, float] | None) -> None:
-        # By what has passed: the clock of another machine, or of this one after a reboot, began at another time.
-        if saved is not None:
-            now = time.monotonic()
-            self.trainer._train_start_time = now - saved["training_s"]
-            self.trainer._last_val_time = now - saved["last_validation_s"]
 
     def set_counters(self, saved: dict[str, Any]) -> None:
         """Put the counters back, without Lightning's own notion of a restart."""
@@ -85,7 +68,6 @@ class FitLoops:
         self.validation._has_run = saved["validation_has_run"]
         self.fit._last_train_dl_reload_epoch = saved["train_data_epoch"]
         self.validation._last_val_dl_reload_epoch = saved["validation_data_epoch"]
-        self._set_validation_clock(saved["validation_clock"])
 
     def _all(self, loop: Any) -> Iterator[Any]:
         base = module(flavour_of(self.trainer), "loops.loop")._Loop
@@ -174,11 +156,27 @@ class FitLoops:
 
     def set_length(self, most: int) -> None:
         """Have this epoch end after so many batches."""
+        if most == self.fit.max_batches:
+            return
         self.fit.max_batches = most
         # Lightning leaves this attribute out where validation goes by the clock.
         interval = vars(self.trainer).get("val_check_interval")
         if isinstance(interval, float) and self.trainer.val_check_batch is not None:
             self.trainer.val_check_batch = max(1, int(most * interval))
+
+    @property
+    def validation_loader(self) -> Any:
+        """The validation data; None before it is set up."""
+        return self.validation._combined_loader
+
+    def after_setup_of_validation_data(self, do: Callable[[], None]) -> None:
+        """Call a function whenever the validation loop has set up its data, or kept what it has."""
+
+        def both() -> None:
+            override.original()
+            do()
+
+        override = Override(self.validation, "setup_data", both)
 
     def before_setup_of_data(self, do: Callable[[], None]) -> None:
         """Call a function whenever the fit loop is about to set up its training data, or to keep what it has."""
@@ -229,8 +227,9 @@ class FitLoops:
         override = Override(self.fit, "run", lambda: run(override.original))
 
     def give_back(self) -> None:
-        """Give the fit loop its own methods back."""
+        """Give the fit and validation loops their own methods back."""
         remove_overrides(self.fit, "run", "setup_data", "on_run_end")
+        remove_overrides(self.validation, "setup_data")
 
     # ------------------------------------------------------------------ driving
 
