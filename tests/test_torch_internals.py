@@ -133,8 +133,8 @@ def test_a_loader_asks_its_dataset_by_index_or_not() -> None:
 
 def test_the_sampler_that_drives_a_loader_is_known() -> None:
     batched, single = DataLoader(Squares(), batch_size=2), DataLoader(Squares(), batch_size=None)
-    assert torch_internals.index_sampler(DataLoader, batched) is batched.batch_sampler
-    assert torch_internals.index_sampler(DataLoader, single) is single.sampler
+    assert torch_internals.index_sampler(batched) is batched.batch_sampler
+    assert torch_internals.index_sampler(single) is single.sampler
 
 
 def test_iterators_of_torch_are_told_from_others() -> None:

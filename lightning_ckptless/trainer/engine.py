@@ -38,6 +38,7 @@ from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.streams import open_training_data
 from lightning_ckptless.trainer.identity import Identity, identify
 from lightning_ckptless.trainer.judgement import why_final
+from lightning_ckptless.trainer.loader import make_resumable
 from lightning_ckptless.trainer.log_files import LogFiles
 from lightning_ckptless.trainer.mirroring import Mirroring
 from lightning_ckptless.trainer.replay import BatchLog
@@ -76,6 +77,8 @@ class Engine:
         self.logs = LogFiles(trainer)
         self._line = line
         self.ledger = Ledger(self.run_folder / "ledger.jsonl")
+        self.loops = FitLoops(trainer)
+        self.loops.iterate_data_through(make_resumable)
         self.report = RunReport(trainer, self.ledger, strategy.world.generation)
         self.arena: Arena | None = None
         self.cohort: Cohort | None = None
@@ -213,14 +216,13 @@ class Engine:
 
     def attach(self) -> None:
         """Called when the model, its optimizers and the loops are set up: take over the commit points."""
-        trainer, loops, arena = self.trainer, FitLoops(self.trainer), self.arena
+        trainer, loops, arena = self.trainer, self.loops, self.arena
         assert arena is not None
         self.logs.watch()
         CONSOLE.bar = progress.bar_kind(trainer)
         if is_first_of_node(local_rank()):
             self.durable.order_writer(arena, self._line)
             arena.note("logger_versions", self.logs.names)
-        self.loops = loops
         self._begun = BegunStep(arena.path, self.rank)
         self._take_pulse()
         # Beside the batches of a step, those of the step whose copy is still being made.
@@ -279,7 +281,7 @@ class Engine:
         """Give the loops their own methods back."""
         if self.boundaries is not None:
             self.boundaries.remove()
-            self.loops.give_back()
+        self.loops.give_back()
 
     # ------------------------------------------------------------------ in the loop
 

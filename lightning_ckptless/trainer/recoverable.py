@@ -29,7 +29,6 @@ from lightning_ckptless.trainer.engine import Engine
 from lightning_ckptless.trainer.host.process import prepare_without_group
 from lightning_ckptless.trainer.host.streams import logs_kept
 from lightning_ckptless.trainer.launcher import launcher_class
-from lightning_ckptless.trainer.loader import make_resumable
 from lightning_ckptless.trainer.streams import Streams
 from lightning_ckptless.trainer.world_size import require_ranks
 
@@ -270,13 +269,6 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             if self.engine is not None and trainer.state.fn == "fit":
                 check_trainer(trainer)
                 self.engine.attach()
-
-        def process_dataloader(self, dataloader: object) -> object:
-            """Let a training dataloader know its exact position."""
-            dataloader = super().process_dataloader(dataloader)
-            if self.engine is not None and self.lightning_module.trainer.training:
-                return make_resumable(dataloader)
-            return dataloader
 
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             """Note which step is begun."""

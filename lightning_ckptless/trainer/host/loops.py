@@ -6,7 +6,13 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from lightning_ckptless.trainer.host.combined import iterators_of, place_of, set_place
+from lightning_ckptless.trainer.host.combined import (
+    iterate_directly,
+    iterate_through,
+    iterators_of,
+    place_of,
+    set_place,
+)
 from lightning_ckptless.trainer.host.flavour import fabric_module, flavour_of, is_a, module
 
 
@@ -81,6 +87,25 @@ class FitLoops:
     def combined_loader(self) -> Any:
         """The training data: one or more dataloaders behind one iterator."""
         return self.fit._combined_loader
+
+    def iterate_data_through(self, stand_in: Callable[[Any], Any]) -> None:
+        """Have training iterate over its dataloaders through others that stand in for them.
+
+        Args:
+            stand_in: makes of a dataloader what is iterated over.
+        """
+        source, combined_class = (
+            self.fit._data_source,
+            module(flavour_of(self.trainer), "utilities.combined_loader").CombinedLoader,
+        )
+        own = source.dataloader
+
+        def dataloader() -> Any:
+            made = own()
+            combined = made if isinstance(made, combined_class) else combined_class(made, "max_size_cycle")
+            return iterate_through(combined, stand_in)
+
+        source.dataloader = dataloader
 
     @property
     def fetcher(self) -> Any:
@@ -217,6 +242,9 @@ class FitLoops:
             vars(self.fit).pop(name, None)
         vars(self.epoch).pop("_broadcast_sigterm_tensor", None)
         vars(self.trainer._signal_connector).pop("_sigterm_notifier_fn", None)
+        vars(self.fit._data_source).pop("dataloader", None)
+        if self.combined_loader is not None:
+            iterate_directly(self.combined_loader)
 
     def stop_for_sigterm(self, exit_code: int) -> NoReturn:
         """End `fit` as Lightning does when it was asked to end."""
