@@ -30,6 +30,7 @@ from lightning_ckptless.trainer.arenas import find_or_make_arena, have_reaped, i
 from lightning_ckptless.trainer.begun import BegunStep
 from lightning_ckptless.trainer.checkpoints import note_of_save
 from lightning_ckptless.trainer.cohort import Cohort, form_cohort
+from lightning_ckptless.trainer.data_hooks import DataHooks, from_note, to_note
 from lightning_ckptless.trainer.drive import run_restored
 from lightning_ckptless.trainer.durable import DurableRung, with_environment
 from lightning_ckptless.trainer.fetching import fetch_version
@@ -78,6 +79,7 @@ class Engine:
         self._line = line
         self.ledger = Ledger(self.run_folder / "ledger.jsonl")
         self.loops = FitLoops(trainer)
+        self.data_hooks = DataHooks(trainer, self.loops)
         self.loops.iterate_data_through(make_resumable)
         self.report = RunReport(trainer, self.ledger, strategy.world.generation)
         self.arena: Arena | None = None
@@ -116,7 +118,8 @@ class Engine:
 
     def open_training_data_anew(self) -> None:
         """Open this rank's share of the samples; no other rank is needed for it."""
-        self.loops.replace_training_data(open_training_data(self.trainer))
+        with self.data_hooks.as_made():
+            self.loops.replace_training_data(open_training_data(self.trainer))
         self.streams.opened_for = self.streams.count
 
     @property
@@ -229,11 +232,20 @@ class Engine:
         limit = 2 * trainer.accumulate_grad_batches + 2 if self.options.mirror_every_n_steps == 1 else 0
         batches = BatchLog(loops, limit)
         mirroring = self.mirroring = Mirroring(
-            trainer, loops, self.options, self.report, batches, self.streams, self._probe, lambda: self.finish_asked
+            trainer,
+            loops,
+            self.options,
+            self.report,
+            batches,
+            self.streams,
+            self.data_hooks,
+            self._probe,
+            lambda: self.finish_asked,
         )
         if self.cohort is not None:
             mirroring.join(self.cohort)
         restoration = self._restoration
+        self._begin_data_hooks(mirroring, arena, restoration)
         since = restoration.version if restoration is not None else None
         mirroring.taken = since
         self.boundaries = StepBoundaries(
@@ -255,6 +267,18 @@ class Engine:
         else:
             loops.fit.run = partial(survival.run, partial(self._run_restored, restoration))
 
+    def _begin_data_hooks(self, mirroring: Mirroring, arena: Arena, restoration: Restoration | None) -> None:
+        name = f"data_hooks_{self.rank}"
+        self.data_hooks.begin(
+            lambda: mirroring.small,
+            lambda records: arena.note(name, to_note(records)),
+            is_new=self.cohort is None or restoration is not None,
+        )
+        if self.cohort is None:
+            self.data_hooks.expect(from_note(arena.notes().get(name)))
+        elif restoration is not None:
+            self.data_hooks.expect(restoration.small["data_hooks"])
+
     def _run_restored(self, restoration: Restoration) -> None:
         """Enter the loops at the restored position, in a process that is as new as all others."""
         mirroring = self.mirroring
@@ -266,6 +290,7 @@ class Engine:
             mirroring.small.apply(restoration.state)
 
         def settle() -> None:
+            restoration.make_data(self.data_hooks, self.strategy.alone)
             mirroring.small.apply(restoration.state)
             self.loops.set_sampler_epochs()
             restoration.open_streams(self.streams)

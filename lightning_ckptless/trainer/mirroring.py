@@ -20,6 +20,7 @@ from lightning_ckptless.replica.partition import plan_layout
 from lightning_ckptless.trainer.cadence import Cadence
 from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.compatibility import warn_of_loaders
+from lightning_ckptless.trainer.data_hooks import DataHooks
 from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.recipe import recipe_of
@@ -66,6 +67,7 @@ class Mirroring:
         report: RunReport,
         batches: BatchLog,
         streams: Streams,
+        hooks: DataHooks,
         probe: Callable[[str, Version], None],
         finish_asked: Callable[[], bool],
     ) -> None:
@@ -79,6 +81,7 @@ class Mirroring:
         self._report = report
         self._batches = batches
         self._streams = streams
+        self._hooks = hooks
         self._probe = probe
         self._finish_asked = finish_asked
         self.cadence = Cadence(options, report)
@@ -210,6 +213,7 @@ class Mirroring:
             {
                 "state": self.small.capture(self._batches.position_at(version)),
                 "streams": self._streams.capture(),
+                "data_hooks": dict(self._hooks.made),
                 "report": self._report.state(),
                 "interval": self.cadence.chosen,
                 "logger_versions": host_loggers.name_versions(self._trainer.loggers),

@@ -37,7 +37,7 @@ class Passenger:
         self._rng: RngState = capture_rng()
         self._epoch = -1
         self._fetched = 0
-        with trainer.strategy.as_stream(stream), self._own_rng():
+        with trainer.strategy.as_stream(stream), trainer.strategy.engine.data_hooks.as_made(), self._own_rng():
             self._loader = open_training_data(trainer)
         self._require_share(streams)
 

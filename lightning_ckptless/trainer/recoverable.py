@@ -135,6 +135,7 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             self.world = World()
             self.watcher: Watcher | None = None
             self.joins_alone = False
+            self._acts_alone = False
             self.calls_before_fit = 0
             self.probes: list[Callable[[str, Version], None]] = []
 
@@ -260,6 +261,39 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             """
             self._open_world(regrouping, is_over)
             self.use_new_groups()
+
+        # -------------------------------------------------------------- without the others
+
+        @property
+        def is_alone(self) -> bool:
+            """Whether the other ranks do not take part in what this one does now."""
+            return self._acts_alone or (self.joins_alone and not self.world.generation)
+
+        @contextmanager
+        def alone(self) -> Iterator[None]:
+            """Context in which nothing that Lightning does waits for other ranks."""
+            before, self._acts_alone = self._acts_alone, True
+            try:
+                yield
+            finally:
+                self._acts_alone = before
+
+        def barrier(self, *args: Any, **kwargs: Any) -> None:
+            """Wait for the others."""
+            if not self.is_alone:
+                super().barrier(*args, **kwargs)
+
+        def broadcast(self, obj: Any, src: int = 0) -> Any:
+            """What another rank has."""
+            return obj if self.is_alone else super().broadcast(obj, src)
+
+        def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            """A value of all ranks."""
+            return tensor if self.is_alone else super().reduce(tensor, *args, **kwargs)
+
+        def all_gather(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            """The values of all ranks."""
+            return tensor if self.is_alone else super().all_gather(tensor, *args, **kwargs)
 
         # -------------------------------------------------------------- training
 

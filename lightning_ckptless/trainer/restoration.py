@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from lightning_ckptless.replica.restore import Fetched
 from lightning_ckptless.trainer.checkpoints import files_of_the_future, remove
 from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.data import move_data_to
+from lightning_ckptless.trainer.data_hooks import DataHooks
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.mirroring import Mirroring
 from lightning_ckptless.trainer.report import Moved, RunReport
@@ -65,6 +68,10 @@ class Restoration:
         """
         rank = trainer.global_rank
         self.index = fill_trainer(trainer, self.layout, self.bulks, rank=rank, only_own=only_own, index=index)
+
+    def make_data(self, hooks: DataHooks, alone: Callable[[], AbstractContextManager[None]]) -> None:
+        """Have the dataloaders be those of the version; the state is put in after it."""
+        hooks.make_as(self.small["data_hooks"], alone)
 
     def move_data(self, loops: FitLoops) -> None:
         """Open the training data anew at the position of the version."""

@@ -243,6 +243,7 @@ class Survival:
         mirroring, version = self._mirroring, restoration.version
         # Those of a rank that is another one now are not those of its new place.
         only_own = mirroring.tensors_are_of == version and not moved
+        restoration.make_data(self._engine.data_hooks, self._strategy.alone)
         restoration.fill(self._trainer, only_own=only_own, index=mirroring.index_of(restoration.layout))
         self._mirroring.small.apply(restoration.state)
         if restoration.state["logs"] is not None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 _STAND_INS = "_ckptless_stand_ins"
 _STAND_IN = "_ckptless_stand_in"
+_CLASSES: dict[type, type] = {}
 
 
 def iterate_through(loader: Any, stand_in: Callable[[Any], Any]) -> Any:
@@ -20,7 +20,8 @@ def iterate_through(loader: Any, stand_in: Callable[[Any], Any]) -> Any:
         loader: of either distribution.
         stand_in: makes of a dataloader what is iterated over.
     """
-    made = _class_over(type(loader)).__new__(_class_over(type(loader)))
+    cls = _class_over(type(loader))
+    made = cls.__new__(cls)
     vars(made).update(vars(loader), **{_STAND_IN: stand_in, _STAND_INS: []})
     return made
 
@@ -44,8 +45,10 @@ def iterate_directly(loader: Any) -> None:
         loader.__class__ = type(loader).__base__
 
 
-@lru_cache(maxsize=8)
 def _class_over(base: Any) -> Any:
+    if base in _CLASSES:
+        return _CLASSES[base]
+
     def make_iterators(self: Any) -> Any:
         dataloaders, self._flattened = self._flattened, stand_ins(self)
         try:
@@ -58,7 +61,8 @@ def _class_over(base: Any) -> Any:
         return copyreg.__newobj__, (base,), state  # type: ignore[attr-defined]
 
     members = {"__iter__": make_iterators, "__reduce_ex__": reduce, "__module__": base.__module__}
-    return type(base.__name__, (base,), members | {"__qualname__": base.__qualname__})
+    _CLASSES[base] = type(base.__name__, (base,), members | {"__qualname__": base.__qualname__})
+    return _CLASSES[base]
 
 
 def begin(loader: Any) -> None:

@@ -44,6 +44,11 @@ class FitLoops:
         """The step number under which the loggers file the next row."""
         return int(self.epoch._batches_that_stepped)
 
+    @property
+    def is_at_beginning(self) -> bool:
+        """Whether nothing was trained yet."""
+        return not self.trainer.global_step and not self.trainer.current_epoch
+
     # ------------------------------------------------------------------ counters
 
     def counters(self) -> dict[str, Any]:
@@ -88,24 +93,54 @@ class FitLoops:
         """The training data: one or more dataloaders behind one iterator."""
         return self.fit._combined_loader
 
+    def wrap_data_source(self, loop: str, around: Callable[[Callable[[], Any]], Any]) -> None:
+        """Put a function around the call that returns the user's dataloaders.
+
+        Args:
+            loop: `train` or `validation`.
+            around: is given the call.
+        """
+        source = self._data_sources[loop]
+        own = source.dataloader
+        source.dataloader = lambda: around(own)
+
+    @property
+    def _data_sources(self) -> dict[str, Any]:
+        return {"train": self.fit._data_source, "validation": self.validation._data_source}
+
     def iterate_data_through(self, stand_in: Callable[[Any], Any]) -> None:
         """Have training iterate over its dataloaders through others that stand in for them.
 
         Args:
             stand_in: makes of a dataloader what is iterated over.
         """
-        source, combined_class = (
-            self.fit._data_source,
-            module(flavour_of(self.trainer), "utilities.combined_loader").CombinedLoader,
-        )
-        own = source.dataloader
+        combined_class = module(flavour_of(self.trainer), "utilities.combined_loader").CombinedLoader
 
-        def dataloader() -> Any:
+        def combined(own: Callable[[], Any]) -> Any:
             made = own()
-            combined = made if isinstance(made, combined_class) else combined_class(made, "max_size_cycle")
-            return iterate_through(combined, stand_in)
+            whole = made if isinstance(made, combined_class) else combined_class(made, "max_size_cycle")
+            return iterate_through(whole, stand_in)
 
-        source.dataloader = dataloader
+        self.wrap_data_source("train", combined)
+
+    def make_data_again(self, loop: str) -> None:
+        """Ask the user for the dataloaders of a loop again.
+
+        Args:
+            loop: `train` or `validation`.
+        """
+        if loop == "train":
+            if self.combined_loader is not None:
+                self.combined_loader.reset()
+            self.forget_training_data()
+            self.fit.setup_data()
+            return
+        self.forget_validation_data()
+        self.trainer.validating = True
+        try:
+            self.validation.setup_data()
+        finally:
+            self.trainer.training = True
 
     @property
     def fetcher(self) -> Any:
@@ -242,7 +277,8 @@ class FitLoops:
             vars(self.fit).pop(name, None)
         vars(self.epoch).pop("_broadcast_sigterm_tensor", None)
         vars(self.trainer._signal_connector).pop("_sigterm_notifier_fn", None)
-        vars(self.fit._data_source).pop("dataloader", None)
+        for source in self._data_sources.values():
+            vars(source).pop("dataloader", None)
         if self.combined_loader is not None:
             iterate_directly(self.combined_loader)
 
