@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 from torch.distributed import Logger, Reducer, _register_comm_hook  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _world
 from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
@@ -213,6 +214,13 @@ def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor], *, no
     """Copy each source into its target, in one call that gives up the interpreter lock once, not once per tensor."""
     if targets:
         torch._foreach_copy_(targets, sources, non_blocking=non_blocking)
+
+
+def finished_work() -> Any:
+    """What a collective returns that has nothing to wait for."""
+    future: torch.futures.Future[None] = torch.futures.Future()
+    future.set_result(None)
+    return _create_work_from_future(future)
 
 
 def process_groups() -> list[Any]:

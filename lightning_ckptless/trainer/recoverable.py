@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from lightning_ckptless.membership.alone import refuse
 from lightning_ckptless.membership.communicators import World, use_loopback_on_one_node
 from lightning_ckptless.membership.watch import Watcher
 from lightning_ckptless.options import (
@@ -31,6 +32,9 @@ from lightning_ckptless.trainer.host.streams import logs_kept
 from lightning_ckptless.trainer.launcher import launcher_class
 from lightning_ckptless.trainer.streams import Streams
 from lightning_ckptless.trainer.world_size import require_ranks
+
+BEFORE_SETUP = "pre_setup"
+"""The barrier that Lightning passes before the hooks of the user's model and datamodule."""
 
 
 def recoverable(base: Any, flavour: str) -> type[Any]:
@@ -278,10 +282,13 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             finally:
                 self._acts_alone = before
 
-        def barrier(self, *args: Any, **kwargs: Any) -> None:
+        def barrier(self, name: str | None = None) -> None:
             """Wait for the others."""
             if not self.is_alone:
-                super().barrier(*args, **kwargs)
+                super().barrier(name)
+            elif name == BEFORE_SETUP and self.joins_alone:
+                # Not earlier: Lightning makes a group of its own around `prepare_data`.
+                self.world.pretend_to_be(self.global_rank, self.world_size)
 
         def broadcast(self, obj: Any, src: int = 0) -> Any:
             """What another rank has."""
@@ -293,7 +300,9 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
 
         def all_gather(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
             """The values of all ranks."""
-            return tensor if self.is_alone else super().all_gather(tensor, *args, **kwargs)
+            if self.is_alone:
+                raise refuse("all_gather of the strategy")
+            return super().all_gather(tensor, *args, **kwargs)
 
         # -------------------------------------------------------------- training
 

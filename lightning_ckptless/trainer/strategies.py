@@ -76,7 +76,7 @@ def data_parallel_class(flavour: str) -> type[Any]:
 
         def configure_ddp(self) -> None:
             """Wrap the model, once there is a process group to sum its gradients in."""
-            if self.world.is_open:
+            if not self.is_alone:
                 super().configure_ddp()
 
         def without_sync(self) -> AbstractContextManager[Any]:

@@ -24,6 +24,7 @@ from lightning_ckptless import environment
 from lightning_ckptless.console import CONSOLE
 from lightning_ckptless.errors import CkptlessError, LaunchError, TransportError, let_go
 from lightning_ckptless.membership import hidden_output
+from lightning_ckptless.membership.alone import require_no_refusals
 from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.peers import is_lost_peer
 from lightning_ckptless.membership.watch import Assignment, Watcher
@@ -97,6 +98,7 @@ class Survival:
 
     def _join(self) -> bool:
         # Once: what this process does after this fit it does among the others.
+        require_no_refusals()
         number, report = os.environ.pop(environment.REGROUPING), os.environ[environment.FAULT_REPORT]
         hidden_output.show()
         self._say_entered()
