@@ -41,6 +41,7 @@ from lightning_ckptless.membership.signals import AskedToEnd
 from lightning_ckptless.membership.verdict import Verdict, final_verdict, take_begun, take_verdicts
 from lightning_ckptless.membership.workers import Workers
 from lightning_ckptless.protocol.recovery import RecoveryPlan, Rung, Situation, plan_recovery
+from lightning_ckptless.protocol.uneven import find_uneven
 from lightning_ckptless.torch_internals import forbid_restarts, forget_worker_store, remaining_restarts, use_restart
 
 Record = Callable[..., None]
@@ -252,8 +253,7 @@ class CkptlessAgent(LocalElasticAgent):
             self._in_place.show_output_of(local)
         if lost and self._take_the_ladder(worker_group, workers, lost) is Rung.IN_PLACE:
             return RunResult(state=WorkerState.HEALTHY)
-        if workers.at_end and self._may_end():
-            workers.let_leave()
+        self._tend_those_at_end(worker_group, workers)
         self._in_place.tend_standbys()
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state is WorkerState.SUCCEEDED:
@@ -264,6 +264,20 @@ class CkptlessAgent(LocalElasticAgent):
         limit_s = self._node.time_limit_s
         if limit_s is not None and time.monotonic() - self._started_at > limit_s:
             raise TimeLimitError(f"the run did not end within {limit_s:.0f} s; its workers are stopped")
+
+    def _tend_those_at_end(self, worker_group: WorkerGroup, workers: Workers) -> None:
+        """Let workers that have made their last step leave together, or end those that can never do so."""
+        if not workers.at_end:
+            return
+        if workers.all_at_end:
+            if self._may_end():
+                workers.let_leave()
+            return
+        ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
+        ended = {ranks[local]: ending.at for local, ending in workers.at_end.items()}
+        pulses = {ranks[local]: pulse for local, pulse in self._hangs.pulses(workers).items()}
+        if (reason := find_uneven(ended, pulses)) is not None:
+            workers.tell("failed", reason=reason)
 
     def _may_end(self) -> bool:
         """Whether workers that have made their last step may leave the training loop."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_ckptless.errors import CkptlessError
+from lightning_ckptless.errors import CkptlessError, UnevenStepsError
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena
 
@@ -16,6 +16,8 @@ def why_final(error: Exception, *, rank: int, taken: Version | None, arena: Aren
         taken: the last version before it; None where training had not begun.
         arena: remembers what was raised before; None where there is none yet.
     """
+    if isinstance(error, UnevenStepsError):
+        return str(error)
     if isinstance(error, CkptlessError):
         return "another try would end the same way"
     if taken is None or arena is None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from lightning_ckptless import environment
 from lightning_ckptless.console import CONSOLE
-from lightning_ckptless.errors import CkptlessError, LaunchError, TransportError, let_go
+from lightning_ckptless.errors import CkptlessError, LaunchError, TransportError, UnevenStepsError, let_go
 from lightning_ckptless.membership import hidden_output
 from lightning_ckptless.membership.alone import require_no_refusals
 from lightning_ckptless.membership.fault import FaultReport
@@ -143,6 +143,8 @@ class Survival:
             except Exception as error:
                 assignment = self._peer_fault(error)
                 if assignment is None:
+                    if not isinstance(error, UnevenStepsError):
+                        self._require_even_steps()
                     raise
                 let_go(error)
             go = self._come_back(assignment)
@@ -156,10 +158,18 @@ class Survival:
 
         Raises:
             TransportError: others come.
+            UnevenStepsError: another rank has begun a further step.
         """
-        if self._watcher is not None and not self._watcher.ask_to_leave():
+        self._engine.leave_loop()
+        may_leave = self._watcher is None or self._watcher.ask_to_leave(self._loops.at_end)
+        self._require_even_steps()
+        if not may_leave:
             raise TransportError(f"rank {self._engine.rank} was told to meet others while it asked to leave the loop")
         self._engine.report.ran_out()
+
+    def _require_even_steps(self) -> None:
+        if self._watcher is not None and self._watcher.failure:
+            raise UnevenStepsError(self._watcher.failure)
 
     def _peer_fault(self, error: Exception) -> Assignment | None:
         """What the agent says of an error; None where it is this rank's own."""

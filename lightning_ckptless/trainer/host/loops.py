@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
+from lightning_ckptless.protocol.uneven import AtEnd, WhyEnded
 from lightning_ckptless.trainer.host.combined import (
     iterate_directly,
     iterate_through,
@@ -43,6 +44,12 @@ class FitLoops:
     def batches_that_stepped(self) -> int:
         """The step number under which the loggers file the next row."""
         return int(self.epoch._batches_that_stepped)
+
+    @property
+    def at_end(self) -> AtEnd:
+        """Where training has ended."""
+        why = WhyEnded.ASKED if self.trainer.should_stop else WhyEnded.NO_DATA
+        return AtEnd(int(self.trainer.global_step), why)
 
     @property
     def is_at_beginning(self) -> bool:
