@@ -41,12 +41,14 @@ from lightning_ckptless.membership.signals import AskedToEnd
 from lightning_ckptless.membership.verdict import Verdict, final_verdict, take_begun, take_verdicts
 from lightning_ckptless.membership.workers import Workers
 from lightning_ckptless.protocol.recovery import RecoveryPlan, Rung, Situation, plan_recovery
-from lightning_ckptless.protocol.uneven import find_uneven
+from lightning_ckptless.protocol.uneven import find_uneven, out_of_data
 from lightning_ckptless.torch_internals import forbid_restarts, forget_worker_store, remaining_restarts, use_restart
 
 Record = Callable[..., None]
 
 _WAIT_S = 0.1
+_FAILURE_GRACE_S = 30.0
+"""For workers that are told why training cannot continue, to raise that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,7 @@ class CkptlessAgent(LocalElasticAgent):
         self._futility = Futility()
         self._reason = ""
         self._lost_at = 0.0
+        self._failed_at = 0.0
         self._verdict_folder = tempfile.TemporaryDirectory(prefix="ckptless-verdicts-")
         self._folder = Path(self._verdict_folder.name)
         self._hangs = HangWatch(self._folder, record, CONSOLE.say)
@@ -246,7 +249,9 @@ class CkptlessAgent(LocalElasticAgent):
         self._hangs.hear(said)
         self._hangs.limit_s = self._in_place.hang_timeout_s
         self._in_place.follow(workers)
-        if (hang := self._hangs.look(workers) or self._in_place.look()) is not None:
+        if (hang := self._hangs.look(workers) or self._in_place.look()) is not None and not self._end_uneven(
+            worker_group, workers, waits_for_ever=True
+        ):
             self._hangs.end(hang, workers, self._parent)
         lost = workers.lost()
         for local in lost:
@@ -273,11 +278,30 @@ class CkptlessAgent(LocalElasticAgent):
             if self._may_end():
                 workers.let_leave()
             return
+        self._end_uneven(worker_group, workers, waits_for_ever=False)
+
+    def _end_uneven(self, worker_group: WorkerGroup, workers: Workers, *, waits_for_ever: bool) -> bool:
+        """Have the workers raise where one has ended and another has not.
+
+        Args:
+            worker_group: of this node.
+            workers: of it.
+            waits_for_ever: whether it is known that they make no progress.
+
+        Returns:
+            Whether they have been told so, and have time left to end.
+        """
+        if self._failed_at:
+            return time.monotonic() - self._failed_at < _FAILURE_GRACE_S
         ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
-        ended = {ranks[local]: ending.at for local, ending in workers.at_end.items()}
         pulses = {ranks[local]: pulse for local, pulse in self._hangs.pulses(workers).items()}
-        if (reason := find_uneven(ended, pulses)) is not None:
-            workers.tell("failed", reason=reason)
+        ended = out_of_data(pulses) if waits_for_ever else {}
+        ended |= {ranks[local]: ending.at for local, ending in workers.at_end.items()}
+        if (reason := find_uneven(ended, pulses)) is None:
+            return False
+        workers.tell("failed", reason=reason)
+        self._failed_at = time.monotonic()
+        return True
 
     def _may_end(self) -> bool:
         """Whether workers that have made their last step may leave the training loop."""

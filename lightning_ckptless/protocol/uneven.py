@@ -1,4 +1,4 @@
-"""Ranks that do not make equally many steps, told from who is at the end of training and who has begun another step.
+"""Ranks that do not make equally many steps, told from who is at the end and who has begun another step.
 
 Every optimizer step needs all ranks. A rank that has made its last one takes part in no further step, so a rank that
 has begun a later one waits for ever. That is decided by counted steps alone, not by time.
@@ -37,6 +37,23 @@ class AtEnd:
 
     step: int
     why: WhyEnded
+
+
+def out_of_data(pulses: Mapping[int, Pulse]) -> dict[int, AtEnd]:
+    """Ranks that have made the last step of an epoch in which another rank has begun a further step.
+
+    Some programs live with that: where no collective is called between two epochs, ranks may be in different epochs.
+    It explains why ranks wait for each other for ever; it does not prove that they do.
+
+    Args:
+        pulses: where the ranks stand.
+    """
+    begun = {(pulse.epoch, pulse.step) for pulse in pulses.values() if pulse.epoch >= 0 and not pulse.out_of_data}
+    return {
+        rank: AtEnd(pulse.step, WhyEnded.NO_DATA)
+        for rank, pulse in pulses.items()
+        if pulse.out_of_data and any(epoch == pulse.epoch and step > pulse.step for epoch, step in begun)
+    }
 
 
 def find_uneven(ended: Mapping[int, AtEnd], pulses: Mapping[int, Pulse]) -> str | None:

@@ -342,7 +342,9 @@ class Engine:
         if self._pulse is not None and self.cohort is not None and not self.trainer.sanity_checking:
             self.strategy.watcher.heed()
             done = point in (Point.COMMIT, Point.TAIL)
-            self._pulse.beat(self.trainer.global_step + (not done), point)
+            out_of_data = done and self.loops.is_out_of_data
+            step = self.trainer.global_step + (not done)
+            self._pulse.beat(step, point, self.trainer.current_epoch, out_of_data=out_of_data)
 
     def _commit(self, version: Version) -> None:
         assert self.mirroring is not None

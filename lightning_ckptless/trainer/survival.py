@@ -142,11 +142,12 @@ class Survival:
                 break
             except Exception as error:
                 assignment = self._peer_fault(error)
-                if assignment is None:
-                    if not isinstance(error, UnevenStepsError):
-                        self._require_even_steps()
+                if assignment is None and (isinstance(error, UnevenStepsError) or not self._failure):
                     raise
                 let_go(error)
+            if assignment is None:
+                # Not beside the error above: that one says that a peer was lost, which is not the cause.
+                raise UnevenStepsError(self._failure)
             go = self._come_back(assignment)
         self._move(WorkerEvent.LEAVE)
         self._engine.leave_loop()
@@ -162,14 +163,16 @@ class Survival:
         """
         self._engine.leave_loop()
         may_leave = self._watcher is None or self._watcher.ask_to_leave(self._loops.at_end)
-        self._require_even_steps()
+        if self._failure:
+            raise UnevenStepsError(self._failure)
         if not may_leave:
             raise TransportError(f"rank {self._engine.rank} was told to meet others while it asked to leave the loop")
         self._engine.report.ran_out()
 
-    def _require_even_steps(self) -> None:
-        if self._watcher is not None and self._watcher.failure:
-            raise UnevenStepsError(self._watcher.failure)
+    @property
+    def _failure(self) -> str:
+        """Why training cannot continue, as the agent has found it; empty where it can."""
+        return "" if self._watcher is None else self._watcher.failure
 
     def _peer_fault(self, error: Exception) -> Assignment | None:
         """What the agent says of an error; None where it is this rank's own."""

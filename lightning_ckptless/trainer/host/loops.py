@@ -46,6 +46,11 @@ class FitLoops:
         return int(self.epoch._batches_that_stepped)
 
     @property
+    def is_out_of_data(self) -> bool:
+        """Whether the batch just processed was the last one of its epoch."""
+        return bool(self.epoch.batch_progress.is_last_batch)
+
+    @property
     def at_end(self) -> AtEnd:
         """Where training has ended."""
         why = WhyEnded.ASKED if self.trainer.should_stop else WhyEnded.NO_DATA
