@@ -87,11 +87,7 @@ for _name in _COLLECTIVES:
 
 
 class _NoStore(Store):
-    """Of a group without other ranks: whatever looks for them, such as a further group, fails at once."""
-
-
-for _name in ("add", "check", "delete_key", "get", "set", "wait"):
-    setattr(_NoStore, _name, _refusing(f"{_name} of the store"))
+    """Of a group without other ranks. It has no methods of a store: whatever needs them fails, and does not wait."""
 
 
 def _group(_store: Store, rank: int, world_size: int, _timeout: timedelta) -> AloneGroup:
