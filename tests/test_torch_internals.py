@@ -183,3 +183,32 @@ def test_parameters_and_buffers_are_the_live_dictionaries() -> None:
     module.running_mean = torch.ones(2)
     assert parameters["weight"] is module.weight
     assert buffers["running_mean"] is module.running_mean
+
+
+def test_an_iterator_reads_some_attributes_of_its_loader_elsewhere() -> None:
+    loader = DataLoader(Squares(), batch_size=2)
+    before = dict(vars(loader))
+    iterator = torch_internals.make_iterator(loader, [[3, 1]], 0, {"collate_fn": list})
+    assert list(iterator) == [[9, 1]]
+    assert vars(loader) == before
+
+
+def test_the_iterators_that_a_loader_makes_of_itself_are_watched_meanwhile() -> None:
+    loader, fetches = InAnotherWay(Squares(), batch_size=2), list[str]()
+
+    def noted(inner: Callable[[], Any]) -> Callable[[], Any]:
+        def fetched() -> Any:
+            fetches.append("fetch")
+            return inner()
+
+        return fetched
+
+    iterator = iter(loader)
+    with torch_internals.watching_inner_iterators(loader, noted):
+        next(iterator)
+    next(iter(loader))
+    assert fetches == ["fetch"]
+
+
+def test_finished_work_has_nothing_to_wait_for() -> None:
+    assert torch_internals.finished_work().wait()

@@ -243,7 +243,7 @@ def data_class(flavour: Any, options: Options) -> Any:
             self.made += 1
             trainer = self.trainer
             assert trainer is not None
-            return 0.1 * self.made + trainer.current_epoch + 0.01 * trainer.global_step + float(torch.rand(()))
+            return float(0.1 * self.made + trainer.current_epoch + 0.01 * trainer.global_step + torch.rand(()))
 
         def train_dataloader(self) -> Any:
             trainer = self.trainer

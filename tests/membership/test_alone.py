@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, TensorDataset
 
 from lightning_ckptless.errors import TransportError
 from lightning_ckptless.membership import alone
@@ -43,7 +43,7 @@ def world() -> Iterator[World]:
 
 
 def test_rank_and_world_size_are_told(world: World) -> None:
-    sampler = DistributedSampler(range(6), shuffle=False)  # type: ignore[arg-type]
+    sampler: Any = DistributedSampler(TensorDataset(torch.arange(6)), shuffle=False)
     assert (dist.get_rank(), dist.get_world_size()) == (1, 3)
     assert list(sampler) == [1, 4]
 
