@@ -297,7 +297,7 @@ class CkptlessAgent(LocalElasticAgent):
         pulses = {ranks[local]: pulse for local, pulse in self._hangs.pulses(workers).items()}
         ended = out_of_data(pulses) if waits_for_ever else {}
         ended |= {ranks[local]: ending.at for local, ending in workers.at_end.items()}
-        if (reason := find_uneven(ended, pulses)) is None:
+        if (reason := find_uneven(ended, pulses, has_recovered=bool(self.faults))) is None:
             return False
         workers.tell("failed", reason=reason)
         self._failed_at = time.monotonic()

@@ -56,12 +56,19 @@ def out_of_data(pulses: Mapping[int, Pulse]) -> dict[int, AtEnd]:
     }
 
 
-def find_uneven(ended: Mapping[int, AtEnd], pulses: Mapping[int, Pulse]) -> str | None:
+_AFTER_A_RECOVERY = (
+    "; this run has recovered from a fault before: where the undisturbed run is even, the state_dict() of the dataset "
+    "or dataloader does not restore its exact position"
+)
+
+
+def find_uneven(ended: Mapping[int, AtEnd], pulses: Mapping[int, Pulse], *, has_recovered: bool = False) -> str | None:
     """Tell which rank has ended too early for the others, and what to do about it; None where all may still end alike.
 
     Args:
         ended: ranks that have made their last step.
         pulses: where the ranks stand, as far as that is known.
+        has_recovered: whether the run has recovered from a fault, after which a dataset may be at another position.
     """
     if not ended:
         return None
@@ -76,4 +83,5 @@ def find_uneven(ended: Mapping[int, AtEnd], pulses: Mapping[int, Pulse]) -> str 
         return None
     names = ", ".join(map(str, ahead))
     who = f"rank {names}" if len(ahead) == 1 else f"ranks {names}"
-    return f"rank {rank} {end.why} after step {end.step}, {who} did not: {_FIXES[end.why]}"
+    further = _AFTER_A_RECOVERY if has_recovered and end.why is WhyEnded.NO_DATA else ""
+    return f"rank {rank} {end.why} after step {end.step}, {who} did not: {_FIXES[end.why]}{further}"

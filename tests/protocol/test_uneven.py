@@ -21,6 +21,15 @@ def test_a_rank_that_has_ended_before_another_one_is_named_with_its_last_step() 
     )
 
 
+def test_after_a_recovery_the_position_of_the_dataset_may_be_the_cause() -> None:
+    found = find_uneven({1: NO_DATA}, {0: AHEAD}, has_recovered=True)
+    assert found is not None
+    assert found.endswith("does not restore its exact position")
+    assert find_uneven({1: AtEnd(12, WhyEnded.ASKED)}, {0: AHEAD}, has_recovered=True) == find_uneven(
+        {1: AtEnd(12, WhyEnded.ASKED)}, {0: AHEAD}
+    )
+
+
 def test_the_first_that_has_ended_is_named_and_all_that_are_ahead() -> None:
     found = find_uneven({1: NO_DATA, 3: AtEnd(13, WhyEnded.NO_DATA)}, {0: AHEAD, 2: AHEAD})
     assert found is not None
