@@ -11,6 +11,7 @@
     ├── StateMissingError     no version of the state is complete, and no rung of the ladder is left
     ├── LayoutMismatchError   the relaunched script built another model or optimizer
     ├── WorldSizeError        this number of ranks cannot go on with the state
+    ├── UnevenStepsError      one rank has ended training, another one has begun a further step
     └── UnfitNodeError        this node failed its health check, and stays out
 
 A message names the rank, the step, what was expected, what was found, and the fix.
@@ -63,6 +64,10 @@ class LayoutMismatchError(CkptlessError, RuntimeError):
 
 class WorldSizeError(CkptlessError, RuntimeError):
     """This number of ranks cannot go on with the mirrored state."""
+
+
+class UnevenStepsError(CkptlessError, RuntimeError):
+    """One rank has ended training, another one has begun a further step: they have unequal numbers of batches."""
 
 
 class UnfitNodeError(CkptlessError, RuntimeError):

@@ -6,21 +6,23 @@ Read at torch 2.13. Each has a test in `tests/test_torch_internals.py` that fail
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 from torch.distributed import Logger, Reducer, _register_comm_hook  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _world
 from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
-from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
-
-INDEX_SAMPLER = "_index_sampler"
-GET_ITERATOR = "_get_iterator"
+from torch.utils.data.dataloader import (
+    _BaseDataLoaderIter,
+    _MultiProcessingDataLoaderIter,
+    _SingleProcessDataLoaderIter,
+)
 
 
 def version_counter(tensor: torch.Tensor) -> int:
@@ -38,9 +40,9 @@ def leaves_of(data: Any) -> list[Any]:
     return list(tree_leaves(data))
 
 
-def index_sampler(loader_class: type[DataLoader[Any]], loader: DataLoader[Any]) -> Any:
-    """The sampler that drives a loader, by the property of one of its classes."""
-    return vars_in_mro(loader_class, INDEX_SAMPLER).fget(loader)
+def index_sampler(loader: DataLoader[Any]) -> Any:
+    """The sampler that drives a loader."""
+    return loader._index_sampler
 
 
 def vars_in_mro(cls: type, name: str) -> Any:
@@ -63,7 +65,7 @@ def set_batches_yielded(iterator: Any, count: int) -> None:
 
 def has_own_iteration(loader_class: type) -> bool:
     """Whether a loader's class makes iterators in another way than `DataLoader`."""
-    return any(vars_in_mro(loader_class, name) is not vars(DataLoader)[name] for name in ("__iter__", GET_ITERATOR))
+    return any(vars_in_mro(loader_class, name) is not vars(DataLoader)[name] for name in ("__iter__", "_get_iterator"))
 
 
 def is_own_iterator(iterator: Any) -> bool:
@@ -105,6 +107,58 @@ class RotatedWorkersIterator(_MultiProcessingDataLoaderIter):
             next(self._worker_queue_idx_cycle)
             self._rotation -= 1
         super()._try_put_index()
+
+
+class _LoaderView:
+    """A loader as its iterators read it, with some attributes exchanged."""
+
+    def __init__(self, loader: DataLoader[Any], instead: Mapping[str, Any]) -> None:
+        self.__dict__.update(instead)
+        self.__dict__["_viewed"] = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_viewed"], name)
+
+
+def make_iterator(loader: DataLoader[Any], sampler: Any, rotation: int, instead: Mapping[str, Any]) -> Any:
+    """An iterator as `DataLoader.__iter__` makes it, which reads some attributes of the loader elsewhere.
+
+    Args:
+        loader: stays as it is, but for the iterator that it keeps where its workers are persistent.
+        sampler: drives the iterator.
+        rotation: index of the worker that prepares the first batch.
+        instead: further attributes by name.
+    """
+    view: Any = _LoaderView(loader, {**instead, "_index_sampler": sampler})
+    is_persistent = loader.persistent_workers and loader.num_workers > 0
+    if is_persistent and loader._iterator is not None:
+        loader._iterator._reset(view)
+        return loader._iterator
+    if loader.num_workers == 0:
+        return _SingleProcessDataLoaderIter(view)
+    loader.check_worker_number_rationality()
+    iterator = RotatedWorkersIterator(view, rotation)
+    if is_persistent:
+        loader._iterator = iterator
+    return iterator
+
+
+@contextmanager
+def watching_inner_iterators(loader: Any, wrap: Callable[[Callable[[], Any]], Callable[[], Any]]) -> Iterator[None]:
+    """Put a function around the fetches of the iterators that a loader makes of itself meanwhile."""
+    make = loader._get_iterator
+
+    def make_watched() -> Any:
+        iterator = make()
+        if is_own_iterator(iterator):
+            wrap_fetch(iterator, wrap)
+        return iterator
+
+    vars(loader)["_get_iterator"] = make_watched
+    try:
+        yield
+    finally:
+        del vars(loader)["_get_iterator"]
 
 
 def parameter_dicts(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -155,6 +209,13 @@ def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor], *, no
     """Copy each source into its target, in one call that gives up the interpreter lock once, not once per tensor."""
     if targets:
         torch._foreach_copy_(targets, sources, non_blocking=non_blocking)
+
+
+def finished_work() -> Any:
+    """What a collective returns that has nothing to wait for."""
+    future: torch.futures.Future[None] = torch.futures.Future()
+    future.set_result(None)
+    return _create_work_from_future(future)
 
 
 def process_groups() -> list[Any]:

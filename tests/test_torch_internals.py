@@ -151,8 +151,8 @@ def test_a_loader_asks_its_dataset_by_index_or_not() -> None:
 
 def test_the_sampler_that_drives_a_loader_is_known() -> None:
     batched, single = DataLoader(Squares(), batch_size=2), DataLoader(Squares(), batch_size=None)
-    assert torch_internals.index_sampler(DataLoader, batched) is batched.batch_sampler
-    assert torch_internals.index_sampler(DataLoader, single) is single.sampler
+    assert torch_internals.index_sampler(batched) is batched.batch_sampler
+    assert torch_internals.index_sampler(single) is single.sampler
 
 
 def test_iterators_of_torch_are_told_from_others() -> None:
@@ -201,3 +201,32 @@ def test_parameters_and_buffers_are_the_live_dictionaries() -> None:
     module.running_mean = torch.ones(2)
     assert parameters["weight"] is module.weight
     assert buffers["running_mean"] is module.running_mean
+
+
+def test_an_iterator_reads_some_attributes_of_its_loader_elsewhere() -> None:
+    loader = DataLoader(Squares(), batch_size=2)
+    before = dict(vars(loader))
+    iterator = torch_internals.make_iterator(loader, [[3, 1]], 0, {"collate_fn": list})
+    assert list(iterator) == [[9, 1]]
+    assert vars(loader) == before
+
+
+def test_the_iterators_that_a_loader_makes_of_itself_are_watched_meanwhile() -> None:
+    loader, fetches = InAnotherWay(Squares(), batch_size=2), list[str]()
+
+    def noted(inner: Callable[[], Any]) -> Callable[[], Any]:
+        def fetched() -> Any:
+            fetches.append("fetch")
+            return inner()
+
+        return fetched
+
+    iterator = iter(loader)
+    with torch_internals.watching_inner_iterators(loader, noted):
+        next(iterator)
+    next(iter(loader))
+    assert fetches == ["fetch"]
+
+
+def test_finished_work_has_nothing_to_wait_for() -> None:
+    assert torch_internals.finished_work().wait()

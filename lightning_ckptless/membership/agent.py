@@ -44,11 +44,14 @@ from lightning_ckptless.membership.workers import Workers
 from lightning_ckptless.protocol.program_end import ProgramEnd, Stage, Starts, judge_end
 from lightning_ckptless.protocol.recovery import RecoveryPlan, Rung, Situation, plan_recovery
 from lightning_ckptless.protocol.recovery_limits import RecoveryHistory, RecoveryLimits, why_no_recovery
+from lightning_ckptless.protocol.uneven import find_uneven, out_of_data
 from lightning_ckptless.torch_internals import forbid_restarts, forget_worker_store
 
 Record = Callable[..., None]
 
 _WAIT_S = 0.1
+_FAILURE_GRACE_S = 30.0
+"""For workers that are told why training cannot continue, to raise that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +147,7 @@ class CkptlessAgent(LocalElasticAgent):
         self._reason = ""
         self._hydra: str = "" if after is None else after._hydra
         self._lost_at = 0.0
+        self._failed_at = 0.0
         self._verdict_folder = tempfile.TemporaryDirectory(prefix="ckptless-verdicts-")
         self._folder = Path(self._verdict_folder.name)
         self._hangs = HangWatch(self._folder, record, CONSOLE.say)
@@ -293,15 +297,16 @@ class CkptlessAgent(LocalElasticAgent):
         self._hangs.limit_s = self._in_place.hang_timeout_s
         self._in_place.follow(workers)
         self._late_exits.look(workers)
-        if (hang := self._hangs.look(workers) or self._in_place.look()) is not None:
+        if (hang := self._hangs.look(workers) or self._in_place.look()) is not None and not self._end_uneven(
+            worker_group, workers, waits_for_ever=True
+        ):
             self._hangs.end(hang, workers, self._parent)
         lost = workers.lost()
         for local in lost:
             self._in_place.show_output_of(local)
         if lost and self._take_the_ladder(worker_group, workers, lost) is Rung.IN_PLACE:
             return RunResult(state=WorkerState.HEALTHY)
-        if workers.at_end and self._may_end():
-            workers.let_leave()
+        self._tend_those_at_end(worker_group, workers)
         self._in_place.tend_standbys()
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state is WorkerState.SUCCEEDED:
@@ -312,6 +317,39 @@ class CkptlessAgent(LocalElasticAgent):
         limit_s = self._node.time_limit_s
         if limit_s is not None and time.monotonic() - self._started_at > limit_s:
             raise TimeLimitError(f"the run did not end within {limit_s:.0f} s; its workers are stopped")
+
+    def _tend_those_at_end(self, worker_group: WorkerGroup, workers: Workers) -> None:
+        """Let workers that have made their last step leave together, or end those that can never do so."""
+        if not workers.at_end:
+            return
+        if workers.all_at_end:
+            if self._may_end():
+                workers.let_leave()
+            return
+        self._end_uneven(worker_group, workers, waits_for_ever=False)
+
+    def _end_uneven(self, worker_group: WorkerGroup, workers: Workers, *, waits_for_ever: bool) -> bool:
+        """Have the workers raise where one has ended and another has not.
+
+        Args:
+            worker_group: of this node.
+            workers: of it.
+            waits_for_ever: whether it is known that they make no progress.
+
+        Returns:
+            Whether they have been told so, and have time left to end.
+        """
+        if self._failed_at:
+            return time.monotonic() - self._failed_at < _FAILURE_GRACE_S
+        ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
+        pulses = {ranks[local]: pulse for local, pulse in self._hangs.pulses(workers).items()}
+        ended = out_of_data(pulses) if waits_for_ever else {}
+        ended |= {ranks[local]: ending.at for local, ending in workers.at_end.items()}
+        if (reason := find_uneven(ended, pulses, has_recovered=bool(self.faults))) is None:
+            return False
+        workers.tell("failed", reason=reason)
+        self._failed_at = time.monotonic()
+        return True
 
     def _may_end(self) -> bool:
         """Whether workers that have made their last step may leave the training loop."""

@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from lightning_ckptless import environment
+from lightning_ckptless.membership.alone import open_alone
 from lightning_ckptless.membership.connections import Connections
 from lightning_ckptless.membership.generation import join_generation
 from lightning_ckptless.torch_internals import abort_device_groups, process_groups
@@ -105,6 +106,12 @@ class World:
     def pretend(self, rank: int, world_size: int) -> None:
         """Make groups that send nothing, for a process that has to build its model before it meets the others."""
         dist.init_process_group("fake", rank=rank, world_size=world_size)
+
+    def pretend_to_be(self, rank: int, world_size: int) -> None:
+        """Answer for rank and world size in a process that has not met the others; see `alone`."""
+        if not self.is_open:
+            open_alone(rank, world_size)
+            self._own = {id(group) for group in process_groups()}
 
     def renumber(self, generation: int) -> None:
         """Give the generation the number that its ranks have agreed on, for whatever this process trains next, too."""

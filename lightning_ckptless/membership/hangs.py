@@ -59,8 +59,7 @@ class HangWatch:
             return None
         self._looked_at = now
         pids = workers.pids()
-        pulses = {rank: read_pulse(self._folder, rank, pid) for rank, pid in pids.items() if rank in workers.inside}
-        known = {rank: pulse for rank, pulse in pulses.items() if pulse is not None}
+        known = self.pulses(workers)
         if len(known) < len(pids) or any(workers.blamed(rank) for rank in pids):
             return None
         self._look_for_stragglers(known, now)
@@ -71,6 +70,11 @@ class HangWatch:
             self._asked = 0
             self._answers.clear()
         return find_hang(known, now=now, override_s=self.limit_s)
+
+    def pulses(self, workers: Workers) -> dict[int, Pulse]:
+        """Where the workers in the training loop stand, by local rank, as far as that is known."""
+        found = {rank: read_pulse(self._folder, rank, pid) for rank, pid in workers.pids().items()}
+        return {rank: pulse for rank, pulse in found.items() if pulse is not None and rank in workers.inside}
 
     def _ask(self, workers: Workers) -> None:
         self._asked += 1

@@ -22,7 +22,7 @@ from lightning_ckptless.protocol.hang import Point, Pulse
 STACKS_SIGNAL = signal.SIGRTMIN + 4
 """Makes a worker write down where each of its threads stands."""
 
-_FORMAT = struct.Struct("=qqqddd")
+_FORMAT = struct.Struct("=qqqdddqq")
 _SMOOTHING = 0.1
 
 
@@ -45,6 +45,8 @@ class PulseWriter:
         self._began_at = 0.0
         self._stacks: IO[str] | None = None
         self._first_step = -1
+        self._epoch = -1
+        self._out_of_data = False
 
     @classmethod
     def from_environment(cls) -> PulseWriter | None:
@@ -57,9 +59,10 @@ class PulseWriter:
         self._stacks = path.open("w")
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
 
-    def beat(self, step: int, point: Point) -> None:
-        """Note where this rank stands."""
+    def beat(self, step: int, point: Point, epoch: int = -1, *, out_of_data: bool = False) -> None:
+        """Note where this rank stands; the arguments are those of `Pulse`."""
         now = time.monotonic()
+        self._epoch, self._out_of_data = epoch, out_of_data
         if (step, point) == self._place:
             self._count += 1
         else:
@@ -85,7 +88,9 @@ class PulseWriter:
     def _write(self, now: float) -> None:
         step, point = self._place
         # Packed into the memory itself they would be zero for a moment first: a sign from the time of the last boot.
-        self._memory[:] = _FORMAT.pack(step, point, self._count, now, self._longest_pause_s, self._own_s)
+        self._memory[:] = _FORMAT.pack(
+            step, point, self._count, now, self._longest_pause_s, self._own_s, self._epoch, self._out_of_data
+        )
 
     def close(self) -> None:
         """Release the memory and the signal."""
@@ -121,5 +126,16 @@ def read_pulse(folder: Path, local_rank: int, pid: int) -> Pulse | None:
     if fields is None or len(data) != _FORMAT.size:
         return None
     state = fields[0]
-    step, point, count, at, longest_pause_s, own_s = _FORMAT.unpack(data)
-    return Pulse(step, Point(point), count, at, longest_pause_s, own_s, stopped=state == "T", traced=state == "t")
+    step, point, count, at, longest_pause_s, own_s, epoch, out_of_data = _FORMAT.unpack(data)
+    return Pulse(
+        step,
+        Point(point),
+        count,
+        at,
+        longest_pause_s,
+        own_s,
+        stopped=state == "T",
+        traced=state == "t",
+        epoch=epoch,
+        out_of_data=bool(out_of_data),
+    )

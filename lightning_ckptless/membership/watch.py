@@ -21,6 +21,7 @@ from lightning_ckptless.errors import TransportError
 from lightning_ckptless.membership.control import Line
 from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.lost_waits import LostWaits, main_thread_waits
+from lightning_ckptless.protocol.uneven import AtEnd
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Watcher:
         self._latest: Assignment | None = None
         self._finish_asked = False
         self._is_run_over = False
+        self._failure = ""
         self._may_leave: int | None = None
         self._waits = LostWaits()
         self._is_on_hold = False
@@ -100,13 +102,21 @@ class Watcher:
         """Whether no regrouping will come any more."""
         return self._is_run_over or self._line.ended
 
-    def ask_to_leave(self) -> bool:
+    @property
+    def failure(self) -> str:
+        """Why training cannot continue, as the agent has found it; empty where it can."""
+        return self._failure
+
+    def ask_to_leave(self, at: AtEnd) -> bool:
         """Ask whether the training loop may be left, and wait for the answer.
+
+        Args:
+            at: where this worker has ended.
 
         Returns:
             False where this worker is to meet others instead.
         """
-        self.tell("ending", number=self._accepted)
+        self.tell("ending", number=self._accepted, step=at.step, why=at.why)
         with self._changed:
             self._changed.wait_for(self._has_answer)
             return self._pending() is None
@@ -155,10 +165,10 @@ class Watcher:
         return latest if latest is not None and latest.number > self._accepted else None
 
     def _is_to_cut(self) -> bool:
-        return self._pending() is not None or self._is_leaving or self._is_run_over
+        return self._pending() is not None or self._is_leaving or self._is_run_over or bool(self._failure)
 
     def _has_assignment_or_end(self) -> bool:
-        return self._pending() is not None or self.is_run_over
+        return self._pending() is not None or self.is_run_over or bool(self._failure)
 
     def _has_answer(self) -> bool:
         return self._may_leave == self._accepted or self._finish_asked or self._has_assignment_or_end()
@@ -202,6 +212,8 @@ class Watcher:
     def _take_in(self, message: dict[str, Any]) -> None:
         if message["kind"] == "finish":
             self._finish_asked = True
+        elif message["kind"] == "failed":
+            self._failure = message["reason"]
         elif message["kind"] == "over":
             self._is_run_over = True
         elif message["kind"] == "leave":

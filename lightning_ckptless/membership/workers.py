@@ -7,7 +7,7 @@ import select
 import signal
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing import LogsSpecs
@@ -21,6 +21,7 @@ from lightning_ckptless.membership.process import Process
 from lightning_ckptless.membership.program import Program
 from lightning_ckptless.membership.worker import Job
 from lightning_ckptless.protocol.program_end import Stage
+from lightning_ckptless.protocol.uneven import AtEnd, WhyEnded
 from lightning_ckptless.torch_internals import start_tails
 
 _KILL_WAIT_S = 60.0
@@ -30,6 +31,19 @@ _DYING_GRACE_S = 0.025
 """For which the end of a dying worker is waited for: on a machine without a free core its memory had better be freed
 before the others meet. What it dies of is known without."""
 _STAGES = {"came_to_fit": Stage.INSIDE, "past_fit": Stage.PAST}
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A worker that has made its last step, and asks whether it may leave the training loop.
+
+    Args:
+        number: of the regrouping that it belongs to.
+        at: where it ended.
+    """
+
+    number: int
+    at: AtEnd
 
 
 class Workers(PContext):
@@ -52,8 +66,7 @@ class Workers(PContext):
     Attributes:
         inside: local ranks that are in the training loop, or on their way back into it.
         stages: where each local rank is in its program.
-        at_end: those of them that have made their last step, and ask whether they may leave; with the number of the
-            regrouping that they belong to.
+        at_end: those of them that have made their last step, and ask whether they may leave.
         ending: those of them that may.
     """
 
@@ -74,7 +87,7 @@ class Workers(PContext):
         super().__init__("worker", program.target, args, envs, logs_specs, log_line_prefixes)
         self.inside: set[int] = set()
         self.stages: dict[int, Stage] = dict.fromkeys(envs, Stage.BEFORE)
-        self.at_end: dict[int, int] = {}
+        self.at_end: dict[int, Ending] = {}
         self.ending: set[int] = set()
         self._parent = parent
         # After super().__init__, which adds the name of each worker's error file to `envs`.
@@ -214,7 +227,8 @@ class Workers(PContext):
                 if message["kind"] == "entered":
                     self.inside.add(rank)
                 elif message["kind"] == "ending":
-                    self.at_end[rank] = message["number"]
+                    end = AtEnd(message["step"], WhyEnded(message["why"]))
+                    self.at_end[rank] = Ending(message["number"], end)
                 elif message["kind"] == "released":
                     self._is_back(rank)
                 elif message["kind"] == "left":
@@ -224,11 +238,16 @@ class Workers(PContext):
 
     def let_leave(self) -> None:
         """Answer those that ask whether they may leave the training loop: they may."""
-        for rank, number in self.at_end.items():
+        for rank, ending in self.at_end.items():
             if rank in self._running:
-                self.tell_one(rank, "leave", number=number)
+                self.tell_one(rank, "leave", number=ending.number)
         self.ending.update(self.at_end)
         self.at_end.clear()
+
+    @property
+    def all_at_end(self) -> bool:
+        """Whether every worker in the training loop has made its last step."""
+        return bool(self.at_end) and self.inside <= self.at_end.keys() | self.ending
 
     # ------------------------------------------------------------------ ends
 

@@ -61,6 +61,8 @@ class Pulse:
         own_s: its own time per step, without waiting for others; 0 where that is not known.
         stopped: whether the system has stopped it.
         traced: whether a debugger holds it.
+        epoch: in which it is; -1 where that is not known.
+        out_of_data: whether it has made the last step of that epoch.
         waits: whether it waits for other ranks; None where it was not asked, or did now one and then the other.
     """
 
@@ -72,6 +74,8 @@ class Pulse:
     own_s: float
     stopped: bool = False
     traced: bool = False
+    epoch: int = -1
+    out_of_data: bool = False
     waits: bool | None = None
 
     @property

@@ -13,7 +13,7 @@ from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.torch_internals import leaves_of, map_tensors
 from lightning_ckptless.trainer.host.ddp import model_averaging_period
 from lightning_ckptless.trainer.host.flavour import is_a
-from lightning_ckptless.trainer.loader import tracker_of
+from lightning_ckptless.trainer.loader import iterates_in_its_own_way
 from lightning_ckptless.trainer.plain import is_plain
 from lightning_ckptless.trainer.state import attributes_of_all_optimizers
 
@@ -143,10 +143,9 @@ def _loader_findings(loader: object) -> Iterator[str]:
         return
     states_itself = callable(getattr(loader, "state_dict", None))
     streams = isinstance(loader.dataset, IterableDataset) and not states_itself
-    tracker = tracker_of(loader)
     if streams:
         yield "an iterable dataset is read again from the start of the epoch after a fault"
-    elif tracker is not None and tracker.iterates_itself and not states_itself:
+    elif iterates_in_its_own_way(loader) and not states_itself:
         yield "iterates in a way of its own: after a fault it is read again from its start, which must give the same"
     if streams and loader.persistent_workers:
         yield (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_ckptless.trainer.changes import Changed
+from lightning_ckptless.trainer.host.combined import stand_ins
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.loader import resume_at, tracker_of
 
@@ -12,7 +13,7 @@ from lightning_ckptless.trainer.loader import resume_at, tracker_of
 def data_position(loops: FitLoops) -> dict[str, Any]:
     """Where the training data is, as plain data."""
     saved = loops.data_position()
-    trackers = [tracker_of(loader) for loader in loops.combined_loader.flattened]
+    trackers = [tracker_of(loader) for loader in stand_ins(loops.combined_loader)]
     saved["loaders"] = [tracker.position(saved["buffered"]) if tracker else None for tracker in trackers]
     return saved
 
@@ -29,7 +30,7 @@ def move_data_to(loops: FitLoops, saved: dict[str, Any]) -> None:
     Nothing is asked of a map-style dataset; an iterable one is read again from the start of its epoch. The global
     generators are left wherever this takes them: the caller sets them afterwards.
     """
-    loaders = loops.combined_loader.flattened
+    loaders = stand_ins(loops.combined_loader)
     for loader, position in zip(loaders, saved["loaders"], strict=True):
         resume_at(loader, position)
 
@@ -50,12 +51,12 @@ def set_attributes(loops: FitLoops, saved: dict[str, Any]) -> None:
 
 def attributes_now(loops: FitLoops) -> list[Changed | None]:
     """What differs in each dataloader from when it was made."""
-    trackers = [tracker_of(loader) for loader in loops.combined_loader.flattened]
+    trackers = [tracker_of(loader) for loader in stand_ins(loops.combined_loader)]
     return [tracker.attributes.capture() if tracker else None for tracker in trackers]
 
 
 def apply_attributes(loops: FitLoops, attributes: list[Changed | None]) -> None:
     """Put back what `attributes_now` returned."""
-    for loader, changed in zip(loops.combined_loader.flattened, attributes, strict=True):
+    for loader, changed in zip(stand_ins(loops.combined_loader), attributes, strict=True):
         if changed is not None and (tracker := tracker_of(loader)) is not None:
             tracker.attributes.apply(changed)

@@ -37,6 +37,7 @@ from lightning_ckptless.trainer.arenas import (
 from lightning_ckptless.trainer.begun import BegunStep
 from lightning_ckptless.trainer.checkpoint_files import CheckpointFiles
 from lightning_ckptless.trainer.cohort import Cohort, form_cohort
+from lightning_ckptless.trainer.data_hooks import DataHooks, from_note, to_note
 from lightning_ckptless.trainer.drive import run_restored
 from lightning_ckptless.trainer.durable import DurableRung, with_environment
 from lightning_ckptless.trainer.fetching import fetch_version
@@ -46,6 +47,7 @@ from lightning_ckptless.trainer.host.sigterm import SigtermFlag
 from lightning_ckptless.trainer.host.streams import open_training_data
 from lightning_ckptless.trainer.identity import Identity, identify
 from lightning_ckptless.trainer.judgement import count_recovery, why_final
+from lightning_ckptless.trainer.loader import make_resumable
 from lightning_ckptless.trainer.loggers import NOTE, RunLoggers
 from lightning_ckptless.trainer.lost_files import lost_logs, warning_of
 from lightning_ckptless.trainer.mirroring import Mirroring
@@ -87,6 +89,9 @@ class Engine:
         self.folders = RunFolders(trainer)
         self._line = line
         self.ledger = Ledger(self.run_folder / "ledger.jsonl")
+        self.loops = FitLoops(trainer)
+        self.data_hooks = DataHooks(trainer, self.loops)
+        self.loops.iterate_data_through(make_resumable)
         self.report = RunReport(trainer, self.ledger, strategy.world.generation)
         self.files = CheckpointFiles(self.ledger, chapter, self.report.say_of_files)
         self.arena: Arena | None = None
@@ -126,7 +131,8 @@ class Engine:
 
     def open_training_data_anew(self) -> None:
         """Open this rank's share of the samples; no other rank is needed for it."""
-        self.loops.replace_training_data(open_training_data(self.trainer))
+        with self.data_hooks.as_made():
+            self.loops.replace_training_data(open_training_data(self.trainer))
         self.streams.opened_for = self.streams.count
 
     @property
@@ -239,7 +245,7 @@ class Engine:
 
     def attach(self) -> None:
         """Called when the model, its optimizers and the loops are set up: take over the commit points."""
-        trainer, loops, arena = self.trainer, FitLoops(self.trainer), self.arena
+        trainer, loops, arena = self.trainer, self.loops, self.arena
         assert arena is not None
         self.loggers.watch()
         CONSOLE.bar = progress.bar_kind(trainer)
@@ -248,7 +254,6 @@ class Engine:
         self._note_folders(arena)
         if self.cohort is not None:
             self.loggers.note(self.cohort)
-        self.loops = loops
         self._begun = BegunStep(arena.path, self.rank)
         self._take_pulse()
         # Beside the batches of a step, those of the step whose copy is still being made.
@@ -263,6 +268,7 @@ class Engine:
             batches,
             self.streams,
             self.loggers,
+            self.data_hooks,
             self._probe,
             sigterm,
             lambda: self.finish_asked,
@@ -270,6 +276,7 @@ class Engine:
         if self.cohort is not None:
             mirroring.join(self.cohort)
         restoration = self._restoration
+        self._begin_data_hooks(mirroring, arena, restoration)
         since = restoration.version if restoration is not None else None
         mirroring.taken = since
         self.boundaries = StepBoundaries(
@@ -299,6 +306,18 @@ class Engine:
             if self.cohort.speaks_for_node:
                 arena.note("folders", folders)
 
+    def _begin_data_hooks(self, mirroring: Mirroring, arena: Arena, restoration: Restoration | None) -> None:
+        name = f"data_hooks_{self.rank}"
+        self.data_hooks.begin(
+            lambda: mirroring.small,
+            lambda records: arena.note(name, to_note(records)),
+            is_new=self.cohort is None or restoration is not None,
+        )
+        if self.cohort is None:
+            self.data_hooks.expect(from_note(arena.notes().get(name)))
+        elif restoration is not None:
+            self.data_hooks.expect(restoration.small["data_hooks"])
+
     def _run_restored(self, restoration: Restoration) -> None:
         """Enter the loops at the restored position, in a process that is as new as all others."""
         mirroring = self.mirroring
@@ -310,6 +329,7 @@ class Engine:
             mirroring.small.apply(restoration.state)
 
         def settle() -> None:
+            restoration.make_data(self.data_hooks, self.strategy.alone)
             mirroring.small.apply(restoration.state)
             self.loggers.restore(restoration.small["logs"])
             self.loops.set_sampler_epochs()
@@ -326,7 +346,7 @@ class Engine:
         """Give the loops their own methods back."""
         if self.boundaries is not None:
             self.boundaries.remove()
-            self.loops.give_back()
+        self.loops.give_back()
         if self._sigterm is not None:
             self._sigterm.remove()
 
@@ -366,7 +386,9 @@ class Engine:
         if self._pulse is not None and self.cohort is not None and not self.trainer.sanity_checking:
             self.strategy.watcher.heed()
             done = point in (Point.COMMIT, Point.TAIL)
-            self._pulse.beat(self.trainer.global_step + (not done), point)
+            out_of_data = done and self.loops.is_out_of_data
+            step = self.trainer.global_step + (not done)
+            self._pulse.beat(step, point, self.trainer.current_epoch, out_of_data=out_of_data)
 
     def _commit(self, version: Version) -> None:
         assert self.mirroring is not None and self.boundaries is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 
-from lightning_ckptless.errors import CkptlessError, LaunchError
+from lightning_ckptless.errors import CkptlessError, LaunchError, UnevenStepsError
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.recovery_limits import RecoveryHistory, RecoveryLimits, why_no_recovery
 from lightning_ckptless.protocol.versions import Version
@@ -22,6 +22,8 @@ def why_final(error: Exception, *, rank: int, taken: Version | None, arena: Aren
         taken: the last version before it; None where training had not begun.
         arena: remembers what was raised before; None where there is none yet.
     """
+    if isinstance(error, UnevenStepsError):
+        return str(error)
     if isinstance(error, CkptlessError):
         return "another try would end the same way"
     if taken is None or arena is None:

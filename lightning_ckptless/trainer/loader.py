@@ -1,12 +1,15 @@
 """One dataloader at an exact position.
 
-A loader made resumable remembers, at each start, the random numbers it is about to draw its order from, and counts
-what it has handed out. Put back, it draws the same order again and skips what was handed out without asking the
-dataset. Where that is not possible (an iterable dataset) the batches are fetched again and dropped.
+The user's loader stays as it is: what training iterates over is a `ResumableLoader` around it. That remembers, at each
+start, the random numbers that the loader is about to draw its order from, and counts the batches. Put back, the loader
+draws the same order again and skips what was handed out without asking the dataset. Where that is not possible (an
+iterable dataset) the batches are fetched again and dropped.
 
 Random numbers drawn in worker processes come home with the batches of a map-style dataset (`stamps`); on a restart each
 worker gets its own state back, and the first batch is prepared by the worker whose turn it is. So augmentation in
 workers goes on exactly, in persistent workers too.
+
+A loader that restores its own position (`state_dict`) is left to do so (`first_fetch`).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch.utils.data import DataLoader
 from lightning_ckptless import torch_internals
 from lightning_ckptless.errors import CkptlessError
 from lightning_ckptless.trainer.changes import Changed, Changes
+from lightning_ckptless.trainer.first_fetch import Fetches, FirstFetch
 from lightning_ckptless.trainer.order import Order, Switched, WatchedSampler, apply_sampler, dump_sampler, sampler_parts
 from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.reach import reach
@@ -31,8 +35,6 @@ from lightning_ckptless.trainer.rng import (
     set_owned_generators,
 )
 from lightning_ckptless.trainer.stamps import Stamped, StampingCollate, WorkerStart
-
-TRACKER = "_ckptless_tracker"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class LoaderPosition:
         at_fetch: generators and attributes before the last batch was fetched; None where no batch lies prefetched.
         workers: per worker its generators after its last batch that was handed out.
         own_state: `state_dict()` of a loader that can say its own position.
+        fetches: what is known of the fetches of such a loader.
         dataset: state of the generators that the dataset owns.
         attributes: what differs in the loader, its dataset, samplers and functions from when they were made.
     """
@@ -60,6 +63,7 @@ class LoaderPosition:
     at_fetch: tuple[Any, Any, Changed] | None
     workers: dict[int, bytes]
     own_state: dict[str, Any] | None
+    fetches: Fetches
     dataset: dict[str, Any]
     attributes: Changed
 
@@ -80,6 +84,10 @@ class _WatchedIterator:
     def __next__(self) -> Any:
         return self.fetch()
 
+    def __reduce__(self) -> Any:
+        # Iterators of dataloaders cannot be copied; Lightning leaves torch's own out of a copy in the same way.
+        return type(None), ()
+
 
 class LoaderTracker:
     """What a resumable loader remembers about its current iteration.
@@ -94,7 +102,7 @@ class LoaderTracker:
         self.dataset = loader.dataset
         self.attributes = watch_attributes(loader)
         self.states_itself = says_its_position(loader)
-        self.iterates_itself = not self.states_itself and torch_internals.has_own_iteration(type(loader))
+        self.iterates_itself = iterates_in_its_own_way(loader)
         self.by_index = torch_internals.is_map_style(loader) and not (self.states_itself or self.iterates_itself)
         self.resume: LoaderPosition | None = None
         self.yielded: int | None = None
@@ -106,7 +114,7 @@ class LoaderTracker:
         self.at_fetch: tuple[Any, Any, Changed] | None = None
         self.state_before_fetch: dict[str, Any] | None = None
         self.workers: dict[int, bytes] = {}
-        self.rotation = 0
+        self._first = FirstFetch(self._loader, self.dataset)
         self._order: Order | None = None
         self._sampler_resume: LoaderPosition | None = None
         self._orders_to_pass = 0
@@ -134,6 +142,7 @@ class LoaderTracker:
             at_fetch=self.at_fetch if buffered else None,
             workers=dict(self.workers),
             own_state=own_state,
+            fetches=self._first.position(),
             dataset=owned_generators(self.dataset),
             attributes=self.attributes.capture(),
         )
@@ -162,7 +171,7 @@ class LoaderTracker:
         def fetched() -> Any:
             self._before_fetch()
             try:
-                data = inner()
+                data = self._first.fetch(inner, is_first=not self.yielded) if self.states_itself else inner()
             except StopIteration:
                 self.ended = True
                 raise
@@ -191,28 +200,47 @@ class LoaderTracker:
 
     # ------------------------------------------------------------------ start
 
-    def start(self, loader: DataLoader[Any], make: Callable[[], Any]) -> Any:
+    def start(self, loader: DataLoader[Any]) -> Any:
         """Make the loader's iterator, at the position to resume if there is one."""
         resume, self.resume = self.resume, None
         self._prefetched |= not _has_length(loader)
         if resume is not None:
-            return self._restart(loader, resume, make)
+            return self._restart(loader, resume)
         owned = [owned_generators(part) for part in self._holders(loader)]
         before = pack((capture_rng(), owned, self.attributes.capture()))
         self.at_sampler = None
+        if self.states_itself:
+            self._first.begin()
         last = self._iterator()
-        iterator = self._watch(make(), yielded=0)
+        iterator = self._watch(self._make(loader), yielded=0)
         if iterator is not last:
             # Persistent workers live on with the seed and the generators that they have.
             self.at_start, self.workers = before, {}
         return iterator
 
+    def _make(self, loader: DataLoader[Any], workers: dict[int, bytes] | None = None, rotation: int = 0) -> Any:
+        """An iterator of the loader, watched where it is of the usual kind.
+
+        Args:
+            loader: of the user.
+            workers: generators that worker processes are to begin with.
+            rotation: index of the worker that prepares the first batch.
+        """
+        if self.states_itself or self.iterates_itself:
+            return iter(loader)
+        instead: dict[str, Any] = {}
+        if self.by_index and loader.num_workers > 0:
+            instead["collate_fn"] = StampingCollate(loader.collate_fn)
+        if workers:
+            instead["worker_init_fn"] = WorkerStart(loader.worker_init_fn, workers)
+        sampler = WatchedSampler(torch_internals.index_sampler(loader), self)
+        return torch_internals.make_iterator(loader, sampler, rotation, instead)
+
     def _holders(self, loader: DataLoader[Any]) -> list[Any]:
         """What may hold generators that an iteration begins with."""
         return [loader, self.dataset, *sampler_parts(_sampler_of(loader))]
 
-    def _restart(self, loader: DataLoader[Any], resume: LoaderPosition, make: Callable[[], Any]) -> Any:
-        user_init = loader.worker_init_fn
+    def _restart(self, loader: DataLoader[Any], resume: LoaderPosition) -> Any:
         self.at_start, self.workers = resume.at_start, dict(resume.workers)
         rng, owned, attributes = unpack(resume.at_start)
         self.attributes.apply(attributes)
@@ -220,17 +248,13 @@ class LoaderTracker:
         for part, generators in zip(self._holders(loader), owned, strict=True):
             set_owned_generators(part, generators)
         if resume.own_state is not None:
-            loader.load_state_dict(resume.own_state)  # type: ignore[attr-defined]
+            self._first.restore(resume.own_state, resume.fetches, resume.yielded)
         else:
             # An iterator with workers asks its sampler twice, the first time in vain.
             self._sampler_resume, self._orders_to_pass = resume, min(1, loader.num_workers)
         self.at_sampler = None
-        loader.worker_init_fn = WorkerStart(user_init, resume.workers) if resume.workers else user_init
-        self.rotation = resume.yielded % loader.num_workers if loader.num_workers and self.by_index else 0
-        try:
-            iterator = self._watch(make(), yielded=0)
-        finally:
-            loader.worker_init_fn, self.rotation = user_init, 0
+        rotation = resume.yielded % loader.num_workers if loader.num_workers and self.by_index else 0
+        iterator = self._watch(self._make(loader, resume.workers, rotation), yielded=0)
         self._skip(iterator, resume)
         # The length of the epoch is taken next, as it was when the epoch began.
         self.attributes.apply(attributes)
@@ -254,6 +278,7 @@ class LoaderTracker:
         if torch_internals.is_own_iterator(iterator):
             torch_internals.wrap_fetch(iterator, self.fetch)
         else:
+            self._first.watch(iterator)
             iterator = _WatchedIterator(iterator, self.fetch)
         self._iterator = weakref.ref(iterator)
         return iterator
@@ -280,7 +305,7 @@ def read_again(iterator: Iterator[Any], batches: int) -> None:
 
 def watch_attributes(loader: DataLoader[Any]) -> Changes:
     """Watch a loader, and the objects in it: its dataset with what lies inside, its samplers and functions."""
-    return Changes(reach(loader, "loader"), {"loader": (TRACKER, "_iterator", "collate_fn", "worker_init_fn")})
+    return Changes(reach(loader, "loader"), {"loader": ("_iterator", "collate_fn", "worker_init_fn")})
 
 
 def _has_length(loader: Any) -> bool:
@@ -308,54 +333,45 @@ def says_its_position(loader: Any) -> bool:
     return loader.num_workers > 0 or not torch_internals.is_map_style(loader) or hasattr(loader.dataset, "state_dict")
 
 
-def tracker_of(loader: Any) -> LoaderTracker | None:
-    """The tracker of a resumable loader; None for any other iterable."""
-    return getattr(loader, TRACKER, None)
+def iterates_in_its_own_way(loader: DataLoader[Any]) -> bool:
+    """Whether a loader makes iterators in another way than `DataLoader`, and cannot say its position."""
+    return not says_its_position(loader) and torch_internals.has_own_iteration(type(loader))
 
 
-def make_resumable(loader: Any) -> Any:
-    """Let a loader know its exact position.
+class ResumableLoader:
+    """What training iterates over in the place of a dataloader, which stays as it is.
 
-    The object stays the same; its class becomes a subclass of its own. Iterables that are no `DataLoader` are returned
-    as they are: they are read again from their beginning.
+    Args:
+        loader: the dataloader.
     """
-    if not isinstance(loader, DataLoader) or tracker_of(loader) is not None:
-        return loader
-    tracker = LoaderTracker(loader)
-    vars(loader)[TRACKER] = tracker
-    if tracker.by_index and loader.num_workers > 0:
-        loader.collate_fn = StampingCollate(loader.collate_fn)
-    watched = not (tracker.states_itself or tracker.iterates_itself)
-    object.__setattr__(loader, "__class__", _resumable_class(type(loader), watched))
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+        self.tracker = LoaderTracker(loader)
+
+    def __iter__(self) -> Any:
+        return self.tracker.start(self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __reduce__(self) -> Any:
+        # A copy is one of the user's loader: what is remembered here is about the iterator that is not copied.
+        return _same, (self.loader,)
+
+
+def _same(loader: Any) -> Any:
     return loader
 
 
-_CLASSES: dict[tuple[type, bool], type] = {}
+def make_resumable(loader: Any) -> Any:
+    """A loader that knows its exact position; iterables that are no `DataLoader` are read again from their start."""
+    return ResumableLoader(loader) if isinstance(loader, DataLoader) else loader
 
 
-def _resumable_class(base: type, watched: bool) -> type:
-    """A single-inheritance subclass: only that may be assigned to a live object's `__class__`."""
-    if (base, watched) in _CLASSES:
-        return _CLASSES[base, watched]
-
-    def start(self: Any) -> Any:
-        return getattr(self, TRACKER).start(self, lambda: base.__iter__(self))  # type: ignore[attr-defined]
-
-    def index_sampler(self: Any) -> Any:
-        return WatchedSampler(torch_internals.index_sampler(base, self), getattr(self, TRACKER))
-
-    def get_iterator(self: Any) -> Any:
-        tracker = getattr(self, TRACKER)
-        if self.num_workers == 0 or not tracker.rotation:
-            return getattr(base, torch_internals.GET_ITERATOR)(self)
-        return torch_internals.RotatedWorkersIterator(self, tracker.rotation)
-
-    members: dict[str, Any] = {"__iter__": start, "__module__": base.__module__, "__qualname__": base.__qualname__}
-    if watched:
-        members[torch_internals.INDEX_SAMPLER] = property(index_sampler)
-        members[torch_internals.GET_ITERATOR] = get_iterator
-    _CLASSES[base, watched] = type(base.__name__, (base,), members)
-    return _CLASSES[base, watched]
+def tracker_of(loader: Any) -> LoaderTracker | None:
+    """The tracker of a resumable loader; None for any other iterable."""
+    return loader.tracker if isinstance(loader, ResumableLoader) else None
 
 
 def resume_at(loader: Any, position: LoaderPosition | None) -> None:

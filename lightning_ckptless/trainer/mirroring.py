@@ -20,6 +20,7 @@ from lightning_ckptless.replica.partition import plan_layout
 from lightning_ckptless.trainer.cadence import Cadence
 from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.compatibility import warn_of_loaders
+from lightning_ckptless.trainer.data_hooks import DataHooks
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.recipe import recipe_of
 from lightning_ckptless.trainer.host.sigterm import SigtermFlag, sigterm_exception
@@ -76,6 +77,7 @@ class Mirroring:
         batches: BatchLog,
         streams: Streams,
         loggers: RunLoggers,
+        hooks: DataHooks,
         probe: Callable[[str, Version], None],
         sigterm: SigtermFlag,
         finish_asked: Callable[[], bool],
@@ -90,6 +92,7 @@ class Mirroring:
         self._batches = batches
         self._streams = streams
         self._loggers = loggers
+        self._hooks = hooks
         self._probe = probe
         self._sigterm = sigterm
         self._finish_asked = finish_asked
@@ -268,6 +271,7 @@ class Mirroring:
             {
                 "state": self.small.capture(self._batches.position_at(version), tensors),
                 "streams": self._streams.capture(),
+                "data_hooks": dict(self._hooks.made),
                 "report": self._report.state(),
                 "interval": self.cadence.chosen,
                 "logs": self._loggers.capture(version),

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning_ckptless.errors import CkptlessError, OptionsError
-from lightning_ckptless.trainer.host.combined import begin, iterators_of, place_of, set_place
+from lightning_ckptless.trainer.host.combined import begin, iterators_of, place_of, set_place, stand_ins
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.streams import open_training_data, to_device
 from lightning_ckptless.trainer.loader import read_again, resume_at, tracker_of
@@ -37,7 +37,7 @@ class Passenger:
         self._rng: RngState = capture_rng()
         self._epoch = -1
         self._fetched = 0
-        with trainer.strategy.as_stream(stream), self._own_rng():
+        with trainer.strategy.as_stream(stream), trainer.strategy.engine.data_hooks.as_made(), self._own_rng():
             self._loader = open_training_data(trainer)
         self._require_share(streams)
 
@@ -73,7 +73,7 @@ class Passenger:
 
     def capture(self) -> dict[str, Any]:
         """Where the stream is, in the words of a rank's own position."""
-        trackers = [tracker_of(loader) for loader in self._loader.flattened]
+        trackers = [tracker_of(loader) for loader in stand_ins(self._loader)]
         loaders = [tracker.position(0) if tracker else None for tracker in trackers]
         return {
             "rng": self._rng,
@@ -88,11 +88,11 @@ class Passenger:
             data: its position in this epoch.
         """
         index = data["index"] - data["buffered"]
-        for loader, position in zip(self._loader.flattened, data["loaders"], strict=True):
+        for loader, position in zip(stand_ins(self._loader), data["loaders"], strict=True):
             resume_at(loader, position)
         with self._own_rng():
             self._begin_epoch()
-            for loader, iterator in zip(self._loader.flattened, iterators_of(self._loader), strict=False):
+            for loader, iterator in zip(stand_ins(self._loader), iterators_of(self._loader), strict=False):
                 if tracker_of(loader) is None:
                     read_again(iterator, index)
         set_place(self._loader, index, data["consumed"])

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from lightning_ckptless.membership.alone import refuse
 from lightning_ckptless.membership.communicators import World, use_loopback_on_one_node
 from lightning_ckptless.membership.watch import Watcher
 from lightning_ckptless.options import (
@@ -31,9 +32,11 @@ from lightning_ckptless.trainer.engine import Engine
 from lightning_ckptless.trainer.host.process import prepare_without_group
 from lightning_ckptless.trainer.host.streams import logs_kept
 from lightning_ckptless.trainer.launcher import launcher_class
-from lightning_ckptless.trainer.loader import make_resumable
 from lightning_ckptless.trainer.streams import Streams
 from lightning_ckptless.trainer.world_size import require_ranks
+
+BEFORE_SETUP = "pre_setup"
+"""The barrier that Lightning passes before the hooks of the user's model and datamodule."""
 
 
 def recoverable(base: Any, flavour: str) -> type[Any]:
@@ -151,6 +154,7 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             self.world = World()
             self.watcher: Watcher | None = None
             self.joins_alone = False
+            self._acts_alone = False
             self.calls_before_fit = 0
             self.probes: list[Callable[[str, Version], None]] = []
 
@@ -297,6 +301,44 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             self._open_world(regrouping, is_over)
             self.use_new_groups()
 
+        # -------------------------------------------------------------- without the others
+
+        @property
+        def is_alone(self) -> bool:
+            """Whether the other ranks do not take part in what this one does now."""
+            return self._acts_alone or (self.joins_alone and not self.world.generation)
+
+        @contextmanager
+        def alone(self) -> Iterator[None]:
+            """Context in which nothing that Lightning does waits for other ranks."""
+            before, self._acts_alone = self._acts_alone, True
+            try:
+                yield
+            finally:
+                self._acts_alone = before
+
+        def barrier(self, name: str | None = None) -> None:
+            """Wait for the others."""
+            if not self.is_alone:
+                super().barrier(name)
+            elif name == BEFORE_SETUP and self.joins_alone:
+                # Not earlier: Lightning makes a group of its own around `prepare_data`.
+                self.world.pretend_to_be(self.global_rank, self.world_size)
+
+        def broadcast(self, obj: Any, src: int = 0) -> Any:
+            """What another rank has."""
+            return obj if self.is_alone else super().broadcast(obj, src)
+
+        def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            """A value of all ranks."""
+            return tensor if self.is_alone else super().reduce(tensor, *args, **kwargs)
+
+        def all_gather(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            """The values of all ranks."""
+            if self.is_alone:
+                raise refuse("all_gather of the strategy")
+            return super().all_gather(tensor, *args, **kwargs)
+
         # -------------------------------------------------------------- training
 
         def setup(self, trainer: Any) -> None:
@@ -305,13 +347,6 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             if self.engine is not None and trainer.state.fn == "fit":
                 check_trainer(trainer)
                 self.engine.attach()
-
-        def process_dataloader(self, dataloader: object) -> object:
-            """Let a training dataloader know its exact position."""
-            dataloader = super().process_dataloader(dataloader)
-            if self.engine is not None and self.lightning_module.trainer.training:
-                return make_resumable(dataloader)
-            return dataloader
 
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             """Note which step is begun."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from lightning_ckptless.replica.replenish import replenish
 from lightning_ckptless.replica.restore import Fetched
 from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.data import move_data_to
+from lightning_ckptless.trainer.data_hooks import DataHooks
 from lightning_ckptless.trainer.groups import restore_groups
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.mirroring import Mirroring
@@ -62,6 +65,10 @@ class Restoration:
         rank = trainer.global_rank
         restore_structure(trainer, self.state)
         self.index = fill_trainer(trainer, self.layout, self.bulks, rank=rank, only_own=only_own, index=index)
+
+    def make_data(self, hooks: DataHooks, alone: Callable[[], AbstractContextManager[None]]) -> None:
+        """Have the dataloaders be those of the version; the state is put in after it."""
+        hooks.make_as(self.small["data_hooks"], alone)
 
     def move_data(self, loops: FitLoops) -> None:
         """Open the training data anew at the position of the version."""

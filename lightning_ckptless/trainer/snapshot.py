@@ -170,6 +170,23 @@ class SmallState:
             return None
         return own_state(datamodule, self._data_baseline | self._heavy(datamodule))
 
+    # ------------------------------------------------------------------ what dataloader hooks see
+
+    def shown(self) -> dict[str, Any]:
+        """What the user's dataloader hooks may look at, beside the counters; it refers to live objects."""
+        return {
+            "module": plain_attributes(self.module, leave=self._module_baseline | self._heavy(self.module)),
+            "datamodule": self._datamodule(),
+            "callbacks": [self._callback(callback)["plain"] for callback in self._callbacks],
+        }
+
+    def show(self, saved: dict[str, Any]) -> None:
+        """Put back what `shown` took, for the time of a hook."""
+        set_plain_attributes(self.module, saved["module"])
+        self._apply_datamodule(saved["datamodule"])
+        for callback, plain in zip(self._callbacks, saved["callbacks"], strict=True):
+            set_plain_attributes(callback, plain)
+
     # ------------------------------------------------------------------ apply
 
     def apply(self, saved: dict[str, Any]) -> None:

@@ -77,7 +77,7 @@ def data_parallel_class(flavour: str) -> type[Any]:
 
         def configure_ddp(self) -> None:
             """Wrap the model, once there is a process group to sum its gradients in."""
-            if self.world.is_open:
+            if not self.is_alone:
                 super().configure_ddp()
                 note_summed(self.model)
 
@@ -203,29 +203,5 @@ def model_parallel_class(flavour: str) -> type[Any]:
                 parameter.grad = None
             if has_moved:
                 divide_state_anew(self.lightning_module.trainer, modules, mesh)
-
-        # -------------------------------------------------------------- on the way to the others
-
-        @property
-        def is_alone(self) -> bool:
-            """Whether this process is to take a lost rank's place, and has not met the others yet."""
-            return self.joins_alone and not self.world.generation
-
-        def barrier(self, name: str | None = None) -> None:
-            """Wait for the others."""
-            if not self.is_alone:
-                super().barrier(name)
-
-        def broadcast(self, obj: Any, src: int = 0) -> Any:
-            """What another rank has."""
-            return obj if self.is_alone else super().broadcast(obj, src)
-
-        def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-            """A value of all ranks."""
-            return tensor if self.is_alone else super().reduce(tensor, *args, **kwargs)
-
-        def all_gather(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-            """The values of all ranks."""
-            return tensor if self.is_alone else super().all_gather(tensor, *args, **kwargs)
 
     return CkptlessModelParallelStrategy

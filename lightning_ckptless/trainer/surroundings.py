@@ -12,6 +12,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lightning_ckptless.trainer.changes import Changed, Changes
+from lightning_ckptless.trainer.host.combined import stand_ins
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.settings import kept_elsewhere, optimizer_wrappers, settings_of
 from lightning_ckptless.trainer.loader import tracker_of, watch_attributes
@@ -87,5 +88,5 @@ class Surroundings:
         return True
 
     def _training(self) -> list[Changes]:
-        loaders = self._loops.combined_loader.flattened
+        loaders = stand_ins(self._loops.combined_loader)
         return [tracker.attributes for loader in loaders if (tracker := tracker_of(loader)) is not None]

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from lightning_ckptless import environment
 from lightning_ckptless.console import CONSOLE
-from lightning_ckptless.errors import CkptlessError, TransportError, let_go
+from lightning_ckptless.errors import CkptlessError, TransportError, UnevenStepsError, let_go
 from lightning_ckptless.membership import hidden_output
+from lightning_ckptless.membership.alone import require_no_refusals
 from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.peers import is_lost_peer
 from lightning_ckptless.membership.watch import Assignment, Watcher
@@ -96,6 +97,7 @@ class Survival:
 
     def _join(self) -> bool:
         # Once: what this process does after this fit it does among the others.
+        require_no_refusals()
         number, report = os.environ.pop(environment.REGROUPING), os.environ[environment.FAULT_REPORT]
         hidden_output.show()
         self._say_entered()
@@ -143,9 +145,12 @@ class Survival:
                 break
             except Exception as error:
                 assignment = self._peer_fault(error)
-                if assignment is None:
+                if assignment is None and (isinstance(error, UnevenStepsError) or not self._failure):
                     raise
                 let_go(error)
+            if assignment is None:
+                # Not beside the error above: that one says that a peer was lost, which is not the cause.
+                raise UnevenStepsError(self._failure)
             go = self._come_back(assignment)
         self._move(WorkerEvent.LEAVE)
         self._engine.leave_loop()
@@ -157,12 +162,22 @@ class Survival:
 
         Raises:
             TransportError: others come.
+            UnevenStepsError: another rank has begun a further step.
         """
-        if self._watcher is not None and not self._watcher.ask_to_leave():
+        self._engine.leave_loop()
+        may_leave = self._watcher is None or self._watcher.ask_to_leave(self._loops.at_end)
+        if self._failure:
+            raise UnevenStepsError(self._failure)
+        if not may_leave:
             raise TransportError(f"rank {self._engine.rank} was told to meet others while it asked to leave the loop")
         # No rank goes back from here, but in a relaunch.
         self._engine.loggers.flush()
         self._engine.report.ran_out()
+
+    @property
+    def _failure(self) -> str:
+        """Why training cannot continue, as the agent has found it; empty where it can."""
+        return "" if self._watcher is None else self._watcher.failure
 
     def _peer_fault(self, error: Exception) -> Assignment | None:
         """What the agent says of an error; None where it is this rank's own."""
@@ -244,6 +259,7 @@ class Survival:
         mirroring, version = self._mirroring, restoration.version
         # Those of a rank that is another one now are not those of its new place.
         only_own = mirroring.holds(version) and not moved
+        restoration.make_data(self._engine.data_hooks, self._strategy.alone)
         restoration.fill(self._trainer, only_own=only_own, index=mirroring.index_of(restoration.layout))
         self._mirroring.small.apply(restoration.state)
         self._engine.check_files(restoration)

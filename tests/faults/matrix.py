@@ -73,6 +73,11 @@ DATA = {
     "data=iterable": Cell("kill:rank=1:step=3:at=optimizer_step", replace(BASE, data="iterable")),
     "data=iterable_with_workers": Cell("kill:rank=0:step=8", replace(BASE, data="sized_iterable", workers=2)),
     "data=stateful": Cell("kill:rank=1:step=4:at=commit", replace(BASE, data="stateful")),
+    "data=own_sampler": Cell("kill:rank=1:step=4", replace(BASE, data="own_sampler")),
+    "data=reloaded": Cell("kill:rank=1:step=9", replace(BASE, reload_every=1)),
+    "data=reloaded_every_other_epoch": Cell(
+        "kill:rank=0:step=10:at=validation", replace(BASE, samples=24, epochs=4, reload_every=2, val_interval=1)
+    ),
     "data=combined": Cell("kill:rank=0:step=9:at=mirror", replace(BASE, data="combined")),
 }
 OPTIMIZATION = {
@@ -114,6 +119,7 @@ TELLING = (
     "data=persistent_workers",
     "data=iterable_with_workers",
     "data=stateful",
+    "data=reloaded",
     "two_optimizers",
     "ema-checkpoints",
     "mirror_every=3",

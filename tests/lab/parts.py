@@ -29,7 +29,10 @@ class Options:
     num_nodes: int = 1
     epochs: int = 2
     samples: int = 48
-    data: str = "map"  # map, sampler, iterable, sized_iterable, stateful, combined, combined_stream, plain
+    data: str = (
+        "map"  # map, sampler, own_sampler, uneven, iterable, sized_iterable, stateful, combined, combined_stream, plain
+    )
+    reload_every: int = 0  # epochs after which the dataloaders are made again
     workers: int = 0
     persistent: bool = False
     optimization: str = "adamw"  # adamw, sgd, manual, two, two_odd, two_quick
@@ -71,15 +74,15 @@ def link_is_down() -> None:
 class Numbers(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Samples that show which they are, with random augmentation from every generator."""
 
-    def __init__(self, samples: int) -> None:
-        self.samples = samples
+    def __init__(self, samples: int, shift: float = 0.0) -> None:
+        self.samples, self.shift = samples, shift
 
     def __len__(self) -> int:
         return self.samples
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         noise = 0.1 * torch.rand(6) + 0.01 * random.random() + 0.01 * np.random.rand()
-        return torch.full((6,), index / self.samples) + noise, torch.tensor(index % 3)
+        return torch.full((6,), index / self.samples + self.shift) + noise, torch.tensor(index % 3)
 
 
 class Stream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -239,6 +242,17 @@ def data_class(flavour: Any, options: Options) -> Any:
     """The data, as a class of one distribution of Lightning."""
 
     class Data(flavour.LightningDataModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.made = 0
+
+        def shift(self) -> float:
+            """Shows when a dataloader was made."""
+            self.made += 1
+            trainer = self.trainer
+            assert trainer is not None
+            return float(0.1 * self.made + trainer.current_epoch + 0.01 * trainer.global_step + torch.rand(()))
+
         def train_dataloader(self) -> Any:
             trainer = self.trainer
             assert trainer is not None
@@ -246,7 +260,13 @@ def data_class(flavour: Any, options: Options) -> Any:
                 "batch_size": 4, "num_workers": options.workers, "persistent_workers": options.persistent,
                 "pin_memory": options.pin_memory,
             }  # fmt: skip
-            numbers = Numbers(options.samples)
+            numbers = Numbers(options.samples, self.shift() if options.reload_every else 0.0)
+            if options.data == "own_sampler":
+                own: Any = DistributedSampler(numbers, shuffle=True)
+                return DataLoader(numbers, sampler=own, **common)
+            if options.data == "uneven":
+                mine = options.samples * (2 - trainer.global_rank)
+                return DataLoader(Stream(mine, trainer.global_rank, trainer.world_size), **common)
             if options.data == "sampler":
                 sampler: Any = DistributedSampler(
                     numbers, trainer.world_size, trainer.global_rank, shuffle=True, seed=5
@@ -268,7 +288,7 @@ def data_class(flavour: Any, options: Options) -> Any:
             return DataLoader(numbers, shuffle=True, **common)
 
         def val_dataloader(self) -> Any:
-            return DataLoader(Numbers(16), batch_size=4)
+            return DataLoader(Numbers(16, self.shift() if options.reload_every else 0.0), batch_size=4)
 
     return Data
 
@@ -302,6 +322,7 @@ def make_trainer(flavour: Any, options: Options, strategy: Any, extra_callbacks:
         "strategy": strategy,
         "max_epochs": options.epochs,
         "max_steps": options.max_steps,
+        "reload_dataloaders_every_n_epochs": options.reload_every,
         "precision": options.precision,
         "accumulate_grad_batches": options.accumulate,
         "gradient_clip_val": options.clip,

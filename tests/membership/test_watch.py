@@ -16,7 +16,9 @@ from lightning_ckptless.errors import TransportError
 from lightning_ckptless.membership.control import Line
 from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.watch import Watcher
+from lightning_ckptless.protocol.uneven import AtEnd, WhyEnded
 
+AT_END = AtEnd(12, WhyEnded.NO_DATA)
 FAULT = FaultReport(1, 99, None, "SIGKILL", 1.0, 2.0, 3.0, 1, 2)
 
 
@@ -167,16 +169,16 @@ def test_the_loop_is_left_when_the_agent_says_so_or_nothing_follows(agent: Line,
         agent.close()
     else:
         agent.tell(answer, number=0)
-    assert watcher.ask_to_leave()
+    assert watcher.ask_to_leave(AT_END)
 
 
 def test_who_asks_to_leave_may_be_told_to_meet_others(agent: Line, watcher: Watcher) -> None:
     """The agent has told of a meeting before it heard the question: its answer to that is none."""
     regroup(agent, 1)
     agent.tell("leave", number=0)
-    assert not watcher.ask_to_leave()
+    assert not watcher.ask_to_leave(AT_END)
     assert watcher.accept(5.0) is not None
-    asking = threading.Thread(target=lambda: answers.append(watcher.ask_to_leave()))
+    asking = threading.Thread(target=lambda: answers.append(watcher.ask_to_leave(AT_END)))
     answers: list[bool] = []
     asking.start()
     asking.join(0.1)
@@ -185,8 +187,8 @@ def test_who_asks_to_leave_may_be_told_to_meet_others(agent: Line, watcher: Watc
     asking.join(5)
     assert answers == [True]
     assert [message for message in agent.waiting() if message["kind"] == "ending"] == [
-        {"kind": "ending", "number": 0},
-        {"kind": "ending", "number": 1},
+        {"kind": "ending", "number": 0, "step": 12, "why": "ran out of training data"},
+        {"kind": "ending", "number": 1, "step": 12, "why": "ran out of training data"},
     ]
 
 
@@ -223,3 +225,11 @@ def test_the_end_of_a_line_shows_beside_processes_that_hold_it_open(agent: Line)
         vars(agent)["other"].close()
         assert select.select([agent.fileno()], [], [], 2)[0]
         assert agent.receive() is None
+
+
+def test_who_waits_is_told_why_training_cannot_continue(agent: Line, watcher: Watcher, cuts: Cuts) -> None:
+    agent.tell("failed", reason="rank 1 ran out of training data")
+    assert watcher.ask_to_leave(AT_END)
+    assert watcher.failure == "rank 1 ran out of training data"
+    assert watcher.accept(5.0) is None
+    assert cuts.wait(1)

@@ -73,10 +73,6 @@ class OneProcess(SingleDeviceStrategy):
         self.stop_at, self.saved, self.versions = stop_at, saved, list[Version]()
         self.taken: dict[str, Any] = {}
 
-    def process_dataloader(self, dataloader: object) -> object:
-        assert self.lightning_module is not None
-        return make_resumable(dataloader) if self.lightning_module.trainer.training else dataloader
-
     def setup(self, trainer: Any) -> None:
         super().setup(trainer)
         watch_logs(trainer.loggers)
@@ -153,6 +149,8 @@ def fit(options: Options, root: Path, strategy: Any, saved: dict[str, Any] | Non
     """Run under a strategy of one device."""
     options, track = dataclasses.replace(options, devices=1, root=str(root)), Track()
     trainer, model, data = make_run(options, strategy, (track,))
+    if isinstance(strategy, OneProcess):
+        FitLoops(trainer).iterate_data_through(make_resumable)
     if saved:
         for logger, identity in zip(trainer.loggers, saved["loggers"], strict=True):
             set_identity(logger, identity)

@@ -94,8 +94,57 @@ class InAnotherWay(DataLoader[Any]):
             yield "mine", batch
 
 
+class Reread(DataLoader[Any]):
+    """Makes its iterators by a generator function, and restores its position by reading the batches again."""
+
+    done = start = 0
+
+    def __iter__(self) -> Any:
+        start, self.start = self.start, 0
+        for number, batch in enumerate(super().__iter__()):
+            if number >= start:
+                self.done = number + 1
+                yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.start = state["done"]
+
+
+class OwnPosition(IterableDataset[torch.Tensor]):
+    """Draws the order of an epoch at the first sample, and restores its position without the samples before it."""
+
+    def __init__(self, noise: float = 0.0) -> None:
+        self.at, self.noise = 0, noise
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        order = torch.randperm(SAMPLES) if not self.noise else torch.arange(SAMPLES)
+        self.at %= SAMPLES
+        while self.at < SAMPLES:
+            self.at += 1
+            yield order[self.at - 1] + (self.noise * torch.rand(()) if self.noise else 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+def own_position(noise: float = 0.0) -> Any:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    return StatefulDataLoader(OwnPosition(noise), batch_size=2)
+
+
 def collate_with_noise(samples: Any) -> Any:
     return torch.stack([x for x, _ in samples]) + torch.rand(1) + random.random(), [int(y) for _, y in samples]
+
+
+def noisy(samples: Any) -> Any:
+    return torch.rand(1), samples
 
 
 def init_with_noise(worker_id: int) -> None:
@@ -138,6 +187,10 @@ LOADERS: dict[str, Callable[[], DataLoader[Any]]] = {
     "iterable with its own generator": lambda: DataLoader(ShuffledStream(), batch_size=2),
     "own iteration": lambda: InAnotherWay(Numbers(SAMPLES), batch_size=2, shuffle=True),
     "stateful": lambda: stateful(shuffle=True),
+    "stateful generator": lambda: Reread(Stream(SAMPLES, 0, 1), batch_size=2),
+    "stateful generator, noise": lambda: Reread(Stream(SAMPLES, 0, 1), batch_size=2, collate_fn=noisy),
+    "stateful generator, own shuffling": lambda: Reread(ShuffledStream(), batch_size=2),
+    "stateful dataset, noise": lambda: own_position(noise=1.0),
 }
 WORKERS: dict[str, Callable[[], DataLoader[Any]]] = {
     "one": lambda: numbered(shuffle=True, num_workers=1),

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.trainer.compatibility import check_trainer, warn_of_loaders
 from lightning_ckptless.trainer.host.flavour import module
-from lightning_ckptless.trainer.loader import make_resumable
 from tests.lab.parts import Numbers, Stream
 from tests.trainer.tiny import FLAVOURS, tiny_trainer
 
@@ -106,7 +105,7 @@ SILENT: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", SILENT)
 def test_nothing_is_said_of_what_is_exact(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    warn_of_loaders([make_resumable(SILENT[kind]())])
+    warn_of_loaders([SILENT[kind]()])
     assert caplog.messages == []
 
 
@@ -130,7 +129,7 @@ WARNED: dict[str, tuple[Any, list[str]]] = {
 def test_what_is_lost_is_said(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     make, words = WARNED[kind]
     silent = next(iter(SILENT.values()))
-    warn_of_loaders([*(make_resumable(silent()) for _ in range(3)), make_resumable(make())])
+    warn_of_loaders([*(silent() for _ in range(3)), make()])
     said = "\n".join(caplog.messages)
     assert all(word in said for word in words), said
     assert all(message.startswith("ckptless: training dataloader 3 (") for message in caplog.messages)

@@ -89,7 +89,7 @@ def test_in_the_middle_of_training(way: str, flavour: str, tmp_path: Path, monke
     monkeypatch.setitem(copyreg.dispatch_table, type(hooks), lambda _: (Batches, ()))
     trainer = tiny_trainer(tmp_path, flavour, logger=logger, callbacks=[hooks])
     host_loggers.watch_logs(trainer.loggers)
-    loops, log = FitLoops(trainer), BatchLog(FitLoops(trainer), 4)
+    loops, log = FitLoops(trainer), BatchLog(FitLoops(trainer), lambda: 4)
     StepBoundaries(
         loops, lambda version: calls.append(str(version)), every_n_steps=lambda: 1, since=None, before_batch=log.watch
     )

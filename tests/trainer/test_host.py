@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
+import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,9 @@ from lightning_ckptless.trainer.host.flavour import LIGHTNING, fabric_module, fl
 from lightning_ckptless.trainer.host.launch import CKPT_PATH_INDEX, fit_parameters, is_fit, is_stop, launcher_base
 from lightning_ckptless.trainer.host.logger_identity import private_attributes, set_identity
 from lightning_ckptless.trainer.host.loops import FitLoops
+from lightning_ckptless.trainer.loader import ResumableLoader, make_resumable
 from lightning_ckptless.trainer.plain import pack, unpack
+from lightning_ckptless.trainer.recoverable import BEFORE_SETUP
 from tests.lab.parts import Numbers
 from tests.trainer.tiny import FLAVOURS, callback, tiny_loader, tiny_module, tiny_trainer
 
@@ -28,6 +33,8 @@ OWNERS = {
     "combined_loader": lambda t: t.fit_loop._combined_loader,
     "iterator": lambda t: t.fit_loop._combined_loader._iterator,
     "fetcher": lambda t: t.fit_loop._data_fetcher,
+    "data_source": lambda t: t.fit_loop._data_source,
+    "batch_progress": lambda t: t.fit_loop.epoch_loop.batch_progress,
     "trainer": lambda t: t,
     "signals": lambda t: t._signal_connector,
     "checkpoints": lambda t: t._checkpoint_connector,
@@ -47,8 +54,10 @@ ASKED = {
         _on_after_fetch _restart_stage advance on_advance_end on_iteration_done done restarting global_step
         _build_kwargs batch_progress batch_idx _is_training_done _broadcast_sigterm_tensor
     """,
-    "val_loop": "_results _has_run _last_val_dl_reload_epoch _combined_loader",
-    "combined_loader": "_iterator flattened reset limits",
+    "val_loop": "_results _has_run _last_val_dl_reload_epoch _combined_loader _data_source setup_data",
+    "combined_loader": "_iterator _flattened flattened reset limits",
+    "data_source": "dataloader",
+    "batch_progress": "is_last_batch",
     "iterator": "_idx _consumed iterators",
     "fetcher": "fetched done length batches _start_profiler _stop_profiler setup",
     "trainer": """
@@ -308,3 +317,42 @@ def test_the_configuration_of_the_command_line_is_saved_once(flavour: str) -> No
     host_loggers.note_saved_config([saver], saved=True)
     # It would save, and find no trainer to ask for a folder.
     saver.setup(None, None, stage="fit")
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_the_barrier_before_the_setup_hooks_has_its_name(
+    tmp_path: Path, flavour: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, passed = tiny_trainer(tmp_path, flavour), list[str]()
+    monkeypatch.setattr(trainer.strategy, "barrier", lambda name=None: passed.append(name))
+    trainer.fit(tiny_module(flavour), tiny_loader())
+    assert BEFORE_SETUP in passed
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_the_users_loader_is_iterated_over_through_another_one_and_not_changed(
+    tmp_path: Path, flavour: str, ends_well: bool
+) -> None:
+    seen: list[Any] = []
+
+    def look(trainer: Any, *_: Any) -> None:
+        seen.append((trainer.train_dataloader, type(trainer.fit_loop._combined_loader._iterator.iterables[0])))
+        copied = copy.deepcopy(trainer.fit_loop._combined_loader)
+        seen.append((type(copied), type(copied.iterables)))
+        if not ends_well:
+            raise ValueError("the program's own")
+
+    loader, trainer = tiny_loader(), tiny_trainer(tmp_path, flavour, max_steps=1)
+    before = type(loader), dict(vars(loader))
+    loops = FitLoops(trainer)
+    loops.iterate_data_through(make_resumable)
+    trainer.callbacks.append(callback(flavour, on_train_batch_start=look))
+    with nullcontext() if ends_well else pytest.raises(ValueError, match="the program's own"):
+        trainer.fit(tiny_module(flavour), loader)
+    combined_class = module(flavour, "utilities.combined_loader").CombinedLoader
+    assert seen == [(loader, ResumableLoader), (combined_class, type(loader))]
+    assert (type(loader), vars(loader)) == before
+    loops.give_back()
+    assert type(trainer.fit_loop._combined_loader) is combined_class
+    assert pickle.loads(pickle.dumps(trainer.fit_loop._data_source)).name == "train_dataloader"

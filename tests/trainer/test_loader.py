@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import multiprocessing
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.rng import apply_rng, capture_rng
 from lightning_ckptless.trainer.stamps import Stamped
 from tests.lab.parts import Numbers, Stream
-from tests.trainer.loaders import BATCHES, LOADERS, SAMPLES, WORKERS, InAnotherWay, numbered
+from tests.trainer.loaders import BATCHES, LOADERS, SAMPLES, WORKERS, numbered, own_position
 
 
 def seed(number: int) -> None:
@@ -106,23 +108,23 @@ def test_workers_of_a_resumable_loader_give_what_plain_ones_give(case: str) -> N
     assert whole(WORKERS[case], resumable=True) == whole(WORKERS[case], resumable=False)
 
 
-def test_the_loader_stays_what_it_is() -> None:
-    loader = InAnotherWay(Numbers(SAMPLES), batch_size=4)
-    vars(loader)["mine"] = "kept"
-    dataset, sampler = loader.dataset, loader.batch_sampler
-    assert make_resumable(loader) is loader
-    assert isinstance(loader, InAnotherWay)
-    assert (type(loader).__name__, type(loader).__module__) == ("InAnotherWay", InAnotherWay.__module__)
-    assert len(loader) == 3
-    assert vars(loader)["mine"] == "kept"
-    assert (loader.dataset, loader.batch_sampler) == (dataset, sampler)
+@pytest.mark.parametrize("options", [{"num_workers": 0}, {"num_workers": 1, "persistent_workers": True}])
+def test_the_users_loader_is_not_changed(options: dict[str, Any]) -> None:
+    loader = numbered(**options)
+    before = type(loader), dict(vars(loader))
+    resumable = make_resumable(loader)
+    iterator = iter(resumable)
+    next(iterator)
+    assert (type(loader), vars(loader) | {"_iterator": None}) == before
+    assert len(resumable) == len(loader)
 
 
-def test_all_loaders_of_a_class_become_one_class() -> None:
-    first, second = make_resumable(numbered()), make_resumable(numbered())
-    assert type(first) is type(second) is not DataLoader
-    assert make_resumable(first) is first
-    assert tracker_of(first) is not tracker_of(second)
+def test_a_copy_of_a_resumable_loader_is_a_copy_of_the_users_loader() -> None:
+    resumable = make_resumable(numbered())
+    next(iter(resumable))
+    for copied in (copy.deepcopy(resumable), pickle.loads(pickle.dumps(resumable))):
+        assert type(copied) is DataLoader
+        assert len(copied) == BATCHES
 
 
 def test_what_is_no_dataloader_is_left_alone() -> None:
@@ -147,6 +149,18 @@ def test_goes_on_behind_any_batch(case: str) -> None:
     for epoch in range(2):
         for batches in range(BATCHES + 1):
             assert resumed(LOADERS[case], epoch, batches) == expected, (epoch, batches)
+
+
+def test_a_dataset_that_draws_its_order_at_the_first_sample_and_restores_its_position_draws_it_again() -> None:
+    expected = whole(own_position, resumable=False)
+    for epoch, batches in ((0, 2), (0, 4), (1, 3)):
+        assert resumed(own_position, epoch, batches) == expected, (epoch, batches)
+
+
+def test_draws_that_cannot_be_told_apart_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """After one batch nothing tells whether a dataset draws with each batch, or when it begins."""
+    resumed(own_position, 0, 1)
+    assert "(StatefulDataLoader) draws random numbers in the training process when it begins" in caplog.text
 
 
 @pytest.mark.parametrize("case", WORKERS)
@@ -285,8 +299,9 @@ def test_workers_that_were_shut_down_begin_with_a_seed_of_their_own() -> None:
     def after_shutdown(loader: Any) -> Any:
         seed(0)
         next(iter(loader))
-        loader._iterator._shutdown_workers()
-        loader._iterator = None
+        inner = getattr(loader, "loader", loader)
+        inner._iterator._shutdown_workers()
+        inner._iterator = None
         seed(1)
         return iter(loader)
 

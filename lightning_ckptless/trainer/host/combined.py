@@ -2,8 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copyreg
+from collections.abc import Callable, Sequence
 from typing import Any
+
+_STAND_INS = "_ckptless_stand_ins"
+_STAND_IN = "_ckptless_stand_in"
+_CLASSES: dict[type, type] = {}
+
+
+def iterate_through(loader: Any, stand_in: Callable[[Any], Any]) -> Any:
+    """A combined loader of the same dataloaders, which are iterated over through others that stand in for them.
+
+    Its dataloaders stay as they are, for whoever asks for them; the combined loader that was given does too.
+
+    Args:
+        loader: of either distribution.
+        stand_in: makes of a dataloader what is iterated over.
+    """
+    cls = _class_over(type(loader))
+    made = cls.__new__(cls)
+    vars(made).update(vars(loader), **{_STAND_IN: stand_in, _STAND_INS: []})
+    return made
+
+
+def stand_ins(loader: Any) -> list[Any]:
+    """What its dataloaders are iterated through, in their order; the dataloaders themselves where there is nothing."""
+    made = vars(loader).get(_STAND_INS)
+    if made is None:
+        return list(loader.flattened)
+    known, make = {id(original): stand_in for original, stand_in in made}, vars(loader)[_STAND_IN]
+    made[:] = [
+        (original, known[id(original)] if id(original) in known else make(original)) for original in loader.flattened
+    ]
+    return [stand_in for _, stand_in in made]
+
+
+def iterate_directly(loader: Any) -> None:
+    """Undo `iterate_through` in a combined loader that it has made."""
+    if vars(loader).pop(_STAND_INS, None) is not None:
+        del vars(loader)[_STAND_IN]
+        loader.__class__ = type(loader).__base__
+
+
+def _class_over(base: Any) -> Any:
+    if base in _CLASSES:
+        return _CLASSES[base]
+
+    def make_iterators(self: Any) -> Any:
+        dataloaders, self._flattened = self._flattened, stand_ins(self)
+        try:
+            return base.__iter__(self)
+        finally:
+            self._flattened = dataloaders
+
+    def reduce(self: Any, _protocol: Any) -> Any:
+        state = {name: value for name, value in vars(self).items() if name not in {_STAND_IN, _STAND_INS}}
+        return copyreg.__newobj__, (base,), state  # type: ignore[attr-defined]
+
+    members = {"__iter__": make_iterators, "__reduce_ex__": reduce, "__module__": base.__module__}
+    _CLASSES[base] = type(base.__name__, (base,), members | {"__qualname__": base.__qualname__})
+    return _CLASSES[base]
 
 
 def begin(loader: Any) -> None:

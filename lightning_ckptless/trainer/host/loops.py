@@ -6,7 +6,14 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from lightning_ckptless.trainer.host.combined import iterators_of, place_of, set_place
+from lightning_ckptless.protocol.uneven import AtEnd, WhyEnded
+from lightning_ckptless.trainer.host.combined import (
+    iterate_directly,
+    iterate_through,
+    iterators_of,
+    place_of,
+    set_place,
+)
 from lightning_ckptless.trainer.host.flavour import fabric_module, flavour_of, is_a, module
 from lightning_ckptless.trainer.host.override import Override, remove_overrides
 
@@ -43,6 +50,22 @@ class FitLoops:
     def batches_that_stepped(self) -> int:
         """The step number under which the loggers file the next row."""
         return int(self.epoch._batches_that_stepped)
+
+    @property
+    def is_out_of_data(self) -> bool:
+        """Whether the batch just processed was the last one of its epoch."""
+        return bool(self.epoch.batch_progress.is_last_batch)
+
+    @property
+    def at_end(self) -> AtEnd:
+        """Where training has ended."""
+        why = WhyEnded.ASKED if self.trainer.should_stop else WhyEnded.NO_DATA
+        return AtEnd(int(self.trainer.global_step), why)
+
+    @property
+    def is_at_beginning(self) -> bool:
+        """Whether nothing was trained yet."""
+        return not self.trainer.global_step and not self.trainer.current_epoch
 
     # ------------------------------------------------------------------ counters
 
@@ -82,6 +105,53 @@ class FitLoops:
     def combined_loader(self) -> Any:
         """The training data: one or more dataloaders behind one iterator."""
         return self.fit._combined_loader
+
+    def wrap_data_source(self, loop: str, around: Callable[[Callable[[], Any]], Any]) -> None:
+        """Put a function around the call that returns the user's dataloaders.
+
+        Args:
+            loop: `train` or `validation`.
+            around: is given the call.
+        """
+        override = Override(self._data_sources[loop], "dataloader", lambda: around(override.original))
+
+    @property
+    def _data_sources(self) -> dict[str, Any]:
+        return {"train": self.fit._data_source, "validation": self.validation._data_source}
+
+    def iterate_data_through(self, stand_in: Callable[[Any], Any]) -> None:
+        """Have training iterate over its dataloaders through others that stand in for them.
+
+        Args:
+            stand_in: makes of a dataloader what is iterated over.
+        """
+        combined_class = module(flavour_of(self.trainer), "utilities.combined_loader").CombinedLoader
+
+        def combined(own: Callable[[], Any]) -> Any:
+            made = own()
+            whole = made if isinstance(made, combined_class) else combined_class(made, "max_size_cycle")
+            return iterate_through(whole, stand_in)
+
+        self.wrap_data_source("train", combined)
+
+    def make_data_again(self, loop: str) -> None:
+        """Ask the user for the dataloaders of a loop again.
+
+        Args:
+            loop: `train` or `validation`.
+        """
+        if loop == "train":
+            if self.combined_loader is not None:
+                self.combined_loader.reset()
+            self.forget_training_data()
+            self.fit.setup_data()
+            return
+        self.forget_validation_data()
+        self.trainer.validating = True
+        try:
+            self.validation.setup_data()
+        finally:
+            self.trainer.training = True
 
     @property
     def fetcher(self) -> Any:
@@ -227,9 +297,13 @@ class FitLoops:
         override = Override(self.fit, "run", lambda: run(override.original))
 
     def give_back(self) -> None:
-        """Give the fit and validation loops their own methods back."""
+        """Give the loops their own methods and dataloaders back."""
         remove_overrides(self.fit, "run", "setup_data", "on_run_end")
         remove_overrides(self.validation, "setup_data")
+        for source in self._data_sources.values():
+            remove_overrides(source, "dataloader")
+        if self.combined_loader is not None:
+            iterate_directly(self.combined_loader)
 
     # ------------------------------------------------------------------ driving
 

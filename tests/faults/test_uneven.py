@@ -1,0 +1,28 @@
+"""Ranks with unequal numbers of batches end a run with one clear error, and no attempt to recover from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.testing.drill import run_variant
+from tests.faults.conftest import REPOSITORY, command_for
+from tests.faults.matrix import BASE
+
+REASON = "rank 1 ran out of training data after step 3, rank 0 did not: give every rank the same number of batches"
+
+
+def test_a_rank_that_runs_out_of_data_before_another_one_is_named(
+    parent: PreloadedParent, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = replace(BASE, data="uneven", epochs=1, samples=24, logger="none")
+    env = {"PYTHONPATH": str(REPOSITORY)}
+    run = run_variant(command_for(options), tmp_path / "run", nproc=2, parent=parent, isolate=True, env=env)
+    assert run.exit_code == 1
+    said = capfd.readouterr().err
+    assert f"not relaunched: {REASON}" in said
+    assert "restart" not in said
+    assert f"UnevenStepsError: {REASON}" in run.tail()
