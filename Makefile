@@ -8,10 +8,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.complete
 RIVALS := .venv-rivals
+THIRD_PARTY := .venv-third-party
 CODE := lightning_ckptless tests $(wildcard examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-quick lint types docs bench bench-rivals format clean
+.PHONY: help setup demo test test-all test-quick test-third-party lint types docs bench bench-rivals format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +39,19 @@ test-all: $(STAMP)  ## run the long ones as well
 
 test-quick: $(STAMP)  ## run all but the slow tests
 	@$(BIN)/python -m pytest -m "not slow and not long" $(ARGS)
+
+test-third-party: $(THIRD_PARTY)/.complete  ## set up .venv-third-party with other people's projects, and run the tests that train with them
+	@$(THIRD_PARTY)/bin/python -m pytest tests/third_party $(ARGS)
+
+$(THIRD_PARTY)/.complete: pyproject.toml tests/third_party/constraints.txt tests/third_party/torchvision_on_cpu.py
+	@echo "setting up $(THIRD_PARTY): a dozen projects and what they need, about 2 GB from the package index (once, some minutes)"
+	@test -x $(THIRD_PARTY)/bin/python || $(PYTHON) -m venv $(THIRD_PARTY)
+	@$(THIRD_PARTY)/bin/python -m pip --disable-pip-version-check --quiet install \
+	  --constraint tests/third_party/constraints.txt torch==2.13.0
+	@$(THIRD_PARTY)/bin/python -m pip --disable-pip-version-check --quiet install \
+	  --constraint tests/third_party/constraints.txt --editable '.[third-party]'
+	@$(THIRD_PARTY)/bin/python tests/third_party/torchvision_on_cpu.py
+	@touch $@
 
 lint: $(STAMP)  ## check style and formatting
 	@$(BIN)/ruff check $(CODE)
@@ -67,5 +81,5 @@ $(RIVALS)/.complete: pyproject.toml constraints.txt benchmarks/rivals/constraint
 	@touch $@
 
 clean:  ## remove everything that was built or set up
-	rm -rf $(VENV) $(RIVALS) site build dist demo_output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RIVALS) $(THIRD_PARTY) site build dist demo_output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
