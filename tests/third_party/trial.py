@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -76,7 +77,10 @@ class Trial:
             ).returncode
         if code:
             return [f"ends with exit code {code} under ddp: {_end_of(folder / 'output')}"]
-        return self._failure(self.undisturbed) or _differences(folder, self.undisturbed.folder / "cwd")
+        return self._failure(self.undisturbed) or [
+            *_faults(self.undisturbed),
+            *_differences(folder, self.undisturbed.folder / "cwd"),
+        ]
 
     def injected(self) -> list[str]:
         """What the drill with the project's faults finds."""
@@ -157,8 +161,15 @@ class OutsideKill:
         if self.pid is not None or progress.done or progress.step < self._project.killed_from:
             return
         spawned = [event for event in self._variant.events if event.event == "workers_spawned"]
-        self.pid = int(spawned[-1].fields["pids"][str(self._project.victim)])
-        os.kill(self.pid, signal.SIGKILL)
+        pid = int(spawned[-1].fields["pids"][str(self._project.victim)])
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            self.pid = pid
+
+
+def _faults(undisturbed: Variant) -> list[str]:
+    faults = [event.fields for event in undisturbed.events if event.event == "fault"]
+    return [f"a rank failed though nothing was done to it: {fault}" for fault in faults]
 
 
 def _differences(expected: Path, found: Path) -> list[str]:

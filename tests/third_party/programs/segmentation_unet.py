@@ -19,7 +19,7 @@ class Segmenter(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.model = smp.Unet(
-            "resnet18", encoder_weights=None, encoder_depth=3, decoder_channels=(16, 8, 8), in_channels=3, classes=1
+            "resnet18", encoder_weights=None, decoder_channels=(16, 16, 8, 8, 8), in_channels=3, classes=1
         )
         self.loss = smp.losses.DiceLoss("binary")
         self.outputs: dict[str, list[dict[str, Tensor]]] = {"train": [], "valid": []}
