@@ -53,7 +53,7 @@ class Mirroring:
 
     Attributes:
         taken: the version that was taken last, or restored.
-        tensors_are_of: the version that the parameters and the optimizer hold; None while a step changes them.
+        optimizers_are_of: the version that the optimizers' state is of; None while a step changes it.
         is_over: whether the run was asked to end, and no version follows the last one.
         cadence: how often one is taken.
     """
@@ -70,7 +70,7 @@ class Mirroring:
         finish_asked: Callable[[], bool],
     ) -> None:
         self.taken: Version | None = None
-        self.tensors_are_of: Version | None = None
+        self.optimizers_are_of: Version | None = None
         self.is_over = False
         self._ends_here = False
         self._trainer = trainer
@@ -131,7 +131,7 @@ class Mirroring:
             protect: fills in the copies that it lacks; all ranks call it together.
         """
         self._index, self._layout = index, layout
-        self.taken = self.tensors_are_of = self._seen = version
+        self.taken = self.optimizers_are_of = self._seen = version
         assert self._cohort is not None
         self._tell_plan(version)
         self._protecting = Protecting(protect)
@@ -180,7 +180,7 @@ class Mirroring:
         began = time.perf_counter()
         if self._small is None and self._trainer.is_global_zero:
             warn_of_loaders(self._loops.combined_loader.flattened)
-        self.tensors_are_of = version
+        self.optimizers_are_of = version
         if self._index is None or self._mirror is None or not self._index.is_current() or self._is_to_be_compared():
             self._plan_anew()
             self._tell_plan(version)
@@ -219,7 +219,7 @@ class Mirroring:
 
     def take_again(self, version: Version) -> None:
         """Mirror a version that other ranks had written, and wait until it is committed. All ranks call it together."""
-        self.taken = self.tensors_are_of = self._seen = version
+        self.taken = self.optimizers_are_of = self._seen = version
         self._plan_anew()
         self._submit(version)
         assert self._mirror is not None
@@ -233,7 +233,7 @@ class Mirroring:
         """Wait until the version under way is copied: the optimizer is about to change the tensors."""
         if self._mirror is not None:
             self._report.waited(self._mirror.wait_staged())
-        self.tensors_are_of = None
+        self.optimizers_are_of = None
 
     def _is_to_be_compared(self) -> bool:
         """Whether ranks may have trained for the first time what they began alike, and might train differently."""
@@ -285,3 +285,9 @@ class Mirroring:
             finish_asked=self._finish_asked,
             interval_word=self.cadence.word,
         )
+        self._mirror.bind(self._restless(layout))
+
+    def _restless(self, layout: Layout) -> frozenset[str]:
+        """Parameters that a hook may write to before the optimizer steps: no copy of them may run beside the batch."""
+        assert self._index is not None
+        return self._index.untrained - {chunk.name for chunk in layout.chunks if chunk.still}

@@ -53,6 +53,13 @@ class StateIndex:
         """Names of the tensors that are each rank's own; the forward pass may change them."""
         return frozenset(self._private)
 
+    @property
+    def untrained(self) -> frozenset[str]:
+        """Names of parameters that no optimizer changes: frozen ones, and copies that a hook keeps current."""
+        trained = {id(p) for optimizer in self.trainer.optimizers for g in optimizer.param_groups for p in g["params"]}
+        named = {name: place[key] for name, place, key in self._places if name.startswith("parameter/")}
+        return frozenset(name for name, p in named.items() if not (p.requires_grad and id(p) in trained))
+
     def is_current(self) -> bool:
         """Whether the tensors that were found are still all that there are."""
         return self._present_now() == self._present
@@ -140,6 +147,11 @@ class StateIndex:
             if isinstance(parameter, Tensor)
         ]
         return buffers, states
+
+
+def is_of_optimizer(name: str) -> bool:
+    """Whether a tensor is state of an optimizer, which nothing but its step changes; not a parameter that it holds."""
+    return name.startswith("optimizer/") and not name.endswith("/value")
 
 
 def callback_modules(trainer: Any) -> Iterator[tuple[str, nn.Module]]:

@@ -235,8 +235,8 @@ class Survival:
         assert self._engine.cohort is not None
         mirroring, version = self._mirroring, restoration.version
         # Those of a rank that is another one now are not those of its new place.
-        only_own = mirroring.tensors_are_of == version and not moved
-        restoration.fill(self._trainer, only_own=only_own, index=mirroring.index_of(restoration.layout))
+        optimizers_hold = mirroring.optimizers_are_of == version and not moved
+        restoration.fill(self._trainer, optimizers_hold=optimizers_hold, index=mirroring.index_of(restoration.layout))
         self._mirroring.small.apply(restoration.state)
         if restoration.state["logs"] is not None:
             host_loggers.rewind_logs(self._trainer, restoration.state["logs"])

@@ -56,7 +56,8 @@ class Options:
     sharding: str = "plain"  # plain, hybrid (data_parallel replicates, tensor_parallel shards), partly (frozen, tied,
     # and a head that each rank trains for itself), mixed (computed in bf16), offloaded (parameters rest on the host),
     # compiled (layers into graphs, each before it is sharded)
-    block: str = ""  # of a model that is not sharded: adapted (frozen, with low-rank layers), compiled:BACKEND
+    block: str = ""  # of a model that is not sharded: adapted (frozen, with low-rank layers), compiled:BACKEND,
+    # following:HOW (a slow copy beside a layer)
     thaw_at: int = 0  # step before which the first layers are frozen
 
 
