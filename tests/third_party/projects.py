@@ -70,7 +70,9 @@ PROJECTS = (
     Project(
         ("gluonts",),
         "gluonts_deepar",
-        "DeepAR on a stream of random windows",
+        "DeepAR on random windows, drawn before training",
+        note="draw the windows before training: as it comes, gluonts takes them from a stream that cannot be wound back, "
+        "which is said before the first step",
     ),
     Project(
         ("scvi-tools",),

@@ -1,8 +1,13 @@
-"""gluonts: DeepAR on an endless stream of random windows, drawn with numpy's generator."""
+"""gluonts: DeepAR on random windows that are drawn before training.
+
+As it comes, gluonts draws the windows while it trains, from a stream that goes through all epochs and that nothing can
+wind back: a new process could not come to the place where the lost one was.
+"""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -14,6 +19,11 @@ from lightning.pytorch.loggers import CSVLogger
 from tests.third_party.weights import record_weights
 
 
+class DrawnBefore(DeepAREstimator):
+    def create_training_data_loader(self, *args: Any, **kwargs: Any) -> Any:
+        return list(super().create_training_data_loader(*args, **kwargs))
+
+
 def main() -> None:
     pl.seed_everything(1, workers=True)
     rng = np.random.default_rng(0)
@@ -22,7 +32,7 @@ def main() -> None:
         {"start": pd.Period("2020-01-01", "D"), "target": 5 + np.sin(t / (3 + k)) + 0.1 * rng.standard_normal(100)}
         for k in range(6)
     ]
-    estimator = DeepAREstimator(
+    estimator = DrawnBefore(
         freq="D",
         prediction_length=5,
         context_length=10,
