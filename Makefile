@@ -9,10 +9,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.complete
 RIVALS := .venv-rivals
 STORES := .venv-loggers
+THIRD_PARTY := .venv-third-party
 CODE := lightning_ckptless tests $(wildcard examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-quick lint types docs bench bench-rivals test-loggers format clean
+.PHONY: help setup demo test test-all test-quick test-loggers test-third-party lint types docs bench bench-rivals \
+  format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +52,19 @@ $(STORES)/.complete: pyproject.toml constraints.txt tests/lab/constraints-logger
 	  --constraint constraints.txt --constraint tests/lab/constraints-loggers.txt torch==2.13.0 --editable '.[dev,loggers]'
 	@touch $@
 
+test-third-party: $(THIRD_PARTY)/.complete  ## set up .venv-third-party with other people's projects, and run the tests that train with them
+	@$(THIRD_PARTY)/bin/python -m pytest tests/third_party $(ARGS)
+
+$(THIRD_PARTY)/.complete: pyproject.toml tests/third_party/constraints.txt tests/third_party/torchvision_on_cpu.py
+	@echo "setting up $(THIRD_PARTY): a dozen projects and what they need, about 2 GB from the package index (once, some minutes)"
+	@test -x $(THIRD_PARTY)/bin/python || $(PYTHON) -m venv $(THIRD_PARTY)
+	@$(THIRD_PARTY)/bin/python -m pip --disable-pip-version-check --quiet install \
+	  --constraint tests/third_party/constraints.txt torch==2.13.0
+	@$(THIRD_PARTY)/bin/python -m pip --disable-pip-version-check --quiet install \
+	  --constraint tests/third_party/constraints.txt --editable '.[third-party]'
+	@$(THIRD_PARTY)/bin/python tests/third_party/torchvision_on_cpu.py
+	@touch $@
+
 lint: $(STAMP)  ## check style and formatting
 	@$(BIN)/ruff check $(CODE)
 	@$(BIN)/ruff format --check $(CODE)
@@ -78,5 +93,6 @@ $(RIVALS)/.complete: pyproject.toml constraints.txt benchmarks/rivals/constraint
 	@touch $@
 
 clean:  ## remove everything that was built or set up
-	rm -rf $(VENV) $(RIVALS) $(STORES) site build dist demo_output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RIVALS) $(STORES) $(THIRD_PARTY) site build dist demo_output .mypy_cache .pytest_cache .ruff_cache \
+	  .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,7 +18,7 @@ from lightning_ckptless.protocol.versions import Complete, Missing, Replica, Slo
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.checksum import bytes_of
 from lightning_ckptless.replica.cores import threads_of_a_rank
-from lightning_ckptless.replica.layout import Layout, live_views, slot_views
+from lightning_ckptless.replica.layout import Layout, live_views, local_name, pieces_for, slot_views
 from lightning_ckptless.replica.transport import Parcel, Transport, room, tensor_of
 from lightning_ckptless.torch_internals import foreach_copy
 
@@ -155,7 +155,14 @@ def fetch(
     )
 
 
-def fill(layout: Layout, bulks: Mapping[int, torch.Tensor], tensors: Mapping[str, torch.Tensor], rank: int) -> int:
+def fill(
+    layout: Layout,
+    bulks: Mapping[int, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    rank: int,
+    *,
+    leave: Collection[str] = (),
+) -> int:
     """Copy shards into live tensors, in place.
 
     Args:
@@ -163,6 +170,7 @@ def fill(layout: Layout, bulks: Mapping[int, torch.Tensor], tensors: Mapping[str
         bulks: tensor part of each shard.
         tensors: live tensors by name.
         rank: this rank: of private tensors it takes its own.
+        leave: names of tensors that are left as they are.
 
     Returns:
         Bytes copied.
@@ -170,8 +178,12 @@ def fill(layout: Layout, bulks: Mapping[int, torch.Tensor], tensors: Mapping[str
     targets: list[torch.Tensor] = []
     sources: list[torch.Tensor] = []
     for shard, bulk in bulks.items():
-        targets += live_views(layout, shard, rank, tensors)
-        sources += slot_views(layout, shard, bulk, rank=rank)
+        pieces = pieces_for(layout, shard, rank)
+        views = live_views(layout, shard, rank, tensors), slot_views(layout, shard, bulk, rank=rank)
+        for piece, target, source in zip(pieces, *views, strict=True):
+            if local_name(piece, rank) not in leave:
+                targets.append(target)
+                sources.append(source)
     with torch.no_grad():
         foreach_copy(targets, sources)
     return sum(source.nbytes for source in sources)

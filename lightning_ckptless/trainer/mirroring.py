@@ -64,7 +64,7 @@ class Mirroring:
 
     Attributes:
         taken: the version that was taken last, or restored.
-        tensors_are_of: the version that the parameters and the optimizer hold; None while a step changes them.
+        optimizers_are_of: the version that the optimizers' state is of; None while a step changes it.
         cadence: how often one is taken.
     """
 
@@ -83,7 +83,7 @@ class Mirroring:
         finish_asked: Callable[[], bool],
     ) -> None:
         self.taken: Version | None = None
-        self.tensors_are_of: Version | None = None
+        self.optimizers_are_of: Version | None = None
         self._ends_here = False
         self._trainer = trainer
         self._loops = loops
@@ -100,7 +100,6 @@ class Mirroring:
         self._cohort: Cohort | None = None
         self._mirror: Mirror | None = None
         self._seen: Version | None = None
-        self._writes = 0
         self._index: StateIndex | None = None
         self._layout: Layout | None = None
         self._small: SmallState | None = None
@@ -113,12 +112,9 @@ class Mirroring:
         if self._trainer.is_global_zero:
             log.warning("ckptless: %s", WHAT_IS_LOST % name)
 
-    def holds(self, version: Version) -> bool:
-        """Whether the tensors that all ranks share are still those of a version: a hook may have written to them."""
-        index = self._index
-        if self.tensors_are_of != version or index is None or not index.is_current():
-            return False
-        return index.writes() == self._writes
+    def optimizers_hold(self, version: Version) -> bool:
+        """Whether the state of the optimizers is still that of a version, with the same parameters."""
+        return self.optimizers_are_of == version and self._index is not None and self._index.is_current()
 
     def index_of(self, layout: Layout) -> StateIndex | None:
         """Where the trainer's tensors are, if they are known to be those of a layout."""
@@ -164,8 +160,8 @@ class Mirroring:
             index: where its tensors are in this trainer.
             protect: fills in the copies that it lacks; all ranks call it together.
         """
-        self._index, self._layout, self._writes = index, layout, index.writes()
-        self.taken = self.tensors_are_of = self._seen = version
+        self._index, self._layout = index, layout
+        self.taken = self.optimizers_are_of = self._seen = version
         assert self._cohort is not None
         self._tell_plan(version)
         self._protecting = Protecting(protect)
@@ -240,13 +236,12 @@ class Mirroring:
         if self._small is None and self._trainer.is_global_zero:
             warn_of_loaders(self._loops.combined_loader.flattened)
             self.small.hooks.warn_of_uncovered()
-        self.tensors_are_of = version
+        self.optimizers_are_of = version
         if self._index is None or self._mirror is None or not self._index.is_current() or self._is_to_be_compared():
             self._plan_anew()
             self._tell_plan(version)
         self._seen = version
         assert self._index is not None and self._mirror is not None
-        self._writes = self._index.writes()
         if self._options.on_late == "skip" and self._mirror.busy and not self._ends_here:
             self._mirror.skip(version)
             self._report.taken(0.0, time.perf_counter() - began, self._mirror)
@@ -281,7 +276,7 @@ class Mirroring:
 
     def take_again(self, version: Version) -> None:
         """Mirror a version that other ranks had written, and wait until it is committed. All ranks call it together."""
-        self.taken = self.tensors_are_of = self._seen = version
+        self.taken = self.optimizers_are_of = self._seen = version
         self._plan_anew()
         self._submit(version)
         assert self._mirror is not None
@@ -295,7 +290,7 @@ class Mirroring:
         """Wait until the version under way is copied: the optimizer is about to change the tensors."""
         if self._mirror is not None:
             self._report.waited(self._mirror.wait_staged())
-        self.tensors_are_of = None
+        self.optimizers_are_of = None
 
     def _is_to_be_compared(self) -> bool:
         """Whether ranks may have trained for the first time what they began alike, and might train differently."""
@@ -347,3 +342,9 @@ class Mirroring:
             finish_asked=self._finish_asked,
             interval_word=self.cadence.word,
         )
+        self._mirror.bind(self._restless(layout))
+
+    def _restless(self, layout: Layout) -> frozenset[str]:
+        """Parameters that a hook may write to before the optimizer steps: no copy of them may run beside the batch."""
+        assert self._index is not None
+        return self._index.untrained - {chunk.name for chunk in layout.chunks if chunk.still}

@@ -54,17 +54,19 @@ class Restoration:
         state: dict[str, Any] = self.small["state"]
         return state
 
-    def fill(self, trainer: Any, *, only_own: bool = False, index: StateIndex | None = None) -> None:
+    def fill(self, trainer: Any, *, optimizers_hold: bool = False, index: StateIndex | None = None) -> None:
         """Put the tensors into the trainer.
 
         Args:
             trainer: its strategy is set up.
-            only_own: leave out those that all ranks share: they hold the version already.
+            optimizers_hold: whether the optimizers' state is that of the version already.
             index: where the trainer's tensors are, if it is known that they are those of the version's layout.
         """
         rank = trainer.global_rank
         restore_structure(trainer, self.state)
-        self.index = fill_trainer(trainer, self.layout, self.bulks, rank=rank, only_own=only_own, index=index)
+        self.index = fill_trainer(
+            trainer, self.layout, self.bulks, rank=rank, optimizers_hold=optimizers_hold, index=index
+        )
 
     def make_data(self, hooks: DataHooks, alone: Callable[[], AbstractContextManager[None]]) -> None:
         """Have the dataloaders be those of the version; the state is put in after it."""

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_ckptless.errors import LayoutMismatchError, OptionsError
 from lightning_ckptless.replica.description import local_part
-from lightning_ckptless.torch_internals import parameter_dicts, version_counter
+from lightning_ckptless.torch_internals import parameter_dicts
 from lightning_ckptless.trainer.buckets import summed_parameters
 from lightning_ckptless.trainer.plain import plain_attributes, set_plain_attributes
 from lightning_ckptless.trainer.sharding import reshard, sharded_modules
@@ -50,8 +50,6 @@ class StateIndex:
         for prefix, extra in callback_modules(trainer):
             self._add_module(f"{prefix}/", extra)
         self._fixed = {name: tensor for name, tensor in optimizer_tensors(trainer) if name.endswith("/value")}
-        private = self.private
-        self._shared = [(place, key) for name, place, key in self._places if name not in private]
         self._present = self._present_now()
         self._add_optimizers()
         self._shardings = {name: _sharding(tensor) for name, tensor in self.tensors().items()}
@@ -60,6 +58,13 @@ class StateIndex:
     def private(self) -> frozenset[str]:
         """Names of the tensors that are each rank's own; the forward pass may change them."""
         return frozenset(self._private)
+
+    @property
+    def untrained(self) -> frozenset[str]:
+        """Names of parameters that no optimizer changes: frozen ones, and copies that a hook keeps current."""
+        trained = {id(p) for optimizer in self.trainer.optimizers for g in optimizer.param_groups for p in g["params"]}
+        named = {name: place[key] for name, place, key in self._places if name.startswith("parameter/")}
+        return frozenset(name for name, p in named.items() if not (p.requires_grad and id(p) in trained))
 
     def is_current(self) -> bool:
         """Whether the tensors that were found are still all that there are."""
@@ -95,10 +100,6 @@ class StateIndex:
         """All big tensors by name, as they are now, sharded ones as such."""
         reshard(self._sharded)
         return {name: place[key] for name, place, key in self._places} | self._fixed
-
-    def writes(self) -> int:
-        """How often the parameters that all ranks share were written to; writes by `.data` are not counted."""
-        return sum(version_counter(place[key]) for place, key in self._shared)
 
     def keep_only(self, names: Collection[str]) -> None:
         """Drop buffers and optimizer tensors that the trainer has made since a version that it goes back to.
@@ -184,6 +185,11 @@ def note_trained_alone(trainer: Any, alone: dict[str, nn.Parameter]) -> None:
             len(new), min(new), trainer.global_step,
         )  # fmt: skip
     trained_alone(trainer).update(new)
+
+
+def is_of_optimizer(name: str) -> bool:
+    """Whether a tensor is state of an optimizer, which nothing but its step changes; not a parameter that it holds."""
+    return name.startswith("optimizer/") and not name.endswith("/value")
 
 
 def callback_modules(trainer: Any) -> Iterator[tuple[str, nn.Module]]:

@@ -258,9 +258,9 @@ class Survival:
         assert self._engine.cohort is not None
         mirroring, version = self._mirroring, restoration.version
         # Those of a rank that is another one now are not those of its new place.
-        only_own = mirroring.holds(version) and not moved
+        optimizers_hold = mirroring.optimizers_hold(version) and not moved
         restoration.make_data(self._engine.data_hooks, self._strategy.alone)
-        restoration.fill(self._trainer, only_own=only_own, index=mirroring.index_of(restoration.layout))
+        restoration.fill(self._trainer, optimizers_hold=optimizers_hold, index=mirroring.index_of(restoration.layout))
         self._mirroring.small.apply(restoration.state)
         self._engine.check_files(restoration)
         self._engine.loggers.restore(restoration.small["logs"])

@@ -15,6 +15,7 @@ from lightning_ckptless.replica.layout import Layout
 from lightning_ckptless.replica.restore import fill
 from lightning_ckptless.trainer.state import (
     StateIndex,
+    is_of_optimizer,
     make_room_for_buffers,
     make_room_for_optimizer_state,
 )
@@ -65,7 +66,7 @@ def fill_trainer(
     bulks: Mapping[int, Tensor],
     *,
     rank: int,
-    only_own: bool = False,
+    optimizers_hold: bool = False,
     index: StateIndex | None = None,
 ) -> StateIndex:
     """Copy a version into the tensors of a trainer, whose optimizers may not have made a step yet.
@@ -75,7 +76,9 @@ def fill_trainer(
         layout: of the version.
         bulks: tensor part of each shard: uint8 of shape [bulk bytes].
         rank: this rank.
-        only_own: copy this rank's own tensors alone: those that all ranks share hold the version already.
+        optimizers_hold: whether the state of the optimizers is that of the version already: it is left as it is, since
+            nothing but a step changes it. Parameters are always copied: a hook may write to them at any time, as
+            momentum encoders, averaged weights and clipped weights are kept.
         index: where the trainer's tensors are, if it is known that they are those of the layout.
 
     Returns:
@@ -84,10 +87,10 @@ def fill_trainer(
     Raises:
         LayoutMismatchError: the script has built other tensors than those that were mirrored; names them.
     """
-    wanted = {shard: bulk for shard, bulk in bulks.items() if shard == rank or not only_own}
     if index is None:
         make_room(trainer, layout.known_to(rank))
         index = StateIndex(trainer)
         layout.require_same(describe_state(index), rank)
-    fill(layout, wanted, index.read(), rank)
+    tensors = index.read()
+    fill(layout, bulks, tensors, rank, leave=set(filter(is_of_optimizer, tensors)) if optimizers_hold else ())
     return index

@@ -60,6 +60,15 @@ def test_kill(name: str, drill: Drill) -> None:
     _assert_survived(CELLS[name], drill)
 
 
+@pytest.mark.parametrize(
+    "how", ["data", pytest.param("counted", marks=pytest.mark.long), pytest.param("replaced", marks=pytest.mark.long)]
+)
+def test_kill_of_a_model_with_a_slow_copy(how: str, drill: Drill) -> None:
+    """The survivor has moved its copy in the step that is run again, before any optimizer has stepped."""
+    faults = "kill:rank=1:step=4,kill:rank=0:step=6:at=backward"
+    _assert_survived(Cell(faults, replace(SHORT, block=f"following:{how}"), recoveries=2), drill)
+
+
 @pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler for CPUs: g++ is not there")
 def test_kill_of_a_model_that_was_compiled_to_machine_code(drill: Drill) -> None:

@@ -16,7 +16,12 @@ import lightning_ckptless
 from tests.house.code import REPOSITORY
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-CONSTRAINTS = ("constraints.txt", "benchmarks/rivals/constraints.txt", "tests/lab/constraints-loggers.txt")
+CONSTRAINTS = (
+    "constraints.txt",
+    "benchmarks/rivals/constraints.txt",
+    "tests/lab/constraints-loggers.txt",
+    "tests/third_party/constraints.txt",
+)
 
 
 def pins(file: str) -> dict[str, Version]:
@@ -25,14 +30,14 @@ def pins(file: str) -> dict[str, Version]:
     return {canonicalize_name(name): Version(version) for name, version in found}
 
 
-PINS, RIVALS_PINS, LOGGERS_PINS = map(pins, CONSTRAINTS)
+PINS, RIVALS_PINS, LOGGERS_PINS, THIRD_PARTY_PINS = map(pins, CONSTRAINTS)
 EXTRAS = chain.from_iterable(PROJECT["optional-dependencies"].values())
 REQUIREMENTS = [Requirement(text) for text in (*PROJECT["dependencies"], *EXTRAS)]
 
 
 def test_what_is_required_is_pinned_within_its_range() -> None:
     others = [requirement for requirement in REQUIREMENTS if requirement.name != PROJECT["name"]]
-    pinned = PINS | RIVALS_PINS | LOGGERS_PINS
+    pinned = THIRD_PARTY_PINS | LOGGERS_PINS | RIVALS_PINS | PINS
     assert [str(r) for r in others if not r.specifier.contains(pinned[canonicalize_name(r.name)])] == []
 
 
@@ -42,6 +47,11 @@ def test_the_rivals_change_no_pin() -> None:
 
 def test_the_tracking_stores_change_no_pin() -> None:
     assert not PINS.keys() & LOGGERS_PINS.keys()
+
+
+def test_third_party_projects_run_with_the_torch_and_lightning_that_are_tested() -> None:
+    same = ("torch", "lightning", "pytorch-lightning", "torchmetrics", "numpy")
+    assert [THIRD_PARTY_PINS[name] for name in same] == [PINS[name] for name in same]
 
 
 @pytest.mark.parametrize("file", CONSTRAINTS)

@@ -37,15 +37,48 @@ class Adapted(nn.Module):
         return x + y
 
 
+class Following(nn.Module):
+    """A layer, and a copy of it that follows it slowly: moved in the forward pass, before the optimizer steps.
+
+    Args:
+        width: of its input and output.
+        how: `counted` by torch as a write in place, through `data`, or `replaced` as a whole.
+    """
+
+    def __init__(self, width: int, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.layer, self.copy = nn.Linear(width, width), nn.Linear(width, width).requires_grad_(False)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        for slow, quick in zip(self.copy.parameters(), self.layer.parameters(), strict=True):
+            if self.how == "counted":
+                slow.lerp_(quick, 0.1)
+            elif self.how == "data":
+                slow.data.lerp_(quick, 0.1)
+            else:
+                slow.data = slow.data.lerp(quick, 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` of shape [batch, width] to the same."""
+        if self.training:
+            self._follow()
+        y: Tensor = self.layer(x) - self.copy(x)
+        return x + y
+
+
 def block_of(kind: str, width: int) -> nn.Module:
     """The block in the middle of a model.
 
     Args:
-        kind: `adapted`, `compiled:BACKEND`, or nothing for none.
+        kind: `adapted`, `compiled:BACKEND`, `following:HOW`, or nothing for none.
         width: of its input and output.
     """
     if kind == "adapted":
         return Adapted(width)
+    if kind.startswith("following:"):
+        return Following(width, kind.removeprefix("following:"))
     if kind.startswith("compiled:"):
         block = nn.Sequential(nn.Linear(width, 24), nn.GELU(), nn.Linear(24, width))
         block.compile(backend=kind.removeprefix("compiled:"))

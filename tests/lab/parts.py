@@ -60,7 +60,8 @@ class Options:
     sharding: str = "plain"  # plain, hybrid (data_parallel replicates, tensor_parallel shards), partly (frozen, tied,
     # and a head that each rank trains for itself), mixed (computed in bf16), offloaded (parameters rest on the host),
     # compiled (layers into graphs, each before it is sharded)
-    block: str = ""  # of a model that is not sharded: adapted (frozen, with low-rank layers), compiled:BACKEND
+    block: str = ""  # of a model that is not sharded: adapted (frozen, with low-rank layers), compiled:BACKEND,
+    # following:HOW (a slow copy beside a layer)
     callback: str = ""  # averaging (StochasticWeightAveraging), finetuning (a group for the body from epoch 1 on)
     thaw_at: int = 0  # step before which the first layers are frozen
     settings: str = "{}"  # a python dictionary of further arguments of the trainer; plugins by the name of their class

@@ -55,3 +55,10 @@ def test_state_of_optimizers_never_is() -> None:
     watch.look(index_of(model, optimizer))
     found = watch.look(index_of(model, optimizer))
     assert found and not any(name.startswith("optimizer/") for name in found)
+
+
+def test_parameters_that_no_optimizer_changes_may_be_written_to_by_a_hook() -> None:
+    model = model_of_three()
+    assert index_of(model, torch.optim.SGD(model.parameters())).untrained == {"parameter/0.weight", "parameter/0.bias"}
+    head = index_of(model, torch.optim.SGD(model.get_submodule("2").parameters()))
+    assert head.untrained == {f"parameter/{layer}.{kind}" for layer in (0, 1) for kind in ("weight", "bias")}
