@@ -20,15 +20,19 @@ from lightning_ckptless.trainer.state import attributes_of_all_optimizers
 log = logging.getLogger(__name__)
 
 
-def check_trainer(trainer: Any) -> None:
+def check_trainer(trainer: Any, stateless_callbacks: Iterable[str] = ()) -> None:
     """Look at callbacks and optimizers of a trainer that is set up for `fit`.
+
+    Args:
+        trainer: the trainer.
+        stateless_callbacks: class names that the user gave for that option.
 
     Raises:
         OptionsError: something in it keeps state that no version would hold.
     """
     for finding in _refusals(trainer):
         raise OptionsError(finding)
-    _require_known(trainer.strategy.options.stateless_callbacks, trainer.callbacks)
+    _require_known(stateless_callbacks, trainer.callbacks)
     for index, optimizer in enumerate(trainer.optimizers):
         if trainer.is_global_zero and (names := opaque_attributes(optimizer)):
             log.warning(

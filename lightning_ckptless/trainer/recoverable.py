@@ -345,7 +345,7 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             """Set up model and optimizers as Lightning does, then take over the commit points."""
             super().setup(trainer)
             if self.engine is not None and trainer.state.fn == "fit":
-                check_trainer(trainer)
+                check_trainer(trainer, self.options.stateless_callbacks)
                 self.engine.attach()
 
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -36,6 +36,12 @@ def test_a_mesh_of_other_ranks_is_refused(sizes: tuple[Any, Any], tmp_path: Path
         strategy.check_options()
 
 
+def test_hooks_that_would_gather_a_sharded_model_are_refused(tmp_path: Path) -> None:
+    strategy = sharded(tmp_path, data_parallel_size=4, tensor_parallel_size=1, checkpoint_hooks="every_version")
+    with pytest.raises(OptionsError, match=r"checkpoint_hooks='every_version' would gather a sharded model"):
+        strategy.check_options()
+
+
 def test_a_precision_without_a_counterpart_for_shards_is_refused(tmp_path: Path) -> None:
     # Lightning says so itself where it is given an object, and not where it is given its name.
     strategy = strategy_of(tmp_path, FLAVOURS[0], strategy="ckptless_model_parallel", precision="64-true")
@@ -44,5 +50,5 @@ def test_a_precision_without_a_counterpart_for_shards_is_refused(tmp_path: Path)
 
 
 def test_the_options_of_both_strategies_are_the_same(tmp_path: Path) -> None:
-    given: dict[str, Any] = {"copies": 0, "in_place": False, "mirror_every_n_steps": 3}
+    given: dict[str, Any] = {"copies": 0, "in_place": False, "mirror_every_n_steps": 3, "stateless_callbacks": ["One"]}
     assert strategy_for(FLAVOURS[0])(**given).options == sharded(tmp_path, **given).options
