@@ -366,8 +366,6 @@ class Engine:
 
     def why_final(self, error: Exception) -> str | None:
         """Why an exception is not worth another try; None where it is."""
-        if self.options.max_recoveries == 0:
-            return "max_recoveries=0 allows no other try"
         taken = self.mirroring.taken if self.mirroring is not None else None
         return why_final(error, rank=self.rank, taken=taken, arena=self.arena)
 

@@ -146,8 +146,7 @@ def make_strategy(name: StrategyName, asked: object) -> Any:
     options: Mapping[str, Any] = DDP_NAMES.get(asked, {}) if isinstance(asked, str) else {}
     if name == "ddp":
         return DDPStrategy(**options)
-    # No agent could run a test again, so what a test raises must be raised the first time.
-    return strategy_for(FLAVOUR)(max_recoveries=0, **options)
+    return strategy_for(FLAVOUR)(**options)
 
 
 def refuse_to_be_replaced(**_: object) -> NoReturn:
@@ -168,6 +167,7 @@ def worker_environment() -> Iterator[dict[str, str]]:
     variables = {
         "TORCHELASTIC_RUN_ID": uuid.uuid4().hex[:12],
         "TORCHELASTIC_RESTART_COUNT": "0",
+        # Nothing could run a test again, so what a test raises must be raised the first time.
         "TORCHELASTIC_MAX_RESTARTS": "0",
         "RANK": "0",
         "LOCAL_RANK": "0",
