@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import pytest
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -27,9 +27,8 @@ from lightning.pytorch.trainer.connectors.accelerator_connector import _Accelera
 from lightning_ckptless import environment
 from lightning_ckptless.assembly import strategy_for
 from lightning_ckptless.trainer import launcher
+from tests.upstream.runs import STRATEGIES, StrategyName
 
-StrategyName = Literal["ddp", "ckptless"]
-STRATEGIES: tuple[StrategyName, ...] = ("ddp", "ckptless")
 FLAVOUR = "lightning.pytorch"
 DDP_NAMES = {"ddp": {}, "ddp_find_unused_parameters_true": {"find_unused_parameters": True}}
 

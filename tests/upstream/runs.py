@@ -16,13 +16,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from tests.upstream.plugin import StrategyName
 from tests.upstream.sources import Sources
 
+StrategyName = Literal["ddp", "ckptless"]
+STRATEGIES: tuple[StrategyName, ...] = ("ddp", "ckptless")
 TEST_TIMEOUT_S = 60
 FILE_TIMEOUT_S = 1200
 ALL = "all"
@@ -66,8 +67,6 @@ class Runner:
         self.strategy: StrategyName = strategy
         self._folder = folder.absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
-        for module in PRELOADED:
-            import_module(module)
 
     def run(self, file: str, only: Sequence[str] = (), *, trial: str = "") -> Outcomes:
         """Run the tests of a file, unless this was done before.
@@ -107,6 +106,8 @@ class Runner:
         if only:
             included.write_text("\n".join(only))
             arguments.append(f"--only={included}")
+        for module in PRELOADED:
+            import_module(module)
         sys.stdout.flush()
         sys.stderr.flush()
         child = os.fork()
