@@ -88,6 +88,8 @@ class Upstream:
             own_init(self, *args, **kwargs)
 
         def choose(self: Any) -> None:
+            if starts_processes(self):
+                pytest.skip("needs several processes")
             if trains_on_one_cpu(self):
                 plugin._forced += 1
                 self._strategy_flag = make_strategy(plugin._name, self._strategy_flag)
@@ -130,9 +132,18 @@ class Upstream:
 def trains_on_one_cpu(connector: Any) -> bool:
     """Whether Lightning is about to train on a single CPU device, by DDP or without a strategy for several."""
     flag = connector._strategy_flag
-    if not isinstance(connector.accelerator, CPUAccelerator) or connector._num_nodes_flag > 1:
+    return isinstance(connector.accelerator, CPUAccelerator) and (
+        type(flag) is SingleDeviceStrategy or (isinstance(flag, str) and flag in DDP_NAMES)
+    )
+
+
+def starts_processes(connector: Any) -> bool:
+    """Whether Lightning is about to train on the CPU in processes that it starts itself, which takes long here."""
+    if not isinstance(connector.accelerator, CPUAccelerator):
         return False
-    return len(connector._parallel_devices) <= 1 and (type(flag) is SingleDeviceStrategy or flag in DDP_NAMES)
+    flag = connector._strategy_flag
+    is_multiplied = isinstance(flag, str) and flag.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook"))
+    return is_multiplied or connector._num_nodes_flag > 1 or len(connector._parallel_devices) > 1
 
 
 def make_strategy(name: StrategyName, asked: object) -> Any:
