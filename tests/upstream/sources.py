@@ -55,9 +55,9 @@ def find_sources(given: Path | None, cache: Path, installed: Version, tag: str |
     if given is not None and not _is_repository(given):
         if not (given / TESTS).is_dir():
             raise SourcesError(f"{given} is neither a repository nor a folder with {TESTS}: give a clone of {URL}")
-        return Sources(given.absolute(), "")
+        return Sources(given.resolve(), "")
     tag = tag or nearest_tag(_tags(given), installed)
-    root = cache.absolute() / f"lightning-{tag}"
+    root = cache.resolve() / f"lightning-{tag}"
     if not (root / TESTS).is_dir():
         _take_out(given, tag, root)
     return Sources(root, tag)
