@@ -20,11 +20,13 @@ class Difference:
     Args:
         test: its id.
         found: how it ended with our strategy.
+        entry: its id, or that without parameters where this is listed.
         reason: why this is expected; empty where it is not.
     """
 
     test: str
     found: Outcome
+    entry: str
     reason: str = ""
 
     @property
@@ -72,7 +74,7 @@ def compare(base: Mapping[str, Outcome], ours: Mapping[str, Outcome], expected: 
             comparison.same.append(test)
         else:
             differing.add(entry)
-            comparison.differences.append(Difference(test, found, expected.get(entry, "")))
+            comparison.differences.append(Difference(test, found, entry, expected.get(entry, "")))
     comparison.stale.extend(entry for entry in expected if entry in compared - differing)
     return comparison
 
@@ -96,9 +98,9 @@ def read_expected(path: Path) -> dict[str, str]:
 
 def draft(differences: Iterable[Difference]) -> str:
     """A list of expected differences as it would have to be now; what has no reason yet is grouped by its error."""
-    groups = defaultdict[str, list[str]](list)
+    groups = defaultdict[str, set[str]](set)
     for difference in differences:
-        groups[difference.reason or f"TODO: {summary(difference.found)}"].append(difference.test)
+        groups[difference.reason or f"TODO: {summary(difference.found)}"].add(difference.entry)
     return "\n".join(_group(reason, tests) for reason, tests in groups.items())
 
 
