@@ -11,7 +11,7 @@ RIVALS := .venv-rivals
 CODE := lightning_ckptless tests $(wildcard examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-quick lint types docs bench bench-rivals format clean
+.PHONY: help setup demo test test-all test-lightning test-quick lint types docs bench bench-rivals format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
