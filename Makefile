@@ -13,11 +13,11 @@ THIRD_PARTY := .venv-third-party
 CODE := lightning_ckptless tests $(wildcard examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-quick test-loggers test-third-party lint types docs bench bench-rivals \
-  format clean
+.PHONY: help setup demo test test-all test-quick test-lightning test-loggers test-third-party lint types docs bench \
+  bench-rivals format clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## set up .venv; every other target does it when needed
 
@@ -38,6 +38,9 @@ test: $(STAMP)  ## run the tests; ARGS="tests/protocol -x" for some
 
 test-all: $(STAMP)  ## run the long ones as well
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-lightning: $(STAMP)  ## run Lightning's own tests with our strategy, compared with DDP; ARGS="--lightning CLONE"
+	@$(BIN)/python -m tests.upstream $(ARGS)
 
 test-quick: $(STAMP)  ## run all but the slow tests
 	@$(BIN)/python -m pytest -m "not slow and not long" $(ARGS)

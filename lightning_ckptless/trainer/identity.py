@@ -44,6 +44,11 @@ def is_worker(env: Mapping[str, str] = os.environ) -> bool:
     return "TORCHELASTIC_RUN_ID" in env
 
 
+def may_be_restarted(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launcher would start the workers again if this one failed now."""
+    return int(env.get("TORCHELASTIC_RESTART_COUNT", "0")) < int(env.get("TORCHELASTIC_MAX_RESTARTS", "1"))
+
+
 def identify(trainer: Any, env: Mapping[str, str] = os.environ) -> Identity:
     """Read who this worker is.
 

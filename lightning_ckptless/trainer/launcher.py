@@ -24,7 +24,14 @@ from lightning_ckptless.trainer.health import check_health
 from lightning_ckptless.trainer.host.flavour import flavour_of
 from lightning_ckptless.trainer.host.launch import CKPT_PATH_INDEX, is_fit, is_stop, launcher_base
 from lightning_ckptless.trainer.host.sigterm import give_exit_code
-from lightning_ckptless.trainer.identity import calls_before, chapters_before, count_call, is_worker, next_chapter
+from lightning_ckptless.trainer.identity import (
+    calls_before,
+    chapters_before,
+    count_call,
+    is_worker,
+    may_be_restarted,
+    next_chapter,
+)
 from lightning_ckptless.trainer.run_folders import hydra_folder
 from lightning_ckptless.trainer.waiting import wait_for_rank
 
@@ -207,7 +214,7 @@ class FitGuard:
             if engine.identity.own_agent:
                 _wait_for_the_agent(engine)
             leave_process()
-        reason = engine.why_final(error)
+        reason = engine.why_final(error) if may_be_restarted() else "the launcher allows no other try"
         if reason is not None:
             engine.report.failed(error, reason)
             engine.leave_verdict(reason)

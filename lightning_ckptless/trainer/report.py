@@ -249,9 +249,10 @@ class RunReport:
 
     def _hand_on(self) -> None:
         trainer = self.trainer
-        show_on_progress_bar(
-            trainer, {"goodput": round(self._values["goodput"], 3), "recoveries": self._values["recoveries"]}
-        )
+        if self.recoveries:
+            # Until then the bar is as it is under DDP, for those who read its metrics.
+            shown = {"goodput": round(self._values["goodput"], 3), "recoveries": self._values["recoveries"]}
+            show_on_progress_bar(trainer, shown)
         stepped = trainer.fit_loop.epoch_loop.global_step
         if trainer.loggers and trainer.log_every_n_steps and stepped % trainer.log_every_n_steps == 0:
             values = {f"{PREFIX}{name}": value for name, value in self._values.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lightning_ckptless import environment
-from lightning_ckptless.trainer.identity import identify, is_worker
+from lightning_ckptless.trainer.identity import identify, is_worker, may_be_restarted
 from tests.trainer.tiny import tiny_trainer
 
 OURS = {
@@ -29,6 +29,12 @@ def trainer(tmp_path: Path) -> Any:
 def test_an_agent_starts_workers() -> None:
     assert is_worker({"TORCHELASTIC_RUN_ID": "none"})
     assert not is_worker({environment.AGENT: "123"})
+
+
+@pytest.mark.parametrize(("restarts", "most", "answer"), [(0, 0, False), (0, 1, True), (2, 3, True), (3, 3, False)])
+def test_a_worker_is_restarted_while_its_launcher_allows_it(restarts: int, most: int, answer: bool) -> None:
+    env = {"TORCHELASTIC_RESTART_COUNT": str(restarts), "TORCHELASTIC_MAX_RESTARTS": str(most)}
+    assert may_be_restarted(env) is answer
 
 
 def test_a_worker_of_our_agent(trainer: Any) -> None:

@@ -1,0 +1,212 @@
+"""A plugin for pytest that trains Lightning's tests with a strategy of our choice, and records how each test ends.
+
+Wherever Lightning would train on one CPU device, by itself or by DDP, the strategy that the command line names is used
+instead. Everything else about the two runs that are compared is the same: every test has the environment of a worker
+of an agent of its own, for the process of a test cannot be replaced by an agent as a script's can.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+
+from lightning_ckptless import environment
+from lightning_ckptless.assembly import strategy_for
+from lightning_ckptless.trainer import launcher
+from tests.upstream.runs import STRATEGIES, StrategyName
+
+FLAVOUR = "lightning.pytorch"
+DDP_NAMES = {"ddp": {}, "ddp_find_unused_parameters_true": {"find_unused_parameters": True}}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Which strategy, which tests, and where to record."""
+    group = parser.getgroup("upstream")
+    group.addoption("--forced-strategy", choices=STRATEGIES, required=True, help="the strategy to train with")
+    group.addoption("--record", type=Path, required=True, help="file that receives a line when a test begins and ends")
+    group.addoption("--only", type=Path, help="file with the ids of the tests to run, one per line")
+    group.addoption("--except", type=Path, dest="excluded", help="file with the ids of tests not to run, one per line")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Force the strategy from here on; register a marker that Lightning's tests have from another plugin."""
+    config.addinivalue_line("markers", "flaky(reruns): may be run several times")
+    config.pluginmanager.register(Upstream(config.option.forced_strategy, config.option.record))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is not to be run."""
+    if config.option.only is not None:
+        only = set(config.option.only.read_text().splitlines())
+        items[:] = [item for item in items if item.nodeid in only]
+    if config.option.excluded is not None:
+        excluded = set(config.option.excluded.read_text().splitlines())
+        items[:] = [item for item in items if item.nodeid not in excluded]
+
+
+class Upstream:
+    """Forces the strategy and records outcomes.
+
+    Args:
+        name: of the strategy to train with.
+        record: file to which lines are added.
+    """
+
+    def __init__(self, name: StrategyName, record: Path) -> None:
+        self._name = name
+        self._record = record
+        self._worker: dict[str, str] = {}
+        self._forced = 0
+        self._report: dict[str, str] = {}
+        self._replace_methods()
+
+    # ------------------------------------------------------------------ the strategy
+
+    def _replace_methods(self) -> None:
+        """Have Lightning's choice of a strategy end in ours; for the life of this process, which runs nothing else."""
+        plugin, connector = self, _AcceleratorConnector
+        own_init, own_choice = connector.__init__, connector._init_strategy
+
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            # Some tests empty the environment.
+            for name, value in plugin._worker.items():
+                os.environ.setdefault(name, value)
+            own_init(self, *args, **kwargs)
+
+        def choose(self: Any) -> None:
+            if starts_processes(self):
+                pytest.skip("needs several processes")
+            if trains_on_one_cpu(self):
+                plugin._forced += 1
+                self._strategy_flag = make_strategy(plugin._name, self._strategy_flag)
+            own_choice(self)
+
+        connector.__init__ = init  # type: ignore[method-assign]
+        connector._init_strategy = choose  # type: ignore[method-assign]
+        launcher.replace_by_agent = refuse_to_be_replaced  # type: ignore[attr-defined]
+
+    # ------------------------------------------------------------------ the record
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        """Run one test as a worker, and note that it has begun and how it has ended."""
+        self._forced, self._report = 0, {"result": "not run"}
+        began_at = time.monotonic()
+        self._write(began=item.nodeid)
+        with worker_environment() as self._worker:
+            result = yield
+        seconds = round(time.monotonic() - began_at, 2)
+        self._write(ended=item.nodeid, trainers=self._forced, seconds=seconds, **self._report)
+        return result
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep the first phase of a test that failed, else that of the test itself."""
+        if self._report["result"] == "failed" or (report.passed and report.when != "call"):
+            return
+        crash = getattr(report.longrepr, "reprcrash", None)
+        self._report = {
+            "result": report.outcome,
+            "message": "" if crash is None else str(crash.message)[:2000],
+            "place": "" if crash is None else f"{Path(crash.path).name}:{crash.lineno}",
+        }
+
+    def _write(self, **fields: object) -> None:
+        with self._record.open("a") as file:
+            file.write(json.dumps(fields) + "\n")
+
+
+def trains_on_one_cpu(connector: Any) -> bool:
+    """Whether Lightning is about to train on a single CPU device, by DDP or without a strategy for several."""
+    flag = connector._strategy_flag
+    return isinstance(connector.accelerator, CPUAccelerator) and (
+        type(flag) is SingleDeviceStrategy or (isinstance(flag, str) and flag in DDP_NAMES)
+    )
+
+
+def starts_processes(connector: Any) -> bool:
+    """Whether Lightning is about to train on the CPU in processes that it starts itself, which takes long here."""
+    if not isinstance(connector.accelerator, CPUAccelerator):
+        return False
+    flag = connector._strategy_flag
+    is_multiplied = isinstance(flag, str) and flag.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook"))
+    return is_multiplied or connector._num_nodes_flag > 1 or len(connector._parallel_devices) > 1
+
+
+def make_strategy(name: StrategyName, asked: object) -> Any:
+    """The strategy to train with.
+
+    Args:
+        name: of the strategy that is forced.
+        asked: what the test asked for.
+    """
+    options: Mapping[str, Any] = DDP_NAMES.get(asked, {}) if isinstance(asked, str) else {}
+    if name == "ddp":
+        return DDPStrategy(**options)
+    return strategy_for(FLAVOUR)(**options)
+
+
+def refuse_to_be_replaced(**_: object) -> NoReturn:
+    """Stand in for the replacement of the process by an agent, which would end all tests."""
+    raise RuntimeError("this test has removed the variables of its worker: the process would be replaced by an agent")
+
+
+@contextmanager
+def worker_environment() -> Iterator[dict[str, str]]:
+    """Have the environment of the only worker of an agent, as new as if there had been no test before.
+
+    What a worker notes in its environment for itself is there too: Lightning's tests fail when a variable is left.
+    """
+    before = dict(os.environ)
+    folder = Path(tempfile.mkdtemp(prefix="ckptless-upstream-"))
+    for name in ("arenas", "verdicts", "runs"):
+        (folder / name).mkdir()
+    variables = {
+        "TORCHELASTIC_RUN_ID": uuid.uuid4().hex[:12],
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        # Nothing could run a test again, so what a test raises must be raised the first time.
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "GLOO_SOCKET_IFNAME": "lo",
+        environment.AGENT: str(os.getpid()),
+        environment.NODE: "upstream",
+        environment.ARENA_DIR: str(folder / "arenas"),
+        environment.VERDICT_DIR: str(folder / "verdicts"),
+        environment.RUN_ROOT: str(folder / "runs"),
+        environment.GENERATION: "0",
+        environment.CHAPTER: "0",
+        environment.CALLS: "0",
+    }
+    os.environ.update(variables)
+    try:
+        yield variables
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_port() -> int:
+    """A port on which nothing listens now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
