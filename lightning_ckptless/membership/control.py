@@ -126,21 +126,6 @@ def open_line(env: MutableMapping[str, str] = os.environ) -> Line | None:
     return _opened.get(os.getpid())
 
 
-def say_without_opening(kind: str, env: Mapping[str, str] = os.environ, **fields: Any) -> None:
-    """Send a message to the agent, and leave the line for whoever opens it later; nothing where there is none.
-
-    Args:
-        kind: what it is.
-        env: of a worker.
-        fields: what it says, as JSON has it.
-    """
-    number = env.get(environment.LINE, "")
-    if number.isdigit() and _is_socket(int(number)):
-        line = Line(socket.socket(fileno=os.dup(int(number))))
-        line.tell(kind, **fields)
-        line.close()
-
-
 def is_standby(env: Mapping[str, str] = os.environ) -> bool:
     """Whether this process has no rank yet."""
     return environment.STANDBY in env

@@ -13,7 +13,7 @@ from lightning_ckptless import environment
 from lightning_ckptless.errors import OptionsError, UnfitNodeError
 from lightning_ckptless.membership.cold import replace_by_agent
 from lightning_ckptless.membership.communicators import keep_through_device_errors
-from lightning_ckptless.membership.control import Line, is_standby, open_line, say_without_opening
+from lightning_ckptless.membership.control import Line, is_standby, open_line
 from lightning_ckptless.membership.peers import is_lost_peer
 from lightning_ckptless.membership.verdict import Verdict, leave_verdict, withdraw_verdict
 from lightning_ckptless.membership.watch import Watcher
@@ -57,7 +57,8 @@ class FitGuard:
         self.strategy.check_options()
         if not is_worker():
             self._hand_over(trainer)
-        say_without_opening("arrived", hydra=hydra_folder())
+        if (line := open_line()) is not None:
+            line.tell("arrived", hydra=hydra_folder())
         self.strategy.check_world()
         if trainer is None or not is_fit(function):
             self._pass_by(function)

@@ -304,8 +304,15 @@ def read_again(iterator: Iterator[Any], batches: int) -> None:
 
 
 def watch_attributes(loader: DataLoader[Any]) -> Changes:
-    """Watch a loader, and the objects in it: its dataset with what lies inside, its samplers and functions."""
-    return Changes(reach(loader, "loader"), {"loader": ("_iterator", "collate_fn", "worker_init_fn")})
+    """Watch a loader, and the objects in it: its dataset with what lies inside, its samplers and functions.
+
+    A loader that restores its own position is left alone, and so is what has a `state_dict` in it: they take their
+    attributes from that, some of them not before the next batch.
+    """
+    owners = reach(loader, "loader")
+    if says_its_position(loader):
+        owners = ((path, owner) for path, owner in owners if not hasattr(type(owner), "state_dict"))
+    return Changes(owners, {"loader": ("_iterator", "collate_fn", "worker_init_fn")})
 
 
 def _has_length(loader: Any) -> bool:
