@@ -308,5 +308,5 @@ def test_files_that_are_shown_exist() -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    named = re.findall(r"^ +- [\w ]+: ([\w/-]+\.md)$", (REPOSITORY / "mkdocs.yml").read_text(), re.MULTILINE)
+    named = re.findall(r"^ +- [\w -]+: ([\w/-]+\.md)$", (REPOSITORY / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(named) == sorted(str(path.relative_to(REPOSITORY / "docs")) for path in PAGES)

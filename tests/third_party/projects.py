@@ -72,7 +72,7 @@ PROJECTS = (
         "gluonts_deepar",
         "DeepAR on random windows, drawn before training",
         note="draw the windows before training: as it comes, gluonts takes them from a stream that cannot be wound "
-        "back, which is said before the first step",
+        "back, of which a line before the first step warns",
     ),
     Project(
         ("scvi-tools",),

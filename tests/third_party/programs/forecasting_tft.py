@@ -51,7 +51,7 @@ def main() -> None:
         strategy=sys.argv[1],
         accelerator="cpu",
         devices=2,
-        max_epochs=3,
+        max_epochs=2,
         limit_train_batches=6,
         gradient_clip_val=0.1,
         log_every_n_steps=1,

@@ -15,13 +15,15 @@ import pandas as pd
 from gluonts.dataset.common import ListDataset
 from gluonts.torch.model.deepar import DeepAREstimator
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
 from tests.third_party.weights import record_weights
 
 
 class DrawnBefore(DeepAREstimator):
     def create_training_data_loader(self, *args: Any, **kwargs: Any) -> Any:
-        return list(super().create_training_data_loader(*args, **kwargs))
+        batches = list(super().create_training_data_loader(*args, **kwargs))
+        return DataLoader(batches, batch_size=None, shuffle=True)
 
 
 def main() -> None:
@@ -40,7 +42,7 @@ def main() -> None:
         hidden_size=8,
         lags_seq=[1, 7],
         batch_size=8,
-        num_batches_per_epoch=6,
+        num_batches_per_epoch=12,
         trainer_kwargs={
             "strategy": sys.argv[1],
             "accelerator": "cpu",
