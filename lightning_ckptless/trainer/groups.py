@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.errors import LayoutMismatchError, OptionsError
 from lightning_ckptless.trainer.state import optimizer_parameters
 
+_MOST_SHOWN = 5
 Names = list[list[str]]
 """Of the parameters in each group of one optimizer."""
 
@@ -72,6 +73,32 @@ def names_in_groups(trainer: Any) -> list[Names]:
         names = {id(parameter): name for name, parameter in optimizer_parameters(trainer, index).items()}
         found.append([[names[id(parameter)] for parameter in params] for params in _groups(optimizer)])
     return found
+
+
+def require_same_groups(expected: list[Names], found: list[Names]) -> None:
+    """Compare the groups that a script made at its start with those that it made when the run began.
+
+    Args:
+        expected: when the run began.
+        found: in this process.
+
+    Raises:
+        LayoutMismatchError: they differ; names the first parameters that do.
+    """
+    for index in range(max(len(expected), len(found))):
+        before, now = (set(_placed(names[index])) if index < len(names) else set() for names in (expected, found))
+        if before != now:
+            changed = sorted(before ^ now)
+            more = f" and {len(changed) - _MOST_SHOWN} more" if len(changed) > _MOST_SHOWN else ""
+            raise LayoutMismatchError(
+                f"the mirrored run began with {len(expected)} optimizers, and the relaunched script made {len(found)}; "
+                f"optimizer/{index} has other parameters in its groups: {', '.join(changed[:_MOST_SHOWN])}{more}. "
+                "configure_optimizers() must return the same at every start"
+            )
+
+
+def _placed(groups: Names) -> list[str]:
+    return [f"{name} (group {number})" for number, names in enumerate(groups) for name in names]
 
 
 def restore_groups(trainer: Any, saved: list[Names]) -> None:

@@ -19,7 +19,7 @@ from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.trainer.buckets import BucketWatch, restore_buckets
 from lightning_ckptless.trainer.compatibility import names_of_class
 from lightning_ckptless.trainer.data import data_position
-from lightning_ckptless.trainer.groups import GroupNames
+from lightning_ckptless.trainer.groups import GroupNames, require_same_groups
 from lightning_ckptless.trainer.hooked import CheckpointHooks
 from lightning_ckptless.trainer.host.averaging import join_scheduler, steps_with_old_gradients
 from lightning_ckptless.trainer.host.clocks import ages_of, set_ages
@@ -119,6 +119,7 @@ class SmallState:
             "results": dump_results(trainer),
             "metrics": {name: dump_metric(metric) for name, metric in self._metrics.items()},
             "optimizers": optimizer_facts(trainer),
+            "first_groups": self._surroundings.first_groups,
             "groups": self._groups.now(),
             "trained_alone": sorted(trained_alone(trainer)),
             "first_schedulers": self._surroundings.schedulers.first,
@@ -254,3 +255,4 @@ class SmallState:
                     f"the mirrored run has {kind} {', '.join(expected)}; the relaunched script made "
                     f"{', '.join(found)}: it must build the same trainer and model at every start"
                 )
+        require_same_groups(saved["first_groups"], self._surroundings.first_groups)

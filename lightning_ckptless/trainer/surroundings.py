@@ -12,6 +12,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lightning_ckptless.trainer.changes import Changed, Changes
+from lightning_ckptless.trainer.groups import names_in_groups
 from lightning_ckptless.trainer.host.combined import stand_ins
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.settings import kept_elsewhere, optimizer_wrappers, settings_of
@@ -30,6 +31,7 @@ class Surroundings:
 
     Attributes:
         schedulers: those that the trainer began with, and later ones.
+        first_groups: names of the parameters in the groups that the optimizers began with.
     """
 
     def __init__(self, trainer: Any, tell: Callable[[str], None] = lambda _: None) -> None:
@@ -37,6 +39,7 @@ class Surroundings:
         self._loops = FitLoops(trainer)
         self._tell = tell
         self.schedulers = Schedulers(trainer)
+        self.first_groups = names_in_groups(trainer)
         settings = [*settings_of(trainer), *optimizer_wrappers(trainer)]
         self._settings = Changes(settings, kept_elsewhere(trainer), plain_only=True)
         self._validation: list[Changes] = []

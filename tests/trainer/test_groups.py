@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 
-from lightning_ckptless.errors import OptionsError
-from lightning_ckptless.trainer.groups import GroupNames, names_in_groups, restore_groups
+from lightning_ckptless.errors import LayoutMismatchError, OptionsError
+from lightning_ckptless.trainer.groups import GroupNames, names_in_groups, require_same_groups, restore_groups
 from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.schedulers import Schedulers
 
@@ -128,3 +128,16 @@ def test_a_scheduler_that_cannot_be_made_again_is_refused_when_it_is_set() -> No
     schedule(trainer, torch.optim.lr_scheduler.LambdaLR, lambda _: 1.0)
     with pytest.raises(OptionsError, match=r"LambdaLR became a scheduler at step 3.*top of a module"):
         schedulers.capture()
+
+
+def test_a_script_that_begins_with_other_groups_is_refused_by_their_names() -> None:
+    first, second = trainer_with(), trainer_with()
+    began_with = names_in_groups(first)
+    thaw(first)
+    require_same_groups(began_with, names_in_groups(second))
+    thaw(second)
+    with pytest.raises(LayoutMismatchError, match=r"optimizer/0 has other .* body\.bias \(group 1\), body\.weight"):
+        require_same_groups(began_with, names_in_groups(second))
+    second.optimizers.append(torch.optim.SGD(second.lightning_module["body"].parameters(), 0.1))
+    with pytest.raises(LayoutMismatchError, match="began with 1 optimizers, and the relaunched script made 2"):
+        require_same_groups(began_with, names_in_groups(second))
