@@ -13,8 +13,7 @@ THIRD_PARTY := .venv-third-party
 CODE := lightning_ckptless tests $(wildcard examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-quick test-lightning test-loggers test-third-party lint types docs bench \
-  bench-rivals format clean
+.PHONY: help setup demo test test-all test-quick test-lightning test-loggers test-third-party lint types docs bench bench-rivals format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

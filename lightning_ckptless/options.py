@@ -101,6 +101,9 @@ class CkptlessOptions:
     stateless_callbacks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        for name in ("arena_dir", "durable_dir"):
+            if (folder := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(folder))
         self._check_cadence()
         self._check_durable()
         if not isinstance(self.failure_domain, str) or not re.fullmatch(_LEVEL, self.failure_domain):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -122,33 +123,9 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             stateless_callbacks: Sequence[str] = (),
             **base_options: Any,
         ) -> None:
+            given = locals()
             super().__init__(**base_options)
-            self.options = CkptlessOptions(
-                mirror_every_n_steps=mirror_every_n_steps,
-                copies=copies,
-                failure_domain=failure_domain,
-                arena_dir=Path(arena_dir) if arena_dir is not None else None,
-                max_recoveries_without_progress=max_recoveries_without_progress,
-                max_recoveries_per_hour=max_recoveries_per_hour,
-                on_unrecoverable=on_unrecoverable,
-                checksum=checksum,
-                on_late=on_late,
-                staging=staging,
-                arena_keep_s=arena_keep_s,
-                in_place=in_place,
-                standbys=standbys,
-                hang_timeout_s=hang_timeout_s,
-                health_check=health_check,
-                mirror_budget=mirror_budget,
-                failures_per_day=failures_per_day,
-                durable_every_n_steps=durable_every_n_steps,
-                durable_every_s=durable_every_s,
-                durable_dir=Path(durable_dir) if durable_dir is not None else None,
-                durable_keep=durable_keep,
-                elastic_batch=elastic_batch,
-                checkpoint_hooks=checkpoint_hooks,
-                stateless_callbacks=stateless_callbacks,
-            )
+            self.options = CkptlessOptions(**{field.name: given[field.name] for field in fields(CkptlessOptions)})
             self._stream: int | None = None
             self.engine: Engine | None = None
             self.world = World()

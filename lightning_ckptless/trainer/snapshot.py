@@ -239,20 +239,17 @@ class SmallState:
         set_own_state(datamodule, saved, self._data_baseline | self._heavy(datamodule))
 
     def _check(self, saved: dict[str, Any]) -> None:
-        pairs: tuple[tuple[str, list[str], list[str]], ...] = (
-            (
-                "callbacks",
-                [c["class"] for c in saved["callbacks"]],
-                [type(c).__name__ for c in self._callbacks],
-            ),
-            ("modules", [str(len(saved["training"]))], [str(len(self._modules))]),
-            ("schedulers", saved["first_schedulers"], self._surroundings.schedulers.first),
-            ("metrics", sorted(saved["metrics"]), sorted(self._metrics)),
-        )
-        for kind, expected, found in pairs:
-            if expected != found:
-                raise LayoutMismatchError(
-                    f"the mirrored run has {kind} {', '.join(expected)}; the relaunched script made "
-                    f"{', '.join(found)}: it must build the same trainer and model at every start"
-                )
+        callbacks = [c["class"] for c in saved["callbacks"]], [type(c).__name__ for c in self._callbacks]
+        _require_same("callbacks", *callbacks)
+        _require_same("modules", [str(len(saved["training"]))], [str(len(self._modules))])
+        _require_same("metrics", sorted(saved["metrics"]), sorted(self._metrics))
         require_same_groups(saved["first_groups"], self._surroundings.first_groups)
+        _require_same("schedulers", saved["first_schedulers"], self._surroundings.schedulers.first)
+
+
+def _require_same(kind: str, expected: list[str], found: list[str]) -> None:
+    if expected != found:
+        raise LayoutMismatchError(
+            f"the mirrored run has {kind} {', '.join(expected)}; the relaunched script made "
+            f"{', '.join(found)}: it must build the same trainer and model at every start"
+        )

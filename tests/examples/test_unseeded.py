@@ -18,7 +18,8 @@ def test_unseeded_script_is_told_so(drill: Drill, tmp_path: Path) -> None:
     report = drill((str(script), *sizes), "kill:rank=1:step=3")
     assert not report.identical
     assert report.differs_before_faults
-    assert any("Seed it first" in problem for problem in report.problems)
+    assert "parameter letters.weight" in report.unrepeatable, report.unrepeatable
+    assert any("Seed it (seed_everything(1, workers=True))" in problem for problem in report.problems)
 
 
 def test_script_that_fails_by_itself(drill: Drill, tmp_path: Path) -> None:

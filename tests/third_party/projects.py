@@ -20,6 +20,7 @@ class Project:
         faults: what the fault injector does to the second run.
         killed_from: optimizer step from which a rank is killed from outside.
         victim: that rank.
+        ddp: Lightning's strategy that it is compared with.
         refused: part of the reason for which it is refused before the first step; None where it must be identical.
         note: what a program that uses the project must do or avoid.
     """
@@ -30,6 +31,7 @@ class Project:
     faults: str = "kill:rank=1:step=4,kill:rank=0:step=9"
     killed_from: int = 6
     victim: int = 0
+    ddp: str = "ddp"
     refused: str | None = None
     note: str = ""
 
@@ -60,7 +62,9 @@ PROJECTS = (
     Project(
         ("darts",),
         "darts_nbeats",
-        "N-BEATS with `save_checkpoints=True`, `force_reset=True`, TensorBoard",
+        "N-BEATS, early stopping, checkpoints and rows by Lightning",
+        note="leave `save_checkpoints` and `log_tensorboard` off: with them and `force_reset=True` a new process "
+        "deletes the rows that were written, without `force_reset` it refuses to start",
     ),
     Project(
         ("neuralforecast",),
@@ -78,6 +82,7 @@ PROJECTS = (
         ("scvi-tools",),
         "scvi_vae",
         "variational autoencoder with its own sampler, logger and `SaveCheckpoint`",
+        ddp="ddp_find_unused_parameters_true",
         note="pass the strategy as an object or as `ckptless_ddp`: scvi-tools looks for `ddp` in the name",
     ),
     Project(

@@ -70,13 +70,13 @@ class Trial:
         folder = self.folder / "ddp"
         folder.mkdir()
         with (folder / "output").open("wb") as output:
-            words = [sys.executable, str(self.project.path), "ddp"]
+            words = [sys.executable, str(self.project.path), self.project.ddp]
             environment = os.environ | ENVIRONMENT
             code = subprocess.run(
                 words, cwd=folder, env=environment, stdout=output, stderr=output, timeout=TIMEOUT_S, check=False
             ).returncode
         if code:
-            return [f"ends with exit code {code} under ddp: {_end_of(folder / 'output')}"]
+            return [f"ends with exit code {code} under {self.project.ddp}: {_end_of(folder / 'output')}"]
         return self._failure(self.undisturbed) or [
             *_faults(self.undisturbed),
             *_differences(folder, self.undisturbed.folder / "cwd"),

@@ -81,8 +81,12 @@ def rest(make: Callable[[], Any], stopped: Stopped, epoch: int, batches: int) ->
     """Batches behind a stop, of another loader in a process with other random numbers."""
     seed(99)
     loader = make_resumable(make())
-    resume_at(loader, unpack(stopped.position))
+    position = unpack(stopped.position)
+    resume_at(loader, position)
     iterator = iter(loader)
+    tracker = tracker_of(loader)
+    assert tracker is not None
+    tracker.attributes.apply(position.attributes)
     apply_rng(unpack(stopped.rng))
     rows = train_on(iterator, BATCHES - batches)
     rows += [row for _ in range(epoch + 1, 2) for row in train_on(iter(loader), BATCHES)]

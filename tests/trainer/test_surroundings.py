@@ -273,8 +273,6 @@ def test_an_object_that_is_exchanged_is_named_once(tmp_path: Path) -> None:
     seen: list[Any] = []
 
     def begin(trainer: Any, *_: Any) -> None:
-        for loader in FitLoops(trainer).combined_loader.flattened:
-            make_resumable(loader)
         seen.append(Surroundings(trainer, told.append))
 
     def step(trainer: Any, *_: Any) -> None:
@@ -286,5 +284,7 @@ def test_an_object_that_is_exchanged_is_named_once(tmp_path: Path) -> None:
     hooks = callback(on_train_start=begin, on_train_batch_end=step)
     model = tiny_module()
     model.layer = torch.nn.Linear(6, 1)
-    tiny_trainer(tmp_path, max_steps=4, callbacks=[hooks]).fit(model, DataLoader(Curriculum(), 4))
+    trainer = tiny_trainer(tmp_path, max_steps=4, callbacks=[hooks])
+    FitLoops(trainer).iterate_data_through(make_resumable)
+    trainer.fit(model, DataLoader(Curriculum(), 4))
     assert told == ["train dataloader 0: loader.dataset.transform"]

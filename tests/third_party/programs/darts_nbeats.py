@@ -1,4 +1,8 @@
-"""darts: an N-BEATS model that saves its own checkpoints below `darts_logs`, where it begins by making room."""
+"""darts: an N-BEATS model whose checkpoints and log rows are left to Lightning.
+
+With `save_checkpoints=True` or `log_tensorboard=True` darts looks after the folder itself when the model is made, which
+a new process does again: with `force_reset=True` it deletes what the run has written, without it it refuses to start.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import numpy as np
 import pytorch_lightning as pl
 from darts import TimeSeries
 from darts.models import NBEATSModel
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
 
 from tests.third_party.weights import record_weights
 
@@ -22,11 +28,12 @@ def main() -> None:
     ]
     model = NBEATSModel(
         input_chunk_length=16, output_chunk_length=4, num_stacks=2, num_blocks=1, num_layers=2, layer_widths=16,
-        dropout=0.1, batch_size=16, n_epochs=3, random_state=1, model_name="nbeats", work_dir="darts_logs",
-        save_checkpoints=True, force_reset=True, log_tensorboard=True,
+        dropout=0.1, batch_size=16, n_epochs=3, random_state=1,
         pl_trainer_kwargs={
             "strategy": sys.argv[1], "accelerator": "cpu", "devices": 2, "limit_train_batches": 5,
             "log_every_n_steps": 1, "enable_progress_bar": False, "enable_model_summary": False,
+            "enable_checkpointing": True, "logger": CSVLogger("logs"),
+            "callbacks": [ModelCheckpoint(monitor="val_loss", save_last=True), EarlyStopping("val_loss", patience=5)],
         },
     )  # fmt: skip
     model.fit([s[:100] for s in series], val_series=[s[80:] for s in series])

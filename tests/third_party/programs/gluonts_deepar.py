@@ -22,7 +22,7 @@ from tests.third_party.weights import record_weights
 
 class DrawnBefore(DeepAREstimator):
     def create_training_data_loader(self, *args: Any, **kwargs: Any) -> Any:
-        batches = list(super().create_training_data_loader(*args, **kwargs))
+        batches: Any = list(super().create_training_data_loader(*args, **kwargs))
         return DataLoader(batches, batch_size=None, shuffle=True)
 
 
