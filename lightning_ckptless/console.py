@@ -42,7 +42,13 @@ class Console:
             text: without the name of the package, which is put before it.
         """
         with self._lock:
-            print(framed(f"{PREFIX}{text}", self.bar, terminal=sys.stderr.isatty()), file=sys.stderr, flush=True)
+            write(framed(f"{PREFIX}{text}", self.bar, terminal=sys.stderr.isatty()))
+
+
+def write(message: str) -> None:
+    """Write a message to the stderr of now, and nowhere that a program may have put in the place of `print`."""
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()
 
 
 def framed(message: str, bar: Bar, *, terminal: bool) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from lightning_ckptless.console import CONSOLE, PREFIX, Bar
+from lightning_ckptless.console import CONSOLE, PREFIX, Bar, write
 from lightning_ckptless.trainer.host.flavour import FLAVOURS, flavour_of, is_a, module
 
 _RICH = "RichProgressBar"
@@ -36,7 +36,7 @@ def say(trainer: Any, text: str) -> None:
         bar.train_progress_bar.write(f"{PREFIX}{text}", file=sys.stderr)
     elif trainer.is_global_zero and is_a(bar, "callbacks", _RICH):
         # Its live display takes what this process prints, and redraws itself below.
-        print(f"{PREFIX}{text}", file=sys.stderr, flush=True)
+        write(f"{PREFIX}{text}")
     else:
         CONSOLE.say(text)
 
