@@ -43,7 +43,7 @@ class Conclusion:
 
     Args:
         keeps_arenas: whether its shared memory stays.
-        text: what its user is told; empty where there is nothing to tell.
+        text: message for the user; empty where there is nothing to say.
     """
 
     keeps_arenas: bool

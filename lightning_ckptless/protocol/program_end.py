@@ -1,4 +1,4 @@
-"""What the end of a worker means that nobody asked to end: the machine's fault, or the program's own end.
+"""What the unrequested end of a worker means: a fault of the machine, or the program's own end.
 
 A program that ends by itself would end alike if it were started again, unless a lost peer made it. Only inside `fit`
 is its first error tried once more, which the worker decides itself.

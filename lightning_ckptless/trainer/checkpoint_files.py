@@ -107,7 +107,7 @@ class CheckpointFiles:
         try:
             os.rename(path, held)
         except OSError as error:
-            # A folder that is somebody else's, say: whether it can be removed is Lightning's to find out.
+            # In a folder of another user, say: whether the file can be removed is for Lightning to find out.
             log.debug("ckptless: %s is not held: %s", path, error)
             return False
         self._waiting[path] = after or BEGINNING

@@ -70,7 +70,7 @@ class DataHooks:
             self._loops.forget_training_data()
 
     def make_as(self, records: Records, alone: Callable[[], AbstractContextManager[None]]) -> None:
-        """Have the dataloaders in use be those of a version, and make those anew that are not.
+        """Have the dataloaders in use be those of a version, and make again those that are not.
 
         Args:
             records: of the version.

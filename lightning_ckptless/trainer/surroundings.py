@@ -27,7 +27,7 @@ class Surroundings:
 
     Args:
         trainer: its strategy is set up.
-        tell: is told once of each attribute whose change is lost when its process is.
+        tell: receives, once, the name of each attribute whose change is lost with its process.
 
     Attributes:
         schedulers: those that the trainer began with, and later ones.

@@ -1,4 +1,7 @@
-"""What a hook may set on the trainer, its loops and plugins: `accumulate_grad_batches`, `max_epochs` and the like."""
+"""What a hook may set on the trainer, its loops and plugins: `accumulate_grad_batches`, `max_epochs` and the like.
+
+It is a file of its own because the names in it are private ones of Lightning's.
+"""
 
 from __future__ import annotations
 
