@@ -20,9 +20,9 @@ import logging
 import queue
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
+from time import perf_counter
 
 import torch
 
@@ -166,7 +166,7 @@ class Mirror:
         assert self.committed is None or version > self.committed, f"{version} after {self.committed} was committed"
         slot = self._shelves[self._rank].free()
         slot.begin(self._stamp(version, self._rank))
-        began_at = time.perf_counter()
+        began_at = perf_counter()
         early = tensors.keys() if self._blocking else self._early.union(blocking_names)
         load = self._stager.take(slot.bulk, tensors, early)
         self._submitted = Round(version, began_at, slot, load, blob)
@@ -177,7 +177,7 @@ class Mirror:
         """Take part in a version's round without data: it aborts on all ranks. Does not wait."""
         self._raise_failure()
         self.stats.skipped += 1
-        self._hand_over(Round(version, time.perf_counter()))
+        self._hand_over(Round(version, perf_counter()))
 
     def wait_staged(self) -> float:
         """Wait until the tensors last submitted may change.
@@ -237,7 +237,7 @@ class Mirror:
         self._raise_failure()
         if moment is None:
             return 0.0
-        began_at = time.perf_counter()
+        began_at = perf_counter()
         try:
             moment.result(timeout_s)
         except TimeoutError as error:
@@ -245,7 +245,7 @@ class Mirror:
             raise TransportError(
                 f"rank {self._rank}: {self._last.version} was not committed within {timeout_s} s"
             ) from error
-        waited_s = time.perf_counter() - began_at
+        waited_s = perf_counter() - began_at
         self.stats.stall_s += waited_s
         return waited_s
 
@@ -280,7 +280,7 @@ class Mirror:
             self.stats.aborted += 1
         if not outcome & CARRY_ON and not self.ending.is_agreed:
             self.ending.agree(self._transport.gather)
-        self.stats.last_round_s = time.perf_counter() - round_.began_at
+        self.stats.last_round_s = perf_counter() - round_.began_at
         round_.ended.set_result(None)
 
     def _vote(self, *, whole: bool) -> int:
@@ -297,7 +297,7 @@ class Mirror:
             load.still.forget()
         spared_bytes = self._stager.finish(load, lambda: self._tell("stage", round_.version))
         torn = load.changed()
-        self.stats.last_stage_s = time.perf_counter() - round_.began_at
+        self.stats.last_stage_s = perf_counter() - round_.began_at
         round_.staged.set_result(None)
         round_.load = None
         if torn is not None:

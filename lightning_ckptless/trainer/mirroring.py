@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 from lightning_ckptless.durable.recipe import read_recipe, write_recipe
@@ -232,7 +232,7 @@ class Mirroring:
         """Take a version and hand it to the mirror. Called in the training thread at a commit point."""
         self._await_protection()
         self._report.step_done()
-        began = time.perf_counter()
+        began = perf_counter()
         if self._small is None and self._trainer.is_global_zero:
             warn_of_loaders(self._loops.combined_loader.flattened)
             self.small.hooks.warn_of_uncovered()
@@ -244,12 +244,12 @@ class Mirroring:
         assert self._index is not None and self._mirror is not None
         if self._options.on_late == "skip" and self._mirror.busy and not self._ends_here:
             self._mirror.skip(version)
-            self._report.taken(0.0, time.perf_counter() - began, self._mirror)
+            self._report.taken(0.0, perf_counter() - began, self._mirror)
             return
         stall_s = self._submit(version)
         self._batches.forget_before(self._mirror.committed)
         self.taken = version
-        spent_s = time.perf_counter() - began
+        spent_s = perf_counter() - began
         self.cadence.took(version, spent_s)
         self._report.taken(stall_s, spent_s, self._mirror)
         agreement = self._mirror.interval_after

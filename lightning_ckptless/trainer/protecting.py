@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
+from time import perf_counter
 
 from lightning_ckptless.errors import CkptlessError, ProtocolError, let_go
 
@@ -42,13 +42,13 @@ class Protecting:
             TransportError: a peer is gone.
             ProtocolError: anything else, which the thread has told on stderr.
         """
-        began_at = time.perf_counter()
+        began_at = perf_counter()
         self._thread.join()
         if self._error is not None:
             raise self._error
         if not self._is_done:
             raise ProtocolError("copies that a restored version lacks were not filled in: see the traceback above")
-        return time.perf_counter() - began_at
+        return perf_counter() - began_at
 
     def abandon(self, timeout_s: float) -> None:
         """Leave it as it is: the ranks' connections are cut.

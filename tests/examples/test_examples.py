@@ -24,7 +24,9 @@ COMMANDS = {
 FAULTS = "kill:rank=1:step=5:at=backward,kill:rank=0:step=9:at=commit"
 
 
-@pytest.mark.parametrize("example", [pytest.param("digits", marks=pytest.mark.long), "char_gpt", "config"])
+@pytest.mark.parametrize(
+    "example", ["char_gpt", *(pytest.param(name, marks=pytest.mark.long) for name in ("digits", "config"))]
+)
 def test_identical(example: str, drill: Drill) -> None:
     report = drill(COMMANDS[example], FAULTS)
     assert report.identical, report.problems

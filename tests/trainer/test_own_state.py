@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 
-from lightning_ckptless.trainer.host.clocks import ages_of, set_ages
+from lightning_ckptless.trainer.host.clocks import CLOCKS, ages_of, set_ages
 from lightning_ckptless.trainer.host.flavour import module
 from lightning_ckptless.trainer.own_state import own_state, set_own_state
 from lightning_ckptless.trainer.plain import is_same, pack, unpack
@@ -28,11 +29,13 @@ def saved_state(owner: Any) -> Any:
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Lets the time of a recovery pass."""
-    monotonic, perf_counter = time.monotonic, time.perf_counter
+    clocks = dict(CLOCKS)
 
     def pass_time() -> None:
-        monkeypatch.setattr(time, "monotonic", lambda: monotonic() + LATER_S)
-        monkeypatch.setattr(time, "perf_counter", lambda: perf_counter() + LATER_S)
+        for name, clock in clocks.items():
+            moved = partial(lambda clock: clock() + LATER_S, clock)
+            monkeypatch.setattr(time, name, moved)
+            monkeypatch.setitem(CLOCKS, name, moved)
 
     return pass_time
 
@@ -53,12 +56,11 @@ def running_timer(flavour: str, elapsed_s: float, offset_s: float) -> Any:
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("is_alive", [True, False], ids=["survivor", "newcomer"])
 def test_a_timer_counts_the_time_up_to_the_version_once(
-    is_alive: bool, flavour: str, monkeypatch: pytest.MonkeyPatch
+    is_alive: bool, flavour: str, later: Callable[[], None]
 ) -> None:
-    clock = time.monotonic
     timer = running_timer(flavour, elapsed_s=50, offset_s=7)
     saved = saved_state(timer)
-    monkeypatch.setattr(time, "monotonic", lambda: clock() + LATER_S)
+    later()
     restored = timer if is_alive else running_timer(flavour, elapsed_s=0, offset_s=0)
     set_own_state(restored, saved, ())
     assert 57 <= restored.time_elapsed() < 60

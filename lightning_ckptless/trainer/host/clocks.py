@@ -13,6 +13,8 @@ from typing import Any
 
 from lightning_ckptless.trainer.host.flavour import is_a
 
+# Bound here: whoever replaces a clock of `time` for the program, as tests do, replaces it for the program alone.
+CLOCKS: dict[str, Callable[[], float]] = {"monotonic": time.monotonic, "perf_counter": time.perf_counter}
 _READINGS: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("callbacks", "Timer"): ("monotonic", ("_start_time", "_end_time")),
     ("callbacks", "ModelCheckpoint"): ("monotonic", ("_last_time_checked",)),
@@ -45,7 +47,7 @@ def _kind_of(owner: Any) -> tuple[str, str] | None:
 
 def _now(owner: Any) -> float:
     kind = _kind_of(owner)
-    return float(getattr(time, _READINGS[kind][0])()) if kind else 0.0
+    return CLOCKS[_READINGS[kind][0]]() if kind else 0.0
 
 
 def _mapped(value: Any, function: Callable[[float], float]) -> Any:
