@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class RunLoggers:
         self._loggers = [logger for logger in trainer.loggers if not is_dummy(logger)]
         self._chosen: Identities | None = None
         self._outbox: Outbox | None = None
+        self._restore_environment: Callable[[], object] = lambda: None
 
     # ------------------------------------------------------------------ identity
 
@@ -147,7 +149,7 @@ class RunLoggers:
         """
         marks = self._marks(arena)
         if self._outbox is None:
-            write_soon(self._loggers)
+            self._restore_environment = write_soon(self._loggers)
             self._outbox = Outbox(self._loggers, marks)
         else:
             self._outbox.use(marks)
@@ -177,6 +179,7 @@ class RunLoggers:
         finally:
             self._outbox.remove()
             self._outbox = None
+            self._restore_environment()
 
     # ------------------------------------------------------------------ state
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from lightning_ckptless.errors import OptionsError
@@ -179,13 +180,18 @@ def begin_after(logger: Any, rows: int) -> None:
         run.log({}, step=rows, commit=False)
 
 
-def write_soon(loggers: list[Any]) -> None:
+def write_soon(loggers: list[Any]) -> Callable[[], object]:
     """Have W&B write rows to its file at once: by default its service keeps them for 15 s, and loses them in a kill.
 
     A version of W&B that does not know the variable ignores it.
+
+    Returns:
+        What takes the variable out of the environment again.
     """
-    if any(_kind(logger) == "WandbLogger" for logger in loggers):
-        os.environ.setdefault(_WANDB_FLUSH, "0.01")
+    if _WANDB_FLUSH in os.environ or all(_kind(logger) != "WandbLogger" for logger in loggers):
+        return lambda: None
+    os.environ[_WANDB_FLUSH] = "0.01"
+    return lambda: os.environ.pop(_WANDB_FLUSH, None)
 
 
 def variables_of(loggers: list[Any]) -> dict[str, str]:
