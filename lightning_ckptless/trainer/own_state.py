@@ -73,7 +73,10 @@ def _attributes_of_the_process(owner: Any) -> tuple[str, ...] | None:
 
 
 def _state_of(owner: Any) -> dict[str, Any]:
-    state: dict[str, Any] = owner.state_dict()
+    state = owner.state_dict()
+    if not isinstance(state, dict):
+        # A stand-in that answers to every name says nothing about itself.
+        return {}
     if averages_weights(owner):
         return {key: value for key, value in state.items() if key != AVERAGE_STATE}
     return state

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import lightning.pytorch as pl
 import pytest
@@ -220,3 +221,11 @@ def test_every_callback_of_lightning_comes_back_into_a_new_one(tmp_path: Path) -
         assert is_same(shown(unpack(pack(small.capture()))), shown(state))
 
     run(tmp_path, {1: put})
+
+
+def test_a_stand_in_that_answers_to_every_name_has_no_state() -> None:
+    stand_in = Mock(spec=pl.Callback)
+    saved = saved_state(stand_in)
+    assert saved["state"] == {}
+    set_own_state(stand_in, saved, ())
+    stand_in.load_state_dict.assert_not_called()
