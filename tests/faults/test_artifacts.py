@@ -98,7 +98,7 @@ CASES = {
     "rank=0-in_place-chdir": ("kill:rank=0:step=5", ("--chdir",), None, (1, 0)),
     "second_fit": ("kill:rank=1:step=16", ("--twice",), None, (0, 1)),
 }
-LONG = ("rank=1-in_place", "rank=0-in_place-chdir")
+LONG = ("rank=1-in_place", "rank=0-in_place-chdir", "rank=0-relaunch-chdir")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] if n in LONG else []) for n in CASES])

@@ -154,9 +154,8 @@ DURABLE = ("--samples", "180", "--strategy-options", "{'durable_every_n_steps': 
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize(
-    "words", [DURABLE, pytest.param((*DURABLE, "--sharded"), marks=pytest.mark.long)], ids=["ddp", "fsdp2"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("words", [DURABLE, (*DURABLE, "--sharded")], ids=["ddp", "fsdp2"])
 def test_a_durable_state_of_three_ranks_starts_two(
     words: tuple[str, ...], tmp_path: Path, parent: PreloadedParent
 ) -> None:

@@ -10,7 +10,10 @@ from tests.faults.conftest import Drill
 from tests.faults.matrix import CELLS, TELLING, Cell, is_version
 
 IN_PLACE = Ladder(max_restarts=5)
-LONG = ("rank=1-twice", "rank=0-then=1", "data=iterable", "data=workers", "plateau-early_stopping", "limited")
+LONG = (
+    "rank=1-twice", "rank=0-then=1", "data=iterable", "data=workers", "plateau-early_stopping", "limited",
+    "mirror_every=auto",
+)  # fmt: skip
 """Another cell, or ten kills in a row in `test_in_place`, has all that they have."""
 RELAUNCH = Ladder(max_restarts=5, in_place=False)
 

@@ -39,7 +39,7 @@ CELLS = {
     "hybrid-rank=2-during=mirror": Cell("kill:rank=2:step=4:at=mirror", HYBRID),
     "2d-rank=3-then=0": Cell("kill:rank=3:step=2,kill:rank=0:step=5:at=backward", GRID, recoveries=2),
 }
-LONG = ("compiled-rank=1-during=backward",)
+LONG = ("compiled-rank=1-during=backward", "fsdp-ten_in_a_row")
 RELAUNCHED = ("fsdp-rank=0-during=validation", "hybrid-rank=2-during=mirror")
 
 
