@@ -3,7 +3,8 @@
 A rollback returns to a version; the steps after it run again and write their checkpoint files again. They must find the
 files as they were at that version: `ModelCheckpoint` would otherwise see its own file and write a second one, `-v1`,
 beside it. So a file written after the version is *set aside* until the replay has passed the step that wrote it, and a
-file removed after the version is put back: until the next version is committed, a removed file is *held*.
+file removed after the version is put back: until a version that includes its removal is committed, a removed file is
+*held*.
 
 Operations are noted per call of `fit`. The files of one fit are never touched on behalf of another one.
 
@@ -63,12 +64,14 @@ class FileHistory:
     Args:
         live: those that are part of the run, in order.
         undone: those that a rollback took back, in order.
+        returned_to: the version of the last rollback.
         of_later_fits: paths last written by a fit that follows this one; a relaunched program comes to it again.
         written_bytes: size of each file when it was written last.
     """
 
     live: tuple[FileOperation, ...] = ()
     undone: tuple[FileOperation, ...] = ()
+    returned_to: Version = BEGINNING
     of_later_fits: frozenset[str] = frozenset()
     written_bytes: Mapping[str, int] = field(default_factory=dict)
 
@@ -89,9 +92,35 @@ class FileHistory:
         """Whether a version includes the writing of a file."""
         return any(operation.path == path and operation.after < version for operation in self.live)
 
-    def saved(self) -> frozenset[str]:
-        """Paths that a live operation has written."""
-        return frozenset(operation.path for operation in self.live if operation.action is Action.SAVE)
+    def set_aside_after(self, path: str) -> Version | None:
+        """Which version preceded the step that a copy is set aside for.
+
+        Returns:
+            The version before the first writing that the last rollback undid, or before the first operation where a
+            later fit wrote the file; None if nothing was undone.
+        """
+        undone = self._since_return(self.undone, path)
+        if path not in self.of_later_fits:
+            undone = [operation for operation in undone if operation.action is Action.SAVE]
+        return min((operation.after for operation in undone), default=None)
+
+    def is_rewritten(self, path: str, before: Version | None = None) -> bool:
+        """Whether the replay since the last rollback has written a file again.
+
+        Args:
+            path: of the file.
+            before: count only what this version includes; None for everything.
+        """
+        written = (it for it in self._since_return(self.live, path) if it.action is Action.SAVE)
+        return any(before is None or operation.after < before for operation in written)
+
+    def removals(self, path: str) -> list[Version]:
+        """After which versions a file was removed, in ascending order."""
+        operations = (*self.live, *self.undone)
+        return sorted({it.after for it in operations if it.path == path and it.action is Action.REMOVE})
+
+    def _since_return(self, operations: Iterable[FileOperation], path: str) -> list[FileOperation]:
+        return [it for it in operations if it.path == path and it.after >= self.returned_to]
 
     def present(self) -> frozenset[str]:
         """Paths of files that are there by the live operations."""
@@ -139,6 +168,7 @@ def read_history(notes: Iterable[Mapping[str, Any]], fit: int) -> FileHistory:
     """
     live: list[FileOperation] = []
     undone: list[FileOperation] = []
+    returned_to = BEGINNING
     writers: dict[str, int] = {}
     sizes: dict[str, int] = {}
     for note in notes:
@@ -146,13 +176,13 @@ def read_history(notes: Iterable[Mapping[str, Any]], fit: int) -> FileHistory:
         if action is Action.BEGIN:
             is_new_run = bool(note["new_run"])
             if of == fit or (of < fit and is_new_run):
-                live, undone = [], []
+                live, undone, returned_to = [], [], BEGINNING
             if is_new_run:
                 writers = {path: writer for path, writer in writers.items() if writer < of}
         elif action is Action.REWIND and of == fit:
-            version = _version(note)
-            undone += [operation for operation in live if operation.after >= version]
-            live = [operation for operation in live if operation.after < version]
+            returned_to = _version(note)
+            undone += [operation for operation in live if operation.after >= returned_to]
+            live = [operation for operation in live if operation.after < returned_to]
         elif action is Action.WRITTEN:
             # Whichever fit wrote it last: that is how long it has to be.
             sizes[note["path"]] = int(note["bytes"])
@@ -162,7 +192,7 @@ def read_history(notes: Iterable[Mapping[str, Any]], fit: int) -> FileHistory:
             if of == fit:
                 live.append(FileOperation(note["path"], action, _version(note), bool(note["existed"])))
     later = frozenset(path for path, writer in writers.items() if writer > fit)
-    return FileHistory(tuple(live), tuple(undone), later, sizes)
+    return FileHistory(tuple(live), tuple(undone), returned_to, later, sizes)
 
 
 class Move(StrEnum):
@@ -173,7 +203,6 @@ class Move(StrEnum):
     PUT_ASIDE_BACK = "put back what was set aside"
     DROP_ASIDE = "drop what was set aside"
     PUT_HELD_BACK = "put back what was held"
-    DROP_HELD = "drop what was held"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +212,7 @@ class Found:
     Args:
         exists: the file itself.
         aside: a copy that was set aside.
-        held: a copy that is held after its removal.
+        held: a copy that is held after its removal, and that the version in question has.
     """
 
     exists: bool
@@ -202,29 +231,22 @@ def moves_to_return(first: FileOperation, found: Found, *, of_later_fit: bool) -
     was_there = first.action is Action.REMOVE or first.existed
     is_in_the_way = found.exists and (not was_there or found.held or of_later_fit)
     moves = [Move.DELETE if found.aside else Move.SET_ASIDE] if is_in_the_way else []
-    if was_there and found.held:
-        moves.append(Move.PUT_HELD_BACK)
-    elif found.held:
-        moves.append(Move.DROP_HELD)
-    return moves
+    return [*moves, Move.PUT_HELD_BACK] if was_there and found.held else moves
 
 
 def moves_to_settle(found: Found, *, rewritten: bool, of_later_fit: bool) -> list[Move]:
-    """What remains to be done with the copies of a path once the run has passed what they were kept for.
+    """What becomes of the copy that was set aside, once the run has passed the step that wrote it.
 
     Args:
         found: what lies there; a file that is not whole does not count as existing.
         rewritten: whether the replay has written the file again.
         of_later_fit: whether a later fit wrote the file: then what was set aside is the file to keep.
     """
-    moves: list[Move] = []
-    if found.aside:
-        # A replay that wrote the file and does not have it any more has removed it, as the undisturbed run did.
-        keeps_what_is_there = not of_later_fit and (rewritten or found.exists)
-        moves.append(Move.DROP_ASIDE if keeps_what_is_there else Move.PUT_ASIDE_BACK)
-    if found.held:
-        moves.append(Move.DROP_HELD)
-    return moves
+    if not found.aside:
+        return []
+    # A replay that wrote the file and does not have it any more has removed it, as the undisturbed run did.
+    keeps_what_is_there = not of_later_fit and (rewritten or found.exists)
+    return [Move.DROP_ASIDE if keeps_what_is_there else Move.PUT_ASIDE_BACK]
 
 
 def _version_fields(version: Version) -> dict[str, Any]:

@@ -1,20 +1,16 @@
 """The checkpoint files of one fit, kept in step with the versions that the run returns to.
 
-Copies lie beside the file, under a hidden name without the suffix `.ckpt`: on the same file system, so that a rename is
-all it takes, for a file and for the folder of a sharded model alike. `protocol.checkpoint_history` decides; what it
-decides by is in the ledger and on the disk, so that a new process of rank 0 continues where a lost one was.
+`protocol.checkpoint_history` decides, `checkpoint_copies` moves the files. What it decides by is in the ledger and on
+the disk, so that a new process of rank 0 continues where a lost one was.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 from lightning_ckptless.ledger import Ledger, read_ledger
 from lightning_ckptless.protocol.checkpoint_history import (
@@ -22,7 +18,6 @@ from lightning_ckptless.protocol.checkpoint_history import (
     Action,
     FileHistory,
     FileOperation,
-    Found,
     Move,
     moves_to_return,
     moves_to_settle,
@@ -33,15 +28,12 @@ from lightning_ckptless.protocol.checkpoint_history import (
     read_history,
 )
 from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.trainer.checkpoint_copies import Copies
 from lightning_ckptless.trainer.lost_files import LostFile, lost_checkpoints, size_bytes
 
 log = logging.getLogger(__name__)
 
-WRITTEN_LAST = (".metadata", "meta.pt")
-"""In the folder of a sharded model's checkpoint: of torch.distributed.checkpoint, and of Lightning."""
 _NAMES_SHOWN = 3
-_LONGEST_NAME_BYTES = 200
-"""File systems allow 255, and the names of the copies are longer."""
 
 
 class CheckpointFiles:
@@ -62,7 +54,8 @@ class CheckpointFiles:
         self._say = say
         self.lost: list[LostFile] = []
         self._is_closed = False
-        self._waiting: dict[str, Version] = {}
+        self._aside: dict[str, Version] = {}
+        self._held: set[tuple[str, Version]] = set()
         self._rewritten: set[str] = set()
         self._of_later_fits: frozenset[str] = frozenset()
 
@@ -100,17 +93,18 @@ class CheckpointFiles:
             return False
         if path in self._of_later_fits and path not in self._rewritten:
             return True
-        self._note(FileOperation(path, Action.REMOVE, after or BEGINNING, existed=True), generation)
-        held = _held(path, self._fit)
-        if os.path.lexists(held):
+        after = after or BEGINNING
+        self._note(FileOperation(path, Action.REMOVE, after, existed=True), generation)
+        copies = Copies(path, self._fit)
+        if copies.is_held(after):
             return False
         try:
-            os.rename(path, held)
+            copies.hold(after)
         except OSError as error:
             # In a folder of another user, say: whether the file can be removed is for Lightning to find out.
             log.debug("ckptless: %s is not held: %s", path, error)
             return False
-        self._waiting[path] = after or BEGINNING
+        self._held.add((path, after))
         return True
 
     def _note(self, operation: FileOperation, generation: int) -> None:
@@ -130,25 +124,18 @@ class CheckpointFiles:
 
     def go_back(self, version: Version, *, generation: int) -> None:
         """Make all files look as they did at a version. No file of another fit is touched."""
-        self._rewritten.clear()
-        self._waiting.clear()
+        self.forget()
         history = self._history()
         self._of_later_fits = history.of_later_fits
         first, aside, remote = history.first_after(version), list[str](), list[str]()
         for path in history.paths:
-            if is_remote(path):
-                remote += [path] if path in first and not history.is_saved_before(path, version) else []
-                continue
-            found = _found(path, self._fit)
-            if path not in first:
-                _carry_out(_settling(history, path, found), path, self._fit)
-                continue
-            moves = moves_to_return(first[path], found, of_later_fit=path in history.of_later_fits)
-            _carry_out(moves, path, self._fit)
-            aside += [path] if Move.SET_ASIDE in moves else []
-            if os.path.lexists(_aside(path, self._fit)):
-                self._waiting[path] = first[path].after
+            if not is_remote(path):
+                aside += [path] if self._return_path(path, history, version, first.get(path)) else []
+            elif path in first and not history.is_saved_before(path, version):
+                remote.append(path)
         self._ledger.record("checkpoint", generation=generation, rank=0, **note_of_rewind(version, self._fit))
+        undone = self._history()
+        self._aside = {path: after for path in undone.paths if (after := undone.set_aside_after(path)) is not None}
         self._tell(version, aside, remote)
         # A file that is about to be written again may be torn: it was being written when a rank was lost.
         due = {path: history.written_bytes.get(path, 0) for path in history.present() - first.keys()}
@@ -156,27 +143,58 @@ class CheckpointFiles:
 
     def settle(self, committed: Version | None) -> None:
         """Deal with the copies that were kept for steps which a committed version includes."""
-        if self._waiting and committed is not None:
-            for path in [path for path, after in self._waiting.items() if after < committed]:
-                self._settle(path)
+        if committed is None:
+            return
+        for path in [path for path, after in self._aside.items() if after < committed]:
+            self._settle(path)
+        for path, after in [held for held in self._held if held[1] < committed]:
+            self._drop(path, after)
 
     def close(self) -> None:
         """The fit is over, and this process with nothing to run again: no copy stays."""
         self._is_closed = True
-        for path in list(self._waiting):
+        for path in list(self._aside):
             self._settle(path)
+        for path, after in list(self._held):
+            self._drop(path, after)
 
     def forget(self) -> None:
         """Another rank writes from here on."""
         self.lost = []
-        self._waiting.clear()
+        self._aside.clear()
+        self._held.clear()
         self._rewritten.clear()
 
+    def _return_path(self, path: str, history: FileHistory, version: Version, first: FileOperation | None) -> bool:
+        """Make one path look as it did at a version.
+
+        Returns:
+            Whether the file was set aside.
+        """
+        copies = Copies(path, self._fit)
+        written = history.set_aside_after(path)
+        if written is not None and written < version:
+            # The version includes the step that the copy was kept for.
+            rewritten = history.is_rewritten(path, before=version)
+            copies.carry_out(_settling(copies, rewritten=rewritten, of_later_fit=path in history.of_later_fits))
+        held = copies.first_held(history, version)
+        if first is None:
+            return False
+        moves = moves_to_return(first, copies.found(held), of_later_fit=path in history.of_later_fits)
+        copies.carry_out(moves, held)
+        if held is not None:
+            copies.drop_held(held)
+        return Move.SET_ASIDE in moves
+
     def _settle(self, path: str) -> None:
-        del self._waiting[path]
-        found, rewritten = _found(path, self._fit), path in self._rewritten
-        moves = moves_to_settle(found, rewritten=rewritten, of_later_fit=path in self._of_later_fits)
-        _carry_out(moves, path, self._fit)
+        del self._aside[path]
+        rewritten, of_later_fit = path in self._rewritten, path in self._of_later_fits
+        copies = Copies(path, self._fit)
+        copies.carry_out(_settling(copies, rewritten=rewritten, of_later_fit=of_later_fit))
+
+    def _drop(self, path: str, after: Version) -> None:
+        self._held.remove((path, after))
+        Copies(path, self._fit).drop_held(after)
 
     def _history(self) -> FileHistory:
         return read_history(_notes(self._ledger.path), self._fit)
@@ -211,7 +229,11 @@ def settle_fit(history: FileHistory, fit: int) -> None:
     """
     for path in history.paths:
         if not is_remote(path):
-            _carry_out(_settling(history, path, _found(path, fit)), path, fit)
+            copies = Copies(path, fit)
+            rewritten = history.is_rewritten(path)
+            copies.carry_out(_settling(copies, rewritten=rewritten, of_later_fit=path in history.of_later_fits))
+            for after in history.removals(path):
+                copies.drop_held(after)
 
 
 def absolute(path: str) -> str:
@@ -225,83 +247,22 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a checkpoint has been written to its end: a file, or a folder of a sharded model with what comes last."""
-    return path.is_file() or all((path / last).is_file() for last in WRITTEN_LAST)
-
-
 def removes_by_path(checkpoint_io: Any) -> bool:
     """Whether a plugin of Lightning's removes a checkpoint by deleting its path, and nothing else with it."""
     owner: str = type(checkpoint_io).remove_checkpoint.__module__
     return owner.startswith(("lightning.", "lightning_fabric.")) and owner.endswith("plugins.io.torch_io")
 
 
-def _settling(history: FileHistory, path: str, found: Found) -> list[Move]:
-    return moves_to_settle(found, rewritten=path in history.saved(), of_later_fit=path in history.of_later_fits)
+def _settling(copies: Copies, *, rewritten: bool, of_later_fit: bool) -> list[Move]:
+    return moves_to_settle(copies.found(), rewritten=rewritten, of_later_fit=of_later_fit)
 
 
 def _notes(ledger: Path) -> Iterable[Mapping[str, Any]]:
     return (event.fields for event in read_ledger(ledger, only="checkpoint"))
 
 
-def _aside(path: str, fit: int) -> str:
-    return _hidden(path, f"ckptless-aside-{fit}")
-
-
-def _held(path: str, fit: int) -> str:
-    return _hidden(path, f"ckptless-removed-{fit}")
-
-
-def _hidden(path: str, suffix: str) -> str:
-    folder, name = os.path.split(path)
-    if len(os.fsencode(name)) > _LONGEST_NAME_BYTES:
-        name = xxhash.xxh3_128_hexdigest(os.fsencode(name))
-    return os.path.join(folder, f".{name}.{suffix}")
-
-
 def _exists(path: str) -> bool:
     return not is_remote(path) and os.path.exists(path)
-
-
-def _found(path: str, fit: int) -> Found:
-    return Found(
-        os.path.lexists(path), aside=os.path.lexists(_aside(path, fit)), held=os.path.lexists(_held(path, fit))
-    )
-
-
-def _carry_out(moves: Iterable[Move], path: str, fit: int) -> None:
-    aside, held = _aside(path, fit), _held(path, fit)
-    for move in moves:
-        match move:
-            case Move.SET_ASIDE:
-                os.rename(path, aside)
-            case Move.DELETE:
-                _delete(path)
-            case Move.DROP_ASIDE:
-                if os.path.lexists(path) and not is_whole(Path(path)):
-                    # Its writing was interrupted: the copy is the one that can be loaded.
-                    _replace(aside, path)
-                else:
-                    _delete(aside)
-            case Move.PUT_ASIDE_BACK:
-                _replace(aside, path)
-            case Move.PUT_HELD_BACK:
-                _replace(held, path)
-            case Move.DROP_HELD:
-                _delete(held)
-
-
-def _replace(copy: str, path: str) -> None:
-    if os.path.lexists(path):
-        _delete(path)
-    os.rename(copy, path)
-
-
-def _delete(path: str) -> None:
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-    else:
-        os.unlink(path)
 
 
 def _names(paths: list[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_ckptless.trainer.checkpoint_files import is_whole
+from lightning_ckptless.trainer.checkpoint_copies import is_whole
 
 
 def newest_checkpoint(trainer: Any) -> str | None:

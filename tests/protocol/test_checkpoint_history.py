@@ -65,9 +65,9 @@ def test_fits_do_not_see_each_other() -> None:
         note_of_rewind(after_tail(4), 1),
     ]
     assert read_history(notes, 0).paths == ["/one.ckpt"]
-    assert read_history(notes, 0).saved() == {"/one.ckpt"}
+    assert read_history(notes, 0).present() == {"/one.ckpt"}
     assert read_history(notes, 1).paths == ["/two.ckpt"]
-    assert read_history(notes, 1).saved() == frozenset()
+    assert read_history(notes, 1).present() == frozenset()
 
 
 def test_an_operation_that_was_undone_does_not_count_as_later() -> None:
@@ -108,7 +108,7 @@ REMOVED = FileOperation("/a", Action.REMOVE, after_tail(9), existed=True)
     [
         (WRITTEN, Found(exists=True), False, [Move.SET_ASIDE]),
         (WRITTEN, Found(exists=False), False, []),
-        (WRITTEN, Found(exists=False, held=True), False, [Move.DROP_HELD]),
+        (WRITTEN, Found(exists=False, held=True), False, []),
         # The replay was overtaken by another fault.
         (WRITTEN, Found(exists=True, aside=True), False, [Move.DELETE]),
         (WRITTEN, Found(exists=False, aside=True), False, []),
@@ -132,7 +132,6 @@ def test_a_path_returns_to_a_version(first: FileOperation, found: Found, of_late
         # Saved by the clock, say: the replay had no reason to.
         (Found(exists=False, aside=True), False, False, [Move.PUT_ASIDE_BACK]),
         (Found(exists=True, aside=True), True, True, [Move.PUT_ASIDE_BACK]),
-        (Found(exists=False, held=True), False, False, [Move.DROP_HELD]),
         (Found(exists=True), True, False, []),
     ],
 )
