@@ -65,8 +65,7 @@ def test_never_a_mixture_while_training_overwrites(checksum: str, world: World) 
             try:
                 captured = capture(world.arenas, room, threads=2)
             except DurableError as error:
-                # Whichever comes first: a slot that is empty or overwritten, or none left of the step that was chosen.
-                assert any(cause in str(error) for cause in ("empty", "overwritten", "have no replica"))  # noqa: PT017
+                assert "empty" in str(error) or "overwritten" in str(error)  # noqa: PT017
                 continue
             step = captured.snapshot.version.optimizer_step
             assert values(captured) == {float(step)}
