@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from operator import is_
 from typing import Any
@@ -29,13 +30,42 @@ _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _ABSENT = object()
 
 
+class Size(Enum):
+    """What can be done with a value."""
+
+    FITS = "taken along"
+    LARGE = "plain, and too large to be taken along"
+    UNKNOWN = "no plain data"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What becomes of attributes that change.
+
+    Args:
+        takes_plain: whether plain values are captured and put back.
+        puts_objects_back: whether an attribute that refers to another object is given back its first one.
+        names: kinds of values whose change is named as lost, where it is not captured.
+    """
+
+    takes_plain: bool = True
+    puts_objects_back: bool = True
+    names: frozenset[Size] = frozenset(Size)
+
+
+EVERYTHING = Policy()
+SETTINGS = Policy(puts_objects_back=False, names=frozenset())
+OBJECTS_LEFT_ALONE = Policy(puts_objects_back=False)
+NAMED_ONLY = Policy(takes_plain=False, puts_objects_back=False)
+
+
 class Changes:
     """Watches the attributes of some objects.
 
     Args:
         owners: the objects by path. An object of another process that was built in the same way has the same path.
         leave: names of attributes to leave alone, by path.
-        plain_only: whether attributes that hold other objects than plain data are left alone as well.
+        policy: what becomes of those that change.
     """
 
     def __init__(
@@ -43,10 +73,10 @@ class Changes:
         owners: Iterable[tuple[str, Any]],
         leave: Mapping[str, Collection[str]] | None = None,
         *,
-        plain_only: bool = False,
+        policy: Policy = EVERYTHING,
     ) -> None:
         left = leave or {}
-        self._owners = {path: _Owner(owner, frozenset(left.get(path, ())), plain_only) for path, owner in owners}
+        self._owners = {path: _Owner(owner, frozenset(left.get(path, ())), policy) for path, owner in owners}
 
     def capture(self) -> Changed:
         """What differs from the beginning, copied. Of what cannot be taken along see `lost`."""
@@ -63,6 +93,10 @@ class Changes:
             if only in (None, path):
                 owner.put(saved.get(path, {}))
 
+    def identities(self) -> set[int]:
+        """Identities of the objects that are watched."""
+        return {id(owner.watched) for owner in self._owners.values()}
+
     def lost(self) -> list[str]:
         """Attributes whose change `capture` has met and could not take along, each once: `path.name`."""
         return [f"{path}.{name}" for path, owner in self._owners.items() for name in owner.lost()]
@@ -71,15 +105,20 @@ class Changes:
 class _Owner:
     """One object, with what its attributes were at first. The object is referred to weakly: it may hold this one."""
 
-    def __init__(self, owner: Any, leave: frozenset[str], plain_only: bool) -> None:
+    def __init__(self, owner: Any, leave: frozenset[str], policy: Policy) -> None:
         self._object = weakref.ref(owner)
         self._leave = leave
-        self._plain_only = plain_only
+        self._policy = policy
         attributes = vars(owner)
         self._first = {name: _Value(value) for name, value in attributes.items() if name not in leave}
         self._values = tuple(attributes.values())
         self._mutable = tuple(name for name, first in self._first.items() if first.is_mutable)
         self._lost: list[str] = []
+
+    @property
+    def watched(self) -> Any:
+        """The object; None where it is gone."""
+        return self._object()
 
     @property
     def _attributes(self) -> dict[str, Any] | None:
@@ -93,14 +132,16 @@ class _Owner:
             return {}
         for name in self._differing(attributes):
             value = attributes.get(name, _ABSENT)
-            if value is _ABSENT:
+            size = Size.FITS if value is _ABSENT else _size(value)
+            if size is not Size.FITS or not self._policy.takes_plain:
+                if size in self._policy.names:
+                    # Named once; from here on it is not looked at.
+                    self._lost.append(name)
+                    self._leave |= {name}
+            elif value is _ABSENT:
                 gone.append(name)
-            elif _size(value) is Size.FITS:
+            else:
                 changed[name] = _copied(value)
-            elif not self._plain_only:
-                # Said once; from here on it is not looked at.
-                self._lost.append(name)
-                self._leave |= {name}
         if not changed and not gone:
             return {}
         return {"set": changed, "gone": dict.fromkeys(gone)}
@@ -119,7 +160,7 @@ class _Owner:
         for name in {*self._differing(attributes), *values, *gone}:
             if name in values:
                 _put(attributes, name, _copied(values[name]))
-            elif self._plain_only and name in attributes and _size(attributes[name]) is Size.UNKNOWN:
+            elif not self._policy.puts_objects_back and _size(attributes.get(name)) is Size.UNKNOWN:
                 continue
             elif name in gone or name not in self._first:
                 attributes.pop(name, None)
@@ -178,14 +219,6 @@ class _Value:
             _put(attributes, name, _copied(self._copy))
         if self._mark is not None:
             self._mark = _mark(self._object)
-
-
-class Size(Enum):
-    """What can be done with a value."""
-
-    FITS = "taken along"
-    LARGE = "plain, and too large to be taken along"
-    UNKNOWN = "no plain data"
 
 
 def _size(value: Any) -> Size:

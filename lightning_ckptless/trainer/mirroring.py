@@ -108,6 +108,10 @@ class Mirroring:
         self._surroundings = Surroundings(trainer, self._tell_of_loss)
         loops.after_setup_of_validation_data(self._surroundings.on_validation_data)
 
+    def watch_objects(self) -> None:
+        """Begin to watch the objects of the user: the hooks of a starting fit have run."""
+        self._surroundings.watch_objects()
+
     def _tell_of_loss(self, name: str) -> None:
         if self._trainer.is_global_zero:
             log.warning("ckptless: %s", WHAT_IS_LOST % name)

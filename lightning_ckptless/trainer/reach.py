@@ -6,7 +6,7 @@ import functools
 import sys
 import types
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ _DATA = frozenset({"numpy", "pandas", "pyarrow", "polars", "PIL", "h5py", "zarr"
 _SEEN_OF_TORCH = ("torch.utils.data", "torch.nn", "torchdata")
 
 
-def reach(root: Any, path: str) -> Iterator[tuple[str, Any]]:
+def reach(root: Any, path: str, enters: Callable[[Any], bool] = lambda _: True) -> Iterator[tuple[str, Any]]:
     """An object, and those that it holds by attributes, nearest first, with their paths.
 
     Tensors, arrays, tables, functions, what belongs to Python, and parts of a run of Lightning are left out.
@@ -28,6 +28,7 @@ def reach(root: Any, path: str) -> Iterator[tuple[str, Any]]:
     Args:
         root: the object.
         path: what it is called.
+        enters: whether to look at an object and what it holds.
     """
     waiting, seen = deque([(path, root)]), {id(root)}
     left = MOST_OBJECTS
@@ -37,7 +38,7 @@ def reach(root: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield at, found
             left -= 1
         for name, inner in _inside(found):
-            if id(inner) not in seen:
+            if id(inner) not in seen and enters(inner):
                 seen.add(id(inner))
                 waiting.append((f"{at}.{name}" if name[0] != "[" else f"{at}{name}", inner))
 

@@ -325,6 +325,12 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
                 check_trainer(trainer, self.options.stateless_callbacks)
                 self.engine.attach()
 
+        def on_train_start(self) -> None:
+            """The hooks of a starting fit have run, in every process."""
+            super().on_train_start()
+            if self.engine is not None and self.engine.mirroring is not None:
+                self.engine.mirroring.watch_objects()
+
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             """Note which step is begun."""
             if self.engine is not None:

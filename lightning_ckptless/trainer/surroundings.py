@@ -1,4 +1,4 @@
-"""What hooks change outside of module, callbacks and datamodule: settings of the trainer, and the validation data.
+"""What hooks change beside module, callbacks and datamodule: settings, validation data, objects that those three hold.
 
 Training dataloaders carry what changes in them with their position, since their order is drawn from it. Validation
 dataloaders may be made long after a version was restored: what belongs to them waits until they are.
@@ -11,13 +11,14 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lightning_ckptless.trainer.changes import Changed, Changes
+from lightning_ckptless.trainer.changes import SETTINGS, Changed, Changes
 from lightning_ckptless.trainer.groups import names_in_groups
 from lightning_ckptless.trainer.host.combined import stand_ins
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.settings import kept_elsewhere, optimizer_wrappers, settings_of
 from lightning_ckptless.trainer.loader import tracker_of, watch_attributes
 from lightning_ckptless.trainer.schedulers import Schedulers
+from lightning_ckptless.trainer.user_objects import UserObjects
 
 _VALIDATION = "trainer.fit_loop.epoch_loop.val_loop"
 
@@ -41,11 +42,17 @@ class Surroundings:
         self.schedulers = Schedulers(trainer)
         self.first_groups = names_in_groups(trainer)
         settings = [*settings_of(trainer), *optimizer_wrappers(trainer)]
-        self._settings = Changes(settings, kept_elsewhere(trainer), plain_only=True)
+        self._settings = Changes(settings, kept_elsewhere(trainer), policy=SETTINGS)
         self._validation: list[Changes] = []
         self._validation_data: Any = None
         self._waiting: list[Changed] = []
         self._waiting_settings: Changed = {}
+        self._objects: UserObjects | None = None
+
+    def watch_objects(self) -> None:
+        """Begin to watch the objects of the user: the hooks of a starting fit have made theirs."""
+        known = {identity for changes in self._training() for identity in changes.identities()}
+        self._objects = UserObjects(self._trainer, known)
 
     def capture(self) -> dict[str, Any]:
         """What has changed up to now."""
@@ -53,7 +60,10 @@ class Surroundings:
         state = {
             "settings": self._settings.capture(),
             "validation": self._waiting or [changes.capture() for changes in self._validation],
+            "objects": {} if self._objects is None else self._objects.capture(),
         }
+        for name in () if self._objects is None else self._objects.lost():
+            self._tell(name)
         for stage, watched in (("val", self._validation), ("train", self._training())):
             for index, changes in enumerate(watched):
                 for name in changes.lost():
@@ -63,6 +73,8 @@ class Surroundings:
     def apply(self, saved: dict[str, Any]) -> None:
         """Put back what was captured; into validation dataloaders as soon as they are there."""
         self._settings.apply(saved["settings"])
+        if self._objects is not None:
+            self._objects.apply(saved["objects"])
         self._look_for_validation_data()
         self._waiting, self._waiting_settings = saved["validation"], saved["settings"]
         if self._validation_data is not None:

@@ -88,6 +88,10 @@ class OneProcess(SingleDeviceStrategy):
                 self.loops, tail_done=tail_done, restore=self.restore, settle=self.settle
             )
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.surroundings.watch_objects()
+
     def commit(self, version: Version) -> None:
         self.versions.append(version)
         self.small = self.small or SmallState(self.trainer, surroundings=self.surroundings)

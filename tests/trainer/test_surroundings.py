@@ -179,6 +179,27 @@ class Programs:
             if loader is not None:
                 loader.flattened[0].dataset.difficulty += 0.5
 
+    class HeldByTheModel:
+        @staticmethod
+        def begin(model: Any) -> None:
+            model.layer_schedule = [Schedule()]
+
+        @staticmethod
+        def change(model: Any) -> None:
+            model.trainer.gradient_clip_val = model.layer_schedule[0].next()
+
+
+class Schedule:
+    """An object of the user's own, with state in an object of its own."""
+
+    def __init__(self) -> None:
+        self.steps, self.inner = 0, Counting()
+
+    def next(self) -> float:
+        self.steps += 1
+        self.inner.calls += 2
+        return 1 / (self.steps + self.inner.calls)
+
 
 class ByDifficulty(Curriculum):
     """Without a count, which the copies in worker processes would have for themselves."""
@@ -196,6 +217,10 @@ def patch(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def with_change(*args: Any) -> Any:
         class Changing(model_class(*args)):  # type: ignore[misc]
+            def on_train_start(self) -> None:
+                if hasattr(program, "begin"):
+                    program.begin(self)
+
             def on_train_batch_end(self, *_: Any) -> None:
                 program.change(self)
 
