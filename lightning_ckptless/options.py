@@ -58,8 +58,8 @@ class CkptlessOptions:
         failures_per_day: with `auto`, how many failures of the whole run are expected.
         in_place: after a fault replace only what was lost and let the other ranks go on; else start all again.
         standbys: processes per node that have run the script up to `fit` and wait there for a rank.
-        hang_timeout_s: seconds without a sign of any rank after which those that are behind are ended as hung; None to
-            learn it from the steps, 0 for never.
+        hang_timeout_s: seconds without progress of any rank after which those that have come least far are ended as
+            hung; None to learn it from the steps, 0 for never.
         health_check: dotted name of a function of yours that raises where a node is not fit to train; it is called,
             beside our own checks, before a worker joins the others.
         durable_every_n_steps: optimizer steps from one durable state to the next; None for none by steps.

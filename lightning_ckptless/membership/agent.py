@@ -51,7 +51,7 @@ Record = Callable[..., None]
 
 _WAIT_S = 0.1
 _FAILURE_GRACE_S = 30.0
-"""For workers that are told why training cannot continue, to raise that."""
+"""For workers that have been sent the reason why training cannot continue, to raise it."""
 
 
 @dataclass(frozen=True, slots=True)

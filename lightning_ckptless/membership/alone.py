@@ -1,9 +1,9 @@
 """A default process group for a process that is about to take a lost rank's place, and has not met the other ranks yet.
 
-User code in that phase may ask torch.distributed for its rank and for the world size, as a `DistributedSampler` does,
-and is answered. A barrier returns at once: the other ranks have passed it long ago. Data cannot be exchanged: the other
-ranks do not take part. A collective that would do so raises, and is remembered even where the user's code handles the
-exception: such a process does not join the others, and all ranks are started again.
+User code in that phase may ask torch.distributed for its rank and for the world size, as a `DistributedSampler` does. A
+barrier returns at once: the other ranks have passed it long ago. Data cannot be exchanged, since the other ranks do not
+take part: a collective that would do so raises, and is remembered even where the user's code handles the exception.
+Such a process does not join the others, and all ranks are started again.
 """
 
 from __future__ import annotations

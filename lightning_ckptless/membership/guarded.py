@@ -22,8 +22,8 @@ class GuardedAgent(MovingAgent):
     """An agent with heartbeats.
 
     Where its node is cut off, its workers are killed and the agent ends: the others may go on without it, and what it
-    was a part of is over. Where another node falls silent, the nodes that are left meet anew, among as many as the user
-    allows.
+    was a part of is over. Where another node falls silent, the remaining nodes hold a new rendezvous, among as many as
+    the user allows.
 
     Args:
         spec, node, parent, logs_specs, record, after: see `CkptlessAgent`.
@@ -79,7 +79,7 @@ class GuardedAgent(MovingAgent):
             raise RendezvousConnectionError(found.reason)
         if isinstance(found, NodesLost) and self._current_workers().running:
             self._record("node_lost", node=self._node.name, lost=list(found.nodes), reason=found.reason)
-            CONSOLE.say(f"{found.reason}; the nodes that are left meet anew")
+            CONSOLE.say(f"{found.reason}; the remaining nodes hold a new rendezvous")
             self._why_stopped, self._lost_at = found.reason, time.time() - found.silent_s
             # Unless the run comes to its end after all, e.g. where the others have ended it.
             self.exit_code = 1

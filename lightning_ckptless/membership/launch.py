@@ -236,7 +236,7 @@ def main(
         argv: options of `ckptless run`, program and its arguments.
         record_for: makes the receiver of events for a configuration.
         ended: is called when the run is over and its workers are gone, without an outcome where it was interrupted;
-            what it returns is the last that the user is told.
+            what it returns is the last line that the user sees.
 
     Returns:
         Exit code: the workers', 128 + number for a signal, 2 where the run cannot be started.

@@ -370,7 +370,7 @@ class Workers(PContext):
         self._wait_all(_KILL_WAIT_S)
 
     def finish(self, grace_s: float) -> float:
-        """Ask workers that train to end behind the step in hand, and give them time to.
+        """Ask workers that train to end after the current step, and give them time to.
 
         Args:
             grace_s: how much.

@@ -1,20 +1,20 @@
 """Which rank hangs, told from how far each has come, and which holds the others back.
 
-In lockstep one rank that hangs stops all: the others come to the next collective and wait there. So it is not silence
-that gives the culprit away, but being behind. Nobody is blamed where all stand at the same point (a long validation, a
-first compilation), where a debugger has stopped one, or where somebody has stopped all. In the backward pass ranks that
-stand at the same point are told apart by what they do there: each is asked, and who does not wait for the others, while
-they wait, has not come to where they are.
+In lockstep one rank that hangs stops all: the others come to the next collective and wait there. So the culprit is not
+the rank that is silent but the one that has not come as far. No rank is blamed where all stand at the same point (a
+long validation, a first compilation), where a debugger has stopped one, or where all have been stopped. In the backward
+pass ranks that stand at the same point are told apart by what they do there: each is asked, and one that does not wait
+for the others, while they wait, has not come to where they are.
 
 | All ranks silent for longer than the limit, and | Then |
 |---|---|
-| a debugger holds one | nobody hangs |
-| all are stopped | nobody hangs |
-| some are stopped | they hang |
-| some are behind the others | they hang |
-| all are in the backward pass of one step, and some do not wait for the others as these do | they hang |
-| all stand at the same point, for less than the ceiling | nobody hangs |
-| all stand at the same point | all hang |
+| a debugger holds one | no rank is hung |
+| all are stopped | no rank is hung |
+| some are stopped | they are hung |
+| some have not come as far as the others | they are hung |
+| all are in the backward pass of one step, and some do not wait for the others as these do | they are hung |
+| all stand at the same point, for less than the ceiling | no rank is hung |
+| all stand at the same point | all are hung |
 """
 
 from __future__ import annotations

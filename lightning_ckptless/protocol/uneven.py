@@ -1,4 +1,4 @@
-"""Ranks that do not make equally many steps, told from who is at the end and who has begun another step.
+"""Ranks that make unequal numbers of steps: some are at their end, and others have begun a further step.
 
 Every optimizer step needs all ranks. A rank that has made its last one takes part in no further step, so a rank that
 has begun a later one waits for ever. That is decided by counted steps alone, not by time.

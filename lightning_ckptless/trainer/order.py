@@ -23,7 +23,7 @@ Switched = dict[int, list[dict[str, Any]]]
 
 
 class OrderTracker(Protocol):
-    """Who is told when an order is drawn.
+    """Receives the order of an epoch when it is drawn.
 
     Attributes:
         switched: what has changed between the batches of this order.

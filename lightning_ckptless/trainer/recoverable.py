@@ -69,8 +69,8 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             arena_keep_s: seconds for which the arena of a dead run is kept for a restart under the same run id.
             in_place: after a fault replace only what was lost and let the other ranks go on; else start all again.
             standbys: processes per node that have run the script up to `fit` and wait there for a rank.
-            hang_timeout_s: seconds without a sign of any rank after which those that are behind are ended as hung; None
-                to learn it from the steps, 0 for never.
+            hang_timeout_s: seconds without progress of any rank after which those that have come least far are ended
+                as hung; None to learn it from the steps, 0 for never.
             mirror_budget: with `auto`, by which share mirroring may lengthen training at most.
             failures_per_day: with `auto`, how many failures of the whole run are expected.
             health_check: dotted name of a function of yours that raises where a node is not fit to train; it is
