@@ -6,11 +6,14 @@ further up. A message in between begins a line first, and leaves room for what i
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
+from collections.abc import Callable
 from enum import StrEnum
 
 PREFIX = "ckptless: "
+_PACKAGE_LOG = logging.getLogger("lightning_ckptless")
 _CLEAR_LINE = "\r\x1b[K"
 _LINES_REDRAWN = 1
 """Lines above the cursor that a live display of Lightning's, training and validation, overwrites at most."""
@@ -43,6 +46,31 @@ class Console:
         """
         with self._lock:
             write(framed(f"{PREFIX}{text}", self.bar, terminal=sys.stderr.isatty()))
+
+
+class WarningsOnConsole(logging.Handler):
+    """Shows this package's warnings apart from progress bars, where the program has set up no logging of its own.
+
+    Args:
+        say: prints a message, which is given without the name of the package.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        self._say(self.format(record).removeprefix(PREFIX))
+
+    def attach(self) -> None:
+        """Take over from what Python does with warnings of a program without logging: print them anywhere."""
+        if not _PACKAGE_LOG.hasHandlers():
+            _PACKAGE_LOG.addHandler(self)
+
+    def detach(self) -> None:
+        """Leave warnings to Python again."""
+        _PACKAGE_LOG.removeHandler(self)
 
 
 def write(message: str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 
 import pytest
 
-from lightning_ckptless.console import Bar, Console, framed
+from lightning_ckptless.console import Bar, Console, WarningsOnConsole, framed
 
 
 def shown(text: str) -> list[str]:
@@ -57,3 +58,17 @@ def test_a_console_says_it_on_the_stderr_of_now(monkeypatch: pytest.MonkeyPatch)
     console.bar = Bar.LINE
     console.say("second")
     assert stream.getvalue() == "ckptless: first\n\nckptless: second\n"
+
+
+def test_a_warning_is_shown_once_and_only_where_the_program_logs_nothing_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    shown = WarningsOnConsole(said.append)
+    of_package = logging.getLogger("lightning_ckptless.trainer.loader")
+    for handlers in ([], [logging.NullHandler()]):
+        monkeypatch.setattr(logging.getLogger(), "handlers", handlers)
+        shown.attach()
+        of_package.warning("ckptless: %d of two", 1 + len(handlers))
+        shown.detach()
+    assert said == ["1 of two"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ckptless import environment
-from lightning_ckptless.console import CONSOLE, Bar
+from lightning_ckptless.console import CONSOLE, Bar, WarningsOnConsole
 from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.membership.control import Line
 from lightning_ckptless.membership.pulse import PulseWriter, stacks_path
@@ -103,6 +103,7 @@ class Engine:
         self._sigterm: SigtermFlag | None = None
         self._stepped_in = 0
         self._pulse: PulseWriter | None = None
+        self._warnings = WarningsOnConsole(partial(progress.say, trainer))
 
     def become(self, env: Mapping[str, str]) -> None:
         """Be the rank that the agent says; nothing where this process is it already.
@@ -249,6 +250,7 @@ class Engine:
         assert arena is not None
         self.loggers.watch()
         CONSOLE.bar = progress.bar_kind(trainer)
+        self._warnings.attach()
         if is_first_of_node(local_rank()):
             self.durable.order_writer(arena, self._line)
         self._note_folders(arena)
@@ -492,6 +494,7 @@ class Engine:
         """Release threads and mappings; the arena stays for a relaunch, its agent removes it."""
         self.detach()
         self.loggers.release()
+        self._warnings.detach()
         CONSOLE.bar = Bar.NONE
         if self._pulse is not None:
             self._pulse.close()

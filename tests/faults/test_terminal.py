@@ -15,6 +15,7 @@ import pytest
 from lightning_ckptless import environment
 
 SCRIPT = """
+import logging
 import sys
 import lightning.pytorch as pl
 import torch
@@ -27,6 +28,9 @@ class Model(pl.LightningModule):
         super().__init__()
         self.layer = torch.nn.Linear(8, 1)
     def training_step(self, batch, batch_idx):
+        if batch_idx == 8:
+            # As any part of the package warns.
+            logging.getLogger("lightning_ckptless.trainer.loader").warning("ckptless: a warning in training")
         return self.layer(batch[0]).pow(2).mean()
     def validation_step(self, batch, batch_idx):
         self.layer(batch[0])
@@ -73,6 +77,7 @@ def test_kill_of_rank_0_and_of_rank_1_under_a_progress_bar(bar: str, tmp_path: P
     text = on_a_terminal(command, tmp_path, "kill:rank=0:step=4,kill:rank=1:step=7")
     messages = [match.start() for match in re.finditer("ckptless: ", text)]
     assert len(messages) >= 2 + 2 * 2
+    assert text.count("ckptless: a warning in training") >= 2
     for start in messages:
         assert ON_ITS_OWN_LINE.search(text[max(0, start - 300) : start]), text[max(0, start - 300) : start + 60]
     # The new processes run the script from its head as well; what they print there is in files.
