@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.torch_internals import leaves_of, map_tensors
 from lightning_ckptless.trainer.host.ddp import model_averaging_period
-from lightning_ckptless.trainer.host.flavour import is_a
 from lightning_ckptless.trainer.loader import iterates_in_its_own_way
 from lightning_ckptless.trainer.plain import is_plain
 from lightning_ckptless.trainer.state import attributes_of_all_optimizers
@@ -59,12 +58,6 @@ def names_of_class(cls: type) -> frozenset[str]:
 
 
 def _refusals(trainer: Any) -> Iterator[str]:
-    for callback in trainer.callbacks:
-        if is_a(callback, "callbacks", "LearningRateFinder") or is_a(callback, "callbacks", "BatchSizeFinder"):
-            yield (
-                f"{type(callback).__name__} trains before the training and throws away what it trained, which a "
-                "relaunched process would do again; run it once with another strategy and write down what it finds"
-            )
     for index, optimizer in enumerate(trainer.optimizers):
         # By name: importing the class compiles scripts for half a second.
         if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__):

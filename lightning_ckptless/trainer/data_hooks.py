@@ -47,6 +47,7 @@ class DataHooks:
         self._at_beginning: bytes | None = None
         self._replayed: Records = {}
         self._is_busy = False
+        self._all_are_recorded = False
         self._note: Callable[[Records], None] = lambda _: None
         for name in (TRAIN, VALIDATION):
             loops.wrap_data_source(name, lambda own, name=name: self._call(name, own))  # type: ignore[misc]
@@ -62,6 +63,13 @@ class DataHooks:
         self._small, self._note = small, note
         if is_new:
             self._at_beginning = self._record()
+
+    def record_from_now_on(self) -> None:
+        """Record calls at the beginning too: what precedes them is not done again in a new process."""
+        self._all_are_recorded = True
+        if self._small is not None:
+            # Of the callbacks of now: a search puts others in their place.
+            self._small()
 
     def expect(self, records: Records) -> None:
         """Call the hooks with these records from now on, as long as nothing else is known."""
@@ -110,12 +118,15 @@ class DataHooks:
         try:
             if name in self._replayed and self._small is not None:
                 return self._call_with(name, own)
-            self.made[name] = None if self._loops.is_at_beginning or self._small is None else self._record()
+            self.made[name] = None if self._needs_no_record() else self._record()
             if self.made[name] is not None:
                 self._note(self.made)
             return own()
         finally:
             self._is_busy = False
+
+    def _needs_no_record(self) -> bool:
+        return self._small is None or (self._loops.is_at_beginning and not self._all_are_recorded)
 
     def _call_with(self, name: str, own: Callable[[], Any]) -> Any:
         assert self._small is not None

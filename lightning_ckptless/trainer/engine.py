@@ -51,6 +51,7 @@ from lightning_ckptless.trainer.loader import make_resumable
 from lightning_ckptless.trainer.loggers import NOTE, RunLoggers
 from lightning_ckptless.trainer.lost_files import lost_logs, warning_of
 from lightning_ckptless.trainer.mirroring import Mirroring
+from lightning_ckptless.trainer.rate_search import RateSearches
 from lightning_ckptless.trainer.replay import BatchLog
 from lightning_ckptless.trainer.report import RunReport
 from lightning_ckptless.trainer.restoration import Restoration
@@ -103,6 +104,7 @@ class Engine:
         self._sigterm: SigtermFlag | None = None
         self._stepped_in = 0
         self._pulse: PulseWriter | None = None
+        self._searches: RateSearches | None = None
         self._warnings = WarningsOnConsole(partial(progress.say, trainer))
 
     def become(self, env: Mapping[str, str]) -> None:
@@ -279,6 +281,7 @@ class Engine:
             mirroring.join(self.cohort)
         restoration = self._restoration
         self._begin_data_hooks(mirroring, arena, restoration)
+        self._searches = RateSearches(trainer, loops, self.data_hooks, lambda: self._is_to_take_up_a_version)
         since = restoration.version if restoration is not None else None
         mirroring.taken = since
         self.boundaries = StepBoundaries(
@@ -349,6 +352,8 @@ class Engine:
         if self.boundaries is not None:
             self.boundaries.remove()
         self.loops.give_back()
+        if self._searches is not None:
+            self._searches.give_back()
         if self._sigterm is not None:
             self._sigterm.remove()
 
@@ -358,6 +363,10 @@ class Engine:
     def is_on_its_way(self) -> bool:
         """Whether this process is to take a lost rank's place, and has not met the others yet."""
         return bool(self.strategy.joins_alone) and self.cohort is None
+
+    @property
+    def _is_to_take_up_a_version(self) -> bool:
+        return self.cohort is None or self._restoration is not None
 
     @property
     def finish_asked(self) -> bool:

@@ -14,9 +14,10 @@ from typing import Any
 from lightning_ckptless.trainer.host.averaging import AVERAGE_STATE, averages_weights
 from lightning_ckptless.trainer.host.clocks import ages_of, readings_of, set_ages, set_windows, windows_of
 from lightning_ckptless.trainer.host.flavour import is_a
-from lightning_ckptless.trainer.plain import is_same, plain_attributes, set_plain_attributes
+from lightning_ckptless.trainer.plain import is_same, measure, plain_attributes, set_plain_attributes
 from lightning_ckptless.trainer.rng import owned_generators, set_owned_generators
 
+_SMALL_BYTES = 65_536
 _OF_THE_PROCESS = {"ProgressBar": (), "Timer": ("_offset",), "DeviceStatsMonitor": ()}
 """Callbacks whose attributes belong to the process, and the attributes that are state nevertheless."""
 
@@ -55,6 +56,20 @@ def set_own_state(owner: Any, saved: dict[str, Any], leave: Collection[str]) -> 
     if saved["state"] and not _is_told_by_attributes(owner) and not is_same(owner.state_dict(), saved["state"]):
         owner.load_state_dict(copy.deepcopy(saved["state"]))
         _set_attributes(owner, saved, leave)
+
+
+def hyperparameters(owner: Any) -> dict[str, Any]:
+    """What `save_hyperparameters()` keeps, as far as it is small plain data: a search may have changed it."""
+    held = vars(owner).get("_hparams")
+    if not isinstance(held, dict):
+        return {}
+    return {key: value for key, value in held.items() if (measure(value, _SMALL_BYTES) or _SMALL_BYTES) < _SMALL_BYTES}
+
+
+def set_hyperparameters(owner: Any, saved: dict[str, Any]) -> None:
+    """Put back what `hyperparameters` returned."""
+    if saved:
+        vars(owner)["_hparams"].update(saved)
 
 
 def _set_attributes(owner: Any, saved: dict[str, Any], leave: Collection[str]) -> None:

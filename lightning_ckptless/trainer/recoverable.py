@@ -135,6 +135,15 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             self.calls_before_fit = 0
             self.probes: list[Callable[[str, Version], None]] = []
 
+        @contextmanager
+        def without_engine(self) -> Iterator[None]:
+            """Context in which this is plain data parallelism: no versions, and no files of them."""
+            engine, self.engine = self.engine, None
+            try:
+                yield
+            finally:
+                self.engine = engine
+
         # -------------------------------------------------------------- copies
 
         def __reduce_ex__(self, protocol: Any) -> Any:

@@ -28,7 +28,7 @@ from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.host.metrics import dump_metric, load_metric, metrics_of
 from lightning_ckptless.trainer.host.results import dump_results, load_results
 from lightning_ckptless.trainer.inner import InnerState
-from lightning_ckptless.trainer.own_state import own_state, set_own_state
+from lightning_ckptless.trainer.own_state import hyperparameters, own_state, set_hyperparameters, set_own_state
 from lightning_ckptless.trainer.plain import heavy_attributes, is_same, plain_attributes, set_plain_attributes
 from lightning_ckptless.trainer.rng import capture_rng, owned_generators, set_owned_generators
 from lightning_ckptless.trainer.state import (
@@ -164,6 +164,7 @@ class SmallState:
             "generators": owned_generators(self.module),
             "extra_state": {name: m.get_extra_state() for name, m in self._extra_state.items()},
             "inner": self._inner.capture(),
+            "hyperparameters": hyperparameters(self.module),
         }
 
     def _datamodule(self) -> dict[str, Any] | None:
@@ -226,6 +227,7 @@ class SmallState:
 
     def _apply_module(self, saved: dict[str, Any]) -> None:
         set_plain_attributes(self.module, copy.deepcopy(saved["module"]["plain"]))
+        set_hyperparameters(self.module, copy.deepcopy(saved["module"]["hyperparameters"]))
         set_owned_generators(self.module, saved["module"]["generators"])
         for name, state in saved["module"]["extra_state"].items():
             if not is_same(self._extra_state[name].get_extra_state(), state):

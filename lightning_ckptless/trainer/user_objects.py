@@ -36,6 +36,7 @@ _NO_STATE = (
     ModuleType,
 )
 """Kept elsewhere, or nothing that training changes."""
+_OF_LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_ckptless")
 _CLIENTS = ("wandb", "mlflow", "comet_ml", "neptune", "aim", "tensorboard", "tensorboardX", "tqdm", "rich")
 
 
@@ -108,7 +109,7 @@ def _is_users_module(name: str) -> bool:
 def _is_reference(value: Any) -> bool:
     cls: Any = type(value)
     is_object = bool(cls.__dictoffset__) and not isinstance(value, _NO_STATE)
-    return is_object and not is_part_of_a_run(value) and not _is_of(cls, _CLIENTS)
+    return is_object and not is_part_of_a_run(value) and not _is_of(cls, (*_CLIENTS, *_OF_LIGHTNING))
 
 
 def _is_of(cls: type, packages: Collection[str]) -> bool:
@@ -125,9 +126,7 @@ def _roots(trainer: Any) -> Iterator[tuple[str, tuple[Any, Collection[str]]]]:
             where = f"{type(model).__name__}.{path}" if path else type(model).__name__
             yield where, (inner, of_every_model if inner is model else _OF_EVERY_MODULE)
     for index, callback in enumerate(trainer.callbacks):
-        if not _is_of(type(callback), ("lightning", "pytorch_lightning", "lightning_ckptless")) and not is_a(
-            callback, "callbacks", "ProgressBar"
-        ):
+        if not _is_of(type(callback), _OF_LIGHTNING) and not is_a(callback, "callbacks", "ProgressBar"):
             yield f"callback {index} ({type(callback).__name__})", (callback, ())
     if trainer.datamodule is not None:
         of_every_datamodule = frozenset(vars(lightning.LightningDataModule())) | {"_hparams", "_hparams_initial"}
@@ -149,4 +148,4 @@ def _held_by(roots: dict[str, tuple[Any, Collection[str]]], known: Collection[in
 def _enters(value: Any) -> bool:
     """Whether to look into a value: data has its own watch, and so have modules."""
     is_data = isinstance(value, Dataset | Sampler | DataLoader)
-    return not is_data and not isinstance(value, nn.Module) and not _is_of(type(value), _CLIENTS)
+    return not is_data and not isinstance(value, nn.Module) and not _is_of(type(value), (*_CLIENTS, *_OF_LIGHTNING))

@@ -35,6 +35,8 @@ CELLS = {
     "finetuning": Cell(
         "kill:rank=1:step=7:at=optimizer_step,kill:rank=0:step=9", replace(BASE, callback="finetuning"), recoveries=2
     ),
+    # After the first search, and in the middle of the second.
+    "searching": Cell("kill:rank=0:step=3", replace(BASE, callback="searching"), recoveries=2),
     "sharded-mixed": Cell("kill:rank=1:step=4:at=backward", replace(SHORT, mesh="2x1", sharding="mixed")),
     "sharded-bf16": Cell("kill:rank=0:step=4", replace(SHORT, mesh="2x1", precision="bf16-mixed")),
     "sharded-offloaded": Cell("kill:rank=0:step=4", replace(SHORT, mesh="2x1", sharding="offloaded")),

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from lightning_ckptless import environment
 
 WIDE = 17_000
 """So that the pieces of a frozen weight are long enough to be compared where they are."""
@@ -151,11 +157,14 @@ def callback_of(kind: str, flavour: Any) -> Any:
     """A callback that changes schedulers or parameter groups in the middle of a run.
 
     Args:
-        kind: `averaging` or `finetuning`.
+        kind: `averaging`, `finetuning` or `searching`.
         flavour: the distribution of Lightning.
     """
     if kind == "averaging":
         return flavour.callbacks.StochasticWeightAveraging(1e-2, swa_epoch_start=1)
+
+    if kind == "searching":
+        return searching(flavour)
 
     class Finetuning(flavour.callbacks.BaseFinetuning):
         def freeze_before_training(self, pl_module: Any) -> None:
@@ -166,3 +175,33 @@ def callback_of(kind: str, flavour: Any) -> Any:
                 self.unfreeze_and_add_param_group(pl_module.body, optimizer, lr=1e-3)
 
     return Finetuning()
+
+
+def searching(flavour: Any) -> Any:
+    """A search for the learning rate before the training, and one before its second epoch.
+
+    Where faults are injected, rank 1 is killed in the middle of the second search, once.
+    """
+
+    class Searching(flavour.callbacks.LearningRateFinder):
+        def __init__(self) -> None:
+            super().__init__(min_lr=1e-4, num_training_steps=12)
+
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            pl_module.lr = 1e-3
+
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                pl_module.on_train_start = partial(kill_once, trainer.global_rank)
+                self.lr_find(trainer, pl_module)
+                del pl_module.on_train_start
+
+    return Searching()
+
+
+def kill_once(rank: int, *_: Any) -> None:
+    """End rank 1 of a run that faults are injected into, if no process has ended so before."""
+    marker = Path("killed_in_a_search")
+    if os.environ.get(environment.FAULTS) and rank == 1 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -62,7 +62,8 @@ class Options:
     # compiled (layers into graphs, each before it is sharded)
     block: str = ""  # of a model that is not sharded: adapted (frozen, with low-rank layers), compiled:BACKEND,
     # following:HOW (a slow copy beside a layer)
-    callback: str = ""  # averaging (StochasticWeightAveraging), finetuning (a group for the body from epoch 1 on)
+    callback: str = ""  # averaging (StochasticWeightAveraging), finetuning (a group for the body from epoch 1 on),
+    # searching (LearningRateFinder before training and before epoch 1)
     thaw_at: int = 0  # step before which the first layers are frozen
     settings: str = "{}"  # a python dictionary of further arguments of the trainer; plugins by the name of their class
 
@@ -208,7 +209,7 @@ def model_class(flavour: Any, options: Options) -> Any:
 
         def on_train_epoch_end(self) -> None:
             self.log("seen", float(self.seen_batches))
-            self.log("outputs", torch.stack(self.outputs).sum())
+            self.log("outputs", sum(self.outputs, torch.zeros(())))
             self.log("mean", self.mean.compute())
             self.mean.reset()
             self.outputs.clear()

@@ -39,14 +39,6 @@ def test_a_usual_trainer_is_taken(flavour: str, tmp_path: Path) -> None:
     check_trainer(trainer)
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
-@pytest.mark.parametrize("name", ["LearningRateFinder", "BatchSizeFinder"])
-def test_finders_are_refused(name: str, flavour: str, tmp_path: Path) -> None:
-    callback = getattr(module(flavour, "callbacks"), name)()
-    with pytest.raises(OptionsError, match=rf"{name} trains before.*run it once with another strategy"):
-        check_trainer(trainer_with(tmp_path, flavour, (callback,)))
-
-
 def test_an_optimizer_that_shards_its_state_is_refused(tmp_path: Path) -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 

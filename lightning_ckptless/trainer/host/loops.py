@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lightning_ckptless.protocol.uneven import AtEnd, WhyEnded
@@ -295,6 +296,19 @@ class FitLoops:
             run: is given what would have run it.
         """
         override = Override(self.fit, "run", lambda: run(override.original))
+
+    @contextmanager
+    def without_overrides(self) -> Iterator[None]:
+        """Context in which the loops run as Lightning has them; their dataloaders are wrapped as before."""
+        replaced = {self.fit: ("run", "setup_data", "on_run_end"), self.epoch: ("advance", "on_advance_end")}
+        replaced[self.validation] = ("setup_data",)
+        there = [(loop, name) for loop, names in replaced.items() for name in names if name in vars(loop)]
+        held = [(loop, name, vars(loop).pop(name)) for loop, name in there]
+        try:
+            yield
+        finally:
+            for loop, name, override in held:
+                setattr(loop, name, override)
 
     def give_back(self) -> None:
         """Give the loops their own methods and dataloaders back."""
