@@ -5,15 +5,19 @@ Read at torch 2.13. Each has a test in `tests/test_torch_internals.py` that fail
 
 from __future__ import annotations
 
+import json
+import pickle
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from datetime import datetime
+from typing import Any, TypeVar
 
 import torch
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 from torch.distributed import Logger, Reducer, _register_comm_hook  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _world
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState
 from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader
@@ -23,6 +27,8 @@ from torch.utils.data.dataloader import (
     _MultiProcessingDataLoaderIter,
     _SingleProcessDataLoaderIter,
 )
+
+_T = TypeVar("_T")
 
 
 def version_counter(tensor: torch.Tensor) -> int:
@@ -182,17 +188,69 @@ def forget_worker_store(handler: Any) -> None:
     handler._shared_tcp_store_server = None
 
 
-def skip_first_delay(handler: Any) -> None:
-    """Have an elastic rendezvous begin with round 1.
+def rendezvous_state_to_json(pickled: bytes) -> bytes:
+    """The state of an elastic rendezvous as data.
 
-    Its agents wait at random, up to 0.3 s, for every meeting in round 0, which is that of the first recovery too. The
-    delay spreads the load of many nodes; where there is one, it only costs time.
+    Args:
+        pickled: as torch elastic has pickled it in this process; nothing from elsewhere.
     """
-    holder = handler._state_holder
-    holder.sync()
-    holder.state.round = 1
-    holder.mark_dirty()
-    holder.sync()
+    state: _RendezvousState = pickle.loads(pickled)
+    fields = {
+        "round": state.round,
+        "complete": state.complete,
+        "deadline": None if state.deadline is None else state.deadline.isoformat(),
+        "closed": state.closed,
+        "participants": [[_node_fields(node), rank] for node, rank in state.participants.items()],
+        "wait_list": [_node_fields(node) for node in sorted(state.wait_list)],
+        "redundancy_list": [_node_fields(node) for node in sorted(state.redundancy_list)],
+        "last_heartbeats": [[_node_fields(node), at.isoformat()] for node, at in state.last_heartbeats.items()],
+    }
+    assert fields.keys() == vars(state).keys(), f"a rendezvous state with the fields {sorted(vars(state))}"
+    return json.dumps(fields).encode()
+
+
+def _node_fields(node: _NodeDesc) -> list[Any]:
+    return [node.addr, node.pid, node.local_id]
+
+
+def rendezvous_state_from_json(text: bytes) -> bytes:
+    """The state of an elastic rendezvous as torch elastic pickles it, from data that anyone may have written.
+
+    Raises:
+        ValueError: it is no such state.
+    """
+    try:
+        fields = json.loads(text)
+        state = _RendezvousState()
+        state.round = _of_type(int, fields["round"])
+        state.complete = _of_type(bool, fields["complete"])
+        state.closed = _of_type(bool, fields["closed"])
+        state.deadline = None if fields["deadline"] is None else _time(fields["deadline"])
+        state.participants = {_node_of(node): _of_type(int, rank) for node, rank in fields["participants"]}
+        state.wait_list = {_node_of(node) for node in fields["wait_list"]}
+        state.redundancy_list = {_node_of(node) for node in fields["redundancy_list"]}
+        state.last_heartbeats = {_node_of(node): _time(at) for node, at in fields["last_heartbeats"]}
+    except (TypeError, LookupError, RecursionError) as error:
+        raise ValueError(f"no state of a rendezvous: {error!r}") from error
+    return pickle.dumps(state)
+
+
+def _node_of(fields: Any) -> _NodeDesc:
+    addr, pid, local_id = fields
+    return _NodeDesc(_of_type(str, addr), _of_type(int, pid), _of_type(int, local_id))
+
+
+def _time(text: Any) -> datetime:
+    at = datetime.fromisoformat(_of_type(str, text))
+    if at.tzinfo is None:
+        raise ValueError(f"a time without a time zone: {text!r}")
+    return at
+
+
+def _of_type(kind: type[_T], value: Any) -> _T:
+    if type(value) is not kind:
+        raise TypeError(f"expected {kind.__name__}, found {value!r}")
+    return value
 
 
 def is_this_machine(host: str) -> bool:

@@ -45,7 +45,7 @@ from lightning_ckptless.protocol.program_end import ProgramEnd, Stage, Starts, j
 from lightning_ckptless.protocol.recovery import RecoveryPlan, Rung, Situation, plan_recovery
 from lightning_ckptless.protocol.recovery_limits import RecoveryHistory, RecoveryLimits, why_no_recovery
 from lightning_ckptless.protocol.uneven import find_uneven, out_of_data
-from lightning_ckptless.torch_internals import forbid_restarts, forget_worker_store
+from lightning_ckptless.torch_internals import forbid_restarts
 
 Record = Callable[..., None]
 
@@ -196,7 +196,6 @@ class CkptlessAgent(LocalElasticAgent):
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         handler = worker_group.spec.rdzv_handler
-        forget_worker_store(handler)
         super()._rendezvous(worker_group)
         group_rank: int | None = worker_group.group_rank
         self._meeting_store = worker_store(worker_group)

@@ -16,7 +16,6 @@ from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsSpecs, Std
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from lightning_ckptless import environment
 from lightning_ckptless.console import CONSOLE
@@ -25,10 +24,10 @@ from lightning_ckptless.membership.agent import CkptlessAgent, Node
 from lightning_ckptless.membership.guarded import GuardedAgent
 from lightning_ckptless.membership.launch import LaunchConfig, Outcome
 from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.rendezvous import one_machine, several_machines
 from lightning_ckptless.membership.route import Route
 from lightning_ckptless.membership.signals import AskedToEnd
 from lightning_ckptless.protocol.meeting import MeetingPlace
-from lightning_ckptless.torch_internals import skip_first_delay
 
 # A replacement machine may take long to boot. A lost node shall be known after 6 s, and a busy one not taken for lost.
 _RENDEZVOUS_DEFAULTS = {
@@ -167,26 +166,8 @@ def _base_env(config: LaunchConfig) -> dict[str, str]:
 
 @contextmanager
 def _rendezvous(config: LaunchConfig, place: MeetingPlace | None) -> Iterator[RendezvousHandler]:
-    least, most = config.node_range
-    alone = most == 1 and not config.rdzv_endpoint
-    settings: dict[str, Any] = {**_RENDEZVOUS_DEFAULTS, **({"is_host": True} if alone else {}), **config.rdzv_conf}
-    if place is not None:
-        settings["is_host"] = place.hosts
-    parameters = RendezvousParameters(
-        backend="c10d",
-        endpoint="127.0.0.1:0" if alone else place.endpoint if place is not None else config.rdzv_endpoint,
-        run_id=config.run_id,
-        min_nodes=least,
-        max_nodes=most,
-        local_addr=config.local_addr or ("127.0.0.1" if alone else None),
-        **settings,
-    )
-    try:
-        handler = get_rendezvous_handler(parameters)
-    except RendezvousError as error:
-        raise LaunchError(_no_meeting(config, error)) from error
-    if alone:
-        skip_first_delay(handler)
+    alone = _is_alone(config)
+    handler = _handler_alone(config) if alone else _handler_among_others(config, place)
     asked_to_end = False
     try:
         yield handler
@@ -197,6 +178,31 @@ def _rendezvous(config: LaunchConfig, place: MeetingPlace | None) -> Iterator[Re
         # Closed, the rendezvous is over for all. Where only this node is to end, another may come in its place.
         if alone or not asked_to_end:
             handler.shutdown()
+
+
+def _is_alone(config: LaunchConfig) -> bool:
+    """Whether no other agent can take part: there is one node, and no port that another process could know."""
+    ports = {endpoint.rpartition(":")[2] for endpoint in config.endpoints}
+    return config.node_range[1] == 1 and ports <= {"0"}
+
+
+def _handler_alone(config: LaunchConfig) -> RendezvousHandler:
+    settings = {**_RENDEZVOUS_DEFAULTS, **config.rdzv_conf}
+    return one_machine(config.run_id, int(settings["keep_alive_interval"]), int(settings["keep_alive_max_attempt"]))
+
+
+def _handler_among_others(config: LaunchConfig, place: MeetingPlace | None) -> RendezvousHandler:
+    least, most = config.node_range
+    settings: dict[str, Any] = {**_RENDEZVOUS_DEFAULTS, **config.rdzv_conf}
+    if place is not None:
+        settings["is_host"] = place.hosts
+    endpoint = config.rdzv_endpoint if place is None else place.endpoint
+    try:
+        return several_machines(
+            RendezvousParameters("c10d", endpoint, config.run_id, least, most, config.local_addr, **settings)
+        )
+    except (RendezvousError, ValueError) as error:
+        raise LaunchError(_no_meeting(config, error)) from error
 
 
 @contextmanager
