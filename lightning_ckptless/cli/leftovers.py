@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 from lightning_ckptless.replica import facts as arena_facts
 from lightning_ckptless.replica.arena import find_arenas
+from lightning_ckptless.replica.space import taken_bytes
 
 Leftover = tuple[Path, int]
 
@@ -47,8 +50,14 @@ def remove_leftover(path: Path) -> bool:
 
 def _arena_folders(folder: Path) -> list[Path]:
     """Folders of this user that say that they are arenas, whatever their format."""
-    named = folder.glob(f"{arena_facts.FOLDER_PREFIX}*")
-    return [path for path in named if path.is_dir() and path.stat().st_uid == os.getuid() and arena_facts.exists(path)]
+    found = []
+    for path in folder.glob(f"{arena_facts.FOLDER_PREFIX}*"):
+        # A run removes its own at any time.
+        with suppress(FileNotFoundError):
+            facts = path.lstat()
+            if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and arena_facts.exists(path):
+                found.append(path)
+    return found
 
 
 def _owner_lives(path: Path) -> bool:
@@ -63,4 +72,4 @@ def _owner_lives(path: Path) -> bool:
 
 
 def _size(path: Path) -> int:
-    return sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
+    return sum(taken_bytes(file) for file in path.rglob("*") if file.is_file())

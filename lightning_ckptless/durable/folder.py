@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ckptless.errors import DurableError, OptionsError
+from lightning_ckptless.private_files import behind_own_link, require_private, require_private_files
 from lightning_ckptless.protocol.durable import DurableState, state_name, version_of
 from lightning_ckptless.protocol.versions import Snapshot, Version
 
@@ -79,12 +80,10 @@ class Manifest:
         """The manifest of a state's folder.
 
         Raises:
-            DurableError: the folder is no state that can be read, or is another user's.
+            DurableError: the folder is no state that can be read, or another user may have written to it.
         """
         try:
-            found = state.stat()
-            if found.st_uid != os.getuid():
-                raise DurableError(f"{state}: expected a folder of user {os.getuid()}, found one of {found.st_uid}")
+            require_private_files(state)
             fields = json.loads((state / _MANIFEST).read_bytes())
             if (number := fields.pop("format", None)) != FORMAT:
                 raise DurableError(f"{state}: a durable state of format {number}, expected {FORMAT}")
@@ -94,6 +93,8 @@ class Manifest:
             return cls(snapshot=Snapshot(**snapshot), shards=shards, **fields)
         except DurableError:
             raise
+        except PermissionError as error:
+            raise DurableError(str(error)) from error
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DurableError(f"{state}: not a durable state that can be read: {error!r}") from error
 
@@ -116,13 +117,15 @@ class DurableFolder:
         """Refuse a folder that holds something else; makes nothing.
 
         Raises:
-            OptionsError: it is a file, another user's, of another format, or holds what is not ours.
+            OptionsError: it is a file, of another user or another format, open to other users, or holds what is not
+                ours.
         """
         try:
-            if not self.path.exists():
+            if not os.path.lexists(self.path):
                 return
             if not self.path.is_dir():
                 raise OptionsError(f"durable_dir={str(self.path)!r} is no folder: name one that is empty or missing")
+            require_private(behind_own_link(self.path))
             if (marker := self.path / MARKER).exists():
                 number = json.loads(marker.read_bytes()).get("format")
                 if number != FORMAT:
@@ -132,6 +135,8 @@ class DurableFolder:
                     )
                 return
             strangers = sorted(path.name for path in self.path.iterdir())
+        except PermissionError as error:
+            raise OptionsError(f"durable_dir={str(self.path)!r} is not safe: {error}; or name a new folder") from error
         except (OSError, ValueError, AttributeError) as error:
             raise OptionsError(f"durable_dir={str(self.path)!r} cannot be read: {error}: name another one") from error
         if strangers:

@@ -26,6 +26,7 @@ from lightning_ckptless.durable.capture import ShardCopy
 from lightning_ckptless.durable.folder import ShardFacts, write_synced
 from lightning_ckptless.durable.store import write_shards
 from lightning_ckptless.errors import DurableError
+from lightning_ckptless.private_files import require_private_files
 from lightning_ckptless.protocol.durable import state_name, version_of
 from lightning_ckptless.protocol.versions import Snapshot, Version
 from lightning_ckptless.replica.layout import Layout
@@ -67,6 +68,7 @@ class Parts:
             OSError, RuntimeError: they cannot be written.
         """
         self.path.mkdir(mode=0o700, exist_ok=True)
+        require_private_files(self.path)
         results = write_shards(layout, shards, self.path)
         facts = {s: ShardFacts(copy.bulk.numel(), len(copy.blob), copy.checksum) for s, copy in shards.items()}
         name = f"{_PART}{min(shards):04d}.bin"
@@ -82,13 +84,15 @@ class Parts:
         """All parts that are there, as one.
 
         Raises:
-            DurableError: the folder is another user's.
+            DurableError: another user may have written to the folder.
         """
         whole = Part({}, {})
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return whole
-        if (owner := self.path.stat().st_uid) != os.getuid():
-            raise DurableError(f"{self.path}: expected a folder of user {os.getuid()}, found one of {owner}")
+        try:
+            require_private_files(self.path)
+        except PermissionError as error:
+            raise DurableError(str(error)) from error
         for path in sorted(self.path.glob(f"{_PART}*.bin")):
             part: Part = pickle.loads(path.read_bytes())
             whole.facts.update(part.facts)

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from lightning_ckptless.errors import ArenaError
+from lightning_ckptless.private_files import require_private
 from lightning_ckptless.protocol.versions import Replica
 from lightning_ckptless.replica import facts as arena_facts
 from lightning_ckptless.replica.checksum import bytes_of, matches
@@ -89,26 +91,41 @@ class Arena:
             ArenaError: the folder cannot be made, or belongs to another user, or to a live process other than `owner`.
         """
         path = arena_facts.folder_of(arena_dir, run_id, node)
+        facts = Facts(run_id, node, owner, time.time(), origin)
+        while not cls._claim(path, facts):
+            pass
+        return cls.attach(path)
+
+    @staticmethod
+    def _claim(path: Path, mine: Facts) -> bool:
+        """Make the folder ours; returns False where another job has removed it meanwhile, as one of a dead run."""
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                # Before anything is locked or written: another user may have made a folder or a link of this name.
+                require_private(path)
         except OSError as error:
             raise ArenaError(f"{path}: cannot make the arena: {error}: set arena_dir= to a writable folder") from error
-        with arena_facts.locked(path, wait=True):
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(arena_facts.locked(path, wait=True))
+            except FileNotFoundError:
+                return False
             if not arena_facts.exists(path):
                 try:
-                    Facts(run_id, node, owner, time.time(), origin).write(path)
+                    mine.write(path)
                 except BaseException:
                     # A folder without facts is no arena: nothing that looks for arenas would ever remove it.
                     shutil.rmtree(path, ignore_errors=True)
                     raise
-            elif (facts := Facts.read(path)).owner != owner:
+            elif (facts := Facts.read(path)).owner != mine.owner:
                 if facts.owner.alive():
                     raise ArenaError(
-                        f"{path}: run {run_id!r} on node {node!r} belongs to the live process {facts.owner.pid}, "
-                        f"not to {owner.pid}: start this one under another run id"
+                        f"{path}: run {mine.run_id!r} on node {mine.node!r} belongs to the live process "
+                        f"{facts.owner.pid}, not to {mine.owner.pid}: start this one under another run id"
                     )
-                replace(facts, owner=owner).write(path)
-        return cls.attach(path)
+                replace(facts, owner=mine.owner).write(path)
+        return True
 
     @classmethod
     def attach(cls, path: Path) -> Arena:
@@ -133,10 +150,33 @@ class Arena:
         Raises:
             ArenaError: the file system has too little free space.
         """
-        paths = [self.path / str(SlotName.of(shard, keeper, layout, index)) for index in (0, 1)]
-        require_room(paths, slot_file_bytes(bulk_bytes), self.path)
+        paths = self._slot_paths(shard, keeper, layout)
+        require_room(dict.fromkeys(paths, slot_file_bytes(bulk_bytes)), self.path)
         first = self._open(paths[0], bulk_bytes)
         return first, self._open(paths[1], bulk_bytes)
+
+    def require_room_for(self, shelves: Iterable[tuple[int, int]], layout: Layout) -> None:
+        """Refuse to begin where the slots of all ranks of this node do not fit together.
+
+        Each rank asks before it makes its own. Otherwise every one of them would find room for itself, and the last
+        ones would fail halfway.
+
+        Args:
+            shelves: (shard, keeper) of each, of all ranks of the node.
+            layout: how the state is cut.
+
+        Raises:
+            ArenaError: with the bytes needed, the bytes free, and what to do.
+        """
+        sizes = {
+            path: slot_file_bytes(layout.bulk_bytes(shard))
+            for shard, keeper in shelves
+            for path in self._slot_paths(shard, keeper, layout.digest)
+        }
+        require_room(sizes, self.path)
+
+    def _slot_paths(self, shard: int, keeper: int, layout: str) -> list[Path]:
+        return [self.path / str(SlotName.of(shard, keeper, layout, index)) for index in (0, 1)]
 
     def _open(self, path: Path, bulk_bytes: int) -> Slot:
         slot = Slot(path, self.run_id, bulk_bytes)
@@ -328,7 +368,8 @@ def find_arenas(arena_dir: Path, run_id: str | None = None) -> tuple[ArenaInfo, 
     for path in sorted(arena_dir.glob(f"{arena_facts.FOLDER_PREFIX}*")):
         try:
             info = _info(path, Facts.read(path))
-        except ArenaError:
+        except (ArenaError, FileNotFoundError):
+            # No arena, or one that its run has just removed.
             continue
         if run_id in (None, info.run_id):
             found.append(info)
@@ -388,9 +429,9 @@ def reclaim(arena_dir: Path, *, now: float, keep_s: float) -> tuple[Path, ...]:
     """
     removed = []
     for info in find_arenas(arena_dir):
-        if info.owner_alive or now - _last_used_at(info.path) <= keep_s:
-            continue
         try:
+            if info.owner_alive or now - _last_used_at(info.path) <= keep_s:
+                continue
             with arena_facts.locked(info.path, wait=False) as held:
                 if held and not Facts.read(info.path).owner.alive():
                     shutil.rmtree(info.path, ignore_errors=True)
@@ -401,5 +442,9 @@ def reclaim(arena_dir: Path, *, now: float, keep_s: float) -> tuple[Path, ...]:
 
 
 def _last_used_at(path: Path) -> float:
-    times = [path.stat().st_mtime, *(file.stat().st_mtime for file in path.iterdir())]
+    times = [path.stat().st_mtime]
+    for file in path.iterdir():
+        # A small file is replaced by another one of its name at any time.
+        with suppress(FileNotFoundError):
+            times.append(file.stat().st_mtime)
     return max(times)

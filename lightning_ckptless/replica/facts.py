@@ -5,16 +5,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import stat
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
 from lightning_ckptless.errors import ArenaError
+from lightning_ckptless.private_files import open_own_folder, require_private
 from lightning_ckptless.replica.owner import Owner
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
@@ -56,15 +56,16 @@ class Facts:
             ArenaError: the folder is no arena, belongs to another user or has another format.
         """
         try:
-            found = folder.lstat()
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-                raise ArenaError(f"{folder}: expected a folder of user {os.getuid()}, found one of user {found.st_uid}")
-            fields = json.loads((folder / _FACTS).read_bytes())
+            with open_own_folder(folder) as handle:
+                require_private(folder, os.fstat(handle))
+                fields = json.loads(_read(_FACTS, handle))
             if (number := fields.pop("format", None)) != FORMAT:
                 raise ArenaError(f"{folder}: arena format {number}, expected {FORMAT}: remove it with `ckptless clean`")
             return cls(owner=Owner(**fields.pop("owner")), **fields)
         except ArenaError:
             raise
+        except PermissionError as error:
+            raise ArenaError(str(error)) from error
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ArenaError(f"{folder}: not an arena that can be read: {error!r}") from error
 
@@ -89,34 +90,54 @@ def locked(folder: Path, *, wait: bool) -> Iterator[bool]:
 
     Yields:
         Whether the lock is held; False only without waiting.
+
+    Raises:
+        ArenaError: the folder is another user's.
+        OSError: there is none, or none any more; or the path is a link or a file.
     """
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-    finally:
-        os.close(handle)
+            handle = stack.enter_context(open_own_folder(folder))
+        except PermissionError as error:
+            raise ArenaError(str(error)) from error
+        is_held = _lock(handle, wait=wait)
+        if is_held and not os.path.samestat(os.fstat(handle), folder.lstat()):
+            raise FileNotFoundError(f"{folder}: was replaced while its lock was awaited")
+        yield is_held
+
+
+def _lock(handle: int, *, wait: bool) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _read(name: str, folder: int) -> bytes:
+    with os.fdopen(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder), "rb") as file:
+        return file.read()
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Put a small file in place at once: a reader sees the old content or the new, never a part.
 
     Raises:
-        ArenaError: it cannot be written.
+        ArenaError: it cannot be written, or its folder is another user's.
     """
-    draft = None
+    draft = f".{path.name}.{uuid.uuid4().hex[:8]}"
     try:
-        handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(draft, path)
+        with open_own_folder(path.parent) as folder:
+            try:
+                handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder)
+                with os.fdopen(handle, "wb") as file:
+                    file.write(content)
+                os.replace(draft, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+            except OSError:
+                with suppress(FileNotFoundError):
+                    os.unlink(draft, dir_fd=folder)
+                raise
     except OSError as error:
-        if draft is not None:
-            Path(draft).unlink(missing_ok=True)
         raise ArenaError(f"{path}: cannot write {len(content)} bytes: {error}") from error
 
 

@@ -11,6 +11,7 @@ pre-faulted: the first touch of a page costs ten times the copy into it.
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -26,6 +27,7 @@ import torch
 from lightning_ckptless.errors import ArenaError
 from lightning_ckptless.protocol.slots import SlotEvent, SlotView, advance
 from lightning_ckptless.protocol.versions import SlotState, Snapshot, Version
+from lightning_ckptless.replica.space import MAKE_ROOM
 
 FORMAT = 1
 HEADER_BYTES = 4096
@@ -219,7 +221,8 @@ class Slot:
                 raise
         except OSError as error:
             needed_bytes = slot_file_bytes(bulk_bytes)
-            raise ArenaError(f"{path}: cannot reserve a slot of {needed_bytes} bytes: {error}") from error
+            fix = f": {MAKE_ROOM}" if error.errno == errno.ENOSPC else ""
+            raise ArenaError(f"{path}: cannot reserve a slot of {needed_bytes} bytes: {error}{fix}") from error
         self.header = SlotHeader.decode(os.pread(self._fd, HEADER_BYTES, 0))
 
     @property

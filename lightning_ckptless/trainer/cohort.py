@@ -50,6 +50,11 @@ class Cohort:
         return self.transport.world_size
 
     @property
+    def ranks_of_node(self) -> tuple[int, ...]:
+        """The ranks that share this one's arena."""
+        return tuple(rank for rank, node in enumerate(self.nodes) if node == self.nodes[self.rank])
+
+    @property
     def speaks_for_node(self) -> bool:
         """Whether this rank is the one of its node that writes notes."""
         return is_first_of_node(local_rank())

@@ -332,14 +332,18 @@ class Mirroring:
             self._mirror.close()
         if cohort.speaks_for_node:
             cohort.arena.write_layout(layout)
+        ranks, placement = cohort.ranks_of_node, cohort.placement
+        cohort.arena.require_room_for(
+            ((shard, rank) for rank in ranks for shard in (rank, *placement.wards(rank))), layout
+        )
         self._mirror = Mirror(
             arena=cohort.arena,
             layout=layout,
-            placement=cohort.placement,
+            placement=placement,
             transport=cohort.transport,
             generation=cohort.generation,
             checksum=self._options.checksum,
-            threads=threads_of_a_rank(cohort.nodes.count(cohort.nodes[cohort.rank]), beside_training=True),
+            threads=threads_of_a_rank(len(ranks), beside_training=True),
             committed=committed,
             probe=self._probe,
             staging=self._options.staging,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from lightning_ckptless.durable.capture import Captured
 from lightning_ckptless.durable.folder import MARKER, DurableFolder, Manifest, write_manifest
+from lightning_ckptless.durable.parts import Parts
 from lightning_ckptless.errors import DurableError, OptionsError
 from lightning_ckptless.protocol.versions import Version
 from tests.durable.conftest import manifest_of
+from tests.outsider import call_as_another_user, needs_another_user, open_to_all
 
 FIRST, SECOND = Version(10, True), Version(20, False)
 
@@ -107,3 +110,95 @@ def test_a_manifest_that_cannot_be_read_hides_its_state(text: str, captured: Cap
     assert [path.name for path, _ in folder.states()] == ["step-0000000020-before-tail"]
     with pytest.raises(DurableError):
         Manifest.read(folder.path / "step-0000000010")
+
+
+# ------------------------------------------------------------------ other users
+
+STATE = "step-0000000010"
+
+
+@needs_another_user
+@pytest.mark.parametrize("planted", ["folder", "link", "file"])
+def test_a_state_that_another_user_has_planted_is_not_read(planted: str, captured: Captured, tmp_path: Path) -> None:
+    """The demonstrated case: a link that a group member has put into the folder, to a state made for the occasion."""
+    durable = open_to_all(tmp_path / "durable")
+    elsewhere = folder_with(tmp_path / "elsewhere", manifest_of(captured), FIRST).path / STATE
+
+    def plant() -> None:
+        if planted == "link":
+            (durable / STATE).symlink_to(elsewhere)
+        elif planted == "folder":
+            (durable / STATE).mkdir()
+        else:
+            (durable / STATE / ".metadata").write_bytes(b"anything")
+
+    if planted == "file":
+        part = DurableFolder(durable).begin(FIRST)
+        write_manifest(part, manifest_of(captured))
+        part.rename(durable / STATE)
+        (durable / STATE).chmod(0o777)
+    call_as_another_user(plant)
+    if planted == "file":
+        (durable / STATE).chmod(0o700)
+    with pytest.raises(DurableError, match=r"symbolic link|found one of user 65534"):
+        Manifest.read(durable / STATE)
+    assert DurableFolder(durable).states() == []
+    with pytest.raises(OptionsError, match=r"is not safe.*chmod go-w"):
+        DurableFolder(durable).require_ours()
+
+
+@pytest.mark.parametrize("name", [".", "state.json"])
+def test_a_state_that_others_may_write_to_is_not_read(name: str, captured: Captured, tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "durable", manifest_of(captured), FIRST)
+    path = folder.path / STATE / name
+    (folder.path / STATE).chmod(0o711)
+    path.chmod(path.stat().st_mode | 0o020)
+    with pytest.raises(DurableError, match=r"found mode 0\d\d\d.*chmod go-w"):
+        Manifest.read(folder.path / STATE)
+    path.chmod(path.stat().st_mode & ~0o020)
+    assert len(folder.states()) == 1
+
+
+def test_the_umask_of_a_group_is_borne(captured: Captured, tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        folder = folder_with(tmp_path / "durable", manifest_of(captured), FIRST)
+    finally:
+        os.umask(before)
+    assert (folder.path / STATE / "state.json").stat().st_mode & 0o020
+    folder.require_ours()
+    assert len(folder.states()) == 1
+
+
+def test_a_link_to_the_durable_folder_may_be_the_users_own(captured: Captured, tmp_path: Path) -> None:
+    folder_with(tmp_path / "durable", manifest_of(captured), FIRST)
+    (link := tmp_path / "link").symlink_to("durable")
+    folder = DurableFolder(link)
+    folder.prepare()
+    assert len(folder.states()) == 1
+    (tmp_path / "durable").chmod(0o777)
+    with pytest.raises(OptionsError, match="is not safe"):
+        folder.prepare()
+
+
+@needs_another_user
+def test_a_link_of_another_user_is_no_durable_folder(tmp_path: Path) -> None:
+    shared, own = open_to_all(tmp_path / "shared"), tmp_path / "own"
+    own.mkdir(mode=0o700)
+    call_as_another_user(lambda: (shared / "durable").symlink_to(own))
+    with pytest.raises(OptionsError, match=r"is not safe.*symbolic link"):
+        DurableFolder(shared / "durable").prepare()
+    assert list(own.iterdir()) == []
+
+
+@needs_another_user
+def test_parts_that_another_user_has_planted_are_not_read(captured: Captured, tmp_path: Path) -> None:
+    shared, elsewhere = open_to_all(tmp_path / "durable"), tmp_path / "elsewhere"
+    parts, planted = Parts(shared, captured.snapshot), tmp_path / "elsewhere" / "part-0000.bin"
+    elsewhere.mkdir(mode=0o700)
+    planted.write_bytes(b"not even a part")
+    call_as_another_user(lambda: parts.path.symlink_to(elsewhere))
+    for touch in (parts.read, lambda: parts.write(captured.layout, {})):
+        with pytest.raises((DurableError, PermissionError), match="symbolic link"):
+            touch()
+    assert list(elsewhere.iterdir()) == [planted]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,13 +17,16 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_ckptless.cli.leftovers import find_leftovers
 from lightning_ckptless.errors import ArenaError
 from lightning_ckptless.protocol.versions import SlotState, Version
 from lightning_ckptless.replica.arena import Arena, Owner, adopt, default_arena_dir, find_arenas, reclaim
 from lightning_ckptless.replica.checksum import bytes_of, digest
 from lightning_ckptless.replica.description import describe
+from lightning_ckptless.replica.facts import locked, write_note
 from lightning_ckptless.replica.partition import plan_layout
 from lightning_ckptless.replica.slot import HEADER_BYTES, Slot, Stamp
+from tests.outsider import call_as_another_user, needs_another_user, open_to_all
 
 
 @pytest.fixture
@@ -365,3 +370,125 @@ def test_a_new_version_may_follow_in_a_slot(written: Arena, stamp: Stamp) -> Non
     write(slot, later, torch.ones(1000, dtype=torch.uint8), b"longer small state than before")
     (after,) = written.inventory()
     assert after.version == Version(5, True) and written.verify(after) and not written.verify(replica)
+
+
+# ------------------------------------------------------------------ other users, and other jobs
+
+
+@needs_another_user
+@pytest.mark.parametrize("planted", ["folder", "link"])
+def test_what_another_user_has_made_in_its_place_is_neither_locked_nor_written(
+    planted: str, tmp_path: Path, owner: Owner
+) -> None:
+    shared, own = open_to_all(tmp_path / "shm"), tmp_path / "own"
+    own.mkdir(mode=0o700)
+    path = shared / "ckptless-run-node"
+
+    def plant() -> None:
+        path.symlink_to(own) if planted == "link" else path.mkdir(mode=0o777)
+
+    call_as_another_user(plant)
+    with pytest.raises(ArenaError, match=r"symbolic link|found one of user 65534") as caught:
+        Arena.create(shared, "run", "node", owner)
+    assert "set arena_dir=" in str(caught.value)
+    assert list(own.iterdir()) == [] and list(path.iterdir()) == []
+    assert find_arenas(shared) == () and reclaim(shared, now=time.time() + 1e6, keep_s=0) == ()
+
+
+@needs_another_user
+def test_the_lock_of_another_users_folder_is_not_waited_for(tmp_path: Path, owner: Owner) -> None:
+    shared = open_to_all(tmp_path / "shm")
+    path = shared / "ckptless-run-node"
+    call_as_another_user(lambda: path.mkdir(mode=0o777))
+    handle = os.open(path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(ArenaError, match="65534"):
+            Arena.create(shared, "run", "node", owner)
+    finally:
+        os.close(handle)
+
+
+def test_an_arena_that_others_may_write_to_is_refused(arena: Arena) -> None:
+    arena.path.chmod(0o770)
+    with pytest.raises(ArenaError, match=r"found mode 0770.*chmod go-w"):
+        Arena.attach(arena.path)
+    assert find_arenas(arena.path.parent) == ()
+
+
+def test_a_small_file_is_not_written_through_a_link(arena: Arena, tmp_path: Path) -> None:
+    (link := tmp_path / "link").symlink_to(arena.path)
+    with pytest.raises(ArenaError):
+        write_note(link, "name", 1)
+    assert arena.notes() == {}
+
+
+def test_an_arena_that_another_job_reclaims_meanwhile_is_made_again(tmp_path: Path, owner: Owner, dead: Owner) -> None:
+    orphan = Arena.create(tmp_path, "run", "node", dead)
+    with ThreadPoolExecutor(1) as pool:
+        with locked(orphan.path, wait=True):
+            made = pool.submit(Arena.create, tmp_path, "run", "node", owner)
+            while not waits_for_lock(orphan.path):
+                pass
+            orphan.remove()
+        assert made.result(timeout=20).path.exists()
+    (info,) = find_arenas(tmp_path)
+    assert info.owner == owner
+
+
+def waits_for_lock(path: Path) -> bool:
+    """Whether somebody waits for the lock of a file."""
+    inode = f":{path.stat().st_ino} "
+    return any("->" in line and inode in line for line in Path("/proc/locks").read_text().splitlines())
+
+
+def test_looking_for_arenas_survives_that_others_remove_theirs(tmp_path: Path, owner: Owner, dead: Owner) -> None:
+    over = threading.Event()
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            arena = Arena.create(tmp_path, "run", "comes-and-goes", dead)
+            arena.note("name", 1)
+            arena.remove()
+
+    Arena.create(tmp_path, "run", "stays", owner)
+    with ThreadPoolExecutor(2) as pool:
+        job = pool.submit(come_and_go)
+        try:
+            for _ in range(200):
+                assert "stays" in {info.node for info in find_arenas(tmp_path)}
+                reclaim(tmp_path, now=time.time(), keep_s=1e6)
+                find_leftovers(tmp_path, None)
+        finally:
+            over.set()
+        job.result(timeout=20)
+
+
+# ------------------------------------------------------------------ room
+
+
+def test_the_slots_of_all_ranks_of_a_node_have_to_fit_together(arena: Arena) -> None:
+    disk = os.statvfs(arena.path)
+    each = disk.f_bavail * disk.f_frsize * 2 // 5
+    state = {"weight": torch.empty(each, dtype=torch.uint8, device="meta")}
+    layout = plan_layout([describe(state, replicated=False)] * 2)
+    arena.require_room_for([(0, 0)], layout)
+    with pytest.raises(ArenaError, match=r"4 slots need \d+ more bytes, but \d+ are free.*arena_dir="):
+        arena.require_room_for([(0, 0), (1, 1)], layout)
+
+
+@needs_another_user
+def test_the_temporary_folder_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shared = open_to_all(tmp_path / "tmp")
+    monkeypatch.delenv("CKPTLESS_ARENA_DIR", raising=False)
+    monkeypatch.setattr("lightning_ckptless.replica.space.SHARED_MEMORY", tmp_path / "none")
+    monkeypatch.setattr("tempfile.tempdir", str(shared))
+    planted = shared / f"ckptless-arenas-{os.getuid()}"
+
+    def plant() -> None:
+        planted.mkdir()
+        planted.chmod(0o777)
+
+    call_as_another_user(plant)
+    with pytest.raises(ArenaError, match=r"found one of user 65534.*arena_dir="):
+        default_arena_dir()
