@@ -1,4 +1,4 @@
-"""`ckptless clean`: removes shared memory that nobody needs any more."""
+"""`ckptless clean`: removes shared memory and temporary folders that no run needs any more."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ def clean(
     arena_dir: Annotated[Path | None, typer.Option(help="Folder of the shared memory (default: /dev/shm).")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
 ) -> None:
-    """Remove the arenas of runs whose agents are gone. Arenas of live runs stay.
+    """Remove the arenas of runs whose agents are gone, and temporary folders of agents that were killed.
+
+    What belongs to live runs stays. With the id of a run, only its arenas are removed.
 
     * `ckptless clean --dry-run`
     * `ckptless clean 20250131-120000-3fa2`
@@ -23,6 +25,7 @@ def clean(
     from rich.filesize import decimal
 
     from lightning_ckptless.cli.leftovers import find_leftovers, remove_leftover
+    from lightning_ckptless.membership.scratch import find_abandoned, remove_abandoned
     from lightning_ckptless.replica.arena import default_arena_dir
 
     folder = arena_dir or default_arena_dir()
@@ -34,6 +37,12 @@ def clean(
             typer.echo(f"{'would remove' if dry_run else 'removed'} {path} ({decimal(size_bytes)})")
         else:
             typer.echo(f"kept {path}: somebody has just taken it over")
-    if not leftovers and not alive:
+    scratch = find_abandoned() if run is None else []
+    for path in scratch:
+        if dry_run or remove_abandoned(path):
+            typer.echo(
+                f"{'would remove' if dry_run else 'removed'} {path}: temporary files of an agent that was killed"
+            )
+    if not leftovers and not alive and not scratch:
         typer.echo(f"no arenas {'of ' + run if run else ''} in {folder}".replace("  ", " "))
     raise typer.Exit(1 if run is not None and alive else 0)

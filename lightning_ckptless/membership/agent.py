@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +19,6 @@ from typing import Any
 from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from lightning_ckptless import environment
@@ -33,11 +31,13 @@ from lightning_ckptless.membership.forks import Forks
 from lightning_ckptless.membership.hangs import HangWatch, LateExits
 from lightning_ckptless.membership.hydra import FIRST_WAIT_S, imports_hydra
 from lightning_ckptless.membership.in_place import InPlace
+from lightning_ckptless.membership.logs import LogFiles
 from lightning_ckptless.membership.parent import End, PreloadedParent
 from lightning_ckptless.membership.process import Process
 from lightning_ckptless.membership.program import Program
 from lightning_ckptless.membership.regrouping import Regroupings
 from lightning_ckptless.membership.rounds import line_prefixes, number_generations, variables_of, worker_store
+from lightning_ckptless.membership.scratch import ScratchFolder
 from lightning_ckptless.membership.signals import AskedToEnd
 from lightning_ckptless.membership.verdict import Verdict, final_verdict, take_begun, take_verdicts
 from lightning_ckptless.membership.workers import Workers
@@ -128,11 +128,12 @@ class CkptlessAgent(LocalElasticAgent):
         spec: WorkerSpec,
         node: Node,
         parent: PreloadedParent,
-        logs_specs: LogsSpecs,
+        logs_specs: LogFiles,
         record: Record,
         after: CkptlessAgent | None = None,
     ) -> None:
         super().__init__(spec, logs_specs)
+        self._log_files = logs_specs
         self.faults: list[FaultReport] = [] if after is None else after.faults_with_the_place_lost()
         self.exit_code = 0
         self.has_given_up = False
@@ -148,8 +149,8 @@ class CkptlessAgent(LocalElasticAgent):
         self._hydra: str = "" if after is None else after._hydra
         self._lost_at = 0.0
         self._failed_at = 0.0
-        self._verdict_folder = tempfile.TemporaryDirectory(prefix="ckptless-verdicts-")
-        self._folder = Path(self._verdict_folder.name)
+        self._scratch = ScratchFolder("verdicts")
+        self._folder = self._scratch.path
         self._hangs = HangWatch(self._folder, record, CONSOLE.say)
         self._late_exits = LateExits(self._folder, node.exit_grace_s)
         where = Surroundings(lambda: self._parent, node.env, node.cwd, node.program.flags, node.fresh)
@@ -190,7 +191,7 @@ class CkptlessAgent(LocalElasticAgent):
     def close(self) -> None:
         """Release what the agent has made for itself."""
         self._forks.close()
-        self._verdict_folder.cleanup()
+        self._scratch.remove()
 
     # ---------------------------------------------------------------- starting workers
 
@@ -258,7 +259,7 @@ class CkptlessAgent(LocalElasticAgent):
             environment.AGENT: str(os.getpid()),
             environment.NODE: self._node.name,
             environment.SPAWNED_AT: repr(time.time()),
-            environment.VERDICT_DIR: self._verdict_folder.name,
+            environment.VERDICT_DIR: str(self._folder),
         }
         if self._hydra:
             env[environment.HYDRA] = self._hydra
@@ -499,6 +500,8 @@ class CkptlessAgent(LocalElasticAgent):
     def _put_down(self, fault: FaultReport) -> None:
         self.faults.append(fault)
         self._record("fault", node=self._node.name, **fault.fields())
+        if full := self._log_files.why_full():
+            CONSOLE.say(full)
 
     def _current_workers(self) -> Workers:
         assert isinstance(self._pcontext, Workers)

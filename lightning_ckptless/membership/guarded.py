@@ -7,12 +7,12 @@ from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
-from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
 from lightning_ckptless.console import CONSOLE
 from lightning_ckptless.membership.agent import CkptlessAgent, Node, Record
 from lightning_ckptless.membership.heartbeat import Heartbeat
+from lightning_ckptless.membership.logs import LogFiles
 from lightning_ckptless.membership.moving import MovingAgent
 from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.protocol.heartbeat import Bound, CutOff, NodesLost
@@ -34,7 +34,7 @@ class GuardedAgent(MovingAgent):
         spec: WorkerSpec,
         node: Node,
         parent: PreloadedParent,
-        logs_specs: LogsSpecs,
+        logs_specs: LogFiles,
         record: Record,
         after: CkptlessAgent | None = None,
     ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import WorkerSpec
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsSpecs, Std
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
 
@@ -23,6 +21,7 @@ from lightning_ckptless.errors import LaunchError, UnfitNodeError
 from lightning_ckptless.membership.agent import CkptlessAgent, Node
 from lightning_ckptless.membership.guarded import GuardedAgent
 from lightning_ckptless.membership.launch import LaunchConfig, Outcome
+from lightning_ckptless.membership.logs import log_files
 from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.membership.rendezvous import one_machine, several_machines
 from lightning_ckptless.membership.route import Route
@@ -95,7 +94,7 @@ def _run_at(
         record: receives events.
         agents: those before this one, of this node; this one is added.
     """
-    with _rendezvous(config, place) as handler, _logs(config) as logs:
+    with _rendezvous(config, place) as handler, log_files(config) as logs:
         spec = WorkerSpec(
             role=config.role,
             local_world_size=config.nproc,
@@ -203,15 +202,6 @@ def _handler_among_others(config: LaunchConfig, place: MeetingPlace | None) -> R
         )
     except (RendezvousError, ValueError) as error:
         raise LaunchError(_no_meeting(config, error)) from error
-
-
-@contextmanager
-def _logs(config: LaunchConfig) -> Iterator[LogsSpecs]:
-    """Where output goes. torch elastic wants a folder even where there are no log files."""
-    streams = {"redirects": Std.from_str(config.redirects), "tee": Std.from_str(config.tee)}
-    shown = set(config.local_ranks_filter) or None
-    with tempfile.TemporaryDirectory(prefix="ckptless-logs-") as folder:
-        yield DefaultLogsSpecs(str(config.log_dir or folder), local_ranks_filter=shown, **streams)
 
 
 def _cut_off(config: LaunchConfig, reason: str) -> str:

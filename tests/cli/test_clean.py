@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lightning_ckptless.cli.app import app
+from lightning_ckptless.membership.scratch import ScratchFolder
 from lightning_ckptless.replica.arena import Arena, Owner
 
 DEAD = Owner(pid=2**22 - 1, started_at=1.0)
@@ -24,6 +25,14 @@ def make(folder: Path, run_id: str, owner: Owner = DEAD) -> Path:
 
 def clean(folder: Path, *more: str) -> Result:
     return CliRunner().invoke(app, ["clean", "--arena-dir", str(folder), *more])
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of temporary files."""
+    (folder := tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
 
 
 @pytest.fixture
@@ -73,3 +82,15 @@ def test_what_is_no_arena_stays(tmp_path: Path) -> None:
     folder.mkdir()
     assert clean(tmp_path).output == f"no arenas in {tmp_path}\n"
     assert folder.is_dir()
+
+
+def test_temporary_folders_of_killed_agents(tmp_path: Path, temporary: Path) -> None:
+    (left := temporary / "ckptless-scratch-logs-1").mkdir()
+    (left / "file").touch()
+    with ScratchFolder("logs") as held:
+        assert f"would remove {left}" in clean(tmp_path, "--dry-run").output
+        assert "removed" not in clean(tmp_path, "one-run").output and left.exists()
+        result = clean(tmp_path)
+        assert f"removed {left}: temporary files of an agent that was killed" in result.output
+        assert list(temporary.iterdir()) == [held.path]
+        assert "no arenas in" in clean(tmp_path).output
