@@ -46,6 +46,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from lightning_ckptless.private_files import require_private
+
 RUN_ROOT = "CKPTLESS_RUN_ROOT"
 ARENA_DIR = "CKPTLESS_ARENA_DIR"
 FAULTS = "CKPTLESS_FAULTS"
@@ -95,12 +97,17 @@ def keep_for_rank_zero(run_folder: Path, variables: Mapping[str, str]) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    _kept_in(run_folder).write_text(json.dumps(dict(variables)))
+    path = _kept_in(run_folder)
+    path.unlink(missing_ok=True)
+    # A member of a group that may write to the folder must not have a say in what a process is started with.
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
+        json.dump(dict(variables), file)
 
 
 def kept_for_rank_zero(run_folder: Path) -> dict[str, str]:
-    """The variables that `keep_for_rank_zero` has kept; none where there are none to read."""
+    """The variables that `keep_for_rank_zero` has kept; none where another user may have written them."""
     with suppress(OSError, ValueError):
+        require_private(_kept_in(run_folder))
         kept = json.loads(_kept_in(run_folder).read_text())
         if isinstance(kept, dict):
             return {str(name): str(value) for name, value in kept.items()}

@@ -74,7 +74,8 @@ class Ledger:
             # The line before was cut short: its rest must not swallow this one.
             line = b"\n" + line
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(self.path, flags, 0o644)
         try:
             written_bytes = os.write(descriptor, line)
         finally:

@@ -31,7 +31,7 @@ def hide(env: MutableMapping[str, str], *, inheritable: bool) -> None:
     for number in real:
         os.set_inheritable(number, inheritable)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
     for number in (_STDOUT, _STDERR):
         os.dup2(file, number)
     os.close(file)

@@ -8,7 +8,7 @@ BASE = {"console", "environment", "errors", "mesh_internals", "options", "privat
 # What each room may import from the package. A file of the top floor counts as a room, and so does one that is named.
 MAY_IMPORT = {
     "console": set[str](),
-    "environment": set[str](),
+    "environment": {"private_files"},
     "errors": set[str](),
     "options": {"errors"},
     "private_files": set[str](),

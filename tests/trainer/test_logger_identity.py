@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.host.flavour import module
 from lightning_ckptless.trainer.host.logger_identity import forget_identity, identity_of, set_identity, variables_of
 from lightning_ckptless.trainer.loggers import NOTE, RunLoggers
+from tests.outsider import call_as_another_user, needs_another_user, open_to_all
 from tests.trainer.tiny import FLAVOURS, tiny_trainer
 
 
@@ -168,7 +170,30 @@ def test_a_new_process_finds_the_run_in_the_arena_or_in_the_runs_folder(
 def test_variables_for_rank_0_are_kept_in_the_runs_folder(tmp_path: Path) -> None:
     assert environment.kept_for_rank_zero(tmp_path) == {}
     environment.keep_for_rank_zero(tmp_path, {"WANDB_RUN_ID": "a"})
-    assert environment.kept_for_rank_zero(tmp_path) == {"WANDB_RUN_ID": "a"}
+    environment.keep_for_rank_zero(tmp_path, {"WANDB_RUN_ID": "b"})
+    assert environment.kept_for_rank_zero(tmp_path) == {"WANDB_RUN_ID": "b"}
+
+
+@pytest.mark.parametrize("planted", ["writable", "link", pytest.param("foreign", marks=needs_another_user)])
+def test_variables_that_another_user_may_have_written_are_not_given_to_rank_0(planted: str, tmp_path: Path) -> None:
+    """A member of a group that may write to the run's folder could have any library loaded by the next process."""
+    folder = open_to_all(tmp_path / "run")
+    environment.keep_for_rank_zero(folder, {"LD_PRELOAD": "evil.so"})
+    (kept,) = folder.iterdir()
+    text = kept.read_text()
+    if planted == "writable":
+        kept.chmod(0o660)
+    elif planted == "link":
+        kept = kept.rename(tmp_path / "elsewhere.json")
+        (folder / "variables-of-rank-0.json").symlink_to(kept)
+    else:
+        kept.unlink()
+        call_as_another_user(lambda: kept.write_text(text))
+    assert environment.kept_for_rank_zero(folder) == {}
+    if planted != "foreign":
+        environment.keep_for_rank_zero(folder, {"WANDB_RUN_ID": "a"})
+        assert environment.kept_for_rank_zero(folder) == {"WANDB_RUN_ID": "a"}
+        assert json.loads(text) == {"LD_PRELOAD": "evil.so"}
 
 
 # ---------------------------------------------------------------------- tracking services
