@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousParameters, RendezvousStateError
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState
@@ -190,7 +190,7 @@ def test_an_agent_on_one_machine_listens_on_loopback_only() -> None:
         store = info.bootstrap_store_info
         assert store is not None and listening() - before == {("127.0.0.1", store.master_port)}
         ports.add(store.master_port)
-        assert info.store.underlying_store.add("rounds", 1) == number
+        assert isinstance(info.store, PrefixStore) and info.store.underlying_store.add("rounds", 1) == number
     assert len(ports) == 2
     handler.shutdown()
     assert handler.is_closed() and listening() == before
