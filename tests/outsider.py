@@ -17,7 +17,7 @@ UID = 65534
 needs_another_user = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 
 
-def run_as_another_user(imports: str, program: str, *args: str, timeout_s: float = 60) -> str:
+def run_as_another_user(imports: str, program: str, *args: str, timeout_s: float = 120) -> str:
     """Run a Python program as another user; returns what it has printed.
 
     Args:

@@ -77,6 +77,11 @@ def test_another_format_can_be_removed(tmp_path: Path) -> None:
     assert live.is_dir() and not old.exists()
 
 
+def test_one_that_others_may_write_to_can_be_removed(tmp_path: Path) -> None:
+    (dead := make(tmp_path, "one")).chmod(0o770)
+    assert clean(tmp_path).exit_code == 0 and not dead.exists()
+
+
 def test_what_is_no_arena_stays(tmp_path: Path) -> None:
     folder = tmp_path / "ckptless-of-somebody"
     folder.mkdir()

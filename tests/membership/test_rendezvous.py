@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import socket
+import threading
 from base64 import b64encode
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -162,12 +163,12 @@ def listening() -> set[tuple[str, int]]:
 def test_another_user_cannot_have_code_run_by_an_agent(
     bare: PreloadedParent, write: Callable[..., Path], tmp_path: Path
 ) -> None:
-    before, program, proof = listening(), script(write(WAITS)), tmp_path / "proof"
+    before, program, proof, pause = listening(), script(write(WAITS)), tmp_path / "proof", threading.Event()
     config = node_of_two("first", program, 0, tmp_path)
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(run, replace(config, nnodes="1", rdzv_endpoint="", rdzv_conf={}), parent=bare)
         while not (tmp_path / "started").exists() and not result.done():
-            pass
+            pause.wait(0.01)
         ports = [str(port) for _, port in listening() - before]
         try:
             assert run_as_another_user(STORE, PLANTS, planted(proof), "torch.rendezvous.two", *ports).strip() == "1"

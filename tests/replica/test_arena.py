@@ -429,7 +429,7 @@ def test_an_arena_that_another_job_reclaims_meanwhile_is_made_again(tmp_path: Pa
         with locked(orphan.path, wait=True):
             made = pool.submit(Arena.create, tmp_path, "run", "node", owner)
             while not waits_for_lock(orphan.path):
-                pass
+                threading.Event().wait(0.01)
             orphan.remove()
         assert made.result(timeout=20).path.exists()
     (info,) = find_arenas(tmp_path)
