@@ -72,4 +72,5 @@ def _owner_lives(path: Path) -> bool:
 
 
 def _size(path: Path) -> int:
-    return sum(taken_bytes(file) for file in path.rglob("*") if file.is_file())
+    # `os.walk` passes over what is removed meanwhile.
+    return sum(taken_bytes(Path(folder, name)) for folder, _, names in os.walk(path) for name in names)
