@@ -3,6 +3,8 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 ARGS ?=
+# A test that recovers waits for most of its time: two of them share two cores. Tests of one file share what they prepare.
+PARALLEL := -n 2 --dist loadfile
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -32,11 +34,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## train a small GPT on CPU ranks, kill some of them, compare with the run that nobody killed
 	@$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(STAMP)  ## run the tests; ARGS="tests/protocol -x" for some
-	@$(BIN)/python -m pytest -m "not long" $(ARGS)
+test: $(STAMP)  ## run the tests, in two processes; ARGS="tests/protocol -x" for some, ARGS="-n 0" for one process
+	@$(BIN)/python -m pytest -m "not long" $(PARALLEL) $(ARGS)
 
 test-all: $(STAMP)  ## run the long ones as well
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-lightning: $(STAMP)  ## run Lightning's own tests with our strategy, compared with DDP; ARGS="--lightning CLONE"
 	@$(BIN)/python -m tests.upstream $(ARGS)

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from multiprocessing import resource_tracker
 
 import pytest
+from hypothesis import HealthCheck, settings
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightning_ckptless import environment
@@ -21,6 +22,11 @@ from tests import police
 def pytest_addoption(parser: pytest.Parser) -> None:
     """One flag, for one seed of the simulations."""
     parser.addoption("--simulation-seed", type=int, help="run the simulations of recovery with this seed alone")
+
+
+# How long an example takes says nothing on a busy machine.
+settings.register_profile("no_clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no_clock")
 
 
 def pytest_configure() -> None:

@@ -46,7 +46,8 @@ def test_parsing(line: str, expected: CommandLine) -> None:
 
 def test_this_process_can_be_taken_apart() -> None:
     line = parse_command_line(sys.orig_argv)
-    assert line.source in ("script", "module")
+    # Workers of pytest-xdist are started with a command.
+    assert line.source in ("script", "module", "command")
     assert list(line.args) == sys.orig_argv[len(sys.orig_argv) - len(line.args) :]
 
 
