@@ -305,10 +305,12 @@ class Mirroring:
         if self._mirror is not None:
             self._mirror.settle()
         require_room(self._trainer)
-        self._index = StateIndex(self._trainer)
-        still = self._still.look(self._index)
-        mine = pack(describe_state(self._index, replicated=self._trainer.strategy.replicates, still=still))
+        index = StateIndex(self._trainer)
+        still = self._still.look(index)
+        mine = pack(describe_state(index, replicated=self._trainer.strategy.replicates, still=still))
         layout = plan_layout([unpack(line) for line in self._cohort.transport.gather(mine)])
+        # Together: after a fault in between, the index would be taken for that of the layout before.
+        self._index, self._layout = index, layout
         committed = self._mirror.committed if self._mirror is not None else None
         self._open(layout, committed=committed)
         self._keep_recipe(self._cohort.arena)

@@ -55,6 +55,8 @@ WHEN = {
     ),
     "rank=0-during=epoch_end": Cell("kill:rank=0:step=6:at=epoch_end"),
     "rank=0-at=first_step": Cell("kill:rank=0:step=1", restored=("step 0",)),
+    # While the ranks agree on how the state is cut now that the optimizers have some.
+    "rank=1-at=first_commit": Cell("kill:rank=1:step=1:at=commit", restored=("step 0",)),
     "rank=1-at=last_step": Cell("kill:rank=1:step=12", restored=("step 11",)),
 }
 WHO = {
