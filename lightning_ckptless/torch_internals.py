@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -279,6 +280,29 @@ def finished_work() -> Any:
 def process_groups() -> list[Any]:
     """The process groups of this process, the default one first."""
     return list(_world.pg_map)
+
+
+def restart_group_names() -> None:
+    """Name the next process groups as a new process would, which is what peers look for in the store.
+
+    torch numbers the groups of a process, those that could not be made included, and starts again only when a default
+    group is destroyed. A rank whose default group was cut while it was being made would keep its count.
+    """
+    assert not _world.pg_map, "there are process groups, whose names would be given twice"
+    _world.group_count = 0
+
+
+@contextmanager
+def unchanged_excepthook(*, enabled: bool = True) -> Iterator[None]:
+    """Keep `sys.excepthook` as it is: torch wraps it again for each default process group of a process.
+
+    Args:
+        enabled: whether to.
+    """
+    before = sys.excepthook
+    yield
+    if enabled:
+        sys.excepthook = before
 
 
 def abort_device_groups() -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_ckptless import torch_internals
@@ -226,6 +227,37 @@ def test_the_iterators_that_a_loader_makes_of_itself_are_watched_meanwhile() -> 
         next(iterator)
     next(iter(loader))
     assert fetches == ["fetch"]
+
+
+def test_the_names_of_groups_start_again_after_one_that_could_not_be_made() -> None:
+    """torch counts it, and would name the next one otherwise than a process does that has not tried."""
+    names = []
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no such backend"):
+            _make_default_group("fails")
+        torch_internals.restart_group_names()
+        _make_default_group("gloo")
+        names.append(dist.group.WORLD.group_name)  # type: ignore[union-attr]
+        dist.destroy_process_group()
+    assert names == ["0", "0"]
+
+
+def test_the_excepthook_is_left_as_it_is() -> None:
+    before = sys.excepthook
+    with torch_internals.unchanged_excepthook():
+        _make_default_group("gloo")
+        assert sys.excepthook is not before, "torch wraps it no more: then nothing needs to keep it"
+    dist.destroy_process_group()
+    assert sys.excepthook is before
+
+
+def _make_default_group(backend: str) -> None:
+    def fail(*_: Any) -> Any:
+        raise ValueError("no such backend")
+
+    if not hasattr(dist.Backend, "FAILS"):
+        dist.Backend.register_backend("fails", fail, devices=["cpu"])
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
 def test_finished_work_has_nothing_to_wait_for() -> None:

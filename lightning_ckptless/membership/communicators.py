@@ -19,14 +19,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from lightning_ckptless import environment
+from lightning_ckptless.errors import TransportError
 from lightning_ckptless.membership.alone import open_alone
-from lightning_ckptless.membership.connections import Connections
+from lightning_ckptless.membership.connections import Connections, new_sockets
 from lightning_ckptless.membership.generation import join_generation
-from lightning_ckptless.torch_internals import abort_device_groups, process_groups
+from lightning_ckptless.torch_internals import (
+    abort_device_groups,
+    process_groups,
+    restart_group_names,
+    unchanged_excepthook,
+)
 
 JOIN_TIMEOUT_S = 600.0
 _NCCL_ENDS_THE_PROCESS = (
@@ -43,6 +49,39 @@ def _never() -> bool:
     return False
 
 
+class MeetingStore:
+    """The store in which the ranks meet, over a connection that lasts as long as it works.
+
+    It is not cut with the groups of a generation that is over, for the next meeting needs it: torch looks the addresses
+    of each new connection up in the domain name system, and a query that is lost there costs 5 s. With a connection
+    for each rank and meeting, that was every recovery of 32 ranks.
+
+    Attributes:
+        sockets: of the connection, as `new_sockets` has told.
+    """
+
+    def __init__(self) -> None:
+        self.sockets: dict[int, str] = {}
+        self._store: Store | None = None
+        self._place: tuple[str | None, str | None] = None, None
+
+    def connect(self, rank: int, world_size: int, *, anew: bool) -> Store:
+        """The store that the environment names.
+
+        Args:
+            rank: this worker's rank.
+            world_size: number of ranks.
+            anew: over a new connection in any case: where threads of a device's groups use the last one.
+        """
+        place = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        if self._store is None or anew or place != self._place:
+            self._store, self._place = None, place
+            with new_sockets() as self.sockets:
+                found = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=JOIN_TIMEOUT_S)))
+            self._store = found[0]
+        return self._store
+
+
 class World:
     """The process groups that a worker trains in.
 
@@ -53,6 +92,7 @@ class World:
     def __init__(self) -> None:
         self.generation = 0
         self._connections = Connections()
+        self._meeting_store = MeetingStore()
         self._leaving = threading.Lock()
         self._own: set[int] = set()
         self._retired: list[Any] = []
@@ -89,15 +129,26 @@ class World:
             # A second trainer of the same program, in a membership that the first one has joined.
             self.generation = int(os.environ.get(environment.GENERATION, "1"))
             return self.generation
-        with self._connections.opening():
-            store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=JOIN_TIMEOUT_S)))
-            if regrouping:
-                store = PrefixStore(f"ckptless/regrouping-{regrouping}", store)
+        store = self._meeting_store.connect(rank, world_size, anew=device is not None)
+        if regrouping:
+            store = PrefixStore(f"ckptless/regrouping-{regrouping}", store)
+        try:
             generation = join_generation(store, rank, world_size, JOIN_TIMEOUT_S, is_over)
-            options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+        except TransportError as error:
+            if isinstance(error.__cause__, dist.DistError):
+                self._meeting_store = MeetingStore()
+            raise
+        restart_group_names()
+        options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+        with (
+            self._connections.opening(world_size, self._meeting_store.sockets),
+            unchanged_excepthook(enabled=bool(regrouping)),
+        ):
             dist.init_process_group(
                 backend, store=generation.store, rank=rank, world_size=world_size, device_id=device, **options
             )
+        if is_over():
+            raise TransportError(f"rank {rank}: another fault was told while the process groups were made")
         self._own = {id(group) for group in process_groups()}
         atexit.register(close_world)
         self.renumber(generation.number)
@@ -137,7 +188,7 @@ class World:
     def making(self) -> Iterator[None]:
         """Groups that are made within it are ours, whoever makes them: we cut them and make them anew."""
         before = set(map(id, process_groups()))
-        with self._connections.opening():
+        with self._connections.opening(dist.get_world_size() if self.is_open else 0, self._meeting_store.sockets):
             yield
         self._own |= set(map(id, process_groups())) - before
 
@@ -158,6 +209,8 @@ class World:
             if dist.is_initialized():
                 dist.destroy_process_group()
             self._own.clear()
+            if self._connections.has_cut(self._meeting_store.sockets):
+                self._meeting_store = MeetingStore()
             self._connections.forget()
 
     def bury(self) -> None:

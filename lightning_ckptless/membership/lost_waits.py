@@ -35,6 +35,8 @@ _WAITS_FOR_PEERS = (
     "lightning_ckptless.replica.transport",
 )
 """Modules whose functions sleep only for the sake of other ranks."""
+_WAITS_FOR_THE_STORE = "torch.distributed.rendezvous"
+"""A server that is slow to answer ends this wait by itself: it is no wait for another rank."""
 
 
 class LostWaits:
@@ -68,6 +70,8 @@ def _stands() -> dict[int, Stand]:
         # Behind a fork, python still has the main thread's number of the parent.
         number = os.getpid() if thread is threading.main_thread() else thread.native_id
         if frame is None or number is None or not module.startswith(_WAITS_FOR_PEERS):
+            continue
+        if module == _WAITS_FOR_THE_STORE:
             continue
         fields = stat_fields(os.getpid(), number)
         if fields is not None and fields[0] == "S":

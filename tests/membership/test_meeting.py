@@ -1,0 +1,132 @@
+"""A meeting that a second fault cuts short, wherever it stands, and the next one, which succeeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from lightning_ckptless.membership.parent import PreloadedParent
+from tests.membership.conftest import run_forked, script, worker_env
+
+# Two ranks meet again and again. In each meeting rank 0 is told of another fault at a line that it has not been told at
+# before, and its peer shortly after. Both leave, meet under the next number, and use the groups.
+MEETINGS = """
+    import os, socket, struct, sys, threading, time
+    from dataclasses import asdict
+    import torch
+    import torch.distributed as dist
+    from lightning_ckptless.membership import communicators, generation
+    from lightning_ckptless.membership.communicators import World
+    from lightning_ckptless.membership.control import Line
+    from lightning_ckptless.membership.fault import FaultReport
+    from lightning_ckptless.membership.peers import is_lost_peer
+    from lightning_ckptless.membership.watch import Watcher
+
+    ends = socket.socketpair()
+    rank = 0 if os.fork() else 1
+    end = ends[rank]
+    ends[1 - rank].close()
+    agent, line = Line.pair()
+    world = World()
+    watcher = Watcher(line, world.cut)
+    fault = asdict(FaultReport(1, 99, None, "SIGKILL", 1.0, 2.0, 3.0, 1, 2))
+
+    def tell(number):
+        agent.tell("regroup", number=number, fault=fault)
+        if rank == 0:
+            end.send(struct.pack("=i", number))
+
+    def listen():
+        while said := end.recv(4):
+            tell(*struct.unpack("=i", said))
+
+    def meet(number):
+        world.leave()
+        watcher.release()
+        world.open(
+            rank=rank, world_size=2, backend="gloo", timeout=None, device=None, regrouping=number,
+            is_over=lambda: watcher.is_over,
+        )
+        group = world.host_group(60.0)
+        total = torch.ones(1)
+        dist.all_reduce(total, group=group)
+        assert total.item() == 2
+
+    TRACED = {
+        communicators.__file__: None,
+        generation.__file__: None,
+        dist.distributed_c10d.__file__: {"init_process_group", "_new_process_group_helper", "_new_group_with_tag"},
+    }
+    seen, fired_in = set(), 0
+
+    def trace(frame, event, arg):
+        global fired_in
+        code, place = frame.f_code, (frame.f_code.co_filename, frame.f_lineno)
+        names = TRACED.get(code.co_filename, set())
+        if fired_in == number or (names is not None and code.co_name not in names):
+            return None
+        if event == "line" and place not in seen and code.co_name not in ("leave", "cut", "forget"):
+            seen.add(place)
+            fired_in = number
+            tell(number + 1)
+            while not watcher.is_over:
+                time.sleep(0.0005)
+        return trace
+
+    number, slowest_s, is_last = 0, 0.0, False
+    if rank == 1:
+        threading.Thread(target=listen, daemon=True).start()
+    while not is_last:
+        if rank == 0:
+            number += 2
+            tell(number)
+        assignment = watcher.accept(10)
+        if assignment.number % 2 == 0:
+            try:
+                if rank == 0:
+                    sys.settrace(trace)
+                meet(assignment.number)
+            except Exception as error:
+                assert is_lost_peer(error), repr(error)
+            finally:
+                sys.settrace(None)
+            if rank == 0 and fired_in != number:
+                is_last = True
+                tell(number + 1)
+            assignment = watcher.accept(10)
+        began = time.monotonic()
+        meet(assignment.number)
+        slowest_s = max(slowest_s, time.monotonic() - began)
+        flag = torch.tensor([float(is_last)])
+        dist.broadcast(flag, 0)
+        is_last = bool(flag.item())
+        world.bury()
+        agent.waiting()
+    world.leave()
+    world.bury()
+    watcher.close()
+    if rank == 0:
+        os.wait()
+        print(len(seen), slowest_s)
+    else:
+        sys.stdout.flush()
+        os._exit(0)
+"""
+
+
+def test_a_meeting_is_cut_at_every_line(parent: PreloadedParent, write: Callable[..., Path], tmp_path: Path) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    env |= {"RANK": "0", "WORLD_SIZE": "2"}
+    ran = run_forked(parent, script(write(MEETINGS)), tmp_path, worker_env(env))
+    assert ran.exit_code == 0, ran.err
+    lines, slowest_s = ran.out.split()
+    assert int(lines) > 80
+    assert float(slowest_s) < 5
