@@ -10,6 +10,7 @@
 | worker | `left` | it has left the training loop: its end is no fault from here on, and no peer can wait for it |
 | worker | `waiting` | it has come to the loop alone, and waits there for the others |
 | worker | `released` | it has left the process groups that it shared with the lost |
+| worker | `met` | it has met the others under this number |
 | worker | `held` | it cannot get free of them, with the reason |
 | worker | `stands` | whether it waits for others, when it was asked `where` it is |
 | worker | `unable` | it cannot go on in place, with the reason |

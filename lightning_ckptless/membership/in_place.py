@@ -57,7 +57,8 @@ class InPlace:
         say: tells the user something.
 
     Attributes:
-        tries: recoveries in place since the last step that was made.
+        tries: recoveries in place since the last step that was made, of those in which the ranks have met: a meeting
+            that another fault has cut short says nothing about what comes after it.
         at_the_door: local ranks that have come to the loop, and wait there for the others.
         trains: whether a step was made in this round.
     """
@@ -84,6 +85,7 @@ class InPlace:
         self._held: dict[int, str] = {}
         self._env_of: Callable[[int], dict[str, str]] | None = None
         self._coming: set[int] = set()
+        self._met = 0
 
     # ------------------------------------------------------------------ rounds
 
@@ -103,6 +105,7 @@ class InPlace:
                 from the round before; None where all have been started together.
         """
         self.tries, self._obstacle, self.trains, self._env_of = 0, None, False, env_of
+        self._met = 0
         self._told_at.clear()
         self._held.clear()
         self._coming.clear()
@@ -165,6 +168,8 @@ class InPlace:
                 self.at_the_door.add(rank)
             elif message["kind"] == "released":
                 self._told_at.pop(rank, None)
+            elif message["kind"] == "met" and message["number"] > self._met:
+                self.tries, self._met = self.tries + 1, message["number"]
             elif message["kind"] == "held":
                 self._held[rank] = message["reason"]
             elif message["kind"] == "left":
@@ -219,7 +224,6 @@ class InPlace:
     def open(self, fault: FaultReport) -> Regrouping:
         """Open a regrouping for a fault of this node."""
         assert self._regroupings is not None, "a round has begun"
-        self.tries += 1
         return self._regroupings.open(fault)
 
     def meet(self, workers: Workers, number: int, fault: FaultReport) -> None:

@@ -10,7 +10,7 @@ The rung is chosen by a cascade, from what ends the run to what costs the least:
 | a worker cannot be told, or says that it cannot go on in place | | relaunch |
 | no worker survives | | relaunch |
 | a rank is not in the training loop | | relaunch |
-| recovery in place was tried twice, and no step was made since | | relaunch |
+| recovery in place was tried twice, the ranks have met, and no step was made since | | relaunch |
 | | | in place |
 
 What a relaunch starts from, the arenas or a checkpoint file, is decided when it starts (`start.py`).
@@ -49,7 +49,7 @@ class Situation:
         in_place: whether survivors may go on in place.
         obstacle: why a worker cannot go on in place, in its own words; None where none said so.
         outside: ranks of this node that are not in the training loop, with where they are.
-        tries: recoveries in place since the last step that was made.
+        tries: recoveries in place since the last step that was made, of those in which the ranks have met.
     """
 
     lost: tuple[int, ...]

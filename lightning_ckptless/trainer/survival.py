@@ -236,6 +236,8 @@ class Survival:
         self._strategy.world.renumber(engine.cohort.generation)
         engine.loggers.identify_as_noted(engine.cohort)
         self._move(WorkerEvent.MEET)
+        if self._watcher is not None:
+            self._watcher.tell("met", number=assignment.number)
         engine.durable.share_out(engine.cohort)
         report.met(engine.cohort.generation)
         found = choose(engine.arena, transport, nodes)
