@@ -11,6 +11,7 @@
 | `validation` | the validation behind the step has begun |
 | `epoch_end` | the last step of the epoch is done, the end of the epoch is under way |
 | `regroup` | another fault has come at this step or after it, and the ranks are about to meet in place |
+| `meet` | all ranks have come to that meeting, and the others make the process groups |
 | `restore` | they have met, and the state is about to be put back |
 
 Steps count from 1 as `trainer.global_step` will: with manual optimization of two optimizers a batch makes two. A fault
@@ -213,7 +214,7 @@ class Injection:
     def _probe(self, moment: str, version: Version) -> None:
         if moment == "stage":
             self.strike(Moment.MIRROR, version.optimizer_step)
-        elif moment in (Moment.REGROUP, Moment.RESTORE):
+        elif moment in (Moment.REGROUP, Moment.MEET, Moment.RESTORE):
             self.strike(Moment(moment), version.optimizer_step)
 
     def _due(self, moment: Moment, step: int) -> list[tuple[int, Fault]]:

@@ -41,6 +41,7 @@ from lightning_ckptless.membership.scratch import ScratchFolder
 from lightning_ckptless.membership.signals import AskedToEnd
 from lightning_ckptless.membership.verdict import Verdict, final_verdict, take_begun, take_verdicts
 from lightning_ckptless.membership.workers import Workers
+from lightning_ckptless.protocol.hang import Hang
 from lightning_ckptless.protocol.program_end import ProgramEnd, Stage, Starts, judge_end
 from lightning_ckptless.protocol.recovery import RecoveryPlan, Rung, Situation, plan_recovery
 from lightning_ckptless.protocol.recovery_limits import RecoveryHistory, RecoveryLimits, why_no_recovery
@@ -297,10 +298,11 @@ class CkptlessAgent(LocalElasticAgent):
         self._hangs.limit_s = self._in_place.hang_timeout_s
         self._in_place.follow(workers)
         self._late_exits.look(workers)
-        if (hang := self._hangs.look(workers) or self._in_place.look()) is not None and not self._end_uneven(
-            worker_group, workers, waits_for_ever=True
-        ):
+        hang = self._hangs.look(workers) or self._in_place.look()
+        if hang is not None and not self._end_uneven(worker_group, workers, waits_for_ever=True):
             self._hangs.end(hang, workers, self._parent)
+        elif (late := self._look_at_meeting(workers)) is not None:
+            self._hangs.end(late, workers, self._parent)
         lost = workers.lost()
         for local in lost:
             self._in_place.show_output_of(local)
@@ -312,6 +314,11 @@ class CkptlessAgent(LocalElasticAgent):
         if result.state is WorkerState.SUCCEEDED:
             self.exit_code = 0
         return result
+
+    def _look_at_meeting(self, workers: Workers) -> Hang | None:
+        late = self._hangs.look_at_meeting(self._in_place.meeting(workers), workers)
+        # Those that were ended already are on their way out.
+        return None if late is None or any(workers.blamed(rank) for rank in late.ranks) else late
 
     def _enforce_time_limit(self) -> None:
         limit_s = self._node.time_limit_s

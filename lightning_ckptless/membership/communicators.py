@@ -107,6 +107,7 @@ class World:
         device: torch.device | None,
         regrouping: int = 0,
         is_over: Callable[[], bool] = _never,
+        when_joined: Callable[[], None] = lambda: None,
     ) -> int:
         """Join the current generation and create its default process group, unless there is one.
 
@@ -118,6 +119,7 @@ class World:
             device: bound to the group where the backend wants it; None on the host.
             regrouping: number under which survivors of a fault and their new peers meet; 0 where all start together.
             is_over: whether a newer regrouping has been told meanwhile.
+            when_joined: called when all ranks have come, before the process groups are made.
 
         Returns:
             Number of the generation.
@@ -138,6 +140,7 @@ class World:
             if isinstance(error.__cause__, dist.DistError):
                 self._meeting_store = MeetingStore()
             raise
+        when_joined()
         restart_group_names()
         options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         with (

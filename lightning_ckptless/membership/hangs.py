@@ -10,10 +10,11 @@ from pathlib import Path
 
 from lightning_ckptless.membership.channel import Message
 from lightning_ckptless.membership.failure import failure_of
+from lightning_ckptless.membership.kernel import stat_fields
 from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.membership.pulse import STACKS_SIGNAL, pulse_path, read_pulse, stacks_path
 from lightning_ckptless.membership.workers import Workers
-from lightning_ckptless.protocol.hang import Hang, Pulse, find_hang, find_straggler, is_to_be_asked
+from lightning_ckptless.protocol.hang import Hang, Meeting, Pulse, find_hang, find_late, find_straggler, is_to_be_asked
 
 _LOOK_EVERY_S = 0.25
 _ANSWERS = 4
@@ -22,6 +23,38 @@ _STACKS_WAIT_S = 0.5
 _STACKS_POLL_S = 0.02
 _STRAGGLER_EVERY_S = 60.0
 _MOST_STACKS = 8000
+
+
+class _Answers:
+    """What ranks have answered to the question whether they wait for others."""
+
+    def __init__(self) -> None:
+        self._asked = 0
+        self._asked_at = 0.0
+        self._given: dict[int, deque[bool]] = {}
+
+    def ask(self, workers: Workers, now: float) -> None:
+        """Ask all of them, if the last time is long enough ago."""
+        if now - self._asked_at >= _LOOK_EVERY_S:
+            self._asked, self._asked_at = self._asked + 1, now
+            workers.tell("where")
+
+    def hear(self, rank: int, *, waits: bool) -> None:
+        """Take in an answer; nothing where none was asked for."""
+        if self._asked:
+            self._given.setdefault(rank, deque(maxlen=_ANSWERS)).append(waits)
+
+    def waits(self, rank: int) -> bool | None:
+        """Whether a rank waits for others, by its last answers. One that cannot even answer does not."""
+        answers = self._given.get(rank, deque())
+        if len(answers) < _ANSWERS:
+            return False if not answers and self._asked > 2 * _ANSWERS else None
+        return answers[0] if len(set(answers)) == 1 else None
+
+    def forget(self) -> None:
+        """Drop the answers: there is nothing to ask."""
+        self._asked = 0
+        self._given.clear()
 
 
 class HangWatch:
@@ -39,8 +72,8 @@ class HangWatch:
         self._record = record
         self._say = say
         self._looked_at = 0.0
-        self._asked = 0
-        self._answers: dict[int, deque[bool]] = {}
+        self._in_backward = _Answers()
+        self._in_meeting = _Answers()
         self._straggler_at = 0.0
 
     def begin_round(self, local_ranks: list[int]) -> None:
@@ -64,34 +97,35 @@ class HangWatch:
             return None
         self._look_for_stragglers(known, now)
         if is_to_be_asked(known, now=now, override_s=self.limit_s):
-            self._ask(workers)
-            known = {rank: replace(pulse, waits=self._waits(rank)) for rank, pulse in known.items()}
+            self._in_backward.ask(workers, now)
+            known = {rank: replace(pulse, waits=self._in_backward.waits(rank)) for rank, pulse in known.items()}
         else:
-            self._asked = 0
-            self._answers.clear()
+            self._in_backward.forget()
         return find_hang(known, now=now, override_s=self.limit_s)
+
+    def look_at_meeting(self, meeting: Meeting, workers: Workers) -> Hang | None:
+        """Who keeps the ranks from meeting after a fault; asks them what they do, once they are late."""
+        now = time.monotonic()
+        if not meeting.is_late(now, self.limit_s):
+            self._in_meeting.forget()
+            return find_late(meeting, now=now, override_s=self.limit_s)
+        self._in_meeting.ask(workers, now)
+        fields = {rank: stat_fields(pid) for rank, pid in workers.pids().items()}
+        stopped = {rank for rank, found in fields.items() if found is not None and found[0] == "T"}
+        waits = {rank: self._in_meeting.waits(rank) for rank in meeting.ready}
+        return find_late(meeting, now=now, override_s=self.limit_s, stopped=stopped, waits=waits)
 
     def pulses(self, workers: Workers) -> dict[int, Pulse]:
         """Where the workers in the training loop stand, by local rank, as far as that is known."""
         found = {rank: read_pulse(self._folder, rank, pid) for rank, pid in workers.pids().items()}
         return {rank: pulse for rank, pulse in found.items() if pulse is not None and rank in workers.inside}
 
-    def _ask(self, workers: Workers) -> None:
-        self._asked += 1
-        workers.tell("where")
-
     def hear(self, said: Sequence[tuple[int, Message]]) -> None:
         """Take in what workers have answered, with their local ranks."""
         for rank, message in said:
             if message["kind"] == "stands":
-                self._answers.setdefault(rank, deque(maxlen=_ANSWERS)).append(message["waits"])
-
-    def _waits(self, rank: int) -> bool | None:
-        """Whether a rank waits for others, by its last answers. One that cannot even answer does not."""
-        answers = self._answers.get(rank, deque())
-        if len(answers) < _ANSWERS:
-            return False if not answers and self._asked > 2 * _ANSWERS else None
-        return answers[0] if len(set(answers)) == 1 else None
+                for answers in (self._in_backward, self._in_meeting):
+                    answers.hear(rank, waits=message["waits"])
 
     def _look_for_stragglers(self, pulses: dict[int, Pulse], now: float) -> None:
         if now - self._straggler_at < _STRAGGLER_EVERY_S:

@@ -19,7 +19,7 @@ from lightning_ckptless.membership.process import Process
 from lightning_ckptless.membership.regrouping import Regrouping, Regroupings
 from lightning_ckptless.membership.standby import Standbys, promote
 from lightning_ckptless.membership.workers import Workers
-from lightning_ckptless.protocol.hang import Hang, find_unreleased
+from lightning_ckptless.protocol.hang import Hang, Meeting, find_unreleased
 from lightning_ckptless.protocol.recovery_limits import RecoveryLimits
 
 _LINES_SHOWN = 40
@@ -84,8 +84,12 @@ class InPlace:
         self._told_at: dict[int, float] = {}
         self._held: dict[int, str] = {}
         self._env_of: Callable[[int], dict[str, str]] | None = None
-        self._coming: set[int] = set()
+        self._coming: dict[int, float] = {}
+        self._ready: dict[int, float] = {}
+        self._have_met: set[int] = set()
         self._met = 0
+        self._way_s = 0.0
+        self._began_at = 0.0
 
     # ------------------------------------------------------------------ rounds
 
@@ -109,6 +113,9 @@ class InPlace:
         self._told_at.clear()
         self._held.clear()
         self._coming.clear()
+        self._ready.clear()
+        self._have_met.clear()
+        self._began_at = time.monotonic()
         self.at_the_door.clear()
         self._regroupings = regroupings
         self._start_standby = start_standby
@@ -159,7 +166,8 @@ class InPlace:
         """Take in what workers have said, with their local ranks."""
         for rank, message in said:
             if message["kind"] == "entered":
-                self._coming.discard(rank)
+                if self._coming.pop(rank, None) is None and self._env_of is None and not self.trains:
+                    self._way_s = max(self._way_s, time.monotonic() - self._began_at)
                 self._output_of.pop(rank, None)
                 self._take_wishes(message)
             elif message["kind"] == "stepped":
@@ -168,8 +176,9 @@ class InPlace:
                 self.at_the_door.add(rank)
             elif message["kind"] == "released":
                 self._told_at.pop(rank, None)
-            elif message["kind"] == "met" and message["number"] > self._met:
-                self.tries, self._met = self.tries + 1, message["number"]
+                self._ready[rank] = time.monotonic()
+            elif message["kind"] == "met":
+                self._note_met(rank, message["number"])
             elif message["kind"] == "held":
                 self._held[rank] = message["reason"]
             elif message["kind"] == "left":
@@ -178,6 +187,24 @@ class InPlace:
                 self._obstacle = f"local rank {rank}: {message['reason']}"
                 if message["lasting"]:
                     self._lasting = self._obstacle
+
+    def _note_met(self, rank: int, number: int) -> None:
+        if number > self._met:
+            self.tries, self._met = self.tries + 1, number
+        if self._regroupings is not None and number == self._regroupings.number:
+            self._ready.pop(rank, None)
+            self._have_met.add(rank)
+
+    def meeting(self, workers: Workers) -> Meeting:
+        """The meeting of this node's workers with all others, as far as it has come."""
+        running = workers.running_ranks
+        return Meeting(
+            coming={rank: at for rank, at in self._coming.items() if rank in running},
+            ready={rank: at for rank, at in self._ready.items() if rank in running},
+            met=self._have_met,
+            way_s=self._way_s,
+            is_whole=self._regroupings is not None and not self._regroupings.is_shared,
+        )
 
     def _take_wishes(self, message: dict[str, Any]) -> None:
         in_place, standbys = self._given
@@ -243,8 +270,10 @@ class InPlace:
         for rank in leave:
             self._told_at.pop(rank, None)
         self._held.clear()
+        self._ready.clear()
+        self._have_met.clear()
         # Those on their way to `fit` hold on to nothing, and may take their time.
-        self._coming |= leave
+        self._coming |= dict.fromkeys(leave, time.monotonic())
         self._told_at |= dict.fromkeys((rank for rank in told if rank not in self._coming), time.monotonic())
 
     def replace(

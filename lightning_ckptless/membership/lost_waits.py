@@ -35,6 +35,7 @@ _WAITS_FOR_PEERS = (
     "lightning_ckptless.replica.transport",
 )
 """Modules whose functions sleep only for the sake of other ranks."""
+_MEETS_PEERS = "lightning_ckptless.membership.generation"
 _WAITS_FOR_THE_STORE = "torch.distributed.rendezvous"
 """A server that is slow to answer ends this wait by itself: it is no wait for another rank."""
 
@@ -57,7 +58,12 @@ class LostWaits:
 
 
 def main_thread_waits() -> bool:
-    """Whether the main thread sleeps for the sake of other ranks, at this moment."""
+    """Whether the main thread waits for other ranks at this moment, asleep or between two looks at the store."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _MEETS_PEERS:
+            return True
+        frame = frame.f_back
     return os.getpid() in _stands()
 
 

@@ -49,6 +49,11 @@ class Regroupings:
         self._is_shared = nodes > 1
         self._seen = ""
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether there are other nodes."""
+        return self._is_shared
+
     def open(self, fault: FaultReport) -> Regrouping:
         """Open the next number for a fault, or take up the one that another agent has opened meanwhile."""
         mine = json.dumps({"number": self.number + 1, "fault": asdict(fault)})

@@ -50,6 +50,7 @@ class Moment(StrEnum):
     VALIDATION = "validation"
     EPOCH_END = "epoch_end"
     REGROUP = "regroup"
+    MEET = "meet"
     RESTORE = "restore"
 
 

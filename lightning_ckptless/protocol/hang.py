@@ -19,14 +19,19 @@ for the others, while they wait, has not come to where they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from types import MappingProxyType
 
 FLOOR_S = 10.0
 CEILING_S = 1800.0
 RELEASE_S = 30.0
 """For which a survivor of a fault may hold on to what it shared with the lost."""
+MEETING_S = 60.0
+"""From when all ranks of a node are ready to meet the others until they have met."""
+WAY_S = 60.0
+"""Least time that a new process has for its way to `fit`; more where the first processes took long."""
 LOST_WAIT_S = 0.5
 """For which a thread sleeps in a collective without connections, before it is said to sleep for ever."""
 ANSWER_S = 5.0
@@ -235,6 +240,83 @@ def find_unreleased(
         return None
     reason = f"did not get free of the lost within {allowed_s:.1f} s of being told"
     return Hang(tuple(late), reason, max(late.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """What an agent knows of the meeting of its workers with all others, after a fault.
+
+    Args:
+        coming: since when new processes have been on their way to `fit`, by rank.
+        ready: since when ranks have been free of the lost and have not met the others, by rank.
+        met: ranks that have.
+        way_s: longest time that a first process took to come to `fit`.
+        is_whole: whether the ranks of this node are all that there are.
+    """
+
+    coming: Mapping[int, float]
+    ready: Mapping[int, float]
+    met: Collection[int]
+    way_s: float
+    is_whole: bool
+
+    def is_late(self, now: float, override_s: float | None = None) -> bool:
+        """Whether ranks that are ready to meet have not met for longer than is allowed."""
+        if self.coming or not self.ready or override_s == 0.0:
+            return False
+        return now - max(self.ready.values()) > _meeting_s(override_s)
+
+
+def find_late(
+    meeting: Meeting,
+    *,
+    now: float,
+    override_s: float | None = None,
+    stopped: Collection[int] = (),
+    waits: Mapping[int, bool | None] = MappingProxyType({}),
+) -> Hang | None:
+    """Tell which ranks keep a meeting from coming about.
+
+    | Longer than is allowed | Then late are |
+    |---|---|
+    | a new process is on its way to `fit` | it |
+    | some ranks have not met, and others have | they |
+    | no rank has met, and some are stopped | they |
+    | no rank has met, and some do not wait for others | they |
+    | no rank has met, all wait, and there are no ranks elsewhere | all |
+
+    Args:
+        meeting: what is known of it.
+        now: on the clock of its times.
+        override_s: the user's limit; None for our own, 0 to look for none.
+        stopped: ranks that the system has stopped.
+        waits: whether each rank waits for others; None where it was not asked.
+    """
+    if override_s == 0.0:
+        return None
+    allowed_s = max(WAY_S, FACTOR * meeting.way_s, override_s or 0.0)
+    for rank, since in meeting.coming.items():
+        if now - since > allowed_s:
+            why = f"did not come to fit within {allowed_s:.1f} s; the first processes took {meeting.way_s:.1f} s"
+            return Hang((rank,), why, now - since)
+    if not meeting.is_late(now, override_s):
+        return None
+    silent_s, ranks = now - max(meeting.ready.values()), tuple(meeting.ready)
+    why = f"ranks that are ready have not met within {_meeting_s(override_s):.1f} s"
+    if meeting.met:
+        return Hang(ranks, f"{why}, and others have", silent_s)
+    if held := tuple(rank for rank in ranks if rank in stopped):
+        return Hang(held, f"stopped by a signal; {why}", silent_s)
+    if busy := tuple(rank for rank in ranks if waits.get(rank) is False):
+        return Hang(busy, f"does not wait for the others; {why}", silent_s)
+    # No rank is known to be at fault, and a slow machine may be: the user's limit for a step is not meant for this.
+    if meeting.is_whole and silent_s > MEETING_S and all(waits.get(rank) for rank in ranks):
+        return Hang(ranks, f"all wait for each other; {why}", silent_s)
+    return None
+
+
+def _meeting_s(override_s: float | None) -> float:
+    return MEETING_S if override_s is None else override_s
 
 
 def find_straggler(own_s: Mapping[int, float]) -> tuple[int, float] | None:

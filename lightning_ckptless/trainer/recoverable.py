@@ -263,7 +263,9 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
                 self._open_world(0, lambda: False)
             return True
 
-        def _open_world(self, regrouping: int, is_over: Callable[[], bool]) -> None:
+        def _open_world(
+            self, regrouping: int, is_over: Callable[[], bool], when_joined: Callable[[], None] = lambda: None
+        ) -> None:
             self.world.open(
                 rank=self.global_rank,
                 world_size=self.world_size,
@@ -272,19 +274,21 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
                 device=self.root_device if self.root_device.type != "cpu" else None,
                 regrouping=regrouping,
                 is_over=is_over,
+                when_joined=when_joined,
             )
 
-        def rejoin(self, regrouping: int, is_over: Callable[[], bool]) -> None:
+        def rejoin(self, regrouping: int, is_over: Callable[[], bool], when_joined: Callable[[], None]) -> None:
             """Meet the others of the next generation; the process groups of the last one have been left.
 
             Args:
                 regrouping: number under which they meet.
                 is_over: whether another fault was told meanwhile.
+                when_joined: called when all ranks have come, before the process groups are made.
 
             Raises:
                 TransportError: not all ranks came.
             """
-            self._open_world(regrouping, is_over)
+            self._open_world(regrouping, is_over, when_joined)
             self.use_new_groups()
 
         # -------------------------------------------------------------- without the others

@@ -224,7 +224,11 @@ class Survival:
         self._strategy.world.leave()
         if self._watcher is not None:
             self._watcher.release()
-        self._strategy.rejoin(assignment.number, lambda: self._watcher is not None and self._watcher.is_over)
+        self._strategy.rejoin(
+            assignment.number,
+            lambda: self._watcher is not None and self._watcher.is_over,
+            lambda: engine.probe_recovery("meet"),
+        )
         assert engine.arena is not None
         transport = engine.connect()
         told = [

@@ -48,6 +48,10 @@ HAZARDS = {
     "survivor=0-during=restore": Hazard(f"{FIRST},kill:rank=0:step=4:at=restore", in_place=2),
     "newcomer=1-during=restore": Hazard(f"{FIRST},kill:rank=1:step=4:at=restore", in_place=2),
     "newcomer=1-during=restore-twice": Hazard(f"{FIRST},kill:rank=1:step=4:at=restore:times=2", 2, relaunches=1),
+    # The others wait inside of torch, for an address that never comes.
+    "survivor=0-during=meet": Hazard(f"{FIRST},kill:rank=0:step=4:at=meet", in_place=2),
+    "newcomer=1-during=meet": Hazard(f"{FIRST},kill:rank=1:step=4:at=meet:times=3", in_place=4),
+    "survivor=0-stopped-during=meet": Hazard(f"{FIRST},stop:rank=0:step=4:at=meet", in_place=2, options=WATCHED),
     "standby-during=promotion": Hazard(
         "kill:rank=1:step=90,kill:rank=1:step=90:at=regroup", in_place=2, options=PATIENT, standbys=1
     ),

@@ -13,11 +13,15 @@ from lightning_ckptless.protocol.hang import (
     CEILING_S,
     FLOOR_S,
     LOST_WAIT_S,
+    MEETING_S,
     RELEASE_S,
+    WAY_S,
+    Meeting,
     Point,
     Pulse,
     Stand,
     find_hang,
+    find_late,
     find_lost_wait,
     find_straggler,
     find_unreleased,
@@ -179,3 +183,43 @@ def test_the_slowest_is_named_when_it_holds_the_others_back() -> None:
     assert find_straggler({0: 0.1, 1: 0.1, 2: 0.12}) is None
     assert find_straggler({0: 0.1}) is None
     assert find_straggler({0: 0.0, 1: 0.5}) is None
+
+
+READY = Meeting(coming={}, ready={0: 100.0, 1: 90.0, 2: 95.0}, met=(), way_s=3.0, is_whole=True)
+OVERDUE = 100.0 + MEETING_S + 1.0
+ALL_WAIT = {0: True, 1: True, 2: True}
+
+
+def test_who_keeps_a_meeting_from_coming_about() -> None:
+    met = replace(READY, ready={1: 100.0}, met=(0, 2))
+    found = {
+        "others have met": find_late(met, now=OVERDUE),
+        "stopped": find_late(READY, now=OVERDUE, stopped=(1,), waits=ALL_WAIT),
+        "busy": find_late(READY, now=OVERDUE, waits={**ALL_WAIT, 1: False}),
+    }
+    assert {name: hang.ranks for name, hang in found.items() if hang is not None} == dict.fromkeys(found, (1,))
+    everyone = find_late(READY, now=OVERDUE, waits=ALL_WAIT)
+    assert everyone is not None and everyone.ranks == (0, 1, 2)
+    assert f"have not met within {MEETING_S} s" in everyone.reason
+
+
+@pytest.mark.parametrize("why", ["in time", "a process comes", "ranks elsewhere", "not asked", "switched off"])
+def test_a_meeting_that_is_waited_for(why: str) -> None:
+    meeting = {"a process comes": replace(READY, coming={3: 100.0}), "ranks elsewhere": replace(READY, is_whole=False)}
+    now = 100.0 + MEETING_S if why == "in time" else OVERDUE - 1.5 if why == "a process comes" else OVERDUE
+    waits = {**ALL_WAIT, 2: None} if why == "not asked" else ALL_WAIT
+    override_s = 0.0 if why == "switched off" else None
+    assert find_late(meeting.get(why, READY), now=now, override_s=override_s, waits=waits) is None
+
+
+def test_a_new_process_has_the_time_that_the_first_ones_took_and_more() -> None:
+    meeting = replace(READY, coming={3: 100.0})
+    hang = find_late(meeting, now=100.0 + WAY_S + 1.0)
+    assert hang is not None and hang.ranks == (3,)
+    assert "did not come to fit within 60.0 s; the first processes took 3.0 s" in hang.reason
+    assert find_late(replace(meeting, way_s=30.0), now=100.0 + WAY_S + 1.0) is None
+
+
+def test_the_limit_of_a_user_names_a_rank_and_never_all() -> None:
+    assert find_late(READY, now=103.0, override_s=2.0, stopped=(1,)) is not None
+    assert find_late(READY, now=103.0, override_s=2.0, waits=ALL_WAIT) is None
