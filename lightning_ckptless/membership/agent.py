@@ -147,6 +147,7 @@ class CkptlessAgent(LocalElasticAgent):
         self._history = RecoveryHistory() if after is None else after.history
         self._program_starts = Starts()
         self._reason = ""
+        self._unresolved: list[FaultReport] = []
         self._hydra: str = "" if after is None else after._hydra
         self._lost_at = 0.0
         self._failed_at = 0.0
@@ -438,6 +439,8 @@ class CkptlessAgent(LocalElasticAgent):
             restart=len(self.faults) + 1,
             world_size=worker_group.workers[0].world_size,
             hung=workers.blamed(culprit),
+            earlier=tuple(str(fault) for fault in self._unresolved),
+            recovering_since=self._unresolved[0].died_at if self._unresolved else None,
         )
 
     def _stop_survivors(
@@ -477,6 +480,7 @@ class CkptlessAgent(LocalElasticAgent):
         has_stepped = take_begun(self._folder)
         if has_stepped:
             self._history = self._history.after_progress()
+            self._unresolved.clear()
         return has_stepped
 
     def _judge_end(
@@ -506,6 +510,7 @@ class CkptlessAgent(LocalElasticAgent):
 
     def _put_down(self, fault: FaultReport) -> None:
         self.faults.append(fault)
+        self._unresolved.append(fault)
         self._record("fault", node=self._node.name, **fault.fields())
         if full := self._log_files.why_full():
             CONSOLE.say(full)

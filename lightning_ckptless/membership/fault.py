@@ -24,6 +24,8 @@ class FaultReport:
         restart: how many faults this agent has seen, this one included.
         world_size: number of ranks in the generation that ended.
         hung: why it was ended for a hang; empty where it was not.
+        earlier: faults that no step was committed after, in sentences: their recovery was cut short by this one.
+        recovering_since: wall clock of the first of those; None where there are none.
     """
 
     rank: int | None
@@ -36,6 +38,17 @@ class FaultReport:
     restart: int
     world_size: int
     hung: str = ""
+    earlier: tuple[str, ...] = ()
+    recovering_since: float | None = None
+
+    def __post_init__(self) -> None:
+        # A report that has travelled as JSON is equal to the one that was sent.
+        object.__setattr__(self, "earlier", tuple(self.earlier))
+
+    @property
+    def failed_tries_s(self) -> float:
+        """Time from the first fault of the recovery to this one."""
+        return 0.0 if self.recovering_since is None else max(0.0, self.died_at - self.recovering_since)
 
     @property
     def kind(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +296,9 @@ class RunReport:
             restored_at=self._resumed_at,
             first_step_done_at=now,
         )
+        if fault is not None:
+            # What was tried and cut short by another fault belongs to this recovery.
+            phases = replace(phases, other_s=phases.other_s + fault.failed_tries_s)
         restored, self._resumed_at = self._restored, None
         self.last_phases = phases
         self.recoveries += 1
@@ -325,7 +328,7 @@ class RunReport:
 
     def _recovery_line(self, fault: FaultReport | None, restored: Version, phases: Phases) -> str:
         named = fault is not None and fault.rank is not None
-        who = f"rank {fault.rank} {fault.cause}" if fault and named else _cause(fault)
+        who = f"rank {fault.rank} {fault.cause}" if fault and named and not fault.earlier else _cause(fault)
         parts = " + ".join(f"{name.removesuffix('_s')} {getattr(phases, name):.2f}" for name in PHASE_NAMES)
         how = "in place" if self._in_place else "by a relaunch"
         return (
@@ -368,7 +371,9 @@ PHASE_NAMES = ("detect_s", "abort_s", "regroup_s", "restore_s", "replay_s", "oth
 
 
 def _cause(fault: FaultReport | None) -> str:
-    return fault.cause if fault else "the workers were started again"
+    if fault is None:
+        return "the workers were started again"
+    return "; then ".join([*fault.earlier, str(fault)]) if fault.earlier else fault.cause
 
 
 def _fault_report() -> FaultReport | None:

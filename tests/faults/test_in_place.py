@@ -79,3 +79,8 @@ def test_hazard(name: str, drill: Drill) -> None:
     assert report.in_place in (hazard.in_place, hazard.in_place + ("at_once" in name))
     assert report.relaunches == hazard.relaunches
     assert hazard.recoveries - hazard.overtaken <= len(report.recoveries) <= hazard.recoveries
+    if hazard.recoveries == 1:
+        # A try that another fault has cut short belongs to the recovery.
+        died_at = [event.fields["died_at"] for event in report.faulted.events if event.event == "fault"]
+        assert report.recoveries[0].total_s >= died_at[-1] - died_at[0]
+        assert report.recoveries[0].cause.count("; then ") == len(died_at) - 1
