@@ -17,8 +17,9 @@ from lightning_ckptless.replica.checksum import bytes_of, digest
 from lightning_ckptless.replica.description import describe
 from lightning_ckptless.replica.layout import Layout
 from lightning_ckptless.replica.partition import plan_layout
-from lightning_ckptless.replica.slot import Slot, Stamp
+from lightning_ckptless.replica.slot import Slot
 from lightning_ckptless.replica.staging import Stager
+from lightning_ckptless.replica.stamp import Stamp
 
 Tensors = dict[str, torch.Tensor]
 

@@ -1,5 +1,7 @@
 """The ledger of a run: what happened, one JSON object per line, over all its generations.
 
+Each line ends with the number of the format and a checksum of itself.
+
 The agent and rank 0 append to the same file. A line is one write to a file opened for appending, so lines of two
 writers do not mix. The ledger never stops a run: what cannot be written is reported once and dropped.
 """
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.formats.events import read_line, seal_line
+from lightning_ckptless.formats.schema import SchemaError
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +66,7 @@ class Ledger:
         """
         line = {"event": event, "at": self._clock(), "generation": generation, "rank": rank, **fields}
         try:
-            self._append(json.dumps(line, default=str).encode() + b"\n")
+            self._append(seal_line(json.dumps(line, default=str).encode()) + b"\n")
         except OSError as error:
             if not self._warned:
                 # In words: whoever keeps the record would keep the error with all that its frames hold.
@@ -110,7 +114,7 @@ class Events:
 
     Args:
         events: in the order in which they were written.
-        skipped_lines: lines that could not be read.
+        skipped_lines: lines that are damaged, or do not have what their event must have.
     """
 
     events: tuple[Event, ...]
@@ -144,8 +148,8 @@ def read_ledger(path: str | os.PathLike[str], *, only: str = "") -> Events:
 
 def _event(line: bytes) -> Event | None:
     try:
-        fields = json.loads(line)
-        head = {name: fields.pop(name) for name in ("event", "at", "generation", "rank")}
-    except (ValueError, TypeError, AttributeError, KeyError):
+        fields = read_line(line)
+    except SchemaError:
         return None
+    head = {name: fields.pop(name, None) for name in ("event", "at", "generation", "rank")}
     return Event(**head, fields=fields)

@@ -18,6 +18,7 @@ Staging = Literal["overlap", "blocking"]
 ElasticBatch = Literal["keep", "scale"]
 CheckpointHooks = Literal["never", "every_version"]
 
+_DOTTED = r"[^\W\d]\w*(\.\w+)+"
 _LEVEL = "[a-z][a-z0-9_]*"
 _LEAST = {
     "copies": 0,
@@ -70,6 +71,7 @@ class CkptlessOptions:
         checkpoint_hooks: whether the program's `on_save_checkpoint` hooks are called with each version, and
             `on_load_checkpoint` when one is restored, or only when Lightning calls them.
         stateless_callbacks: class names of callbacks whose `state_dict()` is not called with each version.
+        trusted_classes: dotted names of classes that small states may hold which leave the memory of their machine.
 
     Raises:
         OptionsError: a value is out of range.
@@ -99,6 +101,7 @@ class CkptlessOptions:
     elastic_batch: ElasticBatch = "keep"
     checkpoint_hooks: CheckpointHooks = "never"
     stateless_callbacks: Sequence[str] = ()
+    trusted_classes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name in ("arena_dir", "durable_dir"):
@@ -123,6 +126,11 @@ class CkptlessOptions:
         names = self.stateless_callbacks
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise OptionsError(f"stateless_callbacks={names!r}: expected a list of class names, e.g. ['SlowMonitor']")
+        names = self.trusted_classes
+        if isinstance(names, str) or not all(isinstance(name, str) and re.fullmatch(_DOTTED, name) for name in names):
+            raise OptionsError(
+                f"trusted_classes={names!r}: expected a list of dotted names, e.g. ['mylab.data.Cursor']"
+            )
 
     def _check_cadence(self) -> None:
         every = self.mirror_every_n_steps

@@ -414,3 +414,29 @@ def _set_reducer(model: Any, layout: list[list[int]]) -> None:
     if model.static_graph:
         model.static_graph = False
         model._set_static_graph()
+
+
+def storage_bytes(storage: Any) -> tuple[bytes, torch.dtype | None, str]:
+    """The bytes behind a tensor, the dtype that they are seen as (None for none), and their kind of device."""
+    dtype = storage.dtype if isinstance(storage, torch.TypedStorage) else None
+    untyped = storage._untyped_storage if isinstance(storage, torch.TypedStorage) else storage
+    data = torch.empty(0, dtype=torch.uint8).set_(untyped.cpu()).numpy().tobytes()
+    return data, dtype, untyped.device.type
+
+
+def storage_of(data: torch.Tensor, dtype: torch.dtype | None) -> Any:
+    """What `storage_bytes` has taken apart.
+
+    Args:
+        data: its bytes, as uint8.
+        dtype: that they are seen as; None for none.
+    """
+    untyped = data.untyped_storage()
+    return untyped if dtype is None else torch.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+
+
+def storage_place(relative_path: str, offset: int, length: int) -> Any:
+    """Where torch.distributed.checkpoint has put an entry."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo  # noqa: PLC0415 - takes half a second
+
+    return _StorageInfo(relative_path, offset, length)

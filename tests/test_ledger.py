@@ -7,6 +7,7 @@ import logging
 import threading
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,11 +20,11 @@ def test_events_are_read_as_they_were_recorded(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "first" / "ledger.jsonl"
     ledger = Ledger(path, clock=count(100.0).__next__)
     assert not path.parent.exists()
-    ledger.record("run_started", world_size=2)
-    ledger.record("recovery", generation=2, rank=0, phases={"detect_s": 0.5}, folder=tmp_path)
+    ledger.record("began", world_size=2)
+    ledger.record("moved", generation=2, rank=0, phases={"detect_s": 0.5}, folder=tmp_path)
     assert list(read_ledger(path)) == [
-        Event("run_started", 100.0, None, None, {"world_size": 2}),
-        Event("recovery", 101.0, 2, 0, {"phases": {"detect_s": 0.5}, "folder": str(tmp_path)}),
+        Event("began", 100.0, None, None, {"world_size": 2}),
+        Event("moved", 101.0, 2, 0, {"phases": {"detect_s": 0.5}, "folder": str(tmp_path)}),
     ]
 
 
@@ -31,7 +32,8 @@ def test_an_event_is_a_flat_object_on_a_line(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     Ledger(path, clock=lambda: 1.5).record("fault", rank=1, cause="line\nbreak")
     (line,) = path.read_text().splitlines()
-    assert json.loads(line) == {"event": "fault", "at": 1.5, "generation": None, "rank": 1, "cause": "line\nbreak"}
+    fields = {"event": "fault", "at": 1.5, "generation": None, "rank": 1, "cause": "line\nbreak"}
+    assert json.loads(line) == {**fields, "format": 1, "crc": "1d90dfa4"}
 
 
 def test_writers_do_not_mix_their_lines(tmp_path: Path) -> None:
@@ -40,7 +42,7 @@ def test_writers_do_not_mix_their_lines(tmp_path: Path) -> None:
 
     def write(writer: int) -> None:
         for number in range(50):
-            ledgers[writer].record("committed", rank=writer, number=number, text="x" * 500)
+            ledgers[writer].record("counted", rank=writer, number=number, text="x" * 500)
 
     threads = [threading.Thread(target=write, args=(writer,)) for writer in range(4)]
     for thread in threads:
@@ -55,8 +57,8 @@ def test_writers_do_not_mix_their_lines(tmp_path: Path) -> None:
 def test_a_full_disk_is_reported_once_and_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
     ledger = Ledger("/dev/full")
     with caplog.at_level(logging.WARNING):
-        ledger.record("run_started")
-        ledger.record("run_ended")
+        ledger.record("began")
+        ledger.record("ended")
     (message,) = caplog.messages
     assert message.startswith("/dev/full cannot be written, events are missing from here on")
     assert "No space left on device" in message
@@ -64,7 +66,7 @@ def test_a_full_disk_is_reported_once_and_stops_nothing(caplog: pytest.LogCaptur
 
 def test_a_folder_that_cannot_be_made_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
-    Ledger(tmp_path / "file" / "ledger.jsonl").record("run_started")
+    Ledger(tmp_path / "file" / "ledger.jsonl").record("began")
     assert len(caplog.messages) == 1
 
 
@@ -84,12 +86,34 @@ def test_a_line_cut_short_by_a_full_disk_costs_no_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize("torn", [b'{"event": "fault", "at"', b"\xff\xfe", b"[1, 2]", b"7", b'{"event": "fault"}'])
 def test_lines_that_are_not_events_are_skipped_and_counted(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "ledger.jsonl"
-    Ledger(path).record("run_started")
+    Ledger(path).record("began")
     with path.open("ab") as file:
         file.write(torn)
     read = read_ledger(path)
-    assert [event.event for event in read] == ["run_started"]
+    assert [event.event for event in read] == ["began"]
     assert (len(read), read.skipped_lines) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("event", "fields"),
+    [
+        ("committed", {"step": -1}),
+        ("run_started", {"world_size": 2}),
+        ("workers_spawned", {"pids": {"0": "12"}}),
+        ("checkpoint", {"action": "save", "fit": 0, "path": 7}),
+    ],
+)
+def test_an_event_that_does_not_say_what_it_must_is_skipped(tmp_path: Path, event: str, fields: dict[str, Any]) -> None:
+    path = tmp_path / "ledger.jsonl"
+    Ledger(path).record(event, **fields)
+    assert (len(read_ledger(path)), read_ledger(path).skipped_lines) == (0, 1)
+
+
+def test_a_changed_digit_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    Ledger(path).record("committed", step=10)
+    path.write_bytes(path.read_bytes().replace(b'"step": 10', b'"step": 18'))
+    assert (len(read_ledger(path)), read_ledger(path).skipped_lines) == (0, 1)
 
 
 def test_a_ledger_that_was_never_written_is_empty(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from lightning_ckptless.durable.checkpoint import (
     tensors_of,
 )
 from lightning_ckptless.durable.folder import DurableFolder, Manifest, ShardFacts, write_manifest
+from lightning_ckptless.durable.foreign import PICKLE_MODULE
 from lightning_ckptless.durable.safetensors import write_safetensors
 from lightning_ckptless.durable.store import load_state, require_space, state_bytes, write_state
 from lightning_ckptless.errors import ArenaError, DurableError, OptionsError
@@ -215,7 +216,7 @@ def _write_file(
 ) -> None:
     counted: Any = _Counted(file, progress)
     if kind == "lightning":
-        torch.save(lightning_checkpoint(captured), counted)
+        torch.save(lightning_checkpoint(captured), counted, pickle_module=PICKLE_MODULE)
         return
     recipe = recipe_in(captured)
     state = model_state(recipe, small_state_of(captured), tensors_of(captured))

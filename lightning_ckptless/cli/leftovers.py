@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import stat
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 from lightning_ckptless.replica import facts as arena_facts
 from lightning_ckptless.replica.arena import find_arenas
+from lightning_ckptless.replica.slot import SlotName
 from lightning_ckptless.replica.space import taken_bytes
 
 Leftover = tuple[Path, int]
@@ -49,26 +47,23 @@ def remove_leftover(path: Path) -> bool:
 
 
 def _arena_folders(folder: Path) -> list[Path]:
-    """Folders of this user that say that they are arenas, whatever their format."""
+    """Folders of this user that are arenas, whatever their format, and however damaged."""
     found = []
     for path in folder.glob(f"{arena_facts.FOLDER_PREFIX}*"):
         # A run removes its own at any time.
         with suppress(FileNotFoundError):
             facts = path.lstat()
-            if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and arena_facts.exists(path):
+            if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and _holds_state(path):
                 found.append(path)
     return found
 
 
+def _holds_state(path: Path) -> bool:
+    return arena_facts.exists(path) or any(SlotName.parse(file.name) is not None for file in path.iterdir())
+
+
 def _owner_lives(path: Path) -> bool:
-    for info in find_arenas(path.parent):
-        if info.path == path:
-            return info.owner_alive
-    try:
-        owner = json.loads((path / "arena.json").read_bytes())["owner"]
-        return bool(psutil.pid_exists(int(owner["pid"])))
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
+    return arena_facts.living_owner(path) is not None
 
 
 def _size(path: Path) -> int:

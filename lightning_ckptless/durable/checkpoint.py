@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lightning_ckptless.durable.capture import Captured
 from lightning_ckptless.durable.foreign import read_pickle
-from lightning_ckptless.durable.recipe import Recipe
+from lightning_ckptless.durable.recipe import Recipe, unseal_recipe
 from lightning_ckptless.errors import DurableError
 from lightning_ckptless.replica.layout import local_name, part_of, slot_views
 
@@ -35,15 +36,16 @@ def recipe_in(captured: Captured) -> Recipe:
     """How a checkpoint of a version is put together.
 
     Raises:
-        DurableError: the run has left no recipe, or it cannot make whole what it describes.
+        DurableError: the run has left no recipe, it is damaged, or it cannot make whole what it describes.
     """
     if not captured.recipe:
         raise DurableError(
             f"{captured.snapshot.version}: the run has not said how a checkpoint is put together from it; format dcp "
             "takes the tensors as they are"
         )
-    recipe = read_pickle(captured.recipe)
-    assert isinstance(recipe, Recipe)
+    recipe = read_pickle(unseal_recipe(captured.recipe))
+    if not isinstance(recipe, Recipe) or vars(recipe).keys() != {field.name for field in fields(Recipe)}:
+        raise DurableError(f"{captured.snapshot.version}: its recipe is that of another release")
     if recipe.lacking:
         raise DurableError(
             f"the model's state_dict has {', '.join(recipe.lacking[:3])}, which is no tensor of the state (does a hook "

@@ -5,7 +5,8 @@
         step-0000000120/               one state: complete, for it gets this name last
             state.json                 what it holds: version, run, and a checksum for each shard
             layout.json                how the tensors are cut
-            recipe.bin                 how a Lightning checkpoint is put together from it
+            places.json                where in the files each piece lies
+            recipe.json                how a Lightning checkpoint is put together from it
             .metadata, __0_0.distcp    torch.distributed.checkpoint's: one file per shard
         .step-0000000130.part          on its way, or left by a writer that was killed
 
@@ -25,13 +26,30 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ckptless.errors import DurableError, OptionsError
+from lightning_ckptless.formats.schema import (
+    MOST_RANKS,
+    SchemaError,
+    as_it_is,
+    number,
+    optional,
+    plain,
+    record,
+    refused,
+    sequence,
+    table,
+    text,
+)
+from lightning_ckptless.formats.sealed import seal, unseal
 from lightning_ckptless.private_files import behind_own_link, require_private, require_private_files
 from lightning_ckptless.protocol.durable import DurableState, state_name, version_of
 from lightning_ckptless.protocol.versions import Snapshot, Version
+from lightning_ckptless.replica.facts import RUN_ID
+from lightning_ckptless.replica.stamp import BYTES, CHECKSUM, SNAPSHOT
 
-FORMAT = 1
+FORMAT = 2
 MARKER = "ckptless-durable.json"
 _MANIFEST = "state.json"
+_KIND = "durable state"
 _PART = ".part"
 _GOING = ".going"
 
@@ -73,34 +91,50 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """As JSON."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1).encode()
+        return seal(_KIND, FORMAT, asdict(self))
 
     @classmethod
     def read(cls, state: Path) -> Manifest:
         """The manifest of a state's folder.
 
         Raises:
-            DurableError: the folder is no state that can be read, or another user may have written to it.
+            DurableError: the folder is no state that can be read, is damaged, of another version than its name says, or
+                another user may have written to it.
         """
         try:
             require_private_files(state)
-            fields = json.loads((state / _MANIFEST).read_bytes())
-            if (number := fields.pop("format", None)) != FORMAT:
-                raise DurableError(f"{state}: a durable state of format {number}, expected {FORMAT}")
-            snapshot = fields.pop("snapshot")
-            snapshot["version"] = Version(**snapshot["version"])
-            shards = tuple(ShardFacts(**shard) for shard in fields.pop("shards"))
-            return cls(snapshot=Snapshot(**snapshot), shards=shards, **fields)
-        except DurableError:
-            raise
+            manifest: Manifest = unseal((state / _MANIFEST).read_bytes(), _KIND, FORMAT, _SCHEMA)
         except PermissionError as error:
             raise DurableError(str(error)) from error
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DurableError(f"{state}: not a durable state that can be read: {error!r}") from error
+        except (OSError, SchemaError) as error:
+            raise DurableError(f"{state / _MANIFEST}: {error}") from error
+        found, named = manifest.snapshot.version, version_of(state.name)
+        if named not in (None, found):
+            raise DurableError(f"{state / _MANIFEST}: it is of {found}, and its folder is that of {named}")
+        return manifest
 
     def state(self, path: Path) -> DurableState:
         """The state as the protocol knows it."""
         return DurableState(str(path), self.snapshot, self.run_id, self.origin)
+
+
+def _manifest(**fields: Any) -> Manifest:
+    expected, found = fields["snapshot"].world_size, len(fields["shards"])
+    if found != expected:
+        raise refused("shards", f"{expected} of them", found)
+    return Manifest(**fields)
+
+
+SHARD_FACTS = record(ShardFacts, bulk_bytes=BYTES, blob_bytes=BYTES, checksum=CHECKSUM)
+_SCHEMA = record(
+    _manifest,
+    run_id=RUN_ID,
+    snapshot=SNAPSHOT,
+    shards=sequence(SHARD_FACTS, most=MOST_RANKS),
+    origin=optional(text()),
+    logger_identities=optional(as_it_is(sequence(record(kind=text(), identity=table(text(), plain()))))),
+    written_at=number(),
+)
 
 
 class DurableFolder:
@@ -108,10 +142,14 @@ class DurableFolder:
 
     Args:
         path: the folder; need not be there.
+
+    Attributes:
+        left_out: why states were left out when they were last looked for, by their folders.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.left_out: dict[Path, str] = {}
 
     def require_ours(self) -> None:
         """Refuse a folder that holds something else; makes nothing.
@@ -175,11 +213,12 @@ class DurableFolder:
     def states(self) -> list[tuple[Path, Manifest]]:
         """The complete states, the newest last; what cannot be read as one is left out."""
         found = []
+        self.left_out = {}
         for path in self._folders():
             try:
                 found.append((path, Manifest.read(path)))
-            except DurableError:
-                continue
+            except DurableError as error:
+                self.left_out[path] = str(error)
         return sorted(found, key=lambda entry: entry[1].snapshot)
 
     def versions(self) -> tuple[Version, ...]:

@@ -3,7 +3,7 @@
     <durable_dir>/
         .step-0000000120.of-3-1f9c.parts/     of generation 3 and one layout; every node writes into it
             __0_0.distcp, __1_0.distcp        torch.distributed.checkpoint's: one file per shard
-            part-0000.bin                     which shards a node has written: there when they are on the disk
+            part-0000.json                    which shards a node has written: there when they are on the disk
         step-0000000120/                      the same folder, when the first node has found all parts
 
 Nobody is asked when a state is due, and nobody waits: each node writes the same versions, and the first one puts a
@@ -13,19 +13,20 @@ state together when its parts are there. A state that a node has missed is never
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from torch.distributed.checkpoint.storage import WriteResult
+from typing import Any
 
 from lightning_ckptless.durable.capture import ShardCopy
-from lightning_ckptless.durable.folder import ShardFacts, write_synced
+from lightning_ckptless.durable.folder import SHARD_FACTS, ShardFacts, write_synced
+from lightning_ckptless.durable.places import PLACES, Place, to_json
 from lightning_ckptless.durable.store import write_shards
 from lightning_ckptless.errors import DurableError
+from lightning_ckptless.formats.schema import MOST_RANKS, SchemaError, record, table, text
+from lightning_ckptless.formats.sealed import seal, unseal
 from lightning_ckptless.private_files import require_private_files
 from lightning_ckptless.protocol.durable import state_name, version_of
 from lightning_ckptless.protocol.versions import Snapshot, Version
@@ -33,6 +34,8 @@ from lightning_ckptless.replica.layout import Layout
 
 _NAME = re.compile(r"\.(step-[\w-]+)\.of-(\d+)-(\w+)\.parts")
 _PART = "part-"
+_KIND = "part"
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,38 @@ class Part:
 
     Args:
         facts: of each shard.
-        results: what torch has to know of each.
+        places: where the pieces of each lie.
     """
 
     facts: dict[int, ShardFacts]
-    results: dict[int, list[WriteResult]]
+    places: dict[int, Sequence[Place]]
+
+    def to_bytes(self) -> bytes:
+        """As a sealed record."""
+        return seal(_KIND, FORMAT, {
+            "facts": {str(shard): asdict(facts) for shard, facts in self.facts.items()},
+            "places": {str(shard): to_json(places) for shard, places in self.places.items()},
+        })  # fmt: skip
+
+    @classmethod
+    def read(cls, path: Path) -> Part:
+        """What a node has said.
+
+        Raises:
+            DurableError: it is damaged.
+        """
+        try:
+            part: Part = unseal(path.read_bytes(), _KIND, FORMAT, _SCHEMA)
+        except (OSError, SchemaError) as error:
+            raise DurableError(f"{path}: {error}") from error
+        return part
+
+
+def _shard(value: Any, place: str) -> int:
+    return int(text(r"\d{1,6}")(value, place))
+
+
+_SCHEMA = record(Part, facts=table(_shard, SHARD_FACTS, most=MOST_RANKS), places=table(_shard, PLACES, most=MOST_RANKS))
 
 
 class Parts:
@@ -69,10 +99,10 @@ class Parts:
         """
         self.path.mkdir(mode=0o700, exist_ok=True)
         require_private_files(self.path)
-        results = write_shards(layout, shards, self.path)
+        places = write_shards(layout, shards, self.path)
         facts = {s: ShardFacts(copy.bulk.numel(), len(copy.blob), copy.checksum) for s, copy in shards.items()}
-        name = f"{_PART}{min(shards):04d}.bin"
-        write_synced(self.path / f".{name}", pickle.dumps(Part(facts, results)))
+        name = f"{_PART}{min(shards):04d}.json"
+        write_synced(self.path / f".{name}", Part(facts, places).to_bytes())
         (self.path / f".{name}").rename(self.path / name)
 
     def missing(self) -> tuple[int, ...]:
@@ -84,7 +114,7 @@ class Parts:
         """All parts that are there, as one.
 
         Raises:
-            DurableError: another user may have written to the folder.
+            DurableError: another user may have written to the folder, or a part is damaged.
         """
         whole = Part({}, {})
         if not os.path.lexists(self.path):
@@ -93,15 +123,15 @@ class Parts:
             require_private_files(self.path)
         except PermissionError as error:
             raise DurableError(str(error)) from error
-        for path in sorted(self.path.glob(f"{_PART}*.bin")):
-            part: Part = pickle.loads(path.read_bytes())
+        for path in sorted(self.path.glob(f"{_PART}*.json")):
+            part = Part.read(path)
             whole.facts.update(part.facts)
-            whole.results.update(part.results)
+            whole.places.update(part.places)
         return whole
 
     def forget_words(self) -> None:
         """Remove what readers of the state have no use for."""
-        for path in self.path.glob(f"{_PART}*.bin"):
+        for path in self.path.glob(f"{_PART}*.json"):
             path.unlink()
 
     def remove(self) -> None:

@@ -7,14 +7,19 @@ with every durable state.
 
 from __future__ import annotations
 
-import pickle
+import base64
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_ckptless.errors import DurableError
+from lightning_ckptless.formats.schema import record, text
+from lightning_ckptless.formats.sealed import LONGEST_BYTES, seal, unseal
 from lightning_ckptless.replica.facts import replace_file
 
-NAME = "recipe.bin"
+NAME = "recipe.json"
+FORMAT = 1
+_KIND = "recipe"
 
 
 @dataclass(frozen=True)
@@ -50,23 +55,52 @@ class Recipe:
     averaged: dict[str, str] | None
     lacking: tuple[str, ...]
 
-    def to_bytes(self) -> bytes:
-        """The recipe, pickled."""
-        return pickle.dumps(self, protocol=pickle.HIGHEST_PROTOCOL)
 
-
-def write_recipe(arena: Path, recipe: Recipe) -> None:
+def write_recipe(arena: Path, pickled: bytes) -> None:
     """Keep a recipe in an arena.
+
+    Args:
+        arena: folder of the arena.
+        pickled: the recipe, packed.
 
     Raises:
         ArenaError: it cannot be written.
     """
-    replace_file(arena / NAME, recipe.to_bytes())
+    replace_file(arena / NAME, seal_recipe(pickled))
+
+
+def seal_recipe(pickled: bytes) -> bytes:
+    """A packed recipe as it is written down."""
+    return seal(_KIND, FORMAT, {"pickled": base64.b64encode(pickled).decode()})
 
 
 def read_recipe(folder: Path) -> bytes:
-    """The recipe in the folder of an arena or of a durable state; empty where there is none."""
+    """The recipe in the folder of an arena or of a durable state, sealed; empty where there is none."""
     try:
         return (folder / NAME).read_bytes()
     except FileNotFoundError:
         return b""
+
+
+def unseal_recipe(data: bytes) -> bytes:
+    """The packed recipe in what `read_recipe` has read.
+
+    Raises:
+        DurableError: it is damaged.
+    """
+    try:
+        pickled: bytes = base64.b64decode(unseal(data, _KIND, FORMAT, _SCHEMA)["pickled"])
+    except ValueError as error:
+        raise DurableError(f"{NAME}: {error}: format dcp takes the tensors as they are") from error
+    return pickled
+
+
+def has_recipe(arena: Path) -> bool:
+    """Whether an arena has a recipe that is as it was written."""
+    try:
+        return bool(unseal_recipe(read_recipe(arena)))
+    except DurableError:
+        return False
+
+
+_SCHEMA = record(pickled=text(r"[A-Za-z0-9+/]+={0,2}", longest=LONGEST_BYTES))

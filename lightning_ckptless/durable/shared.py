@@ -141,7 +141,7 @@ class SharedWriter:
         parts, version = pending.parts, pending.parts.snapshot.version
         notes, whole = arena.notes(), parts.read()
         parts.forget_words()
-        size_bytes = finish_state(pending.layout, whole.results, pending.recipe, parts.path)
+        size_bytes = finish_state(pending.layout, whole.places, pending.recipe, parts.path)
         manifest = Manifest(
             run_id=self._order.run_id,
             snapshot=parts.snapshot,

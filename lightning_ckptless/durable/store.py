@@ -11,23 +11,24 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem, SavePlan, WriteItem, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from lightning_ckptless.durable.capture import Captured, ShardCopy
 from lightning_ckptless.durable.folder import Manifest, write_synced
+from lightning_ckptless.durable.places import Place, Places, places_of, read_places, write_places
 from lightning_ckptless.durable.recipe import NAME as RECIPE_NAME
 from lightning_ckptless.durable.recipe import read_recipe
 from lightning_ckptless.errors import DurableError
+from lightning_ckptless.formats.schema import SchemaError
 from lightning_ckptless.replica.checksum import bytes_of, matches
 from lightning_ckptless.replica.layout import Layout, private_name, slot_views, write_item
 
@@ -76,11 +77,11 @@ def write_state(captured: Captured, folder: Path) -> int:
     Raises:
         OSError, RuntimeError: it cannot be written.
     """
-    results = write_shards(captured.layout, dict(enumerate(captured.shards)), folder)
-    return finish_state(captured.layout, results, captured.recipe, folder)
+    places = write_shards(captured.layout, dict(enumerate(captured.shards)), folder)
+    return finish_state(captured.layout, places, captured.recipe, folder)
 
 
-def write_shards(layout: Layout, shards: Mapping[int, ShardCopy], folder: Path) -> dict[int, list[WriteResult]]:
+def write_shards(layout: Layout, shards: Mapping[int, ShardCopy], folder: Path) -> dict[int, Sequence[Place]]:
     """Write some shards of a state, and wait until the disk has them.
 
     Args:
@@ -89,7 +90,7 @@ def write_shards(layout: Layout, shards: Mapping[int, ShardCopy], folder: Path) 
         folder: of the state.
 
     Returns:
-        What `finish_state` has to know of each.
+        Where the pieces of each lie.
 
     Raises:
         OSError, RuntimeError: they cannot be written.
@@ -97,19 +98,19 @@ def write_shards(layout: Layout, shards: Mapping[int, ShardCopy], folder: Path) 
     writer = FileSystemWriter(folder)
     writer.set_up_storage_writer(is_coordinator=True)
     plans = writer.prepare_global_plan([_plan(layout, shard) for shard in range(layout.world_size)])
-    results: dict[int, list[WriteResult]] = {}
+    places: dict[int, Sequence[Place]] = {}
     for shard, copy in shards.items():
         writer.prepare_local_plan(plans[shard])
-        results[shard] = writer.write_data(plans[shard], _ShardPlanner(layout, shard, copy)).wait()
-    return results
+        places[shard] = places_of(writer.write_data(plans[shard], _ShardPlanner(layout, shard, copy)).wait())
+    return places
 
 
-def finish_state(layout: Layout, results: Mapping[int, list[WriteResult]], recipe: bytes, folder: Path) -> int:
+def finish_state(layout: Layout, places: Mapping[int, Sequence[Place]], recipe: bytes, folder: Path) -> int:
     """Write what belongs to all shards of a state but the manifest, and wait until the disk has it.
 
     Args:
         layout: of the state.
-        results: of all shards, as `write_shards` has returned them.
+        places: of all shards, as `write_shards` has returned them.
         recipe: how a Lightning checkpoint is put together from it; empty where nobody knows.
         folder: of the state.
 
@@ -124,7 +125,9 @@ def finish_state(layout: Layout, results: Mapping[int, list[WriteResult]], recip
         metadata.state_dict_metadata[small_state_name(shard)] = BytesStorageMetadata()
     writer = FileSystemWriter(folder)
     writer.set_up_storage_writer(is_coordinator=True)
-    writer.finish(metadata, [results[shard] for shard in range(layout.world_size)])
+    everything = [place for shard in range(layout.world_size) for place in places[shard]]
+    writer.finish(metadata, [[place.to_result() for place in everything]])
+    write_places(folder, everything)
     write_synced(folder / _LAYOUT, layout.to_bytes())
     if recipe:
         write_synced(folder / RECIPE_NAME, recipe)
@@ -144,39 +147,42 @@ def read_layout(state: Path) -> Layout:
     """
     manifest = Manifest.read(state)
     try:
-        layout = Layout.from_bytes((state / _LAYOUT).read_bytes())
-    except _CANNOT_READ as error:
-        raise DurableError(f"{state / _LAYOUT}: cannot be read: {error!r}") from error
-    if layout.digest != manifest.snapshot.layout:
-        raise DurableError(f"{state / _LAYOUT}: is damaged: its digest is not the one that {state} was written with")
+        layout = Layout.from_bytes((state / _LAYOUT).read_bytes(), manifest.snapshot.layout)
+    except (OSError, SchemaError) as error:
+        raise DurableError(f"{state / _LAYOUT}: {error}") from error
+    if layout.world_size != manifest.snapshot.world_size:
+        raise DurableError(f"{state / _LAYOUT}: it is of {layout.world_size} ranks, its state is of another number")
     return layout
 
 
-def read_shard(state: Path, manifest: Manifest, layout: Layout, shard: int) -> ShardCopy:
+def read_shard(state: Path, manifest: Manifest, layout: Layout, places: Places, shard: int) -> ShardCopy:
     """One shard of a state, byte by byte as it was staged.
 
     Args:
         state: folder of the state.
         manifest: of the state.
         layout: of the state.
+        places: of its pieces.
         shard: index of the shard.
 
     Raises:
         DurableError: it cannot be read, or its bytes are not those that were written.
     """
     facts = manifest.shards[shard]
+    if facts.bulk_bytes != (expected := layout.bulk_bytes(shard)):
+        raise DurableError(f"{state}: shard {shard} has {facts.bulk_bytes} bytes, expected {expected}")
     # Zeros between the pieces, as in a slot: the checksum is of them, too.
     copy = ShardCopy(torch.zeros(facts.bulk_bytes, dtype=torch.uint8), b"", facts.checksum)
-    planner = _FillPlanner(layout, shard, copy.bulk)
-    reader = FileSystemReader(state)
     try:
-        reader.set_up_storage_reader(reader.read_metadata(), is_coordinator=True)
-        reader.read_data(LoadPlan([*map(_read_item, _plan(layout, shard).items)]), planner).wait()
+        blob = _read_piece(state, places[MetadataIndex(small_state_name(shard))])
+        for index, view in _views(layout, shard, copy.bulk).items():
+            piece = io.BytesIO(_read_piece(state, places[index]))
+            view.copy_(torch.load(piece, map_location="cpu", weights_only=True).view(view.shape))
     except _CANNOT_READ as error:
         raise DurableError(f"{state}: shard {shard} cannot be read: {error!r}") from error
-    if not matches(facts.checksum, (bytes_of(copy.bulk), planner.blob)):
+    if len(blob) != facts.blob_bytes or not matches(facts.checksum, (bytes_of(copy.bulk), blob)):
         raise DurableError(f"{state}: shard {shard} is damaged: its bytes do not match their checksum")
-    return ShardCopy(copy.bulk, planner.blob, facts.checksum)
+    return ShardCopy(copy.bulk, blob, facts.checksum)
 
 
 def load_state(state: Path, manifest: Manifest, progress: Callable[[int], None] = lambda _bytes: None) -> Captured:
@@ -190,9 +196,9 @@ def load_state(state: Path, manifest: Manifest, progress: Callable[[int], None] 
     Raises:
         DurableError: it cannot be read, or its bytes are not those that were written.
     """
-    layout, shards = read_layout(state), list[ShardCopy]()
+    layout, places, shards = read_layout(state), read_places(state), list[ShardCopy]()
     for shard in range(layout.world_size):
-        shards.append(read_shard(state, manifest, layout, shard))
+        shards.append(read_shard(state, manifest, layout, places, shard))
         progress(shards[-1].bulk.numel())
     return Captured(manifest.snapshot, layout, tuple(shards), read_recipe(state))
 
@@ -202,13 +208,12 @@ def _plan(layout: Layout, shard: int) -> SavePlan:
     return SavePlan([small, *map(write_item, layout.of(shard))])
 
 
-def _read_item(item: WriteItem) -> ReadItem:
-    data = item.tensor_data
-    none = torch.Size(())
-    if data is None:
-        return ReadItem(LoadItemType.BYTE_IO, item.index, none, item.index, none, none)
-    start = torch.Size([0] * len(data.chunk.sizes))
-    return ReadItem(LoadItemType.TENSOR, item.index, start, item.index, start, data.chunk.sizes)
+def _read_piece(state: Path, place: Place) -> bytes:
+    with (state / place.file).open("rb") as file:
+        if place.at + place.length > os.fstat(file.fileno()).st_size:
+            raise EOFError(f"{place.file} is too short")
+        file.seek(place.at)
+        return file.read(place.length)
 
 
 class _ShardPlanner(DefaultSavePlanner):
@@ -224,26 +229,6 @@ class _ShardPlanner(DefaultSavePlanner):
         if write_item.type is WriteItemType.BYTE_IO:
             return io.BytesIO(self._blob)
         return self._views[write_item.index]
-
-
-class _FillPlanner(DefaultLoadPlanner):
-    """Puts what the reader reads where it lies in a shard."""
-
-    def __init__(self, layout: Layout, shard: int, bulk: torch.Tensor) -> None:
-        super().__init__(flatten_state_dict=False)
-        self._views = _views(layout, shard, bulk)
-        self.blob = b""
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:  # noqa: ARG002 - there is but one
-        """Take the small state."""
-        self.blob = value.getvalue()
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        """Where a piece goes."""
-        return self._views[read_item.storage_index]
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """It is there already."""
 
 
 def _views(layout: Layout, shard: int, bulk: torch.Tensor) -> dict[MetadataIndex, torch.Tensor]:

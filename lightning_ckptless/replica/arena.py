@@ -13,6 +13,7 @@ right user, format, run id and checksum.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -24,24 +25,28 @@ from typing import Any
 import torch
 
 from lightning_ckptless.errors import ArenaError
+from lightning_ckptless.formats.schema import SchemaError
 from lightning_ckptless.private_files import require_private
 from lightning_ckptless.protocol.versions import Replica
 from lightning_ckptless.replica import facts as arena_facts
 from lightning_ckptless.replica.checksum import bytes_of, matches
-from lightning_ckptless.replica.facts import Facts
+from lightning_ckptless.replica.facts import DamagedArenaError, Facts
 from lightning_ckptless.replica.layout import Layout
+from lightning_ckptless.replica.notes import Json, read_notes, write_note
 from lightning_ckptless.replica.owner import Owner
 from lightning_ckptless.replica.slot import (
     Slot,
     SlotHeader,
     SlotName,
-    Stamp,
     read_blob,
     read_bulk,
     read_header,
     slot_file_bytes,
 )
 from lightning_ckptless.replica.space import default_arena_dir, require_room, taken_bytes
+from lightning_ckptless.replica.stamp import Stamp
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "Arena",
@@ -111,14 +116,15 @@ class Arena:
                 stack.enter_context(arena_facts.locked(path, wait=True))
             except FileNotFoundError:
                 return False
-            if not arena_facts.exists(path):
+            facts = _facts_in(path)
+            if facts is None:
                 try:
                     mine.write(path)
                 except BaseException:
                     # A folder without facts is no arena: nothing that looks for arenas would ever remove it.
                     shutil.rmtree(path, ignore_errors=True)
                     raise
-            elif (facts := Facts.read(path)).owner != mine.owner:
+            elif facts.owner != mine.owner:
                 if facts.owner.alive():
                     raise ArenaError(
                         f"{path}: run {mine.run_id!r} on node {mine.node!r} belongs to the live process "
@@ -266,22 +272,21 @@ class Arena:
     def read_layout(self, digest: str) -> Layout | None:
         """The layout with a digest; None where this arena has none, or a damaged one."""
         try:
-            layout = Layout.from_bytes(self._layout_path(digest).read_bytes())
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return Layout.from_bytes(self._layout_path(digest).read_bytes(), digest)
+        except (OSError, SchemaError):
             return None
-        return layout if layout.digest == digest else None
 
     def _layout_path(self, digest: str) -> Path:
         return self.path / f"layout-{digest}.json"
 
-    def note(self, name: str, value: arena_facts.Json) -> None:
+    def note(self, name: str, value: Json) -> None:
         """Keep a small fact, such as that the run has finished; the last one counts."""
-        arena_facts.write_note(self.path, name, value)
+        write_note(self.path, name, value)
 
     def notes(self) -> dict[str, Any]:
         """The facts that were noted, and `origin` where the run has one."""
         origin = {} if self.origin is None else {"origin": self.origin}
-        return origin | arena_facts.read_notes(self.path)
+        return origin | read_notes(self.path)
 
     # ------------------------------------------------------------------ room
 
@@ -330,6 +335,21 @@ class Arena:
         """Delete the arena with all it holds."""
         self.close()
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _facts_in(path: Path) -> Facts | None:
+    """What a folder says that it is; None where it says nothing yet, or is damaged and nobody's: then it is emptied."""
+    if not arena_facts.exists(path):
+        return None
+    try:
+        return Facts.read(path)
+    except DamagedArenaError as error:
+        if (owner := arena_facts.living_owner(path)) is not None:
+            raise ArenaError(f"{error} after process {owner.pid} has ended, or start under another run id") from error
+        log.warning("ckptless: %s", f"{error.args[0]}; it is emptied and used again")
+        for file in path.iterdir():
+            file.unlink()
+        return None
 
 
 @dataclass(frozen=True)

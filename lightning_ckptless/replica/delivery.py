@@ -17,7 +17,8 @@ import torch
 from lightning_ckptless.errors import TransportError
 from lightning_ckptless.replica.checksum import bytes_of
 from lightning_ckptless.replica.shelf import Shelf
-from lightning_ckptless.replica.slot import HEADER_BYTES, Slot, SlotHeader, Stamp
+from lightning_ckptless.replica.slot import HEADER_BYTES, Slot, SlotHeader
+from lightning_ckptless.replica.stamp import Stamp
 from lightning_ckptless.replica.transport import Parcel, Transport, room, tensor_of
 
 PAGE, BULK, BLOB = range(3)

@@ -6,6 +6,7 @@ sizes. Ranks with the same box hold the same values, and one copy of them is eno
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,11 @@ from typing import NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
-from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.errors import OptionsError, TransportError
+from lightning_ckptless.formats.schema import SchemaError, boolean, optional, record, sequence, text
+from lightning_ckptless.formats.sealed import parse
 from lightning_ckptless.mesh_internals import shard_box
+from lightning_ckptless.replica.stamp import BYTES, CHECKSUM
 
 
 class Box(NamedTuple):
@@ -76,6 +80,31 @@ class Described:
     def held(self) -> Held:
         """What is here."""
         return Held(self.dtype, self.shape, self.box or whole(self.shape))
+
+
+def to_message(described: Sequence[Described]) -> bytes:
+    """A description on its way to the other ranks."""
+    return json.dumps([vars(each) for each in described]).encode()
+
+
+def from_message(data: bytes) -> tuple[Described, ...]:
+    """What `to_message` made.
+
+    Raises:
+        TransportError: a peer sent something else.
+    """
+    try:
+        described: tuple[Described, ...] = _DESCRIBED(parse(data), "")
+    except SchemaError as error:
+        raise TransportError(f"a peer sent a description of its state that cannot be read: {error}") from error
+    return described
+
+
+_SIZES = sequence(BYTES, most=64)
+_DESCRIBED = sequence(record(
+    Described, name=text(), dtype=text(r"torch\.\w+"), shape=_SIZES, replicated=boolean,
+    box=optional(lambda value, place: Box(*sequence(_SIZES, length=2)(value, place))), digest=CHECKSUM, still=boolean,
+))  # fmt: skip
 
 
 def whole(shape: tuple[int, ...]) -> Box:

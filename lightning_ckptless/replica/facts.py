@@ -1,29 +1,30 @@
-"""What an arena says about itself: `arena.json`, the lock around it, and the notes that lie beside it."""
+"""What an arena says about itself: `arena.json`, and the lock around it."""
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 from lightning_ckptless.errors import ArenaError
+from lightning_ckptless.formats.schema import SchemaError, integer, number, optional, record, text
+from lightning_ckptless.formats.sealed import FormatError, parse, seal, unseal
 from lightning_ckptless.private_files import open_own_folder, require_private
-from lightning_ckptless.replica.owner import Owner
+from lightning_ckptless.replica.owner import HIGHEST_PID, OWNER, Owner
 
-Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
-"""What a note may hold."""
-
-FORMAT = 1
+FORMAT = 2
 FOLDER_PREFIX = "ckptless-"
 _FACTS = "arena.json"
-_NOTE_PREFIX = "note-"
+_KIND = "arena"
+
+
+class DamagedArenaError(ArenaError):
+    """What an arena says about itself is damaged."""
 
 
 @dataclass(frozen=True)
@@ -46,28 +47,47 @@ class Facts:
 
     def write(self, folder: Path) -> None:
         """Put the facts into an arena's folder."""
-        replace_file(folder / _FACTS, json.dumps({"format": FORMAT, **asdict(self)}, indent=1).encode())
+        replace_file(folder / _FACTS, seal(_KIND, FORMAT, asdict(self)))
 
     @classmethod
     def read(cls, folder: Path) -> Facts:
         """The facts of an arena.
 
         Raises:
+            DamagedArenaError: the facts are damaged.
             ArenaError: the folder is no arena, belongs to another user or has another format.
         """
         try:
             with open_own_folder(folder) as handle:
                 require_private(folder, os.fstat(handle))
-                fields = json.loads(_read(_FACTS, handle))
-            if (number := fields.pop("format", None)) != FORMAT:
-                raise ArenaError(f"{folder}: arena format {number}, expected {FORMAT}: remove it with `ckptless clean`")
-            return cls(owner=Owner(**fields.pop("owner")), **fields)
-        except ArenaError:
-            raise
+                facts: Facts = unseal(_read(_FACTS, handle), _KIND, FORMAT, _SCHEMA)
+        except FormatError as error:
+            raise ArenaError(f"{folder}: {error}: remove it with `ckptless clean`") from error
+        except SchemaError as error:
+            raise DamagedArenaError(f"{folder / _FACTS}: {error}: remove it with `ckptless clean`") from error
         except PermissionError as error:
             raise ArenaError(str(error)) from error
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except OSError as error:
             raise ArenaError(f"{folder}: not an arena that can be read: {error!r}") from error
+        return facts
+
+
+NODE = text(".+", longest=1024)
+RUN_ID = text(".+", longest=1024)
+_NAMED_OWNER = record(
+    extra=True,
+    owner=record(extra=True, pid=integer(1, HIGHEST_PID), started_at=optional(number())),
+)
+_SCHEMA = record(Facts, run_id=RUN_ID, node=NODE, owner=OWNER, created_at=number(), origin=optional(text()))
+
+
+def living_owner(folder: Path) -> Owner | None:
+    """The live process that an arena names as its owner, whatever else of it is damaged or of another format."""
+    try:
+        named = _NAMED_OWNER(parse((folder / _FACTS).read_bytes()), "")["owner"]
+    except (OSError, SchemaError):
+        return None
+    return Owner.running(named["pid"], named["started_at"])
 
 
 def exists(folder: Path) -> bool:
@@ -139,16 +159,3 @@ def replace_file(path: Path, content: bytes) -> None:
                 raise
     except OSError as error:
         raise ArenaError(f"{path}: cannot write {len(content)} bytes: {error}") from error
-
-
-def write_note(folder: Path, name: str, value: Json) -> None:
-    """Put a named fact beside the arena's own."""
-    replace_file(folder / f"{_NOTE_PREFIX}{quote(name, safe='')}.json", json.dumps(value).encode())
-
-
-def read_notes(folder: Path) -> dict[str, Any]:
-    """All named facts of an arena."""
-    return {
-        unquote(path.name.removeprefix(_NOTE_PREFIX).removesuffix(".json")): json.loads(path.read_bytes())
-        for path in sorted(folder.glob(f"{_NOTE_PREFIX}*.json"))
-    }

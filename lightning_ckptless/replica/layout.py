@@ -21,8 +21,12 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from lightning_ckptless.errors import LayoutMismatchError
+from lightning_ckptless.formats.schema import MOST_RANKS, SchemaError, boolean, integer, record, sequence, text
+from lightning_ckptless.formats.sealed import parse
 from lightning_ckptless.replica.description import Box, Described, Held, differences, held_by_name
+from lightning_ckptless.replica.stamp import BYTES, RANK, WORLD_SIZE
 
+FORMAT = 1
 ALIGNMENT_BYTES = 64
 
 
@@ -93,7 +97,11 @@ class Layout:
         self._by_shard = tuple(tuple(c for c in self.chunks if c.shard == s) for s in range(world_size))
         self._held: dict[int, dict[str, Held]] = {}
         # `vars` where `dataclasses.asdict` would do as well: in a relaunch that took a tenth of a second.
-        fields = {"world_size": world_size, "chunks": [_fields(chunk) for chunk in self.chunks]}
+        fields = {
+            "format": FORMAT,
+            "world_size": world_size,
+            "chunks": [_fields(chunk) for chunk in self.chunks],
+        }
         self._bytes = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
         self.digest = hashlib.sha256(self._bytes).hexdigest()
 
@@ -144,14 +152,22 @@ class Layout:
         return self._bytes
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Layout:
+    def from_bytes(cls, data: bytes, digest: str) -> Layout:
         """The layout that `to_bytes` wrote.
 
+        Args:
+            data: the bytes.
+            digest: of the layout that is expected.
+
         Raises:
-            ValueError, KeyError, TypeError: the bytes are something else.
+            SchemaError: the bytes are damaged, or those of something else.
         """
-        fields = json.loads(data)
-        return cls([_chunk(chunk) for chunk in fields["chunks"]], fields["world_size"])
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise SchemaError(f"damaged: its digest is not {digest}")
+        fields = _LAYOUT(parse(data), "")
+        for chunk in fields["chunks"]:
+            _require_sound(chunk, fields["world_size"])
+        return cls(fields["chunks"], fields["world_size"])
 
     def require_same(self, found: Sequence[Described], rank: int) -> None:
         """Refuse a state that is not what a rank held when it was mirrored.
@@ -272,8 +288,38 @@ def _fields(chunk: Chunk) -> dict[str, Any]:
     return {name: value for name, value in vars(chunk).items() if name != "still" or value}
 
 
-def _chunk(fields: dict[str, Any]) -> Chunk:
-    return Chunk(**fields | {key: tuple(fields[key]) for key in ("shape", "offsets", "sizes", "holders")})
+def _still(value: Any, place: str) -> bool:
+    return value is not None and boolean(value, place)
+
+
+_SIZES = sequence(BYTES, most=64)
+_LAYOUT = record(
+    format=integer(FORMAT, FORMAT),
+    world_size=WORLD_SIZE,
+    chunks=sequence(record(
+        Chunk,
+        name=text(), dtype=text(r"torch\.\w+"), shape=_SIZES, offsets=_SIZES, sizes=_SIZES, shard=RANK, at=BYTES,
+        nbytes=BYTES, holders=sequence(RANK, most=MOST_RANKS), still=_still,
+    )),
+)  # fmt: skip
+
+
+def _require_sound(chunk: Chunk, world_size: int) -> None:
+    """Refuse a piece that cannot lie where it says.
+
+    Raises:
+        SchemaError: its numbers do not fit each other.
+    """
+    try:
+        length = math.prod(chunk.sizes) * dtype_of(chunk.dtype).itemsize
+    except ValueError as error:
+        raise SchemaError(f"{chunk.name}: {error}") from error
+    is_inside = len(chunk.shape) == len(chunk.offsets) == len(chunk.sizes) and all(
+        end <= size for end, size in zip(_end(chunk), chunk.shape, strict=True)
+    )
+    is_known = chunk.shard < world_size and all(rank < world_size for rank in chunk.holders)
+    if not is_inside or not is_known or chunk.nbytes != length or chunk.at % ALIGNMENT_BYTES:
+        raise SchemaError(f"{chunk.name}: a piece that cannot lie in its tensor, or in shard {chunk.shard}")
 
 
 def _held(chunks: Sequence[Chunk], rank: int) -> dict[str, Held]:

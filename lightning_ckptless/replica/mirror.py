@@ -37,8 +37,9 @@ from lightning_ckptless.replica.layout import Layout
 from lightning_ckptless.replica.mirror_stats import MirrorStats
 from lightning_ckptless.replica.round import Blob, Round
 from lightning_ckptless.replica.shelf import Shelf
-from lightning_ckptless.replica.slot import Slot, Stamp
+from lightning_ckptless.replica.slot import Slot
 from lightning_ckptless.replica.staging import Stager
+from lightning_ckptless.replica.stamp import Stamp
 from lightning_ckptless.replica.transport import Transport
 
 log = logging.getLogger(__name__)

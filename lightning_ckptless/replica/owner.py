@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import psutil
 
+from lightning_ckptless.formats.schema import integer, number, record
+
 _CLOCK_TOLERANCE_S = 2.0
 """The start time of a process is derived from the boot time, which a clock adjustment moves a little."""
 
@@ -31,6 +33,20 @@ class Owner:
         """
         return cls(pid, psutil.Process(pid).create_time())
 
+    @classmethod
+    def running(cls, pid: int, started_at: float | None) -> Owner | None:
+        """The live process with a number; None where there is none, or it has started at another time.
+
+        Args:
+            pid: process id.
+            started_at: when it started; None where that is not known.
+        """
+        try:
+            owner = cls.of(pid) if started_at is None else cls(pid, started_at)
+        except psutil.NoSuchProcess:
+            return None
+        return owner if owner.alive() else None
+
     def alive(self) -> bool:
         """Whether the process still runs. One that has ended and was not waited for counts as dead."""
         try:
@@ -39,3 +55,9 @@ class Owner:
             return same and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
         except psutil.NoSuchProcess:
             return False
+
+
+HIGHEST_PID = 1 << 22
+"""The kernel gives no higher number to a process."""
+OWNER = record(Owner, pid=integer(1, HIGHEST_PID), started_at=number())
+"""The schema of an owner that is written down."""

@@ -22,7 +22,8 @@ from lightning_ckptless.protocol.versions import Complete, Replica, SlotState, S
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.checksum import bytes_of
 from lightning_ckptless.replica.restore import gather_inventory, gather_replicas
-from lightning_ckptless.replica.slot import Slot, Stamp
+from lightning_ckptless.replica.slot import Slot
+from lightning_ckptless.replica.stamp import Stamp
 from lightning_ckptless.replica.transport import Parcel, Transport, room, tensor_of
 
 

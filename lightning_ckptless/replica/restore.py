@@ -12,13 +12,26 @@ from typing import Any
 
 import torch
 
-from lightning_ckptless.errors import StateMissingError
+from lightning_ckptless.errors import StateMissingError, TransportError
+from lightning_ckptless.formats.schema import SchemaError, integer, record, refused, sequence
+from lightning_ckptless.formats.sealed import parse
 from lightning_ckptless.protocol.transfers import Part, Read, Send, Transfer, plan_transfers
-from lightning_ckptless.protocol.versions import Complete, Missing, Replica, SlotState, Version, newest_complete
+from lightning_ckptless.protocol.versions import Complete, Missing, Replica, newest_complete
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.checksum import bytes_of
 from lightning_ckptless.replica.cores import threads_of_a_rank
+from lightning_ckptless.replica.facts import NODE
 from lightning_ckptless.replica.layout import Layout, live_views, local_name, pieces_for, slot_views
+from lightning_ckptless.replica.stamp import (
+    BYTES,
+    CHECKSUM,
+    GENERATION,
+    LAYOUT,
+    RANK,
+    VERSION,
+    WORLD_SIZE,
+    slot_state,
+)
 from lightning_ckptless.replica.transport import Parcel, Transport, room, tensor_of
 from lightning_ckptless.torch_internals import foreach_copy
 
@@ -36,12 +49,14 @@ class Fetched:
     Args:
         bulks: tensor part of each needed shard: mapped from the own arena, or received.
         blobs: small state of each rank whose small state was asked for.
+        received: whose small states came from peers.
         moved_bytes: bytes received from peers.
         sources: number of shards from the `own arena` and from a `peer`.
     """
 
     bulks: dict[int, torch.Tensor]
     blobs: dict[int, bytes]
+    received: frozenset[int]
     moved_bytes: int
     sources: dict[str, int]
 
@@ -63,9 +78,15 @@ def gather_replicas(mine: Iterable[Replica], transport: Transport) -> tuple[Repl
     Args:
         mine: those that this rank names.
         transport: between all ranks.
+
+    Raises:
+        TransportError: a peer sent something else.
     """
     everyone = transport.gather(json.dumps([asdict(replica) for replica in mine]).encode())
-    return tuple(_replica(fields) for line in everyone for fields in json.loads(line))
+    try:
+        return tuple(replica for line in everyone for replica in _REPLICAS(parse(line), ""))
+    except SchemaError as error:
+        raise TransportError(f"rank {transport.rank}: a peer sent an inventory that cannot be read: {error}") from error
 
 
 def choose(arena: Arena, transport: Transport, nodes: Sequence[str], *, need: Need | None = None) -> Complete | Missing:
@@ -132,7 +153,7 @@ def fetch(
     rank = transport.rank
     plan = plan_transfers(complete, nodes, need, blobs)
     got = {(step.replica.shard, part): _read(arena, step, part) for step in _reads(plan, rank) for part in _parts(step)}
-    local_count = sum(part is Part.BULK for _, part in got)
+    local = frozenset(got)
     sends = [
         (step.target_rank, _tag(step.shard, part), _read(arena, step, part))
         for step in _sends(plan)
@@ -150,8 +171,12 @@ def fetch(
     return Fetched(
         bulks=bulks,
         blobs={shard: bytes(bytes_of(data)) for (shard, part), data in got.items() if part is Part.BLOB},
+        received=frozenset(shard for shard, part in got.keys() - local if part is Part.BLOB),
         moved_bytes=sum(data.numel() for _, _, data in receives),
-        sources={OWN_ARENA: local_count, PEER: len(bulks) - local_count},
+        sources={
+            OWN_ARENA: sum(part is Part.BULK for _, part in local),
+            PEER: sum(part is Part.BULK for _, part in got.keys() - local),
+        },
     )
 
 
@@ -199,6 +224,7 @@ def shared_layout(arena: Arena, transport: Transport, digest: str) -> Layout:
 
     Raises:
         StateMissingError: no arena has it.
+        TransportError: a peer sent something else.
     """
     mine = arena.read_layout(digest)
     having = [rank for rank, said in enumerate(transport.gather(b"1" if mine is not None else b"")) if said]
@@ -214,7 +240,10 @@ def shared_layout(arena: Arena, transport: Transport, digest: str) -> Layout:
     sent = mine.to_bytes() if mine is not None and transport.rank == teller else b""
     told = transport.gather(sent)[teller]
     if mine is None:
-        mine = Layout.from_bytes(told)
+        try:
+            mine = Layout.from_bytes(told, digest)
+        except SchemaError as error:
+            raise TransportError(f"rank {transport.rank}: rank {teller} sent layout {digest}: {error}") from error
         arena.write_layout(mine)
     return mine
 
@@ -243,5 +272,14 @@ def _place_of(replica: Replica) -> tuple[int, int, int]:
     return replica.shard, replica.keeper, replica.slot
 
 
-def _replica(fields: dict[str, Any]) -> Replica:
-    return Replica(**(fields | {"version": Version(**fields["version"]), "state": SlotState(fields["state"])}))
+def _replica(**fields: Any) -> Replica:
+    if fields["shard"] >= fields["world_size"]:
+        raise refused("shard", f"one of {fields['world_size']}", fields["shard"])
+    return Replica(**fields)
+
+
+_REPLICAS = sequence(record(
+    _replica,
+    shard=RANK, keeper=RANK, node=NODE, slot=integer(0, 1), version=VERSION, generation=GENERATION,
+    world_size=WORLD_SIZE, layout=LAYOUT, state=slot_state, bulk_bytes=BYTES, blob_bytes=BYTES, checksum=CHECKSUM,
+))  # fmt: skip

@@ -20,14 +20,16 @@ import struct
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lightning_ckptless.errors import ArenaError
+from lightning_ckptless.formats.schema import SchemaError, record, text
+from lightning_ckptless.formats.sealed import parse
 from lightning_ckptless.protocol.slots import SlotEvent, SlotView, advance
-from lightning_ckptless.protocol.versions import SlotState, Snapshot, Version
+from lightning_ckptless.protocol.versions import SlotState
 from lightning_ckptless.replica.space import MAKE_ROOM
+from lightning_ckptless.replica.stamp import BYTES, CHECKSUM, STAMP, Stamp, slot_state
 
 FORMAT = 1
 HEADER_BYTES = 4096
@@ -35,32 +37,6 @@ _MAGIC = b"ckptless"
 _SHARED = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 _PREFIX = struct.Struct("<8sHHI")
 """Magic, format number, length of the JSON in bytes, crc32 of the JSON."""
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """What a slot is about to hold.
-
-    Args:
-        version: the version of the state.
-        generation: number of the membership that writes it.
-        world_size: number of shards of the version.
-        layout: digest of the layout it is written with.
-        shard: index of the shard.
-        keeper: rank that keeps this copy.
-    """
-
-    version: Version
-    generation: int
-    world_size: int
-    layout: str
-    shard: int
-    keeper: int
-
-    @property
-    def snapshot(self) -> Snapshot:
-        """The state that the slot is a part of."""
-        return Snapshot(self.version, self.generation, self.world_size, self.layout)
 
 
 @dataclass(frozen=True)
@@ -89,28 +65,36 @@ class SlotHeader:
         version = {"optimizer_step": stamp.version.optimizer_step, "tail_done": stamp.version.tail_done}
         # By hand: `dataclasses.asdict` takes three times as long, and a round writes half a dozen headers.
         fields = vars(self) | {"stamp": vars(stamp) | {"version": version}, "state": self.state.value}
-        text = json.dumps(fields, separators=(",", ":"), sort_keys=True).encode()
-        page = _PREFIX.pack(_MAGIC, FORMAT, len(text), zlib.crc32(text)) + text
+        body = json.dumps(fields, separators=(",", ":"), sort_keys=True).encode()
+        page = _PREFIX.pack(_MAGIC, FORMAT, len(body), zlib.crc32(body)) + body
         assert len(page) <= HEADER_BYTES, f"a slot header of {len(page)} bytes"
         return page.ljust(HEADER_BYTES, b"\0")
 
     @classmethod
     def decode(cls, page: bytes) -> SlotHeader | None:
-        """The header in a page; None where the page is empty, torn or of another format."""
+        """The header in a page; None where the page is empty, damaged or of another format."""
         if len(page) < _PREFIX.size:
             return None
         magic, number, text_bytes, crc = _PREFIX.unpack_from(page)
-        text = page[_PREFIX.size : _PREFIX.size + text_bytes]
-        if magic != _MAGIC or number != FORMAT or len(text) != text_bytes or zlib.crc32(text) != crc:
+        body = page[_PREFIX.size : _PREFIX.size + text_bytes]
+        if magic != _MAGIC or number != FORMAT or len(body) != text_bytes or zlib.crc32(body) != crc:
             return None
-        return cls._from_fields(json.loads(text))
+        try:
+            header: SlotHeader = _HEADER(parse(body), "")
+        except SchemaError:
+            return None
+        return header if header.stamp.shard < header.stamp.world_size else None
 
-    @classmethod
-    def _from_fields(cls, fields: dict[str, Any]) -> SlotHeader:
-        stamp = fields.pop("stamp")
-        version = Version(**stamp.pop("version"))
-        return cls(stamp=Stamp(version=version, **stamp), state=SlotState(fields.pop("state")), **fields)
 
+_HEADER = record(
+    SlotHeader,
+    run_id=text(longest=HEADER_BYTES),
+    stamp=STAMP,
+    state=slot_state,
+    bulk_bytes=BYTES,
+    blob_bytes=BYTES,
+    checksum=CHECKSUM,
+)
 
 _NAME = re.compile(r"shard-(\d+)\.kept-by-(\d+)\.([^.]*)\.slot-([01])")
 _TAG_CHARS = 12

@@ -18,6 +18,7 @@ MAKE_ROOM = (
     "(mount -o remount,size=...)"
 )
 """What to do where arenas do not fit."""
+_MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "hugetlbfs")
 _BLOCK_BYTES = 512
 """Unit of `st_blocks`, whatever the file system."""
 
@@ -53,6 +54,27 @@ def _own_temporary_dir() -> Path:
             "set arena_dir= (or CKPTLESS_ARENA_DIR) to a folder of your own"
         ) from error
     return folder
+
+
+def is_in_memory(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Whether what lies in a folder is in memory, and ends with the machine.
+
+    Args:
+        folder: an arena.
+        mounts: the kernel's list of mounted file systems, the newest last.
+    """
+    device = os.stat(folder).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    mounted = [line.partition(" - ") for line in _lines(mounts)]
+    kinds = {place.split()[2]: kind.split()[0] for place, is_whole, kind in mounted if is_whole}
+    return kinds.get(number) in _MEMORY_FILE_SYSTEMS
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
 
 
 def taken_bytes(path: Path) -> int:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.torch_internals import version_counter
-from lightning_ckptless.trainer.plain import is_same, measure, pack, unpack
+from lightning_ckptless.trainer.plain import is_same, measure
 
 Changed = dict[str, dict[str, dict[str, Any]]]
 """By path of the object: values under `set`, names under `gone`."""

@@ -30,6 +30,7 @@ class Cohort:
         placement: who keeps which shard.
         generation: number of the generation: no other one that has written into these arenas has it.
         notes: what the arenas had noted when the ranks met.
+        trusted: dotted names of classes that the user trusts in small states from elsewhere.
     """
 
     transport: Transport
@@ -38,6 +39,7 @@ class Cohort:
     placement: Placement
     generation: int
     notes: Notes
+    trusted: frozenset[str] = frozenset()
 
     @property
     def rank(self) -> int:
@@ -96,9 +98,12 @@ def form_cohort(
     """
     domains = find_domains(options.failure_domain, nodes, transport, mesh)
     placement = place_in(domains, options.copies if transport.world_size > 1 else 0)
-    notes = tuple(json.loads(line) for line in transport.gather(json.dumps(arena.notes()).encode()))
+    mine = arena.notes()
+    # A note that was lost must not let a number be used again.
+    mine.setdefault("generation", max((replica.generation for replica in arena.inventory()), default=0))
+    notes = tuple(json.loads(line) for line in transport.gather(json.dumps(mine).encode()))
     number = max([generation, after + 1, *(int(n["generation"]) + 1 for n in notes if "generation" in n)])
-    cohort = Cohort(transport, arena, nodes, placement, number, notes)
+    cohort = Cohort(transport, arena, nodes, placement, number, notes, frozenset(options.trusted_classes))
     if cohort.speaks_for_node:
         arena.note("generation", number)
     return cohort

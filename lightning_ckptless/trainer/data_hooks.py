@@ -17,14 +17,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from lightning_ckptless.formats.packing import pack, unpack
+from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.trainer.host.loops import FitLoops
-from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.rng import apply_rng, capture_rng
 from lightning_ckptless.trainer.snapshot import SmallState
 
 TRAIN, VALIDATION = "train", "validation"
 
-Records = dict[str, bytes | None]
+Records = dict[str, Packed | None]
 
 
 class DataHooks:
@@ -44,7 +45,7 @@ class DataHooks:
         self._trainer = trainer
         self._loops = loops
         self._small: Callable[[], SmallState] | None = None
-        self._at_beginning: bytes | None = None
+        self._at_beginning: Packed | None = None
         self._replayed: Records = {}
         self._is_busy = False
         self._all_are_recorded = False
@@ -145,7 +146,7 @@ class DataHooks:
             self._loops.set_counters(counters)
             apply_rng(generators)
 
-    def _record(self) -> bytes:
+    def _record(self) -> Packed:
         assert self._small is not None
         return pack({"counters": self._loops.counters(), "shown": self._small().shown(), "rng": capture_rng()})
 
@@ -157,4 +158,4 @@ def to_note(records: Records) -> dict[str, str | None]:
 
 def from_note(note: dict[str, str | None] | None) -> Records:
     """What `to_note` made."""
-    return {name: None if data is None else base64.b64decode(data) for name, data in (note or {}).items()}
+    return {name: None if data is None else Packed(base64.b64decode(data)) for name, data in (note or {}).items()}

@@ -13,7 +13,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from lightning_ckptless import environment
 from lightning_ckptless.durable.capture import ShardCopy
 from lightning_ckptless.durable.folder import DurableFolder, Manifest
 from lightning_ckptless.durable.order import MODULE, SHARE_NOTE, WriterOrder, read_share, share_note
+from lightning_ckptless.durable.places import read_places
 from lightning_ckptless.durable.store import read_layout, read_shard
 from lightning_ckptless.errors import DurableError, OptionsError
+from lightning_ckptless.formats.pickles import UntrustedError, admit
 from lightning_ckptless.ledger import LEDGER_NAME
 from lightning_ckptless.membership.control import Line
 from lightning_ckptless.options import CkptlessOptions
@@ -32,10 +34,12 @@ from lightning_ckptless.protocol.versions import Complete, Missing, Snapshot, Ve
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.layout import Layout
 from lightning_ckptless.replica.restore import choose
-from lightning_ckptless.replica.slot import Slot, Stamp
+from lightning_ckptless.replica.slot import Slot
+from lightning_ckptless.replica.stamp import Stamp
 from lightning_ckptless.replica.transport import Transport
 from lightning_ckptless.trainer.cohort import Cohort
 from lightning_ckptless.trainer.identity import Identity
+from lightning_ckptless.trainer.trust import how_to_trust
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +97,8 @@ class DurableRung:
             self.folder.require_ours()
         mine = self.folder.states()
         self._logger_identities = {str(path): manifest.logger_identities for path, manifest in mine}
+        for path, why in self.folder.left_out.items() if transport.rank == 0 else ():
+            log.warning("ckptless: the durable state %s is left out: %s", path, why)
         told = json.dumps([asdict(manifest.state(path)) for path, manifest in mine]).encode()
         seen = [{_state(fields) for fields in json.loads(line)} for line in transport.gather(told)]
         return newest_first(list(set.intersection(*seen)))
@@ -108,7 +114,7 @@ class DurableRung:
             The version as the arenas have it now, or why the state cannot be used; then the arenas are as they were.
         """
         arena, rank = cohort.arena, cohort.rank
-        mine = _read(state, range(rank, state.snapshot.world_size, cohort.world_size))
+        mine = _read(state, range(rank, state.snapshot.world_size, cohort.world_size), cohort.trusted)
         problems = [text for (text,) in cohort.gather([mine if isinstance(mine, str) else ""]) if text]
         if isinstance(mine, str) or problems:
             log.warning("ckptless: %s is left aside: %s", state, problems[0])
@@ -178,14 +184,21 @@ class DurableRung:
             arena.note(_NOTE, order.agent_pid)
 
 
-def _read(state: DurableState, shards: Iterable[int]) -> tuple[Layout, dict[int, ShardCopy]] | str:
+def _read(
+    state: DurableState, shards: Iterable[int], trusted: Collection[str]
+) -> tuple[Layout, dict[int, ShardCopy]] | str:
     """Some shards of a state, or why they cannot be had."""
     path = Path(state.path)
     try:
-        layout, manifest = read_layout(path), Manifest.read(path)
-        return layout, {shard: read_shard(path, manifest, layout, shard) for shard in shards}
+        layout, manifest, places = read_layout(path), Manifest.read(path), read_places(path)
+        copies = {shard: read_shard(path, manifest, layout, places, shard) for shard in shards}
+        for copy in copies.values():
+            admit(copy.blob, trusted)
     except DurableError as error:
         return str(error)
+    except UntrustedError as error:
+        return f"{path}: {error}{how_to_trust(error)}"
+    return layout, copies
 
 
 def _put(slot: Slot, copy: ShardCopy, snapshot: Snapshot, shard: int, keeper: int) -> None:

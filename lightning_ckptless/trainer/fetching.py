@@ -10,11 +10,11 @@ from lightning_ckptless.replica.restore import fetch, shared_layout
 from lightning_ckptless.trainer.begun import step_in_flight
 from lightning_ckptless.trainer.checkpoint_files import CheckpointFiles
 from lightning_ckptless.trainer.cohort import Cohort
-from lightning_ckptless.trainer.plain import unpack
 from lightning_ckptless.trainer.report import Moved, RunReport
 from lightning_ckptless.trainer.restoration import Restoration, sum_over_ranks
 from lightning_ckptless.trainer.streams import Streams, obstacle_to_carrying
 from lightning_ckptless.trainer.succession import take_over
+from lightning_ckptless.trainer.trust import small_state_of
 
 
 def fetch_version(
@@ -45,7 +45,7 @@ def fetch_version(
     if found.snapshot.world_size == cohort.world_size:
         fetched = fetch(found, arena, transport, cohort.nodes, need=layout.need)
         moved = sum_over_ranks(fetched, cohort)
-        restoration = Restoration(found, layout, fetched.bulks, unpack(fetched.blobs[cohort.rank]))
+        restoration = Restoration(found, layout, fetched.bulks, small_state_of(cohort.rank, fetched, cohort))
     else:
         obstacle = obstacle_to_carrying(trainer)
         restoration, moved = take_over(found, layout, cohort, streams.width, batch, obstacle), Moved(0, {})

@@ -11,12 +11,13 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_ckptless import torch_internals
+from lightning_ckptless.formats.packing import pack, unpack
+from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.trainer.plain import plain_attributes, set_plain_attributes
 from lightning_ckptless.trainer.rng import apply_rng, capture_rng, owned_generators, set_owned_generators
 
@@ -34,7 +35,7 @@ class Fetches:
         attributes: its plain attributes now.
     """
 
-    at_first: bytes | None = None
+    at_first: Packed | None = None
     draws: bool | None = None
     changes: frozenset[str] = frozenset()
     attributes: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +55,7 @@ class FirstFetch:
         self._known = Fetches()
         self._restored: Fetches | None = None
         self._is_lazy = False
-        self._continue_at: bytes | None = None
+        self._continue_at: Packed | None = None
         self._is_told_apart = False
 
     def position(self) -> Fetches:
@@ -98,7 +99,7 @@ class FirstFetch:
         if self._restored is not None:
             restored, self._restored = self._restored, None
             return self._fetch_restored(inner, restored)
-        before, attributes = self._generators(), pickle.dumps(self._attributes())
+        before, attributes = self._generators(), pack(self._attributes())
         data = inner()
         has_drawn = self._generators() != before
         if is_first:
@@ -106,7 +107,7 @@ class FirstFetch:
             self._known.at_first, self._known.draws = before, None if has_drawn else False
         else:
             self._known.draws = bool(self._known.draws) or has_drawn
-            self._known.changes |= _changed(pickle.loads(attributes), self._attributes())
+            self._known.changes |= _changed(unpack(attributes), self._attributes())
         return data
 
     def _fetch_restored(self, inner: Callable[[], Any], restored: Fetches) -> Any:
@@ -125,7 +126,7 @@ class FirstFetch:
         set_plain_attributes(self._loader(), copy.deepcopy(kept))
         return data
 
-    def _fetch_and_tell_apart(self, inner: Callable[[], Any], continue_at: bytes) -> Any:
+    def _fetch_and_tell_apart(self, inner: Callable[[], Any], continue_at: Packed) -> Any:
         """Fetch with the generators of the first fetch up to the batch itself, which begins with the restored ones.
 
         The two are told apart by the iterator of torch's that the loader makes meanwhile.
@@ -159,11 +160,11 @@ class FirstFetch:
     def _attributes(self) -> dict[str, Any]:
         return plain_attributes(self._loader()) if self._is_lazy else {}
 
-    def _generators(self) -> bytes:
-        return pickle.dumps((capture_rng(), owned_generators(self._dataset)))
+    def _generators(self) -> Packed:
+        return pack((capture_rng(), owned_generators(self._dataset)))
 
-    def _set_generators(self, saved: bytes) -> None:
-        rng, owned = pickle.loads(saved)
+    def _set_generators(self, saved: Packed) -> None:
+        rng, owned = unpack(saved)
         apply_rng(rng)
         set_owned_generators(self._dataset, owned)
 
@@ -173,4 +174,4 @@ def _changed(before: dict[str, Any], after: dict[str, Any]) -> frozenset[str]:
 
 
 def _packed(attributes: dict[str, Any], name: str) -> bytes:
-    return pickle.dumps(attributes[name]) if name in attributes else b""
+    return pack(attributes[name]) if name in attributes else b""

@@ -19,10 +19,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.formats.packing import SmallTensorPickler, unpack
+from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.replica.description import local_part
 from lightning_ckptless.trainer.host.checkpoint import dump_checkpoint
 from lightning_ckptless.trainer.host.flavour import FLAVOURS, is_a
-from lightning_ckptless.trainer.plain import SmallTensorPickler, is_plain
+from lightning_ckptless.trainer.plain import is_plain
 from lightning_ckptless.trainer.rng import owned_generators
 
 log = logging.getLogger(__name__)
@@ -61,7 +63,7 @@ class CheckpointHooks:
                     kind, SAVE, name, type(value).__name__,
                 )  # fmt: skip
 
-    def capture(self, tensors: Mapping[str, Tensor]) -> bytes | None:
+    def capture(self, tensors: Mapping[str, Tensor]) -> Packed | None:
         """The dictionary of a checkpoint file as of now, hooks included; None where it is not asked for.
 
         Args:
@@ -81,9 +83,9 @@ class CheckpointHooks:
                 f"step {self._trainer.global_step}: {error}. Leave that object out of {SAVE}, or set "
                 "checkpoint_hooks='never'"
             ) from error
-        return out.getvalue()
+        return Packed(out.getvalue())
 
-    def apply(self, saved: bytes | None, tensors: Mapping[str, Tensor]) -> None:
+    def apply(self, saved: Packed | None, tensors: Mapping[str, Tensor]) -> None:
         """Call the program's `on_load_checkpoint` hooks with the dictionary that was captured.
 
         Args:
@@ -92,7 +94,7 @@ class CheckpointHooks:
         """
         if saved is None:
             return
-        checkpoint = _ReferringUnpickler(io.BytesIO(saved), tensors).load()
+        checkpoint = unpack(saved, lambda name: tensors[name])
         for owner in self._loaders:
             if is_a(owner, "callbacks", "Callback"):
                 owner.on_load_checkpoint(self._trainer, self._trainer.lightning_module, checkpoint)
@@ -138,14 +140,3 @@ class _ReferringPickler(SmallTensorPickler):
 
     def persistent_id(self, value: Any) -> str | None:
         return self._names.get(_place(value)) if isinstance(value, Tensor) else None
-
-
-class _ReferringUnpickler(pickle.Unpickler):
-    """Reads what `_ReferringPickler` wrote."""
-
-    def __init__(self, data: io.BytesIO, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__(data)
-        self._tensors = tensors
-
-    def persistent_load(self, name: str) -> Tensor:
-        return self._tensors[name]

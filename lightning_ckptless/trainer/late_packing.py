@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from lightning_ckptless.trainer.plain import SmallTensorPickler, on_device, pack
+from lightning_ckptless.formats.packing import SmallTensorPickler, on_device, pack, unpack
+from lightning_ckptless.formats.pickles import Packed
 
 
-def pack_late(value: Any) -> bytes | Callable[[], bytes]:
+def pack_late(value: Any) -> Packed | Callable[[], Packed]:
     """Pack plain data as it is now; `unpack` reads the result.
 
     Returns:
@@ -29,10 +30,10 @@ def pack_late(value: Any) -> bytes | Callable[[], bytes]:
     pickler = _DevicePickler(out)
     pickler.dump(value)
     if not pickler.aside:
-        return out.getvalue()
+        return Packed(out.getvalue())
     ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
     ready.record()
-    return _Late(out.getvalue(), pickler.aside, ready)
+    return _Late(Packed(out.getvalue()), pickler.aside, ready)
 
 
 class _DevicePickler(SmallTensorPickler):
@@ -56,12 +57,12 @@ class _Late:
         ready: marks the point in the device's work at which the copies are made.
     """
 
-    def __init__(self, body: bytes, aside: list[torch.Tensor], ready: torch.cuda.Event) -> None:
+    def __init__(self, body: Packed, aside: list[torch.Tensor], ready: torch.cuda.Event) -> None:
         self._body = body
         self._aside = aside
         self._ready = ready
 
-    def __call__(self) -> bytes:
+    def __call__(self) -> Packed:
         """Wait for the copies, and pack the rest."""
         stream = torch.cuda.Stream(self._aside[0].device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
@@ -74,21 +75,14 @@ class _Late:
 class _Bundle:
     """Becomes, when it is unpacked, the value that was packed."""
 
-    def __init__(self, body: bytes, fetched: list[torch.Tensor], devices: list[str]) -> None:
+    def __init__(self, body: Packed, fetched: list[torch.Tensor], devices: list[str]) -> None:
         self._parts = body, fetched, devices
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open, self._parts
+        return open_bundle, self._parts
 
 
-def _open(body: bytes, fetched: list[torch.Tensor], devices: list[str]) -> Any:
-    return _Opener(body, list(map(on_device, fetched, devices))).load()
-
-
-class _Opener(pickle.Unpickler):
-    def __init__(self, body: bytes, tensors: list[torch.Tensor]) -> None:
-        super().__init__(io.BytesIO(body))
-        self._tensors = tensors
-
-    def persistent_load(self, place: int) -> torch.Tensor:
-        return self._tensors[place]
+def open_bundle(body: Packed, fetched: list[torch.Tensor], devices: list[str]) -> Any:
+    """The value of a bundle."""
+    tensors = list(map(on_device, fetched, devices))
+    return unpack(body, lambda place: tensors[place])

@@ -23,10 +23,11 @@ from torch.utils.data import DataLoader
 
 from lightning_ckptless import torch_internals
 from lightning_ckptless.errors import CkptlessError
+from lightning_ckptless.formats.packing import pack, unpack
+from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.trainer.changes import Changed, Changes
 from lightning_ckptless.trainer.first_fetch import Fetches, FirstFetch
 from lightning_ckptless.trainer.order import Order, Switched, WatchedSampler, apply_sampler, dump_sampler, sampler_parts
-from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.reach import reach
 from lightning_ckptless.trainer.rng import (
     apply_rng,
@@ -56,12 +57,12 @@ class LoaderPosition:
     """
 
     yielded: int
-    at_start: bytes
-    at_order: bytes | None
-    at_sampler: bytes | None
+    at_start: Packed
+    at_order: Packed | None
+    at_sampler: Packed | None
     switched: Switched
     at_fetch: tuple[Any, Any, Changed] | None
-    workers: dict[int, bytes]
+    workers: dict[int, Packed]
     own_state: dict[str, Any] | None
     fetches: Fetches
     dataset: dict[str, Any]
@@ -107,13 +108,13 @@ class LoaderTracker:
         self.resume: LoaderPosition | None = None
         self.yielded: int | None = None
         self.ended = False
-        self.at_start = b""
-        self.at_order: bytes | None = None
-        self.at_sampler: bytes | None = None
+        self.at_start = Packed()
+        self.at_order: Packed | None = None
+        self.at_sampler: Packed | None = None
         self.switched: Switched = {}
         self.at_fetch: tuple[Any, Any, Changed] | None = None
         self.state_before_fetch: dict[str, Any] | None = None
-        self.workers: dict[int, bytes] = {}
+        self.workers: dict[int, Packed] = {}
         self._first = FirstFetch(self._loader, self.dataset)
         self._order: Order | None = None
         self._sampler_resume: LoaderPosition | None = None
@@ -218,7 +219,7 @@ class LoaderTracker:
             self.at_start, self.workers = before, {}
         return iterator
 
-    def _make(self, loader: DataLoader[Any], workers: dict[int, bytes] | None = None, rotation: int = 0) -> Any:
+    def _make(self, loader: DataLoader[Any], workers: dict[int, Packed] | None = None, rotation: int = 0) -> Any:
         """An iterator of the loader, watched where it is of the usual kind.
 
         Args:

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
-from lightning_ckptless.durable.recipe import read_recipe, write_recipe
+from lightning_ckptless.durable.recipe import has_recipe, write_recipe
 from lightning_ckptless.errors import TransportError
+from lightning_ckptless.formats.packing import pack
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.cadence import agreed
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.cores import threads_of_a_rank
+from lightning_ckptless.replica.description import from_message, to_message
 from lightning_ckptless.replica.layout import Layout
 from lightning_ckptless.replica.mirror import Mirror
 from lightning_ckptless.replica.partition import plan_layout
@@ -26,7 +28,6 @@ from lightning_ckptless.trainer.host.recipe import recipe_of
 from lightning_ckptless.trainer.host.sigterm import SigtermFlag, sigterm_exception
 from lightning_ckptless.trainer.late_packing import pack_late
 from lightning_ckptless.trainer.loggers import RunLoggers
-from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.protecting import Protecting
 from lightning_ckptless.trainer.replay import BatchLog
 from lightning_ckptless.trainer.report import RunReport
@@ -36,6 +37,7 @@ from lightning_ckptless.trainer.still import StillWatch
 from lightning_ckptless.trainer.streams import Streams
 from lightning_ckptless.trainer.surroundings import Surroundings
 from lightning_ckptless.trainer.tensors import describe_state
+from lightning_ckptless.trainer.trust import Departure
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +100,7 @@ class Mirroring:
         self._finish_asked = finish_asked
         self.cadence = Cadence(options, report)
         self._cohort: Cohort | None = None
+        self._departure: Departure | None = None
         self._mirror: Mirror | None = None
         self._seen: Version | None = None
         self._index: StateIndex | None = None
@@ -154,6 +157,7 @@ class Mirroring:
     def join(self, cohort: Cohort) -> None:
         """Mirror from here on among these ranks."""
         self._cohort = cohort
+        self._departure = Departure(self._options, cohort)
 
     def resume(self, version: Version, layout: Layout, index: StateIndex, protect: Callable[[], None]) -> None:
         """Go on from a version that was restored.
@@ -169,7 +173,7 @@ class Mirroring:
         assert self._cohort is not None
         self._tell_plan(version)
         self._protecting = Protecting(protect)
-        if not read_recipe(self._cohort.arena.path):
+        if not has_recipe(self._cohort.arena.path):
             self._keep_recipe(self._cohort.arena)
 
     def _await_protection(self) -> None:
@@ -264,7 +268,7 @@ class Mirroring:
             self._sigterm.agree()
 
     def _submit(self, version: Version) -> float:
-        assert self._index is not None and self._mirror is not None
+        assert self._index is not None and self._mirror is not None and self._departure is not None
         tensors = self._index.read()
         blob = pack_late(
             {
@@ -276,6 +280,7 @@ class Mirroring:
                 "logs": self._loggers.capture(version),
             }
         )
+        blob = self._departure.checked(blob)
         return self._mirror.submit(version, tensors, blob, blocking_names=self._index.private)
 
     def take_again(self, version: Version) -> None:
@@ -307,8 +312,8 @@ class Mirroring:
         require_room(self._trainer)
         index = StateIndex(self._trainer)
         still = self._still.look(index)
-        mine = pack(describe_state(index, replicated=self._trainer.strategy.replicates, still=still))
-        layout = plan_layout([unpack(line) for line in self._cohort.transport.gather(mine)])
+        mine = to_message(describe_state(index, replicated=self._trainer.strategy.replicates, still=still))
+        layout = plan_layout([from_message(line) for line in self._cohort.transport.gather(mine)])
         # Together: after a fault in between, the index would be taken for that of the layout before.
         self._index, self._layout = index, layout
         committed = self._mirror.committed if self._mirror is not None else None
@@ -324,7 +329,8 @@ class Mirroring:
         """Say beside the version what a checkpoint file has beyond it; it changes as rarely as the layout does."""
         assert self._cohort is not None and self._index is not None
         if self._cohort.speaks_for_node:
-            write_recipe(arena.path, recipe_of(self._trainer, self._index.read(), self.small.callbacks))
+            recipe = recipe_of(self._trainer, self._index.read(), self.small.callbacks)
+            write_recipe(arena.path, pack(recipe))
 
     def _open(self, layout: Layout, *, committed: Version | None) -> None:
         cohort = self._cohort

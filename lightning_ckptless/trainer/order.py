@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, Protocol
 
+from lightning_ckptless.formats.packing import pack, unpack
+from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.trainer.host.samplers import sampler_inside
 from lightning_ckptless.trainer.plain import heavy_attributes, plain_attributes, set_plain_attributes
 from lightning_ckptless.trainer.rng import apply_rng, capture_rng, owned_generators, set_owned_generators
@@ -109,18 +110,18 @@ def _set_switches(sampler: Any, switches: list[dict[str, Any]]) -> None:
         set_plain_attributes(part, values)
 
 
-def dump_sampler(sampler: Any) -> bytes:
+def dump_sampler(sampler: Any) -> Packed:
     """The global generators, and what a sampler and those inside it hold, before an order is drawn."""
     parts = [
         (plain_attributes(part, leave=heavy_attributes(part, HEAVY_BYTES)), owned_generators(part))
         for part in sampler_parts(sampler)
     ]
-    return pickle.dumps((capture_rng(), parts))
+    return pack((capture_rng(), parts))
 
 
-def apply_sampler(sampler: Any, saved: bytes) -> None:
+def apply_sampler(sampler: Any, saved: Packed) -> None:
     """Put back what `dump_sampler` took: the same order is drawn again."""
-    rng, attributes = pickle.loads(saved)
+    rng, attributes = unpack(saved)
     apply_rng(rng)
     for part, (plain, owned) in zip(sampler_parts(sampler), attributes, strict=True):
         set_plain_attributes(part, plain)

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.plain import is_plain
 
@@ -87,7 +88,7 @@ class Held:
         if self.row is None or is_plain(list(self.row)):
             return self.number, "plain", self.row
         try:
-            return self.number, "pickled", pickle.dumps(self.row)
+            return self.number, "pickled", pack(self.row)
         except (pickle.PicklingError, TypeError, AttributeError, ValueError):
             return self.number, "lost", sorted(map(str, self.row[0][0] if self.row[0] else self.row[1]["metrics"]))
 
@@ -192,7 +193,7 @@ class Box:
             elif form == "lost":
                 lost += content
             else:
-                self._held.append(Held(number, pickle.loads(content) if form == "pickled" else content))
+                self._held.append(Held(number, unpack(content) if form == "pickled" else content))
         if lost:
             log.warning(
                 "ckptless: %s: rows with %s are lost with the process that logged them: they hold objects that cannot "

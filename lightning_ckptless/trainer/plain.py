@@ -1,4 +1,4 @@
-"""Plain data: attributes that users keep on their modules and callbacks, and a fast way to pickle small tensors.
+"""Plain data: attributes that users keep on their modules and callbacks.
 
 A counter in a `LightningModule`, a list of validation outputs, the best score of a callback: none of them is in a
 `state_dict`, all of them decide how training goes on. What consists of plain values is taken along; what is not (open
@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
-import io
 import pathlib
-import pickle
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import torch
+
+from lightning_ckptless.formats.packing import pack
 
 _ATOMS = (
     type(None), bool, int, float, complex, str, bytes, enum.Enum, pathlib.PurePath,
@@ -112,39 +112,6 @@ def set_plain_attributes(owner: object, saved: dict[str, Any]) -> None:
     """Put attributes back as they were saved."""
     if saved:
         vars(owner).update(saved)
-
-
-def _rebuild(data: bytes, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> torch.Tensor:
-    if not data:
-        return on_device(torch.empty(shape, dtype=dtype), device)
-    return on_device(torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape), device)
-
-
-def on_device(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """A tensor on the kind of device that it was on; on the host where a process without that device reads it."""
-    return tensor if device == "cuda" and not torch.cuda.is_available() else tensor.to(device)
-
-
-class SmallTensorPickler(pickle.Pickler):
-    """Writes a tensor as its bytes: a tenth of the time that torch's own reduction takes for a scalar."""
-
-    def reducer_override(self, value: Any) -> Any:
-        """How a value is written; `NotImplemented` for the usual way."""
-        if type(value) is torch.Tensor and value.layout is torch.strided and not value.is_quantized:
-            host = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-            data = host.view(-1).view(torch.uint8).numpy().tobytes() if host.numel() else b""
-            return _rebuild, (data, value.dtype, tuple(value.shape), value.device.type)
-        return NotImplemented
-
-
-def pack(value: Any) -> bytes:
-    """Pickle the small state. Tensors keep their values and kind of device, not their graph, strides and views."""
-    out = io.BytesIO()
-    SmallTensorPickler(out, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
-    return out.getvalue()
-
-
-unpack: Callable[[bytes], Any] = pickle.loads
 
 
 def is_same(left: Any, right: Any) -> bool:

@@ -85,6 +85,8 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             checkpoint_hooks: `every_version` calls the program's `on_save_checkpoint` hooks with each version, and
                 `on_load_checkpoint` when one is restored; `never` leaves them to Lightning.
             stateless_callbacks: class names of callbacks whose `state_dict()` is not called with each version.
+            trusted_classes: dotted names of classes that states may hold beside plain data when they are read from a
+                disk or from another machine.
             **base_options: everything that Lightning's own strategy takes.
 
         Raises:
@@ -121,6 +123,7 @@ def recoverable(base: Any, flavour: str) -> type[Any]:
             elastic_batch: ElasticBatch = "keep",
             checkpoint_hooks: CheckpointHooks = "never",
             stateless_callbacks: Sequence[str] = (),
+            trusted_classes: Sequence[str] = (),
             **base_options: Any,
         ) -> None:
             given = locals()

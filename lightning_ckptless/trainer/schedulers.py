@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.formats.packing import SmallTensorPickler, unpack
+from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.trainer.host.flavour import flavour_of, module
-from lightning_ckptless.trainer.plain import SmallTensorPickler
 
 _FIELDS = ("name", "interval", "frequency", "reduce_on_plateau", "monitor", "strict")
 
@@ -30,7 +31,7 @@ class Schedulers:
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._first = list(trainer.lr_scheduler_configs)
-        self._built: dict[int, tuple[Any, bytes]] = {}
+        self._built: dict[int, tuple[Any, Packed]] = {}
 
     @property
     def first(self) -> list[str]:
@@ -69,10 +70,10 @@ class Schedulers:
             return self._first[place]
         if live and not self._is_first(place, live[0]) and type(live[0].scheduler).__name__ == saved["class"]:
             return live[0]
-        scheduler = _Maker(saved["built"], self._trainer.optimizers).load()
+        scheduler = unpack(saved["built"], lambda number: self._trainer.optimizers[number])
         return _config_class(self._trainer)(scheduler, **saved["config"])
 
-    def _build(self, scheduler: Any) -> bytes:
+    def _build(self, scheduler: Any) -> Packed:
         known = self._built.get(id(scheduler))
         if known is None or known[0] is not scheduler:
             out = io.BytesIO()
@@ -84,7 +85,7 @@ class Schedulers:
                     f"{self._trainer.global_step}, and a new process could not make it ({error}): return it from "
                     "configure_optimizers(), or give it functions that are defined at the top of a module"
                 ) from error
-            known = self._built[id(scheduler)] = scheduler, out.getvalue()
+            known = self._built[id(scheduler)] = scheduler, Packed(out.getvalue())
         return known[1]
 
 
@@ -107,15 +108,3 @@ class _Parts(SmallTensorPickler):
             if value is optimizer:
                 return number
         raise pickle.PicklingError("it has an optimizer that the trainer has not")
-
-
-class _Maker(pickle.Unpickler):
-    """Makes a scheduler on the optimizers of this process."""
-
-    def __init__(self, data: bytes, optimizers: list[Any]) -> None:
-        super().__init__(io.BytesIO(data))
-        self._optimizers = optimizers
-
-    def persistent_load(self, number: int) -> Any:
-        """An optimizer by its number."""
-        return self._optimizers[number]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 from torch.utils.data import get_worker_info
 
 from lightning_ckptless import torch_internals
+from lightning_ckptless.formats.packing import pack, unpack
+from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.trainer.rng import apply_rng, capture_rng, owned_generators, set_owned_generators
 
 
 class Stamped:
     """A batch with the generators of the worker that made it."""
 
-    def __init__(self, data: Any, worker: int, generators: bytes) -> None:
+    def __init__(self, data: Any, worker: int, generators: Packed) -> None:
         self.data, self.worker, self.generators = data, worker, generators
 
     def pin_memory(self) -> Stamped:
@@ -34,14 +35,14 @@ class StampingCollate:
         data = self.collate(samples)
         if (worker := get_worker_info()) is None:
             return data
-        generators = pickle.dumps((capture_rng(), owned_generators(worker.dataset)))
+        generators = pack((capture_rng(), owned_generators(worker.dataset)))
         return Stamped(data, worker.id, generators)
 
 
 class WorkerStart:
     """The user's `worker_init_fn`, then the generators that the worker had."""
 
-    def __init__(self, init: Callable[[int], None] | None, generators: dict[int, bytes]) -> None:
+    def __init__(self, init: Callable[[int], None] | None, generators: dict[int, Packed]) -> None:
         self.init, self.generators = init, generators
 
     def __call__(self, worker_id: int) -> None:
@@ -51,6 +52,6 @@ class WorkerStart:
         if (saved := self.generators.get(worker_id)) is not None:
             worker = get_worker_info()
             assert worker is not None
-            rng, owned = pickle.loads(saved)
+            rng, owned = unpack(saved)
             apply_rng(rng)
             set_owned_generators(worker.dataset, owned)

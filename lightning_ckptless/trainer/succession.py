@@ -26,13 +26,13 @@ from lightning_ckptless.trainer.data import at_the_beginning
 from lightning_ckptless.trainer.host.metrics import defaults_of, metrics_of, reductions_of
 from lightning_ckptless.trainer.host.streams import tell_of_batch
 from lightning_ckptless.trainer.mirroring import Mirroring
-from lightning_ckptless.trainer.plain import unpack
 from lightning_ckptless.trainer.report import RunReport
 from lightning_ckptless.trainer.restoration import Restoration
 from lightning_ckptless.trainer.rng import apply_rng
 from lightning_ckptless.trainer.state import StateIndex
 from lightning_ckptless.trainer.sums import absorb, forget, reopen
 from lightning_ckptless.trainer.tensors import describe_state, make_room
+from lightning_ckptless.trainer.trust import small_state_of
 
 Small = dict[str, Any]
 
@@ -165,7 +165,7 @@ def _inherited(
 
 def _smalls(found: Complete, cohort: Cohort, wanted: Mapping[int, Collection[int]]) -> dict[int, Small]:
     fetched = fetch(found, cohort.arena, cohort.transport, cohort.nodes, need={}, blobs=wanted)
-    return {rank: unpack(blob) for rank, blob in fetched.blobs.items()}
+    return {rank: small_state_of(rank, fetched, cohort) for rank in fetched.blobs}
 
 
 def _position(small: Small, stream: int) -> Small:

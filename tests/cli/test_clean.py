@@ -18,7 +18,7 @@ DEAD = Owner(pid=2**22 - 1, started_at=1.0)
 
 def make(folder: Path, run_id: str, owner: Owner = DEAD) -> Path:
     arena = Arena.create(folder, run_id, "node", owner)
-    arena.note("committed", True)
+    arena.note("finished", True)
     arena.close()
     return arena.path
 
@@ -80,6 +80,18 @@ def test_another_format_can_be_removed(tmp_path: Path) -> None:
 def test_one_that_others_may_write_to_can_be_removed(tmp_path: Path) -> None:
     (dead := make(tmp_path, "one")).chmod(0o770)
     assert clean(tmp_path).exit_code == 0 and not dead.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\x00", b'{"owner": {"pid": -7, "started_at": 1}}', None])
+def test_what_is_damaged_can_be_removed(tmp_path: Path, content: bytes | None) -> None:
+    path = make(tmp_path, "spoilt")
+    (path / "shard-0000.kept-by-0000.ab.slot-0").touch()
+    if content is None:
+        (path / "arena.json").unlink()
+    else:
+        (path / "arena.json").write_bytes(content)
+    assert clean(tmp_path).exit_code == 0
+    assert not path.exists()
 
 
 def test_what_is_no_arena_stays(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lightning_ckptless.cli.app import app
 from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena, Owner
-from lightning_ckptless.replica.slot import Stamp
+from lightning_ckptless.replica.stamp import Stamp
 from tests.cli.ledgers import RUN_ID, write_ledger
 
 DEAD = Owner(pid=2**22 - 1, started_at=1.0)

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_ckptless.formats.packing import unpack
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.description import describe
 from lightning_ckptless.replica.layout import Layout, live_views, slot_views
 from lightning_ckptless.replica.partition import plan_layout
-from lightning_ckptless.replica.slot import Slot, Stamp
+from lightning_ckptless.replica.slot import Slot
 from lightning_ckptless.replica.space import default_arena_dir
 from lightning_ckptless.replica.staging import Stager
+from lightning_ckptless.replica.stamp import Stamp
 from lightning_ckptless.trainer.late_packing import pack_late
-from lightning_ckptless.trainer.plain import unpack
 
 SIZE = 2048
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,13 @@ def folder_with(path: Path, manifest: Manifest, *versions: Version) -> DurableFo
     folder.prepare()
     for version in versions:
         part = folder.begin(version)
-        write_manifest(part, manifest)
+        write_manifest(part, of_version(manifest, version))
         folder.complete(part, version)
     return folder
+
+
+def of_version(manifest: Manifest, version: Version) -> Manifest:
+    return replace(manifest, snapshot=replace(manifest.snapshot, version=version))
 
 
 def test_a_missing_folder_is_made_and_marked(tmp_path: Path) -> None:
@@ -45,7 +50,7 @@ def test_a_missing_folder_is_made_and_marked(tmp_path: Path) -> None:
     [
         ({"thesis.tex": ""}, "not ours: it holds thesis.tex and no ckptless-durable.json"),
         ({"a": "", "b": "", "c": "", "d": ""}, "a, b, c and more"),
-        ({MARKER: json.dumps({"format": 99})}, "of format 99, expected 1"),
+        ({MARKER: json.dumps({"format": 99})}, "of format 99, expected 2"),
         ({MARKER: "no json"}, "cannot be read"),
     ],
 )
@@ -67,11 +72,12 @@ def test_a_state_is_seen_when_it_is_complete(captured: Captured, tmp_path: Path)
     folder = DurableFolder(tmp_path / "durable")
     folder.prepare()
     part = folder.begin(FIRST)
-    write_manifest(part, manifest_of(captured))
+    manifest = of_version(manifest_of(captured), FIRST)
+    write_manifest(part, manifest)
     assert folder.states() == [] and folder.versions() == ()
     path = folder.complete(part, FIRST)
     assert folder.versions() == (FIRST,)
-    assert folder.states() == [(path, manifest_of(captured))]
+    assert folder.states() == [(path, manifest)]
     folder.drop(FIRST)
     assert folder.states() == []
 
@@ -103,13 +109,32 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         assert again
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": 2}', '{"format": 1, "snapshot": 3}'])
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": 1}', '{"format": 1, "snapshot": 3}'])
 def test_a_manifest_that_cannot_be_read_hides_its_state(text: str, captured: Captured, tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "durable", manifest_of(captured), FIRST, SECOND)
     (folder.path / "step-0000000010" / "state.json").write_text(text)
     assert [path.name for path, _ in folder.states()] == ["step-0000000020-before-tail"]
     with pytest.raises(DurableError):
         Manifest.read(folder.path / "step-0000000010")
+    (left_out,) = folder.left_out
+    assert left_out == folder.path / "step-0000000010"
+
+
+def test_a_state_of_another_version_than_its_name_says_is_not_believed(captured: Captured, tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "durable", manifest_of(captured), FIRST)
+    path = folder.path / "step-0000000010"
+    write_manifest(path, of_version(manifest_of(captured), Version(18, True)))
+    assert folder.states() == []
+    with pytest.raises(DurableError, match="it is of step 18, and its folder is that of step 10"):
+        Manifest.read(path)
+
+
+def test_a_changed_label_is_damage(captured: Captured, tmp_path: Path) -> None:
+    path = folder_with(tmp_path / "durable", manifest_of(captured), FIRST).path / "step-0000000010"
+    manifest = path / "state.json"
+    manifest.write_text(manifest.read_text().replace('"optimizer_step": 10', '"optimizer_step": 18'))
+    with pytest.raises(DurableError, match="damaged: its digest does not match"):
+        Manifest.read(path.rename(path.with_name("step-0000000018")))
 
 
 # ------------------------------------------------------------------ other users

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import enum
+import os
 import pickle
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lightning_ckptless.durable.foreign import read_pickle
+from lightning_ckptless.durable.foreign import PICKLE_MODULE, read_pickle
+from lightning_ckptless.formats.packing import pack
+from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.trainer.late_packing import _Bundle
-from lightning_ckptless.trainer.plain import pack
 
 PROGRAM = """
     import dataclasses, enum, pickle, sys
@@ -48,7 +51,8 @@ def test_classes_of_the_program_come_back_to_it(tmp_path: Path) -> None:
     run("write")
     found = read_pickle((tmp_path / "data").read_bytes())
     assert found["n"] == 5
-    (tmp_path / "again").write_bytes(pickle.dumps(found))
+    with (tmp_path / "again").open("wb") as file:
+        PICKLE_MODULE.Pickler(file, protocol=2).dump(found)
     run("read")
 
 
@@ -56,8 +60,29 @@ class Known(enum.Enum):
     ONE = 1
 
 
-def test_what_is_there_is_used() -> None:
-    assert read_pickle(pickle.dumps(Known.ONE)) is Known.ONE
+def test_members_of_enumerations_are_written_as_those_of_the_program(tmp_path: Path) -> None:
+    found = read_pickle(pack({"known": Known.ONE, "loss": torch.nn.functional.relu}))
+    with (tmp_path / "again").open("wb") as file:
+        PICKLE_MODULE.Pickler(file, protocol=2).dump(found)
+    assert pickle.loads((tmp_path / "again").read_bytes()) == {"known": Known.ONE, "loss": torch.nn.functional.relu}
+
+
+class Planted:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_no_code_runs_when_a_state_is_read(tmp_path: Path) -> None:
+    data = pickle.dumps({"n": 5, "planted": Planted(tmp_path / "here"), "shell": os.system})
+    pickle.loads(data)
+    (tmp_path / "here").unlink()
+    assert read_pickle(data)["n"] == 5
+    assert not (tmp_path / "here").exists()
 
 
 def test_tensors_are_read_on_the_host() -> None:
@@ -75,5 +100,5 @@ def test_what_stood_beside_is_put_in_without_a_device() -> None:
 
     out = io.BytesIO()
     Beside(out).dump({"mean": torch.tensor(1.0)})
-    found = read_pickle(pack(_Bundle(out.getvalue(), [torch.tensor(7.0)], ["cuda"])))
+    found = read_pickle(pack(_Bundle(Packed(out.getvalue()), [torch.tensor(7.0)], ["cuda"])))
     assert found["mean"].device.type == "cpu" and float(found["mean"]) == 7.0

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint import state_dict_loader as dcp
 
 from lightning_ckptless.durable.capture import Captured, ShardCopy
 from lightning_ckptless.durable.folder import Manifest, write_manifest
+from lightning_ckptless.durable.places import read_places
 from lightning_ckptless.durable.store import load_state, read_shard, require_space, state_bytes, write_state
 from lightning_ckptless.errors import DurableError
 from lightning_ckptless.protocol.versions import Snapshot, Version
@@ -73,7 +74,7 @@ def test_torch_puts_the_pieces_together(state: dict[str, torch.Tensor], tmp_path
         assert torch.equal(wanted[plan], state[name]), name
 
 
-@pytest.mark.parametrize("file", ["__1_0.distcp", ".metadata", "layout.json", "state.json"])
+@pytest.mark.parametrize("file", ["__1_0.distcp", "places.json", "layout.json", "state.json"])
 @pytest.mark.parametrize("harm", ["flipped", "short", "gone"])
 def test_damage_is_an_error(file: str, harm: str, captured: Captured, tmp_path: Path) -> None:
     folder, _ = stored(captured, tmp_path / "state")
@@ -88,17 +89,22 @@ def test_damage_is_an_error(file: str, harm: str, captured: Captured, tmp_path: 
         path.write_bytes(data[: len(data) // 2])
     else:
         path.unlink()
-    if (file, harm) == (".metadata", "flipped"):
-        return  # It holds names and places: a flip in a name that nobody reads is none of ours.
     with pytest.raises(DurableError):
         load_state(folder, Manifest.read(folder))
+
+
+def test_the_pickle_that_is_there_for_torch_is_not_read(captured: Captured, tmp_path: Path) -> None:
+    folder, _ = stored(captured, tmp_path / "state")
+    (folder / ".metadata").write_bytes(b"cos\n_exit\n(I1\ntR.")
+    assert load_state(folder, Manifest.read(folder)).snapshot == captured.snapshot
 
 
 def test_a_shard_of_other_bytes_is_an_error(captured: Captured, tmp_path: Path) -> None:
     folder, manifest = stored(captured, tmp_path / "state")
     other = replace(manifest.shards[1], checksum=manifest.shards[0].checksum)
+    wrong, places = replace(manifest, shards=(manifest.shards[0], other)), read_places(folder)
     with pytest.raises(DurableError, match="shard 1 is damaged"):
-        read_shard(folder, replace(manifest, shards=(manifest.shards[0], other)), captured.layout, 1)
+        read_shard(folder, wrong, captured.layout, places, 1)
 
 
 def test_too_little_room_is_told_with_its_numbers(tmp_path: Path) -> None:

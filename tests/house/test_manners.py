@@ -21,7 +21,7 @@ CATCHES_EVERYTHING = {
     f"{PACKAGE}/replica/mirror.py": "the boundary of the thread: the training thread raises it",
 }
 # Private by their name, made for everybody by their documentation.
-COMMON = {"os._exit", "sys._current_frames", "sys._getframe"}
+COMMON = {"os._exit", "pickle._Pickler", "sys._current_frames", "sys._getframe"}
 # What a subclass shares with its base, most of them another project's.
 INHERITED = {
     f"{PACKAGE}/membership/agent.py": {"self._logs_specs"},

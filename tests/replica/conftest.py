@@ -13,7 +13,7 @@ import torch
 
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena, Owner
-from lightning_ckptless.replica.slot import Stamp
+from lightning_ckptless.replica.stamp import Stamp
 from tests.replica.world import MakeWorld, World
 
 T = TypeVar("T")

@@ -23,9 +23,11 @@ from lightning_ckptless.protocol.versions import SlotState, Version
 from lightning_ckptless.replica.arena import Arena, Owner, adopt, default_arena_dir, find_arenas, reclaim
 from lightning_ckptless.replica.checksum import bytes_of, digest
 from lightning_ckptless.replica.description import describe
-from lightning_ckptless.replica.facts import locked, write_note
+from lightning_ckptless.replica.facts import locked
+from lightning_ckptless.replica.notes import write_note
 from lightning_ckptless.replica.partition import plan_layout
-from lightning_ckptless.replica.slot import HEADER_BYTES, Slot, Stamp
+from lightning_ckptless.replica.slot import HEADER_BYTES, Slot
+from lightning_ckptless.replica.stamp import Stamp
 from tests.outsider import call_as_another_user, needs_another_user, open_to_all
 
 
@@ -156,10 +158,10 @@ def test_layouts_and_notes_are_kept(arena: Arena, state: dict[str, torch.Tensor]
     again = arena.read_layout(layout.digest)
     assert again is not None and again.chunks == layout.chunks
     assert arena.read_layout("00") is None
-    arena.note("committed", {"step": 3})
-    arena.note("committed", {"step": 4})
+    arena.note("generation", 3)
+    arena.note("generation", 4)
     arena.note("odd/name", [1, None])
-    assert arena.notes() == {"committed": {"step": 4}, "odd/name": [1, None]}
+    assert arena.notes() == {"generation": 4, "odd/name": [1, None]}
 
 
 def test_a_damaged_layout_is_none(arena: Arena, state: dict[str, torch.Tensor]) -> None:
@@ -174,10 +176,10 @@ def test_a_damaged_layout_is_none(arena: Arena, state: dict[str, torch.Tensor]) 
 
 def test_clear_drops_slots_and_layouts(written: Arena, state: dict[str, torch.Tensor]) -> None:
     written.write_layout(plan_layout([describe(state, replicated=True)]))
-    written.note("committed", 1)
+    written.note("generation", 1)
     written.clear()
     assert written.inventory() == () and not list(written.path.glob("layout-*"))
-    assert written.notes() == {"committed": 1}
+    assert written.notes() == {"generation": 1}
 
 
 def test_prune_drops_other_shelves(written: Arena, stamp: Stamp) -> None:
@@ -245,7 +247,7 @@ def test_any_run_id_makes_one_folder(tmp_path: Path, owner: Owner, name: str) ->
 def test_another_format_is_refused(arena: Arena) -> None:
     facts = json.loads((arena.path / "arena.json").read_bytes())
     (arena.path / "arena.json").write_text(json.dumps(facts | {"format": 99}))
-    with pytest.raises(ArenaError, match="arena format 99, expected 1"):
+    with pytest.raises(ArenaError, match="arena format 99, expected 2"):
         Arena.attach(arena.path)
 
 
@@ -255,6 +257,43 @@ def test_what_is_no_arena_is_refused(arena: Arena, content: bytes) -> None:
     with pytest.raises(ArenaError):
         Arena.attach(arena.path)
     assert find_arenas(arena.path.parent) == ()
+
+
+def spoil(arena: Arena, **owner: object) -> None:
+    """Damage what an arena says about itself, its owner above all."""
+    path = arena.path / "arena.json"
+    facts = json.loads(path.read_bytes())
+    path.write_text(json.dumps(facts | {"owner": facts["owner"] | owner, "created_at": 1.0}))
+
+
+@pytest.mark.parametrize("pid", [-7, 0, 1 << 40, "x", None])
+def test_a_damaged_arena_stops_no_start_of_its_own_run_or_of_another(
+    written: Arena, tmp_path: Path, owner: Owner, pid: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoil(written, pid=pid)
+    assert find_arenas(tmp_path) == () and reclaim(tmp_path, now=time.time() + 1e6, keep_s=0) == ()
+    Arena.create(tmp_path, "other", "node0", owner)
+    again = Arena.create(tmp_path, "run", "node0", owner)
+    assert again.path == written.path and again.inventory() == ()
+    assert caplog.text.count("it is emptied and used again") == 1
+
+
+def test_a_damaged_arena_of_a_live_process_is_not_taken_from_it(
+    written: Arena, tmp_path: Path, owner: Owner, dead: Owner
+) -> None:
+    spoil(written)
+    with pytest.raises(ArenaError, match=f"after process {owner.pid} has ended"):
+        Arena.create(tmp_path, "run", "node0", dead)
+    assert any(written.path.glob("shard-*"))
+
+
+def test_a_damaged_note_counts_as_never_written(arena: Arena, caplog: pytest.LogCaptureFixture) -> None:
+    arena.note("generation", 3)
+    arena.note("finished", True)
+    path = arena.path / "note-generation.json"
+    path.write_text(path.read_text().replace("3", "4"))
+    assert arena.notes() == arena.notes() == {"finished": True}
+    assert caplog.text.count("note-generation.json: this note is left out") == 1
 
 
 def test_an_arena_of_another_user_is_refused(arena: Arena) -> None:

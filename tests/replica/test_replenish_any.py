@@ -18,7 +18,7 @@ from lightning_ckptless.replica.arena import Arena, Owner
 from lightning_ckptless.replica.checksum import bytes_of, digest
 from lightning_ckptless.replica.replenish import Replenished, replenish
 from lightning_ckptless.replica.restore import choose
-from lightning_ckptless.replica.slot import Stamp
+from lightning_ckptless.replica.stamp import Stamp
 from lightning_ckptless.replica.transport import LoopbackTransport
 
 OLD, NEW = Version(1, True), Version(2, True)

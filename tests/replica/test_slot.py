@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ckptless.errors import ArenaError, ProtocolError
+from lightning_ckptless.formats.schema import MOST_RANKS
 from lightning_ckptless.protocol.versions import SlotState, Version
-from lightning_ckptless.replica.slot import HEADER_BYTES, Slot, SlotHeader, SlotName, Stamp
+from lightning_ckptless.replica.slot import HEADER_BYTES, Slot, SlotHeader, SlotName
+from lightning_ckptless.replica.stamp import Stamp
 from tests.limits import files_at_most
 
 numbers = st.integers(0, 2**40)
@@ -20,10 +22,10 @@ stamps = st.builds(
     Stamp,
     st.builds(Version, numbers, st.booleans()),
     numbers,
-    numbers,
+    st.integers(1000, MOST_RANKS),
     st.text("0123abcdef", max_size=64),
-    numbers,
-    numbers,
+    st.integers(0, 999),
+    st.integers(0, MOST_RANKS - 1),
 )
 headers = st.builds(
     SlotHeader,

@@ -58,7 +58,7 @@ def test_the_still_part_comes_first_and_both_parts_are_balanced() -> None:
     still = [layout.still_bytes(shard) for shard in range(4)]
     rest = [layout.bulk_bytes(shard) - layout.still_bytes(shard) for shard in range(4)]
     assert max(still) < 1.2 * min(still) and max(rest) < 1.2 * min(rest)
-    assert Layout.from_bytes(layout.to_bytes()).digest == layout.digest
+    assert Layout.from_bytes(layout.to_bytes(), layout.digest).digest == layout.digest
 
 
 @pytest.mark.parametrize("staging", ["overlap", "blocking"])

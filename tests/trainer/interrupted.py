@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.data import move_data_to
 from lightning_ckptless.trainer.drive import run_restored
@@ -20,7 +21,6 @@ from lightning_ckptless.trainer.host.logger_identity import identity_of, set_ide
 from lightning_ckptless.trainer.host.loggers import cut_logs, log_positions, watch_logs
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.loader import make_resumable
-from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.restoration import restore_structure
 from lightning_ckptless.trainer.rng import apply_rng
 from lightning_ckptless.trainer.snapshot import SmallState

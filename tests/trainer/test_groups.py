@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 
 from lightning_ckptless.errors import LayoutMismatchError, OptionsError
+from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.trainer.groups import GroupNames, names_in_groups, require_same_groups, restore_groups
-from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.schedulers import Schedulers
 
 

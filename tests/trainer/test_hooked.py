@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.formats.packing import pack, unpack
+from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.trainer.compatibility import check_trainer
-from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.snapshot import SmallState
 from lightning_ckptless.trainer.state import StateIndex
 from tests.trainer.tiny import callback, tiny_loader, tiny_module, tiny_trainer
@@ -78,7 +79,7 @@ def at_last_step(root: Path, module: Any, counting: Counting, look: Callable[[An
 
 
 def captured(root: Path, options: CkptlessOptions, module: Any, counting: Counting) -> Any:
-    taken: list[bytes] = []
+    taken: list[Packed] = []
 
     def look(trainer: Any) -> None:
         taken.append(pack(SmallState(trainer, options).capture(None, StateIndex(trainer).read())))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.trainer.host import loggers as host_loggers
 from lightning_ckptless.trainer.host.ddp import model_averaging_period
 from lightning_ckptless.trainer.host.flavour import LIGHTNING, fabric_module, flavour_of, imported_flavour, is_a, module
@@ -20,7 +21,6 @@ from lightning_ckptless.trainer.host.launch import CKPT_PATH_INDEX, fit_paramete
 from lightning_ckptless.trainer.host.logger_identity import private_attributes, set_identity
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.loader import ResumableLoader, make_resumable
-from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.recoverable import BEFORE_SETUP
 from tests.lab.parts import Numbers
 from tests.trainer.tiny import FLAVOURS, callback, tiny_loader, tiny_module, tiny_trainer

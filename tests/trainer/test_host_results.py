@@ -9,9 +9,9 @@ import pytest
 import torch
 import torchmetrics
 
+from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.trainer.host.metrics import dump_metric, load_metric, metrics_of
 from lightning_ckptless.trainer.host.results import dump_results, load_results, logs_are_due, show_on_progress_bar
-from lightning_ckptless.trainer.plain import pack, unpack
 from tests.trainer.tiny import FLAVOURS, callback, tiny_loader, tiny_module, tiny_trainer
 
 # ---------------------------------------------------------------------- results

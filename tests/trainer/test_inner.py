@@ -8,8 +8,8 @@ import torch
 import torchmetrics
 from torch import nn
 
+from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.trainer.inner import InnerState
-from lightning_ckptless.trainer.plain import pack, unpack
 
 
 class Layer(nn.Module):

@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from lightning_ckptless import torch_internals
 from lightning_ckptless.errors import CkptlessError
+from lightning_ckptless.formats.packing import pack, unpack
+from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.trainer.loader import make_resumable, resume_at, tracker_of
-from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.rng import apply_rng, capture_rng
 from lightning_ckptless.trainer.stamps import Stamped
 from tests.lab.parts import Numbers, Stream
@@ -53,8 +54,8 @@ def train_on(iterator: Iterator[Any], batches: int) -> list[Any]:
 class Stopped:
     """What a version would hold of the data."""
 
-    position: bytes
-    rng: bytes
+    position: Packed
+    rng: Packed
 
 
 def whole(make: Callable[[], Any], *, resumable: bool, epochs: int = 2) -> list[Any]:
@@ -345,6 +346,6 @@ class Pinned:
 
 
 def test_the_batch_under_a_stamp_is_pinned() -> None:
-    stamped = Stamped({"batch": Pinned()}, 1, b"generators").pin_memory()
+    stamped = Stamped({"batch": Pinned()}, 1, Packed(b"generators")).pin_memory()
     assert stamped.data["batch"].pinned
-    assert (stamped.worker, stamped.generators) == (1, b"generators")
+    assert (stamped.worker, stamped.generators) == (1, Packed(b"generators"))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.trainer.host.flavour import module
 from lightning_ckptless.trainer.host.logger_identity import identity_of, set_identity
 from lightning_ckptless.trainer.host.loggers import (
@@ -22,7 +23,6 @@ from lightning_ckptless.trainer.host.loggers import (
     rewind_logs,
     watch_logs,
 )
-from lightning_ckptless.trainer.plain import pack, unpack
 from tests.trainer.tiny import FLAVOURS, tiny_trainer
 
 Log = Callable[[Any, int], None]

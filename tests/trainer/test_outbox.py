@@ -13,9 +13,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.outbox import Marks, Outbox
-from lightning_ckptless.trainer.plain import pack, unpack
 
 
 class Store:

@@ -13,10 +13,12 @@ from unittest.mock import Mock
 import lightning.pytorch as pl
 import pytest
 
+from lightning_ckptless.formats.packing import pack, unpack
+from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.trainer.host.clocks import CLOCKS, ages_of, set_ages
 from lightning_ckptless.trainer.host.flavour import module
 from lightning_ckptless.trainer.own_state import own_state, set_own_state
-from lightning_ckptless.trainer.plain import is_same, pack, unpack
+from lightning_ckptless.trainer.plain import is_same
 from lightning_ckptless.trainer.snapshot import SmallState
 from tests.trainer.tiny import FLAVOURS, callback, tiny_loader, tiny_module, tiny_trainer
 
@@ -212,7 +214,7 @@ def test_every_callback_of_lightning_comes_back_into_a_live_one(tmp_path: Path) 
 
 
 def test_every_callback_of_lightning_comes_back_into_a_new_one(tmp_path: Path) -> None:
-    saved: list[bytes] = []
+    saved: list[Packed] = []
     run(tmp_path, {3: lambda trainer: saved.append(pack(SmallState(trainer).capture()))})
 
     def put(trainer: Any) -> None:

@@ -17,14 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_ckptless.trainer.plain import (
-    MAX_DEPTH,
-    is_plain,
-    pack,
-    plain_attributes,
-    set_plain_attributes,
-    unpack,
-)
+from lightning_ckptless.formats.packing import pack, unpack
+from lightning_ckptless.trainer.plain import MAX_DEPTH, is_plain, plain_attributes, set_plain_attributes
 
 
 class Phase(enum.Enum):

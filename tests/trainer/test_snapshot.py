@@ -13,7 +13,8 @@ import torchmetrics
 from torch import nn
 
 from lightning_ckptless.errors import LayoutMismatchError
-from lightning_ckptless.trainer.plain import pack, unpack
+from lightning_ckptless.formats.packing import pack, unpack
+from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.trainer.snapshot import SmallState
 from tests.trainer.tiny import callback, tiny_loader, tiny_module, tiny_trainer
 
@@ -88,7 +89,7 @@ def at_first_step(root: Path, look: Look, module: Any = None, callbacks: tuple[A
 
 def captured(root: Path, change: Look, **parts: Any) -> Any:
     """The small state behind a step, after a change."""
-    saved: list[bytes] = []
+    saved: list[Packed] = []
 
     def look(trainer: Any) -> None:
         small = SmallState(trainer)

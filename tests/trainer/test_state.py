@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_ckptless.errors import LayoutMismatchError
-from lightning_ckptless.trainer.plain import pack, unpack
+from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.trainer.state import (
     StateIndex,
     callback_modules,

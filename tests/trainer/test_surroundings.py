@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, RandomSampler, Sampler, Subset
 
+from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.trainer.data import attributes_now
 from lightning_ckptless.trainer.host.loops import FitLoops
 from lightning_ckptless.trainer.loader import make_resumable
-from lightning_ckptless.trainer.plain import pack, unpack
 from lightning_ckptless.trainer.snapshot import SmallState
 from lightning_ckptless.trainer.surroundings import Surroundings
 from tests.lab import parts

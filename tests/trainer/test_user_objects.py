@@ -11,7 +11,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lightning_ckptless.trainer.plain import pack, unpack
+from lightning_ckptless.formats.packing import pack, unpack
+from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.trainer.surroundings import Surroundings
 from lightning_ckptless.trainer.user_objects import is_users_own
 from tests.trainer.tiny import callback, tiny_loader, tiny_module, tiny_trainer
@@ -50,7 +51,7 @@ def fit(root: Path, step: Any, **attributes: Any) -> tuple[Any, list[str]]:
 
 
 def test_what_a_users_object_counts_is_put_back(tmp_path: Path) -> None:
-    kept: list[bytes] = []
+    kept: list[Packed] = []
 
     def step(trainer: Any, model: Any, surroundings: Surroundings) -> None:
         model.tracker.step()
@@ -79,7 +80,7 @@ def test_an_object_that_is_exchanged_is_named_once(name: str, tmp_path: Path) ->
 
 
 def test_what_an_installed_package_changes_is_named_and_left_alone(tmp_path: Path) -> None:
-    kept: list[bytes] = []
+    kept: list[Packed] = []
 
     class_of_package: Any = type(OmegaConf.create({}))
     held = class_of_package({"a": 1})

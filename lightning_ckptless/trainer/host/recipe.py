@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ckptless.durable.recipe import Recipe
+from lightning_ckptless.formats.packing import pack
 from lightning_ckptless.replica.description import local_part
 from lightning_ckptless.trainer.host.flavour import flavour_of, is_a, module
 from lightning_ckptless.trainer.host.metrics import metrics_of
@@ -116,7 +117,7 @@ def _fits(name: str, value: Any) -> bool:
     try:
         if isinstance(value, nn.Module) and sum(p.nbytes for p in value.parameters()) > _HEAVY_BYTES:
             problem = "it is a large module"
-        elif len(pickle.dumps(value)) > _HEAVY_BYTES:
+        elif len(pack(value)) > _HEAVY_BYTES:
             problem = f"it is larger than {_HEAVY_BYTES // 1_000_000} MB"
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         problem = str(error)

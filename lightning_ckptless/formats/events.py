@@ -1,0 +1,123 @@
+"""What the events of a ledger say: the fields that readers rely on. An event may have more."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from typing import Any
+
+from lightning_ckptless.formats.schema import (
+    LARGEST,
+    MOST_RANKS,
+    Check,
+    SchemaError,
+    boolean,
+    integer,
+    number,
+    one_of,
+    optional,
+    record,
+    sequence,
+    table,
+    text,
+)
+from lightning_ckptless.formats.sealed import parse
+
+FORMAT = 1
+_TAIL = re.compile(rb', "format": (\d+), "crc": "([0-9a-f]{8})"}')
+_TAIL_BYTES = len(b', "format": 1, "crc": "00000000"}')
+_RANK = integer(0, MOST_RANKS - 1)
+_RANKS = sequence(_RANK, most=MOST_RANKS)
+_BY_RANK = text(r"\d{1,6}")
+_PID = integer(1, 1 << 22)
+_STEP = integer()
+_BYTES = integer()
+_COUNT = integer()
+_WORDS = text(longest=1 << 16)
+_AFTER = {"after_step": integer(-1), "after_tail": boolean}
+
+
+def _worker(value: Any, place: str) -> None:
+    if type(value) is not list or len(value) != 2:
+        raise SchemaError(f"{place}: expected a process id and a word")
+    _PID(value[0], place)
+    _WORDS(value[1], place)
+
+
+_CHECKPOINT: dict[str, dict[str, Check]] = {
+    "save": {"path": text(), "existed": boolean, **_AFTER},
+    "remove": {"path": text(), "existed": boolean, **_AFTER},
+    "rewind": _AFTER,
+    "written": {"path": text(), "bytes": _BYTES},
+    "begin": {"new_run": boolean},
+}
+_EVENTS: dict[str, dict[str, Check]] = {
+    "checkpoint": {"action": one_of(*_CHECKPOINT), "fit": _COUNT},
+    "committed": {"step": _STEP},
+    "durable_failed": {"step": _STEP},
+    "durable_written": {"step": _STEP, "path": text()},
+    "fault": {
+        "restart": optional(_COUNT), "signal_name": optional(_WORDS), "exit_code": optional(integer(-LARGEST)),
+        "died_at": optional(number()),
+    },
+    "in_place": {"new": table(_BY_RANK, _worker)},
+    "placement": {
+        "kind": text(), "copies": integer(0, MOST_RANKS), "keepers": sequence(_RANKS), "nodes": sequence(text()),
+        "domains": sequence(text()), "sizes_bytes": sequence(_BYTES),
+    },
+    "recovery": {
+        "rung": text(), "kind": text(), "culprit_rank": optional(_RANK), "cause": _WORDS, "version": text(),
+        "steps_replayed": _COUNT, "phases": table(text(), number()), "total_s": number(),
+        "sources": optional(table(text(), _COUNT)), "moved_bytes": optional(_BYTES),
+    },
+    "restored": {"version": text()},
+    "run_ended": {"goodput": optional(number(0, 1)), "recoveries": optional(_COUNT)},
+    "run_started": {
+        "world_size": optional(integer(1, MOST_RANKS)), "placement": optional(_WORDS), "arena": text(),
+    },
+    "standbys": {"ready": _COUNT, "wanted": _COUNT},
+    "workers_spawned": {"pids": table(_BY_RANK, _PID)},
+}  # fmt: skip
+_HEAD: dict[str, Check] = {
+    "event": text(r"\w+"), "at": number(), "generation": optional(integer(0, 1 << 40)), "rank": optional(_RANK),
+}  # fmt: skip
+_OF_ANY = record(extra=True, **_HEAD)
+_OF_EVENT = {event: record(extra=True, **fields) for event, fields in _EVENTS.items()}
+_OF_ACTION = {action: record(extra=True, **fields) for action, fields in _CHECKPOINT.items()}
+
+
+def seal_line(line: bytes) -> bytes:
+    """A line of a ledger with its format and checksum as the last two keys.
+
+    Args:
+        line: an event as a JSON object.
+    """
+    return line[:-1] + b', "format": %d, "crc": "%08x"}' % (FORMAT, zlib.crc32(line))
+
+
+def read_line(line: bytes) -> dict[str, Any]:
+    """The event in a line of a ledger.
+
+    Raises:
+        SchemaError: the line is damaged, or is not what its event says.
+    """
+    body, tail = line[:-_TAIL_BYTES] + b"}", _TAIL.fullmatch(line[-_TAIL_BYTES:])
+    if tail is None or int(tail[1]) != FORMAT or int(tail[2], 16) != zlib.crc32(body):
+        raise SchemaError("damaged: its checksum does not match")
+    fields: dict[str, Any] = parse(body)
+    event = _OF_ANY(fields, "")["event"]
+    if event in _OF_EVENT:
+        _OF_EVENT[event](fields, event)
+    if event == "checkpoint":
+        _OF_ACTION[fields["action"]](fields, event)
+    if event == "placement":
+        _require_one_per_rank(fields)
+    return fields
+
+
+def _require_one_per_rank(fields: dict[str, Any]) -> None:
+    count = len(fields["keepers"])
+    if {len(fields[name]) for name in ("nodes", "domains", "sizes_bytes")} != {count}:
+        raise SchemaError(f"placement: expected {count} nodes, domains and sizes, one for each rank")
+    if any(rank >= count for others in fields["keepers"] for rank in others):
+        raise SchemaError(f"placement.keepers: expected ranks below {count}")

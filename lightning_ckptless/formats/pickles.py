@@ -1,0 +1,243 @@
+"""Pickles that came from outside of this machine's memory: which names they may use.
+
+A pickle names classes and functions, and calls them when it is read. One that lay on a disk or came through a socket is
+first read here: by the same machine, with objects in the place of all that is named, which do nothing. It is admitted
+when all its names are known to be harmless or were opted in. What is admitted is plain data: numbers, text, arrays,
+tensors, containers, enumerations, states of generators, and our own records of these.
+
+The result of that reading does not depend on what a name stands for: names in a pickle are text in it, and a name that
+is not (the result of a call) is refused.
+"""
+
+from __future__ import annotations
+
+import enum
+import io
+import pickle
+import pickletools
+import re
+import sys
+from collections.abc import Collection
+from typing import Any, Self
+
+from lightning_ckptless.formats.schema import SchemaError
+
+
+class Packed(bytes):
+    """A value that this process, or another one of the run, has pickled, and that was admitted where that took it.
+
+    Only this is unpickled. A version holds such values in each other.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Packed, (bytes(self),)
+
+
+class UntrustedError(SchemaError):
+    """A pickle names what it may not.
+
+    Args:
+        name: the dotted name; empty where the pickle is damaged.
+        text: the finding in a sentence.
+    """
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(text)
+        self.name = name
+
+
+_BUILTINS = "bool bytearray bytes complex dict float frozenset int list range set slice str tuple"
+_NAMES = {
+    "builtins": _BUILTINS,
+    "collections": "Counter OrderedDict defaultdict deque",
+    "datetime": "date datetime time timedelta timezone",
+    "decimal": "Decimal",
+    "fractions": "Fraction",
+    "uuid": "UUID SafeUUID",
+    "types": "SimpleNamespace",
+    "argparse": "Namespace",
+    "random": "Random",
+    "pathlib": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
+    "pathlib._local": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
+    "copyreg": "_reconstructor",
+    "_codecs": "encode",
+    "numpy": "dtype ndarray",
+    "numpy.core.multiarray": "_reconstruct scalar",
+    "numpy._core.multiarray": "_reconstruct scalar",
+    "numpy.core.numeric": "_frombuffer",
+    "numpy._core.numeric": "_frombuffer",
+    "numpy.random._pickle": "__bit_generator_ctor __generator_ctor __randomstate_ctor",
+    "numpy.random._mt19937": "MT19937",
+    "numpy.random._pcg64": "PCG64 PCG64DXSM",
+    "numpy.random._philox": "Philox",
+    "numpy.random._sfc64": "SFC64",
+    "numpy.random.bit_generator": "SeedSequence __pyx_unpickle_SeedSequence",
+    "torch": (
+        "Size Tensor device per_channel_affine per_channel_affine_float_qparams per_channel_symmetric "
+        "per_tensor_affine per_tensor_symmetric"
+    ),
+    "torch._tensor": "_rebuild_from_type_v2",
+    "torch._utils": (
+        "_rebuild_device_tensor_from_numpy _rebuild_parameter _rebuild_parameter_with_state _rebuild_qtensor "
+        "_rebuild_sparse_tensor _rebuild_tensor_v2 _rebuild_tensor_v3"
+    ),
+    "torch.nn.parameter": "Buffer Parameter",
+    "torch.serialization": "_get_layout",
+    "lightning_ckptless.durable.recipe": "Recipe",
+    "lightning_ckptless.formats.packing": "rebuild_storage rebuild_tensor",
+    "lightning_ckptless.protocol.versions": "Version",
+    "lightning_ckptless.trainer.first_fetch": "Fetches",
+    "lightning_ckptless.trainer.loader": "LoaderPosition",
+    "lightning_ckptless.trainer.rng": "RngState",
+}
+_SAFE = frozenset(f"{module}.{name}" for module, names in _NAMES.items() for name in names.split())
+_SAFE_KINDS = re.compile(
+    r"torch\.(bool|bfloat16|float(16|32|64)|float[48]_\w+|complex(32|64|128)|q?u?int\d+(x\d+)?)"
+    r"|torch\.optim\.(lr_scheduler\.[A-Z]\w*|swa_utils\.SWALR(\.\w+)?)"
+)
+"""Names of dtypes, and of torch's own schedulers."""
+
+PACKED = f"{Packed.__module__}.{Packed.__qualname__}"
+_INSTRUCTIONS = """
+    PROTO FRAME MARK STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT
+    SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8 SHORT_BINUNICODE BINUNICODE BINUNICODE8
+    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS
+    FROZENSET MEMOIZE BINGET LONG_BINGET STACK_GLOBAL REDUCE BUILD NEWOBJ NEWOBJ_EX BINPERSID POP POP_MARK
+"""
+_OPCODES = frozenset(_INSTRUCTIONS.split())
+DAMAGED = (
+    pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, MemoryError,
+    RuntimeError, AssertionError, ImportError,
+)  # fmt: skip
+"""What a damaged pickle makes of the reader."""
+MEMBER = "lightning_ckptless.formats.packing.member"
+BUNDLE = "lightning_ckptless.trainer.late_packing.open_bundle"
+
+
+def is_safe(name: str) -> bool:
+    """Whether whoever wrote a pickle may call what has a dotted name with whatever it likes."""
+    return name in _SAFE or _SAFE_KINDS.fullmatch(name) is not None
+
+
+def admit(data: bytes, trusted: Collection[str] = ()) -> Packed:
+    """Read a pickle from outside without doing what it says.
+
+    Args:
+        data: the pickle.
+        trusted: dotted names of classes and functions that are opted in.
+
+    Returns:
+        The same bytes, which may be unpacked now.
+
+    Raises:
+        UntrustedError: it names something else, or is damaged.
+    """
+    try:
+        require_usual(data)
+        _Reader(data, trusted).load()
+    except UntrustedError:
+        raise
+    except DAMAGED as error:
+        raise UntrustedError("", f"a damaged pickle: {error!r}") from error
+    return Packed(data)
+
+
+def require_usual(data: bytes) -> None:
+    """Refuse a pickle with instructions that no pickle of ours has: some of them take memory by a number in the file.
+
+    Raises:
+        UntrustedError: it has.
+        ValueError: it is no pickle.
+    """
+    for opcode, _, at in pickletools.genops(data):
+        if opcode.name not in _OPCODES:
+            raise UntrustedError("", f"a damaged pickle: {opcode.name} at byte {at}")
+
+
+class _Inert:
+    """Stands for whatever a pickle makes."""
+
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> Self:
+        return super().__new__(cls)
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        """Take any arguments."""
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> _Inert:
+        return self
+
+    def __setitem__(self, _key: Any, _value: Any) -> None:
+        """Take an entry."""
+
+    def __setstate__(self, _state: Any) -> None:
+        """Take attributes."""
+
+    def append(self, _item: Any) -> None:
+        """Take an item."""
+
+    def extend(self, _items: Any) -> None:
+        """Take items."""
+
+    def add(self, _item: Any) -> None:
+        """Take a member."""
+
+
+class _Reader(pickle.Unpickler):
+    """Reads a pickle, and looks at what it names alone.
+
+    Args:
+        data: the pickle.
+        trusted: dotted names that are opted in.
+    """
+
+    def __init__(self, data: bytes, trusted: Collection[str]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._trusted = trusted
+
+    def persistent_load(self, _place: Any) -> _Inert:
+        """A tensor or an optimizer that is known to whoever reads the pickle in earnest."""
+        return _Inert()
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Something without effect in the place of what is named.
+
+        Raises:
+            UntrustedError: it may not be named.
+        """
+        whole = f"{module}.{name}"
+        if whole == PACKED:
+            return self._inner
+        if whole == BUNDLE:
+            return self._bundle
+        if whole == MEMBER:
+            return self._member
+        if is_safe(whole) or whole in self._trusted:
+            return _Inert
+        raise UntrustedError(whole, f"it holds a {whole}, which is neither plain data nor opted in")
+
+    def _inner(self, data: bytes) -> _Inert:
+        admit(data, self._trusted)
+        return _Inert()
+
+    def _bundle(self, body: bytes, *_parts: Any) -> _Inert:
+        return self._inner(body)
+
+    def _member(self, module: str, name: str, _value: Any) -> _Inert:
+        """A member of an enumeration of the program, which the program has loaded."""
+        whole = f"{module}.{name}"
+        if whole not in self._trusted and not is_enumeration(found_in_program(module, name)):
+            raise UntrustedError(whole, f"it holds a {whole}, which is no enumeration of the program")
+        return _Inert()
+
+
+def found_in_program(module: str, name: str) -> Any:
+    """What has a name in a module that is loaded; None where there is none. Nothing is imported."""
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def is_enumeration(found: Any) -> bool:
+    """Whether something is a class of named members."""
+    return isinstance(found, type) and issubclass(found, enum.Enum)

@@ -1,0 +1,143 @@
+"""What a pickle from outside may name: plain data, and what was opted in; and nothing runs before that is known."""
+
+from __future__ import annotations
+
+import datetime as dt
+import enum
+import os
+import pickle
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_ckptless.formats import packing
+from lightning_ckptless.formats.packing import pack, unpack
+from lightning_ckptless.formats.pickles import Packed, UntrustedError, admit
+
+
+class Colour(enum.Enum):
+    RED = (1, "r")
+    BLUE = (2, "b")
+
+
+class Flag(enum.IntFlag):
+    A = 1
+    B = 2
+
+
+class Cursor:
+    def __init__(self) -> None:
+        self.at = 3
+
+
+class Runs:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+PLAIN: list[Any] = [
+    None, True, 7, -(10**30), 2.5, 1 + 2j, "text", b"bytes", bytearray(b"x"), (1, (2,)), [1, [2]], {"a": {1, 2}},
+    frozenset({3}), range(5), slice(1, 2), Counter("aab"), OrderedDict(a=1), deque([1, 2], maxlen=4),
+    defaultdict(list, a=[1]), dt.datetime(2026, 1, 2, tzinfo=dt.UTC), dt.timedelta(seconds=3), Path("/a/b"),
+    Colour.BLUE, Flag.A | Flag.B, {Colour.RED: [Flag.B]},
+    np.float32(2.5), np.arange(6).reshape(2, 3), np.array(["a", "b"]), np.dtype("int16"), np.datetime64("2026-01-02"),
+    torch.float32, torch.bfloat16, torch.device("cpu"), torch.Size([2, 3]), random.Random(3).getstate(),
+    np.random.default_rng(3).bit_generator.state,
+]  # fmt: skip
+TENSORS: list[torch.Tensor] = [
+    torch.arange(6.0).reshape(2, 3), torch.empty(0, 3), torch.tensor(2, dtype=torch.int8), torch.ones(3).to_sparse(),
+    torch.nn.Parameter(torch.ones(2)), torch.ones(2, dtype=torch.bfloat16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", PLAIN, ids=repr)
+def test_plain_data_is_admitted_and_comes_back(value: Any) -> None:
+    found = unpack(admit(bytes(pack(value))))
+    assert type(found) is type(value)
+    assert np.array_equal(found, value) if isinstance(value, np.ndarray) else found == value
+
+
+@pytest.mark.parametrize("value", TENSORS, ids=lambda value: f"{type(value).__name__}-{value.dtype}-{value.layout}")
+def test_tensors_of_every_kind_are_admitted_and_come_back(value: torch.Tensor) -> None:
+    found = unpack(admit(bytes(pack({"x": value}))))["x"]
+    assert (type(found), found.dtype, found.layout) == (type(value), value.dtype, value.layout)
+    plain = [tensor.to_dense() if tensor.is_sparse else tensor for tensor in (found, value)]
+    assert torch.equal(*plain)
+
+
+def test_tensors_that_share_memory_still_do() -> None:
+    whole = torch.nn.Parameter(torch.arange(4.0))
+    first, second = unpack(admit(bytes(pack([whole, whole]))))
+    assert first is second
+
+
+def planted(tmp_path: Path) -> dict[str, tuple[bytes, str]]:
+    """Pickles that would do something, with what is said of them."""
+    runs = Runs(tmp_path / "made")
+    return {
+        "a call": (pickle.dumps(runs), "posix.mkdir"),
+        "deep inside": (bytes(pack({"a": [1, {"b": runs}]})), "posix.mkdir"),
+        "inside another one": (bytes(pack({"a": Packed(pickle.dumps(runs))})), "posix.mkdir"),
+        "an old instruction": (b"cposix\nmkdir\n(S'/made'\ntR.", "GLOBAL at byte 0"),
+        "getattr": (pickle.dumps([getattr, Path("x").exists]), "builtins.getattr"),
+        "torch's own storage": (pickle.dumps(torch.ones(2)), "torch.storage._load_from_bytes"),
+        "a name that is computed": (computed_name(), "damaged"),
+        "an enumeration that is none": (bytes(pack(Colour.RED)).replace(b"Colour", b"Cursor"), "no enumeration"),
+        "a class of the program": (bytes(pack(Cursor())), "tests.formats.test_pickles.Cursor"),
+        "room by a number": (b"\x80\x05K\x01r\xff\xff\xff\xff.", "LONG_BINPUT"),
+        "nothing": (b"", "damaged"),
+    }  # fmt: skip
+
+
+def computed_name() -> bytes:
+    """`str(b'posix', 'ascii')` in the place of a module's name."""
+    module = b"\x8c\x08builtins\x8c\x03str\x93C\x05posix\x8c\x05ascii\x86R"
+    return b"\x80\x05" + module + b"\x8c\x05mkdir\x93\x8c\x05/made\x85R."
+
+
+def test_a_computed_name_would_be_called() -> None:
+    """Unless somebody looks: it is what it is taken for."""
+    with pytest.raises(OSError, match="made"):
+        pickle.loads(computed_name().replace(b"\x05/made", b"\x09/x/y/made"))
+
+
+@pytest.mark.parametrize("what", planted(Path()))
+def test_what_is_planted_is_refused_and_does_nothing(what: str, tmp_path: Path) -> None:
+    data, said = planted(tmp_path)[what]
+    with pytest.raises(UntrustedError, match=said):
+        admit(data)
+    assert not (tmp_path / "made").exists()
+
+
+def test_what_is_opted_in_is_admitted() -> None:
+    packed = pack({"cursor": Cursor(), "inner": pack([Cursor()])})
+    admitted = admit(bytes(packed), ["tests.formats.test_pickles.Cursor"])
+    assert unpack(admitted)["cursor"].at == 3
+    with pytest.raises(UntrustedError) as found:
+        admit(bytes(packed), ["tests.formats.test_pickles.Curs"])
+    assert found.value.name == "tests.formats.test_pickles.Cursor"
+
+
+def test_bytes_of_unknown_origin_are_not_unpickled() -> None:
+    with pytest.raises(TypeError, match="nothing says where it is from"):
+        unpack(pickle.dumps(1))  # type: ignore[arg-type]
+
+
+def test_new_kinds_are_noticed() -> None:
+    class Fresh(dict[str, int]):
+        pass
+
+    before = len(packing.KINDS)
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        pack(Fresh())
+    assert len(packing.KINDS) > before
