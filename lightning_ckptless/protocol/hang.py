@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from types import MappingProxyType
 
 FLOOR_S = 10.0
 CEILING_S = 1800.0
@@ -273,7 +272,7 @@ def find_late(
     now: float,
     override_s: float | None = None,
     stopped: Collection[int] = (),
-    waits: Mapping[int, bool | None] = MappingProxyType({}),
+    waits: Mapping[int, bool | None] | None = None,
 ) -> Hang | None:
     """Tell which ranks keep a meeting from coming about.
 
@@ -292,6 +291,7 @@ def find_late(
         stopped: ranks that the system has stopped.
         waits: whether each rank waits for others; None where it was not asked.
     """
+    waits = waits or {}
     if override_s == 0.0:
         return None
     allowed_s = max(WAY_S, FACTOR * meeting.way_s, override_s or 0.0)

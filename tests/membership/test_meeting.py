@@ -129,4 +129,5 @@ def test_a_meeting_is_cut_at_every_line(parent: PreloadedParent, write: Callable
     assert ran.exit_code == 0, ran.err
     lines, slowest_s = ran.out.split()
     assert int(lines) > 80
-    assert float(slowest_s) < 5
+    # A wait that nothing ends lasts for half an hour; a lost query of the domain name system, for 5 s.
+    assert float(slowest_s) < 20
