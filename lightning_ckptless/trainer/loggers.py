@@ -29,7 +29,7 @@ from lightning_ckptless.trainer.host.logger_identity import (
     write_soon,
     writes_elsewhere,
 )
-from lightning_ckptless.trainer.outbox import Marks, Outbox
+from lightning_ckptless.trainer.outbox import Marks, MayLeave, Outbox
 
 log = logging.getLogger(__name__)
 
@@ -183,12 +183,17 @@ class RunLoggers:
 
     # ------------------------------------------------------------------ state
 
-    def capture(self, version: Version) -> Captured:
-        """How far the log files are, and the rows that are held: they are the version's."""
+    def capture(self, version: Version, may_leave: MayLeave = lambda _: True) -> Captured:
+        """How far the log files are, and the rows that are held: they are the version's.
+
+        Args:
+            version: that is taken.
+            may_leave: see `Outbox.capture`.
+        """
         assert self._outbox is not None
         return {
             "files": host_loggers.log_positions(self._trainer.loggers) if self._trainer.is_global_zero else None,
-            "rows": self._outbox.capture(version),
+            "rows": self._outbox.capture(version, may_leave),
         }
 
     def cut(self, saved: Captured) -> None:

@@ -277,7 +277,7 @@ class Mirroring:
                 "data_hooks": dict(self._hooks.made),
                 "report": self._report.state(),
                 "interval": self.cadence.chosen,
-                "logs": self._loggers.capture(version),
+                "logs": self._loggers.capture(version, self._departure.may_leave),
             }
         )
         blob = self._departure.checked(blob)

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from lightning_ckptless.formats.packing import pack, unpack
+from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.plain import is_plain
 
@@ -71,6 +72,9 @@ class Marks:
             os.close(self._files.pop())
 
 
+MayLeave = Callable[[Packed], bool]
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """One call that is held back.
@@ -83,14 +87,20 @@ class Held:
     number: int
     row: tuple[tuple[Any, ...], dict[str, Any]] | None
 
-    def pack(self) -> tuple[int, str, Any]:
-        """The call as plain data."""
+    def pack(self, may_leave: MayLeave) -> tuple[int, str, Any]:
+        """The call as plain data.
+
+        Args:
+            may_leave: whether what other objects have become may be part of a version.
+        """
         if self.row is None or is_plain(list(self.row)):
             return self.number, "plain", self.row
         try:
-            return self.number, "pickled", pack(self.row)
+            if may_leave(packed := pack(self.row)):
+                return self.number, "pickled", packed
         except (pickle.PicklingError, TypeError, AttributeError, ValueError):
-            return self.number, "lost", sorted(map(str, self.row[0][0] if self.row[0] else self.row[1]["metrics"]))
+            pass
+        return self.number, "lost", sorted(map(str, self.row[0][0] if self.row[0] else self.row[1]["metrics"]))
 
 
 class Box:
@@ -161,13 +171,13 @@ class Box:
 
     # ------------------------------------------------------------------ state
 
-    def capture(self) -> dict[str, Any]:
+    def capture(self, may_leave: MayLeave) -> dict[str, Any]:
         """The numbers, and the rows that are held."""
         self._is_numbered = True
         return {
             "counted": self.counted,
             "handed_on": self.handed_on,
-            "held": [held.pack() for held in self._held],
+            "held": [held.pack(may_leave) for held in self._held],
         }
 
     def restore(self, saved: dict[str, Any] | None, handed_on: int) -> None:
@@ -197,7 +207,7 @@ class Box:
         if lost:
             log.warning(
                 "ckptless: %s: rows with %s are lost with the process that logged them: they hold objects that cannot "
-                "be pickled", type(self.logger).__name__, ", ".join(lost)
+                "be pickled, or that trusted_classes does not name", type(self.logger).__name__, ", ".join(lost)
             )  # fmt: skip
 
 
@@ -269,10 +279,15 @@ class Outbox:
         self._marks.close()
         self._marks = marks
 
-    def capture(self, version: Version) -> list[dict[str, Any]]:
-        """What the boxes hold; their rows are handed on when the version is committed."""
+    def capture(self, version: Version, may_leave: MayLeave = lambda _: True) -> list[dict[str, Any]]:
+        """What the boxes hold; their rows are handed on when the version is committed.
+
+        Args:
+            version: that they are part of.
+            may_leave: whether a row with objects in it, packed, may be part of it; others are lost with this process.
+        """
         self._taken.append((version, [box.counted for box in self._boxes]))
-        return [box.capture() for box in self._boxes]
+        return [box.capture(may_leave) for box in self._boxes]
 
     def restore(
         self, saved: list[dict[str, Any]] | None, *, rewound: Sequence[Any], before: Callable[[Any, int], None]

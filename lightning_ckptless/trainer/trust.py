@@ -48,6 +48,16 @@ class Departure:
         self._kinds = kinds
         return self._admitted(packed) if isinstance(packed, Packed) else lambda: self._admitted(packed())
 
+    def may_leave(self, packed: Packed) -> bool:
+        """Whether a part of a small state could be read where it goes."""
+        if not self.where:
+            return True
+        try:
+            admit(packed, self._trusted)
+        except UntrustedError:
+            return False
+        return True
+
     def _admitted(self, packed: Packed) -> Packed:
         try:
             return admit(packed, self._trusted)

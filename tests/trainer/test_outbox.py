@@ -227,6 +227,20 @@ def test_objects_travel_if_they_can_be_pickled(outbox_of: Make, caplog: pytest.L
     assert "Store: rows with callable are lost" in caplog.text
 
 
+def test_a_row_with_objects_that_may_not_leave_the_machine_is_lost_with_its_process(
+    outbox_of: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = Store()
+    outbox = outbox_of(logger)
+    logger.log_metrics({"figure": Figure()}, step=0)
+    logger.log_metrics({"loss": 1.0}, step=1)
+    saved = outbox.capture(version(1), lambda _: False)
+    fresh = Store()
+    restore(outbox_of(fresh), saved, rewound=(fresh,))
+    assert steps(fresh) == [1]
+    assert "Store: rows with figure are lost" in caplog.text
+
+
 def test_rows_stay_held_where_the_logger_fails(outbox_of: Make) -> None:
     logger = Mock(Store)
     logger.log_metrics.side_effect = [None, ConnectionError("server is away"), None]
