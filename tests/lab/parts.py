@@ -65,6 +65,7 @@ class Options:
     callback: str = ""  # averaging (StochasticWeightAveraging), finetuning (a group for the body from epoch 1 on),
     # searching (LearningRateFinder before training and before epoch 1)
     thaw_at: int = 0  # step before which the first layers are frozen
+    commits: str = ""  # a file that receives a line for each version a rank has seen committed
     settings: str = "{}"  # a python dictionary of further arguments of the trainer; plugins by the name of their class
 
 

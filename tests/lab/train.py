@@ -6,8 +6,12 @@ import argparse
 import ast
 import dataclasses
 import importlib
+import json
 import threading
+import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from parts import Options, make_run
 
@@ -24,6 +28,14 @@ def parse() -> Options:
     return Options(**vars(parser.parse_args()))
 
 
+def note_commit(path: Path, moment: str, version: Any) -> None:
+    """Note when this rank saw a version committed; a line is one write, so those of several ranks do not mix."""
+    if moment == "committed":
+        line = {"at": time.time(), "step": version.optimizer_step, "tail_done": version.tail_done}
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
 def main() -> None:
     options = parse()
     importlib.import_module(options.flavour)
@@ -37,6 +49,8 @@ def main() -> None:
         made = ours.CkptlessStrategy(**strategy_options)
     if options.slow_mirror_s:
         made.probes.append(lambda moment, _: threading.Event().wait(options.slow_mirror_s * (moment == "send")))
+    if options.commits:
+        made.probes.append(partial(note_commit, Path(options.commits)))
     trainer, model, data = make_run(options, made)
     trainer.fit(model, datamodule=data, ckpt_path=Path(options.ckpt_path) if options.ckpt_path else None)
 

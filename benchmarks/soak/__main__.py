@@ -1,0 +1,129 @@
+"""Strike runs with random faults until so many have struck, and compare each run with the undisturbed one.
+
+Stops at the first run that hangs, differs, loses a committed step, leaves something behind or recovers too slowly, and
+prints the command that repeats it. Started again, it continues with the seeds that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.progress import Progress
+
+from benchmarks.report import console, progress_bar
+from benchmarks.soak import nodes, one_node
+from benchmarks.soak.draw import scenario
+from benchmarks.soak.processes import mark
+from benchmarks.soak.results import Result, append, read
+from benchmarks.soak.scenario import Scenario
+from benchmarks.soak.stage import Undisturbed
+from benchmarks.soak.summary import tables
+from lightning_ckptless.membership.launch import LaunchConfig, make_parent
+from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.testing.starters import program_of
+from tests.faults.conftest import LAB
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, nargs="+", help="run these scenarios, whether they were run before or not")
+    parser.add_argument("--first", type=int, default=1, help="the first seed of a long soak (default: %(default)s)")
+    parser.add_argument("--faults", type=int, default=1000, help="faults that are to strike (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("build/soak"), help="of all files (default: %(default)s)")
+    parser.add_argument("--results", type=Path, help="file of the results (default: results.jsonl in the folder)")
+    parser.add_argument("--keep-going", action="store_true", help="do not stop at a run that fails")
+    parser.add_argument("--dry", action="store_true", help="show the scenarios and run none")
+    parser.add_argument("--summary", action="store_true", help="show the tables of the results and run nothing")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
+    args = parser.parse_args()
+    args.results = args.results or args.folder / "results.jsonl"
+    return args
+
+
+def main() -> int:
+    """Read the command line, strike, report.
+
+    Returns:
+        Exit code: 1 where a run failed.
+    """
+    args = options()
+    # As by Ctrl-C: everything that was started is ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if args.dry:
+        for wanted in args.seed or range(args.first, args.first + 20):
+            show(scenario(wanted))
+        return 0
+    failed = 0 if args.summary else soak(args)
+    results = read(args.results)
+    found = tables(results)
+    for table in found:
+        table.show(console)
+    if args.markdown:
+        args.markdown.write_text("\n".join(table.markdown() for table in found))
+    return int(failed > 0)
+
+
+def soak(args: argparse.Namespace) -> int:
+    """Run scenarios until enough faults have struck; returns how many runs failed."""
+    mark()
+    failed = 0
+    with make_parent(LaunchConfig(program=program_of([str(LAB)]))) as parent, progress_bar() as progress:
+        task = progress.add_task("", total=None if args.seed else args.faults, completed=0)
+        for drawn in scenarios(args, progress, task):
+            progress.update(task, description=str(drawn))
+            result = run_one(drawn, args.folder, parent)
+            append(args.results, result)
+            progress.advance(task, len(result.struck))
+            if not result.good:
+                failed += 1
+                tell(drawn, result)
+                if not args.keep_going:
+                    break
+    return failed
+
+
+def scenarios(args: argparse.Namespace, progress: Progress, task: object) -> Iterator[Scenario]:
+    """The scenarios that are to be run: those asked for, or all that are missing, failed ones again."""
+    if args.seed:
+        yield from map(scenario, args.seed)
+        return
+    seed = args.first - 1
+    while True:
+        known = {result.seed: result for result in read(args.results)}
+        struck = sum(len(result.struck) for result in known.values() if result.good)
+        progress.update(task, completed=struck)  # type: ignore[arg-type]
+        seed += 1
+        while seed in known and (known[seed].good or args.keep_going):
+            seed += 1
+        if struck >= args.faults:
+            return
+        yield scenario(seed)
+
+
+def run_one(drawn: Scenario, folder: Path, parent: PreloadedParent) -> Result:
+    """Run one scenario."""
+    undisturbed = Undisturbed((folder / "undisturbed").absolute(), parent)
+    run = one_node.run if drawn.configuration.loss is None else nodes.run
+    return run(drawn, (folder / f"seed-{drawn.seed}").absolute(), parent, undisturbed)
+
+
+def show(drawn: Scenario) -> None:
+    """Print a scenario with its faults."""
+    console.print(str(drawn), markup=False)
+    for fault in drawn.faults:
+        console.print(f"    {fault}", markup=False)
+
+
+def tell(drawn: Scenario, result: Result) -> None:
+    """Print what was wrong, and the command that repeats it."""
+    show(drawn)
+    console.print(f"{result.outcome}: {result.why}; evidence in {result.folder}", markup=False)
+    console.print(f"repeat: {drawn.repeat}", markup=False, style="bold red")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""How long a recovery and a run may take: what takes longer is a hang."""
+
+from __future__ import annotations
+
+from benchmarks.soak.evidence import DURABLE, IN_PLACE, RELAUNCH, STORAGE
+from benchmarks.soak.scenario import SILENT, OutsideKind, Scenario
+
+BOUNDS_S = {IN_PLACE: 20.0, RELAUNCH: 60.0, DURABLE: 60.0, STORAGE: 60.0}
+"""From the fault to the end of the first step of all ranks, by rung, once the fault is noticed."""
+LEARNED_HANG_S = 30.0
+"""The longest silence that is taken for a slow step where the limit is learned: 10 s, more where steps were slow."""
+START_S = 90.0
+NODES_S = 120.0
+"""What a scenario of several agents may take beyond the others: they miss heartbeats and meet again."""
+NOT_SILENT_S = 2.0
+
+
+def silent_s(scenario: Scenario) -> float:
+    """The longest time until a silent fault of a scenario is noticed."""
+    limit_s = scenario.configuration.hang_timeout_s
+    return LEARNED_HANG_S if limit_s is None else limit_s + NOT_SILENT_S
+
+
+def deadline_s(scenario: Scenario) -> float:
+    """The longest that a run may take."""
+    faults = len(scenario.faults)
+    silent = sum(fault.kind in SILENT for fault in scenario.injected)
+    silent += sum(fault.kind is OutsideKind.STOP for fault in scenario.outside)
+    relaunched = sum(fault.kind is OutsideKind.FORK_SERVER for fault in scenario.outside)
+    relaunched += sum(fault.rank == "all" for fault in scenario.injected)
+    nodes_s = NODES_S if scenario.configuration.nodes > 1 else 0.0
+    return (
+        START_S
+        + nodes_s
+        + faults * BOUNDS_S[IN_PLACE] / 2
+        + silent * silent_s(scenario)
+        + relaunched * BOUNDS_S[RELAUNCH]
+    )

@@ -1,0 +1,170 @@
+"""A scenario on one node: the agent runs in this process, its workers are forks of the shared fork server."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.soak.bounds import BOUNDS_S, deadline_s, silent_s
+from benchmarks.soak.evidence import commits_of, lost_steps, outcome_of, recoveries_of, times_of
+from benchmarks.soak.outside import OutsideFaults, fill_disk, flip_bytes, limit_memory, send, sidecar_of
+from benchmarks.soak.processes import busy_cores, left_over
+from benchmarks.soak.results import Result
+from benchmarks.soak.scenario import OutsideFault, OutsideKind, Scenario
+from benchmarks.soak.stage import ENVIRONMENT, Place, Undisturbed, open_files, place_for
+from benchmarks.soak.watching import View, Watch
+from lightning_ckptless import environment
+from lightning_ckptless.callbacks.fault_marks import FaultMarks
+from lightning_ckptless.errors import TimeLimitError
+from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.testing.compare import compare
+from lightning_ckptless.testing.drill import Ladder, Progress, Variant, run_variant
+from tests.faults.conftest import command_for
+from tests.lab.parts import Options
+
+Deed = Callable[[OutsideFault, View], str | None]
+
+
+def options_of(scenario: Scenario, place: Place) -> Options:
+    """The lab's options for the run that is struck."""
+    configuration = scenario.configuration
+    chosen = configuration.strategy_options
+    if configuration.durable:
+        chosen["durable_dir"] = str(place.disk / "durable")
+    return replace(
+        configuration.undisturbed,
+        strategy_options=repr(chosen),
+        slow_mirror_s=configuration.slow_mirror_s,
+        commits=str(place.commits.absolute()),
+    )
+
+
+def run(
+    scenario: Scenario,
+    folder: Path,
+    parent: PreloadedParent,
+    undisturbed: Undisturbed,
+    progress: Callable[[Progress], None] | None = None,
+) -> Result:
+    """Run a scenario and judge it.
+
+    Args:
+        scenario: to be run.
+        folder: for its files; removed where nothing was wrong.
+        parent: the fork server that all runs share.
+        undisturbed: runs to compare with.
+        progress: is called with how far the run is.
+    """
+    right = undisturbed.run(scenario.configuration.undisturbed)
+    parent.ready()
+    began, files_before = time.monotonic(), open_files()
+    with place_for(folder) as place:
+        struck_run, struck = _strike(scenario, place, parent, progress)
+        leaks = left_over([pid for pid in [parent.pid] if pid is not None])
+        leaks += [f"shared memory {path.name}" for path in place.arenas.iterdir()]
+    leaks += [f"{count} open: {what}" for what, count in (open_files() - files_before).items()]
+    result = _judge(scenario, right, struck_run, struck, leaks, place)
+    result = replace(result, wall_s=round(time.monotonic() - began, 2))
+    if not result.good:
+        return replace(result, folder=str(folder))
+    shutil.rmtree(folder, ignore_errors=True)
+    return result
+
+
+def _strike(
+    scenario: Scenario, place: Place, parent: PreloadedParent, progress: Callable[[Progress], None] | None
+) -> tuple[Variant | None, list[str]]:
+    """Run it while its faults strike; returns no run where it missed its deadline, and the outside faults."""
+    options, folder = options_of(scenario, place), place.files / "run"
+    env = ENVIRONMENT | {environment.ARENA_DIR: str(place.arenas)}
+    outside = OutsideFaults(scenario.outside, Watch(folder / "runs", place.commits), _deeds(place, parent, scenario))
+    with (place.files / "agent.log").open("w") as said, redirect_stderr(said), busy_cores(scenario.load), outside:
+        try:
+            found = run_variant(
+                command_for(options),
+                folder,
+                faults=",".join(map(str, scenario.injected)),
+                nproc=options.devices,
+                parent=parent,
+                isolate=True,
+                env=env,
+                ladder=Ladder(max_restarts=100),
+                timeout_s=deadline_s(scenario),
+                progress=progress,
+            )
+        except TimeLimitError:
+            found = None
+    return found, [one.fault for one in outside.struck]
+
+
+def _deeds(place: Place, parent: PreloadedParent, scenario: Scenario) -> dict[OutsideKind, Deed]:
+    """What each kind of outside fault does to a run."""
+    chance = random.Random(f"bytes {scenario.seed}")
+
+    def to_rank(number: signal.Signals) -> Deed:
+        return lambda fault, view: send(view.pids.get(fault.rank), number, f"rank {fault.rank}")
+
+    def flip(fault: OutsideFault, view: View) -> str | None:
+        done = flip_bytes(place.arenas, fault.rank, chance)
+        # Its owner would overwrite the damage: it is killed, so that the copy is needed.
+        return done and send(view.pids.get(fault.rank), signal.SIGKILL, f"rank {fault.rank}") and done
+
+    return {
+        OutsideKind.KILL: to_rank(signal.SIGKILL),
+        OutsideKind.STOP: to_rank(signal.SIGSTOP),
+        OutsideKind.CRASH: to_rank(signal.SIGSEGV),
+        OutsideKind.FLIP: flip,
+        OutsideKind.MEMORY: lambda fault, view: limit_memory(view.pids.get(fault.rank), fault.rank),
+        OutsideKind.STANDBY: lambda _, view: send(next(iter(view.standbys), None), signal.SIGKILL, "a standby"),
+        OutsideKind.FORK_SERVER: lambda *_: send(parent.pid, signal.SIGKILL, "the fork server"),
+        OutsideKind.SIDECAR: lambda _, view: send(
+            sidecar_of(parent.pid, [*view.pids.values(), *view.standbys]), signal.SIGKILL, "the sidecar"
+        ),
+        OutsideKind.DISK_FULL: lambda *_: fill_disk(place.disk),
+    }
+
+
+def _judge(
+    scenario: Scenario, right: Variant, found: Variant | None, struck: list[str], leaks: list[str], place: Place
+) -> Result:
+    folder = place.files / "run"
+    variant = found or Variant(folder, 1, 0.0)
+    events, run_folder = variant.events, variant.run_folder
+    happened = FaultMarks.claimed(run_folder / "faults") if run_folder else frozenset()
+    recoveries = recoveries_of(events)
+    verdict = compare(right.folder, folder) if found is not None and not found.exit_code else None
+    lost = lost_steps(commits_of(place.commits), events)
+    outcome, why = outcome_of(
+        exit_code=None if found is None else found.exit_code,
+        identical=verdict is not None and verdict.identical,
+        lost=lost,
+        leaks=leaks,
+        late=times_of(recoveries, BOUNDS_S, silent_s(scenario)),
+    )
+    if outcome == "different":
+        why = str(verdict)
+    elif outcome == "ended":
+        why += f"; its last words: {variant.tail(8)}"
+    return Result(
+        seed=scenario.seed,
+        configuration=str(scenario.configuration),
+        load=scenario.load,
+        asked=scenario.faults,
+        struck=(*(str(scenario.injected[index]) for index in sorted(happened)), *struck),
+        outcome=outcome,
+        why=why,
+        lost_steps=lost,
+        recoveries=tuple(recoveries),
+        leaks=tuple(leaks),
+        left_out=() if place.has_own_disk or not _fills(scenario) else ("disk_full: no disk can be mounted",),
+    )
+
+
+def _fills(scenario: Scenario) -> bool:
+    return any(fault.kind is OutsideKind.DISK_FULL for fault in scenario.outside)

@@ -1,0 +1,207 @@
+"""Causes faults from outside of a run: waits for each one's moment, then does what it says."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+
+from benchmarks.soak.processes import is_ours
+from benchmarks.soak.scenario import OutsideFault, OutsideKind, Phase
+from benchmarks.soak.watching import View, Watch
+from lightning_ckptless.replica.slot import HEADER_BYTES, SlotName, read_header
+
+LOOK_S = 0.005
+FULL_S = 1.0
+"""For how long a disk is full."""
+FLIPPED_BYTES = 3
+
+
+@dataclass(frozen=True)
+class Struck:
+    """A fault that was caused.
+
+    Args:
+        fault: which one, in words.
+        at: wall clock.
+        what: was done.
+    """
+
+    fault: str
+    at: float
+    what: str
+
+
+def moment_of(fault: OutsideFault, view: View) -> float | None:
+    """When a fault is due, on the wall clock; None where what it waits for has not happened.
+
+    Args:
+        fault: whose moment is looked for.
+        view: what the run has told so far.
+    """
+    if fault.phase is None:
+        return 0.0 if view.committed >= fault.step else None
+    fired = [e["at"] for e in view.events if e["event"] == Phase.FIRED and f":step={fault.step}" in _head(e["fault"])]
+    if not fired:
+        return None
+    began = [event["at"] for event in view.events if event["event"] == fault.phase and event["at"] >= fired[0]]
+    return began[0] + fault.delay_s if began else None
+
+
+def _head(fault: str) -> str:
+    """A fault's kind, rank and step."""
+    return ":".join(fault.split(":")[:3])
+
+
+class OutsideFaults:
+    """A thread that causes the outside faults of a run. A context manager.
+
+    Args:
+        faults: to be caused.
+        watch: of the run.
+        deeds: what to do for each kind; returns what was done, in words, or None where there is nothing to do it to.
+
+    Attributes:
+        struck: faults that were caused, in order.
+    """
+
+    def __init__(
+        self,
+        faults: Sequence[OutsideFault],
+        watch: Watch,
+        deeds: Mapping[OutsideKind, Callable[[OutsideFault, View], str | None]],
+    ) -> None:
+        self.struck: list[Struck] = []
+        self._due: dict[OutsideFault, float | None] = dict.fromkeys(faults)
+        self._watch = watch
+        self._deeds = deeds
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="soak-outside-faults")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._due and not self._over.wait(LOOK_S):
+            view, now = self._watch.look(), time.time()
+            for fault in list(self._due):
+                if self._due[fault] is None and (moment := moment_of(fault, view)) is not None:
+                    # Without another fault to follow, the delay counts from when the step was seen.
+                    self._due[fault] = moment or now + fault.delay_s
+                at = self._due[fault]
+                if at is not None and now >= at:
+                    del self._due[fault]
+                    self._cause(fault, view)
+
+    def _cause(self, fault: OutsideFault, view: View) -> None:
+        what = self._deeds[fault.kind](fault, view)
+        if what is not None:
+            self.struck.append(Struck(str(fault), time.time(), what))
+
+
+# ---------------------------------------------------------------------- what is done
+
+
+def send(pid: int | None, number: signal.Signals, who: str) -> str | None:
+    """Send a signal to a process of this soak.
+
+    Args:
+        pid: of the process; None where there is none.
+        number: of the signal.
+        who: it is, for the record.
+    """
+    if pid is None or not is_ours(pid):
+        return None
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+        return f"{number.name} to {who} (pid {pid})"
+    return None
+
+
+def limit_memory(pid: int | None, rank: int) -> str | None:
+    """Let a worker have no more address space than it has."""
+    if pid is None or not is_ours(pid):
+        return None
+    with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+        used_bytes = psutil.Process(pid).memory_info().vms
+        resource.prlimit(pid, resource.RLIMIT_AS, (used_bytes, used_bytes))
+        return f"rank {rank} (pid {pid}) limited to {used_bytes} bytes of address space"
+    return None
+
+
+def flip_bytes(arenas: Path, shard: int, chance: random.Random) -> str | None:
+    """Change bytes in the newest committed copy of a shard that its own rank keeps.
+
+    Args:
+        arenas: folder of the arenas.
+        shard: index of the shard.
+        chance: chooses the bytes.
+    """
+    found = []
+    for path in arenas.glob("ckptless-*/*"):
+        name = SlotName.parse(path.name)
+        if name is None or name.shard != shard or name.keeper != shard:
+            continue
+        with suppress(Exception):
+            header = read_header(path)
+            if header is not None and header.state.value == "committed":
+                found.append((header.stamp.version, path, header.bulk_bytes + header.blob_bytes))
+    if not found:
+        return None
+    version, path, length = max(found)
+    with path.open("r+b") as file:
+        for _ in range(FLIPPED_BYTES):
+            offset = HEADER_BYTES + chance.randrange(length)
+            file.seek(offset)
+            old = file.read(1)
+            file.seek(offset)
+            file.write(bytes([old[0] ^ (1 << chance.randrange(8))]))
+    return f"{FLIPPED_BYTES} bits flipped in {version} of {path.name}"
+
+
+def fill_disk(folder: Path) -> str | None:
+    """Leave no room on the disk of a folder for a while."""
+    if not os.path.ismount(folder):
+        return None
+    ballast = folder / "ballast"
+    with suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while file.write(b"\0" * 65536):
+            pass
+    threading.Timer(FULL_S, lambda: ballast.unlink(missing_ok=True)).start()
+    return f"{folder} full for {FULL_S:g} s"
+
+
+def sidecar_of(fork_server: int | None, known: Sequence[int]) -> int | None:
+    """The process beside the workers that writes durable states.
+
+    Args:
+        fork_server: forks it, and the workers.
+        known: process ids of workers and standbys.
+    """
+    if fork_server is None:
+        return None
+    with suppress(psutil.NoSuchProcess):
+        children = psutil.Process(fork_server).children()
+        others = [child.pid for child in children if child.pid not in known and child.status() != psutil.STATUS_ZOMBIE]
+        return others[0] if len(others) == 1 else None
+    return None
+
+
+def facts(struck: Sequence[Struck]) -> list[dict[str, Any]]:
+    """What was caused, as JSON holds it."""
+    return [vars(one) for one in struck]

@@ -1,0 +1,85 @@
+"""Processes of this soak: how they are known, kept busy, and looked for when a run is over."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+MARK = "CKPTLESS_SOAK"
+"""Variable that every process started by a soak has inherited."""
+GRACE_S = 10.0
+"""For processes that are on their way out."""
+
+_BUSY = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:
+    for _ in range(10**6):
+        pass
+"""
+
+
+def mark() -> None:
+    """Mark all processes that this one starts from here on."""
+    os.environ.setdefault(MARK, f"{os.getpid()}")
+
+
+def is_ours(pid: int) -> bool:
+    """Whether a process was started under this soak."""
+    try:
+        return f"{MARK}={os.environ[MARK]}".encode() in Path("/proc", str(pid), "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def ours() -> Iterator[psutil.Process]:
+    """Live processes that were started under this soak, other than this one."""
+    for pid in psutil.pids():
+        if pid != os.getpid() and is_ours(pid):
+            try:
+                process = psutil.Process(pid)
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    yield process
+            except psutil.NoSuchProcess:
+                continue
+
+
+def left_over(kept: Collection[int]) -> list[str]:
+    """Processes of a run that has ended; they get some time to end and are killed then.
+
+    Args:
+        kept: process ids of those that outlive a run.
+    """
+    new = [process for process in ours() if process.pid not in kept]
+    _, alive = psutil.wait_procs(new, timeout=GRACE_S) if new else ([], [])
+    found = []
+    for process in alive:
+        try:
+            found.append(f"process {process.pid} ({' '.join(process.cmdline())[-120:]})")
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+@contextmanager
+def busy_cores(wanted: bool) -> Iterator[None]:
+    """Keep all cores busy while the block runs.
+
+    Args:
+        wanted: whether to do so at all.
+    """
+    count = (os.cpu_count() or 1) if wanted else 0
+    loops = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()

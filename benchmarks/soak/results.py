@@ -1,0 +1,78 @@
+"""Results of runs, one JSON line each: a soak that was interrupted continues with the seeds that are missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.soak.evidence import Recovered
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a run.
+
+    Args:
+        seed: of its scenario.
+        configuration: what was trained, in words.
+        load: whether both cores were kept busy.
+        asked: faults that were to strike.
+        struck: those that did.
+        outcome: `good`, or what was wrong.
+        why: it was, in a sentence.
+        lost_steps: committed steps that were lost.
+        recoveries: in their order.
+        leaks: what was left behind.
+        wall_s: from start to end.
+        folder: of the evidence; empty where it was removed.
+        left_out: faults that this machine does not allow.
+    """
+
+    seed: int
+    configuration: str
+    load: bool
+    asked: tuple[str, ...]
+    struck: tuple[str, ...]
+    outcome: str
+    why: str = ""
+    lost_steps: int = 0
+    recoveries: tuple[Recovered, ...] = ()
+    leaks: tuple[str, ...] = ()
+    wall_s: float = 0.0
+    folder: str = ""
+    left_out: tuple[str, ...] = field(default=())
+
+    @property
+    def good(self) -> bool:
+        """Whether everything was as it has to be."""
+        return self.outcome == "good"
+
+
+def append(path: Path, result: Result) -> None:
+    """Add a result to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(asdict(result)) + "\n")
+
+
+def read(path: Path) -> list[Result]:
+    """The results in a file, the last one of each seed; an unfinished line is left out."""
+    return list({result.seed: result for result in _lines(path)}.values())
+
+
+def _lines(path: Path) -> Iterator[Result]:
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            fields = json.loads(line)
+        except ValueError:
+            continue
+        yield _result(fields)
+
+
+def _result(fields: dict[str, Any]) -> Result:
+    recoveries = tuple(Recovered(**one) for one in fields.pop("recoveries"))
+    lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    return Result(**(fields | lists), recoveries=recoveries)

@@ -1,0 +1,191 @@
+"""What a run of the soak trains and which faults strike it: plain data, the same for the same seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from lightning_ckptless.protocol.faults import Fault, FaultKind
+from tests.lab.parts import Options
+
+BATCH = 4
+"""Samples of the lab's micro-batch."""
+EPOCHS = 2
+STEPS_PER_EPOCH = 24
+STEPS = EPOCHS * STEPS_PER_EPOCH
+
+
+class OutsideKind(StrEnum):
+    """A fault that another process causes, so that it can strike at any moment."""
+
+    KILL = "kill"
+    STOP = "stop"
+    CRASH = "crash"
+    FLIP = "flip"
+    MEMORY = "memory"
+    STANDBY = "standby"
+    FORK_SERVER = "fork_server"
+    SIDECAR = "sidecar"
+    DISK_FULL = "disk_full"
+    CUT = "cut"
+
+
+class Loss(StrEnum):
+    """What of a node is lost, where its agent is."""
+
+    AGENT = "agent"
+    AGENT_AND_ARENA = "agent_and_arena"
+    NODE = "node"
+    STORE_HOST = "store_host"
+    LINK = "link"
+
+
+class Phase(StrEnum):
+    """A phase of a recovery, by the ledger's event at which it begins."""
+
+    FIRED = "fault_injected"
+    DETECTED = "fault"
+    REGROUPING = "in_place"
+    RESTORED = "restored"
+    RECOVERED = "recovery"
+
+
+@dataclass(frozen=True)
+class OutsideFault:
+    """A fault from outside.
+
+    Args:
+        kind: what goes wrong.
+        rank: where; for a cut link the node at its end.
+        step: the optimizer step whose commit it follows; with a phase, that of the injected fault it follows.
+        phase: the phase of that fault's recovery it falls into; None where it follows no other fault.
+        delay_s: time from there.
+    """
+
+    kind: OutsideKind
+    rank: int
+    step: int
+    phase: Phase | None = None
+    delay_s: float = 0.0
+
+    def __str__(self) -> str:
+        after = "" if self.phase is None else f":after={self.phase}"
+        return f"outside-{self.kind}:rank={self.rank}:step={self.step}{after}+{self.delay_s:.3f}s"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What is trained, and how it is protected.
+
+    Args:
+        ranks: of all nodes together.
+        nodes: agents on this machine.
+        loss: what of a node is lost in the run; None where all agents stay.
+        elastic: whether the others continue without a lost node.
+        mesh: data-parallel x tensor-parallel ranks of a sharded model; empty for DDP.
+        workers: of the dataloader.
+        accumulate: micro-batches of a step.
+        val_interval: batches between two validations; 0 for one at the end of an epoch.
+        standbys: processes that wait for a rank.
+        durable: whether durable states are written.
+        copies: whether each shard has a copy on another rank.
+        hang_timeout_s: the strategy's; None to learn it.
+        slow_mirror_s: how long each round of the mirror is held up.
+    """
+
+    ranks: int = 2
+    nodes: int = 1
+    loss: Loss | None = None
+    elastic: bool = False
+    mesh: str = ""
+    workers: int = 0
+    accumulate: int = 1
+    val_interval: int = 0
+    standbys: int = 0
+    durable: bool = False
+    copies: bool = False
+    hang_timeout_s: float | None = None
+    slow_mirror_s: float = 0.0
+
+    @property
+    def strategy_options(self) -> dict[str, object]:
+        """Options of the strategy that are not its defaults."""
+        chosen = {
+            "standbys": self.standbys or None,
+            "durable_every_n_steps": 5 if self.durable else None,
+            "failure_domain": "rank" if self.copies else None,
+            "hang_timeout_s": self.hang_timeout_s,
+        }
+        return {name: value for name, value in chosen.items() if value is not None}
+
+    @property
+    def undisturbed(self) -> Options:
+        """The lab's options for the run that says what is right: nothing in it depends on how it is protected."""
+        data_ranks = int(self.mesh.split("x")[0]) if self.mesh else self.ranks
+        return Options(
+            devices=self.ranks,
+            epochs=EPOCHS,
+            samples=BATCH * data_ranks * self.accumulate * STEPS_PER_EPOCH,
+            workers=self.workers,
+            accumulate=self.accumulate,
+            val_interval=self.val_interval or 1.0,
+            mesh=self.mesh,
+        )
+
+    def __str__(self) -> str:
+        kind = "DDP" if not self.mesh else "FSDP2" if self.mesh.endswith("x1") else f"2-D {self.mesh}"
+        parts = [
+            f"{kind} on {self.ranks}",
+            f"{self.nodes} nodes" if self.nodes > 1 else "",
+            f"loses {self.loss}" if self.loss else "",
+            "elastic" if self.elastic else "",
+            f"workers={self.workers}" if self.workers else "",
+            f"accumulate={self.accumulate}" if self.accumulate > 1 else "",
+            f"val every {self.val_interval}" if self.val_interval else "",
+            "standby" if self.standbys else "",
+            "durable" if self.durable else "",
+            "copies on ranks" if self.copies else "",
+        ]
+        return ", ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One run of the soak.
+
+    Args:
+        seed: that it was drawn from.
+        configuration: what is trained.
+        injected: faults that strike from within, at an exact moment.
+        outside: faults that other processes cause.
+        load: whether both cores are kept busy beside it.
+    """
+
+    seed: int
+    configuration: Configuration
+    injected: tuple[Fault, ...]
+    outside: tuple[OutsideFault, ...]
+    load: bool
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """All faults, in words."""
+        return (*map(self.named, self.injected), *map(str, self.outside))
+
+    def named(self, fault: Fault) -> str:
+        """An injected fault in words; what is lost with a node has its own name."""
+        loss = self.configuration.loss
+        return str(fault) if loss is None or fault.kind is not FaultKind.NODE else str(fault).replace("node", loss, 1)
+
+    @property
+    def repeat(self) -> str:
+        """The command that runs it again."""
+        return f"python -m benchmarks.soak --seed {self.seed}"
+
+    def __str__(self) -> str:
+        load = ", both cores loaded" if self.load else ""
+        return f"seed {self.seed}: {self.configuration}, {len(self.faults)} faults{load}"
+
+
+SILENT = frozenset({FaultKind.HANG, FaultKind.STOP})
+"""Injected faults that end no process: they are noticed when the others have waited long enough."""

@@ -1,0 +1,127 @@
+"""Where a run takes place: folders of its own, undisturbed runs to compare with, and a look at what is left."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.machine import ROOT
+from benchmarks.scratch import SHARED_MEMORY
+from lightning_ckptless.errors import LaunchError
+from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.testing.drill import Variant, run_variant
+from tests.faults.conftest import command_for
+from tests.lab.parts import Options
+
+DISK_BYTES = 16 * 2**20
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """The folders of one run.
+
+    Args:
+        files: of all that it writes.
+        arenas: its shared memory.
+        disk: for its durable states; a small disk of its own where this machine allows that.
+    """
+
+    files: Path
+    arenas: Path
+    disk: Path
+
+    @property
+    def commits(self) -> Path:
+        """File of the versions that ranks have seen committed."""
+        return self.files / "commits.jsonl"
+
+    @property
+    def has_own_disk(self) -> bool:
+        """Whether the disk can be filled without harm."""
+        return os.path.ismount(self.disk)
+
+
+@contextmanager
+def place_for(folder: Path) -> Iterator[Place]:
+    """Make the folders of a run; shared memory and disk are removed at the end, files are kept.
+
+    Args:
+        folder: for the files; emptied first.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    disk = folder / "disk"
+    disk.mkdir(parents=True)
+    arenas = Path(tempfile.mkdtemp(prefix="ckptless-soak-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else folder))
+    mounted = _mount(disk)
+    try:
+        yield Place(folder, arenas, disk)
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", str(disk)], check=True)
+        shutil.rmtree(arenas, ignore_errors=True)
+
+
+def _mount(disk: Path) -> bool:
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        return False
+    words = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
+    return subprocess.run(words, check=False, capture_output=True).returncode == 0
+
+
+class Undisturbed:
+    """Runs that nothing strikes, one per configuration, computed once and kept.
+
+    Args:
+        folder: of all of them.
+        parent: forks their workers.
+    """
+
+    def __init__(self, folder: Path, parent: PreloadedParent) -> None:
+        self.folder = folder
+        self._parent = parent
+
+    def run(self, options: Options) -> Variant:
+        """The undisturbed run of some options.
+
+        Args:
+            options: of the lab.
+
+        Raises:
+            LaunchError: it fails.
+        """
+        versions = [version(name) for name in ("torch", "lightning")]
+        key = hashlib.sha256(json.dumps([asdict(options), versions]).encode()).hexdigest()[:16]
+        folder = self.folder / key
+        with suppress(FileNotFoundError, ValueError, TypeError):
+            return Variant.load(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        words = command_for(options)
+        found = run_variant(
+            words, folder, nproc=options.devices, parent=self._parent, isolate=True, env=ENVIRONMENT, timeout_s=300
+        )
+        if found.exit_code:
+            shutil.rmtree(folder)
+            raise LaunchError(f"{' '.join(words)} fails without any fault: {found.tail()}")
+        return found
+
+
+def open_files() -> Counter[str]:
+    """What this process holds open, without what only waits for the garbage collector; sockets count alike."""
+    gc.collect()
+    found = Counter[str]()
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found[os.readlink(f"/proc/self/fd/{number}").split(":[")[0]] += 1
+    return found

@@ -1,0 +1,91 @@
+"""What a run tells while it runs: the ledger's events and the versions that ranks have seen committed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class Tail:
+    """Reads the JSON lines that were added to a file since the last look.
+
+    Args:
+        path: of the file, which may not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read_bytes = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The new lines that are complete; a torn one is left out."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._read_bytes)
+                new = file.read()
+        except FileNotFoundError:
+            return []
+        whole = new[: new.rfind(b"\n") + 1]
+        self._read_bytes += len(whole)
+        rows = []
+        for line in whole.splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                rows.append(row)
+        return rows
+
+
+@dataclass
+class View:
+    """What is known of a run at a moment.
+
+    Args:
+        events: of the ledger so far.
+        committed: the newest optimizer step that a rank has seen committed.
+        pids: of the workers, by rank.
+        standbys: their process ids.
+    """
+
+    events: list[dict[str, Any]] = field(default_factory=list)
+    committed: int = -1
+    pids: dict[int, int] = field(default_factory=dict)
+    standbys: tuple[int, ...] = ()
+
+    def take(self, events: list[dict[str, Any]], commits: list[dict[str, Any]]) -> None:
+        """Add what was read."""
+        self.events += events
+        for event in events:
+            if event["event"] == "workers_spawned":
+                self.pids |= {int(rank): pid for rank, pid in event["pids"].items()}
+            elif event["event"] == "in_place":
+                self.pids |= {int(rank): pid for rank, (pid, _) in event["new"].items()}
+            elif event["event"] == "standbys":
+                self.standbys = tuple(event["pids"])
+        self.committed = max([self.committed, *(row["step"] for row in commits)])
+
+
+class Watch:
+    """Follows the files of a run.
+
+    Args:
+        runs: folder of the run's own folder.
+        commits: file of the committed versions.
+    """
+
+    def __init__(self, runs: Path, commits: Path) -> None:
+        self.view = View()
+        self._runs = runs
+        self._ledger: Tail | None = None
+        self._commits = Tail(commits)
+
+    def look(self) -> View:
+        """Read what is new."""
+        if self._ledger is None:
+            self._ledger = next((Tail(path) for path in self._runs.glob("*/ledger.jsonl")), None)
+        self.view.take(self._ledger.read() if self._ledger else [], self._commits.read())
+        return self.view
