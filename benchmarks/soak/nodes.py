@@ -160,6 +160,9 @@ class _Fixed:
                 return
             if loss is not Loss.AGENT:
                 cluster.lose(agents[lost])
+            if len(agents) == 1:
+                # The new agent hosts the rendezvous again.
+                cluster.agents.clear()
         agents[lost] = self._start(cluster, lost)
         codes = [clock.end_of(agent, f"the end of node {node}") for node, agent in enumerate(agents)]
         self.exit_code = max(codes, key=abs)
@@ -249,7 +252,7 @@ class _Elastic(_Fixed):
                 nodes.lose_and_bring_back(int(fault.rank), str(fault), of=3, left=2)
                 self.exit_code = 0
             except (AssertionError, psutil.TimeoutExpired) as error:
-                self.missed = str(error)[:500]
+                self.missed = str(error)[-500:]
 
     def judge(self, leaks: list[str]) -> Result:
         """What the run has shown."""

@@ -12,6 +12,7 @@ import os
 import signal
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -31,9 +32,11 @@ class PulseWriter:
 
     Args:
         path: of the file that its agent reads.
+        clock: seconds of a clock that all ranks of the node share.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         with path.open("wb+") as file:
             file.truncate(_FORMAT.size)
             self._memory = mmap.mmap(file.fileno(), _FORMAT.size)
@@ -61,7 +64,7 @@ class PulseWriter:
 
     def beat(self, step: int, point: Point, epoch: int = -1, *, out_of_data: bool = False) -> None:
         """Note where this rank stands; the arguments are those of `Pulse`."""
-        now = time.monotonic()
+        now = self._clock()
         self._epoch, self._out_of_data = epoch, out_of_data
         if (step, point) == self._place:
             self._count += 1
@@ -83,7 +86,14 @@ class PulseWriter:
     def outside(self) -> None:
         """Note that this rank is in no step: nobody is to wait for its pulse."""
         self._place, self._count, self._last_at = (-1, Point.OUTSIDE), 0, 0.0
-        self._write(time.monotonic())
+        self._write(self._clock())
+
+    def interrupt(self) -> None:
+        """Note that a fault has ended the step: the time until this rank steps again is not a pause of training.
+
+        It contains the silence in which the fault was noticed: counted, it would be what the next one may take.
+        """
+        self._last_at = self._began_at = 0.0
 
     def _write(self, now: float) -> None:
         step, point = self._place

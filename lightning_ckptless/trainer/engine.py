@@ -107,6 +107,11 @@ class Engine:
         self._searches: RateSearches | None = None
         self._warnings = WarningsOnConsole(partial(progress.say, trainer))
 
+    def interrupt(self) -> None:
+        """A fault has ended the step, and a recovery begins."""
+        if self._pulse is not None:
+            self._pulse.interrupt()
+
     def become(self, env: Mapping[str, str]) -> None:
         """Be the rank that the agent says; nothing where this process is it already.
 

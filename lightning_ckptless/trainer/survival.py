@@ -216,6 +216,7 @@ class Survival:
     def _restore_once(self, assignment: Assignment) -> Version:
         engine, report = self._engine, self._engine.report
         report.faulted(assignment)
+        engine.interrupt()
         engine.become(assignment.env)
         self._mirroring.abandon()
         if foreign := self._strategy.world.foreign_groups():

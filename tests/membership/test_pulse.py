@@ -7,8 +7,10 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from lightning_ckptless.membership.pulse import PulseWriter, pulse_path, read_pulse
-from lightning_ckptless.protocol.hang import Point
+from lightning_ckptless.protocol.hang import FLOOR_S, Point, limit_s
 
 LOOKS = 3000
 
@@ -28,3 +30,21 @@ def test_a_pulse_is_never_read_half_written(tmp_path: Path) -> None:
         os.waitpid(worker, 0)
         pulse.close()
     assert all(found is not None and found.at >= began_at and found.step in (1, 2) for found in seen)
+
+
+def test_the_silence_in_which_a_fault_is_noticed_does_not_raise_what_the_next_one_may_take(tmp_path: Path) -> None:
+    now_s = 0.0
+    pulse = PulseWriter(pulse_path(tmp_path, 0), clock=lambda: now_s)
+    for step in range(1, 5):
+        now_s += 0.5
+        pulse.beat(step, Point.BATCH)
+    now_s += 10.0
+    pulse.interrupt()
+    pulse.beat(4, Point.BATCH)
+    now_s += 0.7
+    pulse.beat(5, Point.BATCH)
+    found = read_pulse(tmp_path, 0, os.getpid())
+    pulse.close()
+    assert found is not None
+    assert found.longest_pause_s == pytest.approx(0.7)
+    assert limit_s({0: found}, None) == FLOOR_S
