@@ -15,7 +15,7 @@ THIRD_PARTY := .venv-third-party
 CODE := lightning_ckptless tests $(wildcard examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-quick test-lightning test-loggers test-third-party lint types docs bench bench-rivals format clean
+.PHONY: help setup demo test test-all test-quick test-lightning test-loggers test-third-party lint types docs bench soak bench-rivals format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,6 +86,9 @@ docs: $(STAMP)  ## build the documentation into site/, strictly
 
 bench: $(STAMP)  ## measure; takes long and wants a quiet machine
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+soak: $(STAMP)  ## strike runs with a thousand random faults; continues where it was interrupted; ARGS="--seed 7"
+	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
 bench-rivals: $(RIVALS)/.complete  ## set up .venv-rivals with torchft and nvidia-resiliency-ext, for `make bench`
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import psutil
 
-from benchmarks.soak.processes import is_ours
+from benchmarks.soak.processes import is_descendant
 from benchmarks.soak.scenario import OutsideFault, OutsideKind, Phase
 from benchmarks.soak.watching import View, Watch
 from lightning_ckptless.replica.slot import HEADER_BYTES, SlotName, read_header
@@ -125,7 +125,7 @@ def send(pid: int | None, number: signal.Signals, who: str) -> str | None:
         number: of the signal.
         who: it is, for the record.
     """
-    if pid is None or not is_ours(pid):
+    if pid is None or not is_descendant(pid):
         return None
     with suppress(ProcessLookupError):
         os.kill(pid, number)
@@ -135,7 +135,7 @@ def send(pid: int | None, number: signal.Signals, who: str) -> str | None:
 
 def limit_memory(pid: int | None, rank: int) -> str | None:
     """Let a worker have no more address space than it has."""
-    if pid is None or not is_ours(pid):
+    if pid is None or not is_descendant(pid):
         return None
     with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
         used_bytes = psutil.Process(pid).memory_info().vms

@@ -30,24 +30,32 @@ def mark() -> None:
     os.environ.setdefault(MARK, f"{os.getpid()}")
 
 
-def is_ours(pid: int) -> bool:
-    """Whether a process was started under this soak."""
+def is_descendant(pid: int) -> bool:
+    """Whether a process was started by this one or by one that it has started: only those may be harmed."""
     try:
-        return f"{MARK}={os.environ[MARK]}".encode() in Path("/proc", str(pid), "environ").read_bytes().split(b"\0")
-    except OSError:
+        return any(parent.pid == os.getpid() for parent in psutil.Process(pid).parents())
+    except psutil.NoSuchProcess:
         return False
 
 
 def ours() -> Iterator[psutil.Process]:
-    """Live processes that were started under this soak, other than this one."""
+    """Live processes that were started under this soak, other than this one, whoever their parent is by now."""
+    marked = f"{MARK}={os.environ[MARK]}".encode()
     for pid in psutil.pids():
-        if pid != os.getpid() and is_ours(pid):
+        if pid != os.getpid() and marked in _environment(pid):
             try:
                 process = psutil.Process(pid)
                 if process.status() != psutil.STATUS_ZOMBIE:
                     yield process
             except psutil.NoSuchProcess:
                 continue
+
+
+def _environment(pid: int) -> list[bytes]:
+    try:
+        return Path("/proc", str(pid), "environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
 
 
 def left_over(kept: Collection[int]) -> list[str]:
