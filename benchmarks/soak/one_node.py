@@ -17,7 +17,8 @@ from benchmarks.soak.outside import OutsideFaults, fill_disk, flip_bytes, limit_
 from benchmarks.soak.processes import busy_cores, left_over
 from benchmarks.soak.results import Result
 from benchmarks.soak.scenario import OutsideFault, OutsideKind, Scenario
-from benchmarks.soak.stage import ENVIRONMENT, Place, Undisturbed, open_files, place_for
+from benchmarks.soak.stage import ENVIRONMENT, Place, Undisturbed, open_files, place_for, temporary_files_in
+from benchmarks.soak.stuck import looked_at_before
 from benchmarks.soak.watching import View, Watch
 from lightning_ckptless import environment
 from lightning_ckptless.callbacks.fault_marks import FaultMarks
@@ -68,6 +69,7 @@ def run(
         struck_run, struck = _strike(scenario, place, parent, progress)
         leaks = left_over([pid for pid in [parent.pid] if pid is not None])
         leaks += [f"shared memory {path.name}" for path in place.arenas.iterdir()]
+        leaks += [f"temporary {path.name}" for path in place.temporary.iterdir()]
     leaks += [f"{count} open: {what}" for what, count in (open_files() - files_before).items()]
     result = _judge(scenario, right, struck_run, struck, leaks, place)
     result = replace(result, wall_s=round(time.monotonic() - began, 2))
@@ -84,7 +86,16 @@ def _strike(
     options, folder = options_of(scenario, place), place.files / "run"
     env = ENVIRONMENT | {environment.ARENA_DIR: str(place.arenas)}
     outside = OutsideFaults(scenario.outside, Watch(folder / "runs", place.commits), _deeds(place, parent, scenario))
-    with (place.files / "agent.log").open("w") as said, redirect_stderr(said), busy_cores(scenario.load), outside:
+    with (
+        (place.files / "agent.log").open("w") as said,
+        redirect_stderr(said),
+        temporary_files_in(place.temporary),
+        busy_cores(scenario.load),
+        looked_at_before(
+            deadline_s(scenario), Watch(folder / "runs", place.commits), place.temporary, place.files / "stuck"
+        ),
+        outside,
+    ):
         try:
             found = run_variant(
                 command_for(options),

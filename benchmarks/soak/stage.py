@@ -48,6 +48,11 @@ class Place:
         return self.files / "commits.jsonl"
 
     @property
+    def temporary(self) -> Path:
+        """Folder for the temporary files of an agent in this process."""
+        return self.files / "temporary"
+
+    @property
     def has_own_disk(self) -> bool:
         """Whether the disk can be filled without harm."""
         return os.path.ismount(self.disk)
@@ -63,6 +68,7 @@ def place_for(folder: Path) -> Iterator[Place]:
     shutil.rmtree(folder, ignore_errors=True)
     disk = folder / "disk"
     disk.mkdir(parents=True)
+    (folder / "temporary").mkdir()
     arenas = Path(tempfile.mkdtemp(prefix="ckptless-soak-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else folder))
     mounted = _mount(disk)
     try:
@@ -78,6 +84,16 @@ def _mount(disk: Path) -> bool:
         return False
     words = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
     return subprocess.run(words, check=False, capture_output=True).returncode == 0
+
+
+@contextmanager
+def temporary_files_in(folder: Path) -> Iterator[None]:
+    """Let this process make its temporary files in a folder, so that what is left of them shows."""
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 class Undisturbed:
