@@ -69,7 +69,7 @@ def run(
         struck_run, struck = _strike(scenario, place, parent, progress)
         leaks = left_over([pid for pid in [parent.pid] if pid is not None])
         leaks += [f"shared memory {path.name}" for path in place.arenas.iterdir()]
-        leaks += [f"temporary {path.name}" for path in place.temporary.iterdir()]
+        leaks += [f"temporary {path.name}" for path in place.temporary.glob("ckptless-*")]
     leaks += [f"{count} open: {what}" for what, count in (open_files() - files_before).items()]
     result = _judge(scenario, right, struck_run, struck, leaks, place)
     result = replace(result, wall_s=round(time.monotonic() - began, 2))
