@@ -38,12 +38,14 @@ class Place:
     Args:
         files: of all that it writes.
         arenas: its shared memory.
-        disk: for its durable states; a small disk of its own where this machine allows that.
+        disk: for its durable states.
+        has_own_disk: whether that is a small disk of its own, which can be filled without harm.
     """
 
     files: Path
     arenas: Path
     disk: Path
+    has_own_disk: bool
 
     @property
     def commits(self) -> Path:
@@ -55,11 +57,6 @@ class Place:
         """Folder for the temporary files of an agent in this process."""
         return self.files / "temporary"
 
-    @property
-    def has_own_disk(self) -> bool:
-        """Whether the disk can be filled without harm."""
-        return os.path.ismount(self.disk)
-
 
 @contextmanager
 def place_for(folder: Path) -> Iterator[Place]:
@@ -68,17 +65,20 @@ def place_for(folder: Path) -> Iterator[Place]:
     Args:
         folder: for the files; emptied first.
     """
-    shutil.rmtree(folder, ignore_errors=True)
     disk = folder / "disk"
+    if os.path.ismount(disk):
+        # Of a soak that was killed.
+        _unmount(disk)
+    shutil.rmtree(folder, ignore_errors=True)
     disk.mkdir(parents=True)
     (folder / "temporary").mkdir()
     arenas = Path(tempfile.mkdtemp(prefix="ckptless-soak-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else folder))
     mounted = _mount(disk)
     try:
-        yield Place(folder, arenas, disk)
+        yield Place(folder, arenas, disk, mounted)
     finally:
         if mounted:
-            subprocess.run(["umount", "--lazy", str(disk)], check=True)
+            _unmount(disk)
         shutil.rmtree(arenas, ignore_errors=True)
 
 
@@ -87,6 +87,10 @@ def _mount(disk: Path) -> bool:
         return False
     words = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
     return subprocess.run(words, check=False, capture_output=True).returncode == 0
+
+
+def _unmount(disk: Path) -> None:
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @contextmanager
