@@ -30,7 +30,8 @@ from benchmarks.soak.watching import Tail, View
 from lightning_ckptless.ledger import Event
 from lightning_ckptless.protocol.faults import Fault, FaultKind, Moment, parse_faults
 from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.replica.slot import Slot, SlotName, Stamp
+from lightning_ckptless.replica.slot import Slot, SlotName
+from lightning_ckptless.replica.stamp import Stamp
 
 SCENARIOS = [scenario(seed) for seed in range(1, 301)]
 ONE_NODE = [drawn for drawn in SCENARIOS if drawn.configuration.loss is None]
