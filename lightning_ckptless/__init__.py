@@ -24,10 +24,12 @@ if TYPE_CHECKING:
         TimeLimitError,
         TransportError,
         UnfitNodeError,
+        VersionError,
         WorldSizeError,
     )
     from lightning_ckptless.metrics import Goodput, RecoveryTime
     from lightning_ckptless.options import CkptlessOptions
+    from lightning_ckptless.supported import UntestedVersionWarning
 
     CkptlessModelParallelStrategy: Any
     CkptlessStrategy: Any
@@ -51,11 +53,18 @@ __all__ = [
     "TimeLimitError",
     "TransportError",
     "UnfitNodeError",
+    "UntestedVersionWarning",
+    "VersionError",
     "WorldSizeError",
 ]
 
 _STRATEGIES = {"CkptlessStrategy": "ckptless", "CkptlessModelParallelStrategy": "ckptless_model_parallel"}
-_HOMES = {"CkptlessOptions": "options", "Goodput": "metrics", "RecoveryTime": "metrics"}
+_HOMES = {
+    "CkptlessOptions": "options",
+    "Goodput": "metrics",
+    "RecoveryTime": "metrics",
+    "UntestedVersionWarning": "supported",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -90,4 +99,9 @@ def _flavour() -> str:
     return "pytorch_lightning" if only_the_other else "lightning.pytorch"
 
 
+if "torch" not in sys.modules:
+    # Otherwise torch may be importing this package, and would fail with it: then a strategy is refused when it is made.
+    from lightning_ckptless.supported import check
+
+    check()
 autoload()

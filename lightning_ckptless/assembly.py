@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
+
+from lightning_ckptless import torch_names
+from lightning_ckptless.supported import check
 
 
 def strategy_for(flavour: str, name: str = "ckptless") -> type[Any]:
@@ -14,13 +18,34 @@ def strategy_for(flavour: str, name: str = "ckptless") -> type[Any]:
     Args:
         flavour: `lightning.pytorch` or `pytorch_lightning`.
         name: under which Lightning knows it.
+
+    Raises:
+        VersionError: Python, torch or Lightning is too old, or has moved what is used.
     """
+    require_libraries(flavour)
     from lightning_ckptless.trainer.strategies import strategy_class
 
     strategy = strategy_class(flavour, name)
     strategy.observers = staticmethod(lambda: callbacks_from_environment(flavour))
     strategy.blank = staticmethod(blank_strategy)
     return strategy
+
+
+@cache
+def require_libraries(flavour: str) -> None:
+    """Refuse versions of torch and Lightning that are too old, or that have moved names which are used.
+
+    Args:
+        flavour: `lightning.pytorch` or `pytorch_lightning`.
+
+    Raises:
+        VersionError: this one does.
+    """
+    check(flavour)
+    torch_names.require(torch_names.WORKER | torch_names.SHARDED)
+    from lightning_ckptless.trainer.host import names
+
+    names.require(flavour)
 
 
 def blank_strategy(flavour: str, name: str) -> Any:

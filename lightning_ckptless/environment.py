@@ -16,6 +16,7 @@ Set by the user:
 | `CKPTLESS_DURABLE_EVERY_N_STEPS` | optimizer steps between two durable states, in the place of the strategy's option |
 | `CKPTLESS_DURABLE_EVERY_S` | seconds between two durable states, in the place of the strategy's option |
 | `CKPTLESS_DURABLE_DIR` | folder of the durable states, in the place of the strategy's option |
+| `CKPTLESS_UNTESTED_VERSIONS` | `1`: no warning of versions newer than those tested; `warned` where it was given |
 
 Set by the agent for its workers:
 
@@ -60,6 +61,7 @@ FAILURE_DOMAINS_FILE = "CKPTLESS_FAILURE_DOMAINS_FILE"
 DURABLE_EVERY_N_STEPS = "CKPTLESS_DURABLE_EVERY_N_STEPS"
 DURABLE_EVERY_S = "CKPTLESS_DURABLE_EVERY_S"
 DURABLE_DIR = "CKPTLESS_DURABLE_DIR"
+UNTESTED_VERSIONS = "CKPTLESS_UNTESTED_VERSIONS"
 
 AGENT = "CKPTLESS_AGENT"
 NODE = "CKPTLESS_NODE"

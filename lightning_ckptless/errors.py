@@ -2,6 +2,7 @@
 
     CkptlessError
     ├── OptionsError          (also ValueError)  a setting that cannot work; raised before training starts
+    ├── VersionError          (also ImportError)  Python, torch or Lightning is too old, or has moved what is used
     ├── LaunchError           the workers cannot be started or relaunched
     │   └── TimeLimitError    the run took longer than it was allowed to
     ├── ArenaError            shared memory cannot be created, attached, grown or read
@@ -28,6 +29,10 @@ class CkptlessError(Exception):
 
 class OptionsError(CkptlessError, ValueError):
     """A setting that cannot work. Raised before training starts."""
+
+
+class VersionError(CkptlessError, ImportError):
+    """Python, torch or Lightning is too old, or has moved what is used. Raised at import, before training starts."""
 
 
 class LaunchError(CkptlessError, RuntimeError):

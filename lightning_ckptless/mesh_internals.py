@@ -1,11 +1,11 @@
 """Every private torch name of sharded models that lightning_ckptless touches; those of other things are elsewhere.
 
-Read at torch 2.13. Each has a test in `tests/test_mesh_internals.py` that fails loudly when a new version moves it.
+Each has a test in `tests/test_mesh_internals.py` that fails loudly when a new version moves it. Names that differ
+between the supported versions are in `mesh_versions`.
 """
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor._redistribute import _gen_transform_infos
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.distributed.tensor.placement_types import _StridedShard
+
+from lightning_ckptless import mesh_versions
 
 
 def shard_box(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -87,16 +88,16 @@ def become(mesh: DeviceMesh, anew: DeviceMesh) -> bool:
     """
     has_moved = (mesh.shape, mesh.get_coordinate()) != (anew.shape, anew.get_coordinate())
     # Moved, not copied: a mesh is let go of late, and groups that are held end no thread.
-    groups, anew._pg_registry = anew._pg_registry, {}
+    groups = mesh_versions.take_groups(anew)
     if not has_moved and mesh._dim_group_names == anew._dim_group_names:
-        mesh._pg_registry = groups
+        vars(mesh).update(groups)
         return False
-    slices = [found for found in gc.get_objects() if type(found) is DeviceMesh and found._root_mesh is mesh]
-    vars(mesh).update(vars(anew) | {"_pg_registry": groups})
-    for part in slices:
-        vars(part).update(vars(_slice_like(mesh, part)))
+    with mesh_versions.changing(mesh) as slices:
+        vars(mesh).update(vars(anew) | groups)
+        for part in slices:
+            vars(part).update(vars(_slice_like(mesh, part)))
     # What is looked up by a mesh does not know that this rank is another one in it.
-    _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+    mesh_versions.forget_operations()
     _gen_transform_infos.cache_clear()
     return has_moved
 
@@ -109,20 +110,21 @@ def obstacle_to_dividing_anew(modules: Iterable[Any], tensors: Iterable[torch.Te
         tensors: all that are to be divided, and others.
         mesh: the one that they are to be sharded over.
     """
-    if mesh._flatten_mapping:
-        return f"the mesh was flattened, into {', '.join(mesh._flatten_mapping)}"
+    if names := mesh_versions.flattened(mesh):
+        return f"the mesh was flattened, into {', '.join(names)}"
     for group in _groups(modules):
         if group.post_forward_mesh_info not in (None, group.mesh_info):
             return "layers are sharded over fewer ranks after their forward pass (reshard_after_forward is a number)"
-        if group.mesh_info.is_spmd_mesh:
+        # Since torch 2.12.
+        if getattr(group.mesh_info, "is_spmd_mesh", False):
             return "fully_shard was told which dimensions of the mesh are data parallel (dp_mesh_dims)"
-        if group.mesh_info.mesh._get_root_mesh() is not mesh:
+        if mesh_versions.root_of(group.mesh_info.mesh) is not mesh:
             return "layers are sharded over another mesh than the strategy's"
     for tensor in tensors:
         if not isinstance(tensor, DTensor):
             continue
         # Equal, for torch may have given it a mesh that it remembers.
-        if tensor.device_mesh._get_root_mesh() != mesh:
+        if mesh_versions.root_of(tensor.device_mesh) != mesh:
             return "a tensor is sharded over another mesh than the strategy's"
         if type(tensor._local_tensor) is not torch.Tensor:
             return f"a sharded tensor is made of {type(tensor._local_tensor).__name__}"
@@ -163,17 +165,19 @@ def uneven_parameters(modules: Iterable[Any]) -> list[tuple[str, list[int], int,
 
 def _divide_parameter(parameter: Any) -> None:
     """What torch does when a module comes under `fully_shard`, but for a parameter that others know already."""
-    known, spec, number = parameter.sharded_param, parameter._unsharded_dtensor_spec, parameter._orig_param_uid
+    known, spec = parameter.sharded_param, mesh_versions.spec_before_sharding(parameter)
+    # A number that torch 2.12 and later look a parameter up by.
+    number = {name: value for name, value in vars(parameter).items() if name == "_orig_param_uid"}
     whole = torch.empty(parameter._orig_size, dtype=known.dtype, device=parameter.device)
     if spec is not None:
-        over = _slice_like(parameter.mesh_info.mesh._get_root_mesh(), spec.mesh)
+        over = _slice_like(mesh_versions.root_of(parameter.mesh_info.mesh), spec.mesh)
         spec = DTensorSpec(over, spec.placements, tensor_meta=spec.tensor_meta)
         whole = DTensor(whole, spec, requires_grad=False)  # type: ignore[no-untyped-call]
-    whole, place = nn.Parameter(whole, requires_grad=known.requires_grad), parameter.fsdp_placement
-    parameter._init_sharded_param(whole, parameter.device, lambda _: place, parameter.mesh_info)
+    mesh_versions.shard(parameter, nn.Parameter(whole, requires_grad=known.requires_grad))
     divided = parameter.sharded_param
     known._local_tensor, known._spec = divided._local_tensor, divided._spec
-    parameter.sharded_param, parameter._orig_param_uid = known, number
+    parameter.sharded_param = known
+    vars(parameter).update(number)
     parameter._setattr_on_modules(known)
     # Of the size that all parts had together.
     parameter.all_gather_outputs = []
@@ -198,12 +202,12 @@ def _slice_like(mesh: DeviceMesh, part: DeviceMesh) -> DeviceMesh:
     """The dimensions of a mesh that another one has."""
     names = part.mesh_dim_names
     assert names is not None
-    return DeviceMesh._concatenate([mesh[name] for name in names])
+    return mesh_versions.slice_of(mesh, names)
 
 
 def _groups(modules: Iterable[Any]) -> Iterator[Any]:
     for module in modules:
-        yield from module._get_fsdp_state()._fsdp_param_groups
+        yield from mesh_versions.parameter_groups(module._get_fsdp_state())
 
 
 def forget_iteration(modules: Iterable[Any]) -> None:
@@ -214,14 +218,14 @@ def forget_iteration(modules: Iterable[Any]) -> None:
     """
     states = [(module, module._get_fsdp_state()) for module in modules]
     for _, state in states:
-        for group in state._fsdp_param_groups:
+        for group in mesh_versions.parameter_groups(state):
             # It would be waited for, and comes no more: its connections are cut.
             group._all_gather_result = None
     for module, state in states:
         if state._is_root:
-            module.reset_iter_state()
+            mesh_versions.reset_iteration(module)
     for _, state in states:
-        for group in state._fsdp_param_groups:
+        for group in mesh_versions.parameter_groups(state):
             for info in (group.mesh_info, group.post_forward_mesh_info):
                 if info is not None:
                     info.__post_init__()

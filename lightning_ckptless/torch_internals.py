@@ -1,10 +1,11 @@
 """Every private torch name that lightning_ckptless touches, and nothing else.
 
-Read at torch 2.13. Each has a test in `tests/test_torch_internals.py` that fails loudly when a new version moves it.
+Each has a test in `tests/test_torch_internals.py` that fails loudly when a new version moves it.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
 import sys
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
-from torch.distributed import Logger, Reducer, _register_comm_hook  # type: ignore[attr-defined]
+from torch.distributed import _register_comm_hook  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _world
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState
 from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
@@ -175,8 +176,16 @@ def parameter_dicts(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, 
 
 def start_tails(workers: Any) -> None:
     """Start the threads that show what an elastic context's workers write to their log files."""
-    for tail in workers._tail_logs:
+    for tail in _tails_since_2_10(workers) if hasattr(workers, "_tail_logs") else _tails_until_2_9(workers):
         tail.start()
+
+
+def _tails_since_2_10(workers: Any) -> list[Any]:
+    return list(workers._tail_logs)
+
+
+def _tails_until_2_9(workers: Any) -> list[Any]:
+    return [workers._stdout_tail, workers._stderr_tail]
 
 
 def forget_worker_store(handler: Any) -> None:
@@ -305,6 +314,13 @@ def unchanged_excepthook(*, enabled: bool = True) -> Iterator[None]:
         sys.excepthook = before
 
 
+def open_fake_groups(rank: int, world_size: int) -> None:
+    """Make a default process group that sends nothing."""
+    # Before torch 2.9 such groups have to be registered, and given a store.
+    importlib.import_module("torch.testing._internal.distributed.fake_pg")
+    torch.distributed.init_process_group("fake", store=torch.distributed.HashStore(), rank=rank, world_size=world_size)
+
+
 def abort_device_groups() -> int:
     """Abort every communicator of a device: what waits in one fails. gloo's call of that name does nothing.
 
@@ -315,7 +331,9 @@ def abort_device_groups() -> int:
     for group in process_groups():
         for device_type in group._device_types:
             backend = None if device_type.type == "cpu" else group._get_backend(device_type)
-            if backend is not None and backend.name() != "gloo" and hasattr(backend, "abort"):
+            # One that sends nothing has no name before torch 2.9.
+            is_fake = type(backend).__name__ == "FakeProcessGroup"
+            if backend is not None and not is_fake and backend.name() != "gloo" and hasattr(backend, "abort"):
                 backend.abort()
                 count += 1
     return count
@@ -387,28 +405,19 @@ def _wanting_gradients(parameters: list[torch.nn.Parameter], places: Collection[
 
 def _set_reducer(model: Any, layout: list[list[int]]) -> None:
     parameters, expect_sparse = model._build_params_for_reducer()
-    limits, limits_for_rebuilding = model._bucket_config.compute_bucket_size_limits(
-        static_graph=model.static_graph, find_unused_parameters=model.find_unused_parameters
-    )
-    model.reducer = Reducer(
-        parameters,
-        layout,
-        [limits[-1]] * len(layout),
-        model.process_group,
-        expect_sparse,
-        model.bucket_bytes_cap,
-        model.find_unused_parameters,
-        model.gradient_as_bucket_view,
-        model._build_debug_param_to_name_mapping(parameters),
-        model._bucket_config.first_bucket_bytes_cap,
-        model.skip_all_reduce_unused_params,
-        model._use_python_reducer,
-        limits_for_rebuilding,
-        model.batched_grad_copy,
-    )
+
+    def as_given(_: Any, limits: list[int], *__: Any) -> tuple[list[list[int]], list[int]]:
+        return layout[::-1], [limits[-1]] * len(layout)
+
+    # What a reducer is given differs between versions of torch, so torch makes it: with our buckets for its own.
+    compute = torch.distributed._compute_bucket_assignment_by_size
+    torch.distributed._compute_bucket_assignment_by_size = as_given
+    try:
+        names = model._build_debug_param_to_name_mapping(parameters)
+        model._ddp_init_helper(parameters, expect_sparse, names, model.static_graph)
+    finally:
+        torch.distributed._compute_bucket_assignment_by_size = compute
     model._has_rebuilt_buckets = False
-    model.logger = Logger(model.reducer)
-    model.reducer.set_logger(model.logger)
     for hook, state in model._comm_hooks:
         _register_comm_hook(model.reducer, state, hook)
     if model.static_graph:

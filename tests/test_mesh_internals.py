@@ -13,7 +13,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_ckptless.mesh_internals import (
@@ -27,14 +26,16 @@ from lightning_ckptless.mesh_internals import (
     shard_box,
     uneven_parameters,
 )
+from lightning_ckptless.mesh_versions import forget_operations, parameter_groups
+from lightning_ckptless.torch_internals import open_fake_groups
 
 
 @contextmanager
 def pretended(rank: int, world_size: int = 4) -> Iterator[None]:
     """A process group that sends nothing."""
     # What torch remembers of an operation has a mesh that was equal, with another rank in it.
-    _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
-    dist.init_process_group("fake", rank=rank, world_size=world_size)
+    forget_operations()
+    open_fake_groups(rank, world_size)
     try:
         yield
     finally:
@@ -170,7 +171,7 @@ def sharded(mesh: DeviceMesh, **options: Any) -> nn.Sequential:
 
 def held_by(network: nn.Module) -> list[tuple[Any, ...]]:
     """What a rank holds of every parameter, and how much of it torch sends."""
-    groups = [group for module in modules_of(network) for group in module._get_fsdp_state()._fsdp_param_groups]
+    groups = [group for module in modules_of(network) for group in parameter_groups(module._get_fsdp_state())]
     of_torch = [(*p.sharded_size, p._sharded_param_data.numel()) for group in groups for p in group.fsdp_params]
     return [
         (p.shape, p.to_local().shape, shard_box(p)) for p in network.parameters() if isinstance(p, DTensor)

@@ -116,7 +116,8 @@ BUCKETS = """
 
 def test_buckets_change_after_the_first_step_and_can_be_set() -> None:
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(BUCKETS)], capture_output=True, text=True, check=False)
-    assert done.stdout == "all hold\n", done.stderr
+    # gloo itself writes a line in some versions.
+    assert done.stdout.splitlines()[-1:] == ["all hold"], done.stderr
 
 
 # ---------------------------------------------------------------------- dataloaders

@@ -544,5 +544,8 @@ class CkptlessAgent(LocalElasticAgent):
         grace_s = END_GRACE_S if request is None else 0.0
         if isinstance(request, AskedToEnd) and request.number == signal.SIGTERM and self._pcontext is not None:
             grace_s = self._current_workers().finish(self._node.finish_grace_s)
-        super()._shutdown(signal.SIGTERM, self._node.stop_grace_s)  # type: ignore[arg-type]
+        if self._pcontext is not None:
+            # Here and not by the agent's own: before torch 2.12 that takes no time-out.
+            self._pcontext.close(signal.SIGTERM, self._node.stop_grace_s)  # type: ignore[arg-type]
+        super()._shutdown(signal.SIGTERM)
         self._companions.end(grace_s)

@@ -29,6 +29,7 @@ from lightning_ckptless.membership.connections import Connections, new_sockets
 from lightning_ckptless.membership.generation import join_generation
 from lightning_ckptless.torch_internals import (
     abort_device_groups,
+    open_fake_groups,
     process_groups,
     restart_group_names,
     unchanged_excepthook,
@@ -159,7 +160,7 @@ class World:
 
     def pretend(self, rank: int, world_size: int) -> None:
         """Make groups that send nothing, for a process that has to build its model before it meets the others."""
-        dist.init_process_group("fake", rank=rank, world_size=world_size)
+        open_fake_groups(rank, world_size)
 
     def pretend_to_be(self, rank: int, world_size: int) -> None:
         """Answer for rank and world size in a process that has not met the others; see `alone`."""

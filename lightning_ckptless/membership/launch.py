@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_ckptless import torch_names
 from lightning_ckptless.console import CONSOLE
 from lightning_ckptless.errors import LaunchError, OptionsError
 from lightning_ckptless.membership.command_line import parse_command_line
@@ -208,9 +209,11 @@ def run(
     Raises:
         LaunchError: the workers cannot be started, or the nodes do not find each other.
         TimeLimitError: the run took longer than it was allowed to.
+        VersionError: torch has moved names that are used.
     """
     with nullcontext(parent) if parent is not None else make_parent(config) as forker:
         # torch is imported here, while the parent imports it too.
+        torch_names.require(torch_names.AGENT)
         from lightning_ckptless.membership.node import run_node  # noqa: PLC0415
 
         return run_node(config, forker, record)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import ArgumentError, ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from torch.distributed.run import determine_local_world_size, get_args_parser
@@ -90,6 +91,11 @@ def options_parser() -> ArgumentParser:
         metavar="SECONDS",
         help="on SIGTERM, time to finish the step and save (default: %(default)s)",
     )
+    with suppress(ArgumentError):
+        # Since torch 2.12 it is one of torchrun's.
+        ours.add_argument(
+            "--shutdown-timeout", type=int, metavar="SECONDS", help="time for workers to end when they are asked to"
+        )
     if "PET_MAX_RESTARTS" not in os.environ:
         parser.set_defaults(max_restarts=None)
     return parser
@@ -107,7 +113,8 @@ def config_from_torchrun_args(argv: Sequence[str]) -> LaunchConfig:
     """
     args = options_parser().parse_args(argv)
     for name, unset in _UNSUPPORTED.items():
-        if getattr(args, name) != unset:
+        # Not every version of torchrun has each of them.
+        if getattr(args, name, unset) != unset:
             raise OptionsError(f"--{name.replace('_', '-')} is not supported; start with torchrun if it is needed")
     if args.rdzv_backend not in ("static", "c10d"):
         raise OptionsError(f"--rdzv-backend {args.rdzv_backend}: expected c10d")

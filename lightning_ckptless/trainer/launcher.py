@@ -7,6 +7,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from lightning_ckptless import environment
@@ -24,6 +25,7 @@ from lightning_ckptless.trainer.health import check_health
 from lightning_ckptless.trainer.host.flavour import flavour_of
 from lightning_ckptless.trainer.host.launch import CKPT_PATH_INDEX, is_fit, is_stop, launcher_base
 from lightning_ckptless.trainer.host.sigterm import give_exit_code
+from lightning_ckptless.trainer.host.versions import without_beginning
 from lightning_ckptless.trainer.identity import (
     calls_before,
     chapters_before,
@@ -176,19 +178,14 @@ class FitGuard:
         else:
             asked = args[CKPT_PATH_INDEX]
             plan = engine.begin(None if asked is None else str(asked))
-        sanity_steps, log_hyperparameters = trainer.num_sanity_val_steps, trainer.enable_autolog_hparams
         if plan.enters_midway:
             args[CKPT_PATH_INDEX] = None
-            # Both belong to the beginning of a run, which this is not.
-            trainer.num_sanity_val_steps, trainer.enable_autolog_hparams = 0, False
         elif plan.action is StartAction.DURABLE:
             args[CKPT_PATH_INDEX] = plan.ckpt_path
-        try:
+        with without_beginning(trainer) if plan.enters_midway else nullcontext():
             result = function(*args, **kwargs)
             engine.finish()
             return result
-        finally:
-            trainer.num_sanity_val_steps, trainer.enable_autolog_hparams = sanity_steps, log_hyperparameters
 
     def _judge(self, engine: Engine, error: BaseException) -> None:
         """Decide what an exception means: a lost peer, a fault to recover from once, or the end of the run.

@@ -46,7 +46,12 @@ INHERITED = {
     },
     f"{PACKAGE}/trainer/recoverable.py": {"self._get_process_group_backend", "self._timeout"},
 }
-HOSTS = (f"{PACKAGE}/trainer/host/", f"{PACKAGE}/torch_internals.py", f"{PACKAGE}/mesh_internals.py")
+HOSTS = (
+    f"{PACKAGE}/trainer/host/",
+    f"{PACKAGE}/torch_internals.py",
+    f"{PACKAGE}/mesh_internals.py",
+    f"{PACKAGE}/mesh_versions.py",
+)
 FIXED_ADDRESS = re.compile(r"(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\]):[1-9]\d")
 
 

@@ -6,6 +6,7 @@ from tests.house.code import PACKAGE, Source, findings, sources
 
 BASE = {
     "console", "environment", "errors", "formats", "mesh_internals", "options", "private_files", "torch_internals",
+    "torch_names",
 }  # fmt: skip
 # What each room may import from the package. A file of the top floor counts as a room, and so does one that is named.
 MAY_IMPORT = {
@@ -16,24 +17,28 @@ MAY_IMPORT = {
     "options": {"errors"},
     "private_files": set[str](),
     "torch_internals": set[str](),
-    "mesh_internals": set[str](),
+    "mesh_internals": {"mesh_versions"},
+    "mesh_versions": {"names"},
+    "names": {"errors"},
+    "supported": {"environment", "errors"},
+    "torch_names": {"names"},
     "protocol": {"protocol", "errors", "options"},
     "replica": {"replica", "protocol", *BASE},
     "membership": {"membership", "protocol", *BASE},
     "durable": {"durable", "replica", "protocol", "ledger", *BASE},
     "ledger": {"errors", "formats"},
     "metrics": {"protocol"},
-    "trainer": {"trainer", "durable", "replica", "membership", "protocol", "ledger", "metrics", *BASE},
+    "trainer": {"trainer", "durable", "replica", "membership", "protocol", "ledger", "metrics", "names", *BASE},
     "callbacks": {"callbacks", "testing.digest", "trainer", "protocol", "ledger", *BASE},
     "testing": {"testing", "job", "membership", "protocol", "ledger", "trainer", "callbacks", *BASE},
     "testing.digest": set[str](),
     "job": {"trainer", "ledger", "membership", "protocol", "replica", *BASE},
-    "assembly": {"callbacks", "trainer"},
+    "assembly": {"callbacks", "supported", "torch_names", "trainer"},
     "mlflow_tables": {"environment"},
     "registration": {"_autoload", "assembly", "mlflow_tables"},
     "_autoload": {"registration"},
     "cli": {"cli", "job", "testing", "durable", "membership", "replica", "protocol", "ledger", "metrics", *BASE},
-    "__init__": {"_autoload", "assembly", "callbacks", "errors", "metrics", "options"},
+    "__init__": {"_autoload", "assembly", "callbacks", "errors", "metrics", "options", "supported"},
 }
 # `protocol` decides: it has no clock, opens nothing, and could be run in the head.
 PURE = {

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lightning_ckptless.errors import LayoutMismatchError, OptionsError
 from lightning_ckptless.replica.description import Box
+from lightning_ckptless.torch_internals import open_fake_groups
 from lightning_ckptless.trainer.inner import InnerState
 from lightning_ckptless.trainer.sharding import sharded_modules
 from lightning_ckptless.trainer.state import StateIndex, make_room_for_optimizer_state, require_room
@@ -64,7 +65,7 @@ class Trainer:
 @pytest.fixture
 def trainer() -> Iterator[Trainer]:
     """Of the second rank of two, after one step."""
-    dist.init_process_group("fake", rank=1, world_size=2)
+    open_fake_groups(1, 2)
     net = Net()
     fully_shard(net.layer, mesh=init_device_mesh("cpu", (2,)))
     trainer = Trainer(net, [torch.optim.AdamW(net.parameters(), 0.1)])

@@ -17,6 +17,7 @@ from lightning_ckptless.trainer.host.combined import (
 )
 from lightning_ckptless.trainer.host.flavour import fabric_module, flavour_of, is_a, module
 from lightning_ckptless.trainer.host.override import Override, remove_overrides
+from lightning_ckptless.trainer.host.versions import validates_by_clock
 
 
 class FitLoops:
@@ -43,7 +44,7 @@ class FitLoops:
 
         Where a clock says when to validate, each rank has its own, which may say otherwise a moment later.
         """
-        if self.trainer._val_check_time_interval is not None:
+        if validates_by_clock(self.trainer):
             return False
         return bool(self.epoch._should_check_val_fx(fetcher)) and not self.epoch._skip_next_val
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from lightning_ckptless.trainer.host.flavour import flavour_of, is_a, module
 from lightning_ckptless.trainer.host.override import Override, remove_overrides
+from lightning_ckptless.trainer.host.versions import shares_sigterm
 
 EXIT_CODE = 128 + signal.SIGTERM
 
@@ -34,7 +35,8 @@ class SigtermFlag:
         self._epoch = trainer.fit_loop.epoch_loop
         self._trains = False
         Override(self._connector, "_sigterm_notifier_fn", self._note)
-        Override(self._epoch, "_broadcast_sigterm_tensor", lambda: None)
+        if shares_sigterm(self._epoch):
+            Override(self._epoch, "_broadcast_sigterm_tensor", lambda: None)
 
     def _note(self, *_: Any) -> None:
         self.asked = True
