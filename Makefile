@@ -15,7 +15,7 @@ THIRD_PARTY := .venv-third-party
 CODE := lightning_ckptless tests $(wildcard examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-quick test-lightning test-loggers test-third-party lint types docs bench soak bench-rivals format clean
+.PHONY: help setup demo test test-all test-quick test-lightning test-loggers test-third-party test-versions wheel lint types docs bench soak bench-rivals format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,12 @@ $(THIRD_PARTY)/.complete: pyproject.toml tests/third_party/constraints.txt tests
 	  --constraint tests/third_party/constraints.txt --editable '.[third-party]'
 	@$(THIRD_PARTY)/bin/python tests/third_party/torchvision_on_cpu.py
 	@touch $@
+
+test-versions: $(STAMP)  ## try the lowest, a middle and the newest torch, Lightning and Python; ARGS="newest", ARGS="--all --record"
+	@$(BIN)/python -m tests.versions $(ARGS)
+
+wheel: $(STAMP)  ## build the wheel into dist/, and train the README's example with it in an empty environment
+	@$(BIN)/python -m tests.versions --wheel
 
 lint: $(STAMP)  ## check style and formatting
 	@$(BIN)/ruff check $(CODE)

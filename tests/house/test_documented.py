@@ -13,7 +13,7 @@ import pytest
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from lightning_ckptless import environment, errors
+from lightning_ckptless import environment, errors, supported
 from lightning_ckptless.cli.app import app
 from lightning_ckptless.errors import OptionsError, WorldSizeError
 from lightning_ckptless.membership.torchrun import options_parser
@@ -39,8 +39,11 @@ from lightning_ckptless.protocol.slots import TRANSITIONS, SlotEvent
 from lightning_ckptless.protocol.start import Left, Start, StartPlan, plan_start
 from lightning_ckptless.protocol.streams import require_world
 from lightning_ckptless.protocol.versions import Complete, Missing, Replica, SlotState, Version, newest_complete
+from lightning_ckptless.supported import SUPPORTED
 from lightning_ckptless.trainer.world_size import require_ranks
 from tests.house.code import PACKAGE, REPOSITORY, dotted, sources
+from tests.versions.legs import USUAL, legs
+from tests.versions.table import rows_of
 
 Row = list[str]
 PAGES = sorted((REPOSITORY / "docs").rglob("*.md"))
@@ -188,6 +191,36 @@ def test_environment_variables() -> None:
     assert environment.__doc__ is not None
     assert set(re.findall(r"CKPTLESS_\w+", environment.__doc__)) == ours
     assert set(re.findall(r"CKPTLESS_[A-Z_]+", ALL_TEXT)) <= ours
+
+
+def test_compatibility() -> None:
+    text = page("compatibility")
+    ranges = {row[0].split()[0].lower(): (row[1], row[2]) for row in table(text, "")}
+    spelled = {
+        name.lower(): tuple(".".join(map(str, release)) for release in SUPPORTED[name])
+        for name in ("Python", "torch", "lightning")
+    }
+    assert ranges == spelled
+    assert supported.refusal({"torch": "2.7.1"}, ["torch"]) in text
+    assert supported.advice({"torch": "2.16.0"}, ["torch"]).split(". ")[0] in text
+
+
+def test_the_table_of_versions_covers_every_leg_and_all_passed() -> None:
+    rows = rows_of(page("compatibility"))
+    assert [row for row in rows if not row.passed] == []
+    assert [row.torch for row in rows] == [leg.pins["torch"] for leg in legs().values()]
+    assert [(row.python[:4], row.lightning) for row in rows] == [
+        (leg.python, leg.pins["lightning"]) for leg in legs().values()
+    ]
+
+
+def test_the_legs_reach_from_the_lowest_to_the_newest_version() -> None:
+    tried = legs()
+    for end, name in enumerate(("lowest", "newest")):
+        found = {**tried[name].pins, "Python": tried[name].python}
+        for library in SUPPORTED:
+            assert supported.release(found[library]) == SUPPORTED[library][end]
+    assert set(USUAL) <= set(tried)
 
 
 def test_errors() -> None:

@@ -17,7 +17,7 @@ from lightning_ckptless.errors import VersionError
 from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.supported import release
 from lightning_ckptless.trainer.host import loggers as host_loggers
-from lightning_ckptless.trainer.host import names
+from lightning_ckptless.trainer.host import names, versions
 from lightning_ckptless.trainer.host.ddp import model_averaging_period
 from lightning_ckptless.trainer.host.flavour import LIGHTNING, fabric_module, flavour_of, imported_flavour, is_a, module
 from lightning_ckptless.trainer.host.launch import CKPT_PATH_INDEX, fit_parameters, is_fit, is_stop, launcher_base
@@ -172,6 +172,31 @@ def test_the_period_of_model_averaging_is_read(flavour: str) -> None:
     strategy = module(flavour, "strategies").DDPStrategy
     assert model_averaging_period(strategy()) is None
     assert model_averaging_period(strategy(model_averaging_period=3)) == 3
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("is_beginning", [True, False])
+def test_what_belongs_to_the_beginning_of_a_run_is_left_out(tmp_path: Path, flavour: str, is_beginning: bool) -> None:
+    model, seen = tiny_module(flavour), list[str]()
+    model.save_hyperparameters({"width": 3})
+    checks = callback(flavour, on_sanity_check_start=lambda *_: seen.append("sanity check"))
+    logger = module(flavour, "loggers").CSVLogger(str(tmp_path))
+    trainer = tiny_trainer(tmp_path, flavour, logger=logger, callbacks=[checks], num_sanity_val_steps=1, max_steps=1)
+    with nullcontext() if is_beginning else versions.without_beginning(trainer):
+        trainer.fit(model, tiny_loader(), tiny_loader())
+    assert (seen == ["sanity check"], logger.experiment.hparams == {"width": 3}) == (is_beginning, is_beginning)
+    assert trainer.num_sanity_val_steps == 1
+    again = tiny_trainer(tmp_path, flavour, logger=module(flavour, "loggers").CSVLogger(str(tmp_path)), max_steps=1)
+    again.fit(model, tiny_loader())
+    assert again.logger.experiment.hparams == {"width": 3}
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_clock_that_says_when_to_validate_is_known(tmp_path: Path, flavour: str) -> None:
+    assert not versions.validates_by_clock(tiny_trainer(tmp_path, flavour, val_check_interval=2))
+    if IS_2_6:
+        options: dict[str, Any] = {"val_check_interval": {"hours": 1}, "check_val_every_n_epoch": None}
+        assert versions.validates_by_clock(tiny_trainer(tmp_path, flavour, **options))
 
 
 # ---------------------------------------------------------------------- loops
