@@ -9,6 +9,7 @@ from argparse import ArgumentError, ArgumentParser, BooleanOptionalAction, Names
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.run import determine_local_world_size, get_args_parser
 
@@ -91,14 +92,16 @@ def options_parser() -> ArgumentParser:
         metavar="SECONDS",
         help="on SIGTERM, time to finish the step and save (default: %(default)s)",
     )
-    with suppress(ArgumentError):
-        # Since torch 2.12 it is one of torchrun's.
-        ours.add_argument(
-            "--shutdown-timeout", type=int, metavar="SECONDS", help="time for workers to end when they are asked to"
-        )
+    _add_shutdown_timeout(ours)
     if "PET_MAX_RESTARTS" not in os.environ:
         parser.set_defaults(max_restarts=None)
     return parser
+
+
+def _add_shutdown_timeout(ours: Any) -> None:
+    """Take the option where torchrun has none: it does since torch 2.12."""
+    with suppress(ArgumentError):
+        ours.add_argument("--shutdown-timeout", type=int, metavar="SECONDS", help="time for workers to end")
 
 
 def config_from_torchrun_args(argv: Sequence[str]) -> LaunchConfig:
