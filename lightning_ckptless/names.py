@@ -60,7 +60,7 @@ def has(owner: Any, name: str) -> bool:
 def _owner(place: str) -> Any:
     module, _, path = place.partition(":")
     try:
-        owner = import_module(module)
+        owner: Any = import_module(module)
     except ImportError:
         return None
     for part in path.split(".") if path else ():

@@ -137,7 +137,8 @@ def _run(command: list[str], folder: Path, timeout_s: float, **variables: str) -
     )
     if done.returncode:
         raise FailedError(f"{' '.join(command[:6])} ... ended with {done.returncode}:\n{done.stdout[-6000:]}")
-    return done.stdout
+    output: str = done.stdout
+    return output
 
 
 class FailedError(Exception):

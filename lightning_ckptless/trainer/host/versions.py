@@ -45,7 +45,7 @@ def _no_hparams_since_2_6(trainer: Any) -> Iterator[None]:
 
 @contextmanager
 def _no_hparams_until_2_5(trainer: Any) -> Iterator[None]:
-    owner = module(flavour_of(trainer), "trainer.trainer")
+    owner: Any = module(flavour_of(trainer), "trainer.trainer")
     log, owner._log_hyperparams = owner._log_hyperparams, lambda _: None
     try:
         yield
