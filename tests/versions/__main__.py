@@ -3,6 +3,7 @@
 python -m tests.versions                  the lowest, one in the middle, and the newest
 python -m tests.versions LEG ...          others: a leg for every file requirements-LEG.txt
 python -m tests.versions --all --record   all, and put the results into docs/compatibility.md
+python -m tests.versions --keep FOLDER    keep the environments, to use them again the next time
 python -m tests.versions --wheel          build the wheel into dist/ and try it with the usual versions
 
 A leg takes 5 GB of disk while it runs and about five minutes, most of them for torch's download. PIP_EXTRA_INDEX_URL
@@ -28,29 +29,30 @@ def main() -> int:
     parser.add_argument("legs", nargs="*", metavar="LEG", choices=[*known, []])
     parser.add_argument("--all", action="store_true", help="every leg")
     parser.add_argument("--record", action="store_true", help="put the results into the page on compatibility")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="of the environments, which stay; else they go")
     parser.add_argument("--wheel", action="store_true", help="build the wheel into dist/ and try it, nothing else")
     args = parser.parse_args()
     wheel = build_wheel(sys.executable, REPOSITORY / "dist")
     if args.wheel:
         return _try_wheel(wheel)
-    rows = [_try(known[name], wheel) for name in (known if args.all else args.legs or USUAL)]
+    rows = [_try(known[name], wheel, args.keep) for name in (known if args.all else args.legs or USUAL)]
     print("\n".join([f"\n{HEADER}", *map(str, rows)]))
     if args.record:
         record(rows)
     return 0 if all(made.passed for made in rows) else 1
 
 
-def _try(leg: Leg, wheel: Path) -> Row:
+def _try(leg: Leg, wheel: Path, keep: Path | None) -> Row:
     print(f"{leg.name}: Python {leg.python}, torch {leg.pins['torch']}, lightning {leg.pins['lightning']}", flush=True)
     if (interpreter := leg.interpreter()) is None:
         print(f"  there is no Python {leg.python} here: tried with {sys.version.split()[0]}")
     with TemporaryDirectory(prefix=f"versions-{leg.name}-") as scratch:
-        environment = Environment(Path(scratch) / "env", leg.constraints())
+        environment = Environment((keep or Path(scratch)).absolute() / leg.name, leg.constraints())
         made = row(leg)
         try:
             with timed("installing the wheel into an empty environment"):
                 environment.make(interpreter or Path(sys.executable))
-                environment.install(f"{wheel}[cli]")
+                environment.install_wheel(f"{wheel}[cli]")
             made = made.found(*environment.versions())
             with timed("training the README's example, with a kill"):
                 environment.drill_readme(Path(scratch) / "readme")
@@ -67,7 +69,7 @@ def _try_wheel(wheel: Path) -> int:
         environment = Environment(Path(scratch) / "env", (REPOSITORY / "constraints.txt").read_text())
         with timed(f"installing {wheel.name} into an empty environment"):
             environment.make(Path(sys.executable))
-            environment.install(str(wheel))
+            environment.install_wheel(str(wheel))
         with timed("training the README's example, with a kill"):
             environment.drill_readme(Path(scratch) / "readme")
     print(wheel.relative_to(REPOSITORY))

@@ -62,8 +62,14 @@ class Environment:
         return self.folder / "bin" / "python"
 
     def make(self, interpreter: Path) -> None:
-        """Make it, empty."""
-        _run([str(interpreter), "-m", "venv", str(self.folder)], self.folder.parent, _INSTALL_S)
+        """Make it, empty; leave it as it is where it is there."""
+        if not self.python.exists():
+            _run([str(interpreter), "-m", "venv", str(self.folder)], self.folder.parent, _INSTALL_S)
+
+    def install_wheel(self, wheel: str) -> None:
+        """Install the package, in the place of one that an environment which was kept has."""
+        self.install(wheel)
+        self.install("--force-reinstall", "--no-deps", wheel)
 
     def install(self, *what: str) -> None:
         """Install packages as pip resolves them within the constraints."""
