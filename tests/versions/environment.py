@@ -92,6 +92,7 @@ class Environment:
 
     def drill_readme(self, scratch: Path) -> None:
         """Train the README's example with a kill, away from the repository, and compare with a run without one."""
+        scratch.mkdir(parents=True)
         script = scratch / "example.py"
         script.write_text(readme_program())
         options = ["--nproc=4", "--launcher=python", "--fault=kill:rank=1:step=4", f"--folder={scratch / 'drill'}"]
