@@ -132,7 +132,7 @@ def _root_of_since_2_10(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def _root_of_until_2_9(mesh: DeviceMesh) -> DeviceMesh:
-    root: DeviceMesh = device_mesh._mesh_resources.get_root_mesh(mesh)  # type: ignore[attr-defined]
+    root: DeviceMesh = device_mesh._mesh_resources.get_root_mesh(mesh)
     return root
 
 
@@ -141,7 +141,7 @@ def _flattened_since_2_10(mesh: DeviceMesh) -> list[str]:
 
 
 def _flattened_until_2_9(mesh: DeviceMesh) -> list[str]:
-    return list(device_mesh._mesh_resources.root_to_flatten_mapping.get(mesh, ()))  # type: ignore[attr-defined]
+    return list(device_mesh._mesh_resources.root_to_flatten_mapping.get(mesh, ()))
 
 
 def _slice_since_2_10(mesh: DeviceMesh, names: tuple[str, ...]) -> DeviceMesh:
@@ -160,7 +160,7 @@ def _changing_since_2_10(mesh: DeviceMesh) -> Iterator[list[DeviceMesh]]:
 @contextmanager
 def _changing_until_2_9(mesh: DeviceMesh) -> Iterator[list[DeviceMesh]]:
     # A table says what a mesh was sliced from, by what the slice is equal to: changed slices would not be found in it.
-    roots = device_mesh._mesh_resources.child_to_root_mapping  # type: ignore[attr-defined]
+    roots = device_mesh._mesh_resources.child_to_root_mapping
     slices = [found for found in _meshes() if found is not mesh and roots.get(found) == mesh]
     for part in slices:
         roots.pop(part, None)
@@ -197,5 +197,5 @@ def take_groups(mesh: DeviceMesh) -> dict[str, Any]:
 
 def forget_operations() -> None:
     """Have torch forget what operations on sharded tensors result in; since 2.10 it remembers that in C++ as well."""
-    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()  # type: ignore[attr-defined]
+    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
     getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", lambda: None)()

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
-from torch.distributed import _register_comm_hook  # type: ignore[attr-defined]
+from torch.distributed import HashStore, _register_comm_hook  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _world
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState
 from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
@@ -318,7 +318,8 @@ def open_fake_groups(rank: int, world_size: int) -> None:
     """Make a default process group that sends nothing."""
     # Before torch 2.9 such groups have to be registered, and given a store.
     importlib.import_module("torch.testing._internal.distributed.fake_pg")
-    torch.distributed.init_process_group("fake", store=torch.distributed.HashStore(), rank=rank, world_size=world_size)
+    store = HashStore()
+    torch.distributed.init_process_group("fake", store=store, rank=rank, world_size=world_size)
 
 
 def abort_device_groups() -> int:
@@ -410,13 +411,14 @@ def _set_reducer(model: Any, layout: list[list[int]]) -> None:
         return layout[::-1], [limits[-1]] * len(layout)
 
     # What a reducer is given differs between versions of torch, so torch makes it: with our buckets for its own.
-    compute = torch.distributed._compute_bucket_assignment_by_size
-    torch.distributed._compute_bucket_assignment_by_size = as_given
+    maker: Any = torch.distributed
+    compute = maker._compute_bucket_assignment_by_size
+    maker._compute_bucket_assignment_by_size = as_given
     try:
         names = model._build_debug_param_to_name_mapping(parameters)
         model._ddp_init_helper(parameters, expect_sparse, names, model.static_graph)
     finally:
-        torch.distributed._compute_bucket_assignment_by_size = compute
+        maker._compute_bucket_assignment_by_size = compute
     model._has_rebuilt_buckets = False
     for hook, state in model._comm_hooks:
         _register_comm_hook(model.reducer, state, hook)

@@ -6,6 +6,7 @@ import copy
 import importlib
 import inspect
 import pickle
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from tests.lab.parts import Numbers
 from tests.trainer.tiny import FLAVOURS, callback, tiny_loader, tiny_module, tiny_trainer
 
 # Where the owner of private names is found in the middle of an epoch.
-OWNERS = {
+OWNERS: dict[str, Callable[[Any], Any]] = {
     "core.module:LightningModule": lambda t: t.lightning_module,
     "loops.evaluation_loop:_EvaluationLoop": lambda t: t.fit_loop.epoch_loop.val_loop,
     "loops.fetchers:_PrefetchDataFetcher": lambda t: t.fit_loop._data_fetcher,

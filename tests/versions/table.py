@@ -45,9 +45,9 @@ class Row:
         """With tests that passed.
 
         Args:
-            summary: pytest's last line.
+            summary: how many, in pytest's words.
         """
-        return replace(self, tests=re.sub(r" in .*", "", summary.strip("= ")))
+        return replace(self, tests=summary)
 
     @property
     def passed(self) -> bool:
