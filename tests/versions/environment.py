@@ -103,7 +103,8 @@ class Environment:
         self.install(*_TOOLS)
         command = [str(self.python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not long", *TELLING]
         # Not the last line: libraries may write some when the interpreter ends.
-        return re.findall(r"\d+ passed[^=\n]*?(?= in )", _run(command, REPOSITORY, _TRY_S))[-1]
+        summaries: list[str] = re.findall(r"\d+ passed[^=\n]*?(?= in )", _run(command, REPOSITORY, _TRY_S))
+        return summaries[-1]
 
 
 def readme_program() -> str:
