@@ -103,7 +103,9 @@ class Environment:
         self.install(*_TOOLS)
         command = [str(self.python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not long", *TELLING]
         # Not the last line: libraries may write some when the interpreter ends.
-        summaries: list[str] = re.findall(r"\d+ passed[^=\n]*?(?= in )", _run(command, REPOSITORY, _TRY_S))
+        # Workers of the drills import the tests' own modules.
+        output = _run(command, REPOSITORY, _TRY_S, PYTHONPATH=str(REPOSITORY))
+        summaries: list[str] = re.findall(r"\d+ passed[^=\n]*?(?= in )", output)
         return summaries[-1]
 
 
