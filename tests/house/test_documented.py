@@ -205,13 +205,12 @@ def test_compatibility() -> None:
     assert supported.advice({"torch": "2.16.0"}, ["torch"]).split(". ")[0] in text
 
 
-def test_the_table_of_versions_covers_every_leg_and_all_passed() -> None:
+def test_the_table_of_versions_is_of_legs_that_passed() -> None:
     rows = rows_of(page("compatibility"))
+    shown = [(row.python.rpartition(".")[0], row.torch, row.lightning) for row in rows]
+    tried = {name: (leg.python, leg.pins["torch"], leg.pins["lightning"]) for name, leg in legs().items()}
     assert [row for row in rows if not row.passed] == []
-    assert [row.torch for row in rows] == [leg.pins["torch"] for leg in legs().values()]
-    assert [(row.python[:4], row.lightning) for row in rows] == [
-        (leg.python, leg.pins["lightning"]) for leg in legs().values()
-    ]
+    assert {tried[name] for name in USUAL} <= set(shown) <= set(tried.values())
 
 
 def test_the_legs_reach_from_the_lowest_to_the_newest_version() -> None:
