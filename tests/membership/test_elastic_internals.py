@@ -20,8 +20,8 @@ def test_the_names_that_are_overridden_are_those_of_torch() -> None:
     for name in ("_start", "_poll", "_close", "start"):
         assert callable(getattr(PContext, name))
     # The first since torch 2.10, the others until then.
-    names = set(PContext.__init__.__code__.co_names)
-    assert "_tail_logs" in names or {"_stdout_tail", "_stderr_tail"} <= names
+    tails = set(PContext.__init__.__code__.co_names)
+    assert "_tail_logs" in tails or {"_stdout_tail", "_stderr_tail"} <= tails
     assert {"_remaining_restarts"} <= set(LocalElasticAgent._invoke_run.__code__.co_names)
     # A rendezvous whose stores would listen elsewhere, or whose state has more than is written as data, fails here.
     names = DynamicRendezvousHandler.next_rendezvous.__code__.co_names
