@@ -28,7 +28,8 @@ def trainer_with(root: Path, flavour: str = FLAVOURS[0], callbacks: tuple[Any, .
 def test_a_usual_trainer_is_taken(flavour: str, tmp_path: Path) -> None:
     callbacks = module(flavour, "callbacks")
     usual = (
-        callbacks.EMAWeightAveraging(),
+        # Lightning has it since 2.6.
+        *([callbacks.EMAWeightAveraging()] if hasattr(callbacks, "EMAWeightAveraging") else []),
         callbacks.EarlyStopping("loss"),
         callbacks.LearningRateMonitor(),
         callbacks.StochasticWeightAveraging(1e-2),
