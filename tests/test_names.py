@@ -82,4 +82,5 @@ def test_the_tables_leave_no_private_name_of_torch_out() -> None:
         if source.module in {"torch_internals", "mesh_internals"}
         for _, name in private_names(source)
     }
-    assert used - known == {"_stdout_tail", "_stderr_tail", "_tail_logs"}
+    # Its module takes half a second to import, and is wanted for exported checkpoints alone.
+    assert used - known == {"_stdout_tail", "_stderr_tail", "_tail_logs", "_StorageInfo"}
