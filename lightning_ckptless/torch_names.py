@@ -12,7 +12,7 @@ _SHARDED = "torch.distributed.fsdp._fully_shard"
 
 WORKER = {
     "torch": "_foreach_copy_",
-    "torch:Tensor": "_typed_storage _version",
+    "torch:Tensor": "_version",
     "torch.storage:TypedStorage": "_untyped_storage",
     "torch.cuda": "_is_in_bad_fork",
     "torch.nn:Module": "_parameters _buffers",
