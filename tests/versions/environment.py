@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -32,7 +33,8 @@ TELLING = (
 """Private names, then real kills: data parallel, worker processes of loaders, FSDP2, two dimensions, the other
 distribution of Lightning alone."""
 _TOOLS = ("pytest", "pytest-timeout", "packaging", "tensorboard", "torchdata", "hypothesis")
-_INSTALL_S, _TRY_S = 1800, 1200
+_INSTALL_S, _TRY_S = 600, 900
+_NEEDED_BYTES = 12_000_000_000
 
 HEAD = "from lightning.pytorch import seed_everything\n\nseed_everything(1)\n"
 TAIL = """
@@ -107,6 +109,19 @@ class Environment:
         output = _run(command, REPOSITORY, _TRY_S, PYTHONPATH=str(REPOSITORY))
         summaries: list[str] = re.findall(r"\d+ passed(?:, \d+ skipped)?", output)
         return summaries[-1]
+
+
+def require_room(folder: Path) -> None:
+    """Refuse to begin where the disk has no room for an environment.
+
+    Raises:
+        FailedError: it has not.
+    """
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < _NEEDED_BYTES:
+        raise FailedError(
+            f"an environment takes up to {_NEEDED_BYTES / 1e9:.0f} GB, {free_bytes / 1e9:.1f} GB are free"
+        )
 
 
 def readme_program() -> str:

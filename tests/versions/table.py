@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.versions.legs import REPOSITORY, Leg, numbers
 
 PAGE = REPOSITORY / "docs" / "compatibility.md"
+IDENTICAL, NOT_INSTALLED = "identical", "cannot be installed here"
 HEADER = """\
 | Python | torch | Lightning | README's example, with a kill | Tests |
 |---|---|---|---|---|"""
@@ -37,9 +38,9 @@ class Row:
         """With the versions that were installed."""
         return replace(self, python=python, torch=torch, lightning=lightning)
 
-    def with_example(self) -> Row:
-        """With an example that ended bit for bit as without the kill."""
-        return replace(self, example="identical", tests="fail")
+    def with_example(self, how: str) -> Row:
+        """With the way in which the example has ended, `IDENTICAL` for bit for bit as without the kill."""
+        return replace(self, example=how, tests="fail" if how == IDENTICAL else "not run")
 
     def with_tests(self, summary: str) -> Row:
         """With tests that passed.
@@ -52,7 +53,12 @@ class Row:
     @property
     def passed(self) -> bool:
         """Whether everything did."""
-        return self.example == "identical" and "passed" in self.tests
+        return self.example == IDENTICAL and "passed" in self.tests
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether these versions could be installed."""
+        return self.example != NOT_INSTALLED
 
     def __str__(self) -> str:
         return f"| {self.python} | {self.torch} | {self.lightning} | {self.example} | {self.tests} |"
