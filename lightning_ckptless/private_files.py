@@ -64,7 +64,7 @@ def require_private_files(folder: Path) -> None:
             require_private(path) if is_open else _require_own(path, path.lstat())
 
 
-def behind_own_link(path: Path) -> Path:
+def target_of_own_link(path: Path) -> Path:
     """Where a link of this user leads to; the path itself where it is anything else."""
     return path.resolve() if path.is_symlink() and path.lstat().st_uid == os.getuid() else path
 

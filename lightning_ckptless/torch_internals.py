@@ -428,7 +428,7 @@ def _set_reducer(model: Any, layout: list[list[int]]) -> None:
 
 
 def storage_bytes(storage: Any) -> tuple[bytes, torch.dtype | None, str]:
-    """The bytes behind a tensor, the dtype that they are seen as (None for none), and their kind of device."""
+    """The bytes of a tensor, the dtype that they are seen as (None for none), and their kind of device."""
     dtype = storage.dtype if isinstance(storage, torch.TypedStorage) else None
     untyped = storage._untyped_storage if isinstance(storage, torch.TypedStorage) else storage
     data = torch.empty(0, dtype=torch.uint8).set_(untyped.cpu()).numpy().tobytes()

@@ -40,7 +40,7 @@ from lightning_ckptless.formats.schema import (
     text,
 )
 from lightning_ckptless.formats.sealed import seal, unseal
-from lightning_ckptless.private_files import behind_own_link, require_private, require_private_files
+from lightning_ckptless.private_files import require_private, require_private_files, target_of_own_link
 from lightning_ckptless.protocol.durable import DurableState, state_name, version_of
 from lightning_ckptless.protocol.versions import Snapshot, Version
 from lightning_ckptless.replica.facts import RUN_ID
@@ -163,7 +163,7 @@ class DurableFolder:
                 return
             if not self.path.is_dir():
                 raise OptionsError(f"durable_dir={str(self.path)!r} is no folder: name one that is empty or missing")
-            require_private(behind_own_link(self.path))
+            require_private(target_of_own_link(self.path))
             if (marker := self.path / MARKER).exists():
                 number = json.loads(marker.read_bytes()).get("format")
                 if number != FORMAT:

@@ -78,7 +78,7 @@ def rebuild_tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...], devi
 
 
 def rebuild_storage(data: bytes, dtype: torch.dtype | None, device: str) -> Any:
-    """The memory behind a tensor of another kind than the usual."""
+    """The memory of a tensor of an unusual kind."""
     host = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
     return storage_of(on_device(host, device), dtype)
 

@@ -66,16 +66,16 @@ class MeetingStore:
         self._store: Store | None = None
         self._place: tuple[str | None, str | None] = None, None
 
-    def connect(self, rank: int, world_size: int, *, anew: bool) -> Store:
+    def connect(self, rank: int, world_size: int, *, reconnect: bool) -> Store:
         """The store that the environment names.
 
         Args:
             rank: this worker's rank.
             world_size: number of ranks.
-            anew: over a new connection in any case: where threads of a device's groups use the last one.
+            reconnect: use a new connection in any case: where threads of a device's groups use the last one.
         """
         place = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-        if self._store is None or anew or place != self._place:
+        if self._store is None or reconnect or place != self._place:
             self._store, self._place = None, place
             with new_sockets() as self.sockets:
                 found = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=JOIN_TIMEOUT_S)))
@@ -132,7 +132,7 @@ class World:
             # A second trainer of the same program, in a membership that the first one has joined.
             self.generation = int(os.environ.get(environment.GENERATION, "1"))
             return self.generation
-        store = self._meeting_store.connect(rank, world_size, anew=device is not None)
+        store = self._meeting_store.connect(rank, world_size, reconnect=device is not None)
         if regrouping:
             store = PrefixStore(f"ckptless/regrouping-{regrouping}", store)
         try:
