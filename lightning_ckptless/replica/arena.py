@@ -338,7 +338,7 @@ class Arena:
 
 
 def _facts_in(path: Path) -> Facts | None:
-    """What a folder says that it is; None where it says nothing, or is damaged without a live owner: then it is emptied."""
+    """What a folder says that it is; None where it says nothing, or is damaged and has no live owner."""
     if not arena_facts.exists(path):
         return None
     try:
