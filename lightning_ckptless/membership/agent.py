@@ -32,9 +32,11 @@ from lightning_ckptless.membership.hangs import HangWatch, LateExits
 from lightning_ckptless.membership.hydra import FIRST_WAIT_S, imports_hydra
 from lightning_ckptless.membership.in_place import InPlace
 from lightning_ckptless.membership.logs import LogFiles
+from lightning_ckptless.membership.oom_kills import OomKills
 from lightning_ckptless.membership.parent import End, PreloadedParent
 from lightning_ckptless.membership.process import Process
 from lightning_ckptless.membership.program import Program
+from lightning_ckptless.membership.pulse import step_begun
 from lightning_ckptless.membership.regrouping import Regroupings
 from lightning_ckptless.membership.rounds import line_prefixes, number_generations, variables_of, worker_store
 from lightning_ckptless.membership.scratch import ScratchFolder
@@ -146,6 +148,8 @@ class CkptlessAgent(LocalElasticAgent):
         self._started_at = time.monotonic()
         self._history = RecoveryHistory() if after is None else after.history
         self._program_starts = Starts()
+        self._oom_kills = OomKills()
+        self._out_of_memory = ""
         self._reason = ""
         self._unresolved: list[FaultReport] = []
         self._hydra: str = "" if after is None else after._hydra
@@ -368,6 +372,7 @@ class CkptlessAgent(LocalElasticAgent):
         at = time.time()
         ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
         has_stepped = self._take_progress()
+        self._out_of_memory = self._oom_kills.news()
         verdict = final_verdict(take_verdicts(self._folder)) or self._judge_end(
             ranks, workers, lost, has_stepped=has_stepped
         )
@@ -441,6 +446,7 @@ class CkptlessAgent(LocalElasticAgent):
             hung=workers.blamed(culprit),
             earlier=tuple(str(fault) for fault in self._unresolved),
             recovering_since=self._unresolved[0].died_at if self._unresolved else None,
+            out_of_memory=self._out_of_memory,
         )
 
     def _stop_survivors(
@@ -495,7 +501,13 @@ class CkptlessAgent(LocalElasticAgent):
             came_to_fit=self._program_starts.came_to_fit or any(stage is not Stage.BEFORE for stage in stages),
         )
         found = ProgramEnd(
-            None if end is None else end.exit_code, workers.stages[culprit], failure.error, failure.is_of_lost_peer
+            None if end is None else end.exit_code,
+            workers.stages[culprit],
+            failure.error,
+            failure.is_of_lost_peer,
+            rank=ranks[culprit],
+            step=step_begun(self._folder, culprit),
+            out_of_memory="" if workers.blamed(culprit) else self._out_of_memory,
         )
         plan = judge_end(found, self._program_starts, has_stepped=has_stepped)
         self._program_starts = plan.starts

@@ -10,15 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import lightning_ckptless
 from lightning_ckptless import environment
 
 _LONGEST_ERROR = 300
+_LONGEST_OUTLINE = 1000
+_NUMBER = re.compile(r"0x[0-9a-f]+|\d+")
+_OWN_FOLDER = Path(lightning_ckptless.__file__).parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +60,44 @@ def _is_of_lost_peer(error: BaseException) -> bool:
     return is_lost_peer(error)
 
 
-def is_reported_already(error: BaseException, env: Mapping[str, str] = os.environ) -> bool:
-    """Whether another worker of this agent has reported the same traceback before; notes it where none has."""
+def count_report(error: BaseException, output: int, env: Mapping[str, str] = os.environ) -> int:
+    """Count the reports of a traceback; returns how many times it has been reported, this one included.
+
+    Two tracebacks are the same where only numbers in their messages differ, e.g. a port or a rank. Reports that go to
+    different files are counted apart: who reads one log file does not see what is in another.
+
+    Args:
+        error: that is about to be reported.
+        output: file descriptor that the report goes to.
+        env: environment of this worker.
+    """
     folder = env.get(environment.VERDICT_DIR)
     if not folder:
-        return False
-    text = "".join(traceback.format_exception(error))
-    mark = Path(folder, f"reported-{hashlib.sha256(text.encode(errors='replace')).hexdigest()[:16]}")
-    try:
-        mark.touch(exist_ok=False)
-    except FileExistsError:
-        return True
-    return False
+        return 1
+    place = os.fstat(output)
+    key = repr((place.st_dev, place.st_ino, *_outline(error)))
+    path = Path(folder, f"reported-{hashlib.sha256(key.encode(errors='replace')).hexdigest()[:16]}")
+    # One byte per report, so that two workers that append at the same time get different counts.
+    with path.open("ab", buffering=0) as file:
+        file.write(b".")
+        return file.tell()
+
+
+def without_numbers(text: str) -> str:
+    """A text with its numbers replaced: what differs between two reports of the same fault."""
+    return _NUMBER.sub("#", text)
+
+
+def _outline(error: BaseException) -> list[str]:
+    """What makes a traceback another one: types, messages without numbers, and lines of code that are not ours."""
+    found: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(found) < _LONGEST_OUTLINE:
+        found.append(without_numbers(f"{type(cause).__name__}: {cause}"))
+        frames = traceback.extract_tb(cause.__traceback__)
+        found += [f"{f.filename}:{f.lineno}" for f in frames if not Path(f.filename).is_relative_to(_OWN_FOLDER)]
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return found
 
 
 def failure_of(folder: Path, pid: int) -> Failure | None:

@@ -26,6 +26,8 @@ class FaultReport:
         hung: why it was ended for a hang; empty where it was not.
         earlier: faults that no step was committed after, in sentences: their recovery was cut short by this one.
         recovering_since: wall clock of the first of those; None where there are none.
+        out_of_memory: how many processes the kernel has killed for lack of memory, in words; empty where it has killed
+            none since the fault before.
     """
 
     rank: int | None
@@ -40,6 +42,7 @@ class FaultReport:
     hung: str = ""
     earlier: tuple[str, ...] = ()
     recovering_since: float | None = None
+    out_of_memory: str = ""
 
     def __post_init__(self) -> None:
         # A report that has travelled as JSON is equal to the one that was sent.
@@ -68,12 +71,14 @@ class FaultReport:
             return "hung"
         if self.exit_code is not None:
             return f"exited with code {self.exit_code}"
-        return f"died by {self.signal_name}" if self.signal_name else "died"
+        death = f"died by {self.signal_name}" if self.signal_name else "died"
+        return f"{death} for lack of memory" if self.out_of_memory else death
 
     def __str__(self) -> str:
         if self.rank is None:
             return self.cause
-        return f"rank {self.rank} (pid {self.pid}) {self.cause}" + (f": {self.hung}" if self.hung else "")
+        details = "; ".join(filter(None, [self.hung, self.out_of_memory]))
+        return f"rank {self.rank} (pid {self.pid}) {self.cause}" + (f": {details}" if details else "")
 
     def fields(self) -> dict[str, Any]:
         """The report as a flat dictionary of plain values."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 from lightning_ckptless import environment
 
@@ -50,3 +50,9 @@ def show(env: MutableMapping[str, str] = os.environ) -> bool:
         os.dup2(real, number)
         os.close(real)
     return True
+
+
+def real_stderr(env: Mapping[str, str] = os.environ) -> int:
+    """File descriptor of this process's real stderr, hidden or not."""
+    hidden = env.get(environment.HIDDEN_STREAMS, "")
+    return int(hidden.split(",")[1]) if hidden else _STDERR

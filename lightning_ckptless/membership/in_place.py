@@ -13,6 +13,7 @@ from typing import Any
 from lightning_ckptless import environment
 from lightning_ckptless.console import CONSOLE, Bar
 from lightning_ckptless.membership.channel import Message
+from lightning_ckptless.membership.failure import without_numbers
 from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.parent import ParentLostError, PreloadedParent
 from lightning_ckptless.membership.process import Process
@@ -74,6 +75,7 @@ class InPlace:
         self._folder = folder
         self._outputs = outputs
         self._output_of: dict[int, Path] = {}
+        self._shown: dict[str, int] = {}
         self._record = record
         self._say = say
         self._obstacle: str | None = None
@@ -242,11 +244,16 @@ class InPlace:
     def show_output_of(self, rank: int) -> None:
         """Show the output of a lost local rank that was a new process and had not joined the others yet."""
         path = self._output_of.pop(rank, None)
-        if path is not None and path.exists():
-            lines = path.read_text(errors="replace").splitlines()[-_LINES_SHOWN:]
-            self._say(
-                "\n  ".join([f"a new process failed before it joined the others; its output, in {path}:", *lines])
-            )
+        if path is None or not path.exists():
+            return
+        lines = path.read_text(errors="replace").splitlines()[-_LINES_SHOWN:]
+        outline = without_numbers("\n".join(lines))
+        self._shown[outline] = count = self._shown.get(outline, 0) + 1
+        what = "a new process failed before it joined the others"
+        if count > 1:
+            self._say(f"{what}; its output, in {path}, is the same as above, {count} times so far")
+        else:
+            self._say("\n  ".join([f"{what}; its output, in {path}:", *lines]))
 
     def open(self, fault: FaultReport) -> Regrouping:
         """Open a regrouping for a fault of this node."""

@@ -120,6 +120,23 @@ def stacks_path(folder: Path, local_rank: int) -> Path:
     return folder / f"stacks-{local_rank}.txt"
 
 
+def step_begun(folder: Path, local_rank: int) -> int | None:
+    """The step that a worker had begun, whether or not it still runs; None where it was in none.
+
+    Args:
+        folder: of its agent.
+        local_rank: which worker.
+    """
+    try:
+        data = pulse_path(folder, local_rank).read_bytes()
+    except FileNotFoundError:
+        return None
+    if len(data) != _FORMAT.size:
+        return None
+    step, point, *_ = _FORMAT.unpack(data)
+    return None if point == Point.OUTSIDE else int(step)
+
+
 def read_pulse(folder: Path, local_rank: int, pid: int) -> Pulse | None:
     """The pulse of a worker; None where it has given none.
 

@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from lightning_ckptless import environment
-from lightning_ckptless.membership.failure import is_reported_already, leave_failure
+from lightning_ckptless.membership.failure import count_report, leave_failure
+from lightning_ckptless.membership.hidden_output import real_stderr
 from lightning_ckptless.membership.hydra import with_folder, without_folder
 from lightning_ckptless.membership.program import Program, run_as_main
 
@@ -169,9 +170,10 @@ def _report(error: BaseException) -> None:
     """Print an uncaught exception the way the interpreter does, from the program's first frame on."""
     traceback = _without_ours(error.__traceback__)
     error.__traceback__ = traceback
-    if environment.CHAPTER not in os.environ and is_reported_already(error):
+    count = count_report(error, real_stderr())
+    if count > 1:
         # Every start of every rank raises it: what is read is the first.
-        print(f"{type(error).__name__}: {error}, with the traceback that is shown above", file=sys.stderr)
+        print(f"{type(error).__name__}: {error} (the same traceback as above, {count} times so far)", file=sys.stderr)
         return
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, traceback
     sys.excepthook(type(error), error, traceback)

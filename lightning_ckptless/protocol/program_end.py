@@ -3,8 +3,14 @@
 A program that ends by itself would end alike if it were started again, unless a lost peer made it. Only inside `fit`
 is its first error tried once more, which the worker decides itself.
 
+A crash is a death by a signal that a process causes itself, e.g. SIGABRT or SIGSEGV, or by SIGKILL while the kernel was
+out of memory. A machine may cause one, so it is recovered from, but not again and again at the same place. Any other
+SIGKILL comes from outside, and only the limits of `recovery_limits.py` count it.
+
 | The worker ended | And | Then |
 |---|---|---|
+| by a crash at a step | the fourth time there with no new step | end, and keep the state |
+| by a crash at a stage outside the training loop | the third time there with no new step | end, and keep the state |
 | by a signal, or by the error of a lost peer | | recover |
 | by itself, past a `fit` | | end |
 | by itself, after a new step of this start | | recover |
@@ -15,11 +21,27 @@ is its first error tried once more, which the worker decides itself.
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 _MOST_STARTS = 3
 _MOST_STARTS_BEFORE_FIT = 2
+_MOST_CRASHES_AT_A_STEP = 4
+"""Two recoveries in place and a relaunch have failed by then."""
+_MOST_CRASHES_AT_A_STAGE = 3
+_CRASHES = frozenset(
+    {
+        signal.SIGABRT,
+        signal.SIGBUS,
+        signal.SIGFPE,
+        signal.SIGILL,
+        signal.SIGSEGV,
+        signal.SIGSYS,
+        signal.SIGTRAP,
+    }
+)
+"""Signals that a process causes itself, by `abort` or by an instruction that fails."""
 
 
 class Stage(StrEnum):
@@ -39,18 +61,37 @@ class ProgramEnd:
         stage: where it was in its program.
         error: what the program raised, in a line; empty where that is not known.
         is_of_lost_peer: whether that error says that another rank is gone.
+        rank: of the worker.
+        step: optimizer step that it had begun; None where it was in none.
+        out_of_memory: how many processes the kernel has killed for lack of memory, in words; empty where it has killed
+            none since the last fault.
     """
 
     exit_code: int | None
     stage: Stage
     error: str = ""
     is_of_lost_peer: bool = False
+    rank: int = 0
+    step: int | None = None
+    out_of_memory: str = ""
 
     @property
     def is_its_own(self) -> bool:
         """Whether the program ended by itself."""
         has_exited = self.exit_code is not None and self.exit_code >= 0
         return (has_exited or bool(self.error)) and not self.is_of_lost_peer
+
+    @property
+    def is_crash(self) -> bool:
+        """Whether the process died by what it did itself, or for lack of memory."""
+        if self.exit_code is None or self.error:
+            return False
+        return -self.exit_code in _CRASHES or (self.exit_code == -signal.SIGKILL and bool(self.out_of_memory))
+
+    @property
+    def place(self) -> str:
+        """Where it ended, in words."""
+        return str(self.stage) if self.step is None else f"at step {self.step}"
 
     def __str__(self) -> str:
         return self.error or f"exit code {self.exit_code}"
@@ -63,10 +104,12 @@ class Starts:
     Args:
         failed: how many in a row have ended by themselves before a step.
         came_to_fit: whether a process has come to `fit`.
+        crashes: those at the place of the last one, with no new step committed in between.
     """
 
     failed: int = 0
     came_to_fit: bool = False
+    crashes: tuple[ProgramEnd, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +135,10 @@ def judge_end(end: ProgramEnd, starts: Starts, *, has_stepped: bool) -> EndPlan:
         starts: what earlier starts have come to.
         has_stepped: whether a new step was committed since the workers were started.
     """
+    if has_stepped:
+        starts = replace(starts, crashes=())
+    if end.is_crash:
+        return _judge_crash(end, replace(starts, failed=0))
     if not end.is_its_own:
         return EndPlan(replace(starts, failed=0))
     if end.stage is Stage.PAST:
@@ -107,6 +154,30 @@ def judge_end(end: ProgramEnd, starts: Starts, *, has_stepped: bool) -> EndPlan:
     if failed.failed >= _MOST_STARTS:
         return EndPlan(failed, f"{failed.failed} starts in a row ended before a step was made, the last with {end}")
     return EndPlan(failed)
+
+
+def _judge_crash(end: ProgramEnd, starts: Starts) -> EndPlan:
+    crashes = (*(earlier for earlier in starts.crashes if earlier.place == end.place), end)
+    starts = replace(starts, crashes=crashes)
+    if len(crashes) < (_MOST_CRASHES_AT_A_STAGE if end.step is None else _MOST_CRASHES_AT_A_STEP):
+        return EndPlan(starts)
+    return EndPlan(starts, _crashes_repeat(crashes), keeps_state=True)
+
+
+def _crashes_repeat(crashes: tuple[ProgramEnd, ...]) -> str:
+    last, ranks = crashes[-1], sorted({crash.rank for crash in crashes})
+    who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    signals = sorted({signal.Signals(-crash.exit_code).name for crash in crashes if crash.exit_code is not None})
+    starved = next((crash.out_of_memory for crash in reversed(crashes) if crash.out_of_memory), "")
+    advice = (
+        f"{starved}: allow more memory, or use less of it, e.g. by smaller batches or fewer dataloader workers"
+        if starved
+        else "PYTHONFAULTHANDLER=1 in the environment prints where it crashes"
+    )
+    return (
+        f"{who} crashed {len(crashes)} times {last.place} ({', '.join(signals)}) with no new step committed in "
+        f"between, and would do so again. {advice[0].upper()}{advice[1:]}"
+    )
 
 
 def _head_does_not_repeat(end: ProgramEnd, count: int) -> str:

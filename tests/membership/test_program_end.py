@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ from typing import Any
 import pytest
 
 from lightning_ckptless import environment
-from lightning_ckptless.membership.failure import Failure, failure_of, is_reported_already, leave_failure
+from lightning_ckptless.membership import oom_kills
+from lightning_ckptless.membership.failure import Failure, count_report, failure_of, leave_failure
 from lightning_ckptless.membership.launch import LaunchConfig, Outcome, run
 from lightning_ckptless.membership.parent import PreloadedParent
+from tests.membership.cgroups import fake_cgroup
 from tests.membership.conftest import script
 
 Write = Callable[..., Path]
@@ -147,9 +151,92 @@ def test_a_failure_says_whether_a_peer_was_lost(tmp_path: Path) -> None:
     assert json.loads((tmp_path / f"failure-{os.getpid()}.json").read_text())["error"] == "sys.exit(3)"
 
 
-def test_a_traceback_is_reported_by_the_first_of_those_that_raise_it(tmp_path: Path) -> None:
+def raised(error: Exception, cause: Exception | None = None) -> Exception:
+    """The error with a traceback and a cause."""
+    try:
+        raise error from cause
+    except type(error) as caught:
+        return caught
+
+
+def test_reports_of_the_same_traceback_are_counted(tmp_path: Path) -> None:
     env = {environment.VERDICT_DIR: str(tmp_path)}
-    assert not is_reported_already(ValueError("once"), env)
-    assert is_reported_already(ValueError("once"), env)
-    assert not is_reported_already(ValueError("another"), env)
-    assert not is_reported_already(ValueError("once"), {})
+    refused = "connection to 127.0.0.1:{} refused by rank {}"
+    with (tmp_path / "log-0").open("w") as first, (tmp_path / "log-1").open("w") as second:
+        one, other = first.fileno(), second.fileno()
+        assert count_report(raised(OSError(refused.format(40001, 0))), one, env) == 1
+        assert count_report(raised(OSError(refused.format(40002, 1))), one, env) == 2
+        assert count_report(raised(OSError(refused.format(40002, 1))), other, env) == 1, "who reads this log sees none"
+        assert count_report(OSError(refused.format(40003, 2)), one, env) == 1, "it was raised elsewhere"
+        assert count_report(raised(OSError(refused.format(1, 1)), KeyError("x")), one, env) == 1, "of another cause"
+        assert count_report(raised(OSError("connection lost")), one, env) == 1
+        assert count_report(raised(OSError("connection lost")), one, {}) == 1
+
+
+def test_a_traceback_of_all_ranks_and_starts_is_printed_once(
+    bare: PreloadedParent, write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    outcome = launch(bare, '    raise RuntimeError(f"rank {rank}: no thread can be started")\n', write, tmp_path)
+    assert (outcome.exit_code, outcome.restarts) == (1, 2)
+    said = capfd.readouterr().err
+    assert said.count("Traceback (most recent call last)") == 1
+    assert "no thread can be started (the same traceback as above, 3 times so far)" in said
+
+
+def test_an_abort_before_training_ends_the_run_after_three_starts(
+    bare: PreloadedParent, write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    outcome = launch(bare, "    os.abort()\n", write, tmp_path)
+    assert (outcome.exit_code, outcome.restarts) == (128 + signal.SIGABRT, 2)
+    assert outcome.has_given_up
+    said = capfd.readouterr().err
+    assert re.search(r"not relaunched: ranks? \S+( 1)? crashed 3 times before fit \(SIGABRT\)", said)
+    assert "PYTHONFAULTHANDLER=1" in said
+
+
+# Rank 1 dies at step 3 as the kernel kills a process: after the count in its cgroup has risen.
+STARVED = """
+    from lightning_ckptless.membership.pulse import PulseWriter
+    from lightning_ckptless.protocol.hang import Point
+
+    line.tell("came_to_fit")
+    line.tell("entered", **wishes)
+    pulse = PulseWriter.from_environment()
+    pulse.beat(3, Point.BACKWARD)
+    if rank == 1:
+        events = Path("cgroup/memory.events")
+        kills = int(events.read_text().split()[-1])
+        if sys.argv[1:] == ["counted"]:
+            events.write_text(f"oom {kills + 1}\\noom_kill {kills + 1}\\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "faults", "reason"),
+    [
+        ("counted", 4, "rank 1 crashed 4 times at step 3 (SIGKILL) with no new step committed"),
+        ("", 7, "max_recoveries_without_progress=6 allows no more"),
+    ],
+)
+def test_a_kill_for_lack_of_memory_at_one_step_is_told_from_one_from_outside(
+    how: str,
+    faults: int,
+    reason: str,
+    bare: PreloadedParent,
+    write: Write,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(oom_kills, "PROC", fake_cgroup(tmp_path, kills=5, limit="536870912"))
+    text = STARVED.replace("sys.argv[1:]", repr([how]))
+    outcome = launch(bare, text, write, tmp_path, max_recoveries_without_progress=6)
+    assert (outcome.exit_code, len(outcome.faults), outcome.has_given_up) == (128 + 9, faults, True)
+    said = capfd.readouterr().err
+    assert reason in said
+    if how:
+        assert "died by SIGKILL for lack of memory: the kernel has killed 1 process(es) of cgroup " in said
+        assert "The kernel has killed 4 process(es)" in said
+    assert ("its memory is limited to 512 MiB" in said) is bool(how)

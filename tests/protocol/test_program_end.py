@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+from dataclasses import replace
+
 import pytest
 
 from lightning_ckptless.protocol.program_end import EndPlan, ProgramEnd, Stage, Starts, judge_end
@@ -60,3 +63,51 @@ def test_a_step_or_a_signal_in_between_begins_the_count_again() -> None:
     exited = ProgramEnd(3, Stage.INSIDE)
     assert ends(*[exited, exited, ProgramEnd(-9, Stage.INSIDE)] * 3).final is None
     assert ends(*[exited] * 9, has_stepped=True).final is None
+
+
+ABORTED = ProgramEnd(-signal.SIGABRT, Stage.BEFORE)
+FAULTED = ProgramEnd(-signal.SIGSEGV, Stage.INSIDE, rank=1, step=7)
+KILLED = replace(FAULTED, exit_code=-signal.SIGKILL)
+STARVED = replace(KILLED, out_of_memory="the kernel has killed 4 processes")
+
+
+@pytest.mark.parametrize("stage", Stage)
+def test_the_third_crash_at_a_stage_outside_the_loop_ends_the_run_and_keeps_its_state(stage: Stage) -> None:
+    crash = replace(ABORTED, stage=stage)
+    other = replace(crash, rank=1)
+    assert ends(crash, other, came_to_fit=False).final is None
+    plan = ends(crash, other, crash, came_to_fit=False)
+    assert plan.keeps_state
+    assert plan.final == (
+        f"ranks 0, 1 crashed 3 times {stage} (SIGABRT) with no new step committed in between, and would do so again. "
+        "PYTHONFAULTHANDLER=1 in the environment prints where it crashes"
+    )
+
+
+def test_the_fourth_crash_at_a_step_ends_the_run_and_keeps_its_state() -> None:
+    assert ends(*[FAULTED] * 3).final is None
+    plan = ends(*[FAULTED] * 4)
+    assert plan.final is not None and plan.keeps_state
+    assert "rank 1 crashed 4 times at step 7 (SIGSEGV)" in plan.final
+
+
+def test_a_kill_for_lack_of_memory_is_a_crash_and_one_from_outside_is_none() -> None:
+    plan = ends(*[STARVED] * 4)
+    assert plan.final is not None
+    assert "The kernel has killed 4 processes: allow more memory, or use less of it" in plan.final
+    assert ends(*[KILLED] * 20).final is None
+    # One kill that the kernel has not counted yet, or one from outside, changes nothing of what repeats.
+    assert ends(STARVED, STARVED, KILLED, STARVED, STARVED).final is not None
+
+
+def test_a_new_step_or_another_place_begins_the_count_of_crashes_again() -> None:
+    elsewhere = replace(FAULTED, step=8)
+    assert ends(*[FAULTED] * 3, elsewhere, *[FAULTED] * 3).final is None
+    assert ends(*[FAULTED] * 9, has_stepped=True).final is None
+    stepped = judge_end(FAULTED, ends(*[FAULTED] * 3).starts, has_stepped=True)
+    assert stepped.final is None and len(stepped.starts.crashes) == 1
+
+
+def test_an_error_that_was_reported_before_the_signal_is_no_crash() -> None:
+    assert not replace(FAULTED, error="ValueError: mine").is_crash
+    assert not replace(FAULTED, exit_code=None).is_crash
