@@ -5,6 +5,7 @@
 | ends while workers are forked | another one like it is started, and all workers with it |
 | has ended so three times in a row | new interpreters are started from then on |
 | says that a fork of it would not be a clean process | the same |
+| says that the system allows no further process | all workers are started again after a pause, three times |
 
 Workers never outlive the parent that has forked them, so none is left when the next one begins.
 """
@@ -12,12 +13,16 @@ Workers never outlive the parent that has forked them, so none is left when the 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 
-from lightning_ckptless.membership.parent import ParentLostError, PreloadedParent, UnsafeForkError
+from lightning_ckptless.membership.parent import ForkError, ParentLostError, PreloadedParent, UnsafeForkError
 from lightning_ckptless.membership.workers import Workers
 
 _MOST_LOSSES = 3
+_MOST_REFUSALS = 3
+_PAUSE_S = 0.5
+"""Before the first further try; each one after it waits twice as long. Those that were killed have to be gone."""
 
 
 class Forks:
@@ -48,7 +53,7 @@ class Forks:
         Raises:
             LaunchError: not even new interpreters can be started.
         """
-        losses = 0
+        losses = refusals = 0
         while True:
             workers = make()
             try:
@@ -56,6 +61,14 @@ class Forks:
             except UnsafeForkError as error:
                 workers.close(signal.SIGKILL)
                 self._start_afresh(str(error))
+            except ForkError as error:
+                workers.close(signal.SIGKILL)
+                if refusals == _MOST_REFUSALS:
+                    raise
+                pause_s = _PAUSE_S * 2**refusals
+                refusals += 1
+                self._say(f"{error}; all workers are started again in {pause_s:g} s")
+                time.sleep(pause_s)
             except ParentLostError as error:
                 workers.close(signal.SIGKILL)
                 losses += 1

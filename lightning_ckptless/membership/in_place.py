@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lightning_ckptless.console import CONSOLE, Bar
 from lightning_ckptless.membership.channel import Message
 from lightning_ckptless.membership.failure import without_numbers
 from lightning_ckptless.membership.fault import FaultReport
-from lightning_ckptless.membership.parent import ParentLostError, PreloadedParent
+from lightning_ckptless.membership.parent import ForkError, ParentLostError, PreloadedParent
 from lightning_ckptless.membership.process import Process
 from lightning_ckptless.membership.regrouping import Regrouping, Regroupings
 from lightning_ckptless.membership.standby import Standbys, promote
@@ -236,6 +236,10 @@ class InPlace:
         except ParentLostError:
             # All workers have ended with it, which shows next.
             return
+        except ForkError as error:
+            self._say(f"the run continues without standbys: {error}")
+            self._wishes = None if self._wishes is None else replace(self._wishes, standbys=0)
+            return
         if has_changed:
             self._record("standbys", ready=self._standbys.ready, wanted=wanted, pids=list(self._standbys.pids))
 
@@ -305,7 +309,10 @@ class InPlace:
             if self._standbys is None or standby is None:
                 output = self._outputs / f"rank{env['RANK']}-{regrouping.number}.log"
                 self._output_of[rank] = output
-                workers.replace(rank, env | joining(regrouping) | {environment.OUTPUT_FILE: str(output)})
+                try:
+                    workers.replace(rank, env | joining(regrouping) | {environment.OUTPUT_FILE: str(output)})
+                except ForkError as error:
+                    self._obstacle = str(error)
             else:
                 self._output_of[rank] = self._standbys.output_of(standby)
                 _promote(workers, rank, standby, env, regrouping)

@@ -257,6 +257,10 @@ def main(
                 parent.preload(more, path=script_path(config.program, config.working_dir))
             try:
                 outcome = run(config, parent=parent, record=record_for(config))
+            except LaunchError:
+                # The program is not to blame: the state is worth another start.
+                outcome = Outcome(_CANNOT_START_EXIT_CODE, 0, (), has_given_up=True)
+                raise
             finally:
                 last_words = ended(config, outcome)
             exit_code = outcome.exit_code

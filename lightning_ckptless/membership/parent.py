@@ -31,6 +31,16 @@ class ParentLostError(LaunchError):
     """The preloaded parent has ended, and its workers with it."""
 
 
+class ForkError(LaunchError):
+    """The system allows no further process."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(
+            f"no new process can be started: {cause}. Look at the limits on processes (`ulimit -u`, `pids.max` of the "
+            "cgroup) and on memory"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class End:
     """How a worker ended.
@@ -122,6 +132,7 @@ class PreloadedParent:
         Raises:
             UnsafeForkError: a fork would not be a clean process; jobs with `fresh` are never refused.
             ParentLostError: the parent has ended.
+            ForkError: the system allows no further process.
             LaunchError: a module cannot be preloaded.
         """
         self.start()
@@ -131,6 +142,8 @@ class PreloadedParent:
             answer, files = self._ask({"fork": job.to_message()}, stdio)
             if "refused" in answer:
                 raise UnsafeForkError(answer["refused"])
+            if "impossible" in answer:
+                raise ForkError(answer["impossible"])
             assert self._process is not None
             return Forked(answer["pid"], files[0], self._process.pid)
 

@@ -10,6 +10,7 @@ parent ends.
 |---|---|
 | `{"preload": [names], "path": [folders]}` | `{"ready": seconds}` or `{"failed": sentence}` |
 | `{"fork": job}` with stdin, stdout, stderr, line | `{"pid": n}` with a pidfd, or `{"refused": sentence}` |
+| the same, at a limit of the system | `{"impossible": sentence}` |
 | `{"signal": number, "pids": [...]}`, to groups, or with `"alone": true` to processes | none |
 
 Unasked, `{"ended": pid, "exit_code": n, "at": seconds}` is sent when a worker ends, `at` being wall clock.
@@ -165,7 +166,13 @@ class Parent:
         parent_pid = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = _fork()
+        try:
+            pid = _fork()
+        except OSError as error:
+            # At a limit on processes or on memory. Those that run already are none the worse for it.
+            channel.close_all(files)
+            self._send({"impossible": str(error)})
+            return None
         if pid == 0:
             self._release()
             worker.detach(parent_pid, files[:3])

@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from lightning_ckptless import environment
 from lightning_ckptless.membership.channel import Message
-from lightning_ckptless.membership.parent import End, ParentLostError, PreloadedParent
+from lightning_ckptless.membership.parent import End, ForkError, ParentLostError, PreloadedParent
 from lightning_ckptless.membership.process import Process
 from lightning_ckptless.membership.program import Program
 from lightning_ckptless.membership.worker import Job
@@ -148,12 +148,19 @@ class Workers(PContext):
         return replace(job, env={**job.env, **env})
 
     def replace(self, rank: int, env: Mapping[str, str]) -> None:
-        """Start a new worker in the place of one that was lost; it is lost as well where its parent ends meanwhile."""
+        """Start a new worker in the place of one that was lost; where that fails it is lost as well.
+
+        Raises:
+            ForkError: the system allows no further process.
+        """
         self._part_with(rank)
         try:
             self._launch(rank, self.job(rank, env), os.O_APPEND)
         except ParentLostError:
             self._ends[rank] = End(-signal.SIGKILL, time.time())
+        except ForkError:
+            self._ends[rank] = End(-signal.SIGKILL, time.time())
+            raise
 
     def put_in_place(self, rank: int, process: Process) -> None:
         """Let a process that runs already take the place of a worker that was lost."""

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from lightning_ckptless.errors import LaunchError
+from lightning_ckptless.membership import forks
 from lightning_ckptless.membership.launch import LaunchConfig, Outcome, run
 from tests.membership.conftest import script
 
@@ -47,12 +49,30 @@ WORKER = """
 """
 
 
+# Preloaded: those forks whose numbers are named fail, as at a limit on processes.
+LIMIT = """
+    import errno, os
+    from pathlib import Path
+
+    here, names, fork = Path({folder!r}), {names!r}, os.fork
+
+    def limited():
+        number = len(list(here.glob("fork-*")))
+        (here / f"fork-{{number}}").touch()
+        if number in names:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return fork()
+
+    os.fork = limited
+"""
+
+
 @pytest.fixture
 def trapped(write: Callable[..., Path], tmp_path: Path) -> Callable[..., Outcome]:
-    """Runs two workers whose parent is killed before the forks with these numbers."""
+    """Runs two workers whose parent is killed, or at its limit, before the forks with these numbers."""
 
-    def trapped(how: str, names: list[int], **settings: Any) -> Outcome:
-        write(TRAP.format(folder=str(tmp_path), names=names), "trap.py")
+    def trapped(how: str, names: list[int], trap: str = TRAP, **settings: Any) -> Outcome:
+        write(trap.format(folder=str(tmp_path), names=names), "trap.py")
         program = script(write(WORKER), how)
         return run(LaunchConfig(program=program, nproc=2, cwd=tmp_path, preload=("trap",), **settings))
 
@@ -88,3 +108,29 @@ def test_when_it_never_works(
     said = capfd.readouterr().err
     assert said.count("another one is started") == 2
     assert said.count("workers are started afresh from now on") == 1 and "3 times in a row" in said
+
+
+def test_at_a_limit_on_processes_when_a_lost_rank_is_replaced(
+    trapped: Callable[..., Outcome], capfd: pytest.CaptureFixture[str]
+) -> None:
+    outcome = trapped("in-place", [2], LIMIT, max_restarts=2)
+    assert (outcome.exit_code, outcome.restarts, outcome.in_place, len(outcome.faults)) == (0, 1, 1, 2)
+    said = capfd.readouterr().err
+    assert "not in place: no new process can be started: [Errno 11]" in said and "`pids.max`" in said
+    assert "Traceback" not in said
+
+
+def test_at_a_limit_on_processes_when_all_are_started_again(
+    trapped: Callable[..., Outcome], capfd: pytest.CaptureFixture[str]
+) -> None:
+    outcome = trapped("relaunch", [3], LIMIT, max_restarts=1)
+    assert (outcome.exit_code, outcome.restarts, len(outcome.faults)) == (0, 1, 1)
+    assert capfd.readouterr().err.count("all workers are started again in 0.5 s") == 1
+
+
+def test_a_limit_on_processes_that_stays_ends_the_run(
+    trapped: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forks, "_PAUSE_S", 0.001)
+    with pytest.raises(LaunchError, match="no new process can be started"):
+        trapped("whole", list(range(9)), LIMIT)

@@ -16,7 +16,7 @@ import pytest
 from lightning_ckptless import environment
 from lightning_ckptless.errors import LaunchError, OptionsError
 from lightning_ckptless.membership.fault import FaultReport
-from lightning_ckptless.membership.launch import LaunchConfig, Outcome, run
+from lightning_ckptless.membership.launch import LaunchConfig, Outcome, main, run
 from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.membership.program import Program
 from tests.membership.conftest import REPOSITORY, script
@@ -269,6 +269,24 @@ def test_twenty_relaunches_cost_no_files_and_no_threads(bare: PreloadedParent, w
 def test_settings_that_cannot_work(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(OptionsError, match=text):
         LaunchConfig(program=Program("script", "train.py"), **settings)
+
+
+def test_a_run_whose_workers_cannot_be_started_again_has_given_up(
+    write: Write, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def cannot(*_: object) -> Outcome:
+        raise LaunchError("no new process can be started")
+
+    monkeypatch.setattr("lightning_ckptless.membership.node.run_node", cannot)
+    seen: list[Outcome | None] = []
+
+    def ended(_: LaunchConfig, outcome: Outcome | None) -> str:
+        seen.append(outcome)
+        return "continue with: it"
+
+    assert main(["--no-preload", "--standalone", str(write(""))], ended=ended) == 2
+    assert [outcome is not None and outcome.has_given_up for outcome in seen] == [True]
+    assert capfd.readouterr().err == "ckptless: no new process can be started\nckptless: continue with: it\n"
 
 
 def test_runs_are_named_apart() -> None:
