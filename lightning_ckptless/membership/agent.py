@@ -505,6 +505,7 @@ class CkptlessAgent(LocalElasticAgent):
             workers.stages[culprit],
             failure.error,
             failure.is_of_lost_peer,
+            signal_name="" if end is None else split_exit(end.exit_code)[1] or "",
             rank=ranks[culprit],
             step=step_begun(self._folder, culprit),
             out_of_memory="" if workers.blamed(culprit) else self._out_of_memory,

@@ -11,7 +11,7 @@
 | worker | `waiting` | it has come to the loop alone, and waits there for the others |
 | worker | `released` | it has left the process groups that it shared with the lost |
 | worker | `met` | it has met the others under this number |
-| worker | `held` | it cannot get free of them, with the reason |
+| worker | `held` | it cannot get free of them, with the reason, its threads and its sockets |
 | worker | `stands` | whether it waits for others, when it was asked `where` it is |
 | worker | `unable` | it cannot go on in place, with the reason |
 | worker | `companion` | it asks for a process beside the workers, of this module with this argument |

@@ -85,6 +85,7 @@ class InPlace:
         self._start_standby: Callable[[list[int]], Process] | None = None
         self._told_at: dict[int, float] = {}
         self._held: dict[int, str] = {}
+        self._ended_for_wait: set[int] = set()
         self._env_of: Callable[[int], dict[str, str]] | None = None
         self._coming: dict[int, float] = {}
         self._ready: dict[int, float] = {}
@@ -114,6 +115,7 @@ class InPlace:
         self._met = 0
         self._told_at.clear()
         self._held.clear()
+        self._ended_for_wait.clear()
         self._coming.clear()
         self._ready.clear()
         self._have_met.clear()
@@ -174,6 +176,7 @@ class InPlace:
                 self._take_wishes(message)
             elif message["kind"] == "stepped":
                 self.tries, self.trains = 0, True
+                self._ended_for_wait.clear()
             elif message["kind"] == "waiting":
                 self.at_the_door.add(rank)
             elif message["kind"] == "released":
@@ -182,7 +185,7 @@ class InPlace:
             elif message["kind"] == "met":
                 self._note_met(rank, message["number"])
             elif message["kind"] == "held":
-                self._held[rank] = message["reason"]
+                self._note_held(rank, message)
             elif message["kind"] == "left":
                 CONSOLE.bar = Bar.NONE
             elif message["kind"] == "unable":
@@ -196,6 +199,14 @@ class InPlace:
         if self._regroupings is not None and number == self._regroupings.number:
             self._ready.pop(rank, None)
             self._have_met.add(rank)
+
+    def _note_held(self, rank: int, message: Message) -> None:
+        """Take in that a worker says it is stuck, unless it was believed before and that has not helped."""
+        believed = rank not in self._ended_for_wait
+        if believed:
+            self._held[rank] = message["reason"]
+        facts = {name: message[name] for name in ("reason", "threads", "sockets")}
+        self._record("stuck_collective", local_rank=rank, believed=believed, **facts)
 
     def meeting(self, workers: Workers) -> Meeting:
         """The meeting of this node's workers with all others, as far as it has come."""
@@ -221,8 +232,11 @@ class InPlace:
         self._lasting = message["obstacle"] or self._lasting
 
     def look(self) -> Hang | None:
-        """Which survivors do not get free of what they shared with the lost."""
-        return find_unreleased(self._told_at, now=time.monotonic(), override_s=self.hang_timeout_s, held=self._held)
+        """Which survivors do not get free of what they shared with the lost; one at a time where they say so."""
+        found = find_unreleased(self._told_at, now=time.monotonic(), override_s=self.hang_timeout_s, held=self._held)
+        if found is not None:
+            self._ended_for_wait.update(self._held.keys() & set(found.ranks))
+        return found
 
     def tend_standbys(self) -> None:
         """Keep as many standbys as are wanted, once training is under way."""

@@ -25,6 +25,7 @@ import sys
 import threading
 
 from lightning_ckptless.membership.kernel import stat_fields
+from lightning_ckptless.membership.stuck import python_threads
 from lightning_ckptless.protocol.hang import Stand, find_lost_wait, unchanged_since
 
 _WAITS_FOR_PEERS = (
@@ -69,15 +70,10 @@ def main_thread_waits() -> bool:
 
 def _stands() -> dict[int, Stand]:
     """Where the threads sleep that sleep in one of those modules, by their number in the system."""
-    frames, found = sys._current_frames(), {}
-    for thread in threading.enumerate():
-        frame = frames.get(thread.ident or 0)
-        module = "" if frame is None else str(frame.f_globals.get("__name__", ""))
-        # Behind a fork, python still has the main thread's number of the parent.
-        number = os.getpid() if thread is threading.main_thread() else thread.native_id
-        if frame is None or number is None or not module.startswith(_WAITS_FOR_PEERS):
-            continue
-        if module == _WAITS_FOR_THE_STORE:
+    found = {}
+    for number, thread, frame in python_threads():
+        module = str(frame.f_globals.get("__name__", ""))
+        if not module.startswith(_WAITS_FOR_PEERS) or module == _WAITS_FOR_THE_STORE:
             continue
         fields = stat_fields(os.getpid(), number)
         if fields is not None and fields[0] == "S":

@@ -21,6 +21,7 @@ from lightning_ckptless.errors import TransportError
 from lightning_ckptless.membership.control import Line
 from lightning_ckptless.membership.fault import FaultReport
 from lightning_ckptless.membership.lost_waits import LostWaits, main_thread_waits
+from lightning_ckptless.membership.stuck import evidence
 from lightning_ckptless.protocol.uneven import AtEnd
 
 log = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ class Watcher:
         reason = self._waits.look(connections, time.monotonic())
         if reason is not None:
             self._waits = LostWaits()
-            self.tell("held", reason=reason)
+            self.tell("held", reason=reason, **evidence())
 
     def _read(self) -> None:
         received = self._line.receive()

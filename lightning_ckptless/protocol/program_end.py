@@ -21,7 +21,6 @@ SIGKILL comes from outside, and only the limits of `recovery_limits.py` count it
 
 from __future__ import annotations
 
-import signal
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -30,17 +29,7 @@ _MOST_STARTS_BEFORE_FIT = 2
 _MOST_CRASHES_AT_A_STEP = 4
 """Two recoveries in place and a relaunch have failed by then."""
 _MOST_CRASHES_AT_A_STAGE = 3
-_CRASHES = frozenset(
-    {
-        signal.SIGABRT,
-        signal.SIGBUS,
-        signal.SIGFPE,
-        signal.SIGILL,
-        signal.SIGSEGV,
-        signal.SIGSYS,
-        signal.SIGTRAP,
-    }
-)
+_CRASHES = frozenset({"SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP"})
 """Signals that a process causes itself, by `abort` or by an instruction that fails."""
 
 
@@ -61,6 +50,7 @@ class ProgramEnd:
         stage: where it was in its program.
         error: what the program raised, in a line; empty where that is not known.
         is_of_lost_peer: whether that error says that another rank is gone.
+        signal_name: the signal that ended it; empty where none did, or that is not known.
         rank: of the worker.
         step: optimizer step that it had begun; None where it was in none.
         out_of_memory: how many processes the kernel has killed for lack of memory, in words; empty where it has killed
@@ -71,6 +61,7 @@ class ProgramEnd:
     stage: Stage
     error: str = ""
     is_of_lost_peer: bool = False
+    signal_name: str = ""
     rank: int = 0
     step: int | None = None
     out_of_memory: str = ""
@@ -84,9 +75,8 @@ class ProgramEnd:
     @property
     def is_crash(self) -> bool:
         """Whether the process died by what it did itself, or for lack of memory."""
-        if self.exit_code is None or self.error:
-            return False
-        return -self.exit_code in _CRASHES or (self.exit_code == -signal.SIGKILL and bool(self.out_of_memory))
+        is_starved = self.signal_name == "SIGKILL" and bool(self.out_of_memory)
+        return not self.error and (self.signal_name in _CRASHES or is_starved)
 
     @property
     def place(self) -> str:
@@ -167,7 +157,7 @@ def _judge_crash(end: ProgramEnd, starts: Starts) -> EndPlan:
 def _crashes_repeat(crashes: tuple[ProgramEnd, ...]) -> str:
     last, ranks = crashes[-1], sorted({crash.rank for crash in crashes})
     who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-    signals = sorted({signal.Signals(-crash.exit_code).name for crash in crashes if crash.exit_code is not None})
+    signals = sorted({crash.signal_name for crash in crashes})
     starved = next((crash.out_of_memory for crash in reversed(crashes) if crash.out_of_memory), "")
     advice = (
         f"{starved}: allow more memory, or use less of it, e.g. by smaller batches or fewer dataloader workers"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,6 +81,11 @@ def test_who_is_lost_in_gloo_says_so(parent: PreloadedParent, ranks: list[tuple[
     assert (ran.exit_code, ran.err) == (0, ""), "gloo has set the thread free: then nobody needs to look for it"
     assert "'kind': 'held'" in ran.out
     assert "MainThread sleeps in torch.distributed.distributed_c10d.send" in ran.out
+    said = ast.literal_eval(ran.out)
+    (stuck,) = (line for line in said["threads"] if "MainThread in torch.distributed.distributed_c10d.send:" in line)
+    assert "state S" in stuck
+    assert any("no Python frame" in line for line in said["threads"]), "gloo's own threads"
+    assert any(" -> 127.0.0.1:" in line and "bytes not acknowledged" in line for line in said["sockets"])
 
 
 def test_who_sleeps_elsewhere_is_not_lost() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import replace
 
 import pytest
@@ -65,9 +64,9 @@ def test_a_step_or_a_signal_in_between_begins_the_count_again() -> None:
     assert ends(*[exited] * 9, has_stepped=True).final is None
 
 
-ABORTED = ProgramEnd(-signal.SIGABRT, Stage.BEFORE)
-FAULTED = ProgramEnd(-signal.SIGSEGV, Stage.INSIDE, rank=1, step=7)
-KILLED = replace(FAULTED, exit_code=-signal.SIGKILL)
+ABORTED = ProgramEnd(-6, Stage.BEFORE, signal_name="SIGABRT")
+FAULTED = ProgramEnd(-11, Stage.INSIDE, signal_name="SIGSEGV", rank=1, step=7)
+KILLED = replace(FAULTED, exit_code=-9, signal_name="SIGKILL")
 STARVED = replace(KILLED, out_of_memory="the kernel has killed 4 processes")
 
 
@@ -110,4 +109,4 @@ def test_a_new_step_or_another_place_begins_the_count_of_crashes_again() -> None
 
 def test_an_error_that_was_reported_before_the_signal_is_no_crash() -> None:
     assert not replace(FAULTED, error="ValueError: mine").is_crash
-    assert not replace(FAULTED, exit_code=None).is_crash
+    assert not replace(FAULTED, exit_code=None, signal_name="").is_crash
