@@ -15,6 +15,8 @@ from tests.lab.parts import Options
 PATIENT = replace(BASE, samples=800, epochs=1)
 """A hundred steps on each of two ranks: time for a standby to come."""
 WATCHED = replace(BASE, strategy_options="{'hang_timeout_s': 1.0}")
+MANY = replace(BASE, devices=32, samples=768, epochs=1)
+"""Six steps on each of 32 ranks, more than any queue of connections that a library makes by default is for."""
 FIRST = "kill:rank=1:step=4"
 
 
@@ -84,3 +86,12 @@ def test_hazard(name: str, drill: Drill) -> None:
         died_at = [event.fields["died_at"] for event in report.faulted.events if event.event == "fault"]
         assert report.recoveries[0].total_s >= died_at[-1] - died_at[0]
         assert report.recoveries[0].cause.count("; then ") == len(died_at) - 1
+
+
+@pytest.mark.long
+def test_thirty_two_ranks(drill: Drill) -> None:
+    report = drill(Cell("kill:rank=17:step=3", MANY), Ladder(20))
+    assert report.problems == ()
+    assert report.identical
+    assert (report.in_place, report.relaunches, len(report.recoveries)) == (1, 0, 1)
+    assert report.recoveries[0].culprit_rank == 17
