@@ -9,8 +9,8 @@ SIGKILL comes from outside, and only the limits of `recovery_limits.py` count it
 
 | The worker ended | And | Then |
 |---|---|---|
-| by a crash at a step | the fourth time there with no new step | end, and keep the state |
-| by a crash at a stage outside the training loop | the third time there with no new step | end, and keep the state |
+| by a crash at a step | the fourth time in a row there | end, and keep the state |
+| by a crash outside the training loop | the third time in a row there, without a new step | end, and keep the state |
 | by a signal, or by the error of a lost peer | | recover |
 | by itself, past a `fit` | | end |
 | by itself, after a new step of this start | | recover |
@@ -94,7 +94,7 @@ class Starts:
     Args:
         failed: how many in a row have ended by themselves before a step.
         came_to_fit: whether a process has come to `fit`.
-        crashes: those at the place of the last one, with no new step committed in between.
+        crashes: those in a row at the place of the last one.
     """
 
     failed: int = 0
@@ -125,10 +125,8 @@ def judge_end(end: ProgramEnd, starts: Starts, *, has_stepped: bool) -> EndPlan:
         starts: what earlier starts have come to.
         has_stepped: whether a new step was committed since the workers were started.
     """
-    if has_stepped:
-        starts = replace(starts, crashes=())
     if end.is_crash:
-        return _judge_crash(end, replace(starts, failed=0))
+        return _judge_crash(end, replace(starts, failed=0), has_stepped=has_stepped)
     if not end.is_its_own:
         return EndPlan(replace(starts, failed=0))
     if end.stage is Stage.PAST:
@@ -146,8 +144,10 @@ def judge_end(end: ProgramEnd, starts: Starts, *, has_stepped: bool) -> EndPlan:
     return EndPlan(failed)
 
 
-def _judge_crash(end: ProgramEnd, starts: Starts) -> EndPlan:
-    crashes = (*(earlier for earlier in starts.crashes if earlier.place == end.place), end)
+def _judge_crash(end: ProgramEnd, starts: Starts, *, has_stepped: bool) -> EndPlan:
+    # A run that has committed a step that crashed does not come back to it, but it may commit those before it again.
+    has_left = has_stepped and end.step is None
+    crashes = (*(earlier for earlier in starts.crashes if earlier.place == end.place and not has_left), end)
     starts = replace(starts, crashes=crashes)
     if len(crashes) < (_MOST_CRASHES_AT_A_STAGE if end.step is None else _MOST_CRASHES_AT_A_STEP):
         return EndPlan(starts)
@@ -165,8 +165,8 @@ def _crashes_repeat(crashes: tuple[ProgramEnd, ...]) -> str:
         else "PYTHONFAULTHANDLER=1 in the environment prints where it crashes"
     )
     return (
-        f"{who} crashed {len(crashes)} times {last.place} ({', '.join(signals)}) with no new step committed in "
-        f"between, and would do so again. {advice[0].upper()}{advice[1:]}"
+        f"{who} crashed {len(crashes)} times in a row {last.place} ({', '.join(signals)}), and would do so again. "
+        f"{advice[0].upper()}{advice[1:]}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,11 @@ def test_a_report_survives_its_text() -> None:
     ("found", "kind", "text"),
     [
         (report(), "killed", "rank 1 (pid 123) died by SIGKILL"),
+        (
+            replace(report(), out_of_memory="the kernel has killed 2"),
+            "killed",
+            "rank 1 (pid 123) died by SIGKILL for lack of memory: the kernel has killed 2",
+        ),
         (report(exit_code=3, signal_name=None), "exited", "rank 1 (pid 123) exited with code 3"),
         (report(rank=None, signal_name=None), "lost", "the members of the run changed"),
     ],

@@ -190,7 +190,7 @@ def test_an_abort_before_training_ends_the_run_after_three_starts(
     assert (outcome.exit_code, outcome.restarts) == (128 + signal.SIGABRT, 2)
     assert outcome.has_given_up
     said = capfd.readouterr().err
-    assert re.search(r"not relaunched: ranks? \S+( 1)? crashed 3 times before fit \(SIGABRT\)", said)
+    assert re.search(r"not relaunched: ranks? \S+( 1)? crashed 3 times in a row before fit \(SIGABRT\)", said)
     assert "PYTHONFAULTHANDLER=1" in said
 
 
@@ -216,7 +216,7 @@ STARVED = """
 @pytest.mark.parametrize(
     ("how", "faults", "reason"),
     [
-        ("counted", 4, "rank 1 crashed 4 times at step 3 (SIGKILL) with no new step committed"),
+        ("counted", 4, "rank 1 crashed 4 times in a row at step 3 (SIGKILL)"),
         ("", 7, "max_recoveries_without_progress=6 allows no more"),
     ],
 )

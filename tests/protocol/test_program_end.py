@@ -78,7 +78,7 @@ def test_the_third_crash_at_a_stage_outside_the_loop_ends_the_run_and_keeps_its_
     plan = ends(crash, other, crash, came_to_fit=False)
     assert plan.keeps_state
     assert plan.final == (
-        f"ranks 0, 1 crashed 3 times {stage} (SIGABRT) with no new step committed in between, and would do so again. "
+        f"ranks 0, 1 crashed 3 times in a row {stage} (SIGABRT), and would do so again. "
         "PYTHONFAULTHANDLER=1 in the environment prints where it crashes"
     )
 
@@ -87,7 +87,7 @@ def test_the_fourth_crash_at_a_step_ends_the_run_and_keeps_its_state() -> None:
     assert ends(*[FAULTED] * 3).final is None
     plan = ends(*[FAULTED] * 4)
     assert plan.final is not None and plan.keeps_state
-    assert "rank 1 crashed 4 times at step 7 (SIGSEGV)" in plan.final
+    assert "rank 1 crashed 4 times in a row at step 7 (SIGSEGV), and would" in plan.final
 
 
 def test_a_kill_for_lack_of_memory_is_a_crash_and_one_from_outside_is_none() -> None:
@@ -99,12 +99,16 @@ def test_a_kill_for_lack_of_memory_is_a_crash_and_one_from_outside_is_none() -> 
     assert ends(STARVED, STARVED, KILLED, STARVED, STARVED).final is not None
 
 
-def test_a_new_step_or_another_place_begins_the_count_of_crashes_again() -> None:
+def test_another_place_begins_the_count_of_crashes_again() -> None:
     elsewhere = replace(FAULTED, step=8)
     assert ends(*[FAULTED] * 3, elsewhere, *[FAULTED] * 3).final is None
-    assert ends(*[FAULTED] * 9, has_stepped=True).final is None
-    stepped = judge_end(FAULTED, ends(*[FAULTED] * 3).starts, has_stepped=True)
-    assert stepped.final is None and len(stepped.starts.crashes) == 1
+    assert ends(*[ABORTED] * 2, replace(ABORTED, stage=Stage.INSIDE), *[ABORTED] * 2).final is None
+
+
+def test_new_steps_count_for_a_stage_and_not_for_a_step_that_crashes_after_them() -> None:
+    assert ends(*[ABORTED] * 9, has_stepped=True).final is None
+    assert ends(*[FAULTED] * 3, has_stepped=True).final is None
+    assert ends(*[FAULTED] * 4, has_stepped=True).final is not None
 
 
 def test_an_error_that_was_reported_before_the_signal_is_no_crash() -> None:
