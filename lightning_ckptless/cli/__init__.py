@@ -1,1 +1,1 @@
-"""The command `ckptless`: run, drill, status, clean, timeline."""
+"""The command `ckptless`: run, doctor, drill, status, export, clean, timeline."""

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from lightning_ckptless.cli.clean import clean
+from lightning_ckptless.cli.doctor import doctor
 from lightning_ckptless.cli.drill import drill
 from lightning_ckptless.cli.export import export
 from lightning_ckptless.cli.run import run
@@ -28,7 +29,7 @@ app = typer.Typer(
 # What follows `run` is torchrun's to read.
 _AS_IT_IS = {"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}
 app.command(context_settings=_AS_IT_IS)(run)
-for command in (drill, status, export, clean, timeline):
+for command in (doctor, drill, status, export, clean, timeline):
     app.command()(command)
 
 

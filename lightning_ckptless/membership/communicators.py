@@ -27,6 +27,7 @@ from lightning_ckptless.errors import TransportError
 from lightning_ckptless.membership.alone import open_alone
 from lightning_ckptless.membership.connections import Connections, new_sockets
 from lightning_ckptless.membership.generation import join_generation
+from lightning_ckptless.membership.nccl import ENDS_THE_PROCESS
 from lightning_ckptless.torch_internals import (
     abort_device_groups,
     open_fake_groups,
@@ -36,14 +37,6 @@ from lightning_ckptless.torch_internals import (
 )
 
 JOIN_TIMEOUT_S = 600.0
-_NCCL_ENDS_THE_PROCESS = (
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
-    "TORCH_NCCL_DUMP_ON_TIMEOUT",
-    "TORCH_NCCL_ENABLE_MONITORING",
-    "TORCH_NCCL_RETHROW_CUDA_ERRORS",
-    # How long its watchdog waits for a dump that nobody makes, before it lets a group be left.
-    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC",
-)
 
 
 def _never() -> bool:
@@ -229,7 +222,7 @@ def keep_through_device_errors() -> None:
     By default threads of torch's end the whole process when they have seen a lost connection, or after a dump of what
     was under way, and every survivor of a fault with it.
     """
-    for name in _NCCL_ENDS_THE_PROCESS:
+    for name in ENDS_THE_PROCESS:
         os.environ.setdefault(name, "0")
 
 

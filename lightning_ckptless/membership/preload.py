@@ -40,23 +40,23 @@ FORK_SAFE_THREADS = frozenset({"jemalloc_bg_thd"})
 
 def unsafe_to_fork() -> str | None:
     """Why a fork of this process would not be a clean worker; None when it would."""
-    if threads := _foreign_threads():
-        return f"an imported module has started threads: {', '.join(threads)}"
+    if threads := foreign_threads():
+        return f"an imported module has started threads: {', '.join(threads.values())}"
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return "an imported module has initialised CUDA"
     return None
 
 
-def _foreign_threads() -> list[str]:
-    """Names of the threads beside the main one, without those that a fork is known not to harm."""
-    names = []
-    for task in os.listdir("/proc/self/task"):
-        if int(task) == os.getpid():
+def foreign_threads() -> dict[int, str]:
+    """The threads beside the main one, by number and name, without those that a fork is known not to harm."""
+    names = {}
+    for task in map(int, os.listdir("/proc/self/task")):
+        if task == os.getpid():
             continue
         with suppress(FileNotFoundError), open(f"/proc/self/task/{task}/comm") as comm:
-            names.append(comm.read().strip())
-    return [name for name in names if name not in FORK_SAFE_THREADS]
+            names[task] = comm.read().strip()
+    return {task: name for task, name in names.items() if name not in FORK_SAFE_THREADS}
 
 
 def _fork() -> int:

@@ -1,0 +1,236 @@
+"""Limits of this process and of its control group: open files, size of files, locked memory, processes, memory."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from rich.filesize import decimal
+
+from lightning_ckptless.cli.checks.check import Check, Job, Status
+
+Resource = Literal["memory", "pids"]
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
+_INFINIBAND = Path("/sys/class/infiniband")
+_PRACTICALLY_UNLIMITED = 1 << 60
+"""What the first version of control groups says where nothing is limited is near 2^63."""
+_NAMES = {
+    # By resource: what the second version of control groups calls limit and use, then the first.
+    "memory": (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+    "pids": (("pids.max", "pids.current"), ("pids.max", "pids.current")),
+}
+
+# Measured with four ranks on gloo, and rounded up: a worker's connections to each peer, in several groups, come on top
+# of what it has open itself; dataloader workers and the program's own files need room as well.
+_WORKER_DESCRIPTORS = 128
+_DESCRIPTORS_PER_PEER = 8
+_AGENT_DESCRIPTORS = 64
+_DESCRIPTORS_PER_WORKER = 8
+_THREADS_PER_RANK = 32
+_THREADS_BESIDE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """The limit of a control group that leaves least room.
+
+    Args:
+        limit: in bytes or processes.
+        used: of it, without what the kernel can take back.
+        group: folder of the control group.
+    """
+
+    limit: int
+    used: int
+    group: Path
+
+    @property
+    def room(self) -> int:
+        """What is left."""
+        return max(0, self.limit - self.used)
+
+
+def ceiling(kind: Resource, root: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> Ceiling | None:
+    """The tightest limit of this process's control groups; None where there is none.
+
+    Args:
+        kind: of the limit.
+        root: where control groups are mounted.
+        membership: the kernel's list of this process's groups.
+    """
+    found = [limit for group in _groups(kind, root, membership) if (limit := _ceiling_of(kind, group)) is not None]
+    return min(found, key=lambda limit: limit.room, default=None)
+
+
+def _groups(kind: Resource, root: Path, membership: Path) -> Iterator[Path]:
+    """The folders of this process's groups and of those around them."""
+    with suppress(OSError):
+        for line in membership.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and kind not in controllers.split(","):
+                continue
+            for mount in (root / controllers, root / kind) if controllers else (root, root / "unified"):
+                group = mount / path.lstrip("/")
+                # In a container the path may be that of the host, of which only the mount is to be seen.
+                yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(mount))
+
+
+def _ceiling_of(kind: Resource, group: Path) -> Ceiling | None:
+    for limit_name, used_name in _NAMES[kind]:
+        with suppress(OSError, ValueError):
+            limit, used = (int((group / name).read_text()) for name in (limit_name, used_name))
+            if limit < _PRACTICALLY_UNLIMITED:
+                return Ceiling(limit, max(0, used - (_reclaimable(group) if kind == "memory" else 0)), group)
+    return None
+
+
+def _reclaimable(group: Path) -> int:
+    """Bytes of files that the kernel keeps in memory as long as nothing else needs it."""
+    with suppress(OSError, ValueError):
+        facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return int(facts.get("total_inactive_file", facts.get("inactive_file", "0")))
+    return 0
+
+
+def check_descriptors(job: Job, soft: int) -> Check:
+    """Whether each worker and the agent may open as many files as they will.
+
+    Args:
+        job: to be trained.
+        soft: the limit that holds; `resource.RLIM_INFINITY` for none.
+    """
+    needed = max(
+        _WORKER_DESCRIPTORS + _DESCRIPTORS_PER_PEER * job.world_size,
+        _AGENT_DESCRIPTORS + _DESCRIPTORS_PER_WORKER * job.ranks,
+    )
+    expected = f"at least {needed} for {job.world_size} ranks"
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return Check("open files", Status.OK, f"{_count(soft)} per process", expected)
+    fix = f"raise the limit before the start: `ulimit -n {max(4096, needed)}`, in a container `--ulimit nofile=...`"
+    return Check("open files", Status.FAILURE, f"{soft} per process", expected, fix)
+
+
+def check_file_size(job: Job, soft: int) -> Check:
+    """Whether files may become as large as the slots of an arena."""
+    needed = 0 if job.state is None else -(-job.state.bytes // job.world_size)
+    expected = f"at least {decimal(needed)}, the size of a slot" if needed else "no limit"
+    if soft == resource.RLIM_INFINITY:
+        return Check("file size", Status.OK, "unlimited", expected)
+    if needed and soft >= needed:
+        return Check("file size", Status.OK, decimal(soft), expected)
+    status = Status.FAILURE if needed else Status.WARNING
+    return Check("file size", status, decimal(soft), expected, "run `ulimit -f unlimited` before the start")
+
+
+def check_locked_memory(soft: int, adapters: int) -> Check:
+    """Whether NCCL can register memory with InfiniBand adapters; nothing else locks memory.
+
+    Args:
+        soft: the limit that holds, in bytes.
+        adapters: InfiniBand adapters of this machine.
+    """
+    found = f"{_size(soft)}, {adapters} InfiniBand adapters"
+    if not adapters:
+        return Check("locked memory", Status.OK, found, "any: nothing is locked without InfiniBand")
+    if soft == resource.RLIM_INFINITY:
+        return Check("locked memory", Status.OK, found, "unlimited, for InfiniBand")
+    fix = "run `ulimit -l unlimited` before the start, in a container `--ulimit memlock=-1`; else NCCL may not start"
+    return Check("locked memory", Status.WARNING, found, "unlimited, for InfiniBand", fix)
+
+
+def check_processes(job: Job, of_user: int, group: Ceiling | None, used: int) -> Check:
+    """Whether as many processes and threads may be started as a run has.
+
+    Args:
+        job: to be trained.
+        of_user: limit on the processes and threads of this user; `resource.RLIM_INFINITY` for none.
+        group: limit of the control group; None for none.
+        used: threads that this user has now.
+    """
+    needed = _THREADS_PER_RANK * job.ranks + _THREADS_BESIDE
+    expected = f"room for about {needed} processes and threads with {job.ranks} ranks"
+    rooms = {}
+    if of_user != resource.RLIM_INFINITY:
+        rooms[f"limit of the user {of_user}, {used} in use"] = of_user - used
+    if group is not None:
+        rooms[f"limit of the control group {group.limit}, {group.used} in use"] = group.room
+    if not rooms:
+        return Check("processes", Status.OK, "unlimited", expected)
+    found = min(rooms, key=lambda text: rooms[text])
+    if rooms[found] >= needed:
+        return Check("processes", Status.OK, found, expected)
+    fix = (
+        "raise the limit: `ulimit -u unlimited`, `--pids-limit` of the container, podPidsLimit of the kubelet, or "
+        "TasksMax of the systemd unit"
+    )
+    return Check("processes", Status.FAILURE, found, expected, fix)
+
+
+def check_memory(job: Job, available_bytes: int, group: Ceiling | None, *, arenas_in_memory: bool) -> Check:
+    """Whether arenas and, on CPUs, the state that is trained fit into memory together.
+
+    Args:
+        job: to be trained.
+        available_bytes: of the machine.
+        group: limit of the control group; None for none.
+        arenas_in_memory: whether arenas count: they do in /dev/shm, which the control group's limit covers as well.
+    """
+    room, found = available_bytes, f"{decimal(available_bytes)} available"
+    if group is not None and group.room < room:
+        room = group.room
+        found = f"{decimal(room)} left of the control group's {decimal(group.limit)}"
+    if job.state is None:
+        return Check("memory", Status.OK, found, "enough for arenas and processes: give --parameters to know")
+    arenas = job.replicated(job.state.bytes) if arenas_in_memory else 0
+    trained = 0 if job.has_gpu else job.ranks * (job.state.bytes + job.state.weight_bytes)
+    expected = f"at least {decimal(arenas + trained)}: {decimal(arenas)} of arenas"
+    if trained:
+        expected += f" and {decimal(trained)} of parameters, gradients and optimizer state of {job.ranks} ranks"
+    if room >= arenas + trained:
+        return Check("memory", Status.OK, f"{found}, {decimal(arenas + trained)} needed", expected)
+    fix = "train a smaller model or fewer ranks here, shard it (`ckptless_model_parallel`), or raise the memory limit"
+    return Check("memory", Status.FAILURE, found, expected, fix)
+
+
+def check_limits(job: Job, *, arenas_in_memory: bool) -> list[Check]:
+    """All checks of limits, with what is found here."""
+    # The superuser may start as many as the control group allows.
+    of_user = _soft(resource.RLIMIT_NPROC) if os.geteuid() else resource.RLIM_INFINITY
+    adapters = len(list(_INFINIBAND.iterdir())) if _INFINIBAND.is_dir() else 0
+    return [
+        check_memory(job, psutil.virtual_memory().available, ceiling("memory"), arenas_in_memory=arenas_in_memory),
+        check_descriptors(job, _soft(resource.RLIMIT_NOFILE)),
+        check_file_size(job, _soft(resource.RLIMIT_FSIZE)),
+        check_locked_memory(_soft(resource.RLIMIT_MEMLOCK), adapters),
+        check_processes(job, of_user, ceiling("pids"), _threads_of_user()),
+    ]
+
+
+def _soft(number: int) -> int:
+    return resource.getrlimit(number)[0]
+
+
+def _threads_of_user() -> int:
+    own = psutil.Process().uids().real
+    count = 0
+    for process in psutil.process_iter(["uids", "num_threads"]):
+        uids = process.info["uids"]
+        if uids is not None and uids.real == own:
+            count += process.info["num_threads"] or 0
+    return count
+
+
+def _count(limit: int) -> str:
+    return "unlimited" if limit == resource.RLIM_INFINITY else str(limit)
+
+
+def _size(limit: int) -> str:
+    return "unlimited" if limit == resource.RLIM_INFINITY else decimal(limit)

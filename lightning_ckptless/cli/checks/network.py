@@ -1,0 +1,148 @@
+"""How ranks find each other: the name of this machine, and the interfaces that gloo and NCCL are told to use."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import psutil
+
+from lightning_ckptless.cli.checks.check import Check, Job, Status
+
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+NCCL_INTERFACE = "NCCL_SOCKET_IFNAME"
+_ATTEMPTS = 3
+_MOST_S = 12.0
+_SLOW_S = 0.5
+"""A query that is lost is sent again after 5 s by default; one that is answered takes some milliseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostName:
+    """What the resolver says of this machine.
+
+    Args:
+        name: of the machine.
+        addresses: that the name leads to; empty where it leads to none.
+        longest_s: the slowest look-up, of the name or of one of the addresses.
+        problem: why there is no address; empty where there is one.
+    """
+
+    name: str
+    addresses: tuple[str, ...]
+    longest_s: float
+    problem: str = ""
+
+
+def look_up(name: str, resolve: Callable[[str], tuple[str, ...]] | None = None) -> HostName:
+    """Ask the resolver for a name and back, more than once, since queries are lost now and then.
+
+    Args:
+        name: of a machine.
+        resolve: gives the addresses of a name, and asks for their names as libraries do.
+    """
+    answers: list[tuple[float, tuple[str, ...], str]] = []
+
+    def ask() -> None:
+        for _ in range(_ATTEMPTS):
+            began = time.monotonic()
+            addresses: tuple[str, ...] = ()
+            problem = ""
+            try:
+                addresses = (resolve or _resolve)(name)
+            except OSError as error:
+                problem = str(error)
+            answers.append((time.monotonic() - began, addresses, problem))
+
+    # A look-up cannot be interrupted; one that outlasts the limit is left to its thread.
+    thread = threading.Thread(target=ask, name="look-up", daemon=True)
+    thread.start()
+    thread.join(_MOST_S)
+    known = tuple(answers)
+    if thread.is_alive():
+        known = (*known, (_MOST_S, (), f"no answer within {_MOST_S:g} s"))
+    found = next((addresses for _, addresses, _ in known if addresses), ())
+    problem = "" if found else known[-1][2]
+    return HostName(name, found, max(took_s for took_s, _, _ in known), problem)
+
+
+def _resolve(name: str) -> tuple[str, ...]:
+    addresses = sorted({str(facts[4][0]) for facts in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)})
+    for address in (*addresses, "127.0.0.1"):
+        # A name need not come back; what counts is how long it takes to know.
+        socket.getfqdn(address)
+    return tuple(addresses)
+
+
+def check_host_name(job: Job, host: HostName, env: Mapping[str, str]) -> Check:
+    """Whether the name of this machine leads to an address that other ranks reach."""
+    expected = "an address" if job.nodes == 1 else "an address that the other machines reach"
+    found = f"{host.name}: {', '.join(host.addresses) or host.problem}"
+    if not host.addresses:
+        status = Status.WARNING if job.nodes == 1 else Status.FAILURE
+        return Check("host name", status, found, expected, f"add a line `ADDRESS {host.name}` to /etc/hosts")
+    only_here = all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in host.addresses)
+    if job.nodes > 1 and only_here and GLOO_INTERFACE not in env:
+        fix = f"set {GLOO_INTERFACE} to the interface between the machines, or correct the name's line in /etc/hosts"
+        return Check("host name", Status.FAILURE, f"{found}, which is this machine alone", expected, fix)
+    return Check("host name", Status.OK, found, expected)
+
+
+def check_look_up_time(host: HostName) -> Check:
+    """Whether the resolver answers at once, each time."""
+    found = f"{host.longest_s * 1000:.0f} ms at most of {_ATTEMPTS} times, name and addresses"
+    expected = f"less than {_SLOW_S * 1000:.0f} ms: a DNS query that is lost costs 5 s per connection"
+    if host.longest_s < _SLOW_S:
+        return Check("name look-up", Status.OK, found, expected)
+    fix = "add the machines to /etc/hosts, or `options timeout:1 attempts:2` to /etc/resolv.conf"
+    return Check("name look-up", Status.WARNING, found, expected, fix)
+
+
+def check_interface(job: Job, variable: str, value: str | None, interfaces: Mapping[str, bool]) -> Check:
+    """Whether a variable names interfaces that are there, are up, and reach the other machines.
+
+    Args:
+        job: to be trained.
+        variable: `GLOO_SOCKET_IFNAME` or `NCCL_SOCKET_IFNAME`.
+        value: what it says; None where it is not set.
+        interfaces: of this machine, and whether each is up.
+    """
+    expected = f"unset, or one of {', '.join(sorted(name for name, up in interfaces.items() if up)) or 'none'}"
+    if value is None:
+        return Check(variable, Status.OK, "unset", expected)
+    chosen = [name for name in interfaces if _chooses(variable, value, name)]
+    fix = f"unset {variable}, or name an interface that is up"
+    if not any(interfaces[name] for name in chosen):
+        found = f"{value}: {'is down' if chosen else 'no such interface'}"
+        return Check(variable, Status.FAILURE, found, expected, fix)
+    if job.nodes > 1 and set(chosen) == {"lo"}:
+        return Check(variable, Status.FAILURE, f"{value}: reaches this machine alone", expected, fix)
+    return Check(variable, Status.OK, value, expected)
+
+
+def _chooses(variable: str, value: str, interface: str) -> bool:
+    """Whether an interface is meant.
+
+    Gloo takes names. NCCL takes the beginnings of names, whole names after `=`, and all others after `^`.
+    """
+    if variable == GLOO_INTERFACE:
+        return interface in value.split(",")
+    names = value.removeprefix("^").removeprefix("=").split(",")
+    is_exact = value.removeprefix("^").startswith("=")
+    is_named = any(interface == name if is_exact else interface.startswith(name) for name in names if name)
+    return is_named is not value.startswith("^")
+
+
+def check_network(job: Job, env: Mapping[str, str]) -> list[Check]:
+    """All checks of the network, with what is found here."""
+    host = look_up(socket.gethostname())
+    interfaces = {name: facts.isup for name, facts in psutil.net_if_stats().items()}
+    return [
+        check_host_name(job, host, env),
+        check_look_up_time(host),
+        *(check_interface(job, name, env.get(name), interfaces) for name in (GLOO_INTERFACE, NCCL_INTERFACE)),
+    ]

@@ -1,0 +1,81 @@
+"""What an agent needs of the kernel to watch its workers: a file for a process, and what is shown of it."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_ckptless.cli.checks.check import Check, Status
+
+_YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+_SCOPES = {"0": "0 (own processes)", "1": "1 (own children)", "2": "2 (administrators)", "3": "3 (nobody)"}
+_NOTICE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What was seen of a process that was started to be watched.
+
+    Args:
+        pidfd_problem: why its end was not seen through a pidfd; empty where it was.
+        proc_problem: why its memory could not be read off /proc; empty where it could.
+        ptrace_scope: what the kernel's Yama module says; empty without it.
+    """
+
+    pidfd_problem: str = ""
+    proc_problem: str = ""
+    ptrace_scope: str = ""
+
+
+def watch_a_process() -> Watched:
+    """Start a process, look at it as an agent looks at a worker, and let it end."""
+    with subprocess.Popen([sys.executable, "-I", "-S", "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        proc_problem = ""
+        try:
+            for name in ("stat", "statm"):
+                Path("/proc", str(process.pid), name).read_text()
+        except OSError as error:
+            proc_problem = str(error)
+        try:
+            pidfd = os.pidfd_open(process.pid)
+        except OSError as error:
+            pidfd_problem = f"pidfd_open: {error}"
+        else:
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            ended = select.select([pidfd], [], [], _NOTICE_S)[0]
+            pidfd_problem = "" if ended else f"the end of a process was not seen within {_NOTICE_S:g} s"
+            os.close(pidfd)
+    scope = _YAMA.read_text().strip() if _YAMA.exists() else ""
+    return Watched(pidfd_problem, proc_problem, scope)
+
+
+def check_pidfd(watched: Watched) -> Check:
+    """Whether the end of a process can be waited for by a file, without a race for its number."""
+    expected = "pidfd_open, of Linux 5.3 or newer"
+    if not watched.pidfd_problem:
+        return Check("pidfd", Status.OK, f"works, Linux {os.uname().release}", expected)
+    fix = "use a newer kernel, or let the container's seccomp profile allow pidfd_open"
+    return Check("pidfd", Status.FAILURE, watched.pidfd_problem, expected, fix)
+
+
+def check_proc(watched: Watched) -> Check:
+    """Whether an agent can see that a worker gives up its memory; it traces nothing."""
+    expected = "/proc/PID/stat and statm of this user's processes; ptrace is not used"
+    scope = _SCOPES.get(watched.ptrace_scope, watched.ptrace_scope)
+    if not watched.proc_problem:
+        found = f"readable, ptrace_scope {scope}" if scope else "readable, no ptrace_scope"
+        return Check("/proc", Status.OK, found, expected)
+    fix = "mount /proc in the container, with hidepid= at most 2, and run the agent as the user of its workers"
+    return Check("/proc", Status.FAILURE, watched.proc_problem, expected, fix)
+
+
+def check_processes_of_others() -> list[Check]:
+    """Both checks, with what is found here."""
+    watched = watch_a_process()
+    return [check_pidfd(watched), check_proc(watched)]

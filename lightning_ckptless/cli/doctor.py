@@ -1,0 +1,175 @@
+"""`ckptless doctor`: what will work on this machine and what will not, before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from lightning_ckptless.cli.checks.check import Check, Job
+    from lightning_ckptless.cli.checks.imports import Target
+
+DEFAULT_RANKS = 2
+_SIZES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def doctor(
+    script: Annotated[
+        str | None, typer.Argument(help="Training script, or the name of a module with -m: its imports are tried.")
+    ] = None,
+    module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is a module, as in python -m.")] = False,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Ranks on this machine (default: one per GPU, or 2).")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, metavar="N", help="Machines, each with as many ranks.")] = 1,
+    parameters: Annotated[
+        str | None, typer.Option(metavar="N", help="Parameters of the model, e.g. 7e9, 300M or 1.5B.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="CODE", help="What makes the model, e.g. Net or 'Net(width=64)' of the script."),
+    ] = None,
+    optimizer_states: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="Tensors that the optimizer keeps per parameter: 2 for Adam, 0 for SGD."),
+    ] = 2,
+    copies: Annotated[int, typer.Option(min=0, metavar="N", help="As the strategy's option.")] = 1,
+    failure_domain: Annotated[str, typer.Option(metavar="NAME", help="As the strategy's option.")] = "node",
+    arena_dir: Annotated[Path | None, typer.Option(help="Folder of the shared memory (default: /dev/shm).")] = None,
+    durable_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the durable states, if there are to be some.")
+    ] = None,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", min=1, metavar="SECONDS", help="Time that the script's imports may take.")
+    ] = 300.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what will work here and what will not: versions, room, limits, network, clock, and what a script imports.
+
+    * `ckptless doctor`: this machine
+    * `ckptless doctor train.py --ranks 4`: and the imports of a script, in a process of their own
+    * `ckptless doctor train.py --model Net`: and whether its model fits, without training it
+    * `ckptless doctor --parameters 7e9 --ranks 8 --nodes 4 --json`: whether such a model fits on four machines
+
+    Of the script nothing runs but its imports, and with `--model` its definitions. In a container, run it there.
+
+    Exit code: 0 if training will work, warnings or not, 1 if it will not, 2 if the command line cannot work.
+    """
+    from lightning_ckptless.errors import OptionsError
+
+    if model is not None and (script is None or parameters is not None):
+        raise OptionsError(
+            "--model is one of a script, in the place of --parameters: `ckptless doctor train.py --model Net`"
+        )
+    from lightning_ckptless.cli.checks.check import Job, State, failed
+    from lightning_ckptless.cli.checks.imports import Target
+    from lightning_ckptless.cli.doctor_view import show_checks
+
+    gpus = visible_gpus(os.environ)
+    state = None if parameters is None else State.of_parameters(parse_count(parameters), optimizer_states)
+    job = Job(ranks or gpus or DEFAULT_RANKS, nodes, copies, failure_domain, state, has_gpu=gpus > 0)
+    target = None if script is None else Target.of(script, is_module=module)
+    checks = examine(
+        job,
+        target,
+        model=model or "",
+        optimizer_states=optimizer_states,
+        arena_dir=arena_dir,
+        durable_dir=durable_dir,
+        timeout_s=timeout_s,
+    )
+    if as_json:
+        typer.echo(json.dumps({"works": not failed(checks), "checks": [asdict(check) for check in checks]}, indent=1))
+    else:
+        show_checks(checks)
+    raise typer.Exit(1 if failed(checks) else 0)
+
+
+def examine(
+    job: Job,
+    target: Target | None,
+    *,
+    model: str = "",
+    optimizer_states: int = 2,
+    arena_dir: Path | None = None,
+    durable_dir: Path | None = None,
+    timeout_s: float = 300.0,
+) -> list[Check]:
+    """Make all checks.
+
+    Args:
+        job: to be trained; its state counts where no model is given.
+        target: a script whose imports are tried; None for none.
+        model: an expression that makes the script's model; empty for none.
+        optimizer_states: tensors that the optimizer keeps for each parameter of it.
+        arena_dir: folder of the arenas; None for the default one.
+        durable_dir: folder of the durable states; None for none.
+        timeout_s: seconds that the script's imports may take.
+
+    Raises:
+        OptionsError: the script cannot be read.
+    """
+    from lightning_ckptless.cli.checks.clock import Instant, check_clock
+    from lightning_ckptless.cli.checks.imports import check_script, probe
+    from lightning_ckptless.cli.checks.limits import check_limits
+    from lightning_ckptless.cli.checks.network import check_network
+    from lightning_ckptless.cli.checks.processes import check_processes_of_others
+    from lightning_ckptless.cli.checks.room import check_room, look_at
+    from lightning_ckptless.cli.checks.variables import check_variables
+    from lightning_ckptless.cli.checks.versions import check_versions
+    from lightning_ckptless.membership.launch import usual_modules
+
+    began = Instant.now()
+    of_script: list[Check] = []
+    if target is not None:
+        probed = probe(target, preload=usual_modules([str(target.path)]), model=model, timeout_s=timeout_s)
+        of_script = check_script(probed, model)
+        job = replace(job, state=probed.state(optimizer_states) or job.state)
+    place = look_at(arena_dir)
+    return [
+        *check_versions(),
+        *check_room(job, place, durable_dir),
+        *check_limits(job, arenas_in_memory=place.in_memory),
+        *check_processes_of_others(),
+        *check_network(job, os.environ),
+        *check_variables(os.environ),
+        *of_script,
+        *check_clock(job, began),
+    ]
+
+
+def parse_count(text: str) -> int:
+    """A number of parameters as people write it.
+
+    Args:
+        text: digits, with or without a fraction, an exponent or one of the letters K, M, B (billions) and T.
+
+    Raises:
+        OptionsError: it is none.
+    """
+    from lightning_ckptless.errors import OptionsError
+
+    found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:e\d{1,2})?)([KMBT]?)", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise OptionsError(f"--parameters {text!r}: expected a number, e.g. 7e9, 300M or 1.5B")
+    return round(float(found[1]) * _SIZES[found[2].upper()])
+
+
+def visible_gpus(env: Mapping[str, str], devices: Path = Path("/dev")) -> int:
+    """How many GPUs a process sees.
+
+    Args:
+        env: may say which ones (`CUDA_VISIBLE_DEVICES`).
+        devices: folder of the device files.
+    """
+    there = [path for path in devices.glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()]
+    if (chosen := env.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return min(len(there), len([name for name in chosen.split(",") if name.strip() not in {"", "-1"}]))
+    return len(there)
