@@ -40,6 +40,7 @@ def doctor(
         int,
         typer.Option(min=0, metavar="N", help="Tensors that the optimizer keeps per parameter: 2 for Adam, 0 for SGD."),
     ] = 2,
+    sharded: Annotated[bool, typer.Option("--sharded", help="Ranks share the model: ckptless_model_parallel.")] = False,
     copies: Annotated[int, typer.Option(min=0, metavar="N", help="As the strategy's option.")] = 1,
     failure_domain: Annotated[str, typer.Option(metavar="NAME", help="As the strategy's option.")] = "node",
     arena_dir: Annotated[Path | None, typer.Option(help="Folder of the shared memory (default: /dev/shm).")] = None,
@@ -74,7 +75,7 @@ def doctor(
 
     gpus = visible_gpus(os.environ)
     state = None if parameters is None else State.of_parameters(parse_count(parameters), optimizer_states)
-    job = Job(ranks or gpus or DEFAULT_RANKS, nodes, copies, failure_domain, state, has_gpu=gpus > 0)
+    job = Job(ranks or gpus or DEFAULT_RANKS, nodes, copies, failure_domain, state, gpus > 0, sharded)
     target = None if script is None else Target.of(script, is_module=module)
     checks = examine(
         job,

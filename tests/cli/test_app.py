@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from lightning_ckptless.cli.app import app
 from lightning_ckptless.errors import OptionsError
 
-COMMANDS = ("run", "drill", "status", "export", "clean", "timeline")
+COMMANDS = ("run", "doctor", "drill", "status", "export", "clean", "timeline")
 
 
 def fresh(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -287,10 +287,11 @@ def test_commands() -> None:
     group = get_command(app)
     assert isinstance(group, TyperGroup)
     documented = {name.split()[1] for name in first_words(table(page("watching"), "Command"))}
-    assert documented | {"run", "drill"} == set(group.commands)
-    drill = group.commands["drill"].params
-    options = {text for p in drill for text in (*p.opts, *p.secondary_opts) if text[0] == "-"}
-    assert first_words(table(page("faults"), "Option")) == options
+    assert documented | {"run", "doctor", "drill"} == set(group.commands)
+    for command, name in (("drill", "faults"), ("doctor", "doctor")):
+        params = group.commands[command].params
+        options = {text for p in params for text in (*p.opts, *p.secondary_opts) if text[0] == "-"}
+        assert first_words(table(page(name), "Option")) == options
 
 
 def test_quoted_messages() -> None:

@@ -82,6 +82,7 @@ class Job:
         failure_domain: what is lost together.
         state: None where the size of the model is not known.
         has_gpu: whether the ranks train on GPUs.
+        is_sharded: whether each rank trains a part of the model, and not all of it.
     """
 
     ranks: int
@@ -90,6 +91,7 @@ class Job:
     failure_domain: str = "node"
     state: State | None = None
     has_gpu: bool = False
+    is_sharded: bool = False
 
     @property
     def world_size(self) -> int:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Probed:
         weight_bytes: of the model; None where none was asked for, or it could not be made.
         trained_bytes: of the parameters that are trained.
         parameters: of the model.
+        models: names of the classes that seem to be models.
         end: why the process ended before it had answered; empty where it did not.
         last: number of the import that was under way then; None where it was none of them.
     """
@@ -67,6 +68,7 @@ class Probed:
     weight_bytes: int | None = None
     trained_bytes: int = 0
     parameters: int = 0
+    models: tuple[str, ...] = ()
     end: str = ""
     last: int | None = None
 
@@ -82,13 +84,11 @@ class Target:
     Args:
         path: of its text.
         folder: in which Python looks first for what it imports.
-        name: that `__name__` has in it: not that of the main program, whose part is not run.
         package: that relative imports start from; empty for none.
     """
 
     path: Path
     folder: Path
-    name: str = "__ckptless_doctor__"
     package: str = ""
 
     @classmethod
@@ -137,7 +137,6 @@ def probe(target: Target, *, preload: Sequence[str], model: str = "", timeout_s:
         request = {
             "preload": list(preload),
             "path": [str(target.folder)],
-            "name": target.name,
             "package": target.package or None,
             "imports": [each.code for each in imports],
             "modules": [each.module for each in imports],
@@ -148,7 +147,7 @@ def probe(target: Target, *, preload: Sequence[str], model: str = "", timeout_s:
         end = _run(request, Path(folder, "errors"), timeout_s)
         report = Path(folder, "report")
         lines = report.read_text().splitlines() if report.exists() else []
-    return _probed(imports, [json.loads(line) for line in lines], end)
+    return replace(_probed(imports, [json.loads(line) for line in lines], end), models=tuple(script.models_of(tree)))
 
 
 def _run(request: dict[str, Any], errors: Path, timeout_s: float) -> str:
@@ -197,8 +196,8 @@ def _probed(imports: tuple[script.Import, ...], lines: Sequence[dict[str, Any]],
         merged.get("weight_bytes"),
         merged.get("trained_bytes", 0),
         merged.get("parameters", 0),
-        end,
-        merged.get("begun") if lines and "begun" in lines[-1] else None,
+        end=end,
+        last=merged.get("begun") if lines and "begun" in lines[-1] else None,
     )
 
 
@@ -270,8 +269,16 @@ def check_import_time(probed: Probed) -> Check:
 
 
 def check_model(probed: Probed, expression: str) -> Check:
-    """Whether the model could be made, and how large it is."""
+    """Whether the model could be made, and how large it is.
+
+    Args:
+        probed: what was seen.
+        expression: that makes it; empty where it was not to be made.
+    """
     expected = "a LightningModule, or what makes one, from the script's imports, definitions and constants"
+    if not expression:
+        named = f"{', '.join(probed.models)}: not made" if probed.models else "none is defined in the script"
+        return Check("model", Status.OK, f"{named}; --model has its size compared with the room", expected)
     if probed.weight_bytes is not None:
         found = f"{expression}: {probed.parameters:,} parameters, {decimal(probed.weight_bytes)} with buffers"
         return Check("model", Status.OK, found, expected)
@@ -284,4 +291,4 @@ def check_script(probed: Probed, model: str) -> list[Check]:
     checks = [check_imports(probed)]
     if _was_done(probed):
         checks += [check_fork_safety(probed), check_import_time(probed)]
-    return [*checks, check_model(probed, model)] if model else checks
+    return [*checks, check_model(probed, model)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 from collections.abc import Iterator
@@ -190,13 +191,14 @@ def check_memory(job: Job, available_bytes: int, group: Ceiling | None, *, arena
     if job.state is None:
         return Check("memory", Status.OK, found, "enough for arenas and processes: give --parameters to know")
     arenas = job.replicated(job.state.bytes) if arenas_in_memory else 0
-    trained = 0 if job.has_gpu else job.ranks * (job.state.bytes + job.state.weight_bytes)
+    models = 0 if job.has_gpu else 1 / job.nodes if job.is_sharded else job.ranks
+    trained = math.ceil(models * (job.state.bytes + job.state.weight_bytes))
     expected = f"at least {decimal(arenas + trained)}: {decimal(arenas)} of arenas"
     if trained:
         expected += f" and {decimal(trained)} of parameters, gradients and optimizer state of {job.ranks} ranks"
     if room >= arenas + trained:
         return Check("memory", Status.OK, f"{found}, {decimal(arenas + trained)} needed", expected)
-    fix = "train a smaller model or fewer ranks here, shard it (`ckptless_model_parallel`), or raise the memory limit"
+    fix = "train a smaller model or fewer ranks here, shard it (--sharded), or raise the memory limit"
     return Check("memory", Status.FAILURE, found, expected, fix)
 
 

@@ -38,12 +38,13 @@ class HostName:
     problem: str = ""
 
 
-def look_up(name: str, resolve: Callable[[str], tuple[str, ...]] | None = None) -> HostName:
+def look_up(name: str, resolve: Callable[[str], tuple[str, ...]] | None = None, limit_s: float = _MOST_S) -> HostName:
     """Ask the resolver for a name and back, more than once, since queries are lost now and then.
 
     Args:
         name: of a machine.
         resolve: gives the addresses of a name, and asks for their names as libraries do.
+        limit_s: seconds for all of it.
     """
     answers: list[tuple[float, tuple[str, ...], str]] = []
 
@@ -61,10 +62,10 @@ def look_up(name: str, resolve: Callable[[str], tuple[str, ...]] | None = None) 
     # A look-up cannot be interrupted; one that outlasts the limit is left to its thread.
     thread = threading.Thread(target=ask, name="look-up", daemon=True)
     thread.start()
-    thread.join(_MOST_S)
+    thread.join(limit_s)
     known = tuple(answers)
     if thread.is_alive():
-        known = (*known, (_MOST_S, (), f"no answer within {_MOST_S:g} s"))
+        known = (*known, (limit_s, (), f"no answer within {limit_s:g} s"))
     found = next((addresses for _, addresses, _ in known if addresses), ())
     problem = "" if found else known[-1][2]
     return HostName(name, found, max(took_s for took_s, _, _ in known), problem)
@@ -112,15 +113,16 @@ def check_interface(job: Job, variable: str, value: str | None, interfaces: Mapp
         interfaces: of this machine, and whether each is up.
     """
     expected = f"unset, or one of {', '.join(sorted(name for name, up in interfaces.items() if up)) or 'none'}"
-    if value is None:
+    if not value:
         return Check(variable, Status.OK, "unset", expected)
     chosen = [name for name in interfaces if _chooses(variable, value, name)]
     fix = f"unset {variable}, or name an interface that is up"
+    wrong = Status.WARNING if variable == NCCL_INTERFACE and not job.has_gpu else Status.FAILURE
     if not any(interfaces[name] for name in chosen):
         found = f"{value}: {'is down' if chosen else 'no such interface'}"
-        return Check(variable, Status.FAILURE, found, expected, fix)
+        return Check(variable, wrong, found, expected, fix)
     if job.nodes > 1 and set(chosen) == {"lo"}:
-        return Check(variable, Status.FAILURE, f"{value}: reaches this machine alone", expected, fix)
+        return Check(variable, wrong, f"{value}: reaches this machine alone", expected, fix)
     return Check(variable, Status.OK, value, expected)
 
 

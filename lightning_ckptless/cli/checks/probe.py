@@ -26,25 +26,24 @@ from typing import IO, Any
 
 from lightning_ckptless.membership.preload import foreign_threads, loses_cuda, unsafe_to_fork
 
-_STARTS = frozenset({"_thread.start_new_thread", "_thread.start_joinable_thread"})
+_SCRIPT = "__ckptless_doctor__"
+"""What `__name__` is in the script's code: not that of the main program, whose part is not run."""
+_ENDING_S = 0.3
+"""How long a thread may still be seen that has been joined: the kernel ends it later."""
 
 
 class ThreadWatch:
     """Notes which module was being imported when a thread appeared.
 
-    Python says when it starts a thread. What other code starts is seen when the next import begins, and is put down to
-    the one before.
-
-    Args:
-        script: name under which the script's own code runs.
+    A thread of Python's is noted by whoever starts it. One that other code starts is seen when the next import begins,
+    and is put down to the one before.
 
     Attributes:
         index: number of the script's import that is under way; -1 before the first.
     """
 
-    def __init__(self, script: str) -> None:
+    def __init__(self) -> None:
         self.index = -1
-        self._script = script
         self._importing = "what is preloaded"
         self._starters: list[tuple[threading.Thread, str, int]] = []
         self._blamed: dict[int, tuple[str, int]] = {}
@@ -55,8 +54,16 @@ class ThreadWatch:
         if event == "import":
             self._look()
             self._importing = str(arguments[0])
-        elif event in _STARTS and isinstance(thread := getattr(arguments[0], "__self__", None), threading.Thread):
-            self._starters.append((thread, _module_under_way(self._script) or self._importing, self.index))
+
+    def note_starts(self) -> None:
+        """Note from here on who starts threads of Python's: it says so itself since 3.12 alone."""
+        start = threading.Thread.start
+
+        def note_and_start(thread: threading.Thread) -> None:
+            self._starters.append((thread, _module_under_way() or self._importing, self.index))
+            start(thread)
+
+        threading.Thread.start = note_and_start  # type: ignore[method-assign]  # in this process alone
 
     def begin(self, index: int, module: str) -> None:
         """One import of the script begins."""
@@ -64,9 +71,12 @@ class ThreadWatch:
         self.index, self._importing = index, module
 
     def threads(self) -> list[dict[str, Any]]:
-        """The threads that are there now, with who has started them."""
+        """The threads that are there to stay, with who has started them."""
         self._look()
-        names = foreign_threads()
+        names, until = foreign_threads(), time.monotonic() + _ENDING_S
+        while names and time.monotonic() < until:
+            time.sleep(_ENDING_S / 100)
+            names = {task: name for task, name in foreign_threads().items() if task in self._blamed}
         for thread, module, index in self._starters:
             if thread.native_id in names:
                 names[thread.native_id] = thread.name
@@ -81,12 +91,12 @@ class ThreadWatch:
             self._blamed.setdefault(task, (self._importing, self.index))
 
 
-def _module_under_way(script: str) -> str:
+def _module_under_way() -> str:
     """The innermost module whose own code is being run; empty where none but the script's is."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         name = str(frame.f_globals.get("__name__", ""))
-        if frame.f_code.co_name == "<module>" and name not in {"__main__", script}:
+        if frame.f_code.co_name == "<module>" and name not in {"__main__", _SCRIPT}:
             return name
         frame = frame.f_back
     return ""
@@ -96,8 +106,8 @@ def main(request: Mapping[str, Any], report: IO[str]) -> None:
     """Answer a request.
 
     Args:
-        request: `preload` (modules), `path` (folders), `name` and `package` (of the script as a module), `imports`
-            (statements), `modules` (of each), `definitions` (code) and `model` (expression, or empty).
+        request: `preload` (modules), `path` (folders), `package` (of the script, or null), `imports` (statements),
+            `modules` (of each), `definitions` (code) and `model` (expression, or empty).
         report: receives the lines.
     """
 
@@ -109,9 +119,10 @@ def main(request: Mapping[str, Any], report: IO[str]) -> None:
     for name in request["preload"]:
         importlib.import_module(name)
     say(preloaded=time.monotonic() - began)
-    watch = ThreadWatch(request["name"])
+    watch = ThreadWatch()
     sys.addaudithook(watch.hook)
-    stand_in = sys.modules[request["name"]] = ModuleType(request["name"])
+    watch.note_starts()
+    stand_in = sys.modules[_SCRIPT] = ModuleType(_SCRIPT)
     stand_in.__package__ = request["package"]
     scope = vars(stand_in)
     for index, (code, module) in enumerate(zip(request["imports"], request["modules"], strict=True)):
@@ -128,7 +139,7 @@ def main(request: Mapping[str, Any], report: IO[str]) -> None:
     say(threads=threads, cuda="" if threads else _cuda())
     if request["model"]:
         exec(request["definitions"], scope)
-        say(**_size(request["model"], scope))
+        say(**size_of(request["model"], scope))
 
 
 def _cuda() -> str:
@@ -136,7 +147,7 @@ def _cuda() -> str:
     return unsafe_to_fork() or ("an imported module has asked CUDA for its devices" if loses_cuda() else "")
 
 
-def _size(expression: str, scope: dict[str, Any]) -> dict[str, int]:
+def size_of(expression: str, scope: dict[str, Any]) -> dict[str, int]:
     """How large a model is, built without memory for its parameters.
 
     Args:

@@ -13,7 +13,7 @@ from lightning_ckptless.cli.checks.check import FLOAT_BYTES, Check, Job, Status
 from lightning_ckptless.durable.folder import DurableFolder
 from lightning_ckptless.errors import ArenaError, OptionsError
 from lightning_ckptless.protocol.placement import place
-from lightning_ckptless.replica.space import MAKE_ROOM, default_arena_dir, is_in_memory
+from lightning_ckptless.replica.space import MAKE_ROOM, SHARED_MEMORY, default_arena_dir, is_in_memory
 
 DURABLE_STATES = 3
 """On the disk at once: two are kept by default, and one is on its way."""
@@ -30,8 +30,7 @@ class Place:
         total_bytes: of its file system.
         free_bytes: of its file system.
         in_memory: whether it is a file system in memory.
-        problem: why it cannot be used, or only for want of another one; empty where it can.
-        usable: whether arenas can be made there.
+        problem: why arenas cannot be made there; empty where they can.
     """
 
     folder: Path
@@ -39,33 +38,36 @@ class Place:
     free_bytes: int
     in_memory: bool
     problem: str = ""
-    usable: bool = True
 
 
 def look_at(folder: Path | None) -> Place:
     """The place of arenas: the folder that is named, or the default one."""
-    problem = ""
     if folder is None:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        # That it is a folder of temporary files is said by a check.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             try:
                 folder = default_arena_dir()
             except ArenaError as error:
-                return Place(Path("/dev/shm"), 0, 0, in_memory=False, problem=str(error), usable=False)
-        problem = "; ".join(str(warning.message) for warning in caught)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        problem = "it is not there" if not folder.exists() else "this user may not write to it"
-        return Place(folder, 0, 0, in_memory=False, problem=problem, usable=False)
-    disk = os.statvfs(folder)
+                return Place(SHARED_MEMORY, 0, 0, in_memory=False, problem=str(error))
+    there = _nearest_folder(folder)
+    if not os.access(there, os.W_OK | os.X_OK):
+        return Place(folder, 0, 0, in_memory=False, problem=f"this user may not write to {there}")
+    disk = os.statvfs(there)
     total, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
-    return Place(folder, total, free, is_in_memory(folder), problem)
+    return Place(folder, total, free, is_in_memory(there))
+
+
+def _nearest_folder(path: Path) -> Path:
+    """A folder that need not be there, or the nearest one above it that is."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
 
 
 def check_arena_folder(place: Place) -> Check:
     """Whether arenas can be made, and lie in memory."""
     expected = "a folder in memory that this user may write to"
     found = f"{place.folder}, {decimal(place.free_bytes)} free of {decimal(place.total_bytes)}"
-    if not place.usable:
+    if place.problem:
         fix = "set arena_dir= (or CKPTLESS_ARENA_DIR) to a folder that this user may write to"
         return Check("arena folder", Status.FAILURE, f"{place.folder}: {place.problem}", expected, fix)
     if not place.in_memory:
@@ -114,7 +116,7 @@ def check_durable_folder(job: Job, folder: Path) -> Check:
         DurableFolder(folder).require_ours()
     except OptionsError as error:
         return Check(name, Status.FAILURE, str(error), expected, "name another folder by durable_dir=")
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    there = _nearest_folder(folder)
     if not os.access(there, os.W_OK | os.X_OK):
         fix = f"name a folder that this user can make: {there} belongs to another one or is read-only"
         return Check(name, Status.FAILURE, f"{there} cannot be written to", expected, fix)
@@ -135,7 +137,7 @@ def check_durable_folder(job: Job, folder: Path) -> Check:
 def check_room(job: Job, place: Place, durable_dir: Path | None) -> list[Check]:
     """All checks of room, with what is found here."""
     checks = [check_placement(job), check_arena_folder(place)]
-    if place.usable:
+    if not place.problem:
         checks.append(check_arena_room(job, place))
     if durable_dir is not None:
         checks.append(check_durable_folder(job, durable_dir))
