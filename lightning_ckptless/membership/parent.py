@@ -194,7 +194,7 @@ class PreloadedParent:
                 [sys.executable, *self.flags, "-m", f"{__package__}.preload", *arguments],
                 # Found from there whatever this process's own search path is; each worker gets its own folder later.
                 cwd=_PACKAGE_FOLDER,
-                env=_parent_environment(dict(os.environ)),
+                env=parent_environment(dict(os.environ)),
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
@@ -274,11 +274,14 @@ class PreloadedParent:
             self._process = None
 
 
-def _parent_environment(env: dict[str, str]) -> dict[str, str]:
+def parent_environment(env: dict[str, str]) -> dict[str, str]:
     """The environment of the parent itself, which its workers do not see.
 
     Its libraries must start no threads at import: numpy's OpenBLAS would. Relative folders of the search path stay
     relative to this process's working directory.
+
+    Args:
+        env: of this process; it is changed.
     """
     env["OPENBLAS_NUM_THREADS"] = "1"
     if env.get("PYTHONPATH"):

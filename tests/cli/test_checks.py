@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import resource
 import threading
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from packaging.specifiers import SpecifierSet
 
 from lightning_ckptless import environment
 from lightning_ckptless.cli.checks import clock, limits, network, processes, room, variables, versions
@@ -19,6 +19,7 @@ from lightning_ckptless.cli.checks.processes import Watched
 from lightning_ckptless.durable.folder import DurableFolder
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.nccl import ENDS_THE_PROCESS
+from lightning_ckptless.supported import SUPPORTED, Range
 
 OK, WARNING, FAILURE = Status.OK, Status.WARNING, Status.FAILURE
 GB = 10**9
@@ -37,22 +38,32 @@ def advises(check: Check, status: Status, fix: str) -> bool:
 # ---------------------------------------------------------------- versions
 
 
-@pytest.mark.parametrize("found", ["2.8.0", "2.8.0a0+5228986c39.nv25.06", "2.13.0+cpu", "2.14.1"])
+@pytest.mark.parametrize("found", ["2.8.0", "2.8.0a0+5228986c39.nv25.06", "2.9.1+cpu", "2.10"])
 def test_versions_in_range(found: str) -> None:
-    assert versions.check_version("torch", found, SpecifierSet(">=2.8")).status is OK
+    assert versions.check_version("torch", found, Range((2, 8), (2, 10))).status is OK
 
 
 @pytest.mark.parametrize("found", ["2.7.1", None])
-def test_versions_out_of_range(found: str | None) -> None:
-    assert advises(versions.check_version("torch", found, SpecifierSet(">=2.8")), FAILURE, "pip install 'torch>=2.8'")
+def test_versions_below_the_range(found: str | None) -> None:
+    check = versions.check_version("torch", found, Range((2, 8), (2, 10)))
+    assert advises(check, FAILURE, "pip install 'torch>=2.8'") and check.expected == "2.8 to 2.10"
 
 
-def test_the_range_is_that_of_the_metadata() -> None:
-    wanted = versions.required()
-    assert {"Python", "torch", "lightning", "pytorch-lightning"} <= set(wanted)
-    assert all(check.status is OK and check.expected for check in versions.check_versions(wanted))
-    none = versions.check_versions(wanted | {"torch": SpecifierSet(">=99")})
-    assert [check.name for check in none if check.status is FAILURE] == ["torch"]
+def test_versions_above_the_range() -> None:
+    assert advises(versions.check_version("torch", "2.11.0", Range((2, 8), (2, 10))), WARNING, "ckptless drill")
+
+
+def test_either_lightning_is_enough() -> None:
+    found = {name: ".".join(map(str, lowest)) for name, (lowest, _) in SUPPORTED.items()}
+    one = {name: text for name, text in found.items() if name != "lightning"}
+    assert [check.name for check in versions.check_versions(one)] == ["Python", "torch", "pytorch-lightning"]
+    none = versions.check_versions({"Python": found["Python"], "torch": found["torch"]})
+    assert [check.name for check in none if check.status is FAILURE] == ["lightning"]
+
+
+def test_versions_that_are_installed() -> None:
+    installed = {check.name: check.found for check in versions.check_versions()}
+    assert installed["torch"].startswith(version("torch"))
 
 
 # ---------------------------------------------------------------- room

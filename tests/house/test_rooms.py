@@ -37,7 +37,19 @@ MAY_IMPORT = {
     "mlflow_tables": {"environment"},
     "registration": {"_autoload", "assembly", "mlflow_tables"},
     "_autoload": {"registration"},
-    "cli": {"cli", "job", "testing", "durable", "membership", "replica", "protocol", "ledger", "metrics", *BASE},
+    "cli": {
+        "cli",
+        "job",
+        "testing",
+        "durable",
+        "membership",
+        "replica",
+        "protocol",
+        "ledger",
+        "metrics",
+        "supported",
+        *BASE,
+    },
     "__init__": {"_autoload", "assembly", "callbacks", "errors", "metrics", "options", "supported"},
 }
 # `protocol` decides: it has no clock, opens nothing, and could be run in the head.

@@ -20,6 +20,7 @@ from rich.filesize import decimal
 from lightning_ckptless.cli.checks import script
 from lightning_ckptless.cli.checks.check import Check, State, Status
 from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.membership.parent import parent_environment
 
 PROBE = "lightning_ckptless.cli.checks.probe"
 _PACKAGE_FOLDER = Path(__file__).parents[3]
@@ -152,10 +153,9 @@ def probe(target: Target, *, preload: Sequence[str], model: str = "", timeout_s:
 
 def _run(request: dict[str, Any], errors: Path, timeout_s: float) -> str:
     """Run the probe to its end; returns why it ended early, empty if it did not."""
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(_PACKAGE_FOLDER), os.environ.get("PYTHONPATH")))),
-    }
+    # As in the process that workers are forked from: it keeps libraries from starting threads where they let it.
+    env = parent_environment(dict(os.environ))
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_PACKAGE_FOLDER), env.get("PYTHONPATH"))))
     # A group of its own: what the imports start ends with it.
     with (
         errors.open("wb") as file,

@@ -35,8 +35,8 @@ _ENDING_S = 0.3
 class ThreadWatch:
     """Notes which module was being imported when a thread appeared.
 
-    A thread of Python's is noted by whoever starts it. One that other code starts is seen when the next import begins,
-    and is put down to the one before.
+    Who starts a thread of Python's is known exactly. One that other code starts is seen when the next import begins,
+    and is attributed to the one before.
 
     Attributes:
         index: number of the script's import that is under way; -1 before the first.
@@ -63,7 +63,8 @@ class ThreadWatch:
             self._starters.append((thread, _module_under_way() or self._importing, self.index))
             start(thread)
 
-        threading.Thread.start = note_and_start  # type: ignore[method-assign]  # in this process alone
+        # In this process alone, which ends with its report.
+        threading.Thread.start = note_and_start  # type: ignore[method-assign, assignment]
 
     def begin(self, index: int, module: str) -> None:
         """One import of the script begins."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from lightning_ckptless.cli.checks.check import Check, Status
 
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
-_SCOPES = {"0": "0 (own processes)", "1": "1 (own children)", "2": "2 (administrators)", "3": "3 (nobody)"}
+_SCOPES = {"0": "0 (own processes)", "1": "1 (own children)", "2": "2 (administrators)", "3": "3 (none)"}
 _NOTICE_S = 5.0
 
 

@@ -1,64 +1,41 @@
-"""Versions of Python, torch and Lightning, against what the metadata of this package asks for."""
+"""Versions of Python, torch and Lightning, against those that are supported. None of them is imported for that."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, metadata, requires, version
-
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
 
 from lightning_ckptless.cli.checks.check import Check, Status
-
-OURS = "lightning-ckptless"
-LIGHTNINGS = ("lightning", "pytorch-lightning")
-"""Two distributions of the same code, one of which is enough."""
+from lightning_ckptless.supported import LIGHTNING, SUPPORTED, Range, installed, release
 
 
-def required() -> dict[str, SpecifierSet]:
-    """What this package asks for, by name; of what several extras ask for, all of it."""
-    found = {"Python": SpecifierSet(metadata(OURS)["Requires-Python"] or "")}
-    for requirement in map(Requirement, requires(OURS) or []):
-        found[requirement.name] = found.get(requirement.name, SpecifierSet()) & requirement.specifier
-    return found
-
-
-def installed(name: str) -> str | None:
-    """The version of a distribution that is installed; None where it is not."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def check_version(name: str, found: str | None, wanted: SpecifierSet) -> Check:
-    """Whether a version is in the range that is supported; a build before a release counts as that release.
+def check_version(name: str, found: str | None, supported: Range) -> Check:
+    """Whether a version is in the range that was tested; a build that precedes a release counts as that release.
 
     Args:
         name: of the distribution, or `Python`.
         found: its version; None where it is not installed.
-        wanted: the range.
+        supported: lowest and newest release.
     """
-    expected = str(wanted) or "any version"
-    install = f"pip install '{name}{wanted}'" if name != "Python" else f"use a Python that is {wanted}"
+    lowest, newest = (".".join(map(str, numbers)) for numbers in supported)
+    expected = f"{lowest} to {newest}"
+    install = f"pip install '{name}>={lowest}'" if name != "Python" else f"use Python {lowest} or newer"
     if found is None:
         return Check(name, Status.FAILURE, "not installed", expected, install)
-    # Container images have builds such as 2.8.0a0+5228986c39, with all that the release has.
-    if wanted.contains(Version(found).base_version):
-        return Check(name, Status.OK, found, expected)
-    return Check(name, Status.FAILURE, found, expected, install)
+    if release(found) < supported.lowest:
+        return Check(name, Status.FAILURE, found, expected, install)
+    if release(found) > supported.newest:
+        fix = f"run `ckptless drill` on the program to see whether it recovers exactly, or install {name} {newest}"
+        return Check(name, Status.WARNING, f"{found}, which was not tested", expected, fix)
+    return Check(name, Status.OK, found, expected)
 
 
-def check_versions(wanted: Mapping[str, SpecifierSet] | None = None) -> list[Check]:
-    """All checks of versions, with what is installed here. Nothing is imported for it."""
-    wanted = required() if wanted is None else wanted
-    python = check_version("Python", ".".join(map(str, sys.version_info[:3])), wanted["Python"])
-    there = [name for name in LIGHTNINGS if installed(name) is not None] or LIGHTNINGS[:1]
-    of_both = wanted[LIGHTNINGS[0]]
-    return [
-        python,
-        check_version("torch", installed("torch"), wanted["torch"]),
-        *(check_version(name, installed(name), of_both) for name in there),
-    ]
+def check_versions(found: Mapping[str, str] | None = None) -> list[Check]:
+    """All checks of versions.
+
+    Args:
+        found: version by name; None for what is installed here.
+    """
+    found = installed(["torch", *LIGHTNING.values()]) if found is None else found
+    # Either distribution of Lightning is enough.
+    lightnings = [name for name in LIGHTNING.values() if name in found] or ["lightning"]
+    return [check_version(name, found.get(name), SUPPORTED[name]) for name in ("Python", "torch", *lightnings)]
