@@ -128,6 +128,7 @@ def test_open_files() -> None:
     assert limits.check_descriptors(ONE, resource.RLIM_INFINITY).status is OK
     assert limits.check_descriptors(ONE, 1024).status is OK
     assert advises(limits.check_descriptors(Job(8, nodes=32), 1024), FAILURE, "ulimit -n 4096")
+    assert advises(limits.check_descriptors(Job(8, nodes=16), 1024), WARNING, "ulimit -n 4096")
 
 
 def test_file_size() -> None:
@@ -151,6 +152,7 @@ def test_processes() -> None:
     assert "control group 100, 90 in use" in limits.check_processes(ONE, 4096, group, 5).found
     assert advises(limits.check_processes(ONE, 4096, group, 5), FAILURE, "--pids-limit")
     assert limits.check_processes(ONE, 100, None, 90).status is FAILURE
+    assert limits.check_processes(ONE, 190, None, 90).status is WARNING
     assert limits.check_processes(ONE, 4096, None, 90).status is OK
 
 

@@ -29,14 +29,11 @@ _NAMES = {
     "pids": (("pids.max", "pids.current"), ("pids.max", "pids.current")),
 }
 
-# Measured with four ranks on gloo, and rounded up: a worker's connections to each peer, in several groups, come on top
-# of what it has open itself; dataloader workers and the program's own files need room as well.
-_WORKER_DESCRIPTORS = 128
-_DESCRIPTORS_PER_PEER = 8
-_AGENT_DESCRIPTORS = 64
-_DESCRIPTORS_PER_WORKER = 8
-_THREADS_PER_RANK = 32
-_THREADS_BESIDE = 16
+# Least: measured with four ranks on gloo. Comfortable: dataloader workers, further process groups and the program's own
+# files and threads have room as well.
+_DESCRIPTORS = {"least": (32, 4), "comfortable": (128, 8)}
+_THREADS = {"least": (16, 10), "comfortable": (16, 32)}
+"""What there is anyway, and what comes on top for each rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +105,16 @@ def check_descriptors(job: Job, soft: int) -> Check:
         job: to be trained.
         soft: the limit that holds; `resource.RLIM_INFINITY` for none.
     """
-    needed = max(
-        _WORKER_DESCRIPTORS + _DESCRIPTORS_PER_PEER * job.world_size,
-        _AGENT_DESCRIPTORS + _DESCRIPTORS_PER_WORKER * job.ranks,
+    least, comfortable = (beside + of_rank * job.world_size for beside, of_rank in _DESCRIPTORS.values())
+    expected = f"at least {least}, better {comfortable} for {job.world_size} ranks"
+    found = f"{_count(soft)} per process"
+    if soft == resource.RLIM_INFINITY or soft >= comfortable:
+        return Check("open files", Status.OK, found, expected)
+    status = Status.WARNING if soft >= least else Status.FAILURE
+    fix = (
+        f"raise the limit before the start: `ulimit -n {max(4096, comfortable)}`, in a container `--ulimit nofile=...`"
     )
-    expected = f"at least {needed} for {job.world_size} ranks"
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return Check("open files", Status.OK, f"{_count(soft)} per process", expected)
-    fix = f"raise the limit before the start: `ulimit -n {max(4096, needed)}`, in a container `--ulimit nofile=...`"
-    return Check("open files", Status.FAILURE, f"{soft} per process", expected, fix)
+    return Check("open files", status, found, expected, fix)
 
 
 def check_file_size(job: Job, soft: int) -> Check:
@@ -156,8 +154,8 @@ def check_processes(job: Job, of_user: int, group: Ceiling | None, used: int) ->
         group: limit of the control group; None for none.
         used: threads that this user has now.
     """
-    needed = _THREADS_PER_RANK * job.ranks + _THREADS_BESIDE
-    expected = f"room for about {needed} processes and threads with {job.ranks} ranks"
+    least, comfortable = (beside + of_rank * job.ranks for beside, of_rank in _THREADS.values())
+    expected = f"room for {least} processes and threads at least, better {comfortable}, with {job.ranks} ranks"
     rooms = {}
     if of_user != resource.RLIM_INFINITY:
         rooms[f"limit of the user {of_user}, {used} in use"] = of_user - used
@@ -166,13 +164,14 @@ def check_processes(job: Job, of_user: int, group: Ceiling | None, used: int) ->
     if not rooms:
         return Check("processes", Status.OK, "unlimited", expected)
     found = min(rooms, key=lambda text: rooms[text])
-    if rooms[found] >= needed:
+    if rooms[found] >= comfortable:
         return Check("processes", Status.OK, found, expected)
+    status = Status.WARNING if rooms[found] >= least else Status.FAILURE
     fix = (
         "raise the limit: `ulimit -u unlimited`, `--pids-limit` of the container, podPidsLimit of the kubelet, or "
         "TasksMax of the systemd unit"
     )
-    return Check("processes", Status.FAILURE, found, expected, fix)
+    return Check("processes", status, found, expected, fix)
 
 
 def check_memory(job: Job, available_bytes: int, group: Ceiling | None, *, arenas_in_memory: bool) -> Check:
