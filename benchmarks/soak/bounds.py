@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from benchmarks.soak.evidence import DURABLE, IN_PLACE, RELAUNCH, STORAGE
 from benchmarks.soak.scenario import SILENT, OutsideKind, Scenario
+from lightning_ckptless.protocol.faults import Moment
+from lightning_ckptless.protocol.hang import RELEASE_S
 
 BOUNDS_S = {IN_PLACE: 20.0, RELAUNCH: 60.0, DURABLE: 60.0, STORAGE: 60.0}
 """From the fault to the end of the first step of all ranks, by rung, once the fault is noticed."""
@@ -13,6 +15,20 @@ START_S = 90.0
 NODES_S = 120.0
 """What a scenario of several agents may take beyond the others: they miss heartbeats and meet again."""
 NOT_SILENT_S = 2.0
+
+
+IN_A_RECOVERY = frozenset({Moment.REGROUP, Moment.MEET, Moment.RESTORE})
+
+
+def bounds_s(scenario: Scenario) -> dict[str, float]:
+    """The bounds of a scenario, by rung.
+
+    A rank that falls silent while it recovers is replaced when it has not let go of the lost for `RELEASE_S`.
+    """
+    injected = any(fault.kind in SILENT and fault.moment in IN_A_RECOVERY for fault in scenario.injected)
+    outside = any(fault.kind is OutsideKind.STOP and fault.phase is not None for fault in scenario.outside)
+    more_s = RELEASE_S if injected or outside else 0.0
+    return {rung: bound_s + more_s for rung, bound_s in BOUNDS_S.items()}
 
 
 def silent_s(scenario: Scenario) -> float:

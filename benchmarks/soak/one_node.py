@@ -11,7 +11,7 @@ from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.soak.bounds import BOUNDS_S, deadline_s, silent_s
+from benchmarks.soak.bounds import bounds_s, deadline_s, silent_s
 from benchmarks.soak.evidence import commits_of, lost_steps, outcome_of, recoveries_of, times_of
 from benchmarks.soak.outside import OutsideFaults, fill_disk, flip_bytes, limit_memory, send, sidecar_of
 from benchmarks.soak.processes import busy_cores, left_over
@@ -156,7 +156,7 @@ def _judge(
         identical=verdict is not None and verdict.identical,
         lost=lost,
         leaks=leaks,
-        late=times_of(recoveries, BOUNDS_S, silent_s(scenario)),
+        late=times_of(recoveries, bounds_s(scenario), silent_s(scenario)),
     )
     if outcome == "different":
         why = str(verdict)

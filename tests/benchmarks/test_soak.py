@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.soak.bounds import BOUNDS_S, deadline_s
+from benchmarks.soak.bounds import BOUNDS_S, bounds_s, deadline_s
 from benchmarks.soak.draw import LATE, scenario
 from benchmarks.soak.evidence import (
     Commit,
@@ -215,6 +215,13 @@ def test_a_recovery_is_late_beyond_the_bound_of_its_rung() -> None:
     quick = Recovered("killed", "in place", "", "step 1", bound_s - 1)
     assert times_of([quick, replace(quick, kind="hung", total_s=bound_s + 4)], BOUNDS_S, silent_s=5.0) == []
     assert len(times_of([replace(quick, total_s=bound_s + 4)], BOUNDS_S, silent_s=5.0)) == 1
+
+
+def test_a_rank_that_falls_silent_while_it_recovers_has_the_time_to_let_go() -> None:
+    quiet = replace(ONE_NODE[0], injected=(), outside=())
+    stopped = replace(quiet, injected=parse_faults("stop:rank=0:step=4:at=regroup"))
+    assert bounds_s(quiet) == BOUNDS_S
+    assert bounds_s(stopped)["in place"] == BOUNDS_S["in place"] + 30
 
 
 # ---------------------------------------------------------------------- results
