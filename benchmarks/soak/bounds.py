@@ -25,7 +25,7 @@ def bounds_s(scenario: Scenario) -> dict[str, float]:
 
     A rank that falls silent while it recovers is replaced when it has not let go of the lost for `RELEASE_S`.
     """
-    injected = any(fault.kind in SILENT and fault.moment in IN_A_RECOVERY for fault in scenario.injected)
+    injected = any(fault.kind in SILENT and fault.at in IN_A_RECOVERY for fault in scenario.injected)
     outside = any(fault.kind is OutsideKind.STOP and fault.phase is not None for fault in scenario.outside)
     more_s = RELEASE_S if injected or outside else 0.0
     return {rung: bound_s + more_s for rung, bound_s in BOUNDS_S.items()}
