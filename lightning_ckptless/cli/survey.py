@@ -9,6 +9,7 @@ from typing import Any
 from lightning_ckptless.cli.plan import plan_of, protection_in
 from lightning_ckptless.cli.runs import Run
 from lightning_ckptless.errors import ArenaError
+from lightning_ckptless.memory_files import stat_file
 from lightning_ckptless.protocol.placement_table import PlacementTable
 from lightning_ckptless.protocol.versions import READABLE, Complete, Replica, SlotState, newest_complete
 from lightning_ckptless.replica.arena import Arena, ArenaInfo, default_arena_dir, find_arenas
@@ -219,7 +220,7 @@ def _age(infos: list[ArenaInfo], now: float) -> float | None:
     times = []
     for info in infos:
         try:
-            times += [path.stat().st_mtime for path in info.path.glob("shard-*")]
+            times += [stat_file(path).st_mtime for path in info.path.glob("shard-*")]
         except FileNotFoundError:
             continue
     return max(0.0, now - max(times)) if times else None

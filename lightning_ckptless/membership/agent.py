@@ -29,6 +29,7 @@ from lightning_ckptless.membership.failure import Failure, failure_of
 from lightning_ckptless.membership.fault import FaultReport, shell_code, split_exit
 from lightning_ckptless.membership.forks import Forks
 from lightning_ckptless.membership.hangs import HangWatch, LateExits
+from lightning_ckptless.membership.held_memory import HeldMemory
 from lightning_ckptless.membership.hydra import FIRST_WAIT_S, imports_hydra
 from lightning_ckptless.membership.in_place import InPlace
 from lightning_ckptless.membership.logs import LogFiles
@@ -144,6 +145,7 @@ class CkptlessAgent(LocalElasticAgent):
         self._node = node
         self._forks = Forks(parent, fresh=node.fresh, say=CONSOLE.say)
         self._record = record
+        self._memory: HeldMemory = after._memory if after is not None else HeldMemory(node.name, record, CONSOLE.say)
         self._starts = 0 if after is None else 1
         self._started_at = time.monotonic()
         self._history = RecoveryHistory() if after is None else after.history
@@ -195,9 +197,13 @@ class CkptlessAgent(LocalElasticAgent):
         return max(0, self._starts - 1)
 
     def close(self) -> None:
-        """Release what the agent has made for itself."""
+        """Release what the agent has made for itself; not the memory that it holds, which the next one takes over."""
         self._forks.close()
         self._scratch.remove()
+
+    def release_memory(self) -> None:
+        """Release what is held for workers: no agent of this process follows."""
+        self._memory.close()
 
     # ---------------------------------------------------------------- starting workers
 
@@ -299,6 +305,7 @@ class CkptlessAgent(LocalElasticAgent):
         self._hydra = self._hydra or next((m["hydra"] for _, m in said if m["kind"] == "arrived"), "")
         self._in_place.hear(said)
         self._companions.tend(said)
+        self._memory.tend(said)
         self._hangs.hear(said)
         self._hangs.limit_s = self._in_place.hang_timeout_s
         self._in_place.follow(workers)

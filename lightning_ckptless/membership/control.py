@@ -15,6 +15,7 @@
 | worker | `stands` | whether it waits for others, when it was asked `where` it is |
 | worker | `unable` | it cannot go on in place, with the reason |
 | worker | `companion` | it asks for a process beside the workers, of this module with this argument |
+| worker | `memory` | it asks for files of anonymous memory at these paths; with a socket for the answer |
 | worker | `ready` | a standby has come to `fit` and waits for a rank |
 | agent | `regroup` | a fault: meet under this number, with this report |
 | agent | `hold` | the nodes meet anew: wait for the next `regroup`, however long it takes |
@@ -90,12 +91,13 @@ class Line:
         return received
 
     def waiting(self) -> list[Message]:
-        """The messages that have come, without waiting for more."""
+        """The messages that have come, without waiting for more; files that came with one are its `files`."""
         found: list[Message] = []
         while not self._ended and select.select([self._socket], [], [], 0)[0]:
             received = self.receive()
             if received is not None:
-                found.append(received[0])
+                message, files = received
+                found.append({**message, "files": files} if files else message)
         return found
 
     def close(self) -> None:

@@ -58,20 +58,24 @@ def run_node(config: LaunchConfig, parent: PreloadedParent, record: Callable[...
     endpoints = config.endpoints
     route = Route(endpoints, config.local_addr) if len(endpoints) > 1 else None
     place, agents = route.next() if route is not None else None, list[CkptlessAgent]()
-    while True:
-        try:
-            _run_at(config, place, parent, record, agents)
-            break
-        except _PlaceLostError as error:
-            assert route is not None and place is not None
-            place = route.next(lost=place)
-            record("meeting_place_lost", cause=str(error), next=place.endpoint, reason=place.reason)
-            CONSOLE.say(f"the rendezvous is lost; the nodes meet at {place.reason}")
-        except UnfitNodeError as error:
-            # The run may go on without this node: its rendezvous stays open for another one.
-            CONSOLE.say(str(error))
-            agents[-1].exit_code = 1
-            break
+    try:
+        while True:
+            try:
+                _run_at(config, place, parent, record, agents)
+                break
+            except _PlaceLostError as error:
+                assert route is not None and place is not None
+                place = route.next(lost=place)
+                record("meeting_place_lost", cause=str(error), next=place.endpoint, reason=place.reason)
+                CONSOLE.say(f"the rendezvous is lost; the nodes meet at {place.reason}")
+            except UnfitNodeError as error:
+                # The run may go on without this node: its rendezvous stays open for another one.
+                CONSOLE.say(str(error))
+                agents[-1].exit_code = 1
+                break
+    finally:
+        for agent in agents[-1:]:
+            agent.release_memory()
     last = agents[-1]
     in_place = sum(agent.recoveries_in_place for agent in agents)
     relaunches = sum(agent.relaunches for agent in agents)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,12 +26,14 @@ import torch
 
 from lightning_ckptless.errors import ArenaError
 from lightning_ckptless.formats.schema import SchemaError
+from lightning_ckptless.memory_files import is_memory_file, stat_file
 from lightning_ckptless.private_files import require_private
 from lightning_ckptless.protocol.versions import Replica
 from lightning_ckptless.replica import facts as arena_facts
 from lightning_ckptless.replica.checksum import bytes_of, matches
 from lightning_ckptless.replica.facts import DamagedArenaError, Facts
 from lightning_ckptless.replica.layout import Layout
+from lightning_ckptless.replica.memory_limit import available_memory_bytes
 from lightning_ckptless.replica.notes import Json, read_notes, write_note
 from lightning_ckptless.replica.owner import Owner
 from lightning_ckptless.replica.slot import (
@@ -43,10 +45,12 @@ from lightning_ckptless.replica.slot import (
     read_header,
     slot_file_bytes,
 )
-from lightning_ckptless.replica.space import default_arena_dir, require_room, taken_bytes
+from lightning_ckptless.replica.space import MAKE_ROOM, Room, default_arena_dir, find_room, is_in_memory, taken_bytes
 from lightning_ckptless.replica.stamp import Stamp
 
 log = logging.getLogger(__name__)
+
+Hold = Callable[[Sequence[Path], str], None]
 
 __all__ = [
     "Arena",
@@ -71,6 +75,7 @@ class Arena:
         run_id: the run.
         origin: checkpoint path that the run was asked to begin from.
         torn_headers: slots that the last `inventory` could not read.
+        hold: has the agent make slots of anonymous memory, for a reason in words; None where no agent can.
     """
 
     def __init__(self, path: Path, facts: Facts) -> None:
@@ -79,6 +84,8 @@ class Arena:
         self.run_id = facts.run_id
         self.origin = facts.origin
         self.torn_headers = 0
+        self.hold: Hold | None = None
+        self._reason = ""
         self._open_slots: list[Slot] = []
 
     @classmethod
@@ -157,7 +164,16 @@ class Arena:
             ArenaError: the file system has too little free space.
         """
         paths = self._slot_paths(shard, keeper, layout)
-        require_room(dict.fromkeys(paths, slot_file_bytes(bulk_bytes)), self.path)
+        reason = self._require_room(dict.fromkeys(paths, slot_file_bytes(bulk_bytes)))
+        missing = [path for path in paths if not taken_bytes(path)]
+        # What was decided for all of the node counts, where these two alone would fit.
+        if missing and (reason := self._reason or reason):
+            assert self.hold is not None
+            self.hold(missing, reason)
+        else:
+            # Links to memory of an agent that has ended.
+            for path in missing:
+                path.unlink(missing_ok=True)
         first = self._open(paths[0], bulk_bytes)
         return first, self._open(paths[1], bulk_bytes)
 
@@ -179,7 +195,34 @@ class Arena:
             for shard, keeper in shelves
             for path in self._slot_paths(shard, keeper, layout.digest)
         }
-        require_room(sizes, self.path)
+        self._reason = self._require_room(sizes)
+
+    def _require_room(self, sizes: Mapping[Path, int]) -> str:
+        """Refuse slots that do not fit, neither as files nor in anonymous memory.
+
+        Returns:
+            Why those that are missing must be anonymous memory; empty where they are to be files.
+        """
+        room = find_room(sizes, self.path)
+        # All of a node alike: where some are in memory already, the small state of the others would not fit either.
+        if room.fits and not any(is_memory_file(path) for path, _ in self._slot_files()):
+            return ""
+        if obstacle := self._obstacle_to_memory(room):
+            if room.fits:
+                return ""
+            raise ArenaError(f"{self.path}: {room}, and they cannot be anonymous memory of the agent: {obstacle}: {MAKE_ROOM}")
+        return room.in_memory_instead()
+
+    def _obstacle_to_memory(self, room: Room) -> str:
+        """Why slots cannot be anonymous memory of the agent; empty where they can."""
+        if not is_in_memory(self.path):
+            return f"{self.path.parent} is on a disk, which takes what memory may not"
+        if self.hold is None:
+            return "the workers were not started by an agent of this package (`ckptless run`, `python train.py`)"
+        available_bytes = available_memory_bytes()
+        if room.needed_bytes > available_bytes:
+            return f"{available_bytes} bytes of memory are left to this machine or container"
+        return ""
 
     def _slot_paths(self, shard: int, keeper: int, layout: str) -> list[Path]:
         return [self.path / str(SlotName.of(shard, keeper, layout, index)) for index in (0, 1)]
@@ -466,5 +509,5 @@ def _last_used_at(path: Path) -> float:
     for file in path.iterdir():
         # A small file is replaced by another one of its name at any time.
         with suppress(FileNotFoundError):
-            times.append(file.stat().st_mtime)
+            times.append(stat_file(file).st_mtime)
     return max(times)

@@ -1,4 +1,4 @@
-"""One slot: a file in an arena that holds one version of one shard.
+"""One slot: a file in an arena, or anonymous memory in its place, that holds one version of one shard.
 
     offset 0                 header page: magic, length, crc32, JSON; padded to 4096 bytes
     offset 4096              bulk: the tensors of the shard, mapped into memory
@@ -20,12 +20,14 @@ import struct
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from lightning_ckptless.errors import ArenaError
 from lightning_ckptless.formats.schema import SchemaError, record, text
 from lightning_ckptless.formats.sealed import parse
+from lightning_ckptless.memory_files import open_file
 from lightning_ckptless.protocol.slots import SlotEvent, SlotView, advance
 from lightning_ckptless.protocol.versions import SlotState
 from lightning_ckptless.replica.space import MAKE_ROOM
@@ -147,7 +149,7 @@ def read_header(path: Path) -> SlotHeader | None:
     Raises:
         ArenaError: the header is torn, or promises more bytes than the file has.
     """
-    with path.open("rb") as file:
+    with _open_to_read(path) as file:
         page = file.read(HEADER_BYTES)
         file_bytes = os.fstat(file.fileno()).st_size
     if not any(page):
@@ -163,13 +165,13 @@ def read_bulk(path: Path, bulk_bytes: int) -> torch.Tensor:
 
     torch knows no read-only tensors. The mapping is private: a stray write into it stays in this process.
     """
-    with path.open("rb") as file:
+    with _open_to_read(path) as file:
         return _map(file.fileno(), bulk_bytes, access=mmap.ACCESS_COPY)
 
 
 def read_blob(path: Path, bulk_bytes: int, blob_bytes: int) -> bytes:
     """The small state behind a slot's tensor part."""
-    with path.open("rb") as file:
+    with _open_to_read(path) as file:
         file.seek(slot_file_bytes(bulk_bytes))
         return file.read(blob_bytes)
 
@@ -195,7 +197,7 @@ class Slot:
         self.bulk_bytes = bulk_bytes
         self._run_id = run_id
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            self._fd = open_file(path, os.O_RDWR | os.O_CREAT)
             try:
                 # Reserving turns a full file system into an error here instead of a SIGBUS at a later write.
                 os.posix_fallocate(self._fd, 0, slot_file_bytes(bulk_bytes))
@@ -259,6 +261,10 @@ class Slot:
     def _write_header(self, header: SlotHeader) -> None:
         _write_fully(self._fd, memoryview(header.encode()), 0, self.path)
         self.header = header
+
+
+def _open_to_read(path: Path) -> BinaryIO:
+    return os.fdopen(open_file(path, os.O_RDONLY), "rb")
 
 
 def _map(fd: int, bulk_bytes: int, **how: int) -> torch.Tensor:

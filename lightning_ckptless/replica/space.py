@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_ckptless import environment
 from lightning_ckptless.errors import ArenaError
+from lightning_ckptless.memory_files import stat_file
 from lightning_ckptless.private_files import require_private
 
 SHARED_MEMORY = Path("/dev/shm")
 MAKE_ROOM = (
-    "set arena_dir= to a larger file system, keep fewer copies or a smaller state, or enlarge the mount "
-    "(mount -o remount,size=...)"
+    "enlarge the mount (docker run --shm-size=..., in Kubernetes a volume of `medium: Memory`, elsewhere mount -o "
+    "remount,size=...), set arena_dir= to a larger file system, or keep fewer copies or a smaller state"
 )
 """What to do where arenas do not fit."""
 _MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "hugetlbfs")
+_SPARE = 1.1
+"""For the small state of each rank, which is written behind the tensors, and notes."""
 _BLOCK_BYTES = 512
 """Unit of `st_blocks`, whatever the file system."""
 
@@ -80,31 +85,58 @@ def _lines(path: Path) -> list[str]:
 def taken_bytes(path: Path) -> int:
     """Memory that a file takes; 0 where there is none."""
     try:
-        return path.stat().st_blocks * _BLOCK_BYTES
+        return stat_file(path).st_blocks * _BLOCK_BYTES
     except FileNotFoundError:
         return 0
 
 
-def require_room(sizes: Mapping[Path, int], folder: Path) -> None:
-    """Refuse to make files that do not fit.
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What slots need of a file system, and what it has.
+
+    Args:
+        folder: where they lie.
+        slots: how many.
+        needed_bytes: beyond what those that exist take already.
+        free_bytes: on the file system.
+        total_bytes: of the file system.
+    """
+
+    folder: Path
+    slots: int
+    needed_bytes: int
+    free_bytes: int
+    total_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is enough."""
+        return self.needed_bytes <= self.free_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.slots} slots need {self.needed_bytes} more bytes, but {self.free_bytes} are free in "
+            f"{self.folder.parent}"
+        )
+
+    def in_memory_instead(self) -> str:
+        """For the user: that the slots are anonymous memory of the agent, and what a larger file system would add."""
+        least_mib = math.ceil((self.total_bytes - self.free_bytes + self.needed_bytes) * _SPARE / 2**20)
+        return (
+            f"{self}: the agent holds them in anonymous memory, which only the memory of the machine or container "
+            f"limits. There they survive the workers, but not the agent; in a larger {self.folder.parent} (--shm-size="
+            f"{least_mib}m or more) they would survive the agent, too"
+        )
+
+
+def find_room(sizes: Mapping[Path, int], folder: Path) -> Room:
+    """What files need, and what there is.
 
     Args:
         sizes: length that each file shall have, in bytes; those that exist count with what they have already.
         folder: where they lie.
-
-    Raises:
-        ArenaError: with the bytes needed, the bytes free, and what to do.
     """
     # In this order: what another process makes in between is counted as free and as made, and never as missing.
-    free_bytes = _free_bytes(folder)
-    needed_bytes = sum(max(0, file_bytes - taken_bytes(path)) for path, file_bytes in sizes.items())
-    if needed_bytes > free_bytes:
-        raise ArenaError(
-            f"{folder}: {len(sizes)} slots need {needed_bytes} more bytes, but {free_bytes} are free in "
-            f"{folder.parent}: {MAKE_ROOM}"
-        )
-
-
-def _free_bytes(folder: Path) -> int:
     disk = os.statvfs(folder)
-    return disk.f_bavail * disk.f_frsize
+    needed_bytes = sum(max(0, file_bytes - taken_bytes(path)) for path, file_bytes in sizes.items())
+    return Room(folder, len(sizes), needed_bytes, disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize)

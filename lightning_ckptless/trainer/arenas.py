@@ -6,8 +6,11 @@ import json
 import logging
 import os
 import time
+from functools import partial
 from pathlib import Path
 
+from lightning_ckptless.membership.control import Line
+from lightning_ckptless.membership.held_memory import have_held
 from lightning_ckptless.membership.reaper import start_reaper
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.replica.arena import Arena, Owner, adopt, default_arena_dir, find_arenas, reclaim
@@ -57,6 +60,11 @@ def have_reaped(arena: Arena, identity: Identity) -> None:
     if arena.notes().get("reaped with") != agent:
         start_reaper(agent, str(arena.path))
         arena.note("reaped with", agent)
+
+
+def have_agent_hold(arena: Arena, line: Line | None) -> None:
+    """Have slots that do not fit into the arena's file system held by the agent, where it is one of ours."""
+    arena.hold = None if line is None else partial(have_held, line)
 
 
 def discard_if_empty(arena: Arena) -> None:

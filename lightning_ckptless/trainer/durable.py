@@ -125,6 +125,14 @@ class DurableRung:
             arena.write_layout(layout)
             arena.note("origin", state.origin)
         cohort.transport.agree(True)
+        arena.require_room_for(
+            (
+                (shard, keeper)
+                for keeper in cohort.ranks_of_node
+                for shard in range(keeper, state.snapshot.world_size, cohort.world_size)
+            ),
+            layout,
+        )
         for shard, copy in copies.items():
             pair = arena.slots(shard, rank, copy.bulk.numel(), layout=layout.digest)
             _put(pair[0], copy, state.snapshot, shard, rank)

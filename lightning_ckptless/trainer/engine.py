@@ -29,6 +29,7 @@ from lightning_ckptless.replica.transport import GlooTransport, SoloTransport, T
 from lightning_ckptless.trainer.arenas import (
     discard_if_empty,
     find_or_make_arena,
+    have_agent_hold,
     have_reaped,
     is_first_of_node,
     local_rank,
@@ -163,6 +164,7 @@ class Engine:
         self.arena, nodes = open_arena(
             self.identity, self.chapter, self.options, transport, opens=opens, origin=ckpt_path
         )
+        have_agent_hold(self.arena, self._line)
         if opens and not self.identity.own_agent:
             have_reaped(self.arena, self.identity)
         relaunched, states = self.generation > 1, self.durable.states(transport)
@@ -205,6 +207,7 @@ class Engine:
     def begin_alone(self) -> None:
         """Prepare to come to the others where they are: what can be known without them."""
         self.arena = find_or_make_arena(self.identity, self.chapter, self.options)
+        have_agent_hold(self.arena, self._line)
         self.folders.adopt(self.arena.notes().get("folders"), self.rank)
         self.loggers.hold(self.arena.path)
         self.loggers.identify_alone(self.arena)
