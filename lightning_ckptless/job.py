@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
                 is_named=is_named,
                 committed=_committed(config),
                 durable=_durable(config),
+                was_in_agent=any(arena.links_to_memory for arena in _arenas(config)),
                 command=shlex.join(["ckptless", "run", *([] if is_named else [f"--rdzv-id={config.run_id}"]), *argv]),
             )
         )

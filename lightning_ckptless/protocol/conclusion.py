@@ -27,6 +27,7 @@ class Ending:
         committed: the newest version in this node's shared memory, in words; empty where there is none.
         durable: the newest durable state, in words; empty where there is none.
         command: what starts it again.
+        was_in_agent: whether versions were in memory of the agent, which ends with it.
     """
 
     is_asked_for: bool
@@ -35,6 +36,7 @@ class Ending:
     committed: str
     durable: str
     command: str
+    was_in_agent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,9 @@ def conclude(ending: Ending) -> Conclusion:
         return Conclusion(keeps_arenas=True, text=text)
     if ending.durable:
         return Conclusion(keeps_arenas=False, text=f"{ending.durable} is kept; continue with: {ending.command}")
+    if not ending.committed and ending.was_in_agent:
+        text = "no state is kept: it was in memory of the agent, since the folder of the arenas was too small for it"
+        return Conclusion(keeps_arenas=False, text=text)
     if not ending.committed:
         return Conclusion(keeps_arenas=False, text="no state is kept: no step had been committed")
     return Conclusion(

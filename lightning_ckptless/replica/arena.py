@@ -210,12 +210,14 @@ class Arena:
         if obstacle := self._obstacle_to_memory(room):
             if room.fits:
                 return ""
-            raise ArenaError(f"{self.path}: {room}, and they cannot be anonymous memory of the agent: {obstacle}: {MAKE_ROOM}")
+            raise ArenaError(
+                f"{self.path}: {room}, and they cannot be anonymous memory of the agent: {obstacle}: {MAKE_ROOM}"
+            )
         return room.in_memory_instead()
 
     def _obstacle_to_memory(self, room: Room) -> str:
         """Why slots cannot be anonymous memory of the agent; empty where they can."""
-        if not is_in_memory(self.path):
+        if not is_in_memory(self.path.parent):
             return f"{self.path.parent} is on a disk, which takes what memory may not"
         if self.hold is None:
             return "the workers were not started by an agent of this package (`ckptless run`, `python train.py`)"
@@ -236,6 +238,11 @@ class Arena:
         for path in sorted(self.path.iterdir()):
             if (name := SlotName.parse(path.name)) is not None:
                 yield path, name
+
+    @property
+    def links_to_memory(self) -> bool:
+        """Whether slots are memory of an agent, or were that of one that has ended."""
+        return any(path.is_symlink() for path, _ in self._slot_files())
 
     def inventory(self) -> tuple[Replica, ...]:
         """What the slots hold, read from their headers only. A torn header is left out and counted."""

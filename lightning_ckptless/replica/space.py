@@ -136,7 +136,8 @@ def find_room(sizes: Mapping[Path, int], folder: Path) -> Room:
         sizes: length that each file shall have, in bytes; those that exist count with what they have already.
         folder: where they lie.
     """
-    # In this order: what another process makes in between is counted as free and as made, and never as missing.
-    disk = os.statvfs(folder)
+    # In this order: what another process makes in between is counted as free and as made, and never as missing. The
+    # folder above is asked: a rank that was refused first may have removed the empty arena.
+    disk = os.statvfs(folder.parent)
     needed_bytes = sum(max(0, file_bytes - taken_bytes(path)) for path, file_bytes in sizes.items())
     return Room(folder, len(sizes), needed_bytes, disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize)

@@ -40,6 +40,12 @@ def test_a_durable_state_is_a_place_to_continue_from() -> None:
     )
 
 
+@pytest.mark.parametrize("ending", [ASKED, GIVEN_UP])
+def test_what_was_memory_of_the_agent_is_said_to_be_gone_with_it(ending: Ending) -> None:
+    found = conclude(replace(ending, committed="", was_in_agent=True))
+    assert not found.keeps_arenas and "it was in memory of the agent" in found.text
+
+
 def test_who_is_told_is_told_one_thing_and_nothing_is_kept_without_a_state() -> None:
     for asked, given_up, named in product([False, True], repeat=3):
         found = conclude(Ending(asked, given_up, named, committed="", durable="", command=COMMAND))

@@ -19,8 +19,9 @@ import torch
 
 from lightning_ckptless.cli.leftovers import find_leftovers
 from lightning_ckptless.errors import ArenaError
+from lightning_ckptless.memory_files import make_memory_file
 from lightning_ckptless.protocol.versions import SlotState, Version
-from lightning_ckptless.replica.arena import Arena, Owner, adopt, default_arena_dir, find_arenas, reclaim
+from lightning_ckptless.replica.arena import Arena, Hold, Owner, adopt, default_arena_dir, find_arenas, reclaim
 from lightning_ckptless.replica.checksum import bytes_of, digest
 from lightning_ckptless.replica.description import describe
 from lightning_ckptless.replica.facts import locked
@@ -28,6 +29,7 @@ from lightning_ckptless.replica.notes import write_note
 from lightning_ckptless.replica.partition import plan_layout
 from lightning_ckptless.replica.slot import HEADER_BYTES, Slot
 from lightning_ckptless.replica.stamp import Stamp
+from tests.mounts import small_memory
 from tests.outsider import call_as_another_user, needs_another_user, open_to_all
 
 
@@ -514,6 +516,67 @@ def test_the_slots_of_all_ranks_of_a_node_have_to_fit_together(arena: Arena) -> 
     arena.require_room_for([(0, 0)], layout)
     with pytest.raises(ArenaError, match=r"4 slots need \d+ more bytes, but \d+ are free.*arena_dir="):
         arena.require_room_for([(0, 0), (1, 1)], layout)
+
+
+def _hold_here(handles: list[int]) -> Hold:
+    """Slots of anonymous memory, held by this process."""
+    return lambda paths, _reason: handles.extend(make_memory_file(path) for path in paths)
+
+
+def test_slots_that_do_not_fit_are_memory_that_is_read_and_taken_like_files(
+    tmp_path: Path, owner: Owner, stamp: Stamp
+) -> None:
+    handles: list[int] = []
+    with small_memory(tmp_path / "small", 1) as folder:
+        arena = Arena.create(folder, "run", "node0", owner)
+        arena.hold = _hold_here(handles)
+        slot, _ = arena.slots(0, 1, 900_000, layout=stamp.layout)
+        write(slot, stamp, torch.ones(900_000, dtype=torch.uint8), b"small")
+        (replica,) = Arena.attach(arena.path).inventory()
+        assert arena.verify(replica) and arena.read_blob(replica) == b"small"
+        assert len(handles) == 2 and find_arenas(folder)[0].bytes > 1_800_000
+        again = Arena.attach(arena.path)
+        assert again.slots(0, 1, 900_000, layout=stamp.layout)[0].header == slot.header, "found again, not made again"
+        again.close()
+        # Another one would fit, but not the small state of all the others.
+        arena.slots(1, 1, 10_000, layout=stamp.layout)
+        assert len(handles) == 4
+        arena.close()
+        for handle in handles:
+            os.close(handle)
+        assert arena.inventory() == () and arena.links_to_memory
+        slot, _ = arena.slots(0, 1, 10_000, layout=stamp.layout)
+        assert slot.header is None and not slot.path.is_symlink(), (
+            "of the memory of an agent that has ended nothing is left"
+        )
+        arena.remove()
+
+
+def test_what_was_decided_for_the_node_counts_for_each_of_its_ranks(tmp_path: Path, owner: Owner) -> None:
+    handles: list[int] = []
+    state = {"weight": torch.empty(700_000, dtype=torch.uint8, device="meta")}
+    layout = plan_layout([describe(state, replicated=False)] * 2)
+    with small_memory(tmp_path / "small", 2) as folder:
+        arena = Arena.create(folder, "run", "node0", owner)
+        arena.hold = _hold_here(handles)
+        arena.require_room_for([(0, 0), (1, 1)], layout)
+        arena.slots(0, 0, layout.bulk_bytes(0), layout=layout.digest)
+        assert len(handles) == 2
+        arena.close()
+        for handle in handles:
+            os.close(handle)
+
+
+def test_slots_that_fit_nowhere_are_refused_with_every_way_out(tmp_path: Path, arena: Arena, owner: Owner) -> None:
+    with small_memory(tmp_path / "small", 1) as folder:
+        small = Arena.create(folder, "run", "node0", owner)
+        ways = r"cannot be anonymous memory of the agent: {}.*--shm-size.*arena_dir="
+        with pytest.raises(ArenaError, match=ways.format("the workers were not started by an agent of this package")):
+            small.slots(0, 0, 2_000_000)
+        small.hold = _hold_here([])
+        with pytest.raises(ArenaError, match=ways.format(r"\d+ bytes of memory are left")):
+            small.slots(0, 0, 1 << 50)
+        assert not list(small.path.glob("shard-*"))
 
 
 @needs_another_user
