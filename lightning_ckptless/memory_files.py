@@ -84,6 +84,15 @@ def stat_file(path: Path) -> os.stat_result:
     return path.stat()
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is a file, of memory or not; a link to memory that is gone is none."""
+    try:
+        stat_file(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def is_memory_file(path: Path) -> bool:
     """Whether a file is one of anonymous memory that is still there."""
     with suppress(OSError):

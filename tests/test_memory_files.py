@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.memory_files import is_memory_file, make_memory_file, open_file, stat_file
+from lightning_ckptless.memory_files import is_memory_file, is_there, make_memory_file, open_file, stat_file
 
 WRITER = "import sys; open(sys.argv[1], 'r+b').write(b'from another process')"
 
@@ -24,13 +24,13 @@ def test_another_process_writes_into_the_memory_by_its_path(tmp_path: Path) -> N
     subprocess.run([sys.executable, "-c", WRITER, str(path)], check=True)
     assert _read(path) == os.pread(handle, 100, 0) == b"from another process"
     assert stat_file(path).st_size == 20
-    assert is_memory_file(path)
+    assert is_memory_file(path) and is_there(path)
     os.close(handle)
 
 
 def test_the_memory_is_gone_when_its_holder_has_closed_it(tmp_path: Path) -> None:
     os.close(make_memory_file(path := tmp_path / "slot"))
-    assert path.is_symlink() and not is_memory_file(path)
+    assert path.is_symlink() and not is_memory_file(path) and not is_there(path)
     for use in (lambda: open_file(path, os.O_RDWR | os.O_CREAT), lambda: stat_file(path)):
         with pytest.raises(FileNotFoundError, match="held this memory has ended"):
             use()
@@ -68,4 +68,4 @@ def test_other_links_are_not_followed(tmp_path: Path) -> None:
 def test_plain_files_are_opened_and_made_private(tmp_path: Path) -> None:
     os.close(open_file(path := tmp_path / "plain", os.O_RDWR | os.O_CREAT))
     assert path.stat().st_mode & 0o777 == 0o600
-    assert not is_memory_file(path) and stat_file(path).st_size == 0
+    assert not is_memory_file(path) and is_there(path) and stat_file(path).st_size == 0

@@ -7,8 +7,8 @@
 | was asked to end by a signal | was given none | removed |
 | has given up: too many recoveries, or a program that cannot be started again | | kept |
 
-Where no version was committed there is nothing to keep. A durable state stays in any case, and is a place to continue
-from as well.
+Where no version was committed there is nothing to keep, nor where the slots were memory of the agent, which has ended.
+A durable state stays in any case, and is a place to continue from as well.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ import torch
 
 from lightning_ckptless.errors import ArenaError
 from lightning_ckptless.formats.schema import SchemaError
-from lightning_ckptless.memory_files import is_memory_file, stat_file
+from lightning_ckptless.memory_files import is_memory_file, is_there, stat_file
 from lightning_ckptless.private_files import require_private
 from lightning_ckptless.protocol.versions import Replica
 from lightning_ckptless.replica import facts as arena_facts
@@ -161,11 +161,11 @@ class Arena:
             layout: digest of the layout: another layout gets slots of its own.
 
         Raises:
-            ArenaError: the file system has too little free space.
+            ArenaError: the file system has too little free space, and the agent cannot hold them in memory instead.
         """
         paths = self._slot_paths(shard, keeper, layout)
         reason = self._require_room(dict.fromkeys(paths, slot_file_bytes(bulk_bytes)))
-        missing = [path for path in paths if not taken_bytes(path)]
+        missing = [path for path in paths if not is_there(path)]
         # What was decided for all of the node counts, where these two alone would fit.
         if missing and (reason := self._reason or reason):
             assert self.hold is not None
@@ -188,7 +188,7 @@ class Arena:
             layout: how the state is cut.
 
         Raises:
-            ArenaError: with the bytes needed, the bytes free, and what to do.
+            ArenaError: they cannot be memory of the agent either: with the bytes needed, the bytes free, and what to do.
         """
         sizes = {
             path: slot_file_bytes(layout.bulk_bytes(shard))

@@ -52,7 +52,7 @@ PROGRAM = """
     seed_everything(1)
     durable = {"durable_every_n_steps": 2, "durable_dir": "durable"} if "DURABLE" in os.environ else {}
     Trainer(
-        strategy=CkptlessStrategy(**durable), accelerator="cpu", devices=2, max_epochs=-1, 
+        strategy=CkptlessStrategy(**durable), accelerator="cpu", devices=2, max_epochs=-1,
         max_steps=int(os.environ.get("STEPS", "6")), callbacks=[Look()], logger=False,
         enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False,
     ).fit(Model())
