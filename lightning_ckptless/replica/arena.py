@@ -188,7 +188,7 @@ class Arena:
             layout: how the state is cut.
 
         Raises:
-            ArenaError: they cannot be memory of the agent either: with the bytes needed, the bytes free, and what to do.
+            ArenaError: they cannot be memory of the agent either: with the bytes needed and free, and what to do.
         """
         sizes = {
             path: slot_file_bytes(layout.bulk_bytes(shard))
