@@ -71,7 +71,7 @@ def test_a_model_that_does_not_fit() -> None:
     report = json.loads(result.output)
     assert result.exit_code == 1 and report["works"] is False
     failures = {check["name"] for check in report["checks"] if check["status"] == "failure"}
-    assert {"room for arenas", "memory"} <= failures
+    assert "memory" in failures
     shown = doctor("--parameters", "1000T", "--ranks", "2")
     assert shown.exit_code == 1 and "will not work here: " in shown.output and "--shm-size" in shown.output
 
@@ -87,10 +87,12 @@ def test_a_small_file_system(tmp_path: Path) -> None:
         does_not = doctor("--json", "--parameters", "3M", "--arena-dir", str(small))
     finally:
         subprocess.run(["umount", str(small)], check=True)
-    assert (fits.exit_code, does_not.exit_code) == (0, 1)
+    assert (fits.exit_code, does_not.exit_code) == (0, 0), "the agent would hold the slots"
     checks = {check["name"]: check for check in json.loads(does_not.output)["checks"]}
     assert checks["arena folder"]["status"] == "ok"
+    assert checks["room for arenas"]["status"] == "warning"
     assert checks["room for arenas"]["found"].startswith("67.1 MB free in")
+    assert "--shm-size" in checks["room for arenas"]["fix"]
     assert checks["room for arenas"]["expected"].startswith("96.0 MB")
 
 

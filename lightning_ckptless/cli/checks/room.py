@@ -92,7 +92,10 @@ def check_arena_room(job: Job, place: Place) -> Check:
     )
     if needed <= place.free_bytes:
         return Check("room for arenas", Status.OK, f"{found}, {decimal(needed)} needed", expected)
-    fix = f"{MAKE_ROOM}; in Docker give `--shm-size {-(-needed // 10**9)}g`, in Kubernetes a volume of `medium: Memory`"
+    fix = f"{MAKE_ROOM}; in Docker that is `--shm-size {-(-needed // 10**9)}g`"
+    if place.in_memory:
+        found += ": slots will be memory of the agent, and end with it; under torchrun the run is refused"
+        return Check("room for arenas", Status.WARNING, found, expected, fix)
     return Check("room for arenas", Status.FAILURE, found, expected, fix)
 
 
