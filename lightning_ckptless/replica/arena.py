@@ -33,7 +33,6 @@ from lightning_ckptless.replica import facts as arena_facts
 from lightning_ckptless.replica.checksum import bytes_of, matches
 from lightning_ckptless.replica.facts import DamagedArenaError, Facts
 from lightning_ckptless.replica.layout import Layout
-from lightning_ckptless.replica.memory_limit import available_memory_bytes
 from lightning_ckptless.replica.notes import Json, read_notes, write_note
 from lightning_ckptless.replica.owner import Owner
 from lightning_ckptless.replica.slot import (
@@ -45,7 +44,15 @@ from lightning_ckptless.replica.slot import (
     read_header,
     slot_file_bytes,
 )
-from lightning_ckptless.replica.space import MAKE_ROOM, Room, default_arena_dir, find_room, is_in_memory, taken_bytes
+from lightning_ckptless.replica.space import (
+    MAKE_ROOM,
+    Room,
+    available_memory_bytes,
+    default_arena_dir,
+    find_room,
+    is_in_memory,
+    taken_bytes,
+)
 from lightning_ckptless.replica.stamp import Stamp
 
 log = logging.getLogger(__name__)

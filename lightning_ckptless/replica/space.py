@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from lightning_ckptless import environment
+from lightning_ckptless.control_groups import ceiling
 from lightning_ckptless.errors import ArenaError
 from lightning_ckptless.memory_files import stat_file
 from lightning_ckptless.private_files import require_private
@@ -80,6 +83,12 @@ def _lines(path: Path) -> list[str]:
         return path.read_text().splitlines()
     except OSError:
         return []
+
+
+def available_memory_bytes() -> int:
+    """Memory that this process may still take. Beyond it the kernel refuses nothing, and kills processes."""
+    left, group = int(psutil.virtual_memory().available), ceiling("memory")
+    return left if group is None else min(left, group.room)
 
 
 def taken_bytes(path: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import threading
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from lightning_ckptless import environment
 from lightning_ckptless.cli.checks import clock, limits, network, processes, room, variables, versions
 from lightning_ckptless.cli.checks.check import Check, Job, State, Status
 from lightning_ckptless.cli.checks.clock import Instant
-from lightning_ckptless.cli.checks.limits import Ceiling
 from lightning_ckptless.cli.checks.network import HostName
 from lightning_ckptless.cli.checks.processes import Watched
+from lightning_ckptless.control_groups import Ceiling, ceiling
 from lightning_ckptless.durable.folder import DurableFolder
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.nccl import ENDS_THE_PROCESS
@@ -82,7 +83,10 @@ def test_versions_that_are_installed() -> None:
 )
 def test_room_for_arenas(job: Job, needed: int) -> None:
     assert room.check_arena_room(job, place(needed)).status is OK
-    refused = room.check_arena_room(job, place(needed - 1))
+    small = place(needed - 1)
+    # In memory the agent holds what does not fit; on a disk nothing can.
+    assert advises(room.check_arena_room(job, small), WARNING, f"--shm-size {needed // GB}g")
+    refused = room.check_arena_room(job, replace(small, in_memory=False))
     assert advises(refused, FAILURE, f"--shm-size {needed // GB}g")
     assert refused.expected.startswith(f"{needed / GB:.1f} GB")
 
@@ -185,8 +189,8 @@ def test_control_groups_of_the_second_version(tmp_path: Path) -> None:
     root = tmp_path / "root"
     cgroup(root / "pod", memory__max="1000", memory__current="700", memory__stat="anon 1\ninactive_file 100")
     cgroup(root / "pod" / "container", memory__max="max", memory__current="600", pids__max="64", pids__current="60")
-    assert limits.ceiling("memory", root, membership) == Ceiling(1000, 600, root / "pod")
-    assert limits.ceiling("pids", root, membership) == Ceiling(64, 60, root / "pod" / "container")
+    assert ceiling("memory", root, membership) == Ceiling(1000, 600, root / "pod")
+    assert ceiling("pids", root, membership) == Ceiling(64, 60, root / "pod" / "container")
 
 
 def test_control_groups_of_the_first_version(tmp_path: Path) -> None:
@@ -199,11 +203,11 @@ def test_control_groups_of_the_first_version(tmp_path: Path) -> None:
         memory__stat="total_inactive_file 200",
     )
     cgroup(root / "pids" / "here", pids__max="64", pids__current="60")
-    assert limits.ceiling("memory", root, membership) == Ceiling(1000, 500, root / "memory")
-    assert limits.ceiling("pids", root, membership) == Ceiling(64, 60, root / "pids" / "here")
+    assert ceiling("memory", root, membership) == Ceiling(1000, 500, root / "memory")
+    assert ceiling("pids", root, membership) == Ceiling(64, 60, root / "pids" / "here")
     cgroup(root / "memory", memory__limit_in_bytes=str(2**63 - 4096))
-    assert limits.ceiling("memory", root, membership) is None
-    assert limits.ceiling("memory", root, tmp_path / "missing") is None
+    assert ceiling("memory", root, membership) is None
+    assert ceiling("memory", root, tmp_path / "missing") is None
 
 
 # ---------------------------------------------------------------- processes, clock
