@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lightning_ckptless.cli.drill_view import ProgressView, show_report
 from lightning_ckptless.errors import TimeLimitError
+from lightning_ckptless.formats.events import seal_line
 from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.testing import starters
 from lightning_ckptless.testing.drill import DrillReport, Variant, report_on, run_drill, run_variant
@@ -108,7 +109,7 @@ def finished(folder: Path, rows: list[dict[str, Any]], events: list[dict[str, An
     write(folder / "trace", rows)
     ledger = folder / "runs" / "run" / "ledger.jsonl"
     ledger.parent.mkdir(parents=True)
-    ledger.write_text("".join(json.dumps(event) + "\n" for event in events))
+    ledger.write_bytes(b"".join(seal_line(json.dumps(event).encode()) + b"\n" for event in events))
     return Variant(folder, 0, 1.0)
 
 
