@@ -118,7 +118,7 @@ def test_a_disk_that_is_full_is_one_line_each_and_one_warning(training: Training
             assert [event.event for event in events] == ["durable_failed"] * count
         # It ends with its agent, too.
         agent.kill()
-        _, said = process.communicate(timeout=20)
+        _, said = process.communicate(timeout=120)
         assert process.returncode == 0
     assert said.count("was not written") == 1 and "training goes on" in said
     assert DurableFolder(folder).states() == []

@@ -98,7 +98,9 @@ def test_a_run_that_cannot_start_says_why(write: Write, tmp_path: Path) -> None:
 COLD = """
     import os, sys
     if "RANK" in os.environ:
-        print(os.environ["CKPTLESS_AGENT"], os.environ["RANK"], sys.argv, __name__, os.getcwd(), sys.flags.optimize)
+        agent, rank = os.environ["CKPTLESS_AGENT"], os.environ["RANK"]
+        # At once: the other rank writes into the same pipe.
+        os.write(1, f"{agent} {rank} {sys.argv} {__name__} {os.getcwd()} {sys.flags.optimize}\\n".encode())
         sys.exit(3 if "fail" in sys.argv else 0)
     from lightning_ckptless.membership.cold import replace_by_agent
     print("cold", os.getpid(), flush=True)
