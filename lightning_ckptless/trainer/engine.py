@@ -339,7 +339,7 @@ class Engine:
 
         def restore() -> None:
             restoration.fill(self.trainer)
-            mirroring.small.apply(restoration.state)
+            mirroring.small.apply(restoration.state, with_settings=False)
 
         def settle() -> None:
             restoration.make_data(self.data_hooks, self.strategy.alone)

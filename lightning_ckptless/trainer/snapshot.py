@@ -191,8 +191,13 @@ class SmallState:
 
     # ------------------------------------------------------------------ apply
 
-    def apply(self, saved: dict[str, Any]) -> None:
+    def apply(self, saved: dict[str, Any], *, with_settings: bool = True) -> None:
         """Put everything back but the data position and the generators, which come last.
+
+        Args:
+            saved: what `capture` returned.
+            with_settings: whether to put back settings of the trainer that hooks have changed; not before the hooks of
+                a starting fit, which may insist on the first ones.
 
         Raises:
             LayoutMismatchError: the relaunched script has other callbacks, optimizers or schedulers.
@@ -208,7 +213,7 @@ class SmallState:
             trainer.precision_plugin.load_state_dict(copy.deepcopy(saved["precision"]))
         self._apply_datamodule(saved["datamodule"])
         self._apply_module(saved)
-        self._surroundings.apply(saved["surroundings"])
+        self._surroundings.apply(saved["surroundings"], with_settings=with_settings)
         if saved["checkpoint"] is not None:
             self.hooks.apply(saved["checkpoint"], StateIndex(trainer).read())
         self.loops.set_counters(saved["counters"])

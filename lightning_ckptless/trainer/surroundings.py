@@ -70,9 +70,15 @@ class Surroundings:
                     self._tell(f"{stage} dataloader {index}: {name}")
         return state
 
-    def apply(self, saved: dict[str, Any]) -> None:
-        """Put back what was captured; into validation dataloaders as soon as they are there."""
-        self._settings.apply(saved["settings"])
+    def apply(self, saved: dict[str, Any], *, with_settings: bool = True) -> None:
+        """Put back what was captured; into validation dataloaders as soon as they are there.
+
+        Args:
+            saved: what `capture` returned.
+            with_settings: whether to put back those of the trainer, too.
+        """
+        if with_settings:
+            self._settings.apply(saved["settings"])
         if self._objects is not None:
             self._objects.apply(saved["objects"])
         self._look_for_validation_data()
