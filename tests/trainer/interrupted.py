@@ -122,7 +122,7 @@ class OneProcess(SingleDeviceStrategy):
             for name, tensor in live.items():
                 tensor.copy_(tensors[name])
         self.small = SmallState(self.trainer, surroundings=self.surroundings)
-        self.small.apply(unpack(self.saved["small"]))
+        self.small.apply(unpack(self.saved["small"]), with_settings=False)
 
     def settle(self) -> None:
         assert self.saved and self.small

@@ -179,6 +179,16 @@ class Programs:
             if loader is not None:
                 loader.flattened[0].dataset.difficulty += 0.5
 
+    class FirstSettingInsistedOn:
+        @staticmethod
+        def begin(model: Any) -> None:
+            # As `GradientAccumulationScheduler` does when a fit starts, in a new process too.
+            assert model.trainer.accumulate_grad_batches == 1
+
+        @staticmethod
+        def change(model: Any) -> None:
+            model.trainer.accumulate_grad_batches = 1 + model.current_epoch
+
     class HeldByTheModel:
         @staticmethod
         def begin(model: Any) -> None:
