@@ -73,7 +73,7 @@ def one_by_one() -> Iterator[None]:
         group.bound_device_id = bound
 
 
-def become(mesh: DeviceMesh, anew: DeviceMesh) -> bool:
+def become(mesh: DeviceMesh, rebuilt: DeviceMesh) -> bool:
     """Let a mesh, and all that was sliced from it, be as one that was made for another generation.
 
     Tensors, modules and hooks of tensor parallelism hold meshes, some of them where nobody else can reach: so each has
@@ -81,19 +81,19 @@ def become(mesh: DeviceMesh, anew: DeviceMesh) -> bool:
 
     Args:
         mesh: of the last generation, or made before there was one.
-        anew: of as many dimensions, under the same names.
+        rebuilt: of as many dimensions, under the same names.
 
     Returns:
         Whether it has other sizes now, or this rank another place in it.
     """
-    has_moved = (mesh.shape, mesh.get_coordinate()) != (anew.shape, anew.get_coordinate())
+    has_moved = (mesh.shape, mesh.get_coordinate()) != (rebuilt.shape, rebuilt.get_coordinate())
     # Moved, not copied: a mesh is let go of late, and groups that are held end no thread.
-    groups = mesh_versions.take_groups(anew)
-    if not has_moved and mesh._dim_group_names == anew._dim_group_names:
+    groups = mesh_versions.take_groups(rebuilt)
+    if not has_moved and mesh._dim_group_names == rebuilt._dim_group_names:
         vars(mesh).update(groups)
         return False
     with mesh_versions.changing(mesh) as slices:
-        vars(mesh).update(vars(anew) | groups)
+        vars(mesh).update(vars(rebuilt) | groups)
         for part in slices:
             vars(part).update(vars(_slice_like(mesh, part)))
     # What is looked up by a mesh does not know that this rank is another one in it.

@@ -92,20 +92,26 @@ class Room:
 def newest_committed(arenas: Sequence[Arena], *, at: Version | None = None) -> Complete | Missing:
     """The newest version of which the arenas have every shard, and some header says that all ranks have it.
 
-    That one is missing counts only where no slot has changed between two readings.
+    A version counts as missing when no slot has changed between two readings, or after `TRIES` of them.
 
     Args:
         arenas: of all nodes, as far as they can be read here.
         at: look for this version alone.
     """
     held = _inventory(arenas)
-    while True:
-        agreed = {replica.snapshot for replica in held if replica.state is SlotState.COMMITTED}
-        found = newest_complete(r for r in held if r.snapshot in agreed and at in (None, r.version))
-        now = held if isinstance(found, Complete) else _inventory(arenas)
-        if now == held:
+    for _ in range(TRIES):
+        found = _newest_in(held, at)
+        if isinstance(found, Complete):
             return found
-        held = now
+        before, held = held, _inventory(arenas)
+        if held == before:
+            return found
+    return _newest_in(held, at)
+
+
+def _newest_in(held: Sequence[Replica], at: Version | None) -> Complete | Missing:
+    agreed = {replica.snapshot for replica in held if replica.state is SlotState.COMMITTED}
+    return newest_complete(r for r in held if r.snapshot in agreed and at in (None, r.version))
 
 
 def _inventory(arenas: Sequence[Arena]) -> list[Replica]:

@@ -69,7 +69,7 @@ def run_node(config: LaunchConfig, parent: PreloadedParent, record: Callable[...
                 record("meeting_place_lost", cause=str(error), next=place.endpoint, reason=place.reason)
                 CONSOLE.say(f"the rendezvous is lost; the nodes meet at {place.reason}")
             except UnfitNodeError as error:
-                # The run may go on without this node: its rendezvous stays open for another one.
+                # The run may continue without this node: its rendezvous stays open for another one.
                 CONSOLE.say(str(error))
                 agents[-1].exit_code = 1
                 break

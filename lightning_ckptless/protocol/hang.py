@@ -3,8 +3,8 @@
 In lockstep one rank that hangs stops all: the others come to the next collective and wait there. So the culprit is not
 the rank that is silent but the one that has not come as far. No rank is blamed where all stand at the same point (a
 long validation, a first compilation), where a debugger has stopped one, or where all have been stopped. In the backward
-pass ranks that stand at the same point are told apart by what they do there: each is asked, and one that does not wait
-for the others, while they wait, has not come to where they are.
+pass ranks that stand at the same point are distinguished by what they do there: each is asked, and one that does not
+wait for the others, while they wait, has not come to where they are.
 
 | All ranks silent for longer than the limit, and | Then |
 |---|---|

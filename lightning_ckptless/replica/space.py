@@ -26,7 +26,7 @@ MAKE_ROOM = (
 """What to do where arenas do not fit."""
 _MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "hugetlbfs")
 _SPARE = 1.1
-"""For the small state of each rank, which is written behind the tensors, and notes."""
+"""For the small state of each rank, which is written after the tensors, and notes."""
 _BLOCK_BYTES = 512
 """Unit of `st_blocks`, whatever the file system."""
 

@@ -10,8 +10,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from lightning_ckptless.membership.parent import PreloadedParent
 from tests.membership.conftest import run_forked, script, worker_env
 
-# Two ranks meet again and again. In each meeting rank 0 is told of another fault at a line that it has not been told at
-# before, and its peer shortly after. Both leave, meet under the next number, and use the groups.
+# Two ranks meet many times. Each meeting is interrupted on rank 0 by another fault, at a line where none has struck
+# before, and on its peer shortly after. Both leave, meet under the next number, and use the groups.
 MEETINGS = """
     import os, socket, struct, sys, threading, time
     from dataclasses import asdict

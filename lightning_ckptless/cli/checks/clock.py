@@ -40,7 +40,7 @@ def is_synchronised() -> bool | None:
 def check_jumps(began: Instant, now: Instant) -> Check:
     """Whether the wall clock has kept up with the monotonic one while the other checks ran.
 
-    Processes that own shared memory are told apart by when they started, with a tolerance of two seconds.
+    Processes that own shared memory are identified by when they started, with a tolerance of two seconds.
     """
     jump_s = (now.wall_s - began.wall_s) - (now.monotonic_s - began.monotonic_s)
     found = f"{jump_s:+.3f} s within {now.monotonic_s - began.monotonic_s:.1f} s"

@@ -1,4 +1,4 @@
-"""How ranks find each other: the name of this machine, and the interfaces that gloo and NCCL are told to use."""
+"""How ranks find each other: the name of this machine, and the interfaces that are set for gloo and NCCL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Versions of Python, torch and Lightning, against those that are supported. None of them is imported for that."""
+"""Versions of Python, torch and Lightning, against those that are supported. None of them is imported for that.
+
+Short, and used by the doctor alone: every subject of its checks has a file of its own here.
+"""
 
 from __future__ import annotations
 
