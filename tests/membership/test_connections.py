@@ -167,9 +167,11 @@ def test_a_rank_that_waits_for_a_dead_peer_to_connect_is_freed(
 
 def _address_of_the_dead(store: HashStore) -> bytes:
     """What a peer has published, with a port above all others, for the lower port waits for the higher to connect."""
+    # A group that is collected closes its connection, while the other rank may still be connecting.
+    groups: dict[int, ProcessGroupGloo] = {}
 
     def make(rank: int) -> None:
-        ProcessGroupGloo(PrefixStore("once", store), rank, 2, timedelta(seconds=60))
+        groups[rank] = ProcessGroupGloo(PrefixStore("once", store), rank, 2, timedelta(seconds=60))
 
     ranks = [threading.Thread(target=make, args=(rank,)) for rank in (0, 1)]
     for thread in ranks:
