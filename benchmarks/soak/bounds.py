@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.soak.evidence import DURABLE, IN_PLACE, RELAUNCH, STORAGE
 from benchmarks.soak.scenario import SILENT, OutsideKind, Scenario
 from lightning_ckptless.protocol.faults import Moment
-from lightning_ckptless.protocol.hang import RELEASE_S
+from lightning_ckptless.protocol.hang import IDLE_S, RELEASE_S
 
 BOUNDS_S = {IN_PLACE: 20.0, RELAUNCH: 60.0, DURABLE: 60.0, STORAGE: 60.0}
 """From the fault to the end of the first step of all ranks, by rung, once the fault is noticed."""
@@ -17,6 +17,8 @@ NODES_S = 120.0
 NOT_SILENT_S = 2.0
 
 
+AT_THE_SAME_POINT = frozenset({Moment.VALIDATION, Moment.EPOCH_END})
+"""Where no other rank may have come further than one that hangs: it is known by its being idle."""
 IN_A_RECOVERY = frozenset({Moment.REGROUP, Moment.MEET, Moment.RESTORE})
 
 
@@ -34,7 +36,10 @@ def bounds_s(scenario: Scenario) -> dict[str, float]:
 def silent_s(scenario: Scenario) -> float:
     """The longest time until a silent fault of a scenario is noticed."""
     limit_s = scenario.configuration.hang_timeout_s
-    return LEARNED_HANG_S if limit_s is None else limit_s + NOT_SILENT_S
+    if limit_s is not None:
+        return limit_s + NOT_SILENT_S
+    last = any(fault.kind in SILENT and fault.at in AT_THE_SAME_POINT for fault in scenario.injected)
+    return LEARNED_HANG_S + (IDLE_S if last else 0.0)
 
 
 def deadline_s(scenario: Scenario) -> float:

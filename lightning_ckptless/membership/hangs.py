@@ -10,11 +10,21 @@ from pathlib import Path
 
 from lightning_ckptless.membership.channel import Message
 from lightning_ckptless.membership.failure import failure_of
-from lightning_ckptless.membership.kernel import stat_fields
+from lightning_ckptless.membership.kernel import stat_fields, used_s
 from lightning_ckptless.membership.parent import PreloadedParent
 from lightning_ckptless.membership.pulse import STACKS_SIGNAL, pulse_path, read_pulse, stacks_path
 from lightning_ckptless.membership.workers import Workers
-from lightning_ckptless.protocol.hang import Hang, Meeting, Pulse, find_hang, find_late, find_straggler, is_to_be_asked
+from lightning_ckptless.protocol.hang import (
+    Hang,
+    Idleness,
+    Meeting,
+    Pulse,
+    are_silent,
+    find_hang,
+    find_late,
+    find_straggler,
+    is_to_be_asked,
+)
 
 _LOOK_EVERY_S = 0.25
 _ANSWERS = 4
@@ -72,7 +82,8 @@ class HangWatch:
         self._record = record
         self._say = say
         self._looked_at = 0.0
-        self._in_backward = _Answers()
+        self._in_step = _Answers()
+        self._idle: dict[int, Idleness] = {}
         self._in_meeting = _Answers()
         self._straggler_at = 0.0
 
@@ -96,12 +107,23 @@ class HangWatch:
         if len(known) < len(pids) or any(workers.blamed(rank) for rank in pids):
             return None
         self._look_for_stragglers(known, now)
-        if is_to_be_asked(known, now=now, override_s=self.limit_s):
-            self._in_backward.ask(workers, now)
-            known = {rank: replace(pulse, waits=self._in_backward.waits(rank)) for rank, pulse in known.items()}
+        if are_silent(known, now=now, override_s=self.limit_s):
+            known = self._ask(known, workers, now)
         else:
-            self._in_backward.forget()
+            self._idle.clear()
+            self._in_step.forget()
         return find_hang(known, now=now, override_s=self.limit_s)
+
+    def _ask(self, silent: dict[int, Pulse], workers: Workers, now: float) -> dict[int, Pulse]:
+        """The pulses of silent ranks, with whether each waits for others and for how long it has been idle."""
+        for rank, pid in workers.pids().items():
+            used = used_s(pid)
+            self._idle[rank] = self._idle.get(rank, Idleness(used, now)).after(used, now)
+        found = {rank: replace(pulse, idle_s=now - self._idle[rank].since) for rank, pulse in silent.items()}
+        if not is_to_be_asked(found, override_s=self.limit_s):
+            return found
+        self._in_step.ask(workers, now)
+        return {rank: replace(pulse, waits=self._in_step.waits(rank)) for rank, pulse in found.items()}
 
     def look_at_meeting(self, meeting: Meeting, workers: Workers) -> Hang | None:
         """Who keeps the ranks from meeting after a fault; asks them what they do, once they are late."""
@@ -124,7 +146,7 @@ class HangWatch:
         """Take in what workers have answered, with their local ranks."""
         for rank, message in said:
             if message["kind"] == "stands":
-                for answers in (self._in_backward, self._in_meeting):
+                for answers in (self._in_step, self._in_meeting):
                     answers.hear(rank, waits=message["waits"])
 
     def _look_for_stragglers(self, pulses: dict[int, Pulse], now: float) -> None:

@@ -23,7 +23,7 @@ from lightning_ckptless.protocol.hang import Point, Pulse
 STACKS_SIGNAL = signal.SIGRTMIN + 4
 """Makes a worker write down where each of its threads stands."""
 
-_FORMAT = struct.Struct("=qqqdddqq")
+_FORMAT = struct.Struct("=qqqdddqqq")
 _SMOOTHING = 0.1
 
 
@@ -41,6 +41,7 @@ class PulseWriter:
             file.truncate(_FORMAT.size)
             self._memory = mmap.mmap(file.fileno(), _FORMAT.size)
         self._place = (-1, Point.OUTSIDE)
+        self._begun = -1
         self._count = 0
         self._last_at = 0.0
         self._longest_pause_s = 0.0
@@ -65,7 +66,7 @@ class PulseWriter:
     def beat(self, step: int, point: Point, epoch: int = -1, *, out_of_data: bool = False) -> None:
         """Note where this rank stands; the arguments are those of `Pulse`."""
         now = self._clock()
-        self._epoch, self._out_of_data = epoch, out_of_data
+        self._begun, self._epoch, self._out_of_data = step, epoch, out_of_data
         if (step, point) == self._place:
             self._count += 1
         else:
@@ -85,21 +86,36 @@ class PulseWriter:
 
     def outside(self) -> None:
         """Note that this rank is in no step: nobody is to wait for its pulse."""
-        self._place, self._count, self._last_at = (-1, Point.OUTSIDE), 0, 0.0
-        self._write(self._clock())
+        self._begun = -1
+        self.interrupt()
 
     def interrupt(self) -> None:
         """Note that a fault has ended the step: the time until this rank steps again is not a pause of training.
 
         It contains the silence in which the fault was noticed: counted, it would be what the next one may take.
         """
-        self._last_at = self._began_at = 0.0
+        self._place, self._count, self._last_at, self._began_at = (-1, Point.OUTSIDE), 0, 0.0, 0.0
+        self._write(self._clock())
+
+    def restore(self) -> None:
+        """Note that this rank has met the others, or has come further in restoring a version with them."""
+        place = (0, Point.RESTORE)
+        self._place, self._count = place, self._count + 1 if self._place == place else 0
+        self._write(self._clock())
 
     def _write(self, now: float) -> None:
         step, point = self._place
         # Packed into the memory itself they would be zero for a moment first: a sign from the time of the last boot.
         self._memory[:] = _FORMAT.pack(
-            step, point, self._count, now, self._longest_pause_s, self._own_s, self._epoch, self._out_of_data
+            step,
+            point,
+            self._count,
+            now,
+            self._longest_pause_s,
+            self._own_s,
+            self._epoch,
+            self._out_of_data,
+            self._begun,
         )
 
     def close(self) -> None:
@@ -121,7 +137,7 @@ def stacks_path(folder: Path, local_rank: int) -> Path:
 
 
 def step_begun(folder: Path, local_rank: int) -> int | None:
-    """The step that a worker had begun, whether or not it still runs; None where it was in none.
+    """The step that a worker had begun last, whether or not it still runs; None where it was in none.
 
     Args:
         folder: of its agent.
@@ -133,8 +149,9 @@ def step_begun(folder: Path, local_rank: int) -> int | None:
         return None
     if len(data) != _FORMAT.size:
         return None
-    step, point, *_ = _FORMAT.unpack(data)
-    return None if point == Point.OUTSIDE else int(step)
+    begun = int(_FORMAT.unpack(data)[-1])
+    # A file that was just made is all zero, and steps are counted from 1.
+    return begun if begun > 0 else None
 
 
 def read_pulse(folder: Path, local_rank: int, pid: int) -> Pulse | None:
@@ -153,7 +170,7 @@ def read_pulse(folder: Path, local_rank: int, pid: int) -> Pulse | None:
     if fields is None or len(data) != _FORMAT.size:
         return None
     state = fields[0]
-    step, point, count, at, longest_pause_s, own_s, epoch, out_of_data = _FORMAT.unpack(data)
+    step, point, count, at, longest_pause_s, own_s, epoch, out_of_data, _ = _FORMAT.unpack(data)
     return Pulse(
         step,
         Point(point),

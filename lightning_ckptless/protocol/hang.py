@@ -2,9 +2,10 @@
 
 In lockstep one rank that hangs stops all: the others come to the next collective and wait there. So the culprit is not
 the rank that is silent but the one that has not come as far. No rank is blamed where all stand at the same point (a
-long validation, a first compilation), where a debugger has stopped one, or where all have been stopped. In the backward
-pass ranks that stand at the same point are distinguished by what they do there: each is asked, and one that does not
-wait for the others, while they wait, has not come to where they are.
+long validation, a first compilation), where a debugger has stopped one, or where all have been stopped. Ranks that
+stand at the same point are distinguished by what they do there: each is asked, and in the backward pass one that does
+not wait for the others, while they wait, has not come to where they are. Elsewhere it may have work of its own, such as
+a checkpoint to write; it hangs only if neither it nor a child of it has used the processor for minutes.
 
 | All ranks silent for longer than the limit, and | Then |
 |---|---|
@@ -13,6 +14,8 @@ wait for the others, while they wait, has not come to where they are.
 | some are stopped | they are hung |
 | some have not come as far as the others | they are hung |
 | all are in the backward pass of one step, and some do not wait for the others as these do | they are hung |
+| all stand at another point, and some do not wait for the others as these do, but are idle | they are hung |
+| some restore a version, do not wait for the others, and are idle for as long again | they are hung |
 | all stand at the same point, for less than the ceiling | no rank is hung |
 | all stand at the same point | all are hung |
 """
@@ -33,6 +36,10 @@ WAY_S = 60.0
 """Least time that a new process has for its way to `fit`; more where the first processes took long."""
 LOST_WAIT_S = 0.5
 """For which a thread sleeps in a collective without connections, before it is said to sleep for ever."""
+IDLE_S = 120.0
+"""For which a rank that others wait for may use no processor time, outside of the backward pass."""
+IDLE_SHARE = 0.005
+"""Of one core, below which a process counts as idle: answering its agent takes some, too."""
 ANSWER_S = 5.0
 """For which an answer of ranks that are asked what they do is waited for."""
 FACTOR = 8.0
@@ -42,14 +49,15 @@ STRAGGLER_FACTOR = 1.5
 
 
 class Point(IntEnum):
-    """Where in a step a rank is, in order."""
+    """Where in a step a rank is, or that a fault is behind it and it restores a version, in order."""
 
     OUTSIDE = 0
-    BATCH = 1
-    BACKWARD = 2
-    OPTIMIZER = 3
-    COMMIT = 4
-    TAIL = 5
+    RESTORE = 1
+    BATCH = 2
+    BACKWARD = 3
+    OPTIMIZER = 4
+    COMMIT = 5
+    TAIL = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +65,7 @@ class Pulse:
     """What is known of one rank.
 
     Args:
-        step: optimizer step that it has begun.
+        step: optimizer step that it has begun; 0 while it restores a version.
         point: where in the step.
         count: how many signs it gave at this point, e.g. batches of a validation.
         at: when it gave the last one, in seconds of a clock that all ranks of the node share.
@@ -68,6 +76,7 @@ class Pulse:
         epoch: in which it is; -1 where that is not known.
         out_of_data: whether it has made the last step of that epoch.
         waits: whether it waits for other ranks; None where it was not asked, or did now one and then the other.
+        idle_s: for how long it and its children have used no processor time, since all fell silent.
     """
 
     step: int
@@ -81,6 +90,7 @@ class Pulse:
     epoch: int = -1
     out_of_data: bool = False
     waits: bool | None = None
+    idle_s: float = 0.0
 
     @property
     def progress(self) -> tuple[int, int, int]:
@@ -108,7 +118,8 @@ def limit_s(pulses: Mapping[int, Pulse], override_s: float | None) -> float:
         return override_s
     longest_s = max((pulse.longest_pause_s for pulse in pulses.values()), default=0.0)
     # Before the first step is through, nothing is known: a compilation may take its time.
-    return CEILING_S if longest_s == 0.0 else min(CEILING_S, max(FLOOR_S, FACTOR * longest_s))
+    learned_s = CEILING_S if longest_s == 0.0 else min(CEILING_S, max(FLOOR_S, FACTOR * longest_s))
+    return min(learned_s, RELEASE_S) if _some_restore(pulses) else learned_s
 
 
 def _silence(pulses: Mapping[int, Pulse], now: float, override_s: float | None) -> tuple[float, float] | None:
@@ -121,16 +132,28 @@ def _silence(pulses: Mapping[int, Pulse], now: float, override_s: float | None) 
     return silent_s, allowed_s
 
 
-def is_to_be_asked(pulses: Mapping[int, Pulse], *, now: float, override_s: float | None = None) -> bool:
-    """Whether the ranks are to be asked what they do: they may hang, and their pulses do not tell who.
+def are_silent(pulses: Mapping[int, Pulse], *, now: float, override_s: float | None = None) -> bool:
+    """Whether all ranks have been silent for longer than the limit, and their pulses blame none of them.
+
+    They stand at the same point, or some restore a version: those behind the others may have more to restore.
 
     Args:
         pulses: as for `find_hang`.
         now: as for `find_hang`.
         override_s: as for `find_hang`.
     """
-    silent = _silence(pulses, now, override_s) is not None
-    return silent and _all_in_backward(pulses)
+    is_open = _place(pulses) is not None or _some_restore(pulses)
+    return is_open and _silence(pulses, now, override_s) is not None
+
+
+def is_to_be_asked(pulses: Mapping[int, Pulse], *, override_s: float | None = None) -> bool:
+    """Whether silent ranks are to be asked what they do, because the answer would tell which of them hangs.
+
+    Args:
+        pulses: of ranks for which `are_silent` is true, with how long each has been idle.
+        override_s: as for `find_hang`.
+    """
+    return any(_has_no_excuse(pulses, rank, override_s) for rank in pulses)
 
 
 def find_hang(pulses: Mapping[int, Pulse], *, now: float, override_s: float | None = None) -> Hang | None:
@@ -151,22 +174,67 @@ def find_hang(pulses: Mapping[int, Pulse], *, now: float, override_s: float | No
         return Hang(stopped, f"stopped by a signal; {silent}", silent_s)
     least = min(pulse.progress for pulse in pulses.values())
     behind = tuple(rank for rank, pulse in pulses.items() if pulse.progress == least)
-    where = f"{Point(least[1]).name.lower()} of step {least[0]}"
-    if len(behind) < len(pulses):
-        return Hang(behind, f"stands at {where}, behind the others; {silent}", silent_s)
+    restoring = least[1] == Point.RESTORE
+    where = "restore" if restoring else f"{Point(least[1]).name.lower()} of step {least[0]}"
+    all_there = len(behind) == len(pulses)
+    lags = Hang(behind, f"stands at {where}, behind the others; {silent}", silent_s)
+    if not all_there and not restoring:
+        return lags
     busy = tuple(rank for rank, pulse in pulses.items() if pulse.waits is False)
     is_told = all(pulse.waits is not None for pulse in pulses.values())
-    if is_told and len(busy) < len(pulses) and busy and _all_in_backward(pulses):
-        return Hang(busy, f"does not wait for the others at {where}, as they do for it; {silent}", silent_s)
-    ceiling_s = max(allowed_s, CEILING_S if override_s is None else override_s)
-    if silent_s <= ceiling_s + (0.0 if is_told or not _all_in_backward(pulses) else ANSWER_S):
+    hung = tuple(rank for rank in busy if _has_no_excuse(pulses, rank, override_s))
+    if is_told and hung and (restoring or len(busy) < len(pulses)):
+        return Hang(hung, f"does not wait for the others at {where}, as they do for it; {silent}", silent_s)
+    # The user's limit is for a step: a version may take longer to restore.
+    ceiling_s = max(allowed_s, CEILING_S if override_s is None or restoring else override_s)
+    if silent_s <= ceiling_s + (0.0 if is_told or not is_to_be_asked(pulses, override_s=override_s) else ANSWER_S):
         return None
-    return Hang(behind, f"all ranks stand at the same point; {silent}", silent_s)
+    what = (
+        "all ranks stand at the same point" if len(behind) == len(pulses) else f"stands at {where}, behind the others"
+    )
+    return Hang(behind, f"{what}; {silent}", silent_s)
 
 
-def _all_in_backward(pulses: Mapping[int, Pulse]) -> bool:
+def _has_no_excuse(pulses: Mapping[int, Pulse], rank: int, override_s: float | None) -> bool:
+    """Whether a silent rank that does not wait for the others hangs, and has no work of its own."""
+    pulse, place = pulses[rank], _place(pulses)
+    if pulse.point is Point.RESTORE:
+        return pulse.idle_s > limit_s(pulses, override_s)
+    is_limited = place is not None and override_s is not None
+    return place is Point.BACKWARD or is_limited or pulse.idle_s > IDLE_S
+
+
+def _some_restore(pulses: Mapping[int, Pulse]) -> bool:
+    return any(pulse.point is Point.RESTORE for pulse in pulses.values())
+
+
+def _place(pulses: Mapping[int, Pulse]) -> Point | None:
     places = {pulse.progress for pulse in pulses.values()}
-    return len(places) == 1 and next(iter(places))[1] is Point.BACKWARD
+    return Point(next(iter(places))[1]) if len(places) == 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Idleness:
+    """Since when a process has been idle.
+
+    Args:
+        used_s: processor time that it had used by then, with its children.
+        since: when that was, on any clock.
+    """
+
+    used_s: float
+    since: float
+
+    def after(self, used_s: float, now: float) -> Idleness:
+        """The same if the process is still idle; else idle from now on.
+
+        Args:
+            used_s: processor time that it has used by now.
+            now: on the same clock.
+        """
+        # A tick of the system is a hundredth of a second: one of them is no work.
+        is_idle = used_s - self.used_s <= max(0.02, IDLE_SHARE * (now - self.since))
+        return self if is_idle else Idleness(used_s, now)
 
 
 @dataclass(frozen=True, slots=True)

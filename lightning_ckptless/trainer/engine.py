@@ -113,6 +113,11 @@ class Engine:
         if self._pulse is not None:
             self._pulse.interrupt()
 
+    def restoring(self) -> None:
+        """Note that this rank has come further in restoring a version with the others."""
+        if self._pulse is not None:
+            self._pulse.restore()
+
     def become(self, env: Mapping[str, str]) -> None:
         """Be the rank that the agent says; nothing where this process is it already.
 

@@ -241,6 +241,7 @@ class Survival:
         self._strategy.world.renumber(engine.cohort.generation)
         engine.loggers.identify_as_noted(engine.cohort)
         self._move(WorkerEvent.MEET)
+        engine.restoring()
         if self._watcher is not None:
             self._watcher.tell("met", number=assignment.number)
         engine.durable.share_out(engine.cohort)
@@ -248,7 +249,9 @@ class Survival:
         found = choose(engine.arena, transport, nodes)
         if not isinstance(found, Complete):
             self._give_up(found.reason)
+        engine.restoring()
         restoration = engine.fetch(found)
+        engine.restoring()
         self._mirroring.join(engine.cohort)
         engine.probe_recovery("restore")
         self._put_back(restoration, moved=any(has_moved))

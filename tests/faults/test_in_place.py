@@ -62,6 +62,9 @@ HAZARDS = {
     "survivor=0-hangs-during=regroup": Hazard(f"{FIRST},hang:rank=0:step=4:at=regroup", in_place=2, options=WATCHED),
     # Nobody is behind the others: they are asked.
     "rank=0-hangs-during=backward": Hazard("hang:rank=0:step=4:at=backward", in_place=1, options=WATCHED),
+    "survivor=0-hangs-during=restore": Hazard(f"{FIRST},hang:rank=0:step=4:at=restore", in_place=2, options=WATCHED),
+    "newcomer=1-hangs-during=restore": Hazard(f"{FIRST},hang:rank=1:step=4:at=restore", in_place=2, options=WATCHED),
+    "rank=0-hangs-during=last_epoch_end": Hazard("hang:rank=0:step=12:at=epoch_end", in_place=1, options=WATCHED),
     "rank=1-stopped": Hazard("stop:rank=1:step=4:at=backward", in_place=1, options=WATCHED),
     "rank=0-segfault": Hazard("crash:rank=0:step=4", in_place=1),
     "rank=1-leaves_with_code_0": Hazard("leave:rank=1:step=4", in_place=1),

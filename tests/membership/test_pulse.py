@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.membership.pulse import PulseWriter, pulse_path, read_pulse
+from lightning_ckptless.membership.pulse import PulseWriter, pulse_path, read_pulse, step_begun
 from lightning_ckptless.protocol.hang import FLOOR_S, Point, limit_s
 
 LOOKS = 3000
@@ -48,3 +48,20 @@ def test_the_silence_in_which_a_fault_is_noticed_does_not_raise_what_the_next_on
     assert found is not None
     assert found.longest_pause_s == pytest.approx(0.7)
     assert limit_s({0: found}, None) == FLOOR_S
+
+
+def test_the_step_that_was_begun_is_known_while_a_version_is_restored(tmp_path: Path) -> None:
+    pulse = PulseWriter(pulse_path(tmp_path, 0))
+    assert step_begun(tmp_path, 0) is None
+    pulse.beat(7, Point.BACKWARD)
+    pulse.interrupt()
+    interrupted = read_pulse(tmp_path, 0, os.getpid())
+    assert interrupted is not None and interrupted.point is Point.OUTSIDE
+    pulse.restore()
+    pulse.restore()
+    restoring = read_pulse(tmp_path, 0, os.getpid())
+    assert restoring is not None and restoring.progress == (0, Point.RESTORE, 1)
+    assert step_begun(tmp_path, 0) == 7
+    pulse.outside()
+    assert step_begun(tmp_path, 0) is None
+    pulse.close()

@@ -12,14 +12,17 @@ from lightning_ckptless.protocol.hang import (
     ANSWER_S,
     CEILING_S,
     FLOOR_S,
+    IDLE_S,
     LOST_WAIT_S,
     MEETING_S,
     RELEASE_S,
     WAY_S,
+    Idleness,
     Meeting,
     Point,
     Pulse,
     Stand,
+    are_silent,
     find_hang,
     find_late,
     find_lost_wait,
@@ -89,13 +92,57 @@ def test_in_the_backward_pass_who_does_not_wait_hangs(
     waits: tuple[bool | None, ...], hangs: tuple[int, ...] | None
 ) -> None:
     pulses = {rank: replace(AHEAD, waits=word) for rank, word in enumerate(waits)}
-    assert is_to_be_asked(pulses, now=LATE) and not is_to_be_asked(pulses, now=100.0)
+    assert are_silent(pulses, now=LATE) and not are_silent(pulses, now=100.0)
+    assert is_to_be_asked(pulses)
     hang = find_hang(pulses, now=LATE)
     assert (None if hang is None else hang.ranks) == hangs
-    # Rank 0 may write a large file meanwhile: elsewhere than in the backward pass nobody is asked.
-    elsewhere = {rank: replace(pulse, point=Point.OPTIMIZER) for rank, pulse in pulses.items()}
-    assert not is_to_be_asked(elsewhere, now=LATE)
+    # Elsewhere than in the backward pass rank 0 may write a large file meanwhile.
+    elsewhere = {rank: replace(pulse, point=Point.TAIL) for rank, pulse in pulses.items()}
+    assert not is_to_be_asked(elsewhere)
     assert find_hang(elsewhere, now=LATE) is None
+    limited = find_hang(elsewhere, now=LATE, override_s=5.0) if hangs else None
+    assert (None if limited is None else limited.ranks) == hangs
+
+
+def test_who_is_idle_while_the_others_wait_hangs() -> None:
+    pulses = {0: replace(AHEAD, point=Point.TAIL, waits=False), 1: replace(AHEAD, point=Point.TAIL, waits=True)}
+    assert find_hang(pulses, now=LATE + IDLE_S) is None
+    idle = {rank: replace(pulse, idle_s=IDLE_S + 1.0) for rank, pulse in pulses.items()}
+    assert is_to_be_asked(idle)
+    hang = find_hang(idle, now=LATE + IDLE_S)
+    assert hang is not None and hang.ranks == (0,)
+    # Where all are idle and none waits, or all wait, no rank is known to be at fault.
+    for waits in (True, False):
+        same = {rank: replace(pulse, waits=waits) for rank, pulse in idle.items()}
+        assert find_hang(same, now=LATE + IDLE_S) is None
+
+
+@pytest.mark.parametrize("override_s", [None, 5.0])
+def test_who_is_idle_while_a_version_is_restored_hangs(override_s: float | None) -> None:
+    restoring = replace(AHEAD, step=0, point=Point.RESTORE, waits=True)
+    pulses = {0: restoring, 1: replace(restoring, waits=False, idle_s=FLOOR_S + 1.0), 2: replace(AHEAD, waits=True)}
+    assert limit_s({0: replace(restoring, longest_pause_s=60.0)}, None) == RELEASE_S
+    assert are_silent(pulses, now=LATE, override_s=override_s)
+    assert is_to_be_asked(pulses, override_s=override_s)
+    hang = find_hang(pulses, now=LATE, override_s=override_s)
+    assert hang is not None and hang.ranks == (1,)
+    # A rank that is behind may have more to restore than the others, and one that waits is not at fault.
+    for spared in ({"idle_s": 4.0}, {"waits": True}):
+        assert find_hang({**pulses, 1: replace(pulses[1], **spared)}, now=LATE, override_s=override_s) is None
+    busy = {**pulses, 1: replace(pulses[1], idle_s=0.0)}
+    late = find_hang(busy, now=101.0 + CEILING_S, override_s=override_s)
+    assert late is not None and late.ranks == (0, 1)
+    # The only rank of its machine, whose peers wait elsewhere.
+    assert find_hang({1: pulses[1]}, now=LATE, override_s=override_s) is not None
+
+
+def test_a_process_is_idle_from_when_it_last_worked() -> None:
+    idleness = Idleness(used_s=5.0, since=100.0)
+    for now, used_s in ((100.25, 5.01), (130.0, 5.1), (160.0, 5.2)):
+        assert idleness.after(used_s, now) == idleness
+    assert idleness.after(5.5, 160.0) == Idleness(5.5, 160.0)
+    # A child that has ended, and was not waited for yet, is not seen.
+    assert idleness.after(4.0, 160.0) == idleness
 
 
 def test_an_answer_is_waited_for() -> None:
