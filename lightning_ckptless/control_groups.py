@@ -1,7 +1,15 @@
-"""What the control groups of this process allow: in a container, its limits."""
+"""The control groups of this process: what they allow, and what the kernel has killed in them.
+
+| Version | 1 | 2 |
+|---|---|---|
+| Limit | `memory.limit_in_bytes`, `pids.max` | `memory.max`, `pids.max` |
+| Use | `memory.usage_in_bytes`, `pids.current` | `memory.current`, `pids.current` |
+| Kills for lack of memory | `oom_kill` in `memory.oom_control` | `oom_kill` in `memory.events` |
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,14 +18,15 @@ from typing import Literal
 
 Resource = Literal["memory", "pids"]
 
-_CGROUPS = Path("/sys/fs/cgroup")
-_MEMBERSHIP = Path("/proc/self/cgroup")
+PROC = Path("/proc/self")
 _PRACTICALLY_UNLIMITED = 1 << 60
-"""What the first version of control groups says where nothing is limited is near 2^63."""
-_NAMES = {
-    # By resource: what the second version of control groups calls limit and use, then the first.
-    "memory": (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")),
-    "pids": (("pids.max", "pids.current"), ("pids.max", "pids.current")),
+"""Version 1 has no word for "no limit", but a number near 2^63."""
+_FILES = {
+    # By resource and version: limit, use, and the file that a group has if the resource is counted there.
+    ("memory", 1): ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.oom_control"),
+    ("memory", 2): ("memory.max", "memory.current", "memory.events"),
+    ("pids", 1): ("pids.max", "pids.current", "pids.current"),
+    ("pids", 2): ("pids.max", "pids.current", "pids.current"),
 }
 
 
@@ -41,43 +50,101 @@ class Ceiling:
         return max(0, self.limit - self.used)
 
 
-def ceiling(kind: Resource, root: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> Ceiling | None:
-    """The tightest limit of this process's control groups; None where there is none.
+@dataclass(frozen=True, slots=True)
+class ControlGroup:
+    """The control group that counts a resource of a process.
 
     Args:
-        kind: of the limit.
-        root: where control groups are mounted.
-        membership: the kernel's list of this process's groups.
+        resource: which.
+        folder: of its files.
+        mount: root of its hierarchy, as far as it is visible.
+        version: of control groups, 1 or 2.
     """
-    found = [limit for group in _groups(kind, root, membership) if (limit := _ceiling_of(kind, group)) is not None]
-    return min(found, key=lambda limit: limit.room, default=None)
+
+    resource: Resource
+    folder: Path
+    mount: Path
+    version: int
+
+    def ceilings(self) -> list[Ceiling]:
+        """The limits of this group and of those around it."""
+        limit_name, used_name, _ = _FILES[self.resource, self.version]
+        found = []
+        for folder in _up_to(self.mount, self.folder):
+            with suppress(OSError, ValueError):
+                limit, used = (int((folder / name).read_text()) for name in (limit_name, used_name))
+                if limit < _PRACTICALLY_UNLIMITED:
+                    reclaimable = _reclaimable_bytes(folder) if self.resource == "memory" else 0
+                    found.append(Ceiling(limit, max(0, used - reclaimable), folder))
+        return found
+
+    def kills(self) -> int:
+        """How many of its processes the kernel has killed for lack of memory."""
+        return _number(self.folder / _FILES["memory", self.version][2], "oom_kill") or 0
 
 
-def _groups(kind: Resource, root: Path, membership: Path) -> Iterator[Path]:
-    """The folders of this process's groups and of those around them."""
-    with suppress(OSError):
-        for line in membership.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and kind not in controllers.split(","):
-                continue
-            for mount in (root / controllers, root / kind) if controllers else (root, root / "unified"):
-                group = mount / path.lstrip("/")
+def control_group(resource: Resource, proc: Path = PROC) -> ControlGroup | None:
+    """The group that counts a resource of a process; None where there is none, or it is not visible.
+
+    Args:
+        resource: which.
+        proc: folder of the process, e.g. `/proc/self`.
+    """
+    lines = [line.split(":", 2) for line in _read(proc / "cgroup").splitlines()]
+    paths = {controller: line[2] for line in lines if len(line) == 3 for controller in line[1].split(",")}
+    mounts = list(_mounts(proc))
+    for version, controller, kind in ((1, resource, "cgroup"), (2, "", "cgroup2")):
+        marker = _FILES[resource, version][2]
+        for root, mount, found, options in mounts:
+            if controller in paths and found == kind and (version == 2 or controller in options):
+                path = paths[controller]
                 # In a container the path may be that of the host, of which only the mount is to be seen.
-                yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(mount))
-
-
-def _ceiling_of(kind: Resource, group: Path) -> Ceiling | None:
-    for limit_name, used_name in _NAMES[kind]:
-        with suppress(OSError, ValueError):
-            limit, used = (int((group / name).read_text()) for name in (limit_name, used_name))
-            if limit < _PRACTICALLY_UNLIMITED:
-                return Ceiling(limit, max(0, used - (_reclaimable(group) if kind == "memory" else 0)), group)
+                folder = mount / os.path.relpath(path, root) if Path(path).is_relative_to(root) else mount
+                # A group of version 2 need not count what a group around it does.
+                if counting := [near for near in _up_to(mount, folder) if (near / marker).exists()]:
+                    return ControlGroup(resource, counting[0], mount, version)
     return None
 
 
-def _reclaimable(group: Path) -> int:
+def ceiling(resource: Resource, proc: Path = PROC) -> Ceiling | None:
+    """The limit of a process's control groups that leaves least room; None where there is none.
+
+    Args:
+        resource: which.
+        proc: folder of the process.
+    """
+    group = control_group(resource, proc)
+    return None if group is None else min(group.ceilings(), key=lambda limit: limit.room, default=None)
+
+
+def _up_to(mount: Path, folder: Path) -> Iterator[Path]:
+    return (near for near in (folder, *folder.parents) if near.is_relative_to(mount))
+
+
+def _mounts(proc: Path) -> Iterator[tuple[str, Path, str, list[str]]]:
+    """Root, mount point, kind and options of the mounts that a process sees; see proc(5)."""
+    for line in _read(proc / "mountinfo").splitlines():
+        place, _, source = line.partition(" - ")
+        left, right = place.split(), source.split()
+        if len(left) > 4 and len(right) > 2:
+            yield left[3], Path(left[4]), right[0], right[2].split(",")
+
+
+def _reclaimable_bytes(group: Path) -> int:
     """Bytes of files that the kernel keeps in memory as long as nothing else needs it."""
-    with suppress(OSError, ValueError):
-        facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return int(facts.get("total_inactive_file", facts.get("inactive_file", "0")))
-    return 0
+    stat = group / "memory.stat"
+    total = _number(stat, "total_inactive_file")
+    return total if total is not None else _number(stat, "inactive_file") or 0
+
+
+def _number(path: Path, name: str) -> int | None:
+    """The number in a file of lines with a name and a number each."""
+    lines = [line.split() for line in _read(path).splitlines()]
+    return next((int(line[1]) for line in lines if len(line) == 2 and line[0] == name and line[1].isdigit()), None)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

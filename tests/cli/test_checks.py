@@ -16,7 +16,7 @@ from lightning_ckptless.cli.checks.check import Check, Job, State, Status
 from lightning_ckptless.cli.checks.clock import Instant
 from lightning_ckptless.cli.checks.network import HostName
 from lightning_ckptless.cli.checks.processes import Watched
-from lightning_ckptless.control_groups import Ceiling, ceiling
+from lightning_ckptless.control_groups import Ceiling
 from lightning_ckptless.durable.folder import DurableFolder
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.nccl import ENDS_THE_PROCESS
@@ -176,38 +176,6 @@ def test_memory(job: Job, needed: int) -> None:
     group = Ceiling(2 * needed, needed + 1, Path("group"))
     found = limits.check_memory(job, 9 * needed, group, arenas_in_memory=True)
     assert found.status is FAILURE and "control group" in found.found
-
-
-def cgroup(folder: Path, **files: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / name.replace("__", ".")).write_text(text)
-
-
-def test_control_groups_of_the_second_version(tmp_path: Path) -> None:
-    (membership := tmp_path / "cgroup").write_text("0::/pod/container\n")
-    root = tmp_path / "root"
-    cgroup(root / "pod", memory__max="1000", memory__current="700", memory__stat="anon 1\ninactive_file 100")
-    cgroup(root / "pod" / "container", memory__max="max", memory__current="600", pids__max="64", pids__current="60")
-    assert ceiling("memory", root, membership) == Ceiling(1000, 600, root / "pod")
-    assert ceiling("pids", root, membership) == Ceiling(64, 60, root / "pod" / "container")
-
-
-def test_control_groups_of_the_first_version(tmp_path: Path) -> None:
-    (membership := tmp_path / "cgroup").write_text("4:memory:/of/the/host\n3:cpu,pids:/here\n0::/\n")
-    root = tmp_path / "root"
-    cgroup(
-        root / "memory",
-        memory__limit_in_bytes="1000",
-        memory__usage_in_bytes="700",
-        memory__stat="total_inactive_file 200",
-    )
-    cgroup(root / "pids" / "here", pids__max="64", pids__current="60")
-    assert ceiling("memory", root, membership) == Ceiling(1000, 500, root / "memory")
-    assert ceiling("pids", root, membership) == Ceiling(64, 60, root / "pids" / "here")
-    cgroup(root / "memory", memory__limit_in_bytes=str(2**63 - 4096))
-    assert ceiling("memory", root, membership) is None
-    assert ceiling("memory", root, tmp_path / "missing") is None
 
 
 # ---------------------------------------------------------------- processes, clock
