@@ -18,10 +18,10 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from benchmarks import machine
 from benchmarks.quantiles import median, quantile
 from benchmarks.report import Report, base_parser, progress_bar
-from benchmarks.tables import Table, verdict
-from lightning_ckptless.membership.parent import PreloadedParent
-from lightning_ckptless.membership.program import Program
-from lightning_ckptless.membership.workers import Workers
+from benchmarks.tables import Table, exit_report
+from lightning_ckptless.membership.agent.workers import Workers
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.worker.program import Program
 
 TARGET_MS = 50.0
 SIZES_GIB = (0.0, 1.0, 4.0)
@@ -36,7 +36,7 @@ _PAUSE_S = 0.02
 _READY_S = 120.0
 
 
-def kill_one(parent: PreloadedParent, folder: Path, size_gib: float, after_s: float) -> dict[str, float]:
+def kill_one(parent: ForkServer, folder: Path, size_gib: float, after_s: float) -> dict[str, float]:
     """Start a worker that holds so much memory, kill it, and look.
 
     Args:
@@ -90,7 +90,7 @@ def detection_table(results: dict[str, list[dict[str, float]]]) -> Table:
         figures = (median(seen), quantile(seen, 0.99), max(seen), median(told), max(told))
         table.add(f"{size} GiB", len(kills), *(f"{figure:.1f}" for figure in figures))
     everything = [1e3 * kill["seen_s"] for kills in results.values() for kill in kills]
-    table.note(f"Seen, p99 over all: {verdict(quantile(everything, 0.99), TARGET_MS, 'ms')}")
+    table.note(f"Seen, p99 over all: {exit_report(quantile(everything, 0.99), TARGET_MS, 'ms')}")
     return table
 
 
@@ -105,7 +105,7 @@ def main() -> None:
     with (
         progress_bar() as progress,
         tempfile.TemporaryDirectory() as folder,
-        PreloadedParent(path=[str(machine.ROOT)]) as parent,
+        ForkServer(path=[str(machine.ROOT)]) as parent,
     ):
         task = progress.add_task("", total=repeats * len(SIZES_GIB))
         for number in range(repeats):

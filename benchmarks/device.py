@@ -21,7 +21,7 @@ from benchmarks.report import Report, base_parser, console, progress_bar
 from benchmarks.scratch import Scratch, scratch
 from benchmarks.steady_state import state_bytes
 from benchmarks.tables import Table
-from benchmarks.threads import TurnsJob, preloaded_parent
+from benchmarks.threads import TurnsJob, fork_server
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": ("ddp", {}),
@@ -35,7 +35,7 @@ WARM_UP_STEPS = 10
 def measure(size: str, batch: int, steps: int, rounds: int, place: Scratch) -> dict[str, Any]:
     """Train one size under each strategy, in turns. Returns per strategy what the rank said of each segment."""
     segments: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
-    with preloaded_parent(machine.ROOT) as parent, ExitStack() as stack:
+    with fork_server(machine.ROOT) as parent, ExitStack() as stack:
         jobs = {
             name: stack.enter_context(
                 TurnsJob(

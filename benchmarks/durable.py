@@ -26,7 +26,7 @@ from benchmarks.report import Report, base_parser, console, progress_bar
 from benchmarks.scratch import Scratch, scratch
 from benchmarks.steady_state import state_bytes
 from benchmarks.tables import Table
-from benchmarks.threads import JobLostError, TurnsJob, preloaded_parent
+from benchmarks.threads import JobLostError, TurnsJob, fork_server
 from lightning_ckptless.ledger import read_ledger
 
 SIZES = ("tiny", "1M", "10M", "33M", "124M", "345M")
@@ -107,7 +107,7 @@ class Measured:
 def measure(size: str, plan: Plan, place: Scratch, advance: Any) -> dict[str, Any]:
     """Train a size under each variant, in turns."""
     measured = {variant.name: Measured() for variant in plan.variants()}
-    with preloaded_parent(machine.ROOT) as parent, ExitStack() as stack:
+    with fork_server(machine.ROOT) as parent, ExitStack() as stack:
         jobs = {
             v.name: stack.enter_context(TurnsJob(v.options(size, plan.batch, place), parent, place))
             for v in plan.variants()

@@ -111,7 +111,7 @@ class Nodes:
         return node.began_at
 
     def _command(self, number: int) -> list[str]:
-        ours = ["lightning_ckptless.job", f"--run-root={self.folder / 'runs'}", f"--arena-dir={self.arenas}"]
+        ours = ["lightning_ckptless.runner", f"--run-root={self.folder / 'runs'}", f"--arena-dir={self.arenas}"]
         theirs = ["torch.distributed.run", "--rdzv-backend=c10d", "--max-restarts=100"]
         return [
             sys.executable, "-m", *(theirs if self.way.checkpoint_every else [*ours, *self.way.flags]),
@@ -187,7 +187,7 @@ def left_alone(way: Way, folder: Path, arenas: Path, size: tuple[str, ...]) -> N
     Raises:
         NodesLostError: it did not end well.
     """
-    words: list[Any] = [sys.executable, "-m", "lightning_ckptless.job", f"--run-root={folder / 'runs'}"]
+    words: list[Any] = [sys.executable, "-m", "lightning_ckptless.runner", f"--run-root={folder / 'runs'}"]
     words += [f"--arena-dir={arenas}", f"--nproc-per-node={MOST}", *way.script(folder, 1, MOST, *size)]
     env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     with Command(words, folder, env) as command:

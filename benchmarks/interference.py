@@ -21,7 +21,7 @@ from benchmarks.scratch import Scratch, scratch
 from benchmarks.steady_state import segment_of
 from benchmarks.steady_tables import cpu_ms, over_ddp, part_ms, step_ms
 from benchmarks.tables import Table
-from benchmarks.threads import TurnsJob, preloaded_parent
+from benchmarks.threads import TurnsJob, fork_server
 
 RANKS = 2
 WARM_UP_STEPS = 8
@@ -32,7 +32,7 @@ HABITS = {"as it is": "", "nice 10": "nice", "batch scheduling": "batch", "one t
 def measure(size: str, rounds: int, steps: int, place: Scratch, advance: Any) -> dict[str, Any]:
     """Train a size under each variant, in turns."""
     segments: dict[str, list[dict[str, Any]]] = {name: [] for name in ("ddp", *HABITS)}
-    with preloaded_parent(machine.ROOT) as parent, ExitStack() as stack:
+    with fork_server(machine.ROOT) as parent, ExitStack() as stack:
         jobs = {}
         for name in segments:
             strategy, habit = ("ddp", "") if name == "ddp" else ("ckptless", HABITS[name])

@@ -24,7 +24,7 @@ from benchmarks.sharded_cells import Cell, Fit, fit
 from benchmarks.sharded_tables import bytes_table, frozen_table, staging_table, step_table
 from benchmarks.stage import measure_frozen, measure_staging
 from benchmarks.steady_state import state_bytes
-from benchmarks.threads import JobLostError, TurnsJob, preloaded_parent
+from benchmarks.threads import JobLostError, TurnsJob, fork_server
 
 EVERY = 4
 """Steps from one version to the next: at the end of the last the version is taken, beside the first it is copied."""
@@ -79,7 +79,7 @@ def _train(
         async_save_every=async_save_every,
         sharded=cell.is_sharded,
     )
-    with preloaded_parent(machine.ROOT) as parent, TurnsJob(options, parent, place) as job:
+    with fork_server(machine.ROOT) as parent, TurnsJob(options, parent, place) as job:
         job.train(EVERY)
         notes = job.train(EVERY * cycles)
         steps_s = [max(step) for step in zip(*(note.fields["steps_s"] for note in notes), strict=True)]

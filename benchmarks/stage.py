@@ -14,12 +14,12 @@ import torch
 from benchmarks.gpt import GPT
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.checksum import bytes_of, digest
-from lightning_ckptless.replica.description import describe
-from lightning_ckptless.replica.layout import Layout
-from lightning_ckptless.replica.partition import plan_layout
+from lightning_ckptless.replica.layout.layout import Layout
+from lightning_ckptless.replica.layout.planner import plan_layout
+from lightning_ckptless.replica.layout.tensor_spec import describe
+from lightning_ckptless.replica.mirror.staging import Stager
 from lightning_ckptless.replica.slot import Slot
-from lightning_ckptless.replica.staging import Stager
-from lightning_ckptless.replica.stamp import Stamp
+from lightning_ckptless.replica.slot_stamp import Stamp
 
 Tensors = dict[str, torch.Tensor]
 

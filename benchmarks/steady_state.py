@@ -22,7 +22,7 @@ from benchmarks.report import Report, base_parser, console, progress_bar
 from benchmarks.scratch import Scratch, scratch
 from benchmarks.stage import measure_staging
 from benchmarks.steady_tables import cost_table, memory_table, split_table, staging_table, step_table
-from benchmarks.threads import JobLostError, TurnsJob, preloaded_parent
+from benchmarks.threads import JobLostError, TurnsJob, fork_server
 
 WARM_UP_STEPS = 4
 RANKS = 2
@@ -84,7 +84,7 @@ def measure(size: str, batch: int, variants: tuple[Variant, ...], plan: Plan, pl
         Per variant, what the ranks said of each segment.
     """
     segments: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
-    with preloaded_parent(machine.ROOT) as parent, ExitStack() as stack:
+    with fork_server(machine.ROOT) as parent, ExitStack() as stack:
         jobs = {}
         for variant in variants:
             options = JobOptions(

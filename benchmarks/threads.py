@@ -1,4 +1,4 @@
-"""Jobs whose agents are threads of this process, forked from one preloaded parent: they start in less than a second."""
+"""Jobs whose agents are threads of this process, forked from one fork server: they start in less than a second."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from benchmarks.job import JobOptions
 from benchmarks.processes import SCRIPT, job_environment
 from benchmarks.scratch import Scratch
 from benchmarks.wire import Desk, Note
-from lightning_ckptless.membership.launch import DEFAULT_PRELOAD, LaunchConfig, Outcome, run
-from lightning_ckptless.membership.parent import PreloadedParent
-from lightning_ckptless.membership.program import Program
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.launch.launch import DEFAULT_PRELOAD, LaunchConfig, Outcome, run
+from lightning_ckptless.membership.worker.program import Program
 
 PATIENCE_S = 300.0
 """For a start, or an end."""
@@ -38,7 +38,7 @@ class TurnsJob:
         folder: its working directory, with what it prints.
     """
 
-    def __init__(self, options: JobOptions, parent: PreloadedParent, place: Scratch) -> None:
+    def __init__(self, options: JobOptions, parent: ForkServer, place: Scratch) -> None:
         self.options = options
         self.folder = Path(tempfile.mkdtemp(prefix="job-", dir=place.files))
         self.desk = Desk(self.folder / "socket")
@@ -58,7 +58,7 @@ class TurnsJob:
         self._thread = threading.Thread(target=self._run, args=(config, parent), name="agent", daemon=True)
         self._thread.start()
 
-    def _run(self, config: LaunchConfig, parent: PreloadedParent) -> None:
+    def _run(self, config: LaunchConfig, parent: ForkServer) -> None:
         self.outcome = run(config, parent=parent)
 
     def ready(self, steps: int = 0) -> list[Note]:
@@ -102,6 +102,6 @@ class TurnsJob:
         self._thread.join(PATIENCE_S)
 
 
-def preloaded_parent(folder: Path) -> PreloadedParent:
+def fork_server(folder: Path) -> ForkServer:
     """The parent of all jobs, with the modules that `ckptless run` preloads."""
-    return PreloadedParent(DEFAULT_PRELOAD, path=[str(folder)])
+    return ForkServer(DEFAULT_PRELOAD, path=[str(folder)])

@@ -10,7 +10,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lightning_ckptless._autoload import autoload
+from lightning_ckptless._registration.autoload import autoload
 
 if TYPE_CHECKING:
     from lightning_ckptless.errors import (
@@ -74,13 +74,13 @@ def __getattr__(name: str) -> Any:
     `pytorch_lightning` where only that is.
     """
     if name in _STRATEGIES:
-        from lightning_ckptless.assembly import strategy_for
+        from lightning_ckptless._registration.assembly import strategy_for
 
-        return strategy_for(_flavour(), _STRATEGIES[name])
+        return strategy_for(_distribution(), _STRATEGIES[name])
     if name == "FaultInjector":
-        from lightning_ckptless.callbacks.fault_injector import fault_injector_class
+        from lightning_ckptless.testing.fault_injector import fault_injector_class
 
-        return fault_injector_class(_flavour())
+        return fault_injector_class(_distribution())
     if name == "__version__":
         from importlib.metadata import version
 
@@ -94,7 +94,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _flavour() -> str:
+def _distribution() -> str:
     only_the_other = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
     return "pytorch_lightning" if only_the_other else "lightning.pytorch"
 

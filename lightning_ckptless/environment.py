@@ -25,10 +25,10 @@ Set by the agent for its workers:
 | `CKPTLESS_AGENT` | process id of our agent; absent under torchrun |
 | `CKPTLESS_NODE` | name of this node, unique in the run, stable while its agent lives |
 | `CKPTLESS_FAULT_REPORT` | JSON: why this generation exists (`FaultReport`); absent in the first one |
-| `CKPTLESS_VERDICT_DIR` | folder in which a worker says that it must not be started again |
+| `CKPTLESS_AGENT_DIR` | folder in which a worker says that it must not be started again |
 | `CKPTLESS_SPAWNED_AT` | wall clock (seconds since the epoch) at which this worker was requested |
 | `CKPTLESS_GENERATION` | number of the membership that this worker has joined; set by the worker for itself |
-| `CKPTLESS_CHAPTER` | how many times this worker has entered `fit`; set by the worker for itself |
+| `CKPTLESS_FIT_INDEX` | how many times this worker has entered `fit`; set by the worker for itself |
 | `CKPTLESS_MAIN_AT` | wall clock at which this worker entered the user's script |
 | `CKPTLESS_LINE` | file descriptor of the line to the agent; taken out when the strategy has opened it |
 | `CKPTLESS_STANDBY` | set for a worker that has no rank yet |
@@ -47,7 +47,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from lightning_ckptless.private_files import require_private
+from lightning_ckptless.system.private_files import require_private
 
 RUN_ROOT = "CKPTLESS_RUN_ROOT"
 ARENA_DIR = "CKPTLESS_ARENA_DIR"
@@ -66,10 +66,10 @@ UNTESTED_VERSIONS = "CKPTLESS_UNTESTED_VERSIONS"
 AGENT = "CKPTLESS_AGENT"
 NODE = "CKPTLESS_NODE"
 FAULT_REPORT = "CKPTLESS_FAULT_REPORT"
-VERDICT_DIR = "CKPTLESS_VERDICT_DIR"
+AGENT_DIR = "CKPTLESS_AGENT_DIR"
 SPAWNED_AT = "CKPTLESS_SPAWNED_AT"
 GENERATION = "CKPTLESS_GENERATION"
-CHAPTER = "CKPTLESS_CHAPTER"
+FIT_INDEX = "CKPTLESS_FIT_INDEX"
 MAIN_AT = "CKPTLESS_MAIN_AT"
 LINE = "CKPTLESS_LINE"
 STANDBY = "CKPTLESS_STANDBY"

@@ -46,21 +46,21 @@ class UntestedVersionWarning(UserWarning):
     """A version of Python, torch or Lightning is newer than those that this package was tested with."""
 
 
-def check(flavour: str | None = None, env: MutableMapping[str, str] = os.environ) -> None:
+def check(distribution: str | None = None, env: MutableMapping[str, str] = os.environ) -> None:
     """Refuse versions that are too old, and warn of untested ones, once for all processes of a run.
 
     Args:
-        flavour: `lightning.pytorch` or `pytorch_lightning`: which one is used; None where that is not known yet.
+        distribution: `lightning.pytorch` or `pytorch_lightning`: which one is used; None where that is not known yet.
         env: of this process.
 
     Raises:
         VersionError: a version is below the lowest supported one.
     """
-    found = installed(["torch", *(LIGHTNING.values() if flavour is None else [LIGHTNING[flavour]])])
+    found = installed(["torch", *(LIGHTNING.values() if distribution is None else [LIGHTNING[distribution]])])
     used = [name for name in LIGHTNING.values() if name in found]
     old = too_old(found)
     # Before it is known which of the two is used, one that will do is enough.
-    if flavour is None and set(used) - set(old):
+    if distribution is None and set(used) - set(old):
         old = [name for name in old if name not in used]
     if old:
         raise VersionError(refusal(found, old))

@@ -65,7 +65,7 @@ def test_a_warning_is_shown_once_and_only_where_the_program_logs_nothing_itself(
 ) -> None:
     said: list[str] = []
     shown = WarningsOnConsole(said.append)
-    of_package = logging.getLogger("lightning_ckptless.trainer.loader")
+    of_package = logging.getLogger("lightning_ckptless.trainer.data.loader")
     for handlers in ([], [logging.NullHandler()]):
         monkeypatch.setattr(logging.getLogger(), "handlers", handlers)
         shown.attach()

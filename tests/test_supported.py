@@ -48,8 +48,8 @@ def test_what_is_installed_here_is_supported() -> None:
 def test_supported_versions_pass_in_silence(found: dict[str, str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for flavour in (None, "lightning.pytorch", "pytorch_lightning"):
-            check(flavour, env={})
+        for distribution in (None, "lightning.pytorch", "pytorch_lightning"):
+            check(distribution, env={})
 
 
 def test_a_version_below_the_lowest_is_refused_with_what_to_install(found: dict[str, str]) -> None:

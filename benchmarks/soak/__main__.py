@@ -22,8 +22,8 @@ from benchmarks.soak.results import Result, append, read
 from benchmarks.soak.scenario import Scenario
 from benchmarks.soak.stage import Undisturbed
 from benchmarks.soak.summary import tables
-from lightning_ckptless.membership.launch import LaunchConfig, make_parent
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.launch.launch import LaunchConfig, make_parent
 from lightning_ckptless.testing.starters import program_of
 from tests.faults.conftest import LAB
 
@@ -104,7 +104,7 @@ def scenarios(args: argparse.Namespace, progress: Progress, task: object) -> Ite
         yield scenario(seed)
 
 
-def run_one(drawn: Scenario, folder: Path, parent: PreloadedParent) -> Result:
+def run_one(drawn: Scenario, folder: Path, parent: ForkServer) -> Result:
     """Run one scenario."""
     undisturbed = Undisturbed((folder / "undisturbed").absolute(), parent)
     run = one_node.run if drawn.configuration.loss is None else nodes.run

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from benchmarks.soak.evidence import DURABLE, IN_PLACE, RELAUNCH, STORAGE
 from benchmarks.soak.scenario import SILENT, OutsideKind, Scenario
-from lightning_ckptless.protocol.faults import Moment
-from lightning_ckptless.protocol.hang import IDLE_S, RELEASE_S
+from lightning_ckptless.protocol.fault_script import Moment
+from lightning_ckptless.protocol.hang_detection import IDLE_S, RELEASE_S
 
 BOUNDS_S = {IN_PLACE: 20.0, RELAUNCH: 60.0, DURABLE: 60.0, STORAGE: 60.0}
 """From the fault to the end of the first step of all ranks, by rung, once the fault is noticed."""

@@ -15,7 +15,7 @@ from benchmarks.soak.scenario import (
     Phase,
     Scenario,
 )
-from lightning_ckptless.protocol.faults import ALL, Fault, FaultKind, Moment
+from lightning_ckptless.protocol.fault_script import ALL, Fault, FaultKind, Moment
 
 NODES_SHARE = 0.12
 """Of the scenarios that have several agents, or lose their only one: they take ten times as long per fault."""

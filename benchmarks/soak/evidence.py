@@ -75,7 +75,7 @@ def commits_of(path: Path) -> list[Commit]:
             row = json.loads(line)
         except ValueError:
             continue
-        found.append(Commit(row["at"], Version(row["step"], row["tail_done"])))
+        found.append(Commit(row["at"], Version(row["step"], row["validation_done"])))
     return sorted(found, key=lambda commit: commit.at)
 
 

@@ -21,10 +21,10 @@ from benchmarks.soak.results import Result
 from benchmarks.soak.scenario import Loss, Scenario
 from benchmarks.soak.stage import Place, Undisturbed, place_for
 from benchmarks.soak.watching import Watch
-from lightning_ckptless.callbacks.fault_marks import FaultMarks
 from lightning_ckptless.ledger import read_ledger
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing.compare import compare
+from lightning_ckptless.testing.fault_marks import FaultMarks
 from lightning_ckptless.testing.log_files import collect_logs
 from lightning_ckptless.testing.traces import read_traces
 from tests.faults.cluster import Cluster, free_port
@@ -78,7 +78,7 @@ class Clock:
             raise DeadlineError(what) from error
 
 
-def run(scenario: Scenario, folder: Path, parent: PreloadedParent, undisturbed: Undisturbed) -> Result:
+def run(scenario: Scenario, folder: Path, parent: ForkServer, undisturbed: Undisturbed) -> Result:
     """Run a scenario and judge it; the arguments are those of `one_node.run`."""
     began = time.monotonic()
     with place_for(folder) as place:
@@ -106,7 +106,7 @@ class _Fixed:
         undisturbed: runs to compare with.
     """
 
-    def __init__(self, scenario: Scenario, place: Place, parent: PreloadedParent, undisturbed: Undisturbed) -> None:
+    def __init__(self, scenario: Scenario, place: Place, parent: ForkServer, undisturbed: Undisturbed) -> None:
         self.scenario, self.place = scenario, place
         self.right = undisturbed.run(scenario.configuration.undisturbed)
         parent.ready()
@@ -185,16 +185,16 @@ class _Fixed:
         """What the run has shown."""
         folder = self.place.files
         events = read_ledger(self.ledger).events
-        verdict = None
+        exit_report = None
         if self.exit_code == 0 and not self.left_out:
             collect_logs(read_traces(folder / "trace").values(), folder / "logs", since=0)
-            verdict = compare(self.right.folder, folder)
-        identical = bool(self.left_out) or (verdict is not None and verdict.identical)
+            exit_report = compare(self.right.folder, folder)
+        identical = bool(self.left_out) or (exit_report is not None and exit_report.identical)
         return self._result(
             events_lost=lost_steps(commits_of(self.place.commits), events),
             leaks=leaks,
             identical=identical,
-            difference=str(verdict),
+            difference=str(exit_report),
         )
 
     def _result(self, *, events_lost: int, leaks: list[str], identical: bool, difference: str) -> Result:
@@ -230,7 +230,7 @@ class _Elastic(_Fixed):
     Weights differ from those of the undisturbed run by the order of sums alone.
     """
 
-    def __init__(self, scenario: Scenario, place: Place, parent: PreloadedParent, undisturbed: Undisturbed) -> None:
+    def __init__(self, scenario: Scenario, place: Place, parent: ForkServer, undisturbed: Undisturbed) -> None:
         self.scenario, self.place = scenario, place
         self.exit_code, self.missed, self.left_out, self.outside = None, "", (), ()
         self.words = (*PACED, *(("--sharded",) if scenario.configuration.mesh else ()))

@@ -21,11 +21,11 @@ from benchmarks.soak.stage import ENVIRONMENT, Place, Undisturbed, open_files, p
 from benchmarks.soak.stuck import looked_at_before
 from benchmarks.soak.watching import View, Watch
 from lightning_ckptless import environment
-from lightning_ckptless.callbacks.fault_marks import FaultMarks
 from lightning_ckptless.errors import TimeLimitError
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing.compare import compare
 from lightning_ckptless.testing.drill import Ladder, Progress, Variant, run_variant
+from lightning_ckptless.testing.fault_marks import FaultMarks
 from tests.faults.conftest import command_for
 from tests.lab.parts import Options
 
@@ -49,7 +49,7 @@ def options_of(scenario: Scenario, place: Place) -> Options:
 def run(
     scenario: Scenario,
     folder: Path,
-    parent: PreloadedParent,
+    parent: ForkServer,
     undisturbed: Undisturbed,
     progress: Callable[[Progress], None] | None = None,
 ) -> Result:
@@ -80,7 +80,7 @@ def run(
 
 
 def _strike(
-    scenario: Scenario, place: Place, parent: PreloadedParent, progress: Callable[[Progress], None] | None
+    scenario: Scenario, place: Place, parent: ForkServer, progress: Callable[[Progress], None] | None
 ) -> tuple[Variant | None, list[str]]:
     """Run it while its faults strike; returns no run where it missed its deadline, and the outside faults."""
     options, folder = options_of(scenario, place), place.files / "run"
@@ -114,7 +114,7 @@ def _strike(
     return found, [one.fault for one in outside.struck]
 
 
-def _deeds(place: Place, parent: PreloadedParent, scenario: Scenario) -> dict[OutsideKind, Deed]:
+def _deeds(place: Place, parent: ForkServer, scenario: Scenario) -> dict[OutsideKind, Deed]:
     """What each kind of outside fault does to a run."""
     chance = random.Random(f"bytes {scenario.seed}")
 
@@ -149,17 +149,17 @@ def _judge(
     events, run_folder = variant.events, variant.run_folder
     happened = FaultMarks.claimed(run_folder / "faults") if run_folder else frozenset()
     recoveries = recoveries_of(events)
-    verdict = compare(right.folder, folder) if found is not None and not found.exit_code else None
+    exit_report = compare(right.folder, folder) if found is not None and not found.exit_code else None
     lost = lost_steps(commits_of(place.commits), events)
     outcome, why = outcome_of(
         exit_code=None if found is None else found.exit_code,
-        identical=verdict is not None and verdict.identical,
+        identical=exit_report is not None and exit_report.identical,
         lost=lost,
         leaks=leaks,
         late=times_of(recoveries, bounds_s(scenario), silent_s(scenario)),
     )
     if outcome == "different":
-        why = str(verdict)
+        why = str(exit_report)
     elif outcome == "ended":
         why += f"; its last words: {variant.tail(8)}"
     return Result(

@@ -155,7 +155,7 @@ def flip_bytes(arenas: Path, shard: int, chance: random.Random) -> str | None:
     found = []
     for path in arenas.glob("ckptless-*/*"):
         name = SlotName.parse(path.name)
-        if name is None or name.shard != shard or name.keeper != shard:
+        if name is None or name.shard != shard or name.holder != shard:
             continue
         with suppress(Exception):
             header = read_header(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from lightning_ckptless.protocol.faults import Fault, FaultKind
+from lightning_ckptless.protocol.fault_script import Fault, FaultKind
 from tests.lab.parts import Options
 
 BATCH = 4

@@ -22,7 +22,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from benchmarks.machine import ROOT
 from benchmarks.scratch import SHARED_MEMORY
 from lightning_ckptless.errors import LaunchError
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing.drill import Variant, run_variant
 from tests.faults.conftest import command_for
 from tests.lab.parts import Options
@@ -111,7 +111,7 @@ class Undisturbed:
         parent: forks their workers.
     """
 
-    def __init__(self, folder: Path, parent: PreloadedParent) -> None:
+    def __init__(self, folder: Path, parent: ForkServer) -> None:
         self.folder = folder
         self._parent = parent
 

@@ -13,7 +13,7 @@ import psutil
 
 from benchmarks.soak.processes import is_descendant
 from benchmarks.soak.watching import Watch
-from lightning_ckptless.membership.pulse import STACKS_SIGNAL
+from lightning_ckptless.membership.worker.progress import STACKS_SIGNAL
 
 BEFORE_S = 10.0
 """How long before the deadline workers are looked at."""
@@ -50,7 +50,7 @@ def look(watch: Watch, temporary: Path, into: Path) -> None:
         if _handles_stacks(pid):
             os.kill(pid, STACKS_SIGNAL)
     threading.Event().wait(WRITE_S)
-    for path in temporary.glob("ckptless-verdicts-*/*"):
+    for path in temporary.glob("ckptless-exit_reports-*/*"):
         with suppress(OSError):
             shutil.copy(path, into / path.name)
 

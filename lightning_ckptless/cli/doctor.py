@@ -71,7 +71,7 @@ def doctor(
         )
     from lightning_ckptless.cli.checks.check import Job, State, failed
     from lightning_ckptless.cli.checks.imports import Target
-    from lightning_ckptless.cli.doctor_view import show_checks
+    from lightning_ckptless.cli.view.doctor import show_checks
 
     gpus = visible_gpus(os.environ)
     state = None if parameters is None else State.of_parameters(parse_count(parameters), optimizer_states)
@@ -125,7 +125,7 @@ def examine(
     from lightning_ckptless.cli.checks.room import check_room, look_at
     from lightning_ckptless.cli.checks.variables import check_variables
     from lightning_ckptless.cli.checks.versions import check_versions
-    from lightning_ckptless.membership.launch import usual_modules
+    from lightning_ckptless.membership.launch.launch import usual_modules
 
     began = Instant.now()
     of_script: list[Check] = []

@@ -124,7 +124,7 @@ def _end(identical: bool, place: Path, *, keep: bool) -> NoReturn:
 
 def ranks_named(faults: Sequence[str]) -> int:
     """How many ranks there have to be for all faults to find theirs; two at least."""
-    from lightning_ckptless.protocol.faults import parse_faults
+    from lightning_ckptless.protocol.fault_script import parse_faults
 
     return max(2, *(fault.rank + 1 for fault in parse_faults(",".join(faults)) if isinstance(fault.rank, int)), 0)
 
@@ -156,7 +156,7 @@ def hold_drill(
     """
     from rich.console import Console
 
-    from lightning_ckptless.cli.drill_view import ProgressView, show_report
+    from lightning_ckptless.cli.view.drill import ProgressView, show_report
     from lightning_ckptless.testing.drill import Ladder, run_drill
 
     with ProgressView(Console(stderr=True)) as view:

@@ -8,10 +8,10 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from lightning_ckptless.replica import facts as arena_facts
+from lightning_ckptless.replica import arena_metadata as arena_facts
 from lightning_ckptless.replica.arena import find_arenas
+from lightning_ckptless.replica.arena_space import taken_bytes
 from lightning_ckptless.replica.slot import SlotName
-from lightning_ckptless.replica.space import taken_bytes
 
 Leftover = tuple[Path, int]
 

@@ -9,7 +9,7 @@ from lightning_ckptless.cli.runs import Run
 from lightning_ckptless.ledger import Event
 from lightning_ckptless.protocol.placement import Placement, place
 from lightning_ckptless.protocol.placement_table import PlacementTable, table_of
-from lightning_ckptless.protocol.protection import protection_of
+from lightning_ckptless.protocol.redundancy import protection_of
 from lightning_ckptless.protocol.versions import Replica
 
 
@@ -23,10 +23,10 @@ def plan_of(run: Run) -> PlacementTable | None:
 
 
 def _placement(event: Event) -> Placement:
-    """The placement that was planned: made again, with the keepers that were written down."""
+    """The placement that was planned: made again, with the holders that were written down."""
     facts = event.fields
     made = place(facts["domains"], facts["copies"], kind=facts["kind"])
-    return replace(made, keepers=tuple(tuple(others) for others in facts["keepers"]))
+    return replace(made, holders=tuple(tuple(others) for others in facts["holders"]))
 
 
 def protection_in(run: Run, replicas: Collection[Replica], nodes_here: Collection[str]) -> str:
@@ -42,11 +42,11 @@ def protection_in(run: Run, replicas: Collection[Replica], nodes_here: Collectio
     facts = events[-1].fields
     elsewhere = sorted(set(facts["nodes"]) - set(nodes_here))
     if not elsewhere:
-        return protection_of(replicas, facts["keepers"], facts["nodes"], since=_since(run)).reason
+        return protection_of(replicas, facts["holders"], facts["nodes"], since=_since(run)).reason
     committed = run.of("committed")
     if not committed or committed[-1].at < events[-1].at:
         return f"not known here: the arenas of {len(elsewhere)} nodes are on other machines"
-    step, shards = committed[-1].fields["step"], len(facts["keepers"])
+    step, shards = committed[-1].fields["step"], len(facts["holders"])
     return (
         f"{shards} of {shards} shards had all copies of step {step}, as the ledger says; the arenas of "
         f"{len(elsewhere)} nodes are on other machines"

@@ -19,6 +19,6 @@ def run(
     * `ckptless run --nproc-per-node 4 train.py --lr 0.1`
     * `ckptless run --nnodes 2 --nproc-per-node 8 --rdzv-endpoint HOST:29400 --rdzv-id NAME train.py`
     """
-    from lightning_ckptless.job import main
+    from lightning_ckptless.runner import main
 
     raise typer.Exit(main(arguments or ["--help"]))

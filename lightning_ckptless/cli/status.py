@@ -30,8 +30,8 @@ def status(
 
     # A wrong name is told before torch is imported.
     named = find_run(run, run_root)
-    from lightning_ckptless.cli.status_view import show_status
     from lightning_ckptless.cli.survey import survey
+    from lightning_ckptless.cli.view.status import show_status
 
     found = survey(named, arena_dir, now=time.time())
     if as_json:

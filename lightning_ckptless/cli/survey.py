@@ -9,10 +9,10 @@ from typing import Any
 from lightning_ckptless.cli.plan import plan_of, protection_in
 from lightning_ckptless.cli.runs import Run
 from lightning_ckptless.errors import ArenaError
-from lightning_ckptless.memory_files import stat_file
 from lightning_ckptless.protocol.placement_table import PlacementTable
 from lightning_ckptless.protocol.versions import READABLE, Complete, Replica, SlotState, newest_complete
 from lightning_ckptless.replica.arena import Arena, ArenaInfo, default_arena_dir, find_arenas
+from lightning_ckptless.system.memory_files import stat_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +40,17 @@ class SlotLine:
 
     Args:
         shard: which part of the state.
-        keeper: rank that keeps this copy.
+        holder: rank that keeps this copy.
         node: arena that holds it.
         slot: 0 or 1.
         version: of the state.
         generation: membership that wrote it.
         state: empty, writing, staged or committed.
-        bytes: tensors and small state.
+        bytes: tensors and host state.
     """
 
     shard: int
-    keeper: int
+    holder: int
     node: str
     slot: int
     version: str
@@ -227,13 +227,13 @@ def _age(infos: list[ArenaInfo], now: float) -> float | None:
 
 
 def _place(replica: Replica) -> tuple[int, int, str, int]:
-    return replica.shard, replica.keeper, replica.node, replica.slot
+    return replica.shard, replica.holder, replica.node, replica.slot
 
 
 def _line(replica: Replica) -> SlotLine:
     return SlotLine(
         shard=replica.shard,
-        keeper=replica.keeper,
+        holder=replica.holder,
         node=replica.node,
         slot=replica.slot,
         version=str(replica.version),

@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from lightning_ckptless.cli.runs import Run
-    from lightning_ckptless.cli.story import Step
+    from lightning_ckptless.cli.view.story import Step
 
 
 def timeline(
@@ -48,9 +48,9 @@ def write_timeline(run: Run, trace: Path | None, targets: Sequence[Path]) -> Non
     Raises:
         OptionsError: another kind of file, an empty ledger, no trace, or no matplotlib.
     """
-    from lightning_ckptless.cli.drawing import draw
-    from lightning_ckptless.cli.page import page
-    from lightning_ckptless.cli.story import story_of
+    from lightning_ckptless.cli.view.drawing import draw
+    from lightning_ckptless.cli.view.page import page
+    from lightning_ckptless.cli.view.story import story_of
     from lightning_ckptless.errors import OptionsError
 
     for target in targets:
@@ -76,7 +76,7 @@ def steps_of_trace(folder: Path) -> list[Step]:
     Raises:
         OptionsError: there is no trace in it.
     """
-    from lightning_ckptless.cli.story import Step
+    from lightning_ckptless.cli.view.story import Step
     from lightning_ckptless.errors import OptionsError
     from lightning_ckptless.testing.traces import read_traces
 

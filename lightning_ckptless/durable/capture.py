@@ -31,7 +31,7 @@ from lightning_ckptless.protocol.versions import (
 )
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.checksum import bytes_of, digest, matches
-from lightning_ckptless.replica.layout import Layout
+from lightning_ckptless.replica.layout.layout import Layout
 
 TRIES = 50
 _OWN_CHECKSUM = "xxh3"
@@ -47,7 +47,7 @@ class ShardCopy:
 
     Args:
         bulk: its tensor part: uint8 of shape [bulk bytes].
-        blob: the small state of its rank.
+        blob: the host state of its rank.
         checksum: digest of both.
     """
 

@@ -14,10 +14,10 @@ from lightning_ckptless.durable.capture import Captured
 from lightning_ckptless.durable.foreign import read_pickle
 from lightning_ckptless.durable.recipe import Recipe, unseal_recipe
 from lightning_ckptless.errors import DurableError
-from lightning_ckptless.replica.layout import local_name, part_of, slot_views
+from lightning_ckptless.replica.layout.layout import local_name, part_of, slot_views
 
 _RANK = 0
-"""Whose buffers and small state a checkpoint has: Lightning's own is written by rank 0."""
+"""Whose buffers and host state a checkpoint has: Lightning's own is written by rank 0."""
 
 
 def tensors_of(captured: Captured) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ def model_state(recipe: Recipe, small: Mapping[str, Any], tensors: Mapping[str, 
 
 
 def small_state_of(captured: Captured) -> dict[str, Any]:
-    """The small state of rank 0."""
+    """The host state of rank 0."""
     state: dict[str, Any] = read_pickle(captured.shards[_RANK].blob)["state"]
     return state
 
@@ -110,7 +110,7 @@ def _callback_states(recipe: Recipe, small: Mapping[str, Any], tensors: Mapping[
 
 
 def _average_state(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The averaged model of `StochasticWeightAveraging`, which lies among the big tensors."""
+    """The averaged model of `StochasticWeightAveraging`, which lies among the large tensors."""
     averaged = re.compile(r".*\.StochasticWeightAveraging\._average_model/(?:parameter|buffer)/(.*)")
     found = {match[1]: tensor for name, tensor in tensors.items() if (match := averaged.fullmatch(name))}
     return {"average_model_state": found}

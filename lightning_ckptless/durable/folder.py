@@ -40,11 +40,11 @@ from lightning_ckptless.formats.schema import (
     text,
 )
 from lightning_ckptless.formats.sealed import seal, unseal
-from lightning_ckptless.private_files import require_private, require_private_files, target_of_own_link
-from lightning_ckptless.protocol.durable import DurableState, state_name, version_of
+from lightning_ckptless.protocol.durable_schedule import DurableState, state_name, version_of
 from lightning_ckptless.protocol.versions import Snapshot, Version
-from lightning_ckptless.replica.facts import RUN_ID
-from lightning_ckptless.replica.stamp import BYTES, CHECKSUM, SNAPSHOT
+from lightning_ckptless.replica.arena_metadata import RUN_ID
+from lightning_ckptless.replica.slot_stamp import BYTES, CHECKSUM, SNAPSHOT
+from lightning_ckptless.system.private_files import require_private, require_private_files, target_of_own_link
 
 FORMAT = 2
 MARKER = "ckptless-durable.json"
@@ -60,7 +60,7 @@ class ShardFacts:
 
     Args:
         bulk_bytes: length of its tensor part.
-        blob_bytes: length of its rank's small state.
+        blob_bytes: length of its rank's host state.
         checksum: digest of both, as the rank that staged it has computed it.
     """
 

@@ -1,4 +1,4 @@
-"""Reading a small state without the program that has written it, and without running any code of it.
+"""Reading a host state without the program that has written it, and without running any code of it.
 
 Beside plain data it may hold a class or a function of the program: a data class among the hyper-parameters, a loss in
 an attribute. What is not plain data is never looked up here, even where its module could be imported: a class of the

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning_ckptless.protocol.durable import Share, Timetable
+from lightning_ckptless.protocol.durable_schedule import Share, Timetable
 
 MODULE = "lightning_ckptless.durable"
 SHARE_NOTE = "durable share"

@@ -27,10 +27,10 @@ from lightning_ckptless.durable.store import write_shards
 from lightning_ckptless.errors import DurableError
 from lightning_ckptless.formats.schema import MOST_RANKS, SchemaError, record, table, text
 from lightning_ckptless.formats.sealed import seal, unseal
-from lightning_ckptless.private_files import require_private_files
-from lightning_ckptless.protocol.durable import state_name, version_of
+from lightning_ckptless.protocol.durable_schedule import state_name, version_of
 from lightning_ckptless.protocol.versions import Snapshot, Version
-from lightning_ckptless.replica.layout import Layout
+from lightning_ckptless.replica.layout.layout import Layout
+from lightning_ckptless.system.private_files import require_private_files
 
 _NAME = re.compile(r"\.(step-[\w-]+)\.of-(\d+)-(\w+)\.parts")
 _PART = "part-"

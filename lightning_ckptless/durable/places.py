@@ -19,8 +19,8 @@ from lightning_ckptless.durable.folder import write_synced
 from lightning_ckptless.errors import DurableError
 from lightning_ckptless.formats.schema import Check, SchemaError, optional, record, refused, sequence, text
 from lightning_ckptless.formats.sealed import seal, unseal
-from lightning_ckptless.replica.stamp import BYTES
-from lightning_ckptless.torch_internals import storage_place
+from lightning_ckptless.internals.torch_internals import storage_place
+from lightning_ckptless.replica.slot_stamp import BYTES
 
 FORMAT = 1
 _NAME = "places.json"
@@ -32,8 +32,8 @@ class Place:
     """Where a piece lies.
 
     Args:
-        name: of the tensor, or of the small state.
-        offsets: corner of the piece; None for a small state.
+        name: of the tensor, or of the host state.
+        offsets: corner of the piece; None for a host state.
         file: in the folder of the state.
         at: byte offset in the file.
         length: in bytes.

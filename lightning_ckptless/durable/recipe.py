@@ -1,6 +1,6 @@
 """How a Lightning checkpoint is put together from a version: what the version does not say, as it never changes.
 
-A version holds tensors by our names and the small state of each rank. A checkpoint file has other names for them, and
+A version holds tensors by our names and the host state of each rank. A checkpoint file has other names for them, and
 hyper-parameters, keys of callbacks and the like. They are written down once, beside the layout in the arena, and travel
 with every durable state.
 """
@@ -15,7 +15,7 @@ from typing import Any
 from lightning_ckptless.errors import DurableError
 from lightning_ckptless.formats.schema import record, text
 from lightning_ckptless.formats.sealed import LONGEST_BYTES, seal, unseal
-from lightning_ckptless.replica.facts import replace_file
+from lightning_ckptless.replica.arena_metadata import replace_file
 
 NAME = "recipe.json"
 FORMAT = 1
@@ -32,7 +32,7 @@ class Recipe:
         extra_state: names in the `state_dict` of extra state, with the path of their module.
         metric_state: names in the `state_dict` of persistent metric states, with path and attribute of the metric.
         parameters: for each optimizer and each of its groups, the names of its parameters.
-        callback_keys: state keys of the callbacks, in the order of the small state.
+        callback_keys: state keys of the callbacks, in the order of the host state.
         precision_key: under which the precision plugin's state is filed.
         datamodule_key: under which the datamodule's state is filed; None without one.
         hyper_parameters: what a checkpoint says of hyper-parameters, keys and all.

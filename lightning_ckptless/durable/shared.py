@@ -19,10 +19,10 @@ from lightning_ckptless.durable.recipe import read_recipe
 from lightning_ckptless.durable.store import finish_state, require_space
 from lightning_ckptless.errors import DurableError
 from lightning_ckptless.ledger import Ledger
-from lightning_ckptless.protocol.durable import Share, states_to_drop
+from lightning_ckptless.protocol.durable_schedule import Share, states_to_drop
 from lightning_ckptless.protocol.versions import READABLE, Replica, SlotState, Snapshot, Version
 from lightning_ckptless.replica.arena import Arena
-from lightning_ckptless.replica.layout import Layout
+from lightning_ckptless.replica.layout.layout import Layout
 
 PARTS_WAIT_S = 60.0
 """Within this time the parts of all nodes are there, or the state is given up."""
@@ -161,7 +161,7 @@ class SharedWriter:
         self._ledger.record(
             "durable_written",
             step=version.optimizer_step,
-            tail_done=version.tail_done,
+            validation_done=version.validation_done,
             path=str(path),
             bytes=size_bytes,
             copied_s=round(pending.copied_s, 6),

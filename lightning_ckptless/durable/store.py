@@ -1,7 +1,7 @@
 """A durable state on the disk, in the format of torch.distributed.checkpoint.
 
 Tensors have the names of the layout: `parameter/<name>`, `optimizer/<index>/<parameter>/<key>`, and `rank<r>/...` for
-what each rank holds alone. The small state of a rank is the entry `rank<r>/small_state`, as bytes. `dcp.load` reads
+what each rank holds alone. The host state of a rank is the entry `rank<r>/small_state`, as bytes. `dcp.load` reads
 what it is asked for; we read back whole shards, byte by byte, so that the checksum which the rank computed when it
 staged the shard still holds, over arena and disk.
 """
@@ -30,7 +30,7 @@ from lightning_ckptless.durable.recipe import read_recipe
 from lightning_ckptless.errors import DurableError
 from lightning_ckptless.formats.schema import SchemaError
 from lightning_ckptless.replica.checksum import bytes_of, matches
-from lightning_ckptless.replica.layout import Layout, private_name, slot_views, write_item
+from lightning_ckptless.replica.layout.layout import Layout, private_name, slot_views, write_item
 
 _LAYOUT = "layout.json"
 _BYTES_PER_ENTRY = 2048
@@ -135,7 +135,7 @@ def finish_state(layout: Layout, places: Mapping[int, Sequence[Place]], recipe: 
 
 
 def small_state_name(rank: int) -> str:
-    """Name of a rank's small state among the entries of a state."""
+    """Name of a rank's host state among the entries of a state."""
     return private_name(rank, "small_state")
 
 
@@ -225,7 +225,7 @@ class _ShardPlanner(DefaultSavePlanner):
         self._blob = copy.blob
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        """A view of a piece, or the small state."""
+        """A view of a piece, or the host state."""
         if write_item.type is WriteItemType.BYTE_IO:
             return io.BytesIO(self._blob)
         return self._views[write_item.index]

@@ -23,7 +23,7 @@ from lightning_ckptless.durable.shared import SharedWriter
 from lightning_ckptless.durable.store import require_space, state_bytes, write_state
 from lightning_ckptless.errors import ArenaError, CkptlessError, DurableError
 from lightning_ckptless.ledger import Ledger
-from lightning_ckptless.protocol.durable import Share, states_to_drop
+from lightning_ckptless.protocol.durable_schedule import Share, states_to_drop
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.arena import Arena
 
@@ -125,7 +125,7 @@ class DurableWriter:
         self._ledger.record(
             "durable_written",
             step=written.version.optimizer_step,
-            tail_done=written.version.tail_done,
+            validation_done=written.version.validation_done,
             path=str(written.path),
             bytes=written.bytes,
             copied_s=round(written.copied_s, 6),
@@ -176,7 +176,7 @@ class DurableWriter:
 
     def _failed(self, due: Version, error: Exception) -> None:
         cause = f"{type(error).__name__}: {error}"[:500]
-        self._ledger.record("durable_failed", step=due.optimizer_step, tail_done=due.tail_done, cause=cause)
+        self._ledger.record("durable_failed", step=due.optimizer_step, validation_done=due.validation_done, cause=cause)
         if not self._warned:
             self._warned = True
             print(

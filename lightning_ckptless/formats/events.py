@@ -62,7 +62,7 @@ _EVENTS: dict[str, dict[str, Check]] = {
     },
     "in_place": {"new": table(_BY_RANK, _worker)},
     "placement": {
-        "kind": text(), "copies": integer(0, MOST_RANKS), "keepers": sequence(_RANKS), "nodes": sequence(text()),
+        "kind": text(), "copies": integer(0, MOST_RANKS), "holders": sequence(_RANKS), "nodes": sequence(text()),
         "domains": sequence(text()), "sizes_bytes": sequence(_BYTES),
     },
     "recovery": {
@@ -116,8 +116,8 @@ def read_line(line: bytes) -> dict[str, Any]:
 
 
 def _require_one_per_rank(fields: dict[str, Any]) -> None:
-    count = len(fields["keepers"])
+    count = len(fields["holders"])
     if {len(fields[name]) for name in ("nodes", "domains", "sizes_bytes")} != {count}:
         raise SchemaError(f"placement: expected {count} nodes, domains and sizes, one for each rank")
-    if any(rank >= count for others in fields["keepers"] for rank in others):
-        raise SchemaError(f"placement.keepers: expected ranks below {count}")
+    if any(rank >= count for others in fields["holders"] for rank in others):
+        raise SchemaError(f"placement.holders: expected ranks below {count}")

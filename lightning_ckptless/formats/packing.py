@@ -1,4 +1,4 @@
-"""Packing small state: a pickle of plain values, with tensors as their bytes and members of enumerations as data."""
+"""Packing host state: a pickle of plain values, with tensors as their bytes and members of enumerations as data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lightning_ckptless.formats.pickles import Packed, found_in_program, is_enumeration
-from lightning_ckptless.torch_internals import storage_bytes, storage_of
+from lightning_ckptless.internals.torch_internals import storage_bytes, storage_of
 
 KINDS: set[Any] = set()
 """The classes and functions that this process has packed so far, beside the commonest: a pickle of none but these was

@@ -86,9 +86,9 @@ _NAMES = {
     "lightning_ckptless.durable.recipe": "Recipe",
     "lightning_ckptless.formats.packing": "rebuild_storage rebuild_tensor",
     "lightning_ckptless.protocol.versions": "Version",
-    "lightning_ckptless.trainer.first_fetch": "Fetches",
-    "lightning_ckptless.trainer.loader": "LoaderPosition",
-    "lightning_ckptless.trainer.rng": "RngState",
+    "lightning_ckptless.trainer.data.first_fetch": "Fetches",
+    "lightning_ckptless.trainer.data.loader": "LoaderPosition",
+    "lightning_ckptless.trainer.state.rng": "RngState",
 }
 _SAFE = frozenset(f"{module}.{name}" for module, names in _NAMES.items() for name in names.split())
 _SAFE_KINDS = re.compile(
@@ -111,7 +111,7 @@ DAMAGED = (
 )  # fmt: skip
 """What a damaged pickle makes of the reader."""
 MEMBER = "lightning_ckptless.formats.packing.member"
-BUNDLE = "lightning_ckptless.trainer.late_packing.open_bundle"
+BUNDLE = "lightning_ckptless.trainer.state.device_pickle.open_bundle"
 
 
 def is_safe(name: str) -> bool:

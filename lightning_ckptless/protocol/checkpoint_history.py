@@ -250,7 +250,7 @@ def moves_to_settle(found: Found, *, rewritten: bool, of_later_fit: bool) -> lis
 
 
 def _version_fields(version: Version) -> dict[str, Any]:
-    return {"after_step": version.optimizer_step, "after_tail": version.tail_done}
+    return {"after_step": version.optimizer_step, "after_tail": version.validation_done}
 
 
 def _version(note: Mapping[str, Any]) -> Version:

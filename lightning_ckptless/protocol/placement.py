@@ -6,7 +6,7 @@ its circle. A circle of `copies + 1` domains is a group, where everyone keeps ev
 survives the most. Where groups do not divide the domains evenly, the last circle is longer and is called a ring.
 
 A shard is lost when its domain and the `copies` domains behind it in the circle are lost, so a circle survives when no
-`copies + 1` domains in a row are gone. That is counted exactly, see `Placement.survival`.
+`copies + 1` domains in a row are gone. That is counted exactly, see `Placement.recovery_loop`.
 
 Where more than a domain is lost together, a group of ranks that share a fate, the domains are joined first: see
 `fail_together`. A copy is never kept by a rank that is lost with the shard's writer.
@@ -31,13 +31,13 @@ class PlacementRow(NamedTuple):
     Args:
         shard: index of the shard.
         writer: rank that writes it and keeps the first copy; equal to `shard`.
-        keepers: ranks that keep a further copy.
+        holders: ranks that keep a further copy.
         domains: failure domains that hold a copy, the writer's first.
     """
 
     shard: int
     writer: int
-    keepers: tuple[int, ...]
+    holders: tuple[int, ...]
     domains: tuple[str, ...]
 
 
@@ -46,7 +46,7 @@ class Placement:
     """Who keeps what.
 
     Args:
-        keepers: for each shard the ranks, beyond its writer, that keep a copy.
+        holders: for each shard the ranks, beyond its writer, that keep a copy.
         domains: failure domain of each rank.
         circles: the domains, in the circles that keep each other's shards.
         copies: replicas of each shard beyond the writer's own; 0 where a single domain leaves no other place.
@@ -54,18 +54,18 @@ class Placement:
         reason: what was placed and what it survives, in a sentence.
     """
 
-    keepers: tuple[tuple[int, ...], ...]
+    holders: tuple[tuple[int, ...], ...]
     domains: tuple[str, ...]
     circles: tuple[Circle, ...]
     copies: int
     kind: str
     reason: str
 
-    def wards(self, rank: int) -> tuple[int, ...]:
+    def sources(self, rank: int) -> tuple[int, ...]:
         """Shards that a rank keeps for others."""
-        return tuple(shard for shard, keepers in enumerate(self.keepers) if rank in keepers)
+        return tuple(shard for shard, holders in enumerate(self.holders) if rank in holders)
 
-    def survival(self, losses: int) -> float:
+    def recovery_loop(self, losses: int) -> float:
         """Probability that every shard still has a copy when this many domains, drawn evenly, are lost at once.
 
         Raises:
@@ -73,7 +73,7 @@ class Placement:
         """
         most = sum(len(circle) for circle in self.circles)
         if not 0 <= losses <= most:
-            raise OptionsError(f"survival of {losses} losses: expected 0 to {most}, the number of failure domains")
+            raise OptionsError(f"recovery_loop of {losses} losses: expected 0 to {most}, the number of failure domains")
         return _survival(self.circles, self.copies, losses)
 
     def fatal_losses(self) -> tuple[tuple[str, ...], ...]:
@@ -89,8 +89,8 @@ class Placement:
     def rows(self) -> tuple[PlacementRow, ...]:
         """The placement as a table, one row per shard."""
         return tuple(
-            PlacementRow(shard, shard, keepers, tuple(self.domains[rank] for rank in (shard, *keepers)))
-            for shard, keepers in enumerate(self.keepers)
+            PlacementRow(shard, shard, holders, tuple(self.domains[rank] for rank in (shard, *holders)))
+            for shard, holders in enumerate(self.holders)
         )
 
 
@@ -114,7 +114,7 @@ def fail_together(domains: Sequence[str], groups: Iterable[Collection[int]]) -> 
 
 
 def place(domains: Sequence[str], copies: int, *, kind: str = "node") -> Placement:
-    """Choose the keepers of every shard.
+    """Choose the holders of every shard.
 
     The shard of the i-th rank of a domain is kept by the (i mod size)-th rank of each domain that keeps it.
 
@@ -133,9 +133,9 @@ def place(domains: Sequence[str], copies: int, *, kind: str = "node") -> Placeme
         raise OptionsError(_too_few(len(domains), len(names), copies, kind))
     placed = copies if len(names) > 1 else 0
     circles = _circles(names, placed + 1)
-    keepers = _keepers(domains, circles, placed)
+    holders = _holders(domains, circles, placed)
     reason = _reason(len(domains), circles, copies, kind)
-    return Placement(keepers, tuple(domains), circles, placed, kind, reason)
+    return Placement(holders, tuple(domains), circles, placed, kind, reason)
 
 
 def _circles(names: tuple[str, ...], group_size: int) -> tuple[Circle, ...]:
@@ -147,17 +147,17 @@ def _circles(names: tuple[str, ...], group_size: int) -> tuple[Circle, ...]:
     return (*groups, names[ring_start:]) if rest else groups
 
 
-def _keepers(domains: Sequence[str], circles: Sequence[Circle], copies: int) -> tuple[tuple[int, ...], ...]:
+def _holders(domains: Sequence[str], circles: Sequence[Circle], copies: int) -> tuple[tuple[int, ...], ...]:
     ranks: dict[str, list[int]] = {}
     for rank, domain in enumerate(domains):
         ranks.setdefault(domain, []).append(rank)
-    keepers: list[tuple[int, ...]] = [()] * len(domains)
+    holders: list[tuple[int, ...]] = [()] * len(domains)
     for circle in circles:
         for position, domain in enumerate(circle):
             others = [circle[(position + step) % len(circle)] for step in range(1, copies + 1)]
             for index, rank in enumerate(ranks[domain]):
-                keepers[rank] = tuple(ranks[other][index % len(ranks[other])] for other in others)
-    return tuple(keepers)
+                holders[rank] = tuple(ranks[other][index % len(ranks[other])] for other in others)
+    return tuple(holders)
 
 
 def _survival(circles: Sequence[Circle], copies: int, losses: int) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lightning_ckptless.protocol.placement import Placement
 
 MOST_ROWS = 16
-HEAD = ("shard", "writer", "keepers", "domains", "bytes")
+HEAD = ("shard", "writer", "holders", "domains", "bytes")
 LOSSES_HEAD = ("lost at once", "survived", "but for")
 _MOST_FATAL = 4
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
@@ -52,13 +52,13 @@ def table_of(
         (
             str(row.shard),
             f"rank {row.writer}",
-            ", ".join(f"rank {keeper}" for keeper in row.keepers) or "none",
+            ", ".join(f"rank {holder}" for holder in row.holders) or "none",
             ", ".join(row.domains),
             as_size(sizes_bytes[row.shard]),
         )
         for row in placement.rows()[:most_rows]
     )
-    left = len(placement.keepers) - len(rows)
+    left = len(placement.holders) - len(rows)
     copies_bytes = sum(sizes_bytes) * (placement.copies + 1)
     more = f"and {left} shards more; all copies take {as_size(copies_bytes)}, twice for two slots" if left else ""
     return PlacementTable(rows, more, _losses(placement, kind))
@@ -67,7 +67,7 @@ def table_of(
 def _losses(placement: Placement, kind: str) -> tuple[tuple[str, ...], ...]:
     rows = []
     for losses in range(1, min(placement.copies + 2, len(set(placement.domains))) + 1):
-        odds = placement.survival(losses)
+        odds = placement.recovery_loop(losses)
         survived = "always" if odds == 1 else "never" if not odds else f"with probability {odds:.3f}"
         fatal = placement.fatal_losses() if 0 < odds < 1 and losses == placement.copies + 1 else ()
         shown = ", ".join(" + ".join(names) for names in fatal[:_MOST_FATAL])

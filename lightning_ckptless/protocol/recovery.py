@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from lightning_ckptless.errors import ProtocolError
-from lightning_ckptless.protocol.program_end import Stage
+from lightning_ckptless.protocol.crash_loop import Stage
 
 TRIES_IN_PLACE = 2
 """Tries without a step in between, after which the next rung is taken."""

@@ -22,9 +22,9 @@ overwritten.
 - *Overwrite when the other slot is in place here.* Rank 0 has v+1 in place and writes v+2 over its copy of v; rank 1
   has not sealed v+1 yet, and the arena that keeps rank 0's copy of v is lost. Of v rank 0's shard is gone, of v+1
   rank 1's.
-- *Let the keeper choose by what it has learned itself.* Rank 0 has learned that v is committed and sends v+1; its
-  keeper has voted for v but not learned, takes v-1 for the last committed version and overwrites v. If rank 0's arena
-  is lost now, its shard of v is gone. So the writer's knowledge decides, and the keeper is told with the bytes.
+- *Let the holder choose by what it has learned itself.* Rank 0 has learned that v is committed and sends v+1; its
+  holder has voted for v but not learned, takes v-1 for the last committed version and overwrites v. If rank 0's arena
+  is lost now, its shard of v is gone. So the writer's knowledge decides, and the holder is told with the bytes.
 - *Take what was restored for committed.* All ranks have sealed their own copies of v+1 and sent none when all workers
   die. They restore v+1, write v+2 over v, and an arena is lost: of v+1 it held the only copy of a shard.
 
@@ -133,16 +133,16 @@ def settle(found: SlotView, restored: Snapshot | None) -> SlotEvent | None:
 
 
 def absent_copies(
-    restored: Complete, keepers: Sequence[Sequence[int]], nodes: Sequence[str]
+    restored: Complete, holders: Sequence[Sequence[int]], nodes: Sequence[str]
 ) -> tuple[tuple[int, int], ...]:
     """The copies that must be filled in before a restored version is committed.
 
     A copy that is filled in carries the snapshot it completes, not the generation that fills it in. A copy on another
-    node than its keeper's does not count: where ranks are numbered anew, each finds the copies of another one.
+    node than its holder's does not count: where ranks are numbered anew, each finds the copies of another one.
 
     Args:
         restored: the version that all ranks restore.
-        keepers: for each shard the ranks, beyond its writer, that are to keep a copy.
+        holders: for each shard the ranks, beyond its writer, that are to keep a copy.
         nodes: name of each rank's node.
 
     Returns:
@@ -150,9 +150,9 @@ def absent_copies(
     """
     return tuple(
         (shard, rank)
-        for shard, (kept, others) in enumerate(zip(restored.replicas, keepers, strict=True))
+        for shard, (kept, others) in enumerate(zip(restored.replicas, holders, strict=True))
         for rank in (shard, *others)
-        if (rank, nodes[rank]) not in {(replica.keeper, replica.node) for replica in kept}
+        if (rank, nodes[rank]) not in {(replica.holder, replica.node) for replica in kept}
     )
 
 

@@ -15,7 +15,7 @@ from lightning_ckptless.protocol.versions import Complete, Replica
 
 
 class Part(StrEnum):
-    """How much of a replica is wanted: the tensors, the small state behind them, or both."""
+    """How much of a replica is wanted: the tensors, the host state behind them, or both."""
 
     BULK = "bulk"
     BLOB = "blob"
@@ -78,7 +78,7 @@ def plan_transfers(
         complete: the version, with the good replicas of each shard.
         nodes: name of each rank's node. Every replica lies on the node of some rank: inventories come from live ranks.
         need: for each rank the shards whose tensors it needs.
-        blobs: for each rank the shards whose small state it needs; None for that of its own shard.
+        blobs: for each rank the shards whose host state it needs; None for that of its own shard.
 
     Returns:
         One transfer for each rank and shard that it needs anything of.
@@ -89,7 +89,7 @@ def plan_transfers(
 
 
 def plan_copies(complete: Complete, nodes: Sequence[str], absent: Collection[tuple[int, int]]) -> tuple[Transfer, ...]:
-    """Plan how keepers get copies that they lack, tensors and small state.
+    """Plan how holders get copies that they lack, tensors and host state.
 
     Args:
         complete: the version, with the good replicas of each shard.
@@ -112,7 +112,7 @@ def _routed(complete: Complete, nodes: Sequence[str], wanted: Sequence[_Wish]) -
         replicas = complete.replicas[shard]
         local = [replica for replica in replicas if replica.node == nodes[rank]]
         if local:
-            plan.append(Read(rank, min(local, key=lambda replica: replica.keeper != rank), part))
+            plan.append(Read(rank, min(local, key=lambda replica: replica.holder != rank), part))
             continue
         offers = [(source, replica) for replica in replicas for source in ranks_of.get(replica.node, ())]
         assert offers, f"shard {shard} lies on {[r.node for r in replicas]}, the ranks are on {sorted(ranks_of)}"

@@ -19,14 +19,16 @@ class Version:
 
     Args:
         optimizer_step: Lightning's `global_step` after the step; 0 before the first.
-        tail_done: whether validation and the other work behind the step is part of it.
+        validation_done: whether validation and the other work behind the step is part of it.
     """
 
     optimizer_step: int
-    tail_done: bool
+    validation_done: bool
 
     def __str__(self) -> str:
-        return f"step {self.optimizer_step}" if self.tail_done else f"step {self.optimizer_step} (before its tail)"
+        return (
+            f"step {self.optimizer_step}" if self.validation_done else f"step {self.optimizer_step} (before its tail)"
+        )
 
 
 class SlotState(StrEnum):
@@ -47,7 +49,7 @@ class Replica:
 
     Args:
         shard: index of the shard, 0 to `world_size - 1`; equal to the rank that wrote it.
-        keeper: rank that keeps this copy; equal to `shard` for the writer's own one.
+        holder: rank that keeps this copy; equal to `shard` for the writer's own one.
         node: name of the arena that holds the slot.
         slot: 0 or 1.
         version: the version of the copy.
@@ -56,12 +58,12 @@ class Replica:
         layout: digest of the layout it was written with.
         state: what the slot's header says.
         bulk_bytes: length of the tensor part.
-        blob_bytes: length of the small state behind it.
+        blob_bytes: length of the host state behind it.
         checksum: digest of both parts, hexadecimal; empty when checksums are off.
     """
 
     shard: int
-    keeper: int
+    holder: int
     node: str
     slot: int
     version: Version
@@ -141,7 +143,7 @@ def _by_shard(snapshot: Snapshot, replicas: Iterable[Replica]) -> tuple[tuple[Re
     kept: list[list[Replica]] = [[] for _ in range(snapshot.world_size)]
     for replica in replicas:
         kept[replica.shard].append(replica)
-    return tuple(tuple(sorted(k, key=lambda r: (r.keeper != r.shard, r.keeper, r.node, r.slot))) for k in kept)
+    return tuple(tuple(sorted(k, key=lambda r: (r.holder != r.shard, r.holder, r.node, r.slot))) for k in kept)
 
 
 def _found(snapshot: Snapshot, shards: tuple[tuple[Replica, ...], ...], bad: Collection[Replica]) -> str:

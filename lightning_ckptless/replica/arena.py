@@ -26,15 +26,22 @@ import torch
 
 from lightning_ckptless.errors import ArenaError
 from lightning_ckptless.formats.schema import SchemaError
-from lightning_ckptless.memory_files import is_memory_file, is_there, stat_file
-from lightning_ckptless.private_files import require_private
 from lightning_ckptless.protocol.versions import Replica
-from lightning_ckptless.replica import facts as arena_facts
+from lightning_ckptless.replica import arena_metadata as arena_facts
+from lightning_ckptless.replica.arena_metadata import DamagedArenaError, Facts
+from lightning_ckptless.replica.arena_notes import Json, read_notes, write_note
+from lightning_ckptless.replica.arena_owner import Owner
+from lightning_ckptless.replica.arena_space import (
+    MAKE_ROOM,
+    Room,
+    available_memory_bytes,
+    default_arena_dir,
+    find_room,
+    is_in_memory,
+    taken_bytes,
+)
 from lightning_ckptless.replica.checksum import bytes_of, matches
-from lightning_ckptless.replica.facts import DamagedArenaError, Facts
-from lightning_ckptless.replica.layout import Layout
-from lightning_ckptless.replica.notes import Json, read_notes, write_note
-from lightning_ckptless.replica.owner import Owner
+from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.slot import (
     Slot,
     SlotHeader,
@@ -44,16 +51,9 @@ from lightning_ckptless.replica.slot import (
     read_header,
     slot_file_bytes,
 )
-from lightning_ckptless.replica.space import (
-    MAKE_ROOM,
-    Room,
-    available_memory_bytes,
-    default_arena_dir,
-    find_room,
-    is_in_memory,
-    taken_bytes,
-)
-from lightning_ckptless.replica.stamp import Stamp
+from lightning_ckptless.replica.slot_stamp import Stamp
+from lightning_ckptless.system.memory_files import is_memory_file, is_there, stat_file
+from lightning_ckptless.system.private_files import require_private
 
 log = logging.getLogger(__name__)
 
@@ -158,19 +158,19 @@ class Arena:
 
     # ------------------------------------------------------------------ slots
 
-    def slots(self, shard: int, keeper: int, bulk_bytes: int, *, layout: str = "") -> tuple[Slot, Slot]:
-        """The two slots of a shelf, made and pre-faulted where they are missing.
+    def slots(self, shard: int, holder: int, bulk_bytes: int, *, layout: str = "") -> tuple[Slot, Slot]:
+        """The two slots of a slot_pair, made and pre-faulted where they are missing.
 
         Args:
             shard: index of the shard.
-            keeper: rank that keeps it here.
+            holder: rank that keeps it here.
             bulk_bytes: length of the tensor part of each.
             layout: digest of the layout: another layout gets slots of its own.
 
         Raises:
             ArenaError: the file system has too little free space, and the agent cannot hold them in memory instead.
         """
-        paths = self._slot_paths(shard, keeper, layout)
+        paths = self._slot_paths(shard, holder, layout)
         reason = self._require_room(dict.fromkeys(paths, slot_file_bytes(bulk_bytes)))
         missing = [path for path in paths if not is_there(path)]
         # What was decided for all of the node counts, where these two alone would fit.
@@ -184,14 +184,14 @@ class Arena:
         first = self._open(paths[0], bulk_bytes)
         return first, self._open(paths[1], bulk_bytes)
 
-    def require_room_for(self, shelves: Iterable[tuple[int, int]], layout: Layout) -> None:
+    def require_room_for(self, slot_pairs: Iterable[tuple[int, int]], layout: Layout) -> None:
         """Refuse to begin where the slots of all ranks of this node do not fit together.
 
         Each rank asks before it makes its own. Otherwise every one of them would find room for itself, and the last
         ones would fail halfway.
 
         Args:
-            shelves: (shard, keeper) of each, of all ranks of the node.
+            slot_pairs: (shard, holder) of each, of all ranks of the node.
             layout: how the state is cut.
 
         Raises:
@@ -199,8 +199,8 @@ class Arena:
         """
         sizes = {
             path: slot_file_bytes(layout.bulk_bytes(shard))
-            for shard, keeper in shelves
-            for path in self._slot_paths(shard, keeper, layout.digest)
+            for shard, holder in slot_pairs
+            for path in self._slot_paths(shard, holder, layout.digest)
         }
         self._reason = self._require_room(sizes)
 
@@ -211,7 +211,7 @@ class Arena:
             Why those that are missing must be anonymous memory; empty where they are to be files.
         """
         room = find_room(sizes, self.path)
-        # All of a node alike: where some are in memory already, the small state of the others would not fit either.
+        # All of a node alike: where some are in memory already, the host state of the others would not fit either.
         if room.fits and not any(is_memory_file(path) for path, _ in self._slot_files()):
             return ""
         if obstacle := self._obstacle_to_memory(room):
@@ -233,8 +233,8 @@ class Arena:
             return f"{available_bytes} bytes of memory are left to this machine or container"
         return ""
 
-    def _slot_paths(self, shard: int, keeper: int, layout: str) -> list[Path]:
-        return [self.path / str(SlotName.of(shard, keeper, layout, index)) for index in (0, 1)]
+    def _slot_paths(self, shard: int, holder: int, layout: str) -> list[Path]:
+        return [self.path / str(SlotName.of(shard, holder, layout, index)) for index in (0, 1)]
 
     def _open(self, path: Path, bulk_bytes: int) -> Slot:
         slot = Slot(path, self.run_id, bulk_bytes)
@@ -274,7 +274,7 @@ class Arena:
         stamp = header.stamp
         return Replica(
             shard=stamp.shard,
-            keeper=stamp.keeper,
+            holder=stamp.holder,
             node=self.node,
             slot=index,
             version=stamp.version,
@@ -307,7 +307,7 @@ class Arena:
             raise ArenaError(f"{self._path(replica)}: cannot read {replica.bulk_bytes} bytes: {error}") from error
 
     def read_blob(self, replica: Replica) -> bytes:
-        """The small state of a replica.
+        """The host state of a replica.
 
         Raises:
             ArenaError: the slot is gone.
@@ -318,7 +318,7 @@ class Arena:
             raise ArenaError(f"{self._path(replica)}: cannot read {replica.blob_bytes} bytes: {error}") from error
 
     def _path(self, replica: Replica) -> Path:
-        return self.path / str(SlotName.of(replica.shard, replica.keeper, replica.layout, replica.slot))
+        return self.path / str(SlotName.of(replica.shard, replica.holder, replica.layout, replica.slot))
 
     # ------------------------------------------------------------------ layouts and notes
 
@@ -354,29 +354,29 @@ class Arena:
             path.unlink(missing_ok=True)
 
     def prune(self, keep: Collection[tuple[int, int]]) -> None:
-        """Drop the slots of all shelves but some.
+        """Drop the slots of all slot_pairs but some.
 
         Args:
-            keep: (shard, keeper) of the shelves that stay.
+            keep: (shard, holder) of the slot_pairs that stay.
         """
         for path, name in self._slot_files():
-            if (name.shard, name.keeper) not in keep:
+            if (name.shard, name.holder) not in keep:
                 path.unlink(missing_ok=True)
 
     def retain(self, layout: str, generation: int) -> None:
-        """Drop what a version that is committed everywhere has replaced: other layouts, and shelves no longer written.
+        """Drop what a version that is committed everywhere has replaced: other layouts, and slot_pairs no longer written.
 
         Args:
             layout: digest of the layout of that version.
-            generation: membership that wrote it. A shelf without a slot of it belongs to a placement of the past.
+            generation: membership that wrote it. A slot_pair without a slot of it belongs to a placement of the past.
         """
         slots = list(self._headers())
         live = {
-            name.shelf
+            name.slot_pair
             for _, name, header in slots
             if header is not None and (header.stamp.layout, header.stamp.generation) == (layout, generation)
         }
-        for path in [path for path, name, _ in slots if name.shelf not in live]:
+        for path in [path for path, name, _ in slots if name.slot_pair not in live]:
             path.unlink(missing_ok=True)
         for path in self.path.glob("layout-*.json"):
             if path != self._layout_path(layout):

@@ -15,14 +15,15 @@ import torch
 from lightning_ckptless.errors import StateMissingError, TransportError
 from lightning_ckptless.formats.schema import SchemaError, integer, record, refused, sequence
 from lightning_ckptless.formats.sealed import parse
+from lightning_ckptless.internals.torch_internals import foreach_copy
 from lightning_ckptless.protocol.transfers import Part, Read, Send, Transfer, plan_transfers
 from lightning_ckptless.protocol.versions import Complete, Missing, Replica, newest_complete
 from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.arena_metadata import NODE
 from lightning_ckptless.replica.checksum import bytes_of
 from lightning_ckptless.replica.cores import threads_of_a_rank
-from lightning_ckptless.replica.facts import NODE
-from lightning_ckptless.replica.layout import Layout, live_views, local_name, pieces_for, slot_views
-from lightning_ckptless.replica.stamp import (
+from lightning_ckptless.replica.layout.layout import Layout, live_views, local_name, pieces_for, slot_views
+from lightning_ckptless.replica.slot_stamp import (
     BYTES,
     CHECKSUM,
     GENERATION,
@@ -33,7 +34,6 @@ from lightning_ckptless.replica.stamp import (
     slot_state,
 )
 from lightning_ckptless.replica.transport import Parcel, Transport, room, tensor_of
-from lightning_ckptless.torch_internals import foreach_copy
 
 OWN_ARENA = "own arena"
 PEER = "peer"
@@ -48,7 +48,7 @@ class Fetched:
 
     Args:
         bulks: tensor part of each needed shard: mapped from the own arena, or received.
-        blobs: small state of each rank whose small state was asked for.
+        blobs: host state of each rank whose host state was asked for.
         received: whose small states came from peers.
         moved_bytes: bytes received from peers.
         sources: number of shards from the `own arena` and from a `peer`.
@@ -145,7 +145,7 @@ def fetch(
         transport: between all ranks.
         nodes: name of each rank's node.
         need: which shards each rank needs, as they were chosen for.
-        blobs: the small state of which shards each rank needs; None for that of its own.
+        blobs: the host state of which shards each rank needs; None for that of its own.
 
     Raises:
         TransportError: a peer is gone.
@@ -269,7 +269,7 @@ def _tag(shard: int, part: Part) -> int:
 
 
 def _place_of(replica: Replica) -> tuple[int, int, int]:
-    return replica.shard, replica.keeper, replica.slot
+    return replica.shard, replica.holder, replica.slot
 
 
 def _replica(**fields: Any) -> Replica:
@@ -280,6 +280,6 @@ def _replica(**fields: Any) -> Replica:
 
 _REPLICAS = sequence(record(
     _replica,
-    shard=RANK, keeper=RANK, node=NODE, slot=integer(0, 1), version=VERSION, generation=GENERATION,
+    shard=RANK, holder=RANK, node=NODE, slot=integer(0, 1), version=VERSION, generation=GENERATION,
     world_size=WORLD_SIZE, layout=LAYOUT, state=slot_state, bulk_bytes=BYTES, blob_bytes=BYTES, checksum=CHECKSUM,
 ))  # fmt: skip

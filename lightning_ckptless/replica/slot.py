@@ -2,7 +2,7 @@
 
     offset 0                 header page: magic, length, crc32, JSON; padded to 4096 bytes
     offset 4096              bulk: the tensors of the shard, mapped into memory
-    offset 4096 + bulk       blob: the small state of the rank, any length
+    offset 4096 + bulk       blob: the host state of the rank, any length
 
 The header says what the bytes behind it are, so it is written last; before the first byte is touched it says `writing`.
 A writer that dies in between leaves a header that no reader accepts as a replica. The bulk is mapped shared and
@@ -27,11 +27,11 @@ import torch
 from lightning_ckptless.errors import ArenaError
 from lightning_ckptless.formats.schema import SchemaError, record, text
 from lightning_ckptless.formats.sealed import parse
-from lightning_ckptless.memory_files import open_file
 from lightning_ckptless.protocol.slots import SlotEvent, SlotView, advance
 from lightning_ckptless.protocol.versions import SlotState
-from lightning_ckptless.replica.space import MAKE_ROOM
-from lightning_ckptless.replica.stamp import BYTES, CHECKSUM, STAMP, Stamp, slot_state
+from lightning_ckptless.replica.arena_space import MAKE_ROOM
+from lightning_ckptless.replica.slot_stamp import BYTES, CHECKSUM, STAMP, Stamp, slot_state
+from lightning_ckptless.system.memory_files import open_file
 
 FORMAT = 1
 HEADER_BYTES = 4096
@@ -50,7 +50,7 @@ class SlotHeader:
         stamp: what the slot holds.
         state: how far the writing has come.
         bulk_bytes: length of the tensor part.
-        blob_bytes: length of the small state behind it.
+        blob_bytes: length of the host state behind it.
         checksum: digest of both parts, as `checksum.digest` gives it.
     """
 
@@ -64,7 +64,7 @@ class SlotHeader:
     def encode(self) -> bytes:
         """The header as one page."""
         stamp = self.stamp
-        version = {"optimizer_step": stamp.version.optimizer_step, "tail_done": stamp.version.tail_done}
+        version = {"optimizer_step": stamp.version.optimizer_step, "validation_done": stamp.version.validation_done}
         # By hand: `dataclasses.asdict` takes three times as long, and a round writes half a dozen headers.
         fields = vars(self) | {"stamp": vars(stamp) | {"version": version}, "state": self.state.value}
         body = json.dumps(fields, separators=(",", ":"), sort_keys=True).encode()
@@ -108,20 +108,20 @@ class SlotName:
 
     Args:
         shard: index of the shard.
-        keeper: rank that keeps it there.
+        holder: rank that keeps it there.
         tag: beginning of the layout's digest: two layouts never share a file.
         index: 0 or 1.
     """
 
     shard: int
-    keeper: int
+    holder: int
     tag: str
     index: int
 
     @classmethod
-    def of(cls, shard: int, keeper: int, layout: str, index: int) -> SlotName:
+    def of(cls, shard: int, holder: int, layout: str, index: int) -> SlotName:
         """The name of a slot that is written with a layout."""
-        return cls(shard, keeper, layout[:_TAG_CHARS], index)
+        return cls(shard, holder, layout[:_TAG_CHARS], index)
 
     @classmethod
     def parse(cls, file_name: str) -> SlotName | None:
@@ -130,12 +130,12 @@ class SlotName:
         return found and cls(int(found[1]), int(found[2]), found[3], int(found[4]))
 
     @property
-    def shelf(self) -> tuple[int, int, str]:
+    def slot_pair(self) -> tuple[int, int, str]:
         """What the two slots of a pair have in common."""
-        return self.shard, self.keeper, self.tag
+        return self.shard, self.holder, self.tag
 
     def __str__(self) -> str:
-        return f"shard-{self.shard:04d}.kept-by-{self.keeper:04d}.{self.tag}.slot-{self.index}"
+        return f"shard-{self.shard:04d}.kept-by-{self.holder:04d}.{self.tag}.slot-{self.index}"
 
 
 def slot_file_bytes(bulk_bytes: int) -> int:
@@ -170,7 +170,7 @@ def read_bulk(path: Path, bulk_bytes: int) -> torch.Tensor:
 
 
 def read_blob(path: Path, bulk_bytes: int, blob_bytes: int) -> bytes:
-    """The small state behind a slot's tensor part."""
+    """The host state behind a slot's tensor part."""
     with _open_to_read(path) as file:
         file.seek(slot_file_bytes(bulk_bytes))
         return file.read(blob_bytes)
@@ -228,7 +228,7 @@ class Slot:
 
         Args:
             stamp: the one given to `begin`.
-            blob: the small state.
+            blob: the host state.
             checksum: digest of bulk and blob.
         """
         state = self._after(SlotEvent.SEAL, stamp)
@@ -256,7 +256,7 @@ class Slot:
         self._write_header(replace(self.header, state=self._after(event, self.header.stamp)))
 
     def _after(self, event: SlotEvent, stamp: Stamp) -> SlotState:
-        return advance(self.view.state, event, shard=stamp.shard, rank=stamp.keeper, version=stamp.version)
+        return advance(self.view.state, event, shard=stamp.shard, rank=stamp.holder, version=stamp.version)
 
     def _write_header(self, header: SlotHeader) -> None:
         _write_fully(self._fd, memoryview(header.encode()), 0, self.path)

@@ -1,1 +1,1 @@
-"""Tools to try a training run: digests of its state, comparison bit by bit, and drills with injected faults."""
+"""Tools to try a training run: faults on purpose, traces of every step, comparison bit by bit, and drills."""

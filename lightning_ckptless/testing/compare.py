@@ -45,7 +45,7 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ExitReport:
     """What a comparison has found.
 
     Args:
@@ -90,7 +90,7 @@ class Verdict:
         return f"{len(self.differences)} differences in {compared}; the first: {self.first}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The verdict as plain data."""
+        """The exit_report as plain data."""
         return {"identical": self.identical, "first": self.first and asdict(self.first), **asdict(self)}
 
 
@@ -115,7 +115,7 @@ class Ignore:
         return False
 
 
-def compare(expected: Path, found: Path, ignore: Sequence[str] = ()) -> Verdict:
+def compare(expected: Path, found: Path, ignore: Sequence[str] = ()) -> ExitReport:
     """Compare two finished runs.
 
     Args:
@@ -127,13 +127,13 @@ def compare(expected: Path, found: Path, ignore: Sequence[str] = ()) -> Verdict:
     traces = compare_traces(expected / "trace", found / "trace", left_out)
     rows, differences = compare_logs(expected / "logs", found / "logs", left_out)
     names = tuple(sorted(left_out.names))
-    return Verdict((*traces.differences, *differences), traces.ranks, traces.points, traces.repeated, rows, names)
+    return ExitReport((*traces.differences, *differences), traces.ranks, traces.points, traces.repeated, rows, names)
 
 
 # ---------------------------------------------------------------------- traces
 
 
-def compare_traces(expected: Path, found: Path, ignore: Ignore | None = None) -> Verdict:
+def compare_traces(expected: Path, found: Path, ignore: Ignore | None = None) -> ExitReport:
     """Compare the traces of two runs.
 
     Where a point was come to more than once, the last time counts, and all times must agree: but for the step that was
@@ -154,7 +154,7 @@ def compare_traces(expected: Path, found: Path, ignore: Ignore | None = None) ->
         repeated += len(b.lines) - len(b.attempts())
         placed += [(place, rank, difference) for place, difference in _compare_rank(a, b, ignore)]
     placed.sort(key=lambda entry: entry[:2])
-    return Verdict(tuple(entry[2] for entry in placed), len(right | other), points, repeated, 0)
+    return ExitReport(tuple(entry[2] for entry in placed), len(right | other), points, repeated, 0)
 
 
 def _compare_rank(right: Trace, other: Trace, ignore: Ignore) -> Iterator[tuple[int, Difference]]:

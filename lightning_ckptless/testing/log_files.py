@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lightning_ckptless.callbacks.trace import OWN_PREFIX
+from lightning_ckptless.testing.trace import OWN_PREFIX
 from lightning_ckptless.testing.traces import Trace
 
 Row = tuple[tuple[str, str], ...]

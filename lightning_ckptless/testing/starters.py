@@ -14,10 +14,10 @@ from typing import Literal, get_args
 import psutil
 
 from lightning_ckptless.errors import OptionsError, TimeLimitError
-from lightning_ckptless.job import run_job
-from lightning_ckptless.membership.launch import LaunchConfig, make_parent, new_run_id
-from lightning_ckptless.membership.parent import PreloadedParent
-from lightning_ckptless.membership.program import Program
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.launch.launch import LaunchConfig, make_parent, new_run_id
+from lightning_ckptless.membership.worker.program import Program
+from lightning_ckptless.runner import run_job
 
 Launcher = Literal["ckptless", "python", "torchrun"]
 LAUNCHERS: tuple[str, ...] = get_args(Launcher)
@@ -87,8 +87,8 @@ def program_of(command: Sequence[str]) -> Program:
 
 
 @contextmanager
-def shared_parent(launcher: Launcher, command: Sequence[str]) -> Iterator[PreloadedParent | None]:
-    """A preloaded parent for several runs of a command, where the launcher forks from one."""
+def shared_parent(launcher: Launcher, command: Sequence[str]) -> Iterator[ForkServer | None]:
+    """A fork server for several runs of a command, where the launcher forks from one."""
     if launcher != "ckptless":
         yield None
         return
@@ -96,7 +96,7 @@ def shared_parent(launcher: Launcher, command: Sequence[str]) -> Iterator[Preloa
         yield parent
 
 
-def start(launcher: Launcher, what: Start, parent: PreloadedParent | None) -> int:
+def start(launcher: Launcher, what: Start, parent: ForkServer | None) -> int:
     """Run a script to its end.
 
     Args:
@@ -128,7 +128,7 @@ def _torchrun_words(what: Start) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", *counts]
 
 
-def _run_here(what: Start, parent: PreloadedParent | None) -> int:
+def _run_here(what: Start, parent: ForkServer | None) -> int:
     """Run the agent in this process, which spares an import of torch."""
     config = LaunchConfig(
         program=program_of(what.command),

@@ -28,10 +28,10 @@ from benchmarks.soak.scenario import STEPS, Loss, OutsideFault, OutsideKind, Pha
 from benchmarks.soak.summary import faults_table, recovery_table, totals
 from benchmarks.soak.watching import Tail, View
 from lightning_ckptless.ledger import Event
-from lightning_ckptless.protocol.faults import Fault, FaultKind, Moment, parse_faults
+from lightning_ckptless.protocol.fault_script import Fault, FaultKind, Moment, parse_faults
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.slot import Slot, SlotName
-from lightning_ckptless.replica.stamp import Stamp
+from lightning_ckptless.replica.slot_stamp import Stamp
 
 SCENARIOS = [scenario(seed) for seed in range(1, 301)]
 ONE_NODE = [drawn for drawn in SCENARIOS if drawn.configuration.loss is None]
@@ -159,7 +159,7 @@ def test_a_line_that_is_being_written_is_read_when_it_is_complete(tmp_path: Path
 
 def test_a_committed_step_that_is_run_again_is_lost(tmp_path: Path) -> None:
     path = tmp_path / "commits"
-    rows = [{"at": float(step), "step": step, "tail_done": True} for step in (1, 2, 3)]
+    rows = [{"at": float(step), "step": step, "validation_done": True} for step in (1, 2, 3)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"at"')
     commits = commits_of(path)
     assert commits == [Commit(float(step), Version(step, True)) for step in (1, 2, 3)]

@@ -16,11 +16,11 @@ from lightning_ckptless.cli.checks.check import Check, Job, State, Status
 from lightning_ckptless.cli.checks.clock import Instant
 from lightning_ckptless.cli.checks.network import HostName
 from lightning_ckptless.cli.checks.processes import Watched
-from lightning_ckptless.control_groups import Ceiling
 from lightning_ckptless.durable.folder import DurableFolder
 from lightning_ckptless.errors import OptionsError
-from lightning_ckptless.membership.nccl import ENDS_THE_PROCESS
+from lightning_ckptless.membership.worker.nccl import ENDS_THE_PROCESS
 from lightning_ckptless.supported import SUPPORTED, Range
+from lightning_ckptless.system.control_groups import Ceiling
 
 OK, WARNING, FAILURE = Status.OK, Status.WARNING, Status.FAILURE
 GB = 10**9

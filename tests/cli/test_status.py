@@ -15,18 +15,18 @@ from lightning_ckptless.cli.app import app
 from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena, Owner
-from lightning_ckptless.replica.stamp import Stamp
+from lightning_ckptless.replica.slot_stamp import Stamp
 from tests.cli.ledgers import RUN_ID, write_ledger
 
 DEAD = Owner(pid=2**22 - 1, started_at=1.0)
 
 
-def fill(arena: Arena, *, shard: int, keeper: int, committed: int, staged: int) -> None:
-    """Two slots of a shelf: one committed, one staged behind it."""
-    for slot, step in zip(arena.slots(shard, keeper, 64), (committed, staged), strict=True):
-        stamp = Stamp(Version(step, True), generation=2, world_size=2, layout="", shard=shard, keeper=keeper)
+def fill(arena: Arena, *, shard: int, holder: int, committed: int, staged: int) -> None:
+    """Two slots of a slot_pair: one committed, one staged behind it."""
+    for slot, step in zip(arena.slots(shard, holder, 64), (committed, staged), strict=True):
+        stamp = Stamp(Version(step, True), generation=2, world_size=2, layout="", shard=shard, holder=holder)
         slot.begin(stamp)
-        slot.seal(stamp, b"small state", "")
+        slot.seal(stamp, b"host state", "")
         if step == committed:
             slot.commit()
 
@@ -35,8 +35,8 @@ def fill(arena: Arena, *, shard: int, keeper: int, committed: int, staged: int) 
 def arena(tmp_path: Path) -> Iterator[Arena]:
     """The arena of a run whose agent is this process: version 6 is committed, 7 has come to shard 0 only."""
     made = Arena.create(tmp_path / "shm", RUN_ID, "node-a", Owner.of(os.getpid()))
-    fill(made, shard=0, keeper=0, committed=6, staged=7)
-    fill(made, shard=1, keeper=1, committed=6, staged=5)
+    fill(made, shard=0, holder=0, committed=6, staged=7)
+    fill(made, shard=1, holder=1, committed=6, staged=5)
     yield made
     made.close()
 
@@ -54,7 +54,7 @@ def test_running(tmp_path: Path, arena: Arena) -> None:
     assert (told["committed"], told["commit_lag_steps"]) == ("step 6", 1)
     assert told["restorable"].startswith("step 6 of generation 2 is complete")
     assert [(a["node"], a["alive"], a["torn_headers"]) for a in told["arenas"]] == [("node-a", True, 0)]
-    assert [(s["shard"], s["keeper"], s["version"], s["state"], s["bytes"]) for s in told["slots"]] == [
+    assert [(s["shard"], s["holder"], s["version"], s["state"], s["bytes"]) for s in told["slots"]] == [
         (0, 0, "step 6", "committed", 75),
         (0, 0, "step 7", "staged", 75),
         (1, 1, "step 6", "committed", 75),
@@ -132,7 +132,7 @@ def plan(folder: Path, *, nodes: tuple[str, ...], copies: int = 1) -> None:
         "placement",
         kind="node",
         copies=copies,
-        keepers=[[1], [0]],
+        holders=[[1], [0]],
         domains=nodes,
         nodes=nodes,
         sizes_bytes=[64, 64],
@@ -158,5 +158,5 @@ def test_the_plan_is_shown(tmp_path: Path, arena: Arena) -> None:
     told = ask(tmp_path / "runs")["plan"]
     assert told["rows"][1] == ["1", "rank 1", "rank 0", "node-b, node-a", "64 bytes"]
     shown = CliRunner().invoke(app, ["status", "--run-root", str(tmp_path / "runs")], env={"COLUMNS": "200"}).output
-    for words in ("protected", "keepers", "node-b, node-a", "any 1 node ", "always", "never"):
+    for words in ("protected", "holders", "node-b, node-a", "any 1 node ", "always", "never"):
         assert words in shown

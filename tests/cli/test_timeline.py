@@ -11,10 +11,10 @@ from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from lightning_ckptless.cli.app import app
-from lightning_ckptless.cli.page import page
 from lightning_ckptless.cli.runs import find_run
-from lightning_ckptless.cli.story import story_of
 from lightning_ckptless.cli.timeline import write_timeline
+from lightning_ckptless.cli.view.page import page
+from lightning_ckptless.cli.view.story import story_of
 from lightning_ckptless.errors import OptionsError
 from tests.cli.ledgers import RUN_ID, STEPS, write_ledger
 from tests.testing.test_compare import batch, write

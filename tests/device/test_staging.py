@@ -11,14 +11,14 @@ import torch
 
 from lightning_ckptless.formats.packing import unpack
 from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.replica.description import describe
-from lightning_ckptless.replica.layout import Layout, live_views, slot_views
-from lightning_ckptless.replica.partition import plan_layout
+from lightning_ckptless.replica.arena_space import default_arena_dir
+from lightning_ckptless.replica.layout.layout import Layout, live_views, slot_views
+from lightning_ckptless.replica.layout.planner import plan_layout
+from lightning_ckptless.replica.layout.tensor_spec import describe
+from lightning_ckptless.replica.mirror.staging import Stager
 from lightning_ckptless.replica.slot import Slot
-from lightning_ckptless.replica.space import default_arena_dir
-from lightning_ckptless.replica.staging import Stager
-from lightning_ckptless.replica.stamp import Stamp
-from lightning_ckptless.trainer.late_packing import pack_late
+from lightning_ckptless.replica.slot_stamp import Stamp
+from lightning_ckptless.trainer.state.device_pickle import pack_late
 
 SIZE = 2048
 

@@ -9,7 +9,7 @@ import pytest
 from lightning_ckptless.durable.capture import Captured, Room, capture
 from lightning_ckptless.errors import DurableError
 from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.replica.layout import slot_views
+from lightning_ckptless.replica.layout.layout import slot_views
 from tests.replica.world import World
 
 

@@ -1,4 +1,4 @@
-"""A small state is read without the program that has written it, and given back to it as it was."""
+"""A host state is read without the program that has written it, and given back to it as it was."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from lightning_ckptless.durable.foreign import PICKLE_MODULE, read_pickle
 from lightning_ckptless.formats.packing import pack
 from lightning_ckptless.formats.pickles import Packed
-from lightning_ckptless.trainer.late_packing import _Bundle
+from lightning_ckptless.trainer.state.device_pickle import _Bundle
 
 PROGRAM = """
     import dataclasses, enum, pickle, sys

@@ -13,7 +13,7 @@ from lightning_ckptless.durable.folder import DurableFolder, Manifest
 from lightning_ckptless.durable.order import WriterOrder
 from lightning_ckptless.durable.shared import SharedWriter
 from lightning_ckptless.durable.store import load_state
-from lightning_ckptless.protocol.durable import Share, share_of
+from lightning_ckptless.protocol.durable_schedule import Share, share_of
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Owner
 from tests.replica.world import World
@@ -46,7 +46,7 @@ class Nodes:
         """Let the writers of some nodes look, in this order."""
         names = [arena.node for arena in self.world.arenas]
         for node in nodes:
-            share = share_of(names[node], self.world.placement.keepers, names, 5)
+            share = share_of(names[node], self.world.placement.holders, names, 5)
             self.writers[node].look(self.world.arenas[node], share, is_last=is_last)
 
     def close(self) -> None:

@@ -16,9 +16,9 @@ from lightning_ckptless.durable.store import load_state, read_shard, require_spa
 from lightning_ckptless.errors import DurableError
 from lightning_ckptless.protocol.versions import Snapshot, Version
 from lightning_ckptless.replica.checksum import bytes_of, digest
-from lightning_ckptless.replica.description import describe
-from lightning_ckptless.replica.layout import private_name, slot_views
-from lightning_ckptless.replica.partition import plan_layout
+from lightning_ckptless.replica.layout.layout import private_name, slot_views
+from lightning_ckptless.replica.layout.planner import plan_layout
+from lightning_ckptless.replica.layout.tensor_spec import describe
 from tests.durable.conftest import manifest_of
 from tests.replica.conftest import state
 
@@ -81,7 +81,7 @@ def test_damage_is_an_error(file: str, harm: str, captured: Captured, tmp_path: 
     path = folder / file
     data = bytearray(path.read_bytes())
     if harm == "flipped":
-        # The small state of the rank comes first in its file; what follows may be padding.
+        # The host state of the rank comes first in its file; what follows may be padding.
         at = 3 if file.startswith("__") else len(data) // 2
         data[at] ^= 1
         path.write_bytes(data)

@@ -21,9 +21,9 @@ from lightning_ckptless.ledger import Event, read_ledger
 from lightning_ckptless.protocol.placement import place
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena, Owner
-from lightning_ckptless.replica.description import describe
-from lightning_ckptless.replica.mirror import Mirror
-from lightning_ckptless.replica.partition import plan_layout
+from lightning_ckptless.replica.layout.planner import plan_layout
+from lightning_ckptless.replica.layout.tensor_spec import describe
+from lightning_ckptless.replica.mirror.mirror import Mirror
 from lightning_ckptless.replica.transport import SoloTransport
 
 REPOSITORY = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ class Training:
     def step_to(self, step: int) -> None:
         for tensor in self.tensors.values():
             tensor.fill_(step)
-        self.mirror.submit(Version(step, True), self.tensors, b"small state")
+        self.mirror.submit(Version(step, True), self.tensors, b"host state")
         self.mirror.settle()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""One preloaded parent and one uninterrupted run per example, shared by the drills on it."""
+"""One fork server and one uninterrupted run per example, shared by the drills on it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing.drill import DrillReport, Variant, run_drill, run_variant
 from lightning_ckptless.testing.starters import Launcher, shared_parent
 
@@ -24,8 +24,8 @@ Drill = Callable[..., DrillReport]
 
 
 @pytest.fixture(scope="package")
-def parent() -> Iterator[PreloadedParent | None]:
-    """Forks the workers of all drills that are held in this process."""
+def parent() -> Iterator[ForkServer | None]:
+    """ForkFallback the workers of all drills that are held in this process."""
     with shared_parent("ckptless", DIGITS) as preloaded:
         yield preloaded
 
@@ -38,7 +38,7 @@ def baselines() -> dict[tuple[str, ...], Variant]:
 
 @pytest.fixture
 def drill(
-    parent: PreloadedParent, baselines: dict[tuple[str, ...], Variant], tmp_path_factory: pytest.TempPathFactory
+    parent: ForkServer, baselines: dict[tuple[str, ...], Variant], tmp_path_factory: pytest.TempPathFactory
 ) -> Drill:
     """Holds a drill in which each run has a working directory of its own."""
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api import models
 
-from lightning_ckptless.membership.torchrun import config_from_torchrun_args
+from lightning_ckptless.membership.launch.torchrun import config_from_torchrun_args
 from tests.house.code import REPOSITORY
 
 CLUSTERS = REPOSITORY / "examples" / "clusters"

@@ -21,7 +21,7 @@ from tests.faults.conftest import REPOSITORY, command_for
 from tests.lab.parts import Options
 
 END_S = 90
-OUR_LAUNCHER = ("-m", "lightning_ckptless.job")
+OUR_LAUNCHER = ("-m", "lightning_ckptless.runner")
 CONF = "keep_alive_interval=1,keep_alive_max_attempt=4,last_call_timeout=1"
 """Silence is borne for 4 s: a busy machine must not take a healthy node for lost, a test must not wait long."""
 

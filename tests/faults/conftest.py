@@ -1,4 +1,4 @@
-"""One preloaded parent for all runs, and one uninterrupted run per configuration for all drills of a module."""
+"""One fork server for all runs, and one uninterrupted run per configuration for all drills of a module."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.membership.launch import LaunchConfig, make_parent
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.launch.launch import LaunchConfig, make_parent
 from lightning_ckptless.testing.drill import DrillReport, Ladder, Variant, run_drill, run_variant
 from lightning_ckptless.testing.starters import program_of
 from tests.faults.matrix import Cell
@@ -31,8 +31,8 @@ def command_for(options: Options) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def parent() -> Iterator[PreloadedParent]:
-    """Forks the workers of all runs: its imports are paid once."""
+def parent() -> Iterator[ForkServer]:
+    """ForkFallback the workers of all runs: its imports are paid once."""
     with make_parent(LaunchConfig(program=program_of([str(LAB)]))) as preloaded:
         preloaded.ready()
         yield preloaded
@@ -42,7 +42,7 @@ Drill = Callable[[Cell, Ladder], DrillReport]
 
 
 @pytest.fixture(scope="module")
-def drill(parent: PreloadedParent, tmp_path_factory: pytest.TempPathFactory) -> Drill:
+def drill(parent: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Drill:
     """Runs a cell against the uninterrupted run of its configuration."""
     baselines: dict[Options, Variant] = {}
     env = {"PYTHONPATH": str(REPOSITORY)}

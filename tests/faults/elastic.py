@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from lightning_ckptless.job import record_for
-from lightning_ckptless.membership.launch import LaunchConfig, Outcome, run
-from lightning_ckptless.membership.parent import PreloadedParent
-from lightning_ckptless.membership.program import Program
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.launch.launch import LaunchConfig, Outcome, run
+from lightning_ckptless.membership.worker.program import Program
+from lightning_ckptless.runner import record_for
 from lightning_ckptless.testing.drill import run_variant
 from tests.faults.cluster import END_S, OUR_LAUNCHER, Cluster, free_port
 from tests.faults.conftest import REPOSITORY
@@ -31,7 +31,7 @@ def command(folder: Path, nodes: int, devices: int, *words: str) -> tuple[str, .
     return (str(COUNTED), "--folder", str(folder), "--nodes", str(nodes), "--devices", str(devices), *words)
 
 
-def whole(folder: Path, parent: PreloadedParent, ranks: int, *words: str) -> Account:
+def whole(folder: Path, parent: ForkServer, ranks: int, *words: str) -> Account:
     """The run that loses nobody."""
     folder.mkdir()
     env = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
@@ -44,7 +44,7 @@ def whole(folder: Path, parent: PreloadedParent, ranks: int, *words: str) -> Acc
 
 def start(
     folder: Path,
-    parent: PreloadedParent,
+    parent: ForkServer,
     ranks: int,
     *words: str,
     faults: str = "",

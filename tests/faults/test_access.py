@@ -9,8 +9,8 @@ from textwrap import dedent
 import psutil
 import pytest
 
-from lightning_ckptless.membership.launch import LaunchConfig, run
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.launch.launch import LaunchConfig, run
 from lightning_ckptless.testing.starters import program_of
 from tests.faults.conftest import REPOSITORY
 
@@ -60,7 +60,7 @@ def config(tmp_path: Path) -> LaunchConfig:
 
 @pytest.mark.slow
 def test_a_run_on_one_machine_listens_on_loopback_only(
-    config: LaunchConfig, parent: PreloadedParent, tmp_path: Path
+    config: LaunchConfig, parent: ForkServer, tmp_path: Path
 ) -> None:
     before = {(c.laddr.ip, c.laddr.port) for c in psutil.Process().net_connections("tcp")}
     outcome = run(config, parent=parent)

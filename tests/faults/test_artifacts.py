@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing.drill import run_drill, run_variant
 from lightning_ckptless.testing.starters import Ladder
 from lightning_ckptless.testing.variant import Variant
-from lightning_ckptless.trainer.checkpoint_copies import is_whole
+from lightning_ckptless.trainer.reporting.checkpoint_copies import is_whole
 from tests.faults.conftest import REPOSITORY, Drill
 from tests.faults.matrix import BASE, Cell
 
@@ -68,7 +68,7 @@ Undisturbed = Callable[[tuple[str, ...]], Variant]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(script: Path, parent: PreloadedParent, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+def undisturbed(script: Path, parent: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """The uninterrupted run with some arguments, run once."""
 
     @cache
@@ -103,7 +103,7 @@ LONG = ("rank=1-in_place", "rank=0-in_place-chdir", "rank=0-relaunch-chdir")
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] if n in LONG else []) for n in CASES])
 def test_checkpoints_after_a_kill(
-    name: str, script: Path, undisturbed: Undisturbed, tmp_path: Path, parent: PreloadedParent
+    name: str, script: Path, undisturbed: Undisturbed, tmp_path: Path, parent: ForkServer
 ) -> None:
     faults, arguments, in_place, recoveries = CASES[name]
     command = [str(script), *arguments]
@@ -143,7 +143,7 @@ trainer.fit(BoringModel())
 """
 
 
-def test_a_script_that_clears_its_output_folder_is_named_as_the_cause(tmp_path: Path, parent: PreloadedParent) -> None:
+def test_a_script_that_clears_its_output_folder_is_named_as_the_cause(tmp_path: Path, parent: ForkServer) -> None:
     (tmp_path / "train.py").write_text(CLEARS)
     command, faults = [str(tmp_path / "train.py")], "kill:rank=0:step=6"
     run: Variant = run_variant(command, tmp_path / "run", faults=faults, parent=parent, isolate=True, env=ENV)

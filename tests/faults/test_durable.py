@@ -19,8 +19,8 @@ import torch
 from torch.distributed.checkpoint import state_dict_loader as dcp
 
 from lightning_ckptless.ledger import read_ledger
-from lightning_ckptless.membership.launch import new_run_id
-from lightning_ckptless.protocol.durable import state_name
+from lightning_ckptless.membership.launch.launch import new_run_id
+from lightning_ckptless.protocol.durable_schedule import state_name
 from lightning_ckptless.replica.arena import default_arena_dir, find_arenas
 from lightning_ckptless.testing.drill import Variant
 from tests.faults.conftest import REPOSITORY, command_for
@@ -55,7 +55,7 @@ def reason_of_last_start(job: Run) -> str:
 
 
 def flip(path: Path) -> None:
-    """Change one bit of what a rank has written first: its small state."""
+    """Change one bit of what a rank has written first: its host state."""
     data = bytearray(path.read_bytes())
     data[100] ^= 1
     path.write_bytes(data)
@@ -150,7 +150,7 @@ def _run_agent_until(job: Run, *, written: int) -> int:
     words += ["--durable-every-n-steps=2", f"--log-dir={job.folder / 'agent'}", "--redirects=3"]
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CKPTLESS_TRACE_DIR": str(job.folder / "trace")}
     options = replace(durable(slow_s=0.3), strategy_options="{}")
-    command = [sys.executable, "-m", "lightning_ckptless.job", *words, *command_for(options)]
+    command = [sys.executable, "-m", "lightning_ckptless.runner", *words, *command_for(options)]
     ledger = job.folder / "runs" / job.run_id / "ledger.jsonl"
     with subprocess.Popen(command, cwd=job.folder, env=env) as agent:
         try:

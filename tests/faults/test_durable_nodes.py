@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_ckptless.ledger import read_ledger
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
 from tests.faults.cluster import END_S, Cluster
 from tests.faults.test_nodes import TWO_NODES, assert_identical
 
@@ -18,7 +18,7 @@ from tests.faults.test_nodes import TWO_NODES, assert_identical
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_all_nodes_are_lost(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
+def test_all_nodes_are_lost(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     options = replace(TWO_NODES, slow_mirror_s=0.2, strategy_options="{'durable_every_s': 0.2}")
     cluster = Cluster(tmp_path, stack, options)
     cluster.arenas.mkdir()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lightning_ckptless.ledger import read_ledger
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
 from tests.faults.cluster import END_S
 from tests.faults.counting import Account, account_of, furthest
 from tests.faults.elastic import BOUND, Nodes, rungs, start, whole
@@ -56,7 +56,7 @@ def each_once(account: Account) -> bool:
     ids=["ddp", "accumulated", "fsdp2"],
 )
 def test_a_node_is_lost_and_comes_back(
-    words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: PreloadedParent
+    words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: ForkServer
 ) -> None:
     expected = whole(tmp_path / "whole", parent, 4, *PACED, *words)
     found = shrink_and_grow(tmp_path / "elastic", stack, *PACED, *words)
@@ -72,7 +72,7 @@ def test_a_node_is_lost_and_comes_back(
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("words", [(), ("--sharded",)], ids=["ddp", "fsdp2"])
 def test_the_node_of_rank_0_is_lost_and_comes_back(
-    words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: PreloadedParent
+    words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: ForkServer
 ) -> None:
     """Another one becomes that of rank 0: its worker starts anew, that of the third stays, as both do later."""
     words = ("--samples", "360", "--pace", "0.25", *words)
@@ -93,7 +93,7 @@ def test_the_node_of_rank_0_is_lost_and_comes_back(
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_mesh_loses_a_row(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
+def test_a_mesh_loses_a_row(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     """FSDP2 beside tensor parallelism: two nodes of two ranks, of which one is lost and comes back."""
     words = ("--samples", "240", "--pace", "0.5", "--sharded", "--tensor", "2")
     expected = whole(tmp_path / "whole", parent, 4, *words)
@@ -112,7 +112,7 @@ def test_a_mesh_loses_a_row(tmp_path: Path, stack: ExitStack, parent: PreloadedP
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("words", [(), ("--sharded",)], ids=["ddp", "fsdp2"])
 def test_one_node_of_four_is_left_and_all_come_back(
-    words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: PreloadedParent
+    words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: ForkServer
 ) -> None:
     """Three are lost one by one, that of rank 0 among them; each time what it held was protected anew by then."""
     words = ("--samples", str(SAMPLES), "--pace", "0.5", *words)
@@ -156,9 +156,7 @@ DURABLE = ("--samples", "180", "--strategy-options", "{'durable_every_n_steps': 
 @pytest.mark.timeout(200)
 @pytest.mark.long
 @pytest.mark.parametrize("words", [DURABLE, (*DURABLE, "--sharded")], ids=["ddp", "fsdp2"])
-def test_a_durable_state_of_three_ranks_starts_two(
-    words: tuple[str, ...], tmp_path: Path, parent: PreloadedParent
-) -> None:
+def test_a_durable_state_of_three_ranks_starts_two(words: tuple[str, ...], tmp_path: Path, parent: ForkServer) -> None:
     expected = whole(tmp_path / "whole", parent, 3, *words)
     folder = tmp_path / "run"
     (folder / "arenas").mkdir(parents=True)
@@ -175,7 +173,7 @@ def test_a_durable_state_of_three_ranks_starts_two(
 
 
 @pytest.mark.timeout(100)
-def test_more_ranks_than_streams_are_refused(tmp_path: Path, parent: PreloadedParent) -> None:
+def test_more_ranks_than_streams_are_refused(tmp_path: Path, parent: ForkServer) -> None:
     folder = tmp_path / "run"
     (folder / "arenas").mkdir(parents=True)
     start(folder, parent, 2, *DURABLE, faults="kill:rank=1:step=5")
@@ -186,7 +184,7 @@ def test_more_ranks_than_streams_are_refused(tmp_path: Path, parent: PreloadedPa
 
 
 @pytest.mark.timeout(100)
-def test_a_model_that_steps_by_itself_does_not_begin_with_fewer(tmp_path: Path, parent: PreloadedParent) -> None:
+def test_a_model_that_steps_by_itself_does_not_begin_with_fewer(tmp_path: Path, parent: ForkServer) -> None:
     (tmp_path / "arenas").mkdir()
     assert start(tmp_path, parent, 1, "--nodes", "2", "--manual", nnodes="1:2").exit_code == 1
     output = "".join(path.read_text() for path in (tmp_path / "output-1").rglob("*.log"))
@@ -201,9 +199,7 @@ CARRIED = ("--samples", "180")
 @pytest.mark.parametrize(
     "words", [CARRIED, pytest.param((*CARRIED, *SCALE), marks=pytest.mark.long)], ids=["keep", "scale"]
 )
-def test_a_fault_among_fewer_ranks_changes_no_bit(
-    words: tuple[str, ...], tmp_path: Path, parent: PreloadedParent
-) -> None:
+def test_a_fault_among_fewer_ranks_changes_no_bit(words: tuple[str, ...], tmp_path: Path, parent: ForkServer) -> None:
     """Rank 0 carries two streams, rank 1 is killed while it mirrors."""
     folders = [tmp_path / "untouched", tmp_path / "killed"]
     for folder, faults in zip(folders, ("", "kill:rank=0:step=12,kill:rank=1:step=15:at=mirror"), strict=True):

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
 from tests.faults.cluster import END_S
 from tests.faults.counting import account_of, furthest
 from tests.faults.elastic import BOUND, Nodes, rungs, whole
@@ -31,7 +31,7 @@ def one_of_two_is_lost(
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("words", [(), ("--sharded",)], ids=["ddp", "fsdp2"])
 def test_a_node_comes_at_the_last_moment(
-    words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: PreloadedParent
+    words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: ForkServer
 ) -> None:
     """The others have made their last step, and are told behind it, in their hooks: they come back from there."""
     expected = whole(tmp_path / "whole", parent, 2, *words)

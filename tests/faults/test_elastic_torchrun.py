@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
 from tests.faults.counting import furthest
 from tests.faults.elastic import BOUND, Nodes, rungs, whole
 
@@ -19,7 +19,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--max-rest
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("words", [(), ("--sharded",)], ids=["ddp", "fsdp2"])
 def test_a_node_is_lost_and_comes_back(
-    words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: PreloadedParent
+    words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: ForkServer
 ) -> None:
     words = ("--samples", "240", "--pace", "0.5", *words)
     expected = whole(tmp_path / "whole", parent, 2, *words)

@@ -33,18 +33,18 @@ READER = """
     from parts import Options, data_class, make_trainer, model_class
 
     options = Options(devices=1, epochs=3, ema=True)
-    flavour = pl
+    distribution = pl
 
     def score(path):
         pl.seed_everything(1, verbose=False)
-        model = model_class(flavour, options).load_from_checkpoint(path)
+        model = model_class(distribution, options).load_from_checkpoint(path)
         model.eval()
         with torch.no_grad():
             return float(sum(model.head(model.body(torch.full((4, 6), 0.1 * i))).logsumexp(1).sum() for i in range(9)))
 
     exported, own = sys.argv[1:]
-    model, data = model_class(flavour, options)(), data_class(flavour, options)()
-    trainer = make_trainer(flavour, options, "auto")
+    model, data = model_class(distribution, options)(), data_class(distribution, options)()
+    trainer = make_trainer(distribution, options, "auto")
     trainer.fit(model, datamodule=data, ckpt_path=exported)
     print(json.dumps({"exported": score(exported), "own": score(own), "steps": trainer.global_step}))
 """

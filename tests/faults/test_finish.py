@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_ckptless.ledger import read_ledger
-from lightning_ckptless.membership.launch import LaunchConfig
+from lightning_ckptless.membership.launch.launch import LaunchConfig
 from lightning_ckptless.protocol.versions import Complete, Version, newest_complete
 from lightning_ckptless.testing.drill import Variant
 from lightning_ckptless.testing.starters import program_of
@@ -59,7 +59,7 @@ def test_all_end_behind_one_step(
     assert_identical(job, whole(long))
 
 
-AGENT = [sys.executable, "-m", "lightning_ckptless.job"]
+AGENT = [sys.executable, "-m", "lightning_ckptless.runner"]
 
 
 @pytest.mark.long

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
 from tests.faults.cluster import END_S, Cluster
 from tests.faults.matrix import is_version
 from tests.faults.test_nodes import TWO_NODES, assert_identical
@@ -73,27 +73,27 @@ def why_all_have_ended(nodes: FourNodes) -> str:
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_rack_is_lost(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
+def test_a_rack_is_lost(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     options = replace(FOUR_NODES, strategy_options="{'failure_domain': 'rack'}")
     nodes = FourNodes(tmp_path, stack, options)
     nodes.start_all({0: 7, 1: 7})
     nodes.replace([0, 1])
     assert nodes.exit_codes == [0] * 4, nodes.output
     planned = nodes.cluster.events("placement")[0]
-    assert (planned["kind"], planned["domains"], planned["keepers"]) == ("rack", [*RACKS], [[2], [3], [0], [1]])
+    assert (planned["kind"], planned["domains"], planned["holders"]) == ("rack", [*RACKS], [[2], [3], [0], [1]])
     assert "any 1 rack    always" in nodes.output
     (restored,) = nodes.cluster.events("restored")
     assert is_version(restored["version"], "step 6")
     (protection,) = nodes.cluster.events("protection")
     assert protection["version"] == restored["version"]
-    assert {keeper for _, keeper in protection["pairs"]} == {0, 1}
+    assert {holder for _, holder in protection["pairs"]} == {0, 1}
     assert_identical(nodes.cluster, parent)
 
 
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_each_of_four_nodes_is_lost_in_turn(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
+def test_each_of_four_nodes_is_lost_in_turn(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     nodes = FourNodes(tmp_path, stack, FOUR_NODES)
     nodes.start_all({0: 4, 1: 8, 2: 12, 3: 16})
     for node in range(4):
@@ -107,7 +107,7 @@ def test_each_of_four_nodes_is_lost_in_turn(tmp_path: Path, stack: ExitStack, pa
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_pair_that_placement_survives_is_lost(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
+def test_a_pair_that_placement_survives_is_lost(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     nodes = FourNodes(tmp_path, stack, FOUR_NODES)
     nodes.start_all({0: 7, 2: 7})
     nodes.replace([0, 2])
@@ -120,7 +120,7 @@ def test_a_pair_that_placement_survives_is_lost(tmp_path: Path, stack: ExitStack
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_what_memory_does_not_survive_comes_from_the_state_that_all_nodes_have_written(
-    tmp_path: Path, stack: ExitStack, parent: PreloadedParent
+    tmp_path: Path, stack: ExitStack, parent: ForkServer
 ) -> None:
     # No node holds all four shards: each writes its own, and a state is seen when all have.
     options = replace(FOUR_NODES, slow_mirror_s=0.3, strategy_options="{'durable_every_n_steps': 2}")
@@ -159,14 +159,14 @@ def lose_a_second_before_the_first_is_protected(nodes: FourNodes, second: int) -
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_second_loss_before_the_first_is_protected(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
+def test_a_second_loss_before_the_first_is_protected(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     nodes = FourNodes(tmp_path, stack, FOUR_NODES)
     lose_a_second_before_the_first_is_protected(nodes, 2)
     assert nodes.exit_codes == [0] * 4, nodes.output
     restored = [facts["version"] for facts in nodes.cluster.events("restored")]
     assert all(is_version(version, "step 6") for version in restored), restored
     protection = nodes.cluster.events("protection")[-1]
-    assert {keeper for _, keeper in protection["pairs"]} == {1, 2}
+    assert {holder for _, holder in protection["pairs"]} == {1, 2}
     assert_identical(nodes.cluster, parent)
 
 

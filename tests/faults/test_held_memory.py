@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from lightning_ckptless.cli.app import app
 from lightning_ckptless.ledger import read_ledger
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.replica.arena import find_arenas
 from lightning_ckptless.testing.drill import Ladder, Variant, run_drill, run_variant
 from tests.faults.conftest import REPOSITORY
@@ -67,7 +67,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(program: list[str], parent: PreloadedParent, tmp_path_factory: pytest.TempPathFactory) -> Variant:
+def undisturbed(program: list[str], parent: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Variant:
     """The run that was left alone, with its slots in files."""
     folder = tmp_path_factory.mktemp("baseline") / "run"
     variant = run_variant(
@@ -96,7 +96,7 @@ def test_a_run_in_a_small_memory_file_system_recovers_from_memory_of_the_agent(
     mib: int,
     recovered: tuple[int, int],
     program: list[str],
-    parent: PreloadedParent,
+    parent: ForkServer,
     undisturbed: Variant,
     tmp_path: Path,
 ) -> None:
@@ -155,7 +155,7 @@ def test_a_live_run_is_seen_and_exported_and_its_memory_ends_with_the_agent(
     words = ["--nproc-per-node=2", "--rdzv-id=held", f"--run-root={tmp_path / 'runs'}", *program]
     log = stack.enter_context((tmp_path / "log").open("w"))
     agent = subprocess.Popen(
-        [sys.executable, "-m", "lightning_ckptless.job", *words],
+        [sys.executable, "-m", "lightning_ckptless.runner", *words],
         cwd=tmp_path,
         env={**os.environ, **_environment(small, DURABLE="yes", STEPS="100000")},
         stdout=log,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing.drill import run_drill
 from lightning_ckptless.testing.starters import Ladder, Launcher
 from lightning_ckptless.testing.variant import Variant
@@ -61,7 +61,7 @@ def files_of(variant: Variant) -> set[str]:
     ],
 )
 def test_one_folder(
-    arguments: tuple[str, ...], launcher: Launcher, in_place: bool | None, tmp_path: Path, parent: PreloadedParent
+    arguments: tuple[str, ...], launcher: Launcher, in_place: bool | None, tmp_path: Path, parent: ForkServer
 ) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
     seed = () if "--multirun" in arguments else ("+seed=1",)

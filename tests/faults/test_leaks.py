@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing.starters import Ladder, Start, start
 from tests.faults.conftest import REPOSITORY
 
@@ -48,7 +48,7 @@ class Census:
 
 
 @pytest.mark.slow
-def test_twenty_recoveries_leave_nothing(tmp_path: Path, parent: PreloadedParent) -> None:
+def test_twenty_recoveries_leave_nothing(tmp_path: Path, parent: ForkServer) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
     faults = ",".join(f"kill:rank=1:step={EVERY * (count + 1)}" for count in range(RECOVERIES))
     what = Start(

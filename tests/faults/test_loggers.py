@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing.drill import Variant, run_variant
 from tests.faults.conftest import REPOSITORY
 from tests.lab.tracked import Read, read_store
@@ -18,7 +18,7 @@ Run = Callable[..., Variant]
 
 
 @pytest.fixture(scope="module")
-def run(parent: PreloadedParent, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(parent: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs the script with a store; a run without faults is made once."""
     whole: dict[str, Variant] = {}
 

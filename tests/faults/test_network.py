@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from lightning_ckptless.ledger import read_ledger
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
 from tests.faults.cluster import END_S, Cluster
 from tests.faults.hosts import ADDRESSES, make_hosts
 from tests.faults.test_nodes import TWO_NODES, assert_identical
@@ -31,7 +31,7 @@ def wait_until_committed(cluster: Cluster, step: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_node_whose_link_is_cut_is_fenced_and_comes_back(
-    tmp_path: Path, stack: ExitStack, parent: PreloadedParent
+    tmp_path: Path, stack: ExitStack, parent: ForkServer
 ) -> None:
     hosts = make_hosts(stack)
     cluster = Cluster(tmp_path, stack, replace(TWO_NODES, slow_mirror_s=0.3), host=ADDRESSES[0])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_ckptless.ledger import read_ledger
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.replica.arena import find_arenas
 from lightning_ckptless.testing.compare import compare
 from lightning_ckptless.testing.drill import run_variant
@@ -26,7 +26,7 @@ TWO_NODES = replace(ONE_NODE, devices=1, num_nodes=2)
 SHARDED = replace(TWO_NODES, mesh="2x1")
 
 
-def assert_identical(cluster: Cluster, parent: PreloadedParent) -> None:
+def assert_identical(cluster: Cluster, parent: ForkServer) -> None:
     """Compare what a cluster has done with the run of as many ranks on one node that is left alone."""
     env = {"PYTHONPATH": str(REPOSITORY), "CKPTLESS_FAILURE_DOMAIN": "r0"}
     alone = replace(cluster.options, devices=cluster.options.num_nodes, num_nodes=1)
@@ -34,8 +34,8 @@ def assert_identical(cluster: Cluster, parent: PreloadedParent) -> None:
     whole = run_variant(words, folder, nproc=alone.devices, parent=parent, isolate=True, env=env)
     assert whole.exit_code == 0, whole.tail()
     collect_logs(read_traces(cluster.folder / "trace").values(), cluster.folder / "logs", since=0)
-    verdict = compare(whole.folder, cluster.folder)
-    assert verdict.identical, f"{verdict}\n{cluster.output()}"
+    exit_report = compare(whole.folder, cluster.folder)
+    assert exit_report.identical, f"{exit_report}\n{cluster.output()}"
 
 
 @pytest.mark.slow
@@ -43,9 +43,7 @@ def assert_identical(cluster: Cluster, parent: PreloadedParent) -> None:
 @pytest.mark.parametrize(
     "options", [TWO_NODES, pytest.param(SHARDED, marks=pytest.mark.long)], ids=["replicated", "sharded"]
 )
-def test_node_is_lost_with_its_arena(
-    options: Options, tmp_path: Path, stack: ExitStack, parent: PreloadedParent
-) -> None:
+def test_node_is_lost_with_its_arena(options: Options, tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     cluster = Cluster(tmp_path, stack, options)
     cluster.arenas.mkdir()
     stays = cluster.start_agent()
@@ -65,7 +63,7 @@ def test_node_is_lost_with_its_arena(
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_ranks_of_both_nodes_die_at_once(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
+def test_ranks_of_both_nodes_die_at_once(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     cluster = Cluster(tmp_path, stack, TWO_NODES)
     cluster.arenas.mkdir()
     agents = [cluster.start_agent("kill:rank=all:step=5") for _ in range(2)]
@@ -77,7 +75,7 @@ def test_ranks_of_both_nodes_die_at_once(tmp_path: Path, stack: ExitStack, paren
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_rank_of_one_node_is_replaced_and_the_other_node_goes_on(
-    tmp_path: Path, stack: ExitStack, parent: PreloadedParent
+    tmp_path: Path, stack: ExitStack, parent: ForkServer
 ) -> None:
     cluster = Cluster(tmp_path, stack, TWO_NODES)
     cluster.arenas.mkdir()
@@ -93,7 +91,7 @@ def test_a_rank_of_one_node_is_replaced_and_the_other_node_goes_on(
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_the_node_that_hosts_the_rendezvous_is_lost(tmp_path: Path, stack: ExitStack, parent: PreloadedParent) -> None:
+def test_the_node_that_hosts_the_rendezvous_is_lost(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     cluster = Cluster(tmp_path, stack, TWO_NODES, next_port=free_port())
     cluster.arenas.mkdir()
     lost = cluster.start_agent("node:rank=all:step=7")

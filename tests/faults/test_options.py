@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.job import remove_arenas
+from lightning_ckptless.runner import remove_arenas
 from tests.faults.matrix import BASE, is_version
 from tests.faults.test_restart import Run, job
 from tests.lab.parts import Options
@@ -72,16 +72,16 @@ def test_checksum_is_of_the_kind_that_was_asked_for(kind: str, job: Run) -> None
     assert {replica.checksum.partition(":")[0] for replica in job.arena.inventory()} == {kind}
 
 
-@pytest.mark.parametrize(("domain", "keepers"), [("node", 1), ("rank", 2)])
-def test_failure_domain_decides_who_keeps_a_replica(domain: str, keepers: int, job: Run) -> None:
+@pytest.mark.parametrize(("domain", "holders"), [("node", 1), ("rank", 2)])
+def test_failure_domain_decides_who_keeps_a_replica(domain: str, holders: int, job: Run) -> None:
     job.start(_with(failure_domain=domain), "kill:rank=1:step=5")
     replicas = job.arena.inventory()
-    assert {len({r.keeper for r in replicas if r.shard == shard}) for shard in (0, 1)} == {keepers}
+    assert {len({r.holder for r in replicas if r.shard == shard}) for shard in (0, 1)} == {holders}
 
 
 def test_copies_are_not_kept_where_none_are_asked_for(job: Run) -> None:
     job.start(_with(failure_domain="rank", copies=0), "kill:rank=1:step=5")
-    assert all(replica.keeper == replica.shard for replica in job.arena.inventory())
+    assert all(replica.holder == replica.shard for replica in job.arena.inventory())
 
 
 def test_a_failure_domain_that_nobody_has_named_is_refused(job: Run) -> None:

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.job import remove_arenas
-from lightning_ckptless.membership.launch import new_run_id
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.launch.launch import new_run_id
 from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.runner import remove_arenas
 from tests.faults.test_restart import PER_RANK, Run
 
 
 @pytest.fixture
-def job(tmp_path: Path, parent: PreloadedParent) -> Iterator[Run]:
+def job(tmp_path: Path, parent: ForkServer) -> Iterator[Run]:
     """A run, whose arena is removed in the end."""
     started = Run(tmp_path, parent, new_run_id())
     yield started
@@ -29,7 +29,7 @@ def lose(job: Run, rank: int) -> None:
         path.unlink()
 
 
-def test_the_other_keeper_may_be_lost_in_the_first_step(job: Run) -> None:
+def test_the_other_holder_may_be_lost_in_the_first_step(job: Run) -> None:
     # While a version is being copied, the one before is committed: what is restored depends on no timing.
     first = "kill:rank=1:step=7:at=mirror"
     job.start(PER_RANK, first)
@@ -42,5 +42,5 @@ def test_the_other_keeper_may_be_lost_in_the_first_step(job: Run) -> None:
     lose(job, 0)
     assert job.start(PER_RANK).exit_code == 0
     restored = [event.fields["version"] for event in job.events("restored")]
-    assert restored == [str(Version(6, tail_done=True))] * 2
+    assert restored == [str(Version(6, validation_done=True))] * 2
     assert [event.fields["pairs"] for event in job.events("protection")[1:]] == [[[0, 0], [1, 0]]]

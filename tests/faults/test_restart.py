@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.job import record_for, remove_arenas
 from lightning_ckptless.ledger import Event, read_ledger
-from lightning_ckptless.membership.launch import LaunchConfig, Outcome, new_run_id, run
-from lightning_ckptless.membership.parent import PreloadedParent
-from lightning_ckptless.membership.program import Program
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.launch.launch import LaunchConfig, Outcome, new_run_id, run
+from lightning_ckptless.membership.worker.program import Program
 from lightning_ckptless.protocol.versions import Complete, newest_complete
 from lightning_ckptless.replica.arena import Arena, default_arena_dir, find_arenas
+from lightning_ckptless.runner import record_for, remove_arenas
 from lightning_ckptless.testing.compare import compare
 from lightning_ckptless.testing.drill import Variant, run_variant
 from lightning_ckptless.testing.log_files import collect_logs
@@ -33,7 +33,7 @@ class Run:
     """A run on this machine whose starts share a run id, a folder and the arena."""
 
     folder: Path
-    parent: PreloadedParent
+    parent: ForkServer
     run_id: str
     config: LaunchConfig | None = None
     starts: int = 0
@@ -81,7 +81,7 @@ class Run:
 
 
 @pytest.fixture
-def job(tmp_path: Path, parent: PreloadedParent) -> Iterator[Run]:
+def job(tmp_path: Path, parent: ForkServer) -> Iterator[Run]:
     """A run, whose arena is removed in the end."""
     started = Run(tmp_path, parent, new_run_id())
     yield started
@@ -90,7 +90,7 @@ def job(tmp_path: Path, parent: PreloadedParent) -> Iterator[Run]:
 
 
 @pytest.fixture(scope="module")
-def whole(parent: PreloadedParent, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Options], Variant]:
+def whole(parent: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Options], Variant]:
     """The uninterrupted run of a configuration."""
     made: dict[Options, Variant] = {}
 
@@ -111,8 +111,8 @@ def whole(parent: PreloadedParent, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def assert_identical(job: Run, whole: Variant) -> None:
     collect_logs(read_traces(job.folder / "trace").values(), job.folder / "logs", since=0)
-    verdict = compare(whole.folder, job.folder)
-    assert verdict.identical, str(verdict)
+    exit_report = compare(whole.folder, job.folder)
+    assert exit_report.identical, str(exit_report)
 
 
 def test_goes_on_where_it_ended(job: Run, whole: Callable[[Options], Variant]) -> None:
@@ -140,7 +140,7 @@ def test_flipped_byte_is_left_aside_for_the_replica(job: Run, whole: Callable[[O
     found = newest_complete(arena.inventory())
     assert isinstance(found, Complete)
     newest = found.snapshot.version
-    damaged = next(replica for replica in found.replicas[1] if replica.keeper == 1)
+    damaged = next(replica for replica in found.replicas[1] if replica.holder == 1)
     (path,) = arena.path.glob(f"shard-0001.kept-by-0001.*slot-{damaged.slot}")
     with path.open("r+b") as file:
         file.seek(4096 + 17)
@@ -153,7 +153,7 @@ def test_flipped_byte_is_left_aside_for_the_replica(job: Run, whole: Callable[[O
     assert_identical(job, whole(PER_RANK))
 
 
-def test_lost_keeper_is_replaced_by_the_peer(job: Run, whole: Callable[[Options], Variant]) -> None:
+def test_lost_holder_is_replaced_by_the_peer(job: Run, whole: Callable[[Options], Variant]) -> None:
     job.start(PER_RANK, "kill:rank=1:step=7")
     for path in job.arena.path.glob("*.kept-by-0001.*"):
         path.unlink()

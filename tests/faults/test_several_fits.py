@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing.drill import run_drill, run_variant
 from lightning_ckptless.testing.variant import Variant
 from tests.faults.conftest import REPOSITORY
@@ -46,13 +46,13 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def baseline(script: Path, tmp_path_factory: pytest.TempPathFactory, parent: PreloadedParent) -> Variant:
+def baseline(script: Path, tmp_path_factory: pytest.TempPathFactory, parent: ForkServer) -> Variant:
     """The uninterrupted run."""
     return run_variant([str(script)], tmp_path_factory.mktemp("baseline"), parent=parent, isolate=True, env=ENV)
 
 
 @pytest.mark.parametrize("step", [3, 9])
-def test_kill(step: int, script: Path, baseline: Variant, tmp_path: Path, parent: PreloadedParent) -> None:
+def test_kill(step: int, script: Path, baseline: Variant, tmp_path: Path, parent: ForkServer) -> None:
     report = run_drill(
         [str(script)],
         f"kill:rank=1:step={step}",
@@ -74,7 +74,7 @@ def test_kill(step: int, script: Path, baseline: Variant, tmp_path: Path, parent
         )
 
 
-def test_an_error_past_fit_ends_the_run_once(script: Path, tmp_path: Path, parent: PreloadedParent) -> None:
+def test_an_error_past_fit_ends_the_run_once(script: Path, tmp_path: Path, parent: ForkServer) -> None:
     command = [str(script), "--fail"]
     variant: Variant = run_variant(command, tmp_path / "run", parent=parent, isolate=True, env=ENV)
     assert variant.exit_code == 1

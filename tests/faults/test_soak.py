@@ -11,7 +11,7 @@ from benchmarks.soak import nodes, one_node
 from benchmarks.soak.draw import scenario
 from benchmarks.soak.processes import MARK
 from benchmarks.soak.stage import Undisturbed
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
 
 SELECTION = (148, 166, 862)
 """DDP with dataloader workers and durable states, 2-D with a standby, FSDP2 with accumulation; flipped bytes in two."""
@@ -25,7 +25,7 @@ FOUND = {
 
 
 @pytest.fixture(scope="module")
-def undisturbed(parent: PreloadedParent, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+def undisturbed(parent: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     return Undisturbed(tmp_path_factory.mktemp("undisturbed"), parent)
 
 
@@ -37,7 +37,7 @@ def _mark(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [*SELECTION, *(pytest.param(seed, marks=pytest.mark.long) for seed in FOUND)])
-def test_random_faults(seed: int, tmp_path: Path, parent: PreloadedParent, undisturbed: Undisturbed) -> None:
+def test_random_faults(seed: int, tmp_path: Path, parent: ForkServer, undisturbed: Undisturbed) -> None:
     drawn = scenario(seed)
     run = one_node.run if drawn.configuration.loss is None else nodes.run
     result = run(drawn, tmp_path / "run", parent, undisturbed)

@@ -30,7 +30,7 @@ class Model(pl.LightningModule):
     def training_step(self, batch, batch_idx):
         if batch_idx == 8:
             # As any part of the package warns.
-            logging.getLogger("lightning_ckptless.trainer.loader").warning("ckptless: a warning in training")
+            logging.getLogger("lightning_ckptless.trainer.data.loader").warning("ckptless: a warning in training")
         return self.layer(batch[0]).pow(2).mean()
     def validation_step(self, batch, batch_idx):
         self.layer(batch[0])
@@ -73,7 +73,7 @@ def on_a_terminal(command: list[str], folder: Path, faults: str) -> str:
 @pytest.mark.parametrize("bar", ["TQDMProgressBar", pytest.param("RichProgressBar", marks=pytest.mark.long)])
 def test_kill_of_rank_0_and_of_rank_1_under_a_progress_bar(bar: str, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "lightning_ckptless.job", "--nproc-per-node", "2", "train.py", bar]
+    command = [sys.executable, "-m", "lightning_ckptless.runner", "--nproc-per-node", "2", "train.py", bar]
     text = on_a_terminal(command, tmp_path, "kill:rank=0:step=4,kill:rank=1:step=7")
     messages = [match.start() for match in re.finditer("ckptless: ", text)]
     assert len(messages) >= 2 + 2 * 2

@@ -16,7 +16,7 @@ import pytest
 from lightning_ckptless.testing.starters import Ladder
 from tests.faults.conftest import Drill
 from tests.faults.matrix import BASE, Cell
-from tests.trainer.tiny import FLAVOURS, tiny_trainer
+from tests.trainer.tiny import DISTRIBUTIONS, tiny_trainer
 
 SHORT = replace(BASE, epochs=1)
 
@@ -96,9 +96,9 @@ WITHOUT_A_RUN = {
 }
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_every_argument_has_a_row(flavour: str) -> None:
-    arguments = {*inspect.signature(importlib.import_module(flavour).Trainer.__init__).parameters} - {"self"}
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_every_argument_has_a_row(distribution: str) -> None:
+    arguments = {*inspect.signature(importlib.import_module(distribution).Trainer.__init__).parameters} - {"self"}
     rows = {name for _, settings in RUNS.values() for name in settings} | {*ELSEWHERE} | {*WITHOUT_A_RUN}
     assert arguments - rows == set(), "arguments of Trainer that no test gives to a run that is killed"
     assert rows - arguments == set(), "rows for arguments that Trainer does not have"
@@ -160,9 +160,9 @@ def _public_attributes(loop: Any) -> set[str]:
     return {name for name in {*vars(loop)} | properties if not name.startswith("_")}
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_every_attribute_of_the_loops_has_a_row(flavour: str, tmp_path: Path) -> None:
-    fit = tiny_trainer(tmp_path, flavour).fit_loop
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_every_attribute_of_the_loops_has_a_row(distribution: str, tmp_path: Path) -> None:
+    fit = tiny_trainer(tmp_path, distribution).fit_loop
     epoch = fit.epoch_loop
     loops = {"fit_loop": fit, "epoch_loop": epoch, "val_loop": epoch.val_loop}
     loops |= {name: getattr(epoch, name) for name in ("automatic_optimization", "manual_optimization")}

@@ -57,7 +57,7 @@ class Phase:
 def run(folder: Path, *arguments: str, faults: str = "") -> subprocess.CompletedProcess[str]:
     (folder / "train.py").write_text(SCRIPT)
     (folder / "schedule.py").write_text(SCHEDULE)
-    command = [sys.executable, "-m", "lightning_ckptless.job", "--nproc-per-node", "2", "train.py", *arguments]
+    command = [sys.executable, "-m", "lightning_ckptless.runner", "--nproc-per-node", "2", "train.py", *arguments]
     env = {**os.environ, environment.FAULTS: faults}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing.drill import run_variant
 from tests.faults.conftest import REPOSITORY, command_for
 from tests.faults.matrix import BASE
@@ -16,7 +16,7 @@ REASON = "rank 1 ran out of training data after step 3, rank 0 did not: give eve
 
 
 def test_a_rank_that_runs_out_of_data_before_another_one_is_named(
-    parent: PreloadedParent, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    parent: ForkServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = replace(BASE, data="uneven", epochs=1, samples=24, logger="none")
     env = {"PYTHONPATH": str(REPOSITORY)}

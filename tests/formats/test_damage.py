@@ -22,8 +22,8 @@ import pytest
 import torch
 
 from lightning_ckptless.cli.runs import Run
-from lightning_ckptless.cli.story import story_of
 from lightning_ckptless.cli.survey import survey
+from lightning_ckptless.cli.view.story import story_of
 from lightning_ckptless.durable.capture import Captured
 from lightning_ckptless.durable.checkpoint import recipe_in
 from lightning_ckptless.durable.folder import Manifest, ShardFacts
@@ -38,16 +38,16 @@ from lightning_ckptless.formats.schema import SchemaError
 from lightning_ckptless.formats.sealed import seal
 from lightning_ckptless.ledger import LEDGER_NAME, Ledger, read_ledger
 from lightning_ckptless.protocol.versions import SlotState, Snapshot, Version
-from lightning_ckptless.replica import facts as arena_facts
+from lightning_ckptless.replica import arena_metadata as arena_facts
 from lightning_ckptless.replica.arena import find_arenas
-from lightning_ckptless.replica.description import describe
-from lightning_ckptless.replica.facts import Facts
-from lightning_ckptless.replica.layout import Layout, slot_views
-from lightning_ckptless.replica.notes import read_note, read_notes, write_note
-from lightning_ckptless.replica.owner import Owner
-from lightning_ckptless.replica.partition import plan_layout
+from lightning_ckptless.replica.arena_metadata import Facts
+from lightning_ckptless.replica.arena_notes import read_note, read_notes, write_note
+from lightning_ckptless.replica.arena_owner import Owner
+from lightning_ckptless.replica.layout.layout import Layout, slot_views
+from lightning_ckptless.replica.layout.planner import plan_layout
+from lightning_ckptless.replica.layout.tensor_spec import describe
 from lightning_ckptless.replica.slot import SlotHeader
-from lightning_ckptless.replica.stamp import Stamp
+from lightning_ckptless.replica.slot_stamp import Stamp
 from tests.cli.ledgers import write_ledger
 from tests.formats.mutations import MUTATIONS, changed, damaged
 
@@ -263,7 +263,7 @@ def test_ledgers(memory: Path) -> None:
     folder = write_ledger(memory)
     ledger = Ledger(folder / LEDGER_NAME, clock=lambda: 1012.0)
     ledger.record(
-        "placement", generation=3, kind="node", copies=1, keepers=[[1], [0]], domains=["a", "b"], nodes=["a", "b"],
+        "placement", generation=3, kind="node", copies=1, holders=[[1], [0]], domains=["a", "b"], nodes=["a", "b"],
         sizes_bytes=[640, 64], version="step 1",
     )  # fmt: skip
     ledger.record("durable_written", step=5, path="/d/step-0000000005")

@@ -16,31 +16,31 @@ from typer.main import get_command
 from lightning_ckptless import environment, errors, supported
 from lightning_ckptless.cli.app import app
 from lightning_ckptless.errors import OptionsError, WorldSizeError
-from lightning_ckptless.membership.torchrun import options_parser
+from lightning_ckptless.membership.launch.torchrun import options_parser
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol import (
     conclusion,
-    hang,
-    heartbeat,
-    moving,
-    program_end,
+    crash_loop,
+    hang_detection,
+    node_liveness,
+    reconfiguration,
     recovery,
-    recovery_limits,
-    start,
+    retry_policy,
+    startup,
 )
-from lightning_ckptless.protocol.dealing import Deal, require_deal
-from lightning_ckptless.protocol.domains import nobody_says
-from lightning_ckptless.protocol.faults import GRAMMAR, FaultKind, Moment, parse_faults
+from lightning_ckptless.protocol.failure_domains import nobody_says
+from lightning_ckptless.protocol.fault_script import GRAMMAR, FaultKind, Moment, parse_faults
 from lightning_ckptless.protocol.goodput import Phases
 from lightning_ckptless.protocol.placement import place
 from lightning_ckptless.protocol.placement_table import table_of
 from lightning_ckptless.protocol.recovery import WORKER_TRANSITIONS, WorkerEvent
+from lightning_ckptless.protocol.repartition import Repartition, require_repartition
 from lightning_ckptless.protocol.slots import TRANSITIONS, SlotEvent
-from lightning_ckptless.protocol.start import Left, Start, StartPlan, plan_start
-from lightning_ckptless.protocol.streams import require_world
+from lightning_ckptless.protocol.startup import Left, Start, StartPlan, plan_start
 from lightning_ckptless.protocol.versions import Complete, Missing, Replica, SlotState, Version, newest_complete
+from lightning_ckptless.protocol.virtual_ranks import require_world
 from lightning_ckptless.supported import SUPPORTED
-from lightning_ckptless.trainer.world_size import require_ranks
+from lightning_ckptless.trainer.strategy.world_size import require_ranks
 from tests.house.code import PACKAGE, REPOSITORY, dotted, sources
 from tests.versions.legs import USUAL, legs
 from tests.versions.table import rows_of
@@ -99,7 +99,7 @@ def test_worker_states() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "head"), [(recovery, "Fault"), (hang, "All ranks silent for longer than the limit, and")]
+    ("module", "head"), [(recovery, "Fault"), (hang_detection, "All ranks silent for longer than the limit, and")]
 )
 def test_cascades(module: ModuleType, head: str) -> None:
     assert module.__doc__ is not None
@@ -109,9 +109,9 @@ def test_cascades(module: ModuleType, head: str) -> None:
 @pytest.mark.parametrize(
     ("name", "head", "module"),
     [
-        ("configuration", "The run", recovery_limits),
+        ("configuration", "The run", retry_policy),
         ("launching", "The run", conclusion),
-        ("errors", "The worker ended", program_end),
+        ("errors", "The worker ended", crash_loop),
     ],
 )
 def test_how_runs_end(name: str, head: str, module: ModuleType) -> None:
@@ -120,24 +120,28 @@ def test_how_runs_end(name: str, head: str, module: ModuleType) -> None:
 
 
 def test_what_silence_means() -> None:
-    assert heartbeat.__doc__ is not None
-    assert table(page("nodes"), "Seen") == table(heartbeat.__doc__, "Seen")
+    assert node_liveness.__doc__ is not None
+    assert table(page("nodes"), "Seen") == table(node_liveness.__doc__, "Seen")
 
 
 def test_who_stays_where_nodes_go_or_come() -> None:
-    assert moving.__doc__ is not None
-    assert table(page("elastic"), "Nodes") == table(moving.__doc__, "Nodes")
-    trains = moving.Standing(trains=True, world_size=8)
+    assert reconfiguration.__doc__ is not None
+    assert table(page("elastic"), "Nodes") == table(reconfiguration.__doc__, "Nodes")
+    trains = reconfiguration.Standing(trains=True, world_size=8)
     standings = [replace(trains, node_rank=node) for node in range(3)]
-    assert f"{moving.plan_move(standings).reason.replace('3 of 3', '3 of 4')}; the world size is 6" in page("elastic")
-    assert f"{moving.plan_move([*standings, moving.Standing()]).reason}; the world size is 8" in page("elastic")
+    assert f"{reconfiguration.plan_move(standings).reason.replace('3 of 3', '3 of 4')}; the world size is 6" in page(
+        "elastic"
+    )
+    assert f"{reconfiguration.plan_move([*standings, reconfiguration.Standing()]).reason}; the world size is 8" in page(
+        "elastic"
+    )
 
 
 def test_how_other_ranks_go_on() -> None:
     text = page("elastic")
     assert require_world(6, before=8, streams=8, obstacle=None) in text
     assert require_world(8, before=6, streams=8, obstacle=None) in text
-    assert require_deal(Deal(4, 60, 36, 3), before=4, per_step=4) in text
+    assert require_repartition(Repartition(4, 60, 36, 3), before=4, per_step=4) in text
 
 
 def test_other_ranks_that_cannot_go_on() -> None:
@@ -167,8 +171,8 @@ def test_who_says_where_a_machine_is() -> None:
 
 
 def test_what_a_generation_starts_from() -> None:
-    assert start.__doc__ is not None
-    assert table(page("how-it-works"), "Arenas") == table(start.__doc__, "Arenas")
+    assert startup.__doc__ is not None
+    assert table(page("how-it-works"), "Arenas") == table(startup.__doc__, "Arenas")
 
 
 def test_phases() -> None:

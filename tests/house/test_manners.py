@@ -13,25 +13,25 @@ TESTS = sources("tests")
 
 # Who catches everything, and why nothing narrower would do. Those that raise again are not listed.
 CATCHES_EVERYTHING = {
-    f"{PACKAGE}/_autoload.py": "an error would make `import torch` fail for everybody",
-    f"{PACKAGE}/membership/worker.py": "it stands in for the interpreter, which reports whatever a program raises",
-    f"{PACKAGE}/trainer/health.py": "whatever the user's check raises is its answer",
-    f"{PACKAGE}/trainer/loggers.py": "a logger that fails while fit ends must not hide why it ends",
-    f"{PACKAGE}/trainer/survival.py": "the boundary of the fit loop: what is not a peer's fault is raised again",
-    f"{PACKAGE}/replica/mirror.py": "the boundary of the thread: the training thread raises it",
+    f"{PACKAGE}/_registration/autoload.py": "an error would make `import torch` fail for everybody",
+    f"{PACKAGE}/membership/worker/startup.py": "it stands in for the interpreter, which reports whatever a program raises",
+    f"{PACKAGE}/trainer/session/health_check.py": "whatever the user's check raises is its answer",
+    f"{PACKAGE}/trainer/reporting/loggers.py": "a logger that fails while fit ends must not hide why it ends",
+    f"{PACKAGE}/trainer/recovery/recovery_loop.py": "the boundary of the fit loop: what is not a peer's fault is raised again",
+    f"{PACKAGE}/replica/mirror/mirror.py": "the boundary of the thread: the training thread raises it",
 }
 # Private by their name, made for everybody by their documentation.
 COMMON = {"os._exit", "pickle._Pickler", "sys._current_frames", "sys._getframe"}
 # What a subclass shares with its base, most of them another project's.
 INHERITED = {
-    f"{PACKAGE}/membership/agent.py": {"self._logs_specs"},
-    f"{PACKAGE}/membership/guarded.py": {
+    f"{PACKAGE}/membership/agent/agent.py": {"self._logs_specs"},
+    f"{PACKAGE}/membership/agent/partition_guard.py": {
         "self._current_workers",
         "self._node",
         "self._record",
         "self._restart_workers",
     },
-    f"{PACKAGE}/membership/moving.py": {
+    f"{PACKAGE}/membership/agent/reconfiguration.py": {
         "self._current_workers",
         "self._in_place",
         "self._lost_at",
@@ -44,14 +44,9 @@ INHERITED = {
         "self._start_standby",
         "self._stop_workers",
     },
-    f"{PACKAGE}/trainer/recoverable.py": {"self._get_process_group_backend", "self._timeout"},
+    f"{PACKAGE}/trainer/strategy/recoverable.py": {"self._get_process_group_backend", "self._timeout"},
 }
-HOSTS = (
-    f"{PACKAGE}/trainer/host/",
-    f"{PACKAGE}/torch_internals.py",
-    f"{PACKAGE}/mesh_internals.py",
-    f"{PACKAGE}/mesh_versions.py",
-)
+HOSTS = (f"{PACKAGE}/internals/",)
 FIXED_ADDRESS = re.compile(r"(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\]):[1-9]\d")
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from lightning_ckptless.replica.arena import Arena
-from lightning_ckptless.replica.owner import Owner
-from lightning_ckptless.replica.space import default_arena_dir
+from lightning_ckptless.replica.arena_owner import Owner
+from lightning_ckptless.replica.arena_space import default_arena_dir
 from tests import police
 from tests.police import Scene, leaks
 

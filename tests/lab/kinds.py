@@ -153,20 +153,20 @@ def two_optimizers(kind: str, body: Iterable[nn.Parameter], head: Iterable[nn.Pa
     return [torch.optim.AdamW(body, 1e-2), torch.optim.SGD(head, 1e-2, momentum=0.9)]
 
 
-def callback_of(kind: str, flavour: Any) -> Any:
+def callback_of(kind: str, distribution: Any) -> Any:
     """A callback that changes schedulers or parameter groups in the middle of a run.
 
     Args:
         kind: `averaging`, `finetuning` or `searching`.
-        flavour: the distribution of Lightning.
+        distribution: the distribution of Lightning.
     """
     if kind == "averaging":
-        return flavour.callbacks.StochasticWeightAveraging(1e-2, swa_epoch_start=1)
+        return distribution.callbacks.StochasticWeightAveraging(1e-2, swa_epoch_start=1)
 
     if kind == "searching":
-        return searching(flavour)
+        return searching(distribution)
 
-    class Finetuning(flavour.callbacks.BaseFinetuning):
+    class Finetuning(distribution.callbacks.BaseFinetuning):
         def freeze_before_training(self, pl_module: Any) -> None:
             self.freeze(pl_module.body)
 
@@ -177,13 +177,13 @@ def callback_of(kind: str, flavour: Any) -> Any:
     return Finetuning()
 
 
-def searching(flavour: Any) -> Any:
+def searching(distribution: Any) -> Any:
     """A search for the learning rate before the training, and one before its second epoch.
 
     Where faults are injected, rank 1 is killed in the middle of the second search, once.
     """
 
-    class Searching(flavour.callbacks.LearningRateFinder):
+    class Searching(distribution.callbacks.LearningRateFinder):
         def __init__(self) -> None:
             super().__init__(min_lr=1e-4, num_training_steps=12)
 

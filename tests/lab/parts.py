@@ -24,7 +24,7 @@ from tests.lab.kinds import Thaw, block_of, callback_of, two_optimizers
 class Options:
     """One field per axis of what must be exact."""
 
-    flavour: str = "lightning.pytorch"
+    distribution: str = "lightning.pytorch"
     devices: int = 2
     num_nodes: int = 1
     epochs: int = 2
@@ -152,10 +152,10 @@ class Block(nn.Module):
         return x + hidden
 
 
-def model_class(flavour: Any, options: Options) -> Any:
+def model_class(distribution: Any, options: Options) -> Any:
     """The model, as a class of one distribution of Lightning."""
 
-    class Model(flavour.LightningModule):
+    class Model(distribution.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.body = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2))
@@ -241,10 +241,10 @@ def model_class(flavour: Any, options: Options) -> Any:
     return Model
 
 
-def data_class(flavour: Any, options: Options) -> Any:
+def data_class(distribution: Any, options: Options) -> Any:
     """The data, as a class of one distribution of Lightning."""
 
-    class Data(flavour.LightningDataModule):
+    class Data(distribution.LightningDataModule):
         def __init__(self) -> None:
             super().__init__()
             self.made = 0
@@ -296,26 +296,28 @@ def data_class(flavour: Any, options: Options) -> Any:
     return Data
 
 
-def make_trainer(flavour: Any, options: Options, strategy: Any, extra_callbacks: tuple[Any, ...] = ()) -> Any:
+def make_trainer(distribution: Any, options: Options, strategy: Any, extra_callbacks: tuple[Any, ...] = ()) -> Any:
     """A trainer with the loggers, callbacks and limits that the options name."""
     loggers = {
-        "csv": lambda: [flavour.loggers.CSVLogger(options.root)],
-        "tensorboard": lambda: [flavour.loggers.TensorBoardLogger(options.root)],
+        "csv": lambda: [distribution.loggers.CSVLogger(options.root)],
+        "tensorboard": lambda: [distribution.loggers.TensorBoardLogger(options.root)],
         "both": lambda: [
-            flavour.loggers.CSVLogger(options.root),
-            flavour.loggers.TensorBoardLogger(options.root, name="tb"),
+            distribution.loggers.CSVLogger(options.root),
+            distribution.loggers.TensorBoardLogger(options.root, name="tb"),
         ],
         "none": lambda: False,
     }[options.logger]()
     callbacks: list[Any] = [*extra_callbacks]
     if options.ema:
-        callbacks.append(flavour.callbacks.EMAWeightAveraging(decay=0.9))
+        callbacks.append(distribution.callbacks.EMAWeightAveraging(decay=0.9))
     if options.callback:
-        callbacks.append(callback_of(options.callback, flavour))
+        callbacks.append(callback_of(options.callback, distribution))
     if options.early_stopping:
-        callbacks.append(flavour.callbacks.EarlyStopping("val_loss", patience=50))
+        callbacks.append(distribution.callbacks.EarlyStopping("val_loss", patience=50))
     if options.checkpoint_every:
-        callbacks.append(flavour.callbacks.ModelCheckpoint(every_n_train_steps=options.checkpoint_every, save_top_k=-1))
+        callbacks.append(
+            distribution.callbacks.ModelCheckpoint(every_n_train_steps=options.checkpoint_every, save_top_k=-1)
+        )
     val_interval = int(options.val_interval) if options.val_interval > 1 else options.val_interval
     limit = int(options.limit_train) if options.limit_train > 1 else options.limit_train
     arguments: dict[str, Any] = {
@@ -341,13 +343,13 @@ def make_trainer(flavour: Any, options: Options, strategy: Any, extra_callbacks:
     }
     given = ast.literal_eval(options.settings)
     if "plugins" in given:
-        given["plugins"] = [getattr(flavour.plugins, name)() for name in given["plugins"]]
-    return flavour.Trainer(**(arguments | given))
+        given["plugins"] = [getattr(distribution.plugins, name)() for name in given["plugins"]]
+    return distribution.Trainer(**(arguments | given))
 
 
 def make_run(options: Options, strategy: Any, extra_callbacks: tuple[Any, ...] = ()) -> tuple[Any, Any, Any]:
     """Seed everything, then make trainer, model and data."""
-    flavour = importlib.import_module(options.flavour)
-    flavour.seed_everything(options.seed, workers=True, verbose=False)
-    trainer = make_trainer(flavour, options, strategy, extra_callbacks)
-    return trainer, model_class(flavour, options)(), data_class(flavour, options)()
+    distribution = importlib.import_module(options.distribution)
+    distribution.seed_everything(options.seed, workers=True, verbose=False)
+    trainer = make_trainer(distribution, options, strategy, extra_callbacks)
+    return trainer, model_class(distribution, options)(), data_class(distribution, options)()

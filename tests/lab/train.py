@@ -31,14 +31,14 @@ def parse() -> Options:
 def note_commit(path: Path, moment: str, version: Any) -> None:
     """Note when this rank saw a version committed; a line is one write, so those of several ranks do not mix."""
     if moment == "committed":
-        line = {"at": time.time(), "step": version.optimizer_step, "tail_done": version.tail_done}
+        line = {"at": time.time(), "step": version.optimizer_step, "validation_done": version.validation_done}
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
 
 def main() -> None:
     options = parse()
-    importlib.import_module(options.flavour)
+    importlib.import_module(options.distribution)
     ours = importlib.import_module("lightning_ckptless")
     strategy_options = ast.literal_eval(options.strategy_options)
     if options.mesh:

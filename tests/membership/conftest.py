@@ -1,4 +1,4 @@
-"""A preloaded parent for all tests of the room, and short ways to run programs under it."""
+"""A fork server for all tests of the room, and short ways to run programs under it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from textwrap import dedent
 
 import pytest
 
-from lightning_ckptless.membership.parent import Forked, PreloadedParent
-from lightning_ckptless.membership.program import Program
-from lightning_ckptless.membership.worker import Job
+from lightning_ckptless.membership.forkserver.client import Forked, ForkServer
+from lightning_ckptless.membership.worker.program import Program
+from lightning_ckptless.membership.worker.startup import Job
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -28,17 +28,17 @@ class Ran:
 
 
 @pytest.fixture(scope="session")
-def parent() -> Iterator[PreloadedParent]:
+def parent() -> Iterator[ForkServer]:
     """A parent with torch in it; its import is paid once."""
-    with PreloadedParent(("torch", "torch.distributed", "numpy")) as parent:
+    with ForkServer(("torch", "torch.distributed", "numpy")) as parent:
         parent.ready()
         yield parent
 
 
 @pytest.fixture(scope="session")
-def bare() -> Iterator[PreloadedParent]:
+def bare() -> Iterator[ForkServer]:
     """A parent that imports nothing."""
-    with PreloadedParent() as parent:
+    with ForkServer() as parent:
         yield parent
 
 
@@ -60,20 +60,20 @@ def worker_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**os.environ, **(extra or {})}
 
 
-def start(parent: PreloadedParent, job: Job, folder: Path) -> Forked:
+def start(parent: ForkServer, job: Job, folder: Path) -> Forked:
     """Start a job with its output in files."""
     with Path(os.devnull).open() as none, (folder / "out").open("w") as out, (folder / "err").open("w") as err:
         return parent.fork(job, (none.fileno(), out.fileno(), err.fileno()))
 
 
-def finish(parent: PreloadedParent, worker: Forked, folder: Path) -> Ran:
+def finish(parent: ForkServer, worker: Forked, folder: Path) -> Ran:
     """Wait for the end of a job that `start` started."""
     end = parent.end_of(worker)
     os.close(worker.pidfd)
     return Ran(end.exit_code, (folder / "out").read_text(), (folder / "err").read_text())
 
 
-def run_forked(parent: PreloadedParent, program: Program, folder: Path, env: dict[str, str] | None = None) -> Ran:
+def run_forked(parent: ForkServer, program: Program, folder: Path, env: dict[str, str] | None = None) -> Ran:
     """Run a program in a fork of the parent."""
     return finish(parent, start(parent, Job(program, env or worker_env(), str(folder)), folder), folder)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.membership.parent import PreloadedParent
-from lightning_ckptless.membership.process import Process
-from lightning_ckptless.membership.worker import Job
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.forkserver.process import Process
+from lightning_ckptless.membership.worker.startup import Job
 from tests.membership.conftest import script, worker_env
 
 HEAVY = """
@@ -31,7 +31,7 @@ HEAVY = """
     ids=["killed", "aborts", "exits"],
 )
 def test_a_worker_with_much_memory_tells_at_once_what_it_dies_of(
-    then: str, exit_code: int, bare: PreloadedParent, write: Callable[..., Path], tmp_path: Path
+    then: str, exit_code: int, bare: ForkServer, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     job = Job(script(write(HEAVY.format(then=then))), worker_env(), str(tmp_path))
     go, goes = os.pipe()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.membership.launch import LaunchConfig, run
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.launch.launch import LaunchConfig, run
 from tests.membership.conftest import script
 
 RELAUNCHES = 10
@@ -18,7 +18,7 @@ TRAIN = f"""
     import os, signal
     import torch
     import torch.distributed as dist
-    from lightning_ckptless.membership.communicators import World, use_loopback_on_one_node
+    from lightning_ckptless.membership.worker.process_groups import World, use_loopback_on_one_node
 
     rank, count = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     use_loopback_on_one_node(2, 2)
@@ -36,7 +36,7 @@ TRAIN = f"""
 
 
 @pytest.mark.long
-def test_ten_relaunches(parent: PreloadedParent, write: Callable[..., Path], tmp_path: Path) -> None:
+def test_ten_relaunches(parent: ForkServer, write: Callable[..., Path], tmp_path: Path) -> None:
     config = LaunchConfig(program=script(write(TRAIN)), nproc=2, cwd=tmp_path, max_restarts=RELAUNCHES)
     outcome = run(config, parent=parent)
     assert (outcome.exit_code, outcome.restarts) == (0, RELAUNCHES)

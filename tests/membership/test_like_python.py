@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lightning_ckptless import environment
-from lightning_ckptless.membership.parent import PreloadedParent
-from lightning_ckptless.membership.program import Program
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.worker.program import Program
 from tests.membership.conftest import run_forked, run_fresh, script, worker_env
 
 SCRIPTS = {
@@ -128,7 +128,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script(name: str, parent: PreloadedParent, write: Callable[..., Path], folder: Path) -> None:
+def test_a_script(name: str, parent: ForkServer, write: Callable[..., Path], folder: Path) -> None:
     program = script(write(SCRIPTS[name]), "--lr", "0.1")
     env = worker_env({environment.MAIN_AT: "0"})
     assert run_forked(parent, program, folder, env) == run_fresh(program, folder, env)
@@ -149,7 +149,7 @@ def test_a_script(name: str, parent: PreloadedParent, write: Callable[..., Path]
     ],
 )
 def test_other_programs(
-    program: Program, code: int, parent: PreloadedParent, write: Callable[..., Path], folder: Path
+    program: Program, code: int, parent: ForkServer, write: Callable[..., Path], folder: Path
 ) -> None:
     show = "import sys; print(__name__, __file__, __package__, __spec__ and __spec__.name, sys.argv, sys.path[0])"
     write(show, "relative.py")
@@ -168,24 +168,20 @@ def test_other_programs(
 
 
 @pytest.mark.parametrize("name", ["nowhere", "package.nowhere", "package"])
-def test_a_module_that_is_not_there(
-    name: str, parent: PreloadedParent, write: Callable[..., Path], folder: Path
-) -> None:
+def test_a_module_that_is_not_there(name: str, parent: ForkServer, write: Callable[..., Path], folder: Path) -> None:
     write("", "package/__init__.py")
     forked = run_forked(parent, Program("module", name), folder)
     assert forked.exit_code == 1
     assert f"No module named {name}" in forked.err
 
 
-def test_interrupt_shows_as_in_a_shell(parent: PreloadedParent, write: Callable[..., Path], folder: Path) -> None:
+def test_interrupt_shows_as_in_a_shell(parent: ForkServer, write: Callable[..., Path], folder: Path) -> None:
     forked = run_forked(parent, script(write("raise KeyboardInterrupt")), folder)
     assert forked.exit_code == 130
     assert forked.err.endswith("KeyboardInterrupt\n")
 
 
-def test_random_numbers_differ_between_workers(
-    parent: PreloadedParent, write: Callable[..., Path], folder: Path
-) -> None:
+def test_random_numbers_differ_between_workers(parent: ForkServer, write: Callable[..., Path], folder: Path) -> None:
     program = script(
         write("import random, numpy, torch; print(random.random()); print(numpy.random.rand()); print(torch.rand(1))")
     )
@@ -195,14 +191,14 @@ def test_random_numbers_differ_between_workers(
 
 
 def test_torch_uses_as_many_threads_as_the_environment_says(
-    parent: PreloadedParent, write: Callable[..., Path], folder: Path
+    parent: ForkServer, write: Callable[..., Path], folder: Path
 ) -> None:
     program = script(write("import torch; print(torch.get_num_threads())"))
     for count in ("1", "3"):
         assert run_forked(parent, program, folder, worker_env({"OMP_NUM_THREADS": count})).out == f"{count}\n"
 
 
-def test_nothing_of_the_parent_is_seen(parent: PreloadedParent, write: Callable[..., Path], folder: Path) -> None:
+def test_nothing_of_the_parent_is_seen(parent: ForkServer, write: Callable[..., Path], folder: Path) -> None:
     ran = run_forked(parent, script(write("import os; print(dict(os.environ))")), folder, {"ONLY": "this"})
     assert "OPENBLAS_NUM_THREADS" not in ran.out
     assert "'ONLY': 'this'" in ran.out

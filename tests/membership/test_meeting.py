@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
 from tests.membership.conftest import run_forked, script, worker_env
 
 # Two ranks meet many times. Each meeting is interrupted on rank 0 by another fault, at a line where none has struck
@@ -18,11 +18,11 @@ MEETINGS = """
     import torch
     import torch.distributed as dist
     from lightning_ckptless.membership import communicators, generation
-    from lightning_ckptless.membership.communicators import World
-    from lightning_ckptless.membership.control import Line
-    from lightning_ckptless.membership.fault import FaultReport
-    from lightning_ckptless.membership.peers import is_lost_peer
-    from lightning_ckptless.membership.watch import Watcher
+    from lightning_ckptless.membership.worker.process_groups import World
+    from lightning_ckptless.membership.channel.agent_channel import Line
+    from lightning_ckptless.membership.channel.fault_report import FaultReport
+    from lightning_ckptless.membership.worker.peer_errors import is_lost_peer
+    from lightning_ckptless.membership.worker.watcher import Watcher
 
     ends = socket.socketpair()
     rank = 0 if os.fork() else 1
@@ -116,7 +116,7 @@ MEETINGS = """
 """
 
 
-def test_a_meeting_is_cut_at_every_line(parent: PreloadedParent, write: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_meeting_is_cut_at_every_line(parent: ForkServer, write: Callable[..., Path], tmp_path: Path) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     env = {
         "MASTER_ADDR": "127.0.0.1",

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from lightning_ckptless import environment
-from lightning_ckptless.membership import oom_kills
-from lightning_ckptless.membership.failure import Failure, count_report, failure_of, leave_failure
-from lightning_ckptless.membership.launch import LaunchConfig, Outcome, run
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.agent import oom_kills
+from lightning_ckptless.membership.channel.program_failure import Failure, count_report, failure_of, leave_failure
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.launch.launch import LaunchConfig, Outcome, run
 from tests.control_groups import limited_memory
 from tests.membership.conftest import script
 
@@ -26,8 +26,8 @@ Write = Callable[..., Path]
 TRAINS = """
     import os, signal, sys, threading, time
     from pathlib import Path
-    from lightning_ckptless.membership.control import open_line
-    from lightning_ckptless.membership.verdict import mark_begun
+    from lightning_ckptless.membership.channel.agent_channel import open_line
+    from lightning_ckptless.membership.channel.exit_report import mark_begun
 
     rank, regrouping = int(os.environ["RANK"]), os.environ.get("CKPTLESS_REGROUPING", "0")
     wishes = {"in_place": True, "standbys": 0, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
@@ -48,13 +48,13 @@ TRAINS = """
 """
 
 
-def launch(parent: PreloadedParent, text: str, write: Write, folder: Path, **settings: Any) -> Outcome:
+def launch(parent: ForkServer, text: str, write: Write, folder: Path, **settings: Any) -> Outcome:
     program = script(write(TRAINS + text))
     return run(LaunchConfig(program=program, nproc=2, cwd=folder, stop_grace_s=0.5, **settings), parent=parent)
 
 
 def test_an_error_past_fit_ends_the_run_once(
-    bare: PreloadedParent, write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    bare: ForkServer, write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     text = """
     fit()
@@ -72,12 +72,12 @@ def test_an_error_past_fit_ends_the_run_once(
 
 
 @pytest.mark.parametrize("code", [0, 7])
-def test_an_exit_past_fit_is_that_of_the_run(code: int, bare: PreloadedParent, write: Write, tmp_path: Path) -> None:
+def test_an_exit_past_fit_is_that_of_the_run(code: int, bare: ForkServer, write: Write, tmp_path: Path) -> None:
     outcome = launch(bare, f"    fit()\n    leave()\n    sys.exit({code})\n", write, tmp_path)
     assert (outcome.exit_code, outcome.restarts) == (code, 0)
 
 
-def test_a_kill_past_fit_is_recovered_from(bare: PreloadedParent, write: Write, tmp_path: Path) -> None:
+def test_a_kill_past_fit_is_recovered_from(bare: ForkServer, write: Write, tmp_path: Path) -> None:
     text = """
     fit()
     leave()
@@ -90,7 +90,7 @@ def test_a_kill_past_fit_is_recovered_from(bare: PreloadedParent, write: Write, 
 
 
 def test_a_head_that_cannot_be_repeated_is_told_with_its_traceback_once(
-    bare: PreloadedParent, write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    bare: ForkServer, write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     text = """
     if rank == 0:
@@ -118,7 +118,7 @@ def test_a_head_that_cannot_be_repeated_is_told_with_its_traceback_once(
 
 @pytest.mark.timeout(30)
 def test_a_process_that_reports_an_error_and_does_not_end_is_ended(
-    bare: PreloadedParent, write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    bare: ForkServer, write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     text = """
     fit()
@@ -136,7 +136,7 @@ def test_a_process_that_reports_an_error_and_does_not_end_is_ended(
 def test_a_failure_says_whether_a_peer_was_lost(tmp_path: Path) -> None:
     import torch.distributed  # noqa: F401 - as in a worker that has trained
 
-    env = {environment.VERDICT_DIR: str(tmp_path)}
+    env = {environment.AGENT_DIR: str(tmp_path)}
     for error, expected in (
         (
             RuntimeError("gloo: Connection closed by peer"),
@@ -160,7 +160,7 @@ def raised(error: Exception, cause: Exception | None = None) -> Exception:
 
 
 def test_reports_of_the_same_traceback_are_counted(tmp_path: Path) -> None:
-    env = {environment.VERDICT_DIR: str(tmp_path)}
+    env = {environment.AGENT_DIR: str(tmp_path)}
     refused = "connection to 127.0.0.1:{} refused by rank {}"
     with (tmp_path / "log-0").open("w") as first, (tmp_path / "log-1").open("w") as second:
         one, other = first.fileno(), second.fileno()
@@ -174,7 +174,7 @@ def test_reports_of_the_same_traceback_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_traceback_of_all_ranks_and_starts_is_printed_once(
-    bare: PreloadedParent, write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    bare: ForkServer, write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     outcome = launch(bare, '    raise RuntimeError(f"rank {rank}: no thread can be started")\n', write, tmp_path)
     assert (outcome.exit_code, outcome.restarts) == (1, 2)
@@ -184,7 +184,7 @@ def test_a_traceback_of_all_ranks_and_starts_is_printed_once(
 
 
 def test_an_abort_before_training_ends_the_run_after_three_starts(
-    bare: PreloadedParent, write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    bare: ForkServer, write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     outcome = launch(bare, "    os.abort()\n", write, tmp_path)
     assert (outcome.exit_code, outcome.restarts) == (128 + signal.SIGABRT, 2)
@@ -196,13 +196,13 @@ def test_an_abort_before_training_ends_the_run_after_three_starts(
 
 # Rank 1 dies at step 3 as the kernel kills a process: after the count in its cgroup has risen.
 STARVED = """
-    from lightning_ckptless.membership.pulse import PulseWriter
-    from lightning_ckptless.protocol.hang import Point
+    from lightning_ckptless.membership.worker.progress import ProgressWriter
+    from lightning_ckptless.protocol.hang_detection import Point
 
     line.tell("came_to_fit")
     line.tell("entered", **wishes)
-    pulse = PulseWriter.from_environment()
-    pulse.beat(3, Point.BACKWARD)
+    progress = ProgressWriter.from_environment()
+    progress.beat(3, Point.BACKWARD)
     if rank == 1:
         events = Path("cgroup/memory.events")
         kills = int(events.read_text().split()[-1])
@@ -224,7 +224,7 @@ def test_a_kill_for_lack_of_memory_at_one_step_is_told_from_one_from_outside(
     how: str,
     faults: int,
     reason: str,
-    bare: PreloadedParent,
+    bare: ForkServer,
     write: Write,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],

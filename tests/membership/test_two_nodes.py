@@ -15,10 +15,10 @@ import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightning_ckptless import environment
-from lightning_ckptless.membership.fault import FaultReport
-from lightning_ckptless.membership.launch import LaunchConfig, run
-from lightning_ckptless.membership.parent import PreloadedParent
-from lightning_ckptless.membership.program import Program
+from lightning_ckptless.membership.channel.fault_report import FaultReport
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.launch.launch import LaunchConfig, run
+from lightning_ckptless.membership.worker.program import Program
 from tests.membership.conftest import REPOSITORY, script, worker_env
 
 # Runs until it is told that there has been enough, or fails once with its peer, as a worker in a collective would.
@@ -59,7 +59,7 @@ def node_of_two(name: str, program: Program, port: int, folder: Path, **more: An
 @pytest.mark.slow
 @pytest.mark.parametrize("manner", ["fails", "hangs"])
 def test_a_new_node_takes_the_place_of_a_lost_one(
-    manner: str, bare: PreloadedParent, write: Callable[..., Path], tmp_path: Path
+    manner: str, bare: ForkServer, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     program = script(write(WAITS), manner)
@@ -110,7 +110,7 @@ ONE_FAILS = """
 
 @pytest.mark.slow
 def test_a_node_that_ends_for_good_ends_the_others(
-    bare: PreloadedParent, write: Callable[..., Path], tmp_path: Path
+    bare: ForkServer, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     events: list[str] = []

@@ -79,7 +79,7 @@ class World:
     @property
     def copies(self) -> list[Copy]:
         """All copies that are planned."""
-        return [(shard, rank) for shard, others in enumerate(self.placement.keepers) for rank in (shard, *others)]
+        return [(shard, rank) for shard, others in enumerate(self.placement.holders) for rank in (shard, *others)]
 
     def inventory(self) -> list[Replica]:
         """What all arenas hold."""
@@ -143,7 +143,7 @@ class World:
         restored = found.snapshot
         self.step = restored.version.optimizer_step
         told = newest_committed(self.inventory())
-        plan = plan_copies(found, self.names, absent_copies(found, self.placement.keepers, self.names))
+        plan = plan_copies(found, self.names, absent_copies(found, self.placement.holders, self.names))
         filled: dict[Copy, int] = {}
         for transfer in self._in_any_order(plan):
             copy = transfer.replica.shard, _target(transfer)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 
-from lightning_ckptless.protocol.program_end import Stage
+from lightning_ckptless.protocol.crash_loop import Stage
 from lightning_ckptless.protocol.recovery import (
     RecoveryPlan,
     Rung,
@@ -33,7 +33,7 @@ Meeting = tuple[int, int]
 
 
 @dataclass
-class Shelf:
+class SlotPair:
     """The two slots of one rank's own shard; they outlive the process."""
 
     slots: list[SlotView] = field(default_factory=lambda: [SlotView(), SlotView()])
@@ -88,7 +88,7 @@ class World:
         self.chance = random.Random(self.seed)
         self._order = count()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self.shelves = [Shelf() for _ in self.nodes]
+        self.slot_pairs = [SlotPair() for _ in self.nodes]
         self.processes: list[Process] = []
         self._names = count()
         self._waiting: dict[tuple[object, ...], dict[int, tuple[Process, Callable[[], None]]]] = {}
@@ -294,7 +294,7 @@ class World:
 
     def settle_shelf(self, process: Process) -> None:
         """What a new generation does to the slots that it finds."""
-        slots = self.shelves[process.rank].slots
+        slots = self.slot_pairs[process.rank].slots
         for number, view in enumerate(slots):
             event = settle(view, process.committed)
             if event is not None:
@@ -302,7 +302,7 @@ class World:
 
     def change(self, process: Process, number: int, event: SlotEvent, snapshot: Snapshot | None) -> None:
         """One event of a slot, as the table allows."""
-        slots = self.shelves[process.rank].slots
+        slots = self.slot_pairs[process.rank].slots
         version = snapshot.version if snapshot is not None else None
         state = advance(slots[number].state, event, shard=process.rank, rank=process.rank, version=version)
         slots[number] = SlotView(state, None if state is SlotState.EMPTY else snapshot)
@@ -314,8 +314,8 @@ class World:
                 rank, rank, f"node{self.nodes[rank]}", number, view.snapshot.version, view.snapshot.generation,
                 self.world_size, "layout", view.state, 1, 1, "",
             )
-            for rank, shelf in enumerate(self.shelves)
-            for number, view in enumerate(shelf.slots)
+            for rank, slot_pair in enumerate(self.slot_pairs)
+            for number, view in enumerate(slot_pair.slots)
             if view.snapshot is not None
         ]  # fmt: skip
 
@@ -348,7 +348,7 @@ class World:
         assert process.step == step - 1, f"rank {process.rank} applies step {step} after {process.step}"
         process.step, process.round_is_open = step, True
         snapshot = Snapshot(Version(step, True), generation, self.world_size, "layout")
-        views = self.shelves[process.rank].slots
+        views = self.slot_pairs[process.rank].slots
         number = self.slot_for(process, (views[0], views[1]))
         if views[number].state in (SlotState.WRITING, SlotState.STAGED):
             self.change(process, number, SlotEvent.DISCARD, views[number].snapshot)

@@ -23,11 +23,11 @@ Note = dict[str, object]
 
 
 def after_tail(step: int) -> Version:
-    return Version(step, tail_done=True)
+    return Version(step, validation_done=True)
 
 
 def before_tail(step: int) -> Version:
-    return Version(step, tail_done=False)
+    return Version(step, validation_done=False)
 
 
 def save(path: str, step: int, *, fit: int = 0, existed: bool = False) -> Note:

@@ -1,6 +1,6 @@
 """The two-slot commit under every interleaving: small worlds, all steps in all orders, a crash at any point.
 
-Every rank writes its shard (begin, two halves, seal), sends it to its keeper (the same four steps in the keeper's
+Every rank writes its shard (begin, two halves, seal), sends it to its holder (the same four steps in the holder's
 slot), votes, and learns that all have voted. After a crash all ranks are relaunched, perhaps without one of the arenas,
 fill in what the restored version lacks, and go on.
 Weaker rules are run through the same explorer, which must refute them: so it is shown to see what it looks for.
@@ -161,11 +161,11 @@ def inventory(game: Game, slots: Slots, lost: int | None) -> tuple[Replica, ...]
     """What the arenas that are left hold."""
     return tuple(
         Replica(
-            shard, keeper, f"n{keeper}", number, s.version, s.generation, s.world_size, s.layout, view.state, 2, 0, ""
+            shard, holder, f"n{holder}", number, s.version, s.generation, s.world_size, s.layout, view.state, 2, 0, ""
         )
-        for (shard, keeper), pair in zip(game.copies, slots, strict=True)
+        for (shard, holder), pair in zip(game.copies, slots, strict=True)
         for number, (view, _) in enumerate(pair)
-        if keeper != lost and (s := view.snapshot) is not None
+        if holder != lost and (s := view.snapshot) is not None
     )
 
 
@@ -181,15 +181,15 @@ def moves(game: Game, world: World) -> Iterator[World]:
 
 
 def moves_of(game: Game, world: World, rank: int, me: Rank) -> Iterator[World]:
-    keeper, ward = (rank + 1) % game.size, (rank - 1) % game.size
+    holder, source = (rank + 1) % game.size, (rank - 1) % game.size
     if not me.settled:
         yield settled(game, world, rank)
         return
     if me.written < game.sealed:
         yield with_rank(copied(game, world, (rank, rank), me.written), rank, written=me.written + 1)
-    elif me.sent < game.sealed and world.ranks[keeper].settled:
-        yield with_rank(copied(game, world, (rank, keeper), me.sent), rank, sent=me.sent + 1)
-    if not me.voted and holds(game, world, (rank, rank), me.making) and holds(game, world, (ward, rank), me.making):
+    elif me.sent < game.sealed and world.ranks[holder].settled:
+        yield with_rank(copied(game, world, (rank, holder), me.sent), rank, sent=me.sent + 1)
+    if not me.voted and holds(game, world, (rank, rank), me.making) and holds(game, world, (source, rank), me.making):
         yield with_rank(world, rank, voted=True)
     if me.voted and all(r.making > me.making or (r.making == me.making and r.voted) for r in world.ranks):
         yield learned(game, world, rank)
@@ -199,19 +199,19 @@ def moves_of(game: Game, world: World, rank: int, me: Rank) -> Iterator[World]:
 
 def copied(game: Game, world: World, copy: Copy, progress: int) -> World:
     """One step of filling the slot of a copy: begin, each part, seal."""
-    writer, keeper = copy
+    writer, holder = copy
     snapshot = world.ranks[writer].making
     index = game.copies.index(copy)
     pair = world.slots[index]
     if progress == 0:
-        chooser = keeper if game.rule is Rule.KEEPER_CHOOSES else writer
+        chooser = holder if game.rule is Rule.KEEPER_CHOOSES else writer
         number = target_slot((pair[0].view, pair[1].view), world.ranks[chooser].committed)
         return with_slot(world, index, number, changed(pair[number], SlotEvent.BEGIN, copy, snapshot))
     number = next(n for n, slot in enumerate(pair) if slot.view.state is SlotState.WRITING)
     if progress == game.parts + 1:
         return with_slot(world, index, number, changed(pair[number], SlotEvent.SEAL, copy, snapshot))
     part = progress - 1
-    source = snapshot if writer == keeper else own_part(game, world, writer, part)
+    source = snapshot if writer == holder else own_part(game, world, writer, part)
     parts = (*pair[number].parts[:part], source, *pair[number].parts[part + 1 :])
     return with_slot(world, index, number, pair[number]._replace(parts=parts))
 
@@ -265,12 +265,12 @@ def crashed(game: Game, world: World, lost: int | None) -> World:
         rank = Rank(committed=found.snapshot, making=game.snapshot(step + 1, generation))
     else:
         # Where nothing is absent the inventory is worth a vote: nobody has to ask.
-        keepers = [((shard + 1) % game.size,) for shard in range(game.size)]
-        whole = not absent_copies(found, keepers, [f"n{rank}" for rank in range(game.size)])
+        holders = [((shard + 1) % game.size,) for shard in range(game.size)]
+        whole = not absent_copies(found, holders, [f"n{rank}" for rank in range(game.size)])
         rank = Rank(committed=newest_committed(left), making=found.snapshot, voted=whole)
     slots = tuple(
-        game.empty_pair() if keeper == lost else pair
-        for (_, keeper), pair in zip(game.copies, world.slots, strict=True)
+        game.empty_pair() if holder == lost else pair
+        for (_, holder), pair in zip(game.copies, world.slots, strict=True)
     )
     losses_left = world.losses_left - (lost is not None)
     return World((rank,) * game.size, slots, generation, world.crashes_left - 1, losses_left, world.promised)

@@ -7,7 +7,7 @@ from itertools import islice
 
 import pytest
 
-from lightning_ckptless.protocol.protection import protection_of
+from lightning_ckptless.protocol.redundancy import protection_of
 from lightning_ckptless.protocol.versions import Complete, Missing
 from tests.protocol.loss_world import World
 
@@ -72,7 +72,7 @@ def play(world: World) -> str:
         return "lost"
     for _ in world.protect(found):
         pass
-    protected = protection_of(world.inventory(), world.placement.keepers, world.names)
+    protected = protection_of(world.inventory(), world.placement.holders, world.names)
     assert protected.absent == (), protected.reason
     # Fully protected again, any one loss is harmless.
     world.lose([world.chance.choice(world.domains)])
@@ -107,6 +107,6 @@ def test_while_copies_are_filled_in_status_says_which_are_missing() -> None:
     found = judge(world)
     assert found is not None
     counts = [
-        protection_of(world.inventory(), world.placement.keepers, world.names).whole for _ in world.protect(found)
+        protection_of(world.inventory(), world.placement.holders, world.names).whole for _ in world.protect(found)
     ]
     assert counts[0] == 2 and counts[-1] == 4 and counts == sorted(counts)

@@ -88,7 +88,7 @@ def one_per_domain(count: int) -> list[str]:
 def test_a_shard_is_kept_by_as_many_other_domains_as_there_are_copies(world: tuple[list[str], int]) -> None:
     domains, copies = world
     for row in place(domains, copies).rows():
-        assert len(row.keepers) == copies
+        assert len(row.holders) == copies
         assert len(set(row.domains)) == copies + 1
 
 
@@ -96,7 +96,7 @@ def test_a_shard_is_kept_by_as_many_other_domains_as_there_are_copies(world: tup
 def test_survival_is_what_enumeration_finds(world: tuple[list[str], int]) -> None:
     placement = place(*world)
     for losses in range(len(set(placement.domains)) + 1):
-        assert placement.survival(losses) == pytest.approx(enumerated_survival(placement, losses), abs=1e-12)
+        assert placement.recovery_loop(losses) == pytest.approx(enumerated_survival(placement, losses), abs=1e-12)
 
 
 @st.composite
@@ -113,11 +113,11 @@ def test_survival_of_racks_is_what_enumeration_over_their_nodes_finds(world: tup
     nodes, domains, copies = world
     placement = place(domains, copies, kind="rack")
     nodes_of = {rack: {node for node, of in zip(nodes, domains, strict=True) if of == rack} for rack in set(domains)}
-    holders = [{nodes[rank] for rank in (shard, *keepers)} for shard, keepers in enumerate(placement.keepers)]
+    holders = [{nodes[rank] for rank in (shard, *holders)} for shard, holders in enumerate(placement.holders)]
     for losses in range(len(nodes_of) + 1):
         cases = [set[str]().union(*(nodes_of[rack] for rack in lost)) for lost in combinations(nodes_of, losses)]
         survived = sum(all(held - lost for held in holders) for lost in cases)
-        assert placement.survival(losses) == pytest.approx(survived / len(cases), abs=1e-12)
+        assert placement.recovery_loop(losses) == pytest.approx(survived / len(cases), abs=1e-12)
 
 
 @given(worlds())
@@ -159,9 +159,9 @@ def test_no_copy_is_kept_by_a_rank_that_is_lost_with_the_writer(
     groups = data.draw(st.lists(st.sets(ranks, min_size=1, max_size=4), max_size=3))
     joined = fail_together(domains, groups)
     placement = place(joined, min(copies, len(set(joined)) - 1))
-    for shard, keepers in enumerate(placement.keepers):
+    for shard, holders in enumerate(placement.holders):
         lost_with_it = set[int]().union(*(group for group in groups if shard in group))
-        assert not (lost_with_it - {shard}) & set(keepers)
+        assert not (lost_with_it - {shard}) & set(holders)
 
 
 def test_domains_that_are_joined_have_both_names() -> None:
@@ -169,25 +169,25 @@ def test_domains_that_are_joined_have_both_names() -> None:
 
 
 @given(worlds())
-def test_wards_are_the_inverse_of_keepers(world: tuple[list[str], int]) -> None:
+def test_wards_are_the_inverse_of_holders(world: tuple[list[str], int]) -> None:
     placement = place(*world)
     for rank in range(len(placement.domains)):
-        for shard, keepers in enumerate(placement.keepers):
-            assert (shard in placement.wards(rank)) == (rank in keepers)
+        for shard, holders in enumerate(placement.holders):
+            assert (shard in placement.sources(rank)) == (rank in holders)
 
 
 @given(st.integers(2, 12), st.integers(1, 4), st.integers(1, 4))
 def test_equal_domains_share_the_work_evenly(domain_count: int, ranks_each: int, copies: int) -> None:
     copies = min(copies, domain_count - 1)
     placement = place([f"n{d}" for d in range(domain_count) for _ in range(ranks_each)], copies)
-    assert {len(placement.wards(rank)) for rank in range(domain_count * ranks_each)} == {copies}
+    assert {len(placement.sources(rank)) for rank in range(domain_count * ranks_each)} == {copies}
 
 
 @pytest.mark.parametrize(("world", "expected"), KNOWN.items())
 def test_known_values(world: tuple[int, int, int], expected: tuple[float, float]) -> None:
     count, total_copies, losses = world
     digits = 3 if count < 9 else 4
-    with_groups = place(one_per_domain(count), total_copies - 1).survival(losses)
+    with_groups = place(one_per_domain(count), total_copies - 1).recovery_loop(losses)
     with_one_ring = _survivals_of_circle(count, total_copies, losses) / comb(count, losses)
     assert (round(with_groups, digits), round(with_one_ring, digits)) == expected
 
@@ -195,8 +195,8 @@ def test_known_values(world: tuple[int, int, int], expected: tuple[float, float]
 def test_groups_where_they_divide_the_domains() -> None:
     placement = place(["a", "a", "b", "b", "c", "c", "d", "d"], 1)
     assert placement.circles == (("a", "b"), ("c", "d"))
-    assert placement.keepers == ((2,), (3,), (0,), (1,), (6,), (7,), (4,), (5,))
-    assert placement.wards(0) == (2,)
+    assert placement.holders == ((2,), (3,), (0,), (1,), (6,), (7,), (4,), (5,))
+    assert placement.sources(0) == (2,)
     assert placement.reason == (
         "8 shards, 2 copies each over 4 nodes in groups of 2: "
         "any 1 node loss is survived, 2 at once with probability 0.667"
@@ -205,7 +205,7 @@ def test_groups_where_they_divide_the_domains() -> None:
 
 def test_groups_and_a_ring_where_they_do_not() -> None:
     placement = place(one_per_domain(5), 1, kind="rank")
-    assert placement.keepers == ((1,), (0,), (3,), (4,), (2,))
+    assert placement.holders == ((1,), (0,), (3,), (4,), (2,))
     assert placement.reason == (
         "5 shards, 2 copies each over 5 ranks in groups of 2 and a ring of 3: "
         "any 1 rank loss is survived, 2 at once with probability 0.600"
@@ -214,29 +214,29 @@ def test_groups_and_a_ring_where_they_do_not() -> None:
 
 def test_two_copies_on_a_ring_alone() -> None:
     placement = place(one_per_domain(4), 2)
-    assert placement.keepers == ((1, 2), (2, 3), (3, 0), (0, 1))
+    assert placement.holders == ((1, 2), (2, 3), (3, 0), (0, 1))
     assert placement.reason.endswith(
         "in a ring of 4: any 2 node losses at once are survived, 3 at once with probability 0.000"
     )
 
 
-def test_unequal_domains_share_the_keeper_ranks() -> None:
+def test_unequal_domains_share_the_holder_ranks() -> None:
     placement = place(["a", "a", "a", "b"], 1)
-    assert placement.keepers == ((3,), (3,), (3,), (0,))
+    assert placement.holders == ((3,), (3,), (3,), (0,))
     assert placement.rows()[1] == (1, 1, (3,), ("a", "b"))
 
 
 def test_a_single_domain_is_not_covered_and_says_so() -> None:
     placement = place(["a"] * 4, 1)
-    assert placement.keepers == ((), (), (), ())
-    assert placement.survival(0) == 1.0
-    assert placement.survival(1) == 0.0
+    assert placement.holders == ((), (), (), ())
+    assert placement.recovery_loop(0) == 1.0
+    assert placement.recovery_loop(1) == 0.0
     assert placement.reason == "4 shards, 1 copy each on 1 node: a node loss is not covered (copies=1 takes 2 nodes)"
 
 
 def test_no_copies_survive_no_loss() -> None:
     placement = place(["a", "b"], 0)
-    assert placement.survival(1) == 0.0
+    assert placement.recovery_loop(1) == 0.0
     assert placement.reason == "2 shards, 1 copy each over 2 nodes: no node loss is survived"
 
 
@@ -250,4 +250,4 @@ def test_too_few_domains_are_refused_with_the_arithmetic() -> None:
 
 def test_survival_of_more_losses_than_domains_is_refused() -> None:
     with pytest.raises(OptionsError, match="3 losses: expected 0 to 2"):
-        place(["a", "b"], 1).survival(3)
+        place(["a", "b"], 1).recovery_loop(3)

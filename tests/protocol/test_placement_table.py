@@ -9,7 +9,7 @@ from lightning_ckptless.protocol.placement_table import MOST_ROWS, as_size, tabl
 def test_four_nodes() -> None:
     placement = place(["n0", "n1", "n2", "n3"], 1)
     assert table_of(placement, [1000, 1_234_000, 999, 0], kind="node").lines() == [
-        "shard  writer  keepers  domains  bytes",
+        "shard  writer  holders  domains  bytes",
         "0      rank 0  rank 1   n0, n1   1.0 kB",
         "1      rank 1  rank 0   n1, n0   1.2 MB",
         "2      rank 2  rank 3   n2, n3   999 bytes",

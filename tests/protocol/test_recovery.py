@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ckptless.errors import ProtocolError
-from lightning_ckptless.protocol.program_end import Stage
+from lightning_ckptless.protocol.crash_loop import Stage
 from lightning_ckptless.protocol.recovery import (
     TRIES_IN_PLACE,
     WORKER_TRANSITIONS,

@@ -23,8 +23,8 @@ def snapshot(step: int, generation: int = 1) -> Snapshot:
     return Snapshot(Version(step, True), generation, 2, "layout")
 
 
-def replica(shard: int, keeper: int, state: SlotState = SlotState.STAGED, step: int = 5) -> Replica:
-    return Replica(shard, keeper, f"n{keeper}", 0, Version(step, True), 1, 2, "layout", state, 8, 4, "")
+def replica(shard: int, holder: int, state: SlotState = SlotState.STAGED, step: int = 5) -> Replica:
+    return Replica(shard, holder, f"n{holder}", 0, Version(step, True), 1, 2, "layout", state, 8, 4, "")
 
 
 def test_a_slot_goes_through_its_life() -> None:

@@ -14,9 +14,9 @@ VERSION = Version(7, True)
 World = tuple[Complete, list[str], dict[int, set[int]]]
 
 
-def replica(shard: int, keeper: int, node: str, world_size: int, bulk_bytes: int = 100) -> Replica:
+def replica(shard: int, holder: int, node: str, world_size: int, bulk_bytes: int = 100) -> Replica:
     return Replica(
-        shard, keeper, node, 0, VERSION, 1, world_size, "layout", SlotState.COMMITTED, bulk_bytes, 10 + shard, ""
+        shard, holder, node, 0, VERSION, 1, world_size, "layout", SlotState.COMMITTED, bulk_bytes, 10 + shard, ""
     )
 
 
@@ -33,8 +33,8 @@ def worlds(draw: st.DrawFn) -> World:
     kept = []
     for shard in range(size):
         bulk_bytes = draw(st.integers(0, 1000))
-        keepers = draw(st.sets(ranks, min_size=1))
-        kept.append([replica(shard, keeper, nodes[keeper], size, bulk_bytes) for keeper in sorted(keepers)])
+        holders = draw(st.sets(ranks, min_size=1))
+        kept.append([replica(shard, holder, nodes[holder], size, bulk_bytes) for holder in sorted(holders)])
     need = draw(st.dictionaries(ranks, st.sets(ranks)))
     return complete(kept), nodes, need
 

@@ -21,18 +21,18 @@ WORLD_SIZE = 3
 
 
 def replica(
-    shard: int, step: int, *, keeper: int | None = None, generation: int = 1, state: SlotState = SlotState.COMMITTED
+    shard: int, step: int, *, holder: int | None = None, generation: int = 1, state: SlotState = SlotState.COMMITTED
 ) -> Replica:
-    keeper = shard if keeper is None else keeper
+    holder = shard if holder is None else holder
     version = Version(step, True)
-    return Replica(shard, keeper, f"n{keeper}", step % 2, version, generation, WORLD_SIZE, "layout", state, 8, 4, "")
+    return Replica(shard, holder, f"n{holder}", step % 2, version, generation, WORLD_SIZE, "layout", state, 8, 4, "")
 
 
 replicas = st.builds(
     replica,
     shard=st.integers(0, WORLD_SIZE - 1),
     step=st.integers(1, 3),
-    keeper=st.integers(0, WORLD_SIZE - 1),
+    holder=st.integers(0, WORLD_SIZE - 1),
     generation=st.integers(1, 2),
     state=st.sampled_from(SlotState),
 )
@@ -53,7 +53,7 @@ def test_what_is_chosen_is_whole_unmixed_and_the_newest(inventory: list[Replica]
         assert all(r.shard == shard and r.snapshot == found.snapshot and r in good for r in kept)
 
 
-@given(st.lists(replicas, max_size=12, unique_by=lambda r: (r.shard, r.keeper, r.slot)), st.data())
+@given(st.lists(replicas, max_size=12, unique_by=lambda r: (r.shard, r.holder, r.slot)), st.data())
 def test_the_order_of_the_inventory_does_not_matter(inventory: list[Replica], data: st.DataObject) -> None:
     assert newest_complete(data.draw(st.permutations(inventory))) == newest_complete(inventory)
 
@@ -73,9 +73,9 @@ def test_generations_are_not_put_together() -> None:
 
 
 def test_the_writers_own_copy_comes_first() -> None:
-    found = newest_complete([replica(0, 5, keeper=2), *whole(5)])
+    found = newest_complete([replica(0, 5, holder=2), *whole(5)])
     assert isinstance(found, Complete)
-    assert [r.keeper for r in found.replicas[0]] == [0, 2]
+    assert [r.holder for r in found.replicas[0]] == [0, 2]
 
 
 def test_damaged_replicas_are_counted() -> None:

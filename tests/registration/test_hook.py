@@ -91,7 +91,7 @@ def test_registering_twice_is_harmless(run: Run, site: Path, stand_in: Path) -> 
         """
 import sys
 import lightning_ckptless
-from lightning_ckptless._autoload import autoload
+from lightning_ckptless._registration.autoload import autoload
 from pytorch_lightning.strategies import StrategyRegistry
 first = StrategyRegistry["ckptless"]
 autoload(); autoload()

@@ -9,17 +9,17 @@ import pytest
 
 from tests.registration.conftest import PACKAGE, Run, install_into
 
-FLAVOURS = ["lightning.pytorch", "pytorch_lightning"]
+DISTRIBUTIONS = ["lightning.pytorch", "pytorch_lightning"]
 TRAINER = "accelerator='cpu', devices=2, logger=False, enable_checkpointing=False, enable_progress_bar=False"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flavour", [FLAVOURS[0], pytest.param(FLAVOURS[1], marks=pytest.mark.long)])
-def test_bare_string_in_a_script_that_does_not_import_us(run: Run, flavour: str) -> None:
+@pytest.mark.parametrize("distribution", [DISTRIBUTIONS[0], pytest.param(DISTRIBUTIONS[1], marks=pytest.mark.long)])
+def test_bare_string_in_a_script_that_does_not_import_us(run: Run, distribution: str) -> None:
     told = run(f"""
 import sys
-from {flavour} import Trainer
-from {flavour}.strategies import DDPStrategy, ModelParallelStrategy
+from {distribution} import Trainer
+from {distribution}.strategies import DDPStrategy, ModelParallelStrategy
 before = [m for m in sys.modules if m.startswith("lightning_ckptless.trainer")]
 strategy = Trainer(strategy="ckptless", {TRAINER}).strategy
 sharded = Trainer(strategy="ckptless_model_parallel", {TRAINER}).strategy
@@ -93,8 +93,8 @@ def test_torch_pulls_in_no_more_than_the_hook(run: Run) -> None:
 
 QUOTED = "'${trainer.max_epochs}'"
 CLI = """
-from {flavour}.cli import LightningCLI
-from {flavour}.demos.boring_classes import BoringModel
+from {distribution}.cli import LightningCLI
+from {distribution}.demos.boring_classes import BoringModel
 common = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.logger=false"]
 
 def options(*args, **kwargs):
@@ -121,15 +121,15 @@ tell({{
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flavour", [FLAVOURS[0], pytest.param(FLAVOURS[1], marks=pytest.mark.long)])
-def test_lightning_cli(run: Run, tmp_path: Path, flavour: str) -> None:
+@pytest.mark.parametrize("distribution", [DISTRIBUTIONS[0], pytest.param(DISTRIBUTIONS[1], marks=pytest.mark.long)])
+def test_lightning_cli(run: Run, tmp_path: Path, distribution: str) -> None:
     strategy = (
         "{class_path: lightning_ckptless.CkptlessStrategy, init_args: {copies: %s, find_unused_parameters: true}}"
     )
     (tmp_path / "string.yaml").write_text("trainer: {strategy: ckptless}\n")
     (tmp_path / "class.yaml").write_text(f"trainer: {{strategy: {strategy % 0}}}\n")
     (tmp_path / "interpolation.yaml").write_text(f"trainer: {{max_epochs: 7, strategy: {strategy % QUOTED}}}\n")
-    told = run(CLI.format(flavour=flavour))
+    told = run(CLI.format(distribution=distribution))
     name = "CkptlessStrategy"
     assert told["string"] == told["file"] == told["string, omegaconf"] == [name, 1, None]
     assert told["class"][:2] == [name, 0]

@@ -13,7 +13,7 @@ import torch
 
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena, Owner
-from lightning_ckptless.replica.stamp import Stamp
+from lightning_ckptless.replica.slot_stamp import Stamp
 from tests.replica.world import MakeWorld, World
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ def arena(tmp_path: Path, owner: Owner) -> Iterator[Arena]:
 @pytest.fixture
 def stamp() -> Stamp:
     """What a slot of the tests holds."""
-    return Stamp(Version(3, True), generation=1, world_size=2, layout="ab" * 32, shard=0, keeper=1)
+    return Stamp(Version(3, True), generation=1, world_size=2, layout="ab" * 32, shard=0, holder=1)
 
 
 @pytest.fixture

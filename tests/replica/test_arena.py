@@ -19,16 +19,16 @@ import torch
 
 from lightning_ckptless.cli.leftovers import find_leftovers
 from lightning_ckptless.errors import ArenaError
-from lightning_ckptless.memory_files import make_memory_file
 from lightning_ckptless.protocol.versions import SlotState, Version
 from lightning_ckptless.replica.arena import Arena, Hold, Owner, adopt, default_arena_dir, find_arenas, reclaim
+from lightning_ckptless.replica.arena_metadata import locked
+from lightning_ckptless.replica.arena_notes import write_note
 from lightning_ckptless.replica.checksum import bytes_of, digest
-from lightning_ckptless.replica.description import describe
-from lightning_ckptless.replica.facts import locked
-from lightning_ckptless.replica.notes import write_note
-from lightning_ckptless.replica.partition import plan_layout
+from lightning_ckptless.replica.layout.planner import plan_layout
+from lightning_ckptless.replica.layout.tensor_spec import describe
 from lightning_ckptless.replica.slot import HEADER_BYTES, Slot
-from lightning_ckptless.replica.stamp import Stamp
+from lightning_ckptless.replica.slot_stamp import Stamp
+from lightning_ckptless.system.memory_files import make_memory_file
 from tests.mounts import small_memory
 from tests.outsider import call_as_another_user, needs_another_user, open_to_all
 
@@ -47,7 +47,7 @@ def dead() -> Owner:
 def written(arena: Arena, stamp: Stamp) -> Arena:
     """An arena with one committed replica of 1000 bytes."""
     slot, _ = arena.slots(0, 1, 1000, layout=stamp.layout)
-    write(slot, stamp, torch.arange(1000).to(torch.uint8), b"small state")
+    write(slot, stamp, torch.arange(1000).to(torch.uint8), b"host state")
     slot.commit()
     return arena
 
@@ -71,17 +71,17 @@ def write(slot: Slot, stamp: Stamp, bulk: torch.Tensor, blob: bytes, algorithm: 
 def test_a_replica_is_read_as_it_was_written(written: Arena, stamp: Stamp) -> None:
     (replica,) = written.inventory()
     assert replica.snapshot == stamp.snapshot and replica.state is SlotState.COMMITTED
-    assert (replica.shard, replica.keeper, replica.node, replica.slot) == (0, 1, "node0", 0)
+    assert (replica.shard, replica.holder, replica.node, replica.slot) == (0, 1, "node0", 0)
     assert written.verify(replica)
     assert torch.equal(written.read_bulk(replica), torch.arange(1000).to(torch.uint8))
-    assert written.read_blob(replica) == b"small state"
+    assert written.read_blob(replica) == b"host state"
 
 
 @pytest.mark.parametrize("algorithm", ["xxh3", "crc32"])
 @pytest.mark.parametrize("place", [HEADER_BYTES, HEADER_BYTES + 999, HEADER_BYTES + 1000, HEADER_BYTES + 1010])
 def test_a_flipped_byte_is_found(arena: Arena, stamp: Stamp, place: int, algorithm: str) -> None:
     slot, _ = arena.slots(0, 1, 1000, layout=stamp.layout)
-    write(slot, stamp, torch.arange(1000).to(torch.uint8), b"small state", algorithm)
+    write(slot, stamp, torch.arange(1000).to(torch.uint8), b"host state", algorithm)
     (replica,) = arena.inventory()
     assert arena.verify(replica)
     with slot.path.open("r+b") as file:
@@ -192,7 +192,7 @@ def test_prune_drops_other_shelves(written: Arena, stamp: Stamp) -> None:
         b"",
     )
     written.prune({(1, 1)})
-    assert [(replica.shard, replica.keeper) for replica in written.inventory()] == [(1, 1)]
+    assert [(replica.shard, replica.holder) for replica in written.inventory()] == [(1, 1)]
 
 
 def test_retain_drops_what_a_committed_version_replaced(
@@ -399,7 +399,7 @@ def test_the_default_folder_can_be_written(
 
 def test_without_shared_memory_a_temporary_folder_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CKPTLESS_ARENA_DIR")
-    monkeypatch.setattr("lightning_ckptless.replica.space.SHARED_MEMORY", tmp_path / "none")
+    monkeypatch.setattr("lightning_ckptless.replica.arena_space.SHARED_MEMORY", tmp_path / "none")
     with pytest.warns(UserWarning, match="arenas go to"):
         assert os.access(default_arena_dir(), os.W_OK)
 
@@ -408,7 +408,7 @@ def test_a_new_version_may_follow_in_a_slot(written: Arena, stamp: Stamp) -> Non
     (replica,) = written.inventory()
     slot, _ = written.slots(0, 1, 1000, layout=stamp.layout)
     later = replace(stamp, version=Version(5, True))
-    write(slot, later, torch.ones(1000, dtype=torch.uint8), b"longer small state than before")
+    write(slot, later, torch.ones(1000, dtype=torch.uint8), b"longer host state than before")
     (after,) = written.inventory()
     assert after.version == Version(5, True) and written.verify(after) and not written.verify(replica)
 
@@ -538,7 +538,7 @@ def test_slots_that_do_not_fit_are_memory_that_is_read_and_taken_like_files(
         again = Arena.attach(arena.path)
         assert again.slots(0, 1, 900_000, layout=stamp.layout)[0].header == slot.header, "found again, not made again"
         again.close()
-        # Another one would fit, but not the small state of all the others.
+        # Another one would fit, but not the host state of all the others.
         arena.slots(1, 1, 10_000, layout=stamp.layout)
         assert len(handles) == 4
         arena.close()
@@ -583,7 +583,7 @@ def test_slots_that_fit_nowhere_are_refused_with_every_way_out(tmp_path: Path, a
 def test_the_temporary_folder_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shared = open_to_all(tmp_path / "tmp")
     monkeypatch.delenv("CKPTLESS_ARENA_DIR", raising=False)
-    monkeypatch.setattr("lightning_ckptless.replica.space.SHARED_MEMORY", tmp_path / "none")
+    monkeypatch.setattr("lightning_ckptless.replica.arena_space.SHARED_MEMORY", tmp_path / "none")
     monkeypatch.setattr("tempfile.tempdir", str(shared))
     planted = shared / f"ckptless-arenas-{os.getuid()}"
 

@@ -13,7 +13,7 @@ import torch
 
 from lightning_ckptless.protocol.versions import Complete, SlotState, Version, newest_complete
 from lightning_ckptless.replica.arena import Arena
-from lightning_ckptless.replica.layout import slot_views
+from lightning_ckptless.replica.layout.layout import slot_views
 
 WORKER = """
     import os, signal, sys, torch
@@ -21,9 +21,9 @@ WORKER = """
     from lightning_ckptless.protocol.placement import place
     from lightning_ckptless.protocol.versions import Version
     from lightning_ckptless.replica.arena import Arena
-    from lightning_ckptless.replica.description import describe
-    from lightning_ckptless.replica.partition import plan_layout
-    from lightning_ckptless.replica.mirror import Mirror
+    from lightning_ckptless.replica.layout.tensor_spec import describe
+    from lightning_ckptless.replica.layout.planner import plan_layout
+    from lightning_ckptless.replica.mirror.mirror import Mirror
     from lightning_ckptless.replica.transport import SoloTransport
 
     arena, moment = Arena.attach(Path(sys.argv[1])), sys.argv[2]

@@ -16,9 +16,9 @@ from lightning_ckptless.protocol.slots import absent_copies
 from lightning_ckptless.protocol.versions import Complete, Snapshot, Version, newest_complete
 from lightning_ckptless.replica.arena import Arena, Owner
 from lightning_ckptless.replica.checksum import bytes_of, digest
-from lightning_ckptless.replica.replenish import Replenished, replenish
+from lightning_ckptless.replica.rereplicate import Rereplicated, rereplicate
 from lightning_ckptless.replica.restore import choose
-from lightning_ckptless.replica.stamp import Stamp
+from lightning_ckptless.replica.slot_stamp import Stamp
 from lightning_ckptless.replica.transport import LoopbackTransport
 
 OLD, NEW = Version(1, True), Version(2, True)
@@ -33,8 +33,8 @@ class Plot:
         before: node of each rank while the versions were written.
         now: node of each rank of the generation that begins.
         learned: for each rank of the past, whether it learned that the older version is committed.
-        present: for each shard the copies of the newer version: its writer's own, its keeper's.
-        swapped: for each rank, which slot of its shelves has the older version.
+        present: for each shard the copies of the newer version: its writer's own, its holder's.
+        swapped: for each rank, which slot of its slot_pairs has the older version.
     """
 
     before: tuple[str, ...]
@@ -63,8 +63,8 @@ def plots(draw: st.DrawFn) -> Plot:
 
 def written(plot: Plot, arenas: dict[str, Arena]) -> None:
     """Put the two versions into the arenas."""
-    for shard, (keeper,) in enumerate(place(plot.before, 1).keepers):
-        for rank, is_present in zip((shard, keeper), plot.present[shard], strict=True):
+    for shard, (holder,) in enumerate(place(plot.before, 1).holders):
+        for rank, is_present in zip((shard, holder), plot.present[shard], strict=True):
             bulk_bytes = 8 + 3 * shard
             pair = arenas[plot.before[rank]].slots(shard, rank, bulk_bytes, layout=LAYOUT)
             for version, slot in zip((OLD, NEW), (pair[plot.swapped[rank]], pair[1 - plot.swapped[rank]]), strict=True):
@@ -94,19 +94,19 @@ def newest(arenas: dict[str, Arena], without: str | None) -> Complete:
 def old_copies(arenas: dict[str, Arena]) -> set[tuple[str, int, int, int]]:
     """Where the older version is."""
     lines = [line for arena in arenas.values() for line in arena.inventory()]
-    return {(line.node, line.shard, line.keeper, line.slot) for line in lines if line.version == OLD}
+    return {(line.node, line.shard, line.holder, line.slot) for line in lines if line.version == OLD}
 
 
-def replenished(plot: Plot, arenas: dict[str, Arena]) -> Replenished:
+def replenished(plot: Plot, arenas: dict[str, Arena]) -> Rereplicated:
     """What all ranks of the generation that begins say."""
     transports = LoopbackTransport.world(len(plot.now))
     placement, ranks = place(plot.now, 1), range(len(plot.now))
 
-    def body(rank: int) -> Replenished:
+    def body(rank: int) -> Rereplicated:
         arena = arenas[plot.now[rank]]
         found = choose(arena, transports[rank], plot.now, need=dict.fromkeys(ranks, ranks))
         assert isinstance(found, Complete) and found.snapshot == Snapshot(NEW, 1, len(plot.now), LAYOUT)
-        return replenish(found, arena, transports[rank], plot.now, placement)
+        return rereplicate(found, arena, transports[rank], plot.now, placement)
 
     with ThreadPoolExecutor(len(plot.now)) as pool:
         said = list(pool.map(body, range(len(plot.now))))
@@ -126,7 +126,7 @@ def test_any_arena_may_be_lost_once_replenished(plot: Plot) -> None:
         if plot.now == plot.before:
             assert len(said.pairs) == sum(not there for pair in plot.present for there in pair)
         assert old_copies(arenas) == olds
-        assert absent_copies(newest(arenas, None), place(plot.now, 1).keepers, plot.now) == ()
+        assert absent_copies(newest(arenas, None), place(plot.now, 1).holders, plot.now) == ()
         for lost in arenas:
             assert newest(arenas, lost).snapshot.version == NEW
         assert replenished(plot, arenas).pairs == ()

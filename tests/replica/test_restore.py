@@ -13,9 +13,9 @@ from lightning_ckptless.errors import StateMissingError
 from lightning_ckptless.protocol.placement import place
 from lightning_ckptless.protocol.versions import Complete, Missing, Version
 from lightning_ckptless.replica.arena import Arena, Owner
-from lightning_ckptless.replica.description import describe
-from lightning_ckptless.replica.mirror import Mirror
-from lightning_ckptless.replica.partition import plan_layout
+from lightning_ckptless.replica.layout.planner import plan_layout
+from lightning_ckptless.replica.layout.tensor_spec import describe
+from lightning_ckptless.replica.mirror.mirror import Mirror
 from lightning_ckptless.replica.restore import Fetched, choose, fetch, fill, gather_inventory, shared_layout
 from lightning_ckptless.replica.slot import HEADER_BYTES
 from lightning_ckptless.replica.transport import LoopbackTransport, Transport

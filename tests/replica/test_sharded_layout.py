@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_ckptless.errors import LayoutMismatchError
-from lightning_ckptless.replica.description import Box, Described
-from lightning_ckptless.replica.layout import Layout, live_views, part_of, slot_views
-from lightning_ckptless.replica.partition import plan_layout
+from lightning_ckptless.replica.layout.layout import Layout, live_views, part_of, slot_views
+from lightning_ckptless.replica.layout.planner import plan_layout
+from lightning_ckptless.replica.layout.tensor_spec import Box, Described
+from lightning_ckptless.replica.mirror.staging import Stager
 from lightning_ckptless.replica.restore import fill
-from lightning_ckptless.replica.staging import Stager
 
 Shape = tuple[int, ...]
 meshes = st.tuples(st.integers(1, 3), st.integers(1, 3))

@@ -13,7 +13,7 @@ from lightning_ckptless.errors import ArenaError, ProtocolError
 from lightning_ckptless.formats.schema import MOST_RANKS
 from lightning_ckptless.protocol.versions import SlotState, Version
 from lightning_ckptless.replica.slot import HEADER_BYTES, Slot, SlotHeader, SlotName
-from lightning_ckptless.replica.stamp import Stamp
+from lightning_ckptless.replica.slot_stamp import Stamp
 from tests.limits import files_at_most
 
 numbers = st.integers(0, 2**40)

@@ -15,10 +15,10 @@ from lightning_ckptless.errors import TransportError
 from lightning_ckptless.protocol.placement import place
 from lightning_ckptless.protocol.versions import Complete, Version, newest_complete
 from lightning_ckptless.replica.arena import Arena, Owner
-from lightning_ckptless.replica.description import describe
-from lightning_ckptless.replica.layout import Layout, slot_views
-from lightning_ckptless.replica.mirror import Mirror
-from lightning_ckptless.replica.partition import plan_layout
+from lightning_ckptless.replica.layout.layout import Layout, slot_views
+from lightning_ckptless.replica.layout.planner import plan_layout
+from lightning_ckptless.replica.layout.tensor_spec import describe
+from lightning_ckptless.replica.mirror.mirror import Mirror
 from lightning_ckptless.replica.transport import LoopbackTransport
 
 State = dict[str, torch.Tensor]

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lightning_ckptless.cli.drill_view import ProgressView, show_report
+from lightning_ckptless.cli.view.drill import ProgressView, show_report
 from lightning_ckptless.errors import TimeLimitError
 from lightning_ckptless.formats.events import seal_line
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing import starters
 from lightning_ckptless.testing.drill import DrillReport, Variant, report_on, run_drill, run_variant
 from lightning_ckptless.testing.starters import LAUNCHERS, Launcher
@@ -41,8 +41,8 @@ time.sleep(600)
 
 
 @pytest.fixture(scope="module")
-def parent() -> Iterator[PreloadedParent]:
-    with PreloadedParent() as preloaded:
+def parent() -> Iterator[ForkServer]:
+    with ForkServer() as preloaded:
         yield preloaded
 
 
@@ -61,7 +61,7 @@ def shown(report: DrillReport) -> str:
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_run_that_takes_too_long_is_ended(
-    launcher: Launcher, parent: PreloadedParent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    launcher: Launcher, parent: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(starters, "_END_GRACE_S", 1.0)
     seen: list[Progress] = []
@@ -79,7 +79,7 @@ def test_a_run_that_takes_too_long_is_ended(
     assert seen[-1].failed
 
 
-def test_values_that_do_not_repeat_are_named(parent: PreloadedParent, tmp_path: Path) -> None:
+def test_values_that_do_not_repeat_are_named(parent: ForkServer, tmp_path: Path) -> None:
     report = run_drill(
         script(tmp_path, TRACED), "kill:rank=0:step=9", folder=tmp_path / "drill", nproc=1, parent=parent
     )
@@ -89,7 +89,7 @@ def test_values_that_do_not_repeat_are_named(parent: PreloadedParent, tmp_path: 
     assert "NOT IDENTICAL" in text
 
 
-def test_ignored_values_are_named_and_no_third_run_is_made(parent: PreloadedParent, tmp_path: Path) -> None:
+def test_ignored_values_are_named_and_no_third_run_is_made(parent: ForkServer, tmp_path: Path) -> None:
     report = run_drill(
         script(tmp_path, TRACED),
         "kill:rank=0:step=9",
@@ -98,8 +98,8 @@ def test_ignored_values_are_named_and_no_third_run_is_made(parent: PreloadedPare
         parent=parent,
         ignore=["samples_*", "misspelt"],
     )
-    assert report.verdict.identical
-    assert report.verdict.ignored == ("samples_per_s",)
+    assert report.exit_report.identical
+    assert report.exit_report.ignored == ("samples_per_s",)
     assert report.unused_patterns == ("misspelt",)
     assert not (tmp_path / "drill" / "repeated").exists()
     assert "--ignore misspelt: no value has such a name" in shown(report)

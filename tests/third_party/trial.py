@@ -12,8 +12,8 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
-from lightning_ckptless.membership.launch import usual_modules
-from lightning_ckptless.membership.parent import PreloadedParent
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.launch.launch import usual_modules
 from lightning_ckptless.testing.compare import compare
 from lightning_ckptless.testing.drill import Progress, Variant, run_drill, run_variant
 from tests.third_party.projects import Project
@@ -30,10 +30,10 @@ ENVIRONMENT = {
 }
 
 
-def parent_of(project: Project) -> PreloadedParent:
+def parent_of(project: Project) -> ForkServer:
     """A parent that imports what the project's program imports at its head, once for all runs of it."""
     modules = (*usual_modules([str(project.path)]), *imports_of(project.path))
-    return PreloadedParent(modules, path=(str(REPOSITORY),))
+    return ForkServer(modules, path=(str(REPOSITORY),))
 
 
 def imports_of(program: Path) -> Iterator[str]:
@@ -54,7 +54,7 @@ class Trial:
         parent: forks the workers of all runs under our strategy.
     """
 
-    def __init__(self, project: Project, folder: Path, parent: PreloadedParent) -> None:
+    def __init__(self, project: Project, folder: Path, parent: ForkServer) -> None:
         self.project = project
         self.folder = folder
         self._parent = parent
@@ -109,12 +109,12 @@ class Trial:
         killed = self._run("outside", killer)
         if failure := self._failure(killed):
             return failure
-        verdict = compare(self.undisturbed.folder, folder)
+        exit_report = compare(self.undisturbed.folder, folder)
         recoveries = [event for event in killed.events if event.event == "recovery"]
         return [
             *([] if killer.pid else [f"rank {self.project.victim} was not killed: no step after {killer.after}"]),
             *([] if recoveries or not killer.pid else ["the ledger has no recovery"]),
-            *([] if verdict.identical else [str(verdict)]),
+            *([] if exit_report.identical else [str(exit_report)]),
             *_differences(self.undisturbed.folder / "cwd", folder / "cwd"),
         ]
 

@@ -14,19 +14,19 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_ckptless.formats.packing import pack, unpack
+from lightning_ckptless.internals.lightning.log_files import cut_logs, log_positions, watch_logs
+from lightning_ckptless.internals.lightning.logger_identity import identity_of, set_identity
+from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.trainer.data import move_data_to
-from lightning_ckptless.trainer.drive import run_restored
-from lightning_ckptless.trainer.host.logger_identity import identity_of, set_identity
-from lightning_ckptless.trainer.host.loggers import cut_logs, log_positions, watch_logs
-from lightning_ckptless.trainer.host.loops import FitLoops
-from lightning_ckptless.trainer.loader import make_resumable
-from lightning_ckptless.trainer.restoration import restore_structure
-from lightning_ckptless.trainer.rng import apply_rng
-from lightning_ckptless.trainer.snapshot import SmallState
-from lightning_ckptless.trainer.state import StateIndex, make_room_for_buffers, make_room_for_optimizer_state
-from lightning_ckptless.trainer.step import StepBoundaries
-from lightning_ckptless.trainer.surroundings import Surroundings
+from lightning_ckptless.trainer.commit.step_boundaries import StepBoundaries
+from lightning_ckptless.trainer.data.loader import make_resumable
+from lightning_ckptless.trainer.data.position import move_data_to
+from lightning_ckptless.trainer.recovery.fit_resume import run_restored
+from lightning_ckptless.trainer.recovery.restoration import restore_structure
+from lightning_ckptless.trainer.state.host_state import HostState
+from lightning_ckptless.trainer.state.rng import apply_rng
+from lightning_ckptless.trainer.state.surroundings import Surroundings
+from lightning_ckptless.trainer.state.tensors import StateIndex, make_room_for_buffers, make_room_for_optimizer_state
 from tests.lab.parts import Options, make_run
 
 
@@ -79,13 +79,13 @@ class OneProcess(SingleDeviceStrategy):
         self.trainer, self.loops = trainer, FitLoops(trainer)
         since = self.saved["version"] if self.saved else None
         StepBoundaries(self.loops, self.commit, every_n_steps=lambda: 1, since=since)
-        self.small: SmallState | None = None
+        self.host_state: HostState | None = None
         self.surroundings = Surroundings(trainer, lambda _: None)
         self.loops.after_setup_of_validation_data(self.surroundings.on_validation_data)
         if self.saved:
-            tail_done = self.saved["version"].tail_done
+            validation_done = self.saved["version"].validation_done
             self.loops.fit.run = lambda: run_restored(
-                self.loops, tail_done=tail_done, restore=self.restore, settle=self.settle
+                self.loops, validation_done=validation_done, restore=self.restore, settle=self.settle
             )
 
     def on_train_start(self) -> None:
@@ -94,14 +94,14 @@ class OneProcess(SingleDeviceStrategy):
 
     def commit(self, version: Version) -> None:
         self.versions.append(version)
-        self.small = self.small or SmallState(self.trainer, surroundings=self.surroundings)
-        small = pack(self.small.capture())
+        self.host_state = self.host_state or HostState(self.trainer, surroundings=self.surroundings)
+        host_state = pack(self.host_state.capture())
         if version == self.stop_at:
             tensors = {name: t.detach().clone() for name, t in StateIndex(self.trainer).read().items()}
             loggers = self.trainer.loggers
             self.taken = {
                 "version": version,
-                "small": small,
+                "small": host_state,
                 "tensors": tensors,
                 "loggers": [identity_of(logger) for logger in loggers],
                 "logs": log_positions(loggers),
@@ -121,16 +121,16 @@ class OneProcess(SingleDeviceStrategy):
         with torch.no_grad():
             for name, tensor in live.items():
                 tensor.copy_(tensors[name])
-        self.small = SmallState(self.trainer, surroundings=self.surroundings)
-        self.small.apply(unpack(self.saved["small"]), with_settings=False)
+        self.host_state = HostState(self.trainer, surroundings=self.surroundings)
+        self.host_state.apply(unpack(self.saved["small"]), with_settings=False)
 
     def settle(self) -> None:
-        assert self.saved and self.small
-        small = unpack(self.saved["small"])
-        self.small.apply(small)
+        assert self.saved and self.host_state
+        host_state = unpack(self.saved["small"])
+        self.host_state.apply(host_state)
         self.loops.set_sampler_epochs()
-        move_data_to(self.loops, small["data"])
-        apply_rng(small["rng"])
+        move_data_to(self.loops, host_state["data"])
+        apply_rng(host_state["rng"])
 
 
 @dataclasses.dataclass

@@ -104,7 +104,7 @@ def test_interrupted_at_the_other_places(case: str, place: str, whole: Whole, tm
 
 def test_interrupted_when_the_stream_has_ended_and_begun_again(whole: Whole, tmp_path: Path) -> None:
     complete = whole(CASES["combined_stream"])
-    _assert_exact(complete, CASES["combined_stream"], tmp_path, Version(5, tail_done=True))
+    _assert_exact(complete, CASES["combined_stream"], tmp_path, Version(5, validation_done=True))
 
 
 @pytest.mark.parametrize("place", ["early", "second epoch"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lightning_ckptless.trainer.plain import heavy_attributes
+from lightning_ckptless.trainer.state.plain_values import heavy_attributes
 
 
 class Owner:

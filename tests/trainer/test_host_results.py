@@ -10,16 +10,21 @@ import torch
 import torchmetrics
 
 from lightning_ckptless.formats.packing import pack, unpack
-from lightning_ckptless.trainer.host.metrics import dump_metric, load_metric, metrics_of
-from lightning_ckptless.trainer.host.results import dump_results, load_results, logs_are_due, show_on_progress_bar
-from tests.trainer.tiny import FLAVOURS, callback, tiny_loader, tiny_module, tiny_trainer
+from lightning_ckptless.internals.lightning.metrics import dump_metric, load_metric, metrics_of
+from lightning_ckptless.internals.lightning.results import (
+    dump_results,
+    load_results,
+    logs_are_due,
+    show_on_progress_bar,
+)
+from tests.trainer.tiny import DISTRIBUTIONS, callback, tiny_loader, tiny_module, tiny_trainer
 
 # ---------------------------------------------------------------------- results
 
 
-def logging_module(flavour: str) -> Any:
+def logging_module(distribution: str) -> Any:
     """A module that logs in every way there is."""
-    base: Any = type(tiny_module(flavour))
+    base: Any = type(tiny_module(distribution))
 
     class Logging(base):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -54,8 +59,8 @@ def _described(results: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_logged_values_come_back_with_what_they_mean(flavour: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_logged_values_come_back_with_what_they_mean(distribution: str, tmp_path: Path) -> None:
     seen: list[int] = []
     reset: list[bool] = []
 
@@ -81,31 +86,31 @@ def test_logged_values_come_back_with_what_they_mean(flavour: str, tmp_path: Pat
         seen.append(len(results))
         reset.append(all(metric.has_reset for metric in results.values()))
 
-    hooks = callback(flavour, on_train_batch_end=there_and_back, on_train_epoch_start=there_and_back)
-    trainer = tiny_trainer(tmp_path, flavour, max_epochs=2, callbacks=[hooks])
-    trainer.fit(logging_module(flavour), tiny_loader(), tiny_loader())
+    hooks = callback(distribution, on_train_batch_end=there_and_back, on_train_epoch_start=there_and_back)
+    trainer = tiny_trainer(tmp_path, distribution, max_epochs=2, callbacks=[hooks])
+    trainer.fit(logging_module(distribution), tiny_loader(), tiny_loader())
     assert seen == [0, *[11] * 9]
     # Between epochs the values are those of the last one, to be thrown away by the first new one.
     assert reset == [True, *[False] * 4, True, *[False] * 4]
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_epoch_values_do_not_notice_a_reload(flavour: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_epoch_values_do_not_notice_a_reload(distribution: str, tmp_path: Path) -> None:
     def reload(trainer: Any, *_: Any) -> None:
         load_results(trainer, unpack(pack(dump_results(trainer))))
 
     values = []
     for number, hooks in enumerate(({}, {"on_train_batch_end": reload})):
         torch.manual_seed(0)
-        trainer = tiny_trainer(tmp_path / str(number), flavour, callbacks=[callback(flavour, **hooks)])
-        trainer.fit(logging_module(flavour), tiny_loader(), tiny_loader())
+        trainer = tiny_trainer(tmp_path / str(number), distribution, callbacks=[callback(distribution, **hooks)])
+        trainer.fit(logging_module(distribution), tiny_loader(), tiny_loader())
         values.append(trainer.callback_metrics)
     assert values[0] == values[1]
     assert set(values[0]) > {"mean_both_epoch", "max_epoch", "counted_epoch", "counted_step", "val_loss"}
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_values_of_our_own_reach_the_progress_bar(flavour: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_values_of_our_own_reach_the_progress_bar(distribution: str, tmp_path: Path) -> None:
     due: list[bool] = []
 
     def show(trainer: Any, *_: Any) -> None:
@@ -114,9 +119,9 @@ def test_values_of_our_own_reach_the_progress_bar(flavour: str, tmp_path: Path) 
         due.append(logs_are_due(trainer))
 
     trainer = tiny_trainer(
-        tmp_path, flavour, log_every_n_steps=2, callbacks=[callback(flavour, on_train_batch_start=show)]
+        tmp_path, distribution, log_every_n_steps=2, callbacks=[callback(distribution, on_train_batch_start=show)]
     )
-    trainer.fit(tiny_module(flavour), tiny_loader())
+    trainer.fit(tiny_module(distribution), tiny_loader())
     assert due == [False, True, False, True]
 
 

@@ -15,31 +15,36 @@ import pytest
 
 from lightning_ckptless import environment
 from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.internals.lightning.distribution import module
+from lightning_ckptless.internals.lightning.logger_identity import (
+    forget_identity,
+    identity_of,
+    set_identity,
+    variables_of,
+)
 from lightning_ckptless.protocol.placement import place
 from lightning_ckptless.replica.arena import Arena
-from lightning_ckptless.replica.owner import Owner
+from lightning_ckptless.replica.arena_owner import Owner
 from lightning_ckptless.replica.transport import SoloTransport
-from lightning_ckptless.trainer.cohort import Cohort
-from lightning_ckptless.trainer.host.flavour import module
-from lightning_ckptless.trainer.host.logger_identity import forget_identity, identity_of, set_identity, variables_of
-from lightning_ckptless.trainer.loggers import NOTE, RunLoggers
+from lightning_ckptless.trainer.reporting.loggers import NOTE, RunLoggers
+from lightning_ckptless.trainer.session.member_set import MemberSet
 from tests.outsider import call_as_another_user, needs_another_user, open_to_all
-from tests.trainer.tiny import FLAVOURS, tiny_trainer
+from tests.trainer.tiny import DISTRIBUTIONS, tiny_trainer
 
 
-def file_logger(kind: str, root: Path, flavour: str = FLAVOURS[0], **given: Any) -> Any:
-    return getattr(module(flavour, "loggers"), kind)(str(root), **given)
+def file_logger(kind: str, root: Path, distribution: str = DISTRIBUTIONS[0], **given: Any) -> Any:
+    return getattr(module(distribution, "loggers"), kind)(str(root), **given)
 
 
-def own_logger(flavour: str = FLAVOURS[0], **methods: Any) -> Any:
+def own_logger(distribution: str = DISTRIBUTIONS[0], **methods: Any) -> Any:
     """A logger of the user's own."""
-    base = module(flavour, "loggers").Logger
+    base = module(distribution, "loggers").Logger
     silent = dict.fromkeys(("log_metrics", "log_hyperparams"), lambda *_, **__: None)
     return type("Own", (base,), {"name": "own", "version": 0, **silent, **methods})()
 
 
-def run_loggers(logger: Any, folder: Path, chapter: int = 0) -> RunLoggers:
-    return RunLoggers(tiny_trainer(folder, logger=logger), folder / "run", chapter)
+def run_loggers(logger: Any, folder: Path, fit_index: int = 0) -> RunLoggers:
+    return RunLoggers(tiny_trainer(folder, logger=logger), folder / "run", fit_index)
 
 
 @pytest.fixture
@@ -48,21 +53,21 @@ def arena(tmp_path: Path) -> Iterator[Arena]:
         yield made
 
 
-def cohort_of(arena: Arena, *notes: dict[str, Any]) -> Cohort:
+def cohort_of(arena: Arena, *notes: dict[str, Any]) -> MemberSet:
     nodes = tuple(f"n{number}" for number in range(len(notes)))
-    return Cohort(SoloTransport(), arena, nodes, place(nodes, 1 if len(nodes) > 1 else 0), 1, notes)
+    return MemberSet(SoloTransport(), arena, nodes, place(nodes, 1 if len(nodes) > 1 else 0), 1, notes)
 
 
 # ---------------------------------------------------------------------- by class
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("kind", ["CSVLogger", "TensorBoardLogger"])
-def test_a_new_logger_writes_into_the_folder_of_the_run(kind: str, flavour: str, tmp_path: Path) -> None:
-    logger = file_logger(kind, tmp_path / "first", flavour, name="at-10-15")
+def test_a_new_logger_writes_into_the_folder_of_the_run(kind: str, distribution: str, tmp_path: Path) -> None:
+    logger = file_logger(kind, tmp_path / "first", distribution, name="at-10-15")
     (tmp_path / "first" / "at-10-15" / "version_0").mkdir(parents=True)
     assert logger.version == 1
-    fresh = file_logger(kind, tmp_path / "second", flavour, name="at-10-16")
+    fresh = file_logger(kind, tmp_path / "second", distribution, name="at-10-16")
     set_identity(fresh, identity_of(logger))
     assert (fresh.name, fresh.save_dir, fresh.version) == ("at-10-15", str(tmp_path / "first"), 1)
     assert fresh.log_dir == logger.log_dir
@@ -121,7 +126,7 @@ def test_an_identity_that_is_no_plain_data_is_refused(answer: Any) -> None:
 
 
 def test_a_logger_whose_run_is_not_known_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    dummy = module(FLAVOURS[0], "loggers.logger").DummyLogger()
+    dummy = module(DISTRIBUTIONS[0], "loggers.logger").DummyLogger()
     known = [file_logger("CSVLogger", tmp_path), dummy]
     run_loggers(known, tmp_path).warn_of_strangers()
     run_loggers([*known, own_logger(), own_logger()], tmp_path).warn_of_strangers()
@@ -131,7 +136,7 @@ def test_a_logger_whose_run_is_not_known_is_named_once(tmp_path: Path, caplog: p
 
 
 def test_a_dummy_logger_is_not_asked_for_anything(tmp_path: Path, arena: Arena) -> None:
-    loggers = run_loggers(module(FLAVOURS[0], "loggers.logger").DummyLogger(), tmp_path)
+    loggers = run_loggers(module(DISTRIBUTIONS[0], "loggers.logger").DummyLogger(), tmp_path)
     loggers.hold(arena.path)
     loggers.note(cohort_of(arena, {}))
     assert arena.notes()[NOTE] == []
@@ -155,15 +160,15 @@ def test_a_new_process_finds_the_run_in_the_arena_or_in_the_runs_folder(
     arena_is_empty: bool, tmp_path: Path, arena: Arena
 ) -> None:
     first = file_logger("CSVLogger", tmp_path, version=5)
-    run_loggers(first, tmp_path, chapter=1).note(cohort_of(arena, {}))
+    run_loggers(first, tmp_path, fit_index=1).note(cohort_of(arena, {}))
     if arena_is_empty:
         arena.note(NOTE, None)
     fresh = file_logger("CSVLogger", tmp_path)
-    run_loggers(fresh, tmp_path, chapter=1).identify_alone(arena)
+    run_loggers(fresh, tmp_path, fit_index=1).identify_alone(arena)
     assert fresh.version == 5
     other = file_logger("CSVLogger", tmp_path)
     if arena_is_empty:
-        run_loggers(other, tmp_path, chapter=2).identify_alone(arena)
+        run_loggers(other, tmp_path, fit_index=2).identify_alone(arena)
         assert other.version == 0
 
 
@@ -199,10 +204,10 @@ def test_variables_that_another_user_may_have_written_are_not_given_to_rank_0(pl
 # ---------------------------------------------------------------------- tracking services
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_wandb_resumes_by_its_id(flavour: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_wandb_resumes_by_its_id(distribution: str, tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="installed by the extra `loggers`")
-    make = module(flavour, "loggers").WandbLogger
+    make = module(distribution, "loggers").WandbLogger
     logger, fresh = (make(name=name, project="p", save_dir=str(tmp_path), offline=True) for name in ("10:15", "10:16"))
     set_identity(logger, {"_id": "abc"})
     set_identity(fresh, identity_of(logger))
@@ -217,7 +222,7 @@ def test_wandb_resumes_by_its_id(flavour: str, tmp_path: Path) -> None:
 
 MLFLOW = """
 import importlib, sys
-from lightning_ckptless.trainer.host.logger_identity import identity_of, set_identity
+from lightning_ckptless.internals.lightning.logger_identity import identity_of, set_identity
 make = importlib.import_module(sys.argv[1] + ".loggers").MLFlowLogger
 logger, fresh = (make("e", tracking_uri="sqlite:///runs.db") for _ in range(2))
 stray = fresh.run_id
@@ -231,10 +236,10 @@ assert fresh.experiment.get_run(logger.run_id).info.status == "FINISHED"
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_mlflow_continues_its_run_and_ends_one_that_was_opened_before_fit(flavour: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_mlflow_continues_its_run_and_ends_one_that_was_opened_before_fit(distribution: str, tmp_path: Path) -> None:
     for name in ("mlflow", "sqlalchemy"):
         pytest.importorskip(name, reason="installed by the extra `loggers`")
     # In a process of its own: MLflow keeps the database open.
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run([sys.executable, "-c", MLFLOW, flavour], cwd=tmp_path, env=env, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", MLFLOW, distribution], cwd=tmp_path, env=env, check=True, timeout=120)

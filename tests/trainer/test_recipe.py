@@ -20,13 +20,13 @@ from lightning_ckptless.errors import DurableError
 from lightning_ckptless.formats.packing import pack
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.versions import Snapshot, Version
-from lightning_ckptless.replica.layout import live_views, slot_views
-from lightning_ckptless.replica.partition import plan_layout
-from lightning_ckptless.trainer.host.recipe import recipe_of
-from lightning_ckptless.trainer.snapshot import SmallState
-from lightning_ckptless.trainer.state import StateIndex
-from lightning_ckptless.trainer.tensors import describe_state
-from tests.trainer.tiny import FLAVOURS, tiny_loader, tiny_trainer
+from lightning_ckptless.replica.layout.layout import live_views, slot_views
+from lightning_ckptless.replica.layout.planner import plan_layout
+from lightning_ckptless.trainer.state.checkpoint_recipe import recipe_of
+from lightning_ckptless.trainer.state.host_state import HostState
+from lightning_ckptless.trainer.state.layout_tensors import describe_state
+from lightning_ckptless.trainer.state.tensors import StateIndex
+from tests.trainer.tiny import DISTRIBUTIONS, tiny_loader, tiny_trainer
 
 
 class Counted(nn.Module):
@@ -47,9 +47,9 @@ class Counted(nn.Module):
         self.calls = state["calls"]
 
 
-def rich_module(flavour: str) -> Any:
+def rich_module(distribution: str) -> Any:
     """A module with something of every kind that a checkpoint holds."""
-    base: Any = importlib.import_module(flavour).LightningModule
+    base: Any = importlib.import_module(distribution).LightningModule
 
     class Rich(base):  # type: ignore[misc]
         def __init__(self, width: int = 4, layer: Any = None, secret: Any = None) -> None:
@@ -88,8 +88,8 @@ def rich_module(flavour: str) -> Any:
     return Rich(layer=nn.Linear(2000, 2000), secret=lambda: None)
 
 
-def data_of(flavour: str) -> Any:
-    base: Any = importlib.import_module(flavour).LightningDataModule
+def data_of(distribution: str) -> Any:
+    base: Any = importlib.import_module(distribution).LightningDataModule
 
     class Data(base):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -107,14 +107,14 @@ def data_of(flavour: str) -> Any:
 
 def capture_from(trainer: Any, options: CkptlessOptions) -> Captured:
     """The state of a trainer of one rank, as an arena would hold it."""
-    index, small = StateIndex(trainer), SmallState(trainer, options)
+    index, host_state = StateIndex(trainer), HostState(trainer, options)
     layout = plan_layout([describe_state(index)])
     bulk = torch.zeros(layout.bulk_bytes(0), dtype=torch.uint8)
     for view, source in zip(slot_views(layout, 0, bulk), live_views(layout, 0, 0, index.read()), strict=True):
         view.copy_(source)
-    recipe = seal_recipe(pack(recipe_of(trainer, index.read(), small.callbacks)))
+    recipe = seal_recipe(pack(recipe_of(trainer, index.read(), host_state.callbacks)))
     snapshot = Snapshot(Version(trainer.global_step, True), 1, 1, layout.digest)
-    return Captured(snapshot, layout, (ShardCopy(bulk, pack({"state": small.capture({})}), ""),), recipe)
+    return Captured(snapshot, layout, (ShardCopy(bulk, pack({"state": host_state.capture({})}), ""),), recipe)
 
 
 def same(found: Any, expected: Any, where: str) -> None:
@@ -133,11 +133,11 @@ def same(found: Any, expected: Any, where: str) -> None:
 
 
 def both(
-    flavour: str, root: Path, module: Any, *, ema: bool = False, hooks: Any = "never"
+    distribution: str, root: Path, module: Any, *, ema: bool = False, hooks: Any = "never"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is put together from a version at the end of `fit`, and what Lightning saves there."""
     made: list[dict[str, Any]] = []
-    callbacks: Any = importlib.import_module(f"{flavour}.callbacks")
+    callbacks: Any = importlib.import_module(f"{distribution}.callbacks")
 
     class Look(callbacks.Callback):  # type: ignore[misc]
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -147,19 +147,21 @@ def both(
     if ema and not hasattr(callbacks, "EMAWeightAveraging"):
         pytest.skip("Lightning has it since 2.6")
     extra = [callbacks.EMAWeightAveraging(decay=0.9)] if ema else []
-    trainer = tiny_trainer(root, flavour, callbacks=[*extra, Look()])
-    trainer.fit(module, datamodule=data_of(flavour))
+    trainer = tiny_trainer(root, distribution, callbacks=[*extra, Look()])
+    trainer.fit(module, datamodule=data_of(distribution))
     # Classes of the program, for which others stand in, are its own again when it reads the file.
     torch.save(made[0], root / "made.ckpt", pickle_module=PICKLE_MODULE)
     found, expected = (torch.load(root / name, weights_only=False) for name in ("made.ckpt", "own.ckpt"))
     return found, expected
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("ema", [False, True])
-def test_all_that_a_checkpoint_holds(ema: bool, flavour: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_all_that_a_checkpoint_holds(
+    ema: bool, distribution: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
-        found, expected = both(flavour, tmp_path, rich_module(flavour), ema=ema)
+        found, expected = both(distribution, tmp_path, rich_module(distribution), ema=ema)
     for name in ("layer", "secret"):
         expected["hyper_parameters"].pop(name, None)
     assert expected.pop("mine") == {"answer": 42}, "only the program's own hook adds it"
@@ -175,7 +177,7 @@ def test_all_that_a_checkpoint_holds(ema: bool, flavour: str, tmp_path: Path, ca
 
 @pytest.mark.parametrize("ema", [False, True])
 def test_with_the_programs_own_hooks_it_is_what_lightning_writes(ema: bool, tmp_path: Path) -> None:
-    found, expected = both(FLAVOURS[0], tmp_path, rich_module(FLAVOURS[0]), ema=ema, hooks="every_version")
+    found, expected = both(DISTRIBUTIONS[0], tmp_path, rich_module(DISTRIBUTIONS[0]), ema=ema, hooks="every_version")
     assert found["mine"] == {"answer": 42}
     layers = [checkpoint["hyper_parameters"].pop("layer") for checkpoint in (found, expected)]
     assert torch.equal(layers[0].weight, layers[1].weight)
@@ -183,7 +185,7 @@ def test_with_the_programs_own_hooks_it_is_what_lightning_writes(ema: bool, tmp_
 
 
 def test_a_state_dict_that_is_made_up_is_no_part_of_a_version(tmp_path: Path) -> None:
-    module = rich_module(FLAVOURS[0])
+    module = rich_module(DISTRIBUTIONS[0])
     module.register_state_dict_post_hook(lambda _, state, *__: state.update({"made.up": torch.ones(2)}))
     with pytest.raises(DurableError, match=r"state_dict has made\.up, which is no tensor of the state"):
-        both(FLAVOURS[0], tmp_path, module)
+        both(DISTRIBUTIONS[0], tmp_path, module)

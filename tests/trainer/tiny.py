@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-FLAVOURS = ("lightning.pytorch", "pytorch_lightning")
+DISTRIBUTIONS = ("lightning.pytorch", "pytorch_lightning")
 
 
-def tiny_module(flavour: str = FLAVOURS[0]) -> Any:
+def tiny_module(distribution: str = DISTRIBUTIONS[0]) -> Any:
     """A module of one distribution with a loss that is logged."""
-    base: Any = importlib.import_module(flavour).LightningModule
+    base: Any = importlib.import_module(distribution).LightningModule
 
     class Tiny(base):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -40,7 +40,7 @@ def tiny_loader(samples: int = 8, batch_size: int = 2) -> DataLoader[Any]:
     return DataLoader(TensorDataset(torch.arange(2.0 * samples).reshape(samples, 2) / samples), batch_size)
 
 
-def tiny_trainer(root: Path, flavour: str = FLAVOURS[0], **options: Any) -> Any:
+def tiny_trainer(root: Path, distribution: str = DISTRIBUTIONS[0], **options: Any) -> Any:
     """A silent trainer on one CPU."""
     settings: dict[str, Any] = {
         "accelerator": "cpu",
@@ -54,10 +54,10 @@ def tiny_trainer(root: Path, flavour: str = FLAVOURS[0], **options: Any) -> Any:
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
     }
-    return importlib.import_module(flavour).Trainer(**(settings | options))
+    return importlib.import_module(distribution).Trainer(**(settings | options))
 
 
-def callback(flavour: str = FLAVOURS[0], **hooks: Any) -> Any:
+def callback(distribution: str = DISTRIBUTIONS[0], **hooks: Any) -> Any:
     """A callback made of functions, by the names of its hooks."""
-    base = importlib.import_module(f"{flavour}.callbacks").Callback
+    base = importlib.import_module(f"{distribution}.callbacks").Callback
     return type("Hooks", (base,), {name: staticmethod(hook) for name, hook in hooks.items()})()

@@ -25,8 +25,8 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
 from lightning_ckptless import environment
-from lightning_ckptless.assembly import strategy_for
-from lightning_ckptless.trainer import launcher
+from lightning_ckptless._registration.assembly import strategy_for
+from lightning_ckptless.trainer.strategy import launcher
 from tests.upstream.runs import STRATEGIES, StrategyName
 
 FLAVOUR = "lightning.pytorch"
@@ -172,7 +172,7 @@ def worker_environment() -> Iterator[dict[str, str]]:
     """
     before = dict(os.environ)
     folder = Path(tempfile.mkdtemp(prefix="ckptless-upstream-"))
-    for name in ("arenas", "verdicts", "runs"):
+    for name in ("arenas", "exit_reports", "runs"):
         (folder / name).mkdir()
     variables = {
         "TORCHELASTIC_RUN_ID": uuid.uuid4().hex[:12],
@@ -190,10 +190,10 @@ def worker_environment() -> Iterator[dict[str, str]]:
         environment.AGENT: str(os.getpid()),
         environment.NODE: "upstream",
         environment.ARENA_DIR: str(folder / "arenas"),
-        environment.VERDICT_DIR: str(folder / "verdicts"),
+        environment.AGENT_DIR: str(folder / "exit_reports"),
         environment.RUN_ROOT: str(folder / "runs"),
         environment.GENERATION: "0",
-        environment.CHAPTER: "0",
+        environment.FIT_INDEX: "0",
         environment.CALLS: "0",
     }
     os.environ.update(variables)

@@ -28,7 +28,12 @@ TEST_TIMEOUT_S = 60
 FILE_TIMEOUT_S = 1200
 ALL = "all"
 # What many of the tests import, beside what the plugin does.
-PRELOADED = ("lightning_ckptless.trainer.strategies", "omegaconf", "tests.upstream.plugin", "torch.utils.tensorboard")
+PRELOADED = (
+    "lightning_ckptless.trainer.strategy.strategies",
+    "omegaconf",
+    "tests.upstream.plugin",
+    "torch.utils.tensorboard",
+)
 
 
 @dataclass(frozen=True, slots=True)

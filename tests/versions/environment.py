@@ -16,12 +16,12 @@ from tempfile import TemporaryDirectory
 from tests.versions.legs import REPOSITORY
 
 TELLING = (
-    "tests/test_names.py",
+    "tests/internals/test_names.py",
     "tests/test_supported.py",
-    "tests/test_torch_internals.py",
-    "tests/test_mesh_internals.py",
+    "tests/internals/test_torch_internals.py",
+    "tests/internals/test_mesh_internals.py",
     "tests/membership/test_elastic_internals.py",
-    "tests/trainer/test_host.py",
+    "tests/internals/test_lightning.py",
     "tests/faults/test_kill.py::test_kill[rank=0-during=backward]",
     "tests/faults/test_kill.py::test_kill[rank=1-during=validation]",
     "tests/faults/test_kill.py::test_kill[data=persistent_workers]",
@@ -37,7 +37,7 @@ _INSTALL_S, _TRY_S = 600, 900
 _NEEDED_BYTES = 12_000_000_000
 
 HEAD = "from lightning.pytorch import seed_everything\n\nseed_everything(1)\n"
-TAIL = """
+VALIDATION = """
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 trainer.fit_loop.max_epochs = 1
@@ -129,7 +129,7 @@ def readme_program() -> str:
     example: str = re.findall(
         r"^```python\n(.*?)^```$", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL
     )[0]
-    return HEAD + example + ("" if ".fit(" in example else TAIL)
+    return HEAD + example + ("" if ".fit(" in example else VALIDATION)
 
 
 def build_wheel(python: str, folder: Path) -> Path:

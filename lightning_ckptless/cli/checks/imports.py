@@ -20,7 +20,7 @@ from rich.filesize import decimal
 from lightning_ckptless.cli.checks import script
 from lightning_ckptless.cli.checks.check import Check, State, Status
 from lightning_ckptless.errors import OptionsError
-from lightning_ckptless.membership.parent import parent_environment
+from lightning_ckptless.membership.forkserver.client import parent_environment
 
 PROBE = "lightning_ckptless.cli.checks.probe"
 _PACKAGE_FOLDER = Path(__file__).parents[3]

@@ -11,7 +11,7 @@ import psutil
 from rich.filesize import decimal
 
 from lightning_ckptless.cli.checks.check import Check, Job, Status
-from lightning_ckptless.control_groups import Ceiling, ceiling
+from lightning_ckptless.system.control_groups import Ceiling, ceiling
 
 _INFINIBAND = Path("/sys/class/infiniband")
 # Least: measured with four ranks on gloo. Comfortable: dataloader workers, further process groups and the program's own

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType, ModuleType
 from typing import IO, Any
 
-from lightning_ckptless.membership.preload import foreign_threads, loses_cuda, unsafe_to_fork
+from lightning_ckptless.membership.forkserver.server import foreign_threads, loses_cuda, unsafe_to_fork
 
 _SCRIPT = "__ckptless_doctor__"
 """What `__name__` is in the script's code: not that of the main program, whose part is not run."""

@@ -13,7 +13,7 @@ from lightning_ckptless.cli.checks.check import FLOAT_BYTES, Check, Job, Status
 from lightning_ckptless.durable.folder import DurableFolder
 from lightning_ckptless.errors import ArenaError, OptionsError
 from lightning_ckptless.protocol.placement import place
-from lightning_ckptless.replica.space import MAKE_ROOM, SHARED_MEMORY, default_arena_dir, is_in_memory
+from lightning_ckptless.replica.arena_space import MAKE_ROOM, SHARED_MEMORY, default_arena_dir, is_in_memory
 
 DURABLE_STATES = 3
 """On the disk at once: two are kept by default, and one is on its way."""

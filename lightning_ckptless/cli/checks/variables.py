@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 from lightning_ckptless import environment
 from lightning_ckptless.cli.checks.check import Check, Status
-from lightning_ckptless.membership.nccl import ENDS_THE_PROCESS
+from lightning_ckptless.membership.worker.nccl import ENDS_THE_PROCESS
 
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 _TORCHS_PREFIX = "TORCH_"

@@ -1,0 +1,1 @@
+"""The names of our strategies, made known to Lightning when torch is imported."""

@@ -1,0 +1,130 @@
+"""Makes the names of our strategies, such as `"ckptless"`, known to Lightning, without importing Lightning or torch.
+
+Lightning has a registry of strategies and no entry point to fill it. A distribution of Lightning that is imported
+already is told at once. For one that is not, a finder in front of `sys.meta_path` waits until the module with the
+registry has been executed. The strategy itself, and all that it needs, is imported when a trainer asks for it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from lightning_ckptless._registration import mlflow_tables
+from lightning_ckptless._registration.autoload import autoload
+
+
+class Registered(NamedTuple):
+    """What a name in the registry stands for.
+
+    Args:
+        strategy: name of the class, as `assembly.strategy_for` takes it.
+        options: that the name implies.
+        description: what the registry says about it.
+    """
+
+    strategy: str
+    options: dict[str, Any]
+    description: str
+
+
+_DATA_PARALLEL = "Data parallelism that survives the loss of any rank, bit for bit"
+NAMES = {
+    "ckptless": Registered("ckptless", {}, _DATA_PARALLEL),
+    # Programs look for "ddp" in the name of a strategy, and for the names that Lightning gives to options of DDP. Those
+    # of start methods (`ddp_spawn`, `ddp_fork`, `ddp_notebook`) have no counterpart: the agent starts the workers.
+    "ckptless_ddp": Registered("ckptless", {}, _DATA_PARALLEL),
+    "ckptless_ddp_find_unused_parameters_true": Registered(
+        "ckptless", {"find_unused_parameters": True}, f"{_DATA_PARALLEL}; parameters may be left out of a step"
+    ),
+    "ckptless_ddp_find_unused_parameters_false": Registered(
+        "ckptless", {"find_unused_parameters": False}, f"{_DATA_PARALLEL}; every parameter takes part in every step"
+    ),
+    "ckptless_model_parallel": Registered(
+        "ckptless_model_parallel",
+        {},
+        "Sharded models (FSDP2, tensor parallel) that survive the loss of any rank, bit for bit",
+    ),
+}
+DISTRIBUTIONS = {
+    "lightning.pytorch.strategies": "lightning.pytorch",
+    "pytorch_lightning.strategies": "pytorch_lightning",
+}
+
+
+def register_everywhere() -> None:
+    """Tell the distributions of Lightning that are imported, and see to it that later ones are told. Idempotent."""
+    mlflow_tables.open_one_at_a_time()
+    for module_name, distribution in DISTRIBUTIONS.items():
+        # A module that is still being executed may have no registry yet: its loader comes back here.
+        registry = getattr(sys.modules.get(module_name), "StrategyRegistry", None)
+        for name, (strategy, options, description) in NAMES.items():
+            if registry is not None and name not in registry:
+                build = partial(build_strategy, distribution, strategy, **options)
+                registry.register(name, build, description=description)
+    if not any(isinstance(finder, RegistryFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, RegistryFinder())
+
+
+def build_strategy(distribution: str, name: str, **options: Any) -> Any:
+    """Make a strategy for one distribution of Lightning.
+
+    Args:
+        distribution: `lightning.pytorch` or `pytorch_lightning`.
+        name: of the strategy.
+        **options: what its class takes.
+    """
+    from lightning_ckptless._registration.assembly import strategy_for
+
+    return strategy_for(distribution, name)(**options)
+
+
+class RegistryFinder(MetaPathFinder):
+    """Finds the modules with a registry, and MLflow's store, as any finder does; adds a step after their execution."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Find one of these modules through the other finders; leave all other modules to them."""
+        if fullname not in DISTRIBUTIONS and fullname != mlflow_tables.STORE:
+            return None
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = RegisteringLoader(spec.loader)
+                return spec
+        return None
+
+
+class RegisteringLoader(Loader):
+    """Loads a module through its own loader, then registers the strategies in it and steps aside.
+
+    Args:
+        loader: the module's own loader.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Create the module as its own loader does."""
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Execute the module, then register; the module is as good as without us if that fails."""
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        autoload()

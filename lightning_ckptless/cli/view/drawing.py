@@ -1,0 +1,121 @@
+"""The picture of a run: steps over time, goodput, and the phases of each recovery. Drawn with matplotlib."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning_ckptless.cli.view.story import PHASES, Story
+from lightning_ckptless.errors import OptionsError
+
+# Told apart by most kinds of colour blindness, too.
+PHASE_COLOURS = dict(zip(PHASES, ("#cc3311", "#ee7733", "#ddaa33", "#33bbee", "#0077bb", "#bbbbbb"), strict=True))
+_INK, _STEPS, _FAULT, _GRID = "#22272e", "#004488", "#cc3311", "#e4e7eb"
+_ROW_INCHES = 0.34
+
+
+def draw(story: Story, target: Path | Any, format_name: str) -> None:
+    """Draw a story.
+
+    Args:
+        story: of a run.
+        target: a path, or a file that is open for writing bytes.
+        format_name: `png` or `svg`.
+
+    Raises:
+        OptionsError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise OptionsError(f"a timeline is drawn with matplotlib: pip install matplotlib ({error})") from error
+
+    rows = max(1, len(story.recoveries))
+    style: dict[Any, Any] = {
+        "font.size": 9,
+        "axes.edgecolor": _GRID,
+        "text.color": _INK,
+        "axes.labelcolor": _INK,
+        "svg.hashsalt": "0",
+    }
+    with rc_context(style):
+        heights = [3.0, 1.3, _ROW_INCHES * (rows + 1)]
+        figure = Figure(figsize=(11, sum(heights) + 1.9), layout="constrained")
+        axes = figure.subplots(3, 1, height_ratios=heights)
+        figure.suptitle(_title(story), x=0.01, ha="left", fontsize=12, fontweight="bold")
+        _draw_steps(axes[0], story)
+        _draw_goodput(axes[1], story)
+        _draw_recoveries(axes[2], story)
+        for ax in axes:
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.tick_params(color=_GRID, labelcolor=_INK)
+        # Neither the date nor the program: the same run gives the same file.
+        metadata = {"Software": None} if format_name == "png" else {"Date": None, "Creator": None}
+        figure.savefig(target, format=format_name, dpi=150, metadata=metadata)
+
+
+def _title(story: Story) -> str:
+    parts = [f"{story.last_step} steps in {story.wall_s:.1f} s", f"{len(story.recoveries)} recoveries"]
+    if story.final_goodput is not None:
+        parts.append(f"goodput {story.final_goodput:.1%}")
+    return f"{story.run_id}:  {',  '.join(parts)}"
+
+
+def _draw_steps(ax: Any, story: Story) -> None:
+    for span in story.recoveries:
+        ax.axvspan(span.began_at, span.ended_at, color=_FAULT, alpha=0.15, linewidth=0)
+    for steps in story.by_generation.values():
+        ax.plot([s.at for s in steps], [s.step for s in steps], color=_STEPS, linewidth=1.8, marker=".", markersize=3)
+    for number, fault in enumerate(story.faults):
+        ax.axvline(fault.at, color=_FAULT, linewidth=1, linestyle=(0, (3, 2)))
+        # Neighbours at different heights, so that close faults stay legible.
+        height = 0.97 - 0.09 * (number % 4)
+        ax.annotate(
+            fault.text,
+            (fault.at, height),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            color=_FAULT,
+            fontsize=8,
+            va="top",
+            bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1},
+        )
+    ax.set(xlim=(0, story.wall_s), ylabel="optimizer step")
+    ax.set_ylim(bottom=0)
+    ax.grid(color=_GRID, linewidth=0.6)
+    ax.tick_params(labelbottom=False)
+
+
+def _draw_goodput(ax: Any, story: Story) -> None:
+    instants = [instant for instant, _ in story.goodput]
+    shares = [100 * share for _, share in story.goodput]
+    ax.fill_between(instants, shares, color=_STEPS, alpha=0.15, linewidth=0)
+    ax.plot(instants, shares, color=_STEPS, linewidth=1.4)
+    for fault in story.faults:
+        ax.axvline(fault.at, color=_FAULT, linewidth=1, linestyle=(0, (3, 2)))
+    ax.set(xlim=(0, story.wall_s), ylim=(0, 105), ylabel="goodput so far, %", xlabel="seconds since the run began")
+    ax.grid(color=_GRID, linewidth=0.6)
+
+
+def _draw_recoveries(ax: Any, story: Story) -> None:
+    if not story.recoveries:
+        ax.text(0.5, 0.5, "no recoveries", ha="center", va="center", transform=ax.transAxes)
+        ax.set(xticks=[], yticks=[])
+        return
+    longest_s = max(span.total_s for span in story.recoveries)
+    places = range(len(story.recoveries))
+    left = [0.0] * len(story.recoveries)
+    for name in PHASES:
+        widths = [1e3 * span.phases[name] for span in story.recoveries]
+        ax.barh(places, widths, left=left, height=0.62, color=PHASE_COLOURS[name], label=name)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for place, span in zip(places, story.recoveries, strict=True):
+        label = f"  {1e3 * span.total_s:.0f} ms   {span.text}"
+        ax.text(1e3 * span.total_s, place, label, va="center", fontsize=8)
+    # Room for the words beside the bars.
+    ax.set(xlim=(0, 2200 * longest_s), xlabel="recoveries: milliseconds since the fault", yticks=list(places))
+    ax.set_yticklabels([f"{span.began_at:.1f} s" for span in story.recoveries])
+    ax.set_ylim(len(story.recoveries) - 0.4, -0.6)
+    ax.legend(ncols=len(PHASES), loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)

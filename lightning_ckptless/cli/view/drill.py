@@ -1,0 +1,149 @@
+"""How a drill looks: progress while it runs, tables when it is over."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from lightning_ckptless.testing.drill import DrillReport, Progress, Recovery
+
+TITLES = {"baseline": "uninterrupted", "faulted": "with faults", "repeated": "once more"}
+MOST_SHOWN = 20
+PHASES = ("detect", "abort", "regroup", "restore", "replay", "other")
+
+
+class _Mark(SpinnerColumn):
+    """A spinner, then a green tick or a red cross."""
+
+    def render(self, task: Task) -> RenderableType:
+        if task.fields["failed"] is None:
+            return super().render(task)
+        return Text("✗", style="red") if task.fields["failed"] else Text("✓", style="green")
+
+
+class ProgressView:
+    """Two bars, one for each run. A context manager.
+
+    Args:
+        console: where they are drawn.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._bars = Bars(
+            _Mark(),
+            TextColumn("{task.description:<14}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps  {task.fields[events]}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def update(self, progress: Progress) -> None:
+        """Show how far a run is."""
+        task = self._tasks.get(progress.variant)
+        if task is None:
+            title = TITLES.get(progress.variant, progress.variant)
+            task = self._tasks[progress.variant] = self._bars.add_task(title, total=progress.of, events="", failed=None)
+        events = f"{progress.faults} faults, {progress.recoveries} recoveries" if progress.faults else ""
+        total = progress.step if progress.done else progress.of
+        failed = progress.failed if progress.done else None
+        self._bars.update(task, completed=progress.step, total=total, events=events, failed=failed)
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+
+def show_report(report: DrillReport, console: Console) -> None:
+    """Print a report: faults and recoveries, what was compared, the exit_report."""
+    console.print(faults_table(report))
+    if report.recoveries:
+        console.print(recoveries_table(report.recoveries))
+    console.print(comparison_table(report))
+    if report.exit_report.differences:
+        console.print(differences_table(report))
+    for pattern in report.unused_patterns:
+        console.print(f"--ignore {pattern}: no value has such a name", style="yellow", markup=False, soft_wrap=True)
+    if report.identical:
+        console.print(Text("IDENTICAL", style="bold green"), "results match bit for bit")
+        return
+    console.print(Text("NOT IDENTICAL", style="bold red"))
+    for problem in report.problems:
+        console.print(f"- {problem}", markup=False, highlight=False, soft_wrap=True)
+
+
+def faults_table(report: DrillReport) -> Table:
+    """What was to go wrong, and whether it did."""
+    table = _table("Faults", "fault", "happened")
+    for fault in report.faults:
+        table.add_row(str(fault), Text("no", style="red") if fault in report.unfired else "yes")
+    return table
+
+
+def recoveries_table(recoveries: tuple[Recovery, ...]) -> Table:
+    """One row per recovery, with its phases in milliseconds."""
+    table = _table("Recoveries, in milliseconds", "cause", "from")
+    shown = [name for name in PHASES if name != "other" or any(r.phases.get("other_s") for r in recoveries)]
+    for heading in (*shown, "total"):
+        # Where the terminal is narrow the sentences are folded, not the figures.
+        table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
+    for recovery in recoveries:
+        who = "" if recovery.culprit_rank is None else f"rank {recovery.culprit_rank}: "
+        cause = who + recovery.cause.removeprefix("died by ").replace("exited with code", "exit")
+        phases = [f"{1e3 * recovery.phases.get(f'{name}_s', 0.0):.0f}" for name in shown]
+        table.add_row(cause, recovery.version, *phases, f"{1e3 * recovery.total_s:.0f}")
+    return table
+
+
+def comparison_table(report: DrillReport) -> Table:
+    """What was compared."""
+    exit_report = report.exit_report
+    table = _table("Runs", "", "uninterrupted", "with faults")
+    seconds = [f"{run.wall_s:.1f} s" for run in (report.baseline, report.faulted)]
+    table.add_row("took", *seconds)
+    table.add_row("recovered in place", "0", str(report.in_place))
+    table.add_row("relaunches", "0", str(report.relaunches))
+    table.add_row("steps replayed", "0", str(sum(recovery.steps_replayed for recovery in report.recoveries)))
+    table.add_row("points compared", str(exit_report.points), f"{exit_report.points + exit_report.repeated}")
+    table.add_row("log rows compared", str(exit_report.rows), "")
+    if exit_report.ignored:
+        table.add_row("values ignored", ", ".join(exit_report.ignored), "")
+    first = "none" if exit_report.first is None else f"{exit_report.first.where}: {exit_report.first.field}"
+    table.add_row("first difference", "", Text(first, style="green" if exit_report.first is None else "red"))
+    return table
+
+
+def differences_table(report: DrillReport) -> Table:
+    """What differs, by name: how often, where first, and whether two undisturbed runs differ there as well."""
+    table = _table("What differs", "value", "times", "first at", "expected", "found")
+    if report.repetition is not None:
+        table.add_column("also undisturbed")
+    by_field = report.exit_report.by_field()
+    for field, differences in list(by_field.items())[:MOST_SHOWN]:
+        first = differences[0]
+        also = [] if report.repetition is None else ["yes" if field in report.unrepeatable else "no"]
+        table.add_row(field, str(len(differences)), first.where, first.expected, first.found, *also)
+    if len(by_field) > MOST_SHOWN:
+        table.add_row(f"and {len(by_field) - MOST_SHOWN} more", "", "", "", "")
+    return table
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table

@@ -1,0 +1,76 @@
+"""The story of a run as one HTML page that needs nothing beside itself: no script, no file, no network."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable
+from html import escape
+
+from lightning_ckptless.cli.view.drawing import PHASE_COLOURS, draw
+from lightning_ckptless.cli.view.story import PHASES, Story
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #22272e; background: #fff; max-width: 72rem; margin: 2rem auto;
+       padding: 0 1rem; }
+h1 { font-size: 1.4rem; margin: 0 0 1rem; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+dl { display: flex; flex-wrap: wrap; gap: .75rem 2.5rem; margin: 0 0 1rem; }
+dt { font-size: .8rem; color: #667; }
+dd { margin: 0; font-size: 1.3rem; font-variant-numeric: tabular-nums; }
+svg { width: 100%; height: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #e4e7eb; text-align: right; }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
+i { display: inline-block; width: .7em; height: .7em; margin-right: .35em; }
+"""
+
+
+def page(story: Story) -> str:
+    """The whole page.
+
+    Args:
+        story: of a run.
+
+    Raises:
+        OptionsError: matplotlib is not installed.
+    """
+    goodput = "unknown" if story.final_goodput is None else f"{story.final_goodput:.1%}"
+    facts = {
+        "steps": str(story.last_step),
+        "wall clock": f"{story.wall_s:.1f} s",
+        "faults": str(len(story.faults)),
+        "recoveries": str(len(story.recoveries)),
+        "goodput": goodput,
+    }
+    listed = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
+    title = f"Run {escape(story.run_id)}"
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n<dl>{listed}</dl>\n{_picture(story)}\n"
+        f"{_recoveries(story)}</body>\n</html>\n"
+    )
+
+
+def _picture(story: Story) -> str:
+    drawn = io.BytesIO()
+    draw(story, drawn, "svg")
+    text = drawn.getvalue().decode()
+    # Inside a page an SVG stands without its own prologue; its metadata names vocabularies on the web.
+    return re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
+
+
+def _recoveries(story: Story) -> str:
+    if not story.recoveries:
+        return ""
+    phases = [f'<i style="background:{PHASE_COLOURS[name]}"></i>{name}' for name in PHASES]
+    head = _row("th", ["at", "what", *phases, "total"])
+    rows = []
+    for span in story.recoveries:
+        times = [f"{1e3 * span.phases[name]:.0f}" for name in PHASES]
+        rows.append(_row("td", [f"{span.began_at:.1f} s", escape(span.text), *times, f"{1e3 * span.total_s:.0f}"]))
+    return f"<h2>Recoveries, in milliseconds</h2>\n<table>\n{head}{''.join(rows)}</table>\n"
+
+
+def _row(tag: str, cells: Iterable[str]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in cells)}</tr>\n"

@@ -1,0 +1,102 @@
+"""How the status of a run looks."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from lightning_ckptless.cli.survey import Survey
+from lightning_ckptless.protocol.placement_table import HEAD, LOSSES_HEAD, PlacementTable
+
+_COLOURS = {"starting": "yellow", "running": "green", "ended": "blue", "stopped": "red"}
+_SLOT_COLOURS = {"committed": "green", "staged": "yellow", "writing": "cyan"}
+
+
+def show_status(found: Survey) -> None:
+    """Print what is known about a run."""
+    console = Console()
+    console.print(_head(found))
+    if found.plan is not None:
+        _show_plan(console, found.plan)
+    if found.arenas:
+        console.print(_arenas(found))
+    if found.slots:
+        console.print(_slots(found))
+    if found.recoveries:
+        console.print(_recoveries(found))
+
+
+def _head(found: Survey) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_row("run", Text(found.run_id, style="bold"), Text(found.state, style=_COLOURS[found.state]))
+    table.add_row("ledger", found.folder)
+    if found.generation is not None:
+        table.add_row("members", f"generation {found.generation}, {found.world_size} ranks")
+        table.add_row("", ", ".join(f"rank {rank}: pid {pid}" for rank, pid in found.members))
+        if found.standbys:
+            table.add_row("standbys", found.standbys)
+        table.add_row("placement", found.placement)
+    if found.protection:
+        table.add_row("protected", found.protection)
+    if found.arenas:
+        table.add_row("committed", found.committed or "nothing yet")
+        if found.commit_lag_steps is not None:
+            age = "" if found.commit_age_s is None else f", last written {found.commit_age_s:.1f} s ago"
+            table.add_row("commit lag", f"{found.commit_lag_steps} steps{age}")
+        table.add_row("restorable", found.restorable)
+    else:
+        table.add_row("arenas", "none on this machine")
+    if found.durable:
+        table.add_row("durable", found.durable)
+    table.add_row("recoveries", str(found.recovery_count))
+    if found.goodput is not None:
+        table.add_row("goodput", f"{found.goodput:.1%}")
+    return table
+
+
+def _show_plan(console: Console, plan: PlacementTable) -> None:
+    for title, head, rows in (("Plan", HEAD, plan.rows), ("Losses", LOSSES_HEAD, plan.losses)):
+        table = _table(title, *head)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        if plan.more and head is HEAD:
+            console.print(plan.more)
+
+
+def _arenas(found: Survey) -> Table:
+    table = _table("Arenas", "node", "agent", "size", "torn slots", "folder")
+    for arena in found.arenas:
+        agent = Text("alive", style="green") if arena.alive else Text("gone", style="red")
+        table.add_row(arena.node, agent, decimal(arena.bytes), str(arena.torn_headers), arena.path)
+    return table
+
+
+def _slots(found: Survey) -> Table:
+    table = _table("Shards", "shard", "kept by", "on", "slot", "version", "state", "size")
+    for slot in found.slots:
+        state = Text(slot.state, style=_SLOT_COLOURS.get(slot.state, ""))
+        holder = f"rank {slot.holder}" + (" (own)" if slot.holder == slot.shard else "")
+        cells = (str(slot.shard), holder, slot.node, str(slot.slot), slot.version)
+        table.add_row(*cells, state, decimal(slot.bytes))
+    return table
+
+
+def _recoveries(found: Survey) -> Table:
+    table = _table("Last recoveries", "cause", "how", "went on from", "total")
+    for facts in found.recoveries:
+        rank = facts.get("culprit_rank")
+        who = "" if rank is None else f"rank {rank} "
+        table.add_row(f"{who}{facts['cause']}", facts["rung"], facts["version"], f"{facts['total_s']:.2f} s")
+    return table
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in headings:
+        # A path is of use only as a whole.
+        table.add_column(heading, overflow="fold" if heading == "folder" else "ellipsis")
+    return table

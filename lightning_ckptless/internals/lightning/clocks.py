@@ -1,0 +1,82 @@
+"""Readings of the clock that Lightning keeps on its trainer and callbacks, and what it has measured by them.
+
+A reading means nothing in another process on another machine, and time that passes between a version and its
+restoration is not training time. So a version holds the age of each reading, and restoring it sets the reading to that
+age: the clock stands still in between, as it does between a checkpoint file and the run that resumes from it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lightning_ckptless.internals.lightning.distribution import is_a
+
+# Bound here: whoever replaces a clock of `time` for the program, as tests do, replaces it for the program alone.
+CLOCKS: dict[str, Callable[[], float]] = {"monotonic": time.monotonic, "perf_counter": time.perf_counter}
+_READINGS: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
+    ("callbacks", "Timer"): ("monotonic", ("_start_time", "_end_time")),
+    ("callbacks", "ModelCheckpoint"): ("monotonic", ("_last_time_checked",)),
+    ("callbacks", "ThroughputMonitor"): ("perf_counter", ("_t0s",)),
+    ("trainer.trainer", "Trainer"): ("monotonic", ("_train_start_time", "_last_val_time")),
+}
+"""By class: the function of `time` that is read, and the attributes that hold readings, single or in dictionaries."""
+
+
+def readings_of(owner: Any) -> tuple[str, ...]:
+    """Names of the attributes of a callback or trainer that hold readings of a clock."""
+    return _READINGS[kind][1] if (kind := _kind_of(owner)) else ()
+
+
+def ages_of(owner: Any) -> dict[str, Any]:
+    """Seconds that have passed since each reading."""
+    now, names = _now(owner), readings_of(owner)
+    return {name: _mapped(vars(owner)[name], lambda reading: now - reading) for name in names if name in vars(owner)}
+
+
+def set_ages(owner: Any, saved: dict[str, Any]) -> None:
+    """Set each reading as if it had been taken so many seconds ago."""
+    now = _now(owner)
+    vars(owner).update({name: _mapped(ages, lambda age: now - age) for name, ages in saved.items()})
+
+
+def _kind_of(owner: Any) -> tuple[str, str] | None:
+    return next((kind for kind in _READINGS if is_a(owner, *kind)), None)
+
+
+def _now(owner: Any) -> float:
+    kind = _kind_of(owner)
+    return CLOCKS[_READINGS[kind][0]]() if kind else 0.0
+
+
+def _mapped(value: Any, function: Callable[[float], float]) -> Any:
+    if isinstance(value, dict):
+        return {key: _mapped(item, function) for key, item in value.items()}
+    return None if value is None else function(value)
+
+
+# ---------------------------------------------------------------------- what was measured
+
+
+def windows_of(callback: Any) -> dict[Any, dict[str, list[Any]]]:
+    """The latest values from which a `ThroughputMonitor` computes rates, by stage; empty for any other callback."""
+    return {stage: {name: list(values) for name, values in windows} for stage, windows in _windows(callback)}
+
+
+def set_windows(callback: Any, saved: dict[Any, dict[str, list[Any]]]) -> None:
+    """Put back what `windows_of` returned: values that do not increase raise an error at the next batch."""
+    for stage, windows in _windows(callback):
+        for name, values in windows:
+            values.clear()
+            # These lists refuse single values that do not increase, not a list of them.
+            values.extend(saved.get(stage, {}).get(name, ()))
+
+
+def _windows(callback: Any) -> list[tuple[Any, list[tuple[str, Any]]]]:
+    if not is_a(callback, "callbacks", "ThroughputMonitor"):
+        return []
+    return [
+        (stage, [(name, values) for name, values in vars(throughput).items() if hasattr(values, "extend")])
+        for stage, throughput in callback._throughputs.items()
+    ]

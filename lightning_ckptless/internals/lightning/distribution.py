@@ -1,0 +1,65 @@
+"""The two distributions of Lightning, `lightning.pytorch` and `pytorch_lightning`: equal in code, not in classes."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+LIGHTNING = "lightning.pytorch"
+PYTORCH_LIGHTNING = "pytorch_lightning"
+DISTRIBUTIONS = (LIGHTNING, PYTORCH_LIGHTNING)
+
+
+def distribution_of(trainer: object) -> str:
+    """The distribution that an object's class, or one of its bases, comes from."""
+    for base in type(trainer).__mro__:
+        for distribution in DISTRIBUTIONS:
+            if base.__module__ == distribution or base.__module__.startswith(f"{distribution}."):
+                return distribution
+    return imported_flavour()
+
+
+def imported_flavour() -> str:
+    """The distribution that this process has imported; `lightning.pytorch` where both or none are."""
+    for distribution in DISTRIBUTIONS:
+        if distribution in sys.modules:
+            return distribution
+    return LIGHTNING
+
+
+def module(distribution: str, name: str = "") -> ModuleType:
+    """A module of one distribution, e.g. `module("pytorch_lightning", "callbacks")`."""
+    return importlib.import_module(f"{distribution}.{name}" if name else distribution)
+
+
+def fabric_module(distribution: str, name: str) -> ModuleType:
+    """A module of the fabric that belongs to a distribution."""
+    fabric = "lightning.fabric" if distribution == LIGHTNING else "lightning_fabric"
+    return importlib.import_module(f"{fabric}.{name}")
+
+
+def is_a(value: Any, module_name: str, class_name: str) -> bool:
+    """Whether a value is an instance of a class of either distribution."""
+    for distribution in DISTRIBUTIONS:
+        if (loaded := sys.modules.get(f"{distribution}.{module_name}")) is not None:
+            cls = getattr(loaded, class_name, None)
+            if cls is not None and isinstance(value, cls):
+                return True
+    return False
+
+
+_PARTS_OF_A_RUN = (
+    ("trainer.trainer", "Trainer"),
+    ("core.module", "LightningModule"),
+    ("core.datamodule", "LightningDataModule"),
+    ("callbacks", "Callback"),
+    ("strategies", "Strategy"),
+    ("loggers", "Logger"),
+)
+
+
+def is_part_of_a_run(value: Any) -> bool:
+    """Whether a value is a trainer or one of the objects that are handed to one."""
+    return any(is_a(value, *kind) for kind in _PARTS_OF_A_RUN)

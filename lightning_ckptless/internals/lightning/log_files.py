@@ -1,0 +1,223 @@
+"""Log files of a run that is restored: cut back to a version, and written on from there.
+
+A new `CSVLogger` would delete the rows of the folder that it is given; a new `TensorBoardLogger` would write steps
+again that are already there. Before anything asks for `experiment`, the files are cut back to what belongs to the
+restored version.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_ckptless.internals.lightning.distribution import distribution_of, is_a, module
+from lightning_ckptless.internals.lightning.override import Override
+
+
+def note_saved_config(callbacks: list[Any], *, saved: bool) -> None:
+    """Tell LightningCLI's callback whether the run's folder has its configuration; it refuses to find one there."""
+    for callback in callbacks:
+        if is_a(callback, "cli", "SaveConfigCallback"):
+            callback.already_saved = saved
+
+
+def empty_positions(loggers: list[Any]) -> list[dict[str, Any] | None]:
+    """The positions of log files before anything was written."""
+    return [{"rows": 0, "keys": [], "unsaved": [], "files": {}} for _ in loggers]
+
+
+def log_positions(loggers: list[Any]) -> list[dict[str, Any] | None]:
+    """How far each log file is: what was written until now, nothing after."""
+    return [_position(logger) for logger in loggers]
+
+
+def _position(logger: Any) -> dict[str, Any] | None:
+    if is_a(logger, "loggers", "CSVLogger"):
+        writer = logger.experiment
+        return {
+            "rows": getattr(writer, "ckptless_rows", 0),
+            "keys": list(writer.metrics_keys),
+            "unsaved": list(writer.metrics),
+        }
+    if is_a(logger, "loggers", "TensorBoardLogger"):
+        logger.experiment.flush()
+        return {"files": {name: path.stat().st_size for name, path in _event_files(Path(logger.log_dir)).items()}}
+    return None
+
+
+def watch_logs(loggers: list[Any]) -> None:
+    """Make every write of the log files countable, and rewrites of them atomic."""
+    for logger in loggers:
+        if is_a(logger, "loggers", "CSVLogger"):
+            _watch_csv(logger.experiment)
+
+
+def cut_logs(trainer: Any, saved: list[dict[str, Any] | None]) -> None:
+    """Cut the log files back to saved positions; called on the rank that writes them, before it opens them."""
+    for logger, position in zip(trainer.loggers, saved, strict=False):
+        if position is None:
+            continue
+        if "rows" in position and is_a(logger, "loggers", "CSVLogger"):
+            _cut_csv(logger, position, distribution_of(trainer))
+        elif "files" in position and is_a(logger, "loggers", "TensorBoardLogger"):
+            _close_elsewhere(logger)
+            _cut_events(Path(logger.log_dir), position["files"])
+
+
+def keep_logs(trainer: Any) -> None:
+    """Open the log files that are there, as they are; called on the rank that writes them, before it opens them."""
+    for logger in trainer.loggers:
+        if is_a(logger, "loggers", "CSVLogger"):
+            path = (
+                Path(logger.log_dir)
+                / module(distribution_of(trainer), "loggers.csv_logs").ExperimentWriter.NAME_METRICS_FILE
+            )
+            rows = _read_rows(path) if path.exists() else []
+            keys = list(rows[0]) if rows else []
+            _cut_csv(logger, {"rows": len(rows), "keys": keys, "unsaved": []}, distribution_of(trainer))
+
+
+def rewind_logs(trainer: Any, saved: list[dict[str, Any] | None]) -> None:
+    """Bring log files back to saved positions, open or not; called on the rank that writes them."""
+    for logger, position in zip(trainer.loggers, saved, strict=False):
+        if position is None:
+            continue
+        if "rows" in position and is_a(logger, "loggers", "CSVLogger"):
+            if _is_open(logger):
+                _rewind_csv(logger.experiment, position)
+            else:
+                _cut_csv(logger, position, distribution_of(trainer))
+        elif "files" in position and is_a(logger, "loggers", "TensorBoardLogger"):
+            logger.experiment.flush()
+            _cut_events(Path(logger.log_dir), position["files"], spare=_open_events(logger))
+
+
+def _is_open(logger: Any) -> bool:
+    """Whether a `CSVLogger` writes, and into its own folder: the program may have opened another one before `fit`."""
+    return hasattr(logger._experiment, "ckptless_rows") and logger._experiment.log_dir == logger.log_dir
+
+
+# ---------------------------------------------------------------------- CSV
+
+
+def _watch_csv(writer: Any) -> None:
+    if hasattr(writer, "ckptless_rows"):
+        return
+    path = Path(writer.metrics_file_path)
+    writer.ckptless_rows = len(_read_rows(path)) if path.exists() else 0
+    _count_rows(writer)
+
+
+def _count_rows(writer: Any) -> None:
+    def counted_save() -> None:
+        rows = len(writer.metrics)
+        save.original()
+        writer.ckptless_rows += rows
+
+    def rewrite_atomically(fieldnames: list[str]) -> None:
+        # Lightning empties the file and writes it anew when a column is added: a kill in between would lose all rows.
+        path = Path(writer.metrics_file_path)
+        _write_rows(path, fieldnames, _read_rows(path))
+
+    save = Override(writer, "save", counted_save)
+    Override(writer, "_rewrite_with_new_header", rewrite_atomically)
+
+
+def _cut_csv(logger: Any, position: dict[str, Any], distribution: str) -> None:
+    writer_class = module(distribution, "loggers.csv_logs").ExperimentWriter
+    folder = Path(logger.log_dir)
+    path = folder / writer_class.NAME_METRICS_FILE
+    hidden = folder / f".{path.name}.kept"
+    if hidden.exists() and not path.exists():
+        os.replace(hidden, path)
+    rows = _read_rows(path)[: position["rows"]] if path.exists() else []
+    if path.exists():
+        # The constructor deletes a metrics file that it finds.
+        os.replace(path, hidden)
+    with warnings.catch_warnings():
+        # It says that it deletes the rows of the folder, which is what is prevented here.
+        warnings.simplefilter("ignore")
+        writer = writer_class(log_dir=str(folder))
+    if hidden.exists():
+        os.replace(hidden, path)
+        if position["rows"]:
+            _write_rows(path, position["keys"], rows)
+        else:
+            path.unlink()
+    writer.metrics_keys = list(position["keys"])
+    writer.metrics = list(position["unsaved"])
+    writer.ckptless_rows = position["rows"]
+    writer.hparams = _saved_hparams(folder / writer.NAME_HPARAMS_FILE, distribution)
+    _count_rows(writer)
+    logger._experiment = writer
+
+
+def _saved_hparams(path: Path, distribution: str) -> dict[str, Any]:
+    """The hyper-parameters that are there: the writer puts all it knows into the file whenever it is given more."""
+    with suppress(yaml.YAMLError):
+        if path.exists():
+            return dict(module(distribution, "core.saving").load_hparams_from_yaml(path, use_omegaconf=False))
+    return {}
+
+
+def _rewind_csv(writer: Any, position: dict[str, Any]) -> None:
+    path = Path(writer.metrics_file_path)
+    if (writer.ckptless_rows, writer.metrics_keys) != (position["rows"], position["keys"]):
+        rows = _read_rows(path)[: position["rows"]] if path.exists() else []
+        if rows:
+            _write_rows(path, position["keys"], rows)
+        else:
+            path.unlink(missing_ok=True)
+    writer.metrics_keys = list(position["keys"])
+    writer.metrics = list(position["unsaved"])
+    writer.ckptless_rows = position["rows"]
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _write_rows(path: Path, keys: list[str], rows: list[dict[str, str]]) -> None:
+    fresh = path.with_name(f".{path.name}.new")
+    with fresh.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=keys, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(fresh, path)
+
+
+# ---------------------------------------------------------------------- TensorBoard
+
+
+def _event_files(folder: Path) -> dict[str, Path]:
+    """Event files by their place in the folder: values that are logged together have folders of their own in it."""
+    return {path.relative_to(folder).as_posix(): path for path in folder.rglob("events.out.tfevents.*")}
+
+
+def _open_events(logger: Any) -> Path:
+    """The file that a logger writes into at present: in a process that is new it holds nothing but its head."""
+    return Path(logger.experiment.file_writer.event_writer._file_name)
+
+
+def _close_elsewhere(logger: Any) -> None:
+    """Close a writer that the program opened before `fit`, in a folder that is not the run's."""
+    writer = logger._experiment
+    if writer is not None and writer.log_dir != logger.log_dir:
+        writer.close()
+        logger._experiment = None
+
+
+def _cut_events(folder: Path, sizes: dict[str, int], spare: Path | None = None) -> None:
+    for name, path in _event_files(folder).items():
+        if name not in sizes:
+            if path != spare:
+                path.unlink()
+        elif path.stat().st_size > sizes[name]:
+            os.truncate(path, sizes[name])

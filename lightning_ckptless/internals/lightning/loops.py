@@ -1,0 +1,340 @@
+"""The loops of `Trainer.fit`: their counters, their data and the points at which a step begins and ends."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lightning_ckptless.internals.lightning.combined_loader import (
+    iterate_directly,
+    iterate_through,
+    iterators_of,
+    place_of,
+    set_place,
+)
+from lightning_ckptless.internals.lightning.distribution import distribution_of, fabric_module, is_a, module
+from lightning_ckptless.internals.lightning.override import Override, remove_overrides
+from lightning_ckptless.internals.lightning.versions import validates_by_clock
+from lightning_ckptless.protocol.uneven_steps import AtEnd, WhyEnded
+
+
+class FitLoops:
+    """The fit loop and its epoch loop, by names of their meaning.
+
+    Args:
+        trainer: a `Trainer` of either distribution.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.fit: Any = trainer.fit_loop
+        self.epoch: Any = trainer.fit_loop.epoch_loop
+        self.validation: Any = trainer.fit_loop.epoch_loop.val_loop
+
+    # ------------------------------------------------------------------ where in the run
+
+    def step_done(self) -> bool:
+        """Whether the batch just processed ended an optimizer step, not a part of an accumulated one."""
+        return not self.epoch._should_accumulate()
+
+    def validation_is_due(self, fetcher: Any) -> bool:
+        """Whether validation follows the batch just processed, as far as all ranks agree on it.
+
+        Where a clock says when to validate, each rank has its own, which may say otherwise a moment later.
+        """
+        if validates_by_clock(self.trainer):
+            return False
+        return bool(self.epoch._should_check_val_fx(fetcher)) and not self.epoch._skip_next_val
+
+    @property
+    def batches_that_stepped(self) -> int:
+        """The step number under which the loggers file the next row."""
+        return int(self.epoch._batches_that_stepped)
+
+    @property
+    def is_out_of_data(self) -> bool:
+        """Whether the batch just processed was the last one of its epoch."""
+        return bool(self.epoch.batch_progress.is_last_batch)
+
+    @property
+    def at_end(self) -> AtEnd:
+        """Where training has ended."""
+        why = WhyEnded.ASKED if self.trainer.should_stop else WhyEnded.NO_DATA
+        return AtEnd(int(self.trainer.global_step), why)
+
+    @property
+    def is_at_beginning(self) -> bool:
+        """Whether nothing was trained yet."""
+        return not self.trainer.global_step and not self.trainer.current_epoch
+
+    # ------------------------------------------------------------------ counters
+
+    def counters(self) -> dict[str, Any]:
+        """All progress counters and flags of the loops, as plain data."""
+        return {
+            "fit_loop": self.fit.state_dict(),
+            "skip_next_validation": self.epoch._skip_next_val,
+            "validation_has_run": self.validation._has_run,
+            "train_data_epoch": self.fit._last_train_dl_reload_epoch,
+            "validation_data_epoch": self.validation._last_val_dl_reload_epoch,
+        }
+
+    def set_counters(self, saved: dict[str, Any]) -> None:
+        """Put the counters back, without Lightning's own notion of a restart."""
+        self.fit.load_state_dict(copy.deepcopy(saved["fit_loop"]))
+        for loop in self._all(self.fit):
+            loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
+            if hasattr(loop, "_restart_stage"):
+                loop.reset_restart_stage()
+        self.fit._combined_loader_states_to_load = []
+        self.epoch._skip_next_val = saved["skip_next_validation"]
+        self.validation._has_run = saved["validation_has_run"]
+        self.fit._last_train_dl_reload_epoch = saved["train_data_epoch"]
+        self.validation._last_val_dl_reload_epoch = saved["validation_data_epoch"]
+
+    def _all(self, loop: Any) -> Iterator[Any]:
+        base = module(distribution_of(self.trainer), "loops.loop")._Loop
+        yield loop
+        for value in vars(loop).values():
+            if isinstance(value, base):
+                yield from self._all(value)
+
+    # ------------------------------------------------------------------ data
+
+    @property
+    def combined_loader(self) -> Any:
+        """The training data: one or more dataloaders behind one iterator."""
+        return self.fit._combined_loader
+
+    def wrap_data_source(self, loop: str, around: Callable[[Callable[[], Any]], Any]) -> None:
+        """Put a function around the call that returns the user's dataloaders.
+
+        Args:
+            loop: `train` or `validation`.
+            around: is given the call.
+        """
+        override = Override(self._data_sources[loop], "dataloader", lambda: around(override.original))
+
+    @property
+    def _data_sources(self) -> dict[str, Any]:
+        return {"train": self.fit._data_source, "validation": self.validation._data_source}
+
+    def iterate_data_through(self, stand_in: Callable[[Any], Any]) -> None:
+        """Have training iterate over its dataloaders through others that stand in for them.
+
+        Args:
+            stand_in: makes of a dataloader what is iterated over.
+        """
+        combined_class = module(distribution_of(self.trainer), "utilities.combined_loader").CombinedLoader
+
+        def combined(own: Callable[[], Any]) -> Any:
+            made = own()
+            whole = made if isinstance(made, combined_class) else combined_class(made, "max_size_cycle")
+            return iterate_through(whole, stand_in)
+
+        self.wrap_data_source("train", combined)
+
+    def make_data_again(self, loop: str) -> None:
+        """Ask the user for the dataloaders of a loop again.
+
+        Args:
+            loop: `train` or `validation`.
+        """
+        if loop == "train":
+            if self.combined_loader is not None:
+                self.combined_loader.reset()
+            self.forget_training_data()
+            self.fit.setup_data()
+            return
+        self.forget_validation_data()
+        self.trainer.validating = True
+        try:
+            self.validation.setup_data()
+        finally:
+            self.trainer.training = True
+
+    @property
+    def fetcher(self) -> Any:
+        """What hands batches from the combined loader to the epoch loop."""
+        return self.fit._data_fetcher
+
+    def data_position(self) -> dict[str, Any]:
+        """How far the fetcher and the combined loader are."""
+        return {
+            "fetched": self.fetcher.fetched,
+            "buffered": len(getattr(self.fetcher, "batches", ())),
+            **place_of(self.combined_loader),
+        }
+
+    def reopen_data(self, saved: dict[str, Any], before_buffer: Callable[[], None], unaware: Sequence[int]) -> None:
+        """Make new iterators at a saved position; the loaders have been told theirs.
+
+        Args:
+            saved: what `data_position` returned.
+            before_buffer: called before a batch that lay prefetched is fetched again.
+            unaware: indices of iterables that know no position: their batches are read again and dropped.
+        """
+        fetcher, loader = self.fetcher, self.combined_loader
+        loader.reset()
+        read = saved["index"] - saved["buffered"]
+        if is_a(fetcher, "loops.fetchers", "_PrefetchDataFetcher"):
+            plain = module(distribution_of(self.trainer), "loops.fetchers")._DataFetcher
+            plain.__iter__(fetcher)
+            self._read_again(unaware, read)
+            if saved["buffered"]:
+                before_buffer()
+            for _ in range(saved["buffered"]):
+                fetcher.batches.append(plain.__next__(fetcher))
+        else:
+            iter(fetcher)
+            self._read_again(unaware, read)
+        set_place(loader, saved["index"], saved["consumed"])
+        fetcher.fetched = saved["fetched"]
+        if fetcher.length is not None:
+            fetcher.done = fetcher.fetched >= fetcher.length
+        elif hasattr(fetcher, "batches"):
+            fetcher.done = not fetcher.batches
+        fetcher._start_profiler = self.epoch._on_before_fetch
+        fetcher._stop_profiler = self.epoch._on_after_fetch
+
+    def _read_again(self, unaware: Sequence[int], batches: int) -> None:
+        for index in unaware:
+            for _ in range(batches):
+                next(iterators_of(self.combined_loader)[index])
+
+    def set_sampler_epochs(self, combined_loader: Any = None) -> None:
+        """Tell every sampler of the training data which epoch it is.
+
+        Args:
+            combined_loader: the dataloaders; None for those of the fit loop.
+        """
+        set_epoch = fabric_module(distribution_of(self.trainer), "utilities.data")._set_sampler_epoch
+        combined = self.combined_loader if combined_loader is None else combined_loader
+        for loader in combined.flattened:
+            set_epoch(loader, self.fit.epoch_progress.current.processed)
+
+    @property
+    def length(self) -> int:
+        """Batches of this epoch; 0 where that is not known."""
+        most = self.fit.max_batches
+        return int(most) if most != float("inf") else 0
+
+    @property
+    def batches_done(self) -> int:
+        """Batches of this epoch that were run."""
+        return int(self.epoch.batch_progress.current.ready)
+
+    def set_length(self, most: int) -> None:
+        """Have this epoch end after so many batches."""
+        if most == self.fit.max_batches:
+            return
+        self.fit.max_batches = most
+        # Lightning leaves this attribute out where validation goes by the clock.
+        interval = vars(self.trainer).get("val_check_interval")
+        if isinstance(interval, float) and self.trainer.val_check_batch is not None:
+            self.trainer.val_check_batch = max(1, int(most * interval))
+
+    @property
+    def validation_loader(self) -> Any:
+        """The validation data; None before it is set up."""
+        return self.validation._combined_loader
+
+    def after_setup_of_validation_data(self, do: Callable[[], None]) -> None:
+        """Call a function whenever the validation loop has set up its data, or kept what it has."""
+
+        def both() -> None:
+            override.original()
+            do()
+
+        override = Override(self.validation, "setup_data", both)
+
+    def before_setup_of_data(self, do: Callable[[], None]) -> None:
+        """Call a function whenever the fit loop is about to set up its training data, or to keep what it has."""
+        self._precede("setup_data", do)
+
+    def before_end_of_run(self, do: Callable[[], None]) -> None:
+        """Call a function when the last epoch is over, before the hooks of an ending run."""
+        self._precede("on_run_end", do)
+
+    def _precede(self, name: str, do: Callable[[], None]) -> None:
+        def both() -> None:
+            do()
+            override.original()
+
+        override = Override(self.fit, name, both)
+
+    def forget_training_data(self) -> None:
+        """Have the fit loop set up its training data anew."""
+        self.fit._combined_loader = None
+
+    def replace_training_data(self, combined_loader: Any) -> None:
+        """Train on other dataloaders of as many batches; they are opened by `reopen_data`."""
+        self.combined_loader.reset()
+        self.fit._combined_loader = combined_loader
+        self.fetcher.setup(combined_loader)
+
+    def forget_validation_data(self) -> None:
+        """Have the next validation set up its dataloaders anew."""
+        self.validation._combined_loader = None
+
+    # ------------------------------------------------------------------ after a fault
+
+    def tidy_up(self) -> None:
+        """Put right what an exception leaves behind where it passes through hooks, validation and the forward pass."""
+        self.trainer.training = True
+        module_ = self.trainer.lightning_module
+        module_._current_fx_name = None
+        _put_back_forward(module_)
+        for parameter in module_.parameters():
+            parameter.grad = None
+
+    def run_by(self, run: Callable[[Callable[[], None]], None]) -> None:
+        """Have the fit loop run by a function.
+
+        Args:
+            run: is given what would have run it.
+        """
+        override = Override(self.fit, "run", lambda: run(override.original))
+
+    @contextmanager
+    def without_overrides(self) -> Iterator[None]:
+        """Context in which the loops run as Lightning has them; their dataloaders are wrapped as before."""
+        replaced = {self.fit: ("run", "setup_data", "on_run_end"), self.epoch: ("advance", "on_advance_end")}
+        replaced[self.validation] = ("setup_data",)
+        there = [(loop, name) for loop, names in replaced.items() for name in names if name in vars(loop)]
+        held = [(loop, name, vars(loop).pop(name)) for loop, name in there]
+        try:
+            yield
+        finally:
+            for loop, name, override in held:
+                setattr(loop, name, override)
+
+    def give_back(self) -> None:
+        """Give the loops their own methods and dataloaders back."""
+        remove_overrides(self.fit, "run", "setup_data", "on_run_end")
+        remove_overrides(self.validation, "setup_data")
+        for source in self._data_sources.values():
+            remove_overrides(source, "dataloader")
+        if self.combined_loader is not None:
+            iterate_directly(self.combined_loader)
+
+    # ------------------------------------------------------------------ driving
+
+    def finish_fit(self) -> None:
+        """What the fit loop does when its last epoch is over."""
+        self.fit._restarting = False
+        self.fit.on_run_end()
+
+    def show_model_to_profiler(self) -> Any:
+        """The profiler's span around an epoch, as the fit loop opens it."""
+        return self.trainer.profiler.profile("run_training_epoch")
+
+
+def _put_back_forward(module_: Any) -> None:
+    """Undo what the strategy does to `forward` on the way into a wrapped model, where it did not come to do so."""
+    forward = vars(module_).get("forward")
+    if getattr(forward, "__name__", "") == "wrapped_forward":
+        inside = dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True))
+        module_.forward = inside["original_forward"].cell_contents

@@ -1,0 +1,53 @@
+"""What differs between versions of Lightning: variants side by side, with the versions in their names.
+
+The rest of this room uses the names without a version. A variant is chosen by what Lightning has, not by its number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning_ckptless.internals.lightning.distribution import distribution_of, module
+
+
+def validates_by_clock(trainer: Any) -> bool:
+    """Whether a clock says when to validate, which Lightning can do since 2.6."""
+    return getattr(trainer, "_val_check_time_interval", None) is not None
+
+
+def shares_sigterm(epoch_loop: Any) -> bool:
+    """Whether ranks tell each other of a SIGTERM in every step, as they do in the versions of Lightning since 2.6."""
+    return hasattr(epoch_loop, "_broadcast_sigterm_tensor")
+
+
+@contextmanager
+def without_beginning(trainer: Any) -> Iterator[None]:
+    """Have `fit` leave out what belongs to the beginning of a run: the sanity check and logging hyper-parameters."""
+    quietly = _no_hparams_since_2_6 if hasattr(trainer, "enable_autolog_hparams") else _no_hparams_until_2_5
+    sanity_steps, trainer.num_sanity_val_steps = trainer.num_sanity_val_steps, 0
+    try:
+        with quietly(trainer):
+            yield
+    finally:
+        trainer.num_sanity_val_steps = sanity_steps
+
+
+@contextmanager
+def _no_hparams_since_2_6(trainer: Any) -> Iterator[None]:
+    logs, trainer.enable_autolog_hparams = trainer.enable_autolog_hparams, False
+    try:
+        yield
+    finally:
+        trainer.enable_autolog_hparams = logs
+
+
+@contextmanager
+def _no_hparams_until_2_5(trainer: Any) -> Iterator[None]:
+    owner: Any = module(distribution_of(trainer), "trainer.trainer")
+    log, owner._log_hyperparams = owner._log_hyperparams, lambda _: None
+    try:
+        yield
+    finally:
+        owner._log_hyperparams = log

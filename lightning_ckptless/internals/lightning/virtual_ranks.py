@@ -1,0 +1,110 @@
+"""Further training dataloaders, and a training step on one of their batches, as Lightning makes them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning_ckptless.internals.lightning.distribution import distribution_of, fabric_module, module
+from lightning_ckptless.internals.lightning.metrics import dump_metric, load_metric, metrics_of
+from lightning_ckptless.internals.lightning.results import dump_results, load_results
+
+
+def open_training_data(trainer: Any) -> Any:
+    """The training dataloaders once more, behind one iterator, as the fit loop sets up its own."""
+    distribution, fit = distribution_of(trainer), trainer.fit_loop
+    connector = module(distribution, "trainer.connectors.data_connector")
+    states = module(distribution, "trainer.states")
+    combined_class = module(distribution, "utilities.combined_loader").CombinedLoader
+    combined = connector._request_dataloader(fit._data_source)
+    if not isinstance(combined, combined_class):
+        combined = combined_class(combined, "max_size_cycle")
+    combined.flattened = [
+        connector._process_dataloader(trainer, states.TrainerFn.FITTING, states.RunningStage.TRAINING, loader)
+        for loader in combined.flattened
+    ]
+    stage, limit = states.RunningStage.TRAINING, trainer.limit_train_batches
+    lengths = [fabric_module(distribution, "utilities.data").sized_len(loader) for loader in combined.flattened]
+    combined.limits = [
+        connector._parse_num_batches(stage, float("inf") if length is None else length, limit) for length in lengths
+    ]
+    return combined
+
+
+def hands_over_the_iterator(trainer: Any) -> bool:
+    """Whether `training_step` takes an iterator of batches, and no batch."""
+    step = trainer.lightning_module.training_step
+    return callable(step) and "dataloader_iter" in inspect.signature(step).parameters
+
+
+def to_device(trainer: Any, batch: Any) -> Any:
+    """A batch as the training step gets it."""
+    call = module(distribution_of(trainer), "trainer.call")
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+
+
+def tell_of_batch(trainer: Any, before: int, now: int) -> None:
+    """Tell callbacks and model that a step is made of more or fewer batches, where they have a hook for it.
+
+    Args:
+        trainer: in `fit`.
+        before: batches of a step, over all ranks.
+        now: the same from here on.
+    """
+    model = trainer.lightning_module
+    for callback in trainer.callbacks:
+        if _has_batch_scale(callback):
+            callback.on_batch_scale(trainer, model, before, now)
+    if _has_batch_scale(model):
+        model.on_batch_scale(before, now)
+
+
+def _has_batch_scale(owner: Any) -> bool:
+    # By its class: an object may answer to every name.
+    return callable(getattr(type(owner), "on_batch_scale", None))
+
+
+def batch_in_hand(trainer: Any) -> Any:
+    """The batch that the epoch loop trains on now."""
+    return trainer._results.batch
+
+
+@contextmanager
+def logs_kept(trainer: Any) -> Iterator[None]:
+    """Leave what the training step sums up within as it was: values of `self.log`, and metrics."""
+    metrics = metrics_of(trainer.lightning_module.named_modules())
+    logged = copy.deepcopy(dump_results(trainer))
+    gathered = {name: copy.deepcopy(dump_metric(metric)) for name, metric in metrics.items()}
+    hook = trainer.lightning_module._current_fx_name
+    yield
+    load_results(trainer, logged)
+    trainer.lightning_module._current_fx_name = hook
+    for name, state in gathered.items():
+        load_metric(metrics[name], state)
+
+
+def training_loss(trainer: Any, batch: Any) -> Any:
+    """Run the training step on a batch beside the one in hand; returns the loss to go backward from.
+
+    What it logs is summed up like any other; of what is logged for the step, the batch in hand counts.
+    """
+    distribution, epoch, results = distribution_of(trainer), trainer.fit_loop.epoch_loop, trainer._results
+    closure_result = module(distribution, "loops.optimization.automatic").ClosureResult
+    call = module(distribution, "trainer.call")
+    in_hand = results.batch, results.batch_size
+    of_step = {key: metric._forward_cache for key, metric in results.items()}
+    trainer._logger_connector.on_batch_start(batch)
+    try:
+        kwargs = epoch._build_kwargs(OrderedDict(), batch, epoch.batch_idx)
+        output = call._call_strategy_hook(trainer, "training_step", *kwargs.values())
+    finally:
+        results.batch, results.batch_size = in_hand
+    for key, value in of_step.items():
+        results[key]._forward_cache = value
+    return closure_result.from_training_step_output(output, trainer.accumulate_grad_batches).closure_loss

@@ -1,0 +1,222 @@
+"""Looking for workers that hang, for those that hold the others back, and for those that have failed and do not end."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lightning_ckptless.membership.agent.workers import Workers
+from lightning_ckptless.membership.channel.program_failure import failure_of
+from lightning_ckptless.membership.channel.socket_messages import Message
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.worker.progress import STACKS_SIGNAL, progress_path, read_progress, stacks_path
+from lightning_ckptless.protocol.hang_detection import (
+    Hang,
+    Idleness,
+    Meeting,
+    RankProgress,
+    are_silent,
+    find_hang,
+    find_late,
+    find_straggler,
+    is_to_be_asked,
+)
+from lightning_ckptless.system.procfs import stat_fields, used_s
+
+_LOOK_EVERY_S = 0.25
+_ANSWERS = 4
+"""That must say the same."""
+_STACKS_WAIT_S = 0.5
+_STACKS_POLL_S = 0.02
+_STRAGGLER_EVERY_S = 60.0
+_MOST_STACKS = 8000
+
+
+class _Answers:
+    """What ranks have answered to the question whether they wait for others."""
+
+    def __init__(self) -> None:
+        self._asked = 0
+        self._asked_at = 0.0
+        self._given: dict[int, deque[bool]] = {}
+
+    def ask(self, workers: Workers, now: float) -> None:
+        """Ask all of them, if the last time is long enough ago."""
+        if now - self._asked_at >= _LOOK_EVERY_S:
+            self._asked, self._asked_at = self._asked + 1, now
+            workers.tell("where")
+
+    def hear(self, rank: int, *, waits: bool) -> None:
+        """Take in an answer; nothing where none was asked for."""
+        if self._asked:
+            self._given.setdefault(rank, deque(maxlen=_ANSWERS)).append(waits)
+
+    def waits(self, rank: int) -> bool | None:
+        """Whether a rank waits for others, by its last answers. One that cannot even answer does not."""
+        answers = self._given.get(rank, deque())
+        if len(answers) < _ANSWERS:
+            return False if not answers and self._asked > 2 * _ANSWERS else None
+        return answers[0] if len(set(answers)) == 1 else None
+
+    def forget(self) -> None:
+        """Drop the answers: there is nothing to ask."""
+        self._asked = 0
+        self._given.clear()
+
+
+class HangWatch:
+    """Watches the progress of one node's workers.
+
+    Args:
+        folder: in which workers write them.
+        record: receives events.
+        say: tells the user something.
+    """
+
+    def __init__(self, folder: Path, record: Callable[..., None], say: Callable[[str], None]) -> None:
+        self.limit_s: float | None = None
+        self._folder = folder
+        self._record = record
+        self._say = say
+        self._looked_at = 0.0
+        self._in_step = _Answers()
+        self._idle: dict[int, Idleness] = {}
+        self._in_meeting = _Answers()
+        self._straggler_at = 0.0
+
+    def begin_round(self, local_ranks: list[int]) -> None:
+        """Workers are about to start: forget the progress of those before them."""
+        for rank in local_ranks:
+            self.forget(rank)
+
+    def forget(self, local_rank: int) -> None:
+        """Another process takes a worker's place."""
+        progress_path(self._folder, local_rank).unlink(missing_ok=True)
+
+    def look(self, workers: Workers) -> Hang | None:
+        """Look, if it is time to; returns who hangs."""
+        now = time.monotonic()
+        if now - self._looked_at < _LOOK_EVERY_S:
+            return None
+        self._looked_at = now
+        pids = workers.pids()
+        known = self.progress(workers)
+        if len(known) < len(pids) or any(workers.blamed(rank) for rank in pids):
+            return None
+        self._look_for_stragglers(known, now)
+        if are_silent(known, now=now, override_s=self.limit_s):
+            known = self._ask(known, workers, now)
+        else:
+            self._idle.clear()
+            self._in_step.forget()
+        return find_hang(known, now=now, override_s=self.limit_s)
+
+    def _ask(self, silent: dict[int, RankProgress], workers: Workers, now: float) -> dict[int, RankProgress]:
+        """The progress of silent ranks, with whether each waits for others and for how long it has been idle."""
+        for rank, pid in workers.pids().items():
+            used = used_s(pid)
+            self._idle[rank] = self._idle.get(rank, Idleness(used, now)).after(used, now)
+        found = {
+            rank: replace(rank_progress, idle_s=now - self._idle[rank].since) for rank, rank_progress in silent.items()
+        }
+        if not is_to_be_asked(found, override_s=self.limit_s):
+            return found
+        self._in_step.ask(workers, now)
+        return {rank: replace(rank_progress, waits=self._in_step.waits(rank)) for rank, rank_progress in found.items()}
+
+    def look_at_meeting(self, meeting: Meeting, workers: Workers) -> Hang | None:
+        """Who keeps the ranks from meeting after a fault; asks them what they do, once they are late."""
+        now = time.monotonic()
+        if not meeting.is_late(now, self.limit_s):
+            self._in_meeting.forget()
+            return find_late(meeting, now=now, override_s=self.limit_s)
+        self._in_meeting.ask(workers, now)
+        fields = {rank: stat_fields(pid) for rank, pid in workers.pids().items()}
+        stopped = {rank for rank, found in fields.items() if found is not None and found[0] == "T"}
+        waits = {rank: self._in_meeting.waits(rank) for rank in meeting.ready}
+        return find_late(meeting, now=now, override_s=self.limit_s, stopped=stopped, waits=waits)
+
+    def progress(self, workers: Workers) -> dict[int, RankProgress]:
+        """Where the workers in the training loop stand, by local rank, as far as that is known."""
+        found = {rank: read_progress(self._folder, rank, pid) for rank, pid in workers.pids().items()}
+        return {
+            rank: rank_progress
+            for rank, rank_progress in found.items()
+            if rank_progress is not None and rank in workers.inside
+        }
+
+    def hear(self, said: Sequence[tuple[int, Message]]) -> None:
+        """Take in what workers have answered, with their local ranks."""
+        for rank, message in said:
+            if message["kind"] == "stands":
+                for answers in (self._in_step, self._in_meeting):
+                    answers.hear(rank, waits=message["waits"])
+
+    def _look_for_stragglers(self, progress: dict[int, RankProgress], now: float) -> None:
+        if now - self._straggler_at < _STRAGGLER_EVERY_S:
+            return
+        if not self._straggler_at:
+            self._straggler_at = now
+            return
+        self._straggler_at = now
+        own_ms = {rank: round(1e3 * rank_progress.own_s, 3) for rank, rank_progress in progress.items()}
+        self._record("step_times", own_ms=own_ms)
+        if (
+            found := find_straggler({rank: rank_progress.own_s for rank, rank_progress in progress.items()})
+        ) is not None:
+            rank, ratio = found
+            self._say(
+                f"local rank {rank} holds the others back: {own_ms[rank]:.1f} ms a step, {ratio:.1f} times theirs"
+            )
+
+    def end(self, hang: Hang, workers: Workers, parent: ForkServer) -> None:
+        """Put down where the hung workers stand, and kill them: their ends are found as any other."""
+        pids = {rank: workers.pids()[rank] for rank in hang.ranks}
+        stacks = {rank: self._stacks(rank, pid, parent) for rank, pid in pids.items()}
+        self._record("hang", local_ranks=list(hang.ranks), reason=hang.reason, stacks=stacks)
+        workers.blame(hang.ranks, hang.reason, since=time.time() - hang.silent_s)
+
+    def _stacks(self, rank: int, pid: int, parent: ForkServer) -> str:
+        path = stacks_path(self._folder, rank)
+        parent.signal_one(pid, STACKS_SIGNAL)
+        deadline = time.monotonic() + _STACKS_WAIT_S
+        while time.monotonic() < deadline:
+            if path.exists() and (text := path.read_text()).count("most recent call first"):
+                return text[:_MOST_STACKS]
+            time.sleep(_STACKS_POLL_S)
+        return "it did not answer"
+
+
+class LateExits:
+    """Ends workers whose program has failed, and that do not end.
+
+    Args:
+        folder: where failures are left.
+        grace_s: time between the report of a failure and the end of the process.
+        clock: seconds.
+    """
+
+    def __init__(self, folder: Path, grace_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._folder = folder
+        self._grace_s = grace_s
+        self._clock = clock
+        self._since: dict[int, float] = {}
+
+    def look(self, workers: Workers) -> None:
+        """End those whose time is up.
+
+        Args:
+            workers: of this node.
+        """
+        now = self._clock()
+        failed = {int(path.stem.removeprefix("failure-")) for path in self._folder.glob("failure-*.json")}
+        self._since = {pid: self._since.get(pid, now) for pid in failed}
+        for rank, pid in workers.pids().items():
+            waited_s = now - self._since.get(pid, now)
+            if rank in workers.running_ranks and waited_s >= self._grace_s and not workers.blamed(rank):
+                failure = failure_of(self._folder, pid)
+                error = "" if failure is None else failure.error
+                workers.blame([rank], f"{error} was reported {waited_s:.0f} s ago, and it has not ended", time.time())

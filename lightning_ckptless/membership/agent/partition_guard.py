@@ -1,0 +1,104 @@
+"""An agent that notices when the network is gone: its own, or that of another node."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
+
+from lightning_ckptless.console import CONSOLE
+from lightning_ckptless.membership.agent.agent import CkptlessAgent, Node, Record
+from lightning_ckptless.membership.agent.node_liveness import Heartbeat
+from lightning_ckptless.membership.agent.reconfiguration import MovingAgent
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.launch.logs import LogFiles
+from lightning_ckptless.protocol.node_liveness import Bound, CutOff, NodesLost
+
+
+class GuardedAgent(MovingAgent):
+    """An agent with heartbeats.
+
+    Where its node is cut off, its workers are killed and the agent ends: the others may go on without it, and what it
+    was a part of is over. Where another node falls silent, the remaining nodes hold a new rendezvous, among as many as
+    the user allows.
+
+    Args:
+        spec, node, parent, logs_specs, record, after: see `CkptlessAgent`.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        node: Node,
+        parent: ForkServer,
+        logs_specs: LogFiles,
+        record: Record,
+        after: CkptlessAgent | None = None,
+    ) -> None:
+        super().__init__(spec, node, parent, logs_specs, record, after)
+        handler: Any = spec.rdzv_handler
+        settings = handler.settings
+        self._heartbeat = Heartbeat(
+            Bound(settings.keep_alive_interval.total_seconds(), settings.keep_alive_max_attempt)
+        )
+        self._why_stopped = ""
+
+    @property
+    def why_cut(self) -> str:
+        """Why this node is cut off; empty where it is not."""
+        found = self._heartbeat.finding
+        return found.reason if isinstance(found, CutOff) else ""
+
+    def close(self) -> None:
+        """Release what the agent has made for itself."""
+        self._heartbeat.close()
+        super().close()
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        super()._rendezvous(worker_group)
+        group: Any = worker_group
+        store = group.store.underlying_store
+        if group.group_world_size < 2 or not isinstance(store, TCPStore):
+            # There is nobody else, or no network between them: they meet in a file.
+            self._heartbeat.rest()
+            return
+        self._heartbeat.begin_round(
+            group.store,
+            node=group.group_rank,
+            nodes=group.group_world_size,
+            place=(store.host, store.port),
+            worker_store=(group.master_addr, group.master_port),
+        )
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        found = self._heartbeat.finding
+        if isinstance(found, CutOff):
+            raise RendezvousConnectionError(found.reason)
+        if isinstance(found, NodesLost) and self._current_workers().running:
+            self._record("node_lost", node=self._node.name, lost=list(found.nodes), reason=found.reason)
+            CONSOLE.say(f"{found.reason}; the remaining nodes hold a new rendezvous")
+            self._why_stopped, self._lost_at = found.reason, time.time() - found.silent_s
+            # Unless the run comes to its end after all, e.g. where the others have ended it.
+            self.exit_code = 1
+            self._restart_workers(worker_group)
+            return RunResult(state=WorkerState.HEALTHY)
+        return super()._monitor_workers(worker_group)
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        super()._stop_workers(worker_group)
+        if self._why_stopped:
+            self._reason, self._why_stopped = self._why_stopped, ""
+
+    def _exit_barrier(self) -> None:
+        # Others may have to do for longer than this node waits for them.
+        self._heartbeat.leave()
+        super()._exit_barrier()  # type: ignore[no-untyped-call]
+
+    def _shutdown(self, *args: Any, **kwargs: Any) -> None:
+        super()._shutdown(*args, **kwargs)
+        if self.why_cut:
+            # After the workers are gone: the ledger may be on the network that is not there.
+            self._record("node_cut", node=self._node.name, reason=self.why_cut)

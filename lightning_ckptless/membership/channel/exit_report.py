@@ -1,0 +1,87 @@
+"""What a worker leaves for its agent in a folder: that it has trained, or that another relaunch would not help.
+
+How a program of a worker has failed, as its interpreter has reported it, lies in the same folder (`failure.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lightning_ckptless import environment
+
+
+@dataclass(frozen=True, slots=True)
+class ExitReport:
+    """What a worker left for its agent.
+
+    Args:
+        rank: who left it.
+        final: whether the run is to end with this worker's exit code, however many relaunches are left.
+        reason: why, in a sentence.
+        unfit: whether it is this node that cannot go on, and not the run.
+        keeps_state: whether the state is worth a start by hand, once the reason has been removed.
+    """
+
+    rank: int
+    final: bool
+    reason: str
+    unfit: bool = False
+    keeps_state: bool = False
+
+
+def leave_verdict(exit_report: ExitReport, env: Mapping[str, str] = os.environ) -> bool:
+    """Leave a exit_report for the agent of this worker.
+
+    Returns:
+        False when no agent of ours asks for exit_reports.
+    """
+    folder = env.get(environment.AGENT_DIR)
+    if not folder:
+        return False
+    path = _path(folder, exit_report.rank)
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(asdict(exit_report)))
+    draft.rename(path)
+    return True
+
+
+def withdraw_verdict(rank: int, env: Mapping[str, str] = os.environ) -> None:
+    """Take back what this worker has left: its program has caught the exception, and trains again."""
+    if folder := env.get(environment.AGENT_DIR):
+        _path(folder, rank).unlink(missing_ok=True)
+
+
+def _path(folder: str, rank: int) -> Path:
+    return Path(folder, f"exit_report-{rank}.json")
+
+
+def take_exit_reports(folder: Path) -> tuple[ExitReport, ...]:
+    """Read and remove the exit_reports in a folder, in the order of ranks."""
+    exit_reports = []
+    for path in folder.glob("exit_report-*.json"):
+        exit_reports.append(ExitReport(**{"rank": -1, "reason": "", **json.loads(path.read_text())}))
+        path.unlink()
+    return tuple(sorted(exit_reports, key=lambda exit_report: exit_report.rank))
+
+
+def final_report(exit_reports: tuple[ExitReport, ...]) -> ExitReport | None:
+    """The first one that ends the run; None where none does."""
+    return next((exit_report for exit_report in exit_reports if exit_report.final), None)
+
+
+def mark_begun(rank: int, env: Mapping[str, str] = os.environ) -> None:
+    """Tell the agent of this worker that the program has trained: that this generation has made a step of its own."""
+    if folder := env.get(environment.AGENT_DIR):
+        Path(folder, f"begun-{rank}").touch()
+
+
+def take_begun(folder: Path) -> bool:
+    """Whether the workers have trained since their start; forgets it."""
+    marks = list(folder.glob("begun-*"))
+    for mark in marks:
+        mark.unlink()
+    return bool(marks)

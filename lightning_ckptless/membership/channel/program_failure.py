@@ -1,0 +1,108 @@
+"""How the program of a worker has failed: left for its agent by the interpreter that reports it.
+
+An exit code does not say whether the program raised something of its own or was brought down by the loss of a peer,
+and a process that has reported an exception may still not end: a thread of the program's, or a process that it has
+started, keeps the interpreter waiting. The agent gives such a process some time, and then ends it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import lightning_ckptless
+from lightning_ckptless import environment
+
+_LONGEST_ERROR = 300
+_LONGEST_OUTLINE = 1000
+_NUMBER = re.compile(r"0x[0-9a-f]+|\d+")
+_OWN_FOLDER = Path(lightning_ckptless.__file__).parent
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What a program has raised.
+
+    Args:
+        error: its type and message, in one line.
+        is_of_lost_peer: whether it says that another rank is gone.
+    """
+
+    error: str
+    is_of_lost_peer: bool = False
+
+
+def leave_failure(error: BaseException, env: Mapping[str, str] = os.environ) -> None:
+    """Tell the agent of this worker what its program has raised; nothing where no agent of ours has started it."""
+    folder = env.get(environment.AGENT_DIR)
+    if not folder:
+        return
+    text = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+    failure = Failure(" ".join(text.split())[:_LONGEST_ERROR], _is_of_lost_peer(error))
+    path = Path(folder, f"failure-{os.getpid()}.json")
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(asdict(failure)))
+    draft.rename(path)
+
+
+def _is_of_lost_peer(error: BaseException) -> bool:
+    if "torch.distributed" not in sys.modules:
+        return False
+    from lightning_ckptless.membership.worker.peer_errors import is_lost_peer  # noqa: PLC0415 - brings torch, which is here already
+
+    return is_lost_peer(error)
+
+
+def count_report(error: BaseException, output: int, env: Mapping[str, str] = os.environ) -> int:
+    """Count the reports of a traceback; returns how many times it has been reported, this one included.
+
+    Two tracebacks are the same where only numbers in their messages differ, e.g. a port or a rank. Reports that go to
+    different files are counted apart: who reads one log file does not see what is in another.
+
+    Args:
+        error: that is about to be reported.
+        output: file descriptor that the report goes to.
+        env: environment of this worker.
+    """
+    folder = env.get(environment.AGENT_DIR)
+    if not folder:
+        return 1
+    place = os.fstat(output)
+    key = repr((place.st_dev, place.st_ino, *_outline(error)))
+    path = Path(folder, f"reported-{hashlib.sha256(key.encode(errors='replace')).hexdigest()[:16]}")
+    # One byte per report, so that two workers that append at the same time get different counts.
+    with path.open("ab", buffering=0) as file:
+        file.write(b".")
+        return file.tell()
+
+
+def without_numbers(text: str) -> str:
+    """A text with its numbers replaced: what differs between two reports of the same fault."""
+    return _NUMBER.sub("#", text)
+
+
+def _outline(error: BaseException) -> list[str]:
+    """What makes a traceback another one: types, messages without numbers, and lines of code that are not ours."""
+    found: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(found) < _LONGEST_OUTLINE:
+        found.append(without_numbers(f"{type(cause).__name__}: {cause}"))
+        frames = traceback.extract_tb(cause.__traceback__)
+        found += [f"{f.filename}:{f.lineno}" for f in frames if not Path(f.filename).is_relative_to(_OWN_FOLDER)]
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return found
+
+
+def failure_of(folder: Path, pid: int) -> Failure | None:
+    """What the program of a process has raised; None where it has reported nothing."""
+    try:
+        return Failure(**json.loads((folder / f"failure-{pid}.json").read_text()))
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,289 @@
+"""The agent's handle of its fork server."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import lightning_ckptless
+from lightning_ckptless.errors import LaunchError
+from lightning_ckptless.membership.channel import socket_messages
+from lightning_ckptless.membership.worker.startup import Job
+
+_PACKAGE_FOLDER = Path(lightning_ckptless.__file__).parent.parent
+_END_GRACE_S = 5.0
+
+
+class UnsafeForkError(LaunchError):
+    """The fork server refuses to fork: a fork of it would not be a clean process."""
+
+
+class ForkServerLostError(LaunchError):
+    """The fork server has ended, and its workers with it."""
+
+
+class ForkError(LaunchError):
+    """The system allows no further process."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(
+            f"no new process can be started: {cause}. Look at the limits on processes (`ulimit -u`, `pids.max` of the "
+            "cgroup) and on memory"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a worker ended.
+
+    Args:
+        exit_code: as in `subprocess`: minus the signal's number for a death by signal.
+        at: wall clock, seconds since the epoch.
+    """
+
+    exit_code: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Forked:
+    """A worker that was started.
+
+    Args:
+        pid: its process id and the id of its process group.
+        pidfd: becomes readable when it ends; owned by whoever asked for the fork.
+        parent_pid: process id of the parent that forked it.
+    """
+
+    pid: int
+    pidfd: int
+    parent_pid: int
+
+
+class ForkServer:
+    """A process that has imported what workers need and forks them on request; see `preload`.
+
+    One handle serves many runs, one after another or at once. It is a context manager that starts and closes the
+    parent.
+
+    Args:
+        modules: names of the modules to import, in this order; none for a parent that only starts fresh processes.
+        path: folders in which they are looked for first.
+        flags: options of its interpreter, e.g. `("-X", "dev")`.
+    """
+
+    def __init__(self, modules: Sequence[str] = (), *, path: Sequence[str] = (), flags: Sequence[str] = ()) -> None:
+        self.modules = tuple(modules)
+        self.path = tuple(path)
+        self.flags = tuple(flags)
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._imports_awaited = 0
+        self._more: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+        self._ends: dict[int, End] = {}
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the parent; None when it is not running."""
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> Self:
+        """Start the parent unless it runs, and let it begin to import; returns without waiting for that."""
+        with self._lock:
+            if self._socket is None:
+                self._launch()
+        return self
+
+    def preload(self, modules: Sequence[str], *, path: Sequence[str] = ()) -> None:
+        """Have it import more modules before the next fork; returns without waiting for that."""
+        self.start()
+        with self._lock:
+            self._more.append((tuple(modules), tuple(path)))
+            self._ask_for_import(modules, path)
+
+    def ready(self) -> None:
+        """Wait until everything is imported.
+
+        Raises:
+            LaunchError: a module cannot be imported; the message names it.
+        """
+        self.start()
+        with self._lock:
+            self._await_imports()
+
+    def fork(self, job: Job, stdio: Sequence[int] = (0, 1, 2)) -> Forked:
+        """Start a worker.
+
+        Args:
+            job: what it is to run.
+            stdio: file descriptors of this process that become its stdin, stdout and stderr; a fourth one becomes its
+                line to the agent.
+
+        Raises:
+            UnsafeForkError: a fork would not be a clean process; jobs with `fresh` are never refused.
+            ForkServerLostError: the parent has ended.
+            ForkError: the system allows no further process.
+            LaunchError: a module cannot be preloaded.
+        """
+        self.start()
+        with self._lock:
+            if not job.fresh:
+                self._await_imports()
+            answer, files = self._ask({"fork": job.to_message()}, stdio)
+            if "refused" in answer:
+                raise UnsafeForkError(answer["refused"])
+            if "impossible" in answer:
+                raise ForkError(answer["impossible"])
+            assert self._process is not None
+            return Forked(answer["pid"], files[0], self._process.pid)
+
+    def signal(self, pids: Sequence[int], number: int) -> None:
+        """Send a signal to workers and to the processes they have started; those that have ended are skipped."""
+        # Where the parent has ended, its workers have.
+        with self._lock, suppress(ForkServerLostError):
+            if self._socket is not None and pids:
+                self._send({"signal": int(number), "pids": list(pids)})
+
+    def signal_one(self, pid: int, number: int) -> None:
+        """Send a signal to one worker, and not to the processes it has started."""
+        with self._lock, suppress(ForkServerLostError):
+            if self._socket is not None:
+                self._send({"signal": int(number), "pids": [pid], "alone": True})
+
+    def end_of(self, worker: Forked) -> End:
+        """How a worker ended, waiting until it does. Each end is told once.
+
+        Raises:
+            ForkServerLostError: the parent has ended.
+        """
+        with self._lock:
+            while worker.pid not in self._ends:
+                if self.pid != worker.parent_pid:
+                    raise ForkServerLostError(f"the fork server of worker {worker.pid} has ended")
+                self._receive()
+            return self._ends.pop(worker.pid)
+
+    def close(self) -> None:
+        """End the parent and all its workers, and wait until they are gone."""
+        with self._lock:
+            self._abandon()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _launch(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            arguments = ["--fd", str(theirs.fileno()), "--agent", str(os.getpid())]
+            self._process = subprocess.Popen(
+                [sys.executable, *self.flags, "-m", f"{__package__}.preload", *arguments],
+                # Found from there whatever this process's own search path is; each worker gets its own folder later.
+                cwd=_PACKAGE_FOLDER,
+                env=parent_environment(dict(os.environ)),
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        self._socket = ours
+        self._ends.clear()
+        for modules, path in ((self.modules, self.path), *self._more):
+            self._ask_for_import(modules, path)
+
+    def _ask_for_import(self, modules: Sequence[str], path: Sequence[str]) -> None:
+        if modules:
+            self._send({"preload": list(modules), "path": list(path)})
+            self._imports_awaited += 1
+
+    def _await_imports(self) -> None:
+        while self._imports_awaited:
+            answer, _ = self._await_answer()
+            self._imports_awaited -= 1
+            if "failed" in answer:
+                self._more.clear()
+                self._abandon()
+                raise LaunchError(f"{answer['failed']}; install it, or leave it out of the modules to preload")
+
+    def _ask(self, message: socket_messages.Message, files: Sequence[int]) -> tuple[socket_messages.Message, list[int]]:
+        try:
+            self._send(message, files)
+            return self._await_answer()
+        except BaseException:
+            # Interrupted in mid-dialogue, e.g. by a signal: nobody knows any more which answer belongs to what.
+            self._abandon()
+            raise
+
+    def _await_answer(self) -> tuple[socket_messages.Message, list[int]]:
+        while True:
+            received = self._receive()
+            if received is not None:
+                return received
+
+    def _send(self, message: socket_messages.Message, files: Sequence[int] = ()) -> None:
+        assert self._socket is not None
+        try:
+            socket_messages.send(self._socket, message, files)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise self._lost() from error
+
+    def _receive(self) -> tuple[socket_messages.Message, list[int]] | None:
+        """The next answer; None when it was the report of an end, which is put down."""
+        if self._socket is None:
+            raise self._lost()
+        received = socket_messages.receive(self._socket)
+        if received is None:
+            raise self._lost()
+        message, _ = received
+        if "ended" not in message:
+            return received
+        self._ends[message["ended"]] = End(message["exit_code"], message["at"])
+        return None
+
+    def _lost(self) -> ForkServerLostError:
+        pid = self.pid
+        self._abandon()
+        return ForkServerLostError(f"the fork server (pid {pid}) has ended unexpectedly, and all its workers with it")
+
+    def _abandon(self) -> None:
+        if self._socket is not None:
+            socket_messages.hang_up(self._socket)
+            self._socket = None
+        if self._process is not None:
+            if self._imports_awaited:
+                # It reads nothing while it imports.
+                self._process.kill()
+                self._imports_awaited = 0
+            try:
+                self._process.wait(_END_GRACE_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+
+def parent_environment(env: dict[str, str]) -> dict[str, str]:
+    """The environment of the parent itself, which its workers do not see.
+
+    Its libraries must start no threads at import: numpy's OpenBLAS would. Relative folders of the search path stay
+    relative to this process's working directory.
+
+    Args:
+        env: of this process; it is changed.
+    """
+    env["OPENBLAS_NUM_THREADS"] = "1"
+    if env.get("PYTHONPATH"):
+        env["PYTHONPATH"] = os.pathsep.join(os.path.abspath(folder) for folder in env["PYTHONPATH"].split(os.pathsep))
+    return env

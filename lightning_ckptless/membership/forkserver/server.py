@@ -1,0 +1,261 @@
+"""The fork server: a process that has imported what the workers need, and forks them.
+
+Importing torch and Lightning is nearly all of the time that a relaunch takes, so it is done once, here. The parent
+never trains, never joins a process group and never starts a thread: only then is a fork of it a clean process. An agent
+starts it and speaks with it over a socket. It owns the workers: it alone signals them and reaps them, so that no signal
+can hit a process id which was used again. When the agent closes the socket or dies, the workers are killed and the
+parent ends.
+
+| Request | Answer |
+|---|---|
+| `{"preload": [names], "path": [folders]}` | `{"ready": seconds}` or `{"failed": sentence}` |
+| `{"fork": job}` with stdin, stdout, stderr, line | `{"pid": n}` with a pidfd, or `{"refused": sentence}` |
+| the same, at a limit of the system | `{"impossible": sentence}` |
+| `{"signal": number, "pids": [...]}`, to groups, or with `"alone": true` to processes | none |
+
+Unasked, `{"ended": pid, "exit_code": n, "at": seconds}` is sent when a worker ends, `at` being wall clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from lightning_ckptless.membership.channel import socket_messages
+from lightning_ckptless.membership.worker import hidden_output, startup
+from lightning_ckptless.membership.worker.startup import Job
+
+FORK_SAFE_THREADS = frozenset({"jemalloc_bg_thd"})
+"""jemalloc, which pyarrow brings, takes its locks before a fork and starts its thread again behind it."""
+
+
+def unsafe_to_fork() -> str | None:
+    """Why a fork of this process would not be a clean worker; None when it would."""
+    if threads := foreign_threads():
+        return f"an imported module has started threads: {', '.join(threads.values())}"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return "an imported module has initialised CUDA"
+    return None
+
+
+def foreign_threads() -> dict[int, str]:
+    """The threads beside the main one, by number and name, without those that a fork is known not to harm."""
+    names = {}
+    for task in map(int, os.listdir("/proc/self/task")):
+        if task == os.getpid():
+            continue
+        with suppress(FileNotFoundError), open(f"/proc/self/task/{task}/comm") as comm:
+            names[task] = comm.read().strip()
+    return {task: name for task, name in names.items() if name not in FORK_SAFE_THREADS}
+
+
+def _fork() -> int:
+    # Python warns of every thread, of those that are known to do no harm too.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def loses_cuda() -> bool:
+    """Whether forks of this process cannot use CUDA: a module that only counts the devices is enough for that."""
+    if "torch" not in sys.modules or sys.modules["torch"].version.cuda is None:
+        return False
+    from lightning_ckptless.internals.torch_internals import cuda_was_lost_by_fork  # noqa: PLC0415 - needs torch
+
+    pid = _fork()
+    if pid == 0:
+        os._exit(int(cuda_was_lost_by_fork()))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
+
+
+def import_all(names: list[str], path: list[str]) -> str | None:
+    """Import modules, looking in `path` first.
+
+    Returns:
+        None, or which modules could not be imported and why.
+    """
+    before = sys.path[:]
+    sys.path[:0] = path
+    failures = [failure for name in names if (failure := _import(name)) is not None]
+    sys.path[:] = before
+    gc.collect()
+    gc.freeze()
+    return "; ".join(failures) or None
+
+
+def _import(name: str) -> str | None:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        return f"cannot preload {name}: {error}"
+    return None
+
+
+@dataclass
+class Parent:
+    """The serving loop of the fork server.
+
+    Args:
+        control: the socket to the agent.
+        agent_pid: the process at its other end.
+    """
+
+    control: socket.socket
+    agent_pid: int
+    selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+    pidfds: dict[int, int] = field(default_factory=dict)
+    loses_cuda: bool = False
+
+    def serve(self) -> Job | None:
+        """Serve until the agent is gone: None. In a forked worker: its job."""
+        agent = os.pidfd_open(self.agent_pid)
+        self.selector.register(self.control, selectors.EVENT_READ)
+        self.selector.register(agent, selectors.EVENT_READ)
+        while True:
+            ready = {key.fd for key, _ in self.selector.select()}
+            for pid in [pid for pid, pidfd in self.pidfds.items() if pidfd in ready]:
+                self._bury(pid)
+            if self.control.fileno() in ready:
+                request = socket_messages.receive(self.control)
+                if request is None:
+                    break
+                job = self._answer(*request)
+                if job is not None:
+                    os.close(agent)
+                    return job
+            elif agent in ready:
+                break
+        self._kill_all()
+        return None
+
+    def _answer(self, request: socket_messages.Message, files: list[int]) -> Job | None:
+        if "fork" in request:
+            return self._fork(Job.from_message(request["fork"]), files)
+        if "preload" in request:
+            self._preload(request["preload"], request["path"])
+        else:
+            self._signal(request["signal"], request["pids"], alone=request.get("alone", False))
+        return None
+
+    def _preload(self, names: list[str], path: list[str]) -> None:
+        began = time.monotonic()
+        # No event is read while modules are imported: the kernel sees to it that the parent does not outlive its agent.
+        startup.die_with(self.agent_pid)
+        failure = import_all(names, path)
+        startup.outlive_parent()
+        self.loses_cuda = self.loses_cuda or loses_cuda()
+        self._send({"ready": time.monotonic() - began} if failure is None else {"failed": failure})
+
+    def _fork(self, job: Job, files: list[int]) -> Job | None:
+        """Fork a worker. Returns its job in the worker, None in the parent."""
+        refusal = None if job.fresh else self._refusal()
+        if refusal is not None:
+            socket_messages.close_all(files)
+            self._send({"refused": refusal})
+            return None
+        parent_pid = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        try:
+            pid = _fork()
+        except OSError as error:
+            # At a limit on processes or on memory. Those that run already are none the worse for it.
+            socket_messages.close_all(files)
+            self._send({"impossible": str(error)})
+            return None
+        if pid == 0:
+            self._release()
+            startup.detach(parent_pid, files[:3])
+            startup.hold_line(job, files[3:])
+            hidden_output.hide(job.env, inheritable=job.fresh)
+            if job.fresh:
+                startup.execute(job)
+            return job
+        socket_messages.close_all(files)
+        self.pidfds[pid] = os.pidfd_open(pid)
+        self.selector.register(self.pidfds[pid], selectors.EVENT_READ)
+        self._send({"pid": pid}, [self.pidfds[pid]])
+        return None
+
+    def _refusal(self) -> str | None:
+        return "an imported module has asked CUDA for its devices" if self.loses_cuda else unsafe_to_fork()
+
+    def _release(self) -> None:
+        """In the worker: close what belongs to the parent."""
+        self.selector.close()
+        self.control.close()
+        socket_messages.close_all(list(self.pidfds.values()))
+
+    def _signal(self, number: int, pids: list[int], *, alone: bool) -> None:
+        for pid in pids:
+            if pid in self.pidfds:
+                if alone:
+                    os.kill(pid, number)
+                else:
+                    _signal_group(pid, number)
+
+    def _bury(self, pid: int) -> None:
+        """Report a worker that has ended, and end what it has left behind if it failed."""
+        at = time.time()
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert ended is not None
+        if (ended.si_code, ended.si_status) != (os.CLD_EXITED, 0):
+            # The zombie still holds the number, so this cannot hit a stranger.
+            _signal_group(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        pidfd = self.pidfds.pop(pid)
+        self.selector.unregister(pidfd)
+        os.close(pidfd)
+        self._send({"ended": pid, "exit_code": os.waitstatus_to_exitcode(status), "at": at})
+
+    def _send(self, message: socket_messages.Message, files: tuple[int, ...] | list[int] = ()) -> None:
+        # Where the agent is gone, the loop reads the same from the socket next.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            socket_messages.send(self.control, message, files)
+
+    def _kill_all(self) -> None:
+        for pid in self.pidfds:
+            _signal_group(pid, signal.SIGKILL)
+        for pid in self.pidfds:
+            os.waitpid(pid, 0)
+
+
+def _signal_group(pid: int, number: int) -> None:
+    """Signal a worker, not yet reaped, and what it has started."""
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        # It was forked a moment ago and is not yet the leader of its own group.
+        os.kill(pid, number)
+
+
+def main() -> int:
+    """Serve an agent. Returns more than once: in the parent when the agent is gone, in each worker when it is done."""
+    options = argparse.ArgumentParser()
+    options.add_argument("--fd", type=int, required=True)
+    options.add_argument("--agent", type=int, required=True)
+    arguments = options.parse_args()
+    if not sys.flags.safe_path:
+        # The folder from which this package was found; a worker puts the folder of its script here.
+        del sys.path[0]
+    control = socket.socket(fileno=arguments.fd)
+    control.set_inheritable(False)
+    job = Parent(control, arguments.agent).serve()
+    if job is None:
+        os._exit(0)
+    return startup.run(job)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

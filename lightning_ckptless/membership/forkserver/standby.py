@@ -1,0 +1,132 @@
+"""Standbys: processes that have run the program up to `fit` and wait there for a rank.
+
+They are started when training is under way, beside it, and each one that is used is replaced. One that ends before it
+is ready is started again, twice; then the run goes on without, and says so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from lightning_ckptless.membership.forkserver.process import Process
+from lightning_ckptless.membership.rendezvous.regrouping import Regrouping
+
+_TRIES = 3
+_LAST_WORDS_BYTES = 600
+_KILL_WAIT_S = 10.0
+
+Start = Callable[[list[int]], Process]
+"""Starts one, given its standard input, output and error."""
+
+
+class Standbys:
+    """The standbys of one node.
+
+    Args:
+        count: how many are to wait.
+        start: starts one.
+        folder: for what they print before they have a rank.
+        say: tells the user something.
+    """
+
+    def __init__(self, count: int, start: Start, folder: Path, say: Callable[[str], None]) -> None:
+        self._count = count
+        self._start = start
+        self._folder = folder
+        self._say = say
+        self._waiting: list[Process] = []
+        self._coming: dict[int, tuple[Process, Path]] = {}
+        self._outputs: dict[int, Path] = {}
+        self._begun = 0
+        self._failures = 0
+
+    @property
+    def ready(self) -> int:
+        """How many wait for a rank."""
+        return len(self._waiting)
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids of all, those that are not ready included."""
+        return (*(process.pid for process in self._waiting), *self._coming)
+
+    def tend(self) -> bool:
+        """Start those that are missing, and see which are ready or gone. Returns whether anything has changed."""
+        before = self.pids, self.ready
+        self._waiting = [process for process in self._waiting if not _gone(process)]
+        for pid, (process, output) in list(self._coming.items()):
+            if any(message["kind"] == "ready" for message in process.line.waiting()):
+                self._waiting.append(process)
+                del self._coming[pid]
+            elif _gone(process):
+                del self._coming[pid]
+                self._count_failure(output)
+        while self._failures < _TRIES and self.ready + len(self._coming) < self._count:
+            self._begin()
+        return before != (self.pids, self.ready)
+
+    def _begin(self) -> None:
+        output = self._folder / f"standby-{self._begun}.log"
+        self._begun += 1
+        number = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            process = self._start([0, number, number])
+        finally:
+            os.close(number)
+        self._coming[process.pid] = process, output
+        self._outputs[process.pid] = output
+
+    def _count_failure(self, output: Path) -> None:
+        self._failures += 1
+        if self._failures == _TRIES:
+            said = output.read_bytes()[-_LAST_WORDS_BYTES:].decode(errors="replace").strip()
+            self._say(
+                f"{_TRIES} standbys have ended before they were ready, the run goes on without; the last:\n{said}"
+            )
+
+    def take(self) -> Process | None:
+        """One that waits for a rank; None where none does."""
+        while self._waiting:
+            process = self._waiting.pop(0)
+            if not _gone(process) and not process.is_dying():
+                return process
+        return None
+
+    def output_of(self, process: Process) -> Path:
+        """The file that a standby of these prints into until it has joined the others."""
+        return self._outputs[process.pid]
+
+    def stop(self, kill: Callable[[list[int]], None]) -> None:
+        """End all of them.
+
+        Args:
+            kill: kills processes by their ids.
+        """
+        processes = [*self._waiting, *(process for process, _ in self._coming.values())]
+        kill([process.pid for process in processes])
+        for process in processes:
+            process.leave(_KILL_WAIT_S)
+        self._waiting.clear()
+        self._coming.clear()
+
+
+def _gone(process: Process) -> bool:
+    if process.buried():
+        process.line.close()
+        return True
+    return False
+
+
+def promote(process: Process, env: dict[str, str], regrouping: Regrouping, stdio: list[int]) -> None:
+    """Give a standby a rank.
+
+    Args:
+        process: the standby.
+        env: what makes it that rank.
+        regrouping: under which it meets the others.
+        stdio: standard output and error of that rank.
+    """
+    process.line.tell("assign", stdio, env=env, number=regrouping.number, fault=asdict(regrouping.fault))

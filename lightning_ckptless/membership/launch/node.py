@@ -1,0 +1,220 @@
+"""A launch configuration as torch elastic has it: rendezvous, log folders, agent."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import DistError
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
+
+from lightning_ckptless import environment
+from lightning_ckptless.console import CONSOLE
+from lightning_ckptless.errors import LaunchError, UnfitNodeError
+from lightning_ckptless.membership.agent.agent import CkptlessAgent, Node
+from lightning_ckptless.membership.agent.partition_guard import GuardedAgent
+from lightning_ckptless.membership.agent.signals import AskedToEnd
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.launch.launch import LaunchConfig, Outcome
+from lightning_ckptless.membership.launch.logs import log_files
+from lightning_ckptless.membership.rendezvous.failover import Route
+from lightning_ckptless.membership.rendezvous.handlers import one_machine, several_machines
+from lightning_ckptless.protocol.rendezvous_failover import MeetingPlace
+
+# A replacement machine may take long to boot. A lost node shall be known after 6 s, and a busy one not taken for lost.
+_RENDEZVOUS_DEFAULTS = {
+    "join_timeout": 1800,
+    "last_call_timeout": 3,
+    "keep_alive_interval": 2,
+    "keep_alive_max_attempt": 3,
+}
+_MONITOR_INTERVAL_S = 0.001
+_ANY_NUMBER = 2**31 - 1
+_OF_ONE_WORKER = (
+    environment.FAULT_REPORT,
+    environment.MAIN_AT,
+    environment.GENERATION,
+    environment.FIT_INDEX,
+    environment.CALLS,
+    environment.LINE,
+    environment.STANDBY,
+    environment.REGROUPING,
+)
+
+
+class _PlaceLostError(Exception):
+    """The node that hosts the rendezvous is gone."""
+
+
+def run_node(config: LaunchConfig, parent: ForkServer, record: Callable[..., None]) -> Outcome:
+    """Run this node's workers to their end; see `launch.run`."""
+    endpoints = config.endpoints
+    route = Route(endpoints, config.local_addr) if len(endpoints) > 1 else None
+    place, agents = route.next() if route is not None else None, list[CkptlessAgent]()
+    try:
+        while True:
+            try:
+                _run_at(config, place, parent, record, agents)
+                break
+            except _PlaceLostError as error:
+                assert route is not None and place is not None
+                place = route.next(lost=place)
+                record("meeting_place_lost", cause=str(error), next=place.endpoint, reason=place.reason)
+                CONSOLE.say(f"the rendezvous is lost; the nodes meet at {place.reason}")
+            except UnfitNodeError as error:
+                # The run may continue without this node: its rendezvous stays open for another one.
+                CONSOLE.say(str(error))
+                agents[-1].exit_code = 1
+                break
+    finally:
+        for agent in agents[-1:]:
+            agent.release_memory()
+    last = agents[-1]
+    in_place = sum(agent.recoveries_in_place for agent in agents)
+    relaunches = sum(agent.relaunches for agent in agents)
+    return Outcome(last.exit_code, relaunches, tuple(last.faults), in_place, last.has_given_up)
+
+
+def _run_at(
+    config: LaunchConfig,
+    place: MeetingPlace | None,
+    parent: ForkServer,
+    record: Callable[..., None],
+    agents: list[CkptlessAgent],
+) -> None:
+    """Run the workers as long as the nodes can meet at a place.
+
+    Args:
+        config: what to run.
+        place: where to meet; None where there is but one place.
+        parent: forks the workers.
+        record: receives events.
+        agents: those before this one, of this node; this one is added.
+    """
+    with _rendezvous(config, place) as handler, log_files(config) as logs:
+        spec = WorkerSpec(
+            role=config.role,
+            local_world_size=config.nproc,
+            entrypoint=config.program.target,
+            rdzv_handler=handler,
+            # Not torch elastic's to count: what allows another one is protocol.recovery_limits.
+            max_restarts=_ANY_NUMBER,
+            monitor_interval=_MONITOR_INTERVAL_S,
+            local_addr=config.local_addr,
+        )
+        agent = GuardedAgent(spec, _node(config), parent, logs, record, after=agents[-1] if agents else None)
+        agents.append(agent)
+        try:
+            agent.run()
+        except RendezvousClosedError as error:
+            if not agent.faults:
+                raise LaunchError(f"run {config.run_id!r} has been ended by another node") from error
+        except (RendezvousError, DistError) as error:
+            if place is not None and not place.hosts and agent.has_started:
+                raise _PlaceLostError(agent.why_cut or f"{type(error).__name__}: {error}") from error
+            if agent.why_cut:
+                raise LaunchError(_cut_off(config, agent.why_cut)) from error
+            raise LaunchError(_no_meeting(config, error)) from error
+        finally:
+            agent.close()
+
+
+def _node(config: LaunchConfig) -> Node:
+    host = re.sub(r"[^A-Za-z0-9.]+", "-", socket.gethostname())
+    return Node(
+        name=config.node_name or f"{host}-{os.getpid()}",
+        program=config.program,
+        env=_base_env(config),
+        cwd=config.working_dir,
+        fresh=config.fresh or config.program.kind == "executable",
+        stop_grace_s=config.stop_grace_s,
+        finish_grace_s=config.finish_grace_s,
+        exit_grace_s=config.exit_grace_s,
+        max_restarts=config.max_restarts,
+        max_recoveries_without_progress=config.max_recoveries_without_progress,
+        max_recoveries_per_hour=config.max_recoveries_per_hour,
+        in_place=config.in_place,
+        standbys=config.standbys,
+        log_line_prefix=config.log_line_prefix,
+        time_limit_s=config.time_limit_s,
+        newcomer_outputs=_newcomer_outputs(config),
+    )
+
+
+def _newcomer_outputs(config: LaunchConfig) -> Path | None:
+    """Where new processes print before they have joined the others: with the logs, or in the folder of the run."""
+    folder = config.log_dir or (config.run_root / config.run_id if config.run_root is not None else None)
+    return None if folder is None else folder.absolute() / "newcomers"
+
+
+def _base_env(config: LaunchConfig) -> dict[str, str]:
+    env = {**os.environ, **config.env, environment.NNODES: config.nnodes}
+    if config.nproc > 1:
+        # As torchrun does: otherwise each worker would start as many threads as there are cores.
+        env.setdefault("OMP_NUM_THREADS", "1")
+    for name, folder in ((environment.RUN_ROOT, config.run_root), (environment.ARENA_DIR, config.arena_dir)):
+        if folder is not None:
+            env[name] = str(folder.absolute())
+    for name in _OF_ONE_WORKER:
+        env.pop(name, None)
+    return env
+
+
+@contextmanager
+def _rendezvous(config: LaunchConfig, place: MeetingPlace | None) -> Iterator[RendezvousHandler]:
+    alone = _is_alone(config)
+    handler = _handler_alone(config) if alone else _handler_among_others(config, place)
+    asked_to_end = False
+    try:
+        yield handler
+    except (AskedToEnd, KeyboardInterrupt, UnfitNodeError, _PlaceLostError):
+        asked_to_end = True
+        raise
+    finally:
+        # Closed, the rendezvous is over for all. Where only this node is to end, another may come in its place.
+        if alone or not asked_to_end:
+            handler.shutdown()
+
+
+def _is_alone(config: LaunchConfig) -> bool:
+    """Whether no other agent can take part: there is one node, and no port that another process could know."""
+    ports = {endpoint.rpartition(":")[2] for endpoint in config.endpoints}
+    return config.node_range[1] == 1 and ports <= {"0"}
+
+
+def _handler_alone(config: LaunchConfig) -> RendezvousHandler:
+    settings = {**_RENDEZVOUS_DEFAULTS, **config.rdzv_conf}
+    return one_machine(config.run_id, int(settings["keep_alive_interval"]), int(settings["keep_alive_max_attempt"]))
+
+
+def _handler_among_others(config: LaunchConfig, place: MeetingPlace | None) -> RendezvousHandler:
+    least, most = config.node_range
+    settings: dict[str, Any] = {**_RENDEZVOUS_DEFAULTS, **config.rdzv_conf}
+    if place is not None:
+        settings["is_host"] = place.hosts
+    endpoint = config.rdzv_endpoint if place is None else place.endpoint
+    try:
+        return several_machines(
+            RendezvousParameters("c10d", endpoint, config.run_id, least, most, config.local_addr, **settings)
+        )
+    except (RendezvousError, ValueError) as error:
+        raise LaunchError(_no_meeting(config, error)) from error
+
+
+def _cut_off(config: LaunchConfig, reason: str) -> str:
+    return (
+        f"run {config.run_id!r}: this node is cut off: {reason}; its workers are stopped, and the others may have gone "
+        "on without it: start its agent again when the network is back"
+    )
+
+
+def _no_meeting(config: LaunchConfig, error: Exception) -> str:
+    where = config.rdzv_endpoint or "this machine"
+    return f"run {config.run_id!r}: {config.nnodes} node(s) did not meet at {where}: {type(error).__name__}: {error}"

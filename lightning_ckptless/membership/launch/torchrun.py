@@ -1,0 +1,196 @@
+"""The options of `ckptless run`: torchrun's, and our own."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from argparse import ArgumentError, ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.run import determine_local_world_size, get_args_parser
+
+from lightning_ckptless import environment
+from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.membership.launch.command_line import parse_command_line
+from lightning_ckptless.membership.launch.launch import (
+    DEFAULT_FINISH_GRACE_S,
+    DEFAULT_STOP_GRACE_S,
+    LaunchConfig,
+    new_run_id,
+    usual_modules,
+)
+from lightning_ckptless.membership.worker.program import Kind, Program
+from lightning_ckptless.options import CkptlessOptions
+
+_UNSUPPORTED: dict[str, object] = {
+    "numa_binding": None,
+    "logs_specs": None,
+    "virtual_local_rank": False,
+    "duplicate_stdout_filters": [],
+    "duplicate_stderr_filters": [],
+}
+_DEFAULT_MASTER_PORT = 29500
+
+
+def options_parser() -> ArgumentParser:
+    """The parser of the options; what follows them is the program and its arguments."""
+    parser = get_args_parser()
+    parser.prog = "ckptless run"
+    parser.description = "Run a training program in several processes that survive the loss of any of them."
+    ours = parser.add_argument_group("ckptless")
+    ours.add_argument("--preload", action="append", default=[], metavar="MODULE", help="import it before forking, too")
+    ours.add_argument("--no-preload", action="store_true", help="start every worker as a new process")
+    ours.add_argument(
+        "--run-root",
+        type=Path,
+        default=environment.run_root(),
+        help="folder that receives the run's folder (default: CKPTLESS_RUN_ROOT, or ./ckptless)",
+    )
+    ours.add_argument("--arena-dir", type=Path, default=None, help="folder of the shared memory (default: /dev/shm)")
+    ours.add_argument(
+        "--standbys",
+        type=int,
+        default=None,
+        metavar="K",
+        help="processes that wait for a rank (default: the strategy's)",
+    )
+    ours.add_argument(
+        "--in-place",
+        action=BooleanOptionalAction,
+        default=None,
+        help="whether survivors of a fault go on without a restart (default: the strategy's)",
+    )
+    ours.add_argument(
+        "--max-recoveries-without-progress",
+        type=int,
+        metavar="N",
+        help="recoveries with no new step between them until the run gives up (default: the strategy's)",
+    )
+    ours.add_argument(
+        "--max-recoveries-per-hour",
+        type=int,
+        metavar="N",
+        help="recoveries within an hour until the run gives up (default: the strategy's)",
+    )
+    ours.add_argument(
+        "--durable-every-n-steps", type=int, metavar="N", help="steps between durable states (default: the strategy's)"
+    )
+    ours.add_argument(
+        "--durable-every-s", type=float, metavar="S", help="seconds between durable states (default: the strategy's)"
+    )
+    ours.add_argument(
+        "--durable-dir", type=Path, metavar="FOLDER", help="folder of the durable states (default: the strategy's)"
+    )
+    ours.add_argument(
+        "--finish-grace",
+        type=float,
+        default=DEFAULT_FINISH_GRACE_S,
+        metavar="SECONDS",
+        help="on SIGTERM, time to finish the step and save (default: %(default)s)",
+    )
+    _add_shutdown_timeout(ours)
+    if "PET_MAX_RESTARTS" not in os.environ:
+        parser.set_defaults(max_restarts=None)
+    return parser
+
+
+def _add_shutdown_timeout(ours: Any) -> None:
+    """Take the option where torchrun has none: it does since torch 2.12."""
+    with suppress(ArgumentError):
+        ours.add_argument("--shutdown-timeout", type=int, metavar="SECONDS", help="time for workers to end")
+
+
+def config_from_torchrun_args(argv: Sequence[str]) -> LaunchConfig:
+    """Read a configuration from a command line of torchrun.
+
+    Args:
+        argv: options, program and its arguments, e.g. `["--nproc-per-node", "2", "train.py", "--lr", "0.1"]`.
+
+    Raises:
+        OptionsError: an option that cannot be honoured.
+        SystemExit: the command line cannot be parsed, or asks for help.
+    """
+    args = options_parser().parse_args(argv)
+    for name, unset in _UNSUPPORTED.items():
+        # Not every version of torchrun has each of them.
+        if getattr(args, name, unset) != unset:
+            raise OptionsError(f"--{name.replace('_', '-')} is not supported; start with torchrun if it is needed")
+    if args.rdzv_backend not in ("static", "c10d"):
+        raise OptionsError(f"--rdzv-backend {args.rdzv_backend}: expected c10d")
+    endpoint, conf = _meeting(args)
+    return LaunchConfig(
+        program=_program(args),
+        nproc=determine_local_world_size(args.nproc_per_node),
+        nnodes="1" if args.standalone else args.nnodes,
+        rdzv_endpoint=endpoint,
+        rdzv_conf=conf,
+        run_id=_run_id(args.rdzv_id, endpoint),
+        max_restarts=args.max_restarts,
+        max_recoveries_without_progress=args.max_recoveries_without_progress,
+        max_recoveries_per_hour=args.max_recoveries_per_hour,
+        preload=(*usual_modules(argv), *args.preload),
+        fresh=args.no_preload,
+        env=_durable(args),
+        run_root=args.run_root,
+        arena_dir=args.arena_dir,
+        in_place=args.in_place,
+        standbys=args.standbys,
+        finish_grace_s=args.finish_grace,
+        local_addr=args.local_addr,
+        log_dir=None if args.log_dir is None else Path(args.log_dir),
+        redirects=args.redirects,
+        tee=args.tee,
+        local_ranks_filter=tuple(int(rank) for rank in args.local_ranks_filter.split(",") if rank),
+        log_line_prefix=os.environ.get("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"),
+        role=args.role,
+        stop_grace_s=DEFAULT_STOP_GRACE_S if args.shutdown_timeout is None else args.shutdown_timeout,
+    )
+
+
+def _durable(args: Namespace) -> dict[str, str]:
+    """What the workers are told of durable states, in the place of what their strategy says."""
+    folder: Path | None = args.durable_dir
+    given = {
+        environment.DURABLE_EVERY_N_STEPS: args.durable_every_n_steps,
+        environment.DURABLE_EVERY_S: args.durable_every_s,
+        environment.DURABLE_DIR: None if folder is None else folder.absolute(),
+    }
+    # A mistake is told now, and not by every worker.
+    CkptlessOptions(durable_every_n_steps=args.durable_every_n_steps, durable_every_s=args.durable_every_s)
+    return {name: str(value) for name, value in given.items() if value is not None}
+
+
+def _program(args: Namespace) -> Program:
+    kind: Kind = "module" if args.module else "executable" if args.no_python else "script"
+    flags = parse_command_line(sys.orig_argv).flags
+    return Program(kind, args.training_script, tuple(args.training_script_args), flags)
+
+
+def _meeting(args: Namespace) -> tuple[str, dict[str, str | int]]:
+    """Where the nodes meet, and the settings of the rendezvous there."""
+    conf: dict[str, str | int] = {}
+    for pair in filter(None, args.rdzv_conf.split(",")):
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise OptionsError(f"--rdzv-conf {args.rdzv_conf!r}: expected KEY=VALUE,...; found {pair!r}")
+        conf[key.strip()] = value.strip()
+    if args.standalone:
+        return "", conf
+    if args.rdzv_endpoint or args.nnodes in ("1", "1:1"):
+        return args.rdzv_endpoint, conf
+    if args.rdzv_backend == "static":
+        # The older way to say it: the first node is the meeting place.
+        conf.setdefault("is_host", int(args.node_rank == 0))
+        return f"{args.master_addr}:{args.master_port or _DEFAULT_MASTER_PORT}", conf
+    return "", conf
+
+
+def _run_id(rdzv_id: str, endpoint: str) -> str:
+    """The name of the run: as given, or else one that all nodes of the run find alike."""
+    if rdzv_id not in ("", "none"):
+        return rdzv_id
+    return "at-" + re.sub(r"[^A-Za-z0-9.]+", "-", endpoint) if endpoint else new_run_id()

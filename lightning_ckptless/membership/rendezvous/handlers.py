@@ -1,0 +1,282 @@
+"""Where the agents of a run meet, and the stores that listen for it.
+
+A run on one machine has one agent, which needs no rendezvous: nothing listens but the store of its workers, on
+loopback. Agents on several machines meet in a store of torch, which authenticates no one. So it listens only on the
+address under which the nodes reach it, where that is known, and holds data only: torch elastic keeps a pickle in it,
+which would run as code in every agent that reads it.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStateError,
+    RendezvousStoreInfo,
+)
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import DEFAULT_PORT, C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
+    DynamicRendezvousHandler,
+    RendezvousBackend,
+    RendezvousSettings,
+    RendezvousTimeout,
+)
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+from lightning_ckptless.internals.torch_internals import (
+    forget_worker_store,
+    is_this_machine,
+    rendezvous_state_from_json,
+    rendezvous_state_to_json,
+)
+
+LOOPBACK = "127.0.0.1"
+_READ_TIMEOUT_S = 60
+_BACKLOG = 4096
+"""Of connections that have not been accepted; the kernel allows fewer."""
+
+_Encoded = tuple[bytes, Any]
+
+
+def one_machine(run_id: str, keep_alive_interval_s: int, keep_alive_max_attempt: int) -> SingleNode:
+    """The rendezvous of an agent that is the only one of its run."""
+    interval = timedelta(seconds=keep_alive_interval_s)
+    return SingleNode(RendezvousSettings(run_id, 1, 1, RendezvousTimeout(), interval, keep_alive_max_attempt))
+
+
+def several_machines(parameters: RendezvousParameters) -> DataRendezvous:
+    """The rendezvous of an agent that meets others, with the settings of torch's c10d rendezvous.
+
+    Raises:
+        RendezvousError: the store cannot be reached.
+    """
+    store = _meeting_store(parameters)
+    timeouts: dict[str, Any] = {
+        name: None if (value := parameters.get_as_int(f"{name}_timeout")) is None else timedelta(seconds=value)
+        for name in ("join", "last_call", "close", "heartbeat")
+    }
+    handler: DataRendezvous = DataRendezvous.from_backend(
+        parameters.run_id,
+        store,
+        DataBackend(C10dRendezvousBackend(store, parameters.run_id)),
+        parameters.min_nodes,
+        parameters.max_nodes,
+        parameters.local_addr,
+        RendezvousTimeout(**timeouts),
+        keep_alive_interval=int(parameters.get("keep_alive_interval", 5)),
+        keep_alive_max_attempt=int(parameters.get("keep_alive_max_attempt", 3)),
+    )
+    return handler
+
+
+class SingleNode(RendezvousHandler):
+    """A rendezvous of one node, inside this process: every round is complete at once.
+
+    Args:
+        settings: of the run.
+    """
+
+    def __init__(self, settings: RendezvousSettings) -> None:
+        self.settings = settings
+        self._store = HashStore()
+        self._rounds = 0
+        self._is_closed = False
+        self._worker_store: TCPStore | None = None
+
+    def get_backend(self) -> str:
+        """Name of the kind of rendezvous."""
+        return "single-node"
+
+    @property
+    def use_agent_store(self) -> bool:
+        """Whether the workers meet in a store that lives as long as the round."""
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Begin a round: with a new store for its workers, on loopback."""
+        if self._is_closed:
+            raise RendezvousClosedError(f"run {self.get_run_id()!r} has been ended")
+        self._rounds += 1
+        self._worker_store = None
+        self._worker_store = listening_store(LOOPBACK, 0)
+        info = RendezvousStoreInfo(LOOPBACK, self._worker_store.port)
+        return RendezvousInfo(PrefixStore(f"round-{self._rounds}", self._store), 0, 1, info)
+
+    def is_closed(self) -> bool:
+        """Whether the run has been ended."""
+        return self._is_closed
+
+    def set_closed(self) -> None:
+        """End the run: no round follows."""
+        self._is_closed = True
+
+    def num_nodes_waiting(self) -> int:
+        """How many nodes ask to take part: there is no other."""
+        return 0
+
+    def get_run_id(self) -> str:
+        """Name of the run."""
+        return self.settings.run_id
+
+    def shutdown(self) -> bool:
+        """End the run, and close the store of its workers."""
+        self._is_closed = True
+        self._worker_store = None
+        return True
+
+
+class DataRendezvous(DynamicRendezvousHandler):
+    """torch elastic's rendezvous, with a store of its own for the workers of every round, on one address."""
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Meet the other nodes; see `RendezvousHandler`."""
+        forget_worker_store(self)
+        return super().next_rendezvous()
+
+    def _create_tcp_store_server(self, master_addr: str, master_port: int) -> TCPStore:
+        return listening_store(master_addr, master_port)
+
+
+class DataBackend(RendezvousBackend):
+    """Keeps the state of a rendezvous as JSON. What is unpickled was pickled in this process, from checked fields.
+
+    Args:
+        inner: keeps bytes.
+    """
+
+    def __init__(self, inner: RendezvousBackend) -> None:
+        self._inner = inner
+
+    @property
+    def name(self) -> str:
+        """Name of the kind of rendezvous."""
+        return self._inner.name
+
+    def get_state(self) -> _Encoded | None:
+        """The state, as torch elastic has it in memory.
+
+        Raises:
+            RendezvousStateError: what is in the store is no state.
+        """
+        found = self._inner.get_state()
+        return None if found is None else (_decoded(found[0]), found[1])
+
+    def set_state(self, state: bytes, token: Any = None) -> tuple[bytes, Any, bool] | None:
+        """Replace the state that belongs to a token; returns the one that counts now, and whether it is this one.
+
+        Raises:
+            RendezvousStateError: what is in the store is no state.
+        """
+        answer = self._inner.set_state(rendezvous_state_to_json(state), token)
+        return None if answer is None else (_decoded(answer[0]), answer[1], answer[2])
+
+
+def _decoded(text: bytes) -> bytes:
+    try:
+        return rendezvous_state_from_json(text)
+    except ValueError as error:
+        raise RendezvousStateError(
+            f"what the rendezvous holds was not written by an agent of this version: {error}. Does every node run the "
+            "same version of lightning_ckptless, and can only nodes of the run reach the port of the rendezvous?"
+        ) from error
+
+
+# ---------------------------------------------------------------------- stores
+
+
+def listening_store(host: str, port: int, timeout_s: float = _READ_TIMEOUT_S) -> TCPStore:
+    """A store of torch whose server is in this process, and listens on one address where it is known which.
+
+    Args:
+        host: address or name under which it is reached.
+        port: 0 for a free one.
+        timeout_s: of its operations.
+
+    Raises:
+        OSError, RuntimeError: it cannot listen there.
+    """
+    listener = listener_on(host, port)
+    settings: dict[str, Any] = {"is_master": True, "multi_tenant": True, "timeout": timedelta(seconds=timeout_s)}
+    if listener is None:
+        return TCPStore(host, port, **settings)
+    port = int(listener.getsockname()[1])
+    # The store owns the socket from here on.
+    return TCPStore(host, port, master_listen_fd=listener.detach(), **settings)
+
+
+def listener_on(host: str, port: int) -> socket.socket | None:
+    """A socket that listens on an address of this machine; None where `host` does not say on which."""
+    if (found := address_of(host)) is None:
+        return None
+    family, address = found
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address[0], port, *address[2:]))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            # An address that is translated on its way here, such as that of a Kubernetes service.
+            return None
+        raise
+    return listener
+
+
+def address_of(host: str, look_up: Callable[..., list[Any]] = socket.getaddrinfo) -> tuple[int, tuple[Any, ...]] | None:
+    """The one address that a host name or address stands for, as family and socket address.
+
+    None where there are several, or where a name leads to loopback only here: many systems have it that way for their
+    own name, and other machines find another address under it.
+
+    Args:
+        host: name or address.
+        look_up: as `socket.getaddrinfo`.
+    """
+    is_numeric = False
+    with suppress(ValueError):
+        ipaddress.ip_address(host)
+        is_numeric = True
+    try:
+        found = {(family, address) for family, *_, address in look_up(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return None
+    if host == "localhost":
+        return min(found)
+    if len(found) != 1:
+        return None
+    only = found.pop()
+    is_loopback = ipaddress.ip_address(only[1][0]).is_loopback
+    return only if is_numeric or not is_loopback else None
+
+
+def _meeting_store(parameters: RendezvousParameters) -> Store:
+    """The store that the nodes meet in: hosted by this process where it is the host, else a connection to it."""
+    if parameters.get("store_type", "tcp") == "file":
+        return FileStore(parameters.endpoint)
+    host, port = parse_rendezvous_endpoint(parameters.endpoint, default_port=DEFAULT_PORT)
+    timeout_s = int(parameters.get("read_timeout", _READ_TIMEOUT_S))
+    told = parameters.get_as_bool("is_host")
+    try:
+        if told or (told is None and is_this_machine(host)):
+            try:
+                return listening_store(host, port, timeout_s)
+            except (OSError, RuntimeError):
+                # Another process of this machine may host the rendezvous, where the user has not said who does.
+                if told:
+                    raise
+        return TCPStore(host, port, is_master=False, multi_tenant=True, timeout=timedelta(seconds=timeout_s))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RendezvousConnectionError(f"no store at {host}:{port}: {error}") from error

@@ -1,0 +1,77 @@
+"""Regroupings: the numbers under which survivors of faults and their new peers meet, on all nodes alike.
+
+The agents of a run write them into the store that their workers meet in. Who sees a fault first opens the next number;
+whoever sees one meanwhile joins in under the same. A number says nothing of who is meant: all ranks meet, those that
+live and those that take the places of the others, and a fault on the way opens another number.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from torch.distributed import DistError
+from torch.distributed.distributed_c10d import Store
+
+from lightning_ckptless.membership.channel.fault_report import FaultReport
+
+_KEY = "ckptless/regrouping"
+
+
+@dataclass(frozen=True, slots=True)
+class Regrouping:
+    """One of them.
+
+    Args:
+        number: grows with each, in one round of the rendezvous.
+        fault: what has opened it.
+    """
+
+    number: int
+    fault: FaultReport
+
+
+class Regroupings:
+    """Those of one round of the rendezvous, as one agent sees them.
+
+    Args:
+        store: that all agents of the round share.
+        nodes: how many there are.
+        number: newest that they have behind them.
+
+    Attributes:
+        number: the newest that this agent knows.
+    """
+
+    def __init__(self, store: Store, nodes: int, number: int = 0) -> None:
+        self.number = number
+        self._store = store
+        self._is_shared = nodes > 1
+        self._seen = ""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there are other nodes."""
+        return self._is_shared
+
+    def open(self, fault: FaultReport) -> Regrouping:
+        """Open the next number for a fault, or take up the one that another agent has opened meanwhile."""
+        mine = json.dumps({"number": self.number + 1, "fault": asdict(fault)})
+        return self._take(self._store.compare_set(_KEY, self._seen, mine).decode())
+
+    def news(self) -> Regrouping | None:
+        """What another agent has opened, if it is new."""
+        if not self._is_shared:
+            return None
+        try:
+            text = self._store.get(_KEY).decode() if self._store.check([_KEY]) else self._seen
+        except DistError:
+            # The store is gone with its node: heartbeats and the rendezvous say so. It is not asked again.
+            self._is_shared = False
+            return None
+        return self._take(text) if text != self._seen else None
+
+    def _take(self, text: str) -> Regrouping:
+        found = json.loads(text)
+        self._seen, self.number = text, found["number"]
+        return Regrouping(found["number"], FaultReport(**found["fault"]))

@@ -1,0 +1,185 @@
+"""The progress of a worker: a few bytes of shared memory that it writes at every step, and its agent reads.
+
+Writing costs a microsecond and no system call, so that a worker can be asked where it stands without being disturbed,
+and after it has stopped to answer.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import mmap
+import os
+import signal
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from lightning_ckptless import environment
+from lightning_ckptless.protocol.hang_detection import Point, RankProgress
+from lightning_ckptless.system.procfs import stat_fields
+
+STACKS_SIGNAL = signal.SIGRTMIN + 4
+"""Makes a worker write down where each of its threads stands."""
+
+_FORMAT = struct.Struct("=qqqdddqqq")
+_SMOOTHING = 0.1
+
+
+class ProgressWriter:
+    """Writes one worker's progress.
+
+    Args:
+        path: of the file that its agent reads.
+        clock: seconds of a clock that all ranks of the node share.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        with path.open("wb+") as file:
+            file.truncate(_FORMAT.size)
+            self._memory = mmap.mmap(file.fileno(), _FORMAT.size)
+        self._place = (-1, Point.OUTSIDE)
+        self._begun = -1
+        self._count = 0
+        self._last_at = 0.0
+        self._longest_pause_s = 0.0
+        self._own_s = 0.0
+        self._began_at = 0.0
+        self._stacks: IO[str] | None = None
+        self._first_step = -1
+        self._epoch = -1
+        self._out_of_data = False
+
+    @classmethod
+    def from_environment(cls) -> ProgressWriter | None:
+        """The progress that the agent of this worker reads; None where it is not ours."""
+        folder = os.environ.get(environment.AGENT_DIR)
+        return cls(progress_path(Path(folder), int(os.environ["LOCAL_RANK"]))) if folder else None
+
+    def dump_stacks_into(self, path: Path) -> None:
+        """Write all stacks into a file when the agent asks for them."""
+        self._stacks = path.open("w")
+        faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
+
+    def beat(self, step: int, point: Point, epoch: int = -1, *, out_of_data: bool = False) -> None:
+        """Note where this rank stands; the arguments are those of `RankProgress`."""
+        now = self._clock()
+        self._begun, self._epoch, self._out_of_data = step, epoch, out_of_data
+        if (step, point) == self._place:
+            self._count += 1
+        else:
+            self._place, self._count = (step, point), 0
+        if self._first_step < 0:
+            self._first_step = step
+        if step > self._first_step + 1 and self._last_at:
+            self._longest_pause_s = max(self._longest_pause_s, now - self._last_at)
+        if point is Point.BATCH:
+            self._began_at = now
+        elif point is Point.BACKWARD and self._began_at:
+            # From the batch to the first collective: what this rank does without the others.
+            took_s = now - self._began_at
+            self._own_s = took_s if not self._own_s else self._own_s + _SMOOTHING * (took_s - self._own_s)
+        self._last_at = now
+        self._write(now)
+
+    def outside(self) -> None:
+        """Note that this rank is in no step: nobody is to wait for its progress."""
+        self._begun = -1
+        self.interrupt()
+
+    def interrupt(self) -> None:
+        """Note that a fault has ended the step: the time until this rank steps again is not a pause of training.
+
+        It contains the silence in which the fault was noticed: counted, it would be what the next one may take.
+        """
+        self._place, self._count, self._last_at, self._began_at = (-1, Point.OUTSIDE), 0, 0.0, 0.0
+        self._write(self._clock())
+
+    def restore(self) -> None:
+        """Note that this rank has met the others, or has come further in restoring a version with them."""
+        place = (0, Point.RESTORE)
+        self._place, self._count = place, self._count + 1 if self._place == place else 0
+        self._write(self._clock())
+
+    def _write(self, now: float) -> None:
+        step, point = self._place
+        # Packed into the memory itself they would be zero for a moment first: a sign from the time of the last boot.
+        self._memory[:] = _FORMAT.pack(
+            step,
+            point,
+            self._count,
+            now,
+            self._longest_pause_s,
+            self._own_s,
+            self._epoch,
+            self._out_of_data,
+            self._begun,
+        )
+
+    def close(self) -> None:
+        """Release the memory and the signal."""
+        self._memory.close()
+        if self._stacks is not None:
+            faulthandler.unregister(STACKS_SIGNAL)
+            self._stacks.close()
+
+
+def progress_path(folder: Path, local_rank: int) -> Path:
+    """File of a worker's progress in the folder of its agent."""
+    return folder / f"progress-{local_rank}"
+
+
+def stacks_path(folder: Path, local_rank: int) -> Path:
+    """File of a worker's stacks in the folder of its agent."""
+    return folder / f"stacks-{local_rank}.txt"
+
+
+def step_begun(folder: Path, local_rank: int) -> int | None:
+    """The step that a worker had begun last, whether or not it still runs; None where it was in none.
+
+    Args:
+        folder: of its agent.
+        local_rank: which worker.
+    """
+    try:
+        data = progress_path(folder, local_rank).read_bytes()
+    except FileNotFoundError:
+        return None
+    if len(data) != _FORMAT.size:
+        return None
+    begun = int(_FORMAT.unpack(data)[-1])
+    # A file that was just made is all zero, and steps are counted from 1.
+    return begun if begun > 0 else None
+
+
+def read_progress(folder: Path, local_rank: int, pid: int) -> RankProgress | None:
+    """The progress of a worker; None where it has given none.
+
+    Args:
+        folder: of its agent.
+        local_rank: which worker.
+        pid: its process id.
+    """
+    try:
+        data = progress_path(folder, local_rank).read_bytes()
+    except FileNotFoundError:
+        return None
+    fields = stat_fields(pid)
+    if fields is None or len(data) != _FORMAT.size:
+        return None
+    state = fields[0]
+    step, point, count, at, longest_pause_s, own_s, epoch, out_of_data, _ = _FORMAT.unpack(data)
+    return RankProgress(
+        step,
+        Point(point),
+        count,
+        at,
+        longest_pause_s,
+        own_s,
+        stopped=state == "T",
+        traced=state == "t",
+        epoch=epoch,
+        out_of_data=bool(out_of_data),
+    )

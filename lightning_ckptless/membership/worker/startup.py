@@ -1,0 +1,186 @@
+"""From a fork of the fork server to a worker that is like a process started afresh."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing.process
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from io import FileIO, TextIOWrapper
+from types import TracebackType
+from typing import Any, NoReturn
+
+from lightning_ckptless import environment
+from lightning_ckptless.membership.channel.program_failure import count_report, leave_failure
+from lightning_ckptless.membership.launch.hydra import with_folder, without_folder
+from lightning_ckptless.membership.worker.hidden_output import real_stderr
+from lightning_ckptless.membership.worker.program import Program, run_as_main
+
+_PR_SET_PDEATHSIG = 1
+_SIGINT_EXIT_CODE = 128 + signal.SIGINT
+_CANNOT_START_EXIT_CODE = 127
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One worker to start.
+
+    Args:
+        program: what it runs.
+        env: its whole environment; nothing of the parent's is added.
+        cwd: its working directory.
+        fresh: execute a new interpreter instead of running inside the fork.
+    """
+
+    program: Program
+    env: dict[str, str]
+    cwd: str
+    fresh: bool = False
+
+    def to_message(self) -> dict[str, Any]:
+        """The job as JSON can hold it."""
+        return asdict(self)
+
+    @classmethod
+    def from_message(cls, message: dict[str, Any]) -> Job:
+        """The job that `to_message` made."""
+        program = message["program"]
+        lists = {"args": tuple(program["args"]), "flags": tuple(program["flags"])}
+        return cls(**{**message, "program": Program(**{**program, **lists})})
+
+
+def die_with(parent_pid: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends.
+
+    Args:
+        parent_pid: process that is expected to be the parent; when it is gone already, this process ends now.
+    """
+    if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def outlive_parent() -> None:
+    """Undo `die_with`."""
+    _libc.prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
+
+
+def detach(parent_pid: int, stdio: list[int]) -> None:
+    """First steps in the fork: own session, tied to the parent's life, with the given stdin, stdout and stderr."""
+    os.setsid()
+    die_with(parent_pid)
+    for target, source in enumerate(stdio):
+        os.dup2(source, target)
+        os.close(source)
+
+
+def hold_line(job: Job, line: list[int]) -> None:
+    """Tell the job which file descriptor is its line to the agent, if it has one."""
+    for number in line:
+        job.env[environment.LINE] = str(number)
+        os.set_inheritable(number, job.fresh)
+
+
+def execute(job: Job) -> NoReturn:
+    """Replace this process by a fresh one that runs the job."""
+    command = with_folder(job.program, job.env).command()
+    try:
+        os.chdir(job.cwd)
+        os.execvpe(command[0], command, without_folder(job.env))
+    except OSError as error:
+        os.write(2, f"cannot start {command[0]!r} in {job.cwd!r}: {error.strerror}\n".encode())
+        os._exit(_CANNOT_START_EXIT_CODE)
+
+
+def run(job: Job) -> int:
+    """Run the job in this process as if python had been started for it.
+
+    Returns:
+        Exit code of the process. `SystemExit` passes through: the interpreter prints its message and sets the code.
+    """
+    _enter(job)
+    try:
+        run_as_main(with_folder(job.program, job.env))
+    except SystemExit as request:
+        if request.code not in (None, 0):
+            leave_failure(request)
+        raise
+    except BaseException as error:  # noqa: BLE001 - the last resort of an interpreter: report whatever the user raised
+        leave_failure(error)
+        _report(error)
+        # Python would end itself by SIGINT; the shell shows the same number for both.
+        return _SIGINT_EXIT_CODE if isinstance(error, KeyboardInterrupt) else 1
+    return 0
+
+
+def _enter(job: Job) -> None:
+    os.environ.clear()
+    os.environ.update(without_folder(job.env))
+    os.chdir(job.cwd)
+    multiprocessing.process.ORIGINAL_DIR = job.cwd  # type: ignore[attr-defined]
+    multiprocessing.process.current_process().authkey = os.urandom(32)
+    _renew_stdio()
+    _reset_signals()
+    _reseed()
+    _set_threads()
+    os.environ[environment.MAIN_AT] = repr(time.time())
+
+
+def _renew_stdio() -> None:
+    """New stream objects, unbuffered: nothing that a worker printed is lost when it is killed."""
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - stays open as long as the process
+    setattr(sys, "__stdin__", sys.stdin)  # noqa: B010 - declared final, which the interpreter itself does not heed
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        old: TextIOWrapper = getattr(sys, f"__{name}__")
+        raw: Any = FileIO(number, "w", closefd=False)
+        raw.name = f"<{name}>"
+        stream = TextIOWrapper(raw, encoding=old.encoding, errors=old.errors, write_through=True)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def _reset_signals() -> None:
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _reseed() -> None:
+    random.seed()
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.seed()
+
+
+def _set_threads() -> None:
+    count = os.environ.get("OMP_NUM_THREADS", "")
+    if "torch" in sys.modules and count.isdigit() and int(count) > 0:
+        sys.modules["torch"].set_num_threads(int(count))
+
+
+def _report(error: BaseException) -> None:
+    """Print an uncaught exception the way the interpreter does, from the program's first frame on."""
+    traceback = _without_ours(error.__traceback__)
+    error.__traceback__ = traceback
+    count = count_report(error, real_stderr())
+    if count > 1:
+        # Every start of every rank raises it: what is read is the first.
+        print(f"{type(error).__name__}: {error} (the same traceback as above, {count} times so far)", file=sys.stderr)
+        return
+    sys.last_type, sys.last_value, sys.last_traceback = type(error), error, traceback
+    sys.excepthook(type(error), error, traceback)
+
+
+def _without_ours(traceback: TracebackType | None) -> TracebackType | None:
+    ours = {__file__, run_as_main.__code__.co_filename}
+    while traceback is not None and traceback.tb_frame.f_code.co_filename in ours:
+        traceback = traceback.tb_next
+    return traceback

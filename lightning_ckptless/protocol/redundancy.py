@@ -1,0 +1,65 @@
+"""How well a run is protected at a moment: which shards have all the copies that the placement wants."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from lightning_ckptless.protocol.slots import absent_copies
+from lightning_ckptless.protocol.versions import READABLE, Complete, Replica, Snapshot, newest_complete
+
+_MOST_SHOWN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Protection:
+    """How many shards have all their copies.
+
+    Args:
+        snapshot: of this version; None where no version is complete.
+        whole: shards with all copies.
+        absent: pairs of shard and rank that is to keep a copy, and has none.
+        reason: the finding in a sentence.
+    """
+
+    snapshot: Snapshot | None
+    whole: int
+    absent: tuple[tuple[int, int], ...]
+    reason: str
+
+
+def protection_of(
+    inventory: Collection[Replica], holders: Sequence[Sequence[int]], nodes: Sequence[str], *, since: str = ""
+) -> Protection:
+    """How well the newest version is protected that has most of its copies.
+
+    Slots are overwritten while they are looked at: a version with all copies counts though a newer one is on its way.
+
+    Args:
+        inventory: what all arenas hold.
+        holders: for each shard the ranks, beyond its writer, that are to keep a copy.
+        nodes: name of each rank's node.
+        since: from which version on all copies were there, if they are; for the sentence.
+    """
+    shards = len(holders)
+    found = newest_complete(replica for replica in inventory if replica.world_size == shards)
+    if not isinstance(found, Complete):
+        return Protection(None, 0, (), f"0 of {shards} shards have all copies: {found.reason}")
+    complete = [found, *_older(inventory, found, shards)]
+    best, absent = min(((c, absent_copies(c, holders, nodes)) for c in complete), key=lambda pair: len(pair[1]))
+    whole = shards - len({shard for shard, _ in absent})
+    version = best.snapshot.version
+    if not absent:
+        then = f", since {since}" if since else f" of {version}"
+        return Protection(best.snapshot, whole, (), f"{shards} of {shards} shards have all copies{then}")
+    names = ", ".join(f"shard {shard} on rank {rank}" for shard, rank in absent[:_MOST_SHOWN])
+    more = f" and {len(absent) - _MOST_SHOWN} more" if len(absent) > _MOST_SHOWN else ""
+    text = f"{whole} of {shards} shards have all copies of {version}; missing: {names}{more}"
+    return Protection(best.snapshot, whole, absent, text)
+
+
+def _older(inventory: Iterable[Replica], found: Complete, shards: int) -> list[Complete]:
+    """The complete version before the newest, where it is there still."""
+    before = [r for r in inventory if r.snapshot < found.snapshot and r.world_size == shards and r.state in READABLE]
+    older = newest_complete(before)
+    return [older] if isinstance(older, Complete) else []

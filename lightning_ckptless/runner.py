@@ -1,0 +1,146 @@
+"""A run as a whole, around its agent: the ledger that the agent writes into, and the arenas that end with it.
+
+`membership` starts workers and knows nothing of arenas, `replica` keeps arenas and knows nothing of agents; here the
+two meet. This module is what `ckptless run` and `python train.py` become.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_ckptless import environment
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.launch.launch import SIGTERM_EXIT_CODE, LaunchConfig, Outcome, run
+from lightning_ckptless.membership.launch.launch import main as run_agent
+from lightning_ckptless.protocol.conclusion import Ending, conclude
+
+if TYPE_CHECKING:
+    from lightning_ckptless.replica.arena import Arena
+
+_RUN_ID_OPTIONS = ("--rdzv-id", "--rdzv_id")
+
+
+def run_job(config: LaunchConfig, *, parent: ForkServer | None = None) -> Outcome:
+    """Run a job on this node in the calling process, with its ledger, and leave nothing of it in shared memory.
+
+    Args:
+        config: what to run.
+        parent: a fork server that outlives the job; None for one of its own.
+
+    Raises:
+        LaunchError: the workers cannot be started, or the nodes do not find each other.
+    """
+    config = replace(config, run_root=config.run_root or environment.run_root())
+    try:
+        return run(config, parent=parent, record=record_for(config))
+    finally:
+        settle_checkpoint_files(config)
+        remove_arenas(config)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The process of an agent.
+
+    Args:
+        argv: options of `ckptless run`, the program and its arguments.
+
+    Returns:
+        Exit code.
+    """
+    is_named = any(argument.startswith(_RUN_ID_OPTIONS) for argument in argv)
+
+    def ended(config: LaunchConfig, outcome: Outcome | None) -> str:
+        settle_checkpoint_files(config)
+        conclusion = conclude(
+            Ending(
+                is_asked_for=outcome is None or outcome.exit_code == SIGTERM_EXIT_CODE,
+                has_given_up=outcome is not None and outcome.has_given_up,
+                is_named=is_named,
+                committed=_committed(config),
+                durable=_durable(config),
+                was_in_agent=any(arena.links_to_memory for arena in _arenas(config)),
+                command=shlex.join(["ckptless", "run", *([] if is_named else [f"--rdzv-id={config.run_id}"]), *argv]),
+            )
+        )
+        if not conclusion.keeps_arenas:
+            remove_arenas(config)
+        return conclusion.text
+
+    return run_agent(argv, record_for=record_for, ended=ended)
+
+
+def record_for(config: LaunchConfig) -> Callable[..., None]:
+    """What writes the agent's events into the ledger of a run."""
+    from lightning_ckptless.ledger import Ledger  # noqa: PLC0415 - not before the parent's own imports
+
+    return Ledger(_ledger_path(config)).record
+
+
+def _ledger_path(config: LaunchConfig) -> Path:
+    from lightning_ckptless.ledger import LEDGER_NAME, run_folder  # noqa: PLC0415 - as above
+
+    return run_folder(config.run_root or environment.run_root(), config.run_id) / LEDGER_NAME
+
+
+def settle_checkpoint_files(config: LaunchConfig) -> None:
+    """Put checkpoint files back that a replay had set aside when the run ended; its workers are gone."""
+    from lightning_ckptless.trainer.reporting.checkpoint_files import settle_run  # noqa: PLC0415 - as above
+
+    if config.node_range[1] == 1:
+        # With several nodes the others may still be training.
+        settle_run(_ledger_path(config))
+
+
+def remove_arenas(config: LaunchConfig) -> None:
+    """Remove the arenas that workers of this process's agent have made for a run."""
+    for arena in _arenas(config):
+        arena.remove()
+
+
+def _arenas(config: LaunchConfig) -> list[Arena]:
+    """The arenas that workers of this process's agent have made for a run, in the order of its calls of `fit`."""
+    from lightning_ckptless.ledger import read_ledger  # noqa: PLC0415 - as above
+    from lightning_ckptless.replica.arena import Arena, default_arena_dir, find_arenas  # noqa: PLC0415 - brings torch
+
+    # The strategy may have named another folder, which the ledger knows.
+    started = read_ledger(_ledger_path(config), only="run_started")
+    named = {Path(event.fields["arena"]).parent for event in started}
+    infos = [info for folder in {config.arena_dir or default_arena_dir(), *named} for info in find_arenas(folder)]
+    found = [
+        info
+        for info in infos
+        if info.owner.pid == os.getpid()
+        and (info.run_id == config.run_id or info.run_id.startswith(f"{config.run_id}."))
+    ]
+    return [Arena.attach(info.path) for info in sorted(found, key=lambda info: info.created_at)]
+
+
+def _committed(config: LaunchConfig) -> str:
+    """The newest version in this node's shared memory, in words; empty where there is none."""
+    from lightning_ckptless.protocol.versions import Complete, newest_complete  # noqa: PLC0415 - as above
+
+    for arena in reversed(_arenas(config)):
+        found = newest_complete(arena.inventory())
+        if isinstance(found, Complete):
+            return f"{found.snapshot.version} of the run"
+        if found.since is not None:
+            return f"this node's part of {found.since} of the run"
+    return ""
+
+
+def _durable(config: LaunchConfig) -> str:
+    """The newest durable state of a run, in words; empty where there is none."""
+    from lightning_ckptless.ledger import read_ledger  # noqa: PLC0415 - as above
+
+    written = [event.fields["step"] for event in read_ledger(_ledger_path(config), only="durable_written")]
+    return f"the durable state of step {written[-1]}" if written else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,268 @@
+"""Faults on purpose: ends, hangs or breaks a rank at a chosen step and moment, once per run.
+
+| Moment | When, in the optimizer step `S` that the fault names |
+|---|---|
+| `training_step` | the body of `training_step` has run, nothing has come back from it yet |
+| `backward` | the first gradient is known, the others are not |
+| `optimizer_step` | the optimizer has changed the parameters, nothing else of the step is done |
+| `commit` | the step is done, its version is not taken yet |
+| `mirror` | the version is being copied into the arena, in the background |
+| `accumulation` | a batch is done whose gradients wait for those of the next |
+| `validation` | the validation behind the step has begun |
+| `epoch_end` | the last step of the epoch is done, the end of the epoch is under way |
+| `regroup` | another fault has come at this step or after it, and the ranks are about to meet in place |
+| `meet` | all ranks have come to that meeting, and the others make the process groups |
+| `restore` | they have met, and the state is about to be put back |
+
+Steps count from 1 as `trainer.global_step` will: with manual optimization of two optimizers a batch makes two. A fault
+whose moment does not exist in its step (there is no validation behind it, its version is not mirrored) comes at the
+first such moment after it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import lru_cache, wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_ckptless import environment
+from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.internals.lightning.distribution import DISTRIBUTIONS, module
+from lightning_ckptless.protocol.fault_script import Fault, Moment, parse_faults
+from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.testing.fault_marks import FaultMarks
+from lightning_ckptless.testing.harm import do_harm
+from lightning_ckptless.trainer.state.sharding import sharded_modules
+
+Remove = Callable[[], None]
+
+
+def fault_injector_from_environment(distribution: str) -> Any | None:
+    """The injector for the faults in `CKPTLESS_FAULTS`; None where it names none.
+
+    Args:
+        distribution: `lightning.pytorch` or `pytorch_lightning`.
+
+    Raises:
+        OptionsError: the faults cannot be read.
+    """
+    text = os.environ.get(environment.FAULTS, "")
+    return fault_injector_class(distribution)(text) if text.strip() else None
+
+
+@lru_cache(maxsize=len(DISTRIBUTIONS))
+def fault_injector_class(distribution: str) -> type[Any]:
+    """`FaultInjector` for one distribution of Lightning.
+
+    Args:
+        distribution: `lightning.pytorch` or `pytorch_lightning`.
+    """
+    base: Any = module(distribution, "callbacks").Callback
+
+    class FaultInjector(base):  # type: ignore[misc]
+        """Injects faults into training; see `lightning_ckptless.testing.fault_injector` for the moments.
+
+        Each fault happens once per run, however often the workers are started again.
+
+        Args:
+            faults: as text, `kill:rank=1:step=7:at=backward`, several separated by commas; or as `Fault` objects.
+            marker_dir: folder that remembers over relaunches which faults have happened; `faults` in the folder of
+                the run where none is given. Needed with a strategy other than ckptless.
+
+        Raises:
+            OptionsError: the faults cannot be read.
+        """
+
+        ckptless_observer = True
+
+        def __init__(self, faults: str | Sequence[Fault], marker_dir: str | Path | None = None) -> None:
+            self._injection = Injection(_as_faults(faults), None if marker_dir is None else Path(marker_dir))
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self._injection.open(trainer)
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            self._injection.arm(trainer, pl_module)
+
+        def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
+            self._injection.arm_backward(trainer, pl_module, loss)
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self._injection.disarm()
+            self._injection.after_batch(trainer, batch_idx)
+
+        def on_validation_batch_start(
+            self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        ) -> None:
+            if not trainer.sanity_checking:
+                self._injection.strike(Moment.VALIDATION, trainer.global_step)
+
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            self._injection.strike(Moment.EPOCH_END, trainer.global_step)
+
+        def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            self._injection.close()
+
+    FaultInjector.__module__ = "lightning_ckptless"
+    FaultInjector.__qualname__ = "FaultInjector"
+    return FaultInjector
+
+
+def _as_faults(faults: str | Sequence[Fault]) -> tuple[Fault, ...]:
+    return parse_faults(faults) if isinstance(faults, str) else tuple(faults)
+
+
+class Injection:
+    """What a `FaultInjector` does in one process.
+
+    Args:
+        faults: all faults of the run, those of other ranks too.
+        marker_dir: folder of the marks; None for that of the run.
+    """
+
+    def __init__(self, faults: tuple[Fault, ...], marker_dir: Path | None) -> None:
+        self.faults = faults
+        self._marker_dir = marker_dir
+        self._mine: tuple[tuple[int, Fault], ...] = ()
+        self._marks: FaultMarks | None = None
+        self._record: Callable[..., None] = _unheard
+        self._removers: list[Remove] = []
+        self._probes: list[Callable[[str, Version], None]] = []
+
+    def open(self, trainer: Any) -> None:
+        """Find out which faults are this rank's, and listen to the mirror.
+
+        Raises:
+            OptionsError: a fault names a rank that is not there, or there is no folder for the marks.
+        """
+        for fault in self.faults:
+            if fault.rank != "all" and not 0 <= int(fault.rank) < trainer.world_size:
+                raise OptionsError(f"{fault}: there is no rank {fault.rank} among {trainer.world_size}")
+        rank = trainer.global_rank
+        self._mine = tuple((i, fault) for i, fault in enumerate(self.faults) if fault.rank in (rank, "all"))
+        engine = getattr(trainer.strategy, "engine", None)
+        folder = self._marker_dir or (None if engine is None else engine.run_folder / "faults")
+        if folder is None:
+            raise OptionsError(
+                f"FaultInjector with {type(trainer.strategy).__name__}: give marker_dir=, a folder that remembers over "
+                "relaunches which faults have happened"
+            )
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        # A process that has not met the others yet is a generation of its own.
+        alone = -os.getpid()
+        self._marks = FaultMarks(folder, lambda: (engine.generation or alone) if engine else restarts, rank)
+        if engine is not None:
+            self._record = lambda event, **fields: engine.ledger.record(
+                event, generation=engine.generation, rank=rank, **fields
+            )
+            self._probes = engine.probes
+            self._probes.append(self._probe)
+
+    def close(self) -> None:
+        """Take every hook back."""
+        self.disarm()
+        with suppress(ValueError):
+            self._probes.remove(self._probe)
+
+    # ------------------------------------------------------------------ moments
+
+    def arm(self, trainer: Any, pl_module: Any) -> None:
+        """Place hooks for the faults that fall into the batch which begins."""
+        self.disarm()
+        step = trainer.global_step + 1
+        strike = self.strike
+        if self._due(Moment.TRAINING_STEP, step):
+            self._removers.append(after_training_step(pl_module, lambda: strike(Moment.TRAINING_STEP, step)))
+        if self._due(Moment.BACKWARD, step) and not sharded_modules(pl_module):
+            parameters = [p for p in pl_module.parameters() if p.requires_grad]
+            hook = torch.autograd.graph.register_multi_grad_hook(
+                parameters, lambda _: strike(Moment.BACKWARD, step), mode="any"
+            )
+            self._removers.append(hook.remove)
+        if self._due(Moment.OPTIMIZER_STEP, step):
+            self._removers += after_optimizers(
+                trainer.optimizers, lambda: strike(Moment.OPTIMIZER_STEP, trainer.global_step + 1)
+            )
+
+    def arm_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
+        """Place hooks for the backward pass of a sharded model, which computes with other parameters than it keeps."""
+        step = trainer.global_step + 1
+        if self._due(Moment.BACKWARD, step) and sharded_modules(pl_module):
+            nodes = gradient_nodes(loss)
+            self._removers += [
+                node.register_hook(lambda *_: self.strike(Moment.BACKWARD, step)).remove for node in nodes
+            ]
+
+    def disarm(self) -> None:
+        """Take the hooks of a batch back."""
+        while self._removers:
+            self._removers.pop()()
+
+    def after_batch(self, trainer: Any, batch_idx: int) -> None:
+        """A batch is done, and the optimizer step with it unless gradients are accumulated."""
+        accumulated = trainer.accumulate_grad_batches
+        if (batch_idx + 1) % accumulated == 0 or trainer.is_last_batch:
+            self.strike(Moment.COMMIT, trainer.global_step)
+        else:
+            self.strike(Moment.ACCUMULATION, trainer.global_step + 1)
+
+    def _probe(self, moment: str, version: Version) -> None:
+        if moment == "stage":
+            self.strike(Moment.MIRROR, version.optimizer_step)
+        elif moment in (Moment.REGROUP, Moment.MEET, Moment.RESTORE):
+            self.strike(Moment(moment), version.optimizer_step)
+
+    def _due(self, moment: Moment, step: int) -> list[tuple[int, Fault]]:
+        return [(i, fault) for i, fault in self._mine if fault.at == moment and fault.step <= step]
+
+    def strike(self, moment: Moment, step: int) -> None:
+        """Inject what is due at a moment of a step and has not happened yet."""
+        for index, fault in self._due(moment, step):
+            assert self._marks is not None
+            if self._marks.claim(index, fault):
+                self._record("fault_injected", fault=str(fault), kind=str(fault.kind), moment=str(moment), step=step)
+                do_harm(fault, step)
+
+
+def _unheard(event: str, **fields: Any) -> None:
+    """There is no ledger."""
+
+
+def after_training_step(pl_module: Any, action: Callable[[], None]) -> Remove:
+    """Call an action when the body of `training_step` has run; returns what undoes it."""
+    original = pl_module.training_step
+
+    @wraps(original)
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        action()
+        return result
+
+    def remove() -> None:
+        vars(pl_module).pop("training_step", None)
+
+    pl_module.training_step = training_step
+    return remove
+
+
+def gradient_nodes(loss: torch.Tensor) -> Iterator[Any]:
+    """The nodes of a loss's graph that hand gradients to parameters."""
+    ahead, seen = [loss.grad_fn], set[Any]()
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node
+        ahead += [following for following, _ in node.next_functions]
+
+
+def after_optimizers(optimizers: Iterable[Any], action: Callable[[], None]) -> list[Remove]:
+    """Call an action at the end of each optimizer's `step`; returns what undoes it."""
+    return [optimizer.register_step_post_hook(lambda *_: action()).remove for optimizer in optimizers]

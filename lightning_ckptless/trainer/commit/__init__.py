@@ -1,0 +1,1 @@
+"""The commit point of a step: a version is taken there."""

@@ -1,0 +1,233 @@
+"""The durable rung as a trainer takes it: the writer is asked for, and a state is brought back into the arenas.
+
+A state comes back the way it went: each rank puts its own shard into its own slot, under the version, the layout and
+the checksum that it was staged with. From there on it is restored like any version that arenas hold, and by the same
+code, so what is exact there is exact here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from lightning_ckptless import environment
+from lightning_ckptless.durable.capture import ShardCopy
+from lightning_ckptless.durable.folder import DurableFolder, Manifest
+from lightning_ckptless.durable.order import MODULE, SHARE_NOTE, WriterOrder, read_share, share_note
+from lightning_ckptless.durable.places import read_places
+from lightning_ckptless.durable.store import read_layout, read_shard
+from lightning_ckptless.errors import DurableError, OptionsError
+from lightning_ckptless.formats.pickles import UntrustedError, admit
+from lightning_ckptless.ledger import LEDGER_NAME
+from lightning_ckptless.membership.channel.agent_channel import Line
+from lightning_ckptless.options import CkptlessOptions
+from lightning_ckptless.protocol.durable_schedule import DurableState, newest_first, share_of
+from lightning_ckptless.protocol.versions import Complete, Missing, Snapshot, Version
+from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.layout.layout import Layout
+from lightning_ckptless.replica.restore import choose
+from lightning_ckptless.replica.slot import Slot
+from lightning_ckptless.replica.slot_stamp import Stamp
+from lightning_ckptless.replica.transport import Transport
+from lightning_ckptless.trainer.session.identity import Identity
+from lightning_ckptless.trainer.session.member_set import MemberSet
+from lightning_ckptless.trainer.state.trust import how_to_trust
+
+log = logging.getLogger(__name__)
+
+_NOTE = "durable writer with"
+
+
+def with_environment(options: CkptlessOptions, env: Mapping[str, str] = os.environ) -> CkptlessOptions:
+    """The options, with what the launcher was told about durable states in the place of the strategy's own.
+
+    Raises:
+        OptionsError: a value is out of range, or no number.
+    """
+    given: dict[str, Any] = {}
+    for name, variable, kind in (
+        ("durable_every_n_steps", environment.DURABLE_EVERY_N_STEPS, int),
+        ("durable_every_s", environment.DURABLE_EVERY_S, float),
+        ("durable_dir", environment.DURABLE_DIR, Path),
+    ):
+        if text := env.get(variable):
+            try:
+                given[name] = kind(text)
+            except ValueError as error:
+                raise OptionsError(f"{variable}={text!r}: expected {kind.__name__}") from error
+    return replace(options, **given) if given else options
+
+
+class DurableRung:
+    """Durable states of one call of `fit`.
+
+    Args:
+        identity: who this worker is.
+        fit_index: how many times `fit` was entered before in this process: each has a folder of its own.
+        options: the user's settings.
+    """
+
+    def __init__(self, identity: Identity, fit_index: int, options: CkptlessOptions) -> None:
+        self._identity = identity
+        self._options = options
+        given = options.durable_dir
+        path = (given or identity.run_folder / "durable").absolute()
+        self.folder = DurableFolder(path.with_name(f"{path.name}.{fit_index}") if fit_index else path)
+        self._is_on = options.durable_every_n_steps is not None or options.durable_every_s is not None
+        self._is_named = given is not None
+        self._logger_identities: dict[str, list[dict[str, Any]] | None] = {}
+
+    # ------------------------------------------------------------------ reading
+
+    def states(self, transport: Transport) -> list[DurableState]:
+        """The states that all ranks see, the newest first. All ranks call it together.
+
+        Raises:
+            OptionsError: the folder is not ours.
+        """
+        if self._is_on or self._is_named:
+            self.folder.require_ours()
+        mine = self.folder.states()
+        self._logger_identities = {str(path): manifest.logger_identities for path, manifest in mine}
+        for path, why in self.folder.left_out.items() if transport.rank == 0 else ():
+            log.warning("ckptless: the durable state %s is left out: %s", path, why)
+        told = json.dumps([asdict(manifest.state(path)) for path, manifest in mine]).encode()
+        seen = [{_state(fields) for fields in json.loads(line)} for line in transport.gather(told)]
+        return newest_first(list(set.intersection(*seen)))
+
+    def logger_identities(self, state: DurableState) -> list[dict[str, Any]] | None:
+        """The runs that the loggers of a state write to."""
+        return self._logger_identities.get(state.path)
+
+    def bring(self, state: DurableState, members: MemberSet) -> Complete | str:
+        """Put a state into the arenas, in the place of all they hold. All ranks call it together.
+
+        Returns:
+            The version as the arenas have it now, or why the state cannot be used; then the arenas are as they were.
+        """
+        arena, rank = members.arena, members.rank
+        mine = _read(state, range(rank, state.snapshot.world_size, members.world_size), members.trusted)
+        problems = [text for (text,) in members.gather([mine if isinstance(mine, str) else ""]) if text]
+        if isinstance(mine, str) or problems:
+            log.warning("ckptless: %s is left aside: %s", state, problems[0])
+            return str(problems[0])
+        layout, copies = mine
+        if members.speaks_for_node:
+            arena.clear()
+            arena.write_layout(layout)
+            arena.note("origin", state.origin)
+        members.transport.agree(True)
+        arena.require_room_for(
+            (
+                (shard, holder)
+                for holder in members.ranks_of_node
+                for shard in range(holder, state.snapshot.world_size, members.world_size)
+            ),
+            layout,
+        )
+        for shard, copy in copies.items():
+            pair = arena.slots(shard, rank, copy.bulk.numel(), layout=layout.digest)
+            _put(pair[0], copy, state.snapshot, shard, rank)
+            for slot in pair:
+                slot.close()
+        members.transport.agree(True)
+        found = choose(arena, members.transport, members.nodes)
+        return found.reason if isinstance(found, Missing) else found
+
+    # ------------------------------------------------------------------ writing
+
+    def share_out(self, members: MemberSet) -> None:
+        """Note what the writer of this node has to do. All ranks call it.
+
+        Raises:
+            OptionsError: several nodes would have to write, and the options do not say at which steps.
+        """
+        if not self._is_on:
+            return
+        n, mirrored = self._options.durable_every_n_steps, self._options.mirror_every_n_steps
+        steps = None if n is None or mirrored == "auto" else math.lcm(n, mirrored)
+        nodes = members.nodes
+        share = share_of(nodes[members.rank], members.placement.holders, nodes, steps)
+        if not any(share_of(node, members.placement.holders, nodes, steps).is_whole for node in nodes) and not steps:
+            raise OptionsError(
+                f"with copies={self._options.copies} no node holds all {len(nodes)} shards, so {len(set(nodes))} nodes "
+                "write a durable state together, at steps that all of them know: set durable_every_n_steps, and "
+                "mirror_every_n_steps to a number"
+            )
+        if members.speaks_for_node:
+            members.arena.note(SHARE_NOTE, share_note(share))
+
+    def order_writer(self, arena: Arena, line: Line | None) -> None:
+        """Have states written from an arena, by a process of this node's agent, if this node writes any.
+
+        Args:
+            arena: of this node.
+            line: to an agent of ours; None where another one has started this worker.
+        """
+        share = read_share(arena.notes())
+        if not self._is_on or share is None or not share.shards:
+            return
+        order = WriterOrder(
+            arena=str(arena.path),
+            folder=str(self.folder.path),
+            ledger=str(self._identity.run_folder / LEDGER_NAME),
+            run_id=self._identity.run_id,
+            agent_pid=self._identity.agent_pid,
+            every_n_steps=self._options.durable_every_n_steps,
+            every_s=self._options.durable_every_s,
+            keep=self._options.durable_keep,
+        )
+        if line is not None:
+            line.tell("sidecar", module=MODULE, argument=order.to_text())
+        elif not self._identity.own_agent and arena.notes().get(_NOTE) != order.agent_pid:
+            _start_detached(order)
+            arena.note(_NOTE, order.agent_pid)
+
+
+def _read(
+    state: DurableState, shards: Iterable[int], trusted: Collection[str]
+) -> tuple[Layout, dict[int, ShardCopy]] | str:
+    """Some shards of a state, or why they cannot be had."""
+    path = Path(state.path)
+    try:
+        layout, manifest, places = read_layout(path), Manifest.read(path), read_places(path)
+        copies = {shard: read_shard(path, manifest, layout, places, shard) for shard in shards}
+        for copy in copies.values():
+            admit(copy.blob, trusted)
+    except DurableError as error:
+        return str(error)
+    except UntrustedError as error:
+        return f"{path}: {error}{how_to_trust(error)}"
+    return layout, copies
+
+
+def _put(slot: Slot, copy: ShardCopy, snapshot: Snapshot, shard: int, holder: int) -> None:
+    stamp = Stamp(snapshot.version, snapshot.generation, snapshot.world_size, snapshot.layout, shard, holder)
+    slot.begin(stamp)
+    slot.bulk.copy_(copy.bulk)
+    slot.seal(stamp, copy.blob, copy.checksum)
+    slot.commit()
+
+
+def _state(fields: dict[str, Any]) -> DurableState:
+    snapshot = fields["snapshot"] | {"version": Version(**fields["snapshot"]["version"])}
+    return DurableState(**(fields | {"snapshot": Snapshot(**snapshot)}))
+
+
+def _start_detached(order: WriterOrder) -> None:
+    """Under an agent that is not ours: a process that init adopts, and that ends when the agent has ended."""
+    subprocess.run(
+        [sys.executable, "-m", MODULE, order.to_text(), "--detach"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        check=True,
+    )

@@ -1,0 +1,366 @@
+"""Taking versions: at a commit point the state of the trainer is captured and handed to the mirror."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+from lightning_ckptless.durable.recipe import has_recipe, write_recipe
+from lightning_ckptless.errors import TransportError
+from lightning_ckptless.formats.packing import pack
+from lightning_ckptless.internals.lightning.loops import FitLoops
+from lightning_ckptless.internals.lightning.sigterm import SigtermFlag, sigterm_exception
+from lightning_ckptless.options import CkptlessOptions
+from lightning_ckptless.protocol.mirror_interval import agreed
+from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.cores import threads_of_a_rank
+from lightning_ckptless.replica.layout.layout import Layout
+from lightning_ckptless.replica.layout.planner import plan_layout
+from lightning_ckptless.replica.layout.tensor_spec import from_message, to_message
+from lightning_ckptless.replica.mirror.mirror import Mirror
+from lightning_ckptless.trainer.commit.mirror_interval import Cadence
+from lightning_ckptless.trainer.commit.rereplication import Rereplication
+from lightning_ckptless.trainer.data.batch_log import BatchLog
+from lightning_ckptless.trainer.data.hooks import DataHooks
+from lightning_ckptless.trainer.data.virtual_ranks import VirtualRanks
+from lightning_ckptless.trainer.reporting.loggers import RunLoggers
+from lightning_ckptless.trainer.reporting.report import RunReport
+from lightning_ckptless.trainer.session.member_set import MemberSet
+from lightning_ckptless.trainer.state.checkpoint_recipe import recipe_of
+from lightning_ckptless.trainer.state.device_pickle import pack_late
+from lightning_ckptless.trainer.state.host_state import HostState
+from lightning_ckptless.trainer.state.layout_tensors import describe_state
+from lightning_ckptless.trainer.state.static import StaticWatch
+from lightning_ckptless.trainer.state.surroundings import Surroundings
+from lightning_ckptless.trainer.state.tensors import StateIndex, require_room
+from lightning_ckptless.trainer.state.trust import Departure
+from lightning_ckptless.trainer.strategy.compatibility import warn_of_loaders
+
+log = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 10.0
+WHAT_IS_LOST = (
+    "%s was changed in training, and is an object or too large to be part of every step: a process that is replaced "
+    "begins with the first value. Keep what changes in a number, a list or an array of its own, or in `state_dict()` "
+    "of a callback"
+)
+
+
+class Mirroring:
+    """Takes the versions of one trainer, over all generations that it lives through.
+
+    Args:
+        trainer: set up for `fit`.
+        loops: its loops.
+        options: the user's settings.
+        report: is told what it costs.
+        batches: the batches in hand.
+        streams: those that this rank carries.
+        loggers: of the trainer.
+        probe: called in the mirror thread with the moment of a round and its version.
+        sigterm: Lightning's flag for a request to end.
+        finish_asked: whether this rank was asked to end the run, by a signal or by its agent.
+
+    Attributes:
+        taken: the version that was taken last, or restored.
+        optimizers_are_of: the version that the optimizers' state is of; None while a step changes it.
+        cadence: how often one is taken.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        loops: FitLoops,
+        options: CkptlessOptions,
+        report: RunReport,
+        batches: BatchLog,
+        streams: VirtualRanks,
+        loggers: RunLoggers,
+        hooks: DataHooks,
+        probe: Callable[[str, Version], None],
+        sigterm: SigtermFlag,
+        finish_asked: Callable[[], bool],
+    ) -> None:
+        self.taken: Version | None = None
+        self.optimizers_are_of: Version | None = None
+        self._ends_here = False
+        self._trainer = trainer
+        self._loops = loops
+        self._options = options
+        self._report = report
+        self._batches = batches
+        self._streams = streams
+        self._loggers = loggers
+        self._hooks = hooks
+        self._probe = probe
+        self._sigterm = sigterm
+        self._finish_asked = finish_asked
+        self.cadence = Cadence(options, report)
+        self._members: MemberSet | None = None
+        self._departure: Departure | None = None
+        self._mirror: Mirror | None = None
+        self._seen: Version | None = None
+        self._index: StateIndex | None = None
+        self._layout: Layout | None = None
+        self._host_state: HostState | None = None
+        self._protecting: Rereplication | None = None
+        self._still = StaticWatch()
+        self._surroundings = Surroundings(trainer, self._tell_of_loss)
+        loops.after_setup_of_validation_data(self._surroundings.on_validation_data)
+
+    def watch_objects(self) -> None:
+        """Begin to watch the objects of the user: the hooks of a starting fit have run."""
+        self._surroundings.watch_objects()
+
+    def _tell_of_loss(self, name: str) -> None:
+        if self._trainer.is_global_zero:
+            log.warning("ckptless: %s", WHAT_IS_LOST % name)
+
+    def optimizers_hold(self, version: Version) -> bool:
+        """Whether the state of the optimizers is still that of a version, with the same parameters."""
+        return self.optimizers_are_of == version and self._index is not None and self._index.is_current()
+
+    def index_of(self, layout: Layout) -> StateIndex | None:
+        """Where the trainer's tensors are, if they are known to be those of a layout."""
+        known = self._index
+        if known is None or self._layout is None or self._layout.digest != layout.digest or not known.is_current():
+            return None
+        return known
+
+    @property
+    def trainer(self) -> Any:
+        """Whose versions are taken."""
+        return self._trainer
+
+    @property
+    def mirror(self) -> Mirror | None:
+        """The mirror of this generation; None before its first version."""
+        return self._mirror
+
+    @property
+    def committed(self) -> Version | None:
+        """The newest version that is in place on all ranks, as far as this one knows."""
+        return self._mirror.committed if self._mirror is not None else None
+
+    @property
+    def host_state(self) -> HostState:
+        """The host state of the trainer."""
+        if self._host_state is None:
+            self._host_state = HostState(self._trainer, self._options, self._surroundings)
+        return self._host_state
+
+    # ------------------------------------------------------------------ generations
+
+    def join(self, members: MemberSet) -> None:
+        """Mirror from here on among these ranks."""
+        self._members = members
+        self._departure = Departure(self._options, members)
+
+    def resume(self, version: Version, layout: Layout, index: StateIndex, protect: Callable[[], None]) -> None:
+        """Go on from a version that was restored.
+
+        Args:
+            version: the version.
+            layout: how it is cut.
+            index: where its tensors are in this trainer.
+            protect: fills in the copies that it lacks; all ranks call it together.
+        """
+        self._index, self._layout = index, layout
+        self.taken = self.optimizers_are_of = self._seen = version
+        assert self._members is not None
+        self._tell_plan(version)
+        self._protecting = Rereplication(protect)
+        if not has_recipe(self._members.arena.path):
+            self._keep_recipe(self._members.arena)
+
+    def _await_protection(self) -> None:
+        """Wait until the restored version has all its copies: from here on newer ones are mirrored."""
+        protecting, self._protecting = self._protecting, None
+        if protecting is not None:
+            assert self._layout is not None
+            self._report.waited(protecting.wait())
+            self._open(self._layout, committed=self.taken)
+
+    def abandon(self) -> None:
+        """Give up what is under way: the members is over, and its connections are cut."""
+        if self._protecting is not None:
+            self._protecting.abandon(CLOSE_TIMEOUT_S)
+            self._protecting = None
+        if self._mirror is not None:
+            self._mirror.close(CLOSE_TIMEOUT_S)
+            self._mirror = None
+
+    def settle(self) -> None:
+        """Wait until the last version is committed."""
+        self._await_protection()
+        if self._mirror is not None:
+            self._mirror.settle()
+
+    def close(self) -> None:
+        """Release threads and mappings."""
+        self.abandon()
+        self._index = self._host_state = None
+
+    # ------------------------------------------------------------------ versions
+
+    def ends_here(self) -> bool:
+        """A moment has come at which a version may be taken; returns whether the run ends with it."""
+        mirror = self._mirror
+        if self._trainer.world_size == 1:
+            self._ends_here = mirror is not None and self._finish_asked()
+        else:
+            self._ends_here = mirror is not None and mirror.ending.passes()
+        return self._ends_here
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run ended as it was asked to, and its last hooks are running."""
+        return self._sigterm.agreed and bool(self._trainer.interrupted)
+
+    def end_if_asked(self) -> None:
+        """End the run after a batch, where all ranks have agreed to.
+
+        Raises:
+            SIGTERMException: Lightning's own, raised where Lightning raises it.
+        """
+        if self._is_between_steps() and self._trainer.world_size == 1 and self._finish_asked():
+            self.settle()
+            self._sigterm.agree()
+        if self._sigterm.agreed and not self._sigterm.is_training_done:
+            raise sigterm_exception(self._trainer)
+
+    def _is_between_steps(self) -> bool:
+        """Whether the last version holds all steps, and the batches since are to be part of the next one."""
+        return self.taken == Version(self._trainer.global_step, True) and not self._loops.step_done()
+
+    def commit(self, version: Version) -> None:
+        """Take a version and hand it to the mirror. Called in the training thread at a commit point."""
+        self._await_protection()
+        self._report.step_done()
+        began = perf_counter()
+        if self._host_state is None and self._trainer.is_global_zero:
+            warn_of_loaders(self._loops.combined_loader.flattened)
+            self.host_state.hooks.warn_of_uncovered()
+        self.optimizers_are_of = version
+        if self._index is None or self._mirror is None or not self._index.is_current() or self._is_to_be_compared():
+            self._plan_anew()
+            self._tell_plan(version)
+        self._seen = version
+        assert self._index is not None and self._mirror is not None
+        if self._options.on_late == "skip" and self._mirror.busy and not self._ends_here:
+            self._mirror.skip(version)
+            self._report.taken(0.0, perf_counter() - began, self._mirror)
+            return
+        stall_s = self._submit(version)
+        self._batches.forget_before(self._mirror.committed)
+        self.taken = version
+        spent_s = perf_counter() - began
+        self.cadence.took(version, spent_s)
+        self._report.taken(stall_s, spent_s, self._mirror)
+        agreement = self._mirror.interval_after
+        if agreement is not None and agreement[0] < version:
+            self.cadence.settle(agreed(agreement[1]))
+        if self._ends_here:
+            self._mirror.settle()
+            self._sigterm.agree()
+
+    def _submit(self, version: Version) -> float:
+        assert self._index is not None and self._mirror is not None and self._departure is not None
+        tensors = self._index.read()
+        blob = pack_late(
+            {
+                "state": self.host_state.capture(self._batches.position_at(version), tensors),
+                "streams": self._streams.capture(),
+                "data_hooks": dict(self._hooks.made),
+                "report": self._report.state(),
+                "interval": self.cadence.chosen,
+                "logs": self._loggers.capture(version, self._departure.may_leave),
+            }
+        )
+        blob = self._departure.checked(blob)
+        return self._mirror.submit(version, tensors, blob, blocking_names=self._index.private)
+
+    def take_again(self, version: Version) -> None:
+        """Mirror a version that other ranks had written, and wait until it is committed. All ranks call it together."""
+        self.taken = self.optimizers_are_of = self._seen = version
+        self._plan_anew()
+        self._submit(version)
+        assert self._mirror is not None
+        if self._mirror.settle() != version:
+            raise TransportError(
+                f"rank {self._trainer.global_rank}: {version} could not be mirrored by {self._trainer.world_size} "
+                "ranks before they go on: a rank had not all of it"
+            )
+
+    def before_optimizer_step(self) -> None:
+        """Wait until the version under way is copied: the optimizer is about to change the tensors."""
+        if self._mirror is not None:
+            self._report.waited(self._mirror.wait_staged())
+        self.optimizers_are_of = None
+
+    def _is_to_be_compared(self) -> bool:
+        """Whether ranks may have trained for the first time what they began alike, and might train differently."""
+        return not self._trainer.strategy.replicates and self._seen is not None and self._seen.optimizer_step == 0
+
+    def _plan_anew(self) -> None:
+        assert self._members is not None
+        if self._mirror is not None:
+            self._mirror.settle()
+        require_room(self._trainer)
+        index = StateIndex(self._trainer)
+        still = self._still.look(index)
+        mine = to_message(describe_state(index, replicated=self._trainer.strategy.replicates, still=still))
+        layout = plan_layout([from_message(line) for line in self._members.transport.gather(mine)])
+        # Together: after a fault in between, the index would be taken for that of the layout before.
+        self._index, self._layout = index, layout
+        committed = self._mirror.committed if self._mirror is not None else None
+        self._open(layout, committed=committed)
+        self._keep_recipe(self._members.arena)
+
+    def _tell_plan(self, version: Version) -> None:
+        assert self._members is not None and self._layout is not None
+        layout = self._layout
+        self._report.planned(self._members, [layout.bulk_bytes(shard) for shard in range(layout.world_size)], version)
+
+    def _keep_recipe(self, arena: Arena) -> None:
+        """Say beside the version what a checkpoint file has beyond it; it changes as rarely as the layout does."""
+        assert self._members is not None and self._index is not None
+        if self._members.speaks_for_node:
+            recipe = recipe_of(self._trainer, self._index.read(), self.host_state.callbacks)
+            write_recipe(arena.path, pack(recipe))
+
+    def _open(self, layout: Layout, *, committed: Version | None) -> None:
+        members = self._members
+        assert members is not None
+        self._layout = layout
+        if self._mirror is not None:
+            self._mirror.close()
+        if members.speaks_for_node:
+            members.arena.write_layout(layout)
+        ranks, placement = members.ranks_of_node, members.placement
+        members.arena.require_room_for(
+            ((shard, rank) for rank in ranks for shard in (rank, *placement.sources(rank))), layout
+        )
+        self._mirror = Mirror(
+            arena=members.arena,
+            layout=layout,
+            placement=placement,
+            transport=members.transport,
+            generation=members.generation,
+            checksum=self._options.checksum,
+            threads=threads_of_a_rank(len(ranks), beside_training=True),
+            committed=committed,
+            probe=self._probe,
+            staging=self._options.staging,
+            finish_asked=self._finish_asked,
+            interval_word=self.cadence.word,
+        )
+        self._mirror.bind(self._restless(layout))
+
+    def _restless(self, layout: Layout) -> frozenset[str]:
+        """Parameters that a hook may write to before the optimizer steps: no copy of them may run beside the batch."""
+        assert self._index is not None
+        return self._index.untrained - {chunk.name for chunk in layout.chunks if chunk.still}

@@ -1,0 +1,103 @@
+"""The step as a transaction: the two moments of an optimizer step at which a version of the state exists.
+
+Lightning's epoch loop runs `advance` (fetch, forward, backward, optimizer step, schedulers, `on_train_batch_end`) and
+then `on_advance_end` (validation, plateau schedulers). A version is taken
+
+* after `on_advance_end`: nothing of the step is pending;
+* after `advance`, where validation follows: so that a fault in a long validation costs no step.
+
+Nowhere else: inside `on_train_batch_end` Lightning's counters are one step behind each other, and inside the optimizer
+step parameters are half old and half new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning_ckptless.internals.lightning.loops import FitLoops
+from lightning_ckptless.internals.lightning.override import Override, remove_overrides
+from lightning_ckptless.protocol.versions import Version
+
+Commit = Callable[[Version], None]
+
+
+class StepBoundaries:
+    """Calls `commit` at each moment at which a version exists.
+
+    The two methods of the epoch loop are wrapped on the instance, not on the class, and unwrapped by `remove`.
+
+    Args:
+        loops: the loops of the trainer.
+        commit: takes the version that has come to exist.
+        every_n_steps: tells how many optimizer steps lie between two versions.
+        since: version that the run starts from; None for a fresh one, which begins with a version of its own.
+        before_batch: called with the fetcher before each batch.
+        ends_here: asked at each moment at which a version may be taken, whether the run ends with it: then it is taken.
+        after_batch: called when everything that follows a batch is done; may end the run by an exception.
+        training: told whether a batch is being trained on, before and after it.
+    """
+
+    def __init__(
+        self,
+        loops: FitLoops,
+        commit: Commit,
+        *,
+        every_n_steps: Callable[[], int],
+        since: Version | None,
+        before_batch: Callable[[Any], None] = lambda _: None,
+        ends_here: Callable[[], bool] = lambda: False,
+        after_batch: Callable[[], None] = lambda: None,
+        training: Callable[[bool], None] = lambda _: None,
+    ) -> None:
+        self.loops = loops
+        self.commit = commit
+        self.before_batch = before_batch
+        self.ends_here = ends_here
+        self.every_n_steps = every_n_steps
+        self.last = since
+        self._after_batch = after_batch
+        self._training = training
+        self._advance = Override(loops.epoch, "advance", self.advance).original
+        self._on_advance_end = Override(loops.epoch, "on_advance_end", self.on_advance_end).original
+
+    def remove(self) -> None:
+        """Give the epoch loop its own methods back."""
+        remove_overrides(self.loops.epoch, "advance", "on_advance_end")
+
+    def advance(self, fetcher: Any) -> None:
+        """One batch; a version behind it if validation follows."""
+        self.before_batch(fetcher)
+        if self.last is None and not self.loops.epoch.restarting:
+            self._take(validation_done=True)
+        self._training(True)
+        self._advance(fetcher)
+        self._training(False)
+        if self._step_is_new() and self.loops.validation_is_due(fetcher) and self._is_due(pending=1):
+            self._take(validation_done=False)
+
+    def on_advance_end(self, fetcher: Any) -> None:
+        """What follows the batch; a version behind it."""
+        step_done = self.loops.step_done()
+        self._on_advance_end(fetcher)
+        if step_done and self._step_is_new() and self._is_due(pending=0):
+            self._take(validation_done=True)
+        self._after_batch()
+
+    def closes_validation(self, version: Version) -> bool:
+        """Whether a version, about to be noted as the last, is that behind a validation."""
+        last = self.last
+        return version.validation_done and last is not None and last == Version(version.optimizer_step, False)
+
+    def _step_is_new(self) -> bool:
+        last = self.last
+        step = self.loops.trainer.global_step
+        return self.loops.step_done() and (last is None or step > last.optimizer_step or not last.validation_done)
+
+    def _is_due(self, *, pending: int) -> bool:
+        return self.ends_here() or (self.loops.batches_that_stepped + pending) % self.every_n_steps() == 0
+
+    def _take(self, *, validation_done: bool) -> None:
+        version = Version(self.loops.trainer.global_step, validation_done)
+        self.commit(version)
+        self.last = version

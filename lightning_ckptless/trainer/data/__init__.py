@@ -1,0 +1,1 @@
+"""The exact position of the training data."""

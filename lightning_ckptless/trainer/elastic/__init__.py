@@ -1,0 +1,1 @@
+"""A version of another number of ranks."""

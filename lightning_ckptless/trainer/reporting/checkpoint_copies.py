@@ -1,0 +1,133 @@
+"""The hidden copies beside one checkpoint file: one that was set aside, and those that are held after a removal.
+
+A copy lies in the file's folder, without the suffix `.ckpt`: on the same file system, so that a rename is all it takes,
+for a file and for the folder of a sharded model alike.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from lightning_ckptless.protocol.checkpoint_history import FileHistory, Found, Move
+from lightning_ckptless.protocol.versions import Version
+
+WRITTEN_LAST = (".metadata", "meta.pt")
+"""In the folder of a sharded model's checkpoint: of torch.distributed.checkpoint, and of Lightning."""
+_LONGEST_NAME_BYTES = 200
+"""File systems allow 255, and the names of the copies are longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """The copies of one path, on behalf of one fit.
+
+    Args:
+        path: of the checkpoint, absolute.
+        fit: how many fits of the program precede it.
+    """
+
+    path: str
+    fit: int
+
+    @property
+    def aside(self) -> str:
+        """Where the copy that was set aside lies."""
+        return self._hidden(f"ckptless-aside-{self.fit}")
+
+    def held(self, after: Version) -> str:
+        """Where the file that was removed after a version lies."""
+        return self._hidden(f"ckptless-removed-{self.fit}-{after.optimizer_step}-{int(after.validation_done)}")
+
+    def hold(self, after: Version) -> None:
+        """Hold the file instead of removing it.
+
+        Raises:
+            OSError: the file cannot be moved.
+        """
+        os.rename(self.path, self.held(after))
+
+    def is_held(self, after: Version) -> bool:
+        """Whether the file that was removed after a version is still there."""
+        return os.path.lexists(self.held(after))
+
+    def drop_held(self, after: Version) -> None:
+        """Let a removal take effect."""
+        if self.is_held(after):
+            delete(self.held(after))
+
+    def found(self, held: Version | None = None) -> Found:
+        """What lies on the disk.
+
+        Args:
+            held: the removal in question; None where no held copy matters.
+        """
+        is_held = held is not None and self.is_held(held)
+        return Found(os.path.lexists(self.path), aside=os.path.lexists(self.aside), held=is_held)
+
+    def carry_out(self, moves: Iterable[Move], held: Version | None = None) -> None:
+        """Do what was decided by `protocol.checkpoint_history`.
+
+        Args:
+            moves: in order.
+            held: the removal whose copy is put back, if one is.
+        """
+        for move in moves:
+            match move:
+                case Move.SET_ASIDE:
+                    os.rename(self.path, self.aside)
+                case Move.DELETE:
+                    delete(self.path)
+                case Move.DROP_ASIDE:
+                    if os.path.lexists(self.path) and not is_whole(Path(self.path)):
+                        # Its writing was interrupted: the copy is the one that can be loaded.
+                        self._put_back(self.aside)
+                    else:
+                        delete(self.aside)
+                case Move.PUT_ASIDE_BACK:
+                    self._put_back(self.aside)
+                case Move.PUT_HELD_BACK:
+                    assert held is not None
+                    self._put_back(self.held(held))
+
+    def first_held(self, history: FileHistory, version: Version) -> Version | None:
+        """The removal that a rollback to a version has to undo; all other held copies are dropped.
+
+        The content held by the first removal is what the file held then; what was written and removed after it is
+        written and removed again by the replay.
+        """
+        removals = [after for after in history.removals(self.path) if self.is_held(after)]
+        first = next((after for after in removals if after >= version), None)
+        for after in removals:
+            if after != first:
+                self.drop_held(after)
+        return first
+
+    def _put_back(self, copy: str) -> None:
+        if os.path.lexists(self.path):
+            delete(self.path)
+        os.rename(copy, self.path)
+
+    def _hidden(self, suffix: str) -> str:
+        folder, name = os.path.split(self.path)
+        if len(os.fsencode(name)) > _LONGEST_NAME_BYTES:
+            name = xxhash.xxh3_128_hexdigest(os.fsencode(name))
+        return os.path.join(folder, f".{name}.{suffix}")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint has been written to its end: a file, or a folder of a sharded model with what comes last."""
+    return path.is_file() or all((path / last).is_file() for last in WRITTEN_LAST)
+
+
+def delete(path: str) -> None:
+    """Delete a file, a link, or a folder with what it holds."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)

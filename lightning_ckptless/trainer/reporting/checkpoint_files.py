@@ -1,0 +1,270 @@
+"""The checkpoint files of one fit, kept in step with the versions that the run returns to.
+
+`protocol.checkpoint_history` decides, `checkpoint_copies` moves the files. What it decides by is in the ledger and on
+the disk, so that a new process of rank 0 continues where a lost one was.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_ckptless.ledger import Ledger, read_ledger
+from lightning_ckptless.protocol.checkpoint_history import (
+    BEGINNING,
+    Action,
+    FileHistory,
+    FileOperation,
+    Move,
+    moves_to_return,
+    moves_to_settle,
+    note_of,
+    note_of_begin,
+    note_of_rewind,
+    note_of_written,
+    read_history,
+)
+from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.trainer.reporting.checkpoint_copies import Copies
+from lightning_ckptless.trainer.reporting.lost_files import LostFile, lost_checkpoints, size_bytes
+
+log = logging.getLogger(__name__)
+
+_NAMES_SHOWN = 3
+
+
+class CheckpointFiles:
+    """Checkpoint files of one call of `fit`, on the rank that writes them.
+
+    Args:
+        ledger: of the run.
+        fit: how many fits of the program precede it.
+        say: tells the user something.
+
+    Attributes:
+        lost: files that were missing or too short when the run returned to a version last.
+    """
+
+    def __init__(self, ledger: Ledger, fit: int, say: Callable[[str], None]) -> None:
+        self._ledger = ledger
+        self._fit = fit
+        self._say = say
+        self.lost: list[LostFile] = []
+        self._is_closed = False
+        self._aside: dict[str, Version] = {}
+        self._held: set[tuple[str, Version]] = set()
+        self._rewritten: set[str] = set()
+        self._of_later_fits: frozenset[str] = frozenset()
+
+    # ------------------------------------------------------------------ as the trainer writes and removes
+
+    def saving(self, path: str, after: Version | None, *, generation: int) -> None:
+        """A file is about to be written.
+
+        Args:
+            path: as Lightning has it.
+            after: the newest version that was taken; None before the first.
+            generation: of this rank.
+        """
+        if self._is_closed:
+            # Between two fits the program writes its files again by itself.
+            return
+        path = absolute(path)
+        self._note(FileOperation(path, Action.SAVE, after or BEGINNING, _exists(path)), generation)
+        self._rewritten.add(path)
+
+    def written(self, path: str, *, generation: int) -> None:
+        """A file has been written."""
+        path = absolute(path)
+        if not self._is_closed and not is_remote(path) and (size := size_bytes(path)) is not None:
+            self._ledger.record("checkpoint", generation=generation, rank=0, **note_of_written(path, size, self._fit))
+
+    def removing(self, path: str, after: Version | None, *, generation: int) -> bool:
+        """A file is about to be removed.
+
+        Returns:
+            Whether that was dealt with: the file is held until a version includes its removal, or is a later fit's.
+        """
+        path = absolute(path)
+        if self._is_closed or is_remote(path) or not os.path.lexists(path):
+            return False
+        if path in self._of_later_fits and path not in self._rewritten:
+            return True
+        after = after or BEGINNING
+        self._note(FileOperation(path, Action.REMOVE, after, existed=True), generation)
+        copies = Copies(path, self._fit)
+        if copies.is_held(after):
+            return False
+        try:
+            copies.hold(after)
+        except OSError as error:
+            # In a folder of another user, say: whether the file can be removed is for Lightning to find out.
+            log.debug("ckptless: %s is not held: %s", path, error)
+            return False
+        self._held.add((path, after))
+        return True
+
+    def _note(self, operation: FileOperation, generation: int) -> None:
+        self._ledger.record("checkpoint", generation=generation, rank=0, **note_of(operation, self._fit))
+
+    # ------------------------------------------------------------------ as versions come and go
+
+    def begin(self, *, generation: int, new_run: bool) -> None:
+        """The fit begins without a version, so nothing that was noted before is written again.
+
+        Args:
+            generation: of this rank.
+            new_run: whether it begins from nothing, and not from a checkpoint file of this run.
+        """
+        settle_fit(self._history(), self._fit)
+        self._ledger.record("checkpoint", generation=generation, rank=0, **note_of_begin(self._fit, new_run=new_run))
+
+    def go_back(self, version: Version, *, generation: int) -> None:
+        """Make all files look as they did at a version. No file of another fit is touched."""
+        self.forget()
+        history = self._history()
+        self._of_later_fits = history.of_later_fits
+        first, aside, remote = history.first_after(version), list[str](), list[str]()
+        for path in history.paths:
+            if not is_remote(path):
+                aside += [path] if self._return_path(path, history, version, first.get(path)) else []
+            elif path in first and not history.is_saved_before(path, version):
+                remote.append(path)
+        self._ledger.record("checkpoint", generation=generation, rank=0, **note_of_rewind(version, self._fit))
+        undone = self._history()
+        self._aside = {path: after for path in undone.paths if (after := undone.set_aside_after(path)) is not None}
+        self._tell(version, aside, remote)
+        # A file that is about to be written again may be torn: it was being written when a rank was lost.
+        due = {path: history.written_bytes.get(path, 0) for path in history.present() - first.keys()}
+        self.lost = lost_checkpoints({path: size for path, size in due.items() if not is_remote(path)})
+
+    def settle(self, committed: Version | None) -> None:
+        """Repartition with the copies that were kept for steps which a committed version includes."""
+        if committed is None:
+            return
+        for path in [path for path, after in self._aside.items() if after < committed]:
+            self._settle(path)
+        for path, after in [held for held in self._held if held[1] < committed]:
+            self._drop(path, after)
+
+    def close(self) -> None:
+        """The fit is over, and this process with nothing to run again: no copy stays."""
+        self._is_closed = True
+        for path in list(self._aside):
+            self._settle(path)
+        for path, after in list(self._held):
+            self._drop(path, after)
+
+    def forget(self) -> None:
+        """Another rank writes from here on."""
+        self.lost = []
+        self._aside.clear()
+        self._held.clear()
+        self._rewritten.clear()
+
+    def _return_path(self, path: str, history: FileHistory, version: Version, first: FileOperation | None) -> bool:
+        """Make one path look as it did at a version.
+
+        Returns:
+            Whether the file was set aside.
+        """
+        copies = Copies(path, self._fit)
+        written = history.set_aside_after(path)
+        if written is not None and written < version:
+            # The version includes the step that the copy was kept for.
+            rewritten = history.is_rewritten(path, before=version)
+            copies.carry_out(_settling(copies, rewritten=rewritten, of_later_fit=path in history.of_later_fits))
+        held = copies.first_held(history, version)
+        if first is None:
+            return False
+        moves = moves_to_return(first, copies.found(held), of_later_fit=path in history.of_later_fits)
+        copies.carry_out(moves, held)
+        if held is not None:
+            copies.drop_held(held)
+        return Move.SET_ASIDE in moves
+
+    def _settle(self, path: str) -> None:
+        del self._aside[path]
+        rewritten, of_later_fit = path in self._rewritten, path in self._of_later_fits
+        copies = Copies(path, self._fit)
+        copies.carry_out(_settling(copies, rewritten=rewritten, of_later_fit=of_later_fit))
+
+    def _drop(self, path: str, after: Version) -> None:
+        self._held.remove((path, after))
+        Copies(path, self._fit).drop_held(after)
+
+    def _history(self) -> FileHistory:
+        return read_history(_notes(self._ledger.path), self._fit)
+
+    def _tell(self, version: Version, aside: list[str], remote: list[str]) -> None:
+        if aside:
+            verb, them = ("was", "it") if len(aside) == 1 else ("were", "them")
+            self._say(
+                f"set {_names(aside)} aside: {them if verb == 'was' else 'they'} {verb} written after {version}, which "
+                f"the run returns to; the replay writes {them} again"
+            )
+        if remote:
+            self._say(
+                f"{_names(remote)} written after {version} cannot be set aside, because the storage is not a local "
+                "file system: the replay may write a second file beside it, with -v1 in its name"
+            )
+
+
+def settle_run(ledger: Path) -> None:
+    """Repartition with the copies of all fits of a run that has ended for good."""
+    notes = list(_notes(ledger))
+    for fit in sorted({int(note["fit"]) for note in notes}):
+        settle_fit(read_history(notes, fit), fit)
+
+
+def settle_fit(history: FileHistory, fit: int) -> None:
+    """Repartition with all copies of one fit.
+
+    Args:
+        history: of the fit.
+        fit: its number.
+    """
+    for path in history.paths:
+        if not is_remote(path):
+            copies = Copies(path, fit)
+            rewritten = history.is_rewritten(path)
+            copies.carry_out(_settling(copies, rewritten=rewritten, of_later_fit=path in history.of_later_fits))
+            for after in history.removals(path):
+                copies.drop_held(after)
+
+
+def absolute(path: str) -> str:
+    """A path that another process understands, whatever its working directory."""
+    path = path.removeprefix("file://")
+    return path if is_remote(path) else os.path.abspath(path)
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is the URL of storage that is not a local file system."""
+    return "://" in path
+
+
+def removes_by_path(checkpoint_io: Any) -> bool:
+    """Whether a plugin of Lightning's removes a checkpoint by deleting its path, and nothing else with it."""
+    owner: str = type(checkpoint_io).remove_checkpoint.__module__
+    return owner.startswith(("lightning.", "lightning_fabric.")) and owner.endswith("plugins.io.torch_io")
+
+
+def _settling(copies: Copies, *, rewritten: bool, of_later_fit: bool) -> list[Move]:
+    return moves_to_settle(copies.found(), rewritten=rewritten, of_later_fit=of_later_fit)
+
+
+def _notes(ledger: Path) -> Iterable[Mapping[str, Any]]:
+    return (event.fields for event in read_ledger(ledger, only="checkpoint"))
+
+
+def _exists(path: str) -> bool:
+    return not is_remote(path) and os.path.exists(path)
+
+
+def _names(paths: list[str]) -> str:
+    shown = ", ".join(paths[:_NAMES_SHOWN])
+    return shown if len(paths) <= _NAMES_SHOWN else f"{shown} and {len(paths) - _NAMES_SHOWN} more"

@@ -1,0 +1,236 @@
+"""The loggers of a run, over all processes that write to them: one run of each store, and every row once.
+
+Three things make that so, and this is where they meet: which run a logger writes to (`host.logger_identity`), the rows
+that wait for their step to be committed (`outbox`), and the log files that are cut back to a version (`host.loggers`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning_ckptless import environment
+from lightning_ckptless.internals.lightning import log_files as host_loggers
+from lightning_ckptless.internals.lightning.logger_identity import (
+    begin_after,
+    can_be_continued,
+    forget_identity,
+    identity_of,
+    is_dummy,
+    set_identity,
+    variables_of,
+    write_soon,
+    writes_elsewhere,
+)
+from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.trainer.reporting.outbox import Marks, MayLeave, Outbox
+from lightning_ckptless.trainer.session.member_set import MemberSet
+
+log = logging.getLogger(__name__)
+
+Identities = list[dict[str, Any]]
+Captured = dict[str, Any]
+
+NOTE = "logger_identities"
+"""Name of the note in an arena that says which runs of their stores the loggers write to."""
+
+
+class RunLoggers:
+    """Those of one trainer.
+
+    Args:
+        trainer: in `fit`.
+        run_folder: of the run.
+        fit_index: how many times `fit` was entered before in this process.
+    """
+
+    def __init__(self, trainer: Any, run_folder: Path, fit_index: int) -> None:
+        self._trainer = trainer
+        self._run_folder = run_folder
+        self._fit_index = fit_index
+        self._loggers = [logger for logger in trainer.loggers if not is_dummy(logger)]
+        self._chosen: Identities | None = None
+        self._outbox: Outbox | None = None
+        self._restore_environment: Callable[[], object] = lambda: None
+
+    # ------------------------------------------------------------------ identity
+
+    @property
+    def identities(self) -> Identities:
+        """Which runs they write to, for a process that comes later."""
+        return [{"kind": type(logger).__name__, "identity": identity_of(logger)} for logger in self._loggers]
+
+    def warn_of_strangers(self) -> None:
+        """Name the loggers whose run a new process will not continue."""
+        for kind in dict.fromkeys(type(logger).__name__ for logger in self._loggers if not can_be_continued(logger)):
+            log.warning(
+                "ckptless: %s: it is not known which run it writes to, so a process that replaces rank 0 will open "
+                "another one. Define ckptless_identity() and set_ckptless_identity(identity) on it (see the guide on "
+                "loggers)", kind
+            )  # fmt: skip
+
+    def identify(self, saved: Identities | None) -> None:
+        """Write to the runs of an earlier process, before anything asks for `experiment`.
+
+        Args:
+            saved: its `identities`; None where this process is the first.
+        """
+        if saved is None:
+            return
+        if self._chosen is None:
+            self._chosen = self.identities
+        self._set(saved)
+        host_loggers.note_saved_config(self._trainer.callbacks, saved=True)
+
+    def _set(self, saved: Identities) -> None:
+        for logger, facts in zip(self._loggers, saved, strict=False):
+            if type(logger).__name__ != facts["kind"]:
+                continue
+            set_identity(logger, facts["identity"])
+            if self._trainer.is_global_zero and writes_elsewhere(logger, facts["identity"]):
+                log.warning(
+                    "ckptless: %s: the program opened a run of its own before fit, and what follows goes there. Give "
+                    "the logger the id of its run, or use logger.experiment only after fit has begun",
+                    facts["kind"],
+                )
+
+    def identify_as_noted(self, members: MemberSet) -> None:
+        """Write to the runs that rank 0's node knows of, and note them: any node may become that of rank 0."""
+        if (saved := members.noted(NOTE)) is not None:
+            self.identify(saved)
+            if members.speaks_for_node:
+                members.arena.note(NOTE, saved)
+
+    def identify_alone(self, arena: Arena) -> None:
+        """Write to the runs of the process whose place this one takes, by what is known without the others."""
+        saved = arena.notes().get(NOTE)
+        if saved is None:
+            with suppress(OSError, ValueError):
+                saved = json.loads(self._file.read_text())
+        self.identify(saved)
+
+    def note(self, members: MemberSet) -> None:
+        """Note on every node which runs rank 0 writes to; the loggers are open. All ranks call it together."""
+        identities = members.gather(self.identities)[0]
+        if members.speaks_for_node:
+            members.arena.note(NOTE, identities)
+        if self._trainer.is_global_zero:
+            with suppress(OSError):
+                self._run_folder.mkdir(parents=True, exist_ok=True)
+                self._file.write_text(json.dumps(identities))
+                if not self._fit_index:
+                    environment.keep_for_rank_zero(self._run_folder, variables_of(self._loggers))
+
+    @property
+    def _file(self) -> Path:
+        return self._run_folder / f"loggers-{self._fit_index}.json"
+
+    def choose_new(self) -> None:
+        """Write to new runs, as on any resume from a file: the rows of the old ones stay as they are."""
+        for logger, facts in zip(self._loggers, self._chosen or (), strict=False):
+            forget_identity(logger)
+            set_identity(logger, {name: value for name, value in facts["identity"].items() if name != "_version"})
+        host_loggers.note_saved_config(self._trainer.callbacks, saved=False)
+        if self._outbox is not None:
+            self._outbox.start_over()
+
+    # ------------------------------------------------------------------ rows
+
+    def hold(self, arena: Path) -> None:
+        """Hold rows back from here on until their step is committed.
+
+        Args:
+            arena: folder of the node's arena.
+        """
+        marks = self._marks(arena)
+        if self._outbox is None:
+            self._restore_environment = write_soon(self._loggers)
+            self._outbox = Outbox(self._loggers, marks)
+        else:
+            self._outbox.use(marks)
+
+    def _marks(self, arena: Path) -> Marks:
+        rank = self._trainer.global_rank
+        return Marks([folder / f"rows-{self._fit_index}-of-{rank:04d}" for folder in (arena, self._run_folder)])
+
+    def hand_on(self, committed: Version | None) -> None:
+        """Let the loggers have the rows of all versions up to one."""
+        if self._outbox is not None:
+            self._outbox.hand_on(committed)
+
+    def flush(self) -> None:
+        """Let the loggers have all rows: nothing that was logged will be logged again."""
+        if self._outbox is not None:
+            self._outbox.flush()
+
+    def release(self) -> None:
+        """Give the loggers their own methods back, after all rows."""
+        if self._outbox is None:
+            return
+        try:
+            self._outbox.flush()
+        except Exception:
+            log.exception("ckptless: rows were lost while fit ended: a logger did not take them")
+        finally:
+            self._outbox.remove()
+            self._outbox = None
+            self._restore_environment()
+
+    # ------------------------------------------------------------------ state
+
+    def capture(self, version: Version, may_leave: MayLeave = lambda _: True) -> Captured:
+        """How far the log files are, and the rows that are held: they are the version's.
+
+        Args:
+            version: that is taken.
+            may_leave: see `Outbox.capture`.
+        """
+        assert self._outbox is not None
+        return {
+            "files": host_loggers.log_positions(self._trainer.loggers) if self._trainer.is_global_zero else None,
+            "rows": self._outbox.capture(version, may_leave),
+        }
+
+    def cut(self, saved: Captured) -> None:
+        """Cut the log files back to where they were at a version, before they are opened; rank 0 does so."""
+        if self._trainer.is_global_zero and saved["files"] is not None:
+            host_loggers.cut_logs(self._trainer, saved["files"])
+
+    def restore(self, saved: Captured | None) -> None:
+        """Be as a committed version was; the loggers are open.
+
+        Args:
+            saved: what `capture` returned; None for a rank that has logged nothing.
+        """
+        assert self._outbox is not None
+        rewound: list[Any] = []
+        if saved is not None and saved["files"] is not None and self._trainer.is_global_zero:
+            host_loggers.rewind_logs(self._trainer, saved["files"])
+            pairs = zip(self._trainer.loggers, saved["files"], strict=False)
+            rewound = [logger for logger, position in pairs if position is not None]
+        self._outbox.restore(saved["rows"] if saved is not None else None, rewound=rewound, before=begin_after)
+
+    def empty(self) -> None:
+        """Begin with empty log files, before they are opened; rank 0 does so."""
+        if self._trainer.is_global_zero:
+            host_loggers.cut_logs(self._trainer, host_loggers.empty_positions(self._trainer.loggers))
+
+    def start_over(self) -> None:
+        """The run begins again with its first step: no row is out."""
+        assert self._outbox is not None
+        self._outbox.start_over()
+
+    def keep(self) -> None:
+        """Open the log files as they are; rank 0 does so."""
+        if self._trainer.is_global_zero:
+            host_loggers.keep_logs(self._trainer)
+
+    def watch(self) -> None:
+        """Count every row that is written to a log file; rank 0 does so."""
+        if self._trainer.is_global_zero:
+            host_loggers.watch_logs(self._trainer.loggers)

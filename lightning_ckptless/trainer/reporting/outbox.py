@@ -1,0 +1,333 @@
+"""The outbox: rows that loggers get once their step is committed.
+
+A row that is logged in a step which is run again after a fault would reach a tracking service twice, and cannot be
+taken back. So `log_metrics` of each logger holds rows back, and they are handed on when the version that includes
+their step is committed. The rows that are still held are part of that version: whoever restores it hands them on.
+
+Rows are numbered over the run. How many were handed on is marked in a file beside the arena as each one is, so that a
+process which restores the version does not hand on again what its predecessor has. The same numbers drop rows of steps
+that are run again although their rows are out: those of an end of `fit`, or after a durable state that is older.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import pickle
+import struct
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+
+from lightning_ckptless.formats.packing import pack, unpack
+from lightning_ckptless.formats.pickles import Packed
+from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.trainer.state.plain_values import is_plain
+
+log = logging.getLogger(__name__)
+
+_METHODS = ("log_metrics", "save", "finalize")
+
+
+class Marks:
+    """How many rows of each logger were handed on, in files that outlive this process.
+
+    Args:
+        paths: of the files; one that cannot be written is left out.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._files: list[int] = []
+        for path in paths:
+            with suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._files.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+    def read(self, logger: int) -> int:
+        """How many rows of a logger were handed on, by whichever file knows of the most."""
+        found = [os.pread(file, 8, 8 * logger) for file in self._files]
+        return max((struct.unpack("<q", data)[0] for data in found if len(data) == 8), default=0)
+
+    def write(self, logger: int, rows: int) -> None:
+        """Mark that so many rows of a logger were handed on."""
+        for file in self._files:
+            os.pwrite(file, struct.pack("<q", rows), 8 * logger)
+
+    def clear(self) -> None:
+        """Forget all rows: the run starts over."""
+        for file in self._files:
+            os.ftruncate(file, 0)
+
+    def close(self) -> None:
+        """Close the files; they stay."""
+        while self._files:
+            os.close(self._files.pop())
+
+
+MayLeave = Callable[[Packed], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One call that is held back.
+
+    Args:
+        number: of the row; a `save` has that of the row before it.
+        row: arguments of `log_metrics`; None for a `save`.
+    """
+
+    number: int
+    row: tuple[tuple[Any, ...], dict[str, Any]] | None
+
+    def pack(self, may_leave: MayLeave) -> tuple[int, str, Any]:
+        """The call as plain data.
+
+        Args:
+            may_leave: whether what other objects have become may be part of a version.
+        """
+        if self.row is None or is_plain(list(self.row)):
+            return self.number, "plain", self.row
+        try:
+            if may_leave(packed := pack(self.row)):
+                return self.number, "pickled", packed
+        except (pickle.PicklingError, TypeError, AttributeError, ValueError):
+            pass
+        return self.number, "lost", sorted(map(str, self.row[0][0] if self.row[0] else self.row[1]["metrics"]))
+
+
+class Box:
+    """The rows of one logger.
+
+    Args:
+        logger: in whose place `log_metrics`, `save` and `finalize` are called from now on.
+        mark: called with the number of each row that was handed on.
+
+    Attributes:
+        counted: rows that were logged in the run up to now.
+        handed_on: those of them that the logger has got.
+    """
+
+    def __init__(self, logger: Any, mark: Callable[[int], None]) -> None:
+        self.logger = logger
+        self.counted = 0
+        self.handed_on = 0
+        self._is_numbered = False
+        self._mark = mark
+        self._held: deque[Held] = deque()
+        self._own: dict[str, Callable[..., Any]] = {name: getattr(logger, name) for name in _METHODS}
+        for name in _METHODS:
+            of_instance = name in vars(logger) or not hasattr(type(logger), name)
+            own = self._own[name] if of_instance else None
+            setattr(logger, name, Interception(logger, name, getattr(self, name), own))
+
+    def remove(self) -> None:
+        """Give the logger its own methods back."""
+        for name in _METHODS:
+            interception = vars(self.logger).get(name)
+            if isinstance(interception, Interception):
+                interception.remove()
+
+    # ------------------------------------------------------------------ in the place of the logger's own
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        """Hold a row back; drop one that the logger has got already."""
+        self.counted += 1
+        if self.counted > self.handed_on:
+            self._held.append(Held(self.counted, (_frozen(args), _frozen(kwargs))))
+
+    def save(self) -> None:
+        """Save after the rows that are held; at once where there are none."""
+        if not self._held:
+            self._own["save"]()
+        elif self._held[-1].row is not None:
+            self._held.append(Held(self.counted, None))
+
+    def finalize(self, *args: Any, **kwargs: Any) -> Any:
+        """Finalize behind all rows."""
+        self.hand_on(self.counted)
+        return self._own["finalize"](*args, **kwargs)
+
+    # ------------------------------------------------------------------ handing on
+
+    def hand_on(self, limit: int) -> None:
+        """Give the logger its rows up to a number."""
+        while self._held and self._held[0].number <= limit:
+            held = self._held[0]
+            if held.row is None:
+                self._own["save"]()
+            else:
+                self._own["log_metrics"](*held.row[0], **held.row[1])
+                self.handed_on = held.number
+                self._mark(held.number)
+            self._held.popleft()
+
+    # ------------------------------------------------------------------ state
+
+    def capture(self, may_leave: MayLeave) -> dict[str, Any]:
+        """The numbers, and the rows that are held."""
+        self._is_numbered = True
+        return {
+            "counted": self.counted,
+            "handed_on": self.handed_on,
+            "held": [held.pack(may_leave) for held in self._held],
+        }
+
+    def restore(self, saved: dict[str, Any] | None, handed_on: int) -> None:
+        """Be as a version was.
+
+        Args:
+            saved: what `capture` returned; None for a rank that has logged nothing.
+            handed_on: rows that the logger has got, of this process or an earlier one.
+        """
+        # What a new process has logged on its way here was logged before, and has numbers of its own.
+        here = {held.number: held for held in self._held if held.row is not None and self._is_numbered}
+        self._held.clear()
+        self._is_numbered = True
+        self.counted, self.handed_on = (saved["counted"] if saved is not None else 0), handed_on
+        lost: list[str] = []
+        for number, form, content in saved["held"] if saved is not None else ():
+            if form == "plain" and content is None:
+                self._held.append(Held(number, None))
+            elif number <= handed_on:
+                continue
+            elif number in here:
+                self._held.append(here[number])
+            elif form == "lost":
+                lost += content
+            else:
+                self._held.append(Held(number, unpack(content) if form == "pickled" else content))
+        if lost:
+            log.warning(
+                "ckptless: %s: rows with %s are lost with the process that logged them: they hold objects that cannot "
+                "be pickled, or that trusted_classes does not name", type(self.logger).__name__, ", ".join(lost)
+            )  # fmt: skip
+
+
+class Interception:
+    """Stands in a logger's attributes for one of its methods; a copy of the logger has the method itself there.
+
+    Args:
+        logger: whose method it is.
+        name: of the method.
+        call: what is called in its place.
+        own: what stood in the attributes before; None where the class has the method.
+    """
+
+    def __init__(self, logger: Any, name: str, call: Callable[..., Any], own: Any) -> None:
+        functools.update_wrapper(self, getattr(logger, name))
+        self._logger, self._name, self._call, self._own = logger, name, call, own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call what stands in for the method."""
+        return self._call(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_as_it_was, (self._own,)) if self._own is not None else (_of_class, (self._logger, self._name))
+
+    def remove(self) -> None:
+        """Put back what stood there."""
+        if self._own is not None:
+            setattr(self._logger, self._name, self._own)
+        else:
+            delattr(self._logger, self._name)
+
+
+def _of_class(logger: Any, name: str) -> Any:
+    return MethodType(getattr(type(logger), name), logger)
+
+
+def _as_it_was(own: Any) -> Any:
+    return own
+
+
+def _frozen(value: Any) -> Any:
+    """A value that stays as it is when the program changes what it has logged."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if type(value) in (dict, list, tuple):
+        items = ((key, _frozen(item)) for key, item in value.items()) if type(value) is dict else map(_frozen, value)
+        return type(value)(items)
+    return value
+
+
+class Outbox:
+    """The boxes of a trainer's loggers.
+
+    Args:
+        loggers: of the trainer, without those that write nothing.
+        marks: how many rows of each were handed on.
+    """
+
+    def __init__(self, loggers: Sequence[Any], marks: Marks) -> None:
+        self._marks = marks
+        self._taken: deque[tuple[Version, list[int]]] = deque()
+        self._boxes = [Box(logger, functools.partial(self._mark, index)) for index, logger in enumerate(loggers)]
+
+    def _mark(self, index: int, rows: int) -> None:
+        self._marks.write(index, rows)
+
+    def use(self, marks: Marks) -> None:
+        """Mark elsewhere: this process has become another rank."""
+        self._marks.close()
+        self._marks = marks
+
+    def capture(self, version: Version, may_leave: MayLeave = lambda _: True) -> list[dict[str, Any]]:
+        """What the boxes hold; their rows are handed on when the version is committed.
+
+        Args:
+            version: that they are part of.
+            may_leave: whether a row with objects in it, packed, may be part of it; others are lost with this process.
+        """
+        self._taken.append((version, [box.counted for box in self._boxes]))
+        return [box.capture(may_leave) for box in self._boxes]
+
+    def restore(
+        self, saved: list[dict[str, Any]] | None, *, rewound: Sequence[Any], before: Callable[[Any, int], None]
+    ) -> None:
+        """Be as a committed version was, and hand on what it holds.
+
+        Args:
+            saved: what `capture` returned; None for a rank that has logged nothing.
+            rewound: loggers whose files were brought back to where they were at the version.
+            before: called with each logger and how many rows it has got, before it gets more.
+        """
+        self._taken.clear()
+        for index, box in enumerate(self._boxes):
+            state = saved[index] if saved is not None and index < len(saved) else None
+            known = state["handed_on"] if state is not None else 0
+            is_rewound = any(logger is box.logger for logger in rewound)
+            box.restore(state, known if is_rewound else max(known, self._marks.read(index)))
+            before(box.logger, box.handed_on)
+        self.flush()
+
+    def start_over(self) -> None:
+        """The run begins again with its first step: no row is out."""
+        self._marks.clear()
+
+    def hand_on(self, committed: Version | None) -> None:
+        """Hand on the rows of all versions up to one."""
+        limits = None
+        while committed is not None and self._taken and self._taken[0][0] <= committed:
+            _, limits = self._taken.popleft()
+        for box, limit in zip(self._boxes, limits or (), strict=False):
+            box.hand_on(limit)
+
+    def flush(self) -> None:
+        """Hand on all rows."""
+        for box in self._boxes:
+            box.hand_on(box.counted)
+
+    def remove(self) -> None:
+        """Give the loggers their own methods back."""
+        for box in self._boxes:
+            box.remove()
+        self._boxes = []
+        self._marks.close()

@@ -1,0 +1,386 @@
+"""What a run tells about itself: the ledger, the loggers, the progress bar and one line on stderr per recovery."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lightning_ckptless import environment
+from lightning_ckptless.internals.lightning import progress_bar
+from lightning_ckptless.internals.lightning.results import show_on_progress_bar
+from lightning_ckptless.ledger import Ledger
+from lightning_ckptless.membership.channel.fault_report import FaultReport
+from lightning_ckptless.membership.worker.watcher import Assignment
+from lightning_ckptless.protocol.goodput import GoodputAccount, Phases, phases_from
+from lightning_ckptless.protocol.mirror_interval import CadencePlan
+from lightning_ckptless.protocol.placement import Placement
+from lightning_ckptless.protocol.placement_table import table_of
+from lightning_ckptless.protocol.recovery import Rung
+from lightning_ckptless.protocol.startup import StartPlan
+from lightning_ckptless.protocol.versions import Complete, Version
+from lightning_ckptless.replica.mirror.mirror import Mirror
+from lightning_ckptless.replica.rereplicate import Rereplicated
+from lightning_ckptless.trainer.session.identity import Identity
+from lightning_ckptless.trainer.session.member_set import MemberSet
+
+PREFIX = "ckptless/"
+NOTE_EVERY_S = 1.0
+"""Seconds between two notes of a committed version in the ledger."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Where a restored state came from, over all ranks.
+
+    Args:
+        moved_bytes: bytes sent between ranks.
+        sources: shards read from the `own arena` and received from a `peer`.
+    """
+
+    moved_bytes: int
+    sources: dict[str, int]
+
+
+class RunReport:
+    """Gathers the facts of one generation and hands them on.
+
+    Args:
+        trainer: whose loggers and progress bar receive them.
+        ledger: of the run, over all its relaunches.
+        generation: number of the membership.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(self, trainer: Any, ledger: Ledger, generation: int, clock: Callable[[], float] = time.time) -> None:
+        self.trainer = trainer
+        self.ledger = ledger
+        self.generation = generation
+        self.clock = clock
+        self.speaks: bool = trainer.global_rank == 0
+        self.account = GoodputAccount(began_at=clock())
+        self.recoveries = 0
+        self.steps_replayed = 0
+        self.last_phases: Phases | None = None
+        self._fault = _fault_report()
+        self._told_at: float | None = None
+        self._in_place = False
+        self._had_ended = False
+        self._joined_at = clock()
+        self._resumed_at: float | None = None
+        self._restored: Version | None = None
+        self._moved: Moved | None = None
+        self._step_began_at = clock()
+        self._stall_s = 0.0
+        self._values: dict[str, float] = {}
+        self._last_noted_at = 0.0
+        self._plan: tuple[Placement, tuple[str, ...], tuple[int, ...]] | None = None
+        self._is_plan_shown = False
+
+    def _record(self, event: str, **fields: Any) -> None:
+        self.ledger.record(event, generation=self.generation, rank=self.trainer.global_rank, **fields)
+
+    def say_of_files(self, text: str) -> None:
+        """Tell what a rollback means for files of the run."""
+        self._say(text)
+
+    def _say(self, text: str) -> None:
+        progress_bar.say(self.trainer, text)
+
+    # ------------------------------------------------------------------ the start of a generation
+
+    def started(
+        self, identity: Identity, plan: StartPlan, placement: Placement, arena: Path, *, fit_index: int, had_ended: bool
+    ) -> None:
+        """The generation has decided what it starts from.
+
+        Args:
+            identity: whose run it is.
+            plan: what was decided.
+            placement: who keeps what.
+            arena: folder of this node's arena.
+            fit_index: how many times `fit` was entered before in this process.
+            had_ended: whether this `fit` had returned before the fault.
+        """
+        self._had_ended = had_ended
+        if not self.speaks:
+            return
+        self._record(
+            "run_started",
+            run_id=identity.run_id,
+            world_size=self.trainer.world_size,
+            action=str(plan.action),
+            reason=plan.reason,
+            placement=placement.reason,
+            arena=str(arena),
+        )
+        if self.generation == 1 and fit_index == 0:
+            self._say(f"run {identity.run_id}: {placement.reason}")
+        which = f"fit number {fit_index + 1} of the program" if fit_index or had_ended else ""
+        ended = " had ended before the fault, and no step of it runs again" if had_ended else ""
+        self._say(": ".join(filter(None, [which + ended, plan.reason])))
+
+    def planned(self, members: MemberSet, sizes_bytes: Sequence[int], version: Version) -> None:
+        """How the state is cut is known, and so is what each rank keeps.
+
+        Args:
+            members: the ranks.
+            sizes_bytes: size of each shard.
+            version: that is cut so; the first one has no state of the optimizer yet.
+        """
+        placement = members.placement
+        plan = (placement, members.nodes, tuple(sizes_bytes))
+        if not self.speaks or plan == self._plan:
+            return
+        self._plan = plan
+        self._record(
+            "placement",
+            kind=placement.kind,
+            copies=placement.copies,
+            holders=placement.holders,
+            domains=placement.domains,
+            nodes=members.nodes,
+            sizes_bytes=sizes_bytes,
+            version=str(version),
+        )
+        if placement.copies and version.optimizer_step and self.generation == 1 and not self._is_plan_shown:
+            self._is_plan_shown = True
+            table = table_of(placement, sizes_bytes, kind=placement.kind)
+            self._say("\n  ".join(["where the state is kept:", *table.lines()]))
+
+    def faulted(self, assignment: Assignment) -> None:
+        """This rank has heard of a fault that it lives through, or joins in after."""
+        self._fault = assignment.fault
+        self._told_at = assignment.told_at
+        self._resumed_at = None
+        self._in_place = True
+
+    def met(self, generation: int) -> None:
+        """The ranks of the next generation have met."""
+        self.generation = generation
+        self._joined_at = self.clock()
+
+    def fetched(self, found: Complete, moved: Moved, step_in_flight: int) -> None:
+        """A version has been read from the arenas."""
+        self._moved = moved
+        self._restored = found.snapshot.version
+        self._replayed_now = max(0, step_in_flight - found.snapshot.version.optimizer_step)
+        if self.speaks:
+            self._record("restored", version=str(self._restored), sources=moved.sources, moved_bytes=moved.moved_bytes)
+
+    def protected(self, replenished: Rereplicated) -> None:
+        """The restored version has all its copies again; nothing to tell where none was missing."""
+        if not self.speaks or not replenished.pairs:
+            return
+        self._record(
+            "protection",
+            version=str(self._restored),
+            copied_bytes=replenished.copied_bytes,
+            sent_bytes=replenished.sent_bytes,
+            pairs=[list(pair) for pair in replenished.pairs],
+            reason=replenished.reason,
+        )
+        self._say(replenished.reason)
+
+    def world_changed(self, before: int, reason: str) -> None:
+        """A version of another number of ranks is in place, and mirrored by these."""
+        if self.speaks:
+            self._record("world_changed", before=before, world_size=self.trainer.world_size, reason=reason)
+            self._say(reason)
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Training is about to go on: take up the accounts of the restored version."""
+        self.account = GoodputAccount.from_dict(saved["account"])
+        self.recoveries, self.steps_replayed = saved["recoveries"], saved["steps_replayed"]
+        if saved["phases"]:
+            self.last_phases = Phases(**saved["phases"])
+        self._resumed_at = self._step_began_at = self.clock()
+
+    def state(self) -> dict[str, Any]:
+        """The accounts, to travel with the version: steps that are rolled back are not counted."""
+        phases = self.last_phases
+        return {
+            "account": self.account.to_dict(),
+            "recoveries": self.recoveries,
+            "steps_replayed": self.steps_replayed,
+            "phases": None if phases is None else {name: getattr(phases, name) for name in PHASE_NAMES},
+        }
+
+    # ------------------------------------------------------------------ steps
+
+    def cadence(self, interval: int, plan: CadencePlan) -> None:
+        """All ranks have agreed on how often to mirror."""
+        if self.speaks:
+            self._record("cadence", interval=interval, reason=plan.reason)
+            self._say(f"from here on a version is mirrored every {interval} steps; rank 0 would take {plan.reason}")
+
+    def waited(self, stall_s: float) -> None:
+        """The optimizer step had to wait for a copy."""
+        self._stall_s += stall_s
+
+    def step_done(self) -> None:
+        """A step is over and about to be captured; its time counts as productive."""
+        now = self.clock()
+        self.account.record_step(self._step_began_at, now, stall_s=self._stall_s)
+        if self.speaks and self._values:
+            self._hand_on()
+
+    def taken(self, stall_s: float, cost_s: float, mirror: Mirror) -> None:
+        """The step's version is with the mirror."""
+        self._step_began_at = self.clock()
+        stats, report = mirror.stats, self.account.report(self._step_began_at)
+        self._values = {
+            "goodput": report.goodput,
+            "recoveries": float(self.recoveries),
+            "steps_replayed": float(self.steps_replayed),
+            "mirror_ms": 1e3 * stats.last_round_s,
+            "mirror_stall_ms": 1e3 * (stall_s + self._stall_s),
+            "mirror_submit_ms": 1e3 * cost_s,
+            "mirror_skipped": float(stats.skipped + stats.aborted),
+            "mirrored_bytes": float(stats.staged_bytes + stats.sent_bytes) / max(1, stats.committed),
+            "recovery_s": 0.0 if self.last_phases is None else self.last_phases.total_s,
+        }
+        for name in PHASE_NAMES:
+            self._values[f"recovery_{name}"] = 0.0 if self.last_phases is None else getattr(self.last_phases, name)
+        self._stall_s = 0.0
+
+    def _hand_on(self) -> None:
+        trainer = self.trainer
+        if self.recoveries:
+            # Until then the bar is as it is under DDP, for those who read its metrics.
+            shown = {"goodput": round(self._values["goodput"], 3), "recoveries": self._values["recoveries"]}
+            show_on_progress_bar(trainer, shown)
+        stepped = trainer.fit_loop.epoch_loop.global_step
+        if trainer.loggers and trainer.log_every_n_steps and stepped % trainer.log_every_n_steps == 0:
+            values = {f"{PREFIX}{name}": value for name, value in self._values.items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=max(0, stepped - 1))
+                logger.save()
+
+    def committed(self, version: Version) -> bool:
+        """A version is in place on all ranks; returns whether it is the first one of this generation."""
+        now = self.clock()
+        if self.speaks and now - self._last_noted_at >= NOTE_EVERY_S:
+            self._last_noted_at = now
+            self._record("committed", step=version.optimizer_step, validation_done=version.validation_done)
+        if self._restored is None:
+            first, self._restored = True, version
+            return first
+        if self._resumed_at is None or version.optimizer_step <= self._restored.optimizer_step:
+            return False
+        self._recovered()
+        return True
+
+    def ran_out(self) -> None:
+        """No step is left to make: a recovery that none has followed is over, too."""
+        if self._resumed_at is not None and self._restored is not None:
+            self._recovered()
+
+    # ------------------------------------------------------------------ recoveries
+
+    def _recovered(self) -> None:
+        assert self._restored is not None and self._resumed_at is not None
+        if self._had_ended:
+            # The fault struck a later part of the program, which tells of its own recovery.
+            self._resumed_at = None
+            return
+        fault, now = self._fault, self.clock()
+        phases = phases_from(
+            fault_at=fault.died_at if fault else None,
+            detected_at=fault.detected_at if fault else None,
+            stopped_at=self._told_at if self._in_place else fault.stopped_at if fault else None,
+            regrouped_at=self._joined_at,
+            restored_at=self._resumed_at,
+            first_step_done_at=now,
+        )
+        if fault is not None:
+            # What was tried and cut short by another fault belongs to this recovery.
+            phases = replace(phases, other_s=phases.other_s + fault.failed_tries_s)
+        restored, self._resumed_at = self._restored, None
+        self.last_phases = phases
+        self.recoveries += 1
+        self.steps_replayed += self._replayed_now
+        self.account.record_recovery(phases)
+        if not self.speaks:
+            return
+        assert self._moved is not None
+        named = {name: round(getattr(phases, name), 6) for name in PHASE_NAMES}
+        self._record(
+            "recovery",
+            rung=str(Rung.IN_PLACE if self._in_place else Rung.RELAUNCH),
+            kind=fault.kind if fault else "lost",
+            culprit_rank=fault.rank if fault else None,
+            cause=_cause(fault),
+            version=str(restored),
+            steps_replayed=self._replayed_now,
+            phases=named,
+            total_s=round(phases.total_s, 6),
+            sources=self._moved.sources,
+            moved_bytes=self._moved.moved_bytes,
+            spawned_at=_float(environment.SPAWNED_AT),
+            main_at=_float(environment.MAIN_AT),
+            joined_at=self._joined_at,
+        )
+        self._say(self._recovery_line(fault, restored, phases))
+
+    def _recovery_line(self, fault: FaultReport | None, restored: Version, phases: Phases) -> str:
+        named = fault is not None and fault.rank is not None
+        who = f"rank {fault.rank} {fault.cause}" if fault and named and not fault.earlier else _cause(fault)
+        parts = " + ".join(f"{name.removesuffix('_s')} {getattr(phases, name):.2f}" for name in PHASE_NAMES)
+        how = "in place" if self._in_place else "by a relaunch"
+        return (
+            f"recovered {how} ({who}): went on from {restored} on {self.trainer.world_size} ranks, "
+            f"{self._replayed_now} step(s) run again, {phases.total_s:.2f} s = {parts}"
+        )
+
+    # ------------------------------------------------------------------ the end
+
+    def finished(self) -> None:
+        """`fit` has returned."""
+        if self.speaks:
+            report = self.account.report(self.clock())
+            self._record("run_ended", goodput=report.goodput, recoveries=self.recoveries, wall_s=report.wall_s)
+            self._say(f"fit ended: goodput {report.goodput:.1%} of {report.wall_s:.1f} s, {self.recoveries} recoveries")
+
+    def stopped(self, error: BaseException) -> None:
+        """The run was asked to stop."""
+        self._record("stopped", cause=type(error).__name__)
+
+    def peer_lost(self, error: Exception) -> None:
+        """Another rank is gone; this one waits for its agent."""
+        self._record("peer_lost", cause=f"{type(error).__name__}: {error}"[:300])
+
+    def raised(self, error: Exception) -> None:
+        """User code raised for the first time at this step."""
+        self._record("raised", cause=f"{type(error).__name__}: {error}"[:300], final=False)
+        self._say(
+            f"rank {self.trainer.global_rank}: {type(error).__name__} in the program; it is tried once more from the "
+            "last version, and raised if it comes again"
+        )
+
+    def failed(self, error: Exception, reason: str) -> None:
+        """The run ends with an exception."""
+        self._record("raised", cause=f"{type(error).__name__}: {error}"[:300], final=True, reason=reason)
+        self._say(f"rank {self.trainer.global_rank}: not tried again: {reason}")
+
+
+PHASE_NAMES = ("detect_s", "abort_s", "regroup_s", "restore_s", "replay_s", "other_s")
+
+
+def _cause(fault: FaultReport | None) -> str:
+    if fault is None:
+        return "the workers were started again"
+    return "; then ".join([*fault.earlier, str(fault)]) if fault.earlier else fault.cause
+
+
+def _fault_report() -> FaultReport | None:
+    text = os.environ.get(environment.FAULT_REPORT)
+    return FaultReport.from_json(text) if text else None
+
+
+def _float(name: str) -> float | None:
+    value = os.environ.get(name)
+    return float(value) if value else None

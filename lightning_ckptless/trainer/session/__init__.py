@@ -1,0 +1,1 @@
+"""The membership of a trainer in its run: arena, members, identity."""

@@ -1,0 +1,111 @@
+"""The arena of this worker's node: found, taken over from a dead agent, or made."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+from lightning_ckptless.membership.agent.held_memory import have_held
+from lightning_ckptless.membership.channel.agent_channel import Line
+from lightning_ckptless.options import CkptlessOptions
+from lightning_ckptless.replica.arena import Arena, Owner, adopt, default_arena_dir, find_arenas, reclaim
+from lightning_ckptless.replica.transport import Transport
+from lightning_ckptless.system.reaper import start_reaper
+from lightning_ckptless.trainer.session.identity import Identity
+
+log = logging.getLogger(__name__)
+
+
+def open_arena(
+    identity: Identity,
+    fit_index: int,
+    options: CkptlessOptions,
+    transport: Transport,
+    *,
+    opens: bool,
+    origin: str | None,
+) -> tuple[Arena, tuple[str, ...]]:
+    """Open the arena of this node, on one rank first, then on the others.
+
+    Args:
+        identity: who this worker is.
+        fit_index: how many times `fit` was entered before in this process: each has an arena of its own.
+        options: where arenas lie and how long foreign ones are kept.
+        transport: between all ranks.
+        opens: whether this rank is the one of its node that makes the arena.
+        origin: checkpoint path that the run was asked to begin from.
+
+    Returns:
+        The arena, and the node names of all ranks in rank order.
+    """
+    folder, run_id = _folder(options), _run_id(identity, fit_index)
+    arena = _make(folder, run_id, identity, options.arena_keep_s, origin) if opens else None
+    facts = {"node": identity.node, "path": str(arena.path) if arena else ""}
+    everyone = [json.loads(line) for line in transport.gather(json.dumps(facts).encode())]
+    nodes = tuple(str(fact["node"]) for fact in everyone)
+    if arena is None:
+        arena = Arena.attach(Path(next(f["path"] for f in everyone if f["node"] == identity.node and f["path"])))
+    return arena, nodes
+
+
+def find_or_make_arena(identity: Identity, fit_index: int, options: CkptlessOptions) -> Arena:
+    """The arena of this node: that which its other workers have open, or a new one where the node is new to the run."""
+    for info in find_arenas(_folder(options), _run_id(identity, fit_index)):
+        if info.node == identity.node and info.owner.pid == identity.agent_pid:
+            return Arena.attach(info.path)
+    return _make(_folder(options), _run_id(identity, fit_index), identity, options.arena_keep_s, None)
+
+
+def have_reaped(arena: Arena, identity: Identity) -> None:
+    """Have an arena removed at the end of an agent that is not ours, and knows nothing of arenas."""
+    agent = identity.agent_pid
+    if arena.notes().get("reaped with") != agent:
+        start_reaper(agent, str(arena.path))
+        arena.note("reaped with", agent)
+
+
+def have_agent_hold(arena: Arena, line: Line | None) -> None:
+    """Have slots that do not fit into the arena's file system held by the agent, where it is one of ours."""
+    arena.hold = None if line is None else partial(have_held, line)
+
+
+def discard_if_empty(arena: Arena) -> None:
+    """Remove an arena in which nothing was mirrored, so that a start that failed leaves nothing in shared memory."""
+    if not arena.inventory():
+        arena.remove()
+
+
+def _folder(options: CkptlessOptions) -> Path:
+    return options.arena_dir or default_arena_dir()
+
+
+def _run_id(identity: Identity, fit_index: int) -> str:
+    return f"{identity.run_id}.{fit_index}" if fit_index else identity.run_id
+
+
+def _make(folder: Path, run_id: str, identity: Identity, keep_s: float, origin: str | None) -> Arena:
+    owner = Owner.of(identity.agent_pid)
+    for path in reclaim(folder, now=time.time(), keep_s=keep_s):
+        log.info("ckptless: removed the arena %s: its owner is gone", path)
+    for info in find_arenas(folder, run_id):
+        if info.node == identity.node and info.owner == owner:
+            return Arena.attach(info.path)
+    for info in find_arenas(folder, run_id):
+        if not info.owner_alive and (arena := adopt(info, node=identity.node, owner=owner)) is not None:
+            log.info("ckptless: took over the arena of %s, whose agent is gone", info.node)
+            return arena
+    return Arena.create(folder, run_id, identity.node, owner, origin=origin)
+
+
+def is_first_of_node(local_rank: int) -> bool:
+    """Whether this rank speaks for its node."""
+    return local_rank == 0
+
+
+def local_rank() -> int:
+    """This worker's rank among those of its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,0 +1,75 @@
+"""The failure domain of each rank's node: by what the run knows, or by the name that each node was given."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lightning_ckptless.environment import FAILURE_DOMAIN, FAILURE_DOMAINS_FILE
+from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.protocol.failure_domains import (
+    Domains,
+    domains_of,
+    is_given,
+    name_in_environment,
+    name_in_file,
+    nobody_says,
+)
+from lightning_ckptless.replica.transport import Transport
+
+
+def find_domains(
+    level: str, nodes: Sequence[str], transport: Transport, mesh: tuple[int, int] | None = None
+) -> Domains:
+    """The failure domain of each rank. All ranks call it together.
+
+    Args:
+        level: what is lost together.
+        nodes: name of each rank's node.
+        transport: between all ranks.
+        mesh: ranks in each dimension of the mesh; None without one.
+
+    Raises:
+        OptionsError: on all ranks alike, where one of them cannot say where its node is.
+    """
+    if not is_given(level):
+        return domains_of(level, nodes, mesh=mesh)
+    mine = {"name": "", "problem": ""}
+    try:
+        mine["name"] = own_domain(level, nodes[transport.rank])
+    except OptionsError as error:
+        mine["problem"] = str(error)
+    told = [json.loads(line) for line in transport.gather(json.dumps(mine).encode())]
+    if problem := next((each["problem"] for each in told if each["problem"]), ""):
+        raise OptionsError(problem)
+    return domains_of(level, nodes, given=[each["name"] for each in told])
+
+
+def own_domain(level: str, node: str, env: Mapping[str, str] = os.environ) -> str:
+    """The name that this node's domain was given, by its environment before the file.
+
+    Args:
+        level: of the domain.
+        node: name of this node in the run.
+        env: variables.
+
+    Raises:
+        OptionsError: it was given none, or none that can be read.
+    """
+    if text := env.get(FAILURE_DOMAIN):
+        return name_in_environment(level, text, FAILURE_DOMAIN)
+    host = socket.gethostname()
+    if not (path := env.get(FAILURE_DOMAINS_FILE)):
+        raise nobody_says(level, host, FAILURE_DOMAIN, FAILURE_DOMAINS_FILE)
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionsError(
+            f"failure_domain={level!r}: {FAILURE_DOMAINS_FILE}={path!r} cannot be read on host {host}: {error}: "
+            "put the file where all nodes see it"
+        ) from error
+    names = tuple(dict.fromkeys((node, host, host.partition(".")[0])))
+    return name_in_file(level, lines, path, names, FAILURE_DOMAINS_FILE)

@@ -1,0 +1,109 @@
+"""A members: the ranks of one generation, how they speak with each other and where each has its arena."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_ckptless.options import CkptlessOptions
+from lightning_ckptless.protocol.failure_domains import place_in
+from lightning_ckptless.protocol.placement import Placement
+from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.transport import Transport
+from lightning_ckptless.trainer.session.arenas import is_first_of_node, local_rank
+from lightning_ckptless.trainer.session.failure_domains import find_domains
+
+Notes = tuple[dict[str, Any], ...]
+"""What has been noted in the arena of each rank's node."""
+
+
+@dataclass(frozen=True)
+class MemberSet:
+    """The ranks of one generation, as one of them sees them.
+
+    Args:
+        transport: between all of them.
+        arena: of this rank's node.
+        nodes: names of all ranks' nodes.
+        placement: who keeps which shard.
+        generation: number of the generation: no other one that has written into these arenas has it.
+        notes: what the arenas had noted when the ranks met.
+        trusted: dotted names of classes that the user trusts in small states from elsewhere.
+    """
+
+    transport: Transport
+    arena: Arena
+    nodes: tuple[str, ...]
+    placement: Placement
+    generation: int
+    notes: Notes
+    trusted: frozenset[str] = frozenset()
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self.transport.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.transport.world_size
+
+    @property
+    def ranks_of_node(self) -> tuple[int, ...]:
+        """The ranks that share this one's arena."""
+        return tuple(rank for rank, node in enumerate(self.nodes) if node == self.nodes[self.rank])
+
+    @property
+    def speaks_for_node(self) -> bool:
+        """Whether this rank is the one of its node that writes notes."""
+        return is_first_of_node(local_rank())
+
+    def gather(self, facts: Mapping[str, Any] | list[Any]) -> list[Any]:
+        """What all ranks have to say, by rank."""
+        return [json.loads(line) for line in self.transport.gather(json.dumps(facts).encode())]
+
+    def noted(self, name: str) -> Any:
+        """A note that any arena has; None where none has."""
+        return next((notes[name] for notes in self.notes if notes.get(name)), None)
+
+
+def form_member_set(
+    transport: Transport,
+    arena: Arena,
+    nodes: tuple[str, ...],
+    options: CkptlessOptions,
+    generation: int,
+    *,
+    after: int = 0,
+    mesh: tuple[int, int] | None = None,
+) -> MemberSet:
+    """Let the ranks get to know each other. All call it together.
+
+    A run that is started again counts on: two memberships never write under one number into an arena.
+
+    Args:
+        transport: between all ranks.
+        arena: of this rank's node.
+        nodes: names of all ranks' nodes.
+        options: the user's settings.
+        generation: number of the membership, as it was joined.
+        after: number of the generation that has written what may be gone on from, outside of the arenas.
+        mesh: ranks in each dimension of the strategy's mesh; None without one.
+
+    Raises:
+        OptionsError: replicas cannot be placed, or nobody has said where a node is.
+    """
+    domains = find_domains(options.failure_domain, nodes, transport, mesh)
+    placement = place_in(domains, options.copies if transport.world_size > 1 else 0)
+    mine = arena.notes()
+    # A note that was lost must not let a number be used again.
+    mine.setdefault("generation", max((replica.generation for replica in arena.inventory()), default=0))
+    notes = tuple(json.loads(line) for line in transport.gather(json.dumps(mine).encode()))
+    number = max([generation, after + 1, *(int(n["generation"]) + 1 for n in notes if "generation" in n)])
+    members = MemberSet(transport, arena, nodes, placement, number, notes, frozenset(options.trusted_classes))
+    if members.speaks_for_node:
+        arena.note("generation", number)
+    return members

@@ -1,0 +1,1 @@
+"""The state of a trainer, captured and put back."""

@@ -1,0 +1,284 @@
+"""Attributes of objects that have changed since they were first seen: captured, and put back on the same objects.
+
+What is looked at in full at every step is bounded: numbers, text, small containers and small arrays by their values,
+a tensor by the count of writes into it, everything else by its identity and length.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from operator import is_
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_ckptless.formats.packing import pack, unpack
+from lightning_ckptless.internals.torch_internals import version_counter
+from lightning_ckptless.trainer.state.plain_values import is_same, measure
+
+Changed = dict[str, dict[str, dict[str, Any]]]
+"""By path of the object: values under `set`, names under `gone`."""
+
+COMPARED_BYTES = 65_536
+"""Up to here a value is compared as a whole."""
+KEPT_BYTES = 8_000_000
+"""Up to here a tensor or an array is taken along when it has changed; of other values those that are compared."""
+_ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
+_ABSENT = object()
+
+
+class Size(Enum):
+    """What can be done with a value."""
+
+    FITS = "taken along"
+    LARGE = "plain, and too large to be taken along"
+    UNKNOWN = "no plain data"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What becomes of attributes that change.
+
+    Args:
+        takes_plain: whether plain values are captured and put back.
+        puts_objects_back: whether an attribute that refers to another object is given back its first one.
+        names: kinds of values whose change is named as lost, where it is not captured.
+    """
+
+    takes_plain: bool = True
+    puts_objects_back: bool = True
+    names: frozenset[Size] = frozenset(Size)
+
+
+EVERYTHING = Policy()
+SETTINGS = Policy(puts_objects_back=False, names=frozenset())
+OBJECTS_LEFT_ALONE = Policy(puts_objects_back=False)
+NAMED_ONLY = Policy(takes_plain=False, puts_objects_back=False)
+
+
+class Changes:
+    """Watches the attributes of some objects.
+
+    Args:
+        owners: the objects by path. An object of another process that was built in the same way has the same path.
+        leave: names of attributes to leave alone, by path.
+        policy: what becomes of those that change.
+    """
+
+    def __init__(
+        self,
+        owners: Iterable[tuple[str, Any]],
+        leave: Mapping[str, Collection[str]] | None = None,
+        *,
+        policy: Policy = EVERYTHING,
+    ) -> None:
+        left = leave or {}
+        self._owners = {path: _Owner(owner, frozenset(left.get(path, ())), policy) for path, owner in owners}
+
+    def capture(self) -> Changed:
+        """What differs from the beginning, copied. Of what cannot be taken along see `lost`."""
+        return {path: changed for path, owner in self._owners.items() if (changed := owner.changed())}
+
+    def apply(self, saved: Changed, *, only: str | None = None) -> None:
+        """Put the objects into the state that was captured, here or in another process.
+
+        Args:
+            saved: what `capture` returned.
+            only: path of the one object to do it with; None for all.
+        """
+        for path, owner in self._owners.items():
+            if only in (None, path):
+                owner.put(saved.get(path, {}))
+
+    def identities(self) -> set[int]:
+        """Identities of the objects that are watched."""
+        return {id(owner.watched) for owner in self._owners.values()}
+
+    def lost(self) -> list[str]:
+        """Attributes whose change `capture` has met and could not take along, each once: `path.name`."""
+        return [f"{path}.{name}" for path, owner in self._owners.items() for name in owner.lost()]
+
+
+class _Owner:
+    """One object, with what its attributes were at first. The object is referred to weakly: it may hold this one."""
+
+    def __init__(self, owner: Any, leave: frozenset[str], policy: Policy) -> None:
+        self._object = weakref.ref(owner)
+        self._leave = leave
+        self._policy = policy
+        attributes = vars(owner)
+        self._first = {name: _Value(value) for name, value in attributes.items() if name not in leave}
+        self._values = tuple(attributes.values())
+        self._mutable = tuple(name for name, first in self._first.items() if first.is_mutable)
+        self._lost: list[str] = []
+
+    @property
+    def watched(self) -> Any:
+        """The object; None where it is gone."""
+        return self._object()
+
+    @property
+    def _attributes(self) -> dict[str, Any] | None:
+        owner = self._object()
+        return None if owner is None else vars(owner)
+
+    def changed(self) -> dict[str, Any]:
+        """What differs from the beginning."""
+        attributes, changed, gone = self._attributes, {}, []
+        if attributes is None:
+            return {}
+        for name in self._differing(attributes):
+            value = attributes.get(name, _ABSENT)
+            size = Size.FITS if value is _ABSENT else _size(value)
+            if size is not Size.FITS or not self._policy.takes_plain:
+                if size in self._policy.names:
+                    # Named once; from here on it is not looked at.
+                    self._lost.append(name)
+                    self._leave |= {name}
+            elif value is _ABSENT:
+                gone.append(name)
+            else:
+                changed[name] = _copied(value)
+        if not changed and not gone:
+            return {}
+        return {"set": changed, "gone": dict.fromkeys(gone)}
+
+    def lost(self) -> list[str]:
+        """Names whose change was met since the last call, and could not be taken along."""
+        new, self._lost = self._lost, []
+        return new
+
+    def put(self, saved: dict[str, Any]) -> None:
+        """Make the object differ from the beginning by what was saved, and by nothing else."""
+        values, gone = saved.get("set", {}), saved.get("gone", {})
+        attributes = self._attributes
+        if attributes is None:
+            return
+        for name in {*self._differing(attributes), *values, *gone}:
+            if name in values:
+                _put(attributes, name, _copied(values[name]))
+            elif not self._policy.puts_objects_back and _size(attributes.get(name)) is Size.UNKNOWN:
+                continue
+            elif name in gone or name not in self._first:
+                attributes.pop(name, None)
+            else:
+                self._first[name].put_into(attributes, name)
+
+    def _differing(self, attributes: dict[str, Any]) -> Iterator[str]:
+        """Names of the attributes that are not as they were at first."""
+        if len(attributes) == len(self._values) and all(map(is_, attributes.values(), self._values)):
+            # The same objects, as nearly always.
+            for name in self._mutable:
+                if name not in self._leave and not self._first[name].is_still(attributes.get(name)):
+                    yield name
+            return
+        for name in {**self._first, **attributes}:
+            if name in self._leave:
+                continue
+            first, value = self._first.get(name), attributes.get(name, _ABSENT)
+            if first is None or value is _ABSENT or not first.is_still(value):
+                yield name
+
+
+class _Value:
+    """A value as it was at first.
+
+    Attributes:
+        is_mutable: whether the same object may have another value later, and that can be seen.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._object = value
+        self._copy: Any = _ABSENT
+        self._mark: Any = None
+        self.is_mutable = False
+        if type(value) in _ATOMS:
+            return
+        fits = _size(value) is Size.FITS
+        if fits:
+            self._copy = _copied(value)
+        if isinstance(value, torch.Tensor) or not fits or _is_large_array(value):
+            self._mark = _mark(value)
+        self.is_mutable = self._mark != 0
+
+    def is_still(self, value: Any) -> bool:
+        """Whether a value is what it was."""
+        if self._mark is not None:
+            return value is self._object and _mark(value) == self._mark
+        if self._copy is _ABSENT:
+            return value is self._object or (type(value) is type(self._object) and bool(value == self._object))
+        return _equal(value, self._copy)
+
+    def put_into(self, attributes: dict[str, Any], name: str) -> None:
+        """Make the attribute what it was."""
+        attributes[name] = self._object
+        if self._copy is not _ABSENT:
+            _put(attributes, name, _copied(self._copy))
+        if self._mark is not None:
+            self._mark = _mark(self._object)
+
+
+def _size(value: Any) -> Size:
+    limit = KEPT_BYTES if isinstance(value, torch.Tensor | np.ndarray) else COMPARED_BYTES
+    size = measure(value, limit)
+    return Size.UNKNOWN if size is None else Size.FITS if size <= limit else Size.LARGE
+
+
+def _is_large_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.nbytes > COMPARED_BYTES
+
+
+def _mark(value: Any) -> Any:
+    """What changes with a value that is too large to be compared; of most objects nothing is known."""
+    if isinstance(value, torch.Tensor):
+        return version_counter(value), value.shape
+    if isinstance(value, np.ndarray):
+        return value.shape, value.dtype
+    return len(value) if isinstance(value, list | dict | set) else 0
+
+
+def _copied(value: Any) -> Any:
+    if type(value) in _ATOMS:
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    # Not by `copy`: that refuses tensors with a graph.
+    return unpack(pack(value))
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, np.ndarray):
+        return bool(left.shape == right.shape and left.dtype == right.dtype and left.tobytes() == right.tobytes())
+    try:
+        # Containers of numbers and text are compared a hundred times as fast so.
+        return bool(left == right)
+    except (RuntimeError, ValueError, TypeError):
+        # There are tensors or arrays in it.
+        return is_same(left, right)
+
+
+def _put(attributes: dict[str, Any], name: str, value: Any) -> None:
+    """Set an attribute, in the object that is there where that can be: others may hold it too."""
+    there = attributes.get(name, _ABSENT)
+    if isinstance(value, torch.Tensor) and isinstance(there, torch.Tensor):
+        if there.shape == value.shape and there.dtype == value.dtype and not there.requires_grad:
+            there.copy_(value)
+            return
+    elif isinstance(value, np.ndarray) and type(there) is np.ndarray:
+        if there.shape == value.shape and there.dtype == value.dtype and there.flags.writeable:
+            there[...] = value
+            return
+    elif isinstance(value, list) and type(there) is type(value):
+        there[:] = value
+        return
+    elif isinstance(value, dict) and type(there) is type(value):
+        there.clear()
+        there.update(value)
+        return
+    attributes[name] = value

@@ -1,0 +1,127 @@
+"""What a Lightning checkpoint says beside the state of training: names, keys and hyper-parameters, read once."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ckptless.durable.recipe import Recipe
+from lightning_ckptless.formats.packing import pack
+from lightning_ckptless.internals.lightning.checkpoint import average_of, hparams_name
+from lightning_ckptless.internals.lightning.distribution import distribution_of, is_a, module
+from lightning_ckptless.internals.lightning.metrics import default_names, metrics_of
+from lightning_ckptless.replica.layout.tensor_spec import local_part
+from lightning_ckptless.trainer.state.tensors import optimizer_parameters
+
+log = logging.getLogger(__name__)
+
+_EXTRA_STATE = "_extra_state"
+_HEAVY_BYTES = 8_000_000
+_TOLD = set[str]()
+"""Hyper-parameters that were warned of: once per process is enough."""
+
+
+def recipe_of(trainer: Any, tensors: Mapping[str, Tensor], callbacks: list[Any]) -> Recipe:
+    """Read how a checkpoint of this trainer is put together.
+
+    Args:
+        trainer: in `fit`, as it trains.
+        tensors: its large tensors by our names; of sharded ones the part that is here.
+        callbacks: those whose state a version holds, in that order.
+    """
+    model = trainer.lightning_module
+    state = model.state_dict()
+    paths = {f"{path}." if path else "": path for path, _ in model.named_modules()}
+    extra = {key: paths[stem] for key in state if (stem := _stem(key, _EXTRA_STATE)) in paths}
+    metric = {
+        f"{path}.{name}": (path, name)
+        for path, found in metrics_of(model.named_modules()).items()
+        for name in default_names(found)
+        if f"{path}.{name}" in state
+    }
+    known = _named(state, tensors)
+    return Recipe(
+        lightning_version=str(module(distribution_of(trainer)).__version__),
+        state_dict=known,
+        extra_state=extra,
+        metric_state=metric,
+        parameters=[_groups(trainer, index) for index in range(len(trainer.optimizers))],
+        # Whatever a stand-in of a test gives for a name: the key of a dictionary in a file is text.
+        callback_keys=[str(callback.state_key) for callback in callbacks],
+        precision_key=type(trainer.precision_plugin).__qualname__,
+        datamodule_key=None if trainer.datamodule is None else type(trainer.datamodule).__qualname__,
+        hyper_parameters=_hyper_parameters(model) | _hyper_parameters(trainer.datamodule),
+        other_loops={
+            f"{name}_loop": getattr(trainer, f"{name}_loop").state_dict() for name in ("validate", "test", "predict")
+        },
+        averaged=_averaged(callbacks, tensors),
+        lacking=tuple(key for key in state if key not in known and key not in extra and key not in metric),
+    )
+
+
+def _stem(key: str, end: str) -> str | None:
+    return key.removesuffix(end) if key.endswith(end) else None
+
+
+def _groups(trainer: Any, index: int) -> list[list[str]]:
+    """Names of the parameters of each group, in the order in which a state dictionary numbers them."""
+    names = {id(parameter): name for name, parameter in optimizer_parameters(trainer, index).items()}
+    return [[names[id(parameter)] for parameter in group["params"]] for group in trainer.optimizers[index].param_groups]
+
+
+def _averaged(callbacks: list[Any], tensors: Mapping[str, Tensor]) -> dict[str, str] | None:
+    for callback in callbacks:
+        if is_a(callback, "callbacks", "WeightAveraging") and (average := average_of(callback)) is not None:
+            return _named(average.state_dict(), tensors)
+    return None
+
+
+def _named(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Our name of each tensor of a `state_dict`, which holds the same memory under other objects."""
+    names = {_place(tensor): name for name, tensor in tensors.items() if not name.startswith("optimizer/")}
+    known = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            place = _place(local_part(value))
+            same = [f"{kind}/{key}" for kind in ("parameter", "buffer") if f"{kind}/{key}" in tensors]
+            name = same[0] if same else names.get(place)
+            if name is not None and _place(tensors[name]) == place:
+                known[key] = name
+    return known
+
+
+def _place(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _hyper_parameters(owner: Any) -> dict[str, Any]:
+    """As Lightning files them, without those that cannot be pickled or are large, as a model among them is."""
+    if owner is None or not owner.hparams:
+        return {}
+    found: dict[str, Any] = {}
+    if (name := hparams_name(owner)) is not None:
+        found[owner.CHECKPOINT_HYPER_PARAMS_NAME] = name
+    if is_container := type(owner.hparams).__module__.startswith("omegaconf"):
+        found[owner.CHECKPOINT_HYPER_PARAMS_TYPE] = type(owner.hparams)
+    kept = owner.hparams if is_container else {k: v for k, v in owner.hparams.items() if _fits(k, v)}
+    return found | {owner.CHECKPOINT_HYPER_PARAMS_KEY: kept}
+
+
+def _fits(name: str, value: Any) -> bool:
+    problem = ""
+    try:
+        if isinstance(value, nn.Module) and sum(p.nbytes for p in value.parameters()) > _HEAVY_BYTES:
+            problem = "it is a large module"
+        elif len(pack(value)) > _HEAVY_BYTES:
+            problem = f"it is larger than {_HEAVY_BYTES // 1_000_000} MB"
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        problem = str(error)
+    if problem and name not in _TOLD:
+        _TOLD.add(name)
+        log.warning("ckptless: the hyper-parameter %s is left out of exported checkpoints: %s", name, problem)
+    return not problem

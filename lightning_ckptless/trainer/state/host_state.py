@@ -1,0 +1,267 @@
+"""The host state: everything of a run that is not a large tensor, captured at a commit point and put back exactly.
+
+It is one dictionary of plain data per rank: loop counters, data position, generators, running metrics, schedulers,
+callbacks, scaler, hyper-parameters of the optimizers, and the plain attributes that users keep on their modules.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_ckptless.errors import LayoutMismatchError
+from lightning_ckptless.internals.lightning.averaging import join_scheduler, steps_with_old_gradients
+from lightning_ckptless.internals.lightning.clocks import ages_of, set_ages
+from lightning_ckptless.internals.lightning.distribution import distribution_of, module
+from lightning_ckptless.internals.lightning.loops import FitLoops
+from lightning_ckptless.internals.lightning.metrics import dump_metric, load_metric, metrics_of
+from lightning_ckptless.internals.lightning.results import dump_results, load_results
+from lightning_ckptless.options import CkptlessOptions
+from lightning_ckptless.trainer.data.position import data_position
+from lightning_ckptless.trainer.state.checkpoint_hooks import CheckpointHooks
+from lightning_ckptless.trainer.state.gradient_buckets import BucketWatch, restore_buckets
+from lightning_ckptless.trainer.state.module_attributes import ModuleAttributes
+from lightning_ckptless.trainer.state.own_state import hyperparameters, own_state, set_hyperparameters, set_own_state
+from lightning_ckptless.trainer.state.parameter_groups import GroupNames, require_same_groups
+from lightning_ckptless.trainer.state.plain_values import (
+    heavy_attributes,
+    is_same,
+    plain_attributes,
+    set_plain_attributes,
+)
+from lightning_ckptless.trainer.state.rng import capture_rng, owned_generators, set_owned_generators
+from lightning_ckptless.trainer.state.surroundings import Surroundings
+from lightning_ckptless.trainer.state.tensors import (
+    StateIndex,
+    callback_modules,
+    optimizer_facts,
+    set_optimizer_facts,
+    trained_alone,
+)
+from lightning_ckptless.trainer.strategy.compatibility import names_of_class
+
+log = logging.getLogger(__name__)
+
+HEAVY_BYTES = 8_000_000
+
+
+class HostState:
+    """Captures and applies the host state of one trainer.
+
+    Args:
+        trainer: in `fit`, with its model attached and its data set up.
+        options: the user's settings; None for the defaults.
+        surroundings: of the trainer, watched since the fit was set up; None to watch them from now on.
+    """
+
+    def __init__(
+        self, trainer: Any, options: CkptlessOptions | None = None, surroundings: Surroundings | None = None
+    ) -> None:
+        options = options or CkptlessOptions()
+        self.trainer = trainer
+        self._surroundings = surroundings or Surroundings(trainer)
+        self.loops = FitLoops(trainer)
+        self.module = trainer.lightning_module
+        named = list(self.module.named_modules())
+        self._modules = [m for _, m in named]
+        # Those that inject faults or write traces are no part of the run: the next start may have others.
+        self._callbacks = [c for c in trainer.callbacks if not type(c).__module__.startswith("lightning_ckptless")]
+        beside = (
+            (f"{prefix}.{path}", m) for prefix, held in callback_modules(trainer) for path, m in held.named_modules()
+        )
+        self._metrics = metrics_of([*named, *beside])
+        self._groups = GroupNames(trainer)
+        self._heavy_names: dict[int, frozenset[str]] = {}
+        self._buckets = BucketWatch()
+        self._inner = ModuleAttributes(self.module)
+        self._extra_state = {name: m for name, m in named if type(m).get_extra_state is not nn.Module.get_extra_state}
+        distribution = module(distribution_of(trainer))
+        self._module_baseline = frozenset(vars(distribution.LightningModule()))
+        self._data_baseline = frozenset(vars(distribution.LightningDataModule()))
+        self._stateless = frozenset(options.stateless_callbacks)
+        self.hooks = CheckpointHooks(
+            trainer, self._callbacks, every_version=options.checkpoint_hooks == "every_version"
+        )
+
+    @property
+    def callbacks(self) -> list[Any]:
+        """Those whose state is a part of it, in its order."""
+        return self._callbacks
+
+    def _heavy(self, owner: Any) -> frozenset[str]:
+        """Attributes that are left out for their size, looked for once and named."""
+        if id(owner) not in self._heavy_names:
+            names = heavy_attributes(owner, HEAVY_BYTES)
+            self._heavy_names[id(owner)] = frozenset(names)
+            for name in names:
+                log.warning(
+                    "ckptless: %s.%s is larger than %d MB and is not taken along with every step: if training changes "
+                    "it, put it into state_dict()", type(owner).__name__, name, HEAVY_BYTES // 1_000_000
+                )  # fmt: skip
+        return self._heavy_names[id(owner)]
+
+    # ------------------------------------------------------------------ capture
+
+    def capture(
+        self, data: dict[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Any]:
+        """The state now. It refers to live objects: pack it before training goes on.
+
+        Args:
+            data: where the training data is; None to find out.
+            tensors: those that the version holds anyway, by name: the rest may refer to them.
+        """
+        trainer = self.trainer
+        return {
+            "counters": self.loops.counters(),
+            "ages": ages_of(trainer),
+            "data": data_position(self.loops) if data is None else data,
+            "results": dump_results(trainer),
+            "metrics": {name: dump_metric(metric) for name, metric in self._metrics.items()},
+            "optimizers": optimizer_facts(trainer),
+            "first_groups": self._surroundings.first_groups,
+            "groups": self._groups.now(),
+            "trained_alone": sorted(trained_alone(trainer)),
+            "first_schedulers": self._surroundings.schedulers.first,
+            "schedulers": self._surroundings.schedulers.capture(),
+            "precision": trainer.precision_plugin.state_dict(),
+            "callbacks": [self._callback(callback) for callback in self._callbacks],
+            "module": self._module(),
+            "datamodule": self._datamodule(),
+            "surroundings": self._surroundings.capture(),
+            "checkpoint": self.hooks.capture(tensors or {}),
+            "training": [m.training for m in self._modules],
+            "should_stop": trainer.should_stop,
+            "gradients": self._gradients(),
+            "buffers_are_due": self._buffers_are_due(),
+            "buckets": self._buckets.settled(trainer.strategy.model),
+            "rng": capture_rng(),
+        }
+
+    def _gradients(self) -> dict[str, Any] | None:
+        """Those of the last step, where another step is made of them; nearly never."""
+        if not steps_with_old_gradients(self._callbacks, self.trainer):
+            return None
+        return {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+
+    def _apply_gradients(self, saved: dict[str, Any]) -> None:
+        for name, parameter in self.module.named_parameters():
+            parameter.grad = saved[name].to(parameter.device) if name in saved else None
+
+    def _buffers_are_due(self) -> bool | None:
+        """Whether DDP broadcasts buffers at the next forward: it does so once per process where its flag says no."""
+        model = self.trainer.strategy.model
+        return model.require_forward_param_sync if isinstance(model, DistributedDataParallel) else None
+
+    def _callback(self, callback: Any) -> dict[str, Any]:
+        is_stateless = bool(names_of_class(type(callback)) & self._stateless)
+        state = own_state(callback, self._heavy(callback), calls_state_dict=not is_stateless)
+        return {"class": type(callback).__name__, **state}
+
+    def _module(self) -> dict[str, Any]:
+        return {
+            "plain": plain_attributes(self.module, leave=self._module_baseline | self._heavy(self.module)),
+            "generators": owned_generators(self.module),
+            "extra_state": {name: m.get_extra_state() for name, m in self._extra_state.items()},
+            "inner": self._inner.capture(),
+            "hyperparameters": hyperparameters(self.module),
+        }
+
+    def _datamodule(self) -> dict[str, Any] | None:
+        if (datamodule := self.trainer.datamodule) is None:
+            return None
+        return own_state(datamodule, self._data_baseline | self._heavy(datamodule))
+
+    # ------------------------------------------------------------------ what dataloader hooks see
+
+    def shown(self) -> dict[str, Any]:
+        """What the user's dataloader hooks may look at, beside the counters; it refers to live objects."""
+        return {
+            "module": plain_attributes(self.module, leave=self._module_baseline | self._heavy(self.module)),
+            "datamodule": self._datamodule(),
+            "callbacks": [self._callback(callback)["plain"] for callback in self._callbacks],
+        }
+
+    def show(self, saved: dict[str, Any]) -> None:
+        """Put back what `shown` took, for the time of a hook."""
+        set_plain_attributes(self.module, saved["module"])
+        self._apply_datamodule(saved["datamodule"])
+        for callback, plain in zip(self._callbacks, saved["callbacks"], strict=True):
+            set_plain_attributes(callback, plain)
+
+    # ------------------------------------------------------------------ apply
+
+    def apply(self, saved: dict[str, Any], *, with_settings: bool = True) -> None:
+        """Put everything back but the data position and the generators, which come last.
+
+        Args:
+            saved: what `capture` returned.
+            with_settings: whether to put back settings of the trainer that hooks have changed; not before the hooks of
+                a starting fit, which may insist on the first ones.
+
+        Raises:
+            LayoutMismatchError: the relaunched script has other callbacks, optimizers or schedulers.
+        """
+        trainer = self.trainer
+        self._check(saved)
+        for callback, state in zip(self._callbacks, saved["callbacks"], strict=True):
+            set_own_state(callback, state, self._heavy(callback))
+        self._surroundings.schedulers.apply(saved["schedulers"])
+        join_scheduler(self._callbacks, trainer)
+        set_optimizer_facts(trainer, copy.deepcopy(saved["optimizers"]))
+        if saved["precision"]:
+            trainer.precision_plugin.load_state_dict(copy.deepcopy(saved["precision"]))
+        self._apply_datamodule(saved["datamodule"])
+        self._apply_module(saved)
+        self._surroundings.apply(saved["surroundings"], with_settings=with_settings)
+        if saved["checkpoint"] is not None:
+            self.hooks.apply(saved["checkpoint"], StateIndex(trainer).read())
+        self.loops.set_counters(saved["counters"])
+        set_ages(trainer, saved["ages"])
+        load_results(trainer, saved["results"])
+        for name, state in saved["metrics"].items():
+            load_metric(self._metrics[name], copy.deepcopy(state))
+        for m, training in zip(self._modules, saved["training"], strict=True):
+            m.training = training
+        trainer.should_stop = saved["should_stop"]
+        if saved["gradients"] is not None:
+            self._apply_gradients(saved["gradients"])
+        if saved["buffers_are_due"] is not None:
+            trainer.strategy.model.require_forward_param_sync = saved["buffers_are_due"]
+        restore_buckets(trainer.strategy.model, saved["buckets"])
+
+    def _apply_module(self, saved: dict[str, Any]) -> None:
+        set_plain_attributes(self.module, copy.deepcopy(saved["module"]["plain"]))
+        set_hyperparameters(self.module, copy.deepcopy(saved["module"]["hyperparameters"]))
+        set_owned_generators(self.module, saved["module"]["generators"])
+        for name, state in saved["module"]["extra_state"].items():
+            if not is_same(self._extra_state[name].get_extra_state(), state):
+                self._extra_state[name].set_extra_state(copy.deepcopy(state))
+        self._inner.apply(copy.deepcopy(saved["module"]["inner"]))
+
+    def _apply_datamodule(self, saved: dict[str, Any] | None) -> None:
+        if saved is None:
+            return
+        datamodule = self.trainer.datamodule
+        set_own_state(datamodule, saved, self._data_baseline | self._heavy(datamodule))
+
+    def _check(self, saved: dict[str, Any]) -> None:
+        callbacks = [c["class"] for c in saved["callbacks"]], [type(c).__name__ for c in self._callbacks]
+        _require_same("callbacks", *callbacks)
+        _require_same("modules", [str(len(saved["training"]))], [str(len(self._modules))])
+        _require_same("metrics", sorted(saved["metrics"]), sorted(self._metrics))
+        require_same_groups(saved["first_groups"], self._surroundings.first_groups)
+        _require_same("schedulers", saved["first_schedulers"], self._surroundings.schedulers.first)
+
+
+def _require_same(kind: str, expected: list[str], found: list[str]) -> None:
+    if expected != found:
+        raise LayoutMismatchError(
+            f"the mirrored run has {kind} {', '.join(expected)}; the relaunched script made "
+            f"{', '.join(found)}: it must build the same trainer and model at every start"
+        )

@@ -1,0 +1,82 @@
+"""What the modules inside the model keep as attributes, and which parameters are trained.
+
+A counter in a layer, a dropout rate that is raised step by step, a hidden state that is carried on, a backbone that is
+thawed after some epochs: none of them is in a `state_dict`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_ckptless.internals.torch_internals import version_counter
+from lightning_ckptless.trainer.state.plain_values import plain_attributes, set_plain_attributes
+from lightning_ckptless.trainer.state.rng import owned_generators, set_owned_generators
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+class ModuleAttributes:
+    """Reads and puts back the plain attributes of all modules below one.
+
+    Of torch's own classes these are numbers and switches: there are many such modules, and they keep nothing else that
+    changes. Tensors are taken only where they were replaced or written to: large tables would travel with every step.
+
+    Args:
+        root: the model; its own attributes are not looked at, nor are metrics.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        inner = [(name, m) for name, m in root.named_modules() if m is not root and not isinstance(m, Metric)]
+        self._of_torch = [(name, vars(m), _numbers(m)) for name, m in inner if _is_of_torch(m)]
+        self._of_others = {name: m for name, m in inner if not _is_of_torch(m)}
+        self._with_generators = {name: m for name, m in self._of_others.items() if owned_generators(m)}
+        self._parameters = list(root.parameters())
+        self._tensors = {name: _tensors(m) for name, m in self._of_others.items()}
+
+    def capture(self) -> dict[str, Any]:
+        """The attributes now. They refer to live objects: pack them before training goes on."""
+        numbers = {name: [attributes[key] for key in keys] for name, attributes, keys in self._of_torch if keys}
+        return {
+            "numbers": numbers,
+            "plain": {name: self._plain(name, m) for name, m in self._of_others.items()},
+            "generators": {name: owned_generators(m) for name, m in self._with_generators.items()},
+            "trained": [parameter.requires_grad for parameter in self._parameters],
+        }
+
+    def _plain(self, name: str, module: nn.Module) -> dict[str, Any]:
+        first = self._tensors[name]
+        taken = plain_attributes(module, leave=_OF_EVERY_MODULE)
+        return {key: value for key, value in taken.items() if not _is_same(value, first.get(key))}
+
+    def apply(self, saved: dict[str, Any]) -> None:
+        """Put the attributes back into a model that was built in the same way."""
+        for name, attributes, keys in self._of_torch:
+            attributes.update(zip(keys, saved["numbers"].get(name, ()), strict=False))
+        for name, plain in saved["plain"].items():
+            set_plain_attributes(self._of_others[name], plain)
+        for name, owned in saved["generators"].items():
+            set_owned_generators(self._with_generators[name], owned)
+        for parameter, trained in zip(self._parameters, saved["trained"], strict=True):
+            parameter.requires_grad_(trained)
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    # All its bases: torch makes classes of its own out of those of modules that are sharded.
+    return all(base.__module__.startswith("torch.") for base in type(module).__mro__[:-1])
+
+
+def _numbers(module: nn.Module) -> tuple[str, ...]:
+    return tuple(
+        key for key, value in vars(module).items() if key not in _OF_EVERY_MODULE and isinstance(value, int | float)
+    )
+
+
+def _tensors(module: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    return {key: (value, version_counter(value)) for key, value in vars(module).items() if isinstance(value, Tensor)}
+
+
+def _is_same(value: Any, first: tuple[Tensor, int] | None) -> bool:
+    return first is not None and value is first[0] and version_counter(value) == first[1]

@@ -1,0 +1,102 @@
+"""The state of one callback or datamodule: what its `state_dict` says, its plain attributes, its generators, its clock.
+
+Attributes are put back first. `load_state_dict` is called only where `state_dict` then still differs from what was
+saved, and attributes are put back once more after it: many a `load_state_dict` assumes a fresh object, and adds an
+offset to a clock that runs, takes entries out of the dictionary, or sets a flag for the start of the next fit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import Any
+
+from lightning_ckptless.internals.lightning.averaging import AVERAGE_STATE, averages_weights
+from lightning_ckptless.internals.lightning.clocks import ages_of, readings_of, set_ages, set_windows, windows_of
+from lightning_ckptless.internals.lightning.distribution import is_a
+from lightning_ckptless.trainer.state.plain_values import is_same, measure, plain_attributes, set_plain_attributes
+from lightning_ckptless.trainer.state.rng import owned_generators, set_owned_generators
+
+_SMALL_BYTES = 65_536
+_OF_THE_PROCESS = {"ProgressBar": (), "Timer": ("_offset",), "DeviceStatsMonitor": ()}
+"""Callbacks whose attributes belong to the process, and the attributes that are state nevertheless."""
+
+
+def own_state(owner: Any, leave: Collection[str], *, calls_state_dict: bool = True) -> dict[str, Any]:
+    """The state of a callback or datamodule now. It refers to live objects: pack it before training continues.
+
+    Args:
+        owner: the callback or datamodule.
+        leave: names of attributes that are not part of it.
+        calls_state_dict: whether what its `state_dict()` says is part of it.
+    """
+    kept = _attributes_of_the_process(owner)
+    attributes = vars(owner)
+    if kept is not None:
+        leave = [name for name in attributes if name not in kept]
+    return {
+        "state": _state_of(owner) if calls_state_dict else {},
+        "plain": plain_attributes(owner, leave={*leave, *readings_of(owner)}),
+        "generators": owned_generators(owner) if kept is None else {},
+        "names": tuple(attributes) if kept is None else None,
+        "ages": ages_of(owner),
+        "windows": windows_of(owner),
+    }
+
+
+def set_own_state(owner: Any, saved: dict[str, Any], leave: Collection[str]) -> None:
+    """Put back what `own_state` returned, in a process that was there or in a new one.
+
+    Args:
+        owner: the callback or datamodule.
+        saved: its state.
+        leave: names of attributes that are not part of it.
+    """
+    _set_attributes(owner, saved, leave)
+    if saved["state"] and not _is_told_by_attributes(owner) and not is_same(owner.state_dict(), saved["state"]):
+        owner.load_state_dict(copy.deepcopy(saved["state"]))
+        _set_attributes(owner, saved, leave)
+
+
+def hyperparameters(owner: Any) -> dict[str, Any]:
+    """What `save_hyperparameters()` keeps, as far as it is small plain data: a search may have changed it."""
+    held = vars(owner).get("_hparams")
+    if not isinstance(held, dict):
+        return {}
+    return {key: value for key, value in held.items() if (measure(value, _SMALL_BYTES) or _SMALL_BYTES) < _SMALL_BYTES}
+
+
+def set_hyperparameters(owner: Any, saved: dict[str, Any]) -> None:
+    """Put back what `hyperparameters` returned."""
+    if saved:
+        vars(owner)["_hparams"].update(saved)
+
+
+def _set_attributes(owner: Any, saved: dict[str, Any], leave: Collection[str]) -> None:
+    if saved["names"] is not None:
+        for name in set(plain_attributes(owner, leave=leave)) - {*saved["names"], *readings_of(owner)}:
+            # Made since that version.
+            del vars(owner)[name]
+    set_plain_attributes(owner, copy.deepcopy(saved["plain"]))
+    set_owned_generators(owner, saved["generators"])
+    set_ages(owner, saved["ages"])
+    set_windows(owner, saved["windows"])
+
+
+def _attributes_of_the_process(owner: Any) -> tuple[str, ...] | None:
+    return next((kept for name, kept in _OF_THE_PROCESS.items() if is_a(owner, "callbacks", name)), None)
+
+
+def _state_of(owner: Any) -> dict[str, Any]:
+    state = owner.state_dict()
+    if not isinstance(state, dict):
+        # A stand-in that answers to every name says nothing about itself.
+        return {}
+    if averages_weights(owner):
+        return {key: value for key, value in state.items() if key != AVERAGE_STATE}
+    return state
+
+
+def _is_told_by_attributes(owner: Any) -> bool:
+    """Whether nothing is left to load: `state_dict` of a Timer says something else at every call."""
+    return is_a(owner, "callbacks", "Timer") or averages_weights(owner)

@@ -1,0 +1,129 @@
+"""Plain data: attributes that users keep on their modules and callbacks.
+
+A counter in a `LightningModule`, a list of validation outputs, the best score of a callback: none of them is in a
+`state_dict`, all of them decide how training goes on. What consists of plain values is taken along; what is not (open
+files, threads, other modules) is left alone.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import enum
+import pathlib
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_ckptless.formats.packing import pack
+
+_ATOMS = (
+    type(None), bool, int, float, complex, str, bytes, enum.Enum, pathlib.PurePath,
+    dt.timedelta, dt.date, range, np.generic, torch.dtype, torch.device,
+)  # fmt: skip
+_COMMON = frozenset({type(None), bool, int, float, str})
+_SEQUENCES = (list, tuple, set, frozenset, deque, torch.Size)
+_MAPPINGS = (dict, OrderedDict, Counter)
+_FACTORIES = (None, int, float, str, list, dict, set, Counter)
+MAX_DEPTH = 6
+
+
+def is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether a value consists of numbers, strings, arrays, tensors and containers of these."""
+    if type(value) in _COMMON:
+        return True
+    if isinstance(value, torch.Tensor):
+        return _is_plain_tensor(value)
+    if isinstance(value, np.ndarray):
+        # What is mapped from a file is data to read, not state.
+        return not value.dtype.hasobject and not isinstance(value, np.memmap)
+    if isinstance(value, _ATOMS):
+        return True
+    if depth >= MAX_DEPTH:
+        return False
+    if type(value) in _SEQUENCES:
+        return all(is_plain(item, depth + 1) for item in value)
+    if _is_mapping(value):
+        return all(is_plain(key, depth + 1) and is_plain(item, depth + 1) for key, item in value.items())
+    return False
+
+
+def _is_plain_tensor(value: torch.Tensor) -> bool:
+    # A leaf that wants gradients is a parameter, whatever its class: an optimizer may hold this very object.
+    return value.layout is torch.strided and not (value.is_leaf and value.requires_grad)
+
+
+def plain_attributes(owner: object, *, leave: Collection[str] = ()) -> dict[str, Any]:
+    """The attributes of an object that are plain data.
+
+    Args:
+        owner: a module, callback, datamodule or sampler.
+        leave: names that are not to be taken.
+    """
+    return {
+        name: value for name, value in getattr(owner, "__dict__", {}).items() if name not in leave and is_plain(value)
+    }
+
+
+def heavy_attributes(owner: object, limit_bytes: int) -> tuple[str, ...]:
+    """Names of plain attributes that are too large to travel with every step, e.g. a dataset held in memory."""
+    return tuple(
+        name
+        for name, value in getattr(owner, "__dict__", {}).items()
+        if (size := measure(value, limit_bytes)) is not None and size > limit_bytes
+    )
+
+
+def measure(value: Any, limit_bytes: int, depth: int = 0) -> int | None:
+    """Roughly the bytes of a plain value; None for one that is not plain.
+
+    Args:
+        value: the value.
+        limit_bytes: where to stop counting: what lies beyond is not looked at.
+        depth: of the containers around it.
+    """
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return int(value.nbytes) if is_plain(value) else None
+    if isinstance(value, _ATOMS):
+        return 8
+    if depth >= MAX_DEPTH or not (type(value) in _SEQUENCES or _is_mapping(value)):
+        return None
+    total = 0
+    for item in value:
+        inner = (item, value[item]) if _is_mapping(value) else (item,)
+        for part in inner:
+            if (size := measure(part, limit_bytes - total, depth + 1)) is None:
+                return None
+            total += 8 + size
+        if total > limit_bytes:
+            break
+    return total
+
+
+def _is_mapping(value: Any) -> bool:
+    return type(value) in _MAPPINGS or (type(value) is defaultdict and value.default_factory in _FACTORIES)
+
+
+def set_plain_attributes(owner: object, saved: dict[str, Any]) -> None:
+    """Put attributes back as they were saved."""
+    if saved:
+        vars(owner).update(saved)
+
+
+def is_same(left: Any, right: Any) -> bool:
+    """Whether two values of host state are equal in type and value, bit for bit."""
+    if left is right:
+        return True
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(is_same(value, right[key]) for key, value in left.items())
+    if isinstance(left, list | tuple | deque):
+        return len(left) == len(right) and all(map(is_same, left, right))
+    if isinstance(left, set | frozenset):
+        return bool(left == right)
+    return pack(left) == pack(right)

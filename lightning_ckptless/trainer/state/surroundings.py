@@ -1,0 +1,113 @@
+"""What hooks change beside module, callbacks and datamodule: settings, validation data, objects that those three hold.
+
+Training dataloaders carry what changes in them with their position, since their order is drawn from it. Validation
+dataloaders may be made long after a version was restored: what belongs to them waits until they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from lightning_ckptless.internals.lightning.combined_loader import stand_ins
+from lightning_ckptless.internals.lightning.loops import FitLoops
+from lightning_ckptless.internals.lightning.settings import kept_elsewhere, optimizer_wrappers, settings_of
+from lightning_ckptless.trainer.data.loader import tracker_of, watch_attributes
+from lightning_ckptless.trainer.state.changes import SETTINGS, Changed, Changes
+from lightning_ckptless.trainer.state.parameter_groups import names_in_groups
+from lightning_ckptless.trainer.state.schedulers import Schedulers
+from lightning_ckptless.trainer.state.user_objects import UserObjects
+
+_VALIDATION = "trainer.fit_loop.epoch_loop.val_loop"
+
+
+class Surroundings:
+    """Watches them from the moment at which a fit is set up, before its first hook of training.
+
+    Args:
+        trainer: its strategy is set up.
+        tell: receives, once, the name of each attribute whose change is lost with its process.
+
+    Attributes:
+        schedulers: those that the trainer began with, and later ones.
+        first_groups: names of the parameters in the groups that the optimizers began with.
+    """
+
+    def __init__(self, trainer: Any, tell: Callable[[str], None] = lambda _: None) -> None:
+        self._trainer = trainer
+        self._loops = FitLoops(trainer)
+        self._tell = tell
+        self.schedulers = Schedulers(trainer)
+        self.first_groups = names_in_groups(trainer)
+        settings = [*settings_of(trainer), *optimizer_wrappers(trainer)]
+        self._settings = Changes(settings, kept_elsewhere(trainer), policy=SETTINGS)
+        self._validation: list[Changes] = []
+        self._validation_data: Any = None
+        self._waiting: list[Changed] = []
+        self._waiting_settings: Changed = {}
+        self._objects: UserObjects | None = None
+
+    def watch_objects(self) -> None:
+        """Begin to watch the objects of the user: the hooks of a starting fit have made theirs."""
+        known = {identity for changes in self._training() for identity in changes.identities()}
+        self._objects = UserObjects(self._trainer, known)
+
+    def capture(self) -> dict[str, Any]:
+        """What has changed up to now."""
+        self._look_for_validation_data()
+        state = {
+            "settings": self._settings.capture(),
+            "validation": self._waiting or [changes.capture() for changes in self._validation],
+            "objects": {} if self._objects is None else self._objects.capture(),
+        }
+        for name in () if self._objects is None else self._objects.lost():
+            self._tell(name)
+        for stage, watched in (("val", self._validation), ("train", self._training())):
+            for index, changes in enumerate(watched):
+                for name in changes.lost():
+                    self._tell(f"{stage} dataloader {index}: {name}")
+        return state
+
+    def apply(self, saved: dict[str, Any], *, with_settings: bool = True) -> None:
+        """Put back what was captured; into validation dataloaders as soon as they are there.
+
+        Args:
+            saved: what `capture` returned.
+            with_settings: whether to put back those of the trainer, too.
+        """
+        if with_settings:
+            self._settings.apply(saved["settings"])
+        if self._objects is not None:
+            self._objects.apply(saved["objects"])
+        self._look_for_validation_data()
+        self._waiting, self._waiting_settings = saved["validation"], saved["settings"]
+        if self._validation_data is not None:
+            self._fill_validation_data()
+
+    def on_validation_data(self) -> None:
+        """Called when the validation loop has its dataloaders: begin to watch new ones, and fill them if any wait."""
+        is_new = self._look_for_validation_data()
+        if is_new and self._waiting:
+            self._fill_validation_data()
+            # Their lengths were taken when they were set up, from settings that may have changed since.
+            self._settings.apply(self._waiting_settings, only=_VALIDATION)
+
+    def _fill_validation_data(self) -> None:
+        for changes, saved in zip(self._validation, self._waiting, strict=False):
+            changes.apply(saved)
+        self._waiting = []
+
+    def _look_for_validation_data(self) -> bool:
+        combined = self._loops.validation_loader
+        if combined is self._validation_data:
+            return False
+        self._validation_data = combined
+        loaders = [] if combined is None else combined.flattened
+        self._validation = [watch_attributes(loader) for loader in loaders if isinstance(loader, DataLoader)]
+        return True
+
+    def _training(self) -> list[Changes]:
+        loaders = stand_ins(self._loops.combined_loader)
+        return [tracker.attributes for loader in loaders if (tracker := tracker_of(loader)) is not None]

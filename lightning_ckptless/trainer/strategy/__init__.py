@@ -1,0 +1,1 @@
+"""The strategies that users name, and how `fit` is entered."""

@@ -1,0 +1,255 @@
+"""Where `fit` is entered: turned into workers when it stands in a plain process, guarded when it stands in a worker."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from lightning_ckptless import environment
+from lightning_ckptless.errors import OptionsError, UnfitNodeError
+from lightning_ckptless.internals.lightning.distribution import distribution_of
+from lightning_ckptless.internals.lightning.launch import CKPT_PATH_INDEX, is_fit, is_stop, launcher_base
+from lightning_ckptless.internals.lightning.sigterm import give_exit_code
+from lightning_ckptless.internals.lightning.versions import without_beginning
+from lightning_ckptless.membership.channel.agent_channel import Line, is_standby, open_line
+from lightning_ckptless.membership.channel.exit_report import ExitReport, leave_verdict, withdraw_verdict
+from lightning_ckptless.membership.launch.reexec import replace_by_agent
+from lightning_ckptless.membership.worker.peer_errors import is_lost_peer
+from lightning_ckptless.membership.worker.process_groups import keep_through_device_errors
+from lightning_ckptless.membership.worker.watcher import Watcher
+from lightning_ckptless.protocol.startup import StartAction, StartPlan
+from lightning_ckptless.trainer.recovery.exits import leave_process
+from lightning_ckptless.trainer.session.engine import Engine
+from lightning_ckptless.trainer.session.health_check import check_health
+from lightning_ckptless.trainer.session.identity import (
+    calls_before,
+    chapters_before,
+    count_call,
+    is_worker,
+    may_be_restarted,
+    next_chapter,
+)
+from lightning_ckptless.trainer.session.run_folders import hydra_folder
+from lightning_ckptless.trainer.session.standby import wait_for_rank
+
+log = logging.getLogger(__name__)
+
+PEER_LOSS_GRACE_S = 30.0
+AGENT_MODULE = "lightning_ckptless.runner"
+
+
+class FitGuard:
+    """What the launcher does, apart from the class that Lightning wants it in.
+
+    Args:
+        strategy: the strategy that is launched.
+    """
+
+    def __init__(self, strategy: Any) -> None:
+        self.strategy = strategy
+        self._is_observed = False
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Run a trainer function here, or hand the process over to the agent that runs it in workers."""
+        self.strategy.check_options()
+        if not is_worker():
+            self._hand_over(trainer)
+        if (line := open_line()) is not None:
+            line.tell("arrived", hydra=hydra_folder())
+        self.strategy.check_world()
+        if trainer is None or not is_fit(function):
+            self._pass_by(function)
+            return function(*args, **kwargs)
+        return self._fit(function, args, kwargs, trainer)
+
+    def _hand_over(self, trainer: Any) -> None:
+        strategy = self.strategy
+        env = strategy.cluster_environment
+        if env.creates_processes_externally:
+            raise OptionsError(
+                f"{type(env).__name__} starts one process per rank, and nothing there could relaunch them. Start one "
+                f"agent per node instead: ckptless run --nproc-per-node {strategy.num_processes} SCRIPT "
+                "(see the guide on clusters)"
+            )
+        endpoint = os.environ.get(environment.RDZV_ENDPOINT)
+        if strategy.num_nodes > 1 and not endpoint:
+            raise OptionsError(
+                f"num_nodes={strategy.num_nodes}: the nodes must know where to meet. Set {environment.RDZV_ENDPOINT}="
+                f"HOST:PORT on each, or start with: ckptless run --nnodes {strategy.num_nodes} "
+                f"--rdzv-endpoint HOST:PORT --nproc-per-node {strategy.num_processes} SCRIPT"
+            )
+        os.environ[environment.LIGHTNING] = distribution_of(strategy)
+        if folder := hydra_folder():
+            os.environ[environment.HYDRA] = folder
+        root = trainer.default_root_dir if trainer is not None else os.getcwd()
+        replace_by_agent(
+            nproc=strategy.num_processes,
+            nnodes=os.environ.get(environment.NNODES, strategy.num_nodes),
+            run_root=os.environ.get(environment.RUN_ROOT, os.path.join(os.path.abspath(root), "ckptless")),
+            arena_dir=strategy.options.arena_dir,
+            rdzv_endpoint=endpoint,
+            agent_module=AGENT_MODULE,
+        )
+
+    # ------------------------------------------------------------------ in a worker
+
+    def _pass_by(self, function: Callable[..., Any]) -> None:
+        """Another function of the trainer is called: none that a process can call alone on its way to `fit`."""
+        if (is_standby() or environment.REGROUPING in os.environ) and not chapters_before():
+            line = open_line()
+            if line is not None:
+                reason = (
+                    f"the program calls {function.__name__.strip('_')} before fit, which a new process cannot alone"
+                )
+                line.tell("unable", reason=reason, lasting=True)
+            leave_process()
+        count_call()
+
+    def _fit(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], trainer: Any) -> Any:
+        strategy = self.strategy
+        line = open_line()
+        if is_standby():
+            assert line is not None, "a standby has a line to its agent"
+            wait_for_rank(line, strategy)
+        if line is not None:
+            line.tell("came_to_fit")
+        try:
+            return self._fit_as_rank(function, args, kwargs, trainer, line)
+        finally:
+            # What the program raises from here on is its own, and ends the run.
+            if line is not None:
+                line.tell("past_fit")
+
+    def _fit_as_rank(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        trainer: Any,
+        line: Line | None,
+    ) -> Any:
+        strategy = self.strategy
+        strategy.joins_alone = environment.REGROUPING in os.environ
+        strategy.calls_before_fit = calls_before()
+        self._require_health()
+        if line is not None and strategy.options.in_place:
+            keep_through_device_errors()
+        strategy.setup_environment()
+        engine = Engine(strategy, trainer, next_chapter(), line)
+        strategy.engine = engine
+        if line is not None and engine.world_size > 1:
+            strategy.watcher = Watcher(line, strategy.world.cut, int(os.environ.get(environment.REGROUPING, "0")))
+        if not self._is_observed:
+            trainer.callbacks.extend(strategy.observers())
+            self._is_observed = True
+        try:
+            return self._guarded(engine, function, list(args), kwargs)
+        except BaseException as error:
+            self._judge(engine, error)
+            engine.discard_empty_arena()
+            raise
+        finally:
+            engine.close()
+            if strategy.watcher is not None:
+                strategy.watcher.close()
+                strategy.watcher = None
+
+    def _require_health(self) -> None:
+        """Join nobody on a node that is not fit."""
+        strategy = self.strategy
+        strategy.set_world_ranks()
+        withdraw_verdict(strategy.global_rank)
+        try:
+            check_health(strategy.root_device, strategy.options.health_check, os.environ.get(environment.NODE, "?"))
+        except UnfitNodeError as error:
+            leave_verdict(ExitReport(strategy.global_rank, final=True, reason=str(error), unfit=True))
+            raise
+
+    def _guarded(self, engine: Engine, function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
+        trainer = engine.trainer
+        if self.strategy.joins_alone:
+            engine.begin_alone()
+            plan = StartPlan(StartAction.RESTORE, "takes the place of a lost rank")
+        else:
+            asked = args[CKPT_PATH_INDEX]
+            plan = engine.begin(None if asked is None else str(asked))
+        if plan.enters_midway:
+            args[CKPT_PATH_INDEX] = None
+        elif plan.action is StartAction.DURABLE:
+            args[CKPT_PATH_INDEX] = plan.ckpt_path
+        with without_beginning(trainer) if plan.enters_midway else nullcontext():
+            result = function(*args, **kwargs)
+            engine.finish()
+            return result
+
+    def _judge(self, engine: Engine, error: BaseException) -> None:
+        """Decide what an exception means: a lost peer, a fault to recover from once, or the end of the run.
+
+        Does not return where the process has to go without Lightning hearing of it: what is recovered fires no
+        `on_exception`, marks no run as failed and saves no checkpoint.
+        """
+        if is_stop(error) or not isinstance(error, Exception):
+            engine.report.stopped(error)
+            engine.leave_verdict(f"stopped by {type(error).__name__}")
+            give_exit_code(error)
+            return
+        if engine.is_on_its_way:
+            # Alone, and with nothing to lose: the agent can start all again.
+            traceback.print_exception(error)
+            self.strategy.watcher.tell(
+                "unable",
+                reason=f"a new process could not come to fit alone: {type(error).__name__}: {error}",
+                lasting=True,
+            )
+            leave_process()
+        if is_lost_peer(error):
+            engine.report.peer_lost(error)
+            if engine.identity.own_agent:
+                _wait_for_the_agent(engine)
+            leave_process()
+        reason = engine.why_final(error) if may_be_restarted() else "the launcher allows no other try"
+        if reason is not None:
+            engine.report.failed(error, reason)
+            engine.leave_verdict(reason)
+            return
+        engine.report.raised(error)
+        traceback.print_exception(error)
+        leave_process()
+
+
+def _wait_for_the_agent(engine: Engine) -> None:
+    """Our agent ends this process as soon as it has seen the peer's end; leaving first would blur whose fault it was.
+
+    torchrun's asks survivors to end and gives them half a minute: there a survivor leaves at once, which also frees
+    those ranks that still wait for it.
+    """
+    deadline = time.monotonic() + PEER_LOSS_GRACE_S
+    while time.monotonic() < deadline and not engine.is_run_over:
+        time.sleep(0.05)
+
+
+def launcher_class(distribution: str) -> type:
+    """The launcher as a subclass of one distribution's own."""
+
+    class CkptlessLauncher(launcher_base(distribution)):  # type: ignore[misc]
+        """Hands `fit` to `FitGuard`."""
+
+        def __init__(self, strategy: Any) -> None:
+            self.guard = FitGuard(strategy)
+
+        @property
+        def is_interactive_compatible(self) -> bool:
+            return False
+
+        def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+            return self.guard.launch(function, *args, trainer=trainer, **kwargs)
+
+        def kill(self, signum: Any) -> None:
+            """Workers are their agent's."""
+
+    return CkptlessLauncher

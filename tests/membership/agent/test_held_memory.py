@@ -1,0 +1,82 @@
+"""The agent holds memory for its workers until nothing leads to it any more."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_ckptless.errors import ArenaError
+from lightning_ckptless.membership.agent.held_memory import HeldMemory, have_held
+from lightning_ckptless.membership.channel.agent_channel import Line
+from lightning_ckptless.system.memory_files import is_memory_file
+
+
+class Agent:
+    """The agent's side, with one worker."""
+
+    def __init__(self) -> None:
+        self.line, self.worker = Line.pair()
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.said: list[str] = []
+        self.memory = HeldMemory("node0", lambda event, **fields: self.events.append((event, fields)), self.said.append)
+
+    def serve(self, *paths: Path) -> None:
+        """Let the worker ask for files, and answer it."""
+        with ThreadPoolExecutor(1) as pool:
+            job: Future[None] = pool.submit(have_held, self.worker, paths, "too small")
+            while not job.done():
+                select.select([self.line], [], [], 0.005)
+                self.memory.tend([(0, message) for message in self.line.waiting()])
+            job.result()
+
+    def held(self) -> int:
+        """How many files this process keeps open."""
+        links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        return sum(link.startswith("/memfd:ckptless-") for link in links)
+
+
+@pytest.fixture
+def agent() -> Iterator[Agent]:
+    found = Agent()
+    yield found
+    found.memory.close()
+    found.line.close()
+    found.worker.close()
+
+
+def test_what_a_worker_asks_for_is_held_and_said_once(agent: Agent, tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in "abc"]
+    agent.serve(*paths[:2])
+    agent.serve(paths[2])
+    assert all(is_memory_file(path) for path in paths)
+    assert agent.said == ["too small"]
+    assert agent.events == [("memory_held", {"node": "node0", "pid": os.getpid(), "reason": "too small"})]
+    agent.memory.close()
+    assert agent.held() == 0 and not any(is_memory_file(path) for path in paths)
+
+
+def test_memory_is_released_when_its_link_is_gone(agent: Agent, tmp_path: Path) -> None:
+    agent.serve(tmp_path / "old", tmp_path / "kept")
+    (tmp_path / "old").unlink()
+    agent.serve(tmp_path / "new")
+    assert agent.held() == 2
+    agent.serve(tmp_path / "new")
+    assert agent.held() == 2, "what is asked for again takes the place of what was there"
+
+
+def test_what_cannot_be_made_is_refused_with_the_reason(agent: Agent, tmp_path: Path) -> None:
+    with pytest.raises(ArenaError, match=r"the agent cannot hold 1 slots in anonymous memory: .*No such file"):
+        agent.serve(tmp_path / "missing" / "slot")
+    assert agent.held() == 0 and not agent.said
+
+
+def test_a_worker_does_not_wait_for_an_agent_that_has_ended(agent: Agent, tmp_path: Path) -> None:
+    agent.line.close()
+    with pytest.raises(ArenaError, match="it has ended"):
+        have_held(agent.worker, [tmp_path / "slot"], "too small")

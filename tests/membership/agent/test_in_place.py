@@ -1,0 +1,75 @@
+"""Recoveries in place as the agent does them, with workers that say what a test has them say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.launch.launch import LaunchConfig, run
+from tests.membership.conftest import script
+
+# Rank 0 kills itself when all have come; the others write down what they are told, and answer.
+WORKER = """
+    import json, os, signal, sys, time
+    from pathlib import Path
+    from lightning_ckptless.membership.channel.agent_channel import open_line
+
+    rank, line, last = os.environ["RANK"], open_line(), int(sys.argv[1])
+    wishes = {"standbys": 0, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
+    wishes |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
+    line.tell("entered", in_place=True, **wishes)
+    number = int(os.environ.get("CKPTLESS_REGROUPING", "0"))
+    Path(f"came-{rank}-{number}").touch()
+    if rank == "0" and not number:
+        while not all(Path(f"came-{other}-0").exists() for other in (0, 1, 2)):
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGKILL)
+    while number < last:
+        number = line.receive()[0]["number"]
+        if rank == "1" and number in (1, 3):
+            line.tell("held", reason="it sleeps", threads=[f"1 python: state S, at {number}"], sockets=[])
+        if rank != "1" or number != 1:
+            line.tell("released")
+        if rank == "2" and number == 2 and last == 3:
+            while not Path("came-1-2").exists():
+                time.sleep(0.005)
+            os.kill(os.getpid(), signal.SIGKILL)
+    line.tell("left")
+"""
+
+
+@pytest.mark.timeout(25)
+def test_who_says_that_it_cannot_get_free_is_replaced_at_once(
+    bare: ForkServer, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    events: list[tuple[str, dict[str, Any]]] = []
+    config = LaunchConfig(program=script(write(WORKER), "2"), nproc=3, cwd=tmp_path, max_restarts=3)
+    outcome = run(config, parent=bare, record=lambda event, **fields: events.append((event, fields)))
+    assert (outcome.exit_code, outcome.restarts, outcome.in_place) == (0, 0, 2)
+    assert [(fault.rank, fault.hung) for fault in outcome.faults] == [
+        (0, ""),
+        (1, "cannot get free of the lost: it sleeps"),
+    ]
+    hangs = [fields for event, fields in events if event == "hang"]
+    assert [fields["local_ranks"] for fields in hangs] == [[1]], json.dumps(hangs)
+    said = [fields for event, fields in events if event == "stuck_collective"]
+    expected = {"reason": "it sleeps", "threads": ["1 python: state S, at 1"], "sockets": [], "believed": True}
+    assert said == [{"local_rank": 1, **expected}]
+
+
+@pytest.mark.timeout(25)
+def test_who_says_so_again_before_a_step_was_made_is_not_replaced_again(
+    bare: ForkServer, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    events: list[tuple[str, dict[str, Any]]] = []
+    config = LaunchConfig(program=script(write(WORKER), "3"), nproc=3, cwd=tmp_path, max_restarts=4)
+    outcome = run(config, parent=bare, record=lambda event, **fields: events.append((event, fields)))
+    assert [fault.rank for fault in outcome.faults] == [0, 1, 2]
+    assert (outcome.exit_code, outcome.restarts, outcome.in_place) == (0, 0, 3)
+    said = [fields["believed"] for event, fields in events if event == "stuck_collective"]
+    assert said == [True, False]

@@ -1,0 +1,131 @@
+"""Sidecars: started once, started again when they are lost, ended with the run."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.forkserver.sidecar import Sidecars, Surroundings
+
+Write = Callable[..., Path]
+
+PROGRAM = """
+    import os, signal, sys, time
+    what = sys.argv[1]
+    with open(f"seen-{what}", "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    if what == "leaves":
+        sys.exit(0)
+    if what == "fails":
+        sys.exit(3)
+    if what == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if what == "orderly":
+        def end(*_):
+            open("ended", "w").close()
+            sys.exit(0)
+        signal.signal(signal.SIGTERM, end)
+    open(f"ready-{what}", "w").close()
+    time.sleep(1000)
+"""
+
+
+class Node:
+    """Sidecars, and what they tell."""
+
+    def __init__(self, parent: ForkServer, folder: Path, *, fresh: bool = False) -> None:
+        self.folder = folder
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.said: list[str] = []
+        where = Surroundings(lambda: parent, dict(os.environ), str(folder), (), fresh)
+        self.sidecars = Sidecars(where, self._record, self.said.append, pause_s=0.05)
+
+    def _record(self, event: str, **fields: Any) -> None:
+        self.events.append((event, fields))
+
+    def ask(self, what: str) -> None:
+        self.sidecars.tend([(0, {"kind": "sidecar", "module": "beside", "argument": what})])
+
+    def until(self, good: Callable[[], bool]) -> None:
+        while not good():
+            self.sidecars.tend(())
+            select.select([], [], [], 0.005)
+
+    def seen(self, what: str) -> list[int]:
+        path = self.folder / f"seen-{what}"
+        return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+    def ready(self, what: str) -> None:
+        self.until((self.folder / f"ready-{what}").exists)
+
+
+@pytest.fixture(params=[False, True], ids=["forked", "fresh"])
+def node(request: pytest.FixtureRequest, bare: ForkServer, write: Write, tmp_path: Path) -> Iterator[Node]:
+    """A node whose sidecars run the program."""
+    write(PROGRAM, "beside.py")
+    made = Node(bare, tmp_path, fresh=request.param)
+    yield made
+    made.sidecars.end(0.0)
+
+
+def test_one_that_is_asked_for_twice_is_started_once(node: Node) -> None:
+    node.ask("orderly")
+    node.ready("orderly")
+    node.ask("orderly")
+    node.ask("stubborn")
+    node.ready("stubborn")
+    assert [len(node.seen(what)) for what in ("orderly", "stubborn")] == [1, 1]
+
+
+def test_one_that_is_asked_to_end_finishes_its_work(node: Node) -> None:
+    node.ask("orderly")
+    node.ready("orderly")
+    node.sidecars.end(20.0)
+    assert (node.folder / "ended").exists()
+
+
+def test_one_that_does_not_end_is_ended(node: Node) -> None:
+    node.ask("stubborn")
+    node.ready("stubborn")
+    node.sidecars.end(0.1)
+    (pid,) = node.seen("stubborn")
+    assert not Path("/proc", str(pid)).exists()
+
+
+def test_one_that_has_done_its_work_is_let_go(node: Node) -> None:
+    node.ask("leaves")
+    node.until(lambda: bool(node.seen("leaves")))
+    (pid,) = node.seen("leaves")
+    node.until(lambda: not Path("/proc", str(pid)).exists())
+    node.sidecars.tend(())
+    assert node.events == [] and len(node.seen("leaves")) == 1
+
+
+def test_one_that_is_lost_is_started_again(node: Node) -> None:
+    node.ask("orderly")
+    node.ready("orderly")
+    os.kill(node.seen("orderly")[0], signal.SIGKILL)
+    node.until(lambda: len(node.seen("orderly")) == 2)
+    assert node.events == [("companion_lost", {"module": "beside", "exit_code": -9, "again_after_s": 0.05})]
+
+
+def test_one_that_fails_is_started_again_later_each_time(node: Node) -> None:
+    node.ask("fails")
+    node.until(lambda: len(node.events) == 2)
+    assert [fields["again_after_s"] for _, fields in node.events] == [0.05, 0.1]
+    assert {fields["exit_code"] for _, fields in node.events} == {3}
+
+
+def test_one_that_cannot_be_started_is_no_error_of_the_run(write: Write, tmp_path: Path) -> None:
+    with ForkServer(("nowhere",)) as parent:
+        node = Node(parent, tmp_path)
+        node.ask("orderly")
+        assert [fields["exit_code"] for _, fields in node.events] == [None]
+        node.sidecars.end(0.0)

@@ -1,0 +1,88 @@
+"""Command lines of python taken apart and put together again."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_ckptless.membership.launch.command_line import CommandLine, parse_command_line
+from lightning_ckptless.membership.launch.reexec import agent_command, why_not_again
+
+LINES = [
+    ("python train.py", CommandLine((), "script", "train.py", ())),
+    ("python train.py --lr 0.1 -m x", CommandLine((), "script", "train.py", ("--lr", "0.1", "-m", "x"))),
+    ("python -u train.py -u", CommandLine(("-u",), "script", "train.py", ("-u",))),
+    ("python -Bu -OO train.py", CommandLine(("-B", "-u", "-O", "-O"), "script", "train.py", ())),
+    ("python -X dev -Xutf8 train.py", CommandLine(("-Xdev", "-Xutf8"), "script", "train.py", ())),
+    (
+        "python -W error -Wignore::UserWarning t.py",
+        CommandLine(("-Werror", "-Wignore::UserWarning"), "script", "t.py", ()),
+    ),
+    ("python -uW error t.py", CommandLine(("-u", "-Werror"), "script", "t.py", ())),
+    ("python -m package.train fit --c x", CommandLine((), "module", "package.train", ("fit", "--c", "x"))),
+    ("python -mtrain fit", CommandLine((), "module", "train", ("fit",))),
+    ("python -Im train -x", CommandLine(("-I",), "module", "train", ("-x",))),
+    ("python -c print(1) a", CommandLine((), "command", "print(1)", ("a",))),
+    ("python -uc pass", CommandLine(("-u",), "command", "pass", ())),
+    ("python - a", CommandLine((), "stdin", "", ("a",))),
+    ("python", CommandLine((), "stdin", "", ())),
+    ("python -i train.py", CommandLine(("-i",), "script", "train.py", ())),
+    ("python -- -odd.py a", CommandLine((), "script", "-odd.py", ("a",))),
+    (
+        "python --check-hash-based-pycs never train.py",
+        CommandLine(("--check-hash-based-pycs=never",), "script", "train.py", ()),
+    ),
+    ("python /usr/bin/tool.zip x", CommandLine((), "script", "/usr/bin/tool.zip", ("x",))),
+    ("python -m", CommandLine((), "module", "", ())),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), LINES, ids=[line for line, _ in LINES])
+def test_parsing(line: str, expected: CommandLine) -> None:
+    assert parse_command_line(line.split(" ")) == expected
+
+
+def test_this_process_can_be_taken_apart() -> None:
+    line = parse_command_line(sys.orig_argv)
+    # Workers of pytest-xdist are started with a command.
+    assert line.source in ("script", "module", "command")
+    assert list(line.args) == sys.orig_argv[len(sys.orig_argv) - len(line.args) :]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "python -X dev train.py --lr 0.1",
+            "-Xdev -m lightning_ckptless.membership --nproc-per-node=2 --preload=models -- train.py --lr 0.1",
+        ),
+        (
+            "python -m package.train fit",
+            "-m lightning_ckptless.membership --nproc-per-node=2 --preload=models -m -- package.train fit",
+        ),
+    ],
+)
+def test_the_agents_command_line(line: str, expected: str) -> None:
+    options: dict[str, object] = {"--nproc-per-node": 2, "--rdzv-endpoint": None}
+    assert agent_command(parse_command_line(line.split(" ")), options, ("models",)) == expected.split(" ")
+
+
+@pytest.mark.parametrize(
+    ("line", "prompt", "reason"),
+    [
+        ("python train.py", False, None),
+        ("python -m train", False, None),
+        ("python -c pass", False, "given with -c"),
+        ("python -", False, "standard input"),
+        ("python -i train.py", False, "a notebook or a prompt"),
+        ("python -m ipykernel_launcher", True, "a notebook or a prompt"),
+        ("python gone.py", False, "no longer there"),
+    ],
+)
+def test_what_can_be_run_again(line: str, prompt: bool, reason: str | None, tmp_path: Path) -> None:
+    (tmp_path / "train.py").touch()
+    found = why_not_again(parse_command_line(line.split(" ")), tmp_path, prompt=prompt)
+    assert (found is None) is (reason is None)
+    assert reason is None or (reason in str(found) and "python FILE.py" in str(found))

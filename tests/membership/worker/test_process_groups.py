@@ -1,0 +1,29 @@
+"""What a process is told before it makes its first group."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from lightning_ckptless.membership.worker.process_groups import keep_through_device_errors
+
+NAMES = (
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT",
+    "TORCH_NCCL_ENABLE_MONITORING",
+    "TORCH_NCCL_RETHROW_CUDA_ERRORS",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC",
+)
+
+
+def test_nccl_is_told_to_leave_the_process_alive_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in NAMES:
+        # So that each is put back, whatever it was.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCH_NCCL_ENABLE_MONITORING", "1")
+    keep_through_device_errors()
+    assert [os.environ[name] for name in NAMES] == ["0", "0", "1", "0", "0"]

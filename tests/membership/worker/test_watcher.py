@@ -1,0 +1,235 @@
+"""A watcher hears its agent while the training thread is busy, and cuts until that has taken notice."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import pytest
+
+from lightning_ckptless.errors import TransportError
+from lightning_ckptless.membership.channel.agent_channel import Line
+from lightning_ckptless.membership.channel.fault_report import FaultReport
+from lightning_ckptless.membership.worker.watcher import Watcher
+from lightning_ckptless.protocol.uneven_steps import AtEnd, WhyEnded
+
+AT_END = AtEnd(12, WhyEnded.NO_DATA)
+FAULT = FaultReport(1, 99, None, "SIGKILL", 1.0, 2.0, 3.0, 1, 2)
+
+
+class Cuts:
+    """Counts cuts, and lets a test wait for some."""
+
+    def __init__(self) -> None:
+        self.some = threading.Semaphore(0)
+
+    def __call__(self) -> int:
+        self.some.release()
+        return 1
+
+    def wait(self, count: int) -> bool:
+        return all(self.some.acquire(timeout=5) for _ in range(count))
+
+
+@pytest.fixture
+def cuts() -> Cuts:
+    return Cuts()
+
+
+@pytest.fixture
+def agent() -> Iterator[Line]:
+    ours, theirs = Line.pair()
+    vars(ours)["other"] = theirs
+    yield ours
+    ours.close()
+    theirs.close()
+
+
+@pytest.fixture
+def watcher(agent: Line, cuts: Cuts) -> Iterator[Watcher]:
+    watching = Watcher(vars(agent)["other"], cuts)
+    yield watching
+    watching.close()
+
+
+def regroup(agent: Line, number: int) -> None:
+    agent.tell("regroup", number=number, fault=asdict(FAULT))
+
+
+def test_a_regrouping_is_told_and_cuts_until_the_old_groups_are_left(agent: Line, watcher: Watcher, cuts: Cuts) -> None:
+    seen = [watcher.is_over]
+    regroup(agent, 1)
+    assert cuts.wait(3)
+    seen.append(watcher.is_over)
+    assignment = watcher.accept(5.0)
+    assert assignment is not None
+    assert (assignment.number, assignment.fault) == (1, FAULT)
+    assert [*seen, watcher.is_over] == [False, True, False]
+    # The thread of the mirror may still wait in them.
+    while cuts.some.acquire(blocking=False):
+        pass
+    assert cuts.wait(3)
+
+
+def test_nothing_is_cut_when_the_old_groups_are_left(agent: Line) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    done: list[str] = []
+
+    def cut() -> int:
+        begun.set()
+        assert go_on.wait(5)
+        done.append("cut")
+        return 1
+
+    def leave() -> None:
+        accepted = watching.accept(5.0) is not None
+        watching.release()
+        done.append(f"accepted {accepted}")
+
+    watching = Watcher(vars(agent)["other"], cut)
+    try:
+        regroup(agent, 1)
+        assert begun.wait(5)
+        leaving = threading.Thread(target=leave)
+        leaving.start()
+        leaving.join(0.05)
+        go_on.set()
+        leaving.join(5)
+    finally:
+        watching.close()
+    assert done[-1] == "accepted True"
+    assert agent.waiting() == [{"kind": "released"}]
+
+
+def test_only_the_newest_counts(agent: Line, watcher: Watcher, cuts: Cuts) -> None:
+    for number in (1, 2, 3):
+        regroup(agent, number)
+    assert cuts.wait(3)
+    numbers = []
+    while (assignment := watcher.accept(0.05)) is not None:
+        numbers.append(assignment.number)
+    assert numbers[-1] == 3
+    assert numbers == sorted(numbers)
+
+
+def test_who_needs_nobody_else_is_stopped_all_the_same(agent: Line, watcher: Watcher, cuts: Cuts) -> None:
+    watcher.heed()
+    regroup(agent, 1)
+    assert cuts.wait(1)
+    with pytest.raises(TransportError, match="the ranks meet anew"):
+        watcher.heed()
+    assert watcher.accept(5.0) is not None
+    watcher.heed()
+
+
+def test_no_word_comes_in_time(watcher: Watcher) -> None:
+    assert watcher.accept(0.01) is None
+
+
+@pytest.mark.parametrize("how", ["over", "gone"])
+def test_nobody_waits_for_a_run_that_is_over(agent: Line, watcher: Watcher, how: str) -> None:
+    if how == "over":
+        agent.tell("over")
+    else:
+        agent.close()
+    assert watcher.accept(60.0) is None
+    assert watcher.is_run_over
+
+
+def test_an_end_that_is_asked_for_is_heard(agent: Line, watcher: Watcher, cuts: Cuts) -> None:
+    agent.tell("finish")
+    regroup(agent, 1)
+    assert cuts.wait(1)
+    assert watcher.finish_asked
+
+
+def test_the_agent_hears_what_a_worker_says(agent: Line, watcher: Watcher) -> None:
+    watcher.tell("stepped")
+    watcher.tell("unable", reason="because", lasting=False)
+    received = agent.receive()
+    assert received is not None and received[0] == {"kind": "stepped"}
+    assert agent.waiting() == [{"kind": "unable", "reason": "because", "lasting": False}]
+
+
+def test_a_line_whose_other_end_is_gone_says_so(agent: Line) -> None:
+    vars(agent)["other"].close()
+    agent.tell("stepped")
+    assert agent.waiting() == []
+    assert agent.ended
+
+
+@pytest.mark.parametrize("answer", ["leave", "finish", "over", "gone"])
+def test_the_loop_is_left_when_the_agent_says_so_or_nothing_follows(agent: Line, watcher: Watcher, answer: str) -> None:
+    if answer == "gone":
+        agent.close()
+    else:
+        agent.tell(answer, number=0)
+    assert watcher.ask_to_leave(AT_END)
+
+
+def test_who_asks_to_leave_may_be_told_to_meet_others(agent: Line, watcher: Watcher) -> None:
+    """The agent has told of a meeting before it heard the question: its answer to that is none."""
+    regroup(agent, 1)
+    agent.tell("leave", number=0)
+    assert not watcher.ask_to_leave(AT_END)
+    assert watcher.accept(5.0) is not None
+    asking = threading.Thread(target=lambda: answers.append(watcher.ask_to_leave(AT_END)))
+    answers: list[bool] = []
+    asking.start()
+    asking.join(0.1)
+    assert answers == []
+    agent.tell("leave", number=1)
+    asking.join(5)
+    assert answers == [True]
+    assert [message for message in agent.waiting() if message["kind"] == "ending"] == [
+        {"kind": "ending", "number": 0, "step": 12, "why": "ran out of training data"},
+        {"kind": "ending", "number": 1, "step": 12, "why": "ran out of training data"},
+    ]
+
+
+@contextmanager
+def forked_process() -> Iterator[None]:
+    """A process that is forked from this one, and holds duplicates of whatever this one has open."""
+    pid = os.fork()
+    if pid == 0:
+        signal.pause()
+        os._exit(0)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_it_ends_beside_processes_that_were_forked_meanwhile(agent: Line) -> None:
+    watching = Watcher(vars(agent)["other"], lambda: 0)
+    with forked_process():
+        closing = threading.Thread(target=watching.close)
+        closing.start()
+        closing.join(2)
+        ended = not closing.is_alive()
+    closing.join()
+    assert ended
+    assert not any(thread.name == "ckptless-watcher" for thread in threading.enumerate())
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_the_end_of_a_line_shows_beside_processes_that_hold_it_open(agent: Line) -> None:
+    with forked_process():
+        vars(agent)["other"].close()
+        assert select.select([agent.fileno()], [], [], 2)[0]
+        assert agent.receive() is None
+
+
+def test_who_waits_is_told_why_training_cannot_continue(agent: Line, watcher: Watcher, cuts: Cuts) -> None:
+    agent.tell("failed", reason="rank 1 ran out of training data")
+    assert watcher.ask_to_leave(AT_END)
+    assert watcher.failure == "rank 1 ran out of training data"
+    assert watcher.accept(5.0) is None
+    assert cuts.wait(1)

@@ -1,0 +1,81 @@
+"""The grammar of fault scripts."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.protocol.fault_script import GRAMMAR, Fault, FaultKind, Moment, parse_faults
+
+faults = st.builds(
+    Fault,
+    kind=st.sampled_from(FaultKind),
+    rank=st.just("all") | st.integers(0, 10**6),
+    step=st.integers(1, 10**9),
+    at=st.sampled_from(Moment),
+    times=st.integers(1, 100),
+)
+
+
+@given(st.lists(faults, max_size=5))
+def test_a_script_reads_back_as_it_was_written(script: list[Fault]) -> None:
+    assert parse_faults(",".join(str(fault) for fault in script)) == tuple(script)
+
+
+@given(st.text(max_size=40) | st.text("kilrankstep=:,0123456789", max_size=40))
+def test_any_text_is_read_or_refused_with_the_grammar(text: str) -> None:
+    complaint = None
+    try:
+        read = parse_faults(text)
+    except OptionsError as error:
+        read, complaint = (), str(error)
+    assert complaint is None or GRAMMAR in complaint
+    assert parse_faults(",".join(map(str, read))) == read
+
+
+def test_what_is_left_out_has_its_default() -> None:
+    assert parse_faults("kill:rank=1:step=7") == (Fault(FaultKind.KILL, 1, 7, Moment.TRAINING_STEP, 1),)
+    assert str(Fault(FaultKind.KILL, 1, 7)) == "kill:rank=1:step=7"
+
+
+def test_several_faults_and_blanks_around_them() -> None:
+    script = " raise:rank=all:step=3:at=backward , exit:times=2:step=9:rank=0 "
+    assert parse_faults(script) == (
+        Fault(FaultKind.RAISE, "all", 3, Moment.BACKWARD),
+        Fault(FaultKind.EXIT, 0, 9, times=2),
+    )
+    assert parse_faults("  ") == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("kil:rank=1:step=7", "unknown kind 'kil', did you mean 'kill'?"),
+        ("kill:rank=1:setp=7", "unknown part 'setp=7', did you mean 'step'?"),
+        ("kill:rank=1:step=7:at=bakward", "unknown moment 'bakward', did you mean 'backward'?"),
+        ("kill:rank=1:step=7:zzz", "unknown part 'zzz'\n"),
+        ("kill:rank=1:step", "'step' is without a value"),
+        ("kill:rank=1:rank=2:step=7", "'rank=2' is given twice"),
+        ("kill:step=7", "rank missing"),
+        ("kill", "rank and step missing"),
+        ("kill:rank=-1:step=7", "rank='-1': expected a whole number of at least 0 or 'all'"),
+        ("kill:rank=1:step=0", "step='0': expected a whole number of at least 1\n"),
+        ("kill:rank=1:step=7:times=0", "times='0': expected a whole number of at least 1\n"),
+        ("kill:rank=1:step=7,", "fault '': unknown kind ''"),
+    ],
+)
+def test_what_is_not_understood_is_shown(text: str, complaint: str) -> None:
+    with pytest.raises(OptionsError) as caught:
+        parse_faults(text)
+    assert complaint in str(caught.value)
+
+
+def test_a_fault_concerns_its_rank_step_and_moment() -> None:
+    fault = Fault(FaultKind.KILL, 1, 7, Moment.COMMIT)
+    assert fault.concerns(1, 7, Moment.COMMIT)
+    assert not fault.concerns(0, 7, Moment.COMMIT)
+    assert not fault.concerns(1, 8, Moment.COMMIT)
+    assert not fault.concerns(1, 7, Moment.MIRROR)
+    assert Fault(FaultKind.KILL, "all", 7, Moment.COMMIT).concerns(3, 7, Moment.COMMIT)

@@ -1,0 +1,116 @@
+"""Who stays when the nodes have met anew."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_ckptless.protocol.reconfiguration import Standing, plan_move, rank_nodes
+
+TRAINS = Standing(trains=True, node_rank=0, world_size=3, number=2)
+SECOND, THIRD = replace(TRAINS, node_rank=1), replace(TRAINS, node_rank=2)
+NEW = Standing()
+standings = st.lists(
+    st.builds(
+        Standing,
+        trains=st.booleans(),
+        node_rank=st.integers(-1, 5),
+        world_size=st.integers(0, 4),
+        number=st.integers(0, 5),
+        obstacle=st.sampled_from(["", "", "its mesh was flattened"]),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(standings)
+def test_every_node_stays_or_comes_under_a_number_that_none_has_seen(nodes: list[Standing]) -> None:
+    plan = plan_move(nodes)
+    assert sorted([*plan.stay, *plan.come]) == sorted(plan.node_ranks) == list(range(len(nodes)))
+    assert all(plan.number > node.number for node in nodes)
+
+
+@given(standings)
+def test_all_that_train_stay_but_for_one_that_becomes_the_node_of_rank_0(nodes: list[Standing]) -> None:
+    plan = plan_move(nodes)
+    by_rank = dict(zip(plan.node_ranks, nodes, strict=True))
+    train = {rank for rank, node in by_rank.items() if node.trains}
+    if plan.stay:
+        is_first_anew = by_rank[0].trains and by_rank[0].node_rank != 0
+        assert set(plan.stay) == (train - {0} if is_first_anew else train)
+        assert not any(by_rank[rank].obstacle for rank in train)
+
+
+@given(standings)
+def test_nodes_keep_their_ranks_wherever_they_can(nodes: list[Standing]) -> None:
+    given_ranks = rank_nodes(nodes)
+    for node, rank in zip(nodes, given_ranks, strict=True):
+        rivals = [other for other in nodes if other is not node and other.node_rank == node.node_rank]
+        if 0 <= node.node_rank < len(nodes) and not rivals:
+            assert rank == node.node_rank or (rank == 0 and all(other.node_rank for other in nodes))
+
+
+@given(standings)
+def test_a_node_that_knows_the_log_files_has_rank_0(nodes: list[Standing]) -> None:
+    first = nodes[rank_nodes(nodes).index(0)]
+    assert first.trains or first.node_rank == 0 or not any(node.trains for node in nodes)
+
+
+@given(st.integers(1, 5))
+def test_new_nodes_are_ranked_in_the_order_in_which_they_come(count: int) -> None:
+    assert rank_nodes([NEW] * count) == tuple(range(count))
+
+
+def test_survivors_stay_and_a_new_node_comes() -> None:
+    plan = plan_move([TRAINS, SECOND, NEW])
+    assert (plan.stay, plan.come, plan.number) == ((0, 1), (2,), 3)
+    assert plan.reason == "the workers of 2 of 3 nodes stay, node 2 comes to them"
+
+
+def test_a_new_node_with_the_lowest_address_takes_the_rank_that_is_free() -> None:
+    plan = plan_move([NEW, TRAINS, THIRD])
+    assert (plan.node_ranks, plan.stay, plan.come) == ((1, 0, 2), (0, 2), (1,))
+
+
+def test_of_those_that_are_left_one_takes_the_place_of_the_lost() -> None:
+    plan = plan_move([TRAINS, THIRD])
+    assert (plan.node_ranks, plan.stay) == ((0, 1), (0, 1))
+
+
+def test_a_node_that_becomes_that_of_rank_0_starts_anew() -> None:
+    plan = plan_move([SECOND, THIRD])
+    assert (plan.node_ranks, plan.stay, plan.come) == ((1, 0), (1,), (0,))
+    assert plan.reason == (
+        "the workers of 1 of 2 nodes stay, those of node 0 start anew: rank 0, which writes log files and checkpoints, "
+        "was on another node"
+    )
+
+
+def test_the_node_of_rank_0_that_has_lost_its_workers_keeps_its_rank() -> None:
+    plan = plan_move([replace(TRAINS, trains=False), SECOND])
+    assert (plan.node_ranks, plan.stay, plan.come) == ((0, 1), (1,), (0,))
+
+
+@pytest.mark.parametrize("nodes", [[SECOND], [NEW, SECOND]], ids=["alone", "newcomer"])
+def test_one_that_becomes_the_node_of_rank_0_has_nobody_to_come_to(nodes: list[Standing]) -> None:
+    plan = plan_move(nodes)
+    assert plan.stay == ()
+    assert "rank 0, which writes log files" in plan.reason
+
+
+def test_one_that_cannot_makes_all_start_together() -> None:
+    plan = plan_move([TRAINS, replace(SECOND, obstacle="its mesh was flattened")])
+    assert plan.stay == ()
+    assert plan.reason == "all 2 nodes start together: node 1 cannot go on in another world: its mesh was flattened"
+
+
+def test_those_of_different_worlds_start_together() -> None:
+    assert "different worlds" in plan_move([TRAINS, replace(SECOND, world_size=2)]).reason
+
+
+def test_a_first_start_is_together() -> None:
+    assert plan_move([NEW, NEW]).reason == "all 2 nodes start together: none has workers that train"

@@ -1,0 +1,311 @@
+"""A restored version that lacks copies gets them back, before anything is written over the version before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_ckptless.errors import StateMissingError, TransportError
+from lightning_ckptless.protocol.versions import Complete, SlotState, Version
+from lightning_ckptless.replica.arena import Arena, Owner
+from lightning_ckptless.replica.rereplicate import Rereplicated, rereplicate
+from lightning_ckptless.replica.restore import choose, fetch
+from lightning_ckptless.replica.slot import HEADER_BYTES
+from lightning_ckptless.replica.transport import LoopbackTransport, Parcel, Transport
+from tests.replica.conftest import Together
+from tests.replica.world import MakeWorld, StopError, World, stop_at
+
+Wrap = Callable[[LoopbackTransport], Transport]
+
+
+def names(world: World) -> list[str]:
+    return [arena.node for arena in world.arenas]
+
+
+def everything(world: World) -> dict[int, range]:
+    return dict.fromkeys(range(world.size), range(world.size))
+
+
+def restored_by(world: World, together: Together) -> list[Complete]:
+    transports = LoopbackTransport.world(world.size)
+
+    def body(rank: int) -> Complete:
+        found = choose(world.arenas[rank], transports[rank], names(world), need=everything(world))
+        assert isinstance(found, Complete)
+        return found
+
+    return together(world.size, body)
+
+
+def fill_in(
+    world: World, together: Together, found: list[Complete] | None = None, wrap: Wrap | None = None
+) -> list[Rereplicated]:
+    """What every rank says once the version that is restored has been replenished."""
+    found = found or restored_by(world, together)
+    transports = LoopbackTransport.world(world.size)
+
+    def body(rank: int) -> Rereplicated:
+        transport = wrap(transports[rank]) if wrap else transports[rank]
+        return rereplicate(found[rank], world.arenas[rank], transport, names(world), world.placement)
+
+    said = together(world.size, body)
+    assert all(one == said[0] for one in said)
+    return said
+
+
+def thin(world: World) -> World:
+    """Step 1 is committed, and step 2 is in the slots of its writers alone: they died before they sent anything."""
+    world.begin(probes={rank: stop_at("send", 2) for rank in range(world.size)})
+    write_alone(world, 1, 2)
+    assert world.newest() == 2
+    assert {world.newest(without=[lost]) for lost in range(world.size)} == {1}
+    return world
+
+
+def mirrored(world: World, *steps: int) -> World:
+    """Versions are committed, and their generation is over."""
+    world.begin()
+    for step in steps:
+        world.submit(step)
+    assert set(world.settle()) == {Version(steps[-1], True)}
+    world.close()
+    return world
+
+
+def write_alone(world: World, *steps: int) -> None:
+    """Mirror versions, of which the last one goes no further than its writers."""
+    for step in steps[:-1]:
+        world.submit(step)
+        assert world.settle() == [Version(step, True)] * world.size
+    world.submit(steps[-1])
+    for mirror in world.mirrors:
+        with pytest.raises(StopError):
+            mirror.settle()
+    world.close()
+
+
+def lose(world: World, rank: int, folder: Path, owner: Owner) -> None:
+    """The node of a rank comes back with an empty arena."""
+    world.arenas[rank].remove()
+    world.arenas[rank] = Arena.create(folder, "run", f"node{rank}", owner)
+
+
+def damage(world: World, rank: int, shard: int) -> None:
+    """Flip a byte of the newest copy of a shard in an arena."""
+    arena = world.arenas[rank]
+    newest = max((line for line in arena.inventory() if line.shard == shard), key=lambda line: line.version)
+    (path,) = arena.path.glob(f"shard-{shard:04d}.kept-by-{rank:04d}.*.slot-{newest.slot}")
+    with path.open("r+b") as file:
+        file.seek(HEADER_BYTES + 9)
+        byte = file.read(1)
+        file.seek(HEADER_BYTES + 9)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def contents(world: World) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for arena in world.arenas for path in arena.path.glob("shard-*")}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("replenished", [False, True])
+def test_writing_over_the_last_version_with_all_copies(
+    world: MakeWorld, together: Together, size: int, replenished: bool
+) -> None:
+    """A thin version is restored, the next one is written over the version before, and an arena is lost."""
+    ranks = thin(world(size))
+    if replenished:
+        fill_in(ranks, together)
+    ranks.begin(committed=Version(2, True), probes={rank: stop_at("send", 3) for rank in range(size)})
+    write_alone(ranks, 3)
+    assert ranks.newest() == 3
+    for lost in range(size):
+        assert ranks.newest(without=[lost]) == (2 if replenished else None)
+        if replenished:
+            assert ranks.values(without=[lost]) == {2.0}
+
+
+@pytest.mark.parametrize(("size", "copies"), [(2, 1), (3, 1), (3, 2)])
+def test_thin_version_is_filled_in_and_committed(world: MakeWorld, together: Together, size: int, copies: int) -> None:
+    ranks = world(size, copies=copies)
+    (said, *_) = fill_in(thin(ranks), together)
+    assert said.pairs == tuple((s, holder) for s in range(size) for holder in sorted(ranks.placement.holders[s]))
+    assert (
+        said.copied_bytes
+        == said.sent_bytes
+        == copies * sum(ranks.layout().bulk_bytes(shard) + len(f"blob {shard} 2") for shard in range(size))
+    )
+    assert said.reason.startswith(f"{copies * size} copies that step 2 lacked were filled in")
+    assert all(ranks.values(without=[lost]) == {2.0} for lost in range(size))
+    lines = [line for arena in ranks.arenas for line in arena.inventory()]
+    assert {(line.version.optimizer_step, line.generation) for line in lines} == {(1, 1), (2, 1)}
+    assert all(line.state is SlotState.COMMITTED for line in lines if line.shard != line.holder)
+
+
+def test_node_that_came_back_empty_is_protected_before_the_first_step(
+    world: MakeWorld, together: Together, tmp_path: Path, owner: Owner
+) -> None:
+    ranks = mirrored(world(3), 1, 2)
+    lose(ranks, 1, tmp_path, owner)
+    (said, *_) = fill_in(ranks, together)
+    sources = ranks.placement.sources(1)
+    assert said.pairs == tuple(sorted((shard, 1) for shard in (1, *sources)))
+    assert all(ranks.newest(without=[lost]) == 2 for lost in range(3))
+    assert ranks.values(without=[0]) == {2.0}
+    ranks.begin(committed=Version(2, True)).submit(3)
+    assert ranks.settle() == [Version(3, True)] * 3
+    assert ranks.values() == {3.0}
+
+
+class _Silent(LoopbackTransport):
+    """Lets nobody talk."""
+
+    def exchange(self, sends: object, receives: object) -> None:
+        raise AssertionError("nothing is to be sent")
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        raise AssertionError("nothing is to be asked")
+
+
+def test_nothing_moves_where_nothing_is_absent(world: MakeWorld, together: Together) -> None:
+    ranks = mirrored(world(2), 1, 2)
+    found, before = restored_by(ranks, together), contents(ranks)
+    silent = _Silent.world(2)
+    (said, _) = fill_in(ranks, together, found, wrap=lambda transport: silent[transport.rank])
+    assert said == Rereplicated(0, 0, (), "step 2 has all its copies")
+    assert contents(ranks) == before
+
+
+class _Dying:
+    """A rank that is gone at some moment; whoever waits for it is told, and gone too."""
+
+    def __init__(self, inner: LoopbackTransport, moment: str) -> None:
+        self._inner, self._moment = inner, moment
+        self.rank, self.world_size = inner.rank, inner.world_size
+
+    def _die(self, moment: str) -> None:
+        if moment == self._moment:
+            raise TransportError(f"rank {self.rank} dies: {moment}")
+
+    def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
+        self._die("before exchange")
+        self._inner.exchange(sends, receives)
+        self._die("after exchange")
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        self._die("before gather")
+        return self._inner.gather(payload)
+
+    def vote(self, mine: int) -> int:
+        return self._inner.vote(mine)
+
+    def agree(self, mine: bool) -> bool:
+        self._die("before agree")
+        agreed = self._inner.agree(mine)
+        self._die("after agree")
+        return agreed
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    "moment", ["before gather", "before exchange", "after exchange", "before agree", "after agree"]
+)
+def test_crash_in_the_middle_leaves_both_versions(
+    world: MakeWorld, together: Together, moment: str, victim: int
+) -> None:
+    ranks = thin(world(2))
+    found = restored_by(ranks, together)
+    transports = LoopbackTransport.world(2)
+
+    def body(rank: int) -> bool:
+        transport: Transport = _Dying(transports[rank], moment) if rank == victim else transports[rank]
+        try:
+            rereplicate(found[rank], ranks.arenas[rank], transport, names(ranks), ranks.placement)
+        except TransportError:
+            transport.close()
+            return False
+        return True
+
+    ended = together(2, body)
+    assert not ended[victim] and ended[1 - victim] == (moment == "after agree")
+    assert ranks.newest() == 2
+    for lost in (0, 1):
+        newest = ranks.newest(without=[lost])
+        assert newest in (1, 2) and ranks.values(without=[lost]) == {float(newest)}
+    fill_in(ranks, together)
+    assert [ranks.newest(without=[lost]) for lost in (0, 1)] == [2, 2]
+
+
+def test_restored_mappings_keep_their_bytes(world: MakeWorld, together: Together) -> None:
+    ranks = thin(world(2))
+    found = restored_by(ranks, together)
+    transports = LoopbackTransport.world(2)
+    need = everything(ranks)
+    fetched = together(
+        2, lambda rank: fetch(found[rank], ranks.arenas[rank], transports[rank], names(ranks), need=need)
+    )
+    before = [{shard: bulk.clone() for shard, bulk in one.bulks.items()} for one in fetched]
+    fill_in(ranks, together, found)
+    for one, kept in zip(fetched, before, strict=True):
+        assert all(torch.equal(one.bulks[shard], bulk) for shard, bulk in kept.items())
+
+
+def test_damaged_copy_is_written_anew_in_its_place(world: MakeWorld, together: Together) -> None:
+    ranks = mirrored(world(2), 1, 2)
+    places = sorted((line.shard, line.holder, line.slot) for a in ranks.arenas for line in a.inventory())
+    damage(ranks, 0, shard=0)
+    (said, _) = fill_in(ranks, together)
+    assert said.pairs == ((0, 0),)
+    assert all(ranks.values(without=[lost]) == {2.0} for lost in (0, 1))
+    assert places == sorted((line.shard, line.holder, line.slot) for a in ranks.arenas for line in a.inventory())
+    # The version before is the one that the next round writes over.
+    ranks.begin(committed=Version(2, True), probes={rank: stop_at("send", 3) for rank in (0, 1)})
+    write_alone(ranks, 3)
+    assert ranks.newest(without=[1]) == ranks.newest(without=[0]) == 2
+
+
+def test_source_that_is_damaged_meanwhile_is_left_aside(
+    world: MakeWorld, together: Together, tmp_path: Path, owner: Owner
+) -> None:
+    ranks = mirrored(world(3, copies=2), 1)
+    lose(ranks, 2, tmp_path, owner)
+    found = restored_by(ranks, together)
+    for shard in range(3):
+        damage(ranks, shard % 2, shard)
+    (said, *_) = fill_in(ranks, together, found)
+    assert {(shard, 2) for shard in range(3)} <= set(said.pairs)
+    assert ranks.values(without=[0, 1]) == {1.0}
+
+
+def test_all_sources_damaged_meanwhile_is_an_error_everywhere(
+    world: MakeWorld, together: Together, tmp_path: Path, owner: Owner
+) -> None:
+    ranks = mirrored(world(2), 1)
+    lose(ranks, 1, tmp_path, owner)
+    found = restored_by(ranks, together)
+    damage(ranks, 0, shard=1)
+    transports = LoopbackTransport.world(2)
+
+    def body(rank: int) -> None:
+        with pytest.raises(StateMissingError, match="shard 1 of step 1 was whole when it was restored, and all its 1"):
+            rereplicate(found[rank], ranks.arenas[rank], transports[rank], names(ranks), ranks.placement)
+
+    together(2, body)
+
+
+def test_version_that_nobody_called_committed_is_marked_by_the_next_mirror(
+    world: MakeWorld, together: Together
+) -> None:
+    """All copies are in place and all votes are cast, but nobody lived to learn of it."""
+    ranks = world(2).begin(probes={rank: stop_at("agree", 2) for rank in (0, 1)})
+    write_alone(ranks, 1, 2)
+    assert fill_in(ranks, together)[0].pairs == ()
+    ranks.begin(committed=Version(2, True))
+    lines = [line for arena in ranks.arenas for line in arena.inventory()]
+    assert {line.version.optimizer_step: line.state for line in lines} == {1: "committed", 2: "committed"}
+    ranks.close()

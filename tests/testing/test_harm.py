@@ -1,0 +1,61 @@
+"""What a fault does to a process: tried on processes of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from lightning_ckptless import environment
+from lightning_ckptless.protocol.fault_script import parse_faults
+from lightning_ckptless.testing.harm import EXIT_CODE, InjectedError, do_harm
+
+CODE = """
+import sys
+from lightning_ckptless.testing.harm import do_harm
+from lightning_ckptless.protocol.fault_script import parse_faults
+print("begun", flush=True)
+do_harm(parse_faults(sys.argv[1])[0], 7)
+print("not reached", flush=True)
+"""
+
+
+def start(fault: str, **env: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", CODE, fault]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, **env})
+
+
+@pytest.mark.parametrize(("kind", "code"), [("kill", -signal.SIGKILL), ("exit", EXIT_CODE)])
+def test_ends(kind: str, code: int) -> None:
+    with start(f"{kind}:rank=0:step=7") as process:
+        out, _ = process.communicate(timeout=60)
+    assert out == b"begun\n"
+    assert process.returncode == code
+
+
+def test_hangs() -> None:
+    with start("hang:rank=0:step=7") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        process.terminate()
+        assert process.wait(60) == -signal.SIGTERM
+
+
+def test_takes_its_agent_along() -> None:
+    with (
+        subprocess.Popen(["sleep", "600"]) as agent,
+        start("node:rank=0:step=7", **{environment.AGENT: str(agent.pid)}) as process,
+    ):
+        assert agent.wait(60) == -signal.SIGKILL
+        assert process.wait(60) == -signal.SIGKILL
+
+
+def test_raises() -> None:
+    (fault,) = parse_faults("raise:rank=0:step=7:at=backward")
+    with pytest.raises(InjectedError, match="injected at step 7: raise:rank=0:step=7:at=backward"):
+        do_harm(fault, 7)

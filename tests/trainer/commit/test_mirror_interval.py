@@ -1,0 +1,106 @@
+"""The interval that a run chooses, from steps whose times are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.options import CkptlessOptions
+from lightning_ckptless.protocol.goodput import GoodputAccount
+from lightning_ckptless.protocol.mirror_interval import CadencePlan, agreed
+from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.trainer.commit.mirror_interval import Cadence
+
+
+class Told:
+    """What a cadence needs of a report."""
+
+    def __init__(self) -> None:
+        self.account = GoodputAccount(began_at=0.0)
+        self.recoveries = 0
+        self.last_phases = None
+        self.clock = lambda: 0.0
+        self.chosen: list[tuple[int, CadencePlan]] = []
+
+    def cadence(self, interval: int, plan: CadencePlan) -> None:
+        self.chosen.append((interval, plan))
+
+
+def run(cadence: Cadence, now: list[float], steps: int, *, step_s: float, copy_s: float, hand_over_s: float) -> None:
+    """Train so many steps; a version is handed over at the end of every second one and copied beside the next."""
+    first = 2
+    for done in range(first, first + steps):
+        cadence.begin_step(done)
+        now[0] += step_s + (copy_s if done % 2 == 0 else 0.0)
+        if (done + 1) % 2 == 0:
+            now[0] += hand_over_s
+            cadence.took(Version(done + 1, True), hand_over_s)
+
+
+def auto(told: Any, now: list[float], **options: Any) -> Cadence:
+    return Cadence(CkptlessOptions(mirror_every_n_steps="auto", **options), told, clock=lambda: now[0])
+
+
+def test_a_number_is_taken_as_it_is() -> None:
+    cadence = Cadence(CkptlessOptions(mirror_every_n_steps=7), Told())  # type: ignore[arg-type]
+    assert (cadence.interval, cadence.chosen, cadence.word()) == (7, 7, None)
+
+
+def test_hand_over_and_copy_are_both_the_versions_cost() -> None:
+    told, now = Told(), [0.0]
+    cadence = auto(told, now, mirror_budget=0.01, failures_per_day=1e6)
+    assert (cadence.interval, cadence.word()) == (2, None)
+    run(cadence, now, 60, step_s=0.1, copy_s=0.004, hand_over_s=0.003)
+    word = cadence.word()
+    assert word is not None
+    # 7 ms are 1 % of 7 steps.
+    assert agreed(word) == 10
+    cadence.settle(20)
+    ((interval, plan),) = told.chosen
+    assert interval == cadence.interval == cadence.chosen == 20
+    assert "it costs 7.00 ms, a step takes 100.00 ms" in plan.reason
+    assert cadence.word() is None
+
+
+def test_a_larger_budget_allows_more_versions() -> None:
+    told, now = Told(), [0.0]
+    cadence = auto(told, now, mirror_budget=0.08, failures_per_day=1e6)
+    run(cadence, now, 60, step_s=0.1, copy_s=0.004, hand_over_s=0.003)
+    assert agreed(cadence.word() or 0) == 1
+
+
+def test_rare_failures_make_versions_rare() -> None:
+    told, now = Told(), [0.0]
+    cadence = auto(told, now, mirror_budget=1.0, failures_per_day=0.01)
+    run(cadence, now, 60, step_s=0.1, copy_s=0.004, hand_over_s=0.003)
+    assert agreed(cadence.word() or 0) == 1000
+
+
+def test_what_was_chosen_travels_with_the_version() -> None:
+    told, now = Told(), [0.0]
+    cadence = auto(told, now)
+    cadence.begin(50)
+    run(cadence, now, 60, step_s=0.1, copy_s=0.004, hand_over_s=0.003)
+    assert (cadence.interval, cadence.chosen, cadence.word()) == (50, 50, None)
+    # Whoever had come further goes back with the version, as all others do.
+    cadence.begin(None)
+    assert (cadence.interval, cadence.chosen) == (2, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mirror_every_n_steps": "often"}, "mirror_every_n_steps='often': expected a whole number of at least 1, or"),
+        ({"mirror_every_n_steps": 0}, "mirror_every_n_steps=0: expected"),
+        ({"mirror_every_n_steps": "auto", "on_late": "skip"}, "on_late='skip' never does: take one"),
+        ({"mirror_budget": 0.0}, "mirror_budget=0.0: expected a share"),
+        ({"failures_per_day": -1.0}, "failures_per_day=-1.0: expected"),
+        ({"arena_dir": Path(), "mirror_budget": 2.0}, "mirror_budget=2.0"),
+    ],
+)
+def test_settings_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionsError, match=message.replace("(", r"\(")):
+        CkptlessOptions(**options)

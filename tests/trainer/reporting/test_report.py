@@ -1,0 +1,24 @@
+"""What is reported of a run, and where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from lightning_ckptless.ledger import Ledger
+from lightning_ckptless.replica.mirror.stats import MirrorStats
+from lightning_ckptless.trainer.reporting.report import RunReport
+from tests.trainer.tiny import tiny_trainer
+
+
+@pytest.mark.parametrize(("recoveries", "shown"), [(0, set[str]()), (1, {"goodput", "recoveries"})])
+def test_the_progress_bar_is_as_under_ddp_until_a_recovery(recoveries: int, shown: set[str], tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path)
+    report = RunReport(trainer, Ledger(tmp_path / "ledger.jsonl"), 1)
+    report.resume({**report.state(), "recoveries": recoveries})
+    report.taken(0.0, 0.0, cast("Any", SimpleNamespace(stats=MirrorStats())))
+    report.step_done()
+    assert set(trainer.progress_bar_metrics) == shown

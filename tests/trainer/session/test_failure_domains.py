@@ -1,0 +1,91 @@
+"""What a node finds out about its own failure domain, from its environment or a file."""
+
+from __future__ import annotations
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.options import CkptlessOptions
+from lightning_ckptless.protocol.failure_domains import Domains
+from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.transport import LoopbackTransport, SoloTransport
+from lightning_ckptless.trainer.session.failure_domains import find_domains, own_domain
+from lightning_ckptless.trainer.session.member_set import form_member_set
+from tests.replica.conftest import arena, owner
+
+__all__ = ["arena", "owner"]
+
+
+def test_the_environment_comes_before_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "racks"
+    path.write_text(f"{socket.gethostname()} rack2\n")
+    env = {"CKPTLESS_FAILURE_DOMAINS_FILE": str(path)}
+    assert own_domain("rack", "some-node", env) == "rack2"
+    assert own_domain("rack", "some-node", env | {"CKPTLESS_FAILURE_DOMAIN": "rack1"}) == "rack1"
+
+
+def test_a_node_may_be_named_as_the_run_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "racks"
+    path.write_text(f"{socket.gethostname()} rack2\nsome-node rack3\n")
+    assert own_domain("rack", "some-node", {"CKPTLESS_FAILURE_DOMAINS_FILE": str(path)}) == "rack3"
+
+
+def test_where_nobody_has_said_it_the_answer_says_how() -> None:
+    with pytest.raises(OptionsError) as caught:
+        own_domain("rack", "some-node", {})
+    assert str(caught.value) == (
+        f"failure_domain='rack': nobody has said in which rack host {socket.gethostname()} is: set "
+        "CKPTLESS_FAILURE_DOMAIN=NAME on every node, or CKPTLESS_FAILURE_DOMAINS_FILE=FILE with a line 'HOST NAME' for "
+        "every host; 'node' and 'rank' need neither"
+    )
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(OptionsError, match=r"CKPTLESS_FAILURE_DOMAINS_FILE='.*/gone' cannot be read on host"):
+        own_domain("rack", "some-node", {"CKPTLESS_FAILURE_DOMAINS_FILE": str(tmp_path / "gone")})
+
+
+def on_all_ranks(nodes: list[str]) -> list[Domains | str]:
+    """What every rank finds, or the error that it raises."""
+
+    def find(transport: LoopbackTransport) -> Domains | str:
+        try:
+            return find_domains("rack", nodes, transport)
+        except OptionsError as error:
+            return str(error)
+
+    transports = LoopbackTransport.world(len(nodes), timeout_s=20.0)
+    with ThreadPoolExecutor(len(nodes)) as pool:
+        found = list(pool.map(find, transports))
+    for transport in transports:
+        transport.close()
+    return found
+
+
+def test_all_ranks_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "racks").write_text("n0 r0\nn1 r0\nn2 r1\n")
+    monkeypatch.setenv("CKPTLESS_FAILURE_DOMAINS_FILE", str(tmp_path / "racks"))
+    assert on_all_ranks(["n0", "n1", "n2"]) == [Domains(("r0", "r0", "r1"), "rack")] * 3
+
+
+def test_what_one_rank_does_not_know_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "racks").write_text("n0 r0\nn1 r0\n")
+    monkeypatch.setenv("CKPTLESS_FAILURE_DOMAINS_FILE", str(tmp_path / "racks"))
+    (message,) = set(on_all_ranks(["n0", "n1", "n2"]))
+    assert "host n2 is not in" in str(message)
+
+
+def test_an_engine_asks_for_the_domains_of_its_option(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CKPTLESS_FAILURE_DOMAIN", "r7")
+    members = form_member_set(SoloTransport(), arena, ("n0",), CkptlessOptions(failure_domain="rack"), 1)
+    assert members.placement.domains == ("r7",)
+    with pytest.raises(OptionsError, match="takes a mesh of ranks"):
+        form_member_set(SoloTransport(), arena, ("n0",), CkptlessOptions(failure_domain="tensor_parallel"), 1)
+    mesh = form_member_set(
+        SoloTransport(), arena, ("n0",), CkptlessOptions(failure_domain="tensor_parallel"), 1, mesh=(1, 1)
+    )
+    assert mesh.placement.kind == "tensor_parallel group"

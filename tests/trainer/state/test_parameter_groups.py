@@ -1,0 +1,148 @@
+"""Parameter groups and schedulers that hooks make in training, in a process that lives and in a new one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch import nn
+
+from lightning_ckptless.errors import LayoutMismatchError, OptionsError
+from lightning_ckptless.formats.packing import pack, unpack
+from lightning_ckptless.trainer.state.parameter_groups import (
+    GroupNames,
+    names_in_groups,
+    require_same_groups,
+    restore_groups,
+)
+from lightning_ckptless.trainer.state.schedulers import Schedulers
+
+
+def trainer_with(*, momentum: float = 0.9) -> Any:
+    """As `configure_optimizers` leaves it: the head alone is trained."""
+    model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
+    optimizer = torch.optim.SGD(model["head"].parameters(), 0.1, momentum=momentum)
+    return SimpleNamespace(
+        lightning_module=model, optimizers=[optimizer], lr_scheduler_configs=[], global_rank=0, global_step=3
+    )
+
+
+def thaw(trainer: Any) -> None:
+    trainer.optimizers[0].add_param_group({"params": list(trainer.lightning_module["body"].parameters()), "lr": 0.01})
+
+
+def step(trainer: Any) -> None:
+    model = trainer.lightning_module
+    model["head"](model["body"](torch.ones(1, 2))).sum().backward()
+    trainer.optimizers[0].step()
+
+
+THAWED = [[["head.weight", "head.bias"], ["body.weight", "body.bias"]]]
+
+
+def test_a_new_process_makes_the_group() -> None:
+    first, second = trainer_with(), trainer_with()
+    names = GroupNames(first)
+    assert names.now() == [THAWED[0][:1]]
+    thaw(first)
+    assert names.now() == THAWED
+    restore_groups(second, names.now())
+    assert names_in_groups(second) == THAWED
+    added = second.optimizers[0].param_groups[1]
+    assert added["momentum"] == 0.9
+    assert all(a is b for a, b in zip(added["params"], second.lightning_module["body"].parameters(), strict=True))
+
+
+def test_a_group_of_a_step_that_is_rolled_back_is_gone() -> None:
+    trainer = trainer_with()
+    saved = names_in_groups(trainer)
+    thaw(trainer)
+    step(trainer)
+    restore_groups(trainer, saved)
+    assert names_in_groups(trainer) == saved
+    # What a state dictionary counts by the groups has no entry for the rest.
+    assert len(trainer.optimizers[0].state_dict()["state"]) == 2
+
+
+def test_a_parameter_beside_the_model_is_refused_when_it_is_added() -> None:
+    trainer = trainer_with()
+    names = GroupNames(trainer)
+    names.now()
+    trainer.optimizers[0].add_param_group({"params": [torch.ones(1, requires_grad=True)]})
+    with pytest.raises(OptionsError, match=r"at step 3 that the model does not hold \(#1.0.*attributes of the Light"):
+        names.now()
+
+
+def test_an_optimizer_of_another_kind_is_refused_when_it_is_set() -> None:
+    trainer = trainer_with()
+    names = GroupNames(trainer)
+    names.now()
+    trainer.optimizers = [torch.optim.AdamW(trainer.lightning_module.parameters())]
+    with pytest.raises(OptionsError, match=r"were torch.optim.sgd.SGD .* are torch.optim.adamw.AdamW at step 3"):
+        names.now()
+
+
+# ---------------------------------------------------------------------- schedulers
+
+
+def schedule(trainer: Any, kind: Any, *args: Any) -> None:
+    trainer.lr_scheduler_configs[:] = [LRSchedulerConfig(kind(trainer.optimizers[0], *args))]
+
+
+def rate_after(trainer: Any, steps: int) -> float:
+    for _ in range(steps):
+        trainer.optimizers[0].step()
+        trainer.lr_scheduler_configs[0].scheduler.step()
+    return float(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_a_scheduler_that_came_later_is_made_on_the_optimizer_of_a_new_process() -> None:
+    first, second = trainer_with(), trainer_with()
+    for trainer in (first, second):
+        schedule(trainer, torch.optim.lr_scheduler.StepLR, 1)
+    ours, theirs = Schedulers(first), Schedulers(second)
+    schedule(first, torch.optim.swa_utils.SWALR, 0.5)
+    rate_after(first, 2)
+    saved = unpack(pack(ours.capture()))
+    theirs.apply(saved)
+    second.optimizers[0].param_groups[0].update(
+        {k: v for k, v in first.optimizers[0].param_groups[0].items() if k != "params"}
+    )
+    made = second.lr_scheduler_configs[0].scheduler
+    assert type(made) is torch.optim.swa_utils.SWALR
+    assert made.optimizer is second.optimizers[0]
+    assert rate_after(second, 3) == rate_after(first, 3)
+
+
+def test_a_scheduler_of_a_step_that_is_rolled_back_gives_way_to_the_one_before() -> None:
+    trainer = trainer_with()
+    schedule(trainer, torch.optim.lr_scheduler.StepLR, 1)
+    schedulers, first = Schedulers(trainer), trainer.lr_scheduler_configs[0]
+    saved = unpack(pack(schedulers.capture()))
+    schedule(trainer, torch.optim.swa_utils.SWALR, 0.5)
+    schedulers.apply(saved)
+    assert trainer.lr_scheduler_configs == [first]
+
+
+def test_a_scheduler_that_cannot_be_made_again_is_refused_when_it_is_set() -> None:
+    trainer = trainer_with()
+    schedulers = Schedulers(trainer)
+    schedule(trainer, torch.optim.lr_scheduler.LambdaLR, lambda _: 1.0)
+    with pytest.raises(OptionsError, match=r"LambdaLR became a scheduler at step 3.*top of a module"):
+        schedulers.capture()
+
+
+def test_a_script_that_begins_with_other_groups_is_refused_by_their_names() -> None:
+    first, second = trainer_with(), trainer_with()
+    began_with = names_in_groups(first)
+    thaw(first)
+    require_same_groups(began_with, names_in_groups(second))
+    thaw(second)
+    with pytest.raises(LayoutMismatchError, match=r"optimizer/0 has other .* body\.bias \(group 1\), body\.weight"):
+        require_same_groups(began_with, names_in_groups(second))
+    second.optimizers.append(torch.optim.SGD(second.lightning_module["body"].parameters(), 0.1))
+    with pytest.raises(LayoutMismatchError, match="began with 1 optimizers, and the relaunched script made 2"):
+        require_same_groups(began_with, names_in_groups(second))

@@ -1,0 +1,172 @@
+"""What cannot be made exact is said before training starts, with what to do instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.internals.lightning.distribution import module
+from lightning_ckptless.trainer.strategy.compatibility import check_trainer, warn_of_loaders
+from tests.lab.parts import Numbers, Stream
+from tests.trainer.tiny import DISTRIBUTIONS, tiny_trainer
+
+
+def trainer_with(
+    root: Path, distribution: str = DISTRIBUTIONS[0], callbacks: tuple[Any, ...] = (), **options: Any
+) -> Any:
+    strategy = module(distribution, "strategies").DDPStrategy(**options)
+    return tiny_trainer(root, distribution, strategy=strategy, callbacks=[*callbacks])
+
+
+# ---------------------------------------------------------------------- trainers
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_a_usual_trainer_is_taken(distribution: str, tmp_path: Path) -> None:
+    callbacks = module(distribution, "callbacks")
+    usual = (
+        # Lightning has it since 2.6.
+        *([callbacks.EMAWeightAveraging()] if hasattr(callbacks, "EMAWeightAveraging") else []),
+        callbacks.EarlyStopping("loss"),
+        callbacks.LearningRateMonitor(),
+        callbacks.StochasticWeightAveraging(1e-2),
+        callbacks.BackboneFinetuning(),
+    )
+    trainer = trainer_with(tmp_path, distribution, usual)
+    trainer.optimizers = [torch.optim.AdamW(torch.nn.Linear(1, 1).parameters())]
+    check_trainer(trainer)
+
+
+def test_an_optimizer_that_shards_its_state_is_refused(tmp_path: Path) -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    trainer = trainer_with(tmp_path)
+    # Not set up: that takes a process group.
+    sharded = object.__new__(ZeroRedundancyOptimizer)
+    trainer.optimizers = [torch.optim.SGD(torch.nn.Linear(1, 1).parameters()), sharded]
+    with pytest.raises(
+        OptionsError, match=r"optimizer 1 is a ZeroRedundancyOptimizer.*use the optimizer that it wraps"
+    ):
+        check_trainer(trainer)
+
+
+class SlowWeights(torch.optim.SGD):
+    """Keeps averages of its parameters where nobody looks for them."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.slow = {"weights": [[p.detach().clone() for p in group["params"]] for group in self.param_groups]}
+        self.overflow = torch.zeros(1)
+
+
+def test_an_optimizer_that_hides_its_state_is_refused(tmp_path: Path) -> None:
+    trainer = trainer_with(tmp_path)
+    lbfgs = torch.optim.LBFGS(torch.nn.Linear(2, 1).parameters())
+    trainer.optimizers = [lbfgs, SlowWeights(torch.nn.Linear(2, 1).parameters())]
+    with pytest.raises(OptionsError, match=r"optimizer 1 \(SlowWeights\) keeps tensors in slow, outside"):
+        check_trainer(trainer)
+
+
+def test_averaging_of_models_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionsError, match=r"model_averaging_period.*leave it out"):
+        check_trainer(trainer_with(tmp_path, model_averaging_period=4))
+
+
+# ---------------------------------------------------------------------- loaders
+
+
+class InAnotherWay(DataLoader[Any]):
+    def __iter__(self) -> Any:
+        yield from super().__iter__()
+
+
+def stateful(**options: Any) -> Any:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    return StatefulDataLoader(Numbers(4), **options)
+
+
+SILENT: dict[str, Any] = {
+    "in order": lambda: DataLoader(Numbers(4)),
+    "with workers": lambda: DataLoader(Numbers(4), num_workers=2, persistent_workers=True),
+    "stateful": stateful,
+}
+
+
+@pytest.mark.parametrize("kind", SILENT)
+def test_nothing_is_said_of_what_is_exact(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_loaders([SILENT[kind]()])
+    assert caplog.messages == []
+
+
+WARNED: dict[str, tuple[Any, list[str]]] = {
+    "no loader": (lambda: [1, 2], ["(list): is no DataLoader", "must give the same"]),
+    "own iteration": (
+        lambda: InAnotherWay(Numbers(4)),
+        ["(InAnotherWay): iterates in a way of its own", "must give the same"],
+    ),
+    "stream": (lambda: DataLoader(Stream(4, 0, 1)), ["read again from the start of the epoch"]),
+    "stream, persistent": (
+        lambda: DataLoader(Stream(4, 0, 1), num_workers=1, persistent_workers=True),
+        ["read again from the start of the epoch", "leave persistent_workers out"],
+    ),
+    "stateful, workers": (lambda: stateful(num_workers=1), ["draw them in the training process"]),
+    "any order": (lambda: DataLoader(Numbers(4), num_workers=1, in_order=False), ["in_order=False"]),
+}
+
+
+@pytest.mark.parametrize("kind", WARNED)
+def test_what_is_lost_is_said(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    make, words = WARNED[kind]
+    silent = next(iter(SILENT.values()))
+    warn_of_loaders([*(silent() for _ in range(3)), make()])
+    said = "\n".join(caplog.messages)
+    assert all(word in said for word in words), said
+    assert all(message.startswith("ckptless: training dataloader 3 (") for message in caplog.messages)
+
+
+# ---------------------------------------------------------------------- optimizers of one's own
+
+
+class Wrapper(torch.optim.SGD):
+    """Keeps what it is told to, in an attribute of its own."""
+
+    kept: Any
+
+
+def wrapper(kept: Any) -> Wrapper:
+    optimizer = Wrapper(torch.nn.Linear(1, 1).parameters(), 0.1)
+    optimizer.kept = kept
+    return optimizer
+
+
+def test_an_optimizer_around_another_one_is_refused(tmp_path: Path) -> None:
+    trainer = trainer_with(tmp_path)
+    inner = torch.optim.AdamW(torch.nn.Linear(1, 1).parameters())
+    trainer.optimizers = [wrapper([inner])]
+    with pytest.raises(
+        OptionsError, match=r"optimizer 0 \(Wrapper\) wraps another one in kept.*self.state = inner.state"
+    ):
+        check_trainer(trainer)
+    trainer.optimizers[0].state = inner.state
+    check_trainer(trainer)
+
+
+def test_objects_of_an_optimizer_are_named_and_what_can_be_seen_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_with(tmp_path)
+    optimizer = wrapper(None)
+    for seen in (3, {"a": [1.0]}, len, list(optimizer.param_groups[0]["params"]), torch.optim.AdamW):
+        optimizer.kept = seen
+        trainer.optimizers = [optimizer]
+        check_trainer(trainer)
+    assert "ckptless" not in caplog.text
+    optimizer.kept = [object()]
+    check_trainer(trainer)
+    assert "optimizer 0 (Wrapper) keeps objects in kept: what is in them is not restored" in caplog.text

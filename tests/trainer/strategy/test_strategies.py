@@ -1,0 +1,54 @@
+"""What a strategy says about its own options before anything is started."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_ckptless._registration.assembly import strategy_for
+from lightning_ckptless.errors import OptionsError
+from tests.trainer.tiny import DISTRIBUTIONS
+
+
+def sharded(root: Path, distribution: str = DISTRIBUTIONS[0], **options: Any) -> Any:
+    """The strategy of a trainer of four ranks."""
+    return strategy_of(root, distribution, strategy=strategy_for(distribution, "ckptless_model_parallel")(**options))
+
+
+def strategy_of(root: Path, distribution: str, **options: Any) -> Any:
+    trainer = importlib.import_module(distribution).Trainer
+    return trainer(accelerator="cpu", devices=4, default_root_dir=root, logger=False, **options).strategy
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("sizes", [(2, 2), (4, 1), (1, 4), ("auto", "auto"), ("auto", 4)])
+def test_a_mesh_of_all_ranks_is_taken(distribution: str, sizes: tuple[Any, Any], tmp_path: Path) -> None:
+    sharded(tmp_path, distribution, data_parallel_size=sizes[0], tensor_parallel_size=sizes[1]).check_options()
+
+
+@pytest.mark.parametrize("sizes", [(3, 1), (2, 4), (2, "auto")])
+def test_a_mesh_of_other_ranks_is_refused(sizes: tuple[Any, Any], tmp_path: Path) -> None:
+    strategy = sharded(tmp_path, data_parallel_size=sizes[0], tensor_parallel_size=sizes[1])
+    with pytest.raises(OptionsError, match=r"makes a mesh of \d ranks, .*has 4: choose sizes whose product"):
+        strategy.check_options()
+
+
+def test_hooks_that_would_gather_a_sharded_model_are_refused(tmp_path: Path) -> None:
+    strategy = sharded(tmp_path, data_parallel_size=4, tensor_parallel_size=1, checkpoint_hooks="every_version")
+    with pytest.raises(OptionsError, match=r"checkpoint_hooks='every_version' would gather a sharded model"):
+        strategy.check_options()
+
+
+def test_a_precision_without_a_counterpart_for_shards_is_refused(tmp_path: Path) -> None:
+    # Lightning says so itself where it is given an object, and not where it is given its name.
+    strategy = strategy_of(tmp_path, DISTRIBUTIONS[0], strategy="ckptless_model_parallel", precision="64-true")
+    with pytest.raises(OptionsError, match=r"precision='64-true' is not supported for sharded models: choose among 32"):
+        strategy.check_options()
+
+
+def test_the_options_of_both_strategies_are_the_same(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"copies": 0, "in_place": False, "mirror_every_n_steps": 3, "stateless_callbacks": ["One"]}
+    assert strategy_for(DISTRIBUTIONS[0])(**given).options == sharded(tmp_path, **given).options
