@@ -20,7 +20,7 @@ from benchmarks.quantiles import median, summary
 from benchmarks.recoveries import START_S, Watch
 from benchmarks.report import Report, base_parser, progress_bar
 from benchmarks.scratch import Scratch, scratch
-from benchmarks.tables import Table, exit_report
+from benchmarks.tables import Table, verdict
 from benchmarks.wire import Desk
 from lightning_ckptless import environment
 
@@ -110,7 +110,7 @@ def summary_table(results: dict[str, Any]) -> Table:
         three = [f"{seconds[key]:.2f}" for key in ("p50", "min", "max")]
         table.add(name, len(starts), *three, f"{quotient:.2f}", f"{ended:.2f}")
         if name in TARGETS:
-            table.note(f"{name}: {exit_report(quotient, TARGETS[name], f'x {BASE}')}")
+            table.note(f"{name}: {verdict(quotient, TARGETS[name], f'x {BASE}')}")
     return table
 
 

@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from benchmarks import machine
 from benchmarks.quantiles import median, quantile
 from benchmarks.report import Report, base_parser, progress_bar
-from benchmarks.tables import Table, exit_report
+from benchmarks.tables import Table, verdict
 from lightning_ckptless.membership.agent.workers import Workers
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.worker.program import Program
@@ -90,7 +90,7 @@ def detection_table(results: dict[str, list[dict[str, float]]]) -> Table:
         figures = (median(seen), quantile(seen, 0.99), max(seen), median(told), max(told))
         table.add(f"{size} GiB", len(kills), *(f"{figure:.1f}" for figure in figures))
     everything = [1e3 * kill["seen_s"] for kills in results.values() for kill in kills]
-    table.note(f"Seen, p99 over all: {exit_report(quantile(everything, 0.99), TARGET_MS, 'ms')}")
+    table.note(f"Seen, p99 over all: {verdict(quantile(everything, 0.99), TARGET_MS, 'ms')}")
     return table
 
 

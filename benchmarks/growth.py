@@ -14,7 +14,7 @@ from benchmarks.quantiles import median
 from benchmarks.recovery_tables import phases_of_kinds_table
 from benchmarks.relaunch_tables import came_back
 from benchmarks.report import Report, base_parser, progress_bar
-from benchmarks.tables import Table, exit_report
+from benchmarks.tables import Table, verdict
 
 EVERY = 10
 OPPONENTS = tuple(
@@ -37,7 +37,7 @@ def growth_table(results: dict[str, Any]) -> Table:
         grown = f"{seconds[name] / smallest_s:.2f}x" if good else ""
         table.add(name, len(kills), f"{median(good):.2f}", f"{max(good):.2f}", f"{seconds[name]:.3f}", grown)
     largest_s = [*seconds.values()][-1]
-    table.note(f"From {OPPONENTS[0].name} to {OPPONENTS[-1].name}: {exit_report(largest_s / smallest_s, TARGET, 'x')}")
+    table.note(f"From {OPPONENTS[0].name} to {OPPONENTS[-1].name}: {verdict(largest_s / smallest_s, TARGET, 'x')}")
     return table
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.quantiles import median, quantile, summary
 from benchmarks.relaunch_tables import PHASES, came_back, own_share_s
-from benchmarks.tables import Table, exit_report
+from benchmarks.tables import Table, verdict
 
 FRESH = "relaunch, new interpreters"
 TARGETS = {
@@ -49,7 +49,7 @@ def ladder_table(results: dict[str, Any], ranks: int) -> Table:
     fresh = [kill for kill in came_back(results["kills"].get(FRESH, [])) if "ledger" in kill]
     if fresh:
         own_s = median([own_share_s(kill) for kill in fresh])
-        table.note(f"{FRESH}, all but start of the processes and imports, p50: {exit_report(own_s, 0.3, 's')}")
+        table.note(f"{FRESH}, all but start of the processes and imports, p50: {verdict(own_s, 0.3, 's')}")
     table.note(
         "Steps run again are finished ones. Exact: in the steps after the recovery, a checksum of weights and moments "
         "is on all ranks that of the same step of a run that nobody killed. The drill compares every bit."
@@ -76,9 +76,9 @@ def _judge(table: Table, name: str, kills: list[Any], what: str, p50_s: float, p
         return
     seconds = [kill["seconds"] - (kill["step_s"] if what else 0.0) for kill in kills]
     label = f"{name}, {what}" if what else name
-    table.note(f"{label}, p50: {exit_report(median(seconds), p50_s, 's')}")
+    table.note(f"{label}, p50: {verdict(median(seconds), p50_s, 's')}")
     if p95_s is not None:
-        table.note(f"{label}, p95: {exit_report(quantile(seconds, 0.95), p95_s, 's')}")
+        table.note(f"{label}, p95: {verdict(quantile(seconds, 0.95), p95_s, 's')}")
 
 
 def phases_of_kinds_table(results: dict[str, Any]) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.quantiles import median, quantile, summary
-from benchmarks.tables import Table, exit_report
+from benchmarks.tables import Table, verdict
 
 PHASES = ("detect_s", "abort_s", "regroup_s", "restore_s", "replay_s", "other_s")
 Kill = dict[str, Any]
@@ -56,13 +56,13 @@ def summary_table(results: dict[str, Any], ranks: int = 2) -> Table:
 def _judge(table: Table, results: dict[str, Any]) -> None:
     preloaded = [kill["seconds"] for kill in came_back(results["kills"].get(PRELOADED, []))]
     if preloaded:
-        table.note(f"Preloaded, p50: {exit_report(median(preloaded), 1.0, 's')}")
-        table.note(f"Preloaded, p95: {exit_report(quantile(preloaded, 0.95), 2.0, 's')}")
+        table.note(f"Preloaded, p50: {verdict(median(preloaded), 1.0, 's')}")
+        table.note(f"Preloaded, p95: {verdict(quantile(preloaded, 0.95), 2.0, 's')}")
     fresh = [own_share_s(kill) for kill in came_back(results["kills"].get(FRESH, [])) if "ledger" in kill]
     if fresh:
         table.note(
             "Fresh processes, own share (all but start of the processes and imports), p50: "
-            f"{exit_report(median(fresh), 0.3, 's')}"
+            f"{verdict(median(fresh), 0.3, 's')}"
         )
 
 

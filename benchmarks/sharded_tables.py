@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.quantiles import median
-from benchmarks.tables import Table, exit_report
+from benchmarks.tables import Table, verdict
 
 EVERY = 4
 STAGING_TARGET = 1.25
@@ -95,7 +95,7 @@ def staging_table(results: dict[str, Any]) -> Table:
             row["size"], row["ranks"], f"{size / 1e6:.0f}", row["pieces"], f"{size / plain / 1e9:.1f}",
             f"{size / staged / 1e9:.1f}", f"{plain / staged:.0%}",
         )  # fmt: skip
-        table.note(f"{row['size']}, {row['ranks']} ranks: {exit_report(staged / plain, STAGING_TARGET, 'x memcpy')}")
+        table.note(f"{row['size']}, {row['ranks']} ranks: {verdict(staged / plain, STAGING_TARGET, 'x memcpy')}")
     return table
 
 

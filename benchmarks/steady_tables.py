@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.quantiles import fit_line, median
-from benchmarks.tables import Table, exit_report
+from benchmarks.tables import Table, verdict
 
 FIXED_TARGET_MS = 1.5
 STAGING_TARGET = 1.25
@@ -132,9 +132,9 @@ def split_table(results: dict[str, Any]) -> Table:
     whole = max(median(over_ddp(pair, "ckptless")) for pair in smallest)
     table.note(
         f"{least['size']} is {shard_mb(least):.2f} MB per rank, so what it costs is fixed. Training thread, worse of "
-        f"its batches: {exit_report(own, FIXED_TARGET_MS, 'ms')}"
+        f"its batches: {verdict(own, FIXED_TARGET_MS, 'ms')}"
     )
-    table.note(f"The same with all that the mirror thread takes from it: {exit_report(whole, FIXED_TARGET_MS, 'ms')}")
+    table.note(f"The same with all that the mirror thread takes from it: {verdict(whole, FIXED_TARGET_MS, 'ms')}")
     return table
 
 
@@ -152,7 +152,7 @@ def staging_table(results: dict[str, Any]) -> Table:
             speeds[1], f"{staged / plain:.2f}", f"{1e3 * (staged - plain):.2f}",
         )  # fmt: skip
         if row["size"] != "tiny":
-            table.note(f"{row['size']}: {exit_report(staged / plain, STAGING_TARGET, 'x memcpy')}")
+            table.note(f"{row['size']}: {verdict(staged / plain, STAGING_TARGET, 'x memcpy')}")
     return table
 
 

@@ -60,7 +60,7 @@ def _line(cells: tuple[str, ...]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def exit_report(measured: float, target: float, unit: str) -> str:
+def verdict(measured: float, target: float, unit: str) -> str:
     """How a measured value stands to a target that it should not exceed."""
     word = "met" if measured <= target else "missed"
     return f"{measured:.2f} {unit} (target {target:g} {unit}): {word}"

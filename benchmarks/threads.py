@@ -13,7 +13,8 @@ from benchmarks.processes import SCRIPT, job_environment
 from benchmarks.scratch import Scratch
 from benchmarks.wire import Desk, Note
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.launch.launch import DEFAULT_PRELOAD, LaunchConfig, Outcome, run
+from lightning_ckptless.membership.launch.config import DEFAULT_PRELOAD, LaunchConfig, Outcome
+from lightning_ckptless.membership.launch.launch import run
 from lightning_ckptless.membership.worker.program import Program
 
 PATIENCE_S = 300.0

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from lightning_ckptless import environment
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.launch.launch import SIGTERM_EXIT_CODE, LaunchConfig, Outcome, run
+from lightning_ckptless.membership.launch.config import SIGTERM_EXIT_CODE, LaunchConfig, Outcome
 from lightning_ckptless.membership.launch.launch import main as run_agent
+from lightning_ckptless.membership.launch.launch import run
 from lightning_ckptless.protocol.conclusion import Ending, conclude
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from benchmarks.soak.scenario import Scenario
 from benchmarks.soak.stage import Undisturbed
 from benchmarks.soak.summary import tables
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.launch.launch import LaunchConfig, make_parent
+from lightning_ckptless.membership.launch.config import LaunchConfig
+from lightning_ckptless.membership.launch.launch import make_parent
 from lightning_ckptless.testing.starters import program_of
 from tests.faults.conftest import LAB
 

@@ -185,16 +185,16 @@ class _Fixed:
         """What the run has shown."""
         folder = self.place.files
         events = read_ledger(self.ledger).events
-        exit_report = None
+        verdict = None
         if self.exit_code == 0 and not self.left_out:
             collect_logs(read_traces(folder / "trace").values(), folder / "logs", since=0)
-            exit_report = compare(self.right.folder, folder)
-        identical = bool(self.left_out) or (exit_report is not None and exit_report.identical)
+            verdict = compare(self.right.folder, folder)
+        identical = bool(self.left_out) or (verdict is not None and verdict.identical)
         return self._result(
             events_lost=lost_steps(commits_of(self.place.commits), events),
             leaks=leaks,
             identical=identical,
-            difference=str(exit_report),
+            difference=str(verdict),
         )
 
     def _result(self, *, events_lost: int, leaks: list[str], identical: bool, difference: str) -> Result:

@@ -149,17 +149,17 @@ def _judge(
     events, run_folder = variant.events, variant.run_folder
     happened = FaultMarks.claimed(run_folder / "faults") if run_folder else frozenset()
     recoveries = recoveries_of(events)
-    exit_report = compare(right.folder, folder) if found is not None and not found.exit_code else None
+    verdict = compare(right.folder, folder) if found is not None and not found.exit_code else None
     lost = lost_steps(commits_of(place.commits), events)
     outcome, why = outcome_of(
         exit_code=None if found is None else found.exit_code,
-        identical=exit_report is not None and exit_report.identical,
+        identical=verdict is not None and verdict.identical,
         lost=lost,
         leaks=leaks,
         late=times_of(recoveries, bounds_s(scenario), silent_s(scenario)),
     )
     if outcome == "different":
-        why = str(exit_report)
+        why = str(verdict)
     elif outcome == "ended":
         why += f"; its last words: {variant.tail(8)}"
     return Result(

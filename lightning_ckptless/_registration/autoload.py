@@ -15,6 +15,6 @@ def autoload() -> None:
     try:
         from lightning_ckptless._registration.names import register_everywhere
 
-        register_everywhere()
+        register_everywhere(autoload)
     except Exception:
         logging.getLogger(__name__).warning('strategy="ckptless" is not available', exc_info=True)

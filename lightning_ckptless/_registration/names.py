@@ -8,7 +8,7 @@ registry has been executed. The strategy itself, and all that it needs, is impor
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from lightning_ckptless._registration import mlflow_tables
-from lightning_ckptless._registration.autoload import autoload
 
 
 class Registered(NamedTuple):
@@ -57,8 +56,12 @@ DISTRIBUTIONS = {
 }
 
 
-def register_everywhere() -> None:
-    """Tell the distributions of Lightning that are imported, and see to it that later ones are told. Idempotent."""
+def register_everywhere(again: Callable[[], None]) -> None:
+    """Register with the distributions of Lightning that are imported, and with later ones. Idempotent.
+
+    Args:
+        again: is called when a distribution has been imported; must not raise.
+    """
     mlflow_tables.open_one_at_a_time()
     for module_name, distribution in DISTRIBUTIONS.items():
         # A module that is still being executed may have no registry yet: its loader comes back here.
@@ -68,7 +71,7 @@ def register_everywhere() -> None:
                 build = partial(build_strategy, distribution, strategy, **options)
                 registry.register(name, build, description=description)
     if not any(isinstance(finder, RegistryFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, RegistryFinder())
+        sys.meta_path.insert(0, RegistryFinder(again))
 
 
 def build_strategy(distribution: str, name: str, **options: Any) -> Any:
@@ -85,7 +88,14 @@ def build_strategy(distribution: str, name: str, **options: Any) -> Any:
 
 
 class RegistryFinder(MetaPathFinder):
-    """Finds the modules with a registry, and MLflow's store, as any finder does; adds a step after their execution."""
+    """Finds the modules with a registry, and MLflow's store, as any finder does; adds a step after their execution.
+
+    Args:
+        again: that step.
+    """
+
+    def __init__(self, again: Callable[[], None]) -> None:
+        self._again = again
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -99,7 +109,7 @@ class RegistryFinder(MetaPathFinder):
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = RegisteringLoader(spec.loader)
+                    spec.loader = RegisteringLoader(spec.loader, self._again)
                 return spec
         return None
 
@@ -109,10 +119,11 @@ class RegisteringLoader(Loader):
 
     Args:
         loader: the module's own loader.
+        again: registers the strategies.
     """
 
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
+    def __init__(self, loader: Loader, again: Callable[[], None]) -> None:
+        self._loader, self._again = loader, again
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -127,4 +138,4 @@ class RegisteringLoader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        autoload()
+        self._again()

@@ -25,7 +25,7 @@ def clean(
     from rich.filesize import decimal
 
     from lightning_ckptless.cli.leftovers import find_leftovers, remove_leftover
-    from lightning_ckptless.membership.launch.scratch import find_abandoned, remove_abandoned
+    from lightning_ckptless.membership.agent.scratch import find_abandoned, remove_abandoned
     from lightning_ckptless.replica.arena import default_arena_dir
 
     folder = arena_dir or default_arena_dir()

@@ -125,7 +125,7 @@ def examine(
     from lightning_ckptless.cli.checks.room import check_room, look_at
     from lightning_ckptless.cli.checks.variables import check_variables
     from lightning_ckptless.cli.checks.versions import check_versions
-    from lightning_ckptless.membership.launch.launch import usual_modules
+    from lightning_ckptless.membership.launch.config import usual_modules
 
     began = Instant.now()
     of_script: list[Check] = []

@@ -1,6 +1,6 @@
 """Every private torch name of sharded models that lightning_ckptless touches; those of other things are elsewhere.
 
-Each has a test in `tests/internals/test_mesh_internals.py` that fails loudly when a new version moves it. Names that differ
+Each has a test in `tests/internals/test_mesh_internals.py` that fails when a new version moves it. Names that differ
 between the supported versions are in `mesh_versions`.
 """
 

@@ -75,13 +75,14 @@ def require_repartition(repartition: Repartition, *, before: int, per_step: int)
     Raises:
         WorldSizeError: nobody knows how much is left.
     """
+    ranks, steps = repartition.world_size, repartition.steps
     if not repartition.length:
         raise WorldSizeError(
-            f"elastic_batch='scale': {repartition.world_size} ranks are started where {before} were, and the training data "
-            "does not say how many batches it has: take elastic_batch='keep'"
+            f"elastic_batch='scale': {ranks} ranks are started where {before} were, and the training data does not say "
+            "how many batches it has: take elastic_batch='keep'"
         )
     return (
-        f"the world size is {repartition.world_size}, was {before}: the {repartition.left} batches that are left of the epoch are "
-        f"dealt to the ranks in {repartition.steps} steps. A step is made of {repartition.world_size} batches instead of {per_step}: "
-        "what depends on it, such as the learning rate, is changed by an `on_batch_scale` hook alone"
+        f"the world size is {ranks}, was {before}: the {repartition.left} batches that are left of the epoch are dealt "
+        f"to the ranks in {steps} steps. A step is made of {ranks} batches instead of {per_step}: what depends on it, "
+        "such as the learning rate, is changed by an `on_batch_scale` hook alone"
     )

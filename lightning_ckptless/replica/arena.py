@@ -159,7 +159,7 @@ class Arena:
     # ------------------------------------------------------------------ slots
 
     def slots(self, shard: int, holder: int, bulk_bytes: int, *, layout: str = "") -> tuple[Slot, Slot]:
-        """The two slots of a slot_pair, made and pre-faulted where they are missing.
+        """The two slots of a slot pair, made and pre-faulted where they are missing.
 
         Args:
             shard: index of the shard.
@@ -364,11 +364,11 @@ class Arena:
                 path.unlink(missing_ok=True)
 
     def retain(self, layout: str, generation: int) -> None:
-        """Drop what a version that is committed everywhere has replaced: other layouts, and slot_pairs no longer written.
+        """Drop what a version that is committed everywhere has replaced: other layouts, and unused slot pairs.
 
         Args:
             layout: digest of the layout of that version.
-            generation: membership that wrote it. A slot_pair without a slot of it belongs to a placement of the past.
+            generation: membership that wrote it. A slot pair without a slot of it belongs to a placement of the past.
         """
         slots = list(self._headers())
         live = {

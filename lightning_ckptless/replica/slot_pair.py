@@ -1,4 +1,4 @@
-"""A slot_pair: the two slots that one holder has for one shard, written in turn.
+"""A slot pair: the two slots that one holder has for one shard, written in turn.
 
 `protocol.slots` has the rule and says why two are enough. It wants the slot chosen by what the writer of the shard
 knows to be committed. A holder knows the same here: it meets round v+1 only after its own vote on v was answered, and

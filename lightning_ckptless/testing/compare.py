@@ -90,7 +90,7 @@ class ExitReport:
         return f"{len(self.differences)} differences in {compared}; the first: {self.first}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The exit_report as plain data."""
+        """The verdict as plain data."""
         return {"identical": self.identical, "first": self.first and asdict(self.first), **asdict(self)}
 
 

@@ -77,13 +77,13 @@ class DrillReport:
         command: the script and its arguments.
         faults: what was to go wrong.
         unfired: faults whose step or moment the run never came to.
-        exit_report: how the run with faults compares with the one without.
+        verdict: how the run with faults compares with the one without.
         baseline: the run that was left alone.
         faulted: the run with faults.
         recoveries: of the run with faults, in their order.
         relaunches: how often all its workers were started again.
         in_place: how often workers were replaced while the others stayed.
-        repetition: how a second undisturbed run compares with the first, where the exit_report raised the question whether
+        repetition: how a second undisturbed run compares with the first, where the verdict raised the question whether
             the script repeats itself; None where it did not.
         ignore: patterns for the names of the values that were not to be compared.
     """
@@ -91,7 +91,7 @@ class DrillReport:
     command: tuple[str, ...]
     faults: tuple[Fault, ...]
     unfired: tuple[Fault, ...]
-    exit_report: ExitReport
+    verdict: ExitReport
     baseline: Variant
     faulted: Variant
     recoveries: tuple[Recovery, ...]
@@ -103,7 +103,7 @@ class DrillReport:
     @property
     def identical(self) -> bool:
         """Whether every fault happened, the run came to its end all the same, and no bit of it differs."""
-        return self.exit_report.identical and self.faulted.exit_code == 0 and not self.unfired
+        return self.verdict.identical and self.faulted.exit_code == 0 and not self.unfired
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -115,8 +115,8 @@ class DrillReport:
                 f"{self.faulted.folder / 'output'}:\n{self.faulted.tail()}"
             )
         found += [f"{fault} never happened: the run did not come to its step or moment" for fault in self.unfired]
-        if not self.exit_report.identical:
-            found.append(str(self.exit_report))
+        if not self.verdict.identical:
+            found.append(str(self.verdict))
         if self.unrepeatable:
             found.append(
                 f"two undisturbed runs differ, too, in {_listed(self.unrepeatable)}: the script gives other results "
@@ -138,7 +138,7 @@ class DrillReport:
     @property
     def unused_patterns(self) -> tuple[str, ...]:
         """Patterns in `ignore` that no value's name matches."""
-        names = self.exit_report.ignored
+        names = self.verdict.ignored
         return tuple(pattern for pattern in self.ignore if not any(fnmatchcase(name, pattern) for name in names))
 
     @property
@@ -146,7 +146,7 @@ class DrillReport:
         """Whether something differs that was written before the first fault happened: the script does not repeat."""
         times = [event.at for event in self.faulted.events if event.event == "fault_injected"]
         before = min(times, default=0.0)
-        return any(difference.at is not None and difference.at < before for difference in self.exit_report.differences)
+        return any(difference.at is not None and difference.at < before for difference in self.verdict.differences)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
@@ -156,9 +156,9 @@ class DrillReport:
             "command": list(self.command),
             "faults": [str(fault) for fault in self.faults],
             "unfired": [str(fault) for fault in self.unfired],
-            "exit_report": self.exit_report.to_dict(),
+            "verdict": self.verdict.to_dict(),
             "unrepeatable": list(self.unrepeatable),
-            "ignored": list(self.exit_report.ignored),
+            "ignored": list(self.verdict.ignored),
             "relaunches": self.relaunches,
             "in_place": self.in_place,
             "recoveries": [asdict(recovery) for recovery in self.recoveries],
@@ -237,7 +237,7 @@ def run_drill(
         _require_success(right, command)
         faulted = run("faulted", ",".join(map(str, script)), steps_of(right))
         report = report_on(command, script, right, faulted, ignore)
-        if faulted.exit_code or not report.exit_report.differences:
+        if faulted.exit_code or not report.verdict.differences:
             return report
         again = run("repeated", "", steps_of(right))
         return replace(report, repetition=compare(right.folder, again.folder, ignore))
@@ -333,7 +333,7 @@ def report_on(
         command=tuple(command),
         faults=tuple(script),
         unfired=tuple(fault for index, fault in enumerate(script) if index not in happened),
-        exit_report=compare(baseline.folder, faulted.folder, ignore),
+        verdict=compare(baseline.folder, faulted.folder, ignore),
         baseline=baseline,
         faulted=faulted,
         recoveries=tuple(Recovery.from_event(event) for event in events if event.event == "recovery"),

@@ -15,7 +15,8 @@ import psutil
 
 from lightning_ckptless.errors import OptionsError, TimeLimitError
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.launch.launch import LaunchConfig, make_parent, new_run_id
+from lightning_ckptless.membership.launch.config import LaunchConfig, new_run_id
+from lightning_ckptless.membership.launch.launch import make_parent
 from lightning_ckptless.membership.worker.program import Program
 from lightning_ckptless.runner import run_job
 

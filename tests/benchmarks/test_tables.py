@@ -3,7 +3,7 @@ import io
 from rich.console import Console
 
 from benchmarks.machine import Busy, facts, in_words
-from benchmarks.tables import Table, exit_report
+from benchmarks.tables import Table, verdict
 
 
 def table() -> Table:
@@ -25,8 +25,8 @@ def test_a_table_on_a_terminal() -> None:
 
 
 def test_a_verdict_names_both_numbers() -> None:
-    assert exit_report(1.5, 1.5, "ms") == "1.50 ms (target 1.5 ms): met"
-    assert exit_report(1.6, 1.5, "ms") == "1.60 ms (target 1.5 ms): missed"
+    assert verdict(1.5, 1.5, "ms") == "1.50 ms (target 1.5 ms): met"
+    assert verdict(1.6, 1.5, "ms") == "1.60 ms (target 1.5 ms): missed"
 
 
 def test_the_machine_is_described() -> None:

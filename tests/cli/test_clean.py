@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lightning_ckptless.cli.app import app
-from lightning_ckptless.membership.launch.scratch import ScratchFolder
+from lightning_ckptless.membership.agent.scratch import ScratchFolder
 from lightning_ckptless.replica.arena import Arena, Owner
 
 DEAD = Owner(pid=2**22 - 1, started_at=1.0)

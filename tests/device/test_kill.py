@@ -39,7 +39,7 @@ CELLS = {
 @pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS.keys())
 def test_kill(cell: Cell, drill: Drill) -> None:  # noqa: F811 - the fixture
     report = drill(cell, Ladder())
-    assert report.exit_report.identical, report
+    assert report.verdict.identical, report
     assert len(report.recoveries) == 1
 
 
@@ -79,12 +79,12 @@ def test_kill_in_place(faults: str, words: tuple[str, ...], whole: Path, tmp_pat
     events = _run(tmp_path, TWO_NODES, faults, *words)
     assert events.count("in_place") == len(faults.split(","))
     assert "relaunch" not in events
-    exit_report = compare(whole, tmp_path)
-    assert exit_report.identical, exit_report
+    verdict = compare(whole, tmp_path)
+    assert verdict.identical, verdict
 
 
 @pytest.mark.timeout(240)
 def test_kill_of_all(whole: Path, tmp_path: Path) -> None:
     _run(tmp_path, TWO_NODES, "kill:rank=all:step=5")
-    exit_report = compare(whole, tmp_path)
-    assert exit_report.identical, exit_report
+    verdict = compare(whole, tmp_path)
+    assert verdict.identical, verdict

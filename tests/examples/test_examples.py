@@ -55,14 +55,14 @@ def test_report_holds_what_happened(drill: Drill) -> None:
     assert facts["identical"] is True
     assert facts["recoveries"][0]["culprit_rank"] == 1
     assert sum(facts["recoveries"][0]["phases"].values()) == pytest.approx(facts["recoveries"][0]["total_s"], abs=1e-4)
-    assert facts["exit_report"]["rows"] > 16
+    assert facts["verdict"]["rows"] > 16
     steps = steps_of_trace(report.faulted.trace)
     assert [step.step for step in steps] == list(range(1, 17))
 
 
 def test_fault_that_never_happens_fails_the_drill(drill: Drill) -> None:
     report = drill(CHAR_GPT, "kill:rank=1:step=99")
-    assert report.exit_report.identical
+    assert report.verdict.identical
     assert not report.identical
     assert report.problems == ("kill:rank=1:step=99 never happened: the run did not come to its step or moment",)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.launch.launch import LaunchConfig, make_parent
+from lightning_ckptless.membership.launch.config import LaunchConfig
+from lightning_ckptless.membership.launch.launch import make_parent
 from lightning_ckptless.testing.drill import DrillReport, Ladder, Variant, run_drill, run_variant
 from lightning_ckptless.testing.starters import program_of
 from tests.faults.matrix import Cell

@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.launch.launch import LaunchConfig, run
+from lightning_ckptless.membership.launch.config import LaunchConfig
+from lightning_ckptless.membership.launch.launch import run
 from lightning_ckptless.testing.starters import program_of
 from tests.faults.conftest import REPOSITORY
 

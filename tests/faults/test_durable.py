@@ -19,7 +19,7 @@ import torch
 from torch.distributed.checkpoint import state_dict_loader as dcp
 
 from lightning_ckptless.ledger import read_ledger
-from lightning_ckptless.membership.launch.launch import new_run_id
+from lightning_ckptless.membership.launch.config import new_run_id
 from lightning_ckptless.protocol.durable_schedule import state_name
 from lightning_ckptless.replica.arena import default_arena_dir, find_arenas
 from lightning_ckptless.testing.drill import Variant

@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_ckptless.ledger import read_ledger
-from lightning_ckptless.membership.launch.launch import LaunchConfig
+from lightning_ckptless.membership.launch.config import LaunchConfig
 from lightning_ckptless.protocol.versions import Complete, Version, newest_complete
 from lightning_ckptless.testing.drill import Variant
 from lightning_ckptless.testing.starters import program_of

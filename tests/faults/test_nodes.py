@@ -34,8 +34,8 @@ def assert_identical(cluster: Cluster, parent: ForkServer) -> None:
     whole = run_variant(words, folder, nproc=alone.devices, parent=parent, isolate=True, env=env)
     assert whole.exit_code == 0, whole.tail()
     collect_logs(read_traces(cluster.folder / "trace").values(), cluster.folder / "logs", since=0)
-    exit_report = compare(whole.folder, cluster.folder)
-    assert exit_report.identical, f"{exit_report}\n{cluster.output()}"
+    verdict = compare(whole.folder, cluster.folder)
+    assert verdict.identical, f"{verdict}\n{cluster.output()}"
 
 
 @pytest.mark.slow

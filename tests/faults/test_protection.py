@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.launch.launch import new_run_id
+from lightning_ckptless.membership.launch.config import new_run_id
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.runner import remove_arenas
 from tests.faults.test_restart import PER_RANK, Run

@@ -12,7 +12,8 @@ import pytest
 
 from lightning_ckptless.ledger import Event, read_ledger
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.launch.launch import LaunchConfig, Outcome, new_run_id, run
+from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome, new_run_id
+from lightning_ckptless.membership.launch.launch import run
 from lightning_ckptless.membership.worker.program import Program
 from lightning_ckptless.protocol.versions import Complete, newest_complete
 from lightning_ckptless.replica.arena import Arena, default_arena_dir, find_arenas
@@ -111,8 +112,8 @@ def whole(parent: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 def assert_identical(job: Run, whole: Variant) -> None:
     collect_logs(read_traces(job.folder / "trace").values(), job.folder / "logs", since=0)
-    exit_report = compare(whole.folder, job.folder)
-    assert exit_report.identical, str(exit_report)
+    verdict = compare(whole.folder, job.folder)
+    assert verdict.identical, str(verdict)
 
 
 def test_goes_on_where_it_ended(job: Run, whole: Callable[[Options], Variant]) -> None:

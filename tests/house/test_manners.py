@@ -14,10 +14,10 @@ TESTS = sources("tests")
 # Who catches everything, and why nothing narrower would do. Those that raise again are not listed.
 CATCHES_EVERYTHING = {
     f"{PACKAGE}/_registration/autoload.py": "an error would make `import torch` fail for everybody",
-    f"{PACKAGE}/membership/worker/startup.py": "it stands in for the interpreter, which reports whatever a program raises",
+    f"{PACKAGE}/membership/worker/startup.py": "like the interpreter, it reports whatever a program raises",
     f"{PACKAGE}/trainer/session/health_check.py": "whatever the user's check raises is its answer",
     f"{PACKAGE}/trainer/reporting/loggers.py": "a logger that fails while fit ends must not hide why it ends",
-    f"{PACKAGE}/trainer/recovery/recovery_loop.py": "the boundary of the fit loop: what is not a peer's fault is raised again",
+    f"{PACKAGE}/trainer/recovery/recovery_loop.py": "the boundary of the fit loop: errors of its own are raised again",
     f"{PACKAGE}/replica/mirror/mirror.py": "the boundary of the thread: the training thread raises it",
 }
 # Private by their name, made for everybody by their documentation.

@@ -30,7 +30,9 @@ MAY_IMPORT = {
         "testing", "runner", "trainer", "membership", "protocol", "ledger", "internals.lightning", *BASE,
     },
     "runner": {"trainer", "ledger", "membership", "replica", "protocol", *BASE},
-    "_registration": {"_registration", "environment", "supported", "internals", "internals.lightning", "testing", "trainer"},
+    "_registration": {
+        "_registration", "environment", "supported", "internals", "internals.lightning", "testing", "trainer",
+    },
     "cli": {
         "cli", "runner", "testing", "durable", "membership", "replica", "protocol", "ledger", "metrics", "supported",
         "internals.lightning", *BASE,
@@ -82,4 +84,17 @@ def test_no_room_reaches_itself_through_another() -> None:
     needs = {room: others - {room} for room, others in MAY_IMPORT.items()}
     while leaves := {room for room, others in needs.items() if not others}:
         needs = {room: others - leaves for room, others in needs.items() if room not in leaves}
+    assert needs == {}
+
+
+def test_no_files_import_each_other() -> None:
+    names = {source.module.removesuffix(".__init__") for source in CODE}
+    needs = {}
+    for source in CODE:
+        inside = [name.removeprefix(f"{PACKAGE}.") for name in source.imports() if name.startswith(f"{PACKAGE}.")]
+        used = {name if name in names else name.rpartition(".")[0] for name in inside}
+        needs[source.module.removesuffix(".__init__")] = used - {source.module}
+    needs |= {name: set() for name in set().union(*needs.values()) - needs.keys()}
+    while leaves := {name for name, others in needs.items() if not others}:
+        needs = {name: others - leaves for name, others in needs.items() if name not in leaves}
     assert needs == {}

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.launch.launch import LaunchConfig, run
+from lightning_ckptless.membership.launch.config import LaunchConfig
+from lightning_ckptless.membership.launch.launch import run
 from tests.membership.conftest import script
 
 RELAUNCHES = 10

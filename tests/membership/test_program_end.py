@@ -16,7 +16,8 @@ from lightning_ckptless import environment
 from lightning_ckptless.membership.agent import oom_kills
 from lightning_ckptless.membership.channel.program_failure import Failure, count_report, failure_of, leave_failure
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.launch.launch import LaunchConfig, Outcome, run
+from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome
+from lightning_ckptless.membership.launch.launch import run
 from tests.control_groups import limited_memory
 from tests.membership.conftest import script
 

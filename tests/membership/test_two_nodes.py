@@ -17,7 +17,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from lightning_ckptless import environment
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.launch.launch import LaunchConfig, run
+from lightning_ckptless.membership.launch.config import LaunchConfig
+from lightning_ckptless.membership.launch.launch import run
 from lightning_ckptless.membership.worker.program import Program
 from tests.membership.conftest import REPOSITORY, script, worker_env
 

@@ -40,29 +40,29 @@ def run(steps: int = 4) -> list[Row]:
 
 
 def test_identical(tmp_path: Path) -> None:
-    exit_report = compare_traces(write(tmp_path / "a", run(), run()), write(tmp_path / "b", run(), run()))
-    assert exit_report.identical
-    assert exit_report.first is None
-    assert (exit_report.ranks, exit_report.points, exit_report.repeated) == (2, 10, 0)
-    assert "identical" in str(exit_report)
+    verdict = compare_traces(write(tmp_path / "a", run(), run()), write(tmp_path / "b", run(), run()))
+    assert verdict.identical
+    assert verdict.first is None
+    assert (verdict.ranks, verdict.points, verdict.repeated) == (2, 10, 0)
+    assert "identical" in str(verdict)
 
 
 def test_steps_run_again_are_counted_and_agree(tmp_path: Path) -> None:
     again = [begin(), batch(1), batch(2), begin(2), batch(2, 2), batch(3, 2), batch(4, 2), end(4, 2)]
-    exit_report = compare_traces(write(tmp_path / "a", run()), write(tmp_path / "b", again))
-    assert exit_report.identical
-    assert exit_report.repeated == 1
+    verdict = compare_traces(write(tmp_path / "a", run()), write(tmp_path / "b", again))
+    assert verdict.identical
+    assert verdict.repeated == 1
 
 
 def test_first_attempt_that_differs_is_found(tmp_path: Path) -> None:
     """Even where the last attempt is right: the state at the fault was wrong."""
     first = [begin(), batch(1), batch(2, parameters="other"), batch(3)]
     again = [*first, batch(2, 2), batch(3, 2), batch(4, 2), end(4, 2)]
-    exit_report = compare_traces(write(tmp_path / "a", run()), write(tmp_path / "b", again))
-    assert not exit_report.identical
-    assert exit_report.first is not None
-    assert "attempt of generation 1" in exit_report.first.where
-    assert (exit_report.first.expected, exit_report.first.found) == ("p2", "other")
+    verdict = compare_traces(write(tmp_path / "a", run()), write(tmp_path / "b", again))
+    assert not verdict.identical
+    assert verdict.first is not None
+    assert "attempt of generation 1" in verdict.first.where
+    assert (verdict.first.expected, verdict.first.found) == ("p2", "other")
 
 
 def test_step_in_flight_at_a_fault_may_differ(tmp_path: Path) -> None:
@@ -73,18 +73,18 @@ def test_step_in_flight_at_a_fault_may_differ(tmp_path: Path) -> None:
 
 def test_last_attempt_counts(tmp_path: Path) -> None:
     again = [begin(), batch(1), batch(2), batch(2, 2, parameters="other"), batch(3, 2), batch(4, 2), end(4, 2)]
-    exit_report = compare_traces(write(tmp_path / "a", run()), write(tmp_path / "b", again))
-    assert exit_report.first is not None
-    assert exit_report.first.where == "rank 0, step 2, batch 1 of epoch 0"
-    assert exit_report.first.field == "parameters"
+    verdict = compare_traces(write(tmp_path / "a", run()), write(tmp_path / "b", again))
+    assert verdict.first is not None
+    assert verdict.first.where == "rank 0, step 2, batch 1 of epoch 0"
+    assert verdict.first.field == "parameters"
 
 
 def test_earliest_difference_comes_first_whatever_its_rank(tmp_path: Path) -> None:
     late, early = run(), run()
     late[4] = batch(4, torch_rng="late")
     early[2] = batch(2, torch_rng="early")
-    exit_report = compare_traces(write(tmp_path / "a", run(), run()), write(tmp_path / "b", late, early))
-    assert [(d.rank, d.step, d.found) for d in exit_report.differences] == [(1, 2, "early"), (0, 4, "late")]
+    verdict = compare_traces(write(tmp_path / "a", run(), run()), write(tmp_path / "b", late, early))
+    assert [(d.rank, d.step, d.found) for d in verdict.differences] == [(1, 2, "early"), (0, 4, "late")]
 
 
 def test_missing_and_unexpected_points(tmp_path: Path) -> None:
@@ -110,9 +110,9 @@ def test_missing_field_and_missing_rank(tmp_path: Path) -> None:
 
 
 def test_nothing_is_not_identical(tmp_path: Path) -> None:
-    exit_report = compare_traces(write(tmp_path / "a"), write(tmp_path / "b"))
-    assert not exit_report.identical
-    assert "nothing to compare" in str(exit_report)
+    verdict = compare_traces(write(tmp_path / "a"), write(tmp_path / "b"))
+    assert not verdict.identical
+    assert "nothing to compare" in str(verdict)
 
 
 def test_torn_line_is_counted(tmp_path: Path) -> None:
@@ -141,9 +141,9 @@ def finished(folder: Path, csv_rows: str, *, folders: int = 1, checkpoints: str 
 def test_log_rows_of_ours_do_not_count(tmp_path: Path) -> None:
     a = finished(tmp_path / "a", "0,0.5,0.9 1,0.4, 2,0.3,")
     b = finished(tmp_path / "b", "0,0.5,0.1 1,0.4,0.7 1,,0.8 2,0.3,")
-    exit_report = compare(a, b)
-    assert exit_report.identical, exit_report
-    assert exit_report.rows == 3 + 2
+    verdict = compare(a, b)
+    assert verdict.identical, verdict
+    assert verdict.rows == 3 + 2
 
 
 def test_log_row_twice_missing_and_moved(tmp_path: Path) -> None:
@@ -166,8 +166,8 @@ def test_log_row_twice_missing_and_moved(tmp_path: Path) -> None:
 
 def test_every_lost_and_repeated_row_is_counted(tmp_path: Path) -> None:
     right = finished(tmp_path / "a", "0,0.5, 1,0.4, 2,0.3, 3,0.2,")
-    exit_report = compare(right, finished(tmp_path / "b", "0,0.5, 3,0.2, 3,0.2,"))
-    assert [(d.step, d.expected, d.found) for d in exit_report.by_field()[LOG_ROWS]] == [
+    verdict = compare(right, finished(tmp_path / "b", "0,0.5, 3,0.2, 3,0.2,"))
+    assert [(d.step, d.expected, d.found) for d in verdict.by_field()[LOG_ROWS]] == [
         (1, "it once", "nothing"),
         (2, "it once", "nothing"),
         (3, "it once", "it twice"),
@@ -189,9 +189,9 @@ def test_ignored_values_do_not_count(tmp_path: Path) -> None:
     rows[2]["digests"]["torch_rng"] = "other"
     (other / "trace" / "trace-rank0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert set(compare(right, other).by_field()) == {"loss", "torch_rng"}
-    exit_report = compare(right, other, ignore=["lo*", "*_rng", "unheard_of"])
-    assert exit_report.identical
-    assert exit_report.ignored == ("loss", "torch_rng")
+    verdict = compare(right, other, ignore=["lo*", "*_rng", "unheard_of"])
+    assert verdict.identical
+    assert verdict.ignored == ("loss", "torch_rng")
 
 
 def test_second_log_folder_and_second_checkpoint_file(tmp_path: Path) -> None:

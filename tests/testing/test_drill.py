@@ -98,8 +98,8 @@ def test_ignored_values_are_named_and_no_third_run_is_made(parent: ForkServer, t
         parent=parent,
         ignore=["samples_*", "misspelt"],
     )
-    assert report.exit_report.identical
-    assert report.exit_report.ignored == ("samples_per_s",)
+    assert report.verdict.identical
+    assert report.verdict.ignored == ("samples_per_s",)
     assert report.unused_patterns == ("misspelt",)
     assert not (tmp_path / "drill" / "repeated").exists()
     assert "--ignore misspelt: no value has such a name" in shown(report)

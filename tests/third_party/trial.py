@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.launch.launch import usual_modules
+from lightning_ckptless.membership.launch.config import usual_modules
 from lightning_ckptless.testing.compare import compare
 from lightning_ckptless.testing.drill import Progress, Variant, run_drill, run_variant
 from tests.third_party.projects import Project
@@ -109,12 +109,12 @@ class Trial:
         killed = self._run("outside", killer)
         if failure := self._failure(killed):
             return failure
-        exit_report = compare(self.undisturbed.folder, folder)
+        verdict = compare(self.undisturbed.folder, folder)
         recoveries = [event for event in killed.events if event.event == "recovery"]
         return [
             *([] if killer.pid else [f"rank {self.project.victim} was not killed: no step after {killer.after}"]),
             *([] if recoveries or not killer.pid else ["the ledger has no recovery"]),
-            *([] if exit_report.identical else [str(exit_report)]),
+            *([] if verdict.identical else [str(verdict)]),
             *_differences(self.undisturbed.folder / "cwd", folder / "cwd"),
         ]
 

@@ -172,7 +172,7 @@ def worker_environment() -> Iterator[dict[str, str]]:
     """
     before = dict(os.environ)
     folder = Path(tempfile.mkdtemp(prefix="ckptless-upstream-"))
-    for name in ("arenas", "exit_reports", "runs"):
+    for name in ("arenas", "agent", "runs"):
         (folder / name).mkdir()
     variables = {
         "TORCHELASTIC_RUN_ID": uuid.uuid4().hex[:12],
@@ -190,7 +190,7 @@ def worker_environment() -> Iterator[dict[str, str]]:
         environment.AGENT: str(os.getpid()),
         environment.NODE: "upstream",
         environment.ARENA_DIR: str(folder / "arenas"),
-        environment.AGENT_DIR: str(folder / "exit_reports"),
+        environment.AGENT_DIR: str(folder / "agent"),
         environment.RUN_ROOT: str(folder / "runs"),
         environment.GENERATION: "0",
         environment.FIT_INDEX: "0",

@@ -26,7 +26,7 @@ def show_checks(checks: Sequence[Check], console: Console | None = None) -> None
     for check in checks:
         if check.status is not Status.OK:
             console.print(_advice(check))
-    console.print(_exit_report(checks))
+    console.print(_verdict(checks))
 
 
 def _table(checks: Sequence[Check]) -> Table:
@@ -51,7 +51,7 @@ def _advice(check: Check) -> Table:
     return advice
 
 
-def _exit_report(checks: Sequence[Check]) -> Text:
+def _verdict(checks: Sequence[Check]) -> Text:
     counts = {status: sum(check.status is status for check in checks) for status in Status}
     if failures := counts[Status.FAILURE]:
         return Text(f"will not work here: {_count(failures, 'failure')}", style=_COLOURS[Status.FAILURE])

@@ -69,12 +69,12 @@ class ProgressView:
 
 
 def show_report(report: DrillReport, console: Console) -> None:
-    """Print a report: faults and recoveries, what was compared, the exit_report."""
+    """Print a report: faults and recoveries, what was compared, the verdict."""
     console.print(faults_table(report))
     if report.recoveries:
         console.print(recoveries_table(report.recoveries))
     console.print(comparison_table(report))
-    if report.exit_report.differences:
+    if report.verdict.differences:
         console.print(differences_table(report))
     for pattern in report.unused_patterns:
         console.print(f"--ignore {pattern}: no value has such a name", style="yellow", markup=False, soft_wrap=True)
@@ -111,19 +111,19 @@ def recoveries_table(recoveries: tuple[Recovery, ...]) -> Table:
 
 def comparison_table(report: DrillReport) -> Table:
     """What was compared."""
-    exit_report = report.exit_report
+    verdict = report.verdict
     table = _table("Runs", "", "uninterrupted", "with faults")
     seconds = [f"{run.wall_s:.1f} s" for run in (report.baseline, report.faulted)]
     table.add_row("took", *seconds)
     table.add_row("recovered in place", "0", str(report.in_place))
     table.add_row("relaunches", "0", str(report.relaunches))
     table.add_row("steps replayed", "0", str(sum(recovery.steps_replayed for recovery in report.recoveries)))
-    table.add_row("points compared", str(exit_report.points), f"{exit_report.points + exit_report.repeated}")
-    table.add_row("log rows compared", str(exit_report.rows), "")
-    if exit_report.ignored:
-        table.add_row("values ignored", ", ".join(exit_report.ignored), "")
-    first = "none" if exit_report.first is None else f"{exit_report.first.where}: {exit_report.first.field}"
-    table.add_row("first difference", "", Text(first, style="green" if exit_report.first is None else "red"))
+    table.add_row("points compared", str(verdict.points), f"{verdict.points + verdict.repeated}")
+    table.add_row("log rows compared", str(verdict.rows), "")
+    if verdict.ignored:
+        table.add_row("values ignored", ", ".join(verdict.ignored), "")
+    first = "none" if verdict.first is None else f"{verdict.first.where}: {verdict.first.field}"
+    table.add_row("first difference", "", Text(first, style="green" if verdict.first is None else "red"))
     return table
 
 
@@ -132,7 +132,7 @@ def differences_table(report: DrillReport) -> Table:
     table = _table("What differs", "value", "times", "first at", "expected", "found")
     if report.repetition is not None:
         table.add_column("also undisturbed")
-    by_field = report.exit_report.by_field()
+    by_field = report.verdict.by_field()
     for field, differences in list(by_field.items())[:MOST_SHOWN]:
         first = differences[0]
         also = [] if report.repetition is None else ["yes" if field in report.unrepeatable else "no"]

@@ -28,7 +28,9 @@ from lightning_ckptless.internals.torch_internals import forbid_restarts
 from lightning_ckptless.membership.agent.hang_watch import HangWatch, LateExits
 from lightning_ckptless.membership.agent.held_memory import HeldMemory
 from lightning_ckptless.membership.agent.in_place import InPlace
+from lightning_ckptless.membership.agent.logs import LogFiles
 from lightning_ckptless.membership.agent.oom_kills import OomKills
+from lightning_ckptless.membership.agent.scratch import ScratchFolder
 from lightning_ckptless.membership.agent.signals import AskedToEnd
 from lightning_ckptless.membership.agent.workers import Workers
 from lightning_ckptless.membership.channel.exit_report import ExitReport, final_report, take_begun, take_exit_reports
@@ -38,9 +40,6 @@ from lightning_ckptless.membership.forkserver.client import End, ForkServer
 from lightning_ckptless.membership.forkserver.fallback import ForkFallback
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.forkserver.sidecar import END_GRACE_S, Sidecars, Surroundings
-from lightning_ckptless.membership.launch.hydra import FIRST_WAIT_S, imports_hydra
-from lightning_ckptless.membership.launch.logs import LogFiles
-from lightning_ckptless.membership.launch.scratch import ScratchFolder
 from lightning_ckptless.membership.rendezvous.regrouping import Regroupings
 from lightning_ckptless.membership.rendezvous.rounds import (
     line_prefixes,
@@ -48,6 +47,7 @@ from lightning_ckptless.membership.rendezvous.rounds import (
     variables_of,
     worker_store,
 )
+from lightning_ckptless.membership.worker.hydra import FIRST_WAIT_S, imports_hydra
 from lightning_ckptless.membership.worker.program import Program
 from lightning_ckptless.membership.worker.progress import step_begun
 from lightning_ckptless.protocol.crash_loop import ProgramEnd, Stage, Starts, judge_end

@@ -11,10 +11,10 @@ from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
 from lightning_ckptless.console import CONSOLE
 from lightning_ckptless.membership.agent.agent import CkptlessAgent, Node, Record
+from lightning_ckptless.membership.agent.logs import LogFiles
 from lightning_ckptless.membership.agent.node_liveness import Heartbeat
 from lightning_ckptless.membership.agent.reconfiguration import MovingAgent
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.launch.logs import LogFiles
 from lightning_ckptless.protocol.node_liveness import Bound, CutOff, NodesLost
 
 

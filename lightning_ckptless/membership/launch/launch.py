@@ -2,191 +2,21 @@
 
 from __future__ import annotations
 
-import re
-import signal
 import sys
-import time
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lightning_ckptless.console import CONSOLE
 from lightning_ckptless.errors import LaunchError, OptionsError
 from lightning_ckptless.internals import torch_names
 from lightning_ckptless.membership.agent.signals import AskedToEnd, raising_on_signals
-from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.command_line import parse_command_line
-from lightning_ckptless.membership.launch.distribution import LIGHTNING, distribution_of
-from lightning_ckptless.membership.worker.program import Program, script_path
-
-DEFAULT_PRELOAD = (
-    "torch",
-    "torch.distributed",
-    "torch._dynamo",
-    "lightning.pytorch",
-    "lightning_ckptless.trainer.strategy.strategies",
-)
-"""What workers of a usual run import, in the order that is quickest."""
-
-
-def usual_modules(words: Sequence[str]) -> tuple[str, ...]:
-    """What workers of a usual run import, with the distribution of Lightning that a command line's script uses."""
-    used = distribution_of(words)
-    return tuple(used if name == LIGHTNING else name for name in DEFAULT_PRELOAD)
-
-
-DEFAULT_STOP_GRACE_S = 5.0
-DEFAULT_FINISH_GRACE_S = 20.0
-"""Together with the time before SIGKILL less than the half minute that schedulers give."""
-DEFAULT_EXIT_GRACE_S = 60.0
-"""For what programs do at their end after an exception, e.g. to send the last rows of their logs away."""
-SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
+from lightning_ckptless.membership.launch.config import DEFAULT_PRELOAD, LaunchConfig, Outcome, usual_modules
+from lightning_ckptless.membership.worker.program import script_path
 
 _CANNOT_START_EXIT_CODE = 2
-
-
-def new_run_id() -> str:
-    """A name for a run: when it began, and something that no other has."""
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaunchConfig:
-    """One node's part of a run.
-
-    Args:
-        program: what the workers run.
-        nproc: workers on this node.
-        nnodes: number of nodes, or `min:max`.
-        rdzv_endpoint: `host:port` where several nodes meet; not needed on one. Several, separated by commas, are places
-            on different nodes, the next of which is used when one is lost.
-        rdzv_conf: further settings of torch's c10d rendezvous, e.g. `{"join_timeout": 600}` (seconds).
-        run_id: name of the run, to be given where there are several nodes, the same on all; else made up.
-        max_restarts: recoveries in the life of the agent until the run gives up; None for any number.
-        max_recoveries_without_progress: recoveries with no new step committed between them until the run gives up; None
-            to leave it to the strategy.
-        max_recoveries_per_hour: recoveries within an hour until the run gives up; None to leave it to the strategy.
-        preload: modules that the fork server imports.
-        fresh: start each worker as a new process, without a fork server.
-        run_root: folder that receives the run's own folder; handed to the workers.
-        arena_dir: folder of the shared memory; handed to the workers.
-        env: what the workers' environment has beyond this process's.
-        cwd: working directory of the workers; None for this process's.
-        node_name: unique in the run; None for host name and process id.
-        local_addr: address under which other nodes reach this one; None to look it up.
-        log_dir: folder for the workers' output; None for no log files.
-        redirects: streams that go only to files, as torchrun's `--redirects` has them.
-        tee: streams that go to files too, as torchrun's `--tee` has them.
-        local_ranks_filter: ranks whose output is shown; empty for all.
-        log_line_prefix: template of what stands before each line of a stream in `tee`; None for torch's own.
-        role: torch elastic's name for the kind of worker.
-        stop_grace_s: time that workers have to end after SIGTERM, where they are asked and not killed.
-        finish_grace_s: time that workers have to finish a step and save, when the agent gets SIGTERM.
-        exit_grace_s: time between an exception that ends a worker's program and the end of its process, which is killed
-            then.
-        in_place: whether survivors of a fault go on in place; None to leave it to the strategy of the workers.
-        standbys: processes that wait for a rank; None to leave it to the strategy.
-        time_limit_s: time from the start of the agent after which the run is ended; None for none.
-
-    Raises:
-        OptionsError: a value is out of range, or several nodes are given no place to meet.
-    """
-
-    program: Program
-    nproc: int = 1
-    nnodes: str = "1"
-    rdzv_endpoint: str = ""
-    rdzv_conf: Mapping[str, str | int] = field(default_factory=dict)
-    run_id: str = field(default_factory=new_run_id)
-    max_restarts: int | None = None
-    max_recoveries_without_progress: int | None = None
-    max_recoveries_per_hour: int | None = None
-    preload: tuple[str, ...] = DEFAULT_PRELOAD
-    fresh: bool = False
-    run_root: Path | None = None
-    arena_dir: Path | None = None
-    env: Mapping[str, str] = field(default_factory=dict)
-    cwd: Path | None = None
-    node_name: str | None = None
-    local_addr: str | None = None
-    log_dir: Path | None = None
-    redirects: str = "0"
-    tee: str = "0"
-    local_ranks_filter: tuple[int, ...] = ()
-    log_line_prefix: str | None = None
-    role: str = "default"
-    stop_grace_s: float = DEFAULT_STOP_GRACE_S
-    finish_grace_s: float = DEFAULT_FINISH_GRACE_S
-    exit_grace_s: float = DEFAULT_EXIT_GRACE_S
-    in_place: bool | None = None
-    standbys: int | None = None
-    time_limit_s: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("nproc", 1),
-            ("max_restarts", 0),
-            ("max_recoveries_without_progress", 0),
-            ("max_recoveries_per_hour", 0),
-            ("stop_grace_s", 0),
-            ("finish_grace_s", 0),
-            ("exit_grace_s", 0),
-            ("standbys", 0),
-            ("time_limit_s", 0),
-        ):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise OptionsError(f"{name}={value!r}: expected at least {least}")
-        least_nodes, most_nodes = self.node_range
-        if most_nodes > 1 and not self.rdzv_endpoint:
-            raise OptionsError(f"nnodes={self.nnodes}: the nodes must know where to meet; give rdzv_endpoint=HOST:PORT")
-        if len(self.endpoints) > 1 and 2 * least_nodes <= most_nodes:
-            raise OptionsError(
-                f"nnodes={self.nnodes} with {len(self.endpoints)} places to meet: where the network is cut in two, "
-                "both halves could go on, each at a place of its own. Set the least number of nodes to "
-                f"{most_nodes // 2 + 1} or more, or name one place"
-            )
-
-    @property
-    def endpoints(self) -> tuple[str, ...]:
-        """The places where nodes may meet, in their order."""
-        return tuple(endpoint.strip() for endpoint in self.rdzv_endpoint.split(",") if endpoint.strip())
-
-    @property
-    def node_range(self) -> tuple[int, int]:
-        """Least and most number of nodes."""
-        match = re.fullmatch(r"(\d+)(?::(\d+))?", self.nnodes)
-        least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 0 < least <= most:
-            raise OptionsError(f"nnodes={self.nnodes!r}: expected a number, or MIN:MAX with 0 < MIN <= MAX")
-        return least, most
-
-    @property
-    def working_dir(self) -> str:
-        """Absolute path of the workers' working directory."""
-        return str((self.cwd or Path()).absolute())
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a run ended on this node.
-
-    Args:
-        exit_code: 0, or that of the worker which ended it, 128 + number for a signal.
-        restarts: how often all workers were started again.
-        faults: what this node saw of each fault.
-        in_place: how often only the lost were replaced.
-        has_given_up: whether it ended for a fault of its machines or their surroundings, and not by its program.
-    """
-
-    exit_code: int
-    restarts: int
-    faults: tuple[FaultReport, ...]
-    in_place: int = 0
-    has_given_up: bool = False
 
 
 def _no_record(event: str, **fields: Any) -> None:

@@ -19,11 +19,11 @@ from lightning_ckptless import environment
 from lightning_ckptless.console import CONSOLE
 from lightning_ckptless.errors import LaunchError, UnfitNodeError
 from lightning_ckptless.membership.agent.agent import CkptlessAgent, Node
+from lightning_ckptless.membership.agent.logs import log_files
 from lightning_ckptless.membership.agent.partition_guard import GuardedAgent
 from lightning_ckptless.membership.agent.signals import AskedToEnd
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.launch.launch import LaunchConfig, Outcome
-from lightning_ckptless.membership.launch.logs import log_files
+from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome
 from lightning_ckptless.membership.rendezvous.failover import Route
 from lightning_ckptless.membership.rendezvous.handlers import one_machine, several_machines
 from lightning_ckptless.protocol.rendezvous_failover import MeetingPlace

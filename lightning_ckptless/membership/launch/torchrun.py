@@ -16,7 +16,7 @@ from torch.distributed.run import determine_local_world_size, get_args_parser
 from lightning_ckptless import environment
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.launch.command_line import parse_command_line
-from lightning_ckptless.membership.launch.launch import (
+from lightning_ckptless.membership.launch.config import (
     DEFAULT_FINISH_GRACE_S,
     DEFAULT_STOP_GRACE_S,
     LaunchConfig,

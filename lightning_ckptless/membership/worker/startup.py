@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 from lightning_ckptless import environment
 from lightning_ckptless.membership.channel.program_failure import count_report, leave_failure
-from lightning_ckptless.membership.launch.hydra import with_folder, without_folder
 from lightning_ckptless.membership.worker.hidden_output import real_stderr
+from lightning_ckptless.membership.worker.hydra import with_folder, without_folder
 from lightning_ckptless.membership.worker.program import Program, run_as_main
 
 _PR_SET_PDEATHSIG = 1

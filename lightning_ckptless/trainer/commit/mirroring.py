@@ -185,7 +185,7 @@ class Mirroring:
             self._open(self._layout, committed=self.taken)
 
     def abandon(self) -> None:
-        """Give up what is under way: the members is over, and its connections are cut."""
+        """Give up what is under way: the generation is over, and its connections are cut."""
         if self._protecting is not None:
             self._protecting.abandon(CLOSE_TIMEOUT_S)
             self._protecting = None

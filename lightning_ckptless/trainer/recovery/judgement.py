@@ -55,8 +55,8 @@ def count_recovery(members: MemberSet, restored: Version, options: CkptlessOptio
     why_not = why_no_recovery(history, limits, now)
     if why_not is not None:
         raise LaunchError(
-            f"rank {members.rank}: {why_not}. Look for the cause in the run's ledger; a higher limit continues from the "
-            "arenas"
+            f"rank {members.rank}: {why_not}. Look for the cause in the run's ledger; a higher limit continues from "
+            "the arenas"
         )
     if members.speaks_for_node:
         note = asdict(history.after_recovery(now)) | {"step": restored.optimizer_step}

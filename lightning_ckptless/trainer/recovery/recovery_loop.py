@@ -18,7 +18,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from lightning_ckptless import environment
 from lightning_ckptless.console import CONSOLE
@@ -39,10 +39,8 @@ from lightning_ckptless.trainer.data.batch_log import BatchLog
 from lightning_ckptless.trainer.recovery.exits import leave_process
 from lightning_ckptless.trainer.recovery.fit_resume import go_on, run_joined
 from lightning_ckptless.trainer.recovery.restoration import Restoration
+from lightning_ckptless.trainer.session.engine import Engine
 from lightning_ckptless.trainer.session.member_set import form_member_set
-
-if TYPE_CHECKING:
-    from lightning_ckptless.trainer.session.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -299,3 +297,19 @@ class RecoveryLoop:
 
     def _move(self, event: WorkerEvent) -> None:
         self.state = next_state(self.state, event)
+
+
+def run_through_faults(engine: Engine, batches: BatchLog) -> None:
+    """Have a recovery loop run the fit loop of an engine's trainer.
+
+    Args:
+        engine: attached to its trainer.
+        batches: those in flight.
+    """
+    assert engine.mirroring is not None and engine.boundaries is not None, "the engine is attached"
+    loop = RecoveryLoop(engine, engine.mirroring, batches, engine.boundaries)
+    engine.loops.before_end_of_run(loop.ask_to_leave)
+    if engine.members is None:
+        engine.loops.run_by(lambda _: loop.join_and_run())
+    else:
+        engine.loops.run_by(lambda run: loop.run(engine.entered_by(run)))

@@ -41,7 +41,6 @@ from lightning_ckptless.trainer.data.virtual_ranks import VirtualRanks
 from lightning_ckptless.trainer.recovery.fetch import fetch_version
 from lightning_ckptless.trainer.recovery.fit_resume import run_restored
 from lightning_ckptless.trainer.recovery.judgement import count_recovery, why_final
-from lightning_ckptless.trainer.recovery.recovery_loop import RecoveryLoop
 from lightning_ckptless.trainer.recovery.restoration import Restoration
 from lightning_ckptless.trainer.reporting.checkpoint_files import CheckpointFiles
 from lightning_ckptless.trainer.reporting.loggers import NOTE, RunLoggers
@@ -259,8 +258,12 @@ class Engine:
 
     # ------------------------------------------------------------------ run
 
-    def attach(self) -> None:
-        """Called when the model, its optimizers and the loops are set up: take over the commit points."""
+    def attach(self) -> BatchLog:
+        """Called when the model, its optimizers and the loops are set up: take over the commit points.
+
+        Returns:
+            The batches in flight.
+        """
         trainer, loops, arena = self.trainer, self.loops, self.arena
         assert arena is not None
         self.loggers.watch()
@@ -308,14 +311,15 @@ class Engine:
             training=sigterm.show,
         )
         loops.before_setup_of_data(self.streams.begin_epoch)
-        recovery_loop = RecoveryLoop(self, mirroring, batches, self.boundaries)
-        loops.before_end_of_run(recovery_loop.ask_to_leave)
-        if self.members is None:
-            loops.run_by(lambda _: recovery_loop.join_and_run())
-        elif restoration is None:
-            loops.run_by(recovery_loop.run)
-        else:
-            loops.run_by(lambda _: recovery_loop.run(partial(self._run_restored, restoration)))
+        return batches
+
+    def entered_by(self, run: Callable[[], None]) -> Callable[[], None]:
+        """What enters the fit loop: at the restored position, or as Lightning does.
+
+        Args:
+            run: runs the loop from its beginning.
+        """
+        return run if self._restoration is None else partial(self._run_restored, self._restoration)
 
     def _note_folders(self, arena: Arena) -> None:
         """Note the folders of all ranks, when the first processes of this fit have theirs."""

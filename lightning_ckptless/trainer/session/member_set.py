@@ -1,4 +1,4 @@
-"""A members: the ranks of one generation, how they speak with each other and where each has its arena."""
+"""The member set: the ranks of one generation, how they speak with each other and where each has its arena."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ckptless.internals.lightning.process import set_root_folder
-from lightning_ckptless.membership.launch.hydra import folder_of_run, folder_of_sweep
+from lightning_ckptless.membership.worker.hydra import folder_of_run, folder_of_sweep
 from lightning_ckptless.trainer.reporting.checkpoint_files import absolute
 
 Facts = dict[str, Any]

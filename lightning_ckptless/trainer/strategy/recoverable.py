@@ -30,6 +30,7 @@ from lightning_ckptless.options import (
 from lightning_ckptless.protocol.hang_detection import Point
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.data.virtual_ranks import VirtualRanks
+from lightning_ckptless.trainer.recovery.recovery_loop import run_through_faults
 from lightning_ckptless.trainer.reporting.checkpoint_files import removes_by_path
 from lightning_ckptless.trainer.session.engine import Engine
 from lightning_ckptless.trainer.strategy.compatibility import check_trainer
@@ -339,7 +340,7 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
             super().setup(trainer)
             if self.engine is not None and trainer.state.fn == "fit":
                 check_trainer(trainer, self.options.stateless_callbacks)
-                self.engine.attach()
+                run_through_faults(self.engine, self.engine.attach())
 
         def on_train_start(self) -> None:
             """The hooks of a starting fit have run, in every process."""

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.launch.launch import LaunchConfig, run
+from lightning_ckptless.membership.launch.config import LaunchConfig
+from lightning_ckptless.membership.launch.launch import run
 from tests.membership.conftest import script
 
 # Rank 0 kills itself when all have come; the others write down what they are told, and answer.

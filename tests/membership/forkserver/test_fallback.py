@@ -10,7 +10,8 @@ import pytest
 
 from lightning_ckptless.errors import LaunchError
 from lightning_ckptless.membership.forkserver import fallback
-from lightning_ckptless.membership.launch.launch import LaunchConfig, Outcome, run
+from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome
+from lightning_ckptless.membership.launch.launch import run
 from tests.membership.conftest import script
 
 # Preloaded: kills the parent before those forks whose numbers are named, counted over all parents of the run.

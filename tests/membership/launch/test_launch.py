@@ -17,7 +17,8 @@ from lightning_ckptless import environment
 from lightning_ckptless.errors import LaunchError, OptionsError
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.launch.launch import LaunchConfig, Outcome, main, run
+from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome
+from lightning_ckptless.membership.launch.launch import main, run
 from lightning_ckptless.membership.worker.program import Program
 from tests.membership.conftest import REPOSITORY, script
 

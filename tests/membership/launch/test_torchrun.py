@@ -9,7 +9,7 @@ from torch.distributed.run import get_args_parser
 
 from lightning_ckptless import environment
 from lightning_ckptless.errors import OptionsError
-from lightning_ckptless.membership.launch.launch import DEFAULT_PRELOAD, LaunchConfig
+from lightning_ckptless.membership.launch.config import DEFAULT_PRELOAD, LaunchConfig
 from lightning_ckptless.membership.launch.torchrun import config_from_torchrun_args
 
 

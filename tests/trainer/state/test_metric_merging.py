@@ -40,15 +40,15 @@ def test_a_metric_goes_on_with_what_both_have_seen(
     kind: str, mine: tuple[float, ...], theirs: tuple[float, ...]
 ) -> None:
     metric = updated(kind, mine)
-    state = small({"m": metric})
-    absorb(state, small({"m": updated(kind, theirs)}), {"m": reductions_of(metric)})
+    state = host_state({"m": metric})
+    absorb(state, host_state({"m": updated(kind, theirs)}), {"m": reductions_of(metric)})
     load_metric(metric, state["metrics"]["m"])
     assert torch.equal(metric.compute(), updated(kind, (*mine, *theirs)).compute())
 
 
 def test_what_cannot_be_added_is_named_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    state = small({"m": updated("sum", MINE)})
-    absorb(state, small({"m": updated("sum", THEIRS)}), {"m": {"sum_value": None}})
+    state = host_state({"m": updated("sum", MINE)})
+    absorb(state, host_state({"m": updated("sum", THEIRS)}), {"m": {"sum_value": None}})
     assert "m.sum_value cannot be added up over ranks" in caplog.text
     assert float(state["metrics"]["m"]["states"]["sum_value"]) == sum(MINE)
 
@@ -60,8 +60,8 @@ def logged(reduce: str, value: float, samples: int, *, reset: bool = False) -> d
 
 @pytest.mark.parametrize(("reduce", "expected"), [("mean", 12.0), ("sum", 12.0), ("max", 8.0), ("min", 4.0)])
 def test_logged_values_are_put_together_as_over_ranks(reduce: str, expected: float) -> None:
-    state = small({}, {"x": logged(reduce, 4.0, 3)})
-    absorb(state, small({}, {"x": logged(reduce, 8.0, 2), "y": logged(reduce, 1.0, 1)}), {})
+    state = host_state({}, {"x": logged(reduce, 4.0, 3)})
+    absorb(state, host_state({}, {"x": logged(reduce, 8.0, 2), "y": logged(reduce, 1.0, 1)}), {})
     items = state["results"]["training"]["items"]
     assert float(items["x"]["value"]) == expected
     assert float(items["y"]["value"]) == 1.0
@@ -71,14 +71,14 @@ def test_logged_values_are_put_together_as_over_ranks(reduce: str, expected: flo
 
 @pytest.mark.parametrize(("mine_reset", "theirs_reset", "expected"), [(True, False, 8.0), (False, True, 4.0)])
 def test_a_value_that_was_put_back_adds_nothing(mine_reset: bool, theirs_reset: bool, expected: float) -> None:
-    state = small({}, {"x": logged("mean", 4.0, 3, reset=mine_reset)})
-    absorb(state, small({}, {"x": logged("mean", 8.0, 2, reset=theirs_reset)}), {})
+    state = host_state({}, {"x": logged("mean", 4.0, 3, reset=mine_reset)})
+    absorb(state, host_state({}, {"x": logged("mean", 8.0, 2, reset=theirs_reset)}), {})
     assert float(state["results"]["training"]["items"]["x"]["value"]) == expected
 
 
 def test_a_new_rank_begins_with_no_sums() -> None:
     metric = updated("sum", MINE)
-    state = small({"m": metric}, {"x": logged("mean", 4.0, 3)})
+    state = host_state({"m": metric}, {"x": logged("mean", 4.0, 3)})
     forget(state, {"m": defaults_of(metric)})
     load_metric(metric, state["metrics"]["m"])
     metric.update(3.0)
@@ -88,7 +88,7 @@ def test_a_new_rank_begins_with_no_sums() -> None:
 @pytest.mark.parametrize(("reduce", "value"), [("mean", 4.0), ("sum", 4.0), ("max", -4.0), ("min", 4.0)])
 def test_a_new_rank_adds_nothing_to_a_logged_value(reduce: str, value: float) -> None:
     """And has it: what all ranks reduce at the end of the epoch must be the same on all."""
-    new, old = (small({}, {"x": logged(reduce, value, 3)}) for _ in range(2))
+    new, old = (host_state({}, {"x": logged(reduce, value, 3)}) for _ in range(2))
     forget(new, {})
     absorb(new, old, {})
     (found, expected) = (state["results"]["training"]["items"]["x"] for state in (new, old))
@@ -99,7 +99,7 @@ def test_a_new_rank_adds_nothing_to_a_logged_value(reduce: str, value: float) ->
 def test_nothing_that_was_computed_outlives_a_change() -> None:
     metric = updated("sum", MINE)
     metric.compute()
-    state = small({"m": metric}, {"x": logged("mean", 4.0, 3) | {"computed": torch.tensor(4.0)}})
+    state = host_state({"m": metric}, {"x": logged("mean", 4.0, 3) | {"computed": torch.tensor(4.0)}})
     reopen(state)
     assert state["metrics"]["m"]["computed"] is None
     assert state["results"]["training"]["items"]["x"]["computed"] is None

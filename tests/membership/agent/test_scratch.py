@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.membership.launch.scratch import ScratchFolder, find_abandoned, remove_abandoned
+from lightning_ckptless.membership.agent.scratch import ScratchFolder, find_abandoned, remove_abandoned
 from tests.membership.conftest import REPOSITORY
 from tests.outsider import call_as_another_user, needs_another_user, open_to_all
 
 HOLDS = """
 import sys
-from lightning_ckptless.membership.launch.scratch import ScratchFolder
+from lightning_ckptless.membership.agent.scratch import ScratchFolder
 print(ScratchFolder("logs").path, flush=True)
 sys.stdin.read()
 """

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 from lightning_ckptless.errors import LaunchError
+from lightning_ckptless.membership.agent.logs import log_files
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.launch.launch import LaunchConfig, run
-from lightning_ckptless.membership.launch.logs import log_files
+from lightning_ckptless.membership.launch.config import LaunchConfig
+from lightning_ckptless.membership.launch.launch import run
 from tests.membership.conftest import script
 
 FAILS = "import sys; sys.exit(3)"

@@ -10,14 +10,15 @@ import pytest
 
 from lightning_ckptless import environment
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.launch.hydra import (
+from lightning_ckptless.membership.launch.config import LaunchConfig
+from lightning_ckptless.membership.launch.launch import run
+from lightning_ckptless.membership.worker.hydra import (
     folder_of_run,
     folder_of_sweep,
     imports_hydra,
     with_folder,
     without_folder,
 )
-from lightning_ckptless.membership.launch.launch import LaunchConfig, run
 from lightning_ckptless.membership.worker.program import Program
 from tests.membership.conftest import script
 

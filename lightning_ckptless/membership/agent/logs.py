@@ -13,8 +13,8 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest, Std
 
 from lightning_ckptless.errors import LaunchError
-from lightning_ckptless.membership.launch.launch import LaunchConfig
-from lightning_ckptless.membership.launch.scratch import ScratchFolder
+from lightning_ckptless.membership.agent.scratch import ScratchFolder
+from lightning_ckptless.membership.launch.config import LaunchConfig
 
 
 class LogFiles(DefaultLogsSpecs):
