@@ -79,7 +79,7 @@ def test_the_tables_leave_no_private_name_of_torch_out() -> None:
     used = {
         name.rpartition(".")[2]
         for source in sources(PACKAGE)
-        if source.module in {"torch_internals", "mesh_internals"}
+        if source.module in {"internals.torch_internals", "internals.mesh_internals"}
         for _, name in private_names(source)
     }
     # Its module takes half a second to import, and is wanted for exported checkpoints alone.

@@ -52,7 +52,7 @@ def test_foreach_copy_takes_nothing() -> None:
 BUCKETS = """
     import torch, torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
-    from lightning_ckptless import torch_internals
+    from lightning_ckptless.internals import torch_internals
 
     def parallel(**options):
         return DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 3)), **options)

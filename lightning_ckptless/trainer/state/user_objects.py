@@ -37,6 +37,7 @@ _NO_STATE = (
 )
 """Kept elsewhere, or nothing that training changes."""
 _OF_LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_ckptless")
+_PACKAGES = {"site-packages", "dist-packages"}
 _CLIENTS = ("wandb", "mlflow", "comet_ml", "neptune", "aim", "tensorboard", "tensorboardX", "tqdm", "rich")
 
 
@@ -102,6 +103,9 @@ def _is_users_module(name: str) -> bool:
     file = getattr(sys.modules.get(name), "__file__", None)
     if name == "__main__" or file is None:
         return name == "__main__"
+    # An environment may use the packages of another one, whose folders sysconfig does not know.
+    if not _PACKAGES.isdisjoint(Path(file).parts):
+        return False
     installed = {sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib", "platstdlib")}
     return not any(Path(file).is_relative_to(folder) for folder in installed)
 
