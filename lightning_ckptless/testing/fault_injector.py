@@ -22,11 +22,14 @@ first such moment after it.
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -36,7 +39,6 @@ from lightning_ckptless.internals.lightning.distribution import DISTRIBUTIONS, m
 from lightning_ckptless.protocol.fault_script import Fault, Moment, parse_faults
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.testing.fault_marks import FaultMarks
-from lightning_ckptless.testing.harm import do_harm
 from lightning_ckptless.trainer.state.sharding import sharded_modules
 
 Remove = Callable[[], None]
@@ -266,3 +268,49 @@ def gradient_nodes(loss: torch.Tensor) -> Iterator[Any]:
 def after_optimizers(optimizers: Iterable[Any], action: Callable[[], None]) -> list[Remove]:
     """Call an action at the end of each optimizer's `step`; returns what undoes it."""
     return [optimizer.register_step_post_hook(lambda *_: action()).remove for optimizer in optimizers]
+
+
+EXIT_CODE = 3
+"""With which an `exit` fault leaves."""
+
+
+class InjectedError(RuntimeError):
+    """Raised by a `raise` fault."""
+
+
+def do_harm(fault: Fault, step: int) -> NoReturn:
+    """Let a fault happen to this process.
+
+    Args:
+        fault: what is to happen.
+        step: optimizer step at which it does.
+
+    Raises:
+        InjectedError: the fault is of the kind `raise`.
+    """
+    if fault.kind == "raise":
+        raise InjectedError(f"injected at step {step}: {fault}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if fault.kind == "exit":
+        os._exit(EXIT_CODE)
+    if fault.kind == "leave":
+        os._exit(0)
+    if fault.kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if fault.kind == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if fault.kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault.kind == "node":
+        lose_node()
+    while True:
+        # Nothing sets it: waits without using the processor, as a rank that is stuck in a driver does.
+        threading.Event().wait()
+
+
+def lose_node() -> None:
+    """Take this node from the run: its agent ends by SIGKILL, and its workers with it."""
+    agent = int(os.environ.get(environment.AGENT, os.getppid()))
+    os.kill(agent, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)

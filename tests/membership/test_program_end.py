@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from lightning_ckptless import environment
-from lightning_ckptless.membership.agent import oom_kills
 from lightning_ckptless.membership.channel.program_failure import Failure, count_report, failure_of, leave_failure
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome
 from lightning_ckptless.membership.launch.launch import run
+from lightning_ckptless.system import control_groups
 from tests.control_groups import limited_memory
 from tests.membership.conftest import script
 
@@ -231,7 +231,7 @@ def test_a_kill_for_lack_of_memory_at_one_step_is_told_from_one_from_outside(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(oom_kills, "PROC", limited_memory(tmp_path, kills=5, limit="536870912"))
+    monkeypatch.setattr(control_groups, "PROC", limited_memory(tmp_path, kills=5, limit="536870912"))
     text = STARVED.replace("sys.argv[1:]", repr([how]))
     outcome = launch(bare, text, write, tmp_path, max_recoveries_without_progress=6)
     assert (outcome.exit_code, len(outcome.faults), outcome.has_given_up) == (128 + 9, faults, True)

@@ -13,8 +13,11 @@ import torch
 
 from lightning_ckptless import environment
 from lightning_ckptless.errors import OptionsError
-from lightning_ckptless.testing.fault_injector import fault_injector_class, fault_injector_from_environment
-from lightning_ckptless.testing.harm import InjectedError
+from lightning_ckptless.testing.fault_injector import (
+    InjectedError,
+    fault_injector_class,
+    fault_injector_from_environment,
+)
 from tests.lab.parts import Options
 from tests.testing.runs import BASE, fit
 

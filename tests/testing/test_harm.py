@@ -11,11 +11,11 @@ import pytest
 
 from lightning_ckptless import environment
 from lightning_ckptless.protocol.fault_script import parse_faults
-from lightning_ckptless.testing.harm import EXIT_CODE, InjectedError, do_harm
+from lightning_ckptless.testing.fault_injector import EXIT_CODE, InjectedError, do_harm
 
 CODE = """
 import sys
-from lightning_ckptless.testing.harm import do_harm
+from lightning_ckptless.testing.fault_injector import do_harm
 from lightning_ckptless.protocol.fault_script import parse_faults
 print("begun", flush=True)
 do_harm(parse_faults(sys.argv[1])[0], 7)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lightning_ckptless.testing.trace_file import TraceFile
+from lightning_ckptless.testing.trace import TraceFile
 
 
 def test_appends_over_generations(tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from lightning_ckptless.membership.agent.hang_watch import HangWatch, LateExits
 from lightning_ckptless.membership.agent.held_memory import HeldMemory
 from lightning_ckptless.membership.agent.in_place import InPlace
 from lightning_ckptless.membership.agent.logs import LogFiles
-from lightning_ckptless.membership.agent.oom_kills import OomKills
 from lightning_ckptless.membership.agent.scratch import ScratchFolder
 from lightning_ckptless.membership.agent.signals import AskedToEnd
 from lightning_ckptless.membership.agent.workers import Workers
@@ -55,6 +54,7 @@ from lightning_ckptless.protocol.hang_detection import Hang
 from lightning_ckptless.protocol.recovery import RecoveryPlan, Rung, Situation, plan_recovery
 from lightning_ckptless.protocol.retry_policy import RecoveryHistory, RecoveryLimits, why_no_recovery
 from lightning_ckptless.protocol.uneven_steps import find_uneven, out_of_data
+from lightning_ckptless.system.control_groups import OomKills
 
 Record = Callable[..., None]
 

@@ -22,6 +22,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
@@ -34,13 +35,69 @@ from lightning_ckptless.replica.checksum import NO_CHECKSUM, bytes_of, digest, j
 from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.mirror.coordinated_stop import Ending
 from lightning_ckptless.replica.mirror.exchange import Delivery, Known, Shipment
-from lightning_ckptless.replica.mirror.round import Blob, Round
-from lightning_ckptless.replica.mirror.staging import Stager
-from lightning_ckptless.replica.mirror.stats import MirrorStats
+from lightning_ckptless.replica.mirror.staging import Load, Stager
 from lightning_ckptless.replica.slot import Slot
 from lightning_ckptless.replica.slot_pair import SlotPair
 from lightning_ckptless.replica.slot_stamp import Stamp
 from lightning_ckptless.replica.transport import Transport
+
+Blob = bytes | Callable[[], bytes]
+"""A rank's host state, or what gives it in the mirror's thread, where waiting for a device holds up nobody."""
+
+
+@dataclass
+class Round:
+    """One version on its way. Without a load, this rank has nothing to give."""
+
+    version: Version
+    began_at: float
+    slot: Slot | None = None
+    load: Load | None = None
+    blob: Blob = b""
+    staged: Future[None] = field(default_factory=Future)
+    ended: Future[None] = field(default_factory=Future)
+
+    def pack(self) -> bytes:
+        """The host state; packed when it is asked for first."""
+        if not isinstance(self.blob, bytes):
+            self.blob = self.blob()
+        return self.blob
+
+    def fail(self, error: BaseException) -> None:
+        """Hand an error to whoever waits for the round."""
+        for future in (self.staged, self.ended):
+            if not future.done():
+                future.set_exception(error)
+
+
+@dataclass
+class MirrorStats:
+    """What a mirror has done so far.
+
+    Attributes:
+        rounds: versions begun, skipped ones included.
+        committed: rounds that all ranks committed.
+        skipped: rounds that this rank took part in without data.
+        aborted: rounds that some rank voted down.
+        torn: rounds in which a tensor changed while it was copied here.
+        staged_bytes: bytes of tensors copied into own slots.
+        sent_bytes: bytes of tensors and host state sent to holders.
+        last_stage_s: time from `submit` until the last version was copied.
+        last_round_s: time from `submit` until the last round ended.
+        stall_s: time that the training thread has waited here, in all.
+    """
+
+    rounds: int = 0
+    committed: int = 0
+    skipped: int = 0
+    aborted: int = 0
+    torn: int = 0
+    staged_bytes: int = 0
+    sent_bytes: int = 0
+    last_stage_s: float = 0.0
+    last_round_s: float = 0.0
+    stall_s: float = 0.0
+
 
 log = logging.getLogger(__name__)
 

@@ -8,13 +8,17 @@ what the ranks before have written.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from lightning_ckptless.errors import LayoutMismatchError
 from lightning_ckptless.internals.lightning.metrics import defaults_of, metrics_of, reductions_of
 from lightning_ckptless.internals.lightning.virtual_ranks import tell_of_batch
+from lightning_ckptless.internals.mesh_internals import divide_anew, make_room_for_part, uneven_parameters
 from lightning_ckptless.options import ElasticBatch
 from lightning_ckptless.protocol.repartition import Repartition, require_repartition
 from lightning_ckptless.protocol.versions import Complete
@@ -31,6 +35,7 @@ from lightning_ckptless.trainer.session.member_set import MemberSet
 from lightning_ckptless.trainer.state.layout_tensors import describe_state, make_room
 from lightning_ckptless.trainer.state.metric_merging import absorb, forget, reopen
 from lightning_ckptless.trainer.state.rng import apply_rng
+from lightning_ckptless.trainer.state.sharding import reshard
 from lightning_ckptless.trainer.state.tensors import StateIndex
 from lightning_ckptless.trainer.state.trust import small_state_of
 
@@ -186,3 +191,27 @@ def _position(host_state: Small, stream: int) -> Small:
         return {"rng": host_state["state"]["rng"], "data": host_state["state"]["data"]}
     position: Small = host_state["streams"]["carried"][stream]
     return position
+
+
+def divide_state_anew(trainer: Any, modules: Sequence[Any], mesh: DeviceMesh) -> None:
+    """Make room for this rank's part of every sharded tensor of the state.
+
+    Args:
+        trainer: set up.
+        modules: those of its model under `fully_shard`.
+        mesh: that of the strategy, which has become the new world's.
+
+    Raises:
+        LayoutMismatchError: a tensor cannot be divided over the ranks that there are.
+    """
+    for name, sizes, dim, ranks in uneven_parameters(modules):
+        raise LayoutMismatchError(
+            f"rank {trainer.global_rank}: {name} is {sizes}, sharded along its dimension {dim}: {ranks} ranks cannot "
+            "divide that evenly, as fully_shard wants it. Allow only numbers of nodes that can (--nnodes MIN:MAX), or "
+            "shard along dimension 0"
+        )
+    reshard(modules)
+    divided = set(map(id, divide_anew(modules)))
+    for tensor in StateIndex(trainer).tensors().values():
+        if isinstance(tensor, DTensor) and id(tensor) not in divided:
+            make_room_for_part(tensor, mesh)

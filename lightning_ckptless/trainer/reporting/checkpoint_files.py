@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lightning_ckptless.ledger import Ledger, read_ledger
 from lightning_ckptless.protocol.checkpoint_history import (
@@ -28,7 +31,7 @@ from lightning_ckptless.protocol.checkpoint_history import (
     read_history,
 )
 from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.trainer.reporting.checkpoint_copies import Copies
+from lightning_ckptless.trainer.reporting.checkpoint_copies import Copies, is_whole
 from lightning_ckptless.trainer.reporting.lost_files import LostFile, lost_checkpoints, size_bytes
 
 log = logging.getLogger(__name__)
@@ -268,3 +271,30 @@ def _exists(path: str) -> bool:
 def _names(paths: list[str]) -> str:
     shown = ", ".join(paths[:_NAMES_SHOWN])
     return shown if len(paths) <= _NAMES_SHOWN else f"{shown} and {len(paths) - _NAMES_SHOWN} more"
+
+
+def newest_checkpoint(trainer: Any) -> str | None:
+    """The newest checkpoint file that this trainer's callbacks have written, in this process or before it."""
+    folders = {Path(folder) for callback in trainer.checkpoint_callbacks if (folder := _folder(trainer, callback))}
+    files = [path for folder in folders if folder.is_dir() for path in folder.glob("*.ckpt") if is_whole(path)]
+    return str(max(files, key=lambda path: path.stat().st_mtime)) if files else None
+
+
+def step_of(path: str) -> int | None:
+    """The optimizer step of a checkpoint file; None where it cannot be known without loading it.
+
+    Args:
+        path: of the file, or a word that Lightning makes a path of later.
+    """
+    try:
+        loaded = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+        return int(loaded["global_step"])
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError):
+        return None
+
+
+def _folder(trainer: Any, callback: Any) -> str | None:
+    if folder := getattr(callback, "dirpath", None):
+        return str(folder)
+    log_dir = trainer.logger.log_dir if trainer.logger is not None else trainer.default_root_dir
+    return str(Path(log_dir) / "checkpoints") if log_dir else None

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_ckptless import environment
-from lightning_ckptless.membership.launch.config import usual_modules
-from lightning_ckptless.membership.launch.distribution import LIGHTNING, PYTORCH_LIGHTNING, distribution_of
+from lightning_ckptless.membership.launch.config import LIGHTNING, PYTORCH_LIGHTNING, distribution_of, usual_modules
 
 
 @pytest.mark.parametrize(

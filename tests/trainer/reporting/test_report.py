@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from lightning_ckptless.ledger import Ledger
-from lightning_ckptless.replica.mirror.stats import MirrorStats
+from lightning_ckptless.replica.mirror.mirror import MirrorStats
 from lightning_ckptless.trainer.reporting.report import RunReport
 from tests.trainer.tiny import tiny_trainer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_ckptless.membership.agent.oom_kills import OomKills
+from lightning_ckptless.system.control_groups import OomKills
 from tests.control_groups import fill, limited_memory
 
 
