@@ -13,7 +13,8 @@
     ├── LayoutMismatchError   the relaunched script built another model or optimizer
     ├── WorldSizeError        this number of ranks cannot go on with the state
     ├── UnevenStepsError      one rank has ended training, another one has begun a further step
-    └── UnfitNodeError        this node failed its health check, and stays out
+    ├── UnfitNodeError        this node failed its health check, and stays out
+    └── WorkerError           cause of an exception in a notebook: where its worker raised it
 
 A message names the rank, the step, what was expected, what was found, and the fix.
 """
@@ -77,6 +78,13 @@ class UnevenStepsError(CkptlessError, RuntimeError):
 
 class UnfitNodeError(CkptlessError, RuntimeError):
     """This node failed its health check, and stays out of the run."""
+
+
+class WorkerError(CkptlessError):
+    """Where a worker raised an exception that is raised again in the notebook: the cause of that one."""
+
+    def __str__(self) -> str:
+        return "\n" + super().__str__()
 
 
 def let_go(error: BaseException | None) -> None:

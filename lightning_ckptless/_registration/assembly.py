@@ -23,10 +23,12 @@ def strategy_for(distribution: str, name: str = "ckptless") -> type[Any]:
         VersionError: Python, torch or Lightning is too old, or has moved what is used.
     """
     require_libraries(distribution)
+    from lightning_ckptless.runner import run_job
     from lightning_ckptless.trainer.strategy.strategies import strategy_class
 
     strategy = strategy_class(distribution, name)
     strategy.observers = staticmethod(lambda: callbacks_from_environment(distribution))
+    strategy.run_job = staticmethod(run_job)
     strategy.blank = staticmethod(blank_strategy)
     return strategy
 

@@ -35,14 +35,17 @@ class Registered(NamedTuple):
 _DATA_PARALLEL = "Data parallelism that survives the loss of any rank, bit for bit"
 NAMES = {
     "ckptless": Registered("ckptless", {}, _DATA_PARALLEL),
-    # Programs look for "ddp" in the name of a strategy, and for the names that Lightning gives to options of DDP. Those
-    # of start methods (`ddp_spawn`, `ddp_fork`, `ddp_notebook`) have no counterpart: the agent starts the workers.
+    # Programs look for "ddp" in the name of a strategy, and for the names that Lightning gives to options of DDP. Of
+    # those of start methods, `ddp_notebook` and `ddp_fork` have one counterpart, and `ddp_spawn` has none.
     "ckptless_ddp": Registered("ckptless", {}, _DATA_PARALLEL),
     "ckptless_ddp_find_unused_parameters_true": Registered(
         "ckptless", {"find_unused_parameters": True}, f"{_DATA_PARALLEL}; parameters may be left out of a step"
     ),
     "ckptless_ddp_find_unused_parameters_false": Registered(
         "ckptless", {"find_unused_parameters": False}, f"{_DATA_PARALLEL}; every parameter takes part in every step"
+    ),
+    "ckptless_notebook": Registered(
+        "ckptless", {"start_method": "fork"}, f"{_DATA_PARALLEL}; workers are forks of a notebook's process"
     ),
     "ckptless_model_parallel": Registered(
         "ckptless_model_parallel",

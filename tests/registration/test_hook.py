@@ -13,6 +13,7 @@ NAMES = [
     "ckptless_ddp",
     "ckptless_ddp_find_unused_parameters_true",
     "ckptless_ddp_find_unused_parameters_false",
+    "ckptless_notebook",
     "ckptless_model_parallel",
 ]
 REGISTRY = """

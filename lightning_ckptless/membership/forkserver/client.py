@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Protocol, Self
 
 import lightning_ckptless
 from lightning_ckptless.errors import LaunchError
@@ -69,6 +69,18 @@ class Forked:
     parent_pid: int
 
 
+class ParentProcess(Protocol):
+    """The process of a parent, as this process has started it."""
+
+    pid: int
+
+    def kill(self) -> None:
+        """End it at once."""
+
+    def wait(self, timeout: float | None = None) -> object:
+        """Wait for its end; raises `subprocess.TimeoutExpired`."""
+
+
 class ForkServer:
     """A process that has imported what workers need and forks them on request; see `preload`.
 
@@ -79,14 +91,19 @@ class ForkServer:
         modules: names of the modules to import, in this order; none for a parent that only starts fresh processes.
         path: folders in which they are looked for first.
         flags: options of its interpreter, e.g. `("-X", "dev")`.
+
+    Attributes:
+        executes: whether what its workers run could also be run by a new interpreter.
     """
+
+    executes: ClassVar[bool] = True
 
     def __init__(self, modules: Sequence[str] = (), *, path: Sequence[str] = (), flags: Sequence[str] = ()) -> None:
         self.modules = tuple(modules)
         self.path = tuple(path)
         self.flags = tuple(flags)
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ParentProcess | None = None
         self._socket: socket.socket | None = None
         self._imports_awaited = 0
         self._more: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
@@ -189,19 +206,28 @@ class ForkServer:
     def _launch(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            arguments = ["--fd", str(theirs.fileno()), "--agent", str(os.getpid())]
-            self._process = subprocess.Popen(
-                [sys.executable, *self.flags, "-m", f"{__package__}.preload", *arguments],
-                # Found from there whatever this process's own search path is; each worker gets its own folder later.
-                cwd=_PACKAGE_FOLDER,
-                env=parent_environment(dict(os.environ)),
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
+            self._process = self._launch_process(theirs, ours)
         self._socket = ours
         self._ends.clear()
         for modules, path in ((self.modules, self.path), *self._more):
             self._ask_for_import(modules, path)
+
+    def _launch_process(self, control: socket.socket, ours: socket.socket) -> ParentProcess:  # noqa: ARG002
+        """Start the process of the parent.
+
+        Args:
+            control: its end of the connection.
+            ours: the end of this process.
+        """
+        arguments = ["--fd", str(control.fileno()), "--agent", str(os.getpid())]
+        return subprocess.Popen(
+            [sys.executable, *self.flags, "-m", f"{__package__}.preload", *arguments],
+            # Found from there whatever this process's own search path is; each worker gets its own folder later.
+            cwd=_PACKAGE_FOLDER,
+            env=parent_environment(dict(os.environ)),
+            pass_fds=[control.fileno()],
+            start_new_session=True,
+        )
 
     def _ask_for_import(self, modules: Sequence[str], path: Sequence[str]) -> None:
         if modules:

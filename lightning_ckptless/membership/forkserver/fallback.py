@@ -5,6 +5,7 @@
 | ends while workers are forked | another one like it is started, and all workers with it |
 | has ended so three times in a row | new interpreters are started from then on |
 | says that a fork of it would not be a clean process | the same |
+| is all that has what the workers run (a notebook's) | the run ends, in the place of new interpreters |
 | says that the system allows no further process | all workers are started again after a pause, three times |
 
 Workers never outlive the parent that has forked them, so none is left when the next one begins.
@@ -60,6 +61,8 @@ class ForkFallback:
                 workers.start()
             except UnsafeForkError as error:
                 workers.close(signal.SIGKILL)
+                if not self.parent.executes:
+                    raise
                 self._start_afresh(str(error))
             except ForkError as error:
                 workers.close(signal.SIGKILL)
@@ -72,9 +75,9 @@ class ForkFallback:
             except ForkServerLostError as error:
                 workers.close(signal.SIGKILL)
                 losses += 1
-                if self.fresh and losses > _MOST_LOSSES:
+                if losses > _MOST_LOSSES and (self.fresh or not self.parent.executes):
                     raise
-                if losses == _MOST_LOSSES:
+                if losses == _MOST_LOSSES and self.parent.executes:
                     self._start_afresh(f"{error}, {losses} times in a row")
                 else:
                     self._say(f"{error}; another one is started, and they with it")

@@ -109,10 +109,12 @@ class Parent:
     Args:
         control: the socket to the agent.
         agent_pid: the process at its other end.
+        refuses: whether it refuses forks that would not be clean processes.
     """
 
     control: socket.socket
     agent_pid: int
+    refuses: bool = True
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     pidfds: dict[int, int] = field(default_factory=dict)
     loses_cuda: bool = False
@@ -159,7 +161,7 @@ class Parent:
 
     def _fork(self, job: Job, files: list[int]) -> Job | None:
         """Fork a worker. Returns its job in the worker, None in the parent."""
-        refusal = None if job.fresh else self._refusal()
+        refusal = self._refusal() if self.refuses and not job.fresh else None
         if refusal is not None:
             socket_messages.close_all(files)
             self._send({"refused": refusal})

@@ -47,7 +47,7 @@ def replace_by_agent(
     """
     line = parse_command_line(sys.orig_argv)
     folder = Path(multiprocessing.process.ORIGINAL_DIR or os.getcwd())  # type: ignore[attr-defined]
-    refusal = why_not_again(line, folder, prompt=_has_prompt())
+    refusal = why_not_again(line, folder)
     if refusal is not None:
         raise LaunchError(refusal)
     options = {
@@ -83,17 +83,16 @@ def agent_command(
     return [*line.flags, "-m", agent_module, *given, "--", line.target, *line.args]
 
 
-def why_not_again(line: CommandLine, folder: Path, *, prompt: bool) -> str | None:
+def why_not_again(line: CommandLine, folder: Path) -> str | None:
     """Why a program cannot be started once more; None when it can.
 
     Args:
         line: how it was started.
         folder: the folder in which it was started.
-        prompt: whether it is a notebook or an interactive session.
     """
     remedy = "put the training into a file and run: python FILE.py"
-    if prompt or "-i" in line.flags:
-        return f"the workers run the same program again, which a notebook or a prompt is not; {remedy}"
+    if line.source in ("command", "stdin"):
+        remedy += ', or choose strategy="ckptless_notebook", whose workers are forks of this process'
     if line.source == "command":
         return f"the workers run the same program again, and this one was given with -c; {remedy}"
     if line.source == "stdin":
@@ -103,5 +102,6 @@ def why_not_again(line: CommandLine, folder: Path, *, prompt: bool) -> str | Non
     return None
 
 
-def _has_prompt() -> bool:
+def is_interactive() -> bool:
+    """Whether this process is a notebook or a prompt: what was typed there cannot be run again from a file."""
     return hasattr(sys, "ps1") or hasattr(builtins, "get_ipython") or bool(sys.flags.interactive)

@@ -42,7 +42,7 @@ def imports_hydra(program: Program, cwd: Path) -> bool:
         program: a script or a module.
         cwd: where it is started.
     """
-    if program.kind == "executable":
+    if program.kind not in ("script", "module"):
         return False
     name = program.target if program.kind == "script" else program.target.replace(".", "/") + ".py"
     file = cwd / name

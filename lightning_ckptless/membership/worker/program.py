@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from lightning_ckptless.errors import LaunchError
 
-Kind = Literal["script", "module", "executable"]
+Kind = Literal["script", "module", "executable", "call"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class Program:
 
     Args:
         kind: `script` for a file, folder or zip that python runs, `module` for `python -m`, `executable` for anything
-            else that the system can start.
-        target: the file, or the dotted name of the module.
+            else that the system can start, `call` for a call that a forked parent holds (`forked_call.py`).
+        target: the file, the dotted name of the module, or what the call is named in messages.
         args: what follows it on the command line.
         flags: options of the interpreter, e.g. `("-X", "dev")`.
     """

@@ -104,7 +104,7 @@ def run(job: Job) -> int:
     Returns:
         Exit code of the process. `SystemExit` passes through: the interpreter prints its message and sets the code.
     """
-    _enter(job)
+    enter(job)
     try:
         run_as_main(with_folder(job.program, job.env))
     except SystemExit as request:
@@ -114,20 +114,35 @@ def run(job: Job) -> int:
     except BaseException as error:  # noqa: BLE001 - the last resort of an interpreter: report whatever the user raised
         leave_failure(error)
         _report(error)
-        # Python would end itself by SIGINT; the shell shows the same number for both.
-        return _SIGINT_EXIT_CODE if isinstance(error, KeyboardInterrupt) else 1
+        return exit_code_of(error)
     return 0
 
 
-def _enter(job: Job) -> None:
+def exit_code_of(error: BaseException) -> int:
+    """Exit code of a process that an exception ends."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    # Python would end itself by SIGINT; the shell shows the same number for both.
+    return _SIGINT_EXIT_CODE if isinstance(error, KeyboardInterrupt) else 1
+
+
+def enter(job: Job, *, reseeds: bool = True) -> None:
+    """Make this process, a fork, like one that was started for the job.
+
+    Args:
+        job: what it is to run.
+        reseeds: whether random generators begin where no other process's do, as in a new interpreter; else they
+            continue from where those of the process that was forked were.
+    """
     os.environ.clear()
     os.environ.update(without_folder(job.env))
     os.chdir(job.cwd)
     multiprocessing.process.ORIGINAL_DIR = job.cwd  # type: ignore[attr-defined]
     multiprocessing.process.current_process().authkey = os.urandom(32)
     _renew_stdio()
-    _reset_signals()
-    _reseed()
+    reset_signals()
+    if reseeds:
+        _reseed()
     _set_threads()
     os.environ[environment.MAIN_AT] = repr(time.time())
 
@@ -145,7 +160,8 @@ def _renew_stdio() -> None:
         setattr(sys, f"__{name}__", stream)
 
 
-def _reset_signals() -> None:
+def reset_signals() -> None:
+    """Give signals the handlers that they have in a new interpreter; those that are ignored stay so."""
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)

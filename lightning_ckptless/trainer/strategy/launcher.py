@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from lightning_ckptless import environment
@@ -18,7 +19,7 @@ from lightning_ckptless.internals.lightning.sigterm import give_exit_code
 from lightning_ckptless.internals.lightning.versions import without_beginning
 from lightning_ckptless.membership.channel.agent_channel import Line, is_standby, open_line
 from lightning_ckptless.membership.channel.exit_report import ExitReport, leave_verdict, withdraw_verdict
-from lightning_ckptless.membership.launch.reexec import replace_by_agent
+from lightning_ckptless.membership.launch.reexec import is_interactive, replace_by_agent
 from lightning_ckptless.membership.worker.peer_errors import is_lost_peer
 from lightning_ckptless.membership.worker.process_groups import keep_through_device_errors
 from lightning_ckptless.membership.worker.watcher import Watcher
@@ -36,6 +37,7 @@ from lightning_ckptless.trainer.session.identity import (
 )
 from lightning_ckptless.trainer.session.run_folders import hydra_folder
 from lightning_ckptless.trainer.session.standby import wait_for_rank
+from lightning_ckptless.trainer.strategy.notebook import NotebookCall
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +57,12 @@ class FitGuard:
         self._is_observed = False
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        """Run a trainer function here, or hand the process over to the agent that runs it in workers."""
+        """Run a trainer function here, have forks of a notebook run it, or hand the process over to an agent."""
         self.strategy.check_options()
         if not is_worker():
+            if self._is_to_fork():
+                call = NotebookCall(self.strategy, self.launch, function, args, kwargs, trainer)
+                return call.run(_run_root(trainer))
             self._hand_over(trainer)
         if (line := open_line()) is not None:
             line.tell("arrived", hydra=hydra_folder())
@@ -66,6 +71,16 @@ class FitGuard:
             self._pass_by(function)
             return function(*args, **kwargs)
         return self._fit(function, args, kwargs, trainer)
+
+    def _is_to_fork(self) -> bool:
+        """Whether workers are forks of this process, and not processes that run the same program again."""
+        method = self.strategy.start_method
+        if method not in ("popen", "fork"):
+            raise OptionsError(
+                f"start_method={method!r}: choose 'popen', with which workers run the same program again, or 'fork', "
+                "with which they are forks of this process, as in a notebook"
+            )
+        return method == "fork" or is_interactive()
 
     def _hand_over(self, trainer: Any) -> None:
         strategy = self.strategy
@@ -86,11 +101,10 @@ class FitGuard:
         os.environ[environment.LIGHTNING] = distribution_of(strategy)
         if folder := hydra_folder():
             os.environ[environment.HYDRA] = folder
-        root = trainer.default_root_dir if trainer is not None else os.getcwd()
         replace_by_agent(
             nproc=strategy.num_processes,
             nnodes=os.environ.get(environment.NNODES, strategy.num_nodes),
-            run_root=os.environ.get(environment.RUN_ROOT, os.path.join(os.path.abspath(root), "ckptless")),
+            run_root=_run_root(trainer),
             arena_dir=strategy.options.arena_dir,
             rdzv_endpoint=endpoint,
             agent_module=AGENT_MODULE,
@@ -222,6 +236,12 @@ class FitGuard:
         leave_process()
 
 
+def _run_root(trainer: Any) -> Path:
+    """The folder of all runs: as the environment says, or below the trainer's own."""
+    root = trainer.default_root_dir if trainer is not None else os.getcwd()
+    return Path(os.environ.get(environment.RUN_ROOT) or os.path.join(os.path.abspath(root), "ckptless"))
+
+
 def _wait_for_the_agent(engine: Engine) -> None:
     """Our agent ends this process as soon as it has seen the peer's end; leaving first would blur whose fault it was.
 
@@ -244,7 +264,7 @@ def launcher_class(distribution: str) -> type:
 
         @property
         def is_interactive_compatible(self) -> bool:
-            return False
+            return True
 
         def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
             return self.guard.launch(function, *args, trainer=trainer, **kwargs)

@@ -95,6 +95,8 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
         """
 
         observers: Callable[[], list[Any]] = staticmethod(list)
+        run_job: Callable[..., Any]
+        """Runs an agent in this process. Set where the rooms are put together, as `observers` is."""
         blank: Callable[[str, str], Any]
         """Makes an object of the class that a copy is filled into. Set where the class gets its public name."""
 
@@ -130,6 +132,8 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
             given = locals()
             super().__init__(**base_options)
             self.options = CkptlessOptions(**{field.name: given[field.name] for field in fields(CkptlessOptions)})
+            self.start_method: str = base_options.get("start_method", "popen")
+            self.has_handed_back = False
             self._stream: int | None = None
             self.engine: Engine | None = None
             self.world = World()

@@ -70,19 +70,18 @@ def test_the_agents_command_line(line: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "prompt", "reason"),
+    ("line", "reason"),
     [
-        ("python train.py", False, None),
-        ("python -m train", False, None),
-        ("python -c pass", False, "given with -c"),
-        ("python -", False, "standard input"),
-        ("python -i train.py", False, "a notebook or a prompt"),
-        ("python -m ipykernel_launcher", True, "a notebook or a prompt"),
-        ("python gone.py", False, "no longer there"),
+        ("python train.py", None),
+        ("python -m train", None),
+        ("python -c pass", "given with -c"),
+        ("python -", "standard input"),
+        ("python gone.py", "no longer there"),
     ],
 )
-def test_what_can_be_run_again(line: str, prompt: bool, reason: str | None, tmp_path: Path) -> None:
+def test_what_can_be_run_again(line: str, reason: str | None, tmp_path: Path) -> None:
     (tmp_path / "train.py").touch()
-    found = why_not_again(parse_command_line(line.split(" ")), tmp_path, prompt=prompt)
+    found = why_not_again(parse_command_line(line.split(" ")), tmp_path)
     assert (found is None) is (reason is None)
     assert reason is None or (reason in str(found) and "python FILE.py" in str(found))
+    assert ("ckptless_notebook" in str(found)) is (reason in ("given with -c", "standard input"))

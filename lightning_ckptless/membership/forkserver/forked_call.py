@@ -1,0 +1,137 @@
+"""A parent that is forked from this process, and workers that run one call of it in the place of a program.
+
+What exists only in the memory of this process, such as classes and data that were defined in the cells of a notebook,
+is there in every worker. The parent is forked at the call, before anything of the run has begun, and does not change
+from then on: a worker that replaces a lost one starts from the same state as the first ones did. However many threads
+this process has, only the one that makes the call is in the parent, and in the workers.
+"""
+
+from __future__ import annotations
+
+import builtins
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.context import ForkProcess
+
+from lightning_ckptless.membership.channel.program_failure import leave_failure
+from lightning_ckptless.membership.forkserver.client import Forked, ForkServer
+from lightning_ckptless.membership.forkserver.server import Parent
+from lightning_ckptless.membership.worker import startup
+from lightning_ckptless.membership.worker.program import Program
+from lightning_ckptless.membership.worker.startup import Job
+
+Call = Callable[[], None]
+
+
+class ForkedParent(ForkServer):
+    """A parent that this process forks itself.
+
+    Args:
+        call: what every worker runs; returns, or raises what ends the worker as failed.
+        output: file descriptors that workers get in the place of others of this process, e.g. of its stdout.
+    """
+
+    executes = False
+
+    def __init__(self, call: Call, output: Mapping[int, int]) -> None:
+        super().__init__()
+        self._call = call
+        self._output = dict(output)
+
+    def fork(self, job: Job, stdio: Sequence[int] = (0, 1, 2)) -> Forked:
+        """Start a worker; see the base class."""
+        return super().fork(job, [self._output.get(number, number) for number in stdio])
+
+    def _launch_process(self, control: socket.socket, ours: socket.socket) -> _Handle:
+        process = multiprocessing.get_context("fork").Process(
+            target=_serve, args=(control, ours, os.getpid(), self._call), name="ckptless-parent"
+        )
+        with warnings.catch_warnings():
+            # Python warns of forks of a process with several threads, which every notebook's is.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process.start()
+        return _Handle(process)
+
+
+class _Handle:
+    """A forked process, with the part of `subprocess.Popen` that the handle of a parent uses.
+
+    Args:
+        process: started.
+    """
+
+    def __init__(self, process: ForkProcess) -> None:
+        self._process = process
+        self.pid = process.pid or 0
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for its end."""
+        self._process.join(timeout)
+        if self._process.is_alive():
+            raise subprocess.TimeoutExpired(self._process.name, timeout or 0.0)
+        self._process.close()
+
+
+def _serve(control: socket.socket, ours: socket.socket, agent_pid: int, call: Call) -> None:
+    """The life of the parent, and of each worker that it forks. `multiprocessing` ends the process after it."""
+    os.setsid()
+    # An event loop of the process that was forked would be woken by the signals of this one.
+    signal.set_wakeup_fd(-1)
+    startup.reset_signals()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ours.close()
+    # Its threads are those that libraries start in every fork, as torch's pool does: they are no obstacle to the next.
+    job = Parent(control, agent_pid, refuses=False).serve()
+    sys.exit(0 if job is None else _run(job, call))
+
+
+def _run(job: Job, call: Call) -> int:
+    """Run the job in this process, which has just been forked. Returns its exit code."""
+    if job.program != THE_CALL:
+        return startup.run(job)
+    before = {id(stream): name for name in ("stdout", "stderr") if (stream := getattr(sys, name)) is not None}
+    startup.enter(job, reseeds=False)
+    _log_to_new_streams(before)
+    _let_display()
+    try:
+        call()
+    except BaseException as error:  # noqa: BLE001 - as an interpreter does: whatever was raised ends the process
+        leave_failure(error)
+        return startup.exit_code_of(error)
+    return 0
+
+
+def _log_to_new_streams(before: Mapping[int, str]) -> None:
+    """Have log handlers that write to the streams of before, by their ids, write to those in their places."""
+    loggers = [logging.root, *(logging.getLogger(name) for name in list(logging.root.manager.loggerDict))]
+    for handler in {handler for logger in loggers for handler in logger.handlers}:
+        if isinstance(handler, logging.StreamHandler) and (name := before.get(id(handler.stream))):
+            # Not by `setStream`, which would flush the old one: it belongs to the process that was forked.
+            handler.stream = getattr(sys, name)
+
+
+def _let_display() -> None:
+    """Have what a worker displays in a notebook, e.g. a progress bar, be sent to its cell.
+
+    The kernel's session refuses to send from a fork, in case its sockets were not made for that. Those by which output
+    is sent are: in a fork they hand it to the process that was forked.
+    """
+    shell = builtins.get_ipython() if hasattr(builtins, "get_ipython") else None
+    session = getattr(getattr(shell, "kernel", None), "session", None)
+    if session is not None:
+        session.check_pid = False
+
+
+THE_CALL = Program("call", "the call")
+"""What workers of a forked parent run."""

@@ -1,0 +1,256 @@
+"""A call of a trainer in a notebook: its workers are forked from the notebook's process, which becomes their agent.
+
+The cell runs as long as the workers do. What is defined in cells needs no name that another process could import, a
+worker that replaces a lost one is forked from the state at the call as well, and what was trained is in the notebook's
+own trainer and model when the call returns.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_ckptless.errors import LaunchError, OptionsError, WorkerError
+from lightning_ckptless.internals.lightning.distribution import distribution_of
+from lightning_ckptless.internals.lightning.handover import capture, elastic_environment, restore, without_predictions
+from lightning_ckptless.internals.lightning.launch import is_stop
+from lightning_ckptless.internals.lightning.log_files import keep_logs
+from lightning_ckptless.membership.agent.signals import AskedToEnd
+from lightning_ckptless.membership.forkserver.forked_call import THE_CALL, ForkedParent
+from lightning_ckptless.membership.forkserver.output_relay import OutputRelay
+from lightning_ckptless.membership.forkserver.server import loses_cuda
+from lightning_ckptless.membership.launch.launch import LaunchConfig, Outcome
+from lightning_ckptless.membership.launch.scratch import ScratchFolder
+
+RUN_A_FILE = (
+    "write the cells to a file and run that: put `%%writefile train.py` first in the cell, then run "
+    "`!ckptless run --nproc-per-node {ranks} train.py` in another one"
+)
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""OpenMP's threads do not survive a fork: a worker that asks for more than one waits for ever if the process that was
+forked has used them."""
+_RESULT = "result.pt"
+
+
+@dataclass(frozen=True)
+class NotebookCall:
+    """One call of a trainer.
+
+    Args:
+        strategy: of the trainer.
+        launch: runs a function of the trainer in a worker.
+        function: to be run.
+        args: its arguments.
+        kwargs: its arguments by name.
+        trainer: that is called; None for a function that needs none.
+    """
+
+    strategy: Any
+    launch: Callable[..., Any]
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    trainer: Any
+
+    def run(self, run_root: Path) -> Any:
+        """Run the function in workers, and bring back what it has come to. Returns what it returned on rank 0.
+
+        Args:
+            run_root: folder that receives the run's folder.
+
+        Raises:
+            OptionsError: a setting that cannot work in a notebook.
+            LaunchError: workers cannot be forked, or have ended without an exception of their own.
+            KeyboardInterrupt: the user has stopped the cell.
+        """
+        strategy = self.strategy
+        require_forks_can_train(strategy)
+        call = replace(self, args=without_predictions(self.function, self.args))
+        config = LaunchConfig(
+            program=THE_CALL,
+            nproc=strategy.num_processes,
+            run_root=run_root,
+            arena_dir=None if strategy.options.arena_dir is None else Path(strategy.options.arena_dir),
+            env=ONE_THREAD,
+        )
+        with ScratchFolder("notebook") as scratch:
+            exchange = Exchange(scratch.path)
+            try:
+                with (
+                    first_interrupt_finishes_the_step(),
+                    OutputRelay() as relay,
+                    ForkedParent(lambda: call.work(exchange), relay.output) as parent,
+                ):
+                    outcome = strategy.run_job(config, parent=parent)
+            except AskedToEnd:
+                self._take_over(exchange)
+                raise KeyboardInterrupt from None
+            result = self._take_over(exchange)
+            if outcome.exit_code:
+                raise exchange.error_of(outcome)
+            return result
+
+    def work(self, exchange: Exchange) -> None:
+        """Be a worker, in a process that has been forked for it.
+
+        Args:
+            exchange: takes what the call comes to on this rank.
+        """
+        strategy, trainer = self.strategy, self.trainer
+        strategy.cluster_environment = elastic_environment(distribution_of(strategy))
+        strategy.set_world_ranks()
+        if strategy.has_handed_back and strategy.global_rank == 0:
+            # The files of an earlier call; a logger that opens them again would begin new ones in their place.
+            keep_logs(trainer)
+        try:
+            result = self.launch(exchange.noting_errors(self.function), *self.args, trainer=trainer, **self.kwargs)
+            self._hand_back(exchange, result)
+        except BaseException as error:
+            if is_stop(error):
+                self._hand_back(exchange, None)
+            exchange.leave_error(error)
+            raise
+
+    def _hand_back(self, exchange: Exchange, result: Any) -> None:
+        captured = None if self.trainer is None else capture(self.trainer)
+        if self.strategy.global_rank == 0:
+            exchange.leave_result(result, captured)
+
+    def _take_over(self, exchange: Exchange) -> Any:
+        result, captured = exchange.take_result()
+        if captured is not None:
+            restore(self.trainer, captured)
+            self.strategy.has_handed_back = True
+        return result
+
+
+class Exchange:
+    """Files by which workers hand back what they have come to, in a folder that only this user can enter.
+
+    Args:
+        folder: made by the notebook's process.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._raised_at = math.inf
+
+    def leave_result(self, result: Any, captured: dict[str, Any] | None) -> None:
+        """Leave what the call returned and the state of its trainer, in the place of what was left before."""
+        draft = self._folder / f"{_RESULT}.part"
+        torch.save((result, captured), draft)
+        draft.rename(self._folder / _RESULT)
+
+    def take_result(self) -> tuple[Any, dict[str, Any] | None]:
+        """What was left last, its tensors in host memory; None where nothing was."""
+        path = self._folder / _RESULT
+        if not path.exists():
+            return None, None
+        found: tuple[Any, dict[str, Any] | None] = torch.load(path, map_location="cpu", weights_only=False)
+        return found
+
+    def noting_errors(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function; when it raises is noted, before that has consequences for other workers."""
+
+        @wraps(function)
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except BaseException:
+                self._raised_at = time.time()
+                raise
+
+        return noting
+
+    def leave_error(self, error: BaseException) -> None:
+        """Leave an exception that ends this worker."""
+        text = "".join(traceback.format_exception(error))
+        data = pickle.dumps((self._raised_at, _pickled(error), text))
+        (self._folder / f"error-{os.getpid()}").write_bytes(data)
+
+    def error_of(self, outcome: Outcome) -> BaseException:
+        """The exception that has ended a run: the first one that a worker has raised."""
+        left = [pickle.loads(path.read_bytes()) for path in self._folder.glob("error-*")]
+        if left:
+            _, data, text = min(left, key=lambda facts: facts[0])
+            error = LaunchError(text.strip().splitlines()[-1]) if data is None else pickle.loads(data)
+            error.__cause__ = WorkerError(text)
+            assert isinstance(error, BaseException)
+            return error
+        fault = f": {outcome.faults[-1]}" if outcome.faults else ""
+        return LaunchError(
+            f"the workers have ended with exit code {outcome.exit_code}{fault}; what they have printed is above"
+        )
+
+
+def _pickled(error: BaseException) -> bytes | None:
+    """An exception in a form that another process can read; None where its class does not allow that."""
+    try:
+        data = pickle.dumps(error)
+        pickle.loads(data)
+    except Exception:  # noqa: BLE001 - classes of the program decide how they are pickled, and what that raises
+        return None
+    return data
+
+
+def require_forks_can_train(strategy: Any) -> None:
+    """Refuse what cannot run in forks of this process.
+
+    Args:
+        strategy: of the trainer.
+
+    Raises:
+        OptionsError: a setting of the strategy stands against it.
+        LaunchError: CUDA is in use in this process.
+    """
+    instead = RUN_A_FILE.format(ranks=strategy.num_processes)
+    if strategy.num_nodes > 1:
+        raise OptionsError(
+            f"num_nodes={strategy.num_nodes}: the workers of a notebook are forks of its process, all on this node. "
+            f"Set num_nodes=1, or {instead} on each node (see the guide on clusters)"
+        )
+    if not strategy.replicates:
+        raise OptionsError(
+            f"{type(strategy).__name__} in a notebook: each worker holds a part of the model, which cannot be brought "
+            f"back into the notebook's own. Choose strategy='ckptless', or {instead}"
+        )
+    if strategy.root_device.type == "cuda" and loses_cuda():
+        raise LaunchError(
+            "CUDA is in use in the notebook's process, and a fork of it could not use it: restart the kernel, and run "
+            "nothing before fit that touches a GPU (tensor.cuda(), model.to('cuda'), torch.cuda.is_available()); or "
+            f"{instead}"
+        )
+
+
+@contextmanager
+def first_interrupt_finishes_the_step() -> Iterator[None]:
+    """Have the first SIGINT end the run as SIGTERM ends an agent, with the step at hand, and the next one at once.
+
+    Outside of the main thread, where no signal handler can be set, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise AskedToEnd(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
