@@ -50,7 +50,7 @@ def kill_one(parent: ForkServer, folder: Path, size_gib: float, after_s: float) 
     sign.unlink(missing_ok=True)
     program = Program("script", str(script), (str(size_gib), str(sign)))
     workers = Workers(
-        parent,
+        lambda: parent,
         program,
         {0: {}},
         base_env=dict(os.environ),

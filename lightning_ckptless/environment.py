@@ -36,6 +36,7 @@ Set by the agent for its workers:
 | `CKPTLESS_OUTPUT_FILE` | file for what this worker prints until it has joined the others |
 | `CKPTLESS_HIDDEN_STREAMS` | file descriptors of its real stdout and stderr until then |
 | `CKPTLESS_HYDRA` | the folder that Hydra made for the run, `run=FOLDER` or `sweep=FOLDER`; taken out at once |
+| `CKPTLESS_IMPORTS` | how far the agent was with importing what the program imports when it started this worker |
 | `CKPTLESS_CALLS` | how often this worker has used its trainer; set by the worker for itself |
 """
 
@@ -78,6 +79,7 @@ CALLS = "CKPTLESS_CALLS"
 OUTPUT_FILE = "CKPTLESS_OUTPUT_FILE"
 HIDDEN_STREAMS = "CKPTLESS_HIDDEN_STREAMS"
 HYDRA = "CKPTLESS_HYDRA"
+IMPORTS = "CKPTLESS_IMPORTS"
 
 
 def run_root(env: Mapping[str, str] = os.environ) -> Path:

@@ -59,6 +59,8 @@ class CkptlessOptions:
         failures_per_day: with `auto`, how many failures of the whole run are expected.
         in_place: after a fault replace only what was lost and let the other ranks go on; else start all again.
         standbys: processes per node that have run the script up to `fit` and wait there for a rank.
+        preload_imports: have what the program has imported when it trains imported once for all new processes, in the
+            process that they are forked from.
         hang_timeout_s: seconds without progress of any rank after which those that have come least far are ended as
             hung; None to learn it from the steps, 0 for never.
         health_check: dotted name of a function of yours that raises where a node is not fit to train; it is called,
@@ -90,6 +92,7 @@ class CkptlessOptions:
     arena_keep_s: float = 3600.0
     in_place: bool = True
     standbys: int = 0
+    preload_imports: bool = True
     hang_timeout_s: float | None = None
     health_check: str = ""
     mirror_budget: float = 0.01

@@ -34,11 +34,14 @@ class Ladder:
         max_restarts: recoveries until the run gives up; `python` leaves them to the script.
         in_place: whether survivors may go on in place; None to leave it to the script. For `ckptless` alone.
         standbys: processes that wait for a rank; None to leave it to the script. For `ckptless` alone.
+        preload_imports: whether what the script imports is preloaded for new processes; None to leave it to the script.
+            For `ckptless` alone.
     """
 
     max_restarts: int = 100
     in_place: bool | None = None
     standbys: int | None = None
+    preload_imports: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,7 @@ def _run_here(what: Start, parent: ForkServer | None) -> int:
         max_restarts=what.ladder.max_restarts,
         in_place=what.ladder.in_place,
         standbys=what.ladder.standbys,
+        preload_imports=what.ladder.preload_imports,
         env=what.env,
         cwd=what.cwd,
         log_dir=what.output,

@@ -319,11 +319,32 @@ def test_imports_that_take_long() -> None:
         Import(f"import {name}", name, line, is_optional=False)
         for line, name in enumerate(("heavy", "light", ".local", "unsafe"), 1)
     )
+    took_s = {0: 2.5, 1: 0.01, 2: 0.9, 3: 0.5}
     threads = (Thread("pump", "unsafe", 3),)
-    probed = Probed((heavy, light, local, unsafe), {0: 2.5, 1: 0.01, 2: 0.3, 3: 0.5}, threads=threads)
-    check = imports.check_import_time(probed)
+    check = imports.check_import_time(
+        Probed((heavy, light, local, unsafe), took_s, own=frozenset({2}), threads=threads)
+    )
+    assert (check.status, check.found) == (Status.WARNING, "1.4 s of 3.9 s: .local 0.9 s, unsafe 0.5 s")
+    assert "standbys=1" in check.fix
+    once = imports.check_import_time(Probed((heavy,), {0: 2.5}))
+    assert once.status is Status.OK and "imported once for all processes that are started later" in once.found
+    assert imports.check_import_time(Probed((heavy,), {0: 2.5}, cuda="asked")).status is Status.WARNING
+
+
+@pytest.mark.parametrize(
+    ("code", "what"),
+    [
+        ("import tempfile; file = tempfile.TemporaryFile()", "leaves a file or a connection open"),
+        ("import random; random.random()", "draws random numbers or seeds a generator"),
+        ("import sys; sys.path.append('/elsewhere')", "changes sys.path"),
+        ("import os; rank = int(os.environ.get('RANK', 0))", "reads RANK, which differs between workers"),
+        ("import signal; signal.signal(signal.SIGUSR2, lambda *_: None)", "handles a signal"),
+    ],
+)
+def test_what_else_an_import_must_not_do(code: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / "culprit.py").write_text(code + "\n")
+    probed = look(tmp_path, "import json\nimport culprit\nimport csv\n")
+    check = imports.check_fork_safety(probed)
     assert check.status is Status.WARNING
-    assert check.found == "3.3 s: heavy 2.5 s, unsafe 0.5 s, .local 0.3 s"
-    assert "`ckptless run --preload heavy ...`" in check.fix
-    assert imports.check_import_time(Probed((light,), {0: 0.2})).status is Status.OK
-    assert "--preload" not in imports.check_import_time(Probed((heavy,), {0: 2.0}, cuda="asked")).fix
+    assert check.found == f"culprit {what} (line 2, `import culprit`)"
+    assert 1 in probed.own and 0 not in probed.own

@@ -2,30 +2,95 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing.drill import Variant, run_variant
 from tests.faults.conftest import REPOSITORY
-from tests.lab.tracked import Read, read_store
+from tests.lab.tracked import Read, read_mlflow_database, read_store
 
 SCRIPT = REPOSITORY / "tests" / "lab" / "tracked.py"
-STORES = {"journal": (), "wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}
+STORES = ("journal", "wandb", "mlflow")
+NEEDED = {"wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}
 Run = Callable[..., Variant]
+_START_S = 120.0
+_LOOK_EVERY_S = 0.1
+
+
+@dataclass(frozen=True)
+class Server:
+    """A tracking server of MLflow.
+
+    Args:
+        uri: where it listens.
+        database: what it writes into.
+    """
+
+    uri: str
+    database: Path
 
 
 @pytest.fixture(scope="module")
-def run(parent: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server on a free port, with a database of its own. The extra `loggers` has the client alone."""
+    pytest.importorskip("flask", reason="a server takes the whole of MLflow: pip install mlflow")
+    pytest.importorskip("flask_cors", reason="a server takes the whole of MLflow: pip install mlflow")
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    stores = ["--backend-store-uri", f"sqlite:///{folder}/runs.db", "--default-artifact-root", str(folder)]
+    # Jobs of its own are nine processes more.
+    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = [sys.executable, "-m", "mlflow", "server", *stores, *place]
+    with (
+        (folder / "log").open("w") as log,
+        subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True) as process,
+    ):
+        try:
+            uri = f"http://127.0.0.1:{port}"
+            deadline = time.monotonic() + _START_S
+            while not _answers(uri):
+                assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+                threading.Event().wait(_LOOK_EVERY_S)
+            yield Server(uri, folder / "runs.db")
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _answers(uri: str) -> bool:
+    with suppress(OSError), urllib.request.urlopen(f"{uri}/health", timeout=5) as answer:
+        return bool(answer.status == 200)
+    return False
+
+
+@pytest.fixture(scope="module")
+def run(parent: ForkServer, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Run:
     """Runs the script with a store; a run without faults is made once."""
     whole: dict[str, Variant] = {}
 
-    def start(store: str, faults: str = "", raise_at: int = 0) -> Variant:
+    def start(
+        store: str, faults: str = "", raise_at: int = 0, env: Mapping[str, str] = MappingProxyType({})
+    ) -> Variant:
         if not (faults or raise_at) and store in whole:
             return whole[store]
-        for name in STORES[store]:
+        for name in NEEDED.get(store, ()):
             pytest.importorskip(name, reason="installed by the extra `loggers`")
         variant = run_variant(
             [str(SCRIPT), store, str(raise_at)],
@@ -33,7 +98,7 @@ def run(parent: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Run:
             faults=faults,
             parent=parent,
             isolate=True,
-            env={"PYTHONPATH": str(REPOSITORY), "WANDB_SILENT": "true"},
+            env={"PYTHONPATH": str(REPOSITORY), "WANDB_SILENT": "true", **env},
             timeout_s=200,
         )
         if not (faults or raise_at):
@@ -43,8 +108,8 @@ def run(parent: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return start
 
 
-def only_run(store: str, variant: Variant) -> Read:
-    (read,) = read_store(store, variant.folder / "cwd").values()
+def only_run(runs: dict[str, Read]) -> Read:
+    (read,) = runs.values()
     return read
 
 
@@ -75,9 +140,21 @@ SHORT = {("journal", "rank 0 in place"), ("journal", "all ranks")}
     ],
 )
 def test_one_run_with_each_row_once(store: str, faults: str, run: Run) -> None:
-    whole, variant = run(store), run(store, FAULTS[faults])
+    require_the_same(run(store), run(store, FAULTS[faults]), lambda folder: read_store(store, folder))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("faults", ["rank 0 in place", "all ranks"])
+def test_one_run_in_mlflow_with_a_server(faults: str, server: Server, run: Run) -> None:
+    env = {"MLFLOW_TRACKING_URI": server.uri}
+    whole, variant = run("mlflow-server", env=env), run("mlflow-server", FAULTS[faults], env=env)
+    require_the_same(whole, variant, lambda folder: read_mlflow_database(server.database, folder))
+
+
+def require_the_same(whole: Variant, variant: Variant, read: Callable[[Path], dict[str, Read]]) -> None:
+    """Each of two runs of the script has one run of its store, and the two hold the same."""
     assert (whole.exit_code, variant.exit_code) == (0, 0), variant.tail()
-    expected, found = only_run(store, whole), only_run(store, variant)
+    expected, found = only_run(read(whole.folder / "cwd")), only_run(read(variant.folder / "cwd"))
     assert {step for step, _ in expected.rows} == set(range(12))
     assert found.rows == expected.rows
     assert found.params == expected.params
@@ -93,6 +170,6 @@ def test_rows_up_to_an_error_are_logged(run: Run) -> None:
     """What was held when the program raised its own error is what a run under DDP would have logged before it."""
     whole, variant = run("journal"), run("journal", raise_at=5)
     assert variant.exit_code == 1
-    expected, found = only_run("journal", whole), only_run("journal", variant)
+    expected, found = (only_run(read_store("journal", each.folder / "cwd")) for each in (whole, variant))
     assert found.status == "failed"
     assert found.rows == [row for row in expected.rows if row[0] < 4 or (row[0] == 4 and "lr-SGD" in dict(row[1]))]

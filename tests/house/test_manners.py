@@ -15,6 +15,7 @@ TESTS = sources("tests")
 CATCHES_EVERYTHING = {
     f"{PACKAGE}/_registration/autoload.py": "an error would make `import torch` fail for everybody",
     f"{PACKAGE}/membership/worker/startup.py": "like the interpreter, it reports whatever a program raises",
+    f"{PACKAGE}/membership/forkserver/learning.py": "whatever a module raises on import is why it is left out",
     f"{PACKAGE}/trainer/session/health_check.py": "whatever the user's check raises is its answer",
     f"{PACKAGE}/trainer/reporting/loggers.py": "a logger that fails while fit ends must not hide why it ends",
     f"{PACKAGE}/membership/forkserver/forked_call.py": "as worker.py: whatever a call raises ends the process",

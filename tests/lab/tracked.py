@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import struct
 import sys
@@ -107,7 +108,10 @@ def make_logger(store: str) -> Any:
     if store == "wandb":
         return WandbLogger(project="project", save_dir=".", offline=True)
     if store == "mlflow":
-        return MLFlowLogger("experiment", tracking_uri="sqlite:///runs.db")
+        return MLFlowLogger(_experiment(Path()), tracking_uri="sqlite:///runs.db")
+    if store == "mlflow-server":
+        # Where it is, a variable of its own says.
+        return MLFlowLogger(_experiment(Path()), tracking_uri=os.environ["MLFLOW_TRACKING_URI"])
     return Journal()
 
 
@@ -139,6 +143,11 @@ def read_store(store: str, folder: Path) -> dict[str, Read]:
     return {"wandb": _read_wandb, "mlflow": _read_mlflow, "journal": _read_journal}[store](folder)
 
 
+def _experiment(folder: Path) -> str:
+    """Name of the experiment of a run in a folder, among those of other runs in the same database."""
+    return folder.absolute().parent.parent.name
+
+
 def _row(step: int, metrics: dict[str, float]) -> Iterator[Row]:
     own = tuple(sorted((n, v) for n, v in metrics.items() if not n.startswith(("ckptless/", "_", "trainer/"))))
     if {name for name, _ in own} - {"epoch"}:
@@ -160,13 +169,20 @@ def _read_journal(folder: Path) -> dict[str, Read]:
 
 
 def _read_mlflow(folder: Path) -> dict[str, Read]:
-    # Its tables, without its client: that keeps the file open in this process.
-    with closing(sqlite3.connect(folder / "runs.db")) as database:
-        runs = {name: Read(status=status) for name, status in database.execute("SELECT run_uuid, status FROM runs")}
+    return read_mlflow_database(folder / "runs.db", folder)
+
+
+def read_mlflow_database(path: Path, folder: Path) -> dict[str, Read]:
+    """The runs of the script that ran in a folder. Its tables, without its client: that keeps the file open here."""
+    with closing(sqlite3.connect(path)) as database:
+        select = "SELECT run_uuid, status FROM runs JOIN experiments USING (experiment_id) WHERE experiments.name = ?"
+        runs = {name: Read(status=status) for name, status in database.execute(select, [_experiment(folder)])}
         for name, key, value in database.execute("SELECT run_uuid, key, value FROM params"):
-            runs[name].params[key] = value
+            if name in runs:
+                runs[name].params[key] = value
         for name, key, value, step in database.execute("SELECT run_uuid, key, value, step FROM metrics"):
-            runs[name].rows += _row(step, {key: value})
+            if name in runs:
+                runs[name].rows += _row(step, {key: value})
     for run in runs.values():
         run.rows.sort()
     return runs

@@ -31,8 +31,8 @@ TRAINS = """
     from lightning_ckptless.membership.channel.exit_report import mark_begun
 
     rank, regrouping = int(os.environ["RANK"]), os.environ.get("CKPTLESS_REGROUPING", "0")
-    wishes = {"in_place": True, "standbys": 0, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
-    wishes |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
+    wishes = {"in_place": True, "standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None}
+    wishes |= {"fixed_world": "", "max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
     line = open_line()
 
     def fit():

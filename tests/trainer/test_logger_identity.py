@@ -243,3 +243,29 @@ def test_mlflow_continues_its_run_and_ends_one_that_was_opened_before_fit(distri
     # In a process of its own: MLflow keeps the database open.
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([sys.executable, "-c", MLFLOW, distribution], cwd=tmp_path, env=env, check=True, timeout=120)
+
+
+COMET = """
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+from {distribution}.loggers import CometLogger
+from lightning_ckptless.trainer.reporting.loggers import RunLoggers
+
+logger = CometLogger(project="project")
+RunLoggers(SimpleNamespace(loggers=[logger]), Path(), 0).warn_of_strangers()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_a_warning_says_that_comet_offline_loses_the_rows_of_a_killed_process(
+    distribution: str, tmp_path: Path
+) -> None:
+    """In a process of its own: Comet's threads stay."""
+    pytest.importorskip("comet_ml", reason="installed by the extra `loggers`")
+    env = {**os.environ, "COMET_START_ONLINE": "0", "COMET_OFFLINE_DIRECTORY": str(tmp_path), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMET.format(distribution=distribution)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr.count("CometLogger: offline, rows are in a temporary folder until the process ends") == 1

@@ -7,8 +7,10 @@ one that was begun last. The rest of the script does not run, but for definition
 |---|---|
 | `{"preloaded": seconds}` | what every worker finds imported is imported |
 | `{"begun": i}` | an import of the script begins |
-| `{"imported": i, "took_s": seconds}` or `{"missing": i, "error": text}` | it has worked, or not |
+| `{"imported": i, "took_s": seconds, "installed": true}` | it has worked; whether the module is no file of the user's |
+| `{"missing": i, "error": text}` | it has not |
 | `{"threads": [{"name", "module", "import"}], "cuda": text}` | what would be lost in a fork, and who has begun it |
+| `{"effects": [{"module", "what", "import"}]}` | what else a fork would not have or would share |
 | `{"weight_bytes", "trained_bytes", "parameters"}` | the model |
 """
 
@@ -18,89 +20,17 @@ import importlib
 import json
 import os
 import sys
-import threading
 import time
-from collections.abc import Mapping, Sequence
-from types import FrameType, ModuleType
+from collections.abc import Mapping
+from types import ModuleType
 from typing import IO, Any
 
-from lightning_ckptless.membership.forkserver.server import foreign_threads, loses_cuda, unsafe_to_fork
+from lightning_ckptless.membership.forkserver.import_watch import ImportWatch
+from lightning_ckptless.membership.forkserver.imported import is_installed
+from lightning_ckptless.membership.forkserver.server import loses_cuda, unsafe_to_fork
 
 _SCRIPT = "__ckptless_doctor__"
 """What `__name__` is in the script's code: not that of the main program, whose part is not run."""
-_ENDING_S = 0.3
-"""How long a thread may still be seen that has been joined: the kernel ends it later."""
-
-
-class ThreadWatch:
-    """Notes which module was being imported when a thread appeared.
-
-    Who starts a thread of Python's is known exactly. One that other code starts is seen when the next import begins,
-    and is attributed to the one before.
-
-    Attributes:
-        index: number of the script's import that is under way; -1 before the first.
-    """
-
-    def __init__(self) -> None:
-        self.index = -1
-        self._importing = "what is preloaded"
-        self._starters: list[tuple[threading.Thread, str, int]] = []
-        self._blamed: dict[int, tuple[str, int]] = {}
-        self._look()
-
-    def hook(self, event: str, arguments: Sequence[Any]) -> None:
-        """What Python calls at every event that can be watched."""
-        if event == "import":
-            self._look()
-            self._importing = str(arguments[0])
-
-    def note_starts(self) -> None:
-        """Note from here on who starts threads of Python's: it says so itself since 3.12 alone."""
-        start = threading.Thread.start
-
-        def note_and_start(thread: threading.Thread) -> None:
-            self._starters.append((thread, _module_under_way() or self._importing, self.index))
-            start(thread)
-
-        # In this process alone, which ends with its report.
-        threading.Thread.start = note_and_start  # type: ignore[method-assign, assignment]
-
-    def begin(self, index: int, module: str) -> None:
-        """One import of the script begins."""
-        self._look()
-        self.index, self._importing = index, module
-
-    def threads(self) -> list[dict[str, Any]]:
-        """The threads that are there to stay, with who has started them."""
-        self._look()
-        names, until = foreign_threads(), time.monotonic() + _ENDING_S
-        while names and time.monotonic() < until:
-            time.sleep(_ENDING_S / 100)
-            names = {task: name for task, name in foreign_threads().items() if task in self._blamed}
-        for thread, module, index in self._starters:
-            if thread.native_id in names:
-                names[thread.native_id] = thread.name
-                self._blamed[thread.native_id] = (module, index)
-        return [
-            {"name": name, "module": self._blamed[task][0], "import": self._blamed[task][1]}
-            for task, name in names.items()
-        ]
-
-    def _look(self) -> None:
-        for task in foreign_threads():
-            self._blamed.setdefault(task, (self._importing, self.index))
-
-
-def _module_under_way() -> str:
-    """The innermost module whose own code is being run; empty where none but the script's is."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        name = str(frame.f_globals.get("__name__", ""))
-        if frame.f_code.co_name == "<module>" and name not in {"__main__", _SCRIPT}:
-            return name
-        frame = frame.f_back
-    return ""
 
 
 def main(request: Mapping[str, Any], report: IO[str]) -> None:
@@ -120,27 +50,35 @@ def main(request: Mapping[str, Any], report: IO[str]) -> None:
     for name in request["preload"]:
         importlib.import_module(name)
     say(preloaded=time.monotonic() - began)
-    watch = ThreadWatch()
-    sys.addaudithook(watch.hook)
-    watch.note_starts()
     stand_in = sys.modules[_SCRIPT] = ModuleType(_SCRIPT)
     stand_in.__package__ = request["package"]
     scope = vars(stand_in)
-    for index, (code, module) in enumerate(zip(request["imports"], request["modules"], strict=True)):
-        say(begun=index)
-        began = time.monotonic()
-        watch.begin(index, module)
-        try:
-            exec(code, scope)
-        except ImportError as error:
-            say(missing=index, error=str(error))
-        else:
-            say(imported=index, took_s=time.monotonic() - began)
-    threads = watch.threads()
-    say(threads=threads, cuda="" if threads else _cuda())
+    effects = []
+    with ImportWatch(ignored=("__main__", _SCRIPT, __name__)) as watch:
+        for index, (code, module) in enumerate(zip(request["imports"], request["modules"], strict=True)):
+            say(begun=index)
+            watch.begin(index, module)
+            began = time.monotonic()
+            try:
+                exec(code, scope)
+            except ImportError as error:
+                say(missing=index, error=str(error))
+            else:
+                say(imported=index, took_s=time.monotonic() - began, installed=_is_installed(module))
+            if what := watch.effect():
+                effects.append({"module": module, "what": what, "import": index})
+        threads = [{"name": found.name, "module": found.module, "import": found.request} for found in watch.threads()]
+    for variable, readers in watch.readers.items():
+        what = f"reads {variable}, which differs between workers"
+        effects += [{"module": module, "what": what, "import": index} for module, index in readers.items()]
+    say(threads=threads, effects=effects, cuda="" if threads else _cuda())
     if request["model"]:
         exec(request["definitions"], scope)
         say(**size_of(request["model"], scope))
+
+
+def _is_installed(module: str) -> bool:
+    return is_installed(str(getattr(sys.modules.get(module), "__file__", None) or ""))
 
 
 def _cuda() -> str:

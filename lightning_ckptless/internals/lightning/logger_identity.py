@@ -166,6 +166,15 @@ def writes_elsewhere(logger: Any, identity: Identity) -> bool:
     return name in identity and found != identity[name]
 
 
+def keeps_rows_until_it_ends(logger: Any) -> bool:
+    """Whether what a logger is given is out of reach once its process is killed: so Comet works offline.
+
+    It writes into a temporary folder, and makes that an archive when the process ends.
+    """
+    experiment = logger._experiment if _kind(logger) == "CometLogger" else None
+    return experiment is not None and "Offline" in type(experiment).__name__
+
+
 def begin_after(logger: Any, rows: int) -> None:
     """Have a run that a new process continues count its rows from where the last one stopped.
 

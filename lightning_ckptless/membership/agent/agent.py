@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,11 @@ from lightning_ckptless.membership.agent.workers import Workers
 from lightning_ckptless.membership.channel.exit_report import ExitReport, final_report, take_begun, take_exit_reports
 from lightning_ckptless.membership.channel.fault_report import FaultReport, shell_code, split_exit
 from lightning_ckptless.membership.channel.program_failure import Failure, failure_of
+from lightning_ckptless.membership.channel.socket_messages import Message
 from lightning_ckptless.membership.forkserver.client import End, ForkServer
 from lightning_ckptless.membership.forkserver.fallback import ForkFallback
+from lightning_ckptless.membership.forkserver.imported import Imported
+from lightning_ckptless.membership.forkserver.learning import Lesson
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.forkserver.sidecar import END_GRACE_S, Sidecars, Surroundings
 from lightning_ckptless.membership.rendezvous.regrouping import Regroupings
@@ -51,6 +54,7 @@ from lightning_ckptless.membership.worker.program import Program
 from lightning_ckptless.membership.worker.progress import step_begun
 from lightning_ckptless.protocol.crash_loop import ProgramEnd, Stage, Starts, judge_end
 from lightning_ckptless.protocol.hang_detection import Hang
+from lightning_ckptless.protocol.newcomer import Imports
 from lightning_ckptless.protocol.recovery import RecoveryPlan, Rung, Situation, plan_recovery
 from lightning_ckptless.protocol.retry_policy import RecoveryHistory, RecoveryLimits, why_no_recovery
 from lightning_ckptless.protocol.uneven_steps import find_uneven, out_of_data
@@ -82,6 +86,8 @@ class Node:
         max_recoveries_per_hour: recoveries within an hour; None to leave it to the strategy.
         in_place: whether survivors of a fault go on in place; None to leave it to the strategy of the workers.
         standbys: processes that wait for a rank; None to leave it to the strategy.
+        preload_imports: whether what the program imports is preloaded for new processes; None to leave it to the
+            strategy.
         log_line_prefix: put before each line of a worker's output that is shown and logged at once; a template with
             `${role_name}`, `${rank}` and `${local_rank}`.
         time_limit_s: time from the agent's start after which the run is ended; None for none.
@@ -102,6 +108,7 @@ class Node:
     max_recoveries_per_hour: int | None = None
     in_place: bool | None = None
     standbys: int | None = None
+    preload_imports: bool | None = None
     log_line_prefix: str | None = None
     time_limit_s: float | None = None
     newcomer_outputs: Path | None = None
@@ -148,7 +155,7 @@ class CkptlessAgent(LocalElasticAgent):
         self.has_given_up = False
         self.recoveries_in_place = 0
         self._node = node
-        self._forks = ForkFallback(parent, fresh=node.fresh, say=CONSOLE.say)
+        self._forks = ForkFallback(parent, fresh=node.fresh, record=record, say=CONSOLE.say)
         self._record = record
         self._memory: HeldMemory = after._memory if after is not None else HeldMemory(node.name, record, CONSOLE.say)
         self._starts = 0 if after is None else 1
@@ -171,6 +178,7 @@ class CkptlessAgent(LocalElasticAgent):
         self._in_place = InPlace(
             in_place=node.in_place,
             standbys=node.standbys,
+            preload_imports=node.preload_imports,
             folder=self._folder,
             outputs=node.newcomer_outputs or self._folder,
             record=record,
@@ -239,7 +247,7 @@ class CkptlessAgent(LocalElasticAgent):
 
     def _make_workers(self, envs: dict[int, dict[str, str]], prefixes: dict[int, str] | None) -> Workers:
         workers = Workers(
-            self._parent,
+            lambda: self._parent,
             self._node.program,
             {rank: dict(env) for rank, env in envs.items()},
             base_env=self._node.env,
@@ -277,6 +285,7 @@ class CkptlessAgent(LocalElasticAgent):
             environment.NODE: self._node.name,
             environment.SPAWNED_AT: repr(time.time()),
             environment.AGENT_DIR: str(self._folder),
+            environment.IMPORTS: str(self._imports),
         }
         if self._hydra:
             env[environment.HYDRA] = self._hydra
@@ -285,6 +294,11 @@ class CkptlessAgent(LocalElasticAgent):
         if self.faults:
             env[environment.FAULT_REPORT] = self.faults[-1].to_json()
         return env
+
+    @property
+    def _imports(self) -> Imports:
+        is_off = self._forks.fresh or not self._in_place.learns_imports
+        return Imports.OFF if is_off else self._forks.succession.state
 
     def _announce(self, worker_group: WorkerGroup) -> None:
         fault, size = self.faults[-1], worker_group.workers[0].world_size
@@ -317,9 +331,9 @@ class CkptlessAgent(LocalElasticAgent):
         self._late_exits.look(workers)
         hang = self._hangs.look(workers) or self._in_place.look()
         if hang is not None and not self._end_uneven(worker_group, workers, waits_for_ever=True):
-            self._hangs.end(hang, workers, self._parent)
+            self._hangs.end(hang, workers)
         elif (late := self._look_at_meeting(workers)) is not None:
-            self._hangs.end(late, workers, self._parent)
+            self._hangs.end(late, workers)
         lost = workers.lost()
         for local in lost:
             self._in_place.show_output_of(local)
@@ -327,10 +341,21 @@ class CkptlessAgent(LocalElasticAgent):
             return RunResult(state=WorkerState.HEALTHY)
         self._tend_those_at_end(worker_group, workers)
         self._in_place.tend_standbys()
+        self._tend_successor(said, workers)
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state is WorkerState.SUCCEEDED:
             self.exit_code = 0
         return result
+
+    def _tend_successor(self, said: Sequence[tuple[int, Message]], workers: Workers) -> None:
+        """Have a process import what the program imports, for those that are forked later."""
+        for local, message in said:
+            if message["kind"] == "imported" and self._in_place.learns_imports:
+                job = workers.job(local, {})
+                imported = Imported(message["modules"], message["variables"], message["path"])
+                self._forks.succession.hear(Lesson(imported, job))
+        if self._in_place.trains:
+            self._forks.tend()
 
     def _look_at_meeting(self, workers: Workers) -> Hang | None:
         late = self._hangs.look_at_meeting(self._in_place.meeting(workers), workers)
@@ -548,7 +573,7 @@ class CkptlessAgent(LocalElasticAgent):
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         workers = self._current_workers()
-        self._in_place.end_round(self._parent)
+        self._in_place.end_round()
         if workers.running:
             # Nobody failed here: nodes have come or gone. The state is in the arenas, so there is nothing to wait for.
             at = time.time()
@@ -561,7 +586,7 @@ class CkptlessAgent(LocalElasticAgent):
 
     def _shutdown(self, *_: Any, **__: Any) -> None:
         """Ask running workers to end, whatever signal has ended the agent, and insist after our own grace time."""
-        self._in_place.end_round(self._parent)
+        self._in_place.end_round()
         request = sys.exception()
         if isinstance(request, RendezvousError | DistError) and self._pcontext is not None:
             # The others will meet elsewhere, and the state is in the arenas.

@@ -11,7 +11,6 @@ from pathlib import Path
 from lightning_ckptless.membership.agent.workers import Workers
 from lightning_ckptless.membership.channel.program_failure import failure_of
 from lightning_ckptless.membership.channel.socket_messages import Message
-from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.worker.progress import STACKS_SIGNAL, progress_path, read_progress, stacks_path
 from lightning_ckptless.protocol.hang_detection import (
     Hang,
@@ -172,16 +171,15 @@ class HangWatch:
                 f"local rank {rank} holds the others back: {own_ms[rank]:.1f} ms a step, {ratio:.1f} times theirs"
             )
 
-    def end(self, hang: Hang, workers: Workers, parent: ForkServer) -> None:
+    def end(self, hang: Hang, workers: Workers) -> None:
         """Put down where the hung workers stand, and kill them: their ends are found as any other."""
-        pids = {rank: workers.pids()[rank] for rank in hang.ranks}
-        stacks = {rank: self._stacks(rank, pid, parent) for rank, pid in pids.items()}
+        stacks = {rank: self._stacks(rank, workers) for rank in hang.ranks}
         self._record("hang", local_ranks=list(hang.ranks), reason=hang.reason, stacks=stacks)
         workers.blame(hang.ranks, hang.reason, since=time.time() - hang.silent_s)
 
-    def _stacks(self, rank: int, pid: int, parent: ForkServer) -> str:
+    def _stacks(self, rank: int, workers: Workers) -> str:
         path = stacks_path(self._folder, rank)
-        parent.signal_one(pid, STACKS_SIGNAL)
+        workers.signal_one(rank, STACKS_SIGNAL)
         deadline = time.monotonic() + _STACKS_WAIT_S
         while time.monotonic() < deadline:
             if path.exists() and (text := path.read_text()).count("most recent call first"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +15,7 @@ from lightning_ckptless.membership.agent.workers import Workers
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.channel.program_failure import without_numbers
 from lightning_ckptless.membership.channel.socket_messages import Message
-from lightning_ckptless.membership.forkserver.client import ForkError, ForkServer, ForkServerLostError
+from lightning_ckptless.membership.forkserver.client import ForkError, ForkServerLostError
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.forkserver.standby import Standbys, promote
 from lightning_ckptless.membership.rendezvous.regrouping import Regrouping, Regroupings
@@ -35,6 +34,7 @@ class Wishes:
     Args:
         in_place: whether survivors may go on in place.
         standbys: processes that wait for a rank.
+        preload_imports: whether what the program imports is preloaded for new processes.
         hang_timeout_s: silence after which ranks that are behind are killed; None to learn it, 0 for never.
         limits: how often the run may recover.
         fixed_world: why the workers cannot go on in another world; empty where they can.
@@ -42,6 +42,7 @@ class Wishes:
 
     in_place: bool = True
     standbys: int = 0
+    preload_imports: bool = True
     hang_timeout_s: float | None = None
     limits: RecoveryLimits = field(default_factory=RecoveryLimits)
     fixed_world: str = ""
@@ -65,12 +66,20 @@ class InPlace:
     """
 
     def __init__(
-        self, *, in_place: bool | None, standbys: int | None, folder: Path, outputs: Path, record: Record, say: Say
+        self,
+        *,
+        in_place: bool | None,
+        standbys: int | None,
+        preload_imports: bool | None,
+        folder: Path,
+        outputs: Path,
+        record: Record,
+        say: Say,
     ) -> None:
         self.tries = 0
         self.at_the_door: set[int] = set()
         self.trains = False
-        self._given = in_place, standbys
+        self._given = in_place, standbys, preload_imports
         self._wishes: Wishes | None = None
         self._folder = folder
         self._outputs = outputs
@@ -124,11 +133,11 @@ class InPlace:
         self._regroupings = regroupings
         self._start_standby = start_standby
 
-    def end_round(self, parent: ForkServer) -> None:
+    def end_round(self) -> None:
         """The workers of the round are gone, or about to."""
         self._regroupings = None
         if self._standbys is not None:
-            self._standbys.stop(lambda pids: parent.signal(pids, signal.SIGKILL))
+            self._standbys.stop()
             self._standbys = None
 
     # ------------------------------------------------------------------ what is known
@@ -150,6 +159,11 @@ class InPlace:
     def hang_timeout_s(self) -> float | None:
         """Silence after which ranks that are behind are killed."""
         return None if self._wishes is None else self._wishes.hang_timeout_s
+
+    @property
+    def learns_imports(self) -> bool:
+        """Whether what the program imports is preloaded for new processes."""
+        return self._wishes is not None and self._wishes.preload_imports
 
     @property
     def limits(self) -> RecoveryLimits:
@@ -220,11 +234,12 @@ class InPlace:
         )
 
     def _take_wishes(self, message: dict[str, Any]) -> None:
-        in_place, standbys = self._given
+        in_place, standbys, preload_imports = self._given
         CONSOLE.bar = Bar(message["bar"])
         self._wishes = Wishes(
             in_place=message["in_place"] if in_place is None else in_place,
             standbys=message["standbys"] if standbys is None else standbys,
+            preload_imports=message["preload_imports"] if preload_imports is None else preload_imports,
             hang_timeout_s=message["hang_timeout_s"],
             limits=RecoveryLimits(message["max_recoveries_without_progress"], message["max_recoveries_per_hour"]),
             fixed_world=message["fixed_world"],

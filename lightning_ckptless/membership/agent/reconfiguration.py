@@ -116,7 +116,7 @@ class MovingAgent(CkptlessAgent):
         self._is_to_tell, self._world_before = True, before
         self._note(worker_group, self._current_workers().pids())
         by_local = {worker.local_rank: worker for worker in worker_group.workers}
-        self._in_place.end_round(self._parent)
+        self._in_place.end_round()
         self._in_place.begin_round(
             self._regroupings,
             lambda stdio: self._start_standby(worker_group, stdio),

@@ -6,7 +6,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,7 +52,7 @@ class Workers(PContext):
     Unlike torch's own contexts it installs no signal handlers, and `_poll` stops nobody: the agent decides how.
 
     Args:
-        parent: forks the workers, and reports their ends.
+        parent: forks the workers, and reports their ends; another one later where one has taken its place.
         program: what each of them runs.
         envs: what each local rank's environment adds to `base_env`.
         base_env: the environment that all have in common.
@@ -72,7 +72,7 @@ class Workers(PContext):
 
     def __init__(
         self,
-        parent: ForkServer,
+        parent: Callable[[], ForkServer],
         program: Program,
         envs: dict[int, dict[str, str]],
         *,
@@ -130,7 +130,7 @@ class Workers(PContext):
     def _launch(self, rank: int, job: Job, mode: int) -> None:
         stdio = self.open_stdio(rank, mode)
         try:
-            self._processes[rank] = Process.start(self._parent, job, stdio)
+            self._processes[rank] = Process.start(self._parent(), job, stdio)
         finally:
             _close_files(stdio)
         self._running.add(rank)
@@ -173,7 +173,7 @@ class Workers(PContext):
         lost.line.close()
         if rank in self._running:
             # It is dying, or stuck: its memory is freed while the new one starts.
-            self._parent.signal([lost.pid], signal.SIGKILL)
+            lost.signal(signal.SIGKILL)
             self._running.remove(rank)
             self._leaving.append(lost)
         self._ends.pop(rank, None)
@@ -219,6 +219,10 @@ class Workers(PContext):
     def tell_one(self, rank: int, kind: str, **fields: Any) -> None:
         """Send a message to one local rank that runs."""
         self._processes[rank].line.tell(kind, **fields)
+
+    def signal_one(self, rank: int, number: int) -> None:
+        """Send a signal to the process of a local rank, and not to those that it has started."""
+        self._processes[rank].signal(number, alone=True)
 
     def heard(self) -> list[tuple[int, Message]]:
         """What workers have said, with their local ranks."""
@@ -314,7 +318,8 @@ class Workers(PContext):
         """
         self._first_signs.update(dict.fromkeys(ranks, since))
         self._blamed.update(dict.fromkeys(ranks, reason))
-        self._parent.signal([self._processes[rank].pid for rank in ranks], signal.SIGKILL)
+        for rank in ranks:
+            self._processes[rank].signal(signal.SIGKILL)
 
     def blamed(self, rank: int) -> str:
         """Why a worker was killed for a hang; empty where it was not."""
@@ -394,7 +399,8 @@ class Workers(PContext):
         return max(0.0, grace_s - (time.monotonic() - began))
 
     def _signal_running(self, number: int) -> None:
-        self._parent.signal([self._processes[rank].pid for rank in self._running], number)
+        for rank in self._running:
+            self._processes[rank].signal(number)
 
     def _wait_all(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s

@@ -7,6 +7,7 @@
 | worker | `past_fit` | that call has returned, or raised: what follows is the program's own |
 | worker | `entered` | it is about to train; with what its strategy asks of the agent |
 | worker | `stepped` | its generation has committed a step |
+| worker | `imported` | what its program has imported until then; once |
 | worker | `left` | it has left the training loop: its end is no fault from here on, and no peer can wait for it |
 | worker | `waiting` | it has come to the loop alone, and waits there for the others |
 | worker | `released` | it has left the process groups that it shared with the lost |

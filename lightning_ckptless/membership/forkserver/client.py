@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import lightning_ckptless
 from lightning_ckptless.errors import LaunchError
@@ -164,6 +166,21 @@ class ForkServer:
             assert self._process is not None
             return Forked(answer["pid"], files[0], self._process.pid)
 
+    def fork_successor(self, control: socket.socket) -> Forked:
+        """Fork a process that serves as this one does, at the other end of a socket.
+
+        Raises:
+            LaunchError: as for `fork`.
+        """
+        self.start()
+        with self._lock:
+            self._await_imports()
+            answer, files = self._ask({"succeed": True}, [control.fileno()])
+            if "impossible" in answer:
+                raise ForkError(answer["impossible"])
+            assert self._process is not None
+            return Forked(answer["pid"], files[0], self._process.pid)
+
     def signal(self, pids: Sequence[int], number: int) -> None:
         """Send a signal to workers and to the processes they have started; those that have ended are skipped."""
         # Where the parent has ended, its workers have.
@@ -221,7 +238,7 @@ class ForkServer:
         """
         arguments = ["--fd", str(control.fileno()), "--agent", str(os.getpid())]
         return subprocess.Popen(
-            [sys.executable, *self.flags, "-m", f"{__package__}.preload", *arguments],
+            [sys.executable, *self.flags, "-m", f"{__package__}.server", *arguments],
             # Found from there whatever this process's own search path is; each worker gets its own folder later.
             cwd=_PACKAGE_FOLDER,
             env=parent_environment(dict(os.environ)),
@@ -298,6 +315,85 @@ class ForkServer:
                 self._process.kill()
                 self._process.wait()
             self._process = None
+
+
+class Successor(ForkServer):
+    """A fork server that another one has forked, to import more. It ends with that one, and begins once.
+
+    Args:
+        predecessor: forks it.
+    """
+
+    def __init__(self, predecessor: ForkServer) -> None:
+        super().__init__(flags=predecessor.flags)
+        self._predecessor = predecessor
+        self._has_begun = False
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it can be asked to fork."""
+        process = self._process
+        return isinstance(process, _ForkedProcess) and not select.select([process], [], [], 0)[0]
+
+    def learn(self, lesson: Mapping[str, Any]) -> None:
+        """Have it import what a program imports; returns without waiting for that."""
+        self.start()
+        with self._lock:
+            self._send({"learn": dict(lesson)})
+            self._imports_awaited += 1
+
+    def learned(self) -> socket_messages.Message | None:
+        """What has come of it; None while it is under way.
+
+        Raises:
+            ForkServerLostError: it has ended.
+        """
+        with self._lock:
+            if self._socket is not None and not select.select([self._socket], [], [], 0)[0]:
+                return None
+            answer, _ = self._await_answer()
+            self._imports_awaited -= 1
+            return answer
+
+    def _launch(self) -> None:
+        if self._has_begun:
+            raise ForkServerLostError("the process that had imported what the program imports has ended")
+        self._has_begun = True
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._process = _ForkedProcess(self._predecessor.fork_successor(theirs))
+        except BaseException:
+            ours.close()
+            raise
+        self._socket = ours
+
+
+class _ForkedProcess:
+    """A process that the fork server has forked, as `subprocess` has those that it has started."""
+
+    def __init__(self, forked: Forked) -> None:
+        self.pid = forked.pid
+        self._pidfd = forked.pidfd
+
+    def fileno(self) -> int:
+        """Becomes readable when it has ended."""
+        return self._pidfd
+
+    def kill(self) -> None:
+        """End it."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for its end, and release what is held of it.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not come.
+        """
+        if not select.select([self._pidfd], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired("the fork server", timeout or 0.0)
+        os.close(self._pidfd)
 
 
 def parent_environment(env: dict[str, str]) -> dict[str, str]:

@@ -6,6 +6,7 @@
 | has ended so three times in a row | new interpreters are started from then on |
 | says that a fork of it would not be a clean process | the same |
 | is all that has what the workers run (a notebook's) | the run ends, in the place of new interpreters |
+| has a successor, and that ends while workers are forked | they are forked from the first one |
 | says that the system allows no further process | all workers are started again after a pause, three times |
 
 Workers never outlive the parent that has forked them, so none is left when the next one begins.
@@ -19,6 +20,7 @@ from collections.abc import Callable
 
 from lightning_ckptless.membership.agent.workers import Workers
 from lightning_ckptless.membership.forkserver.client import ForkError, ForkServer, ForkServerLostError, UnsafeForkError
+from lightning_ckptless.membership.forkserver.succession import WorldChange
 
 _MOST_LOSSES = 3
 _MOST_REFUSALS = 3
@@ -32,18 +34,32 @@ class ForkFallback:
     Args:
         parent: preloaded; whoever gave it closes it.
         fresh: start new interpreters instead of forking it.
+        record: receives events.
         say: tells the user something.
 
     Attributes:
-        parent: the one that forks now.
+        succession: of the parent, by one that has imported what the program imports.
         fresh: whether new interpreters are started.
     """
 
-    def __init__(self, parent: ForkServer, *, fresh: bool, say: Callable[[str], None]) -> None:
-        self.parent = parent
+    def __init__(
+        self, parent: ForkServer, *, fresh: bool, record: Callable[..., None], say: Callable[[str], None]
+    ) -> None:
+        self.succession = WorldChange(record, say)
+        self._first = parent
         self.fresh = fresh
         self._say = say
         self._substitute: ForkServer | None = None
+
+    @property
+    def parent(self) -> ForkServer:
+        """The one that forks now."""
+        return self.succession.successor or self._first
+
+    def tend(self) -> None:
+        """Look after the succession, while training is under way."""
+        if not self.fresh:
+            self.succession.tend(self._first)
 
     def start(self, make: Callable[[], Workers]) -> Workers:
         """Start all workers, as often as it takes.
@@ -87,9 +103,11 @@ class ForkFallback:
     def _start_afresh(self, why: str) -> None:
         self._say(f"workers are started afresh from now on, a relaunch takes longer: {why}")
         self.fresh = True
-        self.parent = self._substitute = ForkServer(flags=self.parent.flags)
+        self.succession.close()
+        self._first = self._substitute = ForkServer(flags=self._first.flags)
 
     def close(self) -> None:
-        """End the parent that stands in."""
+        """End those that were started here: a successor, and the parent that stands in."""
+        self.succession.close()
         if self._substitute is not None:
             self._substitute.close()

@@ -93,6 +93,7 @@ def _serve(control: socket.socket, ours: socket.socket, agent_pid: int, call: Ca
     ours.close()
     # Its threads are those that libraries start in every fork, as torch's pool does: they are no obstacle to the next.
     job = Parent(control, agent_pid, refuses=False).serve()
+    assert not isinstance(job, Parent), "what a notebook has imported is there already: it needs no successor"
     sys.exit(0 if job is None else _run(job, call))
 
 

@@ -71,6 +71,18 @@ class Process:
         fields = stat_fields(self.pid)
         return None if fields is None else os.waitstatus_to_exitcode(int(fields[-1])) or None
 
+    def signal(self, number: int, *, alone: bool = False) -> None:
+        """Send it a signal; nothing where it has ended.
+
+        Args:
+            number: of the signal.
+            alone: whether the processes that it has started do not get it.
+        """
+        if alone:
+            self._parent.signal_one(self.pid, number)
+        else:
+            self._parent.signal([self.pid], number)
+
     def buried(self) -> bool:
         """Whether it has ended; releases what was held of it, once."""
         if self.pidfd >= 0 and select.select([self.pidfd], [], [], 0)[0]:

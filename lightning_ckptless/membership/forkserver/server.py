@@ -12,6 +12,8 @@ parent ends.
 | `{"fork": job}` with stdin, stdout, stderr, line | `{"pid": n}` with a pidfd, or `{"refused": sentence}` |
 | the same, at a limit of the system | `{"impossible": sentence}` |
 | `{"signal": number, "pids": [...]}`, to groups, or with `"alone": true` to processes | none |
+| `{"succeed": true}` with a socket | `{"pid": n}` with a pidfd: a fork that serves at that socket, like this one |
+| `{"learn": lesson}`, to such a fork | `{"learned": modules, "unsafe": {...}, "took_s": s}`; see `learning` |
 
 Unasked, `{"ended": pid, "exit_code": n, "at": seconds}` is sent when a worker ends, `at` being wall clock.
 """
@@ -32,11 +34,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from lightning_ckptless.membership.channel import socket_messages
+from lightning_ckptless.membership.forkserver.import_watch import foreign_threads
 from lightning_ckptless.membership.worker import hidden_output, startup
 from lightning_ckptless.membership.worker.startup import Job
-
-FORK_SAFE_THREADS = frozenset({"jemalloc_bg_thd"})
-"""jemalloc, which pyarrow brings, takes its locks before a fork and starts its thread again behind it."""
 
 
 def unsafe_to_fork() -> str | None:
@@ -47,17 +47,6 @@ def unsafe_to_fork() -> str | None:
     if torch is not None and torch.cuda.is_initialized():
         return "an imported module has initialised CUDA"
     return None
-
-
-def foreign_threads() -> dict[int, str]:
-    """The threads beside the main one, by number and name, without those that a fork is known not to harm."""
-    names = {}
-    for task in map(int, os.listdir("/proc/self/task")):
-        if task == os.getpid():
-            continue
-        with suppress(FileNotFoundError), open(f"/proc/self/task/{task}/comm") as comm:
-            names[task] = comm.read().strip()
-    return {task: name for task, name in names.items() if name not in FORK_SAFE_THREADS}
 
 
 def _fork() -> int:
@@ -110,17 +99,20 @@ class Parent:
         control: the socket to the agent.
         agent_pid: the process at its other end.
         refuses: whether it refuses forks that would not be clean processes.
+        is_fork: of another one, with which it ends.
     """
 
     control: socket.socket
     agent_pid: int
     refuses: bool = True
+    is_fork: bool = False
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     pidfds: dict[int, int] = field(default_factory=dict)
     loses_cuda: bool = False
+    variables: dict[str, str | None] = field(default_factory=dict)
 
-    def serve(self) -> Job | None:
-        """Serve until the agent is gone: None. In a forked worker: its job."""
+    def serve(self) -> Job | Parent | None:
+        """Serve until the agent is gone: None. In a forked worker: its job. In a successor: what it is to serve as."""
         agent = os.pidfd_open(self.agent_pid)
         self.selector.register(self.control, selectors.EVENT_READ)
         self.selector.register(agent, selectors.EVENT_READ)
@@ -132,18 +124,23 @@ class Parent:
                 request = socket_messages.receive(self.control)
                 if request is None:
                     break
-                job = self._answer(*request)
-                if job is not None:
+                role = self._answer(*request)
+                if role is not None:
                     os.close(agent)
-                    return job
+                    return role
             elif agent in ready:
                 break
         self._kill_all()
         return None
 
-    def _answer(self, request: socket_messages.Message, files: list[int]) -> Job | None:
+    def _answer(self, request: socket_messages.Message, files: list[int]) -> Job | Parent | None:
         if "fork" in request:
             return self._fork(Job.from_message(request["fork"]), files)
+        if "succeed" in request:
+            return self._fork_successor(files)
+        if "learn" in request:
+            self._learn(request["learn"])
+            return None
         if "preload" in request:
             self._preload(request["preload"], request["path"])
         else:
@@ -155,7 +152,8 @@ class Parent:
         # No event is read while modules are imported: the kernel sees to it that the parent does not outlive its agent.
         startup.die_with(self.agent_pid)
         failure = import_all(names, path)
-        startup.outlive_parent()
+        if not self.is_fork:
+            startup.outlive_parent()
         self.loses_cuda = self.loses_cuda or loses_cuda()
         self._send({"ready": time.monotonic() - began} if failure is None else {"failed": failure})
 
@@ -167,6 +165,25 @@ class Parent:
             self._send({"refused": refusal})
             return None
         parent_pid = os.getpid()
+        if not self._begin_child(files):
+            return None
+        startup.detach(parent_pid, files[:3])
+        startup.hold_line(job, files[3:])
+        hidden_output.hide(job.env, inheritable=job.fresh)
+        if job.fresh:
+            startup.execute(job)
+        return job.with_variables(self.variables)
+
+    def _fork_successor(self, files: list[int]) -> Parent | None:
+        parent_pid = os.getpid()
+        if not self._begin_child(files):
+            return None
+        # What its imports print, the first worker's have printed.
+        startup.detach(parent_pid, [os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) for _ in range(3)])
+        return Parent(socket.socket(fileno=files[0]), self.agent_pid, is_fork=True)
+
+    def _begin_child(self, files: list[int]) -> bool:
+        """Fork, and tell the agent of it. Returns whether this is the new process, which owns the files."""
         sys.stdout.flush()
         sys.stderr.flush()
         try:
@@ -175,20 +192,25 @@ class Parent:
             # At a limit on processes or on memory. Those that run already are none the worse for it.
             socket_messages.close_all(files)
             self._send({"impossible": str(error)})
-            return None
+            return False
         if pid == 0:
             self._release()
-            startup.detach(parent_pid, files[:3])
-            startup.hold_line(job, files[3:])
-            hidden_output.hide(job.env, inheritable=job.fresh)
-            if job.fresh:
-                startup.execute(job)
-            return job
+            return True
         socket_messages.close_all(files)
         self.pidfds[pid] = os.pidfd_open(pid)
         self.selector.register(self.pidfds[pid], selectors.EVENT_READ)
         self._send({"pid": pid}, [self.pidfds[pid]])
-        return None
+        return False
+
+    def _learn(self, message: socket_messages.Message) -> None:
+        # Not before it is needed: it is no part of what workers find imported.
+        from lightning_ckptless.membership.forkserver.learning import Lesson, learn  # noqa: PLC0415
+
+        learned = learn(Lesson.from_message(message))
+        self.variables, self.loses_cuda = learned.variables, loses_cuda()
+        unfit = "" if learned.unsafe else self._refusal() or ""
+        answer = {"learned": learned.modules, "unsafe": learned.unsafe, "unfit": unfit, "took_s": learned.took_s}
+        self._send(answer)
 
     def _refusal(self) -> str | None:
         return "an imported module has asked CUDA for its devices" if self.loses_cuda else unsafe_to_fork()
@@ -243,7 +265,7 @@ def _signal_group(pid: int, number: int) -> None:
 
 
 def main() -> int:
-    """Serve an agent. Returns more than once: in the parent when the agent is gone, in each worker when it is done."""
+    """Serve an agent. Returns in each worker, when it is done."""
     options = argparse.ArgumentParser()
     options.add_argument("--fd", type=int, required=True)
     options.add_argument("--agent", type=int, required=True)
@@ -253,10 +275,12 @@ def main() -> int:
         del sys.path[0]
     control = socket.socket(fileno=arguments.fd)
     control.set_inheritable(False)
-    job = Parent(control, arguments.agent).serve()
-    if job is None:
+    role: Job | Parent | None = Parent(control, arguments.agent)
+    while isinstance(role, Parent):
+        role = role.serve()
+    if role is None:
         os._exit(0)
-    return startup.run(job)
+    return startup.run(role)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,8 @@ class Sidecars:
             grace_s: how long they may take.
         """
         running = self._running()
-        self._where.parent().signal([process.pid for process in running], signal.SIGTERM)
+        for process in running:
+            process.signal(signal.SIGTERM)
         began, said = time.monotonic(), False
         while running and (waited_s := time.monotonic() - began) < grace_s:
             if waited_s > _SAY_AFTER_S and not said:
@@ -154,7 +155,7 @@ class Sidecars:
             running = self._running()
         for sidecar in self._asked.values():
             if sidecar.process is not None:
-                self._where.parent().signal([sidecar.process.pid], signal.SIGKILL)
+                sidecar.process.signal(signal.SIGKILL)
                 sidecar.process.leave(_KILL_WAIT_S)
         self._asked.clear()
 

@@ -7,6 +7,7 @@ is ready is started again, twice; then the run goes on without, and says so.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -99,14 +100,11 @@ class Standbys:
         """The file that a standby of these prints into until it has joined the others."""
         return self._outputs[process.pid]
 
-    def stop(self, kill: Callable[[list[int]], None]) -> None:
-        """End all of them.
-
-        Args:
-            kill: kills processes by their ids.
-        """
+    def stop(self) -> None:
+        """End all of them."""
         processes = [*self._waiting, *(process for process, _ in self._coming.values())]
-        kill([process.pid for process in processes])
+        for process in processes:
+            process.signal(signal.SIGKILL)
         for process in processes:
             process.leave(_KILL_WAIT_S)
         self._waiting.clear()

@@ -104,6 +104,8 @@ class LaunchConfig:
             then.
         in_place: whether survivors of a fault go on in place; None to leave it to the strategy of the workers.
         standbys: processes that wait for a rank; None to leave it to the strategy.
+        preload_imports: whether what the program has imported when it trains is preloaded for new processes; None to
+            leave it to the strategy.
         time_limit_s: time from the start of the agent after which the run is ended; None for none.
 
     Raises:
@@ -138,6 +140,7 @@ class LaunchConfig:
     exit_grace_s: float = DEFAULT_EXIT_GRACE_S
     in_place: bool | None = None
     standbys: int | None = None
+    preload_imports: bool | None = None
     time_limit_s: float | None = None
 
     def __post_init__(self) -> None:

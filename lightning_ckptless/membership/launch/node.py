@@ -142,6 +142,7 @@ def _node(config: LaunchConfig) -> Node:
         max_recoveries_per_hour=config.max_recoveries_per_hour,
         in_place=config.in_place,
         standbys=config.standbys,
+        preload_imports=config.preload_imports,
         log_line_prefix=config.log_line_prefix,
         time_limit_s=config.time_limit_s,
         newcomer_outputs=_newcomer_outputs(config),

@@ -59,6 +59,12 @@ def options_parser() -> ArgumentParser:
         help="processes that wait for a rank (default: the strategy's)",
     )
     ours.add_argument(
+        "--preload-imports",
+        action=BooleanOptionalAction,
+        default=None,
+        help="whether what the program imports is imported once for all new processes (default: the strategy's)",
+    )
+    ours.add_argument(
         "--in-place",
         action=BooleanOptionalAction,
         default=None,
@@ -76,15 +82,7 @@ def options_parser() -> ArgumentParser:
         metavar="N",
         help="recoveries within an hour until the run gives up (default: the strategy's)",
     )
-    ours.add_argument(
-        "--durable-every-n-steps", type=int, metavar="N", help="steps between durable states (default: the strategy's)"
-    )
-    ours.add_argument(
-        "--durable-every-s", type=float, metavar="S", help="seconds between durable states (default: the strategy's)"
-    )
-    ours.add_argument(
-        "--durable-dir", type=Path, metavar="FOLDER", help="folder of the durable states (default: the strategy's)"
-    )
+    _add_durable(ours)
     ours.add_argument(
         "--finish-grace",
         type=float,
@@ -96,6 +94,18 @@ def options_parser() -> ArgumentParser:
     if "PET_MAX_RESTARTS" not in os.environ:
         parser.set_defaults(max_restarts=None)
     return parser
+
+
+def _add_durable(ours: Any) -> None:
+    ours.add_argument(
+        "--durable-every-n-steps", type=int, metavar="N", help="steps between durable states (default: the strategy's)"
+    )
+    ours.add_argument(
+        "--durable-every-s", type=float, metavar="S", help="seconds between durable states (default: the strategy's)"
+    )
+    ours.add_argument(
+        "--durable-dir", type=Path, metavar="FOLDER", help="folder of the durable states (default: the strategy's)"
+    )
 
 
 def _add_shutdown_timeout(ours: Any) -> None:
@@ -139,6 +149,7 @@ def config_from_torchrun_args(argv: Sequence[str]) -> LaunchConfig:
         arena_dir=args.arena_dir,
         in_place=args.in_place,
         standbys=args.standbys,
+        preload_imports=args.preload_imports,
         finish_grace_s=args.finish_grace,
         local_addr=args.local_addr,
         log_dir=None if args.log_dir is None else Path(args.log_dir),

@@ -9,13 +9,15 @@ import random
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from io import FileIO, TextIOWrapper
 from types import TracebackType
 from typing import Any, NoReturn
 
 from lightning_ckptless import environment
 from lightning_ckptless.membership.channel.program_failure import count_report, leave_failure
+from lightning_ckptless.membership.forkserver.imported import note_start
 from lightning_ckptless.membership.worker.hidden_output import real_stderr
 from lightning_ckptless.membership.worker.hydra import with_folder, without_folder
 from lightning_ckptless.membership.worker.program import Program, run_as_main
@@ -52,6 +54,15 @@ class Job:
         program = message["program"]
         lists = {"args": tuple(program["args"]), "flags": tuple(program["flags"])}
         return cls(**{**message, "program": Program(**{**program, **lists})})
+
+    def with_variables(self, changes: Mapping[str, str | None]) -> Job:
+        """The job with changes to its environment.
+
+        Args:
+            changes: values by name; None for a variable that is not to be there.
+        """
+        env = {**self.env, **changes}
+        return replace(self, env={name: value for name, value in env.items() if value is not None})
 
 
 def die_with(parent_pid: int) -> None:
@@ -144,6 +155,7 @@ def enter(job: Job, *, reseeds: bool = True) -> None:
     if reseeds:
         _reseed()
     _set_threads()
+    note_start()
     os.environ[environment.MAIN_AT] = repr(time.time())
 
 

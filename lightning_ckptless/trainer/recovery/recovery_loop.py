@@ -17,8 +17,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
-from typing import NoReturn
+from dataclasses import astuple
+from typing import Any, NoReturn
 
 from lightning_ckptless import environment
 from lightning_ckptless.console import CONSOLE
@@ -26,10 +28,12 @@ from lightning_ckptless.errors import CkptlessError, TransportError, UnevenSteps
 from lightning_ckptless.internals.lightning import progress_bar
 from lightning_ckptless.internals.lightning.launch import is_stop
 from lightning_ckptless.membership.channel.fault_report import FaultReport
+from lightning_ckptless.membership.forkserver.imported import take_imported
 from lightning_ckptless.membership.worker import hidden_output
 from lightning_ckptless.membership.worker.peer_errors import is_lost_peer
 from lightning_ckptless.membership.worker.placeholder_group import require_no_refusals
 from lightning_ckptless.membership.worker.watcher import Assignment, Watcher
+from lightning_ckptless.protocol.newcomer import Arrival, Imports
 from lightning_ckptless.protocol.recovery import WorkerEvent, WorkerState, next_state
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.restore import choose
@@ -70,6 +74,7 @@ class RecoveryLoop:
         self._batches = batches
         self._boundaries = boundaries
         self._has_trained = False
+        self._arrival: Arrival | None = None
 
     @property
     def _watcher(self) -> Watcher | None:
@@ -86,6 +91,7 @@ class RecoveryLoop:
         """
         self._move(WorkerEvent.ENTER)
         self._say_entered()
+        self._say_imported()
         self._has_trained = True
         self._run(first)
 
@@ -96,6 +102,7 @@ class RecoveryLoop:
     def _join(self) -> bool:
         # Once: what this process does after this fit it does among the others.
         require_no_refusals()
+        self._arrival = self._arrive()
         number, report = os.environ.pop(environment.REGROUPING), os.environ[environment.FAULT_REPORT]
         hidden_output.show()
         self._say_entered()
@@ -105,6 +112,18 @@ class RecoveryLoop:
         # The way of this process to the others is part of their meeting, not of their being told.
         return self._restore_among_others(Assignment(int(number), fault, fault.stopped_at)).validation_done
 
+    @staticmethod
+    def _arrive() -> Arrival:
+        imported = take_imported()
+        spawned_at = float(os.environ.get(environment.SPAWNED_AT) or time.time())
+        modules = 0 if imported is None else len(imported.modules)
+        return Arrival(time.time() - spawned_at, modules, Imports(os.environ.get(environment.IMPORTS, Imports.OFF)))
+
+    def _take_arrival(self) -> tuple[Any, ...] | None:
+        """How this process came to the others, for the first recovery that it is part of."""
+        arrival, self._arrival = self._arrival, None
+        return None if arrival is None else astuple(arrival)
+
     def _say_entered(self) -> None:
         if self._watcher is not None:
             options = self._engine.options
@@ -112,6 +131,7 @@ class RecoveryLoop:
                 "entered",
                 in_place=bool(options.in_place),
                 standbys=options.standbys,
+                preload_imports=bool(options.preload_imports),
                 hang_timeout_s=None if options.hang_timeout_s is None else float(options.hang_timeout_s),
                 max_recoveries_without_progress=options.max_recoveries_without_progress,
                 max_recoveries_per_hour=options.max_recoveries_per_hour,
@@ -119,6 +139,17 @@ class RecoveryLoop:
                 bar=str(CONSOLE.bar),
                 fixed_world=self._strategy.obstacle_to_another_world(),
             )
+
+    def _say_imported(self) -> None:
+        """Let the agent know what to import for new processes; one worker of a node does so."""
+        if (
+            self._watcher is None
+            or os.environ.get("LOCAL_RANK", "0") != "0"
+            or not self._engine.options.preload_imports
+        ):
+            return
+        if (imported := take_imported()) is not None:
+            self._watcher.tell("imported", **imported.to_message())
 
     def _obstacle(self) -> str | None:
         """Why no new process could come to where this one is."""
@@ -230,10 +261,9 @@ class RecoveryLoop:
         )
         assert engine.arena is not None
         transport = engine.connect()
-        told = [
-            json.loads(line) for line in transport.gather(json.dumps([engine.identity.node, engine.has_moved]).encode())
-        ]
-        nodes, has_moved = (tuple(facts) for facts in zip(*told, strict=True))
+        facts = [engine.identity.node, engine.has_moved, self._take_arrival()]
+        told = [json.loads(line) for line in transport.gather(json.dumps(facts).encode())]
+        nodes, has_moved, ways = (tuple(facts) for facts in zip(*told, strict=True))
         generation, mesh = self._strategy.world.generation, self._strategy.mesh_sizes()
         engine.members = form_member_set(transport, engine.arena, nodes, engine.options, generation, mesh=mesh)
         self._strategy.world.renumber(engine.members.generation)
@@ -243,7 +273,7 @@ class RecoveryLoop:
         if self._watcher is not None:
             self._watcher.tell("met", number=assignment.number)
         engine.durable.share_out(engine.members)
-        report.met(engine.members.generation)
+        report.met(engine.members.generation, [Arrival(*way) for way in ways if way is not None])
         found = choose(engine.arena, transport, nodes)
         if not isinstance(found, Complete):
             self._give_up(found.reason)

@@ -21,6 +21,7 @@ from lightning_ckptless.internals.lightning.logger_identity import (
     forget_identity,
     identity_of,
     is_dummy,
+    keeps_rows_until_it_ends,
     set_identity,
     variables_of,
     write_soon,
@@ -72,6 +73,12 @@ class RunLoggers:
                 "ckptless: %s: it is not known which run it writes to, so a process that replaces rank 0 will open "
                 "another one. Define ckptless_identity() and set_ckptless_identity(identity) on it (see the guide on "
                 "loggers)", kind
+            )  # fmt: skip
+        for kind in dict.fromkeys(type(lg).__name__ for lg in self._loggers if keeps_rows_until_it_ends(lg)):
+            log.warning(
+                "ckptless: %s: offline, rows are in a temporary folder until the process ends. Those of a process that "
+                "is killed will not be in the archive of the one that replaces it. Log online, or add a CSVLogger "
+                "(see the guide on loggers)", kind
             )  # fmt: skip
 
     def identify(self, saved: Identities | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.worker.watcher import Assignment
 from lightning_ckptless.protocol.goodput import GoodputAccount, Phases, phases_from
 from lightning_ckptless.protocol.mirror_interval import CadencePlan
+from lightning_ckptless.protocol.newcomer import Arrival, why_slow
 from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.protocol.placement_table import table_of
 from lightning_ckptless.protocol.recovery import Rung
@@ -67,6 +68,7 @@ class RunReport:
         self.last_phases: Phases | None = None
         self._fault = _fault_report()
         self._told_at: float | None = None
+        self._arrivals: Sequence[Arrival] = ()
         self._in_place = False
         self._had_ended = False
         self._joined_at = clock()
@@ -158,9 +160,14 @@ class RunReport:
         self._resumed_at = None
         self._in_place = True
 
-    def met(self, generation: int) -> None:
-        """The ranks of the next generation have met."""
-        self.generation = generation
+    def met(self, generation: int, arrivals: Sequence[Arrival] = ()) -> None:
+        """The ranks of the next generation have met.
+
+        Args:
+            generation: its number.
+            arrivals: of the new processes among them.
+        """
+        self.generation, self._arrivals = generation, arrivals
         self._joined_at = self.clock()
 
     def fetched(self, found: Complete, moved: Moved, step_in_flight: int) -> None:
@@ -323,6 +330,7 @@ class RunReport:
             spawned_at=_float(environment.SPAWNED_AT),
             main_at=_float(environment.MAIN_AT),
             joined_at=self._joined_at,
+            newcomers=[asdict(arrival) for arrival in self._arrivals],
         )
         self._say(self._recovery_line(fault, restored, phases))
 
@@ -331,9 +339,11 @@ class RunReport:
         who = f"rank {fault.rank} {fault.cause}" if fault and named and not fault.earlier else _cause(fault)
         parts = " + ".join(f"{name.removesuffix('_s')} {getattr(phases, name):.2f}" for name in PHASE_NAMES)
         how = "in place" if self._in_place else "by a relaunch"
+        slow = why_slow(phases.regroup_s, self._arrivals)
         return (
             f"recovered {how} ({who}): went on from {restored} on {self.trainer.world_size} ranks, "
             f"{self._replayed_now} step(s) run again, {phases.total_s:.2f} s = {parts}"
+            f"{f'; {slow}' if slow else ''}"
         )
 
     # ------------------------------------------------------------------ the end

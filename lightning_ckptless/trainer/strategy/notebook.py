@@ -28,12 +28,12 @@ from lightning_ckptless.internals.lightning.distribution import distribution_of
 from lightning_ckptless.internals.lightning.handover import capture, elastic_environment, restore, without_predictions
 from lightning_ckptless.internals.lightning.launch import is_stop
 from lightning_ckptless.internals.lightning.log_files import keep_logs
+from lightning_ckptless.membership.agent.scratch import ScratchFolder
 from lightning_ckptless.membership.agent.signals import AskedToEnd
 from lightning_ckptless.membership.forkserver.forked_call import THE_CALL, ForkedParent
 from lightning_ckptless.membership.forkserver.output_relay import OutputRelay
 from lightning_ckptless.membership.forkserver.server import loses_cuda
-from lightning_ckptless.membership.launch.launch import LaunchConfig, Outcome
-from lightning_ckptless.membership.launch.scratch import ScratchFolder
+from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome
 
 RUN_A_FILE = (
     "write the cells to a file and run that: put `%%writefile train.py` first in the cell, then run "
@@ -85,6 +85,8 @@ class NotebookCall:
             run_root=run_root,
             arena_dir=None if strategy.options.arena_dir is None else Path(strategy.options.arena_dir),
             env=ONE_THREAD,
+            # The notebook's process has imported everything already.
+            preload_imports=False,
         )
         with ScratchFolder("notebook") as scratch:
             exchange = Exchange(scratch.path)

@@ -70,6 +70,8 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
             arena_keep_s: seconds for which the arena of a dead run is kept for a restart under the same run id.
             in_place: after a fault replace only what was lost and let the other ranks go on; else start all again.
             standbys: processes per node that have run the script up to `fit` and wait there for a rank.
+            preload_imports: have what the program has imported when it trains imported once for all new processes, in
+                the process that they are forked from.
             hang_timeout_s: seconds without progress of any rank after which those that have come least far are ended
                 as hung; None to learn it from the steps, 0 for never.
             mirror_budget: with `auto`, by which share mirroring may lengthen training at most.
@@ -115,6 +117,7 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
             arena_keep_s: float = 3600.0,
             in_place: bool = True,
             standbys: int = 0,
+            preload_imports: bool = True,
             hang_timeout_s: float | None = None,
             health_check: str = "",
             mirror_budget: float = 0.01,

@@ -21,7 +21,7 @@ WORKER = """
     from lightning_ckptless.membership.channel.agent_channel import open_line
 
     rank, line, last = os.environ["RANK"], open_line(), int(sys.argv[1])
-    wishes = {"standbys": 0, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
+    wishes = {"standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
     wishes |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
     line.tell("entered", in_place=True, **wishes)
     number = int(os.environ.get("CKPTLESS_REGROUPING", "0"))

@@ -36,7 +36,7 @@ WORKER = """
     from lightning_ckptless.membership.channel.agent_channel import open_line
 
     rank, line, count = int(os.environ["RANK"]), open_line(), os.environ["TORCHELASTIC_RESTART_COUNT"]
-    wishes = {"standbys": 0, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
+    wishes = {"standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
     wishes |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
     line.tell("entered", in_place=sys.argv[1] == "in-place", **wishes)
     Path(f"came-{rank}-{count}").touch()
