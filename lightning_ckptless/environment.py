@@ -25,7 +25,7 @@ Set by the agent for its workers:
 | `CKPTLESS_AGENT` | process id of our agent; absent under torchrun |
 | `CKPTLESS_NODE` | name of this node, unique in the run, stable while its agent lives |
 | `CKPTLESS_FAULT_REPORT` | JSON: why this generation exists (`FaultReport`); absent in the first one |
-| `CKPTLESS_AGENT_DIR` | folder in which a worker says that it must not be started again |
+| `CKPTLESS_AGENT_DIR` | folder in which a worker says that it must not be started again, and keeps records of calls |
 | `CKPTLESS_SPAWNED_AT` | wall clock (seconds since the epoch) at which this worker was requested |
 | `CKPTLESS_GENERATION` | number of the membership that this worker has joined; set by the worker for itself |
 | `CKPTLESS_FIT_INDEX` | how many times this worker has entered `fit`; set by the worker for itself |

@@ -1,82 +1,302 @@
-"""A program with several trainers: each `fit` has its own state, and what stands between them runs as usual."""
+"""Programs that call their trainers several times: what a fault in a later call costs, and what it leaves."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.testing.drill import run_drill, run_variant
+from lightning_ckptless.testing.drill import run_variant
 from lightning_ckptless.testing.variant import Variant
 from tests.faults.conftest import REPOSITORY
 
 SCRIPT = """
-import sys
+import hashlib, json, os, signal, sys
 import lightning as L
-from lightning.pytorch.demos.boring_classes import BoringModel
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
+from torch.utils.data import DataLoader
 
-def trainer(epochs):
+torch.set_num_threads(1)
+FLOW, KILL = sys.argv[1], sys.argv[2:]
+call, batches, results = 0, 0, []
+
+def strike(rank):
+    global batches
+    batches += 1
+    if KILL and [call, batches] == [int(n) for n in KILL[0].split(":")] and str(rank) in KILL[1]:
+        marker = f"killed-{rank}"
+        if not os.path.exists(marker):
+            open(marker, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+class Net(L.LightningModule):
+    def __init__(self, lr=0.1):
+        super().__init__()
+        self.lr, self.seen = lr, 0
+        layers = torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(), torch.nn.Linear(8, 1)
+        self.net = torch.nn.Sequential(*layers)
+
+    def loss(self, batch):
+        strike(self.global_rank)
+        return (self.net(batch) - batch.sum(1, keepdim=True)).pow(2).mean()
+
+    def training_step(self, batch, _):
+        self.seen += 1
+        loss = self.loss(batch)
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch, _):
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+
+    def test_step(self, batch, _):
+        self.log("test_loss", self.loss(batch), sync_dist=True)
+
+    def predict_step(self, batch, _):
+        return self.net(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+    def data(self, seed, shuffle=False):
+        rows = torch.randn(32, 4, generator=torch.Generator().manual_seed(seed))
+        return DataLoader(rows, batch_size=4, shuffle=shuffle)
+
+    def train_dataloader(self):
+        return self.data(1, shuffle=True)
+
+    def val_dataloader(self):
+        return self.data(2)
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+def trainer(epochs=1, **more):
     return L.Trainer(
-        accelerator="cpu", devices=2, strategy="ckptless", max_epochs=epochs, limit_train_batches=6,
-        limit_val_batches=2, limit_test_batches=2, enable_progress_bar=False, enable_model_summary=False,
-        log_every_n_steps=1, logger=L.pytorch.loggers.CSVLogger("."), enable_checkpointing=False,
+        accelerator="cpu", devices=2, strategy="ckptless", max_epochs=epochs, num_sanity_val_steps=0,
+        enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1, logger=CSVLogger("."),
+        callbacks=[ModelCheckpoint(monitor="val_loss")], **more,
     )
+
+def counted(name):
+    original = getattr(L.Trainer, name)
+    def method(*args, **kwargs):
+        global call, batches
+        call, batches = call + 1, 0
+        return original(*args, **kwargs)
+    setattr(L.Trainer, name, method)
+
+for name in ("fit", "validate", "test", "predict"):
+    counted(name)
+
+def val_loss(of):
+    results.append(float(of.callback_metrics["val_loss"]))
+    return results[-1]
 
 L.seed_everything(3, workers=True)
-model = BoringModel()
-first = trainer(1)
-first.fit(model)
-first.test(model)
-second = trainer(3)
-second.fit(model)
-assert second.global_step == 18
-if "--fail" in sys.argv:
-    raise ValueError("past the training")
+model, last = Net(), trainer()
+if FLOW == "validate, fit":
+    results.append(last.validate(model))
+    last.fit(model)
+elif FLOW == "fit, another fit":
+    last.fit(model)
+    val_loss(last)
+    model, last = Net(), trainer()
+    last.fit(model)
+elif FLOW == "fit, same trainer":
+    last.fit(model)
+    val_loss(last)
+    last.fit_loop.max_epochs = 2
+    last.fit(model)
+elif FLOW == "fit, save, resume":
+    last.fit(model)
+    last.save_checkpoint("saved.ckpt")
+    best, last = last.checkpoint_callback.best_model_path, trainer(2)
+    last.fit(model, ckpt_path=best)
+elif FLOW == "fit, test best":
+    last.fit(model)
+    results.append(last.test(model))
+    results.append(last.test(ckpt_path="best"))
+elif FLOW == "folds":
+    for fold in range(3):
+        model, last = Net(), trainer()
+        last.fit(model, model.data(10 + fold, shuffle=True), model.data(20 + fold))
+        val_loss(last)
+elif FLOW == "search, fit":
+    results.append(Tuner(last).lr_find(model, num_training=14).suggestion())
+    results.append(model.lr)
+    last.fit(model)
+elif FLOW == "fit, predict, fit":
+    last.fit(model)
+    results.append([len(part) for part in last.predict(model)])
+    model, last = Net(), trainer()
+    last.fit(model)
+elif FLOW == "fit, barrier, fit":
+    last.fit(model)
+    seen = torch.tensor([float(model.seen)])
+    torch.distributed.all_reduce(seen)
+    results.append(float(seen))
+    last = trainer()
+    last.fit(model)
+elif FLOW == "trials":
+    import optuna
+
+    def objective(trial):
+        global model, last
+        model, last = Net(trial.suggest_float("lr", 1e-3, 1e-1)), trainer()
+        if trial.number == 1:
+            class Prune(L.Callback):
+                def on_validation_end(self, trainer, module):
+                    raise optuna.TrialPruned
+            last.callbacks.append(Prune())
+        last.fit(model)
+        return val_loss(last)
+
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=1))
+    study.optimize(objective, n_trials=3)
+    results.append([(trial.params, trial.value, trial.state.name) for trial in study.trials])
+
+weights = b"".join(tensor.detach().numpy().tobytes() for tensor in model.state_dict().values())
+facts = {
+    "weights": hashlib.sha256(weights).hexdigest(), "results": results, "seen": model.seen,
+    "steps": last.global_step, "metrics": {k: float(v) for k, v in last.callback_metrics.items() if "/" not in k},
+    "random": torch.rand(1).item(), "best": os.path.relpath(last.checkpoint_callback.best_model_path or "."),
+}
+with open(f"facts-{last.global_rank}.json", "w") as file:
+    json.dump(facts, file)
 """
-ENV = {"PYTHONPATH": str(REPOSITORY)}
+ENV = {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+
+Run = Callable[..., Variant]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A kill in a flow, and how the run recovers from it.
+
+    Args:
+        flow: which calls the program makes.
+        call: in which of them, from 1.
+        batch: in which batch of the call.
+        ranks: who is killed.
+        how: `in place` or `relaunch`.
+        reason: part of the reason for a relaunch.
+    """
+
+    flow: str
+    call: int
+    batch: int
+    ranks: str
+    how: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.flow}: rank {self.ranks} killed in call {self.call}, {self.how}"
+
+
+FAULTS = [
+    Fault("validate, fit", 2, 3, "0", "in place"),
+    Fault("fit, same trainer", 2, 2, "1", "in place"),
+    Fault("fit, test best", 3, 2, "1", "relaunch", "past fit"),
+]
+MORE_FAULTS = [
+    Fault("validate, fit", 1, 2, "0", "relaunch", "no worker has come to fit"),
+    Fault("validate, fit", 1, 2, "01", "relaunch"),
+    Fault("validate, fit", 2, 1, "1", "in place"),
+    Fault("fit, another fit", 2, 3, "0", "in place"),
+    Fault("fit, another fit", 2, 3, "01", ""),
+    Fault("fit, same trainer", 2, 2, "0", "in place"),
+    Fault("fit, same trainer", 2, 1, "01", ""),
+    Fault("fit, save, resume", 2, 2, "0", "in place"),
+    Fault("fit, save, resume", 2, 2, "1", "in place"),
+    Fault("fit, test best", 2, 2, "0", "relaunch", "past fit"),
+    Fault("folds", 3, 3, "0", "in place"),
+    Fault("folds", 3, 3, "01", ""),
+    Fault("search, fit", 1, 3, "0", "relaunch"),
+    Fault("search, fit", 2, 3, "0", "in place"),
+    Fault("search, fit", 2, 3, "1", "in place"),
+    Fault("fit, predict, fit", 3, 3, "1", "in place"),
+    Fault("fit, barrier, fit", 2, 3, "1", "relaunch", "the collective allreduce was called"),
+    Fault("trials", 3, 3, "1", "in place"),
+]
 
 
 @pytest.fixture(scope="module")
-def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program."""
-    path = tmp_path_factory.mktemp("program") / "train.py"
-    path.write_text(SCRIPT)
-    return path
+def run(tmp_path_factory: pytest.TempPathFactory, parent: ForkServer) -> Run:
+    """Runs the program."""
+    script = tmp_path_factory.mktemp("program") / "train.py"
+    script.write_text(SCRIPT)
+
+    def run(*args: str) -> Variant:
+        folder = tmp_path_factory.mktemp("run") / "run"
+        return run_variant([str(script), *args], folder, parent=parent, isolate=True, env=ENV, timeout_s=120)
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def baseline(script: Path, tmp_path_factory: pytest.TempPathFactory, parent: ForkServer) -> Variant:
-    """The uninterrupted run."""
-    return run_variant([str(script)], tmp_path_factory.mktemp("baseline"), parent=parent, isolate=True, env=ENV)
+def undisturbed(run: Run) -> Callable[[str], Variant]:
+    """The uninterrupted run of a flow, made once."""
+    made: dict[str, Variant] = {}
+
+    def of(flow: str) -> Variant:
+        if flow not in made:
+            made[flow] = run(flow)
+            assert made[flow].exit_code == 0, made[flow].tail()
+        return made[flow]
+
+    return of
 
 
-@pytest.mark.parametrize("step", [3, 9])
-def test_kill(step: int, script: Path, baseline: Variant, tmp_path: Path, parent: ForkServer) -> None:
-    report = run_drill(
-        [str(script)],
-        f"kill:rank=1:step={step}",
-        folder=tmp_path / "drill",
-        parent=parent,
-        baseline=baseline,
-        isolate=True,
-        env=ENV,
-    )
-    assert report.problems == ()
-    # What a new process cannot do is to come to the second fit alone.
-    assert (report.in_place, report.relaunches) == ((1, 0) if step < 6 else (0, 1))
-    # A fit that had ended before the fault recovers from nothing.
-    assert [recovery.steps_replayed > 0 for recovery in report.recoveries] == [True]
-    if step > 6:
-        (relaunch,) = (event for event in report.faulted.events if event.event == "relaunch")
-        assert relaunch.fields["reason"] == (
-            "not in place: the program is in its fit number 2, which a new process cannot reach alone"
-        )
+def left_behind(variant: Variant) -> dict[str, Any]:
+    """What a run has left: its results, rows of its log files, and the names of its files and folders."""
+    cwd = variant.folder / "cwd"
+    left: dict[str, Any] = {}
+    for path in sorted(cwd.rglob("*")):
+        name = path.relative_to(cwd).as_posix()
+        if name.startswith("killed-"):
+            continue
+        left[name] = None
+        if path.suffix == ".json":
+            left[name] = json.loads(path.read_text())
+        elif path.name == "metrics.csv":
+            with path.open(newline="") as file:
+                rows = [
+                    {key: value for key, value in row.items() if value and not key.startswith("ckptless/")}
+                    for row in csv.DictReader(file)
+                ]
+            left[name] = [row for row in rows if row.keys() - {"step", "epoch"}]
+    return left
 
 
-def test_an_error_past_fit_ends_the_run_once(script: Path, tmp_path: Path, parent: ForkServer) -> None:
-    command = [str(script), "--fail"]
-    variant: Variant = run_variant(command, tmp_path / "run", parent=parent, isolate=True, env=ENV)
-    assert variant.exit_code == 1
-    assert "ValueError: past the training" in variant.tail()
-    assert not any(event.event == "relaunch" for event in variant.events)
+def check(fault: Fault, run: Run, undisturbed: Callable[[str], Variant]) -> None:
+    disturbed = run(fault.flow, f"{fault.call}:{fault.batch}", fault.ranks)
+    assert disturbed.exit_code == 0, disturbed.tail()
+    assert left_behind(disturbed) == left_behind(undisturbed(fault.flow))
+    events = disturbed.events
+    found = {event.event for event in events} & {"in_place", "relaunch"}
+    assert found, "the fault was recovered from"
+    if fault.how:
+        assert (fault.how == "relaunch") == ("relaunch" in found)
+    reasons = [event.fields["reason"] for event in events if event.event == "relaunch"]
+    assert not fault.reason or any(fault.reason in reason for reason in reasons), reasons
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_fault_in_a_later_call(fault: Fault, run: Run, undisturbed: Callable[[str], Variant]) -> None:
+    check(fault, run, undisturbed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault", MORE_FAULTS, ids=str)
+def test_more_faults_in_later_calls(fault: Fault, run: Run, undisturbed: Callable[[str], Variant]) -> None:
+    if fault.flow == "trials":
+        pytest.importorskip("optuna", reason="the flow of a study needs optuna")
+    check(fault, run, undisturbed)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
+from lightning_ckptless.internals.lightning.calls import is_end_of_search
 from lightning_ckptless.internals.lightning.distribution import is_a, module
 
 FIT = "_fit_impl"
@@ -31,5 +33,10 @@ def is_stop(error: BaseException) -> bool:
     """Whether an exception is a request to stop, not a fault."""
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
         return True
-    names = (("utilities.exceptions", "SIGTERMException"), ("utilities.exceptions", "_TunerExitException"))
-    return any(is_a(error, *name) for name in names)
+    return is_a(error, "utilities.exceptions", "SIGTERMException") or ends_on_purpose(error)
+
+
+def ends_on_purpose(error: BaseException) -> bool:
+    """Whether an exception ends this call of `fit` and not the program: a search of `Tuner`, or a pruned trial."""
+    optuna: Any = sys.modules.get("optuna")
+    return is_end_of_search(error) or (optuna is not None and isinstance(error, optuna.TrialPruned))

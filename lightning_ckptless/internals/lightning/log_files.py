@@ -214,6 +214,27 @@ def _close_elsewhere(logger: Any) -> None:
         logger._experiment = None
 
 
+def event_files(loggers: list[Any]) -> set[Path]:
+    """The event files in the folders of TensorBoard's loggers."""
+    folders = [Path(logger.log_dir) for logger in loggers if is_a(logger, "loggers", "TensorBoardLogger")]
+    return {path for folder in folders for path in _event_files(folder).values()}
+
+
+def drop_events_beyond(loggers: list[Any], before: set[Path]) -> None:
+    """Remove event files that this process has opened and written no row to.
+
+    Args:
+        loggers: of the trainer.
+        before: the files that were there before.
+    """
+    for logger in loggers:
+        if is_a(logger, "loggers", "TensorBoardLogger") and logger._experiment is not None:
+            logger._experiment.close()
+            logger._experiment = None
+    for path in event_files(loggers) - before:
+        path.unlink()
+
+
 def _cut_events(folder: Path, sizes: dict[str, int], spare: Path | None = None) -> None:
     for name, path in _event_files(folder).items():
         if name not in sizes:

@@ -9,8 +9,8 @@ _CONNECTORS = "trainer.connectors"
 NAMES = {
     "trainer.trainer": "Trainer",
     "trainer.trainer:Trainer": """
-        _checkpoint_connector _default_root_dir _fit_impl _logger_connector _results _signal_connector interrupted
-        received_sigterm
+        _active_loop _checkpoint_connector _default_root_dir _fit_impl _logger_connector _results _run _run_stage
+        _signal_connector interrupted received_sigterm
     """,
     "trainer.call": "_call_strategy_hook",
     "trainer.states": "RunningStage TrainerFn",
@@ -44,6 +44,7 @@ NAMES = {
     "loops.loop": "_Loop",
     "loops.optimization.automatic": "ClosureResult",
     "loops.progress:_BatchProgress": "is_last_batch",
+    "strategies.ddp": "_sync_module_states",
     "strategies.launchers.launcher": "_Launcher",
     "utilities.combined_loader": "CombinedLoader",
     "utilities.combined_loader:CombinedLoader": "_flattened _iterator flattened limits reset",

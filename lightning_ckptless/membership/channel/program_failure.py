@@ -45,14 +45,15 @@ def leave_failure(error: BaseException, env: Mapping[str, str] = os.environ) -> 
     if not folder:
         return
     text = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
-    failure = Failure(" ".join(text.split())[:_LONGEST_ERROR], _is_of_lost_peer(error))
+    failure = Failure(" ".join(text.split())[:_LONGEST_ERROR], is_of_lost_peer(error))
     path = Path(folder, f"failure-{os.getpid()}.json")
     draft = path.with_suffix(".part")
     draft.write_text(json.dumps(asdict(failure)))
     draft.rename(path)
 
 
-def _is_of_lost_peer(error: BaseException) -> bool:
+def is_of_lost_peer(error: BaseException) -> bool:
+    """Whether what a program has raised says that another rank is gone."""
     if "torch.distributed" not in sys.modules:
         return False
     from lightning_ckptless.membership.worker.peer_errors import is_lost_peer  # noqa: PLC0415 - brings torch, which is here already

@@ -158,6 +158,9 @@ def _within(unsafe: dict[str, str], lesson: Lesson) -> dict[str, str]:
     return {name: reason for name, reason in unsafe.items() if name and name not in lesson.left_out}
 
 
+_MEMBERSHIP = "lightning_ckptless.membership."
+
+
 def _ours() -> frozenset[str]:
     return frozenset(
         {"__main__", __name__, *(name for name in sys.modules if name.startswith("lightning_ckptless.membership."))}

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -214,6 +215,12 @@ class World:
         """Let go of the groups that were left, which waits for their threads. All ranks have left them."""
         self._retired.clear()
         self._connections.bury()
+
+
+@cache
+def world_of_process() -> World:
+    """The world of this process: all its trainers train in the same process groups, whichever of them made these."""
+    return World()
 
 
 def keep_through_device_errors() -> None:

@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from lightning_ckptless import environment
-from lightning_ckptless.membership.channel.program_failure import count_report, leave_failure
+from lightning_ckptless.membership.channel.agent_channel import open_line
+from lightning_ckptless.membership.channel.program_failure import count_report, is_of_lost_peer, leave_failure
 from lightning_ckptless.membership.forkserver.imported import note_start
 from lightning_ckptless.membership.worker.hidden_output import real_stderr
 from lightning_ckptless.membership.worker.hydra import with_folder, without_folder
@@ -124,6 +125,7 @@ def run(job: Job) -> int:
         raise
     except BaseException as error:  # noqa: BLE001 - the last resort of an interpreter: report whatever the user raised
         leave_failure(error)
+        _ask_for_relaunch(error)
         _report(error)
         return exit_code_of(error)
     return 0
@@ -135,6 +137,15 @@ def exit_code_of(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     # Python would end itself by SIGINT; the shell shows the same number for both.
     return _SIGINT_EXIT_CODE if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _ask_for_relaunch(error: BaseException) -> None:
+    """Tell the agent that no process can come to the others as this one was to, where it has asked for them too early.
+
+    Such an error looks like that of a lost peer, which would be tried again in the same way.
+    """
+    if environment.REGROUPING in os.environ and is_of_lost_peer(error) and (line := open_line()) is not None:
+        line.tell("unable", reason=f"{type(error).__name__}: {error}", lasting=True)
 
 
 def enter(job: Job, *, reseeds: bool = True) -> None:

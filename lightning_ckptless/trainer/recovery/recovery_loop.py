@@ -153,12 +153,8 @@ class RecoveryLoop:
 
     def _obstacle(self) -> str | None:
         """Why no new process could come to where this one is."""
-        if self._engine.fit_index:
-            return (
-                f"the program is in its fit number {self._engine.fit_index + 1}, which a new process cannot reach alone"
-            )
-        if calls := self._strategy.calls_before_fit:
-            return f"the program has used its trainer {calls} times before fit, which a new process cannot"
+        if obstacle := self._strategy.obstacle_of_calls:
+            return str(obstacle)
         if obstacle := self._strategy.obstacle_in_place():
             return str(obstacle)
         if foreign := self._strategy.world.foreign_groups():

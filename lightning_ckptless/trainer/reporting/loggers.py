@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 Identities = list[dict[str, Any]]
 Captured = dict[str, Any]
+Positions = list[dict[str, Any] | None]
+"""How far each log file is; None for a logger without one."""
 
 NOTE = "logger_identities"
 """Name of the note in an arena that says which runs of their stores the loggers write to."""
@@ -222,10 +224,15 @@ class RunLoggers:
             rewound = [logger for logger, position in pairs if position is not None]
         self._outbox.restore(saved["rows"] if saved is not None else None, rewound=rewound, before=begin_after)
 
-    def empty(self) -> None:
-        """Begin with empty log files, before they are opened; rank 0 does so."""
+    @property
+    def at_first(self) -> Positions:
+        """The positions of empty log files."""
+        return host_loggers.empty_positions(self._trainer.loggers)
+
+    def cut_to(self, positions: Positions) -> None:
+        """Cut the log files back to where they were when the fit began, before they are opened; rank 0 does so."""
         if self._trainer.is_global_zero:
-            host_loggers.cut_logs(self._trainer, host_loggers.empty_positions(self._trainer.loggers))
+            host_loggers.cut_logs(self._trainer, positions)
 
     def start_over(self) -> None:
         """The run begins again with its first step: no row is out."""

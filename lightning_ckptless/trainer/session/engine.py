@@ -43,7 +43,7 @@ from lightning_ckptless.trainer.recovery.fit_resume import run_restored
 from lightning_ckptless.trainer.recovery.judgement import count_recovery, why_final
 from lightning_ckptless.trainer.recovery.restoration import Restoration
 from lightning_ckptless.trainer.reporting.checkpoint_files import CheckpointFiles
-from lightning_ckptless.trainer.reporting.loggers import NOTE, RunLoggers
+from lightning_ckptless.trainer.reporting.loggers import NOTE, Positions, RunLoggers
 from lightning_ckptless.trainer.reporting.lost_files import lost_logs, warning_of
 from lightning_ckptless.trainer.reporting.report import RunReport
 from lightning_ckptless.trainer.session.arenas import (
@@ -155,8 +155,12 @@ class Engine:
 
     # ------------------------------------------------------------------ begin
 
-    def begin(self, ckpt_path: str | None) -> StartPlan:
+    def begin(self, ckpt_path: str | None, first_positions: Positions | None = None) -> StartPlan:
         """Open the arena and decide what this generation starts from.
+
+        Args:
+            ckpt_path: checkpoint file that the program asks for.
+            first_positions: how far the log files were when `fit` was first entered; None where they were empty.
 
         Raises:
             LaunchError: as many recoveries were made as the options allow.
@@ -205,7 +209,8 @@ class Engine:
                 self.loggers.cut(logs)
         else:
             self.streams.require()
-            self._start_over(members, plan.action, logs_are_named=saved is not None, relaunched=relaunched)
+            logs = None if saved is None else first_positions or self.loggers.at_first
+            self._start_over(members, plan.action, logs, relaunched=relaunched)
         return plan
 
     def begin_alone(self) -> None:
@@ -242,7 +247,7 @@ class Engine:
         if lost := [*lost_logs(self.trainer, positions), *self.files.lost]:
             self.report.say_of_files(warning_of(lost, restoration.version))
 
-    def _start_over(self, members: MemberSet, action: StartAction, *, logs_are_named: bool, relaunched: bool) -> None:
+    def _start_over(self, members: MemberSet, action: StartAction, logs: Positions | None, *, relaunched: bool) -> None:
         if self.trainer.is_global_zero and relaunched and action is StartAction.FRESH:
             self.files.go_back(BEGINNING, generation=members.generation)
         elif self.trainer.is_global_zero:
@@ -253,8 +258,8 @@ class Engine:
         self.loggers.start_over()
         if action is StartAction.DURABLE:
             self.loggers.choose_new()
-        elif logs_are_named:
-            self.loggers.empty()
+        elif logs is not None:
+            self.loggers.cut_to(logs)
 
     # ------------------------------------------------------------------ run
 
@@ -297,7 +302,8 @@ class Engine:
             mirroring.join(self.members)
         restoration = self._restoration
         self._begin_data_hooks(mirroring, arena, restoration)
-        self._searches = RateSearches(trainer, loops, self.data_hooks, lambda: self._is_to_take_up_a_version)
+        note = self.run_folder / f"search-{self.fit_index}"
+        self._searches = RateSearches(trainer, loops, self.data_hooks, lambda: self._is_to_take_up_a_version, note)
         since = restoration.version if restoration is not None else None
         mirroring.taken = since
         self.boundaries = StepBoundaries(
@@ -375,6 +381,11 @@ class Engine:
             self._sigterm.remove()
 
     # ------------------------------------------------------------------ in the loop
+
+    @property
+    def is_at_beginning(self) -> bool:
+        """Whether this process begins the fit, and does not take up what others have trained."""
+        return self.members is not None and self._restoration is None
 
     @property
     def is_on_its_way(self) -> bool:

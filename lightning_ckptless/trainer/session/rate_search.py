@@ -6,12 +6,14 @@ starts it again. What it has found is part of every version, so a process that t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_ckptless.internals.lightning.distribution import is_a
+from lightning_ckptless.internals.lightning.calls import rate_finders
 from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.internals.lightning.override import Override, remove_overrides
 
@@ -27,16 +29,23 @@ class RateSearches:
         loops: of the trainer.
         data_hooks: which a search calls as well.
         takes_up_a_version: whether this process is about to continue where others are.
+        note: file that names the checkpoint file of a search under way.
     """
 
     def __init__(
-        self, trainer: Any, loops: FitLoops, data_hooks: DataHooks, takes_up_a_version: Callable[[], bool]
+        self,
+        trainer: Any,
+        loops: FitLoops,
+        data_hooks: DataHooks,
+        takes_up_a_version: Callable[[], bool],
+        note: Path,
     ) -> None:
         self._trainer = trainer
         self._loops = loops
         self._data_hooks = data_hooks
         self._takes_up_a_version = takes_up_a_version
-        self._callbacks = [c for c in trainer.callbacks if is_a(c, "callbacks", "LearningRateFinder")]
+        self._note = note
+        self._callbacks = rate_finders(trainer)
         for callback in self._callbacks:
             override = Override(callback, "lr_find", lambda *_: None)
             override.function = partial(self._search, override.original)
@@ -50,8 +59,35 @@ class RateSearches:
         if self._takes_up_a_version():
             return
         self._data_hooks.record_from_now_on()
-        with _put_back_on_error(trainer), self._loops.without_overrides(), trainer.strategy.without_engine():
+        with (
+            _put_back_on_error(trainer),
+            self._no_file_left(),
+            self._loops.without_overrides(),
+            trainer.strategy.without_engine(),
+        ):
             search(trainer, module)
+
+    @contextmanager
+    def _no_file_left(self) -> Iterator[None]:
+        """Remove the file in which a search that was killed has kept the model, and name that of the next one."""
+        trainer, strategy = self._trainer, self._trainer.strategy
+        if not trainer.is_global_zero:
+            yield
+            return
+        if self._note.exists():
+            Path(self._note.read_text()).unlink(missing_ok=True)
+
+        def save(checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any) -> None:
+            self._note.parent.mkdir(parents=True, exist_ok=True)
+            self._note.write_text(os.path.abspath(filepath))
+            override.original(checkpoint, filepath, *args, **kwargs)
+
+        override = Override(strategy, "save_checkpoint", save)
+        try:
+            yield
+        finally:
+            remove_overrides(strategy, "save_checkpoint")
+        self._note.unlink(missing_ok=True)
 
 
 @contextmanager

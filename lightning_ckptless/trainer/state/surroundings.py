@@ -109,5 +109,6 @@ class Surroundings:
         return True
 
     def _training(self) -> list[Changes]:
-        loaders = stand_ins(self._loops.combined_loader)
+        combined = self._loops.combined_loader
+        loaders = [] if combined is None else stand_ins(combined)
         return [tracker.attributes for loader in loaders if (tracker := tracker_of(loader)) is not None]

@@ -14,7 +14,7 @@ from typing import Any
 from lightning_ckptless import environment
 from lightning_ckptless.errors import OptionsError, UnfitNodeError
 from lightning_ckptless.internals.lightning.distribution import distribution_of
-from lightning_ckptless.internals.lightning.launch import CKPT_PATH_INDEX, is_fit, is_stop, launcher_base
+from lightning_ckptless.internals.lightning.launch import CKPT_PATH_INDEX, is_stop, launcher_base
 from lightning_ckptless.internals.lightning.sigterm import give_exit_code
 from lightning_ckptless.internals.lightning.versions import without_beginning
 from lightning_ckptless.membership.channel.agent_channel import Line, is_standby, open_line
@@ -25,16 +25,10 @@ from lightning_ckptless.membership.worker.process_groups import keep_through_dev
 from lightning_ckptless.membership.worker.watcher import Watcher
 from lightning_ckptless.protocol.startup import StartAction, StartPlan
 from lightning_ckptless.trainer.recovery.exits import leave_process
+from lightning_ckptless.trainer.session.call import Call
 from lightning_ckptless.trainer.session.engine import Engine
 from lightning_ckptless.trainer.session.health_check import check_health
-from lightning_ckptless.trainer.session.identity import (
-    calls_before,
-    chapters_before,
-    count_call,
-    is_worker,
-    may_be_restarted,
-    next_chapter,
-)
+from lightning_ckptless.trainer.session.identity import chapters_before, is_worker, may_be_restarted, next_chapter
 from lightning_ckptless.trainer.session.run_folders import hydra_folder
 from lightning_ckptless.trainer.session.standby import wait_for_rank
 from lightning_ckptless.trainer.strategy.notebook import NotebookCall
@@ -67,10 +61,29 @@ class FitGuard:
         if (line := open_line()) is not None:
             line.tell("arrived", hydra=hydra_folder())
         self.strategy.check_world()
-        if trainer is None or not is_fit(function):
-            self._pass_by(function)
+        if is_standby():
+            assert line is not None, "a standby has a line to its agent"
+            wait_for_rank(line, self.strategy)
+        if trainer is None:
+            self._require_no_fault(function)
             return function(*args, **kwargs)
-        return self._fit(function, args, kwargs, trainer)
+        self.strategy.is_in_call = True
+        try:
+            return self._call(Call(self.strategy, trainer, function, args, kwargs), line)
+        finally:
+            self.strategy.is_in_call = False
+
+    def _call(self, call: Call, line: Line | None) -> Any:
+        if call.is_recorded:
+            return call.pass_by()
+        call.begin()
+        if line is not None and chapters_before():
+            line.tell("past_fit")
+        if call.is_fit:
+            return self._fit(call, line)
+        self._require_no_fault(call.function)
+        withdraw_verdict(self.strategy.global_rank)
+        return call.evaluate()
 
     def _is_to_fork(self) -> bool:
         """Whether workers are forks of this process, and not processes that run the same program again."""
@@ -112,44 +125,28 @@ class FitGuard:
 
     # ------------------------------------------------------------------ in a worker
 
-    def _pass_by(self, function: Callable[..., Any]) -> None:
-        """Another function of the trainer is called: none that a process can call alone on its way to `fit`."""
-        if (is_standby() or environment.REGROUPING in os.environ) and not chapters_before():
-            line = open_line()
-            if line is not None:
-                reason = (
-                    f"the program calls {function.__name__.strip('_')} before fit, which a new process cannot alone"
-                )
+    def _require_no_fault(self, function: Callable[..., Any]) -> None:
+        """Refuse to take the place of a lost rank in a call that no process can come to alone."""
+        if environment.REGROUPING in os.environ:
+            if (line := open_line()) is not None:
+                reason = f"the program calls {function.__name__.strip('_')} where the other ranks train"
                 line.tell("unable", reason=reason, lasting=True)
             leave_process()
-        count_call()
 
-    def _fit(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], trainer: Any) -> Any:
-        strategy = self.strategy
-        line = open_line()
-        if is_standby():
-            assert line is not None, "a standby has a line to its agent"
-            wait_for_rank(line, strategy)
+    def _fit(self, call: Call, line: Line | None) -> Any:
         if line is not None:
             line.tell("came_to_fit")
         try:
-            return self._fit_as_rank(function, args, kwargs, trainer, line)
+            return self._fit_as_rank(call, line)
         finally:
             # What the program raises from here on is its own, and ends the run.
             if line is not None:
                 line.tell("past_fit")
 
-    def _fit_as_rank(
-        self,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        trainer: Any,
-        line: Line | None,
-    ) -> Any:
-        strategy = self.strategy
+    def _fit_as_rank(self, call: Call, line: Line | None) -> Any:
+        strategy, trainer = self.strategy, call.trainer
         strategy.joins_alone = environment.REGROUPING in os.environ
-        strategy.calls_before_fit = calls_before()
+        strategy.obstacle_of_calls = call.obstacle()
         self._require_health()
         if line is not None and strategy.options.in_place:
             keep_through_device_errors()
@@ -162,7 +159,7 @@ class FitGuard:
             trainer.callbacks.extend(strategy.observers())
             self._is_observed = True
         try:
-            return self._guarded(engine, function, list(args), kwargs)
+            return self._guarded(engine, call)
         except BaseException as error:
             self._judge(engine, error)
             engine.discard_empty_arena()
@@ -184,22 +181,20 @@ class FitGuard:
             leave_verdict(ExitReport(strategy.global_rank, final=True, reason=str(error), unfit=True))
             raise
 
-    def _guarded(self, engine: Engine, function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
-        trainer = engine.trainer
+    def _guarded(self, engine: Engine, call: Call) -> Any:
+        trainer, args = engine.trainer, list(call.args)
         if self.strategy.joins_alone:
             engine.begin_alone()
             plan = StartPlan(StartAction.RESTORE, "takes the place of a lost rank")
         else:
             asked = args[CKPT_PATH_INDEX]
-            plan = engine.begin(None if asked is None else str(asked))
+            plan = engine.begin(None if asked is None else str(asked), call.first_positions)
         if plan.enters_midway:
             args[CKPT_PATH_INDEX] = None
         elif plan.action is StartAction.DURABLE:
             args[CKPT_PATH_INDEX] = plan.ckpt_path
         with without_beginning(trainer) if plan.enters_midway else nullcontext():
-            result = function(*args, **kwargs)
-            engine.finish()
-            return result
+            return call.fit(engine, args)
 
     def _judge(self, engine: Engine, error: BaseException) -> None:
         """Decide what an exception means: a lost peer, a fault to recover from once, or the end of the run.

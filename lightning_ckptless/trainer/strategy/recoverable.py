@@ -15,7 +15,7 @@ from typing import Any
 from lightning_ckptless.internals.lightning.process import prepare_without_group
 from lightning_ckptless.internals.lightning.virtual_ranks import logs_kept
 from lightning_ckptless.membership.worker.placeholder_group import refuse
-from lightning_ckptless.membership.worker.process_groups import World, use_loopback_on_one_node
+from lightning_ckptless.membership.worker.process_groups import use_loopback_on_one_node, world_of_process
 from lightning_ckptless.membership.worker.watcher import Watcher
 from lightning_ckptless.options import (
     CheckpointHooks,
@@ -139,11 +139,12 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
             self.has_handed_back = False
             self._stream: int | None = None
             self.engine: Engine | None = None
-            self.world = World()
+            self.world = world_of_process()
             self.watcher: Watcher | None = None
             self.joins_alone = False
             self._acts_alone = False
-            self.calls_before_fit = 0
+            self.obstacle_of_calls: str | None = None
+            self.is_in_call = False
             self.probes: list[Callable[[str, Version], None]] = []
 
         @contextmanager
@@ -172,7 +173,7 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
 
         def __setstate__(self, state: dict[str, Any]) -> None:
             super().__setstate__(state)
-            self.world = World()
+            self.world = world_of_process()
             self._configure_launcher()
 
         # -------------------------------------------------------------- what a strategy says of itself
@@ -269,7 +270,7 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
             if self.joins_alone:
                 prepare_without_group(self)
                 return False
-            if not self.world.generation:
+            if not (self.world.generation and self.world.is_open):
                 self.set_world_ranks()
                 self._open_world(0, lambda: False)
             return True
@@ -328,11 +329,18 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
 
         def broadcast(self, obj: Any, src: int = 0) -> Any:
             """What another rank has."""
+            self._require_call("broadcast")
             return obj if self.is_alone else super().broadcast(obj, src)
 
         def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
             """A value of all ranks."""
+            self._require_call("reduce")
             return tensor if self.is_alone else super().reduce(tensor, *args, **kwargs)
+
+        def _require_call(self, operation: str) -> None:
+            """Refuse to exchange data for the program itself while the other ranks do not take part."""
+            if self.is_alone and not self.is_in_call:
+                raise refuse(f"{operation} of the strategy")
 
         def all_gather(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
             """The values of all ranks."""

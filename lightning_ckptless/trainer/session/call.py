@@ -1,0 +1,224 @@
+"""One call of a trainer in a worker: recorded when it has ended, and passed by where it was recorded before."""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from lightning_ckptless import environment
+from lightning_ckptless.internals.lightning import log_files as host_loggers
+from lightning_ckptless.internals.lightning.calls import around_stage
+from lightning_ckptless.internals.lightning.launch import ends_on_purpose, is_fit
+from lightning_ckptless.membership.channel.agent_channel import open_line
+from lightning_ckptless.trainer.recovery.exits import leave_process
+from lightning_ckptless.trainer.reporting.loggers import RunLoggers
+from lightning_ckptless.trainer.session.identity import chapters_before, count_call, identify
+from lightning_ckptless.trainer.session.past_call_replay import digests_of, pass_by, record_evaluation, record_fit
+from lightning_ckptless.trainer.session.past_calls import PastCalls, Record
+from lightning_ckptless.trainer.state.host_state import HostState
+from lightning_ckptless.trainer.state.plain_values import measure
+from lightning_ckptless.trainer.state.surroundings import Surroundings
+
+if TYPE_CHECKING:
+    from lightning_ckptless.replica.arena import Arena
+    from lightning_ckptless.trainer.session.engine import Engine
+
+MOST_RESULT_BYTES = 16_000_000
+"""Of what a call returns: predictions may be larger than all of the model."""
+
+
+class Call:
+    """One call of a trainer.
+
+    Args:
+        strategy: of the trainer.
+        trainer: that is called.
+        function: behind the method that the program has called.
+        args: of the function.
+        kwargs: of the function.
+    """
+
+    def __init__(
+        self,
+        strategy: Any,
+        trainer: Any,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.trainer = trainer
+        self.args = args
+        self.is_fit = is_fit(function)
+        self.function = function
+        self._kwargs = kwargs
+        self._past = PastCalls.of(strategy)
+        self._number = self._past.number
+        self._found = self._past.find(self._number)
+        self._loggers = RunLoggers(trainer, identify(trainer).run_folder, chapters_before())
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether an earlier process has made this call, and has left a record."""
+        return self._found is not None
+
+    def obstacle(self) -> str | None:
+        """Why no new process could come to this call; None where one can."""
+        return self._past.obstacle(self._number)
+
+    # ------------------------------------------------------------------ passing by
+
+    def pass_by(self) -> Any:
+        """Bring this process past the call; returns what the call returned."""
+        assert self._found is not None
+        record = self._found
+        self._past.begin_passing()
+        try:
+            result = pass_by(
+                lambda: self.function(*self.args, **self._kwargs),
+                self.trainer,
+                record,
+                self._loggers,
+                is_fit=self.is_fit,
+            )
+        except Exception as error:
+            if error is not record["raised"]:
+                self._fail(error)
+            raise
+        finally:
+            os.environ.update(record["counts"])
+        return result
+
+    def _fail(self, error: Exception) -> None:
+        """Let the agent start all again where this process was to take a lost rank's place."""
+        self._past.fail_to_pass(error)
+        if environment.REGROUPING in os.environ:
+            traceback.print_exception(error)
+            self._give_up(f"{type(error).__name__}: {error}")
+
+    def _give_up(self, reason: str) -> NoReturn:
+        if (line := open_line()) is not None:
+            what = f"a new process could not be brought past call {self._number + 1} of the program's trainers"
+            line.tell("unable", reason=f"{what}: {reason}", lasting=True)
+        leave_process()
+
+    # ------------------------------------------------------------------ making the call
+
+    def begin(self) -> None:
+        """This process takes part in the call; it ends where it was to take a lost rank's place, and comes too late."""
+        if environment.REGROUPING not in os.environ:
+            self._past.forget(self._number)
+        elif self._past.is_over(self._number):
+            self._give_up("it is over, and no record of it can be used")
+        self._past.end_passing()
+
+    def fit(self, engine: Engine, args: Sequence[Any]) -> Any:
+        """Run `fit`, and record it.
+
+        Args:
+            engine: of the call.
+            args: of the function, as they are after a recovery.
+        """
+        recorded: list[Record] = []
+
+        def around(stage: Callable[[], Any]) -> Any:
+            if engine.is_at_beginning:
+                self._note_loggers()
+            result = stage()
+            if self._past.are_kept:
+                recorded.append(self._record_fit(engine, engine.arena))
+            return result
+
+        try:
+            with around_stage(self.trainer, around):
+                result = self.function(*args, **self._kwargs)
+        except Exception as error:
+            if ends_on_purpose(error) and self._past.are_kept and engine.mirroring is not None:
+                self._keep([self._record_fit(engine, None)], None, raised=error)
+            raise
+        engine.finish()
+        self._keep(recorded, result)
+        return result
+
+    def _record_fit(self, engine: Engine, arena: Arena | None) -> Record:
+        assert engine.mirroring is not None
+        engine.mirroring.settle()
+        return record_fit(self.trainer, engine.mirroring.host_state, engine.data_hooks.made, arena)
+
+    def evaluate(self) -> Any:
+        """Run `validate`, `test` or `predict`, and record it."""
+        trainer, recorded = self.trainer, list[Record]()
+        self._take_up_loggers()
+        model = trainer.lightning_module if self.args[0] is None else self.args[0]
+        before = digests_of(model) if self._past.are_kept else {}
+        count_call()
+
+        def around(stage: Callable[[], Any]) -> Any:
+            if not self._past.are_kept:
+                return stage()
+            self._note_loggers()
+            surroundings = Surroundings(trainer)
+            surroundings.watch_objects()
+            small = HostState(trainer, trainer.strategy.options, surroundings)
+            result = stage()
+            recorded.append(record_evaluation(trainer, small, before))
+            return result
+
+        with around_stage(trainer, around):
+            result = self.function(*self.args, **self._kwargs)
+        self._keep(recorded, result)
+        return result
+
+    def _keep(self, recorded: list[Record], result: Any, raised: Exception | None = None) -> None:
+        if not recorded:
+            return
+        record = recorded[0]
+        size_bytes = measure(result, MOST_RESULT_BYTES)
+        if size_bytes is None or size_bytes > MOST_RESULT_BYTES:
+            kind = "no plain data" if size_bytes is None else f"more than {MOST_RESULT_BYTES // 1_000_000} MB"
+            name = self.function.__name__.split("_")[1]
+            self._past.refuse(
+                self._number,
+                f"call {self._number + 1} of the program's trainers, a call of {name}, has returned {kind}, which is "
+                "not kept for a new process",
+            )
+            return
+        record |= {
+            "result": result,
+            "raised": raised,
+            "loggers": self._loggers.identities,
+            "counts": {name: os.environ.get(name, "0") for name in (environment.FIT_INDEX, environment.CALLS)},
+        }
+        self._past.write(self._number, record)
+
+    # ------------------------------------------------------------------ loggers
+
+    @property
+    def first_positions(self) -> list[dict[str, Any] | None] | None:
+        """How far the log files were when this call began; None where no process has begun it."""
+        noted = self._past.noted(self._number)
+        return None if noted is None else json.loads(noted)["logs"]
+
+    def _note_loggers(self) -> None:
+        """Note which runs the loggers write to, and how far they are, for a process that makes this call again."""
+        if self.trainer.is_global_zero:
+            host_loggers.watch_logs(self.trainer.loggers)
+            positions = host_loggers.log_positions(self.trainer.loggers)
+            self._past.note(self._number, json.dumps({"loggers": self._loggers.identities, "logs": positions}))
+
+    def _take_up_loggers(self) -> None:
+        """Write to the runs that the loggers of an earlier process have written to in this call."""
+        noted = self._past.noted(self._number)
+        if noted is None:
+            return
+        facts = json.loads(noted)
+        self._loggers.identify(facts["loggers"])
+        if not self.trainer.is_global_zero:
+            return
+        if self._past.is_refused(self._number):
+            # Later calls may have written rows already.
+            self._loggers.keep()
+        else:
+            host_loggers.cut_logs(self.trainer, facts["logs"])
