@@ -16,6 +16,7 @@ a checkpoint to write; it hangs only if neither it nor a child of it has used th
 | all are in the backward pass of one step, and some do not wait for the others as these do | they are hung |
 | all stand at another point, and some do not wait for the others as these do, but are idle | they are hung |
 | some restore a version, do not wait for the others, and are idle for as long again | they are hung |
+| all of this node stand at the same point, and some of another node are not silent | no rank is hung |
 | all stand at the same point, for less than the ceiling | no rank is hung |
 | all stand at the same point | all are hung |
 """
@@ -163,13 +164,16 @@ def is_to_be_asked(progress: Mapping[int, RankProgress], *, override_s: float | 
     return any(_has_no_excuse(progress, rank, override_s) for rank in progress)
 
 
-def find_hang(progress: Mapping[int, RankProgress], *, now: float, override_s: float | None = None) -> Hang | None:
+def find_hang(
+    progress: Mapping[int, RankProgress], *, now: float, override_s: float | None = None, is_whole: bool = True
+) -> Hang | None:
     """Tell which ranks hang.
 
     Args:
         progress: by rank, of all ranks that can be seen.
         now: on the clock of the progress.
         override_s: the user's limit; None to learn it, 0 to look for none.
+        is_whole: whether these are all ranks that wait for each other.
     """
     silence = _silence(progress, now, override_s)
     stopped = tuple(rank for rank, rank_progress in progress.items() if rank_progress.stopped)
@@ -192,13 +196,13 @@ def find_hang(progress: Mapping[int, RankProgress], *, now: float, override_s: f
     hung = tuple(rank for rank in busy if _has_no_excuse(progress, rank, override_s))
     if is_told and hung and (restoring or len(busy) < len(progress)):
         return Hang(hung, f"does not wait for the others at {where}, as they do for it; {silent}", silent_s)
+    if all_there and not is_whole:
+        return None
     # The user's limit is for a step: a version may take longer to restore.
     ceiling_s = max(allowed_s, CEILING_S if override_s is None or restoring else override_s)
     if silent_s <= ceiling_s + (0.0 if is_told or not is_to_be_asked(progress, override_s=override_s) else ANSWER_S):
         return None
-    what = (
-        "all ranks stand at the same point" if len(behind) == len(progress) else f"stands at {where}, behind the others"
-    )
+    what = "all ranks stand at the same point" if all_there else f"stands at {where}, behind the others"
     return Hang(behind, f"{what}; {silent}", silent_s)
 
 

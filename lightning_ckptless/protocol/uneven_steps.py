@@ -20,6 +20,7 @@ class WhyEnded(StrEnum):
     ASKED = "stopped training (trainer.should_stop)"
 
 
+_MOST_NAMES = 8
 _FIXES = {
     WhyEnded.NO_DATA: "give every rank the same number of batches (drop_last=True, or limit_train_batches=N)",
     WhyEnded.ASKED: "decide on all ranks together, as trainer.strategy.reduce_boolean_decision() does",
@@ -90,7 +91,9 @@ def find_uneven(
     )
     if not ahead:
         return None
-    names = ", ".join(map(str, ahead))
+    names = ", ".join(map(str, ahead[:_MOST_NAMES])) + (
+        f" and {rest} more" if (rest := len(ahead) - _MOST_NAMES) > 0 else ""
+    )
     who = f"rank {names}" if len(ahead) == 1 else f"ranks {names}"
     further = _AFTER_A_RECOVERY if has_recovered and end.why is WhyEnded.NO_DATA else ""
     return f"rank {rank} {end.why} after step {end.step}, {who} did not: {_FIXES[end.why]}{further}"

@@ -112,7 +112,7 @@ def step_trace_class(distribution: str) -> type[Any]:
         def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
             self._recorder.close()
 
-    StepTrace.__module__ = "lightning_ckptless.callbacks"
+    StepTrace.__module__ = "lightning_ckptless.testing"
     StepTrace.__qualname__ = "StepTrace"
     return StepTrace
 

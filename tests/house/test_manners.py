@@ -30,6 +30,7 @@ INHERITED = {
     f"{PACKAGE}/membership/agent/agent.py": {"self._logs_specs"},
     f"{PACKAGE}/membership/agent/partition_guard.py": {
         "self._current_workers",
+        "self._loop_end",
         "self._node",
         "self._record",
         "self._restart_workers",
@@ -41,11 +42,13 @@ INHERITED = {
         "self._meeting_store",
         "self._node",
         "self._parent",
+        "self._positions",
         "self._put_down",
         "self._record",
         "self._regroupings",
         "self._start_standby",
         "self._stop_workers",
+        "self._take_positions",
     },
     f"{PACKAGE}/trainer/strategy/recoverable.py": {"self._get_process_group_backend", "self._timeout"},
 }

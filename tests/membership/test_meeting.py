@@ -17,7 +17,8 @@ MEETINGS = """
     from dataclasses import asdict
     import torch
     import torch.distributed as dist
-    from lightning_ckptless.membership import communicators, generation
+    from lightning_ckptless.membership.rendezvous import generation
+    from lightning_ckptless.membership.worker import process_groups
     from lightning_ckptless.membership.worker.process_groups import World
     from lightning_ckptless.membership.channel.agent_channel import Line
     from lightning_ckptless.membership.channel.fault_report import FaultReport
@@ -55,7 +56,7 @@ MEETINGS = """
         assert total.item() == 2
 
     TRACED = {
-        communicators.__file__: None,
+        process_groups.__file__: None,
         generation.__file__: None,
         dist.distributed_c10d.__file__: {"init_process_group", "_new_process_group_helper", "_new_group_with_tag"},
     }

@@ -77,6 +77,13 @@ def test_all_at_one_point_hang_at_last() -> None:
     assert hang is not None and hang.ranks == (0, 1)
 
 
+def test_ranks_at_one_point_are_not_blamed_while_those_of_another_node_make_progress() -> None:
+    waiting = replace(AHEAD, waits=True)
+    assert find_hang({0: waiting, 1: waiting}, now=100.0 + CEILING_S + 1, is_whole=False) is None
+    hang = find_hang({0: AHEAD, 1: BEHIND}, now=LATE, is_whole=False)
+    assert hang is not None and hang.ranks == (1,), "one that is behind on its own node is found without the others"
+
+
 @pytest.mark.parametrize(
     ("waits", "hangs"),
     [

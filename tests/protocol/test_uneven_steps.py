@@ -36,6 +36,12 @@ def test_the_first_that_has_ended_is_named_and_all_that_are_ahead() -> None:
     assert found.startswith("rank 1 ran out of training data after step 12, ranks 0, 2 did not")
 
 
+def test_of_many_ranks_that_are_ahead_some_are_named() -> None:
+    found = find_uneven({1: NO_DATA}, {rank: AHEAD for rank in range(100) if rank != 1})
+    assert found is not None
+    assert "ranks 0, 2, 3, 4, 5, 6, 7, 8 and 91 more did not" in found
+
+
 def test_a_rank_that_was_asked_to_stop_alone_is_told_how_to_stop_together() -> None:
     found = find_uneven({1: AtEnd(12, WhyEnded.ASKED)}, {0: AHEAD})
     assert found is not None

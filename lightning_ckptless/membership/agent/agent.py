@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from lightning_ckptless.membership.agent.hang_watch import HangWatch, LateExits
 from lightning_ckptless.membership.agent.held_memory import HeldMemory
 from lightning_ckptless.membership.agent.in_place import InPlace
 from lightning_ckptless.membership.agent.logs import LogFiles
+from lightning_ckptless.membership.agent.loop_end import LoopEnd
+from lightning_ckptless.membership.agent.positions import Positions
 from lightning_ckptless.membership.agent.scratch import ScratchFolder
 from lightning_ckptless.membership.agent.signals import AskedToEnd
 from lightning_ckptless.membership.agent.workers import Workers
@@ -57,14 +59,11 @@ from lightning_ckptless.protocol.hang_detection import Hang
 from lightning_ckptless.protocol.newcomer import Imports
 from lightning_ckptless.protocol.recovery import RecoveryPlan, Rung, Situation, plan_recovery
 from lightning_ckptless.protocol.retry_policy import RecoveryHistory, RecoveryLimits, why_no_recovery
-from lightning_ckptless.protocol.uneven_steps import find_uneven, out_of_data
 from lightning_ckptless.system.control_groups import OomKills
 
 Record = Callable[..., None]
 
 _WAIT_S = 0.1
-_FAILURE_GRACE_S = 30.0
-"""For workers that have been sent the reason why training cannot continue, to raise it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +167,6 @@ class CkptlessAgent(LocalElasticAgent):
         self._unresolved: list[FaultReport] = []
         self._hydra: str = "" if after is None else after._hydra
         self._lost_at = 0.0
-        self._failed_at = 0.0
         self._scratch = ScratchFolder("exit_reports")
         self._folder = self._scratch.path
         self._hangs = HangWatch(self._folder, record, CONSOLE.say)
@@ -227,13 +225,24 @@ class CkptlessAgent(LocalElasticAgent):
         self._meeting_store = worker_store(worker_group)
         if group_rank == 0 and handler.use_agent_store:
             number_generations(worker_group, self._meeting_store)
-        self._regroupings = Regroupings(self._meeting_store, int(worker_group.group_world_size or 1))
+        nodes = int(worker_group.group_world_size or 1)
+        self._regroupings = Regroupings(self._meeting_store, nodes)
+        self._take_positions(worker_group, range(nodes))
+
+    def _take_positions(self, worker_group: WorkerGroup, peers: Collection[int]) -> None:
+        """Begin the exchange of positions with the nodes whose workers train together with those of this one."""
+        node: int = worker_group.group_rank or 0
+        ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
+        self._positions = Positions(self._meeting_store, node, peers, ranks)
+        self._hangs.begin_round(self._positions)
+        self._loop_end = LoopEnd(self._hangs, self._positions)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         envs = {worker.local_rank: self._worker_env(worker_group, worker) for worker in worker_group.workers}
         take_exit_reports(self._folder)
         self._take_progress()
-        self._hangs.begin_round(list(envs))
+        for local in envs:
+            self._hangs.forget(local)
         prefixes = line_prefixes(worker_group, self._node.log_line_prefix)
         workers = self._forks.start(lambda: self._make_workers(envs, prefixes))
         pids = workers.pids()
@@ -318,7 +327,7 @@ class CkptlessAgent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         workers = self._current_workers()
         # torch elastic sleeps between two looks; it is told to sleep next to nothing, and the wait is here instead.
-        workers.watch(_WAIT_S)
+        workers.watch(self._loop_end.pause_s(_WAIT_S))
         self._enforce_time_limit()
         said = workers.heard()
         self._hydra = self._hydra or next((m["hydra"] for _, m in said if m["kind"] == "arrived"), "")
@@ -330,7 +339,8 @@ class CkptlessAgent(LocalElasticAgent):
         self._in_place.follow(workers)
         self._late_exits.look(workers)
         hang = self._hangs.look(workers) or self._in_place.look()
-        if hang is not None and not self._end_uneven(worker_group, workers, waits_for_ever=True):
+        has_recovered = bool(self.faults or self._in_place.number)
+        if hang is not None and not self._loop_end.explains_hang(workers, has_recovered=has_recovered):
             self._hangs.end(hang, workers)
         elif (late := self._look_at_meeting(workers)) is not None:
             self._hangs.end(late, workers)
@@ -339,7 +349,7 @@ class CkptlessAgent(LocalElasticAgent):
             self._in_place.show_output_of(local)
         if lost and self._take_the_ladder(worker_group, workers, lost) is Rung.IN_PLACE:
             return RunResult(state=WorkerState.HEALTHY)
-        self._tend_those_at_end(worker_group, workers)
+        self._loop_end.tend(workers, number=self._in_place.number, may_end=self._may_end, has_recovered=has_recovered)
         self._in_place.tend_standbys()
         self._tend_successor(said, workers)
         result: RunResult = super()._monitor_workers(worker_group)
@@ -366,39 +376,6 @@ class CkptlessAgent(LocalElasticAgent):
         limit_s = self._node.time_limit_s
         if limit_s is not None and time.monotonic() - self._started_at > limit_s:
             raise TimeLimitError(f"the run did not end within {limit_s:.0f} s; its workers are stopped")
-
-    def _tend_those_at_end(self, worker_group: WorkerGroup, workers: Workers) -> None:
-        """Let workers that have made their last step leave together, or end those that can never do so."""
-        if not workers.at_end:
-            return
-        if workers.all_at_end:
-            if self._may_end():
-                workers.let_leave()
-            return
-        self._end_uneven(worker_group, workers, waits_for_ever=False)
-
-    def _end_uneven(self, worker_group: WorkerGroup, workers: Workers, *, waits_for_ever: bool) -> bool:
-        """Have the workers raise where one has ended and another has not.
-
-        Args:
-            worker_group: of this node.
-            workers: of it.
-            waits_for_ever: whether it is known that they make no progress.
-
-        Returns:
-            Whether they have been told so, and have time left to end.
-        """
-        if self._failed_at:
-            return time.monotonic() - self._failed_at < _FAILURE_GRACE_S
-        ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
-        progress = {ranks[local]: rank_progress for local, rank_progress in self._hangs.progress(workers).items()}
-        ended = out_of_data(progress) if waits_for_ever else {}
-        ended |= {ranks[local]: ending.at for local, ending in workers.at_end.items()}
-        if (reason := find_uneven(ended, progress, has_recovered=bool(self.faults))) is None:
-            return False
-        workers.tell("failed", reason=reason)
-        self._failed_at = time.monotonic()
-        return True
 
     def _may_end(self) -> bool:
         """Whether workers that have made their last step may leave the training loop."""

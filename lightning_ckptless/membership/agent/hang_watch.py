@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lightning_ckptless.membership.agent.positions import Positions
 from lightning_ckptless.membership.agent.workers import Workers
 from lightning_ckptless.membership.channel.program_failure import failure_of
 from lightning_ckptless.membership.channel.socket_messages import Message
@@ -26,6 +27,7 @@ from lightning_ckptless.protocol.hang_detection import (
 from lightning_ckptless.system.procfs import stat_fields, used_s
 
 _LOOK_EVERY_S = 0.25
+_EXCHANGE_EVERY_S = 1.0
 _ANSWERS = 4
 """That must say the same."""
 _STACKS_WAIT_S = 0.5
@@ -67,16 +69,22 @@ class _Answers:
 
 
 class HangWatch:
-    """Watches the progress of one node's workers.
+    """Watches the progress of one node's workers, and those of the other nodes while none gives a sign.
 
     Args:
         folder: in which workers write them.
         record: receives events.
         say: tells the user something.
+
+    Attributes:
+        elsewhere: where the ranks of the other nodes stand, by rank, while no rank of any node gives a sign.
     """
 
     def __init__(self, folder: Path, record: Callable[..., None], say: Callable[[str], None]) -> None:
         self.limit_s: float | None = None
+        self.elsewhere: dict[int, RankProgress] = {}
+        self._positions: Positions | None = None
+        self._exchanged_at = 0.0
         self._folder = folder
         self._record = record
         self._say = say
@@ -86,10 +94,13 @@ class HangWatch:
         self._in_meeting = _Answers()
         self._straggler_at = 0.0
 
-    def begin_round(self, local_ranks: list[int]) -> None:
-        """Workers are about to start: forget the progress of those before them."""
-        for rank in local_ranks:
-            self.forget(rank)
+    def begin_round(self, positions: Positions) -> None:
+        """A round of the rendezvous has begun.
+
+        Args:
+            positions: of all nodes in it.
+        """
+        self._positions, self.elsewhere = positions, {}
 
     def forget(self, local_rank: int) -> None:
         """Another process takes a worker's place."""
@@ -104,14 +115,32 @@ class HangWatch:
         pids = workers.pids()
         known = self.progress(workers)
         if len(known) < len(pids) or any(workers.blamed(rank) for rank in pids):
+            self._note_progress()
             return None
         self._look_for_stragglers(known, now)
         if are_silent(known, now=now, override_s=self.limit_s):
-            known = self._ask(known, workers, now)
-        else:
-            self._idle.clear()
-            self._in_step.forget()
+            return self._look_everywhere(self._ask(known, workers, now), now)
+        self._note_progress()
         return find_hang(known, now=now, override_s=self.limit_s)
+
+    def _note_progress(self) -> None:
+        self._idle.clear()
+        self._in_step.forget()
+        self.elsewhere = {}
+        if self._positions is not None:
+            self._positions.withdraw()
+
+    def _look_everywhere(self, silent: dict[int, RankProgress], now: float) -> Hang | None:
+        """Who hangs of this node's ranks, none of which its progress alone blame; those of the other nodes may."""
+        positions = self._positions
+        if positions is None or not positions.is_shared:
+            return find_hang(silent, now=now, override_s=self.limit_s)
+        if now - self._exchanged_at >= _EXCHANGE_EVERY_S:
+            self._exchanged_at, self.elsewhere = now, positions.exchange(silent, now)
+        everyone = positions.by_rank(silent) | self.elsewhere
+        found = find_hang(everyone, now=now, override_s=self.limit_s, is_whole=bool(self.elsewhere))
+        own = () if found is None else tuple(rank for rank in silent if positions.ranks[rank] in found.ranks)
+        return None if found is None or not own else replace(found, ranks=own)
 
     def _ask(self, silent: dict[int, RankProgress], workers: Workers, now: float) -> dict[int, RankProgress]:
         """The progress of silent ranks, with whether each waits for others and for how long it has been idle."""
@@ -121,7 +150,8 @@ class HangWatch:
         found = {
             rank: replace(rank_progress, idle_s=now - self._idle[rank].since) for rank, rank_progress in silent.items()
         }
-        if not is_to_be_asked(found, override_s=self.limit_s):
+        everyone = found if self._positions is None else self._positions.by_rank(found) | self.elsewhere
+        if not is_to_be_asked(everyone, override_s=self.limit_s):
             return found
         self._in_step.ask(workers, now)
         return {rank: replace(rank_progress, waits=self._in_step.waits(rank)) for rank, rank_progress in found.items()}

@@ -63,6 +63,7 @@ class InPlace:
             that another fault has cut short says nothing about what comes after it.
         at_the_door: local ranks that have come to the loop, and wait there for the others.
         trains: whether a step was made in this round.
+        number: of the regrouping that the workers were told of last.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class InPlace:
         say: Say,
     ) -> None:
         self.tries = 0
+        self.number = 0
         self.at_the_door: set[int] = set()
         self.trains = False
         self._given = in_place, standbys, preload_imports
@@ -122,6 +124,8 @@ class InPlace:
         """
         self.tries, self._obstacle, self.trains, self._env_of = 0, None, False, env_of
         self._met = 0
+        if env_of is None:
+            self.number = regroupings.number
         self._told_at.clear()
         self._held.clear()
         self._ended_for_wait.clear()
@@ -303,6 +307,7 @@ class InPlace:
             self._tell(workers, news, leave=frozenset())
 
     def _tell(self, workers: Workers, regrouping: Regrouping, leave: frozenset[int]) -> None:
+        self.number = regrouping.number
         told = tuple(rank for rank in workers.running_ranks if rank not in leave)
         for rank in told:
             env = self._env_of(rank) if self._env_of is not None else {}

@@ -52,6 +52,9 @@ class MovingAgent(CkptlessAgent):
         assert plan is not None
         group.group_rank = self._node_rank
         self._is_to_tell, self._has_knocked, self._lost_at = False, False, plan.lost_at
+        # Those that stay train on among themselves until they meet the others.
+        trains = self._node_rank in plan.stay
+        self._take_positions(worker_group, plan.stay if trains else range(group.group_world_size))
         if plan.stay:
             self._regroupings = Regroupings(self._meeting_store, group.group_world_size, plan.number)
             self._record("move", node=self._node.name, stay=list(plan.stay), come=list(plan.come), reason=plan.reason)
@@ -160,6 +163,7 @@ class MovingAgent(CkptlessAgent):
         if all_train and settled == _MEET:
             fault = self._change(self._world_before)
             self._put_down(fault)
+            self._positions.peers = plan.stay + plan.come
             self._in_place.meet(self._current_workers(), plan.number, fault)
             self._lost_at = 0.0
         return all_train or settled == _OVER

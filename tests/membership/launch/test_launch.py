@@ -296,7 +296,16 @@ def test_runs_are_named_apart() -> None:
 
 
 def test_light_modules_import_no_torch() -> None:
-    names = ("launch", "parent", "preload", "cold", "reaper", "fault", "exit_report", "__main__")
-    modules = ", ".join(f"lightning_ckptless.membership.{name}" for name in names)
+    names = (
+        "membership.launch.launch",
+        "membership.launch.reexec",
+        "membership.forkserver.client",
+        "membership.forkserver.server",
+        "membership.channel.fault_report",
+        "membership.channel.exit_report",
+        "membership.__main__",
+        "system.reaper",
+    )
+    modules = ", ".join(f"lightning_ckptless.{name}" for name in names)
     code = f"import sys, {modules}; sys.exit(any(m in sys.modules for m in ('torch', 'lightning', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 PROGRAM = """
 import os, subprocess, sys
-from lightning_ckptless.membership import hidden_output
+from lightning_ckptless.membership.worker import hidden_output
 
 env = dict(CKPTLESS_OUTPUT_FILE=sys.argv[1]) if sys.argv[1] else {}
 hidden_output.hide(env, inheritable=False)

@@ -1,0 +1,144 @@
+"""The end of the training loop: the workers of all nodes leave it together, or all end with one error.
+
+A worker that has made its last step asks its agent whether it may leave. It may when every rank has ended, on every
+node. Where one has ended and another one has begun a further step, that one waits for ever: the agent that finds this
+first publishes the reason, and all agents have their workers raise it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from lightning_ckptless.membership.agent.hang_watch import HangWatch
+from lightning_ckptless.membership.agent.positions import Positions
+from lightning_ckptless.membership.agent.workers import Workers
+from lightning_ckptless.protocol.hang_detection import Point, RankProgress
+from lightning_ckptless.protocol.uneven_steps import AtEnd, find_uneven, out_of_data
+
+_RAISE_S = 30.0
+"""For workers that have been sent the reason why training cannot continue, to raise it."""
+_KNOW_S = 5.0
+"""For the other nodes to read the reason, before the workers of this one raise it and its store may be gone."""
+_SILENT_S = 1.0
+"""Without a sign of progress on this node, after which it looks whether another node has ended."""
+_SHORTEST_PAUSE_S = 0.005
+_PAUSE_SHARE = 0.25
+"""Of the time for which the other nodes have been waited for, after which they are looked at again."""
+
+
+class LoopEnd:
+    """One agent's part in the end of the training loop, in one round of the rendezvous.
+
+    Args:
+        hangs: knows where the workers stand.
+        positions: of all nodes in the round.
+        clock: that of the workers' progress.
+    """
+
+    def __init__(self, hangs: HangWatch, positions: Positions, clock: Callable[[], float] = time.monotonic) -> None:
+        self._hangs = hangs
+        self._positions = positions
+        self._clock = clock
+        self._waiting_since: float | None = None
+        self._looked_at = 0.0
+        self._reason = ""
+        self._found_at = 0.0
+        self._told_at: float | None = None
+
+    def pause_s(self, longest_s: float) -> float:
+        """For how long the agent may wait for its workers before it looks at the other nodes again.
+
+        Args:
+            longest_s: where there is nothing to look for.
+        """
+        if self._waiting_since is None:
+            return longest_s
+        waited_s = self._clock() - self._waiting_since
+        return min(longest_s, max(_SHORTEST_PAUSE_S, _PAUSE_SHARE * waited_s))
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether it is known that training cannot continue, and workers have time left to raise the reason."""
+        if not self._reason:
+            return False
+        return self._told_at is None or self._clock() - self._told_at < _RAISE_S
+
+    def tend(self, workers: Workers, *, number: int, may_end: Callable[[], bool], has_recovered: bool) -> None:
+        """Let workers that have made their last step leave together, or end those that can never do so.
+
+        Args:
+            workers: of this node.
+            number: of the regrouping that they were told of last.
+            may_end: whether they may leave once all ranks have ended.
+            has_recovered: whether the run has recovered from a fault.
+        """
+        if workers.all_at_end and not self._reason:
+            self._let_leave(workers, may_end)
+        else:
+            self._waiting_since = None
+        if workers.at_end and not workers.all_at_end:
+            self._look_for_uneven(workers, {}, self._progress(workers), has_recovered=has_recovered)
+        elif self._positions.is_shared and self._is_silent(workers):
+            ended = self._positions.first_ended(number)
+            self._look_for_uneven(workers, ended, self._progress(workers), has_recovered=has_recovered)
+            self._adopt(self._positions.settled())
+        self._tell(workers)
+
+    def explains_hang(self, workers: Workers, *, has_recovered: bool) -> bool:
+        """Whether workers make no progress because one has run out of data and another has not.
+
+        Args:
+            workers: of this node, of which some are taken for hung.
+            has_recovered: whether the run has recovered from a fault.
+        """
+        progress = self._progress(workers) | self._hangs.elsewhere
+        self._look_for_uneven(workers, out_of_data(progress), progress, has_recovered=has_recovered)
+        return self.is_failing
+
+    def _let_leave(self, workers: Workers, may_end: Callable[[], bool]) -> None:
+        number = max(ending.number for ending in workers.at_end.values())
+        if not self._positions.have_all_ended(number, self._ended(workers)):
+            self._waiting_since = self._clock() if self._waiting_since is None else self._waiting_since
+            self._adopt(self._positions.settled())
+        elif may_end():
+            self._waiting_since = None
+            workers.let_leave()
+            self._positions.leave(number)
+
+    def _look_for_uneven(
+        self, workers: Workers, ended: Mapping[int, AtEnd], progress: Mapping[int, RankProgress], *, has_recovered: bool
+    ) -> None:
+        if self._reason:
+            return
+        found = find_uneven({**ended, **self._ended(workers)}, progress, has_recovered=has_recovered)
+        if found is not None:
+            self._adopt(self._positions.settle(found))
+
+    def _adopt(self, reason: str) -> None:
+        if reason and not self._reason:
+            self._reason, self._found_at = reason, self._clock()
+
+    def _tell(self, workers: Workers) -> None:
+        if not self._reason or self._told_at is not None:
+            return
+        if self._positions.all_know() or self._clock() - self._found_at > _KNOW_S:
+            workers.tell("failed", reason=self._reason)
+            self._told_at = self._clock()
+
+    def _is_silent(self, workers: Workers) -> bool:
+        """Whether it is time to look at other nodes: all workers are in the loop, and none has given a sign."""
+        now = self._clock()
+        if now - self._looked_at < _SILENT_S:
+            return False
+        self._looked_at = now
+        progress = self._hangs.progress(workers)
+        return len(progress) == len(workers.pids()) and all(
+            progress.point is not Point.OUTSIDE and now - progress.at > _SILENT_S for progress in progress.values()
+        )
+
+    def _progress(self, workers: Workers) -> dict[int, RankProgress]:
+        return self._positions.by_rank(self._hangs.progress(workers))
+
+    def _ended(self, workers: Workers) -> dict[int, AtEnd]:
+        return {self._positions.ranks[local]: ending.at for local, ending in workers.at_end.items()}

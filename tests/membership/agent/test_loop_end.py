@@ -1,0 +1,71 @@
+"""Agents let their workers leave the training loop when those of all nodes have ended; workers that follow a script."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.launch.launch import run
+from tests.membership.conftest import REPOSITORY, script, worker_env
+from tests.membership.test_two_nodes import CONF, node_of_two
+
+# The first node's worker has made its last step, the second one's never will, and a third one comes too late.
+WORKER = """
+    import json, os, time
+    from pathlib import Path
+    from lightning_ckptless.membership.channel.agent_channel import open_line
+
+    node, line = os.environ["CKPTLESS_NODE"], open_line()
+    wishes = {"standbys": 0, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
+    wishes |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
+    line.tell("entered", in_place=True, **wishes)
+    line.tell("waiting")
+    if node != "first":
+        Path("came-second").touch()
+        time.sleep(600)
+    while not Path("came-second").exists():
+        time.sleep(0.005)
+    line.tell("ending", number=0, step=12, why="ran out of training data")
+    Path("ended").touch()
+    told = []
+    while told[-1:] != ["leave"]:
+        told.append(line.receive()[0]["kind"])
+    line.tell("left")
+    Path("told.json").write_text(json.dumps(told))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(90)
+def test_a_node_that_is_lost_before_its_end_does_not_hold_up_the_others(
+    bare: ForkServer, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    program = script(write(WORKER))
+    conf = ",".join(f"{key}={value}" for key, value in CONF.items())
+    options = ["--nnodes=2", f"--rdzv-endpoint=127.0.0.1:{store.port}", "--rdzv-id=two", "--local-addr=127.0.0.2"]
+    second = subprocess.Popen(
+        [sys.executable, "-m", "lightning_ckptless.membership", *options, f"--rdzv-conf={conf}", "--no-preload",
+         program.target],
+        cwd=tmp_path,
+        env=worker_env({"PYTHONPATH": str(REPOSITORY)}),
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(run, node_of_two("first", program, store.port, tmp_path), parent=bare)
+        while not (tmp_path / "ended").exists():
+            assert not first.done(), first.result()
+        second.kill()
+        second.wait()
+        third = pool.submit(run, node_of_two("third", program, store.port, tmp_path), parent=bare)
+        assert first.result(timeout=60).exit_code == third.result(timeout=60).exit_code == 0
+    assert json.loads((tmp_path / "told.json").read_text()) == ["hold", "leave"], "it did not leave before"
