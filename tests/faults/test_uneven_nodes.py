@@ -11,7 +11,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightning_ckptless.ledger import Event, read_ledger
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome, run
+from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome
+from lightning_ckptless.membership.launch.launch import run
 from lightning_ckptless.membership.worker.program import Program
 from lightning_ckptless.runner import record_for
 from lightning_ckptless.testing.compare import compare_traces

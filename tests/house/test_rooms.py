@@ -31,7 +31,8 @@ MAY_IMPORT = {
     },
     "runner": {"trainer", "ledger", "membership", "replica", "protocol", *BASE},
     "_registration": {
-        "_registration", "environment", "supported", "internals", "internals.lightning", "testing", "trainer",
+        "_registration", "environment", "supported", "internals", "internals.lightning", "runner", "testing",
+        "trainer",
     },
     "cli": {
         "cli", "runner", "testing", "durable", "membership", "replica", "protocol", "ledger", "metrics", "supported",

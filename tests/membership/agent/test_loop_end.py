@@ -24,7 +24,7 @@ WORKER = """
     from lightning_ckptless.membership.channel.agent_channel import open_line
 
     node, line = os.environ["CKPTLESS_NODE"], open_line()
-    wishes = {"standbys": 0, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
+    wishes = {"standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
     wishes |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
     line.tell("entered", in_place=True, **wishes)
     line.tell("waiting")
