@@ -89,7 +89,7 @@ def test_slot_states() -> None:
 
 
 def test_worker_states() -> None:
-    head, *rows = next(rows for rows in tables(page("how-it-works")) if rows[0][0] == "Worker")
+    head, *rows = next(rows for rows in tables(page("recovery")) if rows[0][0] == "Worker")
     events = [WorkerEvent(name.strip("`")) for name in head[1:]]
     assert set(events) == set(WorkerEvent)
     documented = {
@@ -103,7 +103,7 @@ def test_worker_states() -> None:
 )
 def test_cascades(module: ModuleType, head: str) -> None:
     assert module.__doc__ is not None
-    assert table(page("how-it-works"), head) == table(module.__doc__, head)
+    assert table(page("recovery"), head) == table(module.__doc__, head)
 
 
 @pytest.mark.parametrize(
@@ -172,11 +172,11 @@ def test_who_says_where_a_machine_is() -> None:
 
 def test_what_a_generation_starts_from() -> None:
     assert startup.__doc__ is not None
-    assert table(page("how-it-works"), "Arenas") == table(startup.__doc__, "Arenas")
+    assert table(page("recovery"), "Arenas") == table(startup.__doc__, "Arenas")
 
 
 def test_phases() -> None:
-    documented = [row[0].strip("`") for row in table(page("how-it-works"), "Phase")]
+    documented = [row[0].strip("`") for row in table(page("recovery"), "Phase")]
     assert documented == [field.name.removesuffix("_s") for field in fields(Phases)]
 
 
