@@ -261,7 +261,9 @@ class RecoveryLoop:
         told = [json.loads(line) for line in transport.gather(json.dumps(facts).encode())]
         nodes, has_moved, ways = (tuple(facts) for facts in zip(*told, strict=True))
         generation, mesh = self._strategy.world.generation, self._strategy.mesh_sizes()
-        engine.members = form_member_set(transport, engine.arena, nodes, engine.options, generation, mesh=mesh)
+        engine.members = form_member_set(
+            transport, engine.arena, nodes, engine.options, generation, record=engine.generation_record, mesh=mesh
+        )
         self._strategy.world.renumber(engine.members.generation)
         engine.loggers.identify_as_noted(engine.members)
         self._move(WorkerEvent.MEET)

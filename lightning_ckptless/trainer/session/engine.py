@@ -107,6 +107,11 @@ class Engine:
         self._searches: RateSearches | None = None
         self._warnings = WarningsOnConsole(partial(progress_bar.say, trainer))
 
+    @property
+    def generation_record(self) -> Path:
+        """File that holds the number of the last generation of this fit."""
+        return self.run_folder / f"generation-of-fit-{self.fit_index}"
+
     def interrupt(self) -> None:
         """A fault has ended the step, and a recovery begins."""
         if self._progress is not None:
@@ -179,7 +184,14 @@ class Engine:
         after = max((state.snapshot.generation for state in states), default=0)
         mesh = self.strategy.mesh_sizes()
         members = self.members = form_member_set(
-            transport, self.arena, nodes, self.options, self.generation, after=after, mesh=mesh
+            transport,
+            self.arena,
+            nodes,
+            self.options,
+            self.generation,
+            record=self.generation_record,
+            after=after,
+            mesh=mesh,
         )
         self.folders.adopt(members.noted("folders"), self.rank)
         self.durable.share_out(members)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lightning_ckptless.options import CkptlessOptions
@@ -77,6 +79,7 @@ def form_member_set(
     options: CkptlessOptions,
     generation: int,
     *,
+    record: Path,
     after: int = 0,
     mesh: tuple[int, int] | None = None,
 ) -> MemberSet:
@@ -90,6 +93,7 @@ def form_member_set(
         nodes: names of all ranks' nodes.
         options: the user's settings.
         generation: number of the membership, as it was joined.
+        record: file in the run's folder that holds the number of the last generation, in case all arenas are lost.
         after: number of the generation that has written what may be gone on from, outside of the arenas.
         mesh: ranks in each dimension of the strategy's mesh; None without one.
 
@@ -101,9 +105,27 @@ def form_member_set(
     mine = arena.notes()
     # A note that was lost must not let a number be used again.
     mine.setdefault("generation", max((replica.generation for replica in arena.inventory()), default=0))
+    mine["generation"] = max(int(mine["generation"]), last_generation(record))
     notes = tuple(json.loads(line) for line in transport.gather(json.dumps(mine).encode()))
     number = max([generation, after + 1, *(int(n["generation"]) + 1 for n in notes if "generation" in n)])
     members = MemberSet(transport, arena, nodes, placement, number, notes, frozenset(options.trusted_classes))
     if members.speaks_for_node:
         arena.note("generation", number)
+        _record_generation(record, number)
     return members
+
+
+def last_generation(record: Path) -> int:
+    """The number of the last generation; 0 if it was not recorded or cannot be read."""
+    try:
+        return max(0, int(record.read_text()))
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def _record_generation(record: Path, number: int) -> None:
+    record.parent.mkdir(parents=True, exist_ok=True)
+    # Several nodes may share the folder.
+    draft = record.with_name(f".{record.name}-{os.getpid()}")
+    draft.write_text(str(number))
+    draft.replace(record)

@@ -14,7 +14,7 @@ from lightning_ckptless.protocol.failure_domains import Domains
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.transport import LoopbackTransport, SoloTransport
 from lightning_ckptless.trainer.session.failure_domains import find_domains, own_domain
-from lightning_ckptless.trainer.session.member_set import form_member_set
+from lightning_ckptless.trainer.session.member_set import MemberSet, form_member_set
 from tests.replica.conftest import arena, owner
 
 __all__ = ["arena", "owner"]
@@ -79,13 +79,33 @@ def test_what_one_rank_does_not_know_stops_all(tmp_path: Path, monkeypatch: pyte
     assert "host n2 is not in" in str(message)
 
 
-def test_an_engine_asks_for_the_domains_of_its_option(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_asks_for_the_domains_of_its_option(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("CKPTLESS_FAILURE_DOMAIN", "r7")
-    members = form_member_set(SoloTransport(), arena, ("n0",), CkptlessOptions(failure_domain="rack"), 1)
+    record = tmp_path / "generation"
+
+    def form(domain: str, mesh: tuple[int, int] | None = None) -> MemberSet:
+        options = CkptlessOptions(failure_domain=domain)
+        return form_member_set(SoloTransport(), arena, ("n0",), options, 1, record=record, mesh=mesh)
+
+    members = form("rack")
     assert members.placement.domains == ("r7",)
     with pytest.raises(OptionsError, match="takes a mesh of ranks"):
-        form_member_set(SoloTransport(), arena, ("n0",), CkptlessOptions(failure_domain="tensor_parallel"), 1)
-    mesh = form_member_set(
-        SoloTransport(), arena, ("n0",), CkptlessOptions(failure_domain="tensor_parallel"), 1, mesh=(1, 1)
-    )
+        form("tensor_parallel")
+    mesh = form("tensor_parallel", mesh=(1, 1))
     assert mesh.placement.kind == "tensor_parallel group"
+
+
+def test_no_generation_has_the_number_of_one_whose_arenas_are_lost(arena: Arena, tmp_path: Path) -> None:
+    record = tmp_path / "run" / "generation"
+
+    def form() -> int:
+        members = form_member_set(SoloTransport(), arena, ("n0",), CkptlessOptions(), 1, record=record, after=1)
+        return members.generation
+
+    assert [form(), form()] == [2, 3]
+    arena.note("generation", 0)
+    assert form() == 4
+    record.write_text("damaged")
+    assert form() == 5
