@@ -19,16 +19,16 @@ NOT_SILENT_S = 2.0
 
 AT_THE_SAME_POINT = frozenset({Moment.VALIDATION, Moment.EPOCH_END})
 """Where no other rank may have come further than one that hangs: it is known by its being idle."""
-IN_A_RECOVERY = frozenset({Moment.REGROUP, Moment.MEET, Moment.RESTORE})
 
 
 def bounds_s(scenario: Scenario) -> dict[str, float]:
     """The bounds of a scenario, by rung.
 
-    A rank that falls silent while it recovers is replaced when it has not let go of the lost for `RELEASE_S`.
+    A rank that is silent when another fault strikes, or while it recovers, is replaced when it has not let go of the
+    lost ranks for `RELEASE_S`.
     """
-    injected = any(fault.kind in SILENT and fault.at in IN_A_RECOVERY for fault in scenario.injected)
-    outside = any(fault.kind is OutsideKind.STOP and fault.phase is not None for fault in scenario.outside)
+    injected = any(fault.kind in SILENT for fault in scenario.injected)
+    outside = any(fault.kind is OutsideKind.STOP for fault in scenario.outside)
     more_s = RELEASE_S if injected or outside else 0.0
     return {rung: bound_s + more_s for rung, bound_s in BOUNDS_S.items()}
 
