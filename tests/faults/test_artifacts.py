@@ -96,7 +96,7 @@ CASES = {
     "rank=1-in_place": ("kill:rank=1:step=7", (), None, (1, 0)),
     "rank=0-relaunch-chdir": ("kill:rank=0:step=6:at=commit", ("--chdir",), False, (0, 1)),
     "rank=0-in_place-chdir": ("kill:rank=0:step=5", ("--chdir",), None, (1, 0)),
-    "second_fit": ("kill:rank=1:step=16", ("--twice",), None, (0, 1)),
+    "second_fit": ("kill:rank=1:step=16", ("--twice",), None, (1, 0)),
 }
 LONG = ("rank=1-in_place", "rank=0-in_place-chdir", "rank=0-relaunch-chdir")
 

@@ -222,5 +222,6 @@ def test_a_prompt_is_enough(
     trainer.fit(model, loader)
     assert trainer.global_step == 1
     printed = capsys.readouterr()
-    assert {"rank 0 begins — at last", "rank 1 begins — at last"} <= set(printed.out.splitlines())
+    # Two processes print at once: a line of one may stand in a line of the other.
+    assert all(f"rank {rank} begins — at last" in printed.out for rank in (0, 1))
     assert "ckptless: run" in printed.err

@@ -76,10 +76,10 @@ def test_imported_before_lightning(run: Run) -> None:
 def test_torch_is_unharmed_by_a_broken_hook(run: Run, tmp_path: Path, breakage: str) -> None:
     site = tmp_path / "broken"
     package = install_into(site)
-    package.mkdir()
-    for name in ("__init__.py", "_autoload.py"):
+    (package / "_registration").mkdir(parents=True)
+    for name in ("__init__.py", "_registration/__init__.py", "_registration/autoload.py"):
         shutil.copy(PACKAGE / name, package / name)
-    (package / "registration.py").write_text(breakage)
+    (package / "_registration" / "names.py").write_text(breakage)
     told = run("import sys, torch\ntell([torch.ones(2).sum().item(), 'lightning_ckptless' in sys.modules])", site)
     assert told == [2.0, True]
 
@@ -87,8 +87,9 @@ def test_torch_is_unharmed_by_a_broken_hook(run: Run, tmp_path: Path, breakage: 
 @pytest.mark.slow
 def test_torch_pulls_in_no_more_than_the_hook(run: Run) -> None:
     told = run("import sys, torch\ntell(sorted(m for m in sys.modules if m.split('.')[0] == 'lightning_ckptless'))")
-    small = ("_autoload", "environment", "mlflow_tables", "private_files", "registration")
-    assert told == ["lightning_ckptless", *(f"lightning_ckptless.{name}" for name in small)]
+    small = ("", "._registration", "._registration.autoload", "._registration.mlflow_tables", "._registration.names")
+    used = (".environment", ".system", ".system.private_files")
+    assert told == [f"lightning_ckptless{name}" for name in (*small, *used)]
 
 
 QUOTED = "'${trainer.max_epochs}'"

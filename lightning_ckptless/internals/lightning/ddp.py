@@ -19,3 +19,8 @@ def wrap_late(strategy: Any) -> None:
         strategy.configure_ddp()
     finally:
         strategy._ddp_kwargs = given
+
+
+def start_method_of(strategy: Any) -> str:
+    """How a strategy starts its workers: by a name of Lightning's, `popen` where it knows of no other."""
+    return str(getattr(strategy, "_start_method", "popen"))

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from lightning_ckptless.internals.lightning.ddp import start_method_of
 from lightning_ckptless.internals.lightning.process import prepare_without_group
 from lightning_ckptless.internals.lightning.virtual_ranks import logs_kept
 from lightning_ckptless.membership.worker.placeholder_group import refuse
@@ -135,7 +136,7 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
             given = locals()
             super().__init__(**base_options)
             self.options = CkptlessOptions(**{field.name: given[field.name] for field in fields(CkptlessOptions)})
-            self.start_method: str = base_options.get("start_method", "popen")
+            self.start_method = start_method_of(self)
             self.has_handed_back = False
             self._stream: int | None = None
             self.engine: Engine | None = None
