@@ -40,11 +40,12 @@ def templates() -> list[str]:
         return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
 
     nodes = [node for source in sources(PACKAGE) for node in source.nodes]
-    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    left_out = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    left_out |= {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
     return [
         PLACEHOLDER.sub("…", text_of(node))
         for node in nodes
-        if isinstance(node, ast.Constant | ast.JoinedStr) and id(node) not in docstrings
+        if isinstance(node, ast.Constant | ast.JoinedStr) and id(node) not in left_out
     ]
 
 
@@ -88,6 +89,16 @@ def test_messages_in_troubleshooting_are_those_of_the_code() -> None:
         if not re.search(".*".join(parts), everything):
             unknown[text] = get_close_matches(text, known, n=1, cutoff=0.3)
     assert unknown == {}
+
+
+def test_contributing_names_targets_and_files_that_exist() -> None:
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    named = {word for line in re.findall(r"(?:`|\$ )make ([a-z -]+)", text) for word in line.split()}
+    assert named
+    assert named <= targets
+    files = re.findall(r"\b(?:tests|docs|lightning_ckptless)/[\w./-]+\w", text)
+    assert [path for path in files if not (REPOSITORY / path).exists()] == []
 
 
 def test_glossary_is_in_order() -> None:
