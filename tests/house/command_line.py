@@ -21,11 +21,11 @@ Row = tuple[str, str, str, str]
 GUIDES = {
     "run": "[Launching](launching.md)",
     "doctor": "[Checking a machine](doctor.md)",
-    "drill": "[Trying faults](faults.md)",
-    "status": "[Watching a run](watching.md)",
+    "drill": "[Fault injection](faults.md)",
+    "status": "[Monitoring a run](watching.md)",
     "export": "[The state as a file](watching.md#the-state-as-a-file)",
     "clean": "[What stays of a run](launching.md#what-stays-of-a-run)",
-    "timeline": "[Watching a run](watching.md)",
+    "timeline": "[Monitoring a run](watching.md)",
 }
 """Each command, and the page that explains it."""
 
