@@ -22,10 +22,10 @@ GUIDES = {
     "run": "[Launching](launching.md)",
     "doctor": "[Checking a machine](doctor.md)",
     "drill": "[Fault injection](faults.md)",
-    "status": "[Monitoring a run](watching.md)",
-    "export": "[The state as a file](watching.md#the-state-as-a-file)",
-    "clean": "[What stays of a run](launching.md#what-stays-of-a-run)",
-    "timeline": "[Monitoring a run](watching.md)",
+    "status": "[Watching a run](watching.md)",
+    "export": "[Exporting the state as a file](watching.md#the-state-as-a-file)",
+    "clean": "[Shared memory after a run](launching.md#shared-memory-after-a-run)",
+    "timeline": "[Watching a run](watching.md)",
 }
 """Each command, and the page that explains it."""
 
