@@ -37,7 +37,7 @@ from lightning_ckptless.trainer.state.metric_merging import absorb, forget, reop
 from lightning_ckptless.trainer.state.rng import apply_rng
 from lightning_ckptless.trainer.state.sharding import reshard
 from lightning_ckptless.trainer.state.tensors import StateIndex
-from lightning_ckptless.trainer.state.trust import small_state_of
+from lightning_ckptless.trainer.state.trust import host_state_of
 
 Small = dict[str, Any]
 
@@ -182,7 +182,7 @@ def _inherited(
 
 def _host_states(found: Complete, members: MemberSet, wanted: Mapping[int, Collection[int]]) -> dict[int, Small]:
     fetched = fetch(found, members.arena, members.transport, members.nodes, need={}, blobs=wanted)
-    return {rank: small_state_of(rank, fetched, members) for rank in fetched.blobs}
+    return {rank: host_state_of(rank, fetched, members) for rank in fetched.blobs}
 
 
 def _position(host_state: Small, stream: int) -> Small:

@@ -24,7 +24,7 @@ from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.internals import torch_internals
 from lightning_ckptless.trainer.data.loader import make_resumable, resume_at, tracker_of
-from lightning_ckptless.trainer.data.worker_rng import Stamped
+from lightning_ckptless.trainer.data.worker_rng import BatchWithRng
 from lightning_ckptless.trainer.state.rng import apply_rng, capture_rng
 from tests.lab.parts import Numbers, Stream
 from tests.trainer.loaders import BATCHES, LOADERS, SAMPLES, WORKERS, numbered, own_position
@@ -346,6 +346,6 @@ class Pinned:
 
 
 def test_the_batch_under_a_stamp_is_pinned() -> None:
-    stamped = Stamped({"batch": Pinned()}, 1, Packed(b"generators")).pin_memory()
+    stamped = BatchWithRng({"batch": Pinned()}, 1, Packed(b"generators")).pin_memory()
     assert stamped.data["batch"].pinned
     assert (stamped.worker, stamped.generators) == (1, Packed(b"generators"))

@@ -72,7 +72,7 @@ def test_a_parameter_beside_the_model_is_refused_when_it_is_added() -> None:
     names = GroupNames(trainer)
     names.now()
     trainer.optimizers[0].add_param_group({"params": [torch.ones(1, requires_grad=True)]})
-    with pytest.raises(OptionsError, match=r"at step 3 that the model does not hold \(#1.0.*attributes of the Light"):
+    with pytest.raises(OptionsError, match=r"at step 3 that are not in the model \(#1.0.*attributes of the Light"):
         names.now()
 
 
@@ -131,7 +131,7 @@ def test_a_scheduler_that_cannot_be_made_again_is_refused_when_it_is_set() -> No
     trainer = trainer_with()
     schedulers = Schedulers(trainer)
     schedule(trainer, torch.optim.lr_scheduler.LambdaLR, lambda _: 1.0)
-    with pytest.raises(OptionsError, match=r"LambdaLR became a scheduler at step 3.*top of a module"):
+    with pytest.raises(OptionsError, match=r"the scheduler LambdaLR, added at step 3, .*module level"):
         schedulers.capture()
 
 
@@ -144,5 +144,5 @@ def test_a_script_that_begins_with_other_groups_is_refused_by_their_names() -> N
     with pytest.raises(LayoutMismatchError, match=r"optimizer/0 has other .* body\.bias \(group 1\), body\.weight"):
         require_same_groups(began_with, names_in_groups(second))
     second.optimizers.append(torch.optim.SGD(second.lightning_module["body"].parameters(), 0.1))
-    with pytest.raises(LayoutMismatchError, match="began with 1 optimizers, and the relaunched script made 2"):
+    with pytest.raises(LayoutMismatchError, match="began with 1 optimizers, the relaunched script created 2"):
         require_same_groups(began_with, names_in_groups(second))

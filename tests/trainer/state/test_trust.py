@@ -31,7 +31,7 @@ from lightning_ckptless.replica.transport import SoloTransport
 from lightning_ckptless.trainer.commit.durable import DurableRung
 from lightning_ckptless.trainer.session.identity import Identity
 from lightning_ckptless.trainer.session.member_set import MemberSet
-from lightning_ckptless.trainer.state.trust import Departure, small_state_of
+from lightning_ckptless.trainer.state.trust import OutgoingCheck, host_state_of
 
 NAME = "tests.trainer.state.test_trust.Cursor"
 
@@ -69,41 +69,41 @@ def state() -> Packed:
 
 
 def test_in_the_memory_of_one_machine_a_state_holds_anything(arena: Arena) -> None:
-    assert Departure(CkptlessOptions(), cohort_of("a", arena)).where == ""
+    assert OutgoingCheck(CkptlessOptions(), cohort_of("a", arena)).where == ""
     packed = state()
-    assert Departure(CkptlessOptions(), cohort_of("a", arena)).checked(packed) is packed
+    assert OutgoingCheck(CkptlessOptions(), cohort_of("a", arena)).checked(packed) is packed
 
 
 @pytest.mark.parametrize(
     ("nodes", "options", "where"),
     [
-        ("a", {"durable_every_n_steps": 5}, "durable states of it are written"),
-        ("a", {"durable_every_s": 5.0}, "durable states of it are written"),
-        ("ab", {}, "other machines keep copies of it"),
+        ("a", {"durable_every_n_steps": 5}, "the host state is written to durable states"),
+        ("a", {"durable_every_s": 5.0}, "the host state is written to durable states"),
+        ("ab", {}, "other nodes hold replicas of the host state"),
     ],
 )
 def test_a_class_that_would_leave_is_named_with_its_place(
     nodes: str, options: dict[str, Any], where: str, arena: Arena
 ) -> None:
-    departure = Departure(CkptlessOptions(**options), cohort_of(nodes, arena))
+    departure = OutgoingCheck(CkptlessOptions(**options), cohort_of(nodes, arena))
     with pytest.raises(OptionsError) as found:
         departure.checked(state())
     message = str(found.value)
     assert message.startswith(f"rank 0: state.callbacks.1.state.cursor: it holds a {NAME}, ")
     assert where in message and message.endswith(f"trusted_classes=['{NAME}']")
-    trusting = Departure(CkptlessOptions(**options, trusted_classes=[NAME]), cohort_of(nodes, arena))
+    trusting = OutgoingCheck(CkptlessOptions(**options, trusted_classes=[NAME]), cohort_of(nodes, arena))
     assert trusting.checked(state()) == state()
 
 
 def test_a_state_that_is_packed_later_is_looked_at_then(arena: Arena) -> None:
-    later = Departure(CkptlessOptions(durable_every_n_steps=1), cohort_of("a", arena)).checked(state)
+    later = OutgoingCheck(CkptlessOptions(durable_every_n_steps=1), cohort_of("a", arena)).checked(state)
     assert callable(later)
     with pytest.raises(OptionsError, match=NAME):
         later()
 
 
 def test_a_class_that_comes_later_is_noticed(arena: Arena) -> None:
-    departure = Departure(CkptlessOptions(durable_every_n_steps=1), cohort_of("a", arena))
+    departure = OutgoingCheck(CkptlessOptions(durable_every_n_steps=1), cohort_of("a", arena))
     departure.checked(pack({"state": 1}))
 
     class Holder:
@@ -127,14 +127,14 @@ def test_what_a_peer_sent_is_looked_at(arena: Arena, tmp_path: Path) -> None:
         return Fetched({}, {0: data}, frozenset(received), 0, {})
 
     members = cohort_of("a", arena)
-    assert small_state_of(0, fetched(state()), members)["state"]["callbacks"][1]["state"]["cursor"].at == 3
+    assert host_state_of(0, fetched(state()), members)["state"]["callbacks"][1]["state"]["cursor"].at == 3
     with pytest.raises(OptionsError, match=f"the host state of rank 0: it holds a {NAME}"):
-        small_state_of(0, fetched(state(), 0), members)
-    assert small_state_of(0, fetched(state(), 0), cohort_of("a", arena, frozenset({NAME})))["state"]
+        host_state_of(0, fetched(state(), 0), members)
+    assert host_state_of(0, fetched(state(), 0), cohort_of("a", arena, frozenset({NAME})))["state"]
     with pytest.raises(OptionsError, match=r"posix\.mkdir"):
-        small_state_of(0, fetched(pickle.dumps(Runs(tmp_path / "made")), 0), members)
+        host_state_of(0, fetched(pickle.dumps(Runs(tmp_path / "made")), 0), members)
     with pytest.raises(ArenaError, match="damaged"):
-        small_state_of(0, fetched(bytes(state())[:-9], 0), members)
+        host_state_of(0, fetched(bytes(state())[:-9], 0), members)
     assert not (tmp_path / "made").exists()
 
 
