@@ -263,7 +263,7 @@ def test_a_stream_that_has_become_shorter_is_an_error() -> None:
     _, stopped = first_part(LOADERS["iterable"], 0, 4)
     loader = make_resumable(DataLoader(Stream(4, 0, 1), batch_size=2))
     resume_at(loader, unpack(stopped.position))
-    with pytest.raises(CkptlessError, match=r"gave 4 batches before the fault and 2 on being read again.*state_dict"):
+    with pytest.raises(CkptlessError, match=r"returned 4 batches before the fault, but only 2 when read again.*state_dict"):
         iter(loader)
 
 

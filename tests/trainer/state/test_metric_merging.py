@@ -9,7 +9,7 @@ import torch
 import torchmetrics
 
 from lightning_ckptless.internals.lightning.metrics import defaults_of, dump_metric, load_metric, reductions_of
-from lightning_ckptless.trainer.state.metric_merging import absorb, forget, reopen
+from lightning_ckptless.trainer.state.metric_merging import clear, discard_computed, merge
 
 METRICS = {
     "mean": torchmetrics.MeanMetric,
@@ -41,14 +41,14 @@ def test_a_metric_goes_on_with_what_both_have_seen(
 ) -> None:
     metric = updated(kind, mine)
     state = host_state({"m": metric})
-    absorb(state, host_state({"m": updated(kind, theirs)}), {"m": reductions_of(metric)})
+    merge(state, host_state({"m": updated(kind, theirs)}), {"m": reductions_of(metric)})
     load_metric(metric, state["metrics"]["m"])
     assert torch.equal(metric.compute(), updated(kind, (*mine, *theirs)).compute())
 
 
 def test_what_cannot_be_added_is_named_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
     state = host_state({"m": updated("sum", MINE)})
-    absorb(state, host_state({"m": updated("sum", THEIRS)}), {"m": {"sum_value": None}})
+    merge(state, host_state({"m": updated("sum", THEIRS)}), {"m": {"sum_value": None}})
     assert "m.sum_value has no known reduction over ranks" in caplog.text
     assert float(state["metrics"]["m"]["states"]["sum_value"]) == sum(MINE)
 
@@ -61,7 +61,7 @@ def logged(reduce: str, value: float, samples: int, *, reset: bool = False) -> d
 @pytest.mark.parametrize(("reduce", "expected"), [("mean", 12.0), ("sum", 12.0), ("max", 8.0), ("min", 4.0)])
 def test_logged_values_are_put_together_as_over_ranks(reduce: str, expected: float) -> None:
     state = host_state({}, {"x": logged(reduce, 4.0, 3)})
-    absorb(state, host_state({}, {"x": logged(reduce, 8.0, 2), "y": logged(reduce, 1.0, 1)}), {})
+    merge(state, host_state({}, {"x": logged(reduce, 8.0, 2), "y": logged(reduce, 1.0, 1)}), {})
     items = state["results"]["training"]["items"]
     assert float(items["x"]["value"]) == expected
     assert float(items["y"]["value"]) == 1.0
@@ -72,14 +72,14 @@ def test_logged_values_are_put_together_as_over_ranks(reduce: str, expected: flo
 @pytest.mark.parametrize(("mine_reset", "theirs_reset", "expected"), [(True, False, 8.0), (False, True, 4.0)])
 def test_a_value_that_was_put_back_adds_nothing(mine_reset: bool, theirs_reset: bool, expected: float) -> None:
     state = host_state({}, {"x": logged("mean", 4.0, 3, reset=mine_reset)})
-    absorb(state, host_state({}, {"x": logged("mean", 8.0, 2, reset=theirs_reset)}), {})
+    merge(state, host_state({}, {"x": logged("mean", 8.0, 2, reset=theirs_reset)}), {})
     assert float(state["results"]["training"]["items"]["x"]["value"]) == expected
 
 
 def test_a_new_rank_begins_with_no_sums() -> None:
     metric = updated("sum", MINE)
     state = host_state({"m": metric}, {"x": logged("mean", 4.0, 3)})
-    forget(state, {"m": defaults_of(metric)})
+    clear(state, {"m": defaults_of(metric)})
     load_metric(metric, state["metrics"]["m"])
     metric.update(3.0)
     assert float(metric.compute()) == 3.0
@@ -89,8 +89,8 @@ def test_a_new_rank_begins_with_no_sums() -> None:
 def test_a_new_rank_adds_nothing_to_a_logged_value(reduce: str, value: float) -> None:
     """And has it: what all ranks reduce at the end of the epoch must be the same on all."""
     new, old = (host_state({}, {"x": logged(reduce, value, 3)}) for _ in range(2))
-    forget(new, {})
-    absorb(new, old, {})
+    clear(new, {})
+    merge(new, old, {})
     (found, expected) = (state["results"]["training"]["items"]["x"] for state in (new, old))
     assert torch.equal(found["value"], expected["value"])
     assert found.get("cumulated_batch_size") == expected.get("cumulated_batch_size")
@@ -100,6 +100,6 @@ def test_nothing_that_was_computed_outlives_a_change() -> None:
     metric = updated("sum", MINE)
     metric.compute()
     state = host_state({"m": metric}, {"x": logged("mean", 4.0, 3) | {"computed": torch.tensor(4.0)}})
-    reopen(state)
+    discard_computed(state)
     assert state["metrics"]["m"]["computed"] is None
     assert state["results"]["training"]["items"]["x"]["computed"] is None
