@@ -44,20 +44,20 @@ class Policy:
     """How changed attributes are handled.
 
     Args:
-        takes_plain: whether plain values are captured and restored.
-        puts_objects_back: whether an attribute that now refers to a different object gets its original object back.
+        captures_plain: whether plain values are captured and restored.
+        restores_objects: whether an attribute that now refers to a different object gets its original object back.
         names: kinds of values whose changes are reported as lost when they are not captured.
     """
 
-    takes_plain: bool = True
-    puts_objects_back: bool = True
+    captures_plain: bool = True
+    restores_objects: bool = True
     names: frozenset[Size] = frozenset(Size)
 
 
 EVERYTHING = Policy()
-SETTINGS = Policy(puts_objects_back=False, names=frozenset())
-OBJECTS_LEFT_ALONE = Policy(puts_objects_back=False)
-NAMED_ONLY = Policy(takes_plain=False, puts_objects_back=False)
+SETTINGS = Policy(restores_objects=False, names=frozenset())
+OBJECTS_LEFT_ALONE = Policy(restores_objects=False)
+NAMED_ONLY = Policy(captures_plain=False, restores_objects=False)
 
 
 class Changes:
@@ -134,7 +134,7 @@ class _Owner:
         for name in self._differing(attributes):
             value = attributes.get(name, _ABSENT)
             size = Size.FITS if value is _ABSENT else _size(value)
-            if size is not Size.FITS or not self._policy.takes_plain:
+            if size is not Size.FITS or not self._policy.captures_plain:
                 if size in self._policy.names:
                     # Reported once, then ignored.
                     self._lost.append(name)
@@ -161,7 +161,7 @@ class _Owner:
         for name in {*self._differing(attributes), *values, *gone}:
             if name in values:
                 _put(attributes, name, _copied(values[name]))
-            elif not self._policy.puts_objects_back and _size(attributes.get(name)) is Size.UNKNOWN:
+            elif not self._policy.restores_objects and _size(attributes.get(name)) is Size.UNKNOWN:
                 continue
             elif name in gone or name not in self._first:
                 attributes.pop(name, None)

@@ -33,7 +33,7 @@ def pack_late(value: Any) -> Packed | Callable[[], Packed]:
         return Packed(out.getvalue())
     ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
     ready.record()
-    return _Late(Packed(out.getvalue()), pickler.aside, ready)
+    return _DeferredPack(Packed(out.getvalue()), pickler.aside, ready)
 
 
 class _DevicePickler(SmallTensorPickler):
@@ -48,7 +48,7 @@ class _DevicePickler(SmallTensorPickler):
         return len(self.aside) - 1
 
 
-class _Late:
+class _DeferredPack:
     """Host state that is packed except for its device tensors.
 
     Args:
