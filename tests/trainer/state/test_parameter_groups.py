@@ -141,7 +141,7 @@ def test_a_script_that_starts_with_different_groups_is_rejected_by_name() -> Non
     unfreeze(first)
     require_same_groups(began_with, names_in_groups(second))
     unfreeze(second)
-    with pytest.raises(LayoutMismatchError, match=r"optimizer/0 has other .* body\.bias \(group 1\), body\.weight"):
+    with pytest.raises(LayoutMismatchError, match=r"optimizer/0 has different .* body\.bias \(group 1\), body\.weight"):
         require_same_groups(began_with, names_in_groups(second))
     second.optimizers.append(torch.optim.SGD(second.lightning_module["body"].parameters(), 0.1))
     with pytest.raises(LayoutMismatchError, match="began with 1 optimizers, the relaunched script created 2"):
