@@ -1,4 +1,4 @@
-"""What holds for all tests of this room."""
+"""Fixtures for all tests of the trainer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.lab.parts import Numbers
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread() -> Iterator[None]:
-    """Let torch compute in one thread: small tensors gain nothing by more, and threads that spin take from others."""
+    """Use one torch thread: small tensors gain nothing from more, and spinning threads slow down other processes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -22,5 +22,5 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="package")
 def first_worker() -> None:
-    """Start a dataloader's worker: with a process's first one torch sets a signal handler that stays."""
+    """Start a dataloader worker: for the first one in a process, torch installs a signal handler permanently."""
     next(iter(DataLoader(Numbers(1), num_workers=1)))

@@ -1,4 +1,4 @@
-"""A run that stops at a version and goes on in a fresh trainer, in one process: exactness without faults."""
+"""A run that stops at a version and continues in a fresh trainer, in one process: exactness without faults."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from tests.lab.parts import Options, make_run
 
 
 class Interruption(BaseException):
-    """The moment at which the run is interrupted."""
+    """Raised where the run is interrupted."""
 
 
 class Track(pl.Callback):
-    """Writes down what happened, bit for bit."""
+    """Records every batch, epoch and validation, bit for bit."""
 
     def __init__(self) -> None:
         self.rows: list[Any] = []
@@ -64,7 +64,7 @@ def _values(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 class OneProcess(SingleDeviceStrategy):
-    """Commit points and restoring without replicas: the version is kept in this process."""
+    """Commits and restores without replicas: the version is kept in this process."""
 
     strategy_name = "one_process"
 
@@ -101,7 +101,7 @@ class OneProcess(SingleDeviceStrategy):
             loggers = self.trainer.loggers
             self.taken = {
                 "version": version,
-                "small": host_state,
+                "host_state": host_state,
                 "tensors": tensors,
                 "loggers": [identity_of(logger) for logger in loggers],
                 "logs": log_positions(loggers),
@@ -110,7 +110,7 @@ class OneProcess(SingleDeviceStrategy):
 
     def restore(self) -> None:
         assert self.saved
-        restore_structure(self.trainer, unpack(self.saved["small"]))
+        restore_structure(self.trainer, unpack(self.saved["host_state"]))
         tensors = self.saved["tensors"]
         described = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
         optimizer = {name: facts for name, facts in described.items() if name.startswith("optimizer/")}
@@ -122,11 +122,11 @@ class OneProcess(SingleDeviceStrategy):
             for name, tensor in live.items():
                 tensor.copy_(tensors[name])
         self.host_state = HostState(self.trainer, surroundings=self.surroundings)
-        self.host_state.apply(unpack(self.saved["small"]), with_settings=False)
+        self.host_state.apply(unpack(self.saved["host_state"]), with_settings=False)
 
     def settle(self) -> None:
         assert self.saved and self.host_state
-        host_state = unpack(self.saved["small"])
+        host_state = unpack(self.saved["host_state"])
         self.host_state.apply(host_state)
         self.loops.set_sampler_epochs()
         move_data_to(self.loops, host_state["data"])
@@ -144,13 +144,13 @@ class Outcome:
 
 
 def run(options: Options, root: Path, stop_at: Version | None = None, saved: dict[str, Any] | None = None) -> Any:
-    """Run once; returns the outcome and, where the run was stopped, what was taken at the version."""
+    """Run once; return the outcome and, if the run was stopped, what was captured at the version."""
     strategy = OneProcess(stop_at, saved)
     return fit(options, root, strategy, saved), strategy.taken
 
 
 def fit(options: Options, root: Path, strategy: Any, saved: dict[str, Any] | None = None) -> Outcome:
-    """Run under a strategy of one device."""
+    """Run under a single-device strategy."""
     options, track = dataclasses.replace(options, devices=1, root=str(root)), Track()
     trainer, model, data = make_run(options, strategy, (track,))
     if isinstance(strategy, OneProcess):
@@ -181,13 +181,13 @@ def _log_rows(root: Path) -> list[str]:
 
 
 def interrupted(options: Options, root: Path, at: Version, fresh: Callable[[], None] | None = None) -> Outcome:
-    """Stop at a version, start again in a fresh trainer from it, and join the two halves."""
+    """Stop at a version, continue from it in a fresh trainer, and join the two halves."""
     first, taken = run(options, root, stop_at=at)
-    assert taken, f"the run never came to {at}: {first.versions}"
-    # A new process has other generators than the one that stopped.
+    assert taken, f"the run never reached {at}: {first.versions}"
+    # A new process has different generator states from the stopped one.
     torch.manual_seed(99)
     random.seed(99)
     np.random.seed(99)
     second, _ = run(options, root, saved=taken)
-    # What the callback wrote before the stop came back with the state: its list is plain data.
+    # The rows recorded before the stop were restored with the state: the callback's list is plain data.
     return Outcome(second.rows, second.weights, second.log_rows, first.versions + second.versions)

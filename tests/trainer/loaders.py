@@ -1,4 +1,4 @@
-"""Loaders of every kind: what draws their order and their noise, and where."""
+"""Dataloaders of every kind: they differ in what draws their order and noise, and where."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BATCHES = 5
 
 
 class OwnNoise(Numbers):
-    """Samples with noise from generators that the dataset keeps."""
+    """Adds noise from the dataset's own generators."""
 
     def __init__(self, samples: int = SAMPLES) -> None:
         super().__init__(samples)
@@ -38,7 +38,7 @@ class OwnNoise(Numbers):
 
 
 class Shuffled(Sampler[int]):
-    """Draws the order of an epoch from a generator of its own, and counts epochs."""
+    """Draws the order of an epoch from its own generator, and counts epochs."""
 
     def __init__(self) -> None:
         self.generator, self.epochs = random.Random(5), 0
@@ -54,7 +54,7 @@ class Shuffled(Sampler[int]):
 
 
 class EachIndexDrawn(Sampler[int]):
-    """Draws one index after the other, between the draws of everybody else."""
+    """Draws indices one at a time from the global generator, interleaved with other draws."""
 
     def __len__(self) -> int:
         return SAMPLES
@@ -64,7 +64,7 @@ class EachIndexDrawn(Sampler[int]):
 
 
 class EarlyBatches(Sampler[list[int]]):
-    """Draws its order when it is asked for an iterator, not at the first index."""
+    """Draws its order when its iterator is created, not at the first index."""
 
     def __len__(self) -> int:
         return BATCHES
@@ -75,7 +75,7 @@ class EarlyBatches(Sampler[list[int]]):
 
 
 class ShuffledStream(IterableDataset[torch.Tensor]):
-    """Draws the order of an epoch from a generator of its own."""
+    """Draws the order of an epoch from its own generator."""
 
     def __init__(self) -> None:
         self.generator = random.Random(7)
@@ -86,8 +86,8 @@ class ShuffledStream(IterableDataset[torch.Tensor]):
         return (torch.tensor(i) for i in order)
 
 
-class InAnotherWay(DataLoader[Any]):
-    """A loader that makes its iterators by itself."""
+class OwnIteration(DataLoader[Any]):
+    """A loader that overrides `__iter__`."""
 
     def __iter__(self) -> Any:
         for batch in super().__iter__():
@@ -95,7 +95,7 @@ class InAnotherWay(DataLoader[Any]):
 
 
 class Reread(DataLoader[Any]):
-    """Makes its iterators by a generator function, and restores its position by reading the batches again."""
+    """Iterates with a generator function, and restores its position by reading the batches again."""
 
     done = start = 0
 
@@ -114,7 +114,7 @@ class Reread(DataLoader[Any]):
 
 
 class OwnPosition(IterableDataset[torch.Tensor]):
-    """Draws the order of an epoch at the first sample, and restores its position without the samples before it."""
+    """Draws the order of an epoch at the first sample, and restores its position without reading earlier samples."""
 
     def __init__(self, noise: float = 0.0) -> None:
         self.at, self.noise = 0, noise
@@ -185,7 +185,7 @@ LOADERS: dict[str, Callable[[], DataLoader[Any]]] = {
     "iterable": lambda: DataLoader(Stream(SAMPLES, 0, 1), batch_size=2),
     "sized iterable": lambda: DataLoader(SizedStream(SAMPLES, 0, 1), batch_size=2),
     "iterable with its own generator": lambda: DataLoader(ShuffledStream(), batch_size=2),
-    "own iteration": lambda: InAnotherWay(Numbers(SAMPLES), batch_size=2, shuffle=True),
+    "own iteration": lambda: OwnIteration(Numbers(SAMPLES), batch_size=2, shuffle=True),
     "stateful": lambda: stateful(shuffle=True),
     "stateful generator": lambda: Reread(Stream(SAMPLES, 0, 1), batch_size=2),
     "stateful generator, noise": lambda: Reread(Stream(SAMPLES, 0, 1), batch_size=2, collate_fn=noisy),

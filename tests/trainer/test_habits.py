@@ -1,4 +1,4 @@
-"""State that users keep in places of their own goes on exactly too."""
+"""State that users keep in unusual places continues exactly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPTIONS = replace(parts.Options(), samples=16, epochs=2, scheduler="none")
 
 
 class Counting(nn.Module):
-    """A layer whose output depends on how often it was used."""
+    """A layer whose output depends on how often it was called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Counting(nn.Module):
 
 
 class Habits:
-    """One class per habit, each made from the lab's model."""
+    """One model per habit, each derived from the lab's model."""
 
     @staticmethod
     def counter_in_a_layer(model: Any) -> Any:
@@ -42,7 +42,7 @@ class Habits:
         return Habit
 
     @staticmethod
-    def dropout_that_rises(model: Any) -> Any:
+    def rising_dropout(model: Any) -> Any:
         class Habit(model):  # type: ignore[misc]
             def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
                 self.body[3].p = min(0.8, self.body[3].p + 0.05)
@@ -50,7 +50,7 @@ class Habits:
         return Habit
 
     @staticmethod
-    def layer_that_is_frozen(model: Any) -> Any:
+    def layer_frozen_in_training(model: Any) -> Any:
         class Habit(model):  # type: ignore[misc]
             def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
                 if self.global_step == 2:
@@ -59,7 +59,7 @@ class Habits:
         return Habit
 
     @staticmethod
-    def layer_that_is_thawed(model: Any) -> Any:
+    def layer_unfrozen_in_training(model: Any) -> Any:
         class Habit(model):  # type: ignore[misc]
             def __init__(self) -> None:
                 super().__init__()
@@ -72,7 +72,7 @@ class Habits:
         return Habit
 
     @staticmethod
-    def buffer_that_comes_late(model: Any) -> Any:
+    def buffer_created_in_training(model: Any) -> Any:
         class Habit(model):  # type: ignore[misc]
             mean_loss: Any
 
@@ -100,7 +100,7 @@ class Habits:
         return Habit
 
     @staticmethod
-    def generator_made_on_first_use(model: Any) -> Any:
+    def generator_created_on_first_use(model: Any) -> Any:
         class Habit(model):  # type: ignore[misc]
             noise: torch.Generator | None = None
 
@@ -112,7 +112,7 @@ class Habits:
         return Habit
 
     @staticmethod
-    def parameter_beside_the_model(model: Any) -> Any:
+    def parameter_outside_the_model(model: Any) -> Any:
         class Habit(model):  # type: ignore[misc]
             def __init__(self) -> None:
                 super().__init__()
@@ -146,7 +146,7 @@ class Habits:
         return Habit
 
     @staticmethod
-    def schedulers_in_a_row(model: Any) -> Any:
+    def sequential_schedulers(model: Any) -> Any:
         class Habit(model):  # type: ignore[misc]
             def configure_optimizers(self) -> Any:
                 optimizer, make = torch.optim.AdamW(self.parameters(), 1e-2), torch.optim.lr_scheduler
@@ -171,7 +171,7 @@ HABITS = [name for name in vars(Habits) if not name.startswith("_")]
 
 
 @pytest.mark.parametrize("habit", HABITS)
-def test_goes_on(habit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_continues_exactly(habit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model_class = parts.model_class
     monkeypatch.setattr(parts, "model_class", lambda *args: getattr(Habits, habit)(model_class(*args)))
     whole, _ = run(OPTIONS, tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""What is too large to travel with every step is named and left out; the rest goes along."""
+"""Attributes too large to mirror with every step are excluded by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning_ckptless.trainer.state.plain_values import heavy_attributes
 
 
 class Owner:
-    """A datamodule of sorts."""
+    """Stands in for a datamodule."""
 
     def __init__(self) -> None:
         self.counter = 3
@@ -20,9 +20,9 @@ class Owner:
         self.few = [torch.zeros(10)] * 10
 
 
-def test_heavy_attributes_are_those_beyond_the_limit() -> None:
+def test_attributes_above_the_limit_are_heavy() -> None:
     assert heavy_attributes(Owner(), 1_000_000) == ("images", "rows", "names", "table")
 
 
-def test_nothing_is_heavy_below_the_limit() -> None:
+def test_no_attribute_below_the_limit_is_heavy() -> None:
     assert heavy_attributes(Owner(), 1_000_000_000) == ()

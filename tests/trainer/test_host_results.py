@@ -1,4 +1,4 @@
-"""Logged values and metrics are taken apart and put together again by private names, without a change."""
+"""Logged values and metrics survive a dump and load through Lightning's private names unchanged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.trainer.tiny import DISTRIBUTIONS, callback, tiny_loader, tiny_module
 
 
 def logging_module(distribution: str) -> Any:
-    """A module that logs in every way there is."""
+    """Make a module that logs in every possible way."""
     base: Any = type(tiny_module(distribution))
 
     class Logging(base):  # type: ignore[misc]
@@ -60,11 +60,11 @@ def _described(results: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_logged_values_come_back_with_what_they_mean(distribution: str, tmp_path: Path) -> None:
+def test_logged_values_are_restored_with_their_metadata(distribution: str, tmp_path: Path) -> None:
     seen: list[int] = []
     reset: list[bool] = []
 
-    def there_and_back(trainer: Any, *_: Any) -> None:
+    def round_trip(trainer: Any, *_: Any) -> None:
         results = trainer.fit_loop.epoch_loop._results
         connector = trainer._logger_connector
         metrics = {
@@ -86,16 +86,16 @@ def test_logged_values_come_back_with_what_they_mean(distribution: str, tmp_path
         seen.append(len(results))
         reset.append(all(metric.has_reset for metric in results.values()))
 
-    hooks = callback(distribution, on_train_batch_end=there_and_back, on_train_epoch_start=there_and_back)
+    hooks = callback(distribution, on_train_batch_end=round_trip, on_train_epoch_start=round_trip)
     trainer = tiny_trainer(tmp_path, distribution, max_epochs=2, callbacks=[hooks])
     trainer.fit(logging_module(distribution), tiny_loader(), tiny_loader())
     assert seen == [0, *[11] * 9]
-    # Between epochs the values are those of the last one, to be thrown away by the first new one.
+    # Between epochs the values are those of the previous one; the first new value discards them.
     assert reset == [True, *[False] * 4, True, *[False] * 4]
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_epoch_values_do_not_notice_a_reload(distribution: str, tmp_path: Path) -> None:
+def test_a_reload_does_not_change_epoch_values(distribution: str, tmp_path: Path) -> None:
     def reload(trainer: Any, *_: Any) -> None:
         load_results(trainer, unpack(pack(dump_results(trainer))))
 
@@ -110,7 +110,7 @@ def test_epoch_values_do_not_notice_a_reload(distribution: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_values_of_our_own_reach_the_progress_bar(distribution: str, tmp_path: Path) -> None:
+def test_our_values_are_shown_on_the_progress_bar(distribution: str, tmp_path: Path) -> None:
     due: list[bool] = []
 
     def show(trainer: Any, *_: Any) -> None:
@@ -129,7 +129,7 @@ def test_values_of_our_own_reach_the_progress_bar(distribution: str, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["_defaults", "_reductions", "_update_count", "_computed", "_forward_cache"])
-def test_torchmetrics_has(name: str) -> None:
+def test_torchmetrics_still_has_the_private_name(name: str) -> None:
     assert hasattr(torchmetrics.MeanMetric(), name), f"torchmetrics has moved Metric.{name}"
 
 
@@ -143,7 +143,7 @@ def test_torchmetrics_has(name: str) -> None:
     ],
     ids=["mean", "cat", "max", "unused"],
 )
-def test_metrics_go_on_where_they_were(make: Any, values: list[torch.Tensor]) -> None:
+def test_a_restored_metric_continues(make: Any, values: list[torch.Tensor]) -> None:
     metric, fresh = make(), make()
     for value in values:
         metric(value)

@@ -1,4 +1,4 @@
-"""Which run of its store a logger writes to, from one process to the next."""
+"""A logger continues the same run of its tracking store in a new process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def file_logger(kind: str, root: Path, distribution: str = DISTRIBUTIONS[0], **g
 
 
 def own_logger(distribution: str = DISTRIBUTIONS[0], **methods: Any) -> Any:
-    """A logger of the user's own."""
+    """Make a user-defined logger."""
     base = module(distribution, "loggers").Logger
     silent = dict.fromkeys(("log_metrics", "log_hyperparams"), lambda *_, **__: None)
     return type("Own", (base,), {"name": "own", "version": 0, **silent, **methods})()
@@ -53,7 +53,7 @@ def arena(tmp_path: Path) -> Iterator[Arena]:
         yield made
 
 
-def cohort_of(arena: Arena, *notes: dict[str, Any]) -> MemberSet:
+def members_of(arena: Arena, *notes: dict[str, Any]) -> MemberSet:
     nodes = tuple(f"n{number}" for number in range(len(notes)))
     return MemberSet(SoloTransport(), arena, nodes, place(nodes, 1 if len(nodes) > 1 else 0), 1, notes)
 
@@ -77,20 +77,20 @@ def test_a_new_logger_writes_into_the_folder_of_the_run(kind: str, distribution:
     logger.finalize("success")
 
 
-def test_a_version_that_is_not_chosen_yet_stays_open(tmp_path: Path) -> None:
+def test_an_unset_version_stays_unset(tmp_path: Path) -> None:
     fresh = file_logger("CSVLogger", tmp_path)
     set_identity(fresh, identity_of(file_logger("CSVLogger", tmp_path)))
     assert fresh.version == 0
 
 
-def test_identities_are_those_of_the_same_kind_of_logger(tmp_path: Path) -> None:
+def test_identities_apply_only_to_the_same_kind_of_logger(tmp_path: Path) -> None:
     logger = file_logger("CSVLogger", tmp_path)
     loggers = run_loggers(logger, tmp_path)
     loggers.identify([{"kind": "TensorBoardLogger", "identity": {"_version": 4}}])
     assert logger.version == 0
 
 
-def test_a_resume_from_a_file_chooses_a_new_folder_of_the_scripts_name(tmp_path: Path) -> None:
+def test_resuming_from_a_checkpoint_file_uses_a_new_folder_with_the_scripts_name(tmp_path: Path) -> None:
     logger = file_logger("CSVLogger", tmp_path, name="script")
     loggers = run_loggers(logger, tmp_path)
     loggers.identify([{"kind": "CSVLogger", "identity": {"_name": "run", "_version": 4}}])
@@ -102,7 +102,7 @@ def test_a_resume_from_a_file_chooses_a_new_folder_of_the_scripts_name(tmp_path:
 # ---------------------------------------------------------------------- by the protocol
 
 
-def test_a_logger_of_ones_own_names_its_run_by_two_methods(tmp_path: Path) -> None:
+def test_a_user_defined_logger_keeps_its_run_through_two_methods(tmp_path: Path) -> None:
     def identify(self: Any) -> dict[str, Any]:
         return {"run": self.run}
 
@@ -119,13 +119,13 @@ def test_a_logger_of_ones_own_names_its_run_by_two_methods(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("answer", [{"run": object()}, ["a"], None])
-def test_an_identity_that_is_no_plain_data_is_refused(answer: Any) -> None:
+def test_an_identity_that_is_not_plain_data_is_rejected(answer: Any) -> None:
     logger = own_logger(ckptless_identity=lambda _: answer, set_ckptless_identity=lambda *_: None)
     with pytest.raises(OptionsError, match=r"Own.ckptless_identity\(\) must return"):
         identity_of(logger)
 
 
-def test_a_logger_whose_run_is_not_known_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_logger_without_an_identity_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dummy = module(DISTRIBUTIONS[0], "loggers.logger").DummyLogger()
     known = [file_logger("CSVLogger", tmp_path), dummy]
     run_loggers(known, tmp_path).warn_of_strangers()
@@ -135,10 +135,10 @@ def test_a_logger_whose_run_is_not_known_is_named_once(tmp_path: Path, caplog: p
     assert "ckptless_identity() and set_ckptless_identity(identity)" in said
 
 
-def test_a_dummy_logger_is_not_asked_for_anything(tmp_path: Path, arena: Arena) -> None:
+def test_a_dummy_logger_is_ignored(tmp_path: Path, arena: Arena) -> None:
     loggers = run_loggers(module(DISTRIBUTIONS[0], "loggers.logger").DummyLogger(), tmp_path)
     loggers.hold(arena.path)
-    loggers.note(cohort_of(arena, {}))
+    loggers.note(members_of(arena, {}))
     assert arena.notes()[NOTE] == []
     loggers.release()
 
@@ -146,11 +146,11 @@ def test_a_dummy_logger_is_not_asked_for_anything(tmp_path: Path, arena: Arena) 
 # ---------------------------------------------------------------------- where it is kept
 
 
-def test_a_node_that_comes_knows_the_runs_of_rank_0(tmp_path: Path, arena: Arena) -> None:
-    """It had chosen others by itself, and it may become the node of rank 0."""
+def test_a_joining_node_adopts_the_runs_of_rank_0(tmp_path: Path, arena: Arena) -> None:
+    """A joining node may have chosen different runs itself, and it may become the node of rank 0."""
     notes = tuple({NOTE: [{"kind": "CSVLogger", "identity": {"_version": version}}]} for version in (3, 7))
     logger = file_logger("CSVLogger", tmp_path, version=7)
-    run_loggers(logger, tmp_path).identify_as_noted(cohort_of(arena, *notes))
+    run_loggers(logger, tmp_path).identify_as_noted(members_of(arena, *notes))
     assert logger.version == 3
     assert arena.notes()[NOTE] == notes[0][NOTE]
 
@@ -160,7 +160,7 @@ def test_a_new_process_finds_the_run_in_the_arena_or_in_the_runs_folder(
     arena_is_empty: bool, tmp_path: Path, arena: Arena
 ) -> None:
     first = file_logger("CSVLogger", tmp_path, version=5)
-    run_loggers(first, tmp_path, fit_index=1).note(cohort_of(arena, {}))
+    run_loggers(first, tmp_path, fit_index=1).note(members_of(arena, {}))
     if arena_is_empty:
         arena.note(NOTE, None)
     fresh = file_logger("CSVLogger", tmp_path)
@@ -180,8 +180,8 @@ def test_variables_for_rank_0_are_kept_in_the_runs_folder(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("planted", ["writable", "link", pytest.param("foreign", marks=needs_another_user)])
-def test_variables_that_another_user_may_have_written_are_not_given_to_rank_0(planted: str, tmp_path: Path) -> None:
-    """A member of a group that may write to the run's folder could have any library loaded by the next process."""
+def test_variables_that_another_user_could_have_written_are_not_passed_to_rank_0(planted: str, tmp_path: Path) -> None:
+    """Otherwise anyone who can write to the run's folder could make the next process load any library."""
     folder = open_to_all(tmp_path / "run")
     environment.keep_for_rank_zero(folder, {"LD_PRELOAD": "evil.so"})
     (kept,) = folder.iterdir()
@@ -237,10 +237,10 @@ assert fresh.experiment.get_run(logger.run_id).info.status == "FINISHED"
 
 @pytest.mark.long
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_mlflow_continues_its_run_and_ends_one_that_was_opened_before_fit(distribution: str, tmp_path: Path) -> None:
+def test_mlflow_continues_its_run_and_ends_a_run_opened_before_fit(distribution: str, tmp_path: Path) -> None:
     for name in ("mlflow", "sqlalchemy"):
         pytest.importorskip(name, reason="installed by the extra `loggers`")
-    # In a process of its own: MLflow keeps the database open.
+    # In a separate process: MLflow keeps the database open.
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([sys.executable, "-c", MLFLOW, distribution], cwd=tmp_path, env=env, check=True, timeout=120)
 
@@ -260,10 +260,8 @@ os._exit(0)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_a_warning_says_that_comet_offline_loses_the_rows_of_a_killed_process(
-    distribution: str, tmp_path: Path
-) -> None:
-    """In a process of its own: Comet's threads stay."""
+def test_offline_comet_warns_that_a_killed_process_loses_its_rows(distribution: str, tmp_path: Path) -> None:
+    """Uses a separate process, since Comet's threads do not end."""
     pytest.importorskip("comet_ml", reason="installed by the extra `loggers`")
     env = {**os.environ, "COMET_START_ONLINE": "0", "COMET_OFFLINE_DIRECTORY": str(tmp_path), "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-c", COMET.format(distribution=distribution)]

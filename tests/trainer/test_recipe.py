@@ -1,4 +1,4 @@
-"""A version, put together by its recipe, is the checkpoint that Lightning writes at the same moment."""
+"""A version assembled by its recipe equals the checkpoint that Lightning writes at the same time."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Counted(nn.Module):
 
 
 def rich_module(distribution: str) -> Any:
-    """A module with something of every kind that a checkpoint holds."""
+    """Make a module with every kind of content that a checkpoint can have."""
     base: Any = importlib.import_module(distribution).LightningModule
 
     class Rich(base):  # type: ignore[misc]
@@ -106,7 +106,7 @@ def data_of(distribution: str) -> Any:
 
 
 def capture_from(trainer: Any, options: CkptlessOptions) -> Captured:
-    """The state of a trainer of one rank, as an arena would hold it."""
+    """Capture the state of a single-rank trainer as an arena holds it."""
     index, host_state = StateIndex(trainer), HostState(trainer, options)
     layout = plan_layout([describe_state(index)])
     bulk = torch.zeros(layout.bulk_bytes(0), dtype=torch.uint8)
@@ -126,8 +126,8 @@ def same(found: Any, expected: Any, where: str) -> None:
             same(found[key], expected[key], f"{where}/{key}")
     elif isinstance(expected, list | tuple):
         assert len(found) == len(expected), where
-        for place, pair in enumerate(zip(found, expected, strict=True)):
-            same(*pair, f"{where}/{place}")
+        for index, pair in enumerate(zip(found, expected, strict=True)):
+            same(*pair, f"{where}/{index}")
     else:
         assert found == expected, where
 
@@ -135,7 +135,7 @@ def same(found: Any, expected: Any, where: str) -> None:
 def both(
     distribution: str, root: Path, module: Any, *, ema: bool = False, hooks: Any = "never"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is put together from a version at the end of `fit`, and what Lightning saves there."""
+    """Return the checkpoint assembled from a version at the end of `fit`, and the one that Lightning saves."""
     made: list[dict[str, Any]] = []
     callbacks: Any = importlib.import_module(f"{distribution}.callbacks")
 
@@ -149,7 +149,7 @@ def both(
     extra = [callbacks.EMAWeightAveraging(decay=0.9)] if ema else []
     trainer = tiny_trainer(root, distribution, callbacks=[*extra, Look()])
     trainer.fit(module, datamodule=data_of(distribution))
-    # Classes of the program, for which others stand in, are its own again when it reads the file.
+    # Placeholders for the script's classes become the real classes when the file is read.
     torch.save(made[0], root / "made.ckpt", pickle_module=PICKLE_MODULE)
     found, expected = (torch.load(root / name, weights_only=False) for name in ("made.ckpt", "own.ckpt"))
     return found, expected
@@ -157,17 +157,17 @@ def both(
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("ema", [False, True])
-def test_all_that_a_checkpoint_holds(
+def test_a_version_contains_everything_in_a_checkpoint(
     ema: bool, distribution: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
         found, expected = both(distribution, tmp_path, rich_module(distribution), ema=ema)
     for name in ("layer", "secret"):
         expected["hyper_parameters"].pop(name, None)
-    assert expected.pop("mine") == {"answer": 42}, "only the program's own hook adds it"
+    assert expected.pop("mine") == {"answer": 42}, "only the user's hook adds it"
     assert found["hyper_parameters"] == {"width": 4}
     if ema:
-        # The averaged copy has extra state and metrics of its own, which never change: a version does not hold them.
+        # The averaged copy has its own extra state and metrics, which never change and are not part of a version.
         own = {key for key in expected["state_dict"] if key.startswith("mean.") or key.endswith("_extra_state")}
         expected["state_dict"] |= {key: expected["current_model_state"][key] for key in own}
     same(found, expected, "")
@@ -176,7 +176,7 @@ def test_all_that_a_checkpoint_holds(
 
 
 @pytest.mark.parametrize("ema", [False, True])
-def test_with_the_programs_own_hooks_it_is_what_lightning_writes(ema: bool, tmp_path: Path) -> None:
+def test_with_the_users_hooks_the_checkpoint_equals_lightnings(ema: bool, tmp_path: Path) -> None:
     found, expected = both(DISTRIBUTIONS[0], tmp_path, rich_module(DISTRIBUTIONS[0]), ema=ema, hooks="every_version")
     assert found["mine"] == {"answer": 42}
     layers = [checkpoint["hyper_parameters"].pop("layer") for checkpoint in (found, expected)]
@@ -184,7 +184,7 @@ def test_with_the_programs_own_hooks_it_is_what_lightning_writes(ema: bool, tmp_
     same(found, expected, "")
 
 
-def test_a_state_dict_that_is_made_up_is_no_part_of_a_version(tmp_path: Path) -> None:
+def test_a_state_dict_entry_without_a_tensor_in_the_state_is_rejected(tmp_path: Path) -> None:
     module = rich_module(DISTRIBUTIONS[0])
     module.register_state_dict_post_hook(lambda _, state, *__: state.update({"made.up": torch.ones(2)}))
     with pytest.raises(DurableError, match=r"state_dict has made\.up, which is no tensor of the state"):

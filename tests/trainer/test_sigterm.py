@@ -1,4 +1,4 @@
-"""A request to end by SIGTERM: what the program sees of it, and where Lightning ends the run."""
+"""Stopping by SIGTERM: what the user's hooks see, and where Lightning ends the run."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ HOOKS = ("on_train_batch_start", "on_train_batch_end", "on_validation_start", "o
 def run(
     root: Path, distribution: str, *, at: str, agree: bool | None, step: int
 ) -> tuple[list[Any], SystemExit | None]:
-    """Train four batches, asked to end in a hook.
+    """Train four batches, with a SIGTERM sent in a hook.
 
     Args:
-        root: of the trainer.
-        distribution: of Lightning.
+        root: root folder of the trainer.
+        distribution: the Lightning package.
         at: the hook.
         agree: whether the ranks agree at the end of the batch; None to leave everything to Lightning.
-        step: how many steps are done when the hook is called.
+        step: number of completed steps when the signal is sent.
 
     Returns:
-        What the program saw: hook, steps, flag; and what ended the run.
+        What the hooks saw (hook, steps, flag), and the exception that ended the run.
     """
     seen: list[Any] = []
 
@@ -70,11 +70,11 @@ def run(
 @pytest.mark.parametrize(
     ("at", "step"), [("on_train_batch_start", 1), ("on_train_batch_end", 2), ("on_train_batch_end", 4)]
 )
-def test_a_rank_alone_ends_as_lightning_ends_it(at: str, step: int, distribution: str, tmp_path: Path) -> None:
+def test_a_single_rank_ends_like_lightning(at: str, step: int, distribution: str, tmp_path: Path) -> None:
     expected, by_lightning = run(tmp_path / "plain", distribution, at=at, agree=None, step=step)
     found, error = run(tmp_path / "ours", distribution, at=at, agree=True, step=step)
     if step == 4:
-        # Lightning leaves a validation that it finds under way; here the step ends with its validation.
+        # Lightning ends a validation in progress; here the step ends with its validation.
         assert (found[-1], expected[-1]) == (("on_exception", 4, True),) * 2
     else:
         assert found == expected
@@ -83,7 +83,7 @@ def test_a_rank_alone_ends_as_lightning_ends_it(at: str, step: int, distribution
 
 
 @pytest.mark.parametrize("at", ["on_train_batch_start", "on_validation_start"])
-def test_a_rank_does_not_end_before_all_have_agreed(at: str, tmp_path: Path) -> None:
+def test_a_rank_does_not_end_before_all_ranks_agree(at: str, tmp_path: Path) -> None:
     step = 4 if at == "on_validation_start" else 1
     seen, error = run(tmp_path, DISTRIBUTIONS[0], at=at, agree=False, step=step)
     assert error is None
@@ -91,7 +91,7 @@ def test_a_rank_does_not_end_before_all_have_agreed(at: str, tmp_path: Path) -> 
     assert not any(flag for name, _, flag in seen if "validation" in name or "epoch" in name)
 
 
-def test_the_exit_code_says_why() -> None:
+def test_the_exit_code_identifies_sigterm() -> None:
     errors = module(DISTRIBUTIONS[0], "utilities.exceptions")
     asked, chosen, other = errors.SIGTERMException(), errors.SIGTERMException(), SystemExit()
     chosen.code = 3

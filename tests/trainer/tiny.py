@@ -13,7 +13,7 @@ DISTRIBUTIONS = ("lightning.pytorch", "pytorch_lightning")
 
 
 def tiny_module(distribution: str = DISTRIBUTIONS[0]) -> Any:
-    """A module of one distribution with a loss that is logged."""
+    """Make a module of one distribution that logs its loss."""
     base: Any = importlib.import_module(distribution).LightningModule
 
     class Tiny(base):  # type: ignore[misc]
@@ -36,12 +36,12 @@ def tiny_module(distribution: str = DISTRIBUTIONS[0]) -> Any:
 
 
 def tiny_loader(samples: int = 8, batch_size: int = 2) -> DataLoader[Any]:
-    """Batches of rows that count up."""
+    """Make a loader of ascending rows."""
     return DataLoader(TensorDataset(torch.arange(2.0 * samples).reshape(samples, 2) / samples), batch_size)
 
 
 def tiny_trainer(root: Path, distribution: str = DISTRIBUTIONS[0], **options: Any) -> Any:
-    """A silent trainer on one CPU."""
+    """Make a trainer on one CPU without output."""
     settings: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
@@ -58,6 +58,6 @@ def tiny_trainer(root: Path, distribution: str = DISTRIBUTIONS[0], **options: An
 
 
 def callback(distribution: str = DISTRIBUTIONS[0], **hooks: Any) -> Any:
-    """A callback made of functions, by the names of its hooks."""
+    """Make a callback from functions, by hook name."""
     base = importlib.import_module(f"{distribution}.callbacks").Callback
     return type("Hooks", (base,), {name: staticmethod(hook) for name, hook in hooks.items()})()

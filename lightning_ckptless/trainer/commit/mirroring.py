@@ -36,7 +36,7 @@ from lightning_ckptless.trainer.state.layout_tensors import describe_state
 from lightning_ckptless.trainer.state.static import StaticWatch
 from lightning_ckptless.trainer.state.surroundings import Surroundings
 from lightning_ckptless.trainer.state.tensors import StateIndex, require_room
-from lightning_ckptless.trainer.state.trust import Departure
+from lightning_ckptless.trainer.state.trust import OutgoingCheck
 from lightning_ckptless.trainer.strategy.compatibility import warn_of_loaders
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Mirroring:
         self._finish_asked = finish_asked
         self.cadence = Cadence(options, report)
         self._members: MemberSet | None = None
-        self._departure: Departure | None = None
+        self._departure: OutgoingCheck | None = None
         self._mirror: Mirror | None = None
         self._seen: Version | None = None
         self._index: StateIndex | None = None
@@ -157,7 +157,7 @@ class Mirroring:
     def join(self, members: MemberSet) -> None:
         """Mirror from here on among these ranks."""
         self._members = members
-        self._departure = Departure(self._options, members)
+        self._departure = OutgoingCheck(self._options, members)
 
     def resume(self, version: Version, layout: Layout, index: StateIndex, protect: Callable[[], None]) -> None:
         """Go on from a version that was restored.

@@ -1,1 +1,1 @@
-"""The exact position of the training data."""
+"""The exact position in the training data."""

@@ -1,10 +1,10 @@
-"""The batches in hand: what was fetched since the last committed version, to be run again without being fetched again.
+"""Logs the batches fetched since the last committed version, so that survivors replay them without fetching again.
 
-A rank that survives a fault keeps its dataloaders, their workers and what lies prefetched. It is rolled back by a
-batch, rarely two, and takes these from here. The random numbers that fetching had drawn are put back with each.
+A survivor keeps its dataloaders, their workers and prefetched batches. It is rolled back by one batch, rarely two, and
+takes these batches from the log. The generator states after each fetch are restored with it.
 
-A batch whose tensors the step has written to cannot be used again; then the data is read anew from its position, as a
-new process does it.
+A batch cannot be replayed if a step wrote to its tensors. The data is then read again from its position, as in a new
+process.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from lightning_ckptless.trainer.state.changes import Changed
 from lightning_ckptless.trainer.state.rng import RngState, apply_rng, capture_rng
 
 MOST_BYTES = 2**30
-"""Of batches that are held; where they are larger the data is read anew after a fault."""
+"""Limit on logged batches. If they are larger, the data is read again after a fault."""
 
 
 @dataclass(frozen=True)
 class _Fetched:
-    """One fetch: what came, where the fetcher was then, and the generators and dataloaders' attributes after it."""
+    """One fetch: the batch, and the state of fetcher, generators and dataloader attributes after it."""
 
     data: Any
-    stamps: tuple[int, ...]
+    write_counts: tuple[int, ...]
     bytes: int
     fetched: int
     done: bool
@@ -39,7 +39,7 @@ class _Fetched:
 
 @dataclass(frozen=True)
 class _Mark:
-    """A version that was taken: how many fetches stood before it, and where the data was."""
+    """A captured version: the number of fetches before it, and the data position."""
 
     fetches: int
     fetched: int
@@ -48,11 +48,11 @@ class _Mark:
 
 
 class BatchLog:
-    """Remembers fetches of one fit loop.
+    """Logs the fetches of one fit loop.
 
     Args:
-        loops: whose fetches.
-        limit: tells how many fetches to remember at most; with 0 none is remembered.
+        loops: the fit loop.
+        limit: returns the largest number of fetches to keep; 0 disables the log.
     """
 
     def __init__(self, loops: FitLoops, limit: Callable[[], int]) -> None:
@@ -66,7 +66,7 @@ class BatchLog:
         self._replay: list[_Fetched] = []
 
     def watch(self, fetcher: Any) -> None:
-        """Remember what a fetcher hands out from now on; called before each batch."""
+        """Log what a fetcher returns from now on; called before each batch."""
         if fetcher is self._fetcher or not self._is_on:
             return
         self.reset()
@@ -75,7 +75,7 @@ class BatchLog:
             self._is_on = False
 
     def reset(self) -> None:
-        """Forget all: the data was opened anew."""
+        """Clear the log: the data was reopened."""
         self._entries.clear()
         self._marks.clear()
         self._replay.clear()
@@ -84,7 +84,7 @@ class BatchLog:
     # ------------------------------------------------------------------ fetches
 
     def fetch(self, fetch: Any) -> Any:
-        """The next batch: one that is to be run again, or a new one."""
+        """Return the next batch: one to replay, or a new one."""
         if self._replay:
             entry = self._replay.pop(0)
             self._fetcher.fetched, self._fetcher.done = entry.fetched, entry.done
@@ -93,10 +93,10 @@ class BatchLog:
             self._entries.append(entry)
             return copy_containers(entry.data)[0]
         data = fetch()
-        kept, stamps, size_bytes = copy_containers(data)
+        kept, write_counts, size_bytes = copy_containers(data)
         fetcher = self._fetcher
         now = capture_rng(), attributes_now(self._loops)
-        self._entries.append(_Fetched(kept, stamps, size_bytes, fetcher.fetched, fetcher.done, *now))
+        self._entries.append(_Fetched(kept, write_counts, size_bytes, fetcher.fetched, fetcher.done, *now))
         held_bytes, limit = sum(entry.bytes for entry in self._entries), self._limit()
         while self._entries and (len(self._entries) > limit or held_bytes > MOST_BYTES):
             held_bytes -= self._entries.pop(0).bytes
@@ -106,7 +106,7 @@ class BatchLog:
     # ------------------------------------------------------------------ versions
 
     def position_at(self, version: Version) -> dict[str, Any]:
-        """Where the data is at a version that is taken now, not counting what is still to be run again."""
+        """Return the data position at a version captured now, not counting batches still to be replayed."""
         known = self._marks.get(version)
         position = known.position if known is not None and self._replay else data_position(self._loops)
         if self._is_on:
@@ -116,7 +116,7 @@ class BatchLog:
         return position
 
     def forget_before(self, committed: Version | None) -> None:
-        """Let go of what no recovery can ask for: it never goes back behind a committed version."""
+        """Drop batches that no recovery can need: it never rolls back past a committed version."""
         if committed is None or committed not in self._marks:
             return
         surplus = self._marks[committed].fetches - self._first
@@ -126,16 +126,16 @@ class BatchLog:
         self._marks = {version: mark for version, mark in self._marks.items() if version >= committed}
 
     def go_back_to(self, version: Version) -> bool:
-        """Let the batches behind a version come again.
+        """Replay the batches after a version.
 
         Returns:
-            False where they are not there, or not as they were: then the data has to be moved.
+            False if they are not all available and unmodified: the data then has to be moved.
         """
         mark = self._marks.get(version)
         if mark is None or mark.fetches < self._first or self._loops.fetcher is not self._fetcher:
             return False
         again = [*self._entries[mark.fetches - self._first :], *self._replay]
-        if any(copy_containers(entry.data)[1] != entry.stamps for entry in again):
+        if any(copy_containers(entry.data)[1] != entry.write_counts for entry in again):
             return False
         self._replay = again
         del self._entries[mark.fetches - self._first :]

@@ -1,9 +1,9 @@
-"""The first fetch after a restart, of a dataloader that restores its own position (`state_dict`).
+"""The first fetch after a restart from a dataloader that restores its own position (`state_dict`).
 
-A generator function as `__iter__`, or as the `__iter__` of its dataset, runs up to its first `yield` only when the
-first batch is fetched. Until then a restored loader has not used the position that it was given, and what it draws on
-the way there precedes the restored generators. So that fetch begins with the generators of the loader's first fetch
-ever, and leaves generators and attributes as they would be without a restart.
+If `__iter__` of the loader or its dataset is a generator function, it runs up to its first `yield` only when the first
+batch is fetched. Until then a restored loader has not used its restored position, and the random numbers it draws on
+the way come before the restored generator states. So this fetch starts with the generator states of the original first
+fetch, and leaves generators and attributes as they would be without a restart.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Fetches:
-    """What is known of a loader's fetches in one iteration.
+    """Observations about a loader's fetches in one iteration.
 
     Args:
-        at_first: generators before the first one; None before that.
-        draws: whether one after the first draws random numbers in this process; None where that is not known.
-        changes: plain attributes of a loader with a generator function that one after the first changes.
-        attributes: its plain attributes now.
+        at_first: generator states before the first fetch; None before it happens.
+        draws: whether later fetches draw random numbers in this process; None if unknown.
+        changes: plain attributes that later fetches change, for a loader with a generator function.
+        attributes: its current plain attributes.
     """
 
     at_first: Packed | None = None
@@ -42,11 +42,11 @@ class Fetches:
 
 
 class FirstFetch:
-    """Watches the fetches of a loader, and makes the first one after a restart.
+    """Observes the fetches of a loader, and performs the first one after a restart.
 
     Args:
-        loader: returns the loader, as long as there is one.
-        dataset: of the loader.
+        loader: returns the loader while it exists.
+        dataset: the loader's dataset.
     """
 
     def __init__(self, loader: Callable[[], Any], dataset: Any) -> None:
@@ -59,34 +59,34 @@ class FirstFetch:
         self._is_told_apart = False
 
     def position(self) -> Fetches:
-        """What a restarted loader has to know; it refers to live objects."""
+        """Return what a restarted loader needs to know. It refers to live objects."""
         return Fetches(self._known.at_first, self._known.draws, self._known.changes, self._attributes())
 
     def begin(self) -> None:
-        """An iteration is about to begin."""
+        """Prepare for a new iteration."""
         if self._restored is not None:
-            # Nothing was fetched since the restart: the restored position is of the iteration that has ended.
+            # Nothing was fetched since the restart: the restored position belongs to the previous iteration.
             set_plain_attributes(self._loader(), copy.deepcopy(self._restored.attributes))
         self._known, self._restored, self._is_lazy = Fetches(), None, False
 
     def restore(self, state: Any, saved: Fetches, batches: int) -> None:
-        """Restore the loader, which is about to begin an iteration.
+        """Restore the loader before it starts an iteration.
 
         Args:
             state: its `state_dict()`.
-            saved: what was known of its fetches.
-            batches: how many were fetched in the iteration.
+            saved: observations about its fetches.
+            batches: number of batches fetched in the iteration.
         """
         self._known = Fetches(saved.at_first, saved.draws, saved.changes)
         self._restored, self._is_lazy = saved if batches else None, False
         if batches or not saved.attributes:
             self._loader().load_state_dict(state)
         else:
-            # The state that such a loader gives before its first batch is that of its last iteration.
+            # Before its first batch, the state of such a loader is that of its previous iteration.
             set_plain_attributes(self._loader(), copy.deepcopy(saved.attributes))
 
     def watch(self, iterator: Any) -> None:
-        """The iterator was made."""
+        """Observe a newly created iterator."""
         self._is_lazy = inspect.isgenerator(iterator)
 
     def fetch(self, inner: Callable[[], Any], *, is_first: bool) -> Any:
@@ -94,7 +94,7 @@ class FirstFetch:
 
         Args:
             inner: the iterator's own fetch.
-            is_first: whether it is the first one of the iteration.
+            is_first: whether this is the first fetch of the iteration.
         """
         if self._restored is not None:
             restored, self._restored = self._restored, None
@@ -103,7 +103,7 @@ class FirstFetch:
         data = inner()
         has_drawn = self._generators() != before
         if is_first:
-            # What the first one draws may be what every one draws, or what the loader begins with.
+            # What the first fetch draws may belong to the batch or to the loader's setup.
             self._known.at_first, self._known.draws = before, None if has_drawn else False
         else:
             self._known.draws = bool(self._known.draws) or has_drawn
@@ -127,9 +127,9 @@ class FirstFetch:
         return data
 
     def _fetch_and_tell_apart(self, inner: Callable[[], Any], continue_at: Packed) -> Any:
-        """Fetch with the generators of the first fetch up to the batch itself, which begins with the restored ones.
+        """Fetch with the generators of the original first fetch for setup, and the restored ones for the batch.
 
-        The two are told apart by the iterator of torch's that the loader makes meanwhile.
+        The creation of torch's own iterator by the loader marks the boundary between the two.
         """
         self._continue_at, self._is_told_apart = continue_at, False
         with torch_internals.watching_inner_iterators(self._loader(), self._continuing):
@@ -151,8 +151,8 @@ class FirstFetch:
 
     def _warn(self) -> None:
         log.warning(
-            "ckptless: a training dataloader (%s) draws random numbers in the training process when it begins, and "
-            "perhaps with each batch: those of the first batch after this fault may differ from a run without it. "
+            "ckptless: a training dataloader (%s) draws random numbers in the training process when an iteration "
+            "starts, and perhaps for each batch: the first batch after this fault may differ from a run without it. "
             "Draw them in dataloader workers (num_workers > 0), or before __iter__ returns",
             type(self._loader()).__name__,
         )

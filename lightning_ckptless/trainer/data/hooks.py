@@ -1,13 +1,12 @@
-"""The user's `train_dataloader()` and `val_dataloader()`, called in a new process with the state they were called with.
+"""Calls the user's `train_dataloader()` and `val_dataloader()` in a new process with their original inputs.
 
-With `reload_dataloaders_every_n_epochs`, or in a run that was started from a checkpoint file, these hooks run in the
-middle of a run, and what they return may depend on where it is: on `current_epoch` and `global_step`, on attributes of
-module, datamodule and callbacks, on random numbers. All of that is recorded with each call. A process that makes the
-dataloaders again for a restored version calls the hooks with what was recorded for that version, not with its own
-state.
+With `reload_dataloaders_every_n_epochs`, or when a run starts from a checkpoint file, these hooks are called in the
+middle of a run. Their result may depend on `current_epoch` and `global_step`, on attributes of module, datamodule and
+callbacks, and on random numbers. All of these are recorded with each call. To recreate the dataloaders of a restored
+version, a process calls the hooks with the record of that version instead of its own state.
 
-A call at the very beginning of a run needs no record: every process comes to it in the same way. Weights are not part
-of a record: a hook that evaluates the model sees those of the restored version.
+A call at the very start of a run needs no record: every process reaches it in the same state. Weights are not part of
+a record: a hook that evaluates the model sees those of the restored version.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ Records = dict[str, Packed | None]
 
 
 class DataHooks:
-    """Those of one trainer.
+    """The dataloader hooks of one trainer.
 
     Args:
         trainer: in `fit`, before its data is set up.
-        loops: of the trainer.
+        loops: the trainer's loops.
 
     Attributes:
-        made: by hook, the record of the call that made the dataloaders in use; None for a call at the beginning of the
+        made: by hook, the record of the call that created the current dataloaders; None for a call at the start of the
             run. A hook that was not called is missing.
     """
 
@@ -54,36 +53,36 @@ class DataHooks:
             loops.wrap_data_source(name, lambda own, name=name: self._call(name, own))  # type: ignore[misc]
 
     def begin(self, host_state: Callable[[], HostState], note: Callable[[Records], None], *, is_new: bool) -> None:
-        """The model is set up, and the loops are about to run.
+        """Start recording: the model is set up and the loops are about to run.
 
         Args:
-            host_state: the host state of the trainer.
-            note: keeps the records where a new process finds them before it has met the others.
-            is_new: whether this process is about to take up a run that has begun.
+            host_state: returns the host state of the trainer.
+            note: stores the records where a new process finds them before it joins the other ranks.
+            is_new: whether this process joins a run in progress.
         """
         self._host_state, self._note = host_state, note
         if is_new:
             self._at_beginning = self._record()
 
     def record_from_now_on(self) -> None:
-        """Record calls at the beginning too: what precedes them is not done again in a new process."""
+        """Record calls at the start too: a new process does not repeat what precedes them."""
         self._all_are_recorded = True
         if self._host_state is not None:
-            # Of the callbacks of now: a search puts others in their place.
+            # Build it for the current callbacks: a tuner replaces them.
             self._host_state()
 
     def expect(self, records: Records) -> None:
-        """Call the hooks with these records from now on, as long as nothing else is known."""
+        """Call the hooks with these records until a version says otherwise."""
         self._replayed = dict(records)
         if records.get(TRAIN) is not None and self.made.get(TRAIN, records[TRAIN]) != records[TRAIN]:
             self._loops.forget_training_data()
 
     def make_as(self, records: Records, alone: Callable[[], AbstractContextManager[None]]) -> None:
-        """Have the dataloaders in use be those of a version, and make again those that are not.
+        """Recreate the dataloaders that differ from those of a version.
 
         Args:
-            records: of the version.
-            alone: context in which nothing waits for other ranks, which may have their dataloaders already.
+            records: the records of the version.
+            alone: context without waits for other ranks, which may have their dataloaders already.
         """
         different = [name for name in (TRAIN, VALIDATION) if self._differs(name, records)]
         self._replayed = dict(records)
@@ -103,7 +102,7 @@ class DataHooks:
 
     @contextmanager
     def as_made(self) -> Iterator[None]:
-        """Call the hooks as they were called for the dataloaders in use."""
+        """Call the hooks as they were called for the current dataloaders."""
         self._replayed = dict(self.made)
         try:
             yield
@@ -152,10 +151,10 @@ class DataHooks:
 
 
 def to_note(records: Records) -> dict[str, str | None]:
-    """Records as JSON can hold them."""
+    """Encode records for JSON."""
     return {name: None if data is None else base64.b64encode(data).decode() for name, data in records.items()}
 
 
 def from_note(note: dict[str, str | None] | None) -> Records:
-    """What `to_note` made."""
+    """Decode what `to_note` returned."""
     return {name: None if data is None else Packed(base64.b64decode(data)) for name, data in (note or {}).items()}

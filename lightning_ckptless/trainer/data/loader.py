@@ -1,15 +1,15 @@
-"""One dataloader at an exact position.
+"""Resumes one dataloader at an exact position.
 
-The user's loader stays as it is: what training iterates over is a `ResumableLoader` around it. That remembers, at each
-start, the random numbers that the loader is about to draw its order from, and counts the batches. Put back, the loader
-draws the same order again and skips what was handed out without asking the dataset. Where that is not possible (an
-iterable dataset) the batches are fetched again and dropped.
+The user's loader is not modified: training iterates over a `ResumableLoader` around it. It records the generator states
+from which the loader draws its sample order, and counts batches. After a restore the loader draws the same order and
+skips the batches already returned without reading the dataset. For an iterable dataset, where skipping is impossible,
+the batches are fetched again and dropped.
 
-Random numbers drawn in worker processes come home with the batches of a map-style dataset (`stamps`); on a restart each
-worker gets its own state back, and the first batch is prepared by the worker whose turn it is. So augmentation in
-workers goes on exactly, in persistent workers too.
+For a map-style dataset, each batch carries the generator states of the worker process that prepared it (`worker_rng`).
+On a restart each worker gets its own state back, and the first batch is prepared by the worker whose turn it is. So
+augmentation in workers continues exactly, also in persistent workers.
 
-A loader that restores its own position (`state_dict`) is left to do so (`first_fetch`).
+A loader with its own `state_dict` restores its position itself (`first_fetch`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lightning_ckptless.trainer.data.sampler_replay import (
     dump_sampler,
     sampler_parts,
 )
-from lightning_ckptless.trainer.data.worker_rng import Stamped, StampingCollate, WorkerStart
+from lightning_ckptless.trainer.data.worker_rng import BatchWithRng, RngCollate, WorkerStart
 from lightning_ckptless.trainer.state.changes import Changed, Changes
 from lightning_ckptless.trainer.state.reachability import reach
 from lightning_ckptless.trainer.state.rng import (
@@ -47,20 +47,20 @@ from lightning_ckptless.trainer.state.rng import (
 
 @dataclass(frozen=True)
 class LoaderPosition:
-    """Where one loader is. Bytes are pickles that stay the same for a whole epoch.
+    """Position of one loader. The packed fields stay the same for a whole epoch.
 
     Args:
-        yielded: batches handed out since the start of the iteration.
-        at_start: generators and changed attributes just before the iterator was made (it draws its workers' seed).
-        at_order: generators and the sampler's attributes just before an iterator was made of the sampler.
+        yielded: batches returned since the start of the iteration.
+        at_start: generators and changed attributes just before the iterator was created, which draws the worker seed.
+        at_order: generators and sampler attributes just before an iterator over the sampler was created.
         at_sampler: the same just before the first index was drawn; None before that.
-        switched: numbers of the sampler that have changed between its batches.
-        at_fetch: generators and attributes before the last batch was fetched; None where no batch lies prefetched.
-        workers: per worker its generators after its last batch that was handed out.
-        own_state: `state_dict()` of a loader that can say its own position.
-        fetches: what is known of the fetches of such a loader.
+        switched: numbers of the sampler that changed between its batches.
+        at_fetch: generators and attributes before the last batch was fetched; None if no batch is prefetched.
+        workers: generators of each worker after its last returned batch.
+        own_state: `state_dict()` of a loader that restores its own position.
+        fetches: observations about the fetches of such a loader.
         dataset: state of the generators that the dataset owns.
-        attributes: what differs in the loader, its dataset, samplers and functions from when they were made.
+        attributes: changes to the loader, its dataset, samplers and functions since they were created.
     """
 
     yielded: int
@@ -77,7 +77,7 @@ class LoaderPosition:
 
 
 class _WatchedIterator:
-    """An iterator that is not one of torch's own, with a function around its fetch of the next batch."""
+    """Wraps an iterator that is not torch's own, with a function around its fetch of the next batch."""
 
     def __init__(self, iterator: Any, wrap: Callable[[Callable[[], Any]], Callable[[], Any]]) -> None:
         self.iterator = iterator
@@ -93,15 +93,15 @@ class _WatchedIterator:
         return self.fetch()
 
     def __reduce__(self) -> Any:
-        # Iterators of dataloaders cannot be copied; Lightning leaves torch's own out of a copy in the same way.
+        # Dataloader iterators cannot be copied; Lightning likewise omits torch's own from a copy.
         return type(None), ()
 
 
 class LoaderTracker:
-    """What a resumable loader remembers about its current iteration.
+    """State of a resumable loader's current iteration.
 
-    It refers to the loader and its iterator weakly: worker processes end when the last user of an iterator lets go of
-    it, not when the garbage collector finds a cycle.
+    References to the loader and its iterator are weak: worker processes end when the last reference to an iterator is
+    dropped, not when the garbage collector finds a cycle.
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
@@ -109,7 +109,7 @@ class LoaderTracker:
         self._iterator: Callable[[], Any] = lambda: None
         self.dataset = loader.dataset
         self.attributes = watch_attributes(loader)
-        self.states_itself = says_its_position(loader)
+        self.states_itself = restores_its_position(loader)
         self.iterates_itself = iterates_in_its_own_way(loader)
         self.by_index = torch_internals.is_map_style(loader) and not (self.states_itself or self.iterates_itself)
         self.resume: LoaderPosition | None = None
@@ -132,7 +132,7 @@ class LoaderTracker:
     # ------------------------------------------------------------------ remember
 
     def position(self, buffered: int) -> LoaderPosition | None:
-        """Where the loader is, not counting batches that lie prefetched behind it."""
+        """Return the loader's position, not counting prefetched batches; None before the first iteration."""
         if self.yielded is None:
             return None
         self._prefetched |= bool(buffered)
@@ -141,7 +141,7 @@ class LoaderTracker:
         if self.states_itself and loader is not None:
             own_state = self.state_before_fetch if buffered else loader.state_dict()
         return LoaderPosition(
-            # One that has ended gave nothing to what lies prefetched.
+            # A loader that has ended contributed nothing to the prefetched batches.
             yielded=self.yielded - (0 if self.ended else buffered),
             at_start=self.at_start,
             at_order=self.at_order,
@@ -156,7 +156,7 @@ class LoaderTracker:
         )
 
     def on_order_made(self, sampler: Any, order: Order) -> None:
-        """Called when an iterator is about to be made of the sampler."""
+        """Called just before an iterator over the sampler is created."""
         resume = self._sampler_resume
         if resume is not None and resume.at_order is not None:
             if not self._orders_to_pass:
@@ -165,7 +165,7 @@ class LoaderTracker:
         self.at_order, self._order = dump_sampler(sampler), order
 
     def on_order_start(self, sampler: Any) -> int:
-        """Called when the first index is about to be drawn; returns how many index batches to skip."""
+        """Called just before the first index is drawn; returns the number of index batches to skip."""
         resume, self._sampler_resume = self._sampler_resume, None
         if resume is not None and resume.at_sampler is not None:
             apply_sampler(sampler, resume.at_sampler)
@@ -174,7 +174,7 @@ class LoaderTracker:
         return resume.yielded if resume is not None and self.by_index else 0
 
     def fetch(self, inner: Callable[[], Any]) -> Callable[[], Any]:
-        """The iterator's fetch, with the stamp taken off and the generators before it kept."""
+        """Wrap the iterator's fetch: record generators before it, and unwrap the worker's generators after it."""
 
         def fetched() -> Any:
             self._before_fetch()
@@ -185,7 +185,7 @@ class LoaderTracker:
                 raise
             assert self.yielded is not None
             self.yielded += 1
-            if isinstance(data, Stamped):
+            if isinstance(data, BatchWithRng):
                 self.workers[data.worker] = data.generators
                 return data.data
             return data
@@ -209,7 +209,7 @@ class LoaderTracker:
     # ------------------------------------------------------------------ start
 
     def start(self, loader: DataLoader[Any]) -> Any:
-        """Make the loader's iterator, at the position to resume if there is one."""
+        """Create the loader's iterator, at the position to resume if there is one."""
         resume, self.resume = self.resume, None
         self._prefetched |= not _has_length(loader)
         if resume is not None:
@@ -222,30 +222,30 @@ class LoaderTracker:
         last = self._iterator()
         iterator = self._watch(self._make(loader), yielded=0)
         if iterator is not last:
-            # Persistent workers live on with the seed and the generators that they have.
+            # Persistent workers keep their seed and generators.
             self.at_start, self.workers = before, {}
         return iterator
 
     def _make(self, loader: DataLoader[Any], workers: dict[int, Packed] | None = None, rotation: int = 0) -> Any:
-        """An iterator of the loader, watched where it is of the usual kind.
+        """Create an iterator of the loader, with its sampler watched if the loader iterates in the usual way.
 
         Args:
-            loader: of the user.
-            workers: generators that worker processes are to begin with.
+            loader: the user's loader.
+            workers: initial generators of the worker processes.
             rotation: index of the worker that prepares the first batch.
         """
         if self.states_itself or self.iterates_itself:
             return iter(loader)
         instead: dict[str, Any] = {}
         if self.by_index and loader.num_workers > 0:
-            instead["collate_fn"] = StampingCollate(loader.collate_fn)
+            instead["collate_fn"] = RngCollate(loader.collate_fn)
         if workers:
             instead["worker_init_fn"] = WorkerStart(loader.worker_init_fn, workers)
         sampler = WatchedSampler(torch_internals.index_sampler(loader), self)
         return torch_internals.make_iterator(loader, sampler, rotation, instead)
 
     def _holders(self, loader: DataLoader[Any]) -> list[Any]:
-        """What may hold generators that an iteration begins with."""
+        """Return the objects whose generators may affect the start of an iteration."""
         return [loader, self.dataset, *sampler_parts(_sampler_of(loader))]
 
     def _restart(self, loader: DataLoader[Any], resume: LoaderPosition) -> Any:
@@ -258,13 +258,13 @@ class LoaderTracker:
         if resume.own_state is not None:
             self._first.restore(resume.own_state, resume.fetches, resume.yielded)
         else:
-            # An iterator with workers asks its sampler twice, the first time in vain.
+            # An iterator with workers iterates its sampler twice and discards the first iterator.
             self._sampler_resume, self._orders_to_pass = resume, min(1, loader.num_workers)
         self.at_sampler = None
         rotation = resume.yielded % loader.num_workers if loader.num_workers and self.by_index else 0
         iterator = self._watch(self._make(loader, resume.workers, rotation), yielded=0)
         self._skip(iterator, resume)
-        # The length of the epoch is taken next, as it was when the epoch began.
+        # The epoch length is read next, and must be as it was when the epoch began.
         self.attributes.apply(attributes)
         set_owned_generators(self.dataset, resume.dataset)
         return iterator
@@ -292,33 +292,33 @@ class LoaderTracker:
         return iterator
 
     def before_buffer(self, position: LoaderPosition) -> None:
-        """Have a batch that lay prefetched made again with the generators as they were before it."""
+        """Fetch a batch that was prefetched again, with the generators as they were before it."""
         self._refetch, self._prefetched = position.at_fetch, True
 
 
 def read_again(iterator: Iterator[Any], batches: int) -> None:
-    """Fetch batches that were handed out before a fault, and drop them.
+    """Fetch and drop the batches that were returned before a fault.
 
     Raises:
-        CkptlessError: there are fewer of them than before.
+        CkptlessError: there are fewer batches than before.
     """
     end = object()
     for done in range(batches):
         if next(iterator, end) is end:
             raise CkptlessError(
-                f"a training dataloader gave {batches} batches before the fault and {done} on being read again: an "
-                "iterable must give the same batches each time. Give it a state_dict(), or read from a Dataset by index"
+                f"a training dataloader returned {batches} batches before the fault, but only {done} when read again: "
+                "an iterable must return the same batches each time. Give it a state_dict(), or use a map-style Dataset"
             )
 
 
 def watch_attributes(loader: DataLoader[Any]) -> Changes:
-    """Watch a loader, and the objects in it: its dataset with what lies inside, its samplers and functions.
+    """Watch a loader and the objects in it: its dataset and what that holds, its samplers and functions.
 
-    A loader that restores its own position is left alone, and so is what has a `state_dict` in it: they take their
-    attributes from that, some of them not before the next batch.
+    If the loader restores its own position, objects with a `state_dict` are skipped: they restore their attributes from
+    it, some only at the next batch.
     """
     owners = reach(loader, "loader")
-    if says_its_position(loader):
+    if restores_its_position(loader):
         owners = ((path, owner) for path, owner in owners if not hasattr(type(owner), "state_dict"))
     return Changes(owners, {"loader": ("_iterator", "collate_fn", "worker_init_fn")})
 
@@ -332,16 +332,16 @@ def _has_length(loader: Any) -> bool:
 
 
 def _sampler_of(loader: Any) -> Any:
-    # Not by `or`: a sampler that does not know its length has no truth value.
+    # `or` would raise for a sampler whose `__len__` raises.
     return loader.sampler if loader.batch_sampler is None else loader.batch_sampler
 
 
-def says_its_position(loader: Any) -> bool:
-    """Whether a loader's own `state_dict()` is needed to come back to a position.
+def restores_its_position(loader: Any) -> bool:
+    """Return whether a loader's own `state_dict()` is needed to restore its position.
 
-    That of a `StatefulDataLoader` holds nothing of a map-style dataset but a count, and not the order of a sampler that
-    is wrapped for several ranks: there the order is drawn again, as for any other loader. With workers its iterator is
-    of a kind of its own, and only it can say where it is.
+    For a map-style dataset, the `state_dict` of a `StatefulDataLoader` holds only a count and not the order of a
+    sampler that is wrapped for several ranks: the order is drawn again, as for any other loader. With workers, it uses
+    its own kind of iterator, and only its `state_dict` knows the position.
     """
     if not callable(getattr(loader, "state_dict", None)):
         return False
@@ -349,12 +349,12 @@ def says_its_position(loader: Any) -> bool:
 
 
 def iterates_in_its_own_way(loader: DataLoader[Any]) -> bool:
-    """Whether a loader makes iterators in another way than `DataLoader`, and cannot say its position."""
-    return not says_its_position(loader) and torch_internals.has_own_iteration(type(loader))
+    """Return whether a loader overrides how `DataLoader` creates iterators, and has no `state_dict` to use."""
+    return not restores_its_position(loader) and torch_internals.has_own_iteration(type(loader))
 
 
 class ResumableLoader:
-    """What training iterates over in the place of a dataloader, which stays as it is.
+    """Wraps a dataloader for training; the dataloader itself is not modified.
 
     Args:
         loader: the dataloader.
@@ -371,25 +371,25 @@ class ResumableLoader:
         return len(self.loader)
 
     def __reduce__(self) -> Any:
-        # A copy is one of the user's loader: what is remembered here is about the iterator that is not copied.
-        return _same, (self.loader,)
+        # Copy only the user's loader: the tracker describes an iterator that is not copied.
+        return _identity, (self.loader,)
 
 
-def _same(loader: Any) -> Any:
+def _identity(loader: Any) -> Any:
     return loader
 
 
 def make_resumable(loader: Any) -> Any:
-    """A loader that knows its exact position; iterables that are no `DataLoader` are read again from their start."""
+    """Wrap a `DataLoader` so that it tracks its exact position; other iterables are returned unchanged."""
     return ResumableLoader(loader) if isinstance(loader, DataLoader) else loader
 
 
 def tracker_of(loader: Any) -> LoaderTracker | None:
-    """The tracker of a resumable loader; None for any other iterable."""
+    """Return the tracker of a resumable loader; None for any other iterable."""
     return loader.tracker if isinstance(loader, ResumableLoader) else None
 
 
 def resume_at(loader: Any, position: LoaderPosition | None) -> None:
-    """Let the loader's next iterator begin at a position."""
+    """Make the loader's next iterator start at a position."""
     if (tracker := tracker_of(loader)) is not None:
         tracker.resume = position

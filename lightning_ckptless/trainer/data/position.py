@@ -1,4 +1,4 @@
-"""The exact position of the training data: every loader, the order they are combined in, and what lies prefetched."""
+"""The exact position in the training data: every loader, the order they are combined in, and prefetched batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_ckptless.trainer.state.changes import Changed
 
 
 def data_position(loops: FitLoops) -> dict[str, Any]:
-    """Where the training data is, as plain data."""
+    """Return the position in the training data as plain data."""
     saved = loops.data_position()
     trackers = [tracker_of(loader) for loader in stand_ins(loops.combined_loader)]
     saved["loaders"] = [tracker.position(saved["buffered"]) if tracker else None for tracker in trackers]
@@ -19,16 +19,16 @@ def data_position(loops: FitLoops) -> dict[str, Any]:
 
 
 def at_the_beginning(saved: dict[str, Any]) -> dict[str, Any]:
-    """The position before the first batch, of the same dataloaders."""
+    """Return the position of the same dataloaders before the first batch."""
     none = [None for _ in saved["loaders"]]
     return {"fetched": 0, "buffered": 0, "index": 0, "consumed": [False for _ in saved["consumed"]], "loaders": none}
 
 
 def move_data_to(loops: FitLoops, saved: dict[str, Any]) -> None:
-    """Make new iterators that go on behind a saved position.
+    """Create new iterators that continue from a saved position.
 
-    Nothing is asked of a map-style dataset; an iterable one is read again from the start of its epoch. The global
-    generators are left wherever this takes them: the caller sets them afterwards.
+    A map-style dataset is not read; an iterable one is read again from the start of its epoch. This changes the global
+    generators: the caller restores them afterwards.
     """
     loaders = stand_ins(loops.combined_loader)
     for loader, position in zip(loaders, saved["loaders"], strict=True):
@@ -45,18 +45,18 @@ def move_data_to(loops: FitLoops, saved: dict[str, Any]) -> None:
 
 
 def set_attributes(loops: FitLoops, saved: dict[str, Any]) -> None:
-    """Put back what the version holds of the dataloaders' attributes: where the order was drawn they were others."""
+    """Restore the version's dataloader attributes: drawing the sample order required earlier values."""
     apply_attributes(loops, [None if position is None else position.attributes for position in saved["loaders"]])
 
 
 def attributes_now(loops: FitLoops) -> list[Changed | None]:
-    """What differs in each dataloader from when it was made."""
+    """Return what has changed in each dataloader since it was created."""
     trackers = [tracker_of(loader) for loader in stand_ins(loops.combined_loader)]
     return [tracker.attributes.capture() if tracker else None for tracker in trackers]
 
 
 def apply_attributes(loops: FitLoops, attributes: list[Changed | None]) -> None:
-    """Put back what `attributes_now` returned."""
+    """Restore what `attributes_now` returned."""
     for loader, changed in zip(stand_ins(loops.combined_loader), attributes, strict=True):
         if changed is not None and (tracker := tracker_of(loader)) is not None:
             tracker.attributes.apply(changed)

@@ -1,4 +1,4 @@
-"""The order of a loader's samples: what its samplers draw it from, and an iterator over it that can skip."""
+"""Replays the sample order of a loader: captures what its samplers draw it from, and skips along it."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from lightning_ckptless.trainer.state.plain_values import heavy_attributes, plai
 from lightning_ckptless.trainer.state.rng import apply_rng, capture_rng, owned_generators, set_owned_generators
 
 HEAVY_BYTES = 1_000_000
-"""A sampler's attribute beyond this is taken along only where it has changed since the sampler was made."""
+"""A larger sampler attribute is captured only if it has changed since the sampler was created."""
 
 
 MOST_CHANGES = 4096
-"""Of a sampler's numbers within one epoch that are remembered."""
+"""Largest number of changes to a sampler's numbers recorded within one epoch."""
 
 Switched = dict[int, list[dict[str, Any]]]
-"""By the number of a batch in its epoch: the numbers and switches of the sampler and those inside it, where new."""
+"""By batch index in the epoch: the numbers and booleans of the sampler and its inner samplers, where they changed."""
 
 
 class OrderTracker(Protocol):
-    """Receives the order of an epoch when it is drawn.
+    """Is notified when the order of an epoch is drawn.
 
     Attributes:
-        switched: what has changed between the batches of this order.
+        switched: changes between the batches of this order.
     """
 
     switched: Switched
 
     def on_order_made(self, sampler: Any, order: Order) -> None:
-        """Called when an iterator is about to be made of the sampler."""
+        """Called just before an iterator over the sampler is created."""
 
     def on_order_start(self, sampler: Any) -> int:
-        """Called when the first index is about to be drawn; returns how many index batches to skip."""
+        """Called just before the first index is drawn; returns the number of index batches to skip."""
         ...
 
 
 class WatchedSampler:
-    """A loader's sampler, watched at the moment its order is drawn."""
+    """A loader's sampler that notifies a tracker when its order is drawn."""
 
     def __init__(self, sampler: Any, tracker: OrderTracker) -> None:
         self.sampler, self.tracker = sampler, tracker
@@ -57,10 +57,10 @@ class WatchedSampler:
 
 
 class Order:
-    """A sampler's iterator. Samplers draw their order when it is made, or (generators) at the first index.
+    """A sampler's iterator. Samplers draw their order when it is created or, if generators, at the first index.
 
-    A batch sampler reads its size at every batch: numbers and switches that change between two of them are remembered
-    with the number of the batch, and set again when these batches are skipped.
+    A batch sampler may read its batch size for every batch. Numbers and booleans that change between two batches are
+    recorded with the batch index, and applied again when these batches are skipped.
     """
 
     def __init__(self, sampler: Any, tracker: OrderTracker) -> None:
@@ -77,7 +77,7 @@ class Order:
         return self._draw()
 
     def start(self) -> None:
-        """Come to the first index to be used, now and not when it is asked for."""
+        """Skip to the first index to use now, instead of on the first request."""
         if not self.started:
             self.started = True
             skipped = self.tracker.on_order_start(self.sampler)
@@ -98,7 +98,7 @@ class Order:
 
 
 def _switches(sampler: Any) -> list[dict[str, Any]]:
-    """The numbers and switches that a sampler and those inside it hold."""
+    """Return the numbers and booleans that a sampler and its inner samplers hold."""
     return [
         {name: value for name, value in getattr(part, "__dict__", {}).items() if type(value) in (int, float, bool)}
         for part in sampler_parts(sampler)
@@ -111,7 +111,7 @@ def _set_switches(sampler: Any, switches: list[dict[str, Any]]) -> None:
 
 
 def dump_sampler(sampler: Any) -> Packed:
-    """The global generators, and what a sampler and those inside it hold, before an order is drawn."""
+    """Capture the global generators and the state of a sampler and its inner samplers before an order is drawn."""
     parts = [
         (plain_attributes(part, leave=heavy_attributes(part, HEAVY_BYTES)), owned_generators(part))
         for part in sampler_parts(sampler)
@@ -120,7 +120,7 @@ def dump_sampler(sampler: Any) -> Packed:
 
 
 def apply_sampler(sampler: Any, saved: Packed) -> None:
-    """Put back what `dump_sampler` took: the same order is drawn again."""
+    """Restore what `dump_sampler` captured, so that the same order is drawn again."""
     rng, attributes = unpack(saved)
     apply_rng(rng)
     for part, (plain, owned) in zip(sampler_parts(sampler), attributes, strict=True):
@@ -129,7 +129,7 @@ def apply_sampler(sampler: Any, saved: Packed) -> None:
 
 
 def sampler_parts(sampler: Any) -> Iterator[Any]:
-    """A sampler and those inside it."""
+    """Yield a sampler and its inner samplers."""
     seen = 0
     while sampler is not None and seen < 8:
         yield sampler

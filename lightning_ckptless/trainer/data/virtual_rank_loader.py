@@ -1,8 +1,8 @@
-"""One stream that a rank carries beside its own: its dataloaders, its position in them, its random numbers.
+"""The training data of one additional virtual rank: its dataloaders, its position in them, its random numbers.
 
-The loaders are made by the user's own `train_dataloader`, as those of a process with the stream's number would be. They
-are asked for a batch at a time, under the stream's own generators, so that what it draws depends on nothing that this
-rank does for itself.
+The loaders come from the user's `train_dataloader`, set up as on a process with the virtual rank's number. Batches are
+fetched one at a time under the virtual rank's own generators, so that they do not depend on anything else this rank
+does.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from lightning_ckptless.trainer.state.rng import RngState, apply_rng, capture_rn
 
 
 class VirtualRankLoader:
-    """A stream on a rank that has another one of its own.
+    """Training data of a virtual rank on a rank that also runs its own.
 
     Args:
         trainer: in `fit`, with its own training data set up.
-        stream: number of the stream.
-        streams: how many there are.
+        virtual_rank: number of the virtual rank.
+        count: number of virtual ranks.
     """
 
-    def __init__(self, trainer: Any, stream: int, streams: int) -> None:
-        self.stream = stream
+    def __init__(self, trainer: Any, virtual_rank: int, count: int) -> None:
+        self.virtual_rank = virtual_rank
         self.batch: Any = None
         self._trainer = trainer
         self._loops = FitLoops(trainer)
         self._rng: RngState = capture_rng()
         self._epoch = -1
         self._fetched = 0
-        with trainer.strategy.as_stream(stream), trainer.strategy.engine.data_hooks.as_made(), self._own_rng():
+        with trainer.strategy.as_stream(virtual_rank), trainer.strategy.engine.data_hooks.as_made(), self._own_rng():
             self._loader = open_training_data(trainer)
-        self._require_share(streams)
+        self._require_share(count)
 
-    def _require_share(self, streams: int) -> None:
-        """Refuse loaders that would give this rank's own share once more."""
+    def _require_share(self, count: int) -> None:
+        """Reject loaders that would return this rank's own share of the samples again."""
         own = self._loops.combined_loader.flattened
         for index, loader in enumerate(self._loader.flattened):
             shares = {
@@ -50,17 +50,17 @@ class VirtualRankLoader:
                 for part in sampler_parts(getattr(loader, "sampler", None) or getattr(loader, "batch_sampler", None))
                 if hasattr(part, "num_replicas")
             }
-            if any(loader is other for other in own) or shares != {(self.stream, streams)}:
+            if any(loader is other for other in own) or shares != {(self.virtual_rank, count)}:
                 raise OptionsError(
-                    f"training dataloader {index} cannot be opened for stream {self.stream} of {streams} on rank "
-                    f"{self._trainer.global_rank}: its share of the samples does not come from Lightning's "
-                    "DistributedSampler. Leave the sampler to Lightning (Trainer(use_distributed_sampler=True), a "
-                    "dataset that is read by index), or start as many ranks as there are streams"
+                    f"training dataloader {index} cannot be opened for virtual rank {self.virtual_rank} of {count} on "
+                    f"rank {self._trainer.global_rank}: its share of the samples does not come from Lightning's "
+                    "DistributedSampler. Let Lightning add the sampler (Trainer(use_distributed_sampler=True), "
+                    f"map-style dataset), or start {count} ranks"
                 )
 
     @contextmanager
     def _own_rng(self) -> Iterator[None]:
-        """Draw from the stream's generators; this rank's own stay as they are."""
+        """Draw from the virtual rank's generators, and leave this rank's own unchanged."""
         outer = capture_rng()
         apply_rng(self._rng)
         try:
@@ -72,7 +72,7 @@ class VirtualRankLoader:
     # ------------------------------------------------------------------ state
 
     def capture(self) -> dict[str, Any]:
-        """Where the stream is, in the words of a rank's own position."""
+        """Return the virtual rank's position in the format of a rank's own position."""
         trackers = [tracker_of(loader) for loader in stand_ins(self._loader)]
         loaders = [tracker.position(0) if tracker else None for tracker in trackers]
         return {
@@ -81,10 +81,10 @@ class VirtualRankLoader:
         }
 
     def move_to(self, rng: RngState, data: dict[str, Any]) -> None:
-        """Go on from where the stream was.
+        """Continue from a captured position.
 
         Args:
-            rng: its generators.
+            rng: generators of the virtual rank.
             data: its position in this epoch.
         """
         index = data["index"] - data["buffered"]
@@ -106,7 +106,7 @@ class VirtualRankLoader:
     # ------------------------------------------------------------------ batches
 
     def fetch(self) -> None:
-        """Take the batch of the step that begins."""
+        """Fetch the batch for the step that begins."""
         with self._own_rng():
             if self._epoch != self._trainer.current_epoch:
                 self._begin_epoch()
@@ -114,15 +114,15 @@ class VirtualRankLoader:
                 batch, _, _ = next(self._loader)
             except StopIteration as error:
                 raise CkptlessError(
-                    f"rank {self._trainer.global_rank}: stream {self.stream} ended after {self._fetched} batches, "
-                    "before the rank's own: all ranks must have equally many"
+                    f"rank {self._trainer.global_rank}: virtual rank {self.virtual_rank} ended after {self._fetched} "
+                    "batches, before the rank's own data: all virtual ranks must have the same number of batches"
                 ) from error
             self._fetched += 1
             self.batch = to_device(self._trainer, batch)
 
     @contextmanager
-    def at_the_wheel(self) -> Iterator[Any]:
-        """The batch that was fetched, to be trained on with the stream's generators."""
+    def training(self) -> Iterator[Any]:
+        """Yield the fetched batch, with the virtual rank's generators in place for training on it."""
         with self._own_rng():
             yield self.batch
         self.batch = None

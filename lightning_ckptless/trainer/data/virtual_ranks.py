@@ -1,11 +1,12 @@
-"""The streams that a rank carries, and the micro-batches that it runs for those beside its own.
+"""The virtual ranks that a rank runs, and their micro-batches.
 
-A step of fewer ranks is made of the same samples as one of all: a rank runs the batch of its own stream, then those of
-the streams it carries, and only the last of them sums the gradients over the ranks. What each is multiplied by makes
-the mean over ranks the mean over streams (`protocol.streams`).
+With fewer ranks, a step uses the same samples as with all of them. A rank runs the batch of its own virtual rank, then
+those of its additional virtual ranks, and only the last backward pass reduces gradients over the ranks. Loss weights
+turn the mean over ranks into the mean over virtual ranks (`protocol.virtual_ranks`).
 
-All ranks run equally many, for a forward pass may call collectives: those of a sharded model, of `self.log`, of a norm
-over the ranks. Who carries fewer streams runs its own batch once more, for nothing: the step waits for others anyway.
+All ranks run the same number of micro-batches, since a forward pass may call collectives (sharded model, `self.log`,
+synchronized normalization). A rank with fewer virtual ranks repeats its own batch and discards the result, which costs
+nothing: the step waits for the other ranks anyway.
 """
 
 from __future__ import annotations
@@ -29,28 +30,28 @@ from lightning_ckptless.internals.lightning.virtual_ranks import (
 from lightning_ckptless.protocol.repartition import Repartition
 from lightning_ckptless.protocol.virtual_ranks import require_world, share_of, streams_of
 from lightning_ckptless.trainer.data.virtual_rank_loader import VirtualRankLoader
-from lightning_ckptless.trainer.elastic.repartition import deal_out
+from lightning_ckptless.trainer.elastic.repartition import repartition_loader
 from lightning_ckptless.trainer.state.rng import apply_rng, capture_rng
 
 Backward = Callable[[Tensor], Any]
 
 
 class VirtualRanks:
-    """Those of one trainer.
+    """The virtual ranks of one trainer.
 
     Args:
         trainer: in `fit`.
-        count: number of streams; as many as the run has ranks when all are there.
-        place: this rank's number among those that have a stream each.
-        places: how many such numbers there are.
-        width: ranks that share a number, as those of a tensor-parallel group do.
+        count: number of virtual ranks, which is the number of ranks of the complete run.
+        place: this rank's data-parallel index.
+        places: number of data-parallel indices.
+        width: number of ranks that share a data-parallel index, such as a tensor-parallel group.
 
     Attributes:
-        count: see above; that of the run, once a version of it is known.
-        opened_for: number of streams that this rank's own dataloaders were set up for.
-        is_running_another: whether the training step at hand is not on the rank's own batch.
-        repartition: how the rest of this epoch is dealt; None where each rank runs its streams.
-        trainer: see above.
+        count: number of virtual ranks; that of the run once a version of it is known.
+        opened_for: number of virtual ranks that this rank's own dataloaders were set up for.
+        is_running_another: whether the current training step is not on the rank's own batch.
+        repartition: how the rest of this epoch is divided; None if each rank runs its virtual ranks.
+        trainer: the trainer.
     """
 
     def __init__(self, trainer: Any, *, count: int, place: int, places: int, width: int) -> None:
@@ -60,49 +61,49 @@ class VirtualRanks:
         self.repartition: Repartition | None = None
         self.trainer = trainer
         self._own_is_repeated = False
-        self._dealt_in = -1
+        self._repartition_epoch = -1
         self._place = place
         self._places = places
-        self._passengers: dict[int, VirtualRankLoader] = {}
+        self._loaders: dict[int, VirtualRankLoader] = {}
 
     @property
     def carried(self) -> tuple[int, ...]:
-        """The streams beside this rank's own."""
+        """The virtual ranks that this rank runs in addition to its own."""
         return () if self.repartition is not None else streams_of(self._place, self._places, self.count)[1:]
 
     @property
     def share(self) -> float:
-        """What the loss of a micro-batch is multiplied by."""
+        """Weight of a micro-batch's loss."""
         if self.repartition is not None:
             return self.repartition.weight(self._place, FitLoops(self.trainer).fetcher.fetched - 1)
         return share_of(self._places, self.count)
 
     @property
     def is_running_for_nothing(self) -> bool:
-        """Whether the training step at hand is there to keep ranks in step, and nothing comes of it."""
+        """Whether the current training step only matches the collectives of other ranks and its result is discarded."""
         return self._own_is_repeated or (self.repartition is not None and self.share == 0)
 
     @property
     def extra_batches(self) -> int:
-        """Micro-batches that this rank runs in a step beside its own stream's."""
+        """Number of micro-batches that this rank runs in a step in addition to its own."""
         if self.repartition is not None:
             return 0
         return -(-self.count // self._places) - 1
 
     @property
     def are_whole(self) -> bool:
-        """Whether every rank has its own stream and no other."""
+        """Whether every rank runs exactly one virtual rank, its own."""
         return self.repartition is None and self.count == self._places
 
     def place_at(self, place: int, places: int) -> None:
-        """Be another of another number of ranks; what is carried is told by the next version."""
+        """Change this rank's data-parallel index and their number; the next version sets the virtual ranks to run."""
         self._place, self._places = place, places
 
     # ------------------------------------------------------------------ state
 
     def capture(self) -> dict[str, Any]:
-        """How many there are, and where those are that this rank carries, or how the epoch is dealt."""
-        carried = {stream: self._passenger(stream).capture() for stream in self.carried}
+        """Return the number of virtual ranks, the positions of those that this rank runs, and any repartition."""
+        carried = {number: self._loader_of(number).capture() for number in self.carried}
         length = FitLoops(self.trainer).length if self.repartition is None else self.repartition.length
         repartition = None if self.repartition is None else asdict(self.repartition)
         return {
@@ -114,10 +115,13 @@ class VirtualRanks:
         }
 
     def open(self, saved: dict[str, Any]) -> None:
-        """Before the rank's own data is moved: repartition it out, where it was dealt.
+        """Apply a saved repartition; call it before the rank's own data is moved.
 
         Args:
-            saved: what `capture` returned.
+            saved: the result of `capture`.
+
+        Raises:
+            OptionsError: the epoch is repartitioned and there are several training dataloaders.
         """
         self.count = saved["count"]
         self.repartition = None if saved["repartition"] is None else Repartition(**saved["repartition"])
@@ -126,46 +130,47 @@ class VirtualRanks:
         loops = FitLoops(self.trainer)
         if len(loops.combined_loader.flattened) > 1:
             raise OptionsError(
-                "elastic_batch='scale' deals one training dataloader; with several of them take elastic_batch='keep'"
+                "elastic_batch='scale' can repartition a single training dataloader, found "
+                f"{len(loops.combined_loader.flattened)}: set elastic_batch='keep'"
             )
-        self._dealt_in = self.trainer.current_epoch
+        self._repartition_epoch = self.trainer.current_epoch
         loops.combined_loader.limits = [self.repartition.steps]
         for loader in loops.combined_loader.flattened:
-            deal_out(loader, self.repartition, self._place)
+            repartition_loader(loader, self.repartition, self._place)
 
     def move_to(self, saved: dict[str, Any]) -> None:
-        """Go on with the streams from where they were; this rank's own data is in place.
+        """Continue the additional virtual ranks from their positions; this rank's own data is already in place.
 
         Args:
-            saved: what `capture` returned.
+            saved: the result of `capture`.
         """
         loops = FitLoops(self.trainer)
         if self.repartition is not None:
             loops.set_length(loops.batches_done + self.repartition.steps - loops.fetcher.fetched)
         elif saved["length"]:
-            # A rank that came alone may have taken the run for one of as many streams as it was told to start.
+            # A rank that joined alone may have assumed a different number of virtual ranks.
             loops.set_length(saved["length"])
-        self._passengers = {s: p for s, p in self._passengers.items() if s in self.carried}
-        for stream, position in saved["carried"].items():
-            self._passenger(stream).move_to(position["rng"], position["data"])
+        self._loaders = {number: loader for number, loader in self._loaders.items() if number in self.carried}
+        for number, position in saved["carried"].items():
+            self._loader_of(number).move_to(position["rng"], position["data"])
 
     def begin_epoch(self) -> None:
-        """A repartition ends with its epoch: from here on there are as many streams as ranks."""
-        if self.repartition is not None and self.trainer.current_epoch != self._dealt_in:
+        """End a repartition with its epoch: from here on there are as many virtual ranks as ranks."""
+        if self.repartition is not None and self.trainer.current_epoch != self._repartition_epoch:
             self.repartition, self.count = None, self._places
             self.opened_for = self.count
             FitLoops(self.trainer).forget_training_data()
 
-    def _passenger(self, stream: int) -> VirtualRankLoader:
-        if stream not in self._passengers:
-            self._passengers[stream] = VirtualRankLoader(self.trainer, stream, self.count)
-        return self._passengers[stream]
+    def _loader_of(self, virtual_rank: int) -> VirtualRankLoader:
+        if virtual_rank not in self._loaders:
+            self._loaders[virtual_rank] = VirtualRankLoader(self.trainer, virtual_rank, self.count)
+        return self._loaders[virtual_rank]
 
     def require(self) -> None:
-        """Refuse to begin a run in which a rank would have to carry two streams, and cannot.
+        """Reject a run in which a rank would have to run several virtual ranks and cannot.
 
         Raises:
-            WorldSizeError: says why.
+            WorldSizeError: names the obstacle.
         """
         if self.are_whole:
             return
@@ -175,17 +180,17 @@ class VirtualRanks:
     # ------------------------------------------------------------------ a step
 
     def fetch(self) -> None:
-        """Take the batches of the step that begins."""
-        for stream in self.carried:
-            self._passenger(stream).fetch()
+        """Fetch the additional batches for the step that begins."""
+        for number in self.carried:
+            self._loader_of(number).fetch()
 
     def run_others(self, backward: Backward, without_sync: Callable[[], Any], *, sums: bool) -> None:
-        """Run the micro-batches beside the own one, which has gone backward.
+        """Run the additional micro-batches, after the backward pass of the rank's own.
 
         Args:
-            backward: goes backward from a loss.
-            without_sync: context in which gradients are not summed over the ranks.
-            sums: whether the last micro-batch is to sum them.
+            backward: runs the backward pass of a loss.
+            without_sync: context in which gradients are not reduced over the ranks.
+            sums: whether the last micro-batch reduces them.
         """
         carried, extra = self.carried, self.extra_batches
         self.is_running_another = True
@@ -193,17 +198,18 @@ class VirtualRanks:
             for number in range(extra):
                 with nullcontext() if sums and number == extra - 1 else without_sync():
                     if number < len(carried):
-                        self._run_for(self._passenger(carried[number]), backward)
+                        self._run_virtual_rank(self._loader_of(carried[number]), backward)
                     else:
-                        self._run_for_nothing(backward)
+                        self._repeat_own(backward)
         finally:
             self.is_running_another = False
 
-    def _run_for(self, passenger: VirtualRankLoader, backward: Backward) -> None:
-        with passenger.at_the_wheel() as batch, _buffers_kept(self.trainer.lightning_module):
+    def _run_virtual_rank(self, loader: VirtualRankLoader, backward: Backward) -> None:
+        with loader.training() as batch, _buffers_kept(self.trainer.lightning_module):
             backward(training_loss(self.trainer, batch))
 
-    def _run_for_nothing(self, backward: Backward) -> None:
+    def _repeat_own(self, backward: Backward) -> None:
+        """Repeat the rank's own batch with a loss of zero, to match the collectives of other ranks."""
         generators, self._own_is_repeated = capture_rng(), True
         try:
             with _buffers_kept(self.trainer.lightning_module), logs_kept(self.trainer):
@@ -214,7 +220,7 @@ class VirtualRanks:
 
 
 def obstacle_to_carrying(trainer: Any) -> str | None:
-    """Why a rank of this trainer cannot run more than its own stream; None where it can.
+    """Return why a rank of this trainer cannot run more than one virtual rank; None if it can.
 
     Args:
         trainer: with its model.
@@ -228,7 +234,7 @@ def obstacle_to_carrying(trainer: Any) -> str | None:
 
 @contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Have the batch of the rank's own stream alone change buffers, as it does where every rank has one."""
+    """Undo buffer changes: only the rank's own batch may change buffers, as with one virtual rank per rank."""
     kept = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     yield
     with torch.no_grad():

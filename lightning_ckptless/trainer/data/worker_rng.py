@@ -1,4 +1,4 @@
-"""Random generators of worker processes, carried home by the batches that they make."""
+"""Returns the random generators of dataloader worker processes along with the batches they prepare."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from lightning_ckptless.internals import torch_internals
 from lightning_ckptless.trainer.state.rng import apply_rng, capture_rng, owned_generators, set_owned_generators
 
 
-class Stamped:
-    """A batch with the generators of the worker that made it."""
+class BatchWithRng:
+    """A batch with the generators of the worker that prepared it."""
 
     def __init__(self, data: Any, worker: int, generators: Packed) -> None:
         self.data, self.worker, self.generators = data, worker, generators
 
-    def pin_memory(self) -> Stamped:
+    def pin_memory(self) -> BatchWithRng:
         """Called by the loader's pinning thread."""
-        return Stamped(torch_internals.pin(self.data), self.worker, self.generators)
+        return BatchWithRng(torch_internals.pin(self.data), self.worker, self.generators)
 
 
-class StampingCollate:
-    """The user's collate function, with a stamp on what it returns in a worker."""
+class RngCollate:
+    """The user's collate function, with the worker's generators added to its result."""
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self.collate = collate
 
     def __call__(self, samples: Any) -> Any:
-        """Collate; in a worker, stamp."""
+        """Collate; in a worker, add its generators."""
         data = self.collate(samples)
         if (worker := get_worker_info()) is None:
             return data
         generators = pack((capture_rng(), owned_generators(worker.dataset)))
-        return Stamped(data, worker.id, generators)
+        return BatchWithRng(data, worker.id, generators)
 
 
 class WorkerStart:
-    """The user's `worker_init_fn`, then the generators that the worker had."""
+    """Runs the user's `worker_init_fn`, then restores the worker's generators."""
 
     def __init__(self, init: Callable[[int], None] | None, generators: dict[int, Packed]) -> None:
         self.init, self.generators = init, generators
 
     def __call__(self, worker_id: int) -> None:
-        """Called in a worker when it starts."""
+        """Called in each worker when it starts."""
         if self.init is not None:
             self.init(worker_id)
         if (saved := self.generators.get(worker_id)) is not None:

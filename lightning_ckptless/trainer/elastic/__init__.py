@@ -1,1 +1,1 @@
-"""A version of another number of ranks."""
+"""Restoring a version on a different number of ranks."""

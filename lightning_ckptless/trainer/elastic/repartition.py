@@ -1,4 +1,4 @@
-"""A training dataloader that runs what is left of an epoch, dealt to another number of ranks (`protocol.dealing`)."""
+"""A training dataloader for the rest of an epoch, repartitioned over a new number of ranks (`protocol.repartition`)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lightning_ckptless.protocol.repartition import Repartition
 
 
 class RepartitionedBatches(Sampler[list[int]]):
-    """The micro-batches of one rank's hand, as lists of indices.
+    """Yields the micro-batches assigned to one rank, as lists of indices.
 
     Args:
-        whole: the batch sampler of any stream of the epoch.
-        repartition: how the rest is dealt.
-        rank: whose hand.
+        whole: the batch sampler of any virtual rank of the epoch.
+        repartition: how the rest of the epoch is divided.
+        rank: the rank.
     """
 
     def __init__(self, whole: BatchSampler, repartition: Repartition, rank: int) -> None:
@@ -33,26 +33,26 @@ class RepartitionedBatches(Sampler[list[int]]):
         return self._repartition.steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        of_stream = [list(self._stream(stream)) for stream in range(self._repartition.streams)]
-        for stream, position in self._repartition.hand(self._rank):
-            yield of_stream[stream][position]
+        batches = [list(self._batches_of(number)) for number in range(self._repartition.streams)]
+        for virtual_rank, position in self._repartition.hand(self._rank):
+            yield batches[virtual_rank][position]
 
-    def _stream(self, stream: int) -> BatchSampler:
+    def _batches_of(self, virtual_rank: int) -> BatchSampler:
         sampler: Any = copy.copy(self.sampler)
-        sampler.rank = stream
+        sampler.rank = virtual_rank
         return BatchSampler(sampler, self._whole.batch_size, self._whole.drop_last)
 
 
-def deal_out(loader: Any, repartition: Repartition, rank: int) -> None:
-    """Have a dataloader run a rank's hand, from its next iterator on.
+def repartition_loader(loader: Any, repartition: Repartition, rank: int) -> None:
+    """Make a dataloader return the micro-batches assigned to a rank, from its next iterator on.
 
     Args:
-        loader: set up for a stream of the epoch, or dealt already.
-        repartition: how the rest is dealt.
-        rank: whose hand.
+        loader: set up for a virtual rank of the epoch, or repartitioned already.
+        repartition: how the rest of the epoch is divided.
+        rank: the rank.
 
     Raises:
-        OptionsError: its share of the samples is not Lightning's to say.
+        OptionsError: its samples are not divided by Lightning's sampler.
     """
     batches: Any = loader.batch_sampler if isinstance(loader, DataLoader) else None
     whole = batches._whole if isinstance(batches, RepartitionedBatches) else batches
@@ -60,10 +60,9 @@ def deal_out(loader: Any, repartition: Repartition, rank: int) -> None:
     ours = isinstance(whole, BatchSampler) and hasattr(sampler, "num_replicas") and sampler_inside(sampler) is None
     if not ours or not torch_internals.is_map_style(loader):
         raise OptionsError(
-            f"the rest of the epoch cannot be dealt to {repartition.world_size} ranks: the samples of a "
-            f"{type(loader).__name__} are not divided by Lightning's DistributedSampler. With elastic_batch='scale' "
-            "leave the sampler to Lightning (a dataset that is read by index, shuffle=True or False), or take "
-            "elastic_batch='keep'"
+            f"the rest of the epoch cannot be repartitioned to {repartition.world_size} ranks: the samples of a "
+            f"{type(loader).__name__} are not divided by Lightning's DistributedSampler. With elastic_batch='scale', "
+            "let Lightning add the sampler (map-style dataset, shuffle=True or False), or set elastic_batch='keep'"
         )
-    # A loader refuses another batch sampler once it is made; nothing of it depends on the one before.
+    # A DataLoader refuses assignment of its batch sampler, but nothing in it depends on the previous one.
     object.__setattr__(loader, "batch_sampler", RepartitionedBatches(whole, repartition, rank))

@@ -1,9 +1,9 @@
-"""A version of another number of ranks, on its way into a trainer.
+"""Restores a version that was written by a different number of ranks.
 
-Small states are brought first: they say how many streams there are, and who takes over what follows from that
-(`protocol.streams`). The tensors come when the trainer is set up, for what a rank holds of each is decided by the model
-that it has built. Then the version is mirrored anew, cut for the ranks of now: until that is committed, the arenas keep
-what the ranks before have written.
+Host states are fetched first: they contain the number of virtual ranks, from which each rank's assignment follows
+(`protocol.virtual_ranks`). The tensors follow once the trainer is set up, since its model determines which part of each
+tensor a rank holds. Then the version is mirrored again with a layout for the current ranks. Until that is committed,
+the arenas keep what the earlier ranks wrote.
 """
 
 from __future__ import annotations
@@ -33,48 +33,46 @@ from lightning_ckptless.trainer.recovery.restoration import Restoration
 from lightning_ckptless.trainer.reporting.report import RunReport
 from lightning_ckptless.trainer.session.member_set import MemberSet
 from lightning_ckptless.trainer.state.layout_tensors import describe_state, make_room
-from lightning_ckptless.trainer.state.metric_merging import absorb, forget, reopen
+from lightning_ckptless.trainer.state.metric_merging import HostStateDict, clear, discard_computed, merge
 from lightning_ckptless.trainer.state.rng import apply_rng
 from lightning_ckptless.trainer.state.sharding import reshard
 from lightning_ckptless.trainer.state.tensors import StateIndex
-from lightning_ckptless.trainer.state.trust import small_state_of
-
-Small = dict[str, Any]
+from lightning_ckptless.trainer.state.trust import host_state_of
 
 
 @dataclass(kw_only=True)
 class WorldChange(Restoration):
-    """A version of other ranks, with the small states that this rank takes over.
+    """A version written by a different set of ranks, with the host states that this rank takes over.
 
     Args:
-        members: the ranks of now.
+        members: the current ranks.
         assignee: what this rank takes over.
-        host_states: small states by the ranks that wrote them; that of `assignee.home` has become this rank's own.
-        reason: who goes on for whom, in a sentence.
-        change: micro-batches of a step, before and now; None where they stay as many.
+        host_states: host states by the rank that wrote them; this rank's own is based on that of `assignee.home`.
+        reason: the change of world size, as a sentence.
+        change: micro-batches per step before and now; None if unchanged.
     """
 
     members: MemberSet
     assignee: RankAssignment
-    host_states: dict[int, Small]
+    host_states: dict[int, HostStateDict]
     reason: str
     change: tuple[int, int] | None = None
 
     def fill(self, trainer: Any, **_: Any) -> None:
-        """Put the tensors into the trainer, whatever is in them now. All ranks call it together.
+        """Copy the version's tensors into the trainer. Collective.
 
         Raises:
-            LayoutMismatchError: the model is another one, or cannot be divided over this number of ranks.
+            LayoutMismatchError: the model is a different one, or cannot be sharded over this number of ranks.
         """
         members, layout = self.members, self.layout
-        self._add_up(trainer)
+        self._merge_metrics(trainer)
         known = layout.known_to(self.assignee.home)
         make_room(trainer, known)
         self.index = StateIndex(trainer)
         described = describe_state(self.index)
         if lost := sorted(known.keys() - {d.name for d in described}):
             raise LayoutMismatchError(
-                f"rank {members.rank}: the version has {', '.join(lost[:5])}, the model does not: start the script "
+                f"rank {members.rank}: the version has {', '.join(lost[:5])}, but the model does not: start the script "
                 "unchanged"
             )
         reads = plan_reads(layout, held_by_name(described), home=self.assignee.home)
@@ -82,20 +80,20 @@ class WorldChange(Restoration):
         fetched = fetch(self.complete, members.arena, members.transport, members.nodes, need=need, blobs={})
         fill_resharded(reads, fetched.bulks, self.index.read())
 
-    def _add_up(self, trainer: Any) -> None:
-        """Take on the running sums of ranks that are gone; begin with none where this rank is new."""
+    def _merge_metrics(self, trainer: Any) -> None:
+        """Merge the metrics and logged values of lost ranks into this rank's; an added rank starts empty."""
         metrics = metrics_of(trainer.lightning_module.named_modules())
         if self.assignee.home not in self.assignee.sums:
-            forget(self.state, {name: defaults_of(metric) for name, metric in metrics.items()})
+            clear(self.state, {name: defaults_of(metric) for name, metric in metrics.items()})
         reductions = {name: reductions_of(metric) for name, metric in metrics.items()}
         for rank in self.assignee.sums:
             if rank != self.assignee.home:
-                absorb(self.state, self.host_states[rank]["state"], reductions)
-        reopen(self.state)
+                merge(self.state, self.host_states[rank]["state"], reductions)
+        discard_computed(self.state)
         self.host_states = {}
 
     def resume(self, mirroring: Mirroring, report: RunReport, _: MemberSet) -> None:
-        """Mirror the version as the ranks of now cut it, and go on from there. All ranks call it together."""
+        """Mirror the version again with a layout for the current ranks, and continue from it. Collective."""
         assert self.index is not None
         report.resume(self.host_state["report"])
         mirroring.cadence.begin(self.host_state["interval"])
@@ -109,46 +107,46 @@ class WorldChange(Restoration):
 def take_over(
     found: Complete, layout: Layout, members: MemberSet, width: int, batch: ElasticBatch, obstacle: str | None
 ) -> WorldChange:
-    """Bring the small states here that this rank takes over. All ranks call it together.
+    """Fetch the host states that this rank takes over. Collective.
 
     Args:
         found: the version.
-        layout: how it is cut.
-        members: the ranks of now.
-        width: ranks that share a stream.
-        batch: what a step of another number of ranks is made of.
-        obstacle: why a rank cannot carry a stream beside its own; None where it can.
+        layout: its layout.
+        members: the current ranks.
+        width: number of ranks that share a virtual rank.
+        batch: how the batch of a step changes with the number of ranks.
+        obstacle: why a rank cannot run more than one virtual rank; None if it can.
 
     Raises:
-        WorldSizeError: this number of ranks cannot go on with the version.
+        WorldSizeError: this number of ranks cannot continue from the version.
     """
     before, world_size = found.snapshot.world_size, members.world_size
-    some = {rank: (rank % before,) for rank in range(world_size)}
-    streams = _host_states(found, members, some)[members.rank % before]["streams"]
-    if batch == "scale" or streams["repartition"] is not None:
-        return _take_over_dealt(found, layout, members, width)
-    count = streams["count"]
+    any_source = {rank: (rank % before,) for rank in range(world_size)}
+    saved = _host_states(found, members, any_source)[members.rank % before]["streams"]
+    if batch == "scale" or saved["repartition"] is not None:
+        return _take_over_repartitioned(found, layout, members, width)
+    count = saved["count"]
     reason = require_world(world_size // width, before=before // width, streams=count, obstacle=obstacle)
-    assignee, host_states = _inherited(found, members, count, width)
+    assignee, host_states = _assigned(found, members, count, width)
     host_state, (own, *others) = host_states[assignee.home], assignee.streams
-    positions = {stream: _position(host_states[source], stream) for stream, source in assignee.streams.items()}
+    positions = {number: _position(host_states[source], number) for number, source in assignee.streams.items()}
     host_state["state"] |= positions[own]
-    host_state["streams"] |= {"own": own, "carried": {stream: positions[stream] for stream in others}}
+    host_state["streams"] |= {"own": own, "carried": {number: positions[number] for number in others}}
     return WorldChange(
         found, layout, {}, host_state, members=members, assignee=assignee, host_states=host_states, reason=reason
     )
 
 
-def _take_over_dealt(found: Complete, layout: Layout, members: MemberSet, width: int) -> WorldChange:
-    """Repartition the rest of the epoch to the ranks that there are."""
-    assignee, host_states = _inherited(found, members, None, width)
+def _take_over_repartitioned(found: Complete, layout: Layout, members: MemberSet, width: int) -> WorldChange:
+    """Repartition the rest of the epoch over the current ranks."""
+    assignee, host_states = _assigned(found, members, None, width)
     host_state = host_states[assignee.home]
-    streams, data = host_state["streams"], host_state["state"]["data"]
+    saved, data = host_state["streams"], host_state["state"]["data"]
     done = data["fetched"] - data["buffered"]
-    last = None if streams["repartition"] is None else Repartition(**streams["repartition"])
-    begin = streams["count"] * done if last is None else last.after(done)
-    repartition = Repartition(streams["count"], streams["length"], begin, members.world_size // width)
-    per_step = streams["count"] if last is None else last.world_size
+    last = None if saved["repartition"] is None else Repartition(**saved["repartition"])
+    begin = saved["count"] * done if last is None else last.after(done)
+    repartition = Repartition(saved["count"], saved["length"], begin, members.world_size // width)
+    per_step = saved["count"] if last is None else last.world_size
     reason = require_repartition(repartition, before=found.snapshot.world_size // width, per_step=per_step)
     host_state["streams"] |= {"own": members.rank // width, "carried": {}, "repartition": asdict(repartition)}
     host_state["state"]["data"] = at_the_beginning(data)
@@ -166,49 +164,51 @@ def _take_over_dealt(found: Complete, layout: Layout, members: MemberSet, width:
     )
 
 
-def _inherited(
-    found: Complete, members: MemberSet, streams: int | None, width: int
-) -> tuple[RankAssignment, dict[int, Small]]:
-    """What this rank takes over, and the small states that takes. All ranks call it together."""
+def _assigned(
+    found: Complete, members: MemberSet, count: int | None, width: int
+) -> tuple[RankAssignment, dict[int, HostStateDict]]:
+    """Return what this rank takes over, with the host states for it. Collective."""
     before, world_size = found.snapshot.world_size, members.world_size
-    assignees = [inherit(rank, world_size, before=before, streams=streams, width=width) for rank in range(world_size)]
+    assignees = [inherit(rank, world_size, before=before, streams=count, width=width) for rank in range(world_size)]
     host_states = _host_states(found, members, {rank: assignee.sources for rank, assignee in enumerate(assignees)})
     assignee = assignees[members.rank]
     if members.rank:
-        # What is logged is rank 0's to say.
+        # Only rank 0 owns the state of the loggers.
         host_states[assignee.home]["logs"] = None
     return assignee, host_states
 
 
-def _host_states(found: Complete, members: MemberSet, wanted: Mapping[int, Collection[int]]) -> dict[int, Small]:
+def _host_states(
+    found: Complete, members: MemberSet, wanted: Mapping[int, Collection[int]]
+) -> dict[int, HostStateDict]:
     fetched = fetch(found, members.arena, members.transport, members.nodes, need={}, blobs=wanted)
-    return {rank: small_state_of(rank, fetched, members) for rank in fetched.blobs}
+    return {rank: host_state_of(rank, fetched, members) for rank in fetched.blobs}
 
 
-def _position(host_state: Small, stream: int) -> Small:
-    """Generators and position of a stream, by the rank that carried it."""
-    if stream == host_state["streams"]["own"]:
+def _position(host_state: HostStateDict, virtual_rank: int) -> HostStateDict:
+    """Return the generators and data position of a virtual rank from the host state of the rank that ran it."""
+    if virtual_rank == host_state["streams"]["own"]:
         return {"rng": host_state["state"]["rng"], "data": host_state["state"]["data"]}
-    position: Small = host_state["streams"]["carried"][stream]
+    position: HostStateDict = host_state["streams"]["carried"][virtual_rank]
     return position
 
 
-def divide_state_anew(trainer: Any, modules: Sequence[Any], mesh: DeviceMesh) -> None:
-    """Make room for this rank's part of every sharded tensor of the state.
+def resize_sharded_state(trainer: Any, modules: Sequence[Any], mesh: DeviceMesh) -> None:
+    """Resize every sharded tensor of the state to this rank's new local part. The values are undefined afterwards.
 
     Args:
         trainer: set up.
-        modules: those of its model under `fully_shard`.
-        mesh: that of the strategy, which has become the new world's.
+        modules: the modules of its model under `fully_shard`.
+        mesh: the strategy's device mesh, already that of the new world.
 
     Raises:
-        LayoutMismatchError: a tensor cannot be divided over the ranks that there are.
+        LayoutMismatchError: a tensor cannot be sharded evenly over the current ranks.
     """
     for name, sizes, dim, ranks in uneven_parameters(modules):
         raise LayoutMismatchError(
-            f"rank {trainer.global_rank}: {name} is {sizes}, sharded along its dimension {dim}: {ranks} ranks cannot "
-            "divide that evenly, as fully_shard wants it. Allow only numbers of nodes that can (--nnodes MIN:MAX), or "
-            "shard along dimension 0"
+            f"rank {trainer.global_rank}: {name} is {sizes}, sharded along dimension {dim}, which does not divide "
+            f"evenly over {ranks} ranks, as fully_shard requires. Allow only node counts that divide it "
+            "(--nnodes MIN:MAX), or shard along dimension 0"
         )
     reshard(modules)
     divided = set(map(id, divide_anew(modules)))

@@ -14,7 +14,7 @@ from lightning_ckptless.trainer.recovery.restoration import Restoration, sum_ove
 from lightning_ckptless.trainer.reporting.checkpoint_files import CheckpointFiles
 from lightning_ckptless.trainer.reporting.report import Moved, RunReport
 from lightning_ckptless.trainer.session.member_set import MemberSet
-from lightning_ckptless.trainer.state.trust import small_state_of
+from lightning_ckptless.trainer.state.trust import host_state_of
 
 
 def fetch_version(
@@ -45,7 +45,7 @@ def fetch_version(
     if found.snapshot.world_size == members.world_size:
         fetched = fetch(found, arena, transport, members.nodes, need=layout.need)
         moved = sum_over_ranks(fetched, members)
-        restoration = Restoration(found, layout, fetched.bulks, small_state_of(members.rank, fetched, members))
+        restoration = Restoration(found, layout, fetched.bulks, host_state_of(members.rank, fetched, members))
     else:
         obstacle = obstacle_to_carrying(trainer)
         restoration, moved = take_over(found, layout, members, streams.width, batch, obstacle), Moved(0, {})

@@ -1,1 +1,1 @@
-"""The state of a trainer, captured and put back."""
+"""The state of a trainer: capture and restore."""

@@ -1,7 +1,7 @@
-"""Attributes of objects that have changed since they were first seen: captured, and put back on the same objects.
+"""Captures attributes that changed since their objects were first seen, and restores them on the same objects.
 
-What is looked at in full at every step is bounded: numbers, text, small containers and small arrays by their values,
-a tensor by the count of writes into it, everything else by its identity and length.
+The cost per step is bounded. Numbers, text, small containers and small arrays are compared by value, tensors by their
+write counter, everything else by identity and length.
 """
 
 from __future__ import annotations
@@ -21,52 +21,52 @@ from lightning_ckptless.internals.torch_internals import version_counter
 from lightning_ckptless.trainer.state.plain_values import is_same, measure
 
 Changed = dict[str, dict[str, dict[str, Any]]]
-"""By path of the object: values under `set`, names under `gone`."""
+"""By object path: changed values under `set`, names of deleted attributes under `gone`."""
 
 COMPARED_BYTES = 65_536
-"""Up to here a value is compared as a whole."""
+"""Largest value that is compared in full."""
 KEPT_BYTES = 8_000_000
-"""Up to here a tensor or an array is taken along when it has changed; of other values those that are compared."""
+"""Largest tensor or array that is captured when it changes. Other values are limited to `COMPARED_BYTES`."""
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _ABSENT = object()
 
 
 class Size(Enum):
-    """What can be done with a value."""
+    """Whether a value can be captured."""
 
-    FITS = "taken along"
-    LARGE = "plain, and too large to be taken along"
-    UNKNOWN = "no plain data"
+    FITS = "captured"
+    LARGE = "plain data, too large to capture"
+    UNKNOWN = "not plain data"
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What becomes of attributes that change.
+    """How changed attributes are handled.
 
     Args:
-        takes_plain: whether plain values are captured and put back.
-        puts_objects_back: whether an attribute that refers to another object is given back its first one.
-        names: kinds of values whose change is named as lost, where it is not captured.
+        captures_plain: whether plain values are captured and restored.
+        restores_objects: whether an attribute that now refers to a different object gets its original object back.
+        names: kinds of values whose changes are reported as lost when they are not captured.
     """
 
-    takes_plain: bool = True
-    puts_objects_back: bool = True
+    captures_plain: bool = True
+    restores_objects: bool = True
     names: frozenset[Size] = frozenset(Size)
 
 
 EVERYTHING = Policy()
-SETTINGS = Policy(puts_objects_back=False, names=frozenset())
-OBJECTS_LEFT_ALONE = Policy(puts_objects_back=False)
-NAMED_ONLY = Policy(takes_plain=False, puts_objects_back=False)
+SETTINGS = Policy(restores_objects=False, names=frozenset())
+OBJECTS_LEFT_ALONE = Policy(restores_objects=False)
+NAMED_ONLY = Policy(captures_plain=False, restores_objects=False)
 
 
 class Changes:
-    """Watches the attributes of some objects.
+    """Tracks changes to the attributes of a set of objects.
 
     Args:
-        owners: the objects by path. An object of another process that was built in the same way has the same path.
-        leave: names of attributes to leave alone, by path.
-        policy: what becomes of those that change.
+        owners: the objects by path. Equivalent objects in different processes have the same path.
+        leave: names of attributes to ignore, by path.
+        policy: how changed attributes are handled.
     """
 
     def __init__(
@@ -80,31 +80,31 @@ class Changes:
         self._owners = {path: _Owner(owner, frozenset(left.get(path, ())), policy) for path, owner in owners}
 
     def capture(self) -> Changed:
-        """What differs from the beginning, copied. Of what cannot be taken along see `lost`."""
+        """Return copies of everything that differs from the first observation. See `lost` for what is not captured."""
         return {path: changed for path, owner in self._owners.items() if (changed := owner.changed())}
 
     def apply(self, saved: Changed, *, only: str | None = None) -> None:
-        """Put the objects into the state that was captured, here or in another process.
+        """Restore the objects to a state captured here or in another process.
 
         Args:
-            saved: what `capture` returned.
-            only: path of the one object to do it with; None for all.
+            saved: the result of `capture`.
+            only: path of the only object to restore; None for all.
         """
         for path, owner in self._owners.items():
             if only in (None, path):
                 owner.put(saved.get(path, {}))
 
     def identities(self) -> set[int]:
-        """Identities of the objects that are watched."""
+        """Return the identities of the watched objects."""
         return {id(owner.watched) for owner in self._owners.values()}
 
     def lost(self) -> list[str]:
-        """Attributes whose change `capture` has met and could not take along, each once: `path.name`."""
+        """Return, once each, the attributes whose change `capture` saw but could not save, as `path.name`."""
         return [f"{path}.{name}" for path, owner in self._owners.items() for name in owner.lost()]
 
 
 class _Owner:
-    """One object, with what its attributes were at first. The object is referred to weakly: it may hold this one."""
+    """One object with the original values of its attributes. The reference is weak: the object may hold this one."""
 
     def __init__(self, owner: Any, leave: frozenset[str], policy: Policy) -> None:
         self._object = weakref.ref(owner)
@@ -118,7 +118,7 @@ class _Owner:
 
     @property
     def watched(self) -> Any:
-        """The object; None where it is gone."""
+        """The object; None if it no longer exists."""
         return self._object()
 
     @property
@@ -127,16 +127,16 @@ class _Owner:
         return None if owner is None else vars(owner)
 
     def changed(self) -> dict[str, Any]:
-        """What differs from the beginning."""
+        """Return what differs from the original attributes."""
         attributes, changed, gone = self._attributes, {}, []
         if attributes is None:
             return {}
         for name in self._differing(attributes):
             value = attributes.get(name, _ABSENT)
             size = Size.FITS if value is _ABSENT else _size(value)
-            if size is not Size.FITS or not self._policy.takes_plain:
+            if size is not Size.FITS or not self._policy.captures_plain:
                 if size in self._policy.names:
-                    # Named once; from here on it is not looked at.
+                    # Reported once, then ignored.
                     self._lost.append(name)
                     self._leave |= {name}
             elif value is _ABSENT:
@@ -148,12 +148,12 @@ class _Owner:
         return {"set": changed, "gone": dict.fromkeys(gone)}
 
     def lost(self) -> list[str]:
-        """Names whose change was met since the last call, and could not be taken along."""
+        """Return the names whose change could not be captured since the last call."""
         new, self._lost = self._lost, []
         return new
 
     def put(self, saved: dict[str, Any]) -> None:
-        """Make the object differ from the beginning by what was saved, and by nothing else."""
+        """Make the object differ from its original state by exactly what was saved."""
         values, gone = saved.get("set", {}), saved.get("gone", {})
         attributes = self._attributes
         if attributes is None:
@@ -161,7 +161,7 @@ class _Owner:
         for name in {*self._differing(attributes), *values, *gone}:
             if name in values:
                 _put(attributes, name, _copied(values[name]))
-            elif not self._policy.puts_objects_back and _size(attributes.get(name)) is Size.UNKNOWN:
+            elif not self._policy.restores_objects and _size(attributes.get(name)) is Size.UNKNOWN:
                 continue
             elif name in gone or name not in self._first:
                 attributes.pop(name, None)
@@ -169,26 +169,26 @@ class _Owner:
                 self._first[name].put_into(attributes, name)
 
     def _differing(self, attributes: dict[str, Any]) -> Iterator[str]:
-        """Names of the attributes that are not as they were at first."""
+        """Yield the names of attributes that differ from their original values."""
         if len(attributes) == len(self._values) and all(map(is_, attributes.values(), self._values)):
-            # The same objects, as nearly always.
+            # Fast path: almost always, every attribute still refers to the same object.
             for name in self._mutable:
-                if name not in self._leave and not self._first[name].is_still(attributes.get(name)):
+                if name not in self._leave and not self._first[name].is_unchanged(attributes.get(name)):
                     yield name
             return
         for name in {**self._first, **attributes}:
             if name in self._leave:
                 continue
             first, value = self._first.get(name), attributes.get(name, _ABSENT)
-            if first is None or value is _ABSENT or not first.is_still(value):
+            if first is None or value is _ABSENT or not first.is_unchanged(value):
                 yield name
 
 
 class _Value:
-    """A value as it was at first.
+    """The original value of an attribute.
 
     Attributes:
-        is_mutable: whether the same object may have another value later, and that can be seen.
+        is_mutable: whether the object can change in place in a way that is detectable.
     """
 
     def __init__(self, value: Any) -> None:
@@ -205,8 +205,8 @@ class _Value:
             self._mark = _mark(value)
         self.is_mutable = self._mark != 0
 
-    def is_still(self, value: Any) -> bool:
-        """Whether a value is what it was."""
+    def is_unchanged(self, value: Any) -> bool:
+        """Return whether a value equals the original."""
         if self._mark is not None:
             return value is self._object and _mark(value) == self._mark
         if self._copy is _ABSENT:
@@ -214,7 +214,7 @@ class _Value:
         return _equal(value, self._copy)
 
     def put_into(self, attributes: dict[str, Any], name: str) -> None:
-        """Make the attribute what it was."""
+        """Restore the attribute to its original value."""
         attributes[name] = self._object
         if self._copy is not _ABSENT:
             _put(attributes, name, _copied(self._copy))
@@ -233,7 +233,7 @@ def _is_large_array(value: Any) -> bool:
 
 
 def _mark(value: Any) -> Any:
-    """What changes with a value that is too large to be compared; of most objects nothing is known."""
+    """Return a fingerprint of a value too large to compare in full; 0 for objects without one."""
     if isinstance(value, torch.Tensor):
         return version_counter(value), value.shape
     if isinstance(value, np.ndarray):
@@ -246,7 +246,7 @@ def _copied(value: Any) -> Any:
         return value
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
-    # Not by `copy`: that refuses tensors with a graph.
+    # `copy` refuses tensors with an autograd graph.
     return unpack(pack(value))
 
 
@@ -256,15 +256,15 @@ def _equal(left: Any, right: Any) -> bool:
     if isinstance(left, np.ndarray):
         return bool(left.shape == right.shape and left.dtype == right.dtype and left.tobytes() == right.tobytes())
     try:
-        # Containers of numbers and text are compared a hundred times as fast so.
+        # About 100 times faster for containers of numbers and text.
         return bool(left == right)
     except (RuntimeError, ValueError, TypeError):
-        # There are tensors or arrays in it.
+        # It contains tensors or arrays.
         return is_same(left, right)
 
 
 def _put(attributes: dict[str, Any], name: str, value: Any) -> None:
-    """Set an attribute, in the object that is there where that can be: others may hold it too."""
+    """Set an attribute, in place where possible: other code may hold a reference to the current object."""
     there = attributes.get(name, _ABSENT)
     if isinstance(value, torch.Tensor) and isinstance(there, torch.Tensor):
         if there.shape == value.shape and there.dtype == value.dtype and not there.requires_grad:

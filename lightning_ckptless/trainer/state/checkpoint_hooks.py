@@ -1,10 +1,9 @@
-"""The program's own `on_save_checkpoint` hooks: called with each version where the user asks for it, otherwise never.
+"""The user's `on_save_checkpoint` hooks: called for each version if the user asks for it, otherwise never.
 
-Lightning calls these hooks when it writes a checkpoint file, and programs rely on that: they count their calls, delete
-entries, write files of their own. A version is no checkpoint file. State that is kept in plain attributes, in
-`state_dict` or in extra state needs no hook. For state that only these hooks know, `checkpoint_hooks="every_version"`
-takes the dictionary that Lightning itself would write, hooks included. Large tensors in it are already part of the
-version, so it refers to them by name.
+Lightning calls these hooks when it writes a checkpoint file, and scripts rely on that: hooks count calls, delete
+entries, write files. A version is not a checkpoint file. State in plain attributes, `state_dict` or extra state needs
+no hook. For state that only these hooks save, `checkpoint_hooks="every_version"` captures the dictionary that
+Lightning would write, hooks included. Large tensors in it are already part of the version and are stored by name.
 """
 
 from __future__ import annotations
@@ -33,44 +32,44 @@ SAVE, LOAD = "on_save_checkpoint", "on_load_checkpoint"
 
 
 class CheckpointHooks:
-    """The hooks of one trainer.
+    """The checkpoint hooks of one trainer.
 
     Args:
-        trainer: in `fit`, with its model.
-        callbacks: those that are part of the run.
-        every_version: whether the hooks are called with each version.
+        trainer: in `fit`, with its model attached.
+        callbacks: the callbacks that are part of the run.
+        every_version: whether the hooks are called for each version.
     """
 
     def __init__(self, trainer: Any, callbacks: Iterable[Any], *, every_version: bool) -> None:
         self._trainer = trainer
-        # In Lightning's order: the model loads before the callbacks do.
+        # Lightning's order: the model loads before the callbacks.
         owners = (trainer.lightning_module, *callbacks)
         self._savers = [owner for owner in owners if _own_hook(owner, SAVE) is not None]
         self._loaders = [owner for owner in owners if _own_hook(owner, LOAD) is not None]
         self._every_version = every_version and bool(self._savers)
 
     def warn_of_uncovered(self) -> None:
-        """Name, once per run, the objects that only a hook knows, and that no version holds."""
+        """Warn, once per run, about objects that only a hook saves and that are not part of any version."""
         if self._every_version or not self._trainer.is_global_zero:
             return
         for owner in self._savers:
             kind = type(owner).__name__
             for name, value in _uncovered(owner):
                 log.warning(
-                    "ckptless: %s.%s saves self.%s (%s), which is not part of the mirrored state: a process that "
-                    "replaces a lost one starts with it as the script makes it. Keep it in plain attributes or in "
+                    "ckptless: %s.%s saves self.%s (%s), which is not part of the mirrored state: a replacement "
+                    "process starts with the value that the script creates. Keep it in plain attributes or in "
                     "state_dict(), or set checkpoint_hooks='every_version'",
                     kind, SAVE, name, type(value).__name__,
                 )  # fmt: skip
 
     def capture(self, tensors: Mapping[str, Tensor]) -> Packed | None:
-        """The dictionary of a checkpoint file as of now, hooks included; None where it is not asked for.
+        """Return the current checkpoint dictionary, hooks included; None unless the user asked for it.
 
         Args:
-            tensors: the tensors that the version holds anyway, by name.
+            tensors: the tensors that are part of the version anyway, by name.
 
         Raises:
-            OptionsError: a hook put something into it that cannot be pickled.
+            OptionsError: a hook added something that cannot be pickled.
         """
         if not self._every_version:
             return None
@@ -86,11 +85,11 @@ class CheckpointHooks:
         return Packed(out.getvalue())
 
     def apply(self, saved: Packed | None, tensors: Mapping[str, Tensor]) -> None:
-        """Call the program's `on_load_checkpoint` hooks with the dictionary that was captured.
+        """Call the user's `on_load_checkpoint` hooks with the captured dictionary.
 
         Args:
-            saved: what `capture` returned.
-            tensors: the tensors of the version, by name; they are in place.
+            saved: the result of `capture`.
+            tensors: the tensors of the version by name, already restored.
         """
         if saved is None:
             return
@@ -103,7 +102,7 @@ class CheckpointHooks:
 
 
 def _own_hook(owner: Any, name: str) -> Callable[..., Any] | None:
-    """The hook of an object's class, where a program has written it."""
+    """Return the hook of an object's class if user code defines it, else None."""
     hook: Any = next((vars(base)[name] for base in type(owner).__mro__ if name in vars(base)), None)
     module = getattr(hook, "__module__", None) or ""
     is_ours = module.split(".")[0] == "lightning_ckptless"
@@ -113,7 +112,7 @@ def _own_hook(owner: Any, name: str) -> Callable[..., Any] | None:
 
 
 def _uncovered(owner: Any) -> Iterator[tuple[str, Any]]:
-    """Attributes that the owner's saving hook refers to and that no version holds, with their values."""
+    """Yield attributes (name and value) that the owner's save hook uses and that are not part of any version."""
     hook = _own_hook(owner, SAVE)
     if not isinstance(hook, FunctionType):
         return
@@ -133,7 +132,7 @@ class _ReferringPickler(SmallTensorPickler):
 
     Args:
         out: receives the pickle.
-        tensors: those that are known.
+        tensors: the known tensors by name.
     """
 
     def __init__(self, out: io.BytesIO, tensors: Mapping[str, Tensor]) -> None:

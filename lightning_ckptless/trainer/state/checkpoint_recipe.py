@@ -1,4 +1,4 @@
-"""What a Lightning checkpoint says beside the state of training: names, keys and hyper-parameters, read once."""
+"""The parts of a Lightning checkpoint that do not change in training: names, keys and hyper-parameters."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ log = logging.getLogger(__name__)
 
 _EXTRA_STATE = "_extra_state"
 _HEAVY_BYTES = 8_000_000
-_TOLD = set[str]()
-"""Hyper-parameters that were warned of: once per process is enough."""
+_WARNED = set[str]()
+"""Hyper-parameters already warned about in this process."""
 
 
 def recipe_of(trainer: Any, tensors: Mapping[str, Tensor], callbacks: list[Any]) -> Recipe:
-    """Read how a checkpoint of this trainer is put together.
+    """Describe how a checkpoint of this trainer is assembled.
 
     Args:
-        trainer: in `fit`, as it trains.
-        tensors: its large tensors by our names; of sharded ones the part that is here.
-        callbacks: those whose state a version holds, in that order.
+        trainer: in `fit`.
+        tensors: its large tensors by our names; for sharded tensors, the local part.
+        callbacks: the callbacks whose state is part of a version, in order.
     """
     model = trainer.lightning_module
     state = model.state_dict()
@@ -51,7 +51,7 @@ def recipe_of(trainer: Any, tensors: Mapping[str, Tensor], callbacks: list[Any])
         extra_state=extra,
         metric_state=metric,
         parameters=[_groups(trainer, index) for index in range(len(trainer.optimizers))],
-        # Whatever a stand-in of a test gives for a name: the key of a dictionary in a file is text.
+        # A test double may return a non-string: keys in a checkpoint file are text.
         callback_keys=[str(callback.state_key) for callback in callbacks],
         precision_key=type(trainer.precision_plugin).__qualname__,
         datamodule_key=None if trainer.datamodule is None else type(trainer.datamodule).__qualname__,
@@ -69,7 +69,7 @@ def _stem(key: str, end: str) -> str | None:
 
 
 def _groups(trainer: Any, index: int) -> list[list[str]]:
-    """Names of the parameters of each group, in the order in which a state dictionary numbers them."""
+    """Return the parameter names of each group, in the order in which a state dict numbers them."""
     names = {id(parameter): name for name, parameter in optimizer_parameters(trainer, index).items()}
     return [[names[id(parameter)] for parameter in group["params"]] for group in trainer.optimizers[index].param_groups]
 
@@ -82,7 +82,7 @@ def _averaged(callbacks: list[Any], tensors: Mapping[str, Tensor]) -> dict[str, 
 
 
 def _named(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Our name of each tensor of a `state_dict`, which holds the same memory under other objects."""
+    """Return our name for each tensor of a `state_dict`, matched by memory since its tensors are different objects."""
     names = {_place(tensor): name for name, tensor in tensors.items() if not name.startswith("optimizer/")}
     known = {}
     for key, value in state.items():
@@ -100,7 +100,7 @@ def _place(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], torch
 
 
 def _hyper_parameters(owner: Any) -> dict[str, Any]:
-    """As Lightning files them, without those that cannot be pickled or are large, as a model among them is."""
+    """Return the hyper-parameters as Lightning stores them, without unpicklable or large ones such as a model."""
     if owner is None or not owner.hparams:
         return {}
     found: dict[str, Any] = {}
@@ -116,12 +116,12 @@ def _fits(name: str, value: Any) -> bool:
     problem = ""
     try:
         if isinstance(value, nn.Module) and sum(p.nbytes for p in value.parameters()) > _HEAVY_BYTES:
-            problem = "it is a large module"
+            problem = f"it is a module larger than {_HEAVY_BYTES // 1_000_000} MB"
         elif len(pack(value)) > _HEAVY_BYTES:
             problem = f"it is larger than {_HEAVY_BYTES // 1_000_000} MB"
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         problem = str(error)
-    if problem and name not in _TOLD:
-        _TOLD.add(name)
+    if problem and name not in _WARNED:
+        _WARNED.add(name)
         log.warning("ckptless: the hyper-parameter %s is left out of exported checkpoints: %s", name, problem)
     return not problem

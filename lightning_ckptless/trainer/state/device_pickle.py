@@ -1,8 +1,8 @@
-"""Packing host state that is partly on a device, without a wait for the device in the training thread.
+"""Packs host state that is partly on a device without blocking the training thread on the device.
 
-A running mean, a counter of a metric or the last outputs of a model may lie on the device, behind all the work that is
-queued there. Their values are kept aside by copies on the device, everything else is packed at once, and the copies are
-fetched and put in where waiting holds up nobody: in the mirror's thread.
+A running mean, a metric's counter or the last outputs of a model may be device tensors, to be computed after all the
+work queued on the device. They are copied on the device, everything else is packed at once, and the mirror thread
+fetches the copies later, where waiting delays no training.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from lightning_ckptless.formats.pickles import Packed
 
 
 def pack_late(value: Any) -> Packed | Callable[[], Packed]:
-    """Pack plain data as it is now; `unpack` reads the result.
+    """Pack plain data as of now; `unpack` reads the result.
 
     Returns:
-        The bytes, or where some of the tensors are on a device what gives the bytes. It may be called in any thread.
+        The bytes, or a function that returns them if some tensors are on a device. It may be called in any thread.
     """
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return pack(value)
@@ -33,7 +33,7 @@ def pack_late(value: Any) -> Packed | Callable[[], Packed]:
         return Packed(out.getvalue())
     ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
     ready.record()
-    return _Late(Packed(out.getvalue()), pickler.aside, ready)
+    return _DeferredPack(Packed(out.getvalue()), pickler.aside, ready)
 
 
 class _DevicePickler(SmallTensorPickler):
@@ -48,13 +48,13 @@ class _DevicePickler(SmallTensorPickler):
         return len(self.aside) - 1
 
 
-class _Late:
-    """Packed but for what is on a device.
+class _DeferredPack:
+    """Host state that is packed except for its device tensors.
 
     Args:
-        body: pickled, with places in `aside` instead of the device's tensors.
-        aside: copies of those, on the device.
-        ready: marks the point in the device's work at which the copies are made.
+        body: the pickle, with indices into `aside` instead of device tensors.
+        aside: copies of those tensors, on the device.
+        ready: recorded after the copies in the device's queue.
     """
 
     def __init__(self, body: Packed, aside: list[torch.Tensor], ready: torch.cuda.Event) -> None:
@@ -63,7 +63,7 @@ class _Late:
         self._ready = ready
 
     def __call__(self) -> Packed:
-        """Wait for the copies, and pack the rest."""
+        """Wait for the copies and pack them with the rest."""
         stream = torch.cuda.Stream(self._aside[0].device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             stream.wait_event(self._ready)
@@ -73,7 +73,7 @@ class _Late:
 
 
 class _Bundle:
-    """Becomes, when it is unpacked, the value that was packed."""
+    """Unpacks as the original value."""
 
     def __init__(self, body: Packed, fetched: list[torch.Tensor], devices: list[str]) -> None:
         self._parts = body, fetched, devices
@@ -83,6 +83,6 @@ class _Bundle:
 
 
 def open_bundle(body: Packed, fetched: list[torch.Tensor], devices: list[str]) -> Any:
-    """The value of a bundle."""
+    """Return the value of a bundle."""
     tensors = list(map(on_device, fetched, devices))
-    return unpack(body, lambda place: tensors[place])
+    return unpack(body, lambda index: tensors[index])

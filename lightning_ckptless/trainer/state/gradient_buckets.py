@@ -1,8 +1,8 @@
-"""The buckets in which gradients are summed over the ranks: part of what makes a step exact.
+"""DDP's gradient buckets, which are part of what makes a step bit-identical.
 
-Data parallelism begins with one division of the parameters into buckets and changes to another one in its second
-step. Sums of three ranks or more round by the place of a gradient in its bucket, so a process that comes later has to
-begin with the buckets that the others had come to.
+DDP starts with one division of the parameters into buckets and changes to another in its second step. With three or
+more ranks, rounding in an all-reduce depends on a gradient's position in its bucket, so a replacement has to start with
+the buckets that the other ranks use.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_ckptless.internals.torch_internals import bucket_layout, set_bucket_layout, settle_buckets
 
 Buckets = list[list[int]] | None
-"""Places of the parameters by bucket; None where a model has none."""
+"""Parameter indices by bucket; None for a model without buckets."""
 
 
 _SUMMED: weakref.WeakKeyDictionary[DistributedDataParallel, frozenset[int]] = weakref.WeakKeyDictionary()
 
 
 def note_summed(model: Any) -> None:
-    """Remember which parameters want gradients as a model is wrapped: those of the others are never summed."""
+    """Remember which parameters require gradients when DDP wraps a model: it never reduces the others."""
     if isinstance(model, DistributedDataParallel):
         _SUMMED[model] = frozenset(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
 
 
 def summed_parameters(model: Any) -> frozenset[int] | None:
-    """Identities of the parameters whose gradients are summed over the ranks; None where that is not DDP's to say."""
+    """Return the identities of parameters whose gradients DDP reduces over the ranks; None without DDP."""
     if not isinstance(model, DistributedDataParallel):
         return None
     if model not in _SUMMED:
         parameters = list(model.module.parameters())
-        _SUMMED[model] = frozenset(id(parameters[place]) for bucket in bucket_layout(model) for place in bucket)
+        _SUMMED[model] = frozenset(id(parameters[index]) for bucket in bucket_layout(model) for index in bucket)
     return _SUMMED[model]
 
 
 class BucketWatch:
-    """The buckets of one model, looked up again only when they have changed."""
+    """Caches the buckets of one model until they change."""
 
     def __init__(self) -> None:
         self._seen: tuple[object, bool] | None = None
         self._layout: Buckets = None
 
     def settled(self, model: Any) -> Buckets:
-        """The buckets of the next step. All ranks ask together: the first one decides for all.
+        """Return the buckets of the next step. Collective: rank 0 decides for all.
 
         Args:
             model: as the strategy trains it.
@@ -59,13 +59,13 @@ class BucketWatch:
 
 
 def restore_buckets(model: Any, saved: Buckets) -> None:
-    """Have the next step use saved buckets.
+    """Make the next step use saved buckets.
 
     Args:
         model: as the strategy trains it.
-        saved: what `settled` returned; None changes nothing.
+        saved: the result of `settled`; None changes nothing.
     """
     if saved is not None and isinstance(model, DistributedDataParallel) and bucket_layout(model) != saved:
         set_bucket_layout(model, saved)
-        # The run may have wrapped its model once more, with other parameters thawed.
+        # The run may have wrapped its model again with a different set of trainable parameters.
         _SUMMED.pop(model, None)

@@ -1,7 +1,7 @@
-"""The host state: everything of a run that is not a large tensor, captured at a commit point and put back exactly.
+"""The host state: everything in a run that is not a large tensor, captured at a commit point and restored exactly.
 
-It is one dictionary of plain data per rank: loop counters, data position, generators, running metrics, schedulers,
-callbacks, scaler, hyper-parameters of the optimizers, and the plain attributes that users keep on their modules.
+It is one dictionary of plain data per rank: loop counters, data position, random number generators, running metrics,
+schedulers, callbacks, gradient scaler, optimizer hyper-parameters, and the plain attributes users keep on modules.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class HostState:
     Args:
         trainer: in `fit`, with its model attached and its data set up.
         options: the user's settings; None for the defaults.
-        surroundings: of the trainer, watched since the fit was set up; None to watch them from now on.
+        surroundings: the trainer's surroundings, watched since the fit was set up; None to watch them from now on.
     """
 
     def __init__(
@@ -69,16 +69,16 @@ class HostState:
         self.module = trainer.lightning_module
         named = list(self.module.named_modules())
         self._modules = [m for _, m in named]
-        # Those that inject faults or write traces are no part of the run: the next start may have others.
+        # Fault injectors and trace writers are not part of the run: the next start may have different ones.
         self._callbacks = [c for c in trainer.callbacks if not type(c).__module__.startswith("lightning_ckptless")]
-        beside = (
+        extra = (
             (f"{prefix}.{path}", m) for prefix, held in callback_modules(trainer) for path, m in held.named_modules()
         )
-        self._metrics = metrics_of([*named, *beside])
+        self._metrics = metrics_of([*named, *extra])
         self._groups = GroupNames(trainer)
         self._heavy_names: dict[int, frozenset[str]] = {}
         self._buckets = BucketWatch()
-        self._inner = ModuleAttributes(self.module)
+        self._submodules = ModuleAttributes(self.module)
         self._extra_state = {name: m for name, m in named if type(m).get_extra_state is not nn.Module.get_extra_state}
         distribution = module(distribution_of(trainer))
         self._module_baseline = frozenset(vars(distribution.LightningModule()))
@@ -90,18 +90,18 @@ class HostState:
 
     @property
     def callbacks(self) -> list[Any]:
-        """Those whose state is a part of it, in its order."""
+        """The callbacks whose state is part of the host state, in order."""
         return self._callbacks
 
     def _heavy(self, owner: Any) -> frozenset[str]:
-        """Attributes that are left out for their size, looked for once and named."""
+        """Return the names of attributes excluded for their size; searched for and logged once per owner."""
         if id(owner) not in self._heavy_names:
             names = heavy_attributes(owner, HEAVY_BYTES)
             self._heavy_names[id(owner)] = frozenset(names)
             for name in names:
                 log.warning(
-                    "ckptless: %s.%s is larger than %d MB and is not taken along with every step: if training changes "
-                    "it, put it into state_dict()", type(owner).__name__, name, HEAVY_BYTES // 1_000_000
+                    "ckptless: %s.%s is larger than %d MB and is not mirrored with every step: if training changes it, "
+                    "put it into state_dict()", type(owner).__name__, name, HEAVY_BYTES // 1_000_000
                 )  # fmt: skip
         return self._heavy_names[id(owner)]
 
@@ -110,11 +110,11 @@ class HostState:
     def capture(
         self, data: dict[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None
     ) -> dict[str, Any]:
-        """The state now. It refers to live objects: pack it before training goes on.
+        """Return the current state. It refers to live objects: pack it before training continues.
 
         Args:
-            data: where the training data is; None to find out.
-            tensors: those that the version holds anyway, by name: the rest may refer to them.
+            data: position of the training data; None to look it up.
+            tensors: the tensors that are part of the version anyway, by name, so that the rest may refer to them.
         """
         trainer = self.trainer
         return {
@@ -144,7 +144,7 @@ class HostState:
         }
 
     def _gradients(self) -> dict[str, Any] | None:
-        """Those of the last step, where another step is made of them; nearly never."""
+        """Return the last step's gradients in the rare case that another step uses them, else None."""
         if not steps_with_old_gradients(self._callbacks, self.trainer):
             return None
         return {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
@@ -154,7 +154,7 @@ class HostState:
             parameter.grad = saved[name].to(parameter.device) if name in saved else None
 
     def _buffers_are_due(self) -> bool | None:
-        """Whether DDP broadcasts buffers at the next forward: it does so once per process where its flag says no."""
+        """Return whether DDP syncs buffers in the next forward, which a new process does once; None without DDP."""
         model = self.trainer.strategy.model
         return model.require_forward_param_sync if isinstance(model, DistributedDataParallel) else None
 
@@ -168,7 +168,7 @@ class HostState:
             "plain": plain_attributes(self.module, leave=self._module_baseline | self._heavy(self.module)),
             "generators": owned_generators(self.module),
             "extra_state": {name: m.get_extra_state() for name, m in self._extra_state.items()},
-            "inner": self._inner.capture(),
+            "submodules": self._submodules.capture(),
             "hyperparameters": hyperparameters(self.module),
         }
 
@@ -180,7 +180,7 @@ class HostState:
     # ------------------------------------------------------------------ what dataloader hooks see
 
     def shown(self) -> dict[str, Any]:
-        """What the user's dataloader hooks may look at, beside the counters; it refers to live objects."""
+        """Return what the user's dataloader hooks may read besides the counters. It refers to live objects."""
         return {
             "module": plain_attributes(self.module, leave=self._module_baseline | self._heavy(self.module)),
             "datamodule": self._datamodule(),
@@ -188,7 +188,7 @@ class HostState:
         }
 
     def show(self, saved: dict[str, Any]) -> None:
-        """Put back what `shown` took, for the time of a hook."""
+        """Restore what `shown` returned, for the duration of a hook."""
         set_plain_attributes(self.module, saved["module"])
         self._apply_datamodule(saved["datamodule"])
         for callback, plain in zip(self._callbacks, saved["callbacks"], strict=True):
@@ -197,15 +197,15 @@ class HostState:
     # ------------------------------------------------------------------ apply
 
     def apply(self, saved: dict[str, Any], *, with_settings: bool = True) -> None:
-        """Put everything back but the data position and the generators, which come last.
+        """Restore everything except the data position and the global generators, which are restored last.
 
         Args:
-            saved: what `capture` returned.
-            with_settings: whether to put back settings of the trainer that hooks have changed; not before the hooks of
-                a starting fit, which may insist on the first ones.
+            saved: the result of `capture`.
+            with_settings: whether to restore trainer settings that hooks have changed. False before the start hooks of
+                a fit, which may require the original settings.
 
         Raises:
-            LayoutMismatchError: the relaunched script has other callbacks, optimizers or schedulers.
+            LayoutMismatchError: the relaunched script has different callbacks, optimizers or schedulers.
         """
         trainer = self.trainer
         self._check(saved)
@@ -242,7 +242,7 @@ class HostState:
         for name, state in saved["module"]["extra_state"].items():
             if not is_same(self._extra_state[name].get_extra_state(), state):
                 self._extra_state[name].set_extra_state(copy.deepcopy(state))
-        self._inner.apply(copy.deepcopy(saved["module"]["inner"]))
+        self._submodules.apply(copy.deepcopy(saved["module"]["submodules"]))
 
     def _apply_datamodule(self, saved: dict[str, Any] | None) -> None:
         if saved is None:
@@ -262,6 +262,6 @@ class HostState:
 def _require_same(kind: str, expected: list[str], found: list[str]) -> None:
     if expected != found:
         raise LayoutMismatchError(
-            f"the mirrored run has {kind} {', '.join(expected)}; the relaunched script made "
+            f"the mirrored run has {kind} {', '.join(expected)}; the relaunched script created "
             f"{', '.join(found)}: it must build the same trainer and model at every start"
         )

@@ -1,4 +1,4 @@
-"""Between a trainer's large tensors and the layout that cuts them into shards."""
+"""Connects a trainer's large tensors with the layout that divides them into shards."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from lightning_ckptless.trainer.state.tensors import (
 
 
 def describe_state(index: StateIndex, *, replicated: bool = True, still: Collection[str] = ()) -> tuple[Described, ...]:
-    """What this rank holds: the tensors that other ranks may hold too, then its own.
+    """Describe the tensors of this rank: first those that other ranks may hold too, then its private ones.
 
     Args:
-        index: where they are.
-        replicated: whether those that are neither sharded nor its own are known to be the same on all ranks; else
-            their values are compared.
-        still: names of those that seem to change seldom.
+        index: locates the tensors.
+        replicated: whether tensors that are neither sharded nor private are known to be equal on all ranks. If not,
+            their values are compared by digest.
+        still: names of the tensors that appear to be static.
     """
     tensors, private = index.tensors(), index.private
     shared = describe({name: t for name, t in tensors.items() if name not in private}, replicated=True)
@@ -41,17 +41,17 @@ def describe_state(index: StateIndex, *, replicated: bool = True, still: Collect
 
 
 def digest_of(tensor: Tensor) -> str:
-    """Digest of the values of a tensor."""
+    """Return a digest of a tensor's values."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return digest("xxh3", [bytes_of(flat.view(torch.uint8))])
 
 
 def make_room(trainer: Any, described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-    """Create the tensors of a version that a trainer makes only when it trains, and drop those that it has beyond.
+    """Create tensors of a version that the trainer creates only in training, and drop tensors not in the version.
 
     Args:
         trainer: its strategy is set up; it may not have made a step yet.
-        described: dtype and whole shape of every tensor of the version, by name.
+        described: dtype and global shape of every tensor of the version, by name.
     """
     StateIndex(trainer).keep_only(dict(described))
     make_room_for_buffers(trainer, dict(described))
@@ -73,19 +73,19 @@ def fill_trainer(
 
     Args:
         trainer: its strategy is set up.
-        layout: of the version.
+        layout: layout of the version.
         bulks: tensor part of each shard: uint8 of shape [bulk bytes].
         rank: this rank.
-        optimizers_hold: whether the state of the optimizers is that of the version already: it is left as it is, since
-            nothing but a step changes it. Parameters are always copied: a hook may write to them at any time, as
-            momentum encoders, averaged weights and clipped weights are kept.
-        index: where the trainer's tensors are, if it is known that they are those of the layout.
+        optimizers_hold: whether the optimizer state is already that of the version. It is then not copied, since only
+            a step changes it. Parameters are always copied: a hook may write to them at any time (momentum encoders,
+            weight averaging, weight clipping).
+        index: locates the trainer's tensors, if they are known to match the layout.
 
     Returns:
-        Where the trainer's tensors are.
+        The index of the trainer's tensors.
 
     Raises:
-        LayoutMismatchError: the script has built other tensors than those that were mirrored; names them.
+        LayoutMismatchError: the script built different tensors than those mirrored; names them.
     """
     if index is None:
         make_room(trainer, layout.known_to(rank))

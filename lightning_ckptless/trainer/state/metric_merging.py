@@ -1,8 +1,8 @@
-"""Running sums of ranks that are gone: logged values and metrics, which a rank that stays goes on with.
+"""Merges accumulated metrics and logged values of earlier ranks into those of the current ranks.
 
-What `self.log` has gathered in an epoch, and what metrics have, is a sum over the samples that a rank has seen. When
-another number of ranks goes on, each sum of a rank before is taken on by one rank now, and a rank that is new begins
-with none: what is reduced over the ranks at the end of the epoch is made of every sample once.
+What `self.log` and metrics accumulate in an epoch covers the samples that one rank has seen. When the world size
+changes, each earlier rank's accumulation is merged into exactly one current rank, and an added rank starts empty: the
+reduction over ranks at the end of the epoch counts every sample once.
 """
 
 from __future__ import annotations
@@ -18,21 +18,20 @@ from lightning_ckptless.internals.lightning.metrics import REDUCTIONS
 
 log = logging.getLogger(__name__)
 
-Small = dict[str, Any]
-"""The host state of a trainer, as `snapshot` captures it."""
-_NOTHING = {"max": float("-inf"), "min": float("inf")}
-"""What a logged value begins with, by its reduction; 0 for others."""
+HostStateDict = dict[str, Any]
+"""The host state of a trainer, as `HostState.capture` returns it."""
+_INITIAL = {"max": float("-inf"), "min": float("inf")}
+"""Initial logged value by reduction; 0 for the others."""
 _STAGES = ("training", "validation")
 
 
-def absorb(state: Small, other: Small, reductions: Mapping[str, Mapping[str, str | None]]) -> None:
-    """Add the sums of another rank to those in a host state.
+def merge(state: HostStateDict, other: HostStateDict, reductions: Mapping[str, Mapping[str, str | None]]) -> None:
+    """Merge another rank's logged values and metrics into a host state.
 
     Args:
-        state: is changed.
-        other: host state of the other rank, of the same version.
-        reductions: by metric and name of its state, how ranks are reduced: `sum`, `mean`, `max`, `min`, `cat`; None
-            where that is not known.
+        state: changed in place.
+        other: host state of the other rank, from the same version.
+        reductions: reduction over ranks by metric and state name: `sum`, `mean`, `max`, `min`, `cat`; None if unknown.
     """
     for stage in _STAGES:
         items = state["results"][stage]["items"]
@@ -40,23 +39,23 @@ def absorb(state: Small, other: Small, reductions: Mapping[str, Mapping[str, str
             if key not in items:
                 items[key] = copy.deepcopy(theirs)
             elif theirs["is_tensor"]:
-                _absorb_logged(items[key], theirs)
+                _merge_logged(items[key], theirs)
     for name, theirs in other["metrics"].items():
-        _absorb_metric(name, state["metrics"][name], theirs, reductions.get(name, {}))
+        _merge_metric(name, state["metrics"][name], theirs, reductions.get(name, {}))
 
 
-def forget(state: Small, defaults: Mapping[str, Mapping[str, Any]]) -> None:
-    """Begin with no sums: those in the host state are another rank's.
+def clear(state: HostStateDict, defaults: Mapping[str, Mapping[str, Any]]) -> None:
+    """Reset logged values and metrics in a host state that another rank captured.
 
-    That values are logged is not forgotten: where no step of the epoch is left, all ranks reduce them at its end.
+    The names of logged values stay: even if no step of the epoch is left, all ranks reduce them at its end.
 
     Args:
-        state: is changed.
-        defaults: by metric the values that its states begin with.
+        state: changed in place.
+        defaults: initial values of each metric's states.
     """
     for item in _logged(state):
         if item["is_tensor"]:
-            item["value"] = torch.full_like(item["value"], _NOTHING.get(item["reduce_fx"], 0))
+            item["value"] = torch.full_like(item["value"], _INITIAL.get(item["reduce_fx"], 0))
         if "cumulated_batch_size" in item:
             item["cumulated_batch_size"] = torch.zeros_like(item["cumulated_batch_size"])
         item["update_count"] = 0
@@ -65,18 +64,18 @@ def forget(state: Small, defaults: Mapping[str, Mapping[str, Any]]) -> None:
         saved["update_count"], saved["forward_cache"] = 0, None
 
 
-def reopen(state: Small) -> None:
-    """Have all be computed anew: what was computed is of other sums, and no rank may know what others still reduce."""
+def discard_computed(state: HostStateDict) -> None:
+    """Drop cached results: they predate the merge, and all ranks must agree on which values they still reduce."""
     for saved in (*_logged(state), *state["metrics"].values()):
         saved["computed"] = None
 
 
-def _logged(state: Small) -> list[dict[str, Any]]:
-    """All that `self.log` has gathered."""
+def _logged(state: HostStateDict) -> list[dict[str, Any]]:
+    """Return everything accumulated by `self.log`."""
     return [item for stage in _STAGES for item in state["results"][stage]["items"].values()]
 
 
-def _absorb_logged(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+def _merge_logged(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
     if theirs["has_reset"]:
         return
     if mine["has_reset"]:
@@ -91,7 +90,7 @@ def _absorb_logged(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
     mine["update_count"] += theirs["update_count"]
 
 
-def _absorb_metric(
+def _merge_metric(
     name: str, mine: dict[str, Any], theirs: dict[str, Any], reductions: Mapping[str, str | None]
 ) -> None:
     if not theirs["update_count"]:
@@ -103,7 +102,7 @@ def _absorb_metric(
         reduce = REDUCTIONS.get(reductions.get(key) or "")
         if reduce is None:
             log.warning(
-                "ckptless: %s.%s cannot be added up over ranks: what a lost rank has of this epoch is left out",
+                "ckptless: %s.%s has no known reduction over ranks: a lost rank's part of this epoch is dropped",
                 name, key,
             )  # fmt: skip
             continue

@@ -1,7 +1,7 @@
-"""What the modules inside the model keep as attributes, and which parameters are trained.
+"""Attributes of the model's submodules, and which parameters are trainable.
 
-A counter in a layer, a dropout rate that is raised step by step, a hidden state that is carried on, a backbone that is
-thawed after some epochs: none of them is in a `state_dict`.
+A counter in a layer, a scheduled dropout rate, a hidden state kept between steps, a backbone that is unfrozen after
+some epochs: none of them is in a `state_dict`.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class ModuleAttributes:
-    """Reads and puts back the plain attributes of all modules below one.
+    """Captures and restores the plain attributes of all submodules.
 
-    Of torch's own classes these are numbers and switches: there are many such modules, and they keep nothing else that
-    changes. Tensors are taken only where they were replaced or written to: large tables would travel with every step.
+    For torch's own classes these are numbers and booleans only: there are many such modules, and nothing else in them
+    changes. Tensors are captured only if they were replaced or written to, so that large tables are not mirrored with
+    every step.
 
     Args:
-        root: the model; its own attributes are not looked at, nor are metrics.
+        root: the model. Its own attributes and metrics are captured elsewhere.
     """
 
     def __init__(self, root: nn.Module) -> None:
-        inner = [(name, m) for name, m in root.named_modules() if m is not root and not isinstance(m, Metric)]
-        self._of_torch = [(name, vars(m), _numbers(m)) for name, m in inner if _is_of_torch(m)]
-        self._of_others = {name: m for name, m in inner if not _is_of_torch(m)}
+        submodules = [(name, m) for name, m in root.named_modules() if m is not root and not isinstance(m, Metric)]
+        self._of_torch = [(name, vars(m), _numbers(m)) for name, m in submodules if _is_of_torch(m)]
+        self._of_others = {name: m for name, m in submodules if not _is_of_torch(m)}
         self._with_generators = {name: m for name, m in self._of_others.items() if owned_generators(m)}
         self._parameters = list(root.parameters())
         self._tensors = {name: _tensors(m) for name, m in self._of_others.items()}
 
     def capture(self) -> dict[str, Any]:
-        """The attributes now. They refer to live objects: pack them before training goes on."""
+        """Return the current attributes. They refer to live objects: pack them before training continues."""
         numbers = {name: [attributes[key] for key in keys] for name, attributes, keys in self._of_torch if keys}
         return {
             "numbers": numbers,
@@ -52,7 +53,7 @@ class ModuleAttributes:
         return {key: value for key, value in taken.items() if not _is_same(value, first.get(key))}
 
     def apply(self, saved: dict[str, Any]) -> None:
-        """Put the attributes back into a model that was built in the same way."""
+        """Restore the attributes in a model that was built in the same way."""
         for name, attributes, keys in self._of_torch:
             attributes.update(zip(keys, saved["numbers"].get(name, ()), strict=False))
         for name, plain in saved["plain"].items():
@@ -64,7 +65,7 @@ class ModuleAttributes:
 
 
 def _is_of_torch(module: nn.Module) -> bool:
-    # All its bases: torch makes classes of its own out of those of modules that are sharded.
+    # Check all bases: fully_shard derives torch classes from the classes of sharded modules.
     return all(base.__module__.startswith("torch.") for base in type(module).__mro__[:-1])
 
 

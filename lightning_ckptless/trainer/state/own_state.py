@@ -1,8 +1,8 @@
-"""The state of one callback or datamodule: what its `state_dict` says, its plain attributes, its generators, its clock.
+"""The state of one callback or datamodule: its `state_dict`, plain attributes, generators and clocks.
 
-Attributes are put back first. `load_state_dict` is called only where `state_dict` then still differs from what was
-saved, and attributes are put back once more after it: many a `load_state_dict` assumes a fresh object, and adds an
-offset to a clock that runs, takes entries out of the dictionary, or sets a flag for the start of the next fit.
+Attributes are restored first. `load_state_dict` is called only if `state_dict` then still differs from the saved one,
+and attributes are restored again after it: many implementations assume a fresh object. They add an offset to a running
+clock, remove entries from the dictionary, or set a flag for the start of the next fit.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from lightning_ckptless.trainer.state.rng import owned_generators, set_owned_gen
 
 _SMALL_BYTES = 65_536
 _OF_THE_PROCESS = {"ProgressBar": (), "Timer": ("_offset",), "DeviceStatsMonitor": ()}
-"""Callbacks whose attributes belong to the process, and the attributes that are state nevertheless."""
+"""Callbacks whose attributes belong to the process, with the attributes that are state nevertheless."""
 
 
 def own_state(owner: Any, leave: Collection[str], *, calls_state_dict: bool = True) -> dict[str, Any]:
-    """The state of a callback or datamodule now. It refers to live objects: pack it before training continues.
+    """Return the current state of a callback or datamodule. It refers to live objects: pack it before continuing.
 
     Args:
         owner: the callback or datamodule.
-        leave: names of attributes that are not part of it.
-        calls_state_dict: whether what its `state_dict()` says is part of it.
+        leave: names of attributes to exclude.
+        calls_state_dict: whether to include its `state_dict()`.
     """
     kept = _attributes_of_the_process(owner)
     attributes = vars(owner)
@@ -45,21 +45,21 @@ def own_state(owner: Any, leave: Collection[str], *, calls_state_dict: bool = Tr
 
 
 def set_own_state(owner: Any, saved: dict[str, Any], leave: Collection[str]) -> None:
-    """Put back what `own_state` returned, in a process that was there or in a new one.
+    """Restore what `own_state` returned, in a survivor or in a new process.
 
     Args:
         owner: the callback or datamodule.
         saved: its state.
-        leave: names of attributes that are not part of it.
+        leave: names of attributes to exclude.
     """
     _set_attributes(owner, saved, leave)
-    if saved["state"] and not _is_told_by_attributes(owner) and not is_same(owner.state_dict(), saved["state"]):
+    if saved["state"] and not _attributes_suffice(owner) and not is_same(owner.state_dict(), saved["state"]):
         owner.load_state_dict(copy.deepcopy(saved["state"]))
         _set_attributes(owner, saved, leave)
 
 
 def hyperparameters(owner: Any) -> dict[str, Any]:
-    """What `save_hyperparameters()` keeps, as far as it is small plain data: a search may have changed it."""
+    """Return the small plain values kept by `save_hyperparameters()`, which a tuner may have changed."""
     held = vars(owner).get("_hparams")
     if not isinstance(held, dict):
         return {}
@@ -67,7 +67,7 @@ def hyperparameters(owner: Any) -> dict[str, Any]:
 
 
 def set_hyperparameters(owner: Any, saved: dict[str, Any]) -> None:
-    """Put back what `hyperparameters` returned."""
+    """Restore what `hyperparameters` returned."""
     if saved:
         vars(owner)["_hparams"].update(saved)
 
@@ -75,7 +75,7 @@ def set_hyperparameters(owner: Any, saved: dict[str, Any]) -> None:
 def _set_attributes(owner: Any, saved: dict[str, Any], leave: Collection[str]) -> None:
     if saved["names"] is not None:
         for name in set(plain_attributes(owner, leave=leave)) - {*saved["names"], *readings_of(owner)}:
-            # Made since that version.
+            # Created after that version.
             del vars(owner)[name]
     set_plain_attributes(owner, copy.deepcopy(saved["plain"]))
     set_owned_generators(owner, saved["generators"])
@@ -90,13 +90,13 @@ def _attributes_of_the_process(owner: Any) -> tuple[str, ...] | None:
 def _state_of(owner: Any) -> dict[str, Any]:
     state = owner.state_dict()
     if not isinstance(state, dict):
-        # A stand-in that answers to every name says nothing about itself.
+        # A mock returns a non-dict from any method.
         return {}
     if averages_weights(owner):
         return {key: value for key, value in state.items() if key != AVERAGE_STATE}
     return state
 
 
-def _is_told_by_attributes(owner: Any) -> bool:
-    """Whether nothing is left to load: `state_dict` of a Timer says something else at every call."""
+def _attributes_suffice(owner: Any) -> bool:
+    """Return whether there is nothing left to load: a Timer's `state_dict` differs at every call."""
     return is_a(owner, "callbacks", "Timer") or averages_weights(owner)

@@ -1,8 +1,8 @@
-"""The structure of optimizers: which parameters lie in which group, by name, as hooks may change it in training.
+"""The structure of optimizers: which parameter is in which group, by name, as hooks may change it in training.
 
-A backbone that is thawed gets a parameter group of its own. A new process makes the groups that `configure_optimizers`
-made, so a version holds the names in each group, and restoring it puts the parameters into the groups they were in:
-groups made since vanish, those that a process lacks are made.
+An unfrozen backbone, for example, gets its own parameter group. A new process starts with the groups that
+`configure_optimizers` creates. So a version contains the parameter names of each group. Restoring it moves parameters
+into their groups, removes groups created since, and creates missing ones.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from lightning_ckptless.trainer.state.tensors import optimizer_parameters
 
 _MOST_SHOWN = 5
 Names = list[list[str]]
-"""Of the parameters in each group of one optimizer."""
+"""Parameter names of each group of one optimizer."""
 
 
 class GroupNames:
-    """The names in the groups of a trainer's optimizers, looked up again only where groups have changed."""
+    """Caches the parameter names in the groups of a trainer's optimizers until the groups change."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -30,10 +30,10 @@ class GroupNames:
         self._first: list[set[str]] | None = None
 
     def now(self) -> list[Names]:
-        """The names in each group of each optimizer.
+        """Return the current names in each group of each optimizer.
 
         Raises:
-            OptionsError: a hook has changed the optimizers into what a new process could not make.
+            OptionsError: a hook changed the optimizers so that a new process could not recreate them.
         """
         seen = [
             (id(optimizer), [(len(params), id(params[0]) if params else 0) for params in _groups(optimizer)])
@@ -49,9 +49,9 @@ class GroupNames:
         if (kinds := _kinds(self._trainer)) != self._kinds:
             raise OptionsError(
                 f"rank {self._trainer.global_rank}: the optimizers were {', '.join(self._kinds)} when training began "
-                f"and are {', '.join(kinds)} at step {self._trainer.global_step}: a new process makes those of "
-                "configure_optimizers(), and could not continue with others. Return all of them from the beginning, or "
-                "change the groups of one"
+                f"and are {', '.join(kinds)} at step {self._trainer.global_step}: a new process creates those of "
+                "configure_optimizers() and cannot continue with different ones. Return all of them from the start, or "
+                "change the groups of an existing optimizer"
             )
 
     def _require_names(self) -> None:
@@ -61,13 +61,13 @@ class GroupNames:
             if new := sorted(found - first):
                 raise OptionsError(
                     f"rank {self._trainer.global_rank}: optimizer {index} was given parameters at step "
-                    f"{self._trainer.global_step} that the model does not hold ({', '.join(new)}: group and place), "
-                    "which a new process could not make. Make them attributes of the LightningModule"
+                    f"{self._trainer.global_step} that are not in the model ({', '.join(new)}: group and index), so a "
+                    "new process could not create them. Make them attributes of the LightningModule"
                 )
 
 
 def names_in_groups(trainer: Any) -> list[Names]:
-    """The names of the parameters in each group of each optimizer."""
+    """Return the parameter names in each group of each optimizer."""
     found = []
     for index, optimizer in enumerate(trainer.optimizers):
         names = {id(parameter): name for name, parameter in optimizer_parameters(trainer, index).items()}
@@ -76,14 +76,14 @@ def names_in_groups(trainer: Any) -> list[Names]:
 
 
 def require_same_groups(expected: list[Names], found: list[Names]) -> None:
-    """Compare the groups that a script made at its start with those that it made when the run began.
+    """Require that a script starts with the same parameter groups as when the run began.
 
     Args:
-        expected: when the run began.
-        found: in this process.
+        expected: the groups when the run began.
+        found: the groups in this process.
 
     Raises:
-        LayoutMismatchError: they differ; names the first parameters that do.
+        LayoutMismatchError: they differ; names the first differing parameters.
     """
     for index in range(max(len(expected), len(found))):
         before, now = (set(_placed(names[index])) if index < len(names) else set() for names in (expected, found))
@@ -91,8 +91,8 @@ def require_same_groups(expected: list[Names], found: list[Names]) -> None:
             changed = sorted(before ^ now)
             more = f" and {len(changed) - _MOST_SHOWN} more" if len(changed) > _MOST_SHOWN else ""
             raise LayoutMismatchError(
-                f"the mirrored run began with {len(expected)} optimizers, and the relaunched script made {len(found)}; "
-                f"optimizer/{index} has other parameters in its groups: {', '.join(changed[:_MOST_SHOWN])}{more}. "
+                f"the mirrored run began with {len(expected)} optimizers, the relaunched script created {len(found)}; "
+                f"optimizer/{index} has different parameters in its groups: {', '.join(changed[:_MOST_SHOWN])}{more}. "
                 "configure_optimizers() must return the same at every start"
             )
 
@@ -102,11 +102,11 @@ def _placed(groups: Names) -> list[str]:
 
 
 def restore_groups(trainer: Any, saved: list[Names]) -> None:
-    """Put parameters into the groups that they were in; what a group has beside them is put back later.
+    """Move parameters into their saved groups. The other values of a group are restored later.
 
     Args:
         trainer: its optimizers are set up.
-        saved: what `names_in_groups` returned.
+        saved: the result of `names_in_groups`.
     """
     found = names_in_groups(trainer)
     if found == saved:
@@ -119,11 +119,11 @@ def restore_groups(trainer: Any, saved: list[Names]) -> None:
                 optimizer.param_groups.append({**optimizer.defaults, "params": []})
             optimizer.param_groups[number]["params"][:] = [parameters[name] for name in names if name in parameters]
         del optimizer.param_groups[len(groups) :]
-        _forget_others(optimizer)
+        _drop_other_state(optimizer)
 
 
-def _forget_others(optimizer: Any) -> None:
-    """Drop the state of parameters that are in no group."""
+def _drop_other_state(optimizer: Any) -> None:
+    """Delete the optimizer state of parameters that are in no group."""
     kept = {id(parameter) for params in _groups(optimizer) for parameter in params}
     for parameter in [key for key in optimizer.state if isinstance(key, Tensor) and id(key) not in kept]:
         del optimizer.state[parameter]

@@ -1,8 +1,8 @@
-"""Plain data: attributes that users keep on their modules and callbacks.
+"""Plain values: attributes that users keep on their modules and callbacks.
 
-A counter in a `LightningModule`, a list of validation outputs, the best score of a callback: none of them is in a
-`state_dict`, all of them decide how training goes on. What consists of plain values is taken along; what is not (open
-files, threads, other modules) is left alone.
+A counter in a `LightningModule`, a list of validation outputs, a callback's best score: none of them is in a
+`state_dict`, and all of them affect how training continues. Plain values are captured; other objects (open files,
+threads, modules) are not.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ MAX_DEPTH = 6
 
 
 def is_plain(value: Any, depth: int = 0) -> bool:
-    """Whether a value consists of numbers, strings, arrays, tensors and containers of these."""
+    """Return whether a value consists of numbers, strings, arrays, tensors and containers of these."""
     if type(value) in _COMMON:
         return True
     if isinstance(value, torch.Tensor):
         return _is_plain_tensor(value)
     if isinstance(value, np.ndarray):
-        # What is mapped from a file is data to read, not state.
+        # A memory-mapped file is input data, not state.
         return not value.dtype.hasobject and not isinstance(value, np.memmap)
     if isinstance(value, _ATOMS):
         return True
@@ -51,16 +51,16 @@ def is_plain(value: Any, depth: int = 0) -> bool:
 
 
 def _is_plain_tensor(value: torch.Tensor) -> bool:
-    # A leaf that wants gradients is a parameter, whatever its class: an optimizer may hold this very object.
+    # A leaf that requires gradients is a parameter whatever its class: an optimizer may hold this object.
     return value.layout is torch.strided and not (value.is_leaf and value.requires_grad)
 
 
 def plain_attributes(owner: object, *, leave: Collection[str] = ()) -> dict[str, Any]:
-    """The attributes of an object that are plain data.
+    """Return the attributes of an object that are plain values.
 
     Args:
         owner: a module, callback, datamodule or sampler.
-        leave: names that are not to be taken.
+        leave: names to exclude.
     """
     return {
         name: value for name, value in getattr(owner, "__dict__", {}).items() if name not in leave and is_plain(value)
@@ -68,7 +68,7 @@ def plain_attributes(owner: object, *, leave: Collection[str] = ()) -> dict[str,
 
 
 def heavy_attributes(owner: object, limit_bytes: int) -> tuple[str, ...]:
-    """Names of plain attributes that are too large to travel with every step, e.g. a dataset held in memory."""
+    """Return names of plain attributes too large to mirror with every step, e.g. an in-memory dataset."""
     return tuple(
         name
         for name, value in getattr(owner, "__dict__", {}).items()
@@ -77,12 +77,12 @@ def heavy_attributes(owner: object, limit_bytes: int) -> tuple[str, ...]:
 
 
 def measure(value: Any, limit_bytes: int, depth: int = 0) -> int | None:
-    """Roughly the bytes of a plain value; None for one that is not plain.
+    """Return the approximate size of a plain value in bytes; None if it is not plain.
 
     Args:
         value: the value.
-        limit_bytes: where to stop counting: what lies beyond is not looked at.
-        depth: of the containers around it.
+        limit_bytes: stop counting beyond this size, without looking at the rest.
+        depth: number of containers around the value.
     """
     if isinstance(value, str | bytes):
         return len(value)
@@ -94,8 +94,8 @@ def measure(value: Any, limit_bytes: int, depth: int = 0) -> int | None:
         return None
     total = 0
     for item in value:
-        inner = (item, value[item]) if _is_mapping(value) else (item,)
-        for part in inner:
+        parts = (item, value[item]) if _is_mapping(value) else (item,)
+        for part in parts:
             if (size := measure(part, limit_bytes - total, depth + 1)) is None:
                 return None
             total += 8 + size
@@ -109,13 +109,13 @@ def _is_mapping(value: Any) -> bool:
 
 
 def set_plain_attributes(owner: object, saved: dict[str, Any]) -> None:
-    """Put attributes back as they were saved."""
+    """Restore saved attributes."""
     if saved:
         vars(owner).update(saved)
 
 
 def is_same(left: Any, right: Any) -> bool:
-    """Whether two values of host state are equal in type and value, bit for bit."""
+    """Return whether two host state values are equal in type and bit for bit in value."""
     if left is right:
         return True
     if type(left) is not type(right):

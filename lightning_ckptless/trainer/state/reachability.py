@@ -1,4 +1,4 @@
-"""The objects that can be reached from one: by attributes, through small containers, without looking into data."""
+"""Finds the objects reachable from one object through attributes and small containers, without looking into data."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lightning_ckptless.internals.lightning.distribution import is_part_of_a_run
 
 MOST_OBJECTS = 128
 MOST_ITEMS = 64
-"""Of a container that is looked through; a longer one is data."""
+"""Largest container that is searched; a longer one is treated as data."""
 _DATA = frozenset({"numpy", "pandas", "pyarrow", "polars", "PIL", "h5py", "zarr", "scipy"})
 _SEEN_OF_TORCH = ("torch.utils.data", "torch.nn", "torchdata")
 
 
 def reach(root: Any, path: str, enters: Callable[[Any], bool] = lambda _: True) -> Iterator[tuple[str, Any]]:
-    """An object, and those that it holds by attributes, nearest first, with their paths.
+    """Yield an object and the objects reachable through its attributes, with their paths, nearest first.
 
-    Tensors, arrays, tables, functions, what belongs to Python, and parts of a run of Lightning are left out.
+    Tensors, arrays, tables, functions, standard library objects and parts of a Lightning run are skipped.
 
     Args:
         root: the object.
-        path: what it is called.
-        enters: whether to look at an object and what it holds.
+        path: its name.
+        enters: whether to visit an object and what it holds.
     """
     waiting, seen = deque([(path, root)]), {id(root)}
     left = MOST_OBJECTS
@@ -37,14 +37,14 @@ def reach(root: Any, path: str, enters: Callable[[Any], bool] = lambda _: True) 
         if has_attributes(found):
             yield at, found
             left -= 1
-        for name, inner in _inside(found):
-            if id(inner) not in seen and enters(inner):
-                seen.add(id(inner))
-                waiting.append((f"{at}.{name}" if name[0] != "[" else f"{at}{name}", inner))
+        for name, held in _held_by(found):
+            if id(held) not in seen and enters(held):
+                seen.add(id(held))
+                waiting.append((f"{at}.{name}" if name[0] != "[" else f"{at}{name}", held))
 
 
 def has_attributes(value: Any) -> bool:
-    """Whether an object keeps attributes that may be state."""
+    """Return whether an object has attributes that may be state."""
     if isinstance(value, torch.Tensor | torch.Generator | type | types.FunctionType | types.ModuleType):
         return False
     cls: Any = type(value)
@@ -57,7 +57,7 @@ def has_attributes(value: Any) -> bool:
     return top == "__main__" or (top not in _DATA and top not in sys.stdlib_module_names)
 
 
-def _inside(value: Any) -> Iterator[tuple[str, Any]]:
+def _held_by(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, functools.partial):
         yield from (("func", value.func), *((f"[{i}]", item) for i, item in enumerate(value.args)))
         yield from ((f"[{key!r}]", item) for key, item in value.keywords.items())

@@ -1,4 +1,4 @@
-"""The random number generators of a process: python, numpy, torch and the device, and those that objects own."""
+"""Random number generators of a process: Python, NumPy, torch, the device, and those that objects own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_ATTRIBUTES = 256
 
 
 class RngState(NamedTuple):
-    """The state of all global generators of one process."""
+    """State of all global generators of one process."""
 
     python: tuple[Any, ...]
     numpy: tuple[Any, ...]
@@ -21,7 +21,7 @@ class RngState(NamedTuple):
 
 
 def capture_rng() -> RngState:
-    """The global generators as they are now."""
+    """Return the current state of the global generators."""
     cuda = None
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         cuda = torch.cuda.get_rng_state().numpy().tobytes()
@@ -30,7 +30,7 @@ def capture_rng() -> RngState:
 
 
 def apply_rng(state: RngState) -> None:
-    """Put the global generators back."""
+    """Restore the global generators."""
     random.setstate(state.python)
     np.random.set_state(state.numpy)
     torch.set_rng_state(_tensor(state.torch))
@@ -43,7 +43,7 @@ def _tensor(data: bytes) -> torch.Tensor:
 
 
 def owned_generators(owner: object) -> dict[str, Any]:
-    """State of the generators that an object holds as attributes: `random.Random`, numpy's and torch's."""
+    """Return the state of the `random.Random`, NumPy and torch generators that an object holds as attributes."""
     states: dict[str, Any] = {}
     attributes = getattr(owner, "__dict__", {})
     for name, value in list(attributes.items())[:MAX_ATTRIBUTES]:
@@ -59,11 +59,11 @@ def owned_generators(owner: object) -> dict[str, Any]:
 
 
 def set_owned_generators(owner: object, states: dict[str, Any]) -> None:
-    """Put an object's generators back, in place where it has them: others may share them."""
+    """Restore an object's generators, in place where they exist: other objects may share them."""
     for name, state in states.items():
         generator = getattr(owner, name, None)
         if not isinstance(generator, _GENERATORS):
-            # Made by the owner on first use, which is behind us.
+            # The owner creates it on first use, which the saved state is past.
             generator = _made_for(state)
             setattr(owner, name, generator)
         _set_state(generator, state)

@@ -1,7 +1,7 @@
-"""Learning rate schedulers, those included that a hook has put in place of others in training.
+"""Learning rate schedulers, including those that a hook adds or replaces in training.
 
-A scheduler that was there when training began is in every process, and takes its state. One that came later is part of
-the version as a whole, with a reference to its optimizer by number, so that a new process can make it.
+A scheduler that existed when training began exists in every process, and only its state is captured. A later one is
+pickled as a whole, with its optimizer referenced by index, so that a new process can create it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Schedulers:
     """The schedulers of one trainer.
 
     Args:
-        trainer: as its training begins.
+        trainer: at the start of training.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -35,14 +35,14 @@ class Schedulers:
 
     @property
     def first(self) -> list[str]:
-        """Class names of those that were there when training began."""
+        """Class names of the schedulers that existed when training began."""
         return [type(config.scheduler).__name__ for config in self._first]
 
     def capture(self) -> list[dict[str, Any]]:
-        """The state of each, and of those that came later what they are made of.
+        """Return the state of each scheduler, with the pickled object for those added later.
 
         Raises:
-            OptionsError: one came later, and cannot be made by a new process.
+            OptionsError: one was added later and cannot be recreated in a new process.
         """
         return [
             {
@@ -55,7 +55,7 @@ class Schedulers:
         ]
 
     def apply(self, saved: list[dict[str, Any]]) -> None:
-        """Have the schedulers that were captured, with their state; the trainer has begun with the same ones."""
+        """Restore the captured schedulers and their state; the trainer must have started with the same ones."""
         live = list(self._trainer.lr_scheduler_configs)
         configs = [self._config(place, state, live[place : place + 1]) for place, state in enumerate(saved)]
         self._trainer.lr_scheduler_configs[:] = configs
@@ -81,9 +81,9 @@ class Schedulers:
                 _Parts(out, self._trainer.optimizers).dump(scheduler)
             except (pickle.PicklingError, AttributeError, TypeError) as error:
                 raise OptionsError(
-                    f"rank {self._trainer.global_rank}: {type(scheduler).__name__} became a scheduler at step "
-                    f"{self._trainer.global_step}, and a new process could not make it ({error}): return it from "
-                    "configure_optimizers(), or give it functions that are defined at the top of a module"
+                    f"rank {self._trainer.global_rank}: the scheduler {type(scheduler).__name__}, added at step "
+                    f"{self._trainer.global_step}, cannot be recreated in a new process ({error}): return it from "
+                    "configure_optimizers(), or use functions defined at module level"
                 ) from error
             known = self._built[id(scheduler)] = scheduler, Packed(out.getvalue())
         return known[1]
@@ -94,17 +94,17 @@ def _config_class(trainer: Any) -> Any:
 
 
 class _Parts(SmallTensorPickler):
-    """Pickles a scheduler with the numbers of its optimizers in their place."""
+    """Pickles a scheduler with its optimizers replaced by their indices."""
 
     def __init__(self, out: io.BytesIO, optimizers: list[Any]) -> None:
         super().__init__(out, protocol=pickle.HIGHEST_PROTOCOL)
         self._optimizers = optimizers
 
     def persistent_id(self, value: Any) -> int | None:
-        """The number of an optimizer."""
+        """Return the index of an optimizer; None for other objects."""
         if not isinstance(value, torch.optim.Optimizer):
             return None
         for number, optimizer in enumerate(self._optimizers):
             if value is optimizer:
                 return number
-        raise pickle.PicklingError("it has an optimizer that the trainer has not")
+        raise pickle.PicklingError("its optimizer is not one of the trainer's")

@@ -1,7 +1,7 @@
-"""Sharded models as the state sees them: every parameter in the part that this rank keeps.
+"""Sharded models: keeps every parameter in its sharded form when state is read or written.
 
-A module under `fully_shard` puts its whole parameters in place of the sharded ones while it computes, and the outermost
-one leaves them there after a validation. What is mirrored and restored are the sharded ones: they are the state.
+A module under `fully_shard` replaces its sharded parameters with unsharded ones while it computes, and the root module
+leaves them in place after validation. The sharded parameters are the state that is mirrored and restored.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch import nn
 
 
 def sharded_modules(model: nn.Module) -> tuple[Any, ...]:
-    """The modules of a model that shard their parameters by themselves."""
+    """Return the modules of a model that are under `fully_shard`."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
-        # Who has not imported it has not used it, and importing it takes long.
+        # If it was never imported it is not in use, and importing it is slow.
         return ()
     return tuple(module for module in model.modules() if isinstance(module, fsdp.FSDPModule))
 
 
 def reshard(modules: Sequence[Any]) -> None:
-    """Put the sharded parameters in place, wherever whole ones are; no communication.
+    """Put the sharded parameters back in place of unsharded ones; no communication.
 
     Args:
-        modules: as `sharded_modules` gives them.
+        modules: the result of `sharded_modules`.
     """
     for module in modules:
         module.reshard()

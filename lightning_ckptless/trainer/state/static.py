@@ -1,4 +1,4 @@
-"""Which tensors seem to stand still. A guess: it decides where they lie in a shard, and is checked at every version."""
+"""Guesses which tensors are static. The guess decides their place in a shard and is verified at every version."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from lightning_ckptless.trainer.state.layout_tensors import digest_of
 from lightning_ckptless.trainer.state.tensors import StateIndex
 
 Trace = tuple[int, int, str]
-"""Address of a tensor, how often torch has counted a write into it, and a digest where reading it is quick."""
+"""A tensor's address, torch's count of writes to it, and a digest if the tensor is on the CPU."""
 
 
 class StaticWatch:
-    """Looks at the tensors of a trainer whenever a layout is planned: first before its first step, then behind it."""
+    """Inspects a trainer's tensors whenever a layout is planned: first before its first step, then after it."""
 
     def __init__(self) -> None:
         self._seen: dict[str, Trace] = {}
 
     def look(self, index: StateIndex) -> frozenset[str]:
-        """Names of the tensors that seem to stand still.
+        """Return the names of the tensors that appear to be static.
 
-        Parameters without gradients, and buffers that have been the same before. None that was written to since.
+        These are parameters without gradients, and buffers seen before, that were not written to since the last look.
 
         Args:
-            index: where the tensors are.
+            index: locates the tensors.
         """
         wholes, here = index.tensors(), index.read()
         seen, self._seen = (
@@ -43,5 +43,5 @@ class StaticWatch:
 
 
 def _trace(tensor: Tensor) -> Trace:
-    # Batch norm changes its statistics without a count.
+    # Batch norm updates its statistics without incrementing the write counter.
     return tensor.data_ptr(), version_counter(tensor), digest_of(tensor) if tensor.device.type == "cpu" else ""

@@ -1,7 +1,7 @@
-"""What hooks change beside module, callbacks and datamodule: settings, validation data, objects that those three hold.
+"""State that hooks change outside module, callbacks and datamodule: settings, validation data, objects those hold.
 
-Training dataloaders carry what changes in them with their position, since their order is drawn from it. Validation
-dataloaders may be made long after a version was restored: what belongs to them waits until they are.
+Changes in training dataloaders are part of the data position, since the sample order depends on them. Validation
+dataloaders may be created long after a version is restored: their state is kept until then.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _VALIDATION = "trainer.fit_loop.epoch_loop.val_loop"
 
 
 class Surroundings:
-    """Watches them from the moment at which a fit is set up, before its first hook of training.
+    """Watches this state from the setup of a fit on, before its first training hook.
 
     Args:
         trainer: its strategy is set up.
-        tell: receives, once, the name of each attribute whose change is lost with its process.
+        tell: called once with the name of each attribute whose change would be lost with the process.
 
     Attributes:
-        schedulers: those that the trainer began with, and later ones.
-        first_groups: names of the parameters in the groups that the optimizers began with.
+        schedulers: the schedulers that the trainer started with, and later ones.
+        first_groups: parameter names in the groups that the optimizers started with.
     """
 
     def __init__(self, trainer: Any, tell: Callable[[str], None] = lambda _: None) -> None:
@@ -50,12 +50,12 @@ class Surroundings:
         self._objects: UserObjects | None = None
 
     def watch_objects(self) -> None:
-        """Begin to watch the objects of the user: the hooks of a starting fit have made theirs."""
+        """Start watching the user's objects: the start hooks of the fit have created them."""
         known = {identity for changes in self._training() for identity in changes.identities()}
         self._objects = UserObjects(self._trainer, known)
 
     def capture(self) -> dict[str, Any]:
-        """What has changed up to now."""
+        """Return what has changed so far."""
         self._look_for_validation_data()
         state = {
             "settings": self._settings.capture(),
@@ -71,11 +71,11 @@ class Surroundings:
         return state
 
     def apply(self, saved: dict[str, Any], *, with_settings: bool = True) -> None:
-        """Put back what was captured; into validation dataloaders as soon as they are there.
+        """Restore what was captured; validation dataloaders as soon as they exist.
 
         Args:
-            saved: what `capture` returned.
-            with_settings: whether to put back those of the trainer, too.
+            saved: the result of `capture`.
+            with_settings: whether to restore the trainer's settings too.
         """
         if with_settings:
             self._settings.apply(saved["settings"])
@@ -87,11 +87,11 @@ class Surroundings:
             self._fill_validation_data()
 
     def on_validation_data(self) -> None:
-        """Called when the validation loop has its dataloaders: begin to watch new ones, and fill them if any wait."""
+        """Start watching new validation dataloaders, and restore pending state into them."""
         is_new = self._look_for_validation_data()
         if is_new and self._waiting:
             self._fill_validation_data()
-            # Their lengths were taken when they were set up, from settings that may have changed since.
+            # Setup derived their lengths from settings that the saved state may override.
             self._settings.apply(self._waiting_settings, only=_VALIDATION)
 
     def _fill_validation_data(self) -> None:

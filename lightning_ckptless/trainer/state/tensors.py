@@ -1,9 +1,9 @@
-"""The tensor state: every tensor of the training state by its name.
+"""The tensor state: every tensor of the training state by name.
 
-Parameters, optimizer state and the modules that callbacks keep (averaged weights) are the same on all ranks under
-data parallelism: *replicated*, divided over the ranks. Where they are sharded, each rank has its part. Buffers, those
-of averaged models too, are each rank's own, as batch statistics differ until the next broadcast: *private*, kept whole
-by every rank.
+Under data parallelism, parameters, optimizer state and modules held by callbacks (averaged weights) are equal on all
+ranks: they are *replicated*, and each rank mirrors a part. If they are sharded, each rank has its shard. Buffers,
+including those of averaged models, are *private* to each rank, since batch statistics differ until the next broadcast:
+every rank mirrors its own in full.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 
 
 class StateIndex:
-    """Where the large tensors are, found once and read at every step.
+    """Locates the large tensors once, so that they can be read at every step.
 
     A parameter, buffer or optimizer tensor may be replaced by another object at any time (`module.buffer = ...`), so
-    what is kept is its place, not the tensor.
+    the index keeps where each tensor is stored, not the tensor itself.
 
     Args:
         trainer: its strategy is set up.
@@ -56,29 +56,29 @@ class StateIndex:
 
     @property
     def private(self) -> frozenset[str]:
-        """Names of the tensors that are each rank's own; the forward pass may change them."""
+        """Names of the tensors private to each rank; the forward pass may change them."""
         return frozenset(self._private)
 
     @property
     def untrained(self) -> frozenset[str]:
-        """Names of parameters that no optimizer changes: frozen ones, and copies that a hook keeps current."""
+        """Names of parameters that no optimizer changes: frozen ones, and copies that a hook updates."""
         trained = {id(p) for optimizer in self.trainer.optimizers for g in optimizer.param_groups for p in g["params"]}
         named = {name: place[key] for name, place, key in self._places if name.startswith("parameter/")}
         return frozenset(name for name, p in named.items() if not (p.requires_grad and id(p) in trained))
 
     def is_current(self) -> bool:
-        """Whether the tensors that were found are still all that there are."""
+        """Return whether the index still covers exactly the tensors that exist."""
         return self._present_now() == self._present
 
     def refresh(self) -> None:
-        """Take what there is beside the tensors for what was found: plain values are put back after them."""
+        """Accept the current contents of the optimizer states: plain values are restored after the tensors."""
         self._present = self._present_now()
 
     def read(self) -> dict[str, Tensor]:
-        """All large tensors of this rank by name, as they are now; of sharded ones the part that is here.
+        """Return all current large tensors of this rank by name; for sharded tensors, the local part.
 
         Raises:
-            LayoutMismatchError: one is sharded otherwise than when it was found; names it.
+            LayoutMismatchError: a tensor's sharding has changed since it was indexed; names it.
         """
         tensors = self.tensors()
         for name, tensor in tensors.items():
@@ -92,22 +92,22 @@ class StateIndex:
         if _sharding(tensor) != (shape, placements):
             raise LayoutMismatchError(
                 f"rank {self.trainer.global_rank}: {name} is {list(tensor.shape)} over {tensor.placements} at step "
-                f"{self.trainer.global_step}, it was {list(shape)} over {placements} when the state was cut: the "
-                "sharding of a model must stay as configure_model() made it"
+                f"{self.trainer.global_step}, it was {list(shape)} over {placements} when the layout was planned: the "
+                "sharding of a model must stay as configure_model() created it"
             )
 
     def tensors(self) -> dict[str, Tensor]:
-        """All large tensors by name, as they are now, sharded ones as such."""
+        """Return all current large tensors by name, sharded ones as `DTensor`."""
         reshard(self._sharded)
         return {name: place[key] for name, place, key in self._places} | self._fixed
 
     def keep_only(self, names: Collection[str]) -> None:
-        """Drop buffers and optimizer tensors that the trainer has made since a version that it goes back to.
+        """Drop buffers and optimizer tensors created after the version to be restored.
 
-        Optimizers and modules make them anew when they need them, as they did the first time.
+        Optimizers and modules recreate them on demand, as they did the first time.
 
         Args:
-            names: of the tensors of that version.
+            names: names of the tensors of that version.
         """
         for name, place, key in self._places:
             if name in names:
@@ -147,7 +147,7 @@ class StateIndex:
 
     def _present_now(self) -> tuple[Any, ...]:
         buffers = sum(buffer is not None for buffers in self._buffers for buffer in buffers.values())
-        # By identity too: loading a state dictionary replaces all of it by as many tensors.
+        # Identities too: loading a state dict replaces everything with the same number of tensors.
         states = [
             (id(state), len(state))
             for optimizer in self.trainer.optimizers
@@ -160,7 +160,7 @@ class StateIndex:
 
 
 def alone_parameters(trainer: Any) -> dict[str, nn.Parameter]:
-    """Parameters whose gradients are not summed over the ranks: they were frozen when DDP wrapped the model."""
+    """Return the parameters whose gradients DDP does not reduce because they were frozen when it wrapped the model."""
     summed = summed_parameters(trainer.strategy.model)
     if summed is None:
         return {}
@@ -169,31 +169,31 @@ def alone_parameters(trainer: Any) -> dict[str, nn.Parameter]:
 
 
 def trained_alone(trainer: Any) -> set[str]:
-    """Names of the parameters that each rank has trained for itself: they are another one on each, from then on."""
+    """Return the names of parameters that each rank has trained on its own, so that they differ between ranks."""
     names: set[str] = vars(trainer.strategy).setdefault("ckptless_trained_alone", set())
     return names
 
 
 def note_trained_alone(trainer: Any, alone: dict[str, nn.Parameter]) -> None:
-    """Add those that are trained from now on; says so once."""
+    """Add the parameters that are trainable from now on, and log a warning once for each."""
     new = {name for name, parameter in alone.items() if parameter.requires_grad} - trained_alone(trainer)
     if new and trainer.is_global_zero:
         log.warning(
             "ckptless: %d parameters (%s, ...) were frozen when DDP wrapped the model and are trained from step %d: "
-            "DDP does not sum their gradients, so each rank trains them for itself. For ranks that agree freeze them "
-            "when training has begun, with find_unused_parameters=True",
+            "DDP does not reduce their gradients, so each rank trains them on its own. To keep ranks in agreement, "
+            "freeze them only after training has started, with find_unused_parameters=True",
             len(new), min(new), trainer.global_step,
         )  # fmt: skip
     trained_alone(trainer).update(new)
 
 
 def is_of_optimizer(name: str) -> bool:
-    """Whether a tensor is state of an optimizer, which nothing but its step changes; not a parameter that it holds."""
+    """Return whether a tensor is optimizer state, which only a step changes, not a parameter in the optimizer."""
     return name.startswith("optimizer/") and not name.endswith("/value")
 
 
 def callback_modules(trainer: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that callbacks keep beside the model, e.g. averaged weights."""
+    """Yield the modules that callbacks hold outside the model, e.g. averaged weights, with a name prefix."""
     own = {id(m) for m in trainer.lightning_module.modules()}
     for index, callback in enumerate(trainer.callbacks):
         for name, value in vars(callback).items():
@@ -202,7 +202,7 @@ def callback_modules(trainer: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def optimizer_parameters(trainer: Any, index: int) -> dict[str, nn.Parameter]:
-    """The parameters of an optimizer by name; those that the model does not hold are named by their place."""
+    """Return the parameters of an optimizer by name. Parameters outside the model are named by group and index."""
     names = {id(p): name for name, p in trainer.lightning_module.named_parameters()}
     return {
         names.get(id(parameter), f"#{group_index}.{place}"): parameter
@@ -212,7 +212,7 @@ def optimizer_parameters(trainer: Any, index: int) -> dict[str, nn.Parameter]:
 
 
 def optimizer_tensors(trainer: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of all optimizers by name, with those parameters that the model does not hold."""
+    """Yield the tensors of all optimizers by name, including parameters that are not in the model."""
     for index, optimizer in enumerate(trainer.optimizers):
         for name, parameter in optimizer_parameters(trainer, index).items():
             if name.startswith("#"):
@@ -223,10 +223,10 @@ def optimizer_tensors(trainer: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def require_room(trainer: Any) -> None:
-    """Refuse optimizer tensors that `make_room_for_optimizer_state` could not make in a new process.
+    """Reject optimizer tensors that `make_room_for_optimizer_state` could not create in a new process.
 
     Raises:
-        OptionsError: one is sharded, and not as its parameter is; names it.
+        OptionsError: a tensor is sharded differently from its parameter; names it.
     """
     for index, optimizer in enumerate(trainer.optimizers):
         for name, parameter in optimizer_parameters(trainer, index).items():
@@ -234,8 +234,8 @@ def require_room(trainer: Any) -> None:
                 if isinstance(value, DTensor) and (value.shape, value.placements) != _sharding(parameter):
                     raise OptionsError(
                         f"optimizer {index} ({type(optimizer).__name__}): {key} of {name} is {list(value.shape)} over "
-                        f"{value.placements}, the parameter {list(parameter.shape)}: a new process could not make it "
-                        "anew. Take an optimizer whose state is sharded as its parameters are, such as AdamW"
+                        f"{value.placements}, the parameter {list(parameter.shape)}: a new process could not recreate "
+                        "it. Use an optimizer whose state is sharded like its parameters, such as AdamW"
                     )
 
 
@@ -244,22 +244,22 @@ def _sharding(parameter: Tensor) -> tuple[Any, Any]:
 
 
 def optimizer_facts(trainer: Any) -> list[dict[str, Any]]:
-    """What optimizers hold beside large tensors: hyper-parameters of their groups, and plain values."""
+    """Return what optimizers hold besides large tensors: group hyper-parameters and plain values."""
     facts = []
     for index, optimizer in enumerate(trainer.optimizers):
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        # Most optimizers keep tensors only. Names are looked up for the others: that walks through the whole model.
+        # Most optimizers keep only tensors. Look up names only for the others, since that walks the whole model.
         states = [state for key, state in optimizer.state.items() if isinstance(key, Tensor)]
         has_plain = not all(isinstance(value, Tensor) for state in states for value in state.values())
         state = _plain_state(trainer, index) if has_plain else {}
-        # Some optimizers keep a counter for all parameters beside what they keep for each.
+        # Some optimizers keep a global counter in addition to per-parameter state.
         common = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
         facts.append({"groups": groups, "state": state, "common": common, "plain": _own_attributes(optimizer)})
     return facts
 
 
 def _own_attributes(optimizer: Any) -> dict[str, Any]:
-    """What an optimizer that is not torch's keeps beside its state, such as a count of its steps."""
+    """Return the plain attributes of an optimizer that is not torch's own, such as a step counter."""
     if type(optimizer).__module__.startswith("torch."):
         return {}
     return plain_attributes(optimizer, leave=attributes_of_all_optimizers())
@@ -267,10 +267,10 @@ def _own_attributes(optimizer: Any) -> dict[str, Any]:
 
 @cache
 def attributes_of_all_optimizers() -> frozenset[str]:
-    """Names of what torch and its schedulers keep on any optimizer."""
+    """Return the attribute names that torch and its schedulers set on any optimizer."""
     scheduled = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
     torch.optim.lr_scheduler.LambdaLR(scheduled, lambda _: 1.0)
-    # A scheduler sets that one when the optimizer is called.
+    # A scheduler sets this one when the optimizer steps.
     return frozenset(vars(scheduled)) | {"_opt_called"}
 
 
@@ -285,15 +285,15 @@ def _plain_values(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def set_optimizer_facts(trainer: Any, saved: list[dict[str, Any]]) -> None:
-    """Put back what `optimizer_facts` took. Learning rates live here, not in the schedulers.
+    """Restore what `optimizer_facts` returned. Learning rates are part of it, not of the schedulers.
 
     Raises:
-        LayoutMismatchError: the script made other optimizers or parameter groups.
+        LayoutMismatchError: the script created different optimizers or parameter groups.
     """
     found, expected = ([len(o.param_groups) for o in trainer.optimizers], [len(f["groups"]) for f in saved])
     if found != expected:
         raise LayoutMismatchError(
-            f"the mirrored optimizers have {expected} parameter groups, those of the relaunched script {found}: "
+            f"the mirrored optimizers have {expected} parameter groups, the relaunched script's have {found}: "
             "configure_optimizers() must return the same after a relaunch"
         )
     for index, (optimizer, facts) in enumerate(zip(trainer.optimizers, saved, strict=True)):
@@ -308,23 +308,23 @@ def set_optimizer_facts(trainer: Any, saved: list[dict[str, Any]]) -> None:
 
 def _update_group(group: dict[str, Any], values: dict[str, Any]) -> None:
     for key in group.keys() - values.keys() - {"params"}:
-        # Set since that version, as a scheduler does it that comes in the middle of a run.
+        # Set after that version, e.g. by a scheduler added in the middle of a run.
         del group[key]
     for key, value in values.items():
         if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
-            # A learning rate in a tensor: schedulers and captured graphs hold this very object.
+            # A tensor learning rate: schedulers and captured graphs hold a reference to this object.
             group[key].copy_(value)
         else:
             group[key] = value
 
 
 def make_room_for_optimizer_state(trainer: Any, described: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-    """Create empty optimizer tensors for a state that a fresh optimizer does not have yet; those that are there stay.
+    """Create empty optimizer tensors that a fresh optimizer does not have yet; existing ones are kept.
 
     Args:
         trainer: with its optimizers.
-        described: dtype and shape of every optimizer tensor by the name that `named_state` gives it. Names that this
-            trainer has no parameter for are left out: comparing the layouts will name them.
+        described: dtype and shape of every optimizer tensor by its name in `StateIndex`. Names without a parameter in
+            this trainer are skipped: the comparison of layouts reports them.
     """
     parameters = [optimizer_parameters(trainer, index) for index in range(len(trainer.optimizers))]
     for name, (dtype, shape) in described.items():
@@ -341,24 +341,24 @@ def make_room_for_optimizer_state(trainer: Any, described: dict[str, tuple[torch
 
 
 def _shapes(tensor: Tensor) -> tuple[tuple[int, ...], ...]:
-    """The shapes by which a tensor may be described: that of the whole, and that of the part that is here."""
+    """Return the shapes by which a tensor may be described: global and local."""
     return tuple(tensor.shape), tuple(local_part(tensor).shape)
 
 
 def _room(optimizer: Any, parameter: nn.Parameter, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     if shape in _shapes(parameter) and not (key == "step" and not shape):
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-    # Zero-dimensional counters stay on the host, as optimizers make them unless asked for fused or capturable ones.
+    # Zero-dimensional counters are on the CPU, where optimizers create them unless fused or capturable.
     on_host = not shape and not any(g.get("capturable") or g.get("fused") for g in optimizer.param_groups)
     return torch.empty(shape, dtype=dtype, device="cpu" if on_host else parameter.device)
 
 
 def make_room_for_buffers(trainer: Any, described: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-    """Create empty buffers that a fresh model does not have yet, because it makes them when it is first used.
+    """Create empty buffers that a fresh model does not have yet because it creates them on first use.
 
     Args:
-        trainer: its model has trained nothing.
-        described: dtype and shape of this rank's own tensors by name.
+        trainer: with its model, which has not run yet.
+        described: dtype and shape of this rank's private tensors by name.
     """
     model = trainer.lightning_module
     modules = dict(model.named_modules())

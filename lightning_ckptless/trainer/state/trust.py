@@ -1,9 +1,9 @@
-"""Host state that leaves the memory of this machine, and comes back: what it may hold.
+"""Restricts what host state may contain when it leaves this node's memory and when it comes back.
 
-A host state is a pickle. As long as it stays in an arena in memory, whose folder is this user's alone, it is what
-processes of this run have written there, and may hold whatever they hold. On a disk, or on its way between machines,
-others might write it. What comes from there is admitted only if it is plain data, and classes that the user trusts by
-name. So that a recovery does not find out, the same is asked of what leaves.
+A host state is a pickle. While it stays in an in-memory arena, whose folder only this user can access, only processes
+of this run can have written it, and it may contain anything. On a disk or on the network, someone else could have
+written it. State from there is accepted only if it consists of plain data and of classes that the user trusts by name.
+Outgoing state is checked the same way, so that a problem is found before a recovery needs the state.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lightning_ckptless.replica.restore import Fetched
 from lightning_ckptless.trainer.session.member_set import MemberSet
 
 
-class Departure:
-    """What the small states of one rank may hold, beside what a process can.
+class OutgoingCheck:
+    """Checks the host states of one rank before they leave this node's memory.
 
     Args:
         options: the user's settings.
-        members: the ranks, and where their arenas are.
+        members: the ranks and their arenas.
     """
 
     def __init__(self, options: CkptlessOptions, members: MemberSet) -> None:
@@ -35,13 +35,14 @@ class Departure:
         self._kinds = 0
 
     def checked(self, packed: Packed | Callable[[], Packed]) -> Packed | Callable[[], Packed]:
-        """A host state that may leave.
+        """Return a host state once it is known to be readable at its destination.
 
         Args:
-            packed: the state, or what gives it later.
+            packed: the state, or a function that returns it later.
 
         Raises:
-            OptionsError: it holds something that could not be read where it goes. Where it is given later, then.
+            OptionsError: it contains something that its destination would not accept. For a function, the returned
+                function raises.
         """
         if not self.where or self._kinds == (kinds := len(KINDS)):
             return packed
@@ -49,7 +50,7 @@ class Departure:
         return self._admitted(packed) if isinstance(packed, Packed) else lambda: self._admitted(packed())
 
     def may_leave(self, packed: Packed) -> bool:
-        """Whether a part of a host state could be read where it goes."""
+        """Return whether a part of a host state could be read at its destination."""
         if not self.where:
             return True
         try:
@@ -65,25 +66,25 @@ class Departure:
             place = ".".join(place_of(unpack(packed), self._trusted))
             raise OptionsError(
                 f"rank {self._rank}: {place}: {error}, and {self.where}. Keep plain data there (numbers, text, lists, "
-                f"arrays, tensors), or trust it by name: trusted_classes=[{error.name!r}]"
+                f"arrays, tensors), or trust the class by name: trusted_classes=[{error.name!r}]"
             ) from error
 
 
 def _where(options: CkptlessOptions, members: MemberSet) -> str:
-    """Where small states go beside the memory of this machine, in words; empty where they stay there."""
+    """Return where host states go other than this node's memory, for a message; empty if they stay in memory."""
     if options.durable_every_n_steps is not None or options.durable_every_s is not None:
-        return "durable states of it are written"
+        return "the host state is written to durable states"
     if len(set(members.nodes)) > 1:
-        return "other machines keep copies of it"
-    return "" if is_in_memory(members.arena.path) else f"its arena is on a disk, in {members.arena.path.parent}"
+        return "other nodes hold replicas of the host state"
+    return "" if is_in_memory(members.arena.path) else f"the arena is on a disk, in {members.arena.path.parent}"
 
 
 def place_of(value: Any, trusted: Collection[str]) -> Iterator[str]:
-    """The steps to the first part of a value that may not leave.
+    """Yield the path to the first part of a value that may not leave, one key at a time.
 
     Args:
         value: the value.
-        trusted: dotted names that are opted in.
+        trusted: dotted names of trusted classes.
     """
     for name, part in _parts(value):
         try:
@@ -103,17 +104,17 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
             yield str(index), part
 
 
-def small_state_of(shard: int, fetched: Fetched, members: MemberSet) -> Any:
-    """The host state of a rank, as it was fetched.
+def host_state_of(shard: int, fetched: Fetched, members: MemberSet) -> Any:
+    """Return the host state of a rank from what was fetched.
 
     Args:
         shard: the rank that wrote it.
-        fetched: what was brought here.
-        members: the ranks of now.
+        fetched: the fetched shards.
+        members: the current ranks.
 
     Raises:
-        OptionsError: it has come from elsewhere, and holds something that is not trusted.
-        ArenaError: it is damaged.
+        OptionsError: it came from outside this node's memory and contains an untrusted class.
+        ArenaError: it is corrupt.
     """
     data = fetched.blobs[shard]
     if shard not in fetched.received and is_in_memory(members.arena.path):
@@ -128,5 +129,5 @@ def small_state_of(shard: int, fetched: Fetched, members: MemberSet) -> Any:
 
 
 def how_to_trust(error: UntrustedError) -> str:
-    """What to do about a class in a state from elsewhere, as the end of a message; empty for a damaged state."""
-    return f". If your program keeps it there, name it: trusted_classes=[{error.name!r}]" if error.name else ""
+    """Return advice about an untrusted class, as the end of a message; empty for a corrupt state."""
+    return f". If your script stores it there, trust it by name: trusted_classes=[{error.name!r}]" if error.name else ""

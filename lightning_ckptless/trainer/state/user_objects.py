@@ -1,8 +1,8 @@
-"""Objects that the module, the callbacks and the datamodule hold: a queue, a tracker, a schedule of the user's own.
+"""Objects that the module, callbacks and datamodule hold: a queue, a tracker, a schedule written by the user.
 
-What is plain in an object of the user's own code returns to a version with the run. Of objects of installed packages
-nothing is put back: they may be clients, connections or caches that know better. Where one of those changes, or any
-object is exchanged for another one, a replaced process loses that change, and it is named once.
+Plain attributes of objects whose class is user code are restored with a version. Objects of installed packages are not
+touched: they may be clients, connections or caches that manage their own state. If one of those changes, or any object
+is replaced by another, a replacement process does not have that change, and a warning names it once.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _NO_STATE = (
     MethodType,
     ModuleType,
 )
-"""Kept elsewhere, or nothing that training changes."""
+"""Captured elsewhere, or not changed by training."""
 _OF_LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_ckptless")
 _PACKAGES = {"site-packages", "dist-packages"}
 _CLIENTS = ("wandb", "mlflow", "comet_ml", "neptune", "aim", "tensorboard", "tensorboardX", "tqdm", "rich")
 
 
 class UserObjects:
-    """Watches them from the end of the `on_train_start` hooks.
+    """Watches the user's objects from the end of the `on_train_start` hooks.
 
     Args:
         trainer: in `fit`.
@@ -57,33 +57,33 @@ class UserObjects:
         self._references = [_References(path, root, leave) for path, (root, leave) in roots.items()]
 
     def capture(self) -> Changed:
-        """What has changed in objects of the user's own."""
+        """Return what has changed in objects whose class is user code."""
         self._installed.capture()
         return self._own.capture()
 
     def apply(self, saved: Changed) -> None:
-        """Put it back."""
+        """Restore what `capture` returned."""
         self._own.apply(saved)
 
     def lost(self) -> list[str]:
-        """What has changed since the last call, each attribute once, and is lost with a process."""
+        """Return the attributes whose change since the last call would be lost with the process, each once."""
         exchanged = [name for references in self._references for name in references.exchanged()]
         return [*self._own.lost(), *self._installed.lost(), *exchanged]
 
 
 class _References:
-    """The objects that attributes of a module, callback or datamodule refer to; plain values are kept elsewhere."""
+    """Tracks which objects the attributes of a module, callback or datamodule refer to, plain values excluded."""
 
     def __init__(self, path: str, root: Any, leave: Collection[str]) -> None:
         self._path = path
         self._attributes = vars(root)
         self._leave = set(leave)
-        # Not the tensors: those that are replaced would stay in memory.
+        # Exclude tensors: a reference here would keep replaced ones in memory.
         self._first = {name: value for name, value in self._attributes.items() if _is_reference(value)}
         self._values = tuple(self._attributes.values())
 
     def exchanged(self) -> Iterator[str]:
-        """Names of those that refer to another object than at first."""
+        """Yield the names of attributes that no longer refer to their original object."""
         if len(self._values) == len(self._attributes) and all(map(is_, self._values, self._attributes.values())):
             return
         self._values = tuple(self._attributes.values())
@@ -94,7 +94,7 @@ class _References:
 
 
 def is_users_own(cls: type) -> bool:
-    """Whether a class is from the user's code, not from an installed package."""
+    """Return whether a class is user code, not part of an installed package."""
     return _is_users_module(cls.__module__)
 
 
@@ -103,7 +103,7 @@ def _is_users_module(name: str) -> bool:
     file = getattr(sys.modules.get(name), "__file__", None)
     if name == "__main__" or file is None:
         return name == "__main__"
-    # An environment may use the packages of another one, whose folders sysconfig does not know.
+    # An environment may use packages of another one, whose folders sysconfig does not report.
     if not _PACKAGES.isdisjoint(Path(file).parts):
         return False
     installed = {sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib", "platstdlib")}
@@ -121,14 +121,14 @@ def _is_of(cls: type, packages: Collection[str]) -> bool:
 
 
 def _roots(trainer: Any) -> Iterator[tuple[str, tuple[Any, Collection[str]]]]:
-    """What hooks are called on, by path, each with the names of attributes that are Lightning's or torch's."""
+    """Yield the objects that hooks are called on, by path, with the attribute names of Lightning and torch."""
     lightning = module(distribution_of(trainer))
     model = trainer.lightning_module
     of_every_model = frozenset(vars(lightning.LightningModule())) | {"_hparams", "_hparams_initial"}
-    for path, inner in model.named_modules():
-        if inner is model or not _is_of(type(inner), ("torch", "torchmetrics")):
+    for path, submodule in model.named_modules():
+        if submodule is model or not _is_of(type(submodule), ("torch", "torchmetrics")):
             where = f"{type(model).__name__}.{path}" if path else type(model).__name__
-            yield where, (inner, of_every_model if inner is model else _OF_EVERY_MODULE)
+            yield where, (submodule, of_every_model if submodule is model else _OF_EVERY_MODULE)
     for index, callback in enumerate(trainer.callbacks):
         if not _is_of(type(callback), _OF_LIGHTNING) and not is_a(callback, "callbacks", "ProgressBar"):
             yield f"callback {index} ({type(callback).__name__})", (callback, ())
@@ -150,6 +150,6 @@ def _held_by(roots: dict[str, tuple[Any, Collection[str]]], known: Collection[in
 
 
 def _enters(value: Any) -> bool:
-    """Whether to look into a value: data has its own watch, and so have modules."""
+    """Return whether to search a value: data and modules are watched elsewhere."""
     is_data = isinstance(value, Dataset | Sampler | DataLoader)
     return not is_data and not isinstance(value, nn.Module) and not _is_of(type(value), (*_CLIENTS, *_OF_LIGHTNING))

@@ -30,7 +30,7 @@ from lightning_ckptless.internals.mesh_internals import (
 )
 from lightning_ckptless.internals.torch_internals import bucket_layout, set_bucket_layout, use_process_group
 from lightning_ckptless.membership.worker.process_groups import world_group
-from lightning_ckptless.trainer.elastic.world_change import divide_state_anew
+from lightning_ckptless.trainer.elastic.world_change import resize_sharded_state
 from lightning_ckptless.trainer.state.gradient_buckets import note_summed
 from lightning_ckptless.trainer.state.sharding import sharded_modules
 from lightning_ckptless.trainer.strategy.recoverable import recoverable
@@ -202,6 +202,6 @@ def model_parallel_class(distribution: str) -> type[Any]:
             for parameter in self.lightning_module.parameters():
                 parameter.grad = None
             if has_moved:
-                divide_state_anew(self.lightning_module.trainer, modules, mesh)
+                resize_sharded_state(self.lightning_module.trainer, modules, mesh)
 
     return CkptlessModelParallelStrategy

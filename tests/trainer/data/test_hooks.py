@@ -1,4 +1,4 @@
-"""Dataloader hooks of a new process see what they saw when the dataloaders in use were made."""
+"""Dataloader hooks in a new process see the same inputs as when the current dataloaders were created."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ EPOCHS = 4
 
 
 class Notes(list[tuple[str, int, int, int, float]]):
-    """Of a class of its own, so that it is no part of the state."""
+    """Has its own class so that it is not part of the state."""
 
 
 class Data(pl.LightningDataModule):
-    """Notes what its hooks see."""
+    """Records what its hooks see."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Data(pl.LightningDataModule):
 
 
 def run(root: Path, every: int, expected: Records | None = None) -> tuple[DataHooks, Data, Any]:
-    """Train; with records as a new process does, which ends before its first batch."""
+    """Train. With records, act as a new process, and end before the first batch."""
     trainer = tiny_trainer(root, max_epochs=EPOCHS if expected is None else 0, reload_dataloaders_every_n_epochs=every)
     hooks, data, notes = DataHooks(trainer, FitLoops(trainer)), Data(), list[Any]()
 
@@ -64,7 +64,7 @@ def run(root: Path, every: int, expected: Records | None = None) -> tuple[DataHo
 
 
 @pytest.mark.parametrize("every", [1, 2])
-def test_a_new_process_calls_the_hooks_with_what_they_saw(tmp_path: Path, every: int) -> None:
+def test_a_new_process_calls_the_hooks_with_their_recorded_inputs(tmp_path: Path, every: int) -> None:
     hooks, data, notes = run(tmp_path, every)
     last = {hook: [seen for seen in data.seen if seen[0] == hook][-1] for hook in ("train", "val")}
     assert last["train"][1:3] == ((3, 12) if every == 1 else (2, 8))
@@ -74,14 +74,14 @@ def test_a_new_process_calls_the_hooks_with_what_they_saw(tmp_path: Path, every:
     assert next(seen for seen in again.seen if seen[0] == "val") == last["val"]
 
 
-def test_calls_at_the_beginning_of_a_run_need_no_record(tmp_path: Path) -> None:
+def test_calls_at_the_start_of_a_run_need_no_record(tmp_path: Path) -> None:
     hooks, data, notes = run(tmp_path, 0)
     assert hooks.made == {TRAIN: None, VALIDATION: None}
     assert [seen[:3] for seen in data.seen] == [("train", 0, 0), ("val", 0, 0)]
     assert notes == []
 
 
-def test_the_counters_are_put_back_after_a_hook(tmp_path: Path) -> None:
+def test_the_counters_are_restored_after_a_hook(tmp_path: Path) -> None:
     hooks, _, _ = run(tmp_path, 1)
     trainer = tiny_trainer(tmp_path, max_epochs=1, reload_dataloaders_every_n_epochs=1)
     again, found = DataHooks(trainer, FitLoops(trainer)), list[tuple[int, int]]()

@@ -1,4 +1,4 @@
-"""A dataloader that is put back hands out what it would have handed out, whatever draws its order and its noise."""
+"""A restored dataloader returns the same batches as without a restart, whatever draws its order and noise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.internals import torch_internals
 from lightning_ckptless.trainer.data.loader import make_resumable, resume_at, tracker_of
-from lightning_ckptless.trainer.data.worker_rng import Stamped
+from lightning_ckptless.trainer.data.worker_rng import BatchWithRng
 from lightning_ckptless.trainer.state.rng import apply_rng, capture_rng
 from tests.lab.parts import Numbers, Stream
 from tests.trainer.loaders import BATCHES, LOADERS, SAMPLES, WORKERS, numbered, own_position
@@ -37,14 +37,14 @@ def seed(number: int) -> None:
 
 
 def exact(value: Any) -> Any:
-    """A batch as something that compares bit for bit."""
+    """Convert a batch to values that compare bit for bit."""
     if isinstance(value, torch.Tensor):
         return value.tolist()
     return [exact(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def train_on(iterator: Iterator[Any], batches: int) -> list[Any]:
-    """Take batches, drawing random numbers in between as a model does."""
+    """Fetch batches, and draw random numbers in between as a model does."""
     return [
         (exact(batch), torch.rand(1).item(), random.random(), np.random.rand()) for batch in islice(iterator, batches)
     ]
@@ -52,14 +52,14 @@ def train_on(iterator: Iterator[Any], batches: int) -> list[Any]:
 
 @dataclass
 class Stopped:
-    """What a version would hold of the data."""
+    """The data position in a version."""
 
     position: Packed
     rng: Packed
 
 
 def whole(make: Callable[[], Any], *, resumable: bool, epochs: int = 2) -> list[Any]:
-    """All batches of some epochs, and the generators after them."""
+    """Return all batches of some epochs, and the generators after them."""
     seed(0)
     loader = make_resumable(make()) if resumable else make()
     rows = [row for _ in range(epochs) for row in train_on(iter(loader), BATCHES)]
@@ -67,7 +67,7 @@ def whole(make: Callable[[], Any], *, resumable: bool, epochs: int = 2) -> list[
 
 
 def first_part(make: Callable[[], Any], epoch: int, batches: int) -> tuple[list[Any], Stopped]:
-    """Batches up to a stop, and what is needed to go on from it."""
+    """Return the batches up to a stop, and what is needed to continue from it."""
     seed(0)
     loader = make_resumable(make())
     rows = [row for _ in range(epoch) for row in train_on(iter(loader), BATCHES)]
@@ -79,7 +79,7 @@ def first_part(make: Callable[[], Any], epoch: int, batches: int) -> tuple[list[
 
 
 def rest(make: Callable[[], Any], stopped: Stopped, epoch: int, batches: int) -> list[Any]:
-    """Batches behind a stop, of another loader in a process with other random numbers."""
+    """Return the batches after a stop from another loader, starting from different generator states."""
     seed(99)
     loader = make_resumable(make())
     position = unpack(stopped.position)
@@ -95,26 +95,26 @@ def rest(make: Callable[[], Any], stopped: Stopped, epoch: int, batches: int) ->
 
 
 def resumed(make: Callable[[], Any], epoch: int, batches: int) -> list[Any]:
-    """All batches, with a stop in between."""
+    """Return all batches, with a stop in between."""
     rows, stopped = first_part(make, epoch, batches)
     return rows + rest(make, stopped, epoch, batches)
 
 
-# ---------------------------------------------------------------------- nothing is disturbed
+# ---------------------------------------------------------------------- without a restart
 
 
 @pytest.mark.parametrize("case", LOADERS)
-def test_a_resumable_loader_gives_what_a_plain_one_gives(case: str) -> None:
+def test_a_resumable_loader_returns_the_same_batches(case: str) -> None:
     assert whole(LOADERS[case], resumable=True) == whole(LOADERS[case], resumable=False)
 
 
 @pytest.mark.parametrize("case", WORKERS)
-def test_workers_of_a_resumable_loader_give_what_plain_ones_give(case: str) -> None:
+def test_a_resumable_loader_with_workers_returns_the_same_batches(case: str) -> None:
     assert whole(WORKERS[case], resumable=True) == whole(WORKERS[case], resumable=False)
 
 
 @pytest.mark.parametrize("options", [{"num_workers": 0}, {"num_workers": 1, "persistent_workers": True}])
-def test_the_users_loader_is_not_changed(options: dict[str, Any]) -> None:
+def test_the_users_loader_is_not_modified(options: dict[str, Any]) -> None:
     loader = numbered(**options)
     before = type(loader), dict(vars(loader))
     resumable = make_resumable(loader)
@@ -132,44 +132,44 @@ def test_a_copy_of_a_resumable_loader_is_a_copy_of_the_users_loader() -> None:
         assert len(copied) == BATCHES
 
 
-def test_what_is_no_dataloader_is_left_alone() -> None:
+def test_an_iterable_that_is_not_a_dataloader_is_returned_unchanged() -> None:
     batches = [1, 2, 3]
     assert make_resumable(batches) is batches
     assert tracker_of(batches) is None
     resume_at(batches, None)
 
 
-def test_a_loader_that_was_not_started_has_no_position() -> None:
+def test_a_loader_before_its_first_iteration_has_no_position() -> None:
     tracker = tracker_of(make_resumable(numbered()))
     assert tracker is not None
     assert tracker.position(buffered=0) is None
 
 
-# ---------------------------------------------------------------------- going on
+# ---------------------------------------------------------------------- after a restart
 
 
 @pytest.mark.parametrize("case", LOADERS)
-def test_goes_on_behind_any_batch(case: str) -> None:
+def test_a_loader_resumes_after_any_batch(case: str) -> None:
     expected = whole(LOADERS[case], resumable=False)
     for epoch in range(2):
         for batches in range(BATCHES + 1):
             assert resumed(LOADERS[case], epoch, batches) == expected, (epoch, batches)
 
 
-def test_a_dataset_that_draws_its_order_at_the_first_sample_and_restores_its_position_draws_it_again() -> None:
+def test_a_stateful_dataset_that_draws_its_order_at_the_first_sample_draws_it_again() -> None:
     expected = whole(own_position, resumable=False)
     for epoch, batches in ((0, 2), (0, 4), (1, 3)):
         assert resumed(own_position, epoch, batches) == expected, (epoch, batches)
 
 
-def test_draws_that_cannot_be_told_apart_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    """After one batch nothing tells whether a dataset draws with each batch, or when it begins."""
+def test_a_warning_names_draws_of_unknown_purpose(caplog: pytest.LogCaptureFixture) -> None:
+    """After one batch it is unknown whether a dataset draws for each batch or once when an iteration starts."""
     resumed(own_position, 0, 1)
-    assert "(StatefulDataLoader) draws random numbers in the training process when it begins" in caplog.text
+    assert "(StatefulDataLoader) draws random numbers in the training process when an iteration" in caplog.text
 
 
 @pytest.mark.parametrize("case", WORKERS)
-def test_workers_go_on_behind_a_batch(case: str) -> None:
+def test_workers_resume_after_a_batch(case: str) -> None:
     expected = whole(WORKERS[case], resumable=False)
     for epoch, batches in ((0, 3), (1, 1)):
         assert resumed(WORKERS[case], epoch, batches) == expected, (epoch, batches)
@@ -182,7 +182,7 @@ def test_workers_go_on_behind_a_batch(case: str) -> None:
     drop_last=st.booleans(),
     stops=st.lists(st.integers(0, 12), max_size=3),
 )
-def test_goes_on_behind_any_stops(samples: int, batch_size: int, drop_last: bool, stops: list[int]) -> None:
+def test_a_loader_resumes_after_any_stops(samples: int, batch_size: int, drop_last: bool, stops: list[int]) -> None:
     def make() -> Any:
         return make_resumable(DataLoader(Numbers(samples), batch_size, shuffle=True, drop_last=drop_last))
 
@@ -204,7 +204,7 @@ def test_goes_on_behind_any_stops(samples: int, batch_size: int, drop_last: bool
     assert rows + train_on(iterator, samples) == expected
 
 
-def test_the_dataset_is_not_asked_for_what_was_handed_out() -> None:
+def test_returned_samples_are_not_read_again() -> None:
     asked: list[int] = []
 
     class Asked(Numbers):
@@ -221,7 +221,7 @@ def test_the_dataset_is_not_asked_for_what_was_handed_out() -> None:
     assert asked == [6, 7, 8, 9]
 
 
-def test_a_second_iteration_begins_anew() -> None:
+def test_a_second_iteration_starts_from_the_beginning() -> None:
     _, stopped = first_part(numbered, 0, 3)
     loader = make_resumable(numbered())
     resume_at(loader, unpack(stopped.position))
@@ -229,7 +229,7 @@ def test_a_second_iteration_begins_anew() -> None:
     assert len(list(loader)) == BATCHES
 
 
-def test_a_batch_that_lay_prefetched_is_made_again() -> None:
+def test_a_prefetched_batch_is_fetched_again() -> None:
     def make() -> Any:
         return make_resumable(DataLoader(Stream(SAMPLES, 0, 1), batch_size=2))
 
@@ -249,7 +249,7 @@ def test_a_batch_that_lay_prefetched_is_made_again() -> None:
     assert exact(next(iterator)) == prefetched
 
 
-def test_a_loader_that_has_ended_has_nothing_prefetched() -> None:
+def test_an_exhausted_loader_has_no_prefetched_batches() -> None:
     loader = make_resumable(numbered())
     assert len(list(loader)) == BATCHES
     tracker = tracker_of(loader)
@@ -259,18 +259,19 @@ def test_a_loader_that_has_ended_has_nothing_prefetched() -> None:
     assert position.yielded == BATCHES
 
 
-def test_a_stream_that_has_become_shorter_is_an_error() -> None:
+def test_an_iterable_that_has_become_shorter_is_an_error() -> None:
     _, stopped = first_part(LOADERS["iterable"], 0, 4)
     loader = make_resumable(DataLoader(Stream(4, 0, 1), batch_size=2))
     resume_at(loader, unpack(stopped.position))
-    with pytest.raises(CkptlessError, match=r"gave 4 batches before the fault and 2 on being read again.*state_dict"):
+    message = r"returned 4 batches before the fault, but only 2 when read again.*state_dict"
+    with pytest.raises(CkptlessError, match=message):
         iter(loader)
 
 
 # ---------------------------------------------------------------------- workers
 
 
-def test_workers_end_with_the_last_user_of_their_iterator() -> None:
+def test_workers_end_with_the_last_reference_to_their_iterator() -> None:
     gc.disable()
     try:
         loader = make_resumable(numbered(num_workers=2))
@@ -295,8 +296,8 @@ def test_persistent_workers_end_with_their_loader() -> None:
         gc.enable()
 
 
-def test_workers_that_were_shut_down_begin_with_a_seed_of_their_own() -> None:
-    """As Lightning shuts them down between two calls of `fit` with one loader."""
+def test_workers_restarted_after_a_shutdown_use_a_new_seed() -> None:
+    """Lightning shuts them down between two calls of `fit` with the same loader."""
 
     def make() -> Any:
         return numbered(num_workers=1, persistent_workers=True)
@@ -304,9 +305,9 @@ def test_workers_that_were_shut_down_begin_with_a_seed_of_their_own() -> None:
     def after_shutdown(loader: Any) -> Any:
         seed(0)
         next(iter(loader))
-        inner = getattr(loader, "loader", loader)
-        inner._iterator._shutdown_workers()
-        inner._iterator = None
+        users_loader = getattr(loader, "loader", loader)
+        users_loader._iterator._shutdown_workers()
+        users_loader._iterator = None
         seed(1)
         return iter(loader)
 
@@ -330,13 +331,13 @@ class WorkerOf(Numbers):
         return worker.id
 
 
-def test_the_first_batch_goes_to_the_worker_whose_turn_it_is() -> None:
+def test_the_first_batch_is_prepared_by_the_worker_whose_turn_it_is() -> None:
     loader = DataLoader(WorkerOf(4), batch_size=None, num_workers=2)
     assert list(torch_internals.RotatedWorkersIterator(loader, 1)) == [1, 0, 1, 0]
 
 
 class Pinned:
-    """A batch that knows how to be pinned."""
+    """A batch with its own `pin_memory`."""
 
     def __init__(self, *, pinned: bool = False) -> None:
         self.pinned = pinned
@@ -345,7 +346,7 @@ class Pinned:
         return Pinned(pinned=True)
 
 
-def test_the_batch_under_a_stamp_is_pinned() -> None:
-    stamped = Stamped({"batch": Pinned()}, 1, Packed(b"generators")).pin_memory()
-    assert stamped.data["batch"].pinned
-    assert (stamped.worker, stamped.generators) == (1, Packed(b"generators"))
+def test_a_batch_with_worker_generators_is_pinned() -> None:
+    batch = BatchWithRng({"batch": Pinned()}, 1, Packed(b"generators")).pin_memory()
+    assert batch.data["batch"].pinned
+    assert (batch.worker, batch.generators) == (1, Packed(b"generators"))

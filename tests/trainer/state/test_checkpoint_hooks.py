@@ -1,4 +1,4 @@
-"""The program's own checkpoint hooks: called when Lightning calls them, and with each version only where asked for."""
+"""The user's checkpoint hooks: called when Lightning calls them, and for each version only if the user asks for it."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ LIGHTNING_KEYS = {
 
 
 class Opaque:
-    """No plain data."""
+    """Not plain data."""
 
     def __init__(self) -> None:
         self.value = 0
 
 
 class Counting(pl.Callback):
-    """Counts the calls of its own hooks, and keeps a number that only they know."""
+    """Counts the calls of its hooks, and keeps a number that only they save."""
 
     def __init__(self) -> None:
         self.opaque, self.saved, self.stated, self.loaded = Opaque(), 0, 0, list[set[str]]()
@@ -56,7 +56,7 @@ class Counting(pl.Callback):
 
 
 def frozen_module() -> Any:
-    """A model that leaves its bias out of its checkpoint files, and puts it back when it loads one."""
+    """Make a model that leaves its bias out of its checkpoint files."""
     base: Any = type(tiny_module())
 
     class Frozen(base):  # type: ignore[misc]
@@ -94,7 +94,7 @@ def test_versions_call_no_hook_of_a_checkpoint(tmp_path: Path) -> None:
     assert (saved["checkpoint"], counting.saved, module.saved) == (None, 0, [])
 
 
-def test_where_asked_for_hooks_see_and_give_back_what_lightning_would_write(tmp_path: Path) -> None:
+def test_every_version_hooks_save_and_load_the_checkpoint_that_lightning_would_write(tmp_path: Path) -> None:
     module, counting = frozen_module(), Counting()
     counting.opaque.value = 7
     saved = captured(tmp_path / "first", EVERY, module, counting)
@@ -116,7 +116,7 @@ def test_where_asked_for_hooks_see_and_give_back_what_lightning_would_write(tmp_
     assert loaded["global_step"] == 4
 
 
-def test_what_cannot_be_pickled_is_named(tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_pickled_is_rejected(tmp_path: Path) -> None:
     def on_save_checkpoint(trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["mine"] = lambda: None
 
@@ -128,7 +128,7 @@ def test_what_cannot_be_pickled_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("options", "told"), [(CkptlessOptions(), True), (EVERY, False)])
-def test_an_object_that_only_a_hook_knows_is_named(
+def test_an_object_that_only_a_hook_saves_is_reported(
     options: CkptlessOptions, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def look(trainer: Any) -> None:
@@ -141,7 +141,7 @@ def test_an_object_that_only_a_hook_knows_is_named(
     assert not told or "Counting.on_save_checkpoint saves self.opaque (Opaque), which is not part of" in found[0]
 
 
-def test_state_dict_of_a_callback_can_be_left_out(tmp_path: Path) -> None:
+def test_the_state_dict_of_a_callback_can_be_excluded(tmp_path: Path) -> None:
     counting = Counting()
     saved = captured(tmp_path / "with", CkptlessOptions(), tiny_module(), counting)
     assert (counting.stated, saved["callbacks"][0]["state"]) == (1, {"stated": 1})
@@ -154,7 +154,7 @@ def test_state_dict_of_a_callback_can_be_left_out(tmp_path: Path) -> None:
     assert quiet.loaded == []
 
 
-def test_a_callback_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_stateless_callback_is_rejected(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, callbacks=[Counting()])
     with pytest.raises(
         OptionsError, match=r"stateless_callbacks names 'Cuonting'; the trainer's callbacks are Counting"
@@ -163,6 +163,6 @@ def test_a_callback_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["Counting", [3]])
-def test_names_are_a_list(value: Any) -> None:
+def test_stateless_callbacks_must_be_a_list_of_names(value: Any) -> None:
     with pytest.raises(OptionsError, match=r"expected a list of class names"):
         CkptlessOptions(stateless_callbacks=value)

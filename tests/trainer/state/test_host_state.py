@@ -1,4 +1,4 @@
-"""The host state of one trainer, put into another that was built in the same way."""
+"""The host state of one trainer is applied to another one built in the same way."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Look = Callable[[Any], None]
 
 
 class Opaque:
-    """No plain data: known to the hooks of its owner only."""
+    """Not plain data: saved only by the hooks of its owner."""
 
     def __init__(self) -> None:
         self.value = 0
 
 
 class Remembering(pl.Callback):
-    """Keeps one thing in its `state_dict`, one as an attribute and one that is nobody's business."""
+    """Keeps one value in its `state_dict`, one as a plain attribute, and one that is not part of the state."""
 
     def __init__(self) -> None:
         self.opaque, self.count, self.lock = Opaque(), 0, object()
@@ -42,7 +42,7 @@ class Remembering(pl.Callback):
 
 
 class Extra(nn.Module):
-    """Keeps something that only `get_extra_state` tells."""
+    """Keeps a value that only `get_extra_state` returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Extra(nn.Module):
 
 
 class Data(pl.LightningDataModule):
-    """Rows that count up, and a position of its own."""
+    """Ascending rows, and its own state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def small_module() -> Any:
 
 
 def at_first_step(root: Path, look: Look, module: Any = None, callbacks: tuple[Any, ...] = ()) -> Any:
-    """Train one step, look at the trainer behind it."""
+    """Train one step, and inspect the trainer after it."""
     hooks = callback(on_train_batch_end=lambda trainer, *_: look(trainer))
     trainer = tiny_trainer(root, max_steps=1, callbacks=[*callbacks, hooks])
     trainer.fit(small_module() if module is None else module, datamodule=Data())
@@ -88,7 +88,7 @@ def at_first_step(root: Path, look: Look, module: Any = None, callbacks: tuple[A
 
 
 def captured(root: Path, change: Look, **parts: Any) -> Any:
-    """The host state behind a step, after a change."""
+    """Return the host state after a step and a change."""
     saved: list[Packed] = []
 
     def look(trainer: Any) -> None:
@@ -101,7 +101,7 @@ def captured(root: Path, change: Look, **parts: Any) -> Any:
 
 
 def applied(root: Path, saved: Any, check: Look, **parts: Any) -> None:
-    """Put it into another trainer, and look at that one."""
+    """Apply a host state to another trainer, and inspect that one."""
 
     def look(trainer: Any) -> None:
         HostState(trainer).apply(saved)
@@ -114,7 +114,7 @@ def nothing(trainer: Any) -> None:
     """Leave the trainer as it is."""
 
 
-def test_callbacks_come_back_by_their_own_hooks_and_by_their_attributes(tmp_path: Path) -> None:
+def test_callbacks_are_restored_from_state_dict_and_attributes(tmp_path: Path) -> None:
     first, second = Remembering(), Remembering()
     lock = second.lock
 
@@ -127,7 +127,7 @@ def test_callbacks_come_back_by_their_own_hooks_and_by_their_attributes(tmp_path
     assert second.lock is lock
 
 
-def test_clocks_and_bars_are_those_of_the_process(tmp_path: Path) -> None:
+def test_process_attributes_of_a_timer_are_not_restored(tmp_path: Path) -> None:
     first, second = pl.callbacks.Timer(duration={"hours": 1}), pl.callbacks.Timer(duration={"hours": 2})
     saved = captured(tmp_path, nothing, callbacks=(first,))
     assert saved["callbacks"][0]["plain"] == {"_offset": 0}
@@ -135,7 +135,7 @@ def test_clocks_and_bars_are_those_of_the_process(tmp_path: Path) -> None:
     assert second._duration == 7200
 
 
-def test_the_module_comes_back(tmp_path: Path) -> None:
+def test_the_module_is_restored(tmp_path: Path) -> None:
     def change(trainer: Any) -> None:
         module = trainer.lightning_module
         module.rows.append(torch.ones(2))
@@ -154,7 +154,7 @@ def test_the_module_comes_back(tmp_path: Path) -> None:
     applied(tmp_path, captured(tmp_path, change), check)
 
 
-def test_the_datamodule_comes_back(tmp_path: Path) -> None:
+def test_the_datamodule_is_restored(tmp_path: Path) -> None:
     def change(trainer: Any) -> None:
         trainer.datamodule.opaque.value, trainer.datamodule.passes = 6, 7
 
@@ -164,7 +164,7 @@ def test_the_datamodule_comes_back(tmp_path: Path) -> None:
     applied(tmp_path, captured(tmp_path, change), check)
 
 
-def test_a_request_to_stop_comes_back(tmp_path: Path) -> None:
+def test_a_stop_request_is_restored(tmp_path: Path) -> None:
     def change(trainer: Any) -> None:
         trainer.should_stop = True
 
@@ -174,7 +174,7 @@ def test_a_request_to_stop_comes_back(tmp_path: Path) -> None:
     applied(tmp_path, captured(tmp_path, change), check)
 
 
-def test_a_validation_to_be_skipped_comes_back(tmp_path: Path) -> None:
+def test_a_skipped_validation_is_restored(tmp_path: Path) -> None:
     def change(trainer: Any) -> None:
         trainer.fit_loop.epoch_loop._skip_next_val = True
 
@@ -184,8 +184,8 @@ def test_a_validation_to_be_skipped_comes_back(tmp_path: Path) -> None:
     applied(tmp_path, captured(tmp_path, change), check)
 
 
-def test_what_is_applied_twice_is_the_same(tmp_path: Path) -> None:
-    """As it is: before the hooks of a starting fit and after them."""
+def test_applying_a_state_twice_gives_the_same_result(tmp_path: Path) -> None:
+    """A fit applies it before and after its start hooks."""
     saved = captured(tmp_path, lambda trainer: trainer.lightning_module.rows.append(1))
 
     def check(trainer: Any) -> None:
@@ -231,7 +231,7 @@ def with_a_scheduler() -> Any:
         ("schedulers", lambda: {"module": with_a_scheduler()}),
     ],
 )
-def test_a_script_that_builds_something_else_is_refused(kind: str, parts: Any, tmp_path: Path) -> None:
+def test_a_script_that_builds_something_different_is_rejected(kind: str, parts: Any, tmp_path: Path) -> None:
     saved = captured(tmp_path, nothing)
     with pytest.raises(LayoutMismatchError, match=rf"({kind}) .*build the same trainer and model at every start"):
         applied(tmp_path, saved, nothing, **parts())

@@ -1,4 +1,4 @@
-"""What layers keep as attributes is taken along: all that may change, and little else."""
+"""Attributes of layers are captured: everything that may change, and little else."""
 
 from __future__ import annotations
 
@@ -29,57 +29,57 @@ class Net(nn.Module):
         self.metric, self.own = torchmetrics.MeanMetric(), 5
 
 
-def there_and_back(source: Any, inner: ModuleAttributes) -> Any:
-    """Another model, with what was captured of this one."""
-    saved, fresh = unpack(pack(inner.capture())), Net()
+def round_trip(attributes: ModuleAttributes) -> Any:
+    """Return a fresh model with the captured attributes applied."""
+    saved, fresh = unpack(pack(attributes.capture())), Net()
     ModuleAttributes(fresh).apply(saved)
     return fresh
 
 
-def test_attributes_of_layers_come_back() -> None:
+def test_attributes_of_layers_are_restored() -> None:
     net = Net()
-    inner = ModuleAttributes(net)
+    attributes = ModuleAttributes(net)
     net.layer.count, net.layer.late = 3, "made later"
     net.layer.seen.append(7)
     net.dropout.p, net.norm.momentum, net.norm.training = 0.5, 0.25, False
-    fresh = there_and_back(net, inner)
+    fresh = round_trip(attributes)
     assert (fresh.layer.count, fresh.layer.seen, fresh.layer.late) == (3, [7], "made later")
     assert (fresh.dropout.p, fresh.norm.momentum) == (0.5, 0.25)
     assert isinstance(fresh.layer.linear, nn.Linear)
 
 
-def test_tensors_travel_only_when_they_were_changed() -> None:
+def test_tensors_are_captured_only_if_they_changed() -> None:
     net = Net()
-    inner = ModuleAttributes(net)
+    attributes = ModuleAttributes(net)
     net.layer.written.add_(1)
     net.layer.replaced = torch.zeros(3)
-    assert {*inner.capture()["plain"]["layer"]} == {"count", "seen", "written", "replaced"}
-    fresh = there_and_back(net, inner)
+    assert {*attributes.capture()["plain"]["layer"]} == {"count", "seen", "written", "replaced"}
+    fresh = round_trip(attributes)
     assert fresh.layer.written.tolist() == [2.0, 2.0]
     assert fresh.layer.replaced.tolist() == [0.0, 0.0, 0.0]
 
 
-def test_generators_of_layers_go_on() -> None:
+def test_generators_of_layers_are_restored() -> None:
     net = Net()
-    inner = ModuleAttributes(net)
+    attributes = ModuleAttributes(net)
     torch.rand(1, generator=net.layer.noise)
-    fresh = there_and_back(net, inner)
+    fresh = round_trip(attributes)
     assert torch.equal(torch.rand(2, generator=fresh.layer.noise), torch.rand(2, generator=net.layer.noise))
 
 
-def test_which_parameters_are_trained_comes_back() -> None:
+def test_requires_grad_is_restored() -> None:
     net = Net()
-    inner = ModuleAttributes(net)
+    attributes = ModuleAttributes(net)
     net.layer.linear.weight.requires_grad_(False)
-    fresh = there_and_back(net, inner)
+    fresh = round_trip(attributes)
     assert [name for name, p in fresh.named_parameters() if not p.requires_grad] == ["layer.linear.weight"]
 
 
-def test_the_model_itself_and_metrics_are_left_to_others() -> None:
+def test_the_model_itself_and_its_metrics_are_not_captured() -> None:
     net = Net()
-    inner = ModuleAttributes(net)
+    attributes = ModuleAttributes(net)
     net.own = 6
     net.metric.update(2.0)
-    fresh = there_and_back(net, inner)
+    fresh = round_trip(attributes)
     assert fresh.own == 5
     assert fresh.metric.update_count == 0

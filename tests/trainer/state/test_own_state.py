@@ -1,4 +1,4 @@
-"""State of a callback put back into one that is alive, and into one of a new process: each the same as it was."""
+"""The state of a callback is restored exactly, in a survivor and in a new process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def saved_state(owner: Any) -> Any:
 
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Lets the time of a recovery pass."""
+    """Advances the clocks by the duration of a recovery."""
     clocks = dict(CLOCKS)
 
     def pass_time() -> None:
@@ -57,8 +57,8 @@ def running_timer(distribution: str, elapsed_s: float, offset_s: float) -> Any:
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize("is_alive", [True, False], ids=["survivor", "newcomer"])
-def test_a_timer_counts_the_time_up_to_the_version_once(
+@pytest.mark.parametrize("is_alive", [True, False], ids=["survivor", "replacement"])
+def test_a_restored_timer_excludes_the_time_after_the_version(
     is_alive: bool, distribution: str, later: Callable[[], None]
 ) -> None:
     timer = running_timer(distribution, elapsed_s=50, offset_s=7)
@@ -71,7 +71,7 @@ def test_a_timer_counts_the_time_up_to_the_version_once(
     assert restored.time_remaining() == pytest.approx(3600 - 57, abs=3)
 
 
-def test_a_checkpoint_by_the_clock_is_due_when_it_was(later: Callable[[], None]) -> None:
+def test_a_timed_checkpoint_is_due_after_the_same_training_time(later: Callable[[], None]) -> None:
     first = pl.callbacks.ModelCheckpoint(train_time_interval=None)
     first.on_train_start(SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
     first._last_time_checked -= 30  # type: ignore[operator]
@@ -83,7 +83,7 @@ def test_a_checkpoint_by_the_clock_is_due_when_it_was(later: Callable[[], None])
         assert restored._last_time_checked == pytest.approx(time.monotonic() - 30, abs=2)
 
 
-def test_validation_by_the_clock_is_due_when_it_was(tmp_path: Path, later: Callable[[], None]) -> None:
+def test_a_timed_validation_is_due_after_the_same_training_time(tmp_path: Path, later: Callable[[], None]) -> None:
     trainer = tiny_trainer(tmp_path)
     trainer._train_start_time, trainer._last_val_time = time.monotonic() - 60, time.monotonic() - 20
     ages = ages_of(trainer)
@@ -97,7 +97,7 @@ def test_validation_by_the_clock_is_due_when_it_was(tmp_path: Path, later: Calla
 
 
 class AddsUp(pl.Callback):
-    """A state whose loading assumes that nothing was counted yet."""
+    """Its `load_state_dict` assumes that nothing was counted yet."""
 
     def __init__(self) -> None:
         self.count, self.is_resumed, self.loads = 0, False, [0]
@@ -111,7 +111,7 @@ class AddsUp(pl.Callback):
         self.is_resumed = True
 
 
-def test_what_attributes_tell_is_not_loaded() -> None:
+def test_load_state_dict_is_not_called_if_attributes_suffice() -> None:
     alive, new = AddsUp(), AddsUp()
     alive.count = 5
     saved = saved_state(alive)
@@ -121,32 +121,32 @@ def test_what_attributes_tell_is_not_loaded() -> None:
         assert (restored.count, restored.is_resumed, restored.loads) == (5, False, [0])
 
 
-class Within(AddsUp):
-    """Keeps its count where attributes do not tell."""
+class CountsInObject(AddsUp):
+    """Keeps its count in an object that is not plain data."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.within = SimpleNamespace(count=0)
+        self.counter = SimpleNamespace(count=0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.within.count}
+        return {"count": self.counter.count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(dict(state_dict))
-        self.within.count = state_dict["count"]
+        self.counter.count = state_dict["count"]
 
 
-def test_what_attributes_do_not_tell_is_loaded_and_leaves_no_mark_on_them() -> None:
-    alive, new = Within(), Within()
-    alive.within.count = 5
+def test_load_state_dict_does_not_change_other_attributes() -> None:
+    alive, new = CountsInObject(), CountsInObject()
+    alive.counter.count = 5
     saved = saved_state(alive)
-    alive.within.count = 6
+    alive.counter.count = 6
     for restored in (alive, new):
         set_own_state(restored, saved, ())
-        assert (restored.within.count, restored.count, restored.is_resumed) == (5, 0, False)
+        assert (restored.counter.count, restored.count, restored.is_resumed) == (5, 0, False)
 
 
-def test_an_attribute_made_since_the_version_is_gone() -> None:
+def test_an_attribute_created_after_the_version_is_removed() -> None:
     alive = AddsUp()
     saved = saved_state(alive)
     alive.best = 3  # type: ignore[attr-defined]
@@ -173,7 +173,7 @@ def all_callbacks() -> list[Any]:
 
 
 def run(root: Path, functions: dict[int, Callable[[Any], None]]) -> None:
-    """Train four steps; after some of them call a function."""
+    """Train, and call functions after some of the steps."""
     pl.seed_everything(3, verbose=False)
 
     def after_step(trainer: Any, *_: Any) -> None:
@@ -187,7 +187,7 @@ def run(root: Path, functions: dict[int, Callable[[Any], None]]) -> None:
 
 
 def shown(state: Any) -> Any:
-    """What a state says of callbacks, without what the clock says."""
+    """Return the callbacks in a state, without values that depend on the clock."""
     callbacks = [
         {key: value for key, value in one.items() if key not in ("ages", "state")}
         | {"state": {key: value for key, value in one["state"].items() if key != "time_elapsed"}}
@@ -196,16 +196,16 @@ def shown(state: Any) -> Any:
     return [callbacks, {name: value for name, value in state["metrics"].items() if name.startswith("callback/")}]
 
 
-def test_every_callback_of_lightning_comes_back_into_a_live_one(tmp_path: Path) -> None:
-    """The state of step 2 goes into the trainer that has made step 3, which then trains to its end."""
+def test_lightnings_callbacks_are_restored_in_a_survivor(tmp_path: Path) -> None:
+    """The state of step 2 is applied to the trainer after step 3, which then trains to the end."""
     kept: dict[str, Any] = {}
 
     def take(trainer: Any) -> None:
-        kept["small"] = HostState(trainer)
-        kept["state"] = pack(kept["small"].capture())
+        kept["host_state"] = HostState(trainer)
+        kept["state"] = pack(kept["host_state"].capture())
 
     def put_back(trainer: Any) -> None:
-        host_state, state = kept["small"], unpack(kept["state"])
+        host_state, state = kept["host_state"], unpack(kept["state"])
         assert not is_same(shown(unpack(pack(host_state.capture()))), shown(state))
         host_state.apply(state)
         assert is_same(shown(unpack(pack(host_state.capture()))), shown(state))
@@ -213,7 +213,7 @@ def test_every_callback_of_lightning_comes_back_into_a_live_one(tmp_path: Path) 
     run(tmp_path, {2: take, 3: put_back})
 
 
-def test_every_callback_of_lightning_comes_back_into_a_new_one(tmp_path: Path) -> None:
+def test_lightnings_callbacks_are_restored_in_a_new_process(tmp_path: Path) -> None:
     saved: list[Packed] = []
     run(tmp_path, {3: lambda trainer: saved.append(pack(HostState(trainer).capture()))})
 
@@ -225,7 +225,7 @@ def test_every_callback_of_lightning_comes_back_into_a_new_one(tmp_path: Path) -
     run(tmp_path, {1: put})
 
 
-def test_a_stand_in_that_answers_to_every_name_has_no_state() -> None:
+def test_a_mock_has_no_state() -> None:
     stand_in = Mock(spec=pl.Callback)
     saved = saved_state(stand_in)
     assert saved["state"] == {}

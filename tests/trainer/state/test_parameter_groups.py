@@ -1,4 +1,4 @@
-"""Parameter groups and schedulers that hooks make in training, in a process that lives and in a new one."""
+"""Parameter groups and schedulers that hooks create in training, restored in a survivor and in a new process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_ckptless.trainer.state.schedulers import Schedulers
 
 
 def trainer_with(*, momentum: float = 0.9) -> Any:
-    """As `configure_optimizers` leaves it: the head alone is trained."""
+    """Make a trainer as after `configure_optimizers`: only the head is trained."""
     model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
     optimizer = torch.optim.SGD(model["head"].parameters(), 0.1, momentum=momentum)
     return SimpleNamespace(
@@ -30,7 +30,7 @@ def trainer_with(*, momentum: float = 0.9) -> Any:
     )
 
 
-def thaw(trainer: Any) -> None:
+def unfreeze(trainer: Any) -> None:
     trainer.optimizers[0].add_param_group({"params": list(trainer.lightning_module["body"].parameters()), "lr": 0.01})
 
 
@@ -40,43 +40,43 @@ def step(trainer: Any) -> None:
     trainer.optimizers[0].step()
 
 
-THAWED = [[["head.weight", "head.bias"], ["body.weight", "body.bias"]]]
+UNFROZEN = [[["head.weight", "head.bias"], ["body.weight", "body.bias"]]]
 
 
-def test_a_new_process_makes_the_group() -> None:
+def test_a_new_process_creates_the_group() -> None:
     first, second = trainer_with(), trainer_with()
     names = GroupNames(first)
-    assert names.now() == [THAWED[0][:1]]
-    thaw(first)
-    assert names.now() == THAWED
+    assert names.now() == [UNFROZEN[0][:1]]
+    unfreeze(first)
+    assert names.now() == UNFROZEN
     restore_groups(second, names.now())
-    assert names_in_groups(second) == THAWED
+    assert names_in_groups(second) == UNFROZEN
     added = second.optimizers[0].param_groups[1]
     assert added["momentum"] == 0.9
     assert all(a is b for a, b in zip(added["params"], second.lightning_module["body"].parameters(), strict=True))
 
 
-def test_a_group_of_a_step_that_is_rolled_back_is_gone() -> None:
+def test_a_group_from_a_rolled_back_step_is_removed() -> None:
     trainer = trainer_with()
     saved = names_in_groups(trainer)
-    thaw(trainer)
+    unfreeze(trainer)
     step(trainer)
     restore_groups(trainer, saved)
     assert names_in_groups(trainer) == saved
-    # What a state dictionary counts by the groups has no entry for the rest.
+    # A state dict numbers parameters by their groups and must not contain others.
     assert len(trainer.optimizers[0].state_dict()["state"]) == 2
 
 
-def test_a_parameter_beside_the_model_is_refused_when_it_is_added() -> None:
+def test_adding_a_parameter_outside_the_model_is_rejected() -> None:
     trainer = trainer_with()
     names = GroupNames(trainer)
     names.now()
     trainer.optimizers[0].add_param_group({"params": [torch.ones(1, requires_grad=True)]})
-    with pytest.raises(OptionsError, match=r"at step 3 that the model does not hold \(#1.0.*attributes of the Light"):
+    with pytest.raises(OptionsError, match=r"at step 3 that are not in the model \(#1.0.*attributes of the Light"):
         names.now()
 
 
-def test_an_optimizer_of_another_kind_is_refused_when_it_is_set() -> None:
+def test_replacing_an_optimizer_by_another_class_is_rejected() -> None:
     trainer = trainer_with()
     names = GroupNames(trainer)
     names.now()
@@ -99,7 +99,7 @@ def rate_after(trainer: Any, steps: int) -> float:
     return float(trainer.optimizers[0].param_groups[0]["lr"])
 
 
-def test_a_scheduler_that_came_later_is_made_on_the_optimizer_of_a_new_process() -> None:
+def test_a_later_scheduler_is_created_on_the_optimizer_of_a_new_process() -> None:
     first, second = trainer_with(), trainer_with()
     for trainer in (first, second):
         schedule(trainer, torch.optim.lr_scheduler.StepLR, 1)
@@ -117,7 +117,7 @@ def test_a_scheduler_that_came_later_is_made_on_the_optimizer_of_a_new_process()
     assert rate_after(second, 3) == rate_after(first, 3)
 
 
-def test_a_scheduler_of_a_step_that_is_rolled_back_gives_way_to_the_one_before() -> None:
+def test_a_scheduler_from_a_rolled_back_step_is_replaced_by_the_previous_one() -> None:
     trainer = trainer_with()
     schedule(trainer, torch.optim.lr_scheduler.StepLR, 1)
     schedulers, first = Schedulers(trainer), trainer.lr_scheduler_configs[0]
@@ -127,22 +127,22 @@ def test_a_scheduler_of_a_step_that_is_rolled_back_gives_way_to_the_one_before()
     assert trainer.lr_scheduler_configs == [first]
 
 
-def test_a_scheduler_that_cannot_be_made_again_is_refused_when_it_is_set() -> None:
+def test_a_scheduler_that_cannot_be_recreated_is_rejected() -> None:
     trainer = trainer_with()
     schedulers = Schedulers(trainer)
     schedule(trainer, torch.optim.lr_scheduler.LambdaLR, lambda _: 1.0)
-    with pytest.raises(OptionsError, match=r"LambdaLR became a scheduler at step 3.*top of a module"):
+    with pytest.raises(OptionsError, match=r"the scheduler LambdaLR, added at step 3, .*module level"):
         schedulers.capture()
 
 
-def test_a_script_that_begins_with_other_groups_is_refused_by_their_names() -> None:
+def test_a_script_that_starts_with_different_groups_is_rejected_by_name() -> None:
     first, second = trainer_with(), trainer_with()
     began_with = names_in_groups(first)
-    thaw(first)
+    unfreeze(first)
     require_same_groups(began_with, names_in_groups(second))
-    thaw(second)
-    with pytest.raises(LayoutMismatchError, match=r"optimizer/0 has other .* body\.bias \(group 1\), body\.weight"):
+    unfreeze(second)
+    with pytest.raises(LayoutMismatchError, match=r"optimizer/0 has different .* body\.bias \(group 1\), body\.weight"):
         require_same_groups(began_with, names_in_groups(second))
     second.optimizers.append(torch.optim.SGD(second.lightning_module["body"].parameters(), 0.1))
-    with pytest.raises(LayoutMismatchError, match="began with 1 optimizers, and the relaunched script made 2"):
+    with pytest.raises(LayoutMismatchError, match="began with 1 optimizers, the relaunched script created 2"):
         require_same_groups(began_with, names_in_groups(second))

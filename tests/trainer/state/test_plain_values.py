@@ -1,4 +1,4 @@
-"""What users keep on their modules travels if it is plain data, and comes back as it was."""
+"""Plain values that users keep on their modules are captured and restored exactly."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def nested(depth: int) -> Any:
 
 
 def the_same(left: Any, right: Any) -> bool:
-    """Equal in type and value, bit for bit."""
+    """Return whether two values are equal in type and bit for bit in value."""
     if type(left) is not type(right):
         return False
     if isinstance(left, torch.Tensor):
@@ -72,12 +72,12 @@ PLAIN = {
     "path": pathlib.PurePosixPath("a/b"),
     "time": [dt.timedelta(seconds=1), dt.datetime(2020, 1, 1, tzinfo=dt.UTC), dt.date(2020, 1, 1)],
     "dtype and device": {"dtype": torch.bfloat16, "device": torch.device("cpu")},
-    "as deep as it may be": nested(MAX_DEPTH),
+    "deepest allowed": nested(MAX_DEPTH),
 }
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-def test_plain_data_travels(kind: str) -> None:
+def test_plain_data_survives_packing(kind: str) -> None:
     value = PLAIN[kind]
     assert is_plain(value)
     assert the_same(unpack(pack(value)), value.detach() if isinstance(value, torch.Tensor) else value)
@@ -93,7 +93,7 @@ NOT_PLAIN = {
     "file": io.StringIO(),
     "lock": {"lock": threading.Lock()},
     "function": len,
-    "default from a function of the user's": defaultdict(lambda: 0),
+    "default from a user's function": defaultdict(lambda: 0),
     "class": int,
     "object": object(),
     "too deep": nested(MAX_DEPTH + 1),
@@ -101,11 +101,11 @@ NOT_PLAIN = {
 
 
 @pytest.mark.parametrize("kind", NOT_PLAIN)
-def test_what_is_not_plain_is_left(kind: str) -> None:
+def test_other_values_are_not_plain(kind: str) -> None:
     assert not is_plain(NOT_PLAIN[kind])
 
 
-def test_a_mapped_file_is_left(tmp_path: pathlib.Path) -> None:
+def test_a_memory_mapped_array_is_not_plain(tmp_path: pathlib.Path) -> None:
     assert not is_plain(mapped(tmp_path / "numbers"))
 
 
@@ -119,7 +119,7 @@ DTYPES = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tensors_come_back(dtype: torch.dtype) -> None:
+def test_tensors_survive_packing(dtype: torch.dtype) -> None:
     for shape in ((), (0,), (2, 0), (1,), (2, 3)):
         tensor = torch.arange(math.prod(shape)).reshape(shape).to(dtype)
         back = unpack(pack(tensor))
@@ -127,7 +127,7 @@ def test_tensors_come_back(dtype: torch.dtype) -> None:
         assert back.to(torch.complex128).tolist() == tensor.to(torch.complex128).tolist()
 
 
-def test_bits_that_are_no_numbers_come_back() -> None:
+def test_special_floats_keep_their_bits() -> None:
     odd = torch.tensor([float("nan"), float("-inf"), -0.0, 1e-45])
     assert torch.equal(unpack(pack(odd)).view(torch.int32), odd.view(torch.int32))
 
@@ -144,13 +144,13 @@ def test_bits_that_are_no_numbers_come_back() -> None:
     ],
     ids=["transposed", "strided", "expanded", "channels last", "conjugate", "negative"],
 )
-def test_views_come_back_by_value(view: torch.Tensor) -> None:
+def test_views_are_restored_by_value(view: torch.Tensor) -> None:
     back = unpack(pack(view))
     assert torch.equal(back, view)
     assert back.is_contiguous()
 
 
-def test_a_tensor_is_a_copy_that_can_be_written_to() -> None:
+def test_an_unpacked_tensor_is_a_writable_copy() -> None:
     tensor = torch.zeros(2)
     data = pack(tensor)
     tensor.fill_(1)
@@ -160,18 +160,18 @@ def test_a_tensor_is_a_copy_that_can_be_written_to() -> None:
     assert unpack(data).tolist() == [0.0, 0.0]
 
 
-def test_one_object_stays_one_object() -> None:
+def test_shared_references_stay_shared() -> None:
     tensor = torch.zeros(2)
     first, second = unpack(pack([tensor, tensor]))
     assert first is second
 
 
-def test_graphs_are_left_behind() -> None:
+def test_autograd_graphs_are_dropped() -> None:
     back = unpack(pack({"loss": torch.ones(2, requires_grad=True).sum()}))
     assert not back["loss"].requires_grad
 
 
-def test_scalars_are_small() -> None:
+def test_packed_scalars_are_small() -> None:
     assert len(pack([torch.tensor(float(i)) for i in range(100)])) < 4000
 
 
@@ -194,7 +194,7 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-def test_whatever_is_plain_comes_back(value: Any) -> None:
+def test_any_plain_value_survives_packing(value: Any) -> None:
     back = unpack(pack(value))
     assert the_same(back, value)
     assert is_plain(back) == is_plain(value)
@@ -206,20 +206,20 @@ def test_whatever_is_plain_comes_back(value: Any) -> None:
 class Owner:
     def __init__(self) -> None:
         self.count, self.seen, self.layer = 3, [torch.ones(1)], torch.nn.Linear(1, 1)
-        self.base = "of everybody"
+        self.base = "base class"
 
 
-def test_attributes_are_taken_and_put_back() -> None:
+def test_attributes_are_captured_and_restored() -> None:
     owner = Owner()
     saved = plain_attributes(owner, leave={"base"})
     assert set(saved) == {"count", "seen"}
     fresh = Owner()
-    fresh.count, fresh.base, layer = 0, "of another", fresh.layer
+    fresh.count, fresh.base, layer = 0, "unchanged", fresh.layer
     set_plain_attributes(fresh, saved)
-    assert (fresh.count, fresh.base) == (3, "of another")
+    assert (fresh.count, fresh.base) == (3, "unchanged")
     assert fresh.layer is layer
 
 
-def test_what_has_no_attributes_has_nothing_to_take() -> None:
+def test_an_object_without_attributes_has_no_plain_attributes() -> None:
     assert plain_attributes([1, 2]) == {}
     set_plain_attributes([1, 2], {})

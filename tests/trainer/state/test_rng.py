@@ -1,4 +1,4 @@
-"""Random numbers go on where they were, whoever owns the generator."""
+"""Random number generators continue exactly, whichever object owns them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_ckptless.trainer.state.rng import apply_rng, capture_rng, owned_g
 
 
 def draw() -> tuple[Any, ...]:
-    """A number of every global generator, and of those that keep half of what they draw for the next time."""
+    """Draw from every global generator, including distributions that cache a second value."""
     return (
         random.random(),
         random.gauss(0, 1),
@@ -26,7 +26,7 @@ def draw() -> tuple[Any, ...]:
     )
 
 
-def test_global_generators_go_on() -> None:
+def test_global_generators_are_restored() -> None:
     draw()
     state = capture_rng()
     expected = draw()
@@ -35,7 +35,7 @@ def test_global_generators_go_on() -> None:
     assert draw() == expected
 
 
-def test_taking_the_state_draws_nothing() -> None:
+def test_capturing_the_state_draws_nothing() -> None:
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
@@ -48,7 +48,7 @@ def test_taking_the_state_draws_nothing() -> None:
     assert [first, draw()] == undisturbed
 
 
-def test_a_state_is_not_changed_by_what_is_drawn_later() -> None:
+def test_later_draws_do_not_change_a_captured_state() -> None:
     state = capture_rng()
     before = pickle.dumps(state)
     draw()
@@ -56,7 +56,7 @@ def test_a_state_is_not_changed_by_what_is_drawn_later() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_generator_of_the_device_goes_on() -> None:
+def test_the_device_generator_is_restored() -> None:
     torch.rand(1, device="cuda")
     state = capture_rng()
     expected = torch.rand(4, device="cuda")
@@ -87,7 +87,7 @@ def owner_of(generator: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_owned_generators_go_on_in_place(kind: str) -> None:
+def test_owned_generators_are_restored_in_place(kind: str) -> None:
     make, use = MADE[kind]
     owner = owner_of(make())
     use(owner.mine)
@@ -103,7 +103,7 @@ def test_owned_generators_go_on_in_place(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", MADE)
 @pytest.mark.parametrize("before", [{}, {"mine": None}], ids=["absent", "none"])
-def test_a_generator_that_is_made_on_first_use_is_made(kind: str, before: dict[str, Any]) -> None:
+def test_a_missing_owned_generator_is_created(kind: str, before: dict[str, Any]) -> None:
     make, use = MADE[kind]
     owner, fresh = owner_of(make()), Owner()
     states = owned_generators(owner)
@@ -113,10 +113,10 @@ def test_a_generator_that_is_made_on_first_use_is_made(kind: str, before: dict[s
     assert use(vars(fresh)["mine"]) == use(owner.mine)
 
 
-def test_noise_of_the_machine_has_no_state() -> None:
+def test_the_system_random_source_has_no_state() -> None:
     assert owned_generators(owner_of(random.SystemRandom())) == {}
 
 
-def test_what_has_no_attributes_owns_no_generators() -> None:
+def test_an_object_without_attributes_owns_no_generators() -> None:
     assert owned_generators([1]) == {}
     set_owned_generators([1], {})

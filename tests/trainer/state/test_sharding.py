@@ -1,4 +1,4 @@
-"""The state of sharded models, in a process that only pretends to have peers."""
+"""The state of sharded models, in a process with a fake process group."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_ckptless.trainer.state.tensors import StateIndex, make_room_for_o
 
 
 class Layer(nn.Module):
-    """A user's own, with an attribute that is no tensor."""
+    """A user-defined layer with an attribute that is not a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Layer(nn.Module):
 
 
 class Net(nn.Module):
-    """A layer that is sharded, and a number that is not."""
+    """A layer that is sharded, and a parameter that is not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Net(nn.Module):
 
 @dataclass
 class Trainer:
-    """What the state is read from."""
+    """The part of a trainer that holds state."""
 
     lightning_module: nn.Module
     optimizers: list[Any]
@@ -64,7 +64,7 @@ class Trainer:
 
 @pytest.fixture
 def trainer() -> Iterator[Trainer]:
-    """Of the second rank of two, after one step."""
+    """Return the trainer of rank 1 of 2, after one step."""
     open_fake_groups(1, 2)
     net = Net()
     fully_shard(net.layer, mesh=init_device_mesh("cpu", (2,)))
@@ -75,7 +75,7 @@ def trainer() -> Iterator[Trainer]:
     dist.destroy_process_group()
 
 
-def test_a_rank_reads_its_own_part(trainer: Trainer) -> None:
+def test_a_rank_reads_its_local_part(trainer: Trainer) -> None:
     read = StateIndex(trainer).read()
     assert {name: tuple(t.shape) for name, t in read.items() if name.startswith("parameter/")} == {
         "parameter/scale": (),
@@ -85,7 +85,7 @@ def test_a_rank_reads_its_own_part(trainer: Trainer) -> None:
     assert tuple(read["optimizer/0/layer.inner.weight/exp_avg"].shape) == (2, 3)
 
 
-def test_whole_parameters_that_were_left_in_place_are_not_read(trainer: Trainer) -> None:
+def test_unsharded_parameters_left_in_place_are_not_read(trainer: Trainer) -> None:
     index = StateIndex(trainer)
     net = trainer.lightning_module
     for known in (index, None):
@@ -95,7 +95,7 @@ def test_whole_parameters_that_were_left_in_place_are_not_read(trainer: Trainer)
         assert tuple((known or StateIndex(trainer)).read()["parameter/layer.inner.weight"].shape) == (2, 3)
 
 
-def test_parts_are_described_as_boxes_and_only_the_rest_is_compared(trainer: Trainer) -> None:
+def test_only_tensors_that_are_not_sharded_are_compared_by_digest(trainer: Trainer) -> None:
     described = {d.name: d for d in describe_state(StateIndex(trainer), replicated=False)}
     weight, scale = described["parameter/layer.inner.weight"], described["parameter/scale"]
     assert (weight.shape, weight.box, weight.digest) == ((5, 3), Box((3, 0), (2, 3)), "")
@@ -105,7 +105,7 @@ def test_parts_are_described_as_boxes_and_only_the_rest_is_compared(trainer: Tra
     assert known["parameter/scale"].digest == ""
 
 
-def test_a_fresh_optimizer_gets_tensors_that_are_sharded_as_its_parameters(trainer: Trainer) -> None:
+def test_a_fresh_optimizer_gets_tensors_sharded_like_its_parameters(trainer: Trainer) -> None:
     (optimizer,) = trainer.optimizers
     described = {d.name: (torch.float32, d.shape) for d in describe_state(StateIndex(trainer)) if "optimizer" in d.name}
     expected = describe_state(StateIndex(trainer))
@@ -114,7 +114,7 @@ def test_a_fresh_optimizer_gets_tensors_that_are_sharded_as_its_parameters(train
     assert describe_state(StateIndex(trainer)) == expected
 
 
-def test_state_that_is_sharded_otherwise_is_refused(trainer: Trainer) -> None:
+def test_optimizer_state_sharded_differently_from_its_parameter_is_rejected(trainer: Trainer) -> None:
     require_room(trainer)
     weight, (optimizer,) = trainer.lightning_module.get_parameter("layer.inner.weight"), trainer.optimizers
     assert isinstance(weight, DTensor)
@@ -124,7 +124,7 @@ def test_state_that_is_sharded_otherwise_is_refused(trainer: Trainer) -> None:
 
 
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
-def test_a_tensor_that_is_sharded_otherwise_in_training_is_refused(trainer: Trainer, name: str) -> None:
+def test_a_tensor_whose_sharding_changes_in_training_is_rejected(trainer: Trainer, name: str) -> None:
     index = StateIndex(trainer)
     index.read()
     weight, (optimizer,) = trainer.lightning_module.get_parameter("layer.inner.weight"), trainer.optimizers
@@ -137,9 +137,8 @@ def test_a_tensor_that_is_sharded_otherwise_in_training_is_refused(trainer: Trai
         index.read()
 
 
-def test_attributes_of_a_users_layer_are_taken_along_when_it_is_sharded(trainer: Trainer) -> None:
+def test_attributes_of_a_sharded_user_layer_are_captured(trainer: Trainer) -> None:
     net = trainer.lightning_module
     assert [type(module).__name__ for module in sharded_modules(net)] == ["FSDPLayer"]
-    inner = ModuleAttributes(net)
-    saved = inner.capture()
+    saved = ModuleAttributes(net).capture()
     assert saved["plain"]["layer"]["names"] == ["a"]

@@ -1,4 +1,4 @@
-"""Which tensors are taken to stand still."""
+"""Which tensors are assumed to be static."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ def model_of_three() -> nn.Sequential:
     return model
 
 
-def test_at_first_parameters_without_gradients() -> None:
+def test_at_first_parameters_without_gradients_are_static() -> None:
     assert StaticWatch().look(index_of(model_of_three())) == {"parameter/0.weight", "parameter/0.bias"}
 
 
-def test_then_buffers_that_were_not_written_to() -> None:
+def test_later_unmodified_buffers_are_static_too() -> None:
     model, watch = model_of_three(), StaticWatch()
     watch.look(index_of(model))
     model(torch.ones(2, 3))
     assert watch.look(index_of(model)) == {"parameter/0.weight", "parameter/0.bias", "buffer/mask"}
 
 
-def test_what_was_written_to_or_thawed_or_replaced_is_left_out() -> None:
+def test_modified_unfrozen_or_replaced_tensors_are_not_static() -> None:
     model, watch = model_of_three(), StaticWatch()
     watch.look(index_of(model))
     with torch.no_grad():
         model.get_parameter("0.weight").add_(1)
     model.get_parameter("0.bias").requires_grad_(True)
     model.mask = torch.ones(3)
-    still = {"buffer/1.running_mean", "buffer/1.running_var", "buffer/1.num_batches_tracked"}
-    assert watch.look(index_of(model)) == still
-    assert watch.look(index_of(model)) == still | {"parameter/0.weight", "buffer/mask"}
+    static = {"buffer/1.running_mean", "buffer/1.running_var", "buffer/1.num_batches_tracked"}
+    assert watch.look(index_of(model)) == static
+    assert watch.look(index_of(model)) == static | {"parameter/0.weight", "buffer/mask"}
 
 
-def test_state_of_optimizers_never_is() -> None:
+def test_optimizer_state_is_never_static() -> None:
     model, watch = model_of_three(), StaticWatch()
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(2, 3)).sum().backward()
@@ -57,7 +57,7 @@ def test_state_of_optimizers_never_is() -> None:
     assert found and not any(name.startswith("optimizer/") for name in found)
 
 
-def test_parameters_that_no_optimizer_changes_may_be_written_to_by_a_hook() -> None:
+def test_untrained_parameters_are_those_that_no_optimizer_changes() -> None:
     model = model_of_three()
     assert index_of(model, torch.optim.SGD(model.parameters())).untrained == {"parameter/0.weight", "parameter/0.bias"}
     head = index_of(model, torch.optim.SGD(model.get_submodule("2").parameters()))

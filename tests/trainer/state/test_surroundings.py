@@ -1,4 +1,4 @@
-"""What hooks change outside of module, callbacks and datamodule comes back: in a new process, and in one that lives."""
+"""State that hooks change outside module, callbacks and datamodule is restored in a new process and in a survivor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPTIONS = replace(parts.Options(), samples=16, epochs=3, scheduler="none")
 
 
 class Curriculum(Dataset[Any]):
-    """Samples that get harder, with a transform that counts its uses."""
+    """Samples with a changing difficulty, and a transform that counts its calls."""
 
     def __init__(self, samples: int = 16) -> None:
         self.samples, self.difficulty, self.transform = samples, 1.0, Counting()
@@ -38,7 +38,7 @@ class Curriculum(Dataset[Any]):
 
 
 class Counting:
-    """A function that gives something else at every call."""
+    """A function whose result changes with every call."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -53,7 +53,7 @@ class Counting:
 
 
 class Weighted(Sampler[int]):
-    """Draws by weights, which are a tensor of its own."""
+    """Draws by weights, which are a tensor attribute."""
 
     def __init__(self, samples: int) -> None:
         self.weights = torch.ones(samples)
@@ -71,7 +71,7 @@ def train_data(model: Any, index: int = 0) -> Any:
 
 
 class Programs:
-    """Each changes something after every step; `data` makes the training data, where it is not the lab's."""
+    """Each changes something after every step. `data`, if present, replaces the lab's training data."""
 
     class Accumulation:
         @staticmethod
@@ -93,22 +93,22 @@ class Programs:
         def change(model: Any) -> None:
             model.trainer.fit_loop.epoch_loop.max_steps = 10
 
-    class ValidationLimited:
+    class LimitedValidation:
         @staticmethod
         def change(model: Any) -> None:
             model.trainer.limit_val_batches = 1
 
-    class ValidationSeldom:
+    class LessFrequentValidation:
         @staticmethod
         def change(model: Any) -> None:
             model.trainer.check_val_every_n_epoch = 3
 
-    class ValidationInBetween:
+    class ValidationWithinEpoch:
         @staticmethod
         def change(model: Any) -> None:
             model.trainer.val_check_batch = 2
 
-    class OnAnOptimizer:
+    class AttributeOfAnOptimizerWrapper:
         @staticmethod
         def change(model: Any) -> None:
             wrapper = model.optimizers()
@@ -179,17 +179,17 @@ class Programs:
             if loader is not None:
                 loader.flattened[0].dataset.difficulty += 0.5
 
-    class FirstSettingInsistedOn:
+    class InitialSettingRequired:
         @staticmethod
         def begin(model: Any) -> None:
-            # As `GradientAccumulationScheduler` does when a fit starts, in a new process too.
+            # `GradientAccumulationScheduler` checks this when a fit starts, also in a new process.
             assert model.trainer.accumulate_grad_batches == 1
 
         @staticmethod
         def change(model: Any) -> None:
             model.trainer.accumulate_grad_batches = 1 + model.current_epoch
 
-    class HeldByTheModel:
+    class ObjectInTheModel:
         @staticmethod
         def begin(model: Any) -> None:
             model.layer_schedule = [Schedule()]
@@ -200,7 +200,7 @@ class Programs:
 
 
 class Schedule:
-    """An object of the user's own, with state in an object of its own."""
+    """A user-defined object with state in another user-defined object."""
 
     def __init__(self) -> None:
         self.steps, self.inner = 0, Counting()
@@ -212,14 +212,14 @@ class Schedule:
 
 
 class ByDifficulty(Curriculum):
-    """Without a count, which the copies in worker processes would have for themselves."""
+    """Has no counter, which would differ between the copies in worker processes."""
 
     def __getitem__(self, index: int) -> Any:
         return torch.full((6,), index / 16) * self.difficulty, torch.tensor(index % 3)
 
 
 PROGRAMS = [name for name in vars(Programs) if not name.startswith("_")]
-LONG = {"MoreEpochs", "FewerSteps", "ValidationSeldom", "Clipping", "Curriculum", "OnAnOptimizer"}
+LONG = {"MoreEpochs", "FewerSteps", "LessFrequentValidation", "Clipping", "Curriculum", "AttributeOfAnOptimizerWrapper"}
 
 
 def patch(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,7 @@ def patch(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in PROGRAMS]
 )
-def test_continues_in_a_new_process(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_process_continues_exactly(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patch(getattr(Programs, name), monkeypatch)
     whole, _ = run(OPTIONS, tmp_path / "whole")
     at = next(version for version in whole.versions if version.optimizer_step >= 6)
@@ -268,30 +268,30 @@ def test_continues_in_a_new_process(name: str, tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_programs_change_what_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the test above could not fail."""
+    """Otherwise the test above could not fail."""
     patch(Programs.WeightsFollowLosses, monkeypatch)
     changed, _ = run(OPTIONS, tmp_path / "changed")
     monkeypatch.setattr(Programs.WeightsFollowLosses, "change", staticmethod(lambda _: None))
-    still, _ = run(OPTIONS, tmp_path / "still")
-    assert changed.rows != still.rows
+    unchanged, _ = run(OPTIONS, tmp_path / "unchanged")
+    assert changed.rows != unchanged.rows
 
 
-# ---------------------------------------------------------------------- in a process that lives
+# ---------------------------------------------------------------------- in a survivor
 
 
-def test_a_step_that_is_rolled_back_leaves_nothing(tmp_path: Path) -> None:
+def test_a_rolled_back_step_leaves_no_changes(tmp_path: Path) -> None:
     kept: dict[str, Any] = {}
     loader = DataLoader(Curriculum(), 4, sampler=Weighted(16))
 
     def step(trainer: Any, module: Any, *_: Any) -> None:
         if trainer.global_step == 1:
-            kept["small"] = HostState(trainer)
-            kept["state"] = pack(kept["small"].capture())
+            kept["host_state"] = HostState(trainer)
+            kept["state"] = pack(kept["host_state"].capture())
         if trainer.global_step == 2:
             trainer.accumulate_grad_batches, trainer.new = 3, 4
             trainer.fit_loop.max_epochs = 9
             module.optimizers().seen = 1
-            kept["small"].apply(unpack(kept["state"]))
+            kept["host_state"].apply(unpack(kept["state"]))
             assert (trainer.accumulate_grad_batches, trainer.fit_loop.max_epochs) == (1, 1)
             assert not hasattr(trainer, "new")
             assert not hasattr(module.optimizers(), "seen")
@@ -303,7 +303,7 @@ def test_a_step_that_is_rolled_back_leaves_nothing(tmp_path: Path) -> None:
     assert kept
 
 
-def test_an_object_that_is_exchanged_is_named_once(tmp_path: Path) -> None:
+def test_a_replaced_object_is_reported_once(tmp_path: Path) -> None:
     told: list[str] = []
     seen: list[Any] = []
 

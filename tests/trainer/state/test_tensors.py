@@ -1,4 +1,4 @@
-"""Every tensor of the training state has one name, which stays, and is read where it is now."""
+"""Every tensor of the training state has one stable name, and is read from its current place."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Trainer:
     strategy: Any = field(default_factory=lambda: SimpleNamespace(model=None))
 
     def step(self) -> None:
-        """One step of each optimizer, with gradients that depend on the parameters."""
+        """Step each optimizer once, with gradients that depend on the parameters."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for number, parameter in enumerate(group["params"]):
@@ -89,7 +89,7 @@ def test_optimizer_state_is_named_by_its_parameter() -> None:
     assert names == [f"optimizer/0/norm.weight/{key}" for key in ("step", "exp_avg", "exp_avg_sq")]
 
 
-def test_names_stay_from_step_to_step_and_from_start_to_start() -> None:
+def test_names_are_the_same_in_every_step_and_process() -> None:
     trainer = trained(steps=1)
     index = StateIndex(trainer)
     names = [*index.read()]
@@ -111,7 +111,7 @@ def test_a_module_used_twice_is_read_once() -> None:
     assert all("/0." in name for name in names)
 
 
-def test_modules_of_callbacks_are_part_of_the_state() -> None:
+def test_modules_in_callbacks_are_part_of_the_state() -> None:
     trainer = trained(steps=0)
     average = type("Average", (), {})()
     average.average, average.model, average.count = nn.BatchNorm1d(1), trainer.lightning_module.norm, 3
@@ -122,7 +122,7 @@ def test_modules_of_callbacks_are_part_of_the_state() -> None:
     assert "callback/1.Average.average/buffer/running_mean" in index.private
 
 
-def test_parameters_beside_the_model_are_named_by_their_place() -> None:
+def test_parameters_outside_the_model_are_named_by_group_and_index() -> None:
     net, free = nn.Linear(2, 2), torch.ones(3, requires_grad=True)
     groups: list[dict[str, Any]] = [{"params": [net.weight, net.bias]}, {"params": [free], "lr": 0.5}]
     trainer = Trainer(net, [torch.optim.Adam(groups, lr=0.1)])
@@ -133,10 +133,10 @@ def test_parameters_beside_the_model_are_named_by_their_place() -> None:
     assert sorted(names) == [f"optimizer/0/#1.0/{key}" for key in ("exp_avg", "exp_avg_sq", "step", "value")]
 
 
-# ---------------------------------------------------------------------- what is there now
+# ---------------------------------------------------------------------- current tensors
 
 
-def test_tensors_are_read_where_they_are_now() -> None:
+def test_replaced_tensors_are_read() -> None:
     trainer = trained()
     net, index = trainer.lightning_module, StateIndex(trainer)
     index.read()
@@ -151,7 +151,7 @@ def test_tensors_are_read_where_they_are_now() -> None:
     assert now["optimizer/0/last.bias/exp_avg"] is state["exp_avg"]
 
 
-def test_the_first_step_of_an_optimizer_is_noticed() -> None:
+def test_the_first_step_of_an_optimizer_is_detected() -> None:
     trainer = trained(steps=0)
     index = StateIndex(trainer)
     assert index.is_current()
@@ -162,7 +162,7 @@ def test_the_first_step_of_an_optimizer_is_noticed() -> None:
     assert index.is_current()
 
 
-def test_a_parameter_that_begins_to_be_trained_is_noticed() -> None:
+def test_the_first_gradient_of_a_parameter_is_detected() -> None:
     trainer = trained(steps=0)
     (optimizer,) = trainer.optimizers
     frozen = trainer.lightning_module.last.bias
@@ -176,7 +176,7 @@ def test_a_parameter_that_begins_to_be_trained_is_noticed() -> None:
     assert not index.is_current()
 
 
-def test_a_buffer_that_comes_to_be_is_noticed() -> None:
+def test_a_new_buffer_is_detected() -> None:
     trainer = trained()
     net, index = trainer.lightning_module, StateIndex(trainer)
     net.mask = torch.zeros(2)
@@ -190,7 +190,7 @@ def test_a_buffer_that_comes_to_be_is_noticed() -> None:
     assert "buffer/norm.later" in StateIndex(trainer).private
 
 
-def test_a_state_that_was_loaded_is_noticed() -> None:
+def test_a_loaded_optimizer_state_is_detected() -> None:
     trainer = trained(steps=2)
     index, (optimizer,) = StateIndex(trainer), trainer.optimizers
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -200,7 +200,7 @@ def test_a_state_that_was_loaded_is_noticed() -> None:
 
 
 class Counting(torch.optim.SGD):
-    """Keeps a counter for all parameters, and a word for each."""
+    """Keeps a global counter, and a string for each parameter."""
 
     state: Any
 
@@ -211,7 +211,7 @@ class Counting(torch.optim.SGD):
         return super().step(closure)
 
 
-def test_what_an_optimizer_keeps_for_all_parameters_is_a_fact() -> None:
+def test_plain_optimizer_state_is_restored() -> None:
     trainer, fresh = (trained(lambda p: Counting(p, lr=0.1), steps) for steps in (3, 0))
     assert StateIndex(trainer).is_current()
     set_optimizer_facts(fresh, unpack(pack(optimizer_facts(trainer))))
@@ -241,7 +241,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
 
 
 def move(source: Trainer, target: Trainer) -> None:
-    """Put one trainer's state into another, as a recovery does."""
+    """Copy one trainer's state into another, as a recovery does."""
     saved = {name: tensor.detach().clone() for name, tensor in StateIndex(source).read().items()}
     facts = unpack(pack(optimizer_facts(source)))
     described = {n: (t.dtype, tuple(t.shape)) for n, t in saved.items() if n.startswith("optimizer/")}
@@ -259,7 +259,7 @@ def move(source: Trainer, target: Trainer) -> None:
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("steps", [0, 2])
-def test_an_optimizer_goes_on_in_a_fresh_trainer(kind: str, steps: int) -> None:
+def test_an_optimizer_continues_in_a_fresh_trainer(kind: str, steps: int) -> None:
     trainer, fresh = trained(OPTIMIZERS[kind], steps), trained(OPTIMIZERS[kind], 0)
     trainer.optimizers[0].param_groups[0]["weight_decay"] = 0.25
     move(trainer, fresh)
@@ -272,7 +272,7 @@ def test_an_optimizer_goes_on_in_a_fresh_trainer(kind: str, steps: int) -> None:
         assert torch.equal(expected, found), name
 
 
-def test_a_learning_rate_in_a_tensor_stays_the_object_that_schedulers_hold() -> None:
+def test_a_tensor_learning_rate_is_restored_in_place() -> None:
     trainer, fresh = (trained(OPTIMIZERS["LR in a tensor"], steps) for steps in (1, 0))
     trainer.optimizers[0].param_groups[0]["lr"].fill_(0.25)
     rate = fresh.optimizers[0].param_groups[0]["lr"]
@@ -281,7 +281,7 @@ def test_a_learning_rate_in_a_tensor_stays_the_object_that_schedulers_hold() -> 
     assert rate == 0.25
 
 
-def test_a_parameter_beside_the_model_goes_on() -> None:
+def test_a_parameter_outside_the_model_is_restored() -> None:
     def make(value: float) -> Trainer:
         free = torch.full((2,), value, requires_grad=True)
         return Trainer(nn.Linear(1, 1), [torch.optim.SGD([free], lr=0.1, momentum=0.9)])
@@ -297,7 +297,7 @@ def test_a_parameter_beside_the_model_goes_on() -> None:
 
 @pytest.mark.parametrize(("options", "where"), [({}, "cpu"), ({"capturable": True}, "meta"), ({"fused": True}, "meta")])
 @pytest.mark.parametrize("shape", [(3,), ()], ids=["vector", "scalar"])
-def test_room_is_made_where_the_optimizer_would_make_it(
+def test_optimizer_tensors_are_created_on_the_device_that_the_optimizer_uses(
     options: dict[str, Any], where: str, shape: tuple[int, ...]
 ) -> None:
     net = nn.Module()
@@ -316,7 +316,7 @@ def test_room_is_made_where_the_optimizer_would_make_it(
     assert not state["exp_avg"].requires_grad
 
 
-def test_room_has_the_memory_format_of_the_parameter() -> None:
+def test_created_optimizer_tensors_have_the_memory_format_of_the_parameter() -> None:
     net = nn.Conv2d(3, 2, 2)
     net.weight = nn.Parameter(net.weight.to(memory_format=torch.channels_last))
     trainer = Trainer(net, [adamw(net.parameters())])
@@ -324,7 +324,7 @@ def test_room_has_the_memory_format_of_the_parameter() -> None:
     assert trainer.optimizers[0].state[net.weight]["exp_avg"].stride() == net.weight.stride()
 
 
-def test_no_room_is_made_for_parameters_that_are_not_there() -> None:
+def test_no_optimizer_tensors_are_created_for_missing_parameters() -> None:
     trainer = trained(steps=0)
     described: dict[str, Any] = {
         f"optimizer/{name}/exp_avg": (torch.float32, (1,)) for name in ("0/gone.weight", "1/first.weight", "0/#0.9")
@@ -333,7 +333,7 @@ def test_no_room_is_made_for_parameters_that_are_not_there() -> None:
     assert not trainer.optimizers[0].state
 
 
-def test_room_is_made_for_buffers_that_a_model_makes_when_it_is_used() -> None:
+def test_buffers_that_a_model_creates_on_first_use_are_created() -> None:
     trainer = trained(steps=0)
     net = trainer.lightning_module
     mask = net.mask
@@ -350,11 +350,11 @@ def test_room_is_made_for_buffers_that_a_model_makes_when_it_is_used() -> None:
     assert {*found} == {"buffer/nothing", "buffer/norm.later", "buffer/mask"}
     assert (net.nothing.dtype, net.nothing.shape) == (torch.float64, (2, 3))
     assert (net.norm.later.dtype, net.norm.later.shape) == (torch.bool, ())
-    # A model that was changed is no room to be made: comparing the layouts names it.
+    # A changed model gets no new tensors: the comparison of layouts reports it.
     assert net.mask is mask
 
 
-def test_plain_values_of_a_state_that_are_put_back_are_no_change_of_the_tensors() -> None:
+def test_restoring_plain_optimizer_values_does_not_invalidate_the_index() -> None:
     trainer, fresh = counting(steps=2), counting(steps=0)
     move(trainer, fresh)
     index = StateIndex(fresh)
@@ -364,7 +364,7 @@ def test_plain_values_of_a_state_that_are_put_back_are_no_change_of_the_tensors(
     assert index.is_current()
 
 
-def test_attributes_of_an_optimizer_of_ones_own_go_on() -> None:
+def test_attributes_of_a_user_defined_optimizer_are_restored() -> None:
     trainer, fresh = counting(steps=2), counting(steps=0)
     move(trainer, fresh)
     assert fresh.optimizers[0].calls == 2
@@ -382,7 +382,7 @@ def counting(steps: int) -> Trainer:
 
 
 @pytest.mark.parametrize("groups", [[], [1, 1], [2]], ids=str)
-def test_other_parameter_groups_are_refused(groups: list[int]) -> None:
+def test_different_parameter_groups_are_rejected(groups: list[int]) -> None:
     net = nn.Linear(1, 1)
     made = [
         torch.optim.SGD([{"params": [p]} for p in (net.weight, net.bias)[:count]] or [net.weight], lr=0.1)

@@ -1,4 +1,4 @@
-"""Host state that leaves the memory of its machine: refused where it is written, and where it comes from elsewhere."""
+"""Host state with untrusted classes is rejected when it leaves the node's memory and when it arrives."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lightning_ckptless.replica.transport import SoloTransport
 from lightning_ckptless.trainer.commit.durable import DurableRung
 from lightning_ckptless.trainer.session.identity import Identity
 from lightning_ckptless.trainer.session.member_set import MemberSet
-from lightning_ckptless.trainer.state.trust import Departure, small_state_of
+from lightning_ckptless.trainer.state.trust import OutgoingCheck, host_state_of
 
 NAME = "tests.trainer.state.test_trust.Cursor"
 
@@ -42,7 +42,7 @@ class Cursor:
 
 
 class Runs:
-    """Makes a folder where it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,14 +53,14 @@ class Runs:
 
 @pytest.fixture
 def arena() -> Iterator[Arena]:
-    """An arena in memory."""
+    """Create an arena in memory."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         made = Arena.create(Path(folder), "run", "a", Owner.of(os.getpid()))
         yield made
         made.close()
 
 
-def cohort_of(nodes: str, arena: Arena, trusted: frozenset[str] = frozenset()) -> MemberSet:
+def members_of(nodes: str, arena: Arena, trusted: frozenset[str] = frozenset()) -> MemberSet:
     return MemberSet(SoloTransport(), arena, tuple(nodes), place(list(nodes), len(nodes) - 1), 1, (), trusted)
 
 
@@ -68,77 +68,77 @@ def state() -> Packed:
     return pack({"state": {"callbacks": [{"state": {}}, {"state": {"cursor": Cursor()}}]}})
 
 
-def test_in_the_memory_of_one_machine_a_state_holds_anything(arena: Arena) -> None:
-    assert Departure(CkptlessOptions(), cohort_of("a", arena)).where == ""
+def test_a_state_in_the_memory_of_one_node_may_contain_anything(arena: Arena) -> None:
+    assert OutgoingCheck(CkptlessOptions(), members_of("a", arena)).where == ""
     packed = state()
-    assert Departure(CkptlessOptions(), cohort_of("a", arena)).checked(packed) is packed
+    assert OutgoingCheck(CkptlessOptions(), members_of("a", arena)).checked(packed) is packed
 
 
 @pytest.mark.parametrize(
     ("nodes", "options", "where"),
     [
-        ("a", {"durable_every_n_steps": 5}, "durable states of it are written"),
-        ("a", {"durable_every_s": 5.0}, "durable states of it are written"),
-        ("ab", {}, "other machines keep copies of it"),
+        ("a", {"durable_every_n_steps": 5}, "the host state is written to durable states"),
+        ("a", {"durable_every_s": 5.0}, "the host state is written to durable states"),
+        ("ab", {}, "other nodes hold replicas of the host state"),
     ],
 )
-def test_a_class_that_would_leave_is_named_with_its_place(
+def test_an_untrusted_class_in_an_outgoing_state_is_named_with_its_path(
     nodes: str, options: dict[str, Any], where: str, arena: Arena
 ) -> None:
-    departure = Departure(CkptlessOptions(**options), cohort_of(nodes, arena))
+    check = OutgoingCheck(CkptlessOptions(**options), members_of(nodes, arena))
     with pytest.raises(OptionsError) as found:
-        departure.checked(state())
+        check.checked(state())
     message = str(found.value)
     assert message.startswith(f"rank 0: state.callbacks.1.state.cursor: it holds a {NAME}, ")
     assert where in message and message.endswith(f"trusted_classes=['{NAME}']")
-    trusting = Departure(CkptlessOptions(**options, trusted_classes=[NAME]), cohort_of(nodes, arena))
+    trusting = OutgoingCheck(CkptlessOptions(**options, trusted_classes=[NAME]), members_of(nodes, arena))
     assert trusting.checked(state()) == state()
 
 
-def test_a_state_that_is_packed_later_is_looked_at_then(arena: Arena) -> None:
-    later = Departure(CkptlessOptions(durable_every_n_steps=1), cohort_of("a", arena)).checked(state)
+def test_a_state_that_is_packed_later_is_checked_then(arena: Arena) -> None:
+    later = OutgoingCheck(CkptlessOptions(durable_every_n_steps=1), members_of("a", arena)).checked(state)
     assert callable(later)
     with pytest.raises(OptionsError, match=NAME):
         later()
 
 
-def test_a_class_that_comes_later_is_noticed(arena: Arena) -> None:
-    departure = Departure(CkptlessOptions(durable_every_n_steps=1), cohort_of("a", arena))
-    departure.checked(pack({"state": 1}))
+def test_a_class_that_appears_later_is_detected(arena: Arena) -> None:
+    check = OutgoingCheck(CkptlessOptions(durable_every_n_steps=1), members_of("a", arena))
+    check.checked(pack({"state": 1}))
 
     class Holder:
-        """Its class is new to this process, unlike that of what it becomes."""
+        """Its class is new to this process, unlike the class that it unpickles as."""
 
         def __reduce__(self) -> Any:
             return Cursor, ()
 
     with pytest.raises(OptionsError, match=NAME):
-        departure.checked(pack({"state": Holder()}))
+        check.checked(pack({"state": Holder()}))
 
 
 @pytest.mark.parametrize("value", ["mylab.Cursor", [3], ["Cursor"], ["a b.C"]])
-def test_names_of_classes_are_dotted(value: Any) -> None:
+def test_class_names_must_be_dotted(value: Any) -> None:
     with pytest.raises(OptionsError, match="trusted_classes="):
         CkptlessOptions(trusted_classes=value)
 
 
-def test_what_a_peer_sent_is_looked_at(arena: Arena, tmp_path: Path) -> None:
+def test_a_state_from_a_peer_is_checked(arena: Arena, tmp_path: Path) -> None:
     def fetched(data: bytes, *received: int) -> Fetched:
         return Fetched({}, {0: data}, frozenset(received), 0, {})
 
-    members = cohort_of("a", arena)
-    assert small_state_of(0, fetched(state()), members)["state"]["callbacks"][1]["state"]["cursor"].at == 3
+    members = members_of("a", arena)
+    assert host_state_of(0, fetched(state()), members)["state"]["callbacks"][1]["state"]["cursor"].at == 3
     with pytest.raises(OptionsError, match=f"the host state of rank 0: it holds a {NAME}"):
-        small_state_of(0, fetched(state(), 0), members)
-    assert small_state_of(0, fetched(state(), 0), cohort_of("a", arena, frozenset({NAME})))["state"]
+        host_state_of(0, fetched(state(), 0), members)
+    assert host_state_of(0, fetched(state(), 0), members_of("a", arena, frozenset({NAME})))["state"]
     with pytest.raises(OptionsError, match=r"posix\.mkdir"):
-        small_state_of(0, fetched(pickle.dumps(Runs(tmp_path / "made")), 0), members)
+        host_state_of(0, fetched(pickle.dumps(Runs(tmp_path / "made")), 0), members)
     with pytest.raises(ArenaError, match="damaged"):
-        small_state_of(0, fetched(bytes(state())[:-9], 0), members)
+        host_state_of(0, fetched(bytes(state())[:-9], 0), members)
     assert not (tmp_path / "made").exists()
 
 
-def test_what_lies_in_memory(tmp_path: Path) -> None:
+def test_in_memory_file_systems_are_recognized(tmp_path: Path) -> None:
     mounts = tmp_path / "mountinfo"
     device = os.stat(tmp_path).st_dev
     line = f"36 35 {os.major(device)}:{os.minor(device)} / /x rw shared:1 - KIND none rw\n"
@@ -153,7 +153,7 @@ def test_what_lies_in_memory(tmp_path: Path) -> None:
 
 
 def write_durable(rung: DurableRung, step: int, blob: bytes) -> Path:
-    """Write a state of one rank, as a writer would."""
+    """Write a durable state of one rank as a writer does."""
     layout = plan_layout([describe({"weight": torch.ones(8)}, replicated=True)])
     bulk = torch.zeros(layout.bulk_bytes(0), dtype=torch.uint8)
     copy = ShardCopy(bulk, blob, digest("xxh3", (bytes_of(bulk), blob)))
@@ -166,8 +166,8 @@ def write_durable(rung: DurableRung, step: int, blob: bytes) -> Path:
     return rung.folder.complete(part, captured.snapshot.version)
 
 
-def go_on_from(rung: DurableRung, members: MemberSet) -> tuple[list[str], int]:
-    """Why states were left aside, and the step of the one that is used."""
+def resume_from(rung: DurableRung, members: MemberSet) -> tuple[list[str], int]:
+    """Return why states were skipped, and the step of the state that is used."""
     reasons: list[str] = []
     for state in rung.states(members.transport):
         found = rung.bring(state, members)
@@ -177,7 +177,7 @@ def go_on_from(rung: DurableRung, members: MemberSet) -> tuple[list[str], int]:
     return reasons, 0
 
 
-def test_states_that_cannot_be_believed_are_left_aside_one_by_one(
+def test_untrusted_or_corrupt_durable_states_are_skipped_one_by_one(
     arena: Arena, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = CkptlessOptions(durable_dir=tmp_path / "durable")
@@ -189,12 +189,12 @@ def test_states_that_cannot_be_believed_are_left_aside_one_by_one(
     relabelled = write_durable(rung, 50, pack({"state": 3})) / "state.json"
     (torn / "places.json").write_bytes((torn / "places.json").read_bytes()[:-40])
     relabelled.write_text(relabelled.read_text().replace('"optimizer_step": 50', '"optimizer_step": 58'))
-    reasons, step = go_on_from(rung, cohort_of("a", arena))
+    reasons, step = resume_from(rung, members_of("a", arena))
     assert step == 10
     assert [name in reason for name, reason in zip(("places.json", "posix.mkdir", NAME), reasons, strict=True)] == [
         True
     ] * 3
     assert "step-0000000050 is left out" in caplog.text and "its digest does not match" in caplog.text
     assert not (tmp_path / "made").exists()
-    reasons, step = go_on_from(rung, cohort_of("a", arena, frozenset({NAME})))
+    reasons, step = resume_from(rung, members_of("a", arena, frozenset({NAME})))
     assert (len(reasons), step) == (2, 20)

@@ -1,4 +1,4 @@
-"""Objects that hooks keep state in: put back where they are the user's, named where their change is lost."""
+"""Objects that hooks keep state in are restored if their class is user code, and reported if a change is lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.trainer.tiny import callback, tiny_loader, tiny_module, tiny_trainer
 
 
 class Tracker:
-    """Counts, keeps what it counted, and opens something that is no plain data."""
+    """Counts, keeps a history, and holds a resource that is not plain data."""
 
     def __init__(self) -> None:
         self.count, self.seen, self.inner, self.resource = 0, [0.0], SimpleNamespace(a=1), None
@@ -30,7 +30,7 @@ class Tracker:
 
 
 def fit(root: Path, step: Any, **attributes: Any) -> tuple[Any, list[str]]:
-    """Train three steps, a capture after each; returns the model and what was named."""
+    """Train three steps, capture after each, and return the model and the reported names."""
     told: list[str] = []
     seen: dict[str, Any] = {}
 
@@ -50,7 +50,7 @@ def fit(root: Path, step: Any, **attributes: Any) -> tuple[Any, list[str]]:
     return model, told
 
 
-def test_what_a_users_object_counts_is_put_back(tmp_path: Path) -> None:
+def test_a_user_defined_object_is_restored(tmp_path: Path) -> None:
     kept: list[Packed] = []
 
     def step(trainer: Any, model: Any, surroundings: Surroundings) -> None:
@@ -70,7 +70,7 @@ def test_what_a_users_object_counts_is_put_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tracker", "on_callback_tracker"])
-def test_an_object_that_is_exchanged_is_named_once(name: str, tmp_path: Path) -> None:
+def test_a_replaced_object_is_reported_once(name: str, tmp_path: Path) -> None:
     def step(trainer: Any, model: Any, _: Surroundings) -> None:
         owner = model if name == "tracker" else trainer.callbacks[0]
         setattr(owner, name, Tracker())
@@ -79,7 +79,7 @@ def test_an_object_that_is_exchanged_is_named_once(name: str, tmp_path: Path) ->
     assert told == [f"Tiny.{name}" if name == "tracker" else f"callback 0 (Hooks).{name}"]
 
 
-def test_what_an_installed_package_changes_is_named_and_left_alone(tmp_path: Path) -> None:
+def test_a_change_in_an_installed_packages_object_is_reported_but_not_undone(tmp_path: Path) -> None:
     kept: list[Packed] = []
 
     class_of_package: Any = type(OmegaConf.create({}))
@@ -98,7 +98,7 @@ def test_what_an_installed_package_changes_is_named_and_left_alone(tmp_path: Pat
     assert vars(model.config)["noted"] == 3
 
 
-def test_nothing_is_named_where_nothing_changes(tmp_path: Path) -> None:
+def test_nothing_is_reported_if_nothing_changes(tmp_path: Path) -> None:
     def step(_: Any, model: Any, __: Surroundings) -> None:
         model.steps = [*getattr(model, "steps", []), 1]
         model.hidden = torch.ones(2)
