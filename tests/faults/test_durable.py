@@ -138,8 +138,8 @@ def test_asked_to_end_and_what_is_damaged_is_left_aside(
         path.unlink()
     flip(newest / "__1_0.distcp")
     assert job.start(durable()).exit_code == 0
-    assert f"goes on from the durable state {before}" in reason_of_last_start(job)
-    assert "left aside" in reason_of_last_start(job)
+    assert f"resumes from the durable state {before}" in reason_of_last_start(job)
+    assert "ignored" in reason_of_last_start(job)
     assert "shards 1 of 2 have no replica" in reason_of_last_start(job)
     assert_identical(job, whole(BASE))
 

@@ -38,7 +38,7 @@ def test_where_nobody_has_said_it_the_answer_says_how() -> None:
     with pytest.raises(OptionsError) as caught:
         own_domain("rack", "some-node", {})
     assert str(caught.value) == (
-        f"failure_domain='rack': nobody has said in which rack host {socket.gethostname()} is: set "
+        f"failure_domain='rack': the rack of host {socket.gethostname()} is not known: set "
         "CKPTLESS_FAILURE_DOMAIN=NAME on every node, or CKPTLESS_FAILURE_DOMAINS_FILE=FILE with a line 'HOST NAME' for "
         "every host; 'node' and 'rank' need neither"
     )
