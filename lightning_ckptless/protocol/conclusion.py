@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class RunOutcome:
     """How a run ended on a node, and what is left of it there.
 
     Args:
@@ -52,22 +52,22 @@ class Conclusion:
     text: str = ""
 
 
-def conclude(ending: Ending) -> Conclusion:
+def conclude(outcome: RunOutcome) -> Conclusion:
     """Decide what is kept of a run, and tell the user how to continue it."""
-    if not (ending.is_asked_for or ending.has_given_up):
+    if not (outcome.is_asked_for or outcome.has_given_up):
         return Conclusion(keeps_arenas=False)
-    if ending.committed and (ending.is_named or ending.has_given_up):
-        text = f"{ending.committed} is kept in shared memory; continue with: {ending.command}"
+    if outcome.committed and (outcome.is_named or outcome.has_given_up):
+        text = f"{outcome.committed} is kept in shared memory; continue with: {outcome.command}"
         return Conclusion(keeps_arenas=True, text=text)
-    if ending.durable:
-        return Conclusion(keeps_arenas=False, text=f"{ending.durable} is kept; continue with: {ending.command}")
-    if not ending.committed and ending.was_in_agent:
+    if outcome.durable:
+        return Conclusion(keeps_arenas=False, text=f"{outcome.durable} is kept; continue with: {outcome.command}")
+    if not outcome.committed and outcome.was_in_agent:
         text = "no state is kept: it was in the agent's memory, because it did not fit into the arena folder"
         return Conclusion(keeps_arenas=False, text=text)
-    if not ending.committed:
+    if not outcome.committed:
         return Conclusion(keeps_arenas=False, text="no state is kept: no step was committed")
     return Conclusion(
         keeps_arenas=False,
-        text=f"{ending.committed} is not kept: the run has no run id of its own. Start it with "
+        text=f"{outcome.committed} is not kept: the run has no run id of its own. Start it with "
         "`ckptless run --rdzv-id NAME` to keep its state when it is stopped",
     )

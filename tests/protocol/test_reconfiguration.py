@@ -85,8 +85,8 @@ def test_a_node_that_takes_rank_0_restarts_its_workers() -> None:
     plan = plan_move([SECOND, THIRD])
     assert (plan.node_ranks, plan.stay, plan.come) == ((1, 0), (1,), (0,))
     assert plan.reason == (
-        "the workers of 1 of 2 nodes stay, those of node 0 restart: rank 0, which writes log files and checkpoints, was "
-        "on another node"
+        "the workers of 1 of 2 nodes stay, those of node 0 restart: rank 0, which writes log files and checkpoints, "
+        "was on another node"
     )
 
 
