@@ -207,7 +207,7 @@ def test_a_damaged_replica_is_replaced_by_a_peers(job: MakeJob, offset: int) -> 
     restored = run.restore()
     assert run.exact(restored)
     assert [fetched.sources["peer"] for _, fetched in restored] == [1, 0]
-    assert "1 damaged replicas left aside" in run.choose().reason
+    assert "1 damaged replica ignored" in run.choose().reason
 
 
 def test_if_all_replicas_are_damaged_the_previous_version_is_restored(job: MakeJob) -> None:

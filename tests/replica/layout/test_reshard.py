@@ -71,7 +71,7 @@ def test_every_element_reaches_its_place(before: int, now: int) -> None:
     ("name", "held", "text"),
     [
         ("other", Held("torch.float32", (2,), Box((0,), (2,))), "other is new"),
-        ("bias", Held("torch.float64", (6,), Box((0,), (6,))), "whose shape depends on the number of ranks"),
+        ("bias", Held("torch.float64", (6,), Box((0,), (6,))), "whose shape depends on the world size"),
         ("bias", Held("torch.float32", (5,), Box((0,), (5,))), r"it is float64\[5\]"),
     ],
 )

@@ -183,7 +183,7 @@ def test_a_holder_that_does_not_know_an_omitted_part_raises_an_error(world: Make
     ranks = world(2).begin(layout=tuned_layout(2))
     states = [tuned(0) for _ in range(2)]
     train(ranks, states, range(1, 4))
-    ranks.mirrors[1]._delivery._known.clear()
+    ranks.mirrors[1]._exchange._known.clear()
     for rank, state in enumerate(states):
         ranks.mirrors[rank].submit(Version(4, True), state, b"")
     with pytest.raises(TransportError, match="rank 0 omits"):
