@@ -144,7 +144,7 @@ def test_a_pair_that_placement_does_not_survive_is_told_and_ends_the_run(tmp_pat
     nodes.start_all({2: 7, 3: 7})
     nodes.replace([2, 3])
     reason = why_all_have_ended(nodes)
-    assert "no version is complete: of step " in reason
+    assert "no version is complete: shards " in reason
     assert "shards 2, 3 of 4 have no replica" in reason
     assert not nodes.cluster.events("restored")
 

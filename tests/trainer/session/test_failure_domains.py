@@ -91,7 +91,7 @@ def test_an_engine_asks_for_the_domains_of_its_option(
 
     members = form("rack")
     assert members.placement.domains == ("r7",)
-    with pytest.raises(OptionsError, match="takes a mesh of ranks"):
+    with pytest.raises(OptionsError, match="needs a device mesh"):
         form("tensor_parallel")
     mesh = form("tensor_parallel", mesh=(1, 1))
     assert mesh.placement.kind == "tensor_parallel group"
