@@ -204,16 +204,16 @@ class World:
         self._waiting.clear()
         self.start_all()
 
-    def regroup(self, lost_here: list[Process]) -> None:
+    def regroup(self, lost: list[Process]) -> None:
         """Start the next regrouping: replace the lost processes and notify the survivors, each after a delay."""
         self.in_place += 1
         self.tries += 1
         self.number += 1
         meeting = self.round, self.number
-        for process in lost_here:
+        for process in lost:
             self.start(process.rank)
         for process in self.ranks():
-            if process.alive and process not in lost_here and process.meeting != meeting:
+            if process.alive and process not in lost and process.meeting != meeting:
                 self.later(0.005, partial(self.hear, process, meeting))
 
     def hear(self, process: Process, meeting: Meeting) -> None:

@@ -76,7 +76,7 @@ def test_what_one_rank_does_not_know_stops_all(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "racks").write_text("n0 r0\nn1 r0\n")
     monkeypatch.setenv("CKPTLESS_FAILURE_DOMAINS_FILE", str(tmp_path / "racks"))
     (message,) = set(on_all_ranks(["n0", "n1", "n2"]))
-    assert "host n2 is not in" in str(message)
+    assert "host n2 is not listed in" in str(message)
 
 
 def test_an_engine_asks_for_the_domains_of_its_option(
