@@ -149,7 +149,7 @@ class _Staged:
         """Copy what has changed, and compute the digests that guard it, as the mirror does."""
         load = self.stager.take(self.slot.bulk, tensors, ())
         self.spared_bytes = self.stager.finish(load)
-        self.is_there = load.still.settle()
+        self.is_there = load.static.settle()
         digest("xxh3", [bytes_of(self.slot.bulk[self.layout.still_bytes(0) :])])
 
 

@@ -19,7 +19,7 @@ from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.config import SIGTERM_EXIT_CODE, LaunchConfig, Outcome
 from lightning_ckptless.membership.launch.launch import main as run_agent
 from lightning_ckptless.membership.launch.launch import run
-from lightning_ckptless.protocol.conclusion import Ending, conclude
+from lightning_ckptless.protocol.conclusion import RunOutcome, conclude
 
 if TYPE_CHECKING:
     from lightning_ckptless.replica.arena import Arena
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     def ended(config: LaunchConfig, outcome: Outcome | None) -> str:
         settle_checkpoint_files(config)
         conclusion = conclude(
-            Ending(
+            RunOutcome(
                 is_asked_for=outcome is None or outcome.exit_code == SIGTERM_EXIT_CODE,
                 has_given_up=outcome is not None and outcome.has_given_up,
                 is_named=is_named,

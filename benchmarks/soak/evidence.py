@@ -103,7 +103,7 @@ def lost_steps(commits: Sequence[Commit], events: Iterable[Event]) -> int:
 
 
 def _step(version: str) -> int:
-    """The optimizer step of a version in words: `step 7 (before its tail)`."""
+    """The optimizer step of a version in words: `step 7 (before validation)`."""
     return int(version.split()[1])
 
 

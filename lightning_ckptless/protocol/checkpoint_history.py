@@ -1,20 +1,20 @@
-"""What happened to the checkpoint files of a run, and what a rollback does with them.
+"""The history of a run's checkpoint files, and what a rollback does with them.
 
-A rollback returns to a version; the steps after it run again and write their checkpoint files again. They must find the
-files as they were at that version: `ModelCheckpoint` would otherwise see its own file and write a second one, `-v1`,
-beside it. So a file written after the version is *set aside* until the replay has passed the step that wrote it, and a
-file removed after the version is put back: until a version that includes its removal is committed, a removed file is
-*held*.
+A rollback returns to a version. The steps after it are replayed and write their checkpoint files again. The replay must
+find the files as they were at that version: otherwise `ModelCheckpoint` sees its own file and writes a second one with
+the suffix `-v1`. A file written after the version is therefore *set aside* until the replay has passed the step that
+wrote it. A removed file is *held* until a version that includes its removal is committed, so that a rollback can
+restore it.
 
-Operations are noted per call of `fit`. The files of one fit are never touched on behalf of another one.
+Operations are recorded per call of `fit`. The files of one fit are never touched on behalf of another.
 
 | Note | Meaning |
 |---|---|
 | `save` | a file is about to be written |
-| `written` | it has been written, and how long it is |
+| `written` | the file has been written; includes its size |
 | `remove` | a file is about to be removed |
-| `rewind` | the fit returned to a version: its later operations are undone |
-| `begin` | the fit began without a version: notes of an earlier run under the same id do not count |
+| `rewind` | the fit returned to a version, which undoes its later operations |
+| `begin` | the fit started without a version: notes of an earlier run with the same id are ignored |
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BEGINNING = Version(-1, False)
 
 
 class Action(StrEnum):
-    """What a note says."""
+    """The kind of a note."""
 
     SAVE = "save"
     WRITTEN = "written"
@@ -45,10 +45,10 @@ class FileOperation:
     """A checkpoint file was written or removed.
 
     Args:
-        path: absolute, or a URL.
+        path: absolute path or URL.
         action: `SAVE` or `REMOVE`.
-        after: the newest version that had been taken.
-        existed: whether the file was there before.
+        after: newest version at the time of the operation.
+        existed: whether the file existed before the operation.
     """
 
     path: str
@@ -62,11 +62,11 @@ class FileHistory:
     """The operations of one fit.
 
     Args:
-        live: those that are part of the run, in order.
-        undone: those that a rollback took back, in order.
-        returned_to: the version of the last rollback.
-        of_later_fits: paths last written by a fit that follows this one; a relaunched program comes to it again.
-        written_bytes: size of each file when it was written last.
+        live: operations that are part of the run, in order.
+        undone: operations that a rollback undid, in order.
+        returned_to: version of the last rollback.
+        of_later_fits: paths last written by a later fit, which a relaunched script reaches again.
+        written_bytes: size of each file when it was last written.
     """
 
     live: tuple[FileOperation, ...] = ()
@@ -77,11 +77,11 @@ class FileHistory:
 
     @property
     def paths(self) -> list[str]:
-        """All paths, in the order in which they were first touched."""
+        """All paths, in order of first operation."""
         return list(dict.fromkeys(operation.path for operation in (*self.live, *self.undone)))
 
     def first_after(self, version: Version) -> dict[str, FileOperation]:
-        """The first operation on each path that a version does not include; live ones decide where there are any."""
+        """The first operation on each path that a version does not include; live operations take precedence."""
         first: dict[str, FileOperation] = {}
         for operation in (*self.live, *self.undone):
             if operation.after >= version:
@@ -93,11 +93,11 @@ class FileHistory:
         return any(operation.path == path and operation.after < version for operation in self.live)
 
     def set_aside_after(self, path: str) -> Version | None:
-        """Which version preceded the step that a copy is set aside for.
+        """The version that precedes the step for which a copy is set aside.
 
         Returns:
-            The version before the first writing that the last rollback undid, or before the first operation where a
-            later fit wrote the file; None if nothing was undone.
+            The version before the first write that the last rollback undid, or before the first undone operation of
+            any kind if a later fit wrote the file. None if nothing was undone.
         """
         undone = self._since_return(self.undone, path)
         if path not in self.of_later_fits:
@@ -108,14 +108,14 @@ class FileHistory:
         """Whether the replay since the last rollback has written a file again.
 
         Args:
-            path: of the file.
-            before: count only what this version includes; None for everything.
+            path: path of the file.
+            before: count only writes that this version includes; None for all.
         """
         written = (it for it in self._since_return(self.live, path) if it.action is Action.SAVE)
         return any(before is None or operation.after < before for operation in written)
 
     def removals(self, path: str) -> list[Version]:
-        """After which versions a file was removed, in ascending order."""
+        """The versions after which a file was removed, in ascending order."""
         operations = (*self.live, *self.undone)
         return sorted({it.after for it in operations if it.path == path and it.action is Action.REMOVE})
 
@@ -123,13 +123,13 @@ class FileHistory:
         return [it for it in operations if it.path == path and it.after >= self.returned_to]
 
     def present(self) -> frozenset[str]:
-        """Paths of files that are there by the live operations."""
+        """Paths of the files that exist according to the live operations."""
         last = {operation.path: operation.action for operation in self.live}
         return frozenset(path for path, action in last.items() if action is Action.SAVE)
 
 
 def note_of(operation: FileOperation, fit: int) -> dict[str, Any]:
-    """The note of an operation, as a ledger keeps it."""
+    """The ledger note of an operation."""
     return {
         "action": operation.action.value,
         "fit": fit,
@@ -150,11 +150,11 @@ def note_of_rewind(version: Version, fit: int) -> dict[str, Any]:
 
 
 def note_of_begin(fit: int, *, new_run: bool) -> dict[str, Any]:
-    """The note that a fit begins without a version.
+    """The note that a fit starts without a version.
 
     Args:
-        fit: its number.
-        new_run: whether the run is a new one, whose later fits begin as well.
+        fit: index of the fit.
+        new_run: whether the run is new, so that its later fits start from scratch as well.
     """
     return {"action": Action.BEGIN.value, "fit": fit, "new_run": new_run}
 
@@ -163,8 +163,8 @@ def read_history(notes: Iterable[Mapping[str, Any]], fit: int) -> FileHistory:
     """The history of one fit.
 
     Args:
-        notes: of all fits, in the order in which they were written.
-        fit: how many fits of the program precede it.
+        notes: notes of all fits, in the order in which they were written.
+        fit: index of the fit.
     """
     live: list[FileOperation] = []
     undone: list[FileOperation] = []
@@ -184,7 +184,7 @@ def read_history(notes: Iterable[Mapping[str, Any]], fit: int) -> FileHistory:
             undone += [operation for operation in live if operation.after >= returned_to]
             live = [operation for operation in live if operation.after < returned_to]
         elif action is Action.WRITTEN:
-            # Whichever fit wrote it last: that is how long it has to be.
+            # The last writer determines the expected size, whichever fit it belongs to.
             sizes[note["path"]] = int(note["bytes"])
         elif action in (Action.SAVE, Action.REMOVE):
             if action is Action.SAVE:
@@ -196,7 +196,7 @@ def read_history(notes: Iterable[Mapping[str, Any]], fit: int) -> FileHistory:
 
 
 class Move(StrEnum):
-    """What is done with a file or with one of its copies."""
+    """An action on a file or on one of its copies."""
 
     SET_ASIDE = "set aside"
     DELETE = "delete"
@@ -207,12 +207,12 @@ class Move(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What lies on the disk of one path.
+    """What exists on disk for one path.
 
     Args:
-        exists: the file itself.
-        aside: a copy that was set aside.
-        held: a copy that is held after its removal, and that the version in question has.
+        exists: whether the file itself exists.
+        aside: whether a copy is set aside.
+        held: whether a removed file is held that the version in question includes.
     """
 
     exists: bool
@@ -221,12 +221,12 @@ class Found:
 
 
 def moves_to_return(first: FileOperation, found: Found, *, of_later_fit: bool) -> list[Move]:
-    """What makes a path look as it did at a version.
+    """The moves that restore a path to its state at a version.
 
     Args:
-        first: the first operation on the path after that version.
-        found: what lies there.
-        of_later_fit: whether a later fit wrote the file, so that this one may overwrite a stand-in only.
+        first: first operation on the path after that version.
+        found: what exists on disk.
+        of_later_fit: whether a later fit wrote the file. It is then always set aside, never overwritten by the replay.
     """
     was_there = first.action is Action.REMOVE or first.existed
     is_in_the_way = found.exists and (not was_there or found.held or of_later_fit)
@@ -235,16 +235,16 @@ def moves_to_return(first: FileOperation, found: Found, *, of_later_fit: bool) -
 
 
 def moves_to_settle(found: Found, *, rewritten: bool, of_later_fit: bool) -> list[Move]:
-    """What becomes of the copy that was set aside, once the run has passed the step that wrote it.
+    """The moves for a set-aside copy once the run has passed the step that wrote it.
 
     Args:
-        found: what lies there; a file that is not whole does not count as existing.
+        found: what exists on disk; an incomplete file does not count as existing.
         rewritten: whether the replay has written the file again.
-        of_later_fit: whether a later fit wrote the file: then what was set aside is the file to keep.
+        of_later_fit: whether a later fit wrote the file; if so, the set-aside copy is the one to keep.
     """
     if not found.aside:
         return []
-    # A replay that wrote the file and does not have it any more has removed it, as the undisturbed run did.
+    # If the replay wrote the file and it no longer exists, the replay also removed it, as an undisturbed run does.
     keeps_what_is_there = not of_later_fit and (rewritten or found.exists)
     return [Move.DROP_ASIDE if keeps_what_is_there else Move.PUT_ASIDE_BACK]
 

@@ -1,14 +1,14 @@
-"""What stays of a run that is over, and how it is continued.
+"""What is kept when a run ends, and how to continue the run.
 
 | The run | And | Its shared memory |
 |---|---|---|
-| has ended well, or by its program | | removed |
-| was asked to end by a signal | was given a name, under which it can be started again | kept |
-| was asked to end by a signal | was given none | removed |
-| has given up: too many recoveries, or a program that cannot be started again | | kept |
+| finished, or failed by an error of its script | | removed |
+| was stopped by a signal | has a run id of its own, under which it can be restarted | kept |
+| was stopped by a signal | has no run id of its own | removed |
+| gave up: too many recoveries, or a script that cannot be restarted | | kept |
 
-Where no version was committed there is nothing to keep, nor where the slots were memory of the agent, which has ended.
-A durable state stays in any case, and is a place to continue from as well.
+If no version was committed, or if the slots were anonymous memory of the agent, there is nothing to keep. A durable
+state is kept in every case, and the run can be continued from it as well.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
-    """How a run has ended on a node, and what is left of it there.
+class RunOutcome:
+    """How a run ended on a node, and what is left of it there.
 
     Args:
-        is_asked_for: by a signal.
-        has_given_up: for a fault of its machines or their surroundings, not by its program.
-        is_named: its user has given it a name.
-        committed: the newest version in this node's shared memory, in words; empty where there is none.
-        durable: the newest durable state, in words; empty where there is none.
-        command: what starts it again.
-        was_in_agent: whether versions were in memory of the agent, which ends with it.
+        is_asked_for: whether a signal stopped the run.
+        has_given_up: whether the run gave up because of its nodes or environment, not because of its script.
+        is_named: whether the user passed a run id.
+        committed: the newest version in this node's shared memory, as text; empty if there is none.
+        durable: the newest durable state, as text; empty if there is none.
+        command: command that restarts the run.
+        was_in_agent: whether versions were in the agent's memory, which is released when the agent exits.
     """
 
     is_asked_for: bool
@@ -41,33 +41,33 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Conclusion:
-    """What is done with a run that is over.
+    """What to do with a run that has ended.
 
     Args:
-        keeps_arenas: whether its shared memory stays.
-        text: message for the user; empty where there is nothing to say.
+        keeps_arenas: whether its shared memory is kept.
+        text: message for the user; empty if there is nothing to report.
     """
 
     keeps_arenas: bool
     text: str = ""
 
 
-def conclude(ending: Ending) -> Conclusion:
-    """Decide what stays of a run, and say how it is continued."""
-    if not (ending.is_asked_for or ending.has_given_up):
+def conclude(outcome: RunOutcome) -> Conclusion:
+    """Decide what is kept of a run, and tell the user how to continue it."""
+    if not (outcome.is_asked_for or outcome.has_given_up):
         return Conclusion(keeps_arenas=False)
-    if ending.committed and (ending.is_named or ending.has_given_up):
-        text = f"{ending.committed} is kept in shared memory; continue with: {ending.command}"
+    if outcome.committed and (outcome.is_named or outcome.has_given_up):
+        text = f"{outcome.committed} is kept in shared memory; continue with: {outcome.command}"
         return Conclusion(keeps_arenas=True, text=text)
-    if ending.durable:
-        return Conclusion(keeps_arenas=False, text=f"{ending.durable} is kept; continue with: {ending.command}")
-    if not ending.committed and ending.was_in_agent:
-        text = "no state is kept: it was in memory of the agent, since the folder of the arenas was too small for it"
+    if outcome.durable:
+        return Conclusion(keeps_arenas=False, text=f"{outcome.durable} is kept; continue with: {outcome.command}")
+    if not outcome.committed and outcome.was_in_agent:
+        text = "no state is kept: it was in the agent's memory, because it did not fit into the arena folder"
         return Conclusion(keeps_arenas=False, text=text)
-    if not ending.committed:
-        return Conclusion(keeps_arenas=False, text="no state is kept: no step had been committed")
+    if not outcome.committed:
+        return Conclusion(keeps_arenas=False, text="no state is kept: no step was committed")
     return Conclusion(
         keeps_arenas=False,
-        text=f"{ending.committed} is not kept: the run was given no name. `ckptless run --rdzv-id NAME` starts one "
-        "whose state is kept when it is asked to end",
+        text=f"{outcome.committed} is not kept: the run has no run id of its own. Start it with "
+        "`ckptless run --rdzv-id NAME` to keep its state when it is stopped",
     )

@@ -1,7 +1,7 @@
-"""The durable rung, as decisions: when a state is written to storage, which ones are kept, how they are called.
+"""Decisions about durable states: when one is written to storage, which ones are kept, and how they are named.
 
-A durable state is a version outside of memory. It is written beside training from what the arenas hold, so it is always
-a version that training has passed; how far behind is what the timetable says.
+A durable state is a version on storage. It is written from the arenas while training continues, so it is always older
+than the current step. The timetable bounds by how much.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Timetable:
     """How often a durable state is written.
 
     Args:
-        every_n_steps: optimizer steps from one to the next; None to leave it to the time.
-        every_s: seconds from one to the next; None to leave it to the steps.
+        every_n_steps: optimizer steps between two states; None to schedule by time only.
+        every_s: seconds between two states; None to schedule by steps only.
     """
 
     every_n_steps: int | None = None
@@ -29,19 +29,19 @@ class Timetable:
 
     @property
     def is_on(self) -> bool:
-        """Whether states are written at all."""
+        """Whether durable states are written at all."""
         return self.every_n_steps is not None or self.every_s is not None
 
     def is_due(self, newest: Version, last: Version, *, since_s: float) -> bool:
-        """Whether a version is to be written.
+        """Whether to write a version.
 
-        By steps, a state is due when a multiple of the interval has been passed. The version that is written need not
-        be that multiple itself: training does not wait to be looked at.
+        By steps, a state is due when a multiple of the interval has been passed. The version that is written may be
+        newer than that multiple, because training does not wait for the writer.
 
         Args:
             newest: newest committed version.
-            last: the version that was last due; at first the one that the run began from.
-            since_s: seconds since that one was begun.
+            last: version that was last due; initially the one that the run started from.
+            since_s: seconds since writing `last` began.
         """
         if newest <= last:
             return False
@@ -52,14 +52,14 @@ class Timetable:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a node's writer has to do with the durable states of a run.
+    """A node's share of writing the durable states of a run.
 
     Args:
-        shards: those that it writes; none, where others write all.
-        of: how many there are.
-        leads: whether it puts the parts of all nodes together.
-        every_n_steps: where there are several writers, the states that all of them write: nobody is asked when one is
-            due.
+        shards: shards that this node writes; empty if other nodes write all of them.
+        of: total number of shards.
+        leads: whether this node combines the parts of all nodes.
+        every_n_steps: interval if there are several writers. All of them write the versions at its multiples, so no
+            node has to announce that one is due.
     """
 
     shards: tuple[int, ...]
@@ -69,11 +69,11 @@ class Share:
 
     @property
     def is_whole(self) -> bool:
-        """Whether one writer does it all."""
+        """Whether a single writer writes all shards."""
         return len(self.shards) == self.of
 
     def is_due(self, version: Version) -> bool:
-        """Whether a version is one that all writers write."""
+        """Whether all writers write a version."""
         return (
             bool(self.every_n_steps)
             and version.validation_done
@@ -82,13 +82,16 @@ class Share:
 
 
 def share_of(node: str, holders: Sequence[Sequence[int]], nodes: Sequence[str], every_n_steps: int | None) -> Share:
-    """What a node writes: all, where the node of rank 0 holds all shards and is this one; else its own ranks' shards.
+    """Assign a node its share of the writing.
+
+    If the node of rank 0 holds all shards, it writes all of them. Otherwise each node writes the shards of its own
+    ranks.
 
     Args:
         node: name of the node.
-        holders: for each shard the ranks, beyond its writer, that keep a copy.
+        holders: for each shard the ranks, other than its writer, that keep a copy.
         nodes: name of each rank's node.
-        every_n_steps: optimizer steps from one state of several writers to the next; None where time decides.
+        every_n_steps: optimizer steps between two states written by several nodes; None to schedule by time.
     """
     first, count = nodes[0], len(nodes)
     held = [first in {nodes[rank] for rank in (shard, *others)} for shard, others in enumerate(holders)]
@@ -98,15 +101,15 @@ def share_of(node: str, holders: Sequence[Sequence[int]], nodes: Sequence[str], 
 
 
 def states_to_drop(kept: Collection[Version], written: Version, keep: int) -> tuple[Version, ...]:
-    """The states that go when a new one is complete.
+    """The states to delete when a new one is complete.
 
-    Those behind the written version belong to a future that did not happen: the run has gone back since. Of a step
-    before and after its tail the later one is kept.
+    States newer than the written version are obsolete: the run has rolled back since they were written. If a step has
+    states before and after validation, the later one is kept.
 
     Args:
-        kept: versions of all complete states, the written one included.
-        written: the one just completed.
-        keep: how many are to be kept.
+        kept: versions of all complete states, including `written`.
+        written: the version just completed.
+        keep: number of states to keep.
     """
     of_step = {version.optimizer_step: version for version in sorted(kept) if version <= written}
     newest = sorted(of_step, reverse=True)[:keep]
@@ -119,7 +122,7 @@ def state_name(version: Version) -> str:
 
 
 def version_of(name: str) -> Version | None:
-    """The version behind a name of a folder; None for other names."""
+    """The version that a folder name denotes; None for other names."""
     found = _NAME.fullmatch(name)
     return found and Version(int(found[1]), found[2] is None)
 
@@ -129,10 +132,10 @@ class DurableState:
     """A complete durable state.
 
     Args:
-        path: its folder.
-        snapshot: what it holds.
-        run_id: run that has written it.
-        origin: checkpoint file that this run began from; None where it began from none.
+        path: folder of the state.
+        snapshot: the snapshot that it contains.
+        run_id: run that wrote it.
+        origin: checkpoint file that this run started from; None if it started from scratch.
     """
 
     path: str
@@ -145,5 +148,5 @@ class DurableState:
 
 
 def newest_first(states: Sequence[DurableState]) -> list[DurableState]:
-    """Durable states in the order in which they are tried."""
+    """Durable states in the order in which to try them."""
     return sorted(states, key=lambda state: state.snapshot, reverse=True)

@@ -1,14 +1,13 @@
-"""In which failure domain each node is: what is lost together, by the name of a level.
+"""Failure domains: which ranks are lost together, for a named level.
 
 | Level | A domain is | Known from |
 |---|---|---|
 | `node` | a node | the run |
 | `rank` | a rank | the run |
-| `tensor_parallel`, `data_parallel` | a group of the mesh, with all nodes that it touches | the strategy |
-| any other, e.g. `rack` | all nodes that have been given the same name | the environment of each node, or a file |
+| `tensor_parallel`, `data_parallel` | a group of the mesh, with all nodes that it spans | the strategy |
+| any other, e.g. `rack` | all nodes with the same domain name | the environment of each node, or a file |
 
-A text that gives a node's name has either the name alone, `rack7`, or one name for each of several levels,
-`rack=rack7,row=north`.
+A node's domain is given either as a plain name, `rack7`, or as one name per level, `rack=rack7,row=north`.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ class Domains:
     """The failure domain of each rank.
 
     Args:
-        names: by rank.
-        kind: what a domain is, in a word.
-        remark: what a user should know beyond that; empty where there is nothing.
+        names: domain name of each rank.
+        kind: noun for a domain in messages, e.g. `node`.
+        remark: note for the user; empty if there is none.
     """
 
     names: tuple[str, ...]
@@ -44,7 +43,7 @@ class Domains:
 
 
 def is_given(level: str) -> bool:
-    """Whether somebody has to say in which domain of a level a node is."""
+    """Whether the user has to name each node's domain for a level."""
     return level not in _KNOWN
 
 
@@ -54,13 +53,13 @@ def domains_of(
     """The failure domain of each rank.
 
     Args:
-        level: what is lost together.
+        level: level at which ranks are lost together.
         nodes: name of each rank's node.
-        given: for a level that somebody has to name, the name that each rank's node was given.
-        mesh: ranks in each dimension of the mesh; None without one.
+        given: domain name of each rank's node, for a level whose domains the user names.
+        mesh: size of each dimension of the mesh; None without a mesh.
 
     Raises:
-        OptionsError: there is no such mesh, or ranks of one node were given different names.
+        OptionsError: there is no such mesh, or ranks of one node have different domain names.
     """
     if level == "rank":
         return Domains(tuple(f"rank{rank}" for rank in range(len(nodes))), "rank")
@@ -69,7 +68,7 @@ def domains_of(
     if level in MESH_LEVELS:
         if mesh is None:
             raise OptionsError(
-                f"failure_domain={level!r} takes a mesh of ranks, which only CkptlessModelParallelStrategy has: "
+                f"failure_domain={level!r} needs a device mesh, which only CkptlessModelParallelStrategy has: "
                 "set failure_domain='node'"
             )
         return Domains(fail_together(nodes, mesh_groups(mesh, level)), f"{level} group")
@@ -81,36 +80,36 @@ def _given_domains(level: str, nodes: Sequence[str], given: Sequence[str]) -> Do
     for rank, (node, name) in enumerate(zip(nodes, given, strict=True)):
         if name_of.setdefault(node, name) != name:
             raise OptionsError(
-                f"rank {rank} says that node {node} is in {level} {name!r}, another rank of this node that it is in "
+                f"rank {rank} reports that node {node} is in {level} {name!r}, another rank of the same node reports "
                 f"{name_of[node]!r}: give all workers of a node the same name"
             )
     if len(set(given)) == 1 and len(name_of) > 1:
-        # Other nodes of the one rack are no better place against its loss, and a good one against that of a node.
-        remark = f"all {len(name_of)} nodes are in {level} {given[0]}, whose loss is not covered; those of nodes are"
+        # With a single domain at this level, placing over its nodes at least covers the loss of a node.
+        remark = f"all {len(name_of)} nodes are in {level} {given[0]}, whose loss is not covered; node losses are"
         return Domains(tuple(nodes), "node", remark)
     return Domains(tuple(given), level)
 
 
 def place_in(domains: Domains, copies: int) -> Placement:
-    """Choose the holders of every shard, over failure domains; see `place`.
+    """Choose the holders of every shard over failure domains; see `place`.
 
     Args:
-        domains: of all ranks.
-        copies: replicas of each shard beyond the writer's own.
+        domains: failure domain of each rank.
+        copies: replicas of each shard in addition to the writer's own.
 
     Raises:
-        OptionsError: there are several domains, but too few for so many copies.
+        OptionsError: there are several domains, but too few for this number of copies.
     """
     placement = place(domains.names, copies, kind=domains.kind)
     return replace(placement, reason=f"{placement.reason}; {domains.remark}") if domains.remark else placement
 
 
 def mesh_groups(mesh: tuple[int, int], level: str) -> tuple[tuple[int, ...], ...]:
-    """The ranks of each group of a mesh, whose last dimension runs fastest.
+    """The ranks of each group of a row-major mesh.
 
     Args:
-        mesh: ranks in each dimension.
-        level: which dimension.
+        mesh: size of each dimension.
+        level: dimension along which the groups extend.
     """
     data, tensor = mesh
     if level == "tensor_parallel":
@@ -118,35 +117,35 @@ def mesh_groups(mesh: tuple[int, int], level: str) -> tuple[tuple[int, ...], ...
     return tuple(tuple(range(first, data * tensor, tensor)) for first in range(tensor))
 
 
-# ---------------------------------------------------------------------- names that somebody gives
+# ---------------------------------------------------------------------- names given by the user
 
 
 def name_in_environment(level: str, text: str, variable: str) -> str:
-    """The name of a node's domain, as its environment has it.
+    """The name of a node's domain from an environment variable.
 
     Args:
-        level: of the domain.
+        level: level of the domain.
         text: value of the variable.
         variable: name of the variable.
 
     Raises:
-        OptionsError: the text is no name, or names other levels only.
+        OptionsError: the text is not a valid name, or names only other levels.
     """
     return _name(level, text, f"{variable}={text!r}")
 
 
 def name_in_file(level: str, lines: Iterable[str], path: str, hosts: Sequence[str], variable: str) -> str:
-    """The name of a node's domain, as a file has it: a host and its domain on each line, `#` before remarks.
+    """The name of a node's domain from a file with a host and its domain on each line; `#` starts a comment.
 
     Args:
-        level: of the domain.
-        lines: of the file.
-        path: of the file.
-        hosts: what this node is called, the most exact name first.
-        variable: names the file.
+        level: level of the domain.
+        lines: lines of the file.
+        path: path of the file.
+        hosts: names of this node, the most specific first.
+        variable: environment variable that names the file.
 
     Raises:
-        OptionsError: a line cannot be read, two lines contradict each other, or no line names the node.
+        OptionsError: a line is malformed, two lines contradict each other, or no line names the node.
     """
     found: dict[str, tuple[str, int]] = {}
     for number, line in enumerate(lines, 1):
@@ -160,7 +159,7 @@ def name_in_file(level: str, lines: Iterable[str], path: str, hosts: Sequence[st
         known, before = found.setdefault(host, (domain, number))
         if known != domain:
             raise OptionsError(
-                f"{where}: host {host} is in {level} {domain!r} here and in {known!r} by line {before}: remove one"
+                f"{where}: host {host} is in {level} {domain!r} here but in {known!r} on line {before}: remove one"
             )
     for host in hosts:
         if host in found:
@@ -172,16 +171,17 @@ def _unknown_host(level: str, path: str, hosts: Sequence[str], found: Mapping[st
     others = ", ".join(list(found)[:_MOST_SHOWN]) + (", ..." if len(found) > _MOST_SHOWN else "")
     also = f" (nor as {', '.join(hosts[1:])})" if len(hosts) > 1 else ""
     return (
-        f"failure_domain={level!r}: host {hosts[0]} is not in {path}{also}, which {variable} names; it has "
-        f"{len(found)} hosts{f' ({others})' if found else ''}: add the line '{hosts[-1]} NAME_OF_ITS_{level.upper()}'"
+        f"failure_domain={level!r}: host {hosts[0]} is not listed in {path}{also}, the file that {variable} names; it "
+        f"lists {len(found)} hosts{f' ({others})' if found else ''}: add the line "
+        f"'{hosts[-1]} NAME_OF_ITS_{level.upper()}'"
     )
 
 
-def nobody_says(level: str, host: str, variable: str, file_variable: str) -> OptionsError:
-    """What to answer where a level is asked for that nobody has named."""
+def missing_name_error(level: str, host: str, variable: str, file_variable: str) -> OptionsError:
+    """The error for a level whose domains the user has not named."""
     return OptionsError(
-        f"failure_domain={level!r}: nobody has said in which {level} host {host} is: set {variable}=NAME on every "
-        f"node, or {file_variable}=FILE with a line 'HOST NAME' for every host; 'node' and 'rank' need neither"
+        f"failure_domain={level!r}: the {level} of host {host} is not known: set {variable}=NAME on every node, or "
+        f"{file_variable}=FILE with a line 'HOST NAME' for every host; 'node' and 'rank' need neither"
     )
 
 
@@ -192,8 +192,8 @@ def _name(level: str, text: str, where: str) -> str:
     else:
         by_level = {key.strip(): value.strip() for key, equals, value in pairs if equals}
         if level not in by_level:
-            raise OptionsError(f"{where}: names {', '.join(by_level) or 'nothing'}, and no {level}: add {level}=NAME")
+            raise OptionsError(f"{where}: names {', '.join(by_level) or 'nothing'} but no {level}: add {level}=NAME")
         name = by_level[level]
     if not _NAME.fullmatch(name):
-        raise OptionsError(f"{where}: {name!r} is no name of a {level}: expected letters, digits and any of _.:/+-")
+        raise OptionsError(f"{where}: invalid {level} name {name!r}: expected letters, digits and any of _.:/+-")
     return name

@@ -1,12 +1,12 @@
-"""Fault scripts: what is to go wrong, on which rank, at which step and moment.
+"""Fault scripts: which fault to inject, on which rank, at which step and moment.
 
-    kind:rank=R:step=S[:at=MOMENT][:times=N]        several are separated by commas
+    kind:rank=R:step=S[:at=MOMENT][:times=N]        several faults are separated by commas
 
-    kill:rank=1:step=7                              SIGKILL to rank 1 while it works on optimizer step 7
+    kill:rank=1:step=7                              SIGKILL to rank 1 during optimizer step 7
     raise:rank=all:step=3:at=backward               an exception on every rank, in the backward pass
-    exit:rank=0:step=9:at=commit:times=2            rank 0 exits at step 9, and once more when it is run again
+    exit:rank=0:step=9:at=commit:times=2            rank 0 exits at step 9, and again when the step is replayed
 
-Steps are counted from 1: `step=7` is the one that makes `global_step` 7.
+Steps are counted from 1: `step=7` is the one after which `global_step` is 7.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ALL: Literal["all"] = "all"
 
 
 class FaultKind(StrEnum):
-    """What goes wrong."""
+    """The kind of a fault."""
 
     KILL = "kill"
     RAISE = "raise"
@@ -39,7 +39,7 @@ class FaultKind(StrEnum):
 
 
 class Moment(StrEnum):
-    """When in the step it goes wrong."""
+    """The moment of a step at which a fault is injected."""
 
     TRAINING_STEP = "training_step"
     BACKWARD = "backward"
@@ -56,14 +56,14 @@ class Moment(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that is to go wrong. `str` gives back what `parse_faults` reads.
+    """A fault to inject. `str` returns the form that `parse_faults` reads.
 
     Args:
-        kind: what goes wrong.
-        rank: where; `all` for every rank.
-        step: the optimizer step that is being made, counted from 1.
-        at: when in the step.
-        times: how often, over all the times that the step is run.
+        kind: kind of fault.
+        rank: rank to inject it on; `all` for every rank.
+        step: optimizer step in progress, counted from 1.
+        at: moment of the step.
+        times: number of injections, counted over all replays of the step.
     """
 
     kind: FaultKind
@@ -78,18 +78,19 @@ class Fault:
         return f"{self.kind}:rank={self.rank}:step={self.step}{at}{times}"
 
     def concerns(self, rank: int, step: int, at: Moment) -> bool:
-        """Whether it is due on a rank at a moment of a step."""
+        """Whether the fault is due on a rank at a moment of a step."""
         return self.rank in (ALL, rank) and self.step == step and self.at is at
 
 
 def parse_faults(text: str) -> tuple[Fault, ...]:
-    """Read a fault script.
+    """Parse a fault script.
 
     Args:
         text: faults in the grammar of this module, separated by commas; blank for none.
 
     Raises:
-        OptionsError: a part is not understood; the message shows it, the nearest word and the grammar.
+        OptionsError: the text does not match the grammar; the message shows the part, the closest match and the
+            grammar.
     """
     return tuple(_parse_fault(part.strip()) for part in text.split(",")) if text.strip() else ()
 
@@ -103,7 +104,7 @@ def _parse_fault(text: str) -> Fault:
         if name not in _NAMES:
             raise _error(text, f"unknown part {setting!r}{_nearest(name, _NAMES)}")
         if not equals or name in given:
-            raise _error(text, f"{setting!r} is {'given twice' if equals else 'without a value'}")
+            raise _error(text, f"{setting!r} {'is given twice' if equals else 'has no value'}")
         given[name] = value
     if missing := [name for name in ("rank", "step") if name not in given]:
         raise _error(text, f"{' and '.join(missing)} missing")
@@ -139,9 +140,9 @@ def _nearest(found: str, words: Iterable[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else ""
 
 
-def _error(text: str, complaint: str) -> OptionsError:
+def _error(text: str, problem: str) -> OptionsError:
     return OptionsError(
-        f"fault {text!r}: {complaint}\n"
+        f"fault {text!r}: {problem}\n"
         f"expected {GRAMMAR}\n"
         f"  kind    {', '.join(FaultKind)}\n"
         f"  R       a rank or {ALL!r}\n"

@@ -1,16 +1,16 @@
-"""Where the time of a run went: productive steps, and what was lost to what.
+"""Goodput accounting: time spent in productive steps, and time lost by cause.
 
-Goodput is the time of the steps that count, divided by the wall time since the run began. The account travels with the
-mirrored state: when a version is restored, its account is restored too, so the steps that were rolled back are not in
-it, and the time since then is what the fault cost. That time is split like this:
+Goodput is the time of productive steps divided by the wall time since the run started. The account is mirrored with the
+state. When a version is restored, its account is restored too, so it does not contain the steps that were rolled back,
+and the time since then is the cost of the fault. That time is split as follows:
 
-    last step that counts | thrown away | detect abort regroup restore | the step, run again
-                          ^             ^                              ^
-                          counted_until fault                          first step after it begins
+    last productive step | discarded work | detect abort regroup restore | replayed step
+                         ^                ^                              ^
+                         counted_until    fault                          first step after the fault starts
 
-The step that is run again counts: it is productive. What was thrown away before the fault, and the time between the
-restore and that step, are lost to `REPLAY`. The phases of a recovery, on the other hand, are what somebody who waits
-sees: from the fault to the end of the first step after it, with that step in `replay_s`.
+The replayed step is productive. The work discarded before the fault, and the time between the restore and the replayed
+step, are lost to `REPLAY`. The phases of a recovery, in contrast, are what a user observes: they last from the fault to
+the end of the first step after it, and `replay_s` includes that step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Self
 
 
 class Loss(StrEnum):
-    """What time was lost to. `OTHER` is what is left: start-up, validation, checkpoint files, the end."""
+    """A cause of lost time. `OTHER` is the remainder: startup, validation, checkpoint files, shutdown."""
 
     DETECT = "detect"
     ABORT = "abort"
@@ -38,12 +38,12 @@ class Phases:
     """The phases of one recovery, in seconds.
 
     Args:
-        detect_s: from the fault until it was seen.
-        abort_s: until all workers had stopped.
-        regroup_s: until the new generation had met.
-        restore_s: until the state was in place.
-        replay_s: until the first step was done on all ranks.
-        other_s: what lies between two instants of which one is not known.
+        detect_s: from the fault to its detection.
+        abort_s: from then until all workers had stopped.
+        regroup_s: from then until the new generation had completed its rendezvous.
+        restore_s: from then until the state was restored.
+        replay_s: from then until the first step was done on all ranks.
+        other_s: time that belongs to no phase because an instant between two phases is unknown.
     """
 
     detect_s: float = 0.0
@@ -60,7 +60,7 @@ class Phases:
 
     @property
     def down_s(self) -> float:
-        """From the fault until the state was in place."""
+        """From the fault until the state was restored."""
         return self.detect_s + self.abort_s + self.regroup_s + self.restore_s + self.other_s
 
 
@@ -73,18 +73,18 @@ def phases_from(
     restored_at: float | None,
     first_step_done_at: float | None,
 ) -> Phases:
-    """Split a recovery by the instants at which its phases ended.
+    """Split a recovery into phases by the instants at which they ended.
 
-    An instant that is not known leaves the time between its neighbours to `other_s`. One that lies before its
-    predecessor, as clocks of two nodes may have it, is moved there. So the phases always sum to the time between the
-    first and the last known instant.
+    If an instant is unknown, the time between its neighbours goes to `other_s`. An instant before its predecessor,
+    which happens if the clocks of two nodes differ, is moved to its predecessor. So the phases always sum to the time
+    between the first and the last known instant.
 
     Args:
-        fault_at: seconds, as all others; None where it is not known, as with all others.
-        detected_at: when the fault was seen.
+        fault_at: instant of the fault. All instants are in seconds, and None if unknown.
+        detected_at: when the fault was detected.
         stopped_at: when all workers had stopped.
-        regrouped_at: when the new generation had met.
-        restored_at: when the state was in place.
+        regrouped_at: when the new generation had completed its rendezvous.
+        restored_at: when the state was restored.
         first_step_done_at: when the first step after the fault was done.
     """
     instants = (fault_at, detected_at, stopped_at, regrouped_at, restored_at, first_step_done_at)
@@ -103,13 +103,13 @@ def phases_from(
 
 @dataclass(frozen=True, slots=True)
 class GoodputReport:
-    """The account, closed at some instant.
+    """The account at an instant.
 
     Args:
-        goodput: productive time / wall time; 0 where no time has passed.
-        productive_s: time of the steps that count.
-        lost: seconds lost, by what they were lost to; they and `productive_s` sum to `wall_s`.
-        wall_s: time since the run began.
+        goodput: productive time / wall time; 0 if no time has passed.
+        productive_s: time of productive steps, in seconds.
+        lost: seconds lost by cause; together with `productive_s` they sum to `wall_s`.
+        wall_s: seconds since the run started.
     """
 
     goodput: float
@@ -120,14 +120,14 @@ class GoodputReport:
 
 @dataclass(slots=True)
 class GoodputAccount:
-    """Adds up the time of a run. All instants are seconds of one clock that outlives the process.
+    """Adds up the time of a run. All instants are in seconds of one clock that outlives the process.
 
     Args:
-        began_at: when the run began.
-        productive_s: time of the steps that count.
-        counted_until: end of the last step that counts; the beginning of the run before the first.
+        began_at: when the run started.
+        productive_s: time of productive steps, in seconds.
+        counted_until: end of the last productive step; None before the first.
         recoveries: number of recoveries.
-        lost_s: time lost so far, but for `OTHER`.
+        lost_s: seconds lost so far by cause, except `OTHER`.
     """
 
     began_at: float
@@ -139,17 +139,17 @@ class GoodputAccount:
     _outage_s: float = 0.0
 
     def record_step(self, start: float, end: float, stall_s: float = 0.0) -> None:
-        """Count a step.
+        """Record a step.
 
         Args:
-            start: when it began.
+            start: when it started.
             end: when it ended.
-            stall_s: how long it waited for the mirror in between.
+            stall_s: seconds of it spent waiting for the mirror.
         """
         if self._resumed:
             since = self.began_at if self.counted_until is None else self.counted_until
             self._outage_s, self._resumed = max(0.0, start - since), False
-        # A clock that is set back makes a step of less than nothing; it counts nothing.
+        # If the clock was set back the duration is negative: the step counts as 0 s.
         spent_s = max(0.0, end - start)
         stall_s = min(stall_s, spent_s)
         self.productive_s += spent_s - stall_s
@@ -157,10 +157,10 @@ class GoodputAccount:
         self.counted_until = end
 
     def record_recovery(self, phases: Phases) -> None:
-        """Account for a recovery, once the first step after it was recorded.
+        """Record a recovery, after the first step that follows it.
 
         Args:
-            phases: of the recovery; `replay_s` and `other_s` are not used, see the head of this module.
+            phases: phases of the recovery. `replay_s` and `other_s` are not used; see the module docstring.
         """
         self.recoveries += 1
         self._lose(Loss.DETECT, phases.detect_s)
@@ -178,7 +178,7 @@ class GoodputAccount:
         return GoodputReport(self.productive_s / wall_s if wall_s > 0 else 0.0, self.productive_s, lost, wall_s)
 
     def to_dict(self) -> dict[str, Any]:
-        """The account as plain values, to be mirrored with the version it belongs to."""
+        """The account as plain values, to be mirrored with its version."""
         return {
             "began_at": self.began_at,
             "productive_s": self.productive_s,
@@ -189,7 +189,7 @@ class GoodputAccount:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Self:
-        """The account of a restored version. The time up to its first step is taken for an outage."""
+        """The account of a restored version. The time until its first step counts as an outage."""
         lost_s = {Loss(name): lost_s for name, lost_s in saved["lost_s"].items()}
         return cls(**{**saved, "lost_s": lost_s}, _resumed=True)
 

@@ -1,14 +1,15 @@
-"""How often to mirror: the interval that loses least time, and that all ranks can agree on.
+"""How often to mirror: the interval with the highest goodput that all ranks agree on.
 
-A version that is mirrored costs training a little; one that is not costs the steps behind the last one when a worker
+Mirroring a version slows training down a little. Not mirroring one costs the steps since the last version when a worker
 fails. With `n` steps of `t` seconds between two versions, a cost of `c` per version, failures at rate `f` and `r`
-seconds per recovery, the share of time that is progress is, as a renewal process whose failures may hit a recovery too
-(after J. T. Daly, A higher order estimate of the optimum checkpoint interval, 2006):
+seconds per recovery, the goodput is that of a renewal process whose failures may also hit a recovery (after J. T. Daly,
+A higher order estimate of the optimum checkpoint interval, 2006):
 
     G(n) = n t f / (exp(f r) (exp(f (n t + c)) - 1))
 
-Ranks measure different costs, and must mirror the same steps. So each says which intervals it could live with, as bits
-of a number, and the shortest that all have named is taken: no rank needs to know what another has measured.
+Ranks measure different costs but must mirror the same steps. So each rank sends the set of intervals that it accepts,
+as the bits of an integer, and the shortest interval that all ranks accept is used. No rank needs to know what another
+one measured.
 """
 
 from __future__ import annotations
@@ -17,26 +18,26 @@ from dataclasses import dataclass
 from math import exp, expm1
 
 INTERVALS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
-"""Steps between two versions that ranks choose from."""
+"""The candidate intervals, in steps."""
 ANY = (1 << len(INTERVALS)) - 1
-"""The word of a rank that could live with every interval, or does not know yet."""
+"""The bits of a rank that accepts every interval, or has not measured its costs yet."""
 PROBE_INTERVAL = 2
-"""While costs are measured: every other step, so that steps with and without a version are seen side by side."""
+"""Interval while costs are measured: every other step, to compare steps with and without a version."""
 PROBE_STEPS = 40
 _SECONDS_PER_DAY = 86400.0
 _HOPELESS = 700.0
-"""Failures between two versions on average, from which on none is ever reached."""
+"""Average number of failures between two versions above which the next version is never reached."""
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What is known of a run.
+    """The measured and estimated costs of a run.
 
     Args:
-        step_s: seconds of a step beside which nothing is mirrored.
-        version_s: seconds that a step takes longer when a version is mirrored beside it.
-        failures_per_s: rate of failures of the whole run.
-        recovery_s: seconds that a recovery takes, the steps that are run again left out.
+        step_s: duration of a step without mirroring, in seconds.
+        version_s: additional duration of a step while a version is mirrored, in seconds.
+        failures_per_s: failure rate of the whole run.
+        recovery_s: duration of a recovery without the replayed steps, in seconds.
     """
 
     step_s: float
@@ -47,14 +48,14 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class CadencePlan:
-    """An interval, and why."""
+    """An interval and the reason for it."""
 
     interval: int
     reason: str
 
 
 def goodput(costs: Costs, interval: int) -> float:
-    """Share of time that is progress when a version is mirrored every `interval` steps."""
+    """Expected goodput if a version is mirrored every `interval` steps, as a fraction."""
     rate, useful_s = costs.failures_per_s, interval * costs.step_s
     if rate * (useful_s + costs.version_s) > _HOPELESS:
         return 0.0
@@ -62,50 +63,55 @@ def goodput(costs: Costs, interval: int) -> float:
 
 
 def overhead(costs: Costs, interval: int) -> float:
-    """Share by which mirroring lengthens training while nothing fails."""
+    """Relative slowdown of training by mirroring without failures, as a fraction."""
     return costs.version_s / (interval * costs.step_s)
 
 
 def plan_cadence(costs: Costs, budget: float) -> CadencePlan:
-    """Choose the interval with the most progress among those whose overhead is within the budget.
+    """Choose the interval with the highest goodput among those whose overhead is within the budget.
 
     Args:
-        costs: of this rank.
-        budget: largest overhead, e.g. 0.01.
+        costs: costs measured on this rank.
+        budget: largest acceptable overhead as a fraction, e.g. 0.01.
     """
     assert costs.step_s > 0 and costs.failures_per_s > 0 and budget > 0
     within = [n for n in INTERVALS if overhead(costs, n) <= budget]
     chosen = max(within, key=lambda n: goodput(costs, n)) if within else INTERVALS[-1]
-    limit = f"the budget of {budget:.1%} takes {within[0]} or more" if within else f"no interval is within {budget:.1%}"
+    limit = (
+        f"the budget of {budget:.1%} requires {within[0]} or more"
+        if within
+        else f"no interval is within the budget of {budget:.1%}"
+    )
     reason = (
-        f"a version every {_steps(chosen)}: it costs {1e3 * costs.version_s:.2f} ms, a step takes "
-        f"{1e3 * costs.step_s:.2f} ms, so {overhead(costs, chosen):.2%} of the time; {limit}; with "
-        f"{_SECONDS_PER_DAY * costs.failures_per_s:.2g} failures a day {goodput(costs, chosen):.4%} of it is progress"
+        f"a version every {_steps(chosen)}: a version costs {1e3 * costs.version_s:.2f} ms and a step takes "
+        f"{1e3 * costs.step_s:.2f} ms, an overhead of {overhead(costs, chosen):.2%}; {limit}; at "
+        f"{_SECONDS_PER_DAY * costs.failures_per_s:.2g} failures a day the expected goodput is "
+        f"{goodput(costs, chosen):.4%}"
     )
     return CadencePlan(chosen, reason)
 
 
 def failure_rate(expected_per_day: float, observed: int, observed_s: float) -> float:
-    """Failures per second: the user's expectation, weighed as one failure that was seen, and what was seen since.
+    """Estimate the failures per second. The user's expectation has the weight of one observed failure.
 
     Args:
-        expected_per_day: failures of the whole run.
-        observed: failures so far.
-        observed_s: for so long.
+        expected_per_day: expected failures of the whole run per day.
+        observed: failures observed so far.
+        observed_s: duration of the observation, in seconds.
     """
     return (1 + observed) / (_SECONDS_PER_DAY / expected_per_day + observed_s)
 
 
 def word(interval: int) -> int:
-    """What a rank says that needs at least this interval: a bit for each that it could live with."""
+    """The intervals that a rank accepts which needs at least this one, as bits."""
     return sum(1 << place for place, choice in enumerate(INTERVALS) if choice >= interval)
 
 
 def agreed(words: int) -> int:
-    """The shortest interval that every rank could live with.
+    """The shortest interval that every rank accepts.
 
     Args:
-        words: the bits that all words have in common.
+        words: bitwise AND of the words of all ranks.
     """
     return next((choice for place, choice in enumerate(INTERVALS) if words >> place & 1), INTERVALS[-1])
 

@@ -1,13 +1,13 @@
-"""How a new process came to the place of a lost rank, and what would bring the next one there sooner.
+"""How long a replacement took to reach `fit`, and what would make the next one faster.
 
-| What the program imports | So the next process |
+| The modules that the script imports | The next replacement |
 |---|---|
-| `off`: is not imported for new processes | would find it imported with `preload_imports=True` |
-| `waiting`, `importing`: is not imported yet | finds it imported |
-| `ready`: was imported already | runs the same head of the script |
-| `given up`: cannot be imported for them | imports it as well |
+| `off`: are not preloaded | would find them imported with `preload_imports=True` |
+| `waiting`, `importing`: are not preloaded yet | finds them imported |
+| `ready`: were preloaded | runs the same code before `fit` |
+| `given up`: cannot be preloaded | imports them again |
 
-In each case a standby has done all of it before it is needed.
+In each case a standby has done all of this before it is needed.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 SLOW_S = 1.0
-"""A regrouping that takes longer deserves a word."""
+"""A regrouping that takes longer, in seconds, is explained to the user."""
 _MANY_MODULES = 20
 
 
 class Imports(StrEnum):
-    """How far a node is with importing, for new processes, what the program imports."""
+    """A node's progress in preloading the modules of the script for new processes."""
 
     OFF = "off"
     WAITING = "waiting"
@@ -32,43 +32,43 @@ class Imports(StrEnum):
 
 
 _NEXT = {
-    Imports.OFF: "preload_imports=True or standbys=1 would avoid that",
-    Imports.WAITING: "the next one finds them imported, and standbys=1 would have avoided that, too",
-    Imports.IMPORTING: "the next one finds them imported, and standbys=1 would have avoided that, too",
-    Imports.READY: "standbys=1 would avoid that",
-    Imports.GIVEN_UP: "standbys=1 would avoid that",
+    Imports.OFF: "preload_imports=True or standbys=1 avoids that",
+    Imports.WAITING: "the next one finds them imported; standbys=1 avoids the rest",
+    Imports.IMPORTING: "the next one finds them imported; standbys=1 avoids the rest",
+    Imports.READY: "standbys=1 avoids that",
+    Imports.GIVEN_UP: "standbys=1 avoids that",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """The way of a new process from its start to the others.
+    """The startup of a replacement.
 
     Args:
-        way_s: seconds from when it was asked for until it stood at the training loop.
-        modules: installed modules that it has imported on the way.
-        imports: how far its node was with importing them, when it was started.
+        startup_s: seconds from the request for it until it reached the training loop.
+        modules: number of installed modules that it imported during startup.
+        imports: its node's progress in preloading modules when it was started.
     """
 
-    way_s: float
+    startup_s: float
     modules: int
     imports: Imports
 
 
 def why_slow(regroup_s: float, arrivals: Collection[Arrival]) -> str:
-    """Why the ranks took long to come together, and what would help, in a sentence.
+    """Why the regrouping took long and what would help, in a sentence.
 
     Args:
-        regroup_s: seconds from the news of the fault until all ranks had met.
-        arrivals: of the new processes among them.
+        regroup_s: seconds from the detection of the fault until all ranks had completed the rendezvous.
+        arrivals: startups of the replacements.
 
     Returns:
-        Empty where it did not take long, or not for a new process.
+        The explanation; empty if the regrouping was fast, or slow for another reason.
     """
-    last = max(arrivals, key=lambda arrival: arrival.way_s, default=None)
-    if last is None or regroup_s <= SLOW_S or last.way_s < regroup_s / 2:
+    last = max(arrivals, key=lambda arrival: arrival.startup_s, default=None)
+    if last is None or regroup_s <= SLOW_S or last.startup_s < regroup_s / 2:
         return ""
-    way = f"{last.way_s:.1f} s of it on the way of a new process to fit"
+    startup = f"{last.startup_s:.1f} s of it for a new process to reach fit"
     if last.modules < _MANY_MODULES:
-        return f"{way}, in what the script does before that: standbys=1 would avoid that"
-    return f"{way}, where it imported {last.modules} modules: {_NEXT[last.imports]}"
+        return f"{startup}, spent in the script before fit: standbys=1 avoids that"
+    return f"{startup}, importing {last.modules} modules: {_NEXT[last.imports]}"

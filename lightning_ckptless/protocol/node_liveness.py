@@ -1,16 +1,17 @@
-"""Who is there: what an agent makes of the heartbeats of the others, and of the answers to its own.
+"""Node liveness: how an agent interprets the heartbeats of other agents and the answers to its own.
 
-A cable that is pulled resets no connection: whoever waits for an answer waits. So every agent counts up in the store of
-the rendezvous, and looks whether those that it watches do.
+An unplugged cable resets no connection, so a peer that waits for an answer waits forever. Therefore every agent
+increments a counter in the rendezvous store and checks the counters of the nodes that it watches.
 
 | Seen | Then |
 |---|---|
-| this agent was stopped itself, and has not looked for half of the bound | nothing: it counts from now |
-| no answer from the rendezvous for the bound | this node is cut off: its workers are stopped |
-| a node that is watched has not counted for the bound and one interval | that node is lost: the others meet anew |
-| | all are there |
+| this agent was suspended and has not checked for half of the limit | nothing: it starts counting again |
+| no answer from the rendezvous for the limit | this node is cut off: its workers are stopped |
+| no heartbeat from a watched node for the limit plus one interval | that node is lost: the other nodes re-rendezvous |
+| | all nodes are alive |
 
-A node that is cut off knows it one interval before the others take it for lost: its workers are gone when they go on.
+A node that is cut off notices it one interval before the others consider it lost, so its workers have stopped before
+the others continue.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """How long silence is borne.
+    """The longest tolerated silence.
 
     Args:
-        interval_s: from one heartbeat to the next.
-        attempts: heartbeats that may be missing in a row.
+        interval_s: seconds between two heartbeats.
+        attempts: number of consecutive heartbeats that may be missing.
     """
 
     interval_s: float
@@ -33,12 +34,12 @@ class Bound:
 
     @property
     def cut_s(self) -> float:
-        """Without an answer for longer, a node is cut off."""
+        """A node that receives no answer for more than these seconds is cut off."""
         return self.interval_s * self.attempts
 
     @property
     def lost_s(self) -> float:
-        """Without a heartbeat for longer, another node is lost."""
+        """A node that sends no heartbeat for more than these seconds is lost."""
         return self.cut_s + self.interval_s
 
     def __str__(self) -> str:
@@ -46,16 +47,16 @@ class Bound:
 
 
 @dataclass(frozen=True, slots=True)
-class AllThere:
-    """Nothing is to be done."""
+class AllAlive:
+    """All nodes are alive."""
 
 
 @dataclass(frozen=True, slots=True)
 class CutOff:
-    """This node cannot reach the others.
+    """This node cannot reach the rendezvous.
 
     Args:
-        reason: the finding in a sentence.
+        reason: explanation, one sentence.
     """
 
     reason: str
@@ -63,12 +64,12 @@ class CutOff:
 
 @dataclass(frozen=True, slots=True)
 class NodesLost:
-    """Others cannot be heard any more.
+    """Other nodes have stopped sending heartbeats.
 
     Args:
-        nodes: their numbers in the round of the rendezvous.
-        reason: the finding in a sentence.
-        silent_s: for how long, those that were silent for longest.
+        nodes: their indices in the rendezvous round.
+        reason: explanation, one sentence.
+        silent_s: longest silence among them, in seconds.
     """
 
     nodes: tuple[int, ...]
@@ -76,17 +77,17 @@ class NodesLost:
     silent_s: float = 0.0
 
 
-Finding = AllThere | CutOff | NodesLost
+Finding = AllAlive | CutOff | NodesLost
 
 
 @dataclass(frozen=True, slots=True)
 class Liveness:
-    """What an agent has seen so far; times are of one clock, in seconds.
+    """What an agent has observed so far; times are in seconds of one clock.
 
     Args:
-        looked_at: when this was looked at last.
-        answered_at: when the rendezvous has answered last.
-        heard_at: when each node that is watched has counted up last.
+        looked_at: when this agent last checked.
+        answered_at: when the rendezvous last answered.
+        heard_at: when each watched node last sent a heartbeat.
     """
 
     looked_at: float
@@ -95,40 +96,41 @@ class Liveness:
 
 
 def watched_by(node: int, nodes: int) -> tuple[int, ...]:
-    """Whom a node watches: the next one, and the first, where the workers have their store.
+    """The nodes that a node watches: the next one, and the first one, which hosts the workers' store.
 
-    Whatever is lost, a living node stands before it in the circle, sees it and meets anew; the others follow that one.
+    The nodes watch each other in a circle, so whichever nodes are lost, a live node precedes them in the circle,
+    notices it and re-rendezvouses. The others follow it.
 
     Args:
-        node: its number in the round.
-        nodes: how many there are.
+        node: index of the node in the round.
+        nodes: number of nodes.
     """
     return tuple(sorted({(node + 1) % nodes, 0} - {node}))
 
 
 def judge(liveness: Liveness, bound: Bound, *, now: float, place: str) -> Finding:
-    """What to make of what was seen.
+    """Decide which nodes are alive.
 
     Args:
-        liveness: what was seen.
-        bound: how long silence is borne.
-        now: on the clock of the liveness.
-        place: where the rendezvous is, for the sentence.
+        liveness: what this agent has observed.
+        bound: longest tolerated silence.
+        now: current time on the clock of `liveness`.
+        place: endpoint of the rendezvous, for the message.
     """
     if now - liveness.looked_at > bound.cut_s / 2:
-        return AllThere()
+        return AllAlive()
     silent_s = now - liveness.answered_at
     if silent_s > bound.cut_s:
         return CutOff(
-            f"the rendezvous at {place} has not answered for {silent_s:.1f} s, {bound.cut_s:g} s are borne ({bound})"
+            f"the rendezvous at {place} has not answered for {silent_s:.1f} s, limit {bound.cut_s:g} s ({bound})"
         )
     lost = {node: now - at for node, at in liveness.heard_at.items() if now - at > bound.lost_s}
     if not lost:
-        return AllThere()
+        return AllAlive()
     names = ", ".join(str(node) for node in lost)
     return NodesLost(
         tuple(lost),
         f"node{'s' if len(lost) > 1 else ''} {names} of the round {'have' if len(lost) > 1 else 'has'} been silent "
-        f"for {max(lost.values()):.1f} s, {bound.lost_s:g} s are borne ({bound}, and one interval)",
+        f"for {max(lost.values()):.1f} s, limit {bound.lost_s:g} s ({bound}, plus one interval)",
         max(lost.values()),
     )

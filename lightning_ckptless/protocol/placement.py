@@ -1,14 +1,15 @@
-"""Which ranks keep which shard: placement over failure domains, and what it survives.
+"""Which ranks keep which shard: placement over failure domains, and the losses that it survives.
 
-What fails together must not keep the same shard alone, so shards are placed over failure domains first and over the
-ranks inside them second. Domains are put in circles; the shards of a domain are kept by the next `copies` domains of
-its circle. A circle of `copies + 1` domains is a group, where everyone keeps everyone's shards: of all placements it
-survives the most. Where groups do not divide the domains evenly, the last circle is longer and is called a ring.
+Ranks that fail together must not keep all copies of a shard, so shards are placed over failure domains first and over
+the ranks inside them second. Domains are arranged in circles; the shards of a domain are kept by the next `copies`
+domains of its circle. A circle of `copies + 1` domains is a group, in which every domain keeps the shards of all
+others. Groups survive more losses than any other placement. If groups do not divide the domains evenly, the last circle
+is longer and is called a ring.
 
-A shard is lost when its domain and the `copies` domains behind it in the circle are lost, so a circle survives when no
-`copies + 1` domains in a row are gone. That is counted exactly, see `Placement.recovery_loop`.
+A shard is lost if its domain and the `copies` domains after it in the circle are lost. So a circle survives as long as
+no `copies + 1` consecutive domains are lost. `Placement.survival_probability` counts these cases exactly.
 
-Where more than a domain is lost together, a group of ranks that share a fate, the domains are joined first: see
+If several domains are lost together, for example because a group of ranks spans them, they are joined first: see
 `fail_together`. A copy is never kept by a rank that is lost with the shard's writer.
 """
 
@@ -30,9 +31,9 @@ class PlacementRow(NamedTuple):
 
     Args:
         shard: index of the shard.
-        writer: rank that writes it and keeps the first copy; equal to `shard`.
-        holders: ranks that keep a further copy.
-        domains: failure domains that hold a copy, the writer's first.
+        writer: rank that writes the shard and keeps the first copy; equal to `shard`.
+        holders: ranks that keep another copy.
+        domains: failure domains that contain a copy, the writer's first.
     """
 
     shard: int
@@ -43,15 +44,15 @@ class PlacementRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Who keeps what.
+    """Which ranks keep which shard.
 
     Args:
-        holders: for each shard the ranks, beyond its writer, that keep a copy.
+        holders: for each shard the ranks, other than its writer, that keep a copy.
         domains: failure domain of each rank.
-        circles: the domains, in the circles that keep each other's shards.
-        copies: replicas of each shard beyond the writer's own; 0 where a single domain leaves no other place.
-        kind: what a failure domain is, in a word.
-        reason: what was placed and what it survives, in a sentence.
+        circles: the domains, grouped into circles that keep each other's shards.
+        copies: replicas of each shard in addition to the writer's own; 0 if there is only one domain.
+        kind: noun for a failure domain in messages, e.g. `node`.
+        reason: what was placed and what it survives, one sentence.
     """
 
     holders: tuple[tuple[int, ...], ...]
@@ -62,24 +63,24 @@ class Placement:
     reason: str
 
     def sources(self, rank: int) -> tuple[int, ...]:
-        """Shards that a rank keeps for others."""
+        """The shards that a rank keeps for other ranks."""
         return tuple(shard for shard, holders in enumerate(self.holders) if rank in holders)
 
-    def recovery_loop(self, losses: int) -> float:
-        """Probability that every shard still has a copy when this many domains, drawn evenly, are lost at once.
+    def survival_probability(self, losses: int) -> float:
+        """Probability that every shard still has a copy if this many domains, chosen uniformly, are lost at once.
 
         Raises:
             OptionsError: fewer than 0 or more losses than there are domains.
         """
         most = sum(len(circle) for circle in self.circles)
         if not 0 <= losses <= most:
-            raise OptionsError(f"recovery_loop of {losses} losses: expected 0 to {most}, the number of failure domains")
+            raise OptionsError(f"{losses} losses: expected 0 to {most}, the number of failure domains")
         return _survival(self.circles, self.copies, losses)
 
     def fatal_losses(self) -> tuple[tuple[str, ...], ...]:
-        """The smallest sets of domains whose loss at once takes every copy of some shard.
+        """The smallest sets of domains whose simultaneous loss destroys every copy of some shard.
 
-        A loss is survived if none of these sets is part of it.
+        A loss is survived if it contains none of these sets.
         """
         run = self.copies + 1
         starts = ((circle, start) for circle in self.circles for start in range(len(circle)))
@@ -95,15 +96,15 @@ class Placement:
 
 
 def fail_together(domains: Sequence[str], groups: Iterable[Collection[int]]) -> tuple[str, ...]:
-    """Join the failure domains that share a group: what is lost together is one domain.
+    """Join the failure domains that share a group, since they are lost together.
 
     Args:
         domains: name of each rank's failure domain.
-        groups: ranks that are lost together, e.g. the tensor-parallel groups; a rank may be in none or in several.
+        groups: ranks that are lost together, e.g. tensor-parallel groups; a rank may be in none or several.
 
     Returns:
-        The name of each rank's joined domain: `a+b` where `a` and `b` share a group, directly or by others. No finer
-        division keeps every domain and every group whole.
+        The name of each rank's joined domain: `a+b` if `a` and `b` share a group, directly or transitively. This is the
+        finest partition that splits no domain and no group.
     """
     joined = {name: {name} for name in domains}
     for group in groups:
@@ -120,11 +121,11 @@ def place(domains: Sequence[str], copies: int, *, kind: str = "node") -> Placeme
 
     Args:
         domains: name of each rank's failure domain.
-        copies: replicas of each shard beyond the writer's own.
-        kind: what a failure domain is, in a word, for the wording.
+        copies: replicas of each shard in addition to the writer's own.
+        kind: noun for a failure domain in messages, e.g. `node`.
 
     Raises:
-        OptionsError: there are several domains, but too few for so many copies.
+        OptionsError: there are several domains, but too few for this number of copies.
     """
     assert domains, "a placement needs at least one rank"
     assert copies >= 0, copies
@@ -161,9 +162,10 @@ def _holders(domains: Sequence[str], circles: Sequence[Circle], copies: int) -> 
 
 
 def _survival(circles: Sequence[Circle], copies: int, losses: int) -> float:
-    """Probability that no circle loses `copies + 1` neighbours.
+    """Probability that no circle loses `copies + 1` consecutive domains.
 
-    Circles fail independently of each other, so the ways to survive multiply like polynomials in the losses.
+    Circles survive independently of each other, so the numbers of ways to survive multiply like polynomials whose
+    degree is the number of losses.
     """
     ways: list[int] = [1]
     for size, count in Counter(len(circle) for circle in circles).items():
@@ -175,10 +177,11 @@ def _survival(circles: Sequence[Circle], copies: int, losses: int) -> float:
 
 
 def _survivals_of_circle(size: int, run: int, lost: int) -> int:
-    """Ways to lose some of `size` domains in a circle without `run` neighbours among the lost.
+    """Number of ways to lose `lost` of `size` domains in a circle without losing `run` consecutive ones.
 
-    The domains left cut the circle into as many gaps, which hold the lost ones, each gap fewer than `run`: inclusion
-    and exclusion over the gaps that hold too many. Each way is met once per domain that can stand first.
+    The remaining domains divide the circle into as many gaps, each with fewer than `run` lost domains. The count uses
+    inclusion-exclusion over the gaps with too many. Fixing a remaining domain as the first counts each way once per
+    remaining domain, which the last line corrects.
     """
     left = size - lost
     if left == 0:
@@ -203,16 +206,16 @@ def _reason(shards: int, circles: Sequence[Circle], copies: int, kind: str) -> s
     if count == 1 and copies:
         return (
             f"{_counted(shards, 'shard')}, 1 copy each on 1 {kind}: a {kind} loss is not covered "
-            f"(copies={copies} takes {copies + 1} {kind}s)"
+            f"(copies={copies} needs {copies + 1} {kind}s)"
         )
     if not copies:
-        return f"{_counted(shards, 'shard')}, 1 copy each over {_counted(count, kind)}: no {kind} loss is survived"
+        return f"{_counted(shards, 'shard')}, 1 copy each over {_counted(count, kind)}: survives no {kind} loss"
     beyond = copies + 1
     odds = _survival(circles, copies, beyond)
-    covered = f"any 1 {kind} loss is survived" if copies == 1 else f"any {copies} {kind} losses at once are survived"
+    covered = f"any {kind} loss" if copies == 1 else f"any {copies} simultaneous {kind} losses"
     return (
         f"{_counted(shards, 'shard')}, {beyond} copies each over {count} {kind}s in {_shape(circles, beyond)}: "
-        f"{covered}, {beyond} at once with probability {odds:.3f}"
+        f"survives {covered}, {beyond} at once with probability {odds:.3f}"
     )
 
 
@@ -224,7 +227,7 @@ def _shape(circles: Sequence[Circle], group_size: int) -> str:
 
 def _too_few(ranks: int, found: int, copies: int, kind: str) -> str:
     return (
-        f"copies={copies} takes {copies + 1} {kind}s (the writer's own and {copies} more), "
+        f"copies={copies} needs {copies + 1} {kind}s (the writer's own and {copies} more), "
         f"but the {ranks} ranks are on {found}: set copies={found - 1} or add {_counted(copies + 1 - found, kind)}"
     )
 

@@ -1,6 +1,6 @@
-"""The plan of a placement, for people: who keeps what, and which losses at once are survived.
+"""A placement as a readable table: which ranks keep which shard, and which simultaneous losses it survives.
 
-It has as many lines as a person reads, for four ranks and for a thousand.
+The table stays short for any number of ranks.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from lightning_ckptless.protocol.placement import Placement
 
 MOST_ROWS = 16
 HEAD = ("shard", "writer", "holders", "domains", "bytes")
-LOSSES_HEAD = ("lost at once", "survived", "but for")
+LOSSES_HEAD = ("lost at once", "survived", "except for")
 _MOST_FATAL = 4
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 @dataclass(frozen=True, slots=True)
 class PlacementTable:
-    """What is shown of a placement.
+    """The rows that are shown of a placement.
 
     Args:
-        rows: one for each shard that is shown, as `HEAD` has it.
-        more: what the rows leave out, in a sentence; empty where they leave out nothing.
-        losses: one row for each number of domains lost at once that is worth telling, as `LOSSES_HEAD` has it.
+        rows: one row for each shard that is shown, with the columns of `HEAD`.
+        more: summary of the omitted rows; empty if there are none.
+        losses: one row for each number of simultaneously lost domains, with the columns of `LOSSES_HEAD`.
     """
 
     rows: tuple[tuple[str, ...], ...]
@@ -40,13 +40,13 @@ class PlacementTable:
 def table_of(
     placement: Placement, sizes_bytes: Sequence[int], *, kind: str = "domain", most_rows: int = MOST_ROWS
 ) -> PlacementTable:
-    """What to show of a placement.
+    """Build the table of a placement.
 
     Args:
-        placement: who keeps what.
+        placement: the placement.
         sizes_bytes: size of each shard.
-        kind: what a failure domain is, in a word.
-        most_rows: shards that are shown one by one.
+        kind: noun for a failure domain, e.g. `node`.
+        most_rows: maximum number of shards to list.
     """
     rows = tuple(
         (
@@ -60,14 +60,14 @@ def table_of(
     )
     left = len(placement.holders) - len(rows)
     copies_bytes = sum(sizes_bytes) * (placement.copies + 1)
-    more = f"and {left} shards more; all copies take {as_size(copies_bytes)}, twice for two slots" if left else ""
+    more = f"and {left} more shards; all copies take {as_size(copies_bytes)}, twice that for two slots" if left else ""
     return PlacementTable(rows, more, _losses(placement, kind))
 
 
 def _losses(placement: Placement, kind: str) -> tuple[tuple[str, ...], ...]:
     rows = []
     for losses in range(1, min(placement.copies + 2, len(set(placement.domains))) + 1):
-        odds = placement.recovery_loop(losses)
+        odds = placement.survival_probability(losses)
         survived = "always" if odds == 1 else "never" if not odds else f"with probability {odds:.3f}"
         fatal = placement.fatal_losses() if 0 < odds < 1 and losses == placement.copies + 1 else ()
         shown = ", ".join(" + ".join(names) for names in fatal[:_MOST_FATAL])
@@ -77,7 +77,7 @@ def _losses(placement: Placement, kind: str) -> tuple[tuple[str, ...], ...]:
 
 
 def as_size(count: float) -> str:
-    """A number of bytes, short."""
+    """Format a number of bytes with a decimal unit."""
     for unit in _UNITS:
         if count < 1000 or unit == _UNITS[-1]:
             break

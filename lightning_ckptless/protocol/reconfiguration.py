@@ -1,16 +1,16 @@
-"""The nodes have met anew: do those that train stay, and meet the new ones in the loop, or do all start together?
+"""Reconfiguration: after a new rendezvous, decide which nodes keep their workers and which start new ones.
 
-Every agent says of its node what it has; all read the same, so all decide alike. A node keeps its node rank, and with
-it the ranks of its workers, wherever that is there in the new round.
+Every agent publishes the status of its node. All agents read the same statuses and so reach the same decision. A node
+keeps its node rank, and with it the ranks of its workers, if that rank exists in the new round.
 
 | Nodes | And | Then |
 |---|---|---|
-| none trains | | all start together |
-| one trains, and cannot go on in another world | | all start together |
-| some train, of different worlds | | all start together |
-| one trains, and has to become that of rank 0 | rank 0, which writes log files and checkpoints, has to be a process that has written none | all start together |
-| more train, and one of them has to become that of rank 0 | | its workers start anew, those of the others stay |
-| some train, and the node of rank 0 is still there | others have no workers yet, or have lost theirs | those that train stay, and wait for the others at the loop |
+| none is training | | all start together |
+| some are training, and one of them cannot continue at another world size | | all start together |
+| some are training, from different world sizes | | all start together |
+| one is training, and it has to take node rank 0 | rank 0 writes log files and checkpoints, so it has to be a process that has not written any | all start together |
+| several are training, and one of them has to take node rank 0 | | its workers are restarted, those of the others stay |
+| some are training, and the node of rank 0 remains | others have no workers yet, or lost theirs | those that are training stay, and wait for the others in the training loop |
 """  # noqa: E501 - a row of a table is a line
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What a node brings to a round of the rendezvous.
+    """The status of a node at a rendezvous round.
 
     Args:
-        trains: whether all its workers are in the training loop, and run.
-        node_rank: that of the round before; -1 where it had none.
-        world_size: number of ranks in the round before; 0 where it had none.
-        number: newest regrouping that it knows.
-        obstacle: why a worker of it cannot go on in another world; empty where it can.
-        lost_at: wall clock of the last sign of a node that it has found lost, seconds since the epoch; 0 for none.
+        trains: whether all its workers are running and in the training loop.
+        node_rank: its node rank in the previous round; -1 if it had none.
+        world_size: number of ranks in the previous round; 0 if there was none.
+        number: number of the newest regrouping that it knows.
+        obstacle: why one of its workers cannot continue at another world size; empty if all can.
+        lost_at: wall clock of the last heartbeat of a node that it found lost, in seconds since the epoch; 0 if none.
     """
 
     trains: bool = False
@@ -42,15 +42,15 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class MovePlan:
-    """Who stays.
+    """Which nodes keep their workers.
 
     Args:
-        node_ranks: of the nodes, in the order in which they came.
-        stay: node ranks of those whose workers stay in the loop; none where all start together.
-        come: node ranks of those whose workers are started, and come to the loop alone.
-        number: regrouping under which they meet there.
-        reason: why, in a sentence.
-        lost_at: wall clock of the last sign of the nodes that are lost; 0 where none is known to be.
+        node_ranks: node rank of each node, in the order of their statuses.
+        stay: node ranks whose workers stay in the training loop; empty if all nodes start together.
+        come: node ranks whose workers are started and join the training loop.
+        number: number of the regrouping in which they meet.
+        reason: explanation, one sentence.
+        lost_at: wall clock of the last heartbeat of the lost nodes, in seconds since the epoch; 0 if none is lost.
     """
 
     node_ranks: tuple[int, ...]
@@ -62,38 +62,38 @@ class MovePlan:
 
 
 def plan_move(standings: Sequence[Standing]) -> MovePlan:
-    """Decide who stays.
+    """Decide which nodes keep their workers.
 
     Args:
-        standings: of all nodes, in the same order for all of them.
+        standings: statuses of all nodes, in the same order on every node.
     """
     node_ranks = rank_nodes(standings)
     by_rank = dict(zip(node_ranks, standings, strict=True))
     train = [rank for rank in sorted(by_rank) if by_rank[rank].trains]
     number = max(standing.number for standing in standings) + 1
     lost_at = min((standing.lost_at for standing in standings if standing.lost_at), default=0.0)
-    is_first_anew = by_rank[0].trains and by_rank[0].node_rank != 0
-    stay = tuple(rank for rank in train if rank or not is_first_anew)
+    restarts_first = by_rank[0].trains and by_rank[0].node_rank != 0
+    stay = tuple(rank for rank in train if rank or not restarts_first)
     if (why := _why_together(by_rank, train, stay)) is not None:
         together = f"all {len(standings)} nodes start together: {why}"
         return MovePlan(node_ranks, (), tuple(sorted(by_rank)), number, together, lost_at)
     come = tuple(rank for rank in sorted(by_rank) if rank not in stay)
-    new = [str(rank) for rank in come if rank or not is_first_anew]
+    new = [str(rank) for rank in come if rank or not restarts_first]
     reason = f"the workers of {len(stay)} of {len(standings)} nodes stay"
     if new:
-        reason += f", node {', '.join(new)} comes to them"
-    if is_first_anew:
-        reason += ", those of node 0 start anew: rank 0, which writes log files and checkpoints, was on another node"
+        reason += f", node{'s' if len(new) > 1 else ''} {', '.join(new)} join{'' if len(new) > 1 else 's'} them"
+    if restarts_first:
+        reason += ", those of node 0 restart: rank 0, which writes log files and checkpoints, was on another node"
     return MovePlan(node_ranks, stay, come, number, reason, lost_at)
 
 
 def rank_nodes(standings: Sequence[Standing]) -> tuple[int, ...]:
-    """Give every node its node rank: that which it had, wherever it can be.
+    """Assign node ranks. A node keeps its previous rank where possible.
 
-    Rank 0 goes to a node that has trained, since it knows what log files there are.
+    Rank 0 goes to a node that was training, because it knows which log files exist.
 
     Args:
-        standings: of all nodes, in the same order for all of them.
+        standings: statuses of all nodes, in the same order on every node.
     """
     nodes = range(len(standings))
     given: dict[int, int] = {}
@@ -112,14 +112,15 @@ def rank_nodes(standings: Sequence[Standing]) -> tuple[int, ...]:
 
 def _why_together(by_rank: Mapping[int, Standing], train: Sequence[int], stay: Sequence[int]) -> str | None:
     if not train:
-        return "none has workers that train"
+        return "no node has workers in training"
     for rank in train:
         if by_rank[rank].obstacle:
-            return f"node {rank} cannot go on in another world: {by_rank[rank].obstacle}"
+            return f"node {rank} cannot continue at another world size: {by_rank[rank].obstacle}"
     if len({by_rank[rank].world_size for rank in train}) > 1:
-        return "they come from different worlds"
+        return "they come from different world sizes"
     if not stay:
         return (
-            "rank 0, which writes log files and checkpoints, was on another node, and only one has workers that train"
+            "rank 0, which writes log files and checkpoints, was on another node, and only one node has workers in "
+            "training"
         )
     return None

@@ -1,19 +1,19 @@
-"""The ladder: how far down a fault makes a run go, and what a worker may do next.
+"""Recovery: how a run recovers from a fault, and the states of a worker in a recovery.
 
-The rung is chosen by a cascade, from what ends the run to what costs the least:
+The kind of recovery is chosen by the first row that applies, from ending the run to the cheapest recovery:
 
 | Fault | And | Then |
 |---|---|---|
-| a worker says that another try would end alike | | end |
+| a worker reports that another attempt would fail in the same way | | end |
 | no recovery is left | | end |
-| recovery in place is switched off | | relaunch |
-| a worker cannot be told, or says that it cannot go on in place | | relaunch |
+| recovery in place is disabled | | relaunch |
+| a worker cannot be notified, or reports that it cannot recover in place | | relaunch |
 | no worker survives | | relaunch |
 | a rank is not in the training loop | | relaunch |
-| recovery in place was tried twice, the ranks have met, and no step was made since | | relaunch |
+| two recoveries in place completed their rendezvous, and no step was completed since | | relaunch |
 | | | in place |
 
-What a relaunch starts from, the arenas or a checkpoint file, is decided when it starts (`start.py`).
+What a relaunch starts from, the arenas or a checkpoint file, is decided when it starts (`startup.py`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from lightning_ckptless.errors import ProtocolError
 from lightning_ckptless.protocol.crash_loop import Stage
 
 TRIES_IN_PLACE = 2
-"""Tries without a step in between, after which the next rung is taken."""
+"""Recoveries in place without a completed step in between, after which the run is relaunched."""
 
 
 class Rung(StrEnum):
-    """A rung of the ladder."""
+    """A kind of recovery."""
 
     IN_PLACE = "in place"
     RELAUNCH = "relaunch"
@@ -39,17 +39,17 @@ class Rung(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What an agent knows when workers of its node were lost.
+    """What an agent knows when workers of its node are lost.
 
     Args:
-        lost: their ranks.
+        lost: ranks of the lost workers.
         world_size: number of ranks.
-        final: why a worker says that another try would end alike; None where none does.
-        exhausted: why the run may not recover once more; None where it may.
-        in_place: whether survivors may go on in place.
-        obstacle: why a worker cannot go on in place, in its own words; None where none said so.
-        outside: ranks of this node that are not in the training loop, with where they are.
-        tries: recoveries in place since the last step that was made, of those in which the ranks have met.
+        final: why another attempt would fail in the same way, as reported by a worker; None if none reported that.
+        exhausted: why the run may not recover again; None if it may.
+        in_place: whether recovery in place is enabled.
+        obstacle: why a worker cannot recover in place, as reported by it; None if none reported that.
+        outside: ranks of this node outside the training loop, and where they are.
+        tries: recoveries in place since the last completed step, counting those that completed their rendezvous.
     """
 
     lost: tuple[int, ...]
@@ -64,45 +64,50 @@ class Situation:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryPlan:
-    """A rung, and why."""
+    """A kind of recovery and the reason for it."""
 
     rung: Rung
     reason: str
 
 
 def plan_recovery(now: Situation) -> RecoveryPlan:
-    """Choose the rung."""
-    lost = _ranks(now.lost)
+    """Choose the kind of recovery."""
     if now.final is not None:
         return RecoveryPlan(Rung.END, f"not relaunched: {now.final}")
     if now.exhausted is not None:
         return RecoveryPlan(Rung.END, now.exhausted)
     if not now.in_place:
-        return RecoveryPlan(Rung.RELAUNCH, "recovery in place is switched off")
+        return RecoveryPlan(Rung.RELAUNCH, "recovery in place is disabled")
     if now.obstacle is not None:
         return RecoveryPlan(Rung.RELAUNCH, f"not in place: {now.obstacle}")
     if len(now.lost) >= now.world_size:
-        return RecoveryPlan(Rung.RELAUNCH, f"none of {now.world_size} ranks survives")
+        return RecoveryPlan(Rung.RELAUNCH, f"none of {now.world_size} ranks survived")
     if now.outside:
         return RecoveryPlan(Rung.RELAUNCH, f"not in place: {_whereabouts(now.outside)}")
     if now.tries >= TRIES_IN_PLACE:
-        return RecoveryPlan(Rung.RELAUNCH, f"recovery in place was tried {now.tries} times, and no step was made since")
+        return RecoveryPlan(
+            Rung.RELAUNCH, f"recovery in place was tried {now.tries} times, and no step was completed since"
+        )
     survivors = now.world_size - len(now.lost)
-    return RecoveryPlan(Rung.IN_PLACE, f"{survivors} of {now.world_size} ranks go on, {lost} replaced")
+    return RecoveryPlan(
+        Rung.IN_PLACE,
+        f"recovering in place: {survivors} of {now.world_size} ranks survived, replacing {_ranks(now.lost)}",
+    )
 
 
 def _whereabouts(outside: Mapping[int, Stage]) -> str:
     by_stage = {stage: tuple(rank for rank in sorted(outside) if outside[rank] is stage) for stage in Stage}
-    return ", ".join(f"{_ranks(ranks)} {stage}" for stage, ranks in by_stage.items() if ranks)
+    return ", ".join(
+        f"{_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'} {stage}" for stage, ranks in by_stage.items() if ranks
+    )
 
 
 def _ranks(ranks: tuple[int, ...]) -> str:
-    names = ", ".join(str(rank) for rank in ranks)
-    return f"rank {names} is" if len(ranks) == 1 else f"ranks {names} are"
+    return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks))}"
 
 
 class WorkerState(StrEnum):
-    """Where a worker is, as far as recovery is concerned."""
+    """The state of a worker with respect to recovery."""
 
     OUTSIDE = "outside"
     TRAINING = "training"
@@ -113,7 +118,7 @@ class WorkerState(StrEnum):
 
 
 class WorkerEvent(StrEnum):
-    """What moves a worker from one state to the next."""
+    """An event that changes the state of a worker."""
 
     ENTER = "enter"
     FAULT = "fault"
@@ -133,16 +138,16 @@ WORKER_TRANSITIONS: Mapping[WorkerState, Mapping[WorkerEvent, WorkerState]] = {
     _S.RESTORING: {_E.RESTORE: _S.TRAINING, _E.FAULT: _S.CUT, _E.GIVE_UP: _S.ENDED},
     _S.ENDED: {},
 }
-"""What a worker may do next: any other event is a bug of ours."""
+"""The allowed transitions; any other event is a bug in this package."""
 
 
 def next_state(state: WorkerState, event: WorkerEvent) -> WorkerState:
-    """The state that an event leads to.
+    """The state after an event.
 
     Raises:
-        ProtocolError: the table has no such transition.
+        ProtocolError: the event is not allowed in this state.
     """
     if event not in WORKER_TRANSITIONS[state]:
         expected = ", ".join(WORKER_TRANSITIONS[state]) or "nothing"
-        raise ProtocolError(f"a worker that is {state} met {event}, expected {expected}")
+        raise ProtocolError(f"a worker in state {state} received event {event}, expected {expected}")
     return WORKER_TRANSITIONS[state][event]

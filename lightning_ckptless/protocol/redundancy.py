@@ -1,4 +1,4 @@
-"""How well a run is protected at a moment: which shards have all the copies that the placement wants."""
+"""The current redundancy of a run: which shards have all the copies that the placement requires."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Protection:
     """How many shards have all their copies.
 
     Args:
-        snapshot: of this version; None where no version is complete.
-        whole: shards with all copies.
-        absent: pairs of shard and rank that is to keep a copy, and has none.
-        reason: the finding in a sentence.
+        snapshot: snapshot that was examined; None if no version is complete.
+        whole: number of shards with all copies.
+        absent: missing copies, as pairs of shard and the rank that should keep it.
+        reason: summary, one sentence.
     """
 
     snapshot: Snapshot | None
@@ -31,15 +31,15 @@ class Protection:
 def protection_of(
     inventory: Collection[Replica], holders: Sequence[Sequence[int]], nodes: Sequence[str], *, since: str = ""
 ) -> Protection:
-    """How well the newest version is protected that has most of its copies.
+    """The redundancy of the newest complete version, or of the one before it if that has more of its copies.
 
-    Slots are overwritten while they are looked at: a version with all copies counts though a newer one is on its way.
+    Slots are overwritten while they are read, so a fully copied version counts even if a newer one is in flight.
 
     Args:
-        inventory: what all arenas hold.
-        holders: for each shard the ranks, beyond its writer, that are to keep a copy.
+        inventory: contents of all arenas.
+        holders: for each shard the ranks, other than its writer, that should keep a copy.
         nodes: name of each rank's node.
-        since: from which version on all copies were there, if they are; for the sentence.
+        since: version since which all copies have existed, for the summary.
     """
     shards = len(holders)
     found = newest_complete(replica for replica in inventory if replica.world_size == shards)
@@ -59,7 +59,7 @@ def protection_of(
 
 
 def _older(inventory: Iterable[Replica], found: Complete, shards: int) -> list[Complete]:
-    """The complete version before the newest, where it is there still."""
+    """The complete version before the newest, if it still exists."""
     before = [r for r in inventory if r.snapshot < found.snapshot and r.world_size == shards and r.state in READABLE]
     older = newest_complete(before)
     return [older] if isinstance(older, Complete) else []

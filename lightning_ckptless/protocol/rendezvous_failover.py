@@ -1,14 +1,14 @@
-"""Where the nodes of a run meet, when the place where they met may be lost.
+"""Rendezvous failover: which endpoint the nodes of a run use if the current one may be lost.
 
-All nodes know the same list of places from the start, each of them on one of the nodes. The node of a place hosts it.
+All nodes are started with the same list of endpoints. Each endpoint is on one of the nodes, which hosts it.
 
 | Seen | Then |
 |---|---|
-| a place answers that was not lost | meet there |
-| none answers, and none was lost | meet at the first |
-| none answers, and one was lost | meet at the next in order |
+| an endpoint answers that was not lost | use it |
+| none answers, and none was lost | use the first |
+| none answers, and one was lost | use the next in order |
 
-A node that is started again finds the place that answers, and does not open another one where it used to host.
+A restarted node finds the endpoint that answers and does not open its own again.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class MeetingPlace:
-    """Where to meet, and why.
+    """The endpoint to use and the reason for it.
 
     Args:
-        index: of the place in the list.
+        index: index of the endpoint in the list.
         endpoint: `host:port`.
         hosts: whether this node hosts it.
-        reason: why there.
+        reason: why this endpoint was chosen.
     """
 
     index: int
@@ -37,18 +37,18 @@ class MeetingPlace:
 def choose_place(
     endpoints: Sequence[str], *, own: int | None, answering: Collection[int], lost: int | None
 ) -> MeetingPlace:
-    """Choose where to meet.
+    """Choose the rendezvous endpoint.
 
     Args:
-        endpoints: all places, in the order that all nodes know.
-        own: index of the place that this node hosts; None where it hosts none.
-        answering: indices of the places at which somebody answers.
-        lost: index of the place that was lost last; None before any was.
+        endpoints: all endpoints, in the same order on every node.
+        own: index of the endpoint that this node hosts; None if it hosts none.
+        answering: indices of the endpoints that answer.
+        lost: index of the endpoint that was lost last; None if none was lost.
     """
     for index, endpoint in enumerate(endpoints):
         if index in answering and index not in (own, lost):
             return MeetingPlace(index, endpoint, False, f"{endpoint} answers")
     index = 0 if lost is None else (lost + 1) % len(endpoints)
     endpoint = endpoints[index]
-    why = "no place was lost yet" if lost is None else f"{endpoints[lost]} was lost, and this is the next in order"
+    why = "no endpoint was lost yet" if lost is None else f"{endpoints[lost]} was lost, and this is the next in order"
     return MeetingPlace(index, endpoint, index == own, f"{endpoint}: {why}")

@@ -1,13 +1,14 @@
-"""The rest of an epoch, dealt to another number of ranks: each step is made by one micro-batch of every rank there is.
+"""Repartition the rest of an epoch over another number of ranks, with one micro-batch per rank in each step.
 
-The micro-batches of an epoch stand in one order, whoever runs them: by their position in the streams, and of one
-position by stream. What has been run is always a beginning of it, so that a number says which, and what is left is
-dealt out to the ranks in turns.
+The micro-batches of an epoch have a fixed order, independent of the ranks that run them: by position, then by virtual
+rank. The micro-batches already run are always a prefix of this order, so their number identifies them. The remaining
+ones are assigned to the ranks in turn.
 
-    2 streams, begun by 2 ranks   a0 b0 | a1 b1 | a2 b2 | a3 b3
-    a third one comes after two   a0 b0 | a1 b1 | a2 b2 a3 | b3 - -
+    2 virtual ranks on 2 ranks        a0 b0 | a1 b1 | a2 b2 | a3 b3
+    a third rank joins after step 2   a0 b0 | a1 b1 | a2 b2 a3 | b3 - -
 
-In the last step there may be fewer than ranks. Who has none runs another's for nothing, and the others weigh more.
+The last step may have fewer micro-batches than ranks. A rank without one runs the last micro-batch with weight 0, and
+the others get a higher weight.
 """
 
 from __future__ import annotations
@@ -19,70 +20,70 @@ from lightning_ckptless.errors import WorldSizeError
 
 @dataclass(frozen=True, slots=True)
 class Repartition:
-    """How the rest of an epoch is dealt.
+    """A repartition of the rest of an epoch.
 
     Args:
-        streams: that the epoch was begun with.
-        length: micro-batches in each of them.
-        begin: micro-batches that were run before, of all streams.
-        world_size: ranks that they are dealt to.
+        virtual_ranks: number of virtual ranks with which the epoch started.
+        length: micro-batches of each virtual rank.
+        begin: micro-batches that were already run, over all virtual ranks.
+        world_size: number of ranks that run the rest.
     """
 
-    streams: int
+    virtual_ranks: int
     length: int
     begin: int
     world_size: int
 
     @property
     def left(self) -> int:
-        """Micro-batches that are dealt out."""
-        return self.streams * self.length - self.begin
+        """Number of remaining micro-batches."""
+        return self.virtual_ranks * self.length - self.begin
 
     @property
     def steps(self) -> int:
-        """Micro-batches that each rank runs."""
+        """Number of micro-batches that each rank runs."""
         return -(-self.left // self.world_size)
 
-    def hand(self, rank: int) -> tuple[tuple[int, int], ...]:
-        """Stream and position of each micro-batch that a rank runs; the last may be one that it runs for nothing."""
+    def batches_of(self, rank: int) -> tuple[tuple[int, int], ...]:
+        """Virtual rank and position of each micro-batch that a rank runs; the last one may have weight 0."""
         last = self.begin + self.left - 1
         numbers = [min(self.begin + step * self.world_size + rank, last) for step in range(self.steps)]
-        return tuple((number % self.streams, number // self.streams) for number in numbers)
+        return tuple((number % self.virtual_ranks, number // self.virtual_ranks) for number in numbers)
 
     def weight(self, rank: int, step: int) -> float:
-        """What the loss of a rank's micro-batch is multiplied by, so that every micro-batch of the step counts alike.
+        """The factor for the loss of a rank's micro-batch, such that all micro-batches of the step count equally.
 
         Args:
             rank: 0 to `world_size - 1`.
-            step: of the repartition, from 0.
+            step: index of the step in the repartition, from 0.
         """
         there = min(self.world_size, self.left - step * self.world_size)
         return self.world_size / there if rank < there else 0.0
 
     def after(self, steps: int) -> int:
-        """Micro-batches of all streams that were run when the repartition has made so many steps."""
+        """Number of micro-batches run, over all virtual ranks, after this many steps of the repartition."""
         return self.begin + min(self.left, steps * self.world_size)
 
 
 def require_repartition(repartition: Repartition, *, before: int, per_step: int) -> str:
-    """Whether the rest of an epoch can be dealt; returns how, in a sentence.
+    """Check that the rest of an epoch can be repartitioned; returns a description, one sentence.
 
     Args:
-        repartition: how.
-        before: number of ranks that have written the version.
-        per_step: micro-batches of a step so far.
+        repartition: the repartition.
+        before: number of ranks that wrote the version.
+        per_step: micro-batches per step so far.
 
     Raises:
-        WorldSizeError: nobody knows how much is left.
+        WorldSizeError: the length of the epoch is unknown.
     """
     ranks, steps = repartition.world_size, repartition.steps
     if not repartition.length:
         raise WorldSizeError(
-            f"elastic_batch='scale': {ranks} ranks are started where {before} were, and the training data does not say "
-            "how many batches it has: take elastic_batch='keep'"
+            f"elastic_batch='scale': the world size is {ranks}, was {before}, but the training dataloader has no "
+            "length, so the rest of the epoch cannot be repartitioned: use elastic_batch='keep'"
         )
     return (
-        f"the world size is {ranks}, was {before}: the {repartition.left} batches that are left of the epoch are dealt "
-        f"to the ranks in {steps} steps. A step is made of {ranks} batches instead of {per_step}: what depends on it, "
-        "such as the learning rate, is changed by an `on_batch_scale` hook alone"
+        f"the world size is {ranks}, was {before}: the {repartition.left} batches left in the epoch are repartitioned "
+        f"over the ranks in {steps} steps. A step has {ranks} batches instead of {per_step}: settings that depend on "
+        "that, such as the learning rate, change only if an `on_batch_scale` hook changes them"
     )

@@ -1,13 +1,13 @@
-"""How often a run may recover: without end while it makes progress, and only a few times where it makes none.
+"""Retry policy: a run may recover any number of times while it makes progress, and a few times without progress.
 
-A run of a month on many machines meets many faults, and each costs it a step. A limit is there for the run that comes
-back to the same fault: it commits no new step between its recoveries, or it recovers more often than machines fail.
+A run of a month on many nodes meets many faults, each of which costs it a step. The limits are for a run that keeps
+hitting the same fault: it commits no new step between recoveries, or it recovers more often than nodes fail.
 
 | The run | Then |
 |---|---|
-| has recovered as often as its launcher allows in all | end |
-| has recovered as often as is allowed with no new step committed since | end |
-| has recovered as often as is allowed within the last hour | end |
+| has reached the launcher's limit on recoveries in total | end |
+| has reached the limit on recoveries without a new committed step | end |
+| has reached the limit on recoveries within the last hour | end |
 | | recover |
 """
 
@@ -22,12 +22,12 @@ HOUR_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class RecoveryLimits:
-    """What a user allows.
+    """The limits that the user sets.
 
     Args:
-        without_progress: recoveries with no new step committed between them.
+        without_progress: recoveries without a new committed step between them.
         per_hour: recoveries within any hour.
-        in_all: recoveries in the life of an agent; None for any number.
+        in_all: recoveries during the lifetime of an agent; None for any number.
     """
 
     without_progress: int = 10
@@ -40,9 +40,9 @@ class RecoveryHistory:
     """The recoveries of a run so far.
 
     Args:
-        count: how many there were.
-        without_progress: how many of them since the last new step was committed.
-        recent: when those of the last hour were, in seconds of one clock.
+        count: number of recoveries.
+        without_progress: number of recoveries since the last new step was committed.
+        recent: instants of the recoveries within the last hour, in seconds of one clock.
     """
 
     count: int = 0
@@ -50,7 +50,7 @@ class RecoveryHistory:
     recent: tuple[float, ...] = ()
 
     def after_progress(self) -> RecoveryHistory:
-        """The history once a new step has been committed."""
+        """The history after a new step was committed."""
         return replace(self, without_progress=0)
 
     def after_recovery(self, at: float) -> RecoveryHistory:
@@ -60,7 +60,7 @@ class RecoveryHistory:
 
     @classmethod
     def from_note(cls, note: Mapping[str, Any]) -> Self:
-        """The history that was noted as a dictionary of its fields."""
+        """The history from a note, a dictionary of its fields."""
         return cls(note["count"], note["without_progress"], tuple(note["recent"]))
 
     def __str__(self) -> str:
@@ -68,24 +68,24 @@ class RecoveryHistory:
 
 
 def why_no_recovery(history: RecoveryHistory, limits: RecoveryLimits, now: float) -> str | None:
-    """Why a run may not recover once more; None where it may.
+    """Why a run may not recover again; None if it may.
 
     Args:
         history: its recoveries so far.
-        limits: what its user allows.
-        now: seconds of the clock of the history.
+        limits: limits set by the user.
+        now: current time on the clock of the history, in seconds.
     """
     if limits.in_all is not None and history.count >= limits.in_all:
-        return f"no recovery is left: the run has had {history.count}, and the launcher's --max-restarts allows no more"
+        return f"no recovery is left: the run had {history.count}, and the launcher's --max-restarts allows no more"
     if history.without_progress >= limits.without_progress:
         return (
-            f"no recovery is left: the run has had {history.without_progress} with no new step committed since, and "
-            f"max_recoveries_without_progress={limits.without_progress} allows no more: it comes back to the same fault"
+            f"no recovery is left: the run had {history.without_progress} without a new committed step, and "
+            f"max_recoveries_without_progress={limits.without_progress} allows no more: it keeps hitting the same fault"
         )
     within = [at for at in history.recent if at > now - HOUR_S]
     if len(within) >= limits.per_hour:
         return (
-            f"no recovery is left: the run has had {len(within)} within the last {now - within[0]:.0f} s, and "
+            f"no recovery is left: the run had {len(within)} within the last {now - within[0]:.0f} s, and "
             f"max_recoveries_per_hour={limits.per_hour} allows no more"
         )
     return None

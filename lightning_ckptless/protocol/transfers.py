@@ -1,8 +1,8 @@
-"""Who reads which shard from its own node's arena, and who sends it to whom.
+"""Which rank reads which shard from its own node's arena, and which rank sends it to which.
 
-A shard that lies in the arena of the rank's own node is read there. Any other is sent once by a rank whose node has it:
-the one that has been given the fewest bytes so far, the largest shards first. All ranks compute the same plan from the
-same inventory, so it is the order of sending and receiving as well.
+A shard in the arena of the rank's own node is read there. Any other shard is sent once by a rank whose node has it: the
+one with the fewest bytes to send so far, assigned in order of decreasing size. All ranks compute the same plan from the
+same inventory, so it also defines the order of sends and receives.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lightning_ckptless.protocol.versions import Complete, Replica
 
 
 class Part(StrEnum):
-    """How much of a replica is wanted: the tensors, the host state behind them, or both."""
+    """A part of a replica: the tensor state, the host state, or both."""
 
     BULK = "bulk"
     BLOB = "blob"
@@ -27,9 +27,9 @@ class Read:
     """A rank reads a replica in its own node's arena.
 
     Args:
-        rank: who reads.
-        replica: what is read.
-        part: how much of it.
+        rank: rank that reads.
+        replica: replica to read.
+        part: part of the replica.
     """
 
     rank: int
@@ -42,11 +42,11 @@ class Send:
     """A rank sends a replica from its own node's arena to a rank of another node.
 
     Args:
-        source_rank: who sends.
-        target_rank: who receives.
+        source_rank: rank that sends.
+        target_rank: rank that receives.
         shard: shard of the replica.
-        replica: what is sent.
-        part: how much of it.
+        replica: replica to send.
+        part: part of the replica.
     """
 
     source_rank: int
@@ -57,13 +57,13 @@ class Send:
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes that travel."""
+        """Number of bytes sent."""
         return _part_bytes(self.replica, self.part)
 
 
 Transfer = Read | Send
 _Wish = tuple[int, int, Part]
-"""A rank, a shard, and what the rank wants of it."""
+"""A rank, a shard, and the part of it that the rank needs."""
 
 
 def plan_transfers(
@@ -72,16 +72,17 @@ def plan_transfers(
     need: Mapping[int, Collection[int]],
     blobs: Mapping[int, Collection[int]] | None = None,
 ) -> tuple[Transfer, ...]:
-    """Plan how the ranks get what they need.
+    """Plan how the ranks get the shards they need.
 
     Args:
-        complete: the version, with the good replicas of each shard.
-        nodes: name of each rank's node. Every replica lies on the node of some rank: inventories come from live ranks.
-        need: for each rank the shards whose tensors it needs.
-        blobs: for each rank the shards whose host state it needs; None for that of its own shard.
+        complete: the version, with the intact replicas of each shard.
+        nodes: name of each rank's node. Every replica is on the node of some rank, because inventories come from live
+            ranks.
+        need: for each rank, the shards whose tensor state it needs.
+        blobs: for each rank, the shards whose host state it needs; None for its own shard only.
 
     Returns:
-        One transfer for each rank and shard that it needs anything of.
+        One transfer for each rank and shard of which it needs a part.
     """
     return _routed(
         complete, nodes, _wanted(complete, need, {rank: {rank} for rank in need} if blobs is None else blobs)
@@ -89,12 +90,12 @@ def plan_transfers(
 
 
 def plan_copies(complete: Complete, nodes: Sequence[str], absent: Collection[tuple[int, int]]) -> tuple[Transfer, ...]:
-    """Plan how holders get copies that they lack, tensors and host state.
+    """Plan how holders get the copies that they lack, tensor state and host state.
 
     Args:
-        complete: the version, with the good replicas of each shard.
+        complete: the version, with the intact replicas of each shard.
         nodes: name of each rank's node, as for `plan_transfers`.
-        absent: pairs of shard and rank that is to have a copy of it.
+        absent: pairs of shard and the rank that should have a copy of it.
 
     Returns:
         One transfer for each pair.
@@ -115,7 +116,7 @@ def _routed(complete: Complete, nodes: Sequence[str], wanted: Sequence[_Wish]) -
             plan.append(Read(rank, min(local, key=lambda replica: replica.holder != rank), part))
             continue
         offers = [(source, replica) for replica in replicas for source in ranks_of.get(replica.node, ())]
-        assert offers, f"shard {shard} lies on {[r.node for r in replicas]}, the ranks are on {sorted(ranks_of)}"
+        assert offers, f"shard {shard} is on {[r.node for r in replicas]}, the ranks are on {sorted(ranks_of)}"
         source, replica = min(offers, key=lambda offer: (sent_bytes[offer[0]], offer[0]))
         send = Send(source, rank, shard, replica, part)
         sent_bytes[source] += send.sent_bytes
@@ -126,7 +127,7 @@ def _routed(complete: Complete, nodes: Sequence[str], wanted: Sequence[_Wish]) -
 def _wanted(
     complete: Complete, need: Mapping[int, Collection[int]], blobs: Mapping[int, Collection[int]]
 ) -> list[_Wish]:
-    """What each rank wants of each shard."""
+    """The part that each rank needs of each shard."""
     parts: dict[tuple[int, int], Part] = {(rank, shard): Part.BULK for rank, shards in need.items() for shard in shards}
     for rank, shards in blobs.items():
         for shard in shards:

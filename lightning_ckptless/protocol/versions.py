@@ -1,8 +1,8 @@
-"""Which version of the state can be restored: a pure reading of what the arenas hold.
+"""Which version of the state can be restored, decided from the contents of the arenas.
 
-A *version* is the state after one optimizer step. It exists at two moments of a step: before its tail (validation,
-plateau schedulers) and after it. A version is complete when every shard of it has at least one good replica, all
-written in the same generation for the same world size and layout. The newest complete one is restored.
+A *version* is the state after one optimizer step. It exists at two moments of a step: before the validation phase
+(validation, plateau schedulers) and after it. A version is complete if every shard of it has at least one intact
+replica, all written in the same generation for the same world size and layout. The newest complete version is restored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Version:
 
     Args:
         optimizer_step: Lightning's `global_step` after the step; 0 before the first.
-        validation_done: whether validation and the other work behind the step is part of it.
+        validation_done: whether the validation phase after the step is part of the version.
     """
 
     optimizer_step: int
@@ -27,12 +27,12 @@ class Version:
 
     def __str__(self) -> str:
         return (
-            f"step {self.optimizer_step}" if self.validation_done else f"step {self.optimizer_step} (before its tail)"
+            f"step {self.optimizer_step}" if self.validation_done else f"step {self.optimizer_step} (before validation)"
         )
 
 
 class SlotState(StrEnum):
-    """What a slot holds."""
+    """The state of a slot."""
 
     EMPTY = "empty"
     WRITING = "writing"
@@ -45,21 +45,21 @@ READABLE = frozenset({SlotState.STAGED, SlotState.COMMITTED})
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One line of an inventory: a slot that holds a copy of a shard.
+    """An entry of an inventory: a slot that contains a copy of a shard.
 
     Args:
         shard: index of the shard, 0 to `world_size - 1`; equal to the rank that wrote it.
-        holder: rank that keeps this copy; equal to `shard` for the writer's own one.
-        node: name of the arena that holds the slot.
+        holder: rank that keeps this copy; equal to `shard` for the writer's own copy.
+        node: name of the node whose arena contains the slot.
         slot: 0 or 1.
-        version: the version of the copy.
-        generation: number of the membership that wrote it.
+        version: version of the copy.
+        generation: generation that wrote it.
         world_size: number of shards of the version.
-        layout: digest of the layout it was written with.
-        state: what the slot's header says.
-        bulk_bytes: length of the tensor part.
-        blob_bytes: length of the host state behind it.
-        checksum: digest of both parts, hexadecimal; empty when checksums are off.
+        layout: digest of the layout with which it was written.
+        state: state of the slot according to its header.
+        bulk_bytes: length of the tensor state.
+        blob_bytes: length of the host state.
+        checksum: digest of both parts, hexadecimal; empty if checksums are off.
     """
 
     shard: int
@@ -77,13 +77,13 @@ class Replica:
 
     @property
     def snapshot(self) -> Snapshot:
-        """The state this replica is a part of."""
+        """The snapshot that this replica is a part of."""
         return Snapshot(self.version, self.generation, self.world_size, self.layout)
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class Snapshot:
-    """What replicas must have in common to be put together: newer ones compare greater."""
+    """What replicas must have in common to be combined. Newer snapshots compare greater."""
 
     version: Version
     generation: int
@@ -93,7 +93,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Complete:
-    """A version that can be restored, with the good replicas of each shard."""
+    """A version that can be restored, with the intact replicas of each shard."""
 
     snapshot: Snapshot
     replicas: tuple[tuple[Replica, ...], ...]
@@ -105,9 +105,9 @@ class Missing:
     """No version is complete.
 
     Args:
-        shards: shards without a good replica of the newest version that was seen.
-        since: newest version that was seen; None when the arenas are empty.
-        reason: the finding in a sentence.
+        shards: shards without an intact replica of the newest version found.
+        since: newest version found; None if the arenas are empty.
+        reason: explanation, one sentence.
     """
 
     shards: tuple[int, ...]
@@ -118,11 +118,11 @@ class Missing:
 def newest_complete(inventory: Iterable[Replica], *, bad: Collection[Replica] = ()) -> Complete | Missing:
     """Choose the newest version of which every shard has a readable replica.
 
-    Every rank computes the same from the same inventory, so no leader is needed.
+    All ranks make the same choice from the same inventory, so no leader is needed.
 
     Args:
-        inventory: what all live arenas hold.
-        bad: replicas whose bytes did not match their checksum.
+        inventory: contents of all live arenas.
+        bad: replicas whose data did not match the checksum.
     """
     by_snapshot: dict[Snapshot, list[Replica]] = defaultdict(list)
     for replica in inventory:
@@ -148,18 +148,26 @@ def _by_shard(snapshot: Snapshot, replicas: Iterable[Replica]) -> tuple[tuple[Re
 
 def _found(snapshot: Snapshot, shards: tuple[tuple[Replica, ...], ...], bad: Collection[Replica]) -> str:
     fewest = min(len(kept) for kept in shards)
-    damaged = f"; {len(bad)} damaged replicas left aside" if bad else ""
+    damaged = f"; {_damaged(len(bad))} ignored" if bad else ""
     return (
         f"{snapshot.version} of generation {snapshot.generation} is complete: {snapshot.world_size} of "
-        f"{snapshot.world_size} shards, at least {fewest} replicas each{damaged}"
+        f"{snapshot.world_size} shards, at least {fewest} {'replica' if fewest == 1 else 'replicas'} each{damaged}"
     )
 
 
 def _lost(newest: Snapshot, absent: tuple[int, ...], bad_count: int) -> str:
     names = ", ".join(str(s) for s in absent)
-    damaged = f" ({bad_count} damaged replicas left aside)" if bad_count else ""
-    return f"no version is complete: of {newest.version} shards {names} of {newest.world_size} have no replica{damaged}"
+    shards, have = ("shard", "has") if len(absent) == 1 else ("shards", "have")
+    damaged = f" ({_damaged(bad_count)} ignored)" if bad_count else ""
+    return (
+        f"no version is complete: {shards} {names} of {newest.world_size} {have} no replica of "
+        f"{newest.version}{damaged}"
+    )
+
+
+def _damaged(count: int) -> str:
+    return f"{count} damaged {'replica' if count == 1 else 'replicas'}"
 
 
 def _nothing_readable(bad_count: int) -> str:
-    return f"the arenas hold no readable replica ({bad_count} damaged)" if bad_count else "the arenas are empty"
+    return f"the arenas contain no readable replica ({bad_count} damaged)" if bad_count else "the arenas are empty"

@@ -1,1 +1,1 @@
-"""Where the bytes of the state live, and how they move: arenas, layouts, transports, the mirror and the restore."""
+"""Storage and transfer of the mirrored state: arenas, layouts, transports, the mirror and the restore."""

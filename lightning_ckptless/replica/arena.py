@@ -1,14 +1,14 @@
-"""A node's arena: the folder in shared memory that holds its ranks' shards and the replicas it keeps for peers.
+"""A node's arena: the folder in shared memory with the shards of its ranks and the replicas kept for other ranks.
 
     <arena_dir>/ckptless-<run id>-<node>/        mode 0700
         arena.json                               format, run, node, owner, origin
-        layout-<digest>.json                     how the state is cut into shards
-        note-<name>.json                         small facts
+        layout-<digest>.json                     how the state is divided into shards
+        note-<name>.json                         notes
         shard-0003.kept-by-0001.<digest>.slot-0  one version of one shard (`slot.py`)
 
-It outlives the processes that write it. Its owner is the process that starts them, the agent; when the owner has ended,
-the arena may be adopted by the next agent of the same run, or removed. What is found here is believed only with the
-right user, format, run id and checksum.
+An arena outlives the workers that write it. Its owner is the agent that starts them. After the owner has exited, the
+next agent of the same run may adopt the arena, or it may be removed. Contents are used only if user, format, run id and
+checksum match.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import torch
 from lightning_ckptless.errors import ArenaError
 from lightning_ckptless.formats.schema import SchemaError
 from lightning_ckptless.protocol.versions import Replica
-from lightning_ckptless.replica import arena_metadata as arena_facts
-from lightning_ckptless.replica.arena_metadata import DamagedArenaError, Facts
+from lightning_ckptless.replica import arena_metadata
+from lightning_ckptless.replica.arena_metadata import ArenaMetadata, DamagedArenaError
 from lightning_ckptless.replica.arena_notes import Json, read_notes, write_note
 from lightning_ckptless.replica.arena_owner import Owner
 from lightning_ckptless.replica.arena_space import (
@@ -74,22 +74,23 @@ __all__ = [
 
 
 class Arena:
-    """The folder of one node, for reading and writing.
+    """The arena of one node, for reading and writing.
 
     Attributes:
-        path: the folder.
+        path: folder of the arena.
         node: name of the node.
-        run_id: the run.
-        origin: checkpoint path that the run was asked to begin from.
-        torn_headers: slots that the last `inventory` could not read.
-        hold: has the agent make slots of anonymous memory, for a reason in words; None where no agent can.
+        run_id: id of the run.
+        origin: checkpoint path from which the run was started.
+        torn_headers: number of slots that the last `inventory` could not read.
+        hold: asks the agent to create slots in anonymous memory, given their paths and the reason; None if there is no
+            such agent.
     """
 
-    def __init__(self, path: Path, facts: Facts) -> None:
+    def __init__(self, path: Path, metadata: ArenaMetadata) -> None:
         self.path = path
-        self.node = facts.node
-        self.run_id = facts.run_id
-        self.origin = facts.origin
+        self.node = metadata.node
+        self.run_id = metadata.run_id
+        self.origin = metadata.origin
         self.torn_headers = 0
         self.hold: Hold | None = None
         self._reason = ""
@@ -97,105 +98,107 @@ class Arena:
 
     @classmethod
     def create(cls, arena_dir: Path, run_id: str, node: str, owner: Owner, *, origin: str | None = None) -> Arena:
-        """Make the arena of a node, or attach to it where the same run has made it already.
+        """Create the arena of a node, or attach to it if the same run has already created it.
 
         Args:
             arena_dir: folder of all arenas.
-            run_id: the run.
+            run_id: id of the run.
             node: name of the node.
-            owner: process whose end releases the arena.
-            origin: checkpoint path that the run was asked to begin from.
+            owner: process whose exit releases the arena.
+            origin: checkpoint path from which the run was started.
 
         Raises:
-            ArenaError: the folder cannot be made, or belongs to another user, or to a live process other than `owner`.
+            ArenaError: the folder cannot be created, belongs to another user, or to a live process other than `owner`.
         """
-        path = arena_facts.folder_of(arena_dir, run_id, node)
-        facts = Facts(run_id, node, owner, time.time(), origin)
-        while not cls._claim(path, facts):
+        path = arena_metadata.folder_of(arena_dir, run_id, node)
+        metadata = ArenaMetadata(run_id, node, owner, time.time(), origin)
+        while not cls._claim(path, metadata):
             pass
         return cls.attach(path)
 
     @staticmethod
-    def _claim(path: Path, mine: Facts) -> bool:
-        """Make the folder ours; returns False where another job has removed it meanwhile, as one of a dead run."""
+    def _claim(path: Path, mine: ArenaMetadata) -> bool:
+        """Take ownership of the folder; returns False if another run has removed it concurrently as abandoned."""
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             with suppress(FileNotFoundError):
-                # Before anything is locked or written: another user may have made a folder or a link of this name.
+                # Before anything is locked or written: another user may have created a folder or link of this name.
                 require_private(path)
         except OSError as error:
-            raise ArenaError(f"{path}: cannot make the arena: {error}: set arena_dir= to a writable folder") from error
+            raise ArenaError(
+                f"{path}: cannot create the arena: {error}: set arena_dir= to a writable folder"
+            ) from error
         with ExitStack() as stack:
             try:
-                stack.enter_context(arena_facts.locked(path, wait=True))
+                stack.enter_context(arena_metadata.locked(path, wait=True))
             except FileNotFoundError:
                 return False
-            facts = _facts_in(path)
-            if facts is None:
+            found = _metadata_in(path)
+            if found is None:
                 try:
                     mine.write(path)
                 except BaseException:
-                    # A folder without facts is no arena: nothing that looks for arenas would ever remove it.
+                    # A folder without metadata is not recognized as an arena and would never be removed.
                     shutil.rmtree(path, ignore_errors=True)
                     raise
-            elif facts.owner != mine.owner:
-                if facts.owner.alive():
+            elif found.owner != mine.owner:
+                if found.owner.alive():
                     raise ArenaError(
                         f"{path}: run {mine.run_id!r} on node {mine.node!r} belongs to the live process "
-                        f"{facts.owner.pid}, not to {mine.owner.pid}: start this one under another run id"
+                        f"{found.owner.pid}, not to {mine.owner.pid}: start this one with another run id"
                     )
-                replace(facts, owner=mine.owner).write(path)
+                replace(found, owner=mine.owner).write(path)
         return True
 
     @classmethod
     def attach(cls, path: Path) -> Arena:
-        """Open an arena that exists.
+        """Open an existing arena.
 
         Raises:
-            ArenaError: it is unreadable, of another format, or belongs to another user.
+            ArenaError: it is unreadable, has another format, or belongs to another user.
         """
-        return cls(path, Facts.read(path))
+        return cls(path, ArenaMetadata.read(path))
 
     # ------------------------------------------------------------------ slots
 
     def slots(self, shard: int, holder: int, bulk_bytes: int, *, layout: str = "") -> tuple[Slot, Slot]:
-        """The two slots of a slot pair, made and pre-faulted where they are missing.
+        """The two slots of a slot pair, created and pre-faulted if missing.
 
         Args:
             shard: index of the shard.
-            holder: rank that keeps it here.
-            bulk_bytes: length of the tensor part of each.
-            layout: digest of the layout: another layout gets slots of its own.
+            holder: rank that keeps the copy.
+            bulk_bytes: length of the tensor state in each slot.
+            layout: digest of the layout; each layout has slots of its own.
 
         Raises:
-            ArenaError: the file system has too little free space, and the agent cannot hold them in memory instead.
+            ArenaError: the file system has too little free space, and the agent cannot hold the slots in memory.
         """
         paths = self._slot_paths(shard, holder, layout)
         reason = self._require_room(dict.fromkeys(paths, slot_file_bytes(bulk_bytes)))
         missing = [path for path in paths if not is_there(path)]
-        # What was decided for all of the node counts, where these two alone would fit.
+        # A decision made for the whole node also applies if these two slots alone would fit.
         if missing and (reason := self._reason or reason):
             assert self.hold is not None
             self.hold(missing, reason)
         else:
-            # Links to memory of an agent that has ended.
+            # These may be links to memory of an agent that has exited.
             for path in missing:
                 path.unlink(missing_ok=True)
         first = self._open(paths[0], bulk_bytes)
         return first, self._open(paths[1], bulk_bytes)
 
     def require_room_for(self, slot_pairs: Iterable[tuple[int, int]], layout: Layout) -> None:
-        """Refuse to begin where the slots of all ranks of this node do not fit together.
+        """Check that the slots of all ranks of this node fit together.
 
-        Each rank asks before it makes its own. Otherwise every one of them would find room for itself, and the last
-        ones would fail halfway.
+        Every rank checks this before it creates its own slots. Otherwise each of them would find enough space for
+        itself, and the last ones would fail halfway.
 
         Args:
-            slot_pairs: (shard, holder) of each, of all ranks of the node.
-            layout: how the state is cut.
+            slot_pairs: (shard, holder) of the slot pairs of all ranks of the node.
+            layout: layout of the state.
 
         Raises:
-            ArenaError: they cannot be memory of the agent either: with the bytes needed and free, and what to do.
+            ArenaError: they fit neither into the file system nor into the agent's memory.
         """
         sizes = {
             path: slot_file_bytes(layout.bulk_bytes(shard))
@@ -205,32 +208,32 @@ class Arena:
         self._reason = self._require_room(sizes)
 
     def _require_room(self, sizes: Mapping[Path, int]) -> str:
-        """Refuse slots that do not fit, neither as files nor in anonymous memory.
+        """Check that slots fit as files or in anonymous memory.
 
         Returns:
-            Why those that are missing must be anonymous memory; empty where they are to be files.
+            Why missing slots must be in anonymous memory; empty if they are to be files.
         """
         room = find_room(sizes, self.path)
-        # All of a node alike: where some are in memory already, the host state of the others would not fit either.
+        # Slots of a node are all of one kind: if some are in memory, the host state of others would not fit either.
         if room.fits and not any(is_memory_file(path) for path, _ in self._slot_files()):
             return ""
         if obstacle := self._obstacle_to_memory(room):
             if room.fits:
                 return ""
             raise ArenaError(
-                f"{self.path}: {room}, and they cannot be anonymous memory of the agent: {obstacle}: {MAKE_ROOM}"
+                f"{self.path}: {room}, and the agent cannot hold them in anonymous memory: {obstacle}: {MAKE_ROOM}"
             )
         return room.in_memory_instead()
 
     def _obstacle_to_memory(self, room: Room) -> str:
-        """Why slots cannot be anonymous memory of the agent; empty where they can."""
+        """Why the agent cannot hold slots in anonymous memory; empty if it can."""
         if not is_in_memory(self.path.parent):
-            return f"{self.path.parent} is on a disk, which takes what memory may not"
+            return f"{self.path.parent} is on a disk, whose contents may not fit into memory"
         if self.hold is None:
             return "the workers were not started by an agent of this package (`ckptless run`, `python train.py`)"
         available_bytes = available_memory_bytes()
         if room.needed_bytes > available_bytes:
-            return f"{available_bytes} bytes of memory are left to this machine or container"
+            return f"only {available_bytes} bytes of memory are available on this machine or in this container"
         return ""
 
     def _slot_paths(self, shard: int, holder: int, layout: str) -> list[Path]:
@@ -248,11 +251,11 @@ class Arena:
 
     @property
     def links_to_memory(self) -> bool:
-        """Whether slots are memory of an agent, or were that of one that has ended."""
+        """Whether slots are in the memory of an agent, or were in that of an agent that has exited."""
         return any(path.is_symlink() for path, _ in self._slot_files())
 
     def inventory(self) -> tuple[Replica, ...]:
-        """What the slots hold, read from their headers only. A torn header is left out and counted."""
+        """The contents of the slots, read from their headers only. Torn headers are skipped and counted."""
         self.torn_headers = 0
         return tuple(self._replica(header, name.index) for _, name, header in self._headers() if header is not None)
 
@@ -261,7 +264,7 @@ class Arena:
             try:
                 header = read_header(path)
             except FileNotFoundError:
-                # Another rank of the node has dropped it meanwhile.
+                # Another rank of the node has removed it concurrently.
                 continue
             except ArenaError:
                 self.torn_headers += 1
@@ -288,7 +291,15 @@ class Arena:
         )
 
     def verify(self, replica: Replica, threads: int = 1) -> bool:
-        """Whether a replica's bytes, read by so many threads, match its checksum. False where they are gone."""
+        """Whether the contents of a replica match its checksum.
+
+        Args:
+            replica: the replica.
+            threads: number of threads that read it.
+
+        Returns:
+            False also if the slot no longer exists.
+        """
         try:
             parts = bytes_of(self.read_bulk(replica)), self.read_blob(replica)
             return matches(replica.checksum, parts, threads=threads)
@@ -296,10 +307,10 @@ class Arena:
             return False
 
     def read_bulk(self, replica: Replica) -> torch.Tensor:
-        """The tensor part of a replica, mapped: uint8 of shape [bulk_bytes]. Writes into it stay in this process.
+        """The tensor state of a replica, mapped: uint8 of shape [bulk_bytes]. Writes into it stay in this process.
 
         Raises:
-            ArenaError: the slot is gone.
+            ArenaError: the slot no longer exists.
         """
         try:
             return read_bulk(self._path(replica), replica.bulk_bytes)
@@ -310,7 +321,7 @@ class Arena:
         """The host state of a replica.
 
         Raises:
-            ArenaError: the slot is gone.
+            ArenaError: the slot no longer exists.
         """
         try:
             return read_blob(self._path(replica), replica.bulk_bytes, replica.blob_bytes)
@@ -323,11 +334,11 @@ class Arena:
     # ------------------------------------------------------------------ layouts and notes
 
     def write_layout(self, layout: Layout) -> None:
-        """Keep a layout for as long as replicas written with it are kept."""
-        arena_facts.replace_file(self._layout_path(layout.digest), layout.to_bytes())
+        """Store a layout, which is kept as long as replicas written with it."""
+        arena_metadata.replace_file(self._layout_path(layout.digest), layout.to_bytes())
 
     def read_layout(self, digest: str) -> Layout | None:
-        """The layout with a digest; None where this arena has none, or a damaged one."""
+        """The layout with a digest; None if this arena does not contain it, or it is damaged."""
         try:
             return Layout.from_bytes(self._layout_path(digest).read_bytes(), digest)
         except (OSError, SchemaError):
@@ -337,38 +348,38 @@ class Arena:
         return self.path / f"layout-{digest}.json"
 
     def note(self, name: str, value: Json) -> None:
-        """Keep a small fact, such as that the run has finished; the last one counts."""
+        """Write a note, such as that the run has finished. It replaces an earlier note of the same name."""
         write_note(self.path, name, value)
 
     def notes(self) -> dict[str, Any]:
-        """The facts that were noted, and `origin` where the run has one."""
+        """All notes, and `origin` if the run has one."""
         origin = {} if self.origin is None else {"origin": self.origin}
         return origin | read_notes(self.path)
 
-    # ------------------------------------------------------------------ room
+    # ------------------------------------------------------------------ space
 
     def clear(self) -> None:
-        """Drop all slots and layouts: the run starts afresh, or from a checkpoint file."""
+        """Remove all slots and layouts: the run starts from scratch or from a checkpoint file."""
         self.close()
         for path in [path for path, _ in self._slot_files()] + list(self.path.glob("layout-*.json")):
             path.unlink(missing_ok=True)
 
     def prune(self, keep: Collection[tuple[int, int]]) -> None:
-        """Drop the slots of all slot_pairs but some.
+        """Remove all slot pairs except some.
 
         Args:
-            keep: (shard, holder) of the slot_pairs that stay.
+            keep: (shard, holder) of the slot pairs to keep.
         """
         for path, name in self._slot_files():
             if (name.shard, name.holder) not in keep:
                 path.unlink(missing_ok=True)
 
     def retain(self, layout: str, generation: int) -> None:
-        """Drop what a version that is committed everywhere has replaced: other layouts, and unused slot pairs.
+        """Remove what a version committed on all ranks has superseded: other layouts and unused slot pairs.
 
         Args:
             layout: digest of the layout of that version.
-            generation: membership that wrote it. A slot pair without a slot of it belongs to a placement of the past.
+            generation: generation that wrote it. A slot pair without a slot of it belongs to an earlier placement.
         """
         slots = list(self._headers())
         live = {
@@ -383,27 +394,27 @@ class Arena:
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the slots that this object opened; the files stay."""
+        """Close the slots that this object opened, and keep the files."""
         for slot in self._open_slots:
             slot.close()
         self._open_slots.clear()
 
     def remove(self) -> None:
-        """Delete the arena with all it holds."""
+        """Delete the arena and its contents."""
         self.close()
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _facts_in(path: Path) -> Facts | None:
-    """What a folder says that it is; None where it says nothing, or is damaged and has no live owner."""
-    if not arena_facts.exists(path):
+def _metadata_in(path: Path) -> ArenaMetadata | None:
+    """The metadata of an arena folder; None if there is none, or if it is damaged and has no live owner."""
+    if not arena_metadata.exists(path):
         return None
     try:
-        return Facts.read(path)
+        return ArenaMetadata.read(path)
     except DamagedArenaError as error:
-        if (owner := arena_facts.living_owner(path)) is not None:
-            raise ArenaError(f"{error} after process {owner.pid} has ended, or start under another run id") from error
-        log.warning("ckptless: %s", f"{error.args[0]}; it is emptied and used again")
+        if (owner := arena_metadata.living_owner(path)) is not None:
+            raise ArenaError(f"{error} after process {owner.pid} has exited, or use another run id") from error
+        log.warning("ckptless: %s", f"{error.args[0]}; it is cleared and reused")
         for file in path.iterdir():
             file.unlink()
         return None
@@ -411,17 +422,17 @@ def _facts_in(path: Path) -> Facts | None:
 
 @dataclass(frozen=True)
 class ArenaInfo:
-    """An arena as it is seen from outside.
+    """A description of an arena.
 
     Args:
-        path: its folder.
-        run_id: run that it belongs to.
-        node: name of the node that fills it.
-        owner: process whose end releases it.
-        owner_alive: whether that process still runs.
-        bytes: memory that its files take.
-        created_at: wall clock of its making, in seconds since the epoch.
-        origin: checkpoint path that the run was asked to begin from.
+        path: folder of the arena.
+        run_id: run to which it belongs.
+        node: name of the node that writes it.
+        owner: process whose exit releases it.
+        owner_alive: whether that process is still running.
+        bytes: memory that its files occupy.
+        created_at: wall clock of its creation, in seconds since the epoch.
+        origin: checkpoint path from which the run was started.
     """
 
     path: Path
@@ -435,58 +446,58 @@ class ArenaInfo:
 
 
 def find_arenas(arena_dir: Path, run_id: str | None = None) -> tuple[ArenaInfo, ...]:
-    """The arenas of this user in a folder; what is not readable as one is left out.
+    """The arenas of this user in a folder. Folders that are not readable as an arena are skipped.
 
     Args:
         arena_dir: folder of all arenas.
         run_id: only those of this run.
     """
     found = []
-    for path in sorted(arena_dir.glob(f"{arena_facts.FOLDER_PREFIX}*")):
+    for path in sorted(arena_dir.glob(f"{arena_metadata.FOLDER_PREFIX}*")):
         try:
-            info = _info(path, Facts.read(path))
+            info = _info(path, ArenaMetadata.read(path))
         except (ArenaError, FileNotFoundError):
-            # No arena, or one that its run has just removed.
+            # Not an arena, or one that its run has just removed.
             continue
         if run_id in (None, info.run_id):
             found.append(info)
     return tuple(found)
 
 
-def _info(path: Path, facts: Facts) -> ArenaInfo:
+def _info(path: Path, metadata: ArenaMetadata) -> ArenaInfo:
     return ArenaInfo(
         path=path,
-        run_id=facts.run_id,
-        node=facts.node,
-        owner=facts.owner,
-        owner_alive=facts.owner.alive(),
+        run_id=metadata.run_id,
+        node=metadata.node,
+        owner=metadata.owner,
+        owner_alive=metadata.owner.alive(),
         bytes=sum(taken_bytes(file) for file in path.iterdir()),
-        created_at=facts.created_at,
-        origin=facts.origin,
+        created_at=metadata.created_at,
+        origin=metadata.origin,
     )
 
 
 def adopt(info: ArenaInfo, *, node: str, owner: Owner) -> Arena | None:
-    """Take over an arena whose owner is dead.
+    """Adopt an arena whose owner has exited.
 
-    The lock of its folder decides between two takers; the loser finds a live owner, or no folder.
+    The lock of its folder decides between concurrent calls. The loser finds a live owner or no folder.
 
     Args:
-        info: the arena, as `find_arenas` gave it.
-        node: name of the node that goes on with it.
+        info: the arena, as returned by `find_arenas`.
+        node: name of the node that adopts it.
         owner: its new owner.
 
     Returns:
-        The arena under its new name; None if somebody else won, or the node has an arena of its own.
+        The arena under its new name; None if another process adopted it, or the node already has an arena.
     """
-    target = arena_facts.folder_of(info.path.parent, info.run_id, node)
+    target = arena_metadata.folder_of(info.path.parent, info.run_id, node)
     try:
-        with arena_facts.locked(info.path, wait=False) as held:
-            facts = Facts.read(info.path)
-            if not held or facts.owner.alive() or (target != info.path and target.exists()):
+        with arena_metadata.locked(info.path, wait=False) as held:
+            metadata = ArenaMetadata.read(info.path)
+            if not held or metadata.owner.alive() or (target != info.path and target.exists()):
                 return None
-            # Owner first: from here on a crash leaves an arena that is whole, under one name or the other.
-            replace(facts, node=node, owner=owner).write(info.path)
+            # The owner is written first: a crash after that leaves an intact arena under one of the two names.
+            replace(metadata, node=node, owner=owner).write(info.path)
             info.path.rename(target)
     except (FileNotFoundError, ArenaError):
         return None
@@ -494,7 +505,7 @@ def adopt(info: ArenaInfo, *, node: str, owner: Owner) -> Arena | None:
 
 
 def reclaim(arena_dir: Path, *, now: float, keep_s: float) -> tuple[Path, ...]:
-    """Remove the arenas, of any run, that were made long ago and whose owners are gone.
+    """Remove abandoned arenas of any run: those unused for a while whose owners have exited.
 
     Args:
         arena_dir: folder of all arenas.
@@ -502,15 +513,15 @@ def reclaim(arena_dir: Path, *, now: float, keep_s: float) -> tuple[Path, ...]:
         keep_s: seconds for which an arena is kept after its last use.
 
     Returns:
-        The folders removed.
+        The removed folders.
     """
     removed = []
     for info in find_arenas(arena_dir):
         try:
             if info.owner_alive or now - _last_used_at(info.path) <= keep_s:
                 continue
-            with arena_facts.locked(info.path, wait=False) as held:
-                if held and not Facts.read(info.path).owner.alive():
+            with arena_metadata.locked(info.path, wait=False) as held:
+                if held and not ArenaMetadata.read(info.path).owner.alive():
                     shutil.rmtree(info.path, ignore_errors=True)
                     removed.append(info.path)
         except (FileNotFoundError, ArenaError):
@@ -521,7 +532,7 @@ def reclaim(arena_dir: Path, *, now: float, keep_s: float) -> tuple[Path, ...]:
 def _last_used_at(path: Path) -> float:
     times = [path.stat().st_mtime]
     for file in path.iterdir():
-        # A small file is replaced by another one of its name at any time.
+        # Notes and metadata files may be replaced at any time.
         with suppress(FileNotFoundError):
             times.append(stat_file(file).st_mtime)
     return max(times)

@@ -1,4 +1,4 @@
-"""What an arena says about itself: `arena.json`, and the lock around it."""
+"""The metadata of an arena, `arena.json`, and the lock of its folder."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from lightning_ckptless.system.private_files import open_own_folder, require_pri
 
 FORMAT = 2
 FOLDER_PREFIX = "ckptless-"
-_FACTS = "arena.json"
+_FILE_NAME = "arena.json"
 _KIND = "arena"
 
 
 class DamagedArenaError(ArenaError):
-    """What an arena says about itself is damaged."""
+    """The metadata of an arena is damaged."""
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Whose arena it is.
+class ArenaMetadata:
+    """The run, node and owner of an arena.
 
     Args:
-        run_id: run that it belongs to.
-        node: name of the node that fills it.
-        owner: process whose end releases it.
-        created_at: wall clock of its making, in seconds since the epoch.
-        origin: checkpoint path that the run was asked to begin from.
+        run_id: run to which it belongs.
+        node: name of the node that writes it.
+        owner: process whose exit releases it.
+        created_at: wall clock of its creation, in seconds since the epoch.
+        origin: checkpoint path from which the run was started.
     """
 
     run_id: str
@@ -46,30 +46,30 @@ class Facts:
     origin: str | None
 
     def write(self, folder: Path) -> None:
-        """Put the facts into an arena's folder."""
-        replace_file(folder / _FACTS, seal(_KIND, FORMAT, asdict(self)))
+        """Write the metadata into an arena's folder."""
+        replace_file(folder / _FILE_NAME, seal(_KIND, FORMAT, asdict(self)))
 
     @classmethod
-    def read(cls, folder: Path) -> Facts:
-        """The facts of an arena.
+    def read(cls, folder: Path) -> ArenaMetadata:
+        """Read the metadata of an arena.
 
         Raises:
-            DamagedArenaError: the facts are damaged.
-            ArenaError: the folder is no arena, belongs to another user or has another format.
+            DamagedArenaError: the metadata is damaged.
+            ArenaError: the folder is not an arena, belongs to another user or has another format.
         """
         try:
             with open_own_folder(folder) as handle:
                 require_private(folder, os.fstat(handle))
-                facts: Facts = unseal(_read(_FACTS, handle), _KIND, FORMAT, _SCHEMA)
+                metadata: ArenaMetadata = unseal(_read(_FILE_NAME, handle), _KIND, FORMAT, _SCHEMA)
         except FormatError as error:
             raise ArenaError(f"{folder}: {error}: remove it with `ckptless clean`") from error
         except SchemaError as error:
-            raise DamagedArenaError(f"{folder / _FACTS}: {error}: remove it with `ckptless clean`") from error
+            raise DamagedArenaError(f"{folder / _FILE_NAME}: {error}: remove it with `ckptless clean`") from error
         except PermissionError as error:
             raise ArenaError(str(error)) from error
         except OSError as error:
-            raise ArenaError(f"{folder}: not an arena that can be read: {error!r}") from error
-        return facts
+            raise ArenaError(f"{folder}: not a readable arena: {error!r}") from error
+        return metadata
 
 
 NODE = text(".+", longest=1024)
@@ -78,42 +78,42 @@ _NAMED_OWNER = record(
     extra=True,
     owner=record(extra=True, pid=integer(1, HIGHEST_PID), started_at=optional(number())),
 )
-_SCHEMA = record(Facts, run_id=RUN_ID, node=NODE, owner=OWNER, created_at=number(), origin=optional(text()))
+_SCHEMA = record(ArenaMetadata, run_id=RUN_ID, node=NODE, owner=OWNER, created_at=number(), origin=optional(text()))
 
 
 def living_owner(folder: Path) -> Owner | None:
-    """The live process that an arena names as its owner, whatever else of it is damaged or of another format."""
+    """The live owner named by an arena's metadata, even if the rest is damaged or of another format; None if none."""
     try:
-        named = _NAMED_OWNER(parse((folder / _FACTS).read_bytes()), "")["owner"]
+        named = _NAMED_OWNER(parse((folder / _FILE_NAME).read_bytes()), "")["owner"]
     except (OSError, SchemaError):
         return None
     return Owner.running(named["pid"], named["started_at"])
 
 
 def exists(folder: Path) -> bool:
-    """Whether a folder has been made an arena."""
-    return (folder / _FACTS).exists()
+    """Whether a folder is an arena."""
+    return (folder / _FILE_NAME).exists()
 
 
 def folder_of(arena_dir: Path, run_id: str, node: str) -> Path:
-    """Folder of a node's arena."""
+    """The folder of a node's arena."""
     return arena_dir / f"{FOLDER_PREFIX}{quote(run_id, safe='')}-{quote(node, safe='')}"
 
 
 @contextmanager
 def locked(folder: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold the lock of an arena, which its holder's death releases.
+    """Hold the lock of an arena. The kernel releases it if the process dies.
 
     Args:
-        folder: the arena.
-        wait: whether to wait for another holder.
+        folder: folder of the arena.
+        wait: whether to wait while another process holds it.
 
     Yields:
-        Whether the lock is held; False only without waiting.
+        Whether the lock is held; False only if `wait` is False.
 
     Raises:
-        ArenaError: the folder is another user's.
-        OSError: there is none, or none any more; or the path is a link or a file.
+        ArenaError: the folder belongs to another user.
+        OSError: the folder does not exist or was removed, or the path is a link or a file.
     """
     with ExitStack() as stack:
         try:
@@ -122,7 +122,7 @@ def locked(folder: Path, *, wait: bool) -> Iterator[bool]:
             raise ArenaError(str(error)) from error
         is_held = _lock(handle, wait=wait)
         if is_held and not os.path.samestat(os.fstat(handle), folder.lstat()):
-            raise FileNotFoundError(f"{folder}: was replaced while its lock was awaited")
+            raise FileNotFoundError(f"{folder}: was replaced while waiting for its lock")
         yield is_held
 
 
@@ -140,10 +140,10 @@ def _read(name: str, folder: int) -> bytes:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Put a small file in place at once: a reader sees the old content or the new, never a part.
+    """Replace a small file atomically: a reader sees the old or the new content, never a part.
 
     Raises:
-        ArenaError: it cannot be written, or its folder is another user's.
+        ArenaError: the file cannot be written, or its folder belongs to another user.
     """
     draft = f".{path.name}.{uuid.uuid4().hex[:8]}"
     try:

@@ -1,6 +1,6 @@
-"""The notes in an arena: small named facts that a process finds there before it has met the others.
+"""The notes in an arena: small named values that a process reads before its rendezvous with the other ranks.
 
-Each is a sealed record in a file of its own. One that is damaged counts as never written, and is named once.
+Each note is a sealed record in its own file. A damaged note is ignored, with one warning.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lightning_ckptless.replica.slot_stamp import GENERATION, RANK, STEP, WORLD_
 log = logging.getLogger(__name__)
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
-"""What a note may hold."""
+"""The value of a note."""
 
 FORMAT = 1
 _KIND = "note"
@@ -60,17 +60,17 @@ _KINDS: tuple[tuple[str, Check], ...] = (
         shards=sequence(RANK), of=WORLD_SIZE, leads=boolean, every_n_steps=optional(integer(1))
     )),
 )  # fmt: skip
-"""What the notes of a name say."""
-_NAMED: set[Path] = set()
-"""Damaged notes that a warning has named: once per process is enough."""
+"""The schema of each note, by a pattern of its name."""
+_WARNED: set[Path] = set()
+"""Damaged notes for which this process has already logged a warning."""
 
 
 def write_note(folder: Path, name: str, value: Json) -> None:
-    """Put a named fact beside the arena's own.
+    """Write a note.
 
     Raises:
-        ArenaError: it cannot be written.
-        SchemaError: it could not be read back: a bug of ours.
+        ArenaError: the note cannot be written.
+        SchemaError: the value does not match the schema of the note, which is a bug in this package.
     """
     data = seal(_KIND, FORMAT, {"name": name, "value": value})
     read_note(data, name)
@@ -78,29 +78,29 @@ def write_note(folder: Path, name: str, value: Json) -> None:
 
 
 def read_notes(folder: Path) -> dict[str, Any]:
-    """All named facts of an arena."""
+    """Read all notes of an arena."""
     found: dict[str, Any] = {}
     for path in sorted(folder.glob(f"{_PREFIX}*.json")):
         name = unquote(path.name.removeprefix(_PREFIX).removesuffix(".json"))
         try:
             found[name] = read_note(path.read_bytes(), name)
         except (OSError, SchemaError) as error:
-            if path not in _NAMED:
-                _NAMED.add(path)
-                log.warning("ckptless: %s: this note is left out: %s", path, error)
+            if path not in _WARNED:
+                _WARNED.add(path)
+                log.warning("ckptless: %s: ignoring a damaged note: %s", path, error)
     return found
 
 
 def read_note(data: bytes, name: str) -> Any:
-    """What a note says.
+    """The value of a note.
 
     Args:
-        data: what was written.
-        name: of the note.
+        data: content of the file.
+        name: name of the note.
 
     Raises:
-        SchemaError: it is damaged, or says what a note of this name does not.
+        SchemaError: the note is damaged, or its value does not match the schema of this name.
     """
     value = as_it_is(next((check for names, check in _KINDS if re.fullmatch(names, name)), plain()))
-    said: dict[str, Any] = unseal(data, _KIND, FORMAT, record(name=text(re.escape(name)), value=value))
-    return said["value"]
+    note: dict[str, Any] = unseal(data, _KIND, FORMAT, record(name=text(re.escape(name)), value=value))
+    return note["value"]

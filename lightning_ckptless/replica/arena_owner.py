@@ -1,4 +1,4 @@
-"""The process that an arena belongs to: when it has ended, the arena may be taken over or removed."""
+"""The process that owns an arena. After it has exited, the arena may be adopted or removed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import psutil
 from lightning_ckptless.formats.schema import integer, number, record
 
 _CLOCK_TOLERANCE_S = 2.0
-"""The start time of a process is derived from the boot time, which a clock adjustment moves a little."""
+"""The start time of a process is derived from the boot time, which clock adjustments shift slightly."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process, told apart from a later one with the same number by the time of its start.
+    """A process, identified by its id and start time, since process ids are reused.
 
     Args:
         pid: process id.
@@ -26,7 +26,7 @@ class Owner:
 
     @classmethod
     def of(cls, pid: int) -> Owner:
-        """The owner that a live process is.
+        """The identity of a live process.
 
         Raises:
             psutil.NoSuchProcess: there is no such process.
@@ -35,11 +35,11 @@ class Owner:
 
     @classmethod
     def running(cls, pid: int, started_at: float | None) -> Owner | None:
-        """The live process with a number; None where there is none, or it has started at another time.
+        """The live process with an id; None if there is none, or if it started at another time.
 
         Args:
             pid: process id.
-            started_at: when it started; None where that is not known.
+            started_at: wall clock of its start, in seconds since the epoch; None if unknown.
         """
         try:
             owner = cls.of(pid) if started_at is None else cls(pid, started_at)
@@ -48,7 +48,7 @@ class Owner:
         return owner if owner.alive() else None
 
     def alive(self) -> bool:
-        """Whether the process still runs. One that has ended and was not waited for counts as dead."""
+        """Whether the process is still running. A zombie counts as dead."""
         try:
             process = psutil.Process(self.pid)
             same = abs(process.create_time() - self.started_at) < _CLOCK_TOLERANCE_S
@@ -58,6 +58,6 @@ class Owner:
 
 
 HIGHEST_PID = 1 << 22
-"""The kernel gives no higher number to a process."""
+"""The highest process id that the kernel assigns."""
 OWNER = record(Owner, pid=integer(1, HIGHEST_PID), started_at=number())
-"""The schema of an owner that is written down."""
+"""The schema of a stored owner."""

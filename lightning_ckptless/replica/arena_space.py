@@ -1,4 +1,4 @@
-"""Room for arenas: where they go by default, what their files take, and whether more fits."""
+"""Space for arenas: their default folder, the memory that their files occupy, and whether more fits."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ MAKE_ROOM = (
     "enlarge the mount (docker run --shm-size=..., in Kubernetes a volume of `medium: Memory`, elsewhere mount -o "
     "remount,size=...), set arena_dir= to a larger file system, or keep fewer copies or a smaller state"
 )
-"""What to do where arenas do not fit."""
+"""What to do if arenas do not fit."""
 _MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "hugetlbfs")
 _SPARE = 1.1
-"""For the host state of each rank, which is written after the tensors, and notes."""
+"""Reserve for notes and for the host state of each rank, which is written after the tensor state."""
 _BLOCK_BYTES = 512
-"""Unit of `st_blocks`, whatever the file system."""
+"""Unit of `st_blocks`, independent of the file system."""
 
 
 def default_arena_dir() -> Path:
-    """Folder for arenas: what the environment names, shared memory, else one of temporary files, with a warning."""
+    """Folder for arenas: the one set in the environment, shared memory, or with a warning the temporary folder."""
     if named := os.environ.get(environment.ARENA_DIR):
         return Path(named)
     if os.access(SHARED_MEMORY, os.W_OK | os.X_OK) and SHARED_MEMORY.is_mount():
         return SHARED_MEMORY
     fallback = _own_temporary_dir()
     warnings.warn(
-        f"{SHARED_MEMORY} is not a writable memory file system: arenas go to {fallback}, where mirroring is slower. "
-        f"Set arena_dir= to choose another folder.",
+        f"{SHARED_MEMORY} is not a writable memory file system: arenas are stored in {fallback}, where mirroring is "
+        "slower. Set arena_dir= to choose another folder.",
         stacklevel=2,
     )
     return fallback
 
 
 def _own_temporary_dir() -> Path:
-    """A folder in that of temporary files, of the same name in every process of this user.
+    """A folder in the temporary folder, with the same name in every process of this user.
 
     Raises:
-        ArenaError: another user has made one of this name, or may write to it.
+        ArenaError: another user has created a folder of this name, or may write to it.
     """
     folder = Path(tempfile.gettempdir()) / f"ckptless-arenas-{os.getuid()}"
     try:
@@ -58,17 +58,17 @@ def _own_temporary_dir() -> Path:
         require_private(folder)
     except OSError as error:
         raise ArenaError(
-            f"{SHARED_MEMORY} is not a writable memory file system, and {folder} cannot be used in its place: {error}: "
+            f"{SHARED_MEMORY} is not a writable memory file system, and {folder} cannot be used instead: {error}: "
             "set arena_dir= (or CKPTLESS_ARENA_DIR) to a folder of your own"
         ) from error
     return folder
 
 
 def is_in_memory(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
-    """Whether what lies in a folder is in memory, and ends with the machine.
+    """Whether a folder is in memory, so that its contents do not survive a reboot.
 
     Args:
-        folder: an arena.
+        folder: the folder.
         mounts: the kernel's list of mounted file systems, the newest last.
     """
     device = os.stat(folder).st_dev
@@ -86,13 +86,13 @@ def _lines(path: Path) -> list[str]:
 
 
 def available_memory_bytes() -> int:
-    """Memory that this process may still take. Beyond it the kernel refuses nothing, and kills processes."""
+    """Memory that this process may still allocate. Beyond it the kernel kills processes instead of refusing."""
     left, group = int(psutil.virtual_memory().available), ceiling("memory")
     return left if group is None else min(left, group.room)
 
 
 def taken_bytes(path: Path) -> int:
-    """Memory that a file takes; 0 where there is none."""
+    """Memory that a file occupies; 0 if it does not exist."""
     try:
         return stat_file(path).st_blocks * _BLOCK_BYTES
     except FileNotFoundError:
@@ -101,14 +101,14 @@ def taken_bytes(path: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What slots need of a file system, and what it has.
+    """The space that slots need and the space on their file system.
 
     Args:
-        folder: where they lie.
-        slots: how many.
-        needed_bytes: beyond what those that exist take already.
-        free_bytes: on the file system.
-        total_bytes: of the file system.
+        folder: folder of the slots.
+        slots: number of slots.
+        needed_bytes: space needed in addition to what existing slots occupy.
+        free_bytes: free space on the file system.
+        total_bytes: size of the file system.
     """
 
     folder: Path
@@ -119,7 +119,7 @@ class Room:
 
     @property
     def fits(self) -> bool:
-        """Whether there is enough."""
+        """Whether there is enough space."""
         return self.needed_bytes <= self.free_bytes
 
     def __str__(self) -> str:
@@ -129,24 +129,25 @@ class Room:
         )
 
     def in_memory_instead(self) -> str:
-        """For the user: that the slots are anonymous memory of the agent, and what a larger file system would add."""
+        """Message for the user: the agent holds the slots in anonymous memory, and what that means."""
         least_mib = math.ceil((self.total_bytes - self.free_bytes + self.needed_bytes) * _SPARE / 2**20)
         return (
-            f"{self}: the agent holds them in anonymous memory, which only the memory of the machine or container "
-            f"limits. There they survive the workers, but not the agent; in a larger {self.folder.parent} (--shm-size="
-            f"{least_mib}m or more) they would survive the agent, too"
+            f"{self}: the agent holds them in anonymous memory, limited only by the memory of the machine or "
+            f"container. There they survive the workers, but not the agent; in a larger {self.folder.parent} "
+            f"(--shm-size={least_mib}m or more) they survive the agent, too"
         )
 
 
 def find_room(sizes: Mapping[Path, int], folder: Path) -> Room:
-    """What files need, and what there is.
+    """Compare the space that files need with the free space.
 
     Args:
-        sizes: length that each file shall have, in bytes; those that exist count with what they have already.
-        folder: where they lie.
+        sizes: intended length of each file, in bytes; the space that existing files occupy is deducted.
+        folder: folder of the files.
     """
-    # In this order: what another process makes in between is counted as free and as made, and never as missing. The
-    # folder above is asked: a rank that was refused first may have removed the empty arena.
+    # The free space is read first: a file that another process creates in between is then counted as free and as
+    # existing, never as missing. The parent folder is queried, because a rank that failed first may have removed the
+    # empty arena.
     disk = os.statvfs(folder.parent)
     needed_bytes = sum(max(0, file_bytes - taken_bytes(path)) for path, file_bytes in sizes.items())
     return Room(folder, len(sizes), needed_bytes, disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize)

@@ -1,12 +1,12 @@
-"""Digests that guard replicas.
+"""Checksums of replicas.
 
-A digest is written as `algorithm:hexadecimal`, so that a reader needs no option to check it; the empty string stands
-for no digest. Where the first bytes have a digest of their own, which is known from before, it is
-`number of bytes=digest of them+digest of the rest`. xxh3 is about as fast as a memory copy and, like crc32, gives
-up the interpreter lock while it reads a large buffer: it may run beside the training thread, and never runs in it.
+A checksum is written as `algorithm:hexadecimal`, so that a reader can verify it without options; the empty string means
+no checksum. If the first bytes have a known digest of their own, it is
+`number of bytes=digest of them+digest of the rest`. If several threads have computed it, it is
+`algorithm*bytes of a piece:digest of the pieces' digests`, which can be verified with any number of threads.
 
-What several threads have read is `algorithm*bytes of a piece:digest of the pieces' digests`: who reads it again needs
-no threads for it.
+xxh3 is about as fast as a memory copy. Like crc32, it releases the interpreter lock while it reads a large buffer, so
+it can run concurrently with the training thread. It never runs in the training thread.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Crc32:
 ALGORITHMS: dict[str, Callable[[], _Hash]] = {"xxh3": xxhash.xxh3_128, "crc32": _Crc32}
 NO_CHECKSUM = "none"
 PIECE_BYTES = 16 << 20
-"""Some two milliseconds for a thread."""
+"""About two milliseconds of work for a thread."""
 
 
 def digest(algorithm: str, parts: Sequence[Buffer], *, threads: int = 1) -> str:
@@ -50,7 +50,7 @@ def digest(algorithm: str, parts: Sequence[Buffer], *, threads: int = 1) -> str:
     Args:
         algorithm: `xxh3`, `crc32` or `none`.
         parts: the buffers, in order.
-        threads: that may read them; with more than one, large buffers are cut into pieces.
+        threads: number of threads; with more than one, large buffers are divided into pieces.
 
     Returns:
         `algorithm:hexadecimal`, `algorithm*bytes of a piece:hexadecimal`, or the empty string for `none`.
@@ -71,14 +71,14 @@ def _hexdigest(algorithm: str, parts: Iterable[Buffer]) -> str:
 
 def _of_pieces(algorithm: str, parts: Sequence[Buffer], piece_bytes: int, threads: int) -> str:
     pieces = _cut(parts, piece_bytes)
-    # Made for each digest: a thread is started in less time than it needs for a page, and none is left behind.
+    # A new pool per digest: starting a thread takes little time, and no idle threads remain.
     with ThreadPoolExecutor(max(1, min(threads, len(pieces))), thread_name_prefix="ckptless-digest") as pool:
         found = list(pool.map(lambda piece: _hexdigest(algorithm, piece), pieces))
     return f"{algorithm}*{piece_bytes}:{_hexdigest(algorithm, [text.encode() for text in found])}"
 
 
 def _cut(parts: Sequence[Buffer], piece_bytes: int) -> list[list[Buffer]]:
-    """Buffers as pieces of a length, each of which may be made of the end of one and the beginning of the next."""
+    """Divide buffers into pieces of equal length; a piece may span the end of one buffer and the start of the next."""
     pieces: list[list[Buffer]] = []
     room_bytes = 0
     for part in parts:
@@ -94,23 +94,23 @@ def _cut(parts: Sequence[Buffer], piece_bytes: int) -> list[list[Buffer]]:
 
 
 def joined(first_bytes: int, first: str, rest: str) -> str:
-    """The digest of buffers whose first bytes have one of their own.
+    """The digest of buffers whose first bytes have a digest of their own.
 
     Args:
-        first_bytes: how many they are.
+        first_bytes: number of those bytes.
         first: their digest.
-        rest: digest of all that follows.
+        rest: digest of the remaining bytes.
     """
     return f"{first_bytes}={first}+{rest}" if first_bytes else rest
 
 
 def matches(checksum: str, parts: Sequence[Buffer], *, threads: int = 1) -> bool:
-    """Whether buffers have a digest. True without one; False for an algorithm that is not known here.
+    """Whether buffers match a checksum. True for the empty checksum, False for an unknown algorithm.
 
     Args:
-        checksum: the digest.
+        checksum: the checksum.
         parts: the buffers, in order.
-        threads: that may read them.
+        threads: number of threads that read them.
     """
     if not checksum:
         return True

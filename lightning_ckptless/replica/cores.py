@@ -1,23 +1,23 @@
-"""Cores for what is read from end to end, such as a digest: how many threads a rank may take."""
+"""The number of threads that a rank may use for bandwidth-bound work such as a checksum."""
 
 from __future__ import annotations
 
 import os
 
 MOST_THREADS = 8
-"""More were not measured."""
+"""Larger numbers have not been measured."""
 
 
 def threads_of_a_rank(ranks: int, *, beside_training: bool, cores: int | None = None) -> int:
-    """How many threads one rank may keep busy.
+    """The number of threads that a rank may keep busy.
 
     Args:
-        ranks: that share the machine's cores.
-        beside_training: whether half of the cores belong to others.
-        cores: of the machine; None for those that this process may use.
+        ranks: number of ranks that share the cores.
+        beside_training: whether training runs at the same time and needs half of the cores.
+        cores: number of cores; None for those that this process may use.
 
     Returns:
-        1 at least.
+        At least 1.
     """
     share = (len(os.sched_getaffinity(0)) if cores is None else cores) // ranks
     return max(1, min(MOST_THREADS, share // 2 if beside_training else share))

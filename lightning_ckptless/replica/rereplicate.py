@@ -1,9 +1,9 @@
-"""Bring a restored version back to its full number of copies, before anything is written over the version before it.
+"""Restore a version to its full number of copies before the previous version is overwritten.
 
-A version may be whole with fewer copies than it should have: its writers died before their holders had everything, a
-node came back empty, a copy was found damaged. From then on it has to carry the run alone, as its mirror writes over
-the version before. So the copies that it lacks are filled in first, as copies of what they complete. All ranks compute
-from what they restored which ones those are; where none is, as usual, nothing is sent, not even a question.
+A version may be complete with fewer copies than required: its writers died before their holders had everything, a node
+came back empty, or a copy is damaged. The mirror then overwrites the version before it, so this version is the only one
+left. Its missing copies are therefore filled in first, and carry the snapshot that they complete. All ranks compute the
+missing copies from what they restored. If there are none, as is usual, no message is sent.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from lightning_ckptless.replica.checksum import bytes_of
 from lightning_ckptless.replica.restore import gather_inventory, gather_replicas
 from lightning_ckptless.replica.slot import Slot
 from lightning_ckptless.replica.slot_stamp import Stamp
-from lightning_ckptless.replica.transport import Parcel, Transport, room, tensor_of
+from lightning_ckptless.replica.transport import Message, Transport, receive_buffer, tensor_of
 
 
 @dataclass(frozen=True)
 class Rereplicated:
-    """What was filled in, by all ranks together.
+    """The copies that were filled in by all ranks.
 
     Args:
-        copied_bytes: bytes of tensors and host state, all ranks.
-        sent_bytes: how many of them came from another node.
+        copied_bytes: bytes of tensor state and host state, over all ranks.
+        sent_bytes: bytes of those that came from another node.
         pairs: shard and holder of each copy.
-        reason: the finding in a sentence.
+        reason: summary, one sentence.
     """
 
     copied_bytes: int
@@ -49,20 +49,20 @@ def rereplicate(
 ) -> Rereplicated:
     """Fill in the copies that a restored version lacks, and commit them on all ranks or on none.
 
-    What was mapped from the arenas for the restore stays as it is: only slots without a good copy are written. When
-    this returns, every slot_pair that a mirror is about to open with this placement holds the version.
+    Slots mapped for the restore are not modified: only slots without an intact copy are written. When this returns,
+    every slot pair that a mirror opens with this placement contains the version.
 
     Args:
-        found: the version, as `choose` returned it to all ranks; nothing was written into the arenas since.
-        arena: the own node's arena; it has the layout of the version.
-        transport: between all ranks.
+        found: the version, as `choose` returned it on all ranks; nothing was written into the arenas since.
+        arena: arena of this node; it contains the layout of the version.
+        transport: transport between all ranks.
         nodes: name of each rank's node.
-        placement: who is to keep what.
+        placement: placement of the shards.
 
     Raises:
         StateMissingError: the last copy of a shard was damaged after the restore.
         ArenaError: the slots do not fit.
-        TransportError: a peer is gone.
+        TransportError: a peer is lost.
     """
     found, plan = _plan(found, arena, transport, nodes, placement)
     if not plan:
@@ -80,16 +80,16 @@ def rereplicate(
 def _plan(
     found: Complete, arena: Arena, transport: Transport, nodes: Sequence[str], placement: Placement
 ) -> tuple[Complete, tuple[Transfer, ...]]:
-    """Who copies what from where, using sources only whose bytes are right, and the version without the others."""
+    """Plan the transfers from intact replicas only; returns the version without the damaged ones, and the plan."""
     good: set[Replica] = set()
     while True:
         plan = plan_copies(found, nodes, absent_copies(found, placement.holders, nodes))
-        sources = {step.replica for step in plan} - good
-        if not sources:
+        unverified = {step.replica for step in plan} - good
+        if not unverified:
             return found, plan
         mine = {step.replica for step in plan if _source_rank(step) == transport.rank} - good
         bad = set(gather_replicas((replica for replica in mine if not arena.verify(replica)), transport))
-        good |= sources - bad
+        good |= unverified - bad
         found = _without(found, bad)
 
 
@@ -98,9 +98,9 @@ def _without(found: Complete, bad: Collection[Replica]) -> Complete:
     for shard, left in enumerate(kept):
         if not left:
             raise StateMissingError(
-                f"shard {shard} of {found.snapshot.version} was whole when it was restored, and all its "
+                f"shard {shard} of {found.snapshot.version} was intact when it was restored, but all its "
                 f"{len(found.replicas[shard])} replicas are damaged now: the memory of {found.replicas[shard][0].node} "
-                "is not to be trusted"
+                "may be faulty"
             )
     return replace(found, replicas=kept)
 
@@ -113,22 +113,22 @@ def _fill_in(
     committed: Snapshot | None,
     opened: ExitStack,
 ) -> list[Slot]:
-    """Send what this rank has to give, and seal the copies that it is to keep; returns their slots, still open."""
+    """Send this rank's part of the plan and seal the copies that it receives; returns their slots, still open."""
     rank = transport.rank
-    sends: list[Parcel] = []
-    receives: list[Parcel] = []
+    sends: list[Message] = []
+    receives: list[Message] = []
     arriving: list[tuple[Slot, Replica, torch.Tensor]] = []
     for step in plan:
         source = step.replica
         if isinstance(step, Send) and step.source_rank == rank:
-            sends += _parcels(step.target_rank, source, arena.read_bulk(source), tensor_of(arena.read_blob(source)))
+            sends += _messages(step.target_rank, source, arena.read_bulk(source), tensor_of(arena.read_blob(source)))
         if _target_rank(step) != rank:
             continue
         slot = _begin(arena, source, rank, restored, committed)
         opened.callback(slot.close)
         if isinstance(step, Send):
-            blob = room(source.blob_bytes)
-            receives += _parcels(step.source_rank, source, slot.bulk, blob)
+            blob = receive_buffer(source.blob_bytes)
+            receives += _messages(step.source_rank, source, slot.bulk, blob)
         else:
             blob = tensor_of(arena.read_blob(source))
             slot.bulk.copy_(arena.read_bulk(source))
@@ -139,7 +139,7 @@ def _fill_in(
     return [slot for slot, _, _ in arriving]
 
 
-def _parcels(peer: int, replica: Replica, bulk: torch.Tensor, blob: torch.Tensor) -> list[Parcel]:
+def _messages(peer: int, replica: Replica, bulk: torch.Tensor, blob: torch.Tensor) -> list[Message]:
     return [(peer, 2 * replica.shard, bulk), (peer, 2 * replica.shard + 1, blob)]
 
 
@@ -155,7 +155,7 @@ def _begin(arena: Arena, source: Replica, rank: int, restored: Snapshot, committ
 
 
 def _stamp(source: Replica, rank: int) -> Stamp:
-    """The new copy is a copy of what was restored: it carries the generation that wrote that."""
+    """The stamp of a new copy, which carries the generation that wrote the restored version."""
     return Stamp(source.version, source.generation, source.world_size, source.layout, source.shard, rank)
 
 
@@ -175,7 +175,7 @@ def _summary(found: Complete, plan: Sequence[Transfer]) -> Rereplicated:
         sent_bytes=sum(step.sent_bytes for step in sent),
         pairs=tuple(sorted((step.replica.shard, _target_rank(step)) for step in plan)),
         reason=(
-            f"{len(plan)} copies that {found.snapshot.version} lacked were filled in, {copied_bytes / 1e6:.1f} MB: "
-            f"{len(plan) - len(sent)} from their own nodes, {len(sent)} from other nodes"
+            f"filled in {len(plan)} missing {'copy' if len(plan) == 1 else 'copies'} of {found.snapshot.version}, "
+            f"{copied_bytes / 1e6:.1f} MB: {len(plan) - len(sent)} from the same node, {len(sent)} from other nodes"
         ),
     )

@@ -1,6 +1,6 @@
-"""From what the arenas hold back to live tensors: choose a version, fetch its shards, fill the tensors in place.
+"""Restore from the arenas: choose a version, fetch its shards, and fill the live tensors in place.
 
-All ranks call these functions together, gather the same facts and compute the same plans from them, so no rank leads.
+All ranks call these functions together, gather the same inventory and compute the same plans, so no leader is needed.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from lightning_ckptless.replica.slot_stamp import (
     WORLD_SIZE,
     slot_state,
 )
-from lightning_ckptless.replica.transport import Parcel, Transport, room, tensor_of
+from lightning_ckptless.replica.transport import Message, Transport, receive_buffer, tensor_of
 
 OWN_ARENA = "own arena"
 PEER = "peer"
 
 Need = Mapping[int, Collection[int]]
-"""Which shards each rank needs, by rank."""
+"""The shards that each rank needs, by rank."""
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """A version, brought to this rank.
+    """The parts of a version that were fetched to this rank.
 
     Args:
-        bulks: tensor part of each needed shard: mapped from the own arena, or received.
-        blobs: host state of each rank whose host state was asked for.
-        received: whose small states came from peers.
+        bulks: tensor state of each needed shard, mapped from the own arena or received.
+        blobs: host state of each requested rank.
+        received: ranks whose host state came from a peer.
         moved_bytes: bytes received from peers.
         sources: number of shards from the `own arena` and from a `peer`.
     """
@@ -62,47 +62,47 @@ class Fetched:
 
 
 def gather_inventory(arena: Arena, transport: Transport, *, reads: bool) -> tuple[Replica, ...]:
-    """What the arenas of all nodes hold.
+    """The contents of the arenas of all nodes.
 
     Args:
-        arena: the own node's arena.
-        transport: between all ranks.
-        reads: whether this rank speaks for its node: one rank of each does.
+        arena: arena of this node.
+        transport: transport between all ranks.
+        reads: whether this rank reads the arena for its node; exactly one rank per node does.
     """
     return gather_replicas(arena.inventory() if reads else (), transport)
 
 
 def gather_replicas(mine: Iterable[Replica], transport: Transport) -> tuple[Replica, ...]:
-    """What all ranks have to say, where each names some replicas.
+    """Gather lists of replicas from all ranks.
 
     Args:
-        mine: those that this rank names.
-        transport: between all ranks.
+        mine: replicas of this rank's list.
+        transport: transport between all ranks.
 
     Raises:
-        TransportError: a peer sent something else.
+        TransportError: a peer sent invalid data.
     """
     everyone = transport.gather(json.dumps([asdict(replica) for replica in mine]).encode())
     try:
         return tuple(replica for line in everyone for replica in _REPLICAS(parse(line), ""))
     except SchemaError as error:
-        raise TransportError(f"rank {transport.rank}: a peer sent an inventory that cannot be read: {error}") from error
+        raise TransportError(f"rank {transport.rank}: a peer sent an invalid inventory: {error}") from error
 
 
 def choose(arena: Arena, transport: Transport, nodes: Sequence[str], *, need: Need | None = None) -> Complete | Missing:
-    """Choose the newest version that is complete and whose bytes are as they were written.
+    """Choose the newest version that is complete and undamaged.
 
-    Only the replicas that would be used are read; where one is damaged, the choice is made again without it. Of what
-    another number of ranks has written every shard counts as used.
+    Only the replicas that the restore would use are verified. If one is damaged, the choice is repeated without it. If
+    another number of ranks wrote the version, all shards count as used.
 
     Args:
-        arena: the own node's arena.
-        transport: between all ranks.
+        arena: arena of this node.
+        transport: transport between all ranks.
         nodes: name of each rank's node.
-        need: which shards each rank needs; None for those in which it finds what it holds.
+        need: shards that each rank needs; None for those that contain its tensors.
 
     Raises:
-        StateMissingError: no arena has the layout of the version.
+        StateMissingError: no arena contains the layout of the version.
     """
     rank = transport.rank
     neighbours = [other for other, node in enumerate(nodes) if node == nodes[rank]]
@@ -114,16 +114,16 @@ def choose(arena: Arena, transport: Transport, nodes: Sequence[str], *, need: Ne
         found = newest_complete(inventory, bad=bad)
         if isinstance(found, Missing):
             return found
-        if is_other := found.snapshot.world_size != len(nodes):
+        if has_other_world_size := found.snapshot.world_size != len(nodes):
             needed: Need = {rank: range(found.snapshot.world_size) for rank in range(len(nodes))}
         else:
             needed = shared_layout(arena, transport, found.snapshot.layout).need if need is None else need
-        plan = plan_transfers(found, nodes, needed, needed if is_other else None)
+        plan = plan_transfers(found, nodes, needed, needed if has_other_world_size else None)
         used = {step.replica for step in plan} - good
         if not used:
             return found
-        here = sorted((replica for replica in used if replica.node == arena.node), key=_place_of)
-        mine = here[neighbours.index(rank) :: len(neighbours)]
+        local = sorted((replica for replica in used if replica.node == arena.node), key=_place_of)
+        mine = local[neighbours.index(rank) :: len(neighbours)]
         bad.update(gather_replicas((replica for replica in mine if not arena.verify(replica, threads)), transport))
         good |= used - bad
 
@@ -137,18 +137,18 @@ def fetch(
     need: Need,
     blobs: Need | None = None,
 ) -> Fetched:
-    """Bring the shards of a version, and small states, to every rank that needs them.
+    """Fetch the tensor state and host state of a version to every rank that needs them.
 
     Args:
-        complete: what `choose` returned.
-        arena: the own node's arena.
-        transport: between all ranks.
+        complete: the version, as returned by `choose`.
+        arena: arena of this node.
+        transport: transport between all ranks.
         nodes: name of each rank's node.
-        need: which shards each rank needs, as they were chosen for.
-        blobs: the host state of which shards each rank needs; None for that of its own.
+        need: shards whose tensor state each rank needs, as passed to `choose`.
+        blobs: shards whose host state each rank needs; None for its own shard only.
 
     Raises:
-        TransportError: a peer is gone.
+        TransportError: a peer is lost.
     """
     rank = transport.rank
     plan = plan_transfers(complete, nodes, need, blobs)
@@ -160,11 +160,12 @@ def fetch(
         if step.source_rank == rank
         for part in _parts(step)
     ]
-    receives: list[Parcel] = []
+    receives: list[Message] = []
     for step in _sends(plan):
         if step.target_rank == rank:
             for part in _parts(step):
-                got[step.shard, part] = room(step.replica.bulk_bytes if part is Part.BULK else step.replica.blob_bytes)
+                length = step.replica.bulk_bytes if part is Part.BULK else step.replica.blob_bytes
+                got[step.shard, part] = receive_buffer(length)
                 receives.append((step.source_rank, _tag(step.shard, part), got[step.shard, part]))
     transport.exchange(sends, receives)
     bulks = {shard: data for (shard, part), data in got.items() if part is Part.BULK}
@@ -191,14 +192,14 @@ def fill(
     """Copy shards into live tensors, in place.
 
     Args:
-        layout: how the state is cut.
-        bulks: tensor part of each shard.
+        layout: layout of the version.
+        bulks: tensor state of each shard.
         tensors: live tensors by name.
-        rank: this rank: of private tensors it takes its own.
-        leave: names of tensors that are left as they are.
+        rank: this rank, whose private tensors are filled.
+        leave: names of tensors that are not modified.
 
     Returns:
-        Bytes copied.
+        Number of bytes copied.
     """
     targets: list[torch.Tensor] = []
     sources: list[torch.Tensor] = []
@@ -215,35 +216,37 @@ def fill(
 
 
 def shared_layout(arena: Arena, transport: Transport, digest: str) -> Layout:
-    """The layout with a digest, from the first rank whose arena has it; those without it keep it from here on.
+    """The layout with a digest, from the first rank whose arena contains it. Arenas without it store it.
 
     Args:
-        arena: the own node's arena.
-        transport: between all ranks.
-        digest: of the layout.
+        arena: arena of this node.
+        transport: transport between all ranks.
+        digest: digest of the layout.
 
     Raises:
-        StateMissingError: no arena has it.
-        TransportError: a peer sent something else.
+        StateMissingError: no arena contains the layout.
+        TransportError: a peer sent invalid data.
     """
     mine = arena.read_layout(digest)
-    having = [rank for rank, said in enumerate(transport.gather(b"1" if mine is not None else b"")) if said]
+    having = [rank for rank, answer in enumerate(transport.gather(b"1" if mine is not None else b"")) if answer]
     if not having:
         raise StateMissingError(
-            f"rank {transport.rank}: no arena has layout {digest}, without which its replicas cannot be read: remove "
+            f"rank {transport.rank}: no arena contains layout {digest}, which is needed to read its replicas: remove "
             f"them with `ckptless clean`"
         )
     if len(having) == transport.world_size:
         assert mine is not None
         return mine
-    teller = having[0]
-    sent = mine.to_bytes() if mine is not None and transport.rank == teller else b""
-    told = transport.gather(sent)[teller]
+    sender = having[0]
+    sent = mine.to_bytes() if mine is not None and transport.rank == sender else b""
+    received = transport.gather(sent)[sender]
     if mine is None:
         try:
-            mine = Layout.from_bytes(told, digest)
+            mine = Layout.from_bytes(received, digest)
         except SchemaError as error:
-            raise TransportError(f"rank {transport.rank}: rank {teller} sent layout {digest}: {error}") from error
+            raise TransportError(
+                f"rank {transport.rank}: rank {sender} sent an invalid layout {digest}: {error}"
+            ) from error
         arena.write_layout(mine)
     return mine
 

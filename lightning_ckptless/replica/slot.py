@@ -1,12 +1,12 @@
-"""One slot: a file in an arena, or anonymous memory in its place, that holds one version of one shard.
+"""A slot: a file in an arena, or anonymous memory in its place, that contains one version of one shard.
 
     offset 0                 header page: magic, length, crc32, JSON; padded to 4096 bytes
-    offset 4096              bulk: the tensors of the shard, mapped into memory
+    offset 4096              bulk: the tensor state of the shard, mapped into memory
     offset 4096 + bulk       blob: the host state of the rank, any length
 
-The header says what the bytes behind it are, so it is written last; before the first byte is touched it says `writing`.
-A writer that dies in between leaves a header that no reader accepts as a replica. The bulk is mapped shared and
-pre-faulted: the first touch of a page costs ten times the copy into it.
+The header describes the data after it. It is set to `writing` before the first byte of data is modified, and written in
+full last. A writer that dies in between leaves a header that no reader accepts as a replica. The bulk is mapped shared
+and pre-faulted, because the first touch of a page costs ten times the copy into it.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class SlotHeader:
     """The first page of a slot.
 
     Args:
-        run_id: run that the slot belongs to.
-        stamp: what the slot holds.
-        state: how far the writing has come.
-        bulk_bytes: length of the tensor part.
-        blob_bytes: length of the host state behind it.
-        checksum: digest of both parts, as `checksum.digest` gives it.
+        run_id: run to which the slot belongs.
+        stamp: what the slot contains.
+        state: state of the slot.
+        bulk_bytes: length of the tensor state.
+        blob_bytes: length of the host state.
+        checksum: checksum of both parts, as returned by `checksum.digest`.
     """
 
     run_id: str
@@ -65,7 +65,7 @@ class SlotHeader:
         """The header as one page."""
         stamp = self.stamp
         version = {"optimizer_step": stamp.version.optimizer_step, "validation_done": stamp.version.validation_done}
-        # By hand: `dataclasses.asdict` takes three times as long, and a round writes half a dozen headers.
+        # Not `dataclasses.asdict`: it takes three times as long, and a round writes half a dozen headers.
         fields = vars(self) | {"stamp": vars(stamp) | {"version": version}, "state": self.state.value}
         body = json.dumps(fields, separators=(",", ":"), sort_keys=True).encode()
         page = _PREFIX.pack(_MAGIC, FORMAT, len(body), zlib.crc32(body)) + body
@@ -74,7 +74,7 @@ class SlotHeader:
 
     @classmethod
     def decode(cls, page: bytes) -> SlotHeader | None:
-        """The header in a page; None where the page is empty, damaged or of another format."""
+        """The header in a page; None if the page is empty, damaged or of another format."""
         if len(page) < _PREFIX.size:
             return None
         magic, number, text_bytes, crc = _PREFIX.unpack_from(page)
@@ -104,12 +104,12 @@ _TAG_CHARS = 12
 
 @dataclass(frozen=True)
 class SlotName:
-    """Where a slot lies in its arena.
+    """The file name of a slot in its arena.
 
     Args:
         shard: index of the shard.
-        holder: rank that keeps it there.
-        tag: beginning of the layout's digest: two layouts never share a file.
+        holder: rank that keeps the copy.
+        tag: first characters of the layout's digest, so that two layouts never share a file.
         index: 0 or 1.
     """
 
@@ -120,18 +120,18 @@ class SlotName:
 
     @classmethod
     def of(cls, shard: int, holder: int, layout: str, index: int) -> SlotName:
-        """The name of a slot that is written with a layout."""
+        """The name of a slot written with a layout."""
         return cls(shard, holder, layout[:_TAG_CHARS], index)
 
     @classmethod
     def parse(cls, file_name: str) -> SlotName | None:
-        """The slot behind a file name; None for other files."""
+        """Parse the file name of a slot; None for other files."""
         found = _NAME.fullmatch(file_name)
         return found and cls(int(found[1]), int(found[2]), found[3], int(found[4]))
 
     @property
     def slot_pair(self) -> tuple[int, int, str]:
-        """What the two slots of a pair have in common."""
+        """The parts of the name that both slots of a pair share."""
         return self.shard, self.holder, self.tag
 
     def __str__(self) -> str:
@@ -139,15 +139,15 @@ class SlotName:
 
 
 def slot_file_bytes(bulk_bytes: int) -> int:
-    """Length of a slot's file before a blob is written."""
+    """Length of a slot's file before the blob is written."""
     return HEADER_BYTES + bulk_bytes
 
 
 def read_header(path: Path) -> SlotHeader | None:
-    """The header of a slot's file; None where nothing was written yet.
+    """The header of a slot's file; None if nothing was written yet.
 
     Raises:
-        ArenaError: the header is torn, or promises more bytes than the file has.
+        ArenaError: the header is torn, or describes more data than the file contains.
     """
     with _open_to_read(path) as file:
         page = file.read(HEADER_BYTES)
@@ -156,21 +156,21 @@ def read_header(path: Path) -> SlotHeader | None:
         return None
     header = SlotHeader.decode(page)
     if header is None or slot_file_bytes(header.bulk_bytes) + header.blob_bytes > file_bytes:
-        raise ArenaError(f"{path}: the header is torn: its writer died, or is writing now")
+        raise ArenaError(f"{path}: the header is torn: its writer died or is still writing")
     return header
 
 
 def read_bulk(path: Path, bulk_bytes: int) -> torch.Tensor:
-    """The tensor part of a slot's file, mapped: uint8 of shape [bulk_bytes].
+    """The tensor state in a slot's file, mapped: uint8 of shape [bulk_bytes].
 
-    torch knows no read-only tensors. The mapping is private: a stray write into it stays in this process.
+    torch has no read-only tensors, so the mapping is private: a stray write into it stays in this process.
     """
     with _open_to_read(path) as file:
         return _map(file.fileno(), bulk_bytes, access=mmap.ACCESS_COPY)
 
 
 def read_blob(path: Path, bulk_bytes: int, blob_bytes: int) -> bytes:
-    """The host state behind a slot's tensor part."""
+    """The host state in a slot's file."""
     with _open_to_read(path) as file:
         file.seek(slot_file_bytes(bulk_bytes))
         return file.read(blob_bytes)
@@ -180,16 +180,16 @@ class Slot:
     """A slot, open for writing. One process writes a slot; any process may read it.
 
     Args:
-        path: file of the slot; made and filled with zeros where it is missing.
-        run_id: run that the slot belongs to.
-        bulk_bytes: length of the tensor part.
+        path: file of the slot; created and zero-filled if missing.
+        run_id: run to which the slot belongs.
+        bulk_bytes: length of the tensor state.
 
     Attributes:
-        header: what the slot holds; None when that is nothing, or torn.
-        bulk: the tensor part, uint8 of shape [bulk_bytes], shared with every process that maps the file.
+        header: header of the slot; None if it is empty or torn.
+        bulk: the tensor state, uint8 of shape [bulk_bytes], shared with every process that maps the file.
 
     Raises:
-        ArenaError: the file cannot be made, reserved or mapped.
+        ArenaError: the file cannot be created, reserved or mapped.
     """
 
     def __init__(self, path: Path, run_id: str, bulk_bytes: int) -> None:
@@ -199,7 +199,7 @@ class Slot:
         try:
             self._fd = open_file(path, os.O_RDWR | os.O_CREAT)
             try:
-                # Reserving turns a full file system into an error here instead of a SIGBUS at a later write.
+                # Without the reservation, a full file system would cause a SIGBUS at a later write instead of an error.
                 os.posix_fallocate(self._fd, 0, slot_file_bytes(bulk_bytes))
                 self.bulk = _map(self._fd, bulk_bytes, flags=_SHARED)
             except OSError:
@@ -213,23 +213,23 @@ class Slot:
 
     @property
     def view(self) -> SlotView:
-        """What the protocol needs to know of the slot."""
+        """The header as the commit protocol sees it."""
         if self.header is None or self.header.state is SlotState.EMPTY:
             return SlotView()
         return SlotView(self.header.state, self.header.stamp.snapshot)
 
     def begin(self, stamp: Stamp) -> None:
-        """Give up what the slot holds: from here on its bytes may be overwritten."""
+        """Invalidate the contents of the slot, which may be overwritten from now on."""
         state = self._after(SlotEvent.BEGIN, stamp)
         self._write_header(SlotHeader(self._run_id, stamp, state, self.bulk_bytes))
 
     def seal(self, stamp: Stamp, blob: bytes | memoryview, checksum: str) -> None:
-        """Declare the bulk written, after writing the blob behind it.
+        """Write the blob and mark the slot as staged.
 
         Args:
-            stamp: the one given to `begin`.
+            stamp: the stamp passed to `begin`.
             blob: the host state.
-            checksum: digest of bulk and blob.
+            checksum: checksum of bulk and blob.
         """
         state = self._after(SlotEvent.SEAL, stamp)
         assert self.header is not None and self.header.stamp == stamp, f"{self.path}: sealed as {stamp}"
@@ -237,22 +237,22 @@ class Slot:
         self._write_header(replace(self.header, state=state, blob_bytes=len(blob), checksum=checksum))
 
     def commit(self) -> None:
-        """Declare the version complete on all ranks."""
+        """Mark the version as committed."""
         self._change(SlotEvent.COMMIT)
 
     def discard(self) -> None:
-        """Declare the slot empty: what it holds was never agreed on."""
+        """Mark the slot as empty: its version was not committed."""
         self._change(SlotEvent.DISCARD)
 
     def close(self) -> None:
-        """Close the file. The mapping goes when the last view of `bulk` does."""
+        """Close the file. It stays mapped until the last view of `bulk` is released."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
             self.bulk = torch.empty(0, dtype=torch.uint8)
 
     def _change(self, event: SlotEvent) -> None:
-        assert self.header is not None, f"{self.path}: {event} in a slot that was never begun"
+        assert self.header is not None, f"{self.path}: event {event} in a slot without a header"
         self._write_header(replace(self.header, state=self._after(event, self.header.stamp)))
 
     def _after(self, event: SlotEvent, stamp: Stamp) -> SlotState:

@@ -1,8 +1,8 @@
-"""A slot pair: the two slots that one holder has for one shard, written in turn.
+"""A slot pair: the two slots that one holder has for one shard, written alternately.
 
-`protocol.slots` has the rule and says why two are enough. It wants the slot chosen by what the writer of the shard
-knows to be committed. A holder knows the same here: it meets round v+1 only after its own vote on v was answered, and
-the answer is one for all ranks.
+`protocol.slots` explains the rule and why two slots are enough. The slot must be chosen by what the writer of the shard
+knows to be committed. Here a holder knows the same: it enters round v+1 only after the vote on v has returned, and the
+result is the same on all ranks.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ class SlotPair:
     """The slots of one shard at one holder.
 
     Args:
-        slots: the pair, as the last generation left it.
-        committed: newest version that has all its copies, and all ranks know it; None when they begin anew. A version
-            is written once in a line of generations that restore each other, so where two slots have it, the later
-            generation's is meant.
+        slots: the two slots, as the previous generation left them.
+        committed: newest version that has all its copies, known to all ranks; None if the run starts from scratch. If
+            both slots contain this version, the one of the later generation is used, because generations that restore
+            each other write a version only once.
     """
 
     def __init__(self, slots: tuple[Slot, Slot], committed: Version | None) -> None:
@@ -29,8 +29,8 @@ class SlotPair:
             if settle(slot.view, self._committed) is SlotEvent.DISCARD:
                 slot.discard()
             elif slot.view == SlotView(SlotState.STAGED, self._committed):
-                # Whoever learned of it first died before this slot was told. From now on the version before may be
-                # written over, and a header must say which one to spare.
+                # The process that had learned of the commit died before it updated this slot. From now on the previous
+                # version may be overwritten, and a header must tell which one must not.
                 slot.commit()
 
     def _snapshot_of(self, version: Version | None) -> Snapshot | None:
@@ -39,7 +39,7 @@ class SlotPair:
         return max((snapshot for snapshot in held if snapshot.version == version), default=None)
 
     def free(self) -> Slot:
-        """The slot for the next version, rid of what a round that was voted down left in it."""
+        """The slot for the next version, after discarding the remains of an aborted round."""
         first, second = self._slots
         slot = self._slots[target_slot((first.view, second.view), self._committed)]
         if slot.view.state in (SlotState.WRITING, SlotState.STAGED):
@@ -47,7 +47,7 @@ class SlotPair:
         return slot
 
     def commit(self, slot: Slot) -> None:
-        """Note that all ranks have voted for the version in a slot."""
+        """Record that all ranks have voted for the version in a slot."""
         slot.commit()
         self._committed = slot.view.snapshot
 

@@ -1,4 +1,4 @@
-"""The stamp of a slot: which shard of which state it is about to hold; and what the numbers in it may be."""
+"""The stamp of a slot, which identifies its shard and snapshot, and the schemas of its fields."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SNAPSHOT = record(Snapshot, version=VERSION, generation=GENERATION, world_size=W
 
 @dataclass(frozen=True)
 class Stamp:
-    """What a slot is about to hold.
+    """What a slot contains or is about to contain.
 
     Args:
-        version: the version of the state.
-        generation: number of the membership that writes it.
+        version: version of the state.
+        generation: generation that writes it.
         world_size: number of shards of the version.
-        layout: digest of the layout it is written with.
+        layout: digest of the layout with which it is written.
         shard: index of the shard.
         holder: rank that keeps this copy.
     """
@@ -41,7 +41,7 @@ class Stamp:
 
     @property
     def snapshot(self) -> Snapshot:
-        """The state that the slot is a part of."""
+        """The snapshot that the slot is a part of."""
         return Snapshot(self.version, self.generation, self.world_size, self.layout)
 
 
@@ -51,5 +51,5 @@ STAMP = record(
 
 
 def slot_state(value: Any, place: str) -> SlotState:
-    """The check of how far the writing of a slot has come."""
+    """The schema of a slot's state."""
     return SlotState(one_of(*SlotState)(value, place))

@@ -1,7 +1,7 @@
-"""How bytes move between ranks: one narrow interface, three implementations.
+"""Data transfer between ranks: one narrow interface, three implementations.
 
-Every method is collective or pairwise as it says, blocks until its part is done, and raises `TransportError` when a
-peer does not answer. A transport is used by one thread at a time.
+Every method blocks until its part is done, and raises `TransportError` if a peer does not answer. A transport is used
+by one thread at a time.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ _LENGTH = struct.Struct("!Q")
 _PAGE_BYTES = 8192
 _FIRST_PAGE_BYTES = _PAGE_BYTES - _LENGTH.size
 
-Parcel = tuple[int, int, torch.Tensor]
-"""Peer, tag, flat uint8 tensor in host memory. Both sides know the length; the tag tells parcels of a pair apart."""
+Message = tuple[int, int, torch.Tensor]
+"""Peer, tag, flat uint8 tensor in host memory. Both peers know the length; the tag distinguishes their messages."""
 
 
-def room(length_bytes: int) -> torch.Tensor:
-    """Room for a parcel to receive."""
+def receive_buffer(length_bytes: int) -> torch.Tensor:
+    """An uninitialized buffer for a message to receive."""
     return torch.empty(length_bytes, dtype=torch.uint8)
 
 
 def tensor_of(data: bytes) -> torch.Tensor:
-    """Bytes as a parcel to send."""
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else room(0)
+    """A copy of bytes as a message to send."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else receive_buffer(0)
 
 
 class Transport(Protocol):
-    """Between the ranks of a run.
+    """A transport between the ranks of a run.
 
-    Ownership: a tensor that is sent must not change, and one that is received must not be read, until `exchange`
-    returns. Afterwards both are the caller's again. When it raises, what was under way may still be read and written
-    until the peers are gone: none of the buffers holds anything that counts.
+    Until `exchange` returns, a tensor that is sent must not change, and one that is received must not be read.
+    Afterwards both belong to the caller again. If it raises, buffers in flight may still be read and written until the
+    peers have exited, so their contents are undefined.
 
     Attributes:
         rank: this rank.
@@ -54,36 +54,36 @@ class Transport(Protocol):
     rank: int
     world_size: int
 
-    def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
-        """Send and receive parcels, all at once; every send has a receive of the same tag and length at its peer.
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        """Send and receive messages concurrently. Each send needs a receive of the same tag and length at its peer.
 
         Raises:
-            TransportError: a peer is gone, or silent for too long.
+            TransportError: a peer is lost or does not answer in time.
         """
 
     def vote(self, mine: int) -> int:
-        """The bits that every rank has set. All ranks must call it: no rank returns before the last has entered.
+        """The bitwise AND over all ranks. Collective: no rank returns before the last one has called it.
 
         Raises:
-            TransportError: a peer is gone, or silent for too long.
+            TransportError: a peer is lost or does not answer in time.
         """
 
     def agree(self, mine: bool) -> bool:
-        """Whether every rank said True; otherwise as `vote`.
+        """Whether every rank passed True. Collective, like `vote`.
 
         Raises:
-            TransportError: a peer is gone, or silent for too long.
+            TransportError: a peer is lost or does not answer in time.
         """
 
     def gather(self, payload: bytes) -> list[bytes]:
-        """The payloads of all ranks, by rank. All ranks must call it; lengths may differ.
+        """The payloads of all ranks, by rank. Collective; lengths may differ.
 
         Raises:
-            TransportError: a peer is gone, or silent for too long.
+            TransportError: a peer is lost or does not answer in time.
         """
 
     def close(self) -> None:
-        """Stop taking part."""
+        """Release the transport."""
 
 
 class SoloTransport:
@@ -92,16 +92,16 @@ class SoloTransport:
     rank = 0
     world_size = 1
 
-    def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """Nothing to do: there are no peers."""
-        assert not sends and not receives, "a world of one has no peers"
+        assert not sends and not receives, "a world of one rank has no peers"
 
     def vote(self, mine: int) -> int:
         """This rank's own bits."""
         return mine
 
     def agree(self, mine: bool) -> bool:
-        """This rank's own word."""
+        """This rank's own value."""
         return mine
 
     def gather(self, payload: bytes) -> list[bytes]:
@@ -113,43 +113,43 @@ class SoloTransport:
 
 
 class _Hub:
-    """Where the ranks of a loopback world leave parcels for each other."""
+    """The message queues of a loopback world."""
 
     def __init__(self, world_size: int, timeout_s: float) -> None:
         self.world_size = world_size
         self.timeout_s = timeout_s
         self.changed = threading.Condition()
-        self.parcels: dict[tuple[int, int, object], deque[bytes]] = defaultdict(deque)
-        self.gone: set[int] = set()
+        self.messages: dict[tuple[int, int, object], deque[bytes]] = defaultdict(deque)
+        self.closed: set[int] = set()
 
     def put(self, source: int, target: int, tag: object, data: bytes) -> None:
         with self.changed:
-            if source in self.gone:
+            if source in self.closed:
                 raise TransportError(f"rank {source}: its transport is closed")
-            if target in self.gone:
-                raise TransportError(f"rank {source}: rank {target} is gone, it cannot be sent {len(data)} bytes")
-            self.parcels[source, target, tag].append(data)
+            if target in self.closed:
+                raise TransportError(f"rank {source}: cannot send {len(data)} bytes: rank {target} has closed")
+            self.messages[source, target, tag].append(data)
             self.changed.notify_all()
 
     def take(self, source: int, target: int, tag: object) -> bytes:
-        queue = self.parcels[source, target, tag]
+        queue = self.messages[source, target, tag]
         with self.changed:
-            self.changed.wait_for(lambda: queue or {source, target} & self.gone, self.timeout_s)
+            self.changed.wait_for(lambda: queue or {source, target} & self.closed, self.timeout_s)
             if queue:
                 return queue.popleft()
-            if target in self.gone:
+            if target in self.closed:
                 raise TransportError(f"rank {target}: its transport is closed")
-            why = "is gone" if source in self.gone else f"did not answer within {self.timeout_s} s"
+            why = "has closed" if source in self.closed else f"did not answer within {self.timeout_s} s"
             raise TransportError(f"rank {target}: rank {source} {why}")
 
     def leave(self, rank: int) -> None:
         with self.changed:
-            self.gone.add(rank)
+            self.closed.add(rank)
             self.changed.notify_all()
 
 
 class LoopbackTransport:
-    """Ranks that are threads of one process. Parcels are copied when they are sent."""
+    """A transport between threads of one process. Messages are copied when they are sent."""
 
     def __init__(self, hub: _Hub, rank: int) -> None:
         self._hub = hub
@@ -162,12 +162,12 @@ class LoopbackTransport:
 
         Args:
             world_size: number of ranks.
-            timeout_s: silence of a peer after which it is given up.
+            timeout_s: longest wait for a peer, in seconds.
         """
         hub = _Hub(world_size, timeout_s)
         return [cls(hub, rank) for rank in range(world_size)]
 
-    def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """See `Transport.exchange`."""
         for peer, tag, tensor in sends:
             self._hub.put(self.rank, peer, tag, bytes(bytes_of(tensor)))
@@ -181,7 +181,7 @@ class LoopbackTransport:
 
     def vote(self, mine: int) -> int:
         """See `Transport.vote`."""
-        return reduce(and_, (said[0] for said in self.gather(bytes([mine]))))
+        return reduce(and_, (vote[0] for vote in self.gather(bytes([mine]))))
 
     def agree(self, mine: bool) -> bool:
         """See `Transport.agree`."""
@@ -194,16 +194,16 @@ class LoopbackTransport:
         return [self._hub.take(peer, self.rank, "gather") for peer in range(self.world_size)]
 
     def close(self) -> None:
-        """Leave the world: peers that wait for this rank are told."""
+        """Close the transport. Peers that wait for this rank get an error."""
         self._hub.leave(self.rank)
 
 
 class GlooTransport:
-    """A gloo group of torch.distributed, over host memory.
+    """A transport over a gloo group of torch.distributed, in host memory.
 
     Args:
-        group: a group that nothing else uses, so that no other collective orders against ours; its timeout is the
-            silence after which a peer is given up. None for the default group. Whoever made it destroys it.
+        group: a group that nothing else uses, so that its collectives are not ordered against others. Its timeout is
+            the longest wait for a peer. The creator of the group destroys it. None for the default group.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -213,9 +213,9 @@ class GlooTransport:
         self.rank = self._group.rank()
         self.world_size = self._group.size()
 
-    def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """See `Transport.exchange`."""
-        with self._blaming("exchange"):
+        with self._describing_errors("exchange"):
             works = [self._group.recv([empty], peer, tag) for peer, tag, empty in receives if empty.numel()]
             works += [self._group.send([data], peer, tag) for peer, tag, data in sends if data.numel()]
             for work in works:
@@ -224,10 +224,10 @@ class GlooTransport:
     def vote(self, mine: int) -> int:
         """See `Transport.vote`."""
         ballot = torch.tensor([mine], dtype=torch.int32)
-        how = dist.AllreduceOptions()
-        how.reduceOp = dist.ReduceOp(dist.ReduceOp.BAND)
-        with self._blaming("vote"):
-            self._group.allreduce([ballot], how).wait()
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.BAND)
+        with self._describing_errors("vote"):
+            self._group.allreduce([ballot], options).wait()
         return int(ballot.item())
 
     def agree(self, mine: bool) -> bool:
@@ -236,8 +236,8 @@ class GlooTransport:
 
     def gather(self, payload: bytes) -> list[bytes]:
         """See `Transport.gather`."""
-        with self._blaming("gather"):
-            # Most payloads fit into one page, and a recovery waits for every collective.
+        with self._describing_errors("gather"):
+            # Most payloads fit into one page, which saves a collective on the critical path of a recovery.
             page = _LENGTH.pack(len(payload)) + payload[:_FIRST_PAGE_BYTES]
             pages = [bytes_of(page) for page in self._all_gather(tensor_of(page.ljust(_PAGE_BYTES, b"\0")))]
             lengths = [_LENGTH.unpack(page[: _LENGTH.size])[0] for page in pages]
@@ -257,10 +257,10 @@ class GlooTransport:
         return everyone
 
     def close(self) -> None:
-        """Nothing of its own to release: whoever made the group destroys it."""
+        """Nothing to release: the creator of the group destroys it."""
 
     @contextmanager
-    def _blaming(self, what: str) -> Iterator[None]:
+    def _describing_errors(self, what: str) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:

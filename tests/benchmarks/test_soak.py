@@ -164,13 +164,13 @@ def test_a_committed_step_that_is_run_again_is_lost(tmp_path: Path) -> None:
     commits = commits_of(path)
     assert commits == [Commit(float(step), Version(step, True)) for step in (1, 2, 3)]
     assert lost_steps(commits, [event("restored", 3.5, version="step 3")]) == 0
-    assert lost_steps(commits, [event("restored", 3.5, version="step 2 (before its tail)")]) == 1
+    assert lost_steps(commits, [event("restored", 3.5, version="step 2 (before validation)")]) == 1
     assert lost_steps(commits, [event("restored", 2.5, version="step 2")]) == 0, "step 3 was committed later"
 
 
 def test_a_durable_state_is_older_by_design() -> None:
     commits = [Commit(1.0, Version(9, True))]
-    started = event("run_started", 2.0, reason="no replica is left; it goes on from the durable state of step 5")
+    started = event("run_started", 2.0, reason="no replica is left; it resumes from the durable state of step 5")
     assert lost_steps(commits, [started, event("restored", 3.0, version="step 5")]) == 0
 
 
@@ -181,7 +181,7 @@ def test_a_recovery_has_the_reason_for_its_rung() -> None:
             event("in_place", 1.0, reason="1 of 2 ranks stay"),
             event("recovery", 2.0, rung="in place", **facts),
             event("relaunch", 3.0, reason="all were lost"),
-            event("run_started", 3.5, reason="it goes on from the durable state of step 5"),
+            event("run_started", 3.5, reason="it resumes from the durable state of step 5"),
             event("recovery", 4.0, rung="relaunch", **facts),
         ]
     )

@@ -32,7 +32,7 @@ def test_identical(example: str, drill: Drill) -> None:
     assert report.identical, report.problems
     assert (report.in_place, report.relaunches) == (2, 0)
     assert [(r.kind, r.culprit_rank) for r in report.recoveries] == [("killed", 1), ("killed", 0)]
-    # The copy of a step is made while the next one runs, and there is one before its tail where validation follows.
+    # The copy of a step is made while the next one runs, and there is one before validation, if it follows.
     steps = [int(re.findall(r"\d+", r.version)[0]) for r in report.recoveries]
     assert steps[0] in (3, 4) and steps[1] in (7, 8)
 

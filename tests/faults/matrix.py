@@ -51,7 +51,7 @@ WHEN = {
         "kill:rank=0:step=3:at=accumulation", replace(BASE, accumulate=2), restored=("step 2",)
     ),
     "rank=1-during=validation": Cell(
-        "kill:rank=1:step=3:at=validation", replace(BASE, val_interval=3), restored=("step 3 (before its tail)",)
+        "kill:rank=1:step=3:at=validation", replace(BASE, val_interval=3), restored=("step 3 (before validation)",)
     ),
     "rank=0-during=epoch_end": Cell("kill:rank=0:step=6:at=epoch_end"),
     "rank=0-at=first_step": Cell("kill:rank=0:step=1", restored=("step 0",)),

@@ -117,7 +117,7 @@ def test_folder_number_and_interval_are_as_asked_for(job: Run) -> None:
     lose_arenas(job.run_id)
     before, job.run_id = job.run_id, new_run_id()
     assert job.start(durable(BASE, **asked)).exit_code == 0
-    assert f"step 6 of run {before} is the newest that is left" in reason_of_last_start(job)
+    assert f"step 6 of run {before} is the newest state left" in reason_of_last_start(job)
     assert states(job.folder / "here")[-1].name == "step-0000000012"
     assert [path.name for path in (job.folder / "lightning_logs").iterdir()] == ["version_0"]
 
@@ -138,9 +138,9 @@ def test_asked_to_end_and_what_is_damaged_is_left_aside(
         path.unlink()
     flip(newest / "__1_0.distcp")
     assert job.start(durable()).exit_code == 0
-    assert f"goes on from the durable state {before}" in reason_of_last_start(job)
-    assert "left aside" in reason_of_last_start(job)
-    assert "shards 1 of 2 have no replica" in reason_of_last_start(job)
+    assert f"resumes from the durable state {before}" in reason_of_last_start(job)
+    assert "ignored" in reason_of_last_start(job)
+    assert "shard 1 of 2 has no replica" in reason_of_last_start(job)
     assert_identical(job, whole(BASE))
 
 

@@ -33,5 +33,5 @@ def test_all_nodes_are_lost(tmp_path: Path, stack: ExitStack, parent: ForkServer
     started = [
         e.fields["reason"] for e in read_ledger(tmp_path / "runs" / "two-nodes" / "ledger.jsonl", only="run_started")
     ]
-    assert "goes on from the durable state" in started[-1]
+    assert "resumes from the durable state" in started[-1]
     assert_identical(cluster, parent)

@@ -180,7 +180,7 @@ def test_more_ranks_than_streams_are_refused(tmp_path: Path, parent: ForkServer)
     shutil.rmtree(folder / "arenas")
     assert start(folder, parent, 3, *DURABLE).exit_code == 1
     output = "".join(path.read_text() for path in (folder / "output-3").rglob("*.log"))
-    assert "2 streams of samples, 3 ranks are started" in output
+    assert "2 virtual ranks, but 3 ranks were started" in output
 
 
 @pytest.mark.timeout(100)

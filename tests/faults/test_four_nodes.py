@@ -130,7 +130,7 @@ def test_what_memory_does_not_survive_comes_from_the_state_that_all_nodes_have_w
     nodes.cluster.options = replace(options, slow_mirror_s=0.0)
     assert nodes.exit_codes == [0] * 4, nodes.output
     reason = nodes.cluster.events("run_started")[-1]["reason"]
-    assert "goes on from the durable state" in reason
+    assert "resumes from the durable state" in reason
     assert "no version is complete" in reason
     assert {facts["step"] % 2 for facts in nodes.cluster.events("durable_written")} == {0}
     assert_identical(nodes.cluster, parent)
@@ -144,7 +144,7 @@ def test_a_pair_that_placement_does_not_survive_is_told_and_ends_the_run(tmp_pat
     nodes.start_all({2: 7, 3: 7})
     nodes.replace([2, 3])
     reason = why_all_have_ended(nodes)
-    assert "no version is complete: of step " in reason
+    assert "no version is complete: shards " in reason
     assert "shards 2, 3 of 4 have no replica" in reason
     assert not nodes.cluster.events("restored")
 

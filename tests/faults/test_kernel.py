@@ -99,7 +99,7 @@ def test_a_notebook_is_executed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     executed = nbformat.read(tmp_path / "done.ipynb", as_version=4)
     killed, compared = (text_of(cell.outputs) for cell in executed.cells[2:])
-    assert "died by SIGKILL; 1 of 2 ranks go on, rank 1 is replaced" in killed
+    assert "died by SIGKILL; recovering in place: 1 of 2 ranks survived, replacing rank 1" in killed
     assert "recovered in place" in killed
     assert "Epoch 1" in killed
     assert compared == "children: []\nthe same weights\n"

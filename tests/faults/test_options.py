@@ -87,7 +87,7 @@ def test_copies_are_not_kept_where_none_are_asked_for(job: Run) -> None:
 def test_a_failure_domain_that_nobody_has_named_is_refused(job: Run) -> None:
     outcome = job.start(_with(failure_domain="rack"), max_restarts=3)
     assert (outcome.exit_code, outcome.restarts) == (1, 0)
-    assert "failure_domain='rack': nobody has said in which rack host " in job.output
+    assert "failure_domain='rack': the rack of host " in job.output
 
 
 def test_more_copies_than_failure_domains_are_refused(job: Run) -> None:

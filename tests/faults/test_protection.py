@@ -38,7 +38,7 @@ def test_the_other_holder_may_be_lost_in_the_first_step(job: Run) -> None:
     (protection,) = job.events("protection")
     assert protection.fields["pairs"] == [[0, 1], [1, 1]]
     assert protection.fields["copied_bytes"] > 0
-    assert "2 copies that step 6 lacked were filled in" in job.output
+    assert "filled in 2 missing copies of step 6" in job.output
     lose(job, 0)
     assert job.start(PER_RANK).exit_code == 0
     restored = [event.fields["version"] for event in job.events("restored")]

@@ -180,7 +180,7 @@ def test_no_replica_left_goes_on_from_the_checkpoint_file(job: Run) -> None:
     for path in job.arena.path.glob("shard-0001.*"):
         path.unlink()
     assert job.start(options).exit_code == 0
-    assert "goes on from the newest checkpoint file" in job.output
+    assert "resumes from the newest checkpoint file" in job.output
     assert "step=6.ckpt" in job.output
 
 
@@ -189,7 +189,7 @@ def test_another_number_of_ranks_is_refused_where_a_rank_cannot_run_for_two(job:
     job.start(own_steps, "kill:rank=1:step=5")
     outcome = job.start(replace(own_steps, devices=1), max_restarts=3)
     assert (outcome.exit_code, outcome.restarts) == (1, 0)
-    assert "1 ranks are started for 2 streams of samples, and a rank cannot carry two" in job.output
+    assert "1 ranks were started for 2 virtual ranks, and a rank cannot run two" in job.output
 
 
 def test_another_model_is_refused_by_the_name_of_a_tensor(job: Run) -> None:

@@ -204,7 +204,7 @@ class Fault:
 FAULTS = [
     Fault("validate, fit", 2, 3, "0", "in place"),
     Fault("fit, same trainer", 2, 2, "1", "in place"),
-    Fault("fit, test best", 3, 2, "1", "relaunch", "past fit"),
+    Fault("fit, test best", 3, 2, "1", "relaunch", "after fit"),
 ]
 MORE_FAULTS = [
     Fault("validate, fit", 1, 2, "0", "relaunch", "no worker has come to fit"),
@@ -216,7 +216,7 @@ MORE_FAULTS = [
     Fault("fit, same trainer", 2, 1, "01", ""),
     Fault("fit, save, resume", 2, 2, "0", "in place"),
     Fault("fit, save, resume", 2, 2, "1", "in place"),
-    Fault("fit, test best", 2, 2, "0", "relaunch", "past fit"),
+    Fault("fit, test best", 2, 2, "0", "relaunch", "after fit"),
     Fault("folds", 3, 3, "0", "in place"),
     Fault("folds", 3, 3, "01", ""),
     Fault("search, fit", 1, 3, "0", "relaunch"),

@@ -23,7 +23,7 @@ that each rank trains for itself, without a tensor of the optimizer that would t
 
 CELLS = {
     "fsdp-rank=0-during=validation": Cell(
-        "kill:rank=0:step=3:at=validation", replace(SHARDED, val_interval=3), restored=("step 3 (before its tail)",)
+        "kill:rank=0:step=3:at=validation", replace(SHARDED, val_interval=3), restored=("step 3 (before validation)",)
     ),
     "fsdp-rank=1-during=backward-then=0-during=optimizer_step": Cell(
         "kill:rank=1:step=4:at=backward,kill:rank=0:step=8:at=optimizer_step", SHARDED, recoveries=2

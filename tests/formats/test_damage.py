@@ -40,7 +40,7 @@ from lightning_ckptless.ledger import LEDGER_NAME, Ledger, read_ledger
 from lightning_ckptless.protocol.versions import SlotState, Snapshot, Version
 from lightning_ckptless.replica import arena_metadata as arena_facts
 from lightning_ckptless.replica.arena import find_arenas
-from lightning_ckptless.replica.arena_metadata import Facts
+from lightning_ckptless.replica.arena_metadata import ArenaMetadata
 from lightning_ckptless.replica.arena_notes import read_note, read_notes, write_note
 from lightning_ckptless.replica.arena_owner import Owner
 from lightning_ckptless.replica.layout.layout import Layout, slot_views
@@ -110,10 +110,10 @@ def through(path: Path, read: Callable[[Path], Any]) -> Callable[[bytes], Any]:
 def test_facts_of_an_arena(memory: Path) -> None:
     folder = memory / f"{arena_facts.FOLDER_PREFIX}run-node"
     folder.mkdir()
-    facts = Facts("run", "node0", Owner(os.getpid(), 1e9), 1.7e9, "last.ckpt")
+    facts = ArenaMetadata("run", "node0", Owner(os.getpid(), 1e9), 1.7e9, "last.ckpt")
     facts.write(folder)
     data = (folder / "arena.json").read_bytes()
-    read = through(folder / "arena.json", lambda _: Facts.read(folder))
+    read = through(folder / "arena.json", lambda _: ArenaMetadata.read(folder))
     require_contained(read, damaged(data, 1, HALF), ArenaError, facts)
 
     def read_all(data: bytes) -> None:

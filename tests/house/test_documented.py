@@ -28,7 +28,7 @@ from lightning_ckptless.protocol import (
     retry_policy,
     startup,
 )
-from lightning_ckptless.protocol.failure_domains import nobody_says
+from lightning_ckptless.protocol.failure_domains import missing_name_error
 from lightning_ckptless.protocol.fault_script import GRAMMAR, FaultKind, Moment, parse_faults
 from lightning_ckptless.protocol.goodput import Phases
 from lightning_ckptless.protocol.placement import place
@@ -139,18 +139,18 @@ def test_who_stays_where_nodes_go_or_come() -> None:
 
 def test_how_other_ranks_go_on() -> None:
     text = page("elastic")
-    assert require_world(6, before=8, streams=8, obstacle=None) in text
-    assert require_world(8, before=6, streams=8, obstacle=None) in text
+    assert require_world(6, before=8, virtual_ranks=8, obstacle=None) in text
+    assert require_world(8, before=6, virtual_ranks=8, obstacle=None) in text
     assert require_repartition(Repartition(4, 60, 36, 3), before=4, per_step=4) in text
 
 
 def test_other_ranks_that_cannot_go_on() -> None:
     text = flowing(page("errors"))
     with pytest.raises(WorldSizeError) as refused:
-        require_world(3, before=2, streams=2, obstacle=None)
+        require_world(3, before=2, virtual_ranks=2, obstacle=None)
     assert str(refused.value) in text
     with pytest.raises(WorldSizeError) as refused:
-        require_world(3, before=4, streams=4, obstacle=MANUAL)
+        require_world(3, before=4, virtual_ranks=4, obstacle=MANUAL)
     assert str(refused.value) in text
     with pytest.raises(OptionsError) as differs:
         require_ranks(nodes=2, per_node=2, found=4, env={environment.NNODES: "1:4"})
@@ -166,7 +166,7 @@ def test_the_plan_that_is_shown() -> None:
 
 
 def test_who_says_where_a_machine_is() -> None:
-    error = nobody_says("rack", "node17", environment.FAILURE_DOMAIN, environment.FAILURE_DOMAINS_FILE)
+    error = missing_name_error("rack", "node17", environment.FAILURE_DOMAIN, environment.FAILURE_DOMAINS_FILE)
     assert str(error) in flowing(page("errors"))
 
 

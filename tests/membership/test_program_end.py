@@ -1,4 +1,4 @@
-"""Programs that end by themselves: past fit, in a head that cannot be repeated, or with something that never ends."""
+"""Programs that end by themselves: after fit, in a head that cannot be repeated, or with something that never ends."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_an_error_past_fit_ends_the_run_once(
     assert not outcome.has_given_up
     said = capfd.readouterr().err
     assert said.count("KeyError: 'mine'\n") == 1
-    assert "not relaunched: the program itself ended past fit (KeyError: 'mine')" in said
+    assert "not relaunched: the script exited after fit (KeyError: 'mine')" in said
 
 
 @pytest.mark.parametrize("code", [0, 7])
@@ -112,7 +112,7 @@ def test_a_head_that_cannot_be_repeated_is_told_with_its_traceback_once(
     assert outcome.has_given_up
     said = capfd.readouterr().err
     assert "not in place: a new process ended before fit (FileExistsError:" in said
-    assert "2 new processes in a row ended before fit (FileExistsError: [Errno 17] File exists: 'results')" in said
+    assert "2 new processes in a row exited before fit (FileExistsError: [Errno 17] File exists: 'results')" in said
     # The two ranks stand at different lines.
     assert said.count("Traceback (most recent call last)") <= 2
 

@@ -1,12 +1,10 @@
-"""A world in which nodes are lost with their arenas: while a version is mirrored, and while lost copies are filled in.
+"""A simulation of nodes that are lost with their arenas, while a version is mirrored or while copies are filled in.
 
-What decides is the code of a run: who keeps what (`place`), what is restored (`newest_complete`), which copies are
+The decisions are made by the code of a real run: placement (`place`), the version (`newest_complete`), which copies are
 filled in from where (`absent_copies`, `plan_copies`), which slot is overwritten (`target_slot`, `refill_slot`,
-`settle`, `advance`). What is played is that a loss may come between any two events, and that a lost node comes back
-empty.
+`settle`, `advance`). The simulation adds losses between any two events; a lost node comes back empty.
 
-The world keeps a second book, by other means: for each shard the nodes that hold a copy of the newest version that is
-committed.
+Independently of that code, the simulation tracks which nodes have a copy of each shard of the newest committed version.
 """
 
 from __future__ import annotations
@@ -55,9 +53,9 @@ class World:
     """Nodes of one rank each.
 
     Args:
-        seed: decides the order of all that has none.
+        seed: determines the order of all events that have no fixed order.
         domains: failure domain of each node.
-        copies: replicas of each shard beyond the writer's own.
+        copies: replicas of each shard in addition to the writer's own.
     """
 
     def __init__(self, seed: int, domains: Sequence[str], copies: int) -> None:
@@ -78,11 +76,11 @@ class World:
 
     @property
     def copies(self) -> list[Copy]:
-        """All copies that are planned."""
+        """All copies that the placement requires."""
         return [(shard, rank) for shard, others in enumerate(self.placement.holders) for rank in (shard, *others)]
 
     def inventory(self) -> list[Replica]:
-        """What all arenas hold."""
+        """Contents of all arenas."""
         return [
             Replica(
                 shard, rank, node.name, number, view.snapshot.version, view.snapshot.generation,
@@ -94,24 +92,24 @@ class World:
             if view.snapshot is not None
         ]  # fmt: skip
 
-    # ------------------------------------------------------------------ what happens
+    # ------------------------------------------------------------------ events
 
     def train(self) -> Iterator[None]:
-        """Mirror one version after the other; a loss may come wherever this yields."""
+        """Mirror one version after another; a loss may occur at every yield."""
         while True:
             self.step += 1
             snapshot = Snapshot(Version(self.step, True), self.generation, len(self.nodes), "layout")
             written: dict[Copy, int] = {}
-            for copy in self._in_any_order(self.copies):
+            for copy in self._shuffled(self.copies):
                 written[copy] = number = target_slot(self._views(copy), self.committed)
-                self._discard_what_is_under_way(copy, number)
+                self._discard_in_flight(copy, number)
                 self._change(copy, number, SlotEvent.BEGIN, snapshot)
                 yield
                 self._change(copy, number, SlotEvent.SEAL, snapshot)
                 yield
-            # All have voted: from here on it counts, though nobody has learned so yet.
+            # All ranks have voted: the version counts as committed, although no rank has learned of it yet.
             self._count(snapshot)
-            for copy in self._in_any_order(self.copies):
+            for copy in self._shuffled(self.copies):
                 self._change(copy, written[copy], SlotEvent.COMMIT, snapshot)
                 yield
 
@@ -120,7 +118,7 @@ class World:
         self.holders = [{rank for shard, rank in self.copies if shard == each} for each in range(len(self.nodes))]
 
     def lose(self, domains: Collection[str]) -> None:
-        """All nodes of some domains are gone with their arenas; others come, with nothing."""
+        """Lose all nodes of some domains with their arenas; empty ones replace them."""
         for rank, domain in enumerate(self.domains):
             if domain in domains:
                 self._names += 1
@@ -130,34 +128,34 @@ class World:
 
     @property
     def should_be_missing(self) -> tuple[int, ...]:
-        """By the second book: shards of the committed version of which nobody holds a copy any more."""
+        """The shards of the committed version without any copy left, by independent bookkeeping."""
         return tuple(shard for shard, holders in enumerate(self.holders) if not holders)
 
     def look(self) -> Complete | Missing:
-        """What a new generation finds."""
+        """The version that a new generation finds."""
         self.generation += 1
         return newest_complete(self.inventory())
 
     def protect(self, found: Complete) -> Iterator[None]:
-        """Fill in what a restored version lacks; a loss may come wherever this yields."""
+        """Fill in the copies that a restored version lacks; a loss may occur at every yield."""
         restored = found.snapshot
         self.step = restored.version.optimizer_step
-        told = newest_committed(self.inventory())
+        committed = newest_committed(self.inventory())
         plan = plan_copies(found, self.names, absent_copies(found, self.placement.holders, self.names))
         filled: dict[Copy, int] = {}
-        for transfer in self._in_any_order(plan):
+        for transfer in self._shuffled(plan):
             copy = transfer.replica.shard, _target(transfer)
-            filled[copy] = number = refill_slot(self._views(copy), restored, told)
-            self._discard_what_is_under_way(copy, number)
+            filled[copy] = number = refill_slot(self._views(copy), restored, committed)
+            self._discard_in_flight(copy, number)
             self._change(copy, number, SlotEvent.BEGIN, restored)
             yield
             self._change(copy, number, SlotEvent.SEAL, restored)
             if restored == self.committed:
                 self.holders[copy[0]].add(copy[1])
             yield
-        # Whole by what its writers had sealed, it counts when all its copies are there, and not before.
+        # A restored version counts as committed only once all its copies exist.
         self._count(restored)
-        for copy, number in self._in_any_order(list(filled.items())):
+        for copy, number in self._shuffled(list(filled.items())):
             self._change(copy, number, SlotEvent.COMMIT, restored)
             yield
         for copy in self.copies:
@@ -171,7 +169,7 @@ class World:
         first, second = self.nodes[copy[1]].slots.setdefault(copy, [SlotView(), SlotView()])
         return first, second
 
-    def _discard_what_is_under_way(self, copy: Copy, number: int) -> None:
+    def _discard_in_flight(self, copy: Copy, number: int) -> None:
         view = self._views(copy)[number]
         if view.state in (SlotState.WRITING, SlotState.STAGED):
             self._change(copy, number, SlotEvent.DISCARD, view.snapshot)
@@ -182,8 +180,8 @@ class World:
         state = advance(view.state, event, shard=shard, rank=rank, version=snapshot.version if snapshot else None)
         self.nodes[rank].slots[copy][number] = SlotView(state, None if state is SlotState.EMPTY else snapshot)
 
-    def _in_any_order(self, things: Sequence[T]) -> list[T]:
-        return self.chance.sample(list(things), len(things))
+    def _shuffled(self, items: Sequence[T]) -> list[T]:
+        return self.chance.sample(list(items), len(items))
 
 
 def _target(transfer: Transfer) -> int:

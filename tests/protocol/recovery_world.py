@@ -1,9 +1,9 @@
-"""A world in which a run trains, mirrors, dies and recovers: one thread, a clock of its own, chance from a seed.
+"""A simulation of a run that trains, mirrors, dies and recovers, in one thread with a simulated clock and a seed.
 
-What decides here is the code that decides in a run: the rung (`plan_recovery`), what a worker may do next
-(`next_state`), the version (`newest_complete`), the slot (`target_slot`, `settle`, `advance`). What is played is all
-that they are surrounded by: messages that come late or die with their reader, agents that see a death in their own
-time, ranks that are ahead of each other, and a process that may end between any two events.
+The decisions are made by the code of a real run: the kind of recovery (`plan_recovery`), the worker states
+(`next_state`), the version (`newest_complete`), the slot (`target_slot`, `settle`, `advance`). The environment is
+simulated: delayed and lost messages, agents that detect deaths at different times, ranks that are ahead of others, and
+processes that may die between any two events.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from lightning_ckptless.protocol.slots import SlotEvent, SlotView, advance, sett
 from lightning_ckptless.protocol.versions import Complete, Replica, SlotState, Snapshot, Version, newest_complete
 
 Meeting = tuple[int, int]
-"""Round of the rendezvous and number of the regrouping in it: who meets under the same trains together."""
+"""Rendezvous round and number of the regrouping within it. Workers with the same meeting train together."""
 
 
 @dataclass
 class SlotPair:
-    """The two slots of one rank's own shard; they outlive the process."""
+    """The two slots of a rank's own shard; they outlive the process."""
 
     slots: list[SlotView] = field(default_factory=lambda: [SlotView(), SlotView()])
 
@@ -51,21 +51,21 @@ class Process:
     step: int = 0
     generation: int = 0
     committed: Snapshot | None = None
-    told: int = 0
+    notified: int = 0
     round_is_open: bool = False
     then: Callable[[], None] | None = None
 
 
 @dataclass
 class World:
-    """Everything, and the events to come.
+    """The simulated run and its pending events.
 
     Args:
-        seed: decides all delays and all deaths.
-        nodes: number of the node of each rank.
-        steps: that the run is to make.
-        deaths: processes that are killed, at moments of chance.
-        pace_s: about the length of a step.
+        seed: determines all delays and deaths.
+        nodes: index of the node of each rank.
+        steps: number of steps of the run.
+        deaths: number of processes to kill at random moments.
+        pace_s: mean duration of a step, in seconds.
     """
 
     seed: int
@@ -82,7 +82,7 @@ class World:
     relaunches: int = 0
     in_place: int = 0
     plans: list[RecoveryPlan] = field(default_factory=list)
-    story: list[str] = field(default_factory=list)
+    events_log: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.chance = random.Random(self.seed)
@@ -97,25 +97,25 @@ class World:
     # ------------------------------------------------------------------ time
 
     def later(self, mean_s: float, action: Callable[[], None]) -> None:
-        """Do something in a while."""
+        """Schedule an action after a random delay."""
         delay_s = self.chance.expovariate(1.0 / mean_s)
         heapq.heappush(self._events, (self.now + delay_s, next(self._order), action))
 
-    def tell(self, text: str) -> None:
-        """Write the story down, for whoever has to understand a seed."""
-        self.story.append(f"{self.now:8.3f}  {text}")
+    def log(self, text: str) -> None:
+        """Record an event, for debugging a seed."""
+        self.events_log.append(f"{self.now:8.3f}  {text}")
 
     def run(self, most_events: int = 200_000) -> None:
-        """Let everything happen, until nothing is left to happen."""
+        """Run all events until none is left."""
         self.start_all()
         for _ in range(self.deaths):
-            self.later(self.pace_s * self.steps / 2, self.kill_somebody)
+            self.later(self.pace_s * self.steps / 2, self.kill_one)
         for _ in range(most_events):
             if not self._events:
                 return
             self.now, _, action = heapq.heappop(self._events)
             action()
-        raise AssertionError("the run does not come to an end")
+        raise AssertionError("the run does not end")
 
     # ------------------------------------------------------------------ processes
 
@@ -125,53 +125,53 @@ class World:
         return len(self.nodes)
 
     def ranks(self) -> list[Process]:
-        """The process of each rank that has been started last."""
+        """The newest process of each rank."""
         newest: dict[int, Process] = {}
         for process in self.processes:
             newest[process.rank] = process
         return [newest[rank] for rank in sorted(newest)]
 
     def start_all(self) -> None:
-        """A round of the rendezvous: every rank gets a new process."""
+        """Start a rendezvous round: every rank gets a new process."""
         self.round, self.number, self.tries = self.round + 1, 0, 0
         for rank in range(self.world_size):
             self.start(rank)
 
     def start(self, rank: int) -> None:
-        """Start one process; it comes to the training loop in its own time."""
+        """Start a process, which reaches the training loop after a delay."""
         process = Process(next(self._names), rank, (self.round, self.number))
-        process.told = self.number
+        process.notified = self.number
         self.processes.append(process)
         self.later(0.3, lambda: self.arrive(process))
 
-    def kill_somebody(self) -> None:
-        """One process ends, whatever it is doing."""
+    def kill_one(self) -> None:
+        """Kill a random process."""
         living = [process for process in self.ranks() if process.alive and process.state is not WorkerState.ENDED]
         if living and min(process.step for process in living) < self.steps:
             self.die(self.chance.choice(living))
 
     def die(self, process: Process) -> None:
-        """A process ends; its agent sees it a little later."""
+        """Kill a process; its agent detects that after a delay."""
         if process.alive:
             process.alive = False
-            self.tell(f"rank {process.rank} ({process.name}) dies at step {process.step}, {process.state}")
+            self.log(f"rank {process.rank} ({process.name}) dies at step {process.step}, {process.state}")
             self.later(0.02, lambda: self.agent_sees(process))
 
     def move(self, process: Process, event: WorkerEvent) -> None:
-        """A worker goes on to its next state, as the table allows."""
+        """Move a worker to its next state, as the table allows."""
         process.state = next_state(process.state, event)
 
     # ------------------------------------------------------------------ agents
 
     def agent_sees(self, lost: Process) -> None:
-        """The agent of a dead process takes the ladder."""
+        """The agent of a dead process chooses the kind of recovery."""
         if lost.meeting[0] != self.round or lost.name in self._handled or lost is not self.ranks()[lost.rank]:
             return
-        gone = [p for p in self.ranks() if not p.alive and self.nodes[p.rank] == self.nodes[lost.rank]]
-        self._handled |= {process.name for process in gone}
+        lost_here = [p for p in self.ranks() if not p.alive and self.nodes[p.rank] == self.nodes[lost.rank]]
+        self._handled |= {process.name for process in lost_here}
         plan = plan_recovery(
             Situation(
-                lost=tuple(process.rank for process in gone),
+                lost=tuple(process.rank for process in lost_here),
                 world_size=self.world_size,
                 final=None,
                 exhausted=None,
@@ -182,9 +182,9 @@ class World:
             )
         )
         self.plans.append(plan)
-        self.tell(f"node {self.nodes[lost.rank]}: {plan.rung}: {plan.reason}")
+        self.log(f"node {self.nodes[lost.rank]}: {plan.rung}: {plan.reason}")
         if plan.rung is Rung.IN_PLACE:
-            self.regroup(gone)
+            self.regroup(lost_here)
         else:
             self.relaunch()
 
@@ -197,44 +197,44 @@ class World:
         }
 
     def relaunch(self) -> None:
-        """All end, and all are started again."""
+        """Stop all processes and start new ones."""
         self.relaunches += 1
         for process in self.processes:
             process.alive = False
         self._waiting.clear()
         self.start_all()
 
-    def regroup(self, gone: list[Process]) -> None:
-        """Open the next number, replace the dead, and tell the living, each in his own time."""
+    def regroup(self, lost: list[Process]) -> None:
+        """Start the next regrouping: replace the lost processes and notify the survivors, each after a delay."""
         self.in_place += 1
         self.tries += 1
         self.number += 1
         meeting = self.round, self.number
-        for process in gone:
+        for process in lost:
             self.start(process.rank)
         for process in self.ranks():
-            if process.alive and process not in gone and process.meeting != meeting:
+            if process.alive and process not in lost and process.meeting != meeting:
                 self.later(0.005, partial(self.hear, process, meeting))
 
     def hear(self, process: Process, meeting: Meeting) -> None:
-        """A worker is told of a regrouping; only the newest counts."""
-        if not process.alive or meeting[0] != self.round or meeting[1] <= process.told:
+        """A worker is notified of a regrouping; only the newest counts."""
+        if not process.alive or meeting[0] != self.round or meeting[1] <= process.notified:
             return
-        process.told = meeting[1]
+        process.notified = meeting[1]
         if process.state in (WorkerState.TRAINING, WorkerState.REGROUPING, WorkerState.RESTORING):
             self.move(process, WorkerEvent.FAULT)
             self.later(0.002, lambda: self.come(process, meeting))
 
     def come(self, process: Process, meeting: Meeting) -> None:
-        """A worker that was cut off goes to the meeting."""
-        if process.alive and process.state is WorkerState.CUT and process.told == meeting[1]:
+        """A worker that released its groups joins the regrouping."""
+        if process.alive and process.state is WorkerState.CUT and process.notified == meeting[1]:
             self.move(process, WorkerEvent.ASSIGN)
             self.meet(process, meeting)
 
     # ------------------------------------------------------------------ workers
 
     def arrive(self, process: Process) -> None:
-        """A new process comes to the training loop."""
+        """A new process reaches the training loop."""
         if not process.alive or process.meeting[0] != self.round:
             return
         if process.meeting[1]:
@@ -243,10 +243,10 @@ class World:
             self.move(process, WorkerEvent.ENTER)
             self.move(process, WorkerEvent.FAULT)
             self.move(process, WorkerEvent.ASSIGN)
-        self.meet(process, (self.round, process.told))
+        self.meet(process, (self.round, process.notified))
 
     def together(self, key: tuple[object, ...], process: Process, action: Callable[[], None]) -> None:
-        """Wait until all ranks have come to the same point under the same meeting; then each goes on."""
+        """Wait until all ranks have reached the same point of the same meeting; then all continue."""
         present = self._waiting.setdefault(key, {})
         present[process.rank] = process, action
         if len(present) == self.world_size and all(p.alive for p, _ in present.values()):
@@ -255,25 +255,25 @@ class World:
                 self.later(0.002, partial(_if_alive, waiting, then))
 
     def meet(self, process: Process, meeting: Meeting) -> None:
-        """Come to a meeting; it is held when all ranks are there."""
+        """Join a meeting, which completes when all ranks have joined."""
         process.meeting = meeting
         self.together(("meet", meeting), process, lambda: self.restore(process, meeting))
 
     def restore(self, process: Process, meeting: Meeting) -> None:
-        """Choose the version, as all others do, and take it."""
+        """Choose the version, as all other ranks do, and restore it."""
         if process.state is not WorkerState.REGROUPING or process.meeting != meeting:
             return
         self.move(process, WorkerEvent.MEET)
-        # Nobody writes into the arenas between the meeting and the end of its restore.
+        # No rank writes into the arenas between the meeting and the end of its restore.
         found = newest_complete(self.inventory())
         self.later(0.02, lambda: self.restored(process, meeting, found if isinstance(found, Complete) else None))
 
     def restored(self, process: Process, meeting: Meeting, found: Complete | None) -> None:
-        """The state is in place; training goes on when it is so everywhere."""
+        """The state is restored; training continues once that is so on all ranks."""
         if process.state is not WorkerState.RESTORING or process.meeting != meeting:
             return
 
-        def go_on() -> None:
+        def resume() -> None:
             if process.state is not WorkerState.RESTORING or process.meeting != meeting:
                 return
             self.move(process, WorkerEvent.RESTORE)
@@ -281,19 +281,19 @@ class World:
             process.step = found.snapshot.version.optimizer_step if found is not None else 0
             process.generation = self.generation_of(meeting)
             process.round_is_open, process.then = False, None
-            self.settle_shelf(process)
+            self.settle_slots(process)
             self.begin_step(process)
 
-        self.together(("restored", meeting), process, go_on)
+        self.together(("restored", meeting), process, resume)
 
     def generation_of(self, meeting: Meeting) -> int:
-        """Numbers grow with meetings, over rounds."""
+        """The generation, which increases with every meeting."""
         return meeting[0] * 1000 + meeting[1]
 
     # ------------------------------------------------------------------ slots
 
-    def settle_shelf(self, process: Process) -> None:
-        """What a new generation does to the slots that it finds."""
+    def settle_slots(self, process: Process) -> None:
+        """Settle the existing slots in a new generation."""
         slots = self.slot_pairs[process.rank].slots
         for number, view in enumerate(slots):
             event = settle(view, process.committed)
@@ -301,14 +301,14 @@ class World:
                 self.change(process, number, event, view.snapshot)
 
     def change(self, process: Process, number: int, event: SlotEvent, snapshot: Snapshot | None) -> None:
-        """One event of a slot, as the table allows."""
+        """Apply an event to a slot, as the table allows."""
         slots = self.slot_pairs[process.rank].slots
         version = snapshot.version if snapshot is not None else None
         state = advance(slots[number].state, event, shard=process.rank, rank=process.rank, version=version)
         slots[number] = SlotView(state, None if state is SlotState.EMPTY else snapshot)
 
     def inventory(self) -> list[Replica]:
-        """What all arenas hold."""
+        """Contents of all arenas."""
         return [
             Replica(
                 rank, rank, f"node{self.nodes[rank]}", number, view.snapshot.version, view.snapshot.generation,
@@ -322,11 +322,11 @@ class World:
     # ------------------------------------------------------------------ training
 
     def trains(self, process: Process, generation: int) -> bool:
-        """Whether a process is still in the generation in which something of its was begun."""
+        """Whether a process is still training in a generation."""
         return process.alive and process.state is WorkerState.TRAINING and process.generation == generation
 
     def begin_step(self, process: Process) -> None:
-        """Compute, and sum the gradients with all others."""
+        """Compute a step and reduce the gradients with all ranks."""
         if process.step >= self.steps:
             self.after_round(process, lambda: self.move(process, WorkerEvent.LEAVE))
             return
@@ -339,7 +339,7 @@ class World:
         self.later(self.pace_s, reduce)
 
     def end_step(self, process: Process, generation: int, step: int) -> None:
-        """The parameters change; the version is copied while the next step is computed."""
+        """Apply the step; its version is copied while the next step is computed."""
         if not self.trains(process, generation):
             return
         if process.round_is_open:
@@ -357,25 +357,25 @@ class World:
         self.begin_step(process)
 
     def slot_for(self, process: Process, views: tuple[SlotView, SlotView]) -> int:
-        """The slot that the next version is written into."""
+        """The slot into which the next version is written."""
         return target_slot(views, process.committed)
 
     def after_round(self, process: Process, then: Callable[[], None]) -> None:
-        """Do something when the round under way has ended: one is under way at a time."""
+        """Run an action when the current mirror round has ended; there is one at a time."""
         if process.round_is_open:
             process.then = then
         else:
             then()
 
     def seal(self, process: Process, generation: int, number: int, snapshot: Snapshot) -> None:
-        """The copy is whole; the round is voted on."""
+        """The copy is complete; vote on the round."""
         if not self.trains(process, generation):
             return
         self.change(process, number, SlotEvent.SEAL, snapshot)
         self.together(("vote", snapshot), process, lambda: self.learn(process, generation, number, snapshot))
 
     def learn(self, process: Process, generation: int, number: int, snapshot: Snapshot) -> None:
-        """This rank learns that all have voted."""
+        """This rank learns that all ranks have voted."""
         self.newest_committed = max(self.newest_committed, snapshot.version.optimizer_step)
         if not self.trains(process, generation):
             return

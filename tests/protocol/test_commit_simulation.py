@@ -1,9 +1,9 @@
-"""The two-slot commit under every interleaving: small worlds, all steps in all orders, a crash at any point.
+"""The two-slot commit under every interleaving: small worlds, all orders of events, a crash at any point.
 
 Every rank writes its shard (begin, two halves, seal), sends it to its holder (the same four steps in the holder's
-slot), votes, and learns that all have voted. After a crash all ranks are relaunched, perhaps without one of the arenas,
-fill in what the restored version lacks, and go on.
-Weaker rules are run through the same explorer, which must refute them: so it is shown to see what it looks for.
+slot), votes, and learns that all have voted. After a crash all ranks are relaunched, possibly without one of the
+arenas, fill in the copies that the restored version lacks, and continue.
+The same explorer must refute weaker rules, which shows that it detects violations.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ from lightning_ckptless.protocol.versions import (
 
 
 class Rule(Enum):
-    """When a slot may be overwritten: our rule, and the weaker ones."""
+    """When a slot may be overwritten: our rule and weaker ones."""
 
     OURS = auto()
-    IN_PLACE_HERE = auto()
-    KEEPER_CHOOSES = auto()
+    SEALED_LOCALLY = auto()
+    HOLDER_CHOOSES = auto()
     RESTORED_IS_COMMITTED = auto()
     UNMARKED = auto()
 
 
 class Slot(NamedTuple):
-    """A slot: its header, and for each part of its bytes the snapshot they were copied from."""
+    """A slot: its header, and for each part of its contents the snapshot from which it was copied."""
 
     view: SlotView = SlotView()
     parts: tuple[Snapshot | None, ...] = ()
 
 
 class Rank(NamedTuple):
-    """A worker: what it knows to be committed, what it mirrors, and how far it is with that."""
+    """A worker: what it knows to be committed, what it mirrors, and its progress in that."""
 
     committed: Snapshot | None
     making: Snapshot
@@ -70,7 +70,7 @@ Slots = tuple[tuple[Slot, Slot], ...]
 
 
 class World(NamedTuple):
-    """Everything: the ranks, the slots of each copy, and `promised`, the newest version any rank ever learned of."""
+    """A state: the ranks, the slots of each copy, and `promised`, the newest version that any rank has learned of."""
 
     ranks: tuple[Rank, ...]
     slots: Slots
@@ -86,9 +86,9 @@ class Game:
 
     Args:
         size: number of ranks; each is its own failure domain and its shard is kept by the next one.
-        steps: versions to be mirrored.
-        parts: pieces in which the bytes of a shard are copied.
-        crashes: how many times all workers may die; one arena may be lost in one of them.
+        steps: number of versions to mirror.
+        parts: number of pieces in which a shard is copied.
+        crashes: number of times all workers may die; one arena may be lost in one of them.
         rule: the rule under test.
     """
 
@@ -104,7 +104,7 @@ class Game:
 
     @property
     def sealed(self) -> int:
-        """Progress of a copy that is begun, copied and sealed."""
+        """Progress value of a sealed copy."""
         return self.parts + 2
 
     def snapshot(self, step: int, generation: int) -> Snapshot:
@@ -119,7 +119,7 @@ class Game:
 
 
 def explore(game: Game) -> tuple[set[str], set[World]]:
-    """Visit every reachable world; return all violations, behind which nothing is explored, and the worlds."""
+    """Visit every reachable world; return all violations, which are not explored further, and the worlds."""
     start = game.start()
     seen, pending, violations = {start}, [start], set()
     while pending:
@@ -139,10 +139,10 @@ def explore(game: Game) -> tuple[set[str], set[World]]:
 
 @cache
 def broken(game: Game, slots: Slots, promised: Version | None, may_lose: bool) -> str | None:
-    """What is wrong with the arenas, seen by whoever would have to restore from them."""
+    """Why the arenas cannot be restored correctly; None if they can."""
     for view, parts in (slot for pair in slots for slot in pair):
         if view.state in READABLE and set(parts) != {view.snapshot}:
-            return f"a slot says {view.snapshot} and holds {parts}"
+            return f"a slot is marked as {view.snapshot} but contains {parts}"
     for lost in (None, *range(game.size)) if may_lose else (None,):
         found = newest_complete(inventory(game, slots, lost))
         if promised is not None and (isinstance(found, Missing) or found.snapshot.version < promised):
@@ -152,13 +152,13 @@ def broken(game: Game, slots: Slots, promised: Version | None, may_lose: bool) -
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
-    """Worlds that were looked at are let go: later tests would look through them whenever they collect garbage."""
+    """Release the visited worlds, which would slow down garbage collection in later tests."""
     yield
     broken.cache_clear()
 
 
 def inventory(game: Game, slots: Slots, lost: int | None) -> tuple[Replica, ...]:
-    """What the arenas that are left hold."""
+    """Contents of the remaining arenas."""
     return tuple(
         Replica(
             shard, holder, f"n{holder}", number, s.version, s.generation, s.world_size, s.layout, view.state, 2, 0, ""
@@ -170,7 +170,7 @@ def inventory(game: Game, slots: Slots, lost: int | None) -> tuple[Replica, ...]
 
 
 def moves(game: Game, world: World) -> Iterator[World]:
-    """Every world that one step of one rank, or one crash, leads to."""
+    """Every world reachable by one step of one rank or by one crash."""
     for rank, me in enumerate(world.ranks):
         if me.making.version.optimizer_step <= game.steps:
             yield from moves_of(game, world, rank, me)
@@ -193,7 +193,7 @@ def moves_of(game: Game, world: World, rank: int, me: Rank) -> Iterator[World]:
         yield with_rank(world, rank, voted=True)
     if me.voted and all(r.making > me.making or (r.making == me.making and r.voted) for r in world.ranks):
         yield learned(game, world, rank)
-    elif game.rule is Rule.IN_PLACE_HERE and me.sent == game.sealed:
+    elif game.rule is Rule.SEALED_LOCALLY and me.sent == game.sealed:
         yield moved_on(game, world, rank)
 
 
@@ -204,7 +204,7 @@ def copied(game: Game, world: World, copy: Copy, progress: int) -> World:
     index = game.copies.index(copy)
     pair = world.slots[index]
     if progress == 0:
-        chooser = holder if game.rule is Rule.KEEPER_CHOOSES else writer
+        chooser = holder if game.rule is Rule.HOLDER_CHOOSES else writer
         number = target_slot((pair[0].view, pair[1].view), world.ranks[chooser].committed)
         return with_slot(world, index, number, changed(pair[number], SlotEvent.BEGIN, copy, snapshot))
     number = next(n for n, slot in enumerate(pair) if slot.view.state is SlotState.WRITING)
@@ -217,7 +217,7 @@ def copied(game: Game, world: World, copy: Copy, progress: int) -> World:
 
 
 def own_part(game: Game, world: World, writer: int, part: int) -> Snapshot | None:
-    """What the sender reads: the bytes that the writer's own slot for the version holds right now."""
+    """What the sender reads: the current contents of the writer's own slot for the version."""
     pair = world.slots[game.copies.index((writer, writer))]
     return next(slot.parts[part] for slot in pair if slot.view.snapshot == world.ranks[writer].making)
 
@@ -236,7 +236,7 @@ def settled(game: Game, world: World, rank: int) -> World:
 
 
 def learned(game: Game, world: World, rank: int) -> World:
-    """A rank learns that its version is committed, and says so in the headers of its arena."""
+    """A rank learns that its version is committed and marks it so in the headers of its arena."""
     snapshot = world.ranks[rank].making
     for index, copy in enumerate(game.copies):
         for number, slot in enumerate(world.slots[index]):
@@ -254,7 +254,7 @@ def moved_on(game: Game, world: World, rank: int) -> World:
 
 
 def crashed(game: Game, world: World, lost: int | None) -> World:
-    """All workers die, perhaps an arena with them; the next generation reads what is left."""
+    """All workers die, and possibly an arena is lost; the next generation reads what is left."""
     left = inventory(game, world.slots, lost)
     found = newest_complete(left)
     generation = world.generation + 1
@@ -264,7 +264,7 @@ def crashed(game: Game, world: World, lost: int | None) -> World:
         step = found.snapshot.version.optimizer_step
         rank = Rank(committed=found.snapshot, making=game.snapshot(step + 1, generation))
     else:
-        # Where nothing is absent the inventory is worth a vote: nobody has to ask.
+        # If no copy is absent, the inventory replaces the vote.
         holders = [((shard + 1) % game.size,) for shard in range(game.size)]
         whole = not absent_copies(found, holders, [f"n{rank}" for rank in range(game.size)])
         rank = Rank(committed=newest_committed(left), making=found.snapshot, voted=whole)
@@ -319,12 +319,12 @@ def test_a_committed_version_survives_every_interleaving(game: Game) -> None:
     ("game", "expected"),
     [
         (
-            Game(size=2, steps=3, parts=1, crashes=0, rule=Rule.IN_PLACE_HERE),
+            Game(size=2, steps=3, parts=1, crashes=0, rule=Rule.SEALED_LOCALLY),
             "step 1 was committed; without the arena of rank 1: no version is complete",
         ),
         (
-            Game(size=2, steps=3, parts=1, crashes=0, rule=Rule.KEEPER_CHOOSES),
-            "rank 1, shard 0, step 2: begin in a slot that is staged",
+            Game(size=2, steps=3, parts=1, crashes=0, rule=Rule.HOLDER_CHOOSES),
+            "rank 1, shard 0, step 2: event begin in a slot in state staged",
         ),
         (
             Game(size=2, steps=3, parts=1, crashes=1, rule=Rule.RESTORED_IS_COMMITTED),

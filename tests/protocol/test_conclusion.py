@@ -1,4 +1,4 @@
-"""What stays of a run that is over, and what its user is told."""
+"""What is kept when a run ends, and the message to the user."""
 
 from __future__ import annotations
 
@@ -7,47 +7,52 @@ from itertools import product
 
 import pytest
 
-from lightning_ckptless.protocol.conclusion import Conclusion, Ending, conclude
+from lightning_ckptless.protocol.conclusion import Conclusion, RunOutcome, conclude
 
 COMMAND = "ckptless run --rdzv-id=mine train.py"
-ENDED = Ending(is_asked_for=False, has_given_up=False, is_named=True, committed="step 7", durable="", command=COMMAND)
+ENDED = RunOutcome(
+    is_asked_for=False, has_given_up=False, is_named=True, committed="step 7", durable="", command=COMMAND
+)
 ASKED = replace(ENDED, is_asked_for=True)
 UNNAMED = replace(ASKED, is_named=False)
 GIVEN_UP = replace(ENDED, has_given_up=True, is_named=False)
 
 
 @pytest.mark.parametrize("durable", ["", "the durable state of step 5"])
-def test_nothing_stays_of_a_run_that_ended_well_or_by_its_program(durable: str) -> None:
+def test_nothing_is_kept_of_a_run_that_finished_or_failed_by_its_script(durable: str) -> None:
     assert conclude(replace(ENDED, durable=durable)) == Conclusion(keeps_arenas=False)
 
 
-@pytest.mark.parametrize("ending", [ASKED, GIVEN_UP])
-def test_what_can_be_continued_is_kept_with_the_command(ending: Ending) -> None:
+@pytest.mark.parametrize("outcome", [ASKED, GIVEN_UP])
+def test_a_run_that_can_be_continued_is_kept_and_the_command_is_shown(outcome: RunOutcome) -> None:
     text = f"step 7 is kept in shared memory; continue with: {COMMAND}"
-    assert conclude(ending) == Conclusion(keeps_arenas=True, text=text)
+    assert conclude(outcome) == Conclusion(keeps_arenas=True, text=text)
 
 
-def test_a_run_without_a_name_is_not_kept_when_it_is_asked_to_end() -> None:
+def test_a_run_without_a_run_id_is_not_kept_when_it_is_stopped() -> None:
     found = conclude(UNNAMED)
     assert not found.keeps_arenas
-    assert "step 7 is not kept: the run was given no name. `ckptless run --rdzv-id NAME` starts one" in found.text
+    assert (
+        "step 7 is not kept: the run has no run id of its own. Start it with `ckptless run --rdzv-id NAME`"
+        in found.text
+    )
 
 
-def test_a_durable_state_is_a_place_to_continue_from() -> None:
+def test_a_run_can_be_continued_from_a_durable_state() -> None:
     found = conclude(replace(UNNAMED, durable="the durable state of step 5"))
     assert found == Conclusion(
         keeps_arenas=False, text=f"the durable state of step 5 is kept; continue with: {COMMAND}"
     )
 
 
-@pytest.mark.parametrize("ending", [ASKED, GIVEN_UP])
-def test_what_was_memory_of_the_agent_is_said_to_be_gone_with_it(ending: Ending) -> None:
-    found = conclude(replace(ending, committed="", was_in_agent=True))
-    assert not found.keeps_arenas and "it was in memory of the agent" in found.text
+@pytest.mark.parametrize("outcome", [ASKED, GIVEN_UP])
+def test_slots_in_the_agents_memory_are_not_kept(outcome: RunOutcome) -> None:
+    found = conclude(replace(outcome, committed="", was_in_agent=True))
+    assert not found.keeps_arenas and "it was in the agent's memory" in found.text
 
 
-def test_who_is_told_is_told_one_thing_and_nothing_is_kept_without_a_state() -> None:
+def test_without_a_state_nothing_is_kept() -> None:
     for asked, given_up, named in product([False, True], repeat=3):
-        found = conclude(Ending(asked, given_up, named, committed="", durable="", command=COMMAND))
+        found = conclude(RunOutcome(asked, given_up, named, committed="", durable="", command=COMMAND))
         assert not found.keeps_arenas
-        assert found.text == ("no state is kept: no step had been committed" if asked or given_up else "")
+        assert found.text == ("no state is kept: no step was committed" if asked or given_up else "")

@@ -1,4 +1,4 @@
-"""What the end of a worker means: the machine's fault, or the program's own end."""
+"""What the exit of a worker means: a fault of the node, or an error of the script."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_ckptless.protocol.crash_loop import EndPlan, ProgramEnd, Stage, S
 
 
 def ends(*ends_: ProgramEnd, came_to_fit: bool = True, has_stepped: bool = False) -> EndPlan:
-    """Judge several ends in a row; returns what the last one means."""
+    """Judge several ends in a row; returns the plan for the last one."""
     plan = EndPlan(Starts(came_to_fit=came_to_fit))
     for end in ends_:
         assert plan.final is None
@@ -29,36 +29,37 @@ def test_a_signal_and_a_lost_peer_are_recovered_from_at_any_stage(stage: Stage) 
 @pytest.mark.parametrize(
     ("end", "text"),
     [
-        (ProgramEnd(1, Stage.PAST, "KeyError: 'mine'"), "ended past fit (KeyError: 'mine'), and would do so again"),
-        (ProgramEnd(7, Stage.PAST), "ended past fit (exit code 7)"),
-        (ProgramEnd(-9, Stage.PAST, "ValueError: kept from ending"), "ended past fit (ValueError: kept from ending)"),
+        (ProgramEnd(1, Stage.PAST, "KeyError: 'mine'"), "exited after fit (KeyError: 'mine') and would do so again"),
+        (ProgramEnd(7, Stage.PAST), "exited after fit (exit code 7)"),
+        (ProgramEnd(-9, Stage.PAST, "ValueError: kept from ending"), "exited after fit (ValueError: kept from ending)"),
     ],
 )
-def test_what_ends_past_fit_ends_the_run_at_once(end: ProgramEnd, text: str) -> None:
+def test_an_exit_after_fit_ends_the_run_at_once(end: ProgramEnd, text: str) -> None:
     plan = ends(end, has_stepped=True)
     assert plan.final is not None and text in plan.final
     assert not plan.keeps_state
 
 
-def test_a_head_that_cannot_be_repeated_is_named_and_the_state_kept() -> None:
+def test_a_script_that_cannot_run_again_before_fit_ends_the_run_and_keeps_its_state() -> None:
     refused = ProgramEnd(1, Stage.BEFORE, "FileExistsError: out")
     assert ends(refused).final is None
     plan = ends(refused, refused)
     assert plan.final is not None and plan.keeps_state
     assert (
-        "2 new processes in a row ended before fit (FileExistsError: out), to which the first ones came" in plan.final
+        "2 new processes in a row exited before fit (FileExistsError: out), which the first processes reached"
+        in plan.final
     )
 
 
 @pytest.mark.parametrize("end", [ProgramEnd(6, Stage.BEFORE), ProgramEnd(6, Stage.INSIDE)])
-def test_three_starts_without_a_step_are_enough(end: ProgramEnd) -> None:
+def test_three_starts_without_a_step_end_the_run(end: ProgramEnd) -> None:
     assert ends(end, end, came_to_fit=False).final is None
     plan = ends(end, end, end, came_to_fit=False)
-    assert plan.final == "3 starts in a row ended before a step was made, the last with exit code 6"
+    assert plan.final == "3 starts in a row exited before completing a step, the last with exit code 6"
     assert not plan.keeps_state
 
 
-def test_a_step_or_a_signal_in_between_begins_the_count_again() -> None:
+def test_a_step_or_a_signal_in_between_resets_the_count() -> None:
     exited = ProgramEnd(3, Stage.INSIDE)
     assert ends(*[exited, exited, ProgramEnd(-9, Stage.INSIDE)] * 3).final is None
     assert ends(*[exited] * 9, has_stepped=True).final is None
@@ -78,8 +79,8 @@ def test_the_third_crash_at_a_stage_outside_the_loop_ends_the_run_and_keeps_its_
     plan = ends(crash, other, crash, came_to_fit=False)
     assert plan.keeps_state
     assert plan.final == (
-        f"ranks 0, 1 crashed 3 times in a row {stage} (SIGABRT), and would do so again. "
-        "PYTHONFAULTHANDLER=1 in the environment prints where it crashes"
+        f"ranks 0, 1 crashed 3 times in a row {stage} (SIGABRT) and would do so again. "
+        "Set PYTHONFAULTHANDLER=1 to print where it crashes"
     )
 
 
@@ -87,30 +88,30 @@ def test_the_fourth_crash_at_a_step_ends_the_run_and_keeps_its_state() -> None:
     assert ends(*[FAULTED] * 3).final is None
     plan = ends(*[FAULTED] * 4)
     assert plan.final is not None and plan.keeps_state
-    assert "rank 1 crashed 4 times in a row at step 7 (SIGSEGV), and would" in plan.final
+    assert "rank 1 crashed 4 times in a row at step 7 (SIGSEGV) and would" in plan.final
 
 
-def test_a_kill_for_lack_of_memory_is_a_crash_and_one_from_outside_is_none() -> None:
+def test_only_a_sigkill_for_lack_of_memory_is_a_crash() -> None:
     plan = ends(*[STARVED] * 4)
     assert plan.final is not None
-    assert "The kernel has killed 4 processes: allow more memory, or use less of it" in plan.final
+    assert "The kernel has killed 4 processes: raise the memory limit or use less memory" in plan.final
     assert ends(*[KILLED] * 20).final is None
     # One kill that the kernel has not counted yet, or one from outside, changes nothing of what repeats.
     assert ends(STARVED, STARVED, KILLED, STARVED, STARVED).final is not None
 
 
-def test_another_place_begins_the_count_of_crashes_again() -> None:
+def test_a_crash_at_another_place_resets_the_count() -> None:
     elsewhere = replace(FAULTED, step=8)
     assert ends(*[FAULTED] * 3, elsewhere, *[FAULTED] * 3).final is None
     assert ends(*[ABORTED] * 2, replace(ABORTED, stage=Stage.INSIDE), *[ABORTED] * 2).final is None
 
 
-def test_new_steps_count_for_a_stage_and_not_for_a_step_that_crashes_after_them() -> None:
+def test_new_steps_reset_the_count_of_a_stage_but_not_of_a_step() -> None:
     assert ends(*[ABORTED] * 9, has_stepped=True).final is None
     assert ends(*[FAULTED] * 3, has_stepped=True).final is None
     assert ends(*[FAULTED] * 4, has_stepped=True).final is not None
 
 
-def test_an_error_that_was_reported_before_the_signal_is_no_crash() -> None:
+def test_an_error_reported_before_the_signal_is_no_crash() -> None:
     assert not replace(FAULTED, error="ValueError: mine").is_crash
     assert not replace(FAULTED, exit_code=None, signal_name="").is_crash

@@ -1,4 +1,4 @@
-"""When a durable state is due, which ones stay, and how they are called."""
+"""When a durable state is due, which ones are kept, and how they are named."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ versions = st.builds(Version, st.integers(0, 60), st.booleans())
 
 
 @given(versions)
-def test_a_name_is_read_back(version: Version) -> None:
+def test_a_name_is_parsed_back(version: Version) -> None:
     assert version_of(state_name(version)) == version
     assert version_of(f".{state_name(version)}.part") is None
 
 
 @given(st.sets(versions, min_size=2, max_size=9))
-def test_names_are_in_the_order_of_steps(found: set[Version]) -> None:
+def test_names_sort_by_step(found: set[Version]) -> None:
     by_name = [version.optimizer_step for version in sorted(found, key=state_name)]
     assert by_name == sorted(by_name)
 
 
 @given(versions, versions, st.integers(1, 20))
-def test_by_steps_a_state_is_due_when_a_multiple_was_passed(newest: Version, last: Version, n: int) -> None:
+def test_by_steps_a_state_is_due_after_a_multiple(newest: Version, last: Version, n: int) -> None:
     due = Timetable(every_n_steps=n).is_due(newest, last, since_s=1e9)
     passed = any(step % n == 0 for step in range(last.optimizer_step + 1, newest.optimizer_step + 1))
     assert due == (passed and newest > last)
 
 
 @given(versions, versions, st.floats(0.1, 100), st.floats(0, 200))
-def test_by_time_a_state_is_due_when_there_is_a_newer_version(
+def test_by_time_a_state_is_due_if_there_is_a_newer_version(
     newest: Version, last: Version, every_s: float, since_s: float
 ) -> None:
     due = Timetable(every_s=every_s).is_due(newest, last, since_s=since_s)
     assert due == (newest > last and since_s >= every_s)
 
 
-def test_whichever_comes_first() -> None:
+def test_with_both_intervals_the_first_one_decides() -> None:
     both = Timetable(every_n_steps=10, every_s=60.0)
     assert both.is_due(Version(10, True), Version(1, True), since_s=1.0)
     assert both.is_due(Version(2, True), Version(1, True), since_s=61.0)
@@ -59,7 +59,7 @@ def test_without_an_interval_nothing_is_due() -> None:
 
 
 @given(st.sets(versions, max_size=12), versions, st.integers(1, 4))
-def test_the_newest_steps_stay(kept: set[Version], written: Version, keep: int) -> None:
+def test_the_newest_states_are_kept(kept: set[Version], written: Version, keep: int) -> None:
     kept |= {written}
     left = kept - set(states_to_drop(kept, written, keep))
     assert written in left
@@ -70,13 +70,13 @@ def test_the_newest_steps_stay(kept: set[Version], written: Version, keep: int) 
     assert set(steps) == set(sorted(passed)[-keep:])
 
 
-def test_a_future_that_did_not_happen_goes() -> None:
+def test_states_newer_than_the_written_one_are_deleted() -> None:
     kept = {Version(10, True), Version(20, True), Version(30, True), Version(40, True)}
     assert states_to_drop(kept, Version(20, True), 2) == (Version(30, True), Version(40, True))
 
 
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=5), st.integers(0, 4))
-def test_every_shard_is_written_by_one_node_that_holds_it(sizes: list[int], copies: int) -> None:
+def test_every_shard_is_written_by_exactly_one_node_that_has_it(sizes: list[int], copies: int) -> None:
     nodes = [f"n{number}" for number, size in enumerate(sizes) for _ in range(size)]
     placement = place(nodes, min(copies, len(sizes) - 1))
     shares = {node: share_of(node, placement.holders, nodes, 10) for node in dict.fromkeys(nodes)}
@@ -84,12 +84,12 @@ def test_every_shard_is_written_by_one_node_that_holds_it(sizes: list[int], copi
     for node, share in shares.items():
         assert all(node in {nodes[rank] for rank in (s, *placement.holders[s])} for s in share.shards)
     assert [node for node, share in shares.items() if share.leads] == ["n0"]
-    # One writer needs nobody's agreement.
+    # A single writer needs no agreement.
     first = shares["n0"]
     assert first.is_whole == (len(sizes) == min(copies, len(sizes) - 1) + 1)
 
 
-def test_several_writers_write_the_steps_that_the_interval_divides() -> None:
+def test_several_writers_write_at_multiples_of_the_interval() -> None:
     share = Share((0,), of=4, leads=True, every_n_steps=5)
     assert [step for step in range(1, 12) if share.is_due(Version(step, True))] == [5, 10]
     assert not share.is_due(Version(5, False))

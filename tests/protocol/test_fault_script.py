@@ -20,27 +20,27 @@ faults = st.builds(
 
 
 @given(st.lists(faults, max_size=5))
-def test_a_script_reads_back_as_it_was_written(script: list[Fault]) -> None:
+def test_a_script_is_parsed_back_from_its_text(script: list[Fault]) -> None:
     assert parse_faults(",".join(str(fault) for fault in script)) == tuple(script)
 
 
 @given(st.text(max_size=40) | st.text("kilrankstep=:,0123456789", max_size=40))
-def test_any_text_is_read_or_refused_with_the_grammar(text: str) -> None:
-    complaint = None
+def test_any_text_is_parsed_or_refused_with_the_grammar(text: str) -> None:
+    problem = None
     try:
         read = parse_faults(text)
     except OptionsError as error:
-        read, complaint = (), str(error)
-    assert complaint is None or GRAMMAR in complaint
+        read, problem = (), str(error)
+    assert problem is None or GRAMMAR in problem
     assert parse_faults(",".join(map(str, read))) == read
 
 
-def test_what_is_left_out_has_its_default() -> None:
+def test_omitted_parts_have_defaults() -> None:
     assert parse_faults("kill:rank=1:step=7") == (Fault(FaultKind.KILL, 1, 7, Moment.TRAINING_STEP, 1),)
     assert str(Fault(FaultKind.KILL, 1, 7)) == "kill:rank=1:step=7"
 
 
-def test_several_faults_and_blanks_around_them() -> None:
+def test_several_faults_with_surrounding_blanks() -> None:
     script = " raise:rank=all:step=3:at=backward , exit:times=2:step=9:rank=0 "
     assert parse_faults(script) == (
         Fault(FaultKind.RAISE, "all", 3, Moment.BACKWARD),
@@ -50,13 +50,13 @@ def test_several_faults_and_blanks_around_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "problem"),
     [
         ("kil:rank=1:step=7", "unknown kind 'kil', did you mean 'kill'?"),
         ("kill:rank=1:setp=7", "unknown part 'setp=7', did you mean 'step'?"),
         ("kill:rank=1:step=7:at=bakward", "unknown moment 'bakward', did you mean 'backward'?"),
         ("kill:rank=1:step=7:zzz", "unknown part 'zzz'\n"),
-        ("kill:rank=1:step", "'step' is without a value"),
+        ("kill:rank=1:step", "'step' has no value"),
         ("kill:rank=1:rank=2:step=7", "'rank=2' is given twice"),
         ("kill:step=7", "rank missing"),
         ("kill", "rank and step missing"),
@@ -66,10 +66,10 @@ def test_several_faults_and_blanks_around_them() -> None:
         ("kill:rank=1:step=7,", "fault '': unknown kind ''"),
     ],
 )
-def test_what_is_not_understood_is_shown(text: str, complaint: str) -> None:
+def test_the_error_shows_the_invalid_part(text: str, problem: str) -> None:
     with pytest.raises(OptionsError) as caught:
         parse_faults(text)
-    assert complaint in str(caught.value)
+    assert problem in str(caught.value)
 
 
 def test_a_fault_concerns_its_rank_step_and_moment() -> None:

@@ -1,4 +1,4 @@
-"""Productive and lost time, with lists of instants instead of a clock."""
+"""Productive and lost time, from lists of instants instead of a clock."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def test_phases_between_known_instants() -> None:
     assert split(10.0, 11.0, 13.0, 16.0, 20.0, 25.0) == Phases(1.0, 2.0, 3.0, 4.0, 5.0)
 
 
-def test_an_unknown_instant_leaves_its_neighbours_to_other() -> None:
+def test_the_time_around_an_unknown_instant_goes_to_other() -> None:
     assert split(10.0, None, 13.0, 16.0, 20.0, 25.0) == Phases(regroup_s=3.0, restore_s=4.0, replay_s=5.0, other_s=3.0)
     assert split(10.0, None, None, None, None, 25.0) == Phases(other_s=15.0)
 
 
-def test_an_unknown_end_shortens_the_whole() -> None:
+def test_an_unknown_end_shortens_the_total() -> None:
     assert split(None, 11.0, 13.0, 16.0, 20.0, None) == Phases(abort_s=2.0, regroup_s=3.0, restore_s=4.0)
     assert split(*[None] * 6) == Phases()
 
@@ -55,7 +55,7 @@ def test_steps_and_stalls() -> None:
     assert {loss: lost_s for loss, lost_s in report.lost.items() if lost_s} == {Loss.MIRROR_STALL: 1.0, Loss.OTHER: 4.0}
 
 
-def test_a_recovery_costs_what_was_thrown_away_and_the_outage_but_not_the_step_that_counts() -> None:
+def test_a_recovery_costs_the_discarded_work_and_the_outage_but_not_the_replayed_step() -> None:
     account = GoodputAccount(began_at=0.0)
     account.record_step(0.0, 10.0)
     saved = account.to_dict()
@@ -79,7 +79,7 @@ def test_a_recovery_costs_what_was_thrown_away_and_the_outage_but_not_the_step_t
     }
 
 
-def test_a_recovery_may_be_recorded_when_further_steps_are_done() -> None:
+def test_a_recovery_may_be_recorded_after_further_steps() -> None:
     first, late = (GoodputAccount.from_dict(GoodputAccount(began_at=0.0).to_dict()) for _ in range(2))
     phases = split(5.0, 6.0, 7.0, 8.0, 9.0, 12.0)
     first.record_step(10.0, 11.0)
@@ -91,21 +91,21 @@ def test_a_recovery_may_be_recorded_when_further_steps_are_done() -> None:
     assert first.report(12.0) == late.report(12.0)
 
 
-def test_no_time_has_no_goodput() -> None:
+def test_the_goodput_of_no_time_is_zero() -> None:
     assert GoodputAccount(began_at=5.0).report(5.0).goodput == 0.0
 
 
-def test_a_clock_that_is_set_back_counts_nothing() -> None:
+def test_a_step_during_which_the_clock_was_set_back_counts_as_zero() -> None:
     account = GoodputAccount(began_at=0.0)
     account.record_step(10.0, 8.0, stall_s=1.0)
     assert account.productive_s == 0.0
 
 
 @given(st.lists(st.tuples(spans, spans, spans, st.lists(spans, min_size=6, max_size=6) | st.none()), max_size=20))
-def test_nothing_is_counted_twice_and_the_sums_are_the_wall_time(
+def test_all_times_sum_to_the_wall_time(
     events: list[tuple[float, float, float, list[float] | None]],
 ) -> None:
-    """A run of pauses and steps; some steps are thrown away with the time before them, and run again."""
+    """A run of pauses and steps; some steps are discarded with the time before them, and replayed."""
     account, now, productive_s = GoodputAccount(began_at=0.0), 0.0, 0.0
     for pause_s, step_s, stall_s, outage in events:
         saved = json.loads(json.dumps(account.to_dict()))

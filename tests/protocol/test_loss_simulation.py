@@ -1,4 +1,4 @@
-"""Nodes are lost with their arenas, again before their copies are filled in: what is left is judged right."""
+"""Nodes are lost with their arenas, also while copies are filled in: the restored version is correct."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYOUTS = {
 
 
 def play_until_lost(world: World, events: Iterator[None], *, most: int) -> None:
-    """Let some events happen, then lose a domain or two."""
+    """Run some events, then lose one or two domains."""
     for _ in islice(events, world.chance.randint(0, most)):
         pass
     names = sorted(set(world.domains))
@@ -29,16 +29,16 @@ def play_until_lost(world: World, events: Iterator[None], *, most: int) -> None:
 
 
 def judge(world: World) -> Complete | None:
-    """What is found after a loss, compared with the second book; None where the run is over."""
+    """The version found after a loss, checked against independent bookkeeping; None if the run is lost."""
     missing, found = world.should_be_missing, world.look()
     if world.committed is None:
         return found if isinstance(found, Complete) else None
     if not missing:
-        assert isinstance(found, Complete), f"{world.committed} is whole, and {found.reason}"
+        assert isinstance(found, Complete), f"{world.committed} is complete, but {found.reason}"
         assert found.snapshot.version >= world.committed.version
         return found
     if isinstance(found, Complete):
-        # The next version, of which all had been sealed when the votes were not yet cast.
+        # The next version: all copies were sealed, but not all votes cast.
         assert found.snapshot.version > world.committed.version
         return found
     assert isinstance(found, Missing)
@@ -48,7 +48,7 @@ def judge(world: World) -> Complete | None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_second_loss_before_the_copies_are_filled_in(layout: str) -> None:
+def test_a_second_loss_while_copies_are_filled_in(layout: str) -> None:
     ends = []
     for seed in range(SEEDS):
         world = World(seed, *LAYOUTS[layout])
@@ -56,12 +56,12 @@ def test_a_second_loss_before_the_copies_are_filled_in(layout: str) -> None:
             ends.append(play(world))
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from error
-    # Both ends are seen, or nothing was shown.
+    # Both outcomes must occur, otherwise the test shows nothing.
     assert {"lost", "protected"} == set(ends)
 
 
 def play(world: World) -> str:
-    """One run: trained, lost, recovered, lost while it is protected, recovered again."""
+    """A run that trains, loses nodes, recovers, loses nodes while copies are filled in, and recovers again."""
     play_until_lost(world, world.train(), most=60)
     for _ in range(3):
         found = judge(world)
@@ -80,18 +80,18 @@ def play(world: World) -> str:
     return "protected"
 
 
-class Hasty(World):
-    """A world that trains on without filling in what is missing: what the simulation is there to find."""
+class WithoutRereplication(World):
+    """A world that does not fill in missing copies, which the simulation must detect."""
 
     def protect(self, found: Complete) -> Iterator[None]:
         self._count(found.snapshot)
         yield
 
 
-def test_going_on_unprotected_is_found_out() -> None:
+def test_continuing_without_rereplication_is_detected() -> None:
     def loses(seed: int) -> bool:
         try:
-            play(Hasty(seed, *LAYOUTS["four nodes"]))
+            play(WithoutRereplication(seed, *LAYOUTS["four nodes"]))
         except AssertionError:
             return True
         return False
@@ -99,7 +99,7 @@ def test_going_on_unprotected_is_found_out() -> None:
     assert any(loses(seed) for seed in range(SEEDS))
 
 
-def test_while_copies_are_filled_in_status_says_which_are_missing() -> None:
+def test_the_number_of_complete_shards_grows_while_copies_are_filled_in() -> None:
     world = World(1, ("a", "b", "c", "d"), 1)
     for _ in islice(world.train(), 200):
         pass

@@ -1,4 +1,4 @@
-"""The interval between two versions: within the budget, best by the formula, and one for all ranks."""
+"""The interval between two versions: within the budget, best by the formula, and the same on all ranks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COSTS = st.builds(
 
 
 @given(COSTS, st.floats(1e-3, 0.5))
-def test_the_best_of_those_within_the_budget(costs: Costs, budget: float) -> None:
+def test_the_best_interval_within_the_budget_is_chosen(costs: Costs, budget: float) -> None:
     plan = plan_cadence(costs, budget)
     within = [n for n in INTERVALS if overhead(costs, n) <= budget]
     if within:
@@ -44,21 +44,23 @@ def test_the_best_of_those_within_the_budget(costs: Costs, budget: float) -> Non
         assert "no interval is within" in plan.reason
 
 
-def test_what_costs_nothing_is_done_at_every_step() -> None:
+def test_without_costs_every_step_is_mirrored() -> None:
     assert plan_cadence(Costs(0.1, 0.0, 1e-5, 1.0), 0.01).interval == 1
 
 
-def test_rare_failures_and_dear_versions_make_it_rare() -> None:
+def test_rare_failures_and_expensive_versions_give_a_long_interval() -> None:
     costs = Costs(step_s=0.01, version_s=0.004, failures_per_s=1 / 86400, recovery_s=1.0)
     plan = plan_cadence(costs, 0.01)
     assert plan.interval == 1000
-    assert plan.reason.startswith("a version every 1000 steps: it costs 4.00 ms, a step takes 10.00 ms, so 0.04%")
-    # Young: sqrt(2 c / f) / t = 2629 steps; with failures every minute it is 69, and of the choices 50 is best.
+    assert plan.reason.startswith(
+        "a version every 1000 steps: a version costs 4.00 ms and a step takes 10.00 ms, an overhead of 0.04%"
+    )
+    # Young: sqrt(2 c / f) / t = 2629 steps. With a failure every minute it is 69, and 50 is the best candidate.
     assert plan_cadence(Costs(0.01, 0.004, 1 / 60, 1.0), 0.01).interval in (50, 100)
 
 
 @pytest.mark.parametrize("interval", [1, 10, 200])
-def test_the_formula_against_a_simulation(interval: int) -> None:
+def test_the_formula_matches_a_simulation(interval: int) -> None:
     costs = Costs(step_s=1.0, version_s=2.0, failures_per_s=1 / 300, recovery_s=5.0)
     draw = random.Random(7)
     useful_s = clock_s = 0.0
@@ -67,7 +69,7 @@ def test_the_formula_against_a_simulation(interval: int) -> None:
         wait_s = draw.expovariate(costs.failures_per_s)
         while wait_s < segment_s:
             clock_s += wait_s
-            # A recovery that is hit begins again.
+            # A failure during a recovery restarts the recovery.
             while (until_s := draw.expovariate(costs.failures_per_s)) < costs.recovery_s:
                 clock_s += until_s
             clock_s += costs.recovery_s
@@ -77,13 +79,13 @@ def test_the_formula_against_a_simulation(interval: int) -> None:
     assert useful_s / clock_s == pytest.approx(goodput(costs, interval), rel=0.02)
 
 
-def test_the_expected_rate_gives_way_to_the_observed() -> None:
+def test_the_failure_rate_approaches_the_observed_one() -> None:
     assert failure_rate(1.0, 0, 0.0) == pytest.approx(1 / 86400)
     assert failure_rate(1.0, 10, 3600.0) > 10 * failure_rate(1.0, 0, 3600.0) / 2
     assert failure_rate(24.0, 100, 1e6) == pytest.approx(101 / (3600 + 1e6))
 
 
 @given(st.lists(st.sampled_from(INTERVALS), min_size=1, max_size=8))
-def test_ranks_agree_on_the_longest_that_one_needs(needs: list[int]) -> None:
+def test_ranks_agree_on_the_longest_interval_that_any_rank_needs(needs: list[int]) -> None:
     assert agreed(reduce(and_, map(word, needs))) == max(needs)
     assert agreed(reduce(and_, map(word, needs), ANY)) == max(needs)

@@ -1,4 +1,4 @@
-"""What silence means, by whose it is and how long it lasts."""
+"""Node liveness: how an agent interprets silence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ckptless.protocol.node_liveness import (
-    AllThere,
+    AllAlive,
     Bound,
     CutOff,
     Finding,
@@ -21,7 +21,7 @@ BOUND = Bound(2.0, 3)
 
 
 def after(silent_s: float, *, own_s: float = 0.0, looked_s: float = 0.4) -> Finding:
-    """The finding when node 3 has been silent, and the rendezvous, for so long."""
+    """The finding when node 3 and the rendezvous have been silent for these seconds."""
     now = 100.0
     liveness = Liveness(now - looked_s, now - own_s, {3: now - silent_s, 0: now - 1})
     return judge(liveness, BOUND, now=now, place="head:29400")
@@ -32,8 +32,8 @@ def test_the_bounds() -> None:
 
 
 @pytest.mark.parametrize(("silent_s", "own_s"), [(0, 0), (7.9, 0), (5.9, 5.9)])
-def test_silence_that_is_borne(silent_s: float, own_s: float) -> None:
-    assert after(silent_s, own_s=own_s) == AllThere()
+def test_silence_within_the_limit_is_tolerated(silent_s: float, own_s: float) -> None:
+    assert after(silent_s, own_s=own_s) == AllAlive()
 
 
 def test_another_node_is_lost() -> None:
@@ -42,29 +42,29 @@ def test_another_node_is_lost() -> None:
     assert found.nodes == (3,)
     assert found.silent_s == pytest.approx(8.1)
     assert found.reason == (
-        "node 3 of the round has been silent for 8.1 s, 8 s are borne (keep_alive_interval=2 x "
-        "keep_alive_max_attempt=3, and one interval)"
+        "node 3 of the round has been silent for 8.1 s, limit 8 s (keep_alive_interval=2 x "
+        "keep_alive_max_attempt=3, plus one interval)"
     )
 
 
-def test_without_an_answer_this_node_is_the_lost_one() -> None:
+def test_without_an_answer_this_node_is_cut_off() -> None:
     found = after(60.0, own_s=6.1)
     assert isinstance(found, CutOff)
-    assert found.reason.startswith("the rendezvous at head:29400 has not answered for 6.1 s, 6 s are borne")
+    assert found.reason.startswith("the rendezvous at head:29400 has not answered for 6.1 s, limit 6 s")
 
 
-def test_who_was_stopped_itself_blames_nobody() -> None:
-    assert after(60.0, own_s=60.0, looked_s=59.0) == AllThere()
+def test_a_suspended_agent_does_not_consider_others_lost() -> None:
+    assert after(60.0, own_s=60.0, looked_s=59.0) == AllAlive()
 
 
 @given(st.integers(2, 12), st.data())
-def test_whatever_is_lost_a_living_node_sees_it(nodes: int, data: st.DataObject) -> None:
+def test_every_loss_is_noticed_by_a_live_node(nodes: int, data: st.DataObject) -> None:
     lost = data.draw(st.sets(st.integers(0, nodes - 1), min_size=1, max_size=nodes - 1))
     living = set(range(nodes)) - lost
     assert any(lost & set(watched_by(node, nodes)) for node in living)
 
 
 @given(st.integers(2, 12))
-def test_everyone_watches_the_node_that_has_the_workers_store(nodes: int) -> None:
+def test_all_nodes_watch_the_node_that_hosts_the_workers_store(nodes: int) -> None:
     assert all(0 in watched_by(node, nodes) for node in range(1, nodes))
     assert all(node not in watched_by(node, nodes) and len(watched_by(node, nodes)) <= 2 for node in range(nodes))

@@ -1,4 +1,4 @@
-"""Placement: who keeps what, checked against enumeration and the known values."""
+"""Placement of shards, checked against enumeration and known values."""
 
 from __future__ import annotations
 
@@ -93,10 +93,12 @@ def test_a_shard_is_kept_by_as_many_other_domains_as_there_are_copies(world: tup
 
 
 @given(worlds())
-def test_survival_is_what_enumeration_finds(world: tuple[list[str], int]) -> None:
+def test_survival_probability_matches_enumeration(world: tuple[list[str], int]) -> None:
     placement = place(*world)
     for losses in range(len(set(placement.domains)) + 1):
-        assert placement.recovery_loop(losses) == pytest.approx(enumerated_survival(placement, losses), abs=1e-12)
+        assert placement.survival_probability(losses) == pytest.approx(
+            enumerated_survival(placement, losses), abs=1e-12
+        )
 
 
 @st.composite
@@ -109,7 +111,9 @@ def racks(draw: st.DrawFn) -> tuple[list[str], list[str], int]:
 
 
 @given(racks())
-def test_survival_of_racks_is_what_enumeration_over_their_nodes_finds(world: tuple[list[str], list[str], int]) -> None:
+def test_survival_probability_of_racks_matches_enumeration_over_their_nodes(
+    world: tuple[list[str], list[str], int],
+) -> None:
     nodes, domains, copies = world
     placement = place(domains, copies, kind="rack")
     nodes_of = {rack: {node for node, of in zip(nodes, domains, strict=True) if of == rack} for rack in set(domains)}
@@ -117,11 +121,11 @@ def test_survival_of_racks_is_what_enumeration_over_their_nodes_finds(world: tup
     for losses in range(len(nodes_of) + 1):
         cases = [set[str]().union(*(nodes_of[rack] for rack in lost)) for lost in combinations(nodes_of, losses)]
         survived = sum(all(held - lost for held in holders) for lost in cases)
-        assert placement.recovery_loop(losses) == pytest.approx(survived / len(cases), abs=1e-12)
+        assert placement.survival_probability(losses) == pytest.approx(survived / len(cases), abs=1e-12)
 
 
 @given(worlds())
-def test_a_loss_is_fatal_where_it_has_one_of_the_fatal_losses(world: tuple[list[str], int]) -> None:
+def test_a_loss_is_fatal_if_it_contains_a_fatal_loss(world: tuple[list[str], int]) -> None:
     placement = place(*world)
     names = sorted(set(placement.domains))
     fatal = [set(losses) for losses in placement.fatal_losses()]
@@ -131,9 +135,7 @@ def test_a_loss_is_fatal_where_it_has_one_of_the_fatal_losses(world: tuple[list[
 
 
 @given(worlds(), st.data())
-def test_what_fails_together_is_one_domain_and_nothing_else_is(
-    world: tuple[list[str], int], data: st.DataObject
-) -> None:
+def test_exactly_the_domains_that_fail_together_are_joined(world: tuple[list[str], int], data: st.DataObject) -> None:
     domains, _ = world
     ranks = st.integers(0, len(domains) - 1)
     groups = data.draw(st.lists(st.sets(ranks, min_size=1, max_size=4), max_size=4))
@@ -169,7 +171,7 @@ def test_domains_that_are_joined_have_both_names() -> None:
 
 
 @given(worlds())
-def test_wards_are_the_inverse_of_holders(world: tuple[list[str], int]) -> None:
+def test_sources_are_the_inverse_of_holders(world: tuple[list[str], int]) -> None:
     placement = place(*world)
     for rank in range(len(placement.domains)):
         for shard, holders in enumerate(placement.holders):
@@ -177,7 +179,7 @@ def test_wards_are_the_inverse_of_holders(world: tuple[list[str], int]) -> None:
 
 
 @given(st.integers(2, 12), st.integers(1, 4), st.integers(1, 4))
-def test_equal_domains_share_the_work_evenly(domain_count: int, ranks_each: int, copies: int) -> None:
+def test_equal_domains_keep_equally_many_copies(domain_count: int, ranks_each: int, copies: int) -> None:
     copies = min(copies, domain_count - 1)
     placement = place([f"n{d}" for d in range(domain_count) for _ in range(ranks_each)], copies)
     assert {len(placement.sources(rank)) for rank in range(domain_count * ranks_each)} == {copies}
@@ -187,28 +189,27 @@ def test_equal_domains_share_the_work_evenly(domain_count: int, ranks_each: int,
 def test_known_values(world: tuple[int, int, int], expected: tuple[float, float]) -> None:
     count, total_copies, losses = world
     digits = 3 if count < 9 else 4
-    with_groups = place(one_per_domain(count), total_copies - 1).recovery_loop(losses)
+    with_groups = place(one_per_domain(count), total_copies - 1).survival_probability(losses)
     with_one_ring = _survivals_of_circle(count, total_copies, losses) / comb(count, losses)
     assert (round(with_groups, digits), round(with_one_ring, digits)) == expected
 
 
-def test_groups_where_they_divide_the_domains() -> None:
+def test_groups_that_divide_the_domains_evenly() -> None:
     placement = place(["a", "a", "b", "b", "c", "c", "d", "d"], 1)
     assert placement.circles == (("a", "b"), ("c", "d"))
     assert placement.holders == ((2,), (3,), (0,), (1,), (6,), (7,), (4,), (5,))
     assert placement.sources(0) == (2,)
     assert placement.reason == (
-        "8 shards, 2 copies each over 4 nodes in groups of 2: "
-        "any 1 node loss is survived, 2 at once with probability 0.667"
+        "8 shards, 2 copies each over 4 nodes in groups of 2: survives any node loss, 2 at once with probability 0.667"
     )
 
 
-def test_groups_and_a_ring_where_they_do_not() -> None:
+def test_groups_and_a_ring_otherwise() -> None:
     placement = place(one_per_domain(5), 1, kind="rank")
     assert placement.holders == ((1,), (0,), (3,), (4,), (2,))
     assert placement.reason == (
         "5 shards, 2 copies each over 5 ranks in groups of 2 and a ring of 3: "
-        "any 1 rank loss is survived, 2 at once with probability 0.600"
+        "survives any rank loss, 2 at once with probability 0.600"
     )
 
 
@@ -216,38 +217,38 @@ def test_two_copies_on_a_ring_alone() -> None:
     placement = place(one_per_domain(4), 2)
     assert placement.holders == ((1, 2), (2, 3), (3, 0), (0, 1))
     assert placement.reason.endswith(
-        "in a ring of 4: any 2 node losses at once are survived, 3 at once with probability 0.000"
+        "in a ring of 4: survives any 2 simultaneous node losses, 3 at once with probability 0.000"
     )
 
 
-def test_unequal_domains_share_the_holder_ranks() -> None:
+def test_ranks_of_a_small_domain_keep_several_shards() -> None:
     placement = place(["a", "a", "a", "b"], 1)
     assert placement.holders == ((3,), (3,), (3,), (0,))
     assert placement.rows()[1] == (1, 1, (3,), ("a", "b"))
 
 
-def test_a_single_domain_is_not_covered_and_says_so() -> None:
+def test_the_reason_says_that_a_single_domain_is_not_covered() -> None:
     placement = place(["a"] * 4, 1)
     assert placement.holders == ((), (), (), ())
-    assert placement.recovery_loop(0) == 1.0
-    assert placement.recovery_loop(1) == 0.0
-    assert placement.reason == "4 shards, 1 copy each on 1 node: a node loss is not covered (copies=1 takes 2 nodes)"
+    assert placement.survival_probability(0) == 1.0
+    assert placement.survival_probability(1) == 0.0
+    assert placement.reason == "4 shards, 1 copy each on 1 node: a node loss is not covered (copies=1 needs 2 nodes)"
 
 
 def test_no_copies_survive_no_loss() -> None:
     placement = place(["a", "b"], 0)
-    assert placement.recovery_loop(1) == 0.0
-    assert placement.reason == "2 shards, 1 copy each over 2 nodes: no node loss is survived"
+    assert placement.survival_probability(1) == 0.0
+    assert placement.reason == "2 shards, 1 copy each over 2 nodes: survives no node loss"
 
 
 def test_too_few_domains_are_refused_with_the_arithmetic() -> None:
     with pytest.raises(OptionsError) as caught:
         place(["a", "a", "b", "b"], 2)
     assert str(caught.value) == (
-        "copies=2 takes 3 nodes (the writer's own and 2 more), but the 4 ranks are on 2: set copies=1 or add 1 node"
+        "copies=2 needs 3 nodes (the writer's own and 2 more), but the 4 ranks are on 2: set copies=1 or add 1 node"
     )
 
 
 def test_survival_of_more_losses_than_domains_is_refused() -> None:
     with pytest.raises(OptionsError, match="3 losses: expected 0 to 2"):
-        place(["a", "b"], 1).recovery_loop(3)
+        place(["a", "b"], 1).survival_probability(3)

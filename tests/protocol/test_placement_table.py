@@ -1,4 +1,4 @@
-"""The plan as people see it: short for any number of ranks, and true."""
+"""The table of a placement: short for any number of ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_four_nodes() -> None:
         "1      rank 1  rank 0   n1, n0   1.2 MB",
         "2      rank 2  rank 3   n2, n3   999 bytes",
         "3      rank 3  rank 2   n3, n2   0 bytes",
-        "lost at once  survived                but for",
+        "lost at once  survived                except for",
         "any 1 node    always",
         "any 2 nodes   with probability 0.667  n0 + n1, n2 + n3",
         "any 3 nodes   never",
@@ -25,13 +25,13 @@ def test_a_thousand_ranks_are_summarised() -> None:
     placement = place([f"r{rank // 8}" for rank in range(1000)], 1, kind="rack")
     lines = table_of(placement, [10**9] * 1000, kind="rack").lines()
     assert len(lines) == 1 + MOST_ROWS + 1 + 4
-    assert lines[MOST_ROWS + 1] == "and 984 shards more; all copies take 2.0 TB, twice for two slots"
+    assert lines[MOST_ROWS + 1] == "and 984 more shards; all copies take 2.0 TB, twice that for two slots"
     assert lines[-2].startswith("any 2 racks   with probability 0.992  r0 + r1, r2 + r3")
     # One of the circles is a ring of three.
     assert lines[-2].endswith(f"and {61 + 3 - 4} more")
 
 
-def test_what_is_never_survived() -> None:
+def test_losses_that_are_never_survived() -> None:
     assert table_of(place(["a", "b"], 1), [1, 1]).losses[-1] == ("any 2 domains", "never", "")
     assert table_of(place(["a", "a"], 1), [1, 1]).rows[0][2] == "none"
 

@@ -1,4 +1,4 @@
-"""Who stays when the nodes have met anew."""
+"""Which nodes keep their workers after a new rendezvous."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ standings = st.lists(
 
 
 @given(standings)
-def test_every_node_stays_or_comes_under_a_number_that_none_has_seen(nodes: list[Standing]) -> None:
+def test_every_node_stays_or_joins_under_a_new_number(nodes: list[Standing]) -> None:
     plan = plan_move(nodes)
     assert sorted([*plan.stay, *plan.come]) == sorted(plan.node_ranks) == list(range(len(nodes)))
     assert all(plan.number > node.number for node in nodes)
 
 
 @given(standings)
-def test_all_that_train_stay_but_for_one_that_becomes_the_node_of_rank_0(nodes: list[Standing]) -> None:
+def test_all_training_nodes_stay_except_one_that_takes_node_rank_0(nodes: list[Standing]) -> None:
     plan = plan_move(nodes)
     by_rank = dict(zip(plan.node_ranks, nodes, strict=True))
     train = {rank for rank, node in by_rank.items() if node.trains}
     if plan.stay:
-        is_first_anew = by_rank[0].trains and by_rank[0].node_rank != 0
-        assert set(plan.stay) == (train - {0} if is_first_anew else train)
+        restarts_first = by_rank[0].trains and by_rank[0].node_rank != 0
+        assert set(plan.stay) == (train - {0} if restarts_first else train)
         assert not any(by_rank[rank].obstacle for rank in train)
 
 
 @given(standings)
-def test_nodes_keep_their_ranks_wherever_they_can(nodes: list[Standing]) -> None:
+def test_nodes_keep_their_ranks_where_possible(nodes: list[Standing]) -> None:
     given_ranks = rank_nodes(nodes)
     for node, rank in zip(nodes, given_ranks, strict=True):
         rivals = [other for other in nodes if other is not node and other.node_rank == node.node_rank]
@@ -55,37 +55,37 @@ def test_nodes_keep_their_ranks_wherever_they_can(nodes: list[Standing]) -> None
 
 
 @given(standings)
-def test_a_node_that_knows_the_log_files_has_rank_0(nodes: list[Standing]) -> None:
+def test_a_node_that_was_training_has_rank_0(nodes: list[Standing]) -> None:
     first = nodes[rank_nodes(nodes).index(0)]
     assert first.trains or first.node_rank == 0 or not any(node.trains for node in nodes)
 
 
 @given(st.integers(1, 5))
-def test_new_nodes_are_ranked_in_the_order_in_which_they_come(count: int) -> None:
+def test_new_nodes_are_ranked_in_order(count: int) -> None:
     assert rank_nodes([NEW] * count) == tuple(range(count))
 
 
-def test_survivors_stay_and_a_new_node_comes() -> None:
+def test_survivors_stay_and_a_new_node_joins() -> None:
     plan = plan_move([TRAINS, SECOND, NEW])
     assert (plan.stay, plan.come, plan.number) == ((0, 1), (2,), 3)
-    assert plan.reason == "the workers of 2 of 3 nodes stay, node 2 comes to them"
+    assert plan.reason == "the workers of 2 of 3 nodes stay, node 2 joins them"
 
 
-def test_a_new_node_with_the_lowest_address_takes_the_rank_that_is_free() -> None:
+def test_a_new_node_takes_the_free_rank() -> None:
     plan = plan_move([NEW, TRAINS, THIRD])
     assert (plan.node_ranks, plan.stay, plan.come) == ((1, 0, 2), (0, 2), (1,))
 
 
-def test_of_those_that_are_left_one_takes_the_place_of_the_lost() -> None:
+def test_a_remaining_node_takes_the_rank_of_a_lost_one() -> None:
     plan = plan_move([TRAINS, THIRD])
     assert (plan.node_ranks, plan.stay) == ((0, 1), (0, 1))
 
 
-def test_a_node_that_becomes_that_of_rank_0_starts_anew() -> None:
+def test_a_node_that_takes_rank_0_restarts_its_workers() -> None:
     plan = plan_move([SECOND, THIRD])
     assert (plan.node_ranks, plan.stay, plan.come) == ((1, 0), (1,), (0,))
     assert plan.reason == (
-        "the workers of 1 of 2 nodes stay, those of node 0 start anew: rank 0, which writes log files and checkpoints, "
+        "the workers of 1 of 2 nodes stay, those of node 0 restart: rank 0, which writes log files and checkpoints, "
         "was on another node"
     )
 
@@ -95,22 +95,25 @@ def test_the_node_of_rank_0_that_has_lost_its_workers_keeps_its_rank() -> None:
     assert (plan.node_ranks, plan.stay, plan.come) == ((0, 1), (1,), (0,))
 
 
-@pytest.mark.parametrize("nodes", [[SECOND], [NEW, SECOND]], ids=["alone", "newcomer"])
-def test_one_that_becomes_the_node_of_rank_0_has_nobody_to_come_to(nodes: list[Standing]) -> None:
+@pytest.mark.parametrize("nodes", [[SECOND], [NEW, SECOND]], ids=["alone", "new node"])
+def test_a_single_training_node_that_takes_rank_0_starts_together_with_all(nodes: list[Standing]) -> None:
     plan = plan_move(nodes)
     assert plan.stay == ()
     assert "rank 0, which writes log files" in plan.reason
 
 
-def test_one_that_cannot_makes_all_start_together() -> None:
+def test_an_obstacle_on_one_node_makes_all_start_together() -> None:
     plan = plan_move([TRAINS, replace(SECOND, obstacle="its mesh was flattened")])
     assert plan.stay == ()
-    assert plan.reason == "all 2 nodes start together: node 1 cannot go on in another world: its mesh was flattened"
+    assert (
+        plan.reason
+        == "all 2 nodes start together: node 1 cannot continue at another world size: its mesh was flattened"
+    )
 
 
-def test_those_of_different_worlds_start_together() -> None:
-    assert "different worlds" in plan_move([TRAINS, replace(SECOND, world_size=2)]).reason
+def test_nodes_of_different_world_sizes_start_together() -> None:
+    assert "different world sizes" in plan_move([TRAINS, replace(SECOND, world_size=2)]).reason
 
 
-def test_a_first_start_is_together() -> None:
-    assert plan_move([NEW, NEW]).reason == "all 2 nodes start together: none has workers that train"
+def test_at_the_first_start_all_start_together() -> None:
+    assert plan_move([NEW, NEW]).reason == "all 2 nodes start together: no node has workers in training"

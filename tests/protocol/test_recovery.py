@@ -1,4 +1,4 @@
-"""The rung of the ladder, and what a worker may do next."""
+"""The kind of recovery, and the states of a worker."""
 
 from __future__ import annotations
 
@@ -27,18 +27,22 @@ USUAL = Situation((1,), 4, None, None, in_place=True, obstacle=None, outside={},
 @pytest.mark.parametrize(
     ("now", "rung", "reason"),
     [
-        (USUAL, Rung.IN_PLACE, "3 of 4 ranks go on, rank 1 is replaced"),
-        (replace(USUAL, lost=(1, 3)), Rung.IN_PLACE, "2 of 4 ranks go on, ranks 1, 3 are replaced"),
+        (USUAL, Rung.IN_PLACE, "recovering in place: 3 of 4 ranks survived, replacing rank 1"),
+        (
+            replace(USUAL, lost=(1, 3)),
+            Rung.IN_PLACE,
+            "recovering in place: 2 of 4 ranks survived, replacing ranks 1, 3",
+        ),
         (replace(USUAL, final="its own bug"), Rung.END, "not relaunched: its own bug"),
         (replace(USUAL, exhausted="no recovery is left"), Rung.END, "no recovery is left"),
-        (replace(USUAL, in_place=False), Rung.RELAUNCH, "switched off"),
+        (replace(USUAL, in_place=False), Rung.RELAUNCH, "disabled"),
         (replace(USUAL, obstacle="it has a second fit"), Rung.RELAUNCH, "it has a second fit"),
-        (replace(USUAL, lost=(0, 1, 2, 3)), Rung.RELAUNCH, "none of 4 ranks survives"),
+        (replace(USUAL, lost=(0, 1, 2, 3)), Rung.RELAUNCH, "none of 4 ranks survived"),
         (replace(USUAL, outside={0: Stage.BEFORE}), Rung.RELAUNCH, "not in place: rank 0 is before fit"),
         (
             replace(USUAL, outside={1: Stage.PAST, 0: Stage.PAST, 3: Stage.INSIDE}),
             Rung.RELAUNCH,
-            "not in place: rank 3 is in fit, outside its training loop, ranks 0, 1 are past fit",
+            "not in place: rank 3 is in fit, outside its training loop, ranks 0, 1 are after fit",
         ),
         (replace(USUAL, tries=TRIES_IN_PLACE), Rung.RELAUNCH, "tried 2 times"),
     ],
@@ -63,7 +67,7 @@ situations = st.builds(
 
 
 @given(situations)
-def test_in_place_takes_everything_and_the_end_is_never_put_off(now: Situation) -> None:
+def test_recovery_in_place_needs_every_condition_and_a_final_fault_ends_the_run(now: Situation) -> None:
     plan = plan_recovery(now)
     assert plan.reason
     assert (plan.rung is Rung.END) == (now.final is not None or now.exhausted is not None)
@@ -71,7 +75,7 @@ def test_in_place_takes_everything_and_the_end_is_never_put_off(now: Situation) 
         assert now.in_place and now.obstacle is None and not now.outside and len(now.lost) < now.world_size
 
 
-def test_a_worker_that_lives_through_a_fault_trains_again() -> None:
+def test_a_worker_that_survives_a_fault_trains_again() -> None:
     state = WorkerState.OUTSIDE
     for event in ("enter", "fault", "assign", "meet", "fault", "assign", "meet", "restore", "leave"):
         state = next_state(state, WorkerEvent(event))
@@ -79,9 +83,9 @@ def test_a_worker_that_lives_through_a_fault_trains_again() -> None:
 
 
 @given(st.sampled_from(WorkerState), st.sampled_from(WorkerEvent))
-def test_what_the_table_does_not_have_is_a_bug(state: WorkerState, event: WorkerEvent) -> None:
+def test_an_event_not_in_the_table_is_a_bug(state: WorkerState, event: WorkerEvent) -> None:
     if event in WORKER_TRANSITIONS[state]:
         assert next_state(state, event) is WORKER_TRANSITIONS[state][event]
     else:
-        with pytest.raises(ProtocolError, match=f"a worker that is {state} met {event}"):
+        with pytest.raises(ProtocolError, match=f"a worker in state {state} received event {event}"):
             next_state(state, event)

@@ -1,6 +1,6 @@
-"""Whatever dies, and whenever: the run comes to its end, nothing that was committed is lost, and nobody is left behind.
+"""Deaths of any process at any moment: the run finishes with all ranks, and no committed version is lost.
 
-A seed that fails is run alone with `--simulation-seed N`, and its story is printed.
+Run a failing seed alone with `--simulation-seed N`, which prints its event log.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ SEEDS = 150
 
 @dataclass
 class Watched(World):
-    """A world in which every restore is looked at."""
+    """A world that checks every restore."""
 
     def restored(self, process: Process, meeting: tuple[int, int], found: object) -> None:
         version = getattr(getattr(found, "snapshot", None), "version", None)
         step = version.optimizer_step if version is not None else 0
-        assert step >= self.newest_committed, f"step {self.newest_committed} was committed, {step} is restored"
+        assert step >= self.newest_committed, f"step {self.newest_committed} was committed, but step {step} is restored"
         super().restored(process, meeting, found)  # type: ignore[arg-type]
 
 
@@ -32,24 +32,24 @@ LAYOUTS = {"one node": (0, 0, 0), "two nodes": (0, 0, 1, 1), "a node each": (0, 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("deaths", [1, 2, 6])
-def test_any_death_at_any_moment(layout: str, deaths: int, request: pytest.FixtureRequest) -> None:
+def test_deaths_at_any_moment(layout: str, deaths: int, request: pytest.FixtureRequest) -> None:
     asked = request.config.getoption("--simulation-seed")
     for seed in range(SEEDS) if asked is None else [asked]:
         world = Watched(seed, LAYOUTS[layout], steps=12, deaths=deaths)
         try:
             world.run()
-            _assert_ended_well(world)
+            _assert_finished(world)
         except AssertionError as error:
-            raise AssertionError(f"--simulation-seed {seed}: {error}\n" + "\n".join(world.story)) from error
+            raise AssertionError(f"--simulation-seed {seed}: {error}\n" + "\n".join(world.events_log)) from error
         if asked is not None:
-            print("\n".join(world.story))
+            print("\n".join(world.events_log))
 
 
-def _assert_ended_well(world: World) -> None:
+def _assert_finished(world: World) -> None:
     ranks = world.ranks()
     assert [process.rank for process in ranks] == list(range(world.world_size))
     living = [process for process in ranks if process.alive]
-    assert len(living) == world.world_size, f"{len(living)} of {world.world_size} ranks live at the end"
+    assert len(living) == world.world_size, f"{len(living)} of {world.world_size} ranks are alive at the end"
     assert {process.step for process in living} == {world.steps}, [process.step for process in living]
     assert {process.state for process in living} == {WorkerState.OUTSIDE}
 
@@ -61,33 +61,33 @@ def test_most_recoveries_are_in_place() -> None:
     assert sum(world.in_place for world in worlds) > 4 * sum(world.relaunches for world in worlds)
 
 
-def test_a_recovery_that_is_hit_again_and_again_ends_in_a_relaunch() -> None:
+def test_repeated_faults_during_recovery_lead_to_a_relaunch() -> None:
     world = World(1, (0, 0), steps=6, deaths=0)
     regroup = world.regroup
 
-    def hit(gone: list[Process]) -> None:
-        regroup(gone)
-        world.die(world.ranks()[gone[0].rank])
+    def hit(lost: list[Process]) -> None:
+        regroup(lost)
+        world.die(world.ranks()[lost[0].rank])
 
     world.regroup = hit  # type: ignore[method-assign]
     world.later(6.0, lambda: world.die(world.ranks()[1]))
     world.run()
     assert [plan.rung for plan in world.plans] == [Rung.IN_PLACE, Rung.IN_PLACE, Rung.RELAUNCH]
     assert "tried 2 times" in world.plans[-1].reason
-    _assert_ended_well(world)
+    _assert_finished(world)
 
 
-class Careless(Watched):
-    """A world that overwrites whatever slot comes first: what the simulation is there to find."""
+class AlwaysFirstSlot(Watched):
+    """A world that always overwrites the first slot, which the simulation must detect."""
 
     def slot_for(self, process: Process, views: tuple[SlotView, SlotView]) -> int:
         return 0
 
 
-def test_a_weaker_rule_is_found_out() -> None:
+def test_a_weaker_rule_is_detected() -> None:
     def loses(seed: int) -> bool:
         try:
-            Careless(seed, (0, 0, 0), steps=12, deaths=2).run()
+            AlwaysFirstSlot(seed, (0, 0, 0), steps=12, deaths=2).run()
         except AssertionError as error:
             return "was committed" in str(error)
         return False
@@ -95,11 +95,11 @@ def test_a_weaker_rule_is_found_out() -> None:
     assert any(loses(seed) for seed in range(SEEDS))
 
 
-def test_a_seed_tells_the_same_story_twice() -> None:
-    stories = []
+def test_a_seed_is_reproducible() -> None:
+    logs = []
     for _ in range(2):
         world = World(7, (0, 0, 1), steps=10, deaths=4)
         world.run()
-        stories.append(world.story)
-    assert stories[0] == stories[1]
-    assert stories[0]
+        logs.append(world.events_log)
+    assert logs[0] == logs[1]
+    assert logs[0]

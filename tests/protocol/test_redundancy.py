@@ -1,4 +1,4 @@
-"""Which shards have all their copies, read from what arenas hold."""
+"""Which shards have all their copies, from an inventory of the arenas."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def test_all_copies_are_there() -> None:
     assert found.reason == "4 of 4 shards have all copies, since step 2"
 
 
-def test_a_node_has_come_back_empty() -> None:
+def test_a_node_that_came_back_empty() -> None:
     found = protection_of([replica(*pair) for pair in PAIRS if pair[1] != 1], KEEPERS, NODES)
     assert found.whole == 2
     assert found.reason == ("2 of 4 shards have all copies of step 6; missing: shard 0 on rank 1, shard 1 on rank 1")
 
 
-def test_a_version_on_its_way_takes_nothing_from_the_one_before() -> None:
+def test_a_version_in_flight_does_not_hide_the_one_before() -> None:
     inventory = [replica(*pair) for pair in PAIRS] + [replica(shard, shard, 7, 1) for shard in range(4)]
     assert protection_of(inventory, KEEPERS, NODES).whole == 4
 
@@ -35,7 +35,7 @@ def test_a_shard_without_any_copy() -> None:
     found = protection_of([replica(*pair) for pair in PAIRS if pair[0]], KEEPERS, NODES)
     assert (found.snapshot, found.whole) == (None, 0)
     assert found.reason == (
-        "0 of 4 shards have all copies: no version is complete: of step 6 shards 0 of 4 have no replica"
+        "0 of 4 shards have all copies: no version is complete: shard 0 of 4 has no replica of step 6"
     )
 
 

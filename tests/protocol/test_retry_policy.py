@@ -1,4 +1,4 @@
-"""A run may recover without end while it makes progress, and only a few times where it makes none."""
+"""A run may recover any number of times while it makes progress, and a few times without progress."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_ckptless.protocol.retry_policy import HOUR_S, RecoveryHistory, Re
 LIMITS = RecoveryLimits(without_progress=3, per_hour=5)
 
 
-def test_a_run_of_a_month_is_not_ended_by_its_age() -> None:
+def test_a_long_run_is_not_limited_by_its_age() -> None:
     history = RecoveryHistory()
     for number in range(5000):
         at = number * HOUR_S / 4
@@ -30,11 +30,11 @@ def test_recoveries_without_a_new_step_are_a_crash_loop() -> None:
         history = history.after_recovery(number * HOUR_S)
     reason = why_no_recovery(history, LIMITS, 3 * HOUR_S)
     assert reason is not None
-    assert "had 3 with no new step committed since, and max_recoveries_without_progress=3 allows no more" in reason
+    assert "had 3 without a new committed step, and max_recoveries_without_progress=3 allows no more" in reason
     assert why_no_recovery(history.after_progress(), LIMITS, 3 * HOUR_S) is None
 
 
-def test_more_recoveries_in_an_hour_than_machines_cause_end_a_run_that_makes_progress() -> None:
+def test_too_many_recoveries_in_an_hour_end_a_run_despite_progress() -> None:
     history = RecoveryHistory()
     for number in range(5):
         assert why_no_recovery(history, LIMITS, 60.0 * number) is None
@@ -45,16 +45,16 @@ def test_more_recoveries_in_an_hour_than_machines_cause_end_a_run_that_makes_pro
     assert why_no_recovery(history, LIMITS, HOUR_S + 1) is None
 
 
-def test_a_launcher_may_limit_them_in_all() -> None:
+def test_a_launcher_may_limit_the_total() -> None:
     history = RecoveryHistory().after_recovery(0.0).after_progress()
     assert why_no_recovery(history, RecoveryLimits(in_all=2), 1.0) is None
     reason = why_no_recovery(history, RecoveryLimits(in_all=1), 1.0)
-    assert reason is not None and "the run has had 1, and the launcher's --max-restarts allows no more" in reason
+    assert reason is not None and "the run had 1, and the launcher's --max-restarts allows no more" in reason
     assert why_no_recovery(RecoveryHistory(), RecoveryLimits(in_all=0), 0.0) is not None
 
 
 @given(st.lists(st.tuples(st.floats(0.0, 4000.0), st.booleans()), max_size=40))
-def test_what_is_noted_is_what_is_read(steps: list[tuple[float, bool]]) -> None:
+def test_a_history_survives_its_note(steps: list[tuple[float, bool]]) -> None:
     history, now = RecoveryHistory(), 0.0
     for pause_s, progresses in steps:
         now += pause_s

@@ -1,4 +1,4 @@
-"""The state table of a slot and the rules around it, as transcripts."""
+"""The state table of a slot and the rules around it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def replica(shard: int, holder: int, state: SlotState = SlotState.STAGED, step: 
     return Replica(shard, holder, f"n{holder}", 0, Version(step, True), 1, 2, "layout", state, 8, 4, "")
 
 
-def test_a_slot_goes_through_its_life() -> None:
+def test_the_states_of_a_slot_in_order() -> None:
     states = [SlotState.EMPTY]
     for event in (SlotEvent.BEGIN, SlotEvent.SEAL, SlotEvent.COMMIT, SlotEvent.BEGIN, SlotEvent.DISCARD):
         states.append(advance(states[-1], event, shard=1, rank=0, version=Version(5, True)))
@@ -37,12 +37,12 @@ def test_a_slot_goes_through_its_life() -> None:
 @pytest.mark.parametrize(
     ("state", "event"), [(s, e) for s in SlotState for e in SlotEvent if e not in TRANSITIONS[s]], ids=str
 )
-def test_an_event_that_is_not_in_the_table_names_everything(state: SlotState, event: SlotEvent) -> None:
+def test_the_error_for_an_event_not_in_the_table_is_complete(state: SlotState, event: SlotEvent) -> None:
     with pytest.raises(ProtocolError) as caught:
         advance(state, event, shard=1, rank=3, version=Version(5, False))
     message = str(caught.value)
     assert message.startswith(
-        f"rank 3, shard 1, step 5 (before its tail): {event} in a slot that is {state}, where only"
+        f"rank 3, shard 1, step 5 (before validation): event {event} in a slot in state {state}, expected"
     )
     assert all(allowed in message for allowed in TRANSITIONS[state])
 
@@ -73,11 +73,11 @@ def test_of_two_slots_with_one_version_the_committed_generation_is_spared() -> N
         (SlotView(SlotState.COMMITTED, snapshot(5)), None),
     ],
 )
-def test_a_new_generation_discards_what_is_torn_or_passed_over(found: SlotView, event: SlotEvent | None) -> None:
+def test_a_new_generation_discards_torn_and_unrestored_versions(found: SlotView, event: SlotEvent | None) -> None:
     assert settle(found, snapshot(5)) == event
 
 
-def test_one_header_that_says_committed_is_enough() -> None:
+def test_one_header_marked_as_committed_is_enough() -> None:
     inventory = [
         replica(0, 0, SlotState.STAGED, 6),
         replica(0, 1, SlotState.COMMITTED, 5),
@@ -87,7 +87,7 @@ def test_one_header_that_says_committed_is_enough() -> None:
     assert newest_committed(inventory[:1]) is None
 
 
-def test_absent_copies_are_those_that_the_placement_wants_and_nobody_has() -> None:
+def test_absent_copies_are_those_that_the_placement_requires_and_no_rank_has() -> None:
     restored = Complete(snapshot(5), ((replica(0, 0),), (replica(1, 0),)), "")
     assert absent_copies(restored, [(1,), (0,)], ["n0", "n1"]) == ((0, 1), (1, 1))
     assert absent_copies(restored, [(), ()], ["n0", "n1"]) == ((1, 1),)
@@ -102,14 +102,14 @@ def test_copies_on_the_nodes_of_other_ranks_are_absent() -> None:
 
 @pytest.mark.parametrize("state", [SlotState.WRITING, SlotState.STAGED, SlotState.COMMITTED])
 @pytest.mark.parametrize("number", [0, 1])
-def test_an_absent_copy_goes_where_a_bad_one_is(number: int, state: SlotState) -> None:
+def test_an_absent_copy_overwrites_a_damaged_one(number: int, state: SlotState) -> None:
     bad, other = SlotView(state, snapshot(5)), SlotView(SlotState.COMMITTED, snapshot(4))
     headers = (bad, other) if number == 0 else (other, bad)
     assert refill_slot(headers, snapshot(5), snapshot(4)) == number
     assert refill_slot(headers, snapshot(5), snapshot(5)) == number
 
 
-def test_an_absent_copy_goes_beside_what_is_committed() -> None:
+def test_an_absent_copy_does_not_overwrite_the_committed_one() -> None:
     old, older = SlotView(SlotState.STAGED, snapshot(4)), SlotView(SlotState.COMMITTED, snapshot(3))
     assert refill_slot((old, older), snapshot(5), snapshot(4)) == 1
     assert refill_slot((older, old), snapshot(5), snapshot(4)) == 0

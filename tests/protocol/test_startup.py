@@ -1,4 +1,4 @@
-"""What a generation does when it starts: every case, and that there is no other."""
+"""How a generation starts: every case, and that there are no others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_ckptless.protocol.startup import CheckpointFile, Left, Start, Sta
 from lightning_ckptless.protocol.versions import Complete, Missing, Snapshot, Version
 
 COMPLETE = Complete(Snapshot(Version(7, True), 1, 4, "layout"), ((),) * 4, "step 7 of generation 1 is complete")
-TORN = Missing((1, 3), Version(7, True), "no version is complete: of step 7 shards 1, 3 of 4 have no replica")
+TORN = Missing((1, 3), Version(7, True), "no version is complete: shards 1, 3 of 4 have no replica of step 7")
 EMPTY = Missing((), None, "the arenas are empty")
 
 
@@ -61,7 +61,7 @@ def planned(**changes: Any) -> StartPlan:
 
 
 @given(cases)
-def test_every_case_has_a_plan_that_hangs_together(case: dict[str, Any]) -> None:
+def test_every_case_has_a_consistent_plan(case: dict[str, Any]) -> None:
     plan = planned(**case)
     lost = isinstance(case["found"], Missing)
     assert (plan.error is not None) == (plan.action is StartAction.REFUSE)
@@ -77,7 +77,7 @@ def test_every_case_has_a_plan_that_hangs_together(case: dict[str, Any]) -> None
 
 
 @given(cases)
-def test_what_is_gone_on_from_is_the_newest(case: dict[str, Any]) -> None:
+def test_the_newest_state_is_resumed(case: dict[str, Any]) -> None:
     plan, state, found = planned(**case), case["state"], case["found"]
     if plan.action is StartAction.RESTORE and state is not None and not case["relaunched"]:
         assert state.snapshot.version <= found.snapshot.version
@@ -91,7 +91,7 @@ def test_what_is_gone_on_from_is_the_newest(case: dict[str, Any]) -> None:
 
 
 @given(cases)
-def test_every_reason_has_its_numbers(case: dict[str, Any]) -> None:
+def test_every_reason_contains_its_numbers(case: dict[str, Any]) -> None:
     plan, state = planned(**case), case["state"]
     expected: list[str] = []
     if plan.error is OptionsError:
@@ -108,53 +108,53 @@ def test_every_reason_has_its_numbers(case: dict[str, Any]) -> None:
     assert all(part in plan.reason for part in expected), (plan.reason, expected)
 
 
-def test_empty_arenas_begin_a_new_run() -> None:
+def test_empty_arenas_start_a_new_run() -> None:
     assert planned(generation=1, relaunched=False, had_commit=False) == StartPlan(
-        StartAction.FRESH, "the arenas are empty: a new run, generation 1 begins from the start"
+        StartAction.FRESH, "the arenas are empty: a new run, generation 1 starts from scratch"
     )
 
 
-def test_a_new_run_begins_from_the_file_that_was_asked_for() -> None:
+def test_a_new_run_starts_from_the_file_that_the_user_passed() -> None:
     plan = planned(generation=1, relaunched=False, had_commit=False, asked=CheckpointFile("a.ckpt"))
     assert plan == StartPlan(
-        StartAction.FRESH, "the arenas are empty: a new run, generation 1 begins from a.ckpt", "a.ckpt"
+        StartAction.FRESH, "the arenas are empty: a new run, generation 1 starts from a.ckpt", "a.ckpt"
     )
 
 
 @pytest.mark.parametrize("found", [EMPTY, TORN])
-def test_death_before_the_first_commit_begins_again(found: Missing) -> None:
+def test_a_relaunch_before_the_first_commit_starts_from_scratch(found: Missing) -> None:
     plan = planned(found=found, had_commit=False)
     assert plan.action is StartAction.FRESH
     assert plan.reason == (
-        f"generation 2 begins from the start: no generation before it has committed a version ({found.reason})"
+        f"generation 2 starts from scratch: no earlier generation committed a version ({found.reason})"
     )
 
 
 @pytest.mark.parametrize("relaunched", [False, True])
 def test_a_complete_version_is_restored(relaunched: bool) -> None:
     plan = planned(found=COMPLETE, relaunched=relaunched)
-    assert plan == StartPlan(StartAction.RESTORE, "generation 2 goes on: step 7 of generation 1 is complete")
+    assert plan == StartPlan(StartAction.RESTORE, "generation 2 resumes: step 7 of generation 1 is complete")
 
 
-def test_another_world_size_goes_on() -> None:
-    """Whether it can is known when the version is read (`protocol.streams`)."""
+def test_a_version_of_another_world_size_is_restored() -> None:
+    """Whether it can be continued is checked when the version is read (`protocol.virtual_ranks`)."""
     plan = planned(found=COMPLETE, world_size=3)
     assert plan.action is StartAction.RESTORE
-    assert plan.reason == "generation 2 goes on: step 7 of generation 1 is complete; written by 4 ranks, 3 go on"
+    assert plan.reason == "generation 2 resumes: step 7 of generation 1 is complete; written by 4 ranks, resumed on 3"
 
 
-def test_another_checkpoint_file_than_the_runs_own_is_refused_at_a_first_start_only() -> None:
+def test_a_checkpoint_file_other_than_the_runs_own_is_refused_at_a_first_start_only() -> None:
     plan = planned(found=COMPLETE, relaunched=False, asked=CheckpointFile("b.ckpt"), origin="a.ckpt")
     assert plan.error is OptionsError
     assert plan.reason == (
-        "ckpt_path='b.ckpt', but the arenas hold step 7 of a run that began from a.ckpt: "
-        "pass ckpt_path='a.ckpt' to go on with that run, or remove it with `ckptless clean`"
+        "ckpt_path='b.ckpt', but the arenas hold step 7 of a run that started from a.ckpt: "
+        "pass ckpt_path='a.ckpt' to continue that run, or remove it with `ckptless clean`"
     )
     assert planned(found=COMPLETE, relaunched=True, asked=CheckpointFile("b.ckpt"), origin="a.ckpt").error is None
     assert planned(found=COMPLETE, relaunched=False, asked=CheckpointFile("a.ckpt"), origin="a.ckpt").error is None
 
 
-def test_lost_shards_fall_to_the_newest_file() -> None:
+def test_lost_shards_fall_back_to_the_newest_file() -> None:
     plan = planned(found=TORN, file=CheckpointFile("a.ckpt"))
     assert (plan.action, plan.ckpt_path) == (StartAction.DURABLE, "a.ckpt")
     assert "shards 1, 3 of 4" in plan.reason
@@ -169,11 +169,13 @@ def test_lost_shards_fall_to_the_newest_file() -> None:
         (
             CheckpointFile("a.ckpt"),
             "raise",
-            "on_unrecoverable='raise' forbids to go on from a checkpoint file: ckpt_path='a.ckpt'",
+            "on_unrecoverable='raise' forbids resuming from a checkpoint file: pass ckpt_path='a.ckpt'",
         ),
     ],
 )
-def test_no_rung_left_is_an_error(found: Missing, file: CheckpointFile | None, on_unrecoverable: str, why: str) -> None:
+def test_no_state_left_is_an_error(
+    found: Missing, file: CheckpointFile | None, on_unrecoverable: str, why: str
+) -> None:
     plan = planned(found=found, file=file, on_unrecoverable=on_unrecoverable)
     assert plan.error is StateMissingError
     assert why in plan.reason
@@ -182,28 +184,28 @@ def test_no_rung_left_is_an_error(found: Missing, file: CheckpointFile | None, o
 # ---------------------------------------------------------------------- durable states
 
 
-def test_arenas_come_before_a_state_of_the_same_step() -> None:
+def test_arenas_are_preferred_to_a_durable_state_of_the_same_step() -> None:
     assert planned(found=COMPLETE, state=kept(7), relaunched=False).action is StartAction.RESTORE
     assert planned(found=COMPLETE, state=kept(6), relaunched=False).action is StartAction.RESTORE
 
 
-def test_a_state_that_is_newer_than_the_arenas_is_taken() -> None:
+def test_a_durable_state_newer_than_the_arenas_is_used() -> None:
     plan = planned(found=COMPLETE, state=kept(9), relaunched=False)
     assert plan.state == kept(9)
     assert plan.reason == (
-        "generation 2 goes on from the durable state durable/9: step 9 of run before is the newest that is left, newer "
+        "generation 2 resumes from the durable state durable/9: step 9 of run before is the newest state left, newer "
         "than step 7 in the arenas"
     )
 
 
-def test_a_new_start_goes_on_from_a_state() -> None:
+def test_a_new_start_resumes_from_a_durable_state() -> None:
     plan = planned(state=kept(9), generation=1, relaunched=False, had_commit=False)
     assert plan.state == kept(9)
-    assert plan.reason.endswith("step 9 of run before is the newest that is left; the arenas are empty")
+    assert plan.reason.endswith("step 9 of run before is the newest state left; the arenas are empty")
 
 
 @pytest.mark.parametrize(("step", "takes_state"), [(8, True), (9, True), (10, False)])
-def test_the_newer_of_a_state_and_the_file_that_was_asked_for(step: int, takes_state: bool) -> None:
+def test_the_newer_of_a_durable_state_and_the_users_file_is_used(step: int, takes_state: bool) -> None:
     asked = CheckpointFile("other.ckpt", step)
     plan = planned(state=kept(9), asked=asked, relaunched=False, had_commit=False)
     assert (plan.state is not None) is takes_state
@@ -211,41 +213,41 @@ def test_the_newer_of_a_state_and_the_file_that_was_asked_for(step: int, takes_s
     assert f"other.ckpt (step {step})" in plan.reason
 
 
-def test_the_file_that_the_run_began_from_is_older_than_its_states() -> None:
+def test_the_file_that_the_run_started_from_is_older_than_its_states() -> None:
     plan = planned(state=kept(9, origin="a.ckpt"), asked=CheckpointFile("a.ckpt"), relaunched=False, had_commit=False)
     assert plan.state is not None
 
 
-def test_a_file_whose_step_nobody_knows_is_not_guessed_at() -> None:
+def test_a_file_whose_step_is_unknown_is_refused() -> None:
     plan = planned(state=kept(9), asked=CheckpointFile("last"), relaunched=False, had_commit=False)
     assert plan.error is OptionsError
     assert "ckpt_path='last', but the durable state durable/9 holds step 9" in plan.reason
-    assert "leave ckpt_path out" in plan.reason
+    assert "omit ckpt_path" in plan.reason
 
 
-def test_a_state_of_another_number_of_ranks_goes_on() -> None:
+def test_a_durable_state_of_another_world_size_is_resumed() -> None:
     plan = planned(state=kept(9, world_size=2), relaunched=False, had_commit=False)
     assert plan.state is not None
-    assert plan.reason.endswith("; written by 2 ranks, 4 go on")
+    assert plan.reason.endswith("; written by 2 ranks, resumed on 4")
 
 
 @pytest.mark.parametrize(("step", "takes_state"), [(None, True), (9, True), (10, False)])
-def test_the_last_rung_takes_the_newer_of_a_state_and_a_file(step: int | None, takes_state: bool) -> None:
+def test_the_newer_of_a_durable_state_and_a_file_of_the_run_is_used(step: int | None, takes_state: bool) -> None:
     plan = planned(found=TORN, state=kept(9), file=CheckpointFile("a.ckpt", step))
     assert plan.action is StartAction.DURABLE
     assert (plan.state is not None) is takes_state
 
 
-def test_the_last_rung_may_be_forbidden() -> None:
+def test_a_durable_restore_may_be_forbidden() -> None:
     plan = planned(found=TORN, state=kept(9), on_unrecoverable="raise")
     assert plan.error is StateMissingError
-    assert "forbids to go on from the durable state durable/9" in plan.reason
+    assert "forbids resuming from the durable state durable/9" in plan.reason
 
 
-def test_a_damaged_state_is_no_reason_to_begin_anew() -> None:
+def test_a_damaged_durable_state_does_not_start_the_run_from_scratch() -> None:
     plan = planned(had_commit=False, relaunched=False, damaged=("durable/9: shard 1 is damaged",))
     assert plan.error is StateMissingError
-    assert "left aside: durable/9: shard 1 is damaged" in plan.reason
+    assert "ignored: durable/9: shard 1 is damaged" in plan.reason
     older = planned(had_commit=False, relaunched=False, state=kept(6), damaged=("durable/9: shard 1 is damaged",))
     assert older.state == kept(6)
-    assert "left aside: durable/9: shard 1 is damaged" in older.reason
+    assert "ignored: durable/9: shard 1 is damaged" in older.reason

@@ -1,4 +1,4 @@
-"""The plan of a restore: everybody gets everything once, from the nearest place."""
+"""The plan of a restore: every rank gets every needed shard once, from its own node if possible."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def worlds(draw: st.DrawFn) -> World:
 
 
 @given(worlds())
-def test_everybody_gets_everything_exactly_once(world: World) -> None:
+def test_every_rank_gets_every_needed_part_exactly_once(world: World) -> None:
     found, nodes, need = world
     plan = plan_transfers(found, nodes, need)
     got = Counter((_receiver(t), t.replica.shard, part) for t in plan for part in _parts(t.part))
@@ -50,7 +50,7 @@ def test_everybody_gets_everything_exactly_once(world: World) -> None:
 
 
 @given(worlds())
-def test_what_is_near_is_read_and_what_is_sent_is_there(world: World) -> None:
+def test_local_replicas_are_read_and_senders_have_what_they_send(world: World) -> None:
     found, nodes, need = world
     for transfer in plan_transfers(found, nodes, need):
         assert transfer.replica in found.replicas[transfer.replica.shard]
@@ -69,8 +69,8 @@ def test_the_plan_does_not_depend_on_the_order_of_the_need(world: World) -> None
     assert plan_transfers(found, nodes, need) == plan_transfers(found, nodes, backwards)
 
 
-def test_senders_take_turns() -> None:
-    """A node that has everything serves one that lost all: its ranks share the work."""
+def test_senders_share_the_work() -> None:
+    """The ranks of a node that has all shards share the work of sending to a node that lost all."""
     kept = [[replica(shard, shard % 4, "a", 8)] for shard in range(8)]
     nodes = ["a"] * 4 + ["b"] * 4
     plan = plan_transfers(complete(kept), nodes, {rank: set(range(8)) for rank in range(8)})
@@ -83,13 +83,13 @@ def test_senders_take_turns() -> None:
     assert max(sent.values()) - min(sent[rank] for rank in range(4)) <= 117
 
 
-def test_a_rank_reads_the_copy_it_keeps_itself() -> None:
+def test_a_rank_prefers_the_copy_that_it_keeps_itself() -> None:
     found = complete([[replica(0, 0, "a", 2), replica(0, 1, "a", 2)], [replica(1, 1, "a", 2)]])
     plan = plan_transfers(found, ["a", "a"], {1: {0, 1}})
     assert plan == (Read(1, found.replicas[1][0], Part.WHOLE), Read(1, found.replicas[0][1], Part.BULK))
 
 
-def test_the_small_state_is_wanted_even_where_the_own_tensors_are_not() -> None:
+def test_the_host_state_is_transferred_even_if_the_tensors_are_not_needed() -> None:
     found = complete([[replica(0, 0, "a", 2)], [replica(1, 0, "a", 2)]])
     plan = plan_transfers(found, ["a", "b"], {1: {0}})
     assert plan == (
@@ -100,7 +100,7 @@ def test_the_small_state_is_wanted_even_where_the_own_tensors_are_not() -> None:
 
 
 @given(worlds())
-def test_every_absent_copy_is_made_once_and_whole(world: World) -> None:
+def test_every_absent_copy_is_filled_in_once_and_completely(world: World) -> None:
     found, nodes, need = world
     absent = [(shard, rank) for rank, shards in need.items() for shard in shards]
     plan = plan_copies(found, nodes, absent)

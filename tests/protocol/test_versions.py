@@ -1,4 +1,4 @@
-"""The choice of the version: old or new, never mixed."""
+"""The choice of the version to restore: never a mixture of two."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ replicas = st.builds(
 
 
 @given(st.lists(replicas, max_size=24), st.data())
-def test_what_is_chosen_is_whole_unmixed_and_the_newest(inventory: list[Replica], data: st.DataObject) -> None:
+def test_the_chosen_version_is_complete_unmixed_and_the_newest(inventory: list[Replica], data: st.DataObject) -> None:
     bad = data.draw(st.lists(st.sampled_from(inventory), max_size=4)) if inventory else []
     good = [r for r in inventory if r.state in READABLE and r not in bad]
     whole = {r.snapshot for r in good if {s.shard for s in good if s.snapshot == r.snapshot} == set(range(WORLD_SIZE))}
@@ -58,17 +58,17 @@ def test_the_order_of_the_inventory_does_not_matter(inventory: list[Replica], da
     assert newest_complete(data.draw(st.permutations(inventory))) == newest_complete(inventory)
 
 
-def test_an_older_complete_version_beats_a_newer_torn_one() -> None:
+def test_an_older_complete_version_is_preferred_to_a_newer_incomplete_one() -> None:
     found = newest_complete([*whole(5), replica(0, 6), replica(1, 6)])
     assert isinstance(found, Complete)
     assert found.snapshot.version == Version(5, True)
-    assert found.reason == "step 5 of generation 1 is complete: 3 of 3 shards, at least 1 replicas each"
+    assert found.reason == "step 5 of generation 1 is complete: 3 of 3 shards, at least 1 replica each"
 
 
-def test_generations_are_not_put_together() -> None:
+def test_replicas_of_different_generations_are_not_combined() -> None:
     mixture = [replica(0, 5), replica(1, 5), replica(2, 5, generation=2)]
     assert newest_complete(mixture) == Missing(
-        (0, 1), Version(5, True), "no version is complete: of step 5 shards 0, 1 of 3 have no replica"
+        (0, 1), Version(5, True), "no version is complete: shards 0, 1 of 3 have no replica of step 5"
     )
 
 
@@ -81,7 +81,7 @@ def test_the_writers_own_copy_comes_first() -> None:
 def test_damaged_replicas_are_counted() -> None:
     damaged = replica(1, 5)
     assert newest_complete([replica(0, 5), damaged, replica(2, 5)], bad=[damaged]).reason == (
-        "no version is complete: of step 5 shards 1 of 3 have no replica (1 damaged replicas left aside)"
+        "no version is complete: shard 1 of 3 has no replica of step 5 (1 damaged replica ignored)"
     )
 
 
@@ -89,9 +89,9 @@ def test_empty_arenas() -> None:
     assert newest_complete([]) == Missing((), None, "the arenas are empty")
 
 
-def test_a_version_before_its_tail_is_older_than_after_it() -> None:
+def test_a_version_before_validation_is_older_than_after_it() -> None:
     assert Version(4, True) < Version(5, False) < Version(5, True)
-    assert str(Version(5, False)) == "step 5 (before its tail)"
+    assert str(Version(5, False)) == "step 5 (before validation)"
 
 
 def whole(step: int) -> Sequence[Replica]:

@@ -1,4 +1,4 @@
-"""Arenas, states and small worlds for the tests of the replica room."""
+"""Fixtures for the tests of replicas: arenas, states and small worlds."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ T = TypeVar("T")
 
 
 class Together(Protocol):
-    """Runs one function per rank, each in a thread, and returns what they returned."""
+    """Runs one function per rank, each in a thread, and returns their results."""
 
     def __call__(self, world_size: int, body: Callable[[int], T]) -> list[T]: ...
 
 
 @pytest.fixture
 def owner() -> Owner:
-    """The process of the test."""
+    """The process of the test, as an owner."""
     return Owner.of(os.getpid())
 
 
@@ -41,7 +41,7 @@ def arena(tmp_path: Path, owner: Owner) -> Iterator[Arena]:
 
 @pytest.fixture
 def stamp() -> Stamp:
-    """What a slot of the tests holds."""
+    """The stamp of a test slot."""
     return Stamp(Version(3, True), generation=1, world_size=2, layout="ab" * 32, shard=0, holder=1)
 
 
@@ -74,7 +74,7 @@ def world(tmp_path: Path, owner: Owner) -> Iterator[MakeWorld]:
 
 @pytest.fixture
 def state() -> dict[str, torch.Tensor]:
-    """Tensors of every kind that a state can have."""
+    """Tensors of every kind that a state may contain."""
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(300, 70, generator=generator)
     return {

@@ -1,4 +1,4 @@
-"""Arenas: whose they are, what they hold, what becomes of them."""
+"""Arenas: ownership, contents, adoption and removal."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from tests.outsider import call_as_another_user, needs_another_user, open_to_all
 
 @pytest.fixture
 def dead() -> Owner:
-    """A process that has ended."""
+    """A process that has exited."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    gone = Owner.of(child.pid)
-    assert gone.alive()
+    exited = Owner.of(child.pid)
+    assert exited.alive()
     child.communicate()
-    return gone
+    return exited
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def written(arena: Arena, stamp: Stamp) -> Arena:
     return arena
 
 
-def test_a_folder_that_could_not_become_an_arena_is_removed(tmp_path: Path) -> None:
+def test_a_folder_without_metadata_is_removed_after_an_error(tmp_path: Path) -> None:
     origin: Any = object()
     with pytest.raises(TypeError):
         Arena.create(tmp_path, "run", "node", Owner.of(os.getpid()), origin=origin)
@@ -79,7 +79,7 @@ def test_a_replica_is_read_as_it_was_written(written: Arena, stamp: Stamp) -> No
 
 @pytest.mark.parametrize("algorithm", ["xxh3", "crc32"])
 @pytest.mark.parametrize("place", [HEADER_BYTES, HEADER_BYTES + 999, HEADER_BYTES + 1000, HEADER_BYTES + 1009])
-def test_a_flipped_byte_is_found(arena: Arena, stamp: Stamp, place: int, algorithm: str) -> None:
+def test_a_flipped_byte_is_detected(arena: Arena, stamp: Stamp, place: int, algorithm: str) -> None:
     slot, _ = arena.slots(0, 1, 1000, layout=stamp.layout)
     write(slot, stamp, torch.arange(1000).to(torch.uint8), b"host state", algorithm)
     (replica,) = arena.inventory()
@@ -98,17 +98,17 @@ def test_without_a_checksum_nothing_is_checked(arena: Arena, stamp: Stamp) -> No
     assert arena.verify(arena.inventory()[0])
 
 
-def test_an_unknown_checksum_is_no_match(written: Arena) -> None:
+def test_an_unknown_checksum_does_not_match(written: Arena) -> None:
     assert not written.verify(replace(written.inventory()[0], checksum="md9:00"))
 
 
-def test_writing_into_what_was_read_leaves_the_slot_alone(written: Arena) -> None:
+def test_writing_into_a_read_tensor_does_not_change_the_slot(written: Arena) -> None:
     (replica,) = written.inventory()
     written.read_bulk(replica).zero_()
     assert written.verify(replica)
 
 
-def test_a_torn_header_is_left_out_and_counted(written: Arena, stamp: Stamp) -> None:
+def test_a_torn_header_is_skipped_and_counted(written: Arena, stamp: Stamp) -> None:
     slot, _ = written.slots(1, 1, 1000, layout=stamp.layout)
     slot.begin(replace(stamp, shard=1))
     os.pwrite(slot._fd, b"\xff", 40)
@@ -116,21 +116,21 @@ def test_a_torn_header_is_left_out_and_counted(written: Arena, stamp: Stamp) -> 
     assert written.torn_headers == 1
 
 
-def test_a_file_that_is_cut_short_is_left_out(written: Arena) -> None:
+def test_a_truncated_file_is_skipped(written: Arena) -> None:
     (replica,) = written.inventory()
     path = next(written.path.glob("shard-*.slot-0"))
     os.truncate(path, HEADER_BYTES + replica.bulk_bytes)
     assert written.inventory() == ()
 
 
-def test_the_slots_of_another_run_are_left_out(written: Arena, tmp_path: Path, owner: Owner) -> None:
+def test_the_slots_of_another_run_are_skipped(written: Arena, tmp_path: Path, owner: Owner) -> None:
     other = Arena.create(tmp_path, "other", "node0", owner)
     for path in written.path.glob("shard-*"):
         (other.path / path.name).write_bytes(path.read_bytes())
     assert other.inventory() == ()
 
 
-def test_a_slot_is_found_again_with_what_it_holds(written: Arena, stamp: Stamp) -> None:
+def test_a_slot_is_reopened_with_its_contents(written: Arena, stamp: Stamp) -> None:
     written.close()
     again = Arena.attach(written.path)
     slot, _ = again.slots(0, 1, 1000, layout=stamp.layout)
@@ -146,7 +146,7 @@ def test_another_layout_gets_slots_of_its_own(written: Arena, stamp: Stamp) -> N
     assert all(written.verify(replica) for replica in written.inventory())
 
 
-def test_slots_larger_than_the_free_space_are_refused_with_the_arithmetic(arena: Arena) -> None:
+def test_slots_larger_than_the_free_space_are_refused_with_numbers(arena: Arena) -> None:
     disk = os.statvfs(arena.path)
     asked = disk.f_bavail * disk.f_frsize
     with pytest.raises(ArenaError, match=rf"{arena.path}.* need {2 * (asked + 4096)} more bytes.*arena_dir="):
@@ -176,7 +176,7 @@ def test_a_damaged_layout_is_none(arena: Arena, state: dict[str, torch.Tensor]) 
     assert arena.read_layout(layout.digest) is None
 
 
-def test_clear_drops_slots_and_layouts(written: Arena, state: dict[str, torch.Tensor]) -> None:
+def test_clear_removes_slots_and_layouts(written: Arena, state: dict[str, torch.Tensor]) -> None:
     written.write_layout(plan_layout([describe(state, replicated=True)]))
     written.note("generation", 1)
     written.clear()
@@ -184,7 +184,7 @@ def test_clear_drops_slots_and_layouts(written: Arena, state: dict[str, torch.Te
     assert written.notes() == {"generation": 1}
 
 
-def test_prune_drops_other_shelves(written: Arena, stamp: Stamp) -> None:
+def test_prune_removes_other_slot_pairs(written: Arena, stamp: Stamp) -> None:
     write(
         written.slots(1, 1, 10, layout=stamp.layout)[0],
         replace(stamp, shard=1),
@@ -195,7 +195,7 @@ def test_prune_drops_other_shelves(written: Arena, stamp: Stamp) -> None:
     assert [(replica.shard, replica.holder) for replica in written.inventory()] == [(1, 1)]
 
 
-def test_retain_drops_what_a_committed_version_replaced(
+def test_retain_removes_what_a_committed_version_superseded(
     written: Arena, stamp: Stamp, state: dict[str, torch.Tensor]
 ) -> None:
     new = replace(stamp, layout="cd" * 32, generation=2)
@@ -213,16 +213,16 @@ def test_retain_drops_what_a_committed_version_replaced(
 # ------------------------------------------------------------------ whose it is
 
 
-def test_only_its_user_may_look_into_an_arena(arena: Arena) -> None:
+def test_only_its_user_may_read_an_arena(arena: Arena) -> None:
     assert arena.path.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in arena.path.iterdir()} == {0o600}
 
 
-def test_making_an_arena_again_attaches_to_it(written: Arena, tmp_path: Path, owner: Owner) -> None:
+def test_creating_an_arena_again_attaches_to_it(written: Arena, tmp_path: Path, owner: Owner) -> None:
     assert len(Arena.create(tmp_path, "run", "node0", owner).inventory()) == 1
 
 
-def test_many_ranks_may_make_the_same_arena_at_once(tmp_path: Path, owner: Owner) -> None:
+def test_many_ranks_may_create_the_same_arena_concurrently(tmp_path: Path, owner: Owner) -> None:
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: Arena.create(tmp_path, "run", "n", owner, origin="a.ckpt"), range(8)))
     assert {arena.path for arena in made} == {made[0].path} and made[0].notes() == {"origin": "a.ckpt"}
@@ -241,7 +241,7 @@ def test_an_arena_of_a_dead_process_gets_the_new_owner(tmp_path: Path, owner: Ow
 
 
 @pytest.mark.parametrize("name", ["a/b", "../up", "a b", "ä", "-"])
-def test_any_run_id_makes_one_folder(tmp_path: Path, owner: Owner, name: str) -> None:
+def test_any_run_id_maps_to_one_folder(tmp_path: Path, owner: Owner, name: str) -> None:
     made = Arena.create(tmp_path, name, name, owner)
     assert made.path.parent == tmp_path and find_arenas(tmp_path, name)[0].node == name
 
@@ -254,7 +254,7 @@ def test_another_format_is_refused(arena: Arena) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"format": 1}', b"\xff"])
-def test_what_is_no_arena_is_refused(arena: Arena, content: bytes) -> None:
+def test_a_folder_that_is_not_an_arena_is_refused(arena: Arena, content: bytes) -> None:
     (arena.path / "arena.json").write_bytes(content)
     with pytest.raises(ArenaError):
         Arena.attach(arena.path)
@@ -262,14 +262,14 @@ def test_what_is_no_arena_is_refused(arena: Arena, content: bytes) -> None:
 
 
 def spoil(arena: Arena, **owner: object) -> None:
-    """Damage what an arena says about itself, its owner above all."""
+    """Damage the metadata of an arena, including its owner."""
     path = arena.path / "arena.json"
     facts = json.loads(path.read_bytes())
     path.write_text(json.dumps(facts | {"owner": facts["owner"] | owner, "created_at": 1.0}))
 
 
 @pytest.mark.parametrize("pid", [-7, 0, 1 << 40, "x", None])
-def test_a_damaged_arena_stops_no_start_of_its_own_run_or_of_another(
+def test_a_damaged_arena_does_not_prevent_a_start_of_its_own_or_another_run(
     written: Arena, tmp_path: Path, owner: Owner, pid: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     spoil(written, pid=pid)
@@ -277,25 +277,25 @@ def test_a_damaged_arena_stops_no_start_of_its_own_run_or_of_another(
     Arena.create(tmp_path, "other", "node0", owner)
     again = Arena.create(tmp_path, "run", "node0", owner)
     assert again.path == written.path and again.inventory() == ()
-    assert caplog.text.count("it is emptied and used again") == 1
+    assert caplog.text.count("it is cleared and reused") == 1
 
 
 def test_a_damaged_arena_of_a_live_process_is_not_taken_from_it(
     written: Arena, tmp_path: Path, owner: Owner, dead: Owner
 ) -> None:
     spoil(written)
-    with pytest.raises(ArenaError, match=f"after process {owner.pid} has ended"):
+    with pytest.raises(ArenaError, match=f"after process {owner.pid} has exited"):
         Arena.create(tmp_path, "run", "node0", dead)
     assert any(written.path.glob("shard-*"))
 
 
-def test_a_damaged_note_counts_as_never_written(arena: Arena, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_note_is_ignored(arena: Arena, caplog: pytest.LogCaptureFixture) -> None:
     arena.note("generation", 3)
     arena.note("finished", True)
     path = arena.path / "note-generation.json"
     path.write_text(path.read_text().replace("3", "4"))
     assert arena.notes() == arena.notes() == {"finished": True}
-    assert caplog.text.count("note-generation.json: this note is left out") == 1
+    assert caplog.text.count("note-generation.json: ignoring a damaged note") == 1
 
 
 def test_an_arena_of_another_user_is_refused(arena: Arena) -> None:
@@ -306,14 +306,14 @@ def test_an_arena_of_another_user_is_refused(arena: Arena) -> None:
         Arena.attach(arena.path)
 
 
-def test_a_link_is_no_arena(arena: Arena, tmp_path: Path) -> None:
+def test_a_symbolic_link_is_not_an_arena(arena: Arena, tmp_path: Path) -> None:
     link = tmp_path / "ckptless-link"
     link.symlink_to(arena.path)
     with pytest.raises(ArenaError):
         Arena.attach(link)
 
 
-def test_a_folder_that_cannot_be_made_is_an_error_with_the_fix(tmp_path: Path, owner: Owner) -> None:
+def test_the_error_for_a_folder_that_cannot_be_created_shows_the_fix(tmp_path: Path, owner: Owner) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ArenaError, match="arena_dir="):
         Arena.create(tmp_path / "file", "run", "n", owner)
@@ -322,7 +322,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_with_the_fix(tmp_path: Path, o
 # ------------------------------------------------------------------ what becomes of it
 
 
-def test_arenas_are_found_with_what_is_known_of_them(written: Arena, tmp_path: Path, owner: Owner, dead: Owner) -> None:
+def test_arenas_are_found_with_their_metadata(written: Arena, tmp_path: Path, owner: Owner, dead: Owner) -> None:
     Arena.create(tmp_path, "other", "node1", dead, origin="last.ckpt")
     first, second = find_arenas(tmp_path)
     assert (first.run_id, first.node, first.owner_alive) == ("other", "node1", False) and first.origin == "last.ckpt"
@@ -340,11 +340,13 @@ def test_a_zombie_owner_is_dead() -> None:
     child.communicate()
 
 
-def test_a_process_with_a_number_used_again_is_another(owner: Owner) -> None:
+def test_a_process_with_a_reused_id_is_another_owner(owner: Owner) -> None:
     assert not replace(owner, started_at=owner.started_at - 60).alive()
 
 
-def test_an_orphan_is_adopted_with_what_it_holds(tmp_path: Path, owner: Owner, dead: Owner, stamp: Stamp) -> None:
+def test_an_abandoned_arena_is_adopted_with_its_contents(
+    tmp_path: Path, owner: Owner, dead: Owner, stamp: Stamp
+) -> None:
     orphan = Arena.create(tmp_path, "run", "old", dead)
     write(orphan.slots(0, 1, 10, layout=stamp.layout)[0], stamp, torch.ones(10, dtype=torch.uint8), b"b")
     orphan.close()
@@ -355,7 +357,7 @@ def test_an_orphan_is_adopted_with_what_it_holds(tmp_path: Path, owner: Owner, d
     assert find_arenas(tmp_path)[0].owner == owner
 
 
-def test_of_many_adopters_one_wins(tmp_path: Path, owner: Owner, dead: Owner) -> None:
+def test_only_one_of_many_concurrent_adoptions_succeeds(tmp_path: Path, owner: Owner, dead: Owner) -> None:
     Arena.create(tmp_path, "run", "old", dead)
     (info,) = find_arenas(tmp_path)
     with ThreadPoolExecutor(8) as pool:
@@ -368,14 +370,14 @@ def test_an_arena_with_a_live_owner_is_not_adopted(arena: Arena, tmp_path: Path,
     assert adopt(find_arenas(tmp_path)[0], node="new", owner=owner) is None
 
 
-def test_a_node_with_an_arena_adopts_no_other(arena: Arena, tmp_path: Path, owner: Owner, dead: Owner) -> None:
+def test_a_node_with_an_arena_does_not_adopt_another(arena: Arena, tmp_path: Path, owner: Owner, dead: Owner) -> None:
     Arena.create(tmp_path, "run", "old", dead)
     orphan = next(info for info in find_arenas(tmp_path) if info.node == "old")
     assert adopt(orphan, node="node0", owner=owner) is None
     assert len(find_arenas(tmp_path)) == 2
 
 
-def test_reclaim_removes_old_orphans_only(arena: Arena, tmp_path: Path, dead: Owner) -> None:
+def test_reclaim_removes_only_old_abandoned_arenas(arena: Arena, tmp_path: Path, dead: Owner) -> None:
     orphan = Arena.create(tmp_path, "run", "old", dead)
     now = time.time()
     assert reclaim(tmp_path, now=now + 50, keep_s=60) == ()
@@ -383,12 +385,12 @@ def test_reclaim_removes_old_orphans_only(arena: Arena, tmp_path: Path, dead: Ow
     assert [info.node for info in find_arenas(tmp_path)] == ["node0"]
 
 
-def test_remove_leaves_nothing(written: Arena) -> None:
+def test_remove_deletes_everything(written: Arena) -> None:
     written.remove()
     assert not written.path.exists()
 
 
-def test_the_default_folder_can_be_written(
+def test_the_default_folder_is_writable(
     recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("CKPTLESS_ARENA_DIR")
@@ -400,7 +402,7 @@ def test_the_default_folder_can_be_written(
 def test_without_shared_memory_a_temporary_folder_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CKPTLESS_ARENA_DIR")
     monkeypatch.setattr("lightning_ckptless.replica.arena_space.SHARED_MEMORY", tmp_path / "none")
-    with pytest.warns(UserWarning, match="arenas go to"):
+    with pytest.warns(UserWarning, match="arenas are stored in"):
         assert os.access(default_arena_dir(), os.W_OK)
 
 
@@ -418,7 +420,7 @@ def test_a_new_version_may_follow_in_a_slot(written: Arena, stamp: Stamp) -> Non
 
 @needs_another_user
 @pytest.mark.parametrize("planted", ["folder", "link"])
-def test_what_another_user_has_made_in_its_place_is_neither_locked_nor_written(
+def test_a_folder_or_link_of_another_user_is_neither_locked_nor_written(
     planted: str, tmp_path: Path, owner: Owner
 ) -> None:
     shared, own = open_to_all(tmp_path / "shm"), tmp_path / "own"
@@ -437,7 +439,7 @@ def test_what_another_user_has_made_in_its_place_is_neither_locked_nor_written(
 
 
 @needs_another_user
-def test_the_lock_of_another_users_folder_is_not_waited_for(tmp_path: Path, owner: Owner) -> None:
+def test_the_lock_of_another_users_folder_is_not_awaited(tmp_path: Path, owner: Owner) -> None:
     shared = open_to_all(tmp_path / "shm")
     path = shared / "ckptless-run-node"
     call_as_another_user(lambda: path.mkdir(mode=0o777))
@@ -464,7 +466,7 @@ def test_a_small_file_is_not_written_through_a_link(arena: Arena, tmp_path: Path
     assert arena.notes() == {}
 
 
-def test_an_arena_that_another_job_reclaims_meanwhile_is_made_again(tmp_path: Path, owner: Owner, dead: Owner) -> None:
+def test_an_arena_that_is_reclaimed_concurrently_is_created_again(tmp_path: Path, owner: Owner, dead: Owner) -> None:
     orphan = Arena.create(tmp_path, "run", "node", dead)
     with ThreadPoolExecutor(1) as pool:
         with locked(orphan.path, wait=True):
@@ -478,12 +480,12 @@ def test_an_arena_that_another_job_reclaims_meanwhile_is_made_again(tmp_path: Pa
 
 
 def waits_for_lock(path: Path) -> bool:
-    """Whether somebody waits for the lock of a file."""
+    """Whether a process waits for the lock of a file."""
     inode = f":{path.stat().st_ino} "
     return any("->" in line and inode in line for line in Path("/proc/locks").read_text().splitlines())
 
 
-def test_looking_for_arenas_survives_that_others_remove_theirs(tmp_path: Path, owner: Owner, dead: Owner) -> None:
+def test_arenas_may_be_removed_during_a_search(tmp_path: Path, owner: Owner, dead: Owner) -> None:
     over = threading.Event()
 
     def come_and_go() -> None:
@@ -508,7 +510,7 @@ def test_looking_for_arenas_survives_that_others_remove_theirs(tmp_path: Path, o
 # ------------------------------------------------------------------ room
 
 
-def test_the_slots_of_all_ranks_of_a_node_have_to_fit_together(arena: Arena) -> None:
+def test_the_slots_of_all_ranks_of_a_node_must_fit_together(arena: Arena) -> None:
     disk = os.statvfs(arena.path)
     each = disk.f_bavail * disk.f_frsize * 2 // 5
     state = {"weight": torch.empty(each, dtype=torch.uint8, device="meta")}
@@ -523,7 +525,7 @@ def _hold_here(handles: list[int]) -> Hold:
     return lambda paths, _reason: handles.extend(make_memory_file(path) for path in paths)
 
 
-def test_slots_that_do_not_fit_are_memory_that_is_read_and_taken_like_files(
+def test_slots_that_do_not_fit_are_put_into_memory_and_used_like_files(
     tmp_path: Path, owner: Owner, stamp: Stamp
 ) -> None:
     handles: list[int] = []
@@ -538,7 +540,7 @@ def test_slots_that_do_not_fit_are_memory_that_is_read_and_taken_like_files(
         again = Arena.attach(arena.path)
         assert again.slots(0, 1, 900_000, layout=stamp.layout)[0].header == slot.header, "found again, not made again"
         again.close()
-        # Another one would fit, but not the host state of all the others.
+        # Another slot would fit, but not the host state of all others.
         arena.slots(1, 1, 10_000, layout=stamp.layout)
         assert len(handles) == 4
         arena.close()
@@ -552,7 +554,7 @@ def test_slots_that_do_not_fit_are_memory_that_is_read_and_taken_like_files(
         arena.remove()
 
 
-def test_what_was_decided_for_the_node_counts_for_each_of_its_ranks(tmp_path: Path, owner: Owner) -> None:
+def test_a_decision_for_the_node_applies_to_each_of_its_ranks(tmp_path: Path, owner: Owner) -> None:
     handles: list[int] = []
     state = {"weight": torch.empty(700_000, dtype=torch.uint8, device="meta")}
     layout = plan_layout([describe(state, replicated=False)] * 2)
@@ -567,14 +569,14 @@ def test_what_was_decided_for_the_node_counts_for_each_of_its_ranks(tmp_path: Pa
             os.close(handle)
 
 
-def test_slots_that_fit_nowhere_are_refused_with_every_way_out(tmp_path: Path, arena: Arena, owner: Owner) -> None:
+def test_slots_that_fit_nowhere_are_refused_with_all_remedies(tmp_path: Path, arena: Arena, owner: Owner) -> None:
     with small_memory(tmp_path / "small", 1) as folder:
         small = Arena.create(folder, "run", "node0", owner)
-        ways = r"cannot be anonymous memory of the agent: {}.*--shm-size.*arena_dir="
+        ways = r"cannot hold them in anonymous memory: {}.*--shm-size.*arena_dir="
         with pytest.raises(ArenaError, match=ways.format("the workers were not started by an agent of this package")):
             small.slots(0, 0, 2_000_000)
         small.hold = _hold_here([])
-        with pytest.raises(ArenaError, match=ways.format(r"\d+ bytes of memory are left")):
+        with pytest.raises(ArenaError, match=ways.format(r"only \d+ bytes of memory are available")):
             small.slots(0, 0, 1 << 50)
         assert not list(small.path.glob("shard-*"))
 

@@ -1,4 +1,4 @@
-"""Digests: the same whoever reads and however the bytes lie, another one for any other byte."""
+"""Checksums depend on the bytes only, not on buffers or threads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("cuts", [(), (1,), (1024, 2048), (100, 100, 9_999)], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_digest_is_of_the_bytes_and_not_of_how_they_lie(
+def test_a_digest_does_not_depend_on_how_the_bytes_are_divided(
     algorithm: str, cuts: tuple[int, ...], threads: int, data: bytes
 ) -> None:
     edges = (0, *cuts, BYTES)
@@ -42,7 +42,7 @@ def test_a_digest_is_of_the_bytes_and_not_of_how_they_lie(
 
 @pytest.mark.parametrize("at", [0, 1023, 1024, BYTES - 1])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_another_byte_is_another_digest(at: int, threads: int, data: bytes) -> None:
+def test_a_changed_byte_changes_the_digest(at: int, threads: int, data: bytes) -> None:
     found = digest("xxh3", [data], threads=threads)
     changed = bytearray(data)
     changed[at] ^= 1
@@ -51,12 +51,12 @@ def test_another_byte_is_another_digest(at: int, threads: int, data: bytes) -> N
     assert not matches(found, [data, b"\0"])
 
 
-def test_pieces_that_change_places_are_noticed(data: bytes) -> None:
+def test_swapped_pieces_are_detected(data: bytes) -> None:
     found = digest("xxh3", [data], threads=2)
     assert not matches(found, [data[1024:2048], data[:1024], data[2048:]])
 
 
-def test_what_was_known_before_may_have_a_digest_of_its_own(data: bytes) -> None:
+def test_a_known_prefix_may_have_a_digest_of_its_own(data: bytes) -> None:
     first, rest = data[:3_000], data[3_000:]
     found = joined(3_000, digest("xxh3", [first]), digest("xxh3", [rest], threads=2))
     assert matches(found, [data[:5_000], data[5_000:]])
@@ -64,17 +64,17 @@ def test_what_was_known_before_may_have_a_digest_of_its_own(data: bytes) -> None
 
 
 @pytest.mark.parametrize("unknown", ["md5:00", "xxh3*:00", "xxh3*0:00", "xxh3*x:00", "md5*4:00"])
-def test_a_digest_of_another_kind_matches_nothing(unknown: str, data: bytes) -> None:
+def test_a_digest_of_an_unknown_kind_does_not_match(unknown: str, data: bytes) -> None:
     assert not matches(unknown, [data])
 
 
-def test_nothing_is_read_for_no_checksum(data: bytes) -> None:
+def test_without_a_checksum_nothing_is_read(data: bytes) -> None:
     assert digest(NO_CHECKSUM, [data], threads=4) == ""
     assert matches("", [data])
 
 
 @given(ranks=st.integers(1, 64), cores=st.integers(1, 256))
-def test_ranks_do_not_take_more_cores_than_there_are(ranks: int, cores: int) -> None:
+def test_ranks_do_not_use_more_cores_than_available(ranks: int, cores: int) -> None:
     beside, alone = (threads_of_a_rank(ranks, beside_training=beside, cores=cores) for beside in (True, False))
     assert 1 <= beside <= alone <= MOST_THREADS
     assert alone == 1 or ranks * alone <= cores

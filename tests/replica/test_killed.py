@@ -1,4 +1,4 @@
-"""A process that is really killed in the middle of a round."""
+"""A process that is killed in the middle of a round."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ WORKER = """
     ("moment", "left", "state"),
     [("stage", 3, SlotState.WRITING), ("send", 4, SlotState.STAGED), ("committed", 4, SlotState.COMMITTED)],
 )
-def test_a_kill_leaves_one_whole_version(arena: Arena, moment: str, left: int, state: SlotState) -> None:
+def test_a_kill_leaves_one_complete_version(arena: Arena, moment: str, left: int, state: SlotState) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     worker = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(WORKER), str(arena.path), moment],

@@ -1,4 +1,4 @@
-"""A restored version that lacks copies gets them back, before anything is written over the version before it."""
+"""A restored version gets its missing copies before the previous version is overwritten."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_ckptless.replica.arena import Arena, Owner
 from lightning_ckptless.replica.rereplicate import Rereplicated, rereplicate
 from lightning_ckptless.replica.restore import choose, fetch
 from lightning_ckptless.replica.slot import HEADER_BYTES
-from lightning_ckptless.replica.transport import LoopbackTransport, Parcel, Transport
+from lightning_ckptless.replica.transport import LoopbackTransport, Message, Transport
 from tests.replica.conftest import Together
 from tests.replica.world import MakeWorld, StopError, World, stop_at
 
@@ -43,7 +43,7 @@ def restored_by(world: World, together: Together) -> list[Complete]:
 def fill_in(
     world: World, together: Together, found: list[Complete] | None = None, wrap: Wrap | None = None
 ) -> list[Rereplicated]:
-    """What every rank says once the version that is restored has been replenished."""
+    """The results of all ranks after the restored version was rereplicated."""
     found = found or restored_by(world, together)
     transports = LoopbackTransport.world(world.size)
 
@@ -57,7 +57,7 @@ def fill_in(
 
 
 def thin(world: World) -> World:
-    """Step 1 is committed, and step 2 is in the slots of its writers alone: they died before they sent anything."""
+    """Step 1 is committed, and step 2 is only in the slots of its writers, which died before they sent anything."""
     world.begin(probes={rank: stop_at("send", 2) for rank in range(world.size)})
     write_alone(world, 1, 2)
     assert world.newest() == 2
@@ -66,7 +66,7 @@ def thin(world: World) -> World:
 
 
 def mirrored(world: World, *steps: int) -> World:
-    """Versions are committed, and their generation is over."""
+    """Commit versions and end their generation."""
     world.begin()
     for step in steps:
         world.submit(step)
@@ -76,7 +76,7 @@ def mirrored(world: World, *steps: int) -> World:
 
 
 def write_alone(world: World, *steps: int) -> None:
-    """Mirror versions, of which the last one goes no further than its writers."""
+    """Mirror versions, the last of which stays with its writers."""
     for step in steps[:-1]:
         world.submit(step)
         assert world.settle() == [Version(step, True)] * world.size
@@ -88,7 +88,7 @@ def write_alone(world: World, *steps: int) -> None:
 
 
 def lose(world: World, rank: int, folder: Path, owner: Owner) -> None:
-    """The node of a rank comes back with an empty arena."""
+    """Replace the arena of a rank by an empty one."""
     world.arenas[rank].remove()
     world.arenas[rank] = Arena.create(folder, "run", f"node{rank}", owner)
 
@@ -111,10 +111,10 @@ def contents(world: World) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("replenished", [False, True])
-def test_writing_over_the_last_version_with_all_copies(
+def test_overwriting_the_last_version_with_all_copies(
     world: MakeWorld, together: Together, size: int, replenished: bool
 ) -> None:
-    """A thin version is restored, the next one is written over the version before, and an arena is lost."""
+    """Restore a version that lacks copies, overwrite the previous one with the next, and lose an arena."""
     ranks = thin(world(size))
     if replenished:
         fill_in(ranks, together)
@@ -128,7 +128,9 @@ def test_writing_over_the_last_version_with_all_copies(
 
 
 @pytest.mark.parametrize(("size", "copies"), [(2, 1), (3, 1), (3, 2)])
-def test_thin_version_is_filled_in_and_committed(world: MakeWorld, together: Together, size: int, copies: int) -> None:
+def test_missing_copies_are_filled_in_and_committed(
+    world: MakeWorld, together: Together, size: int, copies: int
+) -> None:
     ranks = world(size, copies=copies)
     (said, *_) = fill_in(thin(ranks), together)
     assert said.pairs == tuple((s, holder) for s in range(size) for holder in sorted(ranks.placement.holders[s]))
@@ -137,14 +139,14 @@ def test_thin_version_is_filled_in_and_committed(world: MakeWorld, together: Tog
         == said.sent_bytes
         == copies * sum(ranks.layout().bulk_bytes(shard) + len(f"blob {shard} 2") for shard in range(size))
     )
-    assert said.reason.startswith(f"{copies * size} copies that step 2 lacked were filled in")
+    assert said.reason.startswith(f"filled in {copies * size} missing copies of step 2")
     assert all(ranks.values(without=[lost]) == {2.0} for lost in range(size))
     lines = [line for arena in ranks.arenas for line in arena.inventory()]
     assert {(line.version.optimizer_step, line.generation) for line in lines} == {(1, 1), (2, 1)}
     assert all(line.state is SlotState.COMMITTED for line in lines if line.shard != line.holder)
 
 
-def test_node_that_came_back_empty_is_protected_before_the_first_step(
+def test_a_node_that_came_back_empty_gets_its_copies_before_the_first_step(
     world: MakeWorld, together: Together, tmp_path: Path, owner: Owner
 ) -> None:
     ranks = mirrored(world(3), 1, 2)
@@ -160,7 +162,7 @@ def test_node_that_came_back_empty_is_protected_before_the_first_step(
 
 
 class _Silent(LoopbackTransport):
-    """Lets nobody talk."""
+    """A transport on which every call fails."""
 
     def exchange(self, sends: object, receives: object) -> None:
         raise AssertionError("nothing is to be sent")
@@ -169,7 +171,7 @@ class _Silent(LoopbackTransport):
         raise AssertionError("nothing is to be asked")
 
 
-def test_nothing_moves_where_nothing_is_absent(world: MakeWorld, together: Together) -> None:
+def test_nothing_is_sent_if_no_copy_is_absent(world: MakeWorld, together: Together) -> None:
     ranks = mirrored(world(2), 1, 2)
     found, before = restored_by(ranks, together), contents(ranks)
     silent = _Silent.world(2)
@@ -179,7 +181,7 @@ def test_nothing_moves_where_nothing_is_absent(world: MakeWorld, together: Toget
 
 
 class _Dying:
-    """A rank that is gone at some moment; whoever waits for it is told, and gone too."""
+    """A rank that closes at some moment; ranks that wait for it get an error and close too."""
 
     def __init__(self, inner: LoopbackTransport, moment: str) -> None:
         self._inner, self._moment = inner, moment
@@ -189,7 +191,7 @@ class _Dying:
         if moment == self._moment:
             raise TransportError(f"rank {self.rank} dies: {moment}")
 
-    def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         self._die("before exchange")
         self._inner.exchange(sends, receives)
         self._die("after exchange")
@@ -215,7 +217,7 @@ class _Dying:
 @pytest.mark.parametrize(
     "moment", ["before gather", "before exchange", "after exchange", "before agree", "after agree"]
 )
-def test_crash_in_the_middle_leaves_both_versions(
+def test_a_crash_during_rereplication_leaves_both_versions(
     world: MakeWorld, together: Together, moment: str, victim: int
 ) -> None:
     ranks = thin(world(2))
@@ -241,7 +243,7 @@ def test_crash_in_the_middle_leaves_both_versions(
     assert [ranks.newest(without=[lost]) for lost in (0, 1)] == [2, 2]
 
 
-def test_restored_mappings_keep_their_bytes(world: MakeWorld, together: Together) -> None:
+def test_restored_mappings_are_not_modified(world: MakeWorld, together: Together) -> None:
     ranks = thin(world(2))
     found = restored_by(ranks, together)
     transports = LoopbackTransport.world(2)
@@ -255,7 +257,7 @@ def test_restored_mappings_keep_their_bytes(world: MakeWorld, together: Together
         assert all(torch.equal(one.bulks[shard], bulk) for shard, bulk in kept.items())
 
 
-def test_damaged_copy_is_written_anew_in_its_place(world: MakeWorld, together: Together) -> None:
+def test_a_damaged_copy_is_replaced_in_its_slot(world: MakeWorld, together: Together) -> None:
     ranks = mirrored(world(2), 1, 2)
     places = sorted((line.shard, line.holder, line.slot) for a in ranks.arenas for line in a.inventory())
     damage(ranks, 0, shard=0)
@@ -263,13 +265,13 @@ def test_damaged_copy_is_written_anew_in_its_place(world: MakeWorld, together: T
     assert said.pairs == ((0, 0),)
     assert all(ranks.values(without=[lost]) == {2.0} for lost in (0, 1))
     assert places == sorted((line.shard, line.holder, line.slot) for a in ranks.arenas for line in a.inventory())
-    # The version before is the one that the next round writes over.
+    # The next round overwrites the previous version.
     ranks.begin(committed=Version(2, True), probes={rank: stop_at("send", 3) for rank in (0, 1)})
     write_alone(ranks, 3)
     assert ranks.newest(without=[1]) == ranks.newest(without=[0]) == 2
 
 
-def test_source_that_is_damaged_meanwhile_is_left_aside(
+def test_a_replica_damaged_after_the_restore_is_not_copied(
     world: MakeWorld, together: Together, tmp_path: Path, owner: Owner
 ) -> None:
     ranks = mirrored(world(3, copies=2), 1)
@@ -282,7 +284,7 @@ def test_source_that_is_damaged_meanwhile_is_left_aside(
     assert ranks.values(without=[0, 1]) == {1.0}
 
 
-def test_all_sources_damaged_meanwhile_is_an_error_everywhere(
+def test_if_all_replicas_were_damaged_since_all_ranks_get_an_error(
     world: MakeWorld, together: Together, tmp_path: Path, owner: Owner
 ) -> None:
     ranks = mirrored(world(2), 1)
@@ -292,16 +294,14 @@ def test_all_sources_damaged_meanwhile_is_an_error_everywhere(
     transports = LoopbackTransport.world(2)
 
     def body(rank: int) -> None:
-        with pytest.raises(StateMissingError, match="shard 1 of step 1 was whole when it was restored, and all its 1"):
+        with pytest.raises(StateMissingError, match="shard 1 of step 1 was intact when it was restored, but all its 1"):
             rereplicate(found[rank], ranks.arenas[rank], transports[rank], names(ranks), ranks.placement)
 
     together(2, body)
 
 
-def test_version_that_nobody_called_committed_is_marked_by_the_next_mirror(
-    world: MakeWorld, together: Together
-) -> None:
-    """All copies are in place and all votes are cast, but nobody lived to learn of it."""
+def test_an_unmarked_committed_version_is_marked_by_the_next_mirror(world: MakeWorld, together: Together) -> None:
+    """All copies are sealed and all votes cast, but no rank survived to learn of it."""
     ranks = world(2).begin(probes={rank: stop_at("agree", 2) for rank in (0, 1)})
     write_alone(ranks, 1, 2)
     assert fill_in(ranks, together)[0].pairs == ()

@@ -1,4 +1,4 @@
-"""A version back into live tensors: bit for bit, whatever was lost or damaged."""
+"""Restoring a version into live tensors, bit for bit, after losses and damage."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ State = dict[str, torch.Tensor]
 
 
 class Job:
-    """Ranks on nodes that mirror one state and lose some of it."""
+    """Ranks on nodes that mirror a state and lose parts of it."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Job:
         return {name: tensor.clone() for name, tensor in state.items()} | {"seen": torch.full((5,), 10.0 + rank)}
 
     def mirror(self, *steps: int) -> Job:
-        """Mirror versions; all tensors are those of the last one."""
+        """Mirror versions; the live tensors are those of the last one."""
         transports = LoopbackTransport.world(self.size)
         mirrors = [
             Mirror(
@@ -74,7 +74,7 @@ class Job:
         return self
 
     def lose(self, node: str) -> None:
-        """The node is gone, another one of its name takes its place."""
+        """Lose a node; an empty one of the same name replaces it."""
         self.arenas[node].remove()
         self.arenas[node] = Arena.create(self.folder, "run", node, self.owner)
 
@@ -99,7 +99,7 @@ class Job:
         return found[0]
 
     def restore(self) -> list[tuple[State, Fetched]]:
-        """Every rank's tensors after a restore into zeros, and what was fetched."""
+        """Every rank's tensors after a restore into zeros, and what it fetched."""
 
         def body(rank: int, arena: Arena, transport: Transport) -> tuple[State, Fetched]:
             found = choose(arena, transport, self.nodes)
@@ -125,7 +125,7 @@ class Job:
 
 
 class MakeJob(Protocol):
-    """Makes a job whose ranks are on some nodes."""
+    """Makes a job whose ranks are on given nodes."""
 
     def __call__(self, nodes: list[str], *, domains: list[str] | None = None) -> Job: ...
 
@@ -149,12 +149,12 @@ TWO_BY_TWO = ["a", "a", "b", "b"]
 
 
 @pytest.mark.parametrize("nodes", [["a", "b"], ["a", "b", "c"], TWO_BY_TWO])
-def test_every_rank_gets_everything_back(job: MakeJob, nodes: list[str]) -> None:
+def test_every_rank_is_restored(job: MakeJob, nodes: list[str]) -> None:
     run = job(nodes).mirror(1, 2)
     assert run.exact(run.restore())
 
 
-def test_one_node_reads_only_its_own_arena(job: MakeJob) -> None:
+def test_a_single_node_reads_only_its_own_arena(job: MakeJob) -> None:
     run = job(["a", "a"], domains=["r0", "r1"]).mirror(1)
     restored = run.restore()
     assert run.exact(restored)
@@ -181,7 +181,7 @@ def test_three_nodes_lose_one(job: MakeJob) -> None:
     assert run.exact(run.restore())
 
 
-def test_the_layout_is_learned_from_a_peer_and_kept(job: MakeJob) -> None:
+def test_the_layout_is_received_from_a_peer_and_stored(job: MakeJob) -> None:
     run = job(["a", "b"]).mirror(1)
     run.lose("a")
     assert run.arenas["a"].read_layout(run.layout.digest) is None
@@ -190,27 +190,27 @@ def test_the_layout_is_learned_from_a_peer_and_kept(job: MakeJob) -> None:
     assert kept is not None and kept.chunks == run.layout.chunks
 
 
-def test_a_layout_nobody_has_is_an_error(job: MakeJob) -> None:
+def test_a_layout_that_no_arena_contains_is_an_error(job: MakeJob) -> None:
     run = job(["a", "b"]).mirror(1)
 
     def body(rank: int, arena: Arena, transport: Transport) -> None:
-        with pytest.raises(StateMissingError, match=f"rank {rank}: no arena has layout 00"):
+        with pytest.raises(StateMissingError, match=f"rank {rank}: no arena contains layout 00"):
             shared_layout(arena, transport, "00")
 
     run.run(body)
 
 
 @pytest.mark.parametrize("offset", [0, 4321])
-def test_a_damaged_replica_is_left_aside_for_the_peers(job: MakeJob, offset: int) -> None:
+def test_a_damaged_replica_is_replaced_by_a_peers(job: MakeJob, offset: int) -> None:
     run = job(["a", "b"]).mirror(1, 2)
     run.damage("a", 0, offset=offset)
     restored = run.restore()
     assert run.exact(restored)
     assert [fetched.sources["peer"] for _, fetched in restored] == [1, 0]
-    assert "1 damaged replicas left aside" in run.choose().reason
+    assert "1 damaged replica ignored" in run.choose().reason
 
 
-def test_damage_everywhere_leads_to_the_version_before(job: MakeJob) -> None:
+def test_if_all_replicas_are_damaged_the_previous_version_is_restored(job: MakeJob) -> None:
     run = job(["a", "b"]).mirror(1, 2)
     run.damage("a", 0)
     run.damage("b", 0)
@@ -219,7 +219,7 @@ def test_damage_everywhere_leads_to_the_version_before(job: MakeJob) -> None:
     assert run.exact(run.restore())
 
 
-def test_damage_to_every_version_is_missing(job: MakeJob) -> None:
+def test_if_every_version_is_damaged_none_is_found(job: MakeJob) -> None:
     run = job(["a", "b"]).mirror(1)
     run.damage("a", 1)
     run.damage("b", 1)
@@ -227,12 +227,12 @@ def test_damage_to_every_version_is_missing(job: MakeJob) -> None:
     assert isinstance(found, Missing) and found.shards == (1,) and found.since == Version(1, True)
 
 
-def test_nothing_is_missing_from_empty_arenas(job: MakeJob) -> None:
+def test_empty_arenas_contain_no_version(job: MakeJob) -> None:
     run = job(["a", "b"])
     assert run.choose() == Missing((), None, "the arenas are empty")
 
 
-def test_too_many_losses_are_missing(job: MakeJob) -> None:
+def test_after_too_many_losses_no_version_is_complete(job: MakeJob) -> None:
     run = job(["a", "b", "c"]).mirror(1)
     run.lose("a")
     run.lose("b")
@@ -240,7 +240,7 @@ def test_too_many_losses_are_missing(job: MakeJob) -> None:
     assert isinstance(found, Missing) and found.since == Version(1, True) and found.shards
 
 
-def test_a_state_of_another_world_size_is_found_too(job: MakeJob) -> None:
+def test_a_version_of_another_world_size_is_found(job: MakeJob) -> None:
     job(["a", "b"]).mirror(1)
     larger = job(["a", "b", "c"])
     found = larger.choose()
@@ -270,7 +270,7 @@ def test_a_rank_may_need_only_some_shards(job: MakeJob) -> None:
     assert fetched[0].moved_bytes == run.layout.bulk_bytes(1) + len(b"blob 0 1") and fetched[1].moved_bytes == 0
 
 
-def test_filling_counts_as_a_write(job: MakeJob) -> None:
+def test_filling_increments_the_version_counter(job: MakeJob) -> None:
     run = job(["a", "b"]).mirror(1)
     weight = torch.nn.Parameter(torch.zeros_like(run.state[0]["weight"]))
     found = run.choose()
@@ -282,7 +282,7 @@ def test_filling_counts_as_a_write(job: MakeJob) -> None:
     assert weight._version > before and weight.requires_grad and torch.equal(weight, run.state[0]["weight"])
 
 
-def test_a_replica_of_a_vanished_slot_is_bad(job: MakeJob) -> None:
+def test_a_replica_whose_slot_was_removed_does_not_verify(job: MakeJob) -> None:
     run = job(["a", "b"]).mirror(1)
     (line, *_) = run.arenas["a"].inventory()
     assert run.arenas["a"].verify(line)

@@ -1,4 +1,4 @@
-"""The state of sharded models, cut into shards: each box once, however many ranks hold it."""
+"""Layouts of sharded models: each box is stored once, however many ranks have it."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from lightning_ckptless.replica.restore import fill
 Shape = tuple[int, ...]
 meshes = st.tuples(st.integers(1, 3), st.integers(1, 3))
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
-"""Sizes of a tensor; many do not divide by the number of ranks."""
+"""Shape of a tensor; many are not divisible by the number of ranks."""
 dims = st.one_of(st.none(), st.integers(0, 2))
-"""The dimension that a dimension of the mesh shards; None where it replicates."""
+"""The tensor dimension that a mesh dimension shards; None if it replicates."""
 
 
 def split(size: int, parts: int, part: int) -> tuple[int, int]:
-    """Begin and length of a part, as torch cuts: all parts alike, the last ones shorter or empty."""
+    """Start and length of a part, as torch divides: equal parts, the last ones shorter or empty."""
     each = -(-size // parts)
     begin = min(each * part, size)
     return begin, min(begin + each, size) - begin
 
 
 def box_of(shape: Shape, mesh: tuple[int, int], sharded: tuple[int | None, int | None], rank: int) -> Box:
-    """The box that a rank of a mesh holds."""
+    """The box of a rank in a mesh."""
     offsets, sizes = [0] * len(shape), list(shape)
     for ranks, at, dim in zip(mesh, divmod(rank, mesh[1]), sharded, strict=True):
         if dim is not None and dim < len(shape):
@@ -54,7 +54,7 @@ def describe_parts(name: str, shape: Shape, boxes: list[Box]) -> list[tuple[Desc
 
 @settings(max_examples=120, deadline=None)
 @given(mesh=meshes, shape=shapes, sharded=st.tuples(dims, dims))
-def test_every_rank_finds_its_own_part_again_and_all_parts_are_the_whole(
+def test_every_rank_finds_its_part_and_all_parts_form_the_whole(
     mesh: tuple[int, int], shape: Shape, sharded: tuple[int | None, int | None]
 ) -> None:
     ranks = math.prod(mesh)
@@ -67,7 +67,7 @@ def test_every_rank_finds_its_own_part_again_and_all_parts_are_the_whole(
         live = live_views(layout, shard, shard, {"w": parts[shard]})
         for target, source in zip(slot_views(layout, shard, bulk), live, strict=True):
             target.copy_(source)
-    # Once each, whoever holds it.
+    # Each box is stored once, however many ranks have it.
     assert sum(chunk.nbytes for chunk in layout.chunks) == 4 * math.prod(shape)
     again = torch.full_like(whole, -1.0)
     for shard, bulk in bulks.items():
@@ -80,7 +80,7 @@ def test_every_rank_finds_its_own_part_again_and_all_parts_are_the_whole(
         assert torch.equal(restored, part)
 
 
-def test_what_is_held_twice_is_divided_over_those_who_hold_it() -> None:
+def test_a_box_that_several_ranks_have_is_divided_over_them() -> None:
     shape = (4096, 16)
     boxes = [Box((2048 * (rank % 2), 0), (2048, 16)) for rank in range(4)]
     layout = plan_layout(describe_parts("w", shape, boxes))
@@ -90,7 +90,7 @@ def test_what_is_held_twice_is_divided_over_those_who_hold_it() -> None:
     assert layout.need == {0: (0, 2), 1: (1, 3), 2: (0, 2), 3: (1, 3)}
 
 
-def test_a_part_that_is_sharded_has_one_writer_and_is_not_cut() -> None:
+def test_a_box_of_a_single_rank_is_written_by_it_and_not_cut() -> None:
     boxes = [Box((1000 * rank, 0), (1000, 100)) for rank in range(2)]
     layout = plan_layout(describe_parts("w", (2000, 100), boxes))
     assert [(chunk.shard, chunk.holders, chunk.sizes) for chunk in layout.chunks] == [
@@ -99,7 +99,7 @@ def test_a_part_that_is_sharded_has_one_writer_and_is_not_cut() -> None:
     ]
 
 
-def test_what_nobody_holds_on_a_rank_is_still_known_there() -> None:
+def test_a_rank_knows_tensors_of_which_it_has_no_part() -> None:
     boxes = [Box((0, 0), (1, 3)), Box((1, 0), (0, 3))]
     layout = plan_layout(describe_parts("w", (1, 3), boxes))
     assert layout.held_by(1) == {}
@@ -108,7 +108,7 @@ def test_what_nobody_holds_on_a_rank_is_still_known_there() -> None:
 
 
 @pytest.mark.parametrize(("digests", "names"), [(("a", "a"), {"w"}), (("a", "b"), {"rank0/w", "rank1/w"})])
-def test_what_differs_is_each_ranks_own(digests: tuple[str, str], names: set[str]) -> None:
+def test_tensors_that_differ_between_ranks_are_private(digests: tuple[str, str], names: set[str]) -> None:
     per_rank = [[Described("w", "torch.float32", (8,), replicated=True, digest=digest)] for digest in digests]
     layout = plan_layout(per_rank)
     assert {chunk.name for chunk in layout.chunks} == names
@@ -116,7 +116,7 @@ def test_what_differs_is_each_ranks_own(digests: tuple[str, str], names: set[str
         layout.require_same(described, rank)
 
 
-def test_a_tensor_that_is_sharded_otherwise_is_named() -> None:
+def test_the_error_names_a_tensor_that_is_sharded_differently() -> None:
     rows, columns = ([Box((4 * r, 0), (4, 8)) for r in range(2)], [Box((0, 4 * r), (8, 4)) for r in range(2)])
     layout = plan_layout(describe_parts("w", (8, 8), rows))
     with pytest.raises(LayoutMismatchError, match=r"w is \[8, 4\] from \[0, 4\] of float32\[8, 8\], expected \[4, 8\]"):
@@ -130,7 +130,7 @@ def test_boxes_of_different_tensors_are_refused() -> None:
         plan_layout([one, other])
 
 
-def test_a_sharded_layout_survives_its_file() -> None:
+def test_a_sharded_layout_is_parsed_from_its_bytes() -> None:
     boxes = [Box((row, column), (1, 2)) for row, column in product(range(2), (0, 2))]
     layout = plan_layout(describe_parts("w", (2, 4), boxes))
     again = Layout.from_bytes(layout.to_bytes(), layout.digest)
@@ -139,11 +139,11 @@ def test_a_sharded_layout_survives_its_file() -> None:
     assert all(low != high for low, high in pairwise(starts))
 
 
-def test_a_part_that_changes_its_shape_in_training_is_named() -> None:
+def test_the_error_names_a_part_whose_shape_changes_during_training() -> None:
     boxes = [Box((3, 0), (2, 4)), Box((0, 0), (3, 4))]
     layout = plan_layout(describe_parts("head.weight", (5, 4), boxes))
     bulk = torch.zeros(layout.bulk_bytes(0), dtype=torch.uint8)
     stager = Stager(layout, 0)
     stager.take(bulk, {"head.weight": torch.zeros(2, 4)}, ())
-    with pytest.raises(LayoutMismatchError, match=r"head.weight is torch.float32\[5, 2\] here, expected \[2, 4\]"):
+    with pytest.raises(LayoutMismatchError, match=r"head.weight is torch.float32\[5, 2\], expected \[2, 4\]"):
         stager.take(bulk, {"head.weight": torch.zeros(5, 2)}, ())

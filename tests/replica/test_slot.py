@@ -1,4 +1,4 @@
-"""The header of a slot: whole, torn, of another format."""
+"""The header of a slot: intact, torn, of another format."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ headers = st.builds(
 
 
 @given(headers)
-def test_a_header_survives_its_page(header: SlotHeader) -> None:
+def test_a_header_is_decoded_from_its_page(header: SlotHeader) -> None:
     page = header.encode()
     assert len(page) == HEADER_BYTES
     assert SlotHeader.decode(page) == header
 
 
-def test_a_header_torn_at_any_byte_is_no_header(stamp: Stamp) -> None:
+def test_a_header_torn_at_any_byte_is_rejected(stamp: Stamp) -> None:
     old = SlotHeader("run", replace(stamp, version=Version(1, True)), SlotState.COMMITTED, 1000, 50, "xxh3:00").encode()
     new = SlotHeader("run", stamp, SlotState.WRITING, 1000).encode()
     readable = {SlotHeader.decode(new[:cut] + old[cut:]) for cut in range(HEADER_BYTES + 1)}
@@ -54,7 +54,7 @@ def test_a_header_torn_at_any_byte_is_no_header(stamp: Stamp) -> None:
         assert SlotHeader.decode(new[:cut]) is None
 
 
-def test_every_flipped_byte_of_a_header_is_noticed(stamp: Stamp) -> None:
+def test_every_flipped_byte_of_a_header_is_detected(stamp: Stamp) -> None:
     page = SlotHeader("run", stamp, SlotState.STAGED, 1000, 50, "xxh3:00").encode()
     for place in range(len(page.rstrip(b"\0"))):
         damaged = bytearray(page)
@@ -67,18 +67,18 @@ def test_every_flipped_byte_of_a_header_is_noticed(stamp: Stamp) -> None:
         SlotName.of, st.integers(0, 9999), st.integers(0, 99999), st.text("0123abcdef", max_size=64), st.integers(0, 1)
     )
 )
-def test_a_name_survives_its_file(name: SlotName) -> None:
+def test_a_name_is_parsed_from_its_file_name(name: SlotName) -> None:
     assert SlotName.parse(str(name)) == name
 
 
 @pytest.mark.parametrize(
     "other", ["arena.json", "layout-ab.json", "shard-1.kept-by-2.ab.slot-2", ".shard-1.kept-by-2.ab.slot-1"]
 )
-def test_other_files_are_no_slots(other: str) -> None:
+def test_other_files_are_not_slots(other: str) -> None:
     assert SlotName.parse(other) is None
 
 
-def test_a_slot_goes_through_its_states(tmp_path: Path, stamp: Stamp) -> None:
+def test_the_states_of_a_slot_in_order(tmp_path: Path, stamp: Stamp) -> None:
     slot = Slot(tmp_path / "slot", "run", 100)
     assert slot.header is None and slot.bulk.tolist() == [0] * 100
     slot.begin(stamp)
@@ -92,12 +92,12 @@ def test_a_slot_goes_through_its_states(tmp_path: Path, stamp: Stamp) -> None:
     again.close()
 
 
-def test_what_the_table_forbids_is_a_bug(tmp_path: Path, stamp: Stamp) -> None:
+def test_an_event_that_the_table_forbids_is_a_bug(tmp_path: Path, stamp: Stamp) -> None:
     slot = Slot(tmp_path / "slot", "run", 10)
-    with pytest.raises(ProtocolError, match="rank 1, shard 0, step 3: seal in a slot that is empty"):
+    with pytest.raises(ProtocolError, match="rank 1, shard 0, step 3: event seal in a slot in state empty"):
         slot.seal(stamp, b"", "")
     slot.begin(stamp)
-    with pytest.raises(ProtocolError, match="commit in a slot that is writing"):
+    with pytest.raises(ProtocolError, match="event commit in a slot in state writing"):
         slot.commit()
     slot.close()
 
@@ -107,7 +107,7 @@ def test_only_its_owner_may_read_a_slot(tmp_path: Path) -> None:
     assert (tmp_path / "slot").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_slot_that_does_not_fit_is_an_error_and_no_signal(tmp_path: Path) -> None:
+def test_a_slot_that_does_not_fit_is_an_error_instead_of_a_signal(tmp_path: Path) -> None:
     with files_at_most(8192), pytest.raises(ArenaError, match="cannot reserve a slot of 8193 bytes"):
         Slot(tmp_path / "slot", "run", 4097)
 
@@ -122,6 +122,6 @@ def test_a_blob_that_does_not_fit_leaves_the_slot_unsealed(tmp_path: Path, stamp
     slot.close()
 
 
-def test_a_slot_that_cannot_be_made_says_so(tmp_path: Path) -> None:
+def test_a_slot_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ArenaError, match="cannot reserve a slot of 4106 bytes"):
         Slot(tmp_path / "missing" / "slot", "run", 10)

@@ -1,4 +1,4 @@
-"""One conformance suite for all transports, and what each does when a peer dies."""
+"""A conformance suite for all transports, and their behaviour when a peer dies."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def gloo(world_size: int, timeout_s: float = TIMEOUT_S) -> Join:
 
     def join(rank: int) -> Transport:
         backend = dist.ProcessGroupGloo(store, rank, world_size, timedelta(seconds=timeout_s))
-        # A backend has the methods of a group; a group proper would need the process-wide default one.
+        # A backend has the methods of a group. A real group would need the process-wide default group.
         return GlooTransport(cast("dist.ProcessGroup", backend))
 
     return join
@@ -81,7 +81,7 @@ class Ranks:
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}")
 def world(request: pytest.FixtureRequest, together: Together) -> Ranks:
-    """A world of some ranks over one of the transports."""
+    """A world of several ranks over one of the transports."""
     kind, size = request.param
     return Ranks(kind, size, together)
 
@@ -91,7 +91,7 @@ def parcel(source: int, target: int, length: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("length", [0, 1, 4096, 300_001])
-def test_every_rank_sends_to_every_other_at_once(world: Ranks, length: int) -> None:
+def test_every_rank_sends_to_every_other_concurrently(world: Ranks, length: int) -> None:
     def body(transport: Transport) -> bool:
         peers = [peer for peer in range(transport.world_size) if peer != transport.rank]
         rooms = {peer: torch.empty(length, dtype=torch.uint8) for peer in peers}
@@ -104,7 +104,7 @@ def test_every_rank_sends_to_every_other_at_once(world: Ranks, length: int) -> N
     assert all(world(body))
 
 
-def test_tags_tell_parcels_of_a_pair_apart(world: Ranks) -> None:
+def test_tags_distinguish_messages_between_two_ranks(world: Ranks) -> None:
     def body(transport: Transport) -> bool:
         peers = [peer for peer in range(transport.world_size) if peer != transport.rank]
         rooms = {(peer, tag): torch.empty(5 + tag, dtype=torch.uint8) for peer in peers for tag in (2, 0, 1)}
@@ -129,7 +129,7 @@ def test_one_way_traffic_needs_no_answer(world: Ranks) -> None:
     assert all(world(body))
 
 
-def test_what_was_sent_may_change_afterwards(world: Ranks) -> None:
+def test_a_sent_tensor_may_change_afterwards(world: Ranks) -> None:
     def body(transport: Transport) -> bool:
         if transport.world_size == 1:
             return True
@@ -151,12 +151,12 @@ def test_all_must_agree(world: Ranks, against: int | str | None) -> None:
     assert world(lambda transport: transport.agree(transport.rank != dissenter)) == [against is None] * world.size
 
 
-def test_everybody_gets_everybodys_payload(world: Ranks) -> None:
+def test_every_rank_gets_all_payloads(world: Ranks) -> None:
     payloads = [bytes([rank]) * (rank * 1000) for rank in range(world.size)]
     assert world(lambda transport: transport.gather(payloads[transport.rank])) == [payloads] * world.size
 
 
-def test_nothing_can_be_gathered(world: Ranks) -> None:
+def test_empty_payloads_can_be_gathered(world: Ranks) -> None:
     assert world(lambda transport: transport.gather(b"")) == [[b""] * world.size] * world.size
 
 
@@ -175,24 +175,24 @@ def ask(transport: Transport, what: str) -> None:
 
 @pytest.mark.parametrize("what", ["exchange", "agree", "gather"])
 @pytest.mark.parametrize("kind", [loopback, gloo])
-def test_a_silent_peer_is_given_up(kind: Kind, what: str, together: Together) -> None:
+def test_a_silent_peer_is_an_error(kind: Kind, what: str, together: Together) -> None:
     join = kind(2, timeout_s=0.3)
     ranks = together(2, join)
     with pytest.raises(TransportError, match="rank 0"):
         ask(ranks[0], what)
 
 
-def test_a_closed_loopback_rank_is_noticed_at_once(together: Together) -> None:
+def test_a_closed_loopback_rank_is_detected_immediately(together: Together) -> None:
     ranks = LoopbackTransport.world(2, timeout_s=3600)
     ranks[1].close()
     for what in ("exchange", "agree", "gather"):
-        with pytest.raises(TransportError, match="rank 1 is gone"):
+        with pytest.raises(TransportError, match="rank 1 has closed"):
             ask(ranks[0], what)
         with pytest.raises(TransportError, match="its transport is closed"):
             ask(ranks[1], what)
 
 
-def test_a_parcel_of_another_length_is_refused() -> None:
+def test_a_message_of_another_length_is_refused() -> None:
     ranks = LoopbackTransport.world(2)
     ranks[1].exchange([(0, 0, torch.zeros(9, dtype=torch.uint8))], [])
     with pytest.raises(TransportError, match="rank 1 sent 9 bytes under tag 0, expected 10"):
@@ -216,12 +216,12 @@ PEER = """
         else:
             transport.agree(True)
     except TransportError as error:
-        print("told:", error)
+        print("received:", error)
 """
 
 
 @pytest.mark.parametrize("what", ["exchange", "agree"])
-def test_a_killed_process_is_noticed_by_its_peer(tmp_path: Path, what: str) -> None:
+def test_a_killed_process_is_detected_by_its_peer(tmp_path: Path, what: str) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-c", textwrap.dedent(PEER), str(tmp_path)]
     survivor, victim = (
@@ -231,4 +231,4 @@ def test_a_killed_process_is_noticed_by_its_peer(tmp_path: Path, what: str) -> N
     said, _ = survivor.communicate(timeout=50)
     victim.communicate(timeout=50)
     assert victim.returncode == -signal.SIGKILL
-    assert said.startswith("told: rank 0 of 2:")
+    assert said.startswith("received: rank 0 of 2:")

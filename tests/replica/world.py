@@ -26,11 +26,11 @@ Probe = Callable[[str, Version], None]
 
 
 class StopError(Exception):
-    """Raised by a probe to end a mirror in the middle of a round."""
+    """Raised by a probe to stop a mirror in the middle of a round."""
 
 
 class World:
-    """Ranks in threads, each with an arena and a mirror of its own."""
+    """Ranks as threads, each with its own arena and mirror."""
 
     def __init__(
         self, tmp_path: Path, owner: Owner, world_size: int, *, copies: int = 1, timeout_s: float = 20.0
@@ -44,7 +44,7 @@ class World:
         self.transports: list[LoopbackTransport] = []
 
     def tensors(self, value: float) -> State:
-        """The replicated state at a value, and a private tensor."""
+        """A replicated state filled with a value, and a private tensor."""
         return {
             "weight": torch.full((200, 100), float(value)),
             "bias": torch.full((50,), -value, dtype=torch.int64),
@@ -67,7 +67,7 @@ class World:
         threads: int = 1,
         staging: str = "overlap",
     ) -> World:
-        """A new generation."""
+        """Start a new generation."""
         self.close()
         self.generation += 1
         self.transports = LoopbackTransport.world(self.size, timeout_s=self.timeout_s)
@@ -97,17 +97,21 @@ class World:
         return [mirror.settle() for mirror in self.mirrors]
 
     def fail(self, victim: int) -> list[Version | None]:
-        """Cut a rank off; every other one is told, and leaves in turn. What each knows to be committed then."""
+        """Close a rank's transport, upon which every other rank gets an error and closes its own.
+
+        Returns:
+            The version that each of them knows to be committed.
+        """
         self.transports[victim].close()
 
-        def told(rank: int) -> Version | None:
+        def committed_on(rank: int) -> Version | None:
             with pytest.raises(TransportError):
                 self.mirrors[rank].settle()
             self.transports[rank].close()
             return self.mirrors[rank].committed
 
         with ThreadPoolExecutor(self.size) as pool:
-            return list(pool.map(told, [rank for rank in range(self.size) if rank != victim]))
+            return list(pool.map(committed_on, [rank for rank in range(self.size) if rank != victim]))
 
     def newest(self, *, without: Sequence[int] = ()) -> int | None:
         lines = [line for rank, arena in enumerate(self.arenas) if rank not in without for line in arena.inventory()]
@@ -115,7 +119,7 @@ class World:
         return found.snapshot.version.optimizer_step if isinstance(found, Complete) else None
 
     def values(self, *, without: Sequence[int] = ()) -> set[float]:
-        """All values in the tensors of the newest complete version; the checksums of all replicas are right."""
+        """All values in the newest complete version, after verifying the checksums of all replicas."""
         lines = {rank: arena.inventory() for rank, arena in enumerate(self.arenas) if rank not in without}
         found = newest_complete([line for own in lines.values() for line in own])
         assert isinstance(found, Complete)
@@ -139,7 +143,7 @@ class World:
 
 
 class MakeWorld(Protocol):
-    """Makes a world of some ranks."""
+    """Makes a world of several ranks."""
 
     def __call__(self, world_size: int, *, copies: int = 1) -> World: ...
 

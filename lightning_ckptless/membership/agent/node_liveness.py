@@ -19,7 +19,7 @@ from torch.distributed import DistError
 
 from lightning_ckptless.membership.worker.connections import cut_connections_to
 from lightning_ckptless.protocol.node_liveness import (
-    AllThere,
+    AllAlive,
     Bound,
     CutOff,
     Finding,
@@ -52,7 +52,7 @@ class Heartbeat:
         self._over = threading.Event()
         self._watch: threading.Thread | None = None
         self._round: _Round | None = None
-        self._finding: Finding = AllThere()
+        self._finding: Finding = AllAlive()
         self._place: tuple[Address, ...] = ()
         self._worker_store: tuple[Address, ...] = ()
 
@@ -86,7 +86,7 @@ class Heartbeat:
         with self._lock:
             before, self._round = self._round, None
             if not isinstance(self._finding, CutOff):
-                self._finding = AllThere()
+                self._finding = AllAlive()
         if before is not None:
             before.end()
 

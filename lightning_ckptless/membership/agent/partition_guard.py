@@ -15,7 +15,7 @@ from lightning_ckptless.membership.agent.logs import LogFiles
 from lightning_ckptless.membership.agent.node_liveness import Heartbeat
 from lightning_ckptless.membership.agent.reconfiguration import MovingAgent
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.protocol.node_liveness import AllThere, Bound, CutOff, NodesLost
+from lightning_ckptless.protocol.node_liveness import AllAlive, Bound, CutOff, NodesLost
 
 
 class GuardedAgent(MovingAgent):
@@ -75,7 +75,7 @@ class GuardedAgent(MovingAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         # Where all nodes end with the same error, one that has ended already is no loss.
-        found = AllThere() if self._loop_end.is_failing else self._heartbeat.finding
+        found = AllAlive() if self._loop_end.is_failing else self._heartbeat.finding
         if isinstance(found, CutOff):
             raise RendezvousConnectionError(found.reason)
         if isinstance(found, NodesLost) and self._current_workers().running:

@@ -1,1 +1,1 @@
-"""How the state is cut into shards."""
+"""How the state is divided into shards."""

@@ -1,8 +1,8 @@
-"""How the state is cut into shards: which piece of which tensor lies where, and which ranks have a use for it.
+"""The layout of the state in shards: where each piece of each tensor is stored, and which ranks need it.
 
-What all ranks hold alike is divided over them; of what is sharded already each piece lies with a rank that holds it;
-what a rank holds alone is a part of its own shard, under the name `rank<r>/<name>`. A layout is the metadata that any
-reader of torch.distributed.checkpoint understands, and is the same bytes on all ranks.
+Replicated tensors are divided over all ranks. Each piece of a sharded tensor is in the shard of a rank that has it. A
+private tensor of one rank is in that rank's shard, with the name `rank<r>/<name>`. A layout converts to the metadata of
+torch.distributed.checkpoint, and is serialized to the same bytes on all ranks.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ ALIGNMENT_BYTES = 64
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor, and where it lies.
+    """A box of a tensor and its place in a shard.
 
     Args:
         name: name of the tensor in the plan.
-        dtype: such as `torch.float32`.
-        shape: sizes of the whole tensor.
-        offsets: corner of the box.
-        sizes: sizes of the box.
-        shard: shard that the box belongs to.
+        dtype: e.g. `torch.float32`.
+        shape: shape of the whole tensor.
+        offsets: start of the box in each dimension.
+        sizes: size of the box in each dimension.
+        shard: shard that contains the box.
         at: byte offset in the shard's bulk, a multiple of 64.
-        nbytes: length.
-        holders: ranks whose tensors hold the box; empty where all do.
-        still: whether the tensor seems to change seldom: such pieces come first in the bulk.
+        nbytes: length in bytes.
+        holders: ranks whose tensors contain the box; empty for all.
+        still: whether the tensor is expected to be static. Such pieces come first in the bulk.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Chunk:
     still: bool = False
 
     def is_held_by(self, rank: int) -> bool:
-        """Whether a rank's tensors hold the box."""
+        """Whether a rank's tensors contain the box."""
         return not self.holders or rank in self.holders
 
 
@@ -67,28 +67,28 @@ def dtype_of(name: str) -> torch.dtype:
     """The dtype with a name such as `torch.float32`.
 
     Raises:
-        ValueError: torch has none of that name.
+        ValueError: torch has no dtype of that name.
     """
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is no dtype of this torch")
+        raise ValueError(f"{name!r} is not a dtype of this torch version")
     return dtype
 
 
 def private_name(rank: int, name: str) -> str:
-    """Name in the plan of a tensor that one rank holds alone."""
+    """The name in the plan of a private tensor of one rank."""
     return f"rank{rank}/{name}"
 
 
 class Layout:
-    """Where each piece of the state lies in the shards.
+    """The place of each piece of the state in the shards.
 
     Args:
-        chunks: the pieces, ordered by shard and place.
+        chunks: the pieces, ordered by shard and offset.
         world_size: number of shards.
 
     Attributes:
-        digest: sha256 of the layout: equal on all ranks and over relaunches of the same script.
+        digest: sha256 of the layout, equal on all ranks and across relaunches of the same script.
     """
 
     def __init__(self, chunks: Sequence[Chunk], world_size: int) -> None:
@@ -96,7 +96,7 @@ class Layout:
         self.world_size = world_size
         self._by_shard = tuple(tuple(c for c in self.chunks if c.shard == s) for s in range(world_size))
         self._held: dict[int, dict[str, Held]] = {}
-        # `vars` where `dataclasses.asdict` would do as well: in a relaunch that took a tenth of a second.
+        # `vars` instead of `dataclasses.asdict`, which took a tenth of a second of a relaunch.
         fields = {
             "format": FORMAT,
             "world_size": world_size,
@@ -106,25 +106,25 @@ class Layout:
         self.digest = hashlib.sha256(self._bytes).hexdigest()
 
     def of(self, shard: int) -> tuple[Chunk, ...]:
-        """The pieces of a shard, in the order of their places."""
+        """The pieces of a shard, ordered by offset."""
         return self._by_shard[shard]
 
     def bulk_bytes(self, shard: int) -> int:
-        """Length of a shard's tensor part."""
+        """Length of a shard's tensor state."""
         return max((aligned(chunk.at + chunk.nbytes) for chunk in self.of(shard)), default=0)
 
     def still_bytes(self, shard: int) -> int:
-        """Length of the part that seems to change seldom, at the beginning of a shard's tensor part."""
+        """Length of the static part, at the beginning of a shard's tensor state."""
         return max((aligned(chunk.at + chunk.nbytes) for chunk in self.of(shard) if chunk.still), default=0)
 
     def held_by(self, rank: int) -> Mapping[str, Held]:
-        """What a rank holds of each tensor, by its name there; without those of which it holds nothing."""
+        """The part of each tensor that a rank has, by local name. Tensors of which it has no part are omitted."""
         if rank not in self._held:
             self._held[rank] = _held(self.chunks, rank)
         return self._held[rank]
 
     def known_to(self, rank: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Dtype and whole shape of every tensor, by its name on a rank; without those that other ranks hold alone."""
+        """Dtype and whole shape of every tensor, by its name on a rank, without private tensors of other ranks."""
         others = tuple(private_name(other, "") for other in range(self.world_size) if other != rank)
         return {
             local_name(chunk, rank): (dtype_of(chunk.dtype), chunk.shape)
@@ -134,7 +134,7 @@ class Layout:
 
     @cached_property
     def need(self) -> dict[int, tuple[int, ...]]:
-        """The shards in which each rank finds all that it holds."""
+        """For each rank, the shards that together contain all of its tensors."""
         need: dict[int, set[int]] = {rank: set() for rank in range(self.world_size)}
         for chunk in self.chunks:
             for rank in chunk.holders or need:
@@ -143,24 +143,24 @@ class Layout:
 
     @cached_property
     def metadata(self) -> Metadata:
-        """The layout as torch.distributed.checkpoint describes a checkpoint."""
+        """The layout as metadata of torch.distributed.checkpoint."""
         plans = [SavePlan([write_item(c) for c in self.of(shard)]) for shard in range(self.world_size)]
         return DefaultSavePlanner(flatten_state_dict=False).create_global_plan(plans)[1]
 
     def to_bytes(self) -> bytes:
-        """The layout as JSON, the same bytes for the same layout."""
+        """The layout as JSON. Equal layouts have equal bytes."""
         return self._bytes
 
     @classmethod
     def from_bytes(cls, data: bytes, digest: str) -> Layout:
-        """The layout that `to_bytes` wrote.
+        """Parse the result of `to_bytes`.
 
         Args:
             data: the bytes.
-            digest: of the layout that is expected.
+            digest: expected digest of the layout.
 
         Raises:
-            SchemaError: the bytes are damaged, or those of something else.
+            SchemaError: the bytes are damaged or not a layout.
         """
         if hashlib.sha256(data).hexdigest() != digest:
             raise SchemaError(f"damaged: its digest is not {digest}")
@@ -170,24 +170,25 @@ class Layout:
         return cls(fields["chunks"], fields["world_size"])
 
     def require_same(self, found: Sequence[Described], rank: int) -> None:
-        """Refuse a state that is not what a rank held when it was mirrored.
+        """Check that the state of this process matches the mirrored state of its rank.
 
         Args:
-            found: what this process has built.
+            found: description of the state of this process.
             rank: this rank.
 
         Raises:
-            LayoutMismatchError: names the tensors.
+            LayoutMismatchError: they differ; the message names the tensors.
         """
         if different := differences(self.held_by(rank), held_by_name(found)):
             raise LayoutMismatchError(
-                f"rank {rank}: the script built another model or optimizer than the one that was mirrored: "
-                f"{'; '.join(different)}. Start the script unchanged, or begin anew: another run id (and durable_dir)"
+                f"rank {rank}: the model or optimizer of the script differs from the mirrored one: "
+                f"{'; '.join(different)}. Start the script unchanged, or start from scratch with another run id (and "
+                "durable_dir)"
             )
 
 
 def pieces_for(layout: Layout, shard: int, rank: int) -> tuple[Chunk, ...]:
-    """The pieces of a shard that a rank has a use for: those that its tensors hold."""
+    """The pieces of a shard that a rank's tensors contain."""
     return tuple(chunk for chunk in layout.of(shard) if chunk.is_held_by(rank))
 
 
@@ -195,23 +196,23 @@ def slot_views(layout: Layout, shard: int, bulk: torch.Tensor, *, rank: int | No
     """The pieces of a shard in a slot's bulk, typed and shaped.
 
     Args:
-        layout: how the shard is cut.
+        layout: layout of the shard.
         shard: index of the shard.
         bulk: uint8 of shape [bulk_bytes].
-        rank: leave out what this rank has no use for; None for all pieces.
+        rank: include only pieces that this rank's tensors contain; None for all pieces.
     """
     chunks = layout.of(shard) if rank is None else pieces_for(layout, shard, rank)
     return [bulk[c.at : c.at + c.nbytes].view(dtype_of(c.dtype)).view(c.sizes) for c in chunks]
 
 
 def live_views(layout: Layout, shard: int, rank: int, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The pieces of a shard that a rank has a use for, in its live tensors, in the order of `slot_views`.
+    """The pieces of a shard as views of a rank's live tensors, in the order of `slot_views`.
 
     Args:
-        layout: how the shard is cut.
+        layout: layout of the shard.
         shard: index of the shard.
-        rank: whose tensors they are.
-        tensors: by name; of a sharded tensor the part that is here.
+        rank: rank of the tensors.
+        tensors: live tensors by name; of a sharded tensor, the local part.
     """
     held = layout.held_by(rank)
     views = []
@@ -222,12 +223,12 @@ def live_views(layout: Layout, shard: int, rank: int, tensors: Mapping[str, torc
 
 
 def part_of(tensor: torch.Tensor, chunk: Chunk, corner: tuple[int, ...]) -> torch.Tensor:
-    """A piece in a tensor.
+    """A piece as a view of a tensor.
 
     Args:
         tensor: a box of the whole tensor.
-        chunk: the piece, which lies in that box.
-        corner: of the box.
+        chunk: the piece, which is inside that box.
+        corner: start of the box in each dimension.
     """
     view = tensor.detach()
     for dim, (offset, at, size) in enumerate(zip(chunk.offsets, corner, chunk.sizes, strict=True)):
@@ -236,12 +237,12 @@ def part_of(tensor: torch.Tensor, chunk: Chunk, corner: tuple[int, ...]) -> torc
 
 
 def local_name(chunk: Chunk, rank: int) -> str:
-    """Name of a piece's tensor among the tensors of a rank."""
+    """The name of a piece's tensor among the tensors of a rank."""
     return chunk.name.removeprefix(private_name(rank, ""))
 
 
 def aligned(offset: int) -> int:
-    """The next place in a bulk where a piece may begin."""
+    """The next offset in a bulk at which a piece may start."""
     return -(-offset // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
@@ -253,15 +254,15 @@ def box_item(
     offsets: tuple[int, ...],
     sizes: tuple[int, ...],
 ) -> WriteItem:
-    """A box of a tensor as torch.distributed.checkpoint's planner knows it.
+    """A box of a tensor as a write item of torch.distributed.checkpoint's planner.
 
     Args:
-        cls: the item's class.
+        cls: class of the item.
         name: name of the tensor in the plan.
-        dtype: such as `torch.float32`.
-        shape: sizes of the whole tensor.
-        offsets: corner of the box.
-        sizes: sizes of the box.
+        dtype: e.g. `torch.float32`.
+        shape: shape of the whole tensor.
+        offsets: start of the box in each dimension.
+        sizes: size of the box in each dimension.
     """
     data = TensorWriteData(
         chunk=ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)),
@@ -273,18 +274,18 @@ def box_item(
 
 
 def write_item(chunk: Chunk) -> WriteItem:
-    """A piece as torch.distributed.checkpoint plans to write it."""
+    """A piece as a write item of torch.distributed.checkpoint's planner."""
     return box_item(WriteItem, chunk.name, chunk.dtype, chunk.shape, chunk.offsets, chunk.sizes)
 
 
 def item_bytes(item: WriteItem) -> int:
-    """Bytes of the box that an item writes."""
+    """Number of bytes that an item writes."""
     assert item.tensor_data is not None
     return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 
 
 def _fields(chunk: Chunk) -> dict[str, Any]:
-    """What is written down of a piece; what most do not have is left out."""
+    """The serialized fields of a piece. `still` is omitted where it is False."""
     return {name: value for name, value in vars(chunk).items() if name != "still" or value}
 
 
@@ -305,10 +306,10 @@ _LAYOUT = record(
 
 
 def _require_sound(chunk: Chunk, world_size: int) -> None:
-    """Refuse a piece that cannot lie where it says.
+    """Check that the fields of a piece are consistent.
 
     Raises:
-        SchemaError: its numbers do not fit each other.
+        SchemaError: they are not.
     """
     try:
         length = math.prod(chunk.sizes) * dtype_of(chunk.dtype).itemsize
@@ -319,11 +320,11 @@ def _require_sound(chunk: Chunk, world_size: int) -> None:
     )
     is_known = chunk.shard < world_size and all(rank < world_size for rank in chunk.holders)
     if not is_inside or not is_known or chunk.nbytes != length or chunk.at % ALIGNMENT_BYTES:
-        raise SchemaError(f"{chunk.name}: a piece that cannot lie in its tensor, or in shard {chunk.shard}")
+        raise SchemaError(f"{chunk.name}: a piece is inconsistent with its tensor or with shard {chunk.shard}")
 
 
 def _held(chunks: Sequence[Chunk], rank: int) -> dict[str, Held]:
-    """The boxes that a rank's pieces make up: they were cut from one box each."""
+    """The part of each tensor that a rank's pieces form. The pieces of a tensor were cut from one box."""
     mine: dict[str, list[Chunk]] = {}
     for chunk in chunks:
         if chunk.is_held_by(rank):

@@ -1,8 +1,8 @@
-"""The state of all ranks, divided into one shard per rank by torch.distributed.checkpoint's planner.
+"""Divide the state of all ranks into one shard per rank with torch.distributed.checkpoint's planner.
 
-The planner removes the duplicates, balances the bytes and checks that each tensor is covered once. It balances by whole
-pieces, so large boxes that several ranks hold are cut first, along their outermost dimension: each piece is one run of
-memory, and a copy of it one memcpy. It is asked once, and the layout used at every step.
+The planner removes duplicates, balances the bytes and checks that each tensor is covered exactly once. It balances
+whole pieces, so large boxes that several ranks have are cut first, along their outermost dimension: each piece is then
+contiguous in memory, and copying it is one memcpy. The planner runs once; its layout is used at every step.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from lightning_ckptless.replica.layout.tensor_spec import Box, Described, is_emp
 
 PIECES_PER_RANK = 16
 PIECE_BYTES_LEAST = 16 * 1024
-"""Below this a better balance saves less than the additional copies cost."""
+"""Below this size a better balance saves less time than the additional copies cost."""
 
 Corner = tuple[str, tuple[int, ...]]
-"""Name of a tensor in the plan, and where in it a box begins."""
+"""Name of a tensor in the plan, and the start of a box in it."""
 
 
 def plan_layout(per_rank: Sequence[Sequence[Described]]) -> Layout:
-    """Cut the state of all ranks into one shard per rank, of about equal bytes.
+    """Divide the state of all ranks into one shard per rank, of about equal size.
 
     Args:
-        per_rank: what each rank holds. What all ranks hold alike is described alike on all of them.
+        per_rank: description of each rank's state. Replicated tensors have equal descriptions on all ranks.
 
     Returns:
-        The layout. All ranks compute the same from the same descriptions.
+        The layout, which is the same on all ranks for the same descriptions.
 
     Raises:
         LayoutMismatchError: ranks describe a tensor differently.
@@ -66,7 +66,7 @@ def plan_layout(per_rank: Sequence[Sequence[Described]]) -> Layout:
             cut = list(_pieces(d, small_enough)) if _corner(d) in shared else [_item(_Owned, d, d.held.box)]
             held_by |= {(d.name, tuple(item.index.offset or ())): holders[_corner(d)] for item in cut}
             items[-1] += cut
-    # Divided one by one, so that both what every step writes and what it seldom does are balanced.
+    # Divided separately, so that both the static part and the part that every step writes are balanced.
     first = _divide([[item for item in of_rank if item.index.fqn in still] for of_rank in items])
     rest = _divide([[item for item in of_rank if item.index.fqn not in still] for of_rank in items])
     chunks = [
@@ -78,29 +78,29 @@ def plan_layout(per_rank: Sequence[Sequence[Described]]) -> Layout:
 
 
 def _still(described: Sequence[Sequence[Described]]) -> frozenset[str]:
-    """Names of the tensors that seem to change seldom to all ranks that hold anything of them."""
+    """Names of the tensors that all ranks with a part of them describe as static."""
     all_of_them = [d for of_rank in described for d in of_rank]
     return frozenset(d.name for d in all_of_them if d.still) - {d.name for d in all_of_them if not d.still}
 
 
 def _divide(items: Sequence[Sequence[WriteItem]]) -> list[SavePlan]:
-    # The planner gives each piece to the rank that has least so far: the largest must come first.
+    # The planner assigns each piece to the rank with the fewest bytes so far, so the largest must come first.
     plans = [SavePlan(sorted(of_rank, key=lambda item: -item_bytes(item))) for of_rank in items]
     return DefaultSavePlanner(flatten_state_dict=False).create_global_plan(plans)[0]
 
 
 class _Shared(WriteItem):
-    """A write item that weighs what it writes: torch's own weighs the whole tensor, for each of its pieces."""
+    """A write item whose weight is its own size; torch's items have the weight of the whole tensor."""
 
     def tensor_storage_size(self) -> int | None:
         return item_bytes(self)
 
 
 class _Owned(WriteItem):
-    """A write item that no other rank could take.
+    """A write item that only one rank can write.
 
-    It has no weight: ranks own about the same bytes, and the planner meets those of one rank before it divides what is
-    common, those of the others after it.
+    It has no weight, because ranks own about the same number of bytes, and the planner sees the owned items of one rank
+    before the shared ones but those of other ranks after them.
     """
 
     def tensor_storage_size(self) -> int | None:
@@ -108,7 +108,7 @@ class _Owned(WriteItem):
 
 
 def _require_alike(per_rank: Sequence[Sequence[Described]]) -> None:
-    """What all ranks hold alike they must describe alike; boxes of one tensor must be boxes of the same tensor."""
+    """Check that replicated tensors have equal descriptions, and that boxes of one tensor agree on dtype and shape."""
     first = {d.name: d for d in per_rank[0] if d.replicated and not d.digest}
     wholes: dict[str, tuple[int, Described]] = {}
     for rank, described in enumerate(per_rank):
@@ -129,13 +129,13 @@ def _is_whole(described: Described | None) -> bool:
 
 def _unlike(rank: int, name: str, found: Described | None, other_rank: int, expected: Described | None) -> str:
     return (
-        f"rank {rank}: {name} is {found and found.held}, on rank {other_rank} it is {expected and expected.held}: "
+        f"rank {rank}: {name} is {found and found.held}, but on rank {other_rank} it is {expected and expected.held}: "
         f"build the same model and optimizer on every rank"
     )
 
 
 def _named_for_all(per_rank: Sequence[Sequence[Described]]) -> list[list[Described]]:
-    """What each rank holds under names that mean the same on all ranks, without parts that hold nothing."""
+    """The descriptions with names that are unique over all ranks, without empty parts."""
     differing = _differing(per_rank)
     return [
         [
@@ -148,10 +148,10 @@ def _named_for_all(per_rank: Sequence[Sequence[Described]]) -> list[list[Describ
 
 
 def _differing(per_rank: Sequence[Sequence[Described]]) -> set[str]:
-    """Names of tensors that might have been the same on all ranks, and are not."""
-    in_doubt = [{d.name: d for d in described if d.digest} for described in per_rank]
-    names = set().union(*in_doubt)
-    return {name for name in names if any(of_rank.get(name) != in_doubt[0].get(name) for of_rank in in_doubt)}
+    """Names of the tensors that could have been equal on all ranks but are not."""
+    digested = [{d.name: d for d in described if d.digest} for described in per_rank]
+    names = set().union(*digested)
+    return {name for name in names if any(of_rank.get(name) != digested[0].get(name) for of_rank in digested)}
 
 
 def _corner(described: Described) -> Corner:
@@ -163,7 +163,7 @@ def _bytes(described: Described) -> int:
 
 
 def _holders(described: Sequence[Sequence[Described]]) -> dict[Corner, tuple[int, ...]]:
-    """The ranks that hold each box."""
+    """The ranks that have each box."""
     holders: dict[Corner, list[int]] = {}
     for rank, of_rank in enumerate(described):
         for d in of_rank:
@@ -178,7 +178,7 @@ def _pieces(described: Described, piece_bytes: int) -> Iterator[WriteItem]:
 
 
 def _cut(box: Box, item_bytes_each: int, piece_bytes: int) -> Iterator[Box]:
-    """Cut a box along its first dimension of more than one until each part is small enough."""
+    """Cut a box along its first dimension of size greater than one until each part is small enough."""
     offsets, sizes = box
     parts = -(-math.prod(sizes) * item_bytes_each // piece_bytes)
     dim = next((d for d, size in enumerate(sizes) if size > 1), None)
@@ -199,7 +199,7 @@ def _item(cls: type[WriteItem], described: Described, box: Box) -> WriteItem:
 def _place(
     plans: tuple[SavePlan, SavePlan], shard: int, held_by: Mapping[Corner, tuple[int, ...]], world_size: int
 ) -> Iterator[Chunk]:
-    """Where the pieces of a shard lie: first those that seem to change seldom, then the others."""
+    """Place the pieces of a shard: first the static ones, then the others."""
     at = 0
     still, moving = (sorted(p.items, key=lambda item: (item.index.fqn, tuple(item.index.offset or ()))) for p in plans)
     for place, item in enumerate(still + moving):

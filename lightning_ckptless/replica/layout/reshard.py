@@ -1,6 +1,6 @@
-"""A version that one number of ranks has written, read by another.
+"""Read a version at another world size than the one that wrote it.
 
-Which part of which piece goes where is torch.distributed.checkpoint's resharding, over the layout as its metadata.
+The mapping of pieces to tensors is computed by torch.distributed.checkpoint's resharding, from the layout's metadata.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lightning_ckptless.replica.layout.tensor_spec import Held
 
 @dataclass(frozen=True)
 class PieceRead:
-    """A part of a piece, and where it goes.
+    """A part of a piece and its destination.
 
     Args:
         chunk: the piece.
-        name: tensor that it goes into.
-        source: corner of the part in the piece.
-        target: corner of the part in what this rank holds of the tensor.
-        sizes: of the part.
+        name: name of the destination tensor.
+        source: start of the part in the piece.
+        target: start of the part in this rank's part of the tensor.
+        sizes: sizes of the part.
     """
 
     chunk: Chunk
@@ -38,15 +38,15 @@ class PieceRead:
 
 
 def plan_reads(layout: Layout, held: Mapping[str, Held], *, home: int) -> tuple[PieceRead, ...]:
-    """Find all that a rank holds in the pieces of a layout.
+    """Plan the reads that fill a rank's tensors from the pieces of a layout.
 
     Args:
-        layout: of the version.
-        held: what the rank holds of each tensor.
-        home: the rank of the version whose own tensors it takes.
+        layout: layout of the version.
+        held: the rank's part of each tensor.
+        home: rank of the version whose private tensors it adopts.
 
     Raises:
-        LayoutMismatchError: a tensor is not in the version, or is another one there.
+        LayoutMismatchError: a tensor is not in the version, or has another dtype or shape there.
     """
     chunks = {(chunk.name, chunk.offsets): chunk for chunk in layout.chunks}
     known = layout.metadata.state_dict_metadata
@@ -67,7 +67,7 @@ def plan_reads(layout: Layout, held: Mapping[str, Held], *, home: int) -> tuple[
 
 
 def shards_in(reads: tuple[PieceRead, ...]) -> tuple[int, ...]:
-    """The shards that reads take from."""
+    """The shards needed by the reads."""
     return tuple(sorted({read.chunk.shard for read in reads}))
 
 
@@ -77,12 +77,12 @@ def fill_resharded(
     """Copy the parts into live tensors, in place.
 
     Args:
-        reads: as `plan_reads` gave them.
-        bulks: tensor part of each shard that they take from: uint8 of shape [bulk bytes].
-        tensors: live tensors by name; of a sharded tensor the part that is here.
+        reads: reads from `plan_reads`.
+        bulks: tensor state of each needed shard: uint8 of shape [bulk bytes].
+        tensors: live tensors by name; of a sharded tensor, the local part.
 
     Returns:
-        Bytes copied.
+        Number of bytes copied.
     """
     sources, targets = [], []
     for read in reads:
@@ -104,11 +104,11 @@ def _part(tensor: torch.Tensor, corner: tuple[int, ...], sizes: tuple[int, ...])
 def _require_like(name: str, mine: Held, there: object) -> None:
     if not isinstance(there, TensorStorageMetadata):
         raise LayoutMismatchError(
-            f"{name} is new: the version, of another number of ranks, has no such tensor. Start the script unchanged"
+            f"{name} is new: the version, of another world size, has no such tensor. Start the script unchanged"
         )
     found = str(there.properties.dtype), tuple(there.size)
     if found != (mine.dtype, mine.shape):
         raise LayoutMismatchError(
-            f"{name} is {mine}, in the version of another number of ranks it is {found[0].removeprefix('torch.')}"
-            f"{list(found[1])}: a tensor whose shape depends on the number of ranks cannot be divided anew"
+            f"{name} is {mine}, but in the version of another world size it is {found[0].removeprefix('torch.')}"
+            f"{list(found[1])}: a tensor whose shape depends on the world size cannot be resharded"
         )

@@ -1,7 +1,7 @@
-"""What a rank holds of the state, without its values: names, kinds, and which box of the whole is here.
+"""Descriptions of a rank's tensors without their values: name, dtype, shape, and the part that the rank has.
 
-A tensor that is sharded (a `DTensor`) lies in pieces on several ranks. What a rank has of it is a box: a corner and
-sizes. Ranks with the same box hold the same values, and one copy of them is enough.
+A sharded tensor (a `DTensor`) is distributed over several ranks. The part on a rank is a box, defined by offsets and
+sizes. Ranks with the same box have the same values, so one copy of them is enough.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Box(NamedTuple):
     """A part of a tensor.
 
     Args:
-        offsets: its corner.
-        sizes: its sizes.
+        offsets: start of the box in each dimension.
+        sizes: size of the box in each dimension.
     """
 
     offsets: tuple[int, ...]
@@ -35,12 +35,12 @@ class Box(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What a rank has of a tensor.
+    """The part of a tensor that a rank has.
 
     Args:
-        dtype: such as `torch.float32`.
-        shape: sizes of the whole tensor.
-        box: the part that is here.
+        dtype: e.g. `torch.float32`.
+        shape: shape of the whole tensor.
+        box: the local part.
     """
 
     dtype: str
@@ -60,12 +60,12 @@ class Described:
 
     Args:
         name: fully qualified name.
-        dtype: such as `torch.float32`.
-        shape: sizes of the whole tensor.
-        replicated: whether every rank with the same box of it holds the same values; else they are this rank's own.
-        box: the part that this rank holds; None for all of it.
-        digest: of the values, where only they can tell whether ranks hold the same; empty where it is known.
-        still: whether it seems to change seldom. That decides its place in a shard, and nothing else.
+        dtype: e.g. `torch.float32`.
+        shape: shape of the whole tensor.
+        replicated: whether all ranks with the same box have the same values; otherwise the values are private.
+        box: the part that this rank has; None for all of it.
+        digest: digest of the values if only they can show whether ranks have the same; empty if that is known.
+        still: whether the tensor is expected to be static. This determines only its place in a shard.
     """
 
     name: str
@@ -78,25 +78,25 @@ class Described:
 
     @property
     def held(self) -> Held:
-        """What is here."""
+        """The local part."""
         return Held(self.dtype, self.shape, self.box or whole(self.shape))
 
 
 def to_message(described: Sequence[Described]) -> bytes:
-    """A description on its way to the other ranks."""
+    """Serialize a description for the other ranks."""
     return json.dumps([vars(each) for each in described]).encode()
 
 
 def from_message(data: bytes) -> tuple[Described, ...]:
-    """What `to_message` made.
+    """Parse the result of `to_message`.
 
     Raises:
-        TransportError: a peer sent something else.
+        TransportError: a peer sent invalid data.
     """
     try:
         described: tuple[Described, ...] = _DESCRIBED(parse(data), "")
     except SchemaError as error:
-        raise TransportError(f"a peer sent a description of its state that cannot be read: {error}") from error
+        raise TransportError(f"a peer sent an invalid description of its state: {error}") from error
     return described
 
 
@@ -108,16 +108,16 @@ _DESCRIBED = sequence(record(
 
 
 def whole(shape: tuple[int, ...]) -> Box:
-    """The box that is all of a tensor."""
+    """The box that covers a whole tensor."""
     return Box((0,) * len(shape), shape)
 
 
 def describe(tensors: Mapping[str, torch.Tensor], *, replicated: bool) -> tuple[Described, ...]:
-    """What a set of tensors is like.
+    """Describe tensors.
 
     Args:
-        tensors: by fully qualified name.
-        replicated: whether ranks with the same box of one hold the same values.
+        tensors: tensors by fully qualified name.
+        replicated: whether ranks with the same box of a tensor have the same values.
 
     Raises:
         OptionsError: a tensor is not dense.
@@ -133,13 +133,13 @@ def _describe(name: str, tensor: torch.Tensor, replicated: bool) -> Described:
         return Described(name, str(tensor.dtype), tuple(tensor.shape), replicated)
     box = shard_box(tensor)
     if box is None or not replicated:
-        # In rows that do not lie side by side, or summed up only when it is read: what is here is this rank's own.
+        # Interleaved rows, or partial values that are summed when read: the local part is private to this rank.
         return Described(name, str(tensor.dtype), tuple(local.shape), replicated=False)
     return Described(name, str(tensor.dtype), tuple(tensor.shape), replicated, Box(*box))
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor: the tensor itself where it is not sharded."""
+    """The local part of a tensor; the tensor itself if it is not sharded."""
     if not isinstance(tensor, DTensor):
         return tensor
     with torch.no_grad():
@@ -147,17 +147,17 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_empty_part(described: Described) -> bool:
-    """Whether this rank holds nothing of a tensor that others hold something of."""
+    """Whether this rank has no part of a non-empty tensor."""
     return described.box is not None and math.prod(described.box.sizes) == 0 != math.prod(described.shape)
 
 
 def differences(expected: Mapping[str, Held], found: Mapping[str, Held], limit: int = 5) -> list[str]:
-    """Sentences that name the tensors in which two states differ.
+    """Describe the tensors in which two states differ.
 
     Args:
         expected: the mirrored state, by name.
-        found: the state at hand.
-        limit: number of tensors to name; the rest is counted.
+        found: the current state, by name.
+        limit: number of tensors to name; the rest are counted.
     """
     sentences = []
     for name in sorted(expected.keys() | found.keys()):
@@ -173,5 +173,5 @@ def differences(expected: Mapping[str, Held], found: Mapping[str, Held], limit: 
 
 
 def held_by_name(described: Sequence[Described]) -> dict[str, Held]:
-    """What a rank holds of each tensor, without those of which it holds nothing."""
+    """The part of each tensor that a rank has, by name, without empty parts."""
     return {d.name: d.held for d in described if not is_empty_part(d)}

@@ -1,1 +1,1 @@
-"""How a version gets into the slots of its holders, once per version."""
+"""Mirroring: write each version into the slots of its holders."""

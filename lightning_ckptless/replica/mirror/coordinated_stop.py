@@ -1,16 +1,16 @@
-"""Where all ranks end a run of which one was asked to end: at the same moment, the next that none has passed yet.
+"""Coordinated stop: after one rank was asked to stop, all ranks stop at the same point, the next that none has passed.
 
     training thread                     mirror thread
-    passes a moment: count it
-                                        a round tells that a rank was asked to end
-                                        from here on the training thread waits at its next moment
-                                        meet: how many has each rank passed?
-    one more than any has: end there
-    fewer: go on to the next
+    passes a stopping point: count it
+                                        the result of a round says that a rank was asked to stop
+                                        from now on the training thread blocks at its next stopping point
+                                        gather how many stopping points each rank has passed
+    maximum + 1 reached: stop there
+    below: continue to the next
 
-The threads that train are not at the same moment when the round ends, so the word alone would stop them at different
-ones, each waiting for the others for ever. Nobody waits for the training thread of another rank here: those that mirror
-meet, and all of them have had that round.
+The training threads are at different points when the round ends. Stopping right away would stop them at different
+points, where they would wait for each other forever. No rank waits for the training thread of another rank: the gather
+runs in the mirror threads, and all of them have completed that round.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 
-class Ending:
-    """One rank's part in it, for as long as its mirror lives."""
+class CoordinatedStop:
+    """One rank's part in a coordinated stop. It exists as long as the rank's mirror."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -30,17 +30,17 @@ class Ending:
 
     @property
     def is_agreed(self) -> bool:
-        """Whether the ranks have met."""
+        """Whether the ranks have agreed on the stopping point, or are about to."""
         return self._last is not None
 
     def passes(self) -> bool:
-        """A moment at which the run may end, in the training thread. All ranks have the same ones, in the same order.
+        """Pass a stopping point, in the training thread. All ranks pass the same points in the same order.
 
         Returns:
-            Whether it ends there.
+            Whether the run stops here.
 
         Raises:
-            TransportError: a peer is gone while the ranks meet.
+            TransportError: a peer was lost during the agreement.
         """
         with self._lock:
             self._passed += self._last is None
@@ -52,13 +52,13 @@ class Ending:
         return self._passed >= number
 
     def agree(self, gather: Callable[[bytes], list[bytes]]) -> None:
-        """Meet the others, in the thread of the mirror.
+        """Agree on the stopping point, in the mirror thread.
 
         Args:
-            gather: what all ranks say, of a transport.
+            gather: `gather` of the mirror's transport.
 
         Raises:
-            TransportError: a peer is gone.
+            TransportError: a peer is lost.
         """
         with self._lock:
             last = self._last = Future()

@@ -1,8 +1,8 @@
-"""Copies from a CUDA device straight into slots, in a stream of their own, beside whatever the device computes.
+"""Copy from a CUDA device directly into slots, in a separate CUDA stream, concurrently with other work of the device.
 
-A slot is ordinary memory to the device: a copy into it goes through a small buffer of the driver's, at a tenth of the
-speed, and the calling thread waits. Registered with the driver once, it takes copies at the speed of the bus. Where the
-driver refuses to register it (its memory cannot be locked, say) pinned buffers stand between.
+To the device, a slot is pageable memory: copies into it go through a small driver buffer at a tenth of the speed, and
+block the calling thread. Slots are therefore registered with the driver once, and then copied into at the speed of the
+bus. If the driver refuses, for example because the memory cannot be locked, copies go through pinned buffers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class DeviceCopier:
-    """Brings tensors of one device into slots.
+    """Copies tensors of one device into slots.
 
     Args:
         device: where the tensors are.
@@ -34,13 +34,13 @@ class DeviceCopier:
     def copy(
         self, bulk: torch.Tensor, targets: list[torch.Tensor], sources: list[torch.Tensor], ready: torch.cuda.Event
     ) -> None:
-        """Copy each source on the device into its target, and wait until all are there.
+        """Copy each source on the device into its target, and wait until all copies are done.
 
         Args:
-            bulk: the slot's tensor part, of which the targets are views.
-            targets: in host memory.
-            sources: on the device, as many.
-            ready: marks the point in the device's work at which the sources hold what is wanted.
+            bulk: tensor state of the slot, of which the targets are views.
+            targets: tensors in host memory.
+            sources: tensors on the device, one per target.
+            ready: event after which the sources contain the version.
         """
         direct = self._register(bulk)
         landing = targets if direct else [self._buffer(target) for target in targets]
@@ -53,7 +53,7 @@ class DeviceCopier:
                 foreach_copy(targets, landing)
 
     def close(self) -> None:
-        """Let go of the slots: they are about to be unmapped."""
+        """Unregister the slots, which are about to be unmapped."""
         for address in [address for address, done in self._registered.items() if done]:
             _driver().cudaHostUnregister(address)
         self._registered.clear()
@@ -73,7 +73,7 @@ class DeviceCopier:
             self._has_warned = True
             log.warning(
                 "ckptless: %.1f MB of an arena cannot be registered with CUDA (%s): copies go through pinned buffers, "
-                "more slowly. An arena in shared memory can",
+                "which is slower. Use an arena folder in shared memory",
                 length_bytes / 1e6,
                 status,
             )
@@ -87,7 +87,7 @@ class DeviceCopier:
 
 
 def _forget_last_error(device: torch.device) -> None:
-    """Start a kernel for nothing: it reports the refusal, which the driver keeps as the last error of this thread."""
+    """Start a no-op kernel, which clears the refusal that the driver keeps as the last error of this thread."""
     with suppress(RuntimeError):
         torch.ones(1, device=device)
 

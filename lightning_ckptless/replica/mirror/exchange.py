@@ -1,8 +1,9 @@
-"""Shards on their way to holders, straight from slots into slots.
+"""Transfer shards from the slots of their writers into the slots of their holders.
 
-What a holder's slot holds already is not sent: the still part of a version that was sent into it before. Writer and
-holder go through their two slots in step, as they learn the same of every round. So the writer knows what lies there by
-what lies in its own slot; it says so beside the header, and the holder compares that with what it has noted.
+The static part of a shard is not sent if the holder's slot already contains it from an earlier version. Writer and
+holder alternate between their two slots in lockstep, because they see the same result of every round. So the writer
+knows the contents of the holder's slot from its own. It sends that assumption with the header, and the holder checks it
+against its own record.
 """
 
 from __future__ import annotations
@@ -19,134 +20,135 @@ from lightning_ckptless.replica.checksum import bytes_of
 from lightning_ckptless.replica.slot import HEADER_BYTES, Slot, SlotHeader
 from lightning_ckptless.replica.slot_pair import SlotPair
 from lightning_ckptless.replica.slot_stamp import Stamp
-from lightning_ckptless.replica.transport import Parcel, Transport, room, tensor_of
+from lightning_ckptless.replica.transport import Message, Transport, receive_buffer, tensor_of
 
 PAGE, BULK, BLOB = range(3)
-"""Tags of the parcels of a round. A rank sends only its own shard, so a pair never has two of a kind."""
+"""Tags of the messages of a round. A rank sends only its own shard, so tags are unique between two ranks."""
 
-_NOTE = struct.Struct("!Q64s")
-_PAGE_BYTES = HEADER_BYTES + _NOTE.size
+_PREFIX = struct.Struct("!Q64s")
+_PAGE_BYTES = HEADER_BYTES + _PREFIX.size
 
 
 @dataclass(frozen=True)
-class Known:
-    """The first bytes of a slot, where they are known from before.
+class KnownPrefix:
+    """The first bytes of a slot whose digest is already known.
 
     Args:
-        length_bytes: how many; 0 where nothing is known.
-        digest: of these bytes.
+        length_bytes: number of bytes; 0 if none are known.
+        digest: digest of these bytes.
     """
 
     length_bytes: int = 0
     digest: str = ""
 
     def encode(self) -> bytes:
-        """As it stands behind a header on its way to a holder."""
-        return _NOTE.pack(self.length_bytes, self.digest.encode())
+        """Serialize, to be sent after the header."""
+        return _PREFIX.pack(self.length_bytes, self.digest.encode())
 
     @classmethod
-    def decode(cls, data: bytes) -> Known:
-        """What `encode` has written."""
-        length_bytes, digest = _NOTE.unpack(data)
+    def decode(cls, data: bytes) -> KnownPrefix:
+        """Parse the result of `encode`."""
+        length_bytes, digest = _PREFIX.unpack(data)
         return cls(length_bytes, digest.rstrip(b"\0").decode())
 
 
 @dataclass(frozen=True)
-class Shipment:
-    """The own shard, ready to be sent.
+class OutgoingShard:
+    """This rank's own shard, ready to be sent.
 
     Args:
-        slot: it lies here, sealed.
+        slot: sealed slot of the shard.
         blob: the host state.
-        still: the still part, with its digest.
-        is_there: whether the holders have the still part already.
+        static: the static part.
+        is_static_sent: whether the holders already have the static part.
     """
 
     slot: Slot
     blob: bytes
-    still: Known
-    is_there: bool
+    static: KnownPrefix
+    is_static_sent: bool
 
     @property
     def bulk(self) -> torch.Tensor:
-        """What is sent of the tensor part."""
-        return self.slot.bulk[self.still.length_bytes if self.is_there else 0 :]
+        """The part of the tensor state to send."""
+        return self.slot.bulk[self.static.length_bytes if self.is_static_sent else 0 :]
 
 
-class Delivery:
-    """Sends the own shard to its holders, and receives those of the sources.
+class ShardExchange:
+    """Sends this rank's shard to its holders and receives the shards of its sources.
 
     Args:
-        transport: between the ranks.
-        holders: ranks that keep the own shard.
-        slot_pairs: of all shards that this rank has, by shard.
+        transport: transport between the ranks.
+        holders: ranks that keep this rank's shard.
+        slot_pairs: slot pairs of this rank, by shard.
     """
 
     def __init__(self, transport: Transport, holders: Sequence[int], slot_pairs: Mapping[int, SlotPair]) -> None:
         self._transport = transport
         self._holders = holders
         self._slot_pairs = {shard: slot_pair for shard, slot_pair in slot_pairs.items() if shard != transport.rank}
-        self._known: dict[Path, Known] = {}
+        self._known: dict[Path, KnownPrefix] = {}
         self.sent_bytes = 0
 
-    def exchange(self, own: Shipment | None, stamp_of: Callable[[int], Stamp]) -> dict[int, Slot]:
-        """One round: send and receive.
+    def exchange(self, own: OutgoingShard | None, stamp_of: Callable[[int], Stamp]) -> dict[int, Slot]:
+        """Send and receive the shards of one round.
 
         Args:
-            own: the own shard; None where there is none this time.
-            stamp_of: what a source's slot is to hold.
+            own: this rank's shard; None if it has none in this round.
+            stamp_of: expected stamp of a source's shard.
 
         Returns:
-            The slots that hold the version now, by shard.
+            The slots that now contain the version, by shard.
 
         Raises:
-            TransportError: a peer is gone, or sends what was not expected.
+            TransportError: a peer is lost or sends unexpected data.
         """
-        sends: list[Parcel] = []
+        sends: list[Message] = []
         if own is not None:
             parts = ((BULK, own.bulk), (BLOB, tensor_of(own.blob)))
             sends = [(holder, *part) for holder in self._holders for part in parts]
-            self.sent_bytes += sum(parcel.numel() for _, _, parcel in sends)
-        receives: list[Parcel] = []
-        arriving: dict[int, tuple[Slot, SlotHeader, Known, torch.Tensor]] = {}
-        for source, (header, still, is_there) in self._pages(own).items():
-            slot = self._begin(source, header, stamp_of(source), still if is_there else None)
-            blob = room(header.blob_bytes)
-            receives += [(source, BULK, slot.bulk[still.length_bytes if is_there else 0 :]), (source, BLOB, blob)]
-            arriving[source] = slot, header, still, blob
+            self.sent_bytes += sum(data.numel() for _, _, data in sends)
+        receives: list[Message] = []
+        arriving: dict[int, tuple[Slot, SlotHeader, KnownPrefix, torch.Tensor]] = {}
+        for source, (header, static, is_static_sent) in self._pages(own).items():
+            slot = self._begin(source, header, stamp_of(source), static if is_static_sent else None)
+            blob = receive_buffer(header.blob_bytes)
+            bulk = slot.bulk[static.length_bytes if is_static_sent else 0 :]
+            receives += [(source, BULK, bulk), (source, BLOB, blob)]
+            arriving[source] = slot, header, static, blob
         self._transport.exchange(sends, receives)
-        for slot, header, still, blob in arriving.values():
+        for slot, header, static, blob in arriving.values():
             slot.seal(replace(header.stamp, holder=self._transport.rank), bytes_of(blob), header.checksum)
-            self._known[slot.path] = still
+            self._known[slot.path] = static
         kept = {source: slot for source, (slot, *_) in arriving.items()}
         return kept if own is None else {self._transport.rank: own.slot} | kept
 
-    def _pages(self, own: Shipment | None) -> dict[int, tuple[SlotHeader, Known, bool]]:
-        """Tell holders what is coming, and hear it from sources; an empty page says: nothing."""
+    def _pages(self, own: OutgoingShard | None) -> dict[int, tuple[SlotHeader, KnownPrefix, bool]]:
+        """Send the header page to holders and receive those of sources; an empty page announces no shard."""
         page = bytes(_PAGE_BYTES + 1)
         if own is not None:
             assert own.slot.header is not None
-            page = own.slot.header.encode() + own.still.encode() + bytes([own.is_there])
-        sent, pages = tensor_of(page), {source: room(len(page)) for source in self._slot_pairs}
+            page = own.slot.header.encode() + own.static.encode() + bytes([own.is_static_sent])
+        sent, pages = tensor_of(page), {source: receive_buffer(len(page)) for source in self._slot_pairs}
         self._transport.exchange(
             [(holder, PAGE, sent) for holder in self._holders], [(source, PAGE, page) for source, page in pages.items()]
         )
-        heard = {}
-        for source, parcel in pages.items():
-            data = bytes(bytes_of(parcel))
+        received = {}
+        for source, buffer in pages.items():
+            data = bytes(bytes_of(buffer))
             header = SlotHeader.decode(data[:HEADER_BYTES])
             if header is not None:
-                heard[source] = header, Known.decode(data[HEADER_BYTES:_PAGE_BYTES]), bool(data[_PAGE_BYTES])
-        return heard
+                received[source] = header, KnownPrefix.decode(data[HEADER_BYTES:_PAGE_BYTES]), bool(data[_PAGE_BYTES])
+        return received
 
-    def _begin(self, source: int, header: SlotHeader, expected: Stamp, already: Known | None) -> Slot:
-        """Open a source's slot for what is coming.
+    def _begin(self, source: int, header: SlotHeader, expected: Stamp, omitted: KnownPrefix | None) -> Slot:
+        """Begin to overwrite the slot for a source's shard.
 
         Args:
-            source: whose.
-            header: as it was sent.
-            expected: what it should say.
-            already: what the source takes to be there.
+            source: rank of the shard.
+            header: received header.
+            expected: expected stamp.
+            omitted: prefix that the source does not send; None if it sends everything.
         """
         slot, sent = self._slot_pairs[source].free(), replace(expected, holder=source)
         if header.stamp != sent or header.bulk_bytes != slot.bulk_bytes:
@@ -154,11 +156,11 @@ class Delivery:
                 f"rank {self._transport.rank}: rank {source} sends {header.stamp} of {header.bulk_bytes} bytes, "
                 f"expected {sent} of {slot.bulk_bytes} bytes"
             )
-        known = self._known.pop(slot.path, Known())
-        if already is not None and already != known:
+        known = self._known.pop(slot.path, KnownPrefix())
+        if omitted is not None and omitted != known:
             raise TransportError(
-                f"rank {self._transport.rank}: rank {source} leaves out {already.length_bytes} bytes that should be in "
-                f"{slot.path.name} ({already.digest}), where {known.length_bytes} bytes are known ({known.digest})"
+                f"rank {self._transport.rank}: rank {source} omits {omitted.length_bytes} bytes of {slot.path.name} "
+                f"({omitted.digest}), but {known.length_bytes} bytes are known here ({known.digest})"
             )
         slot.begin(expected)
         return slot

@@ -1,14 +1,14 @@
-"""Copying a rank's own shard out of the live tensors into a slot, partly now, partly beside the next batch.
+"""Copy a rank's own shard from the live tensors into a slot, partly immediately, partly during the next batch.
 
-What is copied *early*, in the training thread, may change as soon as `take` returns. What is copied *late*, in the
-mirror thread, must not change until `finish` has returned. That is watched: torch counts in-place writes per tensor,
-and a counter that moved means a torn copy. (A write through `.data` is not counted, nor one still under way when the
-copy ends, so the count finds mistakes; the promise itself is the caller's.)
+Tensors copied *early*, in the training thread, may change as soon as `take` returns. Tensors copied *late*, in the
+mirror thread, must not change until `finish` has returned. This is checked: torch counts in-place writes per tensor,
+and a changed counter means a torn copy. (Writes through `.data` are not counted, nor is a write still in progress when
+the copy ends. So the check detects mistakes, but the caller remains responsible.)
 
-Tensors that seem to change seldom are copied late only where they have changed (`still.py`).
+Static tensors are copied late, and only if they have changed (`static.py`).
 
-All late copies are one call, which gives up the interpreter lock once. A loop over tensors has to win the lock back
-after each, and beside a training thread busy in Python that took 400 ms for what takes 14.
+All late copies are one call, which releases the interpreter lock once. A loop over tensors would have to reacquire the
+lock after each of them: next to a training thread busy in Python that took 400 ms instead of 14.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from lightning_ckptless.replica.mirror.static import Pair, StaticPart
 
 
 @dataclass
-class Load:
-    """A shard on its way into a slot.
+class PendingCopy:
+    """The late part of copying a shard into a slot.
 
     Args:
-        bulk: the slot's tensor part.
-        targets: views of it that are still to be filled.
-        sources: the live views they are filled from.
-        watched: live tensors behind the sources, with their counts of in-place writes.
-        middle: index that halves the bytes.
-        still: what seems to change seldom.
-        ready: marks the point in the device's stream at which the sources hold the version; None in host memory.
+        bulk: tensor state of the slot.
+        targets: views of it that are not filled yet.
+        sources: live views from which they are filled.
+        watched: live tensors of the sources, with their counts of in-place writes.
+        middle: index at which half of the bytes are copied.
+        static: the static part.
+        ready: CUDA event after which the sources contain the version; None in host memory.
     """
 
     bulk: torch.Tensor
@@ -45,25 +45,25 @@ class Load:
     sources: list[torch.Tensor]
     watched: list[tuple[str, torch.Tensor, int]]
     middle: int
-    still: StaticPart
+    static: StaticPart
     ready: torch.cuda.Event | None = None
 
     def changed(self) -> str | None:
-        """Name of a tensor that was written to since it was taken; None when all are as they were."""
+        """Name of a tensor that was modified since `take`; None if there is none."""
         return next((name for name, tensor, count in self.watched if version_counter(tensor) != count), None)
 
 
 @dataclass
 class _Sources:
-    """Live views of the own shard, for as long as the tensors stay where they are."""
+    """Live views of the own shard, valid as long as the tensors are not moved."""
 
     identity: list[tuple[int, torch.Size, tuple[int, ...]]] = field(default_factory=list)
     views: list[torch.Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """What is copied into one slot early and what late, for as long as neither the sources nor the names change."""
+class _CopyPlan:
+    """The early and late copies into one slot, valid as long as neither the sources nor the early names change."""
 
     live: _Sources
     early: frozenset[str]
@@ -73,15 +73,15 @@ class _Cut:
     watched: list[str]
     middle: int
     on_device: bool
-    still: StaticPart
+    static: StaticPart
 
 
 class Stager:
     """Fills slots with a rank's own shard.
 
     Args:
-        layout: how the state is cut.
-        rank: this rank, whose shard it is.
+        layout: layout of the state.
+        rank: this rank.
     """
 
     def __init__(self, layout: Layout, rank: int) -> None:
@@ -90,50 +90,50 @@ class Stager:
         self._names = [local_name(chunk, rank) for chunk in layout.of(rank)]
         self._sources = _Sources()
         self._targets: dict[int, list[torch.Tensor]] = {}
-        self._cuts: dict[int, _Cut] = {}
+        self._plans: dict[int, _CopyPlan] = {}
         self._device_copier: DeviceCopier | None = None
 
-    def take(self, bulk: torch.Tensor, tensors: Mapping[str, torch.Tensor], early: Collection[str]) -> Load:
-        """Begin to fill a slot, in the training thread.
+    def take(self, bulk: torch.Tensor, tensors: Mapping[str, torch.Tensor], early: Collection[str]) -> PendingCopy:
+        """Start to fill a slot, in the training thread.
 
         Args:
-            bulk: the slot's tensor part.
-            tensors: live tensors by name; those of the own shard are looked at.
-            early: names to copy before this returns.
+            bulk: tensor state of the slot.
+            tensors: live tensors by name; only those of the own shard are used.
+            early: names of the tensors to copy before this returns.
 
         Returns:
-            What is left to copy.
+            The remaining copies.
 
         Raises:
             LayoutMismatchError: a tensor of the layout is missing or has another shape.
         """
-        cut = self._cut(bulk, self._live(tensors), frozenset(early))
-        load = Load(
+        plan = self._plan(bulk, self._live(tensors), frozenset(early))
+        pending = PendingCopy(
             bulk,
-            list(cut.targets),
-            list(cut.sources),
-            [(name, tensor := tensors[name], version_counter(tensor)) for name in cut.watched],
-            cut.middle,
-            cut.still,
+            list(plan.targets),
+            list(plan.sources),
+            [(name, tensor := tensors[name], version_counter(tensor)) for name in plan.watched],
+            plan.middle,
+            plan.static,
         )
-        self._copy_now(cut.now, load)
-        if cut.on_device:
-            load.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            load.ready.record()
-        return load
+        self._copy_now(plan.now, pending)
+        if plan.on_device:
+            pending.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            pending.ready.record()
+        return pending
 
-    def _cut(self, bulk: torch.Tensor, live: _Sources, early: frozenset[str]) -> _Cut:
-        """Divide the copies into early and late ones: once per slot, since hundreds of tensors are looked at."""
-        cut = self._cuts.get(bulk.data_ptr())
-        if cut is None or cut.live is not live or cut.early != early:
+    def _plan(self, bulk: torch.Tensor, live: _Sources, early: frozenset[str]) -> _CopyPlan:
+        """Divide the copies into early and late ones. The plan is cached per slot: there are hundreds of tensors."""
+        plan = self._plans.get(bulk.data_ptr())
+        if plan is None or plan.live is not live or plan.early != early:
             pairs = list(zip(self._names, self._views_of(bulk), live.views, strict=True))
-            still = self._still_part(bulk, pairs, early)
+            static = self._static_part(bulk, pairs, early)
             late = [
                 (target, source)
                 for place, (name, target, source) in enumerate(pairs)
-                if name not in early and place not in still.compared
+                if name not in early and place not in static.compared
             ]
-            cut = self._cuts[bulk.data_ptr()] = _Cut(
+            plan = self._plans[bulk.data_ptr()] = _CopyPlan(
                 live=live,
                 early=early,
                 now=[(target, source) for name, target, source in pairs if name in early],
@@ -142,11 +142,11 @@ class Stager:
                 watched=[name for name in dict.fromkeys(self._names) if name not in early],
                 middle=_middle([source for _, source in late]),
                 on_device=any(source.is_cuda for source in live.views),
-                still=still,
+                static=static,
             )
-        return cut
+        return plan
 
-    def _still_part(
+    def _static_part(
         self, bulk: torch.Tensor, pairs: Sequence[tuple[str, torch.Tensor, torch.Tensor]], early: frozenset[str]
     ) -> StaticPart:
         chunks = [chunk for chunk in self._layout.of(self._rank) if chunk.still]
@@ -155,52 +155,52 @@ class Stager:
             chunks, bulk, [(target, source) for _, target, source in first], [name not in early for name, _, _ in first]
         )
 
-    def _copy_now(self, pairs: list[Pair], load: Load) -> None:
+    def _copy_now(self, pairs: list[Pair], pending: PendingCopy) -> None:
         host = [(target, source) for target, source in pairs if not source.is_cuda]
         with torch.no_grad():
             foreach_copy([target for target, _ in host], [source for _, source in host])
         for target, source in pairs:
             if source.is_cuda:
-                # A copy on the device keeps the value without a wait for the device.
-                load.targets.append(target)
-                load.sources.append(source.clone())
+                # A clone on the device preserves the value without waiting for the device.
+                pending.targets.append(target)
+                pending.sources.append(source.clone())
 
-    def finish(self, load: Load, half_done: Callable[[], None] | None = None) -> int:
-        """Fill the rest of a slot; any thread.
+    def finish(self, pending: PendingCopy, half_done: Callable[[], None] | None = None) -> int:
+        """Fill the rest of a slot, in any thread.
 
         Args:
-            load: what `take` returned.
-            half_done: called in the middle.
+            pending: result of `take`.
+            half_done: called after half of the data is copied.
 
         Returns:
-            Bytes of the slot that hold the version already, and were not written.
+            Number of bytes that the slot already contained and that were not written.
         """
-        outdated = load.still.outdated()
-        load.targets += [target for target, _ in outdated]
-        load.sources += [source for _, source in outdated]
-        middle = load.middle if half_done is not None else len(load.sources)
-        self._copy(load, slice(0, middle))
+        outdated = pending.static.outdated()
+        pending.targets += [target for target, _ in outdated]
+        pending.sources += [source for _, source in outdated]
+        middle = pending.middle if half_done is not None else len(pending.sources)
+        self._copy(pending, slice(0, middle))
         if half_done is not None:
             half_done()
-            self._copy(load, slice(middle, None))
-        return load.still.compared_bytes - sum(target.nbytes for target, _ in outdated)
+            self._copy(pending, slice(middle, None))
+        return pending.static.compared_bytes - sum(target.nbytes for target, _ in outdated)
 
     def close(self) -> None:
-        """Let go of the slots: they are about to be unmapped."""
+        """Unregister the slots, which are about to be unmapped."""
         if self._device_copier is not None:
             self._device_copier.close()
 
-    def _copy(self, load: Load, part: slice) -> None:
-        pairs = list(zip(load.targets[part], load.sources[part], strict=True))
-        host = [pair for pair in pairs if load.ready is None or not pair[1].is_cuda]
+    def _copy(self, pending: PendingCopy, part: slice) -> None:
+        pairs = list(zip(pending.targets[part], pending.sources[part], strict=True))
+        host = [pair for pair in pairs if pending.ready is None or not pair[1].is_cuda]
         with torch.no_grad():
             foreach_copy([target for target, _ in host], [source for _, source in host])
         device = [pair for pair in pairs if pair[1].is_cuda]
-        if device and load.ready is not None:
+        if device and pending.ready is not None:
             if self._device_copier is None:
                 self._device_copier = DeviceCopier(device[0][1].device)
             self._device_copier.copy(
-                load.bulk, [target for target, _ in device], [source for _, source in device], load.ready
+                pending.bulk, [target for target, _ in device], [source for _, source in device], pending.ready
             )
 
     def _live(self, tensors: Mapping[str, torch.Tensor]) -> _Sources:
@@ -214,8 +214,8 @@ class Stager:
             for name, tensor in zip(self._names, own, strict=True):
                 if (str(tensor.dtype), tuple(tensor.shape)) != (held[name].dtype, held[name].box.sizes):
                     raise LayoutMismatchError(
-                        f"rank {self._rank}: {name} is {tensor.dtype}{list(tensor.shape)} here, expected {held[name]}: "
-                        "the layout of the state must stay as it was when training began"
+                        f"rank {self._rank}: {name} is {tensor.dtype}{list(tensor.shape)}, expected {held[name]}: the "
+                        "layout of the state must not change during training"
                     )
             self._sources = _Sources(identity, live_views(self._layout, self._rank, self._rank, tensors))
         return self._sources
@@ -228,6 +228,6 @@ class Stager:
 
 
 def _middle(tensors: list[torch.Tensor]) -> int:
-    """Index that halves the bytes."""
+    """The index at which half of the bytes are copied."""
     sums = list(accumulate(tensor.nbytes for tensor in tensors))
     return next((index for index, total in enumerate(sums, 1) if 2 * total >= sums[-1]), 0)

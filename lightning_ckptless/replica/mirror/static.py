@@ -1,15 +1,14 @@
-"""The still part of a shard: tensors that seem to change seldom, such as frozen weights; only what differs is written.
+"""The static part of a shard: tensors expected not to change, such as frozen weights. Only changed data is written.
 
-A slot still holds what was written into it two versions ago. What the live tensors hold is compared with that at every
-version, byte for byte by a digest of 128 bits, and only what differs is copied; a part of which nothing differs is not
-sent to the holders either. So which tensors stand still is a guess that costs time where it is wrong, never a bit.
+A slot still contains what was written into it two versions ago. At every version the live tensors are compared with
+that by a 128-bit digest, and only tensors that differ are copied. If nothing differs, the static part is not sent to
+the holders either. So a wrong guess about which tensors are static costs time, but never correctness.
 
-Nothing else would do. torch counts writes in place per tensor, but neither those through `.data`, with which averaged
-copies of a model are often kept, nor those of fused optimizers on CPUs. That gradients are switched off says nothing
-about either.
+Cheaper criteria do not suffice. torch counts in-place writes per tensor, but neither writes through `.data`, which are
+common for averaged copies of a model, nor those of fused optimizers on CPUs. Disabled gradients do not exclude either.
 
-Reading is three times as fast as copying and checking. It takes a call per tensor, each of which may have to wait for
-the interpreter lock, so small tensors, and those that cannot be read where they are, are copied with the rest and
+Reading is three times as fast as copying and computing a checksum. But it needs a call per tensor, each of which may
+wait for the interpreter lock. So small tensors, and tensors that cannot be read in place, are copied with the rest and
 compared afterwards.
 """
 
@@ -26,21 +25,21 @@ from lightning_ckptless.replica.layout.layout import Chunk, aligned
 
 ALGORITHM = "xxh3"
 LEAST_BYTES = 64 * 1024
-"""Below this, copying costs less than a call."""
+"""Below this size copying costs less than a call."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Target, source."""
 
 
 @dataclass
-class _Stretch:
-    """Pieces side by side in a slot.
+class _Span:
+    """Consecutive pieces in a slot.
 
     Args:
-        here: where they lie: uint8 of shape [bytes].
-        live: the bytes that they are a copy of, where those can be read as they are; None where they are copied anyway.
-        pair: how they are copied where they differ.
-        digest: of what lies here; empty while that is not known.
+        here: their bytes in the slot: uint8 of shape [bytes].
+        live: the bytes of the live tensor, if it can be read in place; None if the pieces are always copied.
+        pair: the copy to make if they differ.
+        digest: digest of the bytes in the slot; empty while unknown.
     """
 
     here: torch.Tensor
@@ -50,18 +49,18 @@ class _Stretch:
 
 
 class StaticPart:
-    """The still part of the own shard in one slot.
+    """The static part of the own shard in one slot.
 
     Args:
-        chunks: its pieces, in the order of their places.
-        bulk: the slot's tensor part: uint8 of shape [bulk bytes].
-        pairs: how each piece is copied.
-        late: whether each piece is copied beside the next batch.
+        chunks: its pieces, ordered by offset.
+        bulk: tensor state of the slot: uint8 of shape [bulk bytes].
+        pairs: target and source of each piece.
+        late: whether each piece is copied late.
 
     Attributes:
-        compared: places of the pieces that are compared before they are copied; the others are copied anyway.
-        compared_bytes: length of these.
-        digest: of all of it; empty while that is not known.
+        compared: indices of the pieces that are compared before they are copied; the others are always copied.
+        compared_bytes: total length of the compared pieces.
+        digest: digest of the whole static part; empty while unknown.
     """
 
     def __init__(
@@ -71,51 +70,55 @@ class StaticPart:
         self.compared = frozenset(place for place, found in enumerate(live) if found is not None)
         self.compared_bytes = sum(chunks[place].nbytes for place in self.compared)
         self.digest = ""
-        self._stretches: list[_Stretch] = []
+        self._spans: list[_Span] = []
         self._here = bulk[: max((aligned(chunk.at + chunk.nbytes) for chunk in chunks), default=0)]
         for is_compared, places in groupby(range(len(chunks)), key=lambda place: place in self.compared):
             run = list(places)
-            # What is copied anyway is looked at in one go, as far as it lies side by side.
+            # Consecutive pieces that are always copied are digested in one call.
             for first, last in zip(run, run, strict=True) if is_compared else [(run[0], run[-1])]:
                 here = bulk[chunks[first].at : chunks[last].at + chunks[last].nbytes]
-                self._stretches.append(_Stretch(here, live[first], pairs[first] if is_compared else None))
+                self._spans.append(_Span(here, live[first], pairs[first] if is_compared else None))
 
     def outdated(self) -> list[Pair]:
-        """What has to be copied, beyond what is copied anyway. It counts as unknown until `settle`."""
+        """The compared pieces that have to be copied. Their digests are unknown until `settle`."""
         pairs = []
-        for stretch in self._stretches:
-            if stretch.live is None or stretch.pair is None:
+        for span in self._spans:
+            if span.live is None or span.pair is None:
                 continue
-            if not stretch.digest or _digest(stretch.live) != stretch.digest:
-                stretch.digest = ""
-                pairs.append(stretch.pair)
+            if not span.digest or _digest(span.live) != span.digest:
+                span.digest = ""
+                pairs.append(span.pair)
         return pairs
 
     def settle(self) -> bool:
-        """Note what lies in the slot, after everything was copied. Whether that is what lay there the last time."""
+        """Record the contents of the slot after everything is copied.
+
+        Returns:
+            Whether they equal the contents at the previous call.
+        """
         same = bool(self.digest)
-        for stretch in self._stretches:
-            if stretch.live is None or not stretch.digest:
-                found = _digest(stretch.here)
-                same = same and found == stretch.digest
-                stretch.digest = found
+        for span in self._spans:
+            if span.live is None or not span.digest:
+                found = _digest(span.here)
+                same = same and found == span.digest
+                span.digest = found
         if not same:
             self.digest = _digest(self._here)
         return same
 
     def forget(self) -> None:
-        """Have all of it written anew, so that damage in shared memory does not last."""
+        """Force all pieces to be written again, so that damage in shared memory is repaired."""
         self.digest = ""
-        for stretch in self._stretches:
-            stretch.digest = ""
+        for span in self._spans:
+            span.digest = ""
 
 
 def _readable(source: torch.Tensor) -> torch.Tensor | None:
-    """The bytes of a live tensor; None where they are on a device, scattered, or few."""
+    """The bytes of a live tensor; None if it is on a device, not contiguous, or small."""
     if source.nbytes < LEAST_BYTES or source.device.type != "cpu" or not source.is_contiguous():
         return None
     if source.is_conj() or source.is_neg():
-        # Not yet what they stand for.
+        # The stored bytes are not the values of a lazy conjugate or negation.
         return None
     return source.detach().reshape(-1).view(torch.uint8)
 

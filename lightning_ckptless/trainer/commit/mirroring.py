@@ -212,7 +212,7 @@ class Mirroring:
         if self._trainer.world_size == 1:
             self._ends_here = mirror is not None and self._finish_asked()
         else:
-            self._ends_here = mirror is not None and mirror.ending.passes()
+            self._ends_here = mirror is not None and mirror.stop.passes()
         return self._ends_here
 
     @property

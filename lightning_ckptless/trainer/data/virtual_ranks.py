@@ -28,7 +28,7 @@ from lightning_ckptless.internals.lightning.virtual_ranks import (
     training_loss,
 )
 from lightning_ckptless.protocol.repartition import Repartition
-from lightning_ckptless.protocol.virtual_ranks import require_world, share_of, streams_of
+from lightning_ckptless.protocol.virtual_ranks import require_world, share_of, virtual_ranks_of
 from lightning_ckptless.trainer.data.virtual_rank_loader import VirtualRankLoader
 from lightning_ckptless.trainer.elastic.repartition import repartition_loader
 from lightning_ckptless.trainer.state.rng import apply_rng, capture_rng
@@ -69,7 +69,7 @@ class VirtualRanks:
     @property
     def carried(self) -> tuple[int, ...]:
         """The virtual ranks that this rank runs in addition to its own."""
-        return () if self.repartition is not None else streams_of(self._place, self._places, self.count)[1:]
+        return () if self.repartition is not None else virtual_ranks_of(self._place, self._places, self.count)[1:]
 
     @property
     def share(self) -> float:
@@ -175,7 +175,7 @@ class VirtualRanks:
         if self.are_whole:
             return
         obstacle = obstacle_to_carrying(self.trainer)
-        require_world(self._places, before=self._places, streams=self.count, obstacle=obstacle)
+        require_world(self._places, before=self._places, virtual_ranks=self.count, obstacle=obstacle)
 
     # ------------------------------------------------------------------ a step
 

@@ -33,8 +33,8 @@ class RepartitionedBatches(Sampler[list[int]]):
         return self._repartition.steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches = [list(self._batches_of(number)) for number in range(self._repartition.streams)]
-        for virtual_rank, position in self._repartition.hand(self._rank):
+        batches = [list(self._batches_of(number)) for number in range(self._repartition.virtual_ranks)]
+        for virtual_rank, position in self._repartition.batches_of(self._rank):
             yield batches[virtual_rank][position]
 
     def _batches_of(self, virtual_rank: int) -> BatchSampler:

@@ -22,7 +22,7 @@ from lightning_ckptless.internals.mesh_internals import divide_anew, make_room_f
 from lightning_ckptless.options import ElasticBatch
 from lightning_ckptless.protocol.repartition import Repartition, require_repartition
 from lightning_ckptless.protocol.versions import Complete
-from lightning_ckptless.protocol.virtual_ranks import RankAssignment, inherit, require_world
+from lightning_ckptless.protocol.virtual_ranks import RankAssignment, assign, require_world
 from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.layout.reshard import fill_resharded, plan_reads, shards_in
 from lightning_ckptless.replica.layout.tensor_spec import held_by_name
@@ -126,10 +126,10 @@ def take_over(
     if batch == "scale" or saved["repartition"] is not None:
         return _take_over_repartitioned(found, layout, members, width)
     count = saved["count"]
-    reason = require_world(world_size // width, before=before // width, streams=count, obstacle=obstacle)
+    reason = require_world(world_size // width, before=before // width, virtual_ranks=count, obstacle=obstacle)
     assignee, host_states = _assigned(found, members, count, width)
-    host_state, (own, *others) = host_states[assignee.home], assignee.streams
-    positions = {number: _position(host_states[source], number) for number, source in assignee.streams.items()}
+    host_state, (own, *others) = host_states[assignee.home], assignee.virtual_ranks
+    positions = {number: _position(host_states[source], number) for number, source in assignee.virtual_ranks.items()}
     host_state["state"] |= positions[own]
     host_state["streams"] |= {"own": own, "carried": {number: positions[number] for number in others}}
     return WorldChange(
@@ -169,7 +169,9 @@ def _assigned(
 ) -> tuple[RankAssignment, dict[int, HostStateDict]]:
     """Return what this rank takes over, with the host states for it. Collective."""
     before, world_size = found.snapshot.world_size, members.world_size
-    assignees = [inherit(rank, world_size, before=before, streams=count, width=width) for rank in range(world_size)]
+    assignees = [
+        assign(rank, world_size, before=before, virtual_ranks=count, width=width) for rank in range(world_size)
+    ]
     host_states = _host_states(found, members, {rank: assignee.sources for rank, assignee in enumerate(assignees)})
     assignee = assignees[members.rank]
     if members.rank:

@@ -14,9 +14,9 @@ from lightning_ckptless.protocol.failure_domains import (
     Domains,
     domains_of,
     is_given,
+    missing_name_error,
     name_in_environment,
     name_in_file,
-    nobody_says,
 )
 from lightning_ckptless.replica.transport import Transport
 
@@ -63,7 +63,7 @@ def own_domain(level: str, node: str, env: Mapping[str, str] = os.environ) -> st
         return name_in_environment(level, text, FAILURE_DOMAIN)
     host = socket.gethostname()
     if not (path := env.get(FAILURE_DOMAINS_FILE)):
-        raise nobody_says(level, host, FAILURE_DOMAIN, FAILURE_DOMAINS_FILE)
+        raise missing_name_error(level, host, FAILURE_DOMAIN, FAILURE_DOMAINS_FILE)
     try:
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:

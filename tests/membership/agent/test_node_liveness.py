@@ -15,7 +15,7 @@ import pytest
 from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from lightning_ckptless.membership.agent.node_liveness import Heartbeat
-from lightning_ckptless.protocol.node_liveness import AllThere, Bound, CutOff, NodesLost
+from lightning_ckptless.protocol.node_liveness import AllAlive, Bound, CutOff, NodesLost
 
 BOUND = Bound(0.2, 3)
 SOON_S = 10.0
@@ -96,7 +96,7 @@ def test_a_node_whose_cable_is_silent_finds_itself_cut_off() -> None:
     try:
         with beating(store, 1, 2) as cut, beating(server, 0, 2) as other:
             threading.Event().wait(2 * BOUND.interval_s)
-            assert (cut.finding, other.finding) == (AllThere(), AllThere())
+            assert (cut.finding, other.finding) == (AllAlive(), AllAlive())
             with ThreadPoolExecutor(1) as pool:
                 cable.fall_silent()
                 # As an agent does: it waits in the store, which no time-out of it ends.
@@ -124,10 +124,10 @@ def test_a_node_that_is_gone_is_missed_and_the_next_round_begins_anew() -> None:
             place=("127.0.0.1", server.port),
             worker_store=("127.0.0.1", 1),
         )
-        assert stays.finding == AllThere()
+        assert stays.finding == AllAlive()
         stays.rest()
         threading.Event().wait(2 * BOUND.lost_s)
-        assert stays.finding == AllThere()
+        assert stays.finding == AllAlive()
 
 
 def test_a_node_that_says_goodbye_is_not_missed() -> None:
@@ -136,7 +136,7 @@ def test_a_node_that_says_goodbye_is_not_missed() -> None:
         threading.Event().wait(2 * BOUND.interval_s)
         leaves.leave()
         threading.Event().wait(2 * BOUND.lost_s)
-        assert (stays.finding, leaves.finding) == (AllThere(), AllThere())
+        assert (stays.finding, leaves.finding) == (AllAlive(), AllAlive())
 
 
 def test_a_silent_workers_store_sets_the_agent_free() -> None:

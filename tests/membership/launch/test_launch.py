@@ -111,7 +111,7 @@ def test_a_run_ends_with_the_code_of_its_culprit(
     outcome = launch(bare, script(write(FAILS), "9", how), tmp_path, max_restarts=1)
     assert (outcome.exit_code, outcome.restarts, len(outcome.faults)) == (code, 1, 2)
     assert outcome.has_given_up
-    assert "has had 1, and the launcher's --max-restarts allows no more" in capfd.readouterr().err
+    assert "the run had 1, and the launcher's --max-restarts allows no more" in capfd.readouterr().err
 
 
 def test_a_final_verdict_forbids_relaunches(
@@ -138,7 +138,7 @@ def test_a_program_that_never_trains_is_given_up(
     for text, starts in (("import sys; sys.exit(6)", 3), (f"{begins}; import sys; sys.exit(6)", 5)):
         outcome = launch(bare, script(write(text)), tmp_path, nproc=1, max_restarts=4)
         assert (outcome.exit_code, outcome.restarts) == (6, starts - 1)
-    assert "3 starts in a row ended before a step was made, the last with sys.exit(6)" in capfd.readouterr().err
+    assert "3 starts in a row exited before completing a step, the last with sys.exit(6)" in capfd.readouterr().err
 
 
 def test_verdicts_that_are_not_final_change_nothing(bare: ForkServer, write: Write, tmp_path: Path) -> None:

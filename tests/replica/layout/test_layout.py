@@ -1,4 +1,4 @@
-"""The state cut into shards: nothing lost, nothing twice, about equal parts."""
+"""Dividing the state into shards of about equal size, each element exactly once."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_shards_differ_by_at_most_one_piece(sizes: list[tuple[int, int]], world_
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 7, 8])
-def test_a_model_is_divided_to_within_few_percent(world_size: int) -> None:
+def test_shards_of_a_model_differ_by_a_few_percent(world_size: int) -> None:
     common: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"embedding": (torch.float32, (30000, 384))}
     for block in range(6):
         common[f"{block}.attention"] = (torch.float32, (1152, 384))
@@ -103,13 +103,13 @@ def test_private_tensors_are_in_the_shard_of_their_rank() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(common=tensors, world_size=st.integers(1, 3))
-def test_a_layout_survives_its_file(common: Sizes, world_size: int) -> None:
+def test_a_layout_is_parsed_from_its_bytes(common: Sizes, world_size: int) -> None:
     layout = plan_layout([described(common, replicated=True)] * world_size)
     again = Layout.from_bytes(layout.to_bytes(), layout.digest)
     assert again.chunks == layout.chunks and again.digest == layout.digest
 
 
-def test_the_metadata_is_that_of_a_checkpoint() -> None:
+def test_the_metadata_equals_that_of_a_checkpoint() -> None:
     common = {"weight": (torch.float32, (2000, 100)), "scale": (torch.bfloat16, ())}
     layout = plan_layout([described(common, replicated=True)] * 2)
     found = layout.metadata.state_dict_metadata
@@ -119,13 +119,13 @@ def test_the_metadata_is_that_of_a_checkpoint() -> None:
     assert sum(math.prod(tuple(chunk.sizes)) for chunk in weight.chunks) == 200_000
 
 
-def test_the_digest_tells_layouts_apart() -> None:
+def test_different_layouts_have_different_digests() -> None:
     one = plan_layout([described({"w": (torch.float32, (4, 4))}, replicated=True)])
     other = plan_layout([described({"w": (torch.float32, (4, 5))}, replicated=True)])
     assert one.digest != other.digest
 
 
-def test_views_carry_every_kind_of_tensor_through_a_bulk(state: dict[str, torch.Tensor]) -> None:
+def test_every_kind_of_tensor_survives_a_bulk(state: dict[str, torch.Tensor]) -> None:
     layout = plan_layout([describe(state, replicated=True)] * 2)
     restored = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     for shard in range(2):
@@ -151,7 +151,7 @@ def test_differences_name_the_tensors() -> None:
     assert differences(before, before) == []
 
 
-def test_another_model_is_refused_by_the_name_of_its_tensor() -> None:
+def test_the_error_for_another_model_names_the_tensor() -> None:
     before, after = (described({"w": (torch.float32, (size,))}, replicated=True) for size in (2, 3))
     layout = plan_layout([before])
     layout.require_same(before, 0)

@@ -1,4 +1,4 @@
-"""A version that some ranks have written, read by more or fewer: every element where it belongs."""
+"""A version read at another world size: every element reaches its place."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BIAS = torch.arange(5, dtype=torch.float64)
 
 
 def rows_of(rank: int, ranks: int) -> tuple[int, int]:
-    """First row and number of rows, as a sharded dimension is divided: where it does not fit, the last get fewer."""
+    """First row and number of rows of a rank in a sharded dimension; the last ranks may get fewer."""
     each = -(-ROWS // ranks)
     low = min(rank * each, ROWS)
     return low, min(each, ROWS - low)
@@ -31,7 +31,7 @@ def tensors_of(rank: int, ranks: int) -> dict[str, torch.Tensor]:
 
 
 def written_by(ranks: int) -> tuple[Layout, dict[int, torch.Tensor]]:
-    """A layout, and the shards that the ranks fill."""
+    """A layout and the shards of the ranks."""
     described = []
     for rank in range(ranks):
         low, count = rows_of(rank, ranks)
@@ -49,7 +49,7 @@ def written_by(ranks: int) -> tuple[Layout, dict[int, torch.Tensor]]:
 
 
 @given(st.integers(1, 6), st.integers(1, 6))
-def test_every_element_comes_to_its_place(before: int, now: int) -> None:
+def test_every_element_reaches_its_place(before: int, now: int) -> None:
     layout, bulks = written_by(before)
     for rank in range(now):
         low, count = rows_of(rank, now)
@@ -71,11 +71,11 @@ def test_every_element_comes_to_its_place(before: int, now: int) -> None:
     ("name", "held", "text"),
     [
         ("other", Held("torch.float32", (2,), Box((0,), (2,))), "other is new"),
-        ("bias", Held("torch.float64", (6,), Box((0,), (6,))), "whose shape depends on the number of ranks"),
+        ("bias", Held("torch.float64", (6,), Box((0,), (6,))), "whose shape depends on the world size"),
         ("bias", Held("torch.float32", (5,), Box((0,), (5,))), r"it is float64\[5\]"),
     ],
 )
-def test_what_is_another_tensor_there_is_refused_by_name(name: str, held: Held, text: str) -> None:
+def test_the_error_names_a_tensor_that_differs_in_the_version(name: str, held: Held, text: str) -> None:
     layout, _ = written_by(2)
     with pytest.raises(LayoutMismatchError, match=text):
         plan_reads(layout, {name: held}, home=0)

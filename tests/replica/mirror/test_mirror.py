@@ -1,4 +1,4 @@
-"""Rounds of the mirror: committed, voted down, cut off in the middle."""
+"""Rounds of the mirror: committed, aborted, interrupted."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_world_of_one_commits(arena: Arena) -> None:
     mirror.close()
 
 
-def test_the_two_slots_take_turns(world: MakeWorld) -> None:
+def test_the_two_slots_alternate(world: MakeWorld) -> None:
     ranks = world(2).begin()
     for step in (1, 2, 3, 4):
         ranks.submit(step)
@@ -93,7 +93,7 @@ def test_several_threads_read_a_version_for_its_checksum(world: MakeWorld, monke
 # ------------------------------------------------------------------ what may change when
 
 
-def test_blocking_names_may_change_at_once(world: MakeWorld) -> None:
+def test_blocking_names_may_change_immediately(world: MakeWorld) -> None:
     gate = threading.Event()
     ranks = world(2).begin(probes=dict.fromkeys(range(2), wait_for(gate)))
     states = [ranks.tensors(1) for _ in range(2)]
@@ -107,7 +107,7 @@ def test_blocking_names_may_change_at_once(world: MakeWorld) -> None:
     assert ranks.values() == {1.0} and ranks.mirrors[0].stats.torn == 0
 
 
-def test_all_may_change_once_staged(world: MakeWorld) -> None:
+def test_all_tensors_may_change_once_staged(world: MakeWorld) -> None:
     ranks = world(2).begin()
     states = [ranks.tensors(1) for _ in range(2)]
     for rank, state in enumerate(states):
@@ -119,7 +119,7 @@ def test_all_may_change_once_staged(world: MakeWorld) -> None:
     assert ranks.settle() == [Version(1, True)] * 2 and ranks.values() == {1.0}
 
 
-def test_a_tensor_written_while_it_is_copied_aborts_the_round_everywhere(
+def test_a_tensor_modified_while_it_is_copied_aborts_the_round_on_all_ranks(
     world: MakeWorld, caplog: pytest.LogCaptureFixture
 ) -> None:
     states: list[State] = []
@@ -144,7 +144,7 @@ def test_a_tensor_written_while_it_is_copied_aborts_the_round_everywhere(
     assert ranks.settle() == [Version(3, True)] * 2 and ranks.values() == {3.0}
 
 
-def test_moved_tensors_are_followed(world: MakeWorld) -> None:
+def test_moved_tensors_are_mirrored(world: MakeWorld) -> None:
     ranks = world(2).begin()
     for step in (1, 2, 3):
         ranks.submit(step, ranks.tensors(step))
@@ -200,7 +200,7 @@ def test_skipping_does_not_wait(world: MakeWorld) -> None:
 
 @pytest.mark.parametrize("moment", ["stage", "send", "agree"])
 @pytest.mark.parametrize("victim", [0, 1, 2])
-def test_a_rank_that_stops_in_mid_round_leaves_the_version_before(world: MakeWorld, moment: str, victim: int) -> None:
+def test_a_rank_lost_during_a_round_leaves_the_previous_version(world: MakeWorld, moment: str, victim: int) -> None:
     ranks = world(3).begin(probes={victim: stop_at(moment, step=2)})
     ranks.submit(1)
     ranks.settle()
@@ -214,7 +214,7 @@ def test_a_rank_that_stops_in_mid_round_leaves_the_version_before(world: MakeWor
     assert ranks.newest() is not None
 
 
-def test_an_error_of_the_thread_is_raised_by_every_later_call(world: MakeWorld) -> None:
+def test_an_error_in_the_mirror_thread_is_raised_by_every_later_call(world: MakeWorld) -> None:
     ranks = world(2).begin(probes={0: stop_at("stage")})
     ranks.submit(1)
     mirror = ranks.mirrors[0]
@@ -223,21 +223,21 @@ def test_an_error_of_the_thread_is_raised_by_every_later_call(world: MakeWorld) 
             call()
 
 
-def test_settling_has_an_end(world: MakeWorld) -> None:
+def test_settle_times_out(world: MakeWorld) -> None:
     ranks = world(2).begin()
     ranks.submit(1, ranks=[0])
     with pytest.raises(TransportError, match=r"rank 0: step 1 was not committed within 0.01 s"):
         ranks.mirrors[0].settle(0.01)
 
 
-def test_a_mirror_that_waits_for_a_peer_need_not_be_waited_for(world: MakeWorld) -> None:
+def test_close_abandons_a_mirror_that_waits_for_a_peer(world: MakeWorld) -> None:
     ranks = world(2).begin()
     ranks.submit(1, ranks=[0])
     ranks.mirrors[0].close(timeout_s=0.01)
     assert ranks.mirrors[0].busy
 
 
-def test_ranks_at_different_versions_are_told(world: MakeWorld) -> None:
+def test_ranks_at_different_versions_get_an_error(world: MakeWorld) -> None:
     ranks = world(2).begin()
     ranks.submit(1, ranks=[0])
     ranks.submit(2, ranks=[1])

@@ -1,4 +1,4 @@
-"""What stands still is written and sent once per slot; what only seems to stand still is mirrored all the same."""
+"""Static tensors are written and sent once per slot; tensors wrongly expected to be static are mirrored anyway."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FROZEN = ("frozen", "frozen_small", "frozen_scattered")
 
 
 def tuned(value: float) -> State:
-    """A state of which nine tenths are frozen, some of it in few bytes and some in columns."""
+    """A state of which nine tenths are frozen, including small and non-contiguous tensors."""
     return {
         "frozen": torch.ones(2700, 400),
         "frozen_small": torch.ones(100),
@@ -39,7 +39,7 @@ def tuned_layout(ranks: int) -> Layout:
 
 
 def train(world: World, states: list[State], steps: range, change: Callable[[int], None] = lambda _: None) -> None:
-    """Mirror some versions, in which the weight and the mean have the number of the step."""
+    """Mirror several versions, in which weight and mean equal the number of the step."""
     for step in steps:
         for state in states:
             state["weight"].fill_(step)
@@ -50,7 +50,7 @@ def train(world: World, states: list[State], steps: range, change: Callable[[int
         assert world.settle() == [Version(step, True)] * len(states)
 
 
-def test_the_still_part_comes_first_and_both_parts_are_balanced() -> None:
+def test_the_static_part_comes_first_and_both_parts_are_balanced() -> None:
     layout = tuned_layout(4)
     for shard in range(4):
         flags = [chunk.still for chunk in layout.of(shard)]
@@ -73,7 +73,7 @@ def test_frozen_bytes_are_sent_once_per_slot(world: MakeWorld, checksum: str, st
     blobs = sum(len(f"blob 0 {step}") for step in range(1, 11))
     assert ranks.mirrors[0].stats.sent_bytes == 2 * bulk + 8 * (bulk - still) + blobs
     staged = ranks.mirrors[0].stats.staged_bytes
-    # What is copied beside the next batch is compared where it is; what is scattered or small is copied all the same.
+    # Late tensors are compared in place; non-contiguous or small ones are copied anyway.
     assert staged == 10 * bulk if staging == "blocking" else staged < 2 * bulk + 8 * 0.25 * bulk
 
 
@@ -127,7 +127,7 @@ def test_a_frozen_tensor_that_changes_is_in_the_next_version(
     assert ranks.mirrors[0].stats.sent_bytes - sent < 0.2 * layout.bulk_bytes(0)
 
 
-def test_a_round_that_was_torn_is_not_relied_on(world: MakeWorld) -> None:
+def test_a_torn_round_is_not_relied_on(world: MakeWorld) -> None:
     states = [tuned(0) for _ in range(2)]
 
     def write(moment: str, version: Version) -> None:
@@ -149,7 +149,7 @@ def test_a_round_that_was_torn_is_not_relied_on(world: MakeWorld) -> None:
         assert ranks.values(without=[lost]) == {1.0, 3.0, 7.0}
 
 
-def test_another_generation_takes_nothing_for_known(world: MakeWorld) -> None:
+def test_a_new_generation_assumes_no_known_prefix(world: MakeWorld) -> None:
     ranks = world(2).begin(layout=(layout := tuned_layout(2)))
     for arena in ranks.arenas:
         arena.write_layout(layout)
@@ -163,7 +163,7 @@ def test_another_generation_takes_nothing_for_known(world: MakeWorld) -> None:
     assert ranks.values() == {1.0, 4.0, 5.0}
 
 
-def test_damage_of_a_still_part_is_seen_and_does_not_last(world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_to_the_static_part_is_detected_and_repaired(world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirror_module, "REWRITE_ROUNDS", 6)
     ranks = world(2).begin(layout=(layout := tuned_layout(2)))
     for arena in ranks.arenas:
@@ -179,14 +179,14 @@ def test_damage_of_a_still_part_is_seen_and_does_not_last(world: MakeWorld, monk
     assert ranks.values() == {1.0, 8.0}
 
 
-def test_a_holder_that_does_not_know_what_is_left_out_says_so(world: MakeWorld) -> None:
+def test_a_holder_that_does_not_know_an_omitted_part_raises_an_error(world: MakeWorld) -> None:
     ranks = world(2).begin(layout=tuned_layout(2))
     states = [tuned(0) for _ in range(2)]
     train(ranks, states, range(1, 4))
-    ranks.mirrors[1]._delivery._known.clear()
+    ranks.mirrors[1]._exchange._known.clear()
     for rank, state in enumerate(states):
         ranks.mirrors[rank].submit(Version(4, True), state, b"")
-    with pytest.raises(TransportError, match="rank 0 leaves out"):
+    with pytest.raises(TransportError, match="rank 0 omits"):
         ranks.mirrors[1].settle()
     ranks.transports[1].close()
     with pytest.raises(TransportError):
@@ -194,7 +194,7 @@ def test_a_holder_that_does_not_know_what_is_left_out_says_so(world: MakeWorld) 
 
 
 @pytest.mark.parametrize("parts", [(b"abcdef", b"gh"), (b"ab", b"cdefgh"), (b"abcd", b"efgh")])
-def test_a_joined_digest_is_of_all_bytes(parts: tuple[bytes, bytes]) -> None:
+def test_a_joined_digest_covers_all_bytes(parts: tuple[bytes, bytes]) -> None:
     checksum = joined(4, digest("xxh3", [b"abcd"]), digest("crc32", [b"efgh"]))
     assert matches(checksum, parts)
     assert not matches(checksum, (b"Xbcdef", b"gh")) and not matches(checksum, (b"abcdef", b"gX"))

@@ -61,7 +61,7 @@ def test_hand_over_and_copy_are_both_the_versions_cost() -> None:
     cadence.settle(20)
     ((interval, plan),) = told.chosen
     assert interval == cadence.interval == cadence.chosen == 20
-    assert "it costs 7.00 ms, a step takes 100.00 ms" in plan.reason
+    assert "a version costs 7.00 ms and a step takes 100.00 ms" in plan.reason
     assert cadence.word() is None
 
 

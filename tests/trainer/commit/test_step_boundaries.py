@@ -124,7 +124,7 @@ def test_a_version_before_the_tail_is_one_before_validation(tmp_path: Path) -> N
         every_n_steps=lambda: 1, since=None,
     )  # fmt: skip
     trainer.fit(tiny_module(), tiny_loader(), tiny_loader())
-    assert known["step 4 (before its tail)"] is False
+    assert known["step 4 (before validation)"] is False
     assert known["step 4"] is True
 
 

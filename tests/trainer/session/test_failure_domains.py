@@ -38,7 +38,7 @@ def test_where_nobody_has_said_it_the_answer_says_how() -> None:
     with pytest.raises(OptionsError) as caught:
         own_domain("rack", "some-node", {})
     assert str(caught.value) == (
-        f"failure_domain='rack': nobody has said in which rack host {socket.gethostname()} is: set "
+        f"failure_domain='rack': the rack of host {socket.gethostname()} is not known: set "
         "CKPTLESS_FAILURE_DOMAIN=NAME on every node, or CKPTLESS_FAILURE_DOMAINS_FILE=FILE with a line 'HOST NAME' for "
         "every host; 'node' and 'rank' need neither"
     )
@@ -76,7 +76,7 @@ def test_what_one_rank_does_not_know_stops_all(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "racks").write_text("n0 r0\nn1 r0\n")
     monkeypatch.setenv("CKPTLESS_FAILURE_DOMAINS_FILE", str(tmp_path / "racks"))
     (message,) = set(on_all_ranks(["n0", "n1", "n2"]))
-    assert "host n2 is not in" in str(message)
+    assert "host n2 is not listed in" in str(message)
 
 
 def test_an_engine_asks_for_the_domains_of_its_option(
@@ -91,7 +91,7 @@ def test_an_engine_asks_for_the_domains_of_its_option(
 
     members = form("rack")
     assert members.placement.domains == ("r7",)
-    with pytest.raises(OptionsError, match="takes a mesh of ranks"):
+    with pytest.raises(OptionsError, match="needs a device mesh"):
         form("tensor_parallel")
     mesh = form("tensor_parallel", mesh=(1, 1))
     assert mesh.placement.kind == "tensor_parallel group"

@@ -1,4 +1,4 @@
-"""Whatever is in the arenas, once a version is replenished any one of them may be lost."""
+"""After rereplication, any single arena may be lost, whatever the arenas contained before."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ LAYOUT = "5e" * 32
 
 
 @dataclass(frozen=True)
-class Plot:
-    """What the arenas hold when a generation begins.
+class Scenario:
+    """The contents of the arenas at the start of a generation.
 
     Args:
         before: node of each rank while the versions were written.
-        now: node of each rank of the generation that begins.
-        learned: for each rank of the past, whether it learned that the older version is committed.
-        present: for each shard the copies of the newer version: its writer's own, its holder's.
-        swapped: for each rank, which slot of its slot_pairs has the older version.
+        now: node of each rank of the new generation.
+        learned: for each rank of the previous generation, whether it learned that the older version is committed.
+        present: for each shard, whether its writer's and its holder's copy of the newer version exist.
+        swapped: for each rank, the slot of its slot pairs that contains the older version.
     """
 
     before: tuple[str, ...]
@@ -45,14 +45,14 @@ class Plot:
 
 
 @st.composite
-def plots(draw: st.DrawFn) -> Plot:
-    """Two or three nodes of one or two ranks, numbered anew or not; the newer version is whole, and perhaps thin."""
+def scenarios(draw: st.DrawFn) -> Scenario:
+    """Two or three nodes of one or two ranks, possibly renumbered; the newer version may lack copies."""
     nodes, each = draw(st.integers(2, 3)), draw(st.integers(1, 2))
     names = tuple(f"n{node}" for node in range(nodes) for _ in range(each))
     now = draw(st.one_of(st.just(names), st.permutations(names).map(tuple)))
     some = st.sampled_from([(True, False), (False, True), (True, True)])
     size = len(names)
-    return Plot(
+    return Scenario(
         before=names,
         now=now,
         learned=draw(st.tuples(*[st.booleans()] * size).filter(any)),
@@ -61,26 +61,28 @@ def plots(draw: st.DrawFn) -> Plot:
     )
 
 
-def written(plot: Plot, arenas: dict[str, Arena]) -> None:
-    """Put the two versions into the arenas."""
-    for shard, (holder,) in enumerate(place(plot.before, 1).holders):
-        for rank, is_present in zip((shard, holder), plot.present[shard], strict=True):
+def written(scenario: Scenario, arenas: dict[str, Arena]) -> None:
+    """Write the two versions into the arenas."""
+    for shard, (holder,) in enumerate(place(scenario.before, 1).holders):
+        for rank, is_present in zip((shard, holder), scenario.present[shard], strict=True):
             bulk_bytes = 8 + 3 * shard
-            pair = arenas[plot.before[rank]].slots(shard, rank, bulk_bytes, layout=LAYOUT)
-            for version, slot in zip((OLD, NEW), (pair[plot.swapped[rank]], pair[1 - plot.swapped[rank]]), strict=True):
+            pair = arenas[scenario.before[rank]].slots(shard, rank, bulk_bytes, layout=LAYOUT)
+            for version, slot in zip(
+                (OLD, NEW), (pair[scenario.swapped[rank]], pair[1 - scenario.swapped[rank]]), strict=True
+            ):
                 if version is NEW and not is_present:
                     continue
-                stamp = Stamp(version, 1, len(plot.before), LAYOUT, shard, rank)
+                stamp = Stamp(version, 1, len(scenario.before), LAYOUT, shard, rank)
                 blob = f"{shard} at {version}".encode()
                 slot.begin(stamp)
                 slot.bulk.fill_(10 * shard + version.optimizer_step)
                 slot.seal(stamp, blob, digest("xxh3", (bytes_of(slot.bulk), blob)))
-                if version is OLD and plot.learned[rank]:
+                if version is OLD and scenario.learned[rank]:
                     slot.commit()
 
 
 def newest(arenas: dict[str, Arena], without: str | None) -> Complete:
-    """The newest complete version of the arenas that are left; all its replicas have the right bytes."""
+    """The newest complete version in the remaining arenas, after verifying all its replicas."""
     lines = [line for node, arena in arenas.items() if node != without for line in arena.inventory()]
     found = newest_complete(lines)
     assert isinstance(found, Complete)
@@ -92,43 +94,43 @@ def newest(arenas: dict[str, Arena], without: str | None) -> Complete:
 
 
 def old_copies(arenas: dict[str, Arena]) -> set[tuple[str, int, int, int]]:
-    """Where the older version is."""
+    """The slot of the older version."""
     lines = [line for arena in arenas.values() for line in arena.inventory()]
     return {(line.node, line.shard, line.holder, line.slot) for line in lines if line.version == OLD}
 
 
-def replenished(plot: Plot, arenas: dict[str, Arena]) -> Rereplicated:
-    """What all ranks of the generation that begins say."""
-    transports = LoopbackTransport.world(len(plot.now))
-    placement, ranks = place(plot.now, 1), range(len(plot.now))
+def replenished(scenario: Scenario, arenas: dict[str, Arena]) -> Rereplicated:
+    """The results of all ranks of the new generation."""
+    transports = LoopbackTransport.world(len(scenario.now))
+    placement, ranks = place(scenario.now, 1), range(len(scenario.now))
 
     def body(rank: int) -> Rereplicated:
-        arena = arenas[plot.now[rank]]
-        found = choose(arena, transports[rank], plot.now, need=dict.fromkeys(ranks, ranks))
-        assert isinstance(found, Complete) and found.snapshot == Snapshot(NEW, 1, len(plot.now), LAYOUT)
-        return rereplicate(found, arena, transports[rank], plot.now, placement)
+        arena = arenas[scenario.now[rank]]
+        found = choose(arena, transports[rank], scenario.now, need=dict.fromkeys(ranks, ranks))
+        assert isinstance(found, Complete) and found.snapshot == Snapshot(NEW, 1, len(scenario.now), LAYOUT)
+        return rereplicate(found, arena, transports[rank], scenario.now, placement)
 
-    with ThreadPoolExecutor(len(plot.now)) as pool:
-        said = list(pool.map(body, range(len(plot.now))))
+    with ThreadPoolExecutor(len(scenario.now)) as pool:
+        said = list(pool.map(body, range(len(scenario.now))))
     assert all(one == said[0] for one in said)
     return said[0]
 
 
 @settings(max_examples=60, deadline=None)
-@given(plots())
-def test_any_arena_may_be_lost_once_replenished(plot: Plot) -> None:
+@given(scenarios())
+def test_any_arena_may_be_lost_after_rereplication(scenario: Scenario) -> None:
     with tempfile.TemporaryDirectory() as folder:
         owner = Owner.of(os.getpid())
-        arenas = {node: Arena.create(Path(folder), "run", node, owner) for node in dict.fromkeys(plot.before)}
-        written(plot, arenas)
+        arenas = {node: Arena.create(Path(folder), "run", node, owner) for node in dict.fromkeys(scenario.before)}
+        written(scenario, arenas)
         olds = old_copies(arenas)
-        said = replenished(plot, arenas)
-        if plot.now == plot.before:
-            assert len(said.pairs) == sum(not there for pair in plot.present for there in pair)
+        said = replenished(scenario, arenas)
+        if scenario.now == scenario.before:
+            assert len(said.pairs) == sum(not there for pair in scenario.present for there in pair)
         assert old_copies(arenas) == olds
-        assert absent_copies(newest(arenas, None), place(plot.now, 1).holders, plot.now) == ()
+        assert absent_copies(newest(arenas, None), place(scenario.now, 1).holders, scenario.now) == ()
         for lost in arenas:
             assert newest(arenas, lost).snapshot.version == NEW
-        assert replenished(plot, arenas).pairs == ()
+        assert replenished(scenario, arenas).pairs == ()
         for arena in arenas.values():
             arena.close()
