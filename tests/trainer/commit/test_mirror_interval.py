@@ -93,7 +93,7 @@ def test_what_was_chosen_travels_with_the_version() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mirror_every_n_steps": "often"}, "mirror_every_n_steps='often': expected a whole number of at least 1, or"),
+        ({"mirror_every_n_steps": "often"}, "mirror_every_n_steps='often': expected an integer of at least 1, or"),
         ({"mirror_every_n_steps": 0}, "mirror_every_n_steps=0: expected"),
         ({"mirror_every_n_steps": "auto", "on_late": "skip"}, "on_late='skip' never does: take one"),
         ({"mirror_budget": 0.0}, "mirror_budget=0.0: expected a share"),
