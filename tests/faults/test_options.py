@@ -106,7 +106,7 @@ def test_late_mirror_is_waited_for_or_skipped(on_late: str, skips: bool, job: Ru
 def test_a_node_that_is_not_fit_stays_out(job: Run) -> None:
     outcome = job.start(_with(health_check="parts.link_is_down"), max_restarts=3)
     assert (outcome.exit_code, outcome.restarts) == (1, 0)
-    assert "is not fit to train: parts.link_is_down says OSError: the link is down" in job.output
+    assert "failed its health check: parts.link_is_down raised OSError: the link is down" in job.output
 
 
 def test_survivors_are_started_again_where_in_place_is_switched_off(job: Run) -> None:

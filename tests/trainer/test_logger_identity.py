@@ -128,8 +128,8 @@ def test_an_identity_that_is_not_plain_data_is_rejected(answer: Any) -> None:
 def test_a_logger_without_an_identity_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dummy = module(DISTRIBUTIONS[0], "loggers.logger").DummyLogger()
     known = [file_logger("CSVLogger", tmp_path), dummy]
-    run_loggers(known, tmp_path).warn_of_strangers()
-    run_loggers([*known, own_logger(), own_logger()], tmp_path).warn_of_strangers()
+    run_loggers(known, tmp_path).warn_of_unknown_loggers()
+    run_loggers([*known, own_logger(), own_logger()], tmp_path).warn_of_unknown_loggers()
     (said,) = (record.message for record in caplog.records if record.name.startswith("lightning_ckptless"))
     assert "Own" in said
     assert "ckptless_identity() and set_ckptless_identity(identity)" in said
@@ -254,7 +254,7 @@ from {distribution}.loggers import CometLogger
 from lightning_ckptless.trainer.reporting.loggers import RunLoggers
 
 logger = CometLogger(project="project")
-RunLoggers(SimpleNamespace(loggers=[logger]), Path(), 0).warn_of_strangers()
+RunLoggers(SimpleNamespace(loggers=[logger]), Path(), 0).warn_of_unknown_loggers()
 os._exit(0)
 """
 

@@ -199,7 +199,7 @@ class RecoveryLoop:
             )
         # From here on only a relaunch can roll a rank back.
         self._engine.loggers.flush()
-        self._engine.report.ran_out()
+        self._engine.report.out_of_steps()
 
     @property
     def _failure(self) -> str:
@@ -245,7 +245,7 @@ class RecoveryLoop:
         engine, report = self._engine, self._engine.report
         report.faulted(assignment)
         engine.interrupt()
-        engine.become(assignment.env)
+        engine.adopt_rank(assignment.env)
         self._mirroring.abandon()
         if foreign := self._strategy.world.foreign_groups():
             self._give_up(f"the script has created {foreign} process groups of its own, which cannot be re-created")
@@ -305,9 +305,9 @@ class RecoveryLoop:
         self._engine.loggers.restore(restoration.host_state["logs"])
         streams = self._engine.streams
         if moved:
-            self._engine.open_data_anew()
+            self._engine.reopen_data()
         elif streams.opened_for != streams.count:
-            self._engine.open_training_data_anew()
+            self._engine.reopen_training_data()
         restoration.open_streams(streams)
         if moved or not self._batches.go_back_to(restoration.version):
             self._loops.set_sampler_epochs()

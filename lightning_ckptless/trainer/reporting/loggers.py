@@ -68,7 +68,7 @@ class RunLoggers:
         """Which runs they write to, for a process that comes later."""
         return [{"kind": type(logger).__name__, "identity": identity_of(logger)} for logger in self._loggers]
 
-    def warn_of_strangers(self) -> None:
+    def warn_of_unknown_loggers(self) -> None:
         """Name the loggers whose run a new process will not continue."""
         for kind in dict.fromkeys(type(logger).__name__ for logger in self._loggers if not can_be_continued(logger)):
             log.warning(
@@ -167,10 +167,10 @@ class RunLoggers:
         rank = self._trainer.global_rank
         return Marks([folder / f"rows-{self._fit_index}-of-{rank:04d}" for folder in (arena, self._run_folder)])
 
-    def hand_on(self, committed: Version | None) -> None:
+    def deliver(self, committed: Version | None) -> None:
         """Let the loggers have the rows of all versions up to one."""
         if self._outbox is not None:
-            self._outbox.hand_on(committed)
+            self._outbox.deliver(committed)
 
     def flush(self) -> None:
         """Let the loggers have all rows: nothing that was logged will be logged again."""

@@ -152,12 +152,12 @@ class Box:
 
     def finalize(self, *args: Any, **kwargs: Any) -> Any:
         """Finalize behind all rows."""
-        self.hand_on(self.counted)
+        self.deliver(self.counted)
         return self._own["finalize"](*args, **kwargs)
 
     # ------------------------------------------------------------------ handing on
 
-    def hand_on(self, limit: int) -> None:
+    def deliver(self, limit: int) -> None:
         """Give the logger its rows up to a number."""
         while self._held and self._held[0].number <= limit:
             held = self._held[0]
@@ -312,18 +312,18 @@ class Outbox:
         """The run begins again with its first step: no row is out."""
         self._marks.clear()
 
-    def hand_on(self, committed: Version | None) -> None:
+    def deliver(self, committed: Version | None) -> None:
         """Hand on the rows of all versions up to one."""
         limits = None
         while committed is not None and self._taken and self._taken[0][0] <= committed:
             _, limits = self._taken.popleft()
         for box, limit in zip(self._boxes, limits or (), strict=False):
-            box.hand_on(limit)
+            box.deliver(limit)
 
     def flush(self) -> None:
         """Hand on all rows."""
         for box in self._boxes:
-            box.hand_on(box.counted)
+            box.deliver(box.counted)
 
     def remove(self) -> None:
         """Give the loggers their own methods back."""

@@ -61,13 +61,13 @@ class RunReport:
         self.ledger = ledger
         self.generation = generation
         self.clock = clock
-        self.speaks: bool = trainer.global_rank == 0
+        self.is_reporter: bool = trainer.global_rank == 0
         self.account = GoodputAccount(began_at=clock())
         self.recoveries = 0
         self.steps_replayed = 0
         self.last_phases: Phases | None = None
         self._fault = _fault_report()
-        self._told_at: float | None = None
+        self._notified_at: float | None = None
         self._arrivals: Sequence[Arrival] = ()
         self._in_place = False
         self._had_ended = False
@@ -85,7 +85,7 @@ class RunReport:
     def _record(self, event: str, **fields: Any) -> None:
         self.ledger.record(event, generation=self.generation, rank=self.trainer.global_rank, **fields)
 
-    def say_of_files(self, text: str) -> None:
+    def report_files(self, text: str) -> None:
         """Print a message about the run's checkpoint and log files."""
         self._say(text)
 
@@ -108,7 +108,7 @@ class RunReport:
             had_ended: whether this `fit` had returned before the fault.
         """
         self._had_ended = had_ended
-        if not self.speaks:
+        if not self.is_reporter:
             return
         self._record(
             "run_started",
@@ -135,7 +135,7 @@ class RunReport:
         """
         placement = members.placement
         plan = (placement, members.nodes, tuple(sizes_bytes))
-        if not self.speaks or plan == self._plan:
+        if not self.is_reporter or plan == self._plan:
             return
         self._plan = plan
         self._record(
@@ -156,7 +156,7 @@ class RunReport:
     def faulted(self, assignment: Assignment) -> None:
         """Note a fault that this rank survived, or that it joins after."""
         self._fault = assignment.fault
-        self._told_at = assignment.told_at
+        self._notified_at = assignment.told_at
         self._resumed_at = None
         self._in_place = True
 
@@ -175,12 +175,12 @@ class RunReport:
         self._moved = moved
         self._restored = found.snapshot.version
         self._replayed_now = max(0, step_in_flight - found.snapshot.version.optimizer_step)
-        if self.speaks:
+        if self.is_reporter:
             self._record("restored", version=str(self._restored), sources=moved.sources, moved_bytes=moved.moved_bytes)
 
     def protected(self, replenished: Rereplicated) -> None:
         """Report that the restored version has all its replicas again; silent if none was missing."""
-        if not self.speaks or not replenished.pairs:
+        if not self.is_reporter or not replenished.pairs:
             return
         self._record(
             "protection",
@@ -194,7 +194,7 @@ class RunReport:
 
     def world_changed(self, before: int, reason: str) -> None:
         """Report that a version of another world size has been adopted and mirrored by these ranks."""
-        if self.speaks:
+        if self.is_reporter:
             self._record("world_changed", before=before, world_size=self.trainer.world_size, reason=reason)
             self._say(reason)
 
@@ -220,7 +220,7 @@ class RunReport:
 
     def cadence(self, interval: int, plan: CadencePlan) -> None:
         """Report the mirror interval that all ranks have agreed on."""
-        if self.speaks:
+        if self.is_reporter:
             self._record("cadence", interval=interval, reason=plan.reason)
             every = _count(interval, "step")
             self._say(f"a version is mirrored every {every} from now on; rank 0 proposed {plan.reason}")
@@ -233,8 +233,8 @@ class RunReport:
         """Count a finished step as productive time; called just before its state is captured."""
         now = self.clock()
         self.account.record_step(self._step_began_at, now, stall_s=self._stall_s)
-        if self.speaks and self._values:
-            self._hand_on()
+        if self.is_reporter and self._values:
+            self._log_values()
 
     def taken(self, stall_s: float, cost_s: float, mirror: Mirror) -> None:
         """Update the logged values; the version of the step has been handed to the mirror."""
@@ -255,7 +255,7 @@ class RunReport:
             self._values[f"recovery_{name}"] = 0.0 if self.last_phases is None else getattr(self.last_phases, name)
         self._stall_s = 0.0
 
-    def _hand_on(self) -> None:
+    def _log_values(self) -> None:
         trainer = self.trainer
         if self.recoveries:
             # Until the first recovery the bar shows the same metrics as under DDP.
@@ -271,7 +271,7 @@ class RunReport:
     def committed(self, version: Version) -> bool:
         """Note that a version is committed on all ranks; returns whether it is the first of this generation."""
         now = self.clock()
-        if self.speaks and now - self._last_noted_at >= NOTE_EVERY_S:
+        if self.is_reporter and now - self._last_noted_at >= NOTE_EVERY_S:
             self._last_noted_at = now
             self._record("committed", step=version.optimizer_step, validation_done=version.validation_done)
         if self._restored is None:
@@ -282,7 +282,7 @@ class RunReport:
         self._recovered()
         return True
 
-    def ran_out(self) -> None:
+    def out_of_steps(self) -> None:
         """Close a recovery that no further step will follow."""
         if self._resumed_at is not None and self._restored is not None:
             self._recovered()
@@ -299,7 +299,7 @@ class RunReport:
         phases = phases_from(
             fault_at=fault.died_at if fault else None,
             detected_at=fault.detected_at if fault else None,
-            stopped_at=self._told_at if self._in_place else fault.stopped_at if fault else None,
+            stopped_at=self._notified_at if self._in_place else fault.stopped_at if fault else None,
             regrouped_at=self._joined_at,
             restored_at=self._resumed_at,
             first_step_done_at=now,
@@ -312,7 +312,7 @@ class RunReport:
         self.recoveries += 1
         self.steps_replayed += self._replayed_now
         self.account.record_recovery(phases)
-        if not self.speaks:
+        if not self.is_reporter:
             return
         assert self._moved is not None
         named = {name: round(getattr(phases, name), 6) for name in PHASE_NAMES}
@@ -354,7 +354,7 @@ class RunReport:
 
     def finished(self) -> None:
         """Report the end of `fit`."""
-        if self.speaks:
+        if self.is_reporter:
             report = self.account.report(self.clock())
             self._record("run_ended", goodput=report.goodput, recoveries=self.recoveries, wall_s=report.wall_s)
             recoveries = _count(self.recoveries, "recovery", "recoveries")

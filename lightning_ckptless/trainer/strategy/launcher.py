@@ -28,7 +28,7 @@ from lightning_ckptless.trainer.recovery.exits import leave_process
 from lightning_ckptless.trainer.session.call import Call
 from lightning_ckptless.trainer.session.engine import Engine
 from lightning_ckptless.trainer.session.health_check import check_health
-from lightning_ckptless.trainer.session.identity import chapters_before, is_worker, may_be_restarted, next_chapter
+from lightning_ckptless.trainer.session.identity import count_fit, fits_before, is_worker, may_be_restarted
 from lightning_ckptless.trainer.session.run_folders import hydra_folder
 from lightning_ckptless.trainer.session.standby import wait_for_rank
 from lightning_ckptless.trainer.strategy.notebook import NotebookCall
@@ -75,9 +75,9 @@ class FitGuard:
 
     def _call(self, call: Call, line: Line | None) -> Any:
         if call.is_recorded:
-            return call.pass_by()
+            return call.replay()
         call.begin()
-        if line is not None and chapters_before():
+        if line is not None and fits_before():
             line.tell("past_fit")
         if call.is_fit:
             return self._fit(call, line)
@@ -151,7 +151,7 @@ class FitGuard:
         if line is not None and strategy.options.in_place:
             keep_through_device_errors()
         strategy.setup_environment()
-        engine = Engine(strategy, trainer, next_chapter(), line)
+        engine = Engine(strategy, trainer, count_fit(), line)
         strategy.engine = engine
         if line is not None and engine.world_size > 1:
             strategy.watcher = Watcher(line, strategy.world.cut, int(os.environ.get(environment.REGROUPING, "0")))
@@ -207,7 +207,7 @@ class FitGuard:
             engine.leave_verdict(f"stopped by {type(error).__name__}")
             give_exit_code(error)
             return
-        if engine.is_on_its_way:
+        if engine.is_joining:
             # Alone, and with nothing to lose: the agent can start all again.
             traceback.print_exception(error)
             self.strategy.watcher.tell(

@@ -79,13 +79,13 @@ def test_a_row_waits_for_the_version_of_its_step(outbox_of: Make) -> None:
     outbox = outbox_of(logger)
     a_step(logger, outbox, 0)
     logger.log_metrics({"loss": 1.0}, step=1)
-    outbox.hand_on(version(0))
-    outbox.hand_on(None)
+    outbox.deliver(version(0))
+    outbox.deliver(None)
     assert logger.got == []
-    outbox.hand_on(version(1))
+    outbox.deliver(version(1))
     assert logger.got == [(0, {"loss": 0.0}), "save"]
     a_step(logger, outbox, 2)
-    outbox.hand_on(version(3))
+    outbox.deliver(version(3))
     assert steps(logger) == [0, 1, 2]
 
 
@@ -94,7 +94,7 @@ def test_a_version_that_was_given_up_leaves_its_rows_to_the_next(outbox_of: Make
     outbox = outbox_of(logger)
     for step in range(3):
         a_step(logger, outbox, step)
-    outbox.hand_on(version(2))
+    outbox.deliver(version(2))
     assert steps(logger) == [0, 1]
 
 
@@ -144,7 +144,7 @@ def test_a_survivor_drops_what_was_not_committed(outbox_of: Make) -> None:
     restore(outbox, saved)
     assert steps(logger) == [0]
     a_step(logger, outbox, 1)
-    outbox.hand_on(version(2))
+    outbox.deliver(version(2))
     assert steps(logger) == [0, 1]
 
 
@@ -153,7 +153,7 @@ def test_a_new_process_hands_on_what_its_predecessor_has_not(handed_on: int, out
     logger = Store()
     outbox = outbox_of(logger)
     *_, saved = (a_step(logger, outbox, step) for step in range(2))
-    outbox.hand_on(version(handed_on))
+    outbox.deliver(version(handed_on))
     fresh = Store()
     fresh.got = list(logger.got)
     successor = outbox_of(fresh)
@@ -161,7 +161,7 @@ def test_a_new_process_hands_on_what_its_predecessor_has_not(handed_on: int, out
     restore(successor, saved)
     assert steps(fresh) == [0, 1]
     a_step(fresh, successor, 2)
-    successor.hand_on(version(3))
+    successor.deliver(version(3))
     assert steps(fresh) == [0, 1, 2]
 
 

@@ -1,4 +1,4 @@
-"""Records of earlier calls: when they count, and why a new process cannot be brought past a call without one."""
+"""Records of earlier calls: when they count, and why a new process cannot replay a call without one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[PastCalls]:
 def test_a_call_is_recorded_when_all_ranks_have_recorded_it(ranks: list[PastCalls]) -> None:
     ranks[0].write(0, record(0))
     assert ranks[0].find(0) is None
-    assert ranks[1].obstacle(1) == "call 1 of the program's trainers is not recorded"
+    assert ranks[1].obstacle(1) == "call 1 of the script's trainers is not recorded"
     ranks[1].write(0, record(1))
     for rank, past in enumerate(ranks):
         found = past.find(0)
@@ -70,7 +70,7 @@ def test_no_record_is_used_after_a_program_has_failed_on_its_way(
 ) -> None:
     for rank, past in enumerate(ranks):
         past.write(0, record(rank))
-    ranks[0].begin_passing()
+    ranks[0].begin_replay()
     assert ranks[1].find(0) is not None
     leave_failure(error)
     assert (ranks[1].find(0) is None) is counts
@@ -80,8 +80,8 @@ def test_no_record_is_used_after_a_program_has_failed_on_its_way(
 def test_a_failure_after_the_last_recorded_call_does_not_count(ranks: list[PastCalls]) -> None:
     for rank, past in enumerate(ranks):
         past.write(0, record(rank))
-    ranks[0].begin_passing()
-    ranks[0].end_passing()
+    ranks[0].begin_replay()
+    ranks[0].end_replay()
     leave_failure(ValueError("mine"))
     assert ranks[1].find(0) is not None
 
@@ -91,4 +91,4 @@ def test_without_an_agent_there_are_no_records() -> None:
     assert not past.are_kept
     assert past.find(0) is None
     assert past.obstacle(0) is None
-    assert "only on one machine" in str(past.obstacle(1))
+    assert "only on a single node" in str(past.obstacle(1))
