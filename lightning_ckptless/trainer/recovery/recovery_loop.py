@@ -273,7 +273,7 @@ class RecoveryLoop:
         engine.restoring()
         if self._watcher is not None:
             self._watcher.tell("met", number=assignment.number)
-        engine.durable.share_out(engine.members)
+        engine.durable.assign_writer(engine.members)
         report.met(engine.members.generation, [Arrival(*arrival) for arrival in arrivals if arrival is not None])
         found = choose(engine.arena, transport, nodes)
         if not isinstance(found, Complete):

@@ -194,7 +194,7 @@ class Engine:
             mesh=mesh,
         )
         self.folders.adopt(members.noted("folders"), self.rank)
-        self.durable.share_out(members)
+        self.durable.assign_writer(members)
         self.report.generation = members.generation
         saved = members.noted(NOTE)
         self.loggers.hold(self.arena.path)

@@ -60,7 +60,7 @@ def test_each_fit_has_a_folder_of_its_own(tmp_path: Path) -> None:
     assert DurableRung(identity(tmp_path), 0, CkptlessOptions()).folder.path == tmp_path / "run" / "durable"
 
 
-def cohort_of(nodes: str, copies: int, arena: Arena) -> MemberSet:
+def members_of(nodes: str, copies: int, arena: Arena) -> MemberSet:
     return MemberSet(SoloTransport(), arena, tuple(nodes), place(list(nodes), copies), 1, ())
 
 
@@ -69,7 +69,7 @@ def test_one_node_writes_all_where_it_holds_all(
     nodes: str, copies: int, shards: int, arena: Arena, tmp_path: Path
 ) -> None:
     rung = DurableRung(identity(tmp_path), 0, CkptlessOptions(durable_every_n_steps=6, mirror_every_n_steps=4))
-    rung.share_out(cohort_of(nodes, copies, arena))
+    rung.assign_writer(members_of(nodes, copies, arena))
     share = read_share(arena.notes())
     assert share is not None
     assert (len(share.shards), share.leads, share.every_n_steps) == (
@@ -83,8 +83,8 @@ def test_one_node_writes_all_where_it_holds_all(
 )
 def test_several_writers_must_know_the_steps(options: CkptlessOptions, arena: Arena, tmp_path: Path) -> None:
     rung = DurableRung(identity(tmp_path), 0, options)
-    rung.share_out(cohort_of("aabb", 1, arena))
+    rung.assign_writer(members_of("aabb", 1, arena))
     with pytest.raises(
         OptionsError, match="with copies=1 no node holds all 6 shards, so 3 nodes write a durable state"
     ):
-        rung.share_out(cohort_of("aabbcc", 1, arena))
+        rung.assign_writer(members_of("aabbcc", 1, arena))

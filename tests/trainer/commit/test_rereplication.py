@@ -39,7 +39,7 @@ def test_a_bug_is_not_taken_for_success(monkeypatch: pytest.MonkeyPatch) -> None
     def work() -> None:
         raise KeyError("a bug")
 
-    with pytest.raises(ProtocolError, match="were not filled in"):
+    with pytest.raises(ProtocolError, match="were not made"):
         Rereplication(work).wait()
     assert told == [KeyError]
 
@@ -48,7 +48,7 @@ def test_it_is_left_behind_where_nobody_sets_it_free(caplog: pytest.LogCaptureFi
     gate = threading.Event()
     protecting = Rereplication(lambda: assert_(gate.wait(20)))
     protecting.abandon(0.01)
-    assert "is left behind" in caplog.text
+    assert "is abandoned" in caplog.text
     gate.set()
     protecting.wait()
 
