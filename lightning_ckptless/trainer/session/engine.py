@@ -269,7 +269,7 @@ class Engine:
             members.arena.clear()
         self.loggers.start_over()
         if action is StartAction.DURABLE:
-            self.loggers.choose_new()
+            self.loggers.start_new_runs()
         elif logs is not None:
             self.loggers.cut_to(logs)
 

@@ -108,8 +108,9 @@ class FitGuard:
         if strategy.num_nodes > 1 and not endpoint:
             raise OptionsError(
                 f"num_nodes={strategy.num_nodes}: the nodes need a rendezvous endpoint. Set "
-                f"{environment.RDZV_ENDPOINT}=HOST:PORT on each, or start with: ckptless run --nnodes {strategy.num_nodes} "
-                f"--rdzv-endpoint HOST:PORT --nproc-per-node {strategy.num_processes} SCRIPT"
+                f"{environment.RDZV_ENDPOINT}=HOST:PORT on each, or start with: "
+                f"ckptless run --nnodes {strategy.num_nodes} --rdzv-endpoint HOST:PORT "
+                f"--nproc-per-node {strategy.num_processes} SCRIPT"
             )
         os.environ[environment.LIGHTNING] = distribution_of(strategy)
         if folder := hydra_folder():

@@ -149,8 +149,8 @@ def test_the_user_learns_what_was_set_aside_and_why(tmp_path: Path) -> None:
     program.files.go_back(after_tail(1), generation=1)
     (text,) = program.said
     assert text == (
-        f"set {tmp_path}/files/a.ckpt aside: it was written after step 1, which the run returns to; the replay writes "
-        "it again"
+        f"set {tmp_path}/files/a.ckpt aside: it was written after step 1, to which the run rolls back; the replay "
+        "writes it again"
     )
     assert list(program.listing()) == [".a.ckpt.ckptless-aside-0"]
     program.run(2)
@@ -240,7 +240,7 @@ def test_storage_that_is_not_local_is_left_alone_and_named(tmp_path: Path) -> No
     (text,) = said
     assert text == (
         "s3://bucket/a.ckpt written after step 4 cannot be set aside, because the storage is not a local file system: "
-        "the replay may write a second file beside it, with -v1 in its name"
+        "the replay may write a second file with -v1 in its name"
     )
 
 

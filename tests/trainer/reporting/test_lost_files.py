@@ -45,11 +45,11 @@ def test_a_folder_is_as_long_as_its_files(tmp_path: Path) -> None:
 def test_the_warning_names_file_sizes_and_cause() -> None:
     text = warning_of([LostFile("/a.csv", 9, 2, "rows"), LostFile("/b.ckpt", 100, None)], VERSION)
     assert text == (
-        "files of the run are missing or shorter than they were at step 4, which it returns to:\n"
+        "files of the run are missing or shorter than at step 4, to which it rolls back:\n"
         "  /a.csv (expected 9 rows, found 2)\n"
         "  /b.ckpt (expected 100 bytes, it is missing)\n"
         "  Every new process runs the script from its beginning. If the script deletes or recreates its output folder "
-        "there, let it do so only where neither CKPTLESS_FAULT_REPORT nor CKPTLESS_STANDBY is in os.environ."
+        "there, do so only if neither CKPTLESS_FAULT_REPORT nor CKPTLESS_STANDBY is in os.environ."
     )
 
 

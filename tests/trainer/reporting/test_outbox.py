@@ -149,11 +149,11 @@ def test_a_survivor_drops_what_was_not_committed(outbox_of: Make) -> None:
 
 
 @pytest.mark.parametrize("handed_on", [0, 1, 2])
-def test_a_new_process_hands_on_what_its_predecessor_has_not(handed_on: int, outbox_of: Make) -> None:
+def test_a_new_process_hands_on_what_its_predecessor_has_not(delivered: int, outbox_of: Make) -> None:
     logger = Store()
     outbox = outbox_of(logger)
     *_, saved = (a_step(logger, outbox, step) for step in range(2))
-    outbox.deliver(version(handed_on))
+    outbox.deliver(version(delivered))
     fresh = Store()
     fresh.got = list(logger.got)
     successor = outbox_of(fresh)
@@ -224,7 +224,7 @@ def test_objects_travel_if_they_can_be_pickled(outbox_of: Make, caplog: pytest.L
     restore(outbox_of(fresh), saved, rewound=(fresh,))
     assert steps(fresh) == [0, 2]
     assert isinstance(fresh.got[0][1]["figure"], Figure)
-    assert "Store: rows with callable are lost" in caplog.text
+    assert "Store: rows with callable were lost" in caplog.text
 
 
 def test_a_row_with_objects_that_may_not_leave_the_machine_is_lost_with_its_process(
@@ -238,7 +238,7 @@ def test_a_row_with_objects_that_may_not_leave_the_machine_is_lost_with_its_proc
     fresh = Store()
     restore(outbox_of(fresh), saved, rewound=(fresh,))
     assert steps(fresh) == [1]
-    assert "Store: rows with figure are lost" in caplog.text
+    assert "Store: rows with figure were lost" in caplog.text
 
 
 def test_rows_stay_held_where_the_logger_fails(outbox_of: Make) -> None:
