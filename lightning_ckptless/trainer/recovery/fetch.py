@@ -53,7 +53,7 @@ def fetch_version(
     streams.count = restoration.host_state["streams"]["count"]
     report.fetched(found, moved, step_in_flight(arena.path, transport))
     if trainer.is_global_zero:
-        files.go_back(found.snapshot.version, generation=members.generation)
+        files.roll_back(found.snapshot.version, generation=members.generation)
     else:
         files.forget()
     return restoration

@@ -126,7 +126,7 @@ class CheckpointFiles:
         settle_fit(self._history(), self._fit)
         self._ledger.record("checkpoint", generation=generation, rank=0, **note_of_begin(self._fit, new_run=new_run))
 
-    def go_back(self, version: Version, *, generation: int) -> None:
+    def roll_back(self, version: Version, *, generation: int) -> None:
         """Roll all files back to a version. Files of other fits are left alone."""
         self.forget()
         history = self._history()

@@ -261,7 +261,7 @@ class Engine:
 
     def _start_over(self, members: MemberSet, action: StartAction, logs: Positions | None, *, relaunched: bool) -> None:
         if self.trainer.is_global_zero and relaunched and action is StartAction.FRESH:
-            self.files.go_back(BEGINNING, generation=members.generation)
+            self.files.roll_back(BEGINNING, generation=members.generation)
         elif self.trainer.is_global_zero:
             self.files.begin(generation=members.generation, new_run=action is StartAction.FRESH)
         members.transport.agree(True)
