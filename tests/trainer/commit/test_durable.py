@@ -85,6 +85,6 @@ def test_several_writers_require_a_schedule_in_steps(options: CkptlessOptions, a
     rung = DurableRung(identity(tmp_path), 0, options)
     rung.assign_writer(members_of("aabb", 1, arena))
     with pytest.raises(
-        OptionsError, match="with copies=1 no node holds all 6 shards, so 3 nodes write a durable state"
+        OptionsError, match="with copies=1 no node holds all 6 shards, so 3 nodes write each durable state"
     ):
         rung.assign_writer(members_of("aabbcc", 1, arena))
