@@ -57,7 +57,7 @@ class FitGuard:
             if self._is_to_fork():
                 call = NotebookCall(self.strategy, self.launch, function, args, kwargs, trainer)
                 return call.run(_run_root(trainer))
-            self._hand_over(trainer)
+            self._become_agent(trainer)
         if (line := open_line()) is not None:
             line.tell("arrived", hydra=hydra_folder())
         self.strategy.check_world()
@@ -65,7 +65,7 @@ class FitGuard:
             assert line is not None, "a standby has a channel to its agent"
             wait_for_rank(line, self.strategy)
         if trainer is None:
-            self._require_no_fault(function)
+            self._refuse_replacement(function)
             return function(*args, **kwargs)
         self.strategy.is_in_call = True
         try:
@@ -81,7 +81,7 @@ class FitGuard:
             line.tell("past_fit")
         if call.is_fit:
             return self._fit(call, line)
-        self._require_no_fault(call.function)
+        self._refuse_replacement(call.function)
         withdraw_verdict(self.strategy.global_rank)
         return call.evaluate()
 
@@ -95,7 +95,7 @@ class FitGuard:
             )
         return method == "fork" or is_interactive()
 
-    def _hand_over(self, trainer: Any) -> None:
+    def _become_agent(self, trainer: Any) -> None:
         strategy = self.strategy
         env = strategy.cluster_environment
         if env.creates_processes_externally:
@@ -126,7 +126,7 @@ class FitGuard:
 
     # ------------------------------------------------------------------ in a worker
 
-    def _require_no_fault(self, function: Callable[..., Any]) -> None:
+    def _refuse_replacement(self, function: Callable[..., Any]) -> None:
         """Refuse to replace a lost rank in a call that a new process cannot reach alone."""
         if environment.REGROUPING in os.environ:
             if (line := open_line()) is not None:
@@ -162,7 +162,7 @@ class FitGuard:
         try:
             return self._guarded(engine, call)
         except BaseException as error:
-            self._judge(engine, error)
+            self._handle_error(engine, error)
             engine.discard_empty_arena()
             raise
         finally:
@@ -197,7 +197,7 @@ class FitGuard:
         with without_beginning(trainer) if plan.enters_midway else nullcontext():
             return call.fit(engine, args)
 
-    def _judge(self, engine: Engine, error: BaseException) -> None:
+    def _handle_error(self, engine: Engine, error: BaseException) -> None:
         """Decide what an exception means: a lost peer, a fault to retry once, or the end of the run.
 
         Exits without returning where Lightning must not notice: a fault that is recovered from calls no `on_exception`,
@@ -220,7 +220,7 @@ class FitGuard:
         if is_lost_peer(error):
             engine.report.peer_lost(error)
             if engine.identity.own_agent:
-                _wait_for_the_agent(engine)
+                _wait_for_agent(engine)
             leave_process()
         reason = engine.why_final(error) if may_be_restarted() else "the launcher allows no further restart"
         if reason is not None:
@@ -238,7 +238,7 @@ def _run_root(trainer: Any) -> Path:
     return Path(os.environ.get(environment.RUN_ROOT) or os.path.join(os.path.abspath(root), "ckptless"))
 
 
-def _wait_for_the_agent(engine: Engine) -> None:
+def _wait_for_agent(engine: Engine) -> None:
     """Wait for our agent to end this process; exiting before the agent has seen the peer die would obscure the cause.
 
     torchrun asks survivors to exit and waits half a minute. There a survivor exits at once, which also releases the

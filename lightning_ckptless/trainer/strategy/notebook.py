@@ -98,9 +98,9 @@ class NotebookCall:
                 ):
                     outcome = strategy.run_job(config, parent=parent)
             except AskedToEnd:
-                self._take_over(exchange)
+                self._restore_outcome(exchange)
                 raise KeyboardInterrupt from None
-            result = self._take_over(exchange)
+            result = self._restore_outcome(exchange)
             if outcome.exit_code:
                 raise exchange.error_of(outcome)
             return result
@@ -114,28 +114,28 @@ class NotebookCall:
         strategy, trainer = self.strategy, self.trainer
         strategy.cluster_environment = elastic_environment(distribution_of(strategy))
         strategy.set_world_ranks()
-        if strategy.has_handed_back and strategy.global_rank == 0:
+        if strategy.has_restored_outcome and strategy.global_rank == 0:
             # Continue the files of an earlier call; a logger that reopened them would start new ones instead.
             keep_logs(trainer)
         try:
-            result = self.launch(exchange.noting_errors(self.function), *self.args, trainer=trainer, **self.kwargs)
-            self._hand_back(exchange, result)
+            result = self.launch(exchange.recording_errors(self.function), *self.args, trainer=trainer, **self.kwargs)
+            self._store_outcome(exchange, result)
         except BaseException as error:
             if is_stop(error):
-                self._hand_back(exchange, None)
-            exchange.leave_error(error)
+                self._store_outcome(exchange, None)
+            exchange.store_error(error)
             raise
 
-    def _hand_back(self, exchange: Exchange, result: Any) -> None:
+    def _store_outcome(self, exchange: Exchange, result: Any) -> None:
         captured = None if self.trainer is None else capture(self.trainer)
         if self.strategy.global_rank == 0:
-            exchange.leave_result(result, captured)
+            exchange.store_result(result, captured)
 
-    def _take_over(self, exchange: Exchange) -> Any:
-        result, captured = exchange.take_result()
+    def _restore_outcome(self, exchange: Exchange) -> Any:
+        result, captured = exchange.load_result()
         if captured is not None:
             restore(self.trainer, captured)
-            self.strategy.has_handed_back = True
+            self.strategy.has_restored_outcome = True
         return result
 
 
@@ -150,13 +150,13 @@ class Exchange:
         self._folder = folder
         self._raised_at = math.inf
 
-    def leave_result(self, result: Any, captured: dict[str, Any] | None) -> None:
+    def store_result(self, result: Any, captured: dict[str, Any] | None) -> None:
         """Store what the call returned and the state of its trainer, replacing an earlier result."""
         draft = self._folder / f"{_RESULT}.part"
         torch.save((result, captured), draft)
         draft.rename(self._folder / _RESULT)
 
-    def take_result(self) -> tuple[Any, dict[str, Any] | None]:
+    def load_result(self) -> tuple[Any, dict[str, Any] | None]:
         """The stored result with its tensors in host memory; None if there is none."""
         path = self._folder / _RESULT
         if not path.exists():
@@ -164,20 +164,20 @@ class Exchange:
         found: tuple[Any, dict[str, Any] | None] = torch.load(path, map_location="cpu", weights_only=False)
         return found
 
-    def noting_errors(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def recording_errors(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a function to record when it raises, before that affects other workers."""
 
         @wraps(function)
-        def noting(*args: Any, **kwargs: Any) -> Any:
+        def recording(*args: Any, **kwargs: Any) -> Any:
             try:
                 return function(*args, **kwargs)
             except BaseException:
                 self._raised_at = time.time()
                 raise
 
-        return noting
+        return recording
 
-    def leave_error(self, error: BaseException) -> None:
+    def store_error(self, error: BaseException) -> None:
         """Store the exception that ends this worker."""
         text = "".join(traceback.format_exception(error))
         data = pickle.dumps((self._raised_at, _pickled(error), text))

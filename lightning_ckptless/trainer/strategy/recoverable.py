@@ -136,7 +136,7 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
             super().__init__(**base_options)
             self.options = CkptlessOptions(**{field.name: given[field.name] for field in fields(CkptlessOptions)})
             self.start_method = start_method_of(self)
-            self.has_handed_back = False
+            self.has_restored_outcome = False
             self._stream: int | None = None
             self.engine: Engine | None = None
             self.world = world_of_process()

@@ -148,7 +148,7 @@ def test_a_survivor_drops_rows_that_were_not_committed(outbox_of: Make) -> None:
     assert steps(logger) == [0, 1]
 
 
-@pytest.mark.parametrize("handed_on", [0, 1, 2])
+@pytest.mark.parametrize("delivered", [0, 1, 2])
 def test_a_new_process_delivers_only_rows_that_its_predecessor_has_not(delivered: int, outbox_of: Make) -> None:
     logger = Store()
     outbox = outbox_of(logger)
