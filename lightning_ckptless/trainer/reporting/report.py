@@ -373,7 +373,7 @@ class RunReport:
         self._record("raised", cause=f"{type(error).__name__}: {error}"[:300], final=False)
         self._say(
             f"rank {self.trainer.global_rank}: {type(error).__name__} in the script; retrying once from the last "
-            "version, raised if it happens again"
+            "version, and ending the run if it is raised again"
         )
 
     def failed(self, error: Exception, reason: str) -> None:
