@@ -1,4 +1,4 @@
-"""What a user can set on the strategy, checked before anything starts."""
+"""Options of the strategy, validated before anything starts."""
 
 from __future__ import annotations
 
@@ -39,41 +39,40 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class CkptlessOptions:
-    """Settings of fault tolerance.
+    """Fault tolerance settings.
 
     Args:
-        mirror_every_n_steps: optimizer steps between two mirrored versions; `auto` to choose by what they cost.
-        copies: replicas of each shard beyond the writer's own copy.
-        failure_domain: what is lost together; replicas are kept in other domains. `node`, `rank`, a dimension of the
-            mesh, or a level that you name, e.g. `rack`.
-        arena_dir: folder for the arenas; None for `/dev/shm`, or a temporary folder where that is missing.
-        max_recoveries_without_progress: recoveries with no new step committed between them, after which the run gives
-            up: it comes back to the same fault.
-        max_recoveries_per_hour: recoveries within an hour, after which the run gives up.
-        on_unrecoverable: with no complete version left, go on from the newest checkpoint file or raise.
-        checksum: digest that guards every replica.
-        on_late: when the last mirror is still under way at the next one, wait for it or skip a version.
-        staging: copy the state while the next forward and backward run, or before they start.
-        arena_keep_s: seconds for which the arena of a dead run is kept for a restart under the same run id.
-        mirror_budget: with `auto`, by which share mirroring may lengthen training at most.
-        failures_per_day: with `auto`, how many failures of the whole run are expected.
-        in_place: after a fault replace only what was lost and let the other ranks go on; else start all again.
-        standbys: processes per node that have run the script up to `fit` and wait there for a rank.
-        preload_imports: have what the program has imported when it trains imported once for all new processes, in the
-            process that they are forked from.
-        hang_timeout_s: seconds without progress of any rank after which those that have come least far are ended as
-            hung; None to learn it from the steps, 0 for never.
-        health_check: dotted name of a function of yours that raises where a node is not fit to train; it is called,
-            beside our own checks, before a worker joins the others.
-        durable_every_n_steps: optimizer steps from one durable state to the next; None for none by steps.
-        durable_every_s: seconds from one durable state to the next; None for none by time.
-        durable_dir: folder of the durable states; None for `durable` in the run's own folder.
-        durable_keep: durable states that are kept.
-        elastic_batch: with another number of ranks, keep the samples of a step together, or take one batch per rank.
-        checkpoint_hooks: whether the program's `on_save_checkpoint` hooks are called with each version, and
-            `on_load_checkpoint` when one is restored, or only when Lightning calls them.
-        stateless_callbacks: class names of callbacks whose `state_dict()` is not called with each version.
-        trusted_classes: dotted names of classes that small states may hold which leave the memory of their machine.
+        mirror_every_n_steps: optimizer steps between mirrored versions; `auto` chooses by measured cost.
+        copies: replicas of each shard, besides the source rank's own copy.
+        failure_domain: unit that fails as a whole; replicas are kept in other domains. `node`, `rank`, a dimension of
+            the device mesh, or a custom level such as `rack`.
+        arena_dir: directory of the arenas; None for `/dev/shm`, or a temporary directory if that does not exist.
+        max_recoveries_without_progress: recoveries without a newly committed step after which the run gives up.
+        max_recoveries_per_hour: recoveries within one hour after which the run gives up.
+        on_unrecoverable: what to do if no complete version is left: resume from the newest checkpoint file, or raise.
+        checksum: checksum algorithm that protects every replica.
+        on_late: what to do if the previous mirror is still in progress: wait for it, or skip a version.
+        staging: whether copying the state overlaps the next forward and backward pass, or blocks it.
+        arena_keep_s: seconds to keep the arena of a dead run for a restart with the same run id.
+        mirror_budget: with `auto`, the largest share by which mirroring may lengthen training.
+        failures_per_day: with `auto`, the expected number of failures of the whole run per day.
+        in_place: after a fault, replace only the lost ranks while the others stay in `fit`; else relaunch all ranks.
+        standbys: processes per node that have run the script up to `fit` and wait there to replace a lost rank.
+        preload_imports: import the modules that the script uses in training once, in the fork server, for all new
+            processes.
+        hang_timeout_s: seconds without progress on any rank after which the ranks that are furthest behind are killed
+            as hung; None derives the limit from step times, 0 disables it.
+        health_check: dotted name of a function that raises if a node is unfit to train; it is called in addition to
+            the built-in checks, before a worker joins the others.
+        durable_every_n_steps: optimizer steps between durable states; None disables the step schedule.
+        durable_every_s: seconds between durable states; None disables the time schedule.
+        durable_dir: directory of the durable states; None for `durable` in the run folder.
+        durable_keep: number of durable states to keep.
+        elastic_batch: after a world change, keep the global batch, or use one batch per rank.
+        checkpoint_hooks: whether the script's `on_save_checkpoint` hooks are called for each version and its
+            `on_load_checkpoint` hooks on each restore, or only by Lightning.
+        stateless_callbacks: class names of callbacks whose `state_dict()` is not called for each version.
+        trusted_classes: dotted names of classes that host state may contain when it is read from disk or another node.
 
     Raises:
         OptionsError: a value is out of range.
@@ -114,15 +113,15 @@ class CkptlessOptions:
         self._check_durable()
         if not isinstance(self.failure_domain, str) or not re.fullmatch(_LEVEL, self.failure_domain):
             raise OptionsError(
-                f"failure_domain={self.failure_domain!r}: expected node, rank, or the name of a level of your own, "
-                "e.g. rack: lower-case letters, digits and _"
+                f"failure_domain={self.failure_domain!r}: expected node, rank, or a custom level, e.g. rack: "
+                "lower-case letters, digits and _"
             )
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
-                raise OptionsError(f"{name}={value!r}: expected a whole number of at least {least}")
+                raise OptionsError(f"{name}={value!r}: expected an integer of at least {least}")
         if self.hang_timeout_s is not None and self.hang_timeout_s < 0:
-            raise OptionsError(f"hang_timeout_s={self.hang_timeout_s!r}: expected seconds, 0 for never, or None")
+            raise OptionsError(f"hang_timeout_s={self.hang_timeout_s!r}: expected seconds, 0 to disable, or None")
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise OptionsError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
@@ -138,19 +137,20 @@ class CkptlessOptions:
     def _check_cadence(self) -> None:
         every = self.mirror_every_n_steps
         if every != "auto" and (not isinstance(every, int) or every < 1):
-            raise OptionsError(f"mirror_every_n_steps={every!r}: expected a whole number of at least 1, or 'auto'")
+            raise OptionsError(f"mirror_every_n_steps={every!r}: expected an integer of at least 1, or 'auto'")
         if every == "auto" and self.on_late == "skip":
             raise OptionsError(
-                "mirror_every_n_steps='auto' measures how long training waits, and on_late='skip' never does: take one"
+                "mirror_every_n_steps='auto' measures how long training waits for a mirror, but with on_late='skip' "
+                "it never waits: choose one of the two"
             )
         if not 0 < self.mirror_budget <= 1:
-            raise OptionsError(f"mirror_budget={self.mirror_budget!r}: expected a share above 0, at most 1, e.g. 0.01")
+            raise OptionsError(f"mirror_budget={self.mirror_budget!r}: expected a share in (0, 1], e.g. 0.01")
         if not self.failures_per_day > 0:
-            raise OptionsError(f"failures_per_day={self.failures_per_day!r}: expected a number above 0")
+            raise OptionsError(f"failures_per_day={self.failures_per_day!r}: expected a number greater than 0")
 
     def _check_durable(self) -> None:
         n, every_s = self.durable_every_n_steps, self.durable_every_s
         if n is not None and (not isinstance(n, int) or n < 1):
-            raise OptionsError(f"durable_every_n_steps={n!r}: expected a whole number of at least 1, or None for never")
+            raise OptionsError(f"durable_every_n_steps={n!r}: expected an integer of at least 1, or None")
         if every_s is not None and not every_s > 0:
-            raise OptionsError(f"durable_every_s={every_s!r}: expected seconds, more than 0, or None for never")
+            raise OptionsError(f"durable_every_s={every_s!r}: expected seconds greater than 0, or None")

@@ -1,7 +1,7 @@
-"""A run as a whole, around its agent: the ledger that the agent writes into, and the arenas that end with it.
+"""One run on this node: its agent, the ledger that the agent writes to, and the arenas that are removed with it.
 
-`membership` starts workers and knows nothing of arenas, `replica` keeps arenas and knows nothing of agents; here the
-two meet. This module is what `ckptless run` and `python train.py` become.
+`membership` starts workers and knows nothing of arenas, `replica` manages arenas and knows nothing of agents; this
+module connects the two. It is the main module of the process that `ckptless run` and `python train.py` turn into.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _RUN_ID_OPTIONS = ("--rdzv-id", "--rdzv_id")
 
 
 def run_job(config: LaunchConfig, *, parent: ForkServer | None = None) -> Outcome:
-    """Run a job on this node in the calling process, with its ledger, and leave nothing of it in shared memory.
+    """Run a script on this node with the agent in the calling process, and remove its arenas at the end.
 
     Args:
         config: what to run.
-        parent: a fork server that outlives the job; None for one of its own.
+        parent: a fork server that outlives the run; None to start one for this run.
 
     Raises:
-        LaunchError: the workers cannot be started, or the nodes do not find each other.
+        LaunchError: the workers cannot be started, or the rendezvous failed.
     """
     config = replace(config, run_root=config.run_root or environment.run_root())
     try:
@@ -46,10 +46,10 @@ def run_job(config: LaunchConfig, *, parent: ForkServer | None = None) -> Outcom
 
 
 def main(argv: Sequence[str]) -> int:
-    """The process of an agent.
+    """Run an agent in this process.
 
     Args:
-        argv: options of `ckptless run`, the program and its arguments.
+        argv: options of `ckptless run`, the script and its arguments.
 
     Returns:
         Exit code.
@@ -77,8 +77,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def record_for(config: LaunchConfig) -> Callable[..., None]:
-    """What writes the agent's events into the ledger of a run."""
-    from lightning_ckptless.ledger import Ledger  # noqa: PLC0415 - not before the parent's own imports
+    """Return a function that records the agent's events in the ledger of a run."""
+    from lightning_ckptless.ledger import Ledger  # noqa: PLC0415 - not before the fork server's own imports
 
     return Ledger(_ledger_path(config)).record
 
@@ -90,26 +90,26 @@ def _ledger_path(config: LaunchConfig) -> Path:
 
 
 def settle_checkpoint_files(config: LaunchConfig) -> None:
-    """Put checkpoint files back that a replay had set aside when the run ended; its workers are gone."""
+    """Restore checkpoint files that a replay had set aside when the run ended; its workers have exited."""
     from lightning_ckptless.trainer.reporting.checkpoint_files import settle_run  # noqa: PLC0415 - as above
 
     if config.node_range[1] == 1:
-        # With several nodes the others may still be training.
+        # With several nodes, other nodes may still be training.
         settle_run(_ledger_path(config))
 
 
 def remove_arenas(config: LaunchConfig) -> None:
-    """Remove the arenas that workers of this process's agent have made for a run."""
+    """Remove the arenas that this agent's workers have created for a run."""
     for arena in _arenas(config):
         arena.remove()
 
 
 def _arenas(config: LaunchConfig) -> list[Arena]:
-    """The arenas that workers of this process's agent have made for a run, in the order of its calls of `fit`."""
+    """The arenas that this agent's workers have created for a run, in the order of its calls of `fit`."""
     from lightning_ckptless.ledger import read_ledger  # noqa: PLC0415 - as above
-    from lightning_ckptless.replica.arena import Arena, default_arena_dir, find_arenas  # noqa: PLC0415 - brings torch
+    from lightning_ckptless.replica.arena import Arena, default_arena_dir, find_arenas  # noqa: PLC0415 - imports torch
 
-    # The strategy may have named another folder, which the ledger knows.
+    # The strategy may have set another folder, which is recorded in the ledger.
     started = read_ledger(_ledger_path(config), only="run_started")
     named = {Path(event.fields["arena"]).parent for event in started}
     infos = [info for folder in {config.arena_dir or default_arena_dir(), *named} for info in find_arenas(folder)]
@@ -123,7 +123,7 @@ def _arenas(config: LaunchConfig) -> list[Arena]:
 
 
 def _committed(config: LaunchConfig) -> str:
-    """The newest version in this node's shared memory, in words; empty where there is none."""
+    """The newest version in this node's shared memory, as text; empty if there is none."""
     from lightning_ckptless.protocol.versions import Complete, newest_complete  # noqa: PLC0415 - as above
 
     for arena in reversed(_arenas(config)):
@@ -136,7 +136,7 @@ def _committed(config: LaunchConfig) -> str:
 
 
 def _durable(config: LaunchConfig) -> str:
-    """The newest durable state of a run, in words; empty where there is none."""
+    """The newest durable state of a run, as text; empty if there is none."""
     from lightning_ckptless.ledger import read_ledger  # noqa: PLC0415 - as above
 
     written = [event.fields["step"] for event in read_ledger(_ledger_path(config), only="durable_written")]

@@ -149,7 +149,7 @@ def test_a_script_that_clears_its_output_folder_is_named_as_the_cause(tmp_path: 
     run: Variant = run_variant(command, tmp_path / "run", faults=faults, parent=parent, isolate=True, env=ENV)
     assert run.exit_code == 0, run.tail()
     said = "".join(path.read_text() for path in (run.folder / "output").rglob("*") if path.is_file())
-    assert said.count("files of the run are missing or shorter than they were at step 5") == 1
+    assert said.count("files of the run are missing or shorter than at step 5") == 1
     assert re.search(r"kept/epoch=0-step=[24]\.ckpt \(expected \d+ bytes, it is missing\)", said)
     assert re.search(r"metrics\.csv \(expected \d+ rows, it is missing\)", said)
 

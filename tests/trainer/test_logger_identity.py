@@ -95,7 +95,7 @@ def test_resuming_from_a_checkpoint_file_uses_a_new_folder_with_the_scripts_name
     loggers = run_loggers(logger, tmp_path)
     loggers.identify([{"kind": "CSVLogger", "identity": {"_name": "run", "_version": 4}}])
     assert (logger.name, logger.version) == ("run", 4)
-    loggers.choose_new()
+    loggers.start_new_runs()
     assert (logger.name, logger.version) == ("script", 0)
 
 
@@ -128,8 +128,8 @@ def test_an_identity_that_is_not_plain_data_is_rejected(answer: Any) -> None:
 def test_a_logger_without_an_identity_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dummy = module(DISTRIBUTIONS[0], "loggers.logger").DummyLogger()
     known = [file_logger("CSVLogger", tmp_path), dummy]
-    run_loggers(known, tmp_path).warn_of_strangers()
-    run_loggers([*known, own_logger(), own_logger()], tmp_path).warn_of_strangers()
+    run_loggers(known, tmp_path).warn_of_unknown_loggers()
+    run_loggers([*known, own_logger(), own_logger()], tmp_path).warn_of_unknown_loggers()
     (said,) = (record.message for record in caplog.records if record.name.startswith("lightning_ckptless"))
     assert "Own" in said
     assert "ckptless_identity() and set_ckptless_identity(identity)" in said
@@ -254,7 +254,7 @@ from {distribution}.loggers import CometLogger
 from lightning_ckptless.trainer.reporting.loggers import RunLoggers
 
 logger = CometLogger(project="project")
-RunLoggers(SimpleNamespace(loggers=[logger]), Path(), 0).warn_of_strangers()
+RunLoggers(SimpleNamespace(loggers=[logger]), Path(), 0).warn_of_unknown_loggers()
 os._exit(0)
 """
 
@@ -266,4 +266,4 @@ def test_offline_comet_warns_that_a_killed_process_loses_its_rows(distribution: 
     env = {**os.environ, "COMET_START_ONLINE": "0", "COMET_OFFLINE_DIRECTORY": str(tmp_path), "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-c", COMET.format(distribution=distribution)]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stderr.count("CometLogger: offline, rows are in a temporary folder until the process ends") == 1
+    assert done.stderr.count("CometLogger: in offline mode, rows are in a temporary folder until the process ends") == 1

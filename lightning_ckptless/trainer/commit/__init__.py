@@ -1,1 +1,1 @@
-"""The commit point of a step: a version is taken there."""
+"""Capturing versions at commit points, and bringing durable states back."""

@@ -1,4 +1,4 @@
-"""The step that each rank has begun, stamped into the arena: after a fault it says how many are run again."""
+"""The step that each rank has begun, stamped into the arena: after a fault it tells how many steps are replayed."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class BegunStep:
         self._last = -1
 
     def stamp(self, step: int) -> None:
-        """Note that a step is begun; costs nothing where it was noted before."""
+        """Record that a step has begun; does nothing if it is already recorded."""
         if step != self._last:
             self._path.write_text(str(step))
             self._last = step
 
 
 def step_in_flight(arena: Path, transport: Transport) -> int:
-    """The step that all ranks had begun when the last generation ended; 0 where nothing was stamped."""
+    """The last step that all ranks had begun when the last generation ended; 0 if nothing was stamped."""
     stamps = [path.read_text() for path in arena.glob("begun-by-*")]
     return min((int(s) for line in transport.gather(" ".join(stamps).encode()) for s in line.split()), default=0)

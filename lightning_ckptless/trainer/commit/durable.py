@@ -1,8 +1,7 @@
-"""The durable rung as a trainer takes it: the writer is asked for, and a state is brought back into the arenas.
+"""Durable states as seen by a trainer: requesting the writer, and bringing a state back into the arenas.
 
-A state comes back the way it went: each rank puts its own shard into its own slot, under the version, the layout and
-the checksum that it was staged with. From there on it is restored like any version that arenas hold, and by the same
-code, so what is exact there is exact here.
+Each rank puts its own shard into its own slot, with the version, layout and checksum that it was staged with. From
+there on the state is restored like any version in the arenas, by the same code and with the same exactness.
 """
 
 from __future__ import annotations
@@ -47,10 +46,10 @@ _NOTE = "durable writer with"
 
 
 def with_environment(options: CkptlessOptions, env: Mapping[str, str] = os.environ) -> CkptlessOptions:
-    """The options, with what the launcher was told about durable states in the place of the strategy's own.
+    """Override the strategy's durable options with those given to the launcher.
 
     Raises:
-        OptionsError: a value is out of range, or no number.
+        OptionsError: a value is out of range or not a number.
     """
     given: dict[str, Any] = {}
     for name, variable, kind in (
@@ -70,8 +69,8 @@ class DurableRung:
     """Durable states of one call of `fit`.
 
     Args:
-        identity: who this worker is.
-        fit_index: how many times `fit` was entered before in this process: each has a folder of its own.
+        identity: identity of this worker.
+        fit_index: number of earlier calls of `fit` in this process; each call has its own folder.
         options: the user's settings.
     """
 
@@ -88,36 +87,36 @@ class DurableRung:
     # ------------------------------------------------------------------ reading
 
     def states(self, transport: Transport) -> list[DurableState]:
-        """The states that all ranks see, the newest first. All ranks call it together.
+        """The states that all ranks can read, newest first. All ranks call it together.
 
         Raises:
-            OptionsError: the folder is not ours.
+            OptionsError: the folder was not created by this package.
         """
         if self._is_on or self._is_named:
             self.folder.require_ours()
         mine = self.folder.states()
         self._logger_identities = {str(path): manifest.logger_identities for path, manifest in mine}
         for path, why in self.folder.left_out.items() if transport.rank == 0 else ():
-            log.warning("ckptless: the durable state %s is left out: %s", path, why)
-        told = json.dumps([asdict(manifest.state(path)) for path, manifest in mine]).encode()
-        seen = [{_state(fields) for fields in json.loads(line)} for line in transport.gather(told)]
+            log.warning("ckptless: durable state %s is ignored: %s", path, why)
+        message = json.dumps([asdict(manifest.state(path)) for path, manifest in mine]).encode()
+        seen = [{_state(fields) for fields in json.loads(line)} for line in transport.gather(message)]
         return newest_first(list(set.intersection(*seen)))
 
     def logger_identities(self, state: DurableState) -> list[dict[str, Any]] | None:
-        """The runs that the loggers of a state write to."""
+        """The logger runs that a state's loggers write to."""
         return self._logger_identities.get(state.path)
 
     def bring(self, state: DurableState, members: MemberSet) -> Complete | str:
-        """Put a state into the arenas, in the place of all they hold. All ranks call it together.
+        """Replace the contents of the arenas by a durable state. All ranks call it together.
 
         Returns:
-            The version as the arenas have it now, or why the state cannot be used; then the arenas are as they were.
+            The version as it is now in the arenas, or why the state cannot be used; the arenas are then unchanged.
         """
         arena, rank = members.arena, members.rank
         mine = _read(state, range(rank, state.snapshot.world_size, members.world_size), members.trusted)
         problems = [text for (text,) in members.gather([mine if isinstance(mine, str) else ""]) if text]
         if isinstance(mine, str) or problems:
-            log.warning("ckptless: %s is left aside: %s", state, problems[0])
+            log.warning("ckptless: %s cannot be used: %s", state, problems[0])
             return str(problems[0])
         layout, copies = mine
         if members.speaks_for_node:
@@ -144,8 +143,8 @@ class DurableRung:
 
     # ------------------------------------------------------------------ writing
 
-    def share_out(self, members: MemberSet) -> None:
-        """Note what the writer of this node has to do. All ranks call it.
+    def assign_writer(self, members: MemberSet) -> None:
+        """Record which shards this node's writer writes. All ranks call it.
 
         Raises:
             OptionsError: several nodes would have to write, and the options do not say at which steps.
@@ -159,18 +158,18 @@ class DurableRung:
         if not any(share_of(node, members.placement.holders, nodes, steps).is_whole for node in nodes) and not steps:
             raise OptionsError(
                 f"with copies={self._options.copies} no node holds all {len(nodes)} shards, so {len(set(nodes))} nodes "
-                "write a durable state together, at steps that all of them know: set durable_every_n_steps, and "
+                "write each durable state together, at steps known in advance: set durable_every_n_steps, and set "
                 "mirror_every_n_steps to a number"
             )
         if members.speaks_for_node:
             members.arena.note(SHARE_NOTE, share_note(share))
 
     def order_writer(self, arena: Arena, line: Line | None) -> None:
-        """Have states written from an arena, by a process of this node's agent, if this node writes any.
+        """Request a writer process from this node's agent, if this node writes any shards.
 
         Args:
-            arena: of this node.
-            line: to an agent of ours; None where another one has started this worker.
+            arena: arena of this node.
+            line: channel to our agent; None under a foreign agent.
         """
         share = read_share(arena.notes())
         if not self._is_on or share is None or not share.shards:
@@ -195,7 +194,7 @@ class DurableRung:
 def _read(
     state: DurableState, shards: Iterable[int], trusted: Collection[str]
 ) -> tuple[Layout, dict[int, ShardCopy]] | str:
-    """Some shards of a state, or why they cannot be had."""
+    """Read some shards of a state; returns why if that is impossible."""
     path = Path(state.path)
     try:
         layout, manifest, places = read_layout(path), Manifest.read(path), read_places(path)
@@ -223,7 +222,7 @@ def _state(fields: dict[str, Any]) -> DurableState:
 
 
 def _start_detached(order: WriterOrder) -> None:
-    """Under an agent that is not ours: a process that init adopts, and that ends when the agent has ended."""
+    """Under a foreign agent: start a process that init adopts, and that exits once the agent has exited."""
     subprocess.run(
         [sys.executable, "-m", MODULE, order.to_text(), "--detach"],
         stdin=subprocess.DEVNULL,

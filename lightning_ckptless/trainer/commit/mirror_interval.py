@@ -1,8 +1,8 @@
-"""How often this run mirrors: the user's interval, or one that is chosen when the run has seen what a version costs.
+"""How often this run mirrors: at the user's interval, or at one chosen from the measured cost of a version.
 
-With `auto` every other step is mirrored at first. A version is copied beside the step that follows it; so the steps
-that follow one are compared with those that do not. What a rank concludes travels with the vote of the next round, and
-holds on all ranks from the version behind it on.
+With `auto` every other step is mirrored at first. A version is copied during the step that follows it, so the steps
+that follow a version are compared with those that do not. Each rank's choice travels with its vote in the next round,
+and the agreed interval applies on all ranks from the version after it.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.reporting.report import RunReport
 
 _COLD_STEPS = 4
-"""After a start or a recovery, whose times say nothing."""
+"""Steps after a start or a recovery that are not measured: their times are not representative."""
 _USUAL_RECOVERY_S = 1.0
-"""Taken for the time of a recovery while none was seen."""
+"""Assumed duration of a recovery before one has been measured."""
 
 
 class Cadence:
     """The interval between two versions, in optimizer steps.
 
     Args:
-        options: the user's.
-        report: knows the failures so far, and is told of the choice.
-        clock: seconds.
+        options: the user's settings.
+        report: provides the failures so far, and reports the choice.
+        clock: returns seconds.
 
     Attributes:
-        interval: the one in force.
+        interval: the current interval.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class Cadence:
         self.begin()
 
     def begin(self, chosen: int | None = None) -> None:
-        """Begin to measure, or go on with what was chosen.
+        """Begin to measure, or continue with a chosen interval.
 
         Args:
-            chosen: the interval that a restored version was mirrored at; None while it was measured, though this rank
-                may have come further since.
+            chosen: interval at which a restored version was mirrored; None if it was still being measured then, even
+                if this rank has chosen since.
         """
         every = self._options.mirror_every_n_steps if chosen is None else chosen
         self.interval = PROBE_INTERVAL if every == "auto" else every
@@ -67,38 +67,38 @@ class Cadence:
         self._taken: int | None = None
         self._handed_over_s = self._handed_over_before_s = 0.0
         self._plan = None
-        self._beside_a_version: list[float] = []
+        self._after_version: list[float] = []
         self._alone: list[float] = []
 
     @property
     def chosen(self) -> int | None:
-        """What travels with a version: the interval, or None while it is measured."""
+        """The interval as stored with a version; None while it is being measured."""
         return None if self._measures else self.interval
 
     # ------------------------------------------------------------------ training thread
 
     def begin_step(self, done: int) -> None:
-        """A batch begins.
+        """Begin a batch.
 
         Args:
-            done: optimizer steps so far.
+            done: number of completed optimizer steps.
         """
         if not self._measures or done == self._step:
             return
         now = self._clock()
         if self._step is not None and done == self._step + 1:
-            # A version is handed over at the end of a step; that time is the version's, as the copy beside the next.
+            # Handing a version over at the end of a step is a cost of the version, like its copying in the next step.
             own_s = now - self._began_at - self._handed_over_s + self._handed_over_before_s
-            self._note(own_s, beside_a_version=self._taken == self._step)
+            self._note(own_s, after_version=self._taken == self._step)
         self._step, self._began_at = done, now
         self._handed_over_before_s, self._handed_over_s = self._handed_over_s, 0.0
 
-    def _note(self, step_s: float, *, beside_a_version: bool) -> None:
+    def _note(self, step_s: float, *, after_version: bool) -> None:
         if self._cold:
             self._cold -= 1
             return
-        (self._beside_a_version if beside_a_version else self._alone).append(step_s)
-        if self._plan is None and len(self._beside_a_version) + len(self._alone) >= PROBE_STEPS:
+        (self._after_version if after_version else self._alone).append(step_s)
+        if self._plan is None and len(self._after_version) + len(self._alone) >= PROBE_STEPS:
             self._plan = self._choose()
 
     def _choose(self) -> CadencePlan:
@@ -107,27 +107,27 @@ class Cadence:
         rate = failure_rate(self._options.failures_per_day, report.recoveries, report.clock() - account.began_at)
         costs = Costs(
             step_s=alone_s,
-            version_s=max(0.0, median(self._beside_a_version) - alone_s),
+            version_s=max(0.0, median(self._after_version) - alone_s),
             failures_per_s=rate,
             recovery_s=_USUAL_RECOVERY_S if phases is None else phases.total_s,
         )
         return plan_cadence(costs, self._options.mirror_budget)
 
     def took(self, version: Version, spent_s: float) -> None:
-        """A version was handed to the mirror, which took the training thread some time."""
+        """Add the time for which handing a version to the mirror occupied the training thread."""
         self._taken = version.optimizer_step
         self._handed_over_s += spent_s
 
     def settle(self, interval: int) -> None:
-        """All ranks have agreed on an interval."""
+        """Adopt the interval that all ranks have agreed on."""
         if self._measures:
-            assert self._plan is not None, "every rank has chosen before all agree"
+            assert self._plan is not None, "every rank has chosen before all ranks agree"
             self._measures, self.interval = False, interval
             self._report.cadence(interval, self._plan)
 
     # ------------------------------------------------------------------ mirror thread
 
     def word(self) -> int | None:
-        """What this rank says of the interval; None while it has nothing to say."""
+        """This rank's vote on the interval; None while it has none."""
         plan = self._plan
         return word(plan.interval) if plan is not None and self._measures else None

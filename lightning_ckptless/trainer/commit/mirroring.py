@@ -1,4 +1,4 @@
-"""Taking versions: at a commit point the state of the trainer is captured and handed to the mirror."""
+"""Capturing versions: at a commit point the trainer's state is captured and handed to the mirror."""
 
 from __future__ import annotations
 
@@ -42,32 +42,33 @@ from lightning_ckptless.trainer.strategy.compatibility import warn_of_loaders
 log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 10.0
-WHAT_IS_LOST = (
-    "%s was changed in training, and is an object or too large to be part of every step: a process that is replaced "
-    "begins with the first value. Keep what changes in a number, a list or an array of its own, or in `state_dict()` "
-    "of a callback"
+OBJECT_NOT_CAPTURED = (
+    "%s was changed in training, but it is an object, or too large to be captured with every step: after a fault a "
+    "replacement starts with its initial value. Keep values that change in a number, a list or an array of their own, "
+    "or in `state_dict()` of a callback"
 )
 
 
 class Mirroring:
-    """Takes the versions of one trainer, over all generations that it lives through.
+    """Captures the versions of one trainer, over all generations that it takes part in.
 
     Args:
-        trainer: set up for `fit`.
-        loops: its loops.
+        trainer: trainer that is set up for `fit`.
+        loops: loops of the trainer.
         options: the user's settings.
-        report: is told what it costs.
-        batches: the batches in hand.
-        streams: those that this rank carries.
-        loggers: of the trainer.
+        report: receives the costs.
+        batches: the batches in flight.
+        streams: the virtual ranks that this rank runs.
+        loggers: loggers of the trainer.
+        hooks: dataloader hooks of the trainer.
         probe: called in the mirror thread with the moment of a round and its version.
-        sigterm: Lightning's flag for a request to end.
-        finish_asked: whether this rank was asked to end the run, by a signal or by its agent.
+        sigterm: Lightning's flag for a received SIGTERM.
+        finish_asked: returns whether a signal or the agent has asked this rank to end the run.
 
     Attributes:
-        taken: the version that was taken last, or restored.
-        optimizers_are_of: the version that the optimizers' state is of; None while a step changes it.
-        cadence: how often one is taken.
+        taken: the version that was captured or restored last.
+        optimizers_are_of: the version whose state the optimizers hold; None while a step changes it.
+        cadence: how often a version is captured.
     """
 
     def __init__(
@@ -106,25 +107,25 @@ class Mirroring:
         self._index: StateIndex | None = None
         self._layout: Layout | None = None
         self._host_state: HostState | None = None
-        self._protecting: Rereplication | None = None
-        self._still = StaticWatch()
-        self._surroundings = Surroundings(trainer, self._tell_of_loss)
+        self._rereplication: Rereplication | None = None
+        self._static = StaticWatch()
+        self._surroundings = Surroundings(trainer, self._warn_of_loss)
         loops.after_setup_of_validation_data(self._surroundings.on_validation_data)
 
     def watch_objects(self) -> None:
-        """Begin to watch the objects of the user: the hooks of a starting fit have run."""
+        """Start watching the user's objects for changes; called when the hooks of a starting fit have run."""
         self._surroundings.watch_objects()
 
-    def _tell_of_loss(self, name: str) -> None:
+    def _warn_of_loss(self, name: str) -> None:
         if self._trainer.is_global_zero:
-            log.warning("ckptless: %s", WHAT_IS_LOST % name)
+            log.warning("ckptless: %s", OBJECT_NOT_CAPTURED % name)
 
     def optimizers_hold(self, version: Version) -> bool:
-        """Whether the state of the optimizers is still that of a version, with the same parameters."""
+        """Whether the optimizers still hold the state of a version, for the same parameters."""
         return self.optimizers_are_of == version and self._index is not None and self._index.is_current()
 
     def index_of(self, layout: Layout) -> StateIndex | None:
-        """Where the trainer's tensors are, if they are known to be those of a layout."""
+        """Where the trainer's tensors are, if they are known to match a layout."""
         known = self._index
         if known is None or self._layout is None or self._layout.digest != layout.digest or not known.is_current():
             return None
@@ -132,7 +133,7 @@ class Mirroring:
 
     @property
     def trainer(self) -> Any:
-        """Whose versions are taken."""
+        """The trainer whose versions are captured."""
         return self._trainer
 
     @property
@@ -142,12 +143,12 @@ class Mirroring:
 
     @property
     def committed(self) -> Version | None:
-        """The newest version that is in place on all ranks, as far as this one knows."""
+        """The newest version that this rank knows to be committed on all ranks."""
         return self._mirror.committed if self._mirror is not None else None
 
     @property
     def host_state(self) -> HostState:
-        """The host state of the trainer."""
+        """Captures and restores the trainer's host state."""
         if self._host_state is None:
             self._host_state = HostState(self._trainer, self._options, self._surroundings)
         return self._host_state
@@ -155,47 +156,47 @@ class Mirroring:
     # ------------------------------------------------------------------ generations
 
     def join(self, members: MemberSet) -> None:
-        """Mirror from here on among these ranks."""
+        """Mirror among these ranks from now on."""
         self._members = members
         self._departure = OutgoingCheck(self._options, members)
 
     def resume(self, version: Version, layout: Layout, index: StateIndex, protect: Callable[[], None]) -> None:
-        """Go on from a version that was restored.
+        """Resume from a restored version.
 
         Args:
             version: the version.
-            layout: how it is cut.
+            layout: layout of its tensors.
             index: where its tensors are in this trainer.
-            protect: fills in the copies that it lacks; all ranks call it together.
+            protect: makes the replicas that it lacks; all ranks call it together.
         """
         self._index, self._layout = index, layout
         self.taken = self.optimizers_are_of = self._seen = version
         assert self._members is not None
-        self._tell_plan(version)
-        self._protecting = Rereplication(protect)
+        self._report_plan(version)
+        self._rereplication = Rereplication(protect)
         if not has_recipe(self._members.arena.path):
             self._keep_recipe(self._members.arena)
 
-    def _await_protection(self) -> None:
-        """Wait until the restored version has all its copies: from here on newer ones are mirrored."""
-        protecting, self._protecting = self._protecting, None
-        if protecting is not None:
+    def _await_rereplication(self) -> None:
+        """Wait until the restored version has all its replicas; newer versions are mirrored from here on."""
+        rereplication, self._rereplication = self._rereplication, None
+        if rereplication is not None:
             assert self._layout is not None
-            self._report.waited(protecting.wait())
+            self._report.waited(rereplication.wait())
             self._open(self._layout, committed=self.taken)
 
     def abandon(self) -> None:
-        """Give up what is under way: the generation is over, and its connections are cut."""
-        if self._protecting is not None:
-            self._protecting.abandon(CLOSE_TIMEOUT_S)
-            self._protecting = None
+        """Abandon work in progress: the generation is over, and its connections are aborted."""
+        if self._rereplication is not None:
+            self._rereplication.abandon(CLOSE_TIMEOUT_S)
+            self._rereplication = None
         if self._mirror is not None:
             self._mirror.close(CLOSE_TIMEOUT_S)
             self._mirror = None
 
     def settle(self) -> None:
         """Wait until the last version is committed."""
-        self._await_protection()
+        self._await_rereplication()
         if self._mirror is not None:
             self._mirror.settle()
 
@@ -207,7 +208,7 @@ class Mirroring:
     # ------------------------------------------------------------------ versions
 
     def ends_here(self) -> bool:
-        """A moment has come at which a version may be taken; returns whether the run ends with it."""
+        """Called when a version may be captured; returns whether the run ends with it."""
         mirror = self._mirror
         if self._trainer.world_size == 1:
             self._ends_here = mirror is not None and self._finish_asked()
@@ -217,14 +218,14 @@ class Mirroring:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run ended as it was asked to, and its last hooks are running."""
+        """Whether the run has ended on request, and its last hooks are running."""
         return self._sigterm.agreed and bool(self._trainer.interrupted)
 
     def end_if_asked(self) -> None:
-        """End the run after a batch, where all ranks have agreed to.
+        """End the run after a batch if all ranks have agreed to.
 
         Raises:
-            SIGTERMException: Lightning's own, raised where Lightning raises it.
+            SIGTERMException: Lightning's own exception, at the point where Lightning raises it.
         """
         if self._is_between_steps() and self._trainer.world_size == 1 and self._finish_asked():
             self.settle()
@@ -233,12 +234,12 @@ class Mirroring:
             raise sigterm_exception(self._trainer)
 
     def _is_between_steps(self) -> bool:
-        """Whether the last version holds all steps, and the batches since are to be part of the next one."""
+        """Whether the last version includes all steps, and later batches will be part of the next one."""
         return self.taken == Version(self._trainer.global_step, True) and not self._loops.step_done()
 
     def commit(self, version: Version) -> None:
-        """Take a version and hand it to the mirror. Called in the training thread at a commit point."""
-        self._await_protection()
+        """Capture a version and hand it to the mirror. Called in the training thread at a commit point."""
+        self._await_rereplication()
         self._report.step_done()
         began = perf_counter()
         if self._host_state is None and self._trainer.is_global_zero:
@@ -246,8 +247,8 @@ class Mirroring:
             self.host_state.hooks.warn_of_uncovered()
         self.optimizers_are_of = version
         if self._index is None or self._mirror is None or not self._index.is_current() or self._is_to_be_compared():
-            self._plan_anew()
-            self._tell_plan(version)
+            self._replan()
+            self._report_plan(version)
         self._seen = version
         assert self._index is not None and self._mirror is not None
         if self._options.on_late == "skip" and self._mirror.busy and not self._ends_here:
@@ -284,49 +285,49 @@ class Mirroring:
         return self._mirror.submit(version, tensors, blob, blocking_names=self._index.private)
 
     def take_again(self, version: Version) -> None:
-        """Mirror a version that other ranks had written, and wait until it is committed. All ranks call it together."""
+        """Mirror a version that other ranks wrote, and wait until it is committed. All ranks call it together."""
         self.taken = self.optimizers_are_of = self._seen = version
-        self._plan_anew()
+        self._replan()
         self._submit(version)
         assert self._mirror is not None
         if self._mirror.settle() != version:
             raise TransportError(
                 f"rank {self._trainer.global_rank}: {version} could not be mirrored by {self._trainer.world_size} "
-                "ranks before they go on: a rank had not all of it"
+                "ranks before training resumes: at least one rank did not have all of it"
             )
 
     def before_optimizer_step(self) -> None:
-        """Wait until the version under way is copied: the optimizer is about to change the tensors."""
+        """Wait until the current version has been copied: the optimizer is about to change the tensors."""
         if self._mirror is not None:
             self._report.waited(self._mirror.wait_staged())
         self.optimizers_are_of = None
 
     def _is_to_be_compared(self) -> bool:
-        """Whether ranks may have trained for the first time what they began alike, and might train differently."""
+        """Whether ranks may have just trained for the first time what was identical on all of them until then."""
         return not self._trainer.strategy.replicates and self._seen is not None and self._seen.optimizer_step == 0
 
-    def _plan_anew(self) -> None:
+    def _replan(self) -> None:
         assert self._members is not None
         if self._mirror is not None:
             self._mirror.settle()
         require_room(self._trainer)
         index = StateIndex(self._trainer)
-        still = self._still.look(index)
+        still = self._static.look(index)
         mine = to_message(describe_state(index, replicated=self._trainer.strategy.replicates, still=still))
         layout = plan_layout([from_message(line) for line in self._members.transport.gather(mine)])
-        # Together: after a fault in between, the index would be taken for that of the layout before.
+        # Assigned together: a fault in between must not pair the new index with the previous layout.
         self._index, self._layout = index, layout
         committed = self._mirror.committed if self._mirror is not None else None
         self._open(layout, committed=committed)
         self._keep_recipe(self._members.arena)
 
-    def _tell_plan(self, version: Version) -> None:
+    def _report_plan(self, version: Version) -> None:
         assert self._members is not None and self._layout is not None
         layout = self._layout
         self._report.planned(self._members, [layout.bulk_bytes(shard) for shard in range(layout.world_size)], version)
 
     def _keep_recipe(self, arena: Arena) -> None:
-        """Say beside the version what a checkpoint file has beyond it; it changes as rarely as the layout does."""
+        """Store with the version what else a checkpoint file contains; it changes as rarely as the layout."""
         assert self._members is not None and self._index is not None
         if self._members.speaks_for_node:
             recipe = recipe_of(self._trainer, self._index.read(), self.host_state.callbacks)
@@ -358,9 +359,9 @@ class Mirroring:
             finish_asked=self._finish_asked,
             interval_word=self.cadence.word,
         )
-        self._mirror.bind(self._restless(layout))
+        self._mirror.bind(self._written_by_hooks(layout))
 
-    def _restless(self, layout: Layout) -> frozenset[str]:
-        """Parameters that a hook may write to before the optimizer steps: no copy of them may run beside the batch."""
+    def _written_by_hooks(self, layout: Layout) -> frozenset[str]:
+        """Parameters that a hook may write to before the optimizer steps; must not be copied while a batch runs."""
         assert self._index is not None
         return self._index.untrained - {chunk.name for chunk in layout.chunks if chunk.still}

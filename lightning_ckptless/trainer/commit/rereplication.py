@@ -1,7 +1,7 @@
-"""What a restored version lacks is filled in while training goes on with the first step behind it.
+"""Rereplication of a restored version in the background, while training resumes with the next step.
 
-Nothing is written over a restored version before all its copies are in place, so the first new version waits for them.
-Until then a second loss is judged as any other: by the copies that are there.
+A restored version is not overwritten before all its replicas are in place, so the first new version waits for them. A
+second fault before that is handled like any other, with the replicas that exist.
 """
 
 from __future__ import annotations
@@ -17,48 +17,48 @@ log = logging.getLogger(__name__)
 
 
 class Rereplication:
-    """Work on copies, in a thread of its own.
+    """Makes missing replicas in a separate thread.
 
     Args:
-        work: fills in what is missing; has the ranks' transport for itself until it is done.
+        work: makes the replicas; has exclusive use of the ranks' transport until it is done.
     """
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._work = work
         self._error: Exception | None = None
         self._is_done = False
-        self._thread = threading.Thread(target=self._run, name="ckptless-protecting", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="ckptless-rereplication", daemon=True)
         self._thread.start()
 
     def wait(self) -> float:
-        """Wait until all copies are in place.
+        """Wait until all replicas are in place.
 
         Returns:
             Seconds waited.
 
         Raises:
-            StateMissingError: the last copy of a shard was damaged after the restore.
-            ArenaError: the copies do not fit.
-            TransportError: a peer is gone.
-            ProtocolError: anything else, which the thread has told on stderr.
+            StateMissingError: the last replica of a shard was damaged after the restore.
+            ArenaError: the replicas do not fit into the arena.
+            TransportError: a peer was lost.
+            ProtocolError: any other failure, which the thread has printed to stderr.
         """
         began_at = perf_counter()
         self._thread.join()
         if self._error is not None:
             raise self._error
         if not self._is_done:
-            raise ProtocolError("copies that a restored version lacks were not filled in: see the traceback above")
+            raise ProtocolError("the replicas that a restored version lacks were not made: see the traceback above")
         return perf_counter() - began_at
 
     def abandon(self, timeout_s: float) -> None:
-        """Leave it as it is: the ranks' connections are cut.
+        """Abandon the work: the ranks' connections have been aborted.
 
         Args:
-            timeout_s: longest wait. A thread that a peer keeps waiting for longer ends with the process.
+            timeout_s: longest wait in seconds. A thread that is blocked for longer ends with the process.
         """
         self._thread.join(timeout_s)
         if self._thread.is_alive():
-            log.warning("ckptless: after %g s the filling in of copies is left behind", timeout_s)
+            log.warning("ckptless: rereplication is still blocked after %g s and is abandoned", timeout_s)
         let_go(self._error)
 
     def _run(self) -> None:

@@ -1,13 +1,13 @@
 """The step as a transaction: the two moments of an optimizer step at which a version of the state exists.
 
 Lightning's epoch loop runs `advance` (fetch, forward, backward, optimizer step, schedulers, `on_train_batch_end`) and
-then `on_advance_end` (validation, plateau schedulers). A version is taken
+then `on_advance_end` (validation, plateau schedulers). A version is captured
 
-* after `on_advance_end`: nothing of the step is pending;
-* after `advance`, where validation follows: so that a fault in a long validation costs no step.
+* after `on_advance_end`: no work of the step is pending;
+* after `advance`, if validation follows: so that a fault during a long validation costs no step.
 
-Nowhere else: inside `on_train_batch_end` Lightning's counters are one step behind each other, and inside the optimizer
-step parameters are half old and half new.
+There is no other moment: inside `on_train_batch_end` Lightning's counters disagree by one step, and inside the
+optimizer step only part of the parameters is updated.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Commit = Callable[[Version], None]
 class StepBoundaries:
     """Calls `commit` at each moment at which a version exists.
 
-    The two methods of the epoch loop are wrapped on the instance, not on the class, and unwrapped by `remove`.
+    Wraps the two methods of the epoch loop on the instance, not on the class; `remove` unwraps them.
 
     Args:
-        loops: the loops of the trainer.
-        commit: takes the version that has come to exist.
-        every_n_steps: tells how many optimizer steps lie between two versions.
-        since: version that the run starts from; None for a fresh one, which begins with a version of its own.
+        loops: loops of the trainer.
+        commit: captures the version that now exists.
+        every_n_steps: returns the number of optimizer steps between versions.
+        since: version that the run starts from; None for a fresh run, which begins by capturing its initial state.
         before_batch: called with the fetcher before each batch.
-        ends_here: asked at each moment at which a version may be taken, whether the run ends with it: then it is taken.
-        after_batch: called when everything that follows a batch is done; may end the run by an exception.
-        training: told whether a batch is being trained on, before and after it.
+        ends_here: called whenever a version may be captured; if it returns true, one is captured and the run ends.
+        after_batch: called when everything that follows a batch is done; may end the run by raising.
+        training: called with true before and with false after a batch is trained on.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class StepBoundaries:
         self._on_advance_end = Override(loops.epoch, "on_advance_end", self.on_advance_end).original
 
     def remove(self) -> None:
-        """Give the epoch loop its own methods back."""
+        """Restore the epoch loop's own methods."""
         remove_overrides(self.loops.epoch, "advance", "on_advance_end")
 
     def advance(self, fetcher: Any) -> None:
-        """One batch; a version behind it if validation follows."""
+        """Run one batch; captures a version after it if validation follows."""
         self.before_batch(fetcher)
         if self.last is None and not self.loops.epoch.restarting:
             self._take(validation_done=True)
@@ -77,7 +77,7 @@ class StepBoundaries:
             self._take(validation_done=False)
 
     def on_advance_end(self, fetcher: Any) -> None:
-        """What follows the batch; a version behind it."""
+        """Run what follows the batch, then capture a version."""
         step_done = self.loops.step_done()
         self._on_advance_end(fetcher)
         if step_done and self._step_is_new() and self._is_due(pending=0):
@@ -85,7 +85,7 @@ class StepBoundaries:
         self._after_batch()
 
     def closes_validation(self, version: Version) -> bool:
-        """Whether a version, about to be noted as the last, is that behind a validation."""
+        """Whether a version, not yet recorded as the last one, completes a validation phase."""
         last = self.last
         return version.validation_done and last is not None and last == Version(version.optimizer_step, False)
 

@@ -1,1 +1,1 @@
-"""What a rank does after a fault, from the cut to the next step."""
+"""What a rank does after a fault, from the aborted step to the next one."""

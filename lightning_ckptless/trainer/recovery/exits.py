@@ -1,4 +1,4 @@
-"""Ways out of a worker that Lightning does not hear of: no `on_exception`, no run marked as failed, no checkpoint."""
+"""Exits from a worker that Lightning does not notice: no `on_exception`, no run marked as failed, no checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NoReturn
 
 
 def leave_process() -> NoReturn:
-    """End this process as failed, at once; what was printed is kept."""
+    """Exit at once with status 1, after flushing stdout and stderr."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)

@@ -1,4 +1,4 @@
-"""A version is brought from the arenas to the ranks that go on with it, be they as many as have written it or not."""
+"""Fetching a version from the arenas to the current ranks, also if another number of ranks wrote it."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def fetch_version(
     report: RunReport,
     files: CheckpointFiles,
 ) -> Restoration:
-    """Bring a version here, and have the checkpoint files as they were at it. All ranks call it together.
+    """Fetch a version and roll the checkpoint files back to it. All ranks call it together.
 
     Args:
-        trainer: that will take it.
+        trainer: trainer that will adopt the version.
         found: the version.
-        members: all ranks.
-        streams: those that this rank carries.
-        batch: what a step of another number of ranks is made of.
-        report: is told where it came from.
-        files: checkpoint files, which return to the version with the run.
+        members: the member set.
+        streams: the virtual ranks that this rank runs.
+        batch: how a step's batch is composed after a world change.
+        report: receives where the state came from.
+        files: checkpoint files, which are rolled back along with the run.
 
     Raises:
-        WorldSizeError: it is of another number of ranks, which these cannot go on for.
+        WorldSizeError: another number of ranks wrote the version, and these ranks cannot continue from it.
     """
     arena, transport = members.arena, members.transport
     layout = shared_layout(arena, transport, found.snapshot.layout)
@@ -49,11 +49,11 @@ def fetch_version(
     else:
         obstacle = obstacle_to_carrying(trainer)
         restoration, moved = take_over(found, layout, members, streams.width, batch, obstacle), Moved(0, {})
-    # Its dataloaders are set up before its state is put in.
+    # Set before the state is restored: the dataloaders are set up first, and depend on it.
     streams.count = restoration.host_state["streams"]["count"]
     report.fetched(found, moved, step_in_flight(arena.path, transport))
     if trainer.is_global_zero:
-        files.go_back(found.snapshot.version, generation=members.generation)
+        files.roll_back(found.snapshot.version, generation=members.generation)
     else:
         files.forget()
     return restoration

@@ -1,8 +1,9 @@
-"""The fit loop, entered in the middle of an epoch.
+"""Entering the fit loop in the middle of an epoch.
 
-Lightning can restart from a checkpoint file by its own `restarting` flags; they skip validations, train a batch twice
-or shift the loggers' steps, depending on the moment. A restored run therefore takes its first epoch by hand, from the
-exact counters, with the same public steps of the loops in the same order, and leaves the epochs after it to Lightning.
+Lightning can restart from a checkpoint file with its own `restarting` flags. Depending on the moment, these skip
+validations, train a batch twice or shift the loggers' steps. A restored run therefore drives the rest of its first
+epoch itself, from the exact counters, by the same public methods of the loops in the same order, and leaves all later
+epochs to Lightning.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ def run_restored(
 
     Args:
         loops: the loops of a trainer that is set up for `fit`.
-        validation_done: whether validation and the rest behind the restored step are part of the state.
-        restore: puts everything back: tensors and host state.
-        settle: called when the hooks of a starting fit have run: puts the host state back again, moves the data to
-            its position and sets the generators.
+        validation_done: whether the restored state includes the validation phase after its step.
+        restore: restores tensors and host state.
+        settle: called after the hooks of a starting fit: restores the host state again, moves the data to its
+            position and sets the random number generators.
     """
     fit = loops.fit
     fit.setup_data()
@@ -30,31 +31,31 @@ def run_restored(
     restore()
     fit.on_run_start()
     settle()
-    go_on(loops, validation_done=validation_done)
+    continue_fit(loops, validation_done=validation_done)
 
 
 def run_joined(loops: FitLoops, join: Callable[[], bool]) -> None:
-    """Run the fit loop of a process that takes the place of a lost rank.
+    """Run the fit loop of a replacement.
 
-    The hooks of a starting fit run alone, without a process group: the survivors do not run them again.
+    The hooks of a starting fit run in this process alone, without a process group: the survivors do not repeat them.
 
     Args:
         loops: the loops of a trainer that is set up for `fit`.
-        join: meets the survivors and puts everything back; returns what `go_on` is to be told.
+        join: meets the survivors and restores the state; returns whether it includes the validation phase.
     """
     fit = loops.fit
     fit.setup_data()
     fit.reset()
     fit.on_run_start()
-    go_on(loops, validation_done=join())
+    continue_fit(loops, validation_done=join())
 
 
-def go_on(loops: FitLoops, *, validation_done: bool) -> None:
-    """Run from a position in the middle of an epoch, where everything is in place, to the end.
+def continue_fit(loops: FitLoops, *, validation_done: bool) -> None:
+    """Run from a restored position in the middle of an epoch to the end of `fit`.
 
     Args:
-        loops: the loops.
-        validation_done: whether validation and the rest behind the last step is part of what is in place.
+        loops: the loops, with everything restored.
+        validation_done: whether the restored state includes the validation phase after its step.
     """
     fit = loops.fit
     try:

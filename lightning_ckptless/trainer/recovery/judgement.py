@@ -1,4 +1,4 @@
-"""What a worker judges itself: what an exception of the program's means for the run, and how often it may recover."""
+"""Decisions that a worker makes itself: whether an exception of the script is final, and how often to recover."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from lightning_ckptless.trainer.session.member_set import MemberSet
 
 
 def why_final(error: Exception, *, rank: int, taken: Version | None, arena: Arena | None) -> str | None:
-    """Why an exception is not worth another try; None for the first of its kind at a step, which is noted.
+    """Why an exception is not worth a retry; None for the first of its kind at a step, which is recorded.
 
     Args:
-        error: what was raised.
-        rank: where.
-        taken: the last version before it; None where training had not begun.
-        arena: remembers what was raised before; None where there is none yet.
+        error: the exception.
+        rank: rank that raised it.
+        taken: the last version before it; None if training had not begun.
+        arena: stores what was raised before; None if there is none yet.
     """
     if isinstance(error, UnevenStepsError):
         return str(error)
     if isinstance(error, CkptlessError):
-        return "another try would end the same way"
+        return "a retry would end the same way"
     if taken is None or arena is None:
         return "it was raised before the first step"
     mark = f"{type(error).__name__} after step {taken.optimizer_step}"
     name = f"raised by rank {rank}"
     if arena.notes().get(name) == mark:
-        return f"{mark} was raised again after a recovery: it is the program's, not the machine's"
+        return f"{mark} was raised again after a recovery: the cause is in the script, not in the hardware"
     arena.note(name, mark)
     return None
 
 
 def count_recovery(members: MemberSet, restored: Version, options: CkptlessOptions) -> None:
-    """Count a recovery over all starts of the run: an agent that is not ours does not know the user's limits.
+    """Count a recovery over all relaunches of the run. Used under a foreign agent, which does not know the limits.
 
     Args:
-        members: the ranks.
-        restored: the version that they continue from.
+        members: the member set.
+        restored: version that the run resumes from.
         options: the user's settings.
 
     Raises:
-        LaunchError: as many recoveries were made as the options allow.
+        LaunchError: the limit on recoveries has been reached.
     """
     noted = max((notes.get("recoveries", {}) for notes in members.notes), key=lambda note: note.get("count", 0))
     history = RecoveryHistory.from_note(noted) if noted else RecoveryHistory()
@@ -55,8 +55,8 @@ def count_recovery(members: MemberSet, restored: Version, options: CkptlessOptio
     why_not = why_no_recovery(history, limits, now)
     if why_not is not None:
         raise LaunchError(
-            f"rank {members.rank}: {why_not}. Look for the cause in the run's ledger; a higher limit continues from "
-            "the arenas"
+            f"rank {members.rank}: {why_not}. Look for the cause in the run's ledger; with a higher limit the run "
+            "resumes from the arenas"
         )
     if members.speaks_for_node:
         note = asdict(history.after_recovery(now)) | {"step": restored.optimizer_step}

@@ -1,15 +1,15 @@
-"""RecoveryLoop: the fit loop, run so that the loss of a peer rolls this rank back instead of ending it.
+"""RecoveryLoop: runs the fit loop so that the loss of a peer rolls this rank back instead of ending it.
 
-A rank that lives through a fault stays inside `fit`. The error that it meets, or is given by having its connections
-cut, is caught where the fit loop was entered. The rank meets the others anew, is rolled back to the newest complete
-version, and goes on in the middle of the epoch: the same trainer, model, optimizers, dataloaders and loggers, and no
-hook of a starting or failing `fit` is called. A new process that takes a lost rank's place comes to the same point from
-the other side, through `fit` as always, and from there on does the same.
+A survivor stays inside `fit`. The error that a fault causes, directly or because the agent aborts this rank's
+connections, is caught where the fit loop was entered. The rank meets the others in a new rendezvous, is rolled back to
+the newest complete version, and resumes in the middle of the epoch with the same trainer, model, optimizers,
+dataloaders and loggers. No hook of a starting or failing `fit` is called. A replacement reaches the same point through
+a regular `fit`, and follows the same path from there on.
 
     OUTSIDE -> TRAINING -> CUT -> REGROUPING -> RESTORING -> TRAINING     (the table is in `protocol.recovery`)
 
-Whatever goes wrong on the way is another fault, and begins the way again. Where the way cannot be gone, the agent is
-told why, this process ends, and the next rung of the ladder is its agent's.
+Any error on the way counts as another fault and restarts the procedure. Where recovery is impossible, this process
+reports the reason to its agent and exits, and the agent takes the next rung of the ladder.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from lightning_ckptless.trainer.commit.mirroring import Mirroring
 from lightning_ckptless.trainer.commit.step_boundaries import StepBoundaries
 from lightning_ckptless.trainer.data.batch_log import BatchLog
 from lightning_ckptless.trainer.recovery.exits import leave_process
-from lightning_ckptless.trainer.recovery.fit_resume import go_on, run_joined
+from lightning_ckptless.trainer.recovery.fit_resume import continue_fit, run_joined
 from lightning_ckptless.trainer.recovery.restoration import Restoration
 from lightning_ckptless.trainer.session.engine import Engine
 from lightning_ckptless.trainer.session.member_set import form_member_set
@@ -49,19 +49,19 @@ from lightning_ckptless.trainer.session.member_set import form_member_set
 log = logging.getLogger(__name__)
 
 LOST_PEER_WAIT_S = 30.0
-"""For the agent's word after an error that says that a peer is gone."""
+"""Seconds to wait for the agent's decision after an error that indicates a lost peer."""
 ANY_ERROR_WAIT_S = 0.5
-"""For the agent's word after any other error, which may come of a lost peer too."""
+"""Seconds to wait for the agent's decision after any other error, which a lost peer may have caused as well."""
 
 
 class RecoveryLoop:
     """Runs the fit loop of one trainer through the faults of its peers.
 
     Args:
-        engine: of the trainer.
-        mirroring: takes its versions.
-        batches: those in hand.
-        boundaries: where versions are taken.
+        engine: engine of the trainer.
+        mirroring: captures the trainer's versions.
+        batches: batches in flight.
+        boundaries: the points at which versions are captured.
     """
 
     def __init__(self, engine: Engine, mirroring: Mirroring, batches: BatchLog, boundaries: StepBoundaries) -> None:
@@ -96,11 +96,11 @@ class RecoveryLoop:
         self._run(first)
 
     def join_and_run(self) -> None:
-        """Run the fit loop in the place of a lost rank."""
+        """Run the fit loop as the replacement of a lost rank."""
         self._run(lambda: run_joined(self._loops, self._join))
 
     def _join(self) -> bool:
-        # Once: what this process does after this fit it does among the others.
+        # Cleared for good: after this `fit` the process is a regular member.
         require_no_refusals()
         self._arrival = self._arrive()
         number, report = os.environ.pop(environment.REGROUPING), os.environ[environment.FAULT_REPORT]
@@ -109,7 +109,7 @@ class RecoveryLoop:
         if self._watcher is not None:
             self._watcher.tell("waiting")
         fault = FaultReport.from_json(report)
-        # The way of this process to the others is part of their meeting, not of their being told.
+        # The startup time of this process counts as regrouping, not as detection.
         return self._restore_among_others(Assignment(int(number), fault, fault.stopped_at)).validation_done
 
     @staticmethod
@@ -120,7 +120,7 @@ class RecoveryLoop:
         return Arrival(time.time() - spawned_at, modules, Imports(os.environ.get(environment.IMPORTS, Imports.OFF)))
 
     def _take_arrival(self) -> tuple[Any, ...] | None:
-        """How this process came to the others, for the first recovery that it is part of."""
+        """Startup figures of this process, for the first recovery that it takes part in."""
         arrival, self._arrival = self._arrival, None
         return None if arrival is None else astuple(arrival)
 
@@ -141,7 +141,7 @@ class RecoveryLoop:
             )
 
     def _say_imported(self) -> None:
-        """Let the agent know what to import for new processes; one worker of a node does so."""
+        """Report to the agent what to import for new processes; one worker per node does so."""
         if (
             self._watcher is None
             or os.environ.get("LOCAL_RANK", "0") != "0"
@@ -152,21 +152,21 @@ class RecoveryLoop:
             self._watcher.tell("imported", **imported.to_message())
 
     def _obstacle(self) -> str | None:
-        """Why no new process could come to where this one is."""
+        """Why no new process could reach this point; None if one can."""
         if obstacle := self._strategy.obstacle_of_calls:
             return str(obstacle)
         if obstacle := self._strategy.obstacle_in_place():
             return str(obstacle)
         if foreign := self._strategy.world.foreign_groups():
-            return f"the program has made {foreign} process groups of its own, which nobody else can make anew"
+            return f"the script has created {foreign} process groups of its own, which no new process could re-create"
         return None
 
     # ------------------------------------------------------------------ running
 
-    def _run(self, go: Callable[[], None]) -> None:
+    def _run(self, enter: Callable[[], None]) -> None:
         while True:
             try:
-                go()
+                enter()
                 break
             except Exception as error:
                 assignment = self._peer_fault(error)
@@ -174,19 +174,19 @@ class RecoveryLoop:
                     raise
                 let_go(error)
             if assignment is None:
-                # Not beside the error above: that one says that a peer was lost, which is not the cause.
+                # Outside the except block: the error above only says that a peer was lost, which is not the cause.
                 raise UnevenStepsError(self._failure)
-            go = self._come_back(assignment)
+            enter = self._recover(assignment)
         self._move(WorkerEvent.LEAVE)
         self._engine.leave_loop()
         if self._watcher is not None:
             self._watcher.tell("left")
 
     def ask_to_leave(self) -> None:
-        """Called when the last epoch is over: go on to the end of `fit`, or meet those that come.
+        """Called after the last epoch: proceed to the end of `fit`, or meet the ranks of the next generation.
 
         Raises:
-            TransportError: others come.
+            TransportError: a new generation is forming.
             UnevenStepsError: another rank has begun a further step.
         """
         self._engine.leave_loop()
@@ -194,18 +194,20 @@ class RecoveryLoop:
         if self._failure:
             raise UnevenStepsError(self._failure)
         if not may_leave:
-            raise TransportError(f"rank {self._engine.rank} was told to meet others while it asked to leave the loop")
-        # No rank goes back from here, but in a relaunch.
+            raise TransportError(
+                f"rank {self._engine.rank} was asked to join a new generation while it was leaving the training loop"
+            )
+        # From here on only a relaunch can roll a rank back.
         self._engine.loggers.flush()
-        self._engine.report.ran_out()
+        self._engine.report.out_of_steps()
 
     @property
     def _failure(self) -> str:
-        """Why training cannot continue, as the agent has found it; empty where it can."""
+        """Why training cannot continue, as found by the agent; empty if it can."""
         return "" if self._watcher is None else self._watcher.failure
 
     def _peer_fault(self, error: Exception) -> Assignment | None:
-        """What the agent says of an error; None where it is this rank's own."""
+        """The agent's assignment after an error; None if the error is this rank's own."""
         if self._watcher is None or self.state is not WorkerState.TRAINING or is_stop(error):
             return None
         if isinstance(error, CkptlessError) and not isinstance(error, TransportError):
@@ -213,15 +215,15 @@ class RecoveryLoop:
         log.debug("rank %d: asking the agent about %r", self._engine.rank, error)
         return self._watcher.accept(LOST_PEER_WAIT_S if is_lost_peer(error) else ANY_ERROR_WAIT_S)
 
-    def _come_back(self, assignment: Assignment) -> Callable[[], None]:
-        """Meet the others and be rolled back; returns what runs the rest of the loop."""
+    def _recover(self, assignment: Assignment) -> Callable[[], None]:
+        """Meet the other ranks and roll back; returns a function that runs the rest of the loop."""
         self._move(WorkerEvent.FAULT)
         self._loops.tidy_up()
         version = self._restore_among_others(assignment)
-        return lambda: go_on(self._loops, validation_done=version.validation_done)
+        return lambda: continue_fit(self._loops, validation_done=version.validation_done)
 
     def _restore_among_others(self, assignment: Assignment) -> Version:
-        """Meet the others and put everything back, over as many faults as come in between."""
+        """Meet the other ranks and restore a version, retrying after each further fault."""
         while True:
             self._move(WorkerEvent.ASSIGN)
             try:
@@ -232,7 +234,8 @@ class RecoveryLoop:
                 newer = self._watcher.accept(LOST_PEER_WAIT_S) if self._watcher is not None else None
                 if newer is None:
                     self._give_up(
-                        f"{type(error).__name__} while meeting the others, and no word from the agent: {error}"
+                        f"{type(error).__name__} while regrouping, and no decision from the agent within "
+                        f"{LOST_PEER_WAIT_S:.0f} s: {error}"
                     )
                 let_go(error)
             assignment = newer
@@ -242,10 +245,10 @@ class RecoveryLoop:
         engine, report = self._engine, self._engine.report
         report.faulted(assignment)
         engine.interrupt()
-        engine.become(assignment.env)
+        engine.adopt_rank(assignment.env)
         self._mirroring.abandon()
         if foreign := self._strategy.world.foreign_groups():
-            self._give_up(f"the program has made {foreign} process groups of its own, which cannot be made anew")
+            self._give_up(f"the script has created {foreign} process groups of its own, which cannot be re-created")
         engine.probe_recovery("regroup")
         self._strategy.world.leave()
         if self._watcher is not None:
@@ -258,8 +261,8 @@ class RecoveryLoop:
         assert engine.arena is not None
         transport = engine.connect()
         facts = [engine.identity.node, engine.has_moved, self._take_arrival()]
-        told = [json.loads(line) for line in transport.gather(json.dumps(facts).encode())]
-        nodes, has_moved, ways = (tuple(facts) for facts in zip(*told, strict=True))
+        received = [json.loads(line) for line in transport.gather(json.dumps(facts).encode())]
+        nodes, has_moved, arrivals = (tuple(values) for values in zip(*received, strict=True))
         generation, mesh = self._strategy.world.generation, self._strategy.mesh_sizes()
         engine.members = form_member_set(
             transport, engine.arena, nodes, engine.options, generation, record=engine.generation_record, mesh=mesh
@@ -270,8 +273,8 @@ class RecoveryLoop:
         engine.restoring()
         if self._watcher is not None:
             self._watcher.tell("met", number=assignment.number)
-        engine.durable.share_out(engine.members)
-        report.met(engine.members.generation, [Arrival(*way) for way in ways if way is not None])
+        engine.durable.assign_writer(engine.members)
+        report.met(engine.members.generation, [Arrival(*arrival) for arrival in arrivals if arrival is not None])
         found = choose(engine.arena, transport, nodes)
         if not isinstance(found, Complete):
             self._give_up(found.reason)
@@ -285,15 +288,15 @@ class RecoveryLoop:
         return restoration.version
 
     def _put_back(self, restoration: Restoration, *, moved: bool) -> None:
-        """Be as the version was.
+        """Put a version into this rank's trainer, dataloaders and loggers.
 
         Args:
             restoration: the version.
-            moved: whether any rank is another one than before.
+            moved: whether any process has changed its rank.
         """
         assert self._engine.members is not None
         mirroring, version = self._mirroring, restoration.version
-        # Those of a rank that is another one now are not those of its new place.
+        # After a change of ranks the local optimizer state belongs to the previous rank.
         optimizers_hold = mirroring.optimizers_hold(version) and not moved
         restoration.make_data(self._engine.data_hooks, self._strategy.alone)
         restoration.fill(self._trainer, optimizers_hold=optimizers_hold, index=mirroring.index_of(restoration.layout))
@@ -302,9 +305,9 @@ class RecoveryLoop:
         self._engine.loggers.restore(restoration.host_state["logs"])
         streams = self._engine.streams
         if moved:
-            self._engine.open_data_anew()
+            self._engine.reopen_data()
         elif streams.opened_for != streams.count:
-            self._engine.open_training_data_anew()
+            self._engine.reopen_training_data()
         restoration.open_streams(streams)
         if moved or not self._batches.go_back_to(restoration.version):
             self._loops.set_sampler_epochs()
@@ -317,7 +320,7 @@ class RecoveryLoop:
         restoration.resume(self._mirroring, self._engine.report, self._engine.members)
 
     def _give_up(self, reason: str) -> NoReturn:
-        """End this process, so that the agent takes the next rung."""
+        """Report the reason and end this process, so that the agent takes the next rung."""
         self._move(WorkerEvent.GIVE_UP)
         if self._watcher is not None:
             self._watcher.tell("unable", reason=reason, lasting=False)
@@ -328,11 +331,11 @@ class RecoveryLoop:
 
 
 def run_through_faults(engine: Engine, batches: BatchLog) -> None:
-    """Have a recovery loop run the fit loop of an engine's trainer.
+    """Let a recovery loop run the fit loop of an engine's trainer.
 
     Args:
-        engine: attached to its trainer.
-        batches: those in flight.
+        engine: engine that is attached to its trainer.
+        batches: batches in flight.
     """
     assert engine.mirroring is not None and engine.boundaries is not None, "the engine is attached"
     loop = RecoveryLoop(engine, engine.mirroring, batches, engine.boundaries)

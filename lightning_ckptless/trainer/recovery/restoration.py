@@ -27,14 +27,14 @@ from lightning_ckptless.trainer.state.tensors import StateIndex, trained_alone
 
 @dataclass
 class Restoration:
-    """A version that has been brought here, waiting for the trainer that takes it.
+    """A fetched version, ready to be put into a trainer.
 
     Args:
-        complete: the version, with its replicas.
-        layout: how it is cut.
+        complete: the version with its replicas.
+        layout: layout of its tensors.
         bulks: tensor part of each shard.
-        host_state: this rank's host state, with the accounts of the run.
-        index: where its tensors are in the trainer; None until it is filled.
+        host_state: this rank's host state, including the accounts of the run.
+        index: where the version's tensors are in the trainer; None until it is filled.
     """
 
     complete: Complete
@@ -58,9 +58,9 @@ class Restoration:
         """Put the tensors into the trainer.
 
         Args:
-            trainer: its strategy is set up.
-            optimizers_hold: whether the optimizers' state is that of the version already.
-            index: where the trainer's tensors are, if it is known that they are those of the version's layout.
+            trainer: trainer whose strategy is set up.
+            optimizers_hold: whether the optimizers already hold the version's state.
+            index: where the trainer's tensors are, if they are known to match the version's layout.
         """
         rank = trainer.global_rank
         restore_structure(trainer, self.state)
@@ -69,23 +69,26 @@ class Restoration:
         )
 
     def make_data(self, hooks: DataHooks, alone: Callable[[], AbstractContextManager[None]]) -> None:
-        """Have the dataloaders be those of the version; the state is put in after it."""
+        """Make the dataloaders of the version; their state is restored later."""
         hooks.make_as(self.host_state["data_hooks"], alone)
 
     def move_data(self, loops: FitLoops) -> None:
-        """Open the training data anew at the position of the version."""
+        """Reopen the training data at the version's position."""
         move_data_to(loops, self.state["data"])
 
     def open_streams(self, streams: VirtualRanks) -> None:
-        """Say what there is to run, before the training data is opened."""
+        """Set which virtual ranks this rank runs, before the training data is opened."""
         streams.open(self.host_state["streams"])
 
     def move_streams(self, streams: VirtualRanks) -> None:
-        """Have the streams beside this rank's own go on from the version; the training data is set up."""
+        """Move the additional virtual ranks to the version; the training data is set up."""
         streams.move_to(self.host_state["streams"])
 
     def resume(self, mirroring: Mirroring, report: RunReport, members: MemberSet) -> None:
-        """Protect the version beside training, and mirror from here on; the generators come last. All ranks call it."""
+        """Resume mirroring, and rereplicate the version in the background. All ranks call it.
+
+        The random number generators are restored last, because everything before may draw from them.
+        """
         assert self.index is not None
         self.index.refresh()
 
@@ -101,9 +104,9 @@ class Restoration:
 
 
 def restore_structure(trainer: Any, state: dict[str, Any]) -> None:
-    """Have the parameter groups of a version, and know which parameters ranks have trained for themselves.
+    """Restore a version's parameter groups and its set of parameters that were trained on single ranks.
 
-    Tensors of the optimizers are filled after that: a new process has no place for them before.
+    The optimizers' tensors are filled afterwards: a new process has no parameter groups for them before.
     """
     restore_groups(trainer, state["groups"])
     trained_alone(trainer).clear()
@@ -111,7 +114,7 @@ def restore_structure(trainer: Any, state: dict[str, Any]) -> None:
 
 
 def sum_over_ranks(fetched: Fetched, members: MemberSet) -> Moved:
-    """Where a state came from, over all ranks. All call it together."""
+    """Sum over all ranks where a state came from. All ranks call it together."""
     moved = members.gather([fetched.moved_bytes, fetched.sources])
     sources: Counter[str] = Counter()
     for _, of_rank in moved:

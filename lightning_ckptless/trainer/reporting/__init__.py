@@ -1,1 +1,1 @@
-"""What a run says about itself, and the files that it writes."""
+"""What a run reports, and the files that it writes."""

@@ -1,7 +1,7 @@
-"""The hidden copies beside one checkpoint file: one that was set aside, and those that are held after a removal.
+"""The files hidden beside a checkpoint file: a copy that was set aside, and files held back after their removal.
 
-A copy lies in the file's folder, without the suffix `.ckpt`: on the same file system, so that a rename is all it takes,
-for a file and for the folder of a sharded model alike.
+Copies are kept in the file's folder, without the suffix `.ckpt`: on the same file system a rename is enough, for a file
+and for the folder of a sharded model alike.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from lightning_ckptless.protocol.checkpoint_history import FileHistory, Found, M
 from lightning_ckptless.protocol.versions import Version
 
 WRITTEN_LAST = (".metadata", "meta.pt")
-"""In the folder of a sharded model's checkpoint: of torch.distributed.checkpoint, and of Lightning."""
+"""Files written last into the folder of a sharded checkpoint, by torch.distributed.checkpoint and by Lightning."""
 _LONGEST_NAME_BYTES = 200
-"""File systems allow 255, and the names of the copies are longer."""
+"""File systems allow 255 bytes, and the names of the copies are longer than the file's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """The copies of one path, on behalf of one fit.
+    """The copies of one path, made by one fit.
 
     Args:
-        path: of the checkpoint, absolute.
-        fit: how many fits of the program precede it.
+        path: absolute path of the checkpoint.
+        fit: fit index.
     """
 
     path: str
@@ -37,15 +37,15 @@ class Copies:
 
     @property
     def aside(self) -> str:
-        """Where the copy that was set aside lies."""
+        """Path of the copy that was set aside."""
         return self._hidden(f"ckptless-aside-{self.fit}")
 
     def held(self, after: Version) -> str:
-        """Where the file that was removed after a version lies."""
+        """Path of the file that was removed after a version."""
         return self._hidden(f"ckptless-removed-{self.fit}-{after.optimizer_step}-{int(after.validation_done)}")
 
     def hold(self, after: Version) -> None:
-        """Hold the file instead of removing it.
+        """Hold the file back instead of removing it.
 
         Raises:
             OSError: the file cannot be moved.
@@ -53,29 +53,29 @@ class Copies:
         os.rename(self.path, self.held(after))
 
     def is_held(self, after: Version) -> bool:
-        """Whether the file that was removed after a version is still there."""
+        """Whether the file that was removed after a version is still held."""
         return os.path.lexists(self.held(after))
 
     def drop_held(self, after: Version) -> None:
-        """Let a removal take effect."""
+        """Delete the file that was held back, so that its removal takes effect."""
         if self.is_held(after):
             delete(self.held(after))
 
     def found(self, held: Version | None = None) -> Found:
-        """What lies on the disk.
+        """Determine which of the files exist.
 
         Args:
-            held: the removal in question; None where no held copy matters.
+            held: the removal in question; None if no held file matters.
         """
         is_held = held is not None and self.is_held(held)
         return Found(os.path.lexists(self.path), aside=os.path.lexists(self.aside), held=is_held)
 
     def carry_out(self, moves: Iterable[Move], held: Version | None = None) -> None:
-        """Do what was decided by `protocol.checkpoint_history`.
+        """Carry out what `protocol.checkpoint_history` has decided.
 
         Args:
-            moves: in order.
-            held: the removal whose copy is put back, if one is.
+            moves: moves, in order.
+            held: the removal whose held file is restored, if any.
         """
         for move in moves:
             match move:
@@ -85,7 +85,7 @@ class Copies:
                     delete(self.path)
                 case Move.DROP_ASIDE:
                     if os.path.lexists(self.path) and not is_whole(Path(self.path)):
-                        # Its writing was interrupted: the copy is the one that can be loaded.
+                        # The rewrite was interrupted: only the copy can be loaded.
                         self._put_back(self.aside)
                     else:
                         delete(self.aside)
@@ -96,10 +96,10 @@ class Copies:
                     self._put_back(self.held(held))
 
     def first_held(self, history: FileHistory, version: Version) -> Version | None:
-        """The removal that a rollback to a version has to undo; all other held copies are dropped.
+        """Find the removal that a rollback to a version has to undo; all other held files are deleted.
 
-        The content held by the first removal is what the file held then; what was written and removed after it is
-        written and removed again by the replay.
+        The first removal holds the file's content at the version. Whatever was written and removed after it is written
+        and removed again by the replay.
         """
         removals = [after for after in history.removals(self.path) if self.is_held(after)]
         first = next((after for after in removals if after >= version), None)
@@ -121,12 +121,12 @@ class Copies:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a checkpoint has been written to its end: a file, or a folder of a sharded model with what comes last."""
+    """Whether a checkpoint is complete: a file, or the folder of a sharded model with the files written last."""
     return path.is_file() or all((path / last).is_file() for last in WRITTEN_LAST)
 
 
 def delete(path: str) -> None:
-    """Delete a file, a link, or a folder with what it holds."""
+    """Delete a file, a link, or a folder with its contents."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     else:

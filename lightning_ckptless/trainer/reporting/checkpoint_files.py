@@ -1,7 +1,7 @@
-"""The checkpoint files of one fit, kept in step with the versions that the run returns to.
+"""The checkpoint files of one fit, rolled back together with the run.
 
-`protocol.checkpoint_history` decides, `checkpoint_copies` moves the files. What it decides by is in the ledger and on
-the disk, so that a new process of rank 0 continues where a lost one was.
+`protocol.checkpoint_history` decides, `checkpoint_copies` moves the files. Decisions depend only on the ledger and the
+file system, so that a replacement of rank 0 can continue.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class CheckpointFiles:
     """Checkpoint files of one call of `fit`, on the rank that writes them.
 
     Args:
-        ledger: of the run.
-        fit: how many fits of the program precede it.
-        say: tells the user something.
+        ledger: ledger of the run.
+        fit: fit index.
+        say: prints a message for the user.
 
     Attributes:
-        lost: files that were missing or too short when the run returned to a version last.
+        lost: files that were missing or too short at the last rollback.
     """
 
     def __init__(self, ledger: Ledger, fit: int, say: Callable[[str], None]) -> None:
@@ -62,34 +62,35 @@ class CheckpointFiles:
         self._rewritten: set[str] = set()
         self._of_later_fits: frozenset[str] = frozenset()
 
-    # ------------------------------------------------------------------ as the trainer writes and removes
+    # ------------------------------------------------------------------ while the trainer writes and removes files
 
     def saving(self, path: str, after: Version | None, *, generation: int) -> None:
-        """A file is about to be written.
+        """Record that a file is about to be written.
 
         Args:
-            path: as Lightning has it.
-            after: the newest version that was taken; None before the first.
-            generation: of this rank.
+            path: path as given by Lightning.
+            after: the newest captured version; None before the first.
+            generation: generation of this rank.
         """
         if self._is_closed:
-            # Between two fits the program writes its files again by itself.
+            # Between two fits the script rewrites its files itself.
             return
         path = absolute(path)
         self._note(FileOperation(path, Action.SAVE, after or BEGINNING, _exists(path)), generation)
         self._rewritten.add(path)
 
     def written(self, path: str, *, generation: int) -> None:
-        """A file has been written."""
+        """Record that a file has been written."""
         path = absolute(path)
         if not self._is_closed and not is_remote(path) and (size := size_bytes(path)) is not None:
             self._ledger.record("checkpoint", generation=generation, rank=0, **note_of_written(path, size, self._fit))
 
     def removing(self, path: str, after: Version | None, *, generation: int) -> bool:
-        """A file is about to be removed.
+        """Called before a file is removed.
 
         Returns:
-            Whether that was dealt with: the file is held until a version includes its removal, or is a later fit's.
+            Whether the removal has been handled: the file is held until a version includes the removal, or it belongs
+            to a later fit.
         """
         path = absolute(path)
         if self._is_closed or is_remote(path) or not os.path.lexists(path):
@@ -104,8 +105,8 @@ class CheckpointFiles:
         try:
             copies.hold(after)
         except OSError as error:
-            # In a folder of another user, say: whether the file can be removed is for Lightning to find out.
-            log.debug("ckptless: %s is not held: %s", path, error)
+            # For example in another user's folder: Lightning will find out whether the file can be removed.
+            log.debug("ckptless: %s cannot be held back: %s", path, error)
             return False
         self._held.add((path, after))
         return True
@@ -113,20 +114,20 @@ class CheckpointFiles:
     def _note(self, operation: FileOperation, generation: int) -> None:
         self._ledger.record("checkpoint", generation=generation, rank=0, **note_of(operation, self._fit))
 
-    # ------------------------------------------------------------------ as versions come and go
+    # ------------------------------------------------------------------ commits and rollbacks
 
     def begin(self, *, generation: int, new_run: bool) -> None:
-        """The fit begins without a version, so nothing that was noted before is written again.
+        """Start the fit without a version: none of the recorded operations will be replayed.
 
         Args:
-            generation: of this rank.
-            new_run: whether it begins from nothing, and not from a checkpoint file of this run.
+            generation: generation of this rank.
+            new_run: whether the fit starts from scratch rather than from a checkpoint file of this run.
         """
         settle_fit(self._history(), self._fit)
         self._ledger.record("checkpoint", generation=generation, rank=0, **note_of_begin(self._fit, new_run=new_run))
 
-    def go_back(self, version: Version, *, generation: int) -> None:
-        """Make all files look as they did at a version. No file of another fit is touched."""
+    def roll_back(self, version: Version, *, generation: int) -> None:
+        """Roll all files back to a version. Files of other fits are left alone."""
         self.forget()
         history = self._history()
         self._of_later_fits = history.of_later_fits
@@ -139,13 +140,13 @@ class CheckpointFiles:
         self._ledger.record("checkpoint", generation=generation, rank=0, **note_of_rewind(version, self._fit))
         undone = self._history()
         self._aside = {path: after for path in undone.paths if (after := undone.set_aside_after(path)) is not None}
-        self._tell(version, aside, remote)
-        # A file that is about to be written again may be torn: it was being written when a rank was lost.
+        self._report(version, aside, remote)
+        # Files that the replay rewrites are not checked: they may have been half written when a rank was lost.
         due = {path: history.written_bytes.get(path, 0) for path in history.present() - first.keys()}
         self.lost = lost_checkpoints({path: size for path, size in due.items() if not is_remote(path)})
 
     def settle(self, committed: Version | None) -> None:
-        """Repartition with the copies that were kept for steps which a committed version includes."""
+        """Remove the copies that were kept for steps which a committed version includes."""
         if committed is None:
             return
         for path in [path for path, after in self._aside.items() if after < committed]:
@@ -154,7 +155,7 @@ class CheckpointFiles:
             self._drop(path, after)
 
     def close(self) -> None:
-        """The fit is over, and this process with nothing to run again: no copy stays."""
+        """Remove all copies: the fit has returned and nothing will be replayed."""
         self._is_closed = True
         for path in list(self._aside):
             self._settle(path)
@@ -162,14 +163,14 @@ class CheckpointFiles:
             self._drop(path, after)
 
     def forget(self) -> None:
-        """Another rank writes from here on."""
+        """Forget the state of the files; another rank writes them from now on."""
         self.lost = []
         self._aside.clear()
         self._held.clear()
         self._rewritten.clear()
 
     def _return_path(self, path: str, history: FileHistory, version: Version, first: FileOperation | None) -> bool:
-        """Make one path look as it did at a version.
+        """Roll one path back to a version.
 
         Returns:
             Whether the file was set aside.
@@ -202,33 +203,33 @@ class CheckpointFiles:
     def _history(self) -> FileHistory:
         return read_history(_notes(self._ledger.path), self._fit)
 
-    def _tell(self, version: Version, aside: list[str], remote: list[str]) -> None:
+    def _report(self, version: Version, aside: list[str], remote: list[str]) -> None:
         if aside:
             verb, them = ("was", "it") if len(aside) == 1 else ("were", "them")
             self._say(
-                f"set {_names(aside)} aside: {them if verb == 'was' else 'they'} {verb} written after {version}, which "
-                f"the run returns to; the replay writes {them} again"
+                f"set {_names(aside)} aside: {them if verb == 'was' else 'they'} {verb} written after {version}, to "
+                f"which the run rolls back; the replay writes {them} again"
             )
         if remote:
             self._say(
                 f"{_names(remote)} written after {version} cannot be set aside, because the storage is not a local "
-                "file system: the replay may write a second file beside it, with -v1 in its name"
+                "file system: the replay may write a second file with -v1 in its name"
             )
 
 
 def settle_run(ledger: Path) -> None:
-    """Repartition with the copies of all fits of a run that has ended for good."""
+    """Remove the copies of all fits of a run that has ended for good."""
     notes = list(_notes(ledger))
     for fit in sorted({int(note["fit"]) for note in notes}):
         settle_fit(read_history(notes, fit), fit)
 
 
 def settle_fit(history: FileHistory, fit: int) -> None:
-    """Repartition with all copies of one fit.
+    """Remove all copies of one fit.
 
     Args:
-        history: of the fit.
-        fit: its number.
+        history: history of the fit's files.
+        fit: fit index.
     """
     for path in history.paths:
         if not is_remote(path):
@@ -240,18 +241,18 @@ def settle_fit(history: FileHistory, fit: int) -> None:
 
 
 def absolute(path: str) -> str:
-    """A path that another process understands, whatever its working directory."""
+    """Make a path independent of the working directory."""
     path = path.removeprefix("file://")
     return path if is_remote(path) else os.path.abspath(path)
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is the URL of storage that is not a local file system."""
+    """Whether a path is a URL of storage other than a local file system."""
     return "://" in path
 
 
 def removes_by_path(checkpoint_io: Any) -> bool:
-    """Whether a plugin of Lightning's removes a checkpoint by deleting its path, and nothing else with it."""
+    """Whether one of Lightning's plugins removes a checkpoint by deleting its path and nothing else."""
     owner: str = type(checkpoint_io).remove_checkpoint.__module__
     return owner.startswith(("lightning.", "lightning_fabric.")) and owner.endswith("plugins.io.torch_io")
 
@@ -274,17 +275,17 @@ def _names(paths: list[str]) -> str:
 
 
 def newest_checkpoint(trainer: Any) -> str | None:
-    """The newest checkpoint file that this trainer's callbacks have written, in this process or before it."""
+    """The newest checkpoint file that this trainer's callbacks have written, in this process or an earlier one."""
     folders = {Path(folder) for callback in trainer.checkpoint_callbacks if (folder := _folder(trainer, callback))}
     files = [path for folder in folders if folder.is_dir() for path in folder.glob("*.ckpt") if is_whole(path)]
     return str(max(files, key=lambda path: path.stat().st_mtime)) if files else None
 
 
 def step_of(path: str) -> int | None:
-    """The optimizer step of a checkpoint file; None where it cannot be known without loading it.
+    """The optimizer step of a checkpoint file; None if it is unknown without loading the file.
 
     Args:
-        path: of the file, or a word that Lightning makes a path of later.
+        path: path of the file, or a keyword that Lightning resolves later.
     """
     try:
         loaded = torch.load(path, map_location="meta", mmap=True, weights_only=True)

@@ -1,7 +1,8 @@
-"""The loggers of a run, over all processes that write to them: one run of each store, and every row once.
+"""The loggers of a run across all processes that write to them: one logger run each, and every row once.
 
-Three things make that so, and this is where they meet: which run a logger writes to (`host.logger_identity`), the rows
-that wait for their step to be committed (`outbox`), and the log files that are cut back to a version (`host.loggers`).
+This module combines three mechanisms: identifying the run a logger writes to (`internals.lightning.logger_identity`),
+holding rows back until their step is committed (`outbox`), and truncating log files to a version
+(`internals.lightning.log_files`).
 """
 
 from __future__ import annotations
@@ -37,19 +38,19 @@ log = logging.getLogger(__name__)
 Identities = list[dict[str, Any]]
 Captured = dict[str, Any]
 Positions = list[dict[str, Any] | None]
-"""How far each log file is; None for a logger without one."""
+"""Position in each log file; None for a logger without one."""
 
 NOTE = "logger_identities"
-"""Name of the note in an arena that says which runs of their stores the loggers write to."""
+"""Name of the arena's note on which logger runs are written to."""
 
 
 class RunLoggers:
-    """Those of one trainer.
+    """The loggers of one trainer.
 
     Args:
-        trainer: in `fit`.
-        run_folder: of the run.
-        fit_index: how many times `fit` was entered before in this process.
+        trainer: trainer in `fit`.
+        run_folder: folder of the run.
+        fit_index: number of earlier calls of `fit` in this process.
     """
 
     def __init__(self, trainer: Any, run_folder: Path, fit_index: int) -> None:
@@ -65,29 +66,29 @@ class RunLoggers:
 
     @property
     def identities(self) -> Identities:
-        """Which runs they write to, for a process that comes later."""
+        """The runs that the loggers write to, for a process that starts later."""
         return [{"kind": type(logger).__name__, "identity": identity_of(logger)} for logger in self._loggers]
 
-    def warn_of_strangers(self) -> None:
-        """Name the loggers whose run a new process will not continue."""
+    def warn_of_unknown_loggers(self) -> None:
+        """Warn of loggers whose run a replacement of rank 0 cannot continue."""
         for kind in dict.fromkeys(type(logger).__name__ for logger in self._loggers if not can_be_continued(logger)):
             log.warning(
-                "ckptless: %s: it is not known which run it writes to, so a process that replaces rank 0 will open "
-                "another one. Define ckptless_identity() and set_ckptless_identity(identity) on it (see the guide on "
-                "loggers)", kind
+                "ckptless: %s: the run that this logger writes to cannot be identified, so a process that replaces "
+                "rank 0 will open another one. Define ckptless_identity() and set_ckptless_identity(identity) on it "
+                "(see the guide on loggers)", kind
             )  # fmt: skip
         for kind in dict.fromkeys(type(lg).__name__ for lg in self._loggers if keeps_rows_until_it_ends(lg)):
             log.warning(
-                "ckptless: %s: offline, rows are in a temporary folder until the process ends. Those of a process that "
-                "is killed will not be in the archive of the one that replaces it. Log online, or add a CSVLogger "
-                "(see the guide on loggers)", kind
+                "ckptless: %s: in offline mode, rows are in a temporary folder until the process ends. Rows of a "
+                "process that is killed will be missing from the archive of its replacement. Log online, or add a "
+                "CSVLogger (see the guide on loggers)", kind
             )  # fmt: skip
 
     def identify(self, saved: Identities | None) -> None:
-        """Write to the runs of an earlier process, before anything asks for `experiment`.
+        """Continue the logger runs of an earlier process; called before `experiment` is first accessed.
 
         Args:
-            saved: its `identities`; None where this process is the first.
+            saved: the earlier process's `identities`; None if this process is the first.
         """
         if saved is None:
             return
@@ -103,20 +104,20 @@ class RunLoggers:
             set_identity(logger, facts["identity"])
             if self._trainer.is_global_zero and writes_elsewhere(logger, facts["identity"]):
                 log.warning(
-                    "ckptless: %s: the program opened a run of its own before fit, and what follows goes there. Give "
-                    "the logger the id of its run, or use logger.experiment only after fit has begun",
+                    "ckptless: %s: the script opened another run before fit, and later rows go there. Pass the run's "
+                    "id to the logger, or access logger.experiment only after fit has begun",
                     facts["kind"],
                 )
 
     def identify_as_noted(self, members: MemberSet) -> None:
-        """Write to the runs that rank 0's node knows of, and note them: any node may become that of rank 0."""
+        """Continue the runs known to any node, and store them on all nodes: rank 0 may move to any of them."""
         if (saved := members.noted(NOTE)) is not None:
             self.identify(saved)
             if members.speaks_for_node:
                 members.arena.note(NOTE, saved)
 
     def identify_alone(self, arena: Arena) -> None:
-        """Write to the runs of the process whose place this one takes, by what is known without the others."""
+        """Continue the runs of the process that this one replaces, as far as they are known without the others."""
         saved = arena.notes().get(NOTE)
         if saved is None:
             with suppress(OSError, ValueError):
@@ -124,7 +125,7 @@ class RunLoggers:
         self.identify(saved)
 
     def note(self, members: MemberSet) -> None:
-        """Note on every node which runs rank 0 writes to; the loggers are open. All ranks call it together."""
+        """Store on every node which runs rank 0 writes to; the loggers are open. All ranks call it together."""
         identities = members.gather(self.identities)[0]
         if members.speaks_for_node:
             members.arena.note(NOTE, identities)
@@ -139,8 +140,8 @@ class RunLoggers:
     def _file(self) -> Path:
         return self._run_folder / f"loggers-{self._fit_index}.json"
 
-    def choose_new(self) -> None:
-        """Write to new runs, as on any resume from a file: the rows of the old ones stay as they are."""
+    def start_new_runs(self) -> None:
+        """Write to new runs, as on any resume from a file: the rows of the old runs are left as they are."""
         for logger, facts in zip(self._loggers, self._chosen or (), strict=False):
             forget_identity(logger)
             set_identity(logger, {name: value for name, value in facts["identity"].items() if name != "_version"})
@@ -151,7 +152,7 @@ class RunLoggers:
     # ------------------------------------------------------------------ rows
 
     def hold(self, arena: Path) -> None:
-        """Hold rows back from here on until their step is committed.
+        """Hold rows back until their step is committed.
 
         Args:
             arena: folder of the node's arena.
@@ -167,24 +168,24 @@ class RunLoggers:
         rank = self._trainer.global_rank
         return Marks([folder / f"rows-{self._fit_index}-of-{rank:04d}" for folder in (arena, self._run_folder)])
 
-    def hand_on(self, committed: Version | None) -> None:
-        """Let the loggers have the rows of all versions up to one."""
+    def deliver(self, committed: Version | None) -> None:
+        """Deliver the rows of all versions up to the committed one."""
         if self._outbox is not None:
-            self._outbox.hand_on(committed)
+            self._outbox.deliver(committed)
 
     def flush(self) -> None:
-        """Let the loggers have all rows: nothing that was logged will be logged again."""
+        """Deliver all rows: nothing that was logged will be logged again."""
         if self._outbox is not None:
             self._outbox.flush()
 
     def release(self) -> None:
-        """Give the loggers their own methods back, after all rows."""
+        """Deliver all rows and restore the loggers' own methods."""
         if self._outbox is None:
             return
         try:
             self._outbox.flush()
         except Exception:
-            log.exception("ckptless: rows were lost while fit ended: a logger did not take them")
+            log.exception("ckptless: rows were lost at the end of fit: a logger raised")
         finally:
             self._outbox.remove()
             self._outbox = None
@@ -193,10 +194,10 @@ class RunLoggers:
     # ------------------------------------------------------------------ state
 
     def capture(self, version: Version, may_leave: MayLeave = lambda _: True) -> Captured:
-        """How far the log files are, and the rows that are held: they are the version's.
+        """Capture the positions of the log files, and the rows held back, for a version.
 
         Args:
-            version: that is taken.
+            version: the version.
             may_leave: see `Outbox.capture`.
         """
         assert self._outbox is not None
@@ -206,15 +207,15 @@ class RunLoggers:
         }
 
     def cut(self, saved: Captured) -> None:
-        """Cut the log files back to where they were at a version, before they are opened; rank 0 does so."""
+        """Truncate the log files to a version, before they are opened; done by rank 0."""
         if self._trainer.is_global_zero and saved["files"] is not None:
             host_loggers.cut_logs(self._trainer, saved["files"])
 
     def restore(self, saved: Captured | None) -> None:
-        """Be as a committed version was; the loggers are open.
+        """Restore the state at a committed version; the loggers are open.
 
         Args:
-            saved: what `capture` returned; None for a rank that has logged nothing.
+            saved: result of `capture`; None for a rank that has logged nothing.
         """
         assert self._outbox is not None
         rewound: list[Any] = []
@@ -230,21 +231,21 @@ class RunLoggers:
         return host_loggers.empty_positions(self._trainer.loggers)
 
     def cut_to(self, positions: Positions) -> None:
-        """Cut the log files back to where they were when the fit began, before they are opened; rank 0 does so."""
+        """Truncate the log files to their positions when the fit began, before they are opened; done by rank 0."""
         if self._trainer.is_global_zero:
             host_loggers.cut_logs(self._trainer, positions)
 
     def start_over(self) -> None:
-        """The run begins again with its first step: no row is out."""
+        """Forget all delivered rows: the run starts over from its first step."""
         assert self._outbox is not None
         self._outbox.start_over()
 
     def keep(self) -> None:
-        """Open the log files as they are; rank 0 does so."""
+        """Open the log files without truncating them; done by rank 0."""
         if self._trainer.is_global_zero:
             host_loggers.keep_logs(self._trainer)
 
     def watch(self) -> None:
-        """Count every row that is written to a log file; rank 0 does so."""
+        """Count every row that is written to a log file; done by rank 0."""
         if self._trainer.is_global_zero:
             host_loggers.watch_logs(self._trainer.loggers)

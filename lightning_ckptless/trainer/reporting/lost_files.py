@@ -1,7 +1,7 @@
-"""Files of the run that are missing, or shorter than they were at the version that the run returns to.
+"""Files of the run that are missing, or shorter than they were at the version that the run rolls back to.
 
-Every new process runs the program from its beginning. A program that deletes or recreates its output folder there takes
-the files of the run away from under it, which would show much later, or never.
+Every new process runs the script from its beginning. A script that deletes or recreates its output folder there
+destroys files that are still in use, which would otherwise be noticed much later, or never.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _MOST_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class LostFile:
-    """A file that is not what it was.
+    """A file that is missing or too short.
 
     Args:
-        path: of the file.
+        path: path of the file.
         expected: its size at the version, in `unit`.
-        found: its size now; None where it is missing.
+        found: its current size; None if it is missing.
         unit: `bytes` or `rows`.
     """
 
@@ -41,10 +41,10 @@ class LostFile:
 
 
 def lost_checkpoints(written_bytes: dict[str, int]) -> list[LostFile]:
-    """Checkpoints that are missing or too short.
+    """Find checkpoints that are missing or too short.
 
     Args:
-        written_bytes: their sizes when they had been written, by path.
+        written_bytes: size of each checkpoint after it was written, by path.
     """
     sizes = {path: (expected, size_bytes(path)) for path, expected in written_bytes.items()}
     return [
@@ -55,11 +55,11 @@ def lost_checkpoints(written_bytes: dict[str, int]) -> list[LostFile]:
 
 
 def lost_logs(trainer: Any, positions: list[dict[str, Any] | None] | None) -> list[LostFile]:
-    """Log files that are missing or too short.
+    """Find log files that are missing or too short.
 
     Args:
-        trainer: its loggers have the folders of the run.
-        positions: where the log files were at the version; None on a rank that writes none.
+        trainer: trainer whose loggers have the folders of the run.
+        positions: positions of the log files at the version; None on a rank that writes none.
     """
     lost: list[LostFile] = []
     for logger, position in zip(trainer.loggers, positions or [], strict=False):
@@ -76,18 +76,18 @@ def lost_logs(trainer: Any, positions: list[dict[str, Any] | None] | None) -> li
 
 
 def warning_of(lost: list[LostFile], version: Version) -> str:
-    """What the user should know of lost files."""
+    """The warning about lost files."""
     shown = "\n  ".join(map(str, lost[:_MOST_SHOWN]))
     more = f"\n  and {len(lost) - _MOST_SHOWN} more" if len(lost) > _MOST_SHOWN else ""
     return (
-        f"files of the run are missing or shorter than they were at {version}, which it returns to:\n  {shown}{more}\n"
+        f"files of the run are missing or shorter than at {version}, to which it rolls back:\n  {shown}{more}\n"
         "  Every new process runs the script from its beginning. If the script deletes or recreates its output folder "
-        f"there, let it do so only where neither {environment.FAULT_REPORT} nor {environment.STANDBY} is in os.environ."
+        f"there, do so only if neither {environment.FAULT_REPORT} nor {environment.STANDBY} is in os.environ."
     )
 
 
 def size_bytes(path: str) -> int | None:
-    """Size of a file, or of all files in a folder; None where there is neither."""
+    """Size of a file, or of all files in a folder; None if it does not exist."""
     try:
         if os.path.isdir(path):
             return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())

@@ -1,12 +1,12 @@
-"""The outbox: rows that loggers get once their step is committed.
+"""The outbox: holds rows back until their step is committed, then delivers them to the loggers.
 
-A row that is logged in a step which is run again after a fault would reach a tracking service twice, and cannot be
-taken back. So `log_metrics` of each logger holds rows back, and they are handed on when the version that includes
-their step is committed. The rows that are still held are part of that version: whoever restores it hands them on.
+A row that is logged in a step which a fault rolls back would reach a tracking service twice, and cannot be withdrawn.
+So `log_metrics` of each logger holds rows back, and they are delivered when the version that includes their step is
+committed. Rows that are still held are part of that version: the process that restores it delivers them.
 
-Rows are numbered over the run. How many were handed on is marked in a file beside the arena as each one is, so that a
-process which restores the version does not hand on again what its predecessor has. The same numbers drop rows of steps
-that are run again although their rows are out: those of an end of `fit`, or after a durable state that is older.
+Rows are numbered over the whole run. The number of each delivered row is written to a file beside the arena, so that a
+process which restores the version does not deliver rows again. The same numbers drop the rows of replayed steps that
+had already been delivered: at the end of `fit`, or after a durable state that is older.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _METHODS = ("log_metrics", "save", "finalize")
 
 
 class Marks:
-    """How many rows of each logger were handed on, in files that outlive this process.
+    """How many rows of each logger were delivered, in files that outlive this process.
 
     Args:
-        paths: of the files; one that cannot be written is left out.
+        paths: paths of the files; a file that cannot be written is ignored.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -52,12 +52,12 @@ class Marks:
                 self._files.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
     def read(self, logger: int) -> int:
-        """How many rows of a logger were handed on, by whichever file knows of the most."""
+        """Number of delivered rows of a logger, the maximum over all files."""
         found = [os.pread(file, 8, 8 * logger) for file in self._files]
         return max((struct.unpack("<q", data)[0] for data in found if len(data) == 8), default=0)
 
     def write(self, logger: int, rows: int) -> None:
-        """Mark that so many rows of a logger were handed on."""
+        """Record the number of delivered rows of a logger."""
         for file in self._files:
             os.pwrite(file, struct.pack("<q", rows), 8 * logger)
 
@@ -67,7 +67,7 @@ class Marks:
             os.ftruncate(file, 0)
 
     def close(self) -> None:
-        """Close the files; they stay."""
+        """Close the files without removing them."""
         while self._files:
             os.close(self._files.pop())
 
@@ -80,7 +80,7 @@ class Held:
     """One call that is held back.
 
     Args:
-        number: of the row; a `save` has that of the row before it.
+        number: number of the row; a `save` has that of the row before it.
         row: arguments of `log_metrics`; None for a `save`.
     """
 
@@ -91,7 +91,7 @@ class Held:
         """The call as plain data.
 
         Args:
-            may_leave: whether what other objects have become may be part of a version.
+            may_leave: returns whether a pickled row may be part of a version.
         """
         if self.row is None or is_plain(list(self.row)):
             return self.number, "plain", self.row
@@ -107,18 +107,18 @@ class Box:
     """The rows of one logger.
 
     Args:
-        logger: in whose place `log_metrics`, `save` and `finalize` are called from now on.
-        mark: called with the number of each row that was handed on.
+        logger: logger whose `log_metrics`, `save` and `finalize` are intercepted from now on.
+        mark: called with the number of each delivered row.
 
     Attributes:
-        counted: rows that were logged in the run up to now.
-        handed_on: those of them that the logger has got.
+        counted: rows that have been logged in the run.
+        delivered: rows that the logger has received.
     """
 
     def __init__(self, logger: Any, mark: Callable[[int], None]) -> None:
         self.logger = logger
         self.counted = 0
-        self.handed_on = 0
+        self.delivered = 0
         self._is_numbered = False
         self._mark = mark
         self._held: deque[Held] = deque()
@@ -129,74 +129,74 @@ class Box:
             setattr(logger, name, Interception(logger, name, getattr(self, name), own))
 
     def remove(self) -> None:
-        """Give the logger its own methods back."""
+        """Restore the logger's own methods."""
         for name in _METHODS:
             interception = vars(self.logger).get(name)
             if isinstance(interception, Interception):
                 interception.remove()
 
-    # ------------------------------------------------------------------ in the place of the logger's own
+    # ------------------------------------------------------------------ intercepted methods
 
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:
-        """Hold a row back; drop one that the logger has got already."""
+        """Hold a row back, or drop it if the logger has already received it."""
         self.counted += 1
-        if self.counted > self.handed_on:
+        if self.counted > self.delivered:
             self._held.append(Held(self.counted, (_frozen(args), _frozen(kwargs))))
 
     def save(self) -> None:
-        """Save after the rows that are held; at once where there are none."""
+        """Save after the rows that are held; at once if there are none."""
         if not self._held:
             self._own["save"]()
         elif self._held[-1].row is not None:
             self._held.append(Held(self.counted, None))
 
     def finalize(self, *args: Any, **kwargs: Any) -> Any:
-        """Finalize behind all rows."""
-        self.hand_on(self.counted)
+        """Deliver all rows, then finalize."""
+        self.deliver(self.counted)
         return self._own["finalize"](*args, **kwargs)
 
-    # ------------------------------------------------------------------ handing on
+    # ------------------------------------------------------------------ delivery
 
-    def hand_on(self, limit: int) -> None:
-        """Give the logger its rows up to a number."""
+    def deliver(self, limit: int) -> None:
+        """Deliver the rows up to a number."""
         while self._held and self._held[0].number <= limit:
             held = self._held[0]
             if held.row is None:
                 self._own["save"]()
             else:
                 self._own["log_metrics"](*held.row[0], **held.row[1])
-                self.handed_on = held.number
+                self.delivered = held.number
                 self._mark(held.number)
             self._held.popleft()
 
     # ------------------------------------------------------------------ state
 
     def capture(self, may_leave: MayLeave) -> dict[str, Any]:
-        """The numbers, and the rows that are held."""
+        """Capture the numbers and the held rows."""
         self._is_numbered = True
         return {
             "counted": self.counted,
-            "handed_on": self.handed_on,
+            "handed_on": self.delivered,
             "held": [held.pack(may_leave) for held in self._held],
         }
 
-    def restore(self, saved: dict[str, Any] | None, handed_on: int) -> None:
-        """Be as a version was.
+    def restore(self, saved: dict[str, Any] | None, delivered: int) -> None:
+        """Restore the state at a version.
 
         Args:
-            saved: what `capture` returned; None for a rank that has logged nothing.
-            handed_on: rows that the logger has got, of this process or an earlier one.
+            saved: result of `capture`; None for a rank that has logged nothing.
+            delivered: rows that the logger has received, from this process or an earlier one.
         """
-        # What a new process has logged on its way here was logged before, and has numbers of its own.
+        # Rows that a replacement has logged so far were logged before, under other numbers.
         here = {held.number: held for held in self._held if held.row is not None and self._is_numbered}
         self._held.clear()
         self._is_numbered = True
-        self.counted, self.handed_on = (saved["counted"] if saved is not None else 0), handed_on
+        self.counted, self.delivered = (saved["counted"] if saved is not None else 0), delivered
         lost: list[str] = []
         for number, form, content in saved["held"] if saved is not None else ():
             if form == "plain" and content is None:
                 self._held.append(Held(number, None))
-            elif number <= handed_on:
+            elif number <= delivered:
                 continue
             elif number in here:
                 self._held.append(here[number])
@@ -206,19 +206,20 @@ class Box:
                 self._held.append(Held(number, unpack(content) if form == "pickled" else content))
         if lost:
             log.warning(
-                "ckptless: %s: rows with %s are lost with the process that logged them: they hold objects that cannot "
-                "be pickled, or that trusted_classes does not name", type(self.logger).__name__, ", ".join(lost)
+                "ckptless: %s: rows with %s were lost with the process that logged them: they contain objects that "
+                "cannot be pickled, or whose classes are not in trusted_classes",
+                type(self.logger).__name__, ", ".join(lost),
             )  # fmt: skip
 
 
 class Interception:
-    """Stands in a logger's attributes for one of its methods; a copy of the logger has the method itself there.
+    """Replaces a method in a logger's attributes; a copy of the logger has the original method.
 
     Args:
-        logger: whose method it is.
-        name: of the method.
-        call: what is called in its place.
-        own: what stood in the attributes before; None where the class has the method.
+        logger: logger that has the method.
+        name: name of the method.
+        call: function that is called instead.
+        own: previous value of the attribute; None if the method was defined by the class.
     """
 
     def __init__(self, logger: Any, name: str, call: Callable[..., Any], own: Any) -> None:
@@ -226,14 +227,14 @@ class Interception:
         self._logger, self._name, self._call, self._own = logger, name, call, own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call what stands in for the method."""
+        """Call the replacement."""
         return self._call(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_as_it_was, (self._own,)) if self._own is not None else (_of_class, (self._logger, self._name))
 
     def remove(self) -> None:
-        """Put back what stood there."""
+        """Restore the original method."""
         if self._own is not None:
             setattr(self._logger, self._name, self._own)
         else:
@@ -249,7 +250,7 @@ def _as_it_was(own: Any) -> Any:
 
 
 def _frozen(value: Any) -> Any:
-    """A value that stays as it is when the program changes what it has logged."""
+    """A copy of a value that does not change when the script modifies what it has logged."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if type(value) in (dict, list, tuple):
@@ -262,8 +263,8 @@ class Outbox:
     """The boxes of a trainer's loggers.
 
     Args:
-        loggers: of the trainer, without those that write nothing.
-        marks: how many rows of each were handed on.
+        loggers: loggers of the trainer, without those that write nothing.
+        marks: number of delivered rows of each logger.
     """
 
     def __init__(self, loggers: Sequence[Any], marks: Marks) -> None:
@@ -275,16 +276,16 @@ class Outbox:
         self._marks.write(index, rows)
 
     def use(self, marks: Marks) -> None:
-        """Mark elsewhere: this process has become another rank."""
+        """Use other marks: this process has become another rank."""
         self._marks.close()
         self._marks = marks
 
     def capture(self, version: Version, may_leave: MayLeave = lambda _: True) -> list[dict[str, Any]]:
-        """What the boxes hold; their rows are handed on when the version is committed.
+        """Capture the boxes; the rows that they hold are delivered when the version is committed.
 
         Args:
-            version: that they are part of.
-            may_leave: whether a row with objects in it, packed, may be part of it; others are lost with this process.
+            version: the version that they become part of.
+            may_leave: returns whether a pickled row may be part of it; other rows are lost with this process.
         """
         self._taken.append((version, [box.counted for box in self._boxes]))
         return [box.capture(may_leave) for box in self._boxes]
@@ -292,12 +293,12 @@ class Outbox:
     def restore(
         self, saved: list[dict[str, Any]] | None, *, rewound: Sequence[Any], before: Callable[[Any, int], None]
     ) -> None:
-        """Be as a committed version was, and hand on what it holds.
+        """Restore the state at a committed version, and deliver its rows.
 
         Args:
-            saved: what `capture` returned; None for a rank that has logged nothing.
-            rewound: loggers whose files were brought back to where they were at the version.
-            before: called with each logger and how many rows it has got, before it gets more.
+            saved: result of `capture`; None for a rank that has logged nothing.
+            rewound: loggers whose files were rewound to the version.
+            before: called with each logger and the number of rows it has received, before it receives more.
         """
         self._taken.clear()
         for index, box in enumerate(self._boxes):
@@ -305,28 +306,28 @@ class Outbox:
             known = state["handed_on"] if state is not None else 0
             is_rewound = any(logger is box.logger for logger in rewound)
             box.restore(state, known if is_rewound else max(known, self._marks.read(index)))
-            before(box.logger, box.handed_on)
+            before(box.logger, box.delivered)
         self.flush()
 
     def start_over(self) -> None:
-        """The run begins again with its first step: no row is out."""
+        """Forget all delivered rows: the run starts over from its first step."""
         self._marks.clear()
 
-    def hand_on(self, committed: Version | None) -> None:
-        """Hand on the rows of all versions up to one."""
+    def deliver(self, committed: Version | None) -> None:
+        """Deliver the rows of all versions up to the committed one."""
         limits = None
         while committed is not None and self._taken and self._taken[0][0] <= committed:
             _, limits = self._taken.popleft()
         for box, limit in zip(self._boxes, limits or (), strict=False):
-            box.hand_on(limit)
+            box.deliver(limit)
 
     def flush(self) -> None:
-        """Hand on all rows."""
+        """Deliver all rows."""
         for box in self._boxes:
-            box.hand_on(box.counted)
+            box.deliver(box.counted)
 
     def remove(self) -> None:
-        """Give the loggers their own methods back."""
+        """Restore the loggers' own methods."""
         for box in self._boxes:
             box.remove()
         self._boxes = []

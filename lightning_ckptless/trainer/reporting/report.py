@@ -1,4 +1,4 @@
-"""What a run tells about itself: the ledger, the loggers, the progress bar and one line on stderr per recovery."""
+"""What a run reports: ledger events, logged metrics, the progress bar and one line on stderr per recovery."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lightning_ckptless.trainer.session.member_set import MemberSet
 
 PREFIX = "ckptless/"
 NOTE_EVERY_S = 1.0
-"""Seconds between two notes of a committed version in the ledger."""
+"""Minimum seconds between two `committed` events in the ledger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +47,13 @@ class Moved:
 
 
 class RunReport:
-    """Gathers the facts of one generation and hands them on.
+    """Collects the figures of one generation and reports them.
 
     Args:
-        trainer: whose loggers and progress bar receive them.
-        ledger: of the run, over all its relaunches.
-        generation: number of the membership.
-        clock: seconds since the epoch.
+        trainer: its loggers and progress bar receive the values.
+        ledger: ledger of the run, shared by all its relaunches.
+        generation: number of the current generation.
+        clock: returns seconds since the epoch.
     """
 
     def __init__(self, trainer: Any, ledger: Ledger, generation: int, clock: Callable[[], float] = time.time) -> None:
@@ -61,13 +61,13 @@ class RunReport:
         self.ledger = ledger
         self.generation = generation
         self.clock = clock
-        self.speaks: bool = trainer.global_rank == 0
+        self.is_reporter: bool = trainer.global_rank == 0
         self.account = GoodputAccount(began_at=clock())
         self.recoveries = 0
         self.steps_replayed = 0
         self.last_phases: Phases | None = None
         self._fault = _fault_report()
-        self._told_at: float | None = None
+        self._notified_at: float | None = None
         self._arrivals: Sequence[Arrival] = ()
         self._in_place = False
         self._had_ended = False
@@ -85,8 +85,8 @@ class RunReport:
     def _record(self, event: str, **fields: Any) -> None:
         self.ledger.record(event, generation=self.generation, rank=self.trainer.global_rank, **fields)
 
-    def say_of_files(self, text: str) -> None:
-        """Tell what a rollback means for files of the run."""
+    def report_files(self, text: str) -> None:
+        """Print a message about the run's checkpoint and log files."""
         self._say(text)
 
     def _say(self, text: str) -> None:
@@ -97,18 +97,18 @@ class RunReport:
     def started(
         self, identity: Identity, plan: StartPlan, placement: Placement, arena: Path, *, fit_index: int, had_ended: bool
     ) -> None:
-        """The generation has decided what it starts from.
+        """Report what this generation starts from.
 
         Args:
-            identity: whose run it is.
-            plan: what was decided.
-            placement: who keeps what.
+            identity: identity of the run.
+            plan: how the generation starts.
+            placement: which rank holds which replicas.
             arena: folder of this node's arena.
-            fit_index: how many times `fit` was entered before in this process.
+            fit_index: number of earlier calls of `fit` in this process.
             had_ended: whether this `fit` had returned before the fault.
         """
         self._had_ended = had_ended
-        if not self.speaks:
+        if not self.is_reporter:
             return
         self._record(
             "run_started",
@@ -121,21 +121,21 @@ class RunReport:
         )
         if self.generation == 1 and fit_index == 0:
             self._say(f"run {identity.run_id}: {placement.reason}")
-        which = f"fit number {fit_index + 1} of the program" if fit_index or had_ended else ""
-        ended = " had ended before the fault, and no step of it runs again" if had_ended else ""
+        which = f"call {fit_index + 1} of fit" if fit_index or had_ended else ""
+        ended = " had returned before the fault, none of its steps is replayed" if had_ended else ""
         self._say(": ".join(filter(None, [which + ended, plan.reason])))
 
     def planned(self, members: MemberSet, sizes_bytes: Sequence[int], version: Version) -> None:
-        """How the state is cut is known, and so is what each rank keeps.
+        """Report the placement once the layout of the state is known.
 
         Args:
-            members: the ranks.
+            members: the member set.
             sizes_bytes: size of each shard.
-            version: that is cut so; the first one has no state of the optimizer yet.
+            version: version with this layout; the first one has no optimizer state yet.
         """
         placement = members.placement
         plan = (placement, members.nodes, tuple(sizes_bytes))
-        if not self.speaks or plan == self._plan:
+        if not self.is_reporter or plan == self._plan:
             return
         self._plan = plan
         self._record(
@@ -151,36 +151,36 @@ class RunReport:
         if placement.copies and version.optimizer_step and self.generation == 1 and not self._is_plan_shown:
             self._is_plan_shown = True
             table = table_of(placement, sizes_bytes, kind=placement.kind)
-            self._say("\n  ".join(["where the state is kept:", *table.lines()]))
+            self._say("\n  ".join(["placement of the replicas:", *table.lines()]))
 
     def faulted(self, assignment: Assignment) -> None:
-        """This rank has heard of a fault that it lives through, or joins in after."""
+        """Note a fault that this rank survived, or that it joins after."""
         self._fault = assignment.fault
-        self._told_at = assignment.told_at
+        self._notified_at = assignment.told_at
         self._resumed_at = None
         self._in_place = True
 
     def met(self, generation: int, arrivals: Sequence[Arrival] = ()) -> None:
-        """The ranks of the next generation have met.
+        """Note that the ranks of the next generation have met.
 
         Args:
             generation: its number.
-            arrivals: of the new processes among them.
+            arrivals: startup figures of its new processes.
         """
         self.generation, self._arrivals = generation, arrivals
         self._joined_at = self.clock()
 
     def fetched(self, found: Complete, moved: Moved, step_in_flight: int) -> None:
-        """A version has been read from the arenas."""
+        """Note that a version has been read from the arenas."""
         self._moved = moved
         self._restored = found.snapshot.version
         self._replayed_now = max(0, step_in_flight - found.snapshot.version.optimizer_step)
-        if self.speaks:
+        if self.is_reporter:
             self._record("restored", version=str(self._restored), sources=moved.sources, moved_bytes=moved.moved_bytes)
 
     def protected(self, replenished: Rereplicated) -> None:
-        """The restored version has all its copies again; nothing to tell where none was missing."""
-        if not self.speaks or not replenished.pairs:
+        """Report that the restored version has all its replicas again; silent if none was missing."""
+        if not self.is_reporter or not replenished.pairs:
             return
         self._record(
             "protection",
@@ -193,13 +193,13 @@ class RunReport:
         self._say(replenished.reason)
 
     def world_changed(self, before: int, reason: str) -> None:
-        """A version of another number of ranks is in place, and mirrored by these."""
-        if self.speaks:
+        """Report that a version of another world size has been adopted and mirrored by these ranks."""
+        if self.is_reporter:
             self._record("world_changed", before=before, world_size=self.trainer.world_size, reason=reason)
             self._say(reason)
 
     def resume(self, saved: dict[str, Any]) -> None:
-        """Training is about to go on: take up the accounts of the restored version."""
+        """Adopt the accounts of the restored version; training is about to resume."""
         self.account = GoodputAccount.from_dict(saved["account"])
         self.recoveries, self.steps_replayed = saved["recoveries"], saved["steps_replayed"]
         if saved["phases"]:
@@ -207,7 +207,7 @@ class RunReport:
         self._resumed_at = self._step_began_at = self.clock()
 
     def state(self) -> dict[str, Any]:
-        """The accounts, to travel with the version: steps that are rolled back are not counted."""
+        """The accounts, stored with each version so that rolled back steps are not counted."""
         phases = self.last_phases
         return {
             "account": self.account.to_dict(),
@@ -219,24 +219,25 @@ class RunReport:
     # ------------------------------------------------------------------ steps
 
     def cadence(self, interval: int, plan: CadencePlan) -> None:
-        """All ranks have agreed on how often to mirror."""
-        if self.speaks:
+        """Report the mirror interval that all ranks have agreed on."""
+        if self.is_reporter:
             self._record("cadence", interval=interval, reason=plan.reason)
-            self._say(f"from here on a version is mirrored every {interval} steps; rank 0 would take {plan.reason}")
+            every = _count(interval, "step")
+            self._say(f"a version is mirrored every {every} from now on; rank 0 proposed {plan.reason}")
 
     def waited(self, stall_s: float) -> None:
-        """The optimizer step had to wait for a copy."""
+        """Add seconds for which the optimizer step waited for a copy."""
         self._stall_s += stall_s
 
     def step_done(self) -> None:
-        """A step is over and about to be captured; its time counts as productive."""
+        """Count a finished step as productive time; called just before its state is captured."""
         now = self.clock()
         self.account.record_step(self._step_began_at, now, stall_s=self._stall_s)
-        if self.speaks and self._values:
-            self._hand_on()
+        if self.is_reporter and self._values:
+            self._log_values()
 
     def taken(self, stall_s: float, cost_s: float, mirror: Mirror) -> None:
-        """The step's version is with the mirror."""
+        """Update the logged values; the version of the step has been handed to the mirror."""
         self._step_began_at = self.clock()
         stats, report = mirror.stats, self.account.report(self._step_began_at)
         self._values = {
@@ -254,10 +255,10 @@ class RunReport:
             self._values[f"recovery_{name}"] = 0.0 if self.last_phases is None else getattr(self.last_phases, name)
         self._stall_s = 0.0
 
-    def _hand_on(self) -> None:
+    def _log_values(self) -> None:
         trainer = self.trainer
         if self.recoveries:
-            # Until then the bar is as it is under DDP, for those who read its metrics.
+            # Until the first recovery the bar shows the same metrics as under DDP.
             shown = {"goodput": round(self._values["goodput"], 3), "recoveries": self._values["recoveries"]}
             show_on_progress_bar(trainer, shown)
         stepped = trainer.fit_loop.epoch_loop.global_step
@@ -268,9 +269,9 @@ class RunReport:
                 logger.save()
 
     def committed(self, version: Version) -> bool:
-        """A version is in place on all ranks; returns whether it is the first one of this generation."""
+        """Note that a version is committed on all ranks; returns whether it is the first of this generation."""
         now = self.clock()
-        if self.speaks and now - self._last_noted_at >= NOTE_EVERY_S:
+        if self.is_reporter and now - self._last_noted_at >= NOTE_EVERY_S:
             self._last_noted_at = now
             self._record("committed", step=version.optimizer_step, validation_done=version.validation_done)
         if self._restored is None:
@@ -281,8 +282,8 @@ class RunReport:
         self._recovered()
         return True
 
-    def ran_out(self) -> None:
-        """No step is left to make: a recovery that none has followed is over, too."""
+    def out_of_steps(self) -> None:
+        """Close a recovery that no further step will follow."""
         if self._resumed_at is not None and self._restored is not None:
             self._recovered()
 
@@ -291,27 +292,27 @@ class RunReport:
     def _recovered(self) -> None:
         assert self._restored is not None and self._resumed_at is not None
         if self._had_ended:
-            # The fault struck a later part of the program, which tells of its own recovery.
+            # The fault struck a later part of the script, which reports its own recovery.
             self._resumed_at = None
             return
         fault, now = self._fault, self.clock()
         phases = phases_from(
             fault_at=fault.died_at if fault else None,
             detected_at=fault.detected_at if fault else None,
-            stopped_at=self._told_at if self._in_place else fault.stopped_at if fault else None,
+            stopped_at=self._notified_at if self._in_place else fault.stopped_at if fault else None,
             regrouped_at=self._joined_at,
             restored_at=self._resumed_at,
             first_step_done_at=now,
         )
         if fault is not None:
-            # What was tried and cut short by another fault belongs to this recovery.
+            # Earlier attempts that another fault cut short count as part of this recovery.
             phases = replace(phases, other_s=phases.other_s + fault.failed_tries_s)
         restored, self._resumed_at = self._restored, None
         self.last_phases = phases
         self.recoveries += 1
         self.steps_replayed += self._replayed_now
         self.account.record_recovery(phases)
-        if not self.speaks:
+        if not self.is_reporter:
             return
         assert self._moved is not None
         named = {name: round(getattr(phases, name), 6) for name in PHASE_NAMES}
@@ -337,52 +338,60 @@ class RunReport:
     def _recovery_line(self, fault: FaultReport | None, restored: Version, phases: Phases) -> str:
         named = fault is not None and fault.rank is not None
         who = f"rank {fault.rank} {fault.cause}" if fault and named and not fault.earlier else _cause(fault)
-        parts = " + ".join(f"{name.removesuffix('_s')} {getattr(phases, name):.2f}" for name in PHASE_NAMES)
-        how = "in place" if self._in_place else "by a relaunch"
+        seconds = {name: f"{getattr(phases, name):.2f}" for name in PHASE_NAMES}
+        if seconds["other_s"] == "0.00":
+            del seconds["other_s"]
+        parts = " + ".join(f"{name.removesuffix('_s')} {value}" for name, value in seconds.items())
+        how = "in place" if self._in_place else "by relaunch"
         slow = why_slow(phases.regroup_s, self._arrivals)
         return (
-            f"recovered {how} ({who}): went on from {restored} on {self.trainer.world_size} ranks, "
-            f"{self._replayed_now} step(s) run again, {phases.total_s:.2f} s = {parts}"
+            f"recovered {how} ({who}): resumed from {restored} on {_count(self.trainer.world_size, 'rank')}, "
+            f"{_count(self._replayed_now, 'step')} replayed, {phases.total_s:.2f} s = {parts}"
             f"{f'; {slow}' if slow else ''}"
         )
 
     # ------------------------------------------------------------------ the end
 
     def finished(self) -> None:
-        """`fit` has returned."""
-        if self.speaks:
+        """Report the end of `fit`."""
+        if self.is_reporter:
             report = self.account.report(self.clock())
             self._record("run_ended", goodput=report.goodput, recoveries=self.recoveries, wall_s=report.wall_s)
-            self._say(f"fit ended: goodput {report.goodput:.1%} of {report.wall_s:.1f} s, {self.recoveries} recoveries")
+            recoveries = _count(self.recoveries, "recovery", "recoveries")
+            self._say(f"fit ended: goodput {report.goodput:.1%} of {report.wall_s:.1f} s, {recoveries}")
 
     def stopped(self, error: BaseException) -> None:
-        """The run was asked to stop."""
+        """Record that the run was asked to stop."""
         self._record("stopped", cause=type(error).__name__)
 
     def peer_lost(self, error: Exception) -> None:
-        """Another rank is gone; this one waits for its agent."""
+        """Record that another rank was lost; this one waits for its agent."""
         self._record("peer_lost", cause=f"{type(error).__name__}: {error}"[:300])
 
     def raised(self, error: Exception) -> None:
-        """User code raised for the first time at this step."""
+        """Report an exception that the script raised for the first time at this step."""
         self._record("raised", cause=f"{type(error).__name__}: {error}"[:300], final=False)
         self._say(
-            f"rank {self.trainer.global_rank}: {type(error).__name__} in the program; it is tried once more from the "
-            "last version, and raised if it comes again"
+            f"rank {self.trainer.global_rank}: {type(error).__name__} in the script; retrying once from the last "
+            "version, and ending the run if it is raised again"
         )
 
     def failed(self, error: Exception, reason: str) -> None:
-        """The run ends with an exception."""
+        """Report the exception that ends the run."""
         self._record("raised", cause=f"{type(error).__name__}: {error}"[:300], final=True, reason=reason)
-        self._say(f"rank {self.trainer.global_rank}: not tried again: {reason}")
+        self._say(f"rank {self.trainer.global_rank}: not retried: {reason}")
 
 
 PHASE_NAMES = ("detect_s", "abort_s", "regroup_s", "restore_s", "replay_s", "other_s")
 
 
+def _count(number: int, one: str, several: str = "") -> str:
+    return f"{number} {one if number == 1 else several or f'{one}s'}"
+
+
 def _cause(fault: FaultReport | None) -> str:
     if fault is None:
-        return "the workers were started again"
+        return "the workers were relaunched"
     return "; then ".join([*fault.earlier, str(fault)]) if fault.earlier else fault.cause
 
 

@@ -1,1 +1,1 @@
-"""The membership of a trainer in its run: arena, members, identity."""
+"""The engine of one `fit`, and what ties a worker to its run: arena, member set, identity, earlier calls."""

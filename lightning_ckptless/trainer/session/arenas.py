@@ -1,4 +1,4 @@
-"""The arena of this worker's node: found, taken over from a dead agent, or made."""
+"""The arena of this worker's node: found, adopted from a dead agent, or created."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def open_arena(
     """Open the arena of this node, on one rank first, then on the others.
 
     Args:
-        identity: who this worker is.
-        fit_index: how many times `fit` was entered before in this process: each has an arena of its own.
-        options: where arenas lie and how long foreign ones are kept.
-        transport: between all ranks.
-        opens: whether this rank is the one of its node that makes the arena.
-        origin: checkpoint path that the run was asked to begin from.
+        identity: identity of this worker.
+        fit_index: number of earlier calls of `fit` in this process; each call has its own arena.
+        options: where arenas are stored and how long those of dead runs are kept.
+        transport: connects all ranks.
+        opens: whether this rank creates the arena of its node.
+        origin: checkpoint path that the script passed to `fit`.
 
     Returns:
         The arena, and the node names of all ranks in rank order.
@@ -53,28 +53,28 @@ def open_arena(
 
 
 def find_or_make_arena(identity: Identity, fit_index: int, options: CkptlessOptions) -> Arena:
-    """The arena of this node: that which its other workers have open, or a new one where the node is new to the run."""
+    """Return the arena that the node's other workers have open, or a new one if the node is new to the run."""
     for info in find_arenas(_folder(options), _run_id(identity, fit_index)):
         if info.node == identity.node and info.owner.pid == identity.agent_pid:
             return Arena.attach(info.path)
     return _make(_folder(options), _run_id(identity, fit_index), identity, options.arena_keep_s, None)
 
 
-def have_reaped(arena: Arena, identity: Identity) -> None:
-    """Have an arena removed at the end of an agent that is not ours, and knows nothing of arenas."""
+def register_with_reaper(arena: Arena, identity: Identity) -> None:
+    """Have the arena removed when a foreign agent, which knows nothing of arenas, exits."""
     agent = identity.agent_pid
     if arena.notes().get("reaped with") != agent:
         start_reaper(agent, str(arena.path))
         arena.note("reaped with", agent)
 
 
-def have_agent_hold(arena: Arena, line: Line | None) -> None:
-    """Have slots that do not fit into the arena's file system held by the agent, where it is one of ours."""
+def use_agent_memory(arena: Arena, line: Line | None) -> None:
+    """Let our agent hold slots that do not fit into the arena's file system; without effect under a foreign agent."""
     arena.hold = None if line is None else partial(have_held, line)
 
 
 def discard_if_empty(arena: Arena) -> None:
-    """Remove an arena in which nothing was mirrored, so that a start that failed leaves nothing in shared memory."""
+    """Remove an arena in which nothing was mirrored, so that a failed start leaves nothing in shared memory."""
     if not arena.inventory():
         arena.remove()
 
@@ -90,22 +90,22 @@ def _run_id(identity: Identity, fit_index: int) -> str:
 def _make(folder: Path, run_id: str, identity: Identity, keep_s: float, origin: str | None) -> Arena:
     owner = Owner.of(identity.agent_pid)
     for path in reclaim(folder, now=time.time(), keep_s=keep_s):
-        log.info("ckptless: removed the arena %s: its owner is gone", path)
+        log.info("ckptless: removed arena %s: its owner has exited", path)
     for info in find_arenas(folder, run_id):
         if info.node == identity.node and info.owner == owner:
             return Arena.attach(info.path)
     for info in find_arenas(folder, run_id):
         if not info.owner_alive and (arena := adopt(info, node=identity.node, owner=owner)) is not None:
-            log.info("ckptless: took over the arena of %s, whose agent is gone", info.node)
+            log.info("ckptless: adopted the arena of %s, whose agent has exited", info.node)
             return arena
     return Arena.create(folder, run_id, identity.node, owner, origin=origin)
 
 
 def is_first_of_node(local_rank: int) -> bool:
-    """Whether this rank speaks for its node."""
+    """Whether this rank acts for its node."""
     return local_rank == 0
 
 
 def local_rank() -> int:
-    """This worker's rank among those of its node."""
+    """This worker's rank within its node."""
     return int(os.environ.get("LOCAL_RANK", "0"))

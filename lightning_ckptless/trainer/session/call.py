@@ -1,4 +1,4 @@
-"""One call of a trainer in a worker: recorded when it has ended, and passed by where it was recorded before."""
+"""One trainer call in a worker: recorded after it has returned, and replayed if an earlier process has recorded it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lightning_ckptless.internals.lightning.launch import ends_on_purpose, is_fi
 from lightning_ckptless.membership.channel.agent_channel import open_line
 from lightning_ckptless.trainer.recovery.exits import leave_process
 from lightning_ckptless.trainer.reporting.loggers import RunLoggers
-from lightning_ckptless.trainer.session.identity import chapters_before, count_call, identify
-from lightning_ckptless.trainer.session.past_call_replay import digests_of, pass_by, record_evaluation, record_fit
+from lightning_ckptless.trainer.session.identity import count_call, fits_before, identify
+from lightning_ckptless.trainer.session.past_call_replay import digests_of, record_evaluation, record_fit, replay_call
 from lightning_ckptless.trainer.session.past_calls import PastCalls, Record
 from lightning_ckptless.trainer.state.host_state import HostState
 from lightning_ckptless.trainer.state.plain_values import measure
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from lightning_ckptless.trainer.session.engine import Engine
 
 MOST_RESULT_BYTES = 16_000_000
-"""Of what a call returns: predictions may be larger than all of the model."""
+"""Largest result of a call that is recorded: predictions may exceed the size of the model."""
 
 
 class Call:
-    """One call of a trainer.
+    """One trainer call.
 
     Args:
-        strategy: of the trainer.
-        trainer: that is called.
-        function: behind the method that the program has called.
-        args: of the function.
-        kwargs: of the function.
+        strategy: strategy of the trainer.
+        trainer: the trainer.
+        function: implementation of the trainer method that the script called.
+        args: arguments of the function.
+        kwargs: keyword arguments of the function.
     """
 
     def __init__(
@@ -57,26 +57,26 @@ class Call:
         self._past = PastCalls.of(strategy)
         self._number = self._past.number
         self._found = self._past.find(self._number)
-        self._loggers = RunLoggers(trainer, identify(trainer).run_folder, chapters_before())
+        self._loggers = RunLoggers(trainer, identify(trainer).run_folder, fits_before())
 
     @property
     def is_recorded(self) -> bool:
-        """Whether an earlier process has made this call, and has left a record."""
+        """Whether an earlier process has made this call and recorded it."""
         return self._found is not None
 
     def obstacle(self) -> str | None:
-        """Why no new process could come to this call; None where one can."""
+        """Why no new process could reach this call; None if one can."""
         return self._past.obstacle(self._number)
 
-    # ------------------------------------------------------------------ passing by
+    # ------------------------------------------------------------------ replaying
 
-    def pass_by(self) -> Any:
-        """Bring this process past the call; returns what the call returned."""
+    def replay(self) -> Any:
+        """Replay the recorded call; returns what the call returned."""
         assert self._found is not None
         record = self._found
-        self._past.begin_passing()
+        self._past.begin_replay()
         try:
-            result = pass_by(
+            result = replay_call(
                 lambda: self.function(*self.args, **self._kwargs),
                 self.trainer,
                 record,
@@ -92,34 +92,34 @@ class Call:
         return result
 
     def _fail(self, error: Exception) -> None:
-        """Let the agent start all again where this process was to take a lost rank's place."""
-        self._past.fail_to_pass(error)
+        """Record the failure; a replacement also reports it, so that the agent relaunches all workers."""
+        self._past.fail_replay(error)
         if environment.REGROUPING in os.environ:
             traceback.print_exception(error)
             self._give_up(f"{type(error).__name__}: {error}")
 
     def _give_up(self, reason: str) -> NoReturn:
         if (line := open_line()) is not None:
-            what = f"a new process could not be brought past call {self._number + 1} of the program's trainers"
+            what = f"a new process could not replay call {self._number + 1} of the script's trainers"
             line.tell("unable", reason=f"{what}: {reason}", lasting=True)
         leave_process()
 
     # ------------------------------------------------------------------ making the call
 
     def begin(self) -> None:
-        """This process takes part in the call; it ends where it was to take a lost rank's place, and comes too late."""
+        """Take part in the call. A replacement exits if the call is already over."""
         if environment.REGROUPING not in os.environ:
             self._past.forget(self._number)
         elif self._past.is_over(self._number):
-            self._give_up("it is over, and no record of it can be used")
-        self._past.end_passing()
+            self._give_up("the call is over, and there is no usable record of it")
+        self._past.end_replay()
 
     def fit(self, engine: Engine, args: Sequence[Any]) -> Any:
-        """Run `fit`, and record it.
+        """Run `fit` and record it.
 
         Args:
-            engine: of the call.
-            args: of the function, as they are after a recovery.
+            engine: engine of the call.
+            args: arguments of the function, possibly changed by a restore.
         """
         recorded: list[Record] = []
 
@@ -148,9 +148,9 @@ class Call:
         return record_fit(self.trainer, engine.mirroring.host_state, engine.data_hooks.made, arena)
 
     def evaluate(self) -> Any:
-        """Run `validate`, `test` or `predict`, and record it."""
+        """Run `validate`, `test` or `predict` and record it."""
         trainer, recorded = self.trainer, list[Record]()
-        self._take_up_loggers()
+        self._resume_loggers()
         model = trainer.lightning_module if self.args[0] is None else self.args[0]
         before = digests_of(model) if self._past.are_kept else {}
         count_call()
@@ -177,12 +177,13 @@ class Call:
         record = recorded[0]
         size_bytes = measure(result, MOST_RESULT_BYTES)
         if size_bytes is None or size_bytes > MOST_RESULT_BYTES:
-            kind = "no plain data" if size_bytes is None else f"more than {MOST_RESULT_BYTES // 1_000_000} MB"
+            limit = f"more than {MOST_RESULT_BYTES // 1_000_000} MB"
+            kind = "data other than plain values" if size_bytes is None else limit
             name = self.function.__name__.split("_")[1]
             self._past.refuse(
                 self._number,
-                f"call {self._number + 1} of the program's trainers, a call of {name}, has returned {kind}, which is "
-                "not kept for a new process",
+                f"call {self._number + 1} of the script's trainers ({name}) returned {kind}, which is not recorded "
+                "for new processes",
             )
             return
         record |= {
@@ -197,19 +198,19 @@ class Call:
 
     @property
     def first_positions(self) -> list[dict[str, Any] | None] | None:
-        """How far the log files were when this call began; None where no process has begun it."""
+        """Positions of the log files when this call began; None if no process has begun it."""
         noted = self._past.noted(self._number)
         return None if noted is None else json.loads(noted)["logs"]
 
     def _note_loggers(self) -> None:
-        """Note which runs the loggers write to, and how far they are, for a process that makes this call again."""
+        """Record the runs and log positions of the loggers, for a process that makes this call again."""
         if self.trainer.is_global_zero:
             host_loggers.watch_logs(self.trainer.loggers)
             positions = host_loggers.log_positions(self.trainer.loggers)
             self._past.note(self._number, json.dumps({"loggers": self._loggers.identities, "logs": positions}))
 
-    def _take_up_loggers(self) -> None:
-        """Write to the runs that the loggers of an earlier process have written to in this call."""
+    def _resume_loggers(self) -> None:
+        """Continue the logger runs that an earlier process has written to in this call."""
         noted = self._past.noted(self._number)
         if noted is None:
             return
@@ -218,7 +219,7 @@ class Call:
         if not self.trainer.is_global_zero:
             return
         if self._past.is_refused(self._number):
-            # Later calls may have written rows already.
+            # Later calls may have written rows already, so nothing is truncated.
             self._loggers.keep()
         else:
             host_loggers.cut_logs(self.trainer, facts["logs"])

@@ -1,7 +1,7 @@
-"""The engine behind a strategy: opens the arena, mirrors every version, restores one after a fault.
+"""The engine attached to a strategy: opens the arena, mirrors every version, restores one after a fault.
 
-It owns the order of things and decides nothing: what to restore is decided by `protocol`, how bytes move by `replica`,
-when a version exists by `step`, how the loops are entered by `drive`, what an error in them means by `recovery_loop`.
+It orchestrates and decides nothing. `protocol` decides what to restore, `replica` moves the bytes, `commit` defines
+when a version exists, `fit_resume` enters the loops, and `recovery_loop` interprets errors raised in them.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ from lightning_ckptless.trainer.reporting.report import RunReport
 from lightning_ckptless.trainer.session.arenas import (
     discard_if_empty,
     find_or_make_arena,
-    have_agent_hold,
-    have_reaped,
     is_first_of_node,
     local_rank,
     open_arena,
+    register_with_reaper,
+    use_agent_memory,
 )
 from lightning_ckptless.trainer.session.identity import Identity, identify
 from lightning_ckptless.trainer.session.member_set import MemberSet, form_member_set
@@ -68,10 +68,10 @@ class Engine:
     """Fault tolerance of one call of `fit`.
 
     Args:
-        strategy: of the trainer; it has the process groups, and a watcher where an agent of ours listens.
-        trainer: in `fit`, before anything of it is set up.
-        fit_index: how many times `fit` was entered before in this process.
-        line: to an agent of ours; None under another one.
+        strategy: strategy of the trainer; owns the process groups, and a watcher if one of our agents is listening.
+        trainer: trainer in `fit`, before anything of it is set up.
+        fit_index: number of earlier calls of `fit` in this process.
+        line: channel to one of our agents; None under a foreign agent.
     """
 
     def __init__(self, strategy: Any, trainer: Any, fit_index: int, line: Line | None = None) -> None:
@@ -94,7 +94,7 @@ class Engine:
         self.data_hooks = DataHooks(trainer, self.loops)
         self.loops.iterate_data_through(make_resumable)
         self.report = RunReport(trainer, self.ledger, strategy.world.generation)
-        self.files = CheckpointFiles(self.ledger, fit_index, self.report.say_of_files)
+        self.files = CheckpointFiles(self.ledger, fit_index, self.report.report_files)
         self.arena: Arena | None = None
         self.members: MemberSet | None = None
         self.mirroring: Mirroring | None = None
@@ -113,20 +113,20 @@ class Engine:
         return self.run_folder / f"generation-of-fit-{self.fit_index}"
 
     def interrupt(self) -> None:
-        """A fault has ended the step, and a recovery begins."""
+        """Report that a fault has ended the step and a recovery begins."""
         if self._progress is not None:
             self._progress.interrupt()
 
     def restoring(self) -> None:
-        """Note that this rank has come further in restoring a version with the others."""
+        """Report progress in restoring a version together with the others."""
         if self._progress is not None:
             self._progress.restore()
 
-    def become(self, env: Mapping[str, str]) -> None:
-        """Be the rank that the agent says; nothing where this process is it already.
+    def adopt_rank(self, env: Mapping[str, str]) -> None:
+        """Adopt the rank that the agent assigns; does nothing if this process already has it.
 
         Args:
-            env: what makes a process that rank.
+            env: environment variables that define the rank.
         """
         strategy, trainer = self.strategy, self.trainer
         os.environ.update(env)
@@ -141,21 +141,21 @@ class Engine:
             self._begun = BegunStep(self.arena.path, self.rank)
             self.loggers.hold(self.arena.path)
 
-    def open_data_anew(self) -> None:
-        """Some rank is another one than before: open what each has a share of anew, on all of them."""
+    def reopen_data(self) -> None:
+        """Reopen all data after some process has changed its rank. All ranks do it."""
         self.has_moved = False
         self.loops.forget_validation_data()
-        self.open_training_data_anew()
+        self.reopen_training_data()
 
-    def open_training_data_anew(self) -> None:
-        """Open this rank's share of the samples; no other rank is needed for it."""
+    def reopen_training_data(self) -> None:
+        """Reopen this rank's share of the training data; involves no other rank."""
         with self.data_hooks.as_made():
             self.loops.replace_training_data(open_training_data(self.trainer))
         self.streams.opened_for = self.streams.count
 
     @property
     def generation(self) -> int:
-        """Number of the membership that this rank has joined last."""
+        """Number of the generation that this rank joined last."""
         return self.members.generation if self.members is not None else int(self.strategy.world.generation)
 
     # ------------------------------------------------------------------ begin
@@ -164,22 +164,22 @@ class Engine:
         """Open the arena and decide what this generation starts from.
 
         Args:
-            ckpt_path: checkpoint file that the program asks for.
-            first_positions: how far the log files were when `fit` was first entered; None where they were empty.
+            ckpt_path: checkpoint file that the script passed to `fit`.
+            first_positions: positions of the log files when `fit` was first entered; None if they were empty.
 
         Raises:
-            LaunchError: as many recoveries were made as the options allow.
-            StateMissingError: nothing complete is left and the options say to stop.
-            WorldSizeError: the state was mirrored by another number of ranks, for which these cannot go on.
+            LaunchError: the limit on recoveries has been reached.
+            StateMissingError: no complete version is left and the options say to stop.
+            WorldSizeError: another number of ranks wrote the state, and these cannot continue from it.
             OptionsError: the checkpoint path and a live arena disagree, or replicas cannot be placed.
         """
         transport, opens = self.connect(), is_first_of_node(local_rank())
         self.arena, nodes = open_arena(
             self.identity, self.fit_index, self.options, transport, opens=opens, origin=ckpt_path
         )
-        have_agent_hold(self.arena, self._line)
+        use_agent_memory(self.arena, self._line)
         if opens and not self.identity.own_agent:
-            have_reaped(self.arena, self.identity)
+            register_with_reaper(self.arena, self.identity)
         relaunched, states = self.generation > 1, self.durable.states(transport)
         after = max((state.snapshot.generation for state in states), default=0)
         mesh = self.strategy.mesh_sizes()
@@ -194,13 +194,13 @@ class Engine:
             mesh=mesh,
         )
         self.folders.adopt(members.noted("folders"), self.rank)
-        self.durable.share_out(members)
+        self.durable.assign_writer(members)
         self.report.generation = members.generation
         saved = members.noted(NOTE)
         self.loggers.hold(self.arena.path)
         self.loggers.identify(saved)
         if saved is None and self.trainer.is_global_zero:
-            self.loggers.warn_of_strangers()
+            self.loggers.warn_of_unknown_loggers()
         sources = Sources(self.durable, states, ckpt_path, saved is not None)
         plan, found = decide_start(self.trainer, members, self.options, sources, relaunched=relaunched)
         had_ended = plan.action is StartAction.RESTORE and relaunched and bool(members.noted("finished"))
@@ -226,25 +226,25 @@ class Engine:
         return plan
 
     def begin_alone(self) -> None:
-        """Prepare to come to the others where they are: what can be known without them."""
+        """Prepare to join the others inside `fit`, as far as that is possible without them."""
         self.arena = find_or_make_arena(self.identity, self.fit_index, self.options)
-        have_agent_hold(self.arena, self._line)
+        use_agent_memory(self.arena, self._line)
         self.folders.adopt(self.arena.notes().get("folders"), self.rank)
         self.loggers.hold(self.arena.path)
         self.loggers.identify_alone(self.arena)
         self.loggers.keep()
 
     def connect(self) -> Transport:
-        """A transport between the ranks of the generation."""
+        """Connect the ranks of the generation."""
         if self.world_size == 1:
             return SoloTransport()
         return GlooTransport(self.strategy.world.host_group(COMMIT_TIMEOUT_S))
 
     def fetch(self, found: Complete) -> Restoration:
-        """Bring a version here. All ranks call it together.
+        """Fetch a version. All ranks call it together.
 
         Raises:
-            LaunchError: under another agent: as many recoveries were made as the options allow.
+            LaunchError: under a foreign agent: the limit on recoveries has been reached.
         """
         assert self.members is not None
         if not self.identity.own_agent:
@@ -253,15 +253,15 @@ class Engine:
         return fetch_version(self.trainer, found, self.members, self.streams, batch, self.report, self.files)
 
     def check_files(self, restoration: Restoration) -> None:
-        """Warn of files that are not what they were at a version; before log files are cut back to it."""
+        """Warn of files that changed since a version; called before log files are truncated to it."""
         logs = restoration.host_state["logs"]
         positions = None if logs is None else logs["files"]
         if lost := [*lost_logs(self.trainer, positions), *self.files.lost]:
-            self.report.say_of_files(warning_of(lost, restoration.version))
+            self.report.report_files(warning_of(lost, restoration.version))
 
     def _start_over(self, members: MemberSet, action: StartAction, logs: Positions | None, *, relaunched: bool) -> None:
         if self.trainer.is_global_zero and relaunched and action is StartAction.FRESH:
-            self.files.go_back(BEGINNING, generation=members.generation)
+            self.files.roll_back(BEGINNING, generation=members.generation)
         elif self.trainer.is_global_zero:
             self.files.begin(generation=members.generation, new_run=action is StartAction.FRESH)
         members.transport.agree(True)
@@ -269,14 +269,14 @@ class Engine:
             members.arena.clear()
         self.loggers.start_over()
         if action is StartAction.DURABLE:
-            self.loggers.choose_new()
+            self.loggers.start_new_runs()
         elif logs is not None:
             self.loggers.cut_to(logs)
 
     # ------------------------------------------------------------------ run
 
     def attach(self) -> BatchLog:
-        """Called when the model, its optimizers and the loops are set up: take over the commit points.
+        """Capture versions at the commit points; called when the model, its optimizers and the loops are set up.
 
         Returns:
             The batches in flight.
@@ -293,7 +293,7 @@ class Engine:
             self.loggers.note(self.members)
         self._begun = BegunStep(arena.path, self.rank)
         self._open_progress()
-        # Beside the batches of a step, those of the step whose copy is still being made.
+        # Twice the batches of a step: the previous step's copy may still be in progress.
         every_step = self.options.mirror_every_n_steps == 1
         batches = BatchLog(loops, lambda: (2 * trainer.accumulate_grad_batches + 2) * every_step)
         sigterm = self._sigterm = SigtermFlag(trainer)
@@ -315,7 +315,7 @@ class Engine:
         restoration = self._restoration
         self._begin_data_hooks(mirroring, arena, restoration)
         note = self.run_folder / f"search-{self.fit_index}"
-        self._searches = RateSearches(trainer, loops, self.data_hooks, lambda: self._is_to_take_up_a_version, note)
+        self._searches = RateSearches(trainer, loops, self.data_hooks, lambda: self._will_restore, note)
         since = restoration.version if restoration is not None else None
         mirroring.taken = since
         self.boundaries = StepBoundaries(
@@ -332,7 +332,7 @@ class Engine:
         return batches
 
     def entered_by(self, run: Callable[[], None]) -> Callable[[], None]:
-        """What enters the fit loop: at the restored position, or as Lightning does.
+        """Return what enters the fit loop: at the restored position, or as Lightning does.
 
         Args:
             run: runs the loop from its beginning.
@@ -340,7 +340,7 @@ class Engine:
         return run if self._restoration is None else partial(self._run_restored, self._restoration)
 
     def _note_folders(self, arena: Arena) -> None:
-        """Note the folders of all ranks, when the first processes of this fit have theirs."""
+        """Record the folders of all ranks once the first processes of this fit have determined theirs."""
         if self.members is not None and self.members.noted("folders") is None:
             folders = self.members.gather(self.folders.facts())
             if self.members.speaks_for_node:
@@ -359,7 +359,7 @@ class Engine:
             self.data_hooks.expect(restoration.host_state["data_hooks"])
 
     def _run_restored(self, restoration: Restoration) -> None:
-        """Enter the loops at the restored position, in a process that is as new as all others."""
+        """Enter the loops at the restored position, after a start of all processes."""
         mirroring = self.mirroring
         assert mirroring is not None and self.members is not None
         members = self.members
@@ -383,7 +383,7 @@ class Engine:
         run_restored(self.loops, validation_done=restoration.version.validation_done, restore=restore, settle=settle)
 
     def detach(self) -> None:
-        """Give the loops their own methods back."""
+        """Restore the loops' original methods."""
         if self.boundaries is not None:
             self.boundaries.remove()
         self.loops.give_back()
@@ -396,27 +396,27 @@ class Engine:
 
     @property
     def is_at_beginning(self) -> bool:
-        """Whether this process begins the fit, and does not take up what others have trained."""
+        """Whether this process starts the fit from its beginning, without restoring a version."""
         return self.members is not None and self._restoration is None
 
     @property
-    def is_on_its_way(self) -> bool:
-        """Whether this process is to take a lost rank's place, and has not met the others yet."""
+    def is_joining(self) -> bool:
+        """Whether this process is a replacement that has not met the others yet."""
         return bool(self.strategy.joins_alone) and self.members is None
 
     @property
-    def _is_to_take_up_a_version(self) -> bool:
+    def _will_restore(self) -> bool:
         return self.members is None or self._restoration is not None
 
     @property
     def finish_asked(self) -> bool:
-        """Whether this rank was asked to end the run behind the step in hand."""
+        """Whether this rank was asked to end the run after the current step."""
         watcher = self.strategy.watcher
         return self._got_sigterm or (watcher is not None and watcher.finish_asked)
 
     @property
     def is_run_over(self) -> bool:
-        """Whether this rank need not wait for its agent's word on a fault: it was asked to end, or none will come."""
+        """Whether waiting for the agent's decision on a fault is pointless: the run ends, or no decision will come."""
         return self._got_sigterm or (self.strategy.watcher is not None and self.strategy.watcher.is_run_over)
 
     @property
@@ -424,16 +424,16 @@ class Engine:
         return self._sigterm is not None and self._sigterm.asked
 
     def at_batch_start(self) -> None:
-        """Note which step is begun."""
+        """Record which step has begun."""
         self._begun.stamp(self.trainer.global_step + 1)
         self.streams.fetch()
-        self.hand_rows_on()
+        self.deliver_rows()
         if self.mirroring is not None:
             self.mirroring.cadence.begin_step(self.trainer.global_step)
         self.beat(Point.BATCH)
 
     def beat(self, point: Point) -> None:
-        """Note where in the step this rank stands: a rank that hangs is found by it. It goes on if it still may."""
+        """Report this rank's position in the step, which identifies hung ranks; raises if the agent has aborted it."""
         if self._progress is not None and self.members is not None and not self.trainer.sanity_checking:
             self.strategy.watcher.heed()
             done = point in (Point.COMMIT, Point.VALIDATION)
@@ -444,13 +444,13 @@ class Engine:
     def _commit(self, version: Version) -> None:
         assert self.mirroring is not None and self.boundaries is not None
         self.beat(Point.COMMIT)
-        self.hand_rows_on()
+        self.deliver_rows()
         self.mirroring.commit(version)
         self.files.settle(self.mirroring.committed)
         if self.boundaries.closes_validation(version):
-            # Who reads the metrics of a validation reads them now, not a step later.
+            # Callers that read the metrics of a validation get them now, not a step later.
             self.mirroring.settle()
-            self.hand_rows_on()
+            self.deliver_rows()
         if self.strategy.watcher is not None and self._stepped_in != self.report.generation:
             self._stepped_in = self.report.generation
             self.strategy.watcher.tell("stepped")
@@ -461,22 +461,22 @@ class Engine:
             self._progress.dump_stacks_into(stacks_path(Path(os.environ[environment.AGENT_DIR]), local_rank()))
 
     def before_optimizer_step(self) -> None:
-        """Wait until the version under way is copied: the optimizer is about to change the tensors."""
+        """Wait until the current version has been copied: the optimizer is about to change the tensors."""
         if self.mirroring is not None:
             self.mirroring.before_optimizer_step()
 
-    def hand_rows_on(self) -> None:
-        """Let the loggers have the rows of all steps that are committed."""
+    def deliver_rows(self) -> None:
+        """Deliver the rows of all committed steps to the loggers."""
         if self.mirroring is not None and self.mirroring.mirror is not None:
-            self.loggers.hand_on(self.mirroring.mirror.committed)
+            self.loggers.deliver(self.mirroring.mirror.committed)
 
     def leave_loop(self) -> None:
-        """The fit loop is over: from here on ranks go their own ways."""
+        """Report that the fit loop has ended; from here on ranks are no longer in step."""
         if self._progress is not None:
             self._progress.outside()
 
     def probe_recovery(self, moment: str) -> None:
-        """Tell the probes that a recovery is under way; they get the step that was begun before it."""
+        """Notify the probes of a moment in a recovery; they receive the last step begun before it."""
         assert self.arena is not None
         begun = max((int(path.read_text() or 0) for path in self.arena.path.glob("begun-by-*")), default=0)
         for probe in list(self.probes):
@@ -485,7 +485,7 @@ class Engine:
     def _probe(self, moment: str, version: Version) -> None:
         if moment == "committed" and self.report.committed(version):
             mark_begun(self.rank)
-            # Here, because it waits for threads of gloo, and training does not wait for this thread.
+            # Done here because it waits for gloo's threads, and training does not wait for this thread.
             self.strategy.world.bury()
             if is_first_of_node(local_rank()) and self.arena is not None:
                 self.arena.note(
@@ -495,17 +495,17 @@ class Engine:
             probe(moment, version)
 
     def saving_checkpoint(self, path: str) -> None:
-        """Called before a checkpoint file is written by this rank."""
+        """Called before this rank writes a checkpoint file."""
         if not self._is_asked_to_end:
             self.files.saving(path, self._taken, generation=self.generation)
 
     def saved_checkpoint(self, path: str) -> None:
-        """Called when a checkpoint file has been written by this rank."""
+        """Called after this rank has written a checkpoint file."""
         if not self._is_asked_to_end:
             self.files.written(path, generation=self.generation)
 
     def removing_checkpoint(self, path: str) -> bool:
-        """Called before a checkpoint file is removed by this rank; returns whether that is dealt with."""
+        """Called before this rank removes a checkpoint file; returns whether the removal has been handled."""
         return not self._is_asked_to_end and self.files.removing(path, self._taken, generation=self.generation)
 
     @property
@@ -514,21 +514,21 @@ class Engine:
 
     @property
     def _is_asked_to_end(self) -> bool:
-        # No step follows that a later start would run again: what is written now stays, wherever that start begins.
+        # No later start replays a step from here on, so files written now stay as they are.
         return self.mirroring is not None and self.mirroring.is_over
 
     # ------------------------------------------------------------------ end
 
     def why_final(self, error: Exception) -> str | None:
-        """Why an exception is not worth another try; None where it is."""
+        """Why an exception is not worth a retry; None if it is."""
         return why_final(error, rank=self.rank, taken=self._taken, arena=self.arena)
 
     def leave_verdict(self, reason: str) -> None:
-        """Tell our agent not to start the workers again."""
+        """Tell our agent not to relaunch the workers."""
         leave_verdict(ExitReport(self.rank, final=True, reason=reason))
 
     def finish(self) -> None:
-        """Called when `fit` returned: wait for the last version and say how it went."""
+        """Called when `fit` has returned: wait for the last version and report the outcome."""
         if self.mirroring is not None:
             self.mirroring.settle()
         if is_first_of_node(local_rank()) and self.arena is not None:
@@ -537,12 +537,12 @@ class Engine:
         self.report.finished()
 
     def discard_empty_arena(self) -> None:
-        """Remove the arena after a start that failed before anything was mirrored: it has nothing to continue from."""
+        """Remove the arena after a start that failed before anything was mirrored: there is nothing to resume from."""
         if self.arena is not None and is_first_of_node(local_rank()):
             discard_if_empty(self.arena)
 
     def close(self) -> None:
-        """Release threads and mappings; the arena stays for a relaunch, its agent removes it."""
+        """Release threads and mappings; the arena stays for a relaunch and is removed by the agent."""
         self.detach()
         self.loggers.release()
         self._warnings.detach()

@@ -1,4 +1,4 @@
-"""The failure domain of each rank's node: by what the run knows, or by the name that each node was given."""
+"""The failure domain of each rank's node, derived from the layout of the run or configured per node."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def find_domains(
     """The failure domain of each rank. All ranks call it together.
 
     Args:
-        level: what is lost together.
+        level: unit that fails as a whole.
         nodes: name of each rank's node.
-        transport: between all ranks.
-        mesh: ranks in each dimension of the mesh; None without one.
+        transport: connects all ranks.
+        mesh: ranks in each dimension of the device mesh; None without a mesh.
 
     Raises:
-        OptionsError: on all ranks alike, where one of them cannot say where its node is.
+        OptionsError: on all ranks, if the domain of any node is unknown.
     """
     if not is_given(level):
         return domains_of(level, nodes, mesh=mesh)
@@ -42,22 +42,22 @@ def find_domains(
         mine["name"] = own_domain(level, nodes[transport.rank])
     except OptionsError as error:
         mine["problem"] = str(error)
-    told = [json.loads(line) for line in transport.gather(json.dumps(mine).encode())]
-    if problem := next((each["problem"] for each in told if each["problem"]), ""):
+    received = [json.loads(line) for line in transport.gather(json.dumps(mine).encode())]
+    if problem := next((each["problem"] for each in received if each["problem"]), ""):
         raise OptionsError(problem)
-    return domains_of(level, nodes, given=[each["name"] for each in told])
+    return domains_of(level, nodes, given=[each["name"] for each in received])
 
 
 def own_domain(level: str, node: str, env: Mapping[str, str] = os.environ) -> str:
-    """The name that this node's domain was given, by its environment before the file.
+    """The configured domain of this node; its environment takes precedence over the file.
 
     Args:
-        level: of the domain.
+        level: level of the domain.
         node: name of this node in the run.
-        env: variables.
+        env: environment variables.
 
     Raises:
-        OptionsError: it was given none, or none that can be read.
+        OptionsError: no domain is configured, or it cannot be read.
     """
     if text := env.get(FAILURE_DOMAIN):
         return name_in_environment(level, text, FAILURE_DOMAIN)
@@ -69,7 +69,7 @@ def own_domain(level: str, node: str, env: Mapping[str, str] = os.environ) -> st
     except (OSError, UnicodeDecodeError) as error:
         raise OptionsError(
             f"failure_domain={level!r}: {FAILURE_DOMAINS_FILE}={path!r} cannot be read on host {host}: {error}: "
-            "put the file where all nodes see it"
+            "store it where all nodes can read it"
         ) from error
     names = tuple(dict.fromkeys((node, host, host.partition(".")[0])))
     return name_in_file(level, lines, path, names, FAILURE_DOMAINS_FILE)

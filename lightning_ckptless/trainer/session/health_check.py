@@ -1,4 +1,4 @@
-"""Whether this node is fit to train: looked at before a worker joins the others, at the start and after every fault."""
+"""Health check of a node, run before a worker joins the others, at the start and after every fault."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _SIZE = 64
 
 
 def check_health(device: torch.device, own_check: str, node: str) -> None:
-    """Compute something small on the device, look at the memory, and ask the user's own check.
+    """Run a small computation on the device, check available memory, and call the user's own check.
 
     Args:
-        device: that this rank trains on.
-        own_check: dotted name of a function of the user's that raises where the node is not fit; empty for none.
+        device: device that this rank trains on.
+        own_check: dotted name of a user function that raises if the node is unfit; empty for none.
         node: name of this node, for the message.
 
     Raises:
-        UnfitNodeError: the node is not to be trained on; the message says why.
-        OptionsError: there is no such function.
+        UnfitNodeError: the node failed a check.
+        OptionsError: `own_check` does not name a function.
     """
     for finding in _findings(device, own_check):
-        raise UnfitNodeError(f"node {node} is not fit to train: {finding}. It stays out; start an agent on another one")
+        raise UnfitNodeError(f"node {node} failed its health check: {finding}. Start an agent on another node")
 
 
 def _findings(device: torch.device, own_check: str) -> Iterator[str]:
@@ -36,20 +36,21 @@ def _findings(device: torch.device, own_check: str) -> Iterator[str]:
         product = torch.ones(_SIZE, _SIZE, device=device) @ torch.ones(_SIZE, _SIZE, device=device)
         wrong = int((product != _SIZE).sum())
     except (RuntimeError, AssertionError) as error:
-        yield f"{device} cannot multiply two matrices: {error}"
+        yield f"{device} failed to multiply two matrices: {error}"
         return
     if wrong:
-        yield f"{device} got {wrong} of {_SIZE * _SIZE} numbers of a product wrong"
+        yield f"{device} computed {wrong} of {_SIZE * _SIZE} elements of a matrix product wrong"
     available_bytes = psutil.virtual_memory().available
     if available_bytes < LEAST_MEMORY_BYTES:
-        yield f"{available_bytes / 2**20:.0f} MiB of memory are available, {LEAST_MEMORY_BYTES // 2**20} are the least"
+        least = LEAST_MEMORY_BYTES // 2**20
+        yield f"{available_bytes / 2**20:.0f} MiB of memory are available, at least {least} MiB are required"
     if own_check:
         try:
             _function(own_check)()
         except OptionsError:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever the user's check raises is its answer
-            yield f"{own_check} says {type(error).__name__}: {error}"
+        except Exception as error:  # noqa: BLE001 - any exception of the user's check means unfit
+            yield f"{own_check} raised {type(error).__name__}: {error}"
 
 
 def _function(name: str) -> Any:

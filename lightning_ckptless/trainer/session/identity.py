@@ -17,14 +17,14 @@ _DEFAULT_RUN_IDS = frozenset({"", "none"})
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A worker's place in the world of processes.
+    """A worker's place in its run.
 
     Args:
-        run_id: name of the run, the same on all nodes and over all relaunches.
+        run_id: name of the run, the same on all nodes and across all relaunches.
         node: name of this node, unique in the run while its agent lives.
-        agent_pid: process that relaunches the workers of this node.
-        own_agent: whether that process is our agent, not torchrun's.
-        run_root: folder that holds one folder per run.
+        agent_pid: process id of the agent that relaunches the workers of this node.
+        own_agent: whether that process is our agent rather than torchrun's.
+        run_root: folder that contains one folder per run.
     """
 
     run_id: str
@@ -45,15 +45,15 @@ def is_worker(env: Mapping[str, str] = os.environ) -> bool:
 
 
 def may_be_restarted(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether the launcher would start the workers again if this one failed now."""
+    """Whether the launcher would relaunch the workers if this one failed now."""
     return int(env.get("TORCHELASTIC_RESTART_COUNT", "0")) < int(env.get("TORCHELASTIC_MAX_RESTARTS", "1"))
 
 
 def identify(trainer: Any, env: Mapping[str, str] = os.environ) -> Identity:
-    """Read who this worker is.
+    """Determine which run, node and agent this worker belongs to.
 
-    torchrun names every run `none` unless told otherwise: such a run is named by its agent instead, so that two of
-    them on one machine do not take each other's arenas.
+    torchrun names every run `none` unless told otherwise. Such a run is named after its agent instead, so that two of
+    them on one node do not adopt each other's arenas.
     """
     own_agent = environment.AGENT in env
     agent_pid = int(env[environment.AGENT]) if own_agent else os.getppid()
@@ -68,27 +68,27 @@ def identify(trainer: Any, env: Mapping[str, str] = os.environ) -> Identity:
     return Identity(re.sub(r"[^A-Za-z0-9_.-]+", "-", run_id), node, agent_pid, own_agent, root.absolute())
 
 
-def next_chapter(env: MutableMapping[str, str] = os.environ) -> int:
-    """Count the calls of `fit` in this process, over all its trainers; a relaunched program repeats their order.
+def count_fit(env: MutableMapping[str, str] = os.environ) -> int:
+    """Count a call of `fit` in this process, over all its trainers; a relaunched script repeats their order.
 
     Returns:
-        How many there were before.
+        The fit index of the call: the number of earlier calls of `fit`.
     """
-    before = chapters_before(env)
+    before = fits_before(env)
     env[environment.FIT_INDEX] = str(before + 1)
     return before
 
 
-def chapters_before(env: Mapping[str, str] = os.environ) -> int:
-    """How many calls of `fit` this process has made."""
+def fits_before(env: Mapping[str, str] = os.environ) -> int:
+    """Number of calls of `fit` that this process has made."""
     return int(env.get(environment.FIT_INDEX, "0"))
 
 
 def count_call(env: MutableMapping[str, str] = os.environ) -> None:
-    """Count a call of a trainer for anything but `fit`."""
+    """Count a trainer call other than `fit`."""
     env[environment.CALLS] = str(calls_before(env) + 1)
 
 
 def calls_before(env: Mapping[str, str] = os.environ) -> int:
-    """How many calls of trainers for anything but `fit` this process has made."""
+    """Number of trainer calls other than `fit` that this process has made."""
     return int(env.get(environment.CALLS, "0"))

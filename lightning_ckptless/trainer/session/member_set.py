@@ -1,4 +1,4 @@
-"""The member set: the ranks of one generation, how they speak with each other and where each has its arena."""
+"""The member set: the ranks of one generation, with their transport and the arena of each."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from lightning_ckptless.trainer.session.arenas import is_first_of_node, local_ra
 from lightning_ckptless.trainer.session.failure_domains import find_domains
 
 Notes = tuple[dict[str, Any], ...]
-"""What has been noted in the arena of each rank's node."""
+"""Notes in the arena of each rank's node, by rank."""
 
 
 @dataclass(frozen=True)
 class MemberSet:
-    """The ranks of one generation, as one of them sees them.
+    """The ranks of one generation, as seen by one of them.
 
     Args:
-        transport: between all of them.
-        arena: of this rank's node.
-        nodes: names of all ranks' nodes.
-        placement: who keeps which shard.
-        generation: number of the generation: no other one that has written into these arenas has it.
-        notes: what the arenas had noted when the ranks met.
-        trusted: dotted names of classes that the user trusts in small states from elsewhere.
+        transport: connects all ranks.
+        arena: arena of this rank's node.
+        nodes: node name of each rank.
+        placement: which rank holds which replicas.
+        generation: number of the generation; no other generation has written to these arenas under this number.
+        notes: notes of the arenas when the ranks met.
+        trusted: dotted names of classes that the user trusts in host state from other nodes.
     """
 
     transport: Transport
@@ -60,15 +60,15 @@ class MemberSet:
 
     @property
     def speaks_for_node(self) -> bool:
-        """Whether this rank is the one of its node that writes notes."""
+        """Whether this rank writes the notes of its node."""
         return is_first_of_node(local_rank())
 
     def gather(self, facts: Mapping[str, Any] | list[Any]) -> list[Any]:
-        """What all ranks have to say, by rank."""
+        """Exchange values; returns those of all ranks, by rank."""
         return [json.loads(line) for line in self.transport.gather(json.dumps(facts).encode())]
 
     def noted(self, name: str) -> Any:
-        """A note that any arena has; None where none has."""
+        """A note from any of the arenas; None if no arena has it."""
         return next((notes[name] for notes in self.notes if notes.get(name)), None)
 
 
@@ -83,27 +83,27 @@ def form_member_set(
     after: int = 0,
     mesh: tuple[int, int] | None = None,
 ) -> MemberSet:
-    """Let the ranks get to know each other. All call it together.
+    """Form the member set of a generation. All ranks call it together.
 
-    A run that is started again counts on: two memberships never write under one number into an arena.
+    Generation numbers never repeat: a restarted run continues the count of the arenas and the run folder.
 
     Args:
-        transport: between all ranks.
-        arena: of this rank's node.
-        nodes: names of all ranks' nodes.
+        transport: connects all ranks.
+        arena: arena of this rank's node.
+        nodes: node name of each rank.
         options: the user's settings.
-        generation: number of the membership, as it was joined.
-        record: file in the run's folder that holds the number of the last generation, in case all arenas are lost.
-        after: number of the generation that has written what may be gone on from, outside of the arenas.
-        mesh: ranks in each dimension of the strategy's mesh; None without one.
+        generation: number of the generation that was joined.
+        record: file in the run folder with the number of the last generation, in case all arenas are lost.
+        after: generation that wrote the newest state stored outside the arenas.
+        mesh: ranks in each dimension of the device mesh; None without a mesh.
 
     Raises:
-        OptionsError: replicas cannot be placed, or nobody has said where a node is.
+        OptionsError: replicas cannot be placed, or the failure domain of a node is unknown.
     """
     domains = find_domains(options.failure_domain, nodes, transport, mesh)
     placement = place_in(domains, options.copies if transport.world_size > 1 else 0)
     mine = arena.notes()
-    # A note that was lost must not let a number be used again.
+    # If the note was lost, the replicas still tell which numbers have been used.
     mine.setdefault("generation", max((replica.generation for replica in arena.inventory()), default=0))
     mine["generation"] = max(int(mine["generation"]), last_generation(record))
     notes = tuple(json.loads(line) for line in transport.gather(json.dumps(mine).encode()))
@@ -116,7 +116,7 @@ def form_member_set(
 
 
 def last_generation(record: Path) -> int:
-    """The number of the last generation; 0 if it was not recorded or cannot be read."""
+    """Number of the last generation; 0 if it was not recorded or cannot be read."""
     try:
         return max(0, int(record.read_text()))
     except (FileNotFoundError, ValueError):

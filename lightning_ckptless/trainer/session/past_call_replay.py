@@ -1,9 +1,9 @@
-"""What a call of a trainer leaves behind, and how a later process is brought past it.
+"""Recording what a trainer call leaves behind, and replaying the call in a later process.
 
-The call is entered again, so that the program finds the objects that the hooks around it make: `setup`,
-`configure_model`, the dataloader hooks, `on_fit_start`, `on_fit_end` and `teardown` run. The loop does not run. In its
-place the trainer, the model, the callbacks, the datamodule and the generators become what they were when the loop had
-ended, and the call returns what it returned.
+A replayed call is entered again, so that the script finds the objects that the hooks around the loop create: `setup`,
+`configure_model`, the dataloader hooks, `on_fit_start`, `on_fit_end` and `teardown` run. The loop itself does not run.
+Instead the trainer, model, callbacks, datamodule and random number generators are set to their state at the end of the
+loop, and the call returns its recorded result.
 """
 
 from __future__ import annotations
@@ -54,49 +54,49 @@ from lightning_ckptless.trainer.state.surroundings import Surroundings
 from lightning_ckptless.trainer.state.tensors import StateIndex
 
 Base = tuple[str, int, int, bool]
-"""A version that holds the tensors that a record leaves out: arena, generation, optimizer step, whether its tail is
-done."""
+"""Identifies the version that contains the tensors a record leaves out: arena, generation, optimizer step, and whether
+it includes the validation phase."""
 _NO_LONGER_USED = ("buffers_are_due", "buckets")
-"""Of the wrapped model, which every call makes again."""
+"""Entries about the wrapped model, which every call creates again."""
 
 
 # ---------------------------------------------------------------------- recording
 
 
-def record_fit(trainer: Any, small: HostState, hooks: Records, arena: Arena | None) -> Record:
-    """What a call of `fit` leaves behind; its loop has ended, and its last version is committed.
+def record_fit(trainer: Any, host_state: HostState, hooks: Records, arena: Arena | None) -> Record:
+    """Record what a call of `fit` leaves behind, after its loop has ended and its last version is committed.
 
     Args:
-        trainer: in the stage of the call.
-        small: of the trainer.
-        hooks: the records of the dataloader hooks.
-        arena: holds the last version, whose tensors need not be recorded again; None where it may be gone by now.
+        trainer: trainer in the stage of the call.
+        host_state: captures the trainer's host state.
+        hooks: records of the dataloader hooks.
+        arena: arena with the last version, whose tensors are left out of the record; None if it may no longer exist.
     """
     loops, tensors = FitLoops(trainer), StateIndex(trainer).read()
     base, same = (None, set[str]()) if arena is None else _as_in_arena(arena, tensors, trainer.global_rank)
     loaders = [*_loaders(loops.combined_loader), *_loaders(loops.validation_loader)]
     return _record(
-        trainer, small, tensors, same, loaders, base=base, hooks=hooks,
+        trainer, host_state, tensors, same, loaders, base=base, hooks=hooks,
         attributes=None if loops.combined_loader is None else attributes_now(loops),
     ) | {"found": [finder.optimal_lr for finder in rate_finders(trainer)]}  # fmt: skip
 
 
-def record_evaluation(trainer: Any, small: HostState, before: Mapping[str, str]) -> Record:
-    """What a call of `validate`, `test` or `predict` leaves behind; its loop has ended.
+def record_evaluation(trainer: Any, host_state: HostState, before: Mapping[str, str]) -> Record:
+    """Record what a call of `validate`, `test` or `predict` leaves behind, after its loop has ended.
 
     Args:
-        trainer: in the stage of the call.
-        small: of the trainer, since the stage began.
-        before: digests of the model's tensors when it was called: those that are the same are not recorded.
+        trainer: trainer in the stage of the call.
+        host_state: captures the trainer's host state; created when the stage began.
+        before: digests of the model's tensors before the call; unchanged tensors are not recorded.
     """
-    # No evaluation steps an optimizer.
+    # An evaluation never steps an optimizer.
     tensors = {name: t for name, t in StateIndex(trainer).read().items() if not name.startswith("optimizer/")}
     same = {name for name, tensor in tensors.items() if before.get(name) == digest_of(tensor)}
-    return _record(trainer, small, tensors, same, _loaders(loader_of_stage(trainer))) | {"described": None}
+    return _record(trainer, host_state, tensors, same, _loaders(loader_of_stage(trainer))) | {"described": None}
 
 
 def digests_of(model: nn.Module | None) -> dict[str, str]:
-    """Digests of the tensors of a model that have values yet, by the names that `StateIndex` gives them."""
+    """Digests of a model's materialized tensors, by their names in `StateIndex`."""
     if model is None:
         return {}
     tensors: dict[str, Tensor] = {f"parameter/{name}": parameter for name, parameter in model.named_parameters()}
@@ -106,7 +106,7 @@ def digests_of(model: nn.Module | None) -> dict[str, str]:
 
 def _record(
     trainer: Any,
-    small: HostState,
+    host_state: HostState,
     tensors: Mapping[str, Tensor],
     same: Collection[str],
     loaders: list[Any],
@@ -117,14 +117,14 @@ def _record(
 ) -> Record:
     private = StateIndex(trainer).private
     different = {name: tensor.detach().clone() for name, tensor in tensors.items() if name not in same}
-    state = small.capture(data={}) | dict.fromkeys(_NO_LONGER_USED)
+    state = host_state.capture(data={}) | dict.fromkeys(_NO_LONGER_USED)
     return {
         "state": pack(state),
         "evaluations": evaluation_counters(trainer),
         "described": {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()},
         "base": base,
         "same": frozenset(same),
-        # Rank 0 records for all what is the same on all.
+        # Rank 0 records for all ranks what is identical on all of them.
         "shared": {n: t for n, t in different.items() if n not in private} if trainer.is_global_zero else {},
         "tensors": {n: t for n, t in different.items() if n in private},
         "generators": [[owned_generators(holder) for holder in _holders(loader)] for loader in loaders],
@@ -134,7 +134,7 @@ def _record(
 
 
 def _as_in_arena(arena: Arena, tensors: Mapping[str, Tensor], rank: int) -> tuple[Base | None, set[str]]:
-    """The newest version in an arena, and the names of the tensors that it holds as they are."""
+    """The newest version in an arena, and the names of the tensors that still equal its copies."""
     found, views = newest_committed([arena]), list[tuple[str, Tensor, Tensor]]()
     if not isinstance(found, Complete) or (layout := arena.read_layout(found.snapshot.layout)) is None:
         return None, set()
@@ -167,22 +167,22 @@ def _loaders(combined: Any) -> list[Any]:
 
 
 def _holders(loader: DataLoader[Any]) -> list[Any]:
-    """What may hold generators that a later call draws from."""
+    """Objects that may own generators which a later call draws from."""
     sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     return [loader, loader.dataset, *sampler_parts(sampler)]
 
 
-# ---------------------------------------------------------------------- passing by
+# ---------------------------------------------------------------------- replaying
 
 
-def pass_by(call: Callable[[], Any], trainer: Any, record: Record, loggers: RunLoggers, *, is_fit: bool) -> Any:
-    """Bring this process past a call that is recorded.
+def replay_call(call: Callable[[], Any], trainer: Any, record: Record, loggers: RunLoggers, *, is_fit: bool) -> Any:
+    """Replay a recorded call.
 
     Args:
-        call: enters it.
-        trainer: whose call it is.
-        record: what it has left behind.
-        loggers: of the trainer.
+        call: enters the call.
+        trainer: trainer of the call.
+        record: record of the call.
+        loggers: loggers of the trainer.
         is_fit: whether it is a call of `fit`.
 
     Returns:
@@ -216,7 +216,7 @@ def pass_by(call: Callable[[], Any], trainer: Any, record: Record, loggers: RunL
 
 @contextmanager
 def _without_search(trainer: Any, finder: Any, record: Record) -> Iterator[None]:
-    """Context in which a search has the result that it had; a call that ended with it ends so again."""
+    """Context in which a rate search yields its recorded result; a call that ended with the search ends again."""
 
     def search(*_: Any) -> None:
         found = record["found"][rate_finders(trainer).index(finder)]
@@ -234,33 +234,35 @@ def _without_search(trainer: Any, finder: Any, record: Record) -> Iterator[None]
 
 
 def _in_place_of_fit(trainer: Any, record: Record) -> Any:
-    loops, small = FitLoops(trainer), _small_state(trainer)
+    loops, host_state = FitLoops(trainer), _host_state(trainer)
     hooks = DataHooks(trainer, loops)
-    hooks.begin(lambda: small, lambda _: None, is_new=True)
+    hooks.begin(lambda: host_state, lambda _: None, is_new=True)
     if record["attributes"] is not None:
         loops.fit.setup_data()
         hooks.make_as(record["hooks"], trainer.strategy.alone)
         apply_attributes(loops, record["attributes"])
-    return _leave_as(trainer, small, record, [*_loaders(loops.combined_loader), *_loaders(loops.validation_loader)])
+    return _leave_as(
+        trainer, host_state, record, [*_loaders(loops.combined_loader), *_loaders(loops.validation_loader)]
+    )
 
 
 def _in_place_of_evaluation(trainer: Any, record: Record) -> Any:
-    small = _small_state(trainer)
+    host_state = _host_state(trainer)
     set_up_data_of_stage(trainer)
-    return _leave_as(trainer, small, record, _loaders(loader_of_stage(trainer)))
+    return _leave_as(trainer, host_state, record, _loaders(loader_of_stage(trainer)))
 
 
-def _small_state(trainer: Any) -> HostState:
+def _host_state(trainer: Any) -> HostState:
     surroundings = Surroundings(trainer)
     surroundings.watch_objects()
     return HostState(trainer, trainer.strategy.options, surroundings)
 
 
-def _leave_as(trainer: Any, small: HostState, record: Record, loaders: list[Any]) -> Any:
+def _leave_as(trainer: Any, host_state: HostState, record: Record, loaders: list[Any]) -> Any:
     state = unpack(record["state"])
     restore_structure(trainer, state)
     _fill(trainer, record)
-    small.apply(state)
+    host_state.apply(state)
     set_evaluation_counters(trainer, record["evaluations"])
     for loader, saved in zip(loaders, record["generators"], strict=False):
         for holder, generators in zip(_holders(loader), saved, strict=False):

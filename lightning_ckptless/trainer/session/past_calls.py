@@ -1,9 +1,9 @@
-"""Records of the calls of trainers that a program has made: a process that comes later is brought past them by these.
+"""Records of trainer calls, which a process that starts later replays instead of computing them again.
 
-A new process runs the program from its head. What it finds there of `fit`, `validate`, `test` and `predict` has been
-computed already; the record of each call holds what it has left behind. Records lie in a folder of the agent, which
-outlives the workers, one file per call and rank. A call counts as recorded when all ranks of the machine have recorded
-it. A worker that could not record a call has left the reason instead.
+A new process runs the script from its beginning. The calls of `fit`, `validate`, `test` and `predict` that it meets on
+the way have already been computed; the record of each contains what it left behind. Records are stored in a folder of
+the agent, which outlives the workers, as one file per call and rank. A call counts as recorded once all ranks of the
+node have recorded it. A worker that cannot record a call stores the reason instead.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import Any
 from lightning_ckptless import environment
 from lightning_ckptless.formats.packing import SmallTensorPickler
 from lightning_ckptless.membership.channel.program_failure import failure_of, leave_failure
-from lightning_ckptless.trainer.session.identity import calls_before, chapters_before
+from lightning_ckptless.trainer.session.identity import calls_before, fits_before
 
 Record = dict[str, Any]
 
-_PASSING = "passing-"
-"""With a process id, the mark of a process that is between calls which it is brought past."""
+_REPLAYING = "replaying-"
+"""Prefix of the file, named after a process id, that marks a process as replaying calls."""
 
 
 class PastCalls:
-    """Those of one rank.
+    """Records of one rank's calls.
 
     Args:
-        folder: of the agent; None where no agent of ours is there.
-        rank: this rank, on a run of one machine.
+        folder: folder of the agent; None under a foreign agent.
+        rank: this rank, in a run on a single node.
         world_size: number of ranks.
     """
 
@@ -41,10 +41,10 @@ class PastCalls:
 
     @classmethod
     def of(cls, strategy: Any) -> PastCalls:
-        """Those of this process.
+        """Records of this process.
 
         Args:
-            strategy: that has its rank.
+            strategy: strategy with this process's rank.
         """
         folder = os.environ.get(environment.AGENT_DIR)
         return cls(
@@ -55,8 +55,8 @@ class PastCalls:
 
     @property
     def number(self) -> int:
-        """How many calls this process has made, or was brought past."""
-        return calls_before() + chapters_before()
+        """Number of calls that this process has made or replayed."""
+        return calls_before() + fits_before()
 
     @property
     def are_kept(self) -> bool:
@@ -66,10 +66,10 @@ class PastCalls:
     # ------------------------------------------------------------------ reading
 
     def find(self, number: int) -> Record | None:
-        """The record of a call; None where not all ranks have recorded it, or an earlier attempt to use it has failed.
+        """The record of a call; None if not all ranks have recorded it, or if replaying has failed before.
 
         Args:
-            number: of the call, from 0.
+            number: number of the call, from 0.
         """
         if self._folder is None or not self._are_usable:
             return None
@@ -83,41 +83,41 @@ class PastCalls:
 
     @property
     def _are_usable(self) -> bool:
-        """Whether no program has failed while it was brought past its calls: it would fail there again."""
+        """Whether no script has failed while replaying its calls: it would fail there again."""
         assert self._folder is not None
-        marks = (int(path.name.removeprefix(_PASSING)) for path in self._folder.glob(f"{_PASSING}*"))
+        marks = (int(path.name.removeprefix(_REPLAYING)) for path in self._folder.glob(f"{_REPLAYING}*"))
         failures = (failure_of(self._folder.parent, pid) for pid in marks)
         return not any(failure is not None and not failure.is_of_lost_peer for failure in failures)
 
     def is_over(self, number: int) -> bool:
-        """Whether some rank has ended a call, recorded or not: no process can join it.
+        """Whether any rank has completed a call, recorded or not: no process can join it any more.
 
         Args:
-            number: of the call.
+            number: number of the call.
         """
         return self._folder is not None and any(self._folder.glob(f"*-{number}-of-rank-*"))
 
     def obstacle(self, number: int) -> str | None:
-        """Why a new process could not be brought past the calls before one; None where it could.
+        """Why a new process could not replay the calls before a given one; None if it could.
 
         Args:
-            number: of the call that is under way.
+            number: number of the current call.
         """
         if not number:
             return None
         if self._folder is None:
             return (
-                f"the program is in call {number + 1} of its trainers, and what the earlier ones have left is kept for "
-                "a new process only on one machine, for models that are not sharded, under an agent of this package"
+                f"the script is in call {number + 1} of its trainers, and earlier calls are recorded for new processes "
+                "only on a single node, for models that are not sharded, under a ckptless agent"
             )
         if not self._are_usable:
-            return "a new process has failed between two calls of the program's trainers"
+            return "a new process failed between two calls of the script's trainers"
         for earlier in range(number):
             reason = self._reason_path(earlier)
             if reason.exists():
                 return reason.read_text()
             if not self._path(earlier, self._rank).exists():
-                return f"call {earlier + 1} of the program's trainers is not recorded"
+                return f"call {earlier + 1} of the script's trainers is not recorded"
         return None
 
     # ------------------------------------------------------------------ writing
@@ -126,61 +126,61 @@ class PastCalls:
         """Record a call.
 
         Args:
-            number: of the call.
-            record: what it has left behind.
+            number: number of the call.
+            record: what the call left behind.
         """
         try:
             self._replace(self._path(number, self._rank), lambda file: SmallTensorPickler(file, 5).dump(record))
         except (pickle.PicklingError, TypeError, AttributeError, OSError) as error:
-            self.refuse(number, f"what call {number + 1} of its trainers has left could not be recorded: {error}")
+            self.refuse(number, f"call {number + 1} of the script's trainers could not be recorded: {error}")
         else:
             self._reason_path(number).unlink(missing_ok=True)
 
     def forget(self, number: int) -> None:
-        """Drop this rank's record of a call that is made again."""
+        """Remove this rank's record of a call that is made again."""
         if self._folder is not None:
             self._path(number, self._rank).unlink(missing_ok=True)
 
     def refuse(self, number: int, reason: str) -> None:
-        """Note that a call is not recorded.
+        """Store why a call is not recorded.
 
         Args:
-            number: of the call.
-            reason: why not, in a sentence.
+            number: number of the call.
+            reason: the reason, as a sentence.
         """
         if self._folder is not None:
             self._replace(self._reason_path(number), lambda file: file.write(reason.encode()))
 
     def note(self, number: int, facts: str) -> None:
-        """Keep what a process that makes a call again has to know.
+        """Store what a process that makes a call again needs to know.
 
         Args:
-            number: of the call.
-            facts: about it, as text.
+            number: number of the call.
+            facts: facts about the call, as text.
         """
         if self._folder is not None:
             self._replace(self._folder / f"begun-{number}", lambda file: file.write(facts.encode()))
 
     def noted(self, number: int) -> str | None:
-        """What `note` has kept; None where no process has begun the call."""
+        """What `note` has stored; None if no process has begun the call."""
         path = None if self._folder is None else self._folder / f"begun-{number}"
         return path.read_text() if path is not None and path.exists() else None
 
     def is_refused(self, number: int) -> bool:
-        """Whether a call was made, and could not be recorded."""
+        """Whether a call was made but could not be recorded."""
         return self._folder is not None and self._reason_path(number).exists()
 
-    def begin_passing(self) -> None:
-        """This process is about to be brought past a call."""
+    def begin_replay(self) -> None:
+        """Mark this process as replaying calls."""
         assert self._folder is not None
         self._mark.touch()
 
-    def fail_to_pass(self, error: BaseException) -> None:
-        """This process could not be brought past a call, and ends."""
+    def fail_replay(self, error: BaseException) -> None:
+        """Report that this process failed to replay a call."""
         leave_failure(error)
 
-    def end_passing(self) -> None:
-        """This process has come to a call that it takes part in."""
+    def end_replay(self) -> None:
+        """Remove the mark: this process has reached a call that it takes part in."""
         if self._folder is not None:
             self._mark.unlink(missing_ok=True)
 
@@ -205,10 +205,10 @@ class PastCalls:
     @property
     def _mark(self) -> Path:
         assert self._folder is not None
-        return self._folder / f"{_PASSING}{os.getpid()}"
+        return self._folder / f"{_REPLAYING}{os.getpid()}"
 
 
 def _read(path: Path) -> Record:
-    # Written by a worker of the same agent, into a folder that is this user's alone.
+    # Safe to unpickle: written by a worker of the same agent, into a folder that only this user can write to.
     record: Record = pickle.loads(path.read_bytes())
     return record

@@ -1,7 +1,7 @@
-"""Searches for a learning rate by `LearningRateFinder`, which trains inside `fit` and throws away what it trained.
+"""Learning rate searches by `LearningRateFinder`, which trains inside `fit` and discards the result.
 
-A search is plain data-parallel training of its own: no version is taken in it, and a fault before the first version
-starts it again. What it has found is part of every version, so a process that takes up a version does not search.
+A search is plain data-parallel training: no versions are captured in it, and a fault before the first version repeats
+it. Its result is part of every version, so a process that restores a version does not search.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class RateSearches:
-    """Those of the callbacks of one fit.
+    """The learning rate searches of one fit.
 
     Args:
-        trainer: whose model is set up.
-        loops: of the trainer.
-        data_hooks: which a search calls as well.
-        takes_up_a_version: whether this process is about to continue where others are.
-        note: file that names the checkpoint file of a search under way.
+        trainer: trainer whose model is set up.
+        loops: loops of the trainer.
+        data_hooks: dataloader hooks, which a search calls as well.
+        will_restore: returns whether this process is about to restore a version.
+        note: file that stores the path of the checkpoint file of a search in progress.
     """
 
     def __init__(
@@ -37,13 +37,13 @@ class RateSearches:
         trainer: Any,
         loops: FitLoops,
         data_hooks: DataHooks,
-        takes_up_a_version: Callable[[], bool],
+        will_restore: Callable[[], bool],
         note: Path,
     ) -> None:
         self._trainer = trainer
         self._loops = loops
         self._data_hooks = data_hooks
-        self._takes_up_a_version = takes_up_a_version
+        self._will_restore = will_restore
         self._note = note
         self._callbacks = rate_finders(trainer)
         for callback in self._callbacks:
@@ -51,12 +51,12 @@ class RateSearches:
             override.function = partial(self._search, override.original)
 
     def give_back(self) -> None:
-        """Give the callbacks their own method back."""
+        """Restore the callbacks' original methods."""
         for callback in self._callbacks:
             remove_overrides(callback, "lr_find")
 
     def _search(self, search: Callable[[Any, Any], None], trainer: Any, module: Any) -> None:
-        if self._takes_up_a_version():
+        if self._will_restore():
             return
         self._data_hooks.record_from_now_on()
         with (
@@ -69,7 +69,7 @@ class RateSearches:
 
     @contextmanager
     def _no_file_left(self) -> Iterator[None]:
-        """Remove the file in which a search that was killed has kept the model, and name that of the next one."""
+        """Remove the checkpoint file that a killed search left behind, and record the path of the next one."""
         trainer, strategy = self._trainer, self._trainer.strategy
         if not trainer.is_global_zero:
             yield
@@ -92,7 +92,7 @@ class RateSearches:
 
 @contextmanager
 def _put_back_on_error(trainer: Any) -> Iterator[None]:
-    """Undo what an interrupted search leaves: the trainer continues from a version after the fault of another rank."""
+    """Undo what an interrupted search changed: after another rank's fault, the trainer resumes from a version."""
     strategy, epoch = trainer.strategy, trainer.fit_loop.epoch_loop
     before = trainer.callbacks, trainer.loggers, strategy.optimizers, strategy.lr_scheduler_configs
     limits = epoch.max_steps, trainer.limit_val_batches

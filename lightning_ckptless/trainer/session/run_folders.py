@@ -1,8 +1,8 @@
-"""The folders that a program has chosen for its run: a process that comes later gets those of the first one.
+"""The folders that a script has chosen for its run: a replacement uses those of the process it replaces.
 
-A program that names its folders by the time of its start names other ones in every process. What the first process of
-a rank had chosen is noted in the arena, and given to a process that takes its place before its trainer sets anything
-up. Folders that callbacks derive from a logger follow from the logger's.
+A script that names its folders after the time of its start chooses different ones in every process. The choice of each
+rank's first process is recorded in the arena and applied to a replacement before its trainer sets anything up. Folders
+that callbacks derive from a logger follow the logger's.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from lightning_ckptless.trainer.reporting.checkpoint_files import absolute
 Facts = dict[str, Any]
 
 _chosen_before: dict[str, str] = {}
-"""Folders that this process had chosen, and those of the run in their place: for fits that have noted none yet."""
+"""Folders that this process had chosen -> folders of the run; for fits that have not recorded any yet."""
 
 
 class RunFolders:
-    """Those of one trainer, on one rank.
+    """The folders of one trainer, on one rank.
 
     Args:
-        trainer: in `fit`.
+        trainer: trainer in `fit`.
     """
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
 
     def facts(self) -> Facts:
-        """Where this process is and writes, as the note has it."""
+        """The working directory and output folders of this process, as stored in the arena."""
         return {
             "cwd": os.getcwd(),
             "root": absolute(str(self._trainer.default_root_dir)),
@@ -44,8 +44,8 @@ class RunFolders:
         """Use the folders of the run; called before the trainer sets anything up.
 
         Args:
-            noted: facts of all ranks; None where this fit has noted none.
-            rank: whose place this process takes.
+            noted: facts of all ranks; None if this fit has not recorded any.
+            rank: rank that this process has.
         """
         if noted is not None and rank < len(noted):
             facts = noted[rank]
@@ -63,14 +63,14 @@ class RunFolders:
                 owner.dirpath = Path(path) if isinstance(owner.dirpath, Path) else path
 
     def _owners(self) -> list[Any]:
-        """Callbacks and the profiler; those that inject faults or write traces are no part of the run."""
+        """Callbacks and the profiler, without this package's fault injectors and trace writers."""
         ours = "lightning_ckptless"
         callbacks = [c for c in self._trainer.callbacks if not type(c).__module__.startswith(ours)]
         return [*callbacks, self._trainer.profiler]
 
 
 def hydra_folder() -> str:
-    """The folder of the run or of the sweep that Hydra has made for this process; empty without Hydra."""
+    """The run or sweep folder that Hydra has created for this process; empty without Hydra."""
     loaded = sys.modules.get("hydra.core.hydra_config")
     if loaded is None or not loaded.HydraConfig.initialized():
         return ""
@@ -81,7 +81,7 @@ def hydra_folder() -> str:
 
 
 def _dirpath(owner: Any) -> str | None:
-    # Of the instance alone: what a class computes for any name that it is asked for is no folder.
+    # Instance attributes only: a class may compute a value for any name that it is asked for.
     path = getattr(owner, "__dict__", {}).get("dirpath")
     return absolute(str(path)) if isinstance(path, str | os.PathLike) else None
 
@@ -98,7 +98,7 @@ def _differing(own: Facts, noted: Facts) -> dict[str, str]:
 
 
 def _in_place_of(path: str) -> str:
-    """The folder of the run in the place of one that this process has chosen, or of a folder above it."""
+    """The run's folder in place of one chosen by this process, or below such a folder."""
     above = [path, *map(str, Path(path).parents)]
     for folder in above:
         if folder in _chosen_before:

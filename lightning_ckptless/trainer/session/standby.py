@@ -1,4 +1,4 @@
-"""A standby: a process that has come to `fit` and waits there for a rank."""
+"""A standby: a process that has run the script up to `fit` and waits there for a rank."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lightning_ckptless.trainer.state.rng import apply_rng, capture_rng
 
 
 def wait_for_rank(line: Line, strategy: Any) -> None:
-    """Wait until the agent gives this process a rank, and become it. Ends the process where the agent is gone.
+    """Wait until the agent assigns a rank to this process, and adopt it. Exits if the agent has exited.
 
     Args:
-        line: to the agent.
-        strategy: of the trainer; it was made for a rank that stands in for the one to come.
+        line: channel to the agent.
+        strategy: strategy of the trainer, set up for a placeholder rank.
     """
     warm_up(strategy.root_device)
     line.tell("ready")
@@ -26,7 +26,7 @@ def wait_for_rank(line: Line, strategy: Any) -> None:
     if received is None:
         sys.exit(0)
     message, files = received
-    assert message["kind"] == "assign", f"a standby was told {message['kind']}"
+    assert message["kind"] == "assign", f"a standby received {message['kind']!r}, expected 'assign'"
     os.environ[environment.HIDDEN_STREAMS] = ",".join(map(str, files))
     del os.environ[environment.STANDBY]
     os.environ.update(message["env"])
@@ -34,13 +34,13 @@ def wait_for_rank(line: Line, strategy: Any) -> None:
 
 
 def warm_up(device: torch.device) -> None:
-    """Run a small network once, forward, backward and in an optimizer, with generators put back afterwards.
+    """Run a small network once: forward, backward and an optimizer step. Restores the random number generators.
 
-    The first time of each costs a new process some tenths of a second, and on a device some seconds, for a context,
-    kernels that are loaded and threads that are started: here it costs nobody anything.
+    The first run of each takes a new process some tenths of a second, on an accelerator some seconds: to create a
+    context, load kernels and start threads. Done here, it delays no recovery.
 
     Args:
-        device: that the process will train on.
+        device: device that the process will train on.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)

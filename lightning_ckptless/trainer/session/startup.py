@@ -1,4 +1,4 @@
-"""The start of a generation: what is there to go on from is gathered, and the protocol says what is done with it."""
+"""The start of a generation: gathers the states it could resume from, and lets the protocol choose one."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lightning_ckptless.trainer.session.member_set import MemberSet
 
 @dataclass(frozen=True)
 class Sources:
-    """Where a generation may go on from, beside the arenas.
+    """States that a generation could resume from, besides the arenas.
 
     Args:
         rung: reads durable states.
-        states: those that all ranks see, the newest first.
-        ckpt_path: checkpoint file that the user asked for at this start.
-        logs_are_named: whether the loggers have the folders of the run already.
+        states: durable states that all ranks can read, newest first.
+        ckpt_path: checkpoint file that the script passed to `fit`.
+        logs_are_named: whether the loggers' run folders are known from an earlier start.
     """
 
     rung: DurableRung
@@ -35,22 +35,22 @@ class Sources:
 def decide_start(
     trainer: Any, members: MemberSet, options: CkptlessOptions, sources: Sources, *, relaunched: bool
 ) -> tuple[StartPlan, Complete | Missing]:
-    """Decide what a generation starts from, and have it in the arenas. All ranks call it together.
+    """Decide what a generation starts from, and bring it into the arenas. All ranks call it together.
 
     Args:
-        trainer: that starts.
-        members: all ranks.
+        trainer: the trainer.
+        members: the member set.
         options: the user's settings.
-        sources: what there is beside the arenas.
+        sources: states besides the arenas.
         relaunched: whether this generation follows another one of the same start.
 
     Returns:
-        The plan, and what the arenas hold now.
+        The plan, and what the arenas now contain.
     """
     found = choose(members.arena, members.transport, members.nodes)
     is_lost = sources.logs_are_named and not isinstance(found, Complete)
     file, asked = newest_checkpoint(trainer) if is_lost else None, sources.ckpt_path
-    # Where there is but one thing to go on from, nobody asks how old it is.
+    # Files are read for their step only if there is more than one state to choose from.
     file_step, asked_step = members.gather([step_of(p) if p and sources.states else None for p in (file, asked)])[0]
     start = Start(
         generation=members.generation,

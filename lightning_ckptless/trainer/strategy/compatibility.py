@@ -1,4 +1,4 @@
-"""What cannot be made exact is refused or named before training starts, not discovered after a fault."""
+"""Refuses or warns of what cannot be restored exactly, before training starts rather than after a fault."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 
 
 def check_trainer(trainer: Any, stateless_callbacks: Iterable[str] = ()) -> None:
-    """Look at callbacks and optimizers of a trainer that is set up for `fit`.
+    """Check the callbacks and optimizers of a trainer that is set up for `fit`.
 
     Args:
         trainer: the trainer.
         stateless_callbacks: class names that the user gave for that option.
 
     Raises:
-        OptionsError: something in it keeps state that no version would hold.
+        OptionsError: the trainer has state that no version would contain.
     """
     for finding in _refusals(trainer):
         raise OptionsError(finding)
@@ -35,54 +35,54 @@ def check_trainer(trainer: Any, stateless_callbacks: Iterable[str] = ()) -> None
     for index, optimizer in enumerate(trainer.optimizers):
         if trainer.is_global_zero and (names := opaque_attributes(optimizer)):
             log.warning(
-                "ckptless: optimizer %d (%s) keeps objects in %s: what is in them is not restored after a fault; keep "
-                "what changes in `self.state`, or as numbers in attributes of its own",
+                "ckptless: optimizer %d (%s) keeps objects in %s, whose contents are not restored after a fault; keep "
+                "values that change in `self.state`, or as numbers in attributes of their own",
                 index, type(optimizer).__name__, ", ".join(names),
             )  # fmt: skip
 
 
 def _require_known(names: Iterable[str], callbacks: Iterable[object]) -> None:
-    """Refuse names of callbacks that the trainer does not have, which are slips of the pen."""
+    """Refuse class names that match none of the trainer's callbacks: they are typing errors."""
     known = frozenset[str]().union(*(names_of_class(type(callback)) for callback in callbacks))
     for name in names:
         if name not in known:
             raise OptionsError(
-                f"stateless_callbacks names {name!r}; the trainer's callbacks are "
+                f"stateless_callbacks contains {name!r}, but the trainer's callbacks are "
                 f"{', '.join(sorted(name for name in known if '.' not in name)) or 'none'}"
             )
 
 
 def names_of_class(cls: type) -> frozenset[str]:
-    """By which an option may name a class."""
+    """Names by which an option may refer to a class."""
     return frozenset((cls.__name__, f"{cls.__module__}.{cls.__qualname__}"))
 
 
 def _refusals(trainer: Any) -> Iterator[str]:
     for index, optimizer in enumerate(trainer.optimizers):
-        # By name: importing the class compiles scripts for half a second.
+        # Compared by name: importing the class compiles TorchScript for half a second.
         if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__):
             yield (
-                f"optimizer {index} is a ZeroRedundancyOptimizer: its state is sharded by itself, outside of what "
-                "data parallelism replicates; use the optimizer that it wraps"
+                f"optimizer {index} is a ZeroRedundancyOptimizer, which shards its own state, so that it is not "
+                "replicated across ranks; use the optimizer that it wraps"
             )
         if names := hidden_tensors(optimizer):
             yield (
-                f"optimizer {index} ({type(optimizer).__name__}) keeps tensors in {', '.join(names)}, outside of its "
-                "`state`, where no version would hold them; keep them in `self.state[parameter]`"
+                f"optimizer {index} ({type(optimizer).__name__}) keeps tensors in {', '.join(names)}, outside its "
+                "`state`, so that no version would contain them; keep them in `self.state[parameter]`"
             )
         if names := inner_optimizers(optimizer):
             yield (
                 f"optimizer {index} ({type(optimizer).__name__}) wraps another one in {', '.join(names)}, whose state "
-                "no version would hold; let both have the same `state`, as in `self.state = inner.state`"
+                "no version would contain; let both share one `state`, as in `self.state = inner.state`"
             )
     if model_averaging_period(trainer.strategy) is not None:
-        yield "model_averaging_period: parameters that differ between ranks are not mirrored; leave it out"
+        yield "model_averaging_period: parameters that differ between ranks are not mirrored; remove this option"
 
 
 def hidden_tensors(optimizer: Any) -> list[str]:
-    """Attributes of an optimizer that hold tensors other than its parameters, beside its groups and its state.
+    """Attributes of an optimizer that contain tensors besides its parameters, groups and state.
 
-    One number alone is left out: fused optimizers keep a flag for overflows that way.
+    Single-element tensors do not count: fused optimizers keep an overflow flag that way.
     """
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return [
@@ -94,7 +94,7 @@ def hidden_tensors(optimizer: Any) -> list[str]:
 
 
 def inner_optimizers(optimizer: Any) -> list[str]:
-    """Attributes of an optimizer that hold another one with a state of its own."""
+    """Attributes of an optimizer that contain another optimizer with its own state."""
     return [
         name
         for name, value in vars(optimizer).items()
@@ -103,7 +103,7 @@ def inner_optimizers(optimizer: Any) -> list[str]:
 
 
 def opaque_attributes(optimizer: Any) -> list[str]:
-    """Attributes of an optimizer that is not torch's in which nobody can see what changes."""
+    """Attributes of a third-party optimizer whose changes cannot be detected."""
     if type(optimizer).__module__.startswith("torch."):
         return []
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -124,10 +124,10 @@ def _tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def warn_of_loaders(loaders: Iterable[object]) -> None:
-    """Say once, at the start, what training dataloaders cost or lose on a recovery.
+    """Warn once, at the start, of what a recovery costs or loses with the training dataloaders.
 
     Args:
-        loaders: as the trainer uses them, in order.
+        loaders: dataloaders in the trainer's order.
     """
     for position, loader in enumerate(loaders):
         for finding in _loader_findings(loader):
@@ -136,20 +136,20 @@ def warn_of_loaders(loaders: Iterable[object]) -> None:
 
 def _loader_findings(loader: object) -> Iterator[str]:
     if not isinstance(loader, DataLoader):
-        yield "is no DataLoader: after a fault its batches are read again from its beginning, which must give the same"
+        yield "is no DataLoader: after a fault it is read again from its beginning, and must yield the same batches"
         return
     states_itself = callable(getattr(loader, "state_dict", None))
     streams = isinstance(loader.dataset, IterableDataset) and not states_itself
     if streams:
         yield "an iterable dataset is read again from the start of the epoch after a fault"
     elif iterates_in_its_own_way(loader) and not states_itself:
-        yield "iterates in a way of its own: after a fault it is read again from its start, which must give the same"
+        yield "has its own iteration: after a fault it is read again from its start, and must yield the same batches"
     if streams and loader.persistent_workers:
         yield (
-            "random numbers drawn in its persistent workers begin anew after a fault: leave persistent_workers out, or "
+            "random numbers drawn in its persistent workers start over after a fault: remove persistent_workers, or "
             "draw them in the training process"
         )
     if states_itself and loader.num_workers > 0:
         yield "random numbers drawn in its workers are not restored after a fault; draw them in the training process"
     if loader.num_workers > 0 and not loader.in_order:
-        yield "in_order=False lets batches arrive in any order: after a fault it may be another one"
+        yield "in_order=False lets batches arrive in any order, which may differ after a fault"

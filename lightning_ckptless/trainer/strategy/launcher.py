@@ -1,4 +1,4 @@
-"""Where `fit` is entered: turned into workers when it stands in a plain process, guarded when it stands in a worker."""
+"""The entry of `fit`: in a plain process it starts the workers, in a worker it runs the call and handles its errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lightning_ckptless.trainer.recovery.exits import leave_process
 from lightning_ckptless.trainer.session.call import Call
 from lightning_ckptless.trainer.session.engine import Engine
 from lightning_ckptless.trainer.session.health_check import check_health
-from lightning_ckptless.trainer.session.identity import chapters_before, is_worker, may_be_restarted, next_chapter
+from lightning_ckptless.trainer.session.identity import count_fit, fits_before, is_worker, may_be_restarted
 from lightning_ckptless.trainer.session.run_folders import hydra_folder
 from lightning_ckptless.trainer.session.standby import wait_for_rank
 from lightning_ckptless.trainer.strategy.notebook import NotebookCall
@@ -40,7 +40,7 @@ AGENT_MODULE = "lightning_ckptless.runner"
 
 
 class FitGuard:
-    """What the launcher does, apart from the class that Lightning wants it in.
+    """The launcher's logic, independent of the launcher class that Lightning requires.
 
     Args:
         strategy: the strategy that is launched.
@@ -51,21 +51,21 @@ class FitGuard:
         self._is_observed = False
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        """Run a trainer function here, have forks of a notebook run it, or hand the process over to an agent."""
+        """Run a trainer function here, in forks of a notebook, or in workers of an agent that replaces this process."""
         self.strategy.check_options()
         if not is_worker():
             if self._is_to_fork():
                 call = NotebookCall(self.strategy, self.launch, function, args, kwargs, trainer)
                 return call.run(_run_root(trainer))
-            self._hand_over(trainer)
+            self._become_agent(trainer)
         if (line := open_line()) is not None:
             line.tell("arrived", hydra=hydra_folder())
         self.strategy.check_world()
         if is_standby():
-            assert line is not None, "a standby has a line to its agent"
+            assert line is not None, "a standby has a channel to its agent"
             wait_for_rank(line, self.strategy)
         if trainer is None:
-            self._require_no_fault(function)
+            self._refuse_replacement(function)
             return function(*args, **kwargs)
         self.strategy.is_in_call = True
         try:
@@ -75,41 +75,42 @@ class FitGuard:
 
     def _call(self, call: Call, line: Line | None) -> Any:
         if call.is_recorded:
-            return call.pass_by()
+            return call.replay()
         call.begin()
-        if line is not None and chapters_before():
+        if line is not None and fits_before():
             line.tell("past_fit")
         if call.is_fit:
             return self._fit(call, line)
-        self._require_no_fault(call.function)
+        self._refuse_replacement(call.function)
         withdraw_verdict(self.strategy.global_rank)
         return call.evaluate()
 
     def _is_to_fork(self) -> bool:
-        """Whether workers are forks of this process, and not processes that run the same program again."""
+        """Whether workers are forks of this process rather than processes that run the script again."""
         method = self.strategy.start_method
         if method not in ("popen", "fork"):
             raise OptionsError(
-                f"start_method={method!r}: choose 'popen', with which workers run the same program again, or 'fork', "
-                "with which they are forks of this process, as in a notebook"
+                f"start_method={method!r}: choose 'popen', where workers run the script again, or 'fork', where they "
+                "are forks of this process, as in a notebook"
             )
         return method == "fork" or is_interactive()
 
-    def _hand_over(self, trainer: Any) -> None:
+    def _become_agent(self, trainer: Any) -> None:
         strategy = self.strategy
         env = strategy.cluster_environment
         if env.creates_processes_externally:
             raise OptionsError(
-                f"{type(env).__name__} starts one process per rank, and nothing there could relaunch them. Start one "
+                f"{type(env).__name__} starts one process per rank, where no process could relaunch them. Start one "
                 f"agent per node instead: ckptless run --nproc-per-node {strategy.num_processes} SCRIPT "
                 "(see the guide on clusters)"
             )
         endpoint = os.environ.get(environment.RDZV_ENDPOINT)
         if strategy.num_nodes > 1 and not endpoint:
             raise OptionsError(
-                f"num_nodes={strategy.num_nodes}: the nodes must know where to meet. Set {environment.RDZV_ENDPOINT}="
-                f"HOST:PORT on each, or start with: ckptless run --nnodes {strategy.num_nodes} "
-                f"--rdzv-endpoint HOST:PORT --nproc-per-node {strategy.num_processes} SCRIPT"
+                f"num_nodes={strategy.num_nodes}: the nodes need a rendezvous endpoint. Set "
+                f"{environment.RDZV_ENDPOINT}=HOST:PORT on each, or start with: "
+                f"ckptless run --nnodes {strategy.num_nodes} --rdzv-endpoint HOST:PORT "
+                f"--nproc-per-node {strategy.num_processes} SCRIPT"
             )
         os.environ[environment.LIGHTNING] = distribution_of(strategy)
         if folder := hydra_folder():
@@ -125,11 +126,11 @@ class FitGuard:
 
     # ------------------------------------------------------------------ in a worker
 
-    def _require_no_fault(self, function: Callable[..., Any]) -> None:
-        """Refuse to take the place of a lost rank in a call that no process can come to alone."""
+    def _refuse_replacement(self, function: Callable[..., Any]) -> None:
+        """Refuse to replace a lost rank in a call that a new process cannot reach alone."""
         if environment.REGROUPING in os.environ:
             if (line := open_line()) is not None:
-                reason = f"the program calls {function.__name__.strip('_')} where the other ranks train"
+                reason = f"the script calls {function.__name__.strip('_')} where the other ranks train"
                 line.tell("unable", reason=reason, lasting=True)
             leave_process()
 
@@ -139,7 +140,7 @@ class FitGuard:
         try:
             return self._fit_as_rank(call, line)
         finally:
-            # What the program raises from here on is its own, and ends the run.
+            # Exceptions that the script raises from here on end the run.
             if line is not None:
                 line.tell("past_fit")
 
@@ -151,7 +152,7 @@ class FitGuard:
         if line is not None and strategy.options.in_place:
             keep_through_device_errors()
         strategy.setup_environment()
-        engine = Engine(strategy, trainer, next_chapter(), line)
+        engine = Engine(strategy, trainer, count_fit(), line)
         strategy.engine = engine
         if line is not None and engine.world_size > 1:
             strategy.watcher = Watcher(line, strategy.world.cut, int(os.environ.get(environment.REGROUPING, "0")))
@@ -161,7 +162,7 @@ class FitGuard:
         try:
             return self._guarded(engine, call)
         except BaseException as error:
-            self._judge(engine, error)
+            self._handle_error(engine, error)
             engine.discard_empty_arena()
             raise
         finally:
@@ -171,7 +172,7 @@ class FitGuard:
                 strategy.watcher = None
 
     def _require_health(self) -> None:
-        """Join nobody on a node that is not fit."""
+        """Refuse to join the other ranks on an unfit node."""
         strategy = self.strategy
         strategy.set_world_ranks()
         withdraw_verdict(strategy.global_rank)
@@ -185,7 +186,7 @@ class FitGuard:
         trainer, args = engine.trainer, list(call.args)
         if self.strategy.joins_alone:
             engine.begin_alone()
-            plan = StartPlan(StartAction.RESTORE, "takes the place of a lost rank")
+            plan = StartPlan(StartAction.RESTORE, "replaces a lost rank")
         else:
             asked = args[CKPT_PATH_INDEX]
             plan = engine.begin(None if asked is None else str(asked), call.first_positions)
@@ -196,32 +197,32 @@ class FitGuard:
         with without_beginning(trainer) if plan.enters_midway else nullcontext():
             return call.fit(engine, args)
 
-    def _judge(self, engine: Engine, error: BaseException) -> None:
-        """Decide what an exception means: a lost peer, a fault to recover from once, or the end of the run.
+    def _handle_error(self, engine: Engine, error: BaseException) -> None:
+        """Decide what an exception means: a lost peer, a fault to retry once, or the end of the run.
 
-        Does not return where the process has to go without Lightning hearing of it: what is recovered fires no
-        `on_exception`, marks no run as failed and saves no checkpoint.
+        Exits without returning where Lightning must not notice: a fault that is recovered from calls no `on_exception`,
+        marks no run as failed and saves no checkpoint.
         """
         if is_stop(error) or not isinstance(error, Exception):
             engine.report.stopped(error)
             engine.leave_verdict(f"stopped by {type(error).__name__}")
             give_exit_code(error)
             return
-        if engine.is_on_its_way:
-            # Alone, and with nothing to lose: the agent can start all again.
+        if engine.is_joining:
+            # The replacement has no state to lose: the agent can relaunch all workers.
             traceback.print_exception(error)
             self.strategy.watcher.tell(
                 "unable",
-                reason=f"a new process could not come to fit alone: {type(error).__name__}: {error}",
+                reason=f"a new process failed before it joined the others in fit: {type(error).__name__}: {error}",
                 lasting=True,
             )
             leave_process()
         if is_lost_peer(error):
             engine.report.peer_lost(error)
             if engine.identity.own_agent:
-                _wait_for_the_agent(engine)
+                _wait_for_agent(engine)
             leave_process()
-        reason = engine.why_final(error) if may_be_restarted() else "the launcher allows no other try"
+        reason = engine.why_final(error) if may_be_restarted() else "the launcher allows no further restart"
         if reason is not None:
             engine.report.failed(error, reason)
             engine.leave_verdict(reason)
@@ -232,16 +233,16 @@ class FitGuard:
 
 
 def _run_root(trainer: Any) -> Path:
-    """The folder of all runs: as the environment says, or below the trainer's own."""
+    """The folder of all runs: from the environment, or below the trainer's root folder."""
     root = trainer.default_root_dir if trainer is not None else os.getcwd()
     return Path(os.environ.get(environment.RUN_ROOT) or os.path.join(os.path.abspath(root), "ckptless"))
 
 
-def _wait_for_the_agent(engine: Engine) -> None:
-    """Our agent ends this process as soon as it has seen the peer's end; leaving first would blur whose fault it was.
+def _wait_for_agent(engine: Engine) -> None:
+    """Wait for our agent to end this process; exiting before the agent has seen the peer die would obscure the cause.
 
-    torchrun's asks survivors to end and gives them half a minute: there a survivor leaves at once, which also frees
-    those ranks that still wait for it.
+    torchrun asks survivors to exit and waits half a minute. There a survivor exits at once, which also releases the
+    ranks that still wait for it.
     """
     deadline = time.monotonic() + PEER_LOSS_GRACE_S
     while time.monotonic() < deadline and not engine.is_run_over:
@@ -249,10 +250,10 @@ def _wait_for_the_agent(engine: Engine) -> None:
 
 
 def launcher_class(distribution: str) -> type:
-    """The launcher as a subclass of one distribution's own."""
+    """Make the launcher class for one distribution of Lightning."""
 
     class CkptlessLauncher(launcher_base(distribution)):  # type: ignore[misc]
-        """Hands `fit` to `FitGuard`."""
+        """Delegates to `FitGuard`."""
 
         def __init__(self, strategy: Any) -> None:
             self.guard = FitGuard(strategy)
@@ -265,6 +266,6 @@ def launcher_class(distribution: str) -> type:
             return self.guard.launch(function, *args, trainer=trainer, **kwargs)
 
         def kill(self, signum: Any) -> None:
-            """Workers are their agent's."""
+            """Do nothing: the workers belong to their agent."""
 
     return CkptlessLauncher

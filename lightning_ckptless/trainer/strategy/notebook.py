@@ -1,8 +1,8 @@
-"""A call of a trainer in a notebook: its workers are forked from the notebook's process, which becomes their agent.
+"""A trainer call in a notebook: its workers are forked from the notebook's process, which becomes their agent.
 
-The cell runs as long as the workers do. What is defined in cells needs no name that another process could import, a
-worker that replaces a lost one is forked from the state at the call as well, and what was trained is in the notebook's
-own trainer and model when the call returns.
+The cell runs until the workers have finished. Objects defined in cells need not be importable, because replacements are
+forked from the state at the call as well. When the call returns, the trained state is in the notebook's own trainer and
+model.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome
 
 RUN_A_FILE = (
     "write the cells to a file and run that: put `%%writefile train.py` first in the cell, then run "
-    "`!ckptless run --nproc-per-node {ranks} train.py` in another one"
+    "`!ckptless run --nproc-per-node {ranks} train.py` in another cell"
 )
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-"""OpenMP's threads do not survive a fork: a worker that asks for more than one waits for ever if the process that was
-forked has used them."""
+"""OpenMP's threads do not survive a fork: if the forked process has used them, a worker that asks for more than one
+thread blocks forever."""
 _RESULT = "result.pt"
 
 
 @dataclass(frozen=True)
 class NotebookCall:
-    """One call of a trainer.
+    """One trainer call.
 
     Args:
-        strategy: of the trainer.
+        strategy: strategy of the trainer.
         launch: runs a function of the trainer in a worker.
-        function: to be run.
-        args: its arguments.
-        kwargs: its arguments by name.
-        trainer: that is called; None for a function that needs none.
+        function: function to run.
+        args: arguments of the function.
+        kwargs: keyword arguments of the function.
+        trainer: trainer that is called; None for a function without one.
     """
 
     strategy: Any
@@ -66,14 +66,14 @@ class NotebookCall:
     trainer: Any
 
     def run(self, run_root: Path) -> Any:
-        """Run the function in workers, and bring back what it has come to. Returns what it returned on rank 0.
+        """Run the function in workers and copy their state back. Returns what it returned on rank 0.
 
         Args:
-            run_root: folder that receives the run's folder.
+            run_root: folder in which the run's folder is created.
 
         Raises:
-            OptionsError: a setting that cannot work in a notebook.
-            LaunchError: workers cannot be forked, or have ended without an exception of their own.
+            OptionsError: a setting is not supported in a notebook.
+            LaunchError: workers cannot be forked, or ended without an exception of their own.
             KeyboardInterrupt: the user has stopped the cell.
         """
         strategy = self.strategy
@@ -85,7 +85,7 @@ class NotebookCall:
             run_root=run_root,
             arena_dir=None if strategy.options.arena_dir is None else Path(strategy.options.arena_dir),
             env=ONE_THREAD,
-            # The notebook's process has imported everything already.
+            # Nothing to preload: the notebook's process has already imported everything.
             preload_imports=False,
         )
         with ScratchFolder("notebook") as scratch:
@@ -98,93 +98,93 @@ class NotebookCall:
                 ):
                     outcome = strategy.run_job(config, parent=parent)
             except AskedToEnd:
-                self._take_over(exchange)
+                self._restore_outcome(exchange)
                 raise KeyboardInterrupt from None
-            result = self._take_over(exchange)
+            result = self._restore_outcome(exchange)
             if outcome.exit_code:
                 raise exchange.error_of(outcome)
             return result
 
     def work(self, exchange: Exchange) -> None:
-        """Be a worker, in a process that has been forked for it.
+        """Run as a worker, in a process that was forked for it.
 
         Args:
-            exchange: takes what the call comes to on this rank.
+            exchange: receives the outcome on this rank.
         """
         strategy, trainer = self.strategy, self.trainer
         strategy.cluster_environment = elastic_environment(distribution_of(strategy))
         strategy.set_world_ranks()
-        if strategy.has_handed_back and strategy.global_rank == 0:
-            # The files of an earlier call; a logger that opens them again would begin new ones in their place.
+        if strategy.has_restored_outcome and strategy.global_rank == 0:
+            # Continue the files of an earlier call; a logger that reopened them would start new ones instead.
             keep_logs(trainer)
         try:
-            result = self.launch(exchange.noting_errors(self.function), *self.args, trainer=trainer, **self.kwargs)
-            self._hand_back(exchange, result)
+            result = self.launch(exchange.recording_errors(self.function), *self.args, trainer=trainer, **self.kwargs)
+            self._store_outcome(exchange, result)
         except BaseException as error:
             if is_stop(error):
-                self._hand_back(exchange, None)
-            exchange.leave_error(error)
+                self._store_outcome(exchange, None)
+            exchange.store_error(error)
             raise
 
-    def _hand_back(self, exchange: Exchange, result: Any) -> None:
+    def _store_outcome(self, exchange: Exchange, result: Any) -> None:
         captured = None if self.trainer is None else capture(self.trainer)
         if self.strategy.global_rank == 0:
-            exchange.leave_result(result, captured)
+            exchange.store_result(result, captured)
 
-    def _take_over(self, exchange: Exchange) -> Any:
-        result, captured = exchange.take_result()
+    def _restore_outcome(self, exchange: Exchange) -> Any:
+        result, captured = exchange.load_result()
         if captured is not None:
             restore(self.trainer, captured)
-            self.strategy.has_handed_back = True
+            self.strategy.has_restored_outcome = True
         return result
 
 
 class Exchange:
-    """Files by which workers hand back what they have come to, in a folder that only this user can enter.
+    """Files through which workers return their outcome, in a folder that only this user can access.
 
     Args:
-        folder: made by the notebook's process.
+        folder: folder created by the notebook's process.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._raised_at = math.inf
 
-    def leave_result(self, result: Any, captured: dict[str, Any] | None) -> None:
-        """Leave what the call returned and the state of its trainer, in the place of what was left before."""
+    def store_result(self, result: Any, captured: dict[str, Any] | None) -> None:
+        """Store what the call returned and the state of its trainer, replacing an earlier result."""
         draft = self._folder / f"{_RESULT}.part"
         torch.save((result, captured), draft)
         draft.rename(self._folder / _RESULT)
 
-    def take_result(self) -> tuple[Any, dict[str, Any] | None]:
-        """What was left last, its tensors in host memory; None where nothing was."""
+    def load_result(self) -> tuple[Any, dict[str, Any] | None]:
+        """The stored result with its tensors in host memory; None if there is none."""
         path = self._folder / _RESULT
         if not path.exists():
             return None, None
         found: tuple[Any, dict[str, Any] | None] = torch.load(path, map_location="cpu", weights_only=False)
         return found
 
-    def noting_errors(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function; when it raises is noted, before that has consequences for other workers."""
+    def recording_errors(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a function to record when it raises, before that affects other workers."""
 
         @wraps(function)
-        def noting(*args: Any, **kwargs: Any) -> Any:
+        def recording(*args: Any, **kwargs: Any) -> Any:
             try:
                 return function(*args, **kwargs)
             except BaseException:
                 self._raised_at = time.time()
                 raise
 
-        return noting
+        return recording
 
-    def leave_error(self, error: BaseException) -> None:
-        """Leave an exception that ends this worker."""
+    def store_error(self, error: BaseException) -> None:
+        """Store the exception that ends this worker."""
         text = "".join(traceback.format_exception(error))
         data = pickle.dumps((self._raised_at, _pickled(error), text))
         (self._folder / f"error-{os.getpid()}").write_bytes(data)
 
     def error_of(self, outcome: Outcome) -> BaseException:
-        """The exception that has ended a run: the first one that a worker has raised."""
+        """The exception that ended a run: the first one raised by any worker."""
         left = [pickle.loads(path.read_bytes()) for path in self._folder.glob("error-*")]
         if left:
             _, data, text = min(left, key=lambda facts: facts[0])
@@ -193,17 +193,15 @@ class Exchange:
             assert isinstance(error, BaseException)
             return error
         fault = f": {outcome.faults[-1]}" if outcome.faults else ""
-        return LaunchError(
-            f"the workers have ended with exit code {outcome.exit_code}{fault}; what they have printed is above"
-        )
+        return LaunchError(f"the workers ended with exit code {outcome.exit_code}{fault}; see their output above")
 
 
 def _pickled(error: BaseException) -> bytes | None:
-    """An exception in a form that another process can read; None where its class does not allow that."""
+    """An exception as another process can load it; None if its class does not support that."""
     try:
         data = pickle.dumps(error)
         pickle.loads(data)
-    except Exception:  # noqa: BLE001 - classes of the program decide how they are pickled, and what that raises
+    except Exception:  # noqa: BLE001 - classes of the script decide how they are pickled, and what that raises
         return None
     return data
 
@@ -212,10 +210,10 @@ def require_forks_can_train(strategy: Any) -> None:
     """Refuse what cannot run in forks of this process.
 
     Args:
-        strategy: of the trainer.
+        strategy: strategy of the trainer.
 
     Raises:
-        OptionsError: a setting of the strategy stands against it.
+        OptionsError: a setting of the strategy rules it out.
         LaunchError: CUDA is in use in this process.
     """
     instead = RUN_A_FILE.format(ranks=strategy.num_processes)
@@ -226,22 +224,22 @@ def require_forks_can_train(strategy: Any) -> None:
         )
     if not strategy.replicates:
         raise OptionsError(
-            f"{type(strategy).__name__} in a notebook: each worker holds a part of the model, which cannot be brought "
+            f"{type(strategy).__name__} in a notebook: each worker holds a part of the model, which cannot be copied "
             f"back into the notebook's own. Choose strategy='ckptless', or {instead}"
         )
     if strategy.root_device.type == "cuda" and loses_cuda():
         raise LaunchError(
-            "CUDA is in use in the notebook's process, and a fork of it could not use it: restart the kernel, and run "
-            "nothing before fit that touches a GPU (tensor.cuda(), model.to('cuda'), torch.cuda.is_available()); or "
-            f"{instead}"
+            "CUDA is in use in the notebook's process, and a fork of it could not use it: restart the kernel, and "
+            "before fit run nothing that touches a GPU (tensor.cuda(), model.to('cuda'), torch.cuda.is_available()); "
+            f"or {instead}"
         )
 
 
 @contextmanager
 def first_interrupt_finishes_the_step() -> Iterator[None]:
-    """Have the first SIGINT end the run as SIGTERM ends an agent, with the step at hand, and the next one at once.
+    """Context in which the first SIGINT ends the run after the current step, like SIGTERM, and the next one at once.
 
-    Outside of the main thread, where no signal handler can be set, nothing changes.
+    Has no effect outside the main thread, where signal handlers cannot be set.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

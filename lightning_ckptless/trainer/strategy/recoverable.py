@@ -1,7 +1,7 @@
-"""What every strategy of ours has in common: one of Lightning's own, with the engine beside it.
+"""Base of all recoverable strategies: one of Lightning's own, with the engine attached.
 
-Strategies differ in how they wrap the model, in which process groups that takes, and in what is the same on all ranks.
-That is theirs to say, by the methods below *what a strategy says of itself*; all else is here.
+Strategies differ in how they wrap the model, which process groups that needs, and what is identical on all ranks. They
+override the methods in the section "what subclasses override"; everything else is implemented here.
 """
 
 from __future__ import annotations
@@ -39,59 +39,58 @@ from lightning_ckptless.trainer.strategy.launcher import launcher_class
 from lightning_ckptless.trainer.strategy.world_size import require_ranks
 
 BEFORE_SETUP = "pre_setup"
-"""The barrier that Lightning passes before the hooks of the user's model and datamodule."""
+"""Name of Lightning's barrier before the setup hooks of the user's model and datamodule."""
 
 
 def recoverable(base: Any, distribution: str) -> type[Any]:
-    """One of Lightning's strategies for several ranks, with the engine beside it.
+    """Make a recoverable subclass of one of Lightning's distributed strategies.
 
     Args:
-        base: its class.
-        distribution: the distribution that it comes from.
+        base: Lightning's strategy class.
+        distribution: the distribution of Lightning that the class comes from.
     """
     launcher = launcher_class(distribution)
 
     class Recoverable(base):  # type: ignore[misc]
-        """Lightning's strategy, recoverable.
+        """Lightning's strategy with fault tolerance.
 
         Args:
-            mirror_every_n_steps: optimizer steps between two mirrored versions; `auto` to choose by what they cost.
-            copies: replicas of each shard beyond the writer's own copy.
-            failure_domain: what is lost together: `node`, `rank` to keep replicas among the ranks of one node, a
-                dimension of the mesh, or a level that you name, e.g. `rack`, see `CKPTLESS_FAILURE_DOMAIN`.
-            arena_dir: folder for the arenas; `/dev/shm` where nothing is given and it is there.
-            max_recoveries_without_progress: recoveries with no new step committed between them, after which the run
-                gives up: it comes back to the same fault.
-            max_recoveries_per_hour: recoveries within an hour, after which the run gives up.
-            on_unrecoverable: with no complete version left, `durable` goes on from the newest checkpoint file, `raise`
+            mirror_every_n_steps: optimizer steps between mirrored versions; `auto` chooses by measured cost.
+            copies: replicas of each shard, besides the source rank's own copy.
+            failure_domain: unit that fails as a whole: `node`, `rank` to keep replicas among the ranks of one node, a
+                dimension of the device mesh, or a custom level such as `rack`, see `CKPTLESS_FAILURE_DOMAIN`.
+            arena_dir: directory of the arenas; None for `/dev/shm` if that exists.
+            max_recoveries_without_progress: recoveries without a newly committed step after which the run gives up.
+            max_recoveries_per_hour: recoveries within one hour after which the run gives up.
+            on_unrecoverable: if no complete version is left, `durable` resumes from the newest checkpoint file, `raise`
                 stops.
-            checksum: digest that guards every replica: `xxh3`, `crc32` or `none`.
-            on_late: when a mirror is still under way at the next one: `wait` for it or `skip` a version.
-            staging: `overlap` copies the state while the next forward and backward run, `blocking` before they start.
-            arena_keep_s: seconds for which the arena of a dead run is kept for a restart under the same run id.
-            in_place: after a fault replace only what was lost and let the other ranks go on; else start all again.
-            standbys: processes per node that have run the script up to `fit` and wait there for a rank.
-            preload_imports: have what the program has imported when it trains imported once for all new processes, in
-                the process that they are forked from.
-            hang_timeout_s: seconds without progress of any rank after which those that have come least far are ended
-                as hung; None to learn it from the steps, 0 for never.
-            mirror_budget: with `auto`, by which share mirroring may lengthen training at most.
-            failures_per_day: with `auto`, how many failures of the whole run are expected.
-            health_check: dotted name of a function of yours that raises where a node is not fit to train; it is
-                called, beside our own checks, before a worker joins the others.
-            durable_every_n_steps: optimizer steps from one durable state to the next, written beside training; None
-                for none by steps.
-            durable_every_s: seconds from one durable state to the next; None for none by time.
-            durable_dir: folder of the durable states; `durable` in the run's own folder where nothing is given.
-            durable_keep: durable states that are kept.
-            elastic_batch: with fewer ranks than at first, `keep` runs the batches of those that are missing on the
-                others; `scale` makes each step of one batch per rank that is there.
-            checkpoint_hooks: `every_version` calls the program's `on_save_checkpoint` hooks with each version, and
-                `on_load_checkpoint` when one is restored; `never` leaves them to Lightning.
-            stateless_callbacks: class names of callbacks whose `state_dict()` is not called with each version.
-            trusted_classes: dotted names of classes that states may hold beside plain data when they are read from a
-                disk or from another machine.
-            **base_options: everything that Lightning's own strategy takes.
+            checksum: checksum algorithm that protects every replica: `xxh3`, `crc32` or `none`.
+            on_late: if the previous mirror is still in progress: `wait` for it or `skip` a version.
+            staging: `overlap` copies the state during the next forward and backward pass, `blocking` before them.
+            arena_keep_s: seconds to keep the arena of a dead run for a restart with the same run id.
+            in_place: after a fault replace only the lost ranks while the others stay in `fit`; else relaunch all ranks.
+            standbys: processes per node that have run the script up to `fit` and wait there to replace a lost rank.
+            preload_imports: import the modules that the script uses in training once, in the fork server, for all new
+                processes.
+            hang_timeout_s: seconds without progress on any rank after which the ranks that are furthest behind are
+                killed as hung; None derives the limit from step times, 0 disables it.
+            mirror_budget: with `auto`, the largest share by which mirroring may lengthen training.
+            failures_per_day: with `auto`, the expected number of failures of the whole run per day.
+            health_check: dotted name of a function that raises if a node is unfit to train; it is called in addition
+                to the built-in checks, before a worker joins the others.
+            durable_every_n_steps: optimizer steps between durable states, which are written in the background; None
+                disables the step schedule.
+            durable_every_s: seconds between durable states; None disables the time schedule.
+            durable_dir: directory of the durable states; None for `durable` in the run folder.
+            durable_keep: number of durable states to keep.
+            elastic_batch: with fewer ranks than at the start, `keep` runs the batches of the missing ranks on the
+                others; `scale` makes each step of one batch per remaining rank.
+            checkpoint_hooks: `every_version` calls the script's `on_save_checkpoint` hooks for each version and its
+                `on_load_checkpoint` hooks on each restore; `never` leaves them to Lightning.
+            stateless_callbacks: class names of callbacks whose `state_dict()` is not called for each version.
+            trusted_classes: dotted names of classes that states may contain, besides plain data, when they are read
+                from disk or from another node.
+            **base_options: options of Lightning's own strategy.
 
         Raises:
             OptionsError: a value is out of range.
@@ -99,9 +98,9 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
 
         observers: Callable[[], list[Any]] = staticmethod(list)
         run_job: Callable[..., Any]
-        """Runs an agent in this process. Set where the rooms are put together, as `observers` is."""
+        """Runs an agent in this process. Assigned at registration, like `observers`."""
         blank: Callable[[str, str], Any]
-        """Makes an object of the class that a copy is filled into. Set where the class gets its public name."""
+        """Creates an empty instance that a copy is filled into. Assigned where the class gets its public name."""
 
         def __init__(
             self,
@@ -137,7 +136,7 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
             super().__init__(**base_options)
             self.options = CkptlessOptions(**{field.name: given[field.name] for field in fields(CkptlessOptions)})
             self.start_method = start_method_of(self)
-            self.has_handed_back = False
+            self.has_restored_outcome = False
             self._stream: int | None = None
             self.engine: Engine | None = None
             self.world = world_of_process()
@@ -150,7 +149,7 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
 
         @contextmanager
         def without_engine(self) -> Iterator[None]:
-            """Context in which this is plain data parallelism: no versions, and no files of them."""
+            """Context in which the strategy is plain data parallelism: no versions and no checkpoint tracking."""
             engine, self.engine = self.engine, None
             try:
                 yield
@@ -160,15 +159,15 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
         # -------------------------------------------------------------- copies
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            """Name what builds the class: there is one for each distribution of Lightning, under the same name."""
+            """Name the factory of the class: each distribution of Lightning has one under the same name."""
             cls = type(self)
             if "blank" not in vars(cls):
-                # A class that a program has derived from ours has a name of its own.
+                # A user's subclass can be found by its own name.
                 return super().__reduce_ex__(protocol)
             return cls.blank, (distribution, cls.strategy_name), self.__getstate__()
 
         def __getstate__(self) -> dict[str, Any]:
-            """What describes the strategy, without what holds the ranks of a run together: that has no copy."""
+            """State of the strategy without what ties it to the current run; that cannot be copied."""
             state: dict[str, Any] = super().__getstate__()
             return state | {"engine": None, "watcher": None, "world": None, "probes": [], "_launcher": None}
 
@@ -177,47 +176,47 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
             self.world = world_of_process()
             self._configure_launcher()
 
-        # -------------------------------------------------------------- what a strategy says of itself
+        # -------------------------------------------------------------- what subclasses override
 
         replicates = True
-        """Whether what is neither sharded nor a rank's own is the same on all ranks, by what the strategy does."""
+        """Whether all ranks hold identical values of everything that is neither sharded nor private to a rank."""
 
         def mesh_sizes(self) -> tuple[int, int] | None:
-            """Ranks in each dimension of the mesh; None without one."""
+            """Ranks in each dimension of the device mesh; None without a mesh."""
             return None
 
         def check_options(self) -> None:
-            """Look at the strategy's own options, before anything is started.
+            """Validate the strategy's own options before anything is started.
 
             Raises:
-                OptionsError: they cannot be.
+                OptionsError: the options are invalid.
             """
 
         def obstacle_in_place(self) -> str | None:
-            """Why a lost rank could not be replaced while the others go on; None where it can."""
+            """Why a lost rank could not be replaced in place; None if it can."""
             return None
 
         def obstacle_to_another_world(self) -> str:
-            """Why the model, as it is, could not go on among another number of ranks; empty where it can."""
+            """Why the model could not continue with another number of ranks; empty if it can."""
             return ""
 
         def use_new_groups(self) -> None:
-            """Let the model use the process groups of a new generation."""
+            """Switch the model to the process groups of a new generation."""
 
         def place_among_streams(self) -> tuple[int, int, int]:
-            """This rank's number among those with a share of the samples, how many there are, and ranks per share."""
+            """This rank's index among the data-parallel ranks, their number, and how many ranks share one place."""
             return self.global_rank, self.world_size, 1
 
         def asked_streams(self) -> int:
-            """How many shares of the samples there are when all ranks are."""
+            """Number of virtual ranks when all requested ranks are present."""
             return int(self.num_nodes * self.num_processes)
 
         def without_sync(self) -> AbstractContextManager[Any]:
-            """Context in which a backward pass does not sum gradients over the ranks."""
+            """Context in which a backward pass does not reduce gradients over the ranks."""
             return nullcontext()
 
         def sums_now(self) -> bool:
-            """Whether a backward pass sums gradients over the ranks now."""
+            """Whether a backward pass currently reduces gradients over the ranks."""
             return True
 
         # -------------------------------------------------------------- processes
@@ -226,7 +225,7 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
             self._launcher = launcher(self)
 
         def check_world(self) -> None:
-            """Compare what the trainer was told with how many workers the agent started.
+            """Compare the requested number of ranks with the number that the agent started.
 
             Raises:
                 OptionsError: the numbers differ.
@@ -236,14 +235,14 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
             )
 
         def make_streams(self, trainer: Any) -> VirtualRanks:
-            """The streams of samples that this rank carries, as at the start of a run."""
+            """The virtual ranks that this rank runs at the start of a run."""
             place, places, width = self.place_among_streams()
             count = self.asked_streams() if self.options.elastic_batch == "keep" else places
             return VirtualRanks(trainer, count=count, place=place, places=places, width=width)
 
         @contextmanager
         def as_stream(self, stream: int) -> Iterator[None]:
-            """Have dataloaders that are set up within it take the share of a stream."""
+            """Context in which dataloaders are set up for a virtual rank's share of the samples."""
             self._stream = stream
             try:
                 yield
@@ -252,7 +251,7 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
 
         @property
         def distributed_sampler_kwargs(self) -> dict[str, Any]:
-            """Which share of the samples a dataloader takes: of training a stream's, of the rest this rank's."""
+            """Sampler arguments: the share of a virtual rank in training, this rank's own share otherwise."""
             place, places, _ = self.place_among_streams()
             if self.engine is None or not self.engine.trainer.training:
                 return {"num_replicas": places, "rank": place}
@@ -260,9 +259,9 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
             return {"num_replicas": count, "rank": stream % count}
 
         def join_generation(self) -> bool:
-            """Join the current generation, unless this process has.
+            """Join the current generation, unless this process already has.
 
-            A process that takes a lost rank's place does without: it meets the others in the loop, where they are.
+            A replacement skips this: it meets the survivors in the training loop.
 
             Returns:
                 Whether there is a process group.
@@ -291,29 +290,29 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
             )
 
         def rejoin(self, regrouping: int, is_over: Callable[[], bool], when_joined: Callable[[], None]) -> None:
-            """Meet the others of the next generation; the process groups of the last one have been left.
+            """Meet the other ranks of the next generation; the process groups of the previous one have been left.
 
             Args:
-                regrouping: number under which they meet.
-                is_over: whether another fault was told meanwhile.
-                when_joined: called when all ranks have come, before the process groups are made.
+                regrouping: number of the rendezvous.
+                is_over: whether another fault was reported in the meantime.
+                when_joined: called when all ranks have arrived, before the process groups are created.
 
             Raises:
-                TransportError: not all ranks came.
+                TransportError: not all ranks arrived.
             """
             self._open_world(regrouping, is_over, when_joined)
             self.use_new_groups()
 
-        # -------------------------------------------------------------- without the others
+        # -------------------------------------------------------------- acting without the other ranks
 
         @property
         def is_alone(self) -> bool:
-            """Whether the other ranks do not take part in what this one does now."""
+            """Whether the other ranks do not take part in what this rank is doing."""
             return self._acts_alone or (self.joins_alone and not self.world.generation)
 
         @contextmanager
         def alone(self) -> Iterator[None]:
-            """Context in which nothing that Lightning does waits for other ranks."""
+            """Context in which Lightning's collectives do not wait for other ranks."""
             before, self._acts_alone = self._acts_alone, True
             try:
                 yield
@@ -321,30 +320,30 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
                 self._acts_alone = before
 
         def barrier(self, name: str | None = None) -> None:
-            """Wait for the others."""
+            """Wait for the other ranks."""
             if not self.is_alone:
                 super().barrier(name)
             elif name == BEFORE_SETUP and self.joins_alone:
-                # Not earlier: Lightning makes a group of its own around `prepare_data`.
+                # Not earlier: Lightning creates a process group of its own for `prepare_data`.
                 self.world.pretend_to_be(self.global_rank, self.world_size)
 
         def broadcast(self, obj: Any, src: int = 0) -> Any:
-            """What another rank has."""
+            """Broadcast an object from rank `src`; returns this rank's own object while it acts alone."""
             self._require_call("broadcast")
             return obj if self.is_alone else super().broadcast(obj, src)
 
         def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-            """A value of all ranks."""
+            """Reduce a tensor over all ranks; returns it unchanged while this rank acts alone."""
             self._require_call("reduce")
             return tensor if self.is_alone else super().reduce(tensor, *args, **kwargs)
 
         def _require_call(self, operation: str) -> None:
-            """Refuse to exchange data for the program itself while the other ranks do not take part."""
+            """Refuse a collective that the script requests while the other ranks do not take part."""
             if self.is_alone and not self.is_in_call:
                 raise refuse(f"{operation} of the strategy")
 
         def all_gather(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-            """The values of all ranks."""
+            """Gather a tensor from all ranks."""
             if self.is_alone:
                 raise refuse("all_gather of the strategy")
             return super().all_gather(tensor, *args, **kwargs)
@@ -352,26 +351,26 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
         # -------------------------------------------------------------- training
 
         def setup(self, trainer: Any) -> None:
-            """Set up model and optimizers as Lightning does, then take over the commit points."""
+            """Set up model and optimizers as Lightning does, then attach the engine and the recovery loop."""
             super().setup(trainer)
             if self.engine is not None and trainer.state.fn == "fit":
                 check_trainer(trainer, self.options.stateless_callbacks)
                 run_through_faults(self.engine, self.engine.attach())
 
         def on_train_start(self) -> None:
-            """The hooks of a starting fit have run, in every process."""
+            """Start watching objects for changes: the hooks of a starting fit have run in every process."""
             super().on_train_start()
             if self.engine is not None and self.engine.mirroring is not None:
                 self.engine.mirroring.watch_objects()
 
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-            """Note which step is begun."""
+            """Record which step has begun."""
             if self.engine is not None:
                 self.engine.at_batch_start()
             super().on_train_batch_start(batch, batch_idx)
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            """The forward pass of the own micro-batch; others that this rank runs follow its backward pass."""
+            """Run the forward pass of this rank's own micro-batch; those of other virtual ranks follow its backward."""
             streams = self._others()
             if streams is None or not (streams.extra_batches or streams.is_running_for_nothing):
                 return super().training_step(*args, **kwargs)
@@ -379,35 +378,35 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
                 return super().training_step(*args, **kwargs)
 
         def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
-            """The backward pass, and the micro-batches of further streams behind it."""
+            """Run the backward pass, then the micro-batches of further virtual ranks."""
             streams = self._others()
             if streams is None or streams.are_whole:
                 return super().backward(closure_loss, *args, **kwargs)
-            go_back, share, sums = super().backward, streams.share, self.sums_now()
+            backward, share, sums = super().backward, streams.share, self.sums_now()
             if not streams.extra_batches:
-                return go_back(closure_loss * share, *args, **kwargs)
+                return backward(closure_loss * share, *args, **kwargs)
             with self.without_sync():
-                loss = go_back(closure_loss * share, *args, **kwargs)
-            streams.run_others(lambda other: go_back(other * share, *args, **kwargs), self.without_sync, sums=sums)
+                loss = backward(closure_loss * share, *args, **kwargs)
+            streams.run_others(lambda other: backward(other * share, *args, **kwargs), self.without_sync, sums=sums)
             return loss
 
         @property
         def runs_for_nothing(self) -> bool:
-            """Whether the training step at hand is there to keep ranks in step, and its samples do not count."""
+            """Whether the current training step only keeps ranks in step, and its samples do not count."""
             return self.engine is not None and self.engine.streams.is_running_for_nothing
 
         def _others(self) -> VirtualRanks | None:
-            """The streams, where this micro-batch is the rank's own."""
+            """The virtual ranks, if this micro-batch is the rank's own; None otherwise."""
             streams = None if self.engine is None else self.engine.streams
             return None if streams is None or streams.is_running_another else streams
 
         def pre_backward(self, closure_loss: Any) -> None:
-            """Note that the forward pass is over."""
+            """Report that the forward pass is done."""
             self._beat(Point.BACKWARD)
             super().pre_backward(closure_loss)
 
         def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-            """Note that validation makes progress."""
+            """Report progress in validation."""
             self._beat(Point.VALIDATION)
             return super().validation_step(*args, **kwargs)
 
@@ -416,7 +415,7 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
                 self.engine.beat(point)
 
         def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-            """Step as Lightning does, but not before the last version is copied."""
+            """Step as Lightning does, but only after the previous version has been copied."""
             engine = self.engine
             if engine is None:
                 return super().optimizer_step(optimizer, closure, model, **kwargs)
@@ -430,7 +429,7 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
             return super().optimizer_step(optimizer, closure_then_wait, model, **kwargs)
 
         def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-            """Write a checkpoint file, and note it: a fault may take the run back to a step before it."""
+            """Write a checkpoint file and record it: a fault may roll the run back to an earlier step."""
             if self.engine is not None and self.is_global_zero:
                 self.engine.saving_checkpoint(str(filepath))
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
@@ -438,7 +437,7 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
                 self.engine.saved_checkpoint(str(filepath))
 
         def remove_checkpoint(self, filepath: Any) -> None:
-            """Remove a checkpoint file, but keep it at hand until a committed version does without it."""
+            """Remove a checkpoint file, but keep a copy until a committed version includes the removal."""
             engine = self.engine if self.is_global_zero and removes_by_path(self.checkpoint_io) else None
             if engine is None or not engine.removing_checkpoint(str(filepath)):
                 super().remove_checkpoint(filepath)

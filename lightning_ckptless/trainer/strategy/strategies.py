@@ -36,15 +36,15 @@ from lightning_ckptless.trainer.state.sharding import sharded_modules
 from lightning_ckptless.trainer.strategy.recoverable import recoverable
 
 FIRST_GROUP_OF_MESH = 1000
-"""Number of the first process group of a mesh: those for other ends come before it, in whatever order."""
+"""Number of the first process group of a mesh; groups for other purposes have lower numbers, in any order."""
 
 
 def strategy_class(distribution: str, name: str = "ckptless") -> type[Any]:
-    """A strategy for one distribution of Lightning.
+    """Make a strategy class for one distribution of Lightning.
 
     Args:
         distribution: `lightning.pytorch` or `pytorch_lightning`.
-        name: `ckptless_model_parallel`, or any name of data parallelism.
+        name: `ckptless_model_parallel`, or any name of the data-parallel strategy.
     """
     made = (model_parallel_class if name == "ckptless_model_parallel" else data_parallel_class)(distribution)
     made.__module__, made.__qualname__ = "lightning_ckptless", made.__name__
@@ -53,7 +53,7 @@ def strategy_class(distribution: str, name: str = "ckptless") -> type[Any]:
 
 @lru_cache(maxsize=len(DISTRIBUTIONS))
 def data_parallel_class(distribution: str) -> type[Any]:
-    """`CkptlessStrategy` for one distribution of Lightning.
+    """Make `CkptlessStrategy` for one distribution of Lightning.
 
     Args:
         distribution: `lightning.pytorch` or `pytorch_lightning`.
@@ -63,41 +63,41 @@ def data_parallel_class(distribution: str) -> type[Any]:
     class CkptlessStrategy(base):  # type: ignore[misc]
         """Data parallelism that survives the loss of any rank.
 
-        After every optimizer step the state of training is mirrored, in shards, into host memory of peers in other
-        failure domains. When a worker dies, a new process takes its place and the others go back to the last step;
-        where that is not possible all are started again. Training goes on from what the arenas hold, bit for bit.
+        After every optimizer step the training state is mirrored, in shards, into host memory of peers in other failure
+        domains. When a worker dies, a new process replaces it and the other ranks roll back to the last step; if that
+        is impossible, all ranks are relaunched. Training resumes from the arenas, bit for bit.
         """
 
         strategy_name = "ckptless_ddp"
 
         def setup_distributed(self) -> None:
-            """Join the current generation, then let Lightning do the rest of its set-up."""
+            """Join the current generation, then let Lightning do the rest of its setup."""
             if self.join_generation():
                 super().setup_distributed()
 
         def configure_ddp(self) -> None:
-            """Wrap the model, once there is a process group to sum its gradients in."""
+            """Wrap the model once there is a process group that reduces its gradients."""
             if not self.is_alone:
                 super().configure_ddp()
                 note_summed(self.model)
 
         def without_sync(self) -> AbstractContextManager[Any]:
-            """Context in which a backward pass does not sum gradients over the ranks."""
+            """Context in which a backward pass does not reduce gradients over the ranks."""
             model: Any = self.model
             return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
         def sums_now(self) -> bool:
-            """Whether a backward pass sums gradients over the ranks now."""
+            """Whether a backward pass currently reduces gradients over the ranks."""
             return not isinstance(self.model, DistributedDataParallel) or self.model.require_backward_grad_sync
 
         def use_new_groups(self) -> None:
-            """Sum gradients in the new process group."""
+            """Reduce gradients in the new process group."""
             model: Any = self.model
             if isinstance(model, DistributedDataParallel):
                 before = model.process_group.size()
                 use_process_group(model, world_group())
                 if before != self.world_size:
-                    # What sums are divided by is settled when the buckets are made.
+                    # The divisor of the reduction is fixed when the buckets are made.
                     set_bucket_layout(model, bucket_layout(model))
             else:
                 wrap_late(self)
@@ -107,7 +107,7 @@ def data_parallel_class(distribution: str) -> type[Any]:
 
 @lru_cache(maxsize=len(DISTRIBUTIONS))
 def model_parallel_class(distribution: str) -> type[Any]:
-    """`CkptlessModelParallelStrategy` for one distribution of Lightning.
+    """Make `CkptlessModelParallelStrategy` for one distribution of Lightning.
 
     Args:
         distribution: `lightning.pytorch` or `pytorch_lightning`.
@@ -117,41 +117,41 @@ def model_parallel_class(distribution: str) -> type[Any]:
     class CkptlessModelParallelStrategy(base):  # type: ignore[misc]
         """Sharded models that survive the loss of any rank: FSDP2 (`fully_shard`), tensor parallelism, and both.
 
-        What each rank holds of a sharded tensor is mirrored once, by a rank that holds it, into host memory of peers in
-        other failure domains. `configure_model()` of the model shards it, over `self.device_mesh`.
+        Each distinct shard of a tensor is mirrored once, by one of the ranks that hold it, into host memory of peers
+        in other failure domains. The model's `configure_model()` shards it over `self.device_mesh`.
         """
 
         strategy_name = "ckptless_model_parallel"
         replicates = False
 
         def place_among_streams(self) -> tuple[int, int, int]:
-            """This rank's number along the data-parallel dimension, the size of that, and ranks per number."""
+            """This rank's index in the data-parallel dimension, the size of that dimension, and ranks per index."""
             _, width = sizes_of(self)
             return self.global_rank // width, self.world_size // width, width
 
         def asked_streams(self) -> int:
-            """Size of the data-parallel dimension when all ranks are there."""
+            """Size of the data-parallel dimension when all requested ranks are present."""
             return int(self.num_nodes * self.num_processes // sizes_of(self)[1])
 
         def mesh_sizes(self) -> tuple[int, int] | None:
-            """Ranks in each dimension of the mesh."""
+            """Ranks in each dimension of the device mesh."""
             return sizes_of(self)
 
         def check_options(self) -> None:
-            """Compare the mesh with the world, and the precision with what is supported.
+            """Check the mesh against the number of ranks, and the precision.
 
             Raises:
-                OptionsError: they do not fit.
+                OptionsError: the mesh does not match, or the precision is not supported.
             """
             if has_mesh(self):
-                # That of an earlier fit, which may have lost nodes since.
+                # The mesh of an earlier fit, which may have lost nodes since.
                 return
             sizes, ranks = sizes_of(self), self.num_nodes * self.num_processes
             if math.prod(sizes) != ranks:
                 raise OptionsError(
                     f"data_parallel_size={sizes[0]} x tensor_parallel_size={sizes[1]} makes a mesh of "
-                    f"{math.prod(sizes)} ranks, Trainer(num_nodes={self.num_nodes}, devices={self.num_processes}) has "
-                    f"{ranks}: choose sizes whose product is {ranks}"
+                    f"{math.prod(sizes)} ranks, but Trainer(num_nodes={self.num_nodes}, devices={self.num_processes}) "
+                    f"has {ranks}: choose sizes whose product is {ranks}"
                 )
             if (precision := precision_of(self)) not in PRECISIONS:
                 raise OptionsError(
@@ -160,11 +160,11 @@ def model_parallel_class(distribution: str) -> type[Any]:
             if self.options.checkpoint_hooks != "never":
                 raise OptionsError(
                     f"checkpoint_hooks={self.options.checkpoint_hooks!r} would gather a sharded model with each "
-                    "version: set checkpoint_hooks='never', and keep that state in plain attributes or state_dict()"
+                    "version: set checkpoint_hooks='never', and keep such state in plain attributes or state_dict()"
                 )
 
         def setup_environment(self) -> None:
-            """Set the process up as Lightning does, but make one mesh for all calls: those who meet again need it."""
+            """Set up the process as Lightning does, but keep one mesh for all calls, which later generations reuse."""
             if give_mesh(self):
                 return
             self.join_generation()
@@ -180,24 +180,24 @@ def model_parallel_class(distribution: str) -> type[Any]:
             number_groups_from(FIRST_GROUP_OF_MESH)
 
         def obstacle_to_another_world(self) -> str:
-            """Why the model, as it is, could not go on among another number of ranks."""
+            """Why the model could not continue with another number of ranks; empty if it can."""
             model = self.lightning_module
             return obstacle_to_dividing_anew(sharded_modules(model), model.parameters(), self.device_mesh)
 
         def use_new_groups(self) -> None:
-            """Give the mesh, and the modules that are sharded over it, groups of the new generation.
+            """Move the mesh, and the modules sharded over it, to the groups of the new generation.
 
-            Where the world or this rank's place in it is another one, what this rank holds of each tensor becomes so.
+            If the world size or this rank's place in the mesh has changed, reshards the tensors in place.
 
             Raises:
-                LayoutMismatchError: a tensor cannot be divided over the ranks that there are.
+                LayoutMismatchError: a tensor cannot be sharded over the current ranks.
             """
             fit_mesh(self)
             number_groups_from(FIRST_GROUP_OF_MESH)
             with self.world.making(), one_by_one():
-                anew = make_mesh(self)
+                rebuilt = make_mesh(self)
             mesh, modules = self.device_mesh, sharded_modules(self.lightning_module)
-            has_moved = become(mesh, anew)
+            has_moved = become(mesh, rebuilt)
             forget_iteration(modules)
             for parameter in self.lightning_module.parameters():
                 parameter.grad = None

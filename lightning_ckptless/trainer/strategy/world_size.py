@@ -1,4 +1,4 @@
-"""How many ranks there may be: as many as the trainer asks for, or fewer where the launcher may do with fewer nodes."""
+"""The number of ranks: as many as the trainer asks for, or fewer if the launcher accepts fewer nodes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from lightning_ckptless.errors import OptionsError
 
 
 def require_ranks(*, nodes: int, per_node: int, found: int, env: Mapping[str, str] = os.environ) -> None:
-    """Compare what the trainer was told with how many workers the agents have started.
+    """Compare the number of ranks that the trainer asks for with the number that the agents started.
 
     Args:
         nodes: `Trainer(num_nodes=...)`.
         per_node: `Trainer(devices=...)`.
-        found: ranks that there are.
-        env: this process's environment.
+        found: number of ranks that were started.
+        env: environment variables of this process.
 
     Raises:
-        OptionsError: the numbers do not go together.
+        OptionsError: the numbers are inconsistent.
     """
     asked = nodes * per_node
     least, _, most = env.get(environment.NNODES, "").partition(":")
@@ -31,12 +31,12 @@ def require_ranks(*, nodes: int, per_node: int, found: int, env: Mapping[str, st
         ) from error
     if high * per_node != asked and low != high:
         raise OptionsError(
-            f"Trainer(num_nodes={nodes}) and --nnodes {low}:{high} differ: num_nodes is how many nodes there are when "
-            f"all are there; set num_nodes={high}"
+            f"Trainer(num_nodes={nodes}) and --nnodes {low}:{high} differ: num_nodes is the number of nodes when all "
+            f"are present; set num_nodes={high}"
         )
     if found == asked or (low != high and low * per_node <= found < asked and found % per_node == 0):
         return
     raise OptionsError(
         f"Trainer(num_nodes={nodes}, devices={per_node}) asks for {asked} ranks, the agents started {found}: start "
-        f"with --nproc-per-node {per_node} --nnodes {nodes}, or --nnodes MIN:{nodes} to go on with fewer"
+        f"with --nproc-per-node {per_node} --nnodes {nodes}, or --nnodes MIN:{nodes} to continue with fewer"
     )

@@ -54,7 +54,7 @@ def test_options_of_durable_states_are_handed_to_the_workers() -> None:
         environment.DURABLE_EVERY_S: "2.5",
         environment.DURABLE_DIR: str(Path("states").absolute()),
     }
-    with pytest.raises(OptionsError, match="durable_every_n_steps=0: expected a whole number of at least 1"):
+    with pytest.raises(OptionsError, match="durable_every_n_steps=0: expected an integer of at least 1"):
         read("--durable-every-n-steps 0 train.py")
 
 

@@ -1,4 +1,4 @@
-"""What a trainer asks of the durable rung."""
+"""Durable states as seen by a trainer."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ __all__ = ["arena", "owner"]
         ("durable_keep", 0),
     ],
 )
-def test_options_out_of_range_are_named(name: str, value: Any) -> None:
+def test_options_out_of_range_are_refused(name: str, value: Any) -> None:
     with pytest.raises(OptionsError, match=f"{name}="):
         CkptlessOptions(**{name: value})
 
 
-def test_the_launcher_comes_before_the_strategy() -> None:
+def test_options_of_the_launcher_take_precedence_over_the_strategy() -> None:
     options = CkptlessOptions(durable_every_n_steps=7, durable_keep=3)
     assert with_environment(options, {}) is options
     env = {environment.DURABLE_EVERY_N_STEPS: "9", environment.DURABLE_EVERY_S: "1.5", environment.DURABLE_DIR: "/x"}
@@ -53,23 +53,23 @@ def identity(folder: Path) -> Identity:
     return Identity("run", "node0", 1, own_agent=True, run_root=folder)
 
 
-def test_each_fit_has_a_folder_of_its_own(tmp_path: Path) -> None:
+def test_each_fit_has_its_own_folder(tmp_path: Path) -> None:
     options = CkptlessOptions(durable_dir=tmp_path / "states")
     assert DurableRung(identity(tmp_path), 0, options).folder.path == tmp_path / "states"
     assert DurableRung(identity(tmp_path), 2, options).folder.path == tmp_path / "states.2"
     assert DurableRung(identity(tmp_path), 0, CkptlessOptions()).folder.path == tmp_path / "run" / "durable"
 
 
-def cohort_of(nodes: str, copies: int, arena: Arena) -> MemberSet:
+def members_of(nodes: str, copies: int, arena: Arena) -> MemberSet:
     return MemberSet(SoloTransport(), arena, tuple(nodes), place(list(nodes), copies), 1, ())
 
 
 @pytest.mark.parametrize(("nodes", "copies", "shards"), [("aabb", 1, 4), ("aabbcc", 1, 2), ("aabbcc", 2, 6)])
-def test_one_node_writes_all_where_it_holds_all(
+def test_a_single_node_writes_all_shards_if_it_holds_all(
     nodes: str, copies: int, shards: int, arena: Arena, tmp_path: Path
 ) -> None:
     rung = DurableRung(identity(tmp_path), 0, CkptlessOptions(durable_every_n_steps=6, mirror_every_n_steps=4))
-    rung.share_out(cohort_of(nodes, copies, arena))
+    rung.assign_writer(members_of(nodes, copies, arena))
     share = read_share(arena.notes())
     assert share is not None
     assert (len(share.shards), share.leads, share.every_n_steps) == (
@@ -81,10 +81,10 @@ def test_one_node_writes_all_where_it_holds_all(
     "options",
     [CkptlessOptions(durable_every_s=1.0), CkptlessOptions(durable_every_n_steps=5, mirror_every_n_steps="auto")],
 )
-def test_several_writers_must_know_the_steps(options: CkptlessOptions, arena: Arena, tmp_path: Path) -> None:
+def test_several_writers_require_a_schedule_in_steps(options: CkptlessOptions, arena: Arena, tmp_path: Path) -> None:
     rung = DurableRung(identity(tmp_path), 0, options)
-    rung.share_out(cohort_of("aabb", 1, arena))
+    rung.assign_writer(members_of("aabb", 1, arena))
     with pytest.raises(
-        OptionsError, match="with copies=1 no node holds all 6 shards, so 3 nodes write a durable state"
+        OptionsError, match="with copies=1 no node holds all 6 shards, so 3 nodes write each durable state"
     ):
-        rung.share_out(cohort_of("aabbcc", 1, arena))
+        rung.assign_writer(members_of("aabbcc", 1, arena))

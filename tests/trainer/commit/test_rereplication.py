@@ -1,4 +1,4 @@
-"""Copies are filled in beside training, and waited for before anything is written over the restored version."""
+"""Rereplication runs beside training, and finishes before the restored version is overwritten."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_ckptless.errors import ProtocolError, TransportError
 from lightning_ckptless.trainer.commit.rereplication import Rereplication
 
 
-def test_training_goes_on_until_it_has_something_to_mirror() -> None:
+def test_training_continues_until_it_has_something_to_mirror() -> None:
     gate, order = threading.Event(), list[str]()
 
     def work() -> None:
@@ -24,7 +24,7 @@ def test_training_goes_on_until_it_has_something_to_mirror() -> None:
     assert order == ["first step", "filled in"]
 
 
-def test_what_went_wrong_is_raised_where_it_is_waited_for() -> None:
+def test_an_error_in_the_background_is_raised_by_wait() -> None:
     def work() -> None:
         raise TransportError("rank 1 is gone")
 
@@ -32,23 +32,23 @@ def test_what_went_wrong_is_raised_where_it_is_waited_for() -> None:
         Rereplication(work).wait()
 
 
-def test_a_bug_is_not_taken_for_success(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crashed_thread_is_not_taken_for_success(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[object] = []
     monkeypatch.setattr(threading, "excepthook", lambda args: told.append(args.exc_type))
 
     def work() -> None:
         raise KeyError("a bug")
 
-    with pytest.raises(ProtocolError, match="were not filled in"):
+    with pytest.raises(ProtocolError, match="were not made"):
         Rereplication(work).wait()
     assert told == [KeyError]
 
 
-def test_it_is_left_behind_where_nobody_sets_it_free(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_blocked_thread_is_abandoned_after_the_timeout(caplog: pytest.LogCaptureFixture) -> None:
     gate = threading.Event()
     protecting = Rereplication(lambda: assert_(gate.wait(20)))
     protecting.abandon(0.01)
-    assert "is left behind" in caplog.text
+    assert "is abandoned" in caplog.text
     gate.set()
     protecting.wait()
 

@@ -1,4 +1,4 @@
-"""A version exists after each optimizer step, before what follows it and after it, and at no other moment."""
+"""A version exists after each optimizer step, before and after validation, and at no other moment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.trainer.tiny import callback, tiny_loader, tiny_module, tiny_trainer
 
 
 def manual(optimizers: int) -> Any:
-    """A module that steps by itself, with one or more optimizers."""
+    """A module with manual optimization and one or more optimizers."""
     base: Any = type(tiny_module())
 
     class Manual(base):  # type: ignore[misc]
@@ -44,7 +44,7 @@ def versions(
     validate: bool = True,
     **options: Any,
 ) -> list[str]:
-    """What versions a run of four batches takes: `3` after step 3, `3-` before what follows it."""
+    """The versions that a run of four batches captures: `3` after step 3, `3-` before its validation."""
     taken: list[str] = []
 
     def take(version: Version) -> None:
@@ -67,10 +67,10 @@ def versions(
         ("0 1 2- 2 3 4- 4", {"val_check_interval": 2}),
         ("0 1 2 3- 3", {"limit_train_batches": 3}),
         ("0 1 2 3", {"max_steps": 3}),
-        # Each rank has its own clock: whether validation is due must not decide whether there is a version.
+        # Each rank has its own clock, so whether validation is due must not decide whether there is a version.
         ("0 1 2 3 4", {"val_check_interval": timedelta(0)}),
         ("0 1 2 3 4", {"limit_val_batches": 0}),
-        # Five batches: the last one steps although nothing is accumulated with it.
+        # Five batches: the last one steps without accumulating.
         ("0 1 2 3- 3", {"samples": 10, "accumulate_grad_batches": 2}),
         # Validation in the middle of an accumulation belongs to no step.
         ("0 1 2", {"accumulate_grad_batches": 2, "val_check_interval": 3}),
@@ -96,7 +96,7 @@ def test_versions_of_manual_optimization(optimizers: int, every_n_steps: int, ex
     assert " ".join(taken) == expected
 
 
-def test_a_batch_that_is_skipped_makes_no_version(tmp_path: Path) -> None:
+def test_a_skipped_batch_makes_no_version(tmp_path: Path) -> None:
     def skip_the_third(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 2:
             raise StopIteration
@@ -105,7 +105,7 @@ def test_a_batch_that_is_skipped_makes_no_version(tmp_path: Path) -> None:
     assert versions(tmp_path, validate=False, callbacks=[hooks]) == ["0", "1", "2"]
 
 
-def test_a_run_from_a_checkpoint_begins_with_a_version_where_it_is_between_epochs(tmp_path: Path) -> None:
+def test_a_run_from_a_checkpoint_between_epochs_begins_with_a_version(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path)
     trainer.fit(tiny_module(), tiny_loader())
     trainer.save_checkpoint(tmp_path / "end.ckpt")
@@ -116,7 +116,7 @@ def test_a_run_from_a_checkpoint_begins_with_a_version_where_it_is_between_epoch
     assert taken == [4, 5, 6, 7, 8]
 
 
-def test_a_version_before_the_tail_is_one_before_validation(tmp_path: Path) -> None:
+def test_a_version_is_captured_before_validation(tmp_path: Path) -> None:
     known: dict[str, bool] = {}
     trainer = tiny_trainer(tmp_path)
     StepBoundaries(
@@ -129,7 +129,7 @@ def test_a_version_before_the_tail_is_one_before_validation(tmp_path: Path) -> N
 
 
 def test_counters_agree_at_every_version(tmp_path: Path) -> None:
-    """Inside of a step they do not: Lightning counts batches, steps and rows of the log one after the other."""
+    """Within a step they disagree: Lightning counts batches, steps and log rows one after the other."""
     seen: list[tuple[int, ...]] = []
 
     def look(version: Version) -> None:
@@ -144,7 +144,7 @@ def test_counters_agree_at_every_version(tmp_path: Path) -> None:
     assert seen == [(step, step) for step in (0, 1, 2, 3, 4, 4)]
 
 
-def test_what_commit_raises_ends_the_run_before_the_next_step(tmp_path: Path) -> None:
+def test_an_exception_in_commit_ends_the_run_before_the_next_step(tmp_path: Path) -> None:
     def refuse(version: Version) -> None:
         if version.optimizer_step == 2:
             raise RuntimeError("the arena is full")
@@ -157,7 +157,7 @@ def test_what_commit_raises_ends_the_run_before_the_next_step(tmp_path: Path) ->
     assert boundaries.last == Version(1, validation_done=True)
 
 
-def test_the_loop_gets_its_own_methods_back(tmp_path: Path) -> None:
+def test_the_loops_own_methods_are_restored(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path)
     loops = FitLoops(trainer)
     before = loops.epoch.advance, loops.epoch.on_advance_end

@@ -1,4 +1,4 @@
-"""Checkpoint files return to a version with the run, and end up as in a run that was never disturbed."""
+"""Checkpoint files are rolled back with the run, and end up as in an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.reporting.checkpoint_files import CheckpointFiles, removes_by_path, settle_run
 
 
-def after_tail(step: int) -> Version:
+def after_validation(step: int) -> Version:
     return Version(step, validation_done=True)
 
 
@@ -27,9 +27,9 @@ class Program:
     """Writes and removes files step by step, with the names that `ModelCheckpoint` would choose.
 
     Args:
-        folder: for the files, and for the ledger beside them.
-        script: by step, the letters of the files to write, in capitals those to remove.
-        fit: its number.
+        folder: folder of the files; the ledger is stored beside it.
+        script: letters of the files to write in each step; a capital letter removes the file.
+        fit: fit index.
     """
 
     folder: Path
@@ -44,13 +44,13 @@ class Program:
         self.start()
 
     def start(self) -> None:
-        """In a new process."""
+        """Start over in a new process."""
         ledger = Ledger(self.folder.parent / "ledger.jsonl")
         self.files = CheckpointFiles(ledger, self.fit, self.said.append)
 
     def operations(self, step: int) -> Iterator[None]:
         """Run a step; pauses before each operation and at its end."""
-        after, last = after_tail(step - 1), dict(self.last[step - 1])
+        after, last = after_validation(step - 1), dict(self.last[step - 1])
         for letter in self.script[step - 1]:
             yield
             if letter.islower():
@@ -76,7 +76,7 @@ class Program:
         for step in range(first, len(self.script) + 1):
             for _ in self.operations(step):
                 pass
-            self.files.settle(after_tail(step - 1))
+            self.files.settle(after_validation(step - 1))
         self.files.close()
 
     def visible(self) -> set[str]:
@@ -93,7 +93,7 @@ SCRIPTS = st.lists(st.text("abAB", max_size=3), min_size=1, max_size=5)
 
 @settings(deadline=None, max_examples=200)
 @given(script=SCRIPTS, data=st.data())
-def test_a_disturbed_run_leaves_the_files_of_an_undisturbed_one(script: list[str], data: st.DataObject) -> None:
+def test_an_interrupted_run_leaves_the_files_of_an_uninterrupted_one(script: list[str], data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as root:
         plain = Program(Path(root, "plain"), script)
         plain.run()
@@ -104,7 +104,7 @@ def test_a_disturbed_run_leaves_the_files_of_an_undisturbed_one(script: list[str
             for step in range(at, fault):
                 for _ in disturbed.operations(step):
                     pass
-                disturbed.files.settle(after_tail(step - 1))
+                disturbed.files.settle(after_validation(step - 1))
             pauses = disturbed.operations(fault)
             for _ in range(data.draw(st.integers(0, 6), "operations")):
                 next(pauses, None)
@@ -112,7 +112,7 @@ def test_a_disturbed_run_leaves_the_files_of_an_undisturbed_one(script: list[str
             back = data.draw(st.integers(committed, fault - 1), "back to")
             if data.draw(st.booleans(), "in a new process"):
                 disturbed.start()
-            disturbed.files.go_back(after_tail(back), generation=1)
+            disturbed.files.roll_back(after_validation(back), generation=1)
             assert disturbed.visible() == plain.names[back]
             at, committed = back + 1, back
         disturbed.run(at)
@@ -123,44 +123,44 @@ def test_a_second_rollback_past_a_removal_leaves_no_copy_of_the_first(tmp_path: 
     program = Program(tmp_path / "files", ["", "", "a", "A", ""])
     for step in (1, 2, 3):
         list(program.operations(step))
-    program.files.go_back(after_tail(2), generation=1)
+    program.files.roll_back(after_validation(2), generation=1)
     for step in (3, 4):
         list(program.operations(step))
-    program.files.go_back(after_tail(3), generation=2)
+    program.files.roll_back(after_validation(3), generation=2)
     assert program.listing() == {"a.ckpt": "0: 3"}
     program.run(4)
     assert program.listing() == {}
 
 
-def test_each_removal_of_a_name_is_held_for_itself(tmp_path: Path) -> None:
+def test_each_removal_of_a_name_is_held_separately(tmp_path: Path) -> None:
     program = Program(tmp_path / "files", ["a", "Aa", "A", ""])
     for step in (1, 2, 3):
         list(program.operations(step))
-    program.files.go_back(after_tail(2), generation=1)
+    program.files.roll_back(after_validation(2), generation=1)
     assert program.listing() == {"a.ckpt": "0: 2"}
     program.run(3)
     assert program.listing() == {}
 
 
-def test_the_user_learns_what_was_set_aside_and_why(tmp_path: Path) -> None:
+def test_the_message_says_what_was_set_aside_and_why(tmp_path: Path) -> None:
     program = Program(tmp_path / "files", ["", "a", ""])
     for step in (1, 2):
         list(program.operations(step))
-    program.files.go_back(after_tail(1), generation=1)
+    program.files.roll_back(after_validation(1), generation=1)
     (text,) = program.said
     assert text == (
-        f"set {tmp_path}/files/a.ckpt aside: it was written after step 1, which the run returns to; the replay writes "
-        "it again"
+        f"set {tmp_path}/files/a.ckpt aside: it was written after step 1, to which the run rolls back; the replay "
+        "writes it again"
     )
     assert list(program.listing()) == [".a.ckpt.ckptless-aside-0"]
     program.run(2)
     assert program.listing() == {"a.ckpt": "0: 2"}
 
 
-def test_a_file_that_the_replay_does_not_write_is_put_back(tmp_path: Path) -> None:
+def test_a_file_that_the_replay_does_not_rewrite_is_restored(tmp_path: Path) -> None:
     program = Program(tmp_path / "files", ["a", "", ""])
     list(program.operations(1))
-    program.files.go_back(after_tail(0), generation=1)
+    program.files.roll_back(after_validation(0), generation=1)
     program.script[0] = ""
     program.run()
     assert program.listing() == {"a.ckpt": "0: 1"}
@@ -171,9 +171,9 @@ def test_a_removed_file_is_held_until_its_removal_is_committed(tmp_path: Path) -
     for step in (1, 2):
         list(program.operations(step))
     assert list(program.listing()) == [".a.ckpt.ckptless-removed-0-1-1"]
-    program.files.settle(after_tail(1))
+    program.files.settle(after_validation(1))
     assert list(program.listing()) == [".a.ckpt.ckptless-removed-0-1-1"]
-    program.files.settle(after_tail(2))
+    program.files.settle(after_validation(2))
     assert program.listing() == {}
 
 
@@ -182,11 +182,11 @@ def test_no_fit_touches_the_files_of_another(tmp_path: Path) -> None:
     first.run()
     second = Program(tmp_path / "files", ["", "b", ""], fit=1)
     list(second.operations(1))
-    second.files.go_back(after_tail(0), generation=1)
+    second.files.roll_back(after_validation(0), generation=1)
     assert first.listing() == {"a.ckpt": "0: 3"}
 
 
-def test_a_fit_that_is_run_again_leaves_alone_what_a_later_one_made_of_its_files(tmp_path: Path) -> None:
+def test_a_repeated_fit_keeps_its_files_as_a_later_fit_left_them(tmp_path: Path) -> None:
     first = Program(tmp_path / "files", ["a", "b", "A"])
     first.run()
     second = Program(tmp_path / "files", ["ab", "", ""], fit=1)
@@ -194,62 +194,62 @@ def test_a_fit_that_is_run_again_leaves_alone_what_a_later_one_made_of_its_files
     list(second.operations(1))
     assert second.listing() == {"a.ckpt": "1: 1", "b.ckpt": "1: 1"}
     first.start()
-    first.files.go_back(after_tail(1), generation=2)
+    first.files.roll_back(after_validation(1), generation=2)
     first.run(2)
     assert second.listing() == {"a.ckpt": "1: 1", "b.ckpt": "1: 1"}
 
 
-def test_when_the_run_has_ended_no_copy_is_left(tmp_path: Path) -> None:
+def test_no_copy_is_left_at_the_end_of_the_run(tmp_path: Path) -> None:
     program = Program(tmp_path / "files", ["a", "bA", ""])
     for step in (1, 2):
         list(program.operations(step))
-    program.files.go_back(after_tail(1), generation=1)
+    program.files.roll_back(after_validation(1), generation=1)
     list(program.operations(2))
-    program.files.go_back(after_tail(1), generation=1)
+    program.files.roll_back(after_validation(1), generation=1)
     assert program.listing() == {"a.ckpt": "0: 1", ".b.ckpt.ckptless-aside-0": "0: 2"}
     settle_run(tmp_path / "ledger.jsonl")
     assert program.listing() == {"a.ckpt": "0: 1", "b.ckpt": "0: 2"}
 
 
-def test_folders_of_sharded_models_are_moved_as_files_are(tmp_path: Path) -> None:
+def test_folders_of_sharded_models_are_moved_like_files(tmp_path: Path) -> None:
     folder = tmp_path / "step=1.ckpt"
     files = CheckpointFiles(Ledger(tmp_path / "ledger.jsonl"), 0, print)
 
     def write(*names: str) -> None:
-        files.saving(str(folder), after_tail(0), generation=1)
+        files.saving(str(folder), after_validation(0), generation=1)
         folder.mkdir()
         for name in names:
             (folder / name).write_text("shard")
 
     write(".metadata", "meta.pt")
-    files.go_back(after_tail(0), generation=1)
+    files.roll_back(after_validation(0), generation=1)
     assert not folder.exists()
-    # The next writing is interrupted: the copy that is whole wins.
+    # The next write is interrupted: the complete copy wins.
     write(".metadata")
     files.close()
     assert sorted(path.name for path in folder.iterdir()) == [".metadata", "meta.pt"]
     assert {path.name for path in tmp_path.iterdir()} == {"ledger.jsonl", "step=1.ckpt"}
 
 
-def test_storage_that_is_not_local_is_left_alone_and_named(tmp_path: Path) -> None:
+def test_remote_files_are_left_alone_and_reported(tmp_path: Path) -> None:
     said: list[str] = []
     files = CheckpointFiles(Ledger(tmp_path / "ledger.jsonl"), 0, said.append)
-    files.saving("s3://bucket/a.ckpt", after_tail(4), generation=1)
-    assert not files.removing("s3://bucket/a.ckpt", after_tail(4), generation=1)
-    files.go_back(after_tail(4), generation=1)
+    files.saving("s3://bucket/a.ckpt", after_validation(4), generation=1)
+    assert not files.removing("s3://bucket/a.ckpt", after_validation(4), generation=1)
+    files.roll_back(after_validation(4), generation=1)
     (text,) = said
     assert text == (
         "s3://bucket/a.ckpt written after step 4 cannot be set aside, because the storage is not a local file system: "
-        "the replay may write a second file beside it, with -v1 in its name"
+        "the replay may write a second file with -v1 in its name"
     )
 
 
 def test_the_longest_name_has_room_for_its_copy(tmp_path: Path) -> None:
     path = tmp_path / f"{'x' * 250}.ckpt"
     files = CheckpointFiles(Ledger(tmp_path / "ledger.jsonl"), 0, print)
-    files.saving(str(path), after_tail(0), generation=1)
+    files.saving(str(path), after_validation(0), generation=1)
     path.touch()
-    files.go_back(after_tail(0), generation=1)
+    files.roll_back(after_validation(0), generation=1)
     assert not path.exists()
     files.close()
     assert path.exists()
@@ -258,14 +258,14 @@ def test_the_longest_name_has_room_for_its_copy(tmp_path: Path) -> None:
 def test_a_relative_path_is_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = CheckpointFiles(Ledger(tmp_path / "ledger.jsonl"), 0, print)
     monkeypatch.chdir(tmp_path)
-    files.saving("a.ckpt", after_tail(0), generation=1)
+    files.saving("a.ckpt", after_validation(0), generation=1)
     Path("a.ckpt").touch()
     monkeypatch.chdir("/")
-    files.go_back(after_tail(0), generation=1)
+    files.roll_back(after_validation(0), generation=1)
     assert not (tmp_path / "a.ckpt").exists()
 
 
-def test_plugins_with_their_own_way_of_removal_keep_it() -> None:
+def test_plugins_with_their_own_removal_are_not_intercepted() -> None:
     class Sidecars(TorchCheckpointIO):
         def remove_checkpoint(self, path: object) -> None:
             """Not the path alone."""

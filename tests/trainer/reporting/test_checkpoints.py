@@ -1,4 +1,4 @@
-"""Which checkpoint file a run can continue from."""
+"""Choosing the checkpoint file that a run can continue from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_ckptless.trainer.reporting.checkpoint_files import newest_checkpo
 from tests.trainer.tiny import tiny_trainer
 
 
-def test_the_newest_of_all_folders_is_found(tmp_path: Path) -> None:
+def test_the_newest_file_of_all_folders_is_found(tmp_path: Path) -> None:
     saver, other = ModelCheckpoint(tmp_path / "one"), ModelCheckpoint(tmp_path / "two", every_n_train_steps=3)
     trainer = tiny_trainer(tmp_path, callbacks=[saver, other], enable_checkpointing=True)
     assert newest_checkpoint(trainer) is None
@@ -27,7 +27,7 @@ def test_the_newest_of_all_folders_is_found(tmp_path: Path) -> None:
     assert newest_checkpoint(trainer) == str(tmp_path / "two" / "new.ckpt")
 
 
-def test_the_folder_is_the_one_that_lightning_would_choose(tmp_path: Path) -> None:
+def test_the_default_folder_is_the_one_that_lightning_chooses(tmp_path: Path) -> None:
     logger = CSVLogger(str(tmp_path), version=3)
     trainer = tiny_trainer(tmp_path, logger=logger, callbacks=[ModelCheckpoint()], enable_checkpointing=True)
     folder = trainer.checkpoint_callbacks[0]._ModelCheckpoint__resolve_ckpt_dir(trainer)
@@ -45,7 +45,7 @@ def test_without_a_logger_the_folder_is_below_the_root(tmp_path: Path) -> None:
     assert newest_checkpoint(trainer) == str(path)
 
 
-def test_a_folder_is_a_checkpoint_once_its_last_file_is_there(tmp_path: Path) -> None:
+def test_a_folder_is_a_checkpoint_once_its_last_file_exists(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
     whole, torn = tmp_path / "step=1.ckpt", tmp_path / "step=2.ckpt"
     for folder, files in ((whole, (".metadata", "meta.pt")), (torn, (".metadata",))):

@@ -1,4 +1,4 @@
-"""Log files continue in the folder of the run: each row and each event once, none lost, whenever the process dies."""
+"""Log files continue in the folder of the run: every row and event exactly once, whenever the process dies."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def a_step(logger: Any, step: int) -> None:
 
 
 def used(logger: Any) -> Any:
-    """A logger of a run that is over."""
+    """A logger whose run has ended."""
     a_step(logger, 0)
     logger.finalize("success")
     return logger
 
 
 def started_again(logger: Any, saved: list[Any], root: Path, make: Callable[..., Any], distribution: str) -> Any:
-    """A logger of a fresh process that goes on at a version."""
+    """A logger of a new process that resumes from a version."""
     fresh = make(root, distribution)
     set_identity(fresh, identity_of(logger))
     cut_logs(tiny_trainer(root, distribution, logger=fresh), unpack(pack(saved)))
@@ -94,7 +94,7 @@ def watched(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, str]:
     return logger, request.param
 
 
-def test_rows_behind_the_version_are_cut(watched: tuple[Any, str], tmp_path: Path) -> None:
+def test_rows_after_the_version_are_truncated(watched: tuple[Any, str], tmp_path: Path) -> None:
     logger, distribution = watched
     for step in range(3):
         a_step(logger, step)
@@ -110,7 +110,7 @@ def test_rows_behind_the_version_are_cut(watched: tuple[Any, str], tmp_path: Pat
     assert log_positions([fresh])[0] == position | {"rows": 4}
 
 
-def test_a_cut_log_goes_on_as_one_that_was_not(watched: tuple[Any, str], tmp_path: Path) -> None:
+def test_a_truncated_log_continues_like_an_untouched_one(watched: tuple[Any, str], tmp_path: Path) -> None:
     logger, distribution = watched
     whole = csv_logger(tmp_path / "whole", distribution)
     for step in range(6):
@@ -138,7 +138,7 @@ def test_rows_that_are_not_written_yet_are_part_of_the_version(watched: tuple[An
     assert steps(fresh) == [0, 1]
 
 
-def test_columns_of_the_future_are_cut(watched: tuple[Any, str], tmp_path: Path) -> None:
+def test_columns_added_after_the_version_are_removed(watched: tuple[Any, str], tmp_path: Path) -> None:
     logger, distribution = watched
     a_step(logger, 0)
     saved, before = log_positions([logger]), text(logger)
@@ -153,7 +153,7 @@ def test_columns_of_the_future_are_cut(watched: tuple[Any, str], tmp_path: Path)
     assert steps(fresh) == [0, 1]
 
 
-def test_a_row_that_was_torn_is_cut(watched: tuple[Any, str], tmp_path: Path) -> None:
+def test_a_partially_written_row_is_removed(watched: tuple[Any, str], tmp_path: Path) -> None:
     logger, distribution = watched
     a_step(logger, 0)
     saved, before = log_positions([logger]), text(logger)
@@ -181,7 +181,7 @@ def test_a_run_that_starts_over_begins_with_empty_files(watched: tuple[Any, str]
     assert fresh.log_dir == logger.log_dir
 
 
-def test_a_kill_while_the_file_is_put_aside_loses_nothing(watched: tuple[Any, str], tmp_path: Path) -> None:
+def test_a_kill_while_the_file_is_replaced_loses_nothing(watched: tuple[Any, str], tmp_path: Path) -> None:
     logger, distribution = watched
     for step in range(2):
         a_step(logger, step)
@@ -195,7 +195,7 @@ def test_a_kill_while_the_file_is_put_aside_loses_nothing(watched: tuple[Any, st
     assert steps(fresh) == [0, 1, 2]
 
 
-def test_a_file_that_somebody_removed_is_begun_anew(watched: tuple[Any, str], tmp_path: Path) -> None:
+def test_a_file_that_was_removed_is_started_again(watched: tuple[Any, str], tmp_path: Path) -> None:
     logger, distribution = watched
     a_step(logger, 0)
     saved = log_positions([logger])
@@ -223,7 +223,7 @@ def test_a_new_column_never_leaves_the_file_empty(watched: tuple[Any, str], monk
     assert text(logger) == before
 
 
-def test_rows_are_counted_once_however_often_one_looks(watched: tuple[Any, str]) -> None:
+def test_rows_are_counted_once_however_often_positions_are_read(watched: tuple[Any, str]) -> None:
     logger, _ = watched
     a_step(logger, 0)
     watch_logs([logger])
@@ -244,7 +244,7 @@ def test_rows_from_before_the_watch_are_counted(tmp_path: Path) -> None:
     assert position["rows"] == 2
 
 
-def test_nobody_is_told_that_rows_will_be_deleted(watched: tuple[Any, str], tmp_path: Path) -> None:
+def test_the_csv_loggers_warning_about_deleted_files_is_suppressed(watched: tuple[Any, str], tmp_path: Path) -> None:
     logger, distribution = watched
     a_step(logger, 0)
     with warnings.catch_warnings():
@@ -252,7 +252,7 @@ def test_nobody_is_told_that_rows_will_be_deleted(watched: tuple[Any, str], tmp_
         started_again(logger, log_positions([logger]), tmp_path, csv_logger, distribution)
 
 
-def test_hyper_parameters_of_the_last_process_stay_beside_new_ones(watched: tuple[Any, str], tmp_path: Path) -> None:
+def test_hyperparameters_of_the_previous_process_are_kept(watched: tuple[Any, str], tmp_path: Path) -> None:
     logger, distribution = watched
     logger.log_hyperparams({"lr": 0.1})
     a_step(logger, 0)
@@ -275,9 +275,7 @@ def test_a_rank_that_becomes_rank_0_opens_the_file_of_the_run(watched: tuple[Any
 
 
 @pytest.mark.parametrize("make", [csv_logger, tensorboard])
-def test_a_logger_that_the_program_opened_before_fit_writes_into_the_folder_of_the_run(
-    make: Any, tmp_path: Path
-) -> None:
+def test_a_logger_that_was_opened_before_fit_writes_into_the_folder_of_the_run(make: Any, tmp_path: Path) -> None:
     logger = make(tmp_path, DISTRIBUTIONS[0])
     watch_logs([logger])
     a_step(logger, 0)
@@ -295,7 +293,7 @@ def test_a_logger_that_the_program_opened_before_fit_writes_into_the_folder_of_t
 
 
 def events(logger: Any) -> Counter[tuple[str, int]]:
-    """How often each value of each step stands in the event files."""
+    """How often each value of each step occurs in the event files."""
     found: Counter[tuple[str, int]] = Counter()
     folder = Path(logger.log_dir)
     for found_in in {path.parent for path in folder.rglob("events.out.tfevents.*")}:
@@ -311,7 +309,7 @@ def logged(*expected: int, tag: str = "loss") -> Counter[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_every_event_is_there_once(distribution: str, tmp_path: Path) -> None:
+def test_every_event_occurs_once(distribution: str, tmp_path: Path) -> None:
     logger = tensorboard(tmp_path, distribution)
     for stop in (2, 4, 5):
         for step in range({2: 0, 4: 2, 5: 4}[stop], stop):
@@ -327,7 +325,7 @@ def test_every_event_is_there_once(distribution: str, tmp_path: Path) -> None:
     assert events(logger) == logged(*range(6))
 
 
-def test_events_that_lie_in_the_queue_belong_to_the_version(tmp_path: Path) -> None:
+def test_queued_events_are_part_of_the_version(tmp_path: Path) -> None:
     logger = tensorboard(tmp_path)
     logger.log_metrics({"loss": 1.0}, step=0)
     saved = log_positions([logger])
@@ -336,7 +334,7 @@ def test_events_that_lie_in_the_queue_belong_to_the_version(tmp_path: Path) -> N
     assert events(fresh) == logged(0)
 
 
-def test_values_that_are_logged_together_are_cut_too(tmp_path: Path) -> None:
+def test_values_that_are_logged_together_are_truncated_too(tmp_path: Path) -> None:
     def both(logger: Any, step: int) -> None:
         logger.log_metrics({"losses": {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}}, step=step)
 
@@ -360,7 +358,7 @@ def test_a_run_that_starts_over_has_no_events(tmp_path: Path) -> None:
     assert events(fresh) == Counter()
 
 
-def test_files_of_others_in_the_folder_stay(tmp_path: Path) -> None:
+def test_other_files_in_the_folder_are_kept(tmp_path: Path) -> None:
     logger = tensorboard(tmp_path)
     a_step(logger, 0)
     logger.experiment.close()

@@ -1,4 +1,4 @@
-"""Files that vanish from under a run are named when the run returns to a version that has them."""
+"""Files that a run lost are reported when it rolls back to a version that has them."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ def test_checkpoints_that_are_missing_or_shorter_are_found(tmp_path: Path) -> No
     ]
 
 
-def test_a_folder_is_as_long_as_its_files(tmp_path: Path) -> None:
+def test_the_size_of_a_folder_is_that_of_its_files(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     for name in ("meta.pt", "shards/0.distcp"):
         (tmp_path / name).write_bytes(b"123")
     assert size_bytes(str(tmp_path)) == 6
 
 
-def test_the_warning_names_file_sizes_and_cause() -> None:
+def test_the_warning_names_files_sizes_and_cause() -> None:
     text = warning_of([LostFile("/a.csv", 9, 2, "rows"), LostFile("/b.ckpt", 100, None)], VERSION)
     assert text == (
-        "files of the run are missing or shorter than they were at step 4, which it returns to:\n"
+        "files of the run are missing or shorter than at step 4, to which it rolls back:\n"
         "  /a.csv (expected 9 rows, found 2)\n"
         "  /b.ckpt (expected 100 bytes, it is missing)\n"
         "  Every new process runs the script from its beginning. If the script deletes or recreates its output folder "
-        "there, let it do so only where neither CKPTLESS_FAULT_REPORT nor CKPTLESS_STANDBY is in os.environ."
+        "there, do so only if neither CKPTLESS_FAULT_REPORT nor CKPTLESS_STANDBY is in os.environ."
     )
 
 
-def test_a_long_list_is_cut_short() -> None:
+def test_a_long_list_is_shortened() -> None:
     text = warning_of([LostFile(f"/{number}", 1, None) for number in range(7)], VERSION)
     assert "/4 (" in text
     assert "/5 (" not in text
@@ -68,7 +68,7 @@ def test_a_long_list_is_cut_short() -> None:
         (lambda path: path.write_text("x"), "(expected 5 bytes, found 1)"),
     ],
 )
-def test_a_rollback_finds_checkpoints_that_it_needs(damage: Any, end: str | None, tmp_path: Path) -> None:
+def test_a_rollback_reports_lost_checkpoints_that_it_needs(damage: Any, end: str | None, tmp_path: Path) -> None:
     files = CheckpointFiles(Ledger(tmp_path / "ledger.jsonl"), 0, print)
     for name, step in (("kept.ckpt", 2), ("later.ckpt", 4)):
         path = tmp_path / name
@@ -76,14 +76,14 @@ def test_a_rollback_finds_checkpoints_that_it_needs(damage: Any, end: str | None
         path.write_text("12345")
         files.written(str(path), generation=1)
     damage(tmp_path / "kept.ckpt")
-    # The replay writes it again.
+    # The replay rewrites it.
     (tmp_path / "later.ckpt").unlink()
-    files.go_back(VERSION, generation=1)
+    files.roll_back(VERSION, generation=1)
     assert [str(lost) for lost in files.lost] == ([] if end is None else [f"{tmp_path}/kept.ckpt {end}"])
 
 
 @pytest.mark.parametrize("kind", ["CSVLogger", "TensorBoardLogger"])
-def test_log_files_that_vanished_are_found(kind: str, tmp_path: Path) -> None:
+def test_lost_log_files_are_found(kind: str, tmp_path: Path) -> None:
     logger = getattr(loggers, kind)(str(tmp_path))
     trainer = tiny_trainer(tmp_path, logger=logger)
     for step in range(3):

@@ -1,4 +1,4 @@
-"""The outbox: a logger gets each row once, when its step is committed."""
+"""The outbox delivers each row to a logger once, when its step is committed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_ckptless.trainer.reporting.outbox import Marks, Outbox
 
 
 class Store:
-    """A logger that remembers what it got."""
+    """A logger that records its calls."""
 
     def __init__(self) -> None:
         self.got: list[Any] = []
@@ -35,7 +35,7 @@ class Store:
 
 
 class Figure:
-    """What is no plain data, and can be pickled."""
+    """An object that is not plain data but can be pickled."""
 
 
 def version(step: int) -> Version:
@@ -47,7 +47,7 @@ Make = Callable[[Any], Outbox]
 
 @pytest.fixture
 def outbox_of(tmp_path: Path) -> Iterator[Make]:
-    """Makes outboxes that share their marks, as those of processes that follow each other do."""
+    """Makes outboxes that share their marks, like those of successive processes."""
     made: list[Outbox] = []
 
     def make(logger: Any) -> Outbox:
@@ -68,7 +68,7 @@ def steps(logger: Store) -> list[int]:
 
 
 def a_step(logger: Any, outbox: Outbox, step: int) -> Any:
-    """Log a row and take the version that it belongs to."""
+    """Log a row and capture the version that includes it."""
     logger.log_metrics({"loss": step / 8}, step=step)
     logger.save()
     return outbox.capture(version(step + 1))
@@ -79,26 +79,26 @@ def test_a_row_waits_for_the_version_of_its_step(outbox_of: Make) -> None:
     outbox = outbox_of(logger)
     a_step(logger, outbox, 0)
     logger.log_metrics({"loss": 1.0}, step=1)
-    outbox.hand_on(version(0))
-    outbox.hand_on(None)
+    outbox.deliver(version(0))
+    outbox.deliver(None)
     assert logger.got == []
-    outbox.hand_on(version(1))
+    outbox.deliver(version(1))
     assert logger.got == [(0, {"loss": 0.0}), "save"]
     a_step(logger, outbox, 2)
-    outbox.hand_on(version(3))
+    outbox.deliver(version(3))
     assert steps(logger) == [0, 1, 2]
 
 
-def test_a_version_that_was_given_up_leaves_its_rows_to_the_next(outbox_of: Make) -> None:
+def test_rows_of_an_abandoned_version_are_delivered_with_the_next(outbox_of: Make) -> None:
     logger = Store()
     outbox = outbox_of(logger)
     for step in range(3):
         a_step(logger, outbox, step)
-    outbox.hand_on(version(2))
+    outbox.deliver(version(2))
     assert steps(logger) == [0, 1]
 
 
-def test_saving_is_in_order_and_at_once_where_nothing_is_held(outbox_of: Make) -> None:
+def test_saving_is_in_order_and_immediate_if_nothing_is_held(outbox_of: Make) -> None:
     logger = Store()
     outbox = outbox_of(logger)
     logger.save()
@@ -118,7 +118,7 @@ def test_finalizing_comes_after_all_rows(outbox_of: Make) -> None:
     assert logger.got == [(4, {"loss": 1.0}), "success"]
 
 
-def test_what_was_logged_does_not_change_any_more(outbox_of: Make) -> None:
+def test_later_changes_of_logged_values_have_no_effect(outbox_of: Make) -> None:
     logger = Store()
     outbox = outbox_of(logger)
     metrics: dict[str, Any] = {"loss": torch.ones(1), "each": {"a": torch.zeros(2)}}
@@ -136,7 +136,7 @@ def test_what_was_logged_does_not_change_any_more(outbox_of: Make) -> None:
 # ---------------------------------------------------------------------- after a fault
 
 
-def test_a_survivor_drops_what_was_not_committed(outbox_of: Make) -> None:
+def test_a_survivor_drops_rows_that_were_not_committed(outbox_of: Make) -> None:
     logger = Store()
     outbox = outbox_of(logger)
     saved = a_step(logger, outbox, 0)
@@ -144,16 +144,16 @@ def test_a_survivor_drops_what_was_not_committed(outbox_of: Make) -> None:
     restore(outbox, saved)
     assert steps(logger) == [0]
     a_step(logger, outbox, 1)
-    outbox.hand_on(version(2))
+    outbox.deliver(version(2))
     assert steps(logger) == [0, 1]
 
 
-@pytest.mark.parametrize("handed_on", [0, 1, 2])
-def test_a_new_process_hands_on_what_its_predecessor_has_not(handed_on: int, outbox_of: Make) -> None:
+@pytest.mark.parametrize("delivered", [0, 1, 2])
+def test_a_new_process_delivers_only_rows_that_its_predecessor_has_not(delivered: int, outbox_of: Make) -> None:
     logger = Store()
     outbox = outbox_of(logger)
     *_, saved = (a_step(logger, outbox, step) for step in range(2))
-    outbox.hand_on(version(handed_on))
+    outbox.deliver(version(delivered))
     fresh = Store()
     fresh.got = list(logger.got)
     successor = outbox_of(fresh)
@@ -161,11 +161,11 @@ def test_a_new_process_hands_on_what_its_predecessor_has_not(handed_on: int, out
     restore(successor, saved)
     assert steps(fresh) == [0, 1]
     a_step(fresh, successor, 2)
-    successor.hand_on(version(3))
+    successor.deliver(version(3))
     assert steps(fresh) == [0, 1, 2]
 
 
-def test_steps_that_run_again_after_their_rows_are_out_are_not_logged_twice(outbox_of: Make) -> None:
+def test_replayed_steps_whose_rows_were_delivered_are_not_logged_twice(outbox_of: Make) -> None:
     logger = Store()
     outbox = outbox_of(logger)
     saved = a_step(logger, outbox, 0)
@@ -180,7 +180,7 @@ def test_steps_that_run_again_after_their_rows_are_out_are_not_logged_twice(outb
     assert steps(fresh) == [2]
 
 
-def test_rows_of_a_file_that_was_cut_are_handed_on_whatever_was_before(outbox_of: Make) -> None:
+def test_rows_of_a_rewound_file_are_delivered_again(outbox_of: Make) -> None:
     logger = Store()
     outbox = outbox_of(logger)
     saved = a_step(logger, outbox, 0)
@@ -203,7 +203,7 @@ def test_a_run_that_starts_over_logs_all_rows_again(outbox_of: Make) -> None:
     assert steps(fresh) == [0]
 
 
-def test_a_rank_without_a_past_begins_with_nothing(outbox_of: Make) -> None:
+def test_a_rank_without_a_saved_state_starts_empty(outbox_of: Make) -> None:
     logger = Store()
     outbox = outbox_of(logger)
     a_step(logger, outbox, 0)
@@ -211,7 +211,7 @@ def test_a_rank_without_a_past_begins_with_nothing(outbox_of: Make) -> None:
     assert logger.got == []
 
 
-def test_objects_travel_if_they_can_be_pickled(outbox_of: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_with_objects_are_kept_if_they_can_be_pickled(outbox_of: Make, caplog: pytest.LogCaptureFixture) -> None:
     logger = Store()
     outbox = outbox_of(logger)
     logger.log_metrics({"figure": Figure()}, step=0)
@@ -224,10 +224,10 @@ def test_objects_travel_if_they_can_be_pickled(outbox_of: Make, caplog: pytest.L
     restore(outbox_of(fresh), saved, rewound=(fresh,))
     assert steps(fresh) == [0, 2]
     assert isinstance(fresh.got[0][1]["figure"], Figure)
-    assert "Store: rows with callable are lost" in caplog.text
+    assert "Store: rows with callable were lost" in caplog.text
 
 
-def test_a_row_with_objects_that_may_not_leave_the_machine_is_lost_with_its_process(
+def test_a_row_with_objects_that_are_not_trusted_is_lost_with_its_process(
     outbox_of: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     logger = Store()
@@ -238,10 +238,10 @@ def test_a_row_with_objects_that_may_not_leave_the_machine_is_lost_with_its_proc
     fresh = Store()
     restore(outbox_of(fresh), saved, rewound=(fresh,))
     assert steps(fresh) == [1]
-    assert "Store: rows with figure are lost" in caplog.text
+    assert "Store: rows with figure were lost" in caplog.text
 
 
-def test_rows_stay_held_where_the_logger_fails(outbox_of: Make) -> None:
+def test_rows_are_still_held_after_the_logger_fails(outbox_of: Make) -> None:
     logger = Mock(Store)
     logger.log_metrics.side_effect = [None, ConnectionError("server is away"), None]
     own = logger.log_metrics
@@ -254,7 +254,7 @@ def test_rows_stay_held_where_the_logger_fails(outbox_of: Make) -> None:
     assert [call.kwargs["step"] for call in own.call_args_list] == [0, 1, 1]
 
 
-def test_marks_survive_in_whichever_file_can_be_written(tmp_path: Path) -> None:
+def test_marks_survive_if_one_of_the_files_is_writable(tmp_path: Path) -> None:
     (tmp_path / "a-file").touch()
     paths = [tmp_path / "a-file" / "marks", tmp_path / "folder" / "marks"]
     marks = Marks(paths)
@@ -270,7 +270,7 @@ def test_marks_survive_in_whichever_file_can_be_written(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- the user's logger
 
 
-def test_the_logger_is_the_users_again_after_fit(outbox_of: Make) -> None:
+def test_the_loggers_methods_are_restored_after_fit(outbox_of: Make) -> None:
     logger = Store()
     before = dict(vars(logger))
     outbox = outbox_of(logger)
@@ -280,7 +280,7 @@ def test_the_logger_is_the_users_again_after_fit(outbox_of: Make) -> None:
     assert steps(logger) == [0]
 
 
-def test_methods_of_the_instance_come_back(outbox_of: Make) -> None:
+def test_methods_of_the_instance_are_restored(outbox_of: Make) -> None:
     logger, calls = Store(), list[Any]()
     logger.save = own = lambda: calls.append("own")  # type: ignore[method-assign]
     outbox = outbox_of(logger)
@@ -291,7 +291,7 @@ def test_methods_of_the_instance_come_back(outbox_of: Make) -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda logger: pickle.loads(pickle.dumps(logger))])
-def test_a_copy_of_the_logger_is_free(copied: Any, outbox_of: Make) -> None:
+def test_a_copy_of_the_logger_has_the_original_methods(copied: Any, outbox_of: Make) -> None:
     logger = Store()
     outbox = outbox_of(logger)
     logger.log_metrics({"loss": 1.0}, 0)
@@ -303,7 +303,7 @@ def test_a_copy_of_the_logger_is_free(copied: Any, outbox_of: Make) -> None:
     assert logger.got == [(0, {"loss": 1.0})]
 
 
-def test_the_signature_is_the_loggers_own(outbox_of: Make) -> None:
+def test_signatures_are_preserved(outbox_of: Make) -> None:
     logger = Store()
     expected = inspect.signature(logger.log_metrics)
     outbox_of(logger)

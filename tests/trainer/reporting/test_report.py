@@ -1,4 +1,4 @@
-"""What is reported of a run, and where."""
+"""What is reported about a run, and where."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arena of a start that failed."""
+"""The arena of a failed start."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_ckptless.replica.arena import Arena, Owner, Stamp
 from lightning_ckptless.trainer.session.arenas import discard_if_empty
 
 
-def test_an_arena_is_discarded_only_while_it_holds_nothing(tmp_path: Path) -> None:
+def test_an_arena_is_discarded_only_while_it_is_empty(tmp_path: Path) -> None:
     arena = Arena.create(tmp_path, "run", "node", Owner.of(os.getpid()))
     arena.note("logger_versions", [])
     discard_if_empty(arena)

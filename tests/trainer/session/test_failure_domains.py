@@ -1,4 +1,4 @@
-"""What a node finds out about its own failure domain, from its environment or a file."""
+"""Finding a node's failure domain in its environment or a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.replica.conftest import arena, owner
 __all__ = ["arena", "owner"]
 
 
-def test_the_environment_comes_before_the_file(tmp_path: Path) -> None:
+def test_the_environment_takes_precedence_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "racks"
     path.write_text(f"{socket.gethostname()} rack2\n")
     env = {"CKPTLESS_FAILURE_DOMAINS_FILE": str(path)}
@@ -28,13 +28,13 @@ def test_the_environment_comes_before_the_file(tmp_path: Path) -> None:
     assert own_domain("rack", "some-node", env | {"CKPTLESS_FAILURE_DOMAIN": "rack1"}) == "rack1"
 
 
-def test_a_node_may_be_named_as_the_run_names_it(tmp_path: Path) -> None:
+def test_a_file_may_use_the_runs_name_of_a_node(tmp_path: Path) -> None:
     path = tmp_path / "racks"
     path.write_text(f"{socket.gethostname()} rack2\nsome-node rack3\n")
     assert own_domain("rack", "some-node", {"CKPTLESS_FAILURE_DOMAINS_FILE": str(path)}) == "rack3"
 
 
-def test_where_nobody_has_said_it_the_answer_says_how() -> None:
+def test_the_error_for_an_unknown_domain_says_how_to_configure_it() -> None:
     with pytest.raises(OptionsError) as caught:
         own_domain("rack", "some-node", {})
     assert str(caught.value) == (
@@ -44,13 +44,13 @@ def test_where_nobody_has_said_it_the_answer_says_how() -> None:
     )
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionsError, match=r"CKPTLESS_FAILURE_DOMAINS_FILE='.*/gone' cannot be read on host"):
         own_domain("rack", "some-node", {"CKPTLESS_FAILURE_DOMAINS_FILE": str(tmp_path / "gone")})
 
 
 def on_all_ranks(nodes: list[str]) -> list[Domains | str]:
-    """What every rank finds, or the error that it raises."""
+    """The domains that each rank finds, or the error that it raises."""
 
     def find(transport: LoopbackTransport) -> Domains | str:
         try:
@@ -66,20 +66,20 @@ def on_all_ranks(nodes: list[str]) -> list[Domains | str]:
     return found
 
 
-def test_all_ranks_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_find_the_same_domains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "racks").write_text("n0 r0\nn1 r0\nn2 r1\n")
     monkeypatch.setenv("CKPTLESS_FAILURE_DOMAINS_FILE", str(tmp_path / "racks"))
     assert on_all_ranks(["n0", "n1", "n2"]) == [Domains(("r0", "r0", "r1"), "rack")] * 3
 
 
-def test_what_one_rank_does_not_know_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_domain_on_one_rank_is_an_error_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "racks").write_text("n0 r0\nn1 r0\n")
     monkeypatch.setenv("CKPTLESS_FAILURE_DOMAINS_FILE", str(tmp_path / "racks"))
     (message,) = set(on_all_ranks(["n0", "n1", "n2"]))
     assert "host n2 is not listed in" in str(message)
 
 
-def test_an_engine_asks_for_the_domains_of_its_option(
+def test_the_member_set_uses_the_failure_domain_option(
     arena: Arena, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CKPTLESS_FAILURE_DOMAIN", "r7")
@@ -97,7 +97,7 @@ def test_an_engine_asks_for_the_domains_of_its_option(
     assert mesh.placement.kind == "tensor_parallel group"
 
 
-def test_no_generation_has_the_number_of_one_whose_arenas_are_lost(arena: Arena, tmp_path: Path) -> None:
+def test_generation_numbers_do_not_repeat_after_all_arenas_are_lost(arena: Arena, tmp_path: Path) -> None:
     record = tmp_path / "run" / "generation"
 
     def form() -> int:

@@ -1,4 +1,4 @@
-"""A process that comes later uses the folders that the first one had chosen."""
+"""A replacement uses the folders that the first process of its rank had chosen."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.trainer.tiny import DISTRIBUTIONS, tiny_trainer
 
 @pytest.fixture(autouse=True)
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this process has chosen before is forgotten, and where it was is where it ends."""
+    """Forget the folders that this process has chosen, and restore the working directory afterwards."""
     monkeypatch.setattr(run_folders, "_chosen_before", {})
     monkeypatch.chdir(os.getcwd())
 
@@ -30,7 +30,7 @@ def trainer_in(folder: Path) -> Any:
     return tiny_trainer(folder, callbacks=[saver, other], profiler=profiler, enable_checkpointing=True)
 
 
-def test_root_callbacks_and_profiler_follow_the_first_process(tmp_path: Path) -> None:
+def test_root_folder_callbacks_and_profiler_use_the_first_processs_folders(tmp_path: Path) -> None:
     first, later = trainer_in(tmp_path / "1"), trainer_in(tmp_path / "2")
     RunFolders(later).adopt([RunFolders(first).facts()], 0)
     assert later.default_root_dir == str(tmp_path / "1")
@@ -38,11 +38,11 @@ def test_root_callbacks_and_profiler_follow_the_first_process(tmp_path: Path) ->
         str(tmp_path / "1" / "failed"),
         str(tmp_path / "1" / "all"),
     }
-    # Each keeps the type that its owner knows.
+    # Each path keeps its type.
     assert later.profiler.dirpath == tmp_path / "1" / "profile"
 
 
-def test_each_rank_has_its_own(tmp_path: Path) -> None:
+def test_each_rank_has_its_own_folders(tmp_path: Path) -> None:
     facts = [RunFolders(trainer_in(tmp_path / name)).facts() for name in ("a", "b")]
     later = trainer_in(tmp_path / "c")
     RunFolders(later).adopt(facts, 1)
@@ -52,14 +52,14 @@ def test_each_rank_has_its_own(tmp_path: Path) -> None:
     assert another.default_root_dir == str(tmp_path / "d")
 
 
-def test_a_folder_that_follows_from_a_logger_is_left_to_it(tmp_path: Path) -> None:
+def test_a_folder_derived_from_a_logger_is_not_changed(tmp_path: Path) -> None:
     first, later = (tiny_trainer(tmp_path, callbacks=[ModelCheckpoint()], enable_checkpointing=True) for _ in range(2))
     first.checkpoint_callback.dirpath = str(tmp_path / "version_0")
     RunFolders(later).adopt([RunFolders(first).facts()], 0)
     assert later.checkpoint_callback.dirpath is None
 
 
-def test_the_working_directory_is_the_first_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_working_directory_is_that_of_the_first_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("1", "2"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "1")
@@ -69,7 +69,7 @@ def test_the_working_directory_is_the_first_ones(tmp_path: Path, monkeypatch: py
     assert Path.cwd() == tmp_path / "1"
 
 
-def test_a_later_fit_without_a_note_is_in_the_folders_of_the_run(tmp_path: Path) -> None:
+def test_a_later_fit_without_a_note_uses_the_folders_of_the_run(tmp_path: Path) -> None:
     first, later = trainer_in(tmp_path / "1"), trainer_in(tmp_path / "2")
     RunFolders(later).adopt([RunFolders(first).facts()], 0)
     second = trainer_in(tmp_path / "2" / "second")
@@ -95,7 +95,7 @@ def test_the_root_folder_of_a_trainer_can_be_set(distribution: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("mode", "folder"), [("RUN", "run=/out/now"), ("MULTIRUN", "sweep=/cwd/multirun/now"), (None, "run=/out/now")]
 )
-def test_the_folder_that_hydra_made(mode: str | None, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_that_hydra_created(mode: str | None, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SimpleNamespace(
         mode=None if mode is None else SimpleNamespace(name=mode),
         runtime=SimpleNamespace(cwd="/cwd", output_dir="/out/now"),
@@ -106,6 +106,6 @@ def test_the_folder_that_hydra_made(mode: str | None, folder: str, monkeypatch: 
     assert hydra_folder() == folder
 
 
-def test_a_program_without_hydra_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_script_without_hydra_has_no_hydra_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "hydra.core.hydra_config", raising=False)
     assert hydra_folder() == ""

@@ -157,7 +157,7 @@ def test_the_state_dict_of_a_callback_can_be_excluded(tmp_path: Path) -> None:
 def test_an_unknown_stateless_callback_is_rejected(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, callbacks=[Counting()])
     with pytest.raises(
-        OptionsError, match=r"stateless_callbacks names 'Cuonting'; the trainer's callbacks are Counting"
+        OptionsError, match=r"stateless_callbacks contains 'Cuonting', but the trainer's callbacks are Counting"
     ):
         check_trainer(trainer, ["Counting", "Cuonting"])
 

@@ -1,4 +1,4 @@
-"""What cannot be made exact is said before training starts, with what to do instead."""
+"""What cannot be restored exactly is refused or warned of before training starts, with the remedy."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def trainer_with(
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_a_usual_trainer_is_taken(distribution: str, tmp_path: Path) -> None:
+def test_a_common_trainer_is_accepted(distribution: str, tmp_path: Path) -> None:
     callbacks = module(distribution, "callbacks")
     usual = (
-        # Lightning has it since 2.6.
+        # Available since Lightning 2.6.
         *([callbacks.EMAWeightAveraging()] if hasattr(callbacks, "EMAWeightAveraging") else []),
         callbacks.EarlyStopping("loss"),
         callbacks.LearningRateMonitor(),
@@ -46,7 +46,7 @@ def test_an_optimizer_that_shards_its_state_is_refused(tmp_path: Path) -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     trainer = trainer_with(tmp_path)
-    # Not set up: that takes a process group.
+    # Not initialized, which would require a process group.
     sharded = object.__new__(ZeroRedundancyOptimizer)
     trainer.optimizers = [torch.optim.SGD(torch.nn.Linear(1, 1).parameters()), sharded]
     with pytest.raises(
@@ -56,7 +56,7 @@ def test_an_optimizer_that_shards_its_state_is_refused(tmp_path: Path) -> None:
 
 
 class SlowWeights(torch.optim.SGD):
-    """Keeps averages of its parameters where nobody looks for them."""
+    """Keeps averages of its parameters outside its `state`."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, lr=0.1)
@@ -72,15 +72,15 @@ def test_an_optimizer_that_hides_its_state_is_refused(tmp_path: Path) -> None:
         check_trainer(trainer)
 
 
-def test_averaging_of_models_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionsError, match=r"model_averaging_period.*leave it out"):
+def test_model_averaging_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionsError, match=r"model_averaging_period.*remove this option"):
         check_trainer(trainer_with(tmp_path, model_averaging_period=4))
 
 
 # ---------------------------------------------------------------------- loaders
 
 
-class InAnotherWay(DataLoader[Any]):
+class OwnIteration(DataLoader[Any]):
     def __iter__(self) -> Any:
         yield from super().__iter__()
 
@@ -99,21 +99,21 @@ SILENT: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", SILENT)
-def test_nothing_is_said_of_what_is_exact(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_loaders_that_are_restored_exactly_cause_no_warning(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     warn_of_loaders([SILENT[kind]()])
     assert caplog.messages == []
 
 
 WARNED: dict[str, tuple[Any, list[str]]] = {
-    "no loader": (lambda: [1, 2], ["(list): is no DataLoader", "must give the same"]),
+    "no loader": (lambda: [1, 2], ["(list): is no DataLoader", "must yield the same"]),
     "own iteration": (
-        lambda: InAnotherWay(Numbers(4)),
-        ["(InAnotherWay): iterates in a way of its own", "must give the same"],
+        lambda: OwnIteration(Numbers(4)),
+        ["(OwnIteration): has its own iteration", "must yield the same"],
     ),
     "stream": (lambda: DataLoader(Stream(4, 0, 1)), ["read again from the start of the epoch"]),
     "stream, persistent": (
         lambda: DataLoader(Stream(4, 0, 1), num_workers=1, persistent_workers=True),
-        ["read again from the start of the epoch", "leave persistent_workers out"],
+        ["read again from the start of the epoch", "remove persistent_workers"],
     ),
     "stateful, workers": (lambda: stateful(num_workers=1), ["draw them in the training process"]),
     "any order": (lambda: DataLoader(Numbers(4), num_workers=1, in_order=False), ["in_order=False"]),
@@ -121,7 +121,7 @@ WARNED: dict[str, tuple[Any, list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", WARNED)
-def test_what_is_lost_is_said(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_loaders_that_lose_something_cause_a_warning(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     make, words = WARNED[kind]
     silent = next(iter(SILENT.values()))
     warn_of_loaders([*(silent() for _ in range(3)), make()])
@@ -130,11 +130,11 @@ def test_what_is_lost_is_said(kind: str, caplog: pytest.LogCaptureFixture) -> No
     assert all(message.startswith("ckptless: training dataloader 3 (") for message in caplog.messages)
 
 
-# ---------------------------------------------------------------------- optimizers of one's own
+# ---------------------------------------------------------------------- third-party optimizers
 
 
 class Wrapper(torch.optim.SGD):
-    """Keeps what it is told to, in an attribute of its own."""
+    """Keeps a given value in an attribute."""
 
     kept: Any
 
@@ -145,7 +145,7 @@ def wrapper(kept: Any) -> Wrapper:
     return optimizer
 
 
-def test_an_optimizer_around_another_one_is_refused(tmp_path: Path) -> None:
+def test_an_optimizer_that_wraps_another_one_is_refused(tmp_path: Path) -> None:
     trainer = trainer_with(tmp_path)
     inner = torch.optim.AdamW(torch.nn.Linear(1, 1).parameters())
     trainer.optimizers = [wrapper([inner])]
@@ -157,7 +157,7 @@ def test_an_optimizer_around_another_one_is_refused(tmp_path: Path) -> None:
     check_trainer(trainer)
 
 
-def test_objects_of_an_optimizer_are_named_and_what_can_be_seen_is_not(
+def test_only_attributes_whose_changes_cannot_be_detected_are_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = trainer_with(tmp_path)
@@ -169,4 +169,4 @@ def test_objects_of_an_optimizer_are_named_and_what_can_be_seen_is_not(
     assert "ckptless" not in caplog.text
     optimizer.kept = [object()]
     check_trainer(trainer)
-    assert "optimizer 0 (Wrapper) keeps objects in kept: what is in them is not restored" in caplog.text
+    assert "optimizer 0 (Wrapper) keeps objects in kept, whose contents are not restored" in caplog.text

@@ -1,4 +1,4 @@
-"""What a strategy says about its own options before anything is started."""
+"""Validation of a strategy's own options before anything is started."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.trainer.tiny import DISTRIBUTIONS
 
 
 def sharded(root: Path, distribution: str = DISTRIBUTIONS[0], **options: Any) -> Any:
-    """The strategy of a trainer of four ranks."""
+    """The strategy of a trainer with four ranks."""
     return strategy_of(root, distribution, strategy=strategy_for(distribution, "ckptless_model_parallel")(**options))
 
 
@@ -25,12 +25,12 @@ def strategy_of(root: Path, distribution: str, **options: Any) -> Any:
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("sizes", [(2, 2), (4, 1), (1, 4), ("auto", "auto"), ("auto", 4)])
-def test_a_mesh_of_all_ranks_is_taken(distribution: str, sizes: tuple[Any, Any], tmp_path: Path) -> None:
+def test_a_mesh_of_all_ranks_is_accepted(distribution: str, sizes: tuple[Any, Any], tmp_path: Path) -> None:
     sharded(tmp_path, distribution, data_parallel_size=sizes[0], tensor_parallel_size=sizes[1]).check_options()
 
 
 @pytest.mark.parametrize("sizes", [(3, 1), (2, 4), (2, "auto")])
-def test_a_mesh_of_other_ranks_is_refused(sizes: tuple[Any, Any], tmp_path: Path) -> None:
+def test_a_mesh_of_another_size_is_refused(sizes: tuple[Any, Any], tmp_path: Path) -> None:
     strategy = sharded(tmp_path, data_parallel_size=sizes[0], tensor_parallel_size=sizes[1])
     with pytest.raises(OptionsError, match=r"makes a mesh of \d ranks, .*has 4: choose sizes whose product"):
         strategy.check_options()
@@ -43,7 +43,7 @@ def test_hooks_that_would_gather_a_sharded_model_are_refused(tmp_path: Path) -> 
 
 
 def test_a_precision_without_a_counterpart_for_shards_is_refused(tmp_path: Path) -> None:
-    # Lightning says so itself where it is given an object, and not where it is given its name.
+    # Lightning itself refuses it for a strategy object, but not for a strategy name.
     strategy = strategy_of(tmp_path, DISTRIBUTIONS[0], strategy="ckptless_model_parallel", precision="64-true")
     with pytest.raises(OptionsError, match=r"precision='64-true' is not supported for sharded models: choose among 32"):
         strategy.check_options()

@@ -1,4 +1,4 @@
-"""How many ranks there may be, by what the trainer asks for and what the launcher says."""
+"""The number of ranks, by the trainer's request and the launcher's range of nodes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lightning_ckptless.trainer.strategy.world_size import require_ranks
 
 
 def check(found: int, nnodes: str | None = None) -> None:
-    """Four nodes of two ranks."""
+    """Check against four nodes of two ranks."""
     require_ranks(nodes=4, per_node=2, found=found, env={} if nnodes is None else {environment.NNODES: nnodes})
 
 
 @pytest.mark.parametrize(("found", "nnodes"), [(8, None), (8, "4"), (8, "1:4"), (6, "1:4"), (2, "1:4"), (6, "3:4")])
-def test_as_many_as_were_asked_for_or_a_part_of_a_range(found: int, nnodes: str | None) -> None:
+def test_the_requested_number_or_a_number_within_the_range_is_accepted(found: int, nnodes: str | None) -> None:
     check(found, nnodes)
 
 
@@ -31,6 +31,6 @@ def test_as_many_as_were_asked_for_or_a_part_of_a_range(found: int, nnodes: str 
         (8, "many", "'many': expected a number of nodes, or MIN:MAX"),
     ],
 )
-def test_what_does_not_go_together_is_refused(found: int, nnodes: str | None, text: str) -> None:
+def test_inconsistent_numbers_are_refused(found: int, nnodes: str | None, text: str) -> None:
     with pytest.raises(OptionsError, match=text):
         check(found, nnodes)
