@@ -60,7 +60,7 @@ def test_a_full_disk_is_reported_once_and_stops_nothing(caplog: pytest.LogCaptur
         ledger.record("began")
         ledger.record("ended")
     (message,) = caplog.messages
-    assert message.startswith("/dev/full cannot be written, events are missing from here on")
+    assert message.startswith("/dev/full: cannot write, later events will be missing")
     assert "No space left on device" in message
 
 
@@ -126,5 +126,5 @@ def test_the_folder_of_a_run() -> None:
 
 @pytest.mark.parametrize("run_id", ["", ".", "..", "a/b", "/a", "a\0"])
 def test_a_run_id_that_leaves_the_root_is_refused(run_id: str) -> None:
-    with pytest.raises(OptionsError, match="expected a name that can be one folder in 'runs'"):
+    with pytest.raises(OptionsError, match="expected the name of a single folder in 'runs'"):
         run_folder("runs", run_id)

@@ -57,14 +57,14 @@ def test_a_version_below_the_lowest_is_refused_with_what_to_install(found: dict[
     with pytest.raises(VersionError) as raised:
         check(env={})
     assert str(raised.value) == (
-        'torch 2.7.1+cu126 is installed, but lightning_ckptless needs torch >= 2.8: pip install "torch>=2.8"'
+        'found torch 2.7.1+cu126, but lightning_ckptless requires torch >= 2.8: pip install "torch>=2.8"'
     )
     assert isinstance(raised.value, ImportError)
 
 
 def test_an_old_python_is_refused(found: dict[str, str]) -> None:
     found["Python"] = "3.10.13"
-    with pytest.raises(VersionError, match=r"needs Python >= 3\.11: use a newer Python$"):
+    with pytest.raises(VersionError, match=r"requires Python >= 3\.11: use a newer Python$"):
         check(env={})
 
 
@@ -72,7 +72,7 @@ def test_one_lightning_that_will_do_is_enough_until_the_other_is_used(found: dic
     found["pytorch-lightning"] = "1.9.5"
     check(env={})
     check("lightning.pytorch", env={})
-    with pytest.raises(VersionError, match=r"pytorch-lightning 1\.9\.5 is installed"):
+    with pytest.raises(VersionError, match=r"found pytorch-lightning 1\.9\.5"):
         check("pytorch_lightning", env={})
     found["lightning"] = "2.4.0"
     with pytest.raises(VersionError, match=r"lightning >= 2\.5 and pytorch-lightning >= 2\.5"):

@@ -14,7 +14,7 @@ from lightning_ckptless import environment
 from tests.registration.conftest import Run
 
 Claim = Callable[[str, str], Path]
-MESSAGE = 'torch 2.7.1 is installed, but lightning_ckptless needs torch >= 2.8: pip install "torch>=2.8"'
+MESSAGE = 'found torch 2.7.1, but lightning_ckptless requires torch >= 2.8: pip install "torch>=2.8"'
 REFUSED = """
 from lightning_ckptless.errors import VersionError
 def refused(action):

@@ -102,7 +102,7 @@ def test_ignored_values_are_named_and_no_third_run_is_made(parent: ForkServer, t
     assert report.verdict.ignored == ("samples_per_s",)
     assert report.unused_patterns == ("misspelt",)
     assert not (tmp_path / "drill" / "repeated").exists()
-    assert "--ignore misspelt: no value has such a name" in shown(report)
+    assert "--ignore misspelt: matches no value" in shown(report)
 
 
 def finished(folder: Path, rows: list[dict[str, Any]], events: list[dict[str, Any]]) -> Variant:
