@@ -56,9 +56,12 @@ def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["train.py"], "no fault given: use --fault"),
-        (["missing.py", "--fault", "kill:rank=1:step=7"], "there is no script 'missing.py'"),
+        (["missing.py", "--fault", "kill:rank=1:step=7"], "cannot find the script 'missing.py'"),
         ([__file__, "--fault", "kil:rank=1:step=7"], "did you mean 'kill'"),
-        ([__file__, "--nproc", "2", "--fault", "kill:rank=2:step=7"], "there is no rank 2 among 2: give --nproc 3"),
+        (
+            [__file__, "--nproc", "2", "--fault", "kill:rank=2:step=7"],
+            "rank 2 does not exist, the world size is 2: use --nproc 3",
+        ),
         ([__file__, "--fault", "node:rank=0:step=7"], "a drill has one node"),
     ],
 )
@@ -73,7 +76,7 @@ def test_a_drill_requires_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "baseline" / "trace").touch()
     arguments = ["drill", __file__, "--fault", "kill:rank=1:step=7", "--folder", str(tmp_path), "--launcher", "python"]
     result = CliRunner().invoke(app, arguments)
-    assert "holds files of another drill" in str(result.exception)
+    assert "has files of another drill" in str(result.exception)
 
 
 @pytest.mark.slow

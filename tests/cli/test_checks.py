@@ -120,7 +120,7 @@ def test_durable_folder(tmp_path: Path) -> None:
         assert room.check_durable_folder(job, folder).status is OK
     assert not (tmp_path / "missing").exists()
     (tmp_path / "mine").touch()
-    assert advises(room.check_durable_folder(job, tmp_path), FAILURE, "name another folder")
+    assert advises(room.check_durable_folder(job, tmp_path), FAILURE, "to another folder")
     much = Job(4, state=State.of_parameters(10**18, 2))
     assert advises(room.check_durable_folder(much, earlier), FAILURE, "larger file system")
 
@@ -153,7 +153,7 @@ def test_processes() -> None:
     unlimited = resource.RLIM_INFINITY
     assert limits.check_processes(ONE, unlimited, None, 5).found == "unlimited"
     group = Ceiling(100, 90, Path("group"))
-    assert "control group 100, 90 in use" in limits.check_processes(ONE, 4096, group, 5).found
+    assert "control group limit 100, 90 in use" in limits.check_processes(ONE, 4096, group, 5).found
     assert advises(limits.check_processes(ONE, 4096, group, 5), FAILURE, "--pids-limit")
     assert limits.check_processes(ONE, 100, None, 90).status is FAILURE
     assert limits.check_processes(ONE, 190, None, 90).status is WARNING
@@ -196,8 +196,8 @@ def test_processes_that_cannot_be_watched_are_a_failure() -> None:
 def test_clock_jumps() -> None:
     began = Instant(1000.0, 10.0)
     assert clock.check_jumps(began, Instant(1002.1, 12.0)).status is OK
-    assert advises(clock.check_jumps(began, Instant(1005.0, 12.0)), WARNING, "slewed")
-    assert advises(clock.check_jumps(began, Instant(995.0, 12.0)), WARNING, "slewed")
+    assert advises(clock.check_jumps(began, Instant(1005.0, 12.0)), WARNING, "slew the clock")
+    assert advises(clock.check_jumps(began, Instant(995.0, 12.0)), WARNING, "slew the clock")
     assert clock.check_jumps(began, Instant(1002.0, 9.0)).status is FAILURE
 
 
