@@ -19,12 +19,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from lightning_ckptless.cli.export_source import Source
 from lightning_ckptless.cli.survey import arenas_of
-from lightning_ckptless.durable.capture import Captured, Room, capture, newest_committed
+from lightning_ckptless.durable.capture import Captured, CopyBuffers, capture, newest_committed
 from lightning_ckptless.durable.checkpoint import (
+    host_state_of,
     lightning_checkpoint,
     model_state,
     recipe_in,
-    small_state_of,
     tensors_of,
 )
 from lightning_ckptless.durable.folder import DurableFolder, Manifest, ShardFacts, write_manifest
@@ -137,7 +137,7 @@ def _wanted(arenas: list[Arena], step: int | None) -> list[Version | None]:
 
 
 def _capture(arenas: list[Arena], at: Version | None, progress: Callable[[int], None]) -> Captured:
-    captured = capture(arenas, Room(), at=at)
+    captured = capture(arenas, CopyBuffers(), at=at)
     progress(sum(shard.bulk.numel() for shard in captured.shards))
     return captured
 
@@ -219,7 +219,7 @@ def _write_file(
         torch.save(lightning_checkpoint(captured), counted, pickle_module=PICKLE_MODULE)
         return
     recipe = recipe_in(captured)
-    state = model_state(recipe, small_state_of(captured), tensors_of(captured))
+    state = model_state(recipe, host_state_of(captured), tensors_of(captured))
     weights = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     facts = {"format": "pt", "run": choice.run_id, "step": str(captured.snapshot.version.optimizer_step)}
     write_safetensors(weights, facts, counted)

@@ -89,7 +89,7 @@ def test_a_single_durable_state_can_be_exported(durable: Path, tmp_path: Path) -
 
 
 def test_a_state_without_a_recipe_cannot_become_a_checkpoint(durable: Path, tmp_path: Path) -> None:
-    with pytest.raises(DurableError, match="the run has not said how a checkpoint is put together"):
+    with pytest.raises(DurableError, match="the run has stored no recipe for a checkpoint"):
         export(durable, "-o", tmp_path / "model.ckpt")
     assert not list(tmp_path.glob("*model.ckpt*")) and not list(tmp_path.glob(".model*"))
 
