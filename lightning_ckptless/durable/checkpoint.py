@@ -40,8 +40,8 @@ def recipe_in(captured: Captured) -> Recipe:
     """
     if not captured.recipe:
         raise DurableError(
-            f"{captured.snapshot.version}: the run has stored no recipe for a checkpoint; use format dcp, which exports "
-            "the tensors only"
+            f"{captured.snapshot.version}: the run has stored no recipe for a checkpoint; use format dcp, which "
+            "exports the tensors only"
         )
     recipe = read_pickle(unseal_recipe(captured.recipe))
     if not isinstance(recipe, Recipe) or vars(recipe).keys() != {field.name for field in fields(Recipe)}:
