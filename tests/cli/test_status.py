@@ -55,10 +55,10 @@ def test_a_running_run(tmp_path: Path, arena: Arena) -> None:
     assert told["restorable"].startswith("step 6 of generation 2 is complete")
     assert [(a["node"], a["alive"], a["torn_headers"]) for a in told["arenas"]] == [("node-a", True, 0)]
     assert [(s["shard"], s["holder"], s["version"], s["state"], s["bytes"]) for s in told["slots"]] == [
-        (0, 0, "step 6", "committed", 75),
-        (0, 0, "step 7", "staged", 75),
-        (1, 1, "step 6", "committed", 75),
-        (1, 1, "step 5", "staged", 75),
+        (0, 0, "step 6", "committed", 74),
+        (0, 0, "step 7", "staged", 74),
+        (1, 1, "step 6", "committed", 74),
+        (1, 1, "step 5", "staged", 74),
     ]
     assert (told["members"], told["standbys"]) == ([[0, 70], [1, 80]], "1 of 2 ready")
     assert told["recovery_count"] == 2
