@@ -59,7 +59,7 @@ def drill(
         Path | None, typer.Option(metavar="DIR", help="Keep traces, ledgers, log files and output here.")
     ] = None,
     isolate: Annotated[bool, typer.Option("--isolate", help="Give each run its own working directory.")] = False,
-    max_restarts: Annotated[int, typer.Option(min=0, metavar="N", help="Most recoveries before a run fails.")] = 100,
+    max_restarts: Annotated[int, typer.Option(min=0, metavar="N", help="Maximum number of recoveries.")] = 100,
     in_place: Annotated[
         bool | None,
         typer.Option("--in-place/--no-in-place", help="Recover in place or not (default: the strategy's option)."),
@@ -82,7 +82,7 @@ def drill(
     * kinds: kill, crash, raise, exit, leave, hang, stop
     * R: a rank, or `all`; S: the optimizer step in progress, counted from 1
     * moments: training_step, backward, optimizer_step, commit, mirror, accumulation, validation, epoch_end,
-      regroup, restore
+      regroup, meet, restore
 
     PATTERN is a shell-style pattern for the names of tensors, logged values or columns that the report shows:
     `--ignore samples_per_s`, `--ignore 'callback * (Speed)'`.
