@@ -40,9 +40,7 @@ def doctor(
         int,
         typer.Option(min=0, metavar="N", help="Optimizer tensors per parameter: 2 for Adam, 0 for SGD."),
     ] = 2,
-    sharded: Annotated[
-        bool, typer.Option("--sharded", help="The model is sharded over the ranks (ckptless_model_parallel).")
-    ] = False,
+    sharded: Annotated[bool, typer.Option("--sharded", help="The model is sharded (ckptless_model_parallel).")] = False,
     copies: Annotated[int, typer.Option(min=0, metavar="N", help="Same as the strategy option.")] = 1,
     failure_domain: Annotated[str, typer.Option(metavar="NAME", help="Same as the strategy option.")] = "node",
     arena_dir: Annotated[Path | None, typer.Option(help="Folder of the shared memory (default: /dev/shm).")] = None,
