@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lightning_ckptless.cli.drill import hold_drill
+from lightning_ckptless.cli.drill import run_and_report
 from lightning_ckptless.cli.runs import find_run
 from lightning_ckptless.cli.timeline import write_timeline
 
@@ -35,7 +35,7 @@ def main() -> int:
         console.print(f"  - {what}")
     console.print()
     shutil.rmtree(OUTPUT, ignore_errors=True)
-    report = hold_drill([str(SCRIPT), *SIZES], list(FAULTS), OUTPUT, nproc=2, isolate=True)
+    report = run_and_report([str(SCRIPT), *SIZES], list(FAULTS), OUTPUT, nproc=2, isolate=True)
     pictures = [OUTPUT / "timeline.png", OUTPUT / "timeline.html"]
     write_timeline(find_run(None, report.faulted.folder / "runs"), report.faulted.trace, pictures)
     console.print("\nThe run with faults, drawn:")

@@ -1,7 +1,7 @@
 """Fault-tolerant training for PyTorch Lightning.
 
-Importing this package makes `Trainer(strategy="ckptless")` known to Lightning, whichever of the two is imported first.
-It imports neither torch nor Lightning: public names are loaded when they are asked for.
+Importing this package registers `Trainer(strategy="ckptless")` with Lightning, whichever of the two is imported first.
+It imports neither torch nor Lightning; public names are loaded on first access.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name.
+    """Load a public name on first access.
 
-    The strategies and `FaultInjector` are classes of the Lightning that is imported: of `lightning.pytorch`, or of
-    `pytorch_lightning` where only that is.
+    The strategies and `FaultInjector` subclass the Lightning distribution in use: `lightning.pytorch`, or
+    `pytorch_lightning` if only that one has been imported.
     """
     if name in _STRATEGIES:
         from lightning_ckptless._registration.assembly import strategy_for
@@ -95,12 +95,13 @@ def __dir__() -> list[str]:
 
 
 def _distribution() -> str:
-    only_the_other = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
-    return "pytorch_lightning" if only_the_other else "lightning.pytorch"
+    is_legacy = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
+    return "pytorch_lightning" if is_legacy else "lightning.pytorch"
 
 
 if "torch" not in sys.modules:
-    # Otherwise torch may be importing this package, and would fail with it: then a strategy is refused when it is made.
+    # With torch in `sys.modules`, torch itself may be importing this package, and an error here would break
+    # `import torch`. In that case the versions are checked when a strategy is created.
     from lightning_ckptless.supported import check
 
     check()

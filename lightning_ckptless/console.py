@@ -1,7 +1,7 @@
-"""Messages on stderr, each on a line of its own, beside progress bars that other code draws.
+"""Messages on stderr, each on its own line, next to progress bars drawn by other code.
 
-A bar leaves the cursor at the end of an unfinished line, and a bar of several lines redraws itself from some lines
-further up. A message in between begins a line first, and leaves room for what is redrawn after it.
+A bar leaves the cursor at the end of an unfinished line, and a multi-line bar redraws itself starting some lines
+further up. A message printed in between starts a new line and leaves room for the redraw.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PREFIX = "ckptless: "
 _PACKAGE_LOG = logging.getLogger("lightning_ckptless")
 _CLEAR_LINE = "\r\x1b[K"
 _LINES_REDRAWN = 1
-"""Lines above the cursor that a live display of Lightning's, training and validation, overwrites at most."""
+"""Most lines above the cursor that Lightning's live display (training and validation bars) overwrites."""
 
 
 class Bar(StrEnum):
@@ -31,7 +31,7 @@ class Console:
     """Writes messages to a process's stderr.
 
     Attributes:
-        bar: the kind of bar that this process or another one draws on the same terminal.
+        bar: the kind of bar that this or another process draws on the same terminal.
     """
 
     def __init__(self) -> None:
@@ -42,17 +42,17 @@ class Console:
         """Print a message at once.
 
         Args:
-            text: without the name of the package, which is put before it.
+            text: message without the package prefix, which is added.
         """
         with self._lock:
             write(framed(f"{PREFIX}{text}", self.bar, terminal=sys.stderr.isatty()))
 
 
 class WarningsOnConsole(logging.Handler):
-    """Shows this package's warnings apart from progress bars, where the program has set up no logging of its own.
+    """Prints this package's warnings without garbling progress bars, if the script has not configured logging.
 
     Args:
-        say: prints a message, which is given without the name of the package.
+        say: prints a message, passed without the package prefix.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -64,28 +64,28 @@ class WarningsOnConsole(logging.Handler):
         self._say(self.format(record).removeprefix(PREFIX))
 
     def attach(self) -> None:
-        """Take over from what Python does with warnings of a program without logging: print them anywhere."""
+        """Replace Python's last-resort handler, which would print into the middle of a progress bar."""
         if not _PACKAGE_LOG.hasHandlers():
             _PACKAGE_LOG.addHandler(self)
 
     def detach(self) -> None:
-        """Leave warnings to Python again."""
+        """Return warnings to Python's default handling."""
         _PACKAGE_LOG.removeHandler(self)
 
 
 def write(message: str) -> None:
-    """Write a message to the stderr of now, and nowhere that a program may have put in the place of `print`."""
+    """Write a message to the current `sys.stderr`, bypassing any replacement of `print`."""
     sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
 
 
 def framed(message: str, bar: Bar, *, terminal: bool) -> str:
-    """A message with what separates it from a progress bar.
+    """Add the control characters that separate a message from a progress bar.
 
     Args:
         message: text of one or more lines.
         bar: the kind of bar that may have left an unfinished line.
-        terminal: whether it is shown on a terminal, which can clear a line; a file or pipe cannot.
+        terminal: whether the output is a terminal, which can clear a line; a file or pipe cannot.
     """
     if bar is Bar.NONE:
         return message
@@ -95,4 +95,4 @@ def framed(message: str, bar: Bar, *, terminal: bool) -> str:
 
 
 CONSOLE = Console()
-"""The one of this process: there is but one stderr."""
+"""The console of this process; there is only one stderr."""

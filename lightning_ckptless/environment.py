@@ -1,42 +1,42 @@
-"""The environment variables that lightning_ckptless reads and sets: one name each, in one place.
+"""All environment variables that lightning_ckptless reads and sets.
 
 Set by the user:
 
 | Variable | Meaning |
 |---|---|
-| `CKPTLESS_RUN_ROOT` | folder that receives one sub-folder per run with its ledger (default `./ckptless`) |
-| `CKPTLESS_ARENA_DIR` | folder of the shared memory, where the strategy names none (default `/dev/shm`) |
-| `CKPTLESS_FAULTS` | fault script for the run, e.g. `kill:rank=1:step=7` (several: separated by commas) |
+| `CKPTLESS_RUN_ROOT` | folder with one sub-folder per run, which holds its ledger (default `./ckptless`) |
+| `CKPTLESS_ARENA_DIR` | folder for shared memory, if the strategy does not set one (default `/dev/shm`) |
+| `CKPTLESS_FAULTS` | fault script for the run, e.g. `kill:rank=1:step=7` (separate several with commas) |
 | `CKPTLESS_TRACE_DIR` | folder that receives a digest of every step of every rank |
-| `CKPTLESS_LIGHTNING` | `lightning.pytorch` or `pytorch_lightning`: what is preloaded (default: as the script) |
+| `CKPTLESS_LIGHTNING` | distribution to preload: `lightning.pytorch` or `pytorch_lightning` (default: the script's) |
 | `CKPTLESS_RDZV_ENDPOINT` | `host:port` of the rendezvous, for `python train.py` on several nodes |
-| `CKPTLESS_NNODES` | number of nodes, or `MIN:MAX`; ours sets it for its workers, under torchrun it is yours to set |
-| `CKPTLESS_FAILURE_DOMAIN` | where this node is, for a `failure_domain` of your own: `rack7`, or `rack=rack7,row=b` |
-| `CKPTLESS_FAILURE_DOMAINS_FILE` | the same from a file with a line `host rack7` for every host |
-| `CKPTLESS_DURABLE_EVERY_N_STEPS` | optimizer steps between two durable states, in the place of the strategy's option |
-| `CKPTLESS_DURABLE_EVERY_S` | seconds between two durable states, in the place of the strategy's option |
-| `CKPTLESS_DURABLE_DIR` | folder of the durable states, in the place of the strategy's option |
-| `CKPTLESS_UNTESTED_VERSIONS` | `1`: no warning of versions newer than those tested; `warned` where it was given |
+| `CKPTLESS_NNODES` | number of nodes, or `MIN:MAX`; set by our agent for its workers; set it yourself under torchrun |
+| `CKPTLESS_FAILURE_DOMAIN` | location of this node for a custom `failure_domain`: `rack7`, or `rack=rack7,row=b` |
+| `CKPTLESS_FAILURE_DOMAINS_FILE` | file with the locations of all nodes, one line `host rack7` per host |
+| `CKPTLESS_DURABLE_EVERY_N_STEPS` | optimizer steps between two durable states; overrides the strategy's option |
+| `CKPTLESS_DURABLE_EVERY_S` | seconds between two durable states; overrides the strategy's option |
+| `CKPTLESS_DURABLE_DIR` | folder of the durable states; overrides the strategy's option |
+| `CKPTLESS_UNTESTED_VERSIONS` | `1` silences the warning about untested versions; set to `warned` once it was shown |
 
 Set by the agent for its workers:
 
 | Variable | Meaning |
 |---|---|
 | `CKPTLESS_AGENT` | process id of our agent; absent under torchrun |
-| `CKPTLESS_NODE` | name of this node, unique in the run, stable while its agent lives |
-| `CKPTLESS_FAULT_REPORT` | JSON: why this generation exists (`FaultReport`); absent in the first one |
-| `CKPTLESS_AGENT_DIR` | folder in which a worker says that it must not be started again, and keeps records of calls |
+| `CKPTLESS_NODE` | name of this node, unique within the run and stable for the life of its agent |
+| `CKPTLESS_FAULT_REPORT` | JSON: the fault that led to this generation (`FaultReport`); absent in the first |
+| `CKPTLESS_AGENT_DIR` | folder for exit reports, which can forbid a relaunch, and for records of trainer calls |
 | `CKPTLESS_SPAWNED_AT` | wall clock (seconds since the epoch) at which this worker was requested |
-| `CKPTLESS_GENERATION` | number of the membership that this worker has joined; set by the worker for itself |
+| `CKPTLESS_GENERATION` | number of the generation that this worker has joined; set by the worker for itself |
 | `CKPTLESS_FIT_INDEX` | how many times this worker has entered `fit`; set by the worker for itself |
-| `CKPTLESS_MAIN_AT` | wall clock at which this worker entered the user's script |
-| `CKPTLESS_LINE` | file descriptor of the line to the agent; taken out when the strategy has opened it |
+| `CKPTLESS_MAIN_AT` | wall clock (seconds since the epoch) at which this worker entered the user's script |
+| `CKPTLESS_LINE` | file descriptor of the channel to the agent; removed once the strategy has opened it |
 | `CKPTLESS_STANDBY` | set for a worker that has no rank yet |
-| `CKPTLESS_REGROUPING` | number under which this worker meets survivors of a fault; absent where all start together |
-| `CKPTLESS_OUTPUT_FILE` | file for what this worker prints until it has joined the others |
+| `CKPTLESS_REGROUPING` | number of the rendezvous with the survivors of a fault; absent if all workers start together |
+| `CKPTLESS_OUTPUT_FILE` | file that receives this worker's output until it has joined the others |
 | `CKPTLESS_HIDDEN_STREAMS` | file descriptors of its real stdout and stderr until then |
-| `CKPTLESS_HYDRA` | the folder that Hydra made for the run, `run=FOLDER` or `sweep=FOLDER`; taken out at once |
-| `CKPTLESS_IMPORTS` | how far the agent was with importing what the program imports when it started this worker |
+| `CKPTLESS_HYDRA` | Hydra's output folder for the run, `run=FOLDER` or `sweep=FOLDER`; removed at once |
+| `CKPTLESS_IMPORTS` | whether the agent had preloaded the script's imports when it started this worker |
 | `CKPTLESS_CALLS` | how often this worker has used its trainer; set by the worker for itself |
 """
 
@@ -83,7 +83,7 @@ IMPORTS = "CKPTLESS_IMPORTS"
 
 
 def run_root(env: Mapping[str, str] = os.environ) -> Path:
-    """The folder of all runs, where no option names one: as the environment says, or `./ckptless`."""
+    """The default folder of all runs: the one set in the environment, or `./ckptless`."""
     return Path(env.get(RUN_ROOT) or "ckptless")
 
 
@@ -92,24 +92,24 @@ def _kept_in(run_folder: Path) -> Path:
 
 
 def keep_for_rank_zero(run_folder: Path, variables: Mapping[str, str]) -> None:
-    """Keep variables for the next process that is rank 0, by which libraries continue what the last one began.
+    """Save variables that let libraries in the next rank 0 process continue what the previous one began.
 
     Args:
-        run_folder: of the run.
-        variables: beside those of every worker.
+        run_folder: folder of the run.
+        variables: variables in addition to those of every worker.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the folder is not writable.
     """
     path = _kept_in(run_folder)
     path.unlink(missing_ok=True)
-    # A member of a group that may write to the folder must not have a say in what a process is started with.
+    # Other users with write access to the folder must not control the environment of a new process.
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
         json.dump(dict(variables), file)
 
 
 def kept_for_rank_zero(run_folder: Path) -> dict[str, str]:
-    """The variables that `keep_for_rank_zero` has kept; none where another user may have written them."""
+    """Return the variables saved by `keep_for_rank_zero`; none if another user could have written them."""
     with suppress(OSError, ValueError):
         require_private(_kept_in(run_folder))
         kept = json.loads(_kept_in(run_folder).read_text())

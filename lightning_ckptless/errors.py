@@ -1,22 +1,22 @@
 """The exceptions that lightning_ckptless raises.
 
     CkptlessError
-    ├── OptionsError          (also ValueError)  a setting that cannot work; raised before training starts
-    ├── VersionError          (also ImportError)  Python, torch or Lightning is too old, or has moved what is used
+    ├── OptionsError          (also ValueError)  an invalid setting; raised before training starts
+    ├── VersionError          (also ImportError)  Python, torch or Lightning is too old, or lacks a name that is used
     ├── LaunchError           the workers cannot be started or relaunched
-    │   └── TimeLimitError    the run took longer than it was allowed to
+    │   └── TimeLimitError    the run exceeded its time limit
     ├── ArenaError            shared memory cannot be created, attached, grown or read
     ├── DurableError          a durable state cannot be written, read or exported
-    ├── TransportError        a peer did not answer, or answered with something else
-    ├── ProtocolError         an event that the state table does not allow: a bug of ours
-    ├── StateMissingError     no version of the state is complete, and no rung of the ladder is left
-    ├── LayoutMismatchError   the relaunched script built another model or optimizer
-    ├── WorldSizeError        this number of ranks cannot go on with the state
-    ├── UnevenStepsError      one rank has ended training, another one has begun a further step
-    ├── UnfitNodeError        this node failed its health check, and stays out
-    └── WorkerError           cause of an exception in a notebook: where its worker raised it
+    ├── TransportError        a peer did not answer, or sent an unexpected reply
+    ├── ProtocolError         an event that the state table does not allow: a bug in lightning_ckptless
+    ├── StateMissingError     no complete version of the state exists, and no other way to recover is left
+    ├── LayoutMismatchError   the relaunched script built a different model or optimizer
+    ├── WorldSizeError        training cannot continue with this number of ranks
+    ├── UnevenStepsError      one rank has finished training while another has started a further step
+    ├── UnfitNodeError        this node failed its health check and was excluded
+    └── WorkerError           cause of an exception raised in a notebook: the worker's own traceback
 
-A message names the rank, the step, what was expected, what was found, and the fix.
+A message names the rank, the step, the expected and the found value, and the fix.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class CkptlessError(Exception):
 
 
 class OptionsError(CkptlessError, ValueError):
-    """A setting that cannot work. Raised before training starts."""
+    """An invalid setting. Raised before training starts."""
 
 
 class VersionError(CkptlessError, ImportError):
-    """Python, torch or Lightning is too old, or has moved what is used. Raised at import, before training starts."""
+    """Python, torch or Lightning is too old, or lacks a name that is used. Raised at import or before training."""
 
 
 class LaunchError(CkptlessError, RuntimeError):
@@ -41,7 +41,7 @@ class LaunchError(CkptlessError, RuntimeError):
 
 
 class TimeLimitError(LaunchError):
-    """The run took longer than it was allowed to, and was ended."""
+    """The run exceeded its time limit and was stopped."""
 
 
 class ArenaError(CkptlessError, OSError):
@@ -53,42 +53,42 @@ class DurableError(CkptlessError, OSError):
 
 
 class TransportError(CkptlessError, RuntimeError):
-    """A peer did not answer, or answered with something else."""
+    """A peer did not answer, or sent an unexpected reply."""
 
 
 class ProtocolError(CkptlessError, RuntimeError):
-    """An event that the state table does not allow: a bug of ours, never the user's."""
+    """An event that the state table does not allow: a bug in lightning_ckptless, not in the training script."""
 
 
 class StateMissingError(CkptlessError, RuntimeError):
-    """No version of the state is complete, and no rung of the ladder is left."""
+    """No complete version of the state exists, and no other way to recover is left."""
 
 
 class LayoutMismatchError(CkptlessError, RuntimeError):
-    """The relaunched script built another model or optimizer than the one that was mirrored."""
+    """The relaunched script built a model or optimizer that differs from the mirrored one."""
 
 
 class WorldSizeError(CkptlessError, RuntimeError):
-    """This number of ranks cannot go on with the mirrored state."""
+    """Training cannot continue from the mirrored state with this number of ranks."""
 
 
 class UnevenStepsError(CkptlessError, RuntimeError):
-    """One rank has ended training, another one has begun a further step: they have unequal numbers of batches."""
+    """One rank has finished training while another has started a further step: their numbers of batches differ."""
 
 
 class UnfitNodeError(CkptlessError, RuntimeError):
-    """This node failed its health check, and stays out of the run."""
+    """This node failed its health check and was excluded from the run."""
 
 
 class WorkerError(CkptlessError):
-    """Where a worker raised an exception that is raised again in the notebook: the cause of that one."""
+    """Cause of an exception that is re-raised in a notebook; its text is the worker's own traceback."""
 
     def __str__(self) -> str:
         return "\n" + super().__str__()
 
 
 def let_go(error: BaseException | None) -> None:
-    """Have an error, and what it came of, hold on to nothing: their frames would keep process groups alive."""
+    """Clear the frames of an error and of its causes, which would otherwise keep process groups alive."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

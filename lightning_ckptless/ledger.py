@@ -1,9 +1,9 @@
-"""The ledger of a run: what happened, one JSON object per line, over all its generations.
+"""The ledger of a run: its events over all generations, one JSON object per line.
 
-Each line ends with the number of the format and a checksum of itself.
+Each line ends with the format number and a checksum of the line.
 
-The agent and rank 0 append to the same file. A line is one write to a file opened for appending, so lines of two
-writers do not mix. The ledger never stops a run: what cannot be written is reported once and dropped.
+The agent and rank 0 append to the same file. A line is a single write to a file opened with O_APPEND, so lines of two
+writers do not interleave. The ledger never stops a run: a failed write is reported once and the event is dropped.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ LEDGER_NAME = "ledger.jsonl"
 
 
 def run_folder(run_root: str | os.PathLike[str], run_id: str) -> Path:
-    """The folder of a run.
+    """Return the folder of a run.
 
     Args:
         run_root: folder of all runs.
-        run_id: name of the run.
+        run_id: id of the run.
 
     Raises:
-        OptionsError: the run id is not the name of a folder.
+        OptionsError: the run id is not a valid folder name.
     """
     if not run_id or run_id in (".", "..") or "/" in run_id or "\0" in run_id:
-        raise OptionsError(f"run id {run_id!r}: expected a name that can be one folder in {os.fspath(run_root)!r}")
+        raise OptionsError(f"run id {run_id!r}: expected the name of a single folder in {os.fspath(run_root)!r}")
     return Path(run_root) / run_id
 
 
 class Ledger:
-    """Appends events to the ledger of a run. Holds no file open and may be used by several threads.
+    """Appends events to the ledger of a run. Keeps no file open and may be used by several threads.
 
     Args:
-        path: of the file; it and its folder are made when the first event is recorded.
-        clock: seconds since the epoch.
+        path: path of the file; created with its folder when the first event is recorded.
+        clock: returns the time in seconds since the epoch.
     """
 
     def __init__(self, path: str | os.PathLike[str], clock: Callable[[], float] = time.time) -> None:
@@ -59,23 +59,23 @@ class Ledger:
         """Append an event.
 
         Args:
-            event: what happened.
-            generation: number of the membership in which it happened.
-            rank: who tells; None for an agent.
-            fields: the facts, of values that JSON has; others are written as strings.
+            event: name of the event.
+            generation: generation in which it happened.
+            rank: rank that reports it; None for an agent.
+            fields: details; values that JSON cannot represent are written as strings.
         """
         line = {"event": event, "at": self._clock(), "generation": generation, "rank": rank, **fields}
         try:
             self._append(seal_line(json.dumps(line, default=str).encode()) + b"\n")
         except OSError as error:
             if not self._warned:
-                # In words: whoever keeps the record would keep the error with all that its frames hold.
-                log.warning("%s cannot be written, events are missing from here on: %s", self.path, str(error))
+                # As text: a handler that keeps the log record must not keep the frames of the error alive.
+                log.warning("%s: cannot write, later events will be missing: %s", self.path, str(error))
             self._warned = True
 
     def _append(self, line: bytes) -> None:
         if self._torn:
-            # The line before was cut short: its rest must not swallow this one.
+            # The previous line was truncated. Start a new line, so that this one can be read.
             line = b"\n" + line
         self.path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -86,7 +86,7 @@ class Ledger:
             os.close(descriptor)
         self._torn = written_bytes < len(line)
         if self._torn:
-            raise OSError(f"{written_bytes} of {len(line)} bytes were written")
+            raise OSError(f"wrote only {written_bytes} of {len(line)} bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +94,11 @@ class Event:
     """One line of a ledger.
 
     Args:
-        event: what happened.
-        at: when, in seconds since the epoch.
-        generation: number of the membership; None where there was none yet.
-        rank: who tells; None for an agent.
-        fields: the facts.
+        event: name of the event.
+        at: time in seconds since the epoch.
+        generation: generation in which it happened; None before the first.
+        rank: rank that reported it; None for an agent.
+        fields: details.
     """
 
     event: str
@@ -110,11 +110,11 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """What was read from a ledger.
+    """The events read from a ledger.
 
     Args:
-        events: in the order in which they were written.
-        skipped_lines: lines that are damaged, or do not have what their event must have.
+        events: events in the order in which they were written.
+        skipped_lines: lines that are damaged or lack a field that their event requires.
     """
 
     events: tuple[Event, ...]
@@ -131,8 +131,8 @@ def read_ledger(path: str | os.PathLike[str], *, only: str = "") -> Events:
     """Read a ledger, which may be written to at the same time.
 
     Args:
-        path: of the file; one that does not exist holds no events.
-        only: name of the events that are wanted; empty for all. The others are not even looked into.
+        path: path of the file; a missing file counts as empty.
+        only: name of the events to return; empty for all. Lines of other events are not parsed.
     """
     try:
         lines = Path(path).read_bytes().splitlines()
@@ -142,8 +142,8 @@ def read_ledger(path: str | os.PathLike[str], *, only: str = "") -> Events:
         start = f'{{"event": "{only}"'.encode()
         lines = [line for line in lines if line.startswith(start)]
     events = [_event(line) for line in lines if line]
-    whole = tuple(event for event in events if event is not None)
-    return Events(whole, len(events) - len(whole))
+    valid = tuple(event for event in events if event is not None)
+    return Events(valid, len(events) - len(valid))
 
 
 def _event(line: bytes) -> Event | None:

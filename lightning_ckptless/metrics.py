@@ -1,4 +1,4 @@
-"""Goodput and recovery times as torchmetrics, to be logged, reset and merged over ranks like any other metric."""
+"""Goodput and recovery time as torchmetrics that are logged, reset and merged over ranks like any other metric."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PHASE_NAMES = tuple(phase.name for phase in fields(Phases))
 
 
 class Goodput(Metric):
-    """Productive time / all time, added up over updates and ranks.
+    """Productive time divided by total time, summed over updates and ranks.
 
     Args:
-        kwargs: of `torchmetrics.Metric`.
+        kwargs: keyword arguments of `torchmetrics.Metric`.
 
     Example:
         >>> goodput = Goodput()
@@ -44,11 +44,11 @@ class Goodput(Metric):
         """Add a span of time.
 
         Args:
-            productive_s: how much of it was spent in steps that count.
-            wall_s: how long it was.
+            productive_s: part of it, in seconds, spent in steps that were not rolled back.
+            wall_s: its length in seconds.
 
         Raises:
-            ValueError: the span is shorter than its productive part, or either is negative.
+            ValueError: either value is negative, or `productive_s` is greater than `wall_s`.
         """
         if not 0.0 <= productive_s <= wall_s:
             raise ValueError(f"productive_s={productive_s}, wall_s={wall_s}: expected 0 <= productive_s <= wall_s")
@@ -56,17 +56,18 @@ class Goodput(Metric):
         self.wall_s += wall_s
 
     def compute(self) -> Tensor:
-        """The goodput, 0 to 1; nan before any time has passed."""
+        """Return the goodput, 0 to 1; NaN before the first update."""
         return self.productive_s / self.wall_s
 
 
 class RecoveryTime(Metric):
-    """Mean, longest and last recovery, and the mean of each of its phases, in seconds.
+    """Mean, maximum and last recovery time, and the mean of each phase, in seconds.
 
-    Ranks that tell of the same recoveries are averaged; the last one is that which ended last on any of them.
+    Values of ranks that report the same recoveries are averaged; the last recovery is the one that ended last on any
+    rank.
 
     Args:
-        kwargs: of `torchmetrics.Metric`.
+        kwargs: keyword arguments of `torchmetrics.Metric`.
 
     Example:
         >>> recovery_time = RecoveryTime()
@@ -90,15 +91,15 @@ class RecoveryTime(Metric):
         self.add_state("count", default=torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("phases_s", default=_seconds(*[0.0] * len(PHASE_NAMES)), dist_reduce_fx="sum")
         self.add_state("max_s", default=_seconds(-torch.inf), dist_reduce_fx="max")
-        # When it ended and how long it took: kept together, as only the pair can be merged.
+        # End and duration of the last recovery, in one tensor: they can only be merged as a pair.
         self.add_state("last", default=_seconds(-torch.inf, torch.nan), dist_reduce_fx=_latest)
 
     def update(self, phases: Phases, ended_at: float) -> None:
         """Add a recovery.
 
         Args:
-            phases: how long it took.
-            ended_at: when it ended, in seconds of a clock that the ranks share.
+            phases: duration of each phase.
+            ended_at: time at which it ended, in seconds of a clock that all ranks share.
         """
         self.count += 1
         self.phases_s += _seconds(*[getattr(phases, name) for name in PHASE_NAMES]).to(self.device)
@@ -106,7 +107,7 @@ class RecoveryTime(Metric):
         self.last = _latest(torch.stack([self.last, _seconds(ended_at, phases.total_s).to(self.device)]))
 
     def compute(self) -> dict[str, Tensor]:
-        """`mean_s`, `max_s`, `last_s`, and the mean of each phase by its name; nan before any recovery."""
+        """Return `mean_s`, `max_s`, `last_s`, and the mean of each phase by its name; NaN before the first recovery."""
         means_s = self.phases_s / self.count
         longest_s = torch.where(self.count > 0, self.max_s, torch.nan)
         total = {"mean_s": means_s.sum(), "max_s": longest_s, "last_s": self.last[1]}
@@ -114,10 +115,10 @@ class RecoveryTime(Metric):
 
 
 def _latest(ended: Tensor) -> Tensor:
-    """Of rows (when it ended, how long it took) the one that ended last."""
+    """Return the row (end, duration) with the latest end."""
     return ended[ended[:, 0].argmax()]
 
 
 def _seconds(*values: float) -> Tensor:
-    # In single precision, adding steps of 0.1 s goes wrong within days.
+    # In single precision, a sum of 0.1 s steps becomes inaccurate within days.
     return torch.tensor(values if len(values) > 1 else values[0], dtype=torch.float64)

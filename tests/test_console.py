@@ -1,4 +1,4 @@
-"""A message begins a line of its own, whatever a progress bar has left on the terminal."""
+"""Messages are printed on their own lines, whatever a progress bar has left on the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_ckptless.console import Bar, Console, WarningsOnConsole, framed
 
 
 def shown(text: str) -> list[str]:
-    """The lines that a terminal shows, for the few control sequences that matter here."""
+    """Return the lines that a terminal would show; supports only the control sequences used here."""
     lines, row, column = [""], 0, 0
     text = text.replace("\x1b[K", "\0")
     for character in text:
@@ -29,7 +29,7 @@ def shown(text: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def test_a_line_of_a_bar_is_replaced_on_a_terminal() -> None:
+def test_the_line_of_a_bar_is_replaced_on_a_terminal() -> None:
     assert shown("\rEpoch 3:  30%|###       |" + framed("message", Bar.LINE, terminal=True) + "\n") == ["message"]
 
 
@@ -42,15 +42,15 @@ def test_a_line_that_cannot_be_cleared_is_ended(bar: Bar, terminal: bool) -> Non
 def test_a_live_display_of_two_lines_redraws_itself_below_the_message() -> None:
     text = framed("message", Bar.LIVE, terminal=True) + "\n"
     below = text[text.index("message") :].count("\n") - 1
-    # From the line under the last one, a display of two lines moves up by one.
+    # A display of two lines starts its redraw one line above the cursor.
     assert below >= 1
 
 
-def test_without_a_bar_nothing_is_added() -> None:
+def test_without_a_bar_the_message_is_unchanged() -> None:
     assert framed("message", Bar.NONE, terminal=True) == framed("message", Bar.LIVE, terminal=False) == "message"
 
 
-def test_a_console_says_it_on_the_stderr_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_console_writes_to_the_current_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     console = Console()
@@ -60,7 +60,7 @@ def test_a_console_says_it_on_the_stderr_of_now(monkeypatch: pytest.MonkeyPatch)
     assert stream.getvalue() == "ckptless: first\n\nckptless: second\n"
 
 
-def test_a_warning_is_shown_once_and_only_where_the_program_logs_nothing_itself(
+def test_a_warning_is_shown_once_and_only_if_the_script_configures_no_logging(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []

@@ -1,4 +1,4 @@
-"""The ledger: whole lines, many writers, and no way to stop a run."""
+"""The ledger: complete lines, concurrent writers, and failures that never stop a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_events_are_read_as_they_were_recorded(tmp_path: Path) -> None:
     ]
 
 
-def test_an_event_is_a_flat_object_on_a_line(tmp_path: Path) -> None:
+def test_an_event_is_one_flat_json_object_per_line(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     Ledger(path, clock=lambda: 1.5).record("fault", rank=1, cause="line\nbreak")
     (line,) = path.read_text().splitlines()
@@ -36,7 +36,7 @@ def test_an_event_is_a_flat_object_on_a_line(tmp_path: Path) -> None:
     assert json.loads(line) == {**fields, "format": 1, "crc": "1d90dfa4"}
 
 
-def test_writers_do_not_mix_their_lines(tmp_path: Path) -> None:
+def test_lines_of_concurrent_writers_do_not_interleave(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     ledgers = [Ledger(path) for _ in range(4)]
 
@@ -54,23 +54,23 @@ def test_writers_do_not_mix_their_lines(tmp_path: Path) -> None:
     assert sorted((e.rank, e.fields["number"]) for e in read) == [(w, n) for w in range(4) for n in range(50)]
 
 
-def test_a_full_disk_is_reported_once_and_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_is_reported_once_and_raises_no_error(caplog: pytest.LogCaptureFixture) -> None:
     ledger = Ledger("/dev/full")
     with caplog.at_level(logging.WARNING):
         ledger.record("began")
         ledger.record("ended")
     (message,) = caplog.messages
-    assert message.startswith("/dev/full cannot be written, events are missing from here on")
+    assert message.startswith("/dev/full: cannot write, later events will be missing")
     assert "No space left on device" in message
 
 
-def test_a_folder_that_cannot_be_made_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_cannot_be_created_raises_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
     Ledger(tmp_path / "file" / "ledger.jsonl").record("began")
     assert len(caplog.messages) == 1
 
 
-def test_a_line_cut_short_by_a_full_disk_costs_no_other(tmp_path: Path) -> None:
+def test_a_line_truncated_by_a_full_disk_does_not_damage_others(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     ledger = Ledger(path)
     with files_at_most(150):
@@ -103,28 +103,28 @@ def test_lines_that_are_not_events_are_skipped_and_counted(tmp_path: Path, torn:
         ("checkpoint", {"action": "save", "fit": 0, "path": 7}),
     ],
 )
-def test_an_event_that_does_not_say_what_it_must_is_skipped(tmp_path: Path, event: str, fields: dict[str, Any]) -> None:
+def test_an_event_that_lacks_a_required_field_is_skipped(tmp_path: Path, event: str, fields: dict[str, Any]) -> None:
     path = tmp_path / "ledger.jsonl"
     Ledger(path).record(event, **fields)
     assert (len(read_ledger(path)), read_ledger(path).skipped_lines) == (0, 1)
 
 
-def test_a_changed_digit_is_damage(tmp_path: Path) -> None:
+def test_a_changed_digit_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     Ledger(path).record("committed", step=10)
     path.write_bytes(path.read_bytes().replace(b'"step": 10', b'"step": 18'))
     assert (len(read_ledger(path)), read_ledger(path).skipped_lines) == (0, 1)
 
 
-def test_a_ledger_that_was_never_written_is_empty(tmp_path: Path) -> None:
+def test_a_missing_ledger_is_empty(tmp_path: Path) -> None:
     assert read_ledger(tmp_path / "ledger.jsonl") == Events(())
 
 
-def test_the_folder_of_a_run() -> None:
+def test_a_run_has_its_own_folder() -> None:
     assert run_folder("runs", "digits-1") == Path("runs/digits-1")
 
 
 @pytest.mark.parametrize("run_id", ["", ".", "..", "a/b", "/a", "a\0"])
-def test_a_run_id_that_leaves_the_root_is_refused(run_id: str) -> None:
-    with pytest.raises(OptionsError, match="expected a name that can be one folder in 'runs'"):
+def test_a_run_id_outside_of_the_root_is_refused(run_id: str) -> None:
+    with pytest.raises(OptionsError, match="expected the name of a single folder in 'runs'"):
         run_folder("runs", run_id)

@@ -1,4 +1,4 @@
-"""The metrics, on the CPU and without processes: ranks are instances that are merged."""
+"""The metrics on a single CPU process; ranks are separate instances that are merged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def values(metric: RecoveryTime) -> dict[str, float]:
     return {name: value.item() for name, value in metric.compute().items()}
 
 
-def test_the_examples_are_true() -> None:
+def test_the_examples_in_docstrings_work() -> None:
     results = doctest.testmod(metrics)
     assert results.attempted > 0
     assert results.failed == 0
@@ -47,7 +47,7 @@ def test_goodput_adds_small_steps_to_long_times() -> None:
 
 
 @pytest.mark.parametrize(("productive_s", "wall_s"), [(2.0, 1.0), (-1.0, 1.0), (math.nan, 1.0)])
-def test_goodput_refuses_a_span_that_cannot_be(productive_s: float, wall_s: float) -> None:
+def test_goodput_refuses_an_invalid_span(productive_s: float, wall_s: float) -> None:
     with pytest.raises(ValueError, match="expected 0 <= productive_s <= wall_s"):
         Goodput().update(productive_s, wall_s)
 
@@ -70,7 +70,7 @@ def test_recoveries_and_their_phases() -> None:
 
 
 @pytest.mark.parametrize("late_rank_merges", [False, True])
-def test_merged_recoveries_know_the_longest_and_the_last(late_rank_merges: bool) -> None:
+def test_merged_recoveries_keep_the_longest_and_the_last(late_rank_merges: bool) -> None:
     early, late = RecoveryTime(), RecoveryTime()
     early.update(LONG, ended_at=10.0)
     late.update(SHORT, ended_at=20.0)
@@ -80,7 +80,7 @@ def test_merged_recoveries_know_the_longest_and_the_last(late_rank_merges: bool)
     assert (merged["mean_s"], merged["max_s"], merged["last_s"]) == (1.375, 2.0, 0.75)
 
 
-def test_forward_gives_the_batch_and_keeps_the_whole() -> None:
+def test_forward_returns_the_batch_value_and_accumulates() -> None:
     recovery_time = RecoveryTime()
     assert recovery_time(LONG, ended_at=10.0)["mean_s"].item() == 2.0
     assert recovery_time(SHORT, ended_at=20.0)["mean_s"].item() == 0.75
@@ -88,7 +88,7 @@ def test_forward_gives_the_batch_and_keeps_the_whole() -> None:
     assert values(recovery_time)["last_s"] == 0.75
 
 
-def test_reset_forgets_everything() -> None:
+def test_reset_clears_all_state() -> None:
     recovery_time, goodput = RecoveryTime(), Goodput()
     recovery_time.update(LONG, ended_at=10.0)
     goodput.update(1.0, 2.0)
@@ -101,7 +101,7 @@ def test_reset_forgets_everything() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
-def test_before_anything_is_known() -> None:
+def test_metrics_without_updates_are_nan() -> None:
     assert math.isnan(Goodput().compute().item())
     nothing = values(RecoveryTime())
     assert set(nothing) == {"mean_s", "max_s", "last_s", *PHASE_NAMES}

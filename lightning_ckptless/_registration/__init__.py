@@ -1,1 +1,1 @@
-"""The names of our strategies, made known to Lightning when torch is imported."""
+"""Registers our strategies with Lightning when torch is imported."""

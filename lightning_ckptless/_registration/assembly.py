@@ -1,6 +1,6 @@
-"""Puts the rooms together: a strategy of one distribution, with the callbacks that the environment asks for.
+"""Assembles the strategy classes of a distribution with the parts that `trainer` must not import.
 
-`trainer` knows nothing of `callbacks`; what joins them is here, at the top.
+`trainer` does not depend on `testing` or `runner`; this top-level module connects them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from lightning_ckptless.supported import check
 
 
 def strategy_for(distribution: str, name: str = "ckptless") -> type[Any]:
-    """A strategy of one distribution.
+    """Return a strategy class for one distribution of Lightning.
 
     Args:
         distribution: `lightning.pytorch` or `pytorch_lightning`.
-        name: under which Lightning knows it.
+        name: registered name of the strategy.
 
     Raises:
-        VersionError: Python, torch or Lightning is too old, or has moved what is used.
+        VersionError: Python, torch or Lightning is too old, or lacks a name that is used.
     """
     require_libraries(distribution)
     from lightning_ckptless.runner import run_job
@@ -35,13 +35,13 @@ def strategy_for(distribution: str, name: str = "ckptless") -> type[Any]:
 
 @cache
 def require_libraries(distribution: str) -> None:
-    """Refuse versions of torch and Lightning that are too old, or that have moved names which are used.
+    """Refuse versions of torch and Lightning that are too old or lack names that are used.
 
     Args:
         distribution: `lightning.pytorch` or `pytorch_lightning`.
 
     Raises:
-        VersionError: this one does.
+        VersionError: a version is refused.
     """
     check(distribution)
     torch_names.require(torch_names.WORKER | torch_names.SHARDED)
@@ -51,21 +51,21 @@ def require_libraries(distribution: str) -> None:
 
 
 def blank_strategy(distribution: str, name: str) -> Any:
-    """A strategy without attributes, for what reads a pickle of one.
+    """Create an uninitialized strategy, for unpickling.
 
     Args:
-        distribution: of Lightning.
-        name: under which Lightning knows it.
+        distribution: `lightning.pytorch` or `pytorch_lightning`.
+        name: registered name of the strategy.
     """
     cls: Any = strategy_for(distribution, name)
     return cls.__new__(cls)
 
 
 def callbacks_from_environment(distribution: str) -> list[Any]:
-    """Callbacks that any script gets when the environment names faults to inject or a folder for traces."""
+    """Return the callbacks requested by environment variables: for traces and for fault injection."""
     from lightning_ckptless.testing.fault_injector import fault_injector_from_environment
     from lightning_ckptless.testing.trace import step_trace_from_environment
 
-    # The trace first: what a step has come to is written down before a fault strikes.
-    wanted = (step_trace_from_environment(distribution), fault_injector_from_environment(distribution))
-    return [callback for callback in wanted if callback is not None]
+    # The trace comes first, so that a step is recorded before a fault is injected.
+    callbacks = (step_trace_from_environment(distribution), fault_injector_from_environment(distribution))
+    return [callback for callback in callbacks if callback is not None]

@@ -1,8 +1,8 @@
-"""What `import torch` calls when it ends, by the entry point `torch.backends` of this package.
+"""Called at the end of `import torch`, through this package's entry point in the group `torch.backends`.
 
-An exception from here would make `import torch` fail for everybody in the environment. So this file needs nothing but
-the standard library, imports the rest where it can catch what goes wrong, and only ever leaves a line in the log.
-`TORCH_DEVICE_BACKEND_AUTOLOAD=0` keeps torch from calling it.
+An exception here would make `import torch` fail for every user of the environment. Therefore this module imports only
+the standard library, catches all errors, and at most logs a warning. `TORCH_DEVICE_BACKEND_AUTOLOAD=0` prevents the
+call.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 
 
 def autoload() -> None:
-    """Make `Trainer(strategy="ckptless")` known, now or when Lightning is imported. Never raises."""
+    """Register `Trainer(strategy="ckptless")`, now or when Lightning is imported. Never raises."""
     try:
         from lightning_ckptless._registration.names import register_everywhere
 

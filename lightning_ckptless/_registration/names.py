@@ -1,8 +1,8 @@
-"""Makes the names of our strategies, such as `"ckptless"`, known to Lightning, without importing Lightning or torch.
+"""Registers the names of our strategies, such as `"ckptless"`, with Lightning, without importing Lightning or torch.
 
-Lightning has a registry of strategies and no entry point to fill it. A distribution of Lightning that is imported
-already is told at once. For one that is not, a finder in front of `sys.meta_path` waits until the module with the
-registry has been executed. The strategy itself, and all that it needs, is imported when a trainer asks for it.
+Lightning has a registry of strategies but no entry point for it. If a distribution of Lightning is already imported,
+the names are registered at once. Otherwise a finder at the front of `sys.meta_path` registers them after the module
+with the registry has been executed. The strategy and its dependencies are imported when a trainer requests it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from lightning_ckptless._registration import mlflow_tables
 
 
 class Registered(NamedTuple):
-    """What a name in the registry stands for.
+    """An entry of the registry.
 
     Args:
-        strategy: name of the class, as `assembly.strategy_for` takes it.
-        options: that the name implies.
-        description: what the registry says about it.
+        strategy: name of the strategy for `assembly.strategy_for`.
+        options: options implied by the name.
+        description: description shown by the registry.
     """
 
     strategy: str
@@ -35,17 +35,17 @@ class Registered(NamedTuple):
 _DATA_PARALLEL = "Data parallelism that survives the loss of any rank, bit for bit"
 NAMES = {
     "ckptless": Registered("ckptless", {}, _DATA_PARALLEL),
-    # Programs look for "ddp" in the name of a strategy, and for the names that Lightning gives to options of DDP. Of
-    # those of start methods, `ddp_notebook` and `ddp_fork` have one counterpart, and `ddp_spawn` has none.
+    # Scripts look for "ddp" in the name of a strategy, and for Lightning's names for options of DDP. The start methods
+    # `ddp_notebook` and `ddp_fork` share one counterpart; `ddp_spawn` has none.
     "ckptless_ddp": Registered("ckptless", {}, _DATA_PARALLEL),
     "ckptless_ddp_find_unused_parameters_true": Registered(
-        "ckptless", {"find_unused_parameters": True}, f"{_DATA_PARALLEL}; parameters may be left out of a step"
+        "ckptless", {"find_unused_parameters": True}, f"{_DATA_PARALLEL}; parameters may be unused in a step"
     ),
     "ckptless_ddp_find_unused_parameters_false": Registered(
-        "ckptless", {"find_unused_parameters": False}, f"{_DATA_PARALLEL}; every parameter takes part in every step"
+        "ckptless", {"find_unused_parameters": False}, f"{_DATA_PARALLEL}; every parameter is used in every step"
     ),
     "ckptless_notebook": Registered(
-        "ckptless", {"start_method": "fork"}, f"{_DATA_PARALLEL}; workers are forks of a notebook's process"
+        "ckptless", {"start_method": "fork"}, f"{_DATA_PARALLEL}; workers are forked from the notebook's process"
     ),
     "ckptless_model_parallel": Registered(
         "ckptless_model_parallel",
@@ -60,14 +60,14 @@ DISTRIBUTIONS = {
 
 
 def register_everywhere(again: Callable[[], None]) -> None:
-    """Register with the distributions of Lightning that are imported, and with later ones. Idempotent.
+    """Register with all distributions of Lightning, imported now or later. Idempotent.
 
     Args:
-        again: is called when a distribution has been imported; must not raise.
+        again: called after a distribution has been imported; must not raise.
     """
-    mlflow_tables.open_one_at_a_time()
+    mlflow_tables.serialize_opening()
     for module_name, distribution in DISTRIBUTIONS.items():
-        # A module that is still being executed may have no registry yet: its loader comes back here.
+        # A module that is still being executed may have no registry yet. Its loader calls this function again.
         registry = getattr(sys.modules.get(module_name), "StrategyRegistry", None)
         for name, (strategy, options, description) in NAMES.items():
             if registry is not None and name not in registry:
@@ -78,12 +78,12 @@ def register_everywhere(again: Callable[[], None]) -> None:
 
 
 def build_strategy(distribution: str, name: str, **options: Any) -> Any:
-    """Make a strategy for one distribution of Lightning.
+    """Create a strategy for one distribution of Lightning.
 
     Args:
         distribution: `lightning.pytorch` or `pytorch_lightning`.
-        name: of the strategy.
-        **options: what its class takes.
+        name: name of the strategy.
+        **options: arguments of its class.
     """
     from lightning_ckptless._registration.assembly import strategy_for
 
@@ -91,10 +91,10 @@ def build_strategy(distribution: str, name: str, **options: Any) -> Any:
 
 
 class RegistryFinder(MetaPathFinder):
-    """Finds the modules with a registry, and MLflow's store, as any finder does; adds a step after their execution.
+    """Finds the modules with a registry and MLflow's store, and adds a call after their execution.
 
     Args:
-        again: that step.
+        again: function to call after the execution.
     """
 
     def __init__(self, again: Callable[[], None]) -> None:
@@ -103,7 +103,7 @@ class RegistryFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Find one of these modules through the other finders; leave all other modules to them."""
+        """Find one of these modules through the other finders; returns None for all other modules."""
         if fullname not in DISTRIBUTIONS and fullname != mlflow_tables.STORE:
             return None
         for finder in sys.meta_path:
@@ -118,11 +118,11 @@ class RegistryFinder(MetaPathFinder):
 
 
 class RegisteringLoader(Loader):
-    """Loads a module through its own loader, then registers the strategies in it and steps aside.
+    """Loads a module through its own loader, then registers the strategies and removes itself.
 
     Args:
         loader: the module's own loader.
-        again: registers the strategies.
+        again: function that registers the strategies.
     """
 
     def __init__(self, loader: Loader, again: Callable[[], None]) -> None:
@@ -132,11 +132,11 @@ class RegisteringLoader(Loader):
         return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Create the module as its own loader does."""
+        """Create the module with its own loader."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Execute the module, then register; the module is as good as without us if that fails."""
+        """Execute the module, then register. A failed registration does not affect the module."""
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader

@@ -1,4 +1,4 @@
-"""The command `ckptless`: its sub-commands, one file each, and how their errors are shown."""
+"""The command `ckptless`: registers its sub-commands, one file each, and reports their errors."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ USAGE_EXIT_CODE = 2
 
 app = typer.Typer(
     name="ckptless",
-    help="Training with PyTorch Lightning that survives the loss of any rank, bit for bit.",
+    help="Fault-tolerant training for PyTorch Lightning: survives the loss of any rank, bit for bit.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 
-# What follows `run` is torchrun's to read.
-_AS_IT_IS = {"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}
-app.command(context_settings=_AS_IT_IS)(run)
+# Everything after `run`, `--help` included, is parsed by torchrun's argument parser.
+_PASS_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}
+app.command(context_settings=_PASS_THROUGH)(run)
 for command in (doctor, drill, status, export, clean, timeline):
     app.command()(command)
 
 
 def main() -> None:
-    """The entry point. A mistake of the user's ends with one line and exit code 2, without a traceback."""
+    """Run the command line. Reports a `CkptlessError` as one line on stderr and exit code 2, without a traceback."""
     try:
         app()
     except CkptlessError as error:

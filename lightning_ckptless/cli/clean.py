@@ -1,4 +1,4 @@
-"""`ckptless clean`: removes shared memory and temporary folders that no run needs any more."""
+"""`ckptless clean`: removes shared memory and temporary folders that no run uses any more."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import typer
 
 
 def clean(
-    run: Annotated[str | None, typer.Argument(help="Id of a run; all runs if left out.")] = None,
+    run: Annotated[str | None, typer.Argument(help="Run id (default: all runs).")] = None,
     arena_dir: Annotated[Path | None, typer.Option(help="Folder of the shared memory (default: /dev/shm).")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be removed, without removing it.")
+    ] = False,
 ) -> None:
-    """Remove the arenas of runs whose agents are gone, and temporary folders of agents that were killed.
+    """Remove the arenas of runs whose agents have exited, and the temporary folders of killed agents.
 
-    What belongs to live runs stays. With the id of a run, only its arenas are removed.
+    Files of live runs are kept. With a run id, only the arenas of that run are removed.
 
     * `ckptless clean --dry-run`
     * `ckptless clean 20250131-120000-3fa2`
 
-    Exit code: 1 if the named run is alive.
+    Exit code: 0, or 1 if the given run is alive.
     """
     from rich.filesize import decimal
 
@@ -36,13 +38,11 @@ def clean(
         if dry_run or remove_leftover(path):
             typer.echo(f"{'would remove' if dry_run else 'removed'} {path} ({decimal(size_bytes)})")
         else:
-            typer.echo(f"kept {path}: somebody has just taken it over")
+            typer.echo(f"kept {path}: an agent has just adopted it")
     scratch = find_abandoned() if run is None else []
     for path in scratch:
         if dry_run or remove_abandoned(path):
-            typer.echo(
-                f"{'would remove' if dry_run else 'removed'} {path}: temporary files of an agent that was killed"
-            )
+            typer.echo(f"{'would remove' if dry_run else 'removed'} {path}: temporary files of a killed agent")
     if not leftovers and not alive and not scratch:
         typer.echo(f"no arenas {'of ' + run if run else ''} in {folder}".replace("  ", " "))
     raise typer.Exit(1 if run is not None and alive else 0)

@@ -1,4 +1,4 @@
-"""`ckptless doctor`: what will work on this machine and what will not, before anything is trained."""
+"""`ckptless doctor`: checks before training whether this node can run it."""
 
 from __future__ import annotations
 
@@ -22,52 +22,53 @@ _SIZES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 def doctor(
     script: Annotated[
-        str | None, typer.Argument(help="Training script, or the name of a module with -m: its imports are tried.")
+        str | None, typer.Argument(help="Training script, or module name with -m, whose imports are checked.")
     ] = None,
     module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is a module, as in python -m.")] = False,
     ranks: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Ranks on this machine (default: one per GPU, or 2).")
+        int | None, typer.Option(min=1, metavar="N", help="Ranks on this node (default: one per GPU, or 2).")
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1, metavar="N", help="Machines, each with as many ranks.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, metavar="N", help="Number of nodes, all with the same ranks.")] = 1,
     parameters: Annotated[
         str | None, typer.Option(metavar="N", help="Parameters of the model, e.g. 7e9, 300M or 1.5B.")
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="CODE", help="What makes the model, e.g. Net or 'Net(width=64)' of the script."),
+        typer.Option(metavar="CODE", help="Expression that creates the script's model: Net or 'Net(width=64)'."),
     ] = None,
     optimizer_states: Annotated[
         int,
-        typer.Option(min=0, metavar="N", help="Tensors that the optimizer keeps per parameter: 2 for Adam, 0 for SGD."),
+        typer.Option(min=0, metavar="N", help="Optimizer tensors per parameter: 2 for Adam, 0 for SGD."),
     ] = 2,
-    sharded: Annotated[bool, typer.Option("--sharded", help="Ranks share the model: ckptless_model_parallel.")] = False,
-    copies: Annotated[int, typer.Option(min=0, metavar="N", help="As the strategy's option.")] = 1,
-    failure_domain: Annotated[str, typer.Option(metavar="NAME", help="As the strategy's option.")] = "node",
+    sharded: Annotated[bool, typer.Option("--sharded", help="The model is sharded (ckptless_model_parallel).")] = False,
+    copies: Annotated[int, typer.Option(min=0, metavar="N", help="Same as the strategy option.")] = 1,
+    failure_domain: Annotated[str, typer.Option(metavar="NAME", help="Same as the strategy option.")] = "node",
     arena_dir: Annotated[Path | None, typer.Option(help="Folder of the shared memory (default: /dev/shm).")] = None,
     durable_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the durable states, if there are to be some.")
+        Path | None, typer.Option(help="Folder for durable states, if the run is to write any.")
     ] = None,
     timeout_s: Annotated[
-        float, typer.Option("--timeout", min=1, metavar="SECONDS", help="Time that the script's imports may take.")
+        float, typer.Option("--timeout", min=1, metavar="SECONDS", help="Time limit for the script's imports.")
     ] = 300.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what will work here and what will not: versions, room, limits, network, clock, and what a script imports.
+    """Check whether this node can train: versions, memory, limits, network, clock and a script's imports.
 
-    * `ckptless doctor`: this machine
-    * `ckptless doctor train.py --ranks 4`: and the imports of a script, in a process of their own
-    * `ckptless doctor train.py --model Net`: and whether its model fits, without training it
-    * `ckptless doctor --parameters 7e9 --ranks 8 --nodes 4 --json`: whether such a model fits on four machines
+    * `ckptless doctor`: check this node
+    * `ckptless doctor train.py --ranks 4`: also check the imports of a script, in a separate process
+    * `ckptless doctor train.py --model Net`: also check whether its model fits, without training it
+    * `ckptless doctor --parameters 7e9 --ranks 8 --nodes 4 --json`: check whether such a model fits on four nodes
 
-    Of the script nothing runs but its imports, and with `--model` its definitions. In a container, run it there.
+    Only the script's imports are executed, and with `--model` its definitions. Run it where training will run, e.g. in
+    the container.
 
-    Exit code: 0 if training will work, warnings or not, 1 if it will not, 2 if the command line cannot work.
+    Exit code: 0 if training will work (warnings allowed), 1 if it will not, 2 if the command line is invalid.
     """
     from lightning_ckptless.errors import OptionsError
 
     if model is not None and (script is None or parameters is not None):
         raise OptionsError(
-            "--model is one of a script, in the place of --parameters: `ckptless doctor train.py --model Net`"
+            "--model needs a script and excludes --parameters: use `ckptless doctor train.py --model Net`"
         )
     from lightning_ckptless.cli.checks.check import Job, State, failed
     from lightning_ckptless.cli.checks.imports import Target
@@ -103,16 +104,16 @@ def examine(
     durable_dir: Path | None = None,
     timeout_s: float = 300.0,
 ) -> list[Check]:
-    """Make all checks.
+    """Run all checks.
 
     Args:
-        job: to be trained; its state counts where no model is given.
-        target: a script whose imports are tried; None for none.
-        model: an expression that makes the script's model; empty for none.
-        optimizer_states: tensors that the optimizer keeps for each parameter of it.
-        arena_dir: folder of the arenas; None for the default one.
+        job: job to be trained; its state is used if no model is given.
+        target: script whose imports are checked; None for none.
+        model: expression that creates the script's model; empty for none.
+        optimizer_states: optimizer tensors per parameter.
+        arena_dir: folder of the arenas; None for the default.
         durable_dir: folder of the durable states; None for none.
-        timeout_s: seconds that the script's imports may take.
+        timeout_s: time limit for the script's imports, in seconds.
 
     Raises:
         OptionsError: the script cannot be read.
@@ -147,13 +148,13 @@ def examine(
 
 
 def parse_count(text: str) -> int:
-    """A number of parameters as people write it.
+    """Parse a number of parameters such as `7e9`, `300M` or `1.5B`.
 
     Args:
-        text: digits, with or without a fraction, an exponent or one of the letters K, M, B (billions) and T.
+        text: digits with an optional fraction, exponent, and suffix K, M, B (billions) or T.
 
     Raises:
-        OptionsError: it is none.
+        OptionsError: the text is not a number.
     """
     from lightning_ckptless.errors import OptionsError
 
@@ -164,13 +165,13 @@ def parse_count(text: str) -> int:
 
 
 def visible_gpus(env: Mapping[str, str], devices: Path = Path("/dev")) -> int:
-    """How many GPUs a process sees.
+    """Count the GPUs visible to a process, without importing torch.
 
     Args:
-        env: may say which ones (`CUDA_VISIBLE_DEVICES`).
+        env: environment, which may restrict them (`CUDA_VISIBLE_DEVICES`).
         devices: folder of the device files.
     """
-    there = [path for path in devices.glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()]
+    gpus = [path for path in devices.glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()]
     if (chosen := env.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return min(len(there), len([name for name in chosen.split(",") if name.strip() not in {"", "-1"}]))
-    return len(there)
+        return min(len(gpus), len([name for name in chosen.split(",") if name.strip() not in {"", "-1"}]))
+    return len(gpus)

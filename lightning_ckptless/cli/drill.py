@@ -1,4 +1,4 @@
-"""`ckptless drill`: proves on any script that faults leave no trace."""
+"""`ckptless drill`: verifies that a script recovers from faults with bit-identical results."""
 
 from __future__ import annotations
 
@@ -18,30 +18,28 @@ if TYPE_CHECKING:
 
 
 class LauncherName(StrEnum):
-    """How the script is started."""
+    """Command that starts the script."""
 
     CKPTLESS = "ckptless"
     PYTHON = "python"
     TORCHRUN = "torchrun"
 
 
-TimeLimit = Annotated[
-    float | None, typer.Option("--timeout", min=0, metavar="SECONDS", help="Time that one run may take.")
-]
+TimeLimit = Annotated[float | None, typer.Option("--timeout", min=0, metavar="SECONDS", help="Time limit for one run.")]
 IgnoredValues = Annotated[
     list[str] | None,
-    typer.Option(metavar="PATTERN", help="Values that need not be equal, by name. May be given several times."),
+    typer.Option(metavar="PATTERN", help="Names of values that may differ. May be given several times."),
 ]
 
 
 def drill(
-    script: Annotated[str, typer.Argument(help="Training script, or the name of a module with -m.")],
+    script: Annotated[str, typer.Argument(help="Training script, or module name with -m.")],
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[-- ARGUMENTS]", help="Arguments passed to the script, after --.")
     ] = None,
     fault: Annotated[
         list[str] | None,
-        typer.Option(metavar="FAULT", help="What goes wrong, as below. May be given several times."),
+        typer.Option(metavar="FAULT", help="Fault to inject, see above. May be given several times."),
     ] = None,
     module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is a module, as in python -m.")] = False,
     nproc: Annotated[
@@ -50,30 +48,31 @@ def drill(
             "--nproc",
             min=1,
             metavar="N",
-            help="Ranks (default: 2, or as many as the faults name); with python the script's.",
+            help="Ranks (default: 2, or more if a fault names a higher rank); with python the script decides.",
         ),
     ] = None,
-    launcher: Annotated[LauncherName, typer.Option(help="How the script is started.")] = LauncherName.CKPTLESS,
+    launcher: Annotated[LauncherName, typer.Option(help="Command that starts the script.")] = LauncherName.CKPTLESS,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON, too.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")
     ] = None,
     folder: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep traces, ledgers, log files and output here.")
     ] = None,
-    isolate: Annotated[bool, typer.Option("--isolate", help="Give each run a working directory of its own.")] = False,
-    max_restarts: Annotated[int, typer.Option(min=0, metavar="N", help="Recoveries after which a run gives up.")] = 100,
+    isolate: Annotated[bool, typer.Option("--isolate", help="Give each run its own working directory.")] = False,
+    max_restarts: Annotated[int, typer.Option(min=0, metavar="N", help="Maximum number of recoveries.")] = 100,
     in_place: Annotated[
-        bool | None, typer.Option("--in-place/--no-in-place", help="Recover so; else as the script's strategy says.")
+        bool | None,
+        typer.Option("--in-place/--no-in-place", help="Recover in place or not (default: the strategy's option)."),
     ] = None,
     standbys: Annotated[
-        int | None, typer.Option(min=0, metavar="K", help="Standbys; else as many as the script's strategy says.")
+        int | None, typer.Option(min=0, metavar="K", help="Standby processes (default: the strategy's option).")
     ] = None,
     timeout_s: TimeLimit = None,
     ignore: IgnoredValues = None,
 ) -> None:
-    """Run a script uninterrupted and with faults, and compare every step of both.
+    """Run a script without and with faults, and compare every step of the two runs bit for bit.
 
-    The script must give the same result each time: it has to seed its random numbers.
+    The script must be deterministic: it has to seed its random number generators.
 
     * `ckptless drill train.py --fault kill:rank=1:step=7`
     * `ckptless drill train.py --nproc 4 --fault kill:rank=0:step=3:at=backward --fault raise:rank=2:step=9 -- --lr 0.1`
@@ -81,26 +80,26 @@ def drill(
     FAULT is `kind:rank=R:step=S[:at=MOMENT][:times=N]`.
 
     * kinds: kill, crash, raise, exit, leave, hang, stop
-    * R: a rank or all; S: the optimizer step that is being made, counted from 1
+    * R: a rank, or `all`; S: the optimizer step in progress, counted from 1
     * moments: training_step, backward, optimizer_step, commit, mirror, accumulation, validation, epoch_end,
-      regroup, restore
+      regroup, meet, restore
 
-    PATTERN is a shell-style pattern for the name of a tensor, a logged value or a column, as the report names them:
+    PATTERN is a shell-style pattern for the names of tensors, logged values or columns that the report shows:
     `--ignore samples_per_s`, `--ignore 'callback * (Speed)'`.
 
-    Exit code: 0 if the runs are identical, 1 if not, 2 if the drill cannot be held.
+    Exit code: 0 if the runs are identical, 1 if not, 2 if the drill cannot run.
     """
     from lightning_ckptless.errors import OptionsError
     from lightning_ckptless.testing.starters import Ladder
 
     if not fault:
-        raise OptionsError("nothing goes wrong: give --fault, e.g. --fault kill:rank=1:step=7")
+        raise OptionsError("no fault given: use --fault, e.g. --fault kill:rank=1:step=7")
     command = [*(["-m"] if module else []), script, *(arguments or [])]
-    place = folder or Path(tempfile.mkdtemp(prefix="ckptless-drill-"))
-    report = hold_drill(
+    output = folder or Path(tempfile.mkdtemp(prefix="ckptless-drill-"))
+    report = run_and_report(
         command,
         fault,
-        place,
+        output,
         nproc=nproc or ranks_named(fault),
         launcher=launcher,
         isolate=isolate,
@@ -110,26 +109,26 @@ def drill(
     )
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-    _end(report.identical, place, keep=folder is not None)
+    _finish(report.identical, output, keep=folder is not None)
 
 
-def _end(identical: bool, place: Path, *, keep: bool) -> NoReturn:
-    """Leave nothing behind that nobody will want to look at, and exit."""
+def _finish(identical: bool, output: Path, *, keep: bool) -> NoReturn:
+    """Remove the output of a successful drill unless the user asked to keep it, and exit."""
     if identical and not keep:
-        shutil.rmtree(place)
+        shutil.rmtree(output)
     else:
-        typer.echo(f"kept in {place}", err=True)
+        typer.echo(f"output kept in {output}", err=True)
     raise typer.Exit(0 if identical else 1)
 
 
 def ranks_named(faults: Sequence[str]) -> int:
-    """How many ranks there have to be for all faults to find theirs; two at least."""
+    """Return the number of ranks needed for every fault to find its rank, at least two."""
     from lightning_ckptless.protocol.fault_script import parse_faults
 
     return max(2, *(fault.rank + 1 for fault in parse_faults(",".join(faults)) if isinstance(fault.rank, int)), 0)
 
 
-def hold_drill(
+def run_and_report(
     command: Sequence[str],
     faults: Sequence[str],
     folder: Path,
@@ -141,18 +140,18 @@ def hold_drill(
     timeout_s: float | None = None,
     ignore: Sequence[str] = (),
 ) -> DrillReport:
-    """Hold a drill in front of the user: progress on stderr while it runs, the report on stdout.
+    """Run a drill with progress on stderr and the report on stdout.
 
     Args:
-        command: a script or `-m` and a module, then its arguments.
-        faults: what is to go wrong.
-        folder: receives everything.
-        nproc: ranks.
-        launcher: how the script is started.
-        isolate: a working directory for each run.
-        ladder: how the runs recover; None for as the script says.
-        timeout_s: seconds that one run may take.
-        ignore: patterns for the names of values that need not be equal.
+        command: script, or `-m` and a module, followed by its arguments.
+        faults: faults to inject.
+        folder: folder that receives all output.
+        nproc: number of ranks.
+        launcher: command that starts the script.
+        isolate: give each run its own working directory.
+        ladder: recovery settings; None for those of the script.
+        timeout_s: time limit for one run, in seconds.
+        ignore: patterns for the names of values that may differ.
     """
     from rich.console import Console
 

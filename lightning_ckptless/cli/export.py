@@ -1,4 +1,4 @@
-"""`ckptless export`: the state of a run as a file, while the run goes on and after."""
+"""`ckptless export`: writes the state of a run to a file, during the run or after it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 
 class Format(StrEnum):
-    """What kind of file."""
+    """Format of the exported file."""
 
     LIGHTNING = "lightning"
     DCP = "dcp"
@@ -19,35 +19,36 @@ class Format(StrEnum):
 
 def export(
     run: Annotated[
-        str | None, typer.Argument(help="Id or folder of the run, or a folder of durable states; the newest run.")
+        str | None,
+        typer.Argument(help="Run id, run folder or folder of durable states (default: the newest run)."),
     ] = None,
     step: Annotated[str, typer.Option(metavar="N", help="Optimizer step, or latest.")] = "latest",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File, or folder with dcp (default: named by run and step).")
     ] = None,
-    kind: Annotated[Format, typer.Option("--format", help="What is written, as below.")] = Format.LIGHTNING,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+    kind: Annotated[Format, typer.Option("--format", help="Format to write, see above.")] = Format.LIGHTNING,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")] = False,
     run_root: Annotated[
         Path | None, typer.Option(help="Folder of all runs (default: CKPTLESS_RUN_ROOT, or ./ckptless).")
     ] = None,
     arena_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the shared memory (default: as the run says).")
+        Path | None, typer.Option(help="Folder of the shared memory (default: the one in the ledger).")
     ] = None,
 ) -> None:
-    """Write the state of a run as a file: of a live one without slowing it, of a dead one from what is left.
+    """Write the state of a live or finished run to a file, without slowing a live run down.
 
     * `ckptless export -o model.ckpt`
     * `ckptless export 20250131-120000-3fa2 --step 120 --format safetensors`
     * `ckptless export /shared/durable -o model.ckpt`
 
-    A run's state is read from shared memory, which holds its last two versions, or else from its durable states. A
-    version that is overwritten while it is read is never mixed with the next one: the newest is read instead.
+    The state is read from shared memory, which holds the last two versions, or from a durable state. The file never
+    mixes two versions: if one is overwritten while it is being read, the newest is read instead.
 
     Formats:
 
-    * `lightning`: a checkpoint, for `Trainer.fit(ckpt_path=...)` and `LightningModule.load_from_checkpoint`
-    * `dcp`: a folder, for `torch.distributed.checkpoint.load`
-    * `safetensors`: the weights alone
+    * `lightning`: a checkpoint for `Trainer.fit(ckpt_path=...)` and `LightningModule.load_from_checkpoint`
+    * `dcp`: a folder for `torch.distributed.checkpoint.load`
+    * `safetensors`: the weights only
     """
     from lightning_ckptless.cli.export_source import find_source
     from lightning_ckptless.errors import OptionsError
@@ -57,7 +58,7 @@ def export(
         if not step.isdigit():
             raise OptionsError(f"--step {step!r}: expected a number or 'latest'")
         at = int(step)
-    # A wrong name is told before torch is imported.
+    # Report a wrong name before the slow import of torch.
     source = find_source(run, run_root, arena_dir)
     from lightning_ckptless.cli.export_file import write_export
 

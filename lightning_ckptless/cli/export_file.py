@@ -1,4 +1,4 @@
-"""From what a run has left to a file: the newest state is found, copied, and put into the form that was asked for."""
+"""Exports a state to a file: finds the requested version, copies it, and converts it to the requested format."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from lightning_ckptless.cli.export_source import Source
 from lightning_ckptless.cli.survey import arenas_of
-from lightning_ckptless.durable.capture import Captured, Room, capture, newest_committed
+from lightning_ckptless.durable.capture import Captured, CopyBuffers, capture, newest_committed
 from lightning_ckptless.durable.checkpoint import (
+    host_state_of,
     lightning_checkpoint,
     model_state,
     recipe_in,
-    small_state_of,
     tensors_of,
 )
 from lightning_ckptless.durable.folder import DurableFolder, Manifest, ShardFacts, write_manifest
@@ -44,12 +44,12 @@ class _Choice:
     """A state that can be exported.
 
     Args:
-        version: of the state.
-        run_id: run that it belongs to.
-        origin: checkpoint file that the run began from.
-        where: where it is, in words.
-        size_bytes: of its tensors.
-        get: brings it into memory; told a function that takes the bytes done.
+        version: version of the state.
+        run_id: run that wrote it.
+        origin: checkpoint file that the run started from.
+        where: where it is stored, as text.
+        size_bytes: size of its tensors.
+        get: loads it into memory; takes a callback that is called with the number of bytes loaded.
     """
 
     version: Version
@@ -64,17 +64,17 @@ def write_export(source: Source, step: int | None, kind: str, output: Path | Non
     """Export a state.
 
     Args:
-        source: where it is looked for.
-        step: its optimizer step; None for the newest.
+        source: where to look for the state.
+        step: optimizer step; None for the newest.
         kind: `lightning`, `dcp` or `safetensors`.
-        output: file or folder; None for one named by run and step.
-        force: overwrite what is there.
+        output: file or folder; None for a name made of run and step.
+        force: overwrite an existing output.
 
     Returns:
-        What was written, in a sentence.
+        A sentence that describes what was written.
 
     Raises:
-        OptionsError: the output is there, or there is no such step.
+        OptionsError: the output exists, or the step is not available.
         DurableError: there is no complete version, or it cannot be read or written.
     """
     if output is not None:
@@ -94,24 +94,24 @@ def write_export(source: Source, step: int | None, kind: str, output: Path | Non
 
 def _require_free(target: Path, *, force: bool) -> None:
     if target.exists() and not force:
-        raise OptionsError(f"{target} is there already: name another file, or give --force to overwrite it")
+        raise OptionsError(f"{target} already exists: choose another name, or use --force to overwrite it")
     if not target.absolute().parent.is_dir():
-        raise OptionsError(f"{target}: there is no folder {target.absolute().parent}")
+        raise OptionsError(f"{target}: the folder {target.absolute().parent} does not exist")
 
 
-# ------------------------------------------------------------------ what there is
+# ------------------------------------------------------------------ finding
 
 
 def _choose(source: Source, step: int | None) -> _Choice:
     choices = [*_in_arenas(source, step), *_durable(source)]
-    fitting = [choice for choice in choices if step in (None, choice.version.optimizer_step)]
-    if fitting:
-        # Of the same version that in memory: it is the quicker one.
-        return max(enumerate(fitting), key=lambda entry: (entry[1].version, -entry[0]))[1]
+    matching = [choice for choice in choices if step in (None, choice.version.optimizer_step)]
+    if matching:
+        # Arenas come first in the list: of two equal versions, the one in memory is faster to read.
+        return max(enumerate(matching), key=lambda entry: (entry[1].version, -entry[0]))[1]
     if not choices:
         raise DurableError(f"{source.name}: nothing to export: {_why_nothing(source)}")
-    there = ", ".join(str(choice.version) for choice in sorted(choices, key=lambda choice: choice.version))
-    raise OptionsError(f"{source.name}: step {step} is not there (any more); there are: {there}")
+    available = ", ".join(str(choice.version) for choice in sorted(choices, key=lambda choice: choice.version))
+    raise OptionsError(f"{source.name}: step {step} is not available (any more); available: {available}")
 
 
 def _in_arenas(source: Source, step: int | None) -> Iterator[_Choice]:
@@ -130,20 +130,20 @@ def _in_arenas(source: Source, step: int | None) -> Iterator[_Choice]:
 
 
 def _wanted(arenas: list[Arena], step: int | None) -> list[Version | None]:
-    """Which versions to ask for: the newest, or both of a step, its tail done or not."""
+    """Return the versions to look for: the newest, or both of a step, after and before validation."""
     if not arenas:
         return []
     return [None] if step is None else [Version(step, True), Version(step, False), None]
 
 
 def _capture(arenas: list[Arena], at: Version | None, progress: Callable[[int], None]) -> Captured:
-    captured = capture(arenas, Room(), at=at)
+    captured = capture(arenas, CopyBuffers(), at=at)
     progress(sum(shard.bulk.numel() for shard in captured.shards))
     return captured
 
 
 def _arenas(source: Source) -> list[Arena]:
-    """Arenas of the newest `fit` of the run that are on this machine."""
+    """Return the arenas on this host of the run's newest `fit`."""
     if source.run is None:
         return []
     arenas = []
@@ -151,7 +151,7 @@ def _arenas(source: Source) -> list[Arena]:
         try:
             arenas.append(Arena.attach(info.path))
         except ArenaError:
-            # Removed while we looked: the run has just ended.
+            # Removed in the meantime: the run has just ended.
             continue
     newest = max((arena.run_id for arena in arenas), key=lambda name: (len(name), name), default="")
     return [arena for arena in arenas if arena.run_id == newest]
@@ -178,9 +178,9 @@ def _from_state(path: Path, manifest: Manifest) -> _Choice:
 
 def _why_nothing(source: Source) -> str:
     if source.run is None:
-        return "no durable state is complete"
+        return "there is no complete durable state"
     if not (arenas := _arenas(source)):
-        return "its arenas are gone, and it has written no durable state"
+        return "its arenas no longer exist, and it has written no durable state"
     return newest_committed(arenas).reason
 
 
@@ -188,7 +188,7 @@ def _why_nothing(source: Source) -> str:
 
 
 def _write(captured: Captured, choice: _Choice, kind: str, target: Path, progress: Callable[[int], None]) -> None:
-    """Write beside the target, then put it in place: who looks meanwhile sees the old one or none."""
+    """Write to a temporary name and rename, so that readers never see a partial file."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         require_space(target.absolute().parent, state_bytes(captured))
@@ -206,7 +206,7 @@ def _write(captured: Captured, choice: _Choice, kind: str, target: Path, progres
     except (OSError, RuntimeError) as error:
         if isinstance(error, DurableError):
             raise
-        raise DurableError(f"{target}: cannot be written: {error}") from error
+        raise DurableError(f"{target}: cannot write: {error}") from error
     finally:
         _remove(part)
 
@@ -219,28 +219,28 @@ def _write_file(
         torch.save(lightning_checkpoint(captured), counted, pickle_module=PICKLE_MODULE)
         return
     recipe = recipe_in(captured)
-    state = model_state(recipe, small_state_of(captured), tensors_of(captured))
+    state = model_state(recipe, host_state_of(captured), tensors_of(captured))
     weights = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     facts = {"format": "pt", "run": choice.run_id, "step": str(captured.snapshot.version.optimizer_step)}
     write_safetensors(weights, facts, counted)
 
 
 class _Counted:
-    """A file that tells how much was written."""
+    """A file that reports how many bytes were written."""
 
     def __init__(self, file: BinaryIO, progress: Callable[[int], None]) -> None:
         self._file = file
         self._progress = progress
 
     def write(self, data: Any) -> int:
-        """Write all, in pieces that can be seen."""
+        """Write all data in chunks and report each."""
         view = memoryview(data).cast("B")
         for at in range(0, len(view), _CHUNK_BYTES):
             self._progress(self._file.write(view[at : at + _CHUNK_BYTES]))
         return len(view)
 
     def flush(self) -> None:
-        """Hand on what is held back."""
+        """Flush the file."""
         self._file.flush()
 
 
@@ -264,7 +264,7 @@ def _size(path: Path) -> int:
 @contextmanager
 def _progress() -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    # On stderr: what is printed last, on stdout, is for programs, too.
+    # On stderr, so that stdout has only the result line, which scripts may parse.
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
         yield bar

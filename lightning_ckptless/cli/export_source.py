@@ -1,4 +1,4 @@
-"""What `ckptless export` reads: a run with its arenas and durable states, or a folder of durable states alone."""
+"""Finds what `ckptless export` reads: a run with its arenas and durable states, or a folder of durable states."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _MANIFEST = "state.json"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a state is looked for.
+    """Where to look for a state.
 
     Args:
-        name: as the user has named it.
-        run: with its ledger; None for a folder of durable states alone.
-        arena_dir: folder of the arenas; None for what the ledger says.
-        durable: folder of durable states; None where there is none.
-        state: one durable state; None for the one that suits.
+        name: name given by the user.
+        run: the run and its ledger; None for a folder of durable states without a run.
+        arena_dir: folder of the arenas; None for the one in the ledger.
+        durable: folder of durable states; None if there is none.
+        state: folder of a single durable state; None to choose one.
     """
 
     name: str
@@ -33,15 +33,15 @@ class Source:
 
 
 def find_source(name: str | None, run_root: Path | None, arena_dir: Path | None) -> Source:
-    """What the user means.
+    """Find the source that a name refers to.
 
     Args:
-        name: id or folder of a run, folder of durable states or of one of them; None for the newest run.
-        run_root: folder of all runs; None for the usual one.
-        arena_dir: folder of the arenas; None for what the ledger says.
+        name: run id, run folder, folder of durable states or of a single one; None for the newest run.
+        run_root: folder of all runs; None for the default.
+        arena_dir: folder of the arenas; None for the one in the ledger.
 
     Raises:
-        OptionsError: there is no such run, and the folder is nothing of ours.
+        OptionsError: there is no such run, or the folder is neither a run nor a folder of durable states.
     """
     folder = None if name is None else Path(name)
     if folder is not None and folder.is_dir() and not (folder / LEDGER_NAME).is_file():
@@ -51,8 +51,8 @@ def find_source(name: str | None, run_root: Path | None, arena_dir: Path | None)
             return Source(str(name), state=folder)
         if not _is_known(str(name), run_root):
             raise OptionsError(
-                f"{name}: neither the folder of a run (it would have {LEDGER_NAME}) nor one of durable states "
-                f"(it would have {_MARKER})"
+                f"{name}: neither a run folder (expected {LEDGER_NAME}) nor a folder of durable states "
+                f"(expected {_MARKER})"
             )
     run = find_run(name, run_root)
     return Source(run.run_id, run, arena_dir, _durable_of(run))
@@ -67,6 +67,6 @@ def _is_known(name: str, run_root: Path | None) -> bool:
 
 
 def _durable_of(run: Run) -> Path | None:
-    """Folder of a run's durable states, as its writer has told."""
+    """Return the folder of a run's durable states, according to its ledger."""
     written = run.of("durable_written")
     return Path(written[-1].fields["path"]).parent if written else None

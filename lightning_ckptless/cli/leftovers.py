@@ -1,4 +1,4 @@
-"""Arenas that may be removed: their agents are gone."""
+"""Finds and removes arenas whose agents have exited."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ Leftover = tuple[Path, int]
 
 
 def find_leftovers(folder: Path, run_id: str | None) -> tuple[list[Leftover], list[Path]]:
-    """Arenas without an agent, with their sizes in bytes, and those with a live one.
+    """Return the arenas without a live agent, with their sizes in bytes, and the arenas with one.
 
     Args:
-        folder: of all arenas.
-        run_id: only those of this run. Without it, arenas of another format are among them: they tell no run.
+        folder: folder of all arenas.
+        run_id: run whose arenas are returned; None for all runs, including arenas in another format, whose run id
+            cannot be read.
     """
     mine = [i for i in find_arenas(folder) if run_id in (None, i.run_id) or i.run_id.startswith(f"{run_id}.")]
     leftovers = [(info.path, info.bytes) for info in mine if not info.owner_alive]
@@ -35,7 +36,7 @@ def find_leftovers(folder: Path, run_id: str | None) -> tuple[list[Leftover], li
 
 
 def remove_leftover(path: Path) -> bool:
-    """Remove an arena, unless an agent has adopted it since; returns whether it is gone."""
+    """Remove an arena unless an agent has adopted it in the meantime; returns whether it is removed."""
     try:
         with arena_facts.locked(path, wait=False) as held:
             if not held or _owner_lives(path):
@@ -47,10 +48,10 @@ def remove_leftover(path: Path) -> bool:
 
 
 def _arena_folders(folder: Path) -> list[Path]:
-    """Folders of this user that are arenas, whatever their format, and however damaged."""
+    """Return this user's arena folders, whatever their format and however damaged."""
     found = []
     for path in folder.glob(f"{arena_facts.FOLDER_PREFIX}*"):
-        # A run removes its own at any time.
+        # A run may remove its own arena at any time.
         with suppress(FileNotFoundError):
             facts = path.lstat()
             if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and _holds_state(path):
@@ -67,5 +68,5 @@ def _owner_lives(path: Path) -> bool:
 
 
 def _size(path: Path) -> int:
-    # `os.walk` passes over what is removed meanwhile.
+    # `os.walk` skips files that are removed in the meantime.
     return sum(taken_bytes(Path(folder, name)) for folder, _, names in os.walk(path) for name in names)

@@ -1,4 +1,4 @@
-"""The plan of a run as its ledger has it: who keeps what, and how far the arenas are what was planned."""
+"""The placement of a run's replicas as recorded in its ledger, compared with what the arenas hold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_ckptless.protocol.versions import Replica
 
 
 def plan_of(run: Run) -> PlacementTable | None:
-    """The tables of the newest plan; None where nothing is kept for others, or no plan is known yet."""
+    """Return the tables of the newest placement; None without copies, or before the first placement."""
     events = run.of("placement")
     if not events or not events[-1].fields["copies"]:
         return None
@@ -23,19 +23,19 @@ def plan_of(run: Run) -> PlacementTable | None:
 
 
 def _placement(event: Event) -> Placement:
-    """The placement that was planned: made again, with the holders that were written down."""
+    """Rebuild the recorded placement, with the recorded holders."""
     facts = event.fields
     made = place(facts["domains"], facts["copies"], kind=facts["kind"])
     return replace(made, holders=tuple(tuple(others) for others in facts["holders"]))
 
 
 def protection_in(run: Run, replicas: Collection[Replica], nodes_here: Collection[str]) -> str:
-    """How well the run is protected, in a sentence; empty where no plan is known.
+    """Describe how many shards have all their copies, in a sentence; empty if no placement is known.
 
     Args:
-        run: with its ledger.
-        replicas: in the arenas of this machine.
-        nodes_here: nodes whose arenas are on this machine.
+        run: the run and its ledger.
+        replicas: replicas in the arenas on this host.
+        nodes_here: nodes whose arenas are on this host.
     """
     if not (events := run.of("placement")):
         return ""
@@ -45,16 +45,20 @@ def protection_in(run: Run, replicas: Collection[Replica], nodes_here: Collectio
         return protection_of(replicas, facts["holders"], facts["nodes"], since=_since(run)).reason
     committed = run.of("committed")
     if not committed or committed[-1].at < events[-1].at:
-        return f"not known here: the arenas of {len(elsewhere)} nodes are on other machines"
+        return f"unknown: {_arenas_of(len(elsewhere))} on other hosts"
     step, shards = committed[-1].fields["step"], len(facts["holders"])
     return (
-        f"{shards} of {shards} shards had all copies of step {step}, as the ledger says; the arenas of "
-        f"{len(elsewhere)} nodes are on other machines"
+        f"{shards} of {shards} shards had all copies of step {step}, according to the ledger; "
+        f"{_arenas_of(len(elsewhere))} on other hosts"
     )
 
 
+def _arenas_of(nodes: int) -> str:
+    return "the arena of 1 node is" if nodes == 1 else f"the arenas of {nodes} nodes are"
+
+
 def _since(run: Run) -> str:
-    """The version from which on nothing was missing: the one that was restored last, or the first."""
+    """Return the version since which all copies have been complete: the last restored one, or the first."""
     restored = run.of("restored")
     if restored:
         return str(restored[-1].fields["version"])

@@ -1,4 +1,4 @@
-"""`ckptless run`: the agent of one node."""
+"""`ckptless run`: runs the agent of one node."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def run(
         list[str] | None, typer.Argument(metavar="[OPTIONS] SCRIPT [ARGUMENTS]", show_default=False)
     ] = None,
 ) -> None:
-    """Run a training script in workers that are relaunched when one dies.
+    """Run a training script on all ranks of this node and replace workers that die.
 
-    Takes the options of torchrun, and some of its own: `ckptless run --help` lists them.
+    Takes the options of torchrun and some of its own; `ckptless run --help` lists them.
 
     * `ckptless run --nproc-per-node 4 train.py --lr 0.1`
     * `ckptless run --nnodes 2 --nproc-per-node 8 --rdzv-endpoint HOST:29400 --rdzv-id NAME train.py`

@@ -1,4 +1,4 @@
-"""Runs as the user names them: by id, by folder, or not at all for the newest."""
+"""Finds a run by id, by folder, or the newest one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lightning_ckptless.ledger import LEDGER_NAME, Event, read_ledger
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run's folder and what its ledger says.
+    """A run's folder and the events in its ledger.
 
     Args:
-        run_id: its name.
-        folder: of the ledger.
-        events: in the order in which they happened.
+        run_id: id of the run.
+        folder: folder of the ledger.
+        events: events in chronological order.
     """
 
     run_id: str
@@ -25,35 +25,37 @@ class Run:
     events: tuple[Event, ...]
 
     def of(self, kind: str) -> list[Event]:
-        """The events of one kind."""
+        """Return the events with this name."""
         return [event for event in self.events if event.event == kind]
 
     @property
     def arena_dir(self) -> Path | None:
-        """Folder of its arenas, as its workers told; None where they did not."""
+        """Folder of its arenas, as reported by its workers; None before they have."""
         return next((Path(event.fields["arena"]).parent for event in reversed(self.of("run_started"))), None)
 
 
 def run_root(root: Path | None) -> Path:
-    """The folder of all runs: as given, from the environment, or `./ckptless`."""
+    """Return the folder of all runs: the given one, the one in the environment, or `./ckptless`."""
     return root or environment.run_root()
 
 
 def find_run(name: str | None, root: Path | None) -> Run:
-    """The run that the user means.
+    """Find a run.
 
     Args:
-        name: its id or its folder; None for the newest.
-        root: folder of all runs; None for the usual one.
+        name: run id or run folder; None for the newest run.
+        root: folder of all runs; None for the default.
 
     Raises:
-        OptionsError: there is no such run; the message names those that are there.
+        OptionsError: there is no such run; the message lists the newest ones.
     """
-    place = run_root(root)
-    ledgers = sorted(place.glob(f"*/{LEDGER_NAME}"), key=lambda path: path.stat().st_mtime)
-    candidates = [Path(name), place / name] if name else [path.parent for path in ledgers[-1:]]
+    folder_of_runs = run_root(root)
+    ledgers = sorted(folder_of_runs.glob(f"*/{LEDGER_NAME}"), key=lambda path: path.stat().st_mtime)
+    candidates = [Path(name), folder_of_runs / name] if name else [path.parent for path in ledgers[-1:]]
     for folder in candidates:
         if (folder / LEDGER_NAME).is_file():
             return Run(folder.absolute().name, folder.absolute(), read_ledger(folder / LEDGER_NAME).events)
     known = ", ".join(path.parent.name for path in ledgers[-5:]) or "none"
-    raise OptionsError(f"{name or 'the newest run'}: no ledger of it in {place.absolute()}; the runs there: {known}")
+    raise OptionsError(
+        f"{name or 'the newest run'}: no {LEDGER_NAME} found in {folder_of_runs.absolute()}; runs there: {known}"
+    )

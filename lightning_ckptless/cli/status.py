@@ -1,4 +1,4 @@
-"""`ckptless status`: what the arenas hold and what has happened, while the run is alive and after."""
+"""`ckptless status`: shows the arenas and the history of a run, during the run or after it."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import typer
 
 
 def status(
-    run: Annotated[str | None, typer.Argument(help="Id or folder of the run; the newest if left out.")] = None,
+    run: Annotated[str | None, typer.Argument(help="Run id or run folder (default: the newest run).")] = None,
     run_root: Annotated[
         Path | None, typer.Option(help="Folder of all runs (default: CKPTLESS_RUN_ROOT, or ./ckptless).")
     ] = None,
     arena_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the shared memory (default: as the run says).")
+        Path | None, typer.Option(help="Folder of the shared memory (default: the one in the ledger).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show a run: versions, shards, who keeps them, sizes, commit lag and the last recoveries.
+    """Show a run: versions, shards and their holders, sizes, commit lag and the last recoveries.
 
     * `ckptless status`
     * `ckptless status 20250131-120000-3fa2 --json`
     """
     from lightning_ckptless.cli.runs import find_run
 
-    # A wrong name is told before torch is imported.
+    # Report a wrong name before the slow import of torch.
     named = find_run(run, run_root)
     from lightning_ckptless.cli.survey import survey
     from lightning_ckptless.cli.view.status import show_status

@@ -1,4 +1,4 @@
-"""What can be known about a run from outside: its ledger, and the headers of what its arenas hold."""
+"""Collects the status of a run from its ledger and from the slot headers in its arenas."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class ArenaLine:
     """One arena.
 
     Args:
-        path: its folder.
-        node: whose it is.
-        alive: whether the agent that owns it lives.
-        bytes: memory that it takes.
-        torn_headers: slots that were just being written, or were torn by a death.
+        path: folder of the arena.
+        node: node that owns it.
+        alive: whether the agent that owns it is alive.
+        bytes: memory in use.
+        torn_headers: slots that are being written, or whose writer died.
     """
 
     path: str
@@ -39,14 +39,14 @@ class SlotLine:
     """One slot.
 
     Args:
-        shard: which part of the state.
-        holder: rank that keeps this copy.
-        node: arena that holds it.
+        shard: index of the shard.
+        holder: rank that holds this replica.
+        node: node whose arena holds it.
         slot: 0 or 1.
         version: of the state.
-        generation: membership that wrote it.
+        generation: generation that wrote it.
         state: empty, writing, staged or committed.
-        bytes: tensors and host state.
+        bytes: size of tensor state and host state.
     """
 
     shard: int
@@ -64,27 +64,27 @@ class Survey:
     """A run at one moment.
 
     Args:
-        run_id: its name.
-        folder: of its ledger.
-        state: `starting` (nothing is known of its workers), `running`, `ended`, or `stopped`: its agent is gone and it
-            has not come to its end.
-        generation: number of the membership; None before the first.
-        world_size: ranks.
-        placement: where replicas are kept, in a sentence.
-        plan: the same as tables; None where nothing is kept for others.
-        protection: how many shards have all the copies that are planned, in a sentence; empty where that is not known.
-        committed: newest version committed on all ranks.
-        restorable: what a relaunch would find, in a sentence.
-        commit_lag_steps: optimizer steps by which the newest version that is being mirrored is ahead of it.
-        commit_age_s: seconds since the last slot was written.
-        arenas: of this machine.
-        slots: what they hold.
-        members: rank and process id of the workers that were started last.
-        standbys: how many wait for a rank, in words; empty where none are wanted.
-        durable: durable states that were written, in words; empty where none were.
-        recoveries: facts of the last ones.
-        recovery_count: of all.
-        goodput: at the end of the run; None before.
+        run_id: id of the run.
+        folder: folder of its ledger.
+        state: `starting` (no worker has reported yet), `running`, `ended`, or `stopped` (its agent has exited before
+            the run ended).
+        generation: number of the generation; None before the first.
+        world_size: number of ranks.
+        placement: where replicas are held, in a sentence.
+        plan: the placement as tables; None without copies.
+        protection: how many shards have all planned copies, in a sentence; empty if unknown.
+        committed: newest committed version.
+        restorable: what a relaunch would restore, in a sentence.
+        commit_lag_steps: optimizer steps from the newest committed version to the newest one being mirrored.
+        commit_age_s: seconds since the last write to a slot.
+        arenas: arenas on this host.
+        slots: slots in these arenas.
+        members: rank and process id of each rank's newest worker.
+        standbys: number of standbys that are ready, as text; empty if none are requested.
+        durable: newest durable state, as text; empty without one.
+        recoveries: details of the last recoveries.
+        recovery_count: number of all recoveries.
+        goodput: goodput of the whole run; None before it has ended.
     """
 
     run_id: str
@@ -110,13 +110,13 @@ class Survey:
 
 
 def survey(run: Run, arena_dir: Path | None, *, now: float, last: int = 5) -> Survey:
-    """Look at a run.
+    """Collect the status of a run.
 
     Args:
-        run: with its ledger.
-        arena_dir: folder of the arenas; None for what the ledger says.
+        run: the run and its ledger.
+        arena_dir: folder of the arenas; None for the one in the ledger.
         now: seconds since the epoch.
-        last: how many recoveries to tell of.
+        last: number of recoveries to include.
     """
     infos = arenas_of(run, arena_dir)
     arenas, replicas = _read(infos)
@@ -140,7 +140,7 @@ def survey(run: Run, arena_dir: Path | None, *, now: float, last: int = 5) -> Su
         commit_lag_steps=_lag(replicas, newest),
         commit_age_s=_age(infos, now),
         arenas=arenas,
-        slots=tuple(_line(replica) for replica in sorted(replicas, key=_place)),
+        slots=tuple(_line(replica) for replica in sorted(replicas, key=_order)),
         recoveries=tuple(dict(event.fields) | {"at": event.at} for event in recoveries[-last:]),
         recovery_count=len(recoveries),
         goodput=ended[-1].fields.get("goodput") if ended else None,
@@ -148,7 +148,7 @@ def survey(run: Run, arena_dir: Path | None, *, now: float, last: int = 5) -> Su
 
 
 def _members(run: Run) -> tuple[tuple[int, int], ...]:
-    """Process id of each rank's newest worker."""
+    """Return the process id of each rank's newest worker."""
     pids: dict[int, int] = {}
     for event in run.events:
         if event.event == "workers_spawned":
@@ -159,18 +159,18 @@ def _members(run: Run) -> tuple[tuple[int, int], ...]:
 
 
 def _standbys(run: Run) -> str:
-    """How many processes wait for a rank; empty where none are wanted."""
-    told = run.of("standbys")
-    return f"{told[-1].fields['ready']} of {told[-1].fields['wanted']} ready" if told else ""
+    """Describe how many standbys are ready; empty if none are requested."""
+    events = run.of("standbys")
+    return f"{events[-1].fields['ready']} of {events[-1].fields['wanted']} ready" if events else ""
 
 
 def _durable(run: Run) -> str:
-    """The newest durable state and where it is, or that the last one could not be written."""
+    """Describe the newest durable state, its folder, and a later failure to write one."""
     written, failed = run.of("durable_written"), run.of("durable_failed")
     newest = f"step {written[-1].fields['step']}, in {Path(written[-1].fields['path']).parent}" if written else ""
     if failed and (not written or failed[-1].at > written[-1].at):
-        lost = f"that of step {failed[-1].fields['step']} could not be written"
-        return f"{newest}; {lost}" if newest else lost
+        failure = f"writing step {failed[-1].fields['step']} failed"
+        return f"{newest}; {failure}" if newest else failure
     return newest
 
 
@@ -183,7 +183,7 @@ def _state(*, alive: bool, started: bool, ended: bool) -> str:
 
 
 def arenas_of(run: Run, arena_dir: Path | None) -> list[ArenaInfo]:
-    """The arenas of a run on this machine; each further `fit` of a program has an arena of its own."""
+    """Return the arenas of a run on this host; every `fit` of a script has its own arena."""
     folder = arena_dir or run.arena_dir or default_arena_dir()
     return [i for i in find_arenas(folder) if i.run_id == run.run_id or i.run_id.startswith(f"{run.run_id}.")]
 
@@ -197,7 +197,7 @@ def _read(infos: list[ArenaInfo]) -> tuple[tuple[ArenaLine, ...], list[Replica]]
             replicas += arena.inventory()
             torn = arena.torn_headers
         except (ArenaError, FileNotFoundError):
-            # Removed while we looked: the run has just ended.
+            # Removed in the meantime: the run has just ended.
             continue
         lines.append(ArenaLine(str(info.path), info.node, info.owner_alive, info.bytes, torn))
     return tuple(lines), replicas
@@ -211,9 +211,9 @@ def _committed(replicas: list[Replica]) -> str | None:
 def _lag(replicas: list[Replica], newest: object) -> int | None:
     if not isinstance(newest, Complete):
         return None
-    under_way = [r.version.optimizer_step for r in replicas if r.state in {*READABLE, SlotState.WRITING}]
+    started = [r.version.optimizer_step for r in replicas if r.state in {*READABLE, SlotState.WRITING}]
     committed = [r.version.optimizer_step for r in replicas if r.state is SlotState.COMMITTED]
-    return max(under_way) - max(committed) if committed else None
+    return max(started) - max(committed) if committed else None
 
 
 def _age(infos: list[ArenaInfo], now: float) -> float | None:
@@ -226,7 +226,7 @@ def _age(infos: list[ArenaInfo], now: float) -> float | None:
     return max(0.0, now - max(times)) if times else None
 
 
-def _place(replica: Replica) -> tuple[int, int, str, int]:
+def _order(replica: Replica) -> tuple[int, int, str, int]:
     return replica.shard, replica.holder, replica.node, replica.slot
 
 

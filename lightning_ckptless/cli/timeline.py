@@ -1,4 +1,4 @@
-"""`ckptless timeline`: a run as a picture."""
+"""`ckptless timeline`: draws a run over time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def timeline(
-    run: Annotated[str | None, typer.Argument(help="Id or folder of the run; the newest if left out.")] = None,
+    run: Annotated[str | None, typer.Argument(help="Run id or run folder (default: the newest run).")] = None,
     output: Annotated[
         list[Path] | None,
-        typer.Option("--output", "-o", help="A .png or .html file; several are allowed (default: timeline.html)."),
+        typer.Option("--output", "-o", help=".png or .html file; may be given several times (default: timeline.html)."),
     ] = None,
-    trace: Annotated[Path | None, typer.Option(help="Folder of the run's trace: shows every step.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Folder of the run's trace, to show every step.")] = None,
     run_root: Annotated[
         Path | None, typer.Option(help="Folder of all runs (default: CKPTLESS_RUN_ROOT, or ./ckptless).")
     ] = None,
@@ -41,12 +41,12 @@ def write_timeline(run: Run, trace: Path | None, targets: Sequence[Path]) -> Non
     """Draw a run into files.
 
     Args:
-        run: with its ledger.
-        trace: folder of its trace; None for what the ledger alone tells.
-        targets: files that end with `.png` or `.html`.
+        run: the run and its ledger.
+        trace: folder of its trace; None to use the ledger only.
+        targets: `.png` or `.html` files.
 
     Raises:
-        OptionsError: another kind of file, an empty ledger, no trace, or no matplotlib.
+        OptionsError: a file has another suffix, the ledger is empty, there is no trace, or matplotlib is missing.
     """
     from lightning_ckptless.cli.view.drawing import draw
     from lightning_ckptless.cli.view.page import page
@@ -55,9 +55,9 @@ def write_timeline(run: Run, trace: Path | None, targets: Sequence[Path]) -> Non
 
     for target in targets:
         if target.suffix not in {".png", ".html"}:
-            raise OptionsError(f"{target}: expected a file that ends with .png or .html")
+            raise OptionsError(f"{target}: expected a .png or .html file")
     if not run.events:
-        raise OptionsError(f"{run.folder}: its ledger holds no events yet")
+        raise OptionsError(f"{run.folder}: the ledger has no events yet")
     story = story_of(run.run_id, run.events, steps_of_trace(trace) if trace is not None else ())
     for target in targets:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -68,13 +68,13 @@ def write_timeline(run: Run, trace: Path | None, targets: Sequence[Path]) -> Non
 
 
 def steps_of_trace(folder: Path) -> list[Step]:
-    """The optimizer steps of the first rank in a trace, with their instants in seconds since the epoch.
+    """Return the optimizer steps of the lowest rank in a trace, with times in seconds since the epoch.
 
     Args:
-        folder: of the trace.
+        folder: folder of the trace.
 
     Raises:
-        OptionsError: there is no trace in it.
+        OptionsError: the folder has no trace.
     """
     from lightning_ckptless.cli.view.story import Step
     from lightning_ckptless.errors import OptionsError
@@ -82,11 +82,11 @@ def steps_of_trace(folder: Path) -> list[Step]:
 
     traces = read_traces(folder)
     if not traces:
-        raise OptionsError(f"{folder}: no trace in it; a run writes one where CKPTLESS_TRACE_DIR says")
+        raise OptionsError(f"{folder}: no trace found; a run writes one if CKPTLESS_TRACE_DIR is set")
     steps: list[Step] = []
     for line in traces[min(traces)].lines:
         found = Step(line.at, line.point.step, line.generation)
-        # Batches whose gradients are accumulated finish no step.
+        # A batch whose gradients are accumulated has the step number of the batch before.
         if line.point.kind == "batch" and (not steps or (found.step, found.generation) != _last(steps)):
             steps.append(found)
     return steps

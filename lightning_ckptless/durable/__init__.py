@@ -1,1 +1,1 @@
-"""The durable rung: versions of a run's state in storage, and as files that others can read."""
+"""Durable states: versions of a run's state in storage, and their export to formats of other tools."""

@@ -9,13 +9,13 @@ NICENESS = 10
 
 
 def main(arguments: list[str]) -> None:
-    """Write durable states as ordered.
+    """Run a durable writer.
 
     Args:
-        arguments: the order, and `--detach` to let this process end at once and write in one of its own.
+        arguments: the order, and optionally `--detach` to write in a background process and return at once.
     """
-    # Before torch is imported, which takes seconds of a core: training comes first, and whoever has started a detached
-    # writer waits for this process.
+    # Lower the priority and detach before the import of torch, which takes seconds of CPU time: training has priority,
+    # and the process that starts a detached writer waits for this one.
     os.nice(NICENESS)
     if "--detach" in arguments and os.fork() != 0:
         os._exit(0)

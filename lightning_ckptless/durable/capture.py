@@ -1,12 +1,12 @@
-"""A version copied out of the arenas of a run that goes on meanwhile, whole or not at all.
+"""Copies a consistent version out of the arenas of a running job.
 
-A slot lives from the commit of its version until the second version after it is begun. Nobody waits for a reader, so a
-slot may be overwritten while it is read. That is seen: `begin` changes a slot's header before the first byte, so bytes
-were whole if the header is the same after they were copied as it was before. Then the checksum is compared as well, and
-where a version was overwritten the copy is tried again with the newest one.
+A slot is valid from the commit of its version until the second version after it is begun. Training does not wait for
+readers, so a slot may be overwritten while it is read. This is detected: `begin` changes the header of a slot before
+its first byte, so a copy is consistent if the header is the same before and after it. The checksum is verified as well.
+If the version was overwritten, the copy is repeated with the newest one.
 
-A slot is copied into memory first, at the speed of the copy that filled it, for its life is about one step. The disk,
-which may take longer than many steps, is written from there.
+A slot is first copied into memory, which is as fast as mirroring, since it is valid for about one step only. The disk,
+which may take many steps, is written from this copy.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class OverwrittenError(DurableError):
 
 @dataclass(frozen=True)
 class ShardCopy:
-    """One shard of a version.
+    """A copy of one shard of a version.
 
     Args:
-        bulk: its tensor part: uint8 of shape [bulk bytes].
-        blob: the host state of its rank.
+        bulk: tensor state, uint8 of shape [bulk bytes].
+        blob: host state of its rank.
         checksum: digest of both.
     """
 
@@ -58,14 +58,14 @@ class ShardCopy:
 
 @dataclass(frozen=True)
 class Captured:
-    """A version outside of the arenas.
+    """A version that was copied out of the arenas or read from disk.
 
     Args:
-        snapshot: which one.
-        layout: how it is cut.
-        shards: one per rank.
-        recipe: how a Lightning checkpoint is put together from it; empty where the run has left none.
-        tries: how often it was tried to copy it out of arenas.
+        snapshot: version, generation, world size and layout digest.
+        layout: layout of the shards.
+        shards: copies of the shards, one per rank.
+        recipe: sealed recipe for a Lightning checkpoint; empty if the run has none.
+        tries: number of attempts that the copy took.
     """
 
     snapshot: Snapshot
@@ -75,61 +75,61 @@ class Captured:
     tries: int = 1
 
 
-class Room:
-    """Memory that is kept from one copy to the next: the first touch of a page takes longer than the copy into it."""
+class CopyBuffers:
+    """Buffers that are reused between copies, as the first touch of a page takes longer than the copy into it."""
 
     def __init__(self) -> None:
-        self._of: dict[int, torch.Tensor] = {}
+        self._by_shard: dict[int, torch.Tensor] = {}
 
     def of(self, shard: int, length_bytes: int) -> torch.Tensor:
-        """Room for the tensor part of a shard."""
-        held = self._of.get(shard)
-        if held is None or held.numel() != length_bytes:
-            held = self._of[shard] = torch.empty(length_bytes, dtype=torch.uint8)
-        return held
+        """Return a buffer for the tensor state of a shard."""
+        buffer = self._by_shard.get(shard)
+        if buffer is None or buffer.numel() != length_bytes:
+            buffer = self._by_shard[shard] = torch.empty(length_bytes, dtype=torch.uint8)
+        return buffer
 
 
 def newest_committed(arenas: Sequence[Arena], *, at: Version | None = None) -> Complete | Missing:
-    """The newest version of which the arenas have every shard, and some header says that all ranks have it.
+    """Return the newest version with all shards in the arenas and at least one committed slot.
 
-    A version counts as missing when no slot has changed between two readings, or after `TRIES` of them.
+    A version counts as missing if no slot changed between two inventories, or after `TRIES` of them.
 
     Args:
-        arenas: of all nodes, as far as they can be read here.
-        at: look for this version alone.
+        arenas: all arenas that can be read on this node.
+        at: consider only this version; None for all.
     """
-    held = _inventory(arenas)
+    inventory = _inventory(arenas)
     for _ in range(TRIES):
-        found = _newest_in(held, at)
+        found = _newest_in(inventory, at)
         if isinstance(found, Complete):
             return found
-        before, held = held, _inventory(arenas)
-        if held == before:
+        previous, inventory = inventory, _inventory(arenas)
+        if inventory == previous:
             return found
-    return _newest_in(held, at)
+    return _newest_in(inventory, at)
 
 
-def _newest_in(held: Sequence[Replica], at: Version | None) -> Complete | Missing:
-    agreed = {replica.snapshot for replica in held if replica.state is SlotState.COMMITTED}
-    return newest_complete(r for r in held if r.snapshot in agreed and at in (None, r.version))
+def _newest_in(inventory: Sequence[Replica], at: Version | None) -> Complete | Missing:
+    committed = {replica.snapshot for replica in inventory if replica.state is SlotState.COMMITTED}
+    return newest_complete(r for r in inventory if r.snapshot in committed and at in (None, r.version))
 
 
 def _inventory(arenas: Sequence[Arena]) -> list[Replica]:
-    """Slot by slot: while training overwrites them, what is read is no state that the arenas were ever in."""
+    """Read all slot headers. They are not read atomically, so together they may never have existed at one time."""
     return [replica for arena in arenas for replica in arena.inventory()]
 
 
-def capture(arenas: Sequence[Arena], room: Room, *, at: Version | None = None, threads: int = 1) -> Captured:
+def capture(arenas: Sequence[Arena], buffers: CopyBuffers, *, at: Version | None = None, threads: int = 1) -> Captured:
     """Copy the newest committed version.
 
     Args:
-        arenas: of all nodes, as far as they can be read here.
-        room: where to.
-        at: copy this version alone.
-        threads: shards that are copied at a time.
+        arenas: all arenas that can be read on this node.
+        buffers: buffers to copy into.
+        at: copy only this version; None for the newest.
+        threads: number of shards to copy in parallel.
 
     Raises:
-        DurableError: there is no complete version, its bytes are damaged, or training was faster each time.
+        DurableError: there is no complete version, it is damaged, or training overwrote it in every attempt.
     """
     by_node = {arena.node: arena for arena in arenas}
     for number in range(1, TRIES + 1):
@@ -138,21 +138,21 @@ def capture(arenas: Sequence[Arena], room: Room, *, at: Version | None = None, t
             raise DurableError(_absent(found, arenas, at))
         try:
             with ThreadPoolExecutor(threads, thread_name_prefix="ckptless-capture") as pool:
-                shards = tuple(pool.map(lambda kept: copy_shard(by_node, kept, room), found.replicas))
+                shards = tuple(pool.map(lambda kept: copy_shard(by_node, kept, buffers), found.replicas))
             layout = _layout(arenas, found)
         except OverwrittenError:
             continue
         return Captured(found.snapshot, layout, shards, _recipe(arenas), number)
     raise DurableError(
-        f"training has overwritten each of {TRIES} versions while it was copied: a version lives for about a step; "
-        "set mirror_every_n_steps to a larger number"
+        f"training overwrote the version in each of {TRIES} attempts to copy it: a version is kept for about one step; "
+        "increase mirror_every_n_steps"
     )
 
 
 def _absent(found: Missing, arenas: Sequence[Arena], at: Version | None) -> str:
-    there = newest_committed(arenas)
-    if at is not None and not isinstance(there, Missing):
-        return f"{at} is not in the arenas (any more); they hold {there.snapshot.version}"
+    available = newest_committed(arenas)
+    if at is not None and not isinstance(available, Missing):
+        return f"{at} is not in the arenas (any more), which hold {available.snapshot.version}"
     return found.reason
 
 
@@ -160,8 +160,8 @@ def _layout(arenas: Sequence[Arena], found: Complete) -> Layout:
     known = (arena.read_layout(found.snapshot.layout) for arena in arenas)
     layout = next((layout for layout in known if layout is not None), None)
     if layout is None:
-        # Written before the first version that needs it, and dropped when no version does any more.
-        raise OverwrittenError(f"the layout of {found.snapshot.version} is gone")
+        # A layout is written before its first version and removed after its last.
+        raise OverwrittenError(f"the layout of {found.snapshot.version} no longer exists")
     return layout
 
 
@@ -169,41 +169,41 @@ def _recipe(arenas: Sequence[Arena]) -> bytes:
     return next((recipe for arena in arenas if (recipe := read_recipe(arena.path))), b"")
 
 
-def copy_shard(by_node: dict[str, Arena], kept: Iterable[Replica], room: Room) -> ShardCopy:
-    """Copy a shard from the first of its replicas that is as it was written.
+def copy_shard(by_node: dict[str, Arena], kept: Iterable[Replica], buffers: CopyBuffers) -> ShardCopy:
+    """Copy a shard from its first intact replica.
 
     Raises:
-        OverwrittenError: none of them is the version any more.
-        DurableError: the bytes of those that are do not match their checksums.
+        OverwrittenError: all replicas were overwritten.
+        DurableError: all remaining replicas fail their checksums.
     """
     damaged = []
     for replica in kept:
         arena = by_node[replica.node]
         try:
-            target = room.of(replica.shard, replica.bulk_bytes)
+            target = buffers.of(replica.shard, replica.bulk_bytes)
             target.copy_(arena.read_bulk(replica))
             blob = arena.read_blob(replica)
         except ArenaError:
             continue
-        if not _still_there(arena, replica):
+        if not _is_unchanged(arena, replica):
             continue
         if matches(replica.checksum, (bytes_of(target), blob)):
             return ShardCopy(target, blob, replica.checksum or digest(_OWN_CHECKSUM, (bytes_of(target), blob)))
         damaged.append(str(arena.path))
     if damaged:
-        raise DurableError(f"every replica of a shard is damaged, in {', '.join(damaged)}")
-    raise OverwrittenError("overwritten while it was read")
+        raise DurableError(f"all replicas of a shard are damaged, in {', '.join(damaged)}")
+    raise OverwrittenError("overwritten while being read")
 
 
-def _still_there(arena: Arena, replica: Replica) -> bool:
-    """Whether the slot has not been begun anew since its header was read; it may have been committed."""
+def _is_unchanged(arena: Arena, replica: Replica) -> bool:
+    """Return whether the slot has not been overwritten since its header was read; it may have been committed."""
     return any(replace(now, state=replica.state) == replica for now in arena.inventory())
 
 
 def attach_all(paths: Iterable[Path]) -> list[Arena]:
-    """Arenas for reading.
+    """Attach arenas for reading.
 
     Raises:
-        ArenaError: one of them is gone.
+        ArenaError: one of them no longer exists.
     """
     return [Arena.attach(path) for path in paths]

@@ -1,16 +1,16 @@
 """The folder of a run's durable states.
 
     <durable_dir>/                     mode 0700
-        ckptless-durable.json          says that the folder is ours; locked by the one process that writes here
-        step-0000000120/               one state: complete, for it gets this name last
-            state.json                 what it holds: version, run, and a checksum for each shard
-            layout.json                how the tensors are cut
-            places.json                where in the files each piece lies
-            recipe.json                how a Lightning checkpoint is put together from it
-            .metadata, __0_0.distcp    torch.distributed.checkpoint's: one file per shard
-        .step-0000000130.part          on its way, or left by a writer that was killed
+        ckptless-durable.json          marks the folder as ours; locked by the process that writes here
+        step-0000000120/               one complete state
+            state.json                 manifest: version, run, and a checksum for each shard
+            layout.json                layout of the tensors
+            places.json                where each piece is stored in the files
+            recipe.json                recipe for a Lightning checkpoint
+            .metadata, __0_0.distcp    files of torch.distributed.checkpoint, one per shard
+        .step-0000000130.part          incomplete: being written, or left by a killed writer
 
-A state becomes visible by a rename, when all its files are on the disk. What is not visible is nobody's state.
+A state becomes visible by a rename, after all its files have been synced to disk.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class ShardFacts:
     """One shard of a durable state.
 
     Args:
-        bulk_bytes: length of its tensor part.
-        blob_bytes: length of its rank's host state.
-        checksum: digest of both, as the rank that staged it has computed it.
+        bulk_bytes: size of its tensor state.
+        blob_bytes: size of its rank's host state.
+        checksum: digest of both, computed by the rank that staged it.
     """
 
     bulk_bytes: int
@@ -71,15 +71,15 @@ class ShardFacts:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a durable state says of itself.
+    """The manifest of a durable state.
 
     Args:
-        run_id: run that has written it.
-        snapshot: version, generation, world size and digest of the layout.
-        shards: one per rank.
-        origin: checkpoint file that the run began from.
+        run_id: run that wrote it.
+        snapshot: version, generation, world size and layout digest.
+        shards: facts of each shard, one per rank.
+        origin: checkpoint file that the run started from.
         logger_identities: the runs that its loggers write to.
-        written_at: wall clock, in seconds since the epoch.
+        written_at: wall clock in seconds since the epoch.
     """
 
     run_id: str
@@ -90,16 +90,16 @@ class Manifest:
     written_at: float
 
     def to_bytes(self) -> bytes:
-        """As JSON."""
+        """Serialize the manifest."""
         return seal(_KIND, FORMAT, asdict(self))
 
     @classmethod
     def read(cls, state: Path) -> Manifest:
-        """The manifest of a state's folder.
+        """Read the manifest of a state.
 
         Raises:
-            DurableError: the folder is no state that can be read, is damaged, of another version than its name says, or
-                another user may have written to it.
+            DurableError: the manifest is missing or damaged, its version differs from the folder name, or another user
+                may have written to the folder.
         """
         try:
             require_private_files(state)
@@ -110,11 +110,11 @@ class Manifest:
             raise DurableError(f"{state / _MANIFEST}: {error}") from error
         found, named = manifest.snapshot.version, version_of(state.name)
         if named not in (None, found):
-            raise DurableError(f"{state / _MANIFEST}: it is of {found}, and its folder is that of {named}")
+            raise DurableError(f"{state / _MANIFEST}: expected {named}, as in the folder name, found {found}")
         return manifest
 
     def state(self, path: Path) -> DurableState:
-        """The state as the protocol knows it."""
+        """Return the state in the form used by the protocol."""
         return DurableState(str(path), self.snapshot, self.run_id, self.origin)
 
 
@@ -141,10 +141,10 @@ class DurableFolder:
     """The folder of one run's durable states.
 
     Args:
-        path: the folder; need not be there.
+        path: path of the folder, which may be missing.
 
     Attributes:
-        left_out: why states were left out when they were last looked for, by their folders.
+        left_out: why folders were skipped by the last call of `states`, by their paths.
     """
 
     def __init__(self, path: Path) -> None:
@@ -152,43 +152,42 @@ class DurableFolder:
         self.left_out: dict[Path, str] = {}
 
     def require_ours(self) -> None:
-        """Refuse a folder that holds something else; makes nothing.
+        """Refuse a path that cannot be used as a folder of durable states. Creates nothing.
 
         Raises:
-            OptionsError: it is a file, of another user or another format, open to other users, or holds what is not
-                ours.
+            OptionsError: it is a file, has another owner or format, is writable by other users, or has other files.
         """
         try:
             if not os.path.lexists(self.path):
                 return
             if not self.path.is_dir():
-                raise OptionsError(f"durable_dir={str(self.path)!r} is no folder: name one that is empty or missing")
+                raise OptionsError(f"durable_dir={str(self.path)!r} is not a folder: use an empty or a new folder")
             require_private(target_of_own_link(self.path))
             if (marker := self.path / MARKER).exists():
                 number = json.loads(marker.read_bytes()).get("format")
                 if number != FORMAT:
                     raise OptionsError(
-                        f"durable_dir={str(self.path)!r} holds durable states of format {number}, expected {FORMAT}: "
-                        "name another folder"
+                        f"durable_dir={str(self.path)!r} has durable states of format {number}, expected {FORMAT}: "
+                        "use another folder"
                     )
                 return
-            strangers = sorted(path.name for path in self.path.iterdir())
+            others = sorted(path.name for path in self.path.iterdir())
         except PermissionError as error:
-            raise OptionsError(f"durable_dir={str(self.path)!r} is not safe: {error}; or name a new folder") from error
+            raise OptionsError(f"durable_dir={str(self.path)!r} is not safe: {error}; or use a new folder") from error
         except (OSError, ValueError, AttributeError) as error:
-            raise OptionsError(f"durable_dir={str(self.path)!r} cannot be read: {error}: name another one") from error
-        if strangers:
+            raise OptionsError(f"durable_dir={str(self.path)!r} cannot be read: {error}: use another folder") from error
+        if others:
             raise OptionsError(
-                f"durable_dir={str(self.path)!r} is not ours: it holds {', '.join(strangers[:3])}"
-                f"{' and more' if len(strangers) > 3 else ''} and no {MARKER}: name an empty folder or a missing one"
+                f"durable_dir={str(self.path)!r} is not a folder of durable states: it has {', '.join(others[:3])}"
+                f"{' and more' if len(others) > 3 else ''} and no {MARKER}: use an empty or a new folder"
             )
 
     def prepare(self) -> None:
-        """Make the folder, and mark it as ours.
+        """Create the folder and mark it as ours.
 
         Raises:
-            OptionsError: it holds something else.
-            OSError: it cannot be made.
+            OptionsError: the path cannot be used as a folder of durable states.
+            OSError: the folder cannot be created.
         """
         self.require_ours()
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -198,8 +197,8 @@ class DurableFolder:
 
     @contextmanager
     def locked(self) -> Iterator[bool]:
-        """Hold the folder for writing; yields False where another process does. Its holder's death releases it."""
-        # For writing, which is what a lock takes on a network file system.
+        """Lock the folder for writing; yields False if another process holds the lock. A death releases the lock."""
+        # Opened for writing, as network file systems require it for an exclusive lock.
         with (self.path / MARKER).open("r+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -211,7 +210,7 @@ class DurableFolder:
     # ------------------------------------------------------------------ reading
 
     def states(self) -> list[tuple[Path, Manifest]]:
-        """The complete states, the newest last; what cannot be read as one is left out."""
+        """Return the readable complete states, the newest last; `left_out` has the others."""
         found = []
         self.left_out = {}
         for path in self._folders():
@@ -222,7 +221,7 @@ class DurableFolder:
         return sorted(found, key=lambda entry: entry[1].snapshot)
 
     def versions(self) -> tuple[Version, ...]:
-        """The versions of which there is a folder, in order."""
+        """Return the versions that have a folder, in ascending order."""
         return tuple(sorted(version for path in self._folders() if (version := version_of(path.name)) is not None))
 
     def _folders(self) -> list[Path]:
@@ -234,25 +233,25 @@ class DurableFolder:
     # ------------------------------------------------------------------ writing
 
     def begin(self, version: Version) -> Path:
-        """An empty folder for a state on its way."""
+        """Create an empty folder for an incomplete state."""
         part = self.path / f".{state_name(version)}{_PART}"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(mode=0o700)
         return part
 
     def complete(self, part: Path, version: Version) -> Path:
-        """Let a state be seen, in the place of one of the same version if there is one."""
+        """Make a state visible, and replace one of the same version."""
         target = self.path / state_name(version)
         sync(part)
         if target.exists():
-            # The same version again, of a run that has gone back and come here once more.
+            # The run was restored from an older version and has reached this one again.
             self._remove(target)
         part.rename(target)
         sync(self.path)
         return target
 
     def drop(self, version: Version) -> None:
-        """Remove a state; in one step, as far as readers see."""
+        """Remove a state; readers see it completely or not at all."""
         self._remove(self.path / state_name(version))
 
     def _remove(self, state: Path) -> None:
@@ -261,15 +260,15 @@ class DurableFolder:
         state.rename(going)
         shutil.rmtree(going, ignore_errors=True)
 
-    def tidy(self) -> None:
-        """Remove what a writer that was killed has left; called by the one that holds the lock."""
+    def remove_leftovers(self) -> None:
+        """Remove the files of killed writers. The caller must hold the lock."""
         for path in self.path.iterdir():
             if path.name.endswith((_PART, _GOING)) and version_of(path.name[1:].rpartition(".")[0]) is not None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a small file and wait until the disk has it."""
+    """Write a small file and sync it to disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -277,12 +276,12 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def write_manifest(state: Path, manifest: Manifest) -> None:
-    """Put the manifest into a state's folder."""
+    """Write the manifest of a state."""
     write_synced(state / _MANIFEST, manifest.to_bytes())
 
 
 def sync(folder: Path) -> None:
-    """Wait until the disk has the names in a folder."""
+    """Sync a folder's entries to disk."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(handle)

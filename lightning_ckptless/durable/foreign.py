@@ -1,9 +1,9 @@
-"""Reading a host state without the program that has written it, and without running any code of it.
+"""Reads a host state without the script that wrote it, and without running any of its code.
 
-Beside plain data it may hold a class or a function of the program: a data class among the hyper-parameters, a loss in
-an attribute. What is not plain data is never looked up here, even where its module could be imported: a class of the
-same name stands in for it, keeps what it is given, and is written as it was read. So the program finds its own class
-again in a checkpoint that is made of it.
+In addition to plain data, a host state may contain classes and functions of the script, such as a data class among the
+hyper-parameters. These are never looked up here, even if their module can be imported. A stand-in class of the same
+name records the arguments and state, and is written as it was read, so that the script finds its own class in an
+exported checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lightning_ckptless.formats.pickles import BUNDLE, DAMAGED, MEMBER, PACKED, 
 
 
 class _StandIn:
-    """An object of a class that is not looked up. Pickle makes objects by a call, or without one."""
+    """An object of a class that is not looked up. Pickle creates objects with or without calling the class."""
 
     stood_in_args: tuple[Any, ...]
     stood_in_state: Any = None
@@ -44,7 +44,7 @@ class _StandIn:
         self.stood_in_state = state
 
     def append(self, item: Any) -> None:
-        """Take an item, where it stands in for a list."""
+        """Record an item, for subclasses of list."""
         self.stood_in_items.append(item)
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -59,11 +59,11 @@ class _StandIn:
 
 
 class _Reader(pickle.Unpickler):
-    """Reads on the host what refers to a device or to classes of a program.
+    """Reads a pickle on the host that refers to devices or to classes of a script.
 
     Args:
-        data: what was pickled.
-        aside: tensors that stand beside it, by number or by name.
+        data: the pickle.
+        aside: tensors stored outside of it, by number or by name.
     """
 
     def __init__(self, data: bytes, aside: Sequence[torch.Tensor] | Mapping[str, torch.Tensor] = ()) -> None:
@@ -72,12 +72,12 @@ class _Reader(pickle.Unpickler):
         self._stand_ins: dict[tuple[str, str], type] = {}
 
     def persistent_load(self, place: Any) -> torch.Tensor:
-        """A tensor that stands beside the rest."""
+        """Return a tensor stored outside of the pickle."""
         tensor: torch.Tensor = self._aside[place]
         return tensor
 
     def find_class(self, module: str, name: str) -> Any:
-        """Plain data as it is, and what stands in for anything else."""
+        """Return a safe class or function, or a stand-in for anything else."""
         whole = f"{module}.{name}"
         if whole in _ON_HOST:
             return _ON_HOST[whole]
@@ -108,20 +108,20 @@ _ON_HOST: dict[str, Any] = {
     BUNDLE: _open_on_host,
     PACKED: bytes,
 }
-"""How small tensors are read without the device that they were on: its memory is the training's."""
+"""Replacements that read tensors on the host, as device memory is reserved for training."""
 
 
 _PurePickler: Any = pickle._Pickler
 
 
 class _Writer(_PurePickler):  # type: ignore[misc]
-    """Writes stand-ins by the names of what they stand for.
+    """Writes stand-ins by the names of the original classes.
 
-    It is the pickler that is written in Python: the other one looks up each name before it writes it.
+    Based on the pickler written in Python, since the one in C looks up each name before it writes it.
     """
 
     def save_global(self, value: Any, name: str | None = None) -> None:
-        """Write a name."""
+        """Write a class or function by name."""
         if not (isinstance(value, type) and issubclass(value, _StandIn)):
             super().save_global(value, name)
             return
@@ -135,21 +135,21 @@ class _Writer(_PurePickler):  # type: ignore[misc]
 
 
 PICKLE_MODULE = SimpleNamespace(Pickler=_Writer, __name__="pickle")
-"""What `torch.save` writes stand-ins with."""
+"""A pickle module for `torch.save` that writes stand-ins."""
 
 
 def read_pickle(data: bytes, named: Mapping[str, torch.Tensor] | None = None) -> Any:
-    """What was pickled by a program whose classes are not looked up.
+    """Read a pickle without looking up classes of the script.
 
     Args:
         data: the pickle.
         named: tensors that it refers to by name.
 
     Raises:
-        DurableError: it is damaged.
+        DurableError: the pickle is damaged.
     """
     try:
         require_usual(data)
         return _Reader(data, named or ()).load()
     except DAMAGED as error:
-        raise DurableError(f"a pickled state cannot be read: {error!r}") from error
+        raise DurableError(f"cannot read a pickled state: {error!r}") from error

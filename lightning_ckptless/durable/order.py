@@ -1,4 +1,4 @@
-"""What a durable writer is told, as the one argument of its command line."""
+"""The order of a durable writer: its settings, passed as a single command-line argument."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from lightning_ckptless.protocol.durable_schedule import Share, Timetable
 
 MODULE = "lightning_ckptless.durable"
 SHARE_NOTE = "durable share"
-"""What the writer of a node has to do: it changes with the ranks of the node, which the order does not know."""
+"""Arena note with the share of a node's writer, which depends on the ranks of the node and is not part of the order."""
 
 
 def share_note(share: Share) -> dict[str, Any]:
-    """A share as a note in an arena."""
+    """Convert a share to an arena note."""
     return asdict(share)
 
 
 def read_share(notes: Mapping[str, Any]) -> Share | None:
-    """The share that was noted in an arena; None where none was."""
+    """Read the share from the notes of an arena; None if there is none."""
     fields = notes.get(SHARE_NOTE)
     return None if fields is None else Share(**(fields | {"shards": tuple(fields["shards"])}))
 
 
 @dataclass(frozen=True, slots=True)
 class WriterOrder:
-    """What is written where.
+    """The settings of a durable writer.
 
     Args:
         arena: folder of the node's arena.
-        folder: of the durable states.
+        folder: folder of the durable states.
         ledger: file of the run's ledger.
-        run_id: the run.
-        agent_pid: process whose end ends the writer.
-        every_n_steps: optimizer steps from one state to the next; None to leave it to the time.
-        every_s: seconds from one to the next; None to leave it to the steps.
-        keep: how many states are kept.
+        run_id: id of the run.
+        agent_pid: process id of the agent; the writer exits with it.
+        every_n_steps: optimizer steps between two states; None for no limit.
+        every_s: seconds between two states; None for no limit.
+        keep: number of states to keep.
     """
 
     arena: str
@@ -51,14 +51,14 @@ class WriterOrder:
 
     @property
     def timetable(self) -> Timetable:
-        """How often."""
+        """The interval between two states."""
         return Timetable(self.every_n_steps, self.every_s)
 
     def to_text(self) -> str:
-        """The order as an argument."""
+        """Serialize the order."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_text(cls, text: str) -> WriterOrder:
-        """The order that `to_text` made."""
+        """Parse the result of `to_text`."""
         return cls(**json.loads(text))

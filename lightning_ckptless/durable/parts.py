@@ -1,13 +1,13 @@
-"""The parts of a durable state that several nodes write, each the shards of its own ranks.
+"""The parts of a durable state that is written by several nodes, each writing the shards of its own ranks.
 
     <durable_dir>/
-        .step-0000000120.of-3-1f9c.parts/     of generation 3 and one layout; every node writes into it
-            __0_0.distcp, __1_0.distcp        torch.distributed.checkpoint's: one file per shard
-            part-0000.json                    which shards a node has written: there when they are on the disk
-        step-0000000120/                      the same folder, when the first node has found all parts
+        .step-0000000120.of-3-1f9c.parts/     for generation 3 and one layout; every node writes into it
+            __0_0.distcp, __1_0.distcp        files of torch.distributed.checkpoint, one per shard
+            part-0000.json                    the shards of one node; written after they are synced to disk
+        step-0000000120/                      the same folder, renamed when the first node has found all parts
 
-Nobody is asked when a state is due, and nobody waits: each node writes the same versions, and the first one puts a
-state together when its parts are there. A state that a node has missed is never seen by anybody.
+Nodes do not coordinate and do not wait for each other: each writes the same versions, and the first node completes a
+state when all its parts exist. A state that a node has missed never becomes visible.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Part:
-    """What one node has written of a state.
+    """The part of a state that one node has written.
 
     Args:
-        facts: of each shard.
-        places: where the pieces of each lie.
+        facts: facts by shard.
+        places: places of the pieces by shard.
     """
 
     facts: dict[int, ShardFacts]
     places: dict[int, Sequence[Place]]
 
     def to_bytes(self) -> bytes:
-        """As a sealed record."""
+        """Serialize the part as a sealed record."""
         return seal(_KIND, FORMAT, {
             "facts": {str(shard): asdict(facts) for shard, facts in self.facts.items()},
             "places": {str(shard): to_json(places) for shard, places in self.places.items()},
@@ -59,10 +59,10 @@ class Part:
 
     @classmethod
     def read(cls, path: Path) -> Part:
-        """What a node has said.
+        """Read a part file.
 
         Raises:
-            DurableError: it is damaged.
+            DurableError: the file is damaged.
         """
         try:
             part: Part = unseal(path.read_bytes(), _KIND, FORMAT, _SCHEMA)
@@ -79,11 +79,11 @@ _SCHEMA = record(Part, facts=table(_shard, SHARD_FACTS, most=MOST_RANKS), places
 
 
 class Parts:
-    """The folder of one state on its way.
+    """The folder of one incomplete state.
 
     Args:
         durable_dir: folder of all states.
-        snapshot: of the state.
+        snapshot: snapshot of the state.
     """
 
     def __init__(self, durable_dir: Path, snapshot: Snapshot) -> None:
@@ -92,10 +92,10 @@ class Parts:
         self.path = durable_dir / name
 
     def write(self, layout: Layout, shards: Mapping[int, ShardCopy]) -> None:
-        """Write this node's shards; the word that they are there comes last.
+        """Write this node's shards, then its part file.
 
         Raises:
-            OSError, RuntimeError: they cannot be written.
+            OSError, RuntimeError: the files cannot be written.
         """
         self.path.mkdir(mode=0o700, exist_ok=True)
         require_private_files(self.path)
@@ -106,31 +106,31 @@ class Parts:
         (self.path / f".{name}").rename(self.path / name)
 
     def missing(self) -> tuple[int, ...]:
-        """Shards that nobody has written yet."""
-        there = self.read().facts
-        return tuple(shard for shard in range(self.snapshot.world_size) if shard not in there)
+        """Return the shards that no node has written yet."""
+        written = self.read().facts
+        return tuple(shard for shard in range(self.snapshot.world_size) if shard not in written)
 
     def read(self) -> Part:
-        """All parts that are there, as one.
+        """Read and merge all existing parts.
 
         Raises:
             DurableError: another user may have written to the folder, or a part is damaged.
         """
-        whole = Part({}, {})
+        merged = Part({}, {})
         if not os.path.lexists(self.path):
-            return whole
+            return merged
         try:
             require_private_files(self.path)
         except PermissionError as error:
             raise DurableError(str(error)) from error
         for path in sorted(self.path.glob(f"{_PART}*.json")):
             part = Part.read(path)
-            whole.facts.update(part.facts)
-            whole.places.update(part.places)
-        return whole
+            merged.facts.update(part.facts)
+            merged.places.update(part.places)
+        return merged
 
-    def forget_words(self) -> None:
-        """Remove what readers of the state have no use for."""
+    def remove_part_files(self) -> None:
+        """Remove the part files, which a complete state does not need."""
         for path in self.path.glob(f"{_PART}*.json"):
             path.unlink()
 
@@ -140,7 +140,7 @@ class Parts:
 
 
 def remove_parts_up_to(durable_dir: Path, version: Version) -> None:
-    """Remove the parts of states that will not be completed any more: a newer one is."""
+    """Remove the parts of states that will never be completed, since a newer one is complete."""
     for path in durable_dir.glob(".step-*.parts"):
         named = _NAME.fullmatch(path.name)
         found = named and version_of(named[1])

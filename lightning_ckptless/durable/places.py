@@ -1,7 +1,7 @@
-"""Where in the files of a durable state each piece of it lies.
+"""Where each piece of a durable state is stored in its files.
 
-torch.distributed.checkpoint keeps the same in `.metadata`, which is a pickle: we write that for other readers, and do
-not read it.
+torch.distributed.checkpoint stores the same in `.metadata`. As that is a pickle, we write it for other readers but
+never read it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _KIND = "places"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a piece lies.
+    """Where a piece is stored.
 
     Args:
-        name: of the tensor, or of the host state.
-        offsets: corner of the piece; None for a host state.
-        file: in the folder of the state.
+        name: name of the tensor, or of the host state.
+        offsets: offsets of the piece in the tensor; None for a host state.
+        file: name of the file in the folder of the state.
         at: byte offset in the file.
-        length: in bytes.
+        length: length in bytes.
     """
 
     name: str
@@ -47,20 +47,20 @@ class Place:
 
     @property
     def index(self) -> MetadataIndex:
-        """The piece as torch.distributed.checkpoint names it."""
+        """The key of the piece in torch.distributed.checkpoint."""
         return MetadataIndex(self.name, None if self.offsets is None else torch.Size(self.offsets))
 
     def to_result(self) -> WriteResult:
-        """What torch's writer said when it wrote the piece."""
+        """Rebuild the result that torch's writer returned for the piece."""
         return WriteResult(self.index, self.length, storage_place(self.file, self.at, self.length))
 
 
 Places = Mapping[MetadataIndex, Place]
-"""By the piece, as torch.distributed.checkpoint names it."""
+"""Places by their keys in torch.distributed.checkpoint."""
 
 
 def places_of(results: Iterable[WriteResult]) -> list[Place]:
-    """Where torch's writer has put what it wrote."""
+    """Return the places from the results of torch's writer."""
     return [
         Place(
             name=result.index.fqn,
@@ -74,7 +74,7 @@ def places_of(results: Iterable[WriteResult]) -> list[Place]:
 
 
 def to_json(places: Iterable[Place]) -> list[Any]:
-    """Places as JSON has them."""
+    """Convert places to JSON values."""
     return [list(astuple(place)) for place in places]
 
 
@@ -92,23 +92,23 @@ _FIELDS: dict[str, Check] = {
     "length": BYTES,
 }
 PLACES = sequence(_place)
-"""The schema of what `to_json` made."""
+"""Schema for the result of `to_json`."""
 
 
 def write_places(folder: Path, places: Sequence[Place]) -> None:
-    """Write down where the pieces of a state lie, and wait until the disk has it.
+    """Write the places of a state and sync them to disk.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     write_synced(folder / _NAME, seal(_KIND, FORMAT, {"places": to_json(places)}))
 
 
 def read_places(folder: Path) -> Places:
-    """Where the pieces of a state lie.
+    """Read the places of a state.
 
     Raises:
-        DurableError: it is not there, or damaged.
+        DurableError: the file is missing or damaged.
     """
     try:
         found = unseal((folder / _NAME).read_bytes(), _KIND, FORMAT, record(places=PLACES))["places"]

@@ -1,8 +1,8 @@
-"""How a Lightning checkpoint is put together from a version: what the version does not say, as it never changes.
+"""The recipe for a Lightning checkpoint: the constant data that a version itself does not contain.
 
-A version holds tensors by our names and the host state of each rank. A checkpoint file has other names for them, and
-hyper-parameters, keys of callbacks and the like. They are written down once, beside the layout in the arena, and travel
-with every durable state.
+A version contains tensors by our names and the host state of each rank. A checkpoint file uses other names, and has
+hyper-parameters, keys of callbacks and the like. These are written once, next to the layout in the arena, and copied to
+every durable state.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ _KIND = "recipe"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a checkpoint needs beyond a version.
+    """The data that a checkpoint needs in addition to a version.
 
     Args:
-        lightning_version: of the Lightning that trains.
+        lightning_version: version of Lightning that trains.
         state_dict: our name of each tensor by its name in the model's `state_dict`.
-        extra_state: names in the `state_dict` of extra state, with the path of their module.
-        metric_state: names in the `state_dict` of persistent metric states, with path and attribute of the metric.
-        parameters: for each optimizer and each of its groups, the names of its parameters.
+        extra_state: module path by the `state_dict` name of its extra state.
+        metric_state: metric path and attribute by the `state_dict` name of a persistent metric state.
+        parameters: names of the parameters, by optimizer and group.
         callback_keys: state keys of the callbacks, in the order of the host state.
-        precision_key: under which the precision plugin's state is filed.
-        datamodule_key: under which the datamodule's state is filed; None without one.
-        hyper_parameters: what a checkpoint says of hyper-parameters, keys and all.
-        other_loops: state of the loops other than fit's.
-        averaged: our name of each tensor by its name in the `state_dict` of the average that a callback keeps, and that
-            a checkpoint has in the place of the model; None where none does.
-        lacking: names in the `state_dict` that a version does not hold.
+        precision_key: key of the precision plugin's state.
+        datamodule_key: key of the datamodule's state; None without one.
+        hyper_parameters: entries of the checkpoint for hyper-parameters.
+        other_loops: state of the loops other than the fit loop.
+        averaged: our name of each tensor by its name in the `state_dict` of an averaging callback, whose average
+            replaces the model in a checkpoint; None without one.
+        lacking: names in the `state_dict` that a version does not contain.
     """
 
     lightning_version: str
@@ -57,25 +57,25 @@ class Recipe:
 
 
 def write_recipe(arena: Path, pickled: bytes) -> None:
-    """Keep a recipe in an arena.
+    """Write a recipe to an arena.
 
     Args:
         arena: folder of the arena.
-        pickled: the recipe, packed.
+        pickled: the packed recipe.
 
     Raises:
-        ArenaError: it cannot be written.
+        ArenaError: the file cannot be written.
     """
     replace_file(arena / NAME, seal_recipe(pickled))
 
 
 def seal_recipe(pickled: bytes) -> bytes:
-    """A packed recipe as it is written down."""
+    """Seal a packed recipe."""
     return seal(_KIND, FORMAT, {"pickled": base64.b64encode(pickled).decode()})
 
 
 def read_recipe(folder: Path) -> bytes:
-    """The recipe in the folder of an arena or of a durable state, sealed; empty where there is none."""
+    """Read the sealed recipe of an arena or a durable state; empty if there is none."""
     try:
         return (folder / NAME).read_bytes()
     except FileNotFoundError:
@@ -83,20 +83,20 @@ def read_recipe(folder: Path) -> bytes:
 
 
 def unseal_recipe(data: bytes) -> bytes:
-    """The packed recipe in what `read_recipe` has read.
+    """Unseal the result of `read_recipe`.
 
     Raises:
-        DurableError: it is damaged.
+        DurableError: the recipe is damaged.
     """
     try:
         pickled: bytes = base64.b64decode(unseal(data, _KIND, FORMAT, _SCHEMA)["pickled"])
     except ValueError as error:
-        raise DurableError(f"{NAME}: {error}: format dcp takes the tensors as they are") from error
+        raise DurableError(f"{NAME}: {error}: use format dcp, which exports the tensors only") from error
     return pickled
 
 
 def has_recipe(arena: Path) -> bool:
-    """Whether an arena has a recipe that is as it was written."""
+    """Return whether an arena has an intact recipe."""
     try:
         return bool(unseal_recipe(read_recipe(arena)))
     except DurableError:

@@ -1,6 +1,6 @@
-"""Weights in the safetensors format: eight bytes with the length of the head, the head as JSON, then the tensors.
+"""Writes the safetensors format: eight bytes with the length of the header, the header as JSON, then the tensors.
 
-Written here, as it is a page of code, and the package that reads it is nothing that training needs.
+Implemented here to avoid a dependency, as the format is simple.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -30,18 +30,18 @@ def write_safetensors(tensors: Mapping[str, Tensor], facts: Mapping[str, str], f
     """Write tensors in the order of their names.
 
     Args:
-        tensors: in host memory, by name.
-        facts: what is said of them in the head.
-        file: to write to.
+        tensors: tensors in host memory, by name.
+        facts: metadata for the header.
+        file: file to write to.
 
     Raises:
-        DurableError: a dtype has no name in the format.
+        DurableError: the format does not support a dtype.
     """
     head: dict[str, object] = {"__metadata__": dict(facts)}
     at = 0
     for name, tensor in sorted(tensors.items()):
         if tensor.dtype not in _NAMES:
-            raise DurableError(f"{name} is {tensor.dtype}, which safetensors cannot hold: use format lightning or dcp")
+            raise DurableError(f"{name} is {tensor.dtype}, not supported by safetensors: use format lightning or dcp")
         head[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),

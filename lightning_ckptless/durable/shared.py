@@ -1,7 +1,7 @@
-"""The durable writer of one node of several, none of which holds all shards.
+"""The durable writer of one of several nodes, none of which has all shards.
 
-It writes the shards of its own ranks, of every version that is due on all nodes: with a step that the interval divides,
-behind its tail. The writer of the first node puts the states together.
+It writes the shards of its own ranks for every version that is due on all nodes: after validation, with a step that is
+a multiple of the interval. The writer of the first node completes the states.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_ckptless.durable.capture import OverwrittenError, Room, ShardCopy, copy_shard
+from lightning_ckptless.durable.capture import CopyBuffers, OverwrittenError, ShardCopy, copy_shard
 from lightning_ckptless.durable.folder import DurableFolder, Manifest, write_manifest
 from lightning_ckptless.durable.order import WriterOrder
 from lightning_ckptless.durable.parts import Parts, remove_parts_up_to
@@ -25,7 +25,7 @@ from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.layout.layout import Layout
 
 PARTS_WAIT_S = 60.0
-"""Within this time the parts of all nodes are there, or the state is given up."""
+"""Seconds to wait for the parts of all nodes before a state is discarded."""
 _LOOK_EVERY_S = 0.05
 
 Failed = Callable[[Version, Exception], None]
@@ -33,14 +33,14 @@ Failed = Callable[[Version, Exception], None]
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """A state whose parts are awaited.
+    """A state that waits for the parts of other nodes.
 
     Args:
-        parts: of all nodes.
-        layout: how the state is cut.
-        recipe: how a Lightning checkpoint is put together from it.
-        began_at: when this node has written its own, on the monotonic clock.
-        copied_s: time to copy them out of the arena.
+        parts: parts of all nodes.
+        layout: layout of the state.
+        recipe: sealed recipe for a Lightning checkpoint.
+        began_at: time at which this node began its own part, on the monotonic clock.
+        copied_s: seconds to copy its shards out of the arena.
     """
 
     parts: Parts
@@ -54,8 +54,8 @@ class SharedWriter:
     """Writes a node's part of the durable states of a run.
 
     Args:
-        order: what to write where.
-        failed: is told of a state that was due and is not written.
+        order: settings of the writer.
+        failed: called with the version of a state that could not be written, and the error.
     """
 
     def __init__(self, order: WriterOrder, failed: Failed) -> None:
@@ -63,17 +63,17 @@ class SharedWriter:
         self._failed = failed
         self._folder = DurableFolder(Path(order.folder))
         self._ledger = Ledger(order.ledger)
-        self._room = Room()
+        self._buffers = CopyBuffers()
         self._last: tuple[int, Version] | None = None
         self._pending: list[_Pending] = []
 
     def look(self, arena: Arena, share: Share, *, is_last: bool = False) -> None:
-        """Write this node's part of a state that is due, and complete those whose parts are there.
+        """Write this node's part of a state if one is due, and complete states with all parts.
 
         Args:
-            arena: of this node.
-            share: of this node.
-            is_last: nothing follows: the newest version is due, and its parts are waited for.
+            arena: arena of this node.
+            share: share of this node.
+            is_last: whether this is the last call: the newest version is due, and the call waits for its parts.
         """
         due = self._due(arena, share, is_last=is_last)
         if due is not None:
@@ -100,7 +100,7 @@ class SharedWriter:
         try:
             layout = arena.read_layout(due.layout)
             if layout is None:
-                raise OverwrittenError(f"the layout of {due.version} is gone")
+                raise OverwrittenError(f"the layout of {due.version} no longer exists")
             shards = {shard: self._copy(arena, shard, due) for shard in share.shards}
             copied_s = time.monotonic() - began
             self._folder.prepare()
@@ -114,13 +114,14 @@ class SharedWriter:
             self._pending.append(_Pending(parts, layout, read_recipe(arena.path), began, copied_s))
 
     def _copy(self, arena: Arena, shard: int, due: Snapshot) -> ShardCopy:
-        def fits(replica: Replica) -> bool:
+        def matches(replica: Replica) -> bool:
             return replica.shard == shard and replica.snapshot == due and replica.state in READABLE
 
-        return copy_shard({arena.node: arena}, [replica for replica in arena.inventory() if fits(replica)], self._room)
+        replicas = [replica for replica in arena.inventory() if matches(replica)]
+        return copy_shard({arena.node: arena}, replicas, self._buffers)
 
     def _complete(self, arena: Arena) -> None:
-        """Put together what is there, and give up what does not come."""
+        """Complete states with all parts, and discard those that have waited too long."""
         for pending in list(self._pending):
             version = pending.parts.snapshot.version
             try:
@@ -128,8 +129,8 @@ class SharedWriter:
                     if time.monotonic() - pending.began_at < PARTS_WAIT_S:
                         continue
                     raise DurableError(
-                        f"shards {', '.join(map(str, missing))} were not written by their nodes within "
-                        f"{PARTS_WAIT_S:.0f} s: is {self._folder.path} a folder that all nodes see?"
+                        f"the nodes did not write shards {', '.join(map(str, missing))} within {PARTS_WAIT_S:.0f} s: "
+                        f"check that {self._folder.path} is a folder shared by all nodes"
                     )
                 self._finish(arena, pending)
             except (DurableError, OSError, RuntimeError) as error:
@@ -139,13 +140,13 @@ class SharedWriter:
 
     def _finish(self, arena: Arena, pending: _Pending) -> None:
         parts, version = pending.parts, pending.parts.snapshot.version
-        notes, whole = arena.notes(), parts.read()
-        parts.forget_words()
-        size_bytes = finish_state(pending.layout, whole.places, pending.recipe, parts.path)
+        notes, merged = arena.notes(), parts.read()
+        parts.remove_part_files()
+        size_bytes = finish_state(pending.layout, merged.places, pending.recipe, parts.path)
         manifest = Manifest(
             run_id=self._order.run_id,
             snapshot=parts.snapshot,
-            shards=tuple(whole.facts[shard] for shard in range(parts.snapshot.world_size)),
+            shards=tuple(merged.facts[shard] for shard in range(parts.snapshot.world_size)),
             origin=notes.get("origin"),
             logger_identities=notes.get("logger_identities"),
             written_at=time.time(),
@@ -153,7 +154,7 @@ class SharedWriter:
         write_manifest(parts.path, manifest)
         with self._folder.locked() as held:
             if not held:
-                raise DurableError(f"{self._folder.path}: another process writes durable states into it")
+                raise DurableError(f"{self._folder.path}: another process is writing durable states to this folder")
             path = self._folder.complete(parts.path, version)
             for old in states_to_drop(self._folder.versions(), version, self._order.keep):
                 self._folder.drop(old)

@@ -1,9 +1,9 @@
-"""A durable state on the disk, in the format of torch.distributed.checkpoint.
+"""Reads and writes a durable state on disk, in the format of torch.distributed.checkpoint.
 
 Tensors have the names of the layout: `parameter/<name>`, `optimizer/<index>/<parameter>/<key>`, and `rank<r>/...` for
-what each rank holds alone. The host state of a rank is the entry `rank<r>/small_state`, as bytes. `dcp.load` reads
-what it is asked for; we read back whole shards, byte by byte, so that the checksum which the rank computed when it
-staged the shard still holds, over arena and disk.
+tensors that are private to a rank. The host state of a rank is the entry `rank<r>/small_state`, as bytes. `dcp.load`
+reads selected tensors. We read complete shards byte for byte, so that the checksum computed when the rank staged the
+shard protects it end to end, in the arena and on disk.
 """
 
 from __future__ import annotations
@@ -34,66 +34,66 @@ from lightning_ckptless.replica.layout.layout import Layout, private_name, slot_
 
 _LAYOUT = "layout.json"
 _BYTES_PER_ENTRY = 2048
-"""What a piece takes beside its own bytes, and more than that."""
+"""Upper bound for the overhead of a piece."""
 
 _CANNOT_READ = (
     OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, AssertionError, ImportError,
     pickle.UnpicklingError,
 )  # fmt: skip
-"""What damaged files make of torch's reader."""
+"""Errors that torch's reader raises for damaged files."""
 
 
 def state_bytes(captured: Captured) -> int:
-    """Bytes that a state takes on the disk, a little too many rather than too few."""
+    """Return an upper bound for the bytes that a state takes on disk."""
     shards = sum(shard.bulk.numel() + len(shard.blob) for shard in captured.shards)
     return shards + _BYTES_PER_ENTRY * (len(captured.layout.chunks) + len(captured.shards) + 8)
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:
-    """Refuse to begin what does not fit.
+    """Check that a state fits before it is written.
 
     Raises:
-        DurableError: with the bytes that are needed and those that are free.
+        DurableError: it does not fit.
     """
     disk = os.statvfs(folder)
     free_bytes = disk.f_bavail * disk.f_frsize
     if needed_bytes > free_bytes:
         raise DurableError(
-            f"{folder}: {needed_bytes / 1e6:.1f} MB are needed, {free_bytes / 1e6:.1f} MB are free: make room, name "
+            f"{folder}: {needed_bytes / 1e6:.1f} MB needed, {free_bytes / 1e6:.1f} MB free: free some space, use "
             "another durable_dir, or keep fewer states (durable_keep)"
         )
 
 
 def write_state(captured: Captured, folder: Path) -> int:
-    """Write all but the manifest of a state into an empty folder, and wait until the disk has it.
+    """Write a state without its manifest to an empty folder and sync it to disk.
 
     Args:
-        captured: the version.
-        folder: empty.
+        captured: version to write.
+        folder: empty folder.
 
     Returns:
-        Bytes written.
+        Number of bytes written.
 
     Raises:
-        OSError, RuntimeError: it cannot be written.
+        OSError, RuntimeError: the files cannot be written.
     """
     places = write_shards(captured.layout, dict(enumerate(captured.shards)), folder)
     return finish_state(captured.layout, places, captured.recipe, folder)
 
 
 def write_shards(layout: Layout, shards: Mapping[int, ShardCopy], folder: Path) -> dict[int, Sequence[Place]]:
-    """Write some shards of a state, and wait until the disk has them.
+    """Write some shards of a state and sync them to disk.
 
     Args:
-        layout: of the whole state.
-        shards: by their index.
-        folder: of the state.
+        layout: layout of the state.
+        shards: shards by index.
+        folder: folder of the state.
 
     Returns:
-        Where the pieces of each lie.
+        The places of the pieces, by shard.
 
     Raises:
-        OSError, RuntimeError: they cannot be written.
+        OSError, RuntimeError: the files cannot be written.
     """
     writer = FileSystemWriter(folder)
     writer.set_up_storage_writer(is_coordinator=True)
@@ -106,23 +106,23 @@ def write_shards(layout: Layout, shards: Mapping[int, ShardCopy], folder: Path) 
 
 
 def finish_state(layout: Layout, places: Mapping[int, Sequence[Place]], recipe: bytes, folder: Path) -> int:
-    """Write what belongs to all shards of a state but the manifest, and wait until the disk has it.
+    """Write the files that are common to all shards, except the manifest, and sync them to disk.
 
     Args:
-        layout: of the state.
-        places: of all shards, as `write_shards` has returned them.
-        recipe: how a Lightning checkpoint is put together from it; empty where nobody knows.
-        folder: of the state.
+        layout: layout of the state.
+        places: places of all shards, returned by `write_shards`.
+        recipe: sealed recipe for a Lightning checkpoint; empty for none.
+        folder: folder of the state.
 
     Returns:
-        Bytes that the state takes.
+        Size of the state in bytes.
 
     Raises:
-        OSError, RuntimeError: it cannot be written.
+        OSError, RuntimeError: the files cannot be written.
     """
     metadata = replace(layout.metadata, state_dict_metadata=dict(layout.metadata.state_dict_metadata))
     for shard in range(layout.world_size):
-        metadata.state_dict_metadata[small_state_name(shard)] = BytesStorageMetadata()
+        metadata.state_dict_metadata[host_state_name(shard)] = BytesStorageMetadata()
     writer = FileSystemWriter(folder)
     writer.set_up_storage_writer(is_coordinator=True)
     everything = [place for shard in range(layout.world_size) for place in places[shard]]
@@ -134,16 +134,16 @@ def finish_state(layout: Layout, places: Mapping[int, Sequence[Place]], recipe: 
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def small_state_name(rank: int) -> str:
-    """Name of a rank's host state among the entries of a state."""
+def host_state_name(rank: int) -> str:
+    """Return the entry name of a rank's host state."""
     return private_name(rank, "small_state")
 
 
 def read_layout(state: Path) -> Layout:
-    """How a state is cut.
+    """Read the layout of a state.
 
     Raises:
-        DurableError: it is not there, or not as it was written.
+        DurableError: the file is missing or damaged.
     """
     manifest = Manifest.read(state)
     try:
@@ -151,50 +151,52 @@ def read_layout(state: Path) -> Layout:
     except (OSError, SchemaError) as error:
         raise DurableError(f"{state / _LAYOUT}: {error}") from error
     if layout.world_size != manifest.snapshot.world_size:
-        raise DurableError(f"{state / _LAYOUT}: it is of {layout.world_size} ranks, its state is of another number")
+        raise DurableError(
+            f"{state / _LAYOUT}: expected {manifest.snapshot.world_size} ranks, found {layout.world_size}"
+        )
     return layout
 
 
 def read_shard(state: Path, manifest: Manifest, layout: Layout, places: Places, shard: int) -> ShardCopy:
-    """One shard of a state, byte by byte as it was staged.
+    """Read one shard of a state, byte for byte as it was staged.
 
     Args:
         state: folder of the state.
-        manifest: of the state.
-        layout: of the state.
-        places: of its pieces.
+        manifest: manifest of the state.
+        layout: layout of the state.
+        places: places of its pieces.
         shard: index of the shard.
 
     Raises:
-        DurableError: it cannot be read, or its bytes are not those that were written.
+        DurableError: the shard cannot be read or is damaged.
     """
     facts = manifest.shards[shard]
     if facts.bulk_bytes != (expected := layout.bulk_bytes(shard)):
         raise DurableError(f"{state}: shard {shard} has {facts.bulk_bytes} bytes, expected {expected}")
-    # Zeros between the pieces, as in a slot: the checksum is of them, too.
+    # The padding between the pieces is zero, as in a slot, since the checksum covers it.
     copy = ShardCopy(torch.zeros(facts.bulk_bytes, dtype=torch.uint8), b"", facts.checksum)
     try:
-        blob = _read_piece(state, places[MetadataIndex(small_state_name(shard))])
+        blob = _read_piece(state, places[MetadataIndex(host_state_name(shard))])
         for index, view in _views(layout, shard, copy.bulk).items():
             piece = io.BytesIO(_read_piece(state, places[index]))
             view.copy_(torch.load(piece, map_location="cpu", weights_only=True).view(view.shape))
     except _CANNOT_READ as error:
-        raise DurableError(f"{state}: shard {shard} cannot be read: {error!r}") from error
+        raise DurableError(f"{state}: cannot read shard {shard}: {error!r}") from error
     if len(blob) != facts.blob_bytes or not matches(facts.checksum, (bytes_of(copy.bulk), blob)):
-        raise DurableError(f"{state}: shard {shard} is damaged: its bytes do not match their checksum")
+        raise DurableError(f"{state}: shard {shard} is damaged: its checksum does not match")
     return ShardCopy(copy.bulk, blob, facts.checksum)
 
 
 def load_state(state: Path, manifest: Manifest, progress: Callable[[int], None] = lambda _bytes: None) -> Captured:
-    """A whole state, in memory.
+    """Load a complete state into memory.
 
     Args:
         state: folder of the state.
-        manifest: of the state.
-        progress: told of the bytes of each shard.
+        manifest: manifest of the state.
+        progress: called with the number of bytes of each shard.
 
     Raises:
-        DurableError: it cannot be read, or its bytes are not those that were written.
+        DurableError: the state cannot be read or is damaged.
     """
     layout, places, shards = read_layout(state), read_places(state), list[ShardCopy]()
     for shard in range(layout.world_size):
@@ -204,8 +206,8 @@ def load_state(state: Path, manifest: Manifest, progress: Callable[[int], None] 
 
 
 def _plan(layout: Layout, shard: int) -> SavePlan:
-    small = WriteItem(index=MetadataIndex(small_state_name(shard)), type=WriteItemType.BYTE_IO)
-    return SavePlan([small, *map(write_item, layout.of(shard))])
+    host_state = WriteItem(index=MetadataIndex(host_state_name(shard)), type=WriteItemType.BYTE_IO)
+    return SavePlan([host_state, *map(write_item, layout.of(shard))])
 
 
 def _read_piece(state: Path, place: Place) -> bytes:
@@ -217,7 +219,7 @@ def _read_piece(state: Path, place: Place) -> bytes:
 
 
 class _ShardPlanner(DefaultSavePlanner):
-    """Hands the pieces of a shard to the writer."""
+    """Passes the pieces of a shard to torch's writer."""
 
     def __init__(self, layout: Layout, shard: int, copy: ShardCopy) -> None:
         super().__init__(flatten_state_dict=False)
@@ -225,7 +227,7 @@ class _ShardPlanner(DefaultSavePlanner):
         self._blob = copy.blob
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        """A view of a piece, or the host state."""
+        """Return a view of a piece, or the host state."""
         if write_item.type is WriteItemType.BYTE_IO:
             return io.BytesIO(self._blob)
         return self._views[write_item.index]

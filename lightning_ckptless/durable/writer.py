@@ -1,7 +1,7 @@
-"""The durable writer: a process beside the workers that writes what their arena holds to storage, now and then.
+"""The durable writer: a sidecar process that periodically writes the state in the arena to storage.
 
-It asks nothing of training, which does not know of it: it reads the arena, and whatever goes wrong here is one line in
-the ledger. Asked to end (SIGTERM), or when the run has finished, it writes the last version and goes.
+Training does not interact with it: the writer only reads the arena, and a failure here is an event in the ledger. On
+SIGTERM, or when the run has finished, it writes the last version and exits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_ckptless.durable.capture import Captured, Room, capture, newest_committed
+from lightning_ckptless.durable.capture import Captured, CopyBuffers, capture, newest_committed
 from lightning_ckptless.durable.folder import DurableFolder, Manifest, ShardFacts, write_manifest
 from lightning_ckptless.durable.order import WriterOrder, read_share
 from lightning_ckptless.durable.shared import SharedWriter
@@ -30,7 +30,7 @@ from lightning_ckptless.replica.arena import Arena
 LOOK_EVERY_S = 0.05
 LONGEST_PAUSE_S = 1.0
 SHARE = 0.02
-"""Of one core, at most, that is spent on looking whether a state is due."""
+"""Largest fraction of one core that is spent on checking whether a state is due."""
 _FINISHED = "finished"
 
 
@@ -38,14 +38,14 @@ class DurableWriter:
     """Writes the durable states of one arena.
 
     Args:
-        order: what to write where.
+        order: settings of the writer.
     """
 
     def __init__(self, order: WriterOrder) -> None:
         self._order = order
         self._folder = DurableFolder(Path(order.folder))
         self._ledger = Ledger(order.ledger)
-        self._room = Room()
+        self._buffers = CopyBuffers()
         self._arena: Arena | None = None
         self._last: Version | None = None
         self._last_at = time.monotonic()
@@ -57,7 +57,7 @@ class DurableWriter:
         """Write a state if one is due.
 
         Args:
-            is_last: nothing follows: the newest version is due unless it is written already.
+            is_last: whether this is the last call: the newest version is due unless it is already written.
         """
         share = self._share()
         if share is not None and not share.is_whole:
@@ -81,7 +81,7 @@ class DurableWriter:
             self._try_to_write(newest)
 
     def _share(self) -> Share | None:
-        """What this node has to do, as its workers have noted it; None where they have not."""
+        """Return the share of this node, as noted by its workers; None if they have not."""
         try:
             self._arena = self._arena or Arena.attach(Path(self._order.arena))
             return read_share(self._arena.notes())
@@ -89,7 +89,7 @@ class DurableWriter:
             return None
 
     def _may_be_due(self) -> bool:
-        """Whether it is worth looking into the arena: by time alone nothing is due before."""
+        """Return whether to inspect the arena; with an interval in seconds, nothing is due before it has passed."""
         order = self._order
         return order.every_n_steps is not None or time.monotonic() - self._last_at >= (order.every_s or 0.0)
 
@@ -102,15 +102,15 @@ class DurableWriter:
         return found.snapshot.version if isinstance(found, Complete) else None
 
     def _start_of(self, newest: Version) -> Version:
-        """The version from which the interval counts: the state that the run has gone on from, or its beginning.
+        """Return the version from which the interval counts: the one that the run started from.
 
-        Asked for at first, and again where the run has gone back behind what was written.
+        Called at the start, and again if the run was restored from a version older than the last one written.
         """
         assert self._arena is not None
         self._written = max((version for version in self._folder.versions() if version <= newest), default=None)
         if self._written is not None:
             return self._written
-        # Which step of which file nobody has told: the first version that is seen will do.
+        # With a checkpoint as origin, its step is unknown here. Use the first version that is seen instead.
         return newest if self._arena.origin is not None else Version(0, True)
 
     def _try_to_write(self, due: Version) -> None:
@@ -136,19 +136,19 @@ class DurableWriter:
     def _write(self) -> _Written:
         assert self._arena is not None
         began = time.monotonic()
-        captured = capture([self._arena], self._room, threads=max(1, (os.cpu_count() or 1) // 2))
+        captured = capture([self._arena], self._buffers, threads=max(1, (os.cpu_count() or 1) // 2))
         copied_s = time.monotonic() - began
         version = captured.snapshot.version
         self._folder.prepare()
         with self._folder.locked() as held:
             if not held:
-                raise DurableError(f"{self._folder.path}: another process writes durable states into it")
-            self._folder.tidy()
+                raise DurableError(f"{self._folder.path}: another process is writing durable states to this folder")
+            self._folder.remove_leftovers()
             try:
                 path, size_bytes = self._store(captured)
             finally:
-                # What was begun in vain takes room that a full disk has not.
-                self._folder.tidy()
+                # After a failure on a full disk, free the space of the incomplete state.
+                self._folder.remove_leftovers()
         return _Written(version, path, size_bytes, copied_s, captured.tries)
 
     def _store(self, captured: Captured) -> tuple[Path, int]:
@@ -180,28 +180,28 @@ class DurableWriter:
         if not self._warned:
             self._warned = True
             print(
-                f"ckptless: the durable state of {due} was not written ({cause}); training goes on, the next one that "
-                "is due is tried again, and the ledger tells of all",
+                f"ckptless: writing the durable state of {due} failed ({cause}); training continues, the next state "
+                "will be written when it is due, and the ledger records every failure",
                 file=sys.stderr,
                 flush=True,
             )
 
     def is_over(self) -> bool:
-        """Whether the run has finished, or its arena is gone."""
+        """Return whether the run has finished, or its arena no longer exists."""
         folder = Path(self._order.arena)
         return (folder / _FINISHED).exists() or not folder.exists()
 
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """A state that is complete.
+    """A complete state.
 
     Args:
-        version: of the state.
-        path: its folder.
-        bytes: what it takes on the disk.
-        copied_s: time to copy it out of the arena.
-        tries: how often that was tried.
+        version: version of the state.
+        path: folder of the state.
+        bytes: size on disk.
+        copied_s: seconds to copy it out of the arena.
+        tries: number of attempts that the copy took.
     """
 
     version: Version
@@ -212,13 +212,13 @@ class _Written:
 
 
 def run(order: WriterOrder) -> None:
-    """Write durable states until the run ends, or the agent does.
+    """Write durable states until the run or the agent ends.
 
     Args:
-        order: what to write where.
+        order: settings of the writer.
     """
     torch.set_num_threads(1)
-    # Looked at between two states: one that is being written is finished first.
+    # Blocked and polled between two states, so that a state is completed before the process exits.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -228,7 +228,7 @@ def run(order: WriterOrder) -> None:
     writer = DurableWriter(order)
     try:
         pause_s = LOOK_EVERY_S
-        while not (_asked_to_end(pause_s) or _has_ended(agent) or writer.is_over()):
+        while not (_is_terminated(pause_s) or _has_ended(agent) or writer.is_over()):
             began = time.thread_time()
             writer.look()
             pause_s = min(max(LOOK_EVERY_S, (time.thread_time() - began) / SHARE), LONGEST_PAUSE_S)
@@ -237,7 +237,7 @@ def run(order: WriterOrder) -> None:
         os.close(agent)
 
 
-def _asked_to_end(timeout_s: float) -> bool:
+def _is_terminated(timeout_s: float) -> bool:
     return signal.sigtimedwait({signal.SIGTERM}, timeout_s) is not None
 
 

@@ -1,1 +1,1 @@
-"""How what is written down is checked before it is believed: schemas, sealed records, pickles without code."""
+"""File formats whose contents are verified before use: schemas, sealed records, and restricted pickles."""

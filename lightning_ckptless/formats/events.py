@@ -1,4 +1,4 @@
-"""What the events of a ledger say: the fields that readers rely on. An event may have more."""
+"""Schemas for the events of a ledger: the fields that readers rely on. Events may have additional fields."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from lightning_ckptless.formats.schema import (
 from lightning_ckptless.formats.sealed import parse
 
 FORMAT = 1
-_TAIL = re.compile(rb', "format": (\d+), "crc": "([0-9a-f]{8})"}')
-_TAIL_BYTES = len(b', "format": 1, "crc": "00000000"}')
+_SUFFIX = re.compile(rb', "format": (\d+), "crc": "([0-9a-f]{8})"}')
+_SUFFIX_BYTES = len(b', "format": 1, "crc": "00000000"}')
 _RANK = integer(0, MOST_RANKS - 1)
 _RANKS = sequence(_RANK, most=MOST_RANKS)
 _BY_RANK = text(r"\d{1,6}")
@@ -39,7 +39,7 @@ _AFTER = {"after_step": integer(-1), "after_tail": boolean}
 
 def _worker(value: Any, place: str) -> None:
     if type(value) is not list or len(value) != 2:
-        raise SchemaError(f"{place}: expected a process id and a word")
+        raise SchemaError(f"{place}: expected a process id and a string")
     _PID(value[0], place)
     _WORDS(value[1], place)
 
@@ -87,22 +87,22 @@ _OF_ACTION = {action: record(extra=True, **fields) for action, fields in _CHECKP
 
 
 def seal_line(line: bytes) -> bytes:
-    """A line of a ledger with its format and checksum as the last two keys.
+    """Append format and checksum to a line of a ledger, as the last two keys.
 
     Args:
-        line: an event as a JSON object.
+        line: event as a JSON object.
     """
     return line[:-1] + b', "format": %d, "crc": "%08x"}' % (FORMAT, zlib.crc32(line))
 
 
 def read_line(line: bytes) -> dict[str, Any]:
-    """The event in a line of a ledger.
+    """Read and verify a line of a ledger.
 
     Raises:
-        SchemaError: the line is damaged, or is not what its event says.
+        SchemaError: the line is damaged, or does not match the schema of its event.
     """
-    body, tail = line[:-_TAIL_BYTES] + b"}", _TAIL.fullmatch(line[-_TAIL_BYTES:])
-    if tail is None or int(tail[1]) != FORMAT or int(tail[2], 16) != zlib.crc32(body):
+    body, suffix = line[:-_SUFFIX_BYTES] + b"}", _SUFFIX.fullmatch(line[-_SUFFIX_BYTES:])
+    if suffix is None or int(suffix[1]) != FORMAT or int(suffix[2], 16) != zlib.crc32(body):
         raise SchemaError("damaged: its checksum does not match")
     fields: dict[str, Any] = parse(body)
     event = _OF_ANY(fields, "")["event"]
@@ -118,6 +118,6 @@ def read_line(line: bytes) -> dict[str, Any]:
 def _require_one_per_rank(fields: dict[str, Any]) -> None:
     count = len(fields["holders"])
     if {len(fields[name]) for name in ("nodes", "domains", "sizes_bytes")} != {count}:
-        raise SchemaError(f"placement: expected {count} nodes, domains and sizes, one for each rank")
+        raise SchemaError(f"placement: expected {count} nodes, domains and sizes, one per rank")
     if any(rank >= count for others in fields["holders"] for rank in others):
         raise SchemaError(f"placement.holders: expected ranks below {count}")

@@ -1,4 +1,4 @@
-"""Packing host state: a pickle of plain values, with tensors as their bytes and members of enumerations as data."""
+"""Pickles host state: plain values, with tensors as bytes and enumeration members as data."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from lightning_ckptless.formats.pickles import Packed, found_in_program, is_enum
 from lightning_ckptless.internals.torch_internals import storage_bytes, storage_of
 
 KINDS: set[Any] = set()
-"""The classes and functions that this process has packed so far, beside the commonest: a pickle of none but these was
-looked at before."""
+"""Classes and functions that this process has packed so far, except the most common ones. A pickle needs a new check
+only if it adds to them."""
 
 
 class SmallTensorPickler(pickle.Pickler):
-    """Writes a tensor as its bytes: a tenth of the time that torch's own reduction takes for a scalar."""
+    """Writes a tensor as bytes, ten times as fast as torch's own reduction for a scalar."""
 
     def reducer_override(self, value: Any) -> Any:
-        """How a value is written; `NotImplemented` for the usual way."""
+        """Return how to write a value; `NotImplemented` for the default."""
         kind = type(value)
         if kind is torch.Tensor and value.layout is torch.strided and not value.is_quantized:
             host = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
             data = host.view(-1).view(torch.uint8).numpy().tobytes() if host.numel() else b""
             return rebuild_tensor, (data, value.dtype, tuple(value.shape), value.device.type)
         if kind in (torch.TypedStorage, torch.UntypedStorage):
-            # Torch's own way is a pickle inside the pickle.
+            # Torch would write a pickle inside the pickle.
             return rebuild_storage, storage_bytes(value)
         if isinstance(value, enum.Enum) and found_in_program(kind.__module__, kind.__qualname__) is kind:
             return member, (kind.__module__, kind.__qualname__, value.value)
@@ -40,24 +40,24 @@ class SmallTensorPickler(pickle.Pickler):
 
 
 def pack(value: Any) -> Packed:
-    """Pickle a value. Tensors keep their values and kind of device, not their graph, strides and views."""
+    """Pickle a value. Tensors keep their values and device type, but not their graph, strides and views."""
     out = io.BytesIO()
     SmallTensorPickler(out, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
     return Packed(out.getvalue())
 
 
 def unpack(data: Packed, beside: Callable[[Any], Any] | None = None) -> Any:
-    """The value that was packed.
+    """Unpickle a packed value.
 
     Args:
-        data: of this process, of another one in the memory of this machine, or admitted.
-        beside: finds by its place what the pickle refers to; None where it refers to nothing.
+        data: bytes from this process, from the memory of another process on this host, or admitted by `pickles.admit`.
+        beside: returns an object that the pickle refers to, by its persistent id; None for none.
 
     Raises:
-        TypeError: the bytes are from elsewhere.
+        TypeError: the origin of the bytes is unknown.
     """
     if type(data) is not Packed:
-        raise TypeError(f"a {type(data).__name__} of {len(data)} bytes is not unpickled: nothing says where it is from")
+        raise TypeError(f"refusing to unpickle a {type(data).__name__} of {len(data)} bytes of unknown origin")
     return pickle.loads(data) if beside is None else _Referring(data, beside).load()
 
 
@@ -71,33 +71,33 @@ class _Referring(pickle.Unpickler):
 
 
 def rebuild_tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> torch.Tensor:
-    """A tensor of some bytes."""
+    """Rebuild a tensor from its bytes."""
     if not data:
         return on_device(torch.empty(shape, dtype=dtype), device)
     return on_device(torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape), device)
 
 
 def rebuild_storage(data: bytes, dtype: torch.dtype | None, device: str) -> Any:
-    """The memory of a tensor of an unusual kind."""
+    """Rebuild the storage of a tensor."""
     host = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
     return storage_of(on_device(host, device), dtype)
 
 
 def on_device(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """A tensor on the kind of device that it was on; on the host where a process without that device reads it."""
+    """Move a tensor to its original type of device, or leave it on the host if that is not available."""
     return tensor if device == "cuda" and not torch.cuda.is_available() else tensor.to(device)
 
 
 def member(module: str, name: str, value: Any) -> Any:
-    """A member of an enumeration of the program.
+    """Return a member of an enumeration of the script.
 
     Raises:
-        TypeError: the name is that of something else.
+        TypeError: the name does not refer to an enumeration.
     """
     kind = found_in_program(module, name)
     if kind is None:
         importlib.import_module(module)
         kind = found_in_program(module, name)
     if not is_enumeration(kind):
-        raise TypeError(f"{module}.{name} was an enumeration when the state was written, found {kind!r}")
+        raise TypeError(f"{module}.{name}: expected an enumeration, as when the state was written, found {kind!r}")
     return kind(value)

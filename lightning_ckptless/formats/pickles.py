@@ -1,12 +1,12 @@
-"""Pickles that came from outside of this machine's memory: which names they may use.
+"""Verifies pickles from disk or network by the names that they refer to.
 
-A pickle names classes and functions, and calls them when it is read. One that lay on a disk or came through a socket is
-first read here: by the same machine, with objects in the place of all that is named, which do nothing. It is admitted
-when all its names are known to be harmless or were opted in. What is admitted is plain data: numbers, text, arrays,
-tensors, containers, enumerations, states of generators, and our own records of these.
+Reading a pickle calls the classes and functions that it names. A pickle from disk or from a socket is first read here,
+with inert objects in place of everything that it names. It is admitted if all its names are known to be safe or were
+opted in. This admits plain data: numbers, text, arrays, tensors, containers, enumerations, states of random generators,
+and our own records of these.
 
-The result of that reading does not depend on what a name stands for: names in a pickle are text in it, and a name that
-is not (the result of a call) is refused.
+The check does not depend on what a name refers to: names must be literal text in the pickle, and a computed name (the
+result of a call) is refused.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from lightning_ckptless.formats.schema import SchemaError
 
 
 class Packed(bytes):
-    """A value that this process, or another one of the run, has pickled, and that was admitted where that took it.
+    """A pickle that this process or another one of the run has written and that was admitted if necessary.
 
-    Only this is unpickled. A version holds such values in each other.
+    Only values of this type are unpickled. They may be nested.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -34,11 +34,11 @@ class Packed(bytes):
 
 
 class UntrustedError(SchemaError):
-    """A pickle names what it may not.
+    """A pickle refers to a name that is not allowed, or is damaged.
 
     Args:
-        name: the dotted name; empty where the pickle is damaged.
-        text: the finding in a sentence.
+        name: dotted name; empty if the pickle is damaged.
+        text: error message.
     """
 
     def __init__(self, name: str, text: str) -> None:
@@ -95,7 +95,7 @@ _SAFE_KINDS = re.compile(
     r"torch\.(bool|bfloat16|float(16|32|64)|float[48]_\w+|complex(32|64|128)|q?u?int\d+(x\d+)?)"
     r"|torch\.optim\.(lr_scheduler\.[A-Z]\w*|swa_utils\.SWALR(\.\w+)?)"
 )
-"""Names of dtypes, and of torch's own schedulers."""
+"""Names of dtypes and of torch's own schedulers."""
 
 PACKED = f"{Packed.__module__}.{Packed.__qualname__}"
 _INSTRUCTIONS = """
@@ -109,28 +109,28 @@ DAMAGED = (
     pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, MemoryError,
     RuntimeError, AssertionError, ImportError,
 )  # fmt: skip
-"""What a damaged pickle makes of the reader."""
+"""Errors that reading a damaged pickle can raise."""
 MEMBER = "lightning_ckptless.formats.packing.member"
 BUNDLE = "lightning_ckptless.trainer.state.device_pickle.open_bundle"
 
 
 def is_safe(name: str) -> bool:
-    """Whether whoever wrote a pickle may call what has a dotted name with whatever it likes."""
+    """Return whether a pickle may call the object with this dotted name with arbitrary arguments."""
     return name in _SAFE or _SAFE_KINDS.fullmatch(name) is not None
 
 
 def admit(data: bytes, trusted: Collection[str] = ()) -> Packed:
-    """Read a pickle from outside without doing what it says.
+    """Verify a pickle from disk or network without executing it.
 
     Args:
         data: the pickle.
         trusted: dotted names of classes and functions that are opted in.
 
     Returns:
-        The same bytes, which may be unpacked now.
+        The same bytes, which may now be unpacked.
 
     Raises:
-        UntrustedError: it names something else, or is damaged.
+        UntrustedError: the pickle refers to another name, or is damaged.
     """
     try:
         require_usual(data)
@@ -143,11 +143,11 @@ def admit(data: bytes, trusted: Collection[str] = ()) -> Packed:
 
 
 def require_usual(data: bytes) -> None:
-    """Refuse a pickle with instructions that no pickle of ours has: some of them take memory by a number in the file.
+    """Refuse a pickle with opcodes that we never write, since some allocate as much memory as the file requests.
 
     Raises:
-        UntrustedError: it has.
-        ValueError: it is no pickle.
+        UntrustedError: the pickle has such an opcode.
+        ValueError: the data is not a pickle.
     """
     for opcode, _, at in pickletools.genops(data):
         if opcode.name not in _OPCODES:
@@ -155,35 +155,35 @@ def require_usual(data: bytes) -> None:
 
 
 class _Inert:
-    """Stands for whatever a pickle makes."""
+    """Replaces every object that a pickle creates."""
 
     def __new__(cls, *_args: Any, **_kwargs: Any) -> Self:
         return super().__new__(cls)
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
-        """Take any arguments."""
+        """Accept any arguments."""
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> _Inert:
         return self
 
     def __setitem__(self, _key: Any, _value: Any) -> None:
-        """Take an entry."""
+        """Accept an entry."""
 
     def __setstate__(self, _state: Any) -> None:
-        """Take attributes."""
+        """Accept attributes."""
 
     def append(self, _item: Any) -> None:
-        """Take an item."""
+        """Accept an item."""
 
     def extend(self, _items: Any) -> None:
-        """Take items."""
+        """Accept items."""
 
     def add(self, _item: Any) -> None:
-        """Take a member."""
+        """Accept a member."""
 
 
 class _Reader(pickle.Unpickler):
-    """Reads a pickle, and looks at what it names alone.
+    """Reads a pickle and checks only the names that it refers to.
 
     Args:
         data: the pickle.
@@ -195,14 +195,14 @@ class _Reader(pickle.Unpickler):
         self._trusted = trusted
 
     def persistent_load(self, _place: Any) -> _Inert:
-        """A tensor or an optimizer that is known to whoever reads the pickle in earnest."""
+        """Replace a tensor or optimizer that is stored outside of the pickle."""
         return _Inert()
 
     def find_class(self, module: str, name: str) -> Any:
-        """Something without effect in the place of what is named.
+        """Return an inert replacement for a class or function.
 
         Raises:
-            UntrustedError: it may not be named.
+            UntrustedError: the name is not allowed.
         """
         whole = f"{module}.{name}"
         if whole == PACKED:
@@ -213,7 +213,7 @@ class _Reader(pickle.Unpickler):
             return self._member
         if is_safe(whole) or whole in self._trusted:
             return _Inert
-        raise UntrustedError(whole, f"it holds a {whole}, which is neither plain data nor opted in")
+        raise UntrustedError(whole, f"it has a {whole}, which is neither plain data nor opted in")
 
     def _inner(self, data: bytes) -> _Inert:
         admit(data, self._trusted)
@@ -223,15 +223,15 @@ class _Reader(pickle.Unpickler):
         return self._inner(body)
 
     def _member(self, module: str, name: str, _value: Any) -> _Inert:
-        """A member of an enumeration of the program, which the program has loaded."""
+        """Replace a member of an enumeration that the script has loaded."""
         whole = f"{module}.{name}"
         if whole not in self._trusted and not is_enumeration(found_in_program(module, name)):
-            raise UntrustedError(whole, f"it holds a {whole}, which is no enumeration of the program")
+            raise UntrustedError(whole, f"it has a {whole}, which is not an enumeration of the script")
         return _Inert()
 
 
 def found_in_program(module: str, name: str) -> Any:
-    """What has a name in a module that is loaded; None where there is none. Nothing is imported."""
+    """Return the object with this name in a loaded module; None if there is none. Imports nothing."""
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = getattr(found, part, None)
@@ -239,5 +239,5 @@ def found_in_program(module: str, name: str) -> Any:
 
 
 def is_enumeration(found: Any) -> bool:
-    """Whether something is a class of named members."""
+    """Return whether an object is an enumeration class."""
     return isinstance(found, type) and issubclass(found, enum.Enum)

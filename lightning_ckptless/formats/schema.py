@@ -1,7 +1,7 @@
-"""Schemas: what a value that was read from a file may be, checked before anything is allocated or computed from it.
+"""Schemas for values read from files, checked before anything is allocated or computed from them.
 
-A check takes a value, as JSON has it, and its place in the record. It returns the value to use, or raises. Checks are
-built from each other: `record(Owner, pid=integer(1, 4_194_304), started_at=number(0, 1e12))`.
+A check takes a JSON value and its path in the record, and returns the value to use or raises an error. Checks are
+composable: `record(Owner, pid=integer(1, 4_194_304), started_at=number(0, 1e12))`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Check = Callable[[Any, str], Any]
 
 SHOWN_CHARS = 60
 LARGEST = 1 << 53
-"""The largest whole number that every JSON reader keeps exactly: the limit of lengths, offsets and steps."""
+"""Largest integer that every JSON reader represents exactly: the limit for lengths, offsets and steps."""
 LONGEST_TEXT = 4096
 MOST_RANKS = 1 << 17
 MOST_ITEMS = 1 << 24
@@ -22,15 +22,15 @@ SECONDS = 1e12
 
 
 class SchemaError(ValueError):
-    """A value is not what its schema says."""
+    """A value does not match its schema."""
 
 
 def refused(place: str, expected: str, found: Any) -> SchemaError:
-    """The error for a value.
+    """Return the error for a value that does not match its schema.
 
     Args:
-        place: of the value in its record.
-        expected: what it should have been, in words.
+        place: path of the value in its record.
+        expected: description of valid values.
         found: the value.
     """
     shown = repr(found) if isinstance(found, bool | int | float | str | None) else f"a {type(found).__name__}"
@@ -39,18 +39,18 @@ def refused(place: str, expected: str, found: Any) -> SchemaError:
 
 
 def integer(least: int = 0, most: int = LARGEST) -> Check:
-    """A whole number within limits; a truth value is none."""
+    """Accept an integer within limits; booleans are refused."""
 
     def check(value: Any, place: str) -> int:
         if type(value) is not int or not least <= value <= most:
-            raise refused(place, f"a whole number from {least} to {most}", value)
+            raise refused(place, f"an integer from {least} to {most}", value)
         return value
 
     return check
 
 
 def number(least: float = 0.0, most: float = SECONDS) -> Check:
-    """A finite number within limits. What is no number lies outside of any."""
+    """Accept a finite number within limits; NaN is outside of any limits."""
 
     def check(value: Any, place: str) -> float:
         if type(value) not in (int, float) or not least <= value <= most:
@@ -61,25 +61,25 @@ def number(least: float = 0.0, most: float = SECONDS) -> Check:
 
 
 def boolean(value: Any, place: str) -> bool:
-    """A truth value."""
+    """Accept a boolean."""
     if type(value) is not bool:
         raise refused(place, "true or false", value)
     return value
 
 
 def text(pattern: str = "", *, longest: int = LONGEST_TEXT) -> Check:
-    """Text that has at most so many characters.
+    """Accept text of limited length.
 
     Args:
-        pattern: a regular expression that all of it must match; empty for any text.
-        longest: number of characters.
+        pattern: regular expression that the complete text must match; empty for any text.
+        longest: maximum number of characters.
     """
-    whole = re.compile(pattern) if pattern else None
+    compiled = re.compile(pattern) if pattern else None
 
     def check(value: Any, place: str) -> str:
         if type(value) is not str or len(value) > longest:
             raise refused(place, f"text of at most {longest} characters", value)
-        if whole is not None and not whole.fullmatch(value):
+        if compiled is not None and not compiled.fullmatch(value):
             raise refused(place, f"text that matches {pattern}", value)
         return value
 
@@ -87,7 +87,7 @@ def text(pattern: str = "", *, longest: int = LONGEST_TEXT) -> Check:
 
 
 def one_of(*allowed: str) -> Check:
-    """One of some words."""
+    """Accept one of several strings."""
 
     def check(value: Any, place: str) -> str:
         if type(value) is not str or value not in allowed:
@@ -98,17 +98,17 @@ def one_of(*allowed: str) -> Check:
 
 
 def optional(inner: Check) -> Check:
-    """What another check accepts, or nothing."""
+    """Accept None, or what another check accepts."""
     return lambda value, place: None if value is None else inner(value, place)
 
 
 def sequence(inner: Check, *, most: int = MOST_ITEMS, length: int | None = None) -> Check:
-    """A list, which becomes a tuple.
+    """Accept a list and convert it to a tuple.
 
     Args:
-        inner: of each item.
-        most: number of items.
-        length: the number of items where there is but one.
+        inner: check for each item.
+        most: maximum number of items.
+        length: exact number of items; None for any up to `most`.
     """
 
     def check(value: Any, place: str) -> tuple[Any, ...]:
@@ -120,12 +120,12 @@ def sequence(inner: Check, *, most: int = MOST_ITEMS, length: int | None = None)
 
 
 def table(key: Check, inner: Check, *, most: int = MOST_ITEMS) -> Check:
-    """An object with any keys.
+    """Accept an object with arbitrary keys.
 
     Args:
-        key: of each key.
-        inner: of each value.
-        most: number of entries.
+        key: check for each key.
+        inner: check for each value.
+        most: maximum number of entries.
     """
 
     def check(value: Any, place: str) -> dict[Any, Any]:
@@ -137,12 +137,12 @@ def table(key: Check, inner: Check, *, most: int = MOST_ITEMS) -> Check:
 
 
 def record(make: Callable[..., Any] = dict, /, *, extra: bool = False, **fields: Check) -> Check:
-    """An object with certain keys.
+    """Accept an object with given keys.
 
     Args:
-        make: called with the checked values by their names, such as a data class.
-        extra: whether there may be other keys, which are left out.
-        **fields: the check of each key; a key is only missing where that accepts None.
+        make: called with the checked values as keyword arguments, e.g. a data class.
+        extra: whether other keys are allowed, which are dropped.
+        **fields: check for each key; a key may be missing only if its check accepts None.
     """
 
     def check(value: Any, place: str) -> Any:
@@ -157,7 +157,7 @@ def record(make: Callable[..., Any] = dict, /, *, extra: bool = False, **fields:
 
 
 def as_it_is(inner: Check) -> Check:
-    """What another check accepts, not changed by it: lists stay lists."""
+    """Accept what another check accepts, and return the value unconverted."""
 
     def check(value: Any, place: str) -> Any:
         inner(value, place)
@@ -167,7 +167,7 @@ def as_it_is(inner: Check) -> Check:
 
 
 def plain(depth: int = 32) -> Check:
-    """Anything that JSON has, nested no deeper than that."""
+    """Accept any JSON value with limited nesting."""
 
     def check(value: Any, place: str) -> Any:
         inside: Sequence[Any] | Mapping[str, Any] = ()

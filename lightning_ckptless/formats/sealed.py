@@ -1,7 +1,7 @@
-"""Sealed records: JSON that says its kind and format, and has a digest of all that it says.
+"""Sealed records: JSON with its kind, its format number and a digest of the contents.
 
-The digest tells damage from what was written. It is no signature: who may write to the file may write another digest.
-So the fields are checked by a schema all the same.
+The digest detects damage. It is not a signature, as anyone with write access can write another digest, so the fields
+are always checked against a schema as well.
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ LONGEST_BYTES = 1 << 30
 
 
 class FormatError(SchemaError):
-    """A record is of another format, which another release of this package reads."""
+    """A record has another format, which another release of this package reads."""
 
 
 def seal(kind: str, number: int, fields: dict[str, Any]) -> bytes:
-    """A record as bytes.
+    """Serialize a record.
 
     Args:
-        kind: of the record, such as `arena`.
-        number: of the format of that kind.
-        fields: the record, of values that JSON has.
+        kind: kind of record, e.g. `arena`.
+        number: format number of that kind.
+        fields: JSON values of the record.
     """
-    whole = {"format": number, "kind": kind, **fields}
-    return json.dumps(whole | {"digest": _digest(whole)}, indent=1).encode()
+    contents = {"format": number, "kind": kind, **fields}
+    return json.dumps(contents | {"digest": _digest(contents)}, indent=1).encode()
 
 
 def unseal(data: bytes, kind: str, number: int, schema: Check) -> Any:
-    """The record in some bytes.
+    """Verify and read a record.
 
     Args:
-        data: what `seal` returned.
-        kind: of the record.
-        number: of its format.
-        schema: of its fields.
+        data: result of `seal`.
+        kind: expected kind of record.
+        number: expected format number.
+        schema: schema of the fields.
 
     Raises:
-        FormatError: it is of another format.
-        SchemaError: it is damaged, of another kind, or not what the schema says.
+        FormatError: the record has another format.
+        SchemaError: the record is damaged, has another kind, or does not match the schema.
     """
     fields = parse(data)
     if type(fields) is not dict:
         raise SchemaError("the record: expected an object")
-    found, said = fields.get("format"), fields.pop("digest", None)
-    # Another format may have another way to say its digest.
+    found, digest = fields.get("format"), fields.pop("digest", None)
+    # Checked before the digest, which another format may compute differently.
     if fields.get("kind") == kind and type(found) is int and found != number:
         raise FormatError(f"{kind} format {found}, expected {number}")
-    if said != _digest(fields):
+    if digest != _digest(fields):
         raise SchemaError("damaged: its digest does not match")
     if fields.pop("kind", None) != kind or fields.pop("format", None) != number:
         raise SchemaError(f"expected {kind} format {number}")
@@ -59,17 +59,17 @@ def unseal(data: bytes, kind: str, number: int, schema: Check) -> Any:
 
 
 def parse(data: bytes | str) -> Any:
-    """What some bytes say in JSON.
+    """Parse JSON.
 
     Raises:
-        SchemaError: they are no JSON.
+        SchemaError: the data is too long or not valid JSON.
     """
     if len(data) > LONGEST_BYTES:
         raise SchemaError(f"the record: {len(data)} bytes, expected at most {LONGEST_BYTES}")
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise SchemaError(f"the record: no JSON: {error}") from error
+        raise SchemaError(f"the record: invalid JSON: {error}") from error
 
 
 def _digest(fields: dict[str, Any]) -> str:

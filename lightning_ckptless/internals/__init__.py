@@ -1,1 +1,1 @@
-"""Every private name of torch and Lightning that is touched, with the variants of their versions side by side."""
+"""All uses of private names of torch and Lightning, with variants for their supported versions."""

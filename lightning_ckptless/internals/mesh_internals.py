@@ -1,7 +1,7 @@
-"""Every private torch name of sharded models that lightning_ckptless touches; those of other things are elsewhere.
+"""All uses of private torch names for sharded models; other private names of torch are in `torch_internals`.
 
-Each has a test in `tests/internals/test_mesh_internals.py` that fails when a new version moves it. Names that differ
-between the supported versions are in `mesh_versions`.
+Each has a test in `tests/internals/test_mesh_internals.py` that fails if a new version lacks the name. Names that
+differ between the supported versions are in `mesh_versions`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from lightning_ckptless.internals import mesh_versions
 
 
 def shard_box(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Corner and sizes of the box that this rank holds of a sharded tensor; None where what it holds is no box of it.
+    """Return offsets and sizes of this rank's part of a sharded tensor; None if the part is not a contiguous box.
 
-    Two dimensions of a mesh that shard the same dimension of a tensor in an order other than their own leave rows that
-    lie apart, unless they divide it evenly.
+    If two mesh dimensions shard the same tensor dimension in reverse order, the rows of a rank are not contiguous
+    unless the sizes divide evenly.
     """
     mesh, placements = tensor.device_mesh, tensor.placements
     if any(isinstance(placement, Partial) for placement in placements):
@@ -46,24 +46,24 @@ def shard_box(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None
 
 
 def _shards(placement: Any, dim: int) -> bool:
-    """Whether a placement shards one dimension of a tensor."""
+    """Return whether a placement shards this dimension of a tensor."""
     return isinstance(placement, Shard | _StridedShard) and placement.dim == dim
 
 
 def number_groups_from(first: int) -> None:
-    """Let the next process group that is made have this number for its name, or a later one.
+    """Make torch number the next process groups from this number or a higher one.
 
-    A mesh finds its groups by their names, each time that it uses them: groups that are made anew under the same names
-    are its groups.
+    A mesh looks up its groups by name at each use, so groups that are re-created under the same names become its
+    groups.
     """
     _world.group_count = max(_world.group_count, first)
 
 
 @contextmanager
 def one_by_one() -> Iterator[None]:
-    """Have groups made each for itself, not split off the default one as they are where that is bound to a device.
+    """Create groups independently instead of splitting a default group that is bound to a device.
 
-    NCCL ends the process when a communicator that was made behind a fault is split (torch 2.11, NCCL 2.28).
+    NCCL ends the process if a communicator that was created after a fault is split (torch 2.11, NCCL 2.28).
     """
     group = _get_default_group()
     bound, group.bound_device_id = group.bound_device_id, None
@@ -74,20 +74,20 @@ def one_by_one() -> Iterator[None]:
 
 
 def become(mesh: DeviceMesh, rebuilt: DeviceMesh) -> bool:
-    """Let a mesh, and all that was sliced from it, be as one that was made for another generation.
+    """Update a mesh and its slices in place to match one that was created for a new generation.
 
-    Tensors, modules and hooks of tensor parallelism hold meshes, some of them where nobody else can reach: so each has
-    to stay the object that it is.
+    Tensors, modules and hooks of tensor parallelism refer to meshes, some from places that cannot be reached, so the
+    mesh objects must stay the same.
 
     Args:
-        mesh: of the last generation, or made before there was one.
-        rebuilt: of as many dimensions, under the same names.
+        mesh: mesh of the last generation, or from before the first.
+        rebuilt: new mesh with the same dimension names.
 
     Returns:
-        Whether it has other sizes now, or this rank another place in it.
+        Whether its sizes or the coordinates of this rank have changed.
     """
     has_moved = (mesh.shape, mesh.get_coordinate()) != (rebuilt.shape, rebuilt.get_coordinate())
-    # Moved, not copied: a mesh is let go of late, and groups that are held end no thread.
+    # Moved, not copied: the new mesh may be freed late, and the threads of its groups run as long as it refers to them.
     groups = mesh_versions.take_groups(rebuilt)
     if not has_moved and mesh._dim_group_names == rebuilt._dim_group_names:
         vars(mesh).update(groups)
@@ -96,19 +96,19 @@ def become(mesh: DeviceMesh, rebuilt: DeviceMesh) -> bool:
         vars(mesh).update(vars(rebuilt) | groups)
         for part in slices:
             vars(part).update(vars(_slice_like(mesh, part)))
-    # What is looked up by a mesh does not know that this rank is another one in it.
+    # These caches use a mesh as the key and do not depend on the coordinates of this rank.
     mesh_versions.forget_operations()
     _gen_transform_infos.cache_clear()
     return has_moved
 
 
-def obstacle_to_dividing_anew(modules: Iterable[Any], tensors: Iterable[torch.Tensor], mesh: DeviceMesh) -> str:
-    """Why sharded tensors could not be divided over another number of ranks where they are; empty where they can.
+def obstacle_to_resharding(modules: Iterable[Any], tensors: Iterable[torch.Tensor], mesh: DeviceMesh) -> str:
+    """Return why sharded tensors cannot be resharded in place over another number of ranks; empty if they can.
 
     Args:
-        modules: those under `fully_shard`.
-        tensors: all that are to be divided, and others.
-        mesh: the one that they are to be sharded over.
+        modules: modules under `fully_shard`.
+        tensors: all tensors of the state, sharded or not.
+        mesh: mesh of the strategy.
     """
     if names := mesh_versions.flattened(mesh):
         return f"the mesh was flattened, into {', '.join(names)}"
@@ -117,25 +117,25 @@ def obstacle_to_dividing_anew(modules: Iterable[Any], tensors: Iterable[torch.Te
             return "layers are sharded over fewer ranks after their forward pass (reshard_after_forward is a number)"
         # Since torch 2.12.
         if getattr(group.mesh_info, "is_spmd_mesh", False):
-            return "fully_shard was told which dimensions of the mesh are data parallel (dp_mesh_dims)"
+            return "fully_shard was called with dp_mesh_dims"
         if mesh_versions.root_of(group.mesh_info.mesh) is not mesh:
             return "layers are sharded over another mesh than the strategy's"
     for tensor in tensors:
         if not isinstance(tensor, DTensor):
             continue
-        # Equal, for torch may have given it a mesh that it remembers.
+        # Compared by equality, as torch may have used an equal mesh from a cache.
         if mesh_versions.root_of(tensor.device_mesh) != mesh:
             return "a tensor is sharded over another mesh than the strategy's"
         if type(tensor._local_tensor) is not torch.Tensor:
-            return f"a sharded tensor is made of {type(tensor._local_tensor).__name__}"
+            return f"the local part of a sharded tensor is a {type(tensor._local_tensor).__name__}"
     return ""
 
 
-def divide_anew(modules: Iterable[Any]) -> list[Any]:
-    """Give every parameter under `fully_shard` room for what this rank holds of it now; its values are lost.
+def reshard_in_place(modules: Iterable[Any]) -> list[Any]:
+    """Resize every parameter under `fully_shard` to this rank's part in the new world; values are lost.
 
     Args:
-        modules: those under `fully_shard`; their mesh is of the new world, and no pass is under way.
+        modules: modules under `fully_shard`, with the mesh of the new world and no pass in progress.
 
     Returns:
         The parameters.
@@ -149,10 +149,10 @@ def divide_anew(modules: Iterable[Any]) -> list[Any]:
 
 
 def uneven_parameters(modules: Iterable[Any]) -> list[tuple[str, list[int], int, int]]:
-    """Parameters that `fully_shard` will not divide: name, sizes, dimension along which they are sharded, and ranks.
+    """Return the parameters that `fully_shard` cannot divide: name, sizes, sharded dimension, and number of ranks.
 
     Args:
-        modules: those under `fully_shard`; their mesh is of the new world.
+        modules: modules under `fully_shard`, with the mesh of the new world.
     """
     return [
         (parameter._param_fqn, list(parameter._orig_size), dim, ranks)
@@ -164,9 +164,9 @@ def uneven_parameters(modules: Iterable[Any]) -> list[tuple[str, list[int], int,
 
 
 def _divide_parameter(parameter: Any) -> None:
-    """What torch does when a module comes under `fully_shard`, but for a parameter that others know already."""
+    """Repeat what `fully_shard` does for a parameter, but keep the parameter object, to which others refer."""
     known, spec = parameter.sharded_param, mesh_versions.spec_before_sharding(parameter)
-    # A number that torch 2.12 and later look a parameter up by.
+    # A number by which torch 2.12 and later look up a parameter.
     number = {name: value for name, value in vars(parameter).items() if name == "_orig_param_uid"}
     whole = torch.empty(parameter._orig_size, dtype=known.dtype, device=parameter.device)
     if spec is not None:
@@ -179,19 +179,19 @@ def _divide_parameter(parameter: Any) -> None:
     parameter.sharded_param = known
     vars(parameter).update(number)
     parameter._setattr_on_modules(known)
-    # Of the size that all parts had together.
+    # These buffers have the size of the old world.
     parameter.all_gather_outputs = []
     vars(parameter).pop("_unsharded_param", None)
 
 
 def make_room_for_part(tensor: DTensor, mesh: DeviceMesh) -> None:
-    """Give a sharded tensor room for what this rank holds of it now; its values are lost.
+    """Resize a sharded tensor to this rank's part in the new world; values are lost.
 
     Args:
-        tensor: sharded over some dimensions of the mesh.
-        mesh: of the new world.
+        tensor: tensor that is sharded over some dimensions of the mesh.
+        mesh: mesh of the new world.
     """
-    # Torch remembers what an operation makes, with a mesh that was equal once: that of an earlier fit it may be.
+    # Torch caches the results of operations by equal meshes, so this may be a mesh from an earlier fit.
     over = _slice_like(mesh, tensor.device_mesh)
     sizes, _ = compute_local_shape_and_global_offset(tensor.shape, over, tensor.placements)
     tensor._local_tensor = tensor._local_tensor.new_zeros(sizes)
@@ -199,7 +199,7 @@ def make_room_for_part(tensor: DTensor, mesh: DeviceMesh) -> None:
 
 
 def _slice_like(mesh: DeviceMesh, part: DeviceMesh) -> DeviceMesh:
-    """The dimensions of a mesh that another one has."""
+    """Return the dimensions of a mesh that another one has."""
     names = part.mesh_dim_names
     assert names is not None
     return mesh_versions.slice_of(mesh, names)
@@ -211,15 +211,15 @@ def _groups(modules: Iterable[Any]) -> Iterator[Any]:
 
 
 def forget_iteration(modules: Iterable[Any]) -> None:
-    """Let modules under `fully_shard` forget a pass that was cut off, and look up their groups anew.
+    """Reset modules under `fully_shard` after an interrupted pass, and make them look up their groups again.
 
     Args:
-        modules: all of a model; those that were never used have nothing to forget.
+        modules: all such modules of a model, used or not.
     """
     states = [(module, module._get_fsdp_state()) for module in modules]
     for _, state in states:
         for group in mesh_versions.parameter_groups(state):
-            # It would be waited for, and comes no more: its connections are cut.
+            # Waiting for it would hang, as the group was aborted.
             group._all_gather_result = None
     for module, state in states:
         if state._is_root:

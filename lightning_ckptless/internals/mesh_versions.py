@@ -1,7 +1,7 @@
-"""What differs between versions of torch in sharded models: variants side by side, with the versions in their names.
+"""Variants for different versions of torch in sharded models, with the versions in their names.
 
-`mesh_internals` uses the names without a version. A variant is chosen by what torch has, not by its number: builds
-between two releases (`2.8.0a0`, as in some container images) have part of the next one.
+`mesh_internals` uses the names without a version. A variant is selected by feature, not by version number, since builds
+between two releases (`2.8.0a0`, as in some container images) have a part of the next release.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _parameter_groups_until_2_11(state: Any) -> list[Any]:
 parameter_groups = (
     _parameter_groups_since_2_12 if has(FSDPState, "_fsdp_param_groups") else _parameter_groups_until_2_11
 )
-"""The groups of parameters of a module under `fully_shard` that are gathered together."""
+"""Return the groups of parameters of a module under `fully_shard` that are gathered together."""
 
 
 def _spec_before_sharding_since_2_12(parameter: Any) -> Any:
@@ -60,13 +60,13 @@ def _shard_until_2_11(parameter: Any, whole: Any) -> None:
 
 _HAS_SPEC = has(FSDPParam, "_unsharded_dtensor_spec")
 spec_before_sharding = _spec_before_sharding_since_2_12 if _HAS_SPEC else _spec_before_sharding_until_2_11
-"""How a parameter was distributed before `fully_shard`; None where it was a plain tensor."""
+"""Return the distribution of a parameter before `fully_shard`; None if it was a plain tensor."""
 shard = (
     _shard_since_2_12
     if "mesh_info" in inspect.signature(FSDPParam._init_sharded_param).parameters
     else _shard_until_2_11
 )
-"""Shard a parameter as `fully_shard` does, along the dimension that it is sharded along now."""
+"""Shard a parameter like `fully_shard`, along its current dimension."""
 
 
 def _reset_iteration_since_2_13(module: Any) -> None:
@@ -94,7 +94,7 @@ def _reset_iteration_until_2_12(module: Any) -> None:
 
 
 def _reductions(shared: Any) -> list[Any] | tuple[Any]:
-    """The reductions under way: several since torch 2.12, one before."""
+    """Return the reductions in progress: several since torch 2.12, one before."""
     return shared.reduce_scatter_states if hasattr(shared, "reduce_scatter_states") else (shared.reduce_scatter_state,)
 
 
@@ -112,7 +112,7 @@ def _reset_group_until_2_12(root: Any, group: Any) -> None:
 
 
 def _wait_for(root: Any, communications: Iterable[Any]) -> None:
-    """Have the current stream wait until the memory of collectives that were started is free; not the CPU."""
+    """Make the current stream, but not the CPU, wait until the memory of collectives in progress is free."""
     for one in communications:
         if one is not None and one.event is not None:
             root._device_handle.current_stream().wait_event(one.event)
@@ -121,7 +121,7 @@ def _wait_for(root: Any, communications: Iterable[Any]) -> None:
 reset_iteration = (
     _reset_iteration_since_2_13 if hasattr(FSDPModule, "reset_iter_state") else _reset_iteration_until_2_12
 )
-"""Have the root of the modules under `fully_shard` forget a pass that was cut off; its gradients are lost."""
+"""Reset the root of the modules under `fully_shard` after an interrupted pass; gradients are lost."""
 
 
 # ---------------------------------------------------------------------- meshes
@@ -159,7 +159,7 @@ def _changing_since_2_10(mesh: DeviceMesh) -> Iterator[list[DeviceMesh]]:
 
 @contextmanager
 def _changing_until_2_9(mesh: DeviceMesh) -> Iterator[list[DeviceMesh]]:
-    # A table says what a mesh was sliced from, by what the slice is equal to: changed slices would not be found in it.
+    # A table maps slices to the original mesh by equality, so a changed slice would not be found in it.
     roots = device_mesh._mesh_resources.child_to_root_mapping
     slices = [found for found in _meshes() if found is not mesh and roots.get(found) == mesh]
     for part in slices:
@@ -174,17 +174,17 @@ def _meshes() -> list[DeviceMesh]:
 
 _KNOWS_ROOT = hasattr(DeviceMesh, "_get_root_mesh")
 root_of = _root_of_since_2_10 if _KNOWS_ROOT else _root_of_until_2_9
-"""The mesh that one was sliced from; itself where it was not."""
+"""Return the mesh that a mesh was sliced from, or the mesh itself."""
 flattened = _flattened_since_2_10 if _KNOWS_ROOT else _flattened_until_2_9
-"""Names under which dimensions of a mesh were flattened into one."""
+"""Return the names of flattened dimensions of a mesh."""
 slice_of = _slice_since_2_10 if hasattr(DeviceMesh, "_concatenate") else _slice_until_2_9
-"""Some dimensions of a mesh, in their order."""
+"""Return some dimensions of a mesh, in their order."""
 changing = _changing_since_2_10 if _KNOWS_ROOT else _changing_until_2_9
-"""Everything that was sliced from a mesh, to be changed with it."""
+"""Context that yields all slices of a mesh, to be changed together with it."""
 
 
 def take_groups(mesh: DeviceMesh) -> dict[str, Any]:
-    """What a mesh holds of its groups itself, which it no longer does then: nothing before torch 2.11."""
+    """Remove and return the references of a mesh to its groups; it has none before torch 2.11."""
     groups = vars(mesh).get("_pg_registry")
     if groups is None:
         return {}
@@ -196,6 +196,6 @@ def take_groups(mesh: DeviceMesh) -> dict[str, Any]:
 
 
 def forget_operations() -> None:
-    """Have torch forget what operations on sharded tensors result in; since 2.10 it remembers that in C++ as well."""
+    """Clear torch's caches of sharding propagation; since 2.10 there is one in C++ as well."""
     DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
     getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", lambda: None)()

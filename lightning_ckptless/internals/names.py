@@ -1,7 +1,7 @@
-"""Whether private names of another project are where this package looks for them, found out before they are used.
+"""Checks before training that all private names of another library that this package uses exist.
 
-Names of a class include the attributes that its methods use: most of what is touched is set when an object is made, and
-there is no object yet.
+For a class, the attributes that its methods use count as well: most of the names are set in constructors, and there are
+no objects yet.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from typing import Any
 from lightning_ckptless.errors import VersionError
 
 Table = Mapping[str, str]
-"""By `module` or `module:Class`: names that it has, separated by spaces."""
+"""Required names, separated by spaces, by `module` or `module:Class`."""
 
 
 def require(library: str, version: str, table: Table) -> None:
-    """Refuse a version of a library that has moved names of a table.
+    """Refuse a version of a library that lacks names of a table.
 
     Args:
-        library: its name.
-        version: of it.
-        table: names that are used.
+        library: name of the library.
+        version: version of the library.
+        table: required names.
 
     Raises:
-        VersionError: some are not there.
+        VersionError: some names do not exist.
     """
-    if moved := list(missing(table)):
+    if absent := list(missing(table)):
         raise VersionError(
-            f"{library} {version} has moved {', '.join(moved)}: lightning_ckptless cannot work with it. Install a "
-            f"version of {library} that is in the table of supported ones (see the page on compatibility)"
+            f"{library} {version} lacks {', '.join(absent)}, which lightning_ckptless uses: install a supported "
+            f"version of {library} (see the compatibility page)"
         )
 
 
 def missing(table: Table) -> Iterator[str]:
-    """The names of a table that are not where it says."""
+    """Yield the names of a table that do not exist."""
     for place, names in table.items():
         owner = _owner(place)
         for name in names.split():
@@ -46,11 +46,11 @@ def missing(table: Table) -> Iterator[str]:
 
 
 def has(owner: Any, name: str) -> bool:
-    """Whether a module, or a class and its objects, have a name.
+    """Return whether a module has a name, or a class or its objects have it.
 
     Args:
-        owner: the module or class.
-        name: of one of its parts; for a class also of an attribute that a method of it uses.
+        owner: module or class.
+        name: name of a member; for a class also an attribute that one of its methods uses.
     """
     if hasattr(owner, name):
         return True
@@ -69,7 +69,7 @@ def _owner(place: str) -> Any:
 
 
 def _used_in(cls: type) -> set[str]:
-    """The names that a class annotates, and those that the code of its methods and properties uses."""
+    """Return the annotated names of a class and those used in its methods and properties."""
     found = set(vars(cls).get("__annotations__", ()))
     for value in vars(cls).values():
         for function in (value, getattr(value, "fget", None), getattr(value, "__func__", None)):

@@ -1,6 +1,6 @@
-"""Every private torch name that lightning_ckptless touches, and nothing else.
+"""All uses of private torch names, except those for sharded models.
 
-Each has a test in `tests/internals/test_torch_internals.py` that fails loudly when a new version moves it.
+Each has a test in `tests/internals/test_torch_internals.py` that fails if a new version lacks the name.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ _T = TypeVar("_T")
 
 
 def version_counter(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed in place; writes through `.data` are not counted, nor those in inference mode."""
+    """Return how often a tensor was changed in place, except through `.data` and in inference mode."""
     return 0 if tensor.is_inference() else int(tensor._version)
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], data: Any) -> Any:
-    """Nested data with a function applied to every tensor in it; containers are made anew, other leaves stay."""
+    """Apply a function to every tensor in nested data; containers are copied, other leaves are kept."""
     return tree_map_only(torch.Tensor, function, data)
 
 
 def leaves_of(data: Any) -> list[Any]:
-    """What lies in nested containers; the thing itself where it is none."""
+    """Return the leaves of nested containers; the object itself if it is not a container."""
     return list(tree_leaves(data))
 
 
 def index_sampler(loader: DataLoader[Any]) -> Any:
-    """The sampler that drives a loader."""
+    """Return the sampler that a loader iterates over."""
     return loader._index_sampler
 
 
 def vars_in_mro(cls: type, name: str) -> Any:
-    """A class attribute as it was defined, not as it is read."""
+    """Return a class attribute without invoking descriptors."""
     for base in cls.__mro__:
         if name in vars(base):
             return vars(base)[name]
@@ -62,27 +62,27 @@ def vars_in_mro(cls: type, name: str) -> Any:
 
 
 def is_map_style(loader: DataLoader[Any]) -> bool:
-    """Whether the loader asks its dataset by index."""
+    """Return whether a loader reads its dataset by index."""
     return int(loader._dataset_kind) == 0
 
 
 def set_batches_yielded(iterator: Any, count: int) -> None:
-    """Tell a loader's iterator how many batches were handed out before it was made."""
+    """Set the number of batches that a loader's iterator has already returned."""
     iterator._num_yielded = count
 
 
 def has_own_iteration(loader_class: type) -> bool:
-    """Whether a loader's class makes iterators in another way than `DataLoader`."""
+    """Return whether a loader's class creates iterators differently from `DataLoader`."""
     return any(vars_in_mro(loader_class, name) is not vars(DataLoader)[name] for name in ("__iter__", "_get_iterator"))
 
 
 def is_own_iterator(iterator: Any) -> bool:
-    """Whether an iterator is one of torch's own over a loader."""
+    """Return whether an iterator is one of torch's own loader iterators."""
     return isinstance(iterator, _BaseDataLoaderIter)
 
 
 def wrap_fetch(iterator: Any, wrap: Callable[[Callable[[], Any]], Callable[[], Any]]) -> None:
-    """Put a function around an iterator's fetch of the next batch, without making the iterator refer to itself."""
+    """Wrap an iterator's fetch of the next batch without creating a reference cycle."""
     own = weakref.WeakMethod(iterator._next_data)
 
     def fetch() -> Any:
@@ -94,12 +94,12 @@ def wrap_fetch(iterator: Any, wrap: Callable[[Callable[[], Any]], Callable[[], A
 
 
 def pin(data: Any) -> Any:
-    """Pinned copies of all tensors in a batch."""
+    """Return a batch with pinned copies of all tensors."""
     return pin_memory(data)  # type: ignore[no-untyped-call]
 
 
 class RotatedWorkersIterator(_MultiProcessingDataLoaderIter):
-    """Worker processes of a loader, of which the first batch goes to another one than the first.
+    """A multiprocessing iterator whose first batch is prepared by a given worker.
 
     Args:
         loader: the loader to iterate over.
@@ -118,7 +118,7 @@ class RotatedWorkersIterator(_MultiProcessingDataLoaderIter):
 
 
 class _LoaderView:
-    """A loader as its iterators read it, with some attributes exchanged."""
+    """A view of a loader for its iterators, with some attributes replaced."""
 
     def __init__(self, loader: DataLoader[Any], instead: Mapping[str, Any]) -> None:
         self.__dict__.update(instead)
@@ -129,13 +129,13 @@ class _LoaderView:
 
 
 def make_iterator(loader: DataLoader[Any], sampler: Any, rotation: int, instead: Mapping[str, Any]) -> Any:
-    """An iterator as `DataLoader.__iter__` makes it, which reads some attributes of the loader elsewhere.
+    """Create an iterator like `DataLoader.__iter__`, with some attributes of the loader replaced.
 
     Args:
-        loader: stays as it is, but for the iterator that it keeps where its workers are persistent.
-        sampler: drives the iterator.
+        loader: loader, which is not changed except for the iterator that it keeps for persistent workers.
+        sampler: sampler to iterate over.
         rotation: index of the worker that prepares the first batch.
-        instead: further attributes by name.
+        instead: further attributes to replace, by name.
     """
     view: Any = _LoaderView(loader, {**instead, "_index_sampler": sampler})
     is_persistent = loader.persistent_workers and loader.num_workers > 0
@@ -153,7 +153,7 @@ def make_iterator(loader: DataLoader[Any], sampler: Any, rotation: int, instead:
 
 @contextmanager
 def watching_inner_iterators(loader: Any, wrap: Callable[[Callable[[], Any]], Callable[[], Any]]) -> Iterator[None]:
-    """Put a function around the fetches of the iterators that a loader makes of itself meanwhile."""
+    """Wrap the fetches of iterators that a loader's own `__iter__` creates in this context."""
     make = loader._get_iterator
 
     def make_watched() -> Any:
@@ -170,12 +170,12 @@ def watching_inner_iterators(loader: Any, wrap: Callable[[Callable[[], Any]], Ca
 
 
 def parameter_dicts(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A module's own parameters and buffers, as the live dictionaries that assignments go into."""
+    """Return the live dictionaries of a module's own parameters and buffers."""
     return module._parameters, module._buffers
 
 
 def start_tails(workers: Any) -> None:
-    """Start the threads that show what an elastic context's workers write to their log files."""
+    """Start the threads that print what an elastic context's workers write to their log files."""
     for tail in _tails_since_2_10(workers) if hasattr(workers, "_tail_logs") else _tails_until_2_9(workers):
         tail.start()
 
@@ -189,20 +189,20 @@ def _tails_until_2_9(workers: Any) -> list[Any]:
 
 
 def forget_worker_store(handler: Any) -> None:
-    """Have an elastic rendezvous make a new store for the workers of its next round.
+    """Make an elastic rendezvous create a new store for the workers of its next round.
 
-    It would hand the same store to every round: the keys of the dead are still in it, and an agent that comes later
-    waits for an address that is not published again.
+    Otherwise it uses the same store for every round, which still has keys of dead workers, and an agent that joins
+    later waits for an address that is not published again.
     """
     handler._bootstrap_store_info = None
     handler._shared_tcp_store_server = None
 
 
 def rendezvous_state_to_json(pickled: bytes) -> bytes:
-    """The state of an elastic rendezvous as data.
+    """Convert the state of an elastic rendezvous to JSON.
 
     Args:
-        pickled: as torch elastic has pickled it in this process; nothing from elsewhere.
+        pickled: state pickled by torch elastic in this process; never data from elsewhere.
     """
     state: _RendezvousState = pickle.loads(pickled)
     fields = {
@@ -224,10 +224,10 @@ def _node_fields(node: _NodeDesc) -> list[Any]:
 
 
 def rendezvous_state_from_json(text: bytes) -> bytes:
-    """The state of an elastic rendezvous as torch elastic pickles it, from data that anyone may have written.
+    """Convert untrusted JSON to the pickled state that torch elastic expects.
 
     Raises:
-        ValueError: it is no such state.
+        ValueError: the JSON is not a valid state.
     """
     try:
         fields = json.loads(text)
@@ -241,7 +241,7 @@ def rendezvous_state_from_json(text: bytes) -> bytes:
         state.redundancy_list = {_node_of(node) for node in fields["redundancy_list"]}
         state.last_heartbeats = {_node_of(node): _time(at) for node, at in fields["last_heartbeats"]}
     except (TypeError, LookupError, RecursionError) as error:
-        raise ValueError(f"no state of a rendezvous: {error!r}") from error
+        raise ValueError(f"invalid rendezvous state: {error!r}") from error
     return pickle.dumps(state)
 
 
@@ -264,38 +264,38 @@ def _of_type(kind: type[_T], value: Any) -> _T:
 
 
 def is_this_machine(host: str) -> bool:
-    """Whether a host name or address means this machine, as an elastic rendezvous decides it."""
+    """Return whether an elastic rendezvous considers a host name or address to be this host."""
     return bool(_matches_machine_hostname(host))
 
 
 def forbid_restarts(agent: Any) -> None:
-    """Have an elastic agent give up at the next failure."""
+    """Make an elastic agent fail at the next failure of a worker."""
     agent._remaining_restarts = 0
 
 
 def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor], *, non_blocking: bool = False) -> None:
-    """Copy each source into its target, in one call that gives up the interpreter lock once, not once per tensor."""
+    """Copy each source to its target in one call, which releases the interpreter lock once instead of per tensor."""
     if targets:
         torch._foreach_copy_(targets, sources, non_blocking=non_blocking)
 
 
 def finished_work() -> Any:
-    """What a collective returns that has nothing to wait for."""
+    """Return a completed `Work` object, as the result of a collective."""
     future: torch.futures.Future[None] = torch.futures.Future()
     future.set_result(None)
     return _create_work_from_future(future)
 
 
 def process_groups() -> list[Any]:
-    """The process groups of this process, the default one first."""
+    """Return the process groups of this process, the default one first."""
     return list(_world.pg_map)
 
 
 def restart_group_names() -> None:
-    """Name the next process groups as a new process would, which is what peers look for in the store.
+    """Make torch name the next process groups as in a new process, as peers look up these names in the store.
 
-    torch numbers the groups of a process, those that could not be made included, and starts again only when a default
-    group is destroyed. A rank whose default group was cut while it was being made would keep its count.
+    torch numbers the groups of a process, including those whose creation failed, and restarts only when a default group
+    is destroyed. A rank whose default group was aborted during its creation would keep its count.
     """
     assert not _world.pg_map, "there are process groups, whose names would be given twice"
     _world.group_count = 0
@@ -303,10 +303,10 @@ def restart_group_names() -> None:
 
 @contextmanager
 def unchanged_excepthook(*, enabled: bool = True) -> Iterator[None]:
-    """Keep `sys.excepthook` as it is: torch wraps it again for each default process group of a process.
+    """Preserve `sys.excepthook`, which torch wraps again for each default process group.
 
     Args:
-        enabled: whether to.
+        enabled: whether to preserve it.
     """
     before = sys.excepthook
     yield
@@ -315,24 +315,24 @@ def unchanged_excepthook(*, enabled: bool = True) -> Iterator[None]:
 
 
 def open_fake_groups(rank: int, world_size: int) -> None:
-    """Make a default process group that sends nothing."""
-    # Before torch 2.9 such groups have to be registered, and given a store.
+    """Create a default process group that does not communicate."""
+    # Before torch 2.9, such groups must be registered and need a store.
     importlib.import_module("torch.testing._internal.distributed.fake_pg")
     store = HashStore()
     torch.distributed.init_process_group("fake", store=store, rank=rank, world_size=world_size)
 
 
 def abort_device_groups() -> int:
-    """Abort every communicator of a device: what waits in one fails. gloo's call of that name does nothing.
+    """Abort all device communicators, so that pending collectives fail. gloo's method of that name does nothing.
 
     Returns:
-        How many there are.
+        Number of communicators.
     """
     count = 0
     for group in process_groups():
         for device_type in group._device_types:
             backend = None if device_type.type == "cpu" else group._get_backend(device_type)
-            # One that sends nothing has no name before torch 2.9.
+            # Before torch 2.9, a fake backend has no name.
             is_fake = type(backend).__name__ == "FakeProcessGroup"
             if backend is not None and not is_fake and backend.name() != "gloo" and hasattr(backend, "abort"):
                 backend.abort()
@@ -341,12 +341,12 @@ def abort_device_groups() -> int:
 
 
 def cuda_was_lost_by_fork() -> bool:
-    """Whether this process was forked from one that had asked CUDA for something: it cannot use CUDA then."""
+    """Return whether this process cannot use CUDA, because it was forked from one that had used it."""
     return bool(torch.cuda._is_in_bad_fork())
 
 
 def use_process_group(model: Any, group: Any) -> None:
-    """Let a wrapped model sum its gradients in another process group, and forget a backward pass that was cut off."""
+    """Make a DDP model use another process group, and reset it after an interrupted backward pass."""
     model._update_process_group(group)
 
 
@@ -354,14 +354,14 @@ _UNUSED_PARAMETERS = "Expected to have finished reduction in the prior iteration
 
 
 def settle_buckets(model: Any) -> bool:
-    """Divide the gradients into the buckets that the next forward pass would divide them into.
+    """Rebuild the gradient buckets now, as the next forward pass would.
 
-    torch does it once, in the second forward pass of a process, in the order in which the first backward pass has made
-    the gradients. All ranks must call it together: rank 0's order counts.
+    torch does this once, in the second forward pass of a process, in the order in which the first backward pass
+    produced the gradients. All ranks must call it together; the order of rank 0 is used.
 
     Returns:
-        Whether it has been done, now or before. It is not where a parameter has no gradient: the next forward pass
-        refuses that, if there is one.
+        Whether the buckets have been rebuilt, now or before. They cannot be while a parameter has no gradient, which
+        the next forward pass refuses, if there is one.
     """
     try:
         if not model._has_rebuilt_buckets and model.reducer._rebuild_buckets():
@@ -373,17 +373,17 @@ def settle_buckets(model: Any) -> bool:
 
 
 def bucket_layout(model: Any) -> list[list[int]]:
-    """Which parameters share a bucket, by their places among all: those that want gradients now may be others."""
+    """Return the parameters of each bucket by index among all parameters, as `requires_grad` may have changed since."""
     places = {id(parameter): place for place, parameter in enumerate(model.module.parameters())}
     buckets = model.reducer._get_zeros_like_grad_buckets()
     return [[places[id(parameter)] for parameter in bucket.parameters()] for bucket in buckets]
 
 
 def set_bucket_layout(model: Any, layout: list[list[int]]) -> None:
-    """Give a model new buckets; hooks of communication that were registered stay.
+    """Set the buckets of a model; registered communication hooks are kept.
 
-    A ring of three ranks or more adds the parts of a bucket in an order that depends on where in it they lie, so that
-    other buckets round otherwise.
+    A ring of three or more ranks adds the parts of a bucket in an order that depends on their positions, so different
+    buckets give different rounding errors.
     """
     summed = sorted(place for bucket in layout for place in bucket)
     with _wanting_gradients(list(model.module.parameters()), frozenset(summed)):
@@ -393,7 +393,7 @@ def set_bucket_layout(model: Any, layout: list[list[int]]) -> None:
 
 @contextmanager
 def _wanting_gradients(parameters: list[torch.nn.Parameter], places: Collection[int]) -> Iterator[None]:
-    """Let those parameters want gradients, and no others, as they did when the model was wrapped."""
+    """Set `requires_grad` for exactly these parameters, as when the model was wrapped."""
     before = [parameter.requires_grad for parameter in parameters]
     try:
         for place, parameter in enumerate(parameters):
@@ -410,7 +410,7 @@ def _set_reducer(model: Any, layout: list[list[int]]) -> None:
     def as_given(_: Any, limits: list[int], *__: Any) -> tuple[list[list[int]], list[int]]:
         return layout[::-1], [limits[-1]] * len(layout)
 
-    # What a reducer is given differs between versions of torch, so torch makes it: with our buckets for its own.
+    # The arguments of a reducer differ between versions of torch, so let torch create it, with our buckets.
     maker: Any = torch.distributed
     compute = maker._compute_bucket_assignment_by_size
     maker._compute_bucket_assignment_by_size = as_given
@@ -428,7 +428,7 @@ def _set_reducer(model: Any, layout: list[list[int]]) -> None:
 
 
 def storage_bytes(storage: Any) -> tuple[bytes, torch.dtype | None, str]:
-    """The bytes of a tensor, the dtype that they are seen as (None for none), and their kind of device."""
+    """Return the bytes of a storage, its dtype (None if untyped), and its device type."""
     dtype = storage.dtype if isinstance(storage, torch.TypedStorage) else None
     untyped = storage._untyped_storage if isinstance(storage, torch.TypedStorage) else storage
     data = torch.empty(0, dtype=torch.uint8).set_(untyped.cpu()).numpy().tobytes()
@@ -436,18 +436,18 @@ def storage_bytes(storage: Any) -> tuple[bytes, torch.dtype | None, str]:
 
 
 def storage_of(data: torch.Tensor, dtype: torch.dtype | None) -> Any:
-    """What `storage_bytes` has taken apart.
+    """Rebuild a storage from the results of `storage_bytes`.
 
     Args:
-        data: its bytes, as uint8.
-        dtype: that they are seen as; None for none.
+        data: bytes of the storage, as uint8.
+        dtype: dtype of the storage; None if untyped.
     """
     untyped = data.untyped_storage()
     return untyped if dtype is None else torch.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
 
 
 def storage_place(relative_path: str, offset: int, length: int) -> Any:
-    """Where torch.distributed.checkpoint has put an entry."""
+    """Build the record of where torch.distributed.checkpoint has stored an entry."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo  # noqa: PLC0415 - takes half a second
 
     return _StorageInfo(relative_path, offset, length)

@@ -1,4 +1,4 @@
-"""The private names of torch that are used, by where they are; variants that not every version has are left out."""
+"""The private names of torch that are used, by module or class, except variants that some versions lack."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WORKER = {
     f"{_DATA}:_MultiProcessingDataLoaderIter": "_try_put_index _worker_queue_idx_cycle",
     f"{_DATA}:_SingleProcessDataLoaderIter": "_next_data",
 }
-"""Of workers: data parallelism and data."""
+"""Names used by all workers."""
 
 SHARDED = {
     "torch.distributed.device_mesh:DeviceMesh": "_dim_group_names get_coordinate",
@@ -53,7 +53,7 @@ SHARDED = {
         all_gather_outputs fsdp_placement mesh_info sharded_param
     """,
 }
-"""Of workers with sharded models."""
+"""Names used by workers with sharded models."""
 
 AGENT = {
     f"{_ELASTIC}.agent.server.local_elastic_agent:LocalElasticAgent": """
@@ -70,16 +70,16 @@ AGENT = {
     """,
     f"{_ELASTIC}.rendezvous.utils": "_matches_machine_hostname",
 }
-"""Of agents."""
+"""Names used by agents."""
 
 
 def require(table: names.Table) -> None:
-    """Refuse a version of torch that has moved names.
+    """Refuse a version of torch that lacks required names.
 
     Args:
-        table: names that are used.
+        table: required names.
 
     Raises:
-        VersionError: some are not where they are expected.
+        VersionError: some names do not exist.
     """
     names.require("torch", version("torch"), table)

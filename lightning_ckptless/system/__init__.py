@@ -1,1 +1,1 @@
-"""What the operating system says: processes, control groups, files that no other user can have written."""
+"""Operating system interfaces: /proc, control groups, files of anonymous memory, and private files."""

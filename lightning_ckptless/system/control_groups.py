@@ -1,10 +1,10 @@
-"""The control groups of this process: what they allow, and what the kernel has killed in them.
+"""The control groups of a process: limits, usage, and out-of-memory kills.
 
 | Version | 1 | 2 |
 |---|---|---|
 | Limit | `memory.limit_in_bytes`, `pids.max` | `memory.max`, `pids.max` |
-| Use | `memory.usage_in_bytes`, `pids.current` | `memory.current`, `pids.current` |
-| Kills for lack of memory | `oom_kill` in `memory.oom_control` | `oom_kill` in `memory.events` |
+| Usage | `memory.usage_in_bytes`, `pids.current` | `memory.current`, `pids.current` |
+| Out-of-memory kills | `oom_kill` in `memory.oom_control` | `oom_kill` in `memory.events` |
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Resource = Literal["memory", "pids"]
 
 PROC = Path("/proc/self")
 _PRACTICALLY_UNLIMITED = 1 << 60
-"""Version 1 has no word for "no limit", but a number near 2^63."""
+"""Version 1 represents "no limit" as a number near 2^63."""
 _FILES = {
-    # By resource and version: limit, use, and the file that a group has if the resource is counted there.
+    # By resource and version: limit, usage, and a file that exists only if the group counts the resource.
     ("memory", 1): ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.oom_control"),
     ("memory", 2): ("memory.max", "memory.current", "memory.events"),
     ("pids", 1): ("pids.max", "pids.current", "pids.current"),
@@ -32,11 +32,11 @@ _FILES = {
 
 @dataclass(frozen=True, slots=True)
 class Ceiling:
-    """The limit of a control group that leaves least room.
+    """The tightest limit of a process's control groups.
 
     Args:
-        limit: in bytes or processes.
-        used: of it, without what the kernel can take back.
+        limit: limit in bytes or processes.
+        used: usage without memory that the kernel can reclaim.
         group: folder of the control group.
     """
 
@@ -46,7 +46,7 @@ class Ceiling:
 
     @property
     def room(self) -> int:
-        """What is left."""
+        """Remaining bytes or processes."""
         return max(0, self.limit - self.used)
 
 
@@ -55,10 +55,10 @@ class ControlGroup:
     """The control group that counts a resource of a process.
 
     Args:
-        resource: which.
-        folder: of its files.
-        mount: root of its hierarchy, as far as it is visible.
-        version: of control groups, 1 or 2.
+        resource: kind of resource.
+        folder: folder of the group.
+        mount: visible root of its hierarchy.
+        version: version of control groups, 1 or 2.
     """
 
     resource: Resource
@@ -67,7 +67,7 @@ class ControlGroup:
     version: int
 
     def ceilings(self) -> list[Ceiling]:
-        """The limits of this group and of those around it."""
+        """Return the limits of this group and of its parents."""
         limit_name, used_name, _ = _FILES[self.resource, self.version]
         found = []
         for folder in _up_to(self.mount, self.folder):
@@ -79,15 +79,15 @@ class ControlGroup:
         return found
 
     def kills(self) -> int:
-        """How many of its processes the kernel has killed for lack of memory."""
+        """Return the number of out-of-memory kills in this group."""
         return _number(self.folder / _FILES["memory", self.version][2], "oom_kill") or 0
 
 
 def control_group(resource: Resource, proc: Path = PROC) -> ControlGroup | None:
-    """The group that counts a resource of a process; None where there is none, or it is not visible.
+    """Return the group that counts a resource of a process; None if there is none, or it is not visible.
 
     Args:
-        resource: which.
+        resource: kind of resource.
         proc: folder of the process, e.g. `/proc/self`.
     """
     lines = [line.split(":", 2) for line in _read(proc / "cgroup").splitlines()]
@@ -98,19 +98,19 @@ def control_group(resource: Resource, proc: Path = PROC) -> ControlGroup | None:
         for root, mount, found, options in mounts:
             if controller in paths and found == kind and (version == 2 or controller in options):
                 path = paths[controller]
-                # In a container the path may be that of the host, of which only the mount is to be seen.
+                # In a container, the path may be that of the host, of which only the mount is visible.
                 folder = mount / os.path.relpath(path, root) if Path(path).is_relative_to(root) else mount
-                # A group of version 2 need not count what a group around it does.
+                # In version 2, a group need not count a resource that its parent counts.
                 if counting := [near for near in _up_to(mount, folder) if (near / marker).exists()]:
                     return ControlGroup(resource, counting[0], mount, version)
     return None
 
 
 def ceiling(resource: Resource, proc: Path = PROC) -> Ceiling | None:
-    """The limit of a process's control groups that leaves least room; None where there is none.
+    """Return the tightest limit of a process's control groups; None without a limit.
 
     Args:
-        resource: which.
+        resource: kind of resource.
         proc: folder of the process.
     """
     group = control_group(resource, proc)
@@ -122,7 +122,7 @@ def _up_to(mount: Path, folder: Path) -> Iterator[Path]:
 
 
 def _mounts(proc: Path) -> Iterator[tuple[str, Path, str, list[str]]]:
-    """Root, mount point, kind and options of the mounts that a process sees; see proc(5)."""
+    """Yield root, mount point, type and options of the mounts that a process sees; see proc(5)."""
     for line in _read(proc / "mountinfo").splitlines():
         place, _, source = line.partition(" - ")
         left, right = place.split(), source.split()
@@ -131,14 +131,14 @@ def _mounts(proc: Path) -> Iterator[tuple[str, Path, str, list[str]]]:
 
 
 def _reclaimable_bytes(group: Path) -> int:
-    """Bytes of files that the kernel keeps in memory as long as nothing else needs it."""
+    """Return the bytes of cached files that the kernel can reclaim."""
     stat = group / "memory.stat"
     total = _number(stat, "total_inactive_file")
     return total if total is not None else _number(stat, "inactive_file") or 0
 
 
 def _number(path: Path, name: str) -> int | None:
-    """The number in a file of lines with a name and a number each."""
+    """Read a number from a file with a name and a number per line."""
     lines = [line.split() for line in _read(path).splitlines()]
     return next((int(line[1]) for line in lines if len(line) == 2 and line[0] == name and line[1].isdigit()), None)
 
@@ -151,10 +151,10 @@ def _read(path: Path) -> str:
 
 
 class OomKills:
-    """Tells when the kernel has killed processes of this one's control group for lack of memory.
+    """Reports out-of-memory kills in the control group of this process.
 
     Args:
-        proc: folder of this process; None for the real one.
+        proc: folder of this process; None for `/proc/self`.
     """
 
     def __init__(self, proc: Path | None = None) -> None:
@@ -162,16 +162,16 @@ class OomKills:
         self._first = self._last = self._kills()
 
     def news(self) -> str:
-        """How many it has killed since this object was made, in words; empty where none since the last call."""
-        before, self._last = self._last, self._kills()
-        if self._last <= before:
+        """Describe the kills since this object was created; empty if there were none since the last call."""
+        previous, self._last = self._last, self._kills()
+        if self._last <= previous:
             return ""
         assert self._group is not None, "it has kills"
         count, limit_bytes = self._last - self._first, min((one.limit for one in self._group.ceilings()), default=None)
-        limit = "has no limit of its own" if limit_bytes is None else f"is limited to {limit_bytes / (1 << 20):.0f} MiB"
+        limit = "no memory limit of its own" if limit_bytes is None else f"a limit of {limit_bytes / (1 << 20):.0f} MiB"
         return (
-            f"the kernel has killed {count} process(es) of cgroup {self._group.folder} for lack of memory since the "
-            f"start (oom_kill was {self._first}, is {self._last}); its memory {limit}"
+            f"the kernel has killed {count} process{'' if count == 1 else 'es'} in cgroup {self._group.folder} for "
+            f"lack of memory since the start (oom_kill was {self._first}, is {self._last}); the cgroup has {limit}"
         )
 
     def _kills(self) -> int:

@@ -1,12 +1,12 @@
-"""Files of anonymous memory: links that stand in for files where a memory file system is too small for them.
+"""Files of anonymous memory, which replace files if a memory file system is too small for them.
 
-A process makes the memory (`memfd_create`), keeps it open, and puts a link to its descriptor, `/proc/PID/fd/N`, where
-the file would be. Every process of the same user that can see that process opens it by its path like a file. Only the
-memory of the machine or the container limits its size. It is freed when its holder has closed it and every process that
-has mapped it has ended.
+A process creates the memory (`memfd_create`), keeps it open, and places a link to its descriptor (`/proc/PID/fd/N`) at
+the path of the file. Every process of the same user that can see that process can open the path like a file. The size
+is limited only by the memory of the host or the container. The memory is freed when its holder has closed it and every
+process that has mapped it has exited.
 
-Process ids and descriptors are used again, so a link may come to lead elsewhere. The memory has a name, which is
-compared before anything is opened and again after it: what bears another name counts as missing.
+Process ids and descriptors are reused, so a link may point to something else later. Therefore the memory has a name
+that is compared before and after it is opened. Memory with another name counts as missing.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _TARGET = re.compile(r"/proc/\d+/fd/\d+")
 
 
 def make_memory_file(path: Path) -> int:
-    """Make an empty file of anonymous memory, and the link to it, in the place of whatever is at the path.
+    """Create an empty file of anonymous memory and a link to it, which replaces any file at the path.
 
     Returns:
-        Its descriptor, not inheritable: the file exists as long as this process keeps it open.
+        Its descriptor, which is not inheritable. The file exists as long as this process keeps it open.
 
     Raises:
-        OSError: the kernel gives none, or the link cannot be written.
+        OSError: the memory or the link cannot be created.
     """
     handle = os.memfd_create(_name_of(path), os.MFD_CLOEXEC)
     try:
@@ -45,15 +45,15 @@ def make_memory_file(path: Path) -> int:
 
 
 def open_file(path: Path, flags: int) -> int:
-    """Open a file, of memory or not. No other link is followed.
+    """Open a regular file or a file of anonymous memory. Other links are not followed.
 
     Args:
-        path: of the file.
-        flags: as for `os.open`; a file that is created is private.
+        path: path of the file.
+        flags: flags of `os.open`; a file that is created is private.
 
     Raises:
-        FileNotFoundError: there is none, or its memory is gone.
-        OSError: it cannot be opened, or is a link of another kind.
+        FileNotFoundError: the file or its memory does not exist.
+        OSError: it cannot be opened, or is another link.
     """
     try:
         return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -71,11 +71,11 @@ def open_file(path: Path, flags: int) -> int:
 
 
 def stat_file(path: Path) -> os.stat_result:
-    """What is known of a file, of memory or not.
+    """Return the status of a regular file or a file of anonymous memory.
 
     Raises:
-        FileNotFoundError: there is none, or its memory is gone.
-        OSError: it is a link of another kind.
+        FileNotFoundError: the file or its memory does not exist.
+        OSError: it is another link.
     """
     found = path.lstat()
     if not stat.S_ISLNK(found.st_mode):
@@ -85,7 +85,7 @@ def stat_file(path: Path) -> os.stat_result:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is a file, of memory or not; a link to memory that is gone is none."""
+    """Return whether a file exists; a link to memory that was freed does not count."""
     try:
         stat_file(path)
     except FileNotFoundError:
@@ -94,7 +94,7 @@ def is_there(path: Path) -> bool:
 
 
 def is_memory_file(path: Path) -> bool:
-    """Whether a file is one of anonymous memory that is still there."""
+    """Return whether a path is a file of anonymous memory that still exists."""
     with suppress(OSError):
         return path.is_symlink() and stat_file(path) is not None
     return False
@@ -108,16 +108,17 @@ def _require_held(path: Path) -> None:
 
 
 def _require_memory(path: Path, descriptor: str) -> None:
-    """Refuse a descriptor, by its path in /proc, that does not lead to the memory of a file."""
+    """Refuse a descriptor, given by its path in /proc, that is not the memory of the file."""
     try:
         found = os.readlink(descriptor)
     except OSError:
-        # Its holder has ended, or the process that has its number now is another user's.
+        # The holder has exited, or its process id now belongs to a process of another user.
         found = ""
     if found != f"/memfd:{_name_of(path)} (deleted)":
-        raise FileNotFoundError(errno.ENOENT, "the process that held this memory has ended", str(path))
+        raise FileNotFoundError(errno.ENOENT, "the process that held this memory has exited", str(path))
 
 
 def _name_of(path: Path) -> str:
-    # Of the folder only the name: processes may have different paths to it. The kernel limits the length: hence a hash.
+    # Uses only the name of the folder, as its path may differ between processes, and a hash, as the kernel limits the
+    # length.
     return f"ckptless-{blake2b(f'{path.parent.name}/{path.name}'.encode(), digest_size=12).hexdigest()}"

@@ -1,7 +1,7 @@
-"""Files and folders that no other user can have written.
+"""Checks that no other user can have written a file or folder.
 
-What lies in a folder that others may write to can be replaced at any moment, and what a link leads to was chosen by
-whoever made it. A folder is private when it is a folder of this user that only this user may write to.
+Entries of a folder that others may write to can be replaced at any time, and the target of a link is chosen by its
+creator. A folder is private if this user owns it and only this user may write to it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ _OPEN_TO_OTHERS = stat.S_IXGRP | stat.S_IXOTH
 
 
 def require_private(path: Path, found: os.stat_result | None = None) -> None:
-    """Refuse a file or folder that another user may have written, or may write to.
+    """Refuse a file or folder that another user may have written or may write to.
 
     Args:
-        path: itself, not what it links to.
-        found: what is known of it; None to look.
+        path: path to check; links are not followed.
+        found: status of the path; None to read it.
 
     Raises:
-        PermissionError: it is a link or another user's, or its group or others may write to it; with the fix.
-        OSError: there is none.
+        PermissionError: it is a link, has another owner, or is writable by its group or others.
+        OSError: it does not exist.
     """
     found = path.lstat() if found is None else found
     _require_own(path, found)
@@ -50,14 +50,14 @@ def _kind(found: os.stat_result) -> str:
 
 
 def require_private_files(folder: Path) -> None:
-    """Refuse a folder that is not private, or has an entry that is not. Entries may come and go meanwhile.
+    """Refuse a folder that is not private or has an entry that is not. Entries may be added and removed concurrently.
 
     Raises:
-        PermissionError: with the path that is not, and the fix.
-        OSError: there is no such folder.
+        PermissionError: the folder or an entry is not private.
+        OSError: the folder does not exist.
     """
     require_private(folder)
-    # With a umask of 002 files are writable by their group, which means nothing where it cannot reach them.
+    # With a umask of 002, files are group-writable, which is harmless if the group cannot enter the folder.
     is_open = bool(folder.lstat().st_mode & _OPEN_TO_OTHERS)
     for path in folder.iterdir():
         with suppress(FileNotFoundError):
@@ -65,20 +65,20 @@ def require_private_files(folder: Path) -> None:
 
 
 def target_of_own_link(path: Path) -> Path:
-    """Where a link of this user leads to; the path itself where it is anything else."""
+    """Resolve a link owned by this user; return any other path unchanged."""
     return path.resolve() if path.is_symlink() and path.lstat().st_uid == os.getuid() else path
 
 
 @contextmanager
 def open_own_folder(path: Path) -> Iterator[int]:
-    """Hold a folder of this user open, whatever is put in its place meanwhile.
+    """Keep a folder of this user open, so that it cannot be exchanged.
 
     Yields:
-        A descriptor of it, for the `dir_fd` of calls of `os`.
+        A descriptor for the `dir_fd` argument of functions in `os`.
 
     Raises:
-        PermissionError: it is another user's.
-        OSError: there is none, or the path is a link or a file.
+        PermissionError: it has another owner.
+        OSError: it does not exist, or is a link or a file.
     """
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:

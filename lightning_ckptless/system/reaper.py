@@ -1,8 +1,8 @@
-"""Removes a folder when a process has ended: for runs under an agent that knows nothing of arenas, such as torchrun.
+"""Removes a folder after a process has exited, for runs under an agent that does not manage arenas, such as torchrun.
 
-Run as a file, without site packages, so that it costs next to nothing: `python -S -I reaper.py PID FOLDER`. It waits
-for the process to end; if the folder then holds the marker `finished`, the folder is removed. A folder without the
-marker belongs to a run that may come back, and stays.
+Runs as a script without site packages, so that it uses few resources: `python -S -I reaper.py PID FOLDER`. It waits for
+the process to exit and removes the folder if it contains the marker `finished`. A folder without the marker is kept, as
+its run may be restarted.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def start_reaper(pid: int, folder: str) -> None:
     """Start a reaper that outlives this process.
 
     Args:
-        pid: process whose end it waits for.
-        folder: what it removes then, if the folder holds a file named `finished`.
+        pid: process to wait for.
+        folder: folder to remove if it then contains a file named `finished`.
     """
-    # The process between ends at once, so that nobody here has to wait for the reaper, which init adopts.
+    # The intermediate process exits at once and init adopts the reaper, so that this process need not wait for it.
     subprocess.run(
         [sys.executable, "-S", "-I", os.path.abspath(__file__), str(pid), folder],
         stdin=subprocess.DEVNULL,
@@ -35,11 +35,11 @@ def start_reaper(pid: int, folder: str) -> None:
 
 
 def reap(pid: int, folder: str) -> bool:
-    """Wait until a process has ended, then remove a finished folder. Returns whether it was removed."""
+    """Wait until a process has exited, then remove a finished folder; returns whether it was removed."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
-        pass  # it has ended before
+        pass  # already exited
     else:
         select.select([pidfd], [], [])
         os.close(pidfd)
@@ -50,7 +50,7 @@ def reap(pid: int, folder: str) -> bool:
 
 
 def main(arguments: list[str]) -> None:
-    """Wait in a process of its own."""
+    """Start the reaper in a background process."""
     pid, folder = int(arguments[0]), arguments[1]
     os.chdir("/")
     if os.fork() == 0:

@@ -1,1 +1,1 @@
-"""Tools to try a training run: faults on purpose, traces of every step, comparison bit by bit, and drills."""
+"""Tools to test a training run: fault injection, traces of every step, bit-for-bit comparison, and drills."""

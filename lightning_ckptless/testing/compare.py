@@ -1,4 +1,4 @@
-"""Whether two runs are identical: every step of every rank, the end, and the rows in the log files."""
+"""Compares two runs: every step of every rank, the final state, and the rows of the log files."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lightning_ckptless.testing.traces import Line, Trace, read_traces
 
 NOTHING = "nothing"
 LOG_ROWS = "log rows"
-RECORD = "the record"
+RECORD = "record"
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that is not the same in both runs.
+    """One difference between two runs.
 
     Args:
         where: rank and point of training, or log file and row.
-        field: the value that differs there: a tensor, a generator, a logged value, a column; `log rows` where a row is
-            missing or repeated, `the record` where a point of training is.
-        expected: what the first run has.
-        found: what the second run has.
-        rank: of the trace it stands in; None for log files.
-        step: optimizer steps done there, where that is known.
-        at: when the second run wrote it, seconds since the epoch; None for log files and for what is missing.
+        field: name of the value that differs (a tensor, a generator, a logged value, a column); `log rows` for a
+            missing or repeated row, `record` for a missing or unexpected point of training.
+        expected: value in the first run.
+        found: value in the second run.
+        rank: rank of the trace; None for log files.
+        step: number of finished optimizer steps; None if unknown.
+        at: when the second run wrote it, in seconds since the epoch; None for log files and missing values.
     """
 
     where: str
@@ -45,16 +45,16 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class ExitReport:
-    """What a comparison has found.
+class Comparison:
+    """The result of a comparison.
 
     Args:
-        differences: all of them, the earliest in training first.
-        ranks: ranks compared.
-        points: points compared: batches, validations, ends of epochs and of `fit`, of all ranks.
-        repeated: lines about points that the second run came to more than once.
-        rows: rows of log files compared.
-        ignored: names of the values that were left out because a pattern said so.
+        differences: all differences, in the order of training.
+        ranks: number of ranks compared.
+        points: number of points compared: batches, validations, ends of epochs and of `fit`, of all ranks.
+        repeated: number of lines for points that the second run reached again.
+        rows: number of rows of log files compared.
+        ignored: names of the values that matched a pattern and were not compared.
     """
 
     differences: tuple[Difference, ...]
@@ -66,16 +66,16 @@ class ExitReport:
 
     @property
     def identical(self) -> bool:
-        """Whether nothing differs, and there was something to compare."""
+        """Whether there was something to compare, and nothing differs."""
         return not self.differences and self.points > 0
 
     @property
     def first(self) -> Difference | None:
-        """The first difference in the order of training."""
+        """The earliest difference in training."""
         return self.differences[0] if self.differences else None
 
     def by_field(self) -> dict[str, tuple[Difference, ...]]:
-        """The differences of each value, the value that differs first at the front."""
+        """Return the differences by value, in the order of their first difference."""
         found: dict[str, list[Difference]] = {}
         for difference in self.differences:
             found.setdefault(difference.field, []).append(difference)
@@ -87,21 +87,22 @@ class ExitReport:
             return f"identical: {compared}"
         if self.first is None:
             return "nothing to compare: no rank has written a trace"
-        return f"{len(self.differences)} differences in {compared}; the first: {self.first}"
+        count = len(self.differences)
+        return f"{count} difference{'' if count == 1 else 's'} in {compared}; first: {self.first}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The verdict as plain data."""
+        """Return the result as plain data, for JSON."""
         return {"identical": self.identical, "first": self.first and asdict(self.first), **asdict(self)}
 
 
 class Ignore:
-    """Values that are left out of a comparison.
+    """The values to exclude from a comparison.
 
     Args:
         patterns: shell-style patterns for the names of values, e.g. `callback * (Speed)` or `*_s`.
 
     Attributes:
-        names: of the values that were left out.
+        names: names of the values excluded so far.
     """
 
     def __init__(self, patterns: Sequence[str] = ()) -> None:
@@ -115,34 +116,34 @@ class Ignore:
         return False
 
 
-def compare(expected: Path, found: Path, ignore: Sequence[str] = ()) -> ExitReport:
+def compare(expected: Path, found: Path, ignore: Sequence[str] = ()) -> Comparison:
     """Compare two finished runs.
 
     Args:
-        expected: folder of the run that is right: `trace/` with its traces, `logs/` with copies of its log files.
-        found: folder of the other.
-        ignore: patterns for the names of values that need not be equal.
+        expected: folder of the reference run: `trace/` with its traces, `logs/` with copies of its log files.
+        found: folder of the other run.
+        ignore: patterns for the names of values that may differ.
     """
-    left_out = Ignore(ignore)
-    traces = compare_traces(expected / "trace", found / "trace", left_out)
-    rows, differences = compare_logs(expected / "logs", found / "logs", left_out)
-    names = tuple(sorted(left_out.names))
-    return ExitReport((*traces.differences, *differences), traces.ranks, traces.points, traces.repeated, rows, names)
+    ignored = Ignore(ignore)
+    traces = compare_traces(expected / "trace", found / "trace", ignored)
+    rows, differences = compare_logs(expected / "logs", found / "logs", ignored)
+    names = tuple(sorted(ignored.names))
+    return Comparison((*traces.differences, *differences), traces.ranks, traces.points, traces.repeated, rows, names)
 
 
 # ---------------------------------------------------------------------- traces
 
 
-def compare_traces(expected: Path, found: Path, ignore: Ignore | None = None) -> ExitReport:
+def compare_traces(expected: Path, found: Path, ignore: Ignore | None = None) -> Comparison:
     """Compare the traces of two runs.
 
-    Where a point was come to more than once, the last time counts, and all times must agree: but for the step that was
-    in flight when a peer was lost, whose sums over the ranks a device may have left unfinished without an error.
+    If a point was reached more than once, the last attempt is compared, and all attempts must agree. The exception is
+    the step in flight when a peer was lost: a device may have ended its collectives incomplete but without an error.
 
     Args:
-        expected: folder with the traces of the run that is right.
-        found: folder with those of the other.
-        ignore: values that need not be equal.
+        expected: folder with the traces of the reference run.
+        found: folder with the traces of the other run.
+        ignore: values that may differ.
     """
     right, other = read_traces(expected), read_traces(found)
     ignore = ignore or Ignore()
@@ -154,11 +155,11 @@ def compare_traces(expected: Path, found: Path, ignore: Ignore | None = None) ->
         repeated += len(b.lines) - len(b.attempts())
         placed += [(place, rank, difference) for place, difference in _compare_rank(a, b, ignore)]
     placed.sort(key=lambda entry: entry[:2])
-    return ExitReport(tuple(entry[2] for entry in placed), len(right | other), points, repeated, 0)
+    return Comparison(tuple(entry[2] for entry in placed), len(right | other), points, repeated, 0)
 
 
 def _compare_rank(right: Trace, other: Trace, ignore: Ignore) -> Iterator[tuple[int, Difference]]:
-    """Differences of one rank, each with its place in the order of training."""
+    """Yield the differences of one rank, each with its position in the order of training."""
     expected, found = right.attempts(), other.attempts()
     order = {point: place for place, point in enumerate(expected)}
     for point, lines in expected.items():
@@ -181,15 +182,15 @@ def _compare_rank(right: Trace, other: Trace, ignore: Ignore) -> Iterator[tuple[
 
 
 def _whole_line(line: Line, rank: int, *, missing: bool) -> Difference:
-    there = f"one of generation {line.generation}"
-    sides = (there, NOTHING) if missing else (NOTHING, there)
+    present = f"one from generation {line.generation}"
+    sides = (present, NOTHING) if missing else (NOTHING, present)
     return Difference(f"rank {rank}, {line.point}", RECORD, *sides, rank, line.point.step, None if missing else line.at)
 
 
 def _compare_facts(
     expected: Line, found: Line, rank: int, ignore: Ignore, *, repeated_later: bool = False
 ) -> Iterator[Difference]:
-    again = f" (in the attempt of generation {found.generation}, repeated later)" if repeated_later else ""
+    again = f" (attempt of generation {found.generation}, repeated later)" if repeated_later else ""
     for name in [*expected.facts, *(name for name in found.facts if name not in expected.facts)]:
         if name in ignore:
             continue
@@ -203,12 +204,12 @@ def _compare_facts(
 
 
 def compare_logs(expected: Path, found: Path, ignore: Ignore | None = None) -> tuple[int, list[Difference]]:
-    """Compare copies of log files, as `log_files.collect_logs` made them.
+    """Compare copies of log files made by `log_files.collect_logs`.
 
     Args:
-        expected: folder with the copies of the run that is right.
-        found: folder with those of the other.
-        ignore: columns that need not be equal.
+        expected: folder with the copies of the reference run.
+        found: folder with the copies of the other run.
+        ignore: columns that may differ.
 
     Returns:
         The number of rows in the first, and the differences.
@@ -222,7 +223,7 @@ def compare_logs(expected: Path, found: Path, ignore: Ignore | None = None) -> t
 
 
 def _without(rows: Sequence[Row], ignore: Ignore) -> list[Row]:
-    """Rows without the columns that are ignored; those of which nothing but the step is left are dropped."""
+    """Remove the ignored columns, and rows with only the step left."""
     kept = []
     for row in rows:
         cells = tuple(cell for cell in row if cell[0] not in ignore)
@@ -232,23 +233,23 @@ def _without(rows: Sequence[Row], ignore: Ignore) -> list[Row]:
 
 
 def _compare_rows(name: str, expected: Sequence[Row], found: Sequence[Row]) -> Iterator[Difference]:
-    """Differences of one log file: cells that differ, rows that one side has more often, rows out of order."""
-    lost, extra = Counter(expected) - Counter(found), Counter(found) - Counter(expected)
+    """Yield the differences of one log file: different cells, missing, repeated or unexpected rows, wrong order."""
+    missing, extra = Counter(expected) - Counter(found), Counter(found) - Counter(expected)
     right, other = Counter(expected), Counter(found)
-    if not lost and not extra:
+    if not missing and not extra:
         yield from _out_of_order(name, expected, found)
-    for row in list(lost.elements()):
+    for row in list(missing.elements()):
         counterpart = next((candidate for candidate in extra if _key(candidate) == _key(row)), None)
         if counterpart is not None:
-            lost -= Counter([row])
+            missing -= Counter([row])
             extra -= Counter([counterpart])
             yield from _compare_cells(name, row, counterpart)
-    for row in dict.fromkeys((*lost, *extra)):
+    for row in dict.fromkeys((*missing, *extra)):
         yield Difference(f"{name}, row {_show(row)}", LOG_ROWS, _times(right[row]), _times(other[row]), step=_step(row))
 
 
 def _key(row: Row) -> tuple[Any, ...]:
-    """Equal in two rows that say the same things about the same step."""
+    """Return a key that is equal for rows with the same step and the same columns."""
     return _step(row), tuple(name for name, _ in row)
 
 
@@ -267,7 +268,7 @@ def _out_of_order(name: str, expected: Sequence[Row], found: Sequence[Row]) -> I
 
 
 def _times(count: int) -> str:
-    return {0: NOTHING, 1: "it once", 2: "it twice"}.get(count, f"it {count} times")
+    return {0: NOTHING, 1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
 def _show(row: Row) -> str:

@@ -1,7 +1,7 @@
-"""Digests of tensors and of plain data: equal exactly where every bit is equal.
+"""Digests of tensors and plain data that are equal only if every bit is equal.
 
-A digest tells apart what `==` does not (`0.0` and `-0.0`, `1` and `1.0`, float32 and float64), and does not see what
-makes no difference to training: strides, devices, the order of a mapping's keys.
+A digest distinguishes values that `==` does not (`0.0` and `-0.0`, `1` and `1.0`, float32 and float64), and ignores
+what does not affect training: strides, devices, the order of a mapping's keys.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _ATOMS = (bool, int, float, complex, str, bytes, bytearray, PurePath, torch.dtyp
 
 
 def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Digest of named tensors: names, dtypes, shapes and bytes.
+    """Digest named tensors by name, dtype, shape and bytes.
 
     Args:
-        tensors: of any dtype, shape, layout and device.
+        tensors: tensors of any dtype, shape, layout and device.
 
     Returns:
         16 hexadecimal digits.
@@ -38,9 +38,9 @@ def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def digest_values(value: Any) -> str:
-    """Digest of plain data that may be nested and may hold tensors and arrays.
+    """Digest plain data, which may be nested and may contain tensors and arrays.
 
-    An object of any other kind counts by the name of its class alone, since its `repr` would hold its address.
+    Any other object counts only by the name of its class, as its `repr` may contain its address.
 
     Returns:
         16 hexadecimal digits.
@@ -78,7 +78,7 @@ def _feed_atom(state: Any, value: Any) -> None:
 
 def _feed_container(state: Any, value: Any) -> None:
     if isinstance(value, Mapping):
-        # Keys of unlike types cannot be sorted; their digests can.
+        # Keys of different types cannot be sorted, but their digests can.
         entries = sorted((digest_values(key), digest_values(item)) for key, item in value.items())
         _feed_bytes(state, b"mapping", "".join(key + item for key, item in entries).encode())
     elif isinstance(value, set | frozenset):
@@ -128,6 +128,6 @@ def _feed_array(state: Any, array: np.ndarray[Any, Any]) -> None:
 
 
 def _feed_bytes(state: Any, kind: bytes, data: bytes) -> None:
-    """Feed bytes behind their kind and length, so that two values never run into each other."""
+    """Feed bytes with their kind and length as a prefix, so that adjacent values cannot be confused."""
     state.update(b"%s:%d:" % (kind, len(data)))
     state.update(data)

@@ -1,4 +1,4 @@
-"""The drill: one script run twice, left alone and with faults, and compared step by step."""
+"""The drill: runs a script without and with faults and compares the two runs step by step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_ckptless.errors import LaunchError, OptionsError
 from lightning_ckptless.ledger import Event
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.protocol.fault_script import Fault, FaultKind, parse_faults
-from lightning_ckptless.testing.compare import ExitReport, compare
+from lightning_ckptless.testing.compare import Comparison, compare
 from lightning_ckptless.testing.fault_marks import FaultMarks
 from lightning_ckptless.testing.log_files import collect_logs
 from lightning_ckptless.testing.starters import Ladder, Launcher, Start, program_of, shared_parent, start
@@ -25,26 +25,26 @@ from lightning_ckptless.testing.watch import Progress, watching
 __all__ = ["DrillReport", "Ladder", "Progress", "Recovery", "Variant", "run_drill", "run_variant"]
 
 
-AS_THE_SCRIPT_SAYS = Ladder()
+SCRIPT_DEFAULTS = Ladder()
 
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What the ledger says about one recovery.
+    """One recovery, as recorded in the ledger.
 
     Args:
-        generation: number of the membership that recovered.
+        generation: generation after the recovery.
         kind: how the culprit ended: killed, exited, raised, or lost with its node.
-        culprit_rank: rank that failed first; None where nobody knows.
-        cause: what happened to it, in words.
-        version: version of the state that the run went on from.
-        steps_replayed: optimizer steps that were run again.
+        culprit_rank: rank that failed first; None if unknown.
+        cause: what happened to it, as text.
+        version: version that training resumed from.
+        steps_replayed: optimizer steps that were replayed.
         phases: seconds by phase; they sum to `total_s`.
-        total_s: from the fault to the end of the first step after it.
-        rung: of the ladder: in place, or by a relaunch.
-        sources: how many shards came from where.
-        moved_bytes: bytes that were sent between ranks.
-        at: when it was over, seconds since the epoch.
+        total_s: seconds from the fault to the end of the first step after it.
+        rung: how the run recovered: in place, or by a relaunch.
+        sources: number of shards by where they were read from.
+        moved_bytes: bytes sent between ranks.
+        at: end of the recovery, in seconds since the epoch.
     """
 
     generation: int
@@ -62,7 +62,7 @@ class Recovery:
 
     @classmethod
     def from_event(cls, event: Event) -> Recovery:
-        """The recovery that an event of the ledger tells of."""
+        """Build a recovery from a `recovery` event of the ledger."""
         names = ("kind", "culprit_rank", "cause", "version", "steps_replayed", "phases", "total_s", "rung")
         facts = {name: event.fields[name] for name in names}
         moved = {"sources": event.fields.get("sources", {}), "moved_bytes": event.fields.get("moved_bytes", 0)}
@@ -71,85 +71,85 @@ class Recovery:
 
 @dataclass(frozen=True, slots=True)
 class DrillReport:
-    """What a drill has shown.
+    """The result of a drill.
 
     Args:
-        command: the script and its arguments.
-        faults: what was to go wrong.
-        unfired: faults whose step or moment the run never came to.
-        verdict: how the run with faults compares with the one without.
-        baseline: the run that was left alone.
-        faulted: the run with faults.
-        recoveries: of the run with faults, in their order.
-        relaunches: how often all its workers were started again.
-        in_place: how often workers were replaced while the others stayed.
-        repetition: how a second undisturbed run compares with the first, where the verdict raised the question whether
-            the script repeats itself; None where it did not.
-        ignore: patterns for the names of the values that were not to be compared.
+        command: script and its arguments.
+        faults: requested faults.
+        unfired: faults whose step or moment was never reached.
+        verdict: comparison of the run with faults with the uninterrupted one.
+        baseline: uninterrupted run.
+        faulted: run with faults.
+        recoveries: recoveries of the run with faults, in chronological order.
+        relaunches: number of times all its workers were started again.
+        in_place: number of recoveries in place.
+        repetition: comparison of two uninterrupted runs, made if `verdict` has differences, to find out whether the
+            script is deterministic; None if it was not made.
+        ignore: patterns for the names of values that were not compared.
     """
 
     command: tuple[str, ...]
     faults: tuple[Fault, ...]
     unfired: tuple[Fault, ...]
-    verdict: ExitReport
+    verdict: Comparison
     baseline: Variant
     faulted: Variant
     recoveries: tuple[Recovery, ...]
     relaunches: int
     in_place: int
-    repetition: ExitReport | None = None
+    repetition: Comparison | None = None
     ignore: tuple[str, ...] = ()
 
     @property
     def identical(self) -> bool:
-        """Whether every fault happened, the run came to its end all the same, and no bit of it differs."""
+        """Whether every fault was injected, and the run still ended with exit code 0 and identical results."""
         return self.verdict.identical and self.faulted.exit_code == 0 and not self.unfired
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Why the drill has not been passed, in sentences; empty if it has."""
+        """Why the drill failed, one sentence each; empty if it passed."""
         found = []
         if self.faulted.exit_code:
             found.append(
-                f"the run with faults ended with exit code {self.faulted.exit_code}; its last words, from "
+                f"the run with faults ended with exit code {self.faulted.exit_code}; the end of its output, from "
                 f"{self.faulted.folder / 'output'}:\n{self.faulted.tail()}"
             )
-        found += [f"{fault} never happened: the run did not come to its step or moment" for fault in self.unfired]
+        found += [f"{fault} was not injected: the run never reached its step or moment" for fault in self.unfired]
         if not self.verdict.identical:
             found.append(str(self.verdict))
         if self.unrepeatable:
             found.append(
-                f"two undisturbed runs differ, too, in {_listed(self.unrepeatable)}: the script gives other results "
-                "each time it is run. Seed it (seed_everything(1, workers=True)); values that depend on time or place "
-                "are left out by --ignore NAME"
+                f"two runs without faults also differ in {_listed(self.unrepeatable)}: the script is not deterministic."
+                " Seed it with seed_everything(1, workers=True), and exclude values that depend on time or place with "
+                "--ignore NAME"
             )
         elif self.differs_before_faults:
             found.append(
-                "the runs differ before the first fault happened: the script depends on something that differs between "
-                "runs. Seed it first: seed_everything(1, workers=True)"
+                "the runs differ before the first fault: the script is not deterministic. Seed it with "
+                "seed_everything(1, workers=True)"
             )
         return tuple(found)
 
     @property
     def unrepeatable(self) -> tuple[str, ...]:
-        """Names of the values that differ between two undisturbed runs of the script."""
+        """Names of the values that differ between two uninterrupted runs of the script."""
         return () if self.repetition is None else tuple(self.repetition.by_field())
 
     @property
     def unused_patterns(self) -> tuple[str, ...]:
-        """Patterns in `ignore` that no value's name matches."""
+        """Patterns in `ignore` that match no value."""
         names = self.verdict.ignored
         return tuple(pattern for pattern in self.ignore if not any(fnmatchcase(name, pattern) for name in names))
 
     @property
     def differs_before_faults(self) -> bool:
-        """Whether something differs that was written before the first fault happened: the script does not repeat."""
+        """Whether something written before the first fault differs, so that the script cannot be deterministic."""
         times = [event.at for event in self.faulted.events if event.event == "fault_injected"]
         before = min(times, default=0.0)
         return any(difference.at is not None and difference.at < before for difference in self.verdict.differences)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data, for JSON."""
+        """Return the report as plain data, for JSON."""
         return {
             "identical": self.identical,
             "problems": list(self.problems),
@@ -181,34 +181,34 @@ def run_drill(
     baseline: Variant | Path | None = None,
     isolate: bool = False,
     env: Mapping[str, str] | None = None,
-    ladder: Ladder = AS_THE_SCRIPT_SAYS,
+    ladder: Ladder = SCRIPT_DEFAULTS,
     timeout_s: float | None = None,
     ignore: Sequence[str] = (),
     progress: Callable[[Progress], None] | None = None,
 ) -> DrillReport:
-    """Run a script uninterrupted and with faults, and compare the two.
+    """Run a script without and with faults, and compare the two runs.
 
-    The script must give the same result whenever it is run: it has to seed its generators. Where the two runs differ,
-    it is run uninterrupted once more, to name the values that do not repeat.
+    The script must be deterministic, so it has to seed its random number generators. If the two runs differ, the script
+    runs a second time without faults to find the values that are not deterministic.
 
     Args:
-        command: a script or `-m` and a module, then its arguments.
-        faults: as text in the grammar of `protocol.faults`, or as objects.
-        folder: receives `baseline/` and `faulted/`, each with traces, ledger, copies of log files and output.
-        nproc: workers that `ckptless` and `torchrun` start; with `python` the script's `devices` says it.
-        launcher: how the script is started. `ckptless` runs the agent in this process.
-        parent: a fork server to fork the workers of `ckptless` from, to be shared by many drills.
-        baseline: an uninterrupted run of the same command that has ended; None to run it.
-        isolate: give each run a working directory of its own, for a script that writes files by fixed names.
-        env: variables for the script.
-        ladder: how the runs recover.
-        timeout_s: time after which a run is ended; None for none.
-        ignore: shell-style patterns for the names of values that need not be equal.
-        progress: is called, in another thread, with how far the runs are.
+        command: script, or `-m` and a module, followed by its arguments.
+        faults: faults as text in the grammar of `protocol.fault_script`, or as objects.
+        folder: folder that receives `baseline/` and `faulted/`, each with traces, ledger, copies of log files, output.
+        nproc: number of workers for `ckptless` and `torchrun`; with `python` the script's `devices` decides.
+        launcher: command that starts the script. `ckptless` runs the agent in this process.
+        parent: fork server for the workers of `ckptless`, to be shared by several drills.
+        baseline: finished uninterrupted run of the same command; None to run it.
+        isolate: give each run its own working directory, for scripts that write files with fixed names.
+        env: environment variables for the script.
+        ladder: recovery settings of the runs.
+        timeout_s: time limit for one run in seconds; None for none.
+        ignore: shell-style patterns for the names of values that may differ.
+        progress: called from another thread with the progress of the runs.
 
     Raises:
-        OptionsError: the command, the launcher or a fault cannot work.
-        LaunchError: the script fails without any fault, or a run took too long.
+        OptionsError: the command, the launcher or a fault is invalid.
+        LaunchError: the script fails without any fault, or a run exceeded its time limit.
     """
     script = parse_faults(faults) if isinstance(faults, str) else tuple(faults)
     _check(script, nproc, launcher)
@@ -246,16 +246,18 @@ def run_drill(
 def _check(script: Sequence[Fault], nproc: int, launcher: str) -> None:
     for fault in script:
         if fault.kind is FaultKind.NODE:
-            raise OptionsError(f"{fault}: a drill has one node, and a run does not survive the loss of all its nodes")
+            raise OptionsError(f"{fault}: a drill has one node, and a run cannot survive the loss of all its nodes")
         if launcher != "python" and isinstance(fault.rank, int) and fault.rank >= nproc:
-            raise OptionsError(f"{fault}: there is no rank {fault.rank} among {nproc}: give --nproc {fault.rank + 1}")
+            raise OptionsError(
+                f"{fault}: rank {fault.rank} does not exist, the world size is {nproc}: use --nproc {fault.rank + 1}"
+            )
 
 
 def _require_success(baseline: Variant, command: Sequence[str]) -> None:
     if baseline.exit_code:
         raise LaunchError(
-            f"{' '.join(command)} ended with exit code {baseline.exit_code} without any fault; its last words, from "
-            f"{baseline.folder / 'output'}:\n{baseline.tail()}"
+            f"{' '.join(command)} ended with exit code {baseline.exit_code} without any fault; the end of its output, "
+            f"from {baseline.folder / 'output'}:\n{baseline.tail()}"
         )
 
 
@@ -269,29 +271,29 @@ def run_variant(
     parent: ForkServer | None = None,
     isolate: bool = False,
     env: Mapping[str, str] | None = None,
-    ladder: Ladder = AS_THE_SCRIPT_SAYS,
+    ladder: Ladder = SCRIPT_DEFAULTS,
     timeout_s: float | None = None,
     progress: Callable[[Progress], None] | None = None,
     expected_steps: int | None = None,
 ) -> Variant:
-    """Run a script once, traced; see `run_drill` for the arguments.
+    """Run a script once and trace it.
 
     Args:
-        command: a script or `-m` and a module, then its arguments.
-        folder: receives all that is known about the run; must be empty or missing.
-        faults: what is to go wrong, as text.
-        nproc: workers to start.
-        launcher: how the script is started.
-        parent: forks the workers of `ckptless`.
-        isolate: give the run a working directory of its own.
-        env: variables for the script.
-        ladder: how it recovers.
-        timeout_s: time after which it is ended.
-        progress: is called with how far it is.
-        expected_steps: optimizer steps that it will make, for `progress`.
+        command: script, or `-m` and a module, followed by its arguments.
+        folder: folder that receives all output of the run; must be empty or missing.
+        faults: faults to inject, as text.
+        nproc: number of workers.
+        launcher: command that starts the script.
+        parent: fork server for the workers of `ckptless`.
+        isolate: give the run its own working directory.
+        env: environment variables for the script.
+        ladder: recovery settings.
+        timeout_s: time limit in seconds; None for none.
+        progress: called with the progress of the run.
+        expected_steps: total number of optimizer steps, for `progress`.
     """
     if folder.exists() and any(folder.iterdir()):
-        raise OptionsError(f"{folder} holds files of another drill: give an empty folder")
+        raise OptionsError(f"{folder} has files of another drill: use an empty folder")
     cwd = folder / "cwd" if isolate else None
     (cwd or folder).mkdir(parents=True, exist_ok=True)
     variables = environment_of(folder.absolute(), faults, env or {})
@@ -306,7 +308,7 @@ def run_variant(
 
 
 def steps_of(variant: Variant) -> int | None:
-    """Optimizer steps that a run made; None where it has left no trace."""
+    """Return the number of optimizer steps of a run; None without a trace."""
     steps = [line.point.step for trace in read_traces(variant.trace).values() for line in trace.lines]
     return max(steps, default=None)
 
@@ -314,18 +316,18 @@ def steps_of(variant: Variant) -> int | None:
 def report_on(
     command: Sequence[str], script: Sequence[Fault], baseline: Variant, faulted: Variant, ignore: Sequence[str] = ()
 ) -> DrillReport:
-    """Compare two runs that have ended.
+    """Compare two finished runs.
 
     Args:
-        command: the script and its arguments.
-        script: what was to go wrong in the second.
-        baseline: the run that was left alone.
-        faulted: the run with faults.
-        ignore: patterns for the names of values that need not be equal.
+        command: script and its arguments.
+        script: faults requested in the second run.
+        baseline: uninterrupted run.
+        faulted: run with faults.
+        ignore: patterns for the names of values that may differ.
     """
     events = faulted.events
     happened = FaultMarks.claimed(faulted.run_folder / "faults") if faulted.run_folder else frozenset()
-    # torchrun's agent writes nothing down: there every start of rank 0 is one.
+    # torchrun's agent writes no ledger events, so count the generations that rank 0 reports.
     starts = sum(event.event == "workers_spawned" for event in events) or len(
         {event.generation for event in events if event.event == "run_started"}
     )

@@ -1,22 +1,22 @@
-"""Faults on purpose: ends, hangs or breaks a rank at a chosen step and moment, once per run.
+"""Fault injection: kills, hangs or breaks a rank at a chosen step and moment, once per run.
 
-| Moment | When, in the optimizer step `S` that the fault names |
+| Moment | When, in the optimizer step `S` of the fault |
 |---|---|
-| `training_step` | the body of `training_step` has run, nothing has come back from it yet |
-| `backward` | the first gradient is known, the others are not |
-| `optimizer_step` | the optimizer has changed the parameters, nothing else of the step is done |
-| `commit` | the step is done, its version is not taken yet |
+| `training_step` | the body of `training_step` has run but has not returned |
+| `backward` | the first gradient has been computed, the others have not |
+| `optimizer_step` | the optimizer has changed the parameters, the rest of the step is still to come |
+| `commit` | the step is done, its version has not been captured |
 | `mirror` | the version is being copied into the arena, in the background |
-| `accumulation` | a batch is done whose gradients wait for those of the next |
-| `validation` | the validation behind the step has begun |
-| `epoch_end` | the last step of the epoch is done, the end of the epoch is under way |
-| `regroup` | another fault has come at this step or after it, and the ranks are about to meet in place |
-| `meet` | all ranks have come to that meeting, and the others make the process groups |
-| `restore` | they have met, and the state is about to be put back |
+| `accumulation` | a batch is done whose gradients are accumulated |
+| `validation` | the validation after the step has started |
+| `epoch_end` | the last step of the epoch is done, the end of the epoch is being processed |
+| `regroup` | after another fault at this or a later step, before the rendezvous in place |
+| `meet` | all ranks have joined that rendezvous, and the others are creating the process groups |
+| `restore` | after that rendezvous, before the state is restored |
 
-Steps count from 1 as `trainer.global_step` will: with manual optimization of two optimizers a batch makes two. A fault
-whose moment does not exist in its step (there is no validation behind it, its version is not mirrored) comes at the
-first such moment after it.
+Steps count from 1 like `trainer.global_step`: with manual optimization and two optimizers, a batch makes two steps. A
+fault whose moment does not occur in its step (no validation follows it, its version is not mirrored) is injected at the
+next such moment.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ Remove = Callable[[], None]
 
 
 def fault_injector_from_environment(distribution: str) -> Any | None:
-    """The injector for the faults in `CKPTLESS_FAULTS`; None where it names none.
+    """Return an injector for the faults in `CKPTLESS_FAULTS`; None if there are none.
 
     Args:
         distribution: `lightning.pytorch` or `pytorch_lightning`.
 
     Raises:
-        OptionsError: the faults cannot be read.
+        OptionsError: the faults cannot be parsed.
     """
     text = os.environ.get(environment.FAULTS, "")
     return fault_injector_class(distribution)(text) if text.strip() else None
@@ -59,7 +59,7 @@ def fault_injector_from_environment(distribution: str) -> Any | None:
 
 @lru_cache(maxsize=len(DISTRIBUTIONS))
 def fault_injector_class(distribution: str) -> type[Any]:
-    """`FaultInjector` for one distribution of Lightning.
+    """Return the class `FaultInjector` for one distribution of Lightning.
 
     Args:
         distribution: `lightning.pytorch` or `pytorch_lightning`.
@@ -69,15 +69,16 @@ def fault_injector_class(distribution: str) -> type[Any]:
     class FaultInjector(base):  # type: ignore[misc]
         """Injects faults into training; see `lightning_ckptless.testing.fault_injector` for the moments.
 
-        Each fault happens once per run, however often the workers are started again.
+        Each fault is injected once per run, however often the workers are relaunched.
 
         Args:
-            faults: as text, `kill:rank=1:step=7:at=backward`, several separated by commas; or as `Fault` objects.
-            marker_dir: folder that remembers over relaunches which faults have happened; `faults` in the folder of
-                the run where none is given. Needed with a strategy other than ckptless.
+            faults: faults as text (`kill:rank=1:step=7:at=backward`, several separated by commas), or as `Fault`
+                objects.
+            marker_dir: folder that records over relaunches which faults were injected; defaults to `faults` in the run
+                folder. Required with strategies other than ckptless.
 
         Raises:
-            OptionsError: the faults cannot be read.
+            OptionsError: the faults cannot be parsed.
         """
 
         ckptless_observer = True
@@ -120,11 +121,11 @@ def _as_faults(faults: str | Sequence[Fault]) -> tuple[Fault, ...]:
 
 
 class Injection:
-    """What a `FaultInjector` does in one process.
+    """The fault injection of one process.
 
     Args:
-        faults: all faults of the run, those of other ranks too.
-        marker_dir: folder of the marks; None for that of the run.
+        faults: all faults of the run, including those of other ranks.
+        marker_dir: folder of the marks; None for the default in the run folder.
     """
 
     def __init__(self, faults: tuple[Fault, ...], marker_dir: Path | None) -> None:
@@ -132,32 +133,32 @@ class Injection:
         self._marker_dir = marker_dir
         self._mine: tuple[tuple[int, Fault], ...] = ()
         self._marks: FaultMarks | None = None
-        self._record: Callable[..., None] = _unheard
+        self._record: Callable[..., None] = _no_ledger
         self._removers: list[Remove] = []
         self._probes: list[Callable[[str, Version], None]] = []
 
     def open(self, trainer: Any) -> None:
-        """Find out which faults are this rank's, and listen to the mirror.
+        """Select the faults of this rank, and register for the moments of mirroring and recovery.
 
         Raises:
-            OptionsError: a fault names a rank that is not there, or there is no folder for the marks.
+            OptionsError: a fault names a rank that does not exist, or there is no folder for the marks.
         """
         for fault in self.faults:
             if fault.rank != "all" and not 0 <= int(fault.rank) < trainer.world_size:
-                raise OptionsError(f"{fault}: there is no rank {fault.rank} among {trainer.world_size}")
+                raise OptionsError(f"{fault}: rank {fault.rank} does not exist, the world size is {trainer.world_size}")
         rank = trainer.global_rank
         self._mine = tuple((i, fault) for i, fault in enumerate(self.faults) if fault.rank in (rank, "all"))
         engine = getattr(trainer.strategy, "engine", None)
         folder = self._marker_dir or (None if engine is None else engine.run_folder / "faults")
         if folder is None:
             raise OptionsError(
-                f"FaultInjector with {type(trainer.strategy).__name__}: give marker_dir=, a folder that remembers over "
-                "relaunches which faults have happened"
+                f"FaultInjector with {type(trainer.strategy).__name__}: set marker_dir= to a folder that records over "
+                "relaunches which faults were injected"
             )
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        # A process that has not met the others yet is a generation of its own.
-        alone = -os.getpid()
-        self._marks = FaultMarks(folder, lambda: (engine.generation or alone) if engine else restarts, rank)
+        # Before the rendezvous, a process has no generation. Its process id serves as a unique number instead.
+        no_generation = -os.getpid()
+        self._marks = FaultMarks(folder, lambda: (engine.generation or no_generation) if engine else restarts, rank)
         if engine is not None:
             self._record = lambda event, **fields: engine.ledger.record(
                 event, generation=engine.generation, rank=rank, **fields
@@ -166,7 +167,7 @@ class Injection:
             self._probes.append(self._probe)
 
     def close(self) -> None:
-        """Take every hook back."""
+        """Remove all hooks."""
         self.disarm()
         with suppress(ValueError):
             self._probes.remove(self._probe)
@@ -174,7 +175,7 @@ class Injection:
     # ------------------------------------------------------------------ moments
 
     def arm(self, trainer: Any, pl_module: Any) -> None:
-        """Place hooks for the faults that fall into the batch which begins."""
+        """Install hooks for faults that are due in the batch that starts."""
         self.disarm()
         step = trainer.global_step + 1
         strike = self.strike
@@ -192,7 +193,7 @@ class Injection:
             )
 
     def arm_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
-        """Place hooks for the backward pass of a sharded model, which computes with other parameters than it keeps."""
+        """Install hooks for the backward pass of a sharded model, whose graph does not refer to its own parameters."""
         step = trainer.global_step + 1
         if self._due(Moment.BACKWARD, step) and sharded_modules(pl_module):
             nodes = gradient_nodes(loss)
@@ -201,12 +202,12 @@ class Injection:
             ]
 
     def disarm(self) -> None:
-        """Take the hooks of a batch back."""
+        """Remove the hooks of a batch."""
         while self._removers:
             self._removers.pop()()
 
     def after_batch(self, trainer: Any, batch_idx: int) -> None:
-        """A batch is done, and the optimizer step with it unless gradients are accumulated."""
+        """Inject what is due after a batch, which ends an optimizer step unless gradients are accumulated."""
         accumulated = trainer.accumulate_grad_batches
         if (batch_idx + 1) % accumulated == 0 or trainer.is_last_batch:
             self.strike(Moment.COMMIT, trainer.global_step)
@@ -223,20 +224,20 @@ class Injection:
         return [(i, fault) for i, fault in self._mine if fault.at == moment and fault.step <= step]
 
     def strike(self, moment: Moment, step: int) -> None:
-        """Inject what is due at a moment of a step and has not happened yet."""
+        """Inject the faults that are due at a moment of a step and have not been injected yet."""
         for index, fault in self._due(moment, step):
             assert self._marks is not None
             if self._marks.claim(index, fault):
                 self._record("fault_injected", fault=str(fault), kind=str(fault.kind), moment=str(moment), step=step)
-                do_harm(fault, step)
+                inject(fault, step)
 
 
-def _unheard(event: str, **fields: Any) -> None:
-    """There is no ledger."""
+def _no_ledger(event: str, **fields: Any) -> None:
+    """Discard an event: other strategies have no ledger."""
 
 
 def after_training_step(pl_module: Any, action: Callable[[], None]) -> Remove:
-    """Call an action when the body of `training_step` has run; returns what undoes it."""
+    """Call an action after the body of `training_step`; returns a function that removes the hook."""
     original = pl_module.training_step
 
     @wraps(original)
@@ -253,37 +254,37 @@ def after_training_step(pl_module: Any, action: Callable[[], None]) -> Remove:
 
 
 def gradient_nodes(loss: torch.Tensor) -> Iterator[Any]:
-    """The nodes of a loss's graph that hand gradients to parameters."""
-    ahead, seen = [loss.grad_fn], set[Any]()
-    while ahead:
-        node = ahead.pop()
+    """Yield the nodes of a loss's graph that accumulate gradients of parameters."""
+    pending, seen = [loss.grad_fn], set[Any]()
+    while pending:
+        node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
             yield node
-        ahead += [following for following, _ in node.next_functions]
+        pending += [following for following, _ in node.next_functions]
 
 
 def after_optimizers(optimizers: Iterable[Any], action: Callable[[], None]) -> list[Remove]:
-    """Call an action at the end of each optimizer's `step`; returns what undoes it."""
+    """Call an action after each optimizer's `step`; returns functions that remove the hooks."""
     return [optimizer.register_step_post_hook(lambda *_: action()).remove for optimizer in optimizers]
 
 
 EXIT_CODE = 3
-"""With which an `exit` fault leaves."""
+"""Exit code of an `exit` fault."""
 
 
 class InjectedError(RuntimeError):
     """Raised by a `raise` fault."""
 
 
-def do_harm(fault: Fault, step: int) -> NoReturn:
-    """Let a fault happen to this process.
+def inject(fault: Fault, step: int) -> NoReturn:
+    """Inject a fault into this process.
 
     Args:
-        fault: what is to happen.
-        step: optimizer step at which it does.
+        fault: fault to inject.
+        step: current optimizer step.
 
     Raises:
         InjectedError: the fault is of the kind `raise`.
@@ -305,12 +306,12 @@ def do_harm(fault: Fault, step: int) -> NoReturn:
     if fault.kind == "node":
         lose_node()
     while True:
-        # Nothing sets it: waits without using the processor, as a rank that is stuck in a driver does.
+        # Never set: the rank hangs without using CPU time, like one that is stuck in a driver.
         threading.Event().wait()
 
 
 def lose_node() -> None:
-    """Take this node from the run: its agent ends by SIGKILL, and its workers with it."""
+    """Simulate the loss of this node: kill its agent, with which its workers end, and this process."""
     agent = int(os.environ.get(environment.AGENT, os.getppid()))
     os.kill(agent, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)

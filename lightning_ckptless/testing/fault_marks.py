@@ -1,4 +1,4 @@
-"""Which faults have happened: files that outlive the process they strike."""
+"""Records which faults were injected, in files that outlive the processes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lightning_ckptless.protocol.fault_script import Fault
 
 
 class FaultMarks:
-    """Claims occurrences of faults, each exactly once per run.
+    """Claims each occurrence of a fault exactly once per run.
 
-    A fault of all ranks is claimed by the first of them; the others of the same generation join in. Those that were
-    ended before their turn do not make up for it after the relaunch.
+    A fault of all ranks is claimed by the first rank that reaches it; the others of the same generation take part. A
+    rank that is killed before it reaches the fault does not repeat it after the relaunch.
 
     Args:
-        folder: of the marks; made when the first fault is claimed.
-        generation: number of the membership, which may change.
-        rank: who claims.
+        folder: folder of the marks; created when the first fault is claimed.
+        generation: returns the current generation.
+        rank: rank that claims.
     """
 
     def __init__(self, folder: Path, generation: Callable[[], int], rank: int) -> None:
@@ -30,10 +30,10 @@ class FaultMarks:
         self._claimed: set[tuple[int, int]] = set()
 
     def claim(self, index: int, fault: Fault) -> bool:
-        """Whether an occurrence of a fault is left for this rank in this generation.
+        """Claim an occurrence of a fault; returns whether this rank must inject it now.
 
         Args:
-            index: place of the fault in the script of the run.
+            index: index of the fault in the fault script.
             fault: the fault; it occurs `fault.times` times, once per generation.
         """
         generation = self._generation()
@@ -47,12 +47,12 @@ class FaultMarks:
         return False
 
     def _mark(self, path: Path, generation: int) -> int:
-        """Put a mark where there is none; returns the generation whose mark is there."""
+        """Create a mark unless it exists; returns the generation of the mark."""
         self.folder.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{self.rank}.{os.getpid()}")
         draft.write_text(json.dumps({"generation": generation, "rank": self.rank}))
         try:
-            # A link appears with its content, at once, and for one process only.
+            # Linking is atomic: the mark appears with its content, and only one process succeeds.
             os.link(draft, path)
         except FileExistsError:
             return int(json.loads(path.read_text())["generation"])
@@ -62,5 +62,5 @@ class FaultMarks:
 
     @staticmethod
     def claimed(folder: Path) -> frozenset[int]:
-        """Indices of the faults that have happened at least once."""
+        """Return the indices of faults that were injected at least once."""
         return frozenset(int(path.name.split("-")[0]) for path in folder.glob("[0-9]*"))

@@ -1,6 +1,6 @@
-"""Log files of a run: copied aside when it has ended, and read as rows.
+"""Copies the log files of a finished run and reads them as rows.
 
-What we log about ourselves (`ckptless/...`) depends on time and is left out, and so are rows that hold nothing else.
+Our own values (`ckptless/...`) depend on time and are excluded, as are rows without other values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lightning_ckptless.testing.trace import OWN_PREFIX
 from lightning_ckptless.testing.traces import Trace
 
 Row = tuple[tuple[str, str], ...]
-"""Names and values, in the order of the names."""
+"""Pairs of name and value, sorted by name."""
 
 _CSV_FILE = "metrics.csv"
 _EVENT_FILES = "events.out.tfevents.*"
@@ -28,20 +28,20 @@ def collect_logs(traces: Iterable[Trace], target: Path, *, since: float) -> None
     """Copy the log files of a run that has just ended.
 
     Args:
-        traces: of the run: they name the folders of its loggers.
+        traces: traces of the run, which name the folders of its loggers.
         target: folder for the copies.
-        since: when the run began, seconds since the epoch; older files are another run's.
+        since: start of the run in seconds since the epoch; older files belong to another run.
     """
     target.mkdir(parents=True, exist_ok=True)
     folders = list(dict.fromkeys(folder for trace in traces for _, folder in trace.loggers if folder is not None))
-    unasked = [path for folder in folders for path in _newer_siblings(folder) if path not in folders]
-    (target / _FOLDERS_FILE).write_text(f"{len(folders) + len(set(unasked))}\n")
+    unexpected = [path for folder in folders for path in _newer_siblings(folder) if path not in folders]
+    (target / _FOLDERS_FILE).write_text(f"{len(folders) + len(set(unexpected))}\n")
     for number, folder in enumerate(folders):
         _copy(folder, target / str(number), since)
 
 
 def _newer_siblings(folder: Path) -> Iterator[Path]:
-    """Version folders that were made after one: a relaunch that opened a new one has left it there."""
+    """Yield version folders newer than the given one, which a faulty relaunch would have created."""
     if own := _VERSION.fullmatch(folder.name):
         for path in folder.parent.iterdir():
             match = _VERSION.fullmatch(path.name)
@@ -60,7 +60,7 @@ def _copy(folder: Path, target: Path, since: float) -> None:
 
 
 def read_logs(folder: Path) -> dict[str, list[Row]]:
-    """The rows of copied log files, by the name under which differences are reported."""
+    """Return the rows of copied log files, by the name used in reports."""
     if not folder.is_dir():
         return {}
     logs = {"log folders": [_row({"count": (folder / _FOLDERS_FILE).read_text().strip()})]}
@@ -75,7 +75,7 @@ def read_logs(folder: Path) -> dict[str, list[Row]]:
 
 
 def csv_rows(path: Path) -> Iterator[Row]:
-    """Rows that a `CSVLogger` wrote."""
+    """Yield the rows written by a `CSVLogger`."""
     with path.open(newline="") as file:
         for cells in csv.DictReader(file):
             filled = {name: value for name, value in cells.items() if value}
@@ -86,10 +86,10 @@ def csv_rows(path: Path) -> Iterator[Row]:
 
 
 def tensorboard_rows(folder: Path) -> Iterator[Row]:
-    """Scalars that a `TensorBoardLogger` wrote, in all event files of a folder."""
+    """Yield the scalars written by a `TensorBoardLogger` to all event files of a folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415 - optional
 
-    # What is written twice is to be seen twice: nothing is purged, nothing sampled.
+    # Disable purging and sampling, so that scalars that were written twice are read twice.
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}, purge_orphaned_data=False)
     events.Reload()
     for tag in sorted(events.Tags()["scalars"]):

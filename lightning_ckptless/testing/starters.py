@@ -1,4 +1,4 @@
-"""The ways in which a drill starts a script: as `ckptless run`, `python` or `torchrun` would."""
+"""Starts the script of a drill with `ckptless run`, `python` or `torchrun`."""
 
 from __future__ import annotations
 
@@ -28,14 +28,13 @@ _END_GRACE_S = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Ladder:
-    """How far down a run may go, and how it recovers.
+    """Recovery settings of a run. None leaves an option to the script.
 
     Args:
-        max_restarts: recoveries until the run gives up; `python` leaves them to the script.
-        in_place: whether survivors may go on in place; None to leave it to the script. For `ckptless` alone.
-        standbys: processes that wait for a rank; None to leave it to the script. For `ckptless` alone.
-        preload_imports: whether what the script imports is preloaded for new processes; None to leave it to the script.
-            For `ckptless` alone.
+        max_restarts: most recoveries before the run fails; with `python` the script decides.
+        in_place: whether to recover in place. Only for `ckptless`.
+        standbys: number of standby processes. Only for `ckptless`.
+        preload_imports: whether to preload the script's imports for new processes. Only for `ckptless`.
     """
 
     max_restarts: int = 100
@@ -46,17 +45,17 @@ class Ladder:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What is started.
+    """The script to start and its settings.
 
     Args:
-        command: script or `-m module`, and its arguments.
-        env: variables beyond this process's.
-        cwd: working directory; None for this process's.
-        output: folder for what it prints.
-        run_root: folder of its ledger.
-        nproc: workers; `python` leaves their number to the script.
-        ladder: how it recovers.
-        timeout_s: time after which it is ended; None for none.
+        command: script, or `-m` and a module, followed by its arguments.
+        env: environment variables in addition to those of this process.
+        cwd: working directory; None for that of this process.
+        output: folder for its output.
+        run_root: folder for its ledger.
+        nproc: number of workers; with `python` the script decides.
+        ladder: recovery settings.
+        timeout_s: time limit in seconds; None for none.
     """
 
     command: tuple[str, ...]
@@ -70,13 +69,13 @@ class Start:
 
 
 def program_of(command: Sequence[str]) -> Program:
-    """The program that a command line names.
+    """Parse a command line.
 
     Args:
-        command: a script or `-m` and a module, then arguments.
+        command: script, or `-m` and a module, followed by its arguments.
 
     Raises:
-        OptionsError: there is no such script, or no command at all.
+        OptionsError: the command is empty, or the script does not exist.
     """
     if not command:
         raise OptionsError("no script given: expected SCRIPT [ARGUMENTS] or -m MODULE [ARGUMENTS]")
@@ -86,13 +85,13 @@ def program_of(command: Sequence[str]) -> Program:
         return Program("module", command[1], tuple(command[2:]))
     path = Path(command[0]).absolute()
     if not path.exists():
-        raise OptionsError(f"there is no script {command[0]!r} in {Path.cwd()}")
+        raise OptionsError(f"cannot find the script {command[0]!r} in {Path.cwd()}")
     return Program("script", str(path), tuple(command[1:]))
 
 
 @contextmanager
 def shared_parent(launcher: Launcher, command: Sequence[str]) -> Iterator[ForkServer | None]:
-    """A fork server for several runs of a command, where the launcher forks from one."""
+    """Start a fork server for several runs of a command; None if the launcher does not use one."""
     if launcher != "ckptless":
         yield None
         return
@@ -101,19 +100,19 @@ def shared_parent(launcher: Launcher, command: Sequence[str]) -> Iterator[ForkSe
 
 
 def start(launcher: Launcher, what: Start, parent: ForkServer | None) -> int:
-    """Run a script to its end.
+    """Run a script and wait for its end.
 
     Args:
-        launcher: as which program it is started.
-        what: the script and its surroundings.
-        parent: forks the workers of `ckptless`.
+        launcher: command that starts the script.
+        what: script and settings.
+        parent: fork server for the workers of `ckptless`.
 
     Returns:
         Exit code.
 
     Raises:
-        OptionsError: the launcher or the script is not there.
-        TimeLimitError: the time was up.
+        OptionsError: the launcher or the script does not exist.
+        TimeLimitError: the run exceeded its time limit.
     """
     if launcher not in LAUNCHERS:
         raise OptionsError(f"launcher {launcher!r}: expected one of {', '.join(LAUNCHERS)}")
@@ -133,7 +132,7 @@ def _torchrun_words(what: Start) -> list[str]:
 
 
 def _run_here(what: Start, parent: ForkServer | None) -> int:
-    """Run the agent in this process, which spares an import of torch."""
+    """Run the agent in this process, which saves an import of torch."""
     config = LaunchConfig(
         program=program_of(what.command),
         nproc=what.nproc,
@@ -153,7 +152,7 @@ def _run_here(what: Start, parent: ForkServer | None) -> int:
     try:
         return run_job(config, parent=parent).exit_code
     except TimeLimitError as error:
-        raise _too_late(what) from error
+        raise _time_limit_error(what) from error
 
 
 def _run_process(command: list[str], what: Start) -> int:
@@ -170,15 +169,15 @@ def _run_process(command: list[str], what: Start) -> int:
     try:
         return process.wait(what.timeout_s)
     except subprocess.TimeoutExpired as error:
-        raise _too_late(what) from error
+        raise _time_limit_error(what) from error
     finally:
         _end(process)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask an agent to end, and its workers with it; end what is left of them if they do not.
+    """Terminate an agent and its workers; kill them if they have not exited after a grace period.
 
-    torchrun's workers are in sessions of their own and outlive their agent: they are looked for before it is asked.
+    torchrun's workers run in their own sessions and can outlive their agent, so they are listed before it ends.
     """
     if process.poll() is not None:
         return
@@ -189,10 +188,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
     for descendant in descendants:
-        # psutil knows a process by its start time, too: a number that has been given out again is left alone.
+        # psutil also compares start times, so a reused process id is safe.
         with suppress(psutil.NoSuchProcess):
             descendant.kill()
 
 
-def _too_late(what: Start) -> TimeLimitError:
+def _time_limit_error(what: Start) -> TimeLimitError:
     return TimeLimitError(f"{' '.join(what.command)} did not end within {what.timeout_s:.0f} s; see {what.output}")

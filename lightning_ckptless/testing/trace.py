@@ -1,15 +1,15 @@
-"""A digest of every step of every rank: what two runs are compared by.
+"""Writes a digest of every step of every rank, by which two runs are compared.
 
-Each rank appends to `trace-rank<r>.jsonl`, one JSON object per line. A line that a dying process left unfinished is
-closed by the next generation, which writes the steps that are run again once more.
+Each rank appends to `trace-rank<r>.jsonl`, one JSON object per line. The next generation ends a line that a dying
+process left incomplete, and writes replayed steps again.
 
 | `kind` | Written | Digests and values |
 |---|---|---|
-| `begin` | when training begins, in each generation | where the loggers write |
+| `begin` | when training starts, in each generation | folders of the loggers |
 | `batch` | after each batch | batch, each tensor by name, generators; learning rates, logged values |
 | `validation` | after each validation | generators; logged values |
 | `epoch` | at the end of each epoch | parameters, generators |
-| `end` | when `fit` ends | as `batch`, and loops, schedulers, precision, each callback; logged values |
+| `end` | when `fit` ends | as `batch`, plus loops, schedulers, precision, each callback; logged values |
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TraceFile:
     """Appends JSON lines to a file.
 
     Args:
-        path: of the file; its folder is made if missing.
+        path: path of the file; its folder is created if missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,7 +46,7 @@ class TraceFile:
             os.write(self._handle, b"\n")
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Write a line at once, not through a buffer that would die with the process."""
+        """Write a line unbuffered, so that it survives the death of the process."""
         os.write(self._handle, json.dumps(line, separators=(",", ":")).encode() + b"\n")
 
     def close(self) -> None:
@@ -55,11 +55,11 @@ class TraceFile:
 
 
 OWN_PREFIX = "ckptless/"
-"""Of values that we log about ourselves: they depend on time."""
+"""Prefix of values that we log about ourselves, which depend on time."""
 
 
 def step_trace_from_environment(distribution: str) -> Any | None:
-    """A trace into `CKPTLESS_TRACE_DIR`; None where it is not set.
+    """Return a trace callback that writes to `CKPTLESS_TRACE_DIR`; None if it is unset.
 
     Args:
         distribution: `lightning.pytorch` or `pytorch_lightning`.
@@ -70,7 +70,7 @@ def step_trace_from_environment(distribution: str) -> Any | None:
 
 @lru_cache(maxsize=len(DISTRIBUTIONS))
 def step_trace_class(distribution: str) -> type[Any]:
-    """`StepTrace` for one distribution of Lightning.
+    """Return the class `StepTrace` for one distribution of Lightning.
 
     Args:
         distribution: `lightning.pytorch` or `pytorch_lightning`.
@@ -78,10 +78,10 @@ def step_trace_class(distribution: str) -> type[Any]:
     base: Any = module(distribution, "callbacks").Callback
 
     class StepTrace(base):  # type: ignore[misc]
-        """Writes a digest of every step; reads only, and draws no random number.
+        """Writes a digest of every step. Changes nothing in the trainer and draws no random numbers.
 
         Args:
-            folder: of the traces; made if missing.
+            folder: folder of the traces; created if missing.
         """
 
         ckptless_observer = True
@@ -121,7 +121,7 @@ class Recorder:
     """The trace file of one rank, open while `fit` runs.
 
     Args:
-        folder: of the traces.
+        folder: folder of the traces.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -130,12 +130,12 @@ class Recorder:
         self._engine: Any = None
 
     def open(self, trainer: Any) -> None:
-        """Find out who writes, and open the file."""
+        """Open the file of this rank."""
         self._engine = getattr(trainer.strategy, "engine", None)
         self._file = TraceFile(self.folder / f"trace-rank{trainer.global_rank}.jsonl")
 
     def write(self, kind: str, trainer: Any, **fields: Any) -> None:
-        """Append a line; nothing outside of `fit`."""
+        """Append a line; does nothing outside of `fit`."""
         if self._file is not None:
             where = {"epoch": trainer.current_epoch, "step": trainer.global_step, "at": time.time()}
             engine = self._engine
@@ -149,11 +149,11 @@ class Recorder:
             self._file = None
 
 
-# ---------------------------------------------------------------------- what a run is made of
+# ---------------------------------------------------------------------- digests of the state
 
 
 def tensors_of(trainer: Any) -> dict[str, str]:
-    """A digest of every parameter and buffer and of all that the optimizers keep for each parameter, by name."""
+    """Return digests of every parameter, buffer and optimizer state, by name."""
     module = trainer.lightning_module
     buffers = {f"buffer {name}": digest_tensors({name: buffer}) for name, buffer in module.named_buffers()}
     names = {id(parameter): name for name, parameter in module.named_parameters()}
@@ -164,17 +164,17 @@ def tensors_of(trainer: Any) -> dict[str, str]:
 
 
 def parameters_of(trainer: Any) -> dict[str, str]:
-    """A digest of every parameter, by name."""
+    """Return digests of every parameter, by name."""
     named = trainer.lightning_module.named_parameters()
     return {f"parameter {name}": digest_tensors({name: parameter}) for name, parameter in named}
 
 
 def optimizer_state(optimizer: Any, names: Mapping[int, str]) -> dict[str, str]:
-    """A digest of the settings of every group, and of the state that is kept for every parameter.
+    """Return digests of the settings of every parameter group and of the state of every parameter.
 
     Args:
-        optimizer: to be read.
-        names: of the parameters by their `id`; others are numbered.
+        optimizer: optimizer to read.
+        names: names of the parameters by their `id`; others are numbered.
     """
     found = {}
     for index, group in enumerate(optimizer.param_groups):
@@ -186,7 +186,7 @@ def optimizer_state(optimizer: Any, names: Mapping[int, str]) -> dict[str, str]:
 
 
 def generators() -> dict[str, str]:
-    """Digests of the global random number generators."""
+    """Return digests of the global random number generators."""
     found = {
         "python_rng": digest_values(random.getstate()),
         "numpy_rng": digest_values(np.random.get_state(legacy=True)),
@@ -198,7 +198,7 @@ def generators() -> dict[str, str]:
 
 
 def values_of(trainer: Any) -> dict[str, str]:
-    """Learning rates and logged values, as text that is equal only where the numbers are."""
+    """Return learning rates and logged values, as text that is equal only if the numbers are."""
     rates = {
         f"lr[{i}][{j}]": repr(float(group["lr"]))
         for i, optimizer in enumerate(trainer.optimizers)
@@ -209,14 +209,14 @@ def values_of(trainer: Any) -> dict[str, str]:
 
 
 def logged(trainer: Any) -> dict[str, str]:
-    """What the program has logged up to now, as callbacks see it."""
+    """Return what the script has logged so far, as visible to callbacks."""
     metrics: Mapping[str, Any] = trainer.callback_metrics
     return {name: repr(float(metrics[name])) for name in sorted(metrics) if not name.startswith(OWN_PREFIX)}
 
 
 def bookkeeping(trainer: Any) -> dict[str, str]:
-    """Digests of loop counters, schedulers, precision and callbacks."""
-    places = [place for place in (log.get("log_dir") for log in loggers_of(trainer)) if place]
+    """Return digests of loop counters, schedulers, precision and callbacks."""
+    log_dirs = [folder for folder in (log.get("log_dir") for log in loggers_of(trainer)) if folder]
     found = {
         "loops": digest_values(trainer.fit_loop.state_dict()),
         "schedulers": digest_values([config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]),
@@ -224,13 +224,13 @@ def bookkeeping(trainer: Any) -> dict[str, str]:
     }
     for position, callback in enumerate(trainer.callbacks):
         if not hasattr(callback, "ckptless_observer") and not is_a(callback, "callbacks", "Timer"):
-            state = without_places(callback.state_dict(), places)
+            state = relative_paths(callback.state_dict(), log_dirs)
             found[f"callback {position} ({type(callback).__name__})"] = digest_values(state)
     return found
 
 
 def loggers_of(trainer: Any) -> list[dict[str, str | None]]:
-    """Kind and folder of each logger; nothing on other ranks than 0, where asking would choose a new folder."""
+    """Return kind and folder of each logger on rank 0; on other ranks, reading the folder would create a new one."""
     if not trainer.is_global_zero:
         return []
     return [
@@ -243,22 +243,22 @@ def _absolute(folder: Any) -> str | None:
     return os.path.abspath(folder) if isinstance(folder, str | Path) else None
 
 
-def without_places(value: Any, places: list[str]) -> Any:
-    """A copy of nested data in which paths do not tell where a run has put its files.
+def relative_paths(value: Any, log_dirs: list[str]) -> Any:
+    """Copy nested data with paths that do not depend on where a run writes its files.
 
-    A path into the folder of a logger becomes relative to it. Of any other path the name alone is left, without the
-    number that `ModelCheckpoint` adds where another run has written the same name into the same folder.
+    A path into the folder of a logger becomes relative to it. Any other path is reduced to its name, without the suffix
+    that `ModelCheckpoint` adds if another run has written the same name to the same folder.
     """
     if isinstance(value, Mapping):
-        return {without_places(k, places): without_places(v, places) for k, v in value.items()}
+        return {relative_paths(k, log_dirs): relative_paths(v, log_dirs) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [without_places(item, places) for item in value]
+        return [relative_paths(item, log_dirs) for item in value]
     if not isinstance(value, str) or os.sep not in value:
         return value
     path = os.path.abspath(value)
-    for place in places:
-        if path.startswith(place + os.sep) or path == place:
-            return os.path.relpath(path, place)
+    for folder in log_dirs:
+        if path.startswith(folder + os.sep) or path == folder:
+            return os.path.relpath(path, folder)
     stem, extension = os.path.splitext(os.path.basename(path))
     head, _, tail = stem.rpartition("-v")
     return f"{head if head and tail.isdigit() else stem}{extension}"

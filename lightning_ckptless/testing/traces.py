@@ -1,4 +1,4 @@
-"""Traces as they are read: what each rank did, in order, and what it did twice."""
+"""Reads traces: the points that each rank reached, in order, including repeated ones."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _FILE = re.compile(r"trace-rank(\d+)\.jsonl")
 
 @dataclass(frozen=True, order=True, slots=True)
 class Point:
-    """Where in a run a line was written. Lines of the same point are attempts at the same thing.
+    """The point in training at which a line was written. Several lines of a point are repeated attempts.
 
     Args:
-        fit: how many times `fit` was entered before in the same program.
+        fit: fit index.
         kind: `batch`, `validation`, `epoch` or `end`.
         epoch: number of the epoch, from 0.
-        step: optimizer steps done.
-        batch: index of the batch in the epoch; -1 where there is none.
+        step: number of finished optimizer steps.
+        batch: index of the batch in the epoch; -1 for other kinds.
     """
 
     fit: int
@@ -44,10 +44,10 @@ class Line:
     """One line of a trace.
 
     Args:
-        point: where in the run.
-        generation: number of the membership that wrote it.
-        at: wall clock, seconds since the epoch.
-        facts: what must be equal in two runs, by name.
+        point: point in training.
+        generation: generation that wrote it.
+        at: wall clock in seconds since the epoch.
+        facts: values that must be equal in two runs, by name.
     """
 
     point: Point
@@ -58,13 +58,13 @@ class Line:
 
 @dataclass(slots=True)
 class Trace:
-    """What one rank has written.
+    """The trace of one rank.
 
     Args:
-        rank: who wrote it.
-        lines: in the order of writing, steps that were run again included.
-        loggers: kind and folder of each logger, as each generation named them.
-        torn_lines: lines that a dying process left unfinished.
+        rank: rank that wrote it.
+        lines: lines in the order of writing, including replayed steps.
+        loggers: kind and folder of each logger, for each generation.
+        torn_lines: number of lines that a dying process left incomplete.
     """
 
     rank: int
@@ -73,19 +73,19 @@ class Trace:
     torn_lines: int = 0
 
     def attempts(self) -> dict[Point, list[Line]]:
-        """The lines of each point, in the order in which they were first reached."""
+        """Return the lines of each point, in the order in which the points were first reached."""
         found: dict[Point, list[Line]] = {}
         for line in self.lines:
             found.setdefault(line.point, []).append(line)
         return found
 
     def last_of_generations(self) -> list[Line]:
-        """The line that each generation wrote last."""
+        """Return the last line of each generation."""
         return list({line.generation: line for line in self.lines}.values())
 
 
 def read_traces(folder: Path) -> dict[int, Trace]:
-    """The traces in a folder, by rank."""
+    """Read the traces in a folder, by rank."""
     found = {}
     for path in folder.glob("trace-rank*.jsonl"):
         if match := _FILE.fullmatch(path.name):
@@ -94,7 +94,7 @@ def read_traces(folder: Path) -> dict[int, Trace]:
 
 
 def read_trace(path: Path, rank: int) -> Trace:
-    """One trace. A line that is no JSON is counted and left out."""
+    """Read one trace. Lines that are not valid JSON are counted and skipped."""
     trace = Trace(rank)
     for text in path.read_text().splitlines():
         try:

@@ -1,4 +1,4 @@
-"""One run of a drill: the same script, left alone or with faults, and what is left of it when it has ended."""
+"""A finished run of a drill, without or with faults, and its files."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _SUMMARY = "run.json"
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A run that has ended.
+    """A finished run.
 
         <folder>/trace/              digests of every step of every rank
         <folder>/runs/<run id>/      its ledger
         <folder>/logs/               copies of its log files
-        <folder>/output/             what it printed
+        <folder>/output/             its output
 
     Args:
-        folder: of all that is known about it.
-        exit_code: of its agent.
-        wall_s: from its start to its end.
+        folder: folder of all its files.
+        exit_code: exit code of its agent.
+        wall_s: duration in seconds.
     """
 
     folder: Path
@@ -40,7 +40,7 @@ class Variant:
 
     @property
     def run_folder(self) -> Path | None:
-        """Folder of the ledger; None where the run has written none."""
+        """Folder of the ledger; None without one."""
         return next((path.parent for path in (self.folder / "runs").glob(f"*/{LEDGER_NAME}")), None)
 
     @property
@@ -50,18 +50,18 @@ class Variant:
         return () if folder is None else read_ledger(folder / LEDGER_NAME).events
 
     def tail(self, lines: int = 20) -> str:
-        """The last lines that it printed on stderr, for a message that says what went wrong."""
+        """Return the last lines of its newest output file, for an error message."""
         newest = max((self.folder / "output").rglob("*"), key=_written_at, default=None)
         return "" if newest is None else "\n".join(newest.read_text(errors="replace").splitlines()[-lines:])
 
     def save(self) -> None:
-        """Put the facts beside the files, so that `load` finds them."""
+        """Write a summary file that `load` reads."""
         facts = {"exit_code": self.exit_code, "wall_s": self.wall_s}
         (self.folder / _SUMMARY).write_text(json.dumps(facts))
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """A run that ended earlier."""
+        """Load a run that was saved earlier."""
         return cls(folder, **json.loads((folder / _SUMMARY).read_text()))
 
 
@@ -70,7 +70,7 @@ def _written_at(path: Path) -> float:
 
 
 def environment_of(folder: Path, faults: str, more: Mapping[str, str]) -> dict[str, str]:
-    """Variables under which any script traces its steps and gets its faults."""
+    """Return the environment variables that make a script write a trace and inject faults."""
     return {
         **more,
         environment.TRACE_DIR: str(folder / "trace"),

@@ -1,4 +1,4 @@
-"""How far a run is while it runs, read from the files that it writes."""
+"""Reports the progress of a run by reading the files that it writes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _INTERVAL_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run of a drill is.
+    """The progress of a run of a drill.
 
     Args:
-        variant: `baseline` or `faulted`.
-        step: optimizer steps done.
-        of: optimizer steps that it will make, where that is known.
-        faults: faults that have happened.
-        recoveries: recoveries from them.
-        done: whether it has ended.
-        failed: whether it ended otherwise than with exit code 0.
+        variant: `baseline`, `faulted` or `repeated`.
+        step: number of finished optimizer steps.
+        of: total number of optimizer steps; None if unknown.
+        faults: number of injected faults.
+        recoveries: number of recoveries.
+        done: whether the run has ended.
+        failed: whether it ended with another exit code than 0.
     """
 
     variant: str
@@ -38,10 +38,10 @@ class Progress:
 
 
 class Ending:
-    """How a watched run ended, as whoever runs it says.
+    """The end of a watched run, set by the caller.
 
     Attributes:
-        exit_code: None while it runs, and where it was interrupted.
+        exit_code: exit code; None while it runs, and if it was interrupted.
     """
 
     exit_code: int | None = None
@@ -51,10 +51,10 @@ class Ending:
 def watching(
     folder: Path, variant: str, expected_steps: int | None, progress: Callable[[Progress], None] | None
 ) -> Iterator[Ending]:
-    """Report how far the run in a folder is, from a thread of its own, as long as the context lasts.
+    """Report the progress of the run in a folder from a separate thread, until the context ends.
 
     Yields:
-        What receives the exit code of the run.
+        An object on which the caller sets the exit code of the run.
     """
     ending = Ending()
     if progress is None:
@@ -86,22 +86,22 @@ class _Watch:
         self._step = 0
 
     def look(self) -> Progress:
-        self._read_on()
+        self._read_new_lines()
         events = [event for path in self._runs.glob(f"*/{LEDGER_NAME}") for event in read_ledger(path)]
-        # A fault of all ranks is told by each of them.
+        # Each rank records a fault of all ranks, which counts once.
         faults = {(e.generation, e.fields.get("fault")) for e in events if e.event == "fault_injected"}
         recoveries = sum(event.event == "recovery" for event in events)
         return Progress(self._variant, self._step, self._of, len(faults), recoveries, done=False)
 
-    def _read_on(self) -> None:
+    def _read_new_lines(self) -> None:
         if not self._trace.exists():
             return
         with self._trace.open("rb") as file:
             file.seek(self._read_bytes)
             new = file.read()
-        whole = new[: new.rfind(b"\n") + 1]
-        self._read_bytes += len(whole)
-        for line in whole.splitlines():
+        complete = new[: new.rfind(b"\n") + 1]
+        self._read_bytes += len(complete)
+        for line in complete.splitlines():
             try:
                 self._step = int(json.loads(line)["step"])
             except (ValueError, KeyError):

@@ -1,4 +1,4 @@
-"""A ledger as a run with two faults would have written it, at instants that are easy to count with."""
+"""Writes the ledger of a run with two faults, with round numbers as times."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ RUN_ID = "20250131-120000-abcd"
 
 
 class Writer:
-    """Writes events at given instants.
+    """Writes events at given times.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -24,7 +24,7 @@ class Writer:
         self.ledger = Ledger(folder / LEDGER_NAME, clock=lambda: self.now)
 
     def at(self, after_s: float, event: str, *, generation: int | None = None, **fields: Any) -> None:
-        """Write an event so many seconds after the run began."""
+        """Write an event at a time in seconds after the run began."""
         self.now = BEGAN_AT + after_s
         self.ledger.record(event, generation=generation, **fields)
 
@@ -34,8 +34,8 @@ def write_ledger(root: Path, *, arena: Path | None = None, ended: bool = True) -
 
     Args:
         root: folder of all runs.
-        arena: of the run; None for one that is gone.
-        ended: whether the run has come to its end.
+        arena: arena of the run; None for one that no longer exists.
+        ended: whether the run has ended.
     """
     folder = root / RUN_ID
     writer = Writer(folder)
@@ -58,7 +58,7 @@ def write_ledger(root: Path, *, arena: Path | None = None, ended: bool = True) -
 
 
 def recovery(generation: int) -> dict[str, Any]:
-    """The facts of a recovery that took a second."""
+    """The fields of a recovery that took one second."""
     seconds = (0.01, 0.09, 0.3, 0.4, 0.2, 0.0)
     names = ("detect_s", "abort_s", "regroup_s", "restore_s", "replay_s", "other_s")
     return {
@@ -78,4 +78,4 @@ STEPS = (
     *(Step(BEGAN_AT + 3.0 + number, number, 2) for number in range(3, 5)),
     *(Step(BEGAN_AT + 5.0 + number, number, 3) for number in range(4, 7)),
 )
-"""A step each second: 1 to 3, then 3 again and 4, then 4 again and up to 6."""
+"""One step per second: 1 to 3, then 3 and 4, then 4 to 6."""

@@ -1,4 +1,4 @@
-"""The command as a whole: help at once, mistakes in one line."""
+"""The command as a whole: help is fast, and user errors are reported in one line."""
 
 from __future__ import annotations
 
@@ -45,39 +45,42 @@ def test_help_imports_neither_torch_nor_lightning() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     done = fresh("status", "nonsense", "--run-root", str(tmp_path))
     assert done.returncode == 2
-    assert done.stderr.startswith("ckptless: nonsense: no ledger of it")
+    assert done.stderr.startswith("ckptless: nonsense: no ledger.jsonl found")
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train.py"], "nothing goes wrong: give --fault"),
-        (["missing.py", "--fault", "kill:rank=1:step=7"], "there is no script 'missing.py'"),
+        (["train.py"], "no fault given: use --fault"),
+        (["missing.py", "--fault", "kill:rank=1:step=7"], "cannot find the script 'missing.py'"),
         ([__file__, "--fault", "kil:rank=1:step=7"], "did you mean 'kill'"),
-        ([__file__, "--nproc", "2", "--fault", "kill:rank=2:step=7"], "there is no rank 2 among 2: give --nproc 3"),
+        (
+            [__file__, "--nproc", "2", "--fault", "kill:rank=2:step=7"],
+            "rank 2 does not exist, the world size is 2: use --nproc 3",
+        ),
         ([__file__, "--fault", "node:rank=0:step=7"], "a drill has one node"),
     ],
 )
-def test_drill_that_cannot_be_held(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_a_drill_with_invalid_arguments_is_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["drill", "--folder", str(tmp_path), *arguments])
     assert isinstance(result.exception, OptionsError)
     assert message in str(result.exception)
 
 
-def test_drill_wants_an_empty_folder(tmp_path: Path) -> None:
+def test_a_drill_requires_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "baseline").mkdir()
     (tmp_path / "baseline" / "trace").touch()
     arguments = ["drill", __file__, "--fault", "kill:rank=1:step=7", "--folder", str(tmp_path), "--launcher", "python"]
     result = CliRunner().invoke(app, arguments)
-    assert "holds files of another drill" in str(result.exception)
+    assert "has files of another drill" in str(result.exception)
 
 
 @pytest.mark.slow
-def test_run_hands_everything_on(tmp_path: Path) -> None:
+def test_run_passes_arguments_and_exit_code_through(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys\n"
@@ -92,7 +95,7 @@ def test_run_hands_everything_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_run_help_is_that_of_the_agent() -> None:
+def test_run_help_lists_the_options_of_the_agent() -> None:
     done = fresh("run", "--help")
     assert done.returncode == 0
     assert "--nproc-per-node" in done.stdout and "--no-preload" in done.stdout

@@ -1,4 +1,4 @@
-"""The judgement of each check of the doctor, on facts that are given."""
+"""The verdict of each check of the doctor on given facts."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_either_lightning_is_enough() -> None:
     assert [check.name for check in none if check.status is FAILURE] == ["lightning"]
 
 
-def test_versions_that_are_installed() -> None:
+def test_installed_versions_are_found() -> None:
     installed = {check.name: check.found for check in versions.check_versions()}
     assert installed["torch"].startswith(version("torch"))
 
@@ -73,7 +73,7 @@ def test_versions_that_are_installed() -> None:
 @pytest.mark.parametrize(
     ("job", "needed"),
     [
-        # Two slots of 12 bytes a parameter, and those of the first step, 4 bytes a parameter, beside them.
+        # Two slots of 12 bytes per parameter, plus those of the first step with 4 bytes per parameter.
         (Job(4, state=ADAM), 32 * GB),
         (Job(4, failure_domain="rank", state=ADAM), 64 * GB),
         (Job(4, nodes=2, state=ADAM), 32 * GB),
@@ -84,7 +84,7 @@ def test_versions_that_are_installed() -> None:
 def test_room_for_arenas(job: Job, needed: int) -> None:
     assert room.check_arena_room(job, place(needed)).status is OK
     small = place(needed - 1)
-    # In memory the agent holds what does not fit; on a disk nothing can.
+    # If the folder is in memory, the agent holds the slots that do not fit; on a disk that is not possible.
     assert advises(room.check_arena_room(job, small), WARNING, f"--shm-size {needed // GB}g")
     refused = room.check_arena_room(job, replace(small, in_memory=False))
     assert advises(refused, FAILURE, f"--shm-size {needed // GB}g")
@@ -102,12 +102,12 @@ def test_arena_folder() -> None:
     assert advises(room.check_arena_folder(place(1, problem="no")), FAILURE, "CKPTLESS_ARENA_DIR")
 
 
-def test_arena_folder_that_is_made_later(tmp_path: Path) -> None:
+def test_an_arena_folder_need_not_exist(tmp_path: Path) -> None:
     found = room.look_at(tmp_path / "a" / "b")
     assert not found.problem and found.free_bytes > 0 and not (tmp_path / "a").exists()
 
 
-def test_copies() -> None:
+def test_copies_need_failure_domains() -> None:
     assert room.check_placement(ONE).status is OK
     assert "not covered" in room.check_placement(ONE).found
     assert advises(room.check_placement(Job(4, nodes=2, copies=2)), FAILURE, "set copies=1")
@@ -120,7 +120,7 @@ def test_durable_folder(tmp_path: Path) -> None:
         assert room.check_durable_folder(job, folder).status is OK
     assert not (tmp_path / "missing").exists()
     (tmp_path / "mine").touch()
-    assert advises(room.check_durable_folder(job, tmp_path), FAILURE, "name another folder")
+    assert advises(room.check_durable_folder(job, tmp_path), FAILURE, "to another folder")
     much = Job(4, state=State.of_parameters(10**18, 2))
     assert advises(room.check_durable_folder(much, earlier), FAILURE, "larger file system")
 
@@ -153,7 +153,7 @@ def test_processes() -> None:
     unlimited = resource.RLIM_INFINITY
     assert limits.check_processes(ONE, unlimited, None, 5).found == "unlimited"
     group = Ceiling(100, 90, Path("group"))
-    assert "control group 100, 90 in use" in limits.check_processes(ONE, 4096, group, 5).found
+    assert "control group limit 100, 90 in use" in limits.check_processes(ONE, 4096, group, 5).found
     assert advises(limits.check_processes(ONE, 4096, group, 5), FAILURE, "--pids-limit")
     assert limits.check_processes(ONE, 100, None, 90).status is FAILURE
     assert limits.check_processes(ONE, 190, None, 90).status is WARNING
@@ -163,7 +163,7 @@ def test_processes() -> None:
 @pytest.mark.parametrize(
     ("job", "needed"),
     [
-        # 24 GB of arenas, and 16 bytes a parameter for each rank that trains on a CPU.
+        # 24 GB for arenas, and 16 bytes per parameter for each rank that trains on a CPU.
         (Job(4, state=ADAM), 24 * GB + 4 * 16 * GB),
         (Job(4, state=ADAM, is_sharded=True), 24 * GB + 16 * GB),
         (Job(4, state=ADAM, has_gpu=True), 24 * GB),
@@ -181,13 +181,13 @@ def test_memory(job: Job, needed: int) -> None:
 # ---------------------------------------------------------------- processes, clock
 
 
-def test_the_end_of_a_real_process_is_seen() -> None:
+def test_the_exit_of_a_process_is_observed() -> None:
     watched = processes.watch_a_process()
     assert not watched.pidfd_problem and not watched.proc_problem
     assert processes.check_pidfd(watched).status is OK and processes.check_proc(watched).status is OK
 
 
-def test_processes_that_cannot_be_watched() -> None:
+def test_processes_that_cannot_be_watched_are_a_failure() -> None:
     assert advises(processes.check_pidfd(Watched(pidfd_problem="pidfd_open: EPERM")), FAILURE, "seccomp")
     assert advises(processes.check_proc(Watched(proc_problem="none")), FAILURE, "mount /proc")
     assert "ptrace_scope 1 (own children)" in processes.check_proc(Watched(ptrace_scope="1")).found
@@ -196,12 +196,12 @@ def test_processes_that_cannot_be_watched() -> None:
 def test_clock_jumps() -> None:
     began = Instant(1000.0, 10.0)
     assert clock.check_jumps(began, Instant(1002.1, 12.0)).status is OK
-    assert advises(clock.check_jumps(began, Instant(1005.0, 12.0)), WARNING, "slewed")
-    assert advises(clock.check_jumps(began, Instant(995.0, 12.0)), WARNING, "slewed")
+    assert advises(clock.check_jumps(began, Instant(1005.0, 12.0)), WARNING, "slew the clock")
+    assert advises(clock.check_jumps(began, Instant(995.0, 12.0)), WARNING, "slew the clock")
     assert clock.check_jumps(began, Instant(1002.0, 9.0)).status is FAILURE
 
 
-def test_clock_in_step() -> None:
+def test_clock_synchronisation() -> None:
     assert clock.is_synchronised() in {True, False, None}
     assert clock.check_synchronised(ONE, synchronised=False).status is OK
     assert clock.check_synchronised(TWO, synchronised=True).status is OK
@@ -222,19 +222,19 @@ def test_host_name() -> None:
     assert network.check_host_name(TWO, HostName("box", ("10.0.0.7", "fe80::1%eth0"), 0.0), {}).status is OK
 
 
-def test_look_up_of_this_machine() -> None:
+def test_localhost_resolves() -> None:
     found = network.look_up("localhost")
     assert {"127.0.0.1", "::1"} & set(found.addresses) and not found.problem
 
 
-def test_look_up_that_fails() -> None:
+def test_a_failed_look_up_is_reported() -> None:
     def refuse(name: str) -> tuple[str, ...]:
         raise OSError(f"{name} is not known")
 
     assert network.look_up("box", refuse).problem == "box is not known"
 
 
-def test_look_up_without_an_answer() -> None:
+def test_a_look_up_without_an_answer_times_out() -> None:
     answer = threading.Event()
 
     def wait(name: str) -> tuple[str, ...]:
@@ -246,7 +246,7 @@ def test_look_up_without_an_answer() -> None:
     assert found.problem == "no answer within 0.05 s" and found.longest_s == 0.05
 
 
-def test_look_up_time() -> None:
+def test_a_slow_look_up_is_a_warning() -> None:
     assert network.check_look_up_time(HostName("box", ("10.0.0.7",), 0.02)).status is OK
     slow = network.check_look_up_time(HostName("box", ("10.0.0.7",), 5.01))
     assert advises(slow, WARNING, "resolv.conf") and "5010 ms" in slow.found
@@ -274,11 +274,11 @@ def test_interfaces(variable: str, value: str | None, status: Status) -> None:
     assert network.check_interface(on_gpus, variable, value, interfaces).status is status
 
 
-def test_loopback_is_enough_on_one_machine() -> None:
+def test_loopback_is_enough_on_one_node() -> None:
     assert network.check_interface(ONE, "GLOO_SOCKET_IFNAME", "lo", {"lo": True}).status is OK
 
 
-def test_interface_of_nccl_without_gpus() -> None:
+def test_an_interface_of_nccl_without_gpus_is_a_warning() -> None:
     assert network.check_interface(ONE, "NCCL_SOCKET_IFNAME", "ib0", {"lo": True}).status is WARNING
 
 
@@ -288,7 +288,7 @@ def test_nccl_variables(variable: str) -> None:
     assert advises(variables.check_nccl({variable: "1"}), WARNING, f"unset {variable}")
 
 
-def test_older_names_have_no_effect() -> None:
+def test_older_nccl_names_have_no_effect() -> None:
     found = variables.check_nccl({"NCCL_ASYNC_ERROR_HANDLING": "1"})
     assert found.status is OK and "NCCL_ASYNC_ERROR_HANDLING" in found.found
 
@@ -314,21 +314,21 @@ def test_our_variables() -> None:
     ("text", "count"),
     [("1000", 1000), ("7e9", 7 * 10**9), ("1.5B", 1_500_000_000), ("300m", 3 * 10**8), ("1_000K", 10**6)],
 )
-def test_counts(text: str, count: int) -> None:
+def test_parameter_counts_are_parsed(text: str, count: int) -> None:
     from lightning_ckptless.cli.doctor import parse_count
 
     assert parse_count(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "many", "-1", "1X", "1e999"])
-def test_what_is_no_count(text: str) -> None:
+def test_an_invalid_parameter_count_is_refused(text: str) -> None:
     from lightning_ckptless.cli.doctor import parse_count
 
     with pytest.raises(OptionsError, match=r"expected a number, e\.g\. 7e9"):
         parse_count(text)
 
 
-def test_gpus(tmp_path: Path) -> None:
+def test_visible_gpus_are_counted(tmp_path: Path) -> None:
     from lightning_ckptless.cli.doctor import visible_gpus
 
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):

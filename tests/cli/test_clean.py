@@ -1,4 +1,4 @@
-"""Shared memory of the dead is removed, that of the living stays."""
+"""`ckptless clean` removes the arenas of dead agents and keeps those of live ones."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def alive(tmp_path: Path) -> Path:
     return make(tmp_path, "alive", Owner.of(os.getpid()))
 
 
-def test_all(tmp_path: Path, alive: Path) -> None:
+def test_all_arenas_of_dead_agents_are_removed(tmp_path: Path, alive: Path) -> None:
     dead = [make(tmp_path, "one"), make(tmp_path, "two")]
     result = clean(tmp_path)
     assert result.exit_code == 0
@@ -50,25 +50,25 @@ def test_all(tmp_path: Path, alive: Path) -> None:
     assert result.output.count("removed") == 2
 
 
-def test_dry_run(tmp_path: Path) -> None:
+def test_a_dry_run_removes_nothing(tmp_path: Path) -> None:
     dead = make(tmp_path, "one")
     assert f"would remove {dead}" in clean(tmp_path, "--dry-run").output
     assert dead.is_dir()
 
 
-def test_one(tmp_path: Path) -> None:
+def test_only_the_given_run_is_removed(tmp_path: Path) -> None:
     other, mine, second_fit = make(tmp_path, "other"), make(tmp_path, "mine"), make(tmp_path, "mine.1")
     assert clean(tmp_path, "mine").exit_code == 0
     assert other.is_dir() and not mine.exists() and not second_fit.exists()
 
 
-def test_live_run_is_refused(tmp_path: Path, alive: Path) -> None:
+def test_a_live_run_is_refused(tmp_path: Path, alive: Path) -> None:
     result = clean(tmp_path, "alive")
     assert result.exit_code == 1
     assert alive.is_dir()
 
 
-def test_another_format_can_be_removed(tmp_path: Path) -> None:
+def test_an_arena_in_another_format_is_removed(tmp_path: Path) -> None:
     old, live = make(tmp_path, "old"), make(tmp_path, "live", Owner.of(os.getpid()))
     for path in (old, live):
         facts = json.loads((path / "arena.json").read_text())
@@ -77,13 +77,13 @@ def test_another_format_can_be_removed(tmp_path: Path) -> None:
     assert live.is_dir() and not old.exists()
 
 
-def test_one_that_others_may_write_to_can_be_removed(tmp_path: Path) -> None:
+def test_a_group_writable_arena_is_removed(tmp_path: Path) -> None:
     (dead := make(tmp_path, "one")).chmod(0o770)
     assert clean(tmp_path).exit_code == 0 and not dead.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\x00", b'{"owner": {"pid": -7, "started_at": 1}}', None])
-def test_what_is_damaged_can_be_removed(tmp_path: Path, content: bytes | None) -> None:
+def test_a_damaged_arena_is_removed(tmp_path: Path, content: bytes | None) -> None:
     path = make(tmp_path, "spoilt")
     (path / "shard-0000.kept-by-0000.ab.slot-0").touch()
     if content is None:
@@ -94,20 +94,20 @@ def test_what_is_damaged_can_be_removed(tmp_path: Path, content: bytes | None) -
     assert not path.exists()
 
 
-def test_what_is_no_arena_stays(tmp_path: Path) -> None:
-    folder = tmp_path / "ckptless-of-somebody"
+def test_a_folder_that_is_not_an_arena_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "ckptless-other"
     folder.mkdir()
     assert clean(tmp_path).output == f"no arenas in {tmp_path}\n"
     assert folder.is_dir()
 
 
-def test_temporary_folders_of_killed_agents(tmp_path: Path, temporary: Path) -> None:
+def test_temporary_folders_of_killed_agents_are_removed(tmp_path: Path, temporary: Path) -> None:
     (left := temporary / "ckptless-scratch-logs-1").mkdir()
     (left / "file").touch()
     with ScratchFolder("logs") as held:
         assert f"would remove {left}" in clean(tmp_path, "--dry-run").output
         assert "removed" not in clean(tmp_path, "one-run").output and left.exists()
         result = clean(tmp_path)
-        assert f"removed {left}: temporary files of an agent that was killed" in result.output
+        assert f"removed {left}: temporary files of a killed agent" in result.output
         assert list(temporary.iterdir()) == [held.path]
         assert "no arenas in" in clean(tmp_path).output

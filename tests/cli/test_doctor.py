@@ -1,4 +1,4 @@
-"""The doctor on this machine, and on scripts whose imports are really made, in processes of their own."""
+"""The doctor on this host, and on scripts whose imports really run in separate processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def doctor(*arguments: str) -> Result:
 
 
 def look(folder: Path, text: str, *, model: str = "", timeout_s: float = 120.0) -> Probed:
-    """What is seen of a script, without torch and Lightning being imported before."""
+    """Probe a script without preloading torch and Lightning."""
     (path := folder / "train.py").write_text(text)
     return probe(Target.of(str(path), is_module=False), preload=(), model=model, timeout_s=timeout_s)
 
@@ -46,15 +46,15 @@ def found(checks: list[Check], name: str) -> Check:
 # ---------------------------------------------------------------- the command
 
 
-def test_this_machine(tmp_path: Path) -> None:
+def test_this_node(tmp_path: Path) -> None:
     result = doctor("--arena-dir", str(tmp_path))
     assert result.exit_code == 0, result.output
     for name in ("Python", "torch", "room for arenas", "open files", "pidfd", "host name", "NCCL variables", "clock"):
         assert f" {name} " in result.output
-    assert "works here" in result.output
+    assert "training works here" in result.output
 
 
-def test_json(tmp_path: Path) -> None:
+def test_the_json_report(tmp_path: Path) -> None:
     result = doctor("--json", "--parameters", "1M", "--ranks", "2", "--durable-dir", str(tmp_path / "durable"))
     report = json.loads(result.output)
     assert result.exit_code == 0 and set(report) == {"works", "checks"} and report["works"] is True
@@ -66,19 +66,19 @@ def test_json(tmp_path: Path) -> None:
     assert len(set(names)) == len(names) and "durable folder" in names
 
 
-def test_a_model_that_does_not_fit() -> None:
+def test_a_model_that_does_not_fit_is_a_failure() -> None:
     result = doctor("--json", "--parameters", "1000T", "--ranks", "2")
     report = json.loads(result.output)
     assert result.exit_code == 1 and report["works"] is False
     failures = {check["name"] for check in report["checks"] if check["status"] == "failure"}
     assert "memory" in failures
     shown = doctor("--parameters", "1000T", "--ranks", "2")
-    assert shown.exit_code == 1 and "will not work here: " in shown.output and "--shm-size" in shown.output
+    assert shown.exit_code == 1 and "training will not work here: " in shown.output and "--shm-size" in shown.output
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
-def test_a_small_file_system(tmp_path: Path) -> None:
-    """As /dev/shm in a container that was given no `--shm-size`."""
+def test_a_small_file_system_is_a_warning(tmp_path: Path) -> None:
+    """The file system is like /dev/shm in a container without `--shm-size`."""
     (small := tmp_path / "shm").mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(small)], check=False).returncode != 0:
         pytest.skip("this user may not mount")
@@ -99,20 +99,20 @@ def test_a_small_file_system(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing.py"], "there is no script 'missing.py'"),
+        (["missing.py"], "cannot read the script 'missing.py'"),
         (["-m", "no_such_package.train"], "there is no module 'no_such_package.train'"),
-        (["--model", "Net"], "--model is one of a script"),
+        (["--model", "Net"], "--model needs a script"),
         (["--parameters", "many"], "expected a number"),
     ],
 )
-def test_what_cannot_be_examined(arguments: list[str], message: str) -> None:
+def test_invalid_arguments_are_refused(arguments: list[str], message: str) -> None:
     result = doctor(*arguments)
     assert isinstance(result.exception, OptionsError)
     assert message in str(result.exception)
 
 
-def test_what_is_no_python(tmp_path: Path) -> None:
-    with pytest.raises(OptionsError, match="is no Python that this interpreter can read"):
+def test_a_script_that_cannot_be_parsed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionsError, match="not a Python script that this interpreter can parse"):
         look(tmp_path, "import (")
 
 
@@ -142,10 +142,10 @@ def test_a_whole_script(tmp_path: Path) -> None:
     report = json.loads(doctor("--json", str(path), "--model", "Net", "--ranks", "2").output)
     checks = {check["name"]: check for check in report["checks"]}
     assert report["works"] is True
-    # And none by torch or Lightning, which are imported before.
+    # Threads of torch and Lightning do not count, as they are preloaded.
     assert checks["fork safety"]["found"] == "pump starts a thread: pump (line 1, `import pump`)"
     assert "4,000,000 parameters" in checks["model"]["found"]
-    # Two slots of 12 bytes a parameter, and 4 bytes for those of the first step.
+    # Two slots of 12 bytes per parameter, plus those of the first step with 4 bytes per parameter.
     assert checks["room for arenas"]["expected"].startswith("128.0 MB")
     assert not Path("ran").exists()
 
@@ -163,7 +163,7 @@ def test_every_check_is_documented(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- what a script imports
 
 
-def test_imports_are_read_off_the_text() -> None:
+def test_imports_are_found_in_the_source() -> None:
     tree = ast.parse(
         "from __future__ import annotations\n"
         "import a, b.c as d\n"
@@ -212,7 +212,7 @@ def test_a_thread_that_python_does_not_know_is_attributed_to_an_import(tmp_path:
     assert [(thread.index, thread.module) for thread in probed.threads] == [(1, "native")]
 
 
-def test_threads_that_have_ended_do_no_harm(tmp_path: Path) -> None:
+def test_threads_that_have_ended_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "brief.py").write_text(
         "import threading\nthread = threading.Thread(target=int)\nthread.start()\nthread.join()\n"
     )
@@ -220,7 +220,7 @@ def test_threads_that_have_ended_do_no_harm(tmp_path: Path) -> None:
     assert probed.threads == () and imports.check_fork_safety(probed).status is Status.OK
 
 
-def test_nothing_but_imports_runs(tmp_path: Path) -> None:
+def test_only_imports_run(tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     probed = look(tmp_path, f"import sys\nopen({str(mark)!r}, 'w')\nsys.exit(3)\nimport json\n")
     checks = imports.check_script(probed, "")
@@ -228,7 +228,7 @@ def test_nothing_but_imports_runs(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-def test_an_import_that_is_missing(tmp_path: Path) -> None:
+def test_a_missing_import_is_a_failure(tmp_path: Path) -> None:
     probed = look(
         tmp_path, "import json\nimport no_such_thing\ntry:\n    import nor_this\nexcept ImportError:\n    pass\n"
     )
@@ -237,7 +237,7 @@ def test_an_import_that_is_missing(tmp_path: Path) -> None:
     assert check.found == "line 2, `import no_such_thing`: No module named 'no_such_thing'"
 
 
-def test_an_import_that_the_script_does_without(tmp_path: Path) -> None:
+def test_a_missing_optional_import_is_ok(tmp_path: Path) -> None:
     probed = look(tmp_path, "import json\ntry:\n    import nor_this\nexcept ImportError:\n    pass\n")
     check = imports.check_imports(probed)
     assert check.status is Status.OK and check.found == "1 of 2; without nor_this"
@@ -247,8 +247,8 @@ def test_an_import_that_the_script_does_without(tmp_path: Path) -> None:
     ("text", "how"),
     [
         ("raise RuntimeError('no licence')", "RuntimeError: no licence (exit code 1)"),
-        ("import os; os.kill(os.getpid(), 9)", "the process ended (signal 9)"),
-        ("import sys; sys.exit(3)", "the process ended (exit code 3)"),
+        ("import os; os.kill(os.getpid(), 9)", "the process exited (signal 9)"),
+        ("import sys; sys.exit(3)", "the process exited (exit code 3)"),
     ],
 )
 def test_an_import_that_ends_the_process(text: str, how: str, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_an_import_that_ends_the_process(text: str, how: str, tmp_path: Path) ->
 
 def test_an_import_that_hangs(tmp_path: Path) -> None:
     (tmp_path / "stuck.py").write_text("import threading\nthreading.Event().wait()\n")
-    # On a busy machine an interpreter may take longer to come to the import than the first limit.
+    # On a busy host, an interpreter may need longer than the first limit to reach the import.
     tries = (look(tmp_path, "import stuck\n", timeout_s=limit_s) for limit_s in (1.0, 10.0, 100.0))
     check = imports.check_imports(next(probed for probed in tries if probed.last is not None))
     assert check.status is Status.FAILURE and "`import stuck`: not finished within" in check.found
@@ -293,28 +293,28 @@ def test_the_size_of_a_model(expression: str) -> None:
     assert size == {"parameters": 27, "weight_bytes": 2 * 22 + 4 * 5 + 8 * 3, "trained_bytes": 2 * 22}
 
 
-def test_the_state_of_a_model() -> None:
+def test_the_state_follows_from_the_size_of_the_model() -> None:
     assert Probed((), weight_bytes=88, trained_bytes=44).state(2) == State(88, 88)
     assert Probed(()).state(2) is None
 
 
 @pytest.mark.long
-def test_a_model_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_created_is_a_failure(tmp_path: Path) -> None:
     checks = imports.check_script(look(tmp_path, "import json\n", model="Net"), "Net")
     assert found(checks, "imports").status is Status.OK
     model = found(checks, "model")
-    assert model.status is Status.FAILURE and model.fix == "give --parameters N instead of --model"
+    assert model.status is Status.FAILURE and model.fix == "use --parameters N instead of --model"
     assert model.found.startswith("Net: NameError: name 'Net' is not defined")
 
 
-def test_what_is_said_of_a_model() -> None:
-    assert "Net: not made" in imports.check_model(Probed((), models=("Net",)), "").found
+def test_the_check_of_a_model() -> None:
+    assert "Net: not created" in imports.check_model(Probed((), models=("Net",)), "").found
     assert imports.check_model(Probed((), weight_bytes=88, parameters=44), "Net").status is Status.OK
     refused = imports.check_model(Probed((), end="NameError"), "Net")
     assert refused.status is Status.FAILURE and refused.found == "Net: NameError"
 
 
-def test_imports_that_take_long() -> None:
+def test_slow_imports_are_a_warning() -> None:
     heavy, light, local, unsafe = (
         Import(f"import {name}", name, line, is_optional=False)
         for line, name in enumerate(("heavy", "light", ".local", "unsafe"), 1)
@@ -327,7 +327,7 @@ def test_imports_that_take_long() -> None:
     assert (check.status, check.found) == (Status.WARNING, "1.4 s of 3.9 s: .local 0.9 s, unsafe 0.5 s")
     assert "standbys=1" in check.fix
     once = imports.check_import_time(Probed((heavy,), {0: 2.5}))
-    assert once.status is Status.OK and "imported once for all processes that are started later" in once.found
+    assert once.status is Status.OK and "imported once for all later processes" in once.found
     assert imports.check_import_time(Probed((heavy,), {0: 2.5}, cuda="asked")).status is Status.WARNING
 
 
@@ -341,7 +341,7 @@ def test_imports_that_take_long() -> None:
         ("import signal; signal.signal(signal.SIGUSR2, lambda *_: None)", "handles a signal"),
     ],
 )
-def test_what_else_an_import_must_not_do(code: str, what: str, tmp_path: Path) -> None:
+def test_other_side_effects_of_an_import_are_a_warning(code: str, what: str, tmp_path: Path) -> None:
     (tmp_path / "culprit.py").write_text(code + "\n")
     probed = look(tmp_path, "import json\nimport culprit\nimport csv\n")
     check = imports.check_fork_safety(probed)

@@ -1,4 +1,4 @@
-"""What `ckptless export` says where there is nothing to export, or no place for it."""
+"""`ckptless export` refuses missing states and unusable outputs, and overwrites only with `--force`."""
 
 from __future__ import annotations
 
@@ -38,63 +38,63 @@ def durable(captured: Captured, tmp_path: Path) -> Path:
     return folder.path
 
 
-def test_a_folder_of_somebody_else(tmp_path: Path) -> None:
-    with pytest.raises(OptionsError, match=r"neither the folder of a run .* nor one of durable states"):
+def test_an_unrelated_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionsError, match=r"neither a run folder .* nor a folder of durable states"):
         export(tmp_path)
 
 
-def test_a_run_that_nobody_knows(tmp_path: Path) -> None:
-    with pytest.raises(OptionsError, match="nonsense: no ledger of it"):
+def test_an_unknown_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionsError, match=r"nonsense: no ledger\.jsonl found"):
         export("nonsense", "--run-root", tmp_path)
 
 
-def test_a_run_that_has_left_nothing(tmp_path: Path) -> None:
+def test_a_run_without_arenas_or_durable_states_is_refused(tmp_path: Path) -> None:
     write_ledger(tmp_path, arena=tmp_path / "shm" / "gone")
     (tmp_path / "shm").mkdir()
-    with pytest.raises(DurableError, match="its arenas are gone, and it has written no durable state"):
+    with pytest.raises(DurableError, match="its arenas no longer exist, and it has written no durable state"):
         export(RUN_ID, "--run-root", tmp_path)
 
 
 @pytest.mark.parametrize("step", ["soon", "-1", "1.5"])
-def test_a_step_that_is_no_number(step: str, tmp_path: Path) -> None:
+def test_a_step_that_is_not_a_number_is_refused(step: str, tmp_path: Path) -> None:
     with pytest.raises(OptionsError, match="expected a number or 'latest'"):
         export(tmp_path, f"--step={step}")
 
 
-def test_a_step_that_is_not_there(durable: Path) -> None:
-    with pytest.raises(OptionsError, match=r"step 7 is not there .*; there are: step 3"):
+def test_an_unavailable_step_is_refused(durable: Path) -> None:
+    with pytest.raises(OptionsError, match=r"step 7 is not available .*; available: step 3"):
         export(durable, "--step", 7)
 
 
-def test_what_is_there_is_overwritten_only_by_force(durable: Path, tmp_path: Path) -> None:
+def test_an_existing_output_is_overwritten_only_with_force(durable: Path, tmp_path: Path) -> None:
     target = tmp_path / "state"
     target.mkdir()
     (target / "mine").write_text("")
-    with pytest.raises(OptionsError, match="is there already: name another file, or give --force"):
+    with pytest.raises(OptionsError, match="already exists: choose another name, or use --force"):
         export(durable, "-o", target, "--format", "dcp")
     assert (target / "mine").exists()
     assert f"{target}: step 3 of run run" in export(durable, "-o", target, "--format", "dcp", "--force")
     assert not (target / "mine").exists() and Manifest.read(target).snapshot.version.optimizer_step == 3
 
 
-def test_a_folder_that_is_not_there(durable: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionsError, match="there is no folder"):
+def test_a_missing_output_folder_is_refused(durable: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionsError, match="does not exist"):
         export(durable, "-o", tmp_path / "no" / "file.ckpt")
 
 
-def test_one_state_may_be_named_itself(durable: Path, tmp_path: Path) -> None:
+def test_a_single_durable_state_can_be_exported(durable: Path, tmp_path: Path) -> None:
     (state,) = durable.glob("step-*")
     assert "step 3" in export(state, "-o", tmp_path / "again", "--format", "dcp")
     assert "step 3" in export(tmp_path / "again", "-o", tmp_path / "third", "--format", "dcp")
 
 
-def test_a_state_without_a_recipe_makes_no_checkpoint(durable: Path, tmp_path: Path) -> None:
-    with pytest.raises(DurableError, match="the run has not said how a checkpoint is put together"):
+def test_a_state_without_a_recipe_cannot_become_a_checkpoint(durable: Path, tmp_path: Path) -> None:
+    with pytest.raises(DurableError, match="the run has stored no recipe for a checkpoint"):
         export(durable, "-o", tmp_path / "model.ckpt")
     assert not list(tmp_path.glob("*model.ckpt*")) and not list(tmp_path.glob(".model*"))
 
 
-def test_a_damaged_state(durable: Path, tmp_path: Path) -> None:
+def test_a_damaged_state_is_refused(durable: Path, tmp_path: Path) -> None:
     (shard,) = durable.rglob("__0_0.distcp")
     data = bytearray(shard.read_bytes())
     data[2] ^= 1

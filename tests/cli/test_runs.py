@@ -1,4 +1,4 @@
-"""Runs are found by id, by folder, or as the newest."""
+"""A run is found by id, by folder, or as the newest one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def make_run(root: Path, name: str, written_at: float) -> Path:
     return root / name
 
 
-def test_by_id_by_folder_and_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_found_by_id_by_folder_and_as_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     older, newer = make_run(tmp_path / "ckptless", "b", 100.0), make_run(tmp_path / "ckptless", "a", 200.0)
     monkeypatch.chdir(tmp_path)
     assert find_run("b", None).folder == older
@@ -30,15 +30,15 @@ def test_by_id_by_folder_and_the_newest(tmp_path: Path, monkeypatch: pytest.Monk
     assert find_run(".", None).run_id == "b"
 
 
-def test_root_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_root_is_read_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(tmp_path, "a", 100.0)
     monkeypatch.setenv(environment.RUN_ROOT, str(tmp_path))
     assert find_run(None, None).run_id == "a"
 
 
-def test_missing(tmp_path: Path) -> None:
+def test_a_missing_run_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path, "a", 100.0)
-    with pytest.raises(OptionsError, match=r"nonsense: no ledger of it in .*; the runs there: a"):
+    with pytest.raises(OptionsError, match=r"nonsense: no ledger.jsonl found in .*; runs there: a"):
         find_run("nonsense", tmp_path)
-    with pytest.raises(OptionsError, match=r"the newest run: .* the runs there: none"):
+    with pytest.raises(OptionsError, match=r"the newest run: .* runs there: none"):
         find_run(None, tmp_path / "empty")

@@ -1,4 +1,4 @@
-"""What a run keeps is read from the headers of its slots."""
+"""`ckptless status` reads the ledger and the slot headers of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEAD = Owner(pid=2**22 - 1, started_at=1.0)
 
 
 def fill(arena: Arena, *, shard: int, holder: int, committed: int, staged: int) -> None:
-    """Two slots of a slot_pair: one committed, one staged behind it."""
+    """Write both slots of a slot pair: one committed, one staged."""
     for slot, step in zip(arena.slots(shard, holder, 64), (committed, staged), strict=True):
         stamp = Stamp(Version(step, True), generation=2, world_size=2, layout="", shard=shard, holder=holder)
         slot.begin(stamp)
@@ -33,7 +33,7 @@ def fill(arena: Arena, *, shard: int, holder: int, committed: int, staged: int) 
 
 @pytest.fixture
 def arena(tmp_path: Path) -> Iterator[Arena]:
-    """The arena of a run whose agent is this process: version 6 is committed, 7 has come to shard 0 only."""
+    """The arena of a run whose agent is this process: step 6 is committed, step 7 is staged for shard 0 only."""
     made = Arena.create(tmp_path / "shm", RUN_ID, "node-a", Owner.of(os.getpid()))
     fill(made, shard=0, holder=0, committed=6, staged=7)
     fill(made, shard=1, holder=1, committed=6, staged=5)
@@ -47,7 +47,7 @@ def ask(root: Path, *more: str) -> Any:
     return json.loads(result.output)
 
 
-def test_running(tmp_path: Path, arena: Arena) -> None:
+def test_a_running_run(tmp_path: Path, arena: Arena) -> None:
     write_ledger(tmp_path / "runs", arena=arena.path, ended=False)
     told = ask(tmp_path / "runs")
     assert (told["state"], told["generation"], told["world_size"]) == ("running", 3, 2)
@@ -65,17 +65,17 @@ def test_running(tmp_path: Path, arena: Arena) -> None:
     assert told["recoveries"][-1]["cause"] == "died by SIGKILL"
 
 
-def test_durable_states(tmp_path: Path) -> None:
+def test_durable_states_are_reported(tmp_path: Path) -> None:
     folder = write_ledger(tmp_path / "runs")
     assert ask(tmp_path / "runs")["durable"] == ""
     ledger = Ledger(folder / "ledger.jsonl")
     ledger.record("durable_written", step=20, path="/far/durable/step-0000000020")
     assert ask(tmp_path / "runs")["durable"] == "step 20, in /far/durable"
     ledger.record("durable_failed", step=30, cause="full")
-    assert ask(tmp_path / "runs")["durable"].endswith("in /far/durable; that of step 30 could not be written")
+    assert ask(tmp_path / "runs")["durable"].endswith("in /far/durable; writing step 30 failed")
 
 
-def test_agent_that_is_gone(tmp_path: Path, arena: Arena) -> None:
+def test_a_run_whose_agent_has_exited_is_stopped(tmp_path: Path, arena: Arena) -> None:
     write_ledger(tmp_path / "runs", arena=arena.path, ended=False)
     arena.remove()
     dead = Arena.create(tmp_path / "shm", RUN_ID, "node-b", DEAD)
@@ -84,13 +84,13 @@ def test_agent_that_is_gone(tmp_path: Path, arena: Arena) -> None:
     assert (told["state"], told["restorable"]) == ("stopped", "the arenas are empty")
 
 
-def test_ended(tmp_path: Path) -> None:
+def test_an_ended_run(tmp_path: Path) -> None:
     write_ledger(tmp_path / "runs", arena=tmp_path / "shm" / "gone")
     told = ask(tmp_path / "runs", RUN_ID)
     assert (told["state"], told["goodput"], told["arenas"]) == ("ended", 0.75, [])
 
 
-def test_torn_header_is_counted(tmp_path: Path, arena: Arena) -> None:
+def test_a_torn_header_is_counted(tmp_path: Path, arena: Arena) -> None:
     write_ledger(tmp_path / "runs", arena=arena.path)
     torn = next(path for path in sorted(arena.path.glob("shard-0000*slot-1")))
     with torn.open("r+b") as file:
@@ -109,7 +109,7 @@ def test_arenas_of_other_runs_are_not_shown(tmp_path: Path, arena: Arena) -> Non
     other.close()
 
 
-def test_tables(tmp_path: Path, arena: Arena) -> None:
+def test_the_tables_are_printed(tmp_path: Path, arena: Arena) -> None:
     write_ledger(tmp_path / "runs", arena=arena.path)
     result = CliRunner().invoke(app, ["status", "--run-root", str(tmp_path / "runs")], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
@@ -127,7 +127,7 @@ def test_tables(tmp_path: Path, arena: Arena) -> None:
 
 
 def plan(folder: Path, *, nodes: tuple[str, ...], copies: int = 1) -> None:
-    """A plan of two shards that two nodes keep for each other."""
+    """Record a placement of two shards, each with a copy on the other node."""
     Ledger(folder / "ledger.jsonl").record(
         "placement",
         kind="node",
@@ -144,7 +144,7 @@ def test_protection_is_read_from_the_arenas(tmp_path: Path, arena: Arena) -> Non
     folder = write_ledger(tmp_path / "runs", arena=arena.path, ended=False)
     assert ask(tmp_path / "runs")["protection"] == ""
     plan(folder, nodes=("node-a", "node-b"))
-    assert ask(tmp_path / "runs")["protection"].startswith("not known here: the arenas of 1 nodes")
+    assert ask(tmp_path / "runs")["protection"].startswith("unknown: the arena of 1 node is on other hosts")
     Ledger(folder / "ledger.jsonl").record("committed", step=7)
     assert ask(tmp_path / "runs")["protection"].startswith("2 of 2 shards had all copies of step 7")
     other = Arena.create(tmp_path / "shm", RUN_ID, "node-b", Owner.of(os.getpid()))
@@ -153,7 +153,7 @@ def test_protection_is_read_from_the_arenas(tmp_path: Path, arena: Arena) -> Non
     other.close()
 
 
-def test_the_plan_is_shown(tmp_path: Path, arena: Arena) -> None:
+def test_the_placement_is_shown(tmp_path: Path, arena: Arena) -> None:
     plan(write_ledger(tmp_path / "runs", arena=arena.path), nodes=("node-a", "node-b"))
     told = ask(tmp_path / "runs")["plan"]
     assert told["rows"][1] == ["1", "rank 1", "rank 0", "node-b, node-a", "64 bytes"]

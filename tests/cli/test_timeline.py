@@ -1,4 +1,4 @@
-"""The picture is one, and the page stands alone."""
+"""`ckptless timeline` draws valid pictures and self-contained HTML pages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VOID = {"meta", "br", "link", "img", "hr", "path", "use"}
 
 
 class Page(HTMLParser):
-    """Checks that tags are closed in order, and gathers what would be fetched."""
+    """Checks that tags are closed in order, and collects URLs that would be fetched."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_html_stands_alone(tmp_path: Path) -> None:
+def test_the_html_page_is_self_contained(tmp_path: Path) -> None:
     write_ledger(tmp_path)
     text = page(story_of("<b>run</b>", find_run(None, tmp_path).events, STEPS))
     parsed = Page()
@@ -63,26 +63,26 @@ def test_html_stands_alone(tmp_path: Path) -> None:
     assert parsed.fetched == []
     assert {"svg", "table", "style"} <= parsed.seen and "b" not in parsed.seen
     assert "script" not in parsed.seen and "@import" not in text and "url(http" not in text
-    assert "rank 1 died by SIGKILL, went on from step 2" in parsed.text
+    assert "rank 1 died by SIGKILL, resumed from step 2" in parsed.text
     assert "75.0%" in parsed.text
 
 
 @pytest.fixture(scope="module", autouse=True)
 def fonts_are_open(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """matplotlib keeps the fonts open that it has drawn with: no test's leak."""
+    """Draw once, so that the font files that matplotlib keeps open do not count as a leak of a test."""
     run = find_run(str(write_ledger(tmp_path_factory.mktemp("run"))), None)
     page(story_of(run.run_id, run.events, STEPS))
 
 
 @pytest.mark.parametrize("traced", [True, False])
-def test_png_is_a_picture(traced: bool, tmp_path: Path) -> None:
+def test_the_png_shows_curve_faults_and_phases(traced: bool, tmp_path: Path) -> None:
     write_ledger(tmp_path / "runs")
     rows = [dict(batch(step.step, step.generation), at=step.at) for step in STEPS]
     trace = write(tmp_path / "trace", rows) if traced else None
     write_timeline(find_run(RUN_ID, tmp_path / "runs"), trace, [tmp_path / "out.png"])
     picture = imread(tmp_path / "out.png")
     assert picture.shape[0] > 400 and picture.shape[1] > 1000
-    # Not a blank sheet: the curve, the faults and the phases have colours of their own.
+    # The curve, the faults and the phases each have their own colour.
     colours = set(np.unique((picture[..., :3] * 255).round().astype(int) @ [0x10000, 0x100, 1]).tolist())
     assert {0xCC3311, 0xDDAA33, 0x33BBEE, 0x0077BB} <= colours
     assert (0x004488 in colours) == traced
@@ -96,13 +96,13 @@ def test_the_same_run_gives_the_same_file(tmp_path: Path) -> None:
         assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
 
 
-def test_a_run_without_faults_is_drawn(tmp_path: Path) -> None:
+def test_a_run_without_faults_has_no_recovery_table(tmp_path: Path) -> None:
     run = find_run(str(write_ledger(tmp_path)), None)
     events = [event for event in run.events if event.event in {"run_started", "run_ended"}]
     assert "<table>" not in page(story_of("quiet", events, STEPS[:3]))
 
 
-def test_command(tmp_path: Path) -> None:
+def test_the_command_writes_the_page(tmp_path: Path) -> None:
     write_ledger(tmp_path / "runs")
     out = tmp_path / "deep" / "run.html"
     result = CliRunner().invoke(app, ["timeline", "--run-root", str(tmp_path / "runs"), "-o", str(out)])
@@ -111,9 +111,9 @@ def test_command(tmp_path: Path) -> None:
     assert out.read_text().startswith("<!DOCTYPE html>")
 
 
-def test_mistakes(tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
     run = find_run(str(write_ledger(tmp_path)), None)
-    with pytest.raises(OptionsError, match=r"run.pdf: expected a file that ends with .png or .html"):
+    with pytest.raises(OptionsError, match=r"run.pdf: expected a .png or .html file"):
         write_timeline(run, None, [Path("run.pdf")])
-    with pytest.raises(OptionsError, match="no trace in it"):
+    with pytest.raises(OptionsError, match="no trace found"):
         write_timeline(run, tmp_path, [tmp_path / "run.png"])

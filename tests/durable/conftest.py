@@ -1,4 +1,4 @@
-"""Worlds of the replica room, whose arenas are read here while they are written."""
+"""Fixtures based on the simulated ranks of `tests.replica`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.durable.capture import Captured, Room, capture
+from lightning_ckptless.durable.capture import Captured, CopyBuffers, capture
 from lightning_ckptless.durable.folder import Manifest, ShardFacts
 from lightning_ckptless.replica.arena import Owner
 from tests.replica.world import World
@@ -16,7 +16,7 @@ from tests.replica.world import World
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
-    """Two ranks with arenas, whose layouts are written."""
+    """Two ranks with arenas and layouts."""
     made = World(tmp_path, Owner.of(os.getpid()), 2)
     for arena in made.arenas:
         arena.write_layout(made.layout())
@@ -28,14 +28,14 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 @pytest.fixture
 def captured(world: World) -> Captured:
-    """Step 3 of that world."""
+    """A copy of step 3."""
     for step in (1, 2, 3):
         world.submit(step)
         world.settle()
-    return capture(world.arenas, Room())
+    return capture(world.arenas, CopyBuffers())
 
 
 def manifest_of(captured: Captured) -> Manifest:
-    """What a writer would say of it."""
+    """Build the manifest that a writer would write."""
     shards = tuple(ShardFacts(s.bulk.numel(), len(s.blob), s.checksum) for s in captured.shards)
     return Manifest("run", captured.snapshot, shards, None, None, 1.0)

@@ -1,4 +1,4 @@
-"""A version is read whole or not at all, however fast it is overwritten."""
+"""A version is copied consistently, however fast training overwrites it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from lightning_ckptless.durable.capture import Captured, Room, capture
+from lightning_ckptless.durable.capture import Captured, CopyBuffers, capture
 from lightning_ckptless.errors import DurableError
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.layout.layout import slot_views
@@ -21,32 +21,32 @@ def values(captured: Captured) -> set[float]:
     return found
 
 
-def test_the_newest_committed_version(world: World) -> None:
+def test_the_newest_committed_version_is_copied(world: World) -> None:
     for step in (1, 2, 3):
         world.submit(step)
         world.settle()
-    captured = capture(world.arenas, Room())
+    captured = capture(world.arenas, CopyBuffers())
     assert captured.snapshot.version == Version(3, True)
     assert values(captured) == {3.0}
     assert [copy.blob for copy in captured.shards] == [b"blob 0 3", b"blob 1 3"]
-    assert capture(world.arenas, Room(), at=Version(2, True)).snapshot.version == Version(2, True)
+    assert capture(world.arenas, CopyBuffers(), at=Version(2, True)).snapshot.version == Version(2, True)
 
 
-def test_a_version_that_is_gone_is_named_with_the_one_that_is_there(world: World) -> None:
+def test_an_overwritten_version_is_reported_with_the_available_one(world: World) -> None:
     for step in (1, 2, 3):
         world.submit(step)
         world.settle()
-    with pytest.raises(DurableError, match=r"step 1 is not in the arenas .* they hold step 3"):
-        capture(world.arenas, Room(), at=Version(1, True))
+    with pytest.raises(DurableError, match=r"step 1 is not in the arenas .* which hold step 3"):
+        capture(world.arenas, CopyBuffers(), at=Version(1, True))
 
 
-def test_nothing_was_committed(world: World) -> None:
+def test_empty_arenas_are_an_error(world: World) -> None:
     with pytest.raises(DurableError, match="the arenas are empty"):
-        capture(world.arenas, Room())
+        capture(world.arenas, CopyBuffers())
 
 
 @pytest.mark.parametrize("checksum", ["xxh3", "none"])
-def test_never_a_mixture_while_training_overwrites(checksum: str, world: World) -> None:
+def test_a_copy_never_mixes_versions(checksum: str, world: World) -> None:
     world.begin(checksum=checksum)
     stop = threading.Event()
 
@@ -59,11 +59,11 @@ def test_never_a_mixture_while_training_overwrites(checksum: str, world: World) 
 
     training = threading.Thread(target=train)
     training.start()
-    room, seen = Room(), set[int]()
+    buffers, seen = CopyBuffers(), set[int]()
     try:
         while len(seen) < 12:
             try:
-                captured = capture(world.arenas, room, threads=2)
+                captured = capture(world.arenas, buffers, threads=2)
             except DurableError as error:
                 assert "empty" in str(error) or "overwritten" in str(error)  # noqa: PT017
                 continue
@@ -76,17 +76,17 @@ def test_never_a_mixture_while_training_overwrites(checksum: str, world: World) 
         training.join()
 
 
-def test_a_damaged_replica_is_passed_over_for_another(world: World) -> None:
+def test_a_damaged_replica_is_skipped(world: World) -> None:
     world.submit(1)
     world.settle()
     (own,) = world.arenas[0].path.glob("shard-0000.kept-by-0000.*slot-0")
     with own.open("r+b") as file:
         file.seek(4096)
         file.write(b"\1")
-    assert values(capture(world.arenas, Room())) == {1.0}
+    assert values(capture(world.arenas, CopyBuffers())) == {1.0}
     (kept,) = world.arenas[1].path.glob("shard-0000.kept-by-0001.*slot-0")
     with kept.open("r+b") as file:
         file.seek(4096)
         file.write(b"\1")
     with pytest.raises(DurableError, match="damaged"):
-        capture(world.arenas, Room())
+        capture(world.arenas, CopyBuffers())

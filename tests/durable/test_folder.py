@@ -1,4 +1,4 @@
-"""The folder of durable states: ours or refused, and a state complete or invisible."""
+"""The folder of durable states: other folders are refused, and incomplete states are invisible."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def of_version(manifest: Manifest, version: Version) -> Manifest:
     return replace(manifest, snapshot=replace(manifest.snapshot, version=version))
 
 
-def test_a_missing_folder_is_made_and_marked(tmp_path: Path) -> None:
+def test_a_missing_folder_is_created_and_marked(tmp_path: Path) -> None:
     folder = DurableFolder(tmp_path / "a" / "b")
     folder.require_ours()
     assert not folder.path.exists()
@@ -48,13 +48,13 @@ def test_a_missing_folder_is_made_and_marked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"thesis.tex": ""}, "not ours: it holds thesis.tex and no ckptless-durable.json"),
+        ({"thesis.tex": ""}, "not a folder of durable states: it has thesis.tex and no ckptless-durable.json"),
         ({"a": "", "b": "", "c": "", "d": ""}, "a, b, c and more"),
         ({MARKER: json.dumps({"format": 99})}, "of format 99, expected 2"),
         ({MARKER: "no json"}, "cannot be read"),
     ],
 )
-def test_what_is_not_ours_is_refused(content: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_other_folders_are_refused(content: dict[str, str], message: str, tmp_path: Path) -> None:
     for name, text in content.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(OptionsError, match=message):
@@ -62,13 +62,13 @@ def test_what_is_not_ours_is_refused(content: dict[str, str], message: str, tmp_
     assert {path.name for path in tmp_path.iterdir()} == set(content)
 
 
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
+def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OptionsError, match="is no folder"):
+    with pytest.raises(OptionsError, match="is not a folder"):
         DurableFolder(tmp_path / "file").prepare()
 
 
-def test_a_state_is_seen_when_it_is_complete(captured: Captured, tmp_path: Path) -> None:
+def test_a_state_is_visible_when_it_is_complete(captured: Captured, tmp_path: Path) -> None:
     folder = DurableFolder(tmp_path / "durable")
     folder.prepare()
     part = folder.begin(FIRST)
@@ -82,7 +82,7 @@ def test_a_state_is_seen_when_it_is_complete(captured: Captured, tmp_path: Path)
     assert folder.states() == []
 
 
-def test_a_state_takes_the_place_of_one_of_its_version(captured: Captured, tmp_path: Path) -> None:
+def test_a_state_replaces_one_of_the_same_version(captured: Captured, tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "durable", manifest_of(captured), FIRST)
     (folder.path / "step-0000000010" / "old").write_text("")
     part = folder.begin(FIRST)
@@ -90,17 +90,17 @@ def test_a_state_takes_the_place_of_one_of_its_version(captured: Captured, tmp_p
     assert [path.name for path in folder.complete(part, FIRST).iterdir()] == ["state.json"]
 
 
-def test_what_a_killed_writer_left_is_tidied(captured: Captured, tmp_path: Path) -> None:
+def test_the_files_of_a_killed_writer_are_removed(captured: Captured, tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "durable", manifest_of(captured), FIRST)
     (folder.begin(SECOND) / "half").write_text("")
     (folder.path / "mine.part").write_text("")
     assert folder.versions() == (FIRST,)
-    folder.tidy()
+    folder.remove_leftovers()
     names = sorted(path.name for path in folder.path.iterdir())
     assert names == [MARKER, "mine.part", "step-0000000010"]
 
 
-def test_one_writer_at_a_time(tmp_path: Path) -> None:
+def test_only_one_writer_can_hold_the_lock(tmp_path: Path) -> None:
     folder = DurableFolder(tmp_path / "durable")
     folder.prepare()
     with folder.locked() as first, folder.locked() as second:
@@ -110,7 +110,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": 1}', '{"format": 1, "snapshot": 3}'])
-def test_a_manifest_that_cannot_be_read_hides_its_state(text: str, captured: Captured, tmp_path: Path) -> None:
+def test_a_state_with_an_unreadable_manifest_is_skipped(text: str, captured: Captured, tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "durable", manifest_of(captured), FIRST, SECOND)
     (folder.path / "step-0000000010" / "state.json").write_text(text)
     assert [path.name for path, _ in folder.states()] == ["step-0000000020-before-tail"]
@@ -120,16 +120,16 @@ def test_a_manifest_that_cannot_be_read_hides_its_state(text: str, captured: Cap
     assert left_out == folder.path / "step-0000000010"
 
 
-def test_a_state_of_another_version_than_its_name_says_is_not_believed(captured: Captured, tmp_path: Path) -> None:
+def test_a_manifest_must_match_the_folder_name(captured: Captured, tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "durable", manifest_of(captured), FIRST)
     path = folder.path / "step-0000000010"
     write_manifest(path, of_version(manifest_of(captured), Version(18, True)))
     assert folder.states() == []
-    with pytest.raises(DurableError, match="it is of step 18, and its folder is that of step 10"):
+    with pytest.raises(DurableError, match="expected step 10, as in the folder name, found step 18"):
         Manifest.read(path)
 
 
-def test_a_changed_label_is_damage(captured: Captured, tmp_path: Path) -> None:
+def test_a_changed_step_in_a_manifest_is_detected(captured: Captured, tmp_path: Path) -> None:
     path = folder_with(tmp_path / "durable", manifest_of(captured), FIRST).path / "step-0000000010"
     manifest = path / "state.json"
     manifest.write_text(manifest.read_text().replace('"optimizer_step": 10', '"optimizer_step": 18'))
@@ -144,8 +144,8 @@ STATE = "step-0000000010"
 
 @needs_another_user
 @pytest.mark.parametrize("planted", ["folder", "link", "file"])
-def test_a_state_that_another_user_has_planted_is_not_read(planted: str, captured: Captured, tmp_path: Path) -> None:
-    """The demonstrated case: a link that a group member has put into the folder, to a state made for the occasion."""
+def test_a_state_planted_by_another_user_is_not_read(planted: str, captured: Captured, tmp_path: Path) -> None:
+    """For example, a group member links to a malicious state in the folder."""
     durable = open_to_all(tmp_path / "durable")
     elsewhere = folder_with(tmp_path / "elsewhere", manifest_of(captured), FIRST).path / STATE
 
@@ -173,7 +173,7 @@ def test_a_state_that_another_user_has_planted_is_not_read(planted: str, capture
 
 
 @pytest.mark.parametrize("name", [".", "state.json"])
-def test_a_state_that_others_may_write_to_is_not_read(name: str, captured: Captured, tmp_path: Path) -> None:
+def test_a_state_writable_by_others_is_not_read(name: str, captured: Captured, tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "durable", manifest_of(captured), FIRST)
     path = folder.path / STATE / name
     (folder.path / STATE).chmod(0o711)
@@ -184,7 +184,7 @@ def test_a_state_that_others_may_write_to_is_not_read(name: str, captured: Captu
     assert len(folder.states()) == 1
 
 
-def test_the_umask_of_a_group_is_borne(captured: Captured, tmp_path: Path) -> None:
+def test_a_umask_with_group_write_is_accepted(captured: Captured, tmp_path: Path) -> None:
     before = os.umask(0o002)
     try:
         folder = folder_with(tmp_path / "durable", manifest_of(captured), FIRST)
@@ -195,7 +195,7 @@ def test_the_umask_of_a_group_is_borne(captured: Captured, tmp_path: Path) -> No
     assert len(folder.states()) == 1
 
 
-def test_a_link_to_the_durable_folder_may_be_the_users_own(captured: Captured, tmp_path: Path) -> None:
+def test_a_link_of_the_user_to_the_durable_folder_is_accepted(captured: Captured, tmp_path: Path) -> None:
     folder_with(tmp_path / "durable", manifest_of(captured), FIRST)
     (link := tmp_path / "link").symlink_to("durable")
     folder = DurableFolder(link)
@@ -207,7 +207,7 @@ def test_a_link_to_the_durable_folder_may_be_the_users_own(captured: Captured, t
 
 
 @needs_another_user
-def test_a_link_of_another_user_is_no_durable_folder(tmp_path: Path) -> None:
+def test_a_link_of_another_user_is_refused(tmp_path: Path) -> None:
     shared, own = open_to_all(tmp_path / "shared"), tmp_path / "own"
     own.mkdir(mode=0o700)
     call_as_another_user(lambda: (shared / "durable").symlink_to(own))
@@ -217,7 +217,7 @@ def test_a_link_of_another_user_is_no_durable_folder(tmp_path: Path) -> None:
 
 
 @needs_another_user
-def test_parts_that_another_user_has_planted_are_not_read(captured: Captured, tmp_path: Path) -> None:
+def test_parts_planted_by_another_user_are_not_read(captured: Captured, tmp_path: Path) -> None:
     shared, elsewhere = open_to_all(tmp_path / "durable"), tmp_path / "elsewhere"
     parts, planted = Parts(shared, captured.snapshot), tmp_path / "elsewhere" / "part-0000.bin"
     elsewhere.mkdir(mode=0o700)

@@ -1,4 +1,4 @@
-"""A host state is read without the program that has written it, and given back to it as it was."""
+"""A host state is read without the script that wrote it, and the script can read it back unchanged."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PROGRAM = """
 """
 
 
-def test_classes_of_the_program_come_back_to_it(tmp_path: Path) -> None:
+def test_the_script_reads_its_own_classes_back(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM))
 
     def run(what: str) -> None:
@@ -60,7 +60,7 @@ class Known(enum.Enum):
     ONE = 1
 
 
-def test_members_of_enumerations_are_written_as_those_of_the_program(tmp_path: Path) -> None:
+def test_enumeration_members_are_written_as_those_of_the_script(tmp_path: Path) -> None:
     found = read_pickle(pack({"known": Known.ONE, "loss": torch.nn.functional.relu}))
     with (tmp_path / "again").open("wb") as file:
         PICKLE_MODULE.Pickler(file, protocol=2).dump(found)
@@ -68,7 +68,7 @@ def test_members_of_enumerations_are_written_as_those_of_the_program(tmp_path: P
 
 
 class Planted:
-    """Makes a file where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -91,7 +91,7 @@ def test_tensors_are_read_on_the_host() -> None:
     assert all(torch.equal(found[name], value[name]) for name in value)
 
 
-def test_what_stood_beside_is_put_in_without_a_device() -> None:
+def test_tensors_of_a_device_are_read_on_the_host() -> None:
     class Beside(pickle.Pickler):
         def persistent_id(self, value: object) -> int | None:
             return 0 if isinstance(value, torch.Tensor) else None

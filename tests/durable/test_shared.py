@@ -1,4 +1,4 @@
-"""Several nodes write a durable state together: it is seen when all parts are there, and never before."""
+"""Several nodes write a durable state together; it becomes visible when all parts exist."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NODES = 4
 
 
 class Nodes:
-    """Four ranks with an arena and a writer each; none of their arenas holds all shards."""
+    """Four nodes with one rank, one arena and one writer each; no arena has all shards."""
 
     def __init__(self, folder: Path) -> None:
         self.world = World(folder, Owner.of(os.getpid()), NODES)
@@ -43,14 +43,14 @@ class Nodes:
         self.world.settle()
 
     def look(self, *nodes: int, is_last: bool = False) -> None:
-        """Let the writers of some nodes look, in this order."""
+        """Run the writers of some nodes, in this order."""
         names = [arena.node for arena in self.world.arenas]
         for node in nodes:
             share = share_of(names[node], self.world.placement.holders, names, 5)
             self.writers[node].look(self.world.arenas[node], share, is_last=is_last)
 
     def close(self) -> None:
-        """Release threads and mappings; pytest holds this object."""
+        """Release threads and mappings, as pytest keeps a reference to this object."""
         self.world.close()
         for arena in self.world.arenas:
             arena.close()
@@ -64,7 +64,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
     made.close()
 
 
-def test_a_state_is_seen_when_all_parts_are_there(nodes: Nodes) -> None:
+def test_a_state_is_visible_when_all_parts_exist(nodes: Nodes) -> None:
     nodes.train_to(4)
     nodes.look(0, 1, 2, 3)
     assert not nodes.folder.path.exists()
@@ -72,7 +72,7 @@ def test_a_state_is_seen_when_all_parts_are_there(nodes: Nodes) -> None:
     nodes.look(0, 3, 1)
     nodes.look(0)
     assert nodes.folder.versions() == ()
-    # In another's slot it lives on for a step.
+    # The version stays readable in its slot for one more step.
     nodes.train_to(6)
     nodes.look(2, 0)
     assert (nodes.folder.versions(), nodes.failures) == ((Version(5, True),), [])
@@ -83,7 +83,7 @@ def test_a_state_is_seen_when_all_parts_are_there(nodes: Nodes) -> None:
     assert [entry.name for entry in nodes.folder.path.iterdir() if entry.name.startswith(".")] == []
 
 
-def test_a_state_that_a_node_has_missed_is_given_up(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_that_a_node_has_missed_is_discarded(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes.train_to(5)
     nodes.look(0, 1, 3)
     nodes.train_to(6)
@@ -92,12 +92,12 @@ def test_a_state_that_a_node_has_missed_is_given_up(nodes: Nodes, monkeypatch: p
     nodes.look(2, 0)
     assert nodes.folder.states() == []
     (failure,) = nodes.failures
-    assert failure.startswith("step 5: shards 2 were not written by their nodes within 0 s: is ")
-    assert failure.endswith("a folder that all nodes see?")
+    assert failure.startswith("step 5: the nodes did not write shards 2 within 0 s: check that ")
+    assert failure.endswith("is a folder shared by all nodes")
     assert [entry.name for entry in nodes.folder.path.iterdir()] == ["ckptless-durable.json"]
 
 
-def test_the_next_state_clears_away_what_a_lost_leader_has_left(nodes: Nodes) -> None:
+def test_the_next_state_removes_the_parts_of_a_lost_leader(nodes: Nodes) -> None:
     nodes.train_to(5)
     nodes.look(1, 2)
     for step in (9, 10):
@@ -114,7 +114,7 @@ def test_the_last_version_is_written_whatever_its_step(nodes: Nodes) -> None:
     assert nodes.folder.versions() == (Version(8, True),)
 
 
-def test_who_has_no_part_writes_nothing(nodes: Nodes) -> None:
+def test_a_node_without_shards_writes_nothing(nodes: Nodes) -> None:
     nodes.train_to(5)
     nodes.writers[0].look(nodes.world.arenas[0], Share((), NODES, leads=False))
     assert not nodes.folder.path.exists()

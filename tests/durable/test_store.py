@@ -1,4 +1,4 @@
-"""A state on the disk: read back to the byte, read by torch, and not believed where it is damaged."""
+"""A state on disk is read back byte for byte, can be read by torch, and is refused if damaged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def stored(captured: Captured, folder: Path) -> tuple[Path, Manifest]:
 
 
 def captured_from(state: dict[str, torch.Tensor], world_size: int = 3) -> Captured:
-    """A version with tensors of every kind, those named `half` and `flags` each rank's own."""
+    """Build a version with tensors of every kind; those named `half` and `flags` are private to each rank."""
     own = {"half", "flags"}
     shared = describe({n: t for n, t in state.items() if n not in own}, replicated=True)
     private = describe({n: t for n, t in state.items() if n in own}, replicated=False)
@@ -52,7 +52,7 @@ def captured_from(state: dict[str, torch.Tensor], world_size: int = 3) -> Captur
     return Captured(Snapshot(Version(7, True), 2, world_size, layout.digest), layout, tuple(shards), b"recipe")
 
 
-def test_every_kind_of_tensor_comes_back_to_the_byte(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_every_kind_of_tensor_is_read_back_byte_for_byte(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     captured = captured_from(state)
     folder, manifest = stored(captured, tmp_path / "state")
     loaded = load_state(folder, Manifest.read(folder))
@@ -65,7 +65,7 @@ def test_every_kind_of_tensor_comes_back_to_the_byte(state: dict[str, torch.Tens
     assert state_bytes(captured) >= sum(path.stat().st_size for path in folder.glob("__*"))
 
 
-def test_torch_puts_the_pieces_together(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_torch_reads_the_state(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     folder, _ = stored(captured_from(state), tmp_path / "state")
     names = {name: name for name in state if name not in {"half", "flags"}} | {"half": "rank2/half"}
     wanted = {plan: torch.zeros_like(state[name]) for name, plan in names.items()}
@@ -75,17 +75,17 @@ def test_torch_puts_the_pieces_together(state: dict[str, torch.Tensor], tmp_path
 
 
 @pytest.mark.parametrize("file", ["__1_0.distcp", "places.json", "layout.json", "state.json"])
-@pytest.mark.parametrize("harm", ["flipped", "short", "gone"])
-def test_damage_is_an_error(file: str, harm: str, captured: Captured, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["flipped", "short", "missing"])
+def test_damage_is_an_error(file: str, damage: str, captured: Captured, tmp_path: Path) -> None:
     folder, _ = stored(captured, tmp_path / "state")
     path = folder / file
     data = bytearray(path.read_bytes())
-    if harm == "flipped":
-        # The host state of the rank comes first in its file; what follows may be padding.
+    if damage == "flipped":
+        # The host state of the rank comes first in its file; other bytes may be padding.
         at = 3 if file.startswith("__") else len(data) // 2
         data[at] ^= 1
         path.write_bytes(data)
-    elif harm == "short":
+    elif damage == "short":
         path.write_bytes(data[: len(data) // 2])
     else:
         path.unlink()
@@ -93,13 +93,13 @@ def test_damage_is_an_error(file: str, harm: str, captured: Captured, tmp_path: 
         load_state(folder, Manifest.read(folder))
 
 
-def test_the_pickle_that_is_there_for_torch_is_not_read(captured: Captured, tmp_path: Path) -> None:
+def test_the_pickle_written_for_torch_is_not_read(captured: Captured, tmp_path: Path) -> None:
     folder, _ = stored(captured, tmp_path / "state")
     (folder / ".metadata").write_bytes(b"cos\n_exit\n(I1\ntR.")
     assert load_state(folder, Manifest.read(folder)).snapshot == captured.snapshot
 
 
-def test_a_shard_of_other_bytes_is_an_error(captured: Captured, tmp_path: Path) -> None:
+def test_a_shard_with_a_wrong_checksum_is_an_error(captured: Captured, tmp_path: Path) -> None:
     folder, manifest = stored(captured, tmp_path / "state")
     other = replace(manifest.shards[1], checksum=manifest.shards[0].checksum)
     wrong, places = replace(manifest, shards=(manifest.shards[0], other)), read_places(folder)
@@ -107,6 +107,6 @@ def test_a_shard_of_other_bytes_is_an_error(captured: Captured, tmp_path: Path) 
         read_shard(folder, wrong, captured.layout, places, 1)
 
 
-def test_too_little_room_is_told_with_its_numbers(tmp_path: Path) -> None:
-    with pytest.raises(DurableError, match=r"1000000000.0 MB are needed, .* MB are free: make room"):
+def test_a_lack_of_space_is_reported_with_numbers(tmp_path: Path) -> None:
+    with pytest.raises(DurableError, match=r"1000000000.0 MB needed, .* MB free: free some space"):
         require_space(tmp_path, 10**15)

@@ -1,4 +1,4 @@
-"""The writer as the process that it is."""
+"""The durable writer as a real process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 class Training:
-    """One rank that makes a step when it is told to."""
+    """A single rank that makes steps on request."""
 
     def __init__(self, folder: Path) -> None:
         self.arena = Arena.create(folder, "run", "node", Owner.of(os.getpid()))
@@ -50,7 +50,7 @@ class Training:
     def close(self) -> None:
         self.mirror.close()
         self.arena.close()
-        # It holds mappings, and pytest holds this object.
+        # It holds mappings, and pytest keeps a reference to this object.
         del self.mirror
 
 
@@ -63,12 +63,12 @@ def training(tmp_path: Path) -> Iterator[Training]:
 
 @contextmanager
 def writer(training: Training, folder: Path, *, agent: int, limit_bytes: int | None = None) -> Iterator[Any]:
-    """A writer of every tenth step."""
+    """Run a writer with an interval of ten steps."""
     order = WriterOrder(str(training.arena.path), str(folder), str(folder.parent / "ledger"), "run", agent, 10, None, 2)
     command = [sys.executable, "-m", MODULE, order.to_text()]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     if limit_bytes is not None:
-        # It has yet to import torch: there is time.
+        # The process is still importing torch, so the limit applies before the first write.
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
     with process:
         try:
@@ -78,7 +78,7 @@ def writer(training: Training, folder: Path, *, agent: int, limit_bytes: int | N
 
 
 def wait_for_events(folder: Path, count: int, process: subprocess.Popen[str]) -> list[Event]:
-    """The events of the ledger, when there are so many."""
+    """Wait until the ledger has a number of events, and return them."""
     while process.poll() is None and len(read_ledger(folder / "ledger")) < count:
         try:
             process.wait(0.02)
@@ -87,7 +87,7 @@ def wait_for_events(folder: Path, count: int, process: subprocess.Popen[str]) ->
     return list(read_ledger(folder / "ledger"))
 
 
-def test_states_are_written_when_they_are_due_and_at_the_end(training: Training, tmp_path: Path) -> None:
+def test_states_are_written_when_due_and_at_the_end(training: Training, tmp_path: Path) -> None:
     folder = DurableFolder(tmp_path / "durable")
     training.step_to(3)
     with writer(training, folder.path, agent=os.getpid()) as process:
@@ -106,7 +106,7 @@ def test_states_are_written_when_they_are_due_and_at_the_end(training: Training,
     assert folder.versions() == (Version(31, True), Version(35, True))
 
 
-def test_a_disk_that_is_full_is_one_line_each_and_one_warning(training: Training, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_warning_and_an_event_per_state(training: Training, tmp_path: Path) -> None:
     folder = tmp_path / "durable"
     with (
         subprocess.Popen(["sleep", "60"]) as agent,
@@ -116,10 +116,10 @@ def test_a_disk_that_is_full_is_one_line_each_and_one_warning(training: Training
             training.step_to(step)
             events = wait_for_events(tmp_path, count, process)
             assert [event.event for event in events] == ["durable_failed"] * count
-        # It ends with its agent, too.
+        # The writer exits with its agent.
         agent.kill()
         _, said = process.communicate(timeout=120)
         assert process.returncode == 0
-    assert said.count("was not written") == 1 and "training goes on" in said
+    assert said.count("writing the durable state of") == 1 and "training continues" in said
     assert DurableFolder(folder).states() == []
     assert [path.name for path in folder.iterdir()] == ["ckptless-durable.json"]

@@ -64,7 +64,7 @@ def test_fault_that_never_happens_fails_the_drill(drill: Drill) -> None:
     report = drill(CHAR_GPT, "kill:rank=1:step=99")
     assert report.verdict.identical
     assert not report.identical
-    assert report.problems == ("kill:rank=1:step=99 never happened: the run did not come to its step or moment",)
+    assert report.problems == ("kill:rank=1:step=99 was not injected: the run never reached its step or moment",)
 
 
 @pytest.mark.slow

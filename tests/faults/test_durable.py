@@ -98,7 +98,7 @@ def test_training_goes_on_where_no_state_can_be_written(job: Run, capfd: pytest.
     failed = job.events("durable_failed")
     assert len(failed) >= 2
     assert "FileNotFoundError" in failed[0].fields["cause"]
-    assert capfd.readouterr().err.count("was not written") == 1
+    assert capfd.readouterr().err.count("writing the durable state of") == 1
 
 
 def test_folder_number_and_interval_are_as_asked_for(job: Run) -> None:

@@ -1,4 +1,4 @@
-"""Damage from a seed: bytes that are changed at random, and records that say something else under a right digest."""
+"""Seeded random damage: changed bytes, and records with changed fields but a correct digest."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ ODD: tuple[Any, ...] = (
 
 
 def damaged(data: bytes, seed: int, count: int = MUTATIONS) -> Iterator[bytes]:
-    """The bytes, changed in a different way each time.
+    """Yield randomly changed copies of some bytes.
 
     Args:
-        data: what was written.
-        seed: of the changes.
-        count: how many there are.
+        data: original bytes.
+        seed: seed of the changes.
+        count: number of copies.
     """
     draw = random.Random(seed)
     made = 0
@@ -56,12 +56,12 @@ def _change(data: bytearray, draw: random.Random) -> None:
 
 
 def changed(value: Any, seed: int, count: int = MUTATIONS) -> Iterator[Any]:
-    """A record of plain data, in which something else stands at a random place each time.
+    """Yield copies of a record with randomly changed values.
 
     Args:
-        value: the record.
-        seed: of the changes.
-        count: how many there are.
+        value: original record.
+        seed: seed of the changes.
+        count: number of copies.
     """
     draw, text = random.Random(seed), json.dumps(value)
     for _ in range(count):

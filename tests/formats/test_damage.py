@@ -1,6 +1,6 @@
-"""What is read from files, damaged at random: an error that the reader names, or what was written; never anything else.
+"""Random damage to files: a reader returns the original contents or raises its documented error, and nothing else.
 
-Each record is damaged in two ways: its bytes are changed, and its fields are under a digest that is right.
+Each record is damaged in two ways: its bytes are changed, and its fields are changed under a correct digest.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ SNAPSHOT = Snapshot(Version(10, True), 3, 2, "ab" * 32)
 
 @pytest.fixture
 def memory() -> Iterator[Path]:
-    """A folder in memory: ten thousand files are written faster there."""
+    """A folder in memory, where ten thousand files are written faster."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         yield Path(folder)
 
@@ -65,16 +65,16 @@ def memory() -> Iterator[Path]:
 def require_contained(
     read: Callable[[bytes], Any], versions: Iterable[bytes], allowed: type[Exception], expected: Any = None
 ) -> int:
-    """Read damaged data, and require that each time an error says so, or that nothing was lost.
+    """Read damaged data and require that each read raises the allowed error or returns the expected value.
 
     Args:
-        read: reads what was written.
-        versions: of the data, all damaged.
-        allowed: the error.
-        expected: what may be read all the same; None for anything that the reader's schema allows.
+        read: reader under test.
+        versions: damaged copies of the data.
+        allowed: error that may be raised.
+        expected: value that may be returned; None for anything that the reader's schema allows.
 
     Returns:
-        How many were refused.
+        Number of copies that were refused.
     """
     refused = 0
     for data in versions:
@@ -92,13 +92,13 @@ def fields_of(sealed: bytes) -> dict[str, Any]:
 
 
 def resealed(sealed: bytes, seed: int) -> Iterator[bytes]:
-    """The record with other fields, and the digest of these."""
+    """Yield the record with changed fields and a correct digest."""
     head = json.loads(sealed)
     return (seal(head["kind"], head["format"], fields) for fields in changed(fields_of(sealed), seed, HALF))
 
 
 def through(path: Path, read: Callable[[Path], Any]) -> Callable[[bytes], Any]:
-    """A reader of bytes made of one of a file."""
+    """Make a reader of bytes from a reader of a file."""
 
     def written(data: bytes) -> Any:
         path.write_bytes(data)
@@ -107,7 +107,7 @@ def through(path: Path, read: Callable[[Path], Any]) -> Callable[[bytes], Any]:
     return written
 
 
-def test_facts_of_an_arena(memory: Path) -> None:
+def test_arena_metadata(memory: Path) -> None:
     folder = memory / f"{arena_facts.FOLDER_PREFIX}run-node"
     folder.mkdir()
     facts = ArenaMetadata("run", "node0", Owner(os.getpid(), 1e9), 1.7e9, "last.ckpt")
@@ -126,7 +126,7 @@ def test_facts_of_an_arena(memory: Path) -> None:
     assert find_arenas(memory) == ()
 
 
-def test_notes(memory: Path) -> None:
+def test_arena_notes(memory: Path) -> None:
     notes: dict[str, Any] = {
         "recoveries": {"count": 3, "without_progress": 1, "recent": [1.0, 2.5], "step": 7},
         "folders": [{"cwd": "/a", "root": "/b", "dirpaths": [["ModelCheckpoint", None], ["SimpleProfiler", "/c"]]}],
@@ -170,7 +170,7 @@ def test_layouts() -> None:
     assert require_contained(use, others, SchemaError) > HALF / 2
 
 
-def test_headers_of_slots() -> None:
+def test_slot_headers() -> None:
     stamp = Stamp(SNAPSHOT.version, 3, 2, SNAPSHOT.layout, 1, 0)
     header = SlotHeader("run", stamp, SlotState.COMMITTED, 4096, 77, "xxh3:00ff")
     page = header.encode()
@@ -187,12 +187,12 @@ def test_headers_of_slots() -> None:
 
 
 def with_checksum(fields: dict[str, Any]) -> bytes:
-    """A header page of any fields."""
+    """Return a header page with a correct checksum for arbitrary fields."""
     text = json.dumps(fields).encode()
     return struct.pack("<8sHHI", b"ckptless", 1, len(text) & 0xFFFF, zlib.crc32(text)) + text
 
 
-def test_manifests_of_durable_states(memory: Path) -> None:
+def test_durable_manifests(memory: Path) -> None:
     state = memory / "step-0000000010"
     state.mkdir()
     shards = (ShardFacts(640, 77, "xxh3:00ff"), ShardFacts(64, 80, "xxh3:11ff"))
@@ -204,7 +204,7 @@ def test_manifests_of_durable_states(memory: Path) -> None:
 
     def read_label(data: bytes) -> None:
         found = read(data)
-        assert found.snapshot.version == SNAPSHOT.version, "a changed label is believed"
+        assert found.snapshot.version == SNAPSHOT.version, "a changed step was accepted"
         assert len(found.shards) == found.snapshot.world_size
 
     assert require_contained(read_label, resealed(data, 9), DurableError) > HALF / 2
@@ -239,7 +239,7 @@ def test_recipes() -> None:
     require_contained(read, (seal_recipe(other) for other in damaged(packed, 15, HALF)), DurableError)
 
 
-def test_small_states() -> None:
+def test_host_states() -> None:
     value = {
         "counters": {"step": 7, "done": False}, "loss": torch.arange(3.0), "names": ["a", ("b", 2.5)],
         "inner": pack({"seen": {1, 2}}), "version": SNAPSHOT.version,

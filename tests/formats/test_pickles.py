@@ -1,4 +1,4 @@
-"""What a pickle from outside may name: plain data, and what was opted in; and nothing runs before that is known."""
+"""Only plain data and opted-in classes are admitted from a pickle, and nothing runs before it is admitted."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Cursor:
 
 
 class Runs:
-    """Leaves a file where it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -61,28 +61,28 @@ TENSORS: list[torch.Tensor] = [
 
 
 @pytest.mark.parametrize("value", PLAIN, ids=repr)
-def test_plain_data_is_admitted_and_comes_back(value: Any) -> None:
+def test_plain_data_is_admitted_unchanged(value: Any) -> None:
     found = unpack(admit(bytes(pack(value))))
     assert type(found) is type(value)
     assert np.array_equal(found, value) if isinstance(value, np.ndarray) else found == value
 
 
 @pytest.mark.parametrize("value", TENSORS, ids=lambda value: f"{type(value).__name__}-{value.dtype}-{value.layout}")
-def test_tensors_of_every_kind_are_admitted_and_come_back(value: torch.Tensor) -> None:
+def test_tensors_of_every_kind_are_admitted_unchanged(value: torch.Tensor) -> None:
     found = unpack(admit(bytes(pack({"x": value}))))["x"]
     assert (type(found), found.dtype, found.layout) == (type(value), value.dtype, value.layout)
     plain = [tensor.to_dense() if tensor.is_sparse else tensor for tensor in (found, value)]
     assert torch.equal(*plain)
 
 
-def test_tensors_that_share_memory_still_do() -> None:
+def test_shared_tensors_stay_shared() -> None:
     whole = torch.nn.Parameter(torch.arange(4.0))
     first, second = unpack(admit(bytes(pack([whole, whole]))))
     assert first is second
 
 
 def planted(tmp_path: Path) -> dict[str, tuple[bytes, str]]:
-    """Pickles that would do something, with what is said of them."""
+    """Malicious pickles, with a part of the expected error message."""
     runs = Runs(tmp_path / "made")
     return {
         "a call": (pickle.dumps(runs), "posix.mkdir"),
@@ -92,34 +92,34 @@ def planted(tmp_path: Path) -> dict[str, tuple[bytes, str]]:
         "getattr": (pickle.dumps([getattr, Path("x").exists]), "builtins.getattr"),
         "torch's own storage": (pickle.dumps(torch.ones(2)), "torch.storage._load_from_bytes"),
         "a name that is computed": (computed_name(), "damaged"),
-        "an enumeration that is none": (bytes(pack(Colour.RED)).replace(b"Colour", b"Cursor"), "no enumeration"),
-        "a class of the program": (bytes(pack(Cursor())), "tests.formats.test_pickles.Cursor"),
-        "room by a number": (b"\x80\x05K\x01r\xff\xff\xff\xff.", "LONG_BINPUT"),
+        "a class as enumeration": (bytes(pack(Colour.RED)).replace(b"Colour", b"Cursor"), "not an enumeration"),
+        "a class of the script": (bytes(pack(Cursor())), "tests.formats.test_pickles.Cursor"),
+        "allocation by a number": (b"\x80\x05K\x01r\xff\xff\xff\xff.", "LONG_BINPUT"),
         "nothing": (b"", "damaged"),
     }  # fmt: skip
 
 
 def computed_name() -> bytes:
-    """`str(b'posix', 'ascii')` in the place of a module's name."""
+    """Return a pickle with `str(b'posix', 'ascii')` as the name of a module."""
     module = b"\x8c\x08builtins\x8c\x03str\x93C\x05posix\x8c\x05ascii\x86R"
     return b"\x80\x05" + module + b"\x8c\x05mkdir\x93\x8c\x05/made\x85R."
 
 
-def test_a_computed_name_would_be_called() -> None:
-    """The attack is real: `pickle` itself calls what the computed name leads to."""
+def test_pickle_would_call_a_computed_name() -> None:
+    """The attack is real: `pickle` itself calls the function with the computed name."""
     with pytest.raises(OSError, match="made"):
         pickle.loads(computed_name().replace(b"\x05/made", b"\x09/x/y/made"))
 
 
 @pytest.mark.parametrize("what", planted(Path()))
-def test_what_is_planted_is_refused_and_does_nothing(what: str, tmp_path: Path) -> None:
-    data, said = planted(tmp_path)[what]
-    with pytest.raises(UntrustedError, match=said):
+def test_a_malicious_pickle_is_refused_without_effect(what: str, tmp_path: Path) -> None:
+    data, message = planted(tmp_path)[what]
+    with pytest.raises(UntrustedError, match=message):
         admit(data)
     assert not (tmp_path / "made").exists()
 
 
-def test_what_is_opted_in_is_admitted() -> None:
+def test_opted_in_classes_are_admitted() -> None:
     packed = pack({"cursor": Cursor(), "inner": pack([Cursor()])})
     admitted = admit(bytes(packed), ["tests.formats.test_pickles.Cursor"])
     assert unpack(admitted)["cursor"].at == 3
@@ -129,7 +129,7 @@ def test_what_is_opted_in_is_admitted() -> None:
 
 
 def test_bytes_of_unknown_origin_are_not_unpickled() -> None:
-    with pytest.raises(TypeError, match="nothing says where it is from"):
+    with pytest.raises(TypeError, match="of unknown origin"):
         unpack(pickle.dumps(1))  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Every private name of Lightning and torchmetrics that we touch is there and does what we think it does."""
+"""Every private name of Lightning and torchmetrics that we use exists and behaves as expected."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_ckptless.internals.lightning.distribution import (
     LIGHTNING,
     distribution_of,
     fabric_module,
-    imported_flavour,
+    imported_distribution,
     is_a,
     module,
 )
@@ -43,7 +43,7 @@ from lightning_ckptless.trainer.strategy.recoverable import BEFORE_SETUP
 from tests.lab.parts import Numbers
 from tests.trainer.tiny import DISTRIBUTIONS, callback, tiny_loader, tiny_module, tiny_trainer
 
-# Where the owner of private names is found in the middle of an epoch.
+# How to find the owners of private names in the middle of an epoch.
 OWNERS: dict[str, Callable[[Any], Any]] = {
     "core.module:LightningModule": lambda t: t.lightning_module,
     "loops.evaluation_loop:_EvaluationLoop": lambda t: t.fit_loop.epoch_loop.val_loop,
@@ -61,7 +61,7 @@ OWNERS: dict[str, Callable[[Any], Any]] = {
     "utilities.combined_loader:_MaxSizeCycle": lambda t: t.fit_loop._combined_loader._iterator,
 }
 IS_2_6 = release(importlib.import_module(LIGHTNING).__version__) >= (2, 6)
-# What objects get from others later, and what Lightning has since 2.6.
+# Attributes that are set later, and those that exist since Lightning 2.6.
 LATER = {"trainer.trainer:Trainer": " val_check_batch"}
 SINCE_2_6 = {
     "loops.training_epoch_loop:_TrainingEpochLoop": " _broadcast_sigterm_tensor",
@@ -71,7 +71,7 @@ SINCE_2_6 = {
 
 @pytest.fixture(scope="module", params=DISTRIBUTIONS)
 def absent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The names that one distribution does not have in the middle of an epoch."""
+    """The names that one distribution lacks in the middle of an epoch."""
     missing: set[str] = set()
     more = SINCE_2_6 if IS_2_6 else LATER
 
@@ -90,11 +90,11 @@ def absent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return missing
 
 
-def test_the_loops_have_every_name_that_is_asked_for(absent: set[str]) -> None:
-    assert not absent, f"Lightning has moved {', '.join(sorted(absent))}"
+def test_the_loops_have_every_required_name(absent: set[str]) -> None:
+    assert not absent, f"Lightning lacks {', '.join(sorted(absent))}"
 
 
-def test_every_owner_in_the_table_is_looked_at() -> None:
+def test_every_owner_in_the_table_is_checked() -> None:
     assert {place for place in names.NAMES if ":" in place} == set(OWNERS)
 
 
@@ -105,12 +105,12 @@ def test_names_are_found_before_there_is_a_trainer(distribution: str) -> None:
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_a_moved_name_is_reported_before_training(distribution: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_name_is_reported_before_training(distribution: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(module(distribution, "loops.training_epoch_loop")._TrainingEpochLoop, "_should_accumulate")
     monkeypatch.delattr(module(distribution, "utilities.exceptions"), "_TunerExitException")
     with pytest.raises(VersionError) as raised:
         names.require(distribution)
-    assert f"{distribution} {module(distribution).__version__} has moved" in str(raised.value)
+    assert f"{distribution} {module(distribution).__version__} lacks" in str(raised.value)
     assert "utilities.exceptions._TunerExitException" in str(raised.value)
 
 
@@ -118,15 +118,15 @@ def test_a_moved_name_is_reported_before_training(distribution: str, monkeypatch
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_objects_know_their_distribution(distribution: str) -> None:
+def test_the_distribution_of_an_object_is_found(distribution: str) -> None:
     assert distribution_of(tiny_module(distribution)) == distribution
     assert is_a(module(distribution, "callbacks").Timer(), "callbacks", "Timer")
     assert not is_a(module(distribution, "callbacks").Timer(), "callbacks", "ProgressBar")
     assert not is_a(object(), "callbacks", "ThereIsNoSuchClass")
 
 
-def test_what_belongs_to_no_distribution_takes_the_imported_one() -> None:
-    assert distribution_of(object()) == imported_flavour() == LIGHTNING
+def test_other_objects_get_the_imported_distribution() -> None:
+    assert distribution_of(object()) == imported_distribution() == LIGHTNING
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -147,7 +147,7 @@ def test_lengths_are_measured_by_a_function_of_fabric(distribution: str) -> None
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_fit_hands_its_checkpoint_path_to_the_launcher(distribution: str, tmp_path: Path) -> None:
+def test_fit_passes_its_checkpoint_path_to_the_launcher(distribution: str, tmp_path: Path) -> None:
     calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
     class Recorder(launcher_base(distribution)):  # type: ignore[misc]
@@ -159,7 +159,7 @@ def test_fit_hands_its_checkpoint_path_to_the_launcher(distribution: str, tmp_pa
             calls.append((function, args, kwargs))
 
         def kill(self, signum: Any) -> None:
-            """Nothing was started."""
+            """Do nothing, as no process was started."""
 
     trainer = tiny_trainer(tmp_path, distribution)
     trainer.strategy._launcher = Recorder()
@@ -174,7 +174,7 @@ def test_fit_hands_its_checkpoint_path_to_the_launcher(distribution: str, tmp_pa
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_requests_to_stop_are_no_faults(distribution: str) -> None:
+def test_requests_to_stop_are_not_faults(distribution: str) -> None:
     errors = module(distribution, "utilities.exceptions")
     for error in (errors.SIGTERMException(), errors._TunerExitException(), KeyboardInterrupt(), SystemExit(1)):
         assert is_stop(error), error
@@ -191,9 +191,7 @@ def test_the_period_of_model_averaging_is_read(distribution: str) -> None:
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("is_beginning", [True, False])
-def test_what_belongs_to_the_beginning_of_a_run_is_left_out(
-    tmp_path: Path, distribution: str, is_beginning: bool
-) -> None:
+def test_the_beginning_of_a_run_can_be_skipped(tmp_path: Path, distribution: str, is_beginning: bool) -> None:
     model, seen = tiny_module(distribution), list[str]()
     model.save_hyperparameters({"width": 3})
     checks = callback(distribution, on_sanity_check_start=lambda *_: seen.append("sanity check"))
@@ -213,7 +211,7 @@ def test_what_belongs_to_the_beginning_of_a_run_is_left_out(
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_a_clock_that_says_when_to_validate_is_known(tmp_path: Path, distribution: str) -> None:
+def test_a_time_based_validation_interval_is_recognized(tmp_path: Path, distribution: str) -> None:
     assert not versions.validates_by_clock(tiny_trainer(tmp_path, distribution, val_check_interval=2))
     if IS_2_6:
         options: dict[str, Any] = {"val_check_interval": {"hours": 1}, "check_val_every_n_epoch": None}
@@ -224,7 +222,7 @@ def test_a_clock_that_says_when_to_validate_is_known(tmp_path: Path, distributio
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_counters_travel_without_a_notion_of_restart(distribution: str, tmp_path: Path) -> None:
+def test_counters_are_restored_without_restart_flags(distribution: str, tmp_path: Path) -> None:
     saved: list[Any] = []
     steps: list[int] = []
 
@@ -283,17 +281,17 @@ def test_loggers_take_their_version_from_an_attribute(distribution: str, kind: s
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("kind", private_attributes())
 def test_loggers_keep_which_run_they_write_to_in_private_attributes(distribution: str, kind: str) -> None:
-    """Read in their source: most of them take a package of their own to be made."""
+    """Checked in their source, as most of them need a further package."""
     if kind == "LitLogger" and not hasattr(module(distribution, "loggers"), kind):
-        assert Version(module(distribution).__version__) < Version("2.6.6"), "Lightning has moved LitLogger"
+        assert Version(module(distribution).__version__) < Version("2.6.6"), "Lightning lacks LitLogger"
         pytest.skip("this version of Lightning has none")
     found = "".join(inspect.getsource(cls) for cls in getattr(module(distribution, "loggers"), kind).__mro__[:-1])
     for name in private_attributes()[kind]:
-        assert f"self.{name}" in found, f"Lightning has moved {kind}.{name}"
+        assert f"self.{name}" in found, f"Lightning lacks {kind}.{name}"
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_the_csv_writer_saves_by_its_own_attributes(distribution: str, tmp_path: Path) -> None:
+def test_the_csv_writer_calls_its_own_attributes(distribution: str, tmp_path: Path) -> None:
     logger = module(distribution, "loggers").CSVLogger(str(tmp_path))
     writer = logger.experiment
     assert type(writer) is module(distribution, "loggers.csv_logs").ExperimentWriter
@@ -323,9 +321,9 @@ def test_the_csv_writer_saves_by_its_own_attributes(distribution: str, tmp_path:
 def test_the_configuration_of_the_command_line_is_saved_once(distribution: str) -> None:
     cls = importlib.import_module(f"{distribution}.cli").SaveConfigCallback
     saver = cls(parser=None, config=None)
-    assert vars(saver)["already_saved"] is False, "Lightning has moved SaveConfigCallback.already_saved"
+    assert vars(saver)["already_saved"] is False, "Lightning lacks SaveConfigCallback.already_saved"
     host_loggers.note_saved_config([saver], saved=True)
-    # It would save, and find no trainer to ask for a folder.
+    # Otherwise it would save, and fail without a trainer.
     saver.setup(None, None, stage="fit")
 
 
@@ -341,7 +339,7 @@ def test_the_barrier_before_the_setup_hooks_has_its_name(
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("ends_well", [True, False])
-def test_the_users_loader_is_iterated_over_through_another_one_and_not_changed(
+def test_training_iterates_through_a_stand_in_and_does_not_change_the_loader(
     tmp_path: Path, distribution: str, ends_well: bool
 ) -> None:
     seen: list[Any] = []
@@ -351,14 +349,14 @@ def test_the_users_loader_is_iterated_over_through_another_one_and_not_changed(
         copied = copy.deepcopy(trainer.fit_loop._combined_loader)
         seen.append((type(copied), type(copied.iterables)))
         if not ends_well:
-            raise ValueError("the program's own")
+            raise ValueError("raised by the script")
 
     loader, trainer = tiny_loader(), tiny_trainer(tmp_path, distribution, max_steps=1)
     before = type(loader), dict(vars(loader))
     loops = FitLoops(trainer)
     loops.iterate_data_through(make_resumable)
     trainer.callbacks.append(callback(distribution, on_train_batch_start=look))
-    with nullcontext() if ends_well else pytest.raises(ValueError, match="the program's own"):
+    with nullcontext() if ends_well else pytest.raises(ValueError, match="raised by the script"):
         trainer.fit(tiny_module(distribution), loader)
     combined_class = module(distribution, "utilities.combined_loader").CombinedLoader
     assert seen == [(loader, ResumableLoader), (combined_class, type(loader))]

@@ -1,4 +1,4 @@
-"""The private torch names of sharded models do what we take them for, in processes that only pretend to have peers."""
+"""The private torch names for sharded models behave as expected, tested with fake process groups."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from lightning_ckptless.internals.mesh_internals import (
     become,
-    divide_anew,
     forget_iteration,
     make_room_for_part,
     number_groups_from,
-    obstacle_to_dividing_anew,
+    obstacle_to_resharding,
     one_by_one,
+    reshard_in_place,
     shard_box,
     uneven_parameters,
 )
@@ -32,8 +32,8 @@ from lightning_ckptless.internals.torch_internals import open_fake_groups
 
 @contextmanager
 def pretended(rank: int, world_size: int = 4) -> Iterator[None]:
-    """A process group that sends nothing."""
-    # What torch remembers of an operation has a mesh that was equal, with another rank in it.
+    """Context with a fake default process group."""
+    # Torch caches operations by equal meshes, but with the coordinates of another rank.
     forget_operations()
     open_fake_groups(rank, world_size)
     try:
@@ -55,7 +55,7 @@ def modules_of(network: nn.Module) -> list[FSDPModule]:
 
 
 def cover(shape: tuple[int, ...], make: Callable[[DeviceMesh], DTensor]) -> torch.Tensor:
-    """How many of four ranks hold each element."""
+    """Count how many of four ranks hold each element."""
     counts = torch.zeros(shape, dtype=torch.int64)
     for rank in range(4):
         with pretended(rank):
@@ -79,7 +79,7 @@ def cover(shape: tuple[int, ...], make: Callable[[DeviceMesh], DTensor]) -> torc
     ],
     ids=str,
 )
-def test_boxes_cover_a_tensor(rows: int, placements: tuple[Any, ...], holders: int) -> None:
+def test_the_boxes_of_all_ranks_cover_a_tensor(rows: int, placements: tuple[Any, ...], holders: int) -> None:
     def make(mesh: DeviceMesh) -> DTensor:
         whole = torch.zeros(rows, 6)
         tensor = DTensor.from_local(whole, mesh, [Replicate(), Replicate()], run_check=False)
@@ -89,9 +89,9 @@ def test_boxes_cover_a_tensor(rows: int, placements: tuple[Any, ...], holders: i
 
 
 @pytest.mark.parametrize(("rows", "box"), [(8, ((6, 0), (2, 4))), (10, None)])
-def test_rows_that_both_kinds_of_parallelism_divide(rows: int, box: object) -> None:
-    """Side by side, unless one of them does not divide them evenly."""
-    # One rank alone: torch remembers for a mesh which rank asked first.
+def test_rows_sharded_by_both_kinds_of_parallelism(rows: int, box: object) -> None:
+    """The rows of a rank are contiguous only if the sizes divide evenly."""
+    # A single rank, as torch caches by mesh the coordinates of the rank that came first.
     with pretended(3):
         mesh = mesh_of_four()
         layer = nn.Sequential(nn.Linear(4, rows))
@@ -102,14 +102,14 @@ def test_rows_that_both_kinds_of_parallelism_divide(rows: int, box: object) -> N
         assert shard_box(weight) == box
 
 
-def test_what_is_still_to_be_summed_up_is_no_box() -> None:
+def test_a_partial_tensor_has_no_box() -> None:
     with pretended(3):
         placements = [Partial(), Replicate()]
         assert shard_box(DTensor.from_local(torch.zeros(2, 2), mesh_of_four(), placements, run_check=False)) is None
 
 
 @pytest.mark.parametrize(("first", "has_same_names"), [(100, True), (200, False)], ids=["same names", "other names"])
-def test_a_mesh_and_its_slices_use_the_groups_of_another_generation(first: int, has_same_names: bool) -> None:
+def test_a_mesh_and_its_slices_adopt_the_groups_of_a_new_generation(first: int, has_same_names: bool) -> None:
     with pretended(1):
         number_groups_from(100)
         mesh = mesh_of_four()
@@ -125,7 +125,7 @@ def test_a_mesh_and_its_slices_use_the_groups_of_another_generation(first: int, 
         assert data == mesh["data"]
 
 
-def test_groups_are_not_split_off_one_that_is_bound_to_a_device() -> None:
+def test_groups_are_not_split_from_a_device_bound_group() -> None:
     with pretended(1):
         group: Any = dist.distributed_c10d._get_default_group()
         group.bound_device_id = device = torch.device("cuda", 0)
@@ -135,7 +135,7 @@ def test_groups_are_not_split_off_one_that_is_bound_to_a_device() -> None:
         group.bound_device_id = None
 
 
-def test_a_pass_that_was_cut_off_is_forgotten() -> None:
+def test_an_interrupted_pass_is_reset() -> None:
     class Breaks(nn.Module):
         broken = True
 
@@ -160,7 +160,7 @@ def test_a_pass_that_was_cut_off_is_forgotten() -> None:
 
 
 def sharded(mesh: DeviceMesh, **options: Any) -> nn.Sequential:
-    """Two layers with an odd number of rows, by tensor parallelism too where the mesh has it, that share nothing."""
+    """Shard two layers with an odd number of rows, with tensor parallelism if the mesh has it."""
     network = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5, bias=False))
     if mesh["tensor"].size() > 1:
         parallelize_module(network, mesh["tensor"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
@@ -170,7 +170,7 @@ def sharded(mesh: DeviceMesh, **options: Any) -> nn.Sequential:
 
 
 def held_by(network: nn.Module) -> list[tuple[Any, ...]]:
-    """What a rank holds of every parameter, and how much of it torch sends."""
+    """Return this rank's part of every parameter, and how much of it torch sends."""
     groups = [group for module in modules_of(network) for group in parameter_groups(module._get_fsdp_state())]
     of_torch = [(*p.sharded_size, p._sharded_param_data.numel()) for group in groups for p in group.fsdp_params]
     return [
@@ -184,7 +184,7 @@ def held_by(network: nn.Module) -> list[tuple[Any, ...]]:
      ((0, 4, (4, 1)), (3, 4, (4, 1)))],
     ids=["fewer", "more", "both kinds", "another rank"],
 )  # fmt: skip
-def test_a_model_is_divided_over_another_world(before: Any, after: Any) -> None:
+def test_a_model_is_resharded_in_place_for_another_world(before: Any, after: Any) -> None:
     rank, ranks, sizes = before
     with pretended(rank, ranks):
         mesh = mesh_of(*sizes)
@@ -199,12 +199,12 @@ def test_a_model_is_divided_over_another_world(before: Any, after: Any) -> None:
     rank, ranks, sizes = after
     with pretended(rank, ranks):
         expected = held_by(sharded(mesh_of(*sizes)))
-        anew = mesh_of(*sizes)
+        rebuilt = mesh_of(*sizes)
         known = list(network.parameters())
-        assert become(mesh, anew)
+        assert become(mesh, rebuilt)
         forget_iteration(modules)
-        assert {id(parameter) for parameter in divide_anew(modules)} == set(map(id, known))
-        assert (mesh, data) == (anew, anew["data"]) and hash(data) == hash(anew["data"])
+        assert {id(parameter) for parameter in reshard_in_place(modules)} == set(map(id, known))
+        assert (mesh, data) == (rebuilt, rebuilt["data"]) and hash(data) == hash(rebuilt["data"])
         assert data.get_group() in dist.distributed_c10d._world.pg_map
         assert [id(parameter) for parameter in network.parameters()] == [id(parameter) for parameter in known]
         assert held_by(network) == expected
@@ -218,7 +218,7 @@ def test_a_model_is_divided_over_another_world(before: Any, after: Any) -> None:
         optimizer.step()
 
 
-def test_a_dimension_that_cannot_be_divided_is_named() -> None:
+def test_a_dimension_that_does_not_divide_evenly_is_reported() -> None:
     with pretended(1):
         mesh = mesh_of(4, 1)
         network = nn.Sequential(nn.Linear(8, 2))
@@ -229,12 +229,12 @@ def test_a_dimension_that_cannot_be_divided_is_named() -> None:
         forget_iteration(modules_of(network))
         assert uneven_parameters(modules_of(network)) == [("0.weight", [2, 8], 1, 3)]
         with pytest.raises(NotImplementedError, match="uneven"):
-            divide_anew(modules_of(network))
+            reshard_in_place(modules_of(network))
 
 
-def test_what_cannot_be_divided_anew_is_said() -> None:
+def test_obstacles_to_resharding_are_reported() -> None:
     def obstacle(network: nn.Module, mesh: DeviceMesh) -> str:
-        return obstacle_to_dividing_anew(modules_of(network), network.parameters(), mesh)
+        return obstacle_to_resharding(modules_of(network), network.parameters(), mesh)
 
     with pretended(0):
         mesh, other = mesh_of(4, 1), mesh_of(4, 1)

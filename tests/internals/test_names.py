@@ -1,4 +1,4 @@
-"""Private names of torch and Lightning are looked for before they are used, in tables that leave none out."""
+"""Private names of torch and Lightning are checked before they are used, and the tables are complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TABLES = torch_names.WORKER | torch_names.SHARDED | torch_names.AGENT
 
 
 class Base:
-    """What a version of a library may look like."""
+    """A class with names defined in different ways."""
 
     annotated: int
     by_class = 1
@@ -35,7 +35,7 @@ class Base:
 
 
 class Derived(Base):
-    """It has what its base has."""
+    """Inherits all names."""
 
 
 @pytest.mark.parametrize("name", ["annotated", "by_class", "by_object", "computed", "inner", "of_class", "made"])
@@ -49,15 +49,15 @@ def test_a_class_has_no_other_names() -> None:
     assert not names.has(ast, "elsewhere")
 
 
-def test_what_is_missing_is_named_by_its_place() -> None:
+def test_missing_names_are_reported_with_their_owner() -> None:
     table = {"ast": "parse gone", "ast:AST": "_fields _gone", "ast:Gone": "any", "no_such_module": "thing"}
     assert list(names.missing(table)) == ["ast.gone", "ast.AST._gone", "ast.Gone.any", "no_such_module.thing"]
 
 
-def test_one_error_names_all_that_has_moved() -> None:
+def test_one_error_lists_all_missing_names() -> None:
     with pytest.raises(VersionError) as raised:
         names.require("torch", "9.1.0", {"ast": "_gone", "ast:AST": "_away"})
-    assert str(raised.value).startswith("torch 9.1.0 has moved ast._gone, ast.AST._away: ")
+    assert str(raised.value).startswith("torch 9.1.0 lacks ast._gone, ast.AST._away, ")
 
 
 def test_the_installed_torch_has_every_name() -> None:
@@ -72,8 +72,8 @@ def test_a_worker_is_refused_before_it_trains(monkeypatch: pytest.MonkeyPatch) -
         torch_names.require(torch_names.WORKER)
 
 
-def test_the_tables_leave_no_private_name_of_torch_out() -> None:
-    """Of the files that use them, but for the variants, which are chosen by what is there."""
+def test_the_tables_list_every_private_name_of_torch() -> None:
+    """Except the variants for different versions, which are selected by feature."""
     known = {name for wanted in TABLES.values() for name in wanted.split()}
     known |= {place.rpartition(":")[2] for place in TABLES}
     used = {
@@ -82,5 +82,5 @@ def test_the_tables_leave_no_private_name_of_torch_out() -> None:
         if source.module in {"internals.torch_internals", "internals.mesh_internals"}
         for _, name in private_names(source)
     }
-    # Its module takes half a second to import, and is wanted for exported checkpoints alone.
+    # `_StorageInfo`: its module takes half a second to import, and is needed only for exports.
     assert used - known == {"_stdout_tail", "_stderr_tail", "_tail_logs", "_StorageInfo"}

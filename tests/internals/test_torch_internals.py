@@ -1,4 +1,4 @@
-"""The private torch names that we touch: each test fails loudly when a new version moves one."""
+"""The private torch names that we use: a test fails if a new version lacks one."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def test_leaves_of_nested_data() -> None:
     assert torch_internals.leaves_of(thing) == [thing]
 
 
-def test_foreach_copy_takes_nothing() -> None:
+def test_foreach_copy_accepts_empty_lists() -> None:
     torch_internals.foreach_copy([], [])
 
 
 # ---------------------------------------------------------------------- data parallelism
 
 
-# In a process of its own: torch lets go of a process group only when it makes the next one.
+# In a separate process, as torch frees a process group only when it creates the next one.
 BUCKETS = """
     import torch, torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
@@ -114,9 +114,9 @@ BUCKETS = """
 """
 
 
-def test_buckets_change_after_the_first_step_and_can_be_set() -> None:
+def test_buckets_are_rebuilt_after_the_first_step_and_can_be_set() -> None:
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(BUCKETS)], capture_output=True, text=True, check=False)
-    # gloo itself writes a line in some versions.
+    # Some versions of gloo write a line themselves.
     assert done.stdout.splitlines()[-1:] == ["all hold"], done.stderr
 
 
@@ -146,25 +146,25 @@ class InAnotherWay(DataLoader[int]):
         yield from super().__iter__()
 
 
-def test_a_loader_asks_its_dataset_by_index_or_not() -> None:
+def test_map_style_loaders_are_recognized() -> None:
     assert torch_internals.is_map_style(DataLoader(Squares()))
     assert not torch_internals.is_map_style(DataLoader(Stream()))
 
 
-def test_the_sampler_that_drives_a_loader_is_known() -> None:
+def test_the_index_sampler_of_a_loader_is_found() -> None:
     batched, single = DataLoader(Squares(), batch_size=2), DataLoader(Squares(), batch_size=None)
     assert torch_internals.index_sampler(batched) is batched.batch_sampler
     assert torch_internals.index_sampler(single) is single.sampler
 
 
-def test_iterators_of_torch_are_told_from_others() -> None:
+def test_iterators_of_torch_are_recognized() -> None:
     assert not torch_internals.has_own_iteration(DataLoader)
     assert torch_internals.has_own_iteration(InAnotherWay)
     assert torch_internals.is_own_iterator(iter(DataLoader(Squares())))
     assert not torch_internals.is_own_iterator(iter(InAnotherWay(Squares())))
 
 
-def test_a_fetch_is_wrapped_and_the_iterator_freed_by_its_last_user() -> None:
+def test_a_wrapped_iterator_is_freed_without_the_garbage_collector() -> None:
     calls: list[str] = []
 
     def noted(inner: Callable[[], Any]) -> Callable[[], Any]:
@@ -187,7 +187,7 @@ def test_a_fetch_is_wrapped_and_the_iterator_freed_by_its_last_user() -> None:
         gc.enable()
 
 
-def test_batches_that_were_handed_out_before_count() -> None:
+def test_the_number_of_yielded_batches_can_be_set() -> None:
     loader = DataLoader(SizedStream(), batch_size=None)
     assert len(loader) == 4
     iterator = iter(loader)
@@ -196,7 +196,7 @@ def test_batches_that_were_handed_out_before_count() -> None:
         next(iterator)
 
 
-def test_parameters_and_buffers_are_the_live_dictionaries() -> None:
+def test_parameters_and_buffers_are_live_dictionaries() -> None:
     module = torch.nn.BatchNorm1d(2)
     parameters, buffers = torch_internals.parameter_dicts(module)
     module.weight = torch.nn.Parameter(torch.zeros(2))
@@ -205,7 +205,7 @@ def test_parameters_and_buffers_are_the_live_dictionaries() -> None:
     assert buffers["running_mean"] is module.running_mean
 
 
-def test_an_iterator_reads_some_attributes_of_its_loader_elsewhere() -> None:
+def test_attributes_of_a_loader_are_replaced_for_its_iterator() -> None:
     loader = DataLoader(Squares(), batch_size=2)
     before = dict(vars(loader))
     iterator = torch_internals.make_iterator(loader, [[3, 1]], 0, {"collate_fn": list})
@@ -213,7 +213,7 @@ def test_an_iterator_reads_some_attributes_of_its_loader_elsewhere() -> None:
     assert vars(loader) == before
 
 
-def test_the_iterators_that_a_loader_makes_of_itself_are_watched_meanwhile() -> None:
+def test_inner_iterators_of_a_loader_are_watched() -> None:
     loader, fetches = InAnotherWay(Squares(), batch_size=2), list[str]()
 
     def noted(inner: Callable[[], Any]) -> Callable[[], Any]:
@@ -230,8 +230,8 @@ def test_the_iterators_that_a_loader_makes_of_itself_are_watched_meanwhile() -> 
     assert fetches == ["fetch"]
 
 
-def test_the_names_of_groups_start_again_after_one_that_could_not_be_made() -> None:
-    """torch counts it, and would name the next one otherwise than a process does that has not tried."""
+def test_group_names_restart_after_a_failed_creation() -> None:
+    """torch counts the failed group, and would name the next one differently from a new process."""
     names = []
     for _ in range(2):
         with pytest.raises(ValueError, match="no such backend"):
@@ -243,11 +243,11 @@ def test_the_names_of_groups_start_again_after_one_that_could_not_be_made() -> N
     assert names == ["0", "0"]
 
 
-def test_the_excepthook_is_left_as_it_is() -> None:
+def test_the_excepthook_is_preserved() -> None:
     before = sys.excepthook
     with torch_internals.unchanged_excepthook():
         _make_default_group("gloo")
-        assert sys.excepthook is not before, "torch wraps it no more: then nothing needs to keep it"
+        assert sys.excepthook is not before, "torch no longer wraps it, so it need not be preserved"
     dist.destroy_process_group()
     assert sys.excepthook is before
 
@@ -261,5 +261,5 @@ def _make_default_group(backend: str) -> None:
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
-def test_finished_work_has_nothing_to_wait_for() -> None:
+def test_finished_work_does_not_wait() -> None:
     assert torch_internals.finished_work().wait()

@@ -238,6 +238,6 @@ def test_a_kill_for_lack_of_memory_at_one_step_is_told_from_one_from_outside(
     said = capfd.readouterr().err
     assert reason in said
     if how:
-        assert "died by SIGKILL for lack of memory: the kernel has killed 1 process(es) of cgroup " in said
-        assert "The kernel has killed 4 process(es)" in said
-    assert ("its memory is limited to 512 MiB" in said) is bool(how)
+        assert "died by SIGKILL for lack of memory: the kernel has killed 1 process in cgroup " in said
+        assert "The kernel has killed 4 processes" in said
+    assert ("a limit of 512 MiB" in said) is bool(how)

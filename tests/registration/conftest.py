@@ -1,4 +1,4 @@
-"""Fresh interpreters that see the package as an installation would show it."""
+"""Runs code in new interpreters that see the package as installed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Run = Callable[..., Any]
 
 
 def install_into(site: Path) -> Path:
-    """Give a folder the metadata that pip would write for this package, and return the place of the package itself."""
+    """Write the metadata that pip would write for this package, and return the path for the package itself."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     info = site / f"lightning_ckptless-{project['version']}.dist-info"
     info.mkdir(parents=True)
@@ -35,7 +35,7 @@ def install_into(site: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the package, installed."""
+    """A folder with the installed package."""
     folder = tmp_path_factory.mktemp("site")
     install_into(folder).symlink_to(PACKAGE, target_is_directory=True)
     return folder
@@ -43,7 +43,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(site: Path, tmp_path: Path) -> Run:
-    """Run code in a fresh interpreter, away from the repository, and return what it hands to `tell`."""
+    """Run code in a new interpreter outside of the repository, and return the value passed to `tell`."""
 
     def fresh(code: str, *folders: Path, **variables: str) -> Any:
         path = os.pathsep.join(str(folder) for folder in folders or (site,))

@@ -1,4 +1,4 @@
-"""The hook itself, on stand-ins for Lightning: no torch, no Lightning, milliseconds."""
+"""The registration hook, tested with a stub of Lightning and without importing torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ StrategyRegistry = Registry()
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
-    """A folder with a package that looks like pytorch_lightning to the hook."""
+    """A stub package that looks like pytorch_lightning to the hook."""
     package = tmp_path / "stand_in" / "pytorch_lightning"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -35,7 +35,7 @@ def stand_in(tmp_path: Path) -> Path:
     return package
 
 
-def test_importing_the_package_loads_nothing_but_the_standard_library(run: Run) -> None:
+def test_importing_the_package_loads_only_the_standard_library(run: Run) -> None:
     foreign = run("""
 import sys
 before = set(sys.modules)
@@ -46,18 +46,18 @@ tell([m for m in set(sys.modules) - before if m.split(".")[0] not in {*sys.stdli
 
 
 @pytest.mark.parametrize("room", ["membership", "protocol", "replica"])
-def test_importing_a_room_does_not_import_lightning(run: Run, room: str) -> None:
+def test_importing_a_subpackage_does_not_import_lightning(run: Run, room: str) -> None:
     assert not run(f"import sys, lightning_ckptless.{room}; tell([m for m in sys.modules if m == 'lightning'])")
 
 
-def test_registers_in_either_order(run: Run, site: Path, stand_in: Path) -> None:
+def test_names_are_registered_in_either_order_of_imports(run: Run, site: Path, stand_in: Path) -> None:
     ours, theirs = "import lightning_ckptless", "import pytorch_lightning.strategies as theirs"
     for code in (f"{ours}\n{theirs}", f"{theirs}\n{ours}"):
         assert run(f"{code}\ntell(list(theirs.StrategyRegistry))", site, stand_in.parent) == NAMES
 
 
-def test_steps_aside(run: Run, site: Path, stand_in: Path) -> None:
-    """After its import the module has its own loader, and the source of it can be found."""
+def test_the_loader_removes_itself(run: Run, site: Path, stand_in: Path) -> None:
+    """After its import, the module has its own loader, and its source can be found."""
     loader, source = run(
         """
 import inspect
@@ -73,8 +73,8 @@ assert strategies.__spec__.loader is strategies.__loader__
     assert source == "class Registry(dict):"
 
 
-def test_found_but_not_imported_yet(run: Run, site: Path, stand_in: Path) -> None:
-    """What looks at a module before importing it sees the loader's own methods."""
+def test_a_spec_has_the_methods_of_the_original_loader(run: Run, site: Path, stand_in: Path) -> None:
+    """Code that inspects a module before importing it can use the methods of its loader."""
     assert run(
         """
 import importlib.util
@@ -105,7 +105,7 @@ tell([sum(type(f).__name__ == "RegistryFinder" for f in sys.meta_path), list(Str
     assert (finders, names) == (1, NAMES)
 
 
-def test_a_name_that_is_taken_stays_with_its_owner(run: Run, site: Path, stand_in: Path) -> None:
+def test_a_name_that_is_taken_is_not_replaced(run: Run, site: Path, stand_in: Path) -> None:
     (stand_in / "strategies.py").write_text(REGISTRY + "StrategyRegistry['ckptless'] = 'theirs'\n")
     owner = run(
         "import lightning_ckptless\n"
@@ -118,7 +118,7 @@ def test_a_name_that_is_taken_stays_with_its_owner(run: Run, site: Path, stand_i
 
 
 @pytest.mark.parametrize("registry", ["", "StrategyRegistry = 7", "class StrategyRegistry: __contains__ = None"])
-def test_a_distribution_that_has_changed_is_left_alone(run: Run, site: Path, stand_in: Path, registry: str) -> None:
+def test_an_unexpected_registry_is_left_alone(run: Run, site: Path, stand_in: Path, registry: str) -> None:
     (stand_in / "strategies.py").write_text(f"{registry}\nimported = True")
     assert run(
         "import lightning_ckptless\nfrom pytorch_lightning import strategies\ntell(strategies.imported)",
@@ -127,7 +127,7 @@ def test_a_distribution_that_has_changed_is_left_alone(run: Run, site: Path, sta
     )
 
 
-def test_an_error_of_the_module_is_its_own(run: Run, site: Path, stand_in: Path) -> None:
+def test_an_error_of_the_module_is_propagated(run: Run, site: Path, stand_in: Path) -> None:
     (stand_in / "strategies.py").write_text("raise LookupError('theirs')")
     told = run(
         """

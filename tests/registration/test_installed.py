@@ -1,4 +1,4 @@
-"""What a user of either Lightning sees after a plain install, in interpreters that start afresh."""
+"""The installed package with either distribution of Lightning, in new interpreters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRAINER = "accelerator='cpu', devices=2, logger=False, enable_checkpointing=Fals
 
 @pytest.mark.slow
 @pytest.mark.parametrize("distribution", [DISTRIBUTIONS[0], pytest.param(DISTRIBUTIONS[1], marks=pytest.mark.long)])
-def test_bare_string_in_a_script_that_does_not_import_us(run: Run, distribution: str) -> None:
+def test_strategy_names_work_without_importing_the_package(run: Run, distribution: str) -> None:
     told = run(f"""
 import sys
 from {distribution} import Trainer
@@ -43,8 +43,8 @@ tell([
 
 
 @pytest.mark.slow
-def test_switched_off_then_imported(run: Run) -> None:
-    """Without torch's call the string is unknown, until the package is imported."""
+def test_without_autoload_the_package_must_be_imported(run: Run) -> None:
+    """Without the call by torch, the name is unknown until the package is imported."""
     told = run(
         """
 from lightning.pytorch.strategies import StrategyRegistry
@@ -59,7 +59,7 @@ tell([before, "ckptless" in StrategyRegistry, StrategyRegistry["ckptless"]["desc
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_imported_before_lightning(run: Run) -> None:
+def test_the_package_can_be_imported_before_lightning(run: Run) -> None:
     told = run(
         "import lightning_ckptless\nfrom lightning.pytorch.strategies import StrategyRegistry\n"
         "tell('ckptless' in StrategyRegistry)",
@@ -73,7 +73,7 @@ def test_imported_before_lightning(run: Run) -> None:
     "breakage",
     ["raise RuntimeError('broken')", "this is no python", "import a_module_that_is_not_there"],
 )
-def test_torch_is_unharmed_by_a_broken_hook(run: Run, tmp_path: Path, breakage: str) -> None:
+def test_a_broken_hook_does_not_affect_torch(run: Run, tmp_path: Path, breakage: str) -> None:
     site = tmp_path / "broken"
     package = install_into(site)
     (package / "_registration").mkdir(parents=True)
@@ -85,7 +85,7 @@ def test_torch_is_unharmed_by_a_broken_hook(run: Run, tmp_path: Path, breakage: 
 
 
 @pytest.mark.slow
-def test_torch_pulls_in_no_more_than_the_hook(run: Run) -> None:
+def test_torch_imports_only_the_hook(run: Run) -> None:
     told = run("import sys, torch\ntell(sorted(m for m in sys.modules if m.split('.')[0] == 'lightning_ckptless'))")
     small = ("", "._registration", "._registration.autoload", "._registration.mlflow_tables", "._registration.names")
     used = (".environment", ".system", ".system.private_files")
@@ -123,7 +123,7 @@ tell({{
 
 @pytest.mark.slow
 @pytest.mark.parametrize("distribution", [DISTRIBUTIONS[0], pytest.param(DISTRIBUTIONS[1], marks=pytest.mark.long)])
-def test_lightning_cli(run: Run, tmp_path: Path, distribution: str) -> None:
+def test_strategies_work_with_the_lightning_cli(run: Run, tmp_path: Path, distribution: str) -> None:
     strategy = (
         "{class_path: lightning_ckptless.CkptlessStrategy, init_args: {copies: %s, find_unused_parameters: true}}"
     )

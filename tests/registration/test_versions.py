@@ -1,4 +1,4 @@
-"""Versions that are too old or untested, as a user meets them: in fresh interpreters, by metadata as pip leaves it."""
+"""Versions that are too old or untested, in new interpreters with forged package metadata."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_ckptless import environment
 from tests.registration.conftest import Run
 
 Claim = Callable[[str, str], Path]
-MESSAGE = 'torch 2.7.1 is installed, but lightning_ckptless needs torch >= 2.8: pip install "torch>=2.8"'
+MESSAGE = 'found torch 2.7.1, but lightning_ckptless requires torch >= 2.8: pip install "torch>=2.8"'
 REFUSED = """
 from lightning_ckptless.errors import VersionError
 def refused(action):
@@ -36,7 +36,7 @@ trainer.fit(BoringModel())
 
 @pytest.fixture
 def claim(tmp_path: Path) -> Claim:
-    """Makes a folder whose metadata claims that another version of a package is installed."""
+    """Creates a folder whose metadata claims that another version of a package is installed."""
 
     def make(name: str, version: str) -> Path:
         info = tmp_path / "claims" / f"{name}-{version}.dist-info"
@@ -63,7 +63,7 @@ except ImportError as error:
 
 
 @pytest.mark.slow
-def test_torch_is_unharmed_by_a_version_that_is_refused(run: Run, site: Path, claim: Claim) -> None:
+def test_a_refused_version_does_not_affect_torch(run: Run, site: Path, claim: Claim) -> None:
     told = run(
         f"""
 import torch
@@ -84,7 +84,7 @@ tell([
 
 @pytest.mark.slow
 @pytest.mark.parametrize("silenced", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_a_newer_torch_is_warned_of_once_for_all_processes(
+def test_a_newer_torch_produces_one_warning_for_all_processes(
     site: Path, tmp_path: Path, claim: Claim, silenced: bool
 ) -> None:
     (tmp_path / "train.py").write_text(TRAIN)

@@ -1,4 +1,4 @@
-"""Both versions of control groups, from inside and outside of a container."""
+"""Both versions of control groups, inside and outside of a container."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_ckptless.system.control_groups import Ceiling, ceiling, control_g
 from tests.control_groups import fill, first_version, second_version
 
 
-def test_the_second_version(tmp_path: Path) -> None:
+def test_limits_of_version_2(tmp_path: Path) -> None:
     proc, root = second_version(tmp_path, "/pod/container"), tmp_path / "cgroup"
     fill(root / "pod", memory__max="1000", memory__current="700", memory__stat="anon 1\ninactive_file 100")
     fill(root / "pod" / "container", memory__max="max", memory__current="600", memory__events="oom_kill 2\n")
@@ -21,7 +21,7 @@ def test_the_second_version(tmp_path: Path) -> None:
     assert group is not None and (group.kills(), group.version) == (2, 2)
 
 
-def test_a_group_that_does_not_count_what_one_around_it_does(tmp_path: Path) -> None:
+def test_the_nearest_group_that_counts_the_resource_is_used(tmp_path: Path) -> None:
     proc, root = second_version(tmp_path, "/pod/container"), tmp_path / "cgroup"
     fill(root / "pod" / "container")
     fill(root / "pod", memory__max="1000", memory__current="700", memory__events="oom_kill 3\n")
@@ -30,7 +30,7 @@ def test_a_group_that_does_not_count_what_one_around_it_does(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("root", "place"), [("/", "docker/abc"), ("/docker/abc", "."), ("/elsewhere", ".")])
-def test_the_first_version_wherever_it_is_mounted(root: str, place: str, tmp_path: Path) -> None:
+def test_limits_of_version_1_with_any_mount_point(root: str, place: str, tmp_path: Path) -> None:
     proc, memory = first_version(tmp_path, root), tmp_path / "memory" / place
     fill(memory, memory__limit_in_bytes="1000", memory__usage_in_bytes="700", memory__stat="total_inactive_file 200")
     fill(memory, memory__oom_control="oom_kill_disable 0\nunder_oom 0\noom_kill 7\n")
@@ -43,7 +43,7 @@ def test_the_first_version_wherever_it_is_mounted(root: str, place: str, tmp_pat
     assert ceiling("memory", proc) is None
 
 
-def test_a_process_without_a_visible_group(tmp_path: Path) -> None:
+def test_a_process_without_a_visible_group_has_no_limit(tmp_path: Path) -> None:
     assert control_group("memory", tmp_path) is None
     assert ceiling("memory", second_version(tmp_path)) is None
 

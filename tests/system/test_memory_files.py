@@ -1,4 +1,4 @@
-"""Files of anonymous memory: like files for every process of the user, and gone with their holder."""
+"""Files of anonymous memory behave like files for all processes of the user, and end with their holder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _read(path: Path) -> bytes:
         return file.read()
 
 
-def test_another_process_writes_into_the_memory_by_its_path(tmp_path: Path) -> None:
+def test_another_process_can_write_to_the_memory_by_its_path(tmp_path: Path) -> None:
     handle = make_memory_file(path := tmp_path / "slot")
     subprocess.run([sys.executable, "-c", WRITER, str(path)], check=True)
     assert _read(path) == os.pread(handle, 100, 0) == b"from another process"
@@ -28,15 +28,15 @@ def test_another_process_writes_into_the_memory_by_its_path(tmp_path: Path) -> N
     os.close(handle)
 
 
-def test_the_memory_is_gone_when_its_holder_has_closed_it(tmp_path: Path) -> None:
+def test_the_memory_is_freed_when_its_holder_closes_it(tmp_path: Path) -> None:
     os.close(make_memory_file(path := tmp_path / "slot"))
     assert path.is_symlink() and not is_memory_file(path) and not is_there(path)
     for use in (lambda: open_file(path, os.O_RDWR | os.O_CREAT), lambda: stat_file(path)):
-        with pytest.raises(FileNotFoundError, match="held this memory has ended"):
+        with pytest.raises(FileNotFoundError, match="held this memory has exited"):
             use()
 
 
-def test_a_descriptor_that_is_used_again_for_another_file_is_not_touched(tmp_path: Path) -> None:
+def test_a_descriptor_reused_for_another_file_is_refused(tmp_path: Path) -> None:
     handle = make_memory_file(path := tmp_path / "slot")
     (other := tmp_path / "other").write_text("precious")
     again = os.open(other, os.O_RDWR)
@@ -49,7 +49,7 @@ def test_a_descriptor_that_is_used_again_for_another_file_is_not_touched(tmp_pat
         os.close(number)
 
 
-def test_memory_of_another_slot_is_not_taken_for_its_own(tmp_path: Path) -> None:
+def test_memory_of_another_slot_is_refused(tmp_path: Path) -> None:
     handle = make_memory_file(tmp_path / "slot-0")
     (tmp_path / "slot-0").rename(tmp_path / "slot-1")
     with pytest.raises(FileNotFoundError):
@@ -65,7 +65,7 @@ def test_other_links_are_not_followed(tmp_path: Path) -> None:
             use()
 
 
-def test_plain_files_are_opened_and_made_private(tmp_path: Path) -> None:
+def test_regular_files_are_opened_and_created_private(tmp_path: Path) -> None:
     os.close(open_file(path := tmp_path / "plain", os.O_RDWR | os.O_CREAT))
     assert path.stat().st_mode & 0o777 == 0o600
     assert not is_memory_file(path) and is_there(path) and stat_file(path).st_size == 0

@@ -1,4 +1,4 @@
-"""A folder goes with the process it belongs to, if its run is over."""
+"""The reaper removes the folder of a process that has exited, if its run has finished."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from lightning_ckptless.system.reaper import MARKER, reap, start_reaper
 
 
-def test_a_finished_folder_goes_when_the_process_ends(tmp_path: Path) -> None:
+def test_a_finished_folder_is_removed_when_the_process_exits(tmp_path: Path) -> None:
     folder = tmp_path / "arena"
     folder.mkdir()
     (folder / "slot").touch()
@@ -30,7 +30,7 @@ def test_a_finished_folder_goes_when_the_process_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_only_a_finished_folder_goes(finished: bool, tmp_path: Path) -> None:
+def test_only_a_finished_folder_is_removed(finished: bool, tmp_path: Path) -> None:
     owner = subprocess.Popen([sys.executable, "-c", ""])
     owner.wait()
     if finished:

@@ -1,4 +1,4 @@
-"""Comparison of traces that were written by hand: what differs is found, named and ordered."""
+"""Comparison of hand-written traces and log files: differences are found, named and ordered."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(steps: int = 4) -> list[Row]:
     return [begin(), *(batch(step) for step in range(1, steps + 1)), end(steps)]
 
 
-def test_identical(tmp_path: Path) -> None:
+def test_equal_traces_are_identical(tmp_path: Path) -> None:
     verdict = compare_traces(write(tmp_path / "a", run(), run()), write(tmp_path / "b", run(), run()))
     assert verdict.identical
     assert verdict.first is None
@@ -47,15 +47,15 @@ def test_identical(tmp_path: Path) -> None:
     assert "identical" in str(verdict)
 
 
-def test_steps_run_again_are_counted_and_agree(tmp_path: Path) -> None:
+def test_replayed_steps_are_counted_and_agree(tmp_path: Path) -> None:
     again = [begin(), batch(1), batch(2), begin(2), batch(2, 2), batch(3, 2), batch(4, 2), end(4, 2)]
     verdict = compare_traces(write(tmp_path / "a", run()), write(tmp_path / "b", again))
     assert verdict.identical
     assert verdict.repeated == 1
 
 
-def test_first_attempt_that_differs_is_found(tmp_path: Path) -> None:
-    """Even where the last attempt is right: the state at the fault was wrong."""
+def test_an_earlier_attempt_that_differs_is_found(tmp_path: Path) -> None:
+    """Even if the last attempt is correct: the state at the fault was wrong."""
     first = [begin(), batch(1), batch(2, parameters="other"), batch(3)]
     again = [*first, batch(2, 2), batch(3, 2), batch(4, 2), end(4, 2)]
     verdict = compare_traces(write(tmp_path / "a", run()), write(tmp_path / "b", again))
@@ -65,13 +65,13 @@ def test_first_attempt_that_differs_is_found(tmp_path: Path) -> None:
     assert (verdict.first.expected, verdict.first.found) == ("p2", "other")
 
 
-def test_step_in_flight_at_a_fault_may_differ(tmp_path: Path) -> None:
-    """A device ends a sum with a lost rank without an error: what came of it is rolled back."""
+def test_the_step_in_flight_at_a_fault_may_differ(tmp_path: Path) -> None:
+    """A device may end a collective with a lost rank without an error; the result is rolled back."""
     again = [begin(), batch(1), batch(2, gradients="cut"), batch(2, 2), batch(3, 2), batch(4, 2), end(4, 2)]
     assert compare_traces(write(tmp_path / "a", run()), write(tmp_path / "b", again)).identical
 
 
-def test_last_attempt_counts(tmp_path: Path) -> None:
+def test_the_last_attempt_is_compared_with_the_reference(tmp_path: Path) -> None:
     again = [begin(), batch(1), batch(2), batch(2, 2, parameters="other"), batch(3, 2), batch(4, 2), end(4, 2)]
     verdict = compare_traces(write(tmp_path / "a", run()), write(tmp_path / "b", again))
     assert verdict.first is not None
@@ -79,7 +79,7 @@ def test_last_attempt_counts(tmp_path: Path) -> None:
     assert verdict.first.field == "parameters"
 
 
-def test_earliest_difference_comes_first_whatever_its_rank(tmp_path: Path) -> None:
+def test_the_earliest_difference_of_all_ranks_comes_first(tmp_path: Path) -> None:
     late, early = run(), run()
     late[4] = batch(4, torch_rng="late")
     early[2] = batch(2, torch_rng="early")
@@ -87,7 +87,7 @@ def test_earliest_difference_comes_first_whatever_its_rank(tmp_path: Path) -> No
     assert [(d.rank, d.step, d.found) for d in verdict.differences] == [(1, 2, "early"), (0, 4, "late")]
 
 
-def test_missing_and_unexpected_points(tmp_path: Path) -> None:
+def test_missing_and_unexpected_points_are_found(tmp_path: Path) -> None:
     lost = [*run()[:3], *run()[4:]]
     more = [*run()[:5], batch(5), *run()[5:]]
     right = write(tmp_path / "a", run())
@@ -99,7 +99,7 @@ def test_missing_and_unexpected_points(tmp_path: Path) -> None:
     assert (extra.step, extra.expected) == (5, "nothing")
 
 
-def test_missing_field_and_missing_rank(tmp_path: Path) -> None:
+def test_a_missing_field_and_a_missing_rank_are_found(tmp_path: Path) -> None:
     right = write(tmp_path / "a", run(), run())
     less = run()
     del less[1]["values"]["loss"]
@@ -109,13 +109,13 @@ def test_missing_field_and_missing_rank(tmp_path: Path) -> None:
     assert not compare_traces(right, write(tmp_path / "c", run())).identical
 
 
-def test_nothing_is_not_identical(tmp_path: Path) -> None:
+def test_empty_traces_are_not_identical(tmp_path: Path) -> None:
     verdict = compare_traces(write(tmp_path / "a"), write(tmp_path / "b"))
     assert not verdict.identical
     assert "nothing to compare" in str(verdict)
 
 
-def test_torn_line_is_counted(tmp_path: Path) -> None:
+def test_a_torn_line_is_counted(tmp_path: Path) -> None:
     path = tmp_path / "trace-rank0.jsonl"
     path.write_text(f'{json.dumps(batch(1))}\n{{"kind": "bat\n{json.dumps(batch(1, 2))}\n')
     trace = read_trace(path, 0)
@@ -138,7 +138,7 @@ def finished(folder: Path, csv_rows: str, *, folders: int = 1, checkpoints: str 
     return folder
 
 
-def test_log_rows_of_ours_do_not_count(tmp_path: Path) -> None:
+def test_our_own_log_values_are_not_compared(tmp_path: Path) -> None:
     a = finished(tmp_path / "a", "0,0.5,0.9 1,0.4, 2,0.3,")
     b = finished(tmp_path / "b", "0,0.5,0.1 1,0.4,0.7 1,,0.8 2,0.3,")
     verdict = compare(a, b)
@@ -146,7 +146,7 @@ def test_log_rows_of_ours_do_not_count(tmp_path: Path) -> None:
     assert verdict.rows == 3 + 2
 
 
-def test_log_row_twice_missing_and_moved(tmp_path: Path) -> None:
+def test_repeated_missing_and_moved_log_rows_are_found(tmp_path: Path) -> None:
     right = finished(tmp_path / "a", "0,0.5, 1,0.4, 2,0.3,")
     found = {
         name: compare(right, finished(tmp_path / name, text)).first
@@ -158,19 +158,19 @@ def test_log_row_twice_missing_and_moved(tmp_path: Path) -> None:
     }
     twice, missing, moved = found.values()
     assert twice is not None and missing is not None and moved is not None
-    assert (twice.step, twice.found) == (1, "it twice")
+    assert (twice.step, twice.found) == (1, "twice")
     assert (missing.step, missing.found) == (1, "nothing")
     assert moved.where.endswith("row 0")
     assert (moved.expected, moved.found) == ("loss=0.5, step=0", "loss=0.4, step=1")
 
 
-def test_every_lost_and_repeated_row_is_counted(tmp_path: Path) -> None:
+def test_every_missing_and_repeated_row_is_reported(tmp_path: Path) -> None:
     right = finished(tmp_path / "a", "0,0.5, 1,0.4, 2,0.3, 3,0.2,")
     verdict = compare(right, finished(tmp_path / "b", "0,0.5, 3,0.2, 3,0.2,"))
     assert [(d.step, d.expected, d.found) for d in verdict.by_field()[LOG_ROWS]] == [
-        (1, "it once", "nothing"),
-        (2, "it once", "nothing"),
-        (3, "it once", "it twice"),
+        (1, "once", "nothing"),
+        (2, "once", "nothing"),
+        (3, "once", "twice"),
     ]
 
 
@@ -182,7 +182,7 @@ def test_a_column_that_differs_is_named_with_its_row(tmp_path: Path) -> None:
     assert difference.where.endswith("row of step 1")
 
 
-def test_ignored_values_do_not_count(tmp_path: Path) -> None:
+def test_ignored_values_are_not_compared(tmp_path: Path) -> None:
     right = finished(tmp_path / "a", "0,0.5, 1,0.4,")
     other = finished(tmp_path / "b", "0,0.9, 1,0.8,")
     rows = run()
@@ -194,7 +194,7 @@ def test_ignored_values_do_not_count(tmp_path: Path) -> None:
     assert verdict.ignored == ("loss", "torch_rng")
 
 
-def test_second_log_folder_and_second_checkpoint_file(tmp_path: Path) -> None:
+def test_an_extra_log_folder_and_an_extra_checkpoint_file_are_found(tmp_path: Path) -> None:
     right = finished(tmp_path / "a", "0,0.5,")
     folders = compare(right, finished(tmp_path / "b", "0,0.5,", folders=2)).first
     files = compare(right, finished(tmp_path / "c", "0,0.5,", checkpoints="last.ckpt\nlast-v1.ckpt\n")).first

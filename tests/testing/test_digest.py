@@ -1,4 +1,4 @@
-"""A digest is equal exactly where every bit is."""
+"""Digests are equal if and only if every bit that matters is equal."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def of(tensor: Tensor) -> str:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype(dtype: torch.dtype) -> None:
+def test_every_dtype_is_supported(dtype: torch.dtype) -> None:
     tensor = torch.arange(6).to(dtype)
     assert of(tensor) == of(tensor.clone())
     changed = tensor.clone()
@@ -86,7 +86,7 @@ def test_sparse_and_quantized() -> None:
     assert of(coarse) != of(fine)
 
 
-def test_values_that_are_equal_and_yet_differ() -> None:
+def test_values_that_compare_equal_can_have_different_digests() -> None:
     different = [
         None, 0, 0.0, -0.0, False, "", b"", (0,), {0: 0}, {0}, 1, 1.0, True, "1", b"1", 1 + 0j, np.float32(1),
         np.float64(1), np.ones(1), torch.ones(1), Colour.RED, Colour.BLUE, PurePosixPath("1"), torch.float32,
@@ -95,7 +95,7 @@ def test_values_that_are_equal_and_yet_differ() -> None:
     assert len({digest_values(value) for value in different}) == len(different)
 
 
-def test_containers_of_one_kind_are_alike() -> None:
+def test_containers_of_one_kind_have_equal_digests() -> None:
     assert digest_values([1, 2]) == digest_values((1, 2)) == digest_values(deque([1, 2]))
     assert digest_values({"a": 1, 2: "b"}) == digest_values(OrderedDict([(2, "b"), ("a", 1)]))
     assert digest_values({1, "a"}) == digest_values(frozenset({"a", 1}))
@@ -121,7 +121,7 @@ PLAIN = st.recursive(
 
 @given(PLAIN, PLAIN)
 def test_equal_text_means_equal_digest(a: Any, b: Any) -> None:
-    """`repr` tells apart what a digest does, for data of these kinds, except for the order of keys."""
+    """For plain data, `repr` distinguishes the same values as a digest, except for the order of keys."""
     assert (digest_values(a) == digest_values(b)) == (_sorted(a) == _sorted(b))
 
 

@@ -1,4 +1,4 @@
-"""The drill reports what it saw: what does not repeat, what differs because of a fault, and what took too long."""
+"""The drill reports nondeterministic values, differences caused by faults, and runs that exceed their time limit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ rows = [
 ]
 (folder / "trace-rank0.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 """
-"""A program without torch whose trace holds one value that never repeats."""
+"""A script without torch whose trace has one value that never repeats."""
 
 DEAF = """
 import signal, time
@@ -47,7 +47,7 @@ def parent() -> Iterator[ForkServer]:
 
 
 def script(folder: Path, text: str) -> list[str]:
-    path = folder / "program.py"
+    path = folder / "script.py"
     path.write_text(textwrap.dedent(text))
     return [str(path)]
 
@@ -60,12 +60,12 @@ def shown(report: DrillReport) -> str:
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_run_that_takes_too_long_is_ended(
+def test_a_run_that_exceeds_its_time_limit_is_stopped(
     launcher: Launcher, parent: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(starters, "_END_GRACE_S", 1.0)
     seen: list[Progress] = []
-    # That nothing of it is left is checked after every test.
+    # A fixture checks after every test that no process is left.
     with pytest.raises(TimeLimitError, match="did not end within 4 s"):
         run_variant(
             script(tmp_path, DEAF),
@@ -85,7 +85,7 @@ def test_values_that_do_not_repeat_are_named(parent: ForkServer, tmp_path: Path)
     )
     assert report.unrepeatable == ("samples_per_s",)
     text = shown(report)
-    assert "two undisturbed runs differ, too, in samples_per_s" in text
+    assert "two runs without faults also differ in samples_per_s" in text
     assert "NOT IDENTICAL" in text
 
 
@@ -102,7 +102,7 @@ def test_ignored_values_are_named_and_no_third_run_is_made(parent: ForkServer, t
     assert report.verdict.ignored == ("samples_per_s",)
     assert report.unused_patterns == ("misspelt",)
     assert not (tmp_path / "drill" / "repeated").exists()
-    assert "--ignore misspelt: no value has such a name" in shown(report)
+    assert "--ignore misspelt: matches no value" in shown(report)
 
 
 def finished(folder: Path, rows: list[dict[str, Any]], events: list[dict[str, Any]]) -> Variant:
@@ -114,10 +114,8 @@ def finished(folder: Path, rows: list[dict[str, Any]], events: list[dict[str, An
 
 
 @pytest.mark.parametrize(("fault_at", "before"), [(1.5, False), (2.5, True)])
-def test_differences_before_the_first_fault_are_told_by_the_clock(
-    fault_at: float, before: bool, tmp_path: Path
-) -> None:
-    """Not by the step: a second `fit` counts its steps from 0, and rows of early steps are lost by late faults."""
+def test_differences_before_the_first_fault_are_found_by_time(fault_at: float, before: bool, tmp_path: Path) -> None:
+    """Not by step: a second `fit` counts its steps from 0, and a late fault can lose rows of early steps."""
     other = [begin(), batch(1), batch(2, parameters="other"), batch(3), end(3)]
     fault = {"event": "fault_injected", "at": fault_at, "generation": 1, "rank": 0, "fault": "kill:rank=0:step=9"}
     report = report_on(

@@ -1,4 +1,4 @@
-"""Log files are copied aside and read as rows."""
+"""Log files are copied and read as rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def trace_of(folder: Path) -> Trace:
     return Trace(0, loggers=[("CSVLogger", folder), ("Other", None)])
 
 
-def test_csv(tmp_path: Path) -> None:
+def test_csv_rows_without_our_own_values(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text("epoch,step,loss,ckptless/goodput\n0,1,0.5,\n,2,,0.9\n1,3,0.25,0.8\n")
     assert list(csv_rows(path)) == [
@@ -24,7 +24,7 @@ def test_csv(tmp_path: Path) -> None:
     ]
 
 
-def test_tensorboard_shows_what_is_there_twice(tmp_path: Path) -> None:
+def test_tensorboard_scalars_written_twice_are_read_twice(tmp_path: Path) -> None:
     for values in ((1.0, 2.0, 3.0), (3.0, 4.0)):
         with SummaryWriter(tmp_path, filename_suffix=str(len(values))) as writer:
             for value in values:
@@ -34,7 +34,7 @@ def test_tensorboard_shows_what_is_there_twice(tmp_path: Path) -> None:
     assert sorted(steps) == ["1", "2", "3", "3", "4"]
 
 
-def test_copies_what_this_run_wrote(tmp_path: Path) -> None:
+def test_only_files_of_this_run_are_copied(tmp_path: Path) -> None:
     folder = tmp_path / "lightning_logs" / "version_3"
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "metrics.csv").write_text("step,loss\n1,0.5\n")
@@ -49,12 +49,12 @@ def test_copies_what_this_run_wrote(tmp_path: Path) -> None:
     assert logs["logger 0, checkpoint files"] == [(("file", "checkpoints/new.ckpt"),)]
 
 
-def test_newer_version_folder_is_counted(tmp_path: Path) -> None:
+def test_a_newer_version_folder_is_counted(tmp_path: Path) -> None:
     for name in ("version_0", "version_1", "version_10"):
         (tmp_path / name).mkdir()
     collect_logs([trace_of(tmp_path / "version_1")], tmp_path / "copy", since=0.0)
     assert read_logs(tmp_path / "copy")["log folders"] == [(("count", "2"),)]
 
 
-def test_no_logs(tmp_path: Path) -> None:
+def test_a_missing_folder_has_no_logs(tmp_path: Path) -> None:
     assert read_logs(tmp_path / "missing") == {}

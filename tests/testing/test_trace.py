@@ -1,4 +1,4 @@
-"""A trace shows what a run did, and the run does the same with it and without."""
+"""A trace records every point of a run and does not change the run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lightning_ckptless.testing.digest import digest_values
 from lightning_ckptless.testing.trace import (
     generators,
     optimizer_state,
+    relative_paths,
     step_trace_class,
     step_trace_from_environment,
-    without_places,
 )
 from lightning_ckptless.testing.traces import Trace, read_traces
 from tests.lab.parts import Options
@@ -33,7 +33,7 @@ def traced(options: Options, root: Path) -> Trace:
     return trace
 
 
-def test_every_batch_validation_and_epoch(tmp_path: Path) -> None:
+def test_every_batch_validation_and_epoch_is_recorded(tmp_path: Path) -> None:
     trace = traced(replace(BASE, accumulate=2), tmp_path)
     places = [(line.point.kind, line.point.epoch, line.point.batch, line.point.step) for line in trace.lines]
     first = [("batch", 0, number, (number + 1) // 2) for number in range(6)]
@@ -50,7 +50,7 @@ def test_every_batch_validation_and_epoch(tmp_path: Path) -> None:
     assert trace.loggers == [("CSVLogger", tmp_path / "lightning_logs" / "version_0")]
 
 
-def test_names_what_is_compared(tmp_path: Path) -> None:
+def test_all_parts_of_the_state_are_recorded(tmp_path: Path) -> None:
     trace = traced(replace(BASE, early_stopping=True, checkpoint_every=4), tmp_path)
     batch, end = trace.lines[0].facts, trace.lines[-1].facts
     tensors = {"parameter head.weight", "buffer body.1.running_mean", "optimizer 0 head.weight", "optimizer 0 group 0"}
@@ -63,7 +63,7 @@ def test_names_what_is_compared(tmp_path: Path) -> None:
     }
 
 
-def test_two_runs_are_identical_and_another_seed_is_found(tmp_path: Path) -> None:
+def test_equal_runs_are_identical_and_another_seed_differs(tmp_path: Path) -> None:
     for name, seed in (("a", 7), ("b", 7), ("c", 8)):
         traced(replace(BASE, seed=seed, early_stopping=True, checkpoint_every=4), tmp_path / name)
     assert compare_traces(tmp_path / "a" / "trace", tmp_path / "b" / "trace").identical
@@ -73,7 +73,7 @@ def test_two_runs_are_identical_and_another_seed_is_found(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("options", [BASE, replace(BASE, ema=True), replace(BASE, optimization="two")], ids=str)
-def test_changes_nothing(options: Options, tmp_path: Path) -> None:
+def test_tracing_does_not_change_the_run(options: Options, tmp_path: Path) -> None:
     _, plain = fit(options, tmp_path / "plain")
     after_plain = generators()
     _, watched = fit(options, tmp_path / "watched", step_trace_class(LIGHTNING)(tmp_path / "trace"))
@@ -84,7 +84,7 @@ def test_changes_nothing(options: Options, tmp_path: Path) -> None:
     assert rows[0] == rows[1]
 
 
-def test_generators_are_told_apart() -> None:
+def test_generators_are_distinguished() -> None:
     before = generators()
     draws: dict[str, Callable[[], object]] = {
         "python_rng": random.random,
@@ -98,7 +98,7 @@ def test_generators_are_told_apart() -> None:
         before = now
 
 
-def test_optimizer_state_and_settings_count() -> None:
+def test_optimizer_state_and_settings_are_digested() -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([parameter], lr=0.1)
     parameter.grad = torch.ones(2)
@@ -113,7 +113,7 @@ def test_optimizer_state_and_settings_count() -> None:
     assert len({state[1], state[2]}) == 2 and state[0] == state[1]
 
 
-def test_paths_do_not_tell_where_a_run_has_put_its_files() -> None:
+def test_paths_do_not_depend_on_the_folder_of_the_run() -> None:
     state = {
         "best": "/a/version_1/checkpoints/epoch=1-v1.ckpt",
         "elsewhere": "/b/checkpoints/last-v2.ckpt",
@@ -121,7 +121,7 @@ def test_paths_do_not_tell_where_a_run_has_put_its_files() -> None:
         "dir": "/a/version_1",
         "monitor": "val_loss",
     }
-    assert without_places(state, ["/a/version_1"]) == {
+    assert relative_paths(state, ["/a/version_1"]) == {
         "best": "checkpoints/epoch=1-v1.ckpt",
         "elsewhere": "last.ckpt",
         "k": {"x.ckpt": torch.tensor(1.0)},
@@ -130,7 +130,7 @@ def test_paths_do_not_tell_where_a_run_has_put_its_files() -> None:
     }
 
 
-def test_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_folder_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CKPTLESS_TRACE_DIR", raising=False)
     assert step_trace_from_environment(LIGHTNING) is None
     monkeypatch.setenv("CKPTLESS_TRACE_DIR", str(tmp_path))

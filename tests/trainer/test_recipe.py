@@ -187,5 +187,5 @@ def test_with_the_users_hooks_the_checkpoint_equals_lightnings(ema: bool, tmp_pa
 def test_a_state_dict_entry_without_a_tensor_in_the_state_is_rejected(tmp_path: Path) -> None:
     module = rich_module(DISTRIBUTIONS[0])
     module.register_state_dict_post_hook(lambda _, state, *__: state.update({"made.up": torch.ones(2)}))
-    with pytest.raises(DurableError, match=r"state_dict has made\.up, which is no tensor of the state"):
+    with pytest.raises(DurableError, match=r"state_dict has made\.up, which is not a tensor of the state"):
         both(DISTRIBUTIONS[0], tmp_path, module)

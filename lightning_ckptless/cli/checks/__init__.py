@@ -1,1 +1,1 @@
-"""The checks of `ckptless doctor`, by subject: facts of this machine are read in one place and judged in another."""
+"""The checks of `ckptless doctor`, one file per subject. Facts of this host are read and judged separately."""

@@ -1,4 +1,4 @@
-"""What a check of `ckptless doctor` says, and the job that it is said for."""
+"""The result of a check of `ckptless doctor`, and the job that is checked."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 SLOTS = 2
-"""Of each replica: one holds the committed version while the next one is written."""
+"""Slots per replica: one holds the committed version while the next is written to the other."""
 FLOAT_BYTES = 4
 
 
 class Status(StrEnum):
-    """How much a finding matters."""
+    """Severity of a check's result."""
 
     OK = "ok"
     WARNING = "warning"
@@ -21,14 +21,14 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One finding.
+    """The result of one check.
 
     Args:
-        name: what was looked at.
-        status: `failure` where training will not work, `warning` where it will work less well than it could.
-        found: what is there.
-        expected: what has to be there.
-        fix: what to do, in a sentence; empty where nothing has to be done.
+        name: subject of the check.
+        status: `failure` if training will not work, `warning` if it will work but recover more slowly or less often.
+        found: what was found.
+        expected: what is required or recommended.
+        fix: what to do, in a sentence; empty if the status is `ok`.
     """
 
     name: str
@@ -48,8 +48,8 @@ class State:
     """The state that a job mirrors.
 
     Args:
-        weight_bytes: of all parameters and buffers.
-        optimizer_bytes: of the optimizer, after its first step.
+        weight_bytes: size of all parameters and buffers.
+        optimizer_bytes: size of the optimizer state after its first step.
     """
 
     weight_bytes: int
@@ -57,32 +57,32 @@ class State:
 
     @classmethod
     def of_parameters(cls, count: int, optimizer_states: int) -> State:
-        """The state of so many parameters in float32.
+        """Return the state of a model with float32 parameters.
 
         Args:
-            count: of parameters, all of them trained.
-            optimizer_states: tensors of a parameter's size that the optimizer keeps for it, e.g. 2 for Adam.
+            count: number of parameters, all of them trained.
+            optimizer_states: optimizer tensors per parameter, e.g. 2 for Adam.
         """
         return cls(count * FLOAT_BYTES, count * FLOAT_BYTES * optimizer_states)
 
     @property
     def bytes(self) -> int:
-        """Of all of it."""
+        """Total size."""
         return self.weight_bytes + self.optimizer_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to be trained here, as far as the checks need to know it.
+    """The facts about a training job that the checks need.
 
     Args:
-        ranks: on this machine.
-        nodes: machines, each with as many ranks.
-        copies: replicas of each shard beyond the writer's own.
-        failure_domain: what is lost together.
-        state: None where the size of the model is not known.
+        ranks: ranks per node.
+        nodes: number of nodes.
+        copies: replicas of each shard in addition to the source's own.
+        failure_domain: kind of failure domain.
+        state: state of the model; None if its size is unknown.
         has_gpu: whether the ranks train on GPUs.
-        is_sharded: whether each rank trains a part of the model, and not all of it.
+        is_sharded: whether the model is sharded over the ranks.
     """
 
     ranks: int
@@ -95,7 +95,7 @@ class Job:
 
     @property
     def world_size(self) -> int:
-        """Ranks on all machines."""
+        """Number of ranks on all nodes."""
         return self.ranks * self.nodes
 
     @property
@@ -105,9 +105,9 @@ class Job:
 
     @property
     def kept_copies(self) -> int:
-        """Copies that there is a place for: none where everything is lost together."""
+        """Copies that can be placed: none with a single failure domain."""
         return self.copies if len(set(self.domains)) > 1 else 0
 
     def replicated(self, whole_bytes: int) -> int:
-        """Bytes on this machine for a state that is divided over all ranks, in all slots of all replicas."""
+        """Return the bytes per node of all slots of all replicas, for a state sharded over all ranks."""
         return -(-SLOTS * (1 + self.kept_copies) * whole_bytes // self.nodes)

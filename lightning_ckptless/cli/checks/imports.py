@@ -1,4 +1,4 @@
-"""Whether the imports of a script work, what a fork would lose of them, what they take, and how large its model is."""
+"""Checks a script's imports (whether they work, whether they are safe to fork, import time) and its model's size."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _NOTABLE_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Thread:
-    """A thread that was started by an import.
+    """A thread started by an import.
 
     Args:
-        name: of the thread.
-        module: whose code started it.
-        index: number of the script's import; -1 where it was preloaded.
+        name: name of the thread.
+        module: module that started it.
+        index: number of the script's import; -1 for a preloaded module.
     """
 
     name: str
@@ -45,11 +45,11 @@ class Thread:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What else an import has done that a fork would not have, or would share.
+    """Another side effect of an import that a fork would lose or share.
 
     Args:
-        module: whose import.
-        what: in words, e.g. `changes sys.path`.
+        module: module that was imported.
+        what: the effect, e.g. `changes sys.path`.
         index: number of the script's import.
     """
 
@@ -60,22 +60,22 @@ class Effect:
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """What was seen when a script's imports were made in a process of their own.
+    """The result of running a script's imports in a separate process.
 
     Args:
-        imports: of the script.
-        took_s: seconds by number of the import, of those that worked.
-        own: numbers of those that are the user's own files, which every process runs itself.
-        missing: error by number of the import, of those that did not.
-        threads: that were left.
-        effects: what else was done that a fork would not have.
-        cuda: what a fork could not use CUDA for; empty where it could.
-        weight_bytes: of the model; None where none was asked for, or it could not be made.
-        trained_bytes: of the parameters that are trained.
-        parameters: of the model.
-        models: names of the classes that seem to be models.
-        end: why the process ended before it had answered; empty where it did not.
-        last: number of the import that was under way then; None where it was none of them.
+        imports: imports of the script.
+        took_s: duration in seconds by number of the import, for imports that succeeded.
+        own: numbers of imports of the user's own files, which every process runs itself.
+        missing: error by number of the import, for imports that failed.
+        threads: threads that were still running afterwards.
+        effects: other side effects that a fork would lose or share.
+        cuda: why a fork could not use CUDA; empty if it could.
+        weight_bytes: size of the model's parameters and buffers; None if no model was requested or created.
+        trained_bytes: size of the trained parameters.
+        parameters: number of parameters of the model.
+        models: names of classes that look like models.
+        end: why the process ended early; empty if it did not.
+        last: number of the import that was running then; None if none was.
     """
 
     imports: tuple[script.Import, ...]
@@ -93,18 +93,18 @@ class Probed:
     last: int | None = None
 
     def state(self, optimizer_states: int) -> State | None:
-        """The state of the model; None where it is not known."""
+        """Return the state of the model; None if unknown."""
         return None if self.weight_bytes is None else State(self.weight_bytes, optimizer_states * self.trained_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A script as it is named on the command line.
+    """A script to check.
 
     Args:
-        path: of its text.
-        folder: in which Python looks first for what it imports.
-        package: that relative imports start from; empty for none.
+        path: path of its source file.
+        folder: first entry of `sys.path` when it runs.
+        package: package for relative imports; empty for none.
     """
 
     path: Path
@@ -113,11 +113,11 @@ class Target:
 
     @classmethod
     def of(cls, word: str, *, is_module: bool) -> Target:
-        """The script that a word names.
+        """Find a script named on the command line.
 
         Args:
-            word: a file, or the dotted name of a module.
-            is_module: whether it is the latter, as with `python -m`.
+            word: file, or dotted name of a module.
+            is_module: whether `word` names a module, as with `python -m`.
 
         Raises:
             OptionsError: there is no such module.
@@ -135,18 +135,18 @@ class Target:
         except ModuleNotFoundError:
             spec = None
         if spec is None or spec.origin is None:
-            raise OptionsError(f"there is no module {word!r} in {here} or among what is installed")
+            raise OptionsError(f"there is no module {word!r} in {here} or in the installed packages")
         return cls(Path(spec.origin), here, package=spec.parent or "")
 
 
 def probe(target: Target, *, preload: Sequence[str], model: str = "", timeout_s: float) -> Probed:
-    """Make a script's imports in a process of its own.
+    """Run a script's imports in a separate process.
 
     Args:
         target: the script.
-        preload: what every worker finds imported.
-        model: an expression that makes its model; empty for none.
-        timeout_s: seconds after which the process is ended.
+        preload: modules that are already imported in every worker.
+        model: expression that creates the model; empty for none.
+        timeout_s: time limit in seconds, after which the process is killed.
 
     Raises:
         OptionsError: the script cannot be read.
@@ -171,11 +171,11 @@ def probe(target: Target, *, preload: Sequence[str], model: str = "", timeout_s:
 
 
 def _run(request: dict[str, Any], errors: Path, timeout_s: float) -> str:
-    """Run the probe to its end; returns why it ended early, empty if it did not."""
-    # As in the process that workers are forked from: it keeps libraries from starting threads where they let it.
+    """Run the probe; returns why it ended early, empty if it did not."""
+    # The environment of the fork server, which keeps libraries from starting threads if they support that.
     env = parent_environment(dict(os.environ))
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_PACKAGE_FOLDER), env.get("PYTHONPATH"))))
-    # A group of its own: what the imports start ends with it.
+    # In its own process group, so that processes started by the imports are killed with it.
     with (
         errors.open("wb") as file,
         subprocess.Popen(
@@ -198,7 +198,7 @@ def _run(request: dict[str, Any], errors: Path, timeout_s: float) -> str:
         return ""
     lines = errors.read_text(errors="replace").strip().splitlines()
     how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
-    return f"{lines[-1].strip() if lines else 'the process ended'} ({how})"
+    return f"{lines[-1].strip() if lines else 'the process exited'} ({how})"
 
 
 def _probed(imports: tuple[script.Import, ...], lines: Sequence[dict[str, Any]], end: str) -> Probed:
@@ -224,46 +224,46 @@ def _probed(imports: tuple[script.Import, ...], lines: Sequence[dict[str, Any]],
 
 
 def check_imports(probed: Probed) -> Check:
-    """Whether everything that the script imports can be imported."""
-    name, expected = "imports", "all of them work"
+    """Check that all imports of the script work."""
+    name, expected = "imports", "all imports work"
     if probed.end and probed.last is not None:
         culprit = probed.imports[probed.last]
         found = f"line {culprit.line}, `{culprit.code}`: {probed.end}"
-        return Check(name, Status.FAILURE, found, expected, f"see what `python -c '{culprit.code}'` says")
-    if probed.end and not _was_done(probed):
-        fix = "see whether `python -c 'import torch, lightning.pytorch'` works"
+        return Check(name, Status.FAILURE, found, expected, f"run `python -c '{culprit.code}'` to see the error")
+    if probed.end and not _is_complete(probed):
+        fix = "check that `python -c 'import torch, lightning.pytorch'` works"
         return Check(name, Status.FAILURE, f"before the script's imports: {probed.end}", expected, fix)
-    lost = [index for index in probed.missing if not probed.imports[index].is_optional]
-    if lost:
-        first = probed.imports[lost[0]]
-        found = f"line {first.line}, `{first.code}`: {probed.missing[lost[0]]}"
-        found += f", and {len(lost) - 1} more" if len(lost) > 1 else ""
-        return Check(name, Status.FAILURE, found, expected, "install what is missing into this environment")
+    failed = [index for index in probed.missing if not probed.imports[index].is_optional]
+    if failed:
+        first = probed.imports[failed[0]]
+        found = f"line {first.line}, `{first.code}`: {probed.missing[failed[0]]}"
+        found += f", and {len(failed) - 1} more" if len(failed) > 1 else ""
+        return Check(name, Status.FAILURE, found, expected, "install the missing packages in this environment")
     optional = [probed.imports[index].module for index in probed.missing]
     found = f"{len(probed.took_s)} of {len(probed.imports)}"
     return Check(name, Status.OK, f"{found}; without {', '.join(optional)}" if optional else found, expected)
 
 
-def _was_done(probed: Probed) -> bool:
+def _is_complete(probed: Probed) -> bool:
     return len(probed.took_s) + len(probed.missing) == len(probed.imports)
 
 
 def check_fork_safety(probed: Probed) -> Check:
-    """Whether what the script imports may be preloaded: see `membership.import_watch` for what a fork would lose."""
+    """Check whether the script's imports may be preloaded; see `membership.forkserver.import_watch` for the rules."""
     name = "fork safety"
-    expected = "imports start no thread, leave CUDA and generators alone, and read nothing that differs between workers"
-    own_imports = "each new worker imports it itself; do not give it to --preload"
+    expected = "imports start no threads, do not touch CUDA or random generators, and read nothing specific to a worker"
+    own_imports = "or keep it as it is: every new worker then imports the module itself, and --preload must not name it"
     if probed.threads:
         starters = sorted({thread.module for thread in probed.threads})
         found = "; ".join(_started(module, probed) for module in starters)
-        fix = f"start threads in functions, or leave it: {own_imports}, and use no forked dataloader workers beside it"
+        fix = f"start threads in functions, {own_imports}; do not use forked dataloader workers with it"
         return Check(name, Status.WARNING, found, expected, fix)
     if probed.cuda:
-        fix = f"ask for devices in functions, not while modules are imported, or leave it: {own_imports}"
+        fix = f"query devices in functions, not at import time, {own_imports}"
         return Check(name, Status.WARNING, probed.cuda, expected, fix)
     if probed.effects:
         found = "; ".join(f"{each.module} {each.what}{_where(each.index, probed)}" for each in probed.effects)
-        return Check(name, Status.WARNING, found, expected, f"do so in functions, or leave it: {own_imports}")
+        return Check(name, Status.WARNING, found, expected, f"do this in functions, {own_imports}")
     return Check(name, Status.OK, "nothing that a fork would lose", expected)
 
 
@@ -282,43 +282,43 @@ def _where(index: int, probed: Probed) -> str:
 
 
 def check_import_time(probed: Probed) -> Check:
-    """Whether new processes come to `fit` soon: what is not preloaded is imported again at every recovery."""
+    """Check how long a new process needs for imports: what is not preloaded is imported again at every recovery."""
     name = "import time"
-    expected = f"less than {_LONG_S:g} s of what every new process has to import itself"
+    expected = f"less than {_LONG_S:g} s for imports that every new process has to make itself"
     total_s = sum(probed.took_s.values())
     unsafe = {thread.index for thread in probed.threads} | {effect.index for effect in probed.effects}
     again = [i for i in probed.took_s if probed.cuda or i in unsafe or i in probed.own]
     again_s = sum(probed.took_s[i] for i in again)
     if again_s < _LONG_S:
-        rest = "" if total_s < _LONG_S else ", which are imported once for all processes that are started later"
-        return Check(name, Status.OK, f"{total_s:.2f} s beside torch and Lightning{rest}", expected)
+        rest = "" if total_s < _LONG_S else ", imported once for all later processes"
+        return Check(name, Status.OK, f"{total_s:.2f} s in addition to torch and Lightning{rest}", expected)
     slow = sorted((i for i in again if probed.took_s[i] >= _NOTABLE_S), key=lambda i: -probed.took_s[i])
     found = ", ".join(f"{probed.imports[i].module} {probed.took_s[i]:.1f} s" for i in slow[:5])
-    fix = "keep a process that has imported everything: standbys=1"
+    fix = "set standbys=1 to keep a process ready that has imported everything"
     return Check(name, Status.WARNING, f"{again_s:.1f} s of {total_s:.1f} s: {found}", expected, fix)
 
 
 def check_model(probed: Probed, expression: str) -> Check:
-    """Whether the model could be made, and how large it is.
+    """Check whether the model could be created, and report its size.
 
     Args:
-        probed: what was seen.
-        expression: that makes it; empty where it was not to be made.
+        probed: result of the probe.
+        expression: expression that creates the model; empty if none was requested.
     """
-    expected = "a LightningModule, or what makes one, from the script's imports, definitions and constants"
+    expected = "a LightningModule, or a function that creates one, built from the script's imports and definitions"
     if not expression:
-        named = f"{', '.join(probed.models)}: not made" if probed.models else "none is defined in the script"
-        return Check("model", Status.OK, f"{named}; --model has its size compared with the room", expected)
+        named = f"{', '.join(probed.models)}: not created" if probed.models else "none is defined in the script"
+        return Check("model", Status.OK, f"{named}; use --model to check whether it fits", expected)
     if probed.weight_bytes is not None:
         found = f"{expression}: {probed.parameters:,} parameters, {decimal(probed.weight_bytes)} with buffers"
         return Check("model", Status.OK, found, expected)
-    why = probed.end or "the script's imports did not come to their end"
-    return Check("model", Status.FAILURE, f"{expression}: {why}", expected, "give --parameters N instead of --model")
+    why = probed.end or "the script's imports did not finish"
+    return Check("model", Status.FAILURE, f"{expression}: {why}", expected, "use --parameters N instead of --model")
 
 
 def check_script(probed: Probed, model: str) -> list[Check]:
-    """All checks of a script."""
+    """Run all checks of a script."""
     checks = [check_imports(probed)]
-    if _was_done(probed):
+    if _is_complete(probed):
         checks += [check_fork_safety(probed), check_import_time(probed)]
     return [*checks, check_model(probed, model)]

@@ -1,4 +1,4 @@
-"""Limits of this process and of its control group: open files, size of files, locked memory, processes, memory."""
+"""Checks the limits of this process and its control group: open files, file size, locked memory, processes, memory."""
 
 from __future__ import annotations
 
@@ -14,34 +14,32 @@ from lightning_ckptless.cli.checks.check import Check, Job, Status
 from lightning_ckptless.system.control_groups import Ceiling, ceiling
 
 _INFINIBAND = Path("/sys/class/infiniband")
-# Least: measured with four ranks on gloo. Comfortable: dataloader workers, further process groups and the program's own
-# files and threads have room as well.
-_DESCRIPTORS = {"least": (32, 4), "comfortable": (128, 8)}
-_THREADS = {"least": (16, 10), "comfortable": (16, 32)}
-"""What there is anyway, and what comes on top for each rank."""
+# Minimum: measured with four ranks on gloo. Recommended: leaves room for dataloader workers, further process groups and
+# the script's own files and threads.
+_DESCRIPTORS = {"minimum": (32, 4), "recommended": (128, 8)}
+_THREADS = {"minimum": (16, 10), "recommended": (16, 32)}
+"""Base count, and count per rank."""
 
 
 def check_descriptors(job: Job, soft: int) -> Check:
-    """Whether each worker and the agent may open as many files as they will.
+    """Check that each worker and the agent may open enough files.
 
     Args:
-        job: to be trained.
-        soft: the limit that holds; `resource.RLIM_INFINITY` for none.
+        job: job to be trained.
+        soft: soft limit; `resource.RLIM_INFINITY` for none.
     """
-    least, comfortable = (beside + of_rank * job.world_size for beside, of_rank in _DESCRIPTORS.values())
-    expected = f"at least {least}, better {comfortable} for {job.world_size} ranks"
+    minimum, recommended = (base + per_rank * job.world_size for base, per_rank in _DESCRIPTORS.values())
+    expected = f"at least {minimum}, recommended {recommended}, for {job.world_size} ranks"
     found = f"{_count(soft)} per process"
-    if soft == resource.RLIM_INFINITY or soft >= comfortable:
+    if soft == resource.RLIM_INFINITY or soft >= recommended:
         return Check("open files", Status.OK, found, expected)
-    status = Status.WARNING if soft >= least else Status.FAILURE
-    fix = (
-        f"raise the limit before the start: `ulimit -n {max(4096, comfortable)}`, in a container `--ulimit nofile=...`"
-    )
+    status = Status.WARNING if soft >= minimum else Status.FAILURE
+    fix = f"raise the limit before starting: `ulimit -n {max(4096, recommended)}`, in a container `--ulimit nofile=...`"
     return Check("open files", status, found, expected, fix)
 
 
 def check_file_size(job: Job, soft: int) -> Check:
-    """Whether files may become as large as the slots of an arena."""
+    """Check that files may be as large as the slots of an arena."""
     needed = 0 if job.state is None else -(-job.state.bytes // job.world_size)
     expected = f"at least {decimal(needed)}, the size of a slot" if needed else "no limit"
     if soft == resource.RLIM_INFINITY:
@@ -49,84 +47,84 @@ def check_file_size(job: Job, soft: int) -> Check:
     if needed and soft >= needed:
         return Check("file size", Status.OK, decimal(soft), expected)
     status = Status.FAILURE if needed else Status.WARNING
-    return Check("file size", status, decimal(soft), expected, "run `ulimit -f unlimited` before the start")
+    return Check("file size", status, decimal(soft), expected, "run `ulimit -f unlimited` before starting")
 
 
 def check_locked_memory(soft: int, adapters: int) -> Check:
-    """Whether NCCL can register memory with InfiniBand adapters; nothing else locks memory.
+    """Check that NCCL can register memory with InfiniBand adapters; nothing else locks memory.
 
     Args:
-        soft: the limit that holds, in bytes.
-        adapters: InfiniBand adapters of this machine.
+        soft: soft limit in bytes.
+        adapters: number of InfiniBand adapters on this host.
     """
-    found = f"{_size(soft)}, {adapters} InfiniBand adapters"
+    found = f"{_size(soft)}, {adapters} InfiniBand adapter{'' if adapters == 1 else 's'}"
     if not adapters:
-        return Check("locked memory", Status.OK, found, "any: nothing is locked without InfiniBand")
+        return Check("locked memory", Status.OK, found, "any: no memory is locked without InfiniBand")
     if soft == resource.RLIM_INFINITY:
         return Check("locked memory", Status.OK, found, "unlimited, for InfiniBand")
-    fix = "run `ulimit -l unlimited` before the start, in a container `--ulimit memlock=-1`; else NCCL may not start"
+    fix = "run `ulimit -l unlimited` before starting, in a container `--ulimit memlock=-1`; NCCL may fail otherwise"
     return Check("locked memory", Status.WARNING, found, "unlimited, for InfiniBand", fix)
 
 
 def check_processes(job: Job, of_user: int, group: Ceiling | None, used: int) -> Check:
-    """Whether as many processes and threads may be started as a run has.
+    """Check that the run may start all its processes and threads.
 
     Args:
-        job: to be trained.
+        job: job to be trained.
         of_user: limit on the processes and threads of this user; `resource.RLIM_INFINITY` for none.
         group: limit of the control group; None for none.
         used: threads that this user has now.
     """
-    least, comfortable = (beside + of_rank * job.ranks for beside, of_rank in _THREADS.values())
-    expected = f"room for {least} processes and threads at least, better {comfortable}, with {job.ranks} ranks"
-    rooms = {}
+    minimum, recommended = (base + per_rank * job.ranks for base, per_rank in _THREADS.values())
+    expected = f"at least {minimum} more processes and threads, recommended {recommended}, for {job.ranks} ranks"
+    available = {}
     if of_user != resource.RLIM_INFINITY:
-        rooms[f"limit of the user {of_user}, {used} in use"] = of_user - used
+        available[f"user limit {of_user}, {used} in use"] = of_user - used
     if group is not None:
-        rooms[f"limit of the control group {group.limit}, {group.used} in use"] = group.room
-    if not rooms:
+        available[f"control group limit {group.limit}, {group.used} in use"] = group.room
+    if not available:
         return Check("processes", Status.OK, "unlimited", expected)
-    found = min(rooms, key=lambda text: rooms[text])
-    if rooms[found] >= comfortable:
+    found = min(available, key=lambda text: available[text])
+    if available[found] >= recommended:
         return Check("processes", Status.OK, found, expected)
-    status = Status.WARNING if rooms[found] >= least else Status.FAILURE
+    status = Status.WARNING if available[found] >= minimum else Status.FAILURE
     fix = (
-        "raise the limit: `ulimit -u unlimited`, `--pids-limit` of the container, podPidsLimit of the kubelet, or "
-        "TasksMax of the systemd unit"
+        "raise the limit: `ulimit -u unlimited`, the container's `--pids-limit`, the kubelet's podPidsLimit, or the "
+        "systemd unit's TasksMax"
     )
     return Check("processes", status, found, expected, fix)
 
 
 def check_memory(job: Job, available_bytes: int, group: Ceiling | None, *, arenas_in_memory: bool) -> Check:
-    """Whether arenas and, on CPUs, the state that is trained fit into memory together.
+    """Check that memory is large enough for the arenas and, when training on CPUs, for the model.
 
     Args:
-        job: to be trained.
-        available_bytes: of the machine.
+        job: job to be trained.
+        available_bytes: available memory of this host.
         group: limit of the control group; None for none.
-        arenas_in_memory: whether arenas count: they do in /dev/shm, which the control group's limit covers as well.
+        arenas_in_memory: whether arenas take memory, as in /dev/shm, which counts towards the control group's limit.
     """
     room, found = available_bytes, f"{decimal(available_bytes)} available"
     if group is not None and group.room < room:
         room = group.room
         found = f"{decimal(room)} left of the control group's {decimal(group.limit)}"
     if job.state is None:
-        return Check("memory", Status.OK, found, "enough for arenas and processes: give --parameters to know")
+        return Check("memory", Status.OK, found, "enough for arenas and processes: use --parameters to check")
     arenas = job.replicated(job.state.bytes) if arenas_in_memory else 0
     models = 0 if job.has_gpu else 1 / job.nodes if job.is_sharded else job.ranks
     trained = math.ceil(models * (job.state.bytes + job.state.weight_bytes))
-    expected = f"at least {decimal(arenas + trained)}: {decimal(arenas)} of arenas"
+    expected = f"at least {decimal(arenas + trained)}: {decimal(arenas)} for arenas"
     if trained:
-        expected += f" and {decimal(trained)} of parameters, gradients and optimizer state of {job.ranks} ranks"
+        expected += f" and {decimal(trained)} for parameters, gradients and optimizer state of {job.ranks} ranks"
     if room >= arenas + trained:
         return Check("memory", Status.OK, f"{found}, {decimal(arenas + trained)} needed", expected)
-    fix = "train a smaller model or fewer ranks here, shard it (--sharded), or raise the memory limit"
+    fix = "train a smaller model, use fewer ranks per node, shard the model (--sharded), or raise the memory limit"
     return Check("memory", Status.FAILURE, found, expected, fix)
 
 
 def check_limits(job: Job, *, arenas_in_memory: bool) -> list[Check]:
-    """All checks of limits, with what is found here."""
-    # The superuser may start as many as the control group allows.
+    """Run all checks of limits on this host."""
+    # RLIMIT_NPROC does not apply to root.
     of_user = _soft(resource.RLIMIT_NPROC) if os.geteuid() else resource.RLIM_INFINITY
     adapters = len(list(_INFINIBAND.iterdir())) if _INFINIBAND.is_dir() else 0
     return [

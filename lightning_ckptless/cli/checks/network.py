@@ -1,4 +1,4 @@
-"""How ranks find each other: the name of this machine, and the interfaces that are set for gloo and NCCL."""
+"""Checks how ranks connect: the name of this host, name resolution, and the interfaces set for gloo and NCCL."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ NCCL_INTERFACE = "NCCL_SOCKET_IFNAME"
 _ATTEMPTS = 3
 _MOST_S = 12.0
 _SLOW_S = 0.5
-"""A query that is lost is sent again after 5 s by default; one that is answered takes some milliseconds."""
+"""By default a lost DNS query is repeated after 5 s; an answered one takes a few milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostName:
-    """What the resolver says of this machine.
+    """The result of resolving the name of this host.
 
     Args:
-        name: of the machine.
-        addresses: that the name leads to; empty where it leads to none.
-        longest_s: the slowest look-up, of the name or of one of the addresses.
-        problem: why there is no address; empty where there is one.
+        name: host name.
+        addresses: addresses that it resolves to; empty if it does not resolve.
+        longest_s: duration of the slowest look-up in seconds, reverse look-ups included.
+        problem: why the name does not resolve; empty if it does.
     """
 
     name: str
@@ -39,12 +39,12 @@ class HostName:
 
 
 def look_up(name: str, resolve: Callable[[str], tuple[str, ...]] | None = None, limit_s: float = _MOST_S) -> HostName:
-    """Ask the resolver for a name and back, more than once, since queries are lost now and then.
+    """Resolve a name and its addresses several times, since DNS queries are lost now and then.
 
     Args:
-        name: of a machine.
-        resolve: gives the addresses of a name, and asks for their names as libraries do.
-        limit_s: seconds for all of it.
+        name: host name.
+        resolve: returns the addresses of a name, after a reverse look-up of each.
+        limit_s: time limit for all look-ups, in seconds.
     """
     answers: list[tuple[float, tuple[str, ...], str]] = []
 
@@ -59,7 +59,7 @@ def look_up(name: str, resolve: Callable[[str], tuple[str, ...]] | None = None, 
                 problem = str(error)
             answers.append((time.monotonic() - began, addresses, problem))
 
-    # A look-up cannot be interrupted; one that outlasts the limit is left to its thread.
+    # A look-up cannot be interrupted. One that exceeds the limit continues in its daemon thread.
     thread = threading.Thread(target=ask, name="look-up", daemon=True)
     thread.start()
     thread.join(limit_s)
@@ -74,43 +74,43 @@ def look_up(name: str, resolve: Callable[[str], tuple[str, ...]] | None = None, 
 def _resolve(name: str) -> tuple[str, ...]:
     addresses = sorted({str(facts[4][0]) for facts in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)})
     for address in (*addresses, "127.0.0.1"):
-        # A name need not come back; what counts is how long it takes to know.
+        # The result does not matter, only how long it takes.
         socket.getfqdn(address)
     return tuple(addresses)
 
 
 def check_host_name(job: Job, host: HostName, env: Mapping[str, str]) -> Check:
-    """Whether the name of this machine leads to an address that other ranks reach."""
-    expected = "an address" if job.nodes == 1 else "an address that the other machines reach"
+    """Check that the name of this host resolves to an address that other ranks can reach."""
+    expected = "an address" if job.nodes == 1 else "an address that the other nodes can reach"
     found = f"{host.name}: {', '.join(host.addresses) or host.problem}"
     if not host.addresses:
         status = Status.WARNING if job.nodes == 1 else Status.FAILURE
         return Check("host name", status, found, expected, f"add a line `ADDRESS {host.name}` to /etc/hosts")
     only_here = all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in host.addresses)
     if job.nodes > 1 and only_here and GLOO_INTERFACE not in env:
-        fix = f"set {GLOO_INTERFACE} to the interface between the machines, or correct the name's line in /etc/hosts"
-        return Check("host name", Status.FAILURE, f"{found}, which is this machine alone", expected, fix)
+        fix = f"set {GLOO_INTERFACE} to the interface between the nodes, or correct the name's line in /etc/hosts"
+        return Check("host name", Status.FAILURE, f"{found}, reachable from this host only", expected, fix)
     return Check("host name", Status.OK, found, expected)
 
 
 def check_look_up_time(host: HostName) -> Check:
-    """Whether the resolver answers at once, each time."""
-    found = f"{host.longest_s * 1000:.0f} ms at most of {_ATTEMPTS} times, name and addresses"
-    expected = f"less than {_SLOW_S * 1000:.0f} ms: a DNS query that is lost costs 5 s per connection"
+    """Check that the resolver answers quickly every time."""
+    found = f"{host.longest_s * 1000:.0f} ms at most in {_ATTEMPTS} attempts, reverse look-ups included"
+    expected = f"less than {_SLOW_S * 1000:.0f} ms: a lost DNS query delays a connection by 5 s"
     if host.longest_s < _SLOW_S:
         return Check("name look-up", Status.OK, found, expected)
-    fix = "add the machines to /etc/hosts, or `options timeout:1 attempts:2` to /etc/resolv.conf"
+    fix = "add the nodes to /etc/hosts, or `options timeout:1 attempts:2` to /etc/resolv.conf"
     return Check("name look-up", Status.WARNING, found, expected, fix)
 
 
 def check_interface(job: Job, variable: str, value: str | None, interfaces: Mapping[str, bool]) -> Check:
-    """Whether a variable names interfaces that are there, are up, and reach the other machines.
+    """Check that a variable names interfaces that exist, are up, and reach the other nodes.
 
     Args:
-        job: to be trained.
+        job: job to be trained.
         variable: `GLOO_SOCKET_IFNAME` or `NCCL_SOCKET_IFNAME`.
-        value: what it says; None where it is not set.
-        interfaces: of this machine, and whether each is up.
+        value: value of the variable; None if unset.
+        interfaces: interfaces of this host, and whether each is up.
     """
     expected = f"unset, or one of {', '.join(sorted(name for name, up in interfaces.items() if up)) or 'none'}"
     if not value:
@@ -119,17 +119,17 @@ def check_interface(job: Job, variable: str, value: str | None, interfaces: Mapp
     fix = f"unset {variable}, or name an interface that is up"
     wrong = Status.WARNING if variable == NCCL_INTERFACE and not job.has_gpu else Status.FAILURE
     if not any(interfaces[name] for name in chosen):
-        found = f"{value}: {'is down' if chosen else 'no such interface'}"
+        found = f"{value}: {'interface is down' if chosen else 'no such interface'}"
         return Check(variable, wrong, found, expected, fix)
     if job.nodes > 1 and set(chosen) == {"lo"}:
-        return Check(variable, wrong, f"{value}: reaches this machine alone", expected, fix)
+        return Check(variable, wrong, f"{value}: reaches this host only", expected, fix)
     return Check(variable, Status.OK, value, expected)
 
 
 def _chooses(variable: str, value: str, interface: str) -> bool:
-    """Whether an interface is meant.
+    """Return whether the value of a variable selects an interface.
 
-    Gloo takes names. NCCL takes the beginnings of names, whole names after `=`, and all others after `^`.
+    Gloo takes names. NCCL takes prefixes of names; `=` requests exact names, `^` excludes what follows.
     """
     if variable == GLOO_INTERFACE:
         return interface in value.split(",")
@@ -140,7 +140,7 @@ def _chooses(variable: str, value: str, interface: str) -> bool:
 
 
 def check_network(job: Job, env: Mapping[str, str]) -> list[Check]:
-    """All checks of the network, with what is found here."""
+    """Run all network checks on this host."""
     host = look_up(socket.gethostname())
     interfaces = {name: facts.isup for name, facts in psutil.net_if_stats().items()}
     return [

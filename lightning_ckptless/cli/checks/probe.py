@@ -1,17 +1,18 @@
-"""Imports what a script imports, in a process of its own, and reports what that does: `python -m` with a request.
+"""Runs a script's imports in a separate process (`python -m`) and reports their effects.
 
-The request is JSON on stdin, the report JSON, one object per line. A module that ends this process, or hangs, is the
-one that was begun last. The rest of the script does not run, but for definitions where a model is asked for.
+The request is JSON on stdin; the report is a file with one JSON object per line. If a module ends this process or
+hangs, it is the one whose import was begun last. The rest of the script does not run, except for its definitions if a
+model is requested.
 
-| Line | Means |
+| Line | Meaning |
 |---|---|
-| `{"preloaded": seconds}` | what every worker finds imported is imported |
-| `{"begun": i}` | an import of the script begins |
-| `{"imported": i, "took_s": seconds, "installed": true}` | it has worked; whether the module is no file of the user's |
-| `{"missing": i, "error": text}` | it has not |
-| `{"threads": [{"name", "module", "import"}], "cuda": text}` | what would be lost in a fork, and who has begun it |
-| `{"effects": [{"module", "what", "import"}]}` | what else a fork would not have or would share |
-| `{"weight_bytes", "trained_bytes", "parameters"}` | the model |
+| `{"preloaded": seconds}` | the modules that are preloaded in every worker are imported |
+| `{"begun": i}` | an import of the script starts |
+| `{"imported": i, "took_s": seconds, "installed": true}` | it succeeded; not `installed` are the user's own files |
+| `{"missing": i, "error": text}` | it failed |
+| `{"threads": [{"name", "module", "import"}], "cuda": text}` | threads and CUDA state that a fork would lose |
+| `{"effects": [{"module", "what", "import"}]}` | other effects that a fork would lose or share |
+| `{"weight_bytes", "trained_bytes", "parameters"}` | size of the model |
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from lightning_ckptless.membership.forkserver.imported import is_installed
 from lightning_ckptless.membership.forkserver.server import loses_cuda, unsafe_to_fork
 
 _SCRIPT = "__ckptless_doctor__"
-"""What `__name__` is in the script's code: not that of the main program, whose part is not run."""
+"""`__name__` of the script's code; not `__main__`, so that its main part does not run."""
 
 
 def main(request: Mapping[str, Any], report: IO[str]) -> None:
-    """Answer a request.
+    """Run the imports and write the report.
 
     Args:
         request: `preload` (modules), `path` (folders), `package` (of the script, or null), `imports` (statements),
             `modules` (of each), `definitions` (code) and `model` (expression, or empty).
-        report: receives the lines.
+        report: file that receives the lines.
     """
 
     def say(**line: Any) -> None:
@@ -50,9 +51,9 @@ def main(request: Mapping[str, Any], report: IO[str]) -> None:
     for name in request["preload"]:
         importlib.import_module(name)
     say(preloaded=time.monotonic() - began)
-    stand_in = sys.modules[_SCRIPT] = ModuleType(_SCRIPT)
-    stand_in.__package__ = request["package"]
-    scope = vars(stand_in)
+    namespace = sys.modules[_SCRIPT] = ModuleType(_SCRIPT)
+    namespace.__package__ = request["package"]
+    scope = vars(namespace)
     effects = []
     with ImportWatch(ignored=("__main__", _SCRIPT, __name__)) as watch:
         for index, (code, module) in enumerate(zip(request["imports"], request["modules"], strict=True)):
@@ -82,16 +83,16 @@ def _is_installed(module: str) -> bool:
 
 
 def _cuda() -> str:
-    """What a fork could not use CUDA for; empty where it could."""
-    return unsafe_to_fork() or ("an imported module has asked CUDA for its devices" if loses_cuda() else "")
+    """Return why a fork could not use CUDA; empty if it could."""
+    return unsafe_to_fork() or ("an imported module has queried the CUDA devices" if loses_cuda() else "")
 
 
 def size_of(expression: str, scope: dict[str, Any]) -> dict[str, int]:
-    """How large a model is, built without memory for its parameters.
+    """Return the size of a model, created on the meta device without allocating its parameters.
 
     Args:
-        expression: its class, a function that makes it, or a call of one of them.
-        scope: names of the script.
+        expression: the model's class, a function that creates it, or a call of either.
+        scope: namespace of the script.
     """
     import torch
 
@@ -112,7 +113,7 @@ if __name__ == "__main__":
     asked = json.load(sys.stdin)
     with open(asked["report"], "a") as lines:
         main(asked, lines)
-    # Threads and exit handlers of what was imported are no concern any more.
+    # Skip the exit handlers and threads of imported modules.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

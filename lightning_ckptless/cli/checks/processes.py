@@ -1,4 +1,4 @@
-"""What an agent needs of the kernel to watch its workers: a file for a process, and what is shown of it."""
+"""Checks what an agent needs from the kernel to watch its workers: pidfds and /proc."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _NOTICE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """What was seen of a process that was started to be watched.
+    """The result of watching a test process.
 
     Args:
-        pidfd_problem: why its end was not seen through a pidfd; empty where it was.
-        proc_problem: why its memory could not be read off /proc; empty where it could.
-        ptrace_scope: what the kernel's Yama module says; empty without it.
+        pidfd_problem: why its exit could not be observed through a pidfd; empty if it could.
+        proc_problem: why its memory could not be read from /proc; empty if it could.
+        ptrace_scope: setting of the kernel's Yama module; empty without it.
     """
 
     pidfd_problem: str = ""
@@ -32,7 +32,7 @@ class Watched:
 
 
 def watch_a_process() -> Watched:
-    """Start a process, look at it as an agent looks at a worker, and let it end."""
+    """Start a process, observe it as an agent observes a worker, and let it exit."""
     with subprocess.Popen([sys.executable, "-I", "-S", "-c", "input()"], stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         proc_problem = ""
@@ -49,33 +49,33 @@ def watch_a_process() -> Watched:
             process.stdin.write(b"\n")
             process.stdin.flush()
             ended = select.select([pidfd], [], [], _NOTICE_S)[0]
-            pidfd_problem = "" if ended else f"the end of a process was not seen within {_NOTICE_S:g} s"
+            pidfd_problem = "" if ended else f"the exit of a process was not reported within {_NOTICE_S:g} s"
             os.close(pidfd)
     scope = _YAMA.read_text().strip() if _YAMA.exists() else ""
     return Watched(pidfd_problem, proc_problem, scope)
 
 
 def check_pidfd(watched: Watched) -> Check:
-    """Whether the end of a process can be waited for by a file, without a race for its number."""
-    expected = "pidfd_open, of Linux 5.3 or newer"
+    """Check that the exit of a process can be awaited through a pidfd, which process id reuse cannot confuse."""
+    expected = "pidfd_open (Linux 5.3 or newer)"
     if not watched.pidfd_problem:
         return Check("pidfd", Status.OK, f"works, Linux {os.uname().release}", expected)
-    fix = "use a newer kernel, or let the container's seccomp profile allow pidfd_open"
+    fix = "use a newer kernel, or allow pidfd_open in the container's seccomp profile"
     return Check("pidfd", Status.FAILURE, watched.pidfd_problem, expected, fix)
 
 
 def check_proc(watched: Watched) -> Check:
-    """Whether an agent can see that a worker gives up its memory; it traces nothing."""
-    expected = "/proc/PID/stat and statm of this user's processes; ptrace is not used"
+    """Check that an agent can observe how an exiting worker frees its memory; ptrace is not used."""
+    expected = "readable /proc/PID/stat and statm of this user's processes; ptrace is not used"
     scope = _SCOPES.get(watched.ptrace_scope, watched.ptrace_scope)
     if not watched.proc_problem:
         found = f"readable, ptrace_scope {scope}" if scope else "readable, no ptrace_scope"
         return Check("/proc", Status.OK, found, expected)
-    fix = "mount /proc in the container, with hidepid= at most 2, and run the agent as the user of its workers"
+    fix = "mount /proc in the container, with hidepid=2 at most, and run agent and workers as the same user"
     return Check("/proc", Status.FAILURE, watched.proc_problem, expected, fix)
 
 
 def check_processes_of_others() -> list[Check]:
-    """Both checks, with what is found here."""
+    """Run both checks on this host."""
     watched = watch_a_process()
     return [check_pidfd(watched), check_proc(watched)]

@@ -1,4 +1,4 @@
-"""What a training script imports and defines, read off its text: nothing of it is run for that."""
+"""Finds the imports and definitions of a training script in its source, without running it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _RUNS = (ast.Call, ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)
 
 @dataclass(frozen=True, slots=True)
 class Import:
-    """One import at the head of a script.
+    """A top-level import of a script.
 
     Args:
-        code: the statement.
-        module: that it imports; with the dots of a relative import.
-        line: where it stands.
-        is_optional: whether the script may do without: it stands in a `try` or in a branch.
+        code: import statement.
+        module: imported module, with the leading dots of a relative import.
+        line: line number.
+        is_optional: whether the script can run without it, as the import is in a `try` or a branch.
     """
 
     code: str
@@ -30,21 +30,21 @@ class Import:
 
 
 def read(path: Path) -> ast.Module:
-    """A script as Python reads it.
+    """Parse a script.
 
     Raises:
-        OptionsError: there is none, or it is no Python.
+        OptionsError: the script cannot be read or parsed.
     """
     try:
         return ast.parse(path.read_bytes(), str(path))
     except OSError as error:
-        raise OptionsError(f"there is no script {str(path)!r} that can be read: {error.strerror}") from error
+        raise OptionsError(f"cannot read the script {str(path)!r}: {error.strerror}") from error
     except (SyntaxError, ValueError) as error:
-        raise OptionsError(f"{path} is no Python that this interpreter can read: {error}") from error
+        raise OptionsError(f"{path}: not a Python script that this interpreter can parse: {error}") from error
 
 
 def imports_of(tree: ast.Module) -> list[Import]:
-    """What a script imports whenever a process runs it, in order; not what its functions import, or its main part."""
+    """Return a script's top-level imports in order, except those of its functions and its main part."""
     return list(_imports(tree.body, is_optional=False))
 
 
@@ -62,21 +62,21 @@ def _imports(body: Sequence[ast.stmt], *, is_optional: bool) -> Iterator[Import]
                 yield from _imports([*orelse, *finalbody], is_optional=is_optional)
             case ast.With(body=inner):
                 yield from _imports(inner, is_optional=is_optional)
-            case ast.If(test=test, body=chosen, orelse=others) if not _is_elsewhere(test):
+            case ast.If(test=test, body=chosen, orelse=others) if not _is_skipped(test):
                 yield from _imports([*chosen, *others], is_optional=True)
             case _:
                 pass
 
 
-def _is_elsewhere(test: ast.expr) -> bool:
-    """Whether a branch is for type checkers, or is the main part of the script."""
+def _is_skipped(test: ast.expr) -> bool:
+    """Return whether a branch is for type checkers, or is the main part of the script."""
     names = {node.id for node in ast.walk(test) if isinstance(node, ast.Name)}
     names |= {node.attr for node in ast.walk(test) if isinstance(node, ast.Attribute)}
     return bool(names & {"TYPE_CHECKING", "__name__"})
 
 
 def definitions_of(tree: ast.Module) -> str:
-    """The functions, classes and constants of a script, as code that defines them and calls nothing else."""
+    """Return the functions, classes and constants of a script, as code without top-level calls."""
     return ast.unparse(ast.Module([node for node in tree.body if _defines(node)], []))
 
 
@@ -89,6 +89,6 @@ def _defines(node: ast.stmt) -> bool:
 
 
 def models_of(tree: ast.Module) -> list[str]:
-    """Names of the classes that seem to be Lightning modules, by the names of their bases."""
+    """Return the names of classes whose bases are named like a Lightning module."""
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     return [node.name for node in classes if any("LightningModule" in ast.unparse(base) for base in node.bases)]

@@ -1,4 +1,4 @@
-"""Environment variables that decide whether a run recovers: NCCL's, torch's and ours."""
+"""Checks environment variables that affect recovery: those of NCCL, torch and lightning_ckptless."""
 
 from __future__ import annotations
 
@@ -16,36 +16,34 @@ _OURS = frozenset(value for name, value in vars(environment).items() if name.isu
 
 
 def check_nccl(env: Mapping[str, str]) -> Check:
-    """Whether NCCL leaves a worker alive whose peer has died.
+    """Check that NCCL does not end a worker whose peer has died.
 
-    Torch knows some of them by an older name as well, which counts where the newer one is unset; workers set the newer.
+    Torch also reads some of these variables by an older name if the newer one is unset; workers always set the newer.
     """
     name, expected = "NCCL variables", f"{', '.join(ENDS_THE_PROCESS)} unset or 0"
     wrong = [f"{variable}={env[variable]}" for variable in ENDS_THE_PROCESS if env.get(variable, "0") != "0"]
     if wrong:
-        fix = (
-            f"unset {' '.join(text.partition('=')[0] for text in wrong)}: survivors of a fault are relaunched, not kept"
-        )
+        fix = f"unset {' '.join(text.partition('=')[0] for text in wrong)}: with it, a fault relaunches the survivors"
         return Check(name, Status.WARNING, ", ".join(wrong), expected, fix)
     older = [old for variable in ENDS_THE_PROCESS if (old := variable.removeprefix(_TORCHS_PREFIX)) in env]
-    found = f"{', '.join(older)} set, without effect in workers" if older else "none is set otherwise"
+    found = f"{', '.join(older)} set, no effect in workers" if older else "unset or 0"
     return Check(name, Status.OK, found, expected)
 
 
 def check_autoload(env: Mapping[str, str]) -> Check:
-    """Whether torch makes the strategy known when it is imported."""
+    """Check that importing torch registers the strategy."""
     expected = f"{_AUTOLOAD} unset or 1, for strategy='ckptless' in scripts that do not import this package"
     if env.get(_AUTOLOAD, "1") == "1":
         return Check("autoload", Status.OK, f"{_AUTOLOAD} {'is 1' if _AUTOLOAD in env else 'is unset'}", expected)
-    fix = f"unset {_AUTOLOAD}, or write `import lightning_ckptless` at the head of the script"
+    fix = f"unset {_AUTOLOAD}, or add `import lightning_ckptless` to the top of the script"
     return Check("autoload", Status.WARNING, f"{_AUTOLOAD}={env[_AUTOLOAD]}", expected, fix)
 
 
 def check_ours(env: Mapping[str, str]) -> Check:
-    """Whether variables of this package are spelt right, and no fault is asked for."""
-    name, expected = "our variables", "names that are documented, and no faults"
+    """Check that variables of this package are spelled correctly, and that no fault is requested."""
+    name, expected = "our variables", "documented names, and no faults"
     if faults := env.get(environment.FAULTS):
-        fix = f"unset {environment.FAULTS}, unless the run is to try a fault"
+        fix = f"unset {environment.FAULTS}, unless the run is meant to inject a fault"
         return Check(name, Status.WARNING, f"{environment.FAULTS}={faults}", expected, fix)
     unknown = sorted(variable for variable in env if variable.startswith(_OUR_PREFIX) and variable not in _OURS)
     if unknown:
@@ -57,5 +55,5 @@ def check_ours(env: Mapping[str, str]) -> Check:
 
 
 def check_variables(env: Mapping[str, str]) -> list[Check]:
-    """All checks of variables."""
+    """Run all checks of environment variables."""
     return [check_nccl(env), check_autoload(env), check_ours(env)]

@@ -1,6 +1,6 @@
-"""Versions of Python, torch and Lightning, against those that are supported. None of them is imported for that.
+"""Checks the versions of Python, torch and Lightning without importing them.
 
-Short, and used by the doctor alone: every subject of its checks has a file of its own here.
+A short file used only by the doctor, since each subject of its checks has its own file.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from lightning_ckptless.supported import LIGHTNING, SUPPORTED, Range, installed,
 
 
 def check_version(name: str, found: str | None, supported: Range) -> Check:
-    """Whether a version is in the range that was tested; a build that precedes a release counts as that release.
+    """Check that a version is in the tested range; pre-releases count as the release.
 
     Args:
-        name: of the distribution, or `Python`.
-        found: its version; None where it is not installed.
+        name: name of the distribution, or `Python`.
+        found: its version; None if not installed.
         supported: lowest and newest release.
     """
     lowest, newest = (".".join(map(str, numbers)) for numbers in supported)
@@ -27,18 +27,18 @@ def check_version(name: str, found: str | None, supported: Range) -> Check:
     if release(found) < supported.lowest:
         return Check(name, Status.FAILURE, found, expected, install)
     if release(found) > supported.newest:
-        fix = f"run `ckptless drill` on the program to see whether it recovers exactly, or install {name} {newest}"
-        return Check(name, Status.WARNING, f"{found}, which was not tested", expected, fix)
+        fix = f"run `ckptless drill` on your script to check that it recovers bit-identically, or use {name} {newest}"
+        return Check(name, Status.WARNING, f"{found}, not tested", expected, fix)
     return Check(name, Status.OK, found, expected)
 
 
 def check_versions(found: Mapping[str, str] | None = None) -> list[Check]:
-    """All checks of versions.
+    """Run all checks of versions.
 
     Args:
-        found: version by name; None for what is installed here.
+        found: version by name; None for the installed versions.
     """
     found = installed(["torch", *LIGHTNING.values()]) if found is None else found
-    # Either distribution of Lightning is enough.
+    # One distribution of Lightning is enough.
     lightnings = [name for name in LIGHTNING.values() if name in found] or ["lightning"]
     return [check_version(name, found.get(name), SUPPORTED[name]) for name in ("Python", "torch", *lightnings)]

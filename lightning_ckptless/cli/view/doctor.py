@@ -1,4 +1,4 @@
-"""How the findings of `ckptless doctor` look."""
+"""Renders the results of `ckptless doctor`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _COLOURS = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILURE: "bold 
 
 
 def show_checks(checks: Sequence[Check], console: Console | None = None) -> None:
-    """Print what was found, then what to do about it, then what it comes to.
+    """Print the results, then the fixes, then the verdict.
 
     Args:
-        checks: in the order in which they are shown.
-        console: where to; None for stdout.
+        checks: checks in display order.
+        console: output; None for stdout.
     """
     console = console or Console()
     console.print(_table(checks))
@@ -54,10 +54,10 @@ def _advice(check: Check) -> Table:
 def _verdict(checks: Sequence[Check]) -> Text:
     counts = {status: sum(check.status is status for check in checks) for status in Status}
     if failures := counts[Status.FAILURE]:
-        return Text(f"will not work here: {_count(failures, 'failure')}", style=_COLOURS[Status.FAILURE])
+        return Text(f"training will not work here: {_count(failures, 'failure')}", style=_COLOURS[Status.FAILURE])
     if warnings := counts[Status.WARNING]:
-        return Text(f"works here, with {_count(warnings, 'warning')}", style=_COLOURS[Status.WARNING])
-    return Text(f"works here: {len(checks)} checks", style=_COLOURS[Status.OK])
+        return Text(f"training works here, with {_count(warnings, 'warning')}", style=_COLOURS[Status.WARNING])
+    return Text(f"training works here: {len(checks)} checks passed", style=_COLOURS[Status.OK])
 
 
 def _count(number: int, noun: str) -> str:

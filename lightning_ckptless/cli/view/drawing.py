@@ -1,4 +1,4 @@
-"""The picture of a run: steps over time, goodput, and the phases of each recovery. Drawn with matplotlib."""
+"""Draws a run with matplotlib: steps and goodput over time, and the phases of each recovery."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from lightning_ckptless.cli.view.story import PHASES, Story
 from lightning_ckptless.errors import OptionsError
 
-# Told apart by most kinds of colour blindness, too.
+# A palette that is distinguishable with most kinds of colour blindness.
 PHASE_COLOURS = dict(zip(PHASES, ("#cc3311", "#ee7733", "#ddaa33", "#33bbee", "#0077bb", "#bbbbbb"), strict=True))
 _INK, _STEPS, _FAULT, _GRID = "#22272e", "#004488", "#cc3311", "#e4e7eb"
 _ROW_INCHES = 0.34
@@ -18,8 +18,8 @@ def draw(story: Story, target: Path | Any, format_name: str) -> None:
     """Draw a story.
 
     Args:
-        story: of a run.
-        target: a path, or a file that is open for writing bytes.
+        story: story of the run.
+        target: path, or file opened for writing bytes.
         format_name: `png` or `svg`.
 
     Raises:
@@ -29,7 +29,7 @@ def draw(story: Story, target: Path | Any, format_name: str) -> None:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise OptionsError(f"a timeline is drawn with matplotlib: pip install matplotlib ({error})") from error
+        raise OptionsError(f"drawing a timeline requires matplotlib: pip install matplotlib ({error})") from error
 
     rows = max(1, len(story.recoveries))
     style: dict[Any, Any] = {
@@ -50,7 +50,7 @@ def draw(story: Story, target: Path | Any, format_name: str) -> None:
         for ax in axes:
             ax.spines[["top", "right"]].set_visible(False)
             ax.tick_params(color=_GRID, labelcolor=_INK)
-        # Neither the date nor the program: the same run gives the same file.
+        # Omit date and program, so that the same run always gives the same file.
         metadata = {"Software": None} if format_name == "png" else {"Date": None, "Creator": None}
         figure.savefig(target, format=format_name, dpi=150, metadata=metadata)
 
@@ -69,7 +69,7 @@ def _draw_steps(ax: Any, story: Story) -> None:
         ax.plot([s.at for s in steps], [s.step for s in steps], color=_STEPS, linewidth=1.8, marker=".", markersize=3)
     for number, fault in enumerate(story.faults):
         ax.axvline(fault.at, color=_FAULT, linewidth=1, linestyle=(0, (3, 2)))
-        # Neighbours at different heights, so that close faults stay legible.
+        # Alternate heights, so that labels of faults close together stay legible.
         height = 0.97 - 0.09 * (number % 4)
         ax.annotate(
             fault.text,
@@ -114,7 +114,7 @@ def _draw_recoveries(ax: Any, story: Story) -> None:
     for place, span in zip(places, story.recoveries, strict=True):
         label = f"  {1e3 * span.total_s:.0f} ms   {span.text}"
         ax.text(1e3 * span.total_s, place, label, va="center", fontsize=8)
-    # Room for the words beside the bars.
+    # Leave room for the labels next to the bars.
     ax.set(xlim=(0, 2200 * longest_s), xlabel="recoveries: milliseconds since the fault", yticks=list(places))
     ax.set_yticklabels([f"{span.began_at:.1f} s" for span in story.recoveries])
     ax.set_ylim(len(story.recoveries) - 0.4, -0.6)

@@ -1,4 +1,4 @@
-"""How a drill looks: progress while it runs, tables when it is over."""
+"""Renders a drill: progress bars while it runs, tables when it is done."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lightning_ckptless.testing.drill import DrillReport, Progress, Recovery
 
-TITLES = {"baseline": "uninterrupted", "faulted": "with faults", "repeated": "once more"}
+TITLES = {"baseline": "uninterrupted", "faulted": "with faults", "repeated": "repeated"}
 MOST_SHOWN = 20
 PHASES = ("detect", "abort", "regroup", "restore", "replay", "other")
 
@@ -29,10 +29,10 @@ class _Mark(SpinnerColumn):
 
 
 class ProgressView:
-    """Two bars, one for each run. A context manager.
+    """One progress bar per run. A context manager.
 
     Args:
-        console: where they are drawn.
+        console: console that shows the bars.
     """
 
     def __init__(self, console: Console) -> None:
@@ -48,12 +48,12 @@ class ProgressView:
         self._tasks: dict[str, TaskID] = {}
 
     def update(self, progress: Progress) -> None:
-        """Show how far a run is."""
+        """Show the progress of a run."""
         task = self._tasks.get(progress.variant)
         if task is None:
             title = TITLES.get(progress.variant, progress.variant)
             task = self._tasks[progress.variant] = self._bars.add_task(title, total=progress.of, events="", failed=None)
-        events = f"{progress.faults} faults, {progress.recoveries} recoveries" if progress.faults else ""
+        events = _events(progress.faults, progress.recoveries) if progress.faults else ""
         total = progress.step if progress.done else progress.of
         failed = progress.failed if progress.done else None
         self._bars.update(task, completed=progress.step, total=total, events=events, failed=failed)
@@ -69,7 +69,7 @@ class ProgressView:
 
 
 def show_report(report: DrillReport, console: Console) -> None:
-    """Print a report: faults and recoveries, what was compared, the verdict."""
+    """Print a report: faults, recoveries, what was compared, and the verdict."""
     console.print(faults_table(report))
     if report.recoveries:
         console.print(recoveries_table(report.recoveries))
@@ -77,9 +77,9 @@ def show_report(report: DrillReport, console: Console) -> None:
     if report.verdict.differences:
         console.print(differences_table(report))
     for pattern in report.unused_patterns:
-        console.print(f"--ignore {pattern}: no value has such a name", style="yellow", markup=False, soft_wrap=True)
+        console.print(f"--ignore {pattern}: matches no value", style="yellow", markup=False, soft_wrap=True)
     if report.identical:
-        console.print(Text("IDENTICAL", style="bold green"), "results match bit for bit")
+        console.print(Text.assemble(("IDENTICAL", "bold green"), ": results match bit for bit"))
         return
     console.print(Text("NOT IDENTICAL", style="bold red"))
     for problem in report.problems:
@@ -87,8 +87,8 @@ def show_report(report: DrillReport, console: Console) -> None:
 
 
 def faults_table(report: DrillReport) -> Table:
-    """What was to go wrong, and whether it did."""
-    table = _table("Faults", "fault", "happened")
+    """The requested faults, and whether each was injected."""
+    table = _table("Faults", "fault", "injected")
     for fault in report.faults:
         table.add_row(str(fault), Text("no", style="red") if fault in report.unfired else "yes")
     return table
@@ -99,7 +99,7 @@ def recoveries_table(recoveries: tuple[Recovery, ...]) -> Table:
     table = _table("Recoveries, in milliseconds", "cause", "from")
     shown = [name for name in PHASES if name != "other" or any(r.phases.get("other_s") for r in recoveries)]
     for heading in (*shown, "total"):
-        # Where the terminal is narrow the sentences are folded, not the figures.
+        # On a narrow terminal, fold the text columns instead of the numbers.
         table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
     for recovery in recoveries:
         who = "" if recovery.culprit_rank is None else f"rank {recovery.culprit_rank}: "
@@ -110,7 +110,7 @@ def recoveries_table(recoveries: tuple[Recovery, ...]) -> Table:
 
 
 def comparison_table(report: DrillReport) -> Table:
-    """What was compared."""
+    """What was compared, and the first difference."""
     verdict = report.verdict
     table = _table("Runs", "", "uninterrupted", "with faults")
     seconds = [f"{run.wall_s:.1f} s" for run in (report.baseline, report.faulted)]
@@ -128,10 +128,10 @@ def comparison_table(report: DrillReport) -> Table:
 
 
 def differences_table(report: DrillReport) -> Table:
-    """What differs, by name: how often, where first, and whether two undisturbed runs differ there as well."""
-    table = _table("What differs", "value", "times", "first at", "expected", "found")
+    """The values that differ: how often, where first, and whether two runs without faults differ as well."""
+    table = _table("Differences", "value", "times", "first at", "expected", "found")
     if report.repetition is not None:
-        table.add_column("also undisturbed")
+        table.add_column("also without faults")
     by_field = report.verdict.by_field()
     for field, differences in list(by_field.items())[:MOST_SHOWN]:
         first = differences[0]
@@ -140,6 +140,10 @@ def differences_table(report: DrillReport) -> Table:
     if len(by_field) > MOST_SHOWN:
         table.add_row(f"and {len(by_field) - MOST_SHOWN} more", "", "", "", "")
     return table
+
+
+def _events(faults: int, recoveries: int) -> str:
+    return f"{faults} fault{'' if faults == 1 else 's'}, {recoveries} recover{'y' if recoveries == 1 else 'ies'}"
 
 
 def _table(title: str, *headings: str) -> Table:

@@ -1,4 +1,4 @@
-"""The story of a run as one HTML page that needs nothing beside itself: no script, no file, no network."""
+"""The story of a run as one self-contained HTML page: no scripts, no further files, no network access."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ i { display: inline-block; width: .7em; height: .7em; margin-right: .35em; }
 
 
 def page(story: Story) -> str:
-    """The whole page.
+    """Return the HTML page.
 
     Args:
-        story: of a run.
+        story: story of the run.
 
     Raises:
         OptionsError: matplotlib is not installed.
@@ -56,7 +56,7 @@ def _picture(story: Story) -> str:
     drawn = io.BytesIO()
     draw(story, drawn, "svg")
     text = drawn.getvalue().decode()
-    # Inside a page an SVG stands without its own prologue; its metadata names vocabularies on the web.
+    # Inline SVG must not have an XML prologue. The metadata refers to vocabularies on the web.
     return re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
 
 
@@ -64,12 +64,12 @@ def _recoveries(story: Story) -> str:
     if not story.recoveries:
         return ""
     phases = [f'<i style="background:{PHASE_COLOURS[name]}"></i>{name}' for name in PHASES]
-    head = _row("th", ["at", "what", *phases, "total"])
+    head = _row("th", ["at", "recovery", *phases, "total"])
     rows = []
     for span in story.recoveries:
         times = [f"{1e3 * span.phases[name]:.0f}" for name in PHASES]
         rows.append(_row("td", [f"{span.began_at:.1f} s", escape(span.text), *times, f"{1e3 * span.total_s:.0f}"]))
-    return f"<h2>Recoveries, in milliseconds</h2>\n<table>\n{head}{''.join(rows)}</table>\n"
+    return f"<h2>Recoveries (milliseconds)</h2>\n<table>\n{head}{''.join(rows)}</table>\n"
 
 
 def _row(tag: str, cells: Iterable[str]) -> str:

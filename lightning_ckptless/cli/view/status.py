@@ -1,4 +1,4 @@
-"""How the status of a run looks."""
+"""Renders the status of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SLOT_COLOURS = {"committed": "green", "staged": "yellow", "writing": "cyan"}
 
 
 def show_status(found: Survey) -> None:
-    """Print what is known about a run."""
+    """Print the status of a run."""
     console = Console()
     console.print(_head(found))
     if found.plan is not None:
@@ -42,13 +42,14 @@ def _head(found: Survey) -> Table:
     if found.protection:
         table.add_row("protected", found.protection)
     if found.arenas:
-        table.add_row("committed", found.committed or "nothing yet")
+        table.add_row("committed", found.committed or "none yet")
         if found.commit_lag_steps is not None:
             age = "" if found.commit_age_s is None else f", last written {found.commit_age_s:.1f} s ago"
-            table.add_row("commit lag", f"{found.commit_lag_steps} steps{age}")
+            steps = f"{found.commit_lag_steps} step{'' if found.commit_lag_steps == 1 else 's'}"
+            table.add_row("commit lag", f"{steps}{age}")
         table.add_row("restorable", found.restorable)
     else:
-        table.add_row("arenas", "none on this machine")
+        table.add_row("arenas", "none on this host")
     if found.durable:
         table.add_row("durable", found.durable)
     table.add_row("recoveries", str(found.recovery_count))
@@ -70,13 +71,13 @@ def _show_plan(console: Console, plan: PlacementTable) -> None:
 def _arenas(found: Survey) -> Table:
     table = _table("Arenas", "node", "agent", "size", "torn slots", "folder")
     for arena in found.arenas:
-        agent = Text("alive", style="green") if arena.alive else Text("gone", style="red")
+        agent = Text("alive", style="green") if arena.alive else Text("exited", style="red")
         table.add_row(arena.node, agent, decimal(arena.bytes), str(arena.torn_headers), arena.path)
     return table
 
 
 def _slots(found: Survey) -> Table:
-    table = _table("Shards", "shard", "kept by", "on", "slot", "version", "state", "size")
+    table = _table("Shards", "shard", "holder", "node", "slot", "version", "state", "size")
     for slot in found.slots:
         state = Text(slot.state, style=_SLOT_COLOURS.get(slot.state, ""))
         holder = f"rank {slot.holder}" + (" (own)" if slot.holder == slot.shard else "")
@@ -86,7 +87,7 @@ def _slots(found: Survey) -> Table:
 
 
 def _recoveries(found: Survey) -> Table:
-    table = _table("Last recoveries", "cause", "how", "went on from", "total")
+    table = _table("Last recoveries", "cause", "how", "resumed from", "total")
     for facts in found.recoveries:
         rank = facts.get("culprit_rank")
         who = "" if rank is None else f"rank {rank} "
@@ -97,6 +98,6 @@ def _recoveries(found: Survey) -> Table:
 def _table(title: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in headings:
-        # A path is of use only as a whole.
+        # A truncated path is useless.
         table.add_column(heading, overflow="fold" if heading == "folder" else "ellipsis")
     return table

@@ -1,6 +1,6 @@
-"""The story of a run: steps, faults, recoveries and goodput over time, put together from ledger and trace.
+"""The story of a run: its steps, faults, recoveries and goodput over time, built from ledger and trace.
 
-Pure: instants come in as seconds since the epoch and go out as seconds since the run began.
+Pure functions. Input times are in seconds since the epoch, output times in seconds since the run began.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ PHASES = ("detect", "abort", "regroup", "restore", "replay", "other")
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """An optimizer step that was finished.
+    """A finished optimizer step.
 
     Args:
-        at: when, in seconds since the run began.
-        step: its number, from 1.
-        generation: number of the membership that made it.
+        at: time in seconds since the run began.
+        step: number of the step, from 1.
+        generation: generation that ran it.
     """
 
     at: float
@@ -30,11 +30,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Something that happened at an instant.
+    """A labelled point in time.
 
     Args:
-        at: when, in seconds since the run began.
-        text: what.
+        at: time in seconds since the run began.
+        text: label.
     """
 
     at: float
@@ -46,11 +46,11 @@ class Span:
     """A recovery.
 
     Args:
-        began_at: when the fault struck, in seconds since the run began.
-        ended_at: when the first step after it was done.
-        generation: number of the membership that recovered.
-        text: who, how, and from where the run went on.
-        phases: seconds by phase.
+        began_at: time of the fault, in seconds since the run began.
+        ended_at: end of the first step after it, in seconds since the run began.
+        generation: generation after the recovery.
+        text: failed rank, cause, and the version that training resumed from.
+        phases: duration of each phase in seconds.
     """
 
     began_at: float
@@ -61,7 +61,7 @@ class Span:
 
     @property
     def total_s(self) -> float:
-        """How long it took."""
+        """Duration in seconds."""
         return self.ended_at - self.began_at
 
 
@@ -70,13 +70,13 @@ class Story:
     """A run over time.
 
     Args:
-        run_id: its name.
-        wall_s: from its first event to its last.
-        steps: in the order of time; those that were rolled back are among them.
-        faults: what struck.
-        recoveries: from the faults.
-        goodput: (instant, share of the time so far that went into steps that count).
-        final_goodput: as the run itself counted it; None where it has not come to its end.
+        run_id: id of the run.
+        wall_s: seconds from its first event to its last.
+        steps: steps in chronological order, including those that were rolled back.
+        faults: the faults.
+        recoveries: the recoveries.
+        goodput: pairs (time, goodput up to that time).
+        final_goodput: goodput that the run itself reported; None if it has not ended.
     """
 
     run_id: str
@@ -89,12 +89,12 @@ class Story:
 
     @property
     def last_step(self) -> int:
-        """The highest step that was finished."""
+        """The highest finished step."""
         return max((step.step for step in self.steps), default=0)
 
     @property
     def by_generation(self) -> dict[int, list[Step]]:
-        """The steps that each membership made."""
+        """The steps of each generation."""
         found: dict[int, list[Step]] = {}
         for step in self.steps:
             found.setdefault(step.generation, []).append(step)
@@ -102,13 +102,13 @@ class Story:
 
 
 def story_of(run_id: str, events: Sequence[Event], finished: Sequence[Step] = ()) -> Story:
-    """Put a story together.
+    """Build a story.
 
     Args:
-        run_id: name of the run.
-        events: of its ledger; at least one.
-        finished: steps from a trace, their instants in seconds since the epoch; none where it was not traced, then
-            the ledger's own `committed` events stand for them.
+        run_id: id of the run.
+        events: events of its ledger; at least one.
+        finished: steps from a trace, with times in seconds since the epoch; if empty, the `committed` events of the
+            ledger are used instead.
     """
     began_at = min(event.at for event in events)
     known = finished or [
@@ -132,12 +132,12 @@ def story_of(run_id: str, events: Sequence[Event], finished: Sequence[Step] = ()
 
 
 def _training_began_at(events: Sequence[Event]) -> float:
-    """When the first workers had met, as the run's own account has it; its first event where that is not known."""
+    """Return the time from which the run itself counts goodput: the first `run_started`, or the first event."""
     return min((event.at for event in events if event.event == "run_started"), default=min(e.at for e in events))
 
 
 def _seen_first_hand(events: Sequence[Event]) -> list[Event]:
-    """The faults, each as told by the agent that saw it; the agents of other nodes know only that there was one."""
+    """Return the faults as reported by the agents that observed them; agents of other nodes report fewer details."""
     faults = [event for event in events if event.event == "fault"]
     known = {event.fields.get("restart") for event in faults if event.rank is not None}
     return [event for event in faults if event.rank is not None or event.fields.get("restart") not in known]
@@ -156,25 +156,25 @@ def _span(event: Event, began_at: float) -> Span:
     who = "" if rank is None else f"rank {rank} "
     phases = {name: float(fields["phases"].get(f"{name}_s", 0.0)) for name in PHASES}
     ended_at = event.at - began_at
-    text = f"{who}{fields['cause']}, went on from {fields['version']}"
+    text = f"{who}{fields['cause']}, resumed from {fields['version']}"
     return Span(ended_at - float(fields["total_s"]), ended_at, event.generation or 0, text, phases)
 
 
 def goodput_over_time(
     steps: Sequence[Step], recoveries: Sequence[Span], *, since: float = 0.0
 ) -> list[tuple[float, float]]:
-    """The share of the time so far that went into steps that count.
+    """Return the goodput at every finished step.
 
-    A step counts from the one before it in the same generation; the first of a generation that recovered counts from
-    the end of the restore. What is rolled back counts no more.
+    A step takes the time since the previous step of its generation; the first step after a recovery takes the time
+    since the end of the restore. Steps that are rolled back do not count.
 
     Args:
-        steps: in the order of time.
-        recoveries: they say how long the first step after each took.
-        since: instant from which time counts.
+        steps: steps in chronological order.
+        recoveries: recoveries, which give the duration of the first step after each.
+        since: time from which goodput counts.
 
     Returns:
-        (instant, share) at every finished step.
+        Pairs (time, goodput up to that time).
     """
     replay_s = {span.generation: span.phases["replay"] for span in recoveries}
     counted: list[tuple[int, float]] = []

@@ -1,6 +1,6 @@
-"""Everything private in Lightning that we touch, and nothing else.
+"""All uses of private names of Lightning.
 
-Each name has a test in `tests/internals/test_lightning.py` that fails loudly when a new version moves it. Most are
-in `names`, and are checked when a strategy is made. What differs between the supported versions is in `versions`. The
-rest of the package talks to Lightning through its public interface and through this room.
+Each name has a test in `tests/internals/test_lightning.py` that fails if a new version lacks it. Most are listed in
+`names` and checked when a strategy is created. Differences between the supported versions are in `versions`. The rest
+of the package uses Lightning's public interface and this sub-package.
 """

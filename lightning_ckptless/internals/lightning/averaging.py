@@ -1,4 +1,4 @@
-"""`StochasticWeightAveraging`, whose state refers to a scheduler of the trainer and holds a whole second model."""
+"""`StochasticWeightAveraging`, whose state includes a scheduler of the trainer and a second model."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 from lightning_ckptless.internals.lightning.distribution import is_a
 
 AVERAGE_STATE = "average_model_state"
-"""Key of its `state_dict` that holds the averaged model: its tensors are mirrored with those of the model."""
+"""`state_dict` key of the averaged model, whose tensors are mirrored like those of the model."""
 
 
 def averages_weights(callback: Any) -> bool:
-    """Whether a callback is one."""
+    """Return whether a callback is a `StochasticWeightAveraging`."""
     return is_a(callback, "callbacks", "StochasticWeightAveraging")
 
 
 def steps_with_old_gradients(callbacks: Iterable[Any], trainer: Any) -> bool:
-    """Whether the next optimizer step takes the gradients that this step has left.
+    """Return whether the next optimizer step uses the gradients of the current one.
 
-    The epoch that is run for the statistics of batch norm goes backward in no batch, and steps in its last.
+    The epoch that updates batch norm statistics runs no backward pass, but steps after its last batch.
     """
     return bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch) and any(
         averages_weights(callback)
@@ -31,7 +31,7 @@ def steps_with_old_gradients(callbacks: Iterable[Any], trainer: Any) -> bool:
 
 
 def join_scheduler(callbacks: Iterable[Any], trainer: Any) -> None:
-    """Have it hold the scheduler that the trainer steps, which may have been made in this process."""
+    """Make the callback refer to the trainer's scheduler, which may have been created in this process."""
     for callback in callbacks:
         if averages_weights(callback):
             configs = trainer.lr_scheduler_configs

@@ -1,7 +1,7 @@
-"""A call of `fit`, `validate`, `test` or `predict`, seen from around the stage in which its loop runs.
+"""Hooks around the stage of a call of `fit`, `validate`, `test` or `predict`, in which its loop runs.
 
-Lightning sets everything up, runs the stage, and tears everything down again. What a call leaves in the trainer is
-complete when the stage ends, while the model, the optimizers and the dataloaders are still in place.
+Lightning sets everything up, runs the stage, and tears everything down. When the stage ends, the results of the call
+are complete, and the model, the optimizers and the dataloaders are still set up.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Stage = Callable[[], Any]
 
 @contextmanager
 def around_stage(trainer: Any, around: Callable[[Stage], Any]) -> Iterator[None]:
-    """Context in which the stage of a call is run by a function.
+    """Context in which a function wraps the stage of a call.
 
     Args:
-        trainer: that is about to be called.
-        around: is given what would have run the stage; what it returns is the result of the call.
+        trainer: trainer that is about to be called.
+        around: called with the original function that runs the stage; its return value is the result of the call.
     """
     override = Override(trainer, "_run_stage", lambda: around(override.original))
     try:
@@ -35,7 +35,7 @@ def around_stage(trainer: Any, around: Callable[[Stage], Any]) -> Iterator[None]
 
 @contextmanager
 def without_checkpoint(trainer: Any) -> Iterator[None]:
-    """Context in which a call loads no checkpoint file, whichever it names: the file may be gone by now."""
+    """Context in which a call does not load the checkpoint file that it names, which may no longer exist."""
 
     def run(model: Any, *_: Any, **__: Any) -> Any:
         return override.original(model)
@@ -49,7 +49,7 @@ def without_checkpoint(trainer: Any) -> Iterator[None]:
 
 @contextmanager
 def without_synchronization(trainer: Any) -> Iterator[None]:
-    """Context in which a call that does not train is set up without giving the other ranks the weights of rank 0."""
+    """Context in which the setup of a call other than `fit` does not broadcast the weights of rank 0."""
     owner: Any = module(distribution_of(trainer), "strategies.ddp")
     synchronize, owner._sync_module_states = owner._sync_module_states, lambda _: None
     try:
@@ -59,23 +59,23 @@ def without_synchronization(trainer: Any) -> Iterator[None]:
 
 
 def set_up_data_of_stage(trainer: Any) -> None:
-    """Ask the program for the dataloaders of the call that is under way."""
+    """Request the dataloaders of the current call from the script."""
     trainer._active_loop.setup_data()
 
 
 def loader_of_stage(trainer: Any) -> Any:
-    """The dataloaders of the call that is under way; None where it has none."""
+    """Return the dataloaders of the current call; None if it has none."""
     return trainer._active_loop._combined_loader
 
 
 def evaluation_counters(trainer: Any) -> dict[str, Any]:
-    """The counters of the loops outside of `fit`, and the checkpoint file that was loaded last."""
+    """Return the counters of the loops other than the fit loop, and the checkpoint file that was loaded last."""
     loops = {name: copy.deepcopy(getattr(trainer, name).state_dict()) for name in _EVALUATIONS}
     return {"loops": loops, "ckpt_path": trainer._checkpoint_connector._ckpt_path}
 
 
 def set_evaluation_counters(trainer: Any, saved: dict[str, Any]) -> None:
-    """Put back what `evaluation_counters` returned, without Lightning's own notion of a restart."""
+    """Restore the result of `evaluation_counters`, without Lightning's own restart logic."""
     for name, state in saved["loops"].items():
         loop = getattr(trainer, name)
         loop.load_state_dict(copy.deepcopy(state))
@@ -84,15 +84,15 @@ def set_evaluation_counters(trainer: Any, saved: dict[str, Any]) -> None:
 
 
 def is_end_of_search(error: BaseException) -> bool:
-    """Whether an exception ends a call of `Tuner`, which enters `fit` and leaves it by this exception."""
+    """Return whether an exception ends a call of `Tuner`, which leaves `fit` with this exception."""
     return is_a(error, "utilities.exceptions", "_TunerExitException")
 
 
 def rate_finders(trainer: Any) -> list[Any]:
-    """The callbacks that search for a learning rate."""
+    """Return the callbacks that search for a learning rate."""
     return [callback for callback in trainer.callbacks if is_a(callback, "callbacks", "LearningRateFinder")]
 
 
 def ends_call(finder: Any) -> bool:
-    """Whether the call of `fit` ends with the search of a callback, as `Tuner.lr_find` has it."""
+    """Return whether the call of `fit` ends with the search of a callback, as in `Tuner.lr_find`."""
     return bool(finder._early_exit)

@@ -1,6 +1,6 @@
-"""The dictionary of a checkpoint file, as Lightning puts it together.
+"""Private parts of Lightning's checkpoints.
 
-Apart from `recipe`, which describes a checkpoint without calling the program's hooks.
+Separate from `recipe`, which describes a checkpoint without calling the script's hooks.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from typing import Any
 
 
 def dump_checkpoint(trainer: Any) -> dict[str, Any]:
-    """What `trainer.save_checkpoint` would write now. The hooks of the program run; all ranks call it together."""
+    """Build what `trainer.save_checkpoint` would write now. Runs the script's hooks; all ranks must call it."""
     checkpoint: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
     return checkpoint
 
 
 def average_of(callback: Any) -> Any:
-    """The averaged model that a `WeightAveraging` callback holds; None before it has made one."""
+    """Return the averaged model of a `WeightAveraging` callback; None before it has created one."""
     return vars(callback).get("_average_model")
 
 
 def hparams_name(owner: Any) -> str | None:
-    """The name of the argument that a module or datamodule took its hyper-parameters from; None where it took none."""
+    """Return the name of the argument with the hyper-parameters of a module or datamodule; None if there is none."""
     return getattr(owner, "_hparams_name", None)

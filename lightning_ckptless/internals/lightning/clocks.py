@@ -1,8 +1,8 @@
-"""Readings of the clock that Lightning keeps on its trainer and callbacks, and what it has measured by them.
+"""Clock readings that Lightning keeps on its trainer and callbacks, and its measurements.
 
-A reading means nothing in another process on another machine, and time that passes between a version and its
-restoration is not training time. So a version holds the age of each reading, and restoring it sets the reading to that
-age: the clock stands still in between, as it does between a checkpoint file and the run that resumes from it.
+A reading is meaningless on another host, and the time between a version and its restoration is not training time.
+Therefore a version stores the age of each reading, and a restore sets the reading to the same age, as if the clock had
+been paused, like between a checkpoint file and the run that resumes from it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning_ckptless.internals.lightning.distribution import is_a
 
-# Bound here: whoever replaces a clock of `time` for the program, as tests do, replaces it for the program alone.
+# Bound at import time, so that a script or test that patches `time` does not affect this module.
 CLOCKS: dict[str, Callable[[], float]] = {"monotonic": time.monotonic, "perf_counter": time.perf_counter}
 _READINGS: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("callbacks", "Timer"): ("monotonic", ("_start_time", "_end_time")),
@@ -21,22 +21,22 @@ _READINGS: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("callbacks", "ThroughputMonitor"): ("perf_counter", ("_t0s",)),
     ("trainer.trainer", "Trainer"): ("monotonic", ("_train_start_time", "_last_val_time")),
 }
-"""By class: the function of `time` that is read, and the attributes that hold readings, single or in dictionaries."""
+"""By class: the function of `time`, and the attributes with readings, single or in dictionaries."""
 
 
 def readings_of(owner: Any) -> tuple[str, ...]:
-    """Names of the attributes of a callback or trainer that hold readings of a clock."""
+    """Return the names of the attributes of a callback or trainer that are clock readings."""
     return _READINGS[kind][1] if (kind := _kind_of(owner)) else ()
 
 
 def ages_of(owner: Any) -> dict[str, Any]:
-    """Seconds that have passed since each reading."""
+    """Return the seconds since each reading."""
     now, names = _now(owner), readings_of(owner)
     return {name: _mapped(vars(owner)[name], lambda reading: now - reading) for name in names if name in vars(owner)}
 
 
 def set_ages(owner: Any, saved: dict[str, Any]) -> None:
-    """Set each reading as if it had been taken so many seconds ago."""
+    """Set each reading to its saved age in seconds."""
     now = _now(owner)
     vars(owner).update({name: _mapped(ages, lambda age: now - age) for name, ages in saved.items()})
 
@@ -56,20 +56,20 @@ def _mapped(value: Any, function: Callable[[float], float]) -> Any:
     return None if value is None else function(value)
 
 
-# ---------------------------------------------------------------------- what was measured
+# ---------------------------------------------------------------------- measurements
 
 
 def windows_of(callback: Any) -> dict[Any, dict[str, list[Any]]]:
-    """The latest values from which a `ThroughputMonitor` computes rates, by stage; empty for any other callback."""
+    """Return the latest values from which a `ThroughputMonitor` computes rates, by stage; empty for other callbacks."""
     return {stage: {name: list(values) for name, values in windows} for stage, windows in _windows(callback)}
 
 
 def set_windows(callback: Any, saved: dict[Any, dict[str, list[Any]]]) -> None:
-    """Put back what `windows_of` returned: values that do not increase raise an error at the next batch."""
+    """Restore the result of `windows_of`; otherwise values that do not increase raise an error at the next batch."""
     for stage, windows in _windows(callback):
         for name, values in windows:
             values.clear()
-            # These lists refuse single values that do not increase, not a list of them.
+            # `append` refuses values that do not increase, `extend` does not.
             values.extend(saved.get(stage, {}).get(name, ()))
 
 

@@ -1,4 +1,4 @@
-"""How far a combined loader is: one or more dataloaders behind one iterator, by names of their meaning."""
+"""The position of a combined loader (several dataloaders in one iterator), and iteration through stand-ins."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _CLASSES: dict[type, type] = {}
 
 
 def iterate_through(loader: Any, stand_in: Callable[[Any], Any]) -> Any:
-    """A combined loader of the same dataloaders, which are iterated over through others that stand in for them.
+    """Return a combined loader that iterates over stand-ins of the same dataloaders.
 
-    Its dataloaders stay as they are, for whoever asks for them; the combined loader that was given does too.
+    The dataloaders and the given combined loader are not changed.
 
     Args:
-        loader: of either distribution.
-        stand_in: makes of a dataloader what is iterated over.
+        loader: combined loader of either distribution.
+        stand_in: creates the stand-in of a dataloader.
     """
     cls = _class_over(type(loader))
     made = cls.__new__(cls)
@@ -27,7 +27,7 @@ def iterate_through(loader: Any, stand_in: Callable[[Any], Any]) -> Any:
 
 
 def stand_ins(loader: Any) -> list[Any]:
-    """What its dataloaders are iterated through, in their order; the dataloaders themselves where there is nothing."""
+    """Return the stand-ins of the dataloaders in order; the dataloaders themselves if there are none."""
     made = vars(loader).get(_STAND_INS)
     if made is None:
         return list(loader.flattened)
@@ -39,7 +39,7 @@ def stand_ins(loader: Any) -> list[Any]:
 
 
 def iterate_directly(loader: Any) -> None:
-    """Undo `iterate_through` in a combined loader that it has made."""
+    """Undo `iterate_through` in a combined loader that it has returned."""
     if vars(loader).pop(_STAND_INS, None) is not None:
         del vars(loader)[_STAND_IN]
         loader.__class__ = type(loader).__base__
@@ -66,19 +66,19 @@ def _class_over(base: Any) -> Any:
 
 
 def begin(loader: Any) -> None:
-    """Make new iterators of all its dataloaders; worker processes of the last ones are ended."""
+    """Create new iterators of all dataloaders; worker processes of the previous ones exit."""
     loader.reset()
     iter(loader)
 
 
 def place_of(loader: Any) -> dict[str, Any]:
-    """Batches handed out, and which of its dataloaders have been through once."""
+    """Return the number of batches returned, and which of the dataloaders have been exhausted once."""
     iterator = loader._iterator
     return {"index": getattr(iterator, "_idx", 0), "consumed": list(getattr(iterator, "_consumed", ()))}
 
 
 def set_place(loader: Any, index: int, consumed: Sequence[bool]) -> None:
-    """Put back what `place_of` took; its dataloaders are there already."""
+    """Restore the result of `place_of`; the dataloaders must be at this position already."""
     iterator = loader._iterator
     if hasattr(iterator, "_idx"):
         iterator._idx = index
@@ -87,5 +87,5 @@ def set_place(loader: Any, index: int, consumed: Sequence[bool]) -> None:
 
 
 def iterators_of(loader: Any) -> list[Any]:
-    """The iterators of its dataloaders, in their order."""
+    """Return the iterators of the dataloaders, in order."""
     return list(loader._iterator.iterators)

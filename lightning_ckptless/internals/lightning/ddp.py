@@ -1,4 +1,4 @@
-"""What Lightning's data-parallel strategy keeps to itself."""
+"""Private parts of Lightning's data-parallel strategy."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 
 def model_averaging_period(strategy: Any) -> int | None:
-    """Steps between two averagings of the ranks' parameters; None where gradients are averaged, as usual."""
+    """Return the steps between two averagings of the ranks' parameters; None if gradients are averaged, as usual."""
     period: int | None = getattr(strategy, "_model_averaging_period", None)
     return period
 
 
 def wrap_late(strategy: Any) -> None:
-    """Wrap the model for data parallelism when everything else is set up; nothing is sent to other ranks."""
+    """Wrap the model in DDP after everything else is set up, without the initial broadcast."""
     given = strategy._ddp_kwargs
     strategy._ddp_kwargs = {**given, "init_sync": False}
     try:

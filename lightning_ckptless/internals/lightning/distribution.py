@@ -1,4 +1,4 @@
-"""The two distributions of Lightning, `lightning.pytorch` and `pytorch_lightning`: equal in code, not in classes."""
+"""The two distributions of Lightning, `lightning.pytorch` and `pytorch_lightning`: same code, different classes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ DISTRIBUTIONS = (LIGHTNING, PYTORCH_LIGHTNING)
 
 
 def distribution_of(trainer: object) -> str:
-    """The distribution that an object's class, or one of its bases, comes from."""
+    """Return the distribution that defines an object's class or one of its bases."""
     for base in type(trainer).__mro__:
         for distribution in DISTRIBUTIONS:
             if base.__module__ == distribution or base.__module__.startswith(f"{distribution}."):
                 return distribution
-    return imported_flavour()
+    return imported_distribution()
 
 
-def imported_flavour() -> str:
-    """The distribution that this process has imported; `lightning.pytorch` where both or none are."""
+def imported_distribution() -> str:
+    """Return the distribution that this process has imported; `lightning.pytorch` if both or none."""
     for distribution in DISTRIBUTIONS:
         if distribution in sys.modules:
             return distribution
@@ -30,18 +30,18 @@ def imported_flavour() -> str:
 
 
 def module(distribution: str, name: str = "") -> ModuleType:
-    """A module of one distribution, e.g. `module("pytorch_lightning", "callbacks")`."""
+    """Import a module of one distribution, e.g. `module("pytorch_lightning", "callbacks")`."""
     return importlib.import_module(f"{distribution}.{name}" if name else distribution)
 
 
 def fabric_module(distribution: str, name: str) -> ModuleType:
-    """A module of the fabric that belongs to a distribution."""
+    """Import a module of the Fabric package that belongs to a distribution."""
     fabric = "lightning.fabric" if distribution == LIGHTNING else "lightning_fabric"
     return importlib.import_module(f"{fabric}.{name}")
 
 
 def is_a(value: Any, module_name: str, class_name: str) -> bool:
-    """Whether a value is an instance of a class of either distribution."""
+    """Return whether a value is an instance of a class of either distribution."""
     for distribution in DISTRIBUTIONS:
         if (loaded := sys.modules.get(f"{distribution}.{module_name}")) is not None:
             cls = getattr(loaded, class_name, None)
@@ -61,5 +61,5 @@ _PARTS_OF_A_RUN = (
 
 
 def is_part_of_a_run(value: Any) -> bool:
-    """Whether a value is a trainer or one of the objects that are handed to one."""
+    """Return whether a value is a trainer or an object that is passed to one."""
     return any(is_a(value, *kind) for kind in _PARTS_OF_A_RUN)

@@ -1,4 +1,4 @@
-"""What hands batches to the epoch loop, watched; and the containers that batches come in."""
+"""Watches the fetcher that passes batches to the epoch loop, and copies the containers of batches."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lightning_ckptless.internals.torch_internals import map_tensors, version_co
 
 
 class Fetches(Protocol):
-    """Who is asked for the next batch."""
+    """Receives the requests for batches."""
 
     def fetch(self, fetch: Callable[[], Any]) -> Any:
-        """The next batch, from `fetch` or from elsewhere."""
+        """Return the next batch, from `fetch` or another source."""
 
     def reset(self) -> None:
-        """The data is opened anew."""
+        """Handle that the data is opened again."""
 
 
 _LOG = "_ckptless_batches"
@@ -26,12 +26,12 @@ _CLASSES: dict[type, type] = {}
 
 
 def watch_fetches(fetcher: Any, log: Fetches) -> bool:
-    """Ask a log for each batch that a fetcher hands out.
+    """Make a fetcher request each batch through a log.
 
-    The object stays the same; its class becomes a subclass of its own.
+    The object stays the same; its class is replaced by a subclass.
 
     Returns:
-        False for a fetcher that hands out its own iterator instead of batches.
+        False for a fetcher that returns its own iterator instead of batches.
     """
     if is_a(fetcher, "loops.fetchers", "_DataLoaderIterDataFetcher"):
         return False
@@ -43,7 +43,7 @@ def watch_fetches(fetcher: Any, log: Fetches) -> bool:
 
 
 def _blank(cls: Any) -> Any:
-    """An object without attributes, for what reads a pickle."""
+    """Create an object without attributes, for unpickling."""
     return cls.__new__(cls)
 
 
@@ -53,26 +53,26 @@ def _watched_class(base: Any) -> type:
         def next_batch(self: Any) -> Any:
             return vars(self)[_LOG].fetch(lambda: base.__next__(self))
 
-        def open_anew(self: Any) -> Any:
+        def reopen(self: Any) -> Any:
             vars(self)[_LOG].reset()
             return base.__iter__(self)
 
         def copy_of_base(self: Any, _: Any) -> Any:
-            # What copies or pickles the loops gets a fetcher of Lightning's own class, without the log.
+            # A copy or pickle of the loops gets a fetcher of Lightning's own class, without the log.
             state = {name: value for name, value in vars(self).items() if name != _LOG}
             return _blank, (base,), state
 
-        members = {"__next__": next_batch, "__iter__": open_anew, "__reduce_ex__": copy_of_base, _LOG: None}
+        members = {"__next__": next_batch, "__iter__": reopen, "__reduce_ex__": copy_of_base, _LOG: None}
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
         _CLASSES[base] = type(base.__name__, (base,), members | names)
     return _CLASSES[base]
 
 
 def copy_containers(data: Any) -> tuple[Any, tuple[int, ...], int]:
-    """Lists, dictionaries and the like anew, with the same tensors in them.
+    """Copy the containers of nested data, but not the tensors in them.
 
     Returns:
-        The copy, how often each tensor was written to, and the bytes of all of them.
+        The copy, the version counter of each tensor, and their total size in bytes.
     """
     stamps: list[int] = []
     sizes: list[int] = []

@@ -1,8 +1,7 @@
-"""What a call of a trainer in a worker has come to, brought back into the trainer of the process that was forked.
+"""Transfers the results of a trainer call in a worker back to the trainer of the process that it was forked from.
 
-After `fit` this is what a program finds that has called it in its own process: weights, the loops' counters, the
-states of callbacks, metrics, and where the loggers write. Attributes that only the program's own code knows stay in the
-worker.
+After `fit` the script finds what a call in its own process would have left: weights, loop counters, callback states,
+metrics, and where the loggers write. Attributes that only the script's own code knows stay in the worker.
 """
 
 from __future__ import annotations
@@ -22,27 +21,27 @@ _PREDICTIONS = "return_predictions"
 
 
 def elastic_environment(distribution: str) -> Any:
-    """The cluster environment of a worker that an elastic agent has started."""
+    """Return the cluster environment for a worker of an elastic agent."""
     return fabric_module(distribution, "plugins.environments").TorchElasticEnvironment()
 
 
 def without_predictions(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments with which a call of `predict` returns no predictions: each rank has those of its own samples only.
+    """Change the arguments of `predict` so that it returns no predictions, as each rank has only those of its samples.
 
     Args:
-        function: of the trainer, as it is handed to the launcher.
+        function: function of the trainer that is passed to the launcher.
         args: its arguments.
 
     Raises:
-        OptionsError: the call asks for predictions.
+        OptionsError: the call requests predictions.
     """
     if getattr(function, "__name__", "") != _PREDICT:
         return args
     bound = inspect.signature(function).bind(*args)
     if bound.arguments.get(_PREDICTIONS):
         raise OptionsError(
-            "return_predictions=True: each worker has the predictions of its own samples only, and they stay there. "
-            "Add a callback that writes them (lightning's BasePredictionWriter), or predict with a trainer of its own: "
+            "return_predictions=True: each worker has only the predictions of its own samples and cannot return them. "
+            "Write them with a callback (BasePredictionWriter), or predict with a separate trainer: "
             "Trainer(devices=1, strategy='auto')"
         )
     bound.arguments[_PREDICTIONS] = False
@@ -50,9 +49,9 @@ def without_predictions(function: Callable[..., Any], args: tuple[Any, ...]) -> 
 
 
 def capture(trainer: Any) -> dict[str, Any]:
-    """The state of a trainer after a call: tensors, plain data, and what callbacks have in their states.
+    """Return the state of a trainer after a call: tensors, plain data, and callback states.
 
-    All ranks call it: a metric may be summed up over them when it is asked for its state.
+    All ranks must call it, as reading the state of a metric may reduce it over the ranks.
     """
     is_fit = trainer.state.fn == "fit"
     found: dict[str, Any] = {
@@ -63,18 +62,18 @@ def capture(trainer: Any) -> dict[str, Any]:
     if is_fit:
         found |= {"counters": FitLoops(trainer).counters(), "should_stop": trainer.should_stop}
     if is_fit or trainer.ckpt_path is not None:
-        # What was not trained may have been read from a file.
+        # Other calls change the model only if they load a checkpoint.
         found["model"] = trainer.lightning_module.state_dict()
         found["callbacks"] = [(callback.state_key, callback.state_dict()) for callback in trainer.callbacks]
     return found
 
 
 def restore(trainer: Any, captured: dict[str, Any]) -> None:
-    """Give the state of a worker's trainer to the one that it was forked from.
+    """Apply the state of a worker's trainer to the trainer that it was forked from.
 
     Args:
-        trainer: has the same callbacks and loggers.
-        captured: what `capture` returned in the worker.
+        trainer: trainer with the same callbacks and loggers.
+        captured: result of `capture` in the worker.
     """
     trainer.state = captured["state"]
     for name in _METRICS:
@@ -87,7 +86,7 @@ def restore(trainer: Any, captured: dict[str, Any]) -> None:
         FitLoops(trainer).set_counters(captured["counters"])
         trainer.should_stop = captured["should_stop"]
     if "model" in captured:
-        # As Lightning does it: the model of the worker may have parts that its hooks have made.
+        # Not strict, like in Lightning, as hooks may have added parts to the model in the worker.
         trainer.lightning_module.load_state_dict(captured["model"], strict=False)
         _restore_callbacks(trainer.callbacks, dict(captured["callbacks"]))
 
@@ -97,7 +96,7 @@ def _restore_callbacks(callbacks: list[Any], states: dict[str, Any]) -> None:
         if not (state := states.get(callback.state_key)):
             continue
         if is_a(callback, "callbacks", "ModelCheckpoint"):
-            # It takes scores over only where it writes to the same folder, which it has chosen in the worker.
+            # It adopts the scores only if its folder is the same, which was chosen in the worker.
             callback.dirpath = state.get("dirpath", callback.dirpath)
         callback.load_state_dict(state)
 

@@ -1,8 +1,7 @@
-"""Log files of a run that is restored: cut back to a version, and written on from there.
+"""Truncates the log files of a restored run to a version, so that they are continued from there.
 
-A new `CSVLogger` would delete the rows of the folder that it is given; a new `TensorBoardLogger` would write steps
-again that are already there. Before anything asks for `experiment`, the files are cut back to what belongs to the
-restored version.
+A new `CSVLogger` would delete the rows in its folder, and a new `TensorBoardLogger` would write existing steps again.
+Therefore the files are truncated to the restored version before the first access to `experiment`.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ from lightning_ckptless.internals.lightning.override import Override
 
 
 def note_saved_config(callbacks: list[Any], *, saved: bool) -> None:
-    """Tell LightningCLI's callback whether the run's folder has its configuration; it refuses to find one there."""
+    """Set whether LightningCLI's callback has saved its configuration; it refuses to overwrite an existing file."""
     for callback in callbacks:
         if is_a(callback, "cli", "SaveConfigCallback"):
             callback.already_saved = saved
 
 
 def empty_positions(loggers: list[Any]) -> list[dict[str, Any] | None]:
-    """The positions of log files before anything was written."""
+    """Return the positions of log files before anything was written."""
     return [{"rows": 0, "keys": [], "unsaved": [], "files": {}} for _ in loggers]
 
 
 def log_positions(loggers: list[Any]) -> list[dict[str, Any] | None]:
-    """How far each log file is: what was written until now, nothing after."""
+    """Return the current position of each log file."""
     return [_position(logger) for logger in loggers]
 
 
@@ -52,14 +51,14 @@ def _position(logger: Any) -> dict[str, Any] | None:
 
 
 def watch_logs(loggers: list[Any]) -> None:
-    """Make every write of the log files countable, and rewrites of them atomic."""
+    """Count the rows written to log files, and make rewrites of them atomic."""
     for logger in loggers:
         if is_a(logger, "loggers", "CSVLogger"):
             _watch_csv(logger.experiment)
 
 
 def cut_logs(trainer: Any, saved: list[dict[str, Any] | None]) -> None:
-    """Cut the log files back to saved positions; called on the rank that writes them, before it opens them."""
+    """Truncate log files to saved positions; called on the rank that writes them, before it opens them."""
     for logger, position in zip(trainer.loggers, saved, strict=False):
         if position is None:
             continue
@@ -71,7 +70,7 @@ def cut_logs(trainer: Any, saved: list[dict[str, Any] | None]) -> None:
 
 
 def keep_logs(trainer: Any) -> None:
-    """Open the log files that are there, as they are; called on the rank that writes them, before it opens them."""
+    """Keep existing log files unchanged; called on the rank that writes them, before it opens them."""
     for logger in trainer.loggers:
         if is_a(logger, "loggers", "CSVLogger"):
             path = (
@@ -84,7 +83,7 @@ def keep_logs(trainer: Any) -> None:
 
 
 def rewind_logs(trainer: Any, saved: list[dict[str, Any] | None]) -> None:
-    """Bring log files back to saved positions, open or not; called on the rank that writes them."""
+    """Rewind log files to saved positions, open or not; called on the rank that writes them."""
     for logger, position in zip(trainer.loggers, saved, strict=False):
         if position is None:
             continue
@@ -99,7 +98,7 @@ def rewind_logs(trainer: Any, saved: list[dict[str, Any] | None]) -> None:
 
 
 def _is_open(logger: Any) -> bool:
-    """Whether a `CSVLogger` writes, and into its own folder: the program may have opened another one before `fit`."""
+    """Return whether a `CSVLogger` is open in its current folder; the script may have opened another before `fit`."""
     return hasattr(logger._experiment, "ckptless_rows") and logger._experiment.log_dir == logger.log_dir
 
 
@@ -121,7 +120,7 @@ def _count_rows(writer: Any) -> None:
         writer.ckptless_rows += rows
 
     def rewrite_atomically(fieldnames: list[str]) -> None:
-        # Lightning empties the file and writes it anew when a column is added: a kill in between would lose all rows.
+        # Lightning truncates and rewrites the file when a column is added; a kill in between would lose all rows.
         path = Path(writer.metrics_file_path)
         _write_rows(path, fieldnames, _read_rows(path))
 
@@ -138,10 +137,10 @@ def _cut_csv(logger: Any, position: dict[str, Any], distribution: str) -> None:
         os.replace(hidden, path)
     rows = _read_rows(path)[: position["rows"]] if path.exists() else []
     if path.exists():
-        # The constructor deletes a metrics file that it finds.
+        # The constructor deletes an existing metrics file.
         os.replace(path, hidden)
     with warnings.catch_warnings():
-        # It says that it deletes the rows of the folder, which is what is prevented here.
+        # It warns that it deletes the rows, which the renaming has prevented.
         warnings.simplefilter("ignore")
         writer = writer_class(log_dir=str(folder))
     if hidden.exists():
@@ -159,7 +158,7 @@ def _cut_csv(logger: Any, position: dict[str, Any], distribution: str) -> None:
 
 
 def _saved_hparams(path: Path, distribution: str) -> dict[str, Any]:
-    """The hyper-parameters that are there: the writer puts all it knows into the file whenever it is given more."""
+    """Read the saved hyper-parameters, as the writer rewrites the file with all that it knows when it gets new ones."""
     with suppress(yaml.YAMLError):
         if path.exists():
             return dict(module(distribution, "core.saving").load_hparams_from_yaml(path, use_omegaconf=False))
@@ -197,17 +196,17 @@ def _write_rows(path: Path, keys: list[str], rows: list[dict[str, str]]) -> None
 
 
 def _event_files(folder: Path) -> dict[str, Path]:
-    """Event files by their place in the folder: values that are logged together have folders of their own in it."""
+    """Return event files by relative path; values that are logged together have their own sub-folders."""
     return {path.relative_to(folder).as_posix(): path for path in folder.rglob("events.out.tfevents.*")}
 
 
 def _open_events(logger: Any) -> Path:
-    """The file that a logger writes into at present: in a process that is new it holds nothing but its head."""
+    """Return the file that a logger currently writes to; in a new process it has only a header."""
     return Path(logger.experiment.file_writer.event_writer._file_name)
 
 
 def _close_elsewhere(logger: Any) -> None:
-    """Close a writer that the program opened before `fit`, in a folder that is not the run's."""
+    """Close a writer that the script opened before `fit` in a folder other than the run's."""
     writer = logger._experiment
     if writer is not None and writer.log_dir != logger.log_dir:
         writer.close()
@@ -215,17 +214,17 @@ def _close_elsewhere(logger: Any) -> None:
 
 
 def event_files(loggers: list[Any]) -> set[Path]:
-    """The event files in the folders of TensorBoard's loggers."""
+    """Return the event files in the folders of TensorBoard loggers."""
     folders = [Path(logger.log_dir) for logger in loggers if is_a(logger, "loggers", "TensorBoardLogger")]
     return {path for folder in folders for path in _event_files(folder).values()}
 
 
 def drop_events_beyond(loggers: list[Any], before: set[Path]) -> None:
-    """Remove event files that this process has opened and written no row to.
+    """Remove event files that this process has created without writing rows.
 
     Args:
-        loggers: of the trainer.
-        before: the files that were there before.
+        loggers: loggers of the trainer.
+        before: files that existed before.
     """
     for logger in loggers:
         if is_a(logger, "loggers", "TensorBoardLogger") and logger._experiment is not None:

@@ -1,7 +1,7 @@
-"""Which run of its store a logger writes to, read from one process and given to the logger of a later one.
+"""The run that a logger writes to, transferred from one process to the logger of a later one.
 
-Lightning's loggers keep it in private attributes, listed here by class. A logger of the user's own says it by two
-methods, `LoggerWithIdentity`.
+Lightning's loggers keep it in private attributes, listed here by class. A custom logger provides it with the two
+methods of `LoggerWithIdentity`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.internals.lightning.distribution import is_a
 
 Identity = dict[str, Any]
-"""Plain data that JSON can hold."""
+"""Plain data that JSON can represent."""
 
 _ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "CSVLogger": ("_name", "_root_dir", "_save_dir", "_version"),
@@ -26,7 +26,7 @@ _ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "WandbLogger": ("_id", "_project", "_name", "_save_dir"),
 }
 _WANDB_INIT = {"_id": "id", "_project": "project", "_name": "name", "_save_dir": "dir"}
-"""What `wandb.init` is called with, by the attribute that holds the same."""
+"""Arguments of `wandb.init` by the attributes with the same values."""
 
 _WANDB_FLUSH = "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"
 
@@ -39,27 +39,27 @@ _VARIABLES: dict[str, tuple[str, dict[str, str | None]]] = {
 class LoggerWithIdentity(Protocol):
     """A logger whose run a new process can continue.
 
-    Both methods are called on every rank: the first when the loggers are open, the second before anything asks for
+    Both methods are called on every rank: the first when the loggers are open, the second before the first access to
     `experiment`.
     """
 
     def ckptless_identity(self) -> dict[str, Any]:
-        """Name the run that this logger writes to.
+        """Return the run that this logger writes to.
 
         Returns:
-            Plain data that JSON can hold, e.g. `{"run_id": "4f1c"}`.
+            Plain data that JSON can represent, e.g. `{"run_id": "4f1c"}`.
         """
 
     def set_ckptless_identity(self, identity: dict[str, Any]) -> None:
-        """Write to the run that the logger of an earlier process has named.
+        """Continue the run of the logger of an earlier process.
 
         Args:
-            identity: what its `ckptless_identity` returned.
+            identity: result of its `ckptless_identity`.
         """
 
 
 def private_attributes() -> dict[str, tuple[str, ...]]:
-    """The private attributes of Lightning's loggers that are touched here, by class."""
+    """Return the private attributes of Lightning's loggers that are used here, by class."""
     more = {
         "WandbLogger": ("_wandb_init", "_experiment"),
         "CometLogger": ("_experiment",),
@@ -69,12 +69,12 @@ def private_attributes() -> dict[str, tuple[str, ...]]:
 
 
 def is_dummy(logger: Any) -> bool:
-    """Whether a logger is Lightning's stand-in, which writes nothing and has an attribute of any name."""
+    """Return whether a logger is Lightning's dummy logger, which writes nothing and has attributes of any name."""
     return is_a(logger, "loggers.logger", "DummyLogger")
 
 
 def _has_own(logger: Any) -> bool:
-    # On the class: an instance may answer to any name.
+    # Checked on the class, as an instance may have attributes of any name.
     return hasattr(type(logger), "ckptless_identity") and hasattr(type(logger), "set_ckptless_identity")
 
 
@@ -83,15 +83,15 @@ def _kind(logger: Any) -> str | None:
 
 
 def can_be_continued(logger: Any) -> bool:
-    """Whether a new process can be given the run of a logger, or there is none to give."""
+    """Return whether a new process can continue the run of a logger, or there is none."""
     return is_dummy(logger) or _has_own(logger) or _kind(logger) is not None
 
 
 def identity_of(logger: Any) -> Identity:
-    """The run that a logger writes to; empty where it cannot be said or is not chosen yet.
+    """Return the run that a logger writes to; empty if it is unknown or not chosen yet.
 
     Raises:
-        OptionsError: a logger of the user's own returns what JSON cannot hold.
+        OptionsError: a custom logger returns data that JSON cannot represent.
     """
     if _has_own(logger):
         return _checked(logger, logger.ckptless_identity())
@@ -100,7 +100,7 @@ def identity_of(logger: Any) -> Identity:
         return {}
     found = {name: getattr(logger, name, None) for name in _ATTRIBUTES[kind]}
     if kind == "WandbLogger" and logger.version is not None:
-        # The run chooses its own where none was given.
+        # If no id was given, the run has chosen one.
         found["_id"] = logger.version
     return {name: value if isinstance(value, int) else str(value) for name, value in found.items() if value is not None}
 
@@ -116,11 +116,11 @@ def _checked(logger: Any, identity: Any) -> Identity:
 
 
 def set_identity(logger: Any, identity: Identity) -> None:
-    """Have a logger write to a run, before anything asks for its `experiment`.
+    """Make a logger continue a run, before the first access to its `experiment`.
 
     Args:
-        logger: of the class that the identity is of.
-        identity: what `identity_of` returned, in this process or an earlier one.
+        logger: logger of the same class as the one that the identity is from.
+        identity: result of `identity_of` in this or an earlier process.
     """
     if _has_own(logger):
         if identity:
@@ -139,7 +139,7 @@ def set_identity(logger: Any, identity: Identity) -> None:
 
 
 def _leave_stray_run(logger: Any, identity: Identity) -> None:
-    """End a run that the program opened before `fit`, which an earlier process had opened too."""
+    """Terminate a run that the script opened before `fit` although an earlier process has opened one."""
     stray = logger._run_id
     if logger._initialized and stray != identity.get("_run_id", stray):
         logger._mlflow_client.set_terminated(stray, "KILLED")
@@ -147,7 +147,7 @@ def _leave_stray_run(logger: Any, identity: Identity) -> None:
 
 
 def forget_identity(logger: Any) -> None:
-    """Have a logger choose a run of its own."""
+    """Make a logger choose a new run."""
     kind = _kind(logger)
     for name in ("_version", "_run_id", "_experiment_key", "_id"):
         if kind is not None and name in _ATTRIBUTES[kind]:
@@ -157,7 +157,7 @@ def forget_identity(logger: Any) -> None:
 
 
 def writes_elsewhere(logger: Any, identity: Identity) -> bool:
-    """Whether a logger writes to another run than the one it was given: the program opened that before `fit`."""
+    """Return whether a logger writes to another run than it should, because the script opened it before `fit`."""
     kind = _kind(logger)
     if kind not in _VARIABLES or (experiment := logger._experiment) is None:
         return False
@@ -167,35 +167,35 @@ def writes_elsewhere(logger: Any, identity: Identity) -> bool:
 
 
 def keeps_rows_until_it_ends(logger: Any) -> bool:
-    """Whether what a logger is given is out of reach once its process is killed: so Comet works offline.
+    """Return whether the rows of a logger are lost if its process is killed, as with Comet in offline mode.
 
-    It writes into a temporary folder, and makes that an archive when the process ends.
+    It writes to a temporary folder and creates an archive when the process exits.
     """
     experiment = logger._experiment if _kind(logger) == "CometLogger" else None
     return experiment is not None and "Offline" in type(experiment).__name__
 
 
 def begin_after(logger: Any, rows: int) -> None:
-    """Have a run that a new process continues count its rows from where the last one stopped.
+    """Make a continued run count its rows from where the previous process stopped.
 
-    W&B knows how many there are from its server; offline it would number them from 0 again, and refuse them as steps
-    that lie behind when the files are uploaded.
+    W&B gets the count from its server. Offline it would start from 0 again, and refuse the rows as old steps when the
+    files are uploaded.
 
     Args:
-        logger: open.
-        rows: that the run has.
+        logger: open logger.
+        rows: number of rows of the run.
     """
     if _kind(logger) == "WandbLogger" and (run := logger._experiment) is not None and run.offline and run.step < rows:
         run.log({}, step=rows, commit=False)
 
 
 def write_soon(loggers: list[Any]) -> Callable[[], object]:
-    """Have W&B write rows to its file at once: by default its service keeps them for 15 s, and loses them in a kill.
+    """Make W&B write rows to its file at once; by default its service buffers them for 15 s and loses them if killed.
 
-    A version of W&B that does not know the variable ignores it.
+    Versions of W&B without this variable ignore it.
 
     Returns:
-        What takes the variable out of the environment again.
+        A function that removes the variable from the environment.
     """
     if _WANDB_FLUSH in os.environ or all(_kind(logger) != "WandbLogger" for logger in loggers):
         return lambda: None
@@ -204,9 +204,9 @@ def write_soon(loggers: list[Any]) -> Callable[[], object]:
 
 
 def variables_of(loggers: list[Any]) -> dict[str, str]:
-    """Environment variables by which the libraries themselves continue a run that is opened before `fit`.
+    """Return environment variables that make the libraries themselves continue a run that is opened before `fit`.
 
-    They name one run per library: where there are two loggers of a kind, there are none for it.
+    They name one run per library, so there are none for a library with two loggers.
     """
     found: dict[str, str] = {}
     kinds = [kind for logger in loggers if (kind := _kind(logger)) in _VARIABLES]

@@ -1,4 +1,4 @@
-"""The loops of `Trainer.fit`: their counters, their data and the points at which a step begins and ends."""
+"""The loops of `Trainer.fit`: their counters, their data, and where a step begins and ends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_ckptless.protocol.uneven_steps import AtEnd, WhyEnded
 
 
 class FitLoops:
-    """The fit loop and its epoch loop, by names of their meaning.
+    """Access to the private parts of the fit loop and its epoch loop.
 
     Args:
         trainer: a `Trainer` of either distribution.
@@ -33,16 +33,16 @@ class FitLoops:
         self.epoch: Any = trainer.fit_loop.epoch_loop
         self.validation: Any = trainer.fit_loop.epoch_loop.val_loop
 
-    # ------------------------------------------------------------------ where in the run
+    # ------------------------------------------------------------------ position in the run
 
     def step_done(self) -> bool:
-        """Whether the batch just processed ended an optimizer step, not a part of an accumulated one."""
+        """Return whether the last batch ended an optimizer step, and did not just accumulate gradients."""
         return not self.epoch._should_accumulate()
 
     def validation_is_due(self, fetcher: Any) -> bool:
-        """Whether validation follows the batch just processed, as far as all ranks agree on it.
+        """Return whether validation follows the last batch, if all ranks agree on it.
 
-        Where a clock says when to validate, each rank has its own, which may say otherwise a moment later.
+        With a time-based interval, each rank has its own clock, so the answer may differ between ranks.
         """
         if validates_by_clock(self.trainer):
             return False
@@ -50,29 +50,29 @@ class FitLoops:
 
     @property
     def batches_that_stepped(self) -> int:
-        """The step number under which the loggers file the next row."""
+        """The step number of the next row for the loggers."""
         return int(self.epoch._batches_that_stepped)
 
     @property
     def is_out_of_data(self) -> bool:
-        """Whether the batch just processed was the last one of its epoch."""
+        """Whether the last batch was the last of its epoch."""
         return bool(self.epoch.batch_progress.is_last_batch)
 
     @property
     def at_end(self) -> AtEnd:
-        """Where training has ended."""
+        """The step at which training has ended, and why."""
         why = WhyEnded.ASKED if self.trainer.should_stop else WhyEnded.NO_DATA
         return AtEnd(int(self.trainer.global_step), why)
 
     @property
     def is_at_beginning(self) -> bool:
-        """Whether nothing was trained yet."""
+        """Whether no training step has been made yet."""
         return not self.trainer.global_step and not self.trainer.current_epoch
 
     # ------------------------------------------------------------------ counters
 
     def counters(self) -> dict[str, Any]:
-        """All progress counters and flags of the loops, as plain data."""
+        """Return all progress counters and flags of the loops, as plain data."""
         return {
             "fit_loop": self.fit.state_dict(),
             "skip_next_validation": self.epoch._skip_next_val,
@@ -82,7 +82,7 @@ class FitLoops:
         }
 
     def set_counters(self, saved: dict[str, Any]) -> None:
-        """Put the counters back, without Lightning's own notion of a restart."""
+        """Restore the counters, without Lightning's own restart logic."""
         self.fit.load_state_dict(copy.deepcopy(saved["fit_loop"]))
         for loop in self._all(self.fit):
             loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
@@ -105,15 +105,15 @@ class FitLoops:
 
     @property
     def combined_loader(self) -> Any:
-        """The training data: one or more dataloaders behind one iterator."""
+        """The training data: one or more dataloaders in one iterator."""
         return self.fit._combined_loader
 
     def wrap_data_source(self, loop: str, around: Callable[[Callable[[], Any]], Any]) -> None:
-        """Put a function around the call that returns the user's dataloaders.
+        """Wrap the call that returns the user's dataloaders.
 
         Args:
             loop: `train` or `validation`.
-            around: is given the call.
+            around: called with the original function.
         """
         override = Override(self._data_sources[loop], "dataloader", lambda: around(override.original))
 
@@ -122,10 +122,10 @@ class FitLoops:
         return {"train": self.fit._data_source, "validation": self.validation._data_source}
 
     def iterate_data_through(self, stand_in: Callable[[Any], Any]) -> None:
-        """Have training iterate over its dataloaders through others that stand in for them.
+        """Make training iterate over stand-ins of its dataloaders.
 
         Args:
-            stand_in: makes of a dataloader what is iterated over.
+            stand_in: creates the stand-in of a dataloader.
         """
         combined_class = module(distribution_of(self.trainer), "utilities.combined_loader").CombinedLoader
 
@@ -137,7 +137,7 @@ class FitLoops:
         self.wrap_data_source("train", combined)
 
     def make_data_again(self, loop: str) -> None:
-        """Ask the user for the dataloaders of a loop again.
+        """Request the dataloaders of a loop from the script again.
 
         Args:
             loop: `train` or `validation`.
@@ -157,11 +157,11 @@ class FitLoops:
 
     @property
     def fetcher(self) -> Any:
-        """What hands batches from the combined loader to the epoch loop."""
+        """The fetcher, which passes batches from the combined loader to the epoch loop."""
         return self.fit._data_fetcher
 
     def data_position(self) -> dict[str, Any]:
-        """How far the fetcher and the combined loader are."""
+        """Return the position of the fetcher and the combined loader."""
         return {
             "fetched": self.fetcher.fetched,
             "buffered": len(getattr(self.fetcher, "batches", ())),
@@ -169,12 +169,12 @@ class FitLoops:
         }
 
     def reopen_data(self, saved: dict[str, Any], before_buffer: Callable[[], None], unaware: Sequence[int]) -> None:
-        """Make new iterators at a saved position; the loaders have been told theirs.
+        """Create new iterators at a saved position; the positions of the loaders must be set already.
 
         Args:
-            saved: what `data_position` returned.
-            before_buffer: called before a batch that lay prefetched is fetched again.
-            unaware: indices of iterables that know no position: their batches are read again and dropped.
+            saved: result of `data_position`.
+            before_buffer: called before prefetched batches are fetched again.
+            unaware: indices of iterables without a position, whose batches are read again and dropped.
         """
         fetcher, loader = self.fetcher, self.combined_loader
         loader.reset()
@@ -205,7 +205,7 @@ class FitLoops:
                 next(iterators_of(self.combined_loader)[index])
 
     def set_sampler_epochs(self, combined_loader: Any = None) -> None:
-        """Tell every sampler of the training data which epoch it is.
+        """Set the epoch of every sampler of the training data.
 
         Args:
             combined_loader: the dataloaders; None for those of the fit loop.
@@ -217,21 +217,21 @@ class FitLoops:
 
     @property
     def length(self) -> int:
-        """Batches of this epoch; 0 where that is not known."""
+        """Number of batches of this epoch; 0 if unknown."""
         most = self.fit.max_batches
         return int(most) if most != float("inf") else 0
 
     @property
     def batches_done(self) -> int:
-        """Batches of this epoch that were run."""
+        """Number of batches of this epoch that have run."""
         return int(self.epoch.batch_progress.current.ready)
 
     def set_length(self, most: int) -> None:
-        """Have this epoch end after so many batches."""
+        """Set the number of batches of this epoch."""
         if most == self.fit.max_batches:
             return
         self.fit.max_batches = most
-        # Lightning leaves this attribute out where validation goes by the clock.
+        # The attribute does not exist with a time-based validation interval.
         interval = vars(self.trainer).get("val_check_interval")
         if isinstance(interval, float) and self.trainer.val_check_batch is not None:
             self.trainer.val_check_batch = max(1, int(most * interval))
@@ -242,7 +242,7 @@ class FitLoops:
         return self.validation._combined_loader
 
     def after_setup_of_validation_data(self, do: Callable[[], None]) -> None:
-        """Call a function whenever the validation loop has set up its data, or kept what it has."""
+        """Call a function whenever the validation loop has set up its data or kept existing data."""
 
         def both() -> None:
             override.original()
@@ -251,11 +251,11 @@ class FitLoops:
         override = Override(self.validation, "setup_data", both)
 
     def before_setup_of_data(self, do: Callable[[], None]) -> None:
-        """Call a function whenever the fit loop is about to set up its training data, or to keep what it has."""
+        """Call a function whenever the fit loop is about to set up its training data or keep existing data."""
         self._precede("setup_data", do)
 
     def before_end_of_run(self, do: Callable[[], None]) -> None:
-        """Call a function when the last epoch is over, before the hooks of an ending run."""
+        """Call a function after the last epoch, before the hooks for the end of the run."""
         self._precede("on_run_end", do)
 
     def _precede(self, name: str, do: Callable[[], None]) -> None:
@@ -266,23 +266,23 @@ class FitLoops:
         override = Override(self.fit, name, both)
 
     def forget_training_data(self) -> None:
-        """Have the fit loop set up its training data anew."""
+        """Make the fit loop set up its training data again."""
         self.fit._combined_loader = None
 
     def replace_training_data(self, combined_loader: Any) -> None:
-        """Train on other dataloaders of as many batches; they are opened by `reopen_data`."""
+        """Train on other dataloaders with the same number of batches, to be opened by `reopen_data`."""
         self.combined_loader.reset()
         self.fit._combined_loader = combined_loader
         self.fetcher.setup(combined_loader)
 
     def forget_validation_data(self) -> None:
-        """Have the next validation set up its dataloaders anew."""
+        """Make the next validation set up its dataloaders again."""
         self.validation._combined_loader = None
 
     # ------------------------------------------------------------------ after a fault
 
     def tidy_up(self) -> None:
-        """Put right what an exception leaves behind where it passes through hooks, validation and the forward pass."""
+        """Reset the state that an exception leaves in the trainer and model when it interrupts a step or validation."""
         self.trainer.training = True
         module_ = self.trainer.lightning_module
         module_._current_fx_name = None
@@ -291,28 +291,28 @@ class FitLoops:
             parameter.grad = None
 
     def run_by(self, run: Callable[[Callable[[], None]], None]) -> None:
-        """Have the fit loop run by a function.
+        """Wrap the run of the fit loop.
 
         Args:
-            run: is given what would have run it.
+            run: called with the original function.
         """
         override = Override(self.fit, "run", lambda: run(override.original))
 
     @contextmanager
     def without_overrides(self) -> Iterator[None]:
-        """Context in which the loops run as Lightning has them; their dataloaders are wrapped as before."""
+        """Context without our overrides of the loops; their dataloaders stay wrapped."""
         replaced = {self.fit: ("run", "setup_data", "on_run_end"), self.epoch: ("advance", "on_advance_end")}
         replaced[self.validation] = ("setup_data",)
-        there = [(loop, name) for loop, names in replaced.items() for name in names if name in vars(loop)]
-        held = [(loop, name, vars(loop).pop(name)) for loop, name in there]
+        present = [(loop, name) for loop, names in replaced.items() for name in names if name in vars(loop)]
+        overrides = [(loop, name, vars(loop).pop(name)) for loop, name in present]
         try:
             yield
         finally:
-            for loop, name, override in held:
+            for loop, name, override in overrides:
                 setattr(loop, name, override)
 
     def give_back(self) -> None:
-        """Give the loops their own methods and dataloaders back."""
+        """Restore the original methods and dataloaders of the loops."""
         remove_overrides(self.fit, "run", "setup_data", "on_run_end")
         remove_overrides(self.validation, "setup_data")
         for source in self._data_sources.values():
@@ -320,20 +320,20 @@ class FitLoops:
         if self.combined_loader is not None:
             iterate_directly(self.combined_loader)
 
-    # ------------------------------------------------------------------ driving
+    # ------------------------------------------------------------------ running
 
     def finish_fit(self) -> None:
-        """What the fit loop does when its last epoch is over."""
+        """Run what the fit loop does after its last epoch."""
         self.fit._restarting = False
         self.fit.on_run_end()
 
     def show_model_to_profiler(self) -> Any:
-        """The profiler's span around an epoch, as the fit loop opens it."""
+        """Return the profiler's span of an epoch, as opened by the fit loop."""
         return self.trainer.profiler.profile("run_training_epoch")
 
 
 def _put_back_forward(module_: Any) -> None:
-    """Undo what the strategy does to `forward` on the way into a wrapped model, where it did not come to do so."""
+    """Restore `forward`, which the strategy replaces during the forward pass of a wrapped model."""
     forward = vars(module_).get("forward")
     if getattr(forward, "__name__", "") == "wrapped_forward":
         inside = dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True))

@@ -1,4 +1,4 @@
-"""The state of torchmetrics, which is in no `state_dict` unless asked for."""
+"""The state of torchmetrics, which is not part of a `state_dict` by default."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchmetrics.utilities import dim_zero_cat, dim_zero_max, dim_zero_mean, di
 
 
 def dump_metric(metric: Metric) -> dict[str, Any]:
-    """What a metric has gathered, as tensors and plain data."""
+    """Return the state of a metric, as tensors and plain data."""
     return {
         "states": {name: getattr(metric, name) for name in metric._defaults},
         "update_count": metric._update_count,
@@ -22,7 +22,7 @@ def dump_metric(metric: Metric) -> dict[str, Any]:
 
 
 def load_metric(metric: Metric, saved: dict[str, Any]) -> None:
-    """Put back what a metric had gathered."""
+    """Restore the state of a metric."""
     for name, value in saved["states"].items():
         setattr(metric, name, _moved(value, metric.device))
     metric._update_count = saved["update_count"]
@@ -31,7 +31,7 @@ def load_metric(metric: Metric, saved: dict[str, Any]) -> None:
 
 
 def metrics_of(modules: Iterable[tuple[str, Any]]) -> dict[str, Metric]:
-    """The metrics among named modules."""
+    """Return the metrics among named modules."""
     return {name: module for name, module in modules if isinstance(module, Metric)}
 
 
@@ -45,12 +45,12 @@ _NAMES: dict[Any, str] = {
 
 
 def reductions_of(metric: Metric) -> dict[str, str | None]:
-    """How each state of a metric is reduced over ranks: a name in `REDUCTIONS`; None where that is the metric's own."""
+    """Return how each state of a metric is reduced over ranks: a key of `REDUCTIONS`; None for a custom reduction."""
     return {key: _NAMES.get(reduce) for key, reduce in metric._reductions.items()}
 
 
 def defaults_of(metric: Metric) -> dict[str, Any]:
-    """What the states of a metric begin with."""
+    """Return the initial values of the states of a metric."""
     return dict(metric._defaults)
 
 
@@ -71,7 +71,7 @@ REDUCTIONS: dict[str, Callable[..., Any]] = {
     "min": lambda mine, theirs, *_: torch.minimum(mine, theirs),
     "cat": _joined,
 }
-"""How a state of one rank and the same of another are put together, with how often each was updated."""
+"""Functions that merge the states of two ranks, called with both states and their update counts."""
 
 
 def _is_data(value: Any) -> bool:
@@ -87,5 +87,5 @@ def _moved(value: Any, device: Any) -> Any:
 
 
 def default_names(metric: Any) -> list[str]:
-    """Names of the states that a metric of torchmetrics has."""
+    """Return the names of the states of a metric."""
     return list(metric._defaults)

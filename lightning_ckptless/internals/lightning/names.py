@@ -1,4 +1,4 @@
-"""The names of Lightning that are used, by where they are; variants that not every version has are left out."""
+"""The private names of Lightning that are used, by module or class, except variants that some versions lack."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ NAMES = {
         StochasticWeightAveraging ThroughputMonitor Timer
     """,
 }
-"""By `module` or `module:Class` within a distribution."""
+"""Required names by `module` or `module:Class` within a distribution."""
 
 
 def table_of(distribution: str) -> names.Table:
-    """The names that one distribution has to have.
+    """Return the table of required names for one distribution.
 
     Args:
         distribution: `lightning.pytorch` or `pytorch_lightning`.
@@ -70,12 +70,12 @@ def table_of(distribution: str) -> names.Table:
 
 
 def require(distribution: str) -> None:
-    """Refuse a distribution of Lightning that has moved names.
+    """Refuse a distribution of Lightning that lacks required names.
 
     Args:
         distribution: `lightning.pytorch` or `pytorch_lightning`.
 
     Raises:
-        VersionError: some are not where they are expected.
+        VersionError: some names do not exist.
     """
     names.require(distribution, str(module(distribution).__version__), table_of(distribution))

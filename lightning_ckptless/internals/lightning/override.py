@@ -1,8 +1,7 @@
-"""A method that is replaced on one object, so that the object can still be pickled and copied.
+"""Replaces a method of one object in such a way that the object can still be pickled and copied.
 
-Programs copy what they train: an average of the model, a trainer for a second run, a loop for a test. A function in the
-attributes of such an object cannot be pickled, and a copy that carried it along would act on the original. An override
-is left behind by every copy: the copy has the method of its own class.
+Scripts copy models, trainers and loops. A function in the attributes of such an object cannot be pickled, and in a copy
+it would still act on the original. An override is not copied: a copy has the method of its class.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ class Override:
     """Replaces a method of one object.
 
     Args:
-        owner: the object; other objects of its class are not affected.
-        name: of the method.
-        function: called in its place.
+        owner: object whose method is replaced; other objects of its class are not affected.
+        name: name of the method.
+        function: replacement.
 
     Attributes:
         original: the method that was replaced, bound to the object.
@@ -31,20 +30,20 @@ class Override:
         setattr(owner, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function in the place of the method."""
+        """Call the replacement."""
         return self.function(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy of the owner has no attributes yet when this is evaluated: the name gives the method of its class.
+        # When this is evaluated, a copy of the owner has no attributes yet, so the name refers to its class's method.
         return getattr, (self._owner, self._name)
 
 
 def remove_overrides(owner: Any, *names: str) -> None:
-    """Give an object the methods of its class back.
+    """Restore original methods of an object.
 
     Args:
         owner: the object.
-        names: of methods; those that were not replaced are left alone.
+        names: names of methods; those that were not replaced are ignored.
     """
     for name in names:
         vars(owner).pop(name, None)

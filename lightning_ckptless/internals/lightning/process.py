@@ -1,4 +1,4 @@
-"""What Lightning's strategies do when their process joins the others, apart from joining a process group."""
+"""Setup of a strategy's process without joining a process group, and the trainer's root folder."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from lightning_ckptless.internals.lightning.distribution import distribution_of,
 
 
 def prepare_without_group(strategy: Any) -> None:
-    """What the strategy's set-up of a process does apart from joining a process group."""
+    """Set up the strategy's process without joining a process group."""
     fabric_module(distribution_of(strategy), "utilities.seed").reset_seed()
     strategy.set_world_ranks()
     strategy._process_group_backend = strategy._get_process_group_backend()
 
 
 def set_root_folder(trainer: Any, path: str) -> None:
-    """Give a trainer another `default_root_dir`."""
+    """Set a trainer's `default_root_dir`."""
     trainer._default_root_dir = path

@@ -1,6 +1,6 @@
-"""Lightning's progress bars beside recoveries: set to where the run is, and kept apart from messages.
+"""Updates Lightning's progress bars after a recovery, and prints messages without garbling them.
 
-Only Lightning's own hooks of its own two bars are called here, never what a user's subclass has put over them.
+Calls only the hooks of Lightning's own two bar classes, never overrides in a user's subclass.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ _TQDM = "TQDMProgressBar"
 
 
 def bar_kind(trainer: Any) -> Bar:
-    """What kind of bar rank 0 of a trainer draws; the same on all ranks."""
+    """Return the kind of bar that rank 0 draws; the result is the same on all ranks."""
     bar = trainer.progress_bar_callback
     if is_a(bar, "callbacks", _TQDM) and bar.refresh_rate > 0:
         return Bar.LINE
-    # Where it is not shown on a terminal, a live display writes nothing.
+    # Without a terminal, a live display writes nothing.
     return Bar.LIVE if is_a(bar, "callbacks", _RICH) and bar.refresh_rate > 0 else Bar.NONE
 
 
 def say(trainer: Any, text: str) -> None:
-    """Print a message above the bar that this process draws; beside that of another one otherwise.
+    """Print a message above the bar of this process, or without garbling that of another process.
 
     Args:
-        trainer: in `fit`.
-        text: without the name of the package.
+        trainer: trainer in `fit`.
+        text: message without the package prefix.
     """
     bar = trainer.progress_bar_callback
     if trainer.is_global_zero and is_a(bar, "callbacks", _TQDM) and _is_drawn(bar):
         bar.train_progress_bar.write(f"{PREFIX}{text}", file=sys.stderr)
     elif trainer.is_global_zero and is_a(bar, "callbacks", _RICH):
-        # Its live display takes what this process prints, and redraws itself below.
+        # Its live display captures the output of this process and redraws itself below.
         write(f"{PREFIX}{text}")
     else:
         CONSOLE.say(text)
@@ -46,11 +46,11 @@ def _is_drawn(bar: Any) -> bool:
 
 
 def show_position(trainer: Any, *, afresh: bool) -> None:
-    """Have the bar show the epoch, its length and the batches done, as after a restore.
+    """Make the bar show the epoch, its length and the finished batches after a restore.
 
     Args:
-        trainer: in `fit`, with its counters and its training data in place.
-        afresh: open the bar in the terminal again: this process has drawn none there yet.
+        trainer: trainer in `fit`, with counters and training data restored.
+        afresh: open the bar again, as this process has not drawn one yet.
     """
     bar = trainer.progress_bar_callback
     if bar is None or not trainer.is_global_zero or bar.is_disabled:
@@ -77,7 +77,7 @@ def _show_in_tqdm(trainer: Any, bar: Any, done: int, *, afresh: bool) -> None:
 
 
 def _close_quietly(tqdm: Any) -> None:
-    """Close a bar that was never shown in the terminal, without drawing it there once more."""
+    """Close a bar that was never shown, without drawing it."""
     tqdm.leave = False
     tqdm.close()
 

@@ -1,7 +1,7 @@
-"""Logged values in mid-epoch: what `self.log` has summed up so far.
+"""Values logged in the current epoch, as accumulated by `self.log` so far.
 
-Lightning keeps them in result collections that have no state of their own to save: they hold a bound method of the
-strategy. We take the numbers and the description apart, and put them together around the new strategy.
+Lightning keeps them in result collections that cannot be saved, as they refer to a bound method of the strategy. We
+save their values and metadata, and rebuild them with the new strategy.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _CONNECTOR_FIELDS = (
 
 
 def dump_results(trainer: Any) -> dict[str, Any]:
-    """The running values of training and validation, as plain data and tensors."""
+    """Return the accumulated values of training and validation, as plain data and tensors."""
     epoch = trainer.fit_loop.epoch_loop
     connector = trainer._logger_connector
     return {
@@ -49,7 +49,7 @@ def dump_results(trainer: Any) -> dict[str, Any]:
 
 
 def load_results(trainer: Any, saved: dict[str, Any]) -> None:
-    """Put the running values back into a trainer whose model and strategy are set up."""
+    """Restore the accumulated values in a trainer whose model and strategy are set up."""
     epoch = trainer.fit_loop.epoch_loop
     _load(trainer, epoch._results, saved["training"])
     _load(trainer, epoch.val_loop._results, saved["validation"])
@@ -119,10 +119,10 @@ def _own(value: Any) -> Any:
 
 
 def show_on_progress_bar(trainer: Any, values: dict[str, float]) -> None:
-    """Add values to what the progress bar shows, beside those logged with `prog_bar=True`."""
+    """Show values on the progress bar, in addition to those logged with `prog_bar=True`."""
     trainer._logger_connector._progress_bar_metrics.update(values)
 
 
 def logs_are_due(trainer: Any) -> bool:
-    """Whether the step in hand is one that the loggers receive."""
+    """Return whether the loggers receive the current step."""
     return bool(trainer._logger_connector.should_update_logs)

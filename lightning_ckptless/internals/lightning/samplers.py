@@ -1,4 +1,4 @@
-"""Samplers that Lightning puts around a user's own, so that each rank takes its share of it."""
+"""Lightning's wrapper that distributes a user's sampler over the ranks."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from typing import Any
 
 
 def sampler_inside(sampler: Any) -> Any:
-    """The user's sampler inside Lightning's wrapper for distributed training; None for any other sampler."""
+    """Return the user's sampler inside Lightning's distributed wrapper; None for any other sampler."""
     return getattr(getattr(sampler, "dataset", None), "_sampler", None)

@@ -1,6 +1,6 @@
-"""What a hook may set on the trainer, its loops and plugins: `accumulate_grad_batches`, `max_epochs` and the like.
+"""Settings that a hook may change on the trainer, its loops and plugins, e.g. `accumulate_grad_batches`, `max_epochs`.
 
-It is a file of its own because the names in it are private ones of Lightning's.
+A separate module, as it uses private names of Lightning.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _KEPT_ELSEWHERE: dict[str, tuple[str, ...]] = {
     "trainer.fit_loop.epoch_loop.automatic_optimization": _OF_EVERY_LOOP,
     "trainer.fit_loop.epoch_loop.manual_optimization": (*_OF_EVERY_LOOP, "_output"),
 }  # fmt: skip
-"""By object: attributes that are counters, clocks or of the moment, which a version holds in another place."""
+"""By object: attributes that are not settings: counters, clocks and transient state, saved elsewhere in a version."""
 
 
 def settings_of(trainer: Any) -> Iterator[tuple[str, Any]]:
-    """The objects that hold settings, by what a user calls them."""
+    """Yield the objects that have settings, by the names that users know."""
     epoch = trainer.fit_loop.epoch_loop
     yield "trainer", trainer
     yield "trainer.fit_loop", trainer.fit_loop
@@ -37,9 +37,9 @@ def settings_of(trainer: Any) -> Iterator[tuple[str, Any]]:
 
 
 def kept_elsewhere(trainer: Any) -> dict[str, tuple[str, ...]]:
-    """Names of attributes that are not settings, by object.
+    """Return the names of attributes that are not settings, by object.
 
-    Of the strategy and the plugin only what a user adds is one: what they have of their own is the process's.
+    For the strategy and the plugin, only attributes added by the user are settings; their own belong to the process.
     """
     of_process = {
         "trainer.strategy": tuple(vars(trainer.strategy)),
@@ -49,6 +49,6 @@ def kept_elsewhere(trainer: Any) -> dict[str, tuple[str, ...]]:
 
 
 def optimizer_wrappers(trainer: Any) -> Iterator[tuple[str, Any]]:
-    """What `self.optimizers()` gives."""
+    """Yield the results of `self.optimizers()`."""
     for index, wrapper in enumerate(trainer.strategy._lightning_optimizers):
         yield f"optimizers()[{index}]", wrapper

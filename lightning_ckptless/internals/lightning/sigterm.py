@@ -1,9 +1,9 @@
-"""A request to end, by SIGTERM: Lightning's flag, its exception, and when the two may meet.
+"""Coordinated stop on SIGTERM: controls when Lightning sees its flag and raises its exception.
 
-Lightning ends the run where it finds `trainer.received_sigterm` set: after a batch, an epoch, and in a validation.
-It tells the other ranks by collectives inside the signal handler, which have no partner when a rank is lost. Here the
-handler only takes note. The flag is visible to the program while it trains on a batch; at the points where Lightning
-would end this rank it is hidden until all ranks have agreed on the step with which the run ends.
+Lightning ends the run when it finds `trainer.received_sigterm` set: after a batch, after an epoch, and in validation.
+It notifies the other ranks with collectives in the signal handler, which hang if a rank is lost. Here the handler only
+sets a flag. The script can see it while it trains on a batch. Where Lightning would end this rank, the flag is hidden
+until all ranks have agreed on the last step.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 
 class SigtermFlag:
-    """The flag of one trainer.
+    """The SIGTERM flag of one trainer.
 
     Args:
-        trainer: in `fit`, before its signal handlers are registered.
+        trainer: trainer in `fit`, before its signal handlers are registered.
 
     Attributes:
         asked: whether this process received SIGTERM.
-        agreed: whether all ranks end with this step.
+        agreed: whether all ranks have agreed to end with this step.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -43,38 +43,38 @@ class SigtermFlag:
         self.show(self._trains)
 
     def show(self, trains: bool) -> None:
-        """Let the program and Lightning see the flag, or hide it while the ranks have not agreed.
+        """Show the flag to the script and Lightning, or hide it until the ranks have agreed.
 
         Args:
-            trains: whether a batch is being trained on: Lightning does not look at the flag then.
+            trains: whether a batch is being trained on, during which Lightning does not check the flag.
         """
         self._trains = trains
         self._connector.received_sigterm = self.agreed or (self.asked and trains)
 
     def agree(self) -> None:
-        """All ranks end with this step: Lightning may find the flag where it looks for it next."""
+        """Show the flag to Lightning from now on, as all ranks have agreed to end with this step."""
         self.agreed = True
         self.show(self._trains)
 
     @property
     def is_training_done(self) -> bool:
-        """Whether the epoch or the run ends with this batch anyway: then Lightning ends it after the epoch's hooks."""
+        """Whether the epoch or the run ends with this batch anyway, so that Lightning runs the epoch's hooks first."""
         return bool(self._epoch._is_training_done)
 
     def remove(self) -> None:
-        """Give Lightning its own handlers back. What was received stays known."""
+        """Restore Lightning's own handlers. A received signal stays visible."""
         remove_overrides(self._connector, "_sigterm_notifier_fn")
         remove_overrides(self._epoch, "_broadcast_sigterm_tensor")
         self.show(trains=True)
 
 
 def sigterm_exception(trainer: Any) -> BaseException:
-    """What Lightning raises when it was asked to end."""
+    """Return the exception that Lightning raises on SIGTERM."""
     error: BaseException = module(distribution_of(trainer), "utilities.exceptions").SIGTERMException()
     return error
 
 
 def give_exit_code(error: BaseException) -> None:
-    """Have a process that Lightning ends upon SIGTERM say so by its exit code; Lightning's own is 0."""
+    """Set the exit code for a process that Lightning ends on SIGTERM; Lightning's own is 0."""
     if is_a(error, "utilities.exceptions", "SIGTERMException") and getattr(error, "code", None) is None:
         error.code = EXIT_CODE  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
-"""What differs between versions of Lightning: variants side by side, with the versions in their names.
+"""Variants for different versions of Lightning, with the versions in their names.
 
-The rest of this room uses the names without a version. A variant is chosen by what Lightning has, not by its number.
+The rest of this sub-package uses the names without a version. A variant is selected by feature, not by version number.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from lightning_ckptless.internals.lightning.distribution import distribution_of,
 
 
 def validates_by_clock(trainer: Any) -> bool:
-    """Whether a clock says when to validate, which Lightning can do since 2.6."""
+    """Return whether the validation interval is a time, which Lightning supports since 2.6."""
     return getattr(trainer, "_val_check_time_interval", None) is not None
 
 
 def shares_sigterm(epoch_loop: Any) -> bool:
-    """Whether ranks tell each other of a SIGTERM in every step, as they do in the versions of Lightning since 2.6."""
+    """Return whether ranks exchange a SIGTERM flag in every step, as in Lightning since 2.6."""
     return hasattr(epoch_loop, "_broadcast_sigterm_tensor")
 
 
 @contextmanager
 def without_beginning(trainer: Any) -> Iterator[None]:
-    """Have `fit` leave out what belongs to the beginning of a run: the sanity check and logging hyper-parameters."""
+    """Make `fit` skip what belongs to the beginning of a run: the sanity check and logging of hyper-parameters."""
     quietly = _no_hparams_since_2_6 if hasattr(trainer, "enable_autolog_hparams") else _no_hparams_until_2_5
     sanity_steps, trainer.num_sanity_val_steps = trainer.num_sanity_val_steps, 0
     try:

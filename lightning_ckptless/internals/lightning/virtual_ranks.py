@@ -1,4 +1,4 @@
-"""Further training dataloaders, and a training step on one of their batches, as Lightning makes them."""
+"""Additional training dataloaders for virtual ranks, and training steps on their batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_ckptless.internals.lightning.results import dump_results, load_re
 
 
 def open_training_data(trainer: Any) -> Any:
-    """The training dataloaders once more, behind one iterator, as the fit loop sets up its own."""
+    """Create another combined loader of the training dataloaders, set up like that of the fit loop."""
     distribution, fit = distribution_of(trainer), trainer.fit_loop
     connector = module(distribution, "trainer.connectors.data_connector")
     states = module(distribution, "trainer.states")
@@ -36,13 +36,13 @@ def open_training_data(trainer: Any) -> Any:
 
 
 def hands_over_the_iterator(trainer: Any) -> bool:
-    """Whether `training_step` takes an iterator of batches, and no batch."""
+    """Return whether `training_step` takes an iterator of batches instead of a batch."""
     step = trainer.lightning_module.training_step
     return callable(step) and "dataloader_iter" in inspect.signature(step).parameters
 
 
 def to_device(trainer: Any, batch: Any) -> Any:
-    """A batch as the training step gets it."""
+    """Prepare a batch for the training step: convert it and move it to the device."""
     call = module(distribution_of(trainer), "trainer.call")
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
@@ -50,12 +50,12 @@ def to_device(trainer: Any, batch: Any) -> Any:
 
 
 def tell_of_batch(trainer: Any, before: int, now: int) -> None:
-    """Tell callbacks and model that a step is made of more or fewer batches, where they have a hook for it.
+    """Notify callbacks and model of a new number of batches per step, if they have a hook for it.
 
     Args:
-        trainer: in `fit`.
-        before: batches of a step, over all ranks.
-        now: the same from here on.
+        trainer: trainer in `fit`.
+        before: previous number of batches per step, over all ranks.
+        now: new number of batches per step, over all ranks.
     """
     model = trainer.lightning_module
     for callback in trainer.callbacks:
@@ -66,18 +66,18 @@ def tell_of_batch(trainer: Any, before: int, now: int) -> None:
 
 
 def _has_batch_scale(owner: Any) -> bool:
-    # By its class: an object may answer to every name.
+    # Checked on the class, as an object may have attributes of any name.
     return callable(getattr(type(owner), "on_batch_scale", None))
 
 
-def batch_in_hand(trainer: Any) -> Any:
-    """The batch that the epoch loop trains on now."""
+def current_batch(trainer: Any) -> Any:
+    """Return the batch that the epoch loop currently trains on."""
     return trainer._results.batch
 
 
 @contextmanager
 def logs_kept(trainer: Any) -> Iterator[None]:
-    """Leave what the training step sums up within as it was: values of `self.log`, and metrics."""
+    """Context that preserves the values of `self.log` and the metrics."""
     metrics = metrics_of(trainer.lightning_module.named_modules())
     logged = copy.deepcopy(dump_results(trainer))
     gathered = {name: copy.deepcopy(dump_metric(metric)) for name, metric in metrics.items()}
@@ -90,21 +90,21 @@ def logs_kept(trainer: Any) -> Iterator[None]:
 
 
 def training_loss(trainer: Any, batch: Any) -> Any:
-    """Run the training step on a batch beside the one in hand; returns the loss to go backward from.
+    """Run the training step on a batch in addition to the current one; returns the loss for the backward pass.
 
-    What it logs is summed up like any other; of what is logged for the step, the batch in hand counts.
+    Values that it logs are accumulated as usual; values logged on step are those of the current batch.
     """
     distribution, epoch, results = distribution_of(trainer), trainer.fit_loop.epoch_loop, trainer._results
     closure_result = module(distribution, "loops.optimization.automatic").ClosureResult
     call = module(distribution, "trainer.call")
-    in_hand = results.batch, results.batch_size
+    current = results.batch, results.batch_size
     of_step = {key: metric._forward_cache for key, metric in results.items()}
     trainer._logger_connector.on_batch_start(batch)
     try:
         kwargs = epoch._build_kwargs(OrderedDict(), batch, epoch.batch_idx)
         output = call._call_strategy_hook(trainer, "training_step", *kwargs.values())
     finally:
-        results.batch, results.batch_size = in_hand
+        results.batch, results.batch_size = current
     for key, value in of_step.items():
         results[key]._forward_cache = value
     return closure_result.from_training_step_output(output, trainer.accumulate_grad_batches).closure_loss

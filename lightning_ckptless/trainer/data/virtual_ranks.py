@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.internals.lightning.virtual_ranks import (
-    batch_in_hand,
+    current_batch,
     hands_over_the_iterator,
     logs_kept,
     training_loss,
@@ -213,7 +213,7 @@ class VirtualRanks:
         generators, self._own_is_repeated = capture_rng(), True
         try:
             with _buffers_kept(self.trainer.lightning_module), logs_kept(self.trainer):
-                backward(0 * training_loss(self.trainer, batch_in_hand(self.trainer)))
+                backward(0 * training_loss(self.trainer, current_batch(self.trainer)))
         finally:
             self._own_is_repeated = False
         apply_rng(generators)

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from lightning_ckptless.errors import LayoutMismatchError
 from lightning_ckptless.internals.lightning.metrics import defaults_of, metrics_of, reductions_of
 from lightning_ckptless.internals.lightning.virtual_ranks import tell_of_batch
-from lightning_ckptless.internals.mesh_internals import divide_anew, make_room_for_part, uneven_parameters
+from lightning_ckptless.internals.mesh_internals import make_room_for_part, reshard_in_place, uneven_parameters
 from lightning_ckptless.options import ElasticBatch
 from lightning_ckptless.protocol.repartition import Repartition, require_repartition
 from lightning_ckptless.protocol.versions import Complete
@@ -213,7 +213,7 @@ def resize_sharded_state(trainer: Any, modules: Sequence[Any], mesh: DeviceMesh)
             "(--nnodes MIN:MAX), or shard along dimension 0"
         )
     reshard(modules)
-    divided = set(map(id, divide_anew(modules)))
+    divided = set(map(id, reshard_in_place(modules)))
     for tensor in StateIndex(trainer).tensors().values():
         if isinstance(tensor, DTensor) and id(tensor) not in divided:
             make_room_for_part(tensor, mesh)

@@ -25,7 +25,7 @@ from lightning_ckptless.internals.mesh_internals import (
     become,
     forget_iteration,
     number_groups_from,
-    obstacle_to_dividing_anew,
+    obstacle_to_resharding,
     one_by_one,
 )
 from lightning_ckptless.internals.torch_internals import bucket_layout, set_bucket_layout, use_process_group
@@ -182,7 +182,7 @@ def model_parallel_class(distribution: str) -> type[Any]:
         def obstacle_to_another_world(self) -> str:
             """Why the model could not continue with another number of ranks; empty if it can."""
             model = self.lightning_module
-            return obstacle_to_dividing_anew(sharded_modules(model), model.parameters(), self.device_mesh)
+            return obstacle_to_resharding(sharded_modules(model), model.parameters(), self.device_mesh)
 
         def use_new_groups(self) -> None:
             """Move the mesh, and the modules sharded over it, to the groups of the new generation.

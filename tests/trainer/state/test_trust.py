@@ -89,7 +89,7 @@ def test_an_untrusted_class_in_an_outgoing_state_is_named_with_its_path(
     with pytest.raises(OptionsError) as found:
         check.checked(state())
     message = str(found.value)
-    assert message.startswith(f"rank 0: state.callbacks.1.state.cursor: it holds a {NAME}, ")
+    assert message.startswith(f"rank 0: state.callbacks.1.state.cursor: it has a {NAME}, ")
     assert where in message and message.endswith(f"trusted_classes=['{NAME}']")
     trusting = OutgoingCheck(CkptlessOptions(**options, trusted_classes=[NAME]), members_of(nodes, arena))
     assert trusting.checked(state()) == state()
@@ -128,7 +128,7 @@ def test_a_state_from_a_peer_is_checked(arena: Arena, tmp_path: Path) -> None:
 
     members = members_of("a", arena)
     assert host_state_of(0, fetched(state()), members)["state"]["callbacks"][1]["state"]["cursor"].at == 3
-    with pytest.raises(OptionsError, match=f"the host state of rank 0: it holds a {NAME}"):
+    with pytest.raises(OptionsError, match=f"the host state of rank 0: it has a {NAME}"):
         host_state_of(0, fetched(state(), 0), members)
     assert host_state_of(0, fetched(state(), 0), members_of("a", arena, frozenset({NAME})))["state"]
     with pytest.raises(OptionsError, match=r"posix\.mkdir"):

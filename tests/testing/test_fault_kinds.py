@@ -1,4 +1,4 @@
-"""What a fault does to a process: tried on processes of their own."""
+"""What each kind of fault does to a process, tested on real processes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 
 from lightning_ckptless import environment
 from lightning_ckptless.protocol.fault_script import parse_faults
-from lightning_ckptless.testing.fault_injector import EXIT_CODE, InjectedError, do_harm
+from lightning_ckptless.testing.fault_injector import EXIT_CODE, InjectedError, inject
 
 CODE = """
 import sys
-from lightning_ckptless.testing.fault_injector import do_harm
+from lightning_ckptless.testing.fault_injector import inject
 from lightning_ckptless.protocol.fault_script import parse_faults
 print("begun", flush=True)
-do_harm(parse_faults(sys.argv[1])[0], 7)
+inject(parse_faults(sys.argv[1])[0], 7)
 print("not reached", flush=True)
 """
 
@@ -29,14 +29,14 @@ def start(fault: str, **env: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.parametrize(("kind", "code"), [("kill", -signal.SIGKILL), ("exit", EXIT_CODE)])
-def test_ends(kind: str, code: int) -> None:
+def test_kill_and_exit_end_the_process(kind: str, code: int) -> None:
     with start(f"{kind}:rank=0:step=7") as process:
         out, _ = process.communicate(timeout=60)
     assert out == b"begun\n"
     assert process.returncode == code
 
 
-def test_hangs() -> None:
+def test_hang_blocks_the_process() -> None:
     with start("hang:rank=0:step=7") as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"begun\n"
@@ -46,7 +46,7 @@ def test_hangs() -> None:
         assert process.wait(60) == -signal.SIGTERM
 
 
-def test_takes_its_agent_along() -> None:
+def test_a_node_fault_kills_agent_and_process() -> None:
     with (
         subprocess.Popen(["sleep", "600"]) as agent,
         start("node:rank=0:step=7", **{environment.AGENT: str(agent.pid)}) as process,
@@ -55,7 +55,7 @@ def test_takes_its_agent_along() -> None:
         assert process.wait(60) == -signal.SIGKILL
 
 
-def test_raises() -> None:
+def test_raise_raises_an_error() -> None:
     (fault,) = parse_faults("raise:rank=0:step=7:at=backward")
     with pytest.raises(InjectedError, match="injected at step 7: raise:rank=0:step=7:at=backward"):
-        do_harm(fault, 7)
+        inject(fault, 7)
