@@ -48,4 +48,4 @@ def test_a_worker_with_much_memory_tells_at_once_what_it_dies_of(
     told = process.exit_code()
     assert not process.buried()
     assert told == exit_code == process.end().exit_code
-    process.line.close()
+    process.channel.close()

@@ -20,7 +20,8 @@ MEETINGS = """
     from lightning_ckptless.membership.rendezvous import generation
     from lightning_ckptless.membership.worker import process_groups
     from lightning_ckptless.membership.worker.process_groups import World
-    from lightning_ckptless.membership.channel.agent_channel import Line
+    from lightning_ckptless.membership.channel.agent_channel import AgentChannel
+    from lightning_ckptless.protocol.messages import Regroup
     from lightning_ckptless.membership.channel.fault_report import FaultReport
     from lightning_ckptless.membership.worker.peer_errors import is_lost_peer
     from lightning_ckptless.membership.worker.watcher import Watcher
@@ -29,13 +30,13 @@ MEETINGS = """
     rank = 0 if os.fork() else 1
     end = ends[rank]
     ends[1 - rank].close()
-    agent, line = Line.pair()
+    agent, channel = AgentChannel.pair()
     world = World()
-    watcher = Watcher(line, world.cut)
+    watcher = Watcher(channel, world.cut)
     fault = asdict(FaultReport(1, 99, None, "SIGKILL", 1.0, 2.0, 3.0, 1, 2))
 
     def tell(number):
-        agent.tell("regroup", number=number, fault=fault)
+        agent.send(Regroup(number, fault, {}))
         if rank == 0:
             end.send(struct.pack("=i", number))
 
@@ -104,7 +105,7 @@ MEETINGS = """
         dist.broadcast(flag, 0)
         is_last = bool(flag.item())
         world.bury()
-        agent.waiting()
+        agent.poll()
     world.leave()
     world.bury()
     watcher.close()

@@ -27,25 +27,26 @@ Write = Callable[..., Path]
 TRAINS = """
     import os, signal, sys, threading, time
     from pathlib import Path
-    from lightning_ckptless.membership.channel.agent_channel import open_line
+    from lightning_ckptless.membership.channel.agent_channel import open_channel
     from lightning_ckptless.membership.channel.exit_report import mark_begun
+    from lightning_ckptless.protocol.messages import EnteredLoop, FitReturned, LeftLoop, ReachedFit
 
     rank, regrouping = int(os.environ["RANK"]), os.environ.get("CKPTLESS_REGROUPING", "0")
     wishes = {"in_place": True, "standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None}
     wishes |= {"fixed_world": "", "max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
-    line = open_line()
+    channel = open_channel()
 
     def fit():
-        line.tell("came_to_fit")
-        line.tell("entered", **wishes)
+        channel.send(ReachedFit())
+        channel.send(EnteredLoop(**wishes))
         mark_begun(rank)
         Path(f"came-{rank}").touch()
         while not all(Path(f"came-{other}").exists() for other in (0, 1)):
             time.sleep(0.002)
 
     def leave():
-        line.tell("left")
-        line.tell("past_fit")
+        channel.send(LeftLoop())
+        channel.send(FitReturned())
 """
 
 
@@ -200,8 +201,8 @@ STARVED = """
     from lightning_ckptless.membership.worker.progress import ProgressWriter
     from lightning_ckptless.protocol.hang_detection import Point
 
-    line.tell("came_to_fit")
-    line.tell("entered", **wishes)
+    channel.send(ReachedFit())
+    channel.send(EnteredLoop(**wishes))
     progress = ProgressWriter.from_environment()
     progress.beat(3, Point.BACKWARD)
     if rank == 1:

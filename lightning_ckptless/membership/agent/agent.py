@@ -34,10 +34,10 @@ from lightning_ckptless.membership.agent.positions import Positions
 from lightning_ckptless.membership.agent.scratch import ScratchFolder
 from lightning_ckptless.membership.agent.signals import AskedToEnd
 from lightning_ckptless.membership.agent.workers import Workers
+from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.channel.exit_report import ExitReport, final_report, take_begun, take_exit_reports
 from lightning_ckptless.membership.channel.fault_report import FaultReport, shell_code, split_exit
 from lightning_ckptless.membership.channel.program_failure import Failure, failure_of
-from lightning_ckptless.membership.channel.socket_messages import Message
 from lightning_ckptless.membership.forkserver.client import End, ForkServer
 from lightning_ckptless.membership.forkserver.fallback import ForkFallback
 from lightning_ckptless.membership.forkserver.imported import Imported
@@ -56,6 +56,7 @@ from lightning_ckptless.membership.worker.program import Program
 from lightning_ckptless.membership.worker.progress import step_begun
 from lightning_ckptless.protocol.crash_loop import ProgramEnd, Stage, Starts, judge_end
 from lightning_ckptless.protocol.hang_detection import Hang
+from lightning_ckptless.protocol.messages import ProgramImported, ReachedTrainer, RunOver
 from lightning_ckptless.protocol.newcomer import Imports
 from lightning_ckptless.protocol.recovery import RecoveryPlan, Rung, Situation, plan_recovery
 from lightning_ckptless.protocol.retry_policy import RecoveryHistory, RecoveryLimits, why_no_recovery
@@ -172,7 +173,7 @@ class CkptlessAgent(LocalElasticAgent):
         self._hangs = HangWatch(self._folder, record, CONSOLE.say)
         self._late_exits = LateExits(self._folder, node.exit_grace_s)
         where = Surroundings(lambda: self._parent, node.env, node.cwd, node.program.flags, node.fresh)
-        self._companions = Sidecars(where, record, CONSOLE.say)
+        self._sidecars = Sidecars(where, record, CONSOLE.say)
         self._in_place = InPlace(
             in_place=node.in_place,
             standbys=node.standbys,
@@ -329,12 +330,14 @@ class CkptlessAgent(LocalElasticAgent):
         # torch elastic sleeps between two looks; it is told to sleep next to nothing, and the wait is here instead.
         workers.watch(self._loop_end.pause_s(_WAIT_S))
         self._enforce_time_limit()
-        said = workers.heard()
-        self._hydra = self._hydra or next((m["hydra"] for _, m in said if m["kind"] == "arrived"), "")
-        self._in_place.hear(said)
-        self._companions.tend(said)
-        self._memory.tend(said)
-        self._hangs.hear(said)
+        received = workers.receive()
+        for _, message, _ in received:
+            if isinstance(message, ReachedTrainer):
+                self._hydra = self._hydra or message.hydra
+        self._in_place.receive(received)
+        self._sidecars.maintain(received)
+        self._memory.maintain(received)
+        self._hangs.receive(received)
         self._hangs.limit_s = self._in_place.hang_timeout_s
         self._in_place.follow(workers)
         self._late_exits.look(workers)
@@ -349,23 +352,24 @@ class CkptlessAgent(LocalElasticAgent):
             self._in_place.show_output_of(local)
         if lost and self._take_the_ladder(worker_group, workers, lost) is Rung.IN_PLACE:
             return RunResult(state=WorkerState.HEALTHY)
-        self._loop_end.tend(workers, number=self._in_place.number, may_end=self._may_end, has_recovered=has_recovered)
-        self._in_place.tend_standbys()
-        self._tend_successor(said, workers)
+        self._loop_end.maintain(
+            workers, number=self._in_place.number, may_end=self._may_end, has_recovered=has_recovered
+        )
+        self._in_place.maintain_standbys()
+        self._maintain_successor(received, workers)
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state is WorkerState.SUCCEEDED:
             self.exit_code = 0
         return result
 
-    def _tend_successor(self, said: Sequence[tuple[int, Message]], workers: Workers) -> None:
-        """Have a process import what the program imports, for those that are forked later."""
-        for local, message in said:
-            if message["kind"] == "imported" and self._in_place.learns_imports:
-                job = workers.job(local, {})
-                imported = Imported(message["modules"], message["variables"], message["path"])
-                self._forks.succession.hear(Lesson(imported, job))
+    def _maintain_successor(self, received: Sequence[FromWorker], workers: Workers) -> None:
+        """Have a successor of the fork server import what the script imports, for processes that are forked later."""
+        for local, message, _ in received:
+            if isinstance(message, ProgramImported) and self._in_place.learns_imports:
+                imported = Imported(message.modules, message.variables, message.path)
+                self._forks.succession.learn(Lesson(imported, workers.job(local, {})))
         if self._in_place.trains:
-            self._forks.tend()
+            self._forks.maintain()
 
     def _look_at_meeting(self, workers: Workers) -> Hang | None:
         late = self._hangs.look_at_meeting(self._in_place.meeting(workers), workers)
@@ -477,7 +481,7 @@ class CkptlessAgent(LocalElasticAgent):
         if not goes_on:
             forbid_restarts(self)
             self.has_given_up = exit_report is None or exit_report.keeps_state
-            workers.tell("over")
+            workers.send(RunOver())
         workers.stop(signal.SIGKILL if goes_on else signal.SIGTERM, 0.0 if goes_on else self._node.stop_grace_s)
         failed = workers.failed()
         ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
@@ -575,4 +579,4 @@ class CkptlessAgent(LocalElasticAgent):
             # Here and not by the agent's own: before torch 2.12 that takes no time-out.
             self._pcontext.close(signal.SIGTERM, self._node.stop_grace_s)  # type: ignore[arg-type]
         super()._shutdown(signal.SIGTERM)
-        self._companions.end(grace_s)
+        self._sidecars.end(grace_s)

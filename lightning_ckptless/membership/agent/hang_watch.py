@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lightning_ckptless.membership.agent.positions import Positions
 from lightning_ckptless.membership.agent.workers import Workers
+from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.channel.program_failure import failure_of
-from lightning_ckptless.membership.channel.socket_messages import Message
 from lightning_ckptless.membership.worker.progress import STACKS_SIGNAL, progress_path, read_progress, stacks_path
 from lightning_ckptless.protocol.hang_detection import (
     Hang,
@@ -24,6 +24,7 @@ from lightning_ckptless.protocol.hang_detection import (
     find_straggler,
     is_to_be_asked,
 )
+from lightning_ckptless.protocol.messages import Blocked, QueryBlocked
 from lightning_ckptless.system.procfs import stat_fields, used_s
 
 _LOOK_EVERY_S = 0.25
@@ -48,9 +49,9 @@ class _Answers:
         """Ask all of them, if the last time is long enough ago."""
         if now - self._asked_at >= _LOOK_EVERY_S:
             self._asked, self._asked_at = self._asked + 1, now
-            workers.tell("where")
+            workers.send(QueryBlocked())
 
-    def hear(self, rank: int, *, waits: bool) -> None:
+    def receive(self, rank: int, *, waits: bool) -> None:
         """Take in an answer; nothing where none was asked for."""
         if self._asked:
             self._given.setdefault(rank, deque(maxlen=_ANSWERS)).append(waits)
@@ -177,12 +178,12 @@ class HangWatch:
             if rank_progress is not None and rank in workers.inside
         }
 
-    def hear(self, said: Sequence[tuple[int, Message]]) -> None:
-        """Take in what workers have answered, with their local ranks."""
-        for rank, message in said:
-            if message["kind"] == "stands":
+    def receive(self, received: Sequence[FromWorker]) -> None:
+        """Take note of what workers have answered."""
+        for rank, message, _ in received:
+            if isinstance(message, Blocked):
                 for answers in (self._in_step, self._in_meeting):
-                    answers.hear(rank, waits=message["waits"])
+                    answers.receive(rank, waits=message.waits)
 
     def _look_for_stragglers(self, progress: dict[int, RankProgress], now: float) -> None:
         if now - self._straggler_at < _STRAGGLER_EVERY_S:

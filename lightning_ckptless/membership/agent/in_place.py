@@ -7,19 +7,29 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from lightning_ckptless import environment
 from lightning_ckptless.console import CONSOLE, Bar
 from lightning_ckptless.membership.agent.workers import Workers
+from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.channel.program_failure import without_numbers
-from lightning_ckptless.membership.channel.socket_messages import Message
 from lightning_ckptless.membership.forkserver.client import ForkError, ForkServerLostError
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.forkserver.standby import Standbys, promote
 from lightning_ckptless.membership.rendezvous.regrouping import Regrouping, Regroupings
 from lightning_ckptless.protocol.hang_detection import Hang, Meeting, find_unreleased
+from lightning_ckptless.protocol.messages import (
+    CannotRecover,
+    EnteredLoop,
+    LeftLoop,
+    Regroup,
+    Regrouped,
+    ReleasedGroups,
+    StepCommitted,
+    StuckCollective,
+    WaitingAtLoop,
+)
 from lightning_ckptless.protocol.retry_policy import RecoveryLimits
 
 _LINES_SHOWN = 40
@@ -184,32 +194,33 @@ class InPlace:
         unknown = None if self._wishes is not None else "no worker has come to fit yet"
         return self._lasting or self._obstacle or unknown
 
-    def hear(self, said: Sequence[tuple[int, Message]]) -> None:
-        """Take in what workers have said, with their local ranks."""
-        for rank, message in said:
-            if message["kind"] == "entered":
-                if self._coming.pop(rank, None) is None and self._env_of is None and not self.trains:
-                    self._way_s = max(self._way_s, time.monotonic() - self._began_at)
-                self._output_of.pop(rank, None)
-                self._take_wishes(message)
-            elif message["kind"] == "stepped":
-                self.tries, self.trains = 0, True
-                self._ended_for_wait.clear()
-            elif message["kind"] == "waiting":
-                self.at_the_door.add(rank)
-            elif message["kind"] == "released":
-                self._told_at.pop(rank, None)
-                self._ready[rank] = time.monotonic()
-            elif message["kind"] == "met":
-                self._note_met(rank, message["number"])
-            elif message["kind"] == "held":
-                self._note_held(rank, message)
-            elif message["kind"] == "left":
-                CONSOLE.bar = Bar.NONE
-            elif message["kind"] == "unable":
-                self._obstacle = f"local rank {rank}: {message['reason']}"
-                if message["lasting"]:
-                    self._lasting = self._obstacle
+    def receive(self, received: Sequence[FromWorker]) -> None:
+        """Take note of what workers have sent."""
+        for rank, message, _ in received:
+            match message:
+                case EnteredLoop():
+                    if self._coming.pop(rank, None) is None and self._env_of is None and not self.trains:
+                        self._way_s = max(self._way_s, time.monotonic() - self._began_at)
+                    self._output_of.pop(rank, None)
+                    self._take_wishes(message)
+                case StepCommitted():
+                    self.tries, self.trains = 0, True
+                    self._ended_for_wait.clear()
+                case WaitingAtLoop():
+                    self.at_the_door.add(rank)
+                case ReleasedGroups():
+                    self._told_at.pop(rank, None)
+                    self._ready[rank] = time.monotonic()
+                case Regrouped(number):
+                    self._note_met(rank, number)
+                case StuckCollective():
+                    self._note_held(rank, message)
+                case LeftLoop():
+                    CONSOLE.bar = Bar.NONE
+                case CannotRecover(reason, lasting):
+                    self._obstacle = f"local rank {rank}: {reason}"
+                    if lasting:
+                        self._lasting = self._obstacle
 
     def _note_met(self, rank: int, number: int) -> None:
         if number > self._met:
@@ -218,13 +229,12 @@ class InPlace:
             self._ready.pop(rank, None)
             self._have_met.add(rank)
 
-    def _note_held(self, rank: int, message: Message) -> None:
-        """Take in that a worker says it is stuck, unless it was believed before and that has not helped."""
+    def _note_held(self, rank: int, message: StuckCollective) -> None:
+        """Note that a worker reports a stuck collective, unless it was killed for one before and that did not help."""
         believed = rank not in self._ended_for_wait
         if believed:
-            self._held[rank] = message["reason"]
-        facts = {name: message[name] for name in ("reason", "threads", "sockets")}
-        self._record("stuck_collective", local_rank=rank, believed=believed, **facts)
+            self._held[rank] = message.reason
+        self._record("stuck_collective", local_rank=rank, believed=believed, **asdict(message))
 
     def meeting(self, workers: Workers) -> Meeting:
         """The meeting of this node's workers with all others, as far as it has come."""
@@ -237,18 +247,18 @@ class InPlace:
             is_whole=self._regroupings is not None and not self._regroupings.is_shared,
         )
 
-    def _take_wishes(self, message: dict[str, Any]) -> None:
+    def _take_wishes(self, message: EnteredLoop) -> None:
         in_place, standbys, preload_imports = self._given
-        CONSOLE.bar = Bar(message["bar"])
+        CONSOLE.bar = Bar(message.bar)
         self._wishes = Wishes(
-            in_place=message["in_place"] if in_place is None else in_place,
-            standbys=message["standbys"] if standbys is None else standbys,
-            preload_imports=message["preload_imports"] if preload_imports is None else preload_imports,
-            hang_timeout_s=message["hang_timeout_s"],
-            limits=RecoveryLimits(message["max_recoveries_without_progress"], message["max_recoveries_per_hour"]),
-            fixed_world=message["fixed_world"],
+            in_place=message.in_place if in_place is None else in_place,
+            standbys=message.standbys if standbys is None else standbys,
+            preload_imports=message.preload_imports if preload_imports is None else preload_imports,
+            hang_timeout_s=message.hang_timeout_s,
+            limits=RecoveryLimits(message.max_recoveries_without_progress, message.max_recoveries_per_hour),
+            fixed_world=message.fixed_world,
         )
-        self._lasting = message["obstacle"] or self._lasting
+        self._lasting = message.obstacle or self._lasting
 
     def look(self) -> Hang | None:
         """Which survivors do not get free of what they shared with the lost; one at a time where they say so."""
@@ -257,7 +267,7 @@ class InPlace:
             self._ended_for_wait.update(self._held.keys() & set(found.ranks))
         return found
 
-    def tend_standbys(self) -> None:
+    def maintain_standbys(self) -> None:
         """Keep as many standbys as are wanted, once training is under way."""
         wanted = self._wishes.standbys if self._wishes is not None and self.is_wanted else 0
         if not wanted or not self.trains or self.obstacle is not None or self._start_standby is None:
@@ -265,7 +275,7 @@ class InPlace:
         if self._standbys is None:
             self._standbys = Standbys(wanted, self._start_standby, self._folder, self._say)
         try:
-            has_changed = self._standbys.tend()
+            has_changed = self._standbys.maintain()
         except ForkServerLostError:
             # All workers have ended with it, which shows next.
             return
@@ -311,7 +321,7 @@ class InPlace:
         told = tuple(rank for rank in workers.running_ranks if rank not in leave)
         for rank in told:
             env = self._env_of(rank) if self._env_of is not None else {}
-            workers.tell_one(rank, "regroup", number=regrouping.number, fault=asdict(regrouping.fault), env=env)
+            workers.send_to(rank, Regroup(regrouping.number, asdict(regrouping.fault), env))
         for rank in leave:
             self._told_at.pop(rank, None)
         self._held.clear()

@@ -14,6 +14,7 @@ from lightning_ckptless.membership.agent.hang_watch import HangWatch
 from lightning_ckptless.membership.agent.positions import Positions
 from lightning_ckptless.membership.agent.workers import Workers
 from lightning_ckptless.protocol.hang_detection import Point, RankProgress
+from lightning_ckptless.protocol.messages import TrainingFailed
 from lightning_ckptless.protocol.uneven_steps import AtEnd, find_uneven, out_of_data
 
 _RAISE_S = 30.0
@@ -64,7 +65,7 @@ class LoopEnd:
             return False
         return self._told_at is None or self._clock() - self._told_at < _RAISE_S
 
-    def tend(self, workers: Workers, *, number: int, may_end: Callable[[], bool], has_recovered: bool) -> None:
+    def maintain(self, workers: Workers, *, number: int, may_end: Callable[[], bool], has_recovered: bool) -> None:
         """Let workers that have made their last step leave together, or end those that can never do so.
 
         Args:
@@ -123,7 +124,7 @@ class LoopEnd:
         if not self._reason or self._told_at is not None:
             return
         if self._positions.all_know() or self._clock() - self._found_at > _KNOW_S:
-            workers.tell("failed", reason=self._reason)
+            workers.send(TrainingFailed(self._reason))
             self._told_at = self._clock()
 
     def _is_silent(self, workers: Workers) -> bool:

@@ -23,6 +23,7 @@ from lightning_ckptless.membership.agent.agent import CkptlessAgent
 from lightning_ckptless.membership.agent.in_place import joining
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.rendezvous.regrouping import Regrouping, Regroupings
+from lightning_ckptless.protocol.messages import AwaitRegroup
 from lightning_ckptless.protocol.reconfiguration import MovePlan, Standing, plan_move
 
 _AGREE_S = 60.0
@@ -106,7 +107,7 @@ class MovingAgent(CkptlessAgent):
             super()._restart_workers(worker_group)
             return
         before = worker_group.workers[0].world_size
-        self._current_workers().tell("hold")
+        self._current_workers().send(AwaitRegroup())
         self._rendezvous(worker_group)
         assert self._plan is not None
         if self._node_rank in self._plan.stay:

@@ -16,12 +16,24 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from lightning_ckptless import environment
 from lightning_ckptless.internals.torch_internals import start_tails
-from lightning_ckptless.membership.channel.socket_messages import Message
+from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.forkserver.client import End, ForkError, ForkServer, ForkServerLostError
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.worker.program import Program
 from lightning_ckptless.membership.worker.startup import Job
 from lightning_ckptless.protocol.crash_loop import Stage
+from lightning_ckptless.protocol.messages import (
+    AskToLeave,
+    EnteredLoop,
+    Finish,
+    FitReturned,
+    LeftLoop,
+    MayLeave,
+    Message,
+    ReachedFit,
+    ReachedTrainer,
+    ReleasedGroups,
+)
 from lightning_ckptless.protocol.uneven_steps import AtEnd, WhyEnded
 
 _KILL_WAIT_S = 60.0
@@ -30,7 +42,6 @@ _LOOK_EVERY_S = 0.005
 _DYING_GRACE_S = 0.025
 """For which the end of a dying worker is waited for: on a machine without a free core its memory had better be freed
 before the others meet. What it dies of is known without."""
-_STAGES = {"came_to_fit": Stage.INSIDE, "past_fit": Stage.PAST}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +110,7 @@ class Workers(PContext):
         self._first_signs: dict[int, float] = {}
         self._stopped: set[int] = set()
         self._blamed: dict[int, str] = {}
-        self._said: list[tuple[int, Message]] = []
+        self._received: list[FromWorker] = []
         self._first_wait_s = first_wait_s
 
     # ------------------------------------------------------------------ starting
@@ -122,9 +133,9 @@ class Workers(PContext):
         while first in self._running and (left_s := deadline - time.monotonic()) > 0:
             self._look(left_s, lines=True)
             self._listen()
-            for _, message in self._said:
-                if message["kind"] == "arrived":
-                    return str(message["hydra"])
+            for received in self._received:
+                if isinstance(received.message, ReachedTrainer):
+                    return received.message.hydra
         return ""
 
     def _launch(self, rank: int, job: Job, mode: int) -> None:
@@ -170,7 +181,7 @@ class Workers(PContext):
 
     def _part_with(self, rank: int) -> None:
         lost = self._processes[rank]
-        lost.line.close()
+        lost.channel.close()
         if rank in self._running:
             # It is dying, or stuck: its memory is freed while the new one starts.
             lost.signal(signal.SIGKILL)
@@ -196,62 +207,60 @@ class Workers(PContext):
         """How many have not been seen to end."""
         return len(self._running)
 
-    # ------------------------------------------------------------------ the lines
+    # ------------------------------------------------------------------ the channels
 
-    def tell(self, kind: str, *, leave: frozenset[int] = frozenset(), **fields: Any) -> tuple[int, ...]:
-        """Send a message to all that run. Returns the local ranks that it was sent to.
-
-        Args:
-            kind: what it is.
-            leave: local ranks that do not get it.
-            fields: what it says.
-        """
-        ranks = tuple(sorted(self._running - leave))
-        for rank in ranks:
-            self._processes[rank].line.tell(kind, **fields)
-        return ranks
+    def send(self, message: Message) -> None:
+        """Send a message to all workers that run."""
+        for rank in self.running_ranks:
+            self.send_to(rank, message)
 
     @property
     def running_ranks(self) -> tuple[int, ...]:
         """Local ranks whose processes run."""
         return tuple(sorted(self._running))
 
-    def tell_one(self, rank: int, kind: str, **fields: Any) -> None:
+    def send_to(self, rank: int, message: Message) -> None:
         """Send a message to one local rank that runs."""
-        self._processes[rank].line.tell(kind, **fields)
+        self._processes[rank].channel.send(message)
 
     def signal_one(self, rank: int, number: int) -> None:
         """Send a signal to the process of a local rank, and not to those that it has started."""
         self._processes[rank].signal(number, alone=True)
 
-    def heard(self) -> list[tuple[int, Message]]:
-        """What workers have said, with their local ranks."""
+    def receive(self) -> list[FromWorker]:
+        """Return the messages that workers have sent since the last call."""
         self._listen()
-        said, self._said = self._said, []
-        return said
+        received, self._received = self._received, []
+        return received
 
     def _listen(self) -> None:
-        # To those that have ended, too: the last that a worker says is why.
+        # Workers that have exited included: the last message of a worker says why it exits.
         for rank, process in self._processes.items():
-            for message in process.line.waiting():
-                self._said.append((rank, message))
-                if message["kind"] == "entered":
-                    self.inside.add(rank)
-                elif message["kind"] == "ending":
-                    end = AtEnd(message["step"], WhyEnded(message["why"]))
-                    self.at_end[rank] = Ending(message["number"], end)
-                elif message["kind"] == "released":
-                    self._is_back(rank)
-                elif message["kind"] == "left":
-                    self.inside.discard(rank)
-                elif message["kind"] in _STAGES:
-                    self.stages[rank] = _STAGES[message["kind"]]
+            for message, files in process.channel.poll():
+                self._received.append(FromWorker(rank, message, files))
+                self._track(rank, message)
+
+    def _track(self, rank: int, message: Message) -> None:
+        """Note where a worker is in its script."""
+        match message:
+            case EnteredLoop():
+                self.inside.add(rank)
+            case AskToLeave(number, step, why):
+                self.at_end[rank] = Ending(number, AtEnd(step, WhyEnded(why)))
+            case ReleasedGroups():
+                self._is_back(rank)
+            case LeftLoop():
+                self.inside.discard(rank)
+            case ReachedFit():
+                self.stages[rank] = Stage.INSIDE
+            case FitReturned():
+                self.stages[rank] = Stage.PAST
 
     def let_leave(self) -> None:
         """Answer those that ask whether they may leave the training loop: they may."""
         for rank, ending in self.at_end.items():
             if rank in self._running:
-                self.tell_one(rank, "leave", number=ending.number)
+                self.send_to(rank, MayLeave(ending.number))
         self.ending.update(self.at_end)
         self.at_end.clear()
 
@@ -285,8 +294,8 @@ class Workers(PContext):
             process = self._processes[rank]
             of_file[process.pidfd] = rank
             poll.register(process.pidfd, select.POLLIN)
-            if lines and not process.line.ended:
-                poll.register(process.line.fileno(), select.POLLIN)
+            if lines and not process.channel.ended:
+                poll.register(process.channel.fileno(), select.POLLIN)
         ready = [number for number, _ in poll.poll(timeout_s * 1000)]
         for number in ready:
             if number in of_file:
@@ -394,7 +403,7 @@ class Workers(PContext):
             return grace_s
         began = time.monotonic()
         self._stopped |= self._running
-        self.tell("finish")
+        self.send(Finish())
         self._wait_all(grace_s)
         return max(0.0, grace_s - (time.monotonic() - began))
 
@@ -421,7 +430,7 @@ class Workers(PContext):
     def _close(self, death_sig: signal.Signals, timeout: float = 30) -> None:
         self.stop(death_sig, timeout)
         for process in self._processes.values():
-            process.line.close()
+            process.channel.close()
         for process in self._leaving:
             process.leave(_KILL_WAIT_S)
         self._leaving.clear()

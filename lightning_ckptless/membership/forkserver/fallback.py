@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from lightning_ckptless.membership.agent.workers import Workers
 from lightning_ckptless.membership.forkserver.client import ForkError, ForkServer, ForkServerLostError, UnsafeForkError
-from lightning_ckptless.membership.forkserver.succession import WorldChange
+from lightning_ckptless.membership.forkserver.succession import Succession
 
 _MOST_LOSSES = 3
 _MOST_REFUSALS = 3
@@ -45,7 +45,7 @@ class ForkFallback:
     def __init__(
         self, parent: ForkServer, *, fresh: bool, record: Callable[..., None], say: Callable[[str], None]
     ) -> None:
-        self.succession = WorldChange(record, say)
+        self.succession = Succession(record, say)
         self._first = parent
         self.fresh = fresh
         self._say = say
@@ -56,10 +56,10 @@ class ForkFallback:
         """The one that forks now."""
         return self.succession.successor or self._first
 
-    def tend(self) -> None:
+    def maintain(self) -> None:
         """Look after the succession, while training is under way."""
         if not self.fresh:
-            self.succession.tend(self._first)
+            self.succession.maintain(self._first)
 
     def start(self, make: Callable[[], Workers]) -> Workers:
         """Start all workers, as often as it takes.

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Sequence
 
-from lightning_ckptless.membership.channel.agent_channel import Line
+from lightning_ckptless.membership.channel.agent_channel import AgentChannel
 from lightning_ckptless.membership.forkserver.client import End, Forked, ForkServer, ForkServerLostError
 from lightning_ckptless.membership.worker.startup import Job
 from lightning_ckptless.system.procfs import stat_fields
@@ -28,10 +28,10 @@ class Process:
         line: the agent's end of the line to it.
     """
 
-    def __init__(self, parent: ForkServer, forked: Forked, line: Line) -> None:
+    def __init__(self, parent: ForkServer, forked: Forked, line: AgentChannel) -> None:
         self.pid = forked.pid
         self.pidfd = forked.pidfd
-        self.line = line
+        self.channel = line
         self._parent = parent
         self._forked = forked
         self._memory = _open_memory(forked.pid)
@@ -45,7 +45,7 @@ class Process:
             job: what it runs.
             stdio: its standard input, output and error.
         """
-        ours, theirs = Line.pair()
+        ours, theirs = AgentChannel.pair()
         try:
             return cls(parent, parent.fork(job, [*stdio, theirs.fileno()]), ours)
         except BaseException:
@@ -104,7 +104,7 @@ class Process:
         Args:
             timeout_s: longest wait: a process that takes longer is stuck in the kernel, at a disk that does not answer.
         """
-        self.line.close()
+        self.channel.close()
         if self.pidfd < 0:
             return
         if select.select([self.pidfd], [], [], timeout_s)[0]:

@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lightning_ckptless.errors import LaunchError
-from lightning_ckptless.membership.channel.socket_messages import Message
+from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.forkserver.client import End, ForkServer, UnsafeForkError
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.worker.program import Program
 from lightning_ckptless.membership.worker.startup import Job
+from lightning_ckptless.protocol.messages import StartSidecar
 
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
@@ -101,15 +102,15 @@ class Sidecars:
         self._say = say
         self._asked: dict[str, _Sidecar] = {}
 
-    def tend(self, said: Sequence[tuple[int, Message]]) -> None:
-        """Start those that are missing, and see which have ended.
+    def maintain(self, received: Sequence[FromWorker]) -> None:
+        """Start the sidecars that are missing, and notice which have exited.
 
         Args:
-            said: what workers have said; one that is asked for again is there already.
+            received: what workers have sent; a repeated request starts nothing.
         """
-        for _, message in said:
-            if message["kind"] == "sidecar" and message["argument"] not in self._asked:
-                self._asked[message["argument"]] = _Sidecar(message["module"], message["argument"], self._pause_s)
+        for _, message, _ in received:
+            if isinstance(message, StartSidecar) and message.argument not in self._asked:
+                self._asked[message.argument] = _Sidecar(message.module, message.argument, self._pause_s)
         for sidecar in self._asked.values():
             self._look(sidecar)
             if sidecar.process is None and not sidecar.done and time.monotonic() >= sidecar.next_at:
@@ -169,5 +170,5 @@ def _end_of(process: Process) -> End | None:
     """How a process has ended, after releasing what was held of it; None while it runs."""
     if not select.select([process.pidfd], [], [], 0)[0]:
         return None
-    process.line.close()
+    process.channel.close()
     return process.end()

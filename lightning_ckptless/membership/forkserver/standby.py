@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.rendezvous.regrouping import Regrouping
+from lightning_ckptless.protocol.messages import AssignRank, StandbyReady
 
 _TRIES = 3
 _LAST_WORDS_BYTES = 600
@@ -54,12 +55,12 @@ class Standbys:
         """Process ids of all, those that are not ready included."""
         return (*(process.pid for process in self._waiting), *self._coming)
 
-    def tend(self) -> bool:
+    def maintain(self) -> bool:
         """Start those that are missing, and see which are ready or gone. Returns whether anything has changed."""
         before = self.pids, self.ready
         self._waiting = [process for process in self._waiting if not _gone(process)]
         for pid, (process, output) in list(self._coming.items()):
-            if any(message["kind"] == "ready" for message in process.line.waiting()):
+            if any(isinstance(received.message, StandbyReady) for received in process.channel.poll()):
                 self._waiting.append(process)
                 del self._coming[pid]
             elif _gone(process):
@@ -113,7 +114,7 @@ class Standbys:
 
 def _gone(process: Process) -> bool:
     if process.buried():
-        process.line.close()
+        process.channel.close()
         return True
     return False
 
@@ -127,4 +128,4 @@ def promote(process: Process, env: dict[str, str], regrouping: Regrouping, stdio
         regrouping: under which it meets the others.
         stdio: standard output and error of that rank.
     """
-    process.line.tell("assign", stdio, env=env, number=regrouping.number, fault=asdict(regrouping.fault))
+    process.channel.send(AssignRank(regrouping.number, asdict(regrouping.fault), env), stdio)

@@ -30,7 +30,7 @@ _LONGEST_S = 600.0
 _NAMED = 5
 
 
-class WorldChange:
+class Succession:
     """The successor of one agent's fork server.
 
     Args:
@@ -57,12 +57,12 @@ class WorldChange:
         is_there = self.state is Imports.READY and self._successor is not None and self._successor.is_alive
         return self._successor if is_there else None
 
-    def hear(self, lesson: Lesson) -> None:
+    def learn(self, lesson: Lesson) -> None:
         """Take in what the program has imported; only the first word counts."""
         if self._lesson is None:
             self._lesson = lesson
 
-    def tend(self, first: ForkServer) -> None:
+    def maintain(self, first: ForkServer) -> None:
         """Begin, or see how far it is; called while training is under way.
 
         Args:

@@ -16,12 +16,13 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from lightning_ckptless import environment
-from lightning_ckptless.membership.channel.agent_channel import open_line
+from lightning_ckptless.membership.channel.agent_channel import open_channel
 from lightning_ckptless.membership.channel.program_failure import count_report, is_of_lost_peer, leave_failure
 from lightning_ckptless.membership.forkserver.imported import note_start
 from lightning_ckptless.membership.worker.hidden_output import real_stderr
 from lightning_ckptless.membership.worker.hydra import with_folder, without_folder
 from lightning_ckptless.membership.worker.program import Program, run_as_main
+from lightning_ckptless.protocol.messages import CannotRecover
 
 _PR_SET_PDEATHSIG = 1
 _SIGINT_EXIT_CODE = 128 + signal.SIGINT
@@ -144,8 +145,8 @@ def _ask_for_relaunch(error: BaseException) -> None:
 
     Such an error looks like that of a lost peer, which would be tried again in the same way.
     """
-    if environment.REGROUPING in os.environ and is_of_lost_peer(error) and (line := open_line()) is not None:
-        line.tell("unable", reason=f"{type(error).__name__}: {error}", lasting=True)
+    if environment.REGROUPING in os.environ and is_of_lost_peer(error) and (channel := open_channel()) is not None:
+        channel.send(CannotRecover(f"{type(error).__name__}: {error}", lasting=True))
 
 
 def enter(job: Job, *, reseeds: bool = True) -> None:

@@ -15,13 +15,26 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from lightning_ckptless.errors import TransportError
-from lightning_ckptless.membership.channel.agent_channel import Line
+from lightning_ckptless.membership.channel.agent_channel import AgentChannel
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.worker.stuck_collectives import StuckCollectives, main_thread_waits
 from lightning_ckptless.membership.worker.stuck_evidence import evidence
+from lightning_ckptless.protocol.messages import (
+    AskToLeave,
+    AwaitRegroup,
+    Blocked,
+    Finish,
+    MayLeave,
+    Message,
+    QueryBlocked,
+    Regroup,
+    ReleasedGroups,
+    RunOver,
+    StuckCollective,
+    TrainingFailed,
+)
 from lightning_ckptless.protocol.uneven_steps import AtEnd
 
 log = logging.getLogger(__name__)
@@ -52,14 +65,14 @@ class Watcher:
     """Listens on a worker's line for as long as it trains.
 
     Args:
-        line: to the agent; stays open.
+        channel: to the agent; stays open.
         cut: frees the training thread, as far as it can be freed, and returns how many connections were still there;
             called again from the news of a fault until `release`.
         number: regrouping that this worker belongs to; 0 before the first.
     """
 
-    def __init__(self, line: Line, cut: Callable[[], int], number: int = 0) -> None:
-        self._line = line
+    def __init__(self, channel: AgentChannel, cut: Callable[[], int], number: int = 0) -> None:
+        self._channel = channel
         self._cut = cut
         self._accepted = number
         self._is_leaving = False
@@ -101,7 +114,7 @@ class Watcher:
     @property
     def is_run_over(self) -> bool:
         """Whether no regrouping will come any more."""
-        return self._is_run_over or self._line.ended
+        return self._is_run_over or self._channel.ended
 
     @property
     def failure(self) -> str:
@@ -117,14 +130,14 @@ class Watcher:
         Returns:
             False where this worker is to meet others instead.
         """
-        self.tell("ending", number=self._accepted, step=at.step, why=at.why)
+        self.send(AskToLeave(self._accepted, at.step, at.why))
         with self._changed:
             self._changed.wait_for(self._has_answer)
             return self._pending() is None
 
-    def tell(self, kind: str, **fields: Any) -> None:
-        """Tell the agent something."""
-        self._line.tell(kind, **fields)
+    def send(self, message: Message) -> None:
+        """Send the agent a message."""
+        self._channel.send(message)
 
     def accept(self, timeout_s: float) -> Assignment | None:
         """Take notice of the newest regrouping, waiting for it if it is not there yet.
@@ -148,7 +161,7 @@ class Watcher:
         """The generation that is over has been left: from here on connections are new, and none of them is cut."""
         with self._changed:
             self._is_leaving = False
-        self.tell("released")
+        self.send(ReleasedGroups())
 
     def close(self) -> None:
         """End the thread, whatever processes this one has forked meanwhile."""
@@ -178,12 +191,12 @@ class Watcher:
         return self._has_assignment_or_end() or self._is_on_hold
 
     def _listen(self) -> None:
-        while not self._line.ended:
+        while not self._channel.ended:
             timeout_s = _CUT_EVERY_S if self._is_to_cut() else None
-            ready = select.select([self._line.fileno(), self._asked_to_close], [], [], timeout_s)[0]
+            ready = select.select([self._channel.fileno(), self._asked_to_close], [], [], timeout_s)[0]
             if self._asked_to_close in ready:
                 return
-            if self._line.fileno() in ready:
+            if self._channel.fileno() in ready:
                 self._read()
             # Under the lock: who has let go makes new connections, and none of those must be cut.
             with self._changed:
@@ -196,40 +209,35 @@ class Watcher:
         reason = self._waits.look(connections, time.monotonic())
         if reason is not None:
             self._waits = StuckCollectives()
-            self.tell("held", reason=reason, **evidence())
+            self.send(StuckCollective(reason, **evidence()))
 
     def _read(self) -> None:
-        received = self._line.receive()
+        received = self._channel.receive()
         if received is None:
             return
-        message, _ = received
-        if message["kind"] == "where":
-            self.tell("stands", waits=main_thread_waits())
+        if isinstance(received.message, QueryBlocked):
+            self.send(Blocked(main_thread_waits()))
             return
         with self._changed:
-            self._take_in(message)
+            self._take_in(received.message)
             self._changed.notify_all()
 
-    def _take_in(self, message: dict[str, Any]) -> None:
-        if message["kind"] == "finish":
-            self._finish_asked = True
-        elif message["kind"] == "failed":
-            self._failure = message["reason"]
-        elif message["kind"] == "over":
-            self._is_run_over = True
-        elif message["kind"] == "leave":
-            # An answer to a question from before a fault is none.
-            self._may_leave = message["number"]
-        elif message["kind"] == "hold":
-            self._is_on_hold = True
-        elif message["kind"] == "regroup":
-            found = assignment_from(message)
-            self._is_on_hold = False
-            # A fault while others come has its own number, and may be told before that of their coming.
-            if self._latest is None or found.number > self._latest.number:
-                self._latest, self._waits = found, StuckCollectives()
-
-
-def assignment_from(message: dict[str, Any]) -> Assignment:
-    """What a `regroup` or an `assign` says."""
-    return Assignment(message["number"], FaultReport(**message["fault"]), time.time(), message.get("env", {}))
+    def _take_in(self, message: Message) -> None:
+        match message:
+            case Finish():
+                self._finish_asked = True
+            case TrainingFailed(reason):
+                self._failure = reason
+            case RunOver():
+                self._is_run_over = True
+            case MayLeave(number):
+                # An answer to a question from before a fault does not count.
+                self._may_leave = number
+            case AwaitRegroup():
+                self._is_on_hold = True
+            case Regroup(number, fault, env):
+                self._is_on_hold = False
+                # A fault while nodes join has its own number, and may arrive before the regrouping with them.
+                if self._latest is None or number > self._latest.number:
+                    self._latest = Assignment(number, FaultReport(**fault), time.time(), env)
+                    self._waits = StuckCollectives()

@@ -19,12 +19,13 @@ from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.internals.lightning.sigterm import SigtermFlag
 from lightning_ckptless.internals.lightning.virtual_ranks import open_training_data
 from lightning_ckptless.ledger import Ledger
-from lightning_ckptless.membership.channel.agent_channel import Line
+from lightning_ckptless.membership.channel.agent_channel import AgentChannel
 from lightning_ckptless.membership.channel.exit_report import ExitReport, leave_verdict, mark_begun
 from lightning_ckptless.membership.worker.progress import ProgressWriter, stacks_path
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.checkpoint_history import BEGINNING
 from lightning_ckptless.protocol.hang_detection import Point
+from lightning_ckptless.protocol.messages import StepCommitted
 from lightning_ckptless.protocol.startup import StartAction, StartPlan
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.arena import Arena
@@ -74,7 +75,7 @@ class Engine:
         line: to an agent of ours; None under another one.
     """
 
-    def __init__(self, strategy: Any, trainer: Any, fit_index: int, line: Line | None = None) -> None:
+    def __init__(self, strategy: Any, trainer: Any, fit_index: int, line: AgentChannel | None = None) -> None:
         self.strategy = strategy
         self.trainer = trainer
         self.options: CkptlessOptions = with_environment(strategy.options)
@@ -453,7 +454,7 @@ class Engine:
             self.hand_rows_on()
         if self.strategy.watcher is not None and self._stepped_in != self.report.generation:
             self._stepped_in = self.report.generation
-            self.strategy.watcher.tell("stepped")
+            self.strategy.watcher.send(StepCommitted())
 
     def _open_progress(self) -> None:
         self._progress = ProgressWriter.from_environment() if self.strategy.watcher is not None else None

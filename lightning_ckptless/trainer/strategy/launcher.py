@@ -17,12 +17,13 @@ from lightning_ckptless.internals.lightning.distribution import distribution_of
 from lightning_ckptless.internals.lightning.launch import CKPT_PATH_INDEX, is_stop, launcher_base
 from lightning_ckptless.internals.lightning.sigterm import give_exit_code
 from lightning_ckptless.internals.lightning.versions import without_beginning
-from lightning_ckptless.membership.channel.agent_channel import Line, is_standby, open_line
+from lightning_ckptless.membership.channel.agent_channel import AgentChannel, is_standby, open_channel
 from lightning_ckptless.membership.channel.exit_report import ExitReport, leave_verdict, withdraw_verdict
 from lightning_ckptless.membership.launch.reexec import is_interactive, replace_by_agent
 from lightning_ckptless.membership.worker.peer_errors import is_lost_peer
 from lightning_ckptless.membership.worker.process_groups import keep_through_device_errors
 from lightning_ckptless.membership.worker.watcher import Watcher
+from lightning_ckptless.protocol.messages import CannotRecover, FitReturned, ReachedFit, ReachedTrainer
 from lightning_ckptless.protocol.startup import StartAction, StartPlan
 from lightning_ckptless.trainer.recovery.exits import leave_process
 from lightning_ckptless.trainer.session.call import Call
@@ -58,8 +59,8 @@ class FitGuard:
                 call = NotebookCall(self.strategy, self.launch, function, args, kwargs, trainer)
                 return call.run(_run_root(trainer))
             self._hand_over(trainer)
-        if (line := open_line()) is not None:
-            line.tell("arrived", hydra=hydra_folder())
+        if (line := open_channel()) is not None:
+            line.send(ReachedTrainer(hydra_folder()))
         self.strategy.check_world()
         if is_standby():
             assert line is not None, "a standby has a line to its agent"
@@ -73,12 +74,12 @@ class FitGuard:
         finally:
             self.strategy.is_in_call = False
 
-    def _call(self, call: Call, line: Line | None) -> Any:
+    def _call(self, call: Call, line: AgentChannel | None) -> Any:
         if call.is_recorded:
             return call.pass_by()
         call.begin()
         if line is not None and chapters_before():
-            line.tell("past_fit")
+            line.send(FitReturned())
         if call.is_fit:
             return self._fit(call, line)
         self._require_no_fault(call.function)
@@ -128,22 +129,22 @@ class FitGuard:
     def _require_no_fault(self, function: Callable[..., Any]) -> None:
         """Refuse to take the place of a lost rank in a call that no process can come to alone."""
         if environment.REGROUPING in os.environ:
-            if (line := open_line()) is not None:
+            if (line := open_channel()) is not None:
                 reason = f"the program calls {function.__name__.strip('_')} where the other ranks train"
-                line.tell("unable", reason=reason, lasting=True)
+                line.send(CannotRecover(reason, lasting=True))
             leave_process()
 
-    def _fit(self, call: Call, line: Line | None) -> Any:
+    def _fit(self, call: Call, line: AgentChannel | None) -> Any:
         if line is not None:
-            line.tell("came_to_fit")
+            line.send(ReachedFit())
         try:
             return self._fit_as_rank(call, line)
         finally:
             # What the program raises from here on is its own, and ends the run.
             if line is not None:
-                line.tell("past_fit")
+                line.send(FitReturned())
 
-    def _fit_as_rank(self, call: Call, line: Line | None) -> Any:
+    def _fit_as_rank(self, call: Call, line: AgentChannel | None) -> Any:
         strategy, trainer = self.strategy, call.trainer
         strategy.joins_alone = environment.REGROUPING in os.environ
         strategy.obstacle_of_calls = call.obstacle()
@@ -210,11 +211,8 @@ class FitGuard:
         if engine.is_on_its_way:
             # Alone, and with nothing to lose: the agent can start all again.
             traceback.print_exception(error)
-            self.strategy.watcher.tell(
-                "unable",
-                reason=f"a new process could not come to fit alone: {type(error).__name__}: {error}",
-                lasting=True,
-            )
+            why = f"a new process could not come to fit alone: {type(error).__name__}: {error}"
+            self.strategy.watcher.send(CannotRecover(why, lasting=True))
             leave_process()
         if is_lost_peer(error):
             engine.report.peer_lost(error)

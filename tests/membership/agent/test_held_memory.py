@@ -13,7 +13,7 @@ import pytest
 
 from lightning_ckptless.errors import ArenaError
 from lightning_ckptless.membership.agent.held_memory import HeldMemory, have_held
-from lightning_ckptless.membership.channel.agent_channel import Line
+from lightning_ckptless.membership.channel.agent_channel import AgentChannel, FromWorker
 from lightning_ckptless.system.memory_files import is_memory_file
 
 
@@ -21,7 +21,7 @@ class Agent:
     """The agent's side, with one worker."""
 
     def __init__(self) -> None:
-        self.line, self.worker = Line.pair()
+        self.channel, self.worker = AgentChannel.pair()
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.said: list[str] = []
         self.memory = HeldMemory("node0", lambda event, **fields: self.events.append((event, fields)), self.said.append)
@@ -31,8 +31,8 @@ class Agent:
         with ThreadPoolExecutor(1) as pool:
             job: Future[None] = pool.submit(have_held, self.worker, paths, "too small")
             while not job.done():
-                select.select([self.line], [], [], 0.005)
-                self.memory.tend([(0, message) for message in self.line.waiting()])
+                select.select([self.channel], [], [], 0.005)
+                self.memory.maintain([FromWorker(0, *received) for received in self.channel.poll()])
             job.result()
 
     def held(self) -> int:
@@ -46,7 +46,7 @@ def agent() -> Iterator[Agent]:
     found = Agent()
     yield found
     found.memory.close()
-    found.line.close()
+    found.channel.close()
     found.worker.close()
 
 
@@ -77,6 +77,6 @@ def test_what_cannot_be_made_is_refused_with_the_reason(agent: Agent, tmp_path: 
 
 
 def test_a_worker_does_not_wait_for_an_agent_that_has_ended(agent: Agent, tmp_path: Path) -> None:
-    agent.line.close()
-    with pytest.raises(ArenaError, match="it has ended"):
+    agent.channel.close()
+    with pytest.raises(ArenaError, match="it has exited"):
         have_held(agent.worker, [tmp_path / "slot"], "too small")

@@ -18,12 +18,13 @@ from tests.membership.conftest import script
 WORKER = """
     import json, os, signal, sys, time
     from pathlib import Path
-    from lightning_ckptless.membership.channel.agent_channel import open_line
+    from lightning_ckptless.membership.channel.agent_channel import open_channel
+    from lightning_ckptless.protocol.messages import EnteredLoop, LeftLoop, ReleasedGroups, StuckCollective
 
-    rank, line, last = os.environ["RANK"], open_line(), int(sys.argv[1])
+    rank, channel, last = os.environ["RANK"], open_channel(), int(sys.argv[1])
     wishes = {"standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
     wishes |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
-    line.tell("entered", in_place=True, **wishes)
+    channel.send(EnteredLoop(in_place=True, **wishes))
     number = int(os.environ.get("CKPTLESS_REGROUPING", "0"))
     Path(f"came-{rank}-{number}").touch()
     if rank == "0" and not number:
@@ -31,16 +32,16 @@ WORKER = """
             time.sleep(0.005)
         os.kill(os.getpid(), signal.SIGKILL)
     while number < last:
-        number = line.receive()[0]["number"]
+        number = channel.receive().message.number
         if rank == "1" and number in (1, 3):
-            line.tell("held", reason="it sleeps", threads=[f"1 python: state S, at {number}"], sockets=[])
+            channel.send(StuckCollective("it sleeps", [f"1 python: state S, at {number}"], []))
         if rank != "1" or number != 1:
-            line.tell("released")
+            channel.send(ReleasedGroups())
         if rank == "2" and number == 2 and last == 3:
             while not Path("came-1-2").exists():
                 time.sleep(0.005)
             os.kill(os.getpid(), signal.SIGKILL)
-    line.tell("left")
+    channel.send(LeftLoop())
 """
 
 

@@ -21,24 +21,25 @@ from tests.membership.test_two_nodes import CONF, node_of_two
 WORKER = """
     import json, os, time
     from pathlib import Path
-    from lightning_ckptless.membership.channel.agent_channel import open_line
+    from lightning_ckptless.membership.channel.agent_channel import open_channel
+    from lightning_ckptless.protocol.messages import AskToLeave, EnteredLoop, LeftLoop, WaitingAtLoop
 
-    node, line = os.environ["CKPTLESS_NODE"], open_line()
+    node, channel = os.environ["CKPTLESS_NODE"], open_channel()
     wishes = {"standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
     wishes |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
-    line.tell("entered", in_place=True, **wishes)
-    line.tell("waiting")
+    channel.send(EnteredLoop(in_place=True, **wishes))
+    channel.send(WaitingAtLoop())
     if node != "first":
         Path("came-second").touch()
         time.sleep(600)
     while not Path("came-second").exists():
         time.sleep(0.005)
-    line.tell("ending", number=0, step=12, why="ran out of training data")
+    channel.send(AskToLeave(0, 12, "ran out of training data"))
     Path("ended").touch()
     told = []
-    while told[-1:] != ["leave"]:
-        told.append(line.receive()[0]["kind"])
-    line.tell("left")
+    while told[-1:] != ["MayLeave"]:
+        told.append(type(channel.receive().message).__name__)
+    channel.send(LeftLoop())
     Path("told.json").write_text(json.dumps(told))
 """
 
@@ -68,4 +69,4 @@ def test_a_node_that_is_lost_before_its_end_does_not_hold_up_the_others(
         second.wait()
         third = pool.submit(run, node_of_two("third", program, store.port, tmp_path), parent=bare)
         assert first.result(timeout=60).exit_code == third.result(timeout=60).exit_code == 0
-    assert json.loads((tmp_path / "told.json").read_text()) == ["hold", "leave"], "it did not leave before"
+    assert json.loads((tmp_path / "told.json").read_text()) == ["AwaitRegroup", "MayLeave"], "it did not leave before"

@@ -33,12 +33,13 @@ TRAP = """
 WORKER = """
     import os, signal, sys, time
     from pathlib import Path
-    from lightning_ckptless.membership.channel.agent_channel import open_line
+    from lightning_ckptless.membership.channel.agent_channel import open_channel
+    from lightning_ckptless.protocol.messages import EnteredLoop, LeftLoop
 
-    rank, line, count = int(os.environ["RANK"]), open_line(), os.environ["TORCHELASTIC_RESTART_COUNT"]
+    rank, channel, count = int(os.environ["RANK"]), open_channel(), os.environ["TORCHELASTIC_RESTART_COUNT"]
     wishes = {"standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
     wishes |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
-    line.tell("entered", in_place=sys.argv[1] == "in-place", **wishes)
+    channel.send(EnteredLoop(in_place=sys.argv[1] == "in-place", **wishes))
     Path(f"came-{rank}-{count}").touch()
     while not all(Path(f"came-{other}-{count}").exists() for other in (0, 1)):
         time.sleep(0.005)
@@ -46,7 +47,7 @@ WORKER = """
         if rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(1000)
-    line.tell("left")
+    channel.send(LeftLoop())
 """
 
 

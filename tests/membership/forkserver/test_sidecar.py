@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.forkserver.sidecar import Sidecars, Surroundings
+from lightning_ckptless.protocol.messages import StartSidecar
 
 Write = Callable[..., Path]
 
@@ -51,11 +53,11 @@ class Node:
         self.events.append((event, fields))
 
     def ask(self, what: str) -> None:
-        self.sidecars.tend([(0, {"kind": "sidecar", "module": "beside", "argument": what})])
+        self.sidecars.maintain([FromWorker(0, StartSidecar("beside", what))])
 
     def until(self, good: Callable[[], bool]) -> None:
         while not good():
-            self.sidecars.tend(())
+            self.sidecars.maintain(())
             select.select([], [], [], 0.005)
 
     def seen(self, what: str) -> list[int]:
@@ -104,7 +106,7 @@ def test_one_that_has_done_its_work_is_let_go(node: Node) -> None:
     node.until(lambda: bool(node.seen("leaves")))
     (pid,) = node.seen("leaves")
     node.until(lambda: not Path("/proc", str(pid)).exists())
-    node.sidecars.tend(())
+    node.sidecars.maintain(())
     assert node.events == [] and len(node.seen("leaves")) == 1
 
 

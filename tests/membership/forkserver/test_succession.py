@@ -16,7 +16,7 @@ import pytest
 from lightning_ckptless.membership.forkserver.client import ForkServer, ForkServerLostError, Successor
 from lightning_ckptless.membership.forkserver.imported import Imported, changed_variables, installed_modules
 from lightning_ckptless.membership.forkserver.learning import Lesson
-from lightning_ckptless.membership.forkserver.succession import WorldChange
+from lightning_ckptless.membership.forkserver.succession import Succession
 from lightning_ckptless.membership.worker.startup import Job
 from lightning_ckptless.protocol.newcomer import Imports
 from tests.membership.conftest import finish, run_forked, script, start, worker_env
@@ -44,19 +44,19 @@ def teach(write: Callable[..., Path], tmp_path: Path) -> Callable[..., Lesson]:
 
 
 @pytest.fixture
-def succession(bare: ForkServer) -> Iterator[Callable[[Lesson], tuple[WorldChange, Events]]]:
+def succession(bare: ForkServer) -> Iterator[Callable[[Lesson], tuple[Succession, Events]]]:
     """Follows a succession to its end."""
-    made: list[WorldChange] = []
+    made: list[Succession] = []
 
-    def follow(lesson: Lesson) -> tuple[WorldChange, Events]:
+    def follow(lesson: Lesson) -> tuple[Succession, Events]:
         events = Events()
-        succession = WorldChange(events, lambda _: None)
+        succession = Succession(events, lambda _: None)
         made.append(succession)
-        succession.hear(lesson)
+        succession.learn(lesson)
         while succession.state in (Imports.WAITING, Imports.IMPORTING):
             if succession.state is Imports.IMPORTING:
                 assert select.select([_socket(succession)], [], [], WAIT_S)[0], "no answer"
-            succession.tend(bare)
+            succession.maintain(bare)
         return succession, events
 
     yield follow
@@ -64,7 +64,7 @@ def succession(bare: ForkServer) -> Iterator[Callable[[Lesson], tuple[WorldChang
         each.close()
 
 
-def _socket(succession: WorldChange) -> Any:
+def _socket(succession: Succession) -> Any:
     assert succession._successor is not None
     return succession._successor._socket
 
@@ -83,7 +83,7 @@ EFFECTS = {
 
 
 def test_modules_that_a_fork_could_not_share_are_left_out(
-    teach: Callable[..., Lesson], succession: Callable[[Lesson], tuple[WorldChange, Events]]
+    teach: Callable[..., Lesson], succession: Callable[[Lesson], tuple[Succession, Events]]
 ) -> None:
     """In one process, where each is told apart from the others; what depends on one of them is left out with it."""
     texts = {f"unsafe{number}": text for number, text in enumerate(EFFECTS)}
@@ -98,7 +98,7 @@ def test_modules_that_a_fork_could_not_share_are_left_out(
 
 def test_forks_find_the_modules_and_what_they_have_set(
     teach: Callable[..., Lesson],
-    succession: Callable[[Lesson], tuple[WorldChange, Events]],
+    succession: Callable[[Lesson], tuple[Succession, Events]],
     write: Callable[..., Path],
     bare: ForkServer,
     tmp_path: Path,
@@ -125,7 +125,7 @@ def test_forks_find_the_modules_and_what_they_have_set(
 
 
 def test_a_module_that_is_found_elsewhere_is_left_out(
-    teach: Callable[..., Lesson], succession: Callable[[Lesson], tuple[WorldChange, Events]]
+    teach: Callable[..., Lesson], succession: Callable[[Lesson], tuple[Succession, Events]]
 ) -> None:
     lesson = teach({"shadow": ""})
     lesson.imported.modules["shadow"] = "/elsewhere/site-packages/shadow.py"
@@ -134,7 +134,7 @@ def test_a_module_that_is_found_elsewhere_is_left_out(
 
 
 def test_when_an_import_ends_the_process(
-    teach: Callable[..., Lesson], succession: Callable[[Lesson], tuple[WorldChange, Events]]
+    teach: Callable[..., Lesson], succession: Callable[[Lesson], tuple[Succession, Events]]
 ) -> None:
     followed, events = succession(teach({"fatal": "import os; os._exit(1)"}))
     assert (followed.state, followed.successor) == (Imports.GIVEN_UP, None)
@@ -143,7 +143,7 @@ def test_when_an_import_ends_the_process(
 
 def test_when_the_successor_is_lost_the_first_parent_forks_until_there_is_another(
     teach: Callable[..., Lesson],
-    succession: Callable[[Lesson], tuple[WorldChange, Events]],
+    succession: Callable[[Lesson], tuple[Succession, Events]],
     write: Callable[..., Path],
     bare: ForkServer,
     tmp_path: Path,
@@ -161,7 +161,7 @@ def test_when_the_successor_is_lost_the_first_parent_forks_until_there_is_anothe
     assert followed.successor is None
     seen = []
     for _ in range(2):
-        followed.tend(bare)
+        followed.maintain(bare)
         seen.append(followed.state)
     assert seen == [Imports.WAITING, Imports.IMPORTING]
 

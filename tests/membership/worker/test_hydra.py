@@ -80,12 +80,13 @@ ASKS = """
     import json, os, signal, sys
     from pathlib import Path
     from lightning_ckptless import environment
-    from lightning_ckptless.membership.channel.agent_channel import open_line
+    from lightning_ckptless.membership.channel.agent_channel import open_channel
+    from lightning_ckptless.protocol.messages import ReachedTrainer
     if "--never" in sys.argv:
         import hydra
     rank, restarts = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
     Path(f"argv-{rank}-{restarts}.json").write_text(json.dumps([sys.argv[1:], environment.HYDRA in os.environ]))
-    open_line().tell("arrived", hydra=f"run=/of-{rank}")
+    open_channel().send(ReachedTrainer(f"run=/of-{rank}"))
     if (rank, restarts) == ("1", "0"):
         os.kill(os.getpid(), signal.SIGKILL)
     signal.sigwait({signal.SIGTERM}) if restarts == "0" else None

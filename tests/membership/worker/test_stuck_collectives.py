@@ -22,7 +22,8 @@ PAIR = """
     import torch
     import torch.distributed as dist
     from lightning_ckptless.membership.worker.process_groups import World
-    from lightning_ckptless.membership.channel.agent_channel import Line
+    from lightning_ckptless.membership.channel.agent_channel import AgentChannel
+    from lightning_ckptless.protocol.messages import Regroup
     from lightning_ckptless.membership.channel.fault_report import FaultReport
     from lightning_ckptless.membership.worker.watcher import Watcher
 
@@ -43,16 +44,16 @@ PAIR = """
             found += struct.unpack("i", answer)[0]
         return found
 
-    def agent(line):
+    def agent(channel):
         while unsent_bytes() < 1 << 18:
             time.sleep(0.001)
         fault = FaultReport(1, 99, None, "SIGKILL", 1.0, 2.0, 3.0, 1, 2)
-        line.tell("regroup", number=1, fault=asdict(fault))
-        if select.select([line], [], [], 10)[0]:
-            print(line.receive()[0], flush=True)
+        channel.send(Regroup(1, asdict(fault), {}))
+        if select.select([channel], [], [], 10)[0]:
+            print(channel.receive().message, flush=True)
         os._exit(0)
 
-    ours, theirs = Line.pair()
+    ours, theirs = AgentChannel.pair()
     watcher = Watcher(theirs, world.cut)
     threading.Thread(target=agent, args=[ours], daemon=True).start()
     dist.send(parcel, 1)
