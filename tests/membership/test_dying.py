@@ -46,6 +46,6 @@ def test_a_worker_with_much_memory_tells_at_once_what_it_dies_of(
     while not process.is_dying():
         pass
     told = process.exit_code()
-    assert not process.buried()
+    assert not process.has_ended()
     assert told == exit_code == process.end().exit_code
     process.channel.close()

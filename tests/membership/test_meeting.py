@@ -32,7 +32,7 @@ MEETINGS = """
     ends[1 - rank].close()
     agent, channel = AgentChannel.pair()
     world = World()
-    watcher = Watcher(channel, world.cut)
+    watcher = Watcher(channel, world.abort)
     fault = asdict(FaultReport(1, 99, None, "SIGKILL", 1.0, 2.0, 3.0, 1, 2))
 
     def tell(number):
@@ -69,7 +69,7 @@ MEETINGS = """
         names = TRACED.get(code.co_filename, set())
         if fired_in == number or (names is not None and code.co_name not in names):
             return None
-        if event == "line" and place not in seen and code.co_name not in ("leave", "cut", "forget"):
+        if event == "line" and place not in seen and code.co_name not in ("leave", "abort", "forget"):
             seen.add(place)
             fired_in = number
             tell(number + 1)
@@ -104,10 +104,10 @@ MEETINGS = """
         flag = torch.tensor([float(is_last)])
         dist.broadcast(flag, 0)
         is_last = bool(flag.item())
-        world.bury()
+        world.release()
         agent.poll()
     world.leave()
-    world.bury()
+    world.release()
     watcher.close()
     if rank == 0:
         os.wait()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lightning_ckptless import environment
-from lightning_ckptless.membership.channel.program_failure import Failure, count_report, failure_of, leave_failure
+from lightning_ckptless.membership.channel.program_failure import Failure, count_report, failure_of, report_failure
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome
 from lightning_ckptless.membership.launch.launch import run
@@ -132,7 +132,7 @@ def test_a_process_that_reports_an_error_and_does_not_end_is_ended(
 """
     outcome = launch(bare, text, write, tmp_path, exit_grace_s=0.2)
     assert (outcome.exit_code, outcome.restarts) == (1, 0)
-    assert "ValueError: mine was reported 0 s ago, and it has not ended" in capfd.readouterr().err
+    assert "ValueError: mine was reported 0 s ago, but the process has not exited" in capfd.readouterr().err
 
 
 def test_a_failure_says_whether_a_peer_was_lost(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_failure_says_whether_a_peer_was_lost(tmp_path: Path) -> None:
         (ValueError("two\nlines"), Failure("ValueError: two lines")),
         (SystemExit(3), Failure("sys.exit(3)")),
     ):
-        leave_failure(error, env)
+        report_failure(error, env)
         assert failure_of(tmp_path, os.getpid()) == expected
     assert failure_of(tmp_path, 1) is None
     assert json.loads((tmp_path / f"failure-{os.getpid()}.json").read_text())["error"] == "sys.exit(3)"

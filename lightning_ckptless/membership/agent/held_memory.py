@@ -1,6 +1,6 @@
-"""Memory that the agent holds for its workers: what a worker puts there outlives the worker.
+"""Memory that the agent holds for its workers, so that its contents outlive them.
 
-A worker asks over its line for files of anonymous memory (`memory_files`) at given paths. The agent makes them and
+A worker asks over its channel for files of anonymous memory (`memory_files`) at given paths. The agent creates them and
 keeps them open until their links are removed, or until it ends.
 """
 
@@ -19,17 +19,17 @@ from lightning_ckptless.protocol.messages import HoldMemory, MemoryHeld
 from lightning_ckptless.system.memory_files import is_memory_file, make_memory_file
 
 _ANSWER_WITHIN_S = 120.0
-"""An agent that does not answer for so long is stopped or stuck."""
+"""An agent that takes longer to answer is stopped or stuck."""
 _RELEASE_EVERY_S = 1.0
 
 
 class HeldMemory:
-    """The memory that one agent process holds, through all its rounds and rendezvous.
+    """The memory that one agent process holds, over all rounds and all rendezvous.
 
     Args:
         node: its name.
         record: receives events, as `record(event, **fields)`.
-        say: prints a message for the user.
+        say: shows a message to the user.
     """
 
     def __init__(self, node: str, record: Callable[..., None], say: Callable[[str], None]) -> None:
@@ -53,7 +53,7 @@ class HeldMemory:
             self._release()
 
     def close(self) -> None:
-        """Release all of it."""
+        """Release all memory."""
         socket_messages.close_all(list(self._handles.values()))
         self._handles.clear()
 
@@ -85,7 +85,7 @@ class HeldMemory:
             os.close(self._handles.pop(path))
 
 
-def have_held(channel: AgentChannel, paths: Sequence[Path], reason: str) -> None:
+def request_memory(channel: AgentChannel, paths: Sequence[Path], reason: str) -> None:
     """Have the agent make files of anonymous memory, and wait until they exist.
 
     Args:

@@ -1,9 +1,9 @@
-"""The watcher of one worker: hears of faults while the training thread is busy, and sets it free.
+"""The watcher of one worker: it learns of faults while the training thread is busy, and unblocks that thread.
 
-The training thread may wait in a collective for a rank that is dead, or compute for a long time. The watcher listens
-to the agent in a thread of its own. When a fault is told, it cuts the connections of the generation that is over, until
-the training thread has let go of them: whatever that does with them fails, and is caught where the step began. Where
-gloo has lost a thread that waited in it, it says so to the agent (`lost_waits.py`).
+The training thread may wait in a collective for a dead rank, or compute for a long time. The watcher listens to the
+agent in a thread of its own. When a fault is reported, it aborts the connections of the generation that has ended,
+until the training thread has released them: any operation on them fails, and is caught where the step began. If gloo
+has lost a thread that waited in it, the watcher reports that to the agent (`stuck_collectives.py`).
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from lightning_ckptless.protocol.uneven_steps import AtEnd
 
 log = logging.getLogger(__name__)
 
-_CUT_EVERY_S = 0.01
+_ABORT_EVERY_S = 0.01
 _CLOSE_S = 5.0
-"""For the thread to end when it is asked to: it may be in the middle of cutting connections."""
+"""For the thread to end when it is asked to: it may be aborting connections."""
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What an agent has told its workers after a fault.
+    """What an agent has announced to its workers after a fault.
 
     Args:
-        number: under which they meet; grows with every regrouping of a run.
+        number: of the regrouping in which they meet; grows over a run.
         fault: why.
-        told_at: wall clock at which this worker read it, seconds since the epoch.
-        env: what makes this process the rank that it is from then on: its number may be another one.
+        told_at: wall clock at which this worker read it, in seconds since the epoch.
+        env: environment variables that make this process the rank it is from now on.
     """
 
     number: int
@@ -62,18 +62,18 @@ class Assignment:
 
 
 class Watcher:
-    """Listens on a worker's line for as long as it trains.
+    """Listens to a worker's agent for as long as the worker trains.
 
     Args:
         channel: to the agent; stays open.
-        cut: frees the training thread, as far as it can be freed, and returns how many connections were still there;
-            called again from the news of a fault until `release`.
+        abort: unblocks the training thread as far as possible, and returns how many connections still existed; called
+            repeatedly from the news of a fault until `release`.
         number: regrouping that this worker belongs to; 0 before the first.
     """
 
-    def __init__(self, channel: AgentChannel, cut: Callable[[], int], number: int = 0) -> None:
+    def __init__(self, channel: AgentChannel, abort: Callable[[], int], number: int = 0) -> None:
         self._channel = channel
-        self._cut = cut
+        self._abort = abort
         self._accepted = number
         self._is_leaving = False
         self._latest: Assignment | None = None
@@ -84,8 +84,8 @@ class Watcher:
         self._waits = StuckCollectives()
         self._is_on_hold = False
         self._changed = threading.Condition()
-        # A count, and not the end of a pipe: forked dataloader workers hold duplicates of whatever this process opens,
-        # and an end shows only when the last of them is closed.
+        # A counter rather than the end of a pipe: forked dataloader workers hold duplicates of every file of this
+        # process, and an end is visible only when the last of them is closed.
         self._asked_to_close = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._listen, name="ckptless-watcher", daemon=True)
         self._thread.start()
@@ -94,17 +94,17 @@ class Watcher:
 
     @property
     def is_over(self) -> bool:
-        """Whether the generation that this worker belongs to is over."""
+        """Whether the generation that this worker belongs to has ended."""
         return self._pending() is not None
 
     def heed(self) -> None:
-        """Go no further where the generation is over. A rank that needs nobody else would not notice.
+        """Raise if the generation has ended: a rank that waits for no other rank would not notice.
 
         Raises:
-            TransportError: it is.
+            TransportError: it has ended.
         """
         if self.is_over:
-            raise TransportError("the ranks meet anew; this one was told between two collectives")
+            raise TransportError("the ranks are regrouping; this rank learned of it between two collectives")
 
     @property
     def finish_asked(self) -> bool:
@@ -113,22 +113,22 @@ class Watcher:
 
     @property
     def is_run_over(self) -> bool:
-        """Whether no regrouping will come any more."""
+        """Whether no further regrouping will come."""
         return self._is_run_over or self._channel.ended
 
     @property
     def failure(self) -> str:
-        """Why training cannot continue, as the agent has found it; empty where it can."""
+        """Why training cannot continue, as the agent reported it; empty where it can."""
         return self._failure
 
     def ask_to_leave(self, at: AtEnd) -> bool:
-        """Ask whether the training loop may be left, and wait for the answer.
+        """Ask whether this worker may leave the training loop, and wait for the answer.
 
         Args:
             at: where this worker has ended.
 
         Returns:
-            False where this worker is to meet others instead.
+            False where this worker has to meet other ranks instead.
         """
         self.send(AskToLeave(self._accepted, at.step, at.why))
         with self._changed:
@@ -140,13 +140,13 @@ class Watcher:
         self._channel.send(message)
 
     def accept(self, timeout_s: float) -> Assignment | None:
-        """Take notice of the newest regrouping, waiting for it if it is not there yet.
+        """Accept the newest regrouping, waiting for it if there is none yet.
 
         Args:
-            timeout_s: longest wait, but for the time in which the nodes meet anew.
+            timeout_s: longest wait in seconds, not counting the time in which the nodes re-rendezvous.
 
         Returns:
-            None where none came, or the agent is gone.
+            None where none came, or the agent has exited.
         """
         with self._changed:
             self._changed.wait_for(self._has_word, timeout_s)
@@ -158,17 +158,17 @@ class Watcher:
             return found
 
     def release(self) -> None:
-        """The generation that is over has been left: from here on connections are new, and none of them is cut."""
+        """Note that this worker has released the groups of the ended generation: new connections are not aborted."""
         with self._changed:
             self._is_leaving = False
         self.send(ReleasedGroups())
 
     def close(self) -> None:
-        """End the thread, whatever processes this one has forked meanwhile."""
+        """End the thread, even while processes that this one has forked still run."""
         os.eventfd_write(self._asked_to_close, 1)
         self._thread.join(_CLOSE_S)
         if self._thread.is_alive():
-            log.warning("ckptless: the watcher has not ended within %g s; it ends with this process", _CLOSE_S)
+            log.warning("ckptless: the watcher thread did not stop within %g s; it ends with this process", _CLOSE_S)
             return
         os.close(self._asked_to_close)
 
@@ -178,7 +178,7 @@ class Watcher:
         latest = self._latest
         return latest if latest is not None and latest.number > self._accepted else None
 
-    def _is_to_cut(self) -> bool:
+    def _has_to_abort(self) -> bool:
         return self._pending() is not None or self._is_leaving or self._is_run_over or bool(self._failure)
 
     def _has_assignment_or_end(self) -> bool:
@@ -192,21 +192,21 @@ class Watcher:
 
     def _listen(self) -> None:
         while not self._channel.ended:
-            timeout_s = _CUT_EVERY_S if self._is_to_cut() else None
+            timeout_s = _ABORT_EVERY_S if self._has_to_abort() else None
             ready = select.select([self._channel.fileno(), self._asked_to_close], [], [], timeout_s)[0]
             if self._asked_to_close in ready:
                 return
             if self._channel.fileno() in ready:
                 self._read()
-            # Under the lock: who has let go makes new connections, and none of those must be cut.
+            # Under the lock: a worker that has released its groups opens new connections, which must not be aborted.
             with self._changed:
-                if self._is_to_cut():
-                    self._look_for_lost_waits(self._cut())
+                if self._has_to_abort():
+                    self._look_for_stuck_collectives(self._abort())
         with self._changed:
             self._changed.notify_all()
 
-    def _look_for_lost_waits(self, connections: int) -> None:
-        reason = self._waits.look(connections, time.monotonic())
+    def _look_for_stuck_collectives(self, connections: int) -> None:
+        reason = self._waits.poll(connections, time.monotonic())
         if reason is not None:
             self._waits = StuckCollectives()
             self.send(StuckCollective(reason, **evidence()))

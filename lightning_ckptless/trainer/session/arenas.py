@@ -9,7 +9,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from lightning_ckptless.membership.agent.held_memory import have_held
+from lightning_ckptless.membership.agent.held_memory import request_memory
 from lightning_ckptless.membership.channel.agent_channel import AgentChannel
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.replica.arena import Arena, Owner, adopt, default_arena_dir, find_arenas, reclaim
@@ -70,7 +70,7 @@ def have_reaped(arena: Arena, identity: Identity) -> None:
 
 def have_agent_hold(arena: Arena, line: AgentChannel | None) -> None:
     """Have slots that do not fit into the arena's file system held by the agent, where it is one of ours."""
-    arena.hold = None if line is None else partial(have_held, line)
+    arena.hold = None if line is None else partial(request_memory, line)
 
 
 def discard_if_empty(arena: Arena) -> None:

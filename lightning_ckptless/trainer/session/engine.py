@@ -20,7 +20,7 @@ from lightning_ckptless.internals.lightning.sigterm import SigtermFlag
 from lightning_ckptless.internals.lightning.virtual_ranks import open_training_data
 from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.membership.channel.agent_channel import AgentChannel
-from lightning_ckptless.membership.channel.exit_report import ExitReport, leave_verdict, mark_begun
+from lightning_ckptless.membership.channel.exit_report import ExitReport, mark_begun, write_exit_report
 from lightning_ckptless.membership.worker.progress import ProgressWriter, stacks_path
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.checkpoint_history import BEGINNING
@@ -487,7 +487,7 @@ class Engine:
         if moment == "committed" and self.report.committed(version):
             mark_begun(self.rank)
             # Here, because it waits for threads of gloo, and training does not wait for this thread.
-            self.strategy.world.bury()
+            self.strategy.world.release()
             if is_first_of_node(local_rank()) and self.arena is not None:
                 self.arena.note(
                     "committed", {"step": version.optimizer_step, "validation_done": version.validation_done}
@@ -526,7 +526,7 @@ class Engine:
 
     def leave_verdict(self, reason: str) -> None:
         """Tell our agent not to start the workers again."""
-        leave_verdict(ExitReport(self.rank, final=True, reason=reason))
+        write_exit_report(ExitReport(self.rank, final=True, reason=reason))
 
     def finish(self) -> None:
         """Called when `fit` returned: wait for the last version and say how it went."""

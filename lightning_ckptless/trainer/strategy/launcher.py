@@ -18,7 +18,7 @@ from lightning_ckptless.internals.lightning.launch import CKPT_PATH_INDEX, is_st
 from lightning_ckptless.internals.lightning.sigterm import give_exit_code
 from lightning_ckptless.internals.lightning.versions import without_beginning
 from lightning_ckptless.membership.channel.agent_channel import AgentChannel, is_standby, open_channel
-from lightning_ckptless.membership.channel.exit_report import ExitReport, leave_verdict, withdraw_verdict
+from lightning_ckptless.membership.channel.exit_report import ExitReport, withdraw_exit_report, write_exit_report
 from lightning_ckptless.membership.launch.reexec import is_interactive, replace_by_agent
 from lightning_ckptless.membership.worker.peer_errors import is_lost_peer
 from lightning_ckptless.membership.worker.process_groups import keep_through_device_errors
@@ -83,7 +83,7 @@ class FitGuard:
         if call.is_fit:
             return self._fit(call, line)
         self._require_no_fault(call.function)
-        withdraw_verdict(self.strategy.global_rank)
+        withdraw_exit_report(self.strategy.global_rank)
         return call.evaluate()
 
     def _is_to_fork(self) -> bool:
@@ -155,7 +155,7 @@ class FitGuard:
         engine = Engine(strategy, trainer, next_chapter(), line)
         strategy.engine = engine
         if line is not None and engine.world_size > 1:
-            strategy.watcher = Watcher(line, strategy.world.cut, int(os.environ.get(environment.REGROUPING, "0")))
+            strategy.watcher = Watcher(line, strategy.world.abort, int(os.environ.get(environment.REGROUPING, "0")))
         if not self._is_observed:
             trainer.callbacks.extend(strategy.observers())
             self._is_observed = True
@@ -175,11 +175,11 @@ class FitGuard:
         """Join nobody on a node that is not fit."""
         strategy = self.strategy
         strategy.set_world_ranks()
-        withdraw_verdict(strategy.global_rank)
+        withdraw_exit_report(strategy.global_rank)
         try:
             check_health(strategy.root_device, strategy.options.health_check, os.environ.get(environment.NODE, "?"))
         except UnfitNodeError as error:
-            leave_verdict(ExitReport(strategy.global_rank, final=True, reason=str(error), unfit=True))
+            write_exit_report(ExitReport(strategy.global_rank, final=True, reason=str(error), unfit=True))
             raise
 
     def _guarded(self, engine: Engine, call: Call) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lightning_ckptless.errors import ArenaError
-from lightning_ckptless.membership.agent.held_memory import HeldMemory, have_held
+from lightning_ckptless.membership.agent.held_memory import HeldMemory, request_memory
 from lightning_ckptless.membership.channel.agent_channel import AgentChannel, FromWorker
 from lightning_ckptless.system.memory_files import is_memory_file
 
@@ -29,7 +29,7 @@ class Agent:
     def serve(self, *paths: Path) -> None:
         """Let the worker ask for files, and answer it."""
         with ThreadPoolExecutor(1) as pool:
-            job: Future[None] = pool.submit(have_held, self.worker, paths, "too small")
+            job: Future[None] = pool.submit(request_memory, self.worker, paths, "too small")
             while not job.done():
                 select.select([self.channel], [], [], 0.005)
                 self.memory.maintain([FromWorker(0, *received) for received in self.channel.poll()])
@@ -79,4 +79,4 @@ def test_what_cannot_be_made_is_refused_with_the_reason(agent: Agent, tmp_path: 
 def test_a_worker_does_not_wait_for_an_agent_that_has_ended(agent: Agent, tmp_path: Path) -> None:
     agent.channel.close()
     with pytest.raises(ArenaError, match="it has exited"):
-        have_held(agent.worker, [tmp_path / "slot"], "too small")
+        request_memory(agent.worker, [tmp_path / "slot"], "too small")

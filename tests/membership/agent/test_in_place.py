@@ -55,7 +55,7 @@ def test_who_says_that_it_cannot_get_free_is_replaced_at_once(
     assert (outcome.exit_code, outcome.restarts, outcome.in_place) == (0, 0, 2)
     assert [(fault.rank, fault.hung) for fault in outcome.faults] == [
         (0, ""),
-        (1, "cannot get free of the lost: it sleeps"),
+        (1, "did not release its process groups after the fault: it sleeps"),
     ]
     hangs = [fields for event, fields in events if event == "hang"]
     assert [fields["local_ranks"] for fields in hangs] == [[1]], json.dumps(hangs)

@@ -51,7 +51,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(
     where: str, bare: ForkServer, config: LaunchConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(LaunchError, match=r"--log-dir .*: cannot make the log files: .*name another folder"):
+    with pytest.raises(LaunchError, match=r"--log-dir .*: cannot create the log files: .*choose another folder"):
         run(replace(config, log_dir=tmp_path / where), parent=bare)
 
 
@@ -59,7 +59,7 @@ def test_folders_of_a_round_that_cannot_be_made_are_an_error(config: LaunchConfi
     with log_files(config) as logs:
         (tmp_path / "logs").rmdir()
         (tmp_path / "logs").touch()
-        with pytest.raises(LaunchError, match="cannot make the log files"):
+        with pytest.raises(LaunchError, match="cannot create the log files"):
             logs.reify({0: {}})
 
 

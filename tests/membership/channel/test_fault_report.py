@@ -10,10 +10,10 @@ import pytest
 from lightning_ckptless import environment
 from lightning_ckptless.membership.channel.exit_report import (
     ExitReport,
-    leave_verdict,
     mark_begun,
     take_begun,
     take_exit_reports,
+    write_exit_report,
 )
 from lightning_ckptless.membership.channel.fault_report import FaultReport, shell_code, split_exit
 
@@ -54,7 +54,7 @@ def test_exit_codes(exit_code: int, split: tuple[int | None, str | None], shell:
 def test_verdicts_are_taken_once_in_the_order_of_ranks(tmp_path: Path) -> None:
     env = {environment.AGENT_DIR: str(tmp_path)}
     exit_reports = (ExitReport(0, True, "loss is nan"), ExitReport(3, False, ""))
-    assert [leave_verdict(exit_report, env) for exit_report in reversed(exit_reports)] == [True, True]
+    assert [write_exit_report(exit_report, env) for exit_report in reversed(exit_reports)] == [True, True]
     assert take_exit_reports(tmp_path) == exit_reports
     assert take_exit_reports(tmp_path) == ()
 
@@ -66,4 +66,4 @@ def test_marks_of_training_are_taken_once(tmp_path: Path) -> None:
 
 
 def test_no_verdict_without_an_agent_of_ours() -> None:
-    assert leave_verdict(ExitReport(0, True, ""), {}) is False
+    assert write_exit_report(ExitReport(0, True, ""), {}) is False

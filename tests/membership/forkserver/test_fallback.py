@@ -87,13 +87,13 @@ def test_when_the_run_starts(
 ) -> None:
     assert trapped("whole", [moment]) == Outcome(0, 0, ())
     assert len(list(tmp_path.glob("fork-*"))) == moment + 3
-    assert capfd.readouterr().err.count("and all its workers with it; another one is started, and they with it") == 1
+    assert capfd.readouterr().err.count("and all its workers with it; starting a new fork server and all workers") == 1
 
 
 def test_when_all_are_started_again(trapped: Callable[..., Outcome], capfd: pytest.CaptureFixture[str]) -> None:
     outcome = trapped("relaunch", [3], max_restarts=1)
     assert (outcome.exit_code, outcome.restarts, len(outcome.faults)) == (0, 1, 1)
-    assert capfd.readouterr().err.count("another one is started") == 1
+    assert capfd.readouterr().err.count("starting a new fork server") == 1
 
 
 def test_when_a_lost_rank_is_replaced(trapped: Callable[..., Outcome]) -> None:
@@ -108,8 +108,8 @@ def test_when_it_never_works(
     assert trapped("whole", list(range(9))) == Outcome(0, 0, ())
     assert len(list(tmp_path.glob("fork-*"))) == 3
     said = capfd.readouterr().err
-    assert said.count("another one is started") == 2
-    assert said.count("workers are started afresh from now on") == 1 and "3 times in a row" in said
+    assert said.count("starting a new fork server") == 2
+    assert said.count("workers are started as new interpreters from now on") == 1 and "3 times in a row" in said
 
 
 def test_at_a_limit_on_processes_when_a_lost_rank_is_replaced(
@@ -127,7 +127,7 @@ def test_at_a_limit_on_processes_when_all_are_started_again(
 ) -> None:
     outcome = trapped("relaunch", [3], LIMIT, max_restarts=1)
     assert (outcome.exit_code, outcome.restarts, len(outcome.faults)) == (0, 1, 1)
-    assert capfd.readouterr().err.count("all workers are started again in 0.5 s") == 1
+    assert capfd.readouterr().err.count("starting all workers again in 0.5 s") == 1
 
 
 def test_a_limit_on_processes_that_stays_ends_the_run(

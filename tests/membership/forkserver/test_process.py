@@ -137,5 +137,5 @@ def test_what_is_no_file_is_refused(how: tuple[str, ...], tmp_path: Path) -> Non
         check=False,
     )
     assert done.returncode == 1
-    assert "LaunchError: the workers run the same program again" in done.stderr
+    assert "LaunchError: each worker runs the same script again" in done.stderr
     assert os.listdir(tmp_path) == []

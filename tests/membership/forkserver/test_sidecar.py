@@ -13,7 +13,7 @@ import pytest
 
 from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.forkserver.sidecar import Sidecars, Surroundings
+from lightning_ckptless.membership.forkserver.sidecar import SidecarLauncher, Sidecars
 from lightning_ckptless.protocol.messages import StartSidecar
 
 Write = Callable[..., Path]
@@ -46,7 +46,7 @@ class Node:
         self.folder = folder
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.said: list[str] = []
-        where = Surroundings(lambda: parent, dict(os.environ), str(folder), (), fresh)
+        where = SidecarLauncher(lambda: parent, dict(os.environ), str(folder), (), fresh)
         self.sidecars = Sidecars(where, self._record, self.said.append, pause_s=0.05)
 
     def _record(self, event: str, **fields: Any) -> None:

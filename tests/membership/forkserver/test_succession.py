@@ -15,7 +15,7 @@ import pytest
 
 from lightning_ckptless.membership.forkserver.client import ForkServer, ForkServerLostError, Successor
 from lightning_ckptless.membership.forkserver.imported import Imported, changed_variables, installed_modules
-from lightning_ckptless.membership.forkserver.learning import Lesson
+from lightning_ckptless.membership.forkserver.learning import ImportRequest
 from lightning_ckptless.membership.forkserver.succession import Succession
 from lightning_ckptless.membership.worker.startup import Job
 from lightning_ckptless.protocol.newcomer import Imports
@@ -32,27 +32,27 @@ class Events(list[tuple[str, dict[str, Any]]]):
 
 
 @pytest.fixture
-def teach(write: Callable[..., Path], tmp_path: Path) -> Callable[..., Lesson]:
-    """Makes a lesson of modules with these texts."""
+def teach(write: Callable[..., Path], tmp_path: Path) -> Callable[..., ImportRequest]:
+    """Makes a request of modules with these texts."""
 
-    def teach(texts: dict[str, str], changed: dict[str, str | None] | None = None, **env: str) -> Lesson:
+    def teach(texts: dict[str, str], changed: dict[str, str | None] | None = None, **env: str) -> ImportRequest:
         modules = {name: str(write(text, f"site-packages/{name}.py")) for name, text in texts.items()}
         job = Job(script(write("", "program.py"), "--lr", "1"), worker_env(env), str(tmp_path))
-        return Lesson(Imported(modules, changed or {}, [str(tmp_path / "site-packages"), *sys.path]), job)
+        return ImportRequest(Imported(modules, changed or {}, [str(tmp_path / "site-packages"), *sys.path]), job)
 
     return teach
 
 
 @pytest.fixture
-def succession(bare: ForkServer) -> Iterator[Callable[[Lesson], tuple[Succession, Events]]]:
+def succession(bare: ForkServer) -> Iterator[Callable[[ImportRequest], tuple[Succession, Events]]]:
     """Follows a succession to its end."""
     made: list[Succession] = []
 
-    def follow(lesson: Lesson) -> tuple[Succession, Events]:
+    def follow(request: ImportRequest) -> tuple[Succession, Events]:
         events = Events()
         succession = Succession(events, lambda _: None)
         made.append(succession)
-        succession.learn(lesson)
+        succession.learn(request)
         while succession.state in (Imports.WAITING, Imports.IMPORTING):
             if succession.state is Imports.IMPORTING:
                 assert select.select([_socket(succession)], [], [], WAIT_S)[0], "no answer"
@@ -76,14 +76,14 @@ EFFECTS = {
     "import tempfile; file = tempfile.TemporaryFile()": "leaves a file or a connection open",
     "import random; random.seed(1)": "draws random numbers or seeds a generator",
     "import os; rank = os.getenv('LOCAL_RANK')": "reads LOCAL_RANK, which differs between workers",
-    "import os; home = os.environ.get('HUB_HOME')": "reads HUB_HOME, which the program sets",
+    "import os; home = os.environ.get('HUB_HOME')": "reads HUB_HOME, which the script sets",
     "raise RuntimeError('not here')": "cannot be imported alone: RuntimeError: not here",
     "import sys; sys.exit(3)": "cannot be imported alone: SystemExit: 3",
 }
 
 
 def test_modules_that_a_fork_could_not_share_are_left_out(
-    teach: Callable[..., Lesson], succession: Callable[[Lesson], tuple[Succession, Events]]
+    teach: Callable[..., ImportRequest], succession: Callable[[ImportRequest], tuple[Succession, Events]]
 ) -> None:
     """In one process, where each is told apart from the others; what depends on one of them is left out with it."""
     texts = {f"unsafe{number}": text for number, text in enumerate(EFFECTS)}
@@ -97,17 +97,17 @@ def test_modules_that_a_fork_could_not_share_are_left_out(
 
 
 def test_forks_find_the_modules_and_what_they_have_set(
-    teach: Callable[..., Lesson],
-    succession: Callable[[Lesson], tuple[Succession, Events]],
+    teach: Callable[..., ImportRequest],
+    succession: Callable[[ImportRequest], tuple[Succession, Events]],
     write: Callable[..., Path],
     bare: ForkServer,
     tmp_path: Path,
 ) -> None:
-    lesson = teach(
+    request = teach(
         {"settler": "import os, sys\nos.environ.setdefault('QUIET', '1')\nseen = (sys.argv[1:], os.getcwd())\n"},
         {"QUIET": "1"},
     )
-    followed, _ = succession(lesson)
+    followed, _ = succession(request)
     parent = followed.successor
     assert parent is not None
     program = script(
@@ -125,16 +125,16 @@ def test_forks_find_the_modules_and_what_they_have_set(
 
 
 def test_a_module_that_is_found_elsewhere_is_left_out(
-    teach: Callable[..., Lesson], succession: Callable[[Lesson], tuple[Succession, Events]]
+    teach: Callable[..., ImportRequest], succession: Callable[[ImportRequest], tuple[Succession, Events]]
 ) -> None:
-    lesson = teach({"shadow": ""})
-    lesson.imported.modules["shadow"] = "/elsewhere/site-packages/shadow.py"
-    _, events = succession(lesson)
+    request = teach({"shadow": ""})
+    request.imported.modules["shadow"] = "/elsewhere/site-packages/shadow.py"
+    _, events = succession(request)
     assert events[-1][1]["left_out"]["shadow"].startswith("is found in ")
 
 
 def test_when_an_import_ends_the_process(
-    teach: Callable[..., Lesson], succession: Callable[[Lesson], tuple[Succession, Events]]
+    teach: Callable[..., ImportRequest], succession: Callable[[ImportRequest], tuple[Succession, Events]]
 ) -> None:
     followed, events = succession(teach({"fatal": "import os; os._exit(1)"}))
     assert (followed.state, followed.successor) == (Imports.GIVEN_UP, None)
@@ -142,8 +142,8 @@ def test_when_an_import_ends_the_process(
 
 
 def test_when_the_successor_is_lost_the_first_parent_forks_until_there_is_another(
-    teach: Callable[..., Lesson],
-    succession: Callable[[Lesson], tuple[Succession, Events]],
+    teach: Callable[..., ImportRequest],
+    succession: Callable[[ImportRequest], tuple[Succession, Events]],
     write: Callable[..., Path],
     bare: ForkServer,
     tmp_path: Path,
@@ -167,7 +167,7 @@ def test_when_the_successor_is_lost_the_first_parent_forks_until_there_is_anothe
 
 
 def test_it_ends_with_the_first_parent(
-    teach: Callable[..., Lesson], write: Callable[..., Path], tmp_path: Path
+    teach: Callable[..., ImportRequest], write: Callable[..., Path], tmp_path: Path
 ) -> None:
     with ForkServer() as first:
         successor = Successor(first)

@@ -74,9 +74,9 @@ def test_the_agents_command_line(line: str, expected: str) -> None:
     [
         ("python train.py", None),
         ("python -m train", None),
-        ("python -c pass", "given with -c"),
+        ("python -c pass", "passed with -c"),
         ("python -", "standard input"),
-        ("python gone.py", "no longer there"),
+        ("python gone.py", "does not exist in"),
     ],
 )
 def test_what_can_be_run_again(line: str, reason: str | None, tmp_path: Path) -> None:
@@ -84,4 +84,4 @@ def test_what_can_be_run_again(line: str, reason: str | None, tmp_path: Path) ->
     found = why_not_again(parse_command_line(line.split(" ")), tmp_path)
     assert (found is None) is (reason is None)
     assert reason is None or (reason in str(found) and "python FILE.py" in str(found))
-    assert ("ckptless_notebook" in str(found)) is (reason in ("given with -c", "standard input"))
+    assert ("ckptless_notebook" in str(found)) is (reason in ("passed with -c", "standard input"))

@@ -99,7 +99,7 @@ def test_a_killed_worker_is_relaunched_with_the_others(
     lines = capfd.readouterr().err.splitlines()
     assert lines == [
         f"ckptless: {fault}; all 2 workers relaunched, recovery {fault.restart} of the run, {fault.restart} without a "
-        "new step (not in place: no worker has come to fit yet)"
+        "new step (not in place: no worker has reached fit yet)"
         for fault in outcome.faults
     ]
 
@@ -121,7 +121,7 @@ def test_a_final_verdict_forbids_relaunches(
         import os, sys, time
         from lightning_ckptless.membership.channel.exit_report import ExitReport, leave_verdict
         if os.environ["RANK"] == "0":
-            leave_verdict(ExitReport(0, True, "the loss is not a number"))
+            write_exit_report(ExitReport(0, True, "the loss is not a number"))
             sys.exit(4)
         time.sleep(1000)
     """
@@ -146,7 +146,7 @@ def test_verdicts_that_are_not_final_change_nothing(bare: ForkServer, write: Wri
         import os, sys
         from lightning_ckptless.membership.channel.exit_report import ExitReport, leave_verdict
         if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            leave_verdict(ExitReport(int(os.environ["RANK"]), False, "once more"))
+            write_exit_report(ExitReport(int(os.environ["RANK"]), False, "once more"))
             sys.exit(4)
     """
     assert launch(bare, script(write(text)), tmp_path).exit_code == 0
@@ -177,7 +177,7 @@ def test_a_parent_that_cannot_fork_is_replaced(write: Write, tmp_path: Path, cap
     with ForkServer(("threaded",), path=(str(tmp_path / "extras"),)) as parent:
         outcome = launch(parent, script(write(FAILS), "2", "killed"), tmp_path)
     assert (outcome.exit_code, outcome.restarts) == (0, 2)
-    assert capfd.readouterr().err.count("workers are started afresh from now on") == 1
+    assert capfd.readouterr().err.count("workers are started as new interpreters from now on") == 1
 
 
 def test_a_parent_of_its_own(write: Write, tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_twenty_relaunches_cost_no_files_and_no_threads(bare: ForkServer, write:
         ({"max_recoveries_per_hour": -1}, "max_recoveries_per_hour=-1"),
         ({"nnodes": "2:1"}, "nnodes='2:1'"),
         ({"nnodes": "many"}, "nnodes='many'"),
-        ({"nnodes": "2"}, "must know where to meet"),
+        ({"nnodes": "2"}, "several nodes need a rendezvous"),
         ({"nnodes": "2:4", "rdzv_endpoint": "a:1,b:1"}, "least number of nodes to 3"),
     ],
 )

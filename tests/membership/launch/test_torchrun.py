@@ -99,7 +99,7 @@ def test_output_and_time_to_stop() -> None:
     [
         ("--rdzv-backend etcd train.py", "etcd"),
         ("--virtual-local-rank train.py", "--virtual-local-rank is not supported"),
-        ("--nnodes 2 --rdzv-backend c10d train.py", "must know where to meet"),
+        ("--nnodes 2 --rdzv-backend c10d train.py", "several nodes need a rendezvous"),
         ("--rdzv-conf nonsense train.py", "expected KEY=VALUE"),
     ],
 )

@@ -22,7 +22,7 @@ def connections() -> Iterator[Connections]:
     made = Connections()
     yield made
     made.forget()
-    made.bury()
+    made.release()
 
 
 def connected(stack: ExitStack) -> tuple[socket.socket, socket.socket, socket.socket]:
@@ -39,7 +39,7 @@ def test_what_was_made_inside_is_cut_and_what_was_there_before_is_not(
     _, before, before_peer = connected(stack)
     with connections.opening(2):
         listener, ours, theirs = connected(stack)
-    assert connections.cut() == 2
+    assert connections.abort() == 2
     assert (ours.recv(1), theirs.recv(1)) == (b"", b"")
     before.sendall(b"x")
     assert before_peer.recv(1) == b"x"
@@ -53,7 +53,7 @@ def test_no_peer_notices_before_all_have_let_go(connections: Connections, stack:
     with connections.opening(2):
         ours = socket.create_connection(listener.getsockname())
     theirs = stack.enter_context(listener.accept()[0])
-    assert [connections.cut(), connections.cut()] == [1, 0]
+    assert [connections.abort(), connections.abort()] == [1, 0]
     assert ours.recv(1) == b""
     # As gloo does when it has read the end.
     ours.close()
@@ -62,7 +62,7 @@ def test_no_peer_notices_before_all_have_let_go(connections: Connections, stack:
     theirs.sendall(b"x")
     with pytest.raises(TimeoutError):
         theirs.recv(1)
-    connections.bury()
+    connections.release()
     with pytest.raises(ConnectionResetError):
         theirs.recv(1)
 
@@ -70,7 +70,7 @@ def test_no_peer_notices_before_all_have_let_go(connections: Connections, stack:
 def test_what_is_being_made_is_cut_too(connections: Connections, stack: ExitStack) -> None:
     with connections.opening(2):
         _, ours, _ = connected(stack)
-        assert connections.cut() == 2
+        assert connections.abort() == 2
         assert ours.recv(1) == b""
 
 
@@ -84,7 +84,7 @@ def test_a_number_that_is_used_again_is_left_alone(connections: Connections, sta
     stack.callback(os.close, read)
     stack.callback(os.close, write)
     assert {read, write} == set(numbers)
-    assert connections.cut() == 0
+    assert connections.abort() == 0
     assert os.write(write, b"x") == 1
 
 
@@ -93,7 +93,7 @@ def test_local_sockets_are_left_alone(connections: Connections, stack: ExitStack
         ours, theirs = socket.socketpair()
     stack.enter_context(ours)
     stack.enter_context(theirs)
-    assert connections.cut() == 0
+    assert connections.abort() == 0
     ours.sendall(b"x")
     assert theirs.recv(1) == b"x"
 
@@ -102,7 +102,7 @@ def test_nothing_is_left_to_be_cut_when_it_is_forgotten(connections: Connections
     with connections.opening(2):
         connected(stack)
     connections.forget()
-    assert connections.cut() == 0
+    assert connections.abort() == 0
 
 
 def test_a_connection_that_is_waited_on_is_cut_meanwhile_and_not_after(
@@ -113,14 +113,14 @@ def test_a_connection_that_is_waited_on_is_cut_meanwhile_and_not_after(
     lent.pop(theirs.fileno())
     with connections.opening(2, lent):
         pass
-    assert connections.cut() == 0
-    assert not connections.has_cut(lent)
+    assert connections.abort() == 0
+    assert not connections.has_aborted(lent)
     with connections.opening(2, lent):
-        assert connections.cut() == 1
+        assert connections.abort() == 1
     assert ours.recv(1) == b""
-    assert connections.has_cut(lent)
+    assert connections.has_aborted(lent)
     connections.forget()
-    assert not connections.has_cut(lent)
+    assert not connections.has_aborted(lent)
 
 
 def test_an_attempt_to_connect_is_ended(connections: Connections, stack: ExitStack) -> None:
@@ -134,9 +134,9 @@ def test_an_attempt_to_connect_is_ended(connections: Connections, stack: ExitSta
         ours = stack.enter_context(socket.socket())
         ours.setblocking(False)
         ours.connect_ex(listener.getsockname())
-        assert connections.cut() == 1
+        assert connections.abort() == 1
         assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
-        assert connections.cut() == 0
+        assert connections.abort() == 0
 
 
 @pytest.mark.timeout(30)
@@ -158,7 +158,7 @@ def test_a_rank_that_waits_for_a_dead_peer_to_connect_is_freed(
     thread.start()
     assert not ended.wait(0.1)
     for _ in range(500):
-        connections.cut()
+        connections.abort()
         if ended.wait(0.01):
             break
     thread.join()

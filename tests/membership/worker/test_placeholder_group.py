@@ -39,7 +39,7 @@ def world() -> Iterator[World]:
     world.pretend_to_be(1, 3)
     yield world
     world.leave()
-    world.bury()
+    world.release()
 
 
 def test_rank_and_world_size_are_told(world: World) -> None:

@@ -135,7 +135,7 @@ def test_who_needs_nobody_else_is_stopped_all_the_same(agent: AgentChannel, watc
     watcher.heed()
     regroup(agent, 1)
     assert cuts.wait(1)
-    with pytest.raises(TransportError, match="the ranks meet anew"):
+    with pytest.raises(TransportError, match="the ranks are regrouping"):
         watcher.heed()
     assert watcher.accept(5.0) is not None
     watcher.heed()
