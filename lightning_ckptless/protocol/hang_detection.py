@@ -4,8 +4,8 @@ Ranks run in lockstep, so one hung rank stops all: the others reach the next col
 therefore not a silent rank but the one that lags behind. No rank is blamed if all are at the same point (a long
 validation, a first compilation), if a debugger has stopped one, or if all have been stopped. Ranks at the same point
 are distinguished by what they do there. Each is asked, and in the backward pass a rank that does not wait, while the
-others wait, has not entered their collective. Elsewhere it may have work of its own, such as writing a checkpoint; it hangs
-only if neither it nor a child of it has used the processor for minutes.
+others wait, has not entered their collective. Elsewhere it may have work of its own, such as writing a checkpoint; it
+hangs only if neither it nor a child of it has used the processor for minutes.
 
 | All ranks silent for longer than the limit, and | Then |
 |---|---|

@@ -29,7 +29,7 @@ from lightning_ckptless.protocol.node_liveness import (
     watched_by,
 )
 
-_LOOKS_PER_INTERVAL = 5
+_CHECKS_PER_INTERVAL = 5
 _CLOSE_S = 5.0
 _CUT_EVERY_S = 0.05
 _GOODBYE = -(2**62)
@@ -78,7 +78,7 @@ class Heartbeat:
             self._round, (self._place, self._worker_store) = beats, addresses
         beats.start(self.bound.interval_s)
         if self._watch is None:
-            self._watch = threading.Thread(target=self._look, name="ckptless-heartbeat-watch", daemon=True)
+            self._watch = threading.Thread(target=self._check, name="ckptless-heartbeat-watch", daemon=True)
             self._watch.start()
 
     def rest(self) -> None:
@@ -105,8 +105,8 @@ class Heartbeat:
             self._watch.join(_CLOSE_S)
         self.rest()
 
-    def _look(self) -> None:
-        pause_s = self.bound.interval_s / _LOOKS_PER_INTERVAL
+    def _check(self) -> None:
+        pause_s = self.bound.interval_s / _CHECKS_PER_INTERVAL
         while not self._over.wait(pause_s):
             with self._lock:
                 if self._round is not None and not isinstance(self._finding, CutOff):

@@ -270,14 +270,14 @@ def _meeting_store(parameters: RendezvousParameters) -> Store:
         return FileStore(parameters.endpoint)
     host, port = parse_rendezvous_endpoint(parameters.endpoint, default_port=DEFAULT_PORT)
     timeout_s = int(parameters.get("read_timeout", _READ_TIMEOUT_S))
-    told = parameters.get_as_bool("is_host")
+    is_host = parameters.get_as_bool("is_host")
     try:
-        if told or (told is None and is_this_machine(host)):
+        if is_host or (is_host is None and is_this_machine(host)):
             try:
                 return listening_store(host, port, timeout_s)
             except (OSError, RuntimeError):
                 # Another process on this machine may host the rendezvous, unless the user said that this one does.
-                if told:
+                if is_host:
                     raise
         return TCPStore(host, port, is_master=False, multi_tenant=True, timeout=timedelta(seconds=timeout_s))
     except (OSError, ValueError, RuntimeError) as error:
