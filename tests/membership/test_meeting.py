@@ -1,4 +1,4 @@
-"""A meeting that a second fault cuts short, wherever it stands, and the next one, which succeeds."""
+"""A second fault interrupts a meeting at any point; the next meeting succeeds."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ MEETINGS = """
 """
 
 
-def test_a_meeting_is_cut_at_every_line(parent: ForkServer, write: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_meeting_can_be_aborted_at_every_line(parent: ForkServer, write: Callable[..., Path], tmp_path: Path) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     env = {
         "MASTER_ADDR": "127.0.0.1",

@@ -1,4 +1,4 @@
-"""Programs that end by themselves: past fit, in a head that cannot be repeated, or with something that never ends."""
+"""Scripts that end by themselves: after fit, before fit in a way that cannot be repeated, or without ever exiting."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.membership.conftest import script
 
 Write = Callable[..., Path]
 
-# What a trainer tells, in a program that trains nothing.
+# The messages of a trainer, in a script that trains nothing.
 TRAINS = """
     import os, signal, sys, threading, time
     from pathlib import Path
@@ -74,7 +74,7 @@ def test_an_error_past_fit_ends_the_run_once(
 
 
 @pytest.mark.parametrize("code", [0, 7])
-def test_an_exit_past_fit_is_that_of_the_run(code: int, bare: ForkServer, write: Write, tmp_path: Path) -> None:
+def test_an_exit_code_past_fit_is_that_of_the_run(code: int, bare: ForkServer, write: Write, tmp_path: Path) -> None:
     outcome = launch(bare, f"    fit()\n    leave()\n    sys.exit({code})\n", write, tmp_path)
     assert (outcome.exit_code, outcome.restarts) == (code, 0)
 
@@ -91,7 +91,7 @@ def test_a_kill_past_fit_is_recovered_from(bare: ForkServer, write: Write, tmp_p
     assert (outcome.exit_code, outcome.restarts) == (0, 1)
 
 
-def test_a_head_that_cannot_be_repeated_is_told_with_its_traceback_once(
+def test_code_before_fit_that_cannot_be_repeated_is_reported_with_one_traceback(
     bare: ForkServer, write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     text = """
@@ -119,7 +119,7 @@ def test_a_head_that_cannot_be_repeated_is_told_with_its_traceback_once(
 
 
 @pytest.mark.timeout(30)
-def test_a_process_that_reports_an_error_and_does_not_end_is_ended(
+def test_a_process_that_reports_an_error_and_does_not_exit_is_killed(
     bare: ForkServer, write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     text = """
@@ -135,7 +135,7 @@ def test_a_process_that_reports_an_error_and_does_not_end_is_ended(
     assert "ValueError: mine was reported 0 s ago, but the process has not exited" in capfd.readouterr().err
 
 
-def test_a_failure_says_whether_a_peer_was_lost(tmp_path: Path) -> None:
+def test_a_failure_tells_whether_a_peer_was_lost(tmp_path: Path) -> None:
     import torch.distributed  # noqa: F401 - as in a worker that has trained
 
     env = {environment.AGENT_DIR: str(tmp_path)}
@@ -222,7 +222,7 @@ STARVED = """
         ("", 7, "max_recoveries_without_progress=6 allows no more"),
     ],
 )
-def test_a_kill_for_lack_of_memory_at_one_step_is_told_from_one_from_outside(
+def test_a_kill_for_lack_of_memory_is_distinguished_from_one_from_outside(
     how: str,
     faults: int,
     reason: str,

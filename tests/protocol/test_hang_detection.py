@@ -81,7 +81,7 @@ def test_ranks_at_one_point_are_not_blamed_while_those_of_another_node_make_prog
     waiting = replace(AHEAD, waits=True)
     assert find_hang({0: waiting, 1: waiting}, now=100.0 + CEILING_S + 1, is_whole=False) is None
     hang = find_hang({0: AHEAD, 1: BEHIND}, now=LATE, is_whole=False)
-    assert hang is not None and hang.ranks == (1,), "one that is behind on its own node is found without the others"
+    assert hang is not None and hang.ranks == (1,), "a rank that lags on its own node is found without the other nodes"
 
 
 @pytest.mark.parametrize(

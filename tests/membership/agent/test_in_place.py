@@ -1,4 +1,4 @@
-"""Recoveries in place as the agent does them, with workers that say what a test has them say."""
+"""The agent's part in recoveries in place, with scripted workers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_ckptless.membership.launch.config import LaunchConfig
 from lightning_ckptless.membership.launch.launch import run
 from tests.membership.conftest import script
 
-# Rank 0 kills itself when all have come; the others write down what they are told, and answer.
+# Rank 0 kills itself once all ranks have entered the loop; the others answer the agent's messages.
 WORKER = """
     import json, os, signal, sys, time
     from pathlib import Path
@@ -46,7 +46,7 @@ WORKER = """
 
 
 @pytest.mark.timeout(25)
-def test_who_says_that_it_cannot_get_free_is_replaced_at_once(
+def test_a_rank_with_a_stuck_collective_is_replaced_at_once(
     bare: ForkServer, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     events: list[tuple[str, dict[str, Any]]] = []
@@ -65,7 +65,7 @@ def test_who_says_that_it_cannot_get_free_is_replaced_at_once(
 
 
 @pytest.mark.timeout(25)
-def test_who_says_so_again_before_a_step_was_made_is_not_replaced_again(
+def test_a_second_report_before_a_committed_step_does_not_replace_the_rank_again(
     bare: ForkServer, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     events: list[tuple[str, dict[str, Any]]] = []

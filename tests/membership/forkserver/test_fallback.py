@@ -1,4 +1,4 @@
-"""A fork server that is killed in the very moment in which it forks, whomever it forks."""
+"""A fork server that is killed at the very moment it forks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome
 from lightning_ckptless.membership.launch.launch import run
 from tests.membership.conftest import script
 
-# Preloaded: kills the parent before those forks whose numbers are named, counted over all parents of the run.
+# Preloaded: kills the fork server before the given forks, counted over all fork servers of the run.
 TRAP = """
     import os, signal
     from pathlib import Path
@@ -29,7 +29,7 @@ TRAP = """
 
     os.register_at_fork(before=spring)
 """
-# Each rank trains until all have come; of the first ones rank 0 kills itself then.
+# Each rank trains until all ranks do; in the first generation rank 0 then kills itself.
 WORKER = """
     import os, signal, sys, time
     from pathlib import Path
@@ -82,7 +82,7 @@ def trapped(write: Callable[..., Path], tmp_path: Path) -> Callable[..., Outcome
 
 
 @pytest.mark.parametrize("moment", [0, 1])
-def test_when_the_run_starts(
+def test_loss_of_the_fork_server_when_the_run_starts(
     moment: int, trapped: Callable[..., Outcome], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert trapped("whole", [moment]) == Outcome(0, 0, ())
@@ -90,19 +90,21 @@ def test_when_the_run_starts(
     assert capfd.readouterr().err.count("and all its workers with it; starting a new fork server and all workers") == 1
 
 
-def test_when_all_are_started_again(trapped: Callable[..., Outcome], capfd: pytest.CaptureFixture[str]) -> None:
+def test_loss_of_the_fork_server_during_a_relaunch(
+    trapped: Callable[..., Outcome], capfd: pytest.CaptureFixture[str]
+) -> None:
     outcome = trapped("relaunch", [3], max_restarts=1)
     assert (outcome.exit_code, outcome.restarts, len(outcome.faults)) == (0, 1, 1)
     assert capfd.readouterr().err.count("starting a new fork server") == 1
 
 
-def test_when_a_lost_rank_is_replaced(trapped: Callable[..., Outcome]) -> None:
-    # All others end with the parent, so all are started again.
+def test_loss_of_the_fork_server_when_a_lost_rank_is_replaced(trapped: Callable[..., Outcome]) -> None:
+    # All other workers die with the fork server, so all are started again.
     outcome = trapped("in-place", [2], max_restarts=2)
     assert (outcome.exit_code, outcome.restarts, outcome.in_place, len(outcome.faults)) == (0, 1, 1, 2)
 
 
-def test_when_it_never_works(
+def test_repeated_loss_of_the_fork_server(
     trapped: Callable[..., Outcome], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert trapped("whole", list(range(9))) == Outcome(0, 0, ())
@@ -122,7 +124,7 @@ def test_at_a_limit_on_processes_when_a_lost_rank_is_replaced(
     assert "Traceback" not in said
 
 
-def test_at_a_limit_on_processes_when_all_are_started_again(
+def test_at_a_limit_on_processes_during_a_relaunch(
     trapped: Callable[..., Outcome], capfd: pytest.CaptureFixture[str]
 ) -> None:
     outcome = trapped("relaunch", [3], LIMIT, max_restarts=1)

@@ -1,4 +1,4 @@
-"""A process that imports what a program imports: what it leaves out, what its forks have, and that nothing survives."""
+"""The successor of the fork server: what it leaves out, what its forks have, and that no process survives."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ EFFECTS = {
 def test_modules_that_a_fork_could_not_share_are_left_out(
     teach: Callable[..., ImportRequest], succession: Callable[[ImportRequest], tuple[Succession, Events]]
 ) -> None:
-    """In one process, where each is told apart from the others; what depends on one of them is left out with it."""
+    """All in one process, each recognized separately; modules that depend on one are left out with it."""
     texts = {f"unsafe{number}": text for number, text in enumerate(EFFECTS)}
     texts |= {"user": "try:\n    import unsafe2\nexcept ImportError:\n    unsafe2 = None\n", "safe": ""}
     followed, events = succession(teach(texts, {"HUB_HOME": "/elsewhere"}))
@@ -96,7 +96,7 @@ def test_modules_that_a_fork_could_not_share_are_left_out(
     assert followed.successor is not None
 
 
-def test_forks_find_the_modules_and_what_they_have_set(
+def test_forks_have_the_modules_and_their_environment_changes(
     teach: Callable[..., ImportRequest],
     succession: Callable[[ImportRequest], tuple[Succession, Events]],
     write: Callable[..., Path],
@@ -133,7 +133,7 @@ def test_a_module_that_is_found_elsewhere_is_left_out(
     assert events[-1][1]["left_out"]["shadow"].startswith("is found in ")
 
 
-def test_when_an_import_ends_the_process(
+def test_an_import_that_ends_the_process(
     teach: Callable[..., ImportRequest], succession: Callable[[ImportRequest], tuple[Succession, Events]]
 ) -> None:
     followed, events = succession(teach({"fatal": "import os; os._exit(1)"}))
@@ -141,7 +141,7 @@ def test_when_an_import_ends_the_process(
     assert events[-1][0] == "imports_not_learned"
 
 
-def test_when_the_successor_is_lost_the_first_parent_forks_until_there_is_another(
+def test_after_the_loss_of_the_successor_the_first_fork_server_forks_until_there_is_another(
     teach: Callable[..., ImportRequest],
     succession: Callable[[ImportRequest], tuple[Succession, Events]],
     write: Callable[..., Path],
@@ -166,7 +166,7 @@ def test_when_the_successor_is_lost_the_first_parent_forks_until_there_is_anothe
     assert seen == [Imports.WAITING, Imports.IMPORTING]
 
 
-def test_it_ends_with_the_first_parent(
+def test_the_successor_exits_with_the_first_fork_server(
     teach: Callable[..., ImportRequest], write: Callable[..., Path], tmp_path: Path
 ) -> None:
     with ForkServer() as first:

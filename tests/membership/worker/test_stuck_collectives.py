@@ -1,4 +1,4 @@
-"""A thread that gloo has lost is found, in a real process whose peer reads nothing, and never one that is only slow."""
+"""A thread stuck in gloo is found, in a real process whose peer reads nothing; a slow thread is not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_ckptless.membership.worker.startup import Job
 from lightning_ckptless.membership.worker.stuck_collectives import StuckCollectives
 from tests.membership.conftest import finish, script, start, worker_env
 
-# Rank 1 is ready to receive, and stops. What rank 0 sends fills the pipe; then its connections are cut.
+# Rank 1 is ready to receive, and stops. Rank 0's data fills the pipe; then its connections are aborted.
 PAIR = """
     import fcntl, os, select, signal, struct, termios, threading, time
     from dataclasses import asdict
@@ -62,7 +62,7 @@ PAIR = """
 
 @pytest.fixture
 def ranks(parent: ForkServer, write: Callable[..., Path], tmp_path: Path) -> Iterator[list[tuple[Forked, Path]]]:
-    """Both ranks of the program; the one that has stopped is killed behind the test."""
+    """Both ranks of the script; the stopped one is killed after the test."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     program, found = script(write(PAIR)), list[tuple[Forked, Path]]()
@@ -77,7 +77,7 @@ def ranks(parent: ForkServer, write: Callable[..., Path], tmp_path: Path) -> Ite
     assert finish(parent, stopped, folder).exit_code == -signal.SIGKILL
 
 
-def test_who_is_lost_in_gloo_says_so(parent: ForkServer, ranks: list[tuple[Forked, Path]]) -> None:
+def test_a_thread_stuck_in_gloo_is_reported(parent: ForkServer, ranks: list[tuple[Forked, Path]]) -> None:
     ran = finish(parent, *ranks[0])
     assert (ran.exit_code, ran.err) == (0, ""), "gloo has woken the thread: stuck_collectives.py is no longer needed"
     assert "MainThread sleeps in torch.distributed.distributed_c10d.send" in ran.out
@@ -89,6 +89,6 @@ def test_who_is_lost_in_gloo_says_so(parent: ForkServer, ranks: list[tuple[Forke
     assert any(" -> 127.0.0.1:" in line and "bytes not acknowledged" in line for line in said["sockets"])
 
 
-def test_who_sleeps_elsewhere_is_not_lost() -> None:
+def test_a_thread_that_sleeps_elsewhere_is_not_stuck() -> None:
     waits = StuckCollectives()
     assert [waits.poll(0, now) for now in (0.0, 1.0, 2.0)] == [None] * 3

@@ -1,4 +1,4 @@
-"""A watcher hears its agent while the training thread is busy, and cuts until that has taken notice."""
+"""A watcher receives messages while the training thread is busy, and aborts connections until that thread notices."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def regroup(agent: AgentChannel, number: int) -> None:
     agent.send(Regroup(number, asdict(FAULT), {}))
 
 
-def test_connections_are_cut_from_a_regrouping_until_the_old_groups_are_released(
+def test_connections_are_aborted_from_a_regrouping_until_the_old_groups_are_released(
     agent: AgentChannel, watcher: Watcher, cuts: Cuts
 ) -> None:
     seen = [watcher.is_over]
@@ -90,7 +90,7 @@ def test_connections_are_cut_from_a_regrouping_until_the_old_groups_are_released
     assert cuts.wait(3)
 
 
-def test_nothing_is_cut_when_the_old_groups_are_left(agent: AgentChannel) -> None:
+def test_nothing_is_aborted_after_the_old_groups_are_released(agent: AgentChannel) -> None:
     begun, go_on = threading.Event(), threading.Event()
     done: list[str] = []
 
@@ -120,7 +120,7 @@ def test_nothing_is_cut_when_the_old_groups_are_left(agent: AgentChannel) -> Non
     assert [received.message for received in agent.poll()] == [ReleasedGroups()]
 
 
-def test_only_the_newest_counts(agent: AgentChannel, watcher: Watcher, cuts: Cuts) -> None:
+def test_only_the_newest_regrouping_counts(agent: AgentChannel, watcher: Watcher, cuts: Cuts) -> None:
     for number in (1, 2, 3):
         regroup(agent, number)
     assert cuts.wait(3)
@@ -131,7 +131,7 @@ def test_only_the_newest_counts(agent: AgentChannel, watcher: Watcher, cuts: Cut
     assert numbers == sorted(numbers)
 
 
-def test_who_needs_nobody_else_is_stopped_all_the_same(agent: AgentChannel, watcher: Watcher, cuts: Cuts) -> None:
+def test_a_rank_that_waits_for_no_other_is_stopped_as_well(agent: AgentChannel, watcher: Watcher, cuts: Cuts) -> None:
     watcher.heed()
     regroup(agent, 1)
     assert cuts.wait(1)
@@ -141,12 +141,12 @@ def test_who_needs_nobody_else_is_stopped_all_the_same(agent: AgentChannel, watc
     watcher.heed()
 
 
-def test_no_word_comes_in_time(watcher: Watcher) -> None:
+def test_accept_returns_none_when_no_regrouping_comes_in_time(watcher: Watcher) -> None:
     assert watcher.accept(0.01) is None
 
 
 @pytest.mark.parametrize("how", ["over", "gone"])
-def test_nobody_waits_for_a_run_that_is_over(agent: AgentChannel, watcher: Watcher, how: str) -> None:
+def test_no_worker_waits_once_the_run_is_over(agent: AgentChannel, watcher: Watcher, how: str) -> None:
     if how == "over":
         agent.send(RunOver())
     else:
@@ -155,14 +155,14 @@ def test_nobody_waits_for_a_run_that_is_over(agent: AgentChannel, watcher: Watch
     assert watcher.is_run_over
 
 
-def test_an_end_that_is_asked_for_is_heard(agent: AgentChannel, watcher: Watcher, cuts: Cuts) -> None:
+def test_a_request_to_finish_is_received(agent: AgentChannel, watcher: Watcher, cuts: Cuts) -> None:
     agent.send(Finish())
     regroup(agent, 1)
     assert cuts.wait(1)
     assert watcher.finish_asked
 
 
-def test_the_agent_hears_what_a_worker_says(agent: AgentChannel, watcher: Watcher) -> None:
+def test_the_agent_receives_messages_of_a_worker(agent: AgentChannel, watcher: Watcher) -> None:
     watcher.send(StepCommitted())
     watcher.send(CannotRecover("because", lasting=False))
     received = agent.receive()
@@ -170,7 +170,7 @@ def test_the_agent_hears_what_a_worker_says(agent: AgentChannel, watcher: Watche
     assert [each.message for each in agent.poll()] == [CannotRecover("because", lasting=False)]
 
 
-def test_a_line_whose_other_end_is_gone_says_so(agent: AgentChannel) -> None:
+def test_a_channel_whose_other_end_has_closed_reports_it(agent: AgentChannel) -> None:
     vars(agent)["other"].close()
     agent.send(StepCommitted())
     assert agent.poll() == []
@@ -188,8 +188,8 @@ def test_the_loop_is_left_when_the_agent_allows_it_or_the_run_ends(
     assert watcher.ask_to_leave(AT_END)
 
 
-def test_who_asks_to_leave_may_be_told_to_meet_others(agent: AgentChannel, watcher: Watcher) -> None:
-    """The agent has told of a meeting before it heard the question: its answer to that is none."""
+def test_a_worker_that_asks_to_leave_may_have_to_meet_others(agent: AgentChannel, watcher: Watcher) -> None:
+    """The agent announced a regrouping before it received the question, so its answer does not count."""
     regroup(agent, 1)
     agent.send(MayLeave(0))
     assert not watcher.ask_to_leave(AT_END)
@@ -221,7 +221,7 @@ def forked_process() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_it_ends_beside_processes_that_were_forked_meanwhile(agent: AgentChannel) -> None:
+def test_the_watcher_stops_while_forked_processes_still_run(agent: AgentChannel) -> None:
     watching = Watcher(vars(agent)["other"], lambda: 0)
     with forked_process():
         closing = threading.Thread(target=watching.close)
@@ -234,14 +234,16 @@ def test_it_ends_beside_processes_that_were_forked_meanwhile(agent: AgentChannel
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_the_end_of_a_line_shows_beside_processes_that_hold_it_open(agent: AgentChannel) -> None:
+def test_the_end_of_a_channel_is_visible_while_forked_processes_hold_it_open(agent: AgentChannel) -> None:
     with forked_process():
         vars(agent)["other"].close()
         assert select.select([agent.fileno()], [], [], 2)[0]
         assert agent.receive() is None
 
 
-def test_who_waits_is_told_why_training_cannot_continue(agent: AgentChannel, watcher: Watcher, cuts: Cuts) -> None:
+def test_a_waiting_worker_learns_why_training_cannot_continue(
+    agent: AgentChannel, watcher: Watcher, cuts: Cuts
+) -> None:
     agent.send(TrainingFailed("rank 1 ran out of training data"))
     assert watcher.ask_to_leave(AT_END)
     assert watcher.failure == "rank 1 ran out of training data"
