@@ -32,13 +32,13 @@ TRAINS = """
     from lightning_ckptless.protocol.messages import EnteredLoop, FitReturned, LeftLoop, ReachedFit
 
     rank, regrouping = int(os.environ["RANK"]), os.environ.get("CKPTLESS_REGROUPING", "0")
-    wishes = {"in_place": True, "standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None}
-    wishes |= {"fixed_world": "", "max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
+    options = {"in_place": True, "standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None}
+    options |= {"fixed_world": "", "max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
     channel = open_channel()
 
     def fit():
         channel.send(ReachedFit())
-        channel.send(EnteredLoop(**wishes))
+        channel.send(EnteredLoop(**options))
         mark_begun(rank)
         Path(f"came-{rank}").touch()
         while not all(Path(f"came-{other}").exists() for other in (0, 1)):
@@ -202,7 +202,7 @@ STARVED = """
     from lightning_ckptless.protocol.hang_detection import Point
 
     channel.send(ReachedFit())
-    channel.send(EnteredLoop(**wishes))
+    channel.send(EnteredLoop(**options))
     progress = ProgressWriter.from_environment()
     progress.beat(3, Point.BACKWARD)
     if rank == 1:

@@ -165,7 +165,7 @@ class InPlaceRecovery:
         return allowed is not False
 
     @property
-    def obstacle_to_moving(self) -> str:
+    def obstacle_to_world_change(self) -> str:
         """Why this node's workers cannot train with another world size, in a worker's words; empty where they can."""
         if not self.is_wanted:
             return "recovery in place is switched off"

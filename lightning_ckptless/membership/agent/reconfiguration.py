@@ -78,7 +78,7 @@ class ReconfiguringAgent(CkptlessAgent):
             node_rank=self._node_rank,
             world_size=worker_group.workers[0].world_size,
             number=self._regroupings.number,
-            obstacle=self._in_place.obstacle_to_moving,
+            obstacle=self._in_place.obstacle_to_world_change,
             lost_at=self._lost_at,
         )
 

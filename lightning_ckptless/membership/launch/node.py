@@ -49,7 +49,7 @@ _OF_ONE_WORKER = (
 )
 
 
-class _PlaceLostError(Exception):
+class _RendezvousLostError(Exception):
     """The node that hosts the rendezvous is lost."""
 
 
@@ -63,7 +63,7 @@ def run_node(config: LaunchConfig, parent: ForkServer, record: Callable[..., Non
             try:
                 _run_at(config, place, parent, record, agents)
                 break
-            except _PlaceLostError as error:
+            except _RendezvousLostError as error:
                 assert failover is not None and place is not None
                 place = failover.next(lost=place)
                 record("meeting_place_lost", cause=str(error), next=place.endpoint, reason=place.reason)
@@ -118,7 +118,7 @@ def _run_at(
                 raise LaunchError(f"run {config.run_id!r} was ended by another node") from error
         except (RendezvousError, DistError) as error:
             if place is not None and not place.hosts and agent.has_started:
-                raise _PlaceLostError(agent.partition_reason or f"{type(error).__name__}: {error}") from error
+                raise _RendezvousLostError(agent.partition_reason or f"{type(error).__name__}: {error}") from error
             if agent.partition_reason:
                 raise LaunchError(_partitioned(config, agent.partition_reason)) from error
             raise LaunchError(_no_meeting(config, error)) from error
@@ -175,7 +175,7 @@ def _rendezvous(config: LaunchConfig, place: MeetingPlace | None) -> Iterator[Re
     asked_to_end = False
     try:
         yield handler
-    except (AskedToEnd, KeyboardInterrupt, UnfitNodeError, _PlaceLostError):
+    except (AskedToEnd, KeyboardInterrupt, UnfitNodeError, _RendezvousLostError):
         asked_to_end = True
         raise
     finally:

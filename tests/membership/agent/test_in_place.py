@@ -22,9 +22,9 @@ WORKER = """
     from lightning_ckptless.protocol.messages import EnteredLoop, LeftLoop, ReleasedGroups, StuckCollective
 
     rank, channel, last = os.environ["RANK"], open_channel(), int(sys.argv[1])
-    wishes = {"standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
-    wishes |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
-    channel.send(EnteredLoop(in_place=True, **wishes))
+    options = {"standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
+    options |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
+    channel.send(EnteredLoop(in_place=True, **options))
     number = int(os.environ.get("CKPTLESS_REGROUPING", "0"))
     Path(f"came-{rank}-{number}").touch()
     if rank == "0" and not number:

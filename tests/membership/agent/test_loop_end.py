@@ -25,9 +25,9 @@ WORKER = """
     from lightning_ckptless.protocol.messages import AskToLeave, EnteredLoop, LeftLoop, WaitingAtLoop
 
     node, channel = os.environ["CKPTLESS_NODE"], open_channel()
-    wishes = {"standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
-    wishes |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
-    channel.send(EnteredLoop(in_place=True, **wishes))
+    options = {"standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
+    options |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
+    channel.send(EnteredLoop(in_place=True, **options))
     channel.send(WaitingAtLoop())
     if node != "first":
         Path("came-second").touch()

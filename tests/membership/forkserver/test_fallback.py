@@ -37,9 +37,9 @@ WORKER = """
     from lightning_ckptless.protocol.messages import EnteredLoop, LeftLoop
 
     rank, channel, count = int(os.environ["RANK"]), open_channel(), os.environ["TORCHELASTIC_RESTART_COUNT"]
-    wishes = {"standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
-    wishes |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
-    channel.send(EnteredLoop(in_place=sys.argv[1] == "in-place", **wishes))
+    options = {"standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
+    options |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
+    channel.send(EnteredLoop(in_place=sys.argv[1] == "in-place", **options))
     Path(f"came-{rank}-{count}").touch()
     while not all(Path(f"came-{other}-{count}").exists() for other in (0, 1)):
         time.sleep(0.005)
