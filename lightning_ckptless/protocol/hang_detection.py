@@ -10,15 +10,15 @@ hangs only if neither it nor a child of it has used the processor for minutes.
 | All ranks silent for longer than the limit, and | Then |
 |---|---|
 | a debugger holds one | no rank is hung |
-| all are stopped | no rank is hung |
-| some are stopped | they are hung |
-| some have not come as far as the others | they are hung |
-| all are in the backward pass of one step, and some do not wait for the others as these do | they are hung |
-| all stand at another point, and some do not wait for the others as these do, but are idle | they are hung |
-| some restore a version, do not wait for the others, and are idle for as long again | they are hung |
-| all of this node stand at the same point, and some of another node are not silent | no rank is hung |
-| all stand at the same point, for less than the ceiling | no rank is hung |
-| all stand at the same point | all are hung |
+| all are stopped by a signal | no rank is hung |
+| some are stopped by a signal | they are hung |
+| some lag behind the others | they are hung |
+| all are in the backward pass of the same step, and some do not wait while the others do | they are hung |
+| all are at another common point, and some do not wait while the others do, and are idle | they are hung |
+| some restore a version, do not wait, and have been idle for longer than the limit | they are hung |
+| all of this node are at the same point, and some of another node are not silent | no rank is hung |
+| all are at the same point, for less than the ceiling | no rank is hung |
+| all are at the same point for longer | all are hung |
 """
 
 from __future__ import annotations
