@@ -85,7 +85,7 @@ def outlive_parent() -> None:
 
 
 def detach(parent_pid: int, stdio: list[int]) -> None:
-    """Set up the fork: own session, tied to the parent's life, with the given stdin, stdout and stderr."""
+    """Set up the fork: own session, tied to the life of the fork server, with the given stdin, stdout and stderr."""
     os.setsid()
     die_with(parent_pid)
     for target, source in enumerate(stdio):

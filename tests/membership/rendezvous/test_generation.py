@@ -110,5 +110,5 @@ def test_the_loss_of_the_store_is_reported() -> None:
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     client = TCPStore("127.0.0.1", server.port, is_master=False)
     del server
-    with pytest.raises(TransportError, match="rank 1: the store in which 2 ranks meet is gone"):
+    with pytest.raises(TransportError, match="rank 1: lost the store in which 2 ranks meet"):
         join_generation(client, 1, 2, TIMEOUT_S)
