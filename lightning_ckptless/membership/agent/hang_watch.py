@@ -250,6 +250,5 @@ class LateExits:
             if rank in workers.running_ranks and waited_s >= self._grace_s and not workers.hang_reason(rank):
                 failure = failure_of(self._folder, pid)
                 error = "" if failure is None else failure.error
-                workers.kill_hung(
-                    [rank], f"{error} was reported {waited_s:.0f} s ago, and it has not ended", time.time()
-                )
+                reason = f"{error} was reported {waited_s:.0f} s ago, but the process has not exited"
+                workers.kill_hung([rank], reason, time.time())
