@@ -119,7 +119,7 @@ def test_a_final_exit_report_prevents_relaunches(
 ) -> None:
     text = """
         import os, sys, time
-        from lightning_ckptless.membership.channel.exit_report import ExitReport, leave_verdict
+        from lightning_ckptless.membership.channel.exit_report import ExitReport, write_exit_report
         if os.environ["RANK"] == "0":
             write_exit_report(ExitReport(0, True, "the loss is not a number"))
             sys.exit(4)
@@ -144,7 +144,7 @@ def test_a_script_that_never_trains_is_given_up(
 def test_exit_reports_that_are_not_final_change_nothing(bare: ForkServer, write: Write, tmp_path: Path) -> None:
     text = """
         import os, sys
-        from lightning_ckptless.membership.channel.exit_report import ExitReport, leave_verdict
+        from lightning_ckptless.membership.channel.exit_report import ExitReport, write_exit_report
         if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             write_exit_report(ExitReport(int(os.environ["RANK"]), False, "once more"))
             sys.exit(4)
@@ -266,7 +266,7 @@ def test_twenty_relaunches_cost_no_files_and_no_threads(bare: ForkServer, write:
         ({"nnodes": "2:1"}, "nnodes='2:1'"),
         ({"nnodes": "many"}, "nnodes='many'"),
         ({"nnodes": "2"}, "several nodes need a rendezvous"),
-        ({"nnodes": "2:4", "rdzv_endpoint": "a:1,b:1"}, "least number of nodes to 3"),
+        ({"nnodes": "2:4", "rdzv_endpoint": "a:1,b:1"}, "minimum number of nodes to 3"),
     ],
 )
 def test_invalid_settings(settings: dict[str, Any], text: str) -> None:
