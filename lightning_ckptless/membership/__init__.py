@@ -1,5 +1,5 @@
-"""Who is alive and who is which rank: the agent, its fork server, and the numbering of generations.
+"""Membership: which processes are alive and which rank each of them is.
 
-Nothing here knows Lightning or the replicas. Importing this package, `launch`, `parent`, `cold` or `reaper` imports no
-torch; `agent`, `workers` and `generation` do.
+The agent, its fork server, and the numbering of generations. Nothing here knows Lightning or the replicas. Importing
+this package, `launch` or `forkserver.client` imports no torch; `agent` and `rendezvous` do.
 """

@@ -1,4 +1,4 @@
-"""The agent as a process: `python -m lightning_ckptless.membership [options] program [arguments]`."""
+"""The agent as a process: `python -m lightning_ckptless.membership [options] script [arguments]`."""
 
 from __future__ import annotations
 

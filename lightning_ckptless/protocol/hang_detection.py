@@ -1,24 +1,24 @@
-"""Which rank hangs, told from how far each has come, and which holds the others back.
+"""Hang detection: which rank hangs, judged by the progress of all ranks, and which one is a straggler.
 
-In lockstep one rank that hangs stops all: the others come to the next collective and wait there. So the culprit is not
-the rank that is silent but the one that has not come as far. No rank is blamed where all stand at the same point (a
-long validation, a first compilation), where a debugger has stopped one, or where all have been stopped. Ranks that
-stand at the same point are distinguished by what they do there: each is asked, and in the backward pass one that does
-not wait for the others, while they wait, has not come to where they are. Elsewhere it may have work of its own, such as
-a checkpoint to write; it hangs only if neither it nor a child of it has used the processor for minutes.
+Ranks run in lockstep, so one hung rank stops all: the others reach the next collective and wait there. The culprit is
+therefore not a silent rank but the one that lags behind. No rank is blamed if all are at the same point (a long
+validation, a first compilation), if a debugger has stopped one, or if all have been stopped. Ranks at the same point
+are distinguished by what they do there. Each is asked, and in the backward pass a rank that does not wait, while the
+others wait, has not entered their collective. Elsewhere it may have work of its own, such as writing a checkpoint; it
+hangs only if neither it nor a child of it has used the processor for minutes.
 
 | All ranks silent for longer than the limit, and | Then |
 |---|---|
 | a debugger holds one | no rank is hung |
-| all are stopped | no rank is hung |
-| some are stopped | they are hung |
-| some have not come as far as the others | they are hung |
-| all are in the backward pass of one step, and some do not wait for the others as these do | they are hung |
-| all stand at another point, and some do not wait for the others as these do, but are idle | they are hung |
-| some restore a version, do not wait for the others, and are idle for as long again | they are hung |
-| all of this node stand at the same point, and some of another node are not silent | no rank is hung |
-| all stand at the same point, for less than the ceiling | no rank is hung |
-| all stand at the same point | all are hung |
+| all are stopped by a signal | no rank is hung |
+| some are stopped by a signal | they are hung |
+| some lag behind the others | they are hung |
+| all are in the backward pass of the same step, and some do not wait while the others do | they are hung |
+| all are at another common point, and some do not wait while the others do, and are idle | they are hung |
+| some restore a version, do not wait, and have been idle for longer than the limit | they are hung |
+| all of this node are at the same point, and some of another node are not silent | no rank is hung |
+| all are at the same point, for less than the ceiling | no rank is hung |
+| all are at the same point for longer | all are hung |
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from enum import IntEnum
 FLOOR_S = 10.0
 CEILING_S = 1800.0
 RELEASE_S = 30.0
-"""For which a survivor of a fault may hold on to what it shared with the lost."""
+"""For a survivor of a fault to release the process groups it shared with the lost ranks."""
 MEETING_S = 60.0
-"""From when all ranks of a node are ready to meet the others until they have met."""
-WAY_S = 60.0
-"""Least time that a new process has for its way to `fit`; more where the first processes took long."""
+"""For all ranks of a node that are ready to meet the other ranks to do so."""
+STARTUP_S = 60.0
+"""Least time for a new process to reach `fit`; longer where the first processes took long."""
 STUCK_COLLECTIVE_S = 0.5
-"""For which a thread sleeps in a collective without connections, before it is said to sleep for ever."""
+"""After which a thread that sleeps in a collective without connections counts as stuck."""
 IDLE_S = 120.0
-"""For which a rank that others wait for may use no processor time, outside of the backward pass."""
+"""For which a rank that others wait for may use no processor time, outside the backward pass."""
 IDLE_SHARE = 0.005
-"""Of one core, below which a process counts as idle: answering its agent takes some, too."""
+"""Share of one core below which a process counts as idle: answering its agent takes some processor time."""
 ANSWER_S = 5.0
-"""For which an answer of ranks that are asked what they do is waited for."""
+"""Longest wait for the answers of ranks that are asked whether they wait for others."""
 FACTOR = 8.0
-"""Times the longest pause that was seen between two signs of progress."""
+"""Limit for silence, as a multiple of the longest pause seen between two signs of progress."""
 STRAGGLER_FACTOR = 1.5
-"""Times the median of the ranks' own time per step, from which a rank is said to hold the others back."""
+"""Own time per step from which a rank is a straggler, as a multiple of the other ranks' median."""
 
 
 class Point(IntEnum):
-    """Where in a step a rank is, or that a fault is behind it and it restores a version, in order."""
+    """Where a rank is in a step, in order; RESTORE means that it restores a version after a fault."""
 
     OUTSIDE = 0
     RESTORE = 1
@@ -63,21 +63,21 @@ class Point(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class RankProgress:
-    """What is known of one rank.
+    """What is known about one rank's progress.
 
     Args:
         step: optimizer step that it has begun; 0 while it restores a version.
-        point: where in the step.
-        count: how many signs it gave at this point, e.g. batches of a validation.
-        at: when it gave the last one, in seconds of a clock that all ranks of the node share.
-        longest_pause_s: between two signs, of all that were given since its first step.
-        own_s: its own time per step, without waiting for others; 0 where that is not known.
-        stopped: whether the system has stopped it.
+        point: where it is in the step.
+        count: signs of progress at this point, e.g. batches of a validation.
+        at: when it gave the last sign, in seconds of a clock that all ranks of the node share.
+        longest_pause_s: between two signs, of all signs since its first step.
+        own_s: its own time per step in seconds, without waiting for others; 0 where that is not known.
+        stopped: whether a signal has stopped it.
         traced: whether a debugger holds it.
-        epoch: in which it is; -1 where that is not known.
+        epoch: its epoch; -1 where that is not known.
         out_of_data: whether it has made the last step of that epoch.
-        waits: whether it waits for other ranks; None where it was not asked, or did now one and then the other.
-        idle_s: for how long it and its children have used no processor time, since all fell silent.
+        waits: whether it waits for other ranks; None where it was not asked, or its answers differ.
+        idle_s: how long it and its children have used no processor time, since all ranks fell silent.
     """
 
     step: int
@@ -95,13 +95,13 @@ class RankProgress:
 
     @property
     def position(self) -> tuple[int, int, int]:
-        """How far it has come."""
+        """How far it has come, for comparison with other ranks."""
         return self.step, self.point, self.count
 
 
 @dataclass(frozen=True, slots=True)
 class Hang:
-    """Who hangs, why that is thought, and for how long nobody has given a sign."""
+    """Ranks that hang, why, and for how many seconds no rank has made progress."""
 
     ranks: tuple[int, ...]
     reason: str
@@ -109,7 +109,7 @@ class Hang:
 
 
 def limit_s(progress: Mapping[int, RankProgress], override_s: float | None) -> float:
-    """For how long all ranks may be silent.
+    """Return for how long all ranks may be silent, in seconds.
 
     Args:
         progress: by rank.
@@ -118,13 +118,13 @@ def limit_s(progress: Mapping[int, RankProgress], override_s: float | None) -> f
     if override_s is not None:
         return override_s
     longest_s = max((rank_progress.longest_pause_s for rank_progress in progress.values()), default=0.0)
-    # Before the first step is through, nothing is known: a compilation may take its time.
+    # Before the first step is complete nothing is known: a compilation may take long.
     learned_s = CEILING_S if longest_s == 0.0 else min(CEILING_S, max(FLOOR_S, FACTOR * longest_s))
     return min(learned_s, RELEASE_S) if _some_restore(progress) else learned_s
 
 
 def _silence(progress: Mapping[int, RankProgress], now: float, override_s: float | None) -> tuple[float, float] | None:
-    """For how long all have been silent, and for how long they might, where it is longer and no debugger's doing."""
+    """Return silence and limit in seconds, if all ranks are silent for longer and no debugger holds one."""
     if (
         not progress
         or override_s == 0.0
@@ -141,9 +141,9 @@ def _silence(progress: Mapping[int, RankProgress], now: float, override_s: float
 
 
 def are_silent(progress: Mapping[int, RankProgress], *, now: float, override_s: float | None = None) -> bool:
-    """Whether all ranks have been silent for longer than the limit, and their progress blame none of them.
+    """Whether all ranks have been silent for longer than the limit, and their progress alone blames none of them.
 
-    They stand at the same point, or some restore a version: those behind the others may have more to restore.
+    They are at the same point, or some restore a version: ranks that lag then may have more to restore.
 
     Args:
         progress: as for `find_hang`.
@@ -154,25 +154,25 @@ def are_silent(progress: Mapping[int, RankProgress], *, now: float, override_s: 
     return is_open and _silence(progress, now, override_s) is not None
 
 
-def is_to_be_asked(progress: Mapping[int, RankProgress], *, override_s: float | None = None) -> bool:
-    """Whether silent ranks are to be asked what they do, because the answer would tell which of them hangs.
+def should_ask(progress: Mapping[int, RankProgress], *, override_s: float | None = None) -> bool:
+    """Whether to ask silent ranks what they do, because the answers would show which of them hangs.
 
     Args:
         progress: of ranks for which `are_silent` is true, with how long each has been idle.
         override_s: as for `find_hang`.
     """
-    return any(_has_no_excuse(progress, rank, override_s) for rank in progress)
+    return any(_is_suspect(progress, rank, override_s) for rank in progress)
 
 
 def find_hang(
     progress: Mapping[int, RankProgress], *, now: float, override_s: float | None = None, is_whole: bool = True
 ) -> Hang | None:
-    """Tell which ranks hang.
+    """Decide which ranks hang.
 
     Args:
-        progress: by rank, of all ranks that can be seen.
+        progress: by rank, of all ranks whose progress is known.
         now: on the clock of the progress.
-        override_s: the user's limit; None to learn it, 0 to look for none.
+        override_s: the user's limit; None to learn it, 0 to disable detection.
         is_whole: whether these are all ranks that wait for each other.
     """
     silence = _silence(progress, now, override_s)
@@ -180,7 +180,7 @@ def find_hang(
     if silence is None or len(stopped) == len(progress):
         return None
     silent_s, allowed_s = silence
-    silent = f"no rank gave a sign for {silent_s:.1f} s, {allowed_s:.1f} s are allowed"
+    silent = f"no rank made progress for {silent_s:.1f} s (limit: {allowed_s:.1f} s)"
     if stopped:
         return Hang(stopped, f"stopped by a signal; {silent}", silent_s)
     least = min(rank_progress.position for rank_progress in progress.values())
@@ -188,26 +188,28 @@ def find_hang(
     restoring = least[1] == Point.RESTORE
     where = "restore" if restoring else f"{Point(least[1]).name.lower()} of step {least[0]}"
     all_there = len(behind) == len(progress)
-    lags = Hang(behind, f"stands at {where}, behind the others; {silent}", silent_s)
+    lags = Hang(behind, f"lags at {where}, behind the other ranks; {silent}", silent_s)
     if not all_there and not restoring:
         return lags
     busy = tuple(rank for rank, rank_progress in progress.items() if rank_progress.waits is False)
-    is_told = all(rank_progress.waits is not None for rank_progress in progress.values())
-    hung = tuple(rank for rank in busy if _has_no_excuse(progress, rank, override_s))
-    if is_told and hung and (restoring or len(busy) < len(progress)):
-        return Hang(hung, f"does not wait for the others at {where}, as they do for it; {silent}", silent_s)
+    is_answered = all(rank_progress.waits is not None for rank_progress in progress.values())
+    hung = tuple(rank for rank in busy if _is_suspect(progress, rank, override_s))
+    if is_answered and hung and (restoring or len(busy) < len(progress)):
+        return Hang(
+            hung, f"peers are blocked at {where} in a collective that this rank never entered; {silent}", silent_s
+        )
     if all_there and not is_whole:
         return None
-    # The user's limit is for a step: a version may take longer to restore.
+    # The user's limit applies to a step: a version may take longer to restore.
     ceiling_s = max(allowed_s, CEILING_S if override_s is None or restoring else override_s)
-    if silent_s <= ceiling_s + (0.0 if is_told or not is_to_be_asked(progress, override_s=override_s) else ANSWER_S):
+    if silent_s <= ceiling_s + (0.0 if is_answered or not should_ask(progress, override_s=override_s) else ANSWER_S):
         return None
-    what = "all ranks stand at the same point" if all_there else f"stands at {where}, behind the others"
+    what = "all ranks are at the same point" if all_there else f"lags at {where}, behind the other ranks"
     return Hang(behind, f"{what}; {silent}", silent_s)
 
 
-def _has_no_excuse(progress: Mapping[int, RankProgress], rank: int, override_s: float | None) -> bool:
-    """Whether a silent rank that does not wait for the others hangs, and has no work of its own."""
+def _is_suspect(progress: Mapping[int, RankProgress], rank: int, override_s: float | None) -> bool:
+    """Whether a silent rank hangs if it does not wait for the others, because it has no work of its own."""
     rank_progress, place = progress[rank], _place(progress)
     if rank_progress.point is Point.RESTORE:
         return rank_progress.idle_s > limit_s(progress, override_s)
@@ -229,7 +231,7 @@ class Idleness:
     """Since when a process has been idle.
 
     Args:
-        used_s: processor time that it had used by then, with its children.
+        used_s: processor time in seconds that it had used by then, with its children.
         since: when that was, on any clock.
     """
 
@@ -237,25 +239,25 @@ class Idleness:
     since: float
 
     def after(self, used_s: float, now: float) -> Idleness:
-        """The same if the process is still idle; else idle from now on.
+        """Return the same if the process is still idle; else idle from now on.
 
         Args:
-            used_s: processor time that it has used by now.
+            used_s: processor time in seconds that it has used by now.
             now: on the same clock.
         """
-        # A tick of the system is a hundredth of a second: one of them is no work.
+        # The kernel counts in ticks of 0.01 s: a single one is no work.
         is_idle = used_s - self.used_s <= max(0.02, IDLE_SHARE * (now - self.since))
         return self if is_idle else Idleness(used_s, now)
 
 
 @dataclass(frozen=True, slots=True)
-class Stand:
+class SleepingThread:
     """Where a thread sleeps that waits for other ranks.
 
     Args:
         thread: its name.
         where: module and function.
-        used_ticks: processor time that it has used, in ticks of the system.
+        used_ticks: processor time that it has used, in kernel ticks.
     """
 
     thread: str
@@ -264,12 +266,12 @@ class Stand:
 
 
 def unchanged_since(
-    before: Mapping[int, tuple[Stand, float]], found: Mapping[int, Stand], now: float
-) -> dict[int, tuple[Stand, float]]:
-    """Since when each thread has been seen where it is found now, without a moment's work in between.
+    before: Mapping[int, tuple[SleepingThread, float]], found: Mapping[int, SleepingThread], now: float
+) -> dict[int, tuple[SleepingThread, float]]:
+    """Return since when each thread has slept where it is found now, without any work in between.
 
     Args:
-        before: what this function has returned last.
+        before: previous result of this function.
         found: where threads sleep now.
         now: seconds of any clock.
     """
@@ -279,13 +281,13 @@ def unchanged_since(
     }
 
 
-def find_stuck_collective(since: Mapping[int, tuple[Stand, float]], now: float) -> str | None:
-    """Tell whether a thread sleeps for ever, of a process that has no connection to another rank any more.
+def find_stuck_collective(since: Mapping[int, tuple[SleepingThread, float]], now: float) -> str | None:
+    """Find a thread that will sleep forever, in a process without connections to other ranks.
 
-    Whatever it waits for has failed by then, and would have waked it within milliseconds.
+    Whatever it waits for has failed by then, and would have woken it within milliseconds.
 
     Args:
-        since: from when on each thread has slept, as `unchanged_since` tells it.
+        since: since when each thread has slept, as `unchanged_since` returns it.
         now: on the same clock.
     """
     for stand, at in since.values():
@@ -301,45 +303,47 @@ def find_unreleased(
     override_s: float | None = None,
     held: Mapping[int, str] | None = None,
 ) -> Hang | None:
-    """Tell which survivors of a fault do not get free of it: a driver that waits for a lost peer may hold one for ever.
+    """Find survivors of a fault that do not release their process groups.
+
+    A driver that waits for a lost peer may hold a survivor forever.
 
     Args:
-        told_at: when they were told of the fault, by rank, of those that have not said that they are free.
+        told_at: when they were notified of the fault, by rank, for ranks that have not released their groups.
         now: on the same clock.
-        override_s: the user's limit; None for our own, 0 to look for none.
-        held: why some of them say themselves that they will never get free, by rank: nobody waits for those.
+        override_s: the user's limit; None for our own, 0 to disable detection.
+        held: why some of them report that they are stuck, by rank: those are not waited for.
     """
     for rank, at in told_at.items():
         if held is not None and rank in held:
-            return Hang((rank,), f"cannot get free of the lost: {held[rank]}", now - at)
+            return Hang((rank,), f"did not release its process groups after the fault: {held[rank]}", now - at)
     allowed_s = RELEASE_S if override_s is None else override_s
     late = {rank: now - at for rank, at in told_at.items() if now - at > allowed_s}
     if not late or allowed_s == 0.0:
         return None
-    reason = f"did not get free of the lost within {allowed_s:.1f} s of being told"
+    reason = f"did not release its process groups within {allowed_s:.1f} s of the fault report"
     return Hang(tuple(late), reason, max(late.values()))
 
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """What an agent knows of the meeting of its workers with all others, after a fault.
+    """What an agent knows about the meeting of its workers with the other ranks after a fault.
 
     Args:
         coming: since when new processes have been on their way to `fit`, by rank.
-        ready: since when ranks have been free of the lost and have not met the others, by rank.
-        met: ranks that have.
-        way_s: longest time that a first process took to come to `fit`.
-        is_whole: whether the ranks of this node are all that there are.
+        ready: since when ranks have released their groups without having met the other ranks, by rank.
+        met: ranks that have met the others.
+        startup_s: longest time in seconds that one of the first processes took to reach `fit`.
+        is_whole: whether this node has all ranks.
     """
 
     coming: Mapping[int, float]
     ready: Mapping[int, float]
     met: Collection[int]
-    way_s: float
+    startup_s: float
     is_whole: bool
 
     def is_late(self, now: float, override_s: float | None = None) -> bool:
-        """Whether ranks that are ready to meet have not met for longer than is allowed."""
+        """Whether ranks that are ready to meet have not met within the limit."""
         if self.coming or not self.ready or override_s == 0.0:
             return False
         return now - max(self.ready.values()) > _meeting_s(override_s)
@@ -353,44 +357,44 @@ def find_late(
     stopped: Collection[int] = (),
     waits: Mapping[int, bool | None] | None = None,
 ) -> Hang | None:
-    """Tell which ranks keep a meeting from coming about.
+    """Decide which ranks prevent a meeting.
 
-    | Longer than is allowed | Then late are |
+    | For longer than the limit | Late are |
     |---|---|
-    | a new process is on its way to `fit` | it |
-    | some ranks have not met, and others have | they |
-    | no rank has met, and some are stopped | they |
-    | no rank has met, and some do not wait for others | they |
-    | no rank has met, all wait, and there are no ranks elsewhere | all |
+    | a new process is on its way to `fit` | this process |
+    | some ranks have not met, and others have | those that have not |
+    | no rank has met, and some are stopped | those that are stopped |
+    | no rank has met, and some do not wait for others | those that do not wait |
+    | no rank has met, all wait, and no other node has ranks | all |
 
     Args:
-        meeting: what is known of it.
+        meeting: what is known about it.
         now: on the clock of its times.
-        override_s: the user's limit; None for our own, 0 to look for none.
-        stopped: ranks that the system has stopped.
+        override_s: the user's limit; None for our own, 0 to disable detection.
+        stopped: ranks that a signal has stopped.
         waits: whether each rank waits for others; None where it was not asked.
     """
     waits = waits or {}
     if override_s == 0.0:
         return None
-    allowed_s = max(WAY_S, FACTOR * meeting.way_s, override_s or 0.0)
+    allowed_s = max(STARTUP_S, FACTOR * meeting.startup_s, override_s or 0.0)
     for rank, since in meeting.coming.items():
         if now - since > allowed_s:
-            why = f"did not come to fit within {allowed_s:.1f} s; the first processes took {meeting.way_s:.1f} s"
+            why = f"did not reach fit within {allowed_s:.1f} s; the first processes took {meeting.startup_s:.1f} s"
             return Hang((rank,), why, now - since)
     if not meeting.is_late(now, override_s):
         return None
     silent_s, ranks = now - max(meeting.ready.values()), tuple(meeting.ready)
-    why = f"ranks that are ready have not met within {_meeting_s(override_s):.1f} s"
+    why = f"ranks that are ready to meet have not met within {_meeting_s(override_s):.1f} s"
     if meeting.met:
-        return Hang(ranks, f"{why}, and others have", silent_s)
+        return Hang(ranks, f"{why}, but others have", silent_s)
     if held := tuple(rank for rank in ranks if rank in stopped):
         return Hang(held, f"stopped by a signal; {why}", silent_s)
     if busy := tuple(rank for rank in ranks if waits.get(rank) is False):
-        return Hang(busy, f"does not wait for the others; {why}", silent_s)
-    # No rank is known to be at fault, and a slow machine may be: the user's limit for a step is not meant for this.
+        return Hang(busy, f"does not wait for the other ranks; {why}", silent_s)
+    # No rank is known to be at fault, and the machine may be slow: the user's limit for a step does not apply.
     if meeting.is_whole and silent_s > MEETING_S and all(waits.get(rank) for rank in ranks):
-        return Hang(ranks, f"all wait for each other; {why}", silent_s)
+        return Hang(ranks, f"all ranks wait for each other; {why}", silent_s)
     return None
 
 
@@ -399,10 +403,10 @@ def _meeting_s(override_s: float | None) -> float:
 
 
 def find_straggler(own_s: Mapping[int, float]) -> tuple[int, float] | None:
-    """The rank that holds the others back, and how many times the median it takes; None where none does.
+    """Return the straggler and how many times the other ranks' median it takes per step; None where there is none.
 
     Args:
-        own_s: each rank's own time per step, without waiting for others.
+        own_s: each rank's own time per step in seconds, without waiting for others.
     """
     known = {rank: seconds for rank, seconds in own_s.items() if seconds > 0}
     if len(known) < 2:

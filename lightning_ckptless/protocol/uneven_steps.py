@@ -1,7 +1,7 @@
-"""Ranks that make unequal numbers of steps: some are at their end, and others have begun a further step.
+"""Ranks that make unequal numbers of steps: some have ended, and others have begun a further step.
 
 Every optimizer step needs all ranks. A rank that has made its last one takes part in no further step, so a rank that
-has begun a later one waits for ever. That is decided by counted steps alone, not by time.
+has begun a later one waits forever. The decision rests on counted steps alone, not on time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class AtEnd:
     """A rank that has made its last step.
 
     Args:
-        step: the optimizer step.
+        step: its last optimizer step.
         why: why it makes no further one.
     """
 
@@ -41,13 +41,13 @@ class AtEnd:
 
 
 def out_of_data(progress: Mapping[int, RankProgress]) -> dict[int, AtEnd]:
-    """Ranks that have made the last step of an epoch in which another rank has begun a further step.
+    """Return ranks that have made the last step of an epoch in which another rank has begun a further step.
 
-    Some programs live with that: where no collective is called between two epochs, ranks may be in different epochs.
-    It explains why ranks wait for each other for ever; it does not prove that they do.
+    Some scripts work that way: where no collective is called between two epochs, ranks may be in different epochs. The
+    result explains why ranks wait for each other forever; it does not prove that they do.
 
     Args:
-        progress: where the ranks stand.
+        progress: of the ranks.
     """
     begun = {
         (rank_progress.epoch, rank_progress.step)
@@ -63,19 +63,19 @@ def out_of_data(progress: Mapping[int, RankProgress]) -> dict[int, AtEnd]:
 
 
 _AFTER_A_RECOVERY = (
-    "; this run has recovered from a fault before: where the undisturbed run is even, the state_dict() of the dataset "
-    "or dataloader does not restore its exact position"
+    "; this run has recovered from a fault before: if a run without faults is even, the state_dict() of the dataset or "
+    "dataloader does not restore its exact position"
 )
 
 
 def find_uneven(
     ended: Mapping[int, AtEnd], progress: Mapping[int, RankProgress], *, has_recovered: bool = False
 ) -> str | None:
-    """Tell which rank has ended too early for the others, and what to do about it; None where all may still end alike.
+    """Explain which rank has ended too early for the others, and how to fix it; None where all may still end alike.
 
     Args:
         ended: ranks that have made their last step.
-        progress: where the ranks stand, as far as that is known.
+        progress: of the ranks, as far as it is known.
         has_recovered: whether the run has recovered from a fault, after which a dataset may be at another position.
     """
     if not ended:

@@ -207,7 +207,7 @@ FAULTS = [
     Fault("fit, test best", 3, 2, "1", "relaunch", "after fit"),
 ]
 MORE_FAULTS = [
-    Fault("validate, fit", 1, 2, "0", "relaunch", "no worker has come to fit"),
+    Fault("validate, fit", 1, 2, "0", "relaunch", "no worker has reached fit"),
     Fault("validate, fit", 1, 2, "01", "relaunch"),
     Fault("validate, fit", 2, 1, "1", "in place"),
     Fault("fit, another fit", 2, 3, "0", "in place"),

@@ -123,7 +123,7 @@ def test_of_two_nodes_the_one_whose_rank_hangs_replaces_it(tmp_path: Path, paren
     ends = nodes.train(options, "hang:rank=1:step=4")
     assert [end.exit_code for end in ends] == [0, 0]
     (hang,) = nodes.events("hang")
-    assert "stands at batch of step 4, behind the others" in hang.fields["reason"]
+    assert "lags at batch of step 4, behind the other ranks" in hang.fields["reason"]
     assert [event.fields["culprit_rank"] for event in nodes.events("recovery")] == [1]
     assert [end.in_place for end in ends] == [0, 1]
     env = {"PYTHONPATH": str(REPOSITORY), "CKPTLESS_FAILURE_DOMAIN": "r0"}

@@ -22,6 +22,7 @@ from lightning_ckptless.protocol import (
     conclusion,
     crash_loop,
     hang_detection,
+    messages,
     node_liveness,
     reconfiguration,
     recovery,
@@ -117,6 +118,18 @@ def test_cascades(module: ModuleType, head: str) -> None:
 def test_how_runs_end(name: str, head: str, module: ModuleType) -> None:
     assert module.__doc__ is not None
     assert table(page(name), head) == table(module.__doc__, head)
+
+
+def test_messages() -> None:
+    rows = table(page("development/index"), "Message")
+    senders = {"worker": messages.WORKER_MESSAGES, "agent": messages.AGENT_MESSAGES}
+    classes = [(message.__name__, sender) for sender, group in senders.items() for message in group]
+    assert [(row[0].strip("`"), row[1]) for row in rows] == classes
+    assert messages.__doc__ is not None
+    assert rows == table(messages.__doc__, "Message")
+    sent_by = {"worker": r"Sent by (a|the first) (worker|survivor|standby)", "agent": "Sent by an agent"}
+    unsaid = [name for name, sender in classes if not re.match(sent_by[sender], vars(messages)[name].__doc__ or "")]
+    assert unsaid == []
 
 
 def test_what_silence_means() -> None:

@@ -43,7 +43,7 @@ INHERITED = {
         "self._node",
         "self._parent",
         "self._positions",
-        "self._put_down",
+        "self._record_fault",
         "self._record",
         "self._regroupings",
         "self._start_standby",

@@ -1,4 +1,4 @@
-"""A fork server for all tests of the room, and short ways to run programs under it."""
+"""A fork server for all tests of membership, and helpers to run scripts under it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def finish(parent: ForkServer, worker: Forked, folder: Path) -> Ran:
 
 
 def run_forked(parent: ForkServer, program: Program, folder: Path, env: dict[str, str] | None = None) -> Ran:
-    """Run a program in a fork of the parent."""
+    """Run a script in a fork of the fork server."""
     return finish(parent, start(parent, Job(program, env or worker_env(), str(folder)), folder), folder)
 
 

@@ -1,4 +1,4 @@
-"""What is known of a worker between its death and its end, which comes when its memory is freed."""
+"""What is known about a worker between its death and its exit, which comes once its memory is freed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HEAVY = """
     [("os.kill(os.getpid(), 9)", -signal.SIGKILL), ("os.abort()", -signal.SIGABRT), ("os._exit(3)", 3)],
     ids=["killed", "aborts", "exits"],
 )
-def test_a_worker_with_much_memory_tells_at_once_what_it_dies_of(
+def test_a_worker_with_much_memory_reveals_its_cause_of_death_at_once(
     then: str, exit_code: int, bare: ForkServer, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     job = Job(script(write(HEAVY.format(then=then))), worker_env(), str(tmp_path))
@@ -46,6 +46,6 @@ def test_a_worker_with_much_memory_tells_at_once_what_it_dies_of(
     while not process.is_dying():
         pass
     told = process.exit_code()
-    assert not process.buried()
+    assert not process.has_ended()
     assert told == exit_code == process.end().exit_code
-    process.line.close()
+    process.channel.close()

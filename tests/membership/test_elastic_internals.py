@@ -1,4 +1,4 @@
-"""The private names of torch elastic that are touched are where they were."""
+"""The private names of torch elastic that we use still exist."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch.distributed.elastic.multiprocessing.api import PContext
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, _RendezvousState
 
 
-def test_the_names_that_are_overridden_are_those_of_torch() -> None:
+def test_overridden_names_exist_in_torch() -> None:
     for name in (
         "_rendezvous",
         "_assign_worker_ranks",
@@ -19,7 +19,7 @@ def test_the_names_that_are_overridden_are_those_of_torch() -> None:
         assert callable(getattr(LocalElasticAgent, name))
     for name in ("_start", "_poll", "_close", "start"):
         assert callable(getattr(PContext, name))
-    # The first since torch 2.10, the others until then.
+    # The first one since torch 2.10, the others before.
     tails = set(PContext.__init__.__code__.co_names)
     assert "_tail_logs" in tails or {"_stdout_tail", "_stderr_tail"} <= tails
     assert {"_remaining_restarts"} <= set(LocalElasticAgent._invoke_run.__code__.co_names)

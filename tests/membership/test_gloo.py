@@ -1,4 +1,4 @@
-"""Process groups over relaunches: each generation has a store without the addresses of the dead."""
+"""Process groups over relaunches: each generation has a store without the addresses of dead ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A forked worker behaves as a process of its own: the same program, run both ways, is seen to do the same."""
+"""A forked worker behaves like a new process: the same script, run both ways, does the same."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_script(name: str, parent: ForkServer, write: Callable[..., Path], fol
         (Program("module", "package.broken"), 1),
     ],
 )
-def test_other_programs(
+def test_other_kinds_of_script(
     program: Program, code: int, parent: ForkServer, write: Callable[..., Path], folder: Path
 ) -> None:
     show = "import sys; print(__name__, __file__, __package__, __spec__ and __spec__.name, sys.argv, sys.path[0])"
@@ -168,7 +168,7 @@ def test_other_programs(
 
 
 @pytest.mark.parametrize("name", ["nowhere", "package.nowhere", "package"])
-def test_a_module_that_is_not_there(name: str, parent: ForkServer, write: Callable[..., Path], folder: Path) -> None:
+def test_a_module_that_does_not_exist(name: str, parent: ForkServer, write: Callable[..., Path], folder: Path) -> None:
     write("", "package/__init__.py")
     forked = run_forked(parent, Program("module", name), folder)
     assert forked.exit_code == 1
@@ -198,7 +198,7 @@ def test_torch_uses_as_many_threads_as_the_environment_says(
         assert run_forked(parent, program, folder, worker_env({"OMP_NUM_THREADS": count})).out == f"{count}\n"
 
 
-def test_nothing_of_the_parent_is_seen(parent: ForkServer, write: Callable[..., Path], folder: Path) -> None:
+def test_nothing_of_the_fork_server_is_visible(parent: ForkServer, write: Callable[..., Path], folder: Path) -> None:
     ran = run_forked(parent, script(write("import os; print(dict(os.environ))")), folder, {"ONLY": "this"})
     assert "OPENBLAS_NUM_THREADS" not in ran.out
     assert "'ONLY': 'this'" in ran.out

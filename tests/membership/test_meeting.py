@@ -1,4 +1,4 @@
-"""A meeting that a second fault cuts short, wherever it stands, and the next one, which succeeds."""
+"""A second fault interrupts a meeting at any point; the next meeting succeeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ MEETINGS = """
     from lightning_ckptless.membership.rendezvous import generation
     from lightning_ckptless.membership.worker import process_groups
     from lightning_ckptless.membership.worker.process_groups import World
-    from lightning_ckptless.membership.channel.agent_channel import Line
+    from lightning_ckptless.membership.channel.agent_channel import AgentChannel
+    from lightning_ckptless.protocol.messages import Regroup
     from lightning_ckptless.membership.channel.fault_report import FaultReport
     from lightning_ckptless.membership.worker.peer_errors import is_lost_peer
     from lightning_ckptless.membership.worker.watcher import Watcher
@@ -29,13 +30,13 @@ MEETINGS = """
     rank = 0 if os.fork() else 1
     end = ends[rank]
     ends[1 - rank].close()
-    agent, line = Line.pair()
+    agent, channel = AgentChannel.pair()
     world = World()
-    watcher = Watcher(line, world.cut)
+    watcher = Watcher(channel, world.abort)
     fault = asdict(FaultReport(1, 99, None, "SIGKILL", 1.0, 2.0, 3.0, 1, 2))
 
     def tell(number):
-        agent.tell("regroup", number=number, fault=fault)
+        agent.send(Regroup(number, fault, {}))
         if rank == 0:
             end.send(struct.pack("=i", number))
 
@@ -68,7 +69,7 @@ MEETINGS = """
         names = TRACED.get(code.co_filename, set())
         if fired_in == number or (names is not None and code.co_name not in names):
             return None
-        if event == "line" and place not in seen and code.co_name not in ("leave", "cut", "forget"):
+        if event == "line" and place not in seen and code.co_name not in ("leave", "abort", "forget"):
             seen.add(place)
             fired_in = number
             tell(number + 1)
@@ -103,10 +104,10 @@ MEETINGS = """
         flag = torch.tensor([float(is_last)])
         dist.broadcast(flag, 0)
         is_last = bool(flag.item())
-        world.bury()
-        agent.waiting()
+        world.release()
+        agent.poll()
     world.leave()
-    world.bury()
+    world.release()
     watcher.close()
     if rank == 0:
         os.wait()
@@ -117,7 +118,7 @@ MEETINGS = """
 """
 
 
-def test_a_meeting_is_cut_at_every_line(parent: ForkServer, write: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_meeting_can_be_aborted_at_every_line(parent: ForkServer, write: Callable[..., Path], tmp_path: Path) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     env = {
         "MASTER_ADDR": "127.0.0.1",

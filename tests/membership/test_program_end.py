@@ -1,4 +1,4 @@
-"""Programs that end by themselves: after fit, in a head that cannot be repeated, or with something that never ends."""
+"""Scripts that end by themselves: after fit, before fit in a way that cannot be repeated, or without ever exiting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lightning_ckptless import environment
-from lightning_ckptless.membership.channel.program_failure import Failure, count_report, failure_of, leave_failure
+from lightning_ckptless.membership.channel.program_failure import Failure, count_report, failure_of, report_failure
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome
 from lightning_ckptless.membership.launch.launch import run
@@ -23,29 +23,30 @@ from tests.membership.conftest import script
 
 Write = Callable[..., Path]
 
-# What a trainer tells, in a program that trains nothing.
+# The messages of a trainer, in a script that trains nothing.
 TRAINS = """
     import os, signal, sys, threading, time
     from pathlib import Path
-    from lightning_ckptless.membership.channel.agent_channel import open_line
+    from lightning_ckptless.membership.channel.agent_channel import open_channel
     from lightning_ckptless.membership.channel.exit_report import mark_begun
+    from lightning_ckptless.protocol.messages import EnteredLoop, FitReturned, LeftLoop, ReachedFit
 
     rank, regrouping = int(os.environ["RANK"]), os.environ.get("CKPTLESS_REGROUPING", "0")
-    wishes = {"in_place": True, "standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None}
-    wishes |= {"fixed_world": "", "max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
-    line = open_line()
+    options = {"in_place": True, "standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None}
+    options |= {"fixed_world": "", "max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
+    channel = open_channel()
 
     def fit():
-        line.tell("came_to_fit")
-        line.tell("entered", **wishes)
+        channel.send(ReachedFit())
+        channel.send(EnteredLoop(**options))
         mark_begun(rank)
         Path(f"came-{rank}").touch()
         while not all(Path(f"came-{other}").exists() for other in (0, 1)):
             time.sleep(0.002)
 
     def leave():
-        line.tell("left")
-        line.tell("past_fit")
+        channel.send(LeftLoop())
+        channel.send(FitReturned())
 """
 
 
@@ -73,7 +74,7 @@ def test_an_error_past_fit_ends_the_run_once(
 
 
 @pytest.mark.parametrize("code", [0, 7])
-def test_an_exit_past_fit_is_that_of_the_run(code: int, bare: ForkServer, write: Write, tmp_path: Path) -> None:
+def test_an_exit_code_past_fit_is_that_of_the_run(code: int, bare: ForkServer, write: Write, tmp_path: Path) -> None:
     outcome = launch(bare, f"    fit()\n    leave()\n    sys.exit({code})\n", write, tmp_path)
     assert (outcome.exit_code, outcome.restarts) == (code, 0)
 
@@ -90,7 +91,7 @@ def test_a_kill_past_fit_is_recovered_from(bare: ForkServer, write: Write, tmp_p
     assert (outcome.exit_code, outcome.restarts) == (0, 1)
 
 
-def test_a_head_that_cannot_be_repeated_is_told_with_its_traceback_once(
+def test_code_before_fit_that_cannot_be_repeated_is_reported_with_one_traceback(
     bare: ForkServer, write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     text = """
@@ -118,7 +119,7 @@ def test_a_head_that_cannot_be_repeated_is_told_with_its_traceback_once(
 
 
 @pytest.mark.timeout(30)
-def test_a_process_that_reports_an_error_and_does_not_end_is_ended(
+def test_a_process_that_reports_an_error_and_does_not_exit_is_killed(
     bare: ForkServer, write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     text = """
@@ -131,10 +132,10 @@ def test_a_process_that_reports_an_error_and_does_not_end_is_ended(
 """
     outcome = launch(bare, text, write, tmp_path, exit_grace_s=0.2)
     assert (outcome.exit_code, outcome.restarts) == (1, 0)
-    assert "ValueError: mine was reported 0 s ago, and it has not ended" in capfd.readouterr().err
+    assert "ValueError: mine was reported 0 s ago, but the process has not exited" in capfd.readouterr().err
 
 
-def test_a_failure_says_whether_a_peer_was_lost(tmp_path: Path) -> None:
+def test_a_failure_tells_whether_a_peer_was_lost(tmp_path: Path) -> None:
     import torch.distributed  # noqa: F401 - as in a worker that has trained
 
     env = {environment.AGENT_DIR: str(tmp_path)}
@@ -146,7 +147,7 @@ def test_a_failure_says_whether_a_peer_was_lost(tmp_path: Path) -> None:
         (ValueError("two\nlines"), Failure("ValueError: two lines")),
         (SystemExit(3), Failure("sys.exit(3)")),
     ):
-        leave_failure(error, env)
+        report_failure(error, env)
         assert failure_of(tmp_path, os.getpid()) == expected
     assert failure_of(tmp_path, 1) is None
     assert json.loads((tmp_path / f"failure-{os.getpid()}.json").read_text())["error"] == "sys.exit(3)"
@@ -200,8 +201,8 @@ STARVED = """
     from lightning_ckptless.membership.worker.progress import ProgressWriter
     from lightning_ckptless.protocol.hang_detection import Point
 
-    line.tell("came_to_fit")
-    line.tell("entered", **wishes)
+    channel.send(ReachedFit())
+    channel.send(EnteredLoop(**options))
     progress = ProgressWriter.from_environment()
     progress.beat(3, Point.BACKWARD)
     if rank == 1:
@@ -221,7 +222,7 @@ STARVED = """
         ("", 7, "max_recoveries_without_progress=6 allows no more"),
     ],
 )
-def test_a_kill_for_lack_of_memory_at_one_step_is_told_from_one_from_outside(
+def test_a_kill_for_lack_of_memory_is_distinguished_from_one_from_outside(
     how: str,
     faults: int,
     reason: str,

@@ -1,4 +1,4 @@
-"""Two agents on one machine: one is lost together with its workers, and another takes its place."""
+"""Two agents on one machine: one is lost together with its workers, and another one replaces it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_ckptless.membership.launch.launch import run
 from lightning_ckptless.membership.worker.program import Program
 from tests.membership.conftest import REPOSITORY, script, worker_env
 
-# Runs until it is told that there has been enough, or fails once with its peer, as a worker in a collective would.
+# Runs until a file tells it to stop, or fails once with its peer, as a worker in a collective would.
 WAITS = """
     import json, os, sys, time
     from pathlib import Path
@@ -59,7 +59,7 @@ def node_of_two(name: str, program: Program, port: int, folder: Path, **more: An
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("manner", ["fails", "hangs"])
-def test_a_new_node_takes_the_place_of_a_lost_one(
+def test_a_new_node_replaces_a_lost_one(
     manner: str, bare: ForkServer, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

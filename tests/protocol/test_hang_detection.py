@@ -1,4 +1,4 @@
-"""Who hangs is told from who is behind."""
+"""The rank that lags behind the others is the one that hangs."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from lightning_ckptless.protocol.hang_detection import (
     IDLE_S,
     MEETING_S,
     RELEASE_S,
+    STARTUP_S,
     STUCK_COLLECTIVE_S,
-    WAY_S,
     Idleness,
     Meeting,
     Point,
     RankProgress,
-    Stand,
+    SleepingThread,
     are_silent,
     find_hang,
     find_late,
     find_straggler,
     find_stuck_collective,
     find_unreleased,
-    is_to_be_asked,
     limit_s,
+    should_ask,
     unchanged_since,
 )
 
@@ -38,7 +38,7 @@ BEHIND = replace(AHEAD, point=Point.BATCH, at=99.0)
 LATE = 100.0 + FLOOR_S + 1.0
 
 
-def test_the_rank_that_is_behind_hangs() -> None:
+def test_the_rank_that_lags_hangs() -> None:
     hang = find_hang({0: AHEAD, 1: BEHIND, 2: AHEAD}, now=LATE)
     assert hang is not None
     assert hang.ranks == (1,)
@@ -46,7 +46,7 @@ def test_the_rank_that_is_behind_hangs() -> None:
     assert hang.silent_s == 11.0
 
 
-def test_nobody_hangs_before_the_time_is_up() -> None:
+def test_no_rank_hangs_before_the_limit() -> None:
     assert find_hang({0: AHEAD, 1: BEHIND}, now=100.0 + FLOOR_S) is None
 
 
@@ -55,7 +55,7 @@ def test_progress_of_one_is_progress_of_all() -> None:
 
 
 @pytest.mark.parametrize("how", ["traced", "outside", "all stopped", "at the same point"])
-def test_what_is_no_hang_of_one(how: str) -> None:
+def test_silence_that_is_no_hang(how: str) -> None:
     progress = {
         "traced": {0: AHEAD, 1: replace(BEHIND, traced=True)},
         "outside": {0: AHEAD, 1: replace(BEHIND, point=Point.OUTSIDE)},
@@ -65,12 +65,12 @@ def test_what_is_no_hang_of_one(how: str) -> None:
     assert find_hang(progress, now=LATE) is None
 
 
-def test_who_is_stopped_hangs_even_where_he_is_not_behind() -> None:
+def test_a_stopped_rank_hangs_even_if_it_does_not_lag() -> None:
     hang = find_hang({0: AHEAD, 1: replace(AHEAD, stopped=True)}, now=LATE)
     assert hang is not None and hang.ranks == (1,)
 
 
-def test_all_at_one_point_hang_at_last() -> None:
+def test_ranks_at_the_same_point_hang_only_at_the_ceiling() -> None:
     waiting = replace(AHEAD, waits=True)
     assert find_hang({0: waiting, 1: waiting}, now=100.0 + CEILING_S - 1) is None
     hang = find_hang({0: waiting, 1: waiting}, now=100.0 + CEILING_S + 1)
@@ -81,7 +81,7 @@ def test_ranks_at_one_point_are_not_blamed_while_those_of_another_node_make_prog
     waiting = replace(AHEAD, waits=True)
     assert find_hang({0: waiting, 1: waiting}, now=100.0 + CEILING_S + 1, is_whole=False) is None
     hang = find_hang({0: AHEAD, 1: BEHIND}, now=LATE, is_whole=False)
-    assert hang is not None and hang.ranks == (1,), "one that is behind on its own node is found without the others"
+    assert hang is not None and hang.ranks == (1,), "a rank that lags on its own node is found without the other nodes"
 
 
 @pytest.mark.parametrize(
@@ -90,35 +90,35 @@ def test_ranks_at_one_point_are_not_blamed_while_those_of_another_node_make_prog
         ((True, False, True), (1,)),
         ((False, False, True), (0, 1)),
         ((True, True, True), None),
-        # All compute, e.g. compile; or not all have answered.
+        # All ranks compute, e.g. compile a model; or not all have answered.
         ((False, False, False), None),
         ((True, False, None), None),
     ],
 )
-def test_in_the_backward_pass_who_does_not_wait_hangs(
+def test_in_the_backward_pass_a_rank_that_does_not_wait_hangs(
     waits: tuple[bool | None, ...], hangs: tuple[int, ...] | None
 ) -> None:
     progress = {rank: replace(AHEAD, waits=word) for rank, word in enumerate(waits)}
     assert are_silent(progress, now=LATE) and not are_silent(progress, now=100.0)
-    assert is_to_be_asked(progress)
+    assert should_ask(progress)
     hang = find_hang(progress, now=LATE)
     assert (None if hang is None else hang.ranks) == hangs
     # Elsewhere than in the backward pass rank 0 may write a large file meanwhile.
     elsewhere = {rank: replace(rank_progress, point=Point.VALIDATION) for rank, rank_progress in progress.items()}
-    assert not is_to_be_asked(elsewhere)
+    assert not should_ask(elsewhere)
     assert find_hang(elsewhere, now=LATE) is None
     limited = find_hang(elsewhere, now=LATE, override_s=5.0) if hangs else None
     assert (None if limited is None else limited.ranks) == hangs
 
 
-def test_who_is_idle_while_the_others_wait_hangs() -> None:
+def test_a_rank_that_is_idle_while_the_others_wait_hangs() -> None:
     progress = {
         0: replace(AHEAD, point=Point.VALIDATION, waits=False),
         1: replace(AHEAD, point=Point.VALIDATION, waits=True),
     }
     assert find_hang(progress, now=LATE + IDLE_S) is None
     idle = {rank: replace(rank_progress, idle_s=IDLE_S + 1.0) for rank, rank_progress in progress.items()}
-    assert is_to_be_asked(idle)
+    assert should_ask(idle)
     hang = find_hang(idle, now=LATE + IDLE_S)
     assert hang is not None and hang.ranks == (0,)
     # Where all are idle and none waits, or all wait, no rank is known to be at fault.
@@ -128,15 +128,15 @@ def test_who_is_idle_while_the_others_wait_hangs() -> None:
 
 
 @pytest.mark.parametrize("override_s", [None, 5.0])
-def test_who_is_idle_while_a_version_is_restored_hangs(override_s: float | None) -> None:
+def test_a_rank_that_is_idle_while_a_version_is_restored_hangs(override_s: float | None) -> None:
     restoring = replace(AHEAD, step=0, point=Point.RESTORE, waits=True)
     progress = {0: restoring, 1: replace(restoring, waits=False, idle_s=FLOOR_S + 1.0), 2: replace(AHEAD, waits=True)}
     assert limit_s({0: replace(restoring, longest_pause_s=60.0)}, None) == RELEASE_S
     assert are_silent(progress, now=LATE, override_s=override_s)
-    assert is_to_be_asked(progress, override_s=override_s)
+    assert should_ask(progress, override_s=override_s)
     hang = find_hang(progress, now=LATE, override_s=override_s)
     assert hang is not None and hang.ranks == (1,)
-    # A rank that is behind may have more to restore than the others, and one that waits is not at fault.
+    # A rank that lags may have more to restore than the others, and one that waits is not at fault.
     for spared in ({"idle_s": 4.0}, {"waits": True}):
         assert find_hang({**progress, 1: replace(progress[1], **spared)}, now=LATE, override_s=override_s) is None
     busy = {**progress, 1: replace(progress[1], idle_s=0.0)}
@@ -146,16 +146,16 @@ def test_who_is_idle_while_a_version_is_restored_hangs(override_s: float | None)
     assert find_hang({1: progress[1]}, now=LATE, override_s=override_s) is not None
 
 
-def test_a_process_is_idle_from_when_it_last_worked() -> None:
+def test_a_process_is_idle_since_it_last_worked() -> None:
     idleness = Idleness(used_s=5.0, since=100.0)
     for now, used_s in ((100.25, 5.01), (130.0, 5.1), (160.0, 5.2)):
         assert idleness.after(used_s, now) == idleness
     assert idleness.after(5.5, 160.0) == Idleness(5.5, 160.0)
-    # A child that has ended, and was not waited for yet, is not seen.
+    # A child that has exited and was not reaped yet is not counted.
     assert idleness.after(4.0, 160.0) == idleness
 
 
-def test_an_answer_is_waited_for() -> None:
+def test_detection_waits_for_answers() -> None:
     progress = {0: AHEAD, 1: AHEAD}
     assert find_hang(progress, now=102.0, override_s=1.0) is None
     assert find_hang(progress, now=101.1 + ANSWER_S, override_s=1.0) is not None
@@ -171,7 +171,7 @@ def test_limit_is_learned_between_floor_and_ceiling() -> None:
     assert limit_s({0: AHEAD}, 3.0) == 3.0
 
 
-def test_zero_switches_it_off() -> None:
+def test_a_limit_of_zero_disables_detection() -> None:
     assert find_hang({0: AHEAD, 1: BEHIND}, now=1e6, override_s=0.0) is None
 
 
@@ -189,7 +189,7 @@ progress = st.builds(
 
 
 @given(st.dictionaries(st.integers(0, 7), progress, min_size=2, max_size=8))
-def test_who_is_furthest_is_never_blamed_alone(found: dict[int, RankProgress]) -> None:
+def test_the_rank_that_is_furthest_is_never_blamed_alone(found: dict[int, RankProgress]) -> None:
     hang = find_hang(found, now=1e6, override_s=1.0)
     if hang is None:
         return
@@ -198,30 +198,35 @@ def test_who_is_furthest_is_never_blamed_alone(found: dict[int, RankProgress]) -
     assert furthest not in blamed or len(hang.ranks) == len(found)
 
 
-def test_a_survivor_that_does_not_get_free_hangs() -> None:
+def test_a_survivor_that_does_not_release_its_groups_hangs() -> None:
     told_at = {0: 100.0, 2: 125.0}
     assert find_unreleased(told_at, now=100.0 + RELEASE_S) is None
     hang = find_unreleased(told_at, now=101.0 + RELEASE_S)
     assert hang is not None
     assert (hang.ranks, hang.silent_s) == ((0,), RELEASE_S + 1.0)
-    assert "within 30.0 s of being told" in hang.reason
+    assert "did not release its process groups within 30.0 s of the fault report" in hang.reason
     assert find_unreleased(told_at, now=103.0, override_s=2.0) is not None
     assert find_unreleased(told_at, now=1e6, override_s=0.0) is None
     assert find_unreleased({}, now=1e6) is None
 
 
-def test_a_survivor_that_says_it_never_gets_free_is_not_waited_for() -> None:
+def test_a_survivor_that_reports_a_stuck_collective_is_not_waited_for() -> None:
     held = {1: "MainThread sleeps in torch.distributed.send"}
     hang = find_unreleased({0: 100.0, 1: 100.0}, now=101.5, held=held, override_s=0.0)
     assert hang is not None
     assert (hang.ranks, hang.silent_s) == ((1,), 1.5)
-    assert hang.reason == "cannot get free of the lost: MainThread sleeps in torch.distributed.send"
-    # It has got free meanwhile, or was replaced.
+    assert (
+        hang.reason == "did not release its process groups after the fault: MainThread sleeps in torch.distributed.send"
+    )
+    # It has released its groups meanwhile, or was replaced.
     assert find_unreleased({0: 100.0}, now=101.5, held=held) is None
 
 
-def test_who_sleeps_without_a_moment_of_work_is_lost() -> None:
-    asleep, awake = Stand("MainThread", "torch.distributed.send", 7), Stand("MainThread", "torch.distributed.send", 8)
+def test_a_thread_that_sleeps_without_any_work_is_stuck() -> None:
+    asleep, awake = (
+        SleepingThread("MainThread", "torch.distributed.send", 7),
+        SleepingThread("MainThread", "torch.distributed.send", 8),
+    )
     since = unchanged_since({}, {1: asleep, 2: asleep}, 10.0)
     assert find_stuck_collective(since, 10.0 + STUCK_COLLECTIVE_S) is None
     since = unchanged_since(since, {1: asleep, 2: awake}, 10.4)
@@ -233,7 +238,7 @@ def test_who_sleeps_without_a_moment_of_work_is_lost() -> None:
     )
 
 
-def test_the_slowest_is_named_when_it_holds_the_others_back() -> None:
+def test_a_straggler_is_named() -> None:
     found = find_straggler({0: 0.1, 1: 0.1, 2: 0.19})
     assert found is not None
     assert (found[0], round(found[1], 6)) == (2, 1.9)
@@ -242,12 +247,12 @@ def test_the_slowest_is_named_when_it_holds_the_others_back() -> None:
     assert find_straggler({0: 0.0, 1: 0.5}) is None
 
 
-READY = Meeting(coming={}, ready={0: 100.0, 1: 90.0, 2: 95.0}, met=(), way_s=3.0, is_whole=True)
+READY = Meeting(coming={}, ready={0: 100.0, 1: 90.0, 2: 95.0}, met=(), startup_s=3.0, is_whole=True)
 OVERDUE = 100.0 + MEETING_S + 1.0
 ALL_WAIT = {0: True, 1: True, 2: True}
 
 
-def test_who_keeps_a_meeting_from_coming_about() -> None:
+def test_ranks_that_prevent_a_meeting_are_late() -> None:
     met = replace(READY, ready={1: 100.0}, met=(0, 2))
     found = {
         "others have met": find_late(met, now=OVERDUE),
@@ -261,7 +266,7 @@ def test_who_keeps_a_meeting_from_coming_about() -> None:
 
 
 @pytest.mark.parametrize("why", ["in time", "a process comes", "ranks elsewhere", "not asked", "switched off"])
-def test_a_meeting_that_is_waited_for(why: str) -> None:
+def test_a_meeting_that_is_not_late_yet(why: str) -> None:
     meeting = {"a process comes": replace(READY, coming={3: 100.0}), "ranks elsewhere": replace(READY, is_whole=False)}
     now = 100.0 + MEETING_S if why == "in time" else OVERDUE - 1.5 if why == "a process comes" else OVERDUE
     waits = {**ALL_WAIT, 2: None} if why == "not asked" else ALL_WAIT
@@ -269,14 +274,14 @@ def test_a_meeting_that_is_waited_for(why: str) -> None:
     assert find_late(meeting.get(why, READY), now=now, override_s=override_s, waits=waits) is None
 
 
-def test_a_new_process_has_the_time_that_the_first_ones_took_and_more() -> None:
+def test_a_new_process_has_longer_than_the_first_ones_took() -> None:
     meeting = replace(READY, coming={3: 100.0})
-    hang = find_late(meeting, now=100.0 + WAY_S + 1.0)
+    hang = find_late(meeting, now=100.0 + STARTUP_S + 1.0)
     assert hang is not None and hang.ranks == (3,)
-    assert "did not come to fit within 60.0 s; the first processes took 3.0 s" in hang.reason
-    assert find_late(replace(meeting, way_s=30.0), now=100.0 + WAY_S + 1.0) is None
+    assert "did not reach fit within 60.0 s; the first processes took 3.0 s" in hang.reason
+    assert find_late(replace(meeting, startup_s=30.0), now=100.0 + STARTUP_S + 1.0) is None
 
 
-def test_the_limit_of_a_user_names_a_rank_and_never_all() -> None:
+def test_the_limit_of_a_user_never_blames_all_ranks() -> None:
     assert find_late(READY, now=103.0, override_s=2.0, stopped=(1,)) is not None
     assert find_late(READY, now=103.0, override_s=2.0, waits=ALL_WAIT) is None

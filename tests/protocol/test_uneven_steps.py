@@ -1,4 +1,4 @@
-"""Unequal numbers of steps are told from the steps that ranks have begun."""
+"""Unequal numbers of steps are detected from the steps that ranks have begun."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def test_after_a_recovery_the_position_of_the_dataset_may_be_the_cause() -> None
     )
 
 
-def test_the_first_that_has_ended_is_named_and_all_that_are_ahead() -> None:
+def test_the_first_rank_to_end_and_all_ranks_ahead_are_named() -> None:
     found = find_uneven({1: NO_DATA, 3: AtEnd(13, WhyEnded.NO_DATA)}, {0: AHEAD, 2: AHEAD})
     assert found is not None
     assert found.startswith("rank 1 ran out of training data after step 12, ranks 0, 2 did not")
 
 
-def test_of_many_ranks_that_are_ahead_some_are_named() -> None:
+def test_at_most_eight_ranks_ahead_are_named() -> None:
     found = find_uneven({1: NO_DATA}, {rank: AHEAD for rank in range(100) if rank != 1})
     assert found is not None
     assert "ranks 0, 2, 3, 4, 5, 6, 7, 8 and 91 more did not" in found
 
 
-def test_a_rank_that_was_asked_to_stop_alone_is_told_how_to_stop_together() -> None:
+def test_a_rank_that_stopped_alone_gets_advice_on_stopping_together() -> None:
     found = find_uneven({1: AtEnd(12, WhyEnded.ASKED)}, {0: AHEAD})
     assert found is not None
     assert "rank 1 stopped training (trainer.should_stop) after step 12" in found
@@ -58,18 +58,18 @@ def test_a_rank_that_was_asked_to_stop_alone_is_told_how_to_stop_together() -> N
         replace(AHEAD, step=12, point=Point.OPTIMIZER),
     ],
 )
-def test_ranks_that_may_still_end_with_the_same_step_are_not_accused(other: RankProgress) -> None:
+def test_ranks_that_may_still_end_with_the_same_step_are_not_blamed(other: RankProgress) -> None:
     assert find_uneven({1: NO_DATA}, {0: other}) is None
 
 
-def test_where_no_rank_has_ended_none_is_accused() -> None:
+def test_no_rank_is_blamed_before_one_has_ended() -> None:
     assert find_uneven({}, {0: AHEAD, 1: DONE}) is None
 
 
-def test_an_epoch_that_has_ended_for_one_rank_and_continues_for_another_is_seen() -> None:
+def test_an_epoch_that_ends_on_one_rank_and_continues_on_another_is_detected() -> None:
     assert out_of_data({0: AHEAD, 1: DONE}) == {1: NO_DATA}
 
 
 @pytest.mark.parametrize("other", [replace(AHEAD, epoch=2), replace(AHEAD, epoch=-1), DONE])
-def test_a_rank_in_the_next_epoch_or_at_the_end_of_this_one_has_not_more_data(other: RankProgress) -> None:
+def test_a_rank_in_the_next_epoch_or_at_the_end_of_this_one_has_no_more_data(other: RankProgress) -> None:
     assert out_of_data({0: other, 1: DONE}) == {}

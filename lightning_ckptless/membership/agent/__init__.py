@@ -1,1 +1,1 @@
-"""The agent of one node: it watches its workers and replaces those that are lost."""
+"""The agent of one node: it starts workers, detects faults, and recovers from them."""

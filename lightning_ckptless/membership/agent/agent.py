@@ -1,8 +1,9 @@
 """The torch elastic agent of one node, with workers forked from a fork server.
 
-Membership of nodes and rendezvous are torch elastic's. What is our own: how workers are started and ended, that a death
-is noticed at once, and the ladder. Where it can be, only the lost are replaced and the others go on in place; else the
-survivors are not asked to end but ended, since their state is in the arenas, and all are started again.
+torch elastic provides node membership and rendezvous. This module adds how workers are started and stopped, immediate
+detection of a death, and the recovery order: in place if possible, otherwise a relaunch. In place, only the lost ranks
+are replaced and the survivors continue. In a relaunch the survivors are killed rather than asked to exit, because their
+state is in the arenas, and all workers are started again.
 """
 
 from __future__ import annotations
@@ -27,23 +28,23 @@ from lightning_ckptless.errors import TimeLimitError, UnfitNodeError
 from lightning_ckptless.internals.torch_internals import forbid_restarts
 from lightning_ckptless.membership.agent.hang_watch import HangWatch, LateExits
 from lightning_ckptless.membership.agent.held_memory import HeldMemory
-from lightning_ckptless.membership.agent.in_place import InPlace
+from lightning_ckptless.membership.agent.in_place import InPlaceRecovery
 from lightning_ckptless.membership.agent.logs import LogFiles
 from lightning_ckptless.membership.agent.loop_end import LoopEnd
 from lightning_ckptless.membership.agent.positions import Positions
 from lightning_ckptless.membership.agent.scratch import ScratchFolder
 from lightning_ckptless.membership.agent.signals import AskedToEnd
 from lightning_ckptless.membership.agent.workers import Workers
+from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.channel.exit_report import ExitReport, final_report, take_begun, take_exit_reports
 from lightning_ckptless.membership.channel.fault_report import FaultReport, shell_code, split_exit
 from lightning_ckptless.membership.channel.program_failure import Failure, failure_of
-from lightning_ckptless.membership.channel.socket_messages import Message
 from lightning_ckptless.membership.forkserver.client import End, ForkServer
 from lightning_ckptless.membership.forkserver.fallback import ForkFallback
 from lightning_ckptless.membership.forkserver.imported import Imported
-from lightning_ckptless.membership.forkserver.learning import Lesson
+from lightning_ckptless.membership.forkserver.learning import ImportRequest
 from lightning_ckptless.membership.forkserver.process import Process
-from lightning_ckptless.membership.forkserver.sidecar import END_GRACE_S, Sidecars, Surroundings
+from lightning_ckptless.membership.forkserver.sidecar import END_GRACE_S, SidecarLauncher, Sidecars
 from lightning_ckptless.membership.rendezvous.regrouping import Regroupings
 from lightning_ckptless.membership.rendezvous.rounds import (
     line_prefixes,
@@ -56,6 +57,7 @@ from lightning_ckptless.membership.worker.program import Program
 from lightning_ckptless.membership.worker.progress import step_begun
 from lightning_ckptless.protocol.crash_loop import ProgramEnd, Stage, Starts, judge_end
 from lightning_ckptless.protocol.hang_detection import Hang
+from lightning_ckptless.protocol.messages import ProgramImported, ReachedTrainer, RunOver
 from lightning_ckptless.protocol.newcomer import Imports
 from lightning_ckptless.protocol.recovery import RecoveryPlan, Rung, Situation, plan_recovery
 from lightning_ckptless.protocol.retry_policy import RecoveryHistory, RecoveryLimits, why_no_recovery
@@ -71,27 +73,26 @@ class Node:
     """What an agent needs beyond torch elastic's own settings.
 
     Args:
-        name: unique in the run, the same as long as the agent lives.
+        name: unique in the run, constant for the life of the agent.
         program: what the workers run.
-        env: environment that all workers have in common.
+        env: environment that all workers share.
         cwd: their working directory.
         fresh: start new interpreters instead of forking the fork server.
-        stop_grace_s: time between SIGTERM and SIGKILL where workers are asked to end.
-        finish_grace_s: time that workers have to finish a step and save, when the agent is asked to end.
-        exit_grace_s: time between an exception that ends a worker's program and the end of its process.
+        stop_grace_s: time between SIGTERM and SIGKILL, in seconds, where workers are asked to exit.
+        finish_grace_s: time in seconds for workers to finish a step and save when the agent is asked to end.
+        exit_grace_s: time in seconds between an exception that ends a worker's script and the exit of its process.
         max_restarts: recoveries in the life of the agent; None for any number.
-        max_recoveries_without_progress: recoveries with no new step committed between them; None to leave it to the
+        max_recoveries_without_progress: recoveries in a row without a new committed step; None to leave it to the
             strategy of the workers.
         max_recoveries_per_hour: recoveries within an hour; None to leave it to the strategy.
-        in_place: whether survivors of a fault go on in place; None to leave it to the strategy of the workers.
+        in_place: whether survivors recover in place; None to leave it to the strategy of the workers.
         standbys: processes that wait for a rank; None to leave it to the strategy.
-        preload_imports: whether what the program imports is preloaded for new processes; None to leave it to the
-            strategy.
-        log_line_prefix: put before each line of a worker's output that is shown and logged at once; a template with
+        preload_imports: whether new processes preload what the script imports; None to leave it to the strategy.
+        log_line_prefix: prefix of each line of worker output that is both shown and logged; a template with
             `${role_name}`, `${rank}` and `${local_rank}`.
-        time_limit_s: time from the agent's start after which the run is ended; None for none.
-        newcomer_outputs: folder for what new processes print before they have joined the others; None for a temporary
-            one.
+        time_limit_s: time in seconds from the agent's start after which the run is ended; None for no limit.
+        newcomer_outputs: folder for the output of new processes until they have joined the other ranks; None for a
+            temporary one.
     """
 
     name: str
@@ -113,10 +114,10 @@ class Node:
     newcomer_outputs: Path | None = None
 
     def limits(self, asked: RecoveryLimits) -> RecoveryLimits:
-        """How often the run may recover.
+        """Return how often the run may recover.
 
         Args:
-            asked: by the strategy of the workers; what the command line says takes precedence.
+            asked: limits of the workers' strategy; those of the command line take precedence.
         """
         without_progress, per_hour = self.max_recoveries_without_progress, self.max_recoveries_per_hour
         return RecoveryLimits(
@@ -131,11 +132,11 @@ class CkptlessAgent(LocalElasticAgent):
 
     Args:
         spec: torch elastic's description of the workers.
-        node: ours.
-        parent: forks the workers; stays open.
+        node: our own.
+        parent: fork server of the workers; stays open.
         logs_specs: where their output goes.
         record: receives events, as `record(event, **fields)`.
-        after: the agent of this node before this one, whose place of meeting was lost.
+        after: previous agent of this node, whose rendezvous was lost.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class CkptlessAgent(LocalElasticAgent):
     ) -> None:
         super().__init__(spec, logs_specs)
         self._log_files = logs_specs
-        self.faults: list[FaultReport] = [] if after is None else after.faults_with_the_place_lost()
+        self.faults: list[FaultReport] = [] if after is None else after.faults_with_rendezvous_lost()
         self.exit_code = 0
         self.has_given_up = False
         self.recoveries_in_place = 0
@@ -171,9 +172,9 @@ class CkptlessAgent(LocalElasticAgent):
         self._folder = self._scratch.path
         self._hangs = HangWatch(self._folder, record, CONSOLE.say)
         self._late_exits = LateExits(self._folder, node.exit_grace_s)
-        where = Surroundings(lambda: self._parent, node.env, node.cwd, node.program.flags, node.fresh)
-        self._companions = Sidecars(where, record, CONSOLE.say)
-        self._in_place = InPlace(
+        where = SidecarLauncher(lambda: self._parent, node.env, node.cwd, node.program.flags, node.fresh)
+        self._sidecars = Sidecars(where, record, CONSOLE.say)
+        self._in_place = InPlaceRecovery(
             in_place=node.in_place,
             standbys=node.standbys,
             preload_imports=node.preload_imports,
@@ -197,23 +198,23 @@ class CkptlessAgent(LocalElasticAgent):
         """Whether its workers have been started."""
         return self._pcontext is not None
 
-    def faults_with_the_place_lost(self) -> list[FaultReport]:
-        """What it has seen, and that the nodes could not meet any more."""
+    def faults_with_rendezvous_lost(self) -> list[FaultReport]:
+        """The faults it has seen, with the loss of the rendezvous as the last one."""
         at, size = time.time(), self.get_worker_group().workers[0].world_size
         return [*self.faults, FaultReport(None, None, None, None, at, at, at, len(self.faults) + 1, size)]
 
     @property
     def relaunches(self) -> int:
-        """How often the workers have been started again."""
+        """How often all workers have been started again."""
         return max(0, self._starts - 1)
 
     def close(self) -> None:
-        """Release what the agent has made for itself; not the memory that it holds, which the next one takes over."""
+        """Release the agent's resources, except the memory it holds for workers: the next agent adopts that."""
         self._forks.close()
         self._scratch.remove()
 
     def release_memory(self) -> None:
-        """Release what is held for workers: no agent of this process follows."""
+        """Release the memory held for workers; called when no further agent follows in this process."""
         self._memory.close()
 
     # ---------------------------------------------------------------- starting workers
@@ -230,7 +231,7 @@ class CkptlessAgent(LocalElasticAgent):
         self._take_positions(worker_group, range(nodes))
 
     def _take_positions(self, worker_group: WorkerGroup, peers: Collection[int]) -> None:
-        """Begin the exchange of positions with the nodes whose workers train together with those of this one."""
+        """Begin to exchange positions with the nodes whose workers train together with those of this one."""
         node: int = worker_group.group_rank or 0
         ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
         self._positions = Positions(self._meeting_store, node, peers, ranks)
@@ -266,7 +267,7 @@ class CkptlessAgent(LocalElasticAgent):
             log_line_prefixes=prefixes,
             first_wait_s=self._first_wait_s(),
         )
-        # Whoever interrupts their start ends those that have been started.
+        # Set before they start, so that an interrupted start stops those already running.
         self._pcontext = workers
         return workers
 
@@ -275,7 +276,7 @@ class CkptlessAgent(LocalElasticAgent):
         return 0.0 if is_named or not imports_hydra(self._node.program, Path(self._node.cwd)) else FIRST_WAIT_S
 
     def _start_standby(self, worker_group: WorkerGroup, stdio: list[int]) -> Process:
-        # The last rank stands in for the one to come: it speaks for nobody.
+        # Its rank is not known yet. The last rank is a placeholder, and speaks for no node.
         last = worker_group.workers[-1]
         env = {**self._worker_env(worker_group, last), environment.STANDBY: "1"}
         job = self._current_workers().job(last.local_rank, env)
@@ -311,7 +312,7 @@ class CkptlessAgent(LocalElasticAgent):
 
     def _announce(self, worker_group: WorkerGroup) -> None:
         fault, size = self.faults[-1], worker_group.workers[0].world_size
-        number = str(self._history) if fault.rank is not None else "not counted"
+        number = str(self._history) if fault.rank is not None else "not counted as a recovery"
         self._record(
             "relaunch",
             node=self._node.name,
@@ -326,63 +327,66 @@ class CkptlessAgent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         workers = self._current_workers()
-        # torch elastic sleeps between two looks; it is told to sleep next to nothing, and the wait is here instead.
+        # torch elastic sleeps between two polls. Its interval is set to almost nothing, and the wait is here instead.
         workers.watch(self._loop_end.pause_s(_WAIT_S))
         self._enforce_time_limit()
-        said = workers.heard()
-        self._hydra = self._hydra or next((m["hydra"] for _, m in said if m["kind"] == "arrived"), "")
-        self._in_place.hear(said)
-        self._companions.tend(said)
-        self._memory.tend(said)
-        self._hangs.hear(said)
+        received = workers.receive()
+        for _, message, _ in received:
+            if isinstance(message, ReachedTrainer):
+                self._hydra = self._hydra or message.hydra
+        self._in_place.receive(received)
+        self._sidecars.maintain(received)
+        self._memory.maintain(received)
+        self._hangs.receive(received)
         self._hangs.limit_s = self._in_place.hang_timeout_s
         self._in_place.follow(workers)
-        self._late_exits.look(workers)
-        hang = self._hangs.look(workers) or self._in_place.look()
+        self._late_exits.poll(workers)
+        hang = self._hangs.poll(workers) or self._in_place.poll()
         has_recovered = bool(self.faults or self._in_place.number)
         if hang is not None and not self._loop_end.explains_hang(workers, has_recovered=has_recovered):
-            self._hangs.end(hang, workers)
-        elif (late := self._look_at_meeting(workers)) is not None:
-            self._hangs.end(late, workers)
+            self._hangs.kill(hang, workers)
+        elif (late := self._poll_meeting(workers)) is not None:
+            self._hangs.kill(late, workers)
         lost = workers.lost()
         for local in lost:
             self._in_place.show_output_of(local)
-        if lost and self._take_the_ladder(worker_group, workers, lost) is Rung.IN_PLACE:
+        if lost and self._recover(worker_group, workers, lost) is Rung.IN_PLACE:
             return RunResult(state=WorkerState.HEALTHY)
-        self._loop_end.tend(workers, number=self._in_place.number, may_end=self._may_end, has_recovered=has_recovered)
-        self._in_place.tend_standbys()
-        self._tend_successor(said, workers)
+        self._loop_end.maintain(
+            workers, number=self._in_place.number, may_end=self._may_end, has_recovered=has_recovered
+        )
+        self._in_place.maintain_standbys()
+        self._maintain_successor(received, workers)
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state is WorkerState.SUCCEEDED:
             self.exit_code = 0
         return result
 
-    def _tend_successor(self, said: Sequence[tuple[int, Message]], workers: Workers) -> None:
-        """Have a process import what the program imports, for those that are forked later."""
-        for local, message in said:
-            if message["kind"] == "imported" and self._in_place.learns_imports:
-                job = workers.job(local, {})
-                imported = Imported(message["modules"], message["variables"], message["path"])
-                self._forks.succession.hear(Lesson(imported, job))
+    def _maintain_successor(self, received: Sequence[FromWorker], workers: Workers) -> None:
+        """Have a successor of the fork server import what the script imports, for processes that are forked later."""
+        for local, message, _ in received:
+            if isinstance(message, ProgramImported) and self._in_place.learns_imports:
+                imported = Imported(message.modules, message.variables, message.path)
+                self._forks.succession.learn(ImportRequest(imported, workers.job(local, {})))
         if self._in_place.trains:
-            self._forks.tend()
+            self._forks.maintain()
 
-    def _look_at_meeting(self, workers: Workers) -> Hang | None:
-        late = self._hangs.look_at_meeting(self._in_place.meeting(workers), workers)
-        # Those that were ended already are on their way out.
-        return None if late is None or any(workers.blamed(rank) for rank in late.ranks) else late
+    def _poll_meeting(self, workers: Workers) -> Hang | None:
+        late = self._hangs.poll_meeting(self._in_place.meeting(workers), workers)
+        # Ranks that were already killed are about to exit.
+        return None if late is None or any(workers.hang_reason(rank) for rank in late.ranks) else late
 
     def _enforce_time_limit(self) -> None:
         limit_s = self._node.time_limit_s
         if limit_s is not None and time.monotonic() - self._started_at > limit_s:
-            raise TimeLimitError(f"the run did not end within {limit_s:.0f} s; its workers are stopped")
+            raise TimeLimitError(f"the run did not end within its time limit of {limit_s:.0f} s; stopping its workers")
 
     def _may_end(self) -> bool:
         """Whether workers that have made their last step may leave the training loop."""
         return True
 
-    def _take_the_ladder(self, worker_group: WorkerGroup, workers: Workers, lost: dict[int, End | None]) -> Rung:
-        """Decide how to go on without the lost, say so, and do it."""
+    def _recover(self, worker_group: WorkerGroup, workers: Workers, lost: dict[int, End | None]) -> Rung:
+        """Decide how to recover from the loss of workers, and do it."""
         at = time.time()
         ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
         has_stepped = self._take_progress()
@@ -408,15 +412,15 @@ class CkptlessAgent(LocalElasticAgent):
         if plan.rung is not Rung.END:
             self._history = self._history.after_recovery(time.monotonic())
         if plan.rung is Rung.IN_PLACE:
-            self._go_on_in_place(worker_group, workers, lost, at, plan)
+            self._recover_in_place(worker_group, workers, lost, at, plan)
         else:
             self._stop_survivors(worker_group, workers, lost, at, plan, exit_report)
         return plan.rung
 
-    def _go_on_in_place(
+    def _recover_in_place(
         self, worker_group: WorkerGroup, workers: Workers, lost: dict[int, End | None], at: float, plan: RecoveryPlan
     ) -> None:
-        """Replace the lost, and let the others go on."""
+        """Replace the lost ranks while the survivors stay in the training loop."""
         self.recoveries_in_place += 1
         fault = self._report(worker_group, workers, lost, at)
         regrouping = self._in_place.open(fault)
@@ -428,7 +432,7 @@ class CkptlessAgent(LocalElasticAgent):
         )
         for local, pid in workers.pids().items():
             by_local[local].id = pid
-        self._put_down(fault)
+        self._record_fault(fault)
         new = {by_local[local].global_rank: (by_local[local].id, who) for local, who in how.items()}
         self._record(
             "in_place",
@@ -438,9 +442,10 @@ class CkptlessAgent(LocalElasticAgent):
             cause=str(fault),
             new=new,
         )
-        CONSOLE.say(
-            f"{fault}; {plan.reason} ({', '.join(f'rank {rank} by a {who}' for rank, (_, who) in new.items())})"
-        )
+        replacements = {who for _, who in new.values()}
+        if len(replacements) > 1:
+            replacements = {", ".join(f"rank {rank}: {who}" for rank, (_, who) in new.items())}
+        CONSOLE.say(f"{fault}; {plan.reason} ({replacements.pop()})")
 
     def _report(
         self, worker_group: WorkerGroup, workers: Workers, lost: dict[int, End | None], detected_at: float
@@ -457,7 +462,7 @@ class CkptlessAgent(LocalElasticAgent):
             stopped_at=time.time(),
             restart=len(self.faults) + 1,
             world_size=worker_group.workers[0].world_size,
-            hung=workers.blamed(culprit),
+            hung=workers.hang_reason(culprit),
             earlier=tuple(str(fault) for fault in self._unresolved),
             recovering_since=self._unresolved[0].died_at if self._unresolved else None,
             out_of_memory=self._out_of_memory,
@@ -472,31 +477,31 @@ class CkptlessAgent(LocalElasticAgent):
         plan: RecoveryPlan,
         exit_report: ExitReport | None,
     ) -> None:
-        """Stop all, in the way that suits what comes next, and put down what happened."""
-        goes_on = plan.rung is Rung.RELAUNCH
-        if not goes_on:
+        """Stop all workers in the way that suits what comes next, and record what happened."""
+        relaunches = plan.rung is Rung.RELAUNCH
+        if not relaunches:
             forbid_restarts(self)
             self.has_given_up = exit_report is None or exit_report.keeps_state
-            workers.tell("over")
-        workers.stop(signal.SIGKILL if goes_on else signal.SIGTERM, 0.0 if goes_on else self._node.stop_grace_s)
+            workers.send(RunOver())
+        workers.stop(signal.SIGKILL if relaunches else signal.SIGTERM, 0.0 if relaunches else self._node.stop_grace_s)
         failed = workers.failed()
         ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
         lost = {local: failed.get(local, end) for local, end in lost.items()}
-        spoken = [end for local, end in lost.items() if exit_report is not None and ranks[local] == exit_report.rank]
-        end = (spoken or list(lost.values()))[0]
+        reported = [end for local, end in lost.items() if exit_report is not None and ranks[local] == exit_report.rank]
+        end = (reported or list(lost.values()))[0]
         self.exit_code = shell_code(-signal.SIGKILL if end is None else end.exit_code) or 1
         culprit = next(iter(lost))
-        if workers.blamed(culprit) and failure_of(self._folder, workers.pids()[culprit]) is not None:
-            # It had failed before it was killed for not ending.
+        if workers.hang_reason(culprit) and failure_of(self._folder, workers.pids()[culprit]) is not None:
+            # Its script had failed before it was killed for not exiting.
             self.exit_code = 1
         fault = self._report(worker_group, workers, lost, at)
-        self._put_down(fault)
+        self._record_fault(fault)
         self._reason = plan.reason
-        if not goes_on:
+        if not relaunches:
             CONSOLE.say(f"{fault}; {plan.reason}")
 
     def _take_progress(self) -> bool:
-        """Whether a new step was committed since the last look."""
+        """Whether a new step has been committed since the last call."""
         has_stepped = take_begun(self._folder)
         if has_stepped:
             self._history = self._history.after_progress()
@@ -506,7 +511,7 @@ class CkptlessAgent(LocalElasticAgent):
     def _judge_end(
         self, ranks: dict[int, int], workers: Workers, lost: dict[int, End | None], *, has_stepped: bool
     ) -> ExitReport | None:
-        """Decide whether the program has ended by itself, and whether it would do so again."""
+        """Decide whether the script has ended by itself, and whether it would do so again."""
         culprit, end = next(iter(lost.items()))
         failure = failure_of(self._folder, workers.pids()[culprit]) or Failure("")
         stages = workers.stages.values()
@@ -522,20 +527,20 @@ class CkptlessAgent(LocalElasticAgent):
             signal_name="" if end is None else split_exit(end.exit_code)[1] or "",
             rank=ranks[culprit],
             step=step_begun(self._folder, culprit),
-            out_of_memory="" if workers.blamed(culprit) else self._out_of_memory,
+            out_of_memory="" if workers.hang_reason(culprit) else self._out_of_memory,
         )
         plan = judge_end(found, self._program_starts, has_stepped=has_stepped)
         self._program_starts = plan.starts
         if plan.final is not None:
             return ExitReport(ranks[culprit], final=True, reason=plan.final, keeps_state=plan.keeps_state)
         if found.is_its_own and found.stage is Stage.BEFORE and plan.starts.came_to_fit:
-            self._in_place.forgo(
-                f"a new process ended before fit ({found}), to which the first ones came: what the program does before "
+            self._in_place.disable(
+                f"a new process ended before fit ({found}), which the first ones reached: what the script does before "
                 "fit cannot be repeated by one process alone"
             )
         return None
 
-    def _put_down(self, fault: FaultReport) -> None:
+    def _record_fault(self, fault: FaultReport) -> None:
         self.faults.append(fault)
         self._unresolved.append(fault)
         self._record("fault", node=self._node.name, **fault.fields())
@@ -552,27 +557,27 @@ class CkptlessAgent(LocalElasticAgent):
         workers = self._current_workers()
         self._in_place.end_round()
         if workers.running:
-            # Nobody failed here: nodes have come or gone. The state is in the arenas, so there is nothing to wait for.
+            # No worker failed: nodes have joined or left. The state is in the arenas, so there is nothing to wait for.
             at = time.time()
             workers.stop(signal.SIGKILL, 0)
             size = worker_group.workers[0].world_size
             lost_at, stopped_at = self._lost_at or at, time.time()
-            self._put_down(FaultReport(None, None, None, None, lost_at, at, stopped_at, len(self.faults) + 1, size))
-            self._reason = "nodes have come or gone"
+            self._record_fault(FaultReport(None, None, None, None, lost_at, at, stopped_at, len(self.faults) + 1, size))
+            self._reason = "nodes have joined or left"
         super()._stop_workers(worker_group)
 
     def _shutdown(self, *_: Any, **__: Any) -> None:
-        """Ask running workers to end, whatever signal has ended the agent, and insist after our own grace time."""
+        """Stop running workers, whatever signal ended the agent, and kill them after our own grace time."""
         self._in_place.end_round()
         request = sys.exception()
         if isinstance(request, RendezvousError | DistError) and self._pcontext is not None:
-            # The others will meet elsewhere, and the state is in the arenas.
+            # The other nodes will meet elsewhere, and the state is in the arenas.
             self._current_workers().stop(signal.SIGKILL, 0)
         grace_s = END_GRACE_S if request is None else 0.0
         if isinstance(request, AskedToEnd) and request.number == signal.SIGTERM and self._pcontext is not None:
             grace_s = self._current_workers().finish(self._node.finish_grace_s)
         if self._pcontext is not None:
-            # Here and not by the agent's own: before torch 2.12 that takes no time-out.
+            # Not by torch's own shutdown, which takes no time-out before torch 2.12.
             self._pcontext.close(signal.SIGTERM, self._node.stop_grace_s)  # type: ignore[arg-type]
         super()._shutdown(signal.SIGTERM)
-        self._companions.end(grace_s)
+        self._sidecars.end(grace_s)

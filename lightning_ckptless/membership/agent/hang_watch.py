@@ -1,4 +1,4 @@
-"""Looking for workers that hang, for those that hold the others back, and for those that have failed and do not end."""
+"""Detection of hung workers, of stragglers, and of workers that have failed and do not exit."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lightning_ckptless.membership.agent.positions import Positions
 from lightning_ckptless.membership.agent.workers import Workers
+from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.channel.program_failure import failure_of
-from lightning_ckptless.membership.channel.socket_messages import Message
 from lightning_ckptless.membership.worker.progress import STACKS_SIGNAL, progress_path, read_progress, stacks_path
 from lightning_ckptless.protocol.hang_detection import (
     Hang,
@@ -22,14 +22,15 @@ from lightning_ckptless.protocol.hang_detection import (
     find_hang,
     find_late,
     find_straggler,
-    is_to_be_asked,
+    should_ask,
 )
+from lightning_ckptless.protocol.messages import Blocked, QueryBlocked
 from lightning_ckptless.system.procfs import stat_fields, used_s
 
-_LOOK_EVERY_S = 0.25
+_POLL_EVERY_S = 0.25
 _EXCHANGE_EVERY_S = 1.0
 _ANSWERS = 4
-"""That must say the same."""
+"""How many answers in a row must agree."""
 _STACKS_WAIT_S = 0.5
 _STACKS_POLL_S = 0.02
 _STRAGGLER_EVERY_S = 60.0
@@ -37,7 +38,7 @@ _MOST_STACKS = 8000
 
 
 class _Answers:
-    """What ranks have answered to the question whether they wait for others."""
+    """What ranks have answered to `QueryBlocked`: whether they wait for other ranks."""
 
     def __init__(self) -> None:
         self._asked = 0
@@ -45,39 +46,40 @@ class _Answers:
         self._given: dict[int, deque[bool]] = {}
 
     def ask(self, workers: Workers, now: float) -> None:
-        """Ask all of them, if the last time is long enough ago."""
-        if now - self._asked_at >= _LOOK_EVERY_S:
+        """Ask all workers, unless the last question is too recent."""
+        if now - self._asked_at >= _POLL_EVERY_S:
             self._asked, self._asked_at = self._asked + 1, now
-            workers.tell("where")
+            workers.send(QueryBlocked())
 
-    def hear(self, rank: int, *, waits: bool) -> None:
-        """Take in an answer; nothing where none was asked for."""
+    def receive(self, rank: int, *, waits: bool) -> None:
+        """Note an answer; ignored where no question was asked."""
         if self._asked:
             self._given.setdefault(rank, deque(maxlen=_ANSWERS)).append(waits)
 
     def waits(self, rank: int) -> bool | None:
-        """Whether a rank waits for others, by its last answers. One that cannot even answer does not."""
+        """Whether a rank waits for others, by its last answers. A rank that cannot even answer does not."""
         answers = self._given.get(rank, deque())
         if len(answers) < _ANSWERS:
             return False if not answers and self._asked > 2 * _ANSWERS else None
         return answers[0] if len(set(answers)) == 1 else None
 
     def forget(self) -> None:
-        """Drop the answers: there is nothing to ask."""
+        """Drop all answers."""
         self._asked = 0
         self._given.clear()
 
 
 class HangWatch:
-    """Watches the progress of one node's workers, and those of the other nodes while none gives a sign.
+    """Watches the progress of one node's workers, and of the other nodes' workers while none makes progress.
 
     Args:
-        folder: in which workers write them.
+        folder: in which workers write their progress.
         record: receives events.
-        say: tells the user something.
+        say: shows a message to the user.
 
     Attributes:
-        elsewhere: where the ranks of the other nodes stand, by rank, while no rank of any node gives a sign.
+        limit_s: silence in seconds after which ranks count as hung; None to learn it, 0 to disable.
+        elsewhere: where the ranks of the other nodes stand, by rank, while no rank of any node makes progress.
     """
 
     def __init__(self, folder: Path, record: Callable[..., None], say: Callable[[str], None]) -> None:
@@ -95,7 +97,7 @@ class HangWatch:
         self._straggler_at = 0.0
 
     def begin_round(self, positions: Positions) -> None:
-        """A round of the rendezvous has begun.
+        """Begin a round of the rendezvous.
 
         Args:
             positions: of all nodes in it.
@@ -103,18 +105,18 @@ class HangWatch:
         self._positions, self.elsewhere = positions, {}
 
     def forget(self, local_rank: int) -> None:
-        """Another process takes a worker's place."""
+        """Drop the progress of a worker that another process replaces."""
         progress_path(self._folder, local_rank).unlink(missing_ok=True)
 
-    def look(self, workers: Workers) -> Hang | None:
-        """Look, if it is time to; returns who hangs."""
+    def poll(self, workers: Workers) -> Hang | None:
+        """Check for hangs, if it is time to; returns the ranks that hang."""
         now = time.monotonic()
-        if now - self._looked_at < _LOOK_EVERY_S:
+        if now - self._looked_at < _POLL_EVERY_S:
             return None
         self._looked_at = now
         pids = workers.pids()
         known = self.progress(workers)
-        if len(known) < len(pids) or any(workers.blamed(rank) for rank in pids):
+        if len(known) < len(pids) or any(workers.hang_reason(rank) for rank in pids):
             self._note_progress()
             return None
         self._look_for_stragglers(known, now)
@@ -131,7 +133,7 @@ class HangWatch:
             self._positions.withdraw()
 
     def _look_everywhere(self, silent: dict[int, RankProgress], now: float) -> Hang | None:
-        """Who hangs of this node's ranks, none of which its progress alone blame; those of the other nodes may."""
+        """Find hung ranks of this node where its progress alone shows none; that of the other nodes may."""
         positions = self._positions
         if positions is None or not positions.is_shared:
             return find_hang(silent, now=now, override_s=self.limit_s)
@@ -143,7 +145,7 @@ class HangWatch:
         return None if found is None or not own else replace(found, ranks=own)
 
     def _ask(self, silent: dict[int, RankProgress], workers: Workers, now: float) -> dict[int, RankProgress]:
-        """The progress of silent ranks, with whether each waits for others and for how long it has been idle."""
+        """Add to the progress of silent ranks whether each waits for others, and how long it has been idle."""
         for rank, pid in workers.pids().items():
             used = used_s(pid)
             self._idle[rank] = self._idle.get(rank, Idleness(used, now)).after(used, now)
@@ -151,13 +153,13 @@ class HangWatch:
             rank: replace(rank_progress, idle_s=now - self._idle[rank].since) for rank, rank_progress in silent.items()
         }
         everyone = found if self._positions is None else self._positions.by_rank(found) | self.elsewhere
-        if not is_to_be_asked(everyone, override_s=self.limit_s):
+        if not should_ask(everyone, override_s=self.limit_s):
             return found
         self._in_step.ask(workers, now)
         return {rank: replace(rank_progress, waits=self._in_step.waits(rank)) for rank, rank_progress in found.items()}
 
-    def look_at_meeting(self, meeting: Meeting, workers: Workers) -> Hang | None:
-        """Who keeps the ranks from meeting after a fault; asks them what they do, once they are late."""
+    def poll_meeting(self, meeting: Meeting, workers: Workers) -> Hang | None:
+        """Find ranks that keep the others from meeting after a fault; asks them what they do once they are late."""
         now = time.monotonic()
         if not meeting.is_late(now, self.limit_s):
             self._in_meeting.forget()
@@ -169,7 +171,7 @@ class HangWatch:
         return find_late(meeting, now=now, override_s=self.limit_s, stopped=stopped, waits=waits)
 
     def progress(self, workers: Workers) -> dict[int, RankProgress]:
-        """Where the workers in the training loop stand, by local rank, as far as that is known."""
+        """Return the progress of workers in the training loop, by local rank, as far as it is known."""
         found = {rank: read_progress(self._folder, rank, pid) for rank, pid in workers.pids().items()}
         return {
             rank: rank_progress
@@ -177,12 +179,12 @@ class HangWatch:
             if rank_progress is not None and rank in workers.inside
         }
 
-    def hear(self, said: Sequence[tuple[int, Message]]) -> None:
-        """Take in what workers have answered, with their local ranks."""
-        for rank, message in said:
-            if message["kind"] == "stands":
+    def receive(self, received: Sequence[FromWorker]) -> None:
+        """Take note of what workers have answered."""
+        for rank, message, _ in received:
+            if isinstance(message, Blocked):
                 for answers in (self._in_step, self._in_meeting):
-                    answers.hear(rank, waits=message["waits"])
+                    answers.receive(rank, waits=message.waits)
 
     def _look_for_stragglers(self, progress: dict[int, RankProgress], now: float) -> None:
         if now - self._straggler_at < _STRAGGLER_EVERY_S:
@@ -198,14 +200,15 @@ class HangWatch:
         ) is not None:
             rank, ratio = found
             self._say(
-                f"local rank {rank} holds the others back: {own_ms[rank]:.1f} ms a step, {ratio:.1f} times theirs"
+                f"straggler: local rank {rank} takes {own_ms[rank]:.1f} ms per step, {ratio:.1f}x the median of the "
+                "other ranks"
             )
 
-    def end(self, hang: Hang, workers: Workers) -> None:
-        """Put down where the hung workers stand, and kill them: their ends are found as any other."""
+    def kill(self, hang: Hang, workers: Workers) -> None:
+        """Record the stacks of hung workers, and kill them: their exits are detected as any other."""
         stacks = {rank: self._stacks(rank, workers) for rank in hang.ranks}
         self._record("hang", local_ranks=list(hang.ranks), reason=hang.reason, stacks=stacks)
-        workers.blame(hang.ranks, hang.reason, since=time.time() - hang.silent_s)
+        workers.kill_hung(hang.ranks, hang.reason, since=time.time() - hang.silent_s)
 
     def _stacks(self, rank: int, workers: Workers) -> str:
         path = stacks_path(self._folder, rank)
@@ -215,15 +218,15 @@ class HangWatch:
             if path.exists() and (text := path.read_text()).count("most recent call first"):
                 return text[:_MOST_STACKS]
             time.sleep(_STACKS_POLL_S)
-        return "it did not answer"
+        return "the worker did not write its stacks"
 
 
 class LateExits:
-    """Ends workers whose program has failed, and that do not end.
+    """Kills workers whose script has failed and that do not exit.
 
     Args:
-        folder: where failures are left.
-        grace_s: time between the report of a failure and the end of the process.
+        folder: in which failures are reported.
+        grace_s: time in seconds between the report of a failure and the exit of the process.
         clock: seconds.
     """
 
@@ -233,8 +236,8 @@ class LateExits:
         self._clock = clock
         self._since: dict[int, float] = {}
 
-    def look(self, workers: Workers) -> None:
-        """End those whose time is up.
+    def poll(self, workers: Workers) -> None:
+        """Kill workers whose time is up.
 
         Args:
             workers: of this node.
@@ -244,7 +247,8 @@ class LateExits:
         self._since = {pid: self._since.get(pid, now) for pid in failed}
         for rank, pid in workers.pids().items():
             waited_s = now - self._since.get(pid, now)
-            if rank in workers.running_ranks and waited_s >= self._grace_s and not workers.blamed(rank):
+            if rank in workers.running_ranks and waited_s >= self._grace_s and not workers.hang_reason(rank):
                 failure = failure_of(self._folder, pid)
                 error = "" if failure is None else failure.error
-                workers.blame([rank], f"{error} was reported {waited_s:.0f} s ago, and it has not ended", time.time())
+                reason = f"{error} was reported {waited_s:.0f} s ago, but the process has not exited"
+                workers.kill_hung([rank], reason, time.time())

@@ -1,6 +1,6 @@
-"""Memory that the agent holds for its workers: what a worker puts there outlives the worker.
+"""Memory that the agent holds for its workers, so that its contents outlive them.
 
-A worker asks over its line for files of anonymous memory (`memory_files`) at given paths. The agent makes them and
+A worker asks over its channel for files of anonymous memory (`memory_files`) at given paths. The agent creates them and
 keeps them open until their links are removed, or until it ends.
 """
 
@@ -14,22 +14,22 @@ from pathlib import Path
 
 from lightning_ckptless.errors import ArenaError
 from lightning_ckptless.membership.channel import socket_messages
-from lightning_ckptless.membership.channel.agent_channel import Line
-from lightning_ckptless.membership.channel.socket_messages import Message
+from lightning_ckptless.membership.channel.agent_channel import AgentChannel, FromWorker
+from lightning_ckptless.protocol.messages import HoldMemory, MemoryHeld
 from lightning_ckptless.system.memory_files import is_memory_file, make_memory_file
 
 _ANSWER_WITHIN_S = 120.0
-"""An agent that does not answer for so long is stopped or stuck."""
+"""An agent that takes longer to answer is stopped or stuck."""
 _RELEASE_EVERY_S = 1.0
 
 
 class HeldMemory:
-    """The memory that one agent process holds, through all its rounds and rendezvous.
+    """The memory that one agent process holds, over all rounds and all rendezvous.
 
     Args:
         node: its name.
         record: receives events, as `record(event, **fields)`.
-        say: prints a message for the user.
+        say: shows a message to the user.
     """
 
     def __init__(self, node: str, record: Callable[..., None], say: Callable[[str], None]) -> None:
@@ -40,37 +40,36 @@ class HeldMemory:
         self._has_said = False
         self._released_at = time.monotonic()
 
-    def tend(self, said: Sequence[tuple[int, Message]]) -> None:
-        """Make what workers ask for, and release what no link leads to any more.
+    def maintain(self, received: Sequence[FromWorker]) -> None:
+        """Make the files that workers ask for, and release those whose links have been removed.
 
         Args:
-            said: what workers have said.
+            received: what workers have sent.
         """
-        for _, message in said:
-            if message["kind"] == "memory":
-                self._answer(message)
+        for _, message, files in received:
+            if isinstance(message, HoldMemory):
+                self._answer(message, files)
         if time.monotonic() - self._released_at > _RELEASE_EVERY_S:
             self._release()
 
     def close(self) -> None:
-        """Release all of it."""
+        """Release all memory."""
         socket_messages.close_all(list(self._handles.values()))
         self._handles.clear()
 
-    def _answer(self, message: Message) -> None:
-        with socket.socket(fileno=message["files"][0]) as asker:
+    def _answer(self, message: HoldMemory, files: Sequence[int]) -> None:
+        with socket.socket(fileno=files[0]) as asker:
             try:
-                self._make([Path(path) for path in message["paths"]])
+                self._make([Path(path) for path in message.paths])
             except OSError as error:
                 refusal = str(error)
             else:
                 refusal = ""
-            # A worker that has died meanwhile shows elsewhere.
-            Line(asker).tell("memory", refusal=refusal)
+            AgentChannel(asker).send(MemoryHeld(refusal))
         if not refusal and not self._has_said:
             self._has_said = True
-            self._record("memory_held", node=self._node, pid=os.getpid(), reason=message["reason"])
-            self._say(message["reason"])
+            self._record("memory_held", node=self._node, pid=os.getpid(), reason=message.reason)
+            self._say(message.reason)
 
     def _make(self, paths: Sequence[Path]) -> None:
         self._release()
@@ -86,13 +85,13 @@ class HeldMemory:
             os.close(self._handles.pop(path))
 
 
-def have_held(line: Line, paths: Sequence[Path], reason: str) -> None:
-    """Have the agent make files of anonymous memory, and wait until they are there.
+def request_memory(channel: AgentChannel, paths: Sequence[Path], reason: str) -> None:
+    """Have the agent make files of anonymous memory, and wait until they exist.
 
     Args:
-        line: to the agent.
+        channel: to the agent.
         paths: of the files.
-        reason: why files proper cannot be had, for the user.
+        reason: why regular files cannot be used, for the user.
 
     Raises:
         ArenaError: the agent cannot make them, or does not answer.
@@ -100,12 +99,12 @@ def have_held(line: Line, paths: Sequence[Path], reason: str) -> None:
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
-            line.tell("memory", [theirs.fileno()], paths=[str(path.absolute()) for path in paths], reason=reason)
+            channel.send(HoldMemory([str(path.absolute()) for path in paths], reason), [theirs.fileno()])
         ours.settimeout(_ANSWER_WITHIN_S)
-        answer = Line(ours).receive()
-    if answer is None:
-        refusal = f"it has ended, or has not answered within {_ANSWER_WITHIN_S:.0f} s"
+        answer = AgentChannel(ours).receive()
+    if answer is not None and isinstance(answer.message, MemoryHeld):
+        refusal = answer.message.refusal
     else:
-        refusal = answer[0]["refusal"]
+        refusal = f"it has exited, or has not answered within {_ANSWER_WITHIN_S:.0f} s"
     if refusal:
         raise ArenaError(f"{paths[0].parent}: the agent cannot hold {len(paths)} slots in anonymous memory: {refusal}")

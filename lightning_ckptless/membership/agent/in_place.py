@@ -1,4 +1,4 @@
-"""Recoveries in place, on one node: what its workers have said, who takes the place of whom, who is told."""
+"""Recoveries in place on one node: what its workers have reported, which ranks are replaced, and who is notified."""
 
 from __future__ import annotations
 
@@ -7,19 +7,29 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from lightning_ckptless import environment
 from lightning_ckptless.console import CONSOLE, Bar
 from lightning_ckptless.membership.agent.workers import Workers
+from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.channel.program_failure import without_numbers
-from lightning_ckptless.membership.channel.socket_messages import Message
 from lightning_ckptless.membership.forkserver.client import ForkError, ForkServerLostError
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.forkserver.standby import Standbys, promote
 from lightning_ckptless.membership.rendezvous.regrouping import Regrouping, Regroupings
 from lightning_ckptless.protocol.hang_detection import Hang, Meeting, find_unreleased
+from lightning_ckptless.protocol.messages import (
+    CannotRecover,
+    EnteredLoop,
+    LeftLoop,
+    Regroup,
+    Regrouped,
+    ReleasedGroups,
+    StepCommitted,
+    StuckCollective,
+    WaitingAtLoop,
+)
 from lightning_ckptless.protocol.retry_policy import RecoveryLimits
 
 _LINES_SHOWN = 40
@@ -28,16 +38,16 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
-    """What the user has asked of the agent, on the command line or by the strategy of the workers.
+class RequestedOptions:
+    """What the user has requested, on the command line or through the strategy of the workers.
 
     Args:
-        in_place: whether survivors may go on in place.
+        in_place: whether survivors may recover in place.
         standbys: processes that wait for a rank.
-        preload_imports: whether what the program imports is preloaded for new processes.
-        hang_timeout_s: silence after which ranks that are behind are killed; None to learn it, 0 for never.
+        preload_imports: whether new processes preload what the script imports.
+        hang_timeout_s: silence in seconds after which lagging ranks are killed; None to learn it, 0 to disable.
         limits: how often the run may recover.
-        fixed_world: why the workers cannot go on in another world; empty where they can.
+        fixed_world: why the workers cannot train with another world size; empty where they can.
     """
 
     in_place: bool = True
@@ -48,22 +58,24 @@ class Wishes:
     fixed_world: str = ""
 
 
-class InPlace:
+class InPlaceRecovery:
     """One agent's part in recoveries in place.
 
     Args:
-        given: wishes of the command line; None for each that the strategy may decide.
-        folder: for what standbys print.
-        outputs: folder for what new processes print until they have joined the others.
+        in_place: from the command line; None to leave it to the strategy of the workers.
+        standbys: from the command line; None to leave it to the strategy.
+        preload_imports: from the command line; None to leave it to the strategy.
+        folder: for the output of standbys.
+        outputs: folder for the output of new processes until they have joined the other ranks.
         record: receives events.
-        say: tells the user something.
+        say: shows a message to the user.
 
     Attributes:
-        tries: recoveries in place since the last step that was made, of those in which the ranks have met: a meeting
-            that another fault has cut short says nothing about what comes after it.
-        at_the_door: local ranks that have come to the loop, and wait there for the others.
-        trains: whether a step was made in this round.
-        number: of the regrouping that the workers were told of last.
+        tries: recoveries in place since the last committed step in which the ranks have met. A meeting that another
+            fault has interrupted is not counted: it says nothing about what would have followed.
+        waiting_at_loop: local ranks that have reached the training loop and wait there for the other ranks.
+        trains: whether a step was committed in this round.
+        number: of the last regrouping that the workers were notified of.
     """
 
     def __init__(
@@ -79,10 +91,10 @@ class InPlace:
     ) -> None:
         self.tries = 0
         self.number = 0
-        self.at_the_door: set[int] = set()
+        self.waiting_at_loop: set[int] = set()
         self.trains = False
         self._given = in_place, standbys, preload_imports
-        self._wishes: Wishes | None = None
+        self._requested: RequestedOptions | None = None
         self._folder = folder
         self._outputs = outputs
         self._output_of: dict[int, Path] = {}
@@ -94,7 +106,7 @@ class InPlace:
         self._regroupings: Regroupings | None = None
         self._standbys: Standbys | None = None
         self._start_standby: Callable[[list[int]], Process] | None = None
-        self._told_at: dict[int, float] = {}
+        self._notified_at: dict[int, float] = {}
         self._held: dict[int, str] = {}
         self._ended_for_wait: set[int] = set()
         self._env_of: Callable[[int], dict[str, str]] | None = None
@@ -102,7 +114,7 @@ class InPlace:
         self._ready: dict[int, float] = {}
         self._have_met: set[int] = set()
         self._met = 0
-        self._way_s = 0.0
+        self._startup_s = 0.0
         self._began_at = 0.0
 
     # ------------------------------------------------------------------ rounds
@@ -114,31 +126,31 @@ class InPlace:
         *,
         env_of: Callable[[int], dict[str, str]] | None = None,
     ) -> None:
-        """A round of the rendezvous has begun.
+        """Begin a round of the rendezvous.
 
         Args:
             regroupings: of the round.
             start_standby: starts a process without a rank.
-            env_of: variables that make a local rank the rank that it is in this round, for workers that have stayed
-                from the round before; None where all have been started together.
+            env_of: environment variables that give a local rank its rank in this round, for workers that have stayed
+                from the previous round; None where all workers were started together.
         """
         self.tries, self._obstacle, self.trains, self._env_of = 0, None, False, env_of
         self._met = 0
         if env_of is None:
             self.number = regroupings.number
-        self._told_at.clear()
+        self._notified_at.clear()
         self._held.clear()
         self._ended_for_wait.clear()
         self._coming.clear()
         self._ready.clear()
         self._have_met.clear()
         self._began_at = time.monotonic()
-        self.at_the_door.clear()
+        self.waiting_at_loop.clear()
         self._regroupings = regroupings
         self._start_standby = start_standby
 
     def end_round(self) -> None:
-        """The workers of the round are gone, or about to."""
+        """End the round: its workers have exited, or are about to."""
         self._regroupings = None
         if self._standbys is not None:
             self._standbys.stop()
@@ -148,68 +160,69 @@ class InPlace:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether survivors may go on in place."""
-        allowed = self._given[0] if self._wishes is None else self._wishes.in_place
+        """Whether survivors may recover in place."""
+        allowed = self._given[0] if self._requested is None else self._requested.in_place
         return allowed is not False
 
     @property
-    def obstacle_to_moving(self) -> str:
-        """Why a worker cannot go on in another world, in its own words; empty where it can."""
+    def obstacle_to_world_change(self) -> str:
+        """Why this node's workers cannot train with another world size, in a worker's words; empty where they can."""
         if not self.is_wanted:
             return "recovery in place is switched off"
-        return self.obstacle or ("" if self._wishes is None else self._wishes.fixed_world)
+        return self.obstacle or ("" if self._requested is None else self._requested.fixed_world)
 
     @property
     def hang_timeout_s(self) -> float | None:
-        """Silence after which ranks that are behind are killed."""
-        return None if self._wishes is None else self._wishes.hang_timeout_s
+        """Silence in seconds after which lagging ranks are killed."""
+        return None if self._requested is None else self._requested.hang_timeout_s
 
     @property
     def learns_imports(self) -> bool:
-        """Whether what the program imports is preloaded for new processes."""
-        return self._wishes is not None and self._wishes.preload_imports
+        """Whether new processes preload what the script imports."""
+        return self._requested is not None and self._requested.preload_imports
 
     @property
     def limits(self) -> RecoveryLimits:
-        """How often the run may recover, as the strategy of the workers says."""
-        return RecoveryLimits() if self._wishes is None else self._wishes.limits
+        """How often the run may recover, according to the strategy of the workers."""
+        return RecoveryLimits() if self._requested is None else self._requested.limits
 
-    def forgo(self, reason: str) -> None:
-        """Recover in place no more, in the life of the agent."""
+    def disable(self, reason: str) -> None:
+        """Recover in place no more for the rest of the agent's life."""
         self._lasting = self._lasting or reason
 
     @property
     def obstacle(self) -> str | None:
-        """Why a worker cannot go on in place, in its own words."""
-        unknown = None if self._wishes is not None else "no worker has come to fit yet"
+        """Why a worker cannot recover in place, as it reported; None where none has."""
+        unknown = None if self._requested is not None else "no worker has reached fit yet"
         return self._lasting or self._obstacle or unknown
 
-    def hear(self, said: Sequence[tuple[int, Message]]) -> None:
-        """Take in what workers have said, with their local ranks."""
-        for rank, message in said:
-            if message["kind"] == "entered":
-                if self._coming.pop(rank, None) is None and self._env_of is None and not self.trains:
-                    self._way_s = max(self._way_s, time.monotonic() - self._began_at)
-                self._output_of.pop(rank, None)
-                self._take_wishes(message)
-            elif message["kind"] == "stepped":
-                self.tries, self.trains = 0, True
-                self._ended_for_wait.clear()
-            elif message["kind"] == "waiting":
-                self.at_the_door.add(rank)
-            elif message["kind"] == "released":
-                self._told_at.pop(rank, None)
-                self._ready[rank] = time.monotonic()
-            elif message["kind"] == "met":
-                self._note_met(rank, message["number"])
-            elif message["kind"] == "held":
-                self._note_held(rank, message)
-            elif message["kind"] == "left":
-                CONSOLE.bar = Bar.NONE
-            elif message["kind"] == "unable":
-                self._obstacle = f"local rank {rank}: {message['reason']}"
-                if message["lasting"]:
-                    self._lasting = self._obstacle
+    def receive(self, received: Sequence[FromWorker]) -> None:
+        """Take note of what workers have sent."""
+        for rank, message, _ in received:
+            match message:
+                case EnteredLoop():
+                    if self._coming.pop(rank, None) is None and self._env_of is None and not self.trains:
+                        self._startup_s = max(self._startup_s, time.monotonic() - self._began_at)
+                    self._output_of.pop(rank, None)
+                    self._take_requested(message)
+                case StepCommitted():
+                    self.tries, self.trains = 0, True
+                    self._ended_for_wait.clear()
+                case WaitingAtLoop():
+                    self.waiting_at_loop.add(rank)
+                case ReleasedGroups():
+                    self._notified_at.pop(rank, None)
+                    self._ready[rank] = time.monotonic()
+                case Regrouped(number):
+                    self._note_met(rank, number)
+                case StuckCollective():
+                    self._note_held(rank, message)
+                case LeftLoop():
+                    CONSOLE.bar = Bar.NONE
+                case CannotRecover(reason, lasting):
+                    self._obstacle = f"local rank {rank}: {reason}"
+                    if lasting:
+                        self._lasting = self._obstacle
 
     def _note_met(self, rank: int, number: int) -> None:
         if number > self._met:
@@ -218,60 +231,61 @@ class InPlace:
             self._ready.pop(rank, None)
             self._have_met.add(rank)
 
-    def _note_held(self, rank: int, message: Message) -> None:
-        """Take in that a worker says it is stuck, unless it was believed before and that has not helped."""
+    def _note_held(self, rank: int, message: StuckCollective) -> None:
+        """Note that a worker reports a stuck collective, unless it was killed for one before and that did not help."""
         believed = rank not in self._ended_for_wait
         if believed:
-            self._held[rank] = message["reason"]
-        facts = {name: message[name] for name in ("reason", "threads", "sockets")}
-        self._record("stuck_collective", local_rank=rank, believed=believed, **facts)
+            self._held[rank] = message.reason
+        self._record("stuck_collective", local_rank=rank, believed=believed, **asdict(message))
 
     def meeting(self, workers: Workers) -> Meeting:
-        """The meeting of this node's workers with all others, as far as it has come."""
+        """Return how far this node's workers have met the other ranks."""
         running = workers.running_ranks
         return Meeting(
             coming={rank: at for rank, at in self._coming.items() if rank in running},
             ready={rank: at for rank, at in self._ready.items() if rank in running},
             met=self._have_met,
-            way_s=self._way_s,
+            startup_s=self._startup_s,
             is_whole=self._regroupings is not None and not self._regroupings.is_shared,
         )
 
-    def _take_wishes(self, message: dict[str, Any]) -> None:
+    def _take_requested(self, message: EnteredLoop) -> None:
         in_place, standbys, preload_imports = self._given
-        CONSOLE.bar = Bar(message["bar"])
-        self._wishes = Wishes(
-            in_place=message["in_place"] if in_place is None else in_place,
-            standbys=message["standbys"] if standbys is None else standbys,
-            preload_imports=message["preload_imports"] if preload_imports is None else preload_imports,
-            hang_timeout_s=message["hang_timeout_s"],
-            limits=RecoveryLimits(message["max_recoveries_without_progress"], message["max_recoveries_per_hour"]),
-            fixed_world=message["fixed_world"],
+        CONSOLE.bar = Bar(message.bar)
+        self._requested = RequestedOptions(
+            in_place=message.in_place if in_place is None else in_place,
+            standbys=message.standbys if standbys is None else standbys,
+            preload_imports=message.preload_imports if preload_imports is None else preload_imports,
+            hang_timeout_s=message.hang_timeout_s,
+            limits=RecoveryLimits(message.max_recoveries_without_progress, message.max_recoveries_per_hour),
+            fixed_world=message.fixed_world,
         )
-        self._lasting = message["obstacle"] or self._lasting
+        self._lasting = message.obstacle or self._lasting
 
-    def look(self) -> Hang | None:
-        """Which survivors do not get free of what they shared with the lost; one at a time where they say so."""
-        found = find_unreleased(self._told_at, now=time.monotonic(), override_s=self.hang_timeout_s, held=self._held)
+    def poll(self) -> Hang | None:
+        """Find survivors that do not release their process groups; one at a time where they report it themselves."""
+        found = find_unreleased(
+            self._notified_at, now=time.monotonic(), override_s=self.hang_timeout_s, held=self._held
+        )
         if found is not None:
             self._ended_for_wait.update(self._held.keys() & set(found.ranks))
         return found
 
-    def tend_standbys(self) -> None:
-        """Keep as many standbys as are wanted, once training is under way."""
-        wanted = self._wishes.standbys if self._wishes is not None and self.is_wanted else 0
+    def maintain_standbys(self) -> None:
+        """Keep the requested number of standbys once training is under way."""
+        wanted = self._requested.standbys if self._requested is not None and self.is_wanted else 0
         if not wanted or not self.trains or self.obstacle is not None or self._start_standby is None:
             return
         if self._standbys is None:
             self._standbys = Standbys(wanted, self._start_standby, self._folder, self._say)
         try:
-            has_changed = self._standbys.tend()
+            has_changed = self._standbys.maintain()
         except ForkServerLostError:
-            # All workers have ended with it, which shows next.
+            # All workers have died with it, which is detected next.
             return
         except ForkError as error:
-            self._say(f"the run continues without standbys: {error}")
-            self._wishes = None if self._wishes is None else replace(self._wishes, standbys=0)
+            self._say(f"continuing without standbys: {error}")
+            self._requested = None if self._requested is None else replace(self._requested, standbys=0)
             return
         if has_changed:
             self._record("standbys", ready=self._standbys.ready, wanted=wanted, pids=list(self._standbys.pids))
@@ -279,14 +293,14 @@ class InPlace:
     # ------------------------------------------------------------------ recovering
 
     def show_output_of(self, rank: int) -> None:
-        """Show the output of a lost local rank that was a new process and had not joined the others yet."""
+        """Show the output of a lost local rank that was a new process and had not joined the other ranks yet."""
         path = self._output_of.pop(rank, None)
         if path is None or not path.exists():
             return
         lines = path.read_text(errors="replace").splitlines()[-_LINES_SHOWN:]
         outline = without_numbers("\n".join(lines))
         self._shown[outline] = count = self._shown.get(outline, 0) + 1
-        what = "a new process failed before it joined the others"
+        what = "a new process failed before it joined the other ranks"
         if count > 1:
             self._say(f"{what}; its output, in {path}, is the same as above, {count} times so far")
         else:
@@ -297,45 +311,45 @@ class InPlace:
         assert self._regroupings is not None, "a round has begun"
         return self._regroupings.open(fault)
 
-    def meet(self, workers: Workers, number: int, fault: FaultReport) -> None:
-        """Tell this node's workers that the world is another one."""
-        self._tell(workers, Regrouping(number, fault), leave=frozenset())
+    def regroup(self, workers: Workers, number: int, fault: FaultReport) -> None:
+        """Notify this node's workers of another world."""
+        self._notify(workers, Regrouping(number, fault), leave=frozenset())
 
     def follow(self, workers: Workers) -> None:
-        """Hand on to this node's workers what another node's agent has opened."""
+        """Forward to this node's workers the regrouping that another node's agent has opened."""
         if self._regroupings is not None and (news := self._regroupings.news()) is not None:
-            self._tell(workers, news, leave=frozenset())
+            self._notify(workers, news, leave=frozenset())
 
-    def _tell(self, workers: Workers, regrouping: Regrouping, leave: frozenset[int]) -> None:
+    def _notify(self, workers: Workers, regrouping: Regrouping, leave: frozenset[int]) -> None:
         self.number = regrouping.number
-        told = tuple(rank for rank in workers.running_ranks if rank not in leave)
-        for rank in told:
+        notified = tuple(rank for rank in workers.running_ranks if rank not in leave)
+        for rank in notified:
             env = self._env_of(rank) if self._env_of is not None else {}
-            workers.tell_one(rank, "regroup", number=regrouping.number, fault=asdict(regrouping.fault), env=env)
+            workers.send_to(rank, Regroup(regrouping.number, asdict(regrouping.fault), env))
         for rank in leave:
-            self._told_at.pop(rank, None)
+            self._notified_at.pop(rank, None)
         self._held.clear()
         self._ready.clear()
         self._have_met.clear()
-        # Those on their way to `fit` hold on to nothing, and may take their time.
+        # Ranks on their way to `fit` have nothing to release, and may take their time.
         self._coming |= dict.fromkeys(leave, time.monotonic())
-        self._told_at |= dict.fromkeys((rank for rank in told if rank not in self._coming), time.monotonic())
+        self._notified_at |= dict.fromkeys((rank for rank in notified if rank not in self._coming), time.monotonic())
 
     def replace(
         self, workers: Workers, lost: list[int], regrouping: Regrouping, env_of: Callable[[int], dict[str, str]]
     ) -> dict[int, str]:
-        """Tell the survivors, and put others in the places of the lost.
+        """Notify the survivors, and start replacements for the lost ranks.
 
         Args:
             workers: of this node.
             lost: local ranks.
-            regrouping: under which they meet.
-            env_of: variables that make a process a local rank.
+            regrouping: in which all ranks meet.
+            env_of: environment variables that make a process a local rank.
 
         Returns:
-            By local rank, who takes its place: `standby` or `new process`.
+            What replaces each local rank: `standby` or `new process`.
         """
-        self._tell(workers, regrouping, leave=frozenset(lost))
+        self._notify(workers, regrouping, leave=frozenset(lost))
         how = {}
         for rank in lost:
             env = env_of(rank)
@@ -355,7 +369,7 @@ class InPlace:
 
 
 def joining(regrouping: Regrouping) -> dict[str, str]:
-    """What tells a new process that it meets survivors."""
+    """Return the environment variables that tell a new process to meet survivors."""
     return {
         environment.REGROUPING: str(regrouping.number),
         environment.FAULT_REPORT: regrouping.fault.to_json(),

@@ -1,4 +1,4 @@
-"""The log files of the workers' output, and what to say where they cannot be written.
+"""The log files of the workers' output, and the message where they cannot be written.
 
 A worker whose output goes to a full disk fails at its next `print`, and its traceback cannot be written there either.
 """
@@ -18,7 +18,7 @@ from lightning_ckptless.membership.launch.config import LaunchConfig
 
 
 class LogFiles(DefaultLogsSpecs):
-    """Where the output of each worker goes, as torch elastic has it.
+    """Where the output of each worker goes, as torch elastic expects it.
 
     Args:
         folder: of all log files.
@@ -26,7 +26,7 @@ class LogFiles(DefaultLogsSpecs):
         config: which streams go to files.
 
     Raises:
-        LaunchError: the folder cannot be made, or has no room.
+        LaunchError: the folder cannot be created, or has no space left.
     """
 
     def __init__(self, folder: Path, config: LaunchConfig, *, is_named: bool) -> None:
@@ -42,10 +42,10 @@ class LogFiles(DefaultLogsSpecs):
             raise LaunchError(full)
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Make the folders of a round.
+        """Create the folders of a round.
 
         Raises:
-            LaunchError: they cannot be made.
+            LaunchError: they cannot be created.
         """
         try:
             return super().reify(envs)
@@ -53,23 +53,25 @@ class LogFiles(DefaultLogsSpecs):
             raise LaunchError(self._cannot(error)) from error
 
     def why_full(self) -> str:
-        """Why no more output can be written, in a sentence; empty where it can, or where none goes to files."""
+        """Explain why no more output can be written; empty where it can, or where none goes to files."""
         if not self._is_written_to:
             return ""
         disk = os.statvfs(self._folder)
         if disk.f_bavail:
             return ""
         return (
-            f"--log-dir {self._folder}: the file system has 0 bytes free, so a worker that prints fails: make room, or "
-            "name another folder"
+            f"--log-dir {self._folder}: the file system has 0 bytes free, so a worker that prints fails: free some "
+            "space or choose another folder"
         )
 
     def _cannot(self, error: OSError) -> str:
-        return f"--log-dir {self._folder}: cannot make the log files: {error}: make room, or name another folder"
+        return (
+            f"--log-dir {self._folder}: cannot create the log files: {error}: free some space or choose another folder"
+        )
 
 
 @contextmanager
 def log_files(config: LaunchConfig) -> Iterator[LogFiles]:
-    """The log files of a run. torch elastic wants a folder even where there are none."""
+    """Yield the log files of a run. torch elastic requires a folder even where there are none."""
     with ScratchFolder("logs") as scratch:
         yield LogFiles(config.log_dir or scratch.path, config, is_named=config.log_dir is not None)

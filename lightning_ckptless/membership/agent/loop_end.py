@@ -1,8 +1,8 @@
-"""The end of the training loop: the workers of all nodes leave it together, or all end with one error.
+"""The end of the training loop: the workers of all nodes leave it together, or all fail with one error.
 
-A worker that has made its last step asks its agent whether it may leave. It may when every rank has ended, on every
-node. Where one has ended and another one has begun a further step, that one waits for ever: the agent that finds this
-first publishes the reason, and all agents have their workers raise it.
+A worker that has made its last step asks its agent whether it may leave. It may when every rank on every node has
+ended. If one rank has ended and another one has begun a further step, that rank would wait forever. The agent that
+finds this first publishes the reason, and all agents have their workers raise it.
 """
 
 from __future__ import annotations
@@ -14,26 +14,27 @@ from lightning_ckptless.membership.agent.hang_watch import HangWatch
 from lightning_ckptless.membership.agent.positions import Positions
 from lightning_ckptless.membership.agent.workers import Workers
 from lightning_ckptless.protocol.hang_detection import Point, RankProgress
+from lightning_ckptless.protocol.messages import TrainingFailed
 from lightning_ckptless.protocol.uneven_steps import AtEnd, find_uneven, out_of_data
 
 _RAISE_S = 30.0
-"""For workers that have been sent the reason why training cannot continue, to raise it."""
+"""For workers to raise the reason why training cannot continue, once it has been sent to them."""
 _KNOW_S = 5.0
-"""For the other nodes to read the reason, before the workers of this one raise it and its store may be gone."""
+"""For the other nodes to read the reason, before this node's workers raise it and its store may disappear."""
 _SILENT_S = 1.0
-"""Without a sign of progress on this node, after which it looks whether another node has ended."""
+"""Without progress on this node, after which it checks whether another node has ended."""
 _SHORTEST_PAUSE_S = 0.005
 _PAUSE_SHARE = 0.25
-"""Of the time for which the other nodes have been waited for, after which they are looked at again."""
+"""Pause between two checks of the other nodes, as a share of the time waited for them so far."""
 
 
 class LoopEnd:
     """One agent's part in the end of the training loop, in one round of the rendezvous.
 
     Args:
-        hangs: knows where the workers stand.
+        hangs: knows the progress of the workers.
         positions: of all nodes in the round.
-        clock: that of the workers' progress.
+        clock: of the workers' progress.
     """
 
     def __init__(self, hangs: HangWatch, positions: Positions, clock: Callable[[], float] = time.monotonic) -> None:
@@ -44,13 +45,13 @@ class LoopEnd:
         self._looked_at = 0.0
         self._reason = ""
         self._found_at = 0.0
-        self._told_at: float | None = None
+        self._sent_at: float | None = None
 
     def pause_s(self, longest_s: float) -> float:
-        """For how long the agent may wait for its workers before it looks at the other nodes again.
+        """How long the agent may wait for its workers before it checks the other nodes again, in seconds.
 
         Args:
-            longest_s: where there is nothing to look for.
+            longest_s: pause where there is nothing to check.
         """
         if self._waiting_since is None:
             return longest_s
@@ -59,17 +60,17 @@ class LoopEnd:
 
     @property
     def is_failing(self) -> bool:
-        """Whether it is known that training cannot continue, and workers have time left to raise the reason."""
+        """Whether training is known to be unable to continue, and workers have time left to raise the reason."""
         if not self._reason:
             return False
-        return self._told_at is None or self._clock() - self._told_at < _RAISE_S
+        return self._sent_at is None or self._clock() - self._sent_at < _RAISE_S
 
-    def tend(self, workers: Workers, *, number: int, may_end: Callable[[], bool], has_recovered: bool) -> None:
-        """Let workers that have made their last step leave together, or end those that can never do so.
+    def maintain(self, workers: Workers, *, number: int, may_end: Callable[[], bool], has_recovered: bool) -> None:
+        """Let workers that have made their last step leave together, or fail those that never can.
 
         Args:
             workers: of this node.
-            number: of the regrouping that they were told of last.
+            number: of the last regrouping that they were notified of.
             may_end: whether they may leave once all ranks have ended.
             has_recovered: whether the run has recovered from a fault.
         """
@@ -83,13 +84,13 @@ class LoopEnd:
             ended = self._positions.first_ended(number)
             self._look_for_uneven(workers, ended, self._progress(workers), has_recovered=has_recovered)
             self._adopt(self._positions.settled())
-        self._tell(workers)
+        self._send(workers)
 
     def explains_hang(self, workers: Workers, *, has_recovered: bool) -> bool:
-        """Whether workers make no progress because one has run out of data and another has not.
+        """Whether workers make no progress because one rank has run out of data and another has not.
 
         Args:
-            workers: of this node, of which some are taken for hung.
+            workers: of this node, of which some are considered hung.
             has_recovered: whether the run has recovered from a fault.
         """
         progress = self._progress(workers) | self._hangs.elsewhere
@@ -103,7 +104,7 @@ class LoopEnd:
             self._adopt(self._positions.settled())
         elif may_end():
             self._waiting_since = None
-            workers.let_leave()
+            workers.allow_leave()
             self._positions.leave(number)
 
     def _look_for_uneven(
@@ -119,15 +120,15 @@ class LoopEnd:
         if reason and not self._reason:
             self._reason, self._found_at = reason, self._clock()
 
-    def _tell(self, workers: Workers) -> None:
-        if not self._reason or self._told_at is not None:
+    def _send(self, workers: Workers) -> None:
+        if not self._reason or self._sent_at is not None:
             return
         if self._positions.all_know() or self._clock() - self._found_at > _KNOW_S:
-            workers.tell("failed", reason=self._reason)
-            self._told_at = self._clock()
+            workers.send(TrainingFailed(self._reason))
+            self._sent_at = self._clock()
 
     def _is_silent(self, workers: Workers) -> bool:
-        """Whether it is time to look at other nodes: all workers are in the loop, and none has given a sign."""
+        """Whether it is time to check other nodes: all workers are in the loop, and none makes progress."""
         now = self._clock()
         if now - self._looked_at < _SILENT_S:
             return False

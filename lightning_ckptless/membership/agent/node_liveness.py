@@ -1,8 +1,8 @@
 """Heartbeats between the agents of a run, over the store of their rendezvous.
 
-Two threads: one speaks with the store and may wait for an answer for ever, as a connection over which packets are lost
-gives no error; the other looks at the clock. When that one finds this node cut off, it shuts down the agent's
-connections to the stores, so that whatever the agent's own thread waits for there fails at once.
+There are two threads. One exchanges heartbeats with the store and may wait for an answer forever, because a connection
+that drops packets reports no error. The other one watches the clock. When it finds this node partitioned, it shuts down
+the agent's connections to the stores, so that whatever the agent's main thread waits for there fails at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from torch.distributed import DistError
 
-from lightning_ckptless.membership.worker.connections import cut_connections_to
+from lightning_ckptless.membership.worker.connections import abort_connections_to
 from lightning_ckptless.protocol.node_liveness import (
     AllAlive,
     Bound,
@@ -29,7 +29,7 @@ from lightning_ckptless.protocol.node_liveness import (
     watched_by,
 )
 
-_LOOKS_PER_INTERVAL = 5
+_CHECKS_PER_INTERVAL = 5
 _CLOSE_S = 5.0
 _CUT_EVERY_S = 0.05
 _GOODBYE = -(2**62)
@@ -41,8 +41,8 @@ class Heartbeat:
     """The heartbeats of one agent, over all rounds.
 
     Args:
-        bound: how long silence is borne.
-        clock: seconds, of a clock that is never set.
+        bound: how much silence is tolerated.
+        clock: seconds, monotonic.
     """
 
     def __init__(self, bound: Bound, clock: Callable[[], float] = time.monotonic) -> None:
@@ -58,18 +58,18 @@ class Heartbeat:
 
     @property
     def finding(self) -> Finding:
-        """What was found last. Once a node is cut off it stays so."""
+        """The latest finding. A node that was found partitioned stays so."""
         return self._finding
 
     def begin_round(self, store: Any, *, node: int, nodes: int, place: Address, worker_store: Address) -> None:
-        """The nodes have met: beat among them from here on.
+        """Exchange heartbeats among the nodes that have met.
 
         Args:
-            store: of the round; a connection of its own is made to it.
+            store: of the round; a separate connection to it is opened.
             node: number of this node in the round.
             nodes: how many there are.
-            place: where the rendezvous is.
-            worker_store: where the workers of the round meet.
+            place: address of the rendezvous.
+            worker_store: address of the store in which the workers of the round meet.
         """
         self.rest()
         beats = _Round(store.clone(), node, watched_by(node, nodes), f"{place[0]}:{place[1]}", self._clock)
@@ -78,11 +78,11 @@ class Heartbeat:
             self._round, (self._place, self._worker_store) = beats, addresses
         beats.start(self.bound.interval_s)
         if self._watch is None:
-            self._watch = threading.Thread(target=self._look, name="ckptless-heartbeat-watch", daemon=True)
+            self._watch = threading.Thread(target=self._check, name="ckptless-heartbeat-watch", daemon=True)
             self._watch.start()
 
     def rest(self) -> None:
-        """There is nobody to beat for, until the next round."""
+        """Pause until the next round: there is no other node to exchange heartbeats with."""
         with self._lock:
             before, self._round = self._round, None
             if not isinstance(self._finding, CutOff):
@@ -91,7 +91,7 @@ class Heartbeat:
             before.end()
 
     def leave(self) -> None:
-        """This node has done its part: from now on it may be silent."""
+        """Note that this node has done its part: from now on it may be silent."""
         with self._lock:
             beats = self._round
         self.rest()
@@ -99,36 +99,36 @@ class Heartbeat:
             beats.say_goodbye()
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         self._over.set()
         if self._watch is not None:
             self._watch.join(_CLOSE_S)
         self.rest()
 
-    def _look(self) -> None:
-        pause_s = self.bound.interval_s / _LOOKS_PER_INTERVAL
+    def _check(self) -> None:
+        pause_s = self.bound.interval_s / _CHECKS_PER_INTERVAL
         while not self._over.wait(pause_s):
             with self._lock:
                 if self._round is not None and not isinstance(self._finding, CutOff):
                     self._finding = self._round.judge(self.bound)
                 found, place, worker_store = self._finding, self._place, self._worker_store
             if isinstance(found, CutOff):
-                # Again and again: what is being connected at this moment is cut when it is there.
+                # Repeatedly: a connection that is being established at this moment is aborted once it exists.
                 pause_s = _CUT_EVERY_S
-                cut_connections_to({*place, *worker_store})
+                abort_connections_to({*place, *worker_store})
             elif isinstance(found, NodesLost) and 0 in found.nodes:
-                # The workers' store is there, and the agent may be waiting for it.
-                cut_connections_to(worker_store)
+                # The lost node hosts the workers' store, and the agent may be waiting for it.
+                abort_connections_to(worker_store)
 
 
 class _Round:
-    """The beats of one round: a thread that counts up, and looks how far those have counted that it watches.
+    """The heartbeats of one round: a thread that increments this node's counter and reads those of the watched nodes.
 
     Args:
-        store: a connection of its own.
+        store: over a connection of its own.
         node: number of this node.
-        watched: those that it watches.
-        place: where the store is, in words.
+        watched: numbers of the nodes it watches.
+        place: address of the store, for messages.
         clock: seconds.
     """
 
@@ -140,36 +140,36 @@ class _Round:
         self._over = threading.Event()
         self._counts = dict.fromkeys(watched, 0)
         self._lock = threading.Lock()
-        self._progress = self._fresh_pulse()
+        self._progress = self._new_liveness()
         self._thread: threading.Thread | None = None
 
     def start(self, interval_s: float) -> None:
-        """Begin to beat."""
+        """Start sending heartbeats."""
         self._thread = threading.Thread(target=self._beat, args=(interval_s,), name="ckptless-heartbeat", daemon=True)
         self._thread.start()
 
     def end(self) -> None:
-        """Stop beating."""
+        """Stop sending heartbeats."""
         self._over.set()
         if self._thread is not None:
             self._thread.join(_CLOSE_S)
 
     def say_goodbye(self) -> None:
-        """Let nobody miss this node; after `end`."""
-        # Where the store does not answer there is nobody to be told.
+        """Announce that this node leaves, so that no node misses it; called after `end`."""
+        # If the store does not answer, no node can be notified.
         with suppress(DistError, RuntimeError):
             self._store.add(_key(self._node), _GOODBYE)
 
     def judge(self, bound: Bound) -> Finding:
-        """What to make of what was seen so far."""
+        """Return the finding on what was seen so far."""
         with self._lock:
             now, liveness = self._clock(), self._progress
-            # Who was stopped saw nothing of what went on meanwhile.
+            # A process that was stopped has seen nothing of what happened meanwhile.
             was_stopped = now - liveness.looked_at > bound.cut_s / 2
-            self._progress = self._fresh_pulse() if was_stopped else replace(liveness, looked_at=now)
+            self._progress = self._new_liveness() if was_stopped else replace(liveness, looked_at=now)
         return judge(liveness, bound, now=now, place=self._place)
 
-    def _fresh_pulse(self) -> Liveness:
+    def _new_liveness(self) -> Liveness:
         now = self._clock()
         return Liveness(now, now, dict.fromkeys(self._counts, now))
 
@@ -179,7 +179,7 @@ class _Round:
                 self._store.add(_key(self._node), 1)
                 counts = {node: self._store.add(_key(node), 0) for node in self._counts}
             except (DistError, RuntimeError):
-                # Silence is judged elsewhere; a connection that has ended stays silent.
+                # `judge` evaluates the silence; a closed connection stays silent.
                 return
             now = self._clock()
             heard = {node: now for node, count in counts.items() if count != self._counts[node]}
@@ -196,7 +196,7 @@ def _key(node: int) -> str:
 
 
 def _addresses_of(address: Address) -> tuple[Address, ...]:
-    """A name's addresses, looked up while the network is there."""
+    """Resolve an address while the network is available."""
     host, port = address
     found: list[Any] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return tuple(dict.fromkeys((str(sockaddr[0]), port) for *_, sockaddr in found))

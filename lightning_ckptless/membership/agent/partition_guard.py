@@ -1,4 +1,4 @@
-"""An agent that notices when the network is gone: its own, or that of another node."""
+"""An agent that detects a network partition: of its own node, or of another one."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from lightning_ckptless.console import CONSOLE
 from lightning_ckptless.membership.agent.agent import CkptlessAgent, Node, Record
 from lightning_ckptless.membership.agent.logs import LogFiles
 from lightning_ckptless.membership.agent.node_liveness import Heartbeat
-from lightning_ckptless.membership.agent.reconfiguration import MovingAgent
+from lightning_ckptless.membership.agent.reconfiguration import ReconfiguringAgent
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.protocol.node_liveness import AllAlive, Bound, CutOff, NodesLost
 
 
-class GuardedAgent(MovingAgent):
-    """An agent with heartbeats.
+class PartitionGuardAgent(ReconfiguringAgent):
+    """An agent with heartbeats between nodes.
 
-    Where its node is cut off, its workers are killed and the agent ends: the others may go on without it, and what it
-    was a part of is over. Where another node falls silent, the remaining nodes hold a new rendezvous, among as many as
-    the user allows.
+    If its node is partitioned, its workers are killed and the agent ends: the other nodes may continue without it. If
+    another node falls silent, the remaining nodes rendezvous again, with as many as the user allows.
 
     Args:
         spec, node, parent, logs_specs, record, after: see `CkptlessAgent`.
@@ -47,13 +46,13 @@ class GuardedAgent(MovingAgent):
         self._why_stopped = ""
 
     @property
-    def why_cut(self) -> str:
-        """Why this node is cut off; empty where it is not."""
+    def partition_reason(self) -> str:
+        """Why this node counts as partitioned; empty where it does not."""
         found = self._heartbeat.finding
         return found.reason if isinstance(found, CutOff) else ""
 
     def close(self) -> None:
-        """Release what the agent has made for itself."""
+        """Release the agent's resources."""
         self._heartbeat.close()
         super().close()
 
@@ -62,7 +61,7 @@ class GuardedAgent(MovingAgent):
         group: Any = worker_group
         store = group.store.underlying_store
         if group.group_world_size < 2 or not isinstance(store, TCPStore):
-            # There is nobody else, or no network between them: they meet in a file.
+            # There is no other node, or no network in between: they rendezvous in a file.
             self._heartbeat.rest()
             return
         self._heartbeat.begin_round(
@@ -74,15 +73,15 @@ class GuardedAgent(MovingAgent):
         )
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        # Where all nodes end with the same error, one that has ended already is no loss.
+        # Where all nodes end with the same error, one that has already ended is not a lost node.
         found = AllAlive() if self._loop_end.is_failing else self._heartbeat.finding
         if isinstance(found, CutOff):
             raise RendezvousConnectionError(found.reason)
         if isinstance(found, NodesLost) and self._current_workers().running:
             self._record("node_lost", node=self._node.name, lost=list(found.nodes), reason=found.reason)
-            CONSOLE.say(f"{found.reason}; the remaining nodes hold a new rendezvous")
+            CONSOLE.say(f"{found.reason}; remaining nodes are re-rendezvousing")
             self._why_stopped, self._lost_at = found.reason, time.time() - found.silent_s
-            # Unless the run comes to its end after all, e.g. where the others have ended it.
+            # Unless the run completes after all, e.g. where the other nodes have ended it.
             self.exit_code = 1
             self._restart_workers(worker_group)
             return RunResult(state=WorkerState.HEALTHY)
@@ -94,12 +93,12 @@ class GuardedAgent(MovingAgent):
             self._reason, self._why_stopped = self._why_stopped, ""
 
     def _exit_barrier(self) -> None:
-        # Others may have to do for longer than this node waits for them.
+        # Other nodes may be busy for longer than this node waits for them.
         self._heartbeat.leave()
         super()._exit_barrier()  # type: ignore[no-untyped-call]
 
     def _shutdown(self, *args: Any, **kwargs: Any) -> None:
         super()._shutdown(*args, **kwargs)
-        if self.why_cut:
-            # After the workers are gone: the ledger may be on the network that is not there.
-            self._record("node_cut", node=self._node.name, reason=self.why_cut)
+        if self.partition_reason:
+            # After the workers have exited: the ledger may be on the network that is lost.
+            self._record("node_cut", node=self._node.name, reason=self.partition_reason)

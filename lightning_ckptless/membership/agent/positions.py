@@ -1,4 +1,4 @@
-"""Positions: what the agents of a round tell each other about where their workers are.
+"""Positions: what the agents of a round share about where their workers are.
 
 An agent sees its own workers only. Two questions need those of all nodes: whether all ranks have made the same last
 step, and which rank the others wait for. So an agent publishes where its workers have ended, and where they stand while
@@ -7,12 +7,12 @@ all of them are silent. In a run that makes progress nothing is written or read.
 | Key | Written by | Content |
 |---|---|---|
 | `end/NUMBER/FIT` | the first node whose workers have all ended | their last steps |
-| `ended/NUMBER/FIT` | every such node | how many there are |
-| `silent/NODE` | a node whose workers are all silent | where they stand; empty when one of them moves again |
+| `ended/NUMBER/FIT` | every such node | the number of such nodes |
+| `silent/NODE` | a node whose workers are all silent | where they stand; empty when one makes progress again |
 | `uneven` | the first node that finds unequal numbers of steps | why no rank can continue |
-| `uneven/known` | every node that has read this | how many there are |
+| `uneven/known` | every node that has read this | the number of such nodes |
 
-NUMBER is that of the regrouping that the workers belong to, FIT counts the calls of `fit` that have ended since.
+NUMBER is the regrouping that the workers belong to. FIT counts the calls of `fit` that have ended since.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _by_rank(of_one: Check) -> Check:
 _ENDS = _by_rank(
     record(lambda step, why: AtEnd(step, WhyEnded(why)), step=integer(), why=one_of(*(str(why) for why in WhyEnded)))
 )
-_PULSES = _by_rank(
+_PROGRESS = _by_rank(
     record(
         lambda point, silent_s, **fields: RankProgress(point=Point(point), at=-silent_s, own_s=0.0, **fields),
         step=integer(-1),
@@ -85,14 +85,14 @@ _REASON = record(reason=text())
 
 
 class Positions:
-    """Those of one round of the rendezvous, as one agent sees them.
+    """The positions of one round of the rendezvous, as one agent sees them.
 
-    A store that is gone answers nothing: heartbeats and the rendezvous find out about its node. It is not asked again.
+    A lost store answers nothing and is not asked again: heartbeats and the rendezvous detect the loss of its node.
 
     Args:
         store: that all agents of the round share.
         node: number of this node.
-        peers: numbers of the nodes whose workers train together, with this one.
+        peers: numbers of the nodes whose workers train together, this one included.
         ranks: of this node's workers, by local rank.
     """
 
@@ -117,8 +117,8 @@ class Positions:
         """Publish that all workers of this node have ended; returns whether those of all nodes have.
 
         Args:
-            regrouping: number of the one that they belong to.
-            ended: where they have ended, by rank.
+            regrouping: number of the regrouping that they belong to.
+            ended: where they ended, by rank.
         """
         fit = self._fits.get(regrouping, 0)
 
@@ -130,14 +130,14 @@ class Positions:
         return not self.is_shared or self._answer(ask, otherwise=False)
 
     def leave(self, regrouping: int) -> None:
-        """The workers of this node leave the training loop, as those of all nodes do."""
+        """Note that the workers of this node leave the training loop, as those of all nodes do."""
         self._fits[regrouping] = self._fits.get(regrouping, 0) + 1
 
     def first_ended(self, regrouping: int) -> dict[int, AtEnd]:
-        """Where the workers of the first node have ended, by rank; empty where none has ended yet.
+        """Return where the workers of the first node have ended, by rank; empty where none has ended yet.
 
         Args:
-            regrouping: number of the one that this node's workers belong to.
+            regrouping: number of the regrouping that this node's workers belong to.
         """
         found = self._read(_END.format(regrouping, self._fits.get(regrouping, 0)), _ENDS)
         return {} if found is None else dict(found["ranks"])
@@ -145,36 +145,37 @@ class Positions:
     # ------------------------------------------------------------------ silent workers
 
     def by_rank(self, progress: Mapping[int, RankProgress]) -> dict[int, RankProgress]:
-        """What is known by local rank, by rank."""
+        """Convert progress by local rank to progress by rank."""
         return {self.ranks[local]: progress for local, progress in progress.items()}
 
     def exchange(self, progress: Mapping[int, RankProgress], now: float) -> dict[int, RankProgress]:
-        """Publish where the silent workers of this node stand, and read those of the other nodes.
+        """Publish where the silent workers of this node stand, and read the positions of the other nodes.
 
         Args:
             progress: of this node, by local rank.
             now: on the clock of the progress.
 
         Returns:
-            Those of the other nodes by rank, on the clock of this one; none unless the workers of all nodes are silent.
+            Progress of the other nodes by rank, on the clock of this node; empty unless the workers of all nodes are
+                silent.
         """
         others = [_SILENT.format(node) for node in self.peers if node != self._node]
 
         def ask() -> list[bytes]:
-            self._published = _encode_pulses(self.by_rank(progress), now)
+            self._published = _encode_progress(self.by_rank(progress), now)
             self._store.set(_SILENT.format(self._node), self._published)
             return self._store.multi_get(others) if self._store.check(others) else []
 
         found: dict[int, RankProgress] = {}
         nothing: list[bytes] = []
         for key, said in zip(others, self._answer(ask, otherwise=nothing), strict=False):
-            if (decoded := _decoded(key, said, _PULSES)) is None:
+            if (decoded := _decoded(key, said, _PROGRESS)) is None:
                 return {}
             found |= {rank: replace(progress, at=now + progress.at) for rank, progress in decoded["ranks"].items()}
         return found
 
     def withdraw(self) -> None:
-        """Workers of this node are not silent any more."""
+        """Withdraw the published position: a worker of this node makes progress again."""
         if self._published:
             self._answer(lambda: self._store.set(_SILENT.format(self._node), ""), otherwise=None)
             self._published = ""
@@ -182,7 +183,7 @@ class Positions:
     # ------------------------------------------------------------------ the reason to end
 
     def settle(self, reason: str) -> str:
-        """Publish why no rank can continue; returns what all nodes say: the first reason that was published."""
+        """Publish why no rank can continue; returns the first reason that any node has published."""
         mine = json.dumps({"reason": reason})
         said = (
             self._answer(lambda: self._store.compare_set(_UNEVEN, "", mine), otherwise=b"") if self.is_shared else b""
@@ -191,18 +192,18 @@ class Positions:
         return reason if decoded is None else str(decoded["reason"])
 
     def settled(self) -> str:
-        """Why no rank can continue, as another node has found; empty where none has."""
+        """Return why no rank can continue, as another node has found; empty where none has."""
         found = self._read(_UNEVEN, _REASON) if self.is_shared else None
         return "" if found is None else str(found["reason"])
 
     def all_know(self) -> bool:
-        """Note that this node knows the reason; returns whether all do, as far as that can be found out."""
+        """Note that this node knows the reason; returns whether all nodes do, as far as that can be determined."""
         return not self.is_shared or self._answer(lambda: self._count(_KNOWN) >= len(self.peers), otherwise=True)
 
     # ------------------------------------------------------------------ the store
 
     def _count(self, key: str) -> int:
-        """How many nodes have been counted under a key, this one among them."""
+        """Return how many nodes have been counted under a key, this one included."""
         amount = 0 if key in self._counted else 1
         self._counted.add(key)
         return self._store.add(key, amount)
@@ -225,7 +226,7 @@ def _encode_ends(ended: Mapping[int, AtEnd]) -> str:
     return json.dumps({"ranks": {rank: {"step": end.step, "why": end.why} for rank, end in ended.items()}})
 
 
-def _encode_pulses(progress: Mapping[int, RankProgress], now: float) -> str:
+def _encode_progress(progress: Mapping[int, RankProgress], now: float) -> str:
     ranks = {
         rank: {
             "step": progress.step,
@@ -246,11 +247,11 @@ def _encode_pulses(progress: Mapping[int, RankProgress], now: float) -> str:
 
 
 def _decoded(key: str, said: bytes, check: Check) -> Any:
-    """What another agent has published; None where that is nothing, or nothing that can be read."""
+    """Return what another agent has published; None where that is nothing, or nothing readable."""
     if not said:
         return None
     try:
         return check(parse(said), "")
     except SchemaError as error:
-        log.warning("ckptless: %s in the store of the agents is ignored: %s", key, error)
+        log.warning("ckptless: ignoring %s in the agents' store: %s", key, error)
         return None

@@ -1,8 +1,9 @@
-"""An agent whose workers stay in the training loop when nodes go or come.
+"""An agent whose workers stay in the training loop when nodes leave or join.
 
-The nodes meet anew, as torch elastic has it, but the workers are not ended for it. Those that train are told their new
-ranks when all that come are at the loop, which they reach alone, while the others train on; so a step is lost, and the
-time in which the ranks meet. What is decided, and when all are started together after all, is `protocol.moving`.
+The nodes rendezvous again, as torch elastic requires, but the workers are not stopped for it. Joining workers reach the
+training loop on their own while the others continue to train. Once they wait there, the training workers receive their
+new ranks. One step is lost, and the time in which the ranks meet. `protocol/reconfiguration.py` decides which workers
+stay, and when all are relaunched after all.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lightning_ckptless.membership.agent.agent import CkptlessAgent
 from lightning_ckptless.membership.agent.in_place import joining
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.rendezvous.regrouping import Regrouping, Regroupings
+from lightning_ckptless.protocol.messages import AwaitRegroup
 from lightning_ckptless.protocol.reconfiguration import MovePlan, Standing, plan_move
 
 _AGREE_S = 60.0
@@ -32,16 +34,16 @@ _OUTCOME = "ckptless/outcome"
 _MEET, _OVER = "meet", "over"
 
 
-class MovingAgent(CkptlessAgent):
-    """An agent that asks, whenever the nodes have met, whether its workers may stay."""
+class ReconfiguringAgent(CkptlessAgent):
+    """An agent that decides, after each rendezvous, whether its workers may stay."""
 
     _plan: MovePlan | None = None
     _node_rank = -1
-    _is_to_tell = False
-    """Whether the workers of this node are still to be told that they meet others."""
+    _has_to_notify = False
+    """Whether the workers of this node have yet to be notified that they meet others."""
     _world_before = 0
     _starts_joiners = False
-    _has_knocked = False
+    _has_announced = False
 
     # ---------------------------------------------------------------- meeting
 
@@ -51,8 +53,8 @@ class MovingAgent(CkptlessAgent):
         plan = self._plan
         assert plan is not None
         group.group_rank = self._node_rank
-        self._is_to_tell, self._has_knocked, self._lost_at = False, False, plan.lost_at
-        # Those that stay train on among themselves until they meet the others.
+        self._has_to_notify, self._has_announced, self._lost_at = False, False, plan.lost_at
+        # Nodes that stay continue to train among themselves until they meet the others.
         trains = self._node_rank in plan.stay
         self._take_positions(worker_group, plan.stay if trains else range(group.group_world_size))
         if plan.stay:
@@ -62,7 +64,7 @@ class MovingAgent(CkptlessAgent):
     def _assign_worker_ranks(
         self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
     ) -> list[Worker]:
-        """Called when the nodes have met, in the order of their addresses: theirs is not that of ranks."""
+        """Called when the nodes have met, in the order of their addresses, which is not the order of ranks."""
         plan = self._plan = self._agree(store, self._standing(self.get_worker_group()), group_rank, group_world_size)
         self._node_rank = plan.node_ranks[group_rank]
         workers: list[Worker] = super()._assign_worker_ranks(store, self._node_rank, group_world_size, spec)
@@ -76,7 +78,7 @@ class MovingAgent(CkptlessAgent):
             node_rank=self._node_rank,
             world_size=worker_group.workers[0].world_size,
             number=self._regroupings.number,
-            obstacle=self._in_place.obstacle_to_moving,
+            obstacle=self._in_place.obstacle_to_world_change,
             lost_at=self._lost_at,
         )
 
@@ -94,19 +96,20 @@ class MovingAgent(CkptlessAgent):
             store.wait(keys, timedelta(seconds=_AGREE_S))
             return plan_move([Standing(**json.loads(store.get(key))) for key in keys])
         except DistError as error:
-            # One is gone again. Those that stay would wait for it: its absence is noticed, and all meet anew.
+            # A node has left again. Those that stay would wait for it: its absence is detected, and all nodes
+            # rendezvous once more.
             everyone = tuple(range(nodes))
-            return MovePlan(everyone, (), everyone, 0, f"the nodes could not agree who stays: {error}")
+            return MovePlan(everyone, (), everyone, 0, f"the nodes could not agree which of them stay: {error}")
 
     # ---------------------------------------------------------------- staying
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
-        """The nodes are to meet anew; workers that train go on, if they may."""
+        """Rendezvous again; workers that train continue if they may."""
         if not self._standing(worker_group).trains:
             super()._restart_workers(worker_group)
             return
         before = worker_group.workers[0].world_size
-        self._current_workers().tell("hold")
+        self._current_workers().send(AwaitRegroup())
         self._rendezvous(worker_group)
         assert self._plan is not None
         if self._node_rank in self._plan.stay:
@@ -116,7 +119,7 @@ class MovingAgent(CkptlessAgent):
         self._note(worker_group, self._start_workers(worker_group))
 
     def _stay(self, worker_group: WorkerGroup, before: int, plan: MovePlan) -> None:
-        self._is_to_tell, self._world_before = True, before
+        self._has_to_notify, self._world_before = True, before
         self._note(worker_group, self._current_workers().pids())
         by_local = {worker.local_rank: worker for worker in worker_group.workers}
         self._in_place.end_round()
@@ -130,7 +133,7 @@ class MovingAgent(CkptlessAgent):
 
     @staticmethod
     def _note(worker_group: WorkerGroup, pids: Mapping[int, int]) -> None:
-        """Note which processes the workers of a round are: what torch elastic does when it has started them itself."""
+        """Store the process ids of the round's workers, as torch elastic does when it starts them itself."""
         for worker in worker_group.workers:
             worker.id = pids[worker.local_rank]
         worker_group.state = WorkerState.HEALTHY
@@ -143,60 +146,60 @@ class MovingAgent(CkptlessAgent):
         try:
             if self._node_rank in plan.come:
                 return self._end_unmet(worker_group) if self._comes_too_late() else result
-            are_apart = self._is_to_tell and not self._bring_together(plan)
+            are_apart = self._has_to_notify and not self._bring_together(plan)
         except DistError:
-            # The store is gone with its node: the rendezvous will say so.
+            # The store was lost with its node: the rendezvous detects that.
             return result
         if are_apart:
-            # The others are at their meeting, and cannot end without these.
+            # The other nodes are in their rendezvous, and cannot finish without this one.
             self._restart_workers(worker_group)
             return RunResult(state=WorkerState.HEALTHY)
         return result
 
     def _bring_together(self, plan: MovePlan) -> bool:
-        """Tell those that stay when those that come are at the door; returns whether all nodes do alike."""
+        """Notify workers that stay once joining ones wait at the loop; returns whether all nodes do the same."""
         all_train = self._all_train()
         if all_train and not self._are_ready(plan):
             return True
         settled = self._settle_on(_MEET if all_train else _OVER)
-        self._is_to_tell = False
+        self._has_to_notify = False
         if all_train and settled == _MEET:
             fault = self._change(self._world_before)
-            self._put_down(fault)
+            self._record_fault(fault)
             self._positions.peers = plan.stay + plan.come
-            self._in_place.meet(self._current_workers(), plan.number, fault)
+            self._in_place.regroup(self._current_workers(), plan.number, fault)
             self._lost_at = 0.0
         return all_train or settled == _OVER
 
     def _may_end(self) -> bool:
-        """They may, unless others come whose meeting is settled already: then they are told of it next."""
+        """Whether workers may leave: not when a meeting with joining nodes is settled, of which they are notified."""
         try:
-            return not self._is_to_tell or self._settle_on(_OVER) == _OVER
+            return not self._has_to_notify or self._settle_on(_OVER) == _OVER
         except DistError:
-            # The store is gone with its node: the rendezvous will say so.
+            # The store was lost with its node: the rendezvous detects that.
             return False
 
     def _settle_on(self, outcome: str) -> str:
-        """What comes of the round: what the first node said whose workers can meet others, or have left the loop."""
+        """Return the outcome of the round, set by the first node whose workers can meet others or have left."""
         settled: bytes = self._meeting_store.compare_set(_OUTCOME, "", outcome)
         return settled.decode()
 
     def _comes_too_late(self) -> bool:
-        """Knock, once all stand at the loop; returns whether those that this node comes to have left it meanwhile."""
+        """Announce that all workers wait at the loop; returns whether the nodes they join have left it meanwhile."""
         if self._in_place.trains:
             return False
-        if not self._has_knocked and self._in_place.at_the_door >= set(self._current_workers().pids()):
+        if not self._has_announced and self._in_place.waiting_at_loop >= set(self._current_workers().pids()):
             self._meeting_store.set(_READY.format(self._node_rank), "1")
-            self._has_knocked = True
+            self._has_announced = True
         return bool(self._meeting_store.check([_OUTCOME])) and self._meeting_store.get(_OUTCOME).decode() == _OVER
 
     def _end_unmet(self, worker_group: WorkerGroup) -> RunResult:
-        """End workers that have trained nothing, as those of a run that has come to its end."""
+        """Stop workers that have trained nothing, with the outcome of a run that has completed."""
         workers = self._current_workers()
         self._record("came_too_late", node=self._node.name, pids=list(workers.pids().values()))
         CONSOLE.say(
-            f"the others left the training loop before this node's {len(workers.pids())} worker(s) had come "
-            "to it; those end with nothing done"
+            f"the other nodes left the training loop before this node's workers ({len(workers.pids())}) reached it; "
+            "stopping them: they have trained no step"
         )
         workers.stop(signal.SIGKILL, 0)
         self.exit_code = 0
@@ -218,7 +221,7 @@ class MovingAgent(CkptlessAgent):
         try:
             return super()._start_workers(worker_group)
         finally:
-            # Those that were lost are told of: what comes next is no loss of theirs.
+            # The loss has been reported: what comes next does not date from it.
             self._starts_joiners, self._lost_at = False, 0.0
 
     def _worker_env(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:

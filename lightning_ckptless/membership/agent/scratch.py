@@ -1,7 +1,7 @@
-"""Temporary folders of agents, and those that agents have left which were killed.
+"""Temporary folders of agents, and those left behind by agents that were killed.
 
 An agent holds a lock on each of its folders, which the kernel releases at its death. So a folder without a lock belongs
-to no agent that lives, whatever process has its number by now.
+to no living agent, even if its process id is in use again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ScratchFolder:
     """A temporary folder of this process, for this user only.
 
     Args:
-        purpose: what it is for, as a part of its name.
+        purpose: part of its name.
 
     Attributes:
         path: the folder.
@@ -37,7 +37,7 @@ class ScratchFolder:
             fcntl.flock(self._handle, fcntl.LOCK_EX)
             if self.path.exists():
                 return
-            # Taken for one of a dead agent before it was locked.
+            # Another process removed it before it was locked, as a dead agent's.
             os.close(self._handle)
 
     def __enter__(self) -> Self:
@@ -49,7 +49,7 @@ class ScratchFolder:
         self.remove()
 
     def remove(self) -> None:
-        """Remove the folder with all it holds."""
+        """Remove the folder with its contents."""
         shutil.rmtree(self.path, ignore_errors=True)
         if self._handle >= 0:
             os.close(self._handle)
@@ -57,17 +57,17 @@ class ScratchFolder:
 
 
 def find_abandoned() -> list[Path]:
-    """Folders of this user whose agents are gone."""
+    """Return this user's folders whose agents no longer exist."""
     return [path for path in sorted(Path(tempfile.gettempdir()).glob(f"{_PREFIX}*")) if _take(path, remove=False)]
 
 
 def remove_abandoned(path: Path) -> bool:
-    """Remove a folder whose agent is gone; returns False where that is not so."""
+    """Remove a folder whose agent no longer exists; returns False where that is not so."""
     return _take(path, remove=True)
 
 
 def _take(path: Path, *, remove: bool) -> bool:
-    # Where it is another user's, a link, or gone, it is none of ours to remove.
+    # A folder of another user, a link, or a missing folder is not ours to remove.
     with suppress(OSError), open_own_folder(path) as handle:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if remove:

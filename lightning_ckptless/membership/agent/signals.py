@@ -1,4 +1,4 @@
-"""An agent that is asked to end: the signal becomes an exception in its main thread."""
+"""Termination signals of the agent, raised as an exception in its main thread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 class AskedToEnd(BaseException):
-    """A signal asked this process to end. Not an `Exception`: nothing on its way is to handle it."""
+    """A signal asked this process to end. Not an `Exception`, so that no handler in between catches it."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(f"asked to end by {number.name}")
@@ -20,10 +20,10 @@ class AskedToEnd(BaseException):
 
 @contextmanager
 def raising_on_signals() -> Iterator[None]:
-    """Have signals that ask a process to end raise `AskedToEnd`. Only for the main thread.
+    """Make termination signals raise `AskedToEnd`. For the main thread only.
 
-    A signal that is ignored stays so, as under `nohup`. After the first one all are ignored, for the workers get their
-    time to end and the agent sees to that.
+    An ignored signal stays ignored, as under `nohup`. After the first one all are ignored: the workers get their time
+    to exit, which the agent enforces.
     """
     before = {number: signal.getsignal(number) for number in ASKING}
     for number, handler in before.items():

@@ -16,26 +16,37 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from lightning_ckptless import environment
 from lightning_ckptless.internals.torch_internals import start_tails
-from lightning_ckptless.membership.channel.socket_messages import Message
+from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.forkserver.client import End, ForkError, ForkServer, ForkServerLostError
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.worker.program import Program
 from lightning_ckptless.membership.worker.startup import Job
 from lightning_ckptless.protocol.crash_loop import Stage
+from lightning_ckptless.protocol.messages import (
+    AskToLeave,
+    EnteredLoop,
+    Finish,
+    FitReturned,
+    LeftLoop,
+    MayLeave,
+    Message,
+    ReachedFit,
+    ReachedTrainer,
+    ReleasedGroups,
+)
 from lightning_ckptless.protocol.uneven_steps import AtEnd, WhyEnded
 
 _KILL_WAIT_S = 60.0
-_LOOK_EVERY_S = 0.005
-"""Between two looks at whether a worker is dying: the kernel tells of an end only when it has freed the memory."""
+_POLL_EVERY_S = 0.005
+"""Between two checks whether a worker is dying: the kernel reports an exit only once it has freed the memory."""
 _DYING_GRACE_S = 0.025
-"""For which the end of a dying worker is waited for: on a machine without a free core its memory had better be freed
-before the others meet. What it dies of is known without."""
-_STAGES = {"came_to_fit": Stage.INSIDE, "past_fit": Stage.PAST}
+"""Longest wait for the exit of a dying worker. On a machine without a free core its memory is better freed before the
+other ranks meet. The cause of death is known without it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """A worker that has made its last step, and asks whether it may leave the training loop.
+    """A worker that has made its last step and asks whether it may leave the training loop.
 
     Args:
         number: of the regrouping that it belongs to.
@@ -49,25 +60,25 @@ class Ending:
 class Workers(PContext):
     """Worker processes forked from a fork server.
 
-    Unlike torch's own contexts it installs no signal handlers, and `_poll` stops nobody: the agent decides how.
+    Unlike torch's own contexts it installs no signal handlers, and `_poll` stops no process: the agent decides how.
 
     Args:
-        parent: forks the workers, and reports their ends; another one later where one has taken its place.
+        parent: returns the fork server that forks the workers and reports their exits; it may be another one later.
         program: what each of them runs.
         envs: what each local rank's environment adds to `base_env`.
-        base_env: the environment that all have in common.
+        base_env: the environment that all workers share.
         cwd: working directory.
         fresh: start new interpreters instead of running inside the forks.
         logs_specs: where stdout and stderr go.
-        log_line_prefixes: put before each line that is shown and logged at once.
-        first_wait_s: how long the start of the others waits for the first one to come to its trainer, with the run
-            folder that Hydra has made for it; 0 to start all at once.
+        log_line_prefixes: prefix of each line that is both shown and logged.
+        first_wait_s: time in seconds for which the start of the others waits until the first worker reaches its
+            trainer, with the run folder that Hydra made for it; 0 to start all at once.
 
     Attributes:
         inside: local ranks that are in the training loop, or on their way back into it.
-        stages: where each local rank is in its program.
-        at_end: those of them that have made their last step, and ask whether they may leave.
-        ending: those of them that may.
+        stages: where each local rank is in its script.
+        at_end: those in the loop that have made their last step and ask whether they may leave.
+        ending: those that may.
     """
 
     def __init__(
@@ -98,8 +109,8 @@ class Workers(PContext):
         self._ends: dict[int, End] = {}
         self._first_signs: dict[int, float] = {}
         self._stopped: set[int] = set()
-        self._blamed: dict[int, str] = {}
-        self._said: list[tuple[int, Message]] = []
+        self._hang_reasons: dict[int, str] = {}
+        self._received: list[FromWorker] = []
         self._first_wait_s = first_wait_s
 
     # ------------------------------------------------------------------ starting
@@ -117,14 +128,14 @@ class Workers(PContext):
             self._launch(rank, self.job(rank, {environment.HYDRA: folder} if folder else {}), os.O_TRUNC)
 
     def _folder_of(self, first: int) -> str:
-        """The run folder that the first worker comes to its trainer with; empty where it has none, or takes long."""
+        """Return the run folder that the first worker reports at its trainer; empty where none comes in time."""
         deadline = time.monotonic() + self._first_wait_s
         while first in self._running and (left_s := deadline - time.monotonic()) > 0:
-            self._look(left_s, lines=True)
+            self._wait(left_s, lines=True)
             self._listen()
-            for _, message in self._said:
-                if message["kind"] == "arrived":
-                    return str(message["hydra"])
+            for received in self._received:
+                if isinstance(received.message, ReachedTrainer):
+                    return received.message.hydra
         return ""
 
     def _launch(self, rank: int, job: Job, mode: int) -> None:
@@ -136,24 +147,24 @@ class Workers(PContext):
         self._running.add(rank)
 
     def open_stdio(self, rank: int, mode: int = os.O_APPEND) -> list[int]:
-        """Standard input, output and error of a rank: its log files, or this process's own."""
+        """Open stdin, stdout and stderr of a rank: its log files, or this process's own."""
         files = [0]
         for number, path in ((1, self.stdouts[rank]), (2, self.stderrs[rank])):
             files.append(os.open(path, os.O_WRONLY | os.O_CREAT | mode, 0o644) if path else number)
         return files
 
     def job(self, rank: int, env: Mapping[str, str]) -> Job:
-        """What a new worker of a rank runs, with more variables in its environment."""
+        """Return what a new worker of a rank runs, with additional environment variables."""
         job = self._jobs[rank]
         return replace(job, env={**job.env, **env})
 
     def replace(self, rank: int, env: Mapping[str, str]) -> None:
-        """Start a new worker in the place of one that was lost; where that fails it is lost as well.
+        """Start a new worker in the place of a lost one; if that fails, the new one counts as lost.
 
         Raises:
             ForkError: the system allows no further process.
         """
-        self._part_with(rank)
+        self._discard(rank)
         try:
             self._launch(rank, self.job(rank, env), os.O_APPEND)
         except ForkServerLostError:
@@ -163,27 +174,27 @@ class Workers(PContext):
             raise
 
     def put_in_place(self, rank: int, process: Process) -> None:
-        """Let a process that runs already take the place of a worker that was lost."""
-        self._part_with(rank)
+        """Let a running process take the place of a lost worker."""
+        self._discard(rank)
         self._processes[rank] = process
         self._running.add(rank)
 
-    def _part_with(self, rank: int) -> None:
+    def _discard(self, rank: int) -> None:
         lost = self._processes[rank]
-        lost.line.close()
+        lost.channel.close()
         if rank in self._running:
-            # It is dying, or stuck: its memory is freed while the new one starts.
+            # It is dying or stuck: its memory is freed while the new one starts.
             lost.signal(signal.SIGKILL)
             self._running.remove(rank)
             self._leaving.append(lost)
         self._ends.pop(rank, None)
         self._first_signs.pop(rank, None)
-        self._blamed.pop(rank, None)
+        self._hang_reasons.pop(rank, None)
         self.inside.add(rank)
         self.stages[rank] = Stage.BEFORE
-        self._is_back(rank)
+        self._reset_end(rank)
 
-    def _is_back(self, rank: int) -> None:
+    def _reset_end(self, rank: int) -> None:
         self.at_end.pop(rank, None)
         self.ending.discard(rank)
 
@@ -193,65 +204,63 @@ class Workers(PContext):
 
     @property
     def running(self) -> int:
-        """How many have not been seen to end."""
+        """How many workers have not been seen to exit."""
         return len(self._running)
 
-    # ------------------------------------------------------------------ the lines
+    # ------------------------------------------------------------------ the channels
 
-    def tell(self, kind: str, *, leave: frozenset[int] = frozenset(), **fields: Any) -> tuple[int, ...]:
-        """Send a message to all that run. Returns the local ranks that it was sent to.
-
-        Args:
-            kind: what it is.
-            leave: local ranks that do not get it.
-            fields: what it says.
-        """
-        ranks = tuple(sorted(self._running - leave))
-        for rank in ranks:
-            self._processes[rank].line.tell(kind, **fields)
-        return ranks
+    def send(self, message: Message) -> None:
+        """Send a message to all workers that run."""
+        for rank in self.running_ranks:
+            self.send_to(rank, message)
 
     @property
     def running_ranks(self) -> tuple[int, ...]:
         """Local ranks whose processes run."""
         return tuple(sorted(self._running))
 
-    def tell_one(self, rank: int, kind: str, **fields: Any) -> None:
+    def send_to(self, rank: int, message: Message) -> None:
         """Send a message to one local rank that runs."""
-        self._processes[rank].line.tell(kind, **fields)
+        self._processes[rank].channel.send(message)
 
     def signal_one(self, rank: int, number: int) -> None:
-        """Send a signal to the process of a local rank, and not to those that it has started."""
+        """Send a signal to the process of a local rank, and not to the processes it has started."""
         self._processes[rank].signal(number, alone=True)
 
-    def heard(self) -> list[tuple[int, Message]]:
-        """What workers have said, with their local ranks."""
+    def receive(self) -> list[FromWorker]:
+        """Return the messages that workers have sent since the last call."""
         self._listen()
-        said, self._said = self._said, []
-        return said
+        received, self._received = self._received, []
+        return received
 
     def _listen(self) -> None:
-        # To those that have ended, too: the last that a worker says is why.
+        # Workers that have exited included: the last message of a worker says why it exits.
         for rank, process in self._processes.items():
-            for message in process.line.waiting():
-                self._said.append((rank, message))
-                if message["kind"] == "entered":
-                    self.inside.add(rank)
-                elif message["kind"] == "ending":
-                    end = AtEnd(message["step"], WhyEnded(message["why"]))
-                    self.at_end[rank] = Ending(message["number"], end)
-                elif message["kind"] == "released":
-                    self._is_back(rank)
-                elif message["kind"] == "left":
-                    self.inside.discard(rank)
-                elif message["kind"] in _STAGES:
-                    self.stages[rank] = _STAGES[message["kind"]]
+            for message, files in process.channel.poll():
+                self._received.append(FromWorker(rank, message, files))
+                self._track(rank, message)
 
-    def let_leave(self) -> None:
-        """Answer those that ask whether they may leave the training loop: they may."""
+    def _track(self, rank: int, message: Message) -> None:
+        """Note where a worker is in its script."""
+        match message:
+            case EnteredLoop():
+                self.inside.add(rank)
+            case AskToLeave(number, step, why):
+                self.at_end[rank] = Ending(number, AtEnd(step, WhyEnded(why)))
+            case ReleasedGroups():
+                self._reset_end(rank)
+            case LeftLoop():
+                self.inside.discard(rank)
+            case ReachedFit():
+                self.stages[rank] = Stage.INSIDE
+            case FitReturned():
+                self.stages[rank] = Stage.PAST
+
+    def allow_leave(self) -> None:
+        """Tell workers that ask to leave the training loop that they may."""
         for rank, ending in self.at_end.items():
             if rank in self._running:
-                self.tell_one(rank, "leave", number=ending.number)
+                self.send_to(rank, MayLeave(ending.number))
         self.ending.update(self.at_end)
         self.at_end.clear()
 
@@ -260,83 +269,83 @@ class Workers(PContext):
         """Whether every worker in the training loop has made its last step."""
         return bool(self.at_end) and self.inside <= self.at_end.keys() | self.ending
 
-    # ------------------------------------------------------------------ ends
+    # ------------------------------------------------------------------ exits
 
     def watch(self, timeout_s: float) -> None:
-        """Wait until a worker ends, is seen to die or says something, at most `timeout_s`."""
+        """Wait until a worker exits, begins to die or sends a message, for at most `timeout_s` seconds."""
         deadline = time.monotonic() + timeout_s
         while True:
-            pause_s = min(_LOOK_EVERY_S, max(0.0, deadline - time.monotonic()))
-            if self._look(pause_s, lines=True) or time.monotonic() >= deadline:
+            pause_s = min(_POLL_EVERY_S, max(0.0, deadline - time.monotonic()))
+            if self._wait(pause_s, lines=True) or time.monotonic() >= deadline:
                 return
 
     def wait_for_end(self, timeout_s: float) -> bool:
-        """Wait until a worker ends that has not been seen to end, at most `timeout_s`. Returns whether one did."""
+        """Wait until a further worker exits, for at most `timeout_s` seconds. Returns whether one did."""
         if not self._running:
             return False
         before = len(self._running)
-        self._look(timeout_s, lines=False)
+        self._wait(timeout_s, lines=False)
         return len(self._running) < before
 
-    def _look(self, timeout_s: float, *, lines: bool) -> bool:
-        """Look once; returns whether something has happened."""
+    def _wait(self, timeout_s: float, *, lines: bool) -> bool:
+        """Poll processes and channels once; returns whether something has happened."""
         poll, of_file = select.poll(), dict[int, int]()
         for rank in self._running:
             process = self._processes[rank]
             of_file[process.pidfd] = rank
             poll.register(process.pidfd, select.POLLIN)
-            if lines and not process.line.ended:
-                poll.register(process.line.fileno(), select.POLLIN)
+            if lines and not process.channel.ended:
+                poll.register(process.channel.fileno(), select.POLLIN)
         ready = [number for number, _ in poll.poll(timeout_s * 1000)]
         for number in ready:
             if number in of_file:
-                self._put_down(of_file[number])
-        self._leaving = [process for process in self._leaving if not process.buried()]
+                self._record_end(of_file[number])
+        self._leaving = [process for process in self._leaving if not process.has_ended()]
         dying = [rank for rank in self._running if self._processes[rank].is_dying()]
         for rank in dying:
             self._first_signs.setdefault(rank, time.time())
         return bool(ready) or bool(dying)
 
-    def _put_down(self, rank: int) -> None:
+    def _record_end(self, rank: int) -> None:
         process = self._processes[rank]
         self._running.remove(rank)
         end = process.end()
-        # Whoever begins to die first is the culprit, not he whose memory is freed first.
+        # The culprit is the worker that begins to die first, not the one whose memory is freed first.
         self._ends[rank] = replace(end, at=min(end.at, self._first_signs.pop(rank, end.at)))
 
     def signs(self) -> dict[int, float]:
-        """When workers that have failed were seen to, by local rank: their end, or the first sign of it."""
+        """When workers that have failed were first seen to, by local rank: their exit, or the first sign of it."""
         return {rank: end.at for rank, end in self.failed().items()} | self._first_signs
 
-    def blame(self, ranks: Collection[int], reason: str, since: float) -> None:
-        """Kill workers that hang; their ends are their own failures.
+    def kill_hung(self, ranks: Collection[int], reason: str, since: float) -> None:
+        """Kill workers that hang; their exits count as failures of their own.
 
         Args:
             ranks: local ranks.
-            reason: why they are thought to hang.
-            since: wall clock of the last sign of any worker.
+            reason: why they are considered hung.
+            since: wall clock of the last progress of any worker.
         """
         self._first_signs.update(dict.fromkeys(ranks, since))
-        self._blamed.update(dict.fromkeys(ranks, reason))
+        self._hang_reasons.update(dict.fromkeys(ranks, reason))
         for rank in ranks:
             self._processes[rank].signal(signal.SIGKILL)
 
-    def blamed(self, rank: int) -> str:
-        """Why a worker was killed for a hang; empty where it was not."""
-        return self._blamed.get(rank, "")
+    def hang_reason(self, rank: int) -> str:
+        """Why a worker was killed as hung; empty where it was not."""
+        return self._hang_reasons.get(rank, "")
 
     def lost(self) -> dict[int, End | None]:
-        """Workers that failed by themselves, by local rank, in the order of their deaths.
+        """Return workers that failed by themselves, by local rank, in the order of their deaths.
 
-        An end with exit code 0 is a failure of a worker that is in the training loop. None stands for the end of one
-        that is dying, when neither a short wait nor the kernel tells how.
+        Exit code 0 is a failure for a worker in the training loop. None stands for the exit of a dying worker that
+        neither a short wait nor the kernel reveals.
         """
-        # Whoever has left the loop may end as he likes, and take his time. Those that were killed for a hang are lost
-        # at once and together, even one that the kernel holds.
+        # A worker that has left the loop may exit as it likes, and take its time. Workers killed as hung are lost at
+        # once and together, even one that the kernel does not release yet.
         dying = [
             rank
             for rank in self._running
-            if rank in self._blamed or (rank in self.inside and self._processes[rank].is_dying())
+            if rank in self._hang_reasons or (rank in self.inside and self._processes[rank].is_dying())
         ]
         for rank in dying:
             self._first_signs.setdefault(rank, time.time())
@@ -344,18 +353,18 @@ class Workers(PContext):
         while self._running.intersection(dying) and (left_s := deadline - time.monotonic()) > 0:
             self.wait_for_end(left_s)
         self._listen()
-        ends = {**self._told_of(dying), **self.failed()}
+        ends = {**self._reported_ends(dying), **self.failed()}
         signs = {rank: self._first_signs[rank] for rank in self._running.intersection(dying)}
         signs |= {rank: end.at for rank, end in ends.items()}
         return {rank: ends.get(rank) for rank in sorted(signs, key=lambda rank: signs[rank])}
 
-    def _told_of(self, dying: Collection[int]) -> dict[int, End]:
-        """The ends of workers that have memory to free before they reach them, by local rank."""
+    def _reported_ends(self, dying: Collection[int]) -> dict[int, End]:
+        """Return the exits of workers that have yet to free their memory, as the kernel reports them, by local rank."""
         codes = {rank: self._processes[rank].exit_code() for rank in self._running.intersection(dying)}
         return {rank: End(code, self._first_signs[rank]) for rank, code in codes.items() if code is not None}
 
     def failed(self) -> dict[int, End]:
-        """Workers whose end is known to be a failure of their own, by local rank, in the order of their deaths."""
+        """Return workers whose exit is known to be their own failure, by local rank, in the order of their deaths."""
         ends = {
             rank: end
             for rank, end in self._ends.items()
@@ -364,28 +373,28 @@ class Workers(PContext):
         return dict(sorted(ends.items(), key=lambda item: item[1].at))
 
     def stop(self, death_signal: int, grace_s: float) -> None:
-        """End all workers that still run, and wait until they are gone.
+        """Stop all workers that still run, and wait until they have exited.
 
         Args:
-            death_signal: what is sent at first.
-            grace_s: after so long, SIGKILL is sent.
+            death_signal: sent first.
+            grace_s: time in seconds after which SIGKILL is sent.
         """
         while self.wait_for_end(0):
             pass
-        # Those that are dying have failed by themselves.
+        # Workers that are already dying have failed by themselves.
         self._stopped |= {rank for rank in self._running if not self._processes[rank].is_dying()}
         self._signal_running(death_signal)
         self._wait_all(grace_s)
         if self._running and death_signal != signal.SIGKILL:
             self._signal_running(signal.SIGKILL)
-        # Beyond this a process is stuck in the kernel, and waiting for it would only wedge the agent as well.
+        # A process that takes longer is stuck in the kernel; waiting for it would block the agent as well.
         self._wait_all(_KILL_WAIT_S)
 
     def finish(self, grace_s: float) -> float:
-        """Ask workers that train to end after the current step, and give them time to.
+        """Ask workers that train to exit after the current step, and give them time to.
 
         Args:
-            grace_s: how much.
+            grace_s: how much, in seconds.
 
         Returns:
             How much of it is left.
@@ -394,7 +403,7 @@ class Workers(PContext):
             return grace_s
         began = time.monotonic()
         self._stopped |= self._running
-        self.tell("finish")
+        self.send(Finish())
         self._wait_all(grace_s)
         return max(0.0, grace_s - (time.monotonic() - began))
 
@@ -408,7 +417,7 @@ class Workers(PContext):
             self.wait_for_end(remaining_s)
 
     def _poll(self) -> RunProcsResult | None:
-        # Tells what was looked at before, and nothing newer: the agent has decided by the same.
+        # Reports what was polled before, and nothing newer: the agent has decided on the same basis.
         failed = self.failed()
         if self._running and not failed:
             return None
@@ -421,7 +430,7 @@ class Workers(PContext):
     def _close(self, death_sig: signal.Signals, timeout: float = 30) -> None:
         self.stop(death_sig, timeout)
         for process in self._processes.values():
-            process.line.close()
+            process.channel.close()
         for process in self._leaving:
             process.leave(_KILL_WAIT_S)
         self._leaving.clear()

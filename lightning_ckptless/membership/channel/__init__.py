@@ -1,1 +1,1 @@
-"""What an agent and its workers say to each other."""
+"""The communication between an agent and its workers or its fork server."""

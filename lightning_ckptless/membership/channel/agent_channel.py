@@ -1,31 +1,6 @@
-"""The line between an agent and each of its workers: one local socket, messages both ways.
+"""The channel between an agent and each of its workers: one local socket that carries messages both ways.
 
-| From | Message | Says |
-|---|---|---|
-| worker | `arrived` | the program has come to its trainer; with the folder that Hydra has made for it, if any |
-| worker | `came_to_fit` | its program has called `fit` |
-| worker | `past_fit` | that call has returned, or raised: what follows is the program's own |
-| worker | `entered` | it is about to train; with what its strategy asks of the agent |
-| worker | `stepped` | its generation has committed a step |
-| worker | `imported` | what its program has imported until then; once |
-| worker | `left` | it has left the training loop: its end is no fault from here on, and no peer can wait for it |
-| worker | `waiting` | it has come to the loop alone, and waits there for the others |
-| worker | `released` | it has left the process groups that it shared with the lost |
-| worker | `met` | it has met the others under this number |
-| worker | `held` | it cannot get free of them, with the reason, its threads and its sockets |
-| worker | `stands` | whether it waits for others, when it was asked `where` it is |
-| worker | `unable` | it cannot go on in place, with the reason |
-| worker | `sidecar` | it asks for a process beside the workers, of this module with this argument |
-| worker | `memory` | it asks for files of anonymous memory at these paths; with a socket for the answer |
-| worker | `ready` | a standby has come to `fit` and waits for a rank |
-| agent | `regroup` | a fault: meet under this number, with this report |
-| agent | `hold` | the nodes meet anew: wait for the next `regroup`, however long it takes |
-| agent | `assign` | to a standby: variables that make it a rank, then as `regroup`; with its output |
-| agent | `where` | all are silent: does it wait for others? |
-| agent | `over` | the run has ended with a fault: nobody goes on |
-| agent | `finish` | the run is to end: commit the step, save and leave |
-
-What counts is the last `regroup` that was sent, so a worker that was busy through several needs to read but one.
+The messages, and who sends them when, are in `protocol/messages.py`.
 """
 
 from __future__ import annotations
@@ -37,15 +12,42 @@ import stat
 import threading
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import NamedTuple
 
 from lightning_ckptless import environment
+from lightning_ckptless.errors import ProtocolError
 from lightning_ckptless.membership.channel import socket_messages
-from lightning_ckptless.membership.channel.socket_messages import Message
+from lightning_ckptless.protocol.messages import Message, decode, encode
 
 
-class Line:
-    """One end of the line.
+class Received(NamedTuple):
+    """A message that has arrived.
+
+    Args:
+        message: what was sent.
+        files: file descriptors that came with it, owned by the receiver.
+    """
+
+    message: Message
+    files: list[int]
+
+
+class FromWorker(NamedTuple):
+    """A message that one of an agent's workers has sent.
+
+    Args:
+        rank: local rank of the worker.
+        message: what it sent.
+        files: file descriptors that came with it, owned by the receiver.
+    """
+
+    rank: int
+    message: Message
+    files: Sequence[int] = ()
+
+
+class AgentChannel:
+    """One end of the channel.
 
     Args:
         sock: its socket, blocking; owned by this object.
@@ -53,56 +55,69 @@ class Line:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        self._telling = threading.Lock()
+        self._sending = threading.Lock()
         self._ended = False
 
     @classmethod
-    def pair(cls) -> tuple[Line, Line]:
-        """Both ends of a new line."""
+    def pair(cls) -> tuple[AgentChannel, AgentChannel]:
+        """Both ends of a new channel."""
         ours, theirs = socket.socketpair()
         return cls(ours), cls(theirs)
 
     def fileno(self) -> int:
-        """File descriptor, to wait for."""
+        """File descriptor to wait on."""
         return self._socket.fileno()
 
     @property
     def ended(self) -> bool:
-        """Whether the other end is gone, or this one closed."""
+        """Whether the other end has closed, or this one."""
         return self._ended
 
-    def tell(self, kind: str, files: Sequence[int] = (), **fields: Any) -> None:
-        """Send a message; lost without a word where the other end is gone, which shows elsewhere. Any thread.
+    def send(self, message: Message, files: Sequence[int] = ()) -> None:
+        """Send a message. Callable from any thread.
+
+        A message to an end that has closed is dropped without an error: the death of the other process is detected
+        elsewhere.
 
         Args:
-            kind: what it is.
+            message: what to send.
             files: file descriptors that go with it.
-            fields: what it says, as JSON has it.
         """
-        with self._telling, suppress(OSError):
-            socket_messages.send(self._socket, {"kind": kind, **fields}, files)
+        encoded = encode(message)
+        with self._sending, suppress(OSError):
+            socket_messages.send(self._socket, encoded, files)
 
-    def receive(self) -> tuple[Message, list[int]] | None:
-        """Wait for the next message, with its files; None when the other end is gone."""
+    def receive(self) -> Received | None:
+        """Wait for the next message; None when the other end has closed.
+
+        Raises:
+            ProtocolError: it is none of `protocol/messages.py`.
+        """
         try:
             received = socket_messages.receive(self._socket)
         except OSError:
             received = None
         self._ended = received is None
-        return received
+        if received is None:
+            return None
+        encoded, files = received
+        try:
+            return Received(decode(encoded), files)
+        except ProtocolError:
+            socket_messages.close_all(files)
+            raise
 
-    def waiting(self) -> list[Message]:
-        """The messages that have come, without waiting for more; files that came with one are its `files`."""
-        found: list[Message] = []
+    def poll(self) -> list[Received]:
+        """Return the messages that have arrived, without waiting for more."""
+        found: list[Received] = []
         while not self._ended and select.select([self._socket], [], [], 0)[0]:
             received = self.receive()
             if received is not None:
-                message, files = received
-                found.append({**message, "files": files} if files else message)
+                found.append(received)
         return found
 
     def close(self) -> None:
-        """End the line: the other end sees it at once, whichever processes hold duplicates of this one."""
+        """Close the channel; the other end notices at once, whichever processes hold duplicates of this one."""
         self._ended = True
         socket_messages.hang_up(self._socket)
 
@@ -112,21 +127,21 @@ class Line:
         self._socket.close()
 
 
-_opened: dict[int, Line] = {}
-"""The line of this process, by process id: a process that it forks has none."""
+_opened: dict[int, AgentChannel] = {}
+"""The channel of this process, by process id: a process that it forks has none."""
 
 
-def open_line(env: MutableMapping[str, str] = os.environ) -> Line | None:
-    """The worker's end of the line to its agent; None where no agent of ours has started this very process.
+def open_channel(env: MutableMapping[str, str] = os.environ) -> AgentChannel | None:
+    """Return the worker's end of the channel to its agent; None where no agent of ours started this very process.
 
-    There is one per process, whichever of its trainers asks for it. The variable is taken out of the environment: the
-    line belongs to one process, and to none that it starts.
+    There is one per process, whichever of its trainers asks. The variable is removed from the environment: the channel
+    belongs to this process and to none that it starts.
     """
     number = env.pop(environment.LINE, "")
     if number.isdigit() and _is_socket(int(number)):
         sock = socket.socket(fileno=int(number))
         sock.set_inheritable(False)
-        _opened[os.getpid()] = Line(sock)
+        _opened[os.getpid()] = AgentChannel(sock)
     return _opened.get(os.getpid())
 
 

@@ -1,6 +1,6 @@
 """What a worker leaves for its agent in a folder: that it has trained, or that another relaunch would not help.
 
-How a program of a worker has failed, as its interpreter has reported it, lies in the same folder (`failure.py`).
+The same folder holds how a worker's script has failed, as its interpreter reported it (`program_failure.py`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from lightning_ckptless import environment
 
 @dataclass(frozen=True, slots=True)
 class ExitReport:
-    """What a worker left for its agent.
+    """What a worker reports to its agent before it exits.
 
     Args:
-        rank: who left it.
+        rank: of the worker.
         final: whether the run is to end with this worker's exit code, however many relaunches are left.
         reason: why, in a sentence.
-        unfit: whether it is this node that cannot go on, and not the run.
-        keeps_state: whether the state is worth a start by hand, once the reason has been removed.
+        unfit: whether this node cannot continue, rather than the run.
+        keeps_state: whether the state allows a manual start once the cause has been removed.
     """
 
     rank: int
@@ -33,11 +33,11 @@ class ExitReport:
     keeps_state: bool = False
 
 
-def leave_verdict(exit_report: ExitReport, env: Mapping[str, str] = os.environ) -> bool:
-    """Leave a exit_report for the agent of this worker.
+def write_exit_report(exit_report: ExitReport, env: Mapping[str, str] = os.environ) -> bool:
+    """Leave an exit report for the agent of this worker.
 
     Returns:
-        False when no agent of ours asks for exit_reports.
+        False when no agent of ours reads exit reports.
     """
     folder = env.get(environment.AGENT_DIR)
     if not folder:
@@ -49,8 +49,8 @@ def leave_verdict(exit_report: ExitReport, env: Mapping[str, str] = os.environ) 
     return True
 
 
-def withdraw_verdict(rank: int, env: Mapping[str, str] = os.environ) -> None:
-    """Take back what this worker has left: its program has caught the exception, and trains again."""
+def withdraw_exit_report(rank: int, env: Mapping[str, str] = os.environ) -> None:
+    """Withdraw this worker's exit report: its script has caught the exception and trains again."""
     if folder := env.get(environment.AGENT_DIR):
         _path(folder, rank).unlink(missing_ok=True)
 
@@ -60,7 +60,7 @@ def _path(folder: str, rank: int) -> Path:
 
 
 def take_exit_reports(folder: Path) -> tuple[ExitReport, ...]:
-    """Read and remove the exit_reports in a folder, in the order of ranks."""
+    """Read and remove the exit reports in a folder, in the order of ranks."""
     exit_reports = []
     for path in folder.glob("exit_report-*.json"):
         exit_reports.append(ExitReport(**{"rank": -1, "reason": "", **json.loads(path.read_text())}))
@@ -69,18 +69,18 @@ def take_exit_reports(folder: Path) -> tuple[ExitReport, ...]:
 
 
 def final_report(exit_reports: tuple[ExitReport, ...]) -> ExitReport | None:
-    """The first one that ends the run; None where none does."""
+    """Return the first report that ends the run; None where none does."""
     return next((exit_report for exit_report in exit_reports if exit_report.final), None)
 
 
 def mark_begun(rank: int, env: Mapping[str, str] = os.environ) -> None:
-    """Tell the agent of this worker that the program has trained: that this generation has made a step of its own."""
+    """Tell the agent of this worker that its generation has committed a step."""
     if folder := env.get(environment.AGENT_DIR):
         Path(folder, f"begun-{rank}").touch()
 
 
 def take_begun(folder: Path) -> bool:
-    """Whether the workers have trained since their start; forgets it."""
+    """Whether the workers have committed a step since the last call."""
     marks = list(folder.glob("begun-*"))
     for mark in marks:
         mark.unlink()

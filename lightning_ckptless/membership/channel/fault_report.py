@@ -1,4 +1,4 @@
-"""Why a generation ended: what the agent tells the workers of the next one."""
+"""Why a generation ended: what the agent passes to the workers of the next one."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ class FaultReport:
     """What one agent saw of a fault.
 
     Args:
-        rank: global rank of the worker that failed first; None when none of this agent's workers failed and
-            they were relaunched because the membership changed.
+        rank: global rank of the worker that failed first; None when none of this agent's workers failed and they were
+            relaunched because the membership changed.
         pid: its process id.
         exit_code: its exit code; None when a signal ended it.
         signal_name: the signal that ended it, e.g. `SIGKILL`.
-        died_at: wall clock of its death, or of the last sign of a worker that hung, seconds since the epoch.
+        died_at: wall clock of its death, or of the last progress of a worker that hung, in seconds since the epoch.
         detected_at: wall clock at which the agent noticed.
-        stopped_at: wall clock at which the last of the agent's workers was gone.
+        stopped_at: wall clock at which the last of the agent's workers had exited.
         restart: how many faults this agent has seen, this one included.
         world_size: number of ranks in the generation that ended.
-        hung: why it was ended for a hang; empty where it was not.
-        earlier: faults that no step was committed after, in sentences: their recovery was cut short by this one.
+        hung: why it was killed as hung; empty where it was not.
+        earlier: faults without a committed step after them, in sentences: this fault interrupted their recovery.
         recovering_since: wall clock of the first of those; None where there are none.
         out_of_memory: how many processes the kernel has killed for lack of memory, in words; empty where it has killed
-            none since the fault before.
+            none since the previous fault.
     """
 
     rank: int | None
@@ -45,12 +45,12 @@ class FaultReport:
     out_of_memory: str = ""
 
     def __post_init__(self) -> None:
-        # A report that has travelled as JSON is equal to the one that was sent.
+        # A report that was sent as JSON equals the original.
         object.__setattr__(self, "earlier", tuple(self.earlier))
 
     @property
     def failed_tries_s(self) -> float:
-        """Time from the first fault of the recovery to this one."""
+        """Time in seconds from the first fault of the recovery to this one."""
         return 0.0 if self.recovering_since is None else max(0.0, self.died_at - self.recovering_since)
 
     @property
@@ -64,7 +64,7 @@ class FaultReport:
 
     @property
     def cause(self) -> str:
-        """What happened to the culprit, or to the run when there is none."""
+        """What happened to the culprit, or to the run where there is none."""
         if self.rank is None:
             return "the members of the run changed"
         if self.hung:
@@ -90,12 +90,12 @@ class FaultReport:
 
     @classmethod
     def from_json(cls, text: str) -> FaultReport:
-        """The report that `to_json` wrote."""
+        """Read a report that `to_json` wrote."""
         return cls(**json.loads(text))
 
 
 def split_exit(exit_code: int) -> tuple[int | None, str | None]:
-    """Exit code as `subprocess` has it -> (code, None) for a process that exited, (None, signal name) for a killed."""
+    """Split an exit code as `subprocess` has it: (code, None) after an exit, (None, signal name) after a signal."""
     if exit_code >= 0:
         return exit_code, None
     try:
@@ -105,5 +105,5 @@ def split_exit(exit_code: int) -> tuple[int | None, str | None]:
 
 
 def shell_code(exit_code: int) -> int:
-    """Exit code as `subprocess` has it -> as a shell shows it: 128 + number for a signal."""
+    """Convert an exit code of `subprocess` to that of a shell: 128 + number for a signal."""
     return exit_code if exit_code >= 0 else 128 - exit_code

@@ -1,8 +1,8 @@
-"""How the program of a worker has failed: left for its agent by the interpreter that reports it.
+"""How the script of a worker has failed: left for its agent by the interpreter that reports it.
 
-An exit code does not say whether the program raised something of its own or was brought down by the loss of a peer,
-and a process that has reported an exception may still not end: a thread of the program's, or a process that it has
-started, keeps the interpreter waiting. The agent gives such a process some time, and then ends it.
+An exit code does not tell whether the script raised an error of its own or failed because a peer was lost. And a
+process that has reported an exception may still not exit: a thread of the script, or a process that it started, keeps
+the interpreter waiting. The agent gives such a process some time and then kills it.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _OWN_FOLDER = Path(lightning_ckptless.__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What a program has raised.
+    """What a script has raised.
 
     Args:
         error: its type and message, in one line.
-        is_of_lost_peer: whether it says that another rank is gone.
+        is_of_lost_peer: whether it means that another rank is lost.
     """
 
     error: str
     is_of_lost_peer: bool = False
 
 
-def leave_failure(error: BaseException, env: Mapping[str, str] = os.environ) -> None:
-    """Tell the agent of this worker what its program has raised; nothing where no agent of ours has started it."""
+def report_failure(error: BaseException, env: Mapping[str, str] = os.environ) -> None:
+    """Tell the agent of this worker what its script has raised; does nothing without an agent of ours."""
     folder = env.get(environment.AGENT_DIR)
     if not folder:
         return
@@ -53,7 +53,7 @@ def leave_failure(error: BaseException, env: Mapping[str, str] = os.environ) -> 
 
 
 def is_of_lost_peer(error: BaseException) -> bool:
-    """Whether what a program has raised says that another rank is gone."""
+    """Whether an exception of a script means that another rank is lost."""
     if "torch.distributed" not in sys.modules:
         return False
     from lightning_ckptless.membership.worker.peer_errors import is_lost_peer  # noqa: PLC0415 - brings torch, which is here already
@@ -62,13 +62,13 @@ def is_of_lost_peer(error: BaseException) -> bool:
 
 
 def count_report(error: BaseException, output: int, env: Mapping[str, str] = os.environ) -> int:
-    """Count the reports of a traceback; returns how many times it has been reported, this one included.
+    """Count the reports of a traceback; returns how often it has been reported, this time included.
 
-    Two tracebacks are the same where only numbers in their messages differ, e.g. a port or a rank. Reports that go to
-    different files are counted apart: who reads one log file does not see what is in another.
+    Two tracebacks are the same if they differ only in numbers in their messages, e.g. a port or a rank. Reports to
+    different files are counted separately: a reader of one log file does not see the other.
 
     Args:
-        error: that is about to be reported.
+        error: about to be reported.
         output: file descriptor that the report goes to.
         env: environment of this worker.
     """
@@ -78,19 +78,19 @@ def count_report(error: BaseException, output: int, env: Mapping[str, str] = os.
     place = os.fstat(output)
     key = repr((place.st_dev, place.st_ino, *_outline(error)))
     path = Path(folder, f"reported-{hashlib.sha256(key.encode(errors='replace')).hexdigest()[:16]}")
-    # One byte per report, so that two workers that append at the same time get different counts.
+    # One byte per report, so that two workers that append simultaneously get different counts.
     with path.open("ab", buffering=0) as file:
         file.write(b".")
         return file.tell()
 
 
 def without_numbers(text: str) -> str:
-    """A text with its numbers replaced: what differs between two reports of the same fault."""
+    """Replace the numbers in a text, so that two reports of the same fault become equal."""
     return _NUMBER.sub("#", text)
 
 
 def _outline(error: BaseException) -> list[str]:
-    """What makes a traceback another one: types, messages without numbers, and lines of code that are not ours."""
+    """Return what identifies a traceback: types, messages without numbers, and lines of code that are not ours."""
     found: list[str] = []
     cause: BaseException | None = error
     while cause is not None and len(found) < _LONGEST_OUTLINE:
@@ -102,7 +102,7 @@ def _outline(error: BaseException) -> list[str]:
 
 
 def failure_of(folder: Path, pid: int) -> Failure | None:
-    """What the program of a process has raised; None where it has reported nothing."""
+    """Return what the script of a process has raised; None where it has reported nothing."""
     try:
         return Failure(**json.loads((folder / f"failure-{pid}.json").read_text()))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Messages between an agent and its fork server: JSON with open files, over a local socket."""
+"""JSON messages with open files, over a local socket: between an agent and its workers or its fork server."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def send(sock: socket.socket, message: Message, files: Sequence[int] = ()) -> No
 
     Args:
         sock: a blocking AF_UNIX stream socket.
-        message: anything JSON can hold.
+        message: any JSON object.
         files: at most 8 file descriptors; the receiver gets its own duplicates.
 
     Raises:
-        OSError: the other end is gone.
+        OSError: the other end has closed.
     """
     body = json.dumps(message).encode()
     socket.send_fds(sock, [_LENGTH.pack(len(body))], files)
@@ -44,7 +44,7 @@ def receive(sock: socket.socket) -> tuple[Message, list[int]] | None:
         (length,) = _LENGTH.unpack(head + _exactly(sock, _LENGTH.size - len(head)))
         message: Message = json.loads(_exactly(sock, length))
     except (EOFError, ConnectionResetError):
-        # Reset is how the end shows where the other side has closed with something left to read.
+        # A reset means that the other side has closed with unread data.
         close_all(files)
         return None
     return message, files
@@ -53,11 +53,11 @@ def receive(sock: socket.socket) -> tuple[Message, list[int]] | None:
 def hang_up(sock: socket.socket) -> None:
     """End a connection, and close this process's descriptor of it.
 
-    Closing alone would not show at the other end as long as another process, e.g. one forked by a user's program, holds
-    a duplicate.
+    Closing alone would not be visible at the other end as long as another process, e.g. one forked by a user's script,
+    holds a duplicate.
     """
     with suppress(OSError):
-        # Where the other end has gone first there is nothing to end.
+        # The other end has closed first.
         sock.shutdown(socket.SHUT_RDWR)
     sock.close()
 

@@ -1,1 +1,1 @@
-"""The process that workers are forked from, and those that wait there."""
+"""The fork server, from which workers are forked, and the other processes that it forks."""

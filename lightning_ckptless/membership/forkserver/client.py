@@ -26,11 +26,11 @@ _END_GRACE_S = 5.0
 
 
 class UnsafeForkError(LaunchError):
-    """The fork server refuses to fork: a fork of it would not be a clean process."""
+    """The fork server refuses to fork: the fork would not be a clean process."""
 
 
 class ForkServerLostError(LaunchError):
-    """The fork server has ended, and its workers with it."""
+    """The fork server has exited, and its workers with it."""
 
 
 class ForkError(LaunchError):
@@ -38,14 +38,14 @@ class ForkError(LaunchError):
 
     def __init__(self, cause: str) -> None:
         super().__init__(
-            f"no new process can be started: {cause}. Look at the limits on processes (`ulimit -u`, `pids.max` of the "
+            f"no new process can be started: {cause}. Check the limits on processes (`ulimit -u`, `pids.max` of the "
             "cgroup) and on memory"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a worker ended.
+    """How a worker exited.
 
     Args:
         exit_code: as in `subprocess`: minus the signal's number for a death by signal.
@@ -62,8 +62,8 @@ class Forked:
 
     Args:
         pid: its process id and the id of its process group.
-        pidfd: becomes readable when it ends; owned by whoever asked for the fork.
-        parent_pid: process id of the parent that forked it.
+        pidfd: becomes readable when it exits; owned by the caller of `fork`.
+        parent_pid: process id of the fork server that forked it.
     """
 
     pid: int
@@ -72,30 +72,30 @@ class Forked:
 
 
 class ParentProcess(Protocol):
-    """The process of a parent, as this process has started it."""
+    """The process of a fork server, as this process started it."""
 
     pid: int
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill it at once."""
 
     def wait(self, timeout: float | None = None) -> object:
-        """Wait for its end; raises `subprocess.TimeoutExpired`."""
+        """Wait for its exit; raises `subprocess.TimeoutExpired`."""
 
 
 class ForkServer:
     """A process that has imported what workers need and forks them on request; see `preload`.
 
-    One handle serves many runs, one after another or at once. It is a context manager that starts and closes the
-    parent.
+    One handle serves many runs, in sequence or at once. It is a context manager that starts and closes the process.
 
     Args:
-        modules: names of the modules to import, in this order; none for a parent that only starts fresh processes.
-        path: folders in which they are looked for first.
+        modules: names of the modules to import, in this order; none for a fork server that only starts new
+            interpreters.
+        path: folders in which they are looked up first.
         flags: options of its interpreter, e.g. `("-X", "dev")`.
 
     Attributes:
-        executes: whether what its workers run could also be run by a new interpreter.
+        executes: whether a new interpreter could run what its workers run.
     """
 
     executes: ClassVar[bool] = True
@@ -113,18 +113,18 @@ class ForkServer:
 
     @property
     def pid(self) -> int | None:
-        """Process id of the parent; None when it is not running."""
+        """Process id of the fork server; None when it is not running."""
         return None if self._process is None else self._process.pid
 
     def start(self) -> Self:
-        """Start the parent unless it runs, and let it begin to import; returns without waiting for that."""
+        """Start the process unless it runs, and let it begin to import; returns without waiting for that."""
         with self._lock:
             if self._socket is None:
                 self._launch()
         return self
 
     def preload(self, modules: Sequence[str], *, path: Sequence[str] = ()) -> None:
-        """Have it import more modules before the next fork; returns without waiting for that."""
+        """Have it import further modules before the next fork; returns without waiting for that."""
         self.start()
         with self._lock:
             self._more.append((tuple(modules), tuple(path)))
@@ -144,13 +144,13 @@ class ForkServer:
         """Start a worker.
 
         Args:
-            job: what it is to run.
+            job: what it runs.
             stdio: file descriptors of this process that become its stdin, stdout and stderr; a fourth one becomes its
-                line to the agent.
+                channel to the agent.
 
         Raises:
             UnsafeForkError: a fork would not be a clean process; jobs with `fresh` are never refused.
-            ForkServerLostError: the parent has ended.
+            ForkServerLostError: the fork server has exited.
             ForkError: the system allows no further process.
             LaunchError: a module cannot be preloaded.
         """
@@ -182,8 +182,8 @@ class ForkServer:
             return Forked(answer["pid"], files[0], self._process.pid)
 
     def signal(self, pids: Sequence[int], number: int) -> None:
-        """Send a signal to workers and to the processes they have started; those that have ended are skipped."""
-        # Where the parent has ended, its workers have.
+        """Send a signal to workers and to the processes they have started; those that have exited are skipped."""
+        # If the fork server has exited, so have its workers.
         with self._lock, suppress(ForkServerLostError):
             if self._socket is not None and pids:
                 self._send({"signal": int(number), "pids": list(pids)})
@@ -195,20 +195,20 @@ class ForkServer:
                 self._send({"signal": int(number), "pids": [pid], "alone": True})
 
     def end_of(self, worker: Forked) -> End:
-        """How a worker ended, waiting until it does. Each end is told once.
+        """Wait until a worker exits, and return how it did. Each exit is reported once.
 
         Raises:
-            ForkServerLostError: the parent has ended.
+            ForkServerLostError: the fork server has exited.
         """
         with self._lock:
             while worker.pid not in self._ends:
                 if self.pid != worker.parent_pid:
-                    raise ForkServerLostError(f"the fork server of worker {worker.pid} has ended")
+                    raise ForkServerLostError(f"the fork server of worker {worker.pid} has exited")
                 self._receive()
             return self._ends.pop(worker.pid)
 
     def close(self) -> None:
-        """End the parent and all its workers, and wait until they are gone."""
+        """End the fork server and all its workers, and wait until they have exited."""
         with self._lock:
             self._abandon()
 
@@ -230,7 +230,7 @@ class ForkServer:
             self._ask_for_import(modules, path)
 
     def _launch_process(self, control: socket.socket, ours: socket.socket) -> ParentProcess:  # noqa: ARG002
-        """Start the process of the parent.
+        """Start the process.
 
         Args:
             control: its end of the connection.
@@ -239,7 +239,7 @@ class ForkServer:
         arguments = ["--fd", str(control.fileno()), "--agent", str(os.getpid())]
         return subprocess.Popen(
             [sys.executable, *self.flags, "-m", f"{__package__}.server", *arguments],
-            # Found from there whatever this process's own search path is; each worker gets its own folder later.
+            # Finds the package from there, whatever this process's search path. Workers get their own folders later.
             cwd=_PACKAGE_FOLDER,
             env=parent_environment(dict(os.environ)),
             pass_fds=[control.fileno()],
@@ -258,14 +258,14 @@ class ForkServer:
             if "failed" in answer:
                 self._more.clear()
                 self._abandon()
-                raise LaunchError(f"{answer['failed']}; install it, or leave it out of the modules to preload")
+                raise LaunchError(f"{answer['failed']}; install it, or remove it from the modules to preload")
 
     def _ask(self, message: socket_messages.Message, files: Sequence[int]) -> tuple[socket_messages.Message, list[int]]:
         try:
             self._send(message, files)
             return self._await_answer()
         except BaseException:
-            # Interrupted in mid-dialogue, e.g. by a signal: nobody knows any more which answer belongs to what.
+            # Interrupted between request and answer, e.g. by a signal: later answers could not be attributed.
             self._abandon()
             raise
 
@@ -283,7 +283,7 @@ class ForkServer:
             raise self._lost() from error
 
     def _receive(self) -> tuple[socket_messages.Message, list[int]] | None:
-        """The next answer; None when it was the report of an end, which is put down."""
+        """Return the next answer; None for the report of an exit, which is recorded."""
         if self._socket is None:
             raise self._lost()
         received = socket_messages.receive(self._socket)
@@ -298,7 +298,7 @@ class ForkServer:
     def _lost(self) -> ForkServerLostError:
         pid = self.pid
         self._abandon()
-        return ForkServerLostError(f"the fork server (pid {pid}) has ended unexpectedly, and all its workers with it")
+        return ForkServerLostError(f"the fork server (pid {pid}) exited unexpectedly, and all its workers with it")
 
     def _abandon(self) -> None:
         if self._socket is not None:
@@ -306,7 +306,7 @@ class ForkServer:
             self._socket = None
         if self._process is not None:
             if self._imports_awaited:
-                # It reads nothing while it imports.
+                # It reads no requests while it imports.
                 self._process.kill()
                 self._imports_awaited = 0
             try:
@@ -318,7 +318,7 @@ class ForkServer:
 
 
 class Successor(ForkServer):
-    """A fork server that another one has forked, to import more. It ends with that one, and begins once.
+    """A fork server that was forked from another one to import more. It exits with that one, and starts only once.
 
     Args:
         predecessor: forks it.
@@ -331,22 +331,22 @@ class Successor(ForkServer):
 
     @property
     def is_alive(self) -> bool:
-        """Whether it can be asked to fork."""
+        """Whether it can fork."""
         process = self._process
         return isinstance(process, _ForkedProcess) and not select.select([process], [], [], 0)[0]
 
     def learn(self, lesson: Mapping[str, Any]) -> None:
-        """Have it import what a program imports; returns without waiting for that."""
+        """Have it import what a script imports; returns without waiting for that."""
         self.start()
         with self._lock:
             self._send({"learn": dict(lesson)})
             self._imports_awaited += 1
 
     def learned(self) -> socket_messages.Message | None:
-        """What has come of it; None while it is under way.
+        """Return the result of the imports; None while they are in progress.
 
         Raises:
-            ForkServerLostError: it has ended.
+            ForkServerLostError: it has exited.
         """
         with self._lock:
             if self._socket is not None and not select.select([self._socket], [], [], 0)[0]:
@@ -357,7 +357,9 @@ class Successor(ForkServer):
 
     def _launch(self) -> None:
         if self._has_begun:
-            raise ForkServerLostError("the process that had imported what the program imports has ended")
+            raise ForkServerLostError(
+                "the successor of the fork server, which had imported what the script imports, has exited"
+            )
         self._has_begun = True
         ours, theirs = socket.socketpair()
         try:
@@ -370,26 +372,26 @@ class Successor(ForkServer):
 
 
 class _ForkedProcess:
-    """A process that the fork server has forked, as `subprocess` has those that it has started."""
+    """A process forked by the fork server, with the interface of a `subprocess` process."""
 
     def __init__(self, forked: Forked) -> None:
         self.pid = forked.pid
         self._pidfd = forked.pidfd
 
     def fileno(self) -> int:
-        """Becomes readable when it has ended."""
+        """File descriptor that becomes readable when it has exited."""
         return self._pidfd
 
     def kill(self) -> None:
-        """End it."""
+        """Kill it."""
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait for its end, and release what is held of it.
+        """Wait for its exit, and release its file descriptor.
 
         Raises:
-            subprocess.TimeoutExpired: it has not come.
+            subprocess.TimeoutExpired: it still runs.
         """
         if not select.select([self._pidfd], [], [], timeout)[0]:
             raise subprocess.TimeoutExpired("the fork server", timeout or 0.0)
@@ -397,9 +399,9 @@ class _ForkedProcess:
 
 
 def parent_environment(env: dict[str, str]) -> dict[str, str]:
-    """The environment of the parent itself, which its workers do not see.
+    """Prepare the environment of the fork server itself, which its workers do not see.
 
-    Its libraries must start no threads at import: numpy's OpenBLAS would. Relative folders of the search path stay
+    Its libraries must start no threads at import, as numpy's OpenBLAS would. Relative folders of the search path stay
     relative to this process's working directory.
 
     Args:

@@ -1,9 +1,9 @@
-"""A parent that is forked from this process, and workers that run one call of it in the place of a program.
+"""A fork server that is forked from this process, and workers that run one call of it instead of a script.
 
-What exists only in the memory of this process, such as classes and data that were defined in the cells of a notebook,
-is there in every worker. The parent is forked at the call, before anything of the run has begun, and does not change
-from then on: a worker that replaces a lost one starts from the same state as the first ones did. However many threads
-this process has, only the one that makes the call is in the parent, and in the workers.
+What exists only in the memory of this process, such as classes and data defined in the cells of a notebook, exists in
+every worker. The fork server is forked at the call, before anything of the run has begun, and does not change from then
+on, so a replacement starts from the same state as the first workers. However many threads this process has, only the
+one that makes the call exists in the fork server and in the workers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkProcess
 
-from lightning_ckptless.membership.channel.program_failure import leave_failure
+from lightning_ckptless.membership.channel.program_failure import report_failure
 from lightning_ckptless.membership.forkserver.client import Forked, ForkServer
 from lightning_ckptless.membership.forkserver.server import Parent
 from lightning_ckptless.membership.worker import startup
@@ -31,11 +31,11 @@ Call = Callable[[], None]
 
 
 class ForkedParent(ForkServer):
-    """A parent that this process forks itself.
+    """A fork server that this process forks itself.
 
     Args:
         call: what every worker runs; returns, or raises what ends the worker as failed.
-        output: file descriptors that workers get in the place of others of this process, e.g. of its stdout.
+        output: file descriptors that workers get instead of others of this process, e.g. of its stdout.
     """
 
     executes = False
@@ -54,14 +54,14 @@ class ForkedParent(ForkServer):
             target=_serve, args=(control, ours, os.getpid(), self._call), name="ckptless-parent"
         )
         with warnings.catch_warnings():
-            # Python warns of forks of a process with several threads, which every notebook's is.
+            # Python warns about forks of a process with several threads, which every notebook has.
             warnings.simplefilter("ignore", DeprecationWarning)
             process.start()
         return _Handle(process)
 
 
 class _Handle:
-    """A forked process, with the part of `subprocess.Popen` that the handle of a parent uses.
+    """A forked process, with the part of `subprocess.Popen` that the handle of a fork server uses.
 
     Args:
         process: started.
@@ -72,11 +72,11 @@ class _Handle:
         self.pid = process.pid or 0
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill it at once."""
         self._process.kill()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait for its end."""
+        """Wait for its exit."""
         self._process.join(timeout)
         if self._process.is_alive():
             raise subprocess.TimeoutExpired(self._process.name, timeout or 0.0)
@@ -84,16 +84,16 @@ class _Handle:
 
 
 def _serve(control: socket.socket, ours: socket.socket, agent_pid: int, call: Call) -> None:
-    """The life of the parent, and of each worker that it forks. `multiprocessing` ends the process after it."""
+    """Run as the fork server, and as each worker it forks. `multiprocessing` ends the process afterwards."""
     os.setsid()
-    # An event loop of the process that was forked would be woken by the signals of this one.
+    # Otherwise signals of this process would wake the event loop of the process it was forked from.
     signal.set_wakeup_fd(-1)
     startup.reset_signals()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ours.close()
-    # Its threads are those that libraries start in every fork, as torch's pool does: they are no obstacle to the next.
+    # Its threads are those that libraries start in every fork, such as torch's pool: they do not prevent further forks.
     job = Parent(control, agent_pid, refuses=False).serve()
-    assert not isinstance(job, Parent), "what a notebook has imported is there already: it needs no successor"
+    assert not isinstance(job, Parent), "a notebook's imports exist already: it needs no successor"
     sys.exit(0 if job is None else _run(job, call))
 
 
@@ -108,25 +108,25 @@ def _run(job: Job, call: Call) -> int:
     try:
         call()
     except BaseException as error:  # noqa: BLE001 - as an interpreter does: whatever was raised ends the process
-        leave_failure(error)
+        report_failure(error)
         return startup.exit_code_of(error)
     return 0
 
 
 def _log_to_new_streams(before: Mapping[int, str]) -> None:
-    """Have log handlers that write to the streams of before, by their ids, write to those in their places."""
+    """Redirect log handlers from the old streams, given by their ids, to the new ones."""
     loggers = [logging.root, *(logging.getLogger(name) for name in list(logging.root.manager.loggerDict))]
     for handler in {handler for logger in loggers for handler in logger.handlers}:
         if isinstance(handler, logging.StreamHandler) and (name := before.get(id(handler.stream))):
-            # Not by `setStream`, which would flush the old one: it belongs to the process that was forked.
+            # Not with `setStream`, which would flush the old stream: it belongs to the process that was forked.
             handler.stream = getattr(sys, name)
 
 
 def _let_display() -> None:
-    """Have what a worker displays in a notebook, e.g. a progress bar, be sent to its cell.
+    """Let a worker's display output in a notebook, e.g. a progress bar, be sent to its cell.
 
-    The kernel's session refuses to send from a fork, in case its sockets were not made for that. Those by which output
-    is sent are: in a fork they hand it to the process that was forked.
+    The kernel's session refuses to send from a fork, in case its sockets do not support that. The sockets for output
+    do: in a fork they pass it to the process that was forked.
     """
     shell = builtins.get_ipython() if hasattr(builtins, "get_ipython") else None
     session = getattr(getattr(shell, "kernel", None), "session", None)
@@ -135,4 +135,4 @@ def _let_display() -> None:
 
 
 THE_CALL = Program("call", "the call")
-"""What workers of a forked parent run."""
+"""What workers of a `ForkedParent` run."""

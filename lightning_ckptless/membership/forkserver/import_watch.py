@@ -1,19 +1,19 @@
-"""What modules do to a process while they are imported, beyond defining themselves, and which module does it.
+"""The side effects of modules at import, and which module has them.
 
-A fork of a process that has imported them is like a process that imports them itself only where they have left alone
-what a fork does not inherit, what it would share, and what differs between one worker and the next. The process that
-workers are forked from imports under this watch, and so does `ckptless doctor`.
+A fork of a process that has imported modules is like a process that imports them itself only if they leave alone what a
+fork does not inherit, what it would share, and what differs between workers. The successor of the fork server imports
+under this watch, and so does `ckptless doctor`.
 
 | An import that | Because |
 |---|---|
 | starts a thread | a fork has none of them, and keeps the locks that they held |
 | leaves a file or a connection open | all forks would share it |
-| asks CUDA for something | a fork cannot use CUDA then |
-| draws random numbers, or seeds a generator | the numbers that follow would be others in a fork |
-| handles a signal, changes the working directory or `sys.path` | a worker has those of its own |
-| reads a variable that differs between workers | a fork would keep what another worker was given |
+| asks CUDA for something | a fork cannot use CUDA afterwards |
+| draws random numbers, or seeds a generator | the numbers that follow would differ in a fork |
+| handles a signal, changes the working directory or `sys.path` | a worker has its own |
+| reads a variable that differs between workers | a fork would keep another worker's value |
 
-What imports change in the environment is no harm: it is known afterwards, and can be done again.
+Changes of the environment at import do no harm: they are known afterwards, and can be repeated.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ PER_WORKER = frozenset(
         *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_ERROR_FILE"),
     }
 )
-"""Variables that one worker finds set otherwise than the next."""
+"""Environment variables whose values differ between workers."""
 FORK_SAFE_THREADS = frozenset({"jemalloc_bg_thd"})
-"""jemalloc, which pyarrow brings, takes its locks before a fork and starts its thread again after it."""
+"""jemalloc, a part of pyarrow, takes its locks before a fork and restarts its thread after it."""
 _ENDING_S = 0.3
-"""How long a thread may still be seen that has been joined: the kernel ends it later."""
+"""How long a joined thread may still be visible: the kernel removes it later."""
 
 
 def foreign_threads() -> dict[int, str]:
-    """The threads beside the main one, by number and name, without those that a fork is known not to harm."""
+    """Return the threads other than the main one, by thread id and name, without those known to be safe to fork."""
     names = {}
     for task in map(int, os.listdir("/proc/self/task")):
         if task == os.getpid():
@@ -56,7 +56,7 @@ def foreign_threads() -> dict[int, str]:
 
 
 class LeftOutError(BaseException):
-    """A module is asked for that must not be imported here.
+    """A module is requested that must not be imported here.
 
     Not an `Exception`: a module that handles the failed import of another one would become a different module.
     """
@@ -64,12 +64,12 @@ class LeftOutError(BaseException):
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A thread that has been started while modules were imported.
+    """A thread that was started while modules were imported.
 
     Args:
         name: of the thread.
         module: whose code has started it.
-        under_way: modules whose import was under way, the innermost one last.
+        under_way: modules whose import was in progress, the innermost one last.
         request: during which.
     """
 
@@ -80,20 +80,21 @@ class Started:
 
 
 class ImportWatch:
-    """A context in which modules are imported, by one request after the other.
+    """A context in which modules are imported, one request after the other.
 
-    Who starts a thread of Python's is known exactly. One that other code starts is seen when the next import begins,
-    and is attributed to the one before.
+    For a thread of Python's, the starter is known exactly. A thread that other code starts is noticed when the next
+    import begins, and is attributed to the previous one.
 
     Args:
-        variables: names of environment variables whose readers are noted, beside those that differ between workers.
-        left_out: modules that must not be imported, with all that is in them.
-        pause: is called before each import.
-        ignored: names of modules whose code is not the importing program's.
+        variables: names of environment variables whose readers are noted, in addition to those that differ between
+            workers.
+        left_out: modules that must not be imported, with their submodules.
+        pause: called before each import.
+        ignored: names of modules whose code does not belong to the importing script.
 
     Attributes:
-        readers: for each of the variables that was read, the modules that have read it, with the request.
-        refused: modules whose import has asked for one that is left out, with the latter.
+        readers: for each variable that was read, the modules that have read it, with the request.
+        refused: modules whose import has requested one that is left out, with the latter.
     """
 
     def __init__(
@@ -129,8 +130,8 @@ class ImportWatch:
                 watch._note_read(os.fsdecode(key))
                 return super().__getitem__(key)
 
-        # Until the context is left, and in no process but this one: Python says itself who starts threads since 3.12
-        # alone, and of variables never.
+        # Patched until the context is left, in this process only: Python reports thread starts only since 3.12, and
+        # reads of variables never.
         threading.Thread.start = note_and_start  # type: ignore[method-assign, assignment]
         os.environ._data = Watched(data)  # type: ignore[attr-defined]
         sys.meta_path.insert(0, self)
@@ -147,7 +148,7 @@ class ImportWatch:
     # ------------------------------------------------------------------ while modules are imported
 
     def find_spec(self, name: str, *_: object) -> None:
-        """Called by Python before it imports a module; it is found by others."""
+        """Called by Python before it imports a module; other finders find it."""
         self._look()
         above = self.under_way()
         if part_of(name, self._left_out):
@@ -157,20 +158,20 @@ class ImportWatch:
         self._pause()
 
     def begin(self, request: Hashable, module: str) -> None:
-        """A request to import a module begins."""
+        """Begin a request to import a module."""
         self._look()
         self._request, self._importing = request, (module,)
         self._before = _traits()
 
     def effect(self) -> str:
-        """What the request has done that a fork would not have or would share, in words; threads are not among it."""
+        """Describe what the request has done that a fork would not have or would share, threads excepted."""
         changed = (
             text for name, (text, value) in _traits().items() if self._before.get(name, (text, value))[1] != value
         )
         return next(changed, "")
 
     def under_way(self) -> tuple[str, ...]:
-        """The modules whose own code is being run, the innermost one last."""
+        """Return the modules whose code is being executed, the innermost one last."""
         frame: FrameType | None = sys._getframe(1)
         names: list[str] = []
         while frame is not None:
@@ -192,7 +193,7 @@ class ImportWatch:
     # ------------------------------------------------------------------ afterwards
 
     def threads(self) -> list[Started]:
-        """The threads that are there to stay, with who has started them."""
+        """Return the threads that stay, with the modules that have started them."""
         self._look()
         names, until = foreign_threads(), time.monotonic() + _ENDING_S
         while names and time.monotonic() < until:
@@ -207,13 +208,13 @@ class ImportWatch:
 
 
 def part_of(name: str, modules: Collection[str]) -> str:
-    """Which of some modules a module is, or is in; empty for none."""
+    """Return which of some modules a module is, or is in; empty for none."""
     parts = name.split(".")
     return next((part for n in range(len(parts)) if (part := ".".join(parts[: n + 1])) in modules), "")
 
 
 def _traits() -> dict[str, tuple[str, Any]]:
-    """What an import should leave as it is, with what it does where it does not."""
+    """Return what an import should leave unchanged, each with the text for the case that it does not."""
     return {
         "files": ("leaves a file or a connection open", _open_files()),
         "CUDA": ("asks CUDA for its devices", _asks_cuda()),
@@ -227,7 +228,7 @@ def _traits() -> dict[str, tuple[str, Any]]:
 def _open_files() -> set[tuple[str, str]]:
     files = set()
     for number in os.listdir("/proc/self/fd"):
-        # The one that lists the others is gone.
+        # The descriptor of the listing itself no longer exists.
         with suppress(FileNotFoundError):
             files.add((number, os.readlink(f"/proc/self/fd/{number}")))
     return files
@@ -239,7 +240,7 @@ def _asks_cuda() -> bool:
 
 
 def _generators() -> dict[str, int]:
-    """The states of the generators that a program shares with its libraries, of those that there are."""
+    """Return the states of the generators that a script shares with its libraries, as far as they are loaded."""
     states = {"random": hash(random.getstate())}
     if "numpy.random" in sys.modules:
         _, keys, *rest = sys.modules["numpy.random"].get_state()

@@ -1,8 +1,8 @@
-"""What a program has imported when it comes to the training loop, as its worker says it to the agent.
+"""What a script has imported when it reaches the training loop, as its worker reports it to the agent.
 
-A module counts where it is installed: in a folder named `site-packages` or `dist-packages`, in the standard library, or
-in this package. What lies beside the program, or where `PYTHONPATH` leads, is the user's own, and so is the package
-that the program is in: these are run by every new process.
+A module counts if it is installed: in a folder named `site-packages` or `dist-packages`, in the standard library, or in
+this package. Modules beside the script or on `PYTHONPATH` are the user's own, as is the package that contains the
+script: every new process runs these itself.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _LIBRARIES = (os.path.dirname(os.__file__), os.path.dirname(lightning_ckptless._
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """What a program has imported.
+    """What a script has imported.
 
     Args:
         modules: files of the installed modules by name, in the order in which their imports began.
-        variables: those of the environment that the program, or what it has imported, has changed since its start; None
-            for one that it has removed.
+        variables: environment variables that the script, or what it has imported, has changed since its start; None for
+            a removed one.
         path: where it looks for modules.
     """
 
@@ -37,7 +37,7 @@ class Imported:
     path: list[str]
 
     def to_message(self) -> dict[str, Any]:
-        """What JSON can hold."""
+        """Return it as a JSON object."""
         return asdict(self)
 
 
@@ -48,16 +48,16 @@ class _Start:
 
 
 _starts: list[_Start] = []
-"""Of this process, until it is asked what has been imported since."""
+"""The state at the start of this process's script; taken once."""
 
 
 def note_start() -> None:
-    """Note what there is before the program begins; called in a worker that was forked."""
+    """Note what exists before the script begins; called in a worker that was forked."""
     _starts[:] = [_Start(frozenset(sys.modules), dict(os.environ))]
 
 
 def take_imported() -> Imported | None:
-    """What the program has imported since its start, once; None where that was asked for before, or is not known."""
+    """Return what the script has imported since its start; None where it was taken before, or is not known."""
     if not _starts:
         return None
     start = _starts.pop()
@@ -71,19 +71,19 @@ def take_imported() -> Imported | None:
 def installed_modules(
     modules: Mapping[str, ModuleType], before: Collection[str], main: ModuleType | None
 ) -> dict[str, str]:
-    """The files of installed modules, by name.
+    """Return the files of installed modules, by name.
 
     Args:
         modules: all that are imported.
-        before: names of those that do not count.
-        main: the program, whose own package does not count.
+        before: names of modules that do not count.
+        main: the script, whose own package does not count.
     """
     file = str(getattr(main, "__file__", None) or "")
     package = str(getattr(main, "__package__", None) or "").partition(".")[0]
     own = os.path.join(os.path.dirname(os.path.realpath(file)), "") if is_installed(file) else None
     found = {}
     for name, module in list(modules.items()):
-        # Not by getattr: a module that loads its parts when they are asked for would do so.
+        # Not with getattr: a module that loads its parts lazily would load one.
         spec = getattr(module, "__dict__", {}).get("__spec__")
         origin = getattr(spec, "origin", None)
         if name in before or spec is None or origin is None or spec.name != name or not spec.has_location:
@@ -96,11 +96,11 @@ def installed_modules(
 
 
 def is_installed(file: str) -> bool:
-    """Whether a module's file is where installed modules are."""
+    """Whether a module's file is in a folder of installed modules."""
     return not _INSTALLED.isdisjoint(Path(file).parts) or any(Path(file).is_relative_to(each) for each in _LIBRARIES)
 
 
 def changed_variables(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:
-    """The variables that differ, as they are afterwards; None for one that is no longer there."""
+    """Return the variables that differ, with their new values; None for a removed one."""
     names = before.keys() | after.keys()
     return {name: after.get(name) for name in sorted(names) if before.get(name) != after.get(name)}

@@ -1,8 +1,8 @@
-"""A fork of the process that workers are forked from imports what a program imports, and takes its place.
+"""A successor of the fork server imports what a script imports.
 
-It is as a worker is when the program begins: environment, working directory and arguments. It imports under a watch,
-and slowly, for it does so beside the training. Where a module does what a fork of it would not have, or cannot be
-imported alone, the process has become useless, and says which modules to leave out the next time.
+It is in the state of a worker at the start of the script: environment, working directory and arguments. It imports
+under a watch, and slowly, because it runs beside the training. If a module has an effect that forks would not have, or
+cannot be imported alone, the process is unusable, and reports which modules to leave out the next time.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from lightning_ckptless.membership.worker.hydra import with_folder, without_fold
 from lightning_ckptless.membership.worker.startup import Job
 
 _SHARE = 0.25
-"""Of a processor, at most. A lower priority would be inherited by the workers, which may not raise it again."""
+"""Largest share of a processor. Workers would inherit a lower priority, and may not raise it again."""
 _SHORTEST_PAUSE_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
-    """What is to be imported.
+class ImportRequest:
+    """What to import.
 
     Args:
-        imported: by the program.
-        job: of the worker that has said so.
+        imported: by the script.
+        job: of the worker that has reported it.
         left_out: modules that must not be imported, with the reason.
     """
 
@@ -47,7 +47,7 @@ class Lesson:
     left_out: dict[str, str] = field(default_factory=dict)
 
     def to_message(self) -> dict[str, Any]:
-        """What JSON can hold."""
+        """Return the request as a JSON object."""
         return {
             "imported": self.imported.to_message(),
             "job": self.job.to_message(),
@@ -55,19 +55,19 @@ class Lesson:
         }
 
     @classmethod
-    def from_message(cls, message: dict[str, Any]) -> Lesson:
-        """The lesson that `to_message` made."""
+    def from_message(cls, message: dict[str, Any]) -> ImportRequest:
+        """Read a request that `to_message` returned."""
         return cls(Imported(**message["imported"]), Job.from_message(message["job"]), message["left_out"])
 
 
 @dataclass(frozen=True, slots=True)
-class Learned:
-    """What has come of it.
+class ImportResult:
+    """The result of a request.
 
     Args:
         modules: how many were imported.
-        unsafe: modules to leave out the next time, with the reason; none where the process is fit to be forked.
-        variables: what the imports have changed in the environment; None for one that was removed.
+        unsafe: modules to leave out the next time, with the reason; empty where the process can be forked.
+        variables: what the imports have changed in the environment; None for a removed variable.
         took_s: seconds, pauses included.
     """
 
@@ -77,35 +77,35 @@ class Learned:
     took_s: float
 
 
-def learn(lesson: Lesson, clock: Callable[[], float] = time.monotonic) -> Learned:
-    """Import all that is to be imported, in this process."""
+def learn(request: ImportRequest, clock: Callable[[], float] = time.monotonic) -> ImportResult:
+    """Import everything requested, in this process."""
     began, known = clock(), len(sys.modules)
     path = sys.path[:]
-    before = _begin_as(lesson.job)
-    sys.path[:] = lesson.imported.path
-    variables = lesson.imported.variables
+    before = _begin_as(request.job)
+    sys.path[:] = request.imported.path
+    variables = request.imported.variables
     unsafe: dict[str, str] = {}
-    with ImportWatch(variables=variables, left_out=lesson.left_out, pause=_pauses(), ignored=_ours()) as watch:
-        for name, file in lesson.imported.modules.items():
-            if name not in sys.modules and not part_of(name, lesson.left_out):
+    with ImportWatch(variables=variables, left_out=request.left_out, pause=_pauses(), ignored=_ours()) as watch:
+        for name, file in request.imported.modules.items():
+            if name not in sys.modules and not part_of(name, request.left_out):
                 reason = _import(name, file, watch)
                 if reason:
                     unsafe[name] = reason
         threads = watch.threads()
     changed = changed_variables(before, os.environ)
-    # A worker puts its program's folder there itself.
+    # A worker adds its script's folder itself.
     sys.path[:] = path
     unsafe |= _starters(threads)
     unsafe |= {module: f"imports {other}" for module, other in watch.refused.items()}
-    unsafe |= _readers(watch.readers, lesson)
-    # What the modules of a worker hold stays as it is: a collection would write to all pages that forks share.
+    unsafe |= _readers(watch.readers, request)
+    # Exclude the modules' objects from garbage collection, which would write to all pages that forks share.
     gc.collect()
     gc.freeze()
-    return Learned(len(sys.modules) - known, _within(unsafe, lesson), changed, clock() - began)
+    return ImportResult(len(sys.modules) - known, _within(unsafe, request), changed, clock() - began)
 
 
 def _begin_as(job: Job) -> dict[str, str]:
-    """Be as a worker is when its program begins; returns its environment."""
+    """Enter the state of a worker at the start of its script; returns its environment."""
     program = with_folder(job.program, job.env)
     os.environ.clear()
     os.environ.update(without_folder(job.env))
@@ -115,7 +115,7 @@ def _begin_as(job: Job) -> dict[str, str]:
 
 
 def _import(name: str, file: str, watch: ImportWatch) -> str:
-    """Import one module; returns what it has done that it should not, empty for nothing."""
+    """Import one module; returns an unwanted effect of it, empty for none."""
     watch.begin(name, name)
     try:
         module = importlib.import_module(name)
@@ -126,12 +126,12 @@ def _import(name: str, file: str, watch: ImportWatch) -> str:
     spec = vars(module).get("__spec__")
     found = getattr(spec, "origin", None)
     if found != file:
-        return f"is found in {found} here, and in {file} by the program"
+        return f"is found in {found} here, but in {file} by the script"
     return watch.effect()
 
 
 def _starters(threads: Sequence[Started]) -> dict[str, str]:
-    """The modules that have started threads, and those that import them."""
+    """Return the modules that have started threads, and those that import them."""
     unsafe: dict[str, str] = {}
     for thread in threads:
         for module in thread.under_way:
@@ -139,23 +139,23 @@ def _starters(threads: Sequence[Started]) -> dict[str, str]:
     return unsafe | {thread.module: f"starts a thread: {thread.name}" for thread in threads}
 
 
-def _readers(readers: Mapping[str, Collection[str]], lesson: Lesson) -> dict[str, str]:
-    """The modules that have read a variable whose value in a worker is not known here."""
+def _readers(readers: Mapping[str, Collection[str]], request: ImportRequest) -> dict[str, str]:
+    """Return the modules that have read a variable whose value in a worker is not known here."""
     unsafe: dict[str, str] = {}
     for variable, modules in readers.items():
         if variable in PER_WORKER:
             why = f"reads {variable}, which differs between workers"
-        elif lesson.imported.variables[variable] != os.environ.get(variable):
-            why = f"reads {variable}, which the program sets"
+        elif request.imported.variables[variable] != os.environ.get(variable):
+            why = f"reads {variable}, which the script sets"
         else:
-            # The imports have set it themselves.
+            # The imports themselves have set it.
             continue
         unsafe |= dict.fromkeys(modules, why)
     return unsafe
 
 
-def _within(unsafe: dict[str, str], lesson: Lesson) -> dict[str, str]:
-    return {name: reason for name, reason in unsafe.items() if name and name not in lesson.left_out}
+def _within(unsafe: dict[str, str], request: ImportRequest) -> dict[str, str]:
+    return {name: reason for name, reason in unsafe.items() if name and name not in request.left_out}
 
 
 _MEMBERSHIP = "lightning_ckptless.membership."
@@ -168,7 +168,7 @@ def _ours() -> frozenset[str]:
 
 
 def _pauses() -> Callable[[], None]:
-    """Sleeps, each time that it is called, until this process has used no more than its share of a processor."""
+    """Return a function that sleeps until this process has used no more than its share of a processor."""
     last = [time.process_time()]
 
     def pause() -> None:

@@ -1,8 +1,8 @@
-"""The output of workers, written to the `sys.stdout` and `sys.stderr` of this process where those are no files.
+"""Relays the output of workers to the `sys.stdout` and `sys.stderr` of this process where those are no files.
 
-In a notebook these are objects that send what is printed to the browser; the file descriptors 1 and 2 may lead to the
-terminal of the server, which nobody reads. Workers print into pipes, and a thread here writes what it reads from them
-to the cell that runs.
+In a notebook these are objects that send what is printed to the browser, while the file descriptors 1 and 2 may lead to
+the terminal of the server, which no user reads. Workers print into pipes, and a thread here writes what it reads from
+them to the running cell.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _CHUNK_BYTES = 65536
 
 
 class OutputRelay:
-    """A context in which output of workers is relayed.
+    """A context in which the output of workers is relayed.
 
     Attributes:
-        output: by file descriptor of this process, the one that workers are to have in its place.
+        output: by file descriptor of this process, the one that workers use instead.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class OutputRelay:
                 source, self.output[number] = os.pipe()
                 self._sources[source] = stream
         self._end = os.eventfd(0, os.EFD_CLOEXEC)
-        # In the context of the caller: a notebook knows by it which cell the output belongs to.
+        # In the context of the caller, by which a notebook assigns the output to a cell.
         context = contextvars.copy_context()
         self._thread = threading.Thread(
             target=context.run, args=(self._relay,), name="ckptless-output-relay", daemon=True
@@ -52,7 +52,7 @@ class OutputRelay:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert self._thread is not None
-        # A process that a worker has left behind may hold an end of a pipe: its closing is not waited for.
+        # A process left behind by a worker may hold an end of a pipe, so its closing is not waited for.
         os.eventfd_write(self._end, 1)
         self._thread.join()
         for number in (self._end, *self._sources, *self.output.values()):

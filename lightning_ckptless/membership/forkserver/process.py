@@ -1,4 +1,4 @@
-"""One process that the fork server has forked, as its agent holds it."""
+"""A process that the fork server has forked, as its agent sees it."""
 
 from __future__ import annotations
 
@@ -8,44 +8,44 @@ import signal
 import time
 from collections.abc import Sequence
 
-from lightning_ckptless.membership.channel.agent_channel import Line
+from lightning_ckptless.membership.channel.agent_channel import AgentChannel
 from lightning_ckptless.membership.forkserver.client import End, Forked, ForkServer, ForkServerLostError
 from lightning_ckptless.membership.worker.startup import Job
 from lightning_ckptless.system.procfs import stat_fields
 
 
 class Process:
-    """A process with a line to it.
+    """A process with a channel to it.
 
     Args:
-        parent: has forked it, and reports its end.
-        forked: what the parent said of it.
-        line: the agent's end of the line to it.
+        parent: fork server that has forked it, and reports its exit.
+        forked: as returned by the fork server.
+        channel: the agent's end.
 
     Attributes:
         pid: its process id.
-        pidfd: becomes readable when it has ended; -1 from then on.
-        line: the agent's end of the line to it.
+        pidfd: becomes readable when it has exited; -1 from then on.
+        channel: the agent's end.
     """
 
-    def __init__(self, parent: ForkServer, forked: Forked, line: Line) -> None:
+    def __init__(self, parent: ForkServer, forked: Forked, channel: AgentChannel) -> None:
         self.pid = forked.pid
         self.pidfd = forked.pidfd
-        self.line = line
+        self.channel = channel
         self._parent = parent
         self._forked = forked
         self._memory = _open_memory(forked.pid)
 
     @classmethod
     def start(cls, parent: ForkServer, job: Job, stdio: Sequence[int]) -> Process:
-        """Fork one.
+        """Fork a process.
 
         Args:
-            parent: forks it.
+            parent: fork server.
             job: what it runs.
-            stdio: its standard input, output and error.
+            stdio: its stdin, stdout and stderr.
         """
-        ours, theirs = Line.pair()
+        ours, theirs = AgentChannel.pair()
         try:
             return cls(parent, parent.fork(job, [*stdio, theirs.fileno()]), ours)
         except BaseException:
@@ -55,7 +55,7 @@ class Process:
             theirs.hand_over()
 
     def is_dying(self) -> bool:
-        """Whether it has given up its memory: the first sign of an end, whatever there is to be freed."""
+        """Whether it has released its address space: the first sign of an exit, before its memory is freed."""
         if self._memory < 0:
             return False
         try:
@@ -64,33 +64,34 @@ class Process:
             return True
 
     def exit_code(self) -> int | None:
-        """What it dies of, as in `subprocess`, told before its memory is freed.
+        """Return its exit code as in `subprocess`, which the kernel reveals before the memory is freed.
 
-        None where the kernel does not tell yet, or tells of success, which is what it says of those that live, too.
+        None where the kernel does not reveal it yet. Zero counts as not revealed: it is also the value of a living
+        process.
         """
         fields = stat_fields(self.pid)
         return None if fields is None else os.waitstatus_to_exitcode(int(fields[-1])) or None
 
     def signal(self, number: int, *, alone: bool = False) -> None:
-        """Send it a signal; nothing where it has ended.
+        """Send it a signal; does nothing where it has exited.
 
         Args:
             number: of the signal.
-            alone: whether the processes that it has started do not get it.
+            alone: whether to exclude the processes that it has started.
         """
         if alone:
             self._parent.signal_one(self.pid, number)
         else:
             self._parent.signal([self.pid], number)
 
-    def buried(self) -> bool:
-        """Whether it has ended; releases what was held of it, once."""
+    def has_ended(self) -> bool:
+        """Whether it has exited; releases its resources the first time."""
         if self.pidfd >= 0 and select.select([self.pidfd], [], [], 0)[0]:
             self.end()
         return self.pidfd < 0
 
     def end(self) -> End:
-        """How it ended, waiting until it does. Releases what was held of it; to be asked once."""
+        """Wait until it exits, and return how it did. Releases its resources; may be called once."""
         try:
             end = self._parent.end_of(self._forked)
         except ForkServerLostError:
@@ -99,12 +100,13 @@ class Process:
         return end
 
     def leave(self, timeout_s: float) -> None:
-        """Wait for the end of a process that was killed, and release what is held of it in any case.
+        """Wait for the exit of a killed process, and release its resources in any case.
 
         Args:
-            timeout_s: longest wait: a process that takes longer is stuck in the kernel, at a disk that does not answer.
+            timeout_s: longest wait in seconds: a process that takes longer is stuck in the kernel, e.g. on an
+                unresponsive disk.
         """
-        self.line.close()
+        self.channel.close()
         if self.pidfd < 0:
             return
         if select.select([self.pidfd], [], [], timeout_s)[0]:

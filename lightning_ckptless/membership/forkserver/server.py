@@ -1,21 +1,21 @@
 """The fork server: a process that has imported what the workers need, and forks them.
 
-Importing torch and Lightning is nearly all of the time that a relaunch takes, so it is done once, here. The parent
-never trains, never joins a process group and never starts a thread: only then is a fork of it a clean process. An agent
-starts it and speaks with it over a socket. It owns the workers: it alone signals them and reaps them, so that no signal
-can hit a process id which was used again. When the agent closes the socket or dies, the workers are killed and the
-parent ends.
+Importing torch and Lightning takes most of the time of a relaunch, so it is done once, here. The fork server never
+trains, never joins a process group and never starts a thread: only then is a fork of it a clean process. An agent
+starts it and sends it requests over a socket. It owns the workers: only the fork server signals and reaps them, so that
+no signal can hit a process id that was reused. When the agent closes the socket or dies, the workers are killed and the
+fork server exits.
 
 | Request | Answer |
 |---|---|
 | `{"preload": [names], "path": [folders]}` | `{"ready": seconds}` or `{"failed": sentence}` |
-| `{"fork": job}` with stdin, stdout, stderr, line | `{"pid": n}` with a pidfd, or `{"refused": sentence}` |
+| `{"fork": job}` with stdin, stdout, stderr, channel | `{"pid": n}` with a pidfd, or `{"refused": sentence}` |
 | the same, at a limit of the system | `{"impossible": sentence}` |
 | `{"signal": number, "pids": [...]}`, to groups, or with `"alone": true` to processes | none |
 | `{"succeed": true}` with a socket | `{"pid": n}` with a pidfd: a fork that serves at that socket, like this one |
-| `{"learn": lesson}`, to such a fork | `{"learned": modules, "unsafe": {...}, "took_s": s}`; see `learning` |
+| `{"learn": request}`, to such a fork | `{"learned": modules, "unsafe": {...}, "took_s": s}`; see `learning` |
 
-Unasked, `{"ended": pid, "exit_code": n, "at": seconds}` is sent when a worker ends, `at` being wall clock.
+Without a request, `{"ended": pid, "exit_code": n, "at": seconds}` is sent when a worker exits, `at` being wall clock.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lightning_ckptless.membership.worker.startup import Job
 
 
 def unsafe_to_fork() -> str | None:
-    """Why a fork of this process would not be a clean worker; None when it would."""
+    """Explain why a fork of this process would not be a clean worker; None when it would."""
     if threads := foreign_threads():
         return f"an imported module has started threads: {', '.join(threads.values())}"
     torch = sys.modules.get("torch")
@@ -50,7 +50,7 @@ def unsafe_to_fork() -> str | None:
 
 
 def _fork() -> int:
-    # Python warns of every thread, of those that are known to do no harm too.
+    # Python warns about every thread, even those known to be harmless.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return os.fork()
@@ -72,7 +72,7 @@ def import_all(names: list[str], path: list[str]) -> str | None:
     """Import modules, looking in `path` first.
 
     Returns:
-        None, or which modules could not be imported and why.
+        Which modules could not be imported and why; None for success.
     """
     before = sys.path[:]
     sys.path[:0] = path
@@ -99,7 +99,7 @@ class Parent:
         control: the socket to the agent.
         agent_pid: the process at its other end.
         refuses: whether it refuses forks that would not be clean processes.
-        is_fork: of another one, with which it ends.
+        is_fork: whether it was forked by another fork server, with which it exits.
     """
 
     control: socket.socket
@@ -112,14 +112,14 @@ class Parent:
     variables: dict[str, str | None] = field(default_factory=dict)
 
     def serve(self) -> Job | Parent | None:
-        """Serve until the agent is gone: None. In a forked worker: its job. In a successor: what it is to serve as."""
+        """Serve until the agent has exited: None. In a forked worker: its job. In a successor: its own serving loop."""
         agent = os.pidfd_open(self.agent_pid)
         self.selector.register(self.control, selectors.EVENT_READ)
         self.selector.register(agent, selectors.EVENT_READ)
         while True:
             ready = {key.fd for key, _ in self.selector.select()}
             for pid in [pid for pid, pidfd in self.pidfds.items() if pidfd in ready]:
-                self._bury(pid)
+                self._reap(pid)
             if self.control.fileno() in ready:
                 request = socket_messages.receive(self.control)
                 if request is None:
@@ -149,7 +149,7 @@ class Parent:
 
     def _preload(self, names: list[str], path: list[str]) -> None:
         began = time.monotonic()
-        # No event is read while modules are imported: the kernel sees to it that the parent does not outlive its agent.
+        # No event is read during an import, so the kernel ensures that the fork server does not outlive its agent.
         startup.die_with(self.agent_pid)
         failure = import_all(names, path)
         if not self.is_fork:
@@ -158,7 +158,7 @@ class Parent:
         self._send({"ready": time.monotonic() - began} if failure is None else {"failed": failure})
 
     def _fork(self, job: Job, files: list[int]) -> Job | None:
-        """Fork a worker. Returns its job in the worker, None in the parent."""
+        """Fork a worker. Returns its job in the worker, None in the fork server."""
         refusal = self._refusal() if self.refuses and not job.fresh else None
         if refusal is not None:
             socket_messages.close_all(files)
@@ -168,7 +168,7 @@ class Parent:
         if not self._begin_child(files):
             return None
         startup.detach(parent_pid, files[:3])
-        startup.hold_line(job, files[3:])
+        startup.pass_channel(job, files[3:])
         hidden_output.hide(job.env, inheritable=job.fresh)
         if job.fresh:
             startup.execute(job)
@@ -178,18 +178,18 @@ class Parent:
         parent_pid = os.getpid()
         if not self._begin_child(files):
             return None
-        # What its imports print, the first worker's have printed.
+        # The first worker has already printed what these imports print.
         startup.detach(parent_pid, [os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) for _ in range(3)])
         return Parent(socket.socket(fileno=files[0]), self.agent_pid, is_fork=True)
 
     def _begin_child(self, files: list[int]) -> bool:
-        """Fork, and tell the agent of it. Returns whether this is the new process, which owns the files."""
+        """Fork, and report that to the agent. Returns whether this is the new process, which owns the files."""
         sys.stdout.flush()
         sys.stderr.flush()
         try:
             pid = _fork()
         except OSError as error:
-            # At a limit on processes or on memory. Those that run already are none the worse for it.
+            # At a limit on processes or memory. Running workers are not affected.
             socket_messages.close_all(files)
             self._send({"impossible": str(error)})
             return False
@@ -203,10 +203,10 @@ class Parent:
         return False
 
     def _learn(self, message: socket_messages.Message) -> None:
-        # Not before it is needed: it is no part of what workers find imported.
-        from lightning_ckptless.membership.forkserver.learning import Lesson, learn  # noqa: PLC0415
+        # Imported lazily: it must not be among the modules that workers inherit.
+        from lightning_ckptless.membership.forkserver.learning import ImportRequest, learn  # noqa: PLC0415
 
-        learned = learn(Lesson.from_message(message))
+        learned = learn(ImportRequest.from_message(message))
         self.variables, self.loses_cuda = learned.variables, loses_cuda()
         unfit = "" if learned.unsafe else self._refusal() or ""
         answer = {"learned": learned.modules, "unsafe": learned.unsafe, "unfit": unfit, "took_s": learned.took_s}
@@ -216,7 +216,7 @@ class Parent:
         return "an imported module has asked CUDA for its devices" if self.loses_cuda else unsafe_to_fork()
 
     def _release(self) -> None:
-        """In the worker: close what belongs to the parent."""
+        """In the forked process: close what belongs to the fork server."""
         self.selector.close()
         self.control.close()
         socket_messages.close_all(list(self.pidfds.values()))
@@ -229,13 +229,13 @@ class Parent:
                 else:
                     _signal_group(pid, number)
 
-    def _bury(self, pid: int) -> None:
-        """Report a worker that has ended, and end what it has left behind if it failed."""
+    def _reap(self, pid: int) -> None:
+        """Report a worker that has exited, and kill what it has left behind if it failed."""
         at = time.time()
         ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         assert ended is not None
         if (ended.si_code, ended.si_status) != (os.CLD_EXITED, 0):
-            # The zombie still holds the number, so this cannot hit a stranger.
+            # The zombie still holds the process id, so this cannot hit another process.
             _signal_group(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         pidfd = self.pidfds.pop(pid)
@@ -244,7 +244,7 @@ class Parent:
         self._send({"ended": pid, "exit_code": os.waitstatus_to_exitcode(status), "at": at})
 
     def _send(self, message: socket_messages.Message, files: tuple[int, ...] | list[int] = ()) -> None:
-        # Where the agent is gone, the loop reads the same from the socket next.
+        # If the agent has exited, the loop detects it from the socket next.
         with suppress(BrokenPipeError, ConnectionResetError):
             socket_messages.send(self.control, message, files)
 
@@ -256,11 +256,11 @@ class Parent:
 
 
 def _signal_group(pid: int, number: int) -> None:
-    """Signal a worker, not yet reaped, and what it has started."""
+    """Signal a worker that is not yet reaped, and the processes it has started."""
     try:
         os.killpg(pid, number)
     except ProcessLookupError:
-        # It was forked a moment ago and is not yet the leader of its own group.
+        # It was just forked and does not lead its own group yet.
         os.kill(pid, number)
 
 
@@ -271,7 +271,7 @@ def main() -> int:
     options.add_argument("--agent", type=int, required=True)
     arguments = options.parse_args()
     if not sys.flags.safe_path:
-        # The folder from which this package was found; a worker puts the folder of its script here.
+        # The folder in which this package was found; a worker inserts the folder of its script here.
         del sys.path[0]
     control = socket.socket(fileno=arguments.fd)
     control.set_inheritable(False)

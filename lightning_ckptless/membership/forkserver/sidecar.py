@@ -1,7 +1,7 @@
-"""Sidecars: processes of a node that its workers ask for, beside the training and no part of it.
+"""Sidecars: processes that a node's workers request, which run beside the training.
 
-A sidecar belongs to the agent. It is forked by the fork server like a worker, ends with it, and is asked to end
-when the workers are gone. One that ends by itself is started again, later each time; training never hears of it.
+A sidecar belongs to the agent. It is forked by the fork server like a worker, exits with it, and is asked to end when
+the workers have exited. One that exits by itself is restarted, after a growing pause; training is not affected.
 """
 
 from __future__ import annotations
@@ -13,28 +13,29 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lightning_ckptless.errors import LaunchError
-from lightning_ckptless.membership.channel.socket_messages import Message
+from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.forkserver.client import End, ForkServer, UnsafeForkError
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.worker.program import Program
 from lightning_ckptless.membership.worker.startup import Job
+from lightning_ckptless.protocol.messages import StartSidecar
 
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
-_LOOK_EVERY_S = 0.02
+_POLL_EVERY_S = 0.02
 _SAY_AFTER_S = 2.0
 _KILL_WAIT_S = 10.0
 END_GRACE_S = 600.0
-"""For the last that sidecars have to do, where nobody is in a hurry."""
+"""For the last work of sidecars, where the end of the run is not urgent."""
 _STDIO = (0, 2, 2)
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
-    """Where the sidecars of a node run.
+class SidecarLauncher:
+    """Starts the sidecars of a node.
 
     Args:
-        parent: forks them; another one where it could not be forked any more.
+        parent: returns the fork server that forks them; it may be another one later.
         env: their environment.
         cwd: their working directory.
         flags: options of the interpreter.
@@ -48,7 +49,7 @@ class Surroundings:
     fresh: bool
 
     def start(self, module: str, argument: str) -> Process:
-        """Start the process of a module with its argument; what it prints goes where the agent's own words go."""
+        """Start the process of a module with its argument; its output goes where the agent's does."""
         env = {**self.env, "OMP_NUM_THREADS": "1"}
         job = Job(Program("module", module, (argument,), self.flags), env, self.cwd, self.fresh)
         try:
@@ -59,15 +60,15 @@ class Surroundings:
 
 @dataclass
 class _Sidecar:
-    """One that was asked for.
+    """A requested sidecar.
 
     Args:
         module: what it runs.
         argument: of its command line.
-        pause_s: how long it is not started again when it is lost next.
+        pause_s: pause in seconds before the next restart.
         process: while it runs.
         next_at: when it may be started.
-        done: it has ended with what it had to do.
+        done: whether it has completed its work.
     """
 
     module: str
@@ -82,15 +83,15 @@ class Sidecars:
     """The sidecars of one node.
 
     Args:
-        where: they run.
+        where: starts them.
         record: receives events.
-        say: tells the user something.
-        pause_s: how long one that was lost is not started again, the first time.
+        say: shows a message to the user.
+        pause_s: pause in seconds before the first restart of a sidecar.
     """
 
     def __init__(
         self,
-        where: Surroundings,
+        where: SidecarLauncher,
         record: Callable[..., None],
         say: Callable[[str], None],
         pause_s: float = _FIRST_PAUSE_S,
@@ -101,17 +102,17 @@ class Sidecars:
         self._say = say
         self._asked: dict[str, _Sidecar] = {}
 
-    def tend(self, said: Sequence[tuple[int, Message]]) -> None:
-        """Start those that are missing, and see which have ended.
+    def maintain(self, received: Sequence[FromWorker]) -> None:
+        """Start the sidecars that are missing, and notice which have exited.
 
         Args:
-            said: what workers have said; one that is asked for again is there already.
+            received: what workers have sent; a repeated request starts nothing.
         """
-        for _, message in said:
-            if message["kind"] == "sidecar" and message["argument"] not in self._asked:
-                self._asked[message["argument"]] = _Sidecar(message["module"], message["argument"], self._pause_s)
+        for _, message, _ in received:
+            if isinstance(message, StartSidecar) and message.argument not in self._asked:
+                self._asked[message.argument] = _Sidecar(message.module, message.argument, self._pause_s)
         for sidecar in self._asked.values():
-            self._look(sidecar)
+            self._poll(sidecar)
             if sidecar.process is None and not sidecar.done and time.monotonic() >= sidecar.next_at:
                 self._begin(sidecar)
 
@@ -119,10 +120,10 @@ class Sidecars:
         try:
             sidecar.process = self._where.start(sidecar.module, sidecar.argument)
         except LaunchError:
-            # The parent has just been lost, with all workers: what that means is not decided here.
+            # The fork server was just lost, with all workers, which the agent handles elsewhere.
             self._lose(sidecar, None)
 
-    def _look(self, sidecar: _Sidecar) -> None:
+    def _poll(self, sidecar: _Sidecar) -> None:
         process = sidecar.process
         if process is None or (end := _end_of(process)) is None:
             return
@@ -138,10 +139,10 @@ class Sidecars:
         sidecar.pause_s = min(2 * sidecar.pause_s, _LONGEST_PAUSE_S)
 
     def end(self, grace_s: float) -> None:
-        """Ask all to finish what they have to do, and end those that do not.
+        """Ask all sidecars to finish their work, and kill those that do not.
 
         Args:
-            grace_s: how long they may take.
+            grace_s: how long they may take, in seconds.
         """
         running = self._running()
         for process in running:
@@ -150,8 +151,8 @@ class Sidecars:
         while running and (waited_s := time.monotonic() - began) < grace_s:
             if waited_s > _SAY_AFTER_S and not said:
                 said = True
-                self._say(f"waiting for the last durable state, {grace_s:.0f} s at most")
-            time.sleep(_LOOK_EVERY_S)
+                self._say(f"waiting up to {grace_s:.0f} s for the last durable state")
+            time.sleep(_POLL_EVERY_S)
             running = self._running()
         for sidecar in self._asked.values():
             if sidecar.process is not None:
@@ -161,13 +162,13 @@ class Sidecars:
 
     def _running(self) -> list[Process]:
         for sidecar in self._asked.values():
-            self._look(sidecar)
+            self._poll(sidecar)
         return [sidecar.process for sidecar in self._asked.values() if sidecar.process is not None]
 
 
 def _end_of(process: Process) -> End | None:
-    """How a process has ended, after releasing what was held of it; None while it runs."""
+    """Return how a process has exited, after releasing its resources; None while it runs."""
     if not select.select([process.pidfd], [], [], 0)[0]:
         return None
-    process.line.close()
+    process.channel.close()
     return process.end()

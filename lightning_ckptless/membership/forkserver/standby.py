@@ -1,7 +1,7 @@
-"""Standbys: processes that have run the program up to `fit` and wait there for a rank.
+"""Standbys: processes that have run the script up to `fit` and wait there for a rank.
 
-They are started when training is under way, beside it, and each one that is used is replaced. One that ends before it
-is ready is started again, twice; then the run goes on without, and says so.
+They are started beside the training once it is under way, and each one that is used is replaced. One that exits before
+it is ready is started again, twice; then the run continues without standbys, and says so.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from pathlib import Path
 
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.rendezvous.regrouping import Regrouping
+from lightning_ckptless.protocol.messages import AssignRank, StandbyReady
 
 _TRIES = 3
 _LAST_WORDS_BYTES = 600
 _KILL_WAIT_S = 10.0
 
 Start = Callable[[list[int]], Process]
-"""Starts one, given its standard input, output and error."""
+"""Starts a standby, given its stdin, stdout and stderr."""
 
 
 class Standbys:
     """The standbys of one node.
 
     Args:
-        count: how many are to wait.
+        count: how many to keep ready.
         start: starts one.
-        folder: for what they print before they have a rank.
-        say: tells the user something.
+        folder: for their output until they have a rank.
+        say: shows a message to the user.
     """
 
     def __init__(self, count: int, start: Start, folder: Path, say: Callable[[str], None]) -> None:
@@ -51,18 +52,18 @@ class Standbys:
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Process ids of all, those that are not ready included."""
+        """Process ids of all standbys, those that are not ready included."""
         return (*(process.pid for process in self._waiting), *self._coming)
 
-    def tend(self) -> bool:
-        """Start those that are missing, and see which are ready or gone. Returns whether anything has changed."""
+    def maintain(self) -> bool:
+        """Start missing standbys, and notice which are ready or have exited. Returns whether anything has changed."""
         before = self.pids, self.ready
-        self._waiting = [process for process in self._waiting if not _gone(process)]
+        self._waiting = [process for process in self._waiting if not _has_exited(process)]
         for pid, (process, output) in list(self._coming.items()):
-            if any(message["kind"] == "ready" for message in process.line.waiting()):
+            if any(isinstance(received.message, StandbyReady) for received in process.channel.poll()):
                 self._waiting.append(process)
                 del self._coming[pid]
-            elif _gone(process):
+            elif _has_exited(process):
                 del self._coming[pid]
                 self._count_failure(output)
         while self._failures < _TRIES and self.ready + len(self._coming) < self._count:
@@ -85,23 +86,24 @@ class Standbys:
         if self._failures == _TRIES:
             said = output.read_bytes()[-_LAST_WORDS_BYTES:].decode(errors="replace").strip()
             self._say(
-                f"{_TRIES} standbys have ended before they were ready, the run goes on without; the last:\n{said}"
+                f"{_TRIES} standbys exited before they were ready; continuing without standbys. "
+                f"Output of the last one:\n{said}"
             )
 
     def take(self) -> Process | None:
-        """One that waits for a rank; None where none does."""
+        """Take a standby that waits for a rank; None where there is none."""
         while self._waiting:
             process = self._waiting.pop(0)
-            if not _gone(process) and not process.is_dying():
+            if not _has_exited(process) and not process.is_dying():
                 return process
         return None
 
     def output_of(self, process: Process) -> Path:
-        """The file that a standby of these prints into until it has joined the others."""
+        """File with the output of a standby until it has joined the other ranks."""
         return self._outputs[process.pid]
 
     def stop(self) -> None:
-        """End all of them."""
+        """Kill all standbys."""
         processes = [*self._waiting, *(process for process, _ in self._coming.values())]
         for process in processes:
             process.signal(signal.SIGKILL)
@@ -111,9 +113,9 @@ class Standbys:
         self._coming.clear()
 
 
-def _gone(process: Process) -> bool:
-    if process.buried():
-        process.line.close()
+def _has_exited(process: Process) -> bool:
+    if process.has_ended():
+        process.channel.close()
         return True
     return False
 
@@ -123,8 +125,8 @@ def promote(process: Process, env: dict[str, str], regrouping: Regrouping, stdio
 
     Args:
         process: the standby.
-        env: what makes it that rank.
-        regrouping: under which it meets the others.
-        stdio: standard output and error of that rank.
+        env: environment variables that make it that rank.
+        regrouping: in which it meets the other ranks.
+        stdio: stdout and stderr of that rank.
     """
-    process.line.tell("assign", stdio, env=env, number=regrouping.number, fault=asdict(regrouping.fault))
+    process.channel.send(AssignRank(regrouping.number, asdict(regrouping.fault), env), stdio)

@@ -1,14 +1,14 @@
-"""How the process that workers are forked from is succeeded by one that has imported what the program imports.
+"""How the fork server is succeeded by a process that has imported what the script imports.
 
 | State | Is left when | For |
 |---|---|---|
-| `waiting` | a worker has said what its program has imported, and training is under way | `importing` |
-| `importing` | the successor has imported all of it, and is fit to be forked | `ready` |
+| `waiting` | a worker has reported what its script has imported, and training is under way | `importing` |
+| `importing` | the successor has imported everything, and can be forked | `ready` |
 | `importing` | modules are to be left out | `importing`, with another successor that leaves them out |
-| `importing` | that has happened too often, it has ended or takes too long | `given up` |
-| `ready` | the successor ends | `waiting`, twice, then `given up` |
+| `importing` | that has happened too often, it has exited or takes too long | `given up` |
+| `ready` | the successor exits | `waiting`, twice, then `given up` |
 
-The successor is a fork of the first parent, so what that has imported takes no time and no memory again. Until it is
+The successor is a fork of the first fork server, so what that has imported takes no further time or memory. Until it is
 ready, and whenever it is lost, workers are forked from the first one.
 """
 
@@ -20,22 +20,22 @@ from dataclasses import replace
 
 from lightning_ckptless.errors import LaunchError
 from lightning_ckptless.membership.forkserver.client import ForkServer, Successor
-from lightning_ckptless.membership.forkserver.learning import Lesson
+from lightning_ckptless.membership.forkserver.learning import ImportRequest
 from lightning_ckptless.protocol.newcomer import Imports
 
 _MOST_TRIES = 6
 _MOST_LOSSES = 2
 _LONGEST_S = 600.0
-"""For one try: at a quarter of a processor."""
+"""For one attempt, at a quarter of a processor."""
 _NAMED = 5
 
 
-class WorldChange:
-    """The successor of one agent's fork server.
+class Succession:
+    """The succession of one agent's fork server.
 
     Args:
         record: receives events.
-        say: tells the user something.
+        say: shows a message to the user.
 
     Attributes:
         state: how far it is.
@@ -45,7 +45,7 @@ class WorldChange:
         self.state = Imports.WAITING
         self._record = record
         self._say = say
-        self._lesson: Lesson | None = None
+        self._request: ImportRequest | None = None
         self._successor: Successor | None = None
         self._tries = 0
         self._losses = 0
@@ -53,25 +53,25 @@ class WorldChange:
 
     @property
     def successor(self) -> ForkServer | None:
-        """What workers are to be forked from; None for the first parent."""
+        """The process that workers are to be forked from; None for the first fork server."""
         is_there = self.state is Imports.READY and self._successor is not None and self._successor.is_alive
         return self._successor if is_there else None
 
-    def hear(self, lesson: Lesson) -> None:
-        """Take in what the program has imported; only the first word counts."""
-        if self._lesson is None:
-            self._lesson = lesson
+    def learn(self, request: ImportRequest) -> None:
+        """Take note of what the script has imported; only the first report counts."""
+        if self._request is None:
+            self._request = request
 
-    def tend(self, first: ForkServer) -> None:
-        """Begin, or see how far it is; called while training is under way.
+    def maintain(self, first: ForkServer) -> None:
+        """Start or advance the succession; called while training is under way.
 
         Args:
-            first: the parent to succeed.
+            first: the fork server to succeed.
         """
-        if self.state is Imports.WAITING and self._lesson is not None and self._lesson.imported.modules:
-            self._begin(first, self._lesson)
+        if self.state is Imports.WAITING and self._request is not None and self._request.imported.modules:
+            self._begin(first, self._request)
         elif self.state is Imports.IMPORTING:
-            self._look(first)
+            self._poll(first)
         elif self.state is Imports.READY and self.successor is None:
             self._lose()
 
@@ -81,19 +81,19 @@ class WorldChange:
             self._successor.close()
             self._successor = None
 
-    def _begin(self, first: ForkServer, lesson: Lesson) -> None:
+    def _begin(self, first: ForkServer, request: ImportRequest) -> None:
         self._tries += 1
         self._began_at = time.monotonic()
         self.state = Imports.IMPORTING
         self._successor = Successor(first)
         try:
-            self._successor.learn(lesson.to_message())
+            self._successor.learn(request.to_message())
         except LaunchError as error:
             self._give_up(str(error))
 
-    def _look(self, first: ForkServer) -> None:
+    def _poll(self, first: ForkServer) -> None:
         assert self._successor is not None
-        assert self._lesson is not None
+        assert self._request is not None
         try:
             answer = self._successor.learned()
         except LaunchError as error:
@@ -101,18 +101,18 @@ class WorldChange:
             return
         if answer is None:
             if time.monotonic() - self._began_at > _LONGEST_S:
-                self._give_up(f"the imports have not ended within {_LONGEST_S:.0f} s")
+                self._give_up(f"the imports did not complete within {_LONGEST_S:.0f} s")
         elif unsafe := answer["unsafe"]:
             self._successor.close()
-            self._lesson = replace(self._lesson, left_out={**self._lesson.left_out, **unsafe})
+            self._request = replace(self._request, left_out={**self._request.left_out, **unsafe})
             if self._tries < _MOST_TRIES:
-                self._begin(first, self._lesson)
+                self._begin(first, self._request)
             else:
-                self._give_up(f"after {self._tries} tries there are still unsafe modules: {_named(unsafe)}")
+                self._give_up(f"after {self._tries} attempts there are still unsafe modules: {_named(unsafe)}")
         elif answer["unfit"]:
             self._give_up(answer["unfit"])
         else:
-            self._take_over(answer["learned"], answer["took_s"], self._lesson.left_out)
+            self._take_over(answer["learned"], answer["took_s"], self._request.left_out)
 
     def _take_over(self, modules: int, took_s: float, left_out: dict[str, str]) -> None:
         assert self._successor is not None
@@ -131,13 +131,13 @@ class WorldChange:
         self.close()
         self.state = Imports.WAITING
         if self._losses > _MOST_LOSSES:
-            self._give_up(f"the process that had imported them has ended {self._losses} times")
+            self._give_up(f"the process that had imported them exited {self._losses} times")
 
     def _give_up(self, reason: str) -> None:
         self.close()
         self.state = Imports.GIVEN_UP
         self._record("imports_not_learned", reason=reason, tries=self._tries)
-        self._say(f"new processes import by themselves what the program imports: {reason}")
+        self._say(f"new processes import the script's modules themselves, nothing is preloaded for them: {reason}")
 
 
 def _named(modules: dict[str, str]) -> str:

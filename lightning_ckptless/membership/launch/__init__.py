@@ -1,1 +1,1 @@
-"""From a command line to an agent with workers."""
+"""Launching: from a command line to an agent with workers."""

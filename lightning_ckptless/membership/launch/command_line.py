@@ -1,4 +1,4 @@
-"""How python was started: its command line taken apart, so that the same program can be started again."""
+"""How Python was started: its command line parsed, so that the same script can be started again."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class CommandLine:
     """A command line of the interpreter.
 
     Args:
-        flags: its options, one word each, e.g. `("-O", "-Xdev")`; without those that say what to run.
-        source: where the program comes from: a file, `-m`, `-c`, or standard input and the prompt.
+        flags: its options, one word each, e.g. `("-O", "-Xdev")`; without those that select what to run.
+        source: where the script comes from: a file, `-m`, `-c`, or standard input or the prompt.
         target: the file, the module or the code; empty for standard input.
-        args: what follows.
+        args: the remaining words.
     """
 
     flags: tuple[str, ...]
@@ -30,7 +30,7 @@ class CommandLine:
 
 
 def parse_command_line(words: Sequence[str]) -> CommandLine:
-    """Take a command line apart as the interpreter does.
+    """Parse a command line as the interpreter does.
 
     Args:
         words: as in `sys.orig_argv`: the interpreter first.
@@ -56,7 +56,7 @@ def parse_command_line(words: Sequence[str]) -> CommandLine:
 
 
 def _parse_letters(letters: str, rest: list[str], flags: list[str]) -> tuple[Source, str] | None:
-    """One word of options, e.g. `Bum` with the module in the next word. Consumes what it needs of `rest`."""
+    """Parse one word of options, e.g. `Bum` with the module in the next word. Consumes what it needs of `rest`."""
     for position, letter in enumerate(letters):
         if letter in "cm" or letter in _WITH_VALUE:
             value = letters[position + 1 :] or (rest.pop(0) if rest else "")

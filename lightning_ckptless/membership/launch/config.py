@@ -1,4 +1,4 @@
-"""What a launch is told: one node's part of a run; and how it ended."""
+"""The configuration of a launch, which is one node's part of a run, and its outcome."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ _PYTORCH_LIGHTNING = re.compile(rb"^\s*(?:import|from)\s+pytorch_lightning\b", r
 
 
 def distribution_of(words: Iterable[str], env: Mapping[str, str] = os.environ) -> str:
-    """The distribution that a command line's script imports, read off its text; `lightning.pytorch` in doubt.
+    """Return the distribution of Lightning that a command line's script imports; `lightning.pytorch` when in doubt.
+
+    The text of the script is searched; it is not run.
 
     Args:
-        words: the command line; what is a python file in it is looked into.
+        words: the command line; the first Python file in it is searched.
         env: may name the distribution (`CKPTLESS_LIGHTNING`).
     """
     if named := env.get(environment.LIGHTNING):
@@ -46,25 +48,25 @@ DEFAULT_PRELOAD = (
     "lightning.pytorch",
     "lightning_ckptless.trainer.strategy.strategies",
 )
-"""What workers of a usual run import, in the order that is quickest."""
+"""What workers usually import, in the fastest order."""
 
 
 def usual_modules(words: Sequence[str]) -> tuple[str, ...]:
-    """What workers of a usual run import, with the distribution of Lightning that a command line's script uses."""
+    """Return what workers usually import, with the distribution of Lightning that a command line's script uses."""
     used = distribution_of(words)
     return tuple(used if name == LIGHTNING else name for name in DEFAULT_PRELOAD)
 
 
 DEFAULT_STOP_GRACE_S = 5.0
 DEFAULT_FINISH_GRACE_S = 20.0
-"""Together with the time before SIGKILL less than the half minute that schedulers give."""
+"""Together with the time before SIGKILL shorter than the 30 s that schedulers usually allow."""
 DEFAULT_EXIT_GRACE_S = 60.0
-"""For what programs do at their end after an exception, e.g. to send the last rows of their logs away."""
+"""For what scripts do after an exception before they exit, e.g. uploading the last rows of their logs."""
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 
 
 def new_run_id() -> str:
-    """A name for a run: when it began, and something that no other has."""
+    """Return a name for a run: its start time and a random suffix."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
 
 
@@ -76,40 +78,39 @@ class LaunchConfig:
         program: what the workers run.
         nproc: workers on this node.
         nnodes: number of nodes, or `min:max`.
-        rdzv_endpoint: `host:port` where several nodes meet; not needed on one. Several, separated by commas, are places
-            on different nodes, the next of which is used when one is lost.
+        rdzv_endpoint: `host:port` of the rendezvous; not needed on one node. Several, separated by commas, are
+            endpoints on different nodes; when one is lost, the next is used.
         rdzv_conf: further settings of torch's c10d rendezvous, e.g. `{"join_timeout": 600}` (seconds).
-        run_id: name of the run, to be given where there are several nodes, the same on all; else made up.
+        run_id: name of the run; must be given where there are several nodes, the same on all of them.
         max_restarts: recoveries in the life of the agent until the run gives up; None for any number.
-        max_recoveries_without_progress: recoveries with no new step committed between them until the run gives up; None
+        max_recoveries_without_progress: recoveries in a row without a new committed step until the run gives up; None
             to leave it to the strategy.
         max_recoveries_per_hour: recoveries within an hour until the run gives up; None to leave it to the strategy.
         preload: modules that the fork server imports.
         fresh: start each worker as a new process, without a fork server.
-        run_root: folder that receives the run's own folder; handed to the workers.
-        arena_dir: folder of the shared memory; handed to the workers.
-        env: what the workers' environment has beyond this process's.
+        run_root: parent folder of the run folder; passed to the workers.
+        arena_dir: folder of the arenas; passed to the workers.
+        env: environment variables of the workers, in addition to this process's.
         cwd: working directory of the workers; None for this process's.
         node_name: unique in the run; None for host name and process id.
         local_addr: address under which other nodes reach this one; None to look it up.
         log_dir: folder for the workers' output; None for no log files.
-        redirects: streams that go only to files, as torchrun's `--redirects` has them.
-        tee: streams that go to files too, as torchrun's `--tee` has them.
-        local_ranks_filter: ranks whose output is shown; empty for all.
-        log_line_prefix: template of what stands before each line of a stream in `tee`; None for torch's own.
+        redirects: streams that go only to files, as in torchrun's `--redirects`.
+        tee: streams that are shown and also go to files, as in torchrun's `--tee`.
+        local_ranks_filter: local ranks whose output is shown; empty for all.
+        log_line_prefix: template of the prefix of each line of a stream in `tee`; None for torch's own.
         role: torch elastic's name for the kind of worker.
-        stop_grace_s: time that workers have to end after SIGTERM, where they are asked and not killed.
-        finish_grace_s: time that workers have to finish a step and save, when the agent gets SIGTERM.
-        exit_grace_s: time between an exception that ends a worker's program and the end of its process, which is killed
-            then.
-        in_place: whether survivors of a fault go on in place; None to leave it to the strategy of the workers.
+        stop_grace_s: time in seconds for workers to exit after SIGTERM, where they are asked to and not killed.
+        finish_grace_s: time in seconds for workers to finish a step and save when the agent receives SIGTERM.
+        exit_grace_s: time in seconds between an exception that ends a worker's script and the exit of its process,
+            which is killed then.
+        in_place: whether survivors recover in place; None to leave it to the strategy of the workers.
         standbys: processes that wait for a rank; None to leave it to the strategy.
-        preload_imports: whether what the program has imported when it trains is preloaded for new processes; None to
-            leave it to the strategy.
-        time_limit_s: time from the start of the agent after which the run is ended; None for none.
+        preload_imports: whether new processes preload what the script has imported; None to leave it to the strategy.
+        time_limit_s: time in seconds from the start of the agent after which the run is ended; None for no limit.
 
     Raises:
-        OptionsError: a value is out of range, or several nodes are given no place to meet.
+        OptionsError: a value is out of range, or several nodes have no rendezvous endpoint.
     """
 
     program: Program
@@ -159,22 +160,22 @@ class LaunchConfig:
                 raise OptionsError(f"{name}={value!r}: expected at least {least}")
         least_nodes, most_nodes = self.node_range
         if most_nodes > 1 and not self.rdzv_endpoint:
-            raise OptionsError(f"nnodes={self.nnodes}: the nodes must know where to meet; give rdzv_endpoint=HOST:PORT")
+            raise OptionsError(f"nnodes={self.nnodes}: several nodes need a rendezvous; set rdzv_endpoint=HOST:PORT")
         if len(self.endpoints) > 1 and 2 * least_nodes <= most_nodes:
             raise OptionsError(
-                f"nnodes={self.nnodes} with {len(self.endpoints)} places to meet: where the network is cut in two, "
-                "both halves could go on, each at a place of its own. Set the least number of nodes to "
-                f"{most_nodes // 2 + 1} or more, or name one place"
+                f"nnodes={self.nnodes} with {len(self.endpoints)} rendezvous endpoints: after a network partition "
+                "both halves could continue, each at its own endpoint. Set the minimum number of nodes to "
+                f"{most_nodes // 2 + 1} or more, or give one endpoint"
             )
 
     @property
     def endpoints(self) -> tuple[str, ...]:
-        """The places where nodes may meet, in their order."""
+        """The rendezvous endpoints, in order."""
         return tuple(endpoint.strip() for endpoint in self.rdzv_endpoint.split(",") if endpoint.strip())
 
     @property
     def node_range(self) -> tuple[int, int]:
-        """Least and most number of nodes."""
+        """Minimum and maximum number of nodes."""
         match = re.fullmatch(r"(\d+)(?::(\d+))?", self.nnodes)
         least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 0 < least <= most:
@@ -192,11 +193,11 @@ class Outcome:
     """How a run ended on this node.
 
     Args:
-        exit_code: 0, or that of the worker which ended it, 128 + number for a signal.
+        exit_code: 0, or that of the worker which ended the run, 128 + number for a signal.
         restarts: how often all workers were started again.
         faults: what this node saw of each fault.
-        in_place: how often only the lost were replaced.
-        has_given_up: whether it ended for a fault of its machines or their surroundings, and not by its program.
+        in_place: how often only the lost ranks were replaced.
+        has_given_up: whether it ended because of its machines or their surroundings, and not because of its script.
     """
 
     exit_code: int

@@ -1,4 +1,4 @@
-"""From a configuration to a run that has ended: one agent on this node, its parent and its workers."""
+"""Running one node's part of a run: one agent with its fork server and workers."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ _CANNOT_START_EXIT_CODE = 2
 
 
 def _no_record(event: str, **fields: Any) -> None:
-    """Nobody listens."""
+    """Discard an event."""
 
 
 def run(config: LaunchConfig, *, parent: ForkServer | None = None, record: Callable[..., None] = _no_record) -> Outcome:
     """Run this node's workers until they succeed, or fail for good.
 
-    Installs no signal handlers and can be called in any thread. An exception that a signal handler of the caller
-    raises ends the workers and passes through.
+    Installs no signal handlers and can be called in any thread. An exception raised by a signal handler of the caller
+    stops the workers and propagates.
 
     Args:
         config: what to run.
-        parent: a fork server that outlives the run; None for one of its own.
+        parent: a fork server that outlives the run; None to start one for the run.
         record: receives events as `record(event, **fields)`: workers_spawned, fault, relaunch.
 
     Raises:
-        LaunchError: the workers cannot be started, or the nodes do not find each other.
-        TimeLimitError: the run took longer than it was allowed to.
-        VersionError: torch has moved names that are used.
+        LaunchError: the workers cannot be started, or the rendezvous of the nodes fails.
+        TimeLimitError: the run exceeded its time limit.
+        VersionError: this version of torch lacks names that are used.
     """
     with nullcontext(parent) if parent is not None else make_parent(config) as forker:
-        # torch is imported here, while the parent imports it too.
+        # torch is imported here, while the fork server imports it too.
         torch_names.require(torch_names.AGENT)
         from lightning_ckptless.membership.launch.node import run_node  # noqa: PLC0415
 
@@ -48,7 +48,7 @@ def run(config: LaunchConfig, *, parent: ForkServer | None = None, record: Calla
 
 
 def make_parent(config: LaunchConfig) -> ForkServer:
-    """The parent that suits a configuration, not yet started."""
+    """Return the fork server for a configuration, not yet started."""
     usual = config.preload == DEFAULT_PRELOAD
     modules = usual_modules([config.program.target]) if usual else config.preload
     modules = () if config.fresh else modules
@@ -61,18 +61,18 @@ def main(
     record_for: Callable[[LaunchConfig], Callable[..., None]] = lambda _config: _no_record,
     ended: Callable[[LaunchConfig, Outcome | None], str] = lambda _config, _outcome: "",
 ) -> int:
-    """Run as a process of its own does: options from the command line; a signal ends the workers too.
+    """Run as a separate process: options come from the command line, and termination signals also stop the workers.
 
     Args:
-        argv: options of `ckptless run`, program and its arguments.
-        record_for: makes the receiver of events for a configuration.
-        ended: is called when the run is over and its workers are gone, without an outcome where it was interrupted;
-            what it returns is the last line that the user sees.
+        argv: options of `ckptless run`, script and its arguments.
+        record_for: returns the receiver of events for a configuration.
+        ended: called when the run is over and its workers have exited, without an outcome where it was interrupted;
+            returns the last line for the user.
 
     Returns:
         Exit code: the workers', 128 + number for a signal, 2 where the run cannot be started.
     """
-    # The parent begins before torch is imported here, so that both import at once.
+    # The fork server starts before torch is imported here, so that both import at the same time.
     modules = () if "--no-preload" in argv else usual_modules(argv)
     flags, last_words = parse_command_line(sys.orig_argv).flags, ""
     try:
@@ -86,14 +86,14 @@ def main(
             try:
                 outcome = run(config, parent=parent, record=record_for(config))
             except LaunchError:
-                # The program is not to blame: the state is worth another start.
+                # Not the script's fault: its state allows another start.
                 outcome = Outcome(_CANNOT_START_EXIT_CODE, 0, (), has_given_up=True)
                 raise
             finally:
                 last_words = ended(config, outcome)
             exit_code = outcome.exit_code
     except AskedToEnd as request:
-        last_words = "; ".join(filter(None, [f"{request}; no worker is left", last_words]))
+        last_words = "; ".join(filter(None, [f"{request}; all workers have exited", last_words]))
         exit_code = 128 + request.number
     except (LaunchError, OptionsError) as error:
         CONSOLE.say(str(error))

@@ -1,4 +1,4 @@
-"""A launch configuration as torch elastic has it: rendezvous, log folders, agent."""
+"""A launch configuration in terms of torch elastic: rendezvous, log folders, agent."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lightning_ckptless.console import CONSOLE
 from lightning_ckptless.errors import LaunchError, UnfitNodeError
 from lightning_ckptless.membership.agent.agent import CkptlessAgent, Node
 from lightning_ckptless.membership.agent.logs import log_files
-from lightning_ckptless.membership.agent.partition_guard import GuardedAgent
+from lightning_ckptless.membership.agent.partition_guard import PartitionGuardAgent
 from lightning_ckptless.membership.agent.signals import AskedToEnd
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome
-from lightning_ckptless.membership.rendezvous.failover import Route
+from lightning_ckptless.membership.rendezvous.failover import RendezvousFailover
 from lightning_ckptless.membership.rendezvous.handlers import one_machine, several_machines
 from lightning_ckptless.protocol.rendezvous_failover import MeetingPlace
 
-# A replacement machine may take long to boot. A lost node shall be known after 6 s, and a busy one not taken for lost.
+# A replacement machine may take long to boot. A lost node is detected after 6 s; a busy one does not count as lost.
 _RENDEZVOUS_DEFAULTS = {
     "join_timeout": 1800,
     "last_call_timeout": 3,
@@ -49,27 +49,27 @@ _OF_ONE_WORKER = (
 )
 
 
-class _PlaceLostError(Exception):
-    """The node that hosts the rendezvous is gone."""
+class _RendezvousLostError(Exception):
+    """The node that hosts the rendezvous is lost."""
 
 
 def run_node(config: LaunchConfig, parent: ForkServer, record: Callable[..., None]) -> Outcome:
     """Run this node's workers to their end; see `launch.run`."""
     endpoints = config.endpoints
-    route = Route(endpoints, config.local_addr) if len(endpoints) > 1 else None
-    place, agents = route.next() if route is not None else None, list[CkptlessAgent]()
+    failover = RendezvousFailover(endpoints, config.local_addr) if len(endpoints) > 1 else None
+    place, agents = failover.next() if failover is not None else None, list[CkptlessAgent]()
     try:
         while True:
             try:
                 _run_at(config, place, parent, record, agents)
                 break
-            except _PlaceLostError as error:
-                assert route is not None and place is not None
-                place = route.next(lost=place)
+            except _RendezvousLostError as error:
+                assert failover is not None and place is not None
+                place = failover.next(lost=place)
                 record("meeting_place_lost", cause=str(error), next=place.endpoint, reason=place.reason)
-                CONSOLE.say(f"the rendezvous is lost; the nodes meet at {place.reason}")
+                CONSOLE.say(f"the rendezvous is lost; re-rendezvousing at {place.reason}")
             except UnfitNodeError as error:
-                # The run may continue without this node: its rendezvous stays open for another one.
+                # The run may continue without this node: the rendezvous stays open for a replacement.
                 CONSOLE.say(str(error))
                 agents[-1].exit_code = 1
                 break
@@ -89,14 +89,14 @@ def _run_at(
     record: Callable[..., None],
     agents: list[CkptlessAgent],
 ) -> None:
-    """Run the workers as long as the nodes can meet at a place.
+    """Run the workers for as long as the nodes can meet at one rendezvous endpoint.
 
     Args:
         config: what to run.
-        place: where to meet; None where there is but one place.
-        parent: forks the workers.
+        place: the endpoint; None where there is only one.
+        parent: fork server of the workers.
         record: receives events.
-        agents: those before this one, of this node; this one is added.
+        agents: previous agents of this node; the new one is appended.
     """
     with _rendezvous(config, place) as handler, log_files(config) as logs:
         spec = WorkerSpec(
@@ -104,23 +104,23 @@ def _run_at(
             local_world_size=config.nproc,
             entrypoint=config.program.target,
             rdzv_handler=handler,
-            # Not torch elastic's to count: what allows another one is protocol.recovery_limits.
+            # Restarts are not counted by torch elastic: protocol/retry_policy.py decides.
             max_restarts=_ANY_NUMBER,
             monitor_interval=_MONITOR_INTERVAL_S,
             local_addr=config.local_addr,
         )
-        agent = GuardedAgent(spec, _node(config), parent, logs, record, after=agents[-1] if agents else None)
+        agent = PartitionGuardAgent(spec, _node(config), parent, logs, record, after=agents[-1] if agents else None)
         agents.append(agent)
         try:
             agent.run()
         except RendezvousClosedError as error:
             if not agent.faults:
-                raise LaunchError(f"run {config.run_id!r} has been ended by another node") from error
+                raise LaunchError(f"run {config.run_id!r} was ended by another node") from error
         except (RendezvousError, DistError) as error:
             if place is not None and not place.hosts and agent.has_started:
-                raise _PlaceLostError(agent.why_cut or f"{type(error).__name__}: {error}") from error
-            if agent.why_cut:
-                raise LaunchError(_cut_off(config, agent.why_cut)) from error
+                raise _RendezvousLostError(agent.partition_reason or f"{type(error).__name__}: {error}") from error
+            if agent.partition_reason:
+                raise LaunchError(_partitioned(config, agent.partition_reason)) from error
             raise LaunchError(_no_meeting(config, error)) from error
         finally:
             agent.close()
@@ -150,7 +150,7 @@ def _node(config: LaunchConfig) -> Node:
 
 
 def _newcomer_outputs(config: LaunchConfig) -> Path | None:
-    """Where new processes print before they have joined the others: with the logs, or in the folder of the run."""
+    """Folder for output of new processes until they have joined the other ranks: below the logs, or the run folder."""
     folder = config.log_dir or (config.run_root / config.run_id if config.run_root is not None else None)
     return None if folder is None else folder.absolute() / "newcomers"
 
@@ -158,7 +158,7 @@ def _newcomer_outputs(config: LaunchConfig) -> Path | None:
 def _base_env(config: LaunchConfig) -> dict[str, str]:
     env = {**os.environ, **config.env, environment.NNODES: config.nnodes}
     if config.nproc > 1:
-        # As torchrun does: otherwise each worker would start as many threads as there are cores.
+        # As torchrun does; otherwise each worker would start as many threads as there are cores.
         env.setdefault("OMP_NUM_THREADS", "1")
     for name, folder in ((environment.RUN_ROOT, config.run_root), (environment.ARENA_DIR, config.arena_dir)):
         if folder is not None:
@@ -175,11 +175,11 @@ def _rendezvous(config: LaunchConfig, place: MeetingPlace | None) -> Iterator[Re
     asked_to_end = False
     try:
         yield handler
-    except (AskedToEnd, KeyboardInterrupt, UnfitNodeError, _PlaceLostError):
+    except (AskedToEnd, KeyboardInterrupt, UnfitNodeError, _RendezvousLostError):
         asked_to_end = True
         raise
     finally:
-        # Closed, the rendezvous is over for all. Where only this node is to end, another may come in its place.
+        # Closing the rendezvous ends it for all nodes. Where only this node ends, another may take its place.
         if alone or not asked_to_end:
             handler.shutdown()
 
@@ -209,13 +209,14 @@ def _handler_among_others(config: LaunchConfig, place: MeetingPlace | None) -> R
         raise LaunchError(_no_meeting(config, error)) from error
 
 
-def _cut_off(config: LaunchConfig, reason: str) -> str:
+def _partitioned(config: LaunchConfig, reason: str) -> str:
     return (
-        f"run {config.run_id!r}: this node is cut off: {reason}; its workers are stopped, and the others may have gone "
-        "on without it: start its agent again when the network is back"
+        f"run {config.run_id!r}: this node is cut off: {reason}; its workers are stopped, and the other nodes may "
+        "have continued without it: start its agent again once the network works"
     )
 
 
 def _no_meeting(config: LaunchConfig, error: Exception) -> str:
     where = config.rdzv_endpoint or "this machine"
-    return f"run {config.run_id!r}: {config.nnodes} node(s) did not meet at {where}: {type(error).__name__}: {error}"
+    reason = f"{type(error).__name__}: {error}"
+    return f"run {config.run_id!r}: the rendezvous of {config.nnodes} node(s) at {where} failed: {reason}"

@@ -1,4 +1,4 @@
-"""`python train.py` turned into an agent, which runs the same command line in workers."""
+"""`python train.py` turned into an agent that runs the same command line in its workers."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def replace_by_agent(
 ) -> NoReturn:
     """Replace this process by an agent that runs its command line once per rank.
 
-    Keeps the process id, the environment, the options of the interpreter and the folder it was started in. Nothing
-    after the call runs: the agent ends with the workers' exit code.
+    Process id, environment, interpreter options and working directory are kept. Nothing after the call runs: the agent
+    exits with the workers' exit code.
 
     Args:
         nproc: workers on this node.
         nnodes: number of nodes, or `min:max`.
-        run_root: folder that receives the run's folder.
-        arena_dir: folder of the shared memory; None for the default.
-        rdzv_endpoint: `host:port` where several nodes meet.
-        run_id: name of the run; None to have one made up.
-        preload: modules to import before forking, beyond the default ones.
-        agent_module: what is run with `-m` as the agent; it gets options of `ckptless run`.
+        run_root: parent folder of the run folder.
+        arena_dir: folder of the arenas; None for the default.
+        rdzv_endpoint: `host:port` where several nodes rendezvous.
+        run_id: name of the run; None to generate one.
+        preload: modules to import before forking, in addition to the default ones.
+        agent_module: run with `-m` as the agent; takes the options of `ckptless run`.
 
     Raises:
-        LaunchError: the program cannot be started again, because it is not a file or a module.
+        LaunchError: the script cannot be started again, because it is neither a file nor a module.
     """
     line = parse_command_line(sys.orig_argv)
     folder = Path(multiprocessing.process.ORIGINAL_DIR or os.getcwd())  # type: ignore[attr-defined]
@@ -68,13 +68,13 @@ def replace_by_agent(
 def agent_command(
     line: CommandLine, options: Mapping[str, object], preload: Sequence[str], agent_module: str = AGENT_MODULE
 ) -> list[str]:
-    """What follows the interpreter on the agent's command line.
+    """Return the agent's command line, without the interpreter.
 
     Args:
         line: how this process was started.
-        options: of `ckptless run`, with their values; those that are None are left out.
+        options: of `ckptless run`, with their values; None values are left out.
         preload: values of `--preload`.
-        agent_module: what is run with `-m`.
+        agent_module: run with `-m`.
     """
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
     given += [f"--preload={module}" for module in preload]
@@ -84,21 +84,21 @@ def agent_command(
 
 
 def why_not_again(line: CommandLine, folder: Path) -> str | None:
-    """Why a program cannot be started once more; None when it can.
+    """Explain why a script cannot be started again; None when it can.
 
     Args:
         line: how it was started.
-        folder: the folder in which it was started.
+        folder: in which it was started.
     """
-    remedy = "put the training into a file and run: python FILE.py"
+    remedy = "move the training into a file and run: python FILE.py"
     if line.source in ("command", "stdin"):
-        remedy += ', or choose strategy="ckptless_notebook", whose workers are forks of this process'
+        remedy += ', or use strategy="ckptless_notebook", whose workers are forks of this process'
     if line.source == "command":
-        return f"the workers run the same program again, and this one was given with -c; {remedy}"
+        return f"each worker runs the same script again, but this one was passed with -c; {remedy}"
     if line.source == "stdin":
-        return f"the workers run the same program again, and this one came from standard input; {remedy}"
+        return f"each worker runs the same script again, but this one was read from standard input; {remedy}"
     if line.source == "script" and not (folder / line.target).exists():
-        return f"the workers run {line.target!r} again, but it is no longer there, seen from {folder}; {remedy}"
+        return f"each worker runs {line.target!r} again, but it does not exist in {folder}; {remedy}"
     return None
 
 

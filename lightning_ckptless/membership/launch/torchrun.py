@@ -37,50 +37,56 @@ _DEFAULT_MASTER_PORT = 29500
 
 
 def options_parser() -> ArgumentParser:
-    """The parser of the options; what follows them is the program and its arguments."""
+    """Build the parser of the options; the script and its arguments follow them."""
     parser = get_args_parser()
     parser.prog = "ckptless run"
-    parser.description = "Run a training program in several processes that survive the loss of any of them."
+    parser.description = "Run a training script on several ranks that survive the loss of any of them."
     ours = parser.add_argument_group("ckptless")
-    ours.add_argument("--preload", action="append", default=[], metavar="MODULE", help="import it before forking, too")
-    ours.add_argument("--no-preload", action="store_true", help="start every worker as a new process")
+    ours.add_argument(
+        "--preload",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="additional module that the fork server imports",
+    )
+    ours.add_argument("--no-preload", action="store_true", help="start every worker as a new interpreter")
     ours.add_argument(
         "--run-root",
         type=Path,
         default=environment.run_root(),
-        help="folder that receives the run's folder (default: CKPTLESS_RUN_ROOT, or ./ckptless)",
+        help="parent folder of the run folder (default: CKPTLESS_RUN_ROOT, or ./ckptless)",
     )
-    ours.add_argument("--arena-dir", type=Path, default=None, help="folder of the shared memory (default: /dev/shm)")
+    ours.add_argument("--arena-dir", type=Path, default=None, help="folder of the arenas (default: /dev/shm)")
     ours.add_argument(
         "--standbys",
         type=int,
         default=None,
         metavar="K",
-        help="processes that wait for a rank (default: the strategy's)",
+        help="spare processes that wait to replace a lost rank (default: the strategy's)",
     )
     ours.add_argument(
         "--preload-imports",
         action=BooleanOptionalAction,
         default=None,
-        help="whether what the program imports is imported once for all new processes (default: the strategy's)",
+        help="whether the fork server preloads what the script imports (default: the strategy's)",
     )
     ours.add_argument(
         "--in-place",
         action=BooleanOptionalAction,
         default=None,
-        help="whether survivors of a fault go on without a restart (default: the strategy's)",
+        help="whether survivors of a fault continue without a restart (default: the strategy's)",
     )
     ours.add_argument(
         "--max-recoveries-without-progress",
         type=int,
         metavar="N",
-        help="recoveries with no new step between them until the run gives up (default: the strategy's)",
+        help="give up after N recoveries without a new step in between (default: the strategy's)",
     )
     ours.add_argument(
         "--max-recoveries-per-hour",
         type=int,
         metavar="N",
-        help="recoveries within an hour until the run gives up (default: the strategy's)",
+        help="give up after N recoveries within an hour (default: the strategy's)",
     )
     _add_durable(ours)
     ours.add_argument(
@@ -88,7 +94,7 @@ def options_parser() -> ArgumentParser:
         type=float,
         default=DEFAULT_FINISH_GRACE_S,
         metavar="SECONDS",
-        help="on SIGTERM, time to finish the step and save (default: %(default)s)",
+        help="on SIGTERM, time to finish the current step and save (default: %(default)s)",
     )
     _add_shutdown_timeout(ours)
     if "PET_MAX_RESTARTS" not in os.environ:
@@ -98,10 +104,16 @@ def options_parser() -> ArgumentParser:
 
 def _add_durable(ours: Any) -> None:
     ours.add_argument(
-        "--durable-every-n-steps", type=int, metavar="N", help="steps between durable states (default: the strategy's)"
+        "--durable-every-n-steps",
+        type=int,
+        metavar="N",
+        help="write a durable state every N steps (default: the strategy's)",
     )
     ours.add_argument(
-        "--durable-every-s", type=float, metavar="S", help="seconds between durable states (default: the strategy's)"
+        "--durable-every-s",
+        type=float,
+        metavar="S",
+        help="write a durable state every S seconds (default: the strategy's)",
     )
     ours.add_argument(
         "--durable-dir", type=Path, metavar="FOLDER", help="folder of the durable states (default: the strategy's)"
@@ -109,26 +121,28 @@ def _add_durable(ours: Any) -> None:
 
 
 def _add_shutdown_timeout(ours: Any) -> None:
-    """Take the option where torchrun has none: it does since torch 2.12."""
+    """Add the option where torchrun lacks it: before torch 2.12."""
     with suppress(ArgumentError):
-        ours.add_argument("--shutdown-timeout", type=int, metavar="SECONDS", help="time for workers to end")
+        ours.add_argument("--shutdown-timeout", type=int, metavar="SECONDS", help="time for workers to exit")
 
 
 def config_from_torchrun_args(argv: Sequence[str]) -> LaunchConfig:
-    """Read a configuration from a command line of torchrun.
+    """Read a configuration from a torchrun command line.
 
     Args:
-        argv: options, program and its arguments, e.g. `["--nproc-per-node", "2", "train.py", "--lr", "0.1"]`.
+        argv: options, script and its arguments, e.g. `["--nproc-per-node", "2", "train.py", "--lr", "0.1"]`.
 
     Raises:
-        OptionsError: an option that cannot be honoured.
+        OptionsError: an option that is not supported, or has an invalid value.
         SystemExit: the command line cannot be parsed, or asks for help.
     """
     args = options_parser().parse_args(argv)
     for name, unset in _UNSUPPORTED.items():
-        # Not every version of torchrun has each of them.
+        # Some versions of torchrun lack some of these options.
         if getattr(args, name, unset) != unset:
-            raise OptionsError(f"--{name.replace('_', '-')} is not supported; start with torchrun if it is needed")
+            raise OptionsError(
+                f"--{name.replace('_', '-')} is not supported by ckptless run; use torchrun if you need it"
+            )
     if args.rdzv_backend not in ("static", "c10d"):
         raise OptionsError(f"--rdzv-backend {args.rdzv_backend}: expected c10d")
     endpoint, conf = _meeting(args)
@@ -163,14 +177,14 @@ def config_from_torchrun_args(argv: Sequence[str]) -> LaunchConfig:
 
 
 def _durable(args: Namespace) -> dict[str, str]:
-    """What the workers are told of durable states, in the place of what their strategy says."""
+    """Return environment variables that override the strategy's settings of durable states."""
     folder: Path | None = args.durable_dir
     given = {
         environment.DURABLE_EVERY_N_STEPS: args.durable_every_n_steps,
         environment.DURABLE_EVERY_S: args.durable_every_s,
         environment.DURABLE_DIR: None if folder is None else folder.absolute(),
     }
-    # A mistake is told now, and not by every worker.
+    # Refuse invalid values now, once, rather than in every worker.
     CkptlessOptions(durable_every_n_steps=args.durable_every_n_steps, durable_every_s=args.durable_every_s)
     return {name: str(value) for name, value in given.items() if value is not None}
 
@@ -182,7 +196,7 @@ def _program(args: Namespace) -> Program:
 
 
 def _meeting(args: Namespace) -> tuple[str, dict[str, str | int]]:
-    """Where the nodes meet, and the settings of the rendezvous there."""
+    """Return where the nodes rendezvous, and the settings of the rendezvous."""
     conf: dict[str, str | int] = {}
     for pair in filter(None, args.rdzv_conf.split(",")):
         key, separator, value = pair.partition("=")
@@ -194,14 +208,14 @@ def _meeting(args: Namespace) -> tuple[str, dict[str, str | int]]:
     if args.rdzv_endpoint or args.nnodes in ("1", "1:1"):
         return args.rdzv_endpoint, conf
     if args.rdzv_backend == "static":
-        # The older way to say it: the first node is the meeting place.
+        # torchrun's older form: the first node hosts the rendezvous.
         conf.setdefault("is_host", int(args.node_rank == 0))
         return f"{args.master_addr}:{args.master_port or _DEFAULT_MASTER_PORT}", conf
     return "", conf
 
 
 def _run_id(rdzv_id: str, endpoint: str) -> str:
-    """The name of the run: as given, or else one that all nodes of the run find alike."""
+    """Return the name of the run: as given, or else one that all nodes derive alike."""
     if rdzv_id not in ("", "none"):
         return rdzv_id
     return "at-" + re.sub(r"[^A-Za-z0-9.]+", "-", endpoint) if endpoint else new_run_id()

@@ -1,1 +1,1 @@
-"""Where the agents of a run meet, and the generations that they form."""
+"""Rendezvous: where the agents of a run meet, and the generations that they form."""

@@ -1,4 +1,4 @@
-"""From one meeting place of a run to the next, as they are lost."""
+"""Failover from one rendezvous endpoint of a run to the next."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lightning_ckptless.protocol.rendezvous_failover import MeetingPlace, choose
 _ANSWER_S = 0.5
 
 
-class Route:
-    """The places of a run, as one node sees them.
+class RendezvousFailover:
+    """The rendezvous endpoints of a run, as one node sees them.
 
     Args:
-        endpoints: `host:port` of each, in the order that all nodes know.
+        endpoints: `host:port` of each, in the order that all nodes share.
         local_addr: address of this node; None to look it up.
 
     Raises:
-        OptionsError: a place is no `host:port`.
+        OptionsError: an endpoint is no `host:port`.
     """
 
     def __init__(self, endpoints: Sequence[str], local_addr: str | None) -> None:
@@ -36,10 +36,10 @@ class Route:
         return None
 
     def next(self, lost: MeetingPlace | None = None) -> MeetingPlace:
-        """Where to meet now.
+        """Return where to rendezvous now.
 
         Args:
-            lost: the place that was lost; None at the start.
+            lost: the endpoint that was lost; None at the start.
         """
         if lost is not None:
             self._lost = lost.index

@@ -1,8 +1,9 @@
-"""A fresh number, and a fresh part of the store, for every membership.
+"""A new number, and a new part of the store, for every membership.
 
-A store may outlive the processes that use it: torchrun shares one over all its restarts. Whatever a dead process has
-written there, its number included, must not be taken for the word of a living one. So a number counts only for those
-who recognise themselves in it:
+A store may outlive the processes that use it: torchrun shares one over all its restarts. Nothing that a dead process
+has written there, its number included, may be mistaken for the word of a living one. So a number counts only for ranks
+that
+find themselves in it:
 
     rank 0                                   every other rank
     open     a number never used before      read     the number that rank 0 published last
@@ -10,9 +11,9 @@ who recognise themselves in it:
     collect  all nonces under the number     accept   the number whose `go` holds the own nonce
     go       the list of nonces              else     read again; hello again under every new number
 
-A `go` that holds a process's nonce was written after that process had started, by a rank 0 that was alive then. A
-rank 0 that finds another number published than its own opens a new one, so a number published late by a dying process
-delays the living and nothing more.
+A `go` that holds a process's nonce was written after that process had started, by a rank 0 that was alive then. A rank
+0 that finds another number published than its own opens a new one. So a number that a dying process publishes late
+delays the living ranks and has no other effect.
 """
 
 from __future__ import annotations
@@ -55,32 +56,32 @@ def _never() -> bool:
 def join_generation(
     store: Store, rank: int, world_size: int, timeout_s: float, is_over: Callable[[], bool] = _never
 ) -> Generation:
-    """Agree with all ranks of this membership on a generation.
+    """Agree on a generation with all ranks of this membership.
 
-    Every rank calls it once; they may come in any order.
+    Every rank calls it once, in any order.
 
     Args:
-        store: connected to all ranks; may hold anything from memberships that are dead.
+        store: connected to all ranks; may hold data of dead memberships.
         rank: 0 to `world_size - 1`.
         world_size: number of ranks.
-        timeout_s: time for all ranks to come.
-        is_over: asked while waiting: whether this membership is over before it has begun.
+        timeout_s: time for all ranks to arrive, in seconds.
+        is_over: polled while waiting: whether this membership is over before it has begun.
 
     Raises:
-        TransportError: not all ranks came in time, or the store is gone; the message names the missing ranks. Or the
-            membership is over.
+        TransportError: not all ranks arrived in time, the store is lost, or the membership is over. The message names
+            the missing ranks.
     """
     assert 0 <= rank < world_size
     meeting = _Meeting(store, rank, world_size, time.monotonic() + timeout_s, timeout_s, is_over)
     try:
         number = meeting.lead() if rank == 0 else meeting.follow()
     except DistError as error:
-        raise TransportError(f"rank {rank}: the store in which {world_size} ranks meet is gone: {error}") from error
+        raise TransportError(f"rank {rank}: lost the store in which {world_size} ranks meet: {error}") from error
     return Generation(number, PrefixStore(f"ckptless/{number}", store))
 
 
 def skip_generations(store: Store, count: int) -> None:
-    """Begin the numbers of a new store after `count` generations that were numbered elsewhere."""
+    """Start the numbers of a new store after `count` generations that were numbered elsewhere."""
     store.add(_COUNTER, count)
 
 
@@ -95,7 +96,7 @@ class _Meeting:
     _pauses: int = 0
 
     def lead(self) -> int:
-        """Rank 0: open numbers until one is accepted by all."""
+        """Rank 0: open numbers until all ranks accept one."""
         while True:
             number = self.store.add(_COUNTER, 1)
             self.store.set(_CURRENT, str(number))
@@ -109,7 +110,7 @@ class _Meeting:
                 self._pause(number)
 
     def follow(self) -> int:
-        """Another rank: say hello under each number that is published until one knows it."""
+        """Other ranks: say hello under each published number until one is confirmed."""
         nonces: dict[int, str] = {}
         while True:
             number = self._published()
@@ -130,9 +131,11 @@ class _Meeting:
         return int(self.store.get(_CURRENT)) if self.store.check([_CURRENT]) else None
 
     def _pause(self, number: int | None) -> None:
-        """Wait a little before the store is asked again: longer each time, and longer the more ranks ask."""
+        """Wait before the store is polled again: longer each time, and longer the more ranks there are."""
         if self.is_over():
-            raise TransportError(f"rank {self.rank}: another fault was told while {self.world_size} ranks were to meet")
+            raise TransportError(
+                f"rank {self.rank}: another fault was reported while {self.world_size} ranks were meeting"
+            )
         if time.monotonic() > self.deadline:
             raise self._late(number)
         longest_s = max(_LONGEST_PAUSE_S, self.world_size / _QUESTIONS_PER_S)
@@ -144,13 +147,13 @@ class _Meeting:
         names = ", ".join(str(rank) for rank in missing)
         return TransportError(
             f"rank {self.rank} waited {self.timeout_s:g} s for all {self.world_size} ranks to meet; "
-            f"rank{'s' if len(missing) > 1 else ''} {names} did not come. Look for errors of theirs above, or for a "
-            "node that cannot reach the others"
+            f"rank{'s' if len(missing) > 1 else ''} {names} did not arrive. Look for their errors above, or for a node "
+            "that cannot reach the others"
         )
 
     def _missing(self, number: int) -> list[int]:
         absent = [rank for rank in range(self.world_size) if not self.store.check([_hello_key(number, rank)])]
-        # All were heard, so the one that answers is gone: what was heard came from a membership that is dead.
+        # All have said hello, so rank 0, which answers, is missing: the number came from a dead membership.
         return absent or [0]
 
 

@@ -1,9 +1,9 @@
-"""Where the agents of a run meet, and the stores that listen for it.
+"""The rendezvous of a run's agents, and the stores that listen for it.
 
-A run on one machine has one agent, which needs no rendezvous: nothing listens but the store of its workers, on
-loopback. Agents on several machines meet in a store of torch, which authenticates no one. So it listens only on the
-address under which the nodes reach it, where that is known, and holds data only: torch elastic keeps a pickle in it,
-which would run as code in every agent that reads it.
+A run on one machine has one agent, which needs no rendezvous: only the store of its workers listens, on loopback.
+Agents on several machines meet in a torch store, which authenticates no client. So it listens only on the address under
+which the nodes reach it, where that is known, and holds data only. torch elastic itself would keep a pickle in it,
+which runs as code in every agent that reads it.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ from lightning_ckptless.internals.torch_internals import (
 LOOPBACK = "127.0.0.1"
 _READ_TIMEOUT_S = 60
 _BACKLOG = 4096
-"""Of connections that have not been accepted; the kernel allows fewer."""
+"""Connections that have not been accepted yet; the kernel may limit it further."""
 
 _Encoded = tuple[bytes, Any]
 
 
 def one_machine(run_id: str, keep_alive_interval_s: int, keep_alive_max_attempt: int) -> SingleNode:
-    """The rendezvous of an agent that is the only one of its run."""
+    """Return the rendezvous of an agent that is the only one of its run."""
     interval = timedelta(seconds=keep_alive_interval_s)
     return SingleNode(RendezvousSettings(run_id, 1, 1, RendezvousTimeout(), interval, keep_alive_max_attempt))
 
 
 def several_machines(parameters: RendezvousParameters) -> DataRendezvous:
-    """The rendezvous of an agent that meets others, with the settings of torch's c10d rendezvous.
+    """Return the rendezvous of an agent that meets others, with the settings of torch's c10d rendezvous.
 
     Raises:
         RendezvousError: the store cannot be reached.
@@ -82,7 +82,7 @@ def several_machines(parameters: RendezvousParameters) -> DataRendezvous:
 
 
 class SingleNode(RendezvousHandler):
-    """A rendezvous of one node, inside this process: every round is complete at once.
+    """A rendezvous of one node, inside this process: every round completes at once.
 
     Args:
         settings: of the run.
@@ -105,9 +105,9 @@ class SingleNode(RendezvousHandler):
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Begin a round: with a new store for its workers, on loopback."""
+        """Begin a round with a new store for its workers, on loopback."""
         if self._is_closed:
-            raise RendezvousClosedError(f"run {self.get_run_id()!r} has been ended")
+            raise RendezvousClosedError(f"run {self.get_run_id()!r} was ended")
         self._rounds += 1
         self._worker_store = None
         self._worker_store = listening_store(LOOPBACK, 0)
@@ -138,10 +138,10 @@ class SingleNode(RendezvousHandler):
 
 
 class DataRendezvous(DynamicRendezvousHandler):
-    """torch elastic's rendezvous, with a store of its own for the workers of every round, on one address."""
+    """torch elastic's rendezvous, with a separate store for the workers of every round, on one address."""
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Meet the other nodes; see `RendezvousHandler`."""
+        """Rendezvous with the other nodes; see `RendezvousHandler`."""
         forget_worker_store(self)
         return super().next_rendezvous()
 
@@ -150,10 +150,12 @@ class DataRendezvous(DynamicRendezvousHandler):
 
 
 class DataBackend(RendezvousBackend):
-    """Keeps the state of a rendezvous as JSON. What is unpickled was pickled in this process, from checked fields.
+    """Keeps the state of a rendezvous as JSON.
+
+    Only data that was pickled in this process, from checked fields, is unpickled.
 
     Args:
-        inner: keeps bytes.
+        inner: stores bytes.
     """
 
     def __init__(self, inner: RendezvousBackend) -> None:
@@ -165,19 +167,19 @@ class DataBackend(RendezvousBackend):
         return self._inner.name
 
     def get_state(self) -> _Encoded | None:
-        """The state, as torch elastic has it in memory.
+        """Return the state, as torch elastic has it in memory.
 
         Raises:
-            RendezvousStateError: what is in the store is no state.
+            RendezvousStateError: the store holds no valid state.
         """
         found = self._inner.get_state()
         return None if found is None else (_decoded(found[0]), found[1])
 
     def set_state(self, state: bytes, token: Any = None) -> tuple[bytes, Any, bool] | None:
-        """Replace the state that belongs to a token; returns the one that counts now, and whether it is this one.
+        """Replace the state that belongs to a token; returns the state that is valid now, and whether it is this one.
 
         Raises:
-            RendezvousStateError: what is in the store is no state.
+            RendezvousStateError: the store holds no valid state.
         """
         answer = self._inner.set_state(rendezvous_state_to_json(state), token)
         return None if answer is None else (_decoded(answer[0]), answer[1], answer[2])
@@ -188,8 +190,8 @@ def _decoded(text: bytes) -> bytes:
         return rendezvous_state_from_json(text)
     except ValueError as error:
         raise RendezvousStateError(
-            f"what the rendezvous holds was not written by an agent of this version: {error}. Does every node run the "
-            "same version of lightning_ckptless, and can only nodes of the run reach the port of the rendezvous?"
+            f"the rendezvous state was not written by an agent of this version: {error}. Check that every node runs "
+            "the same version of lightning_ckptless, and that only nodes of the run can reach the rendezvous port"
         ) from error
 
 
@@ -197,12 +199,12 @@ def _decoded(text: bytes) -> bytes:
 
 
 def listening_store(host: str, port: int, timeout_s: float = _READ_TIMEOUT_S) -> TCPStore:
-    """A store of torch whose server is in this process, and listens on one address where it is known which.
+    """Create a torch store whose server runs in this process and listens on one address, where that is known.
 
     Args:
         host: address or name under which it is reached.
         port: 0 for a free one.
-        timeout_s: of its operations.
+        timeout_s: of its operations, in seconds.
 
     Raises:
         OSError, RuntimeError: it cannot listen there.
@@ -212,12 +214,12 @@ def listening_store(host: str, port: int, timeout_s: float = _READ_TIMEOUT_S) ->
     if listener is None:
         return TCPStore(host, port, **settings)
     port = int(listener.getsockname()[1])
-    # The store owns the socket from here on.
+    # The store owns the socket from now on.
     return TCPStore(host, port, master_listen_fd=listener.detach(), **settings)
 
 
 def listener_on(host: str, port: int) -> socket.socket | None:
-    """A socket that listens on an address of this machine; None where `host` does not say on which."""
+    """Return a socket that listens on an address of this machine; None where `host` does not identify one."""
     if (found := address_of(host)) is None:
         return None
     family, address = found
@@ -229,17 +231,17 @@ def listener_on(host: str, port: int) -> socket.socket | None:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRNOTAVAIL:
-            # An address that is translated on its way here, such as that of a Kubernetes service.
+            # An address that is translated on its way here, such as a Kubernetes service's.
             return None
         raise
     return listener
 
 
 def address_of(host: str, look_up: Callable[..., list[Any]] = socket.getaddrinfo) -> tuple[int, tuple[Any, ...]] | None:
-    """The one address that a host name or address stands for, as family and socket address.
+    """Return the only address of a host name or address, as family and socket address.
 
-    None where there are several, or where a name leads to loopback only here: many systems have it that way for their
-    own name, and other machines find another address under it.
+    None where there are several, or where a name resolves to loopback on this machine only: many systems configure
+    their own name that way, and other machines resolve it to another address.
 
     Args:
         host: name or address.
@@ -263,19 +265,19 @@ def address_of(host: str, look_up: Callable[..., list[Any]] = socket.getaddrinfo
 
 
 def _meeting_store(parameters: RendezvousParameters) -> Store:
-    """The store that the nodes meet in: hosted by this process where it is the host, else a connection to it."""
+    """Return the store that the nodes meet in: created by this process if it is the host, else a connection to it."""
     if parameters.get("store_type", "tcp") == "file":
         return FileStore(parameters.endpoint)
     host, port = parse_rendezvous_endpoint(parameters.endpoint, default_port=DEFAULT_PORT)
     timeout_s = int(parameters.get("read_timeout", _READ_TIMEOUT_S))
-    told = parameters.get_as_bool("is_host")
+    is_host = parameters.get_as_bool("is_host")
     try:
-        if told or (told is None and is_this_machine(host)):
+        if is_host or (is_host is None and is_this_machine(host)):
             try:
                 return listening_store(host, port, timeout_s)
             except (OSError, RuntimeError):
-                # Another process of this machine may host the rendezvous, where the user has not said who does.
-                if told:
+                # Another process on this machine may host the rendezvous, unless the user said that this one does.
+                if is_host:
                     raise
         return TCPStore(host, port, is_master=False, multi_tenant=True, timeout=timedelta(seconds=timeout_s))
     except (OSError, ValueError, RuntimeError) as error:

@@ -1,8 +1,8 @@
-"""Regroupings: the numbers under which survivors of faults and their new peers meet, on all nodes alike.
+"""Regroupings: the numbers under which survivors of faults and replacements meet, the same on all nodes.
 
-The agents of a run write them into the store that their workers meet in. Who sees a fault first opens the next number;
-whoever sees one meanwhile joins in under the same. A number says nothing of who is meant: all ranks meet, those that
-live and those that take the places of the others, and a fault on the way opens another number.
+The agents of a run write them into the store that their workers meet in. The agent that sees a fault first opens the
+next number; an agent that sees one meanwhile adopts the same number. A number does not say which ranks it is for: all
+ranks meet, survivors and replacements, and a further fault in between opens another number.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _KEY = "ckptless/regrouping"
 
 @dataclass(frozen=True, slots=True)
 class Regrouping:
-    """One of them.
+    """One regrouping.
 
     Args:
         number: grows with each, in one round of the rendezvous.
-        fault: what has opened it.
+        fault: that opened it.
     """
 
     number: int
@@ -32,15 +32,15 @@ class Regrouping:
 
 
 class Regroupings:
-    """Those of one round of the rendezvous, as one agent sees them.
+    """The regroupings of one round of the rendezvous, as one agent sees them.
 
     Args:
         store: that all agents of the round share.
         nodes: how many there are.
-        number: newest that they have behind them.
+        number: last one that they have completed.
 
     Attributes:
-        number: the newest that this agent knows.
+        number: the last one that this agent knows.
     """
 
     def __init__(self, store: Store, nodes: int, number: int = 0) -> None:
@@ -55,18 +55,18 @@ class Regroupings:
         return self._is_shared
 
     def open(self, fault: FaultReport) -> Regrouping:
-        """Open the next number for a fault, or take up the one that another agent has opened meanwhile."""
+        """Open the next number for a fault, or adopt the one that another agent has opened meanwhile."""
         mine = json.dumps({"number": self.number + 1, "fault": asdict(fault)})
         return self._take(self._store.compare_set(_KEY, self._seen, mine).decode())
 
     def news(self) -> Regrouping | None:
-        """What another agent has opened, if it is new."""
+        """Return the regrouping that another agent has opened, if it is new."""
         if not self._is_shared:
             return None
         try:
             text = self._store.get(_KEY).decode() if self._store.check([_KEY]) else self._seen
         except DistError:
-            # The store is gone with its node: heartbeats and the rendezvous say so. It is not asked again.
+            # The store was lost with its node, which heartbeats and the rendezvous detect. It is not asked again.
             self._is_shared = False
             return None
         return self._take(text) if text != self._seen else None

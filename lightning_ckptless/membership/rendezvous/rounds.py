@@ -1,4 +1,4 @@
-"""Rounds of the rendezvous: each has a store of its own for the workers that it brings together."""
+"""Rounds of the rendezvous, each with its own store for the workers that meet in it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _ROUNDS_KEY = "ckptless/rounds"
 
 
 def worker_store(worker_group: WorkerGroup) -> TCPStore:
-    """The store that the workers of a round meet in."""
+    """Connect to the store that the workers of a round meet in."""
     group: Any = worker_group  # torch declares its fields as None, which they are before the first rendezvous
     return TCPStore(group.master_addr, group.master_port, is_master=False, timeout=timedelta(seconds=_TIMEOUT_S))
 
 
 def number_generations(worker_group: WorkerGroup, store: TCPStore) -> None:
-    """Let the numbers of generations grow over the rounds, each of which has a new store."""
+    """Let generation numbers grow over the rounds, each of which has a new store."""
     group: Any = worker_group
     skip_generations(store, group.store.underlying_store.add(_ROUNDS_KEY, 1) - 1)
 
 
 def variables_of(worker_group: WorkerGroup, worker: Worker, *, restarts: int) -> dict[str, str]:
-    """What torch elastic tells a worker of a round, by the names that torchrun uses.
+    """Return the environment variables that torch elastic sets for a worker, named as torchrun names them.
 
     Args:
         worker_group: all workers of this node.
@@ -56,7 +56,7 @@ def variables_of(worker_group: WorkerGroup, worker: Worker, *, restarts: int) ->
 
 
 def line_prefixes(worker_group: WorkerGroup, template: str | None) -> dict[int, str] | None:
-    """What stands before each line of a worker's output, by local rank.
+    """Return the prefix of each line of a worker's output, by local rank.
 
     Args:
         worker_group: all workers of this node.

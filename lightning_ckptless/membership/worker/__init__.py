@@ -1,1 +1,1 @@
-"""What a worker does beside the program: it hears its agent, shows its progress, and makes process groups."""
+"""What a worker does besides running the script: it listens to its agent, reports progress and creates groups."""

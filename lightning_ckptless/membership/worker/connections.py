@@ -1,22 +1,22 @@
-"""The connections that process groups have made in this process, so that all of them can be cut at once.
+"""The connections that process groups have opened in this process, so that all of them can be aborted at once.
 
-A collective of gloo that waits for a dead peer, or for a living one that waits for the dead, ends at its time-out and
-by no other call of torch: aborting the group does nothing to it. Shutting down the sockets below it ends it within
-milliseconds. Duplicates of a socket in forked processes do not matter then, as they would for closing it.
+A gloo collective that waits for a dead peer, or for a living one that waits for the dead, ends at its time-out and by
+no call of torch: aborting the group has no effect on it. Shutting down the sockets below it ends it within
+milliseconds. Unlike closing, this also works while forked processes hold duplicates of a socket.
 
-Only our side of reading is shut down, and a duplicate keeps the connection when gloo closes it upon that: no peer may
-notice, for a peer that sends at this moment would be lost in gloo (`lost_waits.py`). Each rank ends what it does itself
-waits for, and lets go of the duplicates when all have gone on.
+Only this side's reading is shut down, and a duplicate keeps the connection open when gloo closes it in response. No
+peer may notice, because gloo would lose a peer that sends at this moment (`stuck_collectives.py`). Each rank aborts
+what it waits for itself, and closes the duplicates once all ranks have continued.
 
-While a group is being made, its thread may wait for more than an established connection:
+While a group is being created, its thread may wait for more than an established connection:
 
-| The thread waits for | It is ended by |
+| The thread waits for | It is aborted by |
 |---|---|
 | an answer of the store | shutting down the connection to the store |
 | a peer that is to connect to this process | connecting in the place of each peer, and closing that connection |
 | a peer that does not accept this process's connection | shutting down the attempt; gloo repeats it three times |
 
-A socket that listens is never shut down: gloo ends the process when one fails.
+A listening socket is never shut down: gloo ends the process when one fails.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from types import MappingProxyType
 
 _SYN_SENT = 2
 _GREETING = struct.Struct("=q")
-"""What a peer sends first on a new connection to gloo: the number that tells the connections of a listener apart."""
+"""What a peer sends first on a new connection to gloo: a number that identifies the connection to the listener."""
 _GREET_TIMEOUT_S = 0.1
 
 _Sockets = dict[int, str]
-"""File descriptors with what they refer to: numbers are used again, the text is not."""
+"""File descriptors with their link targets: a number is reused, a target is not."""
 
 
 class Connections:
-    """Connections made within `opening`, in any thread."""
+    """Connections opened within `opening`, in any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -49,16 +49,17 @@ class Connections:
         self._peers = 0
         self._waited_on: _Sockets = {}
         self._greeted: set[str] = set()
-        self._cut: dict[str, socket.socket] = {}
+        self._aborted: dict[str, socket.socket] = {}
         self._retired: list[socket.socket] = []
 
     @contextmanager
     def opening(self, peers: int, waits_on: Mapping[int, str] = MappingProxyType({})) -> Iterator[None]:
-        """Count every socket that is new within this block as one of ours; `cut` ends what waits within it.
+        """Track every socket that is new within this block; `abort` ends what waits within it.
 
         Args:
-            peers: most ranks of a group that is made within it.
-            waits_on: connections that were there before, as `new_sockets` has told, and are ours within it only.
+            peers: number of ranks in the largest group that is created within it.
+            waits_on: connections that existed before, as returned by `new_sockets`, and are tracked within the block
+                only.
         """
         with self._lock:
             self._before, self._peers, self._waited_on = _sockets(), peers, dict(waits_on)
@@ -69,23 +70,23 @@ class Connections:
                 self._made |= _beyond(self._before)
                 self._before, self._waited_on = None, {}
 
-    def cut(self) -> int:
-        """Let nothing be read from what was made, and end what is being made at this moment. Any thread may call it.
+    def abort(self) -> int:
+        """Stop reading from tracked connections, and abort those being established. Callable from any thread.
 
         Returns:
-            How many connections were there that had not been cut before, attempts to connect included.
+            How many connections were newly aborted, attempts to connect included.
         """
         with self._lock:
             new = self._new()
-            targets = {number: target for number, target in (self._made | new).items() if target not in self._cut}
+            targets = {number: target for number, target in (self._made | new).items() if target not in self._aborted}
             found = {
                 target: sock for number, target in targets.items() if (sock := _shut_down(number, target)) is not None
             }
-            self._cut |= found
+            self._aborted |= found
             return len(found) + sum(self._end_wait(number, target) for number, target in new.items())
 
     def _end_wait(self, number: int, target: str) -> bool:
-        """End a wait for a connection that is not there yet; returns whether an attempt to connect was under way."""
+        """Abort a wait for a connection that does not exist yet; returns whether a connection attempt was in flight."""
         sock = None if target in self._greeted else _tcp_socket(number, target)
         if sock is None:
             return False
@@ -99,21 +100,21 @@ class Connections:
                 return True
         return False
 
-    def has_cut(self, sockets: Mapping[int, str]) -> bool:
-        """Whether any of some sockets has been cut since `forget`: answers that come in time are still read from it."""
+    def has_aborted(self, sockets: Mapping[int, str]) -> bool:
+        """Whether any of these sockets has been aborted since `forget`; data that had arrived can still be read."""
         with self._lock:
-            return any(target in self._cut for target in sockets.values())
+            return any(target in self._aborted for target in sockets.values())
 
     def forget(self) -> None:
-        """Begin anew: what was made belongs to a generation that is over."""
+        """Start over: the tracked connections belong to a generation that has ended."""
         with self._lock:
             self._made.clear()
             self._greeted.clear()
-            self._retired += self._cut.values()
-            self._cut.clear()
+            self._retired += self._aborted.values()
+            self._aborted.clear()
 
-    def bury(self) -> None:
-        """Close what was cut before `forget`: no peer uses it any more."""
+    def release(self) -> None:
+        """Close what was aborted before `forget`: no peer uses it any more."""
         with self._lock:
             retired, self._retired = self._retired, []
         for sock in retired:
@@ -125,14 +126,14 @@ class Connections:
 
 @contextmanager
 def new_sockets() -> Iterator[dict[int, str]]:
-    """Note the sockets that are made within this block: the dictionary is filled when it ends."""
+    """Collect the sockets that are created within this block: the dictionary is filled when it ends."""
     before, found = _sockets(), dict[int, str]()
     yield found
     found.update(_beyond(before))
 
 
-def cut_connections_to(addresses: Collection[tuple[str, int]]) -> int:
-    """Shut down this process's connections to certain ports, whoever has made them. Any thread may call it.
+def abort_connections_to(addresses: Collection[tuple[str, int]]) -> int:
+    """Shut down this process's connections to certain ports, whichever code opened them. Callable from any thread.
 
     Args:
         addresses: numeric address and port of each.
@@ -165,14 +166,14 @@ def _sockets() -> _Sockets:
 
 
 def _beyond(before: _Sockets) -> _Sockets:
-    """The sockets that are there now and were not before."""
+    """Return the sockets that exist now and did not before."""
     return {number: target for number, target in _sockets().items() if before.get(number) != target}
 
 
 def _greet(listener: socket.socket, peers: int) -> None:
     """Connect to a listener as each of its peers would, and close the connection: gloo sees each peer leave.
 
-    The kernel accepts the connections. A listener that is not gloo's reads eight bytes and an end.
+    The kernel accepts the connections. A listener that is not gloo's reads eight bytes and an end of file.
     """
     for number in range(peers):
         with suppress(OSError), socket.socket(listener.family) as peer:
@@ -182,17 +183,17 @@ def _greet(listener: socket.socket, peers: int) -> None:
 
 
 def _shut_down(number: int, target: str) -> socket.socket | None:
-    """Let nothing be read from a connection any more; returns a duplicate, or None where it is none."""
+    """Shut down reading from a connection; returns a duplicate, or None where it is no connection."""
     sock = _connection(number, target)
     if sock is not None:
         with suppress(OSError):
-            # Where the peer is gone already there is nothing to read.
+            # If the peer has already closed, there is nothing to read.
             sock.shutdown(socket.SHUT_RD)
     return sock
 
 
 def _connection(number: int, target: str) -> socket.socket | None:
-    """A duplicate of a connection; None where it is none, or listens, or is still being made."""
+    """Return a duplicate of a connection; None where it is none, listens, or is still being established."""
     sock = _tcp_socket(number, target)
     if sock is not None and _peer(sock) is None:
         sock.close()
@@ -201,9 +202,9 @@ def _connection(number: int, target: str) -> socket.socket | None:
 
 
 def _tcp_socket(number: int, target: str) -> socket.socket | None:
-    """A duplicate of a TCP socket; None where it is none."""
+    """Return a duplicate of a TCP socket; None where it is none."""
     try:
-        # The duplicate stays what it is, whatever the number is used for meanwhile.
+        # The duplicate stays valid, even if the number is reused meanwhile.
         duplicate = os.dup(number)
     except OSError:
         return None
@@ -219,7 +220,7 @@ def _tcp_socket(number: int, target: str) -> socket.socket | None:
 
 
 def _peer(sock: socket.socket) -> tuple[str, int] | None:
-    """Numeric address and port at the other end; None where there is none."""
+    """Return numeric address and port of the other end; None where there is none."""
     try:
         host, port, *_ = sock.getpeername()
     except OSError:

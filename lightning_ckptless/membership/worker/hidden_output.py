@@ -1,9 +1,9 @@
-"""The output of a process that takes a lost rank's place, kept in a file until it stands where the others are.
+"""The output of a replacement process, kept in a file until it has caught up with the other ranks.
 
-It runs the script from its first line: what the script prints there, the seed, the devices and the summary of the model
-was shown when the run began. The file is for the case that the process fails on its way.
+It runs the script from its first line. What the script prints there, such as the seed, the devices and the model
+summary, was shown when the run began. The file serves the case that the process fails before it joins.
 
-It is a file of its own because the fork of a worker hides its output and the trainer, far from there, shows it again.
+This is a separate file because the fork of a worker hides its output and the trainer, in another package, restores it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _STDOUT, _STDERR = 1, 2
 
 
 def hide(env: MutableMapping[str, str], *, inheritable: bool) -> None:
-    """Send stdout and stderr of this process to the file that its environment names; nothing where it names none.
+    """Redirect stdout and stderr of this process to the file that its environment names, if it names one.
 
     Args:
-        env: environment of the worker; receives where the real streams are.
-        inheritable: whether the worker becomes another program, which is to have them as well.
+        env: environment of the worker; receives the file descriptors of the real streams.
+        inheritable: whether the worker executes another program, which needs the descriptors as well.
     """
     path = env.get(environment.OUTPUT_FILE)
     if not path:
@@ -39,7 +39,7 @@ def hide(env: MutableMapping[str, str], *, inheritable: bool) -> None:
 
 
 def show(env: MutableMapping[str, str] = os.environ) -> bool:
-    """Give this process its real stdout and stderr back. Returns whether they were hidden."""
+    """Restore this process's real stdout and stderr. Returns whether they were hidden."""
     hidden = env.pop(environment.HIDDEN_STREAMS, "")
     env.pop(environment.OUTPUT_FILE, None)
     if not hidden:
@@ -53,6 +53,6 @@ def show(env: MutableMapping[str, str] = os.environ) -> bool:
 
 
 def real_stderr(env: Mapping[str, str] = os.environ) -> int:
-    """File descriptor of this process's real stderr, hidden or not."""
+    """Return the file descriptor of this process's real stderr, hidden or not."""
     hidden = env.get(environment.HIDDEN_STREAMS, "")
     return int(hidden.split(",")[1]) if hidden else _STDERR

@@ -1,11 +1,11 @@
-"""The run folder of a program that Hydra runs.
+"""The run folder of a script that Hydra runs.
 
-Hydra names its folder by the time at which a process starts, so every process of a run would have one of its own.
-Lightning's own launcher hands the folder of the first process to its children, as overrides on their command lines; the
-processes of an agent get it in the same way, those that come after a fault included.
+Hydra names its folder by the start time of a process, so every process of a run would get a folder of its own.
+Lightning's launcher passes the folder of the first process to its children as overrides on their command lines. The
+processes of an agent receive it in the same way, replacements after a fault included.
 
-The folder is learned from the first process of a node when it comes to its trainer. Where the script imports Hydra, the
-others are started after that.
+The agent learns the folder from the first process of a node when that reaches its trainer. If the script imports Hydra,
+the other processes are started only then.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from lightning_ckptless import environment
 from lightning_ckptless.membership.worker.program import Program
 
 FIRST_WAIT_S = 60.0
-"""For the first process to come to its trainer; then the others are started with folders of their own."""
+"""For the first process to reach its trainer; after that the others are started with folders of their own."""
 
 _IMPORT = re.compile(rb"^\s*(?:import|from)\s+hydra\b", re.MULTILINE)
 _RUN, _SWEEP = "run", "sweep"
 
 
 def folder_of_run(path: str) -> str:
-    """The folder of a single run, as one variable has it."""
+    """Encode the folder of a single run in one environment variable."""
     return f"{_RUN}={path}"
 
 
 def folder_of_sweep(path: str) -> str:
-    """The folder of a sweep (`--multirun`), as one variable has it."""
+    """Encode the folder of a sweep (`--multirun`) in one environment variable."""
     return f"{_SWEEP}={path}"
 
 
 def imports_hydra(program: Program, cwd: Path) -> bool:
-    """Whether a program's own file imports Hydra, read off its text.
+    """Whether the file of a script or module imports Hydra, according to its text.
 
     Args:
         program: a script or a module.
@@ -50,7 +50,7 @@ def imports_hydra(program: Program, cwd: Path) -> bool:
 
 
 def with_folder(program: Program, env: Mapping[str, str]) -> Program:
-    """The program, with the folder that its environment names on its command line."""
+    """Add the folder that the environment names to a program's command line."""
     folder = env.get(environment.HYDRA, "")
     if not folder or program.kind == "executable":
         return program
@@ -58,16 +58,16 @@ def with_folder(program: Program, env: Mapping[str, str]) -> Program:
 
 
 def without_folder(env: Mapping[str, str]) -> dict[str, str]:
-    """The environment as the program sees it: what the program starts in its turn may have folders of its own."""
+    """Return the environment for the script: processes that the script starts may have folders of their own."""
     return {name: value for name, value in env.items() if name != environment.HYDRA}
 
 
 def arguments_for(folder: str, local_rank: int) -> tuple[str, ...]:
-    """Overrides that give a process the run folder.
+    """Return the overrides that give a process the run folder.
 
     Args:
-        folder: as `folder_of_run` or `folder_of_sweep` has it.
-        local_rank: of the process; all but the first log into files of their own, named as Lightning's launcher does.
+        folder: as encoded by `folder_of_run` or `folder_of_sweep`.
+        local_rank: of the process; all but the first log into separate files, named as Lightning's launcher names them.
     """
     mode, path = folder.split("=", 1)
     quoted = path.replace('"', '\\"')
@@ -75,6 +75,6 @@ def arguments_for(folder: str, local_rank: int) -> tuple[str, ...]:
     if local_rank:
         arguments.append(f"hydra.job.name=train_ddp_process_{local_rank}")
     if local_rank or mode == _RUN:
-        # The configuration was written by the first process. The first of a sweep writes it for each of its jobs.
+        # The first process has written the configuration. In a sweep, it does so for each of its jobs.
         arguments.append("hydra.output_subdir=null")
     return tuple(arguments)

@@ -1,6 +1,6 @@
-"""Environment variables by which NCCL's threads in torch end the process, or hold it, when a peer is lost.
+"""Environment variables that make torch's NCCL threads end or block the process when a peer is lost.
 
-Apart from where they are set, so that they can be looked at without torch.
+Separate from the code that sets them, so that they can be listed without importing torch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,6 @@ ENDS_THE_PROCESS = (
     "TORCH_NCCL_DUMP_ON_TIMEOUT",
     "TORCH_NCCL_ENABLE_MONITORING",
     "TORCH_NCCL_RETHROW_CUDA_ERRORS",
-    # How long its watchdog waits for a dump that is never made, before it lets a group be left.
+    # How long its watchdog waits for a dump that is never written, before a group can be released.
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC",
 )

@@ -1,4 +1,4 @@
-"""Telling a lost peer from an error of the user's: by what torch and gloo say when a connection ends."""
+"""Peer errors: telling a lost peer from a user's error, by what torch and gloo say when a connection ends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from lightning_ckptless.errors import TransportError
 
-# gloo raises plain RuntimeErrors; these are the places in its transport and in the store that they come from.
+# gloo raises plain RuntimeErrors; these texts identify the places in its transport and in the store that raise them.
 _SIGNS = (
     "gloo/transport",
     "Connection closed by peer",
@@ -20,7 +20,7 @@ _SIGNS = (
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an exception says that another rank is gone, anywhere in its chain of causes."""
+    """Whether an exception, or any exception in its chain of causes, means that another rank is lost."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, dist.DistError | TransportError):

@@ -1,9 +1,9 @@
-"""A default process group for a process that is about to take a lost rank's place, and has not met the other ranks yet.
+"""A placeholder process group for a replacement process that has not met the other ranks yet.
 
-User code in that phase may ask torch.distributed for its rank and for the world size, as a `DistributedSampler` does. A
-barrier returns at once: the other ranks have passed it long ago. Data cannot be exchanged, since the other ranks do not
-take part: a collective that would do so raises, and is remembered even where the user's code handles the exception.
-Such a process does not join the others, and all ranks are started again.
+User code in that phase may ask torch.distributed for its rank and the world size, as a `DistributedSampler` does. A
+barrier returns at once: the other ranks passed it long ago. Data cannot be exchanged, because the other ranks do not
+take part. A collective that would exchange data raises, and is remembered even if user code handles the exception: such
+a process does not join the other ranks, and all ranks are relaunched.
 """
 
 from __future__ import annotations
@@ -44,31 +44,30 @@ _refused: list[str] = []
 
 
 def require_no_refusals() -> None:
-    """Look back at what this process has asked for while it was alone.
+    """Check which operations this process has called while it was alone.
 
     Raises:
-        TransportError: it has asked for a collective, and may have gone on without its result.
+        TransportError: it has called a collective, and may have continued without its result.
     """
     if _refused:
         raise _error(_refused[0])
 
 
 def refuse(operation: str) -> TransportError:
-    """The error for an operation that needs other ranks, which is remembered."""
+    """Remember an operation that needs other ranks, and return the error for it."""
     _refused.append(operation)
     return _error(operation)
 
 
 def _error(operation: str) -> TransportError:
     return TransportError(
-        f"{operation} was called before training by a new process that takes the place of a lost rank, and has not met "
-        "the other ranks yet: all ranks are started again. To be replaced in place, call collectives in the training "
-        "loop only"
+        f"{operation} was called before training by a new process that replaces a lost rank and has not met the other "
+        "ranks yet: all ranks are relaunched. To allow recovery in place, call collectives only in the training loop"
     )
 
 
 class AloneGroup(dist.ProcessGroup):
-    """A process group that knows its rank and size, and exchanges nothing."""
+    """A process group that knows its rank and size, and exchanges no data."""
 
     def barrier(self, *_: Any, **__: Any) -> Any:
         """Return at once."""
@@ -87,7 +86,7 @@ for _name in _COLLECTIVES:
 
 
 class _NoStore(Store):
-    """Of a group without other ranks. It has no methods of a store: whatever needs them fails, and does not wait."""
+    """The store of a group without other ranks. It has no methods: whatever needs one fails instead of waiting."""
 
 
 def _group(_store: Store, rank: int, world_size: int, _timeout: timedelta) -> AloneGroup:
@@ -95,10 +94,10 @@ def _group(_store: Store, rank: int, world_size: int, _timeout: timedelta) -> Al
 
 
 def open_alone(rank: int, world_size: int) -> None:
-    """Make the default process group of a process that is alone.
+    """Create the placeholder as the default process group.
 
     Args:
-        rank: that it is to have among the others.
+        rank: that the process will have among the other ranks.
         world_size: number of ranks.
     """
     if not hasattr(dist.Backend, BACKEND.upper()):

@@ -1,10 +1,10 @@
-"""Process groups, made anew for every generation under a store prefix of its own.
+"""Process groups, created for every generation under a store prefix of its own.
 
-A store that outlives its workers (torchrun shares one over all its restarts) still holds the addresses of the dead:
-a group that reads them fails or hangs. Under a fresh prefix there is nothing old to read.
+A store that outlives its workers (torchrun shares one over all its restarts) still holds the addresses of dead ranks: a
+group that reads them fails or hangs. Under a new prefix there is nothing old to read.
 
-A worker that survives a fault leaves its groups and opens new ones in the same process. What belonged to the old ones
-is cut first, and let go of later: gloo takes 10 ms and more to end its threads, which no recovery has to wait for.
+A worker that survives a fault leaves its groups and opens new ones in the same process. The old ones are aborted first
+and released later: gloo takes 10 ms and more to stop its threads, and no recovery has to wait for that.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def _never() -> bool:
 
 
 class MeetingStore:
-    """The store in which the ranks meet, over a connection that lasts as long as it works.
+    """The store in which the ranks meet, over a connection that is kept as long as it works.
 
-    It is not cut with the groups of a generation that is over, for the next meeting needs it: torch looks the addresses
-    of each new connection up in the domain name system, and a query that is lost there costs 5 s. With a connection
-    for each rank and meeting, that was every recovery of 32 ranks.
+    It is not aborted with the groups of a generation that has ended, because the next meeting needs it. For each new
+    connection torch resolves addresses in the domain name system, and a lost query costs 5 s. With one connection per
+    rank and meeting, that happened in every recovery of 32 ranks.
 
     Attributes:
-        sockets: of the connection, as `new_sockets` has told.
+        sockets: of the connection, as returned by `new_sockets`.
     """
 
     def __init__(self) -> None:
@@ -61,12 +61,12 @@ class MeetingStore:
         self._place: tuple[str | None, str | None] = None, None
 
     def connect(self, rank: int, world_size: int, *, reconnect: bool) -> Store:
-        """The store that the environment names.
+        """Connect to the store that the environment names.
 
         Args:
             rank: this worker's rank.
             world_size: number of ranks.
-            reconnect: use a new connection in any case: where threads of a device's groups use the last one.
+            reconnect: open a new connection in any case: needed where threads of a device's groups use the last one.
         """
         place = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
         if self._store is None or reconnect or place != self._place:
@@ -111,19 +111,19 @@ class World:
             world_size: number of ranks.
             backend: of the default group, e.g. `gloo` or `nccl`.
             timeout: for collectives; None for torch's default.
-            device: bound to the group where the backend wants it; None on the host.
-            regrouping: number under which survivors of a fault and their new peers meet; 0 where all start together.
-            is_over: whether a newer regrouping has been told meanwhile.
-            when_joined: called when all ranks have come, before the process groups are made.
+            device: bound to the group where the backend needs it; None on the host.
+            regrouping: number under which survivors and replacements meet; 0 where all ranks start together.
+            is_over: whether a newer regrouping has been announced meanwhile.
+            when_joined: called when all ranks have arrived, before the process groups are created.
 
         Returns:
             Number of the generation.
 
         Raises:
-            TransportError: not all ranks came, or a newer regrouping has been told.
+            TransportError: not all ranks arrived, or a newer regrouping was announced.
         """
         if dist.is_initialized():
-            # A second trainer of the same program, in a membership that the first one has joined.
+            # A second trainer of the same script, in a membership that the first one has joined.
             self.generation = int(os.environ.get(environment.GENERATION, "1"))
             return self.generation
         store = self._meeting_store.connect(rank, world_size, reconnect=device is not None)
@@ -146,29 +146,29 @@ class World:
                 backend, store=generation.store, rank=rank, world_size=world_size, device_id=device, **options
             )
         if is_over():
-            raise TransportError(f"rank {rank}: another fault was told while the process groups were made")
+            raise TransportError(f"rank {rank}: another fault was reported while the process groups were created")
         self._own = {id(group) for group in process_groups()}
         atexit.register(close_world)
         self.renumber(generation.number)
         return generation.number
 
     def pretend(self, rank: int, world_size: int) -> None:
-        """Make groups that send nothing, for a process that has to build its model before it meets the others."""
+        """Create groups that send nothing, for a process that builds its model before it meets the other ranks."""
         open_fake_groups(rank, world_size)
 
     def pretend_to_be(self, rank: int, world_size: int) -> None:
-        """Answer for rank and world size in a process that has not met the others; see `alone`."""
+        """Answer for rank and world size in a process that has not met the other ranks; see `placeholder_group`."""
         if not self.is_open:
             open_alone(rank, world_size)
             self._own = {id(group) for group in process_groups()}
 
     def renumber(self, generation: int) -> None:
-        """Give the generation the number that its ranks have agreed on, for whatever this process trains next, too."""
+        """Set the generation to the number that its ranks have agreed on, also for what this process trains next."""
         os.environ[environment.GENERATION] = str(generation)
         self.generation = generation
 
     def host_group(self, timeout_s: float) -> dist.ProcessGroup | None:
-        """A gloo group over all ranks for state in host memory, apart from the training's own collectives."""
+        """Create a gloo group over all ranks for state in host memory, separate from the training's own collectives."""
         with self.making():
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         return group if isinstance(group, dist.ProcessGroup) else None
@@ -179,55 +179,58 @@ class World:
         return dist.is_available() and dist.is_initialized()
 
     def foreign_groups(self) -> int:
-        """How many process groups there are that somebody else has made: they cannot be made anew for him."""
+        """How many process groups were created by other code, and cannot be re-created on its behalf."""
         return sum(id(group) not in self._own for group in process_groups())
 
     @contextmanager
     def making(self) -> Iterator[None]:
-        """Groups that are made within it are ours, whoever makes them: we cut them and make them anew."""
+        """Track groups that are created within the block as ours, whichever code creates them.
+
+        We abort and re-create them.
+        """
         before = set(map(id, process_groups()))
         with self._connections.opening(dist.get_world_size() if self.is_open else 0, self._meeting_store.sockets):
             yield
         self._own |= set(map(id, process_groups())) - before
 
-    def cut(self) -> int:
-        """End whatever a thread does in these groups, now and in those that are being made. Any thread may call it.
+    def abort(self) -> int:
+        """Abort whatever a thread does in these groups, and in those being created. Callable from any thread.
 
         Returns:
-            How many connections were there to be cut, each communicator of a device counted as one.
+            How many connections were aborted; each communicator of a device counts as one.
         """
         with self._leaving:
-            return abort_device_groups() + self._connections.cut()
+            return abort_device_groups() + self._connections.abort()
 
     def leave(self) -> None:
-        """Give up the groups, which are cut: they are let go of by `bury`."""
-        self.cut()
+        """Abort the groups and leave them; `release` frees them."""
+        self.abort()
         with self._leaving:
             self._retired += process_groups()
             if dist.is_initialized():
                 dist.destroy_process_group()
             self._own.clear()
-            if self._connections.has_cut(self._meeting_store.sockets):
+            if self._connections.has_aborted(self._meeting_store.sockets):
                 self._meeting_store = MeetingStore()
             self._connections.forget()
 
-    def bury(self) -> None:
-        """Let go of the groups that were left, which waits for their threads. All ranks have left them."""
+    def release(self) -> None:
+        """Release the groups that were left, which waits for their threads. All ranks have left them."""
         self._retired.clear()
-        self._connections.bury()
+        self._connections.release()
 
 
 @cache
 def world_of_process() -> World:
-    """The world of this process: all its trainers train in the same process groups, whichever of them made these."""
+    """Return the world of this process, in which all its trainers train."""
     return World()
 
 
 def keep_through_device_errors() -> None:
-    """Have NCCL leave this process alive when a peer is gone, for a watcher ends what waits for that peer.
+    """Configure NCCL to leave this process alive when a peer is lost: a watcher aborts what waits for that peer.
 
-    By default threads of torch's end the whole process when they have seen a lost connection, or after a dump of what
-    was under way, and every survivor of a fault with it.
+    By default torch's threads end the whole process, and with it every survivor of a fault, when they detect a lost
+    connection or have dumped what was in flight.
     """
     for name in ENDS_THE_PROCESS:
         os.environ.setdefault(name, "0")

@@ -1,4 +1,4 @@
-"""The user's program, and how python runs it as `__main__`."""
+"""The user's script, and how Python runs it as `__main__`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Program:
     """What every worker runs.
 
     Args:
-        kind: `script` for a file, folder or zip that python runs, `module` for `python -m`, `executable` for anything
+        kind: `script` for a file, folder or zip that Python runs, `module` for `python -m`, `executable` for anything
             else that the system can start, `call` for a call that a forked parent holds (`forked_call.py`).
-        target: the file, the dotted name of the module, or what the call is named in messages.
+        target: the file, the dotted name of the module, or the name of the call in messages.
         args: what follows it on the command line.
         flags: options of the interpreter, e.g. `("-X", "dev")`.
     """
@@ -37,7 +37,7 @@ class Program:
     flags: tuple[str, ...] = ()
 
     def command(self) -> list[str]:
-        """The command line of a fresh, unbuffered process that runs the program."""
+        """Return the command line of a new, unbuffered process that runs it."""
         if self.kind == "executable":
             return [self.target, *self.args]
         python = [sys.executable, *self.flags]
@@ -50,13 +50,13 @@ class Program:
 
 
 def run_as_main(program: Program) -> None:
-    """Run a python program in this process as its `__main__`, which stays in place afterwards.
+    """Run a Python script in this process as its `__main__`, which stays in place afterwards.
 
-    Sets `sys.argv`, `sys.orig_argv` and the first entry of `sys.path` as python does at its start. Whatever the
-    program raises passes through.
+    Sets `sys.argv`, `sys.orig_argv` and the first entry of `sys.path` as Python does at its start. Exceptions of the
+    script propagate.
     """
     main = ModuleType("__main__")
-    # Python's own `__main__` finds the builtins as a module; the module made here would find a copy of their dict.
+    # Python's own `__main__` has the builtins as a module; a new module would have a copy of their dict.
     main.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = main
     sys.argv = [program.target, *program.args]
@@ -66,7 +66,7 @@ def run_as_main(program: Program) -> None:
 
 
 def _prepare_script(program: Program, main: ModuleType) -> CodeType:
-    path = os.path.join(os.getcwd(), program.target)  # not made any simpler: python does not either
+    path = os.path.join(os.getcwd(), program.target)  # not normalized: Python does not do so either
     if pkgutil.get_importer(path) is not None:
         return _prepare_container(path, main)
     _put_first(os.path.dirname(os.path.realpath(path)))
@@ -132,7 +132,7 @@ def _put_first(folder: str) -> None:
 
 
 def script_path(program: Program, cwd: str) -> Sequence[str]:
-    """Where python looks first for the imports of a program: the script's folder, or the working directory."""
+    """Return where Python looks first for the imports of a script: its folder, or the working directory."""
     if program.kind == "script":
         return [os.path.dirname(os.path.realpath(os.path.join(cwd, program.target)))]
     return [cwd]

@@ -1,7 +1,7 @@
-"""The progress of a worker: a few bytes of shared memory that it writes at every step, and its agent reads.
+"""The progress of a worker: a few bytes of shared memory that it writes at every step and its agent reads.
 
-Writing costs a microsecond and no system call, so that a worker can be asked where it stands without being disturbed,
-and after it has stopped to answer.
+Writing costs a microsecond and no system call. The agent can read it without disturbing the worker, and even after the
+worker has stopped responding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lightning_ckptless.protocol.hang_detection import Point, RankProgress
 from lightning_ckptless.system.procfs import stat_fields
 
 STACKS_SIGNAL = signal.SIGRTMIN + 4
-"""Makes a worker write down where each of its threads stands."""
+"""Makes a worker write the stack of each of its threads to a file."""
 
 _FORMAT = struct.Struct("=qqqdddqqq")
 _SMOOTHING = 0.1
@@ -54,17 +54,17 @@ class ProgressWriter:
 
     @classmethod
     def from_environment(cls) -> ProgressWriter | None:
-        """The progress that the agent of this worker reads; None where it is not ours."""
+        """Return the writer of the progress that this worker's agent reads; None where the agent is not ours."""
         folder = os.environ.get(environment.AGENT_DIR)
         return cls(progress_path(Path(folder), int(os.environ["LOCAL_RANK"]))) if folder else None
 
     def dump_stacks_into(self, path: Path) -> None:
-        """Write all stacks into a file when the agent asks for them."""
+        """Write all stacks to a file when the agent asks for them."""
         self._stacks = path.open("w")
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
 
     def beat(self, step: int, point: Point, epoch: int = -1, *, out_of_data: bool = False) -> None:
-        """Note where this rank stands; the arguments are those of `RankProgress`."""
+        """Record where this rank stands; the arguments are those of `RankProgress`."""
         now = self._clock()
         self._begun, self._epoch, self._out_of_data = step, epoch, out_of_data
         if (step, point) == self._place:
@@ -78,34 +78,35 @@ class ProgressWriter:
         if point is Point.BATCH:
             self._began_at = now
         elif point is Point.BACKWARD and self._began_at:
-            # From the batch to the first collective: what this rank does without the others.
+            # From the batch to the first collective: this rank's own work.
             took_s = now - self._began_at
             self._own_s = took_s if not self._own_s else self._own_s + _SMOOTHING * (took_s - self._own_s)
         self._last_at = now
         self._write(now)
 
     def outside(self) -> None:
-        """Note that this rank is in no step: nobody is to wait for its progress."""
+        """Record that this rank is in no step: its progress is not to be expected."""
         self._begun = -1
         self.interrupt()
 
     def interrupt(self) -> None:
-        """Note that a fault has ended the step: the time until this rank steps again is not a pause of training.
+        """Record that a fault has ended the step: the time until this rank's next step is no pause of training.
 
-        It contains the silence in which the fault was noticed: counted, it would be what the next one may take.
+        It contains the silence before the fault was detected. If it counted, it would extend the limit for the next
+        hang.
         """
         self._place, self._count, self._last_at, self._began_at = (-1, Point.OUTSIDE), 0, 0.0, 0.0
         self._write(self._clock())
 
     def restore(self) -> None:
-        """Note that this rank has met the others, or has come further in restoring a version with them."""
+        """Record that this rank has met the other ranks, or made progress in restoring a version with them."""
         place = (0, Point.RESTORE)
         self._place, self._count = place, self._count + 1 if self._place == place else 0
         self._write(self._clock())
 
     def _write(self, now: float) -> None:
         step, point = self._place
-        # Packed into the memory itself they would be zero for a moment first: a sign from the time of the last boot.
+        # `pack_into` zeroes the memory first: for a moment the agent would read progress from the time of the boot.
         self._memory[:] = _FORMAT.pack(
             step,
             point,
@@ -127,21 +128,21 @@ class ProgressWriter:
 
 
 def progress_path(folder: Path, local_rank: int) -> Path:
-    """File of a worker's progress in the folder of its agent."""
+    """File of a worker's progress, in the folder of its agent."""
     return folder / f"progress-{local_rank}"
 
 
 def stacks_path(folder: Path, local_rank: int) -> Path:
-    """File of a worker's stacks in the folder of its agent."""
+    """File of a worker's stacks, in the folder of its agent."""
     return folder / f"stacks-{local_rank}.txt"
 
 
 def step_begun(folder: Path, local_rank: int) -> int | None:
-    """The step that a worker had begun last, whether or not it still runs; None where it was in none.
+    """Return the last step that a worker has begun, whether or not it still runs; None where it was in none.
 
     Args:
         folder: of its agent.
-        local_rank: which worker.
+        local_rank: of the worker.
     """
     try:
         data = progress_path(folder, local_rank).read_bytes()
@@ -150,16 +151,16 @@ def step_begun(folder: Path, local_rank: int) -> int | None:
     if len(data) != _FORMAT.size:
         return None
     begun = int(_FORMAT.unpack(data)[-1])
-    # A file that was just made is all zero, and steps are counted from 1.
+    # A new file is all zero, and steps are counted from 1.
     return begun if begun > 0 else None
 
 
 def read_progress(folder: Path, local_rank: int, pid: int) -> RankProgress | None:
-    """The progress of a worker; None where it has given none.
+    """Return the progress of a worker; None where it has written none.
 
     Args:
         folder: of its agent.
-        local_rank: which worker.
+        local_rank: of the worker.
         pid: its process id.
     """
     try:

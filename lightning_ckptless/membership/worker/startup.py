@@ -1,4 +1,4 @@
-"""From a fork of the fork server to a worker that is like a process started afresh."""
+"""Turning a fork of the fork server into a worker that is like a newly started process."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from lightning_ckptless import environment
-from lightning_ckptless.membership.channel.agent_channel import open_line
-from lightning_ckptless.membership.channel.program_failure import count_report, is_of_lost_peer, leave_failure
+from lightning_ckptless.membership.channel.agent_channel import open_channel
+from lightning_ckptless.membership.channel.program_failure import count_report, is_of_lost_peer, report_failure
 from lightning_ckptless.membership.forkserver.imported import note_start
 from lightning_ckptless.membership.worker.hidden_output import real_stderr
 from lightning_ckptless.membership.worker.hydra import with_folder, without_folder
 from lightning_ckptless.membership.worker.program import Program, run_as_main
+from lightning_ckptless.protocol.messages import CannotRecover
 
 _PR_SET_PDEATHSIG = 1
 _SIGINT_EXIT_CODE = 128 + signal.SIGINT
@@ -35,7 +36,7 @@ class Job:
 
     Args:
         program: what it runs.
-        env: its whole environment; nothing of the parent's is added.
+        env: its complete environment; nothing is inherited from the fork server.
         cwd: its working directory.
         fresh: execute a new interpreter instead of running inside the fork.
     """
@@ -46,21 +47,21 @@ class Job:
     fresh: bool = False
 
     def to_message(self) -> dict[str, Any]:
-        """The job as JSON can hold it."""
+        """Return the job as a JSON object."""
         return asdict(self)
 
     @classmethod
     def from_message(cls, message: dict[str, Any]) -> Job:
-        """The job that `to_message` made."""
+        """Read a job that `to_message` returned."""
         program = message["program"]
         lists = {"args": tuple(program["args"]), "flags": tuple(program["flags"])}
         return cls(**{**message, "program": Program(**{**program, **lists})})
 
     def with_variables(self, changes: Mapping[str, str | None]) -> Job:
-        """The job with changes to its environment.
+        """Return the job with changes to its environment.
 
         Args:
-            changes: values by name; None for a variable that is not to be there.
+            changes: values by name; None removes a variable.
         """
         env = {**self.env, **changes}
         return replace(self, env={name: value for name, value in env.items() if value is not None})
@@ -70,7 +71,7 @@ def die_with(parent_pid: int) -> None:
     """Have the kernel kill this process when the thread that started it ends.
 
     Args:
-        parent_pid: process that is expected to be the parent; when it is gone already, this process ends now.
+        parent_pid: expected parent process; if it has already exited, this process exits now.
     """
     if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
@@ -84,7 +85,7 @@ def outlive_parent() -> None:
 
 
 def detach(parent_pid: int, stdio: list[int]) -> None:
-    """First steps in the fork: own session, tied to the parent's life, with the given stdin, stdout and stderr."""
+    """Set up the fork: own session, tied to the life of the fork server, with the given stdin, stdout and stderr."""
     os.setsid()
     die_with(parent_pid)
     for target, source in enumerate(stdio):
@@ -92,15 +93,15 @@ def detach(parent_pid: int, stdio: list[int]) -> None:
         os.close(source)
 
 
-def hold_line(job: Job, line: list[int]) -> None:
-    """Tell the job which file descriptor is its line to the agent, if it has one."""
-    for number in line:
+def pass_channel(job: Job, channel: list[int]) -> None:
+    """Tell the job which file descriptor is its channel to the agent, if it has one."""
+    for number in channel:
         job.env[environment.LINE] = str(number)
         os.set_inheritable(number, job.fresh)
 
 
 def execute(job: Job) -> NoReturn:
-    """Replace this process by a fresh one that runs the job."""
+    """Replace this process by a new one that runs the job."""
     command = with_folder(job.program, job.env).command()
     try:
         os.chdir(job.cwd)
@@ -111,20 +112,20 @@ def execute(job: Job) -> NoReturn:
 
 
 def run(job: Job) -> int:
-    """Run the job in this process as if python had been started for it.
+    """Run the job in this process as if Python had been started for it.
 
     Returns:
-        Exit code of the process. `SystemExit` passes through: the interpreter prints its message and sets the code.
+        Exit code of the process. `SystemExit` propagates: the interpreter prints its message and sets the code.
     """
     enter(job)
     try:
         run_as_main(with_folder(job.program, job.env))
     except SystemExit as request:
         if request.code not in (None, 0):
-            leave_failure(request)
+            report_failure(request)
         raise
-    except BaseException as error:  # noqa: BLE001 - the last resort of an interpreter: report whatever the user raised
-        leave_failure(error)
+    except BaseException as error:  # noqa: BLE001 - as an interpreter: report whatever the script raised
+        report_failure(error)
         _ask_for_relaunch(error)
         _report(error)
         return exit_code_of(error)
@@ -132,29 +133,29 @@ def run(job: Job) -> int:
 
 
 def exit_code_of(error: BaseException) -> int:
-    """Exit code of a process that an exception ends."""
+    """Return the exit code of a process that an exception ends."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    # Python would end itself by SIGINT; the shell shows the same number for both.
+    # Python would kill itself with SIGINT; the shell shows the same number for both.
     return _SIGINT_EXIT_CODE if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _ask_for_relaunch(error: BaseException) -> None:
-    """Tell the agent that no process can come to the others as this one was to, where it has asked for them too early.
+    """Ask the agent for a relaunch: no replacement can join, because the script needs the other ranks before training.
 
-    Such an error looks like that of a lost peer, which would be tried again in the same way.
+    The error looks like that of a lost peer, after which the agent would try the same again.
     """
-    if environment.REGROUPING in os.environ and is_of_lost_peer(error) and (line := open_line()) is not None:
-        line.tell("unable", reason=f"{type(error).__name__}: {error}", lasting=True)
+    if environment.REGROUPING in os.environ and is_of_lost_peer(error) and (channel := open_channel()) is not None:
+        channel.send(CannotRecover(f"{type(error).__name__}: {error}", lasting=True))
 
 
 def enter(job: Job, *, reseeds: bool = True) -> None:
     """Make this process, a fork, like one that was started for the job.
 
     Args:
-        job: what it is to run.
-        reseeds: whether random generators begin where no other process's do, as in a new interpreter; else they
-            continue from where those of the process that was forked were.
+        job: what it will run.
+        reseeds: whether random generators get new seeds, as in a new interpreter; else they continue in the state of
+            the process that was forked.
     """
     os.environ.clear()
     os.environ.update(without_folder(job.env))
@@ -171,7 +172,7 @@ def enter(job: Job, *, reseeds: bool = True) -> None:
 
 
 def _renew_stdio() -> None:
-    """New stream objects, unbuffered: nothing that a worker printed is lost when it is killed."""
+    """Create new, unbuffered streams: nothing that a worker printed is lost when it is killed."""
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - stays open as long as the process
     setattr(sys, "__stdin__", sys.stdin)  # noqa: B010 - declared final, which the interpreter itself does not heed
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -184,7 +185,7 @@ def _renew_stdio() -> None:
 
 
 def reset_signals() -> None:
-    """Give signals the handlers that they have in a new interpreter; those that are ignored stay so."""
+    """Reset signal handlers to those of a new interpreter; ignored signals stay ignored."""
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
@@ -206,12 +207,12 @@ def _set_threads() -> None:
 
 
 def _report(error: BaseException) -> None:
-    """Print an uncaught exception the way the interpreter does, from the program's first frame on."""
+    """Print an uncaught exception as the interpreter does, starting at the script's first frame."""
     traceback = _without_ours(error.__traceback__)
     error.__traceback__ = traceback
     count = count_report(error, real_stderr())
     if count > 1:
-        # Every start of every rank raises it: what is read is the first.
+        # Every start of every rank raises it; the first report is the one people read.
         print(f"{type(error).__name__}: {error} (the same traceback as above, {count} times so far)", file=sys.stderr)
         return
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, traceback

@@ -1,7 +1,7 @@
-"""What a process knows of itself while one of its threads is stuck in a collective: evidence for the ledger.
+"""What a process can tell about a thread that is stuck in a collective: evidence for the ledger.
 
-Whether gloo has lost the thread shows in what its own threads do and in what its sockets hold. Both are gone with the
-process, which is about to be replaced. So they are written down before.
+The process's threads and the contents of its sockets show whether gloo has lost the thread. Both are lost with the
+process, which is about to be replaced, so they are recorded before.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ _TCP_STATES = (
     "LISTEN",
     "CLOSING",
 )
-"""In the order of the kernel's numbers, from 1 on."""
+"""In the order of the kernel's numbers, from 1."""
 
 
 def evidence() -> dict[str, list[str]]:
-    """The threads of this process, those without Python frames included, and its TCP sockets, a line each."""
+    """Describe the threads of this process, with or without Python frames, and its TCP sockets, one line each."""
     return {"threads": list(_threads())[:_MOST_LINES], "sockets": list(_sockets())[:_MOST_LINES]}
 
 
 def python_threads() -> Iterator[tuple[int, threading.Thread, FrameType]]:
-    """The threads that run Python: their number in the system, and where they stand."""
+    """Yield the threads that run Python, with thread id and current frame."""
     frames = sys._current_frames()
     for thread in threading.enumerate():
         frame = frames.get(thread.ident or 0)
-        # After a fork, Python still has the main thread's number of the parent.
+        # After a fork, Python still has the parent's id of the main thread.
         number = os.getpid() if thread is threading.main_thread() else thread.native_id
         if frame is not None and number is not None:
             yield number, thread, frame
@@ -91,7 +91,7 @@ def _sockets() -> Iterator[str]:
 
 
 def _address(text: str) -> str:
-    """An address of `/proc/net/tcp`, whose words of four bytes are in the order of the machine."""
+    """Parse an address of `/proc/net/tcp`, whose four-byte words are in the byte order of the machine."""
     words, _, port = text.partition(":")
     raw = b"".join(int(words[i : i + 8], 16).to_bytes(4, sys.byteorder) for i in range(0, len(words), 8))
     host = socket.inet_ntop(socket.AF_INET if len(raw) == 4 else socket.AF_INET6, raw)

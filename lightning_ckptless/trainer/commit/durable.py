@@ -26,9 +26,10 @@ from lightning_ckptless.durable.store import read_layout, read_shard
 from lightning_ckptless.errors import DurableError, OptionsError
 from lightning_ckptless.formats.pickles import UntrustedError, admit
 from lightning_ckptless.ledger import LEDGER_NAME
-from lightning_ckptless.membership.channel.agent_channel import Line
+from lightning_ckptless.membership.channel.agent_channel import AgentChannel
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.durable_schedule import DurableState, newest_first, share_of
+from lightning_ckptless.protocol.messages import StartSidecar
 from lightning_ckptless.protocol.versions import Complete, Missing, Snapshot, Version
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.layout.layout import Layout
@@ -164,7 +165,7 @@ class DurableRung:
         if members.speaks_for_node:
             members.arena.note(SHARE_NOTE, share_note(share))
 
-    def order_writer(self, arena: Arena, line: Line | None) -> None:
+    def order_writer(self, arena: Arena, line: AgentChannel | None) -> None:
         """Request a writer process from this node's agent, if this node writes any shards.
 
         Args:
@@ -185,7 +186,7 @@ class DurableRung:
             keep=self._options.durable_keep,
         )
         if line is not None:
-            line.tell("sidecar", module=MODULE, argument=order.to_text())
+            line.send(StartSidecar(MODULE, order.to_text()))
         elif not self._identity.own_agent and arena.notes().get(_NOTE) != order.agent_pid:
             _start_detached(order)
             arena.note(_NOTE, order.agent_pid)

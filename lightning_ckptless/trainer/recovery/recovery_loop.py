@@ -33,6 +33,14 @@ from lightning_ckptless.membership.worker import hidden_output
 from lightning_ckptless.membership.worker.peer_errors import is_lost_peer
 from lightning_ckptless.membership.worker.placeholder_group import require_no_refusals
 from lightning_ckptless.membership.worker.watcher import Assignment, Watcher
+from lightning_ckptless.protocol.messages import (
+    CannotRecover,
+    EnteredLoop,
+    LeftLoop,
+    ProgramImported,
+    Regrouped,
+    WaitingAtLoop,
+)
 from lightning_ckptless.protocol.newcomer import Arrival, Imports
 from lightning_ckptless.protocol.recovery import WorkerEvent, WorkerState, next_state
 from lightning_ckptless.protocol.versions import Complete, Version
@@ -107,7 +115,7 @@ class RecoveryLoop:
         hidden_output.show()
         self._say_entered()
         if self._watcher is not None:
-            self._watcher.tell("waiting")
+            self._watcher.send(WaitingAtLoop())
         fault = FaultReport.from_json(report)
         # The startup time of this process counts as regrouping, not as detection.
         return self._restore_among_others(Assignment(int(number), fault, fault.stopped_at)).validation_done
@@ -127,8 +135,7 @@ class RecoveryLoop:
     def _say_entered(self) -> None:
         if self._watcher is not None:
             options = self._engine.options
-            self._watcher.tell(
-                "entered",
+            entered = EnteredLoop(
                 in_place=bool(options.in_place),
                 standbys=options.standbys,
                 preload_imports=bool(options.preload_imports),
@@ -139,6 +146,7 @@ class RecoveryLoop:
                 bar=str(CONSOLE.bar),
                 fixed_world=self._strategy.obstacle_to_another_world(),
             )
+            self._watcher.send(entered)
 
     def _say_imported(self) -> None:
         """Report to the agent what to import for new processes; one worker per node does so."""
@@ -149,7 +157,7 @@ class RecoveryLoop:
         ):
             return
         if (imported := take_imported()) is not None:
-            self._watcher.tell("imported", **imported.to_message())
+            self._watcher.send(ProgramImported(imported.modules, imported.variables, imported.path))
 
     def _obstacle(self) -> str | None:
         """Why no new process could reach this point; None if one can."""
@@ -180,7 +188,7 @@ class RecoveryLoop:
         self._move(WorkerEvent.LEAVE)
         self._engine.leave_loop()
         if self._watcher is not None:
-            self._watcher.tell("left")
+            self._watcher.send(LeftLoop())
 
     def ask_to_leave(self) -> None:
         """Called after the last epoch: proceed to the end of `fit`, or meet the ranks of the next generation.
@@ -272,7 +280,7 @@ class RecoveryLoop:
         self._move(WorkerEvent.MEET)
         engine.restoring()
         if self._watcher is not None:
-            self._watcher.tell("met", number=assignment.number)
+            self._watcher.send(Regrouped(assignment.number))
         engine.durable.assign_writer(engine.members)
         report.met(engine.members.generation, [Arrival(*arrival) for arrival in arrivals if arrival is not None])
         found = choose(engine.arena, transport, nodes)
@@ -323,7 +331,7 @@ class RecoveryLoop:
         """Report the reason and end this process, so that the agent takes the next rung."""
         self._move(WorkerEvent.GIVE_UP)
         if self._watcher is not None:
-            self._watcher.tell("unable", reason=reason, lasting=False)
+            self._watcher.send(CannotRecover(reason, lasting=False))
         leave_process()
 
     def _move(self, event: WorkerEvent) -> None:

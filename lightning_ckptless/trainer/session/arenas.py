@@ -9,8 +9,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from lightning_ckptless.membership.agent.held_memory import have_held
-from lightning_ckptless.membership.channel.agent_channel import Line
+from lightning_ckptless.membership.agent.held_memory import request_memory
+from lightning_ckptless.membership.channel.agent_channel import AgentChannel
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.replica.arena import Arena, Owner, adopt, default_arena_dir, find_arenas, reclaim
 from lightning_ckptless.replica.transport import Transport
@@ -68,9 +68,9 @@ def register_with_reaper(arena: Arena, identity: Identity) -> None:
         arena.note("reaped with", agent)
 
 
-def use_agent_memory(arena: Arena, line: Line | None) -> None:
+def use_agent_memory(arena: Arena, line: AgentChannel | None) -> None:
     """Let our agent hold slots that do not fit into the arena's file system; without effect under a foreign agent."""
-    arena.hold = None if line is None else partial(have_held, line)
+    arena.hold = None if line is None else partial(request_memory, line)
 
 
 def discard_if_empty(arena: Arena) -> None:

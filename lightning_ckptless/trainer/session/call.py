@@ -12,7 +12,8 @@ from lightning_ckptless import environment
 from lightning_ckptless.internals.lightning import log_files as host_loggers
 from lightning_ckptless.internals.lightning.calls import around_stage
 from lightning_ckptless.internals.lightning.launch import ends_on_purpose, is_fit
-from lightning_ckptless.membership.channel.agent_channel import open_line
+from lightning_ckptless.membership.channel.agent_channel import open_channel
+from lightning_ckptless.protocol.messages import CannotRecover
 from lightning_ckptless.trainer.recovery.exits import leave_process
 from lightning_ckptless.trainer.reporting.loggers import RunLoggers
 from lightning_ckptless.trainer.session.identity import count_call, fits_before, identify
@@ -99,9 +100,9 @@ class Call:
             self._give_up(f"{type(error).__name__}: {error}")
 
     def _give_up(self, reason: str) -> NoReturn:
-        if (line := open_line()) is not None:
+        if (line := open_channel()) is not None:
             what = f"a new process could not replay call {self._number + 1} of the script's trainers"
-            line.tell("unable", reason=f"{what}: {reason}", lasting=True)
+            line.send(CannotRecover(f"{what}: {reason}", lasting=True))
         leave_process()
 
     # ------------------------------------------------------------------ making the call

@@ -19,12 +19,13 @@ from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.internals.lightning.sigterm import SigtermFlag
 from lightning_ckptless.internals.lightning.virtual_ranks import open_training_data
 from lightning_ckptless.ledger import Ledger
-from lightning_ckptless.membership.channel.agent_channel import Line
-from lightning_ckptless.membership.channel.exit_report import ExitReport, leave_verdict, mark_begun
+from lightning_ckptless.membership.channel.agent_channel import AgentChannel
+from lightning_ckptless.membership.channel.exit_report import ExitReport, mark_begun, write_exit_report
 from lightning_ckptless.membership.worker.progress import ProgressWriter, stacks_path
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.checkpoint_history import BEGINNING
 from lightning_ckptless.protocol.hang_detection import Point
+from lightning_ckptless.protocol.messages import StepCommitted
 from lightning_ckptless.protocol.startup import StartAction, StartPlan
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.arena import Arena
@@ -74,7 +75,7 @@ class Engine:
         line: channel to one of our agents; None under a foreign agent.
     """
 
-    def __init__(self, strategy: Any, trainer: Any, fit_index: int, line: Line | None = None) -> None:
+    def __init__(self, strategy: Any, trainer: Any, fit_index: int, line: AgentChannel | None = None) -> None:
         self.strategy = strategy
         self.trainer = trainer
         self.options: CkptlessOptions = with_environment(strategy.options)
@@ -453,7 +454,7 @@ class Engine:
             self.deliver_rows()
         if self.strategy.watcher is not None and self._stepped_in != self.report.generation:
             self._stepped_in = self.report.generation
-            self.strategy.watcher.tell("stepped")
+            self.strategy.watcher.send(StepCommitted())
 
     def _open_progress(self) -> None:
         self._progress = ProgressWriter.from_environment() if self.strategy.watcher is not None else None
@@ -486,7 +487,7 @@ class Engine:
         if moment == "committed" and self.report.committed(version):
             mark_begun(self.rank)
             # Done here because it waits for gloo's threads, and training does not wait for this thread.
-            self.strategy.world.bury()
+            self.strategy.world.release()
             if is_first_of_node(local_rank()) and self.arena is not None:
                 self.arena.note(
                     "committed", {"step": version.optimizer_step, "validation_done": version.validation_done}
@@ -525,7 +526,7 @@ class Engine:
 
     def leave_verdict(self, reason: str) -> None:
         """Tell our agent not to relaunch the workers."""
-        leave_verdict(ExitReport(self.rank, final=True, reason=reason))
+        write_exit_report(ExitReport(self.rank, final=True, reason=reason))
 
     def finish(self) -> None:
         """Called when `fit` has returned: wait for the last version and report the outcome."""

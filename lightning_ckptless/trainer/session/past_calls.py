@@ -16,7 +16,7 @@ from typing import Any
 
 from lightning_ckptless import environment
 from lightning_ckptless.formats.packing import SmallTensorPickler
-from lightning_ckptless.membership.channel.program_failure import failure_of, leave_failure
+from lightning_ckptless.membership.channel.program_failure import failure_of, report_failure
 from lightning_ckptless.trainer.session.identity import calls_before, fits_before
 
 Record = dict[str, Any]
@@ -177,7 +177,7 @@ class PastCalls:
 
     def fail_replay(self, error: BaseException) -> None:
         """Report that this process failed to replay a call."""
-        leave_failure(error)
+        report_failure(error)
 
     def end_replay(self) -> None:
         """Remove the mark: this process has reached a call that it takes part in."""

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from lightning_ckptless import environment
-from lightning_ckptless.membership.channel.agent_channel import Line
+from lightning_ckptless.membership.channel.agent_channel import AgentChannel
+from lightning_ckptless.protocol.messages import AssignRank, StandbyReady
 from lightning_ckptless.trainer.state.rng import apply_rng, capture_rng
 
 
-def wait_for_rank(line: Line, strategy: Any) -> None:
+def wait_for_rank(line: AgentChannel, strategy: Any) -> None:
     """Wait until the agent assigns a rank to this process, and adopt it. Exits if the agent has exited.
 
     Args:
@@ -21,15 +22,15 @@ def wait_for_rank(line: Line, strategy: Any) -> None:
         strategy: strategy of the trainer, set up for a placeholder rank.
     """
     warm_up(strategy.root_device)
-    line.tell("ready")
+    line.send(StandbyReady())
     received = line.receive()
     if received is None:
         sys.exit(0)
     message, files = received
-    assert message["kind"] == "assign", f"a standby received {message['kind']!r}, expected 'assign'"
+    assert isinstance(message, AssignRank), f"a standby received {message}"
     os.environ[environment.HIDDEN_STREAMS] = ",".join(map(str, files))
     del os.environ[environment.STANDBY]
-    os.environ.update(message["env"])
+    os.environ.update(message.env)
     strategy.set_world_ranks()
 
 

@@ -17,12 +17,13 @@ from lightning_ckptless.internals.lightning.distribution import distribution_of
 from lightning_ckptless.internals.lightning.launch import CKPT_PATH_INDEX, is_stop, launcher_base
 from lightning_ckptless.internals.lightning.sigterm import give_exit_code
 from lightning_ckptless.internals.lightning.versions import without_beginning
-from lightning_ckptless.membership.channel.agent_channel import Line, is_standby, open_line
-from lightning_ckptless.membership.channel.exit_report import ExitReport, leave_verdict, withdraw_verdict
+from lightning_ckptless.membership.channel.agent_channel import AgentChannel, is_standby, open_channel
+from lightning_ckptless.membership.channel.exit_report import ExitReport, withdraw_exit_report, write_exit_report
 from lightning_ckptless.membership.launch.reexec import is_interactive, replace_by_agent
 from lightning_ckptless.membership.worker.peer_errors import is_lost_peer
 from lightning_ckptless.membership.worker.process_groups import keep_through_device_errors
 from lightning_ckptless.membership.worker.watcher import Watcher
+from lightning_ckptless.protocol.messages import CannotRecover, FitReturned, ReachedFit, ReachedTrainer
 from lightning_ckptless.protocol.startup import StartAction, StartPlan
 from lightning_ckptless.trainer.recovery.exits import leave_process
 from lightning_ckptless.trainer.session.call import Call
@@ -58,8 +59,8 @@ class FitGuard:
                 call = NotebookCall(self.strategy, self.launch, function, args, kwargs, trainer)
                 return call.run(_run_root(trainer))
             self._become_agent(trainer)
-        if (line := open_line()) is not None:
-            line.tell("arrived", hydra=hydra_folder())
+        if (line := open_channel()) is not None:
+            line.send(ReachedTrainer(hydra_folder()))
         self.strategy.check_world()
         if is_standby():
             assert line is not None, "a standby has a channel to its agent"
@@ -73,16 +74,16 @@ class FitGuard:
         finally:
             self.strategy.is_in_call = False
 
-    def _call(self, call: Call, line: Line | None) -> Any:
+    def _call(self, call: Call, line: AgentChannel | None) -> Any:
         if call.is_recorded:
             return call.replay()
         call.begin()
         if line is not None and fits_before():
-            line.tell("past_fit")
+            line.send(FitReturned())
         if call.is_fit:
             return self._fit(call, line)
         self._refuse_replacement(call.function)
-        withdraw_verdict(self.strategy.global_rank)
+        withdraw_exit_report(self.strategy.global_rank)
         return call.evaluate()
 
     def _is_to_fork(self) -> bool:
@@ -129,22 +130,22 @@ class FitGuard:
     def _refuse_replacement(self, function: Callable[..., Any]) -> None:
         """Refuse to replace a lost rank in a call that a new process cannot reach alone."""
         if environment.REGROUPING in os.environ:
-            if (line := open_line()) is not None:
+            if (line := open_channel()) is not None:
                 reason = f"the script calls {function.__name__.strip('_')} where the other ranks train"
-                line.tell("unable", reason=reason, lasting=True)
+                line.send(CannotRecover(reason, lasting=True))
             leave_process()
 
-    def _fit(self, call: Call, line: Line | None) -> Any:
+    def _fit(self, call: Call, line: AgentChannel | None) -> Any:
         if line is not None:
-            line.tell("came_to_fit")
+            line.send(ReachedFit())
         try:
             return self._fit_as_rank(call, line)
         finally:
             # Exceptions that the script raises from here on end the run.
             if line is not None:
-                line.tell("past_fit")
+                line.send(FitReturned())
 
-    def _fit_as_rank(self, call: Call, line: Line | None) -> Any:
+    def _fit_as_rank(self, call: Call, line: AgentChannel | None) -> Any:
         strategy, trainer = self.strategy, call.trainer
         strategy.joins_alone = environment.REGROUPING in os.environ
         strategy.obstacle_of_calls = call.obstacle()
@@ -155,7 +156,7 @@ class FitGuard:
         engine = Engine(strategy, trainer, count_fit(), line)
         strategy.engine = engine
         if line is not None and engine.world_size > 1:
-            strategy.watcher = Watcher(line, strategy.world.cut, int(os.environ.get(environment.REGROUPING, "0")))
+            strategy.watcher = Watcher(line, strategy.world.abort, int(os.environ.get(environment.REGROUPING, "0")))
         if not self._is_observed:
             trainer.callbacks.extend(strategy.observers())
             self._is_observed = True
@@ -175,11 +176,11 @@ class FitGuard:
         """Refuse to join the other ranks on an unfit node."""
         strategy = self.strategy
         strategy.set_world_ranks()
-        withdraw_verdict(strategy.global_rank)
+        withdraw_exit_report(strategy.global_rank)
         try:
             check_health(strategy.root_device, strategy.options.health_check, os.environ.get(environment.NODE, "?"))
         except UnfitNodeError as error:
-            leave_verdict(ExitReport(strategy.global_rank, final=True, reason=str(error), unfit=True))
+            write_exit_report(ExitReport(strategy.global_rank, final=True, reason=str(error), unfit=True))
             raise
 
     def _guarded(self, engine: Engine, call: Call) -> Any:
@@ -211,11 +212,8 @@ class FitGuard:
         if engine.is_joining:
             # The replacement has no state to lose: the agent can relaunch all workers.
             traceback.print_exception(error)
-            self.strategy.watcher.tell(
-                "unable",
-                reason=f"a new process failed before it joined the others in fit: {type(error).__name__}: {error}",
-                lasting=True,
-            )
+            why = f"a new process failed before it joined the others in fit: {type(error).__name__}: {error}"
+            self.strategy.watcher.send(CannotRecover(why, lasting=True))
             leave_process()
         if is_lost_peer(error):
             engine.report.peer_lost(error)

@@ -1,4 +1,4 @@
-"""The agent holds memory for its workers until nothing leads to it any more."""
+"""The agent holds memory for its workers until no link leads to it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from lightning_ckptless.errors import ArenaError
-from lightning_ckptless.membership.agent.held_memory import HeldMemory, have_held
-from lightning_ckptless.membership.channel.agent_channel import Line
+from lightning_ckptless.membership.agent.held_memory import HeldMemory, request_memory
+from lightning_ckptless.membership.channel.agent_channel import AgentChannel, FromWorker
 from lightning_ckptless.system.memory_files import is_memory_file
 
 
@@ -21,18 +21,18 @@ class Agent:
     """The agent's side, with one worker."""
 
     def __init__(self) -> None:
-        self.line, self.worker = Line.pair()
+        self.channel, self.worker = AgentChannel.pair()
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.said: list[str] = []
         self.memory = HeldMemory("node0", lambda event, **fields: self.events.append((event, fields)), self.said.append)
 
     def serve(self, *paths: Path) -> None:
-        """Let the worker ask for files, and answer it."""
+        """Let the worker request files, and answer it."""
         with ThreadPoolExecutor(1) as pool:
-            job: Future[None] = pool.submit(have_held, self.worker, paths, "too small")
+            job: Future[None] = pool.submit(request_memory, self.worker, paths, "too small")
             while not job.done():
-                select.select([self.line], [], [], 0.005)
-                self.memory.tend([(0, message) for message in self.line.waiting()])
+                select.select([self.channel], [], [], 0.005)
+                self.memory.maintain([FromWorker(0, *received) for received in self.channel.poll()])
             job.result()
 
     def held(self) -> int:
@@ -46,11 +46,11 @@ def agent() -> Iterator[Agent]:
     found = Agent()
     yield found
     found.memory.close()
-    found.line.close()
+    found.channel.close()
     found.worker.close()
 
 
-def test_what_a_worker_asks_for_is_held_and_said_once(agent: Agent, tmp_path: Path) -> None:
+def test_requested_memory_is_held_and_announced_once(agent: Agent, tmp_path: Path) -> None:
     paths = [tmp_path / name for name in "abc"]
     agent.serve(*paths[:2])
     agent.serve(paths[2])
@@ -61,7 +61,7 @@ def test_what_a_worker_asks_for_is_held_and_said_once(agent: Agent, tmp_path: Pa
     assert agent.held() == 0 and not any(is_memory_file(path) for path in paths)
 
 
-def test_memory_is_released_when_its_link_is_gone(agent: Agent, tmp_path: Path) -> None:
+def test_memory_is_released_when_its_link_is_removed(agent: Agent, tmp_path: Path) -> None:
     agent.serve(tmp_path / "old", tmp_path / "kept")
     (tmp_path / "old").unlink()
     agent.serve(tmp_path / "new")
@@ -70,13 +70,13 @@ def test_memory_is_released_when_its_link_is_gone(agent: Agent, tmp_path: Path) 
     assert agent.held() == 2, "what is asked for again takes the place of what was there"
 
 
-def test_what_cannot_be_made_is_refused_with_the_reason(agent: Agent, tmp_path: Path) -> None:
+def test_memory_that_cannot_be_created_is_refused_with_the_reason(agent: Agent, tmp_path: Path) -> None:
     with pytest.raises(ArenaError, match=r"the agent cannot hold 1 slots in anonymous memory: .*No such file"):
         agent.serve(tmp_path / "missing" / "slot")
     assert agent.held() == 0 and not agent.said
 
 
-def test_a_worker_does_not_wait_for_an_agent_that_has_ended(agent: Agent, tmp_path: Path) -> None:
-    agent.line.close()
-    with pytest.raises(ArenaError, match="it has ended"):
-        have_held(agent.worker, [tmp_path / "slot"], "too small")
+def test_a_worker_does_not_wait_for_an_agent_that_has_exited(agent: Agent, tmp_path: Path) -> None:
+    agent.channel.close()
+    with pytest.raises(ArenaError, match="it has exited"):
+        request_memory(agent.worker, [tmp_path / "slot"], "too small")

@@ -1,4 +1,4 @@
-"""Recoveries in place as the agent does them, with workers that say what a test has them say."""
+"""The agent's part in recoveries in place, with scripted workers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from lightning_ckptless.membership.launch.config import LaunchConfig
 from lightning_ckptless.membership.launch.launch import run
 from tests.membership.conftest import script
 
-# Rank 0 kills itself when all have come; the others write down what they are told, and answer.
+# Rank 0 kills itself once all ranks have entered the loop; the others answer the agent's messages.
 WORKER = """
     import json, os, signal, sys, time
     from pathlib import Path
-    from lightning_ckptless.membership.channel.agent_channel import open_line
+    from lightning_ckptless.membership.channel.agent_channel import open_channel
+    from lightning_ckptless.protocol.messages import EnteredLoop, LeftLoop, ReleasedGroups, StuckCollective
 
-    rank, line, last = os.environ["RANK"], open_line(), int(sys.argv[1])
-    wishes = {"standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
-    wishes |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
-    line.tell("entered", in_place=True, **wishes)
+    rank, channel, last = os.environ["RANK"], open_channel(), int(sys.argv[1])
+    options = {"standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
+    options |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
+    channel.send(EnteredLoop(in_place=True, **options))
     number = int(os.environ.get("CKPTLESS_REGROUPING", "0"))
     Path(f"came-{rank}-{number}").touch()
     if rank == "0" and not number:
@@ -31,21 +32,21 @@ WORKER = """
             time.sleep(0.005)
         os.kill(os.getpid(), signal.SIGKILL)
     while number < last:
-        number = line.receive()[0]["number"]
+        number = channel.receive().message.number
         if rank == "1" and number in (1, 3):
-            line.tell("held", reason="it sleeps", threads=[f"1 python: state S, at {number}"], sockets=[])
+            channel.send(StuckCollective("it sleeps", [f"1 python: state S, at {number}"], []))
         if rank != "1" or number != 1:
-            line.tell("released")
+            channel.send(ReleasedGroups())
         if rank == "2" and number == 2 and last == 3:
             while not Path("came-1-2").exists():
                 time.sleep(0.005)
             os.kill(os.getpid(), signal.SIGKILL)
-    line.tell("left")
+    channel.send(LeftLoop())
 """
 
 
 @pytest.mark.timeout(25)
-def test_who_says_that_it_cannot_get_free_is_replaced_at_once(
+def test_a_rank_with_a_stuck_collective_is_replaced_at_once(
     bare: ForkServer, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     events: list[tuple[str, dict[str, Any]]] = []
@@ -54,7 +55,7 @@ def test_who_says_that_it_cannot_get_free_is_replaced_at_once(
     assert (outcome.exit_code, outcome.restarts, outcome.in_place) == (0, 0, 2)
     assert [(fault.rank, fault.hung) for fault in outcome.faults] == [
         (0, ""),
-        (1, "cannot get free of the lost: it sleeps"),
+        (1, "did not release its process groups after the fault: it sleeps"),
     ]
     hangs = [fields for event, fields in events if event == "hang"]
     assert [fields["local_ranks"] for fields in hangs] == [[1]], json.dumps(hangs)
@@ -64,7 +65,7 @@ def test_who_says_that_it_cannot_get_free_is_replaced_at_once(
 
 
 @pytest.mark.timeout(25)
-def test_who_says_so_again_before_a_step_was_made_is_not_replaced_again(
+def test_a_second_report_before_a_committed_step_does_not_replace_the_rank_again(
     bare: ForkServer, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     events: list[tuple[str, dict[str, Any]]] = []

@@ -1,4 +1,4 @@
-"""Log files where there is no room for them: said, before the start and after a failure."""
+"""Log files without space on the disk: reported before the start and after a failure."""
 
 from __future__ import annotations
 
@@ -47,23 +47,23 @@ def test_a_full_disk_is_an_error_before_the_start(
 
 
 @pytest.mark.parametrize("where", ["/proc/none/logs", "file"])
-def test_a_folder_that_cannot_be_made_is_an_error(
+def test_a_folder_that_cannot_be_created_is_an_error(
     where: str, bare: ForkServer, config: LaunchConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(LaunchError, match=r"--log-dir .*: cannot make the log files: .*name another folder"):
+    with pytest.raises(LaunchError, match=r"--log-dir .*: cannot create the log files: .*choose another folder"):
         run(replace(config, log_dir=tmp_path / where), parent=bare)
 
 
-def test_folders_of_a_round_that_cannot_be_made_are_an_error(config: LaunchConfig, tmp_path: Path) -> None:
+def test_folders_of_a_round_that_cannot_be_created_are_an_error(config: LaunchConfig, tmp_path: Path) -> None:
     with log_files(config) as logs:
         (tmp_path / "logs").rmdir()
         (tmp_path / "logs").touch()
-        with pytest.raises(LaunchError, match="cannot make the log files"):
+        with pytest.raises(LaunchError, match="cannot create the log files"):
             logs.reify({0: {}})
 
 
-def test_a_disk_that_has_become_full_is_named_with_the_fault(
+def test_a_disk_that_has_become_full_is_reported_with_the_fault(
     bare: ForkServer,
     config: LaunchConfig,
     tmp_path: Path,

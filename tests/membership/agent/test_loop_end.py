@@ -1,4 +1,4 @@
-"""Agents let their workers leave the training loop when those of all nodes have ended; workers that follow a script."""
+"""Agents let their workers leave the training loop once those of all nodes have ended; the workers are scripted."""
 
 from __future__ import annotations
 
@@ -17,36 +17,37 @@ from lightning_ckptless.membership.launch.launch import run
 from tests.membership.conftest import REPOSITORY, script, worker_env
 from tests.membership.test_two_nodes import CONF, node_of_two
 
-# The first node's worker has made its last step, the second one's never will, and a third one comes too late.
+# The first node's worker has made its last step, the second one's never will, and the third one joins too late.
 WORKER = """
     import json, os, time
     from pathlib import Path
-    from lightning_ckptless.membership.channel.agent_channel import open_line
+    from lightning_ckptless.membership.channel.agent_channel import open_channel
+    from lightning_ckptless.protocol.messages import AskToLeave, EnteredLoop, LeftLoop, WaitingAtLoop
 
-    node, line = os.environ["CKPTLESS_NODE"], open_line()
-    wishes = {"standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
-    wishes |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
-    line.tell("entered", in_place=True, **wishes)
-    line.tell("waiting")
+    node, channel = os.environ["CKPTLESS_NODE"], open_channel()
+    options = {"standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
+    options |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
+    channel.send(EnteredLoop(in_place=True, **options))
+    channel.send(WaitingAtLoop())
     if node != "first":
         Path("came-second").touch()
         time.sleep(600)
     while not Path("came-second").exists():
         time.sleep(0.005)
-    line.tell("ending", number=0, step=12, why="ran out of training data")
+    channel.send(AskToLeave(0, 12, "ran out of training data"))
     Path("ended").touch()
-    told = []
-    while told[-1:] != ["leave"]:
-        told.append(line.receive()[0]["kind"])
-    line.tell("left")
-    Path("told.json").write_text(json.dumps(told))
+    received = []
+    while received[-1:] != ["MayLeave"]:
+        received.append(type(channel.receive().message).__name__)
+    channel.send(LeftLoop())
+    Path("received.json").write_text(json.dumps(received))
 """
 
 
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(90)
-def test_a_node_that_is_lost_before_its_end_does_not_hold_up_the_others(
+def test_a_node_lost_before_its_last_step_does_not_block_the_others(
     bare: ForkServer, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -68,4 +69,6 @@ def test_a_node_that_is_lost_before_its_end_does_not_hold_up_the_others(
         second.wait()
         third = pool.submit(run, node_of_two("third", program, store.port, tmp_path), parent=bare)
         assert first.result(timeout=60).exit_code == third.result(timeout=60).exit_code == 0
-    assert json.loads((tmp_path / "told.json").read_text()) == ["hold", "leave"], "it did not leave before"
+    assert json.loads((tmp_path / "received.json").read_text()) == ["AwaitRegroup", "MayLeave"], (
+        "the worker left before its peers"
+    )

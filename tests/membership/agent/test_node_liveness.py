@@ -1,4 +1,4 @@
-"""Silence on a real connection: packets stop, and nothing is reset."""
+"""Silence on a real connection: packets are dropped, and nothing is reset."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def wait_for(heartbeat: Heartbeat, kind: type) -> float:
     return time.monotonic() - began
 
 
-def test_a_node_whose_cable_is_silent_finds_itself_cut_off() -> None:
+def test_a_node_whose_packets_are_dropped_finds_itself_partitioned() -> None:
     server = make_store()
     cable = Cable(server.port)
     store = TCPStore("127.0.0.1", cable.port, is_master=False)
@@ -111,7 +111,7 @@ def test_a_node_whose_cable_is_silent_finds_itself_cut_off() -> None:
         cable.close()
 
 
-def test_a_node_that_is_gone_is_missed_and_the_next_round_begins_anew() -> None:
+def test_a_lost_node_is_detected_and_the_next_round_starts_over() -> None:
     server = make_store()
     with beating(server, 0, 2) as stays:
         with beating(server.clone(), 1, 2):
@@ -130,7 +130,7 @@ def test_a_node_that_is_gone_is_missed_and_the_next_round_begins_anew() -> None:
         assert stays.finding == AllAlive()
 
 
-def test_a_node_that_says_goodbye_is_not_missed() -> None:
+def test_a_node_that_says_goodbye_does_not_count_as_lost() -> None:
     server = make_store()
     with beating(server, 0, 2) as stays, beating(server.clone(), 1, 2) as leaves:
         threading.Event().wait(2 * BOUND.interval_s)
@@ -139,7 +139,7 @@ def test_a_node_that_says_goodbye_is_not_missed() -> None:
         assert (stays.finding, leaves.finding) == (AllAlive(), AllAlive())
 
 
-def test_a_silent_workers_store_sets_the_agent_free() -> None:
+def test_an_agent_does_not_wait_for_a_silent_workers_store() -> None:
     server = make_store()
     workers = make_store()
     cable = Cable(workers.port)

@@ -95,7 +95,7 @@ def test_silent_ranks_are_known_when_all_nodes_are_silent(join: Join) -> None:
     assert first.exchange({0: AHEAD, 1: AHEAD}, now=108.0) == {}
 
 
-def test_the_rank_behind_is_found_among_those_of_all_nodes(join: Join) -> None:
+def test_a_lagging_rank_is_found_among_the_ranks_of_all_nodes(join: Join) -> None:
     first, second = join(0), join(1)
     behind = replace(AHEAD, point=Point.BATCH, waits=False)
     first.exchange({0: AHEAD, 1: AHEAD}, now=110.0)
@@ -104,14 +104,14 @@ def test_the_rank_behind_is_found_among_those_of_all_nodes(join: Join) -> None:
     assert hang is not None and hang.ranks == (3,)
 
 
-def test_the_end_of_an_epoch_on_one_node_and_not_on_another_is_found(join: Join) -> None:
+def test_an_epoch_that_ends_on_one_node_only_is_found(join: Join) -> None:
     first, second = join(0), join(1)
     second.exchange({0: DONE}, now=100.0)
     everyone = first.by_rank({0: AHEAD}) | first.exchange({0: AHEAD}, now=100.0)
     assert out_of_data(everyone) == {2: END}
 
 
-def test_all_nodes_say_the_reason_that_was_published_first(join: Join) -> None:
+def test_all_nodes_report_the_reason_that_was_published_first(join: Join) -> None:
     first, second = join(0), join(1)
     assert second.settled() == ""
     assert first.settle("rank 2 ran out") == "rank 2 ran out"
@@ -122,7 +122,7 @@ def test_all_nodes_say_the_reason_that_was_published_first(join: Join) -> None:
 
 
 @pytest.mark.parametrize("said", ["{", '{"ranks": {"2": {"step": -5}}}', '{"ranks": {"x": {}}}', "[]"])
-def test_what_cannot_be_read_is_as_if_it_was_not_there(said: str, store: PrefixStore, join: Join) -> None:
+def test_unreadable_data_is_ignored(said: str, store: PrefixStore, join: Join) -> None:
     first = join(0)
     store.set("ckptless/silent/1", said)
     store.set("ckptless/end/0/0", said)
@@ -133,7 +133,7 @@ def test_what_cannot_be_read_is_as_if_it_was_not_there(said: str, store: PrefixS
 
 
 class LostStore:
-    """A store whose node is gone."""
+    """A store whose node is lost."""
 
     asked = 0
 
@@ -145,10 +145,10 @@ class LostStore:
         return ask
 
 
-def test_a_store_that_is_lost_holds_nobody_up_and_is_not_asked_again() -> None:
+def test_a_lost_store_delays_no_agent_and_is_not_asked_again() -> None:
     store = LostStore()
     first = Positions(store, 0, (0, 1), {0: 0})  # type: ignore[arg-type]
-    assert not first.have_all_ended(0, {0: END}), "whether the others have ended is for the rendezvous to find out"
+    assert not first.have_all_ended(0, {0: END}), "the rendezvous detects whether the other nodes have ended"
     assert first.first_ended(0) == {}
     assert first.exchange({0: AHEAD}, now=100.0) == {}
     assert first.settle("why") == "why"

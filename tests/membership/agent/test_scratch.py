@@ -1,4 +1,4 @@
-"""Temporary folders of agents: they go with them, and those of a killed one are known."""
+"""Temporary folders of agents: removed with the agent, and found after it was killed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_folder_goes_with_its_agent(temporary: Path) -> None:
+def test_a_folder_is_removed_with_its_agent(temporary: Path) -> None:
     with ScratchFolder("logs") as scratch:
         (scratch.path / "file").touch()
         assert scratch.path.stat().st_mode & 0o777 == 0o700
@@ -37,7 +37,7 @@ def test_a_folder_goes_with_its_agent(temporary: Path) -> None:
     assert list(temporary.iterdir()) == []
 
 
-def test_the_folder_of_a_killed_agent_is_known(temporary: Path) -> None:
+def test_the_folder_of_a_killed_agent_is_found(temporary: Path) -> None:
     command = [sys.executable, "-c", HOLDS]
     with (
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as agent,

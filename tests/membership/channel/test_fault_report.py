@@ -1,4 +1,4 @@
-"""What an agent tells about a fault."""
+"""What an agent reports about a fault."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from lightning_ckptless import environment
 from lightning_ckptless.membership.channel.exit_report import (
     ExitReport,
-    leave_verdict,
     mark_begun,
     take_begun,
     take_exit_reports,
+    write_exit_report,
 )
 from lightning_ckptless.membership.channel.fault_report import FaultReport, shell_code, split_exit
 
@@ -22,7 +22,7 @@ def report(rank: int | None = 1, exit_code: int | None = None, signal_name: str 
     return FaultReport(rank, 123, exit_code, signal_name, 10.0, 10.5, 11.0, 1, 2)
 
 
-def test_a_report_survives_its_text() -> None:
+def test_a_report_survives_serialization() -> None:
     assert FaultReport.from_json(report().to_json()) == report()
 
 
@@ -51,19 +51,19 @@ def test_exit_codes(exit_code: int, split: tuple[int | None, str | None], shell:
     assert (split_exit(exit_code), shell_code(exit_code)) == (split, shell)
 
 
-def test_verdicts_are_taken_once_in_the_order_of_ranks(tmp_path: Path) -> None:
+def test_exit_reports_are_taken_once_in_the_order_of_ranks(tmp_path: Path) -> None:
     env = {environment.AGENT_DIR: str(tmp_path)}
     exit_reports = (ExitReport(0, True, "loss is nan"), ExitReport(3, False, ""))
-    assert [leave_verdict(exit_report, env) for exit_report in reversed(exit_reports)] == [True, True]
+    assert [write_exit_report(exit_report, env) for exit_report in reversed(exit_reports)] == [True, True]
     assert take_exit_reports(tmp_path) == exit_reports
     assert take_exit_reports(tmp_path) == ()
 
 
-def test_marks_of_training_are_taken_once(tmp_path: Path) -> None:
+def test_progress_marks_are_taken_once(tmp_path: Path) -> None:
     mark_begun(1, {environment.AGENT_DIR: str(tmp_path)})
     mark_begun(1, {})
     assert [take_begun(tmp_path) for _ in range(2)] == [True, False]
 
 
-def test_no_verdict_without_an_agent_of_ours() -> None:
-    assert leave_verdict(ExitReport(0, True, ""), {}) is False
+def test_no_exit_report_is_written_without_an_agent_of_ours() -> None:
+    assert write_exit_report(ExitReport(0, True, ""), {}) is False

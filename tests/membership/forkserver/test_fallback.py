@@ -1,4 +1,4 @@
-"""A fork server that is killed in the very moment in which it forks, whomever it forks."""
+"""A fork server that is killed at the very moment it forks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome
 from lightning_ckptless.membership.launch.launch import run
 from tests.membership.conftest import script
 
-# Preloaded: kills the parent before those forks whose numbers are named, counted over all parents of the run.
+# Preloaded: kills the fork server before the given forks, counted over all fork servers of the run.
 TRAP = """
     import os, signal
     from pathlib import Path
@@ -29,16 +29,17 @@ TRAP = """
 
     os.register_at_fork(before=spring)
 """
-# Each rank trains until all have come; of the first ones rank 0 kills itself then.
+# Each rank trains until all ranks do; in the first generation rank 0 then kills itself.
 WORKER = """
     import os, signal, sys, time
     from pathlib import Path
-    from lightning_ckptless.membership.channel.agent_channel import open_line
+    from lightning_ckptless.membership.channel.agent_channel import open_channel
+    from lightning_ckptless.protocol.messages import EnteredLoop, LeftLoop
 
-    rank, line, count = int(os.environ["RANK"]), open_line(), os.environ["TORCHELASTIC_RESTART_COUNT"]
-    wishes = {"standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
-    wishes |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
-    line.tell("entered", in_place=sys.argv[1] == "in-place", **wishes)
+    rank, channel, count = int(os.environ["RANK"]), open_channel(), os.environ["TORCHELASTIC_RESTART_COUNT"]
+    options = {"standbys": 0, "preload_imports": False, "hang_timeout_s": None, "obstacle": None, "fixed_world": ""}
+    options |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
+    channel.send(EnteredLoop(in_place=sys.argv[1] == "in-place", **options))
     Path(f"came-{rank}-{count}").touch()
     while not all(Path(f"came-{other}-{count}").exists() for other in (0, 1)):
         time.sleep(0.005)
@@ -46,7 +47,7 @@ WORKER = """
         if rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(1000)
-    line.tell("left")
+    channel.send(LeftLoop())
 """
 
 
@@ -81,34 +82,36 @@ def trapped(write: Callable[..., Path], tmp_path: Path) -> Callable[..., Outcome
 
 
 @pytest.mark.parametrize("moment", [0, 1])
-def test_when_the_run_starts(
+def test_loss_of_the_fork_server_when_the_run_starts(
     moment: int, trapped: Callable[..., Outcome], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert trapped("whole", [moment]) == Outcome(0, 0, ())
     assert len(list(tmp_path.glob("fork-*"))) == moment + 3
-    assert capfd.readouterr().err.count("and all its workers with it; another one is started, and they with it") == 1
+    assert capfd.readouterr().err.count("and all its workers with it; starting a new fork server and all workers") == 1
 
 
-def test_when_all_are_started_again(trapped: Callable[..., Outcome], capfd: pytest.CaptureFixture[str]) -> None:
+def test_loss_of_the_fork_server_during_a_relaunch(
+    trapped: Callable[..., Outcome], capfd: pytest.CaptureFixture[str]
+) -> None:
     outcome = trapped("relaunch", [3], max_restarts=1)
     assert (outcome.exit_code, outcome.restarts, len(outcome.faults)) == (0, 1, 1)
-    assert capfd.readouterr().err.count("another one is started") == 1
+    assert capfd.readouterr().err.count("starting a new fork server") == 1
 
 
-def test_when_a_lost_rank_is_replaced(trapped: Callable[..., Outcome]) -> None:
-    # All others end with the parent, so all are started again.
+def test_loss_of_the_fork_server_when_a_lost_rank_is_replaced(trapped: Callable[..., Outcome]) -> None:
+    # All other workers die with the fork server, so all are started again.
     outcome = trapped("in-place", [2], max_restarts=2)
     assert (outcome.exit_code, outcome.restarts, outcome.in_place, len(outcome.faults)) == (0, 1, 1, 2)
 
 
-def test_when_it_never_works(
+def test_repeated_loss_of_the_fork_server(
     trapped: Callable[..., Outcome], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert trapped("whole", list(range(9))) == Outcome(0, 0, ())
     assert len(list(tmp_path.glob("fork-*"))) == 3
     said = capfd.readouterr().err
-    assert said.count("another one is started") == 2
-    assert said.count("workers are started afresh from now on") == 1 and "3 times in a row" in said
+    assert said.count("starting a new fork server") == 2
+    assert said.count("workers are started as new interpreters from now on") == 1 and "3 times in a row" in said
 
 
 def test_at_a_limit_on_processes_when_a_lost_rank_is_replaced(
@@ -121,12 +124,12 @@ def test_at_a_limit_on_processes_when_a_lost_rank_is_replaced(
     assert "Traceback" not in said
 
 
-def test_at_a_limit_on_processes_when_all_are_started_again(
+def test_at_a_limit_on_processes_during_a_relaunch(
     trapped: Callable[..., Outcome], capfd: pytest.CaptureFixture[str]
 ) -> None:
     outcome = trapped("relaunch", [3], LIMIT, max_restarts=1)
     assert (outcome.exit_code, outcome.restarts, len(outcome.faults)) == (0, 1, 1)
-    assert capfd.readouterr().err.count("all workers are started again in 0.5 s") == 1
+    assert capfd.readouterr().err.count("starting all workers again in 0.5 s") == 1
 
 
 def test_a_limit_on_processes_that_stays_ends_the_run(

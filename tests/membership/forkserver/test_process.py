@@ -1,4 +1,4 @@
-"""The agent as a process of its own: how it starts, and that signals leave nobody."""
+"""The agent as a process: how it starts, and that signals leave no process behind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.membership.conftest import REPOSITORY, worker_env
 
 Write = Callable[..., Path]
 
-# Each worker says that it is there, and its end is seen in the end of its output.
+# Each worker reports its start; its exit is visible as the end of its output.
 WAITS = r"""
     import os, signal, sys, time
     def end(*_):
@@ -54,7 +54,7 @@ def wait_until_up(process: subprocess.Popen[str], workers: int = 2) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--no-preload",)])
-def test_a_killed_agent_takes_everybody_with_it(options: tuple[str, ...], write: Write, tmp_path: Path) -> None:
+def test_a_killed_agent_takes_all_its_processes_with_it(options: tuple[str, ...], write: Write, tmp_path: Path) -> None:
     with started([*AGENT, *options, str(write(WAITS)), "deaf"], tmp_path) as agent:
         wait_until_up(agent)
         agent.kill()
@@ -79,7 +79,7 @@ def test_a_signal_ends_the_workers(
         assert f"asked to end by {number.name}" in err
 
 
-def test_a_signal_before_the_workers_are_there(write: Write, tmp_path: Path) -> None:
+def test_a_signal_before_the_workers_have_started(write: Write, tmp_path: Path) -> None:
     write("import sys; print('importing', flush=True); sys.stdin.read()", "torch.py")
     with started([*AGENT, str(write(WAITS))], tmp_path) as agent:
         assert agent.stdout is not None
@@ -111,7 +111,7 @@ COLD = """
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [("program.py",), pytest.param(("-m", "package.program"), marks=pytest.mark.long)])
-def test_a_program_is_replaced_by_an_agent_that_runs_it(how: tuple[str, ...], write: Write, tmp_path: Path) -> None:
+def test_a_script_is_replaced_by_an_agent_that_runs_it(how: tuple[str, ...], write: Write, tmp_path: Path) -> None:
     write("", "package/__init__.py")
     path = write(COLD, "package/program.py" if "-m" in how else "program.py")
     with started([sys.executable, "-O", *how, "--lr", "fail"], tmp_path) as process:
@@ -125,7 +125,7 @@ def test_a_program_is_replaced_by_an_agent_that_runs_it(how: tuple[str, ...], wr
 
 
 @pytest.mark.parametrize("how", [("-c",), ("-",)])
-def test_what_is_no_file_is_refused(how: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_script_that_is_no_file_is_refused(how: tuple[str, ...], tmp_path: Path) -> None:
     code = "from lightning_ckptless.membership.launch.reexec import replace_by_agent as r; r(nproc=1, run_root='')"
     done = subprocess.run(
         [sys.executable, *how, *([code] if how == ("-c",) else [])],
@@ -137,5 +137,5 @@ def test_what_is_no_file_is_refused(how: tuple[str, ...], tmp_path: Path) -> Non
         check=False,
     )
     assert done.returncode == 1
-    assert "LaunchError: the workers run the same program again" in done.stderr
+    assert "LaunchError: each worker runs the same script again" in done.stderr
     assert os.listdir(tmp_path) == []

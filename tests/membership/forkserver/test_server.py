@@ -27,7 +27,7 @@ def job(path: Path, *, fresh: bool = False) -> Job:
     return Job(script(path), worker_env(), str(path.parent), fresh)
 
 
-def test_a_module_that_is_missing_is_named() -> None:
+def test_a_missing_module_is_named() -> None:
     with (
         ForkServer(("json", "no_such_module")) as parent,
         pytest.raises(LaunchError, match="preload no_such_module"),
@@ -35,7 +35,7 @@ def test_a_module_that_is_missing_is_named() -> None:
         parent.ready()
 
 
-def test_modules_are_looked_for_in_the_given_folders(write: Callable[..., Path], tmp_path: Path) -> None:
+def test_modules_are_looked_up_in_the_given_folders(write: Callable[..., Path], tmp_path: Path) -> None:
     folder = write("loaded = True", "extras/extra.py").parent
     program = script(write("import sys; print('extra' in sys.modules, sys.path[0], sys.path.count(sys.path[0]))"))
     with ForkServer(("extra",), path=(str(folder),)) as parent:
@@ -87,7 +87,9 @@ def test_it_does_not_fork_when_it_has_threads(write: Callable[..., Path], tmp_pa
         assert finish(parent, start(parent, job(path, fresh=True), tmp_path), tmp_path).out == "ran\n"
 
 
-def test_a_fork_closes_what_is_the_parents(bare: ForkServer, write: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_fork_closes_the_files_of_the_fork_server(
+    bare: ForkServer, write: Callable[..., Path], tmp_path: Path
+) -> None:
     waiting = start(bare, job(write(SLEEP, "waiting.py")), tmp_path)
     try:
         listing = write("import os; print(sorted(os.listdir('/proc/self/fd')))")
@@ -114,7 +116,7 @@ def test_a_killed_worker_takes_its_processes_with_it(
     os.close(worker.pidfd)
 
 
-def test_signals_reach_workers_that_have_only_just_been_forked(
+def test_signals_reach_workers_that_were_just_forked(
     bare: ForkServer, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = write(SLEEP)
@@ -132,7 +134,7 @@ def test_closing_it_ends_its_workers(write: Callable[..., Path], tmp_path: Path)
         os.close(worker.pidfd)
 
 
-def test_its_death_ends_its_workers_and_is_told(write: Callable[..., Path], tmp_path: Path) -> None:
+def test_its_death_ends_its_workers_and_is_reported(write: Callable[..., Path], tmp_path: Path) -> None:
     with ForkServer() as parent:
         workers = [start(parent, job(write(SLEEP), fresh=fresh), tmp_path) for fresh in (False, True)]
         assert parent.pid is not None
@@ -147,8 +149,8 @@ def test_its_death_ends_its_workers_and_is_told(write: Callable[..., Path], tmp_
 
 
 @pytest.mark.parametrize("importing", [False, True])
-def test_nobody_survives_the_agent(importing: bool, write: Callable[..., Path], tmp_path: Path) -> None:
-    """Every process that holds the write end of a pipe is gone when the agent was killed."""
+def test_no_process_survives_the_agent(importing: bool, write: Callable[..., Path], tmp_path: Path) -> None:
+    """Every process that holds the write end of a pipe has exited once the agent is killed."""
     stuck = write(SLEEP, "stuck.py")
     text = f"""
         import os, sys
@@ -179,7 +181,7 @@ def test_nobody_survives_the_agent(importing: bool, write: Callable[..., Path], 
     agent.wait()
 
 
-def test_two_threads_can_use_one_parent(bare: ForkServer, write: Callable[..., Path], tmp_path: Path) -> None:
+def test_two_threads_can_use_one_fork_server(bare: ForkServer, write: Callable[..., Path], tmp_path: Path) -> None:
     found: dict[int, int] = {}
 
     def use(number: int) -> None:

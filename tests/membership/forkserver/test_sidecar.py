@@ -1,4 +1,4 @@
-"""Sidecars: started once, started again when they are lost, ended with the run."""
+"""Sidecars: started once, restarted when lost, ended with the run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.forkserver.sidecar import Sidecars, Surroundings
+from lightning_ckptless.membership.forkserver.sidecar import SidecarLauncher, Sidecars
+from lightning_ckptless.protocol.messages import StartSidecar
 
 Write = Callable[..., Path]
 
@@ -38,24 +40,24 @@ PROGRAM = """
 
 
 class Node:
-    """Sidecars, and what they tell."""
+    """Sidecars, and what they report."""
 
     def __init__(self, parent: ForkServer, folder: Path, *, fresh: bool = False) -> None:
         self.folder = folder
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.said: list[str] = []
-        where = Surroundings(lambda: parent, dict(os.environ), str(folder), (), fresh)
+        where = SidecarLauncher(lambda: parent, dict(os.environ), str(folder), (), fresh)
         self.sidecars = Sidecars(where, self._record, self.said.append, pause_s=0.05)
 
     def _record(self, event: str, **fields: Any) -> None:
         self.events.append((event, fields))
 
     def ask(self, what: str) -> None:
-        self.sidecars.tend([(0, {"kind": "sidecar", "module": "beside", "argument": what})])
+        self.sidecars.maintain([FromWorker(0, StartSidecar("beside", what))])
 
     def until(self, good: Callable[[], bool]) -> None:
         while not good():
-            self.sidecars.tend(())
+            self.sidecars.maintain(())
             select.select([], [], [], 0.005)
 
     def seen(self, what: str) -> list[int]:
@@ -68,14 +70,14 @@ class Node:
 
 @pytest.fixture(params=[False, True], ids=["forked", "fresh"])
 def node(request: pytest.FixtureRequest, bare: ForkServer, write: Write, tmp_path: Path) -> Iterator[Node]:
-    """A node whose sidecars run the program."""
+    """A node whose sidecars run the test's module."""
     write(PROGRAM, "beside.py")
     made = Node(bare, tmp_path, fresh=request.param)
     yield made
     made.sidecars.end(0.0)
 
 
-def test_one_that_is_asked_for_twice_is_started_once(node: Node) -> None:
+def test_a_sidecar_that_is_requested_twice_is_started_once(node: Node) -> None:
     node.ask("orderly")
     node.ready("orderly")
     node.ask("orderly")
@@ -84,14 +86,14 @@ def test_one_that_is_asked_for_twice_is_started_once(node: Node) -> None:
     assert [len(node.seen(what)) for what in ("orderly", "stubborn")] == [1, 1]
 
 
-def test_one_that_is_asked_to_end_finishes_its_work(node: Node) -> None:
+def test_a_sidecar_that_is_asked_to_end_finishes_its_work(node: Node) -> None:
     node.ask("orderly")
     node.ready("orderly")
     node.sidecars.end(20.0)
     assert (node.folder / "ended").exists()
 
 
-def test_one_that_does_not_end_is_ended(node: Node) -> None:
+def test_a_sidecar_that_does_not_end_is_killed(node: Node) -> None:
     node.ask("stubborn")
     node.ready("stubborn")
     node.sidecars.end(0.1)
@@ -99,16 +101,16 @@ def test_one_that_does_not_end_is_ended(node: Node) -> None:
     assert not Path("/proc", str(pid)).exists()
 
 
-def test_one_that_has_done_its_work_is_let_go(node: Node) -> None:
+def test_a_sidecar_that_has_completed_its_work_is_not_restarted(node: Node) -> None:
     node.ask("leaves")
     node.until(lambda: bool(node.seen("leaves")))
     (pid,) = node.seen("leaves")
     node.until(lambda: not Path("/proc", str(pid)).exists())
-    node.sidecars.tend(())
+    node.sidecars.maintain(())
     assert node.events == [] and len(node.seen("leaves")) == 1
 
 
-def test_one_that_is_lost_is_started_again(node: Node) -> None:
+def test_a_lost_sidecar_is_restarted(node: Node) -> None:
     node.ask("orderly")
     node.ready("orderly")
     os.kill(node.seen("orderly")[0], signal.SIGKILL)
@@ -116,14 +118,14 @@ def test_one_that_is_lost_is_started_again(node: Node) -> None:
     assert node.events == [("companion_lost", {"module": "beside", "exit_code": -9, "again_after_s": 0.05})]
 
 
-def test_one_that_fails_is_started_again_later_each_time(node: Node) -> None:
+def test_a_failing_sidecar_is_restarted_after_growing_pauses(node: Node) -> None:
     node.ask("fails")
     node.until(lambda: len(node.events) == 2)
     assert [fields["again_after_s"] for _, fields in node.events] == [0.05, 0.1]
     assert {fields["exit_code"] for _, fields in node.events} == {3}
 
 
-def test_one_that_cannot_be_started_is_no_error_of_the_run(write: Write, tmp_path: Path) -> None:
+def test_a_sidecar_that_cannot_be_started_does_not_fail_the_run(write: Write, tmp_path: Path) -> None:
     with ForkServer(("nowhere",)) as parent:
         node = Node(parent, tmp_path)
         node.ask("orderly")

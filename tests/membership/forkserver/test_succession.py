@@ -1,4 +1,4 @@
-"""A process that imports what a program imports: what it leaves out, what its forks have, and that nothing survives."""
+"""The successor of the fork server: what it leaves out, what its forks have, and that no process survives."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 
 from lightning_ckptless.membership.forkserver.client import ForkServer, ForkServerLostError, Successor
 from lightning_ckptless.membership.forkserver.imported import Imported, changed_variables, installed_modules
-from lightning_ckptless.membership.forkserver.learning import Lesson
-from lightning_ckptless.membership.forkserver.succession import WorldChange
+from lightning_ckptless.membership.forkserver.learning import ImportRequest
+from lightning_ckptless.membership.forkserver.succession import Succession
 from lightning_ckptless.membership.worker.startup import Job
 from lightning_ckptless.protocol.newcomer import Imports
 from tests.membership.conftest import finish, run_forked, script, start, worker_env
@@ -32,31 +32,31 @@ class Events(list[tuple[str, dict[str, Any]]]):
 
 
 @pytest.fixture
-def teach(write: Callable[..., Path], tmp_path: Path) -> Callable[..., Lesson]:
-    """Makes a lesson of modules with these texts."""
+def teach(write: Callable[..., Path], tmp_path: Path) -> Callable[..., ImportRequest]:
+    """Makes a request of modules with these texts."""
 
-    def teach(texts: dict[str, str], changed: dict[str, str | None] | None = None, **env: str) -> Lesson:
+    def teach(texts: dict[str, str], changed: dict[str, str | None] | None = None, **env: str) -> ImportRequest:
         modules = {name: str(write(text, f"site-packages/{name}.py")) for name, text in texts.items()}
         job = Job(script(write("", "program.py"), "--lr", "1"), worker_env(env), str(tmp_path))
-        return Lesson(Imported(modules, changed or {}, [str(tmp_path / "site-packages"), *sys.path]), job)
+        return ImportRequest(Imported(modules, changed or {}, [str(tmp_path / "site-packages"), *sys.path]), job)
 
     return teach
 
 
 @pytest.fixture
-def succession(bare: ForkServer) -> Iterator[Callable[[Lesson], tuple[WorldChange, Events]]]:
+def succession(bare: ForkServer) -> Iterator[Callable[[ImportRequest], tuple[Succession, Events]]]:
     """Follows a succession to its end."""
-    made: list[WorldChange] = []
+    made: list[Succession] = []
 
-    def follow(lesson: Lesson) -> tuple[WorldChange, Events]:
+    def follow(request: ImportRequest) -> tuple[Succession, Events]:
         events = Events()
-        succession = WorldChange(events, lambda _: None)
+        succession = Succession(events, lambda _: None)
         made.append(succession)
-        succession.hear(lesson)
+        succession.learn(request)
         while succession.state in (Imports.WAITING, Imports.IMPORTING):
             if succession.state is Imports.IMPORTING:
                 assert select.select([_socket(succession)], [], [], WAIT_S)[0], "no answer"
-            succession.tend(bare)
+            succession.maintain(bare)
         return succession, events
 
     yield follow
@@ -64,7 +64,7 @@ def succession(bare: ForkServer) -> Iterator[Callable[[Lesson], tuple[WorldChang
         each.close()
 
 
-def _socket(succession: WorldChange) -> Any:
+def _socket(succession: Succession) -> Any:
     assert succession._successor is not None
     return succession._successor._socket
 
@@ -76,16 +76,16 @@ EFFECTS = {
     "import tempfile; file = tempfile.TemporaryFile()": "leaves a file or a connection open",
     "import random; random.seed(1)": "draws random numbers or seeds a generator",
     "import os; rank = os.getenv('LOCAL_RANK')": "reads LOCAL_RANK, which differs between workers",
-    "import os; home = os.environ.get('HUB_HOME')": "reads HUB_HOME, which the program sets",
+    "import os; home = os.environ.get('HUB_HOME')": "reads HUB_HOME, which the script sets",
     "raise RuntimeError('not here')": "cannot be imported alone: RuntimeError: not here",
     "import sys; sys.exit(3)": "cannot be imported alone: SystemExit: 3",
 }
 
 
 def test_modules_that_a_fork_could_not_share_are_left_out(
-    teach: Callable[..., Lesson], succession: Callable[[Lesson], tuple[WorldChange, Events]]
+    teach: Callable[..., ImportRequest], succession: Callable[[ImportRequest], tuple[Succession, Events]]
 ) -> None:
-    """In one process, where each is told apart from the others; what depends on one of them is left out with it."""
+    """All in one process, each recognized separately; modules that depend on one are left out with it."""
     texts = {f"unsafe{number}": text for number, text in enumerate(EFFECTS)}
     texts |= {"user": "try:\n    import unsafe2\nexcept ImportError:\n    unsafe2 = None\n", "safe": ""}
     followed, events = succession(teach(texts, {"HUB_HOME": "/elsewhere"}))
@@ -96,18 +96,18 @@ def test_modules_that_a_fork_could_not_share_are_left_out(
     assert followed.successor is not None
 
 
-def test_forks_find_the_modules_and_what_they_have_set(
-    teach: Callable[..., Lesson],
-    succession: Callable[[Lesson], tuple[WorldChange, Events]],
+def test_forks_have_the_modules_and_their_environment_changes(
+    teach: Callable[..., ImportRequest],
+    succession: Callable[[ImportRequest], tuple[Succession, Events]],
     write: Callable[..., Path],
     bare: ForkServer,
     tmp_path: Path,
 ) -> None:
-    lesson = teach(
+    request = teach(
         {"settler": "import os, sys\nos.environ.setdefault('QUIET', '1')\nseen = (sys.argv[1:], os.getcwd())\n"},
         {"QUIET": "1"},
     )
-    followed, _ = succession(lesson)
+    followed, _ = succession(request)
     parent = followed.successor
     assert parent is not None
     program = script(
@@ -125,25 +125,25 @@ def test_forks_find_the_modules_and_what_they_have_set(
 
 
 def test_a_module_that_is_found_elsewhere_is_left_out(
-    teach: Callable[..., Lesson], succession: Callable[[Lesson], tuple[WorldChange, Events]]
+    teach: Callable[..., ImportRequest], succession: Callable[[ImportRequest], tuple[Succession, Events]]
 ) -> None:
-    lesson = teach({"shadow": ""})
-    lesson.imported.modules["shadow"] = "/elsewhere/site-packages/shadow.py"
-    _, events = succession(lesson)
+    request = teach({"shadow": ""})
+    request.imported.modules["shadow"] = "/elsewhere/site-packages/shadow.py"
+    _, events = succession(request)
     assert events[-1][1]["left_out"]["shadow"].startswith("is found in ")
 
 
-def test_when_an_import_ends_the_process(
-    teach: Callable[..., Lesson], succession: Callable[[Lesson], tuple[WorldChange, Events]]
+def test_an_import_that_ends_the_process(
+    teach: Callable[..., ImportRequest], succession: Callable[[ImportRequest], tuple[Succession, Events]]
 ) -> None:
     followed, events = succession(teach({"fatal": "import os; os._exit(1)"}))
     assert (followed.state, followed.successor) == (Imports.GIVEN_UP, None)
     assert events[-1][0] == "imports_not_learned"
 
 
-def test_when_the_successor_is_lost_the_first_parent_forks_until_there_is_another(
-    teach: Callable[..., Lesson],
-    succession: Callable[[Lesson], tuple[WorldChange, Events]],
+def test_after_the_loss_of_the_successor_the_first_fork_server_forks_until_there_is_another(
+    teach: Callable[..., ImportRequest],
+    succession: Callable[[ImportRequest], tuple[Succession, Events]],
     write: Callable[..., Path],
     bare: ForkServer,
     tmp_path: Path,
@@ -161,13 +161,13 @@ def test_when_the_successor_is_lost_the_first_parent_forks_until_there_is_anothe
     assert followed.successor is None
     seen = []
     for _ in range(2):
-        followed.tend(bare)
+        followed.maintain(bare)
         seen.append(followed.state)
     assert seen == [Imports.WAITING, Imports.IMPORTING]
 
 
-def test_it_ends_with_the_first_parent(
-    teach: Callable[..., Lesson], write: Callable[..., Path], tmp_path: Path
+def test_the_successor_exits_with_the_first_fork_server(
+    teach: Callable[..., ImportRequest], write: Callable[..., Path], tmp_path: Path
 ) -> None:
     with ForkServer() as first:
         successor = Successor(first)

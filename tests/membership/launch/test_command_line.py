@@ -1,4 +1,4 @@
-"""Command lines of python taken apart and put together again."""
+"""Command lines of Python, parsed and reassembled."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_parsing(line: str, expected: CommandLine) -> None:
     assert parse_command_line(line.split(" ")) == expected
 
 
-def test_this_process_can_be_taken_apart() -> None:
+def test_the_command_line_of_this_process_can_be_parsed() -> None:
     line = parse_command_line(sys.orig_argv)
     # Workers of pytest-xdist are started with a command.
     assert line.source in ("script", "module", "command")
@@ -74,14 +74,14 @@ def test_the_agents_command_line(line: str, expected: str) -> None:
     [
         ("python train.py", None),
         ("python -m train", None),
-        ("python -c pass", "given with -c"),
+        ("python -c pass", "passed with -c"),
         ("python -", "standard input"),
-        ("python gone.py", "no longer there"),
+        ("python gone.py", "does not exist in"),
     ],
 )
-def test_what_can_be_run_again(line: str, reason: str | None, tmp_path: Path) -> None:
+def test_which_scripts_can_be_run_again(line: str, reason: str | None, tmp_path: Path) -> None:
     (tmp_path / "train.py").touch()
     found = why_not_again(parse_command_line(line.split(" ")), tmp_path)
     assert (found is None) is (reason is None)
     assert reason is None or (reason in str(found) and "python FILE.py" in str(found))
-    assert ("ckptless_notebook" in str(found)) is (reason in ("given with -c", "standard input"))
+    assert ("ckptless_notebook" in str(found)) is (reason in ("passed with -c", "standard input"))

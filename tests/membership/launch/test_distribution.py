@@ -21,19 +21,19 @@ from lightning_ckptless.membership.launch.config import LIGHTNING, PYTORCH_LIGHT
         ("import torch  # not pytorch_lightning", LIGHTNING),
     ],
 )
-def test_the_script_says_it(text: str, expected: str, tmp_path: Path) -> None:
+def test_the_script_determines_the_distribution(text: str, expected: str, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(text)
     assert distribution_of(["--nnodes", "1", str(script), "--x"], {}) == expected
 
 
-def test_the_environment_goes_before_the_script(tmp_path: Path) -> None:
+def test_the_environment_takes_precedence_over_the_script(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text("import lightning")
     assert distribution_of([str(script)], {environment.LIGHTNING: PYTORCH_LIGHTNING}) == PYTORCH_LIGHTNING
 
 
-def test_a_module_or_a_missing_file_gives_the_usual_one() -> None:
+def test_a_module_or_a_missing_file_gives_the_default() -> None:
     assert distribution_of(["-m", "project.train"], {}) == LIGHTNING
     assert distribution_of(["missing.py"], {}) == LIGHTNING
 

@@ -1,4 +1,4 @@
-"""Runs of one node: exit codes, relaunches, what the workers are told, and that nothing is left."""
+"""Runs of one node: exit codes, relaunches, what the workers receive, and that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.membership.conftest import REPOSITORY, script
 
 Write = Callable[..., Path]
 
-# Rank 1 fails in the first `times` generations; the others wait for it, and cannot end by themselves.
+# Rank 1 fails in the first `times` generations; the others wait for it, and cannot exit by themselves.
 FAILS = """
     import json, os, signal, sys, time
     times, how = int(sys.argv[1]), sys.argv[2]
@@ -99,7 +99,7 @@ def test_a_killed_worker_is_relaunched_with_the_others(
     lines = capfd.readouterr().err.splitlines()
     assert lines == [
         f"ckptless: {fault}; all 2 workers relaunched, recovery {fault.restart} of the run, {fault.restart} without a "
-        "new step (not in place: no worker has come to fit yet)"
+        "new step (not in place: no worker has reached fit yet)"
         for fault in outcome.faults
     ]
 
@@ -114,14 +114,14 @@ def test_a_run_ends_with_the_code_of_its_culprit(
     assert "the run had 1, and the launcher's --max-restarts allows no more" in capfd.readouterr().err
 
 
-def test_a_final_verdict_forbids_relaunches(
+def test_a_final_exit_report_prevents_relaunches(
     bare: ForkServer, write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     text = """
         import os, sys, time
-        from lightning_ckptless.membership.channel.exit_report import ExitReport, leave_verdict
+        from lightning_ckptless.membership.channel.exit_report import ExitReport, write_exit_report
         if os.environ["RANK"] == "0":
-            leave_verdict(ExitReport(0, True, "the loss is not a number"))
+            write_exit_report(ExitReport(0, True, "the loss is not a number"))
             sys.exit(4)
         time.sleep(1000)
     """
@@ -131,7 +131,7 @@ def test_a_final_verdict_forbids_relaunches(
     assert "exited with code 4; not relaunched: the loss is not a number" in capfd.readouterr().err
 
 
-def test_a_program_that_never_trains_is_given_up(
+def test_a_script_that_never_trains_is_given_up(
     bare: ForkServer, write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     begins = "from lightning_ckptless.membership.channel.exit_report import mark_begun; mark_begun(0)"
@@ -141,18 +141,18 @@ def test_a_program_that_never_trains_is_given_up(
     assert "3 starts in a row exited before completing a step, the last with sys.exit(6)" in capfd.readouterr().err
 
 
-def test_verdicts_that_are_not_final_change_nothing(bare: ForkServer, write: Write, tmp_path: Path) -> None:
+def test_exit_reports_that_are_not_final_change_nothing(bare: ForkServer, write: Write, tmp_path: Path) -> None:
     text = """
         import os, sys
-        from lightning_ckptless.membership.channel.exit_report import ExitReport, leave_verdict
+        from lightning_ckptless.membership.channel.exit_report import ExitReport, write_exit_report
         if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            leave_verdict(ExitReport(int(os.environ["RANK"]), False, "once more"))
+            write_exit_report(ExitReport(int(os.environ["RANK"]), False, "once more"))
             sys.exit(4)
     """
     assert launch(bare, script(write(text)), tmp_path).exit_code == 0
 
 
-def test_survivors_of_the_last_fault_may_end_in_order(bare: ForkServer, write: Write, tmp_path: Path) -> None:
+def test_survivors_of_the_last_fault_may_exit_in_order(bare: ForkServer, write: Write, tmp_path: Path) -> None:
     text = """
         import os, signal, sys, time
         if os.environ["RANK"] == "1":
@@ -170,29 +170,31 @@ def test_survivors_of_the_last_fault_may_end_in_order(bare: ForkServer, write: W
     assert (tmp_path / "ended").exists()
 
 
-def test_a_parent_that_cannot_fork_is_replaced(write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_fork_server_that_cannot_fork_is_replaced(
+    write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     write(
         "import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()", "extras/threaded.py"
     )
     with ForkServer(("threaded",), path=(str(tmp_path / "extras"),)) as parent:
         outcome = launch(parent, script(write(FAILS), "2", "killed"), tmp_path)
     assert (outcome.exit_code, outcome.restarts) == (0, 2)
-    assert capfd.readouterr().err.count("workers are started afresh from now on") == 1
+    assert capfd.readouterr().err.count("workers are started as new interpreters from now on") == 1
 
 
-def test_a_parent_of_its_own(write: Write, tmp_path: Path) -> None:
+def test_a_run_with_its_own_fork_server(write: Write, tmp_path: Path) -> None:
     write("value = 1", "beside.py")
     program = script(write("import sys; sys.exit('beside' not in sys.modules)"))
     assert run(LaunchConfig(program=program, cwd=tmp_path, preload=("beside",))).exit_code == 0
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_the_loss_of_the_parent_is_a_fault_like_others(fresh: bool, write: Write, tmp_path: Path) -> None:
+def test_the_loss_of_the_fork_server_is_a_fault_like_others(fresh: bool, write: Write, tmp_path: Path) -> None:
     text = """
         import os, signal, time
         if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             if os.environ["RANK"] == "1":
-                # When it has told the agent of this worker, it waits.
+                # It waits once it has reported this worker to the agent.
                 while open(f"/proc/{os.getppid()}/stat").read().rpartition(")")[2].split()[0] != "S":
                     pass
                 os.kill(os.getppid(), signal.SIGKILL)
@@ -223,7 +225,7 @@ def test_output_can_go_to_files_and_the_console(
     assert [path.read_text() for path in (tmp_path / "logs").rglob("stderr.log")] == ["err\n"] * 2
 
 
-def test_an_exception_from_outside_ends_the_workers(bare: ForkServer, write: Write, tmp_path: Path) -> None:
+def test_an_exception_from_outside_stops_the_workers(bare: ForkServer, write: Write, tmp_path: Path) -> None:
     def interrupt(event: str, **_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -263,16 +265,16 @@ def test_twenty_relaunches_cost_no_files_and_no_threads(bare: ForkServer, write:
         ({"max_recoveries_per_hour": -1}, "max_recoveries_per_hour=-1"),
         ({"nnodes": "2:1"}, "nnodes='2:1'"),
         ({"nnodes": "many"}, "nnodes='many'"),
-        ({"nnodes": "2"}, "must know where to meet"),
-        ({"nnodes": "2:4", "rdzv_endpoint": "a:1,b:1"}, "least number of nodes to 3"),
+        ({"nnodes": "2"}, "several nodes need a rendezvous"),
+        ({"nnodes": "2:4", "rdzv_endpoint": "a:1,b:1"}, "minimum number of nodes to 3"),
     ],
 )
-def test_settings_that_cannot_work(settings: dict[str, Any], text: str) -> None:
+def test_invalid_settings(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(OptionsError, match=text):
         LaunchConfig(program=Program("script", "train.py"), **settings)
 
 
-def test_a_run_whose_workers_cannot_be_started_again_has_given_up(
+def test_a_run_whose_workers_cannot_be_restarted_has_given_up(
     write: Write, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def cannot(*_: object) -> Outcome:
@@ -290,7 +292,7 @@ def test_a_run_whose_workers_cannot_be_started_again_has_given_up(
     assert capfd.readouterr().err == "ckptless: no new process can be started\nckptless: continue with: it\n"
 
 
-def test_runs_are_named_apart() -> None:
+def test_runs_have_different_names() -> None:
     names = {LaunchConfig(program=Program("script", "train.py")).run_id for _ in range(20)}
     assert len(names) == 20
 

@@ -1,4 +1,4 @@
-"""torchrun's options, read as ours."""
+"""torchrun's options in our configuration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def read(line: str) -> LaunchConfig:
     return config_from_torchrun_args(line.split())
 
 
-def test_the_program_and_its_arguments() -> None:
+def test_the_script_and_its_arguments() -> None:
     program = read("--nproc-per-node 2 train.py --nproc-per-node 9 -- x").program
     assert (program.kind, program.target, program.args) == ("script", "train.py", ("--nproc-per-node", "9", "--", "x"))
     program = read("-m -- package.train fit").program
@@ -31,7 +31,7 @@ def test_defaults() -> None:
     assert (config.preload, config.fresh, config.run_root) == (DEFAULT_PRELOAD, False, Path("ckptless"))
 
 
-def test_the_folder_of_runs_is_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CKPTLESS_RUN_ROOT", "/elsewhere")
     assert read("train.py").run_root == Path("/elsewhere")
     assert read("--run-root /runs train.py").run_root == Path("/runs")
@@ -46,7 +46,7 @@ def test_our_own_options() -> None:
     assert (config.max_recoveries_without_progress, config.max_recoveries_per_hour) == (4, 50)
 
 
-def test_options_of_durable_states_are_handed_to_the_workers() -> None:
+def test_options_of_durable_states_are_passed_to_the_workers() -> None:
     assert read("train.py").env == {}
     words = "--durable-every-n-steps 50 --durable-every-s 2.5 --durable-dir states"
     assert read(f"{words} train.py").env == {
@@ -99,11 +99,11 @@ def test_output_and_time_to_stop() -> None:
     [
         ("--rdzv-backend etcd train.py", "etcd"),
         ("--virtual-local-rank train.py", "--virtual-local-rank is not supported"),
-        ("--nnodes 2 --rdzv-backend c10d train.py", "must know where to meet"),
+        ("--nnodes 2 --rdzv-backend c10d train.py", "several nodes need a rendezvous"),
         ("--rdzv-conf nonsense train.py", "expected KEY=VALUE"),
     ],
 )
-def test_what_cannot_be_honoured(line: str, text: str) -> None:
+def test_unsupported_options(line: str, text: str) -> None:
     if "--virtual-local-rank" in line and "--virtual-local-rank" not in get_args_parser().format_help():
         pytest.skip("torchrun has it since torch 2.10")
     with pytest.raises(OptionsError, match=text):

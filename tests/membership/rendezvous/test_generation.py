@@ -1,4 +1,4 @@
-"""Numbers of generations: every order of arrival, every place where the last membership may have died."""
+"""Generation numbers: every order of arrival, every point at which the last membership may have died."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def test_all_ranks_get_one_new_number(data: st.DataObject, world_size: int) -> N
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
-def test_over_a_store_of_torchs(order: list[int]) -> None:
+def test_a_tcp_store(order: list[int]) -> None:
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     clients: list[Store] = [TCPStore("127.0.0.1", server.port, is_master=False) for _ in range(3)]
     assert [{g.number for g in join_all(clients, order)} for _ in range(3)] == [{1}, {2}, {3}]
 
 
-def test_a_rank_that_is_early_leaves_the_number_of_the_dead() -> None:
-    """It has said hello under the number of a membership that died, when the new rank 0 comes."""
+def test_an_early_rank_abandons_the_number_of_a_dead_membership() -> None:
+    """It has said hello under the number of a dead membership when the new rank 0 arrives."""
     store = HashStore()
     leave_debris(store, 2, stage=2)
     with ThreadPoolExecutor(1) as pool:
@@ -95,20 +95,20 @@ def test_a_number_accepted_by_all_holds_though_another_was_published_since() -> 
 
 
 @pytest.mark.parametrize(("rank", "missing"), [(0, "ranks 1, 2"), (1, "rank 0 ")])
-def test_ranks_that_do_not_come_are_named(rank: int, missing: str) -> None:
+def test_missing_ranks_are_named(rank: int, missing: str) -> None:
     with pytest.raises(TransportError, match=f"rank {rank} waited 0.05 s for all 3 ranks to meet; {missing}"):
         join_generation(HashStore(), rank, 3, 0.05)
 
 
-def test_numbers_can_go_on_in_another_store() -> None:
+def test_numbers_can_continue_in_another_store() -> None:
     store = HashStore()
     skip_generations(store, 4)
     assert join_generation(store, 0, 1, TIMEOUT_S).number == 5
 
 
-def test_the_end_of_the_store_is_told() -> None:
+def test_the_loss_of_the_store_is_reported() -> None:
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     client = TCPStore("127.0.0.1", server.port, is_master=False)
     del server
-    with pytest.raises(TransportError, match="rank 1: the store in which 2 ranks meet is gone"):
+    with pytest.raises(TransportError, match="rank 1: lost the store in which 2 ranks meet"):
         join_generation(client, 1, 2, TIMEOUT_S)

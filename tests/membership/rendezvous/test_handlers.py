@@ -1,4 +1,4 @@
-"""Agents meet through data, and only those who are to reach their stores can."""
+"""Agents rendezvous through data, and only processes that should reach their stores can."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_damaged_state_is_refused_or_read_but_raises_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("text", [b"", b"null", b"[" * 100_000, b"{}", b'{"round": 1e999}', b'{"round": "1"}'])
-def test_what_is_no_state_is_refused(text: bytes) -> None:
+def test_an_invalid_state_is_refused(text: bytes) -> None:
     with pytest.raises(ValueError, match=r"state|Expecting|JSON"):
         rendezvous_state_from_json(text)
 
@@ -107,7 +107,7 @@ def test_a_pickle_in_the_store_is_not_loaded(tmp_path: Path) -> None:
     assert not proof.exists()
 
 
-def test_a_state_is_replaced_by_whoever_has_seen_the_last_one() -> None:
+def test_a_state_is_replaced_only_with_the_latest_token() -> None:
     backend = DataBackend(C10dRendezvousBackend(HashStore(), "run"))
     first = backend.set_state(pickle.dumps(_RendezvousState()))
     assert first is not None and first[2]
@@ -118,7 +118,7 @@ def test_a_state_is_replaced_by_whoever_has_seen_the_last_one() -> None:
     assert late is not None and not late[2] and vars(pickle.loads(late[0])) == vars(newer)
 
 
-def test_an_agent_with_a_pickle_in_its_rendezvous_ends_with_the_reason(
+def test_an_agent_with_a_pickle_in_its_rendezvous_exits_with_the_reason(
     bare: ForkServer, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -131,7 +131,7 @@ def test_an_agent_with_a_pickle_in_its_rendezvous_ends_with_the_reason(
 
 # ------------------------------------------------------------------ who can reach it
 
-# Waits for a file, so that the test can look at a run from outside.
+# Waits for a file, so that the test can inspect a run from outside.
 WAITS = """
     import time
     from pathlib import Path
@@ -139,7 +139,7 @@ WAITS = """
     while not Path("enough").exists():
         time.sleep(0.005)
 """
-# What was demonstrated: whoever reaches the store of a rendezvous puts a pickle there.
+# A demonstrated attack: a process that reaches the store of a rendezvous puts a pickle there.
 STORE = """
 import sys
 from datetime import timedelta
@@ -160,9 +160,7 @@ def listening() -> set[tuple[str, int]]:
 
 
 @needs_another_user
-def test_another_user_cannot_have_code_run_by_an_agent(
-    bare: ForkServer, write: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_another_user_cannot_run_code_in_an_agent(bare: ForkServer, write: Callable[..., Path], tmp_path: Path) -> None:
     before, program, proof, pause = listening(), script(write(WAITS)), tmp_path / "proof", threading.Event()
     config = node_of_two("first", program, 0, tmp_path)
     with ThreadPoolExecutor(1) as pool:
@@ -172,7 +170,7 @@ def test_another_user_cannot_have_code_run_by_an_agent(
         ports = [str(port) for _, port in listening() - before]
         try:
             assert run_as_another_user(STORE, PLANTS, planted(proof), "torch.rendezvous.two", *ports).strip() == "1"
-            # An agent looks for waiting nodes every second.
+            # An agent checks for waiting nodes every second.
             with pytest.raises(TimeoutError):
                 result.result(timeout=2.5)
         finally:
@@ -199,7 +197,7 @@ def test_an_agent_on_one_machine_listens_on_loopback_only() -> None:
         handler.next_rendezvous()
 
 
-def test_a_rendezvous_of_several_machines_listens_where_it_was_told_to() -> None:
+def test_a_rendezvous_of_several_machines_listens_on_its_endpoint() -> None:
     before = listening()
     parameters = RendezvousParameters(
         "c10d", "127.0.0.2:0", "run", 1, 2, "127.0.0.3", is_host=True, last_call_timeout=1
@@ -216,7 +214,7 @@ def test_a_rendezvous_of_several_machines_listens_where_it_was_told_to() -> None
     handler.shutdown()
 
 
-def test_a_second_agent_of_a_machine_connects_to_the_store_of_the_first() -> None:
+def test_a_second_agent_on_a_machine_connects_to_the_store_of_the_first() -> None:
     first = listening_store("127.0.0.1", 0)
     handler = several_machines(RendezvousParameters("c10d", f"127.0.0.1:{first.port}", "run", 1, 1, "127.0.0.1"))
     assert first.check([KEY])
@@ -239,7 +237,7 @@ def looks_up(*addresses: str) -> Callable[..., list[Any]]:
         ("node1", [], None),
     ],
 )
-def test_a_name_is_an_address_where_there_is_no_doubt(host: str, addresses: list[str], expected: str | None) -> None:
+def test_a_name_is_resolved_where_it_is_unambiguous(host: str, addresses: list[str], expected: str | None) -> None:
     found = address_of(host, looks_up(*addresses))
     assert (found and found[1][0]) == expected
 

@@ -1,4 +1,4 @@
-"""Connections that are made in a block are cut, and nothing else."""
+"""Connections opened in a block are aborted, and no others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def connections() -> Iterator[Connections]:
     made = Connections()
     yield made
     made.forget()
-    made.bury()
+    made.release()
 
 
 def connected(stack: ExitStack) -> tuple[socket.socket, socket.socket, socket.socket]:
@@ -33,13 +33,11 @@ def connected(stack: ExitStack) -> tuple[socket.socket, socket.socket, socket.so
     return listener, ours, theirs
 
 
-def test_what_was_made_inside_is_cut_and_what_was_there_before_is_not(
-    connections: Connections, stack: ExitStack
-) -> None:
+def test_only_connections_opened_in_the_block_are_aborted(connections: Connections, stack: ExitStack) -> None:
     _, before, before_peer = connected(stack)
     with connections.opening(2):
         listener, ours, theirs = connected(stack)
-    assert connections.cut() == 2
+    assert connections.abort() == 2
     assert (ours.recv(1), theirs.recv(1)) == (b"", b"")
     before.sendall(b"x")
     assert before_peer.recv(1) == b"x"
@@ -48,12 +46,12 @@ def test_what_was_made_inside_is_cut_and_what_was_there_before_is_not(
         assert another.getpeername() == listener.getsockname()
 
 
-def test_no_peer_notices_before_all_have_let_go(connections: Connections, stack: ExitStack) -> None:
+def test_no_peer_notices_before_all_ranks_have_released(connections: Connections, stack: ExitStack) -> None:
     listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
     with connections.opening(2):
         ours = socket.create_connection(listener.getsockname())
     theirs = stack.enter_context(listener.accept()[0])
-    assert [connections.cut(), connections.cut()] == [1, 0]
+    assert [connections.abort(), connections.abort()] == [1, 0]
     assert ours.recv(1) == b""
     # As gloo does when it has read the end.
     ours.close()
@@ -62,19 +60,19 @@ def test_no_peer_notices_before_all_have_let_go(connections: Connections, stack:
     theirs.sendall(b"x")
     with pytest.raises(TimeoutError):
         theirs.recv(1)
-    connections.bury()
+    connections.release()
     with pytest.raises(ConnectionResetError):
         theirs.recv(1)
 
 
-def test_what_is_being_made_is_cut_too(connections: Connections, stack: ExitStack) -> None:
+def test_connections_being_established_are_aborted(connections: Connections, stack: ExitStack) -> None:
     with connections.opening(2):
         _, ours, _ = connected(stack)
-        assert connections.cut() == 2
+        assert connections.abort() == 2
         assert ours.recv(1) == b""
 
 
-def test_a_number_that_is_used_again_is_left_alone(connections: Connections, stack: ExitStack) -> None:
+def test_a_reused_file_descriptor_is_left_alone(connections: Connections, stack: ExitStack) -> None:
     with connections.opening(2):
         _, ours, theirs = connected(stack)
     numbers = ours.fileno(), theirs.fileno()
@@ -84,7 +82,7 @@ def test_a_number_that_is_used_again_is_left_alone(connections: Connections, sta
     stack.callback(os.close, read)
     stack.callback(os.close, write)
     assert {read, write} == set(numbers)
-    assert connections.cut() == 0
+    assert connections.abort() == 0
     assert os.write(write, b"x") == 1
 
 
@@ -93,19 +91,19 @@ def test_local_sockets_are_left_alone(connections: Connections, stack: ExitStack
         ours, theirs = socket.socketpair()
     stack.enter_context(ours)
     stack.enter_context(theirs)
-    assert connections.cut() == 0
+    assert connections.abort() == 0
     ours.sendall(b"x")
     assert theirs.recv(1) == b"x"
 
 
-def test_nothing_is_left_to_be_cut_when_it_is_forgotten(connections: Connections, stack: ExitStack) -> None:
+def test_forgotten_connections_are_not_aborted(connections: Connections, stack: ExitStack) -> None:
     with connections.opening(2):
         connected(stack)
     connections.forget()
-    assert connections.cut() == 0
+    assert connections.abort() == 0
 
 
-def test_a_connection_that_is_waited_on_is_cut_meanwhile_and_not_after(
+def test_a_connection_that_is_waited_on_is_aborted_only_within_the_block(
     connections: Connections, stack: ExitStack
 ) -> None:
     with new_sockets() as lent:
@@ -113,17 +111,17 @@ def test_a_connection_that_is_waited_on_is_cut_meanwhile_and_not_after(
     lent.pop(theirs.fileno())
     with connections.opening(2, lent):
         pass
-    assert connections.cut() == 0
-    assert not connections.has_cut(lent)
+    assert connections.abort() == 0
+    assert not connections.has_aborted(lent)
     with connections.opening(2, lent):
-        assert connections.cut() == 1
+        assert connections.abort() == 1
     assert ours.recv(1) == b""
-    assert connections.has_cut(lent)
+    assert connections.has_aborted(lent)
     connections.forget()
-    assert not connections.has_cut(lent)
+    assert not connections.has_aborted(lent)
 
 
-def test_an_attempt_to_connect_is_ended(connections: Connections, stack: ExitStack) -> None:
+def test_a_connection_attempt_is_aborted(connections: Connections, stack: ExitStack) -> None:
     listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
     # The kernel answers no further attempts when its queue is full.
     for _ in range(4):
@@ -134,16 +132,16 @@ def test_an_attempt_to_connect_is_ended(connections: Connections, stack: ExitSta
         ours = stack.enter_context(socket.socket())
         ours.setblocking(False)
         ours.connect_ex(listener.getsockname())
-        assert connections.cut() == 1
+        assert connections.abort() == 1
         assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
-        assert connections.cut() == 0
+        assert connections.abort() == 0
 
 
 @pytest.mark.timeout(30)
-def test_a_rank_that_waits_for_a_dead_peer_to_connect_is_freed(
+def test_a_rank_that_waits_for_a_dead_peer_to_connect_is_unblocked(
     connections: Connections, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has no connection to that peer which could be cut, and no call of torch ends its wait."""
+    """There is no connection to that peer that could be aborted, and no call of torch ends the wait."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     store = HashStore()
     store.set("again/0/1", _address_of_the_dead(store))  # type: ignore[arg-type]  # the stub knows of text only
@@ -158,7 +156,7 @@ def test_a_rank_that_waits_for_a_dead_peer_to_connect_is_freed(
     thread.start()
     assert not ended.wait(0.1)
     for _ in range(500):
-        connections.cut()
+        connections.abort()
         if ended.wait(0.01):
             break
     thread.join()
@@ -166,7 +164,7 @@ def test_a_rank_that_waits_for_a_dead_peer_to_connect_is_freed(
 
 
 def _address_of_the_dead(store: HashStore) -> bytes:
-    """What a peer has published, with a port above all others, for the lower port waits for the higher to connect."""
+    """The address of a peer with the highest port: the lower port waits for the higher one to connect."""
     # A group that is collected closes its connection, while the other rank may still be connecting.
     groups: dict[int, ProcessGroupGloo] = {}
 

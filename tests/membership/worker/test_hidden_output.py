@@ -1,4 +1,4 @@
-"""What a new process prints before it has joined the others goes into a file, by all ways that there are to print."""
+"""Output of a new process goes to a file until it has joined the other ranks, however it is printed."""
 
 from __future__ import annotations
 

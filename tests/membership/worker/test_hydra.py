@@ -1,4 +1,4 @@
-"""The run folder of a program that Hydra runs: given to processes on their command lines."""
+"""The run folder of a script that Hydra runs is passed to processes on their command lines."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ def environment_of(folder: str, local_rank: int) -> dict[str, str]:
         (folder_of_run('/a="b"'), 0, ('hydra.run.dir="/a=\\"b\\""', "hydra.output_subdir=null")),
     ],
 )
-def test_the_folder_comes_after_the_arguments_of_the_program(
+def test_the_folder_comes_after_the_arguments_of_the_script(
     folder: str, local_rank: int, more: tuple[str, ...]
 ) -> None:
     program = with_folder(Program("script", "train.py", ("seed=1",)), environment_of(folder, local_rank))
     assert program.args == ("seed=1", *more)
 
 
-def test_a_program_without_a_folder_is_left_alone() -> None:
+def test_a_script_without_a_folder_is_left_alone() -> None:
     program = Program("script", "train.py", ("seed=1",))
     assert with_folder(program, {"LOCAL_RANK": "0"}) is program
     shell = Program("executable", "train.sh")
     assert with_folder(shell, environment_of(folder_of_run("/out"), 0)) is shell
 
 
-def test_what_the_program_starts_does_not_inherit_the_folder() -> None:
+def test_processes_started_by_the_script_do_not_inherit_the_folder() -> None:
     assert without_folder(environment_of(folder_of_run("/out"), 0)) == {"LOCAL_RANK": "0", "HOME": "/home"}
 
 
@@ -67,7 +67,7 @@ def test_what_the_program_starts_does_not_inherit_the_folder() -> None:
         ("# import hydra\n", False),
     ],
 )
-def test_a_script_that_imports_hydra_is_known_by_its_text(text: str, found: bool, tmp_path: Path) -> None:
+def test_a_script_that_imports_hydra_is_recognized_by_its_text(text: str, found: bool, tmp_path: Path) -> None:
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "train.py").write_text(text)
     assert imports_hydra(Program("script", "package/train.py"), tmp_path) is found
@@ -80,12 +80,13 @@ ASKS = """
     import json, os, signal, sys
     from pathlib import Path
     from lightning_ckptless import environment
-    from lightning_ckptless.membership.channel.agent_channel import open_line
+    from lightning_ckptless.membership.channel.agent_channel import open_channel
+    from lightning_ckptless.protocol.messages import ReachedTrainer
     if "--never" in sys.argv:
         import hydra
     rank, restarts = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
     Path(f"argv-{rank}-{restarts}.json").write_text(json.dumps([sys.argv[1:], environment.HYDRA in os.environ]))
-    open_line().tell("arrived", hydra=f"run=/of-{rank}")
+    open_channel().send(ReachedTrainer(f"run=/of-{rank}"))
     if (rank, restarts) == ("1", "0"):
         os.kill(os.getpid(), signal.SIGKILL)
     signal.sigwait({signal.SIGTERM}) if restarts == "0" else None

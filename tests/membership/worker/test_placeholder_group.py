@@ -1,4 +1,4 @@
-"""A process that is alone is told its rank and the world size, and refused whatever needs the others."""
+"""A process that is alone knows its rank and the world size, and operations that need other ranks are refused."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def world() -> Iterator[World]:
     world.pretend_to_be(1, 3)
     yield world
     world.leave()
-    world.bury()
+    world.release()
 
 
-def test_rank_and_world_size_are_told(world: World) -> None:
+def test_rank_and_world_size_are_known(world: World) -> None:
     sampler: Any = DistributedSampler(TensorDataset(torch.arange(6)), shuffle=False)
     assert (dist.get_rank(), dist.get_world_size()) == (1, 3)
     assert list(sampler) == [1, 4]
@@ -54,24 +54,24 @@ def test_a_barrier_returns_at_once(world: World) -> None:
 
 
 @pytest.mark.parametrize("name", COLLECTIVES)
-def test_what_needs_the_others_is_refused(name: str, world: World) -> None:
+def test_operations_that_need_other_ranks_are_refused(name: str, world: World) -> None:
     with pytest.raises((TransportError, RuntimeError)):
         COLLECTIVES[name]()
 
 
-def test_a_refusal_is_remembered_where_the_program_handles_it(world: World) -> None:
+def test_a_refusal_is_remembered_even_if_the_script_handles_it(world: World) -> None:
     with pytest.raises(TransportError):
         dist.all_reduce(ONE)
     with pytest.raises(TransportError, match="the collective allreduce was called before training by a new process"):
         placeholder_group.require_no_refusals()
 
 
-def test_a_group_that_needs_the_others_fails_at_once(world: World) -> None:
+def test_a_group_that_needs_other_ranks_fails_at_once(world: World) -> None:
     with pytest.raises(RuntimeError, match="Not implemented"):
         dist.new_group([0, 1], backend="gloo")
 
 
-def test_the_group_is_ours_and_leaves_nothing(world: World) -> None:
+def test_the_group_is_ours_and_leaves_nothing_behind(world: World) -> None:
     assert world.foreign_groups() == 0
     world.leave()
     assert not dist.is_initialized()

@@ -1,4 +1,4 @@
-"""What a process is told before it makes its first group."""
+"""The configuration of a process before it creates its first group."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = (
 )
 
 
-def test_nccl_is_told_to_leave_the_process_alive_unless_the_user_says_otherwise(
+def test_nccl_leaves_the_process_alive_unless_the_user_configures_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in NAMES:

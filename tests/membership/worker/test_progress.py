@@ -1,4 +1,4 @@
-"""A rank_progress that is read while it is written."""
+"""Progress that is read while it is written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_ckptless.protocol.hang_detection import FLOOR_S, Point, limit_s
 LOOKS = 3000
 
 
-def test_a_pulse_is_never_read_half_written(tmp_path: Path) -> None:
+def test_progress_is_never_read_half_written(tmp_path: Path) -> None:
     began_at = time.monotonic()
     rank_progress = ProgressWriter(progress_path(tmp_path, 0))
     rank_progress.beat(1, Point.BATCH)
@@ -32,7 +32,7 @@ def test_a_pulse_is_never_read_half_written(tmp_path: Path) -> None:
     assert all(found is not None and found.at >= began_at and found.step in (1, 2) for found in seen)
 
 
-def test_the_silence_in_which_a_fault_is_noticed_does_not_raise_what_the_next_one_may_take(tmp_path: Path) -> None:
+def test_the_silence_before_a_fault_does_not_raise_the_limit_for_the_next_one(tmp_path: Path) -> None:
     now_s = 0.0
     rank_progress = ProgressWriter(progress_path(tmp_path, 0), clock=lambda: now_s)
     for step in range(1, 5):
@@ -50,7 +50,7 @@ def test_the_silence_in_which_a_fault_is_noticed_does_not_raise_what_the_next_on
     assert limit_s({0: found}, None) == FLOOR_S
 
 
-def test_the_step_that_was_begun_is_known_while_a_version_is_restored(tmp_path: Path) -> None:
+def test_the_last_begun_step_is_known_while_a_version_is_restored(tmp_path: Path) -> None:
     rank_progress = ProgressWriter(progress_path(tmp_path, 0))
     assert step_begun(tmp_path, 0) is None
     rank_progress.beat(7, Point.BACKWARD)

@@ -1,4 +1,4 @@
-"""A thread that gloo has lost is found, in a real process whose peer reads nothing, and never one that is only slow."""
+"""A thread stuck in gloo is found, in a real process whose peer reads nothing; a slow thread is not."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from lightning_ckptless.membership.worker.startup import Job
 from lightning_ckptless.membership.worker.stuck_collectives import StuckCollectives
 from tests.membership.conftest import finish, script, start, worker_env
 
-# Rank 1 is ready to receive, and stops. What rank 0 sends fills the pipe; then its connections are cut.
+# Rank 1 is ready to receive, and stops. Rank 0's data fills the pipe; then its connections are aborted.
 PAIR = """
     import fcntl, os, select, signal, struct, termios, threading, time
     from dataclasses import asdict
     import torch
     import torch.distributed as dist
     from lightning_ckptless.membership.worker.process_groups import World
-    from lightning_ckptless.membership.channel.agent_channel import Line
+    from lightning_ckptless.membership.channel.agent_channel import AgentChannel
+    from lightning_ckptless.protocol.messages import Regroup, encode
     from lightning_ckptless.membership.channel.fault_report import FaultReport
     from lightning_ckptless.membership.worker.watcher import Watcher
 
@@ -43,17 +44,17 @@ PAIR = """
             found += struct.unpack("i", answer)[0]
         return found
 
-    def agent(line):
+    def agent(channel):
         while unsent_bytes() < 1 << 18:
             time.sleep(0.001)
         fault = FaultReport(1, 99, None, "SIGKILL", 1.0, 2.0, 3.0, 1, 2)
-        line.tell("regroup", number=1, fault=asdict(fault))
-        if select.select([line], [], [], 10)[0]:
-            print(line.receive()[0], flush=True)
+        channel.send(Regroup(1, asdict(fault), {}))
+        if select.select([channel], [], [], 10)[0]:
+            print(encode(channel.receive().message), flush=True)
         os._exit(0)
 
-    ours, theirs = Line.pair()
-    watcher = Watcher(theirs, world.cut)
+    ours, theirs = AgentChannel.pair()
+    watcher = Watcher(theirs, world.abort)
     threading.Thread(target=agent, args=[ours], daemon=True).start()
     dist.send(parcel, 1)
 """
@@ -61,7 +62,7 @@ PAIR = """
 
 @pytest.fixture
 def ranks(parent: ForkServer, write: Callable[..., Path], tmp_path: Path) -> Iterator[list[tuple[Forked, Path]]]:
-    """Both ranks of the program; the one that has stopped is killed behind the test."""
+    """Both ranks of the script; the stopped one is killed after the test."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     program, found = script(write(PAIR)), list[tuple[Forked, Path]]()
@@ -76,18 +77,18 @@ def ranks(parent: ForkServer, write: Callable[..., Path], tmp_path: Path) -> Ite
     assert finish(parent, stopped, folder).exit_code == -signal.SIGKILL
 
 
-def test_who_is_lost_in_gloo_says_so(parent: ForkServer, ranks: list[tuple[Forked, Path]]) -> None:
+def test_a_thread_stuck_in_gloo_is_reported(parent: ForkServer, ranks: list[tuple[Forked, Path]]) -> None:
     ran = finish(parent, *ranks[0])
-    assert (ran.exit_code, ran.err) == (0, ""), "gloo has set the thread free: then nobody needs to look for it"
-    assert "'kind': 'held'" in ran.out
+    assert (ran.exit_code, ran.err) == (0, ""), "gloo has woken the thread: stuck_collectives.py is no longer needed"
     assert "MainThread sleeps in torch.distributed.distributed_c10d.send" in ran.out
     said = ast.literal_eval(ran.out)
+    assert said["kind"] == "StuckCollective"
     (stuck,) = (line for line in said["threads"] if "MainThread in torch.distributed.distributed_c10d.send:" in line)
     assert "state S" in stuck
     assert any("no Python frame" in line for line in said["threads"]), "gloo's own threads"
     assert any(" -> 127.0.0.1:" in line and "bytes not acknowledged" in line for line in said["sockets"])
 
 
-def test_who_sleeps_elsewhere_is_not_lost() -> None:
+def test_a_thread_that_sleeps_elsewhere_is_not_stuck() -> None:
     waits = StuckCollectives()
-    assert [waits.look(0, now) for now in (0.0, 1.0, 2.0)] == [None] * 3
+    assert [waits.poll(0, now) for now in (0.0, 1.0, 2.0)] == [None] * 3

@@ -1,4 +1,4 @@
-"""What a process writes down of itself: its sockets with what they hold, and each thread with where it stands."""
+"""A process describes its sockets with their contents, and each thread with its place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_ckptless.membership.worker.stuck_evidence import evidence
 
 
 @pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
-def test_sockets_are_shown_with_what_they_hold(family: socket.AddressFamily, host: str) -> None:
+def test_sockets_are_described_with_their_contents(family: socket.AddressFamily, host: str) -> None:
     with socket.socket(family) as listener:
         try:
             listener.bind((host, 0))
@@ -27,7 +27,7 @@ def test_sockets_are_shown_with_what_they_hold(family: socket.AddressFamily, hos
     assert " ESTABLISHED, 0 " in accepted and accepted.endswith(" 3 not read")
 
 
-def test_a_thread_is_shown_with_its_state_and_its_place() -> None:
+def test_a_thread_is_described_with_its_state_and_place() -> None:
     entered, leave = threading.Event(), threading.Event()
 
     def waits() -> None:

@@ -1,4 +1,4 @@
-"""A watcher hears its agent while the training thread is busy, and cuts until that has taken notice."""
+"""A watcher receives messages while the training thread is busy, and aborts connections until that thread notices."""
 
 from __future__ import annotations
 
@@ -13,9 +13,21 @@ from dataclasses import asdict
 import pytest
 
 from lightning_ckptless.errors import TransportError
-from lightning_ckptless.membership.channel.agent_channel import Line
+from lightning_ckptless.membership.channel.agent_channel import AgentChannel
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.worker.watcher import Watcher
+from lightning_ckptless.protocol.messages import (
+    AskToLeave,
+    CannotRecover,
+    Finish,
+    MayLeave,
+    Message,
+    Regroup,
+    ReleasedGroups,
+    RunOver,
+    StepCommitted,
+    TrainingFailed,
+)
 from lightning_ckptless.protocol.uneven_steps import AtEnd, WhyEnded
 
 AT_END = AtEnd(12, WhyEnded.NO_DATA)
@@ -42,8 +54,8 @@ def cuts() -> Cuts:
 
 
 @pytest.fixture
-def agent() -> Iterator[Line]:
-    ours, theirs = Line.pair()
+def agent() -> Iterator[AgentChannel]:
+    ours, theirs = AgentChannel.pair()
     vars(ours)["other"] = theirs
     yield ours
     ours.close()
@@ -51,17 +63,19 @@ def agent() -> Iterator[Line]:
 
 
 @pytest.fixture
-def watcher(agent: Line, cuts: Cuts) -> Iterator[Watcher]:
+def watcher(agent: AgentChannel, cuts: Cuts) -> Iterator[Watcher]:
     watching = Watcher(vars(agent)["other"], cuts)
     yield watching
     watching.close()
 
 
-def regroup(agent: Line, number: int) -> None:
-    agent.tell("regroup", number=number, fault=asdict(FAULT))
+def regroup(agent: AgentChannel, number: int) -> None:
+    agent.send(Regroup(number, asdict(FAULT), {}))
 
 
-def test_a_regrouping_is_told_and_cuts_until_the_old_groups_are_left(agent: Line, watcher: Watcher, cuts: Cuts) -> None:
+def test_connections_are_aborted_from_a_regrouping_until_the_old_groups_are_released(
+    agent: AgentChannel, watcher: Watcher, cuts: Cuts
+) -> None:
     seen = [watcher.is_over]
     regroup(agent, 1)
     assert cuts.wait(3)
@@ -76,7 +90,7 @@ def test_a_regrouping_is_told_and_cuts_until_the_old_groups_are_left(agent: Line
     assert cuts.wait(3)
 
 
-def test_nothing_is_cut_when_the_old_groups_are_left(agent: Line) -> None:
+def test_nothing_is_aborted_after_the_old_groups_are_released(agent: AgentChannel) -> None:
     begun, go_on = threading.Event(), threading.Event()
     done: list[str] = []
 
@@ -103,10 +117,10 @@ def test_nothing_is_cut_when_the_old_groups_are_left(agent: Line) -> None:
     finally:
         watching.close()
     assert done[-1] == "accepted True"
-    assert agent.waiting() == [{"kind": "released"}]
+    assert [received.message for received in agent.poll()] == [ReleasedGroups()]
 
 
-def test_only_the_newest_counts(agent: Line, watcher: Watcher, cuts: Cuts) -> None:
+def test_only_the_newest_regrouping_counts(agent: AgentChannel, watcher: Watcher, cuts: Cuts) -> None:
     for number in (1, 2, 3):
         regroup(agent, number)
     assert cuts.wait(3)
@@ -117,65 +131,67 @@ def test_only_the_newest_counts(agent: Line, watcher: Watcher, cuts: Cuts) -> No
     assert numbers == sorted(numbers)
 
 
-def test_who_needs_nobody_else_is_stopped_all_the_same(agent: Line, watcher: Watcher, cuts: Cuts) -> None:
+def test_a_rank_that_waits_for_no_other_is_stopped_as_well(agent: AgentChannel, watcher: Watcher, cuts: Cuts) -> None:
     watcher.heed()
     regroup(agent, 1)
     assert cuts.wait(1)
-    with pytest.raises(TransportError, match="the ranks meet anew"):
+    with pytest.raises(TransportError, match="the ranks are regrouping"):
         watcher.heed()
     assert watcher.accept(5.0) is not None
     watcher.heed()
 
 
-def test_no_word_comes_in_time(watcher: Watcher) -> None:
+def test_accept_returns_none_when_no_regrouping_comes_in_time(watcher: Watcher) -> None:
     assert watcher.accept(0.01) is None
 
 
 @pytest.mark.parametrize("how", ["over", "gone"])
-def test_nobody_waits_for_a_run_that_is_over(agent: Line, watcher: Watcher, how: str) -> None:
+def test_no_worker_waits_once_the_run_is_over(agent: AgentChannel, watcher: Watcher, how: str) -> None:
     if how == "over":
-        agent.tell("over")
+        agent.send(RunOver())
     else:
         agent.close()
     assert watcher.accept(60.0) is None
     assert watcher.is_run_over
 
 
-def test_an_end_that_is_asked_for_is_heard(agent: Line, watcher: Watcher, cuts: Cuts) -> None:
-    agent.tell("finish")
+def test_a_request_to_finish_is_received(agent: AgentChannel, watcher: Watcher, cuts: Cuts) -> None:
+    agent.send(Finish())
     regroup(agent, 1)
     assert cuts.wait(1)
     assert watcher.finish_asked
 
 
-def test_the_agent_hears_what_a_worker_says(agent: Line, watcher: Watcher) -> None:
-    watcher.tell("stepped")
-    watcher.tell("unable", reason="because", lasting=False)
+def test_the_agent_receives_messages_of_a_worker(agent: AgentChannel, watcher: Watcher) -> None:
+    watcher.send(StepCommitted())
+    watcher.send(CannotRecover("because", lasting=False))
     received = agent.receive()
-    assert received is not None and received[0] == {"kind": "stepped"}
-    assert agent.waiting() == [{"kind": "unable", "reason": "because", "lasting": False}]
+    assert received is not None and received.message == StepCommitted()
+    assert [each.message for each in agent.poll()] == [CannotRecover("because", lasting=False)]
 
 
-def test_a_line_whose_other_end_is_gone_says_so(agent: Line) -> None:
+def test_a_channel_whose_other_end_has_closed_reports_it(agent: AgentChannel) -> None:
     vars(agent)["other"].close()
-    agent.tell("stepped")
-    assert agent.waiting() == []
+    agent.send(StepCommitted())
+    assert agent.poll() == []
     assert agent.ended
 
 
-@pytest.mark.parametrize("answer", ["leave", "finish", "over", "gone"])
-def test_the_loop_is_left_when_the_agent_says_so_or_nothing_follows(agent: Line, watcher: Watcher, answer: str) -> None:
-    if answer == "gone":
+@pytest.mark.parametrize("answer", [MayLeave(0), Finish(), RunOver(), None], ids=lambda answer: type(answer).__name__)
+def test_the_loop_is_left_when_the_agent_allows_it_or_the_run_ends(
+    agent: AgentChannel, watcher: Watcher, answer: Message | None
+) -> None:
+    if answer is None:
         agent.close()
     else:
-        agent.tell(answer, number=0)
+        agent.send(answer)
     assert watcher.ask_to_leave(AT_END)
 
 
-def test_who_asks_to_leave_may_be_told_to_meet_others(agent: Line, watcher: Watcher) -> None:
-    """The agent has told of a meeting before it heard the question: its answer to that is none."""
+def test_a_worker_that_asks_to_leave_may_have_to_meet_others(agent: AgentChannel, watcher: Watcher) -> None:
+    """The agent announced a regrouping before it received the question, so its answer does not count."""
     regroup(agent, 1)
-    agent.tell("leave", number=0)
+    agent.send(MayLeave(0))
     assert not watcher.ask_to_leave(AT_END)
     assert watcher.accept(5.0) is not None
     asking = threading.Thread(target=lambda: answers.append(watcher.ask_to_leave(AT_END)))
@@ -183,13 +199,11 @@ def test_who_asks_to_leave_may_be_told_to_meet_others(agent: Line, watcher: Watc
     asking.start()
     asking.join(0.1)
     assert answers == []
-    agent.tell("leave", number=1)
+    agent.send(MayLeave(1))
     asking.join(5)
     assert answers == [True]
-    assert [message for message in agent.waiting() if message["kind"] == "ending"] == [
-        {"kind": "ending", "number": 0, "step": 12, "why": "ran out of training data"},
-        {"kind": "ending", "number": 1, "step": 12, "why": "ran out of training data"},
-    ]
+    asked = [received.message for received in agent.poll() if isinstance(received.message, AskToLeave)]
+    assert asked == [AskToLeave(number, 12, "ran out of training data") for number in (0, 1)]
 
 
 @contextmanager
@@ -207,7 +221,7 @@ def forked_process() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_it_ends_beside_processes_that_were_forked_meanwhile(agent: Line) -> None:
+def test_the_watcher_stops_while_forked_processes_still_run(agent: AgentChannel) -> None:
     watching = Watcher(vars(agent)["other"], lambda: 0)
     with forked_process():
         closing = threading.Thread(target=watching.close)
@@ -220,15 +234,17 @@ def test_it_ends_beside_processes_that_were_forked_meanwhile(agent: Line) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_the_end_of_a_line_shows_beside_processes_that_hold_it_open(agent: Line) -> None:
+def test_the_end_of_a_channel_is_visible_while_forked_processes_hold_it_open(agent: AgentChannel) -> None:
     with forked_process():
         vars(agent)["other"].close()
         assert select.select([agent.fileno()], [], [], 2)[0]
         assert agent.receive() is None
 
 
-def test_who_waits_is_told_why_training_cannot_continue(agent: Line, watcher: Watcher, cuts: Cuts) -> None:
-    agent.tell("failed", reason="rank 1 ran out of training data")
+def test_a_waiting_worker_learns_why_training_cannot_continue(
+    agent: AgentChannel, watcher: Watcher, cuts: Cuts
+) -> None:
+    agent.send(TrainingFailed("rank 1 ran out of training data"))
     assert watcher.ask_to_leave(AT_END)
     assert watcher.failure == "rank 1 ran out of training data"
     assert watcher.accept(5.0) is None

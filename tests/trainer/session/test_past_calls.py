@@ -10,7 +10,7 @@ import torch
 
 from lightning_ckptless import environment
 from lightning_ckptless.errors import TransportError
-from lightning_ckptless.membership.channel.program_failure import leave_failure
+from lightning_ckptless.membership.channel.program_failure import report_failure
 from lightning_ckptless.trainer.session.past_calls import PastCalls
 
 
@@ -72,7 +72,7 @@ def test_no_record_is_used_after_a_script_failed_between_calls(
         past.write(0, record(rank))
     ranks[0].begin_replay()
     assert ranks[1].find(0) is not None
-    leave_failure(error)
+    report_failure(error)
     assert (ranks[1].find(0) is None) is counts
     assert (ranks[1].obstacle(1) is not None) is counts
 
@@ -82,7 +82,7 @@ def test_a_failure_after_the_last_recorded_call_is_ignored(ranks: list[PastCalls
         past.write(0, record(rank))
     ranks[0].begin_replay()
     ranks[0].end_replay()
-    leave_failure(ValueError("mine"))
+    report_failure(ValueError("mine"))
     assert ranks[1].find(0) is not None
 
 
