@@ -33,7 +33,7 @@ def test_an_event_is_one_flat_json_object_per_line(tmp_path: Path) -> None:
     Ledger(path, clock=lambda: 1.5).record("fault", rank=1, cause="line\nbreak")
     (line,) = path.read_text().splitlines()
     fields = {"event": "fault", "at": 1.5, "generation": None, "rank": 1, "cause": "line\nbreak"}
-    assert json.loads(line) == {**fields, "format": 1, "crc": "1d90dfa4"}
+    assert json.loads(line) == {**fields, "format": 2, "crc": "1d90dfa4"}
 
 
 def test_lines_of_concurrent_writers_do_not_interleave(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ from lightning_ckptless.replica.arena_metadata import RUN_ID
 from lightning_ckptless.replica.slot_stamp import BYTES, CHECKSUM, SNAPSHOT
 from lightning_ckptless.system.private_files import require_private, require_private_files, target_of_own_link
 
-FORMAT = 2
+FORMAT = 3
 MARKER = "ckptless-durable.json"
 _MANIFEST = "state.json"
 _KIND = "durable state"
@@ -172,6 +172,8 @@ class DurableFolder:
                     )
                 return
             others = sorted(path.name for path in self.path.iterdir())
+        except OptionsError:
+            raise
         except PermissionError as error:
             raise OptionsError(f"durable_dir={str(self.path)!r} is not safe: {error}; or use a new folder") from error
         except (OSError, ValueError, AttributeError) as error:

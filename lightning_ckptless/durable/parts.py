@@ -35,7 +35,7 @@ from lightning_ckptless.system.private_files import require_private_files
 _NAME = re.compile(r"\.(step-[\w-]+)\.of-(\d+)-(\w+)\.parts")
 _PART = "part-"
 _KIND = "part"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

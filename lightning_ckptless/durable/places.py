@@ -22,7 +22,7 @@ from lightning_ckptless.formats.sealed import seal, unseal
 from lightning_ckptless.internals.torch_internals import storage_place
 from lightning_ckptless.replica.slot_stamp import BYTES
 
-FORMAT = 1
+FORMAT = 2
 _NAME = "places.json"
 _KIND = "places"
 

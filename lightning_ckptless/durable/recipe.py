@@ -18,7 +18,7 @@ from lightning_ckptless.formats.sealed import LONGEST_BYTES, seal, unseal
 from lightning_ckptless.replica.arena_metadata import replace_file
 
 NAME = "recipe.json"
-FORMAT = 1
+FORMAT = 2
 _KIND = "recipe"
 
 

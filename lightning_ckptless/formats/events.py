@@ -23,7 +23,7 @@ from lightning_ckptless.formats.schema import (
 )
 from lightning_ckptless.formats.sealed import parse
 
-FORMAT = 1
+FORMAT = 2
 _SUFFIX = re.compile(rb', "format": (\d+), "crc": "([0-9a-f]{8})"}')
 _SUFFIX_BYTES = len(b', "format": 1, "crc": "00000000"}')
 _RANK = integer(0, MOST_RANKS - 1)

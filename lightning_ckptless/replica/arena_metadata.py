@@ -17,7 +17,7 @@ from lightning_ckptless.formats.sealed import FormatError, parse, seal, unseal
 from lightning_ckptless.replica.arena_owner import HIGHEST_PID, OWNER, Owner
 from lightning_ckptless.system.private_files import open_own_folder, require_private
 
-FORMAT = 2
+FORMAT = 3
 FOLDER_PREFIX = "ckptless-"
 _FILE_NAME = "arena.json"
 _KIND = "arena"

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 """The value of a note."""
 
-FORMAT = 1
+FORMAT = 2
 _KIND = "note"
 _PREFIX = "note-"
 _PID = integer(1, HIGHEST_PID)

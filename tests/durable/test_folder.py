@@ -50,7 +50,7 @@ def test_a_missing_folder_is_created_and_marked(tmp_path: Path) -> None:
     [
         ({"thesis.tex": ""}, "not a folder of durable states: it has thesis.tex and no ckptless-durable.json"),
         ({"a": "", "b": "", "c": "", "d": ""}, "a, b, c and more"),
-        ({MARKER: json.dumps({"format": 99})}, "of format 99, expected 2"),
+        ({MARKER: json.dumps({"format": 99})}, "of format 99, expected 3"),
         ({MARKER: "no json"}, "cannot be read"),
     ],
 )

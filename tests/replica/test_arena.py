@@ -249,7 +249,7 @@ def test_any_run_id_maps_to_one_folder(tmp_path: Path, owner: Owner, name: str) 
 def test_another_format_is_refused(arena: Arena) -> None:
     facts = json.loads((arena.path / "arena.json").read_bytes())
     (arena.path / "arena.json").write_text(json.dumps(facts | {"format": 99}))
-    with pytest.raises(ArenaError, match="arena format 99, expected 2"):
+    with pytest.raises(ArenaError, match="arena format 99, expected 3"):
         Arena.attach(arena.path)
 
 

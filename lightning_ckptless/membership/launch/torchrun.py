@@ -57,6 +57,22 @@ def options_parser() -> ArgumentParser:
         help="parent folder of the run folder (default: CKPTLESS_RUN_ROOT, or ./ckptless)",
     )
     ours.add_argument("--arena-dir", type=Path, default=None, help="folder of the arenas (default: /dev/shm)")
+    _add_recovery(ours)
+    _add_durable(ours)
+    ours.add_argument(
+        "--finish-grace",
+        type=float,
+        default=DEFAULT_FINISH_GRACE_S,
+        metavar="SECONDS",
+        help="on SIGTERM, time to finish the current step and save (default: %(default)s)",
+    )
+    _add_shutdown_timeout(ours)
+    if "PET_MAX_RESTARTS" not in os.environ:
+        parser.set_defaults(max_restarts=None)
+    return parser
+
+
+def _add_recovery(ours: Any) -> None:
     ours.add_argument(
         "--standbys",
         type=int,
@@ -88,18 +104,6 @@ def options_parser() -> ArgumentParser:
         metavar="N",
         help="give up after N recoveries within an hour (default: the strategy's)",
     )
-    _add_durable(ours)
-    ours.add_argument(
-        "--finish-grace",
-        type=float,
-        default=DEFAULT_FINISH_GRACE_S,
-        metavar="SECONDS",
-        help="on SIGTERM, time to finish the current step and save (default: %(default)s)",
-    )
-    _add_shutdown_timeout(ours)
-    if "PET_MAX_RESTARTS" not in os.environ:
-        parser.set_defaults(max_restarts=None)
-    return parser
 
 
 def _add_durable(ours: Any) -> None:

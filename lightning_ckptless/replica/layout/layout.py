@@ -26,7 +26,7 @@ from lightning_ckptless.formats.sealed import parse
 from lightning_ckptless.replica.layout.tensor_spec import Box, Described, Held, differences, held_by_name
 from lightning_ckptless.replica.slot_stamp import BYTES, RANK, WORLD_SIZE
 
-FORMAT = 1
+FORMAT = 2
 ALIGNMENT_BYTES = 64
 
 
