@@ -52,9 +52,11 @@ __all__ = [
     "StateMissingError",
     "TimeLimitError",
     "TransportError",
+    "UnevenStepsError",
     "UnfitNodeError",
     "UntestedVersionWarning",
     "VersionError",
+    "WorkerError",
     "WorldSizeError",
 ]
 

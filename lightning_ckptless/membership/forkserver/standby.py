@@ -40,6 +40,7 @@ class Standbys:
         self._folder = folder
         self._say = say
         self._waiting: list[Process] = []
+        self._dying: list[Process] = []
         self._coming: dict[int, tuple[Process, Path]] = {}
         self._outputs: dict[int, Path] = {}
         self._begun = 0
@@ -59,6 +60,7 @@ class Standbys:
         """Start missing standbys, and notice which are ready or have exited. Returns whether anything has changed."""
         before = self.pids, self.ready
         self._waiting = [process for process in self._waiting if not _has_exited(process)]
+        self._dying = [process for process in self._dying if not _has_exited(process)]
         for pid, (process, output) in list(self._coming.items()):
             if any(isinstance(received.message, StandbyReady) for received in process.channel.poll()):
                 self._waiting.append(process)
@@ -94,7 +96,10 @@ class Standbys:
         """Take a standby that waits for a rank; None where there is none."""
         while self._waiting:
             process = self._waiting.pop(0)
-            if not _has_exited(process) and not process.is_dying():
+            if process.is_dying():
+                # Its resources are released once it has exited.
+                self._dying.append(process)
+            elif not _has_exited(process):
                 return process
         return None
 
@@ -104,12 +109,13 @@ class Standbys:
 
     def stop(self) -> None:
         """Kill all standbys."""
-        processes = [*self._waiting, *(process for process, _ in self._coming.values())]
+        processes = [*self._waiting, *self._dying, *(process for process, _ in self._coming.values())]
         for process in processes:
             process.signal(signal.SIGKILL)
         for process in processes:
             process.leave(_KILL_WAIT_S)
         self._waiting.clear()
+        self._dying.clear()
         self._coming.clear()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +125,7 @@ def last_generation(record: Path) -> int:
 
 def _record_generation(record: Path, number: int) -> None:
     record.parent.mkdir(parents=True, exist_ok=True)
-    # Several nodes may share the folder.
-    draft = record.with_name(f".{record.name}-{os.getpid()}")
+    # Several nodes may share the folder, and their processes may have the same ids.
+    draft = record.with_name(f".{record.name}-{uuid.uuid4().hex}")
     draft.write_text(str(number))
     draft.replace(record)
