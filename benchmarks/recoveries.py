@@ -57,7 +57,7 @@ class Life:
     fingerprints: dict[int, int] = field(default_factory=dict)
 
     def take(self, note: Note) -> None:
-        """Put a note down."""
+        """Record a note."""
         self.moments.setdefault(note.moment, note.at)
         if note.moment == "step":
             self.last_step = note.fields["step"]
@@ -89,7 +89,7 @@ class Watch:
     pids: dict[int, int] = field(default_factory=dict)
 
     def take(self, note: Note) -> None:
-        """Put a note down."""
+        """Record a note."""
         life = self.lives.setdefault(note.pid, Life())
         life.take(note)
         if note.rank != life.rank:

@@ -179,7 +179,7 @@ class _Episodes:
         kind = self.chance.choices(list(KINDS), list(KINDS.values()))[0]
         if kind in SILENT and not self._take("silent"):
             return FaultKind.KILL
-        # An exception that comes again at its step is the program's own, and ends the run: two may not share a step.
+        # A repeated exception at a step counts as the script's own and ends the run: two may not share a step.
         if kind is FaultKind.RAISE and moment in LATE and not self._take("late_raise"):
             return FaultKind.KILL
         return kind
