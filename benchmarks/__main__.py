@@ -21,14 +21,16 @@ PROGRAMS = (
 
 
 def main() -> int:
-    """Run the programs, each as a process of its own; stop at the first that fails.
+    """Run each program in its own process; stop at the first that fails.
 
     Returns:
         Exit code.
     """
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer repeats: shows that it works, decides nothing")
-    parser.add_argument("--folder", type=Path, default=Path("bench"), help="where JSON and tables go (default: bench)")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats: a smoke test, not a measurement")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("bench"), help="folder for JSON and tables (default: bench)"
+    )
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     for program in PROGRAMS:

@@ -1,4 +1,4 @@
-"""What torch itself has for the same purpose: `torch.distributed.checkpoint.async_save`, called from a callback."""
+"""Torch's own means for the same purpose: `torch.distributed.checkpoint.async_save`, called from a callback."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ NOTES = "saves.jsonl"
 
 
 class AsyncSave(pl.Callback):
-    """Saves model and optimizer every few steps, one save at a time, over a process group of its own.
+    """Save model and optimizer every few steps, one save at a time, through a separate process group.
 
     Args:
-        every_n_steps: from one save to the next.
-        folder: for the checkpoints; rank 0 keeps the last two there, and notes what each save took.
+        every_n_steps: steps between two saves.
+        folder: folder for the checkpoints; rank 0 keeps the last two and records the duration of each save.
     """
 
     def __init__(self, every_n_steps: int, folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""Command to the first optimizer step that all ranks have finished, against Lightning's `ddp` with the same script.
+"""Command to the first optimizer step that all ranks have finished, compared with Lightning's `ddp`.
 
-Each command line is started a number of times, in turns, and ends after its first step. The script tells when it
-begins, when torch and Lightning are imported, when it calls `fit`, and when the step is done.
+All command lines start the same script, alternate, and end after the first step. The script reports when it begins,
+when torch and Lightning are imported, when it calls `fit`, and when the step is done.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from benchmarks.recoveries import START_S, Watch
 from benchmarks.report import Report, base_parser, progress_bar
 from benchmarks.scratch import Scratch, scratch
 from benchmarks.tables import Table, verdict
-from benchmarks.wire import Desk
+from benchmarks.wire import Inbox
 from lightning_ckptless import environment
 
 RANKS = 2
 BASE = "python, ddp"
 TARGETS = {"ckptless run": 1.0, "python, ckptless": 1.3}
-"""Longest time allowed, in times of `BASE`."""
+"""Longest time allowed, as a multiple of `BASE`."""
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to start the script.
+class Launcher:
+    """A way to start the script.
 
     Args:
-        name: what the tables call it.
-        command: makes the command line.
-        strategy: of the script.
+        name: name in the tables.
+        command: builds the command line.
+        strategy: strategy of the script.
     """
 
     name: str
@@ -45,33 +45,33 @@ class Way:
     strategy: str
 
 
-WAYS = (
-    Way(BASE, with_python, "ddp"),
-    Way("ckptless run", with_ckptless_run, "ckptless"),
-    Way("ckptless run --no-preload", lambda options: with_ckptless_run(options, "--no-preload"), "ckptless"),
-    Way("python, ckptless", with_python, "ckptless"),
-    Way("torchrun, ddp", with_torchrun, "ddp"),
-    Way("torchrun, ckptless", with_torchrun, "ckptless"),
+LAUNCHERS = (
+    Launcher(BASE, with_python, "ddp"),
+    Launcher("ckptless run", with_ckptless_run, "ckptless"),
+    Launcher("ckptless run --no-preload", lambda options: with_ckptless_run(options, "--no-preload"), "ckptless"),
+    Launcher("python, ckptless", with_python, "ckptless"),
+    Launcher("torchrun, ddp", with_torchrun, "ddp"),
+    Launcher("torchrun, ckptless", with_torchrun, "ckptless"),
 )
 
 
-def start_once(way: Way, size: str, place: Scratch, name: str) -> dict[str, Any]:
+def start_once(launcher: Launcher, size: str, place: Scratch, name: str) -> dict[str, Any]:
     """Start the script, wait for its first step and its end.
 
     Returns:
-        Seconds to the first step and to the end, and the moments of the ranks in seconds since the command.
+        Seconds to the first step and to the end, and the milestones of each rank in seconds since the command.
     """
     folder = place.files / name
     folder.mkdir()
-    options = JobOptions(size, 2, way.strategy, devices=RANKS, steps=1, root=str(folder))
-    with Desk(place.files / f"{name}.socket") as desk:
-        env = {**job_environment(desk.path), environment.ARENA_DIR: str(place.arenas)}
-        with Command(way.command(options), folder, env) as command:
-            watch = Watch(desk, command, RANKS)
+    options = JobOptions(size, 2, launcher.strategy, devices=RANKS, steps=1, root=str(folder))
+    with Inbox(place.files / f"{name}.socket") as inbox:
+        env = {**job_environment(inbox.path), environment.ARENA_DIR: str(place.arenas)}
+        with Command(launcher.command(options), folder, env) as command:
+            watch = Watch(inbox, command, RANKS)
             lives = watch.until(lambda found: all(life.first_step for life in found), START_S, "the first step")
             exit_code = command.wait(START_S)
             ended_at = time.time()
-            assert exit_code == 0, f"{way.name}: exit code {exit_code}\n{command.last_words()}"
+            assert exit_code == 0, f"{launcher.name}: exit code {exit_code}\n{command.output_tail()}"
     since = command.began_at
     return {
         "seconds": max(life.moments["step"] for life in lives) - since,
@@ -82,26 +82,34 @@ def start_once(way: Way, size: str, place: Scratch, name: str) -> dict[str, Any]
 
 
 def run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
-    """Start everything `args.repeats` times, in turns, after one round that does not count."""
-    results: dict[str, list[Any]] = {way.name: [] for way in WAYS}
-    task = progress.add_task("", total=len(WAYS) * (args.repeats + 1))
+    """Start each launcher `args.repeats` times, alternating, after one warm-up round."""
+    results: dict[str, list[Any]] = {launcher.name: [] for launcher in LAUNCHERS}
+    task = progress.add_task("", total=len(LAUNCHERS) * (args.repeats + 1))
     with scratch() as place:
         for repeat in range(-1, args.repeats):
-            for index, way in enumerate(WAYS):
-                progress.update(task, description=way.name if repeat >= 0 else f"warm-up, {way.name}")
-                found = start_once(way, args.size, place, f"{index}-{repeat + 1}")
+            for index, launcher in enumerate(LAUNCHERS):
+                progress.update(task, description=launcher.name if repeat >= 0 else f"warm-up, {launcher.name}")
+                found = start_once(launcher, args.size, place, f"{index}-{repeat + 1}")
                 if repeat >= 0:
-                    results[way.name].append(found)
+                    results[launcher.name].append(found)
                 progress.advance(task)
     return results
 
 
 def summary_table(results: dict[str, Any]) -> Table:
-    """How long it takes, and whether that is short enough."""
+    """Return the table of start times, compared with the targets."""
     table = Table(
         "Command to the first optimizer step finished by two ranks",
-        ("launcher, strategy", "starts", "p50 s", "min s", "max s", f"times {BASE}", "to the end of the command s"),
-        notes=["Times: median over rounds of the quotient within the round."],
+        (
+            "launcher, strategy",
+            "starts",
+            "p50 s",
+            "min s",
+            "max s",
+            f"relative to {BASE}",
+            "to the end of the command s",
+        ),
+        notes=["Relative: median over rounds of the quotient within the round."],
     )
     for name, starts in results.items():
         seconds = summary([start["seconds"] for start in starts])
@@ -115,16 +123,16 @@ def summary_table(results: dict[str, Any]) -> Table:
 
 
 def moments_table(results: dict[str, Any]) -> Table:
-    """Where the time goes."""
+    """Return the table of milestones."""
     moments = ("script", "imported", "fit", "train", "step")
     table = Table(
-        "The moments on the way, slowest rank, medians in s since the command",
+        "Milestones, slowest rank, medians in s since the command",
         ("launcher, strategy", "first line of the script", "of the last rank", "imported", "fit called", "training",
          "first step done"),
     )  # fmt: skip
     table.note(
-        "Under `python` the first process runs the script up to `fit`: with ddp it is rank 0 and starts the other rank "
-        "there, with ckptless it becomes the agent there.",
+        "With `python` the first process runs the script up to `fit`. There, with ddp, it is rank 0 and starts the "
+        "other rank; with ckptless it becomes the agent.",
     )
     for name, starts in results.items():
         cells = [f"{median([max(rank[m] for rank in start['ranks']) for start in starts]):.2f}" for m in moments]

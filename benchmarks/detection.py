@@ -1,7 +1,7 @@
-"""From SIGKILL to the first sign of death that an agent sees, by the memory that the kernel has to free.
+"""SIGKILL to the first sign of the exit that an agent detects, by the memory that the kernel has to free.
 
-Real workers, looked at by the agent's own code. Beside it: when the kernel tells of the end, which it does when the
-memory is freed. That is what an agent would have to wait for otherwise.
+The workers are real, and the agent's own code watches them. For comparison: the time until the kernel reports the exit,
+which it does only after the memory is freed. An agent would otherwise have to wait for that.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _READY_S = 120.0
 
 
 def kill_one(parent: ForkServer, folder: Path, size_gib: float, after_s: float) -> dict[str, float]:
-    """Start a worker that holds so much memory, kill it, and look.
+    """Start a worker that holds `size_gib` of memory, kill it, and measure the time to its detection.
 
     Args:
-        parent: forks it.
-        folder: for its output.
-        size_gib: memory that it touches.
-        after_s: pause before the kill, so that it falls at no fixed moment of the looking.
+        parent: fork server.
+        folder: folder for the worker's output.
+        size_gib: memory that the worker touches, in GiB.
+        after_s: pause before the kill in seconds, so that kills are spread over the polling interval.
     """
     script, sign = folder / "hold.py", folder / "ready"
     script.write_text(_HOLD)
@@ -73,24 +73,24 @@ def kill_one(parent: ForkServer, folder: Path, size_gib: float, after_s: float) 
         seen_at = time.time()
         while workers.running:
             workers.wait_for_end(1.0)
-        return {"seen_s": seen_at - killed_at, "told_s": time.time() - killed_at}
+        return {"detected_s": seen_at - killed_at, "reported_s": time.time() - killed_at}
     finally:
         workers.close(signal.SIGKILL)
 
 
 def detection_table(results: dict[str, list[dict[str, float]]]) -> Table:
-    """How soon a death is seen."""
+    """Return the table of detection times."""
     table = Table(
-        "SIGKILL to the first sign of death, by the memory of the worker",
-        ("memory", "kills", "seen p50 ms", "p99 ms", "max ms", "told by the kernel p50 ms", "max ms "),
+        "SIGKILL to the first sign of the exit, by the memory of the worker",
+        ("memory", "kills", "detected p50 ms", "p99 ms", "max ms", "reported by the kernel p50 ms", "max ms "),
     )
     for size, kills in results.items():
-        seen = [1e3 * kill["seen_s"] for kill in kills]
-        told = [1e3 * kill["told_s"] for kill in kills]
-        figures = (median(seen), quantile(seen, 0.99), max(seen), median(told), max(told))
+        detected = [1e3 * kill["detected_s"] for kill in kills]
+        reported = [1e3 * kill["reported_s"] for kill in kills]
+        figures = (median(detected), quantile(detected, 0.99), max(detected), median(reported), max(reported))
         table.add(f"{size} GiB", len(kills), *(f"{figure:.1f}" for figure in figures))
-    everything = [1e3 * kill["seen_s"] for kills in results.values() for kill in kills]
-    table.note(f"Seen, p99 over all: {verdict(quantile(everything, 0.99), TARGET_MS, 'ms')}")
+    everything = [1e3 * kill["detected_s"] for kills in results.values() for kill in kills]
+    table.note(f"Detected, p99 over all: {verdict(quantile(everything, 0.99), TARGET_MS, 'ms')}")
     return table
 
 
@@ -110,7 +110,7 @@ def main() -> None:
         task = progress.add_task("", total=repeats * len(SIZES_GIB))
         for number in range(repeats):
             for size in SIZES_GIB:
-                progress.update(task, description=f"a worker of {size:g} GiB")
+                progress.update(task, description=f"a worker with {size:g} GiB")
                 results[f"{size:g}"].append(kill_one(parent, Path(folder), size, 0.0007 * number))
                 progress.advance(task)
     report.finish([detection_table(results)], results)

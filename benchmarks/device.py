@@ -1,6 +1,6 @@
-"""What mirroring every step costs on a CUDA device, against Lightning's `ddp`: one rank, strategies in turns.
+"""The cost of mirroring every step on a CUDA device, compared with Lightning's `ddp`: one rank, alternating.
 
-A device computes while the host goes on; so a step is what a segment of them takes up to the end of all work, by the
+A device computes asynchronously, so the step time is the time of a segment until all its work is done, divided by the
 number of steps.
 """
 
@@ -33,7 +33,7 @@ WARM_UP_STEPS = 10
 
 
 def measure(size: str, batch: int, steps: int, rounds: int, place: Scratch) -> dict[str, Any]:
-    """Train one size under each strategy, in turns. Returns per strategy what the rank said of each segment."""
+    """Train a model size under each strategy, alternating. Returns the rank's reports on each segment, by strategy."""
     segments: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
     with fork_server(machine.ROOT) as parent, ExitStack() as stack:
         jobs = {
@@ -55,16 +55,16 @@ def measure(size: str, batch: int, steps: int, rounds: int, place: Scratch) -> d
 
 
 def step_table(results: list[dict[str, Any]]) -> Table:
-    """Step times, and how long the copy of a version takes beside them."""
+    """Return the table of step times, and of the time to copy a version."""
     table = Table(
-        "Step time on one device, one rank, in turns",
+        "Step time on one device, one rank, alternating",
         ("model", "state MB", "batch", "strategy", "step ms", "over ddp ms", "over ddp", "training thread ms",
          "copied after ms", "copy GB/s"),
     )  # fmt: skip
     table.note(
-        "Step: mean of a segment up to the end of all work on the device, median over segments. Training thread: what "
-        "it spends on a version. Copied after: from the commit point until the version lies in shared memory, its wait "
-        "for the device to come to that point included. One rank keeps no replicas, so nothing is sent."
+        "Step: mean of a segment until all work on the device is done, median over segments. Training thread: its time "
+        "per version. Copied after: from the commit point until the version is in shared memory, including the wait "
+        "for the device to reach that point. One rank keeps no replicas, so nothing is sent."
     )
     for result in results:
         ddp = [segment["mean_s"] for segment in result["segments"]["ddp"]]
@@ -97,9 +97,9 @@ def run(sizes: list[str], batch: int, steps: int, rounds: int, progress: Progres
 def main() -> None:
     """Read the command line, measure, report."""
     parser: argparse.ArgumentParser = base_parser(__doc__)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(WIDTHS), help="models")
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(WIDTHS), help="model sizes")
     parser.add_argument("--batch", type=int, default=64, help="samples per step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=40, help="per segment (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="steps per segment (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=6, help="segments per strategy (default: %(default)s)")
     args = parser.parse_args()
     if not torch.cuda.is_available():

@@ -1,8 +1,8 @@
-"""What durable states cost while training goes on, and how long one takes, next to torch's `async_save`.
+"""The cost of durable states to training, and the time until one is on disk, compared with torch's `async_save`.
 
-Two ranks of the same job train under each variant, all of them alive at once and taking turns in short segments. The
-same state goes to the same disk as often: by the durable writer, which reads the arena beside training, and by
-`torch.distributed.checkpoint.async_save`, which copies the state in the training thread and writes it in another one.
+Two ranks of the same job train under each variant. The variants run at the same time and alternate in short segments.
+Each writes the same state to the same disk equally often: the durable writer reads the arena while training continues;
+`torch.distributed.checkpoint.async_save` copies the state in the training thread and writes it in another thread.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ SIZES = ("tiny", "1M", "10M", "33M", "124M", "345M")
 RANKS = 2
 WARM_UP_STEPS = 2
 IDLE_S = 0.3
-"""A writer that has nothing on its way for so long does not disturb the next segment."""
+"""A writer that has been idle for this long (seconds) does not disturb the next segment."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train.
+    """A training setup.
 
     Args:
-        name: what the table calls it.
+        name: name in the table.
         strategy: `ckptless` or `ddp`.
-        every: steps from one state on the disk to the next; 0 for none.
+        every: steps between two states on disk; 0 for none.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Variant:
     every: int = 0
 
     def options(self, size: str, batch: int, place: Scratch) -> JobOptions:
-        """The job that trains so."""
+        """Return the options of a job with this setup."""
         durable = {"durable_every_n_steps": self.every} if self.every and self.strategy == "ckptless" else {}
         return JobOptions(
             size,
@@ -70,9 +70,9 @@ class Plan:
     """How much is measured.
 
     Args:
-        every: steps from one state on the disk to the next.
+        every: steps between two states on disk.
         rounds: segments per variant.
-        steps: of a segment.
+        steps: steps of a segment.
         batch: samples per rank and step.
     """
 
@@ -82,7 +82,7 @@ class Plan:
     batch: int = 4
 
     def variants(self) -> tuple[Variant, ...]:
-        """What is compared."""
+        """Return the variants to compare."""
         return (
             Variant("ddp", "ddp"),
             Variant("ddp, async_save", "ddp", self.every),
@@ -93,11 +93,11 @@ class Plan:
 
 @dataclass
 class Measured:
-    """What one variant did.
+    """Measurements of a variant.
 
     Args:
-        steps_s: times of all steps on the slower rank, segment by segment.
-        writes: what is known of each state on the disk.
+        steps_s: times of all steps on the slower rank, by segment.
+        writes: times and size of each state on disk.
     """
 
     steps_s: list[list[float]] = field(default_factory=list)
@@ -105,7 +105,7 @@ class Measured:
 
 
 def measure(size: str, plan: Plan, place: Scratch, advance: Any) -> dict[str, Any]:
-    """Train a size under each variant, in turns."""
+    """Train a model size under each variant, alternating."""
     measured = {variant.name: Measured() for variant in plan.variants()}
     with fork_server(machine.ROOT) as parent, ExitStack() as stack:
         jobs = {
@@ -135,7 +135,7 @@ def _segment(job: TurnsJob, steps: int) -> list[float]:
 
 
 def _wait_until_idle(folder: Path) -> None:
-    """Wait until nothing is on its way to the disk."""
+    """Wait until nothing is being written to disk."""
     idle_since = time.monotonic()
     while time.monotonic() - idle_since < IDLE_S:
         if any(folder.rglob(".step-*.part")) or _is_saving(folder):
@@ -148,7 +148,7 @@ def _is_saving(folder: Path) -> bool:
 
 
 def _writes(folder: Path) -> list[dict[str, float]]:
-    """Of either kind, what the writer has noted."""
+    """Return what the durable writer or the `async_save` callback has recorded of each state."""
     ledgers = folder.glob("*/ledger.jsonl")
     written = [event.fields for path in ledgers for event in read_ledger(path) if event.event == "durable_written"]
     notes = folder / "saves" / NOTES
@@ -161,12 +161,12 @@ def _writes(folder: Path) -> list[dict[str, float]]:
 
 
 def step_table(results: dict[str, Any]) -> Table:
-    """What training notices."""
+    """Return the table of step times."""
     table = Table(
-        f"Step time with a state on the disk every {results['every']} steps, {RANKS} CPU ranks, in turns",
-        ("model", "variant", "step p50 ms", "mean ms", "slowest ms", "mean over the same without"),
+        f"Step time with a state on disk every {results['every']} steps, {RANKS} CPU ranks, alternating",
+        ("model", "variant", "step p50 ms", "mean ms", "slowest ms", "mean over the same without saving"),
     )
-    table.note("Over: median over rounds of the quotient of the mean steps of neighbouring segments.")
+    table.note("Mean over: median over rounds of the quotient of the mean steps of neighbouring segments.")
     for found in results["sizes"]:
         for name, variant in found["variants"].items():
             steps = [step for segment in variant["steps_s"] for step in segment]
@@ -179,14 +179,14 @@ def step_table(results: dict[str, Any]) -> Table:
 
 
 def write_table(results: dict[str, Any]) -> Table:
-    """How long a state takes."""
+    """Return the table of the time that a state takes."""
     table = Table(
-        "One state, from the moment it is due until the disk has it",
+        "One state, from the moment it is due until it is on disk",
         ("model", "state MB", "variant", "states", "MB on disk", "training waits ms", "copied ms", "on disk after ms"),
     )
     table.note(
-        "Training waits: in `async_save`, for the save before and for the copy of the state. Copied: by the durable "
-        "writer, out of the arena, beside training. Medians."
+        "Training waits: in `async_save`, for the previous save and for the copy of the state. Copied: by the durable "
+        "writer, from the arena, during training. Medians."
     )
     for found in results["sizes"]:
         for name, variant in found["variants"].items():
@@ -214,7 +214,7 @@ def run(plan: Plan, sizes: list[str], progress: Progress) -> dict[str, Any]:
     task = progress.add_task("", total=plan.rounds * len(plan.variants()) * len(sizes))
     results: dict[str, Any] = {"every": plan.every, "sizes": []}
     for size in sizes:
-        progress.update(task, description=f"{size}, {len(plan.variants())} variants in turns")
+        progress.update(task, description=f"{size}, {len(plan.variants())} variants alternating")
         with scratch() as place:
             try:
                 results["sizes"].append(measure(size, plan, place, lambda: progress.advance(task)))
@@ -226,7 +226,7 @@ def run(plan: Plan, sizes: list[str], progress: Progress) -> dict[str, Any]:
 def main() -> None:
     """Read the command line, measure, report."""
     parser = base_parser(__doc__)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(WIDTHS), help="models")
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(WIDTHS), help="model sizes")
     args = parser.parse_args()
     report = Report(args)
     torch.set_num_threads(1)

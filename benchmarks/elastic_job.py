@@ -1,4 +1,4 @@
-"""The script that `elastic` starts on every node: a small regression that puts down what each rank has trained on."""
+"""The script that `elastic` starts on every node: a small regression that records the samples of each rank."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 BATCH = 3
 WIDTH = 64
 SLOW = "slow"
-"""While this file is there a step takes longer: nodes that come shall find the job running."""
+"""While this file exists, steps take longer, so that nodes that join find the job running."""
 CHECKPOINTS = "checkpoints"
 
 
 class Indexed(Dataset[tuple[Tensor, Tensor, int]]):
-    """Samples that know their number."""
+    """Samples with their index."""
 
     def __init__(self, samples: int) -> None:
         self.inputs = torch.randn(samples, 8, generator=torch.Generator().manual_seed(1))
@@ -38,11 +38,11 @@ class Indexed(Dataset[tuple[Tensor, Tensor, int]]):
 
 
 class Notebook:
-    """The samples of the step in hand, in a class of its own: so they are none of the plain data of a version.
+    """The samples of the current step; in a separate class, because a version would contain plain values.
 
     Args:
-        folder: receives a file of each process.
-        pace_s: how long to wait after a step while the file `slow` is there.
+        folder: folder that receives a file of each process.
+        pace_s: seconds to wait after a step while the file `slow` exists.
     """
 
     def __init__(self, folder: Path, pace_s: float) -> None:
@@ -51,13 +51,13 @@ class Notebook:
         self.samples: list[int] = []
 
     def saw(self, attempt: int, step: int, samples: list[int]) -> None:
-        """A micro-batch of a step; one that was cut off is forgotten."""
+        """Add a micro-batch of a step; those of an interrupted step are dropped."""
         if self.step != (attempt, step):
             self.step, self.samples = (attempt, step), []
         self.samples += samples
 
     def close(self, **facts: Any) -> None:
-        """The step is done."""
+        """Record the finished step."""
         with (self.folder / f"seen-{os.getpid()}.jsonl").open("a") as file:
             file.write(json.dumps({**facts, "at": time.time(), "samples": self.samples}) + "\n")
         if (self.folder / SLOW).exists():
@@ -65,10 +65,10 @@ class Notebook:
 
 
 class Counted(pl.LightningModule):
-    """Regression that writes down its samples.
+    """Regression that records its samples.
 
     Args:
-        notebook: where to.
+        notebook: receives the samples.
         sharded: whether the layers are sharded over the mesh.
     """
 
@@ -80,7 +80,7 @@ class Counted(pl.LightningModule):
 
     def configure_model(self) -> None:
         if self.sharded:
-            from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - of one variant alone
+            from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - one variant only
 
             mesh: Any = self.device_mesh
             for layer in (self.body[0], self.body[3], self.body[5], self.body):
@@ -88,7 +88,7 @@ class Counted(pl.LightningModule):
 
     @property
     def attempt(self) -> int:
-        """Number of the start or regrouping; without our strategy the moment of the start does."""
+        """Number of the start or reconfiguration; without our strategy, the time of the start in ns."""
         engine: Any = getattr(self.trainer.strategy, "engine", None)
         return self.began_at if engine is None else int(engine.generation)
 
@@ -126,7 +126,7 @@ class Counted(pl.LightningModule):
 
 
 def make_strategy(args: argparse.Namespace) -> Any:
-    """The strategy as a trainer takes it."""
+    """Return the strategy to pass to the trainer."""
     if args.checkpoint_every:
         return "ddp"
     from lightning_ckptless import CkptlessModelParallelStrategy, CkptlessStrategy  # noqa: PLC0415
@@ -139,7 +139,7 @@ def make_strategy(args: argparse.Namespace) -> Any:
 
 
 def main() -> None:
-    """Train, as the command line says."""
+    """Train with the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--nodes", type=int, default=1)
@@ -149,14 +149,16 @@ def main() -> None:
     parser.add_argument("--pace", type=float, default=0.1)
     parser.add_argument("--strategy-options", default="{}")
     parser.add_argument("--sharded", action="store_true")
-    parser.add_argument("--checkpoint-every", type=int, default=0, help="Lightning's ddp, with checkpoint files")
+    parser.add_argument(
+        "--checkpoint-every", type=int, default=0, help="use Lightning's ddp, with a checkpoint file every N steps"
+    )
     args = parser.parse_args()
     pl.seed_everything(5, workers=True, verbose=False)
     callbacks: list[pl.Callback] = []
     if args.checkpoint_every:
         folder = args.folder / CHECKPOINTS
         callbacks = [ModelCheckpoint(folder, every_n_train_steps=args.checkpoint_every, save_last=True)]
-    # Lightning's ddp wants to be told how many nodes there are this time; our strategy, how many there shall be.
+    # Lightning's ddp needs the current number of nodes; our strategy needs the target number.
     nodes = int(os.environ["GROUP_WORLD_SIZE"]) if args.checkpoint_every else args.nodes
     trainer = pl.Trainer(
         accelerator="cpu", devices=args.devices, num_nodes=nodes, strategy=make_strategy(args),

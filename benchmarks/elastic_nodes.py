@@ -1,4 +1,4 @@
-"""Nodes of one CPU rank each on loopback, that are killed and come back; the job may go on with fewer."""
+"""Nodes of one CPU rank each on loopback, which are killed and rejoin; the job may continue with fewer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.samples import Row, Rows
 from lightning_ckptless.ledger import Event, read_ledger
 from lightning_ckptless.replica.arena import find_arenas
 
-MOST = 4
+MAX_NODES = 4
 RUN = "elastic"
 SCRIPT = ROOT / "benchmarks" / "elastic_job.py"
 LOOK_S = 0.1
@@ -31,17 +31,17 @@ T = TypeVar("T")
 
 
 class NodesLostError(RuntimeError):
-    """What was waited for did not come."""
+    """An awaited event did not occur."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """How long the silence of a node is borne.
+    """How long a node may be silent before it is lost.
 
     Args:
-        interval_s: from one heartbeat to the next.
+        interval_s: seconds between two heartbeats.
         attempts: heartbeats that may be missing.
-        last_call_s: for how long those that meet wait for another one.
+        last_call_s: seconds that the rendezvous waits for another node.
     """
 
     interval_s: int = 1
@@ -50,7 +50,7 @@ class Bound:
 
     @property
     def conf(self) -> str:
-        """For `--rdzv-conf`; the benchmark itself hosts the rendezvous, so that any node may be lost."""
+        """The value of `--rdzv-conf`; the benchmark itself hosts the rendezvous, so that any node may be lost."""
         return (
             f"is_host=no,keep_alive_interval={self.interval_s},keep_alive_max_attempt={self.attempts},"
             f"last_call_timeout={self.last_call_s}"
@@ -58,15 +58,15 @@ class Bound:
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to go on with fewer nodes.
+class Setup:
+    """How a job continues with fewer nodes.
 
     Args:
-        name: what the tables call it.
-        words: of the script.
-        flags: of `ckptless run`.
+        name: name in the tables.
+        words: arguments of the script.
+        flags: flags of `ckptless run`.
         checkpoint_every: steps between two checkpoint files of torchrun with Lightning's ddp; 0 for our strategy.
-        sharded: by FSDP2.
+        sharded: whether the model is sharded by FSDP2.
     """
 
     name: str
@@ -76,24 +76,24 @@ class Way:
     sharded: bool = False
 
     def script(self, folder: Path, nodes: int, devices: int, *size: str) -> list[str]:
-        """Script and arguments."""
+        """Return the script and its arguments."""
         words = [*self.words, *(("--sharded",) if self.sharded else ()), f"--checkpoint-every={self.checkpoint_every}"]
         return [str(SCRIPT), f"--folder={folder}", f"--nodes={nodes}", f"--devices={devices}", *words, *size]
 
 
 class Nodes:
-    """The nodes of a job. A context manager that ends all of them.
+    """The nodes of a job. A context manager that ends all of them on exit.
 
     Args:
-        way: how the job goes on.
-        folder: for all that the job writes; empty.
-        arenas: folder of the shared memory.
-        size: options of the script: how much it trains.
-        bound: how long silence is borne.
+        setup: how the job continues without a node.
+        folder: empty folder for everything that the job writes.
+        arenas: folder in shared memory.
+        size: options of the script that say how much it trains.
+        bound: how long a node may be silent.
     """
 
-    def __init__(self, way: Way, folder: Path, arenas: Path, size: tuple[str, ...], bound: Bound) -> None:
-        self.way, self.folder, self.arenas, self.size, self.bound = way, folder, arenas, size, bound
+    def __init__(self, setup: Setup, folder: Path, arenas: Path, size: tuple[str, ...], bound: Bound) -> None:
+        self.setup, self.folder, self.arenas, self.size, self.bound = setup, folder, arenas, size, bound
         self.seen = Rows(folder)
         self._meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._stack = ExitStack()
@@ -101,12 +101,12 @@ class Nodes:
         self._started = 0
 
     def start(self, number: int) -> float:
-        """Start a node; ranks are in the order of nodes. Returns when, by the wall clock."""
+        """Start a node; ranks are in the order of nodes. Returns the wall clock time of the start."""
         folder = self.folder / f"node-{self._started}"
         folder.mkdir()
         self._started += 1
         env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        env |= OWN_STORE if self.way.checkpoint_every else {}
+        env |= OWN_STORE if self.setup.checkpoint_every else {}
         self._nodes[number] = node = self._stack.enter_context(Command(self._command(number), folder, env))
         return node.began_at
 
@@ -114,14 +114,14 @@ class Nodes:
         ours = ["lightning_ckptless.runner", f"--run-root={self.folder / 'runs'}", f"--arena-dir={self.arenas}"]
         theirs = ["torch.distributed.run", "--rdzv-backend=c10d", "--max-restarts=100"]
         return [
-            sys.executable, "-m", *(theirs if self.way.checkpoint_every else [*ours, *self.way.flags]),
-            f"--nnodes={MOST - 1}:{MOST}", "--nproc-per-node=1", f"--rdzv-id={RUN}",
+            sys.executable, "-m", *(theirs if self.setup.checkpoint_every else [*ours, *self.setup.flags]),
+            f"--nnodes={MAX_NODES - 1}:{MAX_NODES}", "--nproc-per-node=1", f"--rdzv-id={RUN}",
             f"--rdzv-endpoint=127.0.0.1:{self._meeting.port}", f"--rdzv-conf={self.bound.conf}",
-            f"--local-addr=127.0.0.{number + 1}", *self.way.script(self.folder, MOST, 1, *self.size),
+            f"--local-addr=127.0.0.{number + 1}", *self.setup.script(self.folder, MAX_NODES, 1, *self.size),
         ]  # fmt: skip
 
     def kill(self, number: int) -> float:
-        """SIGKILL a node's agent and its workers, and take its shared memory away. Returns when."""
+        """SIGKILL a node's agent and its workers, and remove its shared memory. Returns the wall clock time."""
         node = self._nodes.pop(number)
         killed_at = time.time()
         node.kill()
@@ -131,46 +131,46 @@ class Nodes:
         return killed_at
 
     def slow_down(self) -> float:
-        """Make steps take longer, so that who comes finds the job running. Returns from when on."""
+        """Make steps take longer, so that a new node finds the job running. Returns the wall clock time."""
         (self.folder / SLOW).touch()
         return time.time()
 
     def speed_up(self) -> None:
-        """The opposite."""
+        """End the slowdown."""
         (self.folder / SLOW).unlink(missing_ok=True)
 
     def until(self, reached: Callable[[list[Row]], T | None], timeout_s: float, awaited: str) -> T:
-        """Follow the job until it has got somewhere.
+        """Follow the job until `reached` returns a value.
 
         Raises:
-            NodesLostError: it has not in time, or a node has ended.
+            NodesLostError: If it does not in time, or a node has ended.
         """
         deadline = time.monotonic() + timeout_s
         while (found := reached(self.seen.look())) is None:
             if time.monotonic() > deadline:
-                raise NodesLostError(f"no sign of {awaited} within {timeout_s:g} s:\n{self.last_words()}")
+                raise NodesLostError(f"{awaited} not reached within {timeout_s:g} s:\n{self.output_tail()}")
             if not all(node.running for node in self._nodes.values()):
-                raise NodesLostError(f"a node ended before {awaited}:\n{self.last_words()}")
+                raise NodesLostError(f"a node ended before this was reached: {awaited}:\n{self.output_tail()}")
             time.sleep(LOOK_S)
         return found
 
     def wait(self) -> None:
-        """Until all nodes have ended well.
+        """Wait until all nodes have ended successfully.
 
         Raises:
-            NodesLostError: one has not.
+            NodesLostError: If one has failed.
         """
         codes = [node.wait(END_S) for node in self._nodes.values()]
         if any(codes):
-            raise NodesLostError(f"the nodes ended with exit codes {codes}:\n{self.last_words()}")
+            raise NodesLostError(f"the nodes ended with exit codes {codes}:\n{self.output_tail()}")
 
     def events(self) -> tuple[Event, ...]:
-        """What the ledger says."""
+        """Return the events of the ledger."""
         return read_ledger(self.folder / "runs" / RUN / "ledger.jsonl").events
 
-    def last_words(self) -> str:
-        """The end of what each node has printed."""
-        return "\n".join(f"node {number}:\n{node.last_words(6)}" for number, node in self._nodes.items())
+    def output_tail(self) -> str:
+        """Return the end of each node's output."""
+        return "\n".join(f"node {number}:\n{node.output_tail(6)}" for number, node in self._nodes.items())
 
     def __enter__(self) -> Self:
         return self
@@ -181,15 +181,15 @@ class Nodes:
         self._stack.close()
 
 
-def left_alone(way: Way, folder: Path, arenas: Path, size: tuple[str, ...]) -> None:
-    """Run the same with four ranks on one node, which nobody kills.
+def run_undisturbed(setup: Setup, folder: Path, arenas: Path, size: tuple[str, ...]) -> None:
+    """Run the same training undisturbed, with four ranks on one node.
 
     Raises:
-        NodesLostError: it did not end well.
+        NodesLostError: If it fails.
     """
     words: list[Any] = [sys.executable, "-m", "lightning_ckptless.runner", f"--run-root={folder / 'runs'}"]
-    words += [f"--arena-dir={arenas}", f"--nproc-per-node={MOST}", *way.script(folder, 1, MOST, *size)]
+    words += [f"--arena-dir={arenas}", f"--nproc-per-node={MAX_NODES}", *setup.script(folder, 1, MAX_NODES, *size)]
     env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     with Command(words, folder, env) as command:
         if code := command.wait(END_S):
-            raise NodesLostError(f"the run that nobody kills ended with exit code {code}:\n{command.last_words()}")
+            raise NodesLostError(f"the undisturbed run ended with exit code {code}:\n{command.output_tail()}")

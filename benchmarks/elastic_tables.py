@@ -13,11 +13,11 @@ Results = dict[str, dict[str, Any]]
 
 
 def shrink_table(results: Results, bound: Bound) -> Table:
-    """From the kill of a node to the first step of the others, with its detection and without."""
+    """Return the table of the time from the kill of a node to the first step of the others."""
     table = Table(
         "A node of four is killed, to the first step finished by all of the other three",
-        ("how", "kills", "p50 s", "max s", "noticed after p50 s", "from there p50 s", "max s", "one step s",
-         "steps run again p50", "max"),
+        ("how", "kills", "p50 s", "max s", "detected after p50 s", "from there p50 s", "max s", "one step s",
+         "steps replayed p50", "max"),
     )  # fmt: skip
     for name, found in results.items():
         kills = [cycle["shrink"] for cycle in found["cycles"]]
@@ -35,13 +35,13 @@ def shrink_table(results: Results, bound: Bound) -> Table:
     lost_s = bound.interval_s * (bound.attempts + 1)
     table.note(
         f"A node is lost after {lost_s} s without a heartbeat: keep_alive_interval={bound.interval_s} x "
-        f"keep_alive_max_attempt={bound.attempts} and one interval, counted from its last one. Noticed: the ledger's "
-        f"`node_lost`. From there {bound.last_call_s} s is last_call_timeout, for which the rendezvous waits for "
-        "another node; its agents look once a second."
+        f"keep_alive_max_attempt={bound.attempts} plus one interval, counted from its last heartbeat. Detected: the "
+        f"ledger's `node_lost`. {bound.last_call_s} s of the time from there is last_call_timeout, during which the "
+        "rendezvous waits for another node; its agents poll once a second."
     )
     table.note(
-        "torchrun's agents do not say when they notice: their workers fail at once, and the rendezvous waits for "
-        f"{bound.interval_s * bound.attempts} s until the lost one is struck out."
+        "torchrun's agents do not report when they detect the loss: their workers fail immediately, and the "
+        f"rendezvous waits {bound.interval_s * bound.attempts} s before it removes the lost node."
     )
     for name, found in results.items():
         if found["failed"]:
@@ -50,14 +50,14 @@ def shrink_table(results: Results, bound: Bound) -> Table:
 
 
 def phases_table(results: Results) -> Table:
-    """The phases by the runs' own ledgers."""
+    """Return the table of the phases according to the ledgers."""
     table = Table(
-        "Phases by the run's own ledger, medians in s",
-        ("how", "change", "rung", *(name.removesuffix("_s") for name in PHASES), "total"),
+        "Phases according to the ledger, medians in s",
+        ("how", "change", "recovery", *(name.removesuffix("_s") for name in PHASES), "total"),
     )
     table.note(
-        "detect: from the last sign of the lost node until the ranks are told to meet, or ended, which is after the "
-        "agents have met anew; nothing at the return of a node, since nobody is lost then."
+        "detect: from the last heartbeat of the lost node until the ranks are notified, or ended, which is after the "
+        "agents have re-rendezvoused; zero at the return of a node, since no rank is lost then."
     )
     for name, found in results.items():
         for kind, change in (("shrink", "4 to 3"), ("grow", "3 to 4")):
@@ -71,18 +71,18 @@ def phases_table(results: Results) -> Table:
 
 
 def grow_table(results: Results) -> Table:
-    """What the return of a node costs the others."""
+    """Return the table of the cost of a node's return to the others."""
     table = Table(
-        "The node comes back",
-        ("how", "returns", "others stand still p50 s", "max s", "start of the agent to a step of all p50 s", "max s",
-         "steps of the others meanwhile p50", "max", "steps run again p50", "max"),
+        "The node rejoins",
+        ("how", "returns", "others paused p50 s", "max s", "agent start to a step of all p50 s", "max s",
+         "steps of the others in the meantime p50", "max", "steps replayed p50", "max"),
     )  # fmt: skip
-    table.note("Stand still: from the last step of three ranks to the first of four, by the slowest rank.")
+    table.note("Paused: from the last step of three ranks to the first of four, slowest rank.")
     for name, found in results.items():
         comes = [cycle["grow"] for cycle in found["cycles"]]
         if comes:
             table.add(
-                name, len(comes), *_two([come["still_s"] for come in comes]),
+                name, len(comes), *_two([come["paused_s"] for come in comes]),
                 *_two([come["seconds"] for come in comes]), *_two([come["steps_meanwhile"] for come in comes], "g"),
                 *_two([come["repeated_steps"] for come in comes], "g"),
             )  # fmt: skip
@@ -90,15 +90,15 @@ def grow_table(results: Results) -> Table:
 
 
 def exactness_table(results: Results) -> Table:
-    """What was trained on, and what has come of it."""
+    """Return the table of the samples that were used, and of the differences in the result."""
     table = Table(
-        "What was trained on in all epochs, and the end beside that of a run which nobody left",
-        ("how", "kills", "samples due", "came again", "never came", "largest difference of a weight",
+        "Samples used in all epochs, and the result compared with an undisturbed run",
+        ("how", "kills", "samples due", "repeated", "skipped", "largest difference of a weight",
          "of an epoch's loss, relative"),
     )  # fmt: skip
     table.note(
-        "Counted from what each rank has put down, without the steps that were taken back: a sample that comes a "
-        "second time in an epoch came again, one of an epoch that has not had it never came."
+        "Counted from what each rank has recorded, without the steps that were rolled back. Repeated: a sample that an "
+        "epoch uses a second time. Skipped: a sample that an epoch does not use."
     )
     for name, found in results.items():
         if "due" in found:

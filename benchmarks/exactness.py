@@ -1,4 +1,4 @@
-"""Whether jobs that were killed went on as one does that nobody kills, bit for bit."""
+"""Compare jobs that were killed with undisturbed ones, bit for bit."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from benchmarks.report import console
 from benchmarks.scratch import Scratch, scratch
 
 STEP_S = 2.0
-"""Far longer than a step takes."""
+"""Upper bound for the length of a step, in seconds."""
 
 
 def reference_of(opponent: Opponent) -> Opponent:
-    """The job that says what is right: Lightning's own `ddp` for all that run a trainer, else the opponent itself."""
+    """Return the job to compare with: Lightning's own `ddp` for all that run a trainer, else the opponent itself."""
     if opponent.strategy == "torchft":
         return opponent
-    return Opponent("torchrun, ddp, nobody killed", with_torchrun, "ddp", ranks=opponent.ranks)
+    return Opponent("torchrun, ddp, undisturbed", with_torchrun, "ddp", ranks=opponent.ranks)
 
 
 def compare(kills: dict[str, list[dict[str, Any]]], opponents: tuple[Opponent, ...], size: str) -> None:
-    """Put down under `exact`, for every kill that was survived, whether all ranks' fingerprints are the right ones.
+    """Record under `exact`, for every survived kill, whether the fingerprints of all ranks are the expected ones.
 
     Args:
-        kills: by the opponent's name.
-        opponents: all of them.
-        size: of the model.
+        kills: kills by the opponent's name.
+        opponents: all opponents.
+        size: model size.
     """
     groups: dict[str, tuple[Opponent, list[dict[str, Any]]]] = {}
     for opponent in opponents:
@@ -42,22 +42,22 @@ def compare(kills: dict[str, list[dict[str, Any]]], opponents: tuple[Opponent, .
             try:
                 right = undisturbed(reference, size, last, place)
             except NoRecoveryError as error:
-                console.print(f"nothing to compare with: {error}", markup=False)
+                console.print(f"nothing to compare with, the undisturbed run failed: {error}", markup=False)
                 continue
             for kill in good:
                 kill["exact"] = is_exact(kill["fingerprints"], right)
 
 
 def is_exact(seen: dict[int, list[int]], right: dict[int, int]) -> bool:
-    """Whether all ranks had the right fingerprint after each of the steps."""
+    """Return whether all ranks had the expected fingerprint after each of the steps."""
     return all(values == [right[step]] for step, values in seen.items())
 
 
 def undisturbed(opponent: Opponent, size: str, steps: int, place: Scratch) -> dict[int, int]:
-    """Fingerprints by step of a job that nobody kills.
+    """Return the fingerprints of an undisturbed job, by step.
 
     Raises:
-        NoRecoveryError: it ended or took too long.
+        NoRecoveryError: If the job ended or took too long.
     """
     with job(opponent, size, place, f"reference-{opponent.strategy}") as (watch, _):
         lives = watch.until(

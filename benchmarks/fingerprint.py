@@ -1,7 +1,7 @@
-"""A few bytes that tell two runs apart which differ anywhere in their models or optimizers.
+"""A fingerprint of a few bytes that differs between runs whose models or optimizers differ anywhere.
 
-Every gradient depends on every parameter and on the ranks' batches, so after a step or two a difference anywhere has
-reached any tensor; one of them is enough, and costs a step next to nothing.
+Every gradient depends on every parameter and on the ranks' batches, so after a step or two any difference has reached
+every tensor. One tensor is enough, and adds almost nothing to a step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from benchmarks.gpt import GPT
 
 
 def fingerprint(model: GPT, optimizer: torch.optim.Optimizer) -> int:
-    """CRC-32 of the last norm's weights and of both their moments in AdamW, bit for bit."""
+    """Return the CRC-32 of the last norm's weights and of both of their AdamW moments."""
     weights = model.norm.weight
     moments = optimizer.state[weights]
     found = 0

@@ -1,14 +1,14 @@
-"""The model that is trained: a small decoder-only transformer, in sizes that differ in width alone.
+"""The model that is trained: a small decoder-only transformer, in sizes that differ only in width.
 
-All sizes have the same number of tensors, so that a straight line through the sizes separates what a mirrored step
-costs per byte from what it costs anyway.
+All sizes have the same number of tensors, so that a linear fit over the sizes separates the cost per byte of a mirrored
+step from its fixed cost.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the name that everybody knows
+from torch.nn import functional as F  # noqa: N812 - the conventional name
 
 VOCABULARY = 256
 CONTEXT = 64
@@ -27,7 +27,7 @@ WIDTHS = {
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward network, each behind a norm and beside a shortcut."""
+    """Attention and a feed-forward network, each with a pre-norm and a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Block(nn.Module):
         self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` of shape [batch, time, width] to the same."""
+        """Map `x` of shape [batch, time, width] to a tensor of the same shape."""
         batch, time, width = x.shape
         parts = self.project_in(self.before_attention(x)).view(batch, time, 3, self.heads, width // self.heads)
         query, key, value = parts.permute(2, 0, 3, 1, 4)
@@ -53,7 +53,7 @@ class GPT(nn.Module):
     """Next-token prediction.
 
     Args:
-        size: one of `WIDTHS`.
+        size: key of `WIDTHS`.
     """
 
     def __init__(self, size: str) -> None:
@@ -65,17 +65,17 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Loss of predicting each token of `tokens` of shape [batch, CONTEXT + 1] from those before it."""
+        """Return the loss of predicting each token of `tokens`, of shape [batch, CONTEXT + 1], from those before it."""
         seen, expected = tokens[:, :-1], tokens[:, 1:]
         x = self.tokens(seen) + self.places.weight[: seen.shape[1]]
         logits = F.linear(self.norm(self.blocks(x)), self.tokens.weight)
         return F.cross_entropy(logits.flatten(0, 1), expected.flatten())
 
     def parameter_count(self) -> int:
-        """Number of parameters."""
+        """Return the number of parameters."""
         return sum(p.numel() for p in self.parameters())
 
 
 def random_tokens(samples: int) -> Tensor:
-    """Tokens of shape [samples, CONTEXT + 1], the same at every call."""
+    """Return tokens of shape [samples, CONTEXT + 1], the same at every call."""
     return torch.randint(VOCABULARY, (samples, CONTEXT + 1), generator=torch.Generator().manual_seed(5))

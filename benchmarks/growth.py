@@ -1,7 +1,7 @@
-"""How a recovery in place grows with the number of ranks, phase by phase.
+"""How the time of a recovery in place grows with the number of ranks, by phase.
 
-The same small model, on two, four and eight ranks of one machine. Ranks beyond the cores train in turns, and so they
-recover: the phases say what grows with the protocol and what with the waiting for a core.
+The same small model trains on two, four and eight ranks of one machine. If there are more ranks than cores, they wait
+for a core, also during recovery: the phases show what grows with the protocol and what with that wait.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from benchmarks.kills import Opponent, add_options, complete, run
 from benchmarks.processes import with_ckptless_run
 from benchmarks.quantiles import median
 from benchmarks.recovery_tables import phases_of_kinds_table
-from benchmarks.relaunch_tables import came_back
+from benchmarks.relaunch_tables import survived
 from benchmarks.report import Report, base_parser, progress_bar
 from benchmarks.tables import Table, verdict
 
@@ -25,15 +25,15 @@ TARGET = 1.3
 
 
 def growth_table(results: dict[str, Any]) -> Table:
-    """Regrouping and restoring, against those of two ranks."""
+    """Return the table of recovery times, with regroup and restore relative to those of two ranks."""
     table = Table(
         "Recovery in place with a standby, by ranks",
-        ("ranks", "kills", "p50 s", "max s", "regroup + restore s", "grown"),
+        ("ranks", "kills", "p50 s", "max s", "regroup + restore s", "growth"),
     )
     seconds = {name: _regroup_and_restore_s(kills) for name, kills in results["kills"].items()}
     smallest_s = next(iter(seconds.values()))
     for name, kills in results["kills"].items():
-        good = [kill["seconds"] for kill in came_back(kills)]
+        good = [kill["seconds"] for kill in survived(kills)]
         grown = f"{seconds[name] / smallest_s:.2f}x" if good else ""
         table.add(name, len(kills), f"{median(good):.2f}", f"{max(good):.2f}", f"{seconds[name]:.3f}", grown)
     largest_s = [*seconds.values()][-1]
@@ -42,7 +42,7 @@ def growth_table(results: dict[str, Any]) -> Table:
 
 
 def _regroup_and_restore_s(kills: list[Any]) -> float:
-    phases = [kill["ledger"]["phases"] for kill in came_back(kills) if "ledger" in kill]
+    phases = [kill["ledger"]["phases"] for kill in survived(kills) if "ledger" in kill]
     return median([phase["regroup_s"] + phase["restore_s"] for phase in phases])
 
 

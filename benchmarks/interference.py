@@ -1,7 +1,8 @@
-"""What the mirror's thread takes from training on cores that both want, and whether giving way more helps.
+"""The cost of the mirror thread to training on shared cores, and whether a lower scheduling priority reduces it.
 
-Two ranks of the same job train on as many cores under each variant, all of them alive at once and taking turns in
-short segments: as it is, with the mirror's thread made nice, and with one thread for its copies. Takes five minutes.
+Two ranks of the same job train on two cores under each variant: unmodified, with a nice level for the mirror thread,
+under batch scheduling, and with one thread for its copies. The variants run at the same time and alternate in short
+segments. Takes five minutes.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from benchmarks.threads import TurnsJob, fork_server
 
 RANKS = 2
 WARM_UP_STEPS = 8
-HABITS = {"as it is": "", "nice 10": "nice", "batch scheduling": "batch", "one thread": "one"}
-"""What is tried, by its name in the table: see `training.MIRROR_HABITS`."""
+SCHEDULING = {"unmodified": "", "nice 10": "nice", "batch scheduling": "batch", "one thread": "one"}
+"""Variants by their name in the table: see `training.MIRROR_SCHEDULING`."""
 
 
 def measure(size: str, rounds: int, steps: int, place: Scratch, advance: Any) -> dict[str, Any]:
-    """Train a size under each variant, in turns."""
-    segments: dict[str, list[dict[str, Any]]] = {name: [] for name in ("ddp", *HABITS)}
+    """Train a model size under each variant, alternating."""
+    segments: dict[str, list[dict[str, Any]]] = {name: [] for name in ("ddp", *SCHEDULING)}
     with fork_server(machine.ROOT) as parent, ExitStack() as stack:
         jobs = {}
         for name in segments:
-            strategy, habit = ("ddp", "") if name == "ddp" else ("ckptless", HABITS[name])
+            strategy, scheduling = ("ddp", "") if name == "ddp" else ("ckptless", SCHEDULING[name])
             options = JobOptions(
-                size, 2, strategy, devices=RANKS, turns=True, root=str(place.files), mirror_habit=habit
+                size, 2, strategy, devices=RANKS, turns=True, root=str(place.files), mirror_scheduling=scheduling
             )
             jobs[name] = stack.enter_context(TurnsJob(options, parent, place))
             jobs[name].train(WARM_UP_STEPS)
@@ -49,23 +50,23 @@ def measure(size: str, rounds: int, steps: int, place: Scratch, advance: Any) ->
 
 
 def interference_table(results: dict[str, Any]) -> Table:
-    """Step and CPU time of each variant beyond `ddp`."""
+    """Return the table of the step and CPU time of each variant, compared with `ddp`."""
     table = Table(
-        f"What a mirrored step costs by how its thread behaves, {RANKS} CPU ranks, in turns",
-        ("model", "variant", "step ms", "over ddp ms", "least to most", "CPU over ddp ms", "staged after ms",
-         "committed after ms", "foreign cores"),
+        f"Cost of a mirrored step by scheduling of the mirror thread, {RANKS} CPU ranks, alternating",
+        ("model", "variant", "step ms", "over ddp ms", "min to max", "CPU over ddp ms", "staged after ms",
+         "committed after ms", "cores used by others"),
     )  # fmt: skip
     table.note(
-        "Medians of a segment on the slower rank; over ddp: median over rounds of the difference to its segment."
+        "Medians of a segment on the slower rank; over ddp: median over rounds of the difference from its segment."
     )
     for pair in results["pairs"]:
         for name, segments in pair["segments"].items():
             over, cpu = over_ddp(pair, name), over_ddp(pair, name, cpu_ms)
-            foreign = median([segment["foreign_cores"] for segment in segments])
+            others = median([segment["cores_used_by_others"] for segment in segments])
             table.add(
                 pair["size"], name, f"{median([step_ms(s) for s in segments]):.2f}", f"{median(over):.2f}",
                 f"{min(over):.2f} to {max(over):.2f}", f"{median(cpu):.2f}", f"{part_ms(segments, 'stage_s'):.2f}",
-                f"{part_ms(segments, 'round_s'):.2f}", f"{foreign:.2f}",
+                f"{part_ms(segments, 'round_s'):.2f}", f"{others:.2f}",
             )  # fmt: skip
     return table
 
@@ -75,7 +76,7 @@ def run(sizes: list[str], rounds: int, progress: Progress) -> dict[str, Any]:
     task = progress.add_task("", total=rounds * len(sizes))
     results: dict[str, Any] = {"pairs": []}
     for size in sizes:
-        progress.update(task, description=f"{size}, {len(HABITS) + 1} variants in turns")
+        progress.update(task, description=f"{size}, {len(SCHEDULING) + 1} variants alternating")
         steps = 40 if size == "tiny" else 8
         with scratch() as place:
             results["pairs"].append(measure(size, rounds, steps, place, lambda: progress.advance(task)))
@@ -85,7 +86,7 @@ def run(sizes: list[str], rounds: int, progress: Progress) -> dict[str, Any]:
 def main() -> None:
     """Read the command line, measure, report."""
     parser = base_parser(__doc__)
-    parser.add_argument("--sizes", nargs="+", default=["tiny", "10M"], choices=list(WIDTHS), help="models")
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "10M"], choices=list(WIDTHS), help="model sizes")
     parser.add_argument("--rounds", type=int, default=20, help="segments per variant (default: 20)")
     args = parser.parse_args()
     report = Report(args)

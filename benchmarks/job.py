@@ -1,6 +1,6 @@
-"""The script that the benchmarks start in every way there is; `--strategy` says who is measured.
+"""The script that the benchmarks start with every launcher; `--strategy` says what is measured.
 
-It stands apart from `training` so that the moment of its first line is known before torch is imported.
+It is separate from `training` so that the time of its first line is known before torch is imported.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ class JobOptions:
     """What a job trains, and how.
 
     Args:
-        size: of the model, one of `gpt.WIDTHS`.
+        size: model size, a key of `gpt.WIDTHS`.
         batch: samples per rank and step.
         strategy: `ckptless` or `ddp`.
-        strategy_options: of the strategy.
-        devices: ranks.
-        steps: optimizer steps; -1 to train until told to stop.
+        strategy_options: options of the strategy.
+        devices: number of ranks.
+        steps: optimizer steps; -1 to train until stopped.
         checkpoint_every: steps between two checkpoint files; 0 for none.
-        root: folder for what a run leaves behind.
+        root: folder for the files of a run.
         turns: train only when it is this job's turn.
         async_save_every: steps between two calls of torch's `async_save`; 0 for none.
         accelerator: `cpu` or `gpu`.
-        mirror_habit: of the mirror's thread, one of `training.MIRROR_HABITS`; nothing for its own.
-        sharded: by FSDP2 over all ranks, under the sibling of the strategy for that.
+        mirror_scheduling: key of `training.MIRROR_SCHEDULING` for the mirror thread; empty for the default.
+        sharded: whether FSDP2 shards the model over all ranks, with the corresponding model-parallel strategy.
     """
 
     size: str = "tiny"
@@ -47,15 +47,15 @@ class JobOptions:
     async_save_every: int = 0
     accelerator: str = "cpu"
     sharded: bool = False
-    mirror_habit: str = ""
+    mirror_scheduling: str = ""
 
     def to_arguments(self) -> list[str]:
-        """The options as the script's command line."""
+        """Return the options as arguments of the script."""
         return [f"--{f.name.replace('_', '-')}={json.dumps(getattr(self, f.name))}" for f in fields(self)]
 
     @classmethod
     def from_arguments(cls, argv: list[str] | None = None) -> JobOptions:
-        """The options of a command line; the values are JSON."""
+        """Parse the options from a command line; the values are JSON."""
         parser = argparse.ArgumentParser(description=__doc__)
         for option in fields(cls):
             parser.add_argument(f"--{option.name.replace('_', '-')}", type=json.loads, default=argparse.SUPPRESS)
@@ -63,15 +63,15 @@ class JobOptions:
 
 
 def main() -> None:
-    """Train, and tell the benchmark of each moment."""
+    """Train, and report each moment to the benchmark."""
     began_at = time.time()
     wire = Wire(os.environ[SOCKET])
-    wire.say("script", at=began_at)
-    from benchmarks.training import make_strategy, train  # noqa: PLC0415 - the time of this import is measured
+    wire.send("script", at=began_at)
+    from benchmarks.training import make_strategy, train  # noqa: PLC0415 - this import is measured
 
     options = JobOptions.from_arguments()
     strategy = make_strategy(options)
-    wire.say("imported")
+    wire.send("imported")
     train(options, strategy, wire)
 
 

@@ -1,4 +1,4 @@
-"""Jobs that are killed again and again, in blocks that alternate between the ways to survive it."""
+"""Jobs whose ranks are killed repeatedly, in blocks that alternate between the opponents."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from benchmarks.processes import OWN_STORE, Command, job_environment, with_torch
 from benchmarks.recoveries import NoRecoveryError, Watch, kill_one
 from benchmarks.report import console
 from benchmarks.scratch import Scratch, scratch
-from benchmarks.wire import Desk
+from benchmarks.wire import Inbox
 from lightning_ckptless import environment
 from lightning_ckptless.ledger import read_ledger
 
 STEP_S = 0.05
 EVERY = 50
-"""Steps between two checkpoint files of the opponent; the kills are spread over them."""
+"""Steps between two checkpoint files of the opponent; kills are spread over that interval."""
 TIMEOUT_S = 120.0
 STOCK_TIMEOUT_S = 60.0
 ACCOUNT_S = 10.0
@@ -33,15 +33,15 @@ class Opponent:
     """One way to survive a kill.
 
     Args:
-        name: what the tables call it.
-        command: makes the command line.
-        strategy: of the script.
+        name: name in the tables.
+        command: builds the command line.
+        strategy: strategy of the script.
         checkpoint_every: steps between two checkpoint files; 0 for none.
-        env: what it needs beyond the usual.
-        ranks: of the job.
-        every: steps between two kills, at least.
-        strategy_options: of the script's strategy.
-        kills_of_a_job: most kills that a job can take; 0 for any number.
+        env: additional environment variables.
+        ranks: number of ranks.
+        every: minimum steps between two kills.
+        strategy_options: options of the script's strategy.
+        kills_of_a_job: kills after which a job is started again; 0 for no limit.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Opponent:
     kills_of_a_job: int = 0
 
     def options(self, size: str, root: Path) -> JobOptions:
-        """The job that is killed."""
+        """Return the options of the job that is killed."""
         return JobOptions(
             size,
             2,
@@ -68,26 +68,26 @@ class Opponent:
 
 
 def stock(ranks: int) -> Opponent:
-    """Torchrun in its own defaults."""
-    return Opponent("torchrun as it is, ddp + ModelCheckpoint(50)", with_torchrun, "ddp", EVERY, ranks=ranks)
+    """Return torchrun with its default settings."""
+    return Opponent("torchrun without changes, ddp + ModelCheckpoint(50)", with_torchrun, "ddp", EVERY, ranks=ranks)
 
 
 def files(ranks: int) -> Opponent:
-    """Torchrun with a checkpoint file every so many steps, and with the one setting that lets it relaunch."""
+    """Return torchrun with checkpoint files, and with the setting that makes its relaunches work."""
     name = f"torchrun, ddp + ModelCheckpoint({EVERY})"
     return Opponent(name, with_torchrun, "ddp", EVERY, tuple(OWN_STORE.items()), ranks=ranks)
 
 
 @contextmanager
 def job(opponent: Opponent, size: str, place: Scratch, name: str) -> Iterator[tuple[Watch, Path]]:
-    """A job that is training, and the folder of its runs."""
+    """Start a job; yields its watch and its folder."""
     folder = place.files / name
     folder.mkdir()
     ours = {environment.RUN_ROOT: str(folder / "runs"), environment.ARENA_DIR: str(place.arenas)}
-    with Desk(place.files / f"{name}.socket") as desk:
-        env = {**job_environment(desk.path), **ours, **dict(opponent.env)}
+    with Inbox(place.files / f"{name}.socket") as inbox:
+        env = {**job_environment(inbox.path), **ours, **dict(opponent.env)}
         with Command(opponent.command(opponent.options(size, folder)), folder, env) as command:
-            yield Watch(desk, command, opponent.ranks), folder
+            yield Watch(inbox, command, opponent.ranks), folder
 
 
 def block(
@@ -99,10 +99,10 @@ def block(
     chance: random.Random,
     timeout_s: float = TIMEOUT_S,
 ) -> Iterator[Any]:
-    """Start a job, kill it so many times, and end it.
+    """Start a job, kill ranks of it `kills` times, and end it.
 
     Yields:
-        What came of each kill; with the ledger's account of it under `ledger` where there is one.
+        None after each kill; at the end, the result of each kill, with the ledger's `recovery` event under `ledger`.
     """
     found: list[dict[str, Any]] = []
     with job(opponent, size, place, name) as (watch, folder):
@@ -127,10 +127,10 @@ def block(
 
 
 def jobs(opponent: Opponent, args: Any, kills: int, place: Scratch, name: str, chance: random.Random) -> Iterator[Any]:
-    """So many kills, in as many jobs as that takes: one that is lost, or can take no more, is followed by another.
+    """Kill ranks `kills` times, and start another job when one is lost or has reached its limit.
 
     Yields:
-        As `block` does.
+        The same as `block`.
     """
     done = 0
     while done < kills:
@@ -145,29 +145,29 @@ def jobs(opponent: Opponent, args: Any, kills: int, place: Scratch, name: str, c
 
 
 def _await_last_account(watch: Watch, folder: Path, kills: int) -> None:
-    """A recovery is written down when its first step is committed, a moment after it was finished."""
+    """Wait for the ledger: a recovery is recorded when its first step is committed, shortly after it is finished."""
     with suppress(NoRecoveryError):
         watch.until(lambda _: len(recoveries_of(folder)) >= kills, ACCOUNT_S, "the ledger's last recovery")
 
 
 def recoveries_of(folder: Path) -> list[dict[str, Any]]:
-    """The ledger's `recovery` events of the runs in a folder."""
+    """Return the fields of the `recovery` events in the ledgers of a folder."""
     paths = sorted(folder.rglob("ledger.jsonl"))
     return [event.fields for path in paths for event in read_ledger(path).events if event.event == "recovery"]
 
 
-def run(args: Any, everybody: tuple[Opponent, ...], progress: Progress) -> dict[str, Any]:
-    """Kill every opponent `args.repeats` times, in blocks that alternate; then stock torchrun a few times.
+def run(args: Any, all_opponents: tuple[Opponent, ...], progress: Progress) -> dict[str, Any]:
+    """Kill every opponent `args.repeats` times, in alternating blocks; then torchrun without changes a few times.
 
     Args:
-        args: the command line.
-        everybody: the opponents, of which `args.only` may name some.
-        progress: is shown.
+        args: options of the command line.
+        all_opponents: the opponents; `args.only` may select some of them.
+        progress: progress display.
     """
     chance = random.Random(args.seed)
-    opponents = [opponent for opponent in everybody if not args.only or opponent.name in args.only]
+    opponents = [opponent for opponent in all_opponents if not args.only or opponent.name in args.only]
     results: dict[str, list[Any]] = {opponent.name: [] for opponent in opponents}
-    untouched, tries = stock(everybody[0].ranks), list[Any]()
+    stock_torchrun, tries = stock(all_opponents[0].ranks), list[Any]()
     task = progress.add_task("", total=len(opponents) * args.repeats + args.stock_tries)
     with scratch() as place:
         blocks = [min(args.block, args.repeats - done) for done in range(0, args.repeats, args.block)]
@@ -180,42 +180,44 @@ def run(args: Any, everybody: tuple[Opponent, ...], progress: Progress) -> dict[
                     else:
                         results[opponent.name].append(kill)
         for number in range(args.stock_tries):
-            progress.update(task, description=untouched.name)
-            tried = block(untouched, args.size, 1, place, f"stock-{number}", chance, STOCK_TIMEOUT_S)
+            progress.update(task, description=stock_torchrun.name)
+            tried = block(stock_torchrun, args.size, 1, place, f"stock-{number}", chance, STOCK_TIMEOUT_S)
             tries += [kill for kill in tried if kill is not None]
             progress.advance(task)
     return {"kills": results, "stock": tries}
 
 
-def add_options(parser: Any, everybody: tuple[Opponent, ...], repeats: int, block: int) -> None:
-    """The options of a program that kills.
+def add_options(parser: Any, all_opponents: tuple[Opponent, ...], repeats: int, block: int) -> None:
+    """Add the options of a program that kills ranks.
 
     Args:
-        parser: of the program.
-        everybody: the opponents.
-        repeats: kills of each, usually.
-        block: kills in a row, usually.
+        parser: parser of the program.
+        all_opponents: the opponents.
+        repeats: default number of kills of each opponent.
+        block: default number of consecutive kills.
     """
-    names = [opponent.name for opponent in everybody]
+    names = [opponent.name for opponent in all_opponents]
     parser.add_argument("--repeats", type=int, help=f"kills of each opponent (default: {repeats}; 2 with --quick)")
     parser.add_argument(
-        "--block", type=int, default=block, help="kills before the next one's turn (default: %(default)s)"
+        "--block", type=int, default=block, help="consecutive kills of an opponent (default: %(default)s)"
     )
-    parser.add_argument("--stock-tries", type=int, help="kills of torchrun as it is (default: 6; 1 with --quick)")
+    parser.add_argument(
+        "--stock-tries", type=int, help="kills of torchrun without changes (default: 6; 1 with --quick)"
+    )
     parser.add_argument(
         "--timeout",
         type=float,
         default=TIMEOUT_S,
-        help="seconds after a kill at which a job is given up as lost (default: %(default)g)",
+        help="seconds after a kill until a job counts as lost (default: %(default)g)",
     )
-    parser.add_argument("--size", default="1M", help="model that is trained (default: 1M)")
-    parser.add_argument("--seed", type=int, default=1, help="of the moments and victims (default: 1)")
+    parser.add_argument("--size", default="1M", help="model size (default: 1M)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the moments and victims (default: 1)")
     parser.add_argument("--only", nargs="+", choices=names, help="opponents (default: all)")
-    parser.set_defaults(usual_repeats=repeats)
+    parser.set_defaults(default_repeats=repeats)
 
 
 def complete(args: Any) -> Any:
-    """Fill in what depends on other options."""
-    args.repeats = args.repeats or (2 if args.quick else args.usual_repeats)
+    """Fill in the defaults that depend on other options."""
+    args.repeats = args.repeats or (2 if args.quick else args.default_repeats)
     args.stock_tries = (1 if args.quick else 6) if args.stock_tries is None else args.stock_tries
     return args

@@ -1,4 +1,4 @@
-"""What a measurement was made on: hardware, versions, date and how busy the machine was with other things."""
+"""The context of a measurement: hardware, versions, date and the machine's other load."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def facts() -> dict[str, Any]:
-    """Machine, versions and date, as JSON can hold them."""
+    """Return machine, versions and date as values for JSON."""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "cpu": _cpu_model(),
@@ -36,8 +36,8 @@ def facts() -> dict[str, Any]:
     }
 
 
-def in_words(known: dict[str, Any]) -> str:
-    """One sentence for the head of a table."""
+def describe(known: dict[str, Any]) -> str:
+    """Return one sentence to print above the tables."""
     device = f", one {known['device']}" if known.get("device") else ""
     return (
         f"{known['date']}; {known['cores']} cores of {known['cpu']}, {known['memory_gib']} GiB{device}; "
@@ -46,12 +46,12 @@ def in_words(known: dict[str, Any]) -> str:
 
 
 def load() -> list[float]:
-    """Load averages of 1, 5 and 15 minutes."""
+    """Return the load averages of 1, 5 and 15 minutes."""
     return [round(value, 2) for value in os.getloadavg()]
 
 
 def wait_until_quiet(most: float, patience_s: float) -> bool:
-    """Wait until the load of the last minute is at most `most`. Returns whether it came to that."""
+    """Wait until the load of the last minute is at most `most`. Returns False if `patience_s` has passed."""
     deadline = time.monotonic() + patience_s
     while os.getloadavg()[0] > most:
         if time.monotonic() > deadline:
@@ -62,7 +62,7 @@ def wait_until_quiet(most: float, patience_s: float) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """CPU time used by everything on the machine since it started."""
+    """CPU time used by all processes since the machine started."""
 
     cpu_s: float
     at: float
@@ -73,12 +73,12 @@ class Busy:
         stolen = getattr(times, "steal", 0.0)
         return cls(times.user + times.system + getattr(times, "softirq", 0.0) + stolen, time.monotonic())
 
-    def foreign_cores(self, since: Busy, own_cpu_s: float) -> float:
-        """Cores that others used since then, on average.
+    def cores_used_by_others(self, since: Busy, own_cpu_s: float) -> float:
+        """Return the average number of cores that other processes used since then.
 
         Args:
-            since: the earlier look.
-            own_cpu_s: CPU time of the processes that are being measured.
+            since: the earlier reading.
+            own_cpu_s: CPU time of the measured processes, in seconds.
         """
         return max(0.0, self.cpu_s - since.cpu_s - own_cpu_s) / max(1e-9, self.at - since.at)
 
@@ -91,7 +91,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """Commit of the working tree, with a plus sign where it was changed."""
+    """Return the commit of the working tree, with a plus sign if the tree was modified."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""Jobs in processes of their own, started in every way that is compared, and ended without a trace."""
+"""Jobs in separate processes, started by each of the compared launchers and ended completely."""
 
 from __future__ import annotations
 
@@ -20,43 +20,43 @@ from benchmarks.wire import SOCKET
 
 SCRIPT = ROOT / "benchmarks" / "job.py"
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""What stock torchrun needs so that relaunched workers do not read the addresses of dead ones."""
+"""Setting with which relaunched workers of torchrun do not read the addresses of killed ones."""
 
 END_GRACE_S = 20.0
 
 
 def with_ckptless_run(options: JobOptions, *flags: str) -> list[str]:
-    """The command line of `ckptless run`."""
+    """Return the command line of `ckptless run`."""
     program = str(Path(sys.executable).with_name("ckptless"))
     return [program, "run", f"--nproc-per-node={options.devices}", *flags, str(SCRIPT), *options.to_arguments()]
 
 
 def with_torchrun(options: JobOptions) -> list[str]:
-    """The command line of torchrun."""
+    """Return the command line of torchrun."""
     flags = ["--standalone", f"--nproc-per-node={options.devices}", "--max-restarts=100"]
     return [sys.executable, "-m", "torch.distributed.run", *flags, str(SCRIPT), *options.to_arguments()]
 
 
 def with_python(options: JobOptions) -> list[str]:
-    """The command line of the script itself."""
+    """Return the command line of the script itself."""
     return [sys.executable, str(SCRIPT), *options.to_arguments()]
 
 
 def job_environment(socket_path: Path) -> dict[str, str]:
-    """What every job needs: the way to the benchmark and to its modules, and one thread per rank."""
+    """Return the variables that every job needs: socket, module path, one thread per rank."""
     return {SOCKET: str(socket_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 class Command:
-    """A running command line. A context manager that ends it and all that it has started.
+    """A running command. A context manager that ends it and all processes that it started on exit.
 
     Args:
-        words: the command line.
-        folder: its working directory; its output goes to `output.txt` in there.
-        env: what its environment has beyond this process's.
+        words: command line.
+        folder: working directory, which also receives the output as `output.txt`.
+        env: variables to add to those of this process.
 
     Attributes:
-        began_at: wall clock before it was started.
+        began_at: wall clock just before the start.
     """
 
     def __init__(self, words: list[str], folder: Path, env: Mapping[str, str]) -> None:
@@ -75,20 +75,20 @@ class Command:
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended."""
+        """Whether it is still running."""
         return self._process.poll() is None
 
     def wait(self, timeout_s: float) -> int:
-        """Wait for the end and return the exit code."""
+        """Wait for its end and return the exit code."""
         return self._process.wait(timeout_s)
 
     @property
     def pid(self) -> int:
-        """Of the process itself."""
+        """Process id of the command itself."""
         return self._process.pid
 
     def kill(self) -> None:
-        """SIGKILL it, and then all that it has started."""
+        """SIGKILL it, then all processes that it started."""
         left = self._descendants()
         self._process.kill()
         for process in left:
@@ -97,12 +97,12 @@ class Command:
         psutil.wait_procs(left, END_GRACE_S)
         self._process.wait()
 
-    def last_words(self, lines: int = 15) -> str:
-        """The end of its output."""
+    def output_tail(self, lines: int = 15) -> str:
+        """Return the last lines of its output."""
         return "\n".join(self.output.read_text(errors="replace").splitlines()[-lines:])
 
     def end(self) -> None:
-        """Ask it to end, then see to it that none of its processes is left."""
+        """Send SIGTERM, then kill every process of it that is left."""
         left = [*self._descendants(), psutil.Process(self._process.pid)] if self.running else []
         if self.running:
             self._process.terminate()

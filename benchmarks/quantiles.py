@@ -1,4 +1,4 @@
-"""Numbers out of repeats: quantiles and a straight line."""
+"""Statistics of repeats: quantiles and a linear fit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from statistics import fmean
 
 
 def quantile(values: Sequence[float], part: float) -> float:
-    """A quantile, interpolated between the two nearest values.
+    """Return a quantile, interpolated between the two nearest values.
 
     Args:
         values: at least one.
@@ -22,7 +22,7 @@ def quantile(values: Sequence[float], part: float) -> float:
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle of the values, of which there is at least one."""
+    """Return the median of at least one value."""
     return quantile(values, 0.5)
 
 
@@ -35,10 +35,10 @@ class StraightLine:
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> StraightLine:
-    """The straight line of least squares through points `(x, y)`, of which at least two differ in x.
+    """Fit a line by least squares to points `(x, y)`, at least two of which differ in x.
 
-    Points are weighted by `1 / (1 + x)**2`: the spread of a time grows with the size, and the fixed part is read at the
-    small ones.
+    Points are weighted by `1 / (1 + x)**2`: the spread of a time grows with the size, and small sizes determine the
+    fixed part.
     """
     weights = [1.0 / (1.0 + x) ** 2 for x, _ in points]
     total = sum(weights)
@@ -50,7 +50,7 @@ def fit_line(points: Sequence[tuple[float, float]]) -> StraightLine:
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Mean, median, 95th percentile and the two ends."""
+    """Return mean, median, 95th percentile, minimum and maximum."""
     return {
         "mean": fmean(values),
         "p50": median(values),

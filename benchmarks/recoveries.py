@@ -1,4 +1,4 @@
-"""One kill of one rank, and what came of it, seen from outside."""
+"""One kill of one rank, and the recovery as measured from outside."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.processes import Command
 from benchmarks.quantiles import median
-from benchmarks.wire import Desk, Note
+from benchmarks.wire import Inbox, Note
 
 START_S = 180.0
 _LOOK_S = 1.0
@@ -22,11 +22,11 @@ _WITNESSES = 6
 
 
 class NoRecoveryError(RuntimeError):
-    """What was waited for did not come, or the job has ended.
+    """An awaited event did not occur in time, or the job has ended.
 
     Args:
         message: what happened instead.
-        victim: rank that was killed before; none if it did not come to that.
+        victim: rank that had been killed; None if no rank had been.
     """
 
     def __init__(self, message: str, victim: int | None = None) -> None:
@@ -36,16 +36,16 @@ class NoRecoveryError(RuntimeError):
 
 @dataclass
 class Life:
-    """What one process of a job has said.
+    """What one process of a job has reported.
 
     Args:
-        rank: of the process; -1 until it has one.
-        moments: first time of each moment, wall clock.
-        steps: last time that each step was finished, wall clock.
+        rank: rank of the process; -1 until it has one.
+        moments: wall clock of the first occurrence of each moment.
+        steps: wall clock at which each step was last finished.
         first_step: first step that it finished; 0 for none.
         last_step: last step that it finished.
         committed: newest step that it has seen committed on all ranks.
-        fingerprints: of its model and optimizer after each step, as it was last run.
+        fingerprints: fingerprint of model and optimizer after the last execution of each step.
     """
 
     rank: int = -1
@@ -57,7 +57,7 @@ class Life:
     fingerprints: dict[int, int] = field(default_factory=dict)
 
     def take(self, note: Note) -> None:
-        """Put a note down."""
+        """Record a note."""
         self.moments.setdefault(note.moment, note.at)
         if note.moment == "step":
             self.last_step = note.fields["step"]
@@ -70,26 +70,26 @@ class Life:
 
 @dataclass
 class Watch:
-    """Follows a job from note to note.
+    """Follow a job by the notes of its processes.
 
     Args:
-        desk: where the notes come in.
+        inbox: receives the notes.
         command: the job.
-        ranks: of the job.
+        ranks: number of ranks.
 
     Attributes:
-        lives: of all processes so far, by process id.
+        lives: reports of all processes so far, by process id.
         pids: newest process of each rank.
     """
 
-    desk: Desk
+    inbox: Inbox
     command: Command
     ranks: int
     lives: dict[int, Life] = field(default_factory=dict)
     pids: dict[int, int] = field(default_factory=dict)
 
     def take(self, note: Note) -> None:
-        """Put a note down."""
+        """Record a note."""
         life = self.lives.setdefault(note.pid, Life())
         life.take(note)
         if note.rank != life.rank:
@@ -97,30 +97,32 @@ class Watch:
             self.pids[note.rank] = note.pid
 
     def now(self) -> list[Life]:
-        """The newest process of each rank, as far as they have started."""
+        """Return the newest process of each rank that has started."""
         return [self.lives[self.pids[rank]] for rank in range(self.ranks) if rank in self.pids]
 
     def until(self, reached: Callable[[list[Life]], bool], timeout_s: float, awaited: str) -> list[Life]:
-        """Follow the job until its ranks have all started and got somewhere.
+        """Follow the job until all ranks have started and `reached` returns True.
 
         Raises:
-            NoRecoveryError: they have not in time, or the job has ended.
+            NoRecoveryError: If that does not happen in time, or the job has ended.
         """
         deadline = time.monotonic() + timeout_s
         while len(lives := self.now()) < self.ranks or not reached(lives):
-            note = self.desk.next(_LOOK_S)
+            note = self.inbox.next(_LOOK_S)
             if note is not None:
                 self.take(note)
             elif not self.command.running:
-                raise NoRecoveryError(f"the job ended before {awaited}:\n{self.command.last_words()}")
+                raise NoRecoveryError(
+                    f"the job ended before this was reached: {awaited}:\n{self.command.output_tail()}"
+                )
             if time.monotonic() > deadline:
-                raise NoRecoveryError(f"no sign of {awaited} within {timeout_s} s:\n{self.command.last_words()}")
+                raise NoRecoveryError(f"{awaited} not reached within {timeout_s} s:\n{self.command.output_tail()}")
         return lives
 
     def follow(self, seconds: float) -> None:
-        """Follow the job for so long."""
+        """Follow the job for a number of seconds."""
         deadline = time.monotonic() + seconds
-        while (note := self.desk.next(max(0.0, deadline - time.monotonic()))) is not None:
+        while (note := self.inbox.next(max(0.0, deadline - time.monotonic()))) is not None:
             self.take(note)
 
 
@@ -130,23 +132,23 @@ def kill_one(
     """Kill a random rank after a random number of steps, at a random moment of the step.
 
     Args:
-        watch: of a job that trains until it is ended.
-        chance: source of randomness.
-        every_n_steps: the kill comes after so many steps at least and less than twice as many, all equally likely:
-            where a checkpoint file is written as often, the kill is equally likely at any distance from the last one.
-        within_s: about the length of a step.
-        timeout_s: longest wait for the recovery.
+        watch: a job that trains until it is ended.
+        chance: random generator.
+        every_n_steps: the kill comes after at least this many steps and fewer than twice as many, all equally likely.
+            If a checkpoint file is written equally often, the kill is equally likely at any distance from the last one.
+        within_s: approximate length of a step, in seconds.
+        timeout_s: longest wait for the recovery, in seconds.
 
     Returns:
-        Seconds from the kill to the first step finished by all, finished steps that were run again, committed steps
-        that were lost, how often the workers were started, the fingerprints of the steps from there on, and the
-        moments of the new processes in seconds since the kill.
+        Seconds from the kill to the first step finished by all, replayed steps, lost committed steps, how often the
+        workers were started, the fingerprints of the steps after the recovery, and the moments of the new processes in
+        seconds since the kill.
 
     Raises:
-        NoRecoveryError: the job did not come back in time, or not for long.
+        NoRecoveryError: If the job does not recover in time, or fails soon afterwards.
     """
     watch.until(lambda lives: min(life.first_step for life in lives) > 0, START_S, "a first step")
-    # From the last recovery on: the newest process began with its first step.
+    # Count from the last recovery: the newest process began with its first step.
     steps = max(life.first_step for life in watch.now()) - 1 + every_n_steps + chance.randrange(every_n_steps)
     watch.until(lambda lives: min(life.last_step for life in lives) >= steps, START_S, f"step {steps}")
     watch.follow(chance.random() * within_s)
@@ -157,14 +159,14 @@ def kill_one(
     killed_at = time.time()
     os.kill(watch.pids[victim], signal.SIGKILL)
 
-    def came_back(lives: list[Life]) -> bool:
-        # The newcomer's first step, finished by all of them since then.
+    def recovered(lives: list[Life]) -> bool:
+        # The replacement's first step has been finished by all ranks since the kill.
         first = lives[victim].first_step
         again = watch.pids[victim] != old[victim] and first > 0
         return again and all(life.steps.get(first, 0.0) > killed_at for life in lives)
 
     try:
-        lives = watch.until(came_back, timeout_s, f"a step by all ranks after the loss of rank {victim}")
+        lives = watch.until(recovered, timeout_s, f"a step by all ranks after the loss of rank {victim}")
         first = lives[victim].first_step
         ended_at = max(life.steps[first] for life in lives)
         fingerprints = _fingerprints(watch, range(first, first + _WITNESSES), timeout_s)
@@ -189,14 +191,14 @@ def kill_one(
 
 
 def _fingerprints(watch: Watch, steps: range, timeout_s: float) -> dict[int, list[int]]:
-    """Follow the job through these steps, and return the fingerprints that its ranks have had after each."""
+    """Follow the job through these steps, and return the fingerprints of its ranks after each."""
     last = steps[-1]
     lives = watch.until(lambda lives: min(life.last_step for life in lives) >= last, timeout_s, f"step {last}")
     return {step: sorted({life.fingerprints[step] for life in lives}) for step in steps}
 
 
 def _step_s(life: Life) -> float:
-    """A usual step of the job, by what a rank has done last."""
+    """Return the usual step time in seconds, from a rank's last steps."""
     times = sorted(life.steps.values())[-_LAST_STEPS:]
     took_s = [after - before for before, after in pairwise(times)]
     return median(took_s) if took_s else 0.0

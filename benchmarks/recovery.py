@@ -1,7 +1,7 @@
-"""SIGKILL of one rank to the first step that all ranks have finished: every rung of the ladder, and others.
+"""SIGKILL of one rank to the first step that all ranks have finished: every kind of recovery, and other tools.
 
-A small GPT trains on CPU ranks; again and again a random rank, rank 0 as well, is killed at a random moment. All rows
-are measured in one run, in blocks that alternate. torchft and NVIDIA's resiliency extension take part where `make
+A small GPT trains on CPU ranks. A random rank, which may be rank 0, is killed repeatedly at random moments. All rows
+are measured in one run, in alternating blocks. torchft and NVIDIA's resiliency extension are included if `make
 bench-rivals` has installed them.
 """
 
@@ -15,7 +15,7 @@ from benchmarks.processes import with_ckptless_run, with_torchrun
 from benchmarks.recovery_tables import ladder_table, phases_of_kinds_table
 from benchmarks.relaunch_tables import moments_table, stock_table
 from benchmarks.report import Report, base_parser, console, progress_bar
-from benchmarks.rivals.environment import USUAL, RivalsMissingError, rivals, versions
+from benchmarks.rivals.environment import DEFAULT_PYTHON, RivalsMissingError, rivals, versions
 
 RANKS = 4
 EVERY = 20
@@ -37,13 +37,13 @@ OPPONENTS = (
 def main() -> None:
     """Read the command line, measure, report."""
     parser = base_parser(__doc__)
-    add_options(parser, (*OPPONENTS, *rivals(USUAL, RANKS, EVERY)), repeats=30, block=6)
+    add_options(parser, (*OPPONENTS, *rivals(DEFAULT_PYTHON, RANKS, EVERY)), repeats=30, block=6)
     parser.add_argument(
         "--rivals-python",
         type=Path,
-        default=USUAL,
+        default=DEFAULT_PYTHON,
         metavar="PATH",
-        help="Python of the environment that `make bench-rivals` sets up (default: %(default)s, if it is there)",
+        help="Python of the environment that `make bench-rivals` sets up (default: %(default)s, if it exists)",
     )
     args = complete(parser.parse_args())
     opponents, installed = with_rivals(args.rivals_python.absolute())
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def with_rivals(python: Path) -> tuple[tuple[Opponent, ...], dict[str, str]]:
-    """All opponents that there are here, and the versions of the rivals' packages."""
+    """Return all opponents that are available here, and the versions of the rivals' packages."""
     try:
         installed = versions(python)
     except RivalsMissingError as error:

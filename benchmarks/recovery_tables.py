@@ -5,27 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.quantiles import median, quantile, summary
-from benchmarks.relaunch_tables import PHASES, came_back, own_share_s
+from benchmarks.relaunch_tables import PHASES, own_share_s, survived
 from benchmarks.tables import Table, verdict
 
 FRESH = "relaunch, new interpreters"
 TARGETS = {
-    "in place, standby": ("beyond one step", 0.2, 0.4),
+    "in place, standby": ("in addition to one step", 0.2, 0.4),
     "in place, new process": ("", 0.6, 1.0),
     "relaunch, preloaded": ("", 1.0, 2.0),
 }
-"""Row -> what is judged, p50 and p95 in s."""
+"""By row: the quantity that is compared, and the targets of its p50 and p95 in s."""
 
 
 def ladder_table(results: dict[str, Any], ranks: int) -> Table:
-    """How long each rung takes, and what it costs."""
+    """Return the table of the time and the replayed steps of each kind of recovery."""
     table = Table(
         f"SIGKILL of one of {ranks} ranks to the first step finished by all",
-        ("how", "kills", "survived", "p50 s", "p95 s", "max s", "one step s", "steps run again p50", "max",
+        ("how", "kills", "survived", "p50 s", "p95 s", "max s", "one step s", "steps replayed p50", "max",
          "committed steps lost", "exact", "rank 0 survived"),
     )  # fmt: skip
     for name, kills in results["kills"].items():
-        good = came_back(kills)
+        good = survived(kills)
         if not good:
             table.add(name, len(kills), 0, *8 * ("",), rank_0_survived(kills))
             continue
@@ -45,30 +45,31 @@ def ladder_table(results: dict[str, Any], ranks: int) -> Table:
             rank_0_survived(kills),
         )
     for name, (what, p50_s, p95_s) in TARGETS.items():
-        _judge(table, name, came_back(results["kills"].get(name, [])), what, p50_s, p95_s)
-    fresh = [kill for kill in came_back(results["kills"].get(FRESH, [])) if "ledger" in kill]
+        _judge(table, name, survived(results["kills"].get(name, [])), what, p50_s, p95_s)
+    fresh = [kill for kill in survived(results["kills"].get(FRESH, [])) if "ledger" in kill]
     if fresh:
         own_s = median([own_share_s(kill) for kill in fresh])
-        table.note(f"{FRESH}, all but start of the processes and imports, p50: {verdict(own_s, 0.3, 's')}")
+        table.note(f"{FRESH}, without process start and imports, p50: {verdict(own_s, 0.3, 's')}")
     table.note(
-        "Steps run again are finished ones. Exact: in the steps after the recovery, a checksum of weights and moments "
-        "is on all ranks that of the same step of a run that nobody killed. The drill compares every bit."
+        "Steps replayed are steps that had been finished. Exact: in the steps after the recovery, a checksum of "
+        "weights and moments on all ranks equals that of the same step of an undisturbed run. The drill compares "
+        "every bit."
     )
     if installed := results.get("rivals"):
-        table.note("Others: " + ", ".join(f"{name} {version}" for name, version in installed.items()) + ".")
+        table.note("Other tools: " + ", ".join(f"{name} {version}" for name, version in installed.items()) + ".")
     return table
 
 
 def exact(kills: list[Any]) -> str:
-    """How many of the recoveries that could be compared were exact."""
+    """Return how many of the compared recoveries were exact, in words."""
     compared = [kill["exact"] for kill in kills if "exact" in kill]
     return f"{sum(compared)} of {len(compared)}" if compared else ""
 
 
 def rank_0_survived(kills: list[Any]) -> str:
-    """How many of the kills of rank 0 were survived."""
+    """Return how many of the kills of rank 0 were survived, in words."""
     leader = [kill for kill in kills if kill.get("victim") == 0]
-    return f"{len(came_back(leader))} of {len(leader)}"
+    return f"{len(survived(leader))} of {len(leader)}"
 
 
 def _judge(table: Table, name: str, kills: list[Any], what: str, p50_s: float, p95_s: float | None) -> None:
@@ -82,18 +83,18 @@ def _judge(table: Table, name: str, kills: list[Any], what: str, p50_s: float, p
 
 
 def phases_of_kinds_table(results: dict[str, Any]) -> Table:
-    """The phases by the runs' own ledgers."""
+    """Return the table of the phases according to the ledgers."""
     table = Table(
-        "Phases by the run's own ledger, medians in s",
+        "Phases according to the ledger, medians in s",
         ("how", *(name.removesuffix("_s") for name in PHASES), "total"),
     )
     table.note(
-        "In place: detect ends when the agent has seen the death, abort when the rank that speaks has heard of it, "
+        "In place: detect ends when the agent has seen the exit, abort when the reporting rank has been notified, "
         "regroup when all ranks have met, restore when the state is in place, replay when the first new step is "
         "committed."
     )
     for name, kills in results["kills"].items():
-        accounts = [kill["ledger"] for kill in came_back(kills) if "ledger" in kill]
+        accounts = [kill["ledger"] for kill in survived(kills) if "ledger" in kill]
         if accounts:
             phases = [f"{median([account['phases'][phase] for account in accounts]):.3f}" for phase in PHASES]
             table.add(name, *phases, f"{median([account['total_s'] for account in accounts]):.2f}")

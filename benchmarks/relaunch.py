@@ -1,7 +1,7 @@
-"""SIGKILL of one rank to the first step that all ranks have finished, where all are started again.
+"""SIGKILL of one rank to the first step that all ranks have finished, with a relaunch of all ranks.
 
-A small GPT trains on two CPU ranks; again and again a random rank is killed at a random moment. The opponent is stock
-torchrun with Lightning's `ddp` and a checkpoint file every 50 steps, from which the restarted script resumes.
+A small GPT trains on two CPU ranks. A random rank is killed repeatedly at random moments. The opponent is torchrun
+with Lightning's `ddp` and a checkpoint file every 50 steps, from which the restarted script resumes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all three programs have in common: the command line, the progress display, and where the results go."""
+"""What all programs share: command line options, progress display, and output of the results."""
 
 from __future__ import annotations
 
@@ -21,20 +21,25 @@ console = Console(width=None if sys.stdout.isatty() else WIDTH)
 
 
 def base_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the options that every program has."""
+    """Return a parser with the options that every program has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer repeats: shows that it works, decides nothing")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions and all repeats")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats: a smoke test, not a measurement")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions and all repeats to FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to FILE")
     parser.add_argument(
-        "--max-load", type=float, default=1.5, help="wait for this load before measuring (default: 1.5)"
+        "--max-load",
+        type=float,
+        default=1.5,
+        help="wait until the load average is at most this before measuring (default: 1.5)",
     )
-    parser.add_argument("--patience", type=float, default=600.0, help="longest such wait in seconds (default: 600)")
+    parser.add_argument(
+        "--patience", type=float, default=600.0, help="longest wait for a quiet machine, in seconds (default: 600)"
+    )
     return parser
 
 
 def progress_bar() -> Progress:
-    """A bar with what is being done, how many of how many, and for how long."""
+    """Return a progress bar with the current activity, the count and the elapsed time."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -46,24 +51,24 @@ def progress_bar() -> Progress:
 
 
 class Report:
-    """The result of a program: knows the machine before and after, prints and writes.
+    """The result of a program: records the machine's load before and after, prints and writes tables.
 
     Args:
-        args: from `base_parser`.
+        args: parsed options of `base_parser`.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        # As by Ctrl-C: everything that was started is ended, and the folders are removed.
+        # Like Ctrl-C: all started processes are ended, and the folders are removed.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         if not args.quick and not machine.wait_until_quiet(args.max_load, args.patience):
-            console.print(f"the machine is still busy (load {machine.load()[0]}); measuring all the same")
+            console.print(f"the machine is still busy (load {machine.load()[0]}); measuring anyway")
         self.load_before = machine.load()
 
     def finish(self, tables: list[Table], results: dict[str, Any]) -> None:
-        """Print the tables; write what was asked for."""
+        """Print the tables, and write the files that were requested."""
         known = machine.facts() | {"load_before": self.load_before, "load_after": machine.load()}
-        head = f"{machine.in_words(known)}; load {self.load_before[0]} before, {known['load_after'][0]} after"
+        head = f"{machine.describe(known)}; load {self.load_before[0]} before, {known['load_after'][0]} after"
         console.print(head)
         for table in tables:
             table.show(console)

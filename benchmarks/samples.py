@@ -1,4 +1,4 @@
-"""What the ranks of an elastic job have trained on, and when: read line by line, and counted without a clock."""
+"""The samples that the ranks of an elastic job trained on: read line by line, then counted per epoch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Row:
     """A step that one rank has finished.
 
     Args:
-        attempt: number of the start or regrouping that it belongs to; later ones are larger.
-        epoch: of the step.
+        attempt: number of its start or reconfiguration; it increases over time.
+        epoch: epoch of the step.
         step: optimizer step, from 0.
-        rank: of the process.
+        rank: rank of the process.
         world: number of ranks.
         at: wall clock, seconds since the epoch.
-        samples: that the rank has trained on.
+        samples: indices of the samples that the rank trained on.
     """
 
     attempt: int
@@ -34,11 +34,11 @@ class Row:
 
 @dataclass
 class Rows:
-    """Rows that come in while the job runs.
+    """Rows that are written while the job runs.
 
     Args:
-        folder: where the ranks write, a file each.
-        rows: those that were read so far.
+        folder: folder into which each rank writes a file.
+        rows: rows read so far.
     """
 
     folder: Path
@@ -46,17 +46,17 @@ class Rows:
     _read: dict[Path, int] = field(default_factory=dict)
 
     def look(self) -> list[Row]:
-        """All rows, those that are new included."""
+        """Read new rows, and return all of them."""
         for path in self.folder.glob("seen-*.jsonl"):
             with path.open("rb") as file:
                 file.seek(self._read.get(path, 0))
                 new = file.read()
-            # A line that is not whole yet is read the next time.
+            # An incomplete line is read the next time.
             whole = new[: new.rfind(b"\n") + 1]
             self._read[path] = self._read.get(path, 0) + len(whole)
             for line in whole.splitlines():
-                said = json.loads(line)
-                self.rows.append(Row(**said | {"samples": tuple(said["samples"])}))
+                values = json.loads(line)
+                self.rows.append(Row(**values | {"samples": tuple(values["samples"])}))
         return self.rows
 
 
@@ -65,10 +65,10 @@ class Step:
     """A step that all ranks of its world have finished.
 
     Args:
-        attempt: that it belongs to.
+        attempt: number of its start or reconfiguration.
         number: optimizer step, from 0.
         world: number of ranks.
-        at: when the last of them was done.
+        at: wall clock at which the last rank finished it.
     """
 
     attempt: int
@@ -78,7 +78,7 @@ class Step:
 
 
 def finished(rows: Iterable[Row]) -> list[Step]:
-    """The steps that all ranks of their world have finished, in the order of time; some come again."""
+    """Return the steps that all ranks of their world have finished, by time; replayed steps occur twice."""
     ranks: dict[tuple[int, int, int], dict[int, float]] = {}
     for row in rows:
         ranks.setdefault((row.attempt, row.step, row.world), {})[row.rank] = row.at
@@ -87,19 +87,19 @@ def finished(rows: Iterable[Row]) -> list[Step]:
 
 
 def first_of(steps: Sequence[Step], world: int, *, after: float) -> Step | None:
-    """The first step that so many ranks have finished after a moment."""
+    """Return the first step that `world` ranks finished after a moment."""
     return next((step for step in steps if step.world == world and step.at > after), None)
 
 
 def last_before(steps: Sequence[Step], at: float) -> Step:
-    """The last step that was finished before a moment."""
+    """Return the last step that was finished before a moment."""
     return [step for step in steps if step.at < at][-1]
 
 
 def counting(rows: Iterable[Row]) -> list[Row]:
-    """The rows that have made the weights what they are at the end.
+    """Return the rows that contribute to the final weights.
 
-    An attempt that begins at a step takes back what earlier ones have done from there on.
+    An attempt that begins at a step rolls back what earlier attempts did from that step on.
     """
     rows = list(rows)
     begins: dict[int, int] = {}
@@ -112,12 +112,12 @@ def counting(rows: Iterable[Row]) -> list[Row]:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """How often the samples came.
+    """How often samples were used.
 
     Args:
         due: samples of all epochs together.
-        twice: times that one came in an epoch that had already had it.
-        never: samples of an epoch that it has not had.
+        twice: repeated uses of a sample within an epoch.
+        never: samples that an epoch did not use.
     """
 
     due: int
@@ -126,12 +126,12 @@ class Tally:
 
 
 def tally(rows: Iterable[Row], *, samples: int, epochs: int) -> Tally:
-    """Count what counts.
+    """Count repeated and skipped samples, without rolled-back steps.
 
     Args:
-        rows: of the job that has ended.
-        samples: of the data set.
-        epochs: of the job.
+        rows: rows of a job that has ended.
+        samples: size of the dataset.
+        epochs: number of epochs.
     """
     seen = [Counter[int]() for _ in range(epochs)]
     for row in counting(rows):

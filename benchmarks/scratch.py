@@ -1,4 +1,4 @@
-"""A place for what a benchmark leaves behind, in files and in shared memory, that is empty again when it is over."""
+"""Temporary folders of a benchmark, on disk and in shared memory, that are removed at its end."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SHARED_MEMORY = Path("/dev/shm")
 
 @dataclass(frozen=True)
 class Scratch:
-    """Two folders of this benchmark alone.
+    """Two folders that only this benchmark uses.
 
     Args:
-        files: on disk.
-        arenas: in shared memory.
+        files: folder on disk.
+        arenas: folder in shared memory.
     """
 
     files: Path
@@ -27,7 +27,7 @@ class Scratch:
 
 @contextmanager
 def scratch() -> Iterator[Scratch]:
-    """Make the folders, and remove them at the end."""
+    """Create the folders, and remove them at the end."""
     with tempfile.TemporaryDirectory(prefix="ckptless-bench-") as files:
         arenas = tempfile.mkdtemp(prefix="ckptless-bench-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else files)
         try:

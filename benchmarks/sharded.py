@@ -1,8 +1,9 @@
 """Mirroring at size: models of 33, 100 and 300 million parameters on two and four CPU ranks, DDP and FSDP2.
 
-Each job takes a version every fourth step. The step at whose end it is taken and the one beside which it is copied are
-compared with the two between, in the same job and seconds apart: nothing else has to fit into memory meanwhile. Torch's
-`async_save` of the same state is measured in a job of its own. Takes half an hour; `--sizes 33M` takes five minutes.
+Each job takes a version at every fourth step. The step at whose end it is taken and the step during which it is copied
+are compared with the two in between, in the same job and seconds apart, so that no second job has to fit into memory.
+Torch's `async_save` of the same state is measured in a separate job. Takes half an hour; five minutes with `--sizes
+33M`.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from benchmarks.steady_state import state_bytes
 from benchmarks.threads import JobLostError, TurnsJob, fork_server
 
 EVERY = 4
-"""Steps from one version to the next: at the end of the last the version is taken, beside the first it is copied."""
+"""Steps between two versions: a version is taken at the end of the last step and copied during the first."""
 SIZES = ("33M", "100M", "300M")
 RANKS = (2, 4)
 BATCH = 1
 SHARE_OF_MEMORY = 0.85
-"""Of what is free: torch and the kernel want some, too."""
+"""Share of free memory to use: torch and the kernel need some, too."""
 
 
 def cells(sizes: list[str], ranks: list[int]) -> list[Cell]:
-    """All cells that are asked for."""
+    """Return all requested cells."""
     return [
         Cell(size, state_bytes(size) // 12, count, is_sharded)
         for size in sizes
@@ -50,11 +51,11 @@ def measure(cell: Cell, found: Fit, cycles: int, place: Scratch) -> dict[str, An
     assert found.kept is not None
     domain = "rank" if found.kept else "node"
     ours = {"mirror_every_n_steps": EVERY, "failure_domain": domain}
-    mirrored, said, _ = _train(cell, "ckptless", ours, cycles, place)
+    mirrored, reports, _ = _train(cell, "ckptless", ours, cycles, place)
     plain, _, saves = _train(cell, "ddp", {}, cycles, place, async_save_every=EVERY)
     return {
         **vars(cell), "strategy": cell.strategy, "state_bytes": cell.state_bytes, "kept": found.kept,
-        "steps_s": mirrored, "ranks_said": said, "async_steps_s": plain, "saves": saves,
+        "steps_s": mirrored, "rank_reports": reports, "async_steps_s": plain, "saves": saves,
     }  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def _train(
     *,
     async_save_every: int = 0,
 ) -> tuple[list[float], list[dict[str, Any]], list[dict[str, float]]]:
-    """Times of all steps on the slowest rank, what the ranks have said, and what `async_save` has noted."""
+    """Return the step times on the slowest rank, the reports of the ranks, and the records of `async_save`."""
     options = JobOptions(
         cell.size,
         BATCH,
@@ -90,7 +91,7 @@ def _train(
 
 
 def run(args: Any, results: dict[str, Any], progress: Progress) -> None:
-    """Measure everything that fits, cell by cell into the results."""
+    """Measure every cell that fits, and store the results as they arrive."""
     wanted = cells(args.sizes, args.ranks)
     task = progress.add_task("", total=len(wanted) + len(args.sizes))
     for size in args.sizes:
@@ -120,9 +121,9 @@ def run(args: Any, results: dict[str, Any], progress: Progress) -> None:
 def main() -> None:
     """Read the command line, measure, report."""
     parser = base_parser(__doc__)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(WIDTHS), help="models")
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(WIDTHS), help="model sizes")
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="numbers of ranks (default: 2 4)")
-    parser.add_argument("--cycles", type=int, default=4, help="versions that count, per cell (default: 4)")
+    parser.add_argument("--cycles", type=int, default=4, help="measured versions per cell (default: 4)")
     args = parser.parse_args()
     report = Report(args)
     torch.set_num_threads(1)
@@ -131,7 +132,7 @@ def main() -> None:
         with progress_bar() as progress:
             run(args, results, progress)
     finally:
-        # Whoever ends it early has what was measured until then.
+        # An interrupted run still reports what was measured until then.
         tables = [bytes_table(results), step_table(results), staging_table(results), frozen_table(results)]
         report.finish(tables, results)
 

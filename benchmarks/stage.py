@@ -1,4 +1,4 @@
-"""Staging against a plain memcpy: the shard of one rank into warm shared memory, both in this process, in turns."""
+"""Staging compared with a plain memcpy: one rank's shard into warm shared memory, alternating in this process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def state_of(size: str) -> Tensors:
-    """Parameters and AdamW's state of a model after one step, by name."""
+    """Return the parameters and the AdamW state of a model after one step, by name."""
     model = GPT(size)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     for parameter in model.parameters():
@@ -39,17 +39,17 @@ def state_of(size: str) -> Tensors:
 
 
 def measure_staging(size: str, arenas: Path, *, ranks: int, repeats: int) -> dict[str, Any]:
-    """Stage the shard of rank 0 and copy as many bytes by memcpy, alternately.
+    """Stage the shard of rank 0 and copy the same number of bytes by memcpy, alternating.
 
     Args:
-        size: of the model.
+        size: model size.
         arenas: folder in shared memory.
-        ranks: shards that the state is cut into.
-        repeats: of each.
+        ranks: number of shards of the state.
+        repeats: number of repeats of each.
 
     Returns:
-        Bytes of the shard, number of its pieces, and the seconds of all repeats: `memcpy_s`, `stage_s` (all late, as
-        with `staging="overlap"`), `take_s` (the training thread's part of it).
+        Bytes of the shard, number of its pieces, and the seconds of all repeats: `memcpy_s`, `stage_s` (with the
+        copies at the end, as with `staging="overlap"`), `take_s` (the training thread's part of it).
     """
     tensors = state_of(size)
     layout = plan_layout([describe(tensors, replicated=True)] * ranks)
@@ -86,16 +86,16 @@ def measure_staging(size: str, arenas: Path, *, ranks: int, repeats: int) -> dic
 
 
 def measure_frozen(size: str, arenas: Path, *, ranks: int, repeats: int) -> dict[str, Any]:
-    """Stage and guard the shard of rank 0 of a model of which nine tenths are frozen: as still, and as all others.
+    """Stage and checksum the shard of rank 0 of a model with nine tenths frozen, with and without static tensors.
 
     Args:
-        size: of the model.
+        size: model size.
         arenas: folder in shared memory.
-        ranks: shards that the state is cut into.
-        repeats: of each.
+        ranks: number of shards of the state.
+        repeats: number of repeats of each.
 
     Returns:
-        Bytes of the shard and of its still part, those written and sent per version, and the seconds of all repeats.
+        Bytes of the shard and of its static part, those written and sent per version, and the seconds of all repeats.
     """
     tensors = frozen_state_of(size)
     described = describe(tensors, replicated=True)
@@ -104,30 +104,30 @@ def measure_frozen(size: str, arenas: Path, *, ranks: int, repeats: int) -> dict
         for name in tensors
         if name.startswith("parameter/") and f"optimizer/0/{name.partition('/')[2]}/step" not in tensors
     }
-    still = _Staged(
-        arenas / f"still-{size}",
+    static = _Staged(
+        arenas / f"static-{size}",
         plan_layout([tuple(replace(d, still=d.name in frozen) for d in described)] * ranks),
     )
-    moving = _Staged(arenas / f"moving-{size}", plan_layout([described] * ranks))
+    plain = _Staged(arenas / f"changing-{size}", plan_layout([described] * ranks))
     try:
-        still_s, moving_s = in_turns(lambda: still.stage(tensors), lambda: moving.stage(tensors), repeats=repeats)
+        static_s, plain_s = in_turns(lambda: static.stage(tensors), lambda: plain.stage(tensors), repeats=repeats)
     finally:
-        for staged in (still, moving):
+        for staged in (static, plain):
             staged.slot.close()
             staged.slot.path.unlink()
     return {
         "size": size,
-        "shard_bytes": still.layout.bulk_bytes(0),
-        "still_bytes": still.layout.still_bytes(0),
-        "written_bytes": still.layout.bulk_bytes(0) - still.spared_bytes,
-        "sent_bytes": still.layout.bulk_bytes(0) - (still.layout.still_bytes(0) if still.is_there else 0),
-        "still_s": still_s,
-        "moving_s": moving_s,
+        "shard_bytes": static.layout.bulk_bytes(0),
+        "static_bytes": static.layout.still_bytes(0),
+        "written_bytes": static.layout.bulk_bytes(0) - static.spared_bytes,
+        "sent_bytes": static.layout.bulk_bytes(0) - (static.layout.still_bytes(0) if static.is_there else 0),
+        "static_s": static_s,
+        "plain_s": plain_s,
     }
 
 
 def frozen_state_of(size: str) -> Tensors:
-    """Parameters of a model, and AdamW's state of those of its last blocks that make up a tenth."""
+    """Return the parameters of a model, and the AdamW state of the smallest ones that make up a tenth."""
     tensors = state_of(size)
     parameters = {name: t for name, t in tensors.items() if name.startswith("parameter/")}
     total, trained, count = sum(t.numel() for t in parameters.values()), set(), 0
@@ -139,14 +139,14 @@ def frozen_state_of(size: str) -> Tensors:
 
 
 class _Staged:
-    """One slot that a shard is staged into again and again."""
+    """A slot into which a shard is staged repeatedly."""
 
     def __init__(self, path: Path, layout: Layout) -> None:
         self.layout, self.slot, self.stager = layout, _slot(path, layout), Stager(layout, 0)
         self.spared_bytes, self.is_there = 0, False
 
     def stage(self, tensors: Tensors) -> None:
-        """Copy what has changed, and compute the digests that guard it, as the mirror does."""
+        """Copy what has changed, and compute its digest, as the mirror does."""
         load = self.stager.take(self.slot.bulk, tensors, ())
         self.spared_bytes = self.stager.finish(load)
         self.is_there = load.static.settle()
@@ -154,7 +154,7 @@ class _Staged:
 
 
 def in_turns(first: Callable[[], None], second: Callable[[], None], *, repeats: int) -> tuple[list[float], list[float]]:
-    """Time two functions alternately, after two rounds that do not count."""
+    """Time two functions alternately, after two warm-up rounds."""
     times: tuple[list[float], list[float]] = ([], [])
     for repeat in range(-2, repeats):
         for function, seconds in zip((first, second), times, strict=True):

@@ -1,7 +1,7 @@
-"""What mirroring every step costs while nothing fails, against Lightning's `ddp`.
+"""The cost of mirroring every step while nothing fails, compared with Lightning's `ddp`.
 
-Two ranks of the same job train under each strategy, all of them alive at once and taking turns in short segments.
-What is compared are the medians of neighbouring segments, so that a machine that slows down slows both.
+Two ranks of the same job train under each strategy. The jobs run at the same time and alternate in short segments.
+Medians of neighbouring segments are compared, so that a slowdown of the machine affects both.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Plan:
     Args:
         batches: samples per rank and step.
         rounds: segments per variant.
-        segment_s: aimed length of a segment.
-        steps: least and most steps of a segment that count.
-        repeats: of staging and of memcpy.
+        segment_s: target length of a segment, in seconds.
+        steps: minimum and maximum number of measured steps per segment.
+        repeats: repeats of staging and of memcpy.
     """
 
     batches: tuple[int, ...] = (2, 8)
@@ -50,12 +50,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train.
+    """A training setup.
 
     Args:
-        name: what the table calls it.
+        name: name in the table.
         strategy: `ckptless` or `ddp`.
-        options: of the strategy.
+        options: options of the strategy.
     """
 
     name: str
@@ -74,14 +74,14 @@ VARIANTS = (
     Variant("mirror_every_n_steps=10", options={"mirror_every_n_steps": 10}),
     Variant("failure_domain=rank", options={"failure_domain": "rank"}),
 )
-"""What is compared for one size: the options of the strategy that cost."""
+"""Variants that are compared for one size: the strategy options that affect its cost."""
 
 
 def measure(size: str, batch: int, variants: tuple[Variant, ...], plan: Plan, place: Scratch, advance: Any) -> Any:
-    """Train a size under each variant, in turns.
+    """Train a model size under each variant, alternating.
 
     Returns:
-        Per variant, what the ranks said of each segment.
+        By variant, the reports of the ranks on each segment.
     """
     segments: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
     with fork_server(machine.ROOT) as parent, ExitStack() as stack:
@@ -102,21 +102,21 @@ def measure(size: str, batch: int, variants: tuple[Variant, ...], plan: Plan, pl
 
 
 def segment_of(job: TurnsJob, steps: int) -> dict[str, Any]:
-    """Let a job train so many steps; what its ranks said of those behind the first few, and what else was going on."""
+    """Let a job train; return the reports on the steps after the warm-up, and the load caused by other processes."""
     before = machine.Busy.now()
     notes = job.train(steps)
     own_cpu_s = sum(note.fields.pop("cpu_s") for note in notes)
     per_step_s = own_cpu_s / steps / len(notes)
-    foreign = machine.Busy.now().foreign_cores(before, own_cpu_s)
+    others = machine.Busy.now().cores_used_by_others(before, own_cpu_s)
     ranks = [
         {name: value[WARM_UP_STEPS:] if isinstance(value, list) else value for name, value in note.fields.items()}
         for note in notes
     ]
-    return {"ranks": ranks, "cpu_per_step_s": per_step_s, "foreign_cores": foreign}
+    return {"ranks": ranks, "cpu_per_step_s": per_step_s, "cores_used_by_others": others}
 
 
 def state_bytes(size: str) -> int:
-    """Bytes of a model's parameters and of AdamW's two moments."""
+    """Return the bytes of a model's parameters and of AdamW's two moments."""
     with torch.device("meta"):
         return 3 * 4 * GPT(size).parameter_count()
 
@@ -137,11 +137,11 @@ def run(plan: Plan, sizes: list[str], variants_at: str, progress: Progress) -> d
             results["staging"].append(measure_staging(size, place.arenas, ranks=RANKS, repeats=plan.repeats))
             progress.advance(task)
         for size, batch, variants in pairs:
-            progress.update(task, description=f"{size}, batch {batch}, {len(variants)} strategies in turns")
+            progress.update(task, description=f"{size}, batch {batch}, {len(variants)} strategies alternating")
             try:
                 results["pairs"].append(measure(size, batch, variants, plan, place, lambda: progress.advance(task)))
             except JobLostError as error:
-                # An hour of measuring is not thrown away for one job; the table lacks it, and this says why.
+                # One failed job does not discard an hour of measurements; its row is left out of the table.
                 console.print(f"{size}, batch {batch}: {error}", markup=False)
     return results
 
@@ -149,7 +149,7 @@ def run(plan: Plan, sizes: list[str], variants_at: str, progress: Progress) -> d
 def main() -> None:
     """Read the command line, measure, report."""
     parser = base_parser(__doc__)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(WIDTHS), help="models")
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(WIDTHS), help="model sizes")
     parser.add_argument("--variants-at", default="10M", choices=["", *SIZES], help="size at which options are compared")
     parser.add_argument("--rounds", type=int, help="segments per strategy")
     args = parser.parse_args()

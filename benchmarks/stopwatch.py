@@ -1,4 +1,4 @@
-"""Times what the strategy does in each step, from outside, by wrapping its public methods on the instance."""
+"""Time what the strategy does in each step, by wrapping its public methods on the instance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Stopwatch:
     """Times of the training thread and of the mirror thread, step by step.
 
     Args:
-        engine: of a strategy that is training.
+        engine: the engine of a strategy that is training.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -25,7 +25,7 @@ class Stopwatch:
         engine.probes.append(self._probe)
 
     def attach(self) -> None:
-        """Wrap what is not wrapped yet; the mirror is another one when the layout has changed."""
+        """Wrap what is not wrapped yet; a changed layout comes with a new mirror."""
         engine = self.engine
         self._wrap(engine.boundaries, "commit", "commit")
         self._wrap(engine, "at_batch_start", "stamp")
@@ -34,7 +34,7 @@ class Stopwatch:
             self._wrap(mirror, "submit", "submit", returned="stall_s")
 
     def take(self) -> dict[str, Any]:
-        """All times since the last call, and the sizes as they are now."""
+        """Return all times since the last call, and the current sizes."""
         times, self.times = self.times, {}
         mirror = self.engine.mirroring.mirror
         return times if mirror is None else {**times, **self._sizes(), "torn": mirror.stats.torn}
@@ -70,7 +70,7 @@ class Stopwatch:
         self.times.setdefault(name, []).append(seconds)
 
     def _probe(self, moment: str, _version: Version) -> None:
-        """Called in the mirror thread."""
+        """Record the times of a round; runs in the mirror thread."""
         if moment == "agree" and self.engine.mirroring.mirror.stats.committed < 3:
             self.peak_arena_bytes = max(self.peak_arena_bytes, self._arena_bytes())
         if moment == "committed":
@@ -82,5 +82,5 @@ class Stopwatch:
             self._add("round_s", stats.last_round_s)
 
     def _arena_bytes(self) -> int:
-        """Bytes that the slots of all ranks of this node take in shared memory."""
+        """Return the bytes of shared memory used by the slots of all ranks of this node."""
         return sum(path.stat().st_blocks * 512 for path in self.engine.arena.path.glob("shard-*"))

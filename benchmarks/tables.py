@@ -13,10 +13,10 @@ class Table:
     """A table of text.
 
     Args:
-        title: what it shows.
-        columns: heads; those after the first are aligned to the right.
+        title: title of the table.
+        columns: column headings; all but the first are right-aligned.
         rows: one cell per column.
-        notes: sentences below it.
+        notes: sentences below the table.
     """
 
     title: str
@@ -34,7 +34,7 @@ class Table:
         self.notes.append(sentence)
 
     def show(self, console: Console) -> None:
-        """Print it."""
+        """Print the table."""
         shown = RichTable(title=self.title, title_justify="left", caption="\n".join(self.notes), caption_justify="left")
         for place, column in enumerate(self.columns):
             shown.add_column(column, justify="right" if place else "left", no_wrap=not place)
@@ -43,7 +43,7 @@ class Table:
         console.print(shown)
 
     def markdown(self) -> str:
-        """The table with its title and notes, as Markdown."""
+        """Return the table with its title and notes, as Markdown."""
         lines = [
             f"**{self.title}**",
             "",
@@ -61,6 +61,6 @@ def _line(cells: tuple[str, ...]) -> str:
 
 
 def verdict(measured: float, target: float, unit: str) -> str:
-    """How a measured value stands to a target that it should not exceed."""
+    """Compare a measured value with a target that it should not exceed, in words."""
     word = "met" if measured <= target else "missed"
     return f"{measured:.2f} {unit} (target {target:g} {unit}): {word}"

@@ -1,4 +1,4 @@
-"""Jobs whose agents are threads of this process, forked from one fork server: they start in less than a second."""
+"""Jobs whose agents are threads of this process and whose workers are forked: they start in less than a second."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from typing import Self
 from benchmarks.job import JobOptions
 from benchmarks.processes import SCRIPT, job_environment
 from benchmarks.scratch import Scratch
-from benchmarks.wire import Desk, Note
+from benchmarks.wire import Inbox, Note
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.config import DEFAULT_PRELOAD, LaunchConfig, Outcome
 from lightning_ckptless.membership.launch.launch import run
 from lightning_ckptless.membership.worker.program import Program
 
 PATIENCE_S = 300.0
-"""For a start, or an end."""
+"""Limit in seconds for a job to start or to end."""
 PATIENCE_PER_STEP_S = 120.0
-"""The largest model makes one in half a minute where four ranks share two cores."""
+"""The largest model takes half a minute per step when four ranks share two cores."""
 
 
 class JobLostError(RuntimeError):
-    """A job ended, or fell silent, before it was told to end."""
+    """A job ended, or stopped reporting, before it was asked to end."""
 
 
 class TurnsJob:
-    """A job that trains only when it is its turn. A context manager that ends it.
+    """A job that trains only when it is its turn. A context manager that ends it on exit.
 
     Args:
-        options: of the job; it is told to take turns.
-        parent: forks its workers.
-        place: for what it leaves behind.
+        options: options of the job, with `turns` set.
+        parent: fork server for its workers.
+        place: folders for its files and arenas.
 
     Attributes:
-        folder: its working directory, with what it prints.
+        folder: working directory, which also receives its output.
     """
 
     def __init__(self, options: JobOptions, parent: ForkServer, place: Scratch) -> None:
         self.options = options
         self.folder = Path(tempfile.mkdtemp(prefix="job-", dir=place.files))
-        self.desk = Desk(self.folder / "socket")
+        self.inbox = Inbox(self.folder / "socket")
         self.outcome: Outcome | None = None
         self._waiting: list[Note] = []
         config = LaunchConfig(
@@ -52,7 +52,7 @@ class TurnsJob:
             run_root=self.folder,
             arena_dir=place.arenas,
             cwd=self.folder,
-            env=job_environment(self.desk.path),
+            env=job_environment(self.inbox.path),
             log_dir=self.folder,
             redirects="3",
         )
@@ -63,29 +63,29 @@ class TurnsJob:
         self.outcome = run(config, parent=parent)
 
     def ready(self, steps: int = 0) -> list[Note]:
-        """Wait until all ranks wait for their turn; what they say of the segment that is over, by rank.
+        """Wait until all ranks wait for their turn, and return their reports on the last segment, by rank.
 
         Args:
-            steps: how many it has.
+            steps: number of steps in that segment.
 
         Raises:
-            JobLostError: a rank is gone, or none has said anything for longer than that takes.
+            JobLostError: If a rank has exited, or none has reported for longer than the segment may take.
         """
         patience_s = PATIENCE_S + steps * PATIENCE_PER_STEP_S
         while len(self._waiting) < self.options.devices:
-            note = self.desk.next(patience_s)
-            if note is None or note.moment == "gone":
-                found = f"silent for {patience_s:.0f} s" if note is None else f"rank {note.rank} is gone"
+            note = self.inbox.next(patience_s)
+            if note is None or note.moment == "disconnected":
+                found = f"no report for {patience_s:.0f} s" if note is None else f"rank {note.rank} has exited"
                 raise JobLostError(f"{self.options}: {found}")
             if note.moment == "ready":
                 self._waiting.append(note)
         return sorted(self._waiting, key=lambda note: note.rank)
 
     def train(self, steps: int) -> list[Note]:
-        """Let the job train so many steps; what the ranks say of them."""
+        """Let the job train this many steps, and return the reports of its ranks."""
         waiting, self._waiting = self.ready(), []
         for note in waiting:
-            note.answer(steps=steps)
+            note.reply(steps=steps)
         return self.ready(steps)
 
     def __enter__(self) -> Self:
@@ -95,14 +95,14 @@ class TurnsJob:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for note in self._waiting:
-            note.answer(steps=0)
+            note.reply(steps=0)
         if error is None:
             self._thread.join(PATIENCE_S)
-        # Workers that still wait for an answer end when the wire does.
-        self.desk.close()
+        # Workers that still wait for a reply exit when the connection closes.
+        self.inbox.close()
         self._thread.join(PATIENCE_S)
 
 
 def fork_server(folder: Path) -> ForkServer:
-    """The parent of all jobs, with the modules that `ckptless run` preloads."""
+    """Return the fork server of all jobs, with the modules that `ckptless run` preloads."""
     return ForkServer(DEFAULT_PRELOAD, path=[str(folder)])

@@ -1,4 +1,4 @@
-"""What a job does: one Lightning run on random tokens, with a callback that tells the benchmark of each step."""
+"""The training of a job: one Lightning run on random tokens, with a callback that reports each step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Trained(pl.LightningModule):
 
     def configure_model(self) -> None:
         if self.sharded and self.device_mesh is not None:
-            from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - of one variant alone
+            from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - one variant only
 
             for part in (*self.model.blocks, self.model):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
@@ -49,8 +49,8 @@ class Trained(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-4)
 
 
-class Beacon(pl.Callback):
-    """Tells the benchmark of every finished step, and of every version that is committed on all ranks."""
+class StepReporter(pl.Callback):
+    """Report every finished step, and every version that is committed on all ranks."""
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
@@ -62,14 +62,16 @@ class Beacon(pl.Callback):
 
     def mirrored(self, moment: str, version: Any) -> None:
         if moment == "committed":
-            self.wire.say("committed", step=version.optimizer_step)
+            self.wire.send("committed", step=version.optimizer_step)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-        self.wire.say("train", step=trainer.global_step)
+        self.wire.send("train", step=trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
         assert isinstance(pl_module, Trained)
-        self.wire.say("step", step=trainer.global_step, fingerprint=fingerprint(pl_module.model, trainer.optimizers[0]))
+        self.wire.send(
+            "step", step=trainer.global_step, fingerprint=fingerprint(pl_module.model, trainer.optimizers[0])
+        )
 
 
 def _be_nice() -> None:
@@ -80,16 +82,16 @@ def _be_batch() -> None:
     os.sched_setscheduler(threading.get_native_id(), os.SCHED_BATCH, os.sched_param(0))
 
 
-MIRROR_HABITS: dict[str, Callable[[], None]] = {
+MIRROR_SCHEDULING: dict[str, Callable[[], None]] = {
     "nice": _be_nice,
     "batch": _be_batch,
     "one": lambda: torch.set_num_threads(1),
 }
-"""What the mirror's thread may be made to do at its first probe: each is a try to take less from training."""
+"""What is applied to the mirror thread at its first probe: each variant tries to reduce its cost to training."""
 
 
-class Habit:
-    """A probe that gives each thread of a mirror a habit, once."""
+class SchedulingProbe:
+    """A probe that sets the scheduling of each mirror thread, once."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -98,11 +100,11 @@ class Habit:
     def __call__(self, moment: str, version: Any) -> None:  # noqa: ARG002 - the signature of probes
         if threading.get_ident() not in self.known:
             self.known.add(threading.get_ident())
-            MIRROR_HABITS[self.name]()
+            MIRROR_SCHEDULING[self.name]()
 
 
 class Segment:
-    """The steps since the last turn, in a class of its own: so it is none of the plain data that a version carries."""
+    """The steps since the last turn; in a separate class, because a version would contain plain values."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps
@@ -111,10 +113,10 @@ class Segment:
 
 
 class Turns(pl.Callback):
-    """Trains in segments: waits between two until it is this job's turn again.
+    """Train in segments, and wait between two until it is this job's turn again.
 
-    What a segment took is told when it is over: the time of each step from the start of its batch to the start of the
-    next one, and what the stopwatch saw.
+    The end of a segment is reported with the time of each step, from the start of its batch to the start of the next,
+    and the measurements of the stopwatch.
     """
 
     def __init__(self, wire: Wire) -> None:
@@ -133,15 +135,14 @@ class Turns(pl.Callback):
         steps = len(segment.starts) - 1
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
-        self.wire.say(
+        self.wire.send(
             "ready",
             steps_s=[after - before for before, after in pairwise(segment.starts)],
             mean_s=(time.perf_counter() - segment.starts[0]) / steps if steps else 0.0,
             cpu_s=ended_cpu_s - segment.began_cpu_s,
             **(self.stopwatch.take() if self.stopwatch else {}),
         )
-        heard = self.wire.hear()
-        steps = int(heard["steps"])
+        steps = int(self.wire.receive()["steps"])
         if not steps:
             trainer.should_stop = True
             return
@@ -152,7 +153,7 @@ class Turns(pl.Callback):
 
 
 def make_strategy(options: JobOptions) -> Any:
-    """The strategy as a trainer takes it; a run with Lightning's own imports nothing of ours."""
+    """Return the strategy to pass to the trainer; a run with Lightning's own strategy imports nothing of ours."""
     sizes: dict[str, Any] = {"data_parallel_size": options.devices, "tensor_parallel_size": 1}
     if options.strategy != "ckptless":
         return ModelParallelStrategy(**sizes) if options.sharded else options.strategy
@@ -161,26 +162,26 @@ def make_strategy(options: JobOptions) -> Any:
     if options.sharded:
         return CkptlessModelParallelStrategy(**sizes, **options.strategy_options)
     strategy = CkptlessStrategy(**options.strategy_options)
-    if options.mirror_habit:
-        strategy.probes.append(Habit(options.mirror_habit))
+    if options.mirror_scheduling:
+        strategy.probes.append(SchedulingProbe(options.mirror_scheduling))
     return strategy
 
 
 def train(options: JobOptions, strategy: Any, wire: Wire) -> None:
-    """Train as the options say.
+    """Train with the given options.
 
     Args:
-        options: of the job.
-        strategy: from `make_strategy`.
-        wire: to the benchmark.
+        options: options of the job.
+        strategy: result of `make_strategy`.
+        wire: connection to the benchmark.
     """
     pl.seed_everything(11, verbose=False)
-    callbacks: list[pl.Callback] = [Turns(wire) if options.turns else Beacon(wire)]
+    callbacks: list[pl.Callback] = [Turns(wire) if options.turns else StepReporter(wire)]
     if options.checkpoint_every:
         folder = os.path.join(options.root, "checkpoints")
         callbacks.append(ModelCheckpoint(folder, every_n_train_steps=options.checkpoint_every, save_last=True))
     if options.async_save_every:
-        from benchmarks.async_save import AsyncSave  # noqa: PLC0415 - of one variant alone
+        from benchmarks.async_save import AsyncSave  # noqa: PLC0415 - one variant only
 
         saves = Path("saves")
         saves.mkdir(exist_ok=True)
@@ -199,8 +200,8 @@ def train(options: JobOptions, strategy: Any, wire: Wire) -> None:
         default_root_dir=options.root,
     )
     data = DataLoader(TensorDataset(random_tokens(SAMPLES)), batch_size=options.batch, shuffle=True)
-    wire.say("fit")
+    wire.send("fit")
     trainer.fit(
         Trained(options.size, sharded=options.sharded), data, ckpt_path="last" if options.checkpoint_every else None
     )
-    wire.say("done")
+    wire.send("done")

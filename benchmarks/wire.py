@@ -1,7 +1,7 @@
-"""Notes from workers to the benchmark over a unix socket: what happened when, as it happens.
+"""Notes from workers to the benchmark over a Unix socket.
 
-A worker says one line of JSON per moment; the kernel says when it is gone. So the benchmark waits for events, never
-for a guess of how long they take. The benchmark may answer: a worker that asked waits for the line.
+A worker sends one line of JSON per moment, and the kernel reports when it has exited. So the benchmark waits for
+events and needs no assumptions about durations. The benchmark may reply to a worker that waits for a line.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from types import TracebackType
 from typing import Any, Self
 
 STANDBY = "CKPTLESS_STANDBY"
-"""Written out, because nothing of ours is imported here: when imports begin is measured."""
+"""Not imported from the package, because the time at which imports begin is measured."""
 SOCKET = "CKPTLESS_BENCH_SOCKET"
 """Environment variable with the path of the benchmark's socket."""
 
 
 @dataclass(frozen=True, eq=False)
 class Note:
-    """What a worker said.
+    """A message from a worker.
 
     Args:
-        moment: name of what happened; `gone` when the worker's end of the wire was closed.
+        moment: name of the event; `disconnected` if the worker's end was closed.
         at: wall clock, seconds since the epoch.
-        pid: the worker's process id; 0 when it never said a word.
-        rank: the worker's rank; -1 while it has none.
-        fields: what else it said.
-        wire: its connection.
+        pid: process id of the worker; 0 if it never sent a line.
+        rank: rank of the worker; -1 while it has none.
+        fields: other values.
+        wire: connection to the worker.
     """
 
     moment: str
@@ -44,14 +44,14 @@ class Note:
     fields: dict[str, Any]
     wire: socket.socket
 
-    def answer(self, **fields: Any) -> None:
-        """Say a line to the worker."""
+    def reply(self, **fields: Any) -> None:
+        """Send a line to the worker."""
         self.wire.sendall(json.dumps(fields).encode() + b"\n")
 
 
 @dataclass
-class _Heard:
-    """One connection: what came in after the last whole line, and who is at the other end."""
+class _Connection:
+    """State of a connection: bytes after the last complete line, and the worker at the other end."""
 
     rest: bytes = b""
     pid: int = 0
@@ -59,11 +59,11 @@ class _Heard:
 
 
 @dataclass
-class Desk:
-    """The benchmark's end of the wires.
+class Inbox:
+    """The benchmark's end of all connections.
 
     Args:
-        path: of the socket, at most 100 characters.
+        path: path of the socket, at most 100 characters.
     """
 
     path: Path
@@ -77,7 +77,7 @@ class Desk:
         self._selector.register(self._listener, selectors.EVENT_READ)
 
     def next(self, timeout_s: float) -> Note | None:
-        """The next note, waiting at most so long for it."""
+        """Return the next note; None if there is none within `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while not self._notes:
             remaining_s = deadline - time.monotonic()
@@ -93,27 +93,29 @@ class Desk:
     def _receive(self, key: selectors.SelectorKey) -> None:
         if key.fileobj is self._listener:
             wire, _ = self._listener.accept()
-            self._selector.register(wire, selectors.EVENT_READ, _Heard())
+            self._selector.register(wire, selectors.EVENT_READ, _Connection())
             return
         assert isinstance(key.fileobj, socket.socket)
-        wire, heard = key.fileobj, key.data
+        wire, connection = key.fileobj, key.data
         try:
             data = wire.recv(1 << 16)
         except ConnectionResetError:
             data = b""
         if not data:
             self._selector.unregister(wire)
-            self._notes.append(Note("gone", time.time(), heard.pid, heard.rank, {}, wire))
+            self._notes.append(Note("disconnected", time.time(), connection.pid, connection.rank, {}, wire))
             wire.close()
             return
-        *lines, heard.rest = (heard.rest + data).split(b"\n")
+        *lines, connection.rest = (connection.rest + data).split(b"\n")
         for line in lines:
-            said = json.loads(line)
-            heard.pid, heard.rank = said.pop("pid"), said.pop("rank")
-            self._notes.append(Note(said.pop("moment"), said.pop("at"), heard.pid, heard.rank, said, wire))
+            values = json.loads(line)
+            connection.pid, connection.rank = values.pop("pid"), values.pop("rank")
+            self._notes.append(
+                Note(values.pop("moment"), values.pop("at"), connection.pid, connection.rank, values, wire)
+            )
 
     def close(self) -> None:
-        """Hang up."""
+        """Close all connections."""
         for key in list(self._selector.get_map().values()):
             assert isinstance(key.fileobj, socket.socket)
             key.fileobj.close()
@@ -130,10 +132,10 @@ class Desk:
 
 
 class Wire:
-    """A worker's end.
+    """A worker's end of a connection.
 
     Args:
-        path: of the benchmark's socket.
+        path: path of the benchmark's socket.
     """
 
     def __init__(self, path: str) -> None:
@@ -142,24 +144,24 @@ class Wire:
         self._lines = self._socket.makefile("rb")
         self._lock = threading.Lock()
 
-    def say(self, moment: str, *, at: float | None = None, **fields: Any) -> None:
-        """Say what has happened. Any thread."""
-        # A standby has the variables of a rank, and no rank.
+    def send(self, moment: str, *, at: float | None = None, **fields: Any) -> None:
+        """Report an event. May be called in any thread."""
+        # A standby has the variables of a rank, but no rank yet.
         named = "-1" if STANDBY in os.environ else os.environ.get("RANK", os.environ.get("LOCAL_RANK", "-1"))
         rank = int(named)
         note = {"moment": moment, "at": time.time() if at is None else at, "pid": os.getpid(), "rank": rank, **fields}
         with self._lock:
             self._socket.sendall(json.dumps(note).encode() + b"\n")
 
-    def hear(self) -> dict[str, Any]:
-        """Wait for a line from the benchmark; it is over when there is none."""
+    def receive(self) -> dict[str, Any]:
+        """Wait for a line from the benchmark; exit if the benchmark has ended."""
         line = self._lines.readline()
         if not line:
             raise SystemExit("the benchmark has ended")
-        heard: dict[str, Any] = json.loads(line)
-        return heard
+        reply: dict[str, Any] = json.loads(line)
+        return reply
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._lines.close()
         self._socket.close()

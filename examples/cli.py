@@ -1,4 +1,4 @@
-"""The examples behind LightningCLI: everything in a YAML file, read with OmegaConf.
+"""The examples with LightningCLI: all settings are in a YAML file, parsed with OmegaConf.
 
 python examples/cli.py fit --config configs/two_cpu_ranks.yaml
 python examples/cli.py fit --config configs/two_cpu_ranks.yaml --trainer.max_epochs 1

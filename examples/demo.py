@@ -1,7 +1,7 @@
-"""`make demo`: trains the small GPT on two CPU ranks, kills some of them, and proves that nobody can tell.
+"""`make demo`: train the small GPT on two CPU ranks, kill ranks, and prove that the results are identical.
 
-The same script runs twice: once left alone, once with faults. Then every step of every rank is compared, bit for bit,
-and the run with faults is drawn.
+The same script runs twice, undisturbed and with faults. Then every step of every rank is compared bit for bit, and a
+timeline of the run with faults is written.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ SIZES = ["--steps", "120", "--layers", "2", "--width", "96", "--batch-size", "8"
 FAULTS = {
     "kill:rank=1:step=20": "rank 1 is killed in its forward pass",
     "kill:rank=0:step=45:at=backward": "rank 0 is killed in its backward pass",
-    "kill:rank=1:step=60:at=validation": "rank 1 is killed in the validation behind step 60",
-    "raise:rank=0:step=75:at=optimizer_step": "rank 0 raises when its parameters are half a step ahead",
+    "kill:rank=1:step=60:at=validation": "rank 1 is killed in the validation after step 60",
+    "raise:rank=0:step=75:at=optimizer_step": "rank 0 raises in the middle of its optimizer step",
     "kill:rank=all:step=100": "both ranks are killed at once",
 }
 OUTPUT = Path("demo_output")
@@ -30,7 +30,7 @@ OUTPUT = Path("demo_output")
 
 def main() -> int:
     console = Console()
-    console.print("[bold]A GPT of 230,000 parameters learns Python's standard library on two ranks.[/bold]")
+    console.print("[bold]Training a GPT of 230,000 parameters on Python's standard library, on two ranks.[/bold]")
     for what in FAULTS.values():
         console.print(f"  - {what}")
     console.print()
@@ -38,7 +38,7 @@ def main() -> int:
     report = run_and_report([str(SCRIPT), *SIZES], list(FAULTS), OUTPUT, nproc=2, isolate=True)
     pictures = [OUTPUT / "timeline.png", OUTPUT / "timeline.html"]
     write_timeline(find_run(None, report.faulted.folder / "runs"), report.faulted.trace, pictures)
-    console.print("\nThe run with faults, drawn:")
+    console.print("\nTimeline of the run with faults:")
     for picture in pictures:
         console.print(f"  {picture.absolute()}", soft_wrap=True)
     return 0 if report.identical else 1

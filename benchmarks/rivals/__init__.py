@@ -1,5 +1,5 @@
-"""Jobs that others keep alive: NVIDIA's resiliency extension and torchft, with the same model and data.
+"""Jobs of other fault-tolerance tools: NVIDIA's resiliency extension and torchft, with the same model and data.
 
-The files run in an environment of their own, `.venv-rivals`: what they import of this repository needs nothing that is
-ours, and `environment` alone belongs to the benchmark.
+These modules run in a separate environment, `.venv-rivals`, and import nothing of this package. Only `environment` runs
+in the benchmark itself.
 """

@@ -1,4 +1,4 @@
-"""The batches of one rank, by the number of the step."""
+"""The batches of one rank, by step."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from benchmarks.gpt import random_tokens
 
 
 class Batches:
-    """A shuffled share of the samples, anew in each epoch, from which any step's batch can be taken.
+    """A rank's share of the samples, reshuffled in each epoch, with access to the batch of any step.
 
     Args:
-        samples: in all.
+        samples: number of samples.
         batch: samples per rank and step.
-        rank: whose share.
-        ranks: that share the samples.
+        rank: rank of this share.
+        ranks: number of ranks.
     """
 
     def __init__(self, samples: int, batch: int, rank: int, ranks: int) -> None:
@@ -29,7 +29,7 @@ class Batches:
         self._epoch, self._order = -1, list[int]()
 
     def at(self, step: int) -> Tensor:
-        """Tokens of shape [batch, CONTEXT + 1] for the step after `step` finished ones."""
+        """Return the tokens, of shape [batch, CONTEXT + 1], for the step after `step` finished steps."""
         epoch, place = divmod(step, len(self._sampler) // self._batch)
         if epoch != self._epoch:
             self._sampler.set_epoch(epoch)

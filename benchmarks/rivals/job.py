@@ -1,6 +1,6 @@
-"""The script that every process of a rival's job runs; the strategy says whose.
+"""The script that every process of a rival's job runs; `--strategy` names the rival.
 
-It stands apart from what it imports so that the moment of its first line is known before torch is imported.
+It is separate from what it imports so that the time of its first line is known before torch is imported.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from benchmarks.wire import SOCKET, Wire
 
 
 def main() -> None:
-    """Train, and tell the benchmark of each moment."""
+    """Train, and report each moment to the benchmark."""
     began_at = time.time()
     wire = Wire(os.environ[SOCKET])
-    wire.say("script", at=began_at)
+    wire.send("script", at=began_at)
     options = JobOptions.from_arguments()
     rival = import_module(f"benchmarks.rivals.{options.strategy}")
-    wire.say("imported")
+    wire.send("imported")
     rival.train(options, wire)
 
 

@@ -1,9 +1,9 @@
-"""Lightning's `ddp` in the in-process `Wrapper` of NVIDIA's resiliency extension, with one rank in reserve.
+"""Lightning's `ddp` in the in-process `Wrapper` of NVIDIA's resiliency extension, with one reserve rank.
 
-As a user would write it: the wrapped function builds everything anew and goes on from the newest checkpoint file.
+Written as a user would: the wrapped function re-creates everything and resumes from the newest checkpoint file.
 """
 
-# No annotations as text: the wrapper looks for its own class among those of the function that it wraps.
+# No postponed annotations: the wrapper looks for its own class among those of the wrapped function.
 
 import gc
 import os
@@ -23,47 +23,47 @@ from benchmarks.job import JobOptions
 from benchmarks.rivals.supervisor import GROUP_PORT
 from benchmarks.wire import Wire
 
-OFTEN = timedelta(milliseconds=50)
-"""How often its threads and processes look; usually every second."""
-PEER_LEFT = timedelta(seconds=1)
-"""Time limit of a collective. The wrapper cannot abort gloo: a rank whose peer has left its place waits as long."""
+POLL_INTERVAL = timedelta(milliseconds=50)
+"""Polling interval of its threads and processes; the default is one second."""
+COLLECTIVE_TIMEOUT = timedelta(seconds=1)
+"""Timeout of a collective. The wrapper cannot abort gloo, so a rank whose peer has left waits this long."""
 
 
 def train(options: JobOptions, wire: Wire) -> None:
-    """Train as the options say, until told to stop."""
+    """Train with the given options until stopped."""
     warm_up(options)
     leads = os.environ["RANK"] == "0"
     base = TCPStore(os.environ["MASTER_ADDR"], int(os.environ[GROUP_PORT]), is_master=leads, wait_for_workers=False)
     groups: list[Any] = []
 
     def attempt(call: CallWrapper | None = None) -> None:
-        """What is wrapped: called anew on all ranks after each fault."""
-        assert call is not None, "the wrapper fills it in"
+        """Train once; the wrapper calls this on all ranks again after each fault."""
+        assert call is not None, "the wrapper passes it"
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         os.environ["LOCAL_RANK"] = str(rank)
         store = PrefixStore(f"attempt-{call.iteration}", base)
-        init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=PEER_LEFT)
-        # If DDP had the last reference, it would end the group with the interpreter's lock held, which the threads of
-        # the group want too: the rank would stand still for ever.
+        init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT)
+        # If DDP had the last reference, it would destroy the group while holding the interpreter lock, for which the
+        # threads of the group wait too: the rank would block forever.
         groups.append(group.WORLD)
         training.train(options, DDPStrategy(cluster_environment=TorchElasticEnvironment()), wire)
 
     wrapper = Wrapper(
         rank_assignment=Compose(MaxActiveWorldSize(options.devices), FillGaps()),
-        monitor_thread_interval=OFTEN,
-        monitor_process_interval=OFTEN,
-        progress_watchdog_interval=OFTEN,
-        last_call_wait=OFTEN,
+        monitor_thread_interval=POLL_INTERVAL,
+        monitor_process_interval=POLL_INTERVAL,
+        progress_watchdog_interval=POLL_INTERVAL,
+        last_call_wait=POLL_INTERVAL,
     )
     wrapper(attempt)()
 
 
 def warm_up(options: JobOptions) -> None:
-    """Take one step alone, so that the rank in reserve is no colder than the others when it is needed."""
+    """Take one step alone, so that the reserve rank is as warm as the others when it is needed."""
     model = training.Trained(options.size)
     optimizer = model.configure_optimizers()
     model.training_step([random_tokens(options.batch)], 0).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    # The wrapper collects garbage between two attempts; what was imported is none.
+    # The wrapper collects garbage between two attempts; exclude imported objects.
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""Starts the processes of a rival's job, and, where the rival wants that, a lost one again at once.
+"""Start the processes of a rival's job, and restart lost ones immediately if the rival expects that.
 
 `python -m benchmarks.rivals.supervisor [OPTIONS OF THE JOB]`
 """
@@ -19,26 +19,26 @@ from benchmarks.job import JobOptions
 
 LOOPBACK = "127.0.0.1"
 GROUP_PORT = "GROUP_PORT"
-"""Environment variable with the port where the ranks of a job meet, beside that of the rival itself."""
+"""Environment variable with the port for the ranks' process group; the rival uses another one."""
 END_S = 10.0
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 def adopt_orphans() -> None:
-    """Make this process the parent of all below it that lose theirs, so that whoever ends it finds them."""
+    """Make this process the parent of orphaned descendants, so that they can be found when it is ended."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
 def supervise(words: list[str], ranks: int, env: Mapping[str, str], *, again: bool) -> None:
-    """Run one process per rank until all have ended; leave none when this is interrupted.
+    """Run one process per rank until all have exited; kill all of them if interrupted.
 
     Args:
-        words: command line of each; the variables `RANK` and `WORLD_SIZE` tell them apart.
-        ranks: how many.
-        env: variables beyond those of this process.
-        again: start a process that has ended again, whatever it ended with.
+        words: command line of each process, which receives `RANK` and `WORLD_SIZE`.
+        ranks: number of processes.
+        env: variables to add to those of this process.
+        again: whether to restart a process that has exited, whatever its exit code.
     """
     running: dict[int, int] = {}
 
@@ -63,7 +63,7 @@ def supervise(words: list[str], ranks: int, env: Mapping[str, str], *, again: bo
 
 
 def free_port() -> int:
-    """A port that nobody listens at."""
+    """Return a port on which no process listens."""
     with socket.socket() as listener:
         listener.bind((LOOPBACK, 0))
         port: int = listener.getsockname()[1]
@@ -72,8 +72,8 @@ def free_port() -> int:
 
 @contextmanager
 def lighthouse(ranks: int) -> Iterator[str]:
-    """Torchft's coordinator, as quick to notice a death as its options allow. Yields its address."""
-    from torchft.coordination import LighthouseServer  # noqa: PLC0415 - there in one of the two cases
+    """Run torchft's coordinator with the fastest failure detection that its options allow. Yields its address."""
+    from torchft.coordination import LighthouseServer  # noqa: PLC0415 - installed for one of the two rivals
 
     server = LighthouseServer(
         bind=f"{LOOPBACK}:0", min_replicas=ranks, join_timeout_ms=1000, quorum_tick_ms=10, heartbeat_timeout_ms=500
@@ -85,7 +85,7 @@ def lighthouse(ranks: int) -> Iterator[str]:
 
 
 def main() -> None:
-    """Supervise the job of a rival until it ends, or until this process is told to."""
+    """Supervise the job of a rival until it ends or this process is terminated."""
     options = JobOptions.from_arguments()
     ranks, words = options.devices, [sys.executable, "-m", "benchmarks.rivals.job", *options.to_arguments()]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -1,11 +1,11 @@
-"""A loop as torchft wants it, with the same model, batches and optimizer: one rank per replica group.
+"""A torchft training loop with the same model, batches and optimizer: one rank per replica group.
 
-torchft has no part for Lightning. What it leaves to its user is written so that nothing is lost: the replicas wait for
-the one that is started again, and the batch follows from the step that they agreed on, so that a step that was not
-committed is run again with its own batch.
+torchft has no integration with Lightning. What it leaves to the user is written so that nothing is lost: the replicas
+wait for the restarted one, and the batch follows from the step that they agreed on, so that a step that was not
+committed is replayed with its own batch.
 """
 
-# No annotations as text: torch looks at those of the hook.
+# No postponed annotations: torch inspects those of the hook.
 
 import os
 from datetime import timedelta
@@ -26,13 +26,13 @@ from benchmarks.rivals.supervisor import LOOPBACK
 from benchmarks.wire import Wire
 
 SAMPLES = 4096
-PEER_LEFT = timedelta(seconds=5)
-"""Time limit of a collective: a replica that is no neighbour of the lost one in the ring waits as long."""
+COLLECTIVE_TIMEOUT = timedelta(seconds=5)
+"""Timeout of a collective: a replica that is not a ring neighbour of the lost one waits this long."""
 
 
 def train(options: JobOptions, wire: Wire) -> None:
-    """Train as the options say, until told to stop."""
-    wire.say("fit")
+    """Train with the given options until stopped."""
+    wire.send("fit")
     replica = int(os.environ["RANK"])
     torch.manual_seed(11)
     model = GPT(options.size)
@@ -44,7 +44,7 @@ def train(options: JobOptions, wire: Wire) -> None:
 
     store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
     manager = Manager(
-        ProcessGroupGloo(timeout=PEER_LEFT),
+        ProcessGroupGloo(timeout=COLLECTIVE_TIMEOUT),
         load,
         lambda: {"model": model.state_dict(), "optimizer": adam.state_dict()},
         min_replica_size=options.devices,
@@ -57,26 +57,26 @@ def train(options: JobOptions, wire: Wire) -> None:
         hostname=LOOPBACK,
         replica_id=f"replica-{replica}",
     )
-    mended = options.strategy_options.get("mended", True)
-    wrapped = mended_parallel(manager, model) if mended else DistributedDataParallel(manager, model)
+    patched = options.strategy_options.get("patched", True)
+    wrapped = patched_ddp(manager, model) if patched else DistributedDataParallel(manager, model)
     optimizer = Optimizer(manager, adam)
     batches = Batches(SAMPLES, options.batch, replica, options.devices)
-    wire.say("train")
+    wire.send("train")
     while True:
         optimizer.zero_grad()
         step = manager.current_step()
         wrapped(batches.at(step)).backward()
         optimizer.step()
         if manager.current_step() > step:
-            wire.say("step", step=step + 1, fingerprint=fingerprint(model, adam))
-            wire.say("committed", step=step + 1)
+            wire.send("step", step=step + 1, fingerprint=fingerprint(model, adam))
+            wire.send("committed", step=step + 1)
 
 
-def mended_parallel(manager: Manager, model: nn.Module) -> nn.Module:
-    """What torchft's own `DistributedDataParallel` is, but for a hook that outlives the loss of a peer.
+def patched_ddp(manager: Manager, model: nn.Module) -> nn.Module:
+    """Return torchft's own `DistributedDataParallel` with a hook that survives the loss of a peer.
 
-    The hook of 0.2.0 asserts a future that is not there after an error, so that every replica that was averaging
-    gradients when its peer died ends with it.
+    The hook of 0.2.0 asserts a future that does not exist after an error, so every replica that is averaging gradients
+    when a peer dies exits as well.
     """
     wrapped = nn.parallel.DistributedDataParallel(
         model, process_group=ProcessGroupDummy(0, 1), find_unused_parameters=True
@@ -86,7 +86,7 @@ def mended_parallel(manager: Manager, model: nn.Module) -> nn.Module:
 
 
 def average(manager: Manager, bucket: GradBucket) -> Future[Tensor]:
-    """Average a bucket; that it failed is known to the manager, who does not commit the step."""
+    """Average a bucket; if that fails, the manager knows and does not commit the step."""
     manager.allreduce(bucket.buffer()).wait()
     done = Future[Tensor]()
     done.set_result(bucket.buffer())

@@ -1,1 +1,1 @@
-"""The soak: random faults on random configurations, each run compared with the undisturbed one."""
+"""The soak test: random faults in random configurations; each run is compared with an undisturbed one."""

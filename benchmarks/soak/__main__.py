@@ -1,7 +1,7 @@
-"""Strike runs with random faults until so many have struck, and compare each run with the undisturbed one.
+"""Run training jobs with random faults, and compare each run with an undisturbed one.
 
-Stops at the first run that hangs, differs, loses a committed step, leaves something behind or recovers too slowly, and
-prints the command that repeats it. Started again, it continues with the seeds that are missing.
+Stops at the first run that hangs, differs, loses a committed step, leaks something or recovers too slowly, and prints
+the command that repeats it. If started again, it continues with the missing seeds.
 """
 
 from __future__ import annotations
@@ -31,28 +31,32 @@ from tests.faults.conftest import LAB
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, nargs="+", help="run these scenarios, whether they were run before or not")
+    parser.add_argument("--seed", type=int, nargs="+", help="run these seeds, even if they have been run before")
     parser.add_argument("--first", type=int, default=1, help="the first seed of a long soak (default: %(default)s)")
-    parser.add_argument("--faults", type=int, default=1000, help="faults that are to strike (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, default=Path("build/soak"), help="of all files (default: %(default)s)")
-    parser.add_argument("--results", type=Path, help="file of the results (default: results.jsonl in the folder)")
+    parser.add_argument("--faults", type=int, default=1000, help="number of faults to inject (default: %(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/soak"), help="folder for all files (default: %(default)s)"
+    )
+    parser.add_argument("--results", type=Path, help="file for the results (default: results.jsonl in the folder)")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at a run that fails")
-    parser.add_argument("--dry", action="store_true", help="show the scenarios and run none")
-    parser.add_argument("--summary", action="store_true", help="show the tables of the results and run nothing")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
+    parser.add_argument("--dry", action="store_true", help="show the scenarios without running them")
+    parser.add_argument(
+        "--summary", action="store_true", help="show the tables of the results without running anything"
+    )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to FILE")
     args = parser.parse_args()
     args.results = args.results or args.folder / "results.jsonl"
     return args
 
 
 def main() -> int:
-    """Read the command line, strike, report.
+    """Read the command line, run the scenarios, report.
 
     Returns:
-        Exit code: 1 where a run failed.
+        Exit code: 1 if a run failed.
     """
     args = options()
-    # As by Ctrl-C: everything that was started is ended.
+    # Like Ctrl-C: all started processes are ended.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if args.dry:
         for wanted in args.seed or range(args.first, args.first + 20):
@@ -69,7 +73,7 @@ def main() -> int:
 
 
 def soak(args: argparse.Namespace) -> int:
-    """Run scenarios until enough faults have struck; returns how many runs failed."""
+    """Run scenarios until enough faults have been injected; returns the number of failed runs."""
     mark()
     failed = 0
     with make_parent(LaunchConfig(program=program_of([str(LAB)]))) as parent, progress_bar() as progress:
@@ -81,14 +85,14 @@ def soak(args: argparse.Namespace) -> int:
             progress.advance(task, len(result.struck))
             if not result.good:
                 failed += 1
-                tell(drawn, result)
+                report_failure(drawn, result)
                 if not args.keep_going:
                     break
     return failed
 
 
 def scenarios(args: argparse.Namespace, progress: Progress, task: object) -> Iterator[Scenario]:
-    """The scenarios that are to be run: those asked for, or all that are missing, failed ones again."""
+    """Yield the scenarios to run: the requested seeds, or all that are missing or have failed."""
     if args.seed:
         yield from map(scenario, args.seed)
         return
@@ -119,10 +123,10 @@ def show(drawn: Scenario) -> None:
         console.print(f"    {fault}", markup=False)
 
 
-def tell(drawn: Scenario, result: Result) -> None:
-    """Print what was wrong, and the command that repeats it."""
+def report_failure(drawn: Scenario, result: Result) -> None:
+    """Print why a run failed, and the command that repeats it."""
     show(drawn)
-    console.print(f"{result.outcome}: {result.why}; evidence in {result.folder}", markup=False)
+    console.print(f"{result.outcome}: {result.why}; files kept in {result.folder}", markup=False)
     console.print(f"repeat: {drawn.repeat}", markup=False, style="bold red")
 
 

@@ -1,4 +1,4 @@
-"""How long a recovery and a run may take: what takes longer is a hang."""
+"""Time limits of recoveries and runs; a run that exceeds its limit hangs."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from lightning_ckptless.protocol.fault_script import Moment
 from lightning_ckptless.protocol.hang_detection import IDLE_S, RELEASE_S
 
 BOUNDS_S = {IN_PLACE: 20.0, RELAUNCH: 60.0, DURABLE: 60.0, STORAGE: 60.0}
-"""From the fault to the end of the first step of all ranks, by rung, once the fault is noticed."""
+"""Seconds from the detection of a fault to the end of the first step of all ranks, by kind of recovery."""
 LEARNED_HANG_S = 30.0
-"""The longest silence that is taken for a slow step where the limit is learned: 10 s, more where steps were slow."""
+"""Longest silence before a hang is detected with a learned timeout: 10 s, or more if steps were slow."""
 START_S = 90.0
 NODES_S = 120.0
-"""What a scenario of several agents may take beyond the others: they miss heartbeats and meet again."""
+"""Additional seconds for a scenario with several agents: missed heartbeats and re-rendezvous."""
 NOT_SILENT_S = 2.0
 
 
 AT_THE_SAME_POINT = frozenset({Moment.VALIDATION, Moment.EPOCH_END})
-"""Where no other rank may have come further than one that hangs: it is known by its being idle."""
+"""Moments at which no other rank may be ahead of a hung one, which is then detected because it is idle."""
 
 
 def bounds_s(scenario: Scenario) -> dict[str, float]:
-    """The bounds of a scenario, by rung.
+    """Return the bounds of a scenario in seconds, by kind of recovery.
 
-    A rank that is silent when another fault strikes, or while it recovers, is replaced when it has not let go of the
-    lost ranks for `RELEASE_S`.
+    A rank that is silent during another fault or its recovery is replaced if it has not released its process groups
+    within `RELEASE_S`.
     """
     injected = any(fault.kind in SILENT for fault in scenario.injected)
     outside = any(fault.kind is OutsideKind.STOP for fault in scenario.outside)
@@ -34,7 +34,7 @@ def bounds_s(scenario: Scenario) -> dict[str, float]:
 
 
 def silent_s(scenario: Scenario) -> float:
-    """The longest time until a silent fault of a scenario is noticed."""
+    """Return the longest time in seconds until a silent fault of a scenario is detected."""
     limit_s = scenario.configuration.hang_timeout_s
     if limit_s is not None:
         return limit_s + NOT_SILENT_S
@@ -43,7 +43,7 @@ def silent_s(scenario: Scenario) -> float:
 
 
 def deadline_s(scenario: Scenario) -> float:
-    """The longest that a run may take."""
+    """Return the longest time in seconds that a run may take."""
     faults = len(scenario.faults)
     silent = sum(fault.kind in SILENT for fault in scenario.injected)
     silent += sum(fault.kind is OutsideKind.STOP for fault in scenario.outside)

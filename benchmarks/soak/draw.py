@@ -1,4 +1,4 @@
-"""A scenario is drawn from its seed: a pure function, so that a seed is all that is needed to repeat a run."""
+"""Draw a scenario from a seed: a pure function, so that the seed alone repeats a run."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from benchmarks.soak.scenario import (
 from lightning_ckptless.protocol.fault_script import ALL, Fault, FaultKind, Moment
 
 NODES_SHARE = 0.12
-"""Of the scenarios that have several agents, or lose their only one: they take ten times as long per fault."""
+"""Share of scenarios with several agents, or with the loss of the only one: they take ten times as long per fault."""
 PAIR_S = 1.0
-"""The longest time between the two faults of a pair."""
+"""Longest time between the two faults of a pair, in seconds."""
 PHASE_S = 0.25
-"""The longest time from the beginning of a phase to a fault in it: phases are shorter than that as a rule."""
+"""Longest time from the beginning of a phase to a fault in it, in seconds; phases are usually shorter."""
 FIRST_STEP, LAST_STEP = 2, STEPS - 2
 GAP = (3, 6)
-"""Least and most steps between two episodes: enough for the first to be over as a rule."""
+"""Minimum and maximum steps between two episodes: usually enough for the first to be over."""
 
 SHAPES = (("", 2), ("", 2), ("", 3), ("", 4), ("2x1", 2), ("4x1", 4), ("2x2", 4))
 KINDS = {
@@ -49,16 +49,16 @@ MOMENTS = (
 )
 PHASES = tuple(Phase)
 LATE = frozenset({Moment.VALIDATION, Moment.EPOCH_END})
-"""Moments that may come after the fault's step, so that several faults may share one."""
+"""Moments that may occur after the fault's step, so that several faults may share one."""
 EXACT = MOMENTS[:5]
 """Moments that every step has."""
 
 
 def scenario(seed: int) -> Scenario:
-    """The scenario of a seed.
+    """Return the scenario of a seed.
 
     Args:
-        seed: any number.
+        seed: any integer.
     """
     chance = Random(f"soak {seed}")
     if chance.random() < NODES_SHARE:
@@ -89,24 +89,24 @@ def _one_node(chance: Random) -> Configuration:
 
 
 def _workers(mesh: str, drawn: int) -> int:
-    """Worker processes of the dataloaders: none beside tensor parallelism.
+    """Return the number of dataloader workers: none with tensor parallelism.
 
-    Lightning seeds workers by the global rank, so the lab's noise would differ among the ranks of one tensor-parallel
-    group, which have to read the same samples.
+    Lightning seeds workers by the global rank, so the noise that the test model's dataset adds would differ among the
+    ranks of a tensor-parallel group, which have to read the same samples.
     """
     return 0 if mesh == "2x2" else drawn
 
 
 @dataclass
 class _Episodes:
-    """Draws the faults of a run on one node, an episode after another.
+    """Draw the faults of a run on one node, one episode at a time.
 
     Args:
-        chance: decides.
+        chance: random generator.
         configuration: what is trained.
         injected: faults so far.
         outside: faults from outside so far.
-        left: how many more of some kinds the run may have, because they take long or may come once only.
+        left: remaining number of some kinds, which take long or may occur only once.
     """
 
     chance: Random
@@ -141,7 +141,7 @@ class _Episodes:
         return fault
 
     def _inject_into_recovery(self, first: Fault) -> None:
-        """A second fault from within, when the ranks meet or the state is put back."""
+        """Inject a second fault while the ranks rendezvous or the state is restored."""
         kinds = {kind: weight for kind, weight in KINDS.items() if kind is not FaultKind.RAISE}
         kind = self.chance.choices(list(kinds), list(kinds.values()))[0]
         if kind in SILENT and not self._take("silent"):
@@ -150,7 +150,7 @@ class _Episodes:
         self.injected.append(Fault(kind, self._rank(), first.step, moment))
 
     def _follow(self, first: Fault, *, is_pair: bool) -> None:
-        """A second fault from outside: up to a second after the first, or in a phase of its recovery."""
+        """Add a second fault from outside: up to a second after the first, or in a phase of its recovery."""
         phase = Phase.FIRED if is_pair else self.chance.choice(PHASES)
         delay_s = self.chance.uniform(0.0, PAIR_S if is_pair else PHASE_S)
         kind = self.chance.choice((OutsideKind.KILL, OutsideKind.KILL, OutsideKind.KILL, OutsideKind.CRASH))
@@ -179,7 +179,7 @@ class _Episodes:
         kind = self.chance.choices(list(KINDS), list(KINDS.values()))[0]
         if kind in SILENT and not self._take("silent"):
             return FaultKind.KILL
-        # An exception that comes again at its step is the program's own, and ends the run: two may not share a step.
+        # A repeated exception at a step counts as the script's own and ends the run: two may not share a step.
         if kind is FaultKind.RAISE and moment in LATE and not self._take("late_raise"):
             return FaultKind.KILL
         return kind
@@ -201,7 +201,7 @@ class _Episodes:
 
 
 def _of_nodes(seed: int, chance: Random) -> Scenario:
-    """Agents as processes of their own: several nodes, or a single one that is started again."""
+    """Draw a scenario with agents in separate processes: several nodes, or a single one that is restarted."""
     loss = chance.choice(tuple(Loss))
     alone = loss in (Loss.AGENT, Loss.AGENT_AND_ARENA)
     elastic = loss is Loss.NODE and chance.random() < 0.5
@@ -229,6 +229,6 @@ def _of_nodes(seed: int, chance: Random) -> Scenario:
 
 
 def _kills(chance: Random, ranks: int, step: int) -> list[Fault]:
-    """Kills of ranks before and after a node is lost."""
+    """Draw kills of ranks before and after the loss of a node."""
     steps = (chance.randint(2, step - 3), chance.randint(step + 4, STEPS - 2))
     return [Fault(FaultKind.KILL, chance.randrange(ranks), at, chance.choice(EXACT)) for at in steps]

@@ -1,4 +1,4 @@
-"""What a run of the soak has shown: which recoveries, how long, from where, and whether a committed step was lost."""
+"""Evaluate a run of the soak test: recoveries, their times and versions, and lost committed steps."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Recovered:
     """One recovery.
 
     Args:
-        kind: how the culprit ended.
-        rung: of the ladder.
-        reason: for the rung, in the agent's words.
-        version: that training continued from.
-        total_s: from the fault to the end of the first step.
+        kind: how the failed rank exited.
+        rung: kind of recovery.
+        reason: reason for the kind of recovery, as reported by the agent.
+        version: version from which training resumed.
+        total_s: seconds from the fault to the end of the first step.
         phases: seconds by phase.
     """
 
@@ -45,7 +45,7 @@ class Commit:
 
 
 def recoveries_of(events: Iterable[Event]) -> list[Recovered]:
-    """The recoveries in a ledger, each with the reason for its rung."""
+    """Return the recoveries in a ledger, each with the reason for its kind."""
     found: list[Recovered] = []
     reason, started = "", ""
     for event in events:
@@ -67,7 +67,7 @@ def recoveries_of(events: Iterable[Event]) -> list[Recovered]:
 
 
 def commits_of(path: Path) -> list[Commit]:
-    """The committed versions that ranks have noted, in the order of time; torn lines are left out."""
+    """Return the committed versions that ranks have recorded, by time; torn lines are left out."""
     found = []
     lines = path.read_text().splitlines() if path.exists() else []
     for line in lines:
@@ -80,13 +80,13 @@ def commits_of(path: Path) -> list[Commit]:
 
 
 def lost_steps(commits: Sequence[Commit], events: Iterable[Event]) -> int:
-    """Committed optimizer steps that recoveries from replicas went back behind.
+    """Return the number of committed optimizer steps that recoveries from replicas lost.
 
-    Where all replicas are gone a durable state is what is left; it is older by design.
+    If no replica exists any more, a durable state is restored, which is older by design.
 
     Args:
-        commits: in the order of time.
-        events: of the ledger.
+        commits: committed versions, by time.
+        events: events of the ledger.
     """
     lost, started = 0, ""
     for event in events:
@@ -96,28 +96,28 @@ def lost_steps(commits: Sequence[Commit], events: Iterable[Event]) -> int:
             continue
         step = _step(event.fields["version"])
         before = [commit for commit in commits if commit.at < event.at]
-        # A rank may note a commit while another already restores it: only what is newer than the restored one counts.
+        # A rank may record a commit while another already restores it: only newer versions than that count.
         newest = before[-1].version.optimizer_step if before else 0
         lost += max(0, newest - step)
     return lost
 
 
 def _step(version: str) -> int:
-    """The optimizer step of a version in words: `step 7 (before validation)`."""
+    """Parse the optimizer step of a version such as `step 7 (before validation)`."""
     return int(version.split()[1])
 
 
 def outcome_of(
     *, exit_code: int | None, identical: bool, lost: int, leaks: Sequence[str], late: Sequence[str]
 ) -> tuple[str, str]:
-    """How a run came out, and why, in a sentence.
+    """Return the outcome of a run, and the reason in a sentence.
 
     Args:
-        exit_code: of its agent; None where it missed its deadline.
-        identical: whether it is the same as the undisturbed one.
-        lost: committed steps that were lost.
-        leaks: what was left.
-        late: recoveries that took longer than they may.
+        exit_code: exit code of its agent; None if it missed its deadline.
+        identical: whether it equals the undisturbed run.
+        lost: number of lost committed steps.
+        leaks: what was left behind.
+        late: recoveries that exceeded their bound.
     """
     if exit_code is None:
         return "hang", "the run missed its deadline"
@@ -135,21 +135,21 @@ def outcome_of(
 
 
 def times_of(recoveries: Sequence[Recovered], bounds: dict[str, float], silent_s: float) -> list[str]:
-    """Recoveries that took longer than their bound, in words.
+    """Return the recoveries that exceeded their bound, in words.
 
     Args:
-        recoveries: of a run.
-        bounds: seconds by rung.
-        silent_s: how much longer a fault may take that is noticed by silence.
+        recoveries: recoveries of a run.
+        bounds: seconds by kind of recovery.
+        silent_s: additional seconds for a fault that is detected by silence.
     """
     found = []
     for one in recoveries:
         bound_s = bounds[one.rung] + (silent_s if one.kind in ("hung", "lost") else 0.0)
         if one.total_s > bound_s:
-            found.append(f"{one.kind}, {one.rung}: {one.total_s:.1f} s of {bound_s:.0f} s at most")
+            found.append(f"{one.kind}, {one.rung}: {one.total_s:.1f} s, more than {bound_s:.0f} s")
     return found
 
 
 def as_json(recoveries: Sequence[Recovered]) -> list[dict[str, Any]]:
-    """Recoveries as JSON holds them."""
+    """Return recoveries as values for JSON."""
     return [vars(one) for one in recoveries]

@@ -1,4 +1,4 @@
-"""A scenario with agents as processes of their own: a node, its agent, its link or the store's host is lost."""
+"""A scenario with agents in separate processes: a node, its agent, its link or the store's host is lost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.faults.hosts import ADDRESSES, Hosts, make_hosts
 
 LOOK_S = 0.02
 SILENCE_S = 15.0
-"""Until a lost node is missed, and the others have met again."""
+"""Seconds until the loss of a node is detected and the others have re-rendezvoused."""
 PACED = ("--samples", "360", "--pace", "0.25")
 
 
@@ -43,23 +43,23 @@ class DeadlineError(Exception):
 
 
 class Clock:
-    """The time that a run has left.
+    """The remaining time of a run.
 
     Args:
-        limit_s: from now.
+        limit_s: seconds from now.
     """
 
     def __init__(self, limit_s: float) -> None:
         self._end = time.monotonic() + limit_s
 
     def left_s(self, what: str) -> float:
-        """Seconds that are left.
+        """Return the remaining seconds.
 
         Args:
-            what: is waited for.
+            what: awaited event.
 
         Raises:
-            DeadlineError: none is.
+            DeadlineError: If no time remains.
         """
         left = self._end - time.monotonic()
         if left <= 0:
@@ -67,10 +67,10 @@ class Clock:
         return left
 
     def end_of(self, agent: psutil.Popen, what: str) -> int:
-        """The exit code of an agent, waited for.
+        """Wait for an agent to exit, and return its exit code.
 
         Raises:
-            DeadlineError: it does not end in time.
+            DeadlineError: If it does not exit in time.
         """
         try:
             return int(agent.wait(timeout=self.left_s(what)))
@@ -79,7 +79,7 @@ class Clock:
 
 
 def run(scenario: Scenario, folder: Path, parent: ForkServer, undisturbed: Undisturbed) -> Result:
-    """Run a scenario and judge it; the arguments are those of `one_node.run`."""
+    """Run a scenario and evaluate it; the arguments are those of `one_node.run`."""
     began = time.monotonic()
     with place_for(folder) as place:
         strike = _Elastic if scenario.configuration.elastic else _Fixed
@@ -97,12 +97,12 @@ def run(scenario: Scenario, folder: Path, parent: ForkServer, undisturbed: Undis
 
 
 class _Fixed:
-    """Nodes whose number stays: a lost one is started again.
+    """A fixed number of nodes: a lost one is restarted.
 
     Args:
-        scenario: to be run.
-        place: of its files.
-        parent: forks the workers of the undisturbed run.
+        scenario: scenario to run.
+        place: folders of the run.
+        parent: fork server for the workers of the undisturbed run.
         undisturbed: runs to compare with.
     """
 
@@ -118,7 +118,7 @@ class _Fixed:
         self.ledger = place.files / "runs" / "two-nodes" / "ledger.jsonl"
 
     def run(self) -> None:
-        """Start the nodes, lose one and bring it back, and wait for the end."""
+        """Start the nodes, lose one, restart it, and wait for the end."""
         with ExitStack() as stack:
             try:
                 cluster = self._cluster(stack)
@@ -154,9 +154,9 @@ class _Fixed:
             lost = self._cut(cluster, agents, clock)
         else:
             lost = 0 if loss is Loss.STORE_HOST else len(agents) - 1
-            if (code := clock.end_of(agents[lost], f"the end of node {lost}")) != -signal.SIGKILL:
+            if (code := clock.end_of(agents[lost], f"the exit of node {lost}")) != -signal.SIGKILL:
                 self.exit_code = code or 1
-                self.missed = f"node {lost} was to be lost and ended with exit code {code}"
+                self.missed = f"node {lost} was to be killed, but exited with code {code}"
                 return
             if loss is not Loss.AGENT:
                 cluster.lose(agents[lost])
@@ -164,11 +164,11 @@ class _Fixed:
                 # The new agent hosts the rendezvous again.
                 cluster.agents.clear()
         agents[lost] = self._start(cluster, lost)
-        codes = [clock.end_of(agent, f"the end of node {node}") for node, agent in enumerate(agents)]
+        codes = [clock.end_of(agent, f"the exit of node {node}") for node, agent in enumerate(agents)]
         self.exit_code = max(codes, key=abs)
 
     def _cut(self, cluster: Cluster, agents: list[psutil.Popen], clock: Clock) -> int:
-        """Cut the link to the second node until its agent has ended."""
+        """Cut the link to the second node until its agent has exited."""
         assert self.hosts is not None
         (fault,) = self.scenario.outside
         watch = Watch(cluster.folder / "runs", self.place.commits)
@@ -177,12 +177,12 @@ class _Fixed:
             time.sleep(LOOK_S)
         self.hosts.cut()
         self.outside = (str(fault),)
-        clock.end_of(agents[1], "the end of the node that is cut off")
+        clock.end_of(agents[1], "the exit of the node that is cut off")
         self.hosts.mend()
         return 1
 
     def judge(self, leaks: list[str]) -> Result:
-        """What the run has shown."""
+        """Evaluate the run."""
         folder = self.place.files
         events = read_ledger(self.ledger).events
         verdict = None
@@ -225,9 +225,9 @@ class _Fixed:
 
 
 class _Elastic(_Fixed):
-    """Three nodes of which one is lost: the others continue with the same samples, and it comes back.
+    """Three nodes, one of which is lost: the others continue with the same samples, and it rejoins.
 
-    Weights differ from those of the undisturbed run by the order of sums alone.
+    Weights differ from those of the undisturbed run only through the order of summation.
     """
 
     def __init__(self, scenario: Scenario, place: Place, parent: ForkServer, undisturbed: Undisturbed) -> None:
@@ -244,7 +244,7 @@ class _Elastic(_Fixed):
         self.ledger = self.folder / "runs" / "two-nodes" / "ledger.jsonl"
 
     def run(self) -> None:
-        """Train on three nodes, of which the one that is struck comes back."""
+        """Train on three nodes, one of which is lost and rejoins."""
         (fault,) = self.scenario.injected
         with ExitStack() as stack:
             nodes = Nodes(self.folder, stack, least=2, most=3, words=self.words)
@@ -255,7 +255,7 @@ class _Elastic(_Fixed):
                 self.missed = str(error)[-500:]
 
     def judge(self, leaks: list[str]) -> Result:
-        """What the run has shown."""
+        """Evaluate the run."""
         ended = (self.folder / "end.json").exists()
         found = account_of(self.folder)
         same_samples = ended and found.steps == self.expected.steps

@@ -18,7 +18,7 @@ from benchmarks.soak.processes import busy_cores, left_over
 from benchmarks.soak.results import Result
 from benchmarks.soak.scenario import OutsideFault, OutsideKind, Scenario
 from benchmarks.soak.stage import ENVIRONMENT, Place, Undisturbed, open_files, place_for, temporary_files_in
-from benchmarks.soak.stuck import looked_at_before
+from benchmarks.soak.stuck import dump_before
 from benchmarks.soak.watching import View, Watch
 from lightning_ckptless import environment
 from lightning_ckptless.errors import TimeLimitError
@@ -29,11 +29,11 @@ from lightning_ckptless.testing.fault_marks import FaultMarks
 from tests.faults.conftest import command_for
 from tests.lab.parts import Options
 
-Deed = Callable[[OutsideFault, View], str | None]
+Action = Callable[[OutsideFault, View], str | None]
 
 
 def options_of(scenario: Scenario, place: Place) -> Options:
-    """The lab's options for the run that is struck."""
+    """Return the options of the test script for the run with faults."""
     configuration = scenario.configuration
     chosen = configuration.strategy_options
     if configuration.durable:
@@ -53,14 +53,14 @@ def run(
     undisturbed: Undisturbed,
     progress: Callable[[Progress], None] | None = None,
 ) -> Result:
-    """Run a scenario and judge it.
+    """Run a scenario and evaluate it.
 
     Args:
-        scenario: to be run.
-        folder: for its files; removed where nothing was wrong.
-        parent: the fork server that all runs share.
+        scenario: scenario to run.
+        folder: folder for its files; removed if the run passes.
+        parent: fork server that all runs share.
         undisturbed: runs to compare with.
-        progress: is called with how far the run is.
+        progress: receives the progress of the run.
     """
     right = undisturbed.run(scenario.configuration.undisturbed)
     parent.ready()
@@ -82,16 +82,16 @@ def run(
 def _strike(
     scenario: Scenario, place: Place, parent: ForkServer, progress: Callable[[Progress], None] | None
 ) -> tuple[Variant | None, list[str]]:
-    """Run it while its faults strike; returns no run where it missed its deadline, and the outside faults."""
+    """Run it with its faults; returns the run (None if it missed its deadline) and the injected outside faults."""
     options, folder = options_of(scenario, place), place.files / "run"
     env = ENVIRONMENT | {environment.ARENA_DIR: str(place.arenas)}
-    outside = OutsideFaults(scenario.outside, Watch(folder / "runs", place.commits), _deeds(place, parent, scenario))
+    outside = OutsideFaults(scenario.outside, Watch(folder / "runs", place.commits), _actions(place, parent, scenario))
     with (
-        (place.files / "agent.log").open("w") as said,
-        redirect_stderr(said),
+        (place.files / "agent.log").open("w") as log,
+        redirect_stderr(log),
         temporary_files_in(place.temporary),
         busy_cores(scenario.load),
-        looked_at_before(
+        dump_before(
             deadline_s(scenario), Watch(folder / "runs", place.commits), place.temporary, place.files / "stuck"
         ),
         outside,
@@ -114,16 +114,16 @@ def _strike(
     return found, [one.fault for one in outside.struck]
 
 
-def _deeds(place: Place, parent: ForkServer, scenario: Scenario) -> dict[OutsideKind, Deed]:
-    """What each kind of outside fault does to a run."""
+def _actions(place: Place, parent: ForkServer, scenario: Scenario) -> dict[OutsideKind, Action]:
+    """Return the action of each kind of outside fault."""
     chance = random.Random(f"bytes {scenario.seed}")
 
-    def to_rank(number: signal.Signals) -> Deed:
+    def to_rank(number: signal.Signals) -> Action:
         return lambda fault, view: send(view.pids.get(fault.rank), number, f"rank {fault.rank}")
 
     def flip(fault: OutsideFault, view: View) -> str | None:
         done = flip_bytes(place.arenas, fault.rank, chance)
-        # Its owner would overwrite the damage: it is killed, so that the copy is needed.
+        # The source rank would overwrite the damage: it is killed, so that the copy is needed.
         return done and send(view.pids.get(fault.rank), signal.SIGKILL, f"rank {fault.rank}") and done
 
     return {
@@ -161,7 +161,7 @@ def _judge(
     if outcome == "different":
         why = str(verdict)
     elif outcome == "ended":
-        why += f"; its last words: {variant.tail(8)}"
+        why += f"; end of its output: {variant.tail(8)}"
     return Result(
         seed=scenario.seed,
         configuration=str(scenario.configuration),

@@ -1,4 +1,4 @@
-"""Causes faults from outside of a run: waits for each one's moment, then does what it says."""
+"""Inject faults from outside a run: wait for the moment of each fault, then cause it."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from lightning_ckptless.replica.slot import HEADER_BYTES, SlotName, read_header
 
 LOOK_S = 0.005
 FULL_S = 1.0
-"""For how long a disk is full."""
+"""Seconds for which a disk is full."""
 FLIPPED_BYTES = 3
 
 
 @dataclass(frozen=True)
 class Struck:
-    """A fault that was caused.
+    """A fault that was injected.
 
     Args:
-        fault: which one, in words.
+        fault: the fault, in words.
         at: wall clock.
-        what: was done.
+        what: what was done.
     """
 
     fault: str
@@ -43,11 +43,11 @@ class Struck:
 
 
 def moment_of(fault: OutsideFault, view: View) -> float | None:
-    """When a fault is due, on the wall clock; None where what it waits for has not happened.
+    """Return the wall clock at which a fault is due; None if the event that it follows has not occurred.
 
     Args:
-        fault: whose moment is looked for.
-        view: what the run has told so far.
+        fault: fault to inject.
+        view: what is known of the run so far.
     """
     if fault.phase is None:
         return 0.0 if view.committed >= fault.step else None
@@ -59,32 +59,32 @@ def moment_of(fault: OutsideFault, view: View) -> float | None:
 
 
 def _head(fault: str) -> str:
-    """A fault's kind, rank and step."""
+    """Return a fault's kind, rank and step."""
     return ":".join(fault.split(":")[:3])
 
 
 class OutsideFaults:
-    """A thread that causes the outside faults of a run. A context manager.
+    """A thread that injects the outside faults of a run. A context manager.
 
     Args:
-        faults: to be caused.
-        watch: of the run.
-        deeds: what to do for each kind; returns what was done, in words, or None where there is nothing to do it to.
+        faults: faults to inject.
+        watch: watch on the run.
+        actions: action for each kind; returns what was done, in words, or None if it has no target.
 
     Attributes:
-        struck: faults that were caused, in order.
+        struck: injected faults, in order.
     """
 
     def __init__(
         self,
         faults: Sequence[OutsideFault],
         watch: Watch,
-        deeds: Mapping[OutsideKind, Callable[[OutsideFault, View], str | None]],
+        actions: Mapping[OutsideKind, Callable[[OutsideFault, View], str | None]],
     ) -> None:
         self.struck: list[Struck] = []
         self._due: dict[OutsideFault, float | None] = dict.fromkeys(faults)
         self._watch = watch
-        self._deeds = deeds
+        self._actions = actions
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="soak-outside-faults")
 
@@ -101,7 +101,7 @@ class OutsideFaults:
             view, now = self._watch.look(), time.time()
             for fault in list(self._due):
                 if self._due[fault] is None and (moment := moment_of(fault, view)) is not None:
-                    # Without another fault to follow, the delay counts from when the step was seen.
+                    # If it follows no other fault, the delay counts from when the commit of the step was seen.
                     self._due[fault] = moment or now + fault.delay_s
                 at = self._due[fault]
                 if at is not None and now >= at:
@@ -109,7 +109,7 @@ class OutsideFaults:
                     self._cause(fault, view)
 
     def _cause(self, fault: OutsideFault, view: View) -> None:
-        what = self._deeds[fault.kind](fault, view)
+        what = self._actions[fault.kind](fault, view)
         if what is not None:
             self.struck.append(Struck(str(fault), time.time(), what))
 
@@ -118,12 +118,12 @@ class OutsideFaults:
 
 
 def send(pid: int | None, number: signal.Signals, who: str) -> str | None:
-    """Send a signal to a process of this soak.
+    """Send a signal to a process of this soak test.
 
     Args:
-        pid: of the process; None where there is none.
-        number: of the signal.
-        who: it is, for the record.
+        pid: process id; None if there is no such process.
+        number: signal to send.
+        who: description of the process for the record.
     """
     if pid is None or not is_descendant(pid):
         return None
@@ -134,7 +134,7 @@ def send(pid: int | None, number: signal.Signals, who: str) -> str | None:
 
 
 def limit_memory(pid: int | None, rank: int) -> str | None:
-    """Let a worker have no more address space than it has."""
+    """Limit a worker's address space to its current size."""
     if pid is None or not is_descendant(pid):
         return None
     with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
@@ -145,12 +145,12 @@ def limit_memory(pid: int | None, rank: int) -> str | None:
 
 
 def flip_bytes(arenas: Path, shard: int, chance: random.Random) -> str | None:
-    """Change bytes in the newest committed copy of a shard that its own rank keeps.
+    """Flip bits in the newest committed version of a shard in its source rank's own slots.
 
     Args:
         arenas: folder of the arenas.
         shard: index of the shard.
-        chance: chooses the bytes.
+        chance: random generator that chooses the bits.
     """
     found = []
     for path in arenas.glob("ckptless-*/*"):
@@ -175,7 +175,7 @@ def flip_bytes(arenas: Path, shard: int, chance: random.Random) -> str | None:
 
 
 def fill_disk(folder: Path) -> str | None:
-    """Leave no room on the disk of a folder for a while."""
+    """Fill the disk of a folder for `FULL_S` seconds."""
     if not os.path.ismount(folder):
         return None
     ballast = folder / "ballast"
@@ -187,10 +187,10 @@ def fill_disk(folder: Path) -> str | None:
 
 
 def sidecar_of(fork_server: int | None, known: Sequence[int]) -> int | None:
-    """The process beside the workers that writes durable states.
+    """Return the process id of the sidecar, which writes durable states; None if it cannot be determined.
 
     Args:
-        fork_server: forks it, and the workers.
+        fork_server: process id of the parent of sidecar and workers.
         known: process ids of workers and standbys.
     """
     if fork_server is None:
@@ -203,5 +203,5 @@ def sidecar_of(fork_server: int | None, known: Sequence[int]) -> int | None:
 
 
 def facts(struck: Sequence[Struck]) -> list[dict[str, Any]]:
-    """What was caused, as JSON holds it."""
+    """Return the injected faults as values for JSON."""
     return [vars(one) for one in struck]

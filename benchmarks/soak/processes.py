@@ -1,4 +1,4 @@
-"""Processes of this soak: how they are known, kept busy, and looked for when a run is over."""
+"""Processes of this soak test: identification, CPU load, and a search for leaked ones after a run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 
 MARK = "CKPTLESS_SOAK"
-"""Variable that every process started by a soak has inherited."""
+"""Variable that every process started by a soak test inherits."""
 GRACE_S = 10.0
-"""For processes that are on their way out."""
+"""Seconds for processes to exit."""
 
 _BUSY = """
 import os
@@ -26,12 +26,12 @@ while os.getppid() == parent:
 
 
 def mark() -> None:
-    """Mark all processes that this one starts from here on."""
+    """Mark all processes that this one starts from now on."""
     os.environ.setdefault(MARK, f"{os.getpid()}")
 
 
 def is_descendant(pid: int) -> bool:
-    """Whether a process was started by this one or by one that it has started: only those may be harmed."""
+    """Return whether a process is a descendant of this one; only those may receive faults."""
     try:
         return any(parent.pid == os.getpid() for parent in psutil.Process(pid).parents())
     except psutil.NoSuchProcess:
@@ -39,7 +39,7 @@ def is_descendant(pid: int) -> bool:
 
 
 def ours() -> Iterator[psutil.Process]:
-    """Live processes that were started under this soak, other than this one, whoever their parent is by now."""
+    """Yield the live processes that this soak test started, including orphans."""
     marked = f"{MARK}={os.environ[MARK]}".encode()
     for pid in psutil.pids():
         if pid != os.getpid() and marked in _environment(pid):
@@ -59,10 +59,10 @@ def _environment(pid: int) -> list[bytes]:
 
 
 def left_over(kept: Collection[int]) -> list[str]:
-    """Processes of a run that has ended; they get some time to end and are killed then.
+    """Return the processes that a run has left behind, after a grace period; they are killed.
 
     Args:
-        kept: process ids of those that outlive a run.
+        kept: process ids of those that may outlive a run.
     """
     new = [process for process in ours() if process.pid not in kept]
     _, alive = psutil.wait_procs(new, timeout=GRACE_S) if new else ([], [])
@@ -81,7 +81,7 @@ def busy_cores(wanted: bool) -> Iterator[None]:
     """Keep all cores busy while the block runs.
 
     Args:
-        wanted: whether to do so at all.
+        wanted: False to do nothing.
     """
     count = (os.cpu_count() or 1) if wanted else 0
     loops = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""Results of runs, one JSON line each: a soak that was interrupted continues with the seeds that are missing."""
+"""Results of runs, one JSON line each, so that an interrupted soak test continues with the missing seeds."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from benchmarks.soak.evidence import Recovered
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a run.
+    """The result of a run.
 
     Args:
-        seed: of its scenario.
+        seed: seed of its scenario.
         configuration: what was trained, in words.
-        load: whether both cores were kept busy.
-        asked: faults that were to strike.
-        struck: those that did.
-        outcome: `good`, or what was wrong.
-        why: it was, in a sentence.
-        lost_steps: committed steps that were lost.
-        recoveries: in their order.
+        load: whether all cores were kept busy.
+        asked: planned faults.
+        struck: injected faults.
+        outcome: `good`, or the kind of failure.
+        why: reason of the failure, in a sentence.
+        lost_steps: number of lost committed steps.
+        recoveries: recoveries, in order.
         leaks: what was left behind.
-        wall_s: from start to end.
-        folder: of the evidence; empty where it was removed.
+        wall_s: seconds from start to end.
+        folder: folder with the files of the run; empty if it was removed.
         left_out: faults that this machine does not allow.
     """
 
@@ -47,19 +47,19 @@ class Result:
 
     @property
     def good(self) -> bool:
-        """Whether everything was as it has to be."""
+        """Whether the run passed."""
         return self.outcome == "good"
 
 
 def append(path: Path, result: Result) -> None:
-    """Add a result to a file."""
+    """Append a result to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(asdict(result)) + "\n")
 
 
 def read(path: Path) -> list[Result]:
-    """The results in a file, the last one of each seed; an unfinished line is left out."""
+    """Return the results in a file, the last one of each seed; an incomplete line is left out."""
     return list({result.seed: result for result in _lines(path)}.values())
 
 

@@ -1,4 +1,4 @@
-"""What a run of the soak trains and which faults strike it: plain data, the same for the same seed."""
+"""What a run of the soak test trains, and its faults: plain data, the same for the same seed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from lightning_ckptless.protocol.fault_script import Fault, FaultKind
 from tests.lab.parts import Options
 
 BATCH = 4
-"""Samples of the lab's micro-batch."""
+"""Samples per micro-batch of the test script."""
 EPOCHS = 2
 STEPS_PER_EPOCH = 24
 STEPS = EPOCHS * STEPS_PER_EPOCH
 
 
 class OutsideKind(StrEnum):
-    """A fault that another process causes, so that it can strike at any moment."""
+    """A fault that another process causes, at any moment."""
 
     KILL = "kill"
     STOP = "stop"
@@ -31,7 +31,7 @@ class OutsideKind(StrEnum):
 
 
 class Loss(StrEnum):
-    """What of a node is lost, where its agent is."""
+    """What is lost of a node."""
 
     AGENT = "agent"
     AGENT_AND_ARENA = "agent_and_arena"
@@ -41,7 +41,7 @@ class Loss(StrEnum):
 
 
 class Phase(StrEnum):
-    """A phase of a recovery, by the ledger's event at which it begins."""
+    """A phase of a recovery, named by the ledger event with which it begins."""
 
     FIRED = "fault_injected"
     DETECTED = "fault"
@@ -55,11 +55,11 @@ class OutsideFault:
     """A fault from outside.
 
     Args:
-        kind: what goes wrong.
-        rank: where; for a cut link the node at its end.
-        step: the optimizer step whose commit it follows; with a phase, that of the injected fault it follows.
-        phase: the phase of that fault's recovery it falls into; None where it follows no other fault.
-        delay_s: time from there.
+        kind: kind of fault.
+        rank: target rank; for a cut link, the node at its end.
+        step: optimizer step after whose commit it occurs; with a phase, the step of the injected fault that it follows.
+        phase: phase of that fault's recovery in which it occurs; None if it follows no other fault.
+        delay_s: seconds from there.
     """
 
     kind: OutsideKind
@@ -78,19 +78,19 @@ class Configuration:
     """What is trained, and how it is protected.
 
     Args:
-        ranks: of all nodes together.
-        nodes: agents on this machine.
-        loss: what of a node is lost in the run; None where all agents stay.
+        ranks: number of ranks on all nodes together.
+        nodes: number of agents on this machine.
+        loss: what is lost of a node in the run; None if all agents stay.
         elastic: whether the others continue without a lost node.
         mesh: data-parallel x tensor-parallel ranks of a sharded model; empty for DDP.
-        workers: of the dataloader.
-        accumulate: micro-batches of a step.
+        workers: dataloader workers.
+        accumulate: micro-batches per step.
         val_interval: batches between two validations; 0 for one at the end of an epoch.
-        standbys: processes that wait for a rank.
+        standbys: number of standbys.
         durable: whether durable states are written.
         copies: whether each shard has a copy on another rank.
-        hang_timeout_s: the strategy's; None to learn it.
-        slow_mirror_s: how long each round of the mirror is held up.
+        hang_timeout_s: hang timeout of the strategy; None to learn it.
+        slow_mirror_s: seconds by which each round of the mirror is delayed.
     """
 
     ranks: int = 2
@@ -109,7 +109,7 @@ class Configuration:
 
     @property
     def strategy_options(self) -> dict[str, object]:
-        """Options of the strategy that are not its defaults."""
+        """Options of the strategy that differ from its defaults."""
         chosen = {
             "standbys": self.standbys or None,
             "durable_every_n_steps": 5 if self.durable else None,
@@ -120,7 +120,7 @@ class Configuration:
 
     @property
     def undisturbed(self) -> Options:
-        """The lab's options for the run that says what is right: nothing in it depends on how it is protected."""
+        """Options of the test script for the undisturbed run; they do not depend on how the run is protected."""
         data_ranks = int(self.mesh.split("x")[0]) if self.mesh else self.ranks
         return Options(
             devices=self.ranks,
@@ -151,14 +151,14 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Scenario:
-    """One run of the soak.
+    """One run of the soak test.
 
     Args:
-        seed: that it was drawn from.
+        seed: seed from which it was drawn.
         configuration: what is trained.
-        injected: faults that strike from within, at an exact moment.
+        injected: faults from inside a worker, at an exact moment.
         outside: faults that other processes cause.
-        load: whether both cores are kept busy beside it.
+        load: whether all cores are kept busy at the same time.
     """
 
     seed: int
@@ -173,13 +173,13 @@ class Scenario:
         return (*map(self.named, self.injected), *map(str, self.outside))
 
     def named(self, fault: Fault) -> str:
-        """An injected fault in words; what is lost with a node has its own name."""
+        """Return an injected fault in words; the loss of a node is named by what is lost."""
         loss = self.configuration.loss
         return str(fault) if loss is None or fault.kind is not FaultKind.NODE else str(fault).replace("node", loss, 1)
 
     @property
     def repeat(self) -> str:
-        """The command that runs it again."""
+        """The command that repeats it."""
         return f"python -m benchmarks.soak --seed {self.seed}"
 
     def __str__(self) -> str:
@@ -188,4 +188,4 @@ class Scenario:
 
 
 SILENT = frozenset({FaultKind.HANG, FaultKind.STOP})
-"""Injected faults that end no process: they are noticed when the others have waited long enough."""
+"""Injected faults that end no process: they are detected when the others have waited long enough."""

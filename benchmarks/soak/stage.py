@@ -1,4 +1,4 @@
-"""Where a run takes place: folders of its own, undisturbed runs to compare with, and a look at what is left."""
+"""The environment of a run: its folders, undisturbed runs to compare with, and a check for leaked files."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Place:
     """The folders of one run.
 
     Args:
-        files: of all that it writes.
-        arenas: its shared memory.
-        disk: for its durable states.
-        has_own_disk: whether that is a small disk of its own, which can be filled without harm.
+        files: folder for everything that it writes.
+        arenas: folder in shared memory.
+        disk: folder for its durable states.
+        has_own_disk: whether `disk` is a small separate disk, which can be filled without harm.
     """
 
     files: Path
@@ -49,7 +49,7 @@ class Place:
 
     @property
     def commits(self) -> Path:
-        """File of the versions that ranks have seen committed."""
+        """File of the versions that ranks have recorded as committed."""
         return self.files / "commits.jsonl"
 
     @property
@@ -60,14 +60,14 @@ class Place:
 
 @contextmanager
 def place_for(folder: Path) -> Iterator[Place]:
-    """Make the folders of a run; shared memory and disk are removed at the end, files are kept.
+    """Create the folders of a run; shared memory and disk are removed at the end, files are kept.
 
     Args:
-        folder: for the files; emptied first.
+        folder: folder for the files; emptied first.
     """
     disk = folder / "disk"
     if os.path.ismount(disk):
-        # Of a soak that was killed.
+        # Left by a soak test that was killed.
         _unmount(disk)
     shutil.rmtree(folder, ignore_errors=True)
     disk.mkdir(parents=True)
@@ -95,7 +95,7 @@ def _unmount(disk: Path) -> None:
 
 @contextmanager
 def temporary_files_in(folder: Path) -> Iterator[None]:
-    """Let this process make its temporary files in a folder, so that what is left of them shows."""
+    """Create this process's temporary files in a folder, so that leaked ones can be found."""
     before, tempfile.tempdir = tempfile.tempdir, str(folder)
     try:
         yield
@@ -104,11 +104,11 @@ def temporary_files_in(folder: Path) -> Iterator[None]:
 
 
 class Undisturbed:
-    """Runs that nothing strikes, one per configuration, computed once and kept.
+    """Undisturbed runs, one per configuration, computed once and kept.
 
     Args:
-        folder: of all of them.
-        parent: forks their workers.
+        folder: folder of all of them.
+        parent: fork server for their workers.
     """
 
     def __init__(self, folder: Path, parent: ForkServer) -> None:
@@ -116,13 +116,13 @@ class Undisturbed:
         self._parent = parent
 
     def run(self, options: Options) -> Variant:
-        """The undisturbed run of some options.
+        """Return the undisturbed run with the given options.
 
         Args:
-            options: of the lab.
+            options: options of the test script.
 
         Raises:
-            LaunchError: it fails.
+            LaunchError: If it fails.
         """
         versions = [version(name) for name in ("torch", "lightning")]
         key = hashlib.sha256(json.dumps([asdict(options), versions]).encode()).hexdigest()[:16]
@@ -136,18 +136,18 @@ class Undisturbed:
         )
         if found.exit_code:
             shutil.rmtree(folder)
-            raise LaunchError(f"{' '.join(words)} fails without any fault: {found.tail()}")
+            raise LaunchError(f"{' '.join(words)} failed without any fault: {found.tail()}")
         return found
 
 
 @cache
 def _use_libuv() -> None:
-    """Let libuv, on which torch's store runs, open what it opens once in a process and keeps."""
+    """Make libuv, on which torch's store runs, open the files that it opens once per process and keeps."""
     TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def open_files() -> Counter[str]:
-    """What this process holds open, without what only waits for the garbage collector; sockets count alike."""
+    """Return the open files of this process, by target; all sockets are counted under one name."""
     _use_libuv()
     gc.collect()
     found = Counter[str]()

@@ -1,4 +1,4 @@
-"""What the workers of a run do that is about to miss its deadline: afterwards they are gone, and nothing tells why."""
+"""Record the workers' state shortly before a run misses its deadline; afterwards they no longer exist."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from benchmarks.soak.watching import Watch
 from lightning_ckptless.membership.worker.progress import STACKS_SIGNAL
 
 BEFORE_S = 10.0
-"""How long before the deadline workers are looked at."""
+"""Seconds before the deadline at which the state is recorded."""
 WRITE_S = 3.0
-"""In which they write down their stacks."""
+"""Seconds in which they write their stacks."""
 
 
 @contextmanager
-def looked_at_before(deadline_s: float, watch: Watch, temporary: Path, into: Path) -> Iterator[None]:
-    """Look at the workers shortly before a deadline, unless the block ends earlier.
+def dump_before(deadline_s: float, watch: Watch, temporary: Path, into: Path) -> Iterator[None]:
+    """Record the state of the workers shortly before a deadline, unless the block ends earlier.
 
     Args:
-        deadline_s: from now.
-        watch: knows the workers.
+        deadline_s: seconds from now.
+        watch: watch on the run, which knows the workers.
         temporary: folder of the agent's temporary files, where workers write their stacks.
         into: folder that receives stacks, and the state of every thread.
     """
-    timer = threading.Timer(deadline_s - BEFORE_S, lambda: look(watch, temporary, into))
+    timer = threading.Timer(deadline_s - BEFORE_S, lambda: dump(watch, temporary, into))
     timer.start()
     try:
         yield
@@ -40,17 +40,17 @@ def looked_at_before(deadline_s: float, watch: Watch, temporary: Path, into: Pat
         timer.join()
 
 
-def look(watch: Watch, temporary: Path, into: Path) -> None:
-    """Write down what workers do; the arguments are those of `looked_at_before`."""
+def dump(watch: Watch, temporary: Path, into: Path) -> None:
+    """Record the state of the workers; the arguments are those of `dump_before`."""
     into.mkdir(parents=True, exist_ok=True)
     workers = {rank: pid for rank, pid in watch.look().pids.items() if is_descendant(pid)}
     for rank, pid in workers.items():
         (into / f"rank{rank}-pid{pid}.txt").write_text("\n".join(_threads(pid) + _connections(pid)) + "\n")
-        # Without a handler the signal would end the process, and with it what is to be seen.
+        # Without a handler the signal would end the process.
         if _handles_stacks(pid):
             os.kill(pid, STACKS_SIGNAL)
     threading.Event().wait(WRITE_S)
-    for path in temporary.glob("ckptless-verdicts-*/*"):
+    for path in temporary.glob("ckptless-scratch-exit_reports-*/*"):
         with suppress(OSError):
             shutil.copy(path, into / path.name)
 
@@ -64,7 +64,7 @@ def _handles_stacks(pid: int) -> bool:
 
 
 def _threads(pid: int) -> list[str]:
-    """Name, state and place in the kernel of each thread."""
+    """Return the name, state and kernel wait channel of each thread."""
     found = []
     for task in sorted(Path("/proc", str(pid), "task").glob("*")):
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""The tables of a soak: how many faults, what came of them, and how long recoveries took."""
+"""The tables of a soak test: faults, outcomes and recovery times."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ NUMBERS = re.compile(r"\d+(?:, \d+)*(?: and \d+)?")
 
 
 def tables(results: Sequence[Result]) -> list[Table]:
-    """All tables of some results."""
+    """Return all tables of the results."""
     return [totals(results), faults_table(results), recovery_table(results), rung_table(results)]
 
 
 def totals(results: Sequence[Result]) -> Table:
-    """How many faults there were, and what was wrong."""
-    table = Table("The soak", ("", "count"))
+    """Return the table of totals and failures."""
+    table = Table("Soak test", ("", "count"))
     outcomes = Counter(result.outcome for result in results)
     seeds = [result.seed for result in results]
     table.add("runs", len(results))
-    table.add("runs with both cores loaded", sum(result.load for result in results))
-    table.add("faults that struck", sum(len(result.struck) for result in results))
+    table.add("runs with loaded cores", sum(result.load for result in results))
+    table.add("faults injected", sum(len(result.struck) for result in results))
     table.add("recoveries", sum(len(result.recoveries) for result in results))
     table.add("committed steps lost", sum(result.lost_steps for result in results))
     table.add("hangs", outcomes["hang"])
@@ -43,8 +43,8 @@ def totals(results: Sequence[Result]) -> Table:
 
 
 def faults_table(results: Sequence[Result]) -> Table:
-    """How often each kind of fault struck, and in which moments."""
-    table = Table("Faults by kind", ("kind", "asked for", "struck", "moments"))
+    """Return the table of planned and injected faults by kind, with their moments."""
+    table = Table("Faults by kind", ("kind", "planned", "injected", "moments"))
     asked = Counter(kind_of(fault) for result in results for fault in result.asked)
     struck = Counter(kind_of(fault) for result in results for fault in result.struck)
     moments: dict[str, set[str]] = {}
@@ -57,8 +57,8 @@ def faults_table(results: Sequence[Result]) -> Table:
 
 
 def recovery_table(results: Sequence[Result]) -> Table:
-    """How long recoveries took, by how the culprit ended and by rung."""
-    heads = ("culprit", "rung", "count", "p50 s", "p95 s", "max s")
+    """Return the table of recovery times, by kind of fault and of recovery."""
+    heads = ("fault", "recovery", "count", "p50 s", "p95 s", "max s")
     table = Table("From a fault to the end of the first step of all ranks", heads)
     groups: dict[tuple[str, str], list[Recovered]] = {}
     for result in results:
@@ -71,21 +71,21 @@ def recovery_table(results: Sequence[Result]) -> Table:
 
 
 def rung_table(results: Sequence[Result]) -> Table:
-    """Which rung recoveries took, and why."""
-    table = Table("Rungs", ("rung", "why", "count"))
+    """Return the table of the kinds of recovery and their reasons."""
+    table = Table("Kinds of recovery", ("recovery", "reason", "count"))
     found = Counter((one.rung, NUMBERS.sub("N", one.reason)[:120]) for result in results for one in result.recoveries)
     for (rung, why), count in sorted(found.items(), key=lambda entry: (RUNGS.index(entry[0][0]), -entry[1])):
-        table.add(rung, why or "not told", count)
+        table.add(rung, why or "not reported", count)
     return table
 
 
 def kind_of(fault: str) -> str:
-    """The kind of a fault in words."""
+    """Return the kind of a fault, in words."""
     return fault.split(":", maxsplit=1)[0]
 
 
 def moment_of(fault: str) -> str:
-    """The moment of a fault in words: what it struck in, or followed."""
+    """Return the moment of a fault in words: the point in which it occurred, or the phase that it followed."""
     if found := re.search(r":at=(\w+)", fault):
         return found[1]
     if found := re.search(r":after=(\w+)", fault):
@@ -94,7 +94,7 @@ def moment_of(fault: str) -> str:
 
 
 def _ranges(numbers: Iterable[int]) -> str:
-    """Numbers in words: 1 to 4, 7."""
+    """Return numbers as text with ranges, such as `1 to 4, 7`."""
     groups: list[list[int]] = []
     for number in sorted(numbers):
         if groups and number == groups[-1][-1] + 1:

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: the ledger's events and the versions that ranks have seen committed."""
+"""Follow a run: the ledger's events, and the versions that ranks have seen committed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 class Tail:
-    """Reads the JSON lines that were added to a file since the last look.
+    """Read the JSON lines that were added to a file since the last read.
 
     Args:
-        path: of the file, which may not exist yet.
+        path: path of the file, which may not exist yet.
     """
 
     def __init__(self, path: Path) -> None:
@@ -20,7 +20,7 @@ class Tail:
         self._read_bytes = 0
 
     def read(self) -> list[dict[str, Any]]:
-        """The new lines that are complete; a torn one is left out."""
+        """Return the new complete lines; a torn one is left out."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self._read_bytes)
@@ -45,10 +45,10 @@ class View:
     """What is known of a run at a moment.
 
     Args:
-        events: of the ledger so far.
-        committed: the newest optimizer step that a rank has seen committed.
-        pids: of the workers, by rank.
-        standbys: their process ids.
+        events: events of the ledger so far.
+        committed: newest optimizer step that a rank has seen committed.
+        pids: process ids of the workers, by rank.
+        standbys: process ids of the standbys.
     """
 
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -57,7 +57,7 @@ class View:
     standbys: tuple[int, ...] = ()
 
     def take(self, events: list[dict[str, Any]], commits: list[dict[str, Any]]) -> None:
-        """Add what was read."""
+        """Add new events and commits."""
         self.events += events
         for event in events:
             if event["event"] == "workers_spawned":
@@ -70,10 +70,10 @@ class View:
 
 
 class Watch:
-    """Follows the files of a run.
+    """Follow the files of a run.
 
     Args:
-        runs: folder of the run's own folder.
+        runs: folder that contains the run's folder.
         commits: file of the committed versions.
     """
 
@@ -84,7 +84,7 @@ class Watch:
         self._commits = Tail(commits)
 
     def look(self) -> View:
-        """Read what is new."""
+        """Read what is new, and return the view."""
         if self._ledger is None:
             self._ledger = next((Tail(path) for path in self._runs.glob("*/ledger.jsonl")), None)
         self.view.take(self._ledger.read() if self._ledger else [], self._commits.read())

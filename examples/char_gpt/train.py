@@ -1,12 +1,13 @@
-"""A small GPT that learns to write Python's standard library, character by character.
+"""A small GPT that learns Python's standard library, character by character.
 
     python examples/char_gpt/train.py
     ckptless run --nproc-per-node 2 examples/char_gpt/train.py --steps 500
     ckptless drill examples/char_gpt/train.py --nproc 2 --fault kill:rank=1:step=40 -- --steps 80
     ckptless drill examples/char_gpt/train.py --nproc 4 --fault kill:rank=3:step=40 -- --steps 80 --mesh 2x2
 
-The text is found on the machine at run time. The first two train it. The third trains it twice, the second time killing
-a rank, and compares every step. The fourth shards it: over two ranks by FSDP2, and its large layers over two more.
+The text is read from the local installation. The first two commands train the model. The third trains it twice, the
+second time with a killed rank, and compares every step. The fourth also shards it: FSDP2 over two ranks, and tensor
+parallelism of its large layers over two more.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Windows(Dataset[Batch]):
-    """Stretches of text, each with the same stretch one letter further on."""
+    """Windows of text, each with the same window shifted by one character as its target."""
 
     def __init__(self, text: Tensor, context: int) -> None:
         self.text = text
@@ -54,9 +55,9 @@ class StandardLibrary(LightningDataModule):
     """The source of Python's standard library, as text.
 
     Args:
-        files: how many of its modules, in the order of their names.
-        context: letters per stretch.
-        batch_size: stretches per rank and step.
+        files: number of modules, in alphabetical order.
+        context: characters per window.
+        batch_size: windows per rank and step.
     """
 
     def __init__(self, files: int = 40, context: int = 64, batch_size: int = 16) -> None:
@@ -80,7 +81,7 @@ class StandardLibrary(LightningDataModule):
 
 
 class Block(nn.Module):
-    """Attention to what came before, then a little thought about it."""
+    """A pre-norm transformer block with causal attention and a feed-forward network."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -106,16 +107,16 @@ class Block(nn.Module):
 
 
 class CharGPT(LightningModule):
-    """A transformer that predicts the next letter.
+    """A transformer that predicts the next character.
 
     Args:
-        layers: blocks.
-        heads: of attention, per block.
-        width: features per letter.
-        context: letters that it sees.
-        dropout: share of features dropped in training.
-        learning_rate: its highest value.
-        warmup_steps: steps over which the learning rate grows to it, before it falls along a cosine.
+        layers: number of blocks.
+        heads: attention heads per block.
+        width: features per character.
+        context: characters of context.
+        dropout: dropout probability.
+        learning_rate: peak learning rate.
+        warmup_steps: steps of linear warmup to the peak, followed by a cosine decay.
     """
 
     def __init__(
@@ -139,10 +140,10 @@ class CharGPT(LightningModule):
         self.head = nn.Linear(width, len(LETTERS), bias=False)
 
     def configure_model(self) -> None:
-        """Shard the model over the mesh of a strategy that has one."""
+        """Shard the model over the strategy's mesh, if it has one."""
         if (mesh := self.device_mesh) is None:
             return
-        # Here, because importing them takes long.
+        # Imported here because the imports are slow.
         from torch.distributed.fsdp import FSDPModule, fully_shard  # noqa: PLC0415
         from torch.distributed.tensor.parallel import (  # noqa: PLC0415
             ColwiseParallel,
@@ -189,7 +190,7 @@ class CharGPT(LightningModule):
 
     @torch.no_grad()
     def write(self, beginning: str, letters: int) -> str:
-        """Go on from a beginning; the same each time."""
+        """Continue a text by sampling; deterministic."""
         self.eval()
         dice = torch.Generator().manual_seed(1)
         text = torch.tensor([[PLACES[letter] for letter in beginning]], device=self.device)
@@ -200,7 +201,7 @@ class CharGPT(LightningModule):
 
 
 def strategy(mesh: str) -> Any:
-    """The strategy for a mesh such as `2x1`, or for none."""
+    """Return the strategy for a mesh such as `2x1`, or for an empty string."""
     if not mesh:
         return "ckptless"
     data, tensor = (int(size) for size in mesh.split("x"))
@@ -211,19 +212,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     started = int(os.environ.get("LOCAL_WORLD_SIZE", "2"))
     parser.add_argument(
-        "--devices", type=int, default=started, help="ranks on this node (default: as many as are started, or 2)"
+        "--devices", type=int, default=started, help="ranks on this node (default: LOCAL_WORLD_SIZE, or 2)"
     )
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=4, help="blocks of the model (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=128, help="features per letter (default: %(default)s)")
-    parser.add_argument("--context", type=int, default=64, help="letters that it sees (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="stretches per rank and step (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="number of blocks (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=128, help="features per character (default: %(default)s)")
+    parser.add_argument("--context", type=int, default=64, help="characters of context (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="windows per rank and step (default: %(default)s)")
     parser.add_argument(
         "--mesh",
         default="",
-        help="shard it over DATAxTENSOR parallel ranks, such as 2x1 (default: a whole model per rank)",
+        help="shard the model over DATAxTENSOR ranks, such as 2x1 (default: do not shard)",
     )
-    parser.add_argument("--folder", default=".", help="for logs and checkpoint files (default: here)")
+    parser.add_argument("--folder", default=".", help="folder for logs and checkpoint files (default: current folder)")
     args = parser.parse_args()
 
     seed_everything(1, workers=True)
@@ -237,14 +238,14 @@ def main() -> None:
         check_val_every_n_epoch=None,
         log_every_n_steps=1,
         gradient_clip_val=1.0,
-        # torch has no norm over gradients of which only some are tensor parallel.
+        # torch cannot compute a norm over gradients if only some of them are tensor parallel.
         gradient_clip_algorithm="norm" if args.mesh in {"", f"{args.devices}x1"} else "value",
         logger=CSVLogger(args.folder),
         callbacks=[ModelCheckpoint(monitor="val_loss")],
         default_root_dir=args.folder,
     )
     trainer.fit(model, StandardLibrary(context=args.context, batch_size=args.batch_size))
-    # All ranks together: each has a part of a sharded model.
+    # On all ranks, because each holds a part of a sharded model.
     text = model.write("def ", 200)
     if trainer.is_global_zero:
         print(text)

@@ -1,10 +1,11 @@
-"""Handwritten digits, a small convolutional network, two ranks that may die.
+"""Handwritten digits: a small convolutional network on two ranks, any of which may be killed.
 
     python examples/digits/train.py
     ckptless run --nproc-per-node 2 examples/digits/train.py
     ckptless drill examples/digits/train.py --nproc 2 --fault kill:rank=1:step=20
 
-The first two train it. The third trains it twice, the second time killing a rank, and compares every step.
+The first two commands train the model. The third trains it twice, the second time with a killed rank, and compares
+every step.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class DigitClassifier(LightningModule):
 
     Args:
         width: channels of the first convolution.
-        dropout: share of features dropped in training.
-        learning_rate: of AdamW at the start; divided by ten when the validation loss no longer falls.
+        dropout: dropout probability.
+        learning_rate: initial learning rate of AdamW; divided by ten when the validation loss stops decreasing.
     """
 
     def __init__(self, width: int = 16, dropout: float = 0.2, learning_rate: float = 3e-3) -> None:
@@ -100,11 +101,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     started = int(os.environ.get("LOCAL_WORLD_SIZE", "2"))
     parser.add_argument(
-        "--devices", type=int, default=started, help="ranks on this node (default: as many as are started, or 2)"
+        "--devices", type=int, default=started, help="ranks on this node (default: LOCAL_WORLD_SIZE, or 2)"
     )
-    parser.add_argument("--num-nodes", type=int, default=1, help="machines (default: %(default)s)")
+    parser.add_argument("--num-nodes", type=int, default=1, help="number of nodes (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the data (default: %(default)s)")
-    parser.add_argument("--folder", default=".", help="for logs and checkpoint files (default: here)")
+    parser.add_argument("--folder", default=".", help="folder for logs and checkpoint files (default: current folder)")
     args = parser.parse_args()
 
     seed_everything(1, workers=True)

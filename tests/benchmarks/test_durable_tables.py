@@ -1,4 +1,4 @@
-"""The tables of the benchmark of durable states, from made-up measures."""
+"""The tables of the benchmark of durable states, from synthetic measurements."""
 
 from __future__ import annotations
 

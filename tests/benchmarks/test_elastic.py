@@ -1,4 +1,4 @@
-"""The benchmark of worlds that change: what is counted of made-up rows, and its tables."""
+"""The elastic benchmark: counting of sample rows, and its tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.elastic import WAYS, grown, shrunk, with_accounts
+from benchmarks.elastic import SETUPS, grown, shrunk, with_accounts
 from benchmarks.elastic_nodes import Bound
 from benchmarks.elastic_tables import exactness_table, grow_table, phases_table, shrink_table
 from benchmarks.samples import Row, Rows, Step, Tally, counting, finished, first_of, last_before, tally
@@ -23,7 +23,7 @@ SHRUNK = [
     row(0, 1, 0, 2, 2.0, 2),
     row(1, 1, 0, 1, 9.0, 2, 3),
 ]
-"""Two ranks; one is lost in its second step, which the other one makes again for both."""
+"""Two ranks; one is lost in its second step, which the other one replays for both."""
 
 
 def test_a_step_is_finished_when_all_ranks_of_its_world_are_done() -> None:
@@ -34,17 +34,17 @@ def test_a_step_is_finished_when_all_ranks_of_its_world_are_done() -> None:
     assert last_before(steps, 9.0) == steps[0]
 
 
-def test_what_a_later_attempt_runs_again_does_not_count() -> None:
+def test_steps_that_a_later_attempt_replays_count_once() -> None:
     assert counting(SHRUNK) == [SHRUNK[0], SHRUNK[1], SHRUNK[3]]
     assert tally(SHRUNK, samples=4, epochs=1) == Tally(due=4, twice=0, never=0)
 
 
-def test_steps_beyond_those_that_were_made_again_are_taken_back_too() -> None:
+def test_steps_after_the_replayed_ones_are_rolled_back_too() -> None:
     rows = [row(0, step, 0, 1, float(step), step) for step in range(4)] + [row(1, 1, 0, 1, 9.0, 7)]
     assert [(r.attempt, r.step) for r in counting(rows)] == [(0, 0), (1, 1)]
 
 
-def test_samples_that_come_again_or_never_are_counted_by_epoch() -> None:
+def test_repeated_and_skipped_samples_are_counted_per_epoch() -> None:
     rows = [row(0, 0, 0, 1, 1.0, 0, 1), row(0, 1, 0, 1, 2.0, 1, 0), row(0, 2, 0, 1, 3.0, 0, 1, 2, epoch=1)]
     assert tally(rows, samples=3, epochs=2) == Tally(due=6, twice=2, never=1)
 
@@ -67,9 +67,9 @@ def test_the_loss_of_a_node_is_measured_from_the_kill_to_a_step_of_the_others() 
     assert shrunk(STEPS, 9.5, STEPS[10]) == {"seconds": 5.5, "step_s": 1.0, "repeated_steps": 1}
 
 
-def test_the_return_of_a_node_is_measured_by_how_long_the_others_stand_still() -> None:
+def test_the_return_of_a_node_is_measured_by_how_long_the_others_are_paused() -> None:
     assert grown(STEPS, 15.5, STEPS[-1]) == {
-        "still_s": 0.5,
+        "paused_s": 0.5,
         "seconds": 3.0,
         "steps_meanwhile": 3,
         "repeated_steps": 1,
@@ -80,7 +80,7 @@ def cycle() -> dict[str, Any]:
     return {
         "killed_at": 100.0, "came_at": 120.0, "full_at": 130.0,
         "shrink": {"seconds": 9.0, "step_s": 0.1, "repeated_steps": 1},
-        "grow": {"still_s": 0.3, "seconds": 10.0, "steps_meanwhile": 50, "repeated_steps": 0},
+        "grow": {"paused_s": 0.3, "seconds": 10.0, "steps_meanwhile": 50, "repeated_steps": 0},
     }  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def account(at: float, rung: str) -> Event:
     return Event("recovery", at, 1, 0, {"rung": rung, "phases": dict.fromkeys(names, 0.25), "total_s": 1.5})
 
 
-def test_the_ledgers_accounts_are_told_apart_by_their_time() -> None:
+def test_recovery_events_are_assigned_by_time() -> None:
     found = cycle()
     lost = [Event("node_lost", at, None, None, {"node": "a"}) for at in (107.0, 105.0)]
     with_accounts([found], (*lost, account(110.0, "in place"), account(131.0, "relaunch")))
@@ -102,11 +102,11 @@ def test_the_ledgers_accounts_are_told_apart_by_their_time() -> None:
     ]
 
 
-def test_the_tables_say_the_middle_and_the_worst() -> None:
+def test_the_tables_show_median_and_maximum() -> None:
     noticed, late = cycle(), cycle()
     noticed["shrink"]["noticed_s"] = 5.0
     late["shrink"] |= {"noticed_s": 6.0, "seconds": 12.0}
-    late["grow"]["still_s"] = 0.5
+    late["grow"]["paused_s"] = 0.5
     counted = {"due": 100, "twice": 0, "never": 0, "weight": 1.2e-7, "loss": 2e-7}
     results: dict[str, dict[str, Any]] = {
         "ours": {"cycles": [noticed, late], "failed": "", **counted},
@@ -122,6 +122,6 @@ def test_the_tables_say_the_middle_and_the_worst() -> None:
     assert exactness_table(results).rows == [("ours", "2", "100", "0", "0", "1.2e-07", "2.0e-07")]
 
 
-def test_every_way_has_a_command_line_of_its_own() -> None:
-    lines = {(tuple(way.script(Path("folder"), 4, 1)), way.flags) for way in WAYS}
-    assert len(lines) == len(WAYS)
+def test_every_setup_has_its_own_command_line() -> None:
+    lines = {(tuple(setup.script(Path("folder"), 4, 1)), setup.flags) for setup in SETUPS}
+    assert len(lines) == len(SETUPS)

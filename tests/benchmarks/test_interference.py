@@ -1,4 +1,4 @@
-"""The benchmark of what the mirror's thread takes from training."""
+"""The benchmark of the mirror thread's cost to training."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import os
 import threading
 from typing import Any
 
-from benchmarks.interference import HABITS, interference_table
+from benchmarks.interference import SCHEDULING, interference_table
 from benchmarks.job import JobOptions
-from benchmarks.training import MIRROR_HABITS, Habit, make_strategy
+from benchmarks.training import MIRROR_SCHEDULING, SchedulingProbe, make_strategy
 
 
-def test_a_habit_is_taken_by_the_thread_that_is_probed_and_by_no_other() -> None:
+def test_scheduling_is_set_for_the_probed_thread_only() -> None:
     found: list[int] = []
 
     def mirror() -> None:
-        habit = Habit("nice")
+        scheduling = SchedulingProbe("nice")
         for moment in ("stage", "send"):
-            habit(moment, None)
+            scheduling(moment, None)
         found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
 
     before = os.getpriority(os.PRIO_PROCESS, 0)
@@ -27,16 +27,19 @@ def test_a_habit_is_taken_by_the_thread_that_is_probed_and_by_no_other() -> None
     assert found == [10] and os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
-def test_every_habit_reaches_the_strategy() -> None:
-    assert {*HABITS.values()} == {"", *MIRROR_HABITS}
-    probes = [make_strategy(JobOptions(strategy="ckptless", mirror_habit=habit)).probes for habit in HABITS.values()]
+def test_every_scheduling_variant_reaches_the_strategy() -> None:
+    assert {*SCHEDULING.values()} == {"", *MIRROR_SCHEDULING}
+    probes = [
+        make_strategy(JobOptions(strategy="ckptless", mirror_scheduling=scheduling)).probes
+        for scheduling in SCHEDULING.values()
+    ]
     assert [len(found) for found in probes] == [0, 1, 1, 1]
 
 
-def test_each_variant_is_compared_with_its_neighbour() -> None:
+def test_each_variant_is_compared_with_its_neighbouring_segment() -> None:
     def segment(step_s: float, cpu_s: float) -> dict[str, Any]:
         rank = {"steps_s": [step_s], "stage_s": [0.001], "round_s": [0.004]}
-        return {"ranks": [rank, rank], "cpu_per_step_s": cpu_s, "foreign_cores": 0.5}
+        return {"ranks": [rank, rank], "cpu_per_step_s": cpu_s, "cores_used_by_others": 0.5}
 
     segments = {
         "ddp": [segment(0.010, 0.02), segment(0.020, 0.02)],

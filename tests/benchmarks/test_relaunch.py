@@ -8,7 +8,7 @@ import pytest
 from benchmarks import recovery, relaunch
 from benchmarks.recoveries import Watch
 from benchmarks.relaunch_tables import FRESH, moments_table, own_share_s, phases_table, stock_table, summary_table
-from benchmarks.wire import Desk, Note, Wire
+from benchmarks.wire import Inbox, Note, Wire
 
 
 def kill(seconds: float, *, repeated: int = 1, lost: int = 0) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def test_own_share_leaves_out_start_and_imports() -> None:
     assert own_share_s(kill(0.9)) == pytest.approx(0.9 - (0.5 - 0.1))
 
 
-def test_summary_counts_the_survived_and_the_lost() -> None:
+def test_summary_counts_survived_kills_and_lost_steps() -> None:
     table = summary_table(results(kill(1.0), kill(3.0, repeated=2, lost=1), kill(2.0)))
 
     assert table.rows[0] == (FRESH, "3", "3", "2.00", "2.90", "3.00", "1", "2", "1")
@@ -54,11 +54,11 @@ def test_phases_come_from_the_ledger() -> None:
     assert phases_table(results(kill(0.9))).rows == [(FRESH, *5 * ("0.100",), "0.000", "0.50", "0.90")]
 
 
-def test_a_try_that_does_not_come_back_is_counted() -> None:
-    assert stock_table(results(kill(1.0))).notes[1:] == ["1 of 2 tries did not come back by one restart within 60 s."]
+def test_a_try_that_does_not_recover_is_counted() -> None:
+    assert stock_table(results(kill(1.0))).notes[1:] == ["1 of 2 tries did not recover with one restart within 60 s."]
 
 
-def test_every_opponent_has_a_command_line_of_its_own() -> None:
+def test_every_opponent_has_its_own_command_line() -> None:
     for opponents in (relaunch.OPPONENTS, recovery.OPPONENTS):
         lines = [opponent.command(opponent.options("1M", Path("root"))) for opponent in opponents]
         assert len({tuple(line) for line in lines}) == len(opponents)
@@ -67,11 +67,11 @@ def test_every_opponent_has_a_command_line_of_its_own() -> None:
 class Running:
     running = True
 
-    def last_words(self) -> str:
+    def output_tail(self) -> str:
         return ""
 
 
-def test_a_watch_tells_the_processes_of_a_rank_apart() -> None:
+def test_a_watch_distinguishes_the_processes_of_a_rank() -> None:
     ours, theirs = socket.socketpair()
     watch: Any = Watch(None, Running(), 2)  # type: ignore[arg-type]
 
@@ -93,16 +93,16 @@ def test_a_watch_tells_the_processes_of_a_rank_apart() -> None:
     theirs.close()
 
 
-def test_a_note_is_heard_and_answered_and_its_end_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notes_replies_and_disconnects_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
-    with Desk(tmp_path / "socket") as desk:
-        wire = Wire(str(desk.path))
-        wire.say("ready", step=random.randint(1, 9))
-        note = desk.next(10.0)
+    with Inbox(tmp_path / "socket") as inbox:
+        wire = Wire(str(inbox.path))
+        wire.send("ready", step=random.randint(1, 9))
+        note = inbox.next(10.0)
         assert note is not None and (note.moment, note.rank) == ("ready", 3)
-        note.answer(steps=2)
-        assert wire.hear() == {"steps": 2}
+        note.reply(steps=2)
+        assert wire.receive() == {"steps": 2}
         wire.close()
-        gone = desk.next(10.0)
-        assert gone is not None and (gone.moment, gone.rank) == ("gone", 3)
-        assert desk.next(0.0) is None
+        gone = inbox.next(10.0)
+        assert gone is not None and (gone.moment, gone.rank) == ("disconnected", 3)
+        assert inbox.next(0.0) is None

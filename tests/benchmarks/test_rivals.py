@@ -33,7 +33,7 @@ def test_the_batches_of_an_epoch_are_shared_by_the_ranks() -> None:
     assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, random_tokens(24).tolist()))
 
 
-def test_a_step_has_the_same_batch_whenever_it_is_asked_for() -> None:
+def test_a_step_has_the_same_batch_at_every_call() -> None:
     first, second = Batches(24, 2, 1, 3), Batches(24, 2, 1, 3)
     ahead = [first.at(step) for step in range(9)]
 
@@ -52,12 +52,12 @@ def trained(steps: int, lr: float) -> int:
     return fingerprint(model, optimizer)
 
 
-def test_a_fingerprint_tells_runs_apart() -> None:
+def test_fingerprints_distinguish_runs() -> None:
     assert trained(2, 1e-4) == trained(2, 1e-4)
     assert len({trained(2, 1e-4), trained(1, 1e-4), trained(2, 1.001e-4)}) == 3
 
 
-def test_exact_is_every_rank_in_every_step() -> None:
+def test_exact_means_every_rank_in_every_step() -> None:
     right = {1: 10, 2: 20, 3: 30}
 
     assert is_exact({2: [20], 3: [30]}, right)
@@ -76,7 +76,7 @@ def kill(**fields: Any) -> dict[str, Any]:
     return {"victim": 1, "seconds": 1.0, "repeated_steps": 0, "lost_committed_steps": 0, "step_s": 0.1, **fields}
 
 
-def test_the_table_tells_exactness_and_the_losses_of_rank_0() -> None:
+def test_the_table_shows_exactness_and_survived_kills_of_rank_0() -> None:
     kills = {
         NVRX: [kill(exact=False), kill(exact=True), {"failed": "no sign", "victim": 0}],
         TORCHFT: [{"failed": "no sign", "victim": 0}],
@@ -86,7 +86,7 @@ def test_the_table_tells_exactness_and_the_losses_of_rank_0() -> None:
     place = table.columns.index("exact")
     assert [row[place] for row in table.rows] == ["1 of 2", ""]
     assert [row[-1] for row in table.rows] == ["0 of 1", "0 of 1"]
-    assert table.notes[-1] == "Others: torchft 0.2.0."
+    assert table.notes[-1] == "Other tools: torchft 0.2.0."
 
 
 @pytest.mark.parametrize(("of_a_job", "lost", "expected"), [(0, (), [5]), (2, (), [2, 2, 1]), (0, (2,), [5, 2])])
@@ -99,7 +99,7 @@ def test_a_lost_job_is_followed_by_another(
     assert len(found) == 5
 
 
-def test_who_does_not_even_start_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_does_not_start_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_jobs(0, [0], None, monkeypatch) == ([5], [{"failed": "", "victim": None}])
 
 
@@ -126,7 +126,7 @@ def run_jobs(
 
 
 def test_without_their_environment_the_rivals_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(RivalsMissingError, match="is not there: `make bench-rivals` sets it up"):
+    with pytest.raises(RivalsMissingError, match="does not exist: `make bench-rivals` sets it up"):
         versions(tmp_path / "python")
     opponents, installed = recovery.with_rivals(tmp_path / "python")
 
@@ -134,7 +134,7 @@ def test_without_their_environment_the_rivals_are_left_out(tmp_path: Path, capsy
     assert "torchft and nvidia-resiliency-ext are not measured:" in capsys.readouterr().out
 
 
-def test_with_their_environment_they_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_their_environment_the_rivals_are_included(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "PACKAGES", ("torch",))
     opponents, installed = recovery.with_rivals(Path(sys.executable))
 
@@ -151,7 +151,7 @@ def test_the_command_line_of_a_rival_names_its_python_and_its_job() -> None:
     assert JobOptions.from_arguments(line[3:]).strategy == "nvrx"
 
 
-def test_a_lost_process_is_started_again(tmp_path: Path) -> None:
+def test_a_lost_process_is_restarted(tmp_path: Path) -> None:
     script = """
 import os, signal, sys
 runs = open(sys.argv[1] + os.environ["RANK"], "a+")

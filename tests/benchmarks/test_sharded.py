@@ -1,4 +1,4 @@
-"""The benchmark of large models: which cells fit, and its tables from made-up measures."""
+"""The benchmark of large models: which cells fit, and its tables from synthetic measurements."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RESULTS = {
     "cells": [
         {
             "size": "33M", "ranks": 2, "strategy": "FSDP2", "state_bytes": 400_000_000, "kept": 1, "steps_s": STEPS,
-            "ranks_said": [
+            "rank_reports": [
                 {"arena_bytes": 1_604_000_000, "sent_bytes": 200_000_000, "stage_s": [0.02], "round_s": [0.2, 0.4]},
                 {"arena_bytes": 1_604_000_000, "sent_bytes": 199_000_000, "stage_s": [0.04], "round_s": [0.3]},
             ],
@@ -34,21 +34,21 @@ RESULTS = {
     ],
     "frozen": [
         {
-            "size": "33M", "shard_bytes": 2e8, "still_bytes": 1.8e8, "written_bytes": 2.1e7, "sent_bytes": 2e7,
-            "still_s": [0.01], "moving_s": [0.04],
+            "size": "33M", "shard_bytes": 2e8, "static_bytes": 1.8e8, "written_bytes": 2.1e7, "sent_bytes": 2e7,
+            "static_s": [0.01], "plain_s": [0.04],
         }
     ],
     "left_out": ["300M, DDP, 4 ranks: too large"],
 }  # fmt: skip
 
 
-def test_a_cell_keeps_shards_for_others_where_that_fits() -> None:
+def test_a_cell_keeps_shards_for_others_if_they_fit() -> None:
     assert fit(LARGE, 64 * 10**9).kept == 1
     assert fit(LARGE, 40 * 10**9).kept == 0
     left_out = fit(LARGE, 20 * 10**9)
     assert left_out.kept is None
     assert left_out.reason == (
-        "300M, DDP, 4 ranks: 24.0 GB of training and 9.6 GB of arenas with 0 kept shards, 20.0 GB are free"
+        "300M, DDP, 4 ranks: 24.0 GB of training and 9.6 GB of arenas with 0 kept shards, 20.0 GB free"
     )
 
 
@@ -59,7 +59,7 @@ def test_sharded_training_takes_less() -> None:
     assert sharded.state_bytes == data_parallel.state_bytes
 
 
-def test_a_version_costs_what_its_two_steps_take_beyond_the_others() -> None:
+def test_a_version_costs_its_two_steps_minus_the_others() -> None:
     assert [round(cost, 6) for cost in version_costs_s(STEPS)] == [0.7, 0.6]
     assert plain_step_s(STEPS) == 1.0
 
@@ -80,7 +80,7 @@ def test_the_tables() -> None:
 
 def test_of_a_frozen_model_little_is_written_and_sent(tmp_path: Path) -> None:
     found = measure_frozen("1M", tmp_path, ranks=2, repeats=1)
-    assert found["still_bytes"] > 0.7 * found["shard_bytes"]
-    assert found["sent_bytes"] == found["shard_bytes"] - found["still_bytes"]
+    assert found["static_bytes"] > 0.7 * found["shard_bytes"]
+    assert found["sent_bytes"] == found["shard_bytes"] - found["static_bytes"]
     assert found["written_bytes"] < 0.5 * found["shard_bytes"]
     assert list(tmp_path.iterdir()) == []

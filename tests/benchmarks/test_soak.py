@@ -1,4 +1,4 @@
-"""The soak: what is drawn from a seed, what counts as lost, and what its tables say."""
+"""The soak test: what is drawn from a seed, what counts as lost, and what its tables show."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_what_is_drawn_can_happen() -> None:
 
 
 def test_no_two_exceptions_share_a_step() -> None:
-    """The second would be taken for the program's own, which comes again."""
+    """The second would be taken for the script's own exception, which recurs."""
     for drawn in SCENARIOS:
         raised = [fault for fault in drawn.injected if fault.kind is FaultKind.RAISE]
         assert sum(fault.at in LATE for fault in raised) <= 1
@@ -90,7 +90,7 @@ def test_half_of_the_runs_are_loaded_and_most_have_many_faults() -> None:
     assert sum(len(drawn.faults) for drawn in ONE_NODE) / len(ONE_NODE) > 10
 
 
-def test_a_silent_fault_takes_longer_to_be_noticed() -> None:
+def test_a_silent_fault_takes_longer_to_be_detected() -> None:
     drawn = replace(ONE_NODE[0], injected=(Fault(FaultKind.KILL, 0, 3),), outside=())
     hangs = replace(drawn, injected=(Fault(FaultKind.HANG, 0, 3),))
     assert deadline_s(hangs) > deadline_s(drawn)
@@ -106,14 +106,14 @@ def test_a_fault_waits_for_its_step_or_for_the_phase_of_the_fault_that_it_follow
     assert moment_of(at_step, view) is None
     view.take([{"event": "fault_injected", "at": 5.0, "fault": "kill:rank=0:step=7:at=mirror"}], [{"step": 7}])
     assert moment_of(at_step, view) == 0.0
-    assert moment_of(in_phase, view) is None, "what was restored before the fault is another recovery"
+    assert moment_of(in_phase, view) is None, "a restore before the fault belongs to another recovery"
     view.take([{"event": "restored", "at": 5.5}], [])
     assert moment_of(in_phase, view) == pytest.approx(5.75)
     other = replace(in_phase, step=17)
     assert moment_of(other, view) is None
 
 
-def test_the_view_knows_who_is_which_rank() -> None:
+def test_the_view_knows_the_process_of_each_rank() -> None:
     view = View()
     view.take([{"event": "workers_spawned", "at": 1.0, "pids": {"0": 10, "1": 11}}], [])
     view.take([{"event": "in_place", "at": 2.0, "new": {"1": [12, "standby"]}}], [])
@@ -157,7 +157,7 @@ def test_a_line_that_is_being_written_is_read_when_it_is_complete(tmp_path: Path
 # ---------------------------------------------------------------------- evidence
 
 
-def test_a_committed_step_that_is_run_again_is_lost(tmp_path: Path) -> None:
+def test_a_committed_step_that_is_replayed_is_lost(tmp_path: Path) -> None:
     path = tmp_path / "commits"
     rows = [{"at": float(step), "step": step, "validation_done": True} for step in (1, 2, 3)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"at"')
@@ -203,7 +203,7 @@ def test_a_recovery_has_the_reason_for_its_rung() -> None:
         ({"late": ["killed: 30 s"]}, "late"),
     ],
 )
-def test_anything_that_is_wrong_is_an_outcome_of_its_own(facts: dict[str, object], outcome: str) -> None:
+def test_each_kind_of_failure_has_its_own_outcome(facts: dict[str, object], outcome: str) -> None:
     right: dict[str, object] = {"exit_code": 0, "identical": True, "lost": 0, "leaks": [], "late": []}
     found, why = outcome_of(**(right | facts))  # type: ignore[arg-type]
     assert found == outcome
@@ -217,7 +217,7 @@ def test_a_recovery_is_late_beyond_the_bound_of_its_rung() -> None:
     assert len(times_of([replace(quick, total_s=bound_s + 4)], BOUNDS_S, silent_s=5.0)) == 1
 
 
-def test_a_rank_that_falls_silent_while_it_recovers_has_the_time_to_let_go() -> None:
+def test_a_rank_that_is_silent_during_recovery_gets_time_to_release_its_groups() -> None:
     quiet = replace(ONE_NODE[0], injected=(), outside=())
     stopped = replace(quiet, injected=parse_faults("stop:rank=0:step=4:at=regroup"))
     assert bounds_s(quiet) == BOUNDS_S
@@ -251,11 +251,11 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert read(path) == [result(1), result(2)], "the last result of a seed counts, an unfinished line does not"
 
 
-def test_the_tables_count_what_struck_and_name_what_failed() -> None:
+def test_the_tables_count_injected_faults_and_name_failures() -> None:
     results = [result(1), result(2), result(7, outcome="different", lost_steps=2)]
     table = totals(results)
     rows = {row[0]: row[1] for row in table.rows}
-    assert (rows["faults that struck"], rows["committed steps lost"], rows["runs not identical"]) == ("3", "2", "1")
+    assert (rows["faults injected"], rows["committed steps lost"], rows["runs not identical"]) == ("3", "2", "1")
     assert table.notes == ["Seeds 1 to 2, 7.", "Seed 7: different."]
     assert faults_table(results).rows == [("kill", "3", "3", "mirror"), ("outside-kill", "3", "0", "")]
     assert recovery_table(results).rows == [("killed", "in place", "3", "0.50", "0.50", "0.50")]

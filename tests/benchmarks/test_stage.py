@@ -11,7 +11,7 @@ def test_a_staged_shard_is_measured_as_often_as_memcpy(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_two_take_turns() -> None:
+def test_the_two_functions_alternate() -> None:
     order: list[str] = []
 
     times = in_turns(lambda: order.append("a"), lambda: order.append("b"), repeats=2)

@@ -6,7 +6,7 @@ from benchmarks.steady_tables import busy_ms, cost_table, memory_table, over_ddp
 
 def segment(step_ms: float, **parts: Any) -> dict[str, Any]:
     ranks = [{"steps_s": [1e-3 * step_ms] * 3, **parts}, {"steps_s": [0.5e-3 * step_ms] * 3, **parts}]
-    return {"ranks": ranks, "foreign_cores": 0.1, "cpu_per_step_s": 1e-3 * step_ms}
+    return {"ranks": ranks, "cores_used_by_others": 0.1, "cpu_per_step_s": 1e-3 * step_ms}
 
 
 def mirrored(step_ms: float, shard_mb: float) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def test_the_split_finds_fixed_part_and_part_per_byte() -> None:
     assert any("0.10 MB per rank" in note and "2.20 ms (target 1.5 ms): missed" in note for note in table.notes)
 
 
-def test_waits_are_no_work_of_the_training_thread() -> None:
+def test_waits_do_not_count_as_work_of_the_training_thread() -> None:
     segments = RESULTS["pairs"][0]["segments"]["ckptless"]
 
     assert round(busy_ms(segments), 6) == 2.2

@@ -2,7 +2,7 @@ import io
 
 from rich.console import Console
 
-from benchmarks.machine import Busy, facts, in_words
+from benchmarks.machine import Busy, describe, facts
 from benchmarks.tables import Table, verdict
 
 
@@ -33,11 +33,11 @@ def test_the_machine_is_described() -> None:
     known = facts()
 
     assert known["cores"] >= 1 and known["torch"].startswith("2.")
-    assert known["date"] in in_words(known) and known["torch"] in in_words(known)
+    assert known["date"] in describe(known) and known["torch"] in describe(known)
 
 
-def test_foreign_cores_are_what_others_used() -> None:
+def test_cores_used_by_others_excludes_own_cpu_time() -> None:
     before, after = Busy(100.0, 50.0), Busy(116.0, 60.0)
 
-    assert after.foreign_cores(before, own_cpu_s=11.0) == 0.5
-    assert after.foreign_cores(before, own_cpu_s=99.0) == 0.0
+    assert after.cores_used_by_others(before, own_cpu_s=11.0) == 0.5
+    assert after.cores_used_by_others(before, own_cpu_s=99.0) == 0.0

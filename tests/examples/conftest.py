@@ -1,4 +1,4 @@
-"""One fork server and one uninterrupted run per example, shared by the drills on it."""
+"""One fork server and one undisturbed run per example, shared by the drills on it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Drill = Callable[..., DrillReport]
 
 @pytest.fixture(scope="package")
 def parent() -> Iterator[ForkServer | None]:
-    """ForkFallback the workers of all drills that are held in this process."""
+    """Return the fork server of all drills that run in this process."""
     with shared_parent("ckptless", DIGITS) as preloaded:
         yield preloaded
 
 
 @pytest.fixture(scope="package")
 def baselines() -> dict[tuple[str, ...], Variant]:
-    """The uninterrupted runs, by their commands. One serves all launchers: they too must make no difference."""
+    """Return the undisturbed runs, by command. One serves all launchers, which must not make a difference either."""
     return {}
 
 
@@ -40,7 +40,7 @@ def baselines() -> dict[tuple[str, ...], Variant]:
 def drill(
     parent: ForkServer, baselines: dict[tuple[str, ...], Variant], tmp_path_factory: pytest.TempPathFactory
 ) -> Drill:
-    """Holds a drill in which each run has a working directory of its own."""
+    """Return a function that runs a drill in which each run has its own working directory."""
 
     def hold(command: tuple[str, ...], faults: str, launcher: Launcher = "ckptless") -> DrillReport:
         report = run_drill(

@@ -1,4 +1,4 @@
-"""Scripts and manifests for clusters: the manifests by their schemas, the script by running it."""
+"""Cluster scripts and manifests: the manifests are validated against their schemas, the script is run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STAND_INS = {
 
 
 def documents(name: str) -> list[dict[str, Any]]:
-    """The documents of a manifest."""
+    """Return the documents of a manifest."""
     return list(yaml.safe_load_all((CLUSTERS / name).read_text()))
 
 
@@ -45,11 +45,11 @@ def test_trainjob_is_valid() -> None:
 
 
 def command_of(arguments: list[str]) -> Any:
-    """The configuration of an agent that a manifest starts."""
+    """Return the configuration of an agent that a manifest starts."""
     return config_from_torchrun_args(arguments)
 
 
-def test_the_pods_meet_at_the_first_of_them() -> None:
+def test_the_first_pod_hosts_the_rendezvous() -> None:
     service, job = documents("kubernetes.yaml")
     pod = job["spec"]["template"]["spec"]
     config = command_of(pod["containers"][0]["args"])

@@ -1,4 +1,4 @@
-"""Every configuration is understood as it stands, and the help shows what ours means."""
+"""Every configuration is parsed unchanged, and the help describes our options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILES = [*CONFIGS.glob("*.yaml"), *(path for path in EXAMPLES.glob("*/*.yaml") i
 
 @pytest.fixture(autouse=True)
 def beside_the_examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As for `python examples/cli.py`."""
+    """Make the examples importable, as for `python examples/cli.py`."""
     monkeypatch.syspath_prepend(EXAMPLES)
     yield
     for name in [name for name in sys.modules if name.split(".")[0] in {"digits", "char_gpt"}]:
@@ -30,7 +30,7 @@ def ask(*arguments: str) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_is_understood(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_configuration_is_parsed(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ask("--config", str(path), "--print_config")
     told = capsys.readouterr().out
     assert "seed_everything: 1" in told
@@ -45,7 +45,7 @@ def test_help_shows_our_options(strategy: str, capsys: pytest.CaptureFixture[str
     assert "staging {overlap,blocking}" in told
 
 
-def test_there_are_all_of_them() -> None:
+def test_all_configurations_exist() -> None:
     names = {path.stem for path in FILES}
     configs = {"two_cpu_ranks", "four_ranks_with_faults", "gpu", "sharded", "two_nodes", "elastic"}
     assert names == {*configs, "digits", "char_gpt"}

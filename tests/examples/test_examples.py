@@ -1,4 +1,4 @@
-"""Faults leave no trace in the examples, however they are started."""
+"""The examples give identical results with and without faults, with every launcher."""
 
 from __future__ import annotations
 

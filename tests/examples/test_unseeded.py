@@ -1,4 +1,4 @@
-"""A script that gives another result each time is told so, and nothing else is blamed."""
+"""The drill reports a script whose results vary between runs, and blames nothing else."""
 
 from __future__ import annotations
 
