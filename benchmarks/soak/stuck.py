@@ -50,7 +50,7 @@ def dump(watch: Watch, temporary: Path, into: Path) -> None:
         if _handles_stacks(pid):
             os.kill(pid, STACKS_SIGNAL)
     threading.Event().wait(WRITE_S)
-    for path in temporary.glob("ckptless-scratch-exit_reports-*/*"):
+    for path in temporary.glob("ckptless-scratch-agent-*/*"):
         with suppress(OSError):
             shutil.copy(path, into / path.name)
 

@@ -33,7 +33,7 @@ def command_for(options: Options) -> list[str]:
 
 @pytest.fixture(scope="session")
 def parent() -> Iterator[ForkServer]:
-    """ForkFallback the workers of all runs: its imports are paid once."""
+    """Fork the workers of all runs: its imports are paid once."""
     with make_parent(LaunchConfig(program=program_of([str(LAB)]))) as preloaded:
         preloaded.ready()
         yield preloaded

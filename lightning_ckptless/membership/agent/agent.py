@@ -168,7 +168,7 @@ class CkptlessAgent(LocalElasticAgent):
         self._unresolved: list[FaultReport] = []
         self._hydra: str = "" if after is None else after._hydra
         self._lost_at = 0.0
-        self._scratch = ScratchFolder("exit_reports")
+        self._scratch = ScratchFolder("agent")
         self._folder = self._scratch.path
         self._hangs = HangWatch(self._folder, record, CONSOLE.say)
         self._late_exits = LateExits(self._folder, node.exit_grace_s)
