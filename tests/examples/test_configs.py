@@ -41,7 +41,7 @@ def test_configuration_is_parsed(path: Path, capsys: pytest.CaptureFixture[str])
 def test_help_shows_our_options(strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
     ask("--trainer.strategy.help", f"lightning_ckptless.{strategy}")
     told = capsys.readouterr().out
-    assert "optimizer steps between two mirrored versions" in told
+    assert "optimizer steps between mirrored versions" in told
     assert "staging {overlap,blocking}" in told
 
 

@@ -72,7 +72,7 @@ def test_the_newest_of_arena_and_state_is_taken(job: Run, whole: Callable[[Optio
     shutil.rmtree(place)
     shutil.move(stale, place)
     assert job.start(durable()).exit_code == 0
-    assert re.search(r"newest that is left, newer than step [12]", reason_of_last_start(job))
+    assert re.search(r"newest state left, newer than step [12]", reason_of_last_start(job))
     assert_identical(job, whole(BASE))
 
 

@@ -188,7 +188,7 @@ def test_a_model_that_steps_by_itself_does_not_begin_with_fewer(tmp_path: Path, 
     (tmp_path / "arenas").mkdir()
     assert start(tmp_path, parent, 1, "--nodes", "2", "--manual", nnodes="1:2").exit_code == 1
     output = "".join(path.read_text() for path in (tmp_path / "output-1").rglob("*.log"))
-    assert "a rank cannot carry two: the model steps its optimizers itself" in output
+    assert "a rank cannot run two: the model steps its optimizers itself" in output
 
 
 CARRIED = ("--samples", "180")

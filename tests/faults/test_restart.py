@@ -170,7 +170,7 @@ def test_no_replica_left_ends_with_the_shard_and_the_step(job: Run) -> None:
     assert job.start(options, max_restarts=3).exit_code == 1
     assert job.starts == 2
     assert "StateMissingError" in job.output
-    assert "shards 1 of 2" in job.output
+    assert "shard 1 of 2" in job.output
     assert "step 6" in job.output or "step 5" in job.output
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,13 +120,15 @@ def last_generation(record: Path) -> int:
     """Number of the last generation; 0 if it was not recorded or cannot be read."""
     try:
         return max(0, int(record.read_text()))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return 0
 
 
 def _record_generation(record: Path, number: int) -> None:
-    record.parent.mkdir(parents=True, exist_ok=True)
     # Several nodes may share the folder, and their processes may have the same ids.
     draft = record.with_name(f".{record.name}-{uuid.uuid4().hex}")
-    draft.write_text(str(number))
-    draft.replace(record)
+    # A run whose folder cannot be written trains without it; its ledger reports that.
+    with suppress(OSError):
+        record.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(str(number))
+        draft.replace(record)

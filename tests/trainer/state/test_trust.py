@@ -194,7 +194,7 @@ def test_untrusted_or_corrupt_durable_states_are_skipped_one_by_one(
     assert [name in reason for name, reason in zip(("places.json", "posix.mkdir", NAME), reasons, strict=True)] == [
         True
     ] * 3
-    assert "step-0000000050 is left out" in caplog.text and "its digest does not match" in caplog.text
+    assert "step-0000000050 is ignored" in caplog.text and "its digest does not match" in caplog.text
     assert not (tmp_path / "made").exists()
     reasons, step = resume_from(rung, members_of("a", arena, frozenset({NAME})))
     assert (len(reasons), step) == (2, 20)
