@@ -230,7 +230,7 @@ def test_training_goes_on_without_a_place_for_the_ledger(job: Run) -> None:
     blocked = job.folder / "a-file"
     blocked.write_text("")
     assert job.start(BASE, run_root=blocked / "runs").exit_code == 0
-    assert job.output.count("ledger.jsonl cannot be written") == 1
+    assert job.output.count("ledger.jsonl: cannot write, later events will be missing") == 1
 
 
 def test_an_arena_that_cannot_be_made_says_how_to_make_it(job: Run) -> None:
