@@ -204,8 +204,7 @@ def find_hang(
     ceiling_s = max(allowed_s, CEILING_S if override_s is None or restoring else override_s)
     if silent_s <= ceiling_s + (0.0 if is_answered or not should_ask(progress, override_s=override_s) else ANSWER_S):
         return None
-    what = "all ranks are at the same point" if all_there else f"lags at {where}, behind the other ranks"
-    return Hang(behind, f"{what}; {silent}", silent_s)
+    return Hang(behind, f"all ranks are at the same point; {silent}", silent_s) if all_there else lags
 
 
 def _is_suspect(progress: Mapping[int, RankProgress], rank: int, override_s: float | None) -> bool:
