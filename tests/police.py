@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,10 +188,26 @@ def _mark() -> bytes:
 
 
 def _environment(pid: str) -> bytes:
-    try:
-        return Path("/proc", pid, "environ").read_bytes()
-    except OSError:
-        return b""
+    """The variables that a process was started with; waits for a child that has none yet.
+
+    `Popen` returns once the new program has closed what it does not inherit, a moment before the kernel has set up its
+    variables.
+    """
+    until = time.monotonic() + GRACE_S
+    while True:
+        try:
+            found = Path("/proc", pid, "environ").read_bytes()
+            if found or not _is_starting(pid) or time.monotonic() > until:
+                return found
+        except OSError:
+            return b""
+        os.sched_yield()
+
+
+def _is_starting(pid: str) -> bool:
+    """Whether it is a live child of this process; a zombie has no variables any more."""
+    state, parent = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[:2]
+    return int(parent) == os.getpid() and state not in "ZX"
 
 
 def _command(process: psutil.Process) -> list[str]:

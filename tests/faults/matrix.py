@@ -89,6 +89,12 @@ OPTIMIZATION = {
     "plateau-early_stopping": Cell("kill:rank=0:step=8", replace(BASE, scheduler="plateau", early_stopping=True)),
     "clip-bf16": Cell("kill:rank=1:step=5:at=backward", replace(BASE, clip=0.5, precision="bf16-mixed")),
     "ema-checkpoints": Cell("kill:rank=0:step=9:at=commit", replace(BASE, ema=True, checkpoint_every=3)),
+    # The copy is only half done when the averaged weights are swapped in for validation.
+    "ema-copied_slowly": Cell(
+        "kill:rank=0:step=8:at=validation",
+        replace(BASE, ema=True, val_interval=2, slow_mirror_s=0.2, slow_mirror_at="stage", validate_after_commit=True),
+        restored=("step 8 (before validation)",),
+    ),
     # Once while the interval is measured, and once when it is chosen.
     "mirror_every=auto": Cell(
         "kill:rank=1:step=20,kill:rank=0:step=95",

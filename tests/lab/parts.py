@@ -52,6 +52,8 @@ class Options:
     strategy_options: str = "{}"  # a python dictionary of strategy options
     ckpt_path: str = ""  # a checkpoint file to begin from
     slow_mirror_s: float = 0.0  # how long each round of the mirror is held up
+    slow_mirror_at: str = "send"  # and at which moment
+    validate_after_commit: bool = False  # validation waits until the version before it is committed
     accelerator: str = "cpu"
     pin_memory: bool = False
     raise_at: int = 0  # raise a ValueError at this step, every time

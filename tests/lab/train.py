@@ -36,9 +36,31 @@ def note_commit(path: Path, moment: str, version: Any) -> None:
             file.write(json.dumps(line) + "\n")
 
 
+def held_until_committed(distribution: Any, strategy: Any) -> Any:
+    """A callback in whose validation the version captured before it is committed."""
+    committed: set[int] = set()
+    changed = threading.Condition()
+
+    def note(moment: str, version: Any) -> None:
+        with changed:
+            if moment == "committed":
+                committed.add(version.optimizer_step)
+                changed.notify_all()
+
+    class HoldValidation(distribution.callbacks.Callback):  # type: ignore[misc]
+        def on_validation_batch_start(self, trainer: Any, *_: Any) -> None:
+            # A version that was restored is not committed once more.
+            if not trainer.sanity_checking and strategy.engine.generation == 1:
+                with changed:
+                    assert changed.wait_for(lambda: trainer.global_step in committed, 60)
+
+    strategy.probes.append(note)
+    return HoldValidation()
+
+
 def main() -> None:
     options = parse()
-    importlib.import_module(options.distribution)
+    distribution = importlib.import_module(options.distribution)
     ours = importlib.import_module("lightning_ckptless")
     strategy_options = ast.literal_eval(options.strategy_options)
     if options.mesh:
@@ -48,10 +70,13 @@ def main() -> None:
     else:
         made = ours.CkptlessStrategy(**strategy_options)
     if options.slow_mirror_s:
-        made.probes.append(lambda moment, _: threading.Event().wait(options.slow_mirror_s * (moment == "send")))
+        made.probes.append(
+            lambda moment, _: threading.Event().wait(options.slow_mirror_s * (moment == options.slow_mirror_at))
+        )
     if options.commits:
         made.probes.append(partial(note_commit, Path(options.commits)))
-    trainer, model, data = make_run(options, made)
+    callbacks = (held_until_committed(distribution, made),) if options.validate_after_commit else ()
+    trainer, model, data = make_run(options, made, callbacks)
     trainer.fit(model, datamodule=data, ckpt_path=Path(options.ckpt_path) if options.ckpt_path else None)
 
 

@@ -44,8 +44,12 @@ class FitLoops:
 
         With a time-based interval, each rank has its own clock, so the answer may differ between ranks.
         """
+        return not validates_by_clock(self.trainer) and self.validation_may_follow(fetcher)
+
+    def validation_may_follow(self, fetcher: Any) -> bool:
+        """Return whether this rank may run validation after the last batch; by the clock, it is always possible."""
         if validates_by_clock(self.trainer):
-            return False
+            return True
         return bool(self.epoch._should_check_val_fx(fetcher)) and not self.epoch._skip_next_val
 
     @property
@@ -57,6 +61,11 @@ class FitLoops:
     def is_out_of_data(self) -> bool:
         """Whether the last batch was the last of its epoch."""
         return bool(self.epoch.batch_progress.is_last_batch)
+
+    @property
+    def epoch_ends(self) -> bool:
+        """Whether no further batch of this epoch follows, since its data or the training has ended."""
+        return self.is_out_of_data or bool(self.epoch.done)
 
     @property
     def at_end(self) -> AtEnd:

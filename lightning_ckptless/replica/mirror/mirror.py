@@ -48,12 +48,24 @@ Blob = bytes | Callable[[], bytes]
 
 @dataclass
 class Round:
-    """The round of a version. Without a pending copy, this rank takes part without data."""
+    """The round of a version. Without a pending copy, this rank takes part without data.
+
+    Args:
+        version: the version.
+        began_at: when it was submitted, on the performance counter.
+        slot: receives the rank's own shard.
+        pending: the late part of the copy; None once it is complete.
+        compared: the same, if it is to be compared with the live tensors before they change.
+        blob: host state of the rank.
+        staged: done when the copy is complete.
+        ended: done when the round is over.
+    """
 
     version: Version
     began_at: float
     slot: Slot | None = None
     pending: PendingCopy | None = None
+    compared: PendingCopy | None = None
     blob: Blob = b""
     staged: Future[None] = field(default_factory=Future)
     ended: Future[None] = field(default_factory=Future)
@@ -76,6 +88,7 @@ class MirrorStats:
     """Statistics of a mirror.
 
     Attributes:
+        submitted: number of versions submitted.
         rounds: number of rounds, including skipped ones.
         committed: rounds that all ranks committed.
         skipped: rounds in which this rank took part without data.
@@ -88,6 +101,7 @@ class MirrorStats:
         stall_s: total time that the training thread has waited for the mirror, in seconds.
     """
 
+    submitted: int = 0
     rounds: int = 0
     committed: int = 0
     skipped: int = 0
@@ -106,6 +120,10 @@ COMPLETE, CONTINUE, HAS_INTERVAL = 1, 2, 4
 """The bits of a vote: this rank has all its copies; it was not asked to stop; the bits above contain the intervals
 between versions that it accepts."""
 _INTERVAL_SHIFT = 3
+
+COMPARED_ROUNDS = 3
+COMPARE_EVERY_ROUNDS = 256
+"""The first copies, and every so many later, are compared with the live tensors before these change."""
 
 REWRITE_ROUNDS = 200
 """After this many rounds the static part is copied and sent again, into both slots."""
@@ -229,7 +247,8 @@ class Mirror:
         began_at = perf_counter()
         early = tensors.keys() if self._blocking else self._early.union(blocking_names)
         pending = self._stager.take(slot.bulk, tensors, early)
-        self._submitted = Round(version, began_at, slot, pending, blob)
+        compared = pending if self._is_to_be_compared() else None
+        self._submitted = Round(version, began_at, slot, pending, compared, blob)
         self._enqueue(self._submitted)
         return stall_s
 
@@ -245,7 +264,23 @@ class Mirror:
         Returns:
             Seconds waited.
         """
-        return self._wait(self._submitted.staged if self._submitted is not None else None)
+        round_ = self._submitted
+        if round_ is None:
+            return 0.0
+        waited_s = self._wait(round_.staged)
+        compared, round_.compared = round_.compared, None
+        name = compared.different() if compared is not None else None
+        if name is not None:
+            self._stage_blocking_from_now(
+                name,
+                f"between {round_.version} and the next optimizer step, so that version may mix old and new values",
+            )
+        return waited_s
+
+    def _is_to_be_compared(self) -> bool:
+        submitted = self.stats.submitted
+        self.stats.submitted += 1
+        return not self._blocking and (submitted < COMPARED_ROUNDS or submitted % COMPARE_EVERY_ROUNDS == 0)
 
     def settle(self, timeout_s: float | None = None) -> Version | None:
         """Wait until the last round has ended.
@@ -361,7 +396,8 @@ class Mirror:
         round_.staged.set_result(None)
         round_.pending = None
         if torn is not None:
-            self._stage_blocking_from_now(torn, round_.version)
+            self.stats.torn += 1
+            self._stage_blocking_from_now(torn, f"while {round_.version} was copied, so this version is discarded")
             return None
         self.stats.staged_bytes += slot.bulk_bytes - unwritten_bytes
         is_unchanged = pending.static.settle()
@@ -377,16 +413,15 @@ class Mirror:
         rest = digest(self._checksum, changed, threads=self._threads)
         return joined(static.length_bytes, static.digest, rest)
 
-    def _stage_blocking_from_now(self, name: str, version: Version) -> None:
-        self.stats.torn += 1
+    def _stage_blocking_from_now(self, name: str, when: str) -> None:
         if not self._blocking:
             self._blocking = True
             log.warning(
-                "ckptless: rank %d: %s changed while %s was copied, so this version is discarded. From now on the "
-                "state is copied before the next batch starts, as with staging='blocking'",
+                "ckptless: rank %d: %s changed %s. From now on the state is copied before the next batch starts, as "
+                "with staging='blocking'",
                 self._rank,
                 name,
-                version,
+                when,
             )
 
     def _commit(self, written: Mapping[int, Slot], version: Version) -> None:

@@ -2,8 +2,9 @@
 
 Tensors copied *early*, in the training thread, may change as soon as `take` returns. Tensors copied *late*, in the
 mirror thread, must not change until `finish` has returned. This is checked: torch counts in-place writes per tensor,
-and a changed counter means a torn copy. (Writes through `.data` are not counted, nor is a write still in progress when
-the copy ends. So the check detects mistakes, but the caller remains responsible.)
+and a changed counter means a torn copy. Writes through `.data` are not counted, nor is a write still in progress when
+the copy ends. Therefore the first versions, and a few later ones, are also compared with the live tensors when these
+may change: a program that writes in between is found by what it writes, whether or not it was during the copy.
 
 Static tensors are copied late, and only if they have changed (`static.py`).
 
@@ -32,6 +33,7 @@ class PendingCopy:
 
     Args:
         bulk: tensor state of the slot.
+        names: names of the tensors that are copied late, one per copy.
         targets: views of it that are not filled yet.
         sources: live views from which they are filled.
         watched: live tensors of the sources, with their counts of in-place writes.
@@ -41,6 +43,7 @@ class PendingCopy:
     """
 
     bulk: torch.Tensor
+    names: list[str]
     targets: list[torch.Tensor]
     sources: list[torch.Tensor]
     watched: list[tuple[str, torch.Tensor, int]]
@@ -51,6 +54,11 @@ class PendingCopy:
     def changed(self) -> str | None:
         """Name of a tensor that was modified since `take`; None if there is none."""
         return next((name for name, tensor, count in self.watched if version_counter(tensor) != count), None)
+
+    def different(self) -> str | None:
+        """Name of a tensor whose late copy is not what the tensor contains now; None if there is none."""
+        pairs = zip(self.names, self.targets, self.sources, strict=False)
+        return next((name for name, target, source in pairs if not _same_bits(target, source)), None)
 
 
 @dataclass
@@ -68,6 +76,7 @@ class _CopyPlan:
     live: _Sources
     early: frozenset[str]
     now: list[Pair]
+    names: list[str]
     targets: list[torch.Tensor]
     sources: list[torch.Tensor]
     watched: list[str]
@@ -110,6 +119,7 @@ class Stager:
         plan = self._plan(bulk, self._live(tensors), frozenset(early))
         pending = PendingCopy(
             bulk,
+            plan.names,
             list(plan.targets),
             list(plan.sources),
             [(name, tensor := tensors[name], version_counter(tensor)) for name in plan.watched],
@@ -129,7 +139,7 @@ class Stager:
             pairs = list(zip(self._names, self._views_of(bulk), live.views, strict=True))
             static = self._static_part(bulk, pairs, early)
             late = [
-                (target, source)
+                (name, target, source)
                 for place, (name, target, source) in enumerate(pairs)
                 if name not in early and place not in static.compared
             ]
@@ -137,10 +147,11 @@ class Stager:
                 live=live,
                 early=early,
                 now=[(target, source) for name, target, source in pairs if name in early],
-                targets=[target for target, _ in late],
-                sources=[source for _, source in late],
+                names=[name for name, _, _ in late],
+                targets=[target for _, target, _ in late],
+                sources=[source for _, _, source in late],
                 watched=[name for name in dict.fromkeys(self._names) if name not in early],
-                middle=_middle([source for _, source in late]),
+                middle=_middle([source for _, _, source in late]),
                 on_device=any(source.is_cuda for source in live.views),
                 static=static,
             )
@@ -231,3 +242,8 @@ def _middle(tensors: list[torch.Tensor]) -> int:
     """The index at which half of the bytes are copied."""
     sums = list(accumulate(tensor.nbytes for tensor in tensors))
     return next((index for index, total in enumerate(sums, 1) if 2 * total >= sums[-1]), 0)
+
+
+def _same_bits(copy: torch.Tensor, live: torch.Tensor) -> bool:
+    there = live.detach().to(copy.device).reshape(-1)
+    return torch.equal(copy.reshape(-1).view(torch.uint8), there.view(torch.uint8))

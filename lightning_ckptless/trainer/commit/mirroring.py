@@ -296,10 +296,14 @@ class Mirroring:
                 "ranks before training resumes: at least one rank did not have all of it"
             )
 
-    def before_optimizer_step(self) -> None:
-        """Wait until the current version has been copied: the optimizer is about to change the tensors."""
+    def wait_copied(self) -> None:
+        """Wait until the current version has been copied, so that its tensors may change."""
         if self._mirror is not None:
             self._report.waited(self._mirror.wait_staged())
+
+    def before_optimizer_step(self) -> None:
+        """Wait until the current version has been copied: the optimizer is about to change the tensors."""
+        self.wait_copied()
         self.optimizers_are_of = None
 
     def _is_to_be_compared(self) -> bool:

@@ -6,6 +6,10 @@ then `on_advance_end` (validation, plateau schedulers). A version is captured
 * after `on_advance_end`: no work of the step is pending;
 * after `advance`, if validation follows: so that a fault during a long validation costs no step.
 
+Hooks follow the second one, and the last version of an epoch. They may write to the weights in ways that torch does not
+count (through `.data`), as swapping in averaged weights for validation does, so the copy of the version must be complete
+before they run.
+
 There is no other moment: inside `on_train_batch_end` Lightning's counters disagree by one step, and inside the
 optimizer step only part of the parameters is updated.
 """
@@ -34,6 +38,8 @@ class StepBoundaries:
         since: version that the run starts from; None for a fresh run, which begins by capturing its initial state.
         before_batch: called with the fetcher before each batch.
         ends_here: called whenever a version may be captured; if it returns true, one is captured and the run ends.
+        before_hooks: called before the hooks of validation and of the end of an epoch; returns once they may change the
+            weights.
         after_batch: called when everything that follows a batch is done; may end the run by raising.
         training: called with true before and with false after a batch is trained on.
     """
@@ -47,6 +53,7 @@ class StepBoundaries:
         since: Version | None,
         before_batch: Callable[[Any], None] = lambda _: None,
         ends_here: Callable[[], bool] = lambda: False,
+        before_hooks: Callable[[], None] = lambda: None,
         after_batch: Callable[[], None] = lambda: None,
         training: Callable[[bool], None] = lambda _: None,
     ) -> None:
@@ -56,6 +63,7 @@ class StepBoundaries:
         self.ends_here = ends_here
         self.every_n_steps = every_n_steps
         self.last = since
+        self._before_hooks = before_hooks
         self._after_batch = after_batch
         self._training = training
         self._advance = Override(loops.epoch, "advance", self.advance).original
@@ -75,6 +83,8 @@ class StepBoundaries:
         self._training(False)
         if self._step_is_new() and self.loops.validation_is_due(fetcher) and self._is_due(pending=1):
             self._take(validation_done=False)
+        if self.loops.validation_may_follow(fetcher):
+            self._before_hooks()
 
     def on_advance_end(self, fetcher: Any) -> None:
         """Run what follows the batch, then capture a version."""
@@ -82,6 +92,8 @@ class StepBoundaries:
         self._on_advance_end(fetcher)
         if step_done and self._step_is_new() and self._is_due(pending=0):
             self._take(validation_done=True)
+        if self.loops.epoch_ends:
+            self._before_hooks()
         self._after_batch()
 
     def closes_validation(self, version: Version) -> bool:

@@ -326,6 +326,7 @@ class Engine:
             since=since,
             before_batch=batches.watch,
             ends_here=mirroring.ends_here,
+            before_hooks=mirroring.wait_copied,
             after_batch=mirroring.end_if_asked,
             training=sigterm.show,
         )

@@ -144,6 +144,34 @@ def test_a_tensor_modified_while_it_is_copied_aborts_the_round_on_all_ranks(
     assert ranks.settle() == [Version(3, True)] * 2 and ranks.values() == {3.0}
 
 
+def test_a_write_that_torch_does_not_count_is_found_whenever_it_happens(
+    world: MakeWorld, caplog: pytest.LogCaptureFixture
+) -> None:
+    ranks = world(2).begin()
+    states = [ranks.tensors(1) for _ in range(2)]
+    with caplog.at_level(logging.WARNING):
+        for rank in range(2):
+            ranks.mirrors[rank].submit(Version(1, True), states[rank], b"")
+        ranks.settle()
+        states[0]["weight"].data.add_(1)
+        for mirror in ranks.mirrors:
+            mirror.wait_staged()
+    assert "rank 0: weight changed between step 1 and the next optimizer step" in caplog.text
+    assert [mirror._blocking for mirror in ranks.mirrors] == [True, False]
+
+
+@pytest.mark.parametrize("value", [float("nan"), -0.0])
+def test_a_copy_is_compared_by_its_bits(world: MakeWorld, caplog: pytest.LogCaptureFixture, value: float) -> None:
+    ranks = world(2).begin()
+    states = [ranks.tensors(1) for _ in range(2)]
+    for rank in range(2):
+        states[rank]["weight"].fill_(value)
+        ranks.mirrors[rank].submit(Version(1, True), states[rank], b"")
+        ranks.mirrors[rank].wait_staged()
+    ranks.settle()
+    assert not caplog.text
+
+
 def test_moved_tensors_are_mirrored(world: MakeWorld) -> None:
     ranks = world(2).begin()
     for step in (1, 2, 3):

@@ -128,6 +128,40 @@ def test_a_version_is_captured_before_validation(tmp_path: Path) -> None:
     assert known["step 4"] is True
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "0 1 2 3 4- wait validation 4 wait epoch_end"),
+        ({"max_steps": 3, "val_check_interval": 2}, "0 1 2- wait validation 2 3 wait epoch_end"),
+        # Validation without a version of its own, in the middle of an accumulation and by the clock.
+        ({"accumulate_grad_batches": 2, "val_check_interval": 3}, "0 1 wait validation 2 wait epoch_end"),
+        (
+            {"val_check_interval": timedelta(0), "limit_train_batches": 2},
+            "0 wait validation 1 wait validation 2 wait epoch_end",
+        ),
+    ],
+    ids=str,
+)
+def test_hooks_that_may_change_weights_run_after_the_wait(
+    options: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    order: list[str] = []
+    hooks = callback(
+        on_validation_epoch_start=lambda *_: order.append("validation"),
+        on_train_epoch_end=lambda *_: order.append("epoch_end"),
+    )
+    trainer = tiny_trainer(tmp_path, callbacks=[hooks], **options)
+    StepBoundaries(
+        FitLoops(trainer),
+        lambda version: order.append(f"{version.optimizer_step}{'' if version.validation_done else '-'}"),
+        every_n_steps=lambda: 1,
+        since=None,
+        before_hooks=lambda: order.append("wait"),
+    )
+    trainer.fit(tiny_module(), tiny_loader(), tiny_loader())
+    assert " ".join(order) == expected
+
+
 def test_counters_agree_at_every_version(tmp_path: Path) -> None:
     """Within a step they disagree: Lightning counts batches, steps and log rows one after the other."""
     seen: list[tuple[int, ...]] = []
