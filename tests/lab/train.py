@@ -47,7 +47,7 @@ def held_until_committed(distribution: Any, strategy: Any) -> Any:
                 committed.add(version.optimizer_step)
                 changed.notify_all()
 
-    class HoldValidation(distribution.callbacks.Callback):  # type: ignore[misc]
+    class HoldValidation(distribution.callbacks.Callback):
         def on_validation_batch_start(self, trainer: Any, *_: Any) -> None:
             # A version that was restored is not committed once more.
             if not trainer.sanity_checking and strategy.engine.generation == 1:

@@ -6,9 +6,9 @@ then `on_advance_end` (validation, plateau schedulers). A version is captured
 * after `on_advance_end`: no work of the step is pending;
 * after `advance`, if validation follows: so that a fault during a long validation costs no step.
 
-Hooks follow the second one, and the last version of an epoch. They may write to the weights in ways that torch does not
-count (through `.data`), as swapping in averaged weights for validation does, so the copy of the version must be complete
-before they run.
+Hooks follow the second one, and the last version of an epoch. They may write to the weights in ways that torch does
+not count (through `.data`), as those do that swap in averaged weights for validation. So the copy of the version must
+be complete before they run.
 
 There is no other moment: inside `on_train_batch_end` Lightning's counters disagree by one step, and inside the
 optimizer step only part of the parameters is updated.
