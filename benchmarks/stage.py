@@ -106,7 +106,7 @@ def measure_frozen(size: str, arenas: Path, *, ranks: int, repeats: int) -> dict
     }
     static = _Staged(
         arenas / f"static-{size}",
-        plan_layout([tuple(replace(d, still=d.name in frozen) for d in described)] * ranks),
+        plan_layout([tuple(replace(d, static=d.name in frozen) for d in described)] * ranks),
     )
     plain = _Staged(arenas / f"changing-{size}", plan_layout([described] * ranks))
     try:
@@ -118,9 +118,9 @@ def measure_frozen(size: str, arenas: Path, *, ranks: int, repeats: int) -> dict
     return {
         "size": size,
         "shard_bytes": static.layout.bulk_bytes(0),
-        "static_bytes": static.layout.still_bytes(0),
+        "static_bytes": static.layout.static_bytes(0),
         "written_bytes": static.layout.bulk_bytes(0) - static.spared_bytes,
-        "sent_bytes": static.layout.bulk_bytes(0) - (static.layout.still_bytes(0) if static.is_there else 0),
+        "sent_bytes": static.layout.bulk_bytes(0) - (static.layout.static_bytes(0) if static.is_there else 0),
         "static_s": static_s,
         "plain_s": plain_s,
     }
@@ -150,7 +150,7 @@ class _Staged:
         load = self.stager.take(self.slot.bulk, tensors, ())
         self.spared_bytes = self.stager.finish(load)
         self.is_there = load.static.settle()
-        digest("xxh3", [bytes_of(self.slot.bulk[self.layout.still_bytes(0) :])])
+        digest("xxh3", [bytes_of(self.slot.bulk[self.layout.static_bytes(0) :])])
 
 
 def in_turns(first: Callable[[], None], second: Callable[[], None], *, repeats: int) -> tuple[list[float], list[float]]:

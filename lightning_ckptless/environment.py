@@ -30,7 +30,7 @@ Set by the agent for its workers:
 | `CKPTLESS_GENERATION` | number of the generation that this worker has joined; set by the worker for itself |
 | `CKPTLESS_FIT_INDEX` | how many times this worker has entered `fit`; set by the worker for itself |
 | `CKPTLESS_MAIN_AT` | wall clock (seconds since the epoch) at which this worker entered the user's script |
-| `CKPTLESS_LINE` | file descriptor of the channel to the agent; removed once the strategy has opened it |
+| `CKPTLESS_CHANNEL` | file descriptor of the channel to the agent; removed once the strategy has opened it |
 | `CKPTLESS_STANDBY` | set for a worker that has no rank yet |
 | `CKPTLESS_REGROUPING` | number of the rendezvous with the survivors of a fault; absent if all workers start together |
 | `CKPTLESS_OUTPUT_FILE` | file that receives this worker's output until it has joined the others |
@@ -72,7 +72,7 @@ SPAWNED_AT = "CKPTLESS_SPAWNED_AT"
 GENERATION = "CKPTLESS_GENERATION"
 FIT_INDEX = "CKPTLESS_FIT_INDEX"
 MAIN_AT = "CKPTLESS_MAIN_AT"
-LINE = "CKPTLESS_LINE"
+CHANNEL = "CKPTLESS_CHANNEL"
 STANDBY = "CKPTLESS_STANDBY"
 REGROUPING = "CKPTLESS_REGROUPING"
 CALLS = "CKPTLESS_CALLS"

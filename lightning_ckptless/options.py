@@ -109,7 +109,7 @@ class CkptlessOptions:
         for name in ("arena_dir", "durable_dir"):
             if (folder := getattr(self, name)) is not None:
                 object.__setattr__(self, name, Path(folder))
-        self._check_cadence()
+        self._check_mirror_interval()
         self._check_durable()
         if not isinstance(self.failure_domain, str) or not re.fullmatch(_LEVEL, self.failure_domain):
             raise OptionsError(
@@ -134,7 +134,7 @@ class CkptlessOptions:
                 f"trusted_classes={names!r}: expected a list of dotted names, e.g. ['mylab.data.Cursor']"
             )
 
-    def _check_cadence(self) -> None:
+    def _check_mirror_interval(self) -> None:
         every = self.mirror_every_n_steps
         if every != "auto" and (not isinstance(every, int) or every < 1):
             raise OptionsError(f"mirror_every_n_steps={every!r}: expected an integer of at least 1, or 'auto'")

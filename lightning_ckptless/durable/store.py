@@ -1,7 +1,7 @@
 """Reads and writes a durable state on disk, in the format of torch.distributed.checkpoint.
 
 Tensors have the names of the layout: `parameter/<name>`, `optimizer/<index>/<parameter>/<key>`, and `rank<r>/...` for
-tensors that are private to a rank. The host state of a rank is the entry `rank<r>/small_state`, as bytes. `dcp.load`
+tensors that are private to a rank. The host state of a rank is the entry `rank<r>/host_state`, as bytes. `dcp.load`
 reads selected tensors. We read complete shards byte for byte, so that the checksum computed when the rank staged the
 shard protects it end to end, in the arena and on disk.
 """
@@ -136,7 +136,7 @@ def finish_state(layout: Layout, places: Mapping[int, Sequence[Place]], recipe: 
 
 def host_state_name(rank: int) -> str:
     """Return the entry name of a rank's host state."""
-    return private_name(rank, "small_state")
+    return private_name(rank, "host_state")
 
 
 def read_layout(state: Path) -> Layout:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from lightning_ckptless.protocol.versions import Snapshot, Version
 
-_NAME = re.compile(r"step-(\d{10})(-before-tail)?")
+_NAME = re.compile(r"step-(\d{10})(-before-validation)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def states_to_drop(kept: Collection[Version], written: Version, keep: int) -> tu
 
 def state_name(version: Version) -> str:
     """Name of the folder of a version's durable state."""
-    return f"step-{version.optimizer_step:010d}{'' if version.validation_done else '-before-tail'}"
+    return f"step-{version.optimizer_step:010d}{'' if version.validation_done else '-before-validation'}"
 
 
 def version_of(name: str) -> Version | None:

@@ -47,7 +47,7 @@ class Costs:
 
 
 @dataclass(frozen=True, slots=True)
-class CadencePlan:
+class IntervalPlan:
     """An interval and the reason for it."""
 
     interval: int
@@ -67,7 +67,7 @@ def overhead(costs: Costs, interval: int) -> float:
     return costs.version_s / (interval * costs.step_s)
 
 
-def plan_cadence(costs: Costs, budget: float) -> CadencePlan:
+def plan_interval(costs: Costs, budget: float) -> IntervalPlan:
     """Choose the interval with the highest goodput among those whose overhead is within the budget.
 
     Args:
@@ -88,7 +88,7 @@ def plan_cadence(costs: Costs, budget: float) -> CadencePlan:
         f"{_SECONDS_PER_DAY * costs.failures_per_s:.2g} failures a day the expected goodput is "
         f"{goodput(costs, chosen):.4%}"
     )
-    return CadencePlan(chosen, reason)
+    return IntervalPlan(chosen, reason)
 
 
 def failure_rate(expected_per_day: float, observed: int, observed_s: float) -> float:

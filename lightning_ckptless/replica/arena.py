@@ -4,7 +4,7 @@
         arena.json                               format, run, node, owner, origin
         layout-<digest>.json                     how the state is divided into shards
         note-<name>.json                         notes
-        shard-0003.kept-by-0001.<digest>.slot-0  one version of one shard (`slot.py`)
+        shard-0003.held-by-0001.<digest>.slot-0  one version of one shard (`slot.py`)
 
 An arena outlives the workers that write it. Its owner is the agent that starts them. After the owner has exited, the
 next agent of the same run may adopt the arena, or it may be removed. Contents are used only if user, format, run id and

@@ -98,7 +98,7 @@ _HEADER = record(
     checksum=CHECKSUM,
 )
 
-_NAME = re.compile(r"shard-(\d+)\.kept-by-(\d+)\.([^.]*)\.slot-([01])")
+_NAME = re.compile(r"shard-(\d+)\.held-by-(\d+)\.([^.]*)\.slot-([01])")
 _TAG_CHARS = 12
 
 
@@ -135,7 +135,7 @@ class SlotName:
         return self.shard, self.holder, self.tag
 
     def __str__(self) -> str:
-        return f"shard-{self.shard:04d}.kept-by-{self.holder:04d}.{self.tag}.slot-{self.index}"
+        return f"shard-{self.shard:04d}.held-by-{self.holder:04d}.{self.tag}.slot-{self.index}"
 
 
 def slot_file_bytes(bulk_bytes: int) -> int:

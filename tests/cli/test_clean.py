@@ -85,7 +85,7 @@ def test_a_group_writable_arena_is_removed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"\xff\x00", b'{"owner": {"pid": -7, "started_at": 1}}', None])
 def test_a_damaged_arena_is_removed(tmp_path: Path, content: bytes | None) -> None:
     path = make(tmp_path, "spoilt")
-    (path / "shard-0000.kept-by-0000.ab.slot-0").touch()
+    (path / "shard-0000.held-by-0000.ab.slot-0").touch()
     if content is None:
         (path / "arena.json").unlink()
     else:

@@ -145,7 +145,7 @@ def test_slots_come_and_go(
 
 
 @pytest.mark.usefixtures("warm")
-def test_small_state_is_packed_without_a_wait() -> None:
+def test_host_state_is_packed_without_a_wait() -> None:
     busy = _keep_busy()
     state = {"mean": busy.mean(), "count": torch.tensor(3), "nested": [{"last": busy[0, :5]}], "text": "x"}
     late = pack_late(state)

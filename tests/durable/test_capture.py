@@ -79,12 +79,12 @@ def test_a_copy_never_mixes_versions(checksum: str, world: World) -> None:
 def test_a_damaged_replica_is_skipped(world: World) -> None:
     world.submit(1)
     world.settle()
-    (own,) = world.arenas[0].path.glob("shard-0000.kept-by-0000.*slot-0")
+    (own,) = world.arenas[0].path.glob("shard-0000.held-by-0000.*slot-0")
     with own.open("r+b") as file:
         file.seek(4096)
         file.write(b"\1")
     assert values(capture(world.arenas, CopyBuffers())) == {1.0}
-    (kept,) = world.arenas[1].path.glob("shard-0000.kept-by-0001.*slot-0")
+    (kept,) = world.arenas[1].path.glob("shard-0000.held-by-0001.*slot-0")
     with kept.open("r+b") as file:
         file.seek(4096)
         file.write(b"\1")

@@ -113,7 +113,7 @@ def test_only_one_writer_can_hold_the_lock(tmp_path: Path) -> None:
 def test_a_state_with_an_unreadable_manifest_is_skipped(text: str, captured: Captured, tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "durable", manifest_of(captured), FIRST, SECOND)
     (folder.path / "step-0000000010" / "state.json").write_text(text)
-    assert [path.name for path, _ in folder.states()] == ["step-0000000020-before-tail"]
+    assert [path.name for path, _ in folder.states()] == ["step-0000000020-before-validation"]
     with pytest.raises(DurableError):
         Manifest.read(folder.path / "step-0000000010")
     (left_out,) = folder.left_out

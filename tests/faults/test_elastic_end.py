@@ -44,7 +44,7 @@ def test_a_node_comes_at_the_last_moment(
     go_on.touch()
     assert [agent.wait(timeout=END_S) for agent in agents] == [0, 0], nodes.cluster.output()
     assert rungs(nodes) == ["in place", "in place"]
-    assert nodes.cluster.events("came_too_late") == []
+    assert nodes.cluster.events("joined_too_late") == []
     found = account_of(nodes.cluster.folder)
     assert found.processes == 2, "the first stays, and the second trains no step"
     assert not nodes.cluster.events("hang")
@@ -64,10 +64,10 @@ def test_a_node_that_comes_too_late_ends_with_the_others(come: str, tmp_path: Pa
         env["node0"] = {"COUNTED_LINGERS_AT_END": str(tmp_path / "end")}
     nodes, agents = one_of_two_is_lost(tmp_path, stack, env, "--samples", "120", "--pace", "0.5")
     agents[1] = nodes.start(1)
-    nodes.wait_until(lambda: bool(nodes.cluster.events("came_too_late")), "the second node waits for ever")
+    nodes.wait_until(lambda: bool(nodes.cluster.events("joined_too_late")), "the second node waits for ever")
     (tmp_path / "end").touch()
     assert [agent.wait(timeout=END_S) for agent in agents] == [0, 0], nodes.cluster.output()
     assert [(fields["stay"], fields["come"]) for fields in nodes.cluster.events("move")][-1] == ([0], [1])
-    assert len(nodes.cluster.events("came_too_late")) == 1
+    assert len(nodes.cluster.events("joined_too_late")) == 1
     assert account_of(tmp_path).sizes == [2, 1]
     assert rungs(nodes) == ["in place"]

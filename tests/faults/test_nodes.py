@@ -101,9 +101,7 @@ def test_the_node_that_hosts_the_rendezvous_is_lost(tmp_path: Path, stack: ExitS
     comes = cluster.start_agent()
     assert [agent.wait(timeout=END_S) for agent in (stays, comes)] == [0, 0], cluster.output()
     events = list(read_ledger(tmp_path / "runs" / "two-nodes" / "ledger.jsonl"))
-    assert [event.fields["next"].split(":")[0] for event in events if event.event == "meeting_place_lost"] == [
-        "127.0.0.2"
-    ]
+    assert [event.fields["next"].split(":")[0] for event in events if event.event == "rendezvous_lost"] == ["127.0.0.2"]
     restored = [event.fields for event in events if event.event == "restored"]
     assert [is_version(fields["version"], "step 6") for fields in restored] == [True]
     assert_identical(cluster, parent)

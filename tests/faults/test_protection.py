@@ -25,7 +25,7 @@ def job(tmp_path: Path, parent: ForkServer) -> Iterator[Run]:
 
 def lose(job: Run, rank: int) -> None:
     """All that a rank keeps is gone."""
-    for path in job.arena.path.glob(f"*.kept-by-{rank:04d}.*"):
+    for path in job.arena.path.glob(f"*.held-by-{rank:04d}.*"):
         path.unlink()
 
 

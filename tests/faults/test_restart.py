@@ -142,7 +142,7 @@ def test_flipped_byte_is_left_aside_for_the_replica(job: Run, whole: Callable[[O
     assert isinstance(found, Complete)
     newest = found.snapshot.version
     damaged = next(replica for replica in found.replicas[1] if replica.holder == 1)
-    (path,) = arena.path.glob(f"shard-0001.kept-by-0001.*slot-{damaged.slot}")
+    (path,) = arena.path.glob(f"shard-0001.held-by-0001.*slot-{damaged.slot}")
     with path.open("r+b") as file:
         file.seek(4096 + 17)
         byte = file.read(1)
@@ -156,7 +156,7 @@ def test_flipped_byte_is_left_aside_for_the_replica(job: Run, whole: Callable[[O
 
 def test_lost_holder_is_replaced_by_the_peer(job: Run, whole: Callable[[Options], Variant]) -> None:
     job.start(PER_RANK, "kill:rank=1:step=7")
-    for path in job.arena.path.glob("*.kept-by-0001.*"):
+    for path in job.arena.path.glob("*.held-by-0001.*"):
         path.unlink()
     assert job.start(PER_RANK).exit_code == 0
     assert_identical(job, whole(PER_RANK))

@@ -213,7 +213,7 @@ def test_durable_manifests(memory: Path) -> None:
 def test_places_and_parts(memory: Path) -> None:
     places = [
         Place("weight", (0, 0), "__0_0.distcp", 0, 900),
-        Place("rank0/small_state", None, "__0_0.distcp", 900, 77),
+        Place("rank0/host_state", None, "__0_0.distcp", 900, 77),
     ]
     write_places(memory, places)
     path = memory / "places.json"

@@ -18,7 +18,7 @@ from lightning_ckptless.protocol.mirror_interval import (
     failure_rate,
     goodput,
     overhead,
-    plan_cadence,
+    plan_interval,
     word,
 )
 
@@ -34,7 +34,7 @@ COSTS = st.builds(
 
 @given(COSTS, st.floats(1e-3, 0.5))
 def test_the_best_interval_within_the_budget_is_chosen(costs: Costs, budget: float) -> None:
-    plan = plan_cadence(costs, budget)
+    plan = plan_interval(costs, budget)
     within = [n for n in INTERVALS if overhead(costs, n) <= budget]
     if within:
         assert plan.interval in within
@@ -45,18 +45,18 @@ def test_the_best_interval_within_the_budget_is_chosen(costs: Costs, budget: flo
 
 
 def test_without_costs_every_step_is_mirrored() -> None:
-    assert plan_cadence(Costs(0.1, 0.0, 1e-5, 1.0), 0.01).interval == 1
+    assert plan_interval(Costs(0.1, 0.0, 1e-5, 1.0), 0.01).interval == 1
 
 
 def test_rare_failures_and_expensive_versions_give_a_long_interval() -> None:
     costs = Costs(step_s=0.01, version_s=0.004, failures_per_s=1 / 86400, recovery_s=1.0)
-    plan = plan_cadence(costs, 0.01)
+    plan = plan_interval(costs, 0.01)
     assert plan.interval == 1000
     assert plan.reason.startswith(
         "a version every 1000 steps: a version costs 4.00 ms and a step takes 10.00 ms, an overhead of 0.04%"
     )
     # Young: sqrt(2 c / f) / t = 2629 steps. With a failure every minute it is 69, and 50 is the best candidate.
-    assert plan_cadence(Costs(0.01, 0.004, 1 / 60, 1.0), 0.01).interval in (50, 100)
+    assert plan_interval(Costs(0.01, 0.004, 1 / 60, 1.0), 0.01).interval in (50, 100)
 
 
 @pytest.mark.parametrize("interval", [1, 10, 200])

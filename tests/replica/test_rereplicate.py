@@ -97,7 +97,7 @@ def damage(world: World, rank: int, shard: int) -> None:
     """Flip a byte of the newest copy of a shard in an arena."""
     arena = world.arenas[rank]
     newest = max((line for line in arena.inventory() if line.shard == shard), key=lambda line: line.version)
-    (path,) = arena.path.glob(f"shard-{shard:04d}.kept-by-{rank:04d}.*.slot-{newest.slot}")
+    (path,) = arena.path.glob(f"shard-{shard:04d}.held-by-{rank:04d}.*.slot-{newest.slot}")
     with path.open("r+b") as file:
         file.seek(HEADER_BYTES + 9)
         byte = file.read(1)

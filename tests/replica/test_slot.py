@@ -72,7 +72,7 @@ def test_a_name_is_parsed_from_its_file_name(name: SlotName) -> None:
 
 
 @pytest.mark.parametrize(
-    "other", ["arena.json", "layout-ab.json", "shard-1.kept-by-2.ab.slot-2", ".shard-1.kept-by-2.ab.slot-1"]
+    "other", ["arena.json", "layout-ab.json", "shard-1.held-by-2.ab.slot-2", ".shard-1.held-by-2.ab.slot-1"]
 )
 def test_other_files_are_not_slots(other: str) -> None:
     assert SlotName.parse(other) is None

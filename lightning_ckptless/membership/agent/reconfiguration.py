@@ -196,7 +196,7 @@ class ReconfiguringAgent(CkptlessAgent):
     def _end_unmet(self, worker_group: WorkerGroup) -> RunResult:
         """Stop workers that have trained nothing, with the outcome of a run that has completed."""
         workers = self._current_workers()
-        self._record("came_too_late", node=self._node.name, pids=list(workers.pids().values()))
+        self._record("joined_too_late", node=self._node.name, pids=list(workers.pids().values()))
         CONSOLE.say(
             f"the other nodes left the training loop before this node's workers ({len(workers.pids())}) reached it; "
             "stopping them: they have trained no step"

@@ -137,7 +137,7 @@ def open_channel(env: MutableMapping[str, str] = os.environ) -> AgentChannel | N
     There is one per process, whichever of its trainers asks. The variable is removed from the environment: the channel
     belongs to this process and to none that it starts.
     """
-    number = env.pop(environment.LINE, "")
+    number = env.pop(environment.CHANNEL, "")
     if number.isdigit() and _is_socket(int(number)):
         sock = socket.socket(fileno=int(number))
         sock.set_inheritable(False)

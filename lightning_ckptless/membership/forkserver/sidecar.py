@@ -135,7 +135,7 @@ class Sidecars:
 
     def _lose(self, sidecar: _Sidecar, exit_code: int | None) -> None:
         sidecar.next_at = time.monotonic() + sidecar.pause_s
-        self._record("companion_lost", module=sidecar.module, exit_code=exit_code, again_after_s=sidecar.pause_s)
+        self._record("sidecar_lost", module=sidecar.module, exit_code=exit_code, again_after_s=sidecar.pause_s)
         sidecar.pause_s = min(2 * sidecar.pause_s, _LONGEST_PAUSE_S)
 
     def end(self, grace_s: float) -> None:

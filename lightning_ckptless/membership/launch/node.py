@@ -43,7 +43,7 @@ _OF_ONE_WORKER = (
     environment.GENERATION,
     environment.FIT_INDEX,
     environment.CALLS,
-    environment.LINE,
+    environment.CHANNEL,
     environment.STANDBY,
     environment.REGROUPING,
 )
@@ -66,7 +66,7 @@ def run_node(config: LaunchConfig, parent: ForkServer, record: Callable[..., Non
             except _RendezvousLostError as error:
                 assert failover is not None and place is not None
                 place = failover.next(lost=place)
-                record("meeting_place_lost", cause=str(error), next=place.endpoint, reason=place.reason)
+                record("rendezvous_lost", cause=str(error), next=place.endpoint, reason=place.reason)
                 CONSOLE.say(f"the rendezvous is lost; re-rendezvousing at {place.reason}")
             except UnfitNodeError as error:
                 # The run may continue without this node: the rendezvous stays open for a replacement.

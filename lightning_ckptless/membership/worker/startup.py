@@ -96,7 +96,7 @@ def detach(parent_pid: int, stdio: list[int]) -> None:
 def pass_channel(job: Job, channel: list[int]) -> None:
     """Tell the job which file descriptor is its channel to the agent, if it has one."""
     for number in channel:
-        job.env[environment.LINE] = str(number)
+        job.env[environment.CHANNEL] = str(number)
         os.set_inheritable(number, job.fresh)
 
 

@@ -44,7 +44,7 @@ class Chunk:
         at: byte offset in the shard's bulk, a multiple of 64.
         nbytes: length in bytes.
         holders: ranks whose tensors contain the box; empty for all.
-        still: whether the tensor is expected to be static. Such pieces come first in the bulk.
+        static: whether the tensor is expected to be static. Such pieces come first in the bulk.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Chunk:
     at: int
     nbytes: int
     holders: tuple[int, ...] = ()
-    still: bool = False
+    static: bool = False
 
     def is_held_by(self, rank: int) -> bool:
         """Whether a rank's tensors contain the box."""
@@ -113,9 +113,9 @@ class Layout:
         """Length of a shard's tensor state."""
         return max((aligned(chunk.at + chunk.nbytes) for chunk in self.of(shard)), default=0)
 
-    def still_bytes(self, shard: int) -> int:
+    def static_bytes(self, shard: int) -> int:
         """Length of the static part, at the beginning of a shard's tensor state."""
-        return max((aligned(chunk.at + chunk.nbytes) for chunk in self.of(shard) if chunk.still), default=0)
+        return max((aligned(chunk.at + chunk.nbytes) for chunk in self.of(shard) if chunk.static), default=0)
 
     def held_by(self, rank: int) -> Mapping[str, Held]:
         """The part of each tensor that a rank has, by local name. Tensors of which it has no part are omitted."""
@@ -286,10 +286,10 @@ def item_bytes(item: WriteItem) -> int:
 
 def _fields(chunk: Chunk) -> dict[str, Any]:
     """The serialized fields of a piece. `still` is omitted where it is False."""
-    return {name: value for name, value in vars(chunk).items() if name != "still" or value}
+    return {name: value for name, value in vars(chunk).items() if name != "static" or value}
 
 
-def _still(value: Any, place: str) -> bool:
+def _is_static(value: Any, place: str) -> bool:
     return value is not None and boolean(value, place)
 
 
@@ -300,7 +300,7 @@ _LAYOUT = record(
     chunks=sequence(record(
         Chunk,
         name=text(), dtype=text(r"torch\.\w+"), shape=_SIZES, offsets=_SIZES, sizes=_SIZES, shard=RANK, at=BYTES,
-        nbytes=BYTES, holders=sequence(RANK, most=MOST_RANKS), still=_still,
+        nbytes=BYTES, holders=sequence(RANK, most=MOST_RANKS), static=_is_static,
     )),
 )  # fmt: skip
 

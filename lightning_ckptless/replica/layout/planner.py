@@ -51,10 +51,10 @@ def plan_layout(per_rank: Sequence[Sequence[Described]]) -> Layout:
     world_size, described = len(per_rank), _named_for_all(per_rank)
     holders = _holders(described)
     shared = {corner for corner, ranks in holders.items() if len(ranks) > 1 or world_size == 1}
-    still, pieces = _still(described), PIECES_PER_RANK * world_size
+    static, pieces = _static_names(described), PIECES_PER_RANK * world_size
     sizes = {_corner(d): _bytes(d) for of_rank in described for d in of_rank if _corner(d) in shared}
     piece_bytes = {
-        part: max(sum(sizes[c] for c in sizes if (c[0] in still) is part) // pieces, PIECE_BYTES_LEAST)
+        part: max(sum(sizes[c] for c in sizes if (c[0] in static) is part) // pieces, PIECE_BYTES_LEAST)
         for part in (False, True)
     }
     items: list[list[WriteItem]] = []
@@ -62,13 +62,13 @@ def plan_layout(per_rank: Sequence[Sequence[Described]]) -> Layout:
     for of_rank in described:
         items.append([])
         for d in of_rank:
-            small_enough = piece_bytes[d.name in still]
+            small_enough = piece_bytes[d.name in static]
             cut = list(_pieces(d, small_enough)) if _corner(d) in shared else [_item(_Owned, d, d.held.box)]
             held_by |= {(d.name, tuple(item.index.offset or ())): holders[_corner(d)] for item in cut}
             items[-1] += cut
     # Divided separately, so that both the static part and the part that every step writes are balanced.
-    first = _divide([[item for item in of_rank if item.index.fqn in still] for of_rank in items])
-    rest = _divide([[item for item in of_rank if item.index.fqn not in still] for of_rank in items])
+    first = _divide([[item for item in of_rank if item.index.fqn in static] for of_rank in items])
+    rest = _divide([[item for item in of_rank if item.index.fqn not in static] for of_rank in items])
     chunks = [
         chunk
         for shard, (early, late) in enumerate(zip(first, rest, strict=True))
@@ -77,10 +77,10 @@ def plan_layout(per_rank: Sequence[Sequence[Described]]) -> Layout:
     return Layout(chunks, world_size)
 
 
-def _still(described: Sequence[Sequence[Described]]) -> frozenset[str]:
+def _static_names(described: Sequence[Sequence[Described]]) -> frozenset[str]:
     """Names of the tensors that all ranks with a part of them describe as static."""
     all_of_them = [d for of_rank in described for d in of_rank]
-    return frozenset(d.name for d in all_of_them if d.still) - {d.name for d in all_of_them if not d.still}
+    return frozenset(d.name for d in all_of_them if d.static) - {d.name for d in all_of_them if not d.static}
 
 
 def _divide(items: Sequence[Sequence[WriteItem]]) -> list[SavePlan]:
@@ -201,8 +201,10 @@ def _place(
 ) -> Iterator[Chunk]:
     """Place the pieces of a shard: first the static ones, then the others."""
     at = 0
-    still, moving = (sorted(p.items, key=lambda item: (item.index.fqn, tuple(item.index.offset or ()))) for p in plans)
-    for place, item in enumerate(still + moving):
+    static, changing = (
+        sorted(p.items, key=lambda item: (item.index.fqn, tuple(item.index.offset or ()))) for p in plans
+    )
+    for place, item in enumerate(static + changing):
         data = item.tensor_data
         assert data is not None
         offsets = tuple(data.chunk.offsets)
@@ -217,6 +219,6 @@ def _place(
             at=at,
             nbytes=item_bytes(item),
             holders=ranks if len(ranks) < world_size else (),
-            still=place < len(still),
+            static=place < len(static),
         )
         at = aligned(at + item_bytes(item))

@@ -65,7 +65,7 @@ class Described:
         replicated: whether all ranks with the same box have the same values; otherwise the values are private.
         box: the part that this rank has; None for all of it.
         digest: digest of the values if only they can show whether ranks have the same; empty if that is known.
-        still: whether the tensor is expected to be static. This determines only its place in a shard.
+        static: whether the tensor is expected to be static. This determines only its place in a shard.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Described:
     replicated: bool
     box: Box | None = None
     digest: str = ""
-    still: bool = field(default=False, compare=False)
+    static: bool = field(default=False, compare=False)
 
     @property
     def held(self) -> Held:
@@ -103,7 +103,7 @@ def from_message(data: bytes) -> tuple[Described, ...]:
 _SIZES = sequence(BYTES, most=64)
 _DESCRIBED = sequence(record(
     Described, name=text(), dtype=text(r"torch\.\w+"), shape=_SIZES, replicated=boolean,
-    box=optional(lambda value, place: Box(*sequence(_SIZES, length=2)(value, place))), digest=CHECKSUM, still=boolean,
+    box=optional(lambda value, place: Box(*sequence(_SIZES, length=2)(value, place))), digest=CHECKSUM, static=boolean,
 ))  # fmt: skip
 
 

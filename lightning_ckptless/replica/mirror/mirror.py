@@ -401,7 +401,7 @@ class Mirror:
             return None
         self.stats.staged_bytes += slot.bulk_bytes - unwritten_bytes
         is_unchanged = pending.static.settle()
-        static = KnownPrefix(self._layout.still_bytes(self._rank), pending.static.digest)
+        static = KnownPrefix(self._layout.static_bytes(self._rank), pending.static.digest)
         checksum = self._checksum_of(slot, static, round_.pack())
         slot.seal(self._stamp(round_.version, self._rank), round_.pack(), checksum)
         return OutgoingShard(slot, round_.pack(), static, is_unchanged)

@@ -160,7 +160,7 @@ class Stager:
     def _static_part(
         self, bulk: torch.Tensor, pairs: Sequence[tuple[str, torch.Tensor, torch.Tensor]], early: frozenset[str]
     ) -> StaticPart:
-        chunks = [chunk for chunk in self._layout.of(self._rank) if chunk.still]
+        chunks = [chunk for chunk in self._layout.of(self._rank) if chunk.static]
         first = pairs[: len(chunks)]
         return StaticPart(
             chunks, bulk, [(target, source) for _, target, source in first], [name not in early for name, _, _ in first]

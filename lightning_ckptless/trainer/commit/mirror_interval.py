@@ -15,10 +15,10 @@ from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.mirror_interval import (
     PROBE_INTERVAL,
     PROBE_STEPS,
-    CadencePlan,
     Costs,
+    IntervalPlan,
     failure_rate,
-    plan_cadence,
+    plan_interval,
     word,
 )
 from lightning_ckptless.protocol.versions import Version
@@ -30,7 +30,7 @@ _USUAL_RECOVERY_S = 1.0
 """Assumed duration of a recovery before one has been measured."""
 
 
-class Cadence:
+class MirrorInterval:
     """The interval between two versions, in optimizer steps.
 
     Args:
@@ -48,7 +48,7 @@ class Cadence:
         self._options = options
         self._report = report
         self._clock = clock
-        self._plan: CadencePlan | None = None
+        self._plan: IntervalPlan | None = None
         self.begin()
 
     def begin(self, chosen: int | None = None) -> None:
@@ -101,7 +101,7 @@ class Cadence:
         if self._plan is None and len(self._after_version) + len(self._alone) >= PROBE_STEPS:
             self._plan = self._choose()
 
-    def _choose(self) -> CadencePlan:
+    def _choose(self) -> IntervalPlan:
         report, alone_s = self._report, median(self._alone)
         phases, account = report.last_phases, report.account
         rate = failure_rate(self._options.failures_per_day, report.recoveries, report.clock() - account.began_at)
@@ -111,7 +111,7 @@ class Cadence:
             failures_per_s=rate,
             recovery_s=_USUAL_RECOVERY_S if phases is None else phases.total_s,
         )
-        return plan_cadence(costs, self._options.mirror_budget)
+        return plan_interval(costs, self._options.mirror_budget)
 
     def took(self, version: Version, spent_s: float) -> None:
         """Add the time for which handing a version to the mirror occupied the training thread."""
@@ -123,7 +123,7 @@ class Cadence:
         if self._measures:
             assert self._plan is not None, "every rank has chosen before all ranks agree"
             self._measures, self.interval = False, interval
-            self._report.cadence(interval, self._plan)
+            self._report.mirror_interval(interval, self._plan)
 
     # ------------------------------------------------------------------ mirror thread
 

@@ -21,7 +21,7 @@ from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import from_message, to_message
 from lightning_ckptless.replica.mirror.mirror import Mirror
-from lightning_ckptless.trainer.commit.mirror_interval import Cadence
+from lightning_ckptless.trainer.commit.mirror_interval import MirrorInterval
 from lightning_ckptless.trainer.commit.rereplication import Rereplication
 from lightning_ckptless.trainer.data.batch_log import BatchLog
 from lightning_ckptless.trainer.data.hooks import DataHooks
@@ -58,7 +58,7 @@ class Mirroring:
         options: the user's settings.
         report: receives the costs.
         batches: the batches in flight.
-        streams: the virtual ranks that this rank runs.
+        virtual_ranks: the virtual ranks that this rank runs.
         loggers: loggers of the trainer.
         hooks: dataloader hooks of the trainer.
         probe: called in the mirror thread with the moment of a round and its version.
@@ -68,7 +68,7 @@ class Mirroring:
     Attributes:
         taken: the version that was captured or restored last.
         optimizers_are_of: the version whose state the optimizers hold; None while a step changes it.
-        cadence: how often a version is captured.
+        mirror_interval: how often a version is captured.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Mirroring:
         options: CkptlessOptions,
         report: RunReport,
         batches: BatchLog,
-        streams: VirtualRanks,
+        virtual_ranks: VirtualRanks,
         loggers: RunLoggers,
         hooks: DataHooks,
         probe: Callable[[str, Version], None],
@@ -93,13 +93,13 @@ class Mirroring:
         self._options = options
         self._report = report
         self._batches = batches
-        self._streams = streams
+        self._virtual_ranks = virtual_ranks
         self._loggers = loggers
         self._hooks = hooks
         self._probe = probe
         self._sigterm = sigterm
         self._finish_asked = finish_asked
-        self.cadence = Cadence(options, report)
+        self.mirror_interval = MirrorInterval(options, report)
         self._members: MemberSet | None = None
         self._departure: OutgoingCheck | None = None
         self._mirror: Mirror | None = None
@@ -259,11 +259,11 @@ class Mirroring:
         self._batches.forget_before(self._mirror.committed)
         self.taken = version
         spent_s = perf_counter() - began
-        self.cadence.took(version, spent_s)
+        self.mirror_interval.took(version, spent_s)
         self._report.taken(stall_s, spent_s, self._mirror)
         agreement = self._mirror.interval_after
         if agreement is not None and agreement[0] < version:
-            self.cadence.settle(agreed(agreement[1]))
+            self.mirror_interval.settle(agreed(agreement[1]))
         if self._ends_here:
             self._mirror.settle()
             self._sigterm.agree()
@@ -274,10 +274,10 @@ class Mirroring:
         blob = pack_late(
             {
                 "state": self.host_state.capture(self._batches.position_at(version), tensors),
-                "streams": self._streams.capture(),
+                "virtual_ranks": self._virtual_ranks.capture(),
                 "data_hooks": dict(self._hooks.made),
                 "report": self._report.state(),
-                "interval": self.cadence.chosen,
+                "interval": self.mirror_interval.chosen,
                 "logs": self._loggers.capture(version, self._departure.may_leave),
             }
         )
@@ -316,8 +316,8 @@ class Mirroring:
             self._mirror.settle()
         require_room(self._trainer)
         index = StateIndex(self._trainer)
-        still = self._static.look(index)
-        mine = to_message(describe_state(index, replicated=self._trainer.strategy.replicates, still=still))
+        static = self._static.look(index)
+        mine = to_message(describe_state(index, replicated=self._trainer.strategy.replicates, static=static))
         layout = plan_layout([from_message(line) for line in self._members.transport.gather(mine)])
         # Assigned together: a fault in between must not pair the new index with the previous layout.
         self._index, self._layout = index, layout
@@ -361,11 +361,11 @@ class Mirroring:
             probe=self._probe,
             staging=self._options.staging,
             finish_asked=self._finish_asked,
-            interval_word=self.cadence.word,
+            interval_word=self.mirror_interval.word,
         )
         self._mirror.bind(self._written_by_hooks(layout))
 
     def _written_by_hooks(self, layout: Layout) -> frozenset[str]:
         """Parameters that a hook may write to before the optimizer steps; must not be copied while a batch runs."""
         assert self._index is not None
-        return self._index.untrained - {chunk.name for chunk in layout.chunks if chunk.still}
+        return self._index.untrained - {chunk.name for chunk in layout.chunks if chunk.static}

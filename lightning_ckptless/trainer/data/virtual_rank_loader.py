@@ -37,7 +37,11 @@ class VirtualRankLoader:
         self._rng: RngState = capture_rng()
         self._epoch = -1
         self._fetched = 0
-        with trainer.strategy.as_stream(virtual_rank), trainer.strategy.engine.data_hooks.as_made(), self._own_rng():
+        with (
+            trainer.strategy.as_virtual_rank(virtual_rank),
+            trainer.strategy.engine.data_hooks.as_made(),
+            self._own_rng(),
+        ):
             self._loader = open_training_data(trainer)
         self._require_share(count)
 

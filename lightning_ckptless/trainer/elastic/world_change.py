@@ -96,7 +96,7 @@ class WorldChange(Restoration):
         """Mirror the version again with a layout for the current ranks, and continue from it. Collective."""
         assert self.index is not None
         report.resume(self.host_state["report"])
-        mirroring.cadence.begin(self.host_state["interval"])
+        mirroring.mirror_interval.begin(self.host_state["interval"])
         apply_rng(self.state["rng"])
         if self.change is not None:
             tell_of_batch(mirroring.trainer, *self.change)
@@ -122,7 +122,7 @@ def take_over(
     """
     before, world_size = found.snapshot.world_size, members.world_size
     any_source = {rank: (rank % before,) for rank in range(world_size)}
-    saved = _host_states(found, members, any_source)[members.rank % before]["streams"]
+    saved = _host_states(found, members, any_source)[members.rank % before]["virtual_ranks"]
     if batch == "scale" or saved["repartition"] is not None:
         return _take_over_repartitioned(found, layout, members, width)
     count = saved["count"]
@@ -131,7 +131,7 @@ def take_over(
     host_state, (own, *others) = host_states[assignee.home], assignee.virtual_ranks
     positions = {number: _position(host_states[source], number) for number, source in assignee.virtual_ranks.items()}
     host_state["state"] |= positions[own]
-    host_state["streams"] |= {"own": own, "carried": {number: positions[number] for number in others}}
+    host_state["virtual_ranks"] |= {"own": own, "carried": {number: positions[number] for number in others}}
     return WorldChange(
         found, layout, {}, host_state, members=members, assignee=assignee, host_states=host_states, reason=reason
     )
@@ -141,14 +141,14 @@ def _take_over_repartitioned(found: Complete, layout: Layout, members: MemberSet
     """Repartition the rest of the epoch over the current ranks."""
     assignee, host_states = _assigned(found, members, None, width)
     host_state = host_states[assignee.home]
-    saved, data = host_state["streams"], host_state["state"]["data"]
+    saved, data = host_state["virtual_ranks"], host_state["state"]["data"]
     done = data["fetched"] - data["buffered"]
     last = None if saved["repartition"] is None else Repartition(**saved["repartition"])
     begin = saved["count"] * done if last is None else last.after(done)
     repartition = Repartition(saved["count"], saved["length"], begin, members.world_size // width)
     per_step = saved["count"] if last is None else last.world_size
     reason = require_repartition(repartition, before=found.snapshot.world_size // width, per_step=per_step)
-    host_state["streams"] |= {"own": members.rank // width, "carried": {}, "repartition": asdict(repartition)}
+    host_state["virtual_ranks"] |= {"own": members.rank // width, "carried": {}, "repartition": asdict(repartition)}
     host_state["state"]["data"] = at_the_beginning(data)
     change = (per_step, repartition.world_size)
     return WorldChange(
@@ -189,9 +189,9 @@ def _host_states(
 
 def _position(host_state: HostStateDict, virtual_rank: int) -> HostStateDict:
     """Return the generators and data position of a virtual rank from the host state of the rank that ran it."""
-    if virtual_rank == host_state["streams"]["own"]:
+    if virtual_rank == host_state["virtual_ranks"]["own"]:
         return {"rng": host_state["state"]["rng"], "data": host_state["state"]["data"]}
-    position: HostStateDict = host_state["streams"]["carried"][virtual_rank]
+    position: HostStateDict = host_state["virtual_ranks"]["carried"][virtual_rank]
     return position
 
 

@@ -21,7 +21,7 @@ def fetch_version(
     trainer: Any,
     found: Complete,
     members: MemberSet,
-    streams: VirtualRanks,
+    virtual_ranks: VirtualRanks,
     batch: ElasticBatch,
     report: RunReport,
     files: CheckpointFiles,
@@ -32,7 +32,7 @@ def fetch_version(
         trainer: trainer that will adopt the version.
         found: the version.
         members: the member set.
-        streams: the virtual ranks that this rank runs.
+        virtual_ranks: the virtual ranks that this rank runs.
         batch: how a step's batch is composed after a world change.
         report: receives where the state came from.
         files: checkpoint files, which are rolled back along with the run.
@@ -48,9 +48,9 @@ def fetch_version(
         restoration = Restoration(found, layout, fetched.bulks, host_state_of(members.rank, fetched, members))
     else:
         obstacle = obstacle_to_carrying(trainer)
-        restoration, moved = take_over(found, layout, members, streams.width, batch, obstacle), Moved(0, {})
+        restoration, moved = take_over(found, layout, members, virtual_ranks.width, batch, obstacle), Moved(0, {})
     # Set before the state is restored: the dataloaders are set up first, and depend on it.
-    streams.count = restoration.host_state["streams"]["count"]
+    virtual_ranks.count = restoration.host_state["virtual_ranks"]["count"]
     report.fetched(found, moved, step_in_flight(arena.path, transport))
     if trainer.is_global_zero:
         files.roll_back(found.snapshot.version, generation=members.generation)

@@ -311,17 +311,17 @@ class RecoveryLoop:
         self._mirroring.host_state.apply(restoration.state)
         self._engine.check_files(restoration)
         self._engine.loggers.restore(restoration.host_state["logs"])
-        streams = self._engine.streams
+        virtual_ranks = self._engine.virtual_ranks
         if moved:
             self._engine.reopen_data()
-        elif streams.opened_for != streams.count:
+        elif virtual_ranks.opened_for != virtual_ranks.count:
             self._engine.reopen_training_data()
-        restoration.open_streams(streams)
+        restoration.open_virtual_ranks(virtual_ranks)
         if moved or not self._batches.go_back_to(restoration.version):
             self._loops.set_sampler_epochs()
             restoration.move_data(self._loops)
             self._batches.reset()
-        restoration.move_streams(streams)
+        restoration.move_virtual_ranks(virtual_ranks)
         self._boundaries.last = restoration.version
         progress_bar.show_position(self._trainer, afresh=not self._has_trained)
         self._has_trained = True

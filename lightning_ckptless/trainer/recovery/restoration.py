@@ -76,13 +76,13 @@ class Restoration:
         """Reopen the training data at the version's position."""
         move_data_to(loops, self.state["data"])
 
-    def open_streams(self, streams: VirtualRanks) -> None:
+    def open_virtual_ranks(self, virtual_ranks: VirtualRanks) -> None:
         """Set which virtual ranks this rank runs, before the training data is opened."""
-        streams.open(self.host_state["streams"])
+        virtual_ranks.open(self.host_state["virtual_ranks"])
 
-    def move_streams(self, streams: VirtualRanks) -> None:
+    def move_virtual_ranks(self, virtual_ranks: VirtualRanks) -> None:
         """Move the additional virtual ranks to the version; the training data is set up."""
-        streams.move_to(self.host_state["streams"])
+        virtual_ranks.move_to(self.host_state["virtual_ranks"])
 
     def resume(self, mirroring: Mirroring, report: RunReport, members: MemberSet) -> None:
         """Resume mirroring, and rereplicate the version in the background. All ranks call it.
@@ -98,7 +98,7 @@ class Restoration:
             )
 
         report.resume(self.host_state["report"])
-        mirroring.cadence.begin(self.host_state["interval"])
+        mirroring.mirror_interval.begin(self.host_state["interval"])
         mirroring.resume(self.version, self.layout, self.index, protect)
         apply_rng(self.state["rng"])
 

@@ -16,7 +16,7 @@ from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.worker.watcher import Assignment
 from lightning_ckptless.protocol.goodput import GoodputAccount, Phases, phases_from
-from lightning_ckptless.protocol.mirror_interval import CadencePlan
+from lightning_ckptless.protocol.mirror_interval import IntervalPlan
 from lightning_ckptless.protocol.newcomer import Arrival, why_slow
 from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.protocol.placement_table import table_of
@@ -218,10 +218,10 @@ class RunReport:
 
     # ------------------------------------------------------------------ steps
 
-    def cadence(self, interval: int, plan: CadencePlan) -> None:
+    def mirror_interval(self, interval: int, plan: IntervalPlan) -> None:
         """Report the mirror interval that all ranks have agreed on."""
         if self.is_reporter:
-            self._record("cadence", interval=interval, reason=plan.reason)
+            self._record("mirror_interval", interval=interval, reason=plan.reason)
             every = _count(interval, "step")
             self._say(f"a version is mirrored every {every} from now on; rank 0 proposed {plan.reason}")
 

@@ -85,7 +85,7 @@ class Engine:
         self.world_size: int = trainer.world_size
         self.identity: Identity = identify(trainer)
         self.run_folder: Path = self.identity.run_folder
-        self.streams: VirtualRanks = strategy.make_streams(trainer)
+        self.virtual_ranks: VirtualRanks = strategy.make_virtual_ranks(trainer)
         self.durable = DurableRung(self.identity, fit_index, self.options)
         self.loggers = RunLoggers(trainer, self.run_folder, fit_index)
         self.folders = RunFolders(trainer)
@@ -136,8 +136,8 @@ class Engine:
         self.has_moved = True
         strategy.set_world_ranks()
         self.rank, self.world_size = trainer.global_rank, trainer.world_size
-        place, places, _ = strategy.place_among_streams()
-        self.streams.place_at(place, places)
+        place, places, _ = strategy.place_among_virtual_ranks()
+        self.virtual_ranks.place_at(place, places)
         if self.arena is not None:
             self._begun = BegunStep(self.arena.path, self.rank)
             self.loggers.hold(self.arena.path)
@@ -152,7 +152,7 @@ class Engine:
         """Reopen this rank's share of the training data; involves no other rank."""
         with self.data_hooks.as_made():
             self.loops.replace_training_data(open_training_data(self.trainer))
-        self.streams.opened_for = self.streams.count
+        self.virtual_ranks.opened_for = self.virtual_ranks.count
 
     @property
     def generation(self) -> int:
@@ -216,12 +216,12 @@ class Engine:
             if plan.state is not None:
                 self.loggers.identify(self.durable.logger_identities(plan.state))
             self._restoration = self.fetch(found)
-            self.streams.opened_for = self.streams.count
+            self.virtual_ranks.opened_for = self.virtual_ranks.count
             self.check_files(self._restoration)
             if (logs := self._restoration.host_state["logs"]) is not None:
                 self.loggers.cut(logs)
         else:
-            self.streams.require()
+            self.virtual_ranks.require()
             logs = None if saved is None else first_positions or self.loggers.at_first
             self._start_over(members, plan.action, logs, relaunched=relaunched)
         return plan
@@ -251,7 +251,7 @@ class Engine:
         if not self.identity.own_agent:
             count_recovery(self.members, found.snapshot.version, self.options)
         batch = self.options.elastic_batch
-        return fetch_version(self.trainer, found, self.members, self.streams, batch, self.report, self.files)
+        return fetch_version(self.trainer, found, self.members, self.virtual_ranks, batch, self.report, self.files)
 
     def check_files(self, restoration: Restoration) -> None:
         """Warn of files that changed since a version; called before log files are truncated to it."""
@@ -304,7 +304,7 @@ class Engine:
             self.options,
             self.report,
             batches,
-            self.streams,
+            self.virtual_ranks,
             self.loggers,
             self.data_hooks,
             self._probe,
@@ -322,7 +322,7 @@ class Engine:
         self.boundaries = StepBoundaries(
             loops,
             self._commit,
-            every_n_steps=lambda: mirroring.cadence.interval,
+            every_n_steps=lambda: mirroring.mirror_interval.interval,
             since=since,
             before_batch=batches.watch,
             ends_here=mirroring.ends_here,
@@ -330,7 +330,7 @@ class Engine:
             after_batch=mirroring.end_if_asked,
             training=sigterm.show,
         )
-        loops.before_setup_of_data(self.streams.begin_epoch)
+        loops.before_setup_of_data(self.virtual_ranks.begin_epoch)
         return batches
 
     def entered_by(self, run: Callable[[], None]) -> Callable[[], None]:
@@ -375,9 +375,9 @@ class Engine:
             mirroring.host_state.apply(restoration.state)
             self.loggers.restore(restoration.host_state["logs"])
             self.loops.set_sampler_epochs()
-            restoration.open_streams(self.streams)
+            restoration.open_virtual_ranks(self.virtual_ranks)
             restoration.move_data(self.loops)
-            restoration.move_streams(self.streams)
+            restoration.move_virtual_ranks(self.virtual_ranks)
             progress_bar.show_position(self.trainer, afresh=True)
             restoration.resume(mirroring, self.report, members)
 
@@ -428,10 +428,10 @@ class Engine:
     def at_batch_start(self) -> None:
         """Record which step has begun."""
         self._begun.stamp(self.trainer.global_step + 1)
-        self.streams.fetch()
+        self.virtual_ranks.fetch()
         self.deliver_rows()
         if self.mirroring is not None:
-            self.mirroring.cadence.begin_step(self.trainer.global_step)
+            self.mirroring.mirror_interval.begin_step(self.trainer.global_step)
         self.beat(Point.BATCH)
 
     def beat(self, point: Point) -> None:

@@ -21,14 +21,16 @@ from lightning_ckptless.trainer.state.tensors import (
 )
 
 
-def describe_state(index: StateIndex, *, replicated: bool = True, still: Collection[str] = ()) -> tuple[Described, ...]:
+def describe_state(
+    index: StateIndex, *, replicated: bool = True, static: Collection[str] = ()
+) -> tuple[Described, ...]:
     """Describe the tensors of this rank: first those that other ranks may hold too, then its private ones.
 
     Args:
         index: locates the tensors.
         replicated: whether tensors that are neither sharded nor private are known to be equal on all ranks. If not,
             their values are compared by digest.
-        still: names of the tensors that appear to be static.
+        static: names of the tensors that appear to be static.
     """
     tensors, private = index.tensors(), index.private
     shared = describe({name: t for name, t in tensors.items() if name not in private}, replicated=True)
@@ -37,7 +39,7 @@ def describe_state(index: StateIndex, *, replicated: bool = True, still: Collect
         shared = tuple(
             d if d.box or not d.replicated else replace(d, digest=digest_of(tensors[d.name])) for d in shared
         )
-    return tuple(replace(d, still=d.name in still) for d in shared + own)
+    return tuple(replace(d, static=d.name in static) for d in shared + own)
 
 
 def digest_of(tensor: Tensor) -> str:

@@ -137,7 +137,7 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
             self.options = CkptlessOptions(**{field.name: given[field.name] for field in fields(CkptlessOptions)})
             self.start_method = start_method_of(self)
             self.has_restored_outcome = False
-            self._stream: int | None = None
+            self._virtual_rank: int | None = None
             self.engine: Engine | None = None
             self.world = world_of_process()
             self.watcher: Watcher | None = None
@@ -203,11 +203,11 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
         def use_new_groups(self) -> None:
             """Switch the model to the process groups of a new generation."""
 
-        def place_among_streams(self) -> tuple[int, int, int]:
+        def place_among_virtual_ranks(self) -> tuple[int, int, int]:
             """This rank's index among the data-parallel ranks, their number, and how many ranks share one place."""
             return self.global_rank, self.world_size, 1
 
-        def asked_streams(self) -> int:
+        def requested_virtual_ranks(self) -> int:
             """Number of virtual ranks when all requested ranks are present."""
             return int(self.num_nodes * self.num_processes)
 
@@ -234,29 +234,32 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
                 nodes=self.num_nodes, per_node=self.num_processes, found=self.cluster_environment.world_size()
             )
 
-        def make_streams(self, trainer: Any) -> VirtualRanks:
+        def make_virtual_ranks(self, trainer: Any) -> VirtualRanks:
             """The virtual ranks that this rank runs at the start of a run."""
-            place, places, width = self.place_among_streams()
-            count = self.asked_streams() if self.options.elastic_batch == "keep" else places
+            place, places, width = self.place_among_virtual_ranks()
+            count = self.requested_virtual_ranks() if self.options.elastic_batch == "keep" else places
             return VirtualRanks(trainer, count=count, place=place, places=places, width=width)
 
         @contextmanager
-        def as_stream(self, stream: int) -> Iterator[None]:
+        def as_virtual_rank(self, virtual_rank: int) -> Iterator[None]:
             """Context in which dataloaders are set up for a virtual rank's share of the samples."""
-            self._stream = stream
+            self._virtual_rank = virtual_rank
             try:
                 yield
             finally:
-                self._stream = None
+                self._virtual_rank = None
 
         @property
         def distributed_sampler_kwargs(self) -> dict[str, Any]:
             """Sampler arguments: the share of a virtual rank in training, this rank's own share otherwise."""
-            place, places, _ = self.place_among_streams()
+            place, places, _ = self.place_among_virtual_ranks()
             if self.engine is None or not self.engine.trainer.training:
                 return {"num_replicas": places, "rank": place}
-            stream, count = place if self._stream is None else self._stream, self.engine.streams.count
-            return {"num_replicas": count, "rank": stream % count}
+            virtual_rank, count = (
+                place if self._virtual_rank is None else self._virtual_rank,
+                self.engine.virtual_ranks.count,
+            )
+            return {"num_replicas": count, "rank": virtual_rank % count}
 
         def join_generation(self) -> bool:
             """Join the current generation, unless this process already has.
@@ -371,34 +374,36 @@ def recoverable(base: Any, distribution: str) -> type[Any]:
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             """Run the forward pass of this rank's own micro-batch; those of other virtual ranks follow its backward."""
-            streams = self._others()
-            if streams is None or not (streams.extra_batches or streams.is_running_for_nothing):
+            virtual_ranks = self._others()
+            if virtual_ranks is None or not (virtual_ranks.extra_batches or virtual_ranks.is_running_for_nothing):
                 return super().training_step(*args, **kwargs)
-            with self.without_sync() if streams.extra_batches else logs_kept(streams.trainer):
+            with self.without_sync() if virtual_ranks.extra_batches else logs_kept(virtual_ranks.trainer):
                 return super().training_step(*args, **kwargs)
 
         def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
             """Run the backward pass, then the micro-batches of further virtual ranks."""
-            streams = self._others()
-            if streams is None or streams.are_whole:
+            virtual_ranks = self._others()
+            if virtual_ranks is None or virtual_ranks.are_whole:
                 return super().backward(closure_loss, *args, **kwargs)
-            backward, share, sums = super().backward, streams.share, self.sums_now()
-            if not streams.extra_batches:
+            backward, share, sums = super().backward, virtual_ranks.share, self.sums_now()
+            if not virtual_ranks.extra_batches:
                 return backward(closure_loss * share, *args, **kwargs)
             with self.without_sync():
                 loss = backward(closure_loss * share, *args, **kwargs)
-            streams.run_others(lambda other: backward(other * share, *args, **kwargs), self.without_sync, sums=sums)
+            virtual_ranks.run_others(
+                lambda other: backward(other * share, *args, **kwargs), self.without_sync, sums=sums
+            )
             return loss
 
         @property
         def runs_for_nothing(self) -> bool:
             """Whether the current training step only keeps ranks in step, and its samples do not count."""
-            return self.engine is not None and self.engine.streams.is_running_for_nothing
+            return self.engine is not None and self.engine.virtual_ranks.is_running_for_nothing
 
         def _others(self) -> VirtualRanks | None:
             """The virtual ranks, if this micro-batch is the rank's own; None otherwise."""
-            streams = None if self.engine is None else self.engine.streams
-            return None if streams is None or streams.is_running_another else streams
+            virtual_ranks = None if self.engine is None else self.engine.virtual_ranks
+            return None if virtual_ranks is None or virtual_ranks.is_running_another else virtual_ranks
 
         def pre_backward(self, closure_loss: Any) -> None:
             """Report that the forward pass is done."""

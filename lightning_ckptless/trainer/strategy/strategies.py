@@ -124,12 +124,12 @@ def model_parallel_class(distribution: str) -> type[Any]:
         strategy_name = "ckptless_model_parallel"
         replicates = False
 
-        def place_among_streams(self) -> tuple[int, int, int]:
+        def place_among_virtual_ranks(self) -> tuple[int, int, int]:
             """This rank's index in the data-parallel dimension, the size of that dimension, and ranks per index."""
             _, width = sizes_of(self)
             return self.global_rank // width, self.world_size // width, width
 
-        def asked_streams(self) -> int:
+        def requested_virtual_ranks(self) -> int:
             """Size of the data-parallel dimension when all requested ranks are present."""
             return int(self.num_nodes * self.num_processes // sizes_of(self)[1])
 

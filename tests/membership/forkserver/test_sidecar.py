@@ -115,7 +115,7 @@ def test_a_lost_sidecar_is_restarted(node: Node) -> None:
     node.ready("orderly")
     os.kill(node.seen("orderly")[0], signal.SIGKILL)
     node.until(lambda: len(node.seen("orderly")) == 2)
-    assert node.events == [("companion_lost", {"module": "beside", "exit_code": -9, "again_after_s": 0.05})]
+    assert node.events == [("sidecar_lost", {"module": "beside", "exit_code": -9, "again_after_s": 0.05})]
 
 
 def test_a_failing_sidecar_is_restarted_after_growing_pauses(node: Node) -> None:

@@ -35,7 +35,7 @@ def tuned_layout(ranks: int) -> Layout:
     state = tuned(0)
     shared = describe({name: t for name, t in state.items() if name != "mean"}, replicated=True)
     own = describe({"mean": state["mean"]}, replicated=False)
-    return plan_layout([tuple(replace(d, still=d.name in FROZEN) for d in shared + own)] * ranks)
+    return plan_layout([tuple(replace(d, static=d.name in FROZEN) for d in shared + own)] * ranks)
 
 
 def train(world: World, states: list[State], steps: range, change: Callable[[int], None] = lambda _: None) -> None:
@@ -53,11 +53,11 @@ def train(world: World, states: list[State], steps: range, change: Callable[[int
 def test_the_static_part_comes_first_and_both_parts_are_balanced() -> None:
     layout = tuned_layout(4)
     for shard in range(4):
-        flags = [chunk.still for chunk in layout.of(shard)]
+        flags = [chunk.static for chunk in layout.of(shard)]
         assert flags == sorted(flags, reverse=True)
-    still = [layout.still_bytes(shard) for shard in range(4)]
-    rest = [layout.bulk_bytes(shard) - layout.still_bytes(shard) for shard in range(4)]
-    assert max(still) < 1.2 * min(still) and max(rest) < 1.2 * min(rest)
+    static = [layout.static_bytes(shard) for shard in range(4)]
+    rest = [layout.bulk_bytes(shard) - layout.static_bytes(shard) for shard in range(4)]
+    assert max(static) < 1.2 * min(static) and max(rest) < 1.2 * min(rest)
     assert Layout.from_bytes(layout.to_bytes(), layout.digest).digest == layout.digest
 
 
@@ -68,7 +68,7 @@ def test_frozen_bytes_are_sent_once_per_slot(world: MakeWorld, checksum: str, st
     ranks = world(2).begin(layout=layout, checksum=checksum, staging=staging)
     states = [tuned(0) for _ in range(2)]
     train(ranks, states, range(1, 11))
-    bulk, still = layout.bulk_bytes(0), layout.still_bytes(0)
+    bulk, still = layout.bulk_bytes(0), layout.static_bytes(0)
     assert still > 0.88 * bulk
     blobs = sum(len(f"blob 0 {step}") for step in range(1, 11))
     assert ranks.mirrors[0].stats.sent_bytes == 2 * bulk + 8 * (bulk - still) + blobs
@@ -171,7 +171,7 @@ def test_damage_to_the_static_part_is_detected_and_repaired(world: MakeWorld, mo
     states = [tuned(0) for _ in range(2)]
     train(ranks, states, range(1, 4))
     kept = next(line for line in ranks.arenas[0].inventory() if line.shard == 1 and line.version.optimizer_step == 3)
-    with (ranks.arenas[0].path / f"shard-0001.kept-by-0000.{layout.digest[:12]}.slot-{kept.slot}").open("r+b") as file:
+    with (ranks.arenas[0].path / f"shard-0001.held-by-0000.{layout.digest[:12]}.slot-{kept.slot}").open("r+b") as file:
         file.seek(4096 + 100)
         file.write(b"damage")
     assert not ranks.arenas[0].verify(kept)
