@@ -26,6 +26,7 @@ class Recovered:
         version: version from which training resumed.
         total_s: seconds from the fault to the end of the first step.
         phases: seconds by phase.
+        cause: its faults, in words.
     """
 
     kind: str
@@ -34,6 +35,7 @@ class Recovered:
     version: str
     total_s: float
     phases: dict[str, float] = field(default_factory=dict)
+    cause: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ def recoveries_of(events: Iterable[Event]) -> list[Recovered]:
                 rung = DURABLE
             elif rung == RELAUNCH and "checkpoint file" in started:
                 rung = STORAGE
-            recovered = (fields["kind"], rung, reason, fields["version"], fields["total_s"], fields["phases"])
-            found.append(Recovered(*recovered))
+            times = fields["total_s"], fields["phases"]
+            found.append(Recovered(fields["kind"], rung, reason, fields["version"], *times, fields["cause"]))
             reason = started = ""
     return found
 
@@ -140,11 +142,12 @@ def times_of(recoveries: Sequence[Recovered], bounds: dict[str, float], silent_s
     Args:
         recoveries: recoveries of a run.
         bounds: seconds by kind of recovery.
-        silent_s: additional seconds for a fault that is detected by silence.
+        silent_s: additional seconds if one of its faults is detected by silence.
     """
     found = []
     for one in recoveries:
-        bound_s = bounds[one.rung] + (silent_s if one.kind in ("hung", "lost") else 0.0)
+        is_silent = one.kind in ("hung", "lost") or " hung: " in one.cause
+        bound_s = bounds[one.rung] + (silent_s if is_silent else 0.0)
         if one.total_s > bound_s:
             found.append(f"{one.kind}, {one.rung}: {one.total_s:.1f} s, more than {bound_s:.0f} s")
     return found

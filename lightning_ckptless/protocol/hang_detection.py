@@ -33,6 +33,8 @@ RELEASE_S = 30.0
 """For a survivor of a fault to release the process groups it shared with the lost ranks."""
 MEETING_S = 60.0
 """For all ranks of a node that are ready to meet the other ranks to do so."""
+GROUP_S = 10.0
+"""For the last ranks to create a process group that others have created already, in a meeting after a fault."""
 STARTUP_S = 60.0
 """Least time for a new process to reach `fit`; longer where the first processes took long."""
 STUCK_COLLECTIVE_S = 0.5
@@ -330,6 +332,7 @@ class Meeting:
     Args:
         coming: since when new processes have been on their way to `fit`, by rank.
         ready: since when ranks have released their groups without having met the other ranks, by rank.
+        created: how many process groups each rank has created for the meeting, and when the last one was, by rank.
         met: ranks that have met the others.
         startup_s: longest time in seconds that one of the first processes took to reach `fit`.
         is_whole: whether this node has all ranks.
@@ -337,6 +340,7 @@ class Meeting:
 
     coming: Mapping[int, float]
     ready: Mapping[int, float]
+    created: Mapping[int, tuple[int, float]]
     met: Collection[int]
     startup_s: float
     is_whole: bool
@@ -362,6 +366,7 @@ def find_late(
     |---|---|
     | a new process is on its way to `fit` | this process |
     | some ranks have not met, and others have | those that have not |
+    | some ranks have not created a group that others have | those that have not |
     | no rank has met, and some are stopped | those that are stopped |
     | no rank has met, and some do not wait for others | those that do not wait |
     | no rank has met, all wait, and no other node has ranks | all |
@@ -376,13 +381,9 @@ def find_late(
     waits = waits or {}
     if override_s == 0.0:
         return None
-    allowed_s = max(STARTUP_S, FACTOR * meeting.startup_s, override_s or 0.0)
-    for rank, since in meeting.coming.items():
-        if now - since > allowed_s:
-            why = f"did not reach fit within {allowed_s:.1f} s; the first processes took {meeting.startup_s:.1f} s"
-            return Hang((rank,), why, now - since)
-    if not meeting.is_late(now, override_s):
-        return None
+    found = _late_start(meeting, now, override_s) or _without_group(meeting, now, override_s)
+    if found is not None or not meeting.is_late(now, override_s):
+        return found
     silent_s, ranks = now - max(meeting.ready.values()), tuple(meeting.ready)
     why = f"ranks that are ready to meet have not met within {_meeting_s(override_s):.1f} s"
     if meeting.met:
@@ -395,6 +396,27 @@ def find_late(
     if meeting.is_whole and silent_s > MEETING_S and all(waits.get(rank) for rank in ranks):
         return Hang(ranks, f"all ranks wait for each other; {why}", silent_s)
     return None
+
+
+def _late_start(meeting: Meeting, now: float, override_s: float | None) -> Hang | None:
+    allowed_s = max(STARTUP_S, FACTOR * meeting.startup_s, override_s or 0.0)
+    for rank, since in meeting.coming.items():
+        if now - since > allowed_s:
+            why = f"did not reach fit within {allowed_s:.1f} s; the first processes took {meeting.startup_s:.1f} s"
+            return Hang((rank,), why, now - since)
+    return None
+
+
+def _without_group(meeting: Meeting, now: float, override_s: float | None) -> Hang | None:
+    """Find ranks that have not created a group, though all ranks that they could wait for have."""
+    if meeting.coming or not meeting.is_whole or not meeting.created:
+        return None
+    most, since = max(meeting.created.values(), key=lambda created: (created[0], -created[1]))
+    allowed_s = min(GROUP_S, _meeting_s(override_s))
+    late = tuple(rank for rank in meeting.ready if meeting.created.get(rank, (0, 0.0))[0] < most)
+    if not late or now - since <= allowed_s:
+        return None
+    return Hang(late, f"did not create a process group within {allowed_s:.1f} s of the other ranks", now - since)
 
 
 def _meeting_s(override_s: float | None) -> float:

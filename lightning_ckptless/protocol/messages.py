@@ -16,6 +16,7 @@ it.
 | `LeftLoop` | worker | it has left the training loop: its exit is no fault from here on |
 | `WaitingAtLoop` | worker | it has reached the training loop on its own and waits there for the other ranks |
 | `ReleasedGroups` | worker | it has released the process groups that it shared with the lost ranks |
+| `CreatedGroup` | worker | it has created one more process group in this regrouping |
 | `Regrouped` | worker | it has met the other ranks in this regrouping |
 | `StuckCollective` | worker | it cannot release its process groups; carries the reason, its threads and its sockets |
 | `Blocked` | worker | in answer to `QueryBlocked`: whether its main thread waits for other ranks |
@@ -156,6 +157,19 @@ class WaitingAtLoop(Message):
 @dataclass(frozen=True, slots=True)
 class ReleasedGroups(Message):
     """Sent by a survivor that has released the process groups it shared with the lost ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class CreatedGroup(Message):
+    """Sent by a worker that has created a process group after a fault: it is connected with all other ranks.
+
+    Args:
+        number: regrouping for which it was created.
+        created: how many groups it has created for it.
+    """
+
+    number: int
+    created: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +350,7 @@ WORKER_MESSAGES: tuple[type[Message], ...] = (
     LeftLoop,
     WaitingAtLoop,
     ReleasedGroups,
+    CreatedGroup,
     Regrouped,
     StuckCollective,
     Blocked,

@@ -175,7 +175,7 @@ def test_a_durable_state_is_older_by_design() -> None:
 
 
 def test_a_recovery_has_the_reason_for_its_rung() -> None:
-    facts = {"kind": "killed", "version": "step 3", "total_s": 0.5, "phases": {}}
+    facts = {"kind": "killed", "cause": "died by SIGKILL", "version": "step 3", "total_s": 0.5, "phases": {}}
     found = recoveries_of(
         [
             event("in_place", 1.0, reason="1 of 2 ranks stay"),
@@ -215,6 +215,8 @@ def test_a_recovery_is_late_beyond_the_bound_of_its_rung() -> None:
     quick = Recovered("killed", "in place", "", "step 1", bound_s - 1)
     assert times_of([quick, replace(quick, kind="hung", total_s=bound_s + 4)], BOUNDS_S, silent_s=5.0) == []
     assert len(times_of([replace(quick, total_s=bound_s + 4)], BOUNDS_S, silent_s=5.0)) == 1
+    hung_first = replace(quick, cause="rank 1 (pid 7) hung: idle; then rank 0 (pid 8) died by SIGKILL")
+    assert times_of([replace(hung_first, total_s=bound_s + 4)], BOUNDS_S, silent_s=5.0) == []
 
 
 def test_a_rank_that_is_silent_during_recovery_gets_time_to_release_its_groups() -> None:

@@ -12,6 +12,7 @@ from lightning_ckptless.protocol.hang_detection import (
     ANSWER_S,
     CEILING_S,
     FLOOR_S,
+    GROUP_S,
     IDLE_S,
     MEETING_S,
     RELEASE_S,
@@ -247,7 +248,7 @@ def test_a_straggler_is_named() -> None:
     assert find_straggler({0: 0.0, 1: 0.5}) is None
 
 
-READY = Meeting(coming={}, ready={0: 100.0, 1: 90.0, 2: 95.0}, met=(), startup_s=3.0, is_whole=True)
+READY = Meeting(coming={}, ready={0: 100.0, 1: 90.0, 2: 95.0}, created={}, met=(), startup_s=3.0, is_whole=True)
 OVERDUE = 100.0 + MEETING_S + 1.0
 ALL_WAIT = {0: True, 1: True, 2: True}
 
@@ -263,6 +264,28 @@ def test_ranks_that_prevent_a_meeting_are_late() -> None:
     everyone = find_late(READY, now=OVERDUE, waits=ALL_WAIT)
     assert everyone is not None and everyone.ranks == (0, 1, 2)
     assert f"have not met within {MEETING_S} s" in everyone.reason
+
+
+@pytest.mark.parametrize(
+    ("created", "late"),
+    [
+        ({0: (2, 101.0), 1: (1, 101.0), 2: (2, 101.0)}, (1,)),
+        ({0: (1, 101.0), 2: (1, 102.0)}, (1,)),
+        ({0: (2, 101.0), 1: (1, 101.0)}, (1, 2)),
+        # All wait for a rank that none of them names.
+        ({0: (1, 101.0), 1: (1, 101.0), 2: (1, 101.0)}, None),
+    ],
+    ids=str,
+)
+def test_ranks_that_have_not_created_a_group_are_late(
+    created: dict[int, tuple[int, float]], late: tuple[int, ...] | None
+) -> None:
+    meeting = replace(READY, created=created)
+    found = find_late(meeting, now=101.0 + GROUP_S + 0.5, waits=ALL_WAIT)
+    assert (found and found.ranks) == late
+    assert find_late(meeting, now=101.0 + GROUP_S - 0.5, waits=ALL_WAIT) is None
+    assert find_late(replace(meeting, is_whole=False), now=101.0 + GROUP_S + 0.5) is None
+    assert find_late(replace(meeting, coming={3: 100.0}), now=101.0 + GROUP_S + 0.5) is None
 
 
 @pytest.mark.parametrize("why", ["in time", "a process comes", "ranks elsewhere", "not asked", "switched off"])

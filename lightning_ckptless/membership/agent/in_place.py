@@ -21,6 +21,7 @@ from lightning_ckptless.membership.rendezvous.regrouping import Regrouping, Regr
 from lightning_ckptless.protocol.hang_detection import Hang, Meeting, find_unreleased
 from lightning_ckptless.protocol.messages import (
     CannotRecover,
+    CreatedGroup,
     EnteredLoop,
     LeftLoop,
     Regroup,
@@ -112,6 +113,7 @@ class InPlaceRecovery:
         self._env_of: Callable[[int], dict[str, str]] | None = None
         self._coming: dict[int, float] = {}
         self._ready: dict[int, float] = {}
+        self._created: dict[int, tuple[int, float]] = {}
         self._have_met: set[int] = set()
         self._met = 0
         self._startup_s = 0.0
@@ -144,6 +146,7 @@ class InPlaceRecovery:
         self._coming.clear()
         self._ready.clear()
         self._have_met.clear()
+        self._created.clear()
         self._began_at = time.monotonic()
         self.waiting_at_loop.clear()
         self._regroupings = regroupings
@@ -213,8 +216,8 @@ class InPlaceRecovery:
                 case ReleasedGroups():
                     self._notified_at.pop(rank, None)
                     self._ready[rank] = time.monotonic()
-                case Regrouped(number):
-                    self._note_met(rank, number)
+                case CreatedGroup() | Regrouped():
+                    self._note_meeting(rank, message)
                 case StuckCollective():
                     self._note_held(rank, message)
                 case LeftLoop():
@@ -224,10 +227,15 @@ class InPlaceRecovery:
                     if lasting:
                         self._lasting = self._obstacle
 
-    def _note_met(self, rank: int, number: int) -> None:
-        if number > self._met:
-            self.tries, self._met = self.tries + 1, number
-        if self._regroupings is not None and number == self._regroupings.number:
+    def _note_meeting(self, rank: int, message: CreatedGroup | Regrouped) -> None:
+        is_current = self._regroupings is not None and message.number == self._regroupings.number
+        if isinstance(message, CreatedGroup):
+            if is_current:
+                self._created[rank] = message.created, time.monotonic()
+            return
+        if message.number > self._met:
+            self.tries, self._met = self.tries + 1, message.number
+        if is_current:
             self._ready.pop(rank, None)
             self._have_met.add(rank)
 
@@ -244,6 +252,7 @@ class InPlaceRecovery:
         return Meeting(
             coming={rank: at for rank, at in self._coming.items() if rank in running},
             ready={rank: at for rank, at in self._ready.items() if rank in running},
+            created={rank: created for rank, created in self._created.items() if rank in running},
             met=self._have_met,
             startup_s=self._startup_s,
             is_whole=self._regroupings is not None and not self._regroupings.is_shared,
@@ -331,6 +340,7 @@ class InPlaceRecovery:
         self._held.clear()
         self._ready.clear()
         self._have_met.clear()
+        self._created.clear()
         # Ranks on their way to `fit` have nothing to release, and may take their time.
         self._coming |= dict.fromkeys(leave, time.monotonic())
         self._notified_at |= dict.fromkeys((rank for rank in notified if rank not in self._coming), time.monotonic())

@@ -35,6 +35,7 @@ from lightning_ckptless.membership.worker.placeholder_group import require_no_re
 from lightning_ckptless.membership.worker.watcher import Assignment, Watcher
 from lightning_ckptless.protocol.messages import (
     CannotRecover,
+    CreatedGroup,
     EnteredLoop,
     LeftLoop,
     ProgramImported,
@@ -267,7 +268,9 @@ class RecoveryLoop:
             lambda: engine.probe_recovery("meet"),
         )
         assert engine.arena is not None
+        self._report_group(assignment, 1)
         transport = engine.connect()
+        self._report_group(assignment, 2)
         facts = [engine.identity.node, engine.has_moved, self._take_arrival()]
         received = [json.loads(line) for line in transport.gather(json.dumps(facts).encode())]
         nodes, has_moved, arrivals = (tuple(values) for values in zip(*received, strict=True))
@@ -294,6 +297,11 @@ class RecoveryLoop:
         self._put_back(restoration, moved=any(has_moved))
         self._move(WorkerEvent.RESTORE)
         return restoration.version
+
+    def _report_group(self, assignment: Assignment, created: int) -> None:
+        """Tell the agent how many groups this rank has created, so that it can name a rank that the others wait for."""
+        if self._watcher is not None:
+            self._watcher.send(CreatedGroup(assignment.number, created))
 
     def _put_back(self, restoration: Restoration, *, moved: bool) -> None:
         """Put a version into this rank's trainer, dataloaders and loggers.

@@ -75,3 +75,50 @@ def test_a_second_report_before_a_committed_step_does_not_replace_the_rank_again
     assert (outcome.exit_code, outcome.restarts, outcome.in_place) == (0, 0, 3)
     said = [fields["believed"] for event, fields in events if event == "stuck_collective"]
     assert said == [True, False]
+
+
+# Rank 0 kills itself; after that rank 1 creates the first process group only, until it has been replaced.
+WITHOUT_GROUP = """
+    import os, signal, time
+    from pathlib import Path
+    from lightning_ckptless.membership.channel.agent_channel import open_channel
+    from lightning_ckptless.protocol.messages import CreatedGroup, EnteredLoop, LeftLoop
+    from lightning_ckptless.protocol.messages import Regroup, Regrouped, ReleasedGroups
+
+    rank, channel = os.environ["RANK"], open_channel()
+    options = {"standbys": 0, "preload_imports": False, "hang_timeout_s": 1.0, "obstacle": None, "fixed_world": ""}
+    options |= {"max_recoveries_without_progress": 9, "max_recoveries_per_hour": 9, "bar": "none"}
+    channel.send(EnteredLoop(in_place=True, **options))
+    number = int(os.environ.get("CKPTLESS_REGROUPING", "0"))
+    Path(f"came-{rank}-{number}").touch()
+    if rank == "0" and not number:
+        while not all(Path(f"came-{other}-0").exists() for other in (0, 1, 2)):
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGKILL)
+    while True:
+        if number:
+            channel.send(ReleasedGroups())
+            channel.send(CreatedGroup(number, 1))
+            if rank != "1" or number == 2:
+                channel.send(CreatedGroup(number, 2))
+            if number == 2:
+                break
+        while not isinstance(message := channel.receive().message, Regroup):
+            pass
+        number = message.number
+    channel.send(Regrouped(number))
+    channel.send(LeftLoop())
+"""
+
+
+@pytest.mark.timeout(25)
+def test_a_rank_that_cannot_create_a_group_is_replaced(
+    bare: ForkServer, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = LaunchConfig(program=script(write(WITHOUT_GROUP)), nproc=3, cwd=tmp_path, max_restarts=3)
+    outcome = run(config, parent=bare)
+    assert (outcome.exit_code, outcome.restarts, outcome.in_place) == (0, 0, 2)
+    assert [(fault.rank, fault.hung) for fault in outcome.faults] == [
+        (0, ""),
+        (1, "did not create a process group within 1.0 s of the other ranks"),
+    ]
