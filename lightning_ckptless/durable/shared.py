@@ -147,8 +147,8 @@ class SharedWriter:
             run_id=self._order.run_id,
             snapshot=parts.snapshot,
             shards=tuple(merged.facts[shard] for shard in range(parts.snapshot.world_size)),
-            origin=notes.get("origin"),
-            logger_identities=notes.get("logger_identities"),
+            origin=notes.origin or None,
+            logger_identities=notes.logger_identities,
             written_at=time.time(),
         )
         write_manifest(parts.path, manifest)

@@ -18,7 +18,7 @@ import torch
 
 from lightning_ckptless.durable.capture import Captured, CopyBuffers, capture, newest_committed
 from lightning_ckptless.durable.folder import DurableFolder, Manifest, ShardFacts, write_manifest
-from lightning_ckptless.durable.order import WriterOrder, read_share
+from lightning_ckptless.durable.order import WriterOrder
 from lightning_ckptless.durable.shared import SharedWriter
 from lightning_ckptless.durable.store import require_space, state_bytes, write_state
 from lightning_ckptless.errors import ArenaError, CkptlessError, DurableError
@@ -84,7 +84,7 @@ class DurableWriter:
         """Return the share of this node, as noted by its workers; None if they have not."""
         try:
             self._arena = self._arena or Arena.attach(Path(self._order.arena))
-            return read_share(self._arena.notes())
+            return self._arena.notes().durable_share
         except (ArenaError, FileNotFoundError):
             return None
 
@@ -169,8 +169,8 @@ class DurableWriter:
             run_id=self._order.run_id,
             snapshot=captured.snapshot,
             shards=tuple(ShardFacts(s.bulk.numel(), len(s.blob), s.checksum) for s in captured.shards),
-            origin=notes.get("origin"),
-            logger_identities=notes.get("logger_identities"),
+            origin=notes.origin or None,
+            logger_identities=notes.logger_identities,
             written_at=time.time(),
         )
 

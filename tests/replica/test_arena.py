@@ -19,10 +19,12 @@ import torch
 
 from lightning_ckptless.cli.leftovers import find_leftovers
 from lightning_ckptless.errors import ArenaError
+from lightning_ckptless.protocol.durable_schedule import Share
+from lightning_ckptless.protocol.retry_policy import RecoveryHistory
 from lightning_ckptless.protocol.versions import SlotState, Version
 from lightning_ckptless.replica.arena import Arena, Hold, Owner, adopt, default_arena_dir, find_arenas, reclaim
 from lightning_ckptless.replica.arena_metadata import locked
-from lightning_ckptless.replica.arena_notes import write_note
+from lightning_ckptless.replica.arena_notes import ArenaNotes, RankFolders, RecoveryRecord, write_notes
 from lightning_ckptless.replica.checksum import bytes_of, digest
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import describe
@@ -160,10 +162,37 @@ def test_layouts_and_notes_are_kept(arena: Arena, state: dict[str, torch.Tensor]
     again = arena.read_layout(layout.digest)
     assert again is not None and again.chunks == layout.chunks
     assert arena.read_layout("00") is None
-    arena.note("generation", 3)
-    arena.note("generation", 4)
-    arena.note("odd/name", [1, None])
-    assert arena.notes() == {"generation": 4, "odd/name": [1, None]}
+    arena.write_notes(ArenaNotes(generation=3, raised={1: "ValueError after step 2"}))
+    arena.write_notes(ArenaNotes(generation=4, raised={0: "OSError after step 3"}))
+    raised = {0: "OSError after step 3", 1: "ValueError after step 2"}
+    assert arena.notes() == ArenaNotes(generation=4, raised=raised)
+
+
+def test_every_note_is_read_as_it_was_written(arena: Arena) -> None:
+    notes = ArenaNotes(
+        generation=3,
+        origin="",
+        finished=True,
+        committed=Version(7, False),
+        recoveries=RecoveryRecord(RecoveryHistory(2, 1, (1.5, 2.0)), 6),
+        folders=(RankFolders("/a", "/b", (("ModelCheckpoint", None), ("SimpleProfiler", "/c"))),),
+        logger_identities=[{"kind": "CSVLogger", "identity": {"_version": 3}}],
+        durable_share=Share((0, 1), 4, leads=False, every_n_steps=12),
+        reaper_agent=11,
+        writer_agent=12,
+        data_hooks={0: {"train": "AAAA", "validation": None}, 12: {}},
+        raised={3: "ValueError after step 2"},
+    )
+    assert not {name for name, value in vars(notes).items() if value == vars(ArenaNotes())[name]}
+    arena.write_notes(notes)
+    assert arena.notes() == notes
+
+
+def test_notes_of_several_arenas_are_merged() -> None:
+    first = ArenaNotes(origin="", logger_identities=[], raised={0: "first"})
+    second = ArenaNotes(origin="a.ckpt", finished=True, raised={1: "second"})
+    assert ArenaNotes.merged([]) == ArenaNotes()
+    assert ArenaNotes.merged([first, second]) == ArenaNotes(origin="a.ckpt", finished=True, raised={0: "first"})
 
 
 def test_a_damaged_layout_is_none(arena: Arena, state: dict[str, torch.Tensor]) -> None:
@@ -178,10 +207,10 @@ def test_a_damaged_layout_is_none(arena: Arena, state: dict[str, torch.Tensor]) 
 
 def test_clear_removes_slots_and_layouts(written: Arena, state: dict[str, torch.Tensor]) -> None:
     written.write_layout(plan_layout([describe(state, replicated=True)]))
-    written.note("generation", 1)
+    written.write_notes(ArenaNotes(generation=1))
     written.clear()
     assert written.inventory() == () and not list(written.path.glob("layout-*"))
-    assert written.notes() == {"generation": 1}
+    assert written.notes() == ArenaNotes(generation=1)
 
 
 def test_prune_removes_other_slot_pairs(written: Arena, stamp: Stamp) -> None:
@@ -225,7 +254,7 @@ def test_creating_an_arena_again_attaches_to_it(written: Arena, tmp_path: Path, 
 def test_many_ranks_may_create_the_same_arena_concurrently(tmp_path: Path, owner: Owner) -> None:
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: Arena.create(tmp_path, "run", "n", owner, origin="a.ckpt"), range(8)))
-    assert {arena.path for arena in made} == {made[0].path} and made[0].notes() == {"origin": "a.ckpt"}
+    assert {arena.path for arena in made} == {made[0].path} and made[0].notes() == ArenaNotes(origin="a.ckpt")
 
 
 def test_an_arena_of_a_live_process_is_not_taken(tmp_path: Path, owner: Owner) -> None:
@@ -290,11 +319,10 @@ def test_a_damaged_arena_of_a_live_process_is_not_taken_from_it(
 
 
 def test_a_damaged_note_is_ignored(arena: Arena, caplog: pytest.LogCaptureFixture) -> None:
-    arena.note("generation", 3)
-    arena.note("finished", True)
+    arena.write_notes(ArenaNotes(generation=3, finished=True))
     path = arena.path / "note-generation.json"
     path.write_text(path.read_text().replace("3", "4"))
-    assert arena.notes() == arena.notes() == {"finished": True}
+    assert arena.notes() == arena.notes() == ArenaNotes(finished=True)
     assert caplog.text.count("note-generation.json: ignoring a damaged note") == 1
 
 
@@ -462,8 +490,8 @@ def test_an_arena_that_others_may_write_to_is_refused(arena: Arena) -> None:
 def test_a_small_file_is_not_written_through_a_link(arena: Arena, tmp_path: Path) -> None:
     (link := tmp_path / "link").symlink_to(arena.path)
     with pytest.raises(ArenaError):
-        write_note(link, "name", 1)
-    assert arena.notes() == {}
+        write_notes(link, ArenaNotes(generation=1))
+    assert arena.notes() == ArenaNotes()
 
 
 def test_an_arena_that_is_reclaimed_concurrently_is_created_again(tmp_path: Path, owner: Owner, dead: Owner) -> None:
@@ -491,7 +519,7 @@ def test_arenas_may_be_removed_during_a_search(tmp_path: Path, owner: Owner, dea
     def come_and_go() -> None:
         while not over.is_set():
             arena = Arena.create(tmp_path, "run", "comes-and-goes", dead)
-            arena.note("name", 1)
+            arena.write_notes(ArenaNotes(generation=1))
             arena.remove()
 
     Arena.create(tmp_path, "run", "stays", owner)
