@@ -19,12 +19,10 @@ import torch
 
 from lightning_ckptless.cli.leftovers import find_leftovers
 from lightning_ckptless.errors import ArenaError
-from lightning_ckptless.protocol.durable_schedule import Share
-from lightning_ckptless.protocol.retry_policy import RecoveryHistory
 from lightning_ckptless.protocol.versions import SlotState, Version
 from lightning_ckptless.replica.arena import Arena, Hold, Owner, adopt, default_arena_dir, find_arenas, reclaim
 from lightning_ckptless.replica.arena_metadata import locked
-from lightning_ckptless.replica.arena_notes import ArenaNotes, RankFolders, RecoveryRecord, write_notes
+from lightning_ckptless.replica.arena_notes import ArenaNotes, write_notes
 from lightning_ckptless.replica.checksum import bytes_of, digest
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import describe
@@ -156,43 +154,12 @@ def test_slots_larger_than_the_free_space_are_refused_with_numbers(arena: Arena)
     assert not list(arena.path.glob("shard-*"))
 
 
-def test_layouts_and_notes_are_kept(arena: Arena, state: dict[str, torch.Tensor]) -> None:
+def test_layouts_are_kept(arena: Arena, state: dict[str, torch.Tensor]) -> None:
     layout = plan_layout([describe(state, replicated=True)] * 2)
     arena.write_layout(layout)
     again = arena.read_layout(layout.digest)
     assert again is not None and again.chunks == layout.chunks
     assert arena.read_layout("00") is None
-    arena.write_notes(ArenaNotes(generation=3, raised={1: "ValueError after step 2"}))
-    arena.write_notes(ArenaNotes(generation=4, raised={0: "OSError after step 3"}))
-    raised = {0: "OSError after step 3", 1: "ValueError after step 2"}
-    assert arena.notes() == ArenaNotes(generation=4, raised=raised)
-
-
-def test_every_note_is_read_as_it_was_written(arena: Arena) -> None:
-    notes = ArenaNotes(
-        generation=3,
-        origin="",
-        finished=True,
-        committed=Version(7, False),
-        recoveries=RecoveryRecord(RecoveryHistory(2, 1, (1.5, 2.0)), 6),
-        folders=(RankFolders("/a", "/b", (("ModelCheckpoint", None), ("SimpleProfiler", "/c"))),),
-        logger_identities=[{"kind": "CSVLogger", "identity": {"_version": 3}}],
-        durable_share=Share((0, 1), 4, leads=False, every_n_steps=12),
-        reaper_agent=11,
-        writer_agent=12,
-        data_hooks={0: {"train": "AAAA", "validation": None}, 12: {}},
-        raised={3: "ValueError after step 2"},
-    )
-    assert not {name for name, value in vars(notes).items() if value == vars(ArenaNotes())[name]}
-    arena.write_notes(notes)
-    assert arena.notes() == notes
-
-
-def test_notes_of_several_arenas_are_merged() -> None:
-    first = ArenaNotes(origin="", logger_identities=[], raised={0: "first"})
-    second = ArenaNotes(origin="a.ckpt", finished=True, raised={1: "second"})
-    assert ArenaNotes.merged([]) == ArenaNotes()
-    assert ArenaNotes.merged([first, second]) == ArenaNotes(origin="a.ckpt", finished=True, raised={0: "first"})
 
 
 def test_a_damaged_layout_is_none(arena: Arena, state: dict[str, torch.Tensor]) -> None:
@@ -316,14 +283,6 @@ def test_a_damaged_arena_of_a_live_process_is_not_taken_from_it(
     with pytest.raises(ArenaError, match=f"after process {owner.pid} has exited"):
         Arena.create(tmp_path, "run", "node0", dead)
     assert any(written.path.glob("shard-*"))
-
-
-def test_a_damaged_note_is_ignored(arena: Arena, caplog: pytest.LogCaptureFixture) -> None:
-    arena.write_notes(ArenaNotes(generation=3, finished=True))
-    path = arena.path / "note-generation.json"
-    path.write_text(path.read_text().replace("3", "4"))
-    assert arena.notes() == arena.notes() == ArenaNotes(finished=True)
-    assert caplog.text.count("note-generation.json: ignoring a damaged note") == 1
 
 
 def test_an_arena_of_another_user_is_refused(arena: Arena) -> None:
