@@ -78,10 +78,10 @@ def to_json(places: Iterable[Place]) -> list[Any]:
     return [list(astuple(place)) for place in places]
 
 
-def _place(value: Any, place: str) -> Place:
+def _place(value: Any, path: str) -> Place:
     if type(value) is not list or len(value) != len(_FIELDS):
-        raise refused(place, f"a list of {len(_FIELDS)} items", value)
-    return Place(*(check(item, f"{place}.{name}") for (name, check), item in zip(_FIELDS.items(), value, strict=True)))
+        raise refused(path, f"a list of {len(_FIELDS)} items", value)
+    return Place(*(check(item, f"{path}.{name}") for (name, check), item in zip(_FIELDS.items(), value, strict=True)))
 
 
 _FIELDS: dict[str, Check] = {

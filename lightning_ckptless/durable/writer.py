@@ -27,9 +27,9 @@ from lightning_ckptless.protocol.durable_schedule import Share, states_to_drop
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.arena import Arena
 
-LOOK_EVERY_S = 0.05
+POLL_EVERY_S = 0.05
 LONGEST_PAUSE_S = 1.0
-SHARE = 0.02
+MOST_CPU_FRACTION = 0.02
 """Largest fraction of one core that is spent on checking whether a state is due."""
 _FINISHED = "finished"
 
@@ -53,7 +53,7 @@ class DurableWriter:
         self._warned = False
         self._shared = SharedWriter(order, self._failed)
 
-    def look(self, *, is_last: bool = False) -> None:
+    def write_if_due(self, *, is_last: bool = False) -> None:
         """Write a state if one is due.
 
         Args:
@@ -62,7 +62,7 @@ class DurableWriter:
         share = self._share()
         if share is not None and not share.is_whole:
             if share.shards and self._arena is not None:
-                self._shared.look(self._arena, share, is_last=is_last)
+                self._shared.write_if_due(self._arena, share, is_last=is_last)
             return
         if not is_last and not self._may_be_due():
             return
@@ -227,12 +227,12 @@ def run(order: WriterOrder) -> None:
         return
     writer = DurableWriter(order)
     try:
-        pause_s = LOOK_EVERY_S
+        pause_s = POLL_EVERY_S
         while not (_is_terminated(pause_s) or _has_ended(agent) or writer.is_over()):
             began = time.thread_time()
-            writer.look()
-            pause_s = min(max(LOOK_EVERY_S, (time.thread_time() - began) / SHARE), LONGEST_PAUSE_S)
-        writer.look(is_last=True)
+            writer.write_if_due()
+            pause_s = min(max(POLL_EVERY_S, (time.thread_time() - began) / MOST_CPU_FRACTION), LONGEST_PAUSE_S)
+        writer.write_if_due(is_last=True)
     finally:
         os.close(agent)
 

@@ -37,11 +37,11 @@ _WORDS = text(longest=1 << 16)
 _AFTER = {"after_step": integer(-1), "after_tail": boolean}
 
 
-def _worker(value: Any, place: str) -> None:
+def _worker(value: Any, path: str) -> None:
     if type(value) is not list or len(value) != 2:
-        raise SchemaError(f"{place}: expected a process id and a string")
-    _PID(value[0], place)
-    _WORDS(value[1], place)
+        raise SchemaError(f"{path}: expected a process id and a string")
+    _PID(value[0], path)
+    _WORDS(value[1], path)
 
 
 _CHECKPOINT: dict[str, dict[str, Check]] = {

@@ -93,14 +93,14 @@ def phases_from(
     """
     instants = (fault_at, detected_at, stopped_at, regrouped_at, restored_at, first_step_done_at)
     spans = dict.fromkeys(PHASE_FIELDS, 0.0)
-    known = [(place, instant) for place, instant in enumerate(instants) if instant is not None]
+    known = [(index, instant) for index, instant in enumerate(instants) if instant is not None]
     if not known:
         return Phases()
-    last_place, last_instant = known[0]
-    for place, instant in known[1:]:
-        name = PHASE_FIELDS[last_place] if place == last_place + 1 else "other_s"
+    last_index, last_instant = known[0]
+    for index, instant in known[1:]:
+        name = PHASE_FIELDS[last_index] if index == last_index + 1 else "other_s"
         spans[name] += max(0.0, instant - last_instant)
-        last_place, last_instant = place, max(last_instant, instant)
+        last_index, last_instant = index, max(last_instant, instant)
     return Phases(**spans)
 
 

@@ -84,7 +84,7 @@ def gather_replicas(mine: Iterable[Replica], transport: Transport) -> tuple[Repl
     """
     everyone = transport.gather(json.dumps([asdict(replica) for replica in mine]).encode())
     try:
-        return tuple(replica for line in everyone for replica in _REPLICAS(parse(line), ""))
+        return tuple(replica for payload in everyone for replica in _REPLICAS(parse(payload), ""))
     except SchemaError as error:
         raise TransportError(f"rank {transport.rank}: a peer sent an invalid inventory: {error}") from error
 

@@ -50,6 +50,6 @@ STAMP = record(
 )
 
 
-def slot_state(value: Any, place: str) -> SlotState:
+def slot_state(value: Any, path: str) -> SlotState:
     """The schema of a slot's state."""
-    return SlotState(one_of(*SlotState)(value, place))
+    return SlotState(one_of(*SlotState)(value, path))

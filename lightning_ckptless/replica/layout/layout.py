@@ -289,8 +289,8 @@ def _fields(chunk: Chunk) -> dict[str, Any]:
     return {name: value for name, value in vars(chunk).items() if name != "static" or value}
 
 
-def _is_static(value: Any, place: str) -> bool:
-    return value is not None and boolean(value, place)
+def _is_static(value: Any, path: str) -> bool:
+    return value is not None and boolean(value, path)
 
 
 _SIZES = sequence(BYTES, most=64)

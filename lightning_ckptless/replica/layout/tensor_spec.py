@@ -103,7 +103,7 @@ def from_message(data: bytes) -> tuple[Described, ...]:
 _SIZES = sequence(BYTES, most=64)
 _DESCRIBED = sequence(record(
     Described, name=text(), dtype=text(r"torch\.\w+"), shape=_SIZES, replicated=boolean,
-    box=optional(lambda value, place: Box(*sequence(_SIZES, length=2)(value, place))), digest=CHECKSUM, static=boolean,
+    box=optional(lambda value, path: Box(*sequence(_SIZES, length=2)(value, path))), digest=CHECKSUM, static=boolean,
 ))  # fmt: skip
 
 
