@@ -17,10 +17,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from lightning_ckptless.durable.folder import write_synced
 from lightning_ckptless.errors import DurableError
-from lightning_ckptless.formats.schema import Check, SchemaError, optional, record, refused, sequence, text
+from lightning_ckptless.formats.schema import BYTES, Check, SchemaError, optional, record, refused, sequence, text
 from lightning_ckptless.formats.sealed import seal, unseal
 from lightning_ckptless.internals.torch_internals import storage_place
-from lightning_ckptless.replica.slot_stamp import BYTES
 
 FORMAT = 2
 _NAME = "places.json"

@@ -26,7 +26,7 @@ from lightning_ckptless.replica.layout.layout import Layout
 
 PARTS_WAIT_S = 60.0
 """Seconds to wait for the parts of all nodes before a state is discarded."""
-_POLL_EVERY_S = 0.05
+POLL_EVERY_S = 0.05
 
 Failed = Callable[[Version, Exception], None]
 
@@ -81,7 +81,7 @@ class SharedWriter:
             self._write(arena, share, due)
         self._complete(arena)
         while is_last and self._pending:
-            time.sleep(_POLL_EVERY_S)
+            time.sleep(POLL_EVERY_S)
             self._complete(arena)
 
     def _due(self, arena: Arena, share: Share, *, is_last: bool) -> Snapshot | None:

@@ -19,19 +19,18 @@ import torch
 from lightning_ckptless.durable.capture import Captured, CopyBuffers, capture, newest_committed
 from lightning_ckptless.durable.folder import DurableFolder, Manifest, ShardFacts, write_manifest
 from lightning_ckptless.durable.order import WriterOrder
-from lightning_ckptless.durable.shared import SharedWriter
+from lightning_ckptless.durable.shared import POLL_EVERY_S, SharedWriter
 from lightning_ckptless.durable.store import require_space, state_bytes, write_state
 from lightning_ckptless.errors import ArenaError, CkptlessError, DurableError
 from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.protocol.durable_schedule import Share, states_to_drop
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.system.reaper import MARKER
 
-POLL_EVERY_S = 0.05
 LONGEST_PAUSE_S = 1.0
 MOST_CPU_FRACTION = 0.02
 """Largest fraction of one core that is spent on checking whether a state is due."""
-_FINISHED = "finished"
 
 
 class DurableWriter:
@@ -189,7 +188,7 @@ class DurableWriter:
     def is_over(self) -> bool:
         """Return whether the run has finished, or its arena no longer exists."""
         folder = Path(self._order.arena)
-        return (folder / _FINISHED).exists() or not folder.exists()
+        return (folder / MARKER).exists() or not folder.exists()
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,3 +187,11 @@ def plain(depth: int = 32) -> Check:
         return value
 
     return check
+
+
+HIGHEST_PID = 1 << 22
+"""The highest process id that the kernel assigns."""
+PID = integer(1, HIGHEST_PID)
+RANK = integer(0, MOST_RANKS - 1)
+STEP = integer()
+BYTES = integer()

@@ -15,6 +15,9 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from lightning_ckptless.formats.schema import (
+    PID,
+    RANK,
+    STEP,
     Check,
     Json,
     SchemaError,
@@ -34,8 +37,7 @@ from lightning_ckptless.protocol.durable_schedule import Share
 from lightning_ckptless.protocol.retry_policy import RecoveryHistory
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena_metadata import replace_file
-from lightning_ckptless.replica.arena_owner import HIGHEST_PID
-from lightning_ckptless.replica.slot_stamp import GENERATION, RANK, STEP, WORLD_SIZE
+from lightning_ckptless.replica.slot_stamp import GENERATION, WORLD_SIZE
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +195,6 @@ def _recovery_record(step: int, **history: Any) -> RecoveryRecord:
     return RecoveryRecord(RecoveryHistory(**history), step)
 
 
-_PID = integer(1, HIGHEST_PID)
 _RANK_FOLDERS = record(RankFolders, cwd=text(), root=text(), dirpaths=sequence(_dirpath))
 _STORAGE = {
     "generation": _Storage("generation", GENERATION),
@@ -225,8 +226,8 @@ _STORAGE = {
         record(Share, shards=sequence(RANK), of=WORLD_SIZE, leads=boolean, every_n_steps=optional(integer(1))),
         asdict,
     ),
-    "reaper_agent": _Storage("reaped with", _PID),
-    "writer_agent": _Storage("durable writer with", _PID),
+    "reaper_agent": _Storage("reaped with", PID),
+    "writer_agent": _Storage("durable writer with", PID),
     "data_hooks": _Storage("data_hooks_", table(text(), optional(text(longest=1 << 30))), per_rank=True),
     "raised": _Storage("raised by rank ", text(), per_rank=True),
 }
