@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_ckptless._registration.autoload import autoload
+from lightning_ckptless.distributions import LIGHTNING, PYTORCH_LIGHTNING
 
 if TYPE_CHECKING:
     from lightning_ckptless.errors import (
@@ -97,8 +98,8 @@ def __dir__() -> list[str]:
 
 
 def _distribution() -> str:
-    is_legacy = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
-    return "pytorch_lightning" if is_legacy else "lightning.pytorch"
+    is_legacy = PYTORCH_LIGHTNING in sys.modules and LIGHTNING not in sys.modules
+    return PYTORCH_LIGHTNING if is_legacy else LIGHTNING
 
 
 if "torch" not in sys.modules:

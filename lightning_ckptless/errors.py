@@ -21,7 +21,11 @@ A message names the rank, the step, the expected and the found value, and the fi
 
 from __future__ import annotations
 
+import signal
 import traceback
+
+SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
+"""Exit code of a process that ends because of SIGTERM, as in a shell."""
 
 
 class CkptlessError(Exception):

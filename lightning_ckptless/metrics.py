@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_ckptless.protocol.goodput import Phases
-
-PHASE_NAMES = tuple(phase.name for phase in fields(Phases))
+from lightning_ckptless.protocol.goodput import PHASE_FIELDS, Phases
 
 
 class Goodput(Metric):
@@ -89,7 +86,7 @@ class RecoveryTime(Metric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("count", default=torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("phases_s", default=_seconds(*[0.0] * len(PHASE_NAMES)), dist_reduce_fx="sum")
+        self.add_state("phases_s", default=_seconds(*[0.0] * len(PHASE_FIELDS)), dist_reduce_fx="sum")
         self.add_state("max_s", default=_seconds(-torch.inf), dist_reduce_fx="max")
         # End and duration of the last recovery, in one tensor: they can only be merged as a pair.
         self.add_state("last", default=_seconds(-torch.inf, torch.nan), dist_reduce_fx=_latest)
@@ -102,7 +99,7 @@ class RecoveryTime(Metric):
             ended_at: time at which it ended, in seconds of a clock that all ranks share.
         """
         self.count += 1
-        self.phases_s += _seconds(*[getattr(phases, name) for name in PHASE_NAMES]).to(self.device)
+        self.phases_s += _seconds(*[getattr(phases, name) for name in PHASE_FIELDS]).to(self.device)
         self.max_s = self.max_s.clamp(min=phases.total_s)
         self.last = _latest(torch.stack([self.last, _seconds(ended_at, phases.total_s).to(self.device)]))
 
@@ -111,7 +108,7 @@ class RecoveryTime(Metric):
         means_s = self.phases_s / self.count
         longest_s = torch.where(self.count > 0, self.max_s, torch.nan)
         total = {"mean_s": means_s.sum(), "max_s": longest_s, "last_s": self.last[1]}
-        return total | dict(zip(PHASE_NAMES, means_s, strict=True))
+        return total | dict(zip(PHASE_FIELDS, means_s, strict=True))
 
 
 def _latest(ended: Tensor) -> Tensor:

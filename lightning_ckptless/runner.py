@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_ckptless import environment
+from lightning_ckptless.errors import SIGTERM_EXIT_CODE
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.launch.config import SIGTERM_EXIT_CODE, LaunchConfig, Outcome
+from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome
 from lightning_ckptless.membership.launch.launch import main as run_agent
 from lightning_ckptless.membership.launch.launch import run
 from lightning_ckptless.protocol.conclusion import RunOutcome, conclude

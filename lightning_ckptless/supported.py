@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 from lightning_ckptless import environment
+from lightning_ckptless.distributions import PYPI_NAMES
 from lightning_ckptless.errors import VersionError
 
 Release = tuple[int, int]
@@ -38,8 +39,6 @@ SUPPORTED = {
     "lightning": Range((2, 5), (2, 6)),
     "pytorch-lightning": Range((2, 5), (2, 6)),
 }
-LIGHTNING = {"lightning.pytorch": "lightning", "pytorch_lightning": "pytorch-lightning"}
-"""Name of the distribution on PyPI by top-level module."""
 
 
 class UntestedVersionWarning(UserWarning):
@@ -56,8 +55,8 @@ def check(distribution: str | None = None, env: MutableMapping[str, str] = os.en
     Raises:
         VersionError: a version is below the lowest supported one.
     """
-    found = installed(["torch", *(LIGHTNING.values() if distribution is None else [LIGHTNING[distribution]])])
-    used = [name for name in LIGHTNING.values() if name in found]
+    found = installed(["torch", *(PYPI_NAMES.values() if distribution is None else [PYPI_NAMES[distribution]])])
+    used = [name for name in PYPI_NAMES.values() if name in found]
     old = too_old(found)
     # While it is not known which of the two is used, one supported distribution is enough.
     if distribution is None and set(used) - set(old):

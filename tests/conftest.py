@@ -1,4 +1,4 @@
-"""For every test: it leaves nothing behind."""
+"""Settings and fixtures for all tests; every test is checked for leaks."""
 
 from __future__ import annotations
 
@@ -16,63 +16,63 @@ from hypothesis import HealthCheck, settings
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightning_ckptless import environment
-from tests import police
+from tests import leaks
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """One flag, for one seed of the simulations."""
+    """Add an option that runs the simulations with a single seed."""
     parser.addoption("--simulation-seed", type=int, help="run the simulations of recovery with this seed alone")
 
 
-# How long an example takes says nothing on a busy machine.
+# The duration of an example is not meaningful on a busy machine.
 settings.register_profile("no_clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no_clock")
 
 
 def pytest_configure() -> None:
-    """Mark what is started from here on, so that it is found even when its parent is gone."""
-    os.environ[police.MARK] = uuid.uuid4().hex
-    police.arena_folder().mkdir()
-    os.environ[environment.ARENA_DIR] = str(police.arena_folder())
-    # A shell's background jobs ignore some, and what tests start would inherit that.
+    """Mark all processes started from now on, so that they are found even if their parent has exited."""
+    os.environ[leaks.MARK] = uuid.uuid4().hex
+    leaks.arena_folder().mkdir()
+    os.environ[environment.ARENA_DIR] = str(leaks.arena_folder())
+    # Background jobs of a shell ignore some signals, and processes started by tests would inherit that.
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, usual)
-    # One per process, kept until its end: started before the first test, it is no test's leak.
+    # Runs until this process exits. Started before the first test, it is not reported as a leak.
     resource_tracker.ensure_running()
 
 
 def pytest_collection_finish() -> None:
-    """Leave torch and Lightning, which collection has imported, out of every later collection of garbage.
+    """Exclude the objects of torch and Lightning, which are imported by now, from later garbage collections.
 
-    With them one takes 0.3 s, and each of some hundred tests needs one to see whether a file is closed.
+    With them a collection takes 0.3 s, and hundreds of tests need one to find out whether a file is closed.
     """
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure() -> None:
-    """Remove the folder of the arenas."""
-    shutil.rmtree(police.arena_folder(), ignore_errors=True)
+    """Remove the folder for arenas."""
+    shutil.rmtree(leaks.arena_folder(), ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _first_store() -> None:
-    """The first store of a process opens a pipe that stays: made here, it is no test's leak."""
+    """Create a store, as the first one opens a pipe that is never closed and would be reported as a leak."""
     TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    """Fail a test that leaves processes, threads, files, shared memory, settings or a process group."""
-    before = police.Scene.now()
+    """Fail a test that leaves anything behind (see `tests.leaks`)."""
+    before = leaks.Snapshot.take()
     yield
-    if found := police.leaks(before):
+    if found := leaks.find_leaks(before):
         pytest.fail("left behind: " + "; ".join(found))
 
 
 @pytest.fixture
 def stack() -> Iterator[ExitStack]:
-    """What ends with the test."""
+    """Context managers that are exited at the end of the test."""
     with ExitStack() as stack:
         yield stack

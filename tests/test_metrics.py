@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ckptless import metrics
-from lightning_ckptless.metrics import PHASE_NAMES, Goodput, RecoveryTime
-from lightning_ckptless.protocol.goodput import Phases
+from lightning_ckptless.metrics import Goodput, RecoveryTime
+from lightning_ckptless.protocol.goodput import PHASE_FIELDS, Phases
 
 SHORT = Phases(detect_s=0.5, regroup_s=0.25)
 LONG = Phases(detect_s=0.5, restore_s=1.0, replay_s=0.5)
@@ -104,7 +104,7 @@ def test_reset_clears_all_state() -> None:
 def test_metrics_without_updates_are_nan() -> None:
     assert math.isnan(Goodput().compute().item())
     nothing = values(RecoveryTime())
-    assert set(nothing) == {"mean_s", "max_s", "last_s", *PHASE_NAMES}
+    assert set(nothing) == {"mean_s", "max_s", "last_s", *PHASE_FIELDS}
     assert all(math.isnan(value) for value in nothing.values())
 
 

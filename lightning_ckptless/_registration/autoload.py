@@ -2,7 +2,7 @@
 
 An exception here would make `import torch` fail for every user of the environment. Therefore this module imports only
 the standard library, catches all errors, and at most logs a warning. `TORCH_DEVICE_BACKEND_AUTOLOAD=0` prevents the
-call.
+call. Apart from `names`, because an error while `names` is imported is caught here too.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 The constructor of `MLFlowLogger` opens the store, which creates the tables of a new database without a lock. Under
 `ckptless run` all ranks construct their loggers at the same time, long before `fit`. Therefore our workers open the
-store under a lock per node. This is a separate module because `names` uses it before torch and Lightning are imported.
+store under a lock per node.
+
+Apart from the code for loggers, because it is used before torch and Lightning are imported.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from lightning_ckptless._registration import mlflow_tables
+from lightning_ckptless.distributions import DISTRIBUTIONS
 
 
 class Registered(NamedTuple):
@@ -53,10 +54,7 @@ NAMES = {
         "Sharded models (FSDP2, tensor parallel) that survive the loss of any rank, bit for bit",
     ),
 }
-DISTRIBUTIONS = {
-    "lightning.pytorch.strategies": "lightning.pytorch",
-    "pytorch_lightning.strategies": "pytorch_lightning",
-}
+_REGISTRIES = {f"{distribution}.strategies": distribution for distribution in DISTRIBUTIONS}
 
 
 def register_everywhere(again: Callable[[], None]) -> None:
@@ -66,7 +64,7 @@ def register_everywhere(again: Callable[[], None]) -> None:
         again: called after a distribution has been imported; must not raise.
     """
     mlflow_tables.serialize_opening()
-    for module_name, distribution in DISTRIBUTIONS.items():
+    for module_name, distribution in _REGISTRIES.items():
         # A module that is still being executed may have no registry yet. Its loader calls this function again.
         registry = getattr(sys.modules.get(module_name), "StrategyRegistry", None)
         for name, (strategy, options, description) in NAMES.items():
@@ -104,7 +102,7 @@ class RegistryFinder(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Find one of these modules through the other finders; returns None for all other modules."""
-        if fullname not in DISTRIBUTIONS and fullname != mlflow_tables.STORE:
+        if fullname not in _REGISTRIES and fullname != mlflow_tables.STORE:
             return None
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):

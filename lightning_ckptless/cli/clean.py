@@ -1,4 +1,7 @@
-"""`ckptless clean`: removes shared memory and temporary folders that no run uses any more."""
+"""`ckptless clean`: removes shared memory and temporary folders that no run uses any more.
+
+Apart from `app`, because each sub-command has its own file.
+"""
 
 from __future__ import annotations
 

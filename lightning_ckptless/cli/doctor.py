@@ -123,7 +123,7 @@ def examine(
     from lightning_ckptless.cli.checks.limits import check_limits
     from lightning_ckptless.cli.checks.network import check_network
     from lightning_ckptless.cli.checks.processes import check_processes_of_others
-    from lightning_ckptless.cli.checks.room import check_room, look_at
+    from lightning_ckptless.cli.checks.room import check_room, inspect_folder
     from lightning_ckptless.cli.checks.variables import check_variables
     from lightning_ckptless.cli.checks.versions import check_versions
     from lightning_ckptless.membership.launch.config import usual_modules
@@ -134,11 +134,11 @@ def examine(
         probed = probe(target, preload=usual_modules([str(target.path)]), model=model, timeout_s=timeout_s)
         of_script = check_script(probed, model)
         job = replace(job, state=probed.state(optimizer_states) or job.state)
-    place = look_at(arena_dir)
+    arena_folder = inspect_folder(arena_dir)
     return [
         *check_versions(),
-        *check_room(job, place, durable_dir),
-        *check_limits(job, arenas_in_memory=place.in_memory),
+        *check_room(job, arena_folder, durable_dir),
+        *check_limits(job, arenas_in_memory=arena_folder.in_memory),
         *check_processes_of_others(),
         *check_network(job, os.environ),
         *check_variables(os.environ),

@@ -122,7 +122,7 @@ def _in_arenas(source: Source, step: int | None) -> Iterator[_Choice]:
             yield _Choice(
                 version=found.snapshot.version,
                 run_id=arenas[0].run_id,
-                origin=arenas[0].notes().get("origin"),
+                origin=arenas[0].notes().origin or None,
                 where="shared memory",
                 size_bytes=sum(kept[0].bulk_bytes for kept in found.replicas),
                 get=lambda progress, at=at: _capture(arenas, at, progress),  # type: ignore[misc]

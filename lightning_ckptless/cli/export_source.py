@@ -8,9 +8,7 @@ from pathlib import Path
 from lightning_ckptless.cli.runs import Run, find_run
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.ledger import LEDGER_NAME
-
-_MARKER = "ckptless-durable.json"
-_MANIFEST = "state.json"
+from lightning_ckptless.protocol.durable_schedule import FOLDER_MARKER, MANIFEST_NAME
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +43,14 @@ def find_source(name: str | None, run_root: Path | None, arena_dir: Path | None)
     """
     folder = None if name is None else Path(name)
     if folder is not None and folder.is_dir() and not (folder / LEDGER_NAME).is_file():
-        if (folder / _MARKER).is_file():
+        if (folder / FOLDER_MARKER).is_file():
             return Source(str(name), durable=folder)
-        if (folder / _MANIFEST).is_file():
+        if (folder / MANIFEST_NAME).is_file():
             return Source(str(name), state=folder)
         if not _is_known(str(name), run_root):
             raise OptionsError(
                 f"{name}: neither a run folder (expected {LEDGER_NAME}) nor a folder of durable states "
-                f"(expected {_MARKER})"
+                f"(expected {FOLDER_MARKER})"
             )
     run = find_run(name, run_root)
     return Source(run.run_id, run, arena_dir, _durable_of(run))

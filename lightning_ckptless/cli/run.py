@@ -1,4 +1,7 @@
-"""`ckptless run`: runs the agent of one node."""
+"""`ckptless run`: runs the agent of one node.
+
+Apart from `app`, because each sub-command has its own file.
+"""
 
 from __future__ import annotations
 

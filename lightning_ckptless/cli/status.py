@@ -1,4 +1,7 @@
-"""`ckptless status`: shows the arenas and the history of a run, during the run or after it."""
+"""`ckptless status`: shows the arenas and the history of a run, during the run or after it.
+
+Apart from `app`, because each sub-command has its own file.
+"""
 
 from __future__ import annotations
 

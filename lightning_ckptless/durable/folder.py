@@ -27,6 +27,7 @@ from typing import Any
 
 from lightning_ckptless.errors import DurableError, OptionsError
 from lightning_ckptless.formats.schema import (
+    BYTES,
     MOST_RANKS,
     SchemaError,
     as_it_is,
@@ -40,15 +41,19 @@ from lightning_ckptless.formats.schema import (
     text,
 )
 from lightning_ckptless.formats.sealed import seal, unseal
-from lightning_ckptless.protocol.durable_schedule import DurableState, state_name, version_of
+from lightning_ckptless.protocol.durable_schedule import (
+    FOLDER_MARKER,
+    MANIFEST_NAME,
+    DurableState,
+    state_name,
+    version_of,
+)
 from lightning_ckptless.protocol.versions import Snapshot, Version
 from lightning_ckptless.replica.arena_metadata import RUN_ID
-from lightning_ckptless.replica.slot_stamp import BYTES, CHECKSUM, SNAPSHOT
+from lightning_ckptless.replica.slot_stamp import CHECKSUM, SNAPSHOT
 from lightning_ckptless.system.private_files import require_private, require_private_files, target_of_own_link
 
 FORMAT = 3
-MARKER = "ckptless-durable.json"
-_MANIFEST = "state.json"
 _KIND = "durable state"
 _PART = ".part"
 _GOING = ".going"
@@ -103,14 +108,14 @@ class Manifest:
         """
         try:
             require_private_files(state)
-            manifest: Manifest = unseal((state / _MANIFEST).read_bytes(), _KIND, FORMAT, _SCHEMA)
+            manifest: Manifest = unseal((state / MANIFEST_NAME).read_bytes(), _KIND, FORMAT, _SCHEMA)
         except PermissionError as error:
             raise DurableError(str(error)) from error
         except (OSError, SchemaError) as error:
-            raise DurableError(f"{state / _MANIFEST}: {error}") from error
+            raise DurableError(f"{state / MANIFEST_NAME}: {error}") from error
         found, named = manifest.snapshot.version, version_of(state.name)
         if named not in (None, found):
-            raise DurableError(f"{state / _MANIFEST}: expected {named}, as in the folder name, found {found}")
+            raise DurableError(f"{state / MANIFEST_NAME}: expected {named}, as in the folder name, found {found}")
         return manifest
 
     def state(self, path: Path) -> DurableState:
@@ -163,7 +168,7 @@ class DurableFolder:
             if not self.path.is_dir():
                 raise OptionsError(f"durable_dir={str(self.path)!r} is not a folder: use an empty or a new folder")
             require_private(target_of_own_link(self.path))
-            if (marker := self.path / MARKER).exists():
+            if (marker := self.path / FOLDER_MARKER).exists():
                 number = json.loads(marker.read_bytes()).get("format")
                 if number != FORMAT:
                     raise OptionsError(
@@ -181,7 +186,7 @@ class DurableFolder:
         if others:
             raise OptionsError(
                 f"durable_dir={str(self.path)!r} is not a folder of durable states: it has {', '.join(others[:3])}"
-                f"{' and more' if len(others) > 3 else ''} and no {MARKER}: use an empty or a new folder"
+                f"{' and more' if len(others) > 3 else ''} and no {FOLDER_MARKER}: use an empty or a new folder"
             )
 
     def prepare(self) -> None:
@@ -193,7 +198,7 @@ class DurableFolder:
         """
         self.require_ours()
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        marker = self.path / MARKER
+        marker = self.path / FOLDER_MARKER
         if not marker.exists():
             write_synced(marker, json.dumps({"format": FORMAT}).encode())
 
@@ -201,7 +206,7 @@ class DurableFolder:
     def locked(self) -> Iterator[bool]:
         """Lock the folder for writing; yields False if another process holds the lock. A death releases the lock."""
         # Opened for writing, as network file systems require it for an exclusive lock.
-        with (self.path / MARKER).open("r+b") as file:
+        with (self.path / FOLDER_MARKER).open("r+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -279,7 +284,7 @@ def write_synced(path: Path, content: bytes) -> None:
 
 def write_manifest(state: Path, manifest: Manifest) -> None:
     """Write the manifest of a state."""
-    write_synced(state / _MANIFEST, manifest.to_bytes())
+    write_synced(state / MANIFEST_NAME, manifest.to_bytes())
 
 
 def sync(folder: Path) -> None:

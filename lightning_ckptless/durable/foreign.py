@@ -71,19 +71,19 @@ class _Reader(pickle.Unpickler):
         self._aside = aside
         self._stand_ins: dict[tuple[str, str], type] = {}
 
-    def persistent_load(self, place: Any) -> torch.Tensor:
+    def persistent_load(self, persistent_id: Any) -> torch.Tensor:
         """Return a tensor stored outside of the pickle."""
-        tensor: torch.Tensor = self._aside[place]
+        tensor: torch.Tensor = self._aside[persistent_id]
         return tensor
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a safe class or function, or a stand-in for anything else."""
-        whole = f"{module}.{name}"
-        if whole in _ON_HOST:
-            return _ON_HOST[whole]
-        if whole == MEMBER:
+        full_name = f"{module}.{name}"
+        if full_name in _ON_HOST:
+            return _ON_HOST[full_name]
+        if full_name == MEMBER:
             return self._member
-        return getattr(importlib.import_module(module), name) if is_safe(whole) else self._stand_in(module, name)
+        return getattr(importlib.import_module(module), name) if is_safe(full_name) else self._stand_in(module, name)
 
     def _member(self, module: str, name: str, value: Any) -> Any:
         return self._stand_in(module, name)(value)

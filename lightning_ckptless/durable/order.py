@@ -1,28 +1,16 @@
-"""The order of a durable writer: its settings, passed as a single command-line argument."""
+"""The order of a durable writer: its settings, passed as a single command-line argument.
+
+The share of a node's writer depends on the ranks of the node, so it is a note in the arena and not part of the order.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
-from lightning_ckptless.protocol.durable_schedule import Share, Timetable
+from lightning_ckptless.protocol.durable_schedule import Timetable
 
 MODULE = "lightning_ckptless.durable"
-SHARE_NOTE = "durable share"
-"""Arena note with the share of a node's writer, which depends on the ranks of the node and is not part of the order."""
-
-
-def share_note(share: Share) -> dict[str, Any]:
-    """Convert a share to an arena note."""
-    return asdict(share)
-
-
-def read_share(notes: Mapping[str, Any]) -> Share | None:
-    """Read the share from the notes of an arena; None if there is none."""
-    fields = notes.get(SHARE_NOTE)
-    return None if fields is None else Share(**(fields | {"shards": tuple(fields["shards"])}))
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,8 +71,8 @@ class Part:
         return part
 
 
-def _shard(value: Any, place: str) -> int:
-    return int(text(r"\d{1,6}")(value, place))
+def _shard(value: Any, path: str) -> int:
+    return int(text(r"\d{1,6}")(value, path))
 
 
 _SCHEMA = record(Part, facts=table(_shard, SHARD_FACTS, most=MOST_RANKS), places=table(_shard, PLACES, most=MOST_RANKS))

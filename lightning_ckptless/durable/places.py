@@ -17,10 +17,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from lightning_ckptless.durable.folder import write_synced
 from lightning_ckptless.errors import DurableError
-from lightning_ckptless.formats.schema import Check, SchemaError, optional, record, refused, sequence, text
+from lightning_ckptless.formats.schema import BYTES, Check, SchemaError, optional, record, refused, sequence, text
 from lightning_ckptless.formats.sealed import seal, unseal
 from lightning_ckptless.internals.torch_internals import storage_place
-from lightning_ckptless.replica.slot_stamp import BYTES
 
 FORMAT = 2
 _NAME = "places.json"
@@ -78,10 +77,10 @@ def to_json(places: Iterable[Place]) -> list[Any]:
     return [list(astuple(place)) for place in places]
 
 
-def _place(value: Any, place: str) -> Place:
+def _place(value: Any, path: str) -> Place:
     if type(value) is not list or len(value) != len(_FIELDS):
-        raise refused(place, f"a list of {len(_FIELDS)} items", value)
-    return Place(*(check(item, f"{place}.{name}") for (name, check), item in zip(_FIELDS.items(), value, strict=True)))
+        raise refused(path, f"a list of {len(_FIELDS)} items", value)
+    return Place(*(check(item, f"{path}.{name}") for (name, check), item in zip(_FIELDS.items(), value, strict=True)))
 
 
 _FIELDS: dict[str, Check] = {

@@ -1,7 +1,7 @@
 """Writes the safetensors format: eight bytes with the length of the header, the header as JSON, then the tensors.
 
-Implemented here to avoid a dependency, as the format is simple.
-Format: https://github.com/huggingface/safetensors#format
+Implemented here to avoid a dependency, as the format is simple: https://github.com/huggingface/safetensors#format
+Apart from the export, because it knows the format and nothing of this package's state.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from lightning_ckptless.replica.layout.layout import Layout
 
 PARTS_WAIT_S = 60.0
 """Seconds to wait for the parts of all nodes before a state is discarded."""
-_LOOK_EVERY_S = 0.05
+POLL_EVERY_S = 0.05
 
 Failed = Callable[[Version, Exception], None]
 
@@ -67,7 +67,7 @@ class SharedWriter:
         self._last: tuple[int, Version] | None = None
         self._pending: list[_Pending] = []
 
-    def look(self, arena: Arena, share: Share, *, is_last: bool = False) -> None:
+    def write_if_due(self, arena: Arena, share: Share, *, is_last: bool = False) -> None:
         """Write this node's part of a state if one is due, and complete states with all parts.
 
         Args:
@@ -81,7 +81,7 @@ class SharedWriter:
             self._write(arena, share, due)
         self._complete(arena)
         while is_last and self._pending:
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(POLL_EVERY_S)
             self._complete(arena)
 
     def _due(self, arena: Arena, share: Share, *, is_last: bool) -> Snapshot | None:
@@ -147,8 +147,8 @@ class SharedWriter:
             run_id=self._order.run_id,
             snapshot=parts.snapshot,
             shards=tuple(merged.facts[shard] for shard in range(parts.snapshot.world_size)),
-            origin=notes.get("origin"),
-            logger_identities=notes.get("logger_identities"),
+            origin=notes.origin or None,
+            logger_identities=notes.logger_identities,
             written_at=time.time(),
         )
         write_manifest(parts.path, manifest)

@@ -18,20 +18,19 @@ import torch
 
 from lightning_ckptless.durable.capture import Captured, CopyBuffers, capture, newest_committed
 from lightning_ckptless.durable.folder import DurableFolder, Manifest, ShardFacts, write_manifest
-from lightning_ckptless.durable.order import WriterOrder, read_share
-from lightning_ckptless.durable.shared import SharedWriter
+from lightning_ckptless.durable.order import WriterOrder
+from lightning_ckptless.durable.shared import POLL_EVERY_S, SharedWriter
 from lightning_ckptless.durable.store import require_space, state_bytes, write_state
 from lightning_ckptless.errors import ArenaError, CkptlessError, DurableError
 from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.protocol.durable_schedule import Share, states_to_drop
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.system.reaper import MARKER
 
-LOOK_EVERY_S = 0.05
 LONGEST_PAUSE_S = 1.0
-SHARE = 0.02
+MOST_CPU_FRACTION = 0.02
 """Largest fraction of one core that is spent on checking whether a state is due."""
-_FINISHED = "finished"
 
 
 class DurableWriter:
@@ -53,7 +52,7 @@ class DurableWriter:
         self._warned = False
         self._shared = SharedWriter(order, self._failed)
 
-    def look(self, *, is_last: bool = False) -> None:
+    def write_if_due(self, *, is_last: bool = False) -> None:
         """Write a state if one is due.
 
         Args:
@@ -62,7 +61,7 @@ class DurableWriter:
         share = self._share()
         if share is not None and not share.is_whole:
             if share.shards and self._arena is not None:
-                self._shared.look(self._arena, share, is_last=is_last)
+                self._shared.write_if_due(self._arena, share, is_last=is_last)
             return
         if not is_last and not self._may_be_due():
             return
@@ -84,7 +83,7 @@ class DurableWriter:
         """Return the share of this node, as noted by its workers; None if they have not."""
         try:
             self._arena = self._arena or Arena.attach(Path(self._order.arena))
-            return read_share(self._arena.notes())
+            return self._arena.notes().durable_share
         except (ArenaError, FileNotFoundError):
             return None
 
@@ -169,8 +168,8 @@ class DurableWriter:
             run_id=self._order.run_id,
             snapshot=captured.snapshot,
             shards=tuple(ShardFacts(s.bulk.numel(), len(s.blob), s.checksum) for s in captured.shards),
-            origin=notes.get("origin"),
-            logger_identities=notes.get("logger_identities"),
+            origin=notes.origin or None,
+            logger_identities=notes.logger_identities,
             written_at=time.time(),
         )
 
@@ -189,7 +188,7 @@ class DurableWriter:
     def is_over(self) -> bool:
         """Return whether the run has finished, or its arena no longer exists."""
         folder = Path(self._order.arena)
-        return (folder / _FINISHED).exists() or not folder.exists()
+        return (folder / MARKER).exists() or not folder.exists()
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,12 +226,12 @@ def run(order: WriterOrder) -> None:
         return
     writer = DurableWriter(order)
     try:
-        pause_s = LOOK_EVERY_S
+        pause_s = POLL_EVERY_S
         while not (_is_terminated(pause_s) or _has_ended(agent) or writer.is_over()):
             began = time.thread_time()
-            writer.look()
-            pause_s = min(max(LOOK_EVERY_S, (time.thread_time() - began) / SHARE), LONGEST_PAUSE_S)
-        writer.look(is_last=True)
+            writer.write_if_due()
+            pause_s = min(max(POLL_EVERY_S, (time.thread_time() - began) / MOST_CPU_FRACTION), LONGEST_PAUSE_S)
+        writer.write_if_due(is_last=True)
     finally:
         os.close(agent)
 

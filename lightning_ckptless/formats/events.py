@@ -7,8 +7,12 @@ import zlib
 from typing import Any
 
 from lightning_ckptless.formats.schema import (
+    BYTES,
     LARGEST,
     MOST_RANKS,
+    PID,
+    RANK,
+    STEP,
     Check,
     SchemaError,
     boolean,
@@ -26,36 +30,32 @@ from lightning_ckptless.formats.sealed import parse
 FORMAT = 2
 _SUFFIX = re.compile(rb', "format": (\d+), "crc": "([0-9a-f]{8})"}')
 _SUFFIX_BYTES = len(b', "format": 1, "crc": "00000000"}')
-_RANK = integer(0, MOST_RANKS - 1)
-_RANKS = sequence(_RANK, most=MOST_RANKS)
+_RANKS = sequence(RANK, most=MOST_RANKS)
 _BY_RANK = text(r"\d{1,6}")
-_PID = integer(1, 1 << 22)
-_STEP = integer()
-_BYTES = integer()
 _COUNT = integer()
 _WORDS = text(longest=1 << 16)
 _AFTER = {"after_step": integer(-1), "after_tail": boolean}
 
 
-def _worker(value: Any, place: str) -> None:
+def _worker(value: Any, path: str) -> None:
     if type(value) is not list or len(value) != 2:
-        raise SchemaError(f"{place}: expected a process id and a string")
-    _PID(value[0], place)
-    _WORDS(value[1], place)
+        raise SchemaError(f"{path}: expected a process id and a string")
+    PID(value[0], path)
+    _WORDS(value[1], path)
 
 
 _CHECKPOINT: dict[str, dict[str, Check]] = {
     "save": {"path": text(), "existed": boolean, **_AFTER},
     "remove": {"path": text(), "existed": boolean, **_AFTER},
     "rewind": _AFTER,
-    "written": {"path": text(), "bytes": _BYTES},
+    "written": {"path": text(), "bytes": BYTES},
     "begin": {"new_run": boolean},
 }
 _EVENTS: dict[str, dict[str, Check]] = {
     "checkpoint": {"action": one_of(*_CHECKPOINT), "fit": _COUNT},
-    "committed": {"step": _STEP},
-    "durable_failed": {"step": _STEP},
-    "durable_written": {"step": _STEP, "path": text()},
+    "committed": {"step": STEP},
+    "durable_failed": {"step": STEP},
+    "durable_written": {"step": STEP, "path": text()},
     "fault": {
         "restart": optional(_COUNT), "signal_name": optional(_WORDS), "exit_code": optional(integer(-LARGEST)),
         "died_at": optional(number()),
@@ -63,12 +63,12 @@ _EVENTS: dict[str, dict[str, Check]] = {
     "in_place": {"new": table(_BY_RANK, _worker)},
     "placement": {
         "kind": text(), "copies": integer(0, MOST_RANKS), "holders": sequence(_RANKS), "nodes": sequence(text()),
-        "domains": sequence(text()), "sizes_bytes": sequence(_BYTES),
+        "domains": sequence(text()), "sizes_bytes": sequence(BYTES),
     },
     "recovery": {
-        "rung": text(), "kind": text(), "culprit_rank": optional(_RANK), "cause": _WORDS, "version": text(),
+        "rung": text(), "kind": text(), "culprit_rank": optional(RANK), "cause": _WORDS, "version": text(),
         "steps_replayed": _COUNT, "phases": table(text(), number()), "total_s": number(),
-        "sources": optional(table(text(), _COUNT)), "moved_bytes": optional(_BYTES),
+        "sources": optional(table(text(), _COUNT)), "moved_bytes": optional(BYTES),
     },
     "restored": {"version": text()},
     "run_ended": {"goodput": optional(number(0, 1)), "recoveries": optional(_COUNT)},
@@ -76,10 +76,10 @@ _EVENTS: dict[str, dict[str, Check]] = {
         "world_size": optional(integer(1, MOST_RANKS)), "placement": optional(_WORDS), "arena": text(),
     },
     "standbys": {"ready": _COUNT, "wanted": _COUNT},
-    "workers_spawned": {"pids": table(_BY_RANK, _PID)},
+    "workers_spawned": {"pids": table(_BY_RANK, PID)},
 }  # fmt: skip
 _HEAD: dict[str, Check] = {
-    "event": text(r"\w+"), "at": number(), "generation": optional(integer(0, 1 << 40)), "rank": optional(_RANK),
+    "event": text(r"\w+"), "at": number(), "generation": optional(integer(0, 1 << 40)), "rank": optional(RANK),
 }  # fmt: skip
 _OF_ANY = record(extra=True, **_HEAD)
 _OF_EVENT = {event: record(extra=True, **fields) for event, fields in _EVENTS.items()}

@@ -66,8 +66,8 @@ class _Referring(pickle.Unpickler):
         super().__init__(io.BytesIO(data))
         self._beside = beside
 
-    def persistent_load(self, place: Any) -> Any:
-        return self._beside(place)
+    def persistent_load(self, persistent_id: Any) -> Any:
+        return self._beside(persistent_id)
 
 
 def rebuild_tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> torch.Tensor:

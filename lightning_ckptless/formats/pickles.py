@@ -204,16 +204,16 @@ class _Reader(pickle.Unpickler):
         Raises:
             UntrustedError: the name is not allowed.
         """
-        whole = f"{module}.{name}"
-        if whole == PACKED:
+        full_name = f"{module}.{name}"
+        if full_name == PACKED:
             return self._inner
-        if whole == BUNDLE:
+        if full_name == BUNDLE:
             return self._bundle
-        if whole == MEMBER:
+        if full_name == MEMBER:
             return self._member
-        if is_safe(whole) or whole in self._trusted:
+        if is_safe(full_name) or full_name in self._trusted:
             return _Inert
-        raise UntrustedError(whole, f"it has a {whole}, which is neither plain data nor opted in")
+        raise UntrustedError(full_name, f"it has a {full_name}, which is neither plain data nor opted in")
 
     def _inner(self, data: bytes) -> _Inert:
         admit(data, self._trusted)
@@ -224,9 +224,9 @@ class _Reader(pickle.Unpickler):
 
     def _member(self, module: str, name: str, _value: Any) -> _Inert:
         """Replace a member of an enumeration that the script has loaded."""
-        whole = f"{module}.{name}"
-        if whole not in self._trusted and not is_enumeration(found_in_program(module, name)):
-            raise UntrustedError(whole, f"it has a {whole}, which is not an enumeration of the script")
+        full_name = f"{module}.{name}"
+        if full_name not in self._trusted and not is_enumeration(found_in_program(module, name)):
+            raise UntrustedError(full_name, f"it has a {full_name}, which is not an enumeration of the script")
         return _Inert()
 
 

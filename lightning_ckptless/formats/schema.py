@@ -10,6 +10,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
+"""A value that JSON can represent."""
+
 Check = Callable[[Any, str], Any]
 
 SHOWN_CHARS = 60
@@ -25,25 +28,25 @@ class SchemaError(ValueError):
     """A value does not match its schema."""
 
 
-def refused(place: str, expected: str, found: Any) -> SchemaError:
+def refused(path: str, expected: str, found: Any) -> SchemaError:
     """Return the error for a value that does not match its schema.
 
     Args:
-        place: path of the value in its record.
+        path: path of the value in its record.
         expected: description of valid values.
         found: the value.
     """
     shown = repr(found) if isinstance(found, bool | int | float | str | None) else f"a {type(found).__name__}"
     shown = shown if len(shown) <= SHOWN_CHARS else f"{shown[:SHOWN_CHARS]}..."
-    return SchemaError(f"{place or 'the record'}: expected {expected}, found {shown}")
+    return SchemaError(f"{path or 'the record'}: expected {expected}, found {shown}")
 
 
 def integer(least: int = 0, most: int = LARGEST) -> Check:
     """Accept an integer within limits; booleans are refused."""
 
-    def check(value: Any, place: str) -> int:
+    def check(value: Any, path: str) -> int:
         if type(value) is not int or not least <= value <= most:
-            raise refused(place, f"an integer from {least} to {most}", value)
+            raise refused(path, f"an integer from {least} to {most}", value)
         return value
 
     return check
@@ -52,18 +55,18 @@ def integer(least: int = 0, most: int = LARGEST) -> Check:
 def number(least: float = 0.0, most: float = SECONDS) -> Check:
     """Accept a finite number within limits; NaN is outside of any limits."""
 
-    def check(value: Any, place: str) -> float:
+    def check(value: Any, path: str) -> float:
         if type(value) not in (int, float) or not least <= value <= most:
-            raise refused(place, f"a number from {least:g} to {most:g}", value)
+            raise refused(path, f"a number from {least:g} to {most:g}", value)
         return value  # type: ignore[no-any-return]
 
     return check
 
 
-def boolean(value: Any, place: str) -> bool:
+def boolean(value: Any, path: str) -> bool:
     """Accept a boolean."""
     if type(value) is not bool:
-        raise refused(place, "true or false", value)
+        raise refused(path, "true or false", value)
     return value
 
 
@@ -76,11 +79,11 @@ def text(pattern: str = "", *, longest: int = LONGEST_TEXT) -> Check:
     """
     compiled = re.compile(pattern) if pattern else None
 
-    def check(value: Any, place: str) -> str:
+    def check(value: Any, path: str) -> str:
         if type(value) is not str or len(value) > longest:
-            raise refused(place, f"text of at most {longest} characters", value)
+            raise refused(path, f"text of at most {longest} characters", value)
         if compiled is not None and not compiled.fullmatch(value):
-            raise refused(place, f"text that matches {pattern}", value)
+            raise refused(path, f"text that matches {pattern}", value)
         return value
 
     return check
@@ -89,9 +92,9 @@ def text(pattern: str = "", *, longest: int = LONGEST_TEXT) -> Check:
 def one_of(*allowed: str) -> Check:
     """Accept one of several strings."""
 
-    def check(value: Any, place: str) -> str:
+    def check(value: Any, path: str) -> str:
         if type(value) is not str or value not in allowed:
-            raise refused(place, f"one of {', '.join(allowed)}", value)
+            raise refused(path, f"one of {', '.join(allowed)}", value)
         return value
 
     return check
@@ -99,7 +102,7 @@ def one_of(*allowed: str) -> Check:
 
 def optional(inner: Check) -> Check:
     """Accept None, or what another check accepts."""
-    return lambda value, place: None if value is None else inner(value, place)
+    return lambda value, path: None if value is None else inner(value, path)
 
 
 def sequence(inner: Check, *, most: int = MOST_ITEMS, length: int | None = None) -> Check:
@@ -111,10 +114,10 @@ def sequence(inner: Check, *, most: int = MOST_ITEMS, length: int | None = None)
         length: exact number of items; None for any up to `most`.
     """
 
-    def check(value: Any, place: str) -> tuple[Any, ...]:
+    def check(value: Any, path: str) -> tuple[Any, ...]:
         if type(value) is not list or len(value) > most or length not in (None, len(value)):
-            raise refused(place, f"a list of {'at most ' if length is None else ''}{length or most} items", value)
-        return tuple([inner(item, f"{place}[{index}]") for index, item in enumerate(value)])
+            raise refused(path, f"a list of {'at most ' if length is None else ''}{length or most} items", value)
+        return tuple([inner(item, f"{path}[{index}]") for index, item in enumerate(value)])
 
     return check
 
@@ -128,10 +131,10 @@ def table(key: Check, inner: Check, *, most: int = MOST_ITEMS) -> Check:
         most: maximum number of entries.
     """
 
-    def check(value: Any, place: str) -> dict[Any, Any]:
+    def check(value: Any, path: str) -> dict[Any, Any]:
         if type(value) is not dict or len(value) > most:
-            raise refused(place, f"an object of at most {most} entries", value)
-        return {key(name, f"a key of {place}"): inner(item, f"{place}.{name}") for name, item in value.items()}
+            raise refused(path, f"an object of at most {most} entries", value)
+        return {key(name, f"a key of {path}"): inner(item, f"{path}.{name}") for name, item in value.items()}
 
     return check
 
@@ -145,12 +148,12 @@ def record(make: Callable[..., Any] = dict, /, *, extra: bool = False, **fields:
         **fields: check for each key; a key may be missing only if its check accepts None.
     """
 
-    def check(value: Any, place: str) -> Any:
+    def check(value: Any, path: str) -> Any:
         if type(value) is not dict:
-            raise refused(place, "an object", value)
+            raise refused(path, "an object", value)
         if not extra and (unknown := value.keys() - fields.keys()):
-            raise refused(place, f"the keys {', '.join(fields)}", min(unknown))
-        start = f"{place}." if place else ""
+            raise refused(path, f"the keys {', '.join(fields)}", min(unknown))
+        start = f"{path}." if path else ""
         return make(**{name: inner(value.get(name), f"{start}{name}") for name, inner in fields.items()})
 
     return check
@@ -159,8 +162,8 @@ def record(make: Callable[..., Any] = dict, /, *, extra: bool = False, **fields:
 def as_it_is(inner: Check) -> Check:
     """Accept what another check accepts, and return the value unconverted."""
 
-    def check(value: Any, place: str) -> Any:
-        inner(value, place)
+    def check(value: Any, path: str) -> Any:
+        inner(value, path)
         return value
 
     return check
@@ -169,18 +172,26 @@ def as_it_is(inner: Check) -> Check:
 def plain(depth: int = 32) -> Check:
     """Accept any JSON value with limited nesting."""
 
-    def check(value: Any, place: str) -> Any:
+    def check(value: Any, path: str) -> Any:
         inside: Sequence[Any] | Mapping[str, Any] = ()
         if isinstance(value, list):
             inside = value
         elif isinstance(value, dict):
             inside = list(value.values())
         elif not isinstance(value, bool | int | float | str | None):
-            raise refused(place, "plain data", value)
+            raise refused(path, "plain data", value)
         if inside and not depth:
-            raise refused(place, "data that is nested less deeply", value)
+            raise refused(path, "data that is nested less deeply", value)
         for item in inside:
-            plain(depth - 1)(item, place)
+            plain(depth - 1)(item, path)
         return value
 
     return check
+
+
+HIGHEST_PID = 1 << 22
+"""The highest process id that the kernel assigns."""
+PID = integer(1, HIGHEST_PID)
+RANK = integer(0, MOST_RANKS - 1)
+STEP = integer()
+BYTES = integer()

@@ -33,9 +33,9 @@ def shard_box(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None
     mesh, placements = tensor.device_mesh, tensor.placements
     if any(isinstance(placement, Partial) for placement in placements):
         return None
-    for place, strided in enumerate(placements):
+    for index, strided in enumerate(placements):
         if isinstance(strided, _StridedShard):
-            later = [d for d in range(place + 1, mesh.ndim) if _shards(placements[d], strided.dim)]
+            later = [d for d in range(index + 1, mesh.ndim) if _shards(placements[d], strided.dim)]
             every = [d for d in range(mesh.ndim) if _shards(placements[d], strided.dim)]
             if math.prod(map(mesh.size, later)) != strided.split_factor:
                 return None

@@ -49,13 +49,13 @@ def _spec_before_sharding_until_2_11(parameter: Any) -> Any:
 
 
 def _shard_since_2_12(parameter: Any, whole: Any) -> None:
-    place = parameter.fsdp_placement
-    parameter._init_sharded_param(whole, parameter.device, lambda _: place, parameter.mesh_info)
+    placement = parameter.fsdp_placement
+    parameter._init_sharded_param(whole, parameter.device, lambda _: placement, parameter.mesh_info)
 
 
 def _shard_until_2_11(parameter: Any, whole: Any) -> None:
-    place = parameter.fsdp_placement
-    parameter._init_sharded_param(whole, parameter.device, lambda _: place)
+    placement = parameter.fsdp_placement
+    parameter._init_sharded_param(whole, parameter.device, lambda _: placement)
 
 
 _HAS_SPEC = has(FSDPParam, "_unsharded_dtensor_spec")

@@ -38,11 +38,11 @@ def require(library: str, version: str, table: Table) -> None:
 
 def missing(table: Table) -> Iterator[str]:
     """Yield the names of a table that do not exist."""
-    for place, names in table.items():
-        owner = _owner(place)
+    for location, names in table.items():
+        owner = _owner(location)
         for name in names.split():
             if owner is None or not has(owner, name):
-                yield f"{place.replace(':', '.')}.{name}"
+                yield f"{location.replace(':', '.')}.{name}"
 
 
 def has(owner: Any, name: str) -> bool:
@@ -57,8 +57,8 @@ def has(owner: Any, name: str) -> bool:
     return inspect.isclass(owner) and any(name in _used_in(base) for base in owner.__mro__[:-1])
 
 
-def _owner(place: str) -> Any:
-    module, _, path = place.partition(":")
+def _owner(location: str) -> Any:
+    module, _, path = location.partition(":")
     try:
         owner: Any = import_module(module)
     except ImportError:

@@ -374,9 +374,9 @@ def settle_buckets(model: Any) -> bool:
 
 def bucket_layout(model: Any) -> list[list[int]]:
     """Return the parameters of each bucket by index among all parameters, as `requires_grad` may have changed since."""
-    places = {id(parameter): place for place, parameter in enumerate(model.module.parameters())}
+    indices = {id(parameter): index for index, parameter in enumerate(model.module.parameters())}
     buckets = model.reducer._get_zeros_like_grad_buckets()
-    return [[places[id(parameter)] for parameter in bucket.parameters()] for bucket in buckets]
+    return [[indices[id(parameter)] for parameter in bucket.parameters()] for bucket in buckets]
 
 
 def set_bucket_layout(model: Any, layout: list[list[int]]) -> None:
@@ -385,19 +385,19 @@ def set_bucket_layout(model: Any, layout: list[list[int]]) -> None:
     A ring of three or more ranks adds the parts of a bucket in an order that depends on their positions, so different
     buckets give different rounding errors.
     """
-    summed = sorted(place for bucket in layout for place in bucket)
+    summed = sorted(index for bucket in layout for index in bucket)
     with _wanting_gradients(list(model.module.parameters()), frozenset(summed)):
-        number = {place: number for number, place in enumerate(summed)}
-        _set_reducer(model, [[number[place] for place in bucket] for bucket in layout])
+        number = {index: number for number, index in enumerate(summed)}
+        _set_reducer(model, [[number[index] for index in bucket] for bucket in layout])
 
 
 @contextmanager
-def _wanting_gradients(parameters: list[torch.nn.Parameter], places: Collection[int]) -> Iterator[None]:
+def _wanting_gradients(parameters: list[torch.nn.Parameter], indices: Collection[int]) -> Iterator[None]:
     """Set `requires_grad` for exactly these parameters, as when the model was wrapped."""
     before = [parameter.requires_grad for parameter in parameters]
     try:
-        for place, parameter in enumerate(parameters):
-            parameter.requires_grad_(place in places)
+        for index, parameter in enumerate(parameters):
+            parameter.requires_grad_(index in indices)
         yield
     finally:
         for parameter, wanted in zip(parameters, before, strict=True):

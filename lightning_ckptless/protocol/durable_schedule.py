@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 from lightning_ckptless.protocol.versions import Snapshot, Version
 
+FOLDER_MARKER = "ckptless-durable.json"
+"""Name of the file that marks a folder of durable states."""
+MANIFEST_NAME = "state.json"
+"""Name of the file that makes a durable state complete."""
 _NAME = re.compile(r"step-(\d{10})(-before-validation)?")
 
 

@@ -64,6 +64,10 @@ class Phases:
         return self.detect_s + self.abort_s + self.regroup_s + self.restore_s + self.other_s
 
 
+PHASE_FIELDS = tuple(entry.name for entry in fields(Phases))
+PHASES = tuple(name.removesuffix("_s") for name in PHASE_FIELDS)
+
+
 def phases_from(
     *,
     fault_at: float | None,
@@ -88,16 +92,15 @@ def phases_from(
         first_step_done_at: when the first step after the fault was done.
     """
     instants = (fault_at, detected_at, stopped_at, regrouped_at, restored_at, first_step_done_at)
-    names = [name.name for name in fields(Phases)]
-    spans = dict.fromkeys(names, 0.0)
-    known = [(place, instant) for place, instant in enumerate(instants) if instant is not None]
+    spans = dict.fromkeys(PHASE_FIELDS, 0.0)
+    known = [(index, instant) for index, instant in enumerate(instants) if instant is not None]
     if not known:
         return Phases()
-    last_place, last_instant = known[0]
-    for place, instant in known[1:]:
-        name = names[last_place] if place == last_place + 1 else "other_s"
+    last_index, last_instant = known[0]
+    for index, instant in known[1:]:
+        name = PHASE_FIELDS[last_index] if index == last_index + 1 else "other_s"
         spans[name] += max(0.0, instant - last_instant)
-        last_place, last_instant = place, max(last_instant, instant)
+        last_index, last_instant = index, max(last_instant, instant)
     return Phases(**spans)
 
 

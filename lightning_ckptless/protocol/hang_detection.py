@@ -152,7 +152,7 @@ def are_silent(progress: Mapping[int, RankProgress], *, now: float, override_s: 
         now: as for `find_hang`.
         override_s: as for `find_hang`.
     """
-    is_open = _place(progress) is not None or _some_restore(progress)
+    is_open = _common_point(progress) is not None or _some_restore(progress)
     return is_open and _silence(progress, now, override_s) is not None
 
 
@@ -211,20 +211,20 @@ def find_hang(
 
 def _is_suspect(progress: Mapping[int, RankProgress], rank: int, override_s: float | None) -> bool:
     """Whether a silent rank hangs if it does not wait for the others, because it has no work of its own."""
-    rank_progress, place = progress[rank], _place(progress)
+    rank_progress, common_point = progress[rank], _common_point(progress)
     if rank_progress.point is Point.RESTORE:
         return rank_progress.idle_s > limit_s(progress, override_s)
-    is_limited = place is not None and override_s is not None
-    return place is Point.BACKWARD or is_limited or rank_progress.idle_s > IDLE_S
+    is_limited = common_point is not None and override_s is not None
+    return common_point is Point.BACKWARD or is_limited or rank_progress.idle_s > IDLE_S
 
 
 def _some_restore(progress: Mapping[int, RankProgress]) -> bool:
     return any(rank_progress.point is Point.RESTORE for rank_progress in progress.values())
 
 
-def _place(progress: Mapping[int, RankProgress]) -> Point | None:
-    places = {rank_progress.position for rank_progress in progress.values()}
-    return Point(next(iter(places))[1]) if len(places) == 1 else None
+def _common_point(progress: Mapping[int, RankProgress]) -> Point | None:
+    positions = {rank_progress.position for rank_progress in progress.values()}
+    return Point(next(iter(positions))[1]) if len(positions) == 1 else None
 
 
 @dataclass(frozen=True, slots=True)

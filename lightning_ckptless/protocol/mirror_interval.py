@@ -104,7 +104,7 @@ def failure_rate(expected_per_day: float, observed: int, observed_s: float) -> f
 
 def word(interval: int) -> int:
     """The intervals that a rank accepts which needs at least this one, as bits."""
-    return sum(1 << place for place, choice in enumerate(INTERVALS) if choice >= interval)
+    return sum(1 << index for index, choice in enumerate(INTERVALS) if choice >= interval)
 
 
 def agreed(words: int) -> int:
@@ -113,7 +113,7 @@ def agreed(words: int) -> int:
     Args:
         words: bitwise AND of the words of all ranks.
     """
-    return next((choice for place, choice in enumerate(INTERVALS) if words >> place & 1), INTERVALS[-1])
+    return next((choice for index, choice in enumerate(INTERVALS) if words >> index & 1), INTERVALS[-1])
 
 
 def _steps(count: int) -> str:

@@ -108,21 +108,21 @@ def watched_by(node: int, nodes: int) -> tuple[int, ...]:
     return tuple(sorted({(node + 1) % nodes, 0} - {node}))
 
 
-def judge(liveness: Liveness, bound: Bound, *, now: float, place: str) -> Finding:
+def judge(liveness: Liveness, bound: Bound, *, now: float, endpoint: str) -> Finding:
     """Decide which nodes are alive.
 
     Args:
         liveness: what this agent has observed.
         bound: longest tolerated silence.
         now: current time on the clock of `liveness`.
-        place: endpoint of the rendezvous, for the message.
+        endpoint: endpoint of the rendezvous, for the message.
     """
     if now - liveness.looked_at > bound.cut_s / 2:
         return AllAlive()
     silent_s = now - liveness.answered_at
     if silent_s > bound.cut_s:
         return CutOff(
-            f"the rendezvous at {place} has not answered for {silent_s:.1f} s, limit {bound.cut_s:g} s ({bound})"
+            f"the rendezvous at {endpoint} has not answered for {silent_s:.1f} s, limit {bound.cut_s:g} s ({bound})"
         )
     lost = {node: now - at for node, at in liveness.heard_at.items() if now - at > bound.lost_s}
     if not lost:

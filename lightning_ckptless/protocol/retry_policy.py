@@ -13,9 +13,7 @@ hitting the same fault: it commits no new step between recoveries, or it recover
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
 
 HOUR_S = 3600.0
 
@@ -57,11 +55,6 @@ class RecoveryHistory:
         """The history with one more recovery."""
         recent = (*(earlier for earlier in self.recent if earlier > at - HOUR_S), at)
         return RecoveryHistory(self.count + 1, self.without_progress + 1, recent)
-
-    @classmethod
-    def from_note(cls, note: Mapping[str, Any]) -> Self:
-        """The history from a note, a dictionary of its fields."""
-        return cls(note["count"], note["without_progress"], tuple(note["recent"]))
 
     def __str__(self) -> str:
         return f"recovery {self.count} of the run, {self.without_progress} without a new step"

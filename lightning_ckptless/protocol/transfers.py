@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from lightning_ckptless.protocol.versions import Complete, Replica
 
@@ -62,8 +63,14 @@ class Send:
 
 
 Transfer = Read | Send
-_Wish = tuple[int, int, Part]
-"""A rank, a shard, and the part of it that the rank needs."""
+
+
+class _Needed(NamedTuple):
+    """The part of a shard that a rank needs."""
+
+    rank: int
+    shard: int
+    part: Part
 
 
 def plan_transfers(
@@ -85,7 +92,7 @@ def plan_transfers(
         One transfer for each rank and shard of which it needs a part.
     """
     return _routed(
-        complete, nodes, _wanted(complete, need, {rank: {rank} for rank in need} if blobs is None else blobs)
+        complete, nodes, _needed(complete, need, {rank: {rank} for rank in need} if blobs is None else blobs)
     )
 
 
@@ -100,16 +107,18 @@ def plan_copies(complete: Complete, nodes: Sequence[str], absent: Collection[tup
     Returns:
         One transfer for each pair.
     """
-    return _routed(complete, nodes, _largest_first(complete, [(rank, shard, Part.WHOLE) for shard, rank in absent]))
+    return _routed(
+        complete, nodes, _largest_first(complete, [_Needed(rank, shard, Part.WHOLE) for shard, rank in absent])
+    )
 
 
-def _routed(complete: Complete, nodes: Sequence[str], wanted: Sequence[_Wish]) -> tuple[Transfer, ...]:
+def _routed(complete: Complete, nodes: Sequence[str], needed: Sequence[_Needed]) -> tuple[Transfer, ...]:
     ranks_of: dict[str, list[int]] = {}
     for rank, node in enumerate(nodes):
         ranks_of.setdefault(node, []).append(rank)
     sent_bytes = [0] * len(nodes)
     plan: list[Transfer] = []
-    for rank, shard, part in wanted:
+    for rank, shard, part in needed:
         replicas = complete.replicas[shard]
         local = [replica for replica in replicas if replica.node == nodes[rank]]
         if local:
@@ -124,19 +133,19 @@ def _routed(complete: Complete, nodes: Sequence[str], wanted: Sequence[_Wish]) -
     return tuple(plan)
 
 
-def _wanted(
+def _needed(
     complete: Complete, need: Mapping[int, Collection[int]], blobs: Mapping[int, Collection[int]]
-) -> list[_Wish]:
+) -> list[_Needed]:
     """The part that each rank needs of each shard."""
     parts: dict[tuple[int, int], Part] = {(rank, shard): Part.BULK for rank, shards in need.items() for shard in shards}
     for rank, shards in blobs.items():
         for shard in shards:
             parts[rank, shard] = Part.WHOLE if (rank, shard) in parts else Part.BLOB
-    return _largest_first(complete, [(rank, shard, part) for (rank, shard), part in parts.items()])
+    return _largest_first(complete, [_Needed(rank, shard, part) for (rank, shard), part in parts.items()])
 
 
-def _largest_first(complete: Complete, wanted: Sequence[_Wish]) -> list[_Wish]:
-    return sorted(wanted, key=lambda w: (-_part_bytes(complete.replicas[w[1]][0], w[2]), w[1], w[0]))
+def _largest_first(complete: Complete, needed: Sequence[_Needed]) -> list[_Needed]:
+    return sorted(needed, key=lambda n: (-_part_bytes(complete.replicas[n.shard][0], n.part), n.shard, n.rank))
 
 
 def _part_bytes(replica: Replica, part: Part) -> int:

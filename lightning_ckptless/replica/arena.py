@@ -20,7 +20,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,7 +28,7 @@ from lightning_ckptless.formats.schema import SchemaError
 from lightning_ckptless.protocol.versions import Replica
 from lightning_ckptless.replica import arena_metadata
 from lightning_ckptless.replica.arena_metadata import ArenaMetadata, DamagedArenaError
-from lightning_ckptless.replica.arena_notes import Json, read_notes, write_note
+from lightning_ckptless.replica.arena_notes import ArenaNotes, read_notes, write_notes
 from lightning_ckptless.replica.arena_owner import Owner
 from lightning_ckptless.replica.arena_space import (
     MAKE_ROOM,
@@ -347,14 +346,14 @@ class Arena:
     def _layout_path(self, digest: str) -> Path:
         return self.path / f"layout-{digest}.json"
 
-    def note(self, name: str, value: Json) -> None:
-        """Write a note, such as that the run has finished. It replaces an earlier note of the same name."""
-        write_note(self.path, name, value)
+    def write_notes(self, notes: ArenaNotes) -> None:
+        """Write the notes that are set, such as that the run has finished. The others stay as they are."""
+        write_notes(self.path, notes)
 
-    def notes(self) -> dict[str, Any]:
-        """All notes, and `origin` if the run has one."""
-        origin = {} if self.origin is None else {"origin": self.origin}
-        return origin | read_notes(self.path)
+    def notes(self) -> ArenaNotes:
+        """All notes. Unless an origin was noted, it is the one with which the arena was created."""
+        notes = read_notes(self.path)
+        return replace(notes, origin=self.origin) if notes.origin is None else notes
 
     # ------------------------------------------------------------------ space
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from lightning_ckptless.errors import ArenaError
-from lightning_ckptless.formats.schema import SchemaError, integer, number, optional, record, text
+from lightning_ckptless.formats.schema import PID, SchemaError, number, optional, record, text
 from lightning_ckptless.formats.sealed import FormatError, parse, seal, unseal
-from lightning_ckptless.replica.arena_owner import HIGHEST_PID, OWNER, Owner
+from lightning_ckptless.replica.arena_owner import OWNER, Owner
 from lightning_ckptless.system.private_files import open_own_folder, require_private
 
 FORMAT = 3
@@ -76,7 +76,7 @@ NODE = text(".+", longest=1024)
 RUN_ID = text(".+", longest=1024)
 _NAMED_OWNER = record(
     extra=True,
-    owner=record(extra=True, pid=integer(1, HIGHEST_PID), started_at=optional(number())),
+    owner=record(extra=True, pid=PID, started_at=optional(number())),
 )
 _SCHEMA = record(ArenaMetadata, run_id=RUN_ID, node=NODE, owner=OWNER, created_at=number(), origin=optional(text()))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from lightning_ckptless.formats.schema import integer, number, record
+from lightning_ckptless.formats.schema import PID, number, record
 
 _CLOCK_TOLERANCE_S = 2.0
 """The start time of a process is derived from the boot time, which clock adjustments shift slightly."""
@@ -57,7 +57,5 @@ class Owner:
             return False
 
 
-HIGHEST_PID = 1 << 22
-"""The highest process id that the kernel assigns."""
-OWNER = record(Owner, pid=integer(1, HIGHEST_PID), started_at=number())
+OWNER = record(Owner, pid=PID, started_at=number())
 """The schema of a stored owner."""

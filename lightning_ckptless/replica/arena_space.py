@@ -73,8 +73,8 @@ def is_in_memory(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> b
     """
     device = os.stat(folder).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
-    mounted = [line.partition(" - ") for line in _lines(mounts)]
-    kinds = {place.split()[2]: kind.split()[0] for place, is_whole, kind in mounted if is_whole}
+    entries = [line.partition(" - ") for line in _lines(mounts)]
+    kinds = {mount.split()[2]: kind.split()[0] for mount, separator, kind in entries if separator}
     return kinds.get(number) in _MEMORY_FILE_SYSTEMS
 
 

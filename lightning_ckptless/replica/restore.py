@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lightning_ckptless.errors import StateMissingError, TransportError
-from lightning_ckptless.formats.schema import SchemaError, integer, record, refused, sequence
+from lightning_ckptless.formats.schema import BYTES, RANK, SchemaError, integer, record, refused, sequence
 from lightning_ckptless.formats.sealed import parse
 from lightning_ckptless.internals.torch_internals import foreach_copy
 from lightning_ckptless.protocol.transfers import Part, Read, Send, Transfer, plan_transfers
@@ -24,11 +24,9 @@ from lightning_ckptless.replica.checksum import bytes_of
 from lightning_ckptless.replica.cores import threads_of_a_rank
 from lightning_ckptless.replica.layout.layout import Layout, live_views, local_name, pieces_for, slot_views
 from lightning_ckptless.replica.slot_stamp import (
-    BYTES,
     CHECKSUM,
     GENERATION,
     LAYOUT,
-    RANK,
     VERSION,
     WORLD_SIZE,
     slot_state,
@@ -84,7 +82,7 @@ def gather_replicas(mine: Iterable[Replica], transport: Transport) -> tuple[Repl
     """
     everyone = transport.gather(json.dumps([asdict(replica) for replica in mine]).encode())
     try:
-        return tuple(replica for line in everyone for replica in _REPLICAS(parse(line), ""))
+        return tuple(replica for payload in everyone for replica in _REPLICAS(parse(payload), ""))
     except SchemaError as error:
         raise TransportError(f"rank {transport.rank}: a peer sent an invalid inventory: {error}") from error
 

@@ -25,12 +25,12 @@ from typing import BinaryIO
 import torch
 
 from lightning_ckptless.errors import ArenaError
-from lightning_ckptless.formats.schema import SchemaError, record, text
+from lightning_ckptless.formats.schema import BYTES, SchemaError, record, text
 from lightning_ckptless.formats.sealed import parse
 from lightning_ckptless.protocol.slots import SlotEvent, SlotView, advance
 from lightning_ckptless.protocol.versions import SlotState
 from lightning_ckptless.replica.arena_space import MAKE_ROOM
-from lightning_ckptless.replica.slot_stamp import BYTES, CHECKSUM, STAMP, Stamp, slot_state
+from lightning_ckptless.replica.slot_stamp import CHECKSUM, STAMP, Stamp, slot_state
 from lightning_ckptless.system.memory_files import open_file
 
 FORMAT = 2

@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_ckptless.formats.schema import MOST_RANKS, boolean, integer, one_of, record, text
+from lightning_ckptless.formats.schema import MOST_RANKS, RANK, STEP, boolean, integer, one_of, record, text
 from lightning_ckptless.protocol.versions import SlotState, Snapshot, Version
 
-STEP = integer()
 GENERATION = integer(0, 1 << 40)
 WORLD_SIZE = integer(1, MOST_RANKS)
-RANK = integer(0, MOST_RANKS - 1)
-BYTES = integer()
 CHECKSUM = text(r"[\w:*+=]*", longest=256)
 VERSION = record(Version, optimizer_step=STEP, validation_done=boolean)
 LAYOUT = text(r"[\w-]*", longest=128)
@@ -50,6 +47,6 @@ STAMP = record(
 )
 
 
-def slot_state(value: Any, place: str) -> SlotState:
+def slot_state(value: Any, path: str) -> SlotState:
     """The schema of a slot's state."""
-    return SlotState(one_of(*SlotState)(value, place))
+    return SlotState(one_of(*SlotState)(value, path))

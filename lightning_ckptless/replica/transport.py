@@ -6,6 +6,7 @@ by one thread at a time.
 
 from __future__ import annotations
 
+import json
 import struct
 import threading
 from collections import defaultdict, deque
@@ -13,12 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from operator import and_
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from lightning_ckptless.errors import TransportError
+from lightning_ckptless.formats.schema import Json
 from lightning_ckptless.replica.checksum import bytes_of
 
 _LENGTH = struct.Struct("!Q")
@@ -84,6 +86,15 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Release the transport."""
+
+
+def gather_json(transport: Transport, value: Json) -> list[Any]:
+    """The JSON values of all ranks, by rank. Collective.
+
+    Raises:
+        TransportError: a peer is lost or does not answer in time.
+    """
+    return [json.loads(payload) for payload in transport.gather(json.dumps(value).encode())]
 
 
 class SoloTransport:

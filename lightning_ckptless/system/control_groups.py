@@ -124,8 +124,8 @@ def _up_to(mount: Path, folder: Path) -> Iterator[Path]:
 def _mounts(proc: Path) -> Iterator[tuple[str, Path, str, list[str]]]:
     """Yield root, mount point, type and options of the mounts that a process sees; see proc(5)."""
     for line in _read(proc / "mountinfo").splitlines():
-        place, _, source = line.partition(" - ")
-        left, right = place.split(), source.split()
+        mount, _, source = line.partition(" - ")
+        left, right = mount.split(), source.split()
         if len(left) > 4 and len(right) > 2:
             yield left[3], Path(left[4]), right[0], right[2].split(",")
 

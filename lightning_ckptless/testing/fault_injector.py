@@ -34,8 +34,9 @@ from typing import Any, NoReturn
 import torch
 
 from lightning_ckptless import environment
+from lightning_ckptless.distributions import DISTRIBUTIONS
 from lightning_ckptless.errors import OptionsError
-from lightning_ckptless.internals.lightning.distribution import DISTRIBUTIONS, module
+from lightning_ckptless.internals.lightning.distribution import module
 from lightning_ckptless.protocol.fault_script import Fault, Moment, parse_faults
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.testing.fault_marks import FaultMarks

@@ -27,7 +27,8 @@ import numpy as np
 import torch
 
 from lightning_ckptless import environment
-from lightning_ckptless.internals.lightning.distribution import DISTRIBUTIONS, is_a, module
+from lightning_ckptless.distributions import DISTRIBUTIONS
+from lightning_ckptless.internals.lightning.distribution import is_a, module
 from lightning_ckptless.testing.digest import digest_tensors, digest_values
 
 

@@ -28,8 +28,8 @@ ADAM = State.of_parameters(10**9, 2)
 ONE, TWO = Job(ranks=4), Job(ranks=4, nodes=2)
 
 
-def place(free_bytes: int, *, in_memory: bool = True, problem: str = "") -> room.Place:
-    return room.Place(Path("/memory"), 2 * free_bytes, free_bytes, in_memory, problem)
+def arena_folder(free_bytes: int, *, in_memory: bool = True, problem: str = "") -> room.ArenaFolder:
+    return room.ArenaFolder(Path("/memory"), 2 * free_bytes, free_bytes, in_memory, problem)
 
 
 def advises(check: Check, status: Status, fix: str) -> bool:
@@ -82,8 +82,8 @@ def test_installed_versions_are_found() -> None:
     ],
 )
 def test_room_for_arenas(job: Job, needed: int) -> None:
-    assert room.check_arena_room(job, place(needed)).status is OK
-    small = place(needed - 1)
+    assert room.check_arena_room(job, arena_folder(needed)).status is OK
+    small = arena_folder(needed - 1)
     # If the folder is in memory, the agent holds the slots that do not fit; on a disk that is not possible.
     assert advises(room.check_arena_room(job, small), WARNING, f"--shm-size {needed // GB}g")
     refused = room.check_arena_room(job, replace(small, in_memory=False))
@@ -92,18 +92,18 @@ def test_room_for_arenas(job: Job, needed: int) -> None:
 
 
 def test_room_for_a_model_of_unknown_size() -> None:
-    found = room.check_arena_room(ONE, place(64 * GB))
+    found = room.check_arena_room(ONE, arena_folder(64 * GB))
     assert found.status is OK and "2.0B parameters" in found.found
 
 
 def test_arena_folder() -> None:
-    assert room.check_arena_folder(place(1)).status is OK
-    assert advises(room.check_arena_folder(place(1, in_memory=False)), WARNING, "mount a tmpfs")
-    assert advises(room.check_arena_folder(place(1, problem="no")), FAILURE, "CKPTLESS_ARENA_DIR")
+    assert room.check_arena_folder(arena_folder(1)).status is OK
+    assert advises(room.check_arena_folder(arena_folder(1, in_memory=False)), WARNING, "mount a tmpfs")
+    assert advises(room.check_arena_folder(arena_folder(1, problem="no")), FAILURE, "CKPTLESS_ARENA_DIR")
 
 
 def test_an_arena_folder_need_not_exist(tmp_path: Path) -> None:
-    found = room.look_at(tmp_path / "a" / "b")
+    found = room.inspect_folder(tmp_path / "a" / "b")
     assert not found.problem and found.free_bytes > 0 and not (tmp_path / "a").exists()
 
 

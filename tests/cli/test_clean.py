@@ -12,13 +12,14 @@ from typer.testing import CliRunner, Result
 from lightning_ckptless.cli.app import app
 from lightning_ckptless.membership.agent.scratch import ScratchFolder
 from lightning_ckptless.replica.arena import Arena, Owner
+from lightning_ckptless.replica.arena_notes import ArenaNotes
 
 DEAD = Owner(pid=2**22 - 1, started_at=1.0)
 
 
 def make(folder: Path, run_id: str, owner: Owner = DEAD) -> Path:
     arena = Arena.create(folder, run_id, "node", owner)
-    arena.note("finished", True)
+    arena.write_notes(ArenaNotes(finished=True))
     arena.close()
     return arena.path
 

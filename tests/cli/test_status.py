@@ -41,7 +41,7 @@ def arena(tmp_path: Path) -> Iterator[Arena]:
     made.close()
 
 
-def ask(root: Path, *more: str) -> Any:
+def read_status(root: Path, *more: str) -> Any:
     result = CliRunner().invoke(app, ["status", "--run-root", str(root), "--json", *more])
     assert result.exit_code == 0, result.output
     return json.loads(result.output)
@@ -49,30 +49,30 @@ def ask(root: Path, *more: str) -> Any:
 
 def test_a_running_run(tmp_path: Path, arena: Arena) -> None:
     write_ledger(tmp_path / "runs", arena=arena.path, ended=False)
-    told = ask(tmp_path / "runs")
-    assert (told["state"], told["generation"], told["world_size"]) == ("running", 3, 2)
-    assert (told["committed"], told["commit_lag_steps"]) == ("step 6", 1)
-    assert told["restorable"].startswith("step 6 of generation 2 is complete")
-    assert [(a["node"], a["alive"], a["torn_headers"]) for a in told["arenas"]] == [("node-a", True, 0)]
-    assert [(s["shard"], s["holder"], s["version"], s["state"], s["bytes"]) for s in told["slots"]] == [
+    status = read_status(tmp_path / "runs")
+    assert (status["state"], status["generation"], status["world_size"]) == ("running", 3, 2)
+    assert (status["committed"], status["commit_lag_steps"]) == ("step 6", 1)
+    assert status["restorable"].startswith("step 6 of generation 2 is complete")
+    assert [(a["node"], a["alive"], a["torn_headers"]) for a in status["arenas"]] == [("node-a", True, 0)]
+    assert [(s["shard"], s["holder"], s["version"], s["state"], s["bytes"]) for s in status["slots"]] == [
         (0, 0, "step 6", "committed", 74),
         (0, 0, "step 7", "staged", 74),
         (1, 1, "step 6", "committed", 74),
         (1, 1, "step 5", "staged", 74),
     ]
-    assert (told["members"], told["standbys"]) == ([[0, 70], [1, 80]], "1 of 2 ready")
-    assert told["recovery_count"] == 2
-    assert told["recoveries"][-1]["cause"] == "died by SIGKILL"
+    assert (status["members"], status["standbys"]) == ([[0, 70], [1, 80]], "1 of 2 ready")
+    assert status["recovery_count"] == 2
+    assert status["recoveries"][-1]["cause"] == "died by SIGKILL"
 
 
 def test_durable_states_are_reported(tmp_path: Path) -> None:
     folder = write_ledger(tmp_path / "runs")
-    assert ask(tmp_path / "runs")["durable"] == ""
+    assert read_status(tmp_path / "runs")["durable"] == ""
     ledger = Ledger(folder / "ledger.jsonl")
     ledger.record("durable_written", step=20, path="/far/durable/step-0000000020")
-    assert ask(tmp_path / "runs")["durable"] == "step 20, in /far/durable"
+    assert read_status(tmp_path / "runs")["durable"] == "step 20, in /far/durable"
     ledger.record("durable_failed", step=30, cause="full")
-    assert ask(tmp_path / "runs")["durable"].endswith("in /far/durable; writing step 30 failed")
+    assert read_status(tmp_path / "runs")["durable"].endswith("in /far/durable; writing step 30 failed")
 
 
 def test_a_run_whose_agent_has_exited_is_stopped(tmp_path: Path, arena: Arena) -> None:
@@ -80,14 +80,14 @@ def test_a_run_whose_agent_has_exited_is_stopped(tmp_path: Path, arena: Arena) -
     arena.remove()
     dead = Arena.create(tmp_path / "shm", RUN_ID, "node-b", DEAD)
     dead.close()
-    told = ask(tmp_path / "runs")
-    assert (told["state"], told["restorable"]) == ("stopped", "the arenas are empty")
+    status = read_status(tmp_path / "runs")
+    assert (status["state"], status["restorable"]) == ("stopped", "the arenas are empty")
 
 
 def test_an_ended_run(tmp_path: Path) -> None:
     write_ledger(tmp_path / "runs", arena=tmp_path / "shm" / "gone")
-    told = ask(tmp_path / "runs", RUN_ID)
-    assert (told["state"], told["goodput"], told["arenas"]) == ("ended", 0.75, [])
+    status = read_status(tmp_path / "runs", RUN_ID)
+    assert (status["state"], status["goodput"], status["arenas"]) == ("ended", 0.75, [])
 
 
 def test_a_torn_header_is_counted(tmp_path: Path, arena: Arena) -> None:
@@ -95,16 +95,16 @@ def test_a_torn_header_is_counted(tmp_path: Path, arena: Arena) -> None:
     torn = next(path for path in sorted(arena.path.glob("shard-0000*slot-1")))
     with torn.open("r+b") as file:
         file.write(b"torn")
-    told = ask(tmp_path / "runs")
-    assert told["arenas"][0]["torn_headers"] == 1
-    assert len(told["slots"]) == 3
+    status = read_status(tmp_path / "runs")
+    assert status["arenas"][0]["torn_headers"] == 1
+    assert len(status["slots"]) == 3
 
 
 def test_arenas_of_other_runs_are_not_shown(tmp_path: Path, arena: Arena) -> None:
     write_ledger(tmp_path / "runs", arena=arena.path)
     second = Arena.create(tmp_path / "shm", f"{RUN_ID}.1", "node-a", Owner.of(os.getpid()))
     other = Arena.create(tmp_path / "shm", f"{RUN_ID}0", "node-a", Owner.of(os.getpid()))
-    assert {a["path"] for a in ask(tmp_path / "runs")["arenas"]} == {str(arena.path), str(second.path)}
+    assert {a["path"] for a in read_status(tmp_path / "runs")["arenas"]} == {str(arena.path), str(second.path)}
     second.close()
     other.close()
 
@@ -142,21 +142,21 @@ def plan(folder: Path, *, nodes: tuple[str, ...], copies: int = 1) -> None:
 
 def test_protection_is_read_from_the_arenas(tmp_path: Path, arena: Arena) -> None:
     folder = write_ledger(tmp_path / "runs", arena=arena.path, ended=False)
-    assert ask(tmp_path / "runs")["protection"] == ""
+    assert read_status(tmp_path / "runs")["protection"] == ""
     plan(folder, nodes=("node-a", "node-b"))
-    assert ask(tmp_path / "runs")["protection"].startswith("unknown: the arena of 1 node is on other hosts")
+    assert read_status(tmp_path / "runs")["protection"].startswith("unknown: the arena of 1 node is on other hosts")
     Ledger(folder / "ledger.jsonl").record("committed", step=7)
-    assert ask(tmp_path / "runs")["protection"].startswith("2 of 2 shards had all copies of step 7")
+    assert read_status(tmp_path / "runs")["protection"].startswith("2 of 2 shards had all copies of step 7")
     other = Arena.create(tmp_path / "shm", RUN_ID, "node-b", Owner.of(os.getpid()))
-    told = ask(tmp_path / "runs")["protection"]
-    assert told.startswith("0 of 2 shards have all copies of step 6; missing: shard 0 on rank 1")
+    status = read_status(tmp_path / "runs")["protection"]
+    assert status.startswith("0 of 2 shards have all copies of step 6; missing: shard 0 on rank 1")
     other.close()
 
 
 def test_the_placement_is_shown(tmp_path: Path, arena: Arena) -> None:
     plan(write_ledger(tmp_path / "runs", arena=arena.path), nodes=("node-a", "node-b"))
-    told = ask(tmp_path / "runs")["plan"]
-    assert told["rows"][1] == ["1", "rank 1", "rank 0", "node-b, node-a", "64 bytes"]
+    status = read_status(tmp_path / "runs")["plan"]
+    assert status["rows"][1] == ["1", "rank 1", "rank 0", "node-b, node-a", "64 bytes"]
     shown = CliRunner().invoke(app, ["status", "--run-root", str(tmp_path / "runs")], env={"COLUMNS": "200"}).output
     for words in ("protected", "holders", "node-b, node-a", "any 1 node ", "always", "never"):
         assert words in shown

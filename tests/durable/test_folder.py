@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from lightning_ckptless.durable.capture import Captured
-from lightning_ckptless.durable.folder import MARKER, DurableFolder, Manifest, write_manifest
+from lightning_ckptless.durable.folder import DurableFolder, Manifest, write_manifest
 from lightning_ckptless.durable.parts import Parts
 from lightning_ckptless.errors import DurableError, OptionsError
+from lightning_ckptless.protocol.durable_schedule import FOLDER_MARKER
 from lightning_ckptless.protocol.versions import Version
 from tests.durable.conftest import manifest_of
 from tests.outsider import call_as_another_user, needs_another_user, open_to_all
@@ -40,7 +41,7 @@ def test_a_missing_folder_is_created_and_marked(tmp_path: Path) -> None:
     assert not folder.path.exists()
     folder.prepare()
     folder.prepare()
-    assert [path.name for path in folder.path.iterdir()] == [MARKER]
+    assert [path.name for path in folder.path.iterdir()] == [FOLDER_MARKER]
     assert folder.path.stat().st_mode & 0o777 == 0o700
     assert folder.states() == []
 
@@ -50,8 +51,8 @@ def test_a_missing_folder_is_created_and_marked(tmp_path: Path) -> None:
     [
         ({"thesis.tex": ""}, "not a folder of durable states: it has thesis.tex and no ckptless-durable.json"),
         ({"a": "", "b": "", "c": "", "d": ""}, "a, b, c and more"),
-        ({MARKER: json.dumps({"format": 99})}, "of format 99, expected 3"),
-        ({MARKER: "no json"}, "cannot be read"),
+        ({FOLDER_MARKER: json.dumps({"format": 99})}, "of format 99, expected 3"),
+        ({FOLDER_MARKER: "no json"}, "cannot be read"),
     ],
 )
 def test_other_folders_are_refused(content: dict[str, str], message: str, tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_the_files_of_a_killed_writer_are_removed(captured: Captured, tmp_path: 
     assert folder.versions() == (FIRST,)
     folder.remove_leftovers()
     names = sorted(path.name for path in folder.path.iterdir())
-    assert names == [MARKER, "mine.part", "step-0000000010"]
+    assert names == [FOLDER_MARKER, "mine.part", "step-0000000010"]
 
 
 def test_only_one_writer_can_hold_the_lock(tmp_path: Path) -> None:

@@ -42,12 +42,12 @@ class Nodes:
         self.world.submit(step)
         self.world.settle()
 
-    def look(self, *nodes: int, is_last: bool = False) -> None:
+    def run_writers(self, *nodes: int, is_last: bool = False) -> None:
         """Run the writers of some nodes, in this order."""
         names = [arena.node for arena in self.world.arenas]
         for node in nodes:
             share = share_of(names[node], self.world.placement.holders, names, 5)
-            self.writers[node].look(self.world.arenas[node], share, is_last=is_last)
+            self.writers[node].write_if_due(self.world.arenas[node], share, is_last=is_last)
 
     def close(self) -> None:
         """Release threads and mappings, as pytest keeps a reference to this object."""
@@ -66,15 +66,15 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
 
 def test_a_state_is_visible_when_all_parts_exist(nodes: Nodes) -> None:
     nodes.train_to(4)
-    nodes.look(0, 1, 2, 3)
+    nodes.run_writers(0, 1, 2, 3)
     assert not nodes.folder.path.exists()
     nodes.train_to(5)
-    nodes.look(0, 3, 1)
-    nodes.look(0)
+    nodes.run_writers(0, 3, 1)
+    nodes.run_writers(0)
     assert nodes.folder.versions() == ()
     # The version stays readable in its slot for one more step.
     nodes.train_to(6)
-    nodes.look(2, 0)
+    nodes.run_writers(2, 0)
     assert (nodes.folder.versions(), nodes.failures) == ((Version(5, True),), [])
     ((path, manifest),) = nodes.folder.states()
     state = load_state(path, Manifest.read(path))
@@ -85,11 +85,11 @@ def test_a_state_is_visible_when_all_parts_exist(nodes: Nodes) -> None:
 
 def test_a_state_that_a_node_has_missed_is_discarded(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes.train_to(5)
-    nodes.look(0, 1, 3)
+    nodes.run_writers(0, 1, 3)
     nodes.train_to(6)
     nodes.train_to(7)
     monkeypatch.setattr(shared, "PARTS_WAIT_S", 0.0)
-    nodes.look(2, 0)
+    nodes.run_writers(2, 0)
     assert nodes.folder.states() == []
     (failure,) = nodes.failures
     assert failure.startswith("step 5: the nodes did not write shards 2 within 0 s: check that ")
@@ -99,22 +99,22 @@ def test_a_state_that_a_node_has_missed_is_discarded(nodes: Nodes, monkeypatch: 
 
 def test_the_next_state_removes_the_parts_of_a_lost_leader(nodes: Nodes) -> None:
     nodes.train_to(5)
-    nodes.look(1, 2)
+    nodes.run_writers(1, 2)
     for step in (9, 10):
         nodes.train_to(step)
-    nodes.look(3, 2, 1, 0)
+    nodes.run_writers(3, 2, 1, 0)
     assert nodes.folder.versions() == (Version(10, True),)
     assert sorted(entry.name for entry in nodes.folder.path.iterdir()) == ["ckptless-durable.json", "step-0000000010"]
 
 
 def test_the_last_version_is_written_whatever_its_step(nodes: Nodes) -> None:
     nodes.train_to(8)
-    nodes.look(3, 2, 1, is_last=True)
-    nodes.look(0, is_last=True)
+    nodes.run_writers(3, 2, 1, is_last=True)
+    nodes.run_writers(0, is_last=True)
     assert nodes.folder.versions() == (Version(8, True),)
 
 
 def test_a_node_without_shards_writes_nothing(nodes: Nodes) -> None:
     nodes.train_to(5)
-    nodes.writers[0].look(nodes.world.arenas[0], Share((), NODES, leads=False))
+    nodes.writers[0].write_if_due(nodes.world.arenas[0], Share((), NODES, leads=False))
     assert not nodes.folder.path.exists()

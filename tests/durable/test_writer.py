@@ -118,8 +118,8 @@ def test_a_full_disk_is_one_warning_and_an_event_per_state(training: Training, t
             assert [event.event for event in events] == ["durable_failed"] * count
         # The writer exits with its agent.
         agent.kill()
-        _, said = process.communicate(timeout=120)
+        _, output = process.communicate(timeout=120)
         assert process.returncode == 0
-    assert said.count("writing the durable state of") == 1 and "training continues" in said
+    assert output.count("writing the durable state of") == 1 and "training continues" in output
     assert DurableFolder(folder).states() == []
     assert [path.name for path in folder.iterdir()] == ["ckptless-durable.json"]

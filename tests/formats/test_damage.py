@@ -37,11 +37,20 @@ from lightning_ckptless.formats.pickles import UntrustedError, admit
 from lightning_ckptless.formats.schema import SchemaError
 from lightning_ckptless.formats.sealed import seal
 from lightning_ckptless.ledger import LEDGER_NAME, Ledger, read_ledger
+from lightning_ckptless.protocol.durable_schedule import Share
+from lightning_ckptless.protocol.retry_policy import RecoveryHistory
 from lightning_ckptless.protocol.versions import SlotState, Snapshot, Version
 from lightning_ckptless.replica import arena_metadata as arena_facts
 from lightning_ckptless.replica.arena import find_arenas
 from lightning_ckptless.replica.arena_metadata import ArenaMetadata
-from lightning_ckptless.replica.arena_notes import read_note, read_notes, write_note
+from lightning_ckptless.replica.arena_notes import (
+    ArenaNotes,
+    RankFolders,
+    RecoveryRecord,
+    read_note,
+    read_notes,
+    write_notes,
+)
 from lightning_ckptless.replica.arena_owner import Owner
 from lightning_ckptless.replica.layout.layout import Layout, slot_views
 from lightning_ckptless.replica.layout.planner import plan_layout
@@ -127,24 +136,26 @@ def test_arena_metadata(memory: Path) -> None:
 
 
 def test_arena_notes(memory: Path) -> None:
-    notes: dict[str, Any] = {
-        "recoveries": {"count": 3, "without_progress": 1, "recent": [1.0, 2.5], "step": 7},
-        "folders": [{"cwd": "/a", "root": "/b", "dirpaths": [["ModelCheckpoint", None], ["SimpleProfiler", "/c"]]}],
-        "logger_identities": [{"kind": "CSVLogger", "identity": {"_version": 3}}],
-        "durable share": {"shards": [0, 1], "of": 2, "leads": True, "every_n_steps": None},
-        "data_hooks_0": {"train": "AAAA", "validation": None},
-        "generation": 3,
+    folders = RankFolders("/a", "/b", (("ModelCheckpoint", None), ("SimpleProfiler", "/c")))
+    examples = {
+        "recoveries": ArenaNotes(recoveries=RecoveryRecord(RecoveryHistory(3, 1, (1.0, 2.5)), 7)),
+        "folders": ArenaNotes(folders=(folders,)),
+        "logger_identities": ArenaNotes(logger_identities=[{"kind": "CSVLogger", "identity": {"_version": 3}}]),
+        "durable share": ArenaNotes(durable_share=Share((0, 1), 2, leads=True)),
+        "data_hooks_0": ArenaNotes(data_hooks={0: {"train": "AAAA", "validation": None}}),
+        "generation": ArenaNotes(generation=3),
     }
-    for number, (name, value) in enumerate(notes.items()):
-        write_note(memory, name, value)
+    for number, (name, notes) in enumerate(examples.items()):
+        write_notes(memory, notes)
+        assert read_notes(memory) == notes
         (path,) = memory.glob("note-*")
         data = path.read_bytes()
-        some = list(damaged(data, number, HALF // len(notes) + 1))
+        some = list(damaged(data, number, HALF // len(examples) + 1))
         require_contained(partial(read_note, name=name), some, SchemaError, read_note(data, name))
-        others = [*resealed(data, number)][: HALF // len(notes) + 1]
+        others = [*resealed(data, number)][: HALF // len(examples) + 1]
         require_contained(partial(read_note, name=name), others, SchemaError)
         path.write_bytes(some[0])
-        assert read_notes(memory) == {}
+        assert read_notes(memory) == ArenaNotes()
         path.unlink()
 
 

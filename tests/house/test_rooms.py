@@ -5,18 +5,21 @@ from __future__ import annotations
 from tests.house.code import PACKAGE, Source, findings, sources
 
 # What any room may use: it knows nothing of this package but itself.
-BASE = {"console", "environment", "errors", "formats", "internals", "options", "system"}
+BASE = {"console", "distributions", "environment", "errors", "formats", "internals", "options", "system"}
 # What each room may import from the package. A file of the top floor counts as a room, and so does one that is named.
 MAY_IMPORT = {
     "console": set[str](),
+    "distributions": set[str](),
     "environment": {"system"},
     "errors": set[str](),
     "formats": {"formats", "internals"},
     "internals": {"internals", "errors"},
-    "internals.lightning": {"internals", "internals.lightning", "console", "errors", "formats", "protocol"},
+    "internals.lightning": {
+        "internals", "internals.lightning", "console", "distributions", "errors", "formats", "protocol",
+    },
     "options": {"errors"},
     "system": {"system"},
-    "supported": {"environment", "errors"},
+    "supported": {"distributions", "environment", "errors"},
     "protocol": {"protocol", "errors", "options"},
     "replica": {"replica", "protocol", *BASE},
     "membership": {"membership", "protocol", *BASE},
@@ -31,14 +34,14 @@ MAY_IMPORT = {
     },
     "runner": {"trainer", "ledger", "membership", "replica", "protocol", *BASE},
     "_registration": {
-        "_registration", "environment", "supported", "internals", "internals.lightning", "runner", "testing",
-        "trainer",
+        "_registration", "distributions", "environment", "supported", "internals", "internals.lightning", "runner",
+        "testing", "trainer",
     },
     "cli": {
         "cli", "runner", "testing", "durable", "membership", "replica", "protocol", "ledger", "metrics", "supported",
         "internals.lightning", *BASE,
     },
-    "__init__": {"_registration", "errors", "metrics", "options", "supported", "testing"},
+    "__init__": {"_registration", "distributions", "errors", "metrics", "options", "supported", "testing"},
 }  # fmt: skip
 # `protocol` decides: it has no clock, opens nothing, and could be run in the head.
 PURE = {

@@ -15,13 +15,13 @@ import pytest
 from packaging.version import Version
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_ckptless.distributions import LIGHTNING
 from lightning_ckptless.errors import VersionError
 from lightning_ckptless.formats.packing import pack, unpack
 from lightning_ckptless.internals.lightning import log_files as host_loggers
 from lightning_ckptless.internals.lightning import names, versions
 from lightning_ckptless.internals.lightning.ddp import model_averaging_period
 from lightning_ckptless.internals.lightning.distribution import (
-    LIGHTNING,
     distribution_of,
     fabric_module,
     imported_distribution,

@@ -24,7 +24,7 @@ def after(silent_s: float, *, own_s: float = 0.0, looked_s: float = 0.4) -> Find
     """The finding when node 3 and the rendezvous have been silent for these seconds."""
     now = 100.0
     liveness = Liveness(now - looked_s, now - own_s, {3: now - silent_s, 0: now - 1})
-    return judge(liveness, BOUND, now=now, place="head:29400")
+    return judge(liveness, BOUND, now=now, endpoint="head:29400")
 
 
 def test_the_bounds() -> None:

@@ -22,7 +22,7 @@ from lightning_ckptless.errors import ArenaError
 from lightning_ckptless.protocol.versions import SlotState, Version
 from lightning_ckptless.replica.arena import Arena, Hold, Owner, adopt, default_arena_dir, find_arenas, reclaim
 from lightning_ckptless.replica.arena_metadata import locked
-from lightning_ckptless.replica.arena_notes import write_note
+from lightning_ckptless.replica.arena_notes import ArenaNotes, write_notes
 from lightning_ckptless.replica.checksum import bytes_of, digest
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import describe
@@ -154,16 +154,12 @@ def test_slots_larger_than_the_free_space_are_refused_with_numbers(arena: Arena)
     assert not list(arena.path.glob("shard-*"))
 
 
-def test_layouts_and_notes_are_kept(arena: Arena, state: dict[str, torch.Tensor]) -> None:
+def test_layouts_are_kept(arena: Arena, state: dict[str, torch.Tensor]) -> None:
     layout = plan_layout([describe(state, replicated=True)] * 2)
     arena.write_layout(layout)
     again = arena.read_layout(layout.digest)
     assert again is not None and again.chunks == layout.chunks
     assert arena.read_layout("00") is None
-    arena.note("generation", 3)
-    arena.note("generation", 4)
-    arena.note("odd/name", [1, None])
-    assert arena.notes() == {"generation": 4, "odd/name": [1, None]}
 
 
 def test_a_damaged_layout_is_none(arena: Arena, state: dict[str, torch.Tensor]) -> None:
@@ -178,10 +174,10 @@ def test_a_damaged_layout_is_none(arena: Arena, state: dict[str, torch.Tensor]) 
 
 def test_clear_removes_slots_and_layouts(written: Arena, state: dict[str, torch.Tensor]) -> None:
     written.write_layout(plan_layout([describe(state, replicated=True)]))
-    written.note("generation", 1)
+    written.write_notes(ArenaNotes(generation=1))
     written.clear()
     assert written.inventory() == () and not list(written.path.glob("layout-*"))
-    assert written.notes() == {"generation": 1}
+    assert written.notes() == ArenaNotes(generation=1)
 
 
 def test_prune_removes_other_slot_pairs(written: Arena, stamp: Stamp) -> None:
@@ -225,7 +221,7 @@ def test_creating_an_arena_again_attaches_to_it(written: Arena, tmp_path: Path, 
 def test_many_ranks_may_create_the_same_arena_concurrently(tmp_path: Path, owner: Owner) -> None:
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: Arena.create(tmp_path, "run", "n", owner, origin="a.ckpt"), range(8)))
-    assert {arena.path for arena in made} == {made[0].path} and made[0].notes() == {"origin": "a.ckpt"}
+    assert {arena.path for arena in made} == {made[0].path} and made[0].notes() == ArenaNotes(origin="a.ckpt")
 
 
 def test_an_arena_of_a_live_process_is_not_taken(tmp_path: Path, owner: Owner) -> None:
@@ -287,15 +283,6 @@ def test_a_damaged_arena_of_a_live_process_is_not_taken_from_it(
     with pytest.raises(ArenaError, match=f"after process {owner.pid} has exited"):
         Arena.create(tmp_path, "run", "node0", dead)
     assert any(written.path.glob("shard-*"))
-
-
-def test_a_damaged_note_is_ignored(arena: Arena, caplog: pytest.LogCaptureFixture) -> None:
-    arena.note("generation", 3)
-    arena.note("finished", True)
-    path = arena.path / "note-generation.json"
-    path.write_text(path.read_text().replace("3", "4"))
-    assert arena.notes() == arena.notes() == {"finished": True}
-    assert caplog.text.count("note-generation.json: ignoring a damaged note") == 1
 
 
 def test_an_arena_of_another_user_is_refused(arena: Arena) -> None:
@@ -462,8 +449,8 @@ def test_an_arena_that_others_may_write_to_is_refused(arena: Arena) -> None:
 def test_a_small_file_is_not_written_through_a_link(arena: Arena, tmp_path: Path) -> None:
     (link := tmp_path / "link").symlink_to(arena.path)
     with pytest.raises(ArenaError):
-        write_note(link, "name", 1)
-    assert arena.notes() == {}
+        write_notes(link, ArenaNotes(generation=1))
+    assert arena.notes() == ArenaNotes()
 
 
 def test_an_arena_that_is_reclaimed_concurrently_is_created_again(tmp_path: Path, owner: Owner, dead: Owner) -> None:
@@ -491,7 +478,7 @@ def test_arenas_may_be_removed_during_a_search(tmp_path: Path, owner: Owner, dea
     def come_and_go() -> None:
         while not over.is_set():
             arena = Arena.create(tmp_path, "run", "comes-and-goes", dead)
-            arena.note("name", 1)
+            arena.write_notes(ArenaNotes(generation=1))
             arena.remove()
 
     Arena.create(tmp_path, "run", "stays", owner)

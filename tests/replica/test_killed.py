@@ -60,9 +60,9 @@ def test_a_kill_leaves_one_complete_version(arena: Arena, moment: str, left: int
         check=False,
     )
     assert worker.returncode == -signal.SIGKILL
-    lines = arena.inventory()
-    assert {line.version.optimizer_step: line.state for line in lines}[4] is state
-    found = newest_complete(lines)
+    replicas = arena.inventory()
+    assert {line.version.optimizer_step: line.state for line in replicas}[4] is state
+    found = newest_complete(replicas)
     assert isinstance(found, Complete) and found.snapshot.version == Version(left, True)
     ((replica,),) = found.replicas
     assert arena.verify(replica) and arena.read_blob(replica) == b"blob"
@@ -70,6 +70,6 @@ def test_a_kill_leaves_one_complete_version(arena: Arena, moment: str, left: int
     assert layout is not None
     assert all(bool((view == left).all()) for view in slot_views(layout, 0, arena.read_bulk(replica)))
     if moment == "stage":
-        torn = next(line for line in lines if line.version.optimizer_step == 4)
+        torn = next(replica for replica in replicas if replica.version.optimizer_step == 4)
         values = torch.cat([view.flatten() for view in slot_views(layout, 0, arena.read_bulk(torn))])
         assert 4.0 in values and not bool((values == 4).all())  # killed half way indeed

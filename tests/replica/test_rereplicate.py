@@ -43,7 +43,7 @@ def restored_by(world: World, together: Together) -> list[Complete]:
 def fill_in(
     world: World, together: Together, found: list[Complete] | None = None, wrap: Wrap | None = None
 ) -> list[Rereplicated]:
-    """The results of all ranks after the restored version was rereplicated."""
+    """Rereplicate the restored version, and return the results of all ranks."""
     found = found or restored_by(world, together)
     transports = LoopbackTransport.world(world.size)
 
@@ -51,13 +51,13 @@ def fill_in(
         transport = wrap(transports[rank]) if wrap else transports[rank]
         return rereplicate(found[rank], world.arenas[rank], transport, names(world), world.placement)
 
-    said = together(world.size, body)
-    assert all(one == said[0] for one in said)
-    return said
+    results = together(world.size, body)
+    assert all(result == results[0] for result in results)
+    return results
 
 
-def thin(world: World) -> World:
-    """Step 1 is committed, and step 2 is only in the slots of its writers, which died before they sent anything."""
+def write_without_copies(world: World) -> World:
+    """Commit step 1, and stop all writers of step 2 before they send anything, so that it has no copies."""
     world.begin(probes={rank: stop_at("send", 2) for rank in range(world.size)})
     write_alone(world, 1, 2)
     assert world.newest() == 2
@@ -76,7 +76,7 @@ def mirrored(world: World, *steps: int) -> World:
 
 
 def write_alone(world: World, *steps: int) -> None:
-    """Mirror versions, the last of which stays with its writers."""
+    """Mirror versions, the last of which is not sent."""
     for step in steps[:-1]:
         world.submit(step)
         assert world.settle() == [Version(step, True)] * world.size
@@ -96,7 +96,7 @@ def lose(world: World, rank: int, folder: Path, owner: Owner) -> None:
 def damage(world: World, rank: int, shard: int) -> None:
     """Flip a byte of the newest copy of a shard in an arena."""
     arena = world.arenas[rank]
-    newest = max((line for line in arena.inventory() if line.shard == shard), key=lambda line: line.version)
+    newest = max((r for r in arena.inventory() if r.shard == shard), key=lambda replica: replica.version)
     (path,) = arena.path.glob(f"shard-{shard:04d}.held-by-{rank:04d}.*.slot-{newest.slot}")
     with path.open("r+b") as file:
         file.seek(HEADER_BYTES + 9)
@@ -115,7 +115,7 @@ def test_overwriting_the_last_version_with_all_copies(
     world: MakeWorld, together: Together, size: int, replenished: bool
 ) -> None:
     """Restore a version that lacks copies, overwrite the previous one with the next, and lose an arena."""
-    ranks = thin(world(size))
+    ranks = write_without_copies(world(size))
     if replenished:
         fill_in(ranks, together)
     ranks.begin(committed=Version(2, True), probes={rank: stop_at("send", 3) for rank in range(size)})
@@ -132,14 +132,14 @@ def test_missing_copies_are_filled_in_and_committed(
     world: MakeWorld, together: Together, size: int, copies: int
 ) -> None:
     ranks = world(size, copies=copies)
-    (said, *_) = fill_in(thin(ranks), together)
-    assert said.pairs == tuple((s, holder) for s in range(size) for holder in sorted(ranks.placement.holders[s]))
+    (result, *_) = fill_in(write_without_copies(ranks), together)
+    assert result.pairs == tuple((s, holder) for s in range(size) for holder in sorted(ranks.placement.holders[s]))
     assert (
-        said.copied_bytes
-        == said.sent_bytes
+        result.copied_bytes
+        == result.sent_bytes
         == copies * sum(ranks.layout().bulk_bytes(shard) + len(f"blob {shard} 2") for shard in range(size))
     )
-    assert said.reason.startswith(f"filled in {copies * size} missing copies of step 2")
+    assert result.reason.startswith(f"filled in {copies * size} missing copies of step 2")
     assert all(ranks.values(without=[lost]) == {2.0} for lost in range(size))
     lines = [line for arena in ranks.arenas for line in arena.inventory()]
     assert {(line.version.optimizer_step, line.generation) for line in lines} == {(1, 1), (2, 1)}
@@ -151,9 +151,9 @@ def test_a_node_that_came_back_empty_gets_its_copies_before_the_first_step(
 ) -> None:
     ranks = mirrored(world(3), 1, 2)
     lose(ranks, 1, tmp_path, owner)
-    (said, *_) = fill_in(ranks, together)
+    (result, *_) = fill_in(ranks, together)
     sources = ranks.placement.sources(1)
-    assert said.pairs == tuple(sorted((shard, 1) for shard in (1, *sources)))
+    assert result.pairs == tuple(sorted((shard, 1) for shard in (1, *sources)))
     assert all(ranks.newest(without=[lost]) == 2 for lost in range(3))
     assert ranks.values(without=[0]) == {2.0}
     ranks.begin(committed=Version(2, True)).submit(3)
@@ -161,7 +161,7 @@ def test_a_node_that_came_back_empty_gets_its_copies_before_the_first_step(
     assert ranks.values() == {3.0}
 
 
-class _Silent(LoopbackTransport):
+class _FailingTransport(LoopbackTransport):
     """A transport on which every call fails."""
 
     def exchange(self, sends: object, receives: object) -> None:
@@ -174,14 +174,14 @@ class _Silent(LoopbackTransport):
 def test_nothing_is_sent_if_no_copy_is_absent(world: MakeWorld, together: Together) -> None:
     ranks = mirrored(world(2), 1, 2)
     found, before = restored_by(ranks, together), contents(ranks)
-    silent = _Silent.world(2)
-    (said, _) = fill_in(ranks, together, found, wrap=lambda transport: silent[transport.rank])
-    assert said == Rereplicated(0, 0, (), "step 2 has all its copies")
+    silent = _FailingTransport.world(2)
+    (result, _) = fill_in(ranks, together, found, wrap=lambda transport: silent[transport.rank])
+    assert result == Rereplicated(0, 0, (), "step 2 has all its copies")
     assert contents(ranks) == before
 
 
-class _Dying:
-    """A rank that closes at some moment; ranks that wait for it get an error and close too."""
+class _ClosingTransport:
+    """A transport that closes at some moment; ranks that wait for this one get an error and close too."""
 
     def __init__(self, inner: LoopbackTransport, moment: str) -> None:
         self._inner, self._moment = inner, moment
@@ -220,12 +220,12 @@ class _Dying:
 def test_a_crash_during_rereplication_leaves_both_versions(
     world: MakeWorld, together: Together, moment: str, victim: int
 ) -> None:
-    ranks = thin(world(2))
+    ranks = write_without_copies(world(2))
     found = restored_by(ranks, together)
     transports = LoopbackTransport.world(2)
 
     def body(rank: int) -> bool:
-        transport: Transport = _Dying(transports[rank], moment) if rank == victim else transports[rank]
+        transport: Transport = _ClosingTransport(transports[rank], moment) if rank == victim else transports[rank]
         try:
             rereplicate(found[rank], ranks.arenas[rank], transport, names(ranks), ranks.placement)
         except TransportError:
@@ -244,7 +244,7 @@ def test_a_crash_during_rereplication_leaves_both_versions(
 
 
 def test_restored_mappings_are_not_modified(world: MakeWorld, together: Together) -> None:
-    ranks = thin(world(2))
+    ranks = write_without_copies(world(2))
     found = restored_by(ranks, together)
     transports = LoopbackTransport.world(2)
     need = everything(ranks)
@@ -261,8 +261,8 @@ def test_a_damaged_copy_is_replaced_in_its_slot(world: MakeWorld, together: Toge
     ranks = mirrored(world(2), 1, 2)
     places = sorted((line.shard, line.holder, line.slot) for a in ranks.arenas for line in a.inventory())
     damage(ranks, 0, shard=0)
-    (said, _) = fill_in(ranks, together)
-    assert said.pairs == ((0, 0),)
+    (result, _) = fill_in(ranks, together)
+    assert result.pairs == ((0, 0),)
     assert all(ranks.values(without=[lost]) == {2.0} for lost in (0, 1))
     assert places == sorted((line.shard, line.holder, line.slot) for a in ranks.arenas for line in a.inventory())
     # The next round overwrites the previous version.
@@ -279,8 +279,8 @@ def test_a_replica_damaged_after_the_restore_is_not_copied(
     found = restored_by(ranks, together)
     for shard in range(3):
         damage(ranks, shard % 2, shard)
-    (said, *_) = fill_in(ranks, together, found)
-    assert {(shard, 2) for shard in range(3)} <= set(said.pairs)
+    (result, *_) = fill_in(ranks, together, found)
+    assert {(shard, 2) for shard in range(3)} <= set(result.pairs)
     assert ranks.values(without=[0, 1]) == {1.0}
 
 

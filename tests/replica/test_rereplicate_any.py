@@ -111,9 +111,9 @@ def replenished(scenario: Scenario, arenas: dict[str, Arena]) -> Rereplicated:
         return rereplicate(found, arena, transports[rank], scenario.now, placement)
 
     with ThreadPoolExecutor(len(scenario.now)) as pool:
-        said = list(pool.map(body, range(len(scenario.now))))
-    assert all(one == said[0] for one in said)
-    return said[0]
+        results = list(pool.map(body, range(len(scenario.now))))
+    assert all(one == results[0] for one in results)
+    return results[0]
 
 
 @settings(max_examples=60, deadline=None)
@@ -124,9 +124,9 @@ def test_any_arena_may_be_lost_after_rereplication(scenario: Scenario) -> None:
         arenas = {node: Arena.create(Path(folder), "run", node, owner) for node in dict.fromkeys(scenario.before)}
         written(scenario, arenas)
         olds = old_copies(arenas)
-        said = replenished(scenario, arenas)
+        result = replenished(scenario, arenas)
         if scenario.now == scenario.before:
-            assert len(said.pairs) == sum(not there for pair in scenario.present for there in pair)
+            assert len(result.pairs) == sum(not there for pair in scenario.present for there in pair)
         assert old_copies(arenas) == olds
         assert absent_copies(newest(arenas, None), place(scenario.now, 1).holders, scenario.now) == ()
         for lost in arenas:

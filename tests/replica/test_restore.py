@@ -81,7 +81,7 @@ class Job:
     def damage(self, node: str, shard: int, *, offset: int = 100) -> None:
         """Flip a byte of the newest replica of a shard on a node."""
         newest = max(
-            (line for line in self.arenas[node].inventory() if line.shard == shard), key=lambda line: line.version
+            (r for r in self.arenas[node].inventory() if r.shard == shard), key=lambda replica: replica.version
         )
         with self.arenas[node]._path(newest).open("r+b") as file:
             file.seek(HEADER_BYTES + offset)

@@ -228,7 +228,7 @@ def test_a_killed_process_is_detected_by_its_peer(tmp_path: Path, what: str) -> 
         subprocess.Popen([*command, str(rank), what], env=environment, stdout=subprocess.PIPE, text=True)
         for rank in range(2)
     )
-    said, _ = survivor.communicate(timeout=50)
+    output, _ = survivor.communicate(timeout=50)
     victim.communicate(timeout=50)
     assert victim.returncode == -signal.SIGKILL
-    assert said.startswith("received: rank 0 of 2:")
+    assert output.startswith("received: rank 0 of 2:")

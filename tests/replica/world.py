@@ -18,7 +18,7 @@ from lightning_ckptless.replica.arena import Arena, Owner
 from lightning_ckptless.replica.layout.layout import Layout, slot_views
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import describe
-from lightning_ckptless.replica.mirror.mirror import Mirror
+from lightning_ckptless.replica.mirror.mirror import Mirror, MirrorSettings
 from lightning_ckptless.replica.transport import LoopbackTransport
 
 State = dict[str, torch.Tensor]
@@ -80,9 +80,7 @@ class World:
                 generation=self.generation,
                 committed=committed,
                 probe=(probes or {}).get(rank),
-                checksum=checksum,
-                threads=threads,
-                staging=staging,
+                settings=MirrorSettings(checksum, threads, staging),
             )
             for rank in range(self.size)
         ]

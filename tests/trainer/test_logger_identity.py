@@ -24,9 +24,10 @@ from lightning_ckptless.internals.lightning.logger_identity import (
 )
 from lightning_ckptless.protocol.placement import place
 from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.arena_notes import ArenaNotes
 from lightning_ckptless.replica.arena_owner import Owner
 from lightning_ckptless.replica.transport import SoloTransport
-from lightning_ckptless.trainer.reporting.loggers import NOTE, RunLoggers
+from lightning_ckptless.trainer.reporting.loggers import RunLoggers
 from lightning_ckptless.trainer.session.member_set import MemberSet
 from tests.outsider import call_as_another_user, needs_another_user, open_to_all
 from tests.trainer.tiny import DISTRIBUTIONS, tiny_trainer
@@ -53,7 +54,7 @@ def arena(tmp_path: Path) -> Iterator[Arena]:
         yield made
 
 
-def members_of(arena: Arena, *notes: dict[str, Any]) -> MemberSet:
+def members_of(arena: Arena, *notes: ArenaNotes) -> MemberSet:
     nodes = tuple(f"n{number}" for number in range(len(notes)))
     return MemberSet(SoloTransport(), arena, nodes, place(nodes, 1 if len(nodes) > 1 else 0), 1, notes)
 
@@ -138,8 +139,8 @@ def test_a_logger_without_an_identity_is_reported_once(tmp_path: Path, caplog: p
 def test_a_dummy_logger_is_ignored(tmp_path: Path, arena: Arena) -> None:
     loggers = run_loggers(module(DISTRIBUTIONS[0], "loggers.logger").DummyLogger(), tmp_path)
     loggers.hold(arena.path)
-    loggers.note(members_of(arena, {}))
-    assert arena.notes()[NOTE] == []
+    loggers.note(members_of(arena, ArenaNotes()))
+    assert arena.notes().logger_identities == []
     loggers.release()
 
 
@@ -148,11 +149,12 @@ def test_a_dummy_logger_is_ignored(tmp_path: Path, arena: Arena) -> None:
 
 def test_a_joining_node_adopts_the_runs_of_rank_0(tmp_path: Path, arena: Arena) -> None:
     """A joining node may have chosen different runs itself, and it may become the node of rank 0."""
-    notes = tuple({NOTE: [{"kind": "CSVLogger", "identity": {"_version": version}}]} for version in (3, 7))
+    first, second = ([{"kind": "CSVLogger", "identity": {"_version": version}}] for version in (3, 7))
+    notes = ArenaNotes(logger_identities=first), ArenaNotes(logger_identities=second)
     logger = file_logger("CSVLogger", tmp_path, version=7)
     run_loggers(logger, tmp_path).identify_as_noted(members_of(arena, *notes))
     assert logger.version == 3
-    assert arena.notes()[NOTE] == notes[0][NOTE]
+    assert arena.notes().logger_identities == first
 
 
 @pytest.mark.parametrize("arena_is_empty", [False, True])
@@ -160,9 +162,9 @@ def test_a_new_process_finds_the_run_in_the_arena_or_in_the_runs_folder(
     arena_is_empty: bool, tmp_path: Path, arena: Arena
 ) -> None:
     first = file_logger("CSVLogger", tmp_path, version=5)
-    run_loggers(first, tmp_path, fit_index=1).note(members_of(arena, {}))
+    run_loggers(first, tmp_path, fit_index=1).note(members_of(arena, ArenaNotes()))
     if arena_is_empty:
-        arena.note(NOTE, None)
+        (arena.path / "note-logger_identities.json").unlink()
     fresh = file_logger("CSVLogger", tmp_path)
     run_loggers(fresh, tmp_path, fit_index=1).identify_alone(arena)
     assert fresh.version == 5

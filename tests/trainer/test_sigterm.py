@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from lightning_ckptless.errors import SIGTERM_EXIT_CODE
 from lightning_ckptless.internals.lightning.distribution import module
 from lightning_ckptless.internals.lightning.loops import FitLoops
-from lightning_ckptless.internals.lightning.sigterm import EXIT_CODE, SigtermFlag, give_exit_code
+from lightning_ckptless.internals.lightning.sigterm import SigtermFlag, give_exit_code
 from lightning_ckptless.trainer.commit.step_boundaries import StepBoundaries
 from tests.trainer.tiny import DISTRIBUTIONS, callback, tiny_loader, tiny_module, tiny_trainer
 
@@ -97,4 +98,4 @@ def test_the_exit_code_identifies_sigterm() -> None:
     chosen.code = 3
     for error in (asked, chosen, other):
         give_exit_code(error)
-    assert (asked.code, chosen.code, other.code) == (EXIT_CODE, 3, None)
+    assert (asked.code, chosen.code, other.code) == (SIGTERM_EXIT_CODE, 3, None)

@@ -167,7 +167,8 @@ def probe(target: Target, *, preload: Sequence[str], model: str = "", timeout_s:
         end = _run(request, Path(folder, "errors"), timeout_s)
         report = Path(folder, "report")
         lines = report.read_text().splitlines() if report.exists() else []
-    return replace(_probed(imports, [json.loads(line) for line in lines], end), models=tuple(script.models_of(tree)))
+    records = [json.loads(line) for line in lines]
+    return replace(_probed(imports, records, end), models=tuple(script.models_of(tree)))
 
 
 def _run(request: dict[str, Any], errors: Path, timeout_s: float) -> str:
@@ -201,17 +202,17 @@ def _run(request: dict[str, Any], errors: Path, timeout_s: float) -> str:
     return f"{lines[-1].strip() if lines else 'the process exited'} ({how})"
 
 
-def _probed(imports: tuple[script.Import, ...], lines: Sequence[dict[str, Any]], end: str) -> Probed:
+def _probed(imports: tuple[script.Import, ...], records: Sequence[dict[str, Any]], end: str) -> Probed:
     merged: dict[str, Any] = {}
-    for line in lines:
-        merged |= line
+    for record in records:
+        merged |= record
     threads = (Thread(each["name"], each["module"], each["import"]) for each in merged.get("threads", ()))
     effects = (Effect(each["module"], each["what"], each["import"]) for each in merged.get("effects", ()))
     return Probed(
         imports,
-        {line["imported"]: line["took_s"] for line in lines if "imported" in line},
-        frozenset(line["imported"] for line in lines if not line.get("installed", True)),
-        {line["missing"]: line["error"] for line in lines if "missing" in line},
+        {record["imported"]: record["took_s"] for record in records if "imported" in record},
+        frozenset(record["imported"] for record in records if not record.get("installed", True)),
+        {record["missing"]: record["error"] for record in records if "missing" in record},
         tuple(threads),
         tuple(effects),
         merged.get("cuda", ""),
@@ -219,7 +220,7 @@ def _probed(imports: tuple[script.Import, ...], lines: Sequence[dict[str, Any]],
         merged.get("trained_bytes", 0),
         merged.get("parameters", 0),
         end=end,
-        last=merged.get("begun") if lines and "begun" in lines[-1] else None,
+        last=merged.get("begun") if records and "begun" in records[-1] else None,
     )
 
 

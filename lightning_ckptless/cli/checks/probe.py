@@ -40,42 +40,42 @@ def main(request: Mapping[str, Any], report: IO[str]) -> None:
     Args:
         request: `preload` (modules), `path` (folders), `package` (of the script, or null), `imports` (statements),
             `modules` (of each), `definitions` (code) and `model` (expression, or empty).
-        report: file that receives the lines.
+        report: file that receives the records, one per line.
     """
 
-    def say(**line: Any) -> None:
-        print(json.dumps(line), file=report, flush=True)
+    def write(**record: Any) -> None:
+        print(json.dumps(record), file=report, flush=True)
 
     sys.path[:0] = request["path"]
     began = time.monotonic()
     for name in request["preload"]:
         importlib.import_module(name)
-    say(preloaded=time.monotonic() - began)
+    write(preloaded=time.monotonic() - began)
     namespace = sys.modules[_SCRIPT] = ModuleType(_SCRIPT)
     namespace.__package__ = request["package"]
     scope = vars(namespace)
     effects = []
     with ImportWatch(ignored=("__main__", _SCRIPT, __name__)) as watch:
         for index, (code, module) in enumerate(zip(request["imports"], request["modules"], strict=True)):
-            say(begun=index)
+            write(begun=index)
             watch.begin(index, module)
             began = time.monotonic()
             try:
                 exec(code, scope)
             except ImportError as error:
-                say(missing=index, error=str(error))
+                write(missing=index, error=str(error))
             else:
-                say(imported=index, took_s=time.monotonic() - began, installed=_is_installed(module))
+                write(imported=index, took_s=time.monotonic() - began, installed=_is_installed(module))
             if what := watch.effect():
                 effects.append({"module": module, "what": what, "import": index})
         threads = [{"name": found.name, "module": found.module, "import": found.request} for found in watch.threads()]
     for variable, readers in watch.readers.items():
         what = f"reads {variable}, which differs between workers"
         effects += [{"module": module, "what": what, "import": index} for module, index in readers.items()]
-    say(threads=threads, effects=effects, cuda="" if threads else _cuda())
+    write(threads=threads, effects=effects, cuda="" if threads else _cuda())
     if request["model"]:
         exec(request["definitions"], scope)
-        say(**size_of(request["model"], scope))
+        write(**size_of(request["model"], scope))
 
 
 def _is_installed(module: str) -> bool:
@@ -110,9 +110,9 @@ def size_of(expression: str, scope: dict[str, Any]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    asked = json.load(sys.stdin)
-    with open(asked["report"], "a") as lines:
-        main(asked, lines)
+    request = json.load(sys.stdin)
+    with open(request["report"], "a") as report:
+        main(request, report)
     # Skip the exit handlers and threads of imported modules.
     sys.stdout.flush()
     sys.stderr.flush()

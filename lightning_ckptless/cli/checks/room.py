@@ -22,25 +22,25 @@ _ADAM = 3 * FLOAT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ArenaFolder:
     """A folder for arenas, and its file system.
 
     Args:
-        folder: path of the folder.
+        path: path of the folder.
         total_bytes: size of its file system.
         free_bytes: free space of its file system.
         in_memory: whether the file system is in memory.
         problem: why arenas cannot be created there; empty if they can.
     """
 
-    folder: Path
+    path: Path
     total_bytes: int
     free_bytes: int
     in_memory: bool
     problem: str = ""
 
 
-def look_at(folder: Path | None) -> Place:
+def inspect_folder(folder: Path | None) -> ArenaFolder:
     """Inspect a folder for arenas; None for the default one."""
     if folder is None:
         # It warns about a folder on a disk, which a check reports.
@@ -49,13 +49,13 @@ def look_at(folder: Path | None) -> Place:
             try:
                 folder = default_arena_dir()
             except ArenaError as error:
-                return Place(SHARED_MEMORY, 0, 0, in_memory=False, problem=str(error))
+                return ArenaFolder(SHARED_MEMORY, 0, 0, in_memory=False, problem=str(error))
     existing = _nearest_folder(folder)
     if not os.access(existing, os.W_OK | os.X_OK):
-        return Place(folder, 0, 0, in_memory=False, problem=f"no write permission for {existing}")
+        return ArenaFolder(folder, 0, 0, in_memory=False, problem=f"no write permission for {existing}")
     disk = os.statvfs(existing)
     total, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
-    return Place(folder, total, free, is_in_memory(existing))
+    return ArenaFolder(folder, total, free, is_in_memory(existing))
 
 
 def _nearest_folder(path: Path) -> Path:
@@ -63,24 +63,24 @@ def _nearest_folder(path: Path) -> Path:
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
 
 
-def check_arena_folder(place: Place) -> Check:
+def check_arena_folder(arena_folder: ArenaFolder) -> Check:
     """Check that arenas can be created, and that the folder is in memory."""
     expected = "a writable folder in memory"
-    found = f"{place.folder}, {decimal(place.free_bytes)} free of {decimal(place.total_bytes)}"
-    if place.problem:
+    found = f"{arena_folder.path}, {decimal(arena_folder.free_bytes)} free of {decimal(arena_folder.total_bytes)}"
+    if arena_folder.problem:
         fix = "set arena_dir= (or CKPTLESS_ARENA_DIR) to a writable folder"
-        return Check("arena folder", Status.FAILURE, f"{place.folder}: {place.problem}", expected, fix)
-    if not place.in_memory:
+        return Check("arena folder", Status.FAILURE, f"{arena_folder.path}: {arena_folder.problem}", expected, fix)
+    if not arena_folder.in_memory:
         fix = "mount a tmpfs there, or set arena_dir= (or CKPTLESS_ARENA_DIR) to one: mirroring to a disk is slower"
         return Check("arena folder", Status.WARNING, f"{found}, on a disk", expected, fix)
     return Check("arena folder", Status.OK, found, expected)
 
 
-def check_arena_room(job: Job, place: Place) -> Check:
+def check_arena_room(job: Job, arena_folder: ArenaFolder) -> Check:
     """Check that all slots of all replicas on this node fit."""
-    found = f"{decimal(place.free_bytes)} free in {place.folder}"
+    found = f"{decimal(arena_folder.free_bytes)} free in {arena_folder.path}"
     if job.state is None:
-        fits = place.free_bytes // max(1, job.replicated(_ADAM + FLOAT_BYTES))
+        fits = arena_folder.free_bytes // max(1, job.replicated(_ADAM + FLOAT_BYTES))
         found += f": enough for about {_short(fits)} parameters with Adam"
         expected = "enough for the model: use --parameters or --model to check"
         return Check("room for arenas", Status.OK, found, expected)
@@ -90,10 +90,10 @@ def check_arena_room(job: Job, place: Place) -> Check:
         f"{decimal(needed)}: two slots of {decimal(job.state.bytes)} for each of {1 + job.kept_copies} {_replicas(job)}"
         f"{f', divided over {job.nodes} nodes' if job.nodes > 1 else ''}, plus those of the first step"
     )
-    if needed <= place.free_bytes:
+    if needed <= arena_folder.free_bytes:
         return Check("room for arenas", Status.OK, f"{found}, {decimal(needed)} needed", expected)
     fix = f"{MAKE_ROOM}; with Docker, use `--shm-size {-(-needed // 10**9)}g`"
-    if place.in_memory:
+    if arena_folder.in_memory:
         found += (
             ": the agent's memory will hold the slots and lose them when it exits; under torchrun the run is refused"
         )
@@ -138,11 +138,11 @@ def check_durable_folder(job: Job, folder: Path) -> Check:
     return Check(name, Status.FAILURE, found, expected, fix)
 
 
-def check_room(job: Job, place: Place, durable_dir: Path | None) -> list[Check]:
+def check_room(job: Job, arena_folder: ArenaFolder, durable_dir: Path | None) -> list[Check]:
     """Run all checks of space on this host."""
-    checks = [check_placement(job), check_arena_folder(place)]
-    if not place.problem:
-        checks.append(check_arena_room(job, place))
+    checks = [check_placement(job), check_arena_folder(arena_folder)]
+    if not arena_folder.problem:
+        checks.append(check_arena_room(job, arena_folder))
     if durable_dir is not None:
         checks.append(check_durable_folder(job, durable_dir))
     return checks

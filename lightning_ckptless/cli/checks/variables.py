@@ -1,4 +1,7 @@
-"""Checks environment variables that affect recovery: those of NCCL, torch and lightning_ckptless."""
+"""Checks environment variables that affect recovery: those of NCCL, torch and lightning_ckptless.
+
+Apart from the other checks, because each subject has its own file.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Checks the versions of Python, torch and Lightning without importing them.
 
-A short file used only by the doctor, since each subject of its checks has its own file.
+Apart from the other checks, because each subject has its own file.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lightning_ckptless.cli.checks.check import Check, Status
-from lightning_ckptless.supported import LIGHTNING, SUPPORTED, Range, installed, release
+from lightning_ckptless.distributions import PYPI_NAMES
+from lightning_ckptless.supported import SUPPORTED, Range, installed, release
 
 
 def check_version(name: str, found: str | None, supported: Range) -> Check:
@@ -38,7 +39,7 @@ def check_versions(found: Mapping[str, str] | None = None) -> list[Check]:
     Args:
         found: version by name; None for the installed versions.
     """
-    found = installed(["torch", *LIGHTNING.values()]) if found is None else found
+    found = installed(["torch", *PYPI_NAMES.values()]) if found is None else found
     # One distribution of Lightning is enough.
-    lightnings = [name for name in LIGHTNING.values() if name in found] or ["lightning"]
+    lightnings = [name for name in PYPI_NAMES.values() if name in found] or ["lightning"]
     return [check_version(name, found.get(name), SUPPORTED[name]) for name in ("Python", "torch", *lightnings)]

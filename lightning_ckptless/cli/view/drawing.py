@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning_ckptless.cli.view.story import PHASES, Story
+from lightning_ckptless.cli.view.story import Story
 from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.protocol.goodput import PHASES
 
 # A palette that is distinguishable with most kinds of colour blindness.
 PHASE_COLOURS = dict(zip(PHASES, ("#cc3311", "#ee7733", "#ddaa33", "#33bbee", "#0077bb", "#bbbbbb"), strict=True))
@@ -105,17 +106,17 @@ def _draw_recoveries(ax: Any, story: Story) -> None:
         ax.set(xticks=[], yticks=[])
         return
     longest_s = max(span.total_s for span in story.recoveries)
-    places = range(len(story.recoveries))
+    rows = range(len(story.recoveries))
     left = [0.0] * len(story.recoveries)
     for name in PHASES:
         widths = [1e3 * span.phases[name] for span in story.recoveries]
-        ax.barh(places, widths, left=left, height=0.62, color=PHASE_COLOURS[name], label=name)
+        ax.barh(rows, widths, left=left, height=0.62, color=PHASE_COLOURS[name], label=name)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    for place, span in zip(places, story.recoveries, strict=True):
+    for row, span in zip(rows, story.recoveries, strict=True):
         label = f"  {1e3 * span.total_s:.0f} ms   {span.text}"
-        ax.text(1e3 * span.total_s, place, label, va="center", fontsize=8)
+        ax.text(1e3 * span.total_s, row, label, va="center", fontsize=8)
     # Leave room for the labels next to the bars.
-    ax.set(xlim=(0, 2200 * longest_s), xlabel="recoveries: milliseconds since the fault", yticks=list(places))
+    ax.set(xlim=(0, 2200 * longest_s), xlabel="recoveries: milliseconds since the fault", yticks=list(rows))
     ax.set_yticklabels([f"{span.began_at:.1f} s" for span in story.recoveries])
     ax.set_ylim(len(story.recoveries) - 0.4, -0.6)
     ax.legend(ncols=len(PHASES), loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)

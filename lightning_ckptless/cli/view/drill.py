@@ -12,11 +12,11 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from lightning_ckptless.protocol.goodput import PHASES
 from lightning_ckptless.testing.drill import DrillReport, Progress, Recovery
 
 TITLES = {"baseline": "uninterrupted", "faulted": "with faults", "repeated": "repeated"}
 MOST_SHOWN = 20
-PHASES = ("detect", "abort", "regroup", "restore", "replay", "other")
 
 
 class _Mark(SpinnerColumn):

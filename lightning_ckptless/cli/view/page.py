@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from html import escape
 
 from lightning_ckptless.cli.view.drawing import PHASE_COLOURS, draw
-from lightning_ckptless.cli.view.story import PHASES, Story
+from lightning_ckptless.cli.view.story import Story
+from lightning_ckptless.protocol.goodput import PHASES
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #22272e; background: #fff; max-width: 72rem; margin: 2rem auto;

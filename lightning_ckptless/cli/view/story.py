@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_ckptless.ledger import Event
-
-PHASES = ("detect", "abort", "regroup", "restore", "replay", "other")
+from lightning_ckptless.protocol.goodput import PHASES
 
 
 @dataclass(frozen=True, slots=True)

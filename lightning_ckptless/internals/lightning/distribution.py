@@ -1,4 +1,4 @@
-"""The two distributions of Lightning, `lightning.pytorch` and `pytorch_lightning`: same code, different classes."""
+"""Which distribution of Lightning defines an object, and the modules of a distribution."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-LIGHTNING = "lightning.pytorch"
-PYTORCH_LIGHTNING = "pytorch_lightning"
-DISTRIBUTIONS = (LIGHTNING, PYTORCH_LIGHTNING)
+from lightning_ckptless.distributions import DISTRIBUTIONS, LIGHTNING
 
 
 def distribution_of(trainer: object) -> str:

@@ -1,4 +1,7 @@
-"""Private parts of Lightning's strategy for sharded models."""
+"""Private parts of Lightning's strategy for sharded models.
+
+Apart from the strategy that uses it, because it uses private names of Lightning.
+"""
 
 from __future__ import annotations
 

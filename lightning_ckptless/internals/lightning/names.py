@@ -66,7 +66,7 @@ def table_of(distribution: str) -> names.Table:
     Args:
         distribution: `lightning.pytorch` or `pytorch_lightning`.
     """
-    return {f"{distribution}.{place}": wanted for place, wanted in NAMES.items()}
+    return {f"{distribution}.{location}": wanted for location, wanted in NAMES.items()}
 
 
 def require(distribution: str) -> None:

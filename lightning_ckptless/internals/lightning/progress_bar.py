@@ -9,7 +9,8 @@ import sys
 from typing import Any
 
 from lightning_ckptless.console import CONSOLE, PREFIX, Bar, write
-from lightning_ckptless.internals.lightning.distribution import DISTRIBUTIONS, distribution_of, is_a, module
+from lightning_ckptless.distributions import DISTRIBUTIONS
+from lightning_ckptless.internals.lightning.distribution import distribution_of, is_a, module
 
 _RICH = "RichProgressBar"
 _TQDM = "TQDMProgressBar"

@@ -1,6 +1,6 @@
 """Settings that a hook may change on the trainer, its loops and plugins, e.g. `accumulate_grad_batches`, `max_epochs`.
 
-A separate module, as it uses private names of Lightning.
+Apart from the code that captures them, because it uses private names of Lightning.
 """
 
 from __future__ import annotations

@@ -8,14 +8,12 @@ until all ranks have agreed on the last step.
 
 from __future__ import annotations
 
-import signal
 from typing import Any
 
+from lightning_ckptless.errors import SIGTERM_EXIT_CODE
 from lightning_ckptless.internals.lightning.distribution import distribution_of, is_a, module
 from lightning_ckptless.internals.lightning.override import Override, remove_overrides
 from lightning_ckptless.internals.lightning.versions import shares_sigterm
-
-EXIT_CODE = 128 + signal.SIGTERM
 
 
 class SigtermFlag:
@@ -77,4 +75,4 @@ def sigterm_exception(trainer: Any) -> BaseException:
 def give_exit_code(error: BaseException) -> None:
     """Set the exit code for a process that Lightning ends on SIGTERM; Lightning's own is 0."""
     if is_a(error, "utilities.exceptions", "SIGTERMException") and getattr(error, "code", None) is None:
-        error.code = EXIT_CODE  # type: ignore[attr-defined]
+        error.code = SIGTERM_EXIT_CODE  # type: ignore[attr-defined]

@@ -167,7 +167,7 @@ class _Round:
             # A process that was stopped has seen nothing of what happened meanwhile.
             was_stopped = now - liveness.looked_at > bound.cut_s / 2
             self._progress = self._new_liveness() if was_stopped else replace(liveness, looked_at=now)
-        return judge(liveness, bound, now=now, place=self._place)
+        return judge(liveness, bound, now=now, endpoint=self._place)
 
     def _new_liveness(self) -> Liveness:
         now = self._clock()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,12 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning_ckptless import environment
+from lightning_ckptless.distributions import LIGHTNING, PYTORCH_LIGHTNING
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.worker.program import Program
-
-LIGHTNING = "lightning.pytorch"
-PYTORCH_LIGHTNING = "pytorch_lightning"
 
 _LIGHTNING = re.compile(rb"^\s*(?:import|from)\s+lightning\b", re.MULTILINE)
 _PYTORCH_LIGHTNING = re.compile(rb"^\s*(?:import|from)\s+pytorch_lightning\b", re.MULTILINE)
@@ -45,7 +42,7 @@ DEFAULT_PRELOAD = (
     "torch",
     "torch.distributed",
     "torch._dynamo",
-    "lightning.pytorch",
+    LIGHTNING,
     "lightning_ckptless.trainer.strategy.strategies",
 )
 """What workers usually import, in the fastest order."""
@@ -62,7 +59,6 @@ DEFAULT_FINISH_GRACE_S = 20.0
 """Together with the time before SIGKILL shorter than the 30 s that schedulers usually allow."""
 DEFAULT_EXIT_GRACE_S = 60.0
 """For what scripts do after an exception before they exit, e.g. uploading the last rows of their logs."""
-SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 
 
 def new_run_id() -> str:

@@ -49,12 +49,8 @@ class Generation:
     store: Store
 
 
-def _never() -> bool:
-    return False
-
-
 def join_generation(
-    store: Store, rank: int, world_size: int, timeout_s: float, is_over: Callable[[], bool] = _never
+    store: Store, rank: int, world_size: int, timeout_s: float, is_over: Callable[[], bool] = lambda: False
 ) -> Generation:
     """Agree on a generation with all ranks of this membership.
 

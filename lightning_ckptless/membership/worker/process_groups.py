@@ -40,10 +40,6 @@ from lightning_ckptless.membership.worker.placeholder_group import open_alone
 JOIN_TIMEOUT_S = 600.0
 
 
-def _never() -> bool:
-    return False
-
-
 class MeetingStore:
     """The store in which the ranks meet, over a connection that is kept as long as it works.
 
@@ -101,7 +97,7 @@ class World:
         timeout: timedelta | None,
         device: torch.device | None,
         regrouping: int = 0,
-        is_over: Callable[[], bool] = _never,
+        is_over: Callable[[], bool] = lambda: False,
         when_joined: Callable[[], None] = lambda: None,
     ) -> int:
         """Join the current generation and create its default process group, unless there is one.

@@ -21,10 +21,20 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from lightning_ckptless.errors import LayoutMismatchError
-from lightning_ckptless.formats.schema import MOST_RANKS, SchemaError, boolean, integer, record, sequence, text
+from lightning_ckptless.formats.schema import (
+    BYTES,
+    MOST_RANKS,
+    RANK,
+    SchemaError,
+    boolean,
+    integer,
+    record,
+    sequence,
+    text,
+)
 from lightning_ckptless.formats.sealed import parse
-from lightning_ckptless.replica.layout.tensor_spec import Box, Described, Held, differences, held_by_name
-from lightning_ckptless.replica.slot_stamp import BYTES, RANK, WORLD_SIZE
+from lightning_ckptless.replica.layout.tensor_spec import SIZES, Box, Described, Held, differences, held_by_name
+from lightning_ckptless.replica.slot_stamp import WORLD_SIZE
 
 FORMAT = 2
 ALIGNMENT_BYTES = 64
@@ -289,17 +299,16 @@ def _fields(chunk: Chunk) -> dict[str, Any]:
     return {name: value for name, value in vars(chunk).items() if name != "static" or value}
 
 
-def _is_static(value: Any, place: str) -> bool:
-    return value is not None and boolean(value, place)
+def _is_static(value: Any, path: str) -> bool:
+    return value is not None and boolean(value, path)
 
 
-_SIZES = sequence(BYTES, most=64)
 _LAYOUT = record(
     format=integer(FORMAT, FORMAT),
     world_size=WORLD_SIZE,
     chunks=sequence(record(
         Chunk,
-        name=text(), dtype=text(r"torch\.\w+"), shape=_SIZES, offsets=_SIZES, sizes=_SIZES, shard=RANK, at=BYTES,
+        name=text(), dtype=text(r"torch\.\w+"), shape=SIZES, offsets=SIZES, sizes=SIZES, shard=RANK, at=BYTES,
         nbytes=BYTES, holders=sequence(RANK, most=MOST_RANKS), static=_is_static,
     )),
 )  # fmt: skip

@@ -204,7 +204,7 @@ def _place(
     static, changing = (
         sorted(p.items, key=lambda item: (item.index.fqn, tuple(item.index.offset or ()))) for p in plans
     )
-    for place, item in enumerate(static + changing):
+    for index, item in enumerate(static + changing):
         data = item.tensor_data
         assert data is not None
         offsets = tuple(data.chunk.offsets)
@@ -219,6 +219,6 @@ def _place(
             at=at,
             nbytes=item_bytes(item),
             holders=ranks if len(ranks) < world_size else (),
-            static=place < len(static),
+            static=index < len(static),
         )
         at = aligned(at + item_bytes(item))

@@ -16,10 +16,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from lightning_ckptless.errors import OptionsError, TransportError
-from lightning_ckptless.formats.schema import SchemaError, boolean, optional, record, sequence, text
+from lightning_ckptless.formats.schema import BYTES, SchemaError, boolean, optional, record, sequence, text
 from lightning_ckptless.formats.sealed import parse
 from lightning_ckptless.internals.mesh_internals import shard_box
-from lightning_ckptless.replica.slot_stamp import BYTES, CHECKSUM
+from lightning_ckptless.replica.slot_stamp import CHECKSUM
 
 
 class Box(NamedTuple):
@@ -100,10 +100,10 @@ def from_message(data: bytes) -> tuple[Described, ...]:
     return described
 
 
-_SIZES = sequence(BYTES, most=64)
+SIZES = sequence(BYTES, most=64)
 _DESCRIBED = sequence(record(
-    Described, name=text(), dtype=text(r"torch\.\w+"), shape=_SIZES, replicated=boolean,
-    box=optional(lambda value, place: Box(*sequence(_SIZES, length=2)(value, place))), digest=CHECKSUM, static=boolean,
+    Described, name=text(), dtype=text(r"torch\.\w+"), shape=SIZES, replicated=boolean,
+    box=optional(lambda value, path: Box(*sequence(SIZES, length=2)(value, path))), digest=CHECKSUM, static=boolean,
 ))  # fmt: skip
 
 

@@ -64,7 +64,7 @@ class CoordinatedStop:
             last = self._last = Future()
             passed = self._passed
         try:
-            last.set_result(1 + max(int(line) for line in gather(str(passed).encode())))
+            last.set_result(1 + max(int(payload) for payload in gather(str(passed).encode())))
         except BaseException as error:
             last.set_exception(error)
             raise

@@ -36,6 +36,7 @@ from lightning_ckptless.replica.checksum import NO_CHECKSUM, bytes_of, digest, j
 from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.mirror.coordinated_stop import CoordinatedStop
 from lightning_ckptless.replica.mirror.exchange import KnownPrefix, OutgoingShard, ShardExchange
+from lightning_ckptless.replica.mirror.round_vote import RoundVote
 from lightning_ckptless.replica.mirror.staging import PendingCopy, Stager
 from lightning_ckptless.replica.slot import Slot
 from lightning_ckptless.replica.slot_pair import SlotPair
@@ -116,17 +117,30 @@ class MirrorStats:
 
 log = logging.getLogger(__name__)
 
-COMPLETE, CONTINUE, HAS_INTERVAL = 1, 2, 4
-"""The bits of a vote: this rank has all its copies; it was not asked to stop; the bits above contain the intervals
-between versions that it accepts."""
-_INTERVAL_SHIFT = 3
-
 COMPARED_ROUNDS = 3
 COMPARE_EVERY_ROUNDS = 256
 """The first copies, and every so many later, are compared with the live tensors before these change."""
 
 REWRITE_ROUNDS = 200
 """After this many rounds the static part is copied and sent again, into both slots."""
+
+
+@dataclass(frozen=True)
+class MirrorSettings:
+    """How versions are copied and verified.
+
+    Args:
+        checksum: `xxh3`, `crc32` or `none`.
+        threads: number of threads that compute a checksum.
+        staging: `overlap`, or `blocking` to copy everything before `submit` returns.
+    """
+
+    checksum: str = "xxh3"
+    threads: int = 1
+    staging: str = "overlap"
+
+
+_DEFAULT_SETTINGS = MirrorSettings()
 
 
 class Mirror:
@@ -141,15 +155,12 @@ class Mirror:
         placement: placement of the shards.
         transport: transport that only this mirror uses during a round.
         generation: current generation.
-        checksum: `xxh3`, `crc32` or `none`.
-        threads: number of threads that compute a checksum.
+        settings: how versions are copied and verified.
         committed: version from which the state was restored; it is not overwritten until a newer one is committed.
         probe: called in the mirror thread with a moment and the version: `stage` (half of the data copied), `send`,
             `agree`, `committed`.
-        staging: `overlap`, or `blocking` to copy everything before `submit` returns.
-        finish_asked: returns whether this rank was asked to stop; the next round starts a coordinated stop.
-        interval_word: returns the intervals between versions that this rank accepts, as bits; None if it does not know
-            yet.
+        vote: returns this rank's vote at the end of a round, given whether it has all its copies. If it may not
+            continue, the round starts a coordinated stop.
 
     Attributes:
         committed: newest version that all ranks have committed.
@@ -170,28 +181,23 @@ class Mirror:
         placement: Placement,
         transport: Transport,
         generation: int,
-        checksum: str = "xxh3",
-        threads: int = 1,
+        settings: MirrorSettings = _DEFAULT_SETTINGS,
         committed: Version | None = None,
         probe: Callable[[str, Version], None] | None = None,
-        staging: str = "overlap",
-        finish_asked: Callable[[], bool] = lambda: False,
-        interval_word: Callable[[], int | None] = lambda: None,
+        vote: Callable[[bool], RoundVote] = RoundVote,
     ) -> None:
         self.committed = committed
         self.stop = CoordinatedStop()
         self.interval_after: tuple[Version, int] | None = None
-        self._interval_word = interval_word
-        self._finish_asked = finish_asked
         self.stats = MirrorStats()
         self._arena = arena
         self._layout = layout
         self._transport = transport
         self._generation = generation
-        self._checksum = checksum
-        self._threads = threads
+        self._settings = settings
         self._probe = probe
-        self._blocking = staging == "blocking"
+        self._vote = vote
+        self._blocking = settings.staging == "blocking"
         self._early: frozenset[str] = frozenset()
         self._rank = transport.rank
         self._slot_pairs = {shard: self._slot_pair(shard) for shard in (self._rank, *placement.sources(self._rank))}
@@ -366,22 +372,18 @@ class Mirror:
         written = self._exchange.exchange(sealed, lambda source: self._stamp(round_.version, source))
         self.stats.sent_bytes = self._exchange.sent_bytes
         self._call_probe("agree", round_.version)
-        outcome = self._transport.vote(self._vote(complete=written.keys() == self._slot_pairs.keys()))
-        if outcome & HAS_INTERVAL and self.interval_after is None:
-            self.interval_after = round_.version, outcome >> _INTERVAL_SHIFT
-        if outcome & COMPLETE:
+        vote = self._vote(written.keys() == self._slot_pairs.keys())
+        outcome = vote.combine(self._transport.vote)
+        if outcome.accepted_intervals is not None and self.interval_after is None:
+            self.interval_after = round_.version, outcome.accepted_intervals
+        if outcome.complete:
             self._commit(written, round_.version)
         else:
             self.stats.aborted += 1
-        if not outcome & CONTINUE and not self.stop.is_agreed:
+        if not outcome.may_continue and not self.stop.is_agreed:
             self.stop.agree(self._transport.gather)
         self.stats.last_round_s = perf_counter() - round_.began_at
         round_.ended.set_result(None)
-
-    def _vote(self, *, complete: bool) -> int:
-        word = self._interval_word()
-        interval = 0 if word is None else HAS_INTERVAL | word << _INTERVAL_SHIFT
-        return (COMPLETE if complete else 0) | (0 if self._finish_asked() else CONTINUE) | interval
 
     def _stage(self, round_: Round) -> OutgoingShard | None:
         """Fill the own slot and seal it; None if there is nothing to seal."""
@@ -407,10 +409,10 @@ class Mirror:
         return OutgoingShard(slot, round_.pack(), static, is_unchanged)
 
     def _checksum_of(self, slot: Slot, static: KnownPrefix, blob: bytes) -> str:
-        if self._checksum == NO_CHECKSUM:
+        if self._settings.checksum == NO_CHECKSUM:
             return ""
         changed = bytes_of(slot.bulk[static.length_bytes :]), blob
-        rest = digest(self._checksum, changed, threads=self._threads)
+        rest = digest(self._settings.checksum, changed, threads=self._settings.threads)
         return joined(static.length_bytes, static.digest, rest)
 
     def _stage_blocking_from_now(self, name: str, when: str) -> None:

@@ -140,8 +140,8 @@ class Stager:
             static = self._static_part(bulk, pairs, early)
             late = [
                 (name, target, source)
-                for place, (name, target, source) in enumerate(pairs)
-                if name not in early and place not in static.compared
+                for index, (name, target, source) in enumerate(pairs)
+                if name not in early and index not in static.compared
             ]
             plan = self._plans[bulk.data_ptr()] = _CopyPlan(
                 live=live,

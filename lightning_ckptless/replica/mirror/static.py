@@ -36,13 +36,13 @@ class _Span:
     """Consecutive pieces in a slot.
 
     Args:
-        here: their bytes in the slot: uint8 of shape [bytes].
+        in_slot: their bytes in the slot: uint8 of shape [bytes].
         live: the bytes of the live tensor, if it can be read in place; None if the pieces are always copied.
         pair: the copy to make if they differ.
         digest: digest of the bytes in the slot; empty while unknown.
     """
 
-    here: torch.Tensor
+    in_slot: torch.Tensor
     live: torch.Tensor | None = None
     pair: Pair | None = None
     digest: str = ""
@@ -67,17 +67,17 @@ class StaticPart:
         self, chunks: Sequence[Chunk], bulk: torch.Tensor, pairs: Sequence[Pair], late: Sequence[bool]
     ) -> None:
         live = [_readable(source) if is_late else None for (_, source), is_late in zip(pairs, late, strict=True)]
-        self.compared = frozenset(place for place, found in enumerate(live) if found is not None)
-        self.compared_bytes = sum(chunks[place].nbytes for place in self.compared)
+        self.compared = frozenset(index for index, readable in enumerate(live) if readable is not None)
+        self.compared_bytes = sum(chunks[index].nbytes for index in self.compared)
         self.digest = ""
         self._spans: list[_Span] = []
-        self._here = bulk[: max((aligned(chunk.at + chunk.nbytes) for chunk in chunks), default=0)]
-        for is_compared, places in groupby(range(len(chunks)), key=lambda place: place in self.compared):
-            run = list(places)
+        self._in_slot = bulk[: max((aligned(chunk.at + chunk.nbytes) for chunk in chunks), default=0)]
+        for is_compared, group in groupby(range(len(chunks)), key=lambda index: index in self.compared):
+            run = list(group)
             # Consecutive pieces that are always copied are digested in one call.
             for first, last in zip(run, run, strict=True) if is_compared else [(run[0], run[-1])]:
-                here = bulk[chunks[first].at : chunks[last].at + chunks[last].nbytes]
-                self._spans.append(_Span(here, live[first], pairs[first] if is_compared else None))
+                in_slot = bulk[chunks[first].at : chunks[last].at + chunks[last].nbytes]
+                self._spans.append(_Span(in_slot, live[first], pairs[first] if is_compared else None))
 
     def outdated(self) -> list[Pair]:
         """The compared pieces that have to be copied. Their digests are unknown until `settle`."""
@@ -99,11 +99,11 @@ class StaticPart:
         same = bool(self.digest)
         for span in self._spans:
             if span.live is None or not span.digest:
-                found = _digest(span.here)
+                found = _digest(span.in_slot)
                 same = same and found == span.digest
                 span.digest = found
         if not same:
-            self.digest = _digest(self._here)
+            self.digest = _digest(self._in_slot)
         return same
 
     def forget(self) -> None:

@@ -6,7 +6,6 @@ there on the state is restored like any version in the arenas, by the same code 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -20,7 +19,7 @@ from typing import Any
 from lightning_ckptless import environment
 from lightning_ckptless.durable.capture import ShardCopy
 from lightning_ckptless.durable.folder import DurableFolder, Manifest
-from lightning_ckptless.durable.order import MODULE, SHARE_NOTE, WriterOrder, read_share, share_note
+from lightning_ckptless.durable.order import MODULE, WriterOrder
 from lightning_ckptless.durable.places import read_places
 from lightning_ckptless.durable.store import read_layout, read_shard
 from lightning_ckptless.errors import DurableError, OptionsError
@@ -32,18 +31,17 @@ from lightning_ckptless.protocol.durable_schedule import DurableState, newest_fi
 from lightning_ckptless.protocol.messages import StartSidecar
 from lightning_ckptless.protocol.versions import Complete, Missing, Snapshot, Version
 from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.arena_notes import ArenaNotes
 from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.restore import choose
 from lightning_ckptless.replica.slot import Slot
 from lightning_ckptless.replica.slot_stamp import Stamp
-from lightning_ckptless.replica.transport import Transport
+from lightning_ckptless.replica.transport import Transport, gather_json
 from lightning_ckptless.trainer.session.identity import Identity
 from lightning_ckptless.trainer.session.member_set import MemberSet
 from lightning_ckptless.trainer.state.trust import how_to_trust
 
 log = logging.getLogger(__name__)
-
-_NOTE = "durable writer with"
 
 
 def with_environment(options: CkptlessOptions, env: Mapping[str, str] = os.environ) -> CkptlessOptions:
@@ -99,8 +97,8 @@ class DurableRung:
         self._logger_identities = {str(path): manifest.logger_identities for path, manifest in mine}
         for path, why in self.folder.left_out.items() if transport.rank == 0 else ():
             log.warning("ckptless: durable state %s is ignored: %s", path, why)
-        message = json.dumps([asdict(manifest.state(path)) for path, manifest in mine]).encode()
-        seen = [{_state(fields) for fields in json.loads(line)} for line in transport.gather(message)]
+        own = [asdict(manifest.state(path)) for path, manifest in mine]
+        seen = [{_state(fields) for fields in states} for states in gather_json(transport, own)]
         return newest_first(list(set.intersection(*seen)))
 
     def logger_identities(self, state: DurableState) -> list[dict[str, Any]] | None:
@@ -123,7 +121,7 @@ class DurableRung:
         if members.speaks_for_node:
             arena.clear()
             arena.write_layout(layout)
-            arena.note("origin", state.origin)
+            arena.write_notes(ArenaNotes(origin=state.origin or ""))
         members.transport.agree(True)
         arena.require_room_for(
             (
@@ -163,7 +161,7 @@ class DurableRung:
                 "mirror_every_n_steps to a number"
             )
         if members.speaks_for_node:
-            members.arena.note(SHARE_NOTE, share_note(share))
+            members.arena.write_notes(ArenaNotes(durable_share=share))
 
     def order_writer(self, arena: Arena, line: AgentChannel | None) -> None:
         """Request a writer process from this node's agent, if this node writes any shards.
@@ -172,7 +170,7 @@ class DurableRung:
             arena: arena of this node.
             line: channel to our agent; None under a foreign agent.
         """
-        share = read_share(arena.notes())
+        share = arena.notes().durable_share
         if not self._is_on or share is None or not share.shards:
             return
         order = WriterOrder(
@@ -187,9 +185,9 @@ class DurableRung:
         )
         if line is not None:
             line.send(StartSidecar(MODULE, order.to_text()))
-        elif not self._identity.own_agent and arena.notes().get(_NOTE) != order.agent_pid:
+        elif not self._identity.own_agent and arena.notes().writer_agent != order.agent_pid:
             _start_detached(order)
-            arena.note(_NOTE, order.agent_pid)
+            arena.write_notes(ArenaNotes(writer_agent=order.agent_pid))
 
 
 def _read(

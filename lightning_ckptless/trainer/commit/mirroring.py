@@ -20,7 +20,8 @@ from lightning_ckptless.replica.cores import threads_of_a_rank
 from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import from_message, to_message
-from lightning_ckptless.replica.mirror.mirror import Mirror
+from lightning_ckptless.replica.mirror.mirror import Mirror, MirrorSettings
+from lightning_ckptless.replica.mirror.round_vote import RoundVote
 from lightning_ckptless.trainer.commit.mirror_interval import MirrorInterval
 from lightning_ckptless.trainer.commit.rereplication import Rereplication
 from lightning_ckptless.trainer.data.batch_log import BatchLog
@@ -355,13 +356,14 @@ class Mirroring:
             placement=placement,
             transport=members.transport,
             generation=members.generation,
-            checksum=self._options.checksum,
-            threads=threads_of_a_rank(len(ranks), beside_training=True),
+            settings=MirrorSettings(
+                self._options.checksum,
+                threads_of_a_rank(len(ranks), beside_training=True),
+                self._options.staging,
+            ),
             committed=committed,
             probe=self._probe,
-            staging=self._options.staging,
-            finish_asked=self._finish_asked,
-            interval_word=self.mirror_interval.word,
+            vote=lambda complete: RoundVote(complete, not self._finish_asked(), self.mirror_interval.word()),
         )
         self._mirror.bind(self._written_by_hooks(layout))
 

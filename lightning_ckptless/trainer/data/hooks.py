@@ -12,7 +12,7 @@ a record: a hook that evaluates the model sees those of the restored version.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -155,6 +155,6 @@ def to_note(records: Records) -> dict[str, str | None]:
     return {name: None if data is None else base64.b64encode(data).decode() for name, data in records.items()}
 
 
-def from_note(note: dict[str, str | None] | None) -> Records:
+def from_note(note: Mapping[str, str | None] | None) -> Records:
     """Decode what `to_note` returned."""
     return {name: None if data is None else Packed(base64.b64decode(data)) for name, data in (note or {}).items()}

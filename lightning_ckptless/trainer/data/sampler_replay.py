@@ -12,7 +12,7 @@ from lightning_ckptless.internals.lightning.samplers import sampler_inside
 from lightning_ckptless.trainer.state.plain_values import heavy_attributes, plain_attributes, set_plain_attributes
 from lightning_ckptless.trainer.state.rng import apply_rng, capture_rng, owned_generators, set_owned_generators
 
-HEAVY_BYTES = 1_000_000
+HEAVY_SAMPLER_BYTES = 1_000_000
 """A larger sampler attribute is captured only if it has changed since the sampler was created."""
 
 
@@ -113,7 +113,7 @@ def _set_switches(sampler: Any, switches: list[dict[str, Any]]) -> None:
 def dump_sampler(sampler: Any) -> Packed:
     """Capture the global generators and the state of a sampler and its inner samplers before an order is drawn."""
     parts = [
-        (plain_attributes(part, leave=heavy_attributes(part, HEAVY_BYTES)), owned_generators(part))
+        (plain_attributes(part, leave=heavy_attributes(part, HEAVY_SAMPLER_BYTES)), owned_generators(part))
         for part in sampler_parts(sampler)
     ]
     return pack((capture_rng(), parts))

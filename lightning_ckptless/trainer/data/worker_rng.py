@@ -1,4 +1,7 @@
-"""Returns the random generators of dataloader worker processes along with the batches they prepare."""
+"""Returns the random generators of dataloader worker processes along with the batches they prepare.
+
+Apart from `loader`, because it runs in the worker processes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Fetching a version from the arenas to the current ranks, also if another number of ranks wrote it."""
+"""Fetching a version from the arenas to the current ranks, also if another number of ranks wrote it.
+
+Apart from `restoration`, because `elastic.world_change` makes restorations too and is used here.
+"""
 
 from __future__ import annotations
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 
 from lightning_ckptless.errors import CkptlessError, LaunchError, UnevenStepsError
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.retry_policy import RecoveryHistory, RecoveryLimits, why_no_recovery
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.arena_notes import ArenaNotes, RecoveryRecord
 from lightning_ckptless.trainer.session.member_set import MemberSet
 
 
@@ -29,10 +29,9 @@ def why_final(error: Exception, *, rank: int, taken: Version | None, arena: Aren
     if taken is None or arena is None:
         return "it was raised before the first step"
     mark = f"{type(error).__name__} after step {taken.optimizer_step}"
-    name = f"raised by rank {rank}"
-    if arena.notes().get(name) == mark:
+    if arena.notes().raised.get(rank) == mark:
         return f"{mark} was raised again after a recovery: the cause is in the script, not in the hardware"
-    arena.note(name, mark)
+    arena.write_notes(ArenaNotes(raised={rank: mark}))
     return None
 
 
@@ -47,9 +46,10 @@ def count_recovery(members: MemberSet, restored: Version, options: CkptlessOptio
     Raises:
         LaunchError: the limit on recoveries has been reached.
     """
-    noted = max((notes.get("recoveries", {}) for notes in members.notes), key=lambda note: note.get("count", 0))
-    history = RecoveryHistory.from_note(noted) if noted else RecoveryHistory()
-    if restored.optimizer_step > noted.get("step", -1):
+    recorded = [notes.recoveries for notes in members.notes if notes.recoveries is not None]
+    newest = max(recorded, key=lambda record: record.history.count, default=None)
+    history = RecoveryHistory() if newest is None else newest.history
+    if newest is not None and restored.optimizer_step > newest.step:
         history = history.after_progress()
     limits, now = RecoveryLimits(options.max_recoveries_without_progress, options.max_recoveries_per_hour), time.time()
     why_not = why_no_recovery(history, limits, now)
@@ -59,5 +59,5 @@ def count_recovery(members: MemberSet, restored: Version, options: CkptlessOptio
             "resumes from the arenas"
         )
     if members.speaks_for_node:
-        note = asdict(history.after_recovery(now)) | {"step": restored.optimizer_step}
-        members.arena.note("recoveries", note)
+        newest = RecoveryRecord(history.after_recovery(now), restored.optimizer_step)
+        members.arena.write_notes(ArenaNotes(recoveries=newest))

@@ -14,7 +14,6 @@ reports the reason to its agent and exits, and the agent takes the next rung of 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -46,6 +45,7 @@ from lightning_ckptless.protocol.newcomer import Arrival, Imports
 from lightning_ckptless.protocol.recovery import WorkerEvent, WorkerState, next_state
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.restore import choose
+from lightning_ckptless.replica.transport import gather_json
 from lightning_ckptless.trainer.commit.mirroring import Mirroring
 from lightning_ckptless.trainer.commit.step_boundaries import StepBoundaries
 from lightning_ckptless.trainer.data.batch_log import BatchLog
@@ -271,9 +271,8 @@ class RecoveryLoop:
         self._report_group(assignment, 1)
         transport = engine.connect()
         self._report_group(assignment, 2)
-        facts = [engine.identity.node, engine.has_moved, self._take_arrival()]
-        received = [json.loads(line) for line in transport.gather(json.dumps(facts).encode())]
-        nodes, has_moved, arrivals = (tuple(values) for values in zip(*received, strict=True))
+        facts: list[Any] = [engine.identity.node, engine.has_moved, self._take_arrival()]
+        nodes, has_moved, arrivals = zip(*gather_json(transport, facts), strict=True)
         generation, mesh = self._strategy.world.generation, self._strategy.mesh_sizes()
         engine.members = form_member_set(
             transport, engine.arena, nodes, engine.options, generation, record=engine.generation_record, mesh=mesh

@@ -30,6 +30,7 @@ from lightning_ckptless.internals.lightning.logger_identity import (
 )
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.arena_notes import ArenaNotes
 from lightning_ckptless.trainer.reporting.outbox import Marks, MayLeave, Outbox
 from lightning_ckptless.trainer.session.member_set import MemberSet
 
@@ -39,9 +40,6 @@ Identities = list[dict[str, Any]]
 Captured = dict[str, Any]
 Positions = list[dict[str, Any] | None]
 """Position in each log file; None for a logger without one."""
-
-NOTE = "logger_identities"
-"""Name of the arena's note on which logger runs are written to."""
 
 
 class RunLoggers:
@@ -111,14 +109,14 @@ class RunLoggers:
 
     def identify_as_noted(self, members: MemberSet) -> None:
         """Continue the runs known to any node, and store them on all nodes: rank 0 may move to any of them."""
-        if (saved := members.noted(NOTE)) is not None:
+        if (saved := members.noted.logger_identities) is not None:
             self.identify(saved)
             if members.speaks_for_node:
-                members.arena.note(NOTE, saved)
+                members.arena.write_notes(ArenaNotes(logger_identities=saved))
 
     def identify_alone(self, arena: Arena) -> None:
         """Continue the runs of the process that this one replaces, as far as they are known without the others."""
-        saved = arena.notes().get(NOTE)
+        saved = arena.notes().logger_identities
         if saved is None:
             with suppress(OSError, ValueError):
                 saved = json.loads(self._file.read_text())
@@ -128,7 +126,7 @@ class RunLoggers:
         """Store on every node which runs rank 0 writes to; the loggers are open. All ranks call it together."""
         identities = members.gather(self.identities)[0]
         if members.speaks_for_node:
-            members.arena.note(NOTE, identities)
+            members.arena.write_notes(ArenaNotes(logger_identities=identities))
         if self._trainer.is_global_zero:
             with suppress(OSError):
                 self._run_folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from lightning_ckptless.internals.lightning.results import show_on_progress_bar
 from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.worker.watcher import Assignment
-from lightning_ckptless.protocol.goodput import GoodputAccount, Phases, phases_from
+from lightning_ckptless.protocol.goodput import PHASE_FIELDS, GoodputAccount, Phases, phases_from
 from lightning_ckptless.protocol.mirror_interval import IntervalPlan
 from lightning_ckptless.protocol.newcomer import Arrival, why_slow
 from lightning_ckptless.protocol.placement import Placement
@@ -213,7 +213,7 @@ class RunReport:
             "account": self.account.to_dict(),
             "recoveries": self.recoveries,
             "steps_replayed": self.steps_replayed,
-            "phases": None if phases is None else {name: getattr(phases, name) for name in PHASE_NAMES},
+            "phases": None if phases is None else asdict(phases),
         }
 
     # ------------------------------------------------------------------ steps
@@ -251,7 +251,7 @@ class RunReport:
             "mirrored_bytes": float(stats.staged_bytes + stats.sent_bytes) / max(1, stats.committed),
             "recovery_s": 0.0 if self.last_phases is None else self.last_phases.total_s,
         }
-        for name in PHASE_NAMES:
+        for name in PHASE_FIELDS:
             self._values[f"recovery_{name}"] = 0.0 if self.last_phases is None else getattr(self.last_phases, name)
         self._stall_s = 0.0
 
@@ -315,7 +315,7 @@ class RunReport:
         if not self.is_reporter:
             return
         assert self._moved is not None
-        named = {name: round(getattr(phases, name), 6) for name in PHASE_NAMES}
+        named = {name: round(getattr(phases, name), 6) for name in PHASE_FIELDS}
         self._record(
             "recovery",
             rung=str(Rung.IN_PLACE if self._in_place else Rung.RELAUNCH),
@@ -338,7 +338,7 @@ class RunReport:
     def _recovery_line(self, fault: FaultReport | None, restored: Version, phases: Phases) -> str:
         named = fault is not None and fault.rank is not None
         who = f"rank {fault.rank} {fault.cause}" if fault and named and not fault.earlier else _cause(fault)
-        seconds = {name: f"{getattr(phases, name):.2f}" for name in PHASE_NAMES}
+        seconds = {name: f"{getattr(phases, name):.2f}" for name in PHASE_FIELDS}
         if seconds["other_s"] == "0.00":
             del seconds["other_s"]
         parts = " + ".join(f"{name.removesuffix('_s')} {value}" for name, value in seconds.items())
@@ -380,9 +380,6 @@ class RunReport:
         """Report the exception that ends the run."""
         self._record("raised", cause=f"{type(error).__name__}: {error}"[:300], final=True, reason=reason)
         self._say(f"rank {self.trainer.global_rank}: not retried: {reason}")
-
-
-PHASE_NAMES = ("detect_s", "abort_s", "regroup_s", "restore_s", "replay_s", "other_s")
 
 
 def _count(number: int, one: str, several: str = "") -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -13,7 +12,8 @@ from lightning_ckptless.membership.agent.held_memory import request_memory
 from lightning_ckptless.membership.channel.agent_channel import AgentChannel
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.replica.arena import Arena, Owner, adopt, default_arena_dir, find_arenas, reclaim
-from lightning_ckptless.replica.transport import Transport
+from lightning_ckptless.replica.arena_notes import ArenaNotes
+from lightning_ckptless.replica.transport import Transport, gather_json
 from lightning_ckptless.system.reaper import start_reaper
 from lightning_ckptless.trainer.session.identity import Identity
 
@@ -45,7 +45,7 @@ def open_arena(
     folder, run_id = _folder(options), _run_id(identity, fit_index)
     arena = _make(folder, run_id, identity, options.arena_keep_s, origin) if opens else None
     facts = {"node": identity.node, "path": str(arena.path) if arena else ""}
-    everyone = [json.loads(line) for line in transport.gather(json.dumps(facts).encode())]
+    everyone = gather_json(transport, facts)
     nodes = tuple(str(fact["node"]) for fact in everyone)
     if arena is None:
         arena = Arena.attach(Path(next(f["path"] for f in everyone if f["node"] == identity.node and f["path"])))
@@ -63,9 +63,9 @@ def find_or_make_arena(identity: Identity, fit_index: int, options: CkptlessOpti
 def register_with_reaper(arena: Arena, identity: Identity) -> None:
     """Have the arena removed when a foreign agent, which knows nothing of arenas, exits."""
     agent = identity.agent_pid
-    if arena.notes().get("reaped with") != agent:
+    if arena.notes().reaper_agent != agent:
         start_reaper(agent, str(arena.path))
-        arena.note("reaped with", agent)
+        arena.write_notes(ArenaNotes(reaper_agent=agent))
 
 
 def use_agent_memory(arena: Arena, line: AgentChannel | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from lightning_ckptless.protocol.messages import StepCommitted
 from lightning_ckptless.protocol.startup import StartAction, StartPlan
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.arena_notes import ArenaNotes, RankFolders
 from lightning_ckptless.replica.transport import GlooTransport, SoloTransport, Transport
 from lightning_ckptless.system.reaper import MARKER
 from lightning_ckptless.trainer.commit.begun_step import BegunStep
@@ -44,7 +46,7 @@ from lightning_ckptless.trainer.recovery.fit_resume import run_restored
 from lightning_ckptless.trainer.recovery.judgement import count_recovery, why_final
 from lightning_ckptless.trainer.recovery.restoration import Restoration
 from lightning_ckptless.trainer.reporting.checkpoint_files import CheckpointFiles
-from lightning_ckptless.trainer.reporting.loggers import NOTE, Positions, RunLoggers
+from lightning_ckptless.trainer.reporting.loggers import Positions, RunLoggers
 from lightning_ckptless.trainer.reporting.lost_files import lost_logs, warning_of
 from lightning_ckptless.trainer.reporting.report import RunReport
 from lightning_ckptless.trainer.session.arenas import (
@@ -194,17 +196,17 @@ class Engine:
             after=after,
             mesh=mesh,
         )
-        self.folders.adopt(members.noted("folders"), self.rank)
+        self.folders.adopt(members.noted.folders, self.rank)
         self.durable.assign_writer(members)
         self.report.generation = members.generation
-        saved = members.noted(NOTE)
+        saved = members.noted.logger_identities
         self.loggers.hold(self.arena.path)
         self.loggers.identify(saved)
         if saved is None and self.trainer.is_global_zero:
             self.loggers.warn_of_unknown_loggers()
         sources = Sources(self.durable, states, ckpt_path, saved is not None)
         plan, found = decide_start(self.trainer, members, self.options, sources, relaunched=relaunched)
-        had_ended = plan.action is StartAction.RESTORE and relaunched and bool(members.noted("finished"))
+        had_ended = plan.action is StartAction.RESTORE and relaunched and members.noted.finished
         self.report.started(
             self.identity, plan, members.placement, self.arena.path, fit_index=self.fit_index, had_ended=had_ended
         )
@@ -230,7 +232,7 @@ class Engine:
         """Prepare to join the others inside `fit`, as far as that is possible without them."""
         self.arena = find_or_make_arena(self.identity, self.fit_index, self.options)
         use_agent_memory(self.arena, self._line)
-        self.folders.adopt(self.arena.notes().get("folders"), self.rank)
+        self.folders.adopt(self.arena.notes().folders, self.rank)
         self.loggers.hold(self.arena.path)
         self.loggers.identify_alone(self.arena)
         self.loggers.keep()
@@ -343,20 +345,19 @@ class Engine:
 
     def _note_folders(self, arena: Arena) -> None:
         """Record the folders of all ranks once the first processes of this fit have determined theirs."""
-        if self.members is not None and self.members.noted("folders") is None:
-            folders = self.members.gather(self.folders.facts())
+        if self.members is not None and self.members.noted.folders is None:
+            folders = tuple(map(RankFolders.from_value, self.members.gather(asdict(self.folders.own()))))
             if self.members.speaks_for_node:
-                arena.note("folders", folders)
+                arena.write_notes(ArenaNotes(folders=folders))
 
     def _begin_data_hooks(self, mirroring: Mirroring, arena: Arena, restoration: Restoration | None) -> None:
-        name = f"data_hooks_{self.rank}"
         self.data_hooks.begin(
             lambda: mirroring.host_state,
-            lambda records: arena.note(name, to_note(records)),
+            lambda records: arena.write_notes(ArenaNotes(data_hooks={self.rank: to_note(records)})),
             is_new=self.members is None or restoration is not None,
         )
         if self.members is None:
-            self.data_hooks.expect(from_note(arena.notes().get(name)))
+            self.data_hooks.expect(from_note(arena.notes().data_hooks.get(self.rank)))
         elif restoration is not None:
             self.data_hooks.expect(restoration.host_state["data_hooks"])
 
@@ -490,9 +491,7 @@ class Engine:
             # Done here because it waits for gloo's threads, and training does not wait for this thread.
             self.strategy.world.release()
             if is_first_of_node(local_rank()) and self.arena is not None:
-                self.arena.note(
-                    "committed", {"step": version.optimizer_step, "validation_done": version.validation_done}
-                )
+                self.arena.write_notes(ArenaNotes(committed=version))
         for probe in list(self.probes):
             probe(moment, version)
 
@@ -534,7 +533,7 @@ class Engine:
         if self.mirroring is not None:
             self.mirroring.settle()
         if is_first_of_node(local_rank()) and self.arena is not None:
-            self.arena.note("finished", True)
+            self.arena.write_notes(ArenaNotes(finished=True))
             (self.arena.path / MARKER).touch()
         self.report.finished()
 

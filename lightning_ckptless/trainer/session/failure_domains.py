@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from lightning_ckptless.protocol.failure_domains import (
     name_in_environment,
     name_in_file,
 )
-from lightning_ckptless.replica.transport import Transport
+from lightning_ckptless.replica.transport import Transport, gather_json
 
 
 def find_domains(
@@ -42,7 +41,7 @@ def find_domains(
         mine["name"] = own_domain(level, nodes[transport.rank])
     except OptionsError as error:
         mine["problem"] = str(error)
-    received = [json.loads(line) for line in transport.gather(json.dumps(mine).encode())]
+    received = gather_json(transport, mine)
     if problem := next((each["problem"] for each in received if each["problem"]), ""):
         raise OptionsError(problem)
     return domains_of(level, nodes, given=[each["name"] for each in received])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,10 @@ from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.failure_domains import place_in
 from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.replica.arena import Arena
-from lightning_ckptless.replica.transport import Transport
+from lightning_ckptless.replica.arena_notes import ArenaNotes
+from lightning_ckptless.replica.transport import Transport, gather_json
 from lightning_ckptless.trainer.session.arenas import is_first_of_node, local_rank
 from lightning_ckptless.trainer.session.failure_domains import find_domains
-
-Notes = tuple[dict[str, Any], ...]
-"""Notes in the arena of each rank's node, by rank."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class MemberSet:
         nodes: node name of each rank.
         placement: which rank holds which replicas.
         generation: number of the generation; no other generation has written to these arenas under this number.
-        notes: notes of the arenas when the ranks met.
+        notes: notes of the arena of each rank's node when the ranks met, by rank.
         trusted: dotted names of classes that the user trusts in host state from other nodes.
     """
 
@@ -41,7 +38,7 @@ class MemberSet:
     nodes: tuple[str, ...]
     placement: Placement
     generation: int
-    notes: Notes
+    notes: tuple[ArenaNotes, ...]
     trusted: frozenset[str] = frozenset()
 
     @property
@@ -66,11 +63,12 @@ class MemberSet:
 
     def gather(self, facts: Mapping[str, Any] | list[Any]) -> list[Any]:
         """Exchange values; returns those of all ranks, by rank."""
-        return [json.loads(line) for line in self.transport.gather(json.dumps(facts).encode())]
+        return gather_json(self.transport, facts)
 
-    def noted(self, name: str) -> Any:
-        """A note from any of the arenas; None if no arena has it."""
-        return next((notes[name] for notes in self.notes if notes.get(name)), None)
+    @property
+    def noted(self) -> ArenaNotes:
+        """Each note from the first arena that has it."""
+        return ArenaNotes.merged(self.notes)
 
 
 def form_member_set(
@@ -104,14 +102,16 @@ def form_member_set(
     domains = find_domains(options.failure_domain, nodes, transport, mesh)
     placement = place_in(domains, options.copies if transport.world_size > 1 else 0)
     mine = arena.notes()
-    # If the note was lost, the replicas still tell which numbers have been used.
-    mine.setdefault("generation", max((replica.generation for replica in arena.inventory()), default=0))
-    mine["generation"] = max(int(mine["generation"]), last_generation(record))
-    notes = tuple(json.loads(line) for line in transport.gather(json.dumps(mine).encode()))
-    number = max([generation, after + 1, *(int(n["generation"]) + 1 for n in notes if "generation" in n)])
+    used = mine.generation
+    if used is None:
+        # If the note was lost, the replicas still tell which numbers have been used.
+        used = max((replica.generation for replica in arena.inventory()), default=0)
+    mine = replace(mine, generation=max(used, last_generation(record)))
+    notes = tuple(ArenaNotes.from_values(values) for values in gather_json(transport, mine.to_values()))
+    number = max([generation, after + 1, *(n.generation + 1 for n in notes if n.generation is not None)])
     members = MemberSet(transport, arena, nodes, placement, number, notes, frozenset(options.trusted_classes))
     if members.speaks_for_node:
-        arena.note("generation", number)
+        arena.write_notes(ArenaNotes(generation=number))
         _record_generation(record, number)
     return members
 

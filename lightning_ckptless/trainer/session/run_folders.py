@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_ckptless.internals.lightning.process import set_root_folder
 from lightning_ckptless.membership.worker.hydra import folder_of_run, folder_of_sweep
+from lightning_ckptless.replica.arena_notes import RankFolders
 from lightning_ckptless.trainer.reporting.checkpoint_files import absolute
-
-Facts = dict[str, Any]
 
 _chosen_before: dict[str, str] = {}
 """Folders that this process had chosen -> folders of the run; for fits that have not recorded any yet."""
@@ -32,27 +32,26 @@ class RunFolders:
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
 
-    def facts(self) -> Facts:
-        """The working directory and output folders of this process, as stored in the arena."""
-        return {
-            "cwd": os.getcwd(),
-            "root": absolute(str(self._trainer.default_root_dir)),
-            "dirpaths": [[type(owner).__name__, _dirpath(owner)] for owner in self._owners()],
-        }
+    def own(self) -> RankFolders:
+        """The working directory and output folders of this process."""
+        return RankFolders(
+            os.getcwd(),
+            absolute(str(self._trainer.default_root_dir)),
+            tuple((type(owner).__name__, _dirpath(owner)) for owner in self._owners()),
+        )
 
-    def adopt(self, noted: list[Facts] | None, rank: int) -> None:
+    def adopt(self, noted: Sequence[RankFolders] | None, rank: int) -> None:
         """Use the folders of the run; called before the trainer sets anything up.
 
         Args:
-            noted: facts of all ranks; None if this fit has not recorded any.
+            noted: folders of all ranks; None if this fit has not recorded any.
             rank: rank that this process has.
         """
         if noted is not None and rank < len(noted):
-            facts = noted[rank]
-            own = self.facts()
-            _chosen_before.update(_differing(own, facts))
-            if facts["cwd"] != own["cwd"] and os.path.isdir(facts["cwd"]):
-                os.chdir(facts["cwd"])
+            first, own = noted[rank], self.own()
+            _chosen_before.update(_differing(own, first))
+            if first.cwd != own.cwd and os.path.isdir(first.cwd):
+                os.chdir(first.cwd)
         if not _chosen_before:
             return
         own_root = absolute(str(self._trainer.default_root_dir))
@@ -86,12 +85,12 @@ def _dirpath(owner: Any) -> str | None:
     return absolute(str(path)) if isinstance(path, str | os.PathLike) else None
 
 
-def _differing(own: Facts, noted: Facts) -> dict[str, str]:
-    pairs = [(own["cwd"], noted["cwd"]), (own["root"], noted["root"])]
-    if [name for name, _ in own["dirpaths"]] == [name for name, _ in noted["dirpaths"]]:
+def _differing(own: RankFolders, noted: RankFolders) -> dict[str, str]:
+    pairs = [(own.cwd, noted.cwd), (own.root, noted.root)]
+    if [name for name, _ in own.dirpaths] == [name for name, _ in noted.dirpaths]:
         pairs += [
             (mine, theirs)
-            for (_, mine), (_, theirs) in zip(own["dirpaths"], noted["dirpaths"], strict=True)
+            for (_, mine), (_, theirs) in zip(own.dirpaths, noted.dirpaths, strict=True)
             if mine is not None and theirs is not None
         ]
     return {mine: theirs for mine, theirs in pairs if mine != theirs}

@@ -56,9 +56,9 @@ def decide_start(
         generation=members.generation,
         world_size=members.world_size,
         relaunched=relaunched,
-        had_commit=members.noted("committed") is not None,
+        had_commit=members.noted.committed is not None,
         asked=None if asked is None else CheckpointFile(asked, asked_step),
-        origin=members.noted("origin"),
+        origin=members.noted.origin,
         on_unrecoverable=options.on_unrecoverable,
     )
     states, damaged = list(sources.states), tuple[str, ...]()

@@ -17,11 +17,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_ckptless.distributions import DISTRIBUTIONS
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.formats.packing import SmallTensorPickler, unpack
 from lightning_ckptless.formats.pickles import Packed
 from lightning_ckptless.internals.lightning.checkpoint import dump_checkpoint
-from lightning_ckptless.internals.lightning.distribution import DISTRIBUTIONS, is_a
+from lightning_ckptless.internals.lightning.distribution import is_a
 from lightning_ckptless.replica.layout.tensor_spec import local_part
 from lightning_ckptless.trainer.state.plain_values import is_plain
 from lightning_ckptless.trainer.state.rng import owned_generators

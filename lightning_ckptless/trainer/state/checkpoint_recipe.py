@@ -16,12 +16,12 @@ from lightning_ckptless.internals.lightning.checkpoint import average_of, hparam
 from lightning_ckptless.internals.lightning.distribution import distribution_of, is_a, module
 from lightning_ckptless.internals.lightning.metrics import default_names, metrics_of
 from lightning_ckptless.replica.layout.tensor_spec import local_part
+from lightning_ckptless.trainer.state.plain_values import HEAVY_BYTES
 from lightning_ckptless.trainer.state.tensors import optimizer_parameters
 
 log = logging.getLogger(__name__)
 
 _EXTRA_STATE = "_extra_state"
-_HEAVY_BYTES = 8_000_000
 _WARNED = set[str]()
 """Hyper-parameters already warned about in this process."""
 
@@ -115,10 +115,10 @@ def _hyper_parameters(owner: Any) -> dict[str, Any]:
 def _fits(name: str, value: Any) -> bool:
     problem = ""
     try:
-        if isinstance(value, nn.Module) and sum(p.nbytes for p in value.parameters()) > _HEAVY_BYTES:
-            problem = f"it is a module larger than {_HEAVY_BYTES // 1_000_000} MB"
-        elif len(pack(value)) > _HEAVY_BYTES:
-            problem = f"it is larger than {_HEAVY_BYTES // 1_000_000} MB"
+        if isinstance(value, nn.Module) and sum(p.nbytes for p in value.parameters()) > HEAVY_BYTES:
+            problem = f"it is a module larger than {HEAVY_BYTES // 1_000_000} MB"
+        elif len(pack(value)) > HEAVY_BYTES:
+            problem = f"it is larger than {HEAVY_BYTES // 1_000_000} MB"
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         problem = str(error)
     if problem and name not in _WARNED:

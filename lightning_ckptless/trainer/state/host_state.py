@@ -29,6 +29,7 @@ from lightning_ckptless.trainer.state.module_attributes import ModuleAttributes
 from lightning_ckptless.trainer.state.own_state import hyperparameters, own_state, set_hyperparameters, set_own_state
 from lightning_ckptless.trainer.state.parameter_groups import GroupNames, require_same_groups
 from lightning_ckptless.trainer.state.plain_values import (
+    HEAVY_BYTES,
     heavy_attributes,
     is_same,
     plain_attributes,
@@ -46,8 +47,6 @@ from lightning_ckptless.trainer.state.tensors import (
 from lightning_ckptless.trainer.strategy.compatibility import names_of_class
 
 log = logging.getLogger(__name__)
-
-HEAVY_BYTES = 8_000_000
 
 
 class HostState:

@@ -28,6 +28,8 @@ _SEQUENCES = (list, tuple, set, frozenset, deque, torch.Size)
 _MAPPINGS = (dict, OrderedDict, Counter)
 _FACTORIES = (None, int, float, str, list, dict, set, Counter)
 MAX_DEPTH = 6
+HEAVY_BYTES = 8_000_000
+"""A larger value is too expensive to be mirrored or stored with every version."""
 
 
 def is_plain(value: Any, depth: int = 0) -> bool:

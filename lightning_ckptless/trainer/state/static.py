@@ -1,4 +1,7 @@
-"""Guesses which tensors are static. The guess decides their place in a shard and is verified at every version."""
+"""Guesses which tensors are static. The guess decides their place in a shard and is verified at every version.
+
+Apart from `commit.mirroring`, because a guess depends on the trainer's tensors only.
+"""
 
 from __future__ import annotations
 

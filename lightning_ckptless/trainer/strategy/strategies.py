@@ -9,9 +9,10 @@ from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_ckptless.distributions import DISTRIBUTIONS
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.internals.lightning.ddp import wrap_late
-from lightning_ckptless.internals.lightning.distribution import DISTRIBUTIONS, module
+from lightning_ckptless.internals.lightning.distribution import module
 from lightning_ckptless.internals.lightning.model_parallel import (
     PRECISIONS,
     fit_mesh,

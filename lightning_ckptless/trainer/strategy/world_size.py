@@ -1,4 +1,7 @@
-"""The number of ranks: as many as the trainer asks for, or fewer if the launcher accepts fewer nodes."""
+"""The number of ranks: as many as the trainer asks for, or fewer if the launcher accepts fewer nodes.
+
+Apart from the strategies, because it compares numbers and needs no trainer.
+"""
 
 from __future__ import annotations
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from lightning_ckptless.cli.runs import find_run
-from lightning_ckptless.cli.view.story import PHASES, Span, Step, goodput_over_time, story_of
+from lightning_ckptless.cli.view.story import Span, Step, goodput_over_time, story_of
 from lightning_ckptless.ledger import Event
+from lightning_ckptless.protocol.goodput import PHASES
 from tests.cli.ledgers import RUN_ID, STEPS, write_ledger
 
 

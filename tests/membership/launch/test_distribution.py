@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lightning_ckptless import environment
-from lightning_ckptless.membership.launch.config import LIGHTNING, PYTORCH_LIGHTNING, distribution_of, usual_modules
+from lightning_ckptless.distributions import LIGHTNING, PYTORCH_LIGHTNING
+from lightning_ckptless.membership.launch.config import distribution_of, usual_modules
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ def test_every_rank_commits_and_every_shard_has_its_copies(world: MakeWorld, wor
     for step in (1, 2, 3):
         ranks.submit(step)
         assert ranks.settle() == [Version(step, True)] * world_size
-    lines = [line for arena in ranks.arenas for line in arena.inventory()]
-    kept = [line for line in lines if line.version == Version(3, True)]
+    replicas = [line for arena in ranks.arenas for line in arena.inventory()]
+    kept = [replica for replica in replicas if replica.version == Version(3, True)]
     assert len(kept) == world_size * (copies + 1) and {line.state for line in kept} == {SlotState.COMMITTED}
     assert ranks.values() == {3.0}
     for lost in range(world_size):

@@ -170,7 +170,7 @@ def test_damage_to_the_static_part_is_detected_and_repaired(world: MakeWorld, mo
         arena.write_layout(layout)
     states = [tuned(0) for _ in range(2)]
     train(ranks, states, range(1, 4))
-    kept = next(line for line in ranks.arenas[0].inventory() if line.shard == 1 and line.version.optimizer_step == 3)
+    kept = next(r for r in ranks.arenas[0].inventory() if r.shard == 1 and r.version.optimizer_step == 3)
     with (ranks.arenas[0].path / f"shard-0001.held-by-0000.{layout.digest[:12]}.slot-{kept.slot}").open("r+b") as file:
         file.seek(4096 + 100)
         file.write(b"damage")

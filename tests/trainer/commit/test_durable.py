@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from lightning_ckptless import environment
-from lightning_ckptless.durable.order import read_share
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.placement import place
@@ -70,7 +69,7 @@ def test_a_single_node_writes_all_shards_if_it_holds_all(
 ) -> None:
     rung = DurableRung(identity(tmp_path), 0, CkptlessOptions(durable_every_n_steps=6, mirror_every_n_steps=4))
     rung.assign_writer(members_of(nodes, copies, arena))
-    share = read_share(arena.notes())
+    share = arena.notes().durable_share
     assert share is not None
     assert (len(share.shards), share.leads, share.every_n_steps) == (
         shards, True, None if shards == len(nodes) else 12,

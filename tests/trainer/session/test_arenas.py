@@ -9,12 +9,13 @@ import torch
 
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena import Arena, Owner, Stamp
+from lightning_ckptless.replica.arena_notes import ArenaNotes
 from lightning_ckptless.trainer.session.arenas import discard_if_empty
 
 
 def test_an_arena_is_discarded_only_while_it_is_empty(tmp_path: Path) -> None:
     arena = Arena.create(tmp_path, "run", "node", Owner.of(os.getpid()))
-    arena.note("logger_versions", [])
+    arena.write_notes(ArenaNotes(generation=1))
     discard_if_empty(arena)
     assert list(tmp_path.iterdir()) == []
 

@@ -12,6 +12,7 @@ from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.failure_domains import Domains
 from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.arena_notes import ArenaNotes
 from lightning_ckptless.replica.transport import LoopbackTransport, SoloTransport
 from lightning_ckptless.trainer.session.failure_domains import find_domains, own_domain
 from lightning_ckptless.trainer.session.member_set import MemberSet, form_member_set
@@ -105,7 +106,7 @@ def test_generation_numbers_do_not_repeat_after_all_arenas_are_lost(arena: Arena
         return members.generation
 
     assert [form(), form()] == [2, 3]
-    arena.note("generation", 0)
+    arena.write_notes(ArenaNotes(generation=0))
     assert form() == 4
     record.write_text("damaged")
     assert form() == 5

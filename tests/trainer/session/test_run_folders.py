@@ -32,7 +32,7 @@ def trainer_in(folder: Path) -> Any:
 
 def test_root_folder_callbacks_and_profiler_use_the_first_processs_folders(tmp_path: Path) -> None:
     first, later = trainer_in(tmp_path / "1"), trainer_in(tmp_path / "2")
-    RunFolders(later).adopt([RunFolders(first).facts()], 0)
+    RunFolders(later).adopt([RunFolders(first).own()], 0)
     assert later.default_root_dir == str(tmp_path / "1")
     assert {str(c.dirpath) for c in later.callbacks if hasattr(c, "dirpath")} == {
         str(tmp_path / "1" / "failed"),
@@ -43,7 +43,7 @@ def test_root_folder_callbacks_and_profiler_use_the_first_processs_folders(tmp_p
 
 
 def test_each_rank_has_its_own_folders(tmp_path: Path) -> None:
-    facts = [RunFolders(trainer_in(tmp_path / name)).facts() for name in ("a", "b")]
+    facts = [RunFolders(trainer_in(tmp_path / name)).own() for name in ("a", "b")]
     later = trainer_in(tmp_path / "c")
     RunFolders(later).adopt(facts, 1)
     assert later.default_root_dir == str(tmp_path / "b")
@@ -55,7 +55,7 @@ def test_each_rank_has_its_own_folders(tmp_path: Path) -> None:
 def test_a_folder_derived_from_a_logger_is_not_changed(tmp_path: Path) -> None:
     first, later = (tiny_trainer(tmp_path, callbacks=[ModelCheckpoint()], enable_checkpointing=True) for _ in range(2))
     first.checkpoint_callback.dirpath = str(tmp_path / "version_0")
-    RunFolders(later).adopt([RunFolders(first).facts()], 0)
+    RunFolders(later).adopt([RunFolders(first).own()], 0)
     assert later.checkpoint_callback.dirpath is None
 
 
@@ -63,7 +63,7 @@ def test_the_working_directory_is_that_of_the_first_process(tmp_path: Path, monk
     for name in ("1", "2"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "1")
-    facts = RunFolders(tiny_trainer(Path("."))).facts()
+    facts = RunFolders(tiny_trainer(Path("."))).own()
     monkeypatch.chdir(tmp_path / "2")
     RunFolders(tiny_trainer(Path("."))).adopt([facts], 0)
     assert Path.cwd() == tmp_path / "1"
@@ -71,7 +71,7 @@ def test_the_working_directory_is_that_of_the_first_process(tmp_path: Path, monk
 
 def test_a_later_fit_without_a_note_uses_the_folders_of_the_run(tmp_path: Path) -> None:
     first, later = trainer_in(tmp_path / "1"), trainer_in(tmp_path / "2")
-    RunFolders(later).adopt([RunFolders(first).facts()], 0)
+    RunFolders(later).adopt([RunFolders(first).own()], 0)
     second = trainer_in(tmp_path / "2" / "second")
     RunFolders(second).adopt(None, 0)
     assert second.default_root_dir == str(tmp_path / "1" / "second")
@@ -79,16 +79,16 @@ def test_a_later_fit_without_a_note_uses_the_folders_of_the_run(tmp_path: Path) 
 
 def test_without_a_note_nothing_changes(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path)
-    before = RunFolders(trainer).facts()
+    before = RunFolders(trainer).own()
     RunFolders(trainer).adopt(None, 0)
     RunFolders(trainer).adopt([before], 0)
-    assert RunFolders(trainer).facts() == before
+    assert RunFolders(trainer).own() == before
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_the_root_folder_of_a_trainer_can_be_set(distribution: str, tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "2", distribution=distribution)
-    RunFolders(trainer).adopt([RunFolders(tiny_trainer(tmp_path / "1", distribution=distribution)).facts()], 0)
+    RunFolders(trainer).adopt([RunFolders(tiny_trainer(tmp_path / "1", distribution=distribution)).own()], 0)
     assert trainer.default_root_dir == str(tmp_path / "1")
 
 

@@ -1,8 +1,7 @@
-"""What a test may not leave behind, and how it is found.
+"""Detects what a test leaves behind: processes, threads, files, shared memory, settings or a process group.
 
-`Scene.now()` notes what is there before a test; `leaks(before)` names what is there after it and was not before. What
-is on its way out (a process that was killed, a thread that was told to end) gets a grace period, so that a test need
-not wait for it.
+`Snapshot.take()` records the state before a test, and `find_leaks(before)` lists what exists after it and did not exist
+before. Processes and threads that are about to end get a grace period, so that a test need not wait for them.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ REPOSITORY = Path(__file__).parent.parent
 SHARED_MEMORY = Path("/dev/shm")
 GRACE_S = 5.0
 
-# tqdm keeps one for all bars of a process.
+# tqdm keeps one thread for all bars of a process.
 _THREADS_OF_OTHERS = frozenset({"TMonitor", "tqdm_monitor"})
-# pytest notes there which test is running; torch's libraries and Lightning's how they are loaded.
+# Set by pytest to the running test, and by torch and its libraries when they are loaded.
 _VARIABLES_OF_OTHERS = frozenset(
     {
         "KMP_DUPLICATE_LIB_OK",
@@ -37,18 +36,18 @@ _VARIABLES_OF_OTHERS = frozenset(
         "TORCHINDUCTOR_CACHE_DIR",
     }
 )
-# Lightning's notes of seed_everything(): put back, as all that changes, but nobody's fault.
+# Set by Lightning's `seed_everything()`: restored like other variables, but not reported.
 _VARIABLES_OF_SEEDS = frozenset({"PL_GLOBAL_SEED", "PL_SEED_WORKERS"})
-# pytest-timeout's.
+# Used by pytest-timeout.
 _SIGNALS_OF_OTHERS = frozenset({signal.SIGALRM})
-# Caches, and what people and their tools make while tests run.
+# Caches and folders that tools and developers may create while tests run.
 _MAY_APPEAR = frozenset({".coverage", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__"})
-_ROOMS = frozenset({"benchmarks", "configs", "docs", "examples", "site", "tests"})
+_FOLDERS = frozenset({"benchmarks", "configs", "docs", "examples", "site", "tests"})
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What a process holds and has caused at one moment."""
+class Snapshot:
+    """The resources and settings of this process at one moment, and the processes started by the test session."""
 
     processes: frozenset[psutil.Process]
     threads: frozenset[threading.Thread]
@@ -60,8 +59,8 @@ class Scene:
     in_repository: frozenset[str]
 
     @classmethod
-    def now(cls) -> Scene:
-        """Look at everything."""
+    def take(cls) -> Snapshot:
+        """Record the current state."""
         return cls(
             frozenset(marked_processes()),
             frozenset(threading.enumerate()),
@@ -74,14 +73,14 @@ class Scene:
                 if isinstance(s, signal.Signals)
             },
             process_group_exists(),
-            frozenset(os.listdir(REPOSITORY)) - _MAY_APPEAR - _ROOMS,
+            frozenset(os.listdir(REPOSITORY)) - _MAY_APPEAR - _FOLDERS,
         )
 
 
-def leaks(before: Scene) -> list[str]:
-    """Name what was left behind since `before`; settings are put back, processes are killed."""
+def find_leaks(before: Snapshot) -> list[str]:
+    """List what was left behind since `before`; settings are restored, and processes are killed."""
     found = [*leaked_processes(before), *leaked_threads(before), *leaked_files(before)]
-    after = Scene.now()
+    after = Snapshot.take()
     found += [f"shared memory {name}" for name in sorted(after.arenas - before.arenas)]
     found += [f"{name} in the repository" for name in sorted(after.in_repository - before.in_repository)]
     if after.in_process_group and not before.in_process_group:
@@ -90,7 +89,7 @@ def leaks(before: Scene) -> list[str]:
 
 
 def marked_processes() -> Iterator[psutil.Process]:
-    """Live processes, other than this one, that were started under this test session, by whomever."""
+    """Live processes other than this one that were started by this test session, directly or not."""
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) != os.getpid() and _mark() in _environment(entry):
             try:
@@ -101,49 +100,49 @@ def marked_processes() -> Iterator[psutil.Process]:
                 continue
 
 
-def leaked_processes(before: Scene) -> list[str]:
-    """Processes that are new and do not end within the grace period; they are killed."""
+def leaked_processes(before: Snapshot) -> list[str]:
+    """New processes that do not end within the grace period; they are killed."""
     new = [process for process in marked_processes() if process not in before.processes]
     _, alive = psutil.wait_procs(new, timeout=GRACE_S) if new else ([], [])
     found = []
     for process in alive:
-        with_command = f"process {process.pid}: {' '.join(_command(process))[:200]}"
+        description = f"process {process.pid}: {' '.join(_command(process))[:200]}"
         try:
             process.kill()
         except psutil.NoSuchProcess:
             continue
-        found.append(with_command)
+        found.append(description)
     return found
 
 
-def leaked_threads(before: Scene) -> list[str]:
-    """Threads that are new and do not end within the grace period."""
+def leaked_threads(before: Snapshot) -> list[str]:
+    """New threads that do not end within the grace period."""
     new = [t for t in threading.enumerate() if t not in before.threads and t.name not in _THREADS_OF_OTHERS]
     for thread in new:
         thread.join(GRACE_S)
     return [f"thread {thread.name}" for thread in new if thread.is_alive()]
 
 
-def leaked_files(before: Scene) -> list[str]:
-    """File descriptors, sockets and mappings' files that are new and open."""
+def leaked_files(before: Snapshot) -> list[str]:
+    """New open file descriptors, including those of sockets and of mapped files."""
     if _new_files(before):
         gc.collect()
     return _new_files(before)
 
 
 def arenas() -> Iterator[str]:
-    """Arenas in the folder that is this session's own: what other runs on this machine do is none of its business."""
+    """Arenas in the folder of this test session; those of other runs on this machine are ignored."""
     for facts in arena_folder().glob("ckptless-*/arena.json"):
         yield facts.parent.name
 
 
 def arena_folder() -> Path:
-    """Where all arenas go that are made under this test session, unless a test says otherwise."""
+    """The folder for the arenas of this test session, unless a test chooses another."""
     return SHARED_MEMORY / f"tests-{os.environ[MARK]}"
 
 
-def changed_variables(before: Scene, after: Scene) -> list[str]:
-    """Environment variables that differ; they are put back."""
+def changed_variables(before: Snapshot, after: Snapshot) -> list[str]:
+    """Environment variables that differ; they are restored."""
     names = {n for n in before.variables | after.variables if before.variables.get(n) != after.variables.get(n)}
     for name in names:
         os.environ.pop(name, None)
@@ -152,8 +151,8 @@ def changed_variables(before: Scene, after: Scene) -> list[str]:
     return [f"environment variable {name}" for name in sorted(names - _VARIABLES_OF_SEEDS)]
 
 
-def changed_handlers(before: Scene, after: Scene) -> list[str]:
-    """Signals whose handler differs; it is put back."""
+def changed_handlers(before: Snapshot, after: Snapshot) -> list[str]:
+    """Signals whose handler differs; it is restored."""
     changed = [number for number, handler in before.handlers.items() if after.handlers[number] != handler]
     for number in changed:
         signal.signal(number, before.handlers[number])
@@ -161,23 +160,23 @@ def changed_handlers(before: Scene, after: Scene) -> list[str]:
 
 
 def open_files() -> dict[str, str]:
-    """File descriptors of this process, by number, with what they point to."""
+    """The target of each file descriptor of this process, by number."""
     files = {}
     for number in os.listdir("/proc/self/fd"):
         try:
             files[number] = os.readlink(f"/proc/self/fd/{number}")
-        except OSError:  # the one that listed the folder
+        except OSError:  # the descriptor that listed the folder
             continue
     return files
 
 
 def process_group_exists() -> bool:
-    """Whether torch.distributed is loaded and its default group is there."""
+    """Whether torch.distributed is loaded and has a default group."""
     distributed: Any = sys.modules.get("torch.distributed")
     return distributed is not None and bool(distributed.is_available() and distributed.is_initialized())
 
 
-def _new_files(before: Scene) -> list[str]:
+def _new_files(before: Snapshot) -> list[str]:
     return [
         f"file {number} -> {target}" for number, target in open_files().items() if before.files.get(number) != target
     ]
@@ -188,10 +187,10 @@ def _mark() -> bytes:
 
 
 def _environment(pid: str) -> bytes:
-    """The variables that a process was started with; waits for a child that has none yet.
+    """The variables with which a process was started; waits for a child that has none yet.
 
-    `Popen` returns once the new program has closed what it does not inherit, a moment before the kernel has set up its
-    variables.
+    `Popen` returns when the new program has closed the descriptors that it does not inherit, which is shortly before
+    the kernel has set up its variables.
     """
     until = time.monotonic() + GRACE_S
     while True:
@@ -205,7 +204,7 @@ def _environment(pid: str) -> bytes:
 
 
 def _is_starting(pid: str) -> bool:
-    """Whether it is a live child of this process; a zombie has no variables any more."""
+    """Whether a process is a live child of this process; a zombie has no variables any more."""
     state, parent = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[:2]
     return int(parent) == os.getpid() and state not in "ZX"
 
