@@ -79,7 +79,7 @@ def test_the_variables_of_the_runtime_are_read(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_slurm_script_runs_as_it_stands(tmp_path: Path) -> None:
+def test_the_slurm_script_runs_unchanged(tmp_path: Path) -> None:
     for name, text in STAND_INS.items():
         path = tmp_path / name
         path.write_text(text)

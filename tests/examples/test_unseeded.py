@@ -10,7 +10,7 @@ from lightning_ckptless.errors import LaunchError
 from tests.examples.conftest import EXAMPLES, Drill
 
 
-def test_unseeded_script_is_told_so(drill: Drill, tmp_path: Path) -> None:
+def test_an_unseeded_script_is_reported(drill: Drill, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     text = (EXAMPLES / "char_gpt" / "train.py").read_text()
     script.write_text(text.replace("    seed_everything(1, workers=True)\n", ""))

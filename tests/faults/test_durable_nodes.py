@@ -1,4 +1,4 @@
-"""Two nodes that are lost at once, with their arenas, and come back from the states that the first has written."""
+"""Two nodes are lost at once with their arenas, and resume from the durable states that the first has written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nodes under torchrun: its agents start all workers anew where a node goes or comes, and the state is put together."""
+"""Elastic runs under torchrun: its agents restart all workers when a node leaves or joins; the state is reassembled."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--max-rest
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("words", [(), ("--sharded",)], ids=["ddp", "fsdp2"])
-def test_a_node_is_lost_and_comes_back(
-    words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: ForkServer
-) -> None:
+def test_a_lost_node_rejoins(words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     words = ("--samples", "240", "--pace", "0.5", *words)
     expected = whole(tmp_path / "whole", parent, 2, *words)
     folder = tmp_path / "elastic"
