@@ -9,7 +9,7 @@ import pytest
 
 from tests.device.hosts import HOSTS
 from tests.faults.cluster import END_S
-from tests.faults.counting import Account, account_of, furthest
+from tests.faults.counting import Account, account_of, largest_difference
 from tests.faults.elastic import Nodes, rungs
 
 WORDS = ("--samples", "360", "--pace", "0.5", "--accelerator", "gpu")
@@ -36,11 +36,11 @@ def run_undisturbed(folder: Path, stack: ExitStack, words: tuple[str, ...]) -> A
 def test_a_lost_node_rejoins(words: tuple[str, ...], tmp_path: Path, stack: ExitStack) -> None:
     expected = run_undisturbed(tmp_path / "undisturbed", stack, (*WORDS, *words))
     nodes = two_nodes(tmp_path / "elastic", stack, (*WORDS, *words))
-    found = nodes.lose_and_bring_back(1, "node:rank=1:step=9", of=2, left=1)
+    found = nodes.lose_and_rejoin(1, "node:rank=1:step=9", of=2, left=1)
     assert found.sizes == [2, 1, 2]
     assert rungs(nodes) == ["in place", "in place"]
     assert found.processes == 2 + 1, "the survivor keeps its process"
     assert found.steps == expected.steps
-    difference = furthest(expected, found)
+    difference = largest_difference(expected, found)
     print(f"largest difference of a weight: {difference:.2g}")
     assert difference < BOUND

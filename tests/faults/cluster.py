@@ -129,7 +129,7 @@ class Cluster:
         self.stack.callback(_end, agent)
         return agent
 
-    def lose(self, agent: psutil.Popen) -> None:
+    def remove_arena(self, agent: psutil.Popen) -> None:
         """Remove the arena of a dead node."""
         (info,) = [info for info in find_arenas(self.arenas) if info.owner.pid == agent.pid]
         shutil.rmtree(info.path)

@@ -67,7 +67,7 @@ def account_of(folder: Path) -> Account:
     return account
 
 
-def furthest(left: Account, right: Account) -> float:
+def largest_difference(left: Account, right: Account) -> float:
     """Return the largest absolute difference between the weights of two runs."""
     a, b = left.weights(), right.weights()
     return max(float((a[name] - b[name]).abs().max()) for name in a)

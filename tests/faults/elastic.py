@@ -32,7 +32,7 @@ def command(folder: Path, nodes: int, devices: int, *words: str) -> tuple[str, .
     return (str(COUNTED), "--folder", str(folder), "--nodes", str(nodes), "--devices", str(devices), *words)
 
 
-def whole(folder: Path, parent: ForkServer, ranks: int, *words: str) -> Account:
+def run_undisturbed(folder: Path, parent: ForkServer, ranks: int, *words: str) -> Account:
     """Run without faults and return the result."""
     folder.mkdir()
     env = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
@@ -107,9 +107,9 @@ class Nodes:
     def lose(self, agent: psutil.Popen) -> None:
         """Wait until a node is lost, and remove its arena."""
         assert agent.wait(timeout=END_S) == -signal.SIGKILL, self.cluster.output()
-        self.cluster.lose(agent)
+        self.cluster.remove_arena(agent)
 
-    def lose_and_bring_back(self, lost: int, fault: str, *, of: int, left: int) -> Account:
+    def lose_and_rejoin(self, lost: int, fault: str, *, of: int, left: int) -> Account:
         """Train to the end while one node is lost with its arena and rejoins.
 
         Args:

@@ -45,7 +45,7 @@ class Hosts:
         for name, other in zip(self.names, reversed(ADDRESSES), strict=True):
             _ip("-n", name, "neigh", "replace", other, "lladdr", _UNUSED_MAC, "dev", "wire", "nud", "permanent")
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         """Restore the link."""
         for name, other in zip(self.names, reversed(ADDRESSES), strict=True):
             _ip("-n", name, "neigh", "del", other, "dev", "wire")

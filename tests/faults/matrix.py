@@ -42,7 +42,7 @@ class Cell:
     restored: tuple[str, ...] = ()
 
 
-WHEN = {
+MOMENTS = {
     "rank=1-during=training_step": Cell("kill:rank=1:step=4", restored=("step 3",)),
     "rank=0-during=backward": Cell("kill:rank=0:step=5:at=backward", restored=("step 4",)),
     "rank=1-during=optimizer_step": Cell("kill:rank=1:step=4:at=optimizer_step", restored=("step 3",)),
@@ -60,7 +60,7 @@ WHEN = {
     "rank=1-at=first_commit": Cell("kill:rank=1:step=1:at=commit", restored=("step 0",)),
     "rank=1-at=last_step": Cell("kill:rank=1:step=12", restored=("step 11",)),
 }
-WHO = {
+RANKS = {
     "rank=all-at_once": Cell("kill:rank=all:step=5", restored=("step 4",)),
     "rank=1-twice": Cell("kill:rank=1:step=3,kill:rank=1:step=9:at=backward", recoveries=2),
     "rank=0-then=1": Cell("kill:rank=0:step=2:at=optimizer_step,kill:rank=1:step=7", recoveries=2),
@@ -115,7 +115,7 @@ VALIDATION = {
         "kill:rank=1:step=4", replace(BASE, strategy_options="{'failure_domain': 'rank'}"), restored=("step 3",)
     ),
 }
-CELLS = {**WHEN, **WHO, **DATA, **OPTIMIZATION, **VALIDATION}
+CELLS = {**MOMENTS, **RANKS, **DATA, **OPTIMIZATION, **VALIDATION}
 RELAUNCHED = (
     "rank=1-during=training_step",
     "rank=1-during=optimizer_step",

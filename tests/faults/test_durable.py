@@ -102,8 +102,8 @@ def test_training_continues_if_no_state_can_be_written(job: Run, capfd: pytest.C
 
 
 def test_options_set_folder_number_and_interval_of_states(job: Run) -> None:
-    asked: dict[str, Any] = {"durable_keep": 1, "durable_every_n_steps": 3, "durable_dir": "here"}
-    job.start(durable(SHORT, slow_s=0.2, **asked))
+    options: dict[str, Any] = {"durable_keep": 1, "durable_every_n_steps": 3, "durable_dir": "here"}
+    job.start(durable(SHORT, slow_s=0.2, **options))
     kept = states(job.folder / "here")
     assert [path.name for path in kept] == ["step-0000000006"]
     assert not durable_folder_of(job).exists()
@@ -116,7 +116,7 @@ def test_options_set_folder_number_and_interval_of_states(job: Run) -> None:
     # A run with another run id resumes from it and trains longer.
     remove_arenas(job.run_id)
     before, job.run_id = job.run_id, new_run_id()
-    assert job.start(durable(BASE, **asked)).exit_code == 0
+    assert job.start(durable(BASE, **options)).exit_code == 0
     assert f"step 6 of run {before} is the newest state left" in reason_of_last_start(job)
     assert states(job.folder / "here")[-1].name == "step-0000000012"
     assert [path.name for path in (job.folder / "lightning_logs").iterdir()] == ["version_0"]

@@ -13,8 +13,8 @@ import pytest
 from lightning_ckptless.ledger import read_ledger
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from tests.faults.cluster import END_S
-from tests.faults.counting import Account, account_of, furthest
-from tests.faults.elastic import BOUND, Nodes, rungs, start, whole
+from tests.faults.counting import Account, account_of, largest_difference
+from tests.faults.elastic import BOUND, Nodes, run_undisturbed, rungs, start
 
 SAMPLES = 720
 PACED = ("--samples", str(SAMPLES), "--pace", "0.25")
@@ -24,7 +24,7 @@ SCALE = ("--strategy-options", "{'elastic_batch': 'scale'}")
 def shrink_and_grow(folder: Path, stack: ExitStack, *words: str) -> Account:
     """Train on four nodes; one is lost with its arena and rejoins."""
     nodes = Nodes(folder, stack, least=3, most=4, words=words)
-    found = nodes.lose_and_bring_back(3, "node:rank=3:step=9", of=4, left=3)
+    found = nodes.lose_and_rejoin(3, "node:rank=3:step=9", of=4, left=3)
     assert found.sizes == [4, 3, 4]
     assert rungs(nodes) == ["in place"] * 2
     assert found.processes == 4 + 1, "the survivors keep their processes"
@@ -56,13 +56,13 @@ def every_sample_once(account: Account) -> bool:
     ids=["ddp", "accumulated", "fsdp2"],
 )
 def test_a_lost_node_rejoins(words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
-    expected = whole(tmp_path / "whole", parent, 4, *PACED, *words)
+    expected = run_undisturbed(tmp_path / "undisturbed", parent, 4, *PACED, *words)
     found = shrink_and_grow(tmp_path / "elastic", stack, *PACED, *words)
     assert found.steps == expected.steps
     assert every_sample_once(found)
     assert [row["count"] for row in found.epochs] == [SAMPLES, SAMPLES]
     assert [row["loss"] for row in found.epochs] == pytest.approx([row["loss"] for row in expected.epochs], rel=1e-6)
-    assert furthest(expected, found) < BOUND
+    assert largest_difference(expected, found) < BOUND
 
 
 @pytest.mark.long
@@ -74,10 +74,10 @@ def test_the_lost_node_of_rank_0_rejoins(
 ) -> None:
     """Another node takes over rank 0 with a new worker; the third worker stays. When the node rejoins, both stay."""
     words = ("--samples", "360", "--pace", "0.25", *words)
-    expected = whole(tmp_path / "whole", parent, 3, *words)
+    expected = run_undisturbed(tmp_path / "undisturbed", parent, 3, *words)
     folder = tmp_path / "elastic"
     nodes = Nodes(folder, stack, least=2, most=3, words=words)
-    found = nodes.lose_and_bring_back(0, "node:rank=0:step=9", of=3, left=2)
+    found = nodes.lose_and_rejoin(0, "node:rank=0:step=9", of=3, left=2)
     assert found.sizes == [3, 2, 3]
     assert rungs(nodes) == ["in place", "in place"]
     assert found.processes == 3 + 1 + 1
@@ -85,7 +85,7 @@ def test_the_lost_node_of_rank_0_rejoins(
     assert moves == {"[[1], [0]]", "[[0, 1], [2]]"}
     assert found.steps == expected.steps
     assert [row["loss"] for row in found.epochs] == pytest.approx([row["loss"] for row in expected.epochs], rel=1e-6)
-    assert furthest(expected, found) < BOUND
+    assert largest_difference(expected, found) < BOUND
 
 
 @pytest.mark.long
@@ -94,15 +94,15 @@ def test_the_lost_node_of_rank_0_rejoins(
 def test_a_mesh_shrinks_by_a_row_and_grows_back(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     """FSDP2 with tensor parallelism on two nodes of two ranks; one node is lost and rejoins."""
     words = ("--samples", "240", "--pace", "0.5", "--sharded", "--tensor", "2")
-    expected = whole(tmp_path / "whole", parent, 4, *words)
+    expected = run_undisturbed(tmp_path / "undisturbed", parent, 4, *words)
     folder = tmp_path / "elastic"
     nodes = Nodes(folder, stack, least=1, most=2, devices=2, words=words)
-    found = nodes.lose_and_bring_back(1, "node:rank=3:step=9", of=2, left=2)
+    found = nodes.lose_and_rejoin(1, "node:rank=3:step=9", of=2, left=2)
     assert found.sizes == [4, 2, 4]
     assert rungs(nodes) == ["in place"] * 2
     assert found.processes == 4 + 2
     assert found.steps == expected.steps
-    assert furthest(expected, found) < BOUND
+    assert largest_difference(expected, found) < BOUND
 
 
 @pytest.mark.long
@@ -114,7 +114,7 @@ def test_four_nodes_shrink_to_one_and_grow_back(
 ) -> None:
     """Three nodes, among them that of rank 0, are lost one by one, each after the shards have been rereplicated."""
     words = ("--samples", str(SAMPLES), "--pace", "0.5", *words)
-    expected = whole(tmp_path / "whole", parent, 4, *words)
+    expected = run_undisturbed(tmp_path / "undisturbed", parent, 4, *words)
     folder = tmp_path / "elastic"
     nodes = Nodes(folder, stack, least=1, most=4, words=words)
     losses = {3: "node:rank=3:step=5", 0: "node:rank=0:step=10", 1: "node:rank=1:step=15"}
@@ -132,7 +132,7 @@ def test_four_nodes_shrink_to_one_and_grow_back(
     assert not nodes.cluster.events("hang")
     assert found.steps == expected.steps
     assert every_sample_once(found)
-    assert furthest(expected, found) < BOUND
+    assert largest_difference(expected, found) < BOUND
 
 
 @pytest.mark.long
@@ -159,7 +159,7 @@ DURABLE = ("--samples", "180", "--strategy-options", "{'durable_every_n_steps': 
 def test_two_ranks_resume_from_a_durable_state_of_three(
     words: tuple[str, ...], tmp_path: Path, parent: ForkServer
 ) -> None:
-    expected = whole(tmp_path / "whole", parent, 3, *words)
+    expected = run_undisturbed(tmp_path / "undisturbed", parent, 3, *words)
     folder = tmp_path / "run"
     (folder / "arenas").mkdir(parents=True)
     assert start(folder, parent, 3, *words, faults="kill:rank=1:step=9").exit_code == 128 + 9
@@ -169,7 +169,7 @@ def test_two_ranks_resume_from_a_durable_state_of_three(
     assert found.sizes == [3, 2]
     assert found.steps == expected.steps
     assert [row["count"] for row in found.epochs] == [180.0, 180.0]
-    assert furthest(expected, found) < BOUND
+    assert largest_difference(expected, found) < BOUND
     (last,) = [e.fields for e in read_ledger(folder / "runs" / "run" / "ledger.jsonl", only="run_started").events][1:]
     assert "durable state" in last["reason"] and "written by 3 ranks, 2 go on" in last["reason"]
 
@@ -215,4 +215,4 @@ def test_results_are_identical_after_a_fault_with_fewer_ranks(
     assert undisturbed.sizes == killed.sizes == [3, 2]
     assert undisturbed.steps == killed.steps
     assert undisturbed.epochs == killed.epochs
-    assert furthest(undisturbed, killed) == 0
+    assert largest_difference(undisturbed, killed) == 0

@@ -11,8 +11,8 @@ import pytest
 
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from tests.faults.cluster import END_S
-from tests.faults.counting import account_of, furthest
-from tests.faults.elastic import BOUND, Nodes, rungs, whole
+from tests.faults.counting import account_of, largest_difference
+from tests.faults.elastic import BOUND, Nodes, run_undisturbed, rungs
 
 
 def one_of_two_is_lost(
@@ -34,7 +34,7 @@ def test_a_node_that_joins_after_the_last_step_is_admitted(
     words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: ForkServer
 ) -> None:
     """The other node is notified in a hook after its last step, and returns to the recovery from there."""
-    expected = whole(tmp_path / "whole", parent, 2, *words)
+    expected = run_undisturbed(tmp_path / "undisturbed", parent, 2, *words)
     resume = tmp_path / "resume"
     env = {"node0": {"COUNTED_LINGERS_AT_EPOCH_END": str(resume)}}
     nodes, agents = one_of_two_is_lost(tmp_path / "elastic", stack, env, *words)
@@ -50,7 +50,7 @@ def test_a_node_that_joins_after_the_last_step_is_admitted(
     assert not nodes.cluster.events("hang")
     assert found.steps == expected.steps
     assert [row["count"] for row in found.epochs] == [120, 120]
-    assert furthest(expected, found) < BOUND
+    assert largest_difference(expected, found) < BOUND
 
 
 @pytest.mark.long

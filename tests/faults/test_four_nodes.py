@@ -53,7 +53,7 @@ class FourNodes:
         for node in lost:
             assert self.agents[node].wait(timeout=END_S) == -signal.SIGKILL, self.output
         for node in lost:
-            self.cluster.lose(self.agents[node])
+            self.cluster.remove_arena(self.agents[node])
         for node in lost:
             self.agents[node] = self.start(node)
 

@@ -49,7 +49,7 @@ def test_a_node_with_a_cut_link_is_fenced_and_rejoins(tmp_path: Path, stack: Exi
     assert "this node is cut off: the rendezvous at 10.77.0.1" in cluster.output()
     assert "of the round has been silent" in _wait_for(cluster, "node_lost")
     assert stays.poll() is None
-    hosts.mend()
+    hosts.restore()
     cluster.options = replace(cluster.options, slow_mirror_s=0.0)
     comes = cluster.start_agent(address=ADDRESSES[1], env=hosts.env, within=hosts.within(1))
     assert [agent.wait(timeout=END_S) for agent in (stays, comes)] == [0, 0], cluster.output()

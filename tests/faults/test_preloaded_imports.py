@@ -63,7 +63,7 @@ def importers(report: DrillReport, package: str) -> list[str]:
     (new,) = (event.fields["new"] for event in events if event.event == "in_place")
     known = dict.fromkeys(first.values(), "worker") | {pid: "replacement" for pid, _ in new.values()}
     notes = report.faulted.folder / "cwd" / f"{package}.imports"
-    return [known.get(int(line), "parent") for line in notes.read_text().split()]
+    return [known.get(int(line), "fork server") for line in notes.read_text().split()]
 
 
 def test_imports_of_the_script_are_preloaded_for_replacements(site: Path, parent: ForkServer) -> None:
@@ -71,7 +71,7 @@ def test_imports_of_the_script_are_preloaded_for_replacements(site: Path, parent
     (learned,) = (event.fields for event in report.faulted.events if event.event == "imports_learned")
     assert learned["left_out"] == {"careless": "starts a thread: pump", "needs_careless": "imports careless"}
     # Each attempt runs in a disposable process. The first detects the thread, the second the dependent package.
-    attempts = ["parent"] * learned["tries"]
+    attempts = ["fork server"] * learned["tries"]
     assert len(attempts) == 3
     assert importers(report, "careful") == ["worker", "worker", *attempts]
     assert importers(report, "careless") == ["worker", "worker", *attempts[:1], "replacement"]
