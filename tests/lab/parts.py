@@ -1,4 +1,4 @@
-"""A small training run with one option per axis of what must be exact."""
+"""A small training run with one option per axis of the fault matrix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.lab.kinds import Thaw, block_of, callback_of, two_optimizers
 
 @dataclass(frozen=True)
 class Options:
-    """One field per axis of what must be exact."""
+    """One field per axis of the fault matrix."""
 
     distribution: str = "lightning.pytorch"
     devices: int = 2
@@ -32,7 +32,7 @@ class Options:
     data: str = (
         "map"  # map, sampler, own_sampler, uneven, iterable, sized_iterable, stateful, combined, combined_stream, plain
     )
-    reload_every: int = 0  # epochs after which the dataloaders are made again
+    reload_every: int = 0  # epochs between reloads of the dataloaders
     workers: int = 0
     persistent: bool = False
     optimization: str = "adamw"  # adamw, sgd, manual, two, two_odd, two_quick
@@ -49,26 +49,28 @@ class Options:
     max_steps: int = -1
     root: str = "."
     seed: int = 7
-    strategy_options: str = "{}"  # a python dictionary of strategy options
-    ckpt_path: str = ""  # a checkpoint file to begin from
-    slow_mirror_s: float = 0.0  # how long each round of the mirror is held up
-    slow_mirror_at: str = "send"  # and at which moment
-    validate_after_commit: bool = False  # validation waits until the version before it is committed
+    strategy_options: str = "{}"  # a Python dictionary of strategy options
+    ckpt_path: str = ""  # a checkpoint file to start from
+    slow_mirror_s: float = 0.0  # delay of each mirror round
+    slow_mirror_at: str = "send"  # moment of the delay
+    validate_after_commit: bool = False  # validation waits for the commit of the version before it
     accelerator: str = "cpu"
     pin_memory: bool = False
     raise_at: int = 0  # raise a ValueError at this step, every time
     terminate_at: int = 0  # SIGTERM to the last rank at this step
     mesh: str = ""  # data_parallel x tensor_parallel ranks of a sharded model, e.g. 2x1; empty for data parallelism
     sharding: str = "plain"  # plain, hybrid (data_parallel replicates, tensor_parallel shards), partly (frozen, tied,
-    # and a head that each rank trains for itself), mixed (computed in bf16), offloaded (parameters rest on the host),
-    # compiled (layers into graphs, each before it is sharded)
+    # and a head that is not sharded), mixed (computed in bf16), offloaded (parameters on the CPU),
+    # compiled (each layer before it is sharded)
     block: str = ""  # of a model that is not sharded: adapted (frozen, with low-rank layers), compiled:BACKEND,
-    # following:HOW (a slow copy beside a layer)
-    callback: str = ""  # averaging (StochasticWeightAveraging), finetuning (a group for the body from epoch 1 on),
+    # following:HOW (a moving average of a layer)
+    callback: str = (
+        ""  # averaging (StochasticWeightAveraging), finetuning (a parameter group for the body from epoch 1),
+    )
     # searching (LearningRateFinder before training and before epoch 1)
     thaw_at: int = 0  # step before which the first layers are frozen
-    commits: str = ""  # a file that receives a line for each version a rank has seen committed
-    settings: str = "{}"  # a python dictionary of further arguments of the trainer; plugins by the name of their class
+    commits: str = ""  # a file that receives a line per commit and rank
+    settings: str = "{}"  # a Python dictionary of other trainer arguments; plugins by class name
 
 
 def link_is_down() -> None:
@@ -77,7 +79,7 @@ def link_is_down() -> None:
 
 
 class Numbers(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Samples that show which they are, with random augmentation from every generator."""
+    """Samples that encode their index, with random augmentation from every generator."""
 
     def __init__(self, samples: int, shift: float = 0.0) -> None:
         self.samples, self.shift = samples, shift
@@ -137,7 +139,7 @@ def shard(model: Any, how: str) -> None:
 
 
 class Block(nn.Module):
-    """Two layers that tensor parallelism divides between ranks, and a norm that every rank has whole."""
+    """Two layers for tensor parallelism, and a norm that is replicated."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -155,7 +157,7 @@ class Block(nn.Module):
 
 
 def model_class(distribution: Any, options: Options) -> Any:
-    """The model, as a class of one distribution of Lightning."""
+    """Return the model class for one distribution of Lightning."""
 
     class Model(distribution.LightningModule):
         def __init__(self) -> None:
@@ -244,7 +246,7 @@ def model_class(distribution: Any, options: Options) -> Any:
 
 
 def data_class(distribution: Any, options: Options) -> Any:
-    """The data, as a class of one distribution of Lightning."""
+    """Return the data module class for one distribution of Lightning."""
 
     class Data(distribution.LightningDataModule):
         def __init__(self) -> None:
@@ -252,7 +254,7 @@ def data_class(distribution: Any, options: Options) -> Any:
             self.made = 0
 
         def shift(self) -> float:
-            """Shows when a dataloader was made."""
+            """Return a value that depends on when the dataloader is created."""
             self.made += 1
             trainer = self.trainer
             assert trainer is not None
@@ -299,7 +301,7 @@ def data_class(distribution: Any, options: Options) -> Any:
 
 
 def make_trainer(distribution: Any, options: Options, strategy: Any, extra_callbacks: tuple[Any, ...] = ()) -> Any:
-    """A trainer with the loggers, callbacks and limits that the options name."""
+    """Return a trainer with the loggers, callbacks and limits of the options."""
     loggers = {
         "csv": lambda: [distribution.loggers.CSVLogger(options.root)],
         "tensorboard": lambda: [distribution.loggers.TensorBoardLogger(options.root)],
@@ -350,7 +352,7 @@ def make_trainer(distribution: Any, options: Options, strategy: Any, extra_callb
 
 
 def make_run(options: Options, strategy: Any, extra_callbacks: tuple[Any, ...] = ()) -> tuple[Any, Any, Any]:
-    """Seed everything, then make trainer, model and data."""
+    """Seed everything, then create trainer, model and data."""
     distribution = importlib.import_module(options.distribution)
     distribution.seed_everything(options.seed, workers=True, verbose=False)
     trainer = make_trainer(distribution, options, strategy, extra_callbacks)
