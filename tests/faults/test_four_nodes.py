@@ -112,7 +112,7 @@ def test_each_of_four_nodes_is_lost_in_turn(tmp_path: Path, stack: ExitStack, pa
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_two_nodes_are_lost_that_placement_tolerates(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
+def test_placement_tolerates_the_loss_of_two_nodes(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     nodes = FourNodes(tmp_path, stack, FOUR_NODES)
     nodes.start_all({0: 7, 2: 7})
     nodes.replace([0, 2])
