@@ -53,7 +53,7 @@ def test_importing_a_subpackage_does_not_import_lightning(run: Run, package: str
 def test_names_are_registered_in_either_order_of_imports(run: Run, site: Path, stub: Path) -> None:
     ours, theirs = "import lightning_ckptless", "import pytorch_lightning.strategies as theirs"
     for code in (f"{ours}\n{theirs}", f"{theirs}\n{ours}"):
-        assert run(f"{code}\ntell(list(theirs.StrategyRegistry))", site, stub.parent) == NAMES
+        assert run(f"{code}\nemit(list(theirs.StrategyRegistry))", site, stub.parent) == NAMES
 
 
 def test_the_loader_removes_itself(run: Run, site: Path, stub: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_registered_name_is_not_replaced(run: Run, site: Path, stub: Path) -> 
 def test_an_unexpected_registry_is_left_alone(run: Run, site: Path, stub: Path, registry: str) -> None:
     (stub / "strategies.py").write_text(f"{registry}\nimported = True")
     assert run(
-        "import lightning_ckptless\nfrom pytorch_lightning import strategies\ntell(strategies.imported)",
+        "import lightning_ckptless\nfrom pytorch_lightning import strategies\nemit(strategies.imported)",
         site,
         stub.parent,
     )
