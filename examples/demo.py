@@ -1,7 +1,7 @@
-"""`make demo`: train the small GPT on two CPU ranks, kill ranks, and prove that the results are identical.
+"""`make demo`: train the small GPT on two CPU ranks, kill ranks, and show that the results are identical.
 
 The same script runs twice, undisturbed and with faults. Then every step of every rank is compared bit for bit, and a
-timeline of the run with faults is written.
+timeline of the run with faults is drawn.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from lightning_ckptless.cli.timeline import write_timeline
 SCRIPT = Path(__file__).parent / "char_gpt" / "train.py"
 SIZES = ["--steps", "120", "--layers", "2", "--width", "96", "--batch-size", "8"]
 FAULTS = {
-    "kill:rank=1:step=20": "rank 1 is killed in its forward pass",
-    "kill:rank=0:step=45:at=backward": "rank 0 is killed in its backward pass",
+    "kill:rank=1:step=20": "rank 1 is killed in the forward pass",
+    "kill:rank=0:step=45:at=backward": "rank 0 is killed in the backward pass",
     "kill:rank=1:step=60:at=validation": "rank 1 is killed in the validation after step 60",
-    "raise:rank=0:step=75:at=optimizer_step": "rank 0 raises in the middle of its optimizer step",
+    "raise:rank=0:step=75:at=optimizer_step": "rank 0 raises an exception in the optimizer step",
     "kill:rank=all:step=100": "both ranks are killed at once",
 }
 OUTPUT = Path("demo_output")
@@ -31,8 +31,8 @@ OUTPUT = Path("demo_output")
 def main() -> int:
     console = Console()
     console.print("[bold]Training a GPT of 230,000 parameters on Python's standard library, on two ranks.[/bold]")
-    for what in FAULTS.values():
-        console.print(f"  - {what}")
+    for description in FAULTS.values():
+        console.print(f"  - {description}")
     console.print()
     shutil.rmtree(OUTPUT, ignore_errors=True)
     report = run_and_report([str(SCRIPT), *SIZES], list(FAULTS), OUTPUT, nproc=2, isolate=True)

@@ -28,8 +28,8 @@ from lightning_ckptless.testing.fault_marks import FaultMarks
 from lightning_ckptless.testing.log_files import collect_logs
 from lightning_ckptless.testing.traces import read_traces
 from tests.faults.cluster import Cluster, free_port
-from tests.faults.counting import account_of, furthest
-from tests.faults.elastic import BOUND, Nodes, whole
+from tests.faults.counting import account_of, largest_difference
+from tests.faults.elastic import BOUND, Nodes, run_undisturbed
 from tests.faults.hosts import ADDRESSES, Hosts, make_hosts
 
 LOOK_S = 0.02
@@ -159,7 +159,7 @@ class _Fixed:
                 self.missed = f"node {lost} was to be killed, but exited with code {code}"
                 return
             if loss is not Loss.AGENT:
-                cluster.lose(agents[lost])
+                cluster.remove_arena(agents[lost])
             if len(agents) == 1:
                 # The new agent hosts the rendezvous again.
                 cluster.agents.clear()
@@ -178,7 +178,7 @@ class _Fixed:
         self.hosts.cut()
         self.outside = (str(fault),)
         clock.end_of(agents[1], "the exit of the node that is cut off")
-        self.hosts.mend()
+        self.hosts.restore()
         return 1
 
     def judge(self, leaks: list[str]) -> Result:
@@ -238,7 +238,7 @@ class _Elastic(_Fixed):
         if not (folder / "end.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.parent.mkdir(parents=True, exist_ok=True)
-            whole(folder, parent, scenario.configuration.ranks, *self.words)
+            run_undisturbed(folder, parent, scenario.configuration.ranks, *self.words)
         self.expected = account_of(folder)
         self.folder = place.files / "elastic"
         self.ledger = self.folder / "runs" / "two-nodes" / "ledger.jsonl"
@@ -249,7 +249,7 @@ class _Elastic(_Fixed):
         with ExitStack() as stack:
             nodes = Nodes(self.folder, stack, least=2, most=3, words=self.words)
             try:
-                nodes.lose_and_bring_back(int(fault.rank), str(fault), of=3, left=2)
+                nodes.lose_and_rejoin(int(fault.rank), str(fault), of=3, left=2)
                 self.exit_code = 0
             except (AssertionError, psutil.TimeoutExpired) as error:
                 self.missed = str(error)[-500:]
@@ -259,7 +259,7 @@ class _Elastic(_Fixed):
         ended = (self.folder / "end.json").exists()
         found = account_of(self.folder)
         same_samples = ended and found.steps == self.expected.steps
-        apart = furthest(self.expected, found) if ended else float("inf")
+        apart = largest_difference(self.expected, found) if ended else float("inf")
         difference = json.dumps({"the same samples": same_samples, "weights differ by": apart})
         leaks += [f"shared memory {path.name}" for path in (self.folder / "arenas").iterdir()]
         return self._result(events_lost=0, leaks=leaks, identical=same_samples and apart < BOUND, difference=difference)

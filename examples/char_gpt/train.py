@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import lightning_ckptless
 
-LETTERS = string.printable
-PLACES = {letter: place for place, letter in enumerate(LETTERS)}
+ALPHABET = string.printable
+TOKENS = {character: token for token, character in enumerate(ALPHABET)}
 Batch = tuple[Tensor, Tensor]
 
 
@@ -47,8 +47,8 @@ class Windows(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         begin = index * self.context
-        stretch = self.text[begin : begin + self.context + 1]
-        return stretch[:-1], stretch[1:]
+        window = self.text[begin : begin + self.context + 1]
+        return window[:-1], window[1:]
 
 
 class StandardLibrary(LightningDataModule):
@@ -69,9 +69,9 @@ class StandardLibrary(LightningDataModule):
     def setup(self, stage: str) -> None:
         modules = sorted(Path(os.__file__).parent.glob("*.py"))[: self.files]
         text = "\n".join(module.read_text(encoding="utf-8") for module in modules)
-        letters = torch.tensor([PLACES[letter] for letter in text if letter in PLACES])
+        tokens = torch.tensor([TOKENS[character] for character in text if character in TOKENS])
         held_out = 16 * self.batch_size * self.context
-        self.train, self.val = (Windows(part, self.context) for part in (letters[:-held_out], letters[-held_out:]))
+        self.train, self.val = (Windows(part, self.context) for part in (tokens[:-held_out], tokens[-held_out:]))
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
@@ -88,8 +88,8 @@ class Block(nn.Module):
         self.heads = heads
         self.dropout = dropout
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attend, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.think = nn.Sequential(
+        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
         )
 
@@ -97,13 +97,13 @@ class Block(nn.Module):
         batch, length, width = x.shape
         query, key, value = (
             part.view(batch, length, self.heads, -1).transpose(1, 2)
-            for part in self.attend(self.norm_1(x)).chunk(3, dim=-1)
+            for part in self.qkv(self.norm_1(x)).chunk(3, dim=-1)
         )
         dropout = self.dropout if self.training else 0.0
-        seen = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
-        x = x + self.project(seen.transpose(1, 2).reshape(batch, length, width))
-        thought: Tensor = self.think(self.norm_2(x))
-        return x + thought
+        attended = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        x = x + self.project(attended.transpose(1, 2).reshape(batch, length, width))
+        update: Tensor = self.mlp(self.norm_2(x))
+        return x + update
 
 
 class CharGPT(LightningModule):
@@ -134,10 +134,10 @@ class CharGPT(LightningModule):
         self.context = context
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
-        self.letters = nn.Embedding(len(LETTERS), width)
-        self.places = nn.Embedding(context, width)
+        self.token_embedding = nn.Embedding(len(ALPHABET), width)
+        self.position_embedding = nn.Embedding(context, width)
         self.blocks = nn.Sequential(*(Block(width, heads, dropout) for _ in range(layers)), nn.LayerNorm(width))
-        self.head = nn.Linear(width, len(LETTERS), bias=False)
+        self.head = nn.Linear(width, len(ALPHABET), bias=False)
 
     def configure_model(self) -> None:
         """Shard the model over the strategy's mesh, if it has one."""
@@ -154,19 +154,20 @@ class CharGPT(LightningModule):
         if isinstance(self.head, FSDPModule):
             return
         if (tensor := mesh["tensor_parallel"]).size() > 1:
-            plan = {"blocks.*.think.0": ColwiseParallel(), "blocks.*.think.2": RowwiseParallel()}
+            plan = {"blocks.*.mlp.0": ColwiseParallel(), "blocks.*.mlp.2": RowwiseParallel()}
             parallelize_module(self, tensor, plan)
-        for part in (self.letters, self.places, *self.blocks, self.head):
+        for part in (self.token_embedding, self.position_embedding, *self.blocks, self.head):
             fully_shard(part, mesh=mesh["data_parallel"])
 
-    def forward(self, letters: Tensor) -> Tensor:
-        places = torch.arange(letters.shape[1], device=letters.device)
-        logits: Tensor = self.head(self.blocks(self.letters(letters) + self.places(places)))
+    def forward(self, tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.token_embedding(tokens) + self.position_embedding(positions)
+        logits: Tensor = self.head(self.blocks(x))
         return logits
 
     def loss(self, batch: Batch) -> Tensor:
-        letters, following = batch
-        return functional.cross_entropy(self(letters).flatten(0, 1), following.flatten())
+        tokens, targets = batch
+        return functional.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
@@ -180,24 +181,24 @@ class CharGPT(LightningModule):
         optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=0.1)
         steps = int(self.trainer.estimated_stepping_batches)
 
-        def share(step: int) -> float:
+        def factor(step: int) -> float:
             if step < self.warmup_steps:
                 return (step + 1) / self.warmup_steps
             return 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / steps))
 
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @torch.no_grad()
-    def write(self, beginning: str, letters: int) -> str:
-        """Continue a text by sampling; deterministic."""
+    def generate(self, prompt: str, characters: int) -> str:
+        """Continue a text by sampling with a fixed seed."""
         self.eval()
-        dice = torch.Generator().manual_seed(1)
-        text = torch.tensor([[PLACES[letter] for letter in beginning]], device=self.device)
-        for _ in range(letters):
-            chances = self(text[:, -self.context :])[:, -1].softmax(-1)
-            text = torch.cat([text, torch.multinomial(chances, 1, generator=dice)], dim=1)
-        return "".join(LETTERS[place] for place in text[0])
+        generator = torch.Generator().manual_seed(1)
+        text = torch.tensor([[TOKENS[character] for character in prompt]], device=self.device)
+        for _ in range(characters):
+            probabilities = self(text[:, -self.context :])[:, -1].softmax(-1)
+            text = torch.cat([text, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
+        return "".join(ALPHABET[token] for token in text[0])
 
 
 def strategy(mesh: str) -> Any:
@@ -238,15 +239,15 @@ def main() -> None:
         check_val_every_n_epoch=None,
         log_every_n_steps=1,
         gradient_clip_val=1.0,
-        # torch cannot compute a norm over gradients if only some of them are tensor parallel.
+        # torch cannot compute the norm of gradients if only some of them are tensor parallel.
         gradient_clip_algorithm="norm" if args.mesh in {"", f"{args.devices}x1"} else "value",
         logger=CSVLogger(args.folder),
         callbacks=[ModelCheckpoint(monitor="val_loss")],
         default_root_dir=args.folder,
     )
     trainer.fit(model, StandardLibrary(context=args.context, batch_size=args.batch_size))
-    # On all ranks, because each holds a part of a sharded model.
-    text = model.write("def ", 200)
+    # Runs on all ranks, because each holds a part of a sharded model.
+    text = model.generate("def ", 200)
     if trainer.is_global_zero:
         print(text)
 

@@ -1,1 +1,1 @@
-"""What needs a CUDA device. Without one these tests are skipped."""
+"""Tests that need a CUDA device; they are skipped without one."""

@@ -1,4 +1,4 @@
-"""Skips what is here where there is no CUDA device."""
+"""Skips the tests in this folder if there is no CUDA device."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ import torch
 def _needs_a_device() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    # The context, with its files and threads, stays until the process ends; and the first use of a kernel waits.
+    # Creates the CUDA context, which stays until the process ends, and loads kernels, whose first use blocks.
     product = torch.randn(64, 64, device="cuda") @ torch.randn(64, 64, device="cuda")
     (product.mean() + product[0, :5].clone().sum()).item()

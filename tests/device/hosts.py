@@ -1,9 +1,9 @@
-"""Ranks on one device that take themselves for those of several hosts: NCCL refuses two of one host."""
+"""Environments that let ranks share one device: NCCL accepts them only if they seem to be on different hosts."""
 
 from __future__ import annotations
 
 
-def _as_if_a_host(number: int) -> dict[str, str]:
+def _host_environment(number: int) -> dict[str, str]:
     return {
         "NCCL_HOSTID": f"host{number}",
         "NCCL_SOCKET_IFNAME": "lo",
@@ -14,4 +14,4 @@ def _as_if_a_host(number: int) -> dict[str, str]:
     }
 
 
-HOSTS = {f"node{number}": _as_if_a_host(number) for number in range(3)}
+HOSTS = {f"node{number}": _host_environment(number) for number in range(3)}

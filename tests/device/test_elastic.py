@@ -1,4 +1,4 @@
-"""A node whose rank trains on a device is lost and comes back."""
+"""A node whose rank trains on a device is lost and rejoins."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import pytest
 
 from tests.device.hosts import HOSTS
 from tests.faults.cluster import END_S
-from tests.faults.counting import Account, account_of, furthest
+from tests.faults.counting import Account, account_of, largest_difference
 from tests.faults.elastic import Nodes, rungs
 
 WORDS = ("--samples", "360", "--pace", "0.5", "--accelerator", "gpu")
 BOUND = 1e-5
-"""Largest difference of a weight: sums over ranks in another order."""
+"""Largest difference of a weight, since ranks are summed in a different order."""
 
 
 def two_nodes(folder: Path, stack: ExitStack, words: tuple[str, ...]) -> Nodes:
-    """Two nodes that go on alone; the folder is made."""
+    """Create the folder and return two nodes, either of which can continue alone."""
     folder.mkdir()
     return Nodes(folder, stack, least=1, most=2, words=words, env=HOSTS)
 
 
-def whole(folder: Path, stack: ExitStack, words: tuple[str, ...]) -> Account:
-    """The run that loses nobody."""
+def run_undisturbed(folder: Path, stack: ExitStack, words: tuple[str, ...]) -> Account:
+    """Run without faults and return the result."""
     nodes = two_nodes(folder, stack, words)
     agents = [nodes.start(0), nodes.start(1)]
     assert [agent.wait(timeout=END_S) for agent in agents] == [0, 0], nodes.cluster.output()
@@ -33,14 +33,14 @@ def whole(folder: Path, stack: ExitStack, words: tuple[str, ...]) -> Account:
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("words", [(), ("--sharded",)], ids=["ddp", "fsdp2"])
-def test_a_node_is_lost_and_comes_back(words: tuple[str, ...], tmp_path: Path, stack: ExitStack) -> None:
-    expected = whole(tmp_path / "whole", stack, (*WORDS, *words))
+def test_a_lost_node_rejoins(words: tuple[str, ...], tmp_path: Path, stack: ExitStack) -> None:
+    expected = run_undisturbed(tmp_path / "undisturbed", stack, (*WORDS, *words))
     nodes = two_nodes(tmp_path / "elastic", stack, (*WORDS, *words))
-    found = nodes.lose_and_bring_back(1, "node:rank=1:step=9", of=2, left=1)
+    found = nodes.lose_and_rejoin(1, "node:rank=1:step=9", of=2, left=1)
     assert found.sizes == [2, 1, 2]
     assert rungs(nodes) == ["in place", "in place"]
-    assert found.processes == 2 + 1, "who was left alone stays, too"
+    assert found.processes == 2 + 1, "the survivor keeps its process"
     assert found.steps == expected.steps
-    difference = furthest(expected, found)
+    difference = largest_difference(expected, found)
     print(f"largest difference of a weight: {difference:.2g}")
     assert difference < BOUND

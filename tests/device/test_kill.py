@@ -1,4 +1,4 @@
-"""Kills of ranks that train on a device, each compared bit by bit with the run that nobody killed."""
+"""Kills of ranks that train on a device, each run compared bit for bit with the undisturbed run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.faults.matrix import BASE, Cell
 from tests.lab.parts import Options
 
 ALONE = replace(BASE, accelerator="gpu", devices=1)
-"""One rank: every fault is a relaunch, from its own arena."""
+"""One rank: every fault leads to a relaunch from its own arena."""
 
 CELLS = {
     "during=optimizer_step": Cell("kill:rank=0:step=4:at=optimizer_step", ALONE),
@@ -44,19 +44,19 @@ def test_kill(cell: Cell, drill: Drill) -> None:  # noqa: F811 - the fixture
 
 
 TWO_NODES = replace(BASE, samples=80, accelerator="gpu", devices=1, num_nodes=2)
-"""Two ranks on one device, each for itself a node."""
+"""Two ranks on one device, each on its own node."""
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nobody kills."""
-    folder = tmp_path_factory.mktemp("whole")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the undisturbed run."""
+    folder = tmp_path_factory.mktemp("undisturbed")
     _run(folder, TWO_NODES, "")
     return folder
 
 
 def _run(folder: Path, options: Options, faults: str, *words: str) -> list[str]:
-    """Run two nodes to the end. Returns the events of the ledger."""
+    """Run two nodes to the end and return the kinds of events in the ledger."""
     with ExitStack() as stack:
         arenas = stack.enter_context(tempfile.TemporaryDirectory(dir=default_arena_dir()))
         cluster = Cluster(folder, stack, options, HOSTS, words, Path(arenas))
@@ -75,16 +75,16 @@ IN_PLACE = {
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(("faults", "words"), IN_PLACE.values(), ids=IN_PLACE.keys())
-def test_kill_in_place(faults: str, words: tuple[str, ...], whole: Path, tmp_path: Path) -> None:
+def test_kill_in_place(faults: str, words: tuple[str, ...], undisturbed: Path, tmp_path: Path) -> None:
     events = _run(tmp_path, TWO_NODES, faults, *words)
     assert events.count("in_place") == len(faults.split(","))
     assert "relaunch" not in events
-    verdict = compare(whole, tmp_path)
+    verdict = compare(undisturbed, tmp_path)
     assert verdict.identical, verdict
 
 
 @pytest.mark.timeout(240)
-def test_kill_of_all(whole: Path, tmp_path: Path) -> None:
+def test_kill_of_all_ranks(undisturbed: Path, tmp_path: Path) -> None:
     _run(tmp_path, TWO_NODES, "kill:rank=all:step=5")
-    verdict = compare(whole, tmp_path)
+    verdict = compare(undisturbed, tmp_path)
     assert verdict.identical, verdict

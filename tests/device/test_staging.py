@@ -1,4 +1,4 @@
-"""Copies from the device: the values of the moment at which they were taken, in the right place, and no wait before."""
+"""Copies from the device: values as of the capture, at the right place in the slot, without blocking on the device."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ SIZE = 2048
 
 
 def _tensors() -> dict[str, torch.Tensor]:
-    made = {f"weight{n}": torch.randn(SIZE, SIZE, device="cuda") for n in range(3)}
-    return made | {"step": torch.tensor(3.0), "mean": torch.randn(7, device="cuda"), "empty": torch.empty(0)}
+    weights = {f"weight{n}": torch.randn(SIZE, SIZE, device="cuda") for n in range(3)}
+    return weights | {"step": torch.tensor(3.0), "mean": torch.randn(7, device="cuda"), "empty": torch.empty(0)}
 
 
 def _keep_busy() -> torch.Tensor:
-    """Some tenths of a second of work for the device."""
+    """Queue some tenths of a second of work on the device."""
     product = torch.randn(4096, 4096, device="cuda")
     for _ in range(100):
         product = torch.sin(product @ product)
@@ -55,10 +55,10 @@ def arena() -> Iterator[Path]:
 
 @pytest.fixture
 def slot(layout: Layout, arena: Path) -> Iterator[Slot]:
-    made = Slot(arena / "slot", "run", layout.bulk_bytes(0))
-    made.begin(Stamp(Version(1, True), 1, 1, layout.digest, 0, 0))
-    yield made
-    made.close()
+    slot = Slot(arena / "slot", "run", layout.bulk_bytes(0))
+    slot.begin(Stamp(Version(1, True), 1, 1, layout.digest, 0, 0))
+    yield slot
+    slot.close()
 
 
 def _held(layout: Layout, slot: Slot) -> list[torch.Tensor]:
@@ -67,7 +67,7 @@ def _held(layout: Layout, slot: Slot) -> list[torch.Tensor]:
 
 @pytest.fixture
 def warm(tensors: dict[str, torch.Tensor], layout: Layout, slot: Slot) -> None:
-    """The first use of anything waits for the device."""
+    """Run all operations once, because the first use of each blocks."""
     busy = _keep_busy()
     tensors["weight0"].copy_(busy[:SIZE, :SIZE])
     Stager(layout, 0).take(slot.bulk, tensors, ())
@@ -75,7 +75,7 @@ def warm(tensors: dict[str, torch.Tensor], layout: Layout, slot: Slot) -> None:
     torch.cuda.synchronize()
 
 
-def test_every_byte_arrives(tensors: dict[str, torch.Tensor], layout: Layout, slot: Slot) -> None:
+def test_every_byte_is_copied(tensors: dict[str, torch.Tensor], layout: Layout, slot: Slot) -> None:
     stager, halves = Stager(layout, 0), []
     stager.finish(stager.take(slot.bulk, tensors, ()), lambda: halves.append(1))
     expected = [view.cpu() for view in live_views(layout, 0, 0, tensors)]
@@ -90,21 +90,21 @@ def test_every_byte_arrives(tensors: dict[str, torch.Tensor], layout: Layout, sl
 
 
 @pytest.mark.usefixtures("warm")
-def test_values_are_those_behind_the_work_that_was_queued(
-    tensors: dict[str, torch.Tensor], layout: Layout, slot: Slot
-) -> None:
+def test_copies_are_taken_after_the_queued_work(tensors: dict[str, torch.Tensor], layout: Layout, slot: Slot) -> None:
     stager = Stager(layout, 0)
     busy = _keep_busy()
     tensors["weight0"].copy_(busy[:SIZE, :SIZE])
     load = stager.take(slot.bulk, tensors, ())
-    assert not torch.cuda.current_stream().query(), "taking has waited for the device"
+    assert not torch.cuda.current_stream().query(), "the capture waited for the device"
     stager.finish(load)
     stager.close()
     held = [view for chunk, view in zip(layout.of(0), _held(layout, slot), strict=True) if chunk.name == "weight0"]
     assert torch.equal(torch.cat([view.flatten() for view in held]), busy[:SIZE, :SIZE].flatten().cpu())
 
 
-def test_what_is_copied_early_may_change_at_once(tensors: dict[str, torch.Tensor], layout: Layout, slot: Slot) -> None:
+def test_tensors_copied_early_may_change_immediately(
+    tensors: dict[str, torch.Tensor], layout: Layout, slot: Slot
+) -> None:
     stager = Stager(layout, 0)
     before = tensors["mean"].cpu()
     load = stager.take(slot.bulk, tensors, ("mean",))
@@ -116,7 +116,7 @@ def test_what_is_copied_early_may_change_at_once(tensors: dict[str, torch.Tensor
     stager.close()
 
 
-def test_a_write_to_a_late_tensor_is_noticed(tensors: dict[str, torch.Tensor], layout: Layout, slot: Slot) -> None:
+def test_a_write_to_a_late_tensor_is_detected(tensors: dict[str, torch.Tensor], layout: Layout, slot: Slot) -> None:
     stager = Stager(layout, 0)
     load = stager.take(slot.bulk, tensors, ())
     tensors["weight1"].add_(1)
@@ -126,7 +126,7 @@ def test_a_write_to_a_late_tensor_is_noticed(tensors: dict[str, torch.Tensor], l
 
 
 @pytest.mark.parametrize("in_shared_memory", [True, False])
-def test_slots_come_and_go(
+def test_slots_can_be_created_and_closed_repeatedly(
     in_shared_memory: bool, tensors: dict[str, torch.Tensor], layout: Layout, arena: Path, tmp_path: Path
 ) -> None:
     for number in range(3):
@@ -145,11 +145,11 @@ def test_slots_come_and_go(
 
 
 @pytest.mark.usefixtures("warm")
-def test_host_state_is_packed_without_a_wait() -> None:
+def test_packing_host_state_does_not_wait_for_the_device() -> None:
     busy = _keep_busy()
     state = {"mean": busy.mean(), "count": torch.tensor(3), "nested": [{"last": busy[0, :5]}], "text": "x"}
     late = pack_late(state)
-    assert not torch.cuda.current_stream().query(), "packing has waited for the device"
+    assert not torch.cuda.current_stream().query(), "packing waited for the device"
     assert callable(late)
     expected = {"mean": state["mean"].clone(), "last": busy[0, :5].clone()}  # type: ignore[attr-defined]
     busy.zero_()

@@ -32,7 +32,7 @@ def parent() -> Iterator[ForkServer | None]:
 
 @pytest.fixture(scope="package")
 def baselines() -> dict[tuple[str, ...], Variant]:
-    """Return the undisturbed runs, by command. One serves all launchers, which must not make a difference either."""
+    """Return the undisturbed runs, by command; shared by all launchers, which must not change the results."""
     return {}
 
 
@@ -42,7 +42,7 @@ def drill(
 ) -> Drill:
     """Return a function that runs a drill in which each run has its own working directory."""
 
-    def hold(command: tuple[str, ...], faults: str, launcher: Launcher = "ckptless") -> DrillReport:
+    def run(command: tuple[str, ...], faults: str, launcher: Launcher = "ckptless") -> DrillReport:
         report = run_drill(
             command,
             faults,
@@ -57,4 +57,4 @@ def drill(
         baselines[command] = report.baseline
         return report
 
-    return hold
+    return run

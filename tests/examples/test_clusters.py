@@ -1,4 +1,4 @@
-"""Cluster scripts and manifests: the manifests are validated against their schemas, the script is run."""
+"""Cluster manifests and scripts: manifests are validated against their schemas, the Slurm script is run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lightning_ckptless.membership.launch.torchrun import config_from_torchrun_a
 from tests.house.code import REPOSITORY
 
 CLUSTERS = REPOSITORY / "examples" / "clusters"
-# What Slurm's own programs do on a cluster of one machine.
-STAND_INS = {
+# Stubs of Slurm's programs for a cluster of one node.
+STUBS = {
     "scontrol": "#!/bin/sh\necho localhost\n",
     "srun": '#!/bin/sh\nshift\nexec "$@"\n',
 }
@@ -40,7 +40,7 @@ def test_trainjob_is_valid() -> None:
     (job,) = documents("kubeflow.yaml")
     parsed = models.TrainerV1alpha1TrainJob.from_dict(job)
     assert parsed is not None
-    # What the model does not know it leaves out.
+    # The model drops unknown fields.
     assert parsed.to_dict()["spec"] == job["spec"]
 
 
@@ -62,7 +62,7 @@ def test_the_first_pod_hosts_the_rendezvous() -> None:
     assert (REPOSITORY / config.program.target).exists()
 
 
-def test_the_variables_of_the_runtime_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_the_kubeflow_runtime_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     (job,) = documents("kubeflow.yaml")
     trainer = job["spec"]["trainer"]
     for variable, value in {
@@ -79,8 +79,8 @@ def test_the_variables_of_the_runtime_are_read(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_slurm_script_runs_as_it_stands(tmp_path: Path) -> None:
-    for name, text in STAND_INS.items():
+def test_the_slurm_script_runs_unchanged(tmp_path: Path) -> None:
+    for name, text in STUBS.items():
         path = tmp_path / name
         path.write_text(text)
         path.chmod(path.stat().st_mode | stat.S_IXUSR)

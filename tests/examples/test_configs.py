@@ -1,4 +1,4 @@
-"""Every configuration is parsed unchanged, and the help describes our options."""
+"""Every configuration file can be parsed, and the help of LightningCLI describes our options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILES = [*CONFIGS.glob("*.yaml"), *(path for path in EXAMPLES.glob("*/*.yaml") i
 
 
 @pytest.fixture(autouse=True)
-def beside_the_examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def importable_examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make the examples importable, as for `python examples/cli.py`."""
     monkeypatch.syspath_prepend(EXAMPLES)
     yield
@@ -23,7 +23,7 @@ def beside_the_examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         del sys.modules[name]
 
 
-def ask(*arguments: str) -> None:
+def run_cli(*arguments: str) -> None:
     with pytest.raises(SystemExit) as end:
         LightningCLI(args=["fit", *arguments], seed_everything_default=1, parser_kwargs={"parser_mode": "omegaconf"})
     assert end.value.code == 0
@@ -31,18 +31,18 @@ def ask(*arguments: str) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_configuration_is_parsed(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ask("--config", str(path), "--print_config")
-    told = capsys.readouterr().out
-    assert "seed_everything: 1" in told
-    assert "ckptless" in told
+    run_cli("--config", str(path), "--print_config")
+    output = capsys.readouterr().out
+    assert "seed_everything: 1" in output
+    assert "ckptless" in output
 
 
 @pytest.mark.parametrize("strategy", ["CkptlessStrategy", "CkptlessModelParallelStrategy"])
 def test_help_shows_our_options(strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
-    ask("--trainer.strategy.help", f"lightning_ckptless.{strategy}")
-    told = capsys.readouterr().out
-    assert "optimizer steps between mirrored versions" in told
-    assert "staging {overlap,blocking}" in told
+    run_cli("--trainer.strategy.help", f"lightning_ckptless.{strategy}")
+    output = capsys.readouterr().out
+    assert "optimizer steps between mirrored versions" in output
+    assert "staging {overlap,blocking}" in output
 
 
 def test_all_configurations_exist() -> None:

@@ -1,4 +1,4 @@
-"""The examples give identical results with and without faults, with every launcher."""
+"""The examples give identical results with and without faults, under every launcher."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ FAULTS = "kill:rank=1:step=5:at=backward,kill:rank=0:step=9:at=commit"
 @pytest.mark.parametrize(
     "example", ["char_gpt", *(pytest.param(name, marks=pytest.mark.long) for name in ("digits", "config"))]
 )
-def test_identical(example: str, drill: Drill) -> None:
+def test_results_are_identical(example: str, drill: Drill) -> None:
     report = drill(COMMANDS[example], FAULTS)
     assert report.identical, report.problems
     assert (report.in_place, report.relaunches) == (2, 0)
     assert [(r.kind, r.culprit_rank) for r in report.recoveries] == [("killed", 1), ("killed", 0)]
-    # The copy of a step is made while the next one runs, and there is one before validation, if it follows.
+    # A step is mirrored while the next one runs, so the version may be that of the step before.
     steps = [int(re.findall(r"\d+", r.version)[0]) for r in report.recoveries]
     assert steps[0] in (3, 4) and steps[1] in (7, 8)
 
@@ -43,13 +43,13 @@ def test_identical(example: str, drill: Drill) -> None:
     "example",
     ["digits", pytest.param("char_gpt", marks=pytest.mark.long), pytest.param("digits.yaml", marks=pytest.mark.long)],
 )
-def test_identical_under_other_launchers(example: str, launcher: Launcher, drill: Drill) -> None:
+def test_results_are_identical_under_other_launchers(example: str, launcher: Launcher, drill: Drill) -> None:
     report = drill(COMMANDS[example], FAULTS, launcher)
     assert report.identical, report.problems
     assert len(report.recoveries) == 2
 
 
-def test_report_holds_what_happened(drill: Drill) -> None:
+def test_the_report_contains_the_recovery(drill: Drill) -> None:
     report = drill(CHAR_GPT, "kill:rank=1:step=5")
     facts = json.loads(json.dumps(report.to_dict()))
     assert facts["identical"] is True
@@ -60,7 +60,7 @@ def test_report_holds_what_happened(drill: Drill) -> None:
     assert [step.step for step in steps] == list(range(1, 17))
 
 
-def test_fault_that_never_happens_fails_the_drill(drill: Drill) -> None:
+def test_a_fault_that_is_not_injected_fails_the_drill(drill: Drill) -> None:
     report = drill(CHAR_GPT, "kill:rank=1:step=99")
     assert report.verdict.identical
     assert not report.identical
@@ -68,7 +68,7 @@ def test_fault_that_never_happens_fails_the_drill(drill: Drill) -> None:
 
 
 @pytest.mark.slow
-def test_command(tmp_path: Path) -> None:
+def test_the_drill_command(tmp_path: Path) -> None:
     """Exit code, tables and the JSON file of `ckptless drill`."""
     out = tmp_path / "report.json"
     arguments = ["--fault", "kill:rank=1:step=5", "--isolate", "--json", str(out), CHAR_GPT[0], "--", *CHAR_GPT[1:]]

@@ -1,4 +1,4 @@
-"""Several nodes on one machine: agents on loopback, or in network namespaces, with an arena each."""
+"""Several nodes on one machine: agents on loopback or in network namespaces, each with its own arena."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.lab.parts import Options
 END_S = 90
 OUR_LAUNCHER = ("-m", "lightning_ckptless.runner")
 CONF = "keep_alive_interval=1,keep_alive_max_attempt=4,last_call_timeout=1"
-"""Silence is borne for 4 s: a busy machine must not take a healthy node for lost, a test must not wait long."""
+"""A node is lost after 4 s without a keep-alive: short for a test, long enough for a busy machine."""
 
 
 def free_port() -> int:
-    """A port of loopback that nobody has taken yet."""
+    """Return a port of the loopback interface that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -35,22 +35,22 @@ def free_port() -> int:
 
 @dataclass
 class Cluster:
-    """Agents that share a folder for logs and have an arena each.
+    """Agents that share a folder for logs and have their own arenas.
 
     Args:
-        folder: for all that they write.
-        stack: ends them.
-        options: what is trained; one worker per node.
-        env: further variables, by node.
-        words: further options of `ckptless run`.
+        folder: receives all output.
+        stack: terminates the agents when it is closed.
+        options: the training configuration; one worker per node.
+        env: additional environment variables, by node.
+        words: additional options of `ckptless run`.
         arena_dir: folder of the arenas; None for one in `folder`.
-        host: where they meet.
-        port: where they meet.
-        next_port: of another place to meet, at 127.0.0.2.
-        command: what is run in the place of the lab's training run.
-        launcher: starts a node: arguments of Python.
-        hosted: whether somebody else hosts the meeting: every node can be lost.
-        agents: those that were started.
+        host: host of the rendezvous.
+        port: port of the rendezvous.
+        next_port: port of a second rendezvous endpoint, on 127.0.0.2; 0 for none.
+        external_store: whether the rendezvous store is outside of all nodes, so that any node can be lost.
+        command: replaces the lab's training script.
+        launcher: arguments of Python that start a node.
+        agents: the agents started so far.
     """
 
     folder: Path
@@ -62,40 +62,40 @@ class Cluster:
     host: str = "127.0.0.1"
     port: int = field(default_factory=free_port)
     next_port: int = 0
-    hosted: bool = False
+    external_store: bool = False
     command: tuple[str, ...] = ()
     launcher: tuple[str, ...] = OUR_LAUNCHER
     agents: list[psutil.Popen] = field(default_factory=list)
 
     @property
     def arenas(self) -> Path:
-        """Where the nodes' shared memory is."""
+        """The folder of the arenas."""
         return self.arena_dir or self.folder / "arenas"
 
     @property
     def program(self) -> list[str]:
-        """What every node runs."""
+        """The command that every node runs."""
         return [*self.command] or command_for(self.options)
 
     @property
     def ledger(self) -> Path:
-        """Of the run."""
+        """The ledger of the run."""
         return self.folder / "runs" / "two-nodes" / "ledger.jsonl"
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        """What the ledger says of one kind of event."""
+        """Return the fields of all ledger events of one kind."""
         return [event.fields for event in read_ledger(self.ledger, only=kind)]
 
     def start_agent(
         self, faults: str = "", address: str = "127.0.0.1", *, env: Mapping[str, str] = {}, within: Sequence[str] = ()
     ) -> psutil.Popen:
-        """Start one node; the first one hosts the rendezvous.
+        """Start one node; the first node hosts the rendezvous.
 
         Args:
-            faults: for the rank that it gets.
-            address: of the node; ranks are in the order of addresses.
-            env: further variables of this node.
-            within: command that runs another one elsewhere.
+            faults: fault script of its rank.
+            address: address of the node; ranks are in the order of addresses.
+            env: additional environment variables of this node.
+            within: command prefix, e.g. to run in a network namespace.
         """
         name, nodes = f"node{len(self.agents)}", str(self.options.num_nodes)
         words = ["--nnodes", nodes, "--nproc-per-node", "1", "--rdzv-id", "two-nodes", "--local-addr", address]
@@ -104,14 +104,14 @@ class Cluster:
             words += ["--rdzv-endpoint", f"127.0.0.1:{self.port},127.0.0.2:{self.next_port}"]
         else:
             words += ["--rdzv-endpoint", f"{self.host}:{self.port}"]
-            words += ["--rdzv-conf", f"is_host={'no' if self.agents or self.hosted else 'yes'},{CONF}"]
+            words += ["--rdzv-conf", f"is_host={'no' if self.agents or self.external_store else 'yes'},{CONF}"]
         environment = {
             **os.environ,
             "PYTHONPATH": str(REPOSITORY),
             "CKPTLESS_FAULTS": faults,
             "CKPTLESS_RUN_ROOT": str(self.folder / "runs"),
             "CKPTLESS_ARENA_DIR": str(self.arenas),
-            # Sums over several threads round otherwise than the uninterrupted run's.
+            # The undisturbed run uses one thread, too: the number of threads changes how sums are rounded.
             "OMP_NUM_THREADS": "1",
             "CKPTLESS_TRACE_DIR": str(self.folder / "trace"),
             **self.env.get(name, {}),
@@ -129,13 +129,13 @@ class Cluster:
         self.stack.callback(_end, agent)
         return agent
 
-    def lose(self, agent: psutil.Popen) -> None:
-        """Take the arena of a dead node away."""
+    def remove_arena(self, agent: psutil.Popen) -> None:
+        """Remove the arena of a dead node."""
         (info,) = [info for info in find_arenas(self.arenas) if info.owner.pid == agent.pid]
         shutil.rmtree(info.path)
 
     def output(self) -> str:
-        """What all agents and workers printed."""
+        """Return the output of all agents and workers."""
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("node*.log")))
 
 

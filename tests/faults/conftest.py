@@ -1,4 +1,4 @@
-"""One fork server for all runs, and one uninterrupted run per configuration for all drills of a module."""
+"""One fork server for all runs, and one undisturbed run per configuration for all drills of a module."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def command_for(options: Options) -> list[str]:
 
 @pytest.fixture(scope="session")
 def parent() -> Iterator[ForkServer]:
-    """Fork the workers of all runs: its imports are paid once."""
+    """The fork server of all runs, so that imports are paid for once."""
     with make_parent(LaunchConfig(program=program_of([str(LAB)]))) as preloaded:
         preloaded.ready()
         yield preloaded
@@ -44,7 +44,7 @@ Drill = Callable[[Cell, Ladder], DrillReport]
 
 @pytest.fixture(scope="module")
 def drill(parent: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Drill:
-    """Runs a cell against the uninterrupted run of its configuration."""
+    """Return a function that runs a cell and compares it with the undisturbed run of its configuration."""
     baselines: dict[Options, Variant] = {}
     env = {"PYTHONPATH": str(REPOSITORY)}
 

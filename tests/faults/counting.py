@@ -1,4 +1,4 @@
-"""What the ranks of a counted run (`tests/lab/counted.py`) have trained on, step by step."""
+"""The samples that each step of a counted run (`tests/lab/counted.py`) was trained on."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ COUNTED = Path(__file__).parents[1] / "lab" / "counted.py"
 
 @dataclass
 class Account:
-    """A counted run that has ended.
+    """The record of a counted run. Of several attempts at a step, the last one counts.
 
     Args:
-        folder: that it wrote into.
-        steps: by epoch and step the samples of the attempt that counts, of all ranks, each with how often it came.
-        worlds: by epoch and step how many ranks made it.
+        folder: folder of the run.
+        steps: samples of all ranks, with their multiplicity, by epoch and step.
+        worlds: number of ranks, by epoch and step.
     """
 
     folder: Path
@@ -29,7 +29,7 @@ class Account:
 
     @property
     def sizes(self) -> list[int]:
-        """The numbers of ranks that there were, in the order of steps; each change once."""
+        """The world sizes in the order of steps, without repetitions."""
         found: list[int] = []
         for step in sorted(self.worlds):
             if found[-1:] != [self.worlds[step]]:
@@ -38,22 +38,22 @@ class Account:
 
     @property
     def processes(self) -> int:
-        """How many processes have trained, all ranks and all generations together."""
+        """The number of processes that have trained, over all ranks and generations."""
         return len(list(self.folder.glob("seen-*.jsonl")))
 
     @property
     def epochs(self) -> list[dict[str, float]]:
-        """What was logged of each epoch; the last time counts."""
+        """The values logged for each epoch; the last row of an epoch counts."""
         rows = [json.loads(line) for line in (self.folder / "epochs.jsonl").read_text().splitlines()]
         return list({row["epoch"]: row for row in rows}.values())
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The weights at the end."""
+        """Return the final weights."""
         return {n: torch.tensor(values) for n, values in json.loads((self.folder / "end.json").read_text()).items()}
 
 
 def account_of(folder: Path) -> Account:
-    """Read what all processes of a run have put down: of each step the attempt of the last generation counts."""
+    """Read the records of all processes of a run; for each step, the attempt of the last generation counts."""
     attempts: dict[tuple[int, int], dict[int, list[dict[str, Any]]]] = {}
     for path in folder.glob("seen-*.jsonl"):
         for line in path.read_text().splitlines():
@@ -67,7 +67,7 @@ def account_of(folder: Path) -> Account:
     return account
 
 
-def furthest(left: Account, right: Account) -> float:
-    """The largest difference between two runs' weights."""
+def largest_difference(left: Account, right: Account) -> float:
+    """Return the largest absolute difference between the weights of two runs."""
     a, b = left.weights(), right.weights()
     return max(float((a[name] - b[name]).abs().max()) for name in a)

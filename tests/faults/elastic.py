@@ -1,4 +1,4 @@
-"""Counted runs of nodes that go on with fewer, and take others in."""
+"""Counted runs (`tests/lab/counted.py`) on nodes that continue with fewer nodes and grow back."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from tests.faults.counting import COUNTED, Account, account_of
 from tests.lab.parts import Options
 
 BOUND = 2e-6
-"""Largest difference of a weight of size one, after all steps: sums over ranks in another order."""
-LOOK_S = 0.1
+"""Largest difference of a weight of magnitude one after all steps, since ranks are summed in a different order."""
+_POLL_S = 0.1
 
 
 def command(folder: Path, nodes: int, devices: int, *words: str) -> tuple[str, ...]:
-    """A counted run that has as many ranks when all nodes are there."""
+    """Return the command of a counted run with `nodes` times `devices` ranks."""
     return (str(COUNTED), "--folder", str(folder), "--nodes", str(nodes), "--devices", str(devices), *words)
 
 
-def whole(folder: Path, parent: ForkServer, ranks: int, *words: str) -> Account:
-    """The run that loses nobody."""
+def run_undisturbed(folder: Path, parent: ForkServer, ranks: int, *words: str) -> Account:
+    """Run without faults and return the result."""
     folder.mkdir()
     env = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     variant = run_variant(
@@ -52,7 +52,7 @@ def start(
     max_restarts: int = 0,
     nnodes: str = "1",
 ) -> Outcome:
-    """Start a counted run on one machine, under the run id that it has in this folder, and wait for its end."""
+    """Start a counted run on one node, with the folder's name as its run id, and wait for its end."""
     script, *arguments = command(folder, 1, ranks, *words)
     config = LaunchConfig(
         program=Program("script", script, tuple(arguments)),
@@ -73,7 +73,7 @@ def start(
 
 
 class Nodes:
-    """Nodes that go on with fewer; they meet at a place which none of them hosts."""
+    """Nodes of an elastic run whose rendezvous store is outside of all nodes."""
 
     def __init__(
         self,
@@ -88,35 +88,35 @@ class Nodes:
         launcher: tuple[str, ...] = OUR_LAUNCHER,
     ) -> None:
         folder.mkdir(exist_ok=True)
-        self.meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         run = command(folder, most, devices, *words)
         nodes = ("--nnodes", f"{least}:{most}", "--nproc-per-node", str(devices))
         self.cluster = Cluster(
-            folder, stack, Options(), env, words=nodes, port=self.meeting.port, hosted=True, command=run,
+            folder, stack, Options(), env, words=nodes, port=self.store.port, external_store=True, command=run,
             launcher=launcher,
         )  # fmt: skip
         self.cluster.arenas.mkdir()
         self.agents: list[psutil.Popen] = []
 
     def start(self, number: int, faults: str = "") -> psutil.Popen:
-        """Start a node; ranks are in the order of nodes."""
+        """Start a node; ranks are in the order of node numbers."""
         agent = self.cluster.start_agent(faults, f"127.0.0.{number + 1}")
         self.agents.append(agent)
         return agent
 
     def lose(self, agent: psutil.Popen) -> None:
-        """Wait until a node is lost, and take what it had away."""
+        """Wait until a node is lost, and remove its arena."""
         assert agent.wait(timeout=END_S) == -signal.SIGKILL, self.cluster.output()
-        self.cluster.lose(agent)
+        self.cluster.remove_arena(agent)
 
-    def lose_and_bring_back(self, lost: int, fault: str, *, of: int, left: int) -> Account:
-        """Train to the end on so many nodes, of which one is lost with all it has, and comes back.
+    def lose_and_rejoin(self, lost: int, fault: str, *, of: int, left: int) -> Account:
+        """Train to the end while one node is lost with its arena and rejoins.
 
         Args:
-            lost: the node.
-            fault: that ends it.
+            lost: number of the lost node.
+            fault: the fault that kills it.
             of: number of nodes.
-            left: ranks that go on without it.
+            left: number of ranks without it.
         """
         agents = [self.start(number, fault if number == lost else "") for number in range(of)]
         self.lose(agents[lost])
@@ -126,23 +126,23 @@ class Nodes:
         return account_of(self.cluster.folder)
 
     def wait_for_world(self, size: int) -> None:
-        """Until so many ranks have made a step."""
+        """Wait until `size` ranks have completed a step."""
         self.wait_until(lambda: size in account_of(self.cluster.folder).worlds.values(), f"no step of {size} ranks")
 
     def wait_until(self, condition: Callable[[], bool], otherwise: str) -> None:
-        """Look until a condition holds.
+        """Wait until a condition holds.
 
         Args:
-            condition: asked again and again.
-            otherwise: what is said where it does not come to hold.
+            condition: polled.
+            otherwise: error message if it never holds.
         """
-        for _ in range(round(END_S / LOOK_S)):
+        for _ in range(round(END_S / _POLL_S)):
             if condition():
                 return
-            threading.Event().wait(LOOK_S)
+            threading.Event().wait(_POLL_S)
         raise AssertionError(f"{otherwise}:\n{self.cluster.output()}")
 
 
 def rungs(nodes: Nodes) -> list[str]:
-    """The rung of each recovery."""
+    """Return the rung of each recovery."""
     return [str(fields["rung"]) for fields in nodes.cluster.events("recovery")]

@@ -1,6 +1,6 @@
-"""Two hosts in network namespaces of their own, and a link between them that can be cut.
+"""Two hosts, each in its own network namespace, with a link between them that can be cut.
 
-A cut link loses packets and resets nothing: each host sends to a station that does not exist.
+A cut link drops packets without resetting connections: each host sends to a MAC address that does not exist.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pytest
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
-_NOWHERE = "02:00:00:00:00:99"
+_UNUSED_MAC = "02:00:00:00:00:99"
 
 
 def _ip(*words: str) -> None:
@@ -23,38 +23,38 @@ def _ip(*words: str) -> None:
 
 @dataclass
 class Hosts:
-    """The hosts.
+    """Two connected hosts.
 
     Args:
-        names: of their namespaces.
+        names: names of the network namespaces.
     """
 
     names: tuple[str, str]
 
     @property
     def env(self) -> dict[str, str]:
-        """What processes on them are told: which network gloo is to use."""
+        """Environment variables for processes on the hosts: the network interface for gloo."""
         return {"GLOO_SOCKET_IFNAME": "wire"}
 
     def within(self, host: int) -> list[str]:
-        """The command that runs another one on a host."""
+        """Return the command prefix that runs a command on a host."""
         return ["ip", "netns", "exec", self.names[host]]
 
     def cut(self) -> None:
-        """Lose every packet between them from now on."""
+        """Drop all packets between the hosts."""
         for name, other in zip(self.names, reversed(ADDRESSES), strict=True):
-            _ip("-n", name, "neigh", "replace", other, "lladdr", _NOWHERE, "dev", "wire", "nud", "permanent")
+            _ip("-n", name, "neigh", "replace", other, "lladdr", _UNUSED_MAC, "dev", "wire", "nud", "permanent")
 
-    def mend(self) -> None:
-        """Let packets arrive again."""
+    def restore(self) -> None:
+        """Restore the link."""
         for name, other in zip(self.names, reversed(ADDRESSES), strict=True):
             _ip("-n", name, "neigh", "del", other, "dev", "wire")
 
 
 def make_hosts(stack: ExitStack) -> Hosts:
-    """Two hosts, until the stack is closed; skips the test where this machine has none to give."""
+    """Create two hosts that exist until the stack is closed; skip the test if this machine does not allow it."""
     if shutil.which("ip") is None:
-        pytest.skip("iproute2 is not installed: there is no `ip` to make network namespaces with")
+        pytest.skip("iproute2 is not installed: `ip` is needed to create network namespaces")
     names = (f"ckptless-{os.getpid()}-a", f"ckptless-{os.getpid()}-b")
     try:
         for name in names:
@@ -66,5 +66,5 @@ def make_hosts(stack: ExitStack) -> Hosts:
             for device in ("lo", "wire"):
                 _ip("-n", name, "link", "set", device, "up")
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"no network namespaces on this machine (root is needed): {error.stderr.strip()}")
+        pytest.skip(f"cannot create network namespaces (needs root): {error.stderr.strip()}")
     return Hosts(names)

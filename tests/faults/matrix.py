@@ -1,7 +1,8 @@
-"""The cells of the fault matrix: what is trained, and what goes wrong when.
+"""The cells of the fault matrix: a training configuration and the faults that are injected.
 
-Not the full product: every value of every axis stands in some cell, and every pair that can touch each other does (data
-with the moment that its position is captured, schedulers with validation, accumulation with the middle of a step).
+The matrix is not the full product. Every value of every axis occurs in a cell, and so does every pair that can
+interact: data with the moment at which its position is captured, schedulers with validation, accumulation with the
+middle of a step.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from tests.lab.parts import Options
 
 
 def is_version(found: str, expected: str) -> bool:
-    """Whether a run went on from a version, or from the step before: a step is copied while the next one runs."""
+    """Whether a run resumed from a version or from the one before: a step is copied while the next one runs."""
     steps = [int(re.findall(r"\d+", version)[0]) for version in (found, expected)]
     return found == expected or steps[0] == steps[1] - 1
 
 
 BASE = Options(samples=48, epochs=2)
-"""Six steps an epoch on each of two ranks, twelve in all; validation behind steps 6 and 12."""
+"""Two ranks, six steps per epoch, twelve in total; validation after steps 6 and 12."""
 
 FOUR = replace(BASE, devices=4, samples=96, epochs=1)
 
@@ -29,10 +30,10 @@ class Cell:
     """One drill.
 
     Args:
-        faults: in the grammar of fault scripts.
-        options: what is trained.
-        recoveries: how many are to be seen.
-        restored: the versions that they go on from, in order.
+        faults: a fault script.
+        options: the training configuration.
+        recoveries: expected number of recoveries.
+        restored: expected versions that they resume from, in order.
     """
 
     faults: str
@@ -41,7 +42,7 @@ class Cell:
     restored: tuple[str, ...] = ()
 
 
-WHEN = {
+MOMENTS = {
     "rank=1-during=training_step": Cell("kill:rank=1:step=4", restored=("step 3",)),
     "rank=0-during=backward": Cell("kill:rank=0:step=5:at=backward", restored=("step 4",)),
     "rank=1-during=optimizer_step": Cell("kill:rank=1:step=4:at=optimizer_step", restored=("step 3",)),
@@ -55,17 +56,17 @@ WHEN = {
     ),
     "rank=0-during=epoch_end": Cell("kill:rank=0:step=6:at=epoch_end"),
     "rank=0-at=first_step": Cell("kill:rank=0:step=1", restored=("step 0",)),
-    # While the ranks agree on how the state is cut now that the optimizers have some.
+    # While the ranks agree on a new layout, because the optimizers have state now.
     "rank=1-at=first_commit": Cell("kill:rank=1:step=1:at=commit", restored=("step 0",)),
     "rank=1-at=last_step": Cell("kill:rank=1:step=12", restored=("step 11",)),
 }
-WHO = {
+RANKS = {
     "rank=all-at_once": Cell("kill:rank=all:step=5", restored=("step 4",)),
     "rank=1-twice": Cell("kill:rank=1:step=3,kill:rank=1:step=9:at=backward", recoveries=2),
     "rank=0-then=1": Cell("kill:rank=0:step=2:at=optimizer_step,kill:rank=1:step=7", recoveries=2),
     "rank=1-exits": Cell("exit:rank=1:step=5"),
     "rank=0-raises": Cell("raise:rank=0:step=5"),
-    # From three ranks on, sums round by the buckets that the gradients lie in.
+    # With three or more ranks, the rounding of sums depends on the gradient buckets.
     "rank=2-of_four": Cell("kill:rank=2:step=2,kill:rank=2:step=4", FOUR, recoveries=2, restored=("step 1", "step 3")),
 }
 DATA = {
@@ -89,13 +90,13 @@ OPTIMIZATION = {
     "plateau-early_stopping": Cell("kill:rank=0:step=8", replace(BASE, scheduler="plateau", early_stopping=True)),
     "clip-bf16": Cell("kill:rank=1:step=5:at=backward", replace(BASE, clip=0.5, precision="bf16-mixed")),
     "ema-checkpoints": Cell("kill:rank=0:step=9:at=commit", replace(BASE, ema=True, checkpoint_every=3)),
-    # The copy is only half done when the averaged weights are swapped in for validation.
+    # The averaged weights are swapped in for validation while the copy is in flight.
     "ema-copied_slowly": Cell(
         "kill:rank=0:step=8:at=validation",
         replace(BASE, ema=True, val_interval=2, slow_mirror_s=0.2, slow_mirror_at="stage", validate_after_commit=True),
         restored=("step 8 (before validation)",),
     ),
-    # Once while the interval is measured, and once when it is chosen.
+    # Once while the interval is being measured, and once after it has been chosen.
     "mirror_every=auto": Cell(
         "kill:rank=1:step=20,kill:rank=0:step=95",
         replace(BASE, samples=800, epochs=1, strategy_options="{'mirror_every_n_steps': 'auto'}"),
@@ -114,8 +115,8 @@ VALIDATION = {
         "kill:rank=1:step=4", replace(BASE, strategy_options="{'failure_domain': 'rank'}"), restored=("step 3",)
     ),
 }
-CELLS = {**WHEN, **WHO, **DATA, **OPTIMIZATION, **VALIDATION}
-TELLING = (
+CELLS = {**MOMENTS, **RANKS, **DATA, **OPTIMIZATION, **VALIDATION}
+RELAUNCHED = (
     "rank=1-during=training_step",
     "rank=1-during=optimizer_step",
     "rank=0-during=accumulation",
@@ -134,4 +135,4 @@ TELLING = (
     "mid_epoch-plateau",
     "replica_per_rank",
 )
-"""Cells that are tried by a relaunch of all, too: those in which a new process has to find its way for everybody."""
+"""Cells that also run with a relaunch of all workers: those that depend on how a new process resumes."""

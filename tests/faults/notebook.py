@@ -1,4 +1,4 @@
-"""What the cells of a notebook would define: a model and data that no other process could import."""
+"""A model and data as notebook cells define them: no other process could import them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS_PER_EPOCH = 6
 
 
 def cells(distribution: str = DISTRIBUTIONS[0]) -> tuple[Any, DataLoader[Any]]:
-    """A model with every source of randomness, and shuffled data."""
+    """Return a model that draws random numbers, and shuffled data."""
     torch.manual_seed(11)
     base: Any = importlib.import_module(distribution).LightningModule
 
@@ -47,22 +47,22 @@ def cells(distribution: str = DISTRIBUTIONS[0]) -> tuple[Any, DataLoader[Any]]:
 
 
 def trainer_in(root: Path, strategy: Any, distribution: str = DISTRIBUTIONS[0], **options: Any) -> Any:
-    """A trainer of two ranks."""
+    """Return a trainer with two ranks."""
     return tiny_trainer(root, distribution, **{"devices": 2, "strategy": strategy, "max_epochs": 2} | options)
 
 
 def weights(model: Any) -> list[torch.Tensor]:
-    """Copies of all that is trained."""
+    """Return copies of the parameters."""
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
 def equal(ones: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
-    """Whether two models have the same bits."""
+    """Whether two lists of tensors are equal bit for bit."""
     return all(torch.equal(one, other) for one, other in zip(ones, others, strict=True))
 
 
 def events(root: Path, name: str) -> list[dict[str, Any]]:
-    """The fields of all ledger events of a name, of all runs below a trainer's root folder."""
+    """Return the fields of all ledger events with a name, for all runs below a trainer's root folder."""
     return [
         dict(event.fields)
         for path in sorted((root / "ckptless").glob("*/ledger.jsonl"))

@@ -1,4 +1,4 @@
-"""What a run on one machine opens to others."""
+"""The ports on which a single-node run listens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROGRAM = """
         found = psutil.Process(pid).net_connections("tcp")
         return [(c.laddr.ip, c.laddr.port) for c in found if c.status == psutil.CONN_LISTEN]
 
-    class Look(Callback):
+    class Ports(Callback):
         def on_train_batch_start(self, trainer, *_):
             rank, step = trainer.global_rank, trainer.global_step
             if step == 2 and rank == 1 and not Path("killed").exists():
@@ -37,7 +37,7 @@ PROGRAM = """
                 Path(f"step-{step}-rank-{rank}.json").write_text(json.dumps(found))
 
     Trainer(
-        strategy="ckptless", accelerator="cpu", devices=2, max_steps=4, callbacks=[Look()], logger=False,
+        strategy="ckptless", accelerator="cpu", devices=2, max_steps=4, callbacks=[Ports()], logger=False,
         enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False,
     ).fit(BoringModel())
 """
@@ -45,7 +45,7 @@ PROGRAM = """
 
 @pytest.fixture
 def config(tmp_path: Path) -> LaunchConfig:
-    """Two ranks, and a kill at step 2."""
+    """Two ranks; the program kills rank 1 at step 2."""
     (program := tmp_path / "program.py").write_text(dedent(PROGRAM))
     env = {"PYTHONPATH": str(REPOSITORY)}
     (arenas := tmp_path / "arenas").mkdir()
@@ -60,15 +60,13 @@ def config(tmp_path: Path) -> LaunchConfig:
 
 
 @pytest.mark.slow
-def test_a_run_on_one_machine_listens_on_loopback_only(
-    config: LaunchConfig, parent: ForkServer, tmp_path: Path
-) -> None:
+def test_a_single_node_run_listens_on_loopback_only(config: LaunchConfig, parent: ForkServer, tmp_path: Path) -> None:
     before = {(c.laddr.ip, c.laddr.port) for c in psutil.Process().net_connections("tcp")}
     outcome = run(config, parent=parent)
     assert (outcome.exit_code, outcome.in_place, outcome.restarts) == (0, 1, 0)
-    looks = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("step-*.json"))]
-    assert len(looks) == 4
-    for look in looks:
-        agent = {(ip, port) for ip, port in look["agent"]} - before
+    records = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("step-*.json"))]
+    assert len(records) == 4
+    for record in records:
+        agent = {(ip, port) for ip, port in record["agent"]} - before
         assert [ip for ip, _ in agent] == ["127.0.0.1"]
-        assert look["worker"] and {ip for ip, _ in look["worker"]} == {"127.0.0.1"}
+        assert record["worker"] and {ip for ip, _ in record["worker"]} == {"127.0.0.1"}

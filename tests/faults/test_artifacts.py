@@ -1,4 +1,4 @@
-"""Files and folders that a program makes for itself are those of the run that was never disturbed."""
+"""After a fault, the files and folders that a program creates match those of the undisturbed run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 class Model(BoringModel):
     def training_step(self, batch, batch_idx):
-        # Of the user's own, and never written over.
+        # A checkpoint file of the user, which is never overwritten.
         path = f"{self.trainer.default_root_dir}/own-{fit}.ckpt"
         if self.global_step == 4 and not os.path.exists(path):
             self.trainer.save_checkpoint(path)
@@ -58,7 +58,7 @@ for fit in range(2 if "--twice" in sys.argv else 1):
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program."""
+    """The script, in a file."""
     path = tmp_path_factory.mktemp("program") / "train.py"
     path.write_text(SCRIPT)
     return path
@@ -69,29 +69,29 @@ Undisturbed = Callable[[tuple[str, ...]], Variant]
 
 @pytest.fixture(scope="module")
 def undisturbed(script: Path, parent: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """The uninterrupted run with some arguments, run once."""
+    """Return a function that returns the undisturbed run with some arguments; each runs once."""
 
     @cache
     def run(arguments: tuple[str, ...]) -> Variant:
-        folder = tmp_path_factory.mktemp("plain") / "run"
+        folder = tmp_path_factory.mktemp("undisturbed") / "run"
         return run_variant([str(script), *arguments], folder, parent=parent, isolate=True, env=ENV)
 
     return run
 
 
-def made_by(variant: Variant) -> dict[str, int]:
-    """Checkpoint files of a run by their paths, stamps left out, with the steps they are of; hidden files too."""
+def checkpoints_of(variant: Variant) -> dict[str, int]:
+    """Return the steps of all checkpoint files of a run, hidden ones included, by path without time stamps."""
     files = {path: STAMP.sub("STAMP", str(path.relative_to(variant.folder))) for path in variant.folder.rglob("*ckpt*")}
     return {name: torch.load(path, weights_only=False)["global_step"] for path, name in files.items() if path.is_file()}
 
 
 def stamps_of(variant: Variant) -> set[str]:
-    """Stamped folders in which a checkpoint lies."""
+    """Return the time stamps of the folders that contain a checkpoint."""
     return {stamp for path in variant.folder.rglob("*.ckpt") for stamp in STAMP.findall(str(path))}
 
 
 CASES = {
-    # After a save, before its version is committed: one file too many, and one removed too early.
+    # Killed after a save and before the commit: there is one file too many, and one was removed too early.
     "rank=0-in_place": ("kill:rank=0:step=4:at=commit", (), None, (1, 0)),
     "rank=1-in_place": ("kill:rank=1:step=7", (), None, (1, 0)),
     "rank=0-relaunch-chdir": ("kill:rank=0:step=6:at=commit", ("--chdir",), False, (0, 1)),
@@ -107,25 +107,25 @@ def test_checkpoints_after_a_kill(
 ) -> None:
     faults, arguments, in_place, recoveries = CASES[name]
     command = [str(script), *arguments]
-    plain = undisturbed(arguments)
+    baseline = undisturbed(arguments)
     report = run_drill(
         command,
         faults,
         folder=tmp_path / "drill",
         parent=parent,
-        baseline=plain,
+        baseline=baseline,
         isolate=True,
         env=ENV,
         ladder=Ladder(in_place=in_place),
     )
     assert report.problems == ()
     assert (report.in_place, report.relaunches) == recoveries
-    assert made_by(plain)
-    assert made_by(report.faulted) == made_by(plain)
+    assert checkpoints_of(baseline)
+    assert checkpoints_of(report.faulted) == checkpoints_of(baseline)
     assert len(stamps_of(report.faulted)) == 1
 
 
-CLEARS = """
+DELETES_OUTPUT = """
 import shutil
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -143,15 +143,15 @@ trainer.fit(BoringModel())
 """
 
 
-def test_a_script_that_clears_its_output_folder_is_named_as_the_cause(tmp_path: Path, parent: ForkServer) -> None:
-    (tmp_path / "train.py").write_text(CLEARS)
+def test_files_deleted_by_the_script_are_reported(tmp_path: Path, parent: ForkServer) -> None:
+    (tmp_path / "train.py").write_text(DELETES_OUTPUT)
     command, faults = [str(tmp_path / "train.py")], "kill:rank=0:step=6"
     run: Variant = run_variant(command, tmp_path / "run", faults=faults, parent=parent, isolate=True, env=ENV)
     assert run.exit_code == 0, run.tail()
-    said = "".join(path.read_text() for path in (run.folder / "output").rglob("*") if path.is_file())
-    assert said.count("files of the run are missing or shorter than at step 5") == 1
-    assert re.search(r"kept/epoch=0-step=[24]\.ckpt \(expected \d+ bytes, it is missing\)", said)
-    assert re.search(r"metrics\.csv \(expected \d+ rows, it is missing\)", said)
+    output = "".join(path.read_text() for path in (run.folder / "output").rglob("*") if path.is_file())
+    assert output.count("files of the run are missing or shorter than at step 5") == 1
+    assert re.search(r"kept/epoch=0-step=[24]\.ckpt \(expected \d+ bytes, it is missing\)", output)
+    assert re.search(r"metrics\.csv \(expected \d+ rows, it is missing\)", output)
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""Two nodes that are lost at once, with their arenas, and come back from the states that the first has written."""
+"""Two nodes are lost at once with their arenas, and resume from the durable states that the first has written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_all_nodes_are_lost(tmp_path: Path, stack: ExitStack, parent: ForkServer
     agents = [cluster.start_agent("node:rank=all:step=9") for _ in range(2)]
     assert [agent.wait(timeout=END_S) for agent in agents] == [-signal.SIGKILL] * 2, cluster.output()
     for agent in agents:
-        cluster.lose(agent)
+        cluster.remove_arena(agent)
     cluster.agents.clear()
     cluster.options = replace(options, slow_mirror_s=0.0)
     agents = [cluster.start_agent() for _ in range(2)]

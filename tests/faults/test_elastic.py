@@ -1,4 +1,4 @@
-"""Nodes that are lost and not replaced, and nodes that come back: every sample once, whatever the world was."""
+"""Nodes that are lost and nodes that rejoin: every sample is used once per epoch, whatever the world size."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from lightning_ckptless.ledger import read_ledger
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from tests.faults.cluster import END_S
-from tests.faults.counting import Account, account_of, furthest
-from tests.faults.elastic import BOUND, Nodes, rungs, start, whole
+from tests.faults.counting import Account, account_of, largest_difference
+from tests.faults.elastic import BOUND, Nodes, run_undisturbed, rungs, start
 
 SAMPLES = 720
 PACED = ("--samples", str(SAMPLES), "--pace", "0.25")
@@ -22,22 +22,22 @@ SCALE = ("--strategy-options", "{'elastic_batch': 'scale'}")
 
 
 def shrink_and_grow(folder: Path, stack: ExitStack, *words: str) -> Account:
-    """Four nodes train, one is lost with all it has, three go on, it comes back."""
+    """Train on four nodes; one is lost with its arena and rejoins."""
     nodes = Nodes(folder, stack, least=3, most=4, words=words)
-    found = nodes.lose_and_bring_back(3, "node:rank=3:step=9", of=4, left=3)
+    found = nodes.lose_and_rejoin(3, "node:rank=3:step=9", of=4, left=3)
     assert found.sizes == [4, 3, 4]
     assert rungs(nodes) == ["in place"] * 2
-    assert found.processes == 4 + 1, "the others stay"
+    assert found.processes == 4 + 1, "the survivors keep their processes"
     changed = nodes.cluster.events("world_changed")
     assert [(fields["before"], fields["world_size"]) for fields in changed] == [(4, 3), (3, 4)]
     shrunk, grown = (fields["phases"] for fields in nodes.cluster.events("recovery"))
     assert shrunk["detect_s"] > 0
-    assert grown["detect_s"] == 0, "nobody was lost when the node came back"
+    assert grown["detect_s"] == 0, "no rank was lost when the node rejoined"
     return found
 
 
-def each_once(account: Account) -> bool:
-    """Whether every sample came once in every epoch."""
+def every_sample_once(account: Account) -> bool:
+    """Whether every sample was used exactly once per epoch."""
     seen: dict[int, Counter[int]] = {}
     for (epoch, _), samples in account.steps.items():
         seen.setdefault(epoch, Counter()).update(samples)
@@ -55,31 +55,29 @@ def each_once(account: Account) -> bool:
     ],
     ids=["ddp", "accumulated", "fsdp2"],
 )
-def test_a_node_is_lost_and_comes_back(
-    words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: ForkServer
-) -> None:
-    expected = whole(tmp_path / "whole", parent, 4, *PACED, *words)
+def test_a_lost_node_rejoins(words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
+    expected = run_undisturbed(tmp_path / "undisturbed", parent, 4, *PACED, *words)
     found = shrink_and_grow(tmp_path / "elastic", stack, *PACED, *words)
     assert found.steps == expected.steps
-    assert each_once(found)
+    assert every_sample_once(found)
     assert [row["count"] for row in found.epochs] == [SAMPLES, SAMPLES]
     assert [row["loss"] for row in found.epochs] == pytest.approx([row["loss"] for row in expected.epochs], rel=1e-6)
-    assert furthest(expected, found) < BOUND
+    assert largest_difference(expected, found) < BOUND
 
 
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("words", [(), ("--sharded",)], ids=["ddp", "fsdp2"])
-def test_the_node_of_rank_0_is_lost_and_comes_back(
+def test_the_lost_node_of_rank_0_rejoins(
     words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: ForkServer
 ) -> None:
-    """Another one becomes that of rank 0: its worker starts anew, that of the third stays, as both do later."""
+    """Another node takes over rank 0 with a new worker; the third worker stays. When the node rejoins, both stay."""
     words = ("--samples", "360", "--pace", "0.25", *words)
-    expected = whole(tmp_path / "whole", parent, 3, *words)
+    expected = run_undisturbed(tmp_path / "undisturbed", parent, 3, *words)
     folder = tmp_path / "elastic"
     nodes = Nodes(folder, stack, least=2, most=3, words=words)
-    found = nodes.lose_and_bring_back(0, "node:rank=0:step=9", of=3, left=2)
+    found = nodes.lose_and_rejoin(0, "node:rank=0:step=9", of=3, left=2)
     assert found.sizes == [3, 2, 3]
     assert rungs(nodes) == ["in place", "in place"]
     assert found.processes == 3 + 1 + 1
@@ -87,36 +85,36 @@ def test_the_node_of_rank_0_is_lost_and_comes_back(
     assert moves == {"[[1], [0]]", "[[0, 1], [2]]"}
     assert found.steps == expected.steps
     assert [row["loss"] for row in found.epochs] == pytest.approx([row["loss"] for row in expected.epochs], rel=1e-6)
-    assert furthest(expected, found) < BOUND
+    assert largest_difference(expected, found) < BOUND
 
 
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_mesh_loses_a_row(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
-    """FSDP2 beside tensor parallelism: two nodes of two ranks, of which one is lost and comes back."""
+def test_a_mesh_shrinks_by_a_row_and_grows_back(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
+    """FSDP2 with tensor parallelism on two nodes of two ranks; one node is lost and rejoins."""
     words = ("--samples", "240", "--pace", "0.5", "--sharded", "--tensor", "2")
-    expected = whole(tmp_path / "whole", parent, 4, *words)
+    expected = run_undisturbed(tmp_path / "undisturbed", parent, 4, *words)
     folder = tmp_path / "elastic"
     nodes = Nodes(folder, stack, least=1, most=2, devices=2, words=words)
-    found = nodes.lose_and_bring_back(1, "node:rank=3:step=9", of=2, left=2)
+    found = nodes.lose_and_rejoin(1, "node:rank=3:step=9", of=2, left=2)
     assert found.sizes == [4, 2, 4]
     assert rungs(nodes) == ["in place"] * 2
     assert found.processes == 4 + 2
     assert found.steps == expected.steps
-    assert furthest(expected, found) < BOUND
+    assert largest_difference(expected, found) < BOUND
 
 
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("words", [(), ("--sharded",)], ids=["ddp", "fsdp2"])
-def test_one_node_of_four_is_left_and_all_come_back(
+def test_four_nodes_shrink_to_one_and_grow_back(
     words: tuple[str, ...], tmp_path: Path, stack: ExitStack, parent: ForkServer
 ) -> None:
-    """Three are lost one by one, that of rank 0 among them; each time what it held was protected anew by then."""
+    """Three nodes, among them that of rank 0, are lost one by one, each after the shards have been rereplicated."""
     words = ("--samples", str(SAMPLES), "--pace", "0.5", *words)
-    expected = whole(tmp_path / "whole", parent, 4, *words)
+    expected = run_undisturbed(tmp_path / "undisturbed", parent, 4, *words)
     folder = tmp_path / "elastic"
     nodes = Nodes(folder, stack, least=1, most=4, words=words)
     losses = {3: "node:rank=3:step=5", 0: "node:rank=0:step=10", 1: "node:rank=1:step=15"}
@@ -130,23 +128,25 @@ def test_one_node_of_four_is_left_and_all_come_back(
     found = account_of(folder)
     assert (found.sizes[:4], found.sizes[-1]) == ([4, 3, 2, 1], 4)
     assert set(rungs(nodes)) == {"in place"}
-    assert found.processes == 4 + 1 + 3, "rank 0's place is taken by a new process, those that stay are the same"
+    assert found.processes == 4 + 1 + 3, "rank 0 is replaced by a new process, survivors keep theirs"
     assert not nodes.cluster.events("hang")
     assert found.steps == expected.steps
-    assert each_once(found)
-    assert furthest(expected, found) < BOUND
+    assert every_sample_once(found)
+    assert largest_difference(expected, found) < BOUND
 
 
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("words", [(), ("--sharded",)], ids=["ddp", "fsdp2"])
-def test_steps_of_fewer_samples(words: tuple[str, ...], tmp_path: Path, stack: ExitStack) -> None:
+def test_elastic_batch_scale_reduces_the_samples_per_step(
+    words: tuple[str, ...], tmp_path: Path, stack: ExitStack
+) -> None:
     found = shrink_and_grow(tmp_path / "elastic", stack, *PACED, *SCALE, *words)
-    assert each_once(found)
+    assert every_sample_once(found)
     assert [row["count"] for row in found.epochs] == [SAMPLES, SAMPLES]
-    told = [json.loads(line) for path in found.folder.glob("scaled-*") for line in path.read_text().splitlines()]
-    assert Counter(map(tuple, told)) == {(4, 3): 3, (3, 4): 4}
+    scaled = [json.loads(line) for path in found.folder.glob("scaled-*") for line in path.read_text().splitlines()]
+    assert Counter(map(tuple, scaled)) == {(4, 3): 3, (3, 4): 4}
 
 
 DURABLE = ("--samples", "180", "--strategy-options", "{'durable_every_n_steps': 2}")
@@ -156,8 +156,10 @@ DURABLE = ("--samples", "180", "--strategy-options", "{'durable_every_n_steps': 
 @pytest.mark.timeout(200)
 @pytest.mark.long
 @pytest.mark.parametrize("words", [DURABLE, (*DURABLE, "--sharded")], ids=["ddp", "fsdp2"])
-def test_a_durable_state_of_three_ranks_starts_two(words: tuple[str, ...], tmp_path: Path, parent: ForkServer) -> None:
-    expected = whole(tmp_path / "whole", parent, 3, *words)
+def test_two_ranks_resume_from_a_durable_state_of_three(
+    words: tuple[str, ...], tmp_path: Path, parent: ForkServer
+) -> None:
+    expected = run_undisturbed(tmp_path / "undisturbed", parent, 3, *words)
     folder = tmp_path / "run"
     (folder / "arenas").mkdir(parents=True)
     assert start(folder, parent, 3, *words, faults="kill:rank=1:step=9").exit_code == 128 + 9
@@ -167,13 +169,13 @@ def test_a_durable_state_of_three_ranks_starts_two(words: tuple[str, ...], tmp_p
     assert found.sizes == [3, 2]
     assert found.steps == expected.steps
     assert [row["count"] for row in found.epochs] == [180.0, 180.0]
-    assert furthest(expected, found) < BOUND
+    assert largest_difference(expected, found) < BOUND
     (last,) = [e.fields for e in read_ledger(folder / "runs" / "run" / "ledger.jsonl", only="run_started").events][1:]
     assert "durable state" in last["reason"] and "written by 3 ranks, 2 go on" in last["reason"]
 
 
 @pytest.mark.timeout(100)
-def test_more_ranks_than_streams_are_refused(tmp_path: Path, parent: ForkServer) -> None:
+def test_more_ranks_than_virtual_ranks_are_refused(tmp_path: Path, parent: ForkServer) -> None:
     folder = tmp_path / "run"
     (folder / "arenas").mkdir(parents=True)
     start(folder, parent, 2, *DURABLE, faults="kill:rank=1:step=5")
@@ -184,7 +186,7 @@ def test_more_ranks_than_streams_are_refused(tmp_path: Path, parent: ForkServer)
 
 
 @pytest.mark.timeout(100)
-def test_a_model_that_steps_by_itself_does_not_begin_with_fewer(tmp_path: Path, parent: ForkServer) -> None:
+def test_manual_optimization_cannot_start_with_fewer_ranks(tmp_path: Path, parent: ForkServer) -> None:
     (tmp_path / "arenas").mkdir()
     assert start(tmp_path, parent, 1, "--nodes", "2", "--manual", nnodes="1:2").exit_code == 1
     output = "".join(path.read_text() for path in (tmp_path / "output-1").rglob("*.log"))
@@ -199,16 +201,18 @@ CARRIED = ("--samples", "180")
 @pytest.mark.parametrize(
     "words", [CARRIED, pytest.param((*CARRIED, *SCALE), marks=pytest.mark.long)], ids=["keep", "scale"]
 )
-def test_a_fault_among_fewer_ranks_changes_no_bit(words: tuple[str, ...], tmp_path: Path, parent: ForkServer) -> None:
-    """Rank 0 carries two streams, rank 1 is killed while it mirrors."""
-    folders = [tmp_path / "untouched", tmp_path / "killed"]
+def test_results_are_identical_after_a_fault_with_fewer_ranks(
+    words: tuple[str, ...], tmp_path: Path, parent: ForkServer
+) -> None:
+    """Rank 0 runs two virtual ranks; rank 1 is killed during mirroring."""
+    folders = [tmp_path / "undisturbed", tmp_path / "killed"]
     for folder, faults in zip(folders, ("", "kill:rank=0:step=12,kill:rank=1:step=15:at=mirror"), strict=True):
         (folder / "arenas").mkdir(parents=True)
         assert start(folder, parent, 3, *words, faults="kill:rank=2:step=7").exit_code == 128 + 9
         outcome = start(folder, parent, 2, *words, faults=faults, max_restarts=3)
         assert (outcome.exit_code, outcome.restarts, outcome.in_place) == (0, 0, 2 if faults else 0)
-    untouched, killed = map(account_of, folders)
-    assert untouched.sizes == killed.sizes == [3, 2]
-    assert untouched.steps == killed.steps
-    assert untouched.epochs == killed.epochs
-    assert furthest(untouched, killed) == 0
+    undisturbed, killed = map(account_of, folders)
+    assert undisturbed.sizes == killed.sizes == [3, 2]
+    assert undisturbed.steps == killed.steps
+    assert undisturbed.epochs == killed.epochs
+    assert largest_difference(undisturbed, killed) == 0

@@ -1,4 +1,4 @@
-"""The state of a live run as a file: what Lightning itself would have written, and what it reads."""
+"""Export of the state of a live run: the same content as Lightning's own checkpoint, and Lightning can load it."""
 
 from __future__ import annotations
 
@@ -56,19 +56,19 @@ def export(job: Run, *words: str) -> str:
     return result.output
 
 
-def same(found: Any, expected: Any) -> bool:
+def equal(found: Any, expected: Any) -> bool:
     if isinstance(expected, torch.Tensor):
         return torch.equal(found, expected)
     if isinstance(expected, Mapping):
-        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
+        return found.keys() == expected.keys() and all(equal(found[key], expected[key]) for key in expected)
     if isinstance(expected, list | tuple):
-        return len(found) == len(expected) and all(same(*pair) for pair in zip(found, expected, strict=True))
+        return len(found) == len(expected) and all(equal(*pair) for pair in zip(found, expected, strict=True))
     return bool(found == expected)
 
 
 @pytest.fixture
 def live(job: Run) -> Path:
-    """A checkpoint that was exported while the run went on."""
+    """A checkpoint exported while the run was training."""
     training = threading.Thread(target=lambda: job.start(OPTIONS))
     training.start()
     target = job.folder / "live.ckpt"
@@ -82,24 +82,24 @@ def live(job: Run) -> Path:
     return target
 
 
-def test_of_a_live_run(live: Path, job: Run) -> None:
+def test_export_of_a_live_run(live: Path, job: Run) -> None:
     found = torch.load(live, weights_only=True)
     step = found["global_step"]
     assert 2 <= step < 12
     (own,) = job.folder.rglob(f"*-step={step}.ckpt")
     expected = torch.load(own, weights_only=True)
     assert found.keys() == expected.keys()
-    # Counters are those behind the batch, Lightning's own those in the middle of its last hook.
+    # The export has the counters after the batch, Lightning's file those during its last hook.
     for name in expected.keys() - {"loops", "callbacks"}:
-        assert same(found[name], expected[name]), name
+        assert equal(found[name], expected[name]), name
     assert found["callbacks"].keys() == expected["callbacks"].keys()
     assert found["loops"].keys() == expected["loops"].keys()
-    _read_by_lightning(live, own)
-    _as_weights(job, found)
+    _assert_lightning_resumes(live, own)
+    _assert_other_formats(job, found)
 
 
-def _read_by_lightning(live: Path, own: Path) -> None:
-    """A fresh process goes on from it, and finds the same model in it."""
+def _assert_lightning_resumes(live: Path, own: Path) -> None:
+    """A new process loads the same model from the export and resumes from it."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(LAB)])}
     code = "\n".join(line[4:] for line in READER.splitlines())
     done = subprocess.run(
@@ -107,13 +107,13 @@ def _read_by_lightning(live: Path, own: Path) -> None:
         cwd=live.parent, env=env, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert said["exported"] == said["own"]
-    assert said["steps"] > 12
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["exported"] == result["own"]
+    assert result["steps"] > 12
 
 
-def _as_weights(job: Run, live: dict[str, Any]) -> None:
-    """What the run has left at its end, in the other formats."""
+def _assert_other_formats(job: Run, live: dict[str, Any]) -> None:
+    """The final state can be exported in the other formats."""
     target = job.folder / "weights.safetensors"
     assert "step 12" in export(job, "-o", str(target), "--format", "safetensors")
     data = target.read_bytes()

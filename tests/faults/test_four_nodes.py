@@ -1,4 +1,4 @@
-"""Four nodes, and the loss of one, of those that the placement survives, and of those that it does not."""
+"""Four nodes: losses that the placement of replicas tolerates, and losses that it does not."""
 
 from __future__ import annotations
 
@@ -19,52 +19,57 @@ from tests.faults.test_nodes import TWO_NODES, assert_identical
 from tests.lab.parts import Options
 
 FOUR_NODES = replace(TWO_NODES, num_nodes=4, samples=160)
-"""Ten steps an epoch on each of four ranks, twenty in all."""
+"""Four ranks, ten steps per epoch, twenty in total."""
 RACKS = ("r0", "r0", "r1", "r1")
-DIES = "node:rank=all:step={}"
+NODE_FAULT = "node:rank=all:step={}"
 
 
 class FourNodes:
-    """A cluster of four nodes that meet at a place which none of them hosts, numbered as they are started."""
+    """A cluster of four nodes whose rendezvous store is outside of all nodes."""
 
     def __init__(self, folder: Path, stack: ExitStack, options: Options) -> None:
-        self.meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.cluster = Cluster(folder, stack, options, port=self.meeting.port, hosted=True)
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.cluster = Cluster(folder, stack, options, port=self.store.port, external_store=True)
         self.cluster.arenas.mkdir()
         self.agents: list[psutil.Popen] = []
 
     def start(self, node: int, faults: str = "") -> psutil.Popen:
-        """Start a node; ranks are in the order of nodes."""
+        """Start a node; ranks are in the order of node numbers."""
         env = {"CKPTLESS_FAILURE_DOMAIN": RACKS[node]}
         return self.cluster.start_agent(faults, f"127.0.0.{node + 1}", env=env)
 
     def start_all(self, steps: dict[int, int], at: Mapping[int, str] = {}) -> None:
-        """Start all nodes; some are lost at a step, some of those at a moment of it."""
-        faults = {node: DIES.format(step) + at.get(node, "") for node, step in steps.items()}
+        """Start all nodes.
+
+        Args:
+            steps: by node, the step at which it is lost.
+            at: by node, the suffix `:at=MOMENT` of its fault.
+        """
+        faults = {node: NODE_FAULT.format(step) + at.get(node, "") for node, step in steps.items()}
         self.agents = [self.start(node, faults.get(node, "")) for node in range(4)]
 
     def replace(self, lost: Collection[int]) -> None:
-        """Wait until nodes are lost, take what they had away, and start others as a scheduler would."""
+        """Wait until nodes are lost, remove their arenas, and start replacements as a scheduler would."""
         for node in lost:
             assert self.agents[node].wait(timeout=END_S) == -signal.SIGKILL, self.output
         for node in lost:
-            self.cluster.lose(self.agents[node])
+            self.cluster.remove_arena(self.agents[node])
         for node in lost:
             self.agents[node] = self.start(node)
 
     @property
     def exit_codes(self) -> list[int]:
-        """Those of all nodes, when all have ended."""
+        """The exit codes of all nodes; waits for them."""
         return [agent.wait(timeout=END_S) for agent in self.agents]
 
     @property
     def output(self) -> str:
-        """What all have printed."""
+        """The output of all agents and workers."""
         return self.cluster.output()
 
 
-def why_all_have_ended(nodes: FourNodes) -> str:
-    """Wait until all have ended for want of a state; what was said of it."""
+def reason_of_failure(nodes: FourNodes) -> str:
+    """Wait until all nodes have failed with StateMissingError; return the reason in the ledger."""
     assert all(code not in (0, None) for code in nodes.exit_codes), nodes.output
     assert "StateMissingError" in nodes.output
     return str(nodes.cluster.events("run_started")[-1]["reason"])
@@ -107,7 +112,7 @@ def test_each_of_four_nodes_is_lost_in_turn(tmp_path: Path, stack: ExitStack, pa
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_pair_that_placement_survives_is_lost(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
+def test_placement_tolerates_the_loss_of_two_nodes(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     nodes = FourNodes(tmp_path, stack, FOUR_NODES)
     nodes.start_all({0: 7, 2: 7})
     nodes.replace([0, 2])
@@ -119,10 +124,10 @@ def test_a_pair_that_placement_survives_is_lost(tmp_path: Path, stack: ExitStack
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_what_memory_does_not_survive_comes_from_the_state_that_all_nodes_have_written(
+def test_loss_of_all_replicas_falls_back_to_the_durable_state(
     tmp_path: Path, stack: ExitStack, parent: ForkServer
 ) -> None:
-    # No node holds all four shards: each writes its own, and a state is seen when all have.
+    # No node holds all four shards: each writes its own, and a state is complete once all have.
     options = replace(FOUR_NODES, slow_mirror_s=0.3, strategy_options="{'durable_every_n_steps': 2}")
     nodes = FourNodes(tmp_path, stack, options)
     nodes.start_all({2: 9, 3: 9})
@@ -139,18 +144,18 @@ def test_what_memory_does_not_survive_comes_from_the_state_that_all_nodes_have_w
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_pair_that_placement_does_not_survive_is_told_and_ends_the_run(tmp_path: Path, stack: ExitStack) -> None:
+def test_loss_of_all_replicas_ends_the_run_and_is_reported(tmp_path: Path, stack: ExitStack) -> None:
     nodes = FourNodes(tmp_path, stack, FOUR_NODES)
     nodes.start_all({2: 7, 3: 7})
     nodes.replace([2, 3])
-    reason = why_all_have_ended(nodes)
+    reason = reason_of_failure(nodes)
     assert "no version is complete: shards " in reason
     assert "shards 2, 3 of 4 have no replica" in reason
     assert not nodes.cluster.events("restored")
 
 
-def lose_a_second_before_the_first_is_protected(nodes: FourNodes, second: int) -> None:
-    """Node 1 is lost; when all restore the version with its successor, which has no copies yet, so is another."""
+def lose_two_before_rereplication(nodes: FourNodes, second: int) -> None:
+    """Lose node 1, and another node during the restore, before the replacement of node 1 has copies."""
     nodes.start_all({1: 7, second: 7}, at={second: ":at=restore"})
     nodes.replace([1])
     nodes.replace([second])
@@ -159,9 +164,9 @@ def lose_a_second_before_the_first_is_protected(nodes: FourNodes, second: int) -
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_second_loss_before_the_first_is_protected(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
+def test_a_second_node_is_lost_before_rereplication(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     nodes = FourNodes(tmp_path, stack, FOUR_NODES)
-    lose_a_second_before_the_first_is_protected(nodes, 2)
+    lose_two_before_rereplication(nodes, 2)
     assert nodes.exit_codes == [0] * 4, nodes.output
     restored = [facts["version"] for facts in nodes.cluster.events("restored")]
     assert all(is_version(version, "step 6") for version in restored), restored
@@ -173,7 +178,7 @@ def test_a_second_loss_before_the_first_is_protected(tmp_path: Path, stack: Exit
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_second_loss_of_the_last_copies_is_told(tmp_path: Path, stack: ExitStack) -> None:
+def test_loss_of_the_last_copies_before_rereplication_is_reported(tmp_path: Path, stack: ExitStack) -> None:
     nodes = FourNodes(tmp_path, stack, FOUR_NODES)
-    lose_a_second_before_the_first_is_protected(nodes, 0)
-    assert "shards 0, 1 of 4 have no replica" in why_all_have_ended(nodes)
+    lose_two_before_rereplication(nodes, 0)
+    assert "shards 0, 1 of 4 have no replica" in reason_of_failure(nodes)

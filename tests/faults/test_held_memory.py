@@ -1,4 +1,4 @@
-"""Slots that do not fit into a small memory file system are memory of the agent, and recovery works from there."""
+"""Slots that do not fit into a small shared memory file system are kept in the agent's memory; recovery uses them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ PROGRAM = """
     from lightning.pytorch.demos.boring_classes import BoringModel
     from lightning_ckptless import CkptlessStrategy
 
-    class Look(Callback):
+    class CountLinks(Callback):
         def on_train_batch_start(self, trainer, *_):
-            links = [path for path in Path(os.environ["LOOK_AT"]).glob("ckptless-*/shard-*") if path.is_symlink()]
+            links = [path for path in Path(os.environ["ARENA_FOLDER"]).glob("ckptless-*/shard-*") if path.is_symlink()]
             Path(f"links-{trainer.global_rank}-{trainer.global_step}").write_text(str(len(links)))
 
     class Model(BoringModel):
@@ -53,7 +53,7 @@ PROGRAM = """
     durable = {"durable_every_n_steps": 2, "durable_dir": "durable"} if "DURABLE" in os.environ else {}
     Trainer(
         strategy=CkptlessStrategy(**durable), accelerator="cpu", devices=2, max_epochs=-1,
-        max_steps=int(os.environ.get("STEPS", "6")), callbacks=[Look()], logger=False,
+        max_steps=int(os.environ.get("STEPS", "6")), callbacks=[CountLinks()], logger=False,
         enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False,
     ).fit(Model())
 """
@@ -61,21 +61,21 @@ PROGRAM = """
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What is trained."""
+    """The command of the training script."""
     (path := tmp_path_factory.mktemp("held") / "program.py").write_text(dedent(PROGRAM))
     return [str(path)]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(program: list[str], parent: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Variant:
-    """The run that was left alone, with its slots in files."""
+    """The undisturbed run, with all slots in files."""
     folder = tmp_path_factory.mktemp("baseline") / "run"
     variant = run_variant(
         program,
         folder,
         parent=parent,
         isolate=True,
-        env={"PYTHONPATH": str(REPOSITORY), "LOOK_AT": ".", "DURABLE": "yes"},
+        env={"PYTHONPATH": str(REPOSITORY), "ARENA_FOLDER": ".", "DURABLE": "yes"},
     )
     assert variant.exit_code == 0, variant.tail()
     return variant
@@ -85,12 +85,12 @@ def undisturbed(program: list[str], parent: ForkServer, tmp_path_factory: pytest
 @pytest.mark.parametrize(
     ("faults", "ladder", "mib", "recovered"),
     [
-        # Before the first step the state lacks the optimizer's, and its slots fit into files.
+        # Before the first step there is no optimizer state, so the slots fit into files.
         pytest.param("kill:rank=1:step=3", Ladder(in_place=True), 10, (1, 0), id="in_place"),
         pytest.param("kill:rank=all:step=4", Ladder(in_place=False), 6, (0, 1), id="relaunch"),
     ],
 )
-def test_a_run_in_a_small_memory_file_system_recovers_from_memory_of_the_agent(
+def test_slots_that_do_not_fit_into_shared_memory_recover_from_agent_memory(
     faults: str,
     ladder: Ladder,
     mib: int,
@@ -118,7 +118,7 @@ def test_a_run_in_a_small_memory_file_system_recovers_from_memory_of_the_agent(
         assert is_version(recovery.version, "step 2" if report.in_place else "step 3")
         assert recovery.sources["own arena"] > 0
         links = {path.read_text() for path in (report.faulted.folder / "cwd").glob("links-*-5")}
-        assert links == {"4"}, "two slots of the shard of each rank"
+        assert links == {"4"}, "two slots per shard"
         (held,) = [event for event in report.faulted.events if event.event == "memory_held"]
         assert re.search(rf"4 slots need \d+ more bytes.* free in {small}.*--shm-size=\d+m", held.fields["reason"])
         assert [event.event for event in report.faulted.events].count("durable_written") >= 2
@@ -127,9 +127,7 @@ def test_a_run_in_a_small_memory_file_system_recovers_from_memory_of_the_agent(
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_under_torchrun_ranks_that_do_not_fit_together_are_refused_before_any_begins(
-    program: list[str], tmp_path: Path
-) -> None:
+def test_torchrun_refuses_ranks_that_do_not_fit_into_shared_memory(program: list[str], tmp_path: Path) -> None:
     with small_memory(tmp_path / "small", 6) as small:
         variant = run_variant(
             program,
@@ -148,7 +146,7 @@ def test_under_torchrun_ranks_that_do_not_fit_together_are_refused_before_any_be
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_live_run_is_seen_and_exported_and_its_memory_ends_with_the_agent(
+def test_a_live_run_is_exported_and_its_memory_is_freed_with_the_agent(
     program: list[str], tmp_path: Path, stack: ExitStack
 ) -> None:
     small = stack.enter_context(small_memory(tmp_path / "small", 6))
@@ -181,7 +179,7 @@ def test_a_live_run_is_seen_and_exported_and_its_memory_ends_with_the_agent(
 
 
 def _environment(small: Path, **more: str) -> dict[str, str]:
-    return {"PYTHONPATH": str(REPOSITORY), "LOOK_AT": str(small), "CKPTLESS_ARENA_DIR": str(small), **more}
+    return {"PYTHONPATH": str(REPOSITORY), "ARENA_FOLDER": str(small), "CKPTLESS_ARENA_DIR": str(small), **more}
 
 
 def _ckptless(*words: str) -> str:

@@ -1,4 +1,4 @@
-"""A program that Hydra runs has one folder for the run, whichever process comes when."""
+"""A run started by Hydra has one output folder, no matter when its processes start."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.faults.conftest import REPOSITORY
 pytest.importorskip("hydra")
 
 ENV = {"PYTHONPATH": str(REPOSITORY)}
-# Unlike Hydra's own pattern it tells apart processes that start within the same second.
+# Unlike Hydra's own pattern, this one distinguishes processes that start within the same second.
 FOLDERS = ("hydra.run.dir=outputs/${now:%f}", "hydra.sweep.dir=multirun/${now:%f}")
 SCRIPT = """
 import hydra, os
@@ -41,7 +41,7 @@ main()
 
 
 def files_of(variant: Variant) -> set[str]:
-    """What Hydra, the logger and the callback wrote, with the time left out of the folder's name."""
+    """Return the files of Hydra, the logger and the callback, with the time stamp of the folder replaced."""
     folders = {folder.name for kind in ("outputs", "multirun") for folder in (variant.folder / "cwd").glob(f"{kind}/*")}
     assert len(folders) == 1, folders
     (stamp,) = folders
@@ -60,7 +60,7 @@ def files_of(variant: Variant) -> set[str]:
         pytest.param(("--multirun", "seed=1,2"), "python", None, marks=pytest.mark.long),
     ],
 )
-def test_one_folder(
+def test_a_run_has_one_output_folder(
     arguments: tuple[str, ...], launcher: Launcher, in_place: bool | None, tmp_path: Path, parent: ForkServer
 ) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)

@@ -1,4 +1,4 @@
-"""What can go wrong while a run recovers in place, and what a process can do beside dying."""
+"""Faults during a recovery in place, and faults other than the death of a process."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tests.faults.conftest import Drill
 from tests.faults.matrix import BASE, FOUR, Cell
 from tests.lab.parts import Options
 
-PATIENT = replace(BASE, samples=800, epochs=1)
-"""A hundred steps on each of two ranks: time for a standby to come."""
+LONG = replace(BASE, samples=800, epochs=1)
+"""Two ranks, a hundred steps: time for a standby to start."""
 WATCHED = replace(BASE, strategy_options="{'hang_timeout_s': 1.0}")
 MANY = replace(BASE, devices=32, samples=768, epochs=1)
-"""Six steps on each of 32 ranks, more than any queue of connections that a library makes by default is for."""
+"""32 ranks, six steps: more ranks than the usual default backlog of a listening socket."""
 FIRST = "kill:rank=1:step=4"
 
 
@@ -25,13 +25,13 @@ class Hazard:
     """One drill.
 
     Args:
-        faults: what goes wrong.
-        in_place: how often workers are replaced while the others go on.
-        relaunches: how often all are started again.
-        recoveries: how many of them come to a step.
-        overtaken: how many of those may be hit by the next fault before that step is committed everywhere.
-        options: what is trained.
-        standbys: processes that wait for a rank.
+        faults: a fault script.
+        in_place: expected number of recoveries in place.
+        relaunches: expected number of relaunches.
+        recoveries: expected number of recoveries that reach a step.
+        options: the training configuration.
+        standbys: number of standbys.
+        overtaken: how many recoveries may meet the next fault before their step is committed on all ranks.
     """
 
     faults: str
@@ -44,30 +44,30 @@ class Hazard:
 
 
 HAZARDS = {
-    # Each of the two fights for the same step.
+    # The second fault hits the recovery from the first.
     "survivor=0-during=regroup": Hazard(f"{FIRST},kill:rank=0:step=4:at=regroup", in_place=2),
-    "newcomer=1-during=regroup": Hazard(f"{FIRST},kill:rank=1:step=4:at=regroup", in_place=2),
+    "replacement=1-during=regroup": Hazard(f"{FIRST},kill:rank=1:step=4:at=regroup", in_place=2),
     "survivor=0-during=restore": Hazard(f"{FIRST},kill:rank=0:step=4:at=restore", in_place=2),
-    "newcomer=1-during=restore": Hazard(f"{FIRST},kill:rank=1:step=4:at=restore", in_place=2),
-    "newcomer=1-during=restore-twice": Hazard(f"{FIRST},kill:rank=1:step=4:at=restore:times=2", 2, relaunches=1),
-    # The others wait inside of torch, for an address that never comes.
+    "replacement=1-during=restore": Hazard(f"{FIRST},kill:rank=1:step=4:at=restore", in_place=2),
+    "replacement=1-during=restore-twice": Hazard(f"{FIRST},kill:rank=1:step=4:at=restore:times=2", 2, relaunches=1),
+    # The other ranks block inside torch, waiting for an address that is never published.
     "survivor=0-during=meet": Hazard(f"{FIRST},kill:rank=0:step=4:at=meet", in_place=2),
-    "newcomer=1-during=meet": Hazard(f"{FIRST},kill:rank=1:step=4:at=meet:times=3", in_place=4),
+    "replacement=1-during=meet": Hazard(f"{FIRST},kill:rank=1:step=4:at=meet:times=3", in_place=4),
     "survivor=0-stopped-during=meet": Hazard(f"{FIRST},stop:rank=0:step=4:at=meet", in_place=2, options=WATCHED),
     "standby-during=promotion": Hazard(
-        "kill:rank=1:step=90,kill:rank=1:step=90:at=regroup", in_place=2, options=PATIENT, standbys=1
+        "kill:rank=1:step=90,kill:rank=1:step=90:at=regroup", in_place=2, options=LONG, standbys=1
     ),
     "two_of_four-at_once": Hazard("kill:rank=1:step=3,kill:rank=2:step=3", in_place=1, options=FOUR),
     "rank=0-hangs": Hazard("hang:rank=0:step=4", in_place=1, options=WATCHED),
     "survivor=0-hangs-during=regroup": Hazard(f"{FIRST},hang:rank=0:step=4:at=regroup", in_place=2, options=WATCHED),
-    # Nobody is behind the others: they are asked.
+    # No rank lags behind the others, so the ranks are asked.
     "rank=0-hangs-during=backward": Hazard("hang:rank=0:step=4:at=backward", in_place=1, options=WATCHED),
     "survivor=0-hangs-during=restore": Hazard(f"{FIRST},hang:rank=0:step=4:at=restore", in_place=2, options=WATCHED),
-    "newcomer=1-hangs-during=restore": Hazard(f"{FIRST},hang:rank=1:step=4:at=restore", in_place=2, options=WATCHED),
+    "replacement=1-hangs-during=restore": Hazard(f"{FIRST},hang:rank=1:step=4:at=restore", in_place=2, options=WATCHED),
     "rank=0-hangs-during=last_epoch_end": Hazard("hang:rank=0:step=12:at=epoch_end", in_place=1, options=WATCHED),
     "rank=1-stopped": Hazard("stop:rank=1:step=4:at=backward", in_place=1, options=WATCHED),
     "rank=0-segfault": Hazard("crash:rank=0:step=4", in_place=1),
-    "rank=1-leaves_with_code_0": Hazard("leave:rank=1:step=4", in_place=1),
+    "rank=1-exits_with_code_0": Hazard("leave:rank=1:step=4", in_place=1),
     "ten_in_a_row": Hazard(
         ",".join(f"kill:rank={step % 2}:step={step}" for step in range(2, 12)), in_place=10, recoveries=10, overtaken=5
     ),
@@ -80,12 +80,12 @@ def test_hazard(name: str, drill: Drill) -> None:
     report: DrillReport = drill(Cell(hazard.faults, hazard.options), Ladder(20, standbys=hazard.standbys))
     assert report.problems == ()
     assert report.identical
-    # Two ranks that die within the same moment are one fault or two, as they are seen.
+    # Two simultaneous deaths are one fault or two, depending on when they are detected.
     assert report.in_place in (hazard.in_place, hazard.in_place + ("at_once" in name))
     assert report.relaunches == hazard.relaunches
     assert hazard.recoveries - hazard.overtaken <= len(report.recoveries) <= hazard.recoveries
     if hazard.recoveries == 1:
-        # A try that another fault has cut short belongs to the recovery.
+        # An attempt interrupted by another fault is part of the recovery.
         died_at = [event.fields["died_at"] for event in report.faulted.events if event.event == "fault"]
         assert report.recoveries[0].total_s >= died_at[-1] - died_at[0]
         assert report.recoveries[0].cause.count("; then ") == len(died_at) - 1

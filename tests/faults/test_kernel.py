@@ -1,4 +1,4 @@
-"""Real notebooks: their cells run in a kernel of Jupyter's, started by nbconvert or in the way an editor starts it."""
+"""Real notebooks: cells run in a Jupyter kernel, started by nbconvert or by a client as in an editor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch.utils.data import DataLoader, TensorDataset
 
-class InACell(LightningModule):
+class CellModel(LightningModule):
     def __init__(self):
         super().__init__()
         self.layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 1))
@@ -40,13 +40,13 @@ class InACell(LightningModule):
 
 def begin():
     torch.manual_seed(3)
-    return InACell(), DataLoader(TensorDataset(torch.randn(48, 4)), batch_size=4, shuffle=True)
+    return CellModel(), DataLoader(TensorDataset(torch.randn(48, 4)), batch_size=4, shuffle=True)
 
 def trainer(strategy, **options):
     settings = dict(accelerator="cpu", devices=2, max_epochs=2, logger=False, enable_checkpointing=False)
     return Trainer(strategy=strategy, **(settings | options))
 
-# What people do before they train: threads are started here that no fork has.
+# Typical work before training. It starts threads, which a fork does not inherit.
 torch.set_num_threads(4)
 torch.randn(1500, 1500) @ torch.randn(1500, 1500)
 torch.nn.Linear(3, 3)(torch.randn(1, 3)).sum().backward()
@@ -71,24 +71,24 @@ assert ours.global_step == 12
 assert ours.callback_metrics["loss"] < 10
 assert all(torch.equal(one, other) for one, other in zip(expected, again.parameters()))
 print("children:", psutil.Process().children(recursive=True))
-print("the same weights")
+print("identical weights")
 """
 
 
 def environment() -> dict[str, str]:
-    """Of a kernel that finds this package, and does not know that a test has started it: it would show less output."""
+    """Return the environment of a kernel, without PYTEST_CURRENT_TEST, which would reduce its output."""
     path = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     known = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
     return known | {"PYTHONPATH": os.pathsep.join(path), "JUPYTER_PLATFORM_DIRS": "1"}
 
 
 def text_of(outputs: list[Any]) -> str:
-    """All that a cell shows."""
+    """Return the output of a cell as text."""
     shown = [output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in outputs]
     return "".join(shown)
 
 
-def test_a_notebook_is_executed(tmp_path: Path) -> None:
+def test_nbconvert_executes_a_notebook_with_a_kill(tmp_path: Path) -> None:
     pytest.importorskip("nbconvert")
     cells = [nbformat.v4.new_code_cell(source) for source in (DEFINITIONS, UNDISTURBED, KILLED, COMPARED)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "train.ipynb")
@@ -102,14 +102,14 @@ def test_a_notebook_is_executed(tmp_path: Path) -> None:
     assert "died by SIGKILL; recovering in place: 1 of 2 ranks survived, replacing rank 1" in killed
     assert "recovered in place" in killed
     assert "Epoch 1" in killed
-    assert compared == "children: []\nthe same weights\n"
+    assert compared == "children: []\nidentical weights\n"
 
 
 class Kernel:
     """A kernel that runs one cell after another.
 
     Args:
-        folder: in which it runs.
+        folder: its working directory.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -123,11 +123,11 @@ class Kernel:
         """Run a cell.
 
         Args:
-            source: of the cell.
-            stop_at: what the cell prints when its stop button is pressed; empty to let it run.
+            source: source code of the cell.
+            stop_at: interrupt the kernel once the cell has printed this text; empty to let it run.
 
         Returns:
-            What it has printed, and the name of its error; empty where there was none.
+            The printed text, and the name of the exception or an empty string.
         """
         request, printed, error = self.client.execute(source), "", ""
         while True:
@@ -146,14 +146,14 @@ class Kernel:
                 return printed, error
 
     def close(self) -> None:
-        """End it."""
+        """Shut the kernel down."""
         self.client.stop_channels()
         self.manager.shutdown_kernel(now=True)
 
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
-    """A kernel whose first cell has run; the last test ends it."""
+    """A kernel that has run the definitions; the last test kills it."""
     kernel = Kernel(tmp_path_factory.mktemp("kernel"))
     try:
         assert kernel.run(DEFINITIONS) == ("", "")
@@ -162,10 +162,10 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
         kernel.close()
 
 
-def test_the_stop_button_ends_a_cell_and_nothing_else(kernel: Kernel) -> None:
+def test_an_interrupt_ends_only_the_cell(kernel: Kernel) -> None:
     begin = """
 import time
-class Slow(InACell):
+class Slow(CellModel):
     def training_step(self, batch, batch_idx):
         time.sleep(0.02)
         print(f"at batch {batch_idx}")
@@ -182,11 +182,11 @@ ours.fit(slow, begin()[1])
     assert (printed.splitlines()[-1], error) == ("12", "")
 
 
-def test_an_error_is_the_cells_own(kernel: Kernel) -> None:
+def test_an_exception_is_raised_in_the_cell(kernel: Kernel) -> None:
     cell = """
 class NoSuchBatchError(Exception):
     pass
-class Failing(InACell):
+class Failing(CellModel):
     def training_step(self, batch, batch_idx):
         if self.global_step == 4:
             raise NoSuchBatchError(batch_idx)
@@ -196,11 +196,11 @@ trainer("ckptless").fit(Failing(), begin()[1])
     assert kernel.run(cell)[1] == "NoSuchBatchError"
 
 
-def test_workers_end_with_their_kernel(kernel: Kernel, tmp_path: Path) -> None:
-    # The memory of a kernel that was killed stays for a while, as that of any agent.
+def test_workers_exit_with_their_kernel(kernel: Kernel, tmp_path: Path) -> None:
+    # The arena of a killed kernel remains, like that of any agent.
     cell = f"""
 os.environ["CKPTLESS_ARENA_DIR"] = {str(tmp_path)!r}
-class Endless(InACell):
+class Endless(CellModel):
     def on_train_start(self):
         print("trains")
 trainer("ckptless", max_epochs=10**6).fit(Endless(), begin()[1])
@@ -212,7 +212,7 @@ trainer("ckptless", max_epochs=10**6).fit(Endless(), begin()[1])
             printed += message["content"]["text"]
     process = psutil.Process(kernel.manager.provisioner.pid)
     forks = process.children(recursive=True)
-    # The parent, and two workers.
+    # The fork server and two workers.
     assert len(forks) >= 3
     process.kill()
     _, alive = psutil.wait_procs(forks, timeout=10)

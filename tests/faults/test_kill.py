@@ -1,4 +1,4 @@
-"""Every cell of the matrix: a real fault, and a run that ends bit for bit as if it had not happened."""
+"""Every cell of the fault matrix: after real faults, the results match the undisturbed run bit for bit."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import pytest
 from lightning_ckptless.testing.drill import DrillReport
 from lightning_ckptless.testing.starters import Ladder
 from tests.faults.conftest import Drill
-from tests.faults.matrix import CELLS, TELLING, Cell, is_version
+from tests.faults.matrix import CELLS, RELAUNCHED, Cell, is_version
 
 IN_PLACE = Ladder(max_restarts=5)
 LONG = (
     "rank=1-twice", "rank=0-then=1", "data=iterable", "data=workers", "plateau-early_stopping", "limited",
     "mirror_every=auto",
 )  # fmt: skip
-"""Another cell, or ten kills in a row in `test_in_place`, has all that they have."""
+"""Cells that another cell, or `ten_in_a_row` in `test_in_place`, covers as well."""
 RELAUNCH = Ladder(max_restarts=5, in_place=False)
 
 
@@ -25,16 +25,16 @@ def test_kill(name: str, drill: Drill) -> None:
     cell = CELLS[name]
     report = drill(cell, IN_PLACE)
     if "rank=all" in cell.faults and report.relaunches:
-        # Nobody is left to go on in place where all ranks are lost at once.
+        # If all ranks are lost at once, no survivor is left to recover in place.
         _assert_survived(cell, report, relaunches=cell.recoveries, in_place=0)
     else:
-        # Two that die within the same moment are two faults where the second is seen after the first.
+        # Two simultaneous deaths count as two faults if the second is detected after the first recovery has begun.
         _assert_survived(cell, report, in_place=cell.recoveries * (2 if "rank=all" in cell.faults else 1))
 
 
 @pytest.mark.parametrize(
     "name",
-    [name if place % 3 == 0 else pytest.param(name, marks=pytest.mark.long) for place, name in enumerate(TELLING)],
+    [name if place % 3 == 0 else pytest.param(name, marks=pytest.mark.long) for place, name in enumerate(RELAUNCHED)],
 )
 def test_kill_and_relaunch(name: str, drill: Drill) -> None:
     cell = CELLS[name]

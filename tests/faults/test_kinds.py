@@ -1,4 +1,4 @@
-"""Kinds of models and optimizers that people train: killed, and compared bit for bit with the run left alone."""
+"""Common kinds of models, optimizers and callbacks: killed, and compared bit for bit with the undisturbed run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.lab.kinds import WIDE
 BYTES = "ckptless/mirrored_bytes"
 
 SHORT = replace(BASE, epochs=1)
-ON_EACH = "{'failure_domain': 'rank'}"
-"""A copy of each shard on the other rank: what is left out of the sending shows."""
+COPY_ON_OTHER_RANK = "{'failure_domain': 'rank'}"
+"""Each shard is copied to the other rank, so the bytes sent show which tensors were skipped."""
 
 CELLS = {
-    "thawed": Cell(
+    "unfrozen": Cell(
         "kill:rank=0:step=3,kill:rank=1:step=6:at=optimizer_step",
         replace(BASE, thaw_at=4, strategy_options="{'failure_domain': 'rank', 'find_unused_parameters': True}"),
         recoveries=2,
@@ -29,13 +29,13 @@ CELLS = {
     "compiled": Cell("kill:rank=1:step=4", replace(SHORT, block="compiled:aot_eager")),
     "8_bits-adagrad": Cell("kill:rank=0:step=5:at=optimizer_step", replace(SHORT, optimization="two_odd")),
     "fused-foreach": Cell("kill:rank=1:step=5:at=mirror", replace(SHORT, optimization="two_quick")),
-    # Before the averaging has begun, and in the epoch that is run for the statistics of batch norm.
+    # Before averaging begins, and in the extra epoch that updates the batch norm statistics.
     "averaging": Cell("kill:rank=0:step=4,kill:rank=1:step=13", replace(BASE, callback="averaging"), recoveries=2),
-    # In the step that adds the group, and after it.
+    # In the step that adds the parameter group, and after it.
     "finetuning": Cell(
         "kill:rank=1:step=7:at=optimizer_step,kill:rank=0:step=9", replace(BASE, callback="finetuning"), recoveries=2
     ),
-    # After the first search, and in the middle of the second.
+    # After the first learning rate search, and during the second.
     "searching": Cell("kill:rank=0:step=3", replace(BASE, callback="searching"), recoveries=2),
     "sharded-mixed": Cell("kill:rank=1:step=4:at=backward", replace(SHORT, mesh="2x1", sharding="mixed")),
     "sharded-bf16": Cell("kill:rank=0:step=4", replace(SHORT, mesh="2x1", precision="bf16-mixed")),
@@ -43,15 +43,15 @@ CELLS = {
 }
 
 
-def test_kill_of_a_model_that_is_mostly_frozen(drill: Drill) -> None:
-    cell = Cell("kill:rank=1:step=3:at=backward", replace(BASE, block="adapted", strategy_options=ON_EACH))
+def test_kill_with_mostly_frozen_weights(drill: Drill) -> None:
+    cell = Cell("kill:rank=1:step=3:at=backward", replace(BASE, block="adapted", strategy_options=COPY_ON_OTHER_RANK))
     report = _assert_survived(cell, drill)
-    # Beside a kilobyte that is trained: half of the frozen weights, and a mask that each rank has for itself.
+    # Half of the frozen weights, and a buffer of each rank. The trained weights are about a kilobyte.
     shard_bytes = 4 * WIDE * (16 + 16)
     (path,) = (report.faulted.folder / "cwd").rglob("metrics.csv")
     with path.open() as file:
         mirrored = [float(row[BYTES]) for row in csv.DictReader(file) if row.get(BYTES)]
-    # Into each of two slots, and to the other rank, once; then the mask is copied and nothing of both is sent.
+    # Each is written once into both slots and sent once; later versions copy the buffer and send neither.
     assert mirrored[-1] < shard_bytes < 2 * shard_bytes < max(mirrored)
 
 
@@ -65,15 +65,15 @@ def test_kill(name: str, drill: Drill) -> None:
 @pytest.mark.parametrize(
     "how", ["data", pytest.param("counted", marks=pytest.mark.long), pytest.param("replaced", marks=pytest.mark.long)]
 )
-def test_kill_of_a_model_with_a_slow_copy(how: str, drill: Drill) -> None:
-    """The survivor has moved its copy in the step that is run again, before any optimizer has stepped."""
+def test_kill_with_a_moving_average_of_the_model(how: str, drill: Drill) -> None:
+    """The survivor updates the average in the forward pass of the replayed step, before any optimizer step."""
     faults = "kill:rank=1:step=4,kill:rank=0:step=6:at=backward"
     _assert_survived(Cell(faults, replace(SHORT, block=f"following:{how}"), recoveries=2), drill)
 
 
 @pytest.mark.long
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler for CPUs: g++ is not there")
-def test_kill_of_a_model_that_was_compiled_to_machine_code(drill: Drill) -> None:
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ to compile for CPUs")
+def test_kill_with_a_model_compiled_by_inductor(drill: Drill) -> None:
     _assert_survived(Cell("kill:rank=1:step=4", replace(SHORT, block="compiled:inductor")), drill)
 
 

@@ -1,4 +1,4 @@
-"""A process that lives through twenty recoveries holds as much as before the first."""
+"""After twenty recoveries, a survivor holds no more threads, files and memory than after the first ones."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 class Census(L.Callback):
     def on_train_batch_start(self, trainer, *_):
-        # Behind a recovery the last groups are let go of within a step or two.
+        # After a recovery, the old process groups are freed within a step or two.
         if trainer.global_step % {EVERY} == 3:
-            me = psutil.Process()
-            facts = threading.active_count(), me.num_threads(), me.num_fds(), me.memory_info().rss
+            process = psutil.Process()
+            facts = threading.active_count(), process.num_threads(), process.num_fds(), process.memory_info().rss
             with open(f"census-{{os.getpid()}}", "a") as file:
                 print(*facts, file=file)
 
@@ -39,7 +39,7 @@ trainer.fit(BoringModel())
 
 @dataclass(frozen=True)
 class Census:
-    """What a process held at one moment."""
+    """The resources of a process at one moment."""
 
     python_threads: int
     threads: int
@@ -48,7 +48,7 @@ class Census:
 
 
 @pytest.mark.slow
-def test_twenty_recoveries_leave_nothing(tmp_path: Path, parent: ForkServer) -> None:
+def test_twenty_recoveries_leak_nothing(tmp_path: Path, parent: ForkServer) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
     faults = ",".join(f"kill:rank=1:step={EVERY * (count + 1)}" for count in range(RECOVERIES))
     what = Start(
@@ -65,11 +65,11 @@ def test_twenty_recoveries_leave_nothing(tmp_path: Path, parent: ForkServer) -> 
     longest = max(tmp_path.glob("census-*"), key=lambda path: path.stat().st_size)
     found = [Census(*(int(word) for word in line.split())) for line in longest.read_text().splitlines()]
     assert len(found) >= RECOVERIES
-    # The first recovery loads and makes what all others use; the last groups are let go of a few steps later.
-    early, late = _least(found[1:6]), _least(found[-5:])
+    # The first recovery imports and creates what later ones reuse. The minimum ignores groups not freed yet.
+    early, late = _minimum(found[1:6]), _minimum(found[-5:])
     assert (late.python_threads, late.threads, late.files) == (early.python_threads, early.threads, early.files)
     assert late.rss_bytes <= 1.02 * early.rss_bytes
 
 
-def _least(found: list[Census]) -> Census:
+def _minimum(found: list[Census]) -> Census:
     return Census(*(min(values) for values in zip(*(astuple(census) for census in found), strict=True)))

@@ -1,4 +1,4 @@
-"""Tracking stores, real ones, of runs that lose rank 0 or all ranks: one run, its parameters, each row once."""
+"""Real tracking stores after the loss of rank 0 or of all ranks: one run, its parameters, each row once."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ STORES = ("journal", "wandb", "mlflow")
 NEEDED = {"wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}
 Run = Callable[..., Variant]
 _START_S = 120.0
-_LOOK_EVERY_S = 0.1
+_POLL_EVERY_S = 0.1
 
 
 @dataclass(frozen=True)
 class Server:
-    """A tracking server of MLflow.
+    """An MLflow tracking server.
 
     Args:
-        uri: where it listens.
-        database: what it writes into.
+        uri: its address.
+        database: its SQLite file.
     """
 
     uri: str
@@ -47,16 +47,16 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server on a free port, with a database of its own. The extra `loggers` has the client alone."""
-    pytest.importorskip("flask", reason="a server takes the whole of MLflow: pip install mlflow")
-    pytest.importorskip("flask_cors", reason="a server takes the whole of MLflow: pip install mlflow")
+    """A server on a free port with its own database. The extra `loggers` installs the client only."""
+    pytest.importorskip("flask", reason="the server needs all of MLflow: pip install mlflow")
+    pytest.importorskip("flask_cors", reason="the server needs all of MLflow: pip install mlflow")
     folder = tmp_path_factory.mktemp("server")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     stores = ["--backend-store-uri", f"sqlite:///{folder}/runs.db", "--default-artifact-root", str(folder)]
-    # Jobs of its own are nine processes more.
+    # Job execution would start nine more processes.
     env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     command = [sys.executable, "-m", "mlflow", "server", *stores, *place]
     with (
@@ -68,7 +68,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             deadline = time.monotonic() + _START_S
             while not _answers(uri):
                 assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
-                threading.Event().wait(_LOOK_EVERY_S)
+                threading.Event().wait(_POLL_EVERY_S)
             yield Server(uri, folder / "runs.db")
         finally:
             os.killpg(process.pid, signal.SIGKILL)
@@ -82,14 +82,14 @@ def _answers(uri: str) -> bool:
 
 @pytest.fixture(scope="module")
 def run(parent: ForkServer, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Run:
-    """Runs the script with a store; a run without faults is made once."""
-    whole: dict[str, Variant] = {}
+    """Return a function that runs the script with a store; each run without faults runs once."""
+    undisturbed: dict[str, Variant] = {}
 
     def start(
         store: str, faults: str = "", raise_at: int = 0, env: Mapping[str, str] = MappingProxyType({})
     ) -> Variant:
-        if not (faults or raise_at) and store in whole:
-            return whole[store]
+        if not (faults or raise_at) and store in undisturbed:
+            return undisturbed[store]
         for name in NEEDED.get(store, ()):
             pytest.importorskip(name, reason="installed by the extra `loggers`")
         variant = run_variant(
@@ -102,7 +102,7 @@ def run(parent: ForkServer, tmp_path_factory: pytest.TempPathFactory, request: p
             timeout_s=200,
         )
         if not (faults or raise_at):
-            whole[store] = variant
+            undisturbed[store] = variant
         return variant
 
     return start
@@ -139,37 +139,37 @@ SHORT = {("journal", "rank 0 in place"), ("journal", "all ranks")}
         for name in FAULTS
     ],
 )
-def test_one_run_with_each_row_once(store: str, faults: str, run: Run) -> None:
-    require_the_same(run(store), run(store, FAULTS[faults]), lambda folder: read_store(store, folder))
+def test_one_run_with_every_row_once(store: str, faults: str, run: Run) -> None:
+    assert_same_run(run(store), run(store, FAULTS[faults]), lambda folder: read_store(store, folder))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("faults", ["rank 0 in place", "all ranks"])
-def test_one_run_in_mlflow_with_a_server(faults: str, server: Server, run: Run) -> None:
+def test_one_run_on_an_mlflow_server(faults: str, server: Server, run: Run) -> None:
     env = {"MLFLOW_TRACKING_URI": server.uri}
-    whole, variant = run("mlflow-server", env=env), run("mlflow-server", FAULTS[faults], env=env)
-    require_the_same(whole, variant, lambda folder: read_mlflow_database(server.database, folder))
+    undisturbed, variant = run("mlflow-server", env=env), run("mlflow-server", FAULTS[faults], env=env)
+    assert_same_run(undisturbed, variant, lambda folder: read_mlflow_database(server.database, folder))
 
 
-def require_the_same(whole: Variant, variant: Variant, read: Callable[[Path], dict[str, Read]]) -> None:
-    """Each of two runs of the script has one run of its store, and the two hold the same."""
-    assert (whole.exit_code, variant.exit_code) == (0, 0), variant.tail()
-    expected, found = only_run(read(whole.folder / "cwd")), only_run(read(variant.folder / "cwd"))
+def assert_same_run(undisturbed: Variant, variant: Variant, read: Callable[[Path], dict[str, Read]]) -> None:
+    """Assert that both runs of the script have one run in their store, with the same content."""
+    assert (undisturbed.exit_code, variant.exit_code) == (0, 0), variant.tail()
+    expected, found = only_run(read(undisturbed.folder / "cwd")), only_run(read(variant.folder / "cwd"))
     assert {step for step, _ in expected.rows} == set(range(12))
     assert found.rows == expected.rows
     assert found.params == expected.params
     assert found.params["lr"] == "0.1"
     assert found.status == expected.status
     assert any(event.event == "restored" for event in variant.events)
-    assert checkpoint(variant) == checkpoint(whole)
+    assert checkpoint(variant) == checkpoint(undisturbed)
     assert "dirpath has changed" not in output(variant)
     assert "cannot be identified" not in output(variant)
 
 
 def test_rows_up_to_an_error_are_logged(run: Run) -> None:
-    """What was held when the program raised its own error is what a run under DDP would have logged before it."""
-    whole, variant = run("journal"), run("journal", raise_at=5)
+    """Rows that are buffered when the script raises are logged, as they would be under DDP."""
+    undisturbed, variant = run("journal"), run("journal", raise_at=5)
     assert variant.exit_code == 1
-    expected, found = (only_run(read_store("journal", each.folder / "cwd")) for each in (whole, variant))
+    expected, found = (only_run(read_store("journal", each.folder / "cwd")) for each in (undisturbed, variant))
     assert found.status == "failed"
     assert found.rows == [row for row in expected.rows if row[0] < 4 or (row[0] == 4 and "lr-SGD" in dict(row[1]))]

@@ -1,4 +1,4 @@
-"""Two nodes on one machine: an agent each, an arena each, and the loss of one with all that it had."""
+"""Two nodes on one machine, each with its own agent and arena: loss of ranks and of whole nodes."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ SHARDED = replace(TWO_NODES, mesh="2x1")
 
 
 def assert_identical(cluster: Cluster, parent: ForkServer) -> None:
-    """Compare what a cluster has done with the run of as many ranks on one node that is left alone."""
+    """Compare the results of a cluster with an undisturbed run of the same number of ranks on one node."""
     env = {"PYTHONPATH": str(REPOSITORY), "CKPTLESS_FAILURE_DOMAIN": "r0"}
     alone = replace(cluster.options, devices=cluster.options.num_nodes, num_nodes=1)
-    words, folder = command_for(alone), cluster.folder / "whole"
-    whole = run_variant(words, folder, nproc=alone.devices, parent=parent, isolate=True, env=env)
-    assert whole.exit_code == 0, whole.tail()
+    words, folder = command_for(alone), cluster.folder / "undisturbed"
+    undisturbed = run_variant(words, folder, nproc=alone.devices, parent=parent, isolate=True, env=env)
+    assert undisturbed.exit_code == 0, undisturbed.tail()
     collect_logs(read_traces(cluster.folder / "trace").values(), cluster.folder / "logs", since=0)
-    verdict = compare(whole.folder, cluster.folder)
+    verdict = compare(undisturbed.folder, cluster.folder)
     assert verdict.identical, f"{verdict}\n{cluster.output()}"
 
 
@@ -43,13 +43,13 @@ def assert_identical(cluster: Cluster, parent: ForkServer) -> None:
 @pytest.mark.parametrize(
     "options", [TWO_NODES, pytest.param(SHARDED, marks=pytest.mark.long)], ids=["replicated", "sharded"]
 )
-def test_node_is_lost_with_its_arena(options: Options, tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
+def test_a_node_is_lost_with_its_arena(options: Options, tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     cluster = Cluster(tmp_path, stack, options)
     cluster.arenas.mkdir()
     stays = cluster.start_agent()
     lost = cluster.start_agent("node:rank=all:step=7")
     assert lost.wait(timeout=END_S) == -signal.SIGKILL, cluster.output()
-    cluster.lose(lost)
+    cluster.remove_arena(lost)
     comes = cluster.start_agent()
     assert [agent.wait(timeout=END_S) for agent in (stays, comes)] == [0, 0], cluster.output()
     events = list(read_ledger(tmp_path / "runs" / "two-nodes" / "ledger.jsonl"))
@@ -74,9 +74,7 @@ def test_ranks_of_both_nodes_die_at_once(tmp_path: Path, stack: ExitStack, paren
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_a_rank_of_one_node_is_replaced_and_the_other_node_goes_on(
-    tmp_path: Path, stack: ExitStack, parent: ForkServer
-) -> None:
+def test_ranks_on_both_nodes_are_replaced_in_place(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
     cluster = Cluster(tmp_path, stack, TWO_NODES)
     cluster.arenas.mkdir()
     agents = [cluster.start_agent("kill:rank=1:step=5,kill:rank=0:step=9") for _ in range(2)]
@@ -97,7 +95,7 @@ def test_the_node_that_hosts_the_rendezvous_is_lost(tmp_path: Path, stack: ExitS
     lost = cluster.start_agent("node:rank=all:step=7")
     stays = cluster.start_agent(address="127.0.0.2")
     assert lost.wait(timeout=END_S) == -signal.SIGKILL, cluster.output()
-    cluster.lose(lost)
+    cluster.remove_arena(lost)
     comes = cluster.start_agent()
     assert [agent.wait(timeout=END_S) for agent in (stays, comes)] == [0, 0], cluster.output()
     events = list(read_ledger(tmp_path / "runs" / "two-nodes" / "ledger.jsonl"))

@@ -1,4 +1,4 @@
-"""A notebook's process, for which this one stands: its workers are forks of it, and what they train comes back."""
+"""Training from a notebook, for which this process stands in: workers are forks of it, and it gets their results."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ NOTEBOOK = "ckptless_notebook"
 
 @pytest.fixture(scope="module", params=DISTRIBUTIONS)
 def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What Lightning's own strategy for notebooks comes to."""
+    """The result of Lightning's own strategy for notebooks."""
     model, loader = cells(request.param)
     trainer = trainer_in(tmp_path_factory.mktemp("ddp_notebook"), "ddp_notebook", request.param)
     with pytest.MonkeyPatch.context() as patch:
-        # As many threads as our workers have.
+        # Our workers have one thread, too.
         patch.setenv("OMP_NUM_THREADS", "1")
-        # Lightning's launcher sets it, and leaves it.
+        # Lightning's launcher sets this variable and does not remove it.
         patch.setenv("MASTER_PORT", "")
         patch.delenv("MASTER_PORT")
         trainer.fit(model, loader, loader)
@@ -45,12 +45,12 @@ KILLED_RANK = "kill:rank=1:step=8"
 @pytest.mark.parametrize(
     ("faults", "recoveries"),
     [
-        pytest.param("", [], id="nothing", marks=pytest.mark.long),
+        pytest.param("", [], id="no fault", marks=pytest.mark.long),
         pytest.param(KILLED_RANK, [("in place", 1, "step 7")], id="rank 1"),
         pytest.param("kill:rank=0:step=8", [("in place", 0, "step 7")], id="rank 0", marks=pytest.mark.long),
     ],
 )
-def test_a_fault_leaves_no_trace_in_what_the_notebook_has(
+def test_the_notebook_gets_identical_results_after_a_fault(
     undisturbed: dict[str, Any],
     faults: str,
     recoveries: list[tuple[str, int, str]],
@@ -59,7 +59,7 @@ def test_a_fault_leaves_no_trace_in_what_the_notebook_has(
 ) -> None:
     distribution = undisturbed["distribution"]
     if distribution != DISTRIBUTIONS[0] and faults != KILLED_RANK:
-        pytest.skip("the other distribution is tried with one fault")
+        pytest.skip("the other distribution is tested with one fault only")
     monkeypatch.setenv("CKPTLESS_FAULTS", faults)
     model, loader = cells(distribution)
     trainer = trainer_in(tmp_path, NOTEBOOK, distribution)
@@ -71,11 +71,11 @@ def test_a_fault_leaves_no_trace_in_what_the_notebook_has(
     assert found == recoveries
 
 
-def test_all_workers_are_forked_again(
+def test_all_workers_are_relaunched(
     undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if (distribution := undisturbed["distribution"]) != DISTRIBUTIONS[0]:
-        pytest.skip("the other distribution is tried with one fault")
+        pytest.skip("the other distribution is tested with one fault only")
     monkeypatch.setenv("CKPTLESS_FAULTS", "kill:rank=all:step=8")
     model, loader = cells(distribution)
     # In place both could be replaced one after the other, if the second kill comes late.
@@ -86,7 +86,7 @@ def test_all_workers_are_forked_again(
     assert found == [("relaunch", "step 7")]
 
 
-def test_an_error_of_the_program_reaches_the_cell(tmp_path: Path) -> None:
+def test_an_exception_is_raised_in_the_cell(tmp_path: Path) -> None:
     def fail(trainer: Any, *_: Any) -> None:
         if trainer.global_rank == 1 and trainer.global_step == 3:
             raise RuntimeError("no such thing in batch 3")
@@ -103,9 +103,9 @@ def test_an_error_of_the_program_reaches_the_cell(tmp_path: Path) -> None:
     assert trainer.state.status == "interrupted"
 
 
-def test_an_error_that_cannot_be_sent_is_named(tmp_path: Path) -> None:
+def test_an_exception_that_cannot_be_pickled_is_named(tmp_path: Path) -> None:
     class CellError(Exception):
-        """Of a function: there is no name under which it could be pickled."""
+        """A local class, which cannot be pickled."""
 
     def fail(*_: Any) -> None:
         raise CellError("no such thing")
@@ -116,7 +116,7 @@ def test_an_error_that_cannot_be_sent_is_named(tmp_path: Path) -> None:
         trainer.fit(model, loader)
 
 
-def test_the_stop_button_keeps_what_was_trained(tmp_path: Path) -> None:
+def test_an_interrupt_keeps_the_trained_weights(tmp_path: Path) -> None:
     notebook, handler = os.getpid(), signal.getsignal(signal.SIGINT)
 
     def press(trainer: Any, *_: Any) -> None:
@@ -127,7 +127,7 @@ def test_the_stop_button_keeps_what_was_trained(tmp_path: Path) -> None:
     before, children = weights(model), psutil.Process().children()
     trainer = trainer_in(tmp_path, NOTEBOOK, callbacks=[callback(on_train_batch_end=press)], max_epochs=10_000)
     try:
-        # Lightning turns the one into the other, and ignores the signal from then on.
+        # Lightning turns KeyboardInterrupt into SystemExit and ignores the signal from then on.
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             trainer.fit(model, loader)
         assert psutil.Process().children() == children
@@ -137,8 +137,8 @@ def test_the_stop_button_keeps_what_was_trained(tmp_path: Path) -> None:
     assert not equal(weights(model), before)
 
 
-def test_a_trainer_is_used_several_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fault in the second `fit`: what it continues from was trained in other processes."""
+def test_a_trainer_can_be_used_repeatedly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault in the second `fit`, which continues from weights that other processes have trained."""
     found = {}
     for faults in ("", "kill:rank=1:step=14"):
         root = tmp_path / (faults or "undisturbed").replace(":", "-")
@@ -158,8 +158,8 @@ def test_a_trainer_is_used_several_times(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.long
-def test_each_call_brings_back_what_it_has_come_to(tmp_path: Path) -> None:
-    """Metrics, results, files and counters are those that a program finds which has called the trainer itself."""
+def test_each_call_returns_its_results_to_the_notebook(tmp_path: Path) -> None:
+    """Metrics, results, files and counters are the same as if the trainer had run in this process."""
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger
 
@@ -189,7 +189,7 @@ def test_each_call_brings_back_what_it_has_come_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_predictions_stay_in_the_workers(tmp_path: Path) -> None:
+def test_predictions_are_not_returned(tmp_path: Path) -> None:
     model, loader = cells()
     trainer = trainer_in(tmp_path, NOTEBOOK)
     assert trainer.predict(model, loader) is None
@@ -197,13 +197,13 @@ def test_predictions_stay_in_the_workers(tmp_path: Path) -> None:
         trainer.predict(model, loader, return_predictions=True)
 
 
-def test_what_cannot_be_in_a_notebook_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, loader = cells()
     with pytest.raises(OptionsError, match=r"num_nodes=2: .*%%writefile train.py"):
         trainer_in(tmp_path, NOTEBOOK, num_nodes=2).fit(model, loader)
     with pytest.raises(OptionsError, match="start_method='spawn'"):
         trainer_in(tmp_path, CkptlessStrategy(start_method="spawn")).fit(model, loader)
-    # A prompt, as IPython and python itself show that they have one.
+    # Interactive interpreters set `sys.ps1`.
     monkeypatch.setattr("sys.ps1", ">>> ", raising=False)
     with pytest.raises(OptionsError, match=r"holds a part of the model, .*`!ckptless run --nproc-per-node 2 train.py`"):
         trainer_in(tmp_path, CkptlessModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)).fit(
@@ -211,17 +211,17 @@ def test_what_cannot_be_in_a_notebook_is_refused(tmp_path: Path, monkeypatch: py
         )
 
 
-def test_a_prompt_is_enough(
+def test_the_usual_strategy_name_works_at_a_prompt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The usual name of the strategy, in a process that has a prompt; what a worker prints is seen there."""
+    """The usual name of the strategy in an interactive interpreter; workers print to its output."""
     monkeypatch.setattr("sys.ps1", ">>> ", raising=False)
     model, loader = cells()
-    hooks = callback(on_fit_start=lambda trainer, _: print(f"rank {trainer.global_rank} begins — at last"))
+    hooks = callback(on_fit_start=lambda trainer, _: print(f"rank {trainer.global_rank} starts — now"))
     trainer = trainer_in(tmp_path, "ckptless", callbacks=[hooks], max_steps=1)
     trainer.fit(model, loader)
     assert trainer.global_step == 1
     printed = capsys.readouterr()
-    # Two processes print at once: a line of one may stand in a line of the other.
-    assert all(f"rank {rank} begins — at last" in printed.out for rank in (0, 1))
+    # Two processes print at the same time, so their lines may be interleaved.
+    assert all(f"rank {rank} starts — now" in printed.out for rank in (0, 1))
     assert "ckptless: run" in printed.err

@@ -1,4 +1,4 @@
-"""Every option of the strategy does something that a user can see; and what users see is there."""
+"""Every option of the strategy has an observable effect, and recoveries appear in logs and metrics."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _columns(folder: Path) -> dict[str, list[float]]:
     return columns
 
 
-def test_loggers_receive_what_recovery_and_mirror_cost(job: Run) -> None:
+def test_costs_of_recovery_and_mirroring_are_logged(job: Run) -> None:
     assert job.start(BASE, "kill:rank=1:step=5", max_restarts=3).exit_code == 0
     columns = _columns(job.folder)
     assert columns["ckptless/recoveries"][-1] == 1
@@ -49,17 +49,17 @@ def test_loggers_receive_what_recovery_and_mirror_cost(job: Run) -> None:
     assert re.search(r"recovered in place \(rank 1 died by SIGKILL\): resumed from step [34]", job.output)
 
 
-def test_recoveries_without_progress_end_the_run(job: Run, capfd: pytest.CaptureFixture[str]) -> None:
+def test_too_many_recoveries_without_progress_end_the_run(job: Run, capfd: pytest.CaptureFixture[str]) -> None:
     options = _with(max_recoveries_without_progress=2)
     outcome = job.start(options, "kill:rank=1:step=3:at=backward:times=9", max_restarts=9)
-    # The version before the fault may be committed while the step runs again, which is progress, once.
+    # The version before the fault may be committed during the replay, which counts as progress once.
     assert outcome.in_place + outcome.restarts in (2, 3)
     assert outcome.exit_code == 128 + 9
     assert outcome.has_given_up
     assert "max_recoveries_without_progress=2 allows no more" in capfd.readouterr().err
 
 
-def test_recoveries_in_an_hour_end_the_run(job: Run, capfd: pytest.CaptureFixture[str]) -> None:
+def test_too_many_recoveries_per_hour_end_the_run(job: Run, capfd: pytest.CaptureFixture[str]) -> None:
     faults = "kill:rank=1:step=2,kill:rank=0:step=4,kill:rank=1:step=6"
     outcome = job.start(_with(max_recoveries_per_hour=2), faults, max_restarts=9)
     assert (outcome.exit_code, outcome.in_place + outcome.restarts) == (128 + 9, 2)
@@ -67,24 +67,24 @@ def test_recoveries_in_an_hour_end_the_run(job: Run, capfd: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("kind", ["xxh3", "crc32"])
-def test_checksum_is_of_the_kind_that_was_asked_for(kind: str, job: Run) -> None:
+def test_checksum_selects_the_algorithm(kind: str, job: Run) -> None:
     job.start(_with(checksum=kind), "kill:rank=1:step=5")
     assert {replica.checksum.partition(":")[0] for replica in job.arena.inventory()} == {kind}
 
 
 @pytest.mark.parametrize(("domain", "holders"), [("node", 1), ("rank", 2)])
-def test_failure_domain_decides_who_keeps_a_replica(domain: str, holders: int, job: Run) -> None:
+def test_failure_domain_determines_the_holders(domain: str, holders: int, job: Run) -> None:
     job.start(_with(failure_domain=domain), "kill:rank=1:step=5")
     replicas = job.arena.inventory()
     assert {len({r.holder for r in replicas if r.shard == shard}) for shard in (0, 1)} == {holders}
 
 
-def test_copies_are_not_kept_where_none_are_asked_for(job: Run) -> None:
+def test_zero_copies_leave_each_shard_with_its_own_rank(job: Run) -> None:
     job.start(_with(failure_domain="rank", copies=0), "kill:rank=1:step=5")
     assert all(replica.holder == replica.shard for replica in job.arena.inventory())
 
 
-def test_a_failure_domain_that_nobody_has_named_is_refused(job: Run) -> None:
+def test_a_failure_domain_without_a_name_is_refused(job: Run) -> None:
     outcome = job.start(_with(failure_domain="rack"), max_restarts=3)
     assert (outcome.exit_code, outcome.restarts) == (1, 0)
     assert "failure_domain='rack': the rack of host " in job.output
@@ -97,31 +97,31 @@ def test_more_copies_than_failure_domains_are_refused(job: Run) -> None:
 
 
 @pytest.mark.parametrize(("on_late", "skips"), [("skip", True), ("wait", False)])
-def test_late_mirror_is_waited_for_or_skipped(on_late: str, skips: bool, job: Run) -> None:
+def test_a_late_mirror_is_awaited_or_skipped(on_late: str, skips: bool, job: Run) -> None:
     options = replace(_with(on_late=on_late), slow_mirror_s=0.2)
     assert job.start(options).exit_code == 0
     assert (_columns(job.folder)["ckptless/mirror_skipped"][-1] > 0) is skips
 
 
-def test_a_node_that_is_not_fit_stays_out(job: Run) -> None:
+def test_a_node_that_fails_its_health_check_is_excluded(job: Run) -> None:
     outcome = job.start(_with(health_check="parts.link_is_down"), max_restarts=3)
     assert (outcome.exit_code, outcome.restarts) == (1, 0)
     assert "failed its health check: parts.link_is_down raised OSError: the link is down" in job.output
 
 
-def test_survivors_are_started_again_where_in_place_is_switched_off(job: Run) -> None:
+def test_all_workers_are_relaunched_if_in_place_is_off(job: Run) -> None:
     outcome = job.start(_with(in_place=False), "kill:rank=1:step=3", max_restarts=3)
     assert (outcome.exit_code, outcome.in_place, outcome.restarts) == (0, 0, 1)
 
 
-def test_standbys_wait_for_a_rank(job: Run) -> None:
+def test_a_standby_replaces_a_lost_rank(job: Run) -> None:
     options = replace(_with(standbys=1), samples=800)
     assert job.start(options, "kill:rank=1:step=90", max_restarts=3).exit_code == 0
     assert job.events("standbys")[-1].fields["wanted"] == 1
-    assert [who for _, who in job.events("in_place")[0].fields["new"].values()] == ["standby"]
+    assert [origin for _, origin in job.events("in_place")[0].fields["new"].values()] == ["standby"]
 
 
-def test_arena_lies_where_it_was_asked_to(job: Run, tmp_path: Path) -> None:
+def test_arena_dir_sets_the_folder_of_the_arena(job: Run, tmp_path: Path) -> None:
     folder = tmp_path / "arenas"
     folder.mkdir()
     job.start(_with(arena_dir=str(folder)), "kill:rank=1:step=3")
@@ -132,7 +132,7 @@ def test_arena_lies_where_it_was_asked_to(job: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("per_day", "interval"), [(1e-3, "1000"), (1e9, r"\d+")])
-def test_interval_is_chosen_by_what_versions_cost(per_day: float, interval: str, job: Run) -> None:
+def test_the_mirror_interval_is_chosen_by_cost(per_day: float, interval: str, job: Run) -> None:
     options = {"mirror_every_n_steps": "auto", "failures_per_day": per_day, "mirror_budget": 1.0}
     assert job.start(replace(SHORT, samples=480, strategy_options=repr(options))).exit_code == 0
     (chosen,) = re.findall(r"a version is mirrored every (\d+) steps? from now on; rank 0 proposed", job.output)
@@ -140,13 +140,13 @@ def test_interval_is_chosen_by_what_versions_cost(per_day: float, interval: str,
     assert (chosen == "1000") == (per_day < 1)
 
 
-def test_one_process_alone_is_restored_from_its_own_arena(job: Run) -> None:
+def test_a_single_rank_is_restored_from_its_own_arena(job: Run) -> None:
     options = replace(BASE, devices=1)
     assert job.start(options, "kill:rank=0:step=5", max_restarts=3).exit_code == 0
     assert is_version(job.events("recovery")[0].fields["version"], "step 4")
 
 
-def test_unknown_option_is_named(tmp_path: Path, job: Run) -> None:
+def test_an_unknown_option_is_reported(tmp_path: Path, job: Run) -> None:
     outcome = job.start(_with(mirror_every=3), max_restarts=3)
     assert outcome.exit_code == 1
     assert "mirror_every" in job.output

@@ -1,4 +1,4 @@
-"""Users of `pytorch_lightning`, which has classes of its own, by the bare string and by the class."""
+"""Training with `pytorch_lightning`, which has its own classes, by the strategy's name and by its class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rank that is lost when its script's imports have been learned: the new process finds them imported."""
+"""The fork server learns the imports of the script, so that a replacement finds them loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_ckptless.testing.drill import DrillReport, run_drill
 from tests.faults.conftest import REPOSITORY
 
 SCRIPT = REPOSITORY / "tests" / "lab" / "importing.py"
-# Stands for a package whose import takes long: it notes which processes run it.
+# A package that is slow to import; it records the processes that execute it.
 NOTE = """
 import os
 with open(f"{__name__}.imports", "a") as notes:
@@ -25,7 +25,7 @@ threading.Thread(target=threading.Event().wait, name="pump", daemon=True).start(
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """A folder of installed packages."""
+    """A folder with installed packages."""
     folder = tmp_path / "site-packages"
     folder.mkdir()
     (folder / "careful.py").write_text(NOTE)
@@ -35,7 +35,7 @@ def site(tmp_path: Path) -> Path:
 
 
 def kill(site: Path, how: str, parent: ForkServer) -> DrillReport:
-    """Kill rank 1 when the agent has said what has become of the imports, if it does."""
+    """Kill rank 1; with `learns`, only after the agent has recorded the outcome of the imports."""
     report = run_drill(
         [str(SCRIPT), str(site), how],
         "kill:rank=1:step=5",
@@ -50,37 +50,37 @@ def kill(site: Path, how: str, parent: ForkServer) -> DrillReport:
     return report
 
 
-def imports_of_newcomers(report: DrillReport) -> list[tuple[str, bool]]:
-    """How far the agent was when it started each newcomer, and whether that has imported anything by itself."""
+def imports_of_replacements(report: DrillReport) -> list[tuple[str, bool]]:
+    """For each replacement: the state of preloading when it started, and whether it had to import modules itself."""
     (arrivals,) = (event.fields["newcomers"] for event in report.faulted.events if event.event == "recovery")
     return [(arrival["imports"], arrival["modules"] > 0) for arrival in arrivals]
 
 
 def importers(report: DrillReport, package: str) -> list[str]:
-    """Who has imported a package in the run with faults, in order."""
+    """Return which processes imported a package in the run with faults, in order."""
     events = report.faulted.events
     (first,) = (event.fields["pids"] for event in events if event.event == "workers_spawned")
     (new,) = (event.fields["new"] for event in events if event.event == "in_place")
-    known = dict.fromkeys(first.values(), "worker") | {pid: "newcomer" for pid, _ in new.values()}
+    known = dict.fromkeys(first.values(), "worker") | {pid: "replacement" for pid, _ in new.values()}
     notes = report.faulted.folder / "cwd" / f"{package}.imports"
-    return [known.get(int(line), "parent") for line in notes.read_text().split()]
+    return [known.get(int(line), "fork server") for line in notes.read_text().split()]
 
 
-def test_what_the_script_imports_is_imported_once_for_new_processes(site: Path, parent: ForkServer) -> None:
+def test_imports_of_the_script_are_preloaded_for_replacements(site: Path, parent: ForkServer) -> None:
     report = kill(site, "learns", parent)
     (learned,) = (event.fields for event in report.faulted.events if event.event == "imports_learned")
     assert learned["left_out"] == {"careless": "starts a thread: pump", "needs_careless": "imports careless"}
-    # In a process that was thrown away: the first learned of the thread, the second of what depends on it.
-    tries = ["parent"] * learned["tries"]
-    assert len(tries) == 3
-    assert importers(report, "careful") == ["worker", "worker", *tries]
-    assert importers(report, "careless") == ["worker", "worker", *tries[:1], "newcomer"]
-    assert importers(report, "needs_careless") == ["worker", "worker", *tries[:2], "newcomer"]
-    assert imports_of_newcomers(report) == [("ready", True)]
+    # Each attempt runs in a disposable process. The first detects the thread, the second the dependent package.
+    attempts = ["fork server"] * learned["tries"]
+    assert len(attempts) == 3
+    assert importers(report, "careful") == ["worker", "worker", *attempts]
+    assert importers(report, "careless") == ["worker", "worker", *attempts[:1], "replacement"]
+    assert importers(report, "needs_careless") == ["worker", "worker", *attempts[:2], "replacement"]
+    assert imports_of_replacements(report) == [("ready", True)]
 
 
-def test_nothing_is_imported_for_them_where_that_is_switched_off(site: Path, parent: ForkServer) -> None:
+def test_nothing_is_preloaded_if_preloading_is_off(site: Path, parent: ForkServer) -> None:
     report = kill(site, "does-not-learn", parent)
     assert not [event for event in report.faulted.events if event.event.startswith("imports_")]
-    assert importers(report, "careful") == ["worker", "worker", "newcomer"]
-    assert imports_of_newcomers(report) == [("off", True)]
+    assert importers(report, "careful") == ["worker", "worker", "replacement"]
+    assert imports_of_replacements(report) == [("off", True)]

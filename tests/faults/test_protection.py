@@ -1,4 +1,4 @@
-"""What a relaunch finds too few copies of is protected before its first step: the next loss is harmless too."""
+"""A start writes missing copies before its first step, so that it tolerates the next loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.faults.test_restart import PER_RANK, Run
 
 @pytest.fixture
 def job(tmp_path: Path, parent: ForkServer) -> Iterator[Run]:
-    """A run, whose arena is removed in the end."""
+    """A run; its arena is removed at the end."""
     started = Run(tmp_path, parent, new_run_id())
     yield started
     assert started.config is not None
@@ -24,13 +24,13 @@ def job(tmp_path: Path, parent: ForkServer) -> Iterator[Run]:
 
 
 def lose(job: Run, rank: int) -> None:
-    """All that a rank keeps is gone."""
+    """Remove all replicas that a rank holds."""
     for path in job.arena.path.glob(f"*.held-by-{rank:04d}.*"):
         path.unlink()
 
 
-def test_the_other_holder_may_be_lost_in_the_first_step(job: Run) -> None:
-    # While a version is being copied, the one before is committed: what is restored depends on no timing.
+def test_missing_copies_are_rereplicated_before_the_first_step(job: Run) -> None:
+    # While a version is being mirrored, the previous one is committed, so the restored version is deterministic.
     first = "kill:rank=1:step=7:at=mirror"
     job.start(PER_RANK, first)
     lose(job, 1)

@@ -1,4 +1,4 @@
-"""A run that ended, and is started again under its run id: what its arenas hold decides how it goes on."""
+"""A run that is restarted under the same run id: the content of its arenas determines how it resumes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PER_RANK = replace(BASE, strategy_options="{'failure_domain': 'rank'}")
 
 @dataclass
 class Run:
-    """A run on this machine whose starts share a run id, a folder and the arena."""
+    """A single-node run whose starts share a run id, a folder and the arena."""
 
     folder: Path
     parent: ForkServer
@@ -42,7 +42,7 @@ class Run:
     def start(
         self, options: Options, faults: str = "", *, max_restarts: int = 0, run_root: Path | None = None
     ) -> Outcome:
-        """Start it and wait for its end; its arena stays."""
+        """Start it and wait for its end; the arena remains."""
         script, *arguments = command_for(options)
         output = self.folder / f"output-{self.starts}"
         self.starts += 1
@@ -65,17 +65,17 @@ class Run:
 
     @property
     def output(self) -> str:
-        """All that the workers of the last start printed."""
+        """The output of the workers of the last start."""
         folder = self.folder / f"output-{self.starts - 1}"
         return "\n".join(path.read_text() for path in sorted(folder.rglob("*.log")))
 
     @property
     def arena(self) -> Arena:
-        """Its arena."""
+        """The arena of the run."""
         return Arena.attach(next(info.path for info in find_arenas(default_arena_dir(), self.run_id)))
 
     def events(self, kind: str) -> list[Event]:
-        """Events of a kind in its ledger."""
+        """Return the ledger events of one kind."""
         return [
             event for event in read_ledger(self.folder / "runs" / self.run_id / "ledger.jsonl") if event.event == kind
         ]
@@ -83,7 +83,7 @@ class Run:
 
 @pytest.fixture
 def job(tmp_path: Path, parent: ForkServer) -> Iterator[Run]:
-    """A run, whose arena is removed in the end."""
+    """A run; its arena is removed at the end."""
     started = Run(tmp_path, parent, new_run_id())
     yield started
     assert started.config is not None
@@ -91,15 +91,15 @@ def job(tmp_path: Path, parent: ForkServer) -> Iterator[Run]:
 
 
 @pytest.fixture(scope="module")
-def whole(parent: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Options], Variant]:
-    """The uninterrupted run of a configuration."""
+def undisturbed(parent: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Options], Variant]:
+    """Return a function that returns the undisturbed run of a configuration; each runs once."""
     made: dict[Options, Variant] = {}
 
     def get(options: Options) -> Variant:
         if options not in made:
             made[options] = run_variant(
                 command_for(options),
-                tmp_path_factory.mktemp("whole") / "run",
+                tmp_path_factory.mktemp("undisturbed") / "run",
                 nproc=options.devices,
                 parent=parent,
                 isolate=True,
@@ -110,21 +110,21 @@ def whole(parent: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Calla
     return get
 
 
-def assert_identical(job: Run, whole: Variant) -> None:
+def assert_identical(job: Run, undisturbed: Variant) -> None:
     collect_logs(read_traces(job.folder / "trace").values(), job.folder / "logs", since=0)
-    verdict = compare(whole.folder, job.folder)
+    verdict = compare(undisturbed.folder, job.folder)
     assert verdict.identical, str(verdict)
 
 
-def test_goes_on_where_it_ended(job: Run, whole: Callable[[Options], Variant]) -> None:
+def test_a_restart_resumes_from_the_newest_version(job: Run, undisturbed: Callable[[Options], Variant]) -> None:
     assert job.start(BASE, "kill:rank=1:step=5").exit_code == 128 + 9
     assert job.start(BASE).exit_code == 0
     assert [is_version(event.fields["version"], "step 4") for event in job.events("restored")] == [True]
-    assert_identical(job, whole(BASE))
+    assert_identical(job, undisturbed(BASE))
 
 
-def test_crashes_at_one_step_end_the_run_and_a_start_by_hand_continues_it(
-    job: Run, whole: Callable[[Options], Variant], capfd: pytest.CaptureFixture[str]
+def test_a_crash_loop_ends_the_run_and_a_restart_resumes_it(
+    job: Run, undisturbed: Callable[[Options], Variant], capfd: pytest.CaptureFixture[str]
 ) -> None:
     outcome = job.start(BASE, "crash:rank=1:step=5:at=backward:times=20", max_restarts=20)
     assert (outcome.exit_code, outcome.has_given_up) == (128 + signal.SIGSEGV, True)
@@ -132,10 +132,10 @@ def test_crashes_at_one_step_end_the_run_and_a_start_by_hand_continues_it(
     assert "rank 1 crashed 4 times in a row at step 5 (SIGSEGV)" in capfd.readouterr().err
     assert job.start(BASE).exit_code == 0
     assert is_version(job.events("restored")[-1].fields["version"], "step 4")
-    assert_identical(job, whole(BASE))
+    assert_identical(job, undisturbed(BASE))
 
 
-def test_flipped_byte_is_left_aside_for_the_replica(job: Run, whole: Callable[[Options], Variant]) -> None:
+def test_a_damaged_shard_is_restored_from_its_replica(job: Run, undisturbed: Callable[[Options], Variant]) -> None:
     job.start(PER_RANK, "kill:rank=0:step=5")
     arena = job.arena
     found = newest_complete(arena.inventory())
@@ -151,18 +151,20 @@ def test_flipped_byte_is_left_aside_for_the_replica(job: Run, whole: Callable[[O
     assert job.start(PER_RANK).exit_code == 0
     assert "1 damaged" in job.output
     assert is_version(job.events("restored")[0].fields["version"], str(newest))
-    assert_identical(job, whole(PER_RANK))
+    assert_identical(job, undisturbed(PER_RANK))
 
 
-def test_lost_holder_is_replaced_by_the_peer(job: Run, whole: Callable[[Options], Variant]) -> None:
+def test_shards_of_a_lost_holder_are_restored_from_the_peer(
+    job: Run, undisturbed: Callable[[Options], Variant]
+) -> None:
     job.start(PER_RANK, "kill:rank=1:step=7")
     for path in job.arena.path.glob("*.held-by-0001.*"):
         path.unlink()
     assert job.start(PER_RANK).exit_code == 0
-    assert_identical(job, whole(PER_RANK))
+    assert_identical(job, undisturbed(PER_RANK))
 
 
-def test_no_replica_left_ends_with_the_shard_and_the_step(job: Run) -> None:
+def test_a_shard_without_replicas_ends_the_run_and_is_reported(job: Run) -> None:
     options = replace(BASE, strategy_options="{'failure_domain': 'rank', 'on_unrecoverable': 'raise'}")
     job.start(options, "kill:rank=1:step=7")
     for path in job.arena.path.glob("shard-0001.*"):
@@ -174,7 +176,7 @@ def test_no_replica_left_ends_with_the_shard_and_the_step(job: Run) -> None:
     assert "step 6" in job.output or "step 5" in job.output
 
 
-def test_no_replica_left_goes_on_from_the_checkpoint_file(job: Run) -> None:
+def test_a_shard_without_replicas_falls_back_to_the_checkpoint_file(job: Run) -> None:
     options = replace(BASE, checkpoint_every=3)
     job.start(options, "kill:rank=1:step=8")
     for path in job.arena.path.glob("shard-0001.*"):
@@ -184,7 +186,7 @@ def test_no_replica_left_goes_on_from_the_checkpoint_file(job: Run) -> None:
     assert "step=6.ckpt" in job.output
 
 
-def test_another_number_of_ranks_is_refused_where_a_rank_cannot_run_for_two(job: Run) -> None:
+def test_fewer_ranks_are_refused_if_a_rank_cannot_run_two_virtual_ranks(job: Run) -> None:
     own_steps = replace(BASE, optimization="manual")
     job.start(own_steps, "kill:rank=1:step=5")
     outcome = job.start(replace(own_steps, devices=1), max_restarts=3)
@@ -192,7 +194,7 @@ def test_another_number_of_ranks_is_refused_where_a_rank_cannot_run_for_two(job:
     assert "1 ranks were started for 2 virtual ranks, and a rank cannot run two" in job.output
 
 
-def test_another_model_is_refused_by_the_name_of_a_tensor(job: Run) -> None:
+def test_a_different_model_is_refused_with_the_name_of_a_tensor(job: Run) -> None:
     job.start(BASE, "kill:rank=1:step=5")
     outcome = job.start(replace(BASE, optimization="two"), max_restarts=3)
     assert (outcome.exit_code, outcome.restarts) == (1, 0)
@@ -200,14 +202,14 @@ def test_another_model_is_refused_by_the_name_of_a_tensor(job: Run) -> None:
     assert "optimizer/" in job.output
 
 
-def test_a_checkpoint_path_beside_a_live_arena_is_refused(job: Run) -> None:
+def test_ckpt_path_is_refused_if_the_arena_holds_a_version(job: Run) -> None:
     job.start(BASE, "kill:rank=1:step=5")
     outcome = job.start(replace(BASE, ckpt_path="other.ckpt"), max_restarts=3)
     assert (outcome.exit_code, outcome.restarts) == (1, 0)
     assert "ckpt_path='other.ckpt'" in job.output
 
 
-def test_an_exception_that_repeats_is_raised(job: Run) -> None:
+def test_a_repeated_exception_is_raised(job: Run) -> None:
     outcome = job.start(replace(BASE, raise_at=5), max_restarts=3)
     assert (outcome.exit_code, outcome.in_place, outcome.restarts) == (1, 1, 0)
     raised = job.events("raised")
@@ -218,22 +220,22 @@ def test_an_exception_that_repeats_is_raised(job: Run) -> None:
 
 @pytest.mark.parametrize("persistent", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.timeout(120)
-def test_an_exception_that_repeats_is_raised_beside_dataloader_workers(persistent: bool, job: Run) -> None:
-    """They are forks of the rank, and hold whatever it had open."""
+def test_a_repeated_exception_is_raised_with_dataloader_workers(persistent: bool, job: Run) -> None:
+    """Dataloader workers are forks of the rank and hold its open files."""
     outcome = job.start(replace(BASE, raise_at=5, workers=2, persistent=persistent), max_restarts=3)
     assert (outcome.exit_code, outcome.in_place, outcome.restarts) == (1, 1, 0)
     assert [event.fields["final"] for event in job.events("raised")] == [False, True]
     assert "ValueError: the program's own error at step 5" in job.output
 
 
-def test_training_goes_on_without_a_place_for_the_ledger(job: Run) -> None:
+def test_training_continues_if_the_ledger_cannot_be_written(job: Run) -> None:
     blocked = job.folder / "a-file"
     blocked.write_text("")
     assert job.start(BASE, run_root=blocked / "runs").exit_code == 0
     assert job.output.count("ledger.jsonl: cannot write, later events will be missing") == 1
 
 
-def test_an_arena_that_cannot_be_made_says_how_to_make_it(job: Run) -> None:
+def test_an_arena_that_cannot_be_created_is_reported(job: Run) -> None:
     blocked = job.folder / "a-file"
     blocked.write_text("")
     options = replace(BASE, strategy_options=json.dumps({"arena_dir": str(blocked)}))

@@ -1,4 +1,4 @@
-"""Programs that call their trainers several times: what a fault in a later call costs, and what it leaves."""
+"""Programs that call their trainers several times: recovery from a fault in a later call, and its results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 FLOW, KILL = sys.argv[1], sys.argv[2:]
 call, batches, results = 0, 0, []
 
-def strike(rank):
+def maybe_kill(rank):
     global batches
     batches += 1
     if KILL and [call, batches] == [int(n) for n in KILL[0].split(":")] and str(rank) in KILL[1]:
@@ -45,7 +45,7 @@ class Net(L.LightningModule):
         self.net = torch.nn.Sequential(*layers)
 
     def loss(self, batch):
-        strike(self.global_rank)
+        maybe_kill(self.global_rank)
         return (self.net(batch) - batch.sum(1, keepdim=True)).pow(2).mean()
 
     def training_step(self, batch, _):
@@ -179,14 +179,14 @@ Run = Callable[..., Variant]
 
 @dataclass(frozen=True)
 class Fault:
-    """A kill in a flow, and how the run recovers from it.
+    """A kill in a flow, and the expected recovery.
 
     Args:
-        flow: which calls the program makes.
-        call: in which of them, from 1.
-        batch: in which batch of the call.
-        ranks: who is killed.
-        how: `in place` or `relaunch`.
+        flow: the calls that the program makes.
+        call: number of the call, from 1.
+        batch: number of the batch within the call, from 1.
+        ranks: the killed ranks.
+        how: `in place` or `relaunch`; empty for either.
         reason: part of the reason for a relaunch.
     """
 
@@ -230,7 +230,7 @@ MORE_FAULTS = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, parent: ForkServer) -> Run:
-    """Runs the program."""
+    """Return a function that runs the program."""
     script = tmp_path_factory.mktemp("program") / "train.py"
     script.write_text(SCRIPT)
 
@@ -243,7 +243,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, parent: ForkServer) -> Run:
 
 @pytest.fixture(scope="module")
 def undisturbed(run: Run) -> Callable[[str], Variant]:
-    """The uninterrupted run of a flow, made once."""
+    """Return a function that returns the undisturbed run of a flow; each runs once."""
     made: dict[str, Variant] = {}
 
     def of(flow: str) -> Variant:
@@ -255,8 +255,8 @@ def undisturbed(run: Run) -> Callable[[str], Variant]:
     return of
 
 
-def left_behind(variant: Variant) -> dict[str, Any]:
-    """What a run has left: its results, rows of its log files, and the names of its files and folders."""
+def outputs_of(variant: Variant) -> dict[str, Any]:
+    """Return the results of a run, the rows of its log files, and the names of its files and folders."""
     cwd = variant.folder / "cwd"
     left: dict[str, Any] = {}
     for path in sorted(cwd.rglob("*")):
@@ -279,10 +279,10 @@ def left_behind(variant: Variant) -> dict[str, Any]:
 def check(fault: Fault, run: Run, undisturbed: Callable[[str], Variant]) -> None:
     disturbed = run(fault.flow, f"{fault.call}:{fault.batch}", fault.ranks)
     assert disturbed.exit_code == 0, disturbed.tail()
-    assert left_behind(disturbed) == left_behind(undisturbed(fault.flow))
+    assert outputs_of(disturbed) == outputs_of(undisturbed(fault.flow))
     events = disturbed.events
     found = {event.event for event in events} & {"in_place", "relaunch"}
-    assert found, "the fault was recovered from"
+    assert found, "the ledger has no recovery"
     if fault.how:
         assert (fault.how == "relaunch") == ("relaunch" in found)
     reasons = [event.fields["reason"] for event in events if event.event == "relaunch"]
@@ -298,5 +298,5 @@ def test_a_fault_in_a_later_call(fault: Fault, run: Run, undisturbed: Callable[[
 @pytest.mark.parametrize("fault", MORE_FAULTS, ids=str)
 def test_more_faults_in_later_calls(fault: Fault, run: Run, undisturbed: Callable[[str], Variant]) -> None:
     if fault.flow == "trials":
-        pytest.importorskip("optuna", reason="the flow of a study needs optuna")
+        pytest.importorskip("optuna", reason="the flow `trials` needs optuna")
     check(fault, run, undisturbed)

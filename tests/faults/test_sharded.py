@@ -1,4 +1,4 @@
-"""Sharded models: what each rank holds is mirrored once, and a run with faults ends as the one that was left alone."""
+"""Sharded models: every shard is mirrored once, and runs with faults match the undisturbed run."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tests.faults.conftest import Drill
 from tests.faults.matrix import BASE, Cell, is_version
 
 SHARDED = replace(BASE, mesh="2x1", clip=0.5)
-"""FSDP2 over two ranks; sizes of the layers do not all divide by them."""
+"""FSDP2 over two ranks; not all layer sizes are divisible by two."""
 GRID = replace(BASE, mesh="2x2", devices=4, epochs=1)
-"""FSDP2 over two ranks, of layers that tensor parallelism divides over two more."""
+"""FSDP2 over two ranks, combined with tensor parallelism over two."""
 HYBRID = replace(GRID, sharding="hybrid")
-"""FSDP2 over two ranks, and once more over two others."""
+"""Hybrid sharding: FSDP2 over two ranks, replicated twice."""
 PARTLY = replace(SHARDED, sharding="partly", accumulate=2, optimization="sgd", clip=None)
-"""With a frozen weight, one that two layers share, activations that are computed again in the backward pass, and a head
-that each rank trains for itself, without a tensor of the optimizer that would tell of it."""
+"""A frozen weight, a weight that two layers share, activation checkpointing, and a head that is not sharded and differs
+between ranks; SGD has no state tensor that would reveal it."""
 
 CELLS = {
     "fsdp-rank=0-during=validation": Cell(

@@ -1,4 +1,4 @@
-"""What a person sees on the terminal when ranks are replaced."""
+"""Terminal output while ranks are replaced."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Model(pl.LightningModule):
         self.layer = torch.nn.Linear(8, 1)
     def training_step(self, batch, batch_idx):
         if batch_idx == 8:
-            # As any part of the package warns.
+            # Warn in the same way as the package.
             logging.getLogger("lightning_ckptless.trainer.data.loader").warning("ckptless: a warning in training")
         return self.layer(batch[0]).pow(2).mean()
     def validation_step(self, batch, batch_idx):
@@ -49,8 +49,8 @@ if __name__ == "__main__":
 ON_ITS_OWN_LINE = re.compile(r"(^|\n|\r(\x1b\[2?K| +\r))(\x1b\[[0-9;?]*[a-zA-Z])*$")
 
 
-def on_a_terminal(command: list[str], folder: Path, faults: str) -> str:
-    """What a command writes to its terminal."""
+def run_in_terminal(command: list[str], folder: Path, faults: str) -> str:
+    """Run a command in a pseudo-terminal and return its output."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (200, 160))
     env = {**os.environ, environment.FAULTS: faults, "TERM": "xterm"}
@@ -61,7 +61,7 @@ def on_a_terminal(command: list[str], folder: Path, faults: str) -> str:
             while chunk := os.read(ours, 65536):
                 written += chunk
         except OSError:
-            pass  # How a terminal says that its last user has closed it.
+            pass  # EIO: the last process has closed the terminal.
         finally:
             os.close(ours)
     text = written.decode(errors="replace").replace("\r\n", "\n")
@@ -71,21 +71,21 @@ def on_a_terminal(command: list[str], folder: Path, faults: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bar", ["TQDMProgressBar", pytest.param("RichProgressBar", marks=pytest.mark.long)])
-def test_kill_of_rank_0_and_of_rank_1_under_a_progress_bar(bar: str, tmp_path: Path) -> None:
+def test_kills_of_both_ranks_with_a_progress_bar(bar: str, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "lightning_ckptless.runner", "--nproc-per-node", "2", "train.py", bar]
-    text = on_a_terminal(command, tmp_path, "kill:rank=0:step=4,kill:rank=1:step=7")
+    text = run_in_terminal(command, tmp_path, "kill:rank=0:step=4,kill:rank=1:step=7")
     messages = [match.start() for match in re.finditer("ckptless: ", text)]
     assert len(messages) >= 2 + 2 * 2
     assert text.count("ckptless: a warning in training") >= 2
     for start in messages:
         assert ON_ITS_OWN_LINE.search(text[max(0, start - 300) : start]), text[max(0, start - 300) : start + 60]
-    # The new processes run the script from its head as well; what they print there is in files.
+    # Replacements run the script from the beginning, too; until they join, their output goes to files.
     assert text.count("head of the script") == 2
     kept = list((tmp_path / "ckptless").glob("*/newcomers/rank*.log"))
     assert {path.name[:5] for path in kept} == {"rank0", "rank1"}
     assert all("head of the script" in path.read_text() for path in kept)
-    # The bar of the new rank 0 knows the epoch, its length and where the run is.
+    # The progress bar of the new rank 0 shows the epoch, its length and the current position.
     after = text[text.index("ckptless: rank 0 (pid") :]
     assert re.search(r"Epoch 0[^\r\n]* 3/10", after)
     assert not re.search(r"Epoch 0[^\r\n]*/\?", after)

@@ -1,6 +1,6 @@
-"""Every argument of Lightning's `Trainer`: training under it is killed and compared with the run left alone.
+"""Every argument of Lightning's `Trainer`: a run that uses it is killed and compared with the undisturbed run.
 
-Arguments that do not act on each other share a run.
+Arguments that do not interact share a run.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tests.trainer.tiny import DISTRIBUTIONS, tiny_trainer
 SHORT = replace(BASE, epochs=1)
 
 RUNS: dict[str, tuple[Cell, dict[str, Any]]] = {
-    "a trial run": (Cell("kill:rank=0:step=2", replace(SHORT, logger="csv")), {"fast_dev_run": 3}),
-    "validation by the clock": (
+    "fast_dev_run": (Cell("kill:rank=0:step=2", replace(SHORT, logger="csv")), {"fast_dev_run": 3}),
+    "time-based validation": (
         Cell("kill:rank=0:step=3", SHORT),
         {"val_check_interval": "00:01:00:00", "check_val_every_n_epoch": None, "max_time": {"hours": 1}},
     ),
@@ -38,8 +38,8 @@ RUNS: dict[str, tuple[Cell, dict[str, Any]]] = {
             "log_every_n_steps": 2,
         },
     ),
-    "overfitting": (Cell("kill:rank=1:step=5"), {"overfit_batches": 3}),
-    "what watches training": (
+    "overfit_batches": (Cell("kill:rank=1:step=5"), {"overfit_batches": 3}),
+    "profiler and checks": (
         Cell("kill:rank=0:step=4:at=backward", SHORT),
         {
             "profiler": "simple",
@@ -51,7 +51,7 @@ RUNS: dict[str, tuple[Cell, dict[str, Any]]] = {
             "enable_autolog_hparams": False,
         },
     ),
-    "nothing but the loop": (
+    "barebones": (
         Cell("kill:rank=0:step=4", replace(SHORT, logger="none")),
         {"barebones": True, "log_every_n_steps": None, "enable_progress_bar": None, "enable_model_summary": None},
     ),
@@ -65,19 +65,19 @@ RUNS: dict[str, tuple[Cell, dict[str, Any]]] = {
         },
     ),
     "steps instead of epochs": (Cell("kill:rank=0:step=9"), {"max_epochs": -1, "max_steps": 9, "min_steps": 4}),
-    "other dataloaders in each epoch": (
+    "dataloaders reloaded every epoch": (
         Cell("kill:rank=1:step=8", replace(BASE, data="sampler")),
         {"reload_dataloaders_every_n_epochs": 1, "use_distributed_sampler": False, "check_val_every_n_epoch": 2},
     ),
-    "checkpoints in a thread": (
+    "asynchronous checkpoints": (
         Cell("kill:rank=0:step=5", replace(SHORT, checkpoint_every=2)),
         {"plugins": ["AsyncCheckpointIO"]},
     ),
     "double precision": (Cell("kill:rank=1:step=3", SHORT), {"precision": "64-true"}),
 }
-TELLING = ("a trial run", "validation by the clock")
+NOT_LONG = ("fast_dev_run", "time-based validation")
 
-ELSEWHERE = {
+IN_OTHER_TESTS = {
     "accelerator": "tests/device/test_kill.py",
     "callbacks": "tests/faults/matrix.py",
     "default_root_dir": "tests/lab/parts.py",
@@ -88,29 +88,29 @@ ELSEWHERE = {
     "num_nodes": "tests/faults/test_nodes.py",
     "strategy": "tests/faults/test_options.py",
 }
-"""Arguments that other tests give to runs that are killed."""
+"""Arguments that other tests use in runs with kills."""
 
-WITHOUT_A_RUN = {
-    "sync_batchnorm": "torch synchronises batch norms on accelerators only; plain DDP fails on a CPU, too",
-    "model_registry": "it names where a checkpoint is uploaded to, by a service that is not Lightning's own",
+NOT_TESTED = {
+    "sync_batchnorm": "torch synchronizes batch norm on accelerators only; plain DDP fails on CPUs, too",
+    "model_registry": "it names the upload target of checkpoints in an external service",
 }
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_every_argument_has_a_row(distribution: str) -> None:
+def test_every_argument_is_covered(distribution: str) -> None:
     arguments = {*inspect.signature(importlib.import_module(distribution).Trainer.__init__).parameters} - {"self"}
-    rows = {name for _, settings in RUNS.values() for name in settings} | {*ELSEWHERE} | {*WITHOUT_A_RUN}
-    assert arguments - rows == set(), "arguments of Trainer that no test gives to a run that is killed"
-    assert rows - arguments == set(), "rows for arguments that Trainer does not have"
+    rows = {name for _, settings in RUNS.values() for name in settings} | {*IN_OTHER_TESTS} | {*NOT_TESTED}
+    assert arguments - rows == set(), "arguments of Trainer that no run with kills uses"
+    assert rows - arguments == set(), "listed arguments that Trainer does not have"
 
 
-@pytest.mark.parametrize("path", sorted({*ELSEWHERE.values()}))
-def test_other_tests_are_there(path: str) -> None:
+@pytest.mark.parametrize("path", sorted({*IN_OTHER_TESTS.values()}))
+def test_the_other_tests_exist(path: str) -> None:
     assert (Path(__file__).parents[2] / path).exists()
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in TELLING else pytest.param(name, marks=pytest.mark.long) for name in RUNS]
+    "name", [name if name in NOT_LONG else pytest.param(name, marks=pytest.mark.long) for name in RUNS]
 )
 def test_kill(name: str, drill: Drill) -> None:
     cell, settings = RUNS[name]
@@ -122,9 +122,9 @@ def test_kill(name: str, drill: Drill) -> None:
 
 # ---------------------------------------------------------------------- loops
 
-COUNTED = "counters"  # part of every version
-GIVEN = "given"  # set by arguments, or by the program
-DERIVED = "derived"  # follows from the others, or is set up again with the data
+COUNTED = "counter"  # part of every version
+GIVEN = "given"  # set by arguments or by the script
+DERIVED = "derived"  # computed from the others, or set up again with the data
 LOOPS = {
     "fit_loop": {
         "epoch_loop": COUNTED, "epoch_progress": COUNTED, "restarting": COUNTED, "is_resuming": COUNTED,
@@ -152,7 +152,7 @@ LOOPS = {
         "trainer": GIVEN,
     },
 }  # fmt: skip
-"""What becomes of each public attribute of the loops when a version is restored."""
+"""How each public attribute of the loops is treated when a version is restored."""
 
 
 def _public_attributes(loop: Any) -> set[str]:
@@ -161,7 +161,7 @@ def _public_attributes(loop: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_every_attribute_of_the_loops_has_a_row(distribution: str, tmp_path: Path) -> None:
+def test_every_loop_attribute_is_classified(distribution: str, tmp_path: Path) -> None:
     fit = tiny_trainer(tmp_path, distribution).fit_loop
     epoch = fit.epoch_loop
     loops = {"fit_loop": fit, "epoch_loop": epoch, "val_loop": epoch.val_loop}
@@ -169,5 +169,5 @@ def test_every_attribute_of_the_loops_has_a_row(distribution: str, tmp_path: Pat
     assert {name: _public_attributes(loop) for name, loop in loops.items()} == {
         name: {*rows} for name, rows in LOOPS.items()
     }
-    # What a version holds of the loops is what their own state holds, beside a few private flags.
+    # A version contains the loops' own state dict and a few private flags.
     assert {"epoch_progress", "epoch_loop.batch_progress", "epoch_loop.scheduler_progress"} <= {*fit.state_dict()}

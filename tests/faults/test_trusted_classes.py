@@ -1,4 +1,4 @@
-"""What a callback keeps that is no plain data: refused where versions leave the memory of the machine, unless named."""
+"""Callback state with classes of its own: refused if versions leave the memory of the node, unless trusted."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def run(folder: Path, *arguments: str, faults: str = "") -> subprocess.Completed
 
 
 @pytest.mark.slow
-def test_a_class_that_is_not_named_is_refused_at_the_first_version(tmp_path: Path) -> None:
+def test_an_untrusted_class_is_refused_at_the_first_version(tmp_path: Path) -> None:
     done = run(tmp_path)
     assert done.returncode == 1
     assert "callbacks.0.state.phase" in done.stderr
@@ -72,7 +72,7 @@ def test_a_class_that_is_not_named_is_refused_at_the_first_version(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_class_that_is_named_returns_to_the_version_with_the_run(tmp_path: Path) -> None:
+def test_a_trusted_class_is_rolled_back_with_the_run(tmp_path: Path) -> None:
     done = run(tmp_path, "schedule.Phase", faults="kill:rank=0:step=3,kill:rank=1:step=6")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("recovered in place") == 2

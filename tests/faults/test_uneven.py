@@ -1,4 +1,4 @@
-"""Ranks with unequal numbers of batches end a run with one clear error, and no attempt to recover from it."""
+"""Unequal numbers of batches end the run with one clear error and without a recovery."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.faults.matrix import BASE
 REASON = "rank 1 ran out of training data after step 3, rank 0 did not: give every rank the same number of batches"
 
 
-def test_a_rank_that_runs_out_of_data_before_another_one_is_named(
+def test_a_rank_that_runs_out_of_data_early_is_reported(
     parent: ForkServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = replace(BASE, data="uneven", epochs=1, samples=24, logger="none")
     env = {"PYTHONPATH": str(REPOSITORY)}
     run = run_variant(command_for(options), tmp_path / "run", nproc=2, parent=parent, isolate=True, env=env)
     assert run.exit_code == 1
-    said = capfd.readouterr().err
-    assert f"not relaunched: {REASON}" in said
-    assert "restart" not in said
+    errors = capfd.readouterr().err
+    assert f"not relaunched: {REASON}" in errors
+    assert "restart" not in errors
     assert f"UnevenStepsError: {REASON}" in run.tail()

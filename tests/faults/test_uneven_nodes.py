@@ -1,4 +1,4 @@
-"""Two nodes with unequal numbers of batches end with one error; a rank that hangs is found among those of all nodes."""
+"""Two nodes with unequal numbers of batches end with one error; a hung rank is found among the ranks of all nodes."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ FIX = "give every rank the same number of batches"
 
 
 class TwoNodes:
-    """Two agents in this process, with a worker each.
+    """Two agents in this process, with one worker each.
 
     Args:
-        folder: for all that they write.
-        parent: forks the workers.
+        folder: receives all output.
+        parent: the fork server of the workers.
     """
 
     def __init__(self, folder: Path, parent: ForkServer) -> None:
@@ -43,20 +43,20 @@ class TwoNodes:
         """Train to the end.
 
         Args:
-            options: what is trained.
-            faults: what goes wrong.
+            options: the training configuration.
+            faults: a fault script.
         """
-        meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         with ThreadPoolExecutor(2) as pool:
-            ends = [pool.submit(self._node, node, options, faults, meeting.port) for node in range(2)]
+            ends = [pool.submit(self._node, node, options, faults, store.port) for node in range(2)]
             return [end.result(timeout=END_S) for end in ends]
 
     def output(self, node: int) -> str:
-        """What a node's worker has printed."""
+        """Return the output of a node's worker."""
         return "\n".join(path.read_text() for path in (self.folder / f"output-{node}").rglob("std*.log"))
 
     def events(self, *kinds: str) -> list[Event]:
-        """What the ledger says of some kinds of events."""
+        """Return the ledger events of some kinds."""
         return [event for event in read_ledger(self.folder / "runs" / "two" / "ledger.jsonl") if event.event in kinds]
 
     def _node(self, node: int, options: Options, faults: str, port: int) -> Outcome:
@@ -84,7 +84,7 @@ class TwoNodes:
         return run(config, parent=self._parent, record=record_for(config))
 
 
-def test_a_node_that_runs_out_of_data_before_another_one_is_named_by_both(
+def test_both_nodes_report_the_rank_that_runs_out_of_data(
     tmp_path: Path, parent: ForkServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     nodes = TwoNodes(tmp_path, parent)
@@ -97,17 +97,17 @@ def test_a_node_that_runs_out_of_data_before_another_one_is_named_by_both(
     assert not nodes.events("hang", "node_lost", "relaunch")
 
 
-def test_nodes_that_end_alike_end_well(tmp_path: Path, parent: ForkServer) -> None:
+def test_nodes_with_equal_data_end_without_error(tmp_path: Path, parent: ForkServer) -> None:
     nodes = TwoNodes(tmp_path, parent)
     assert [end.exit_code for end in nodes.train(SMALL)] == [0, 0]
     assert not nodes.events("hang", "node_lost", "relaunch", "fault")
 
 
 @pytest.mark.long
-def test_an_epoch_that_ends_for_one_node_and_continues_for_another_is_named_by_both(
+def test_both_nodes_report_epochs_of_unequal_length(
     tmp_path: Path, parent: ForkServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The first one waits in a callback behind its validation, for a rank that waits in a further step."""
+    """The first node waits in a callback after validation while the other waits in the next step."""
     nodes = TwoNodes(tmp_path, parent)
     ends = nodes.train(replace(UNEVEN, epochs=2, early_stopping=True, strategy_options="{'hang_timeout_s': 2}"))
     assert [end.exit_code for end in ends] == [1, 1]
@@ -117,7 +117,7 @@ def test_an_epoch_that_ends_for_one_node_and_continues_for_another_is_named_by_b
 
 
 @pytest.mark.long
-def test_of_two_nodes_the_one_whose_rank_hangs_replaces_it(tmp_path: Path, parent: ForkServer) -> None:
+def test_a_hung_rank_is_replaced_by_its_own_node(tmp_path: Path, parent: ForkServer) -> None:
     options = replace(SMALL, strategy_options="{'hang_timeout_s': 3}")
     nodes = TwoNodes(tmp_path, parent)
     ends = nodes.train(options, "hang:rank=1:step=4")
@@ -128,7 +128,7 @@ def test_of_two_nodes_the_one_whose_rank_hangs_replaces_it(tmp_path: Path, paren
     assert [end.in_place for end in ends] == [0, 1]
     env = {"PYTHONPATH": str(REPOSITORY), "CKPTLESS_FAILURE_DOMAIN": "r0"}
     command = command_for(replace(options, devices=2, num_nodes=1))
-    whole = run_variant(command, tmp_path / "whole", nproc=2, parent=parent, isolate=True, env=env)
-    assert whole.exit_code == 0, whole.tail()
-    exit_report = compare_traces(whole.folder / "trace", tmp_path / "trace")
-    assert exit_report.identical, str(exit_report)
+    undisturbed = run_variant(command, tmp_path / "undisturbed", nproc=2, parent=parent, isolate=True, env=env)
+    assert undisturbed.exit_code == 0, undisturbed.tail()
+    verdict = compare_traces(undisturbed.folder / "trace", tmp_path / "trace")
+    assert verdict.identical, str(verdict)

@@ -1,4 +1,4 @@
-"""A run that puts down which samples each rank trains on in each step, and what comes of it."""
+"""A run that records the samples of each step and rank, the metrics of each epoch and the final weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BATCH = 3
 
 
 class Indexed(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
-    """Samples that know their number, with noise from the generator of the process."""
+    """Samples with their index, with noise from the global random generator."""
 
     def __init__(self, samples: int) -> None:
         self.inputs = torch.randn(samples, 8, generator=torch.Generator().manual_seed(1))
@@ -35,12 +35,12 @@ class Indexed(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
 
 
 class Counted(pl.LightningModule):
-    """Regression that writes down its samples.
+    """Regression that records its samples.
 
     Args:
         folder: receives one file per process, and `end.json`.
-        sharded: whether the layers are sharded over the mesh, by both kinds of parallelism where it has both.
-        pace_s: how long a step takes at least while nodes are missing: those that come shall find it running.
+        sharded: whether to shard the layers over the mesh, with FSDP2 and, if the mesh has it, tensor parallelism.
+        pace_s: delay per step while nodes are missing, so that the run has not ended when they rejoin.
     """
 
     def __init__(self, folder: Path, sharded: bool, pace_s: float) -> None:
@@ -69,7 +69,7 @@ class Counted(pl.LightningModule):
         self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
         if not strategy.runs_for_nothing:
             self.step = self.global_step
-            self._put_down({"samples": indices.tolist(), "batch": batch_idx})
+            self._record({"samples": indices.tolist(), "batch": batch_idx})
         return loss
 
     def on_batch_scale(self, before: int, now: int) -> None:
@@ -79,9 +79,9 @@ class Counted(pl.LightningModule):
     def on_train_batch_end(self, *_: Any) -> None:
         if self.trainer.world_size < self.trainer.num_nodes * self.trainer.num_devices:
             threading.Event().wait(self.pace_s)
-        self._put_down({"done": self.trainer.world_size})
+        self._record({"done": self.trainer.world_size})
 
-    def _put_down(self, facts: dict[str, Any]) -> None:
+    def _record(self, facts: dict[str, Any]) -> None:
         strategy: Any = self.trainer.strategy
         where = {
             "epoch": self.current_epoch,
@@ -105,16 +105,18 @@ class Counted(pl.LightningModule):
 
     def on_train_end(self) -> None:
         linger("end")
-        whole = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).tolist() for n, p in self.named_parameters()}
+        weights = {
+            n: (p.full_tensor() if hasattr(p, "full_tensor") else p).tolist() for n, p in self.named_parameters()
+        }
         if self.global_rank == 0:
-            (self.folder / "end.json").write_text(json.dumps(whole))
+            (self.folder / "end.json").write_text(json.dumps(weights))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), 1e-2)
 
 
 def linger(where: str) -> None:
-    """Wait for the file that the environment names for a place of the run, and say so by another file beside it."""
+    """Wait for the file that COUNTED_LINGERS_AT_<where> names, if it is set; announce it with a file `-awaited`."""
     name = os.environ.get(f"COUNTED_LINGERS_AT_{where.upper()}")
     if name is None:
         return
@@ -136,7 +138,7 @@ def main() -> None:
     parser.add_argument("--strategy-options", default="{}")
     parser.add_argument("--manual", action="store_true")
     parser.add_argument("--sharded", action="store_true")
-    parser.add_argument("--tensor", type=int, default=1, help="ranks that are tensor-parallel")
+    parser.add_argument("--tensor", type=int, default=1, help="size of tensor parallelism")
     args = parser.parse_args()
     pl.seed_everything(5, workers=True, verbose=False)
     options = ast.literal_eval(args.strategy_options)

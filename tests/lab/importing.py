@@ -1,4 +1,4 @@
-"""A script that imports packages which note who imports them, and trains on when its agent has done so too."""
+"""A script that imports packages that record their importers, and trains once its agent has preloaded them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from lightning_ckptless import CkptlessStrategy
 from lightning_ckptless.ledger import read_ledger
 
 WAIT_AT = 3
-_LOOK_EVERY_S = 0.02
+_POLL_EVERY_S = 0.02
 
 
 class Waiting(Callback):
-    """Waits at a step until the agent has said what has become of the imports."""
+    """Waits at a step until the agent has recorded the outcome of the imports."""
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step != WAIT_AT:
             return
         (path,) = Path(os.environ["CKPTLESS_RUN_ROOT"]).glob("*/ledger.jsonl")
         while not any(event.event.startswith("imports_") for event in read_ledger(path)):
-            threading.Event().wait(_LOOK_EVERY_S)
+            threading.Event().wait(_POLL_EVERY_S)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Kinds of modules and optimizers that a lab's run may have: what people fine-tune, shrink and compile."""
+"""Common kinds of modules, optimizers and callbacks for the lab's run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from lightning_ckptless import environment
 
 WIDE = 17_000
-"""So that the pieces of a frozen weight are long enough to be compared where they are."""
+"""Large enough that the chunks of a frozen weight are compared in place."""
 
 
 class Adapted(nn.Module):
-    """A frozen pair of layers with low-rank ones beside it, of which the outer are one; computed again in backward."""
+    """Two frozen layers with trained low-rank adapters, two of which share a weight; uses activation checkpointing."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -32,23 +32,23 @@ class Adapted(nn.Module):
         self.again.weight = self.into.weight
         self.register_buffer("mask", torch.ones(width, WIDE))
 
-    def _computed_again(self, x: Tensor) -> Tensor:
+    def _checkpointed(self, x: Tensor) -> Tensor:
         base: Tensor = self.down(torch.relu(self.up(x)))
         added: Tensor = self.out(self.into(x) + self.again(x).relu())
         return base + added
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` of shape [batch, width] to the same."""
-        y: Tensor = checkpoint(self._computed_again, x, use_reentrant=False)
+        y: Tensor = checkpoint(self._checkpointed, x, use_reentrant=False)
         return x + y
 
 
 class Following(nn.Module):
-    """A layer, and a copy of it that follows it slowly: moved in the forward pass, before the optimizer steps.
+    """A layer and a moving average of it, which is updated in the forward pass, before the optimizer step.
 
     Args:
-        width: of its input and output.
-        how: `counted` by torch as a write in place, through `data`, or `replaced` as a whole.
+        width: width of input and output.
+        how: how the average is written: in place and `counted` by torch, through `data`, or `replaced`.
     """
 
     def __init__(self, width: int, how: str) -> None:
@@ -75,11 +75,11 @@ class Following(nn.Module):
 
 
 def block_of(kind: str, width: int) -> nn.Module:
-    """The block in the middle of a model.
+    """Return the middle block of a model.
 
     Args:
-        kind: `adapted`, `compiled:BACKEND`, `following:HOW`, or nothing for none.
-        width: of its input and output.
+        kind: `adapted`, `compiled:BACKEND`, `following:HOW`, or empty for the identity.
+        width: width of input and output.
     """
     if kind == "adapted":
         return Adapted(width)
@@ -93,19 +93,19 @@ def block_of(kind: str, width: int) -> nn.Module:
 
 
 class Thaw:
-    """Keeps the first layers frozen until a step; only who is there at that step sees it happen."""
+    """Keeps the first layers frozen until a step; a replacement that starts later does not run the unfreezing."""
 
     def __init__(self, at_step: int) -> None:
         self.at_step = at_step
 
     def before_batch(self, part: nn.Module, step: int) -> None:
-        """Freeze or thaw a part of a model whose optimizer holds all of its parameters."""
+        """Freeze or unfreeze a part of a model whose optimizer has all parameters."""
         if self.at_step and step in (0, self.at_step):
             part.requires_grad_(step >= self.at_step)
 
 
 class Rounded(torch.optim.Optimizer):
-    """Momentum in 8 bits; a scale and a count in tensors; counts in Python: of each, of all, and of the optimizer."""
+    """8-bit momentum with scales and counts in tensors, and Python counts per parameter, shared and as an attribute."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
         super().__init__(parameters, {"lr": lr})
@@ -113,7 +113,7 @@ class Rounded(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of momentum, longer with every count."""
+        """One step of momentum whose length depends on all counts."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         common: Any = self.state
         common["steps"] = int(common["steps"] or 0) + 1
@@ -139,12 +139,12 @@ class Rounded(torch.optim.Optimizer):
 
 
 def two_optimizers(kind: str, body: Iterable[nn.Parameter], head: Iterable[nn.Parameter]) -> list[Any]:
-    """Two optimizers.
+    """Return two optimizers.
 
     Args:
-        kind: `two`, `two_odd` (8 bits, counts; state from the start), `two_quick` (fused, foreach).
-        body: parameters of the first.
-        head: parameters of the second.
+        kind: `two`, `two_odd` (8-bit state with counts; state before the first step), `two_quick` (fused, foreach).
+        body: parameters of the first optimizer.
+        head: parameters of the second optimizer.
     """
     if kind == "two_odd":
         return [Rounded(body, 1e-2), torch.optim.Adagrad(head, 1e-2)]
@@ -154,7 +154,7 @@ def two_optimizers(kind: str, body: Iterable[nn.Parameter], head: Iterable[nn.Pa
 
 
 def callback_of(kind: str, distribution: Any) -> Any:
-    """A callback that changes schedulers or parameter groups in the middle of a run.
+    """Return a callback that changes schedulers or parameter groups during a run.
 
     Args:
         kind: `averaging`, `finetuning` or `searching`.
@@ -178,9 +178,9 @@ def callback_of(kind: str, distribution: Any) -> Any:
 
 
 def searching(distribution: Any) -> Any:
-    """A search for the learning rate before the training, and one before its second epoch.
+    """Return a callback that searches the learning rate before training and before the second epoch.
 
-    Where faults are injected, rank 1 is killed in the middle of the second search, once.
+    If faults are injected, rank 1 is killed once during the second search.
     """
 
     class Searching(distribution.callbacks.LearningRateFinder):
@@ -200,7 +200,7 @@ def searching(distribution: Any) -> Any:
 
 
 def kill_once(rank: int, *_: Any) -> None:
-    """End rank 1 of a run that faults are injected into, if no process has ended so before."""
+    """Kill rank 1 of a run with injected faults, once."""
     marker = Path("killed_in_a_search")
     if os.environ.get(environment.FAULTS) and rank == 1 and not marker.exists():
         marker.touch()

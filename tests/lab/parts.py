@@ -1,4 +1,4 @@
-"""A small training run with one option per axis of what must be exact."""
+"""A small training run with one option per axis of the fault matrix."""
 
 from __future__ import annotations
 
@@ -22,53 +22,94 @@ from tests.lab.kinds import Thaw, block_of, callback_of, two_optimizers
 
 @dataclass(frozen=True)
 class Options:
-    """One field per axis of what must be exact."""
+    """One field per axis of the fault matrix.
+
+    Args:
+        distribution: distribution of Lightning.
+        devices: ranks per node.
+        num_nodes: number of nodes.
+        epochs: number of epochs.
+        samples: number of training samples.
+        data: `map`, `sampler`, `own_sampler`, `uneven`, `iterable`, `sized_iterable`, `stateful`, `combined`,
+            `combined_stream` or `plain`.
+        reload_every: epochs between reloads of the dataloaders; 0 for never.
+        workers: dataloader workers.
+        persistent: whether dataloader workers are persistent.
+        optimization: `adamw`, `sgd`, `manual`, `two`, `two_odd` or `two_quick`.
+        scheduler: `step`, `epoch`, `plateau` or `none`.
+        accumulate: batches per optimizer step.
+        clip: norm for gradient clipping.
+        precision: precision of the trainer.
+        ema: whether the weights are averaged.
+        val_interval: interval between validations, as `val_check_interval`.
+        limit_train: limit of training batches, as `limit_train_batches`.
+        logger: `csv`, `tensorboard`, `both` or `none`.
+        checkpoint_every: steps between checkpoint files; 0 for none.
+        early_stopping: whether to use early stopping.
+        max_steps: limit of optimizer steps.
+        root: folder of the run.
+        seed: seed of all generators.
+        strategy_options: options of the strategy, a Python dictionary.
+        ckpt_path: checkpoint file to start from.
+        slow_mirror_s: delay of each mirror round.
+        slow_mirror_at: moment of that delay.
+        validate_after_commit: whether validation waits for the commit of the version before it.
+        accelerator: accelerator of the trainer.
+        pin_memory: whether dataloaders pin memory.
+        raise_at: step at which rank 0 raises a ValueError, every time.
+        terminate_at: step at which the last rank gets SIGTERM.
+        mesh: sizes of data and tensor parallelism of a sharded model, such as `2x1`; empty for DDP.
+        sharding: `plain`, `hybrid` (replicated over the first dimension, sharded over the second), `partly` (frozen and
+            tied weights, and a head that is not sharded), `mixed` (computed in bf16), `offloaded` (parameters on the
+            CPU) or `compiled` (each layer, before it is sharded).
+        block: middle block of a model that is not sharded: `adapted` (frozen, with low-rank adapters),
+            `compiled:BACKEND` or `following:HOW` (a layer with a moving average).
+        callback: `averaging` (StochasticWeightAveraging), `finetuning` (a parameter group for the body from epoch 1 on)
+            or `searching` (LearningRateFinder before training and before epoch 1).
+        thaw_at: step until which the first layers are frozen.
+        commits: file that receives a line per commit and rank.
+        settings: other arguments of the trainer, a Python dictionary; plugins by class name.
+    """
 
     distribution: str = "lightning.pytorch"
     devices: int = 2
     num_nodes: int = 1
     epochs: int = 2
     samples: int = 48
-    data: str = (
-        "map"  # map, sampler, own_sampler, uneven, iterable, sized_iterable, stateful, combined, combined_stream, plain
-    )
-    reload_every: int = 0  # epochs after which the dataloaders are made again
+    data: str = "map"
+    reload_every: int = 0
     workers: int = 0
     persistent: bool = False
-    optimization: str = "adamw"  # adamw, sgd, manual, two, two_odd, two_quick
-    scheduler: str = "step"  # step, epoch, plateau, none
+    optimization: str = "adamw"
+    scheduler: str = "step"
     accumulate: int = 1
     clip: float | None = None
     precision: str = "32-true"
     ema: bool = False
     val_interval: float = 1.0
     limit_train: float = 1.0
-    logger: str = "csv"  # csv, tensorboard, both, none
+    logger: str = "csv"
     checkpoint_every: int = 0
     early_stopping: bool = False
     max_steps: int = -1
     root: str = "."
     seed: int = 7
-    strategy_options: str = "{}"  # a python dictionary of strategy options
-    ckpt_path: str = ""  # a checkpoint file to begin from
-    slow_mirror_s: float = 0.0  # how long each round of the mirror is held up
-    slow_mirror_at: str = "send"  # and at which moment
-    validate_after_commit: bool = False  # validation waits until the version before it is committed
+    strategy_options: str = "{}"
+    ckpt_path: str = ""
+    slow_mirror_s: float = 0.0
+    slow_mirror_at: str = "send"
+    validate_after_commit: bool = False
     accelerator: str = "cpu"
     pin_memory: bool = False
-    raise_at: int = 0  # raise a ValueError at this step, every time
-    terminate_at: int = 0  # SIGTERM to the last rank at this step
-    mesh: str = ""  # data_parallel x tensor_parallel ranks of a sharded model, e.g. 2x1; empty for data parallelism
-    sharding: str = "plain"  # plain, hybrid (data_parallel replicates, tensor_parallel shards), partly (frozen, tied,
-    # and a head that each rank trains for itself), mixed (computed in bf16), offloaded (parameters rest on the host),
-    # compiled (layers into graphs, each before it is sharded)
-    block: str = ""  # of a model that is not sharded: adapted (frozen, with low-rank layers), compiled:BACKEND,
-    # following:HOW (a slow copy beside a layer)
-    callback: str = ""  # averaging (StochasticWeightAveraging), finetuning (a group for the body from epoch 1 on),
-    # searching (LearningRateFinder before training and before epoch 1)
-    thaw_at: int = 0  # step before which the first layers are frozen
-    commits: str = ""  # a file that receives a line for each version a rank has seen committed
-    settings: str = "{}"  # a python dictionary of further arguments of the trainer; plugins by the name of their class
+    raise_at: int = 0
+    terminate_at: int = 0
+    mesh: str = ""
+    sharding: str = "plain"
+    block: str = ""
+    callback: str = ""
+    thaw_at: int = 0
+    commits: str = ""
+    settings: str = "{}"
 
 
 def link_is_down() -> None:
@@ -77,7 +118,7 @@ def link_is_down() -> None:
 
 
 class Numbers(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Samples that show which they are, with random augmentation from every generator."""
+    """Samples that encode their index, with random augmentation from every generator."""
 
     def __init__(self, samples: int, shift: float = 0.0) -> None:
         self.samples, self.shift = samples, shift
@@ -137,7 +178,7 @@ def shard(model: Any, how: str) -> None:
 
 
 class Block(nn.Module):
-    """Two layers that tensor parallelism divides between ranks, and a norm that every rank has whole."""
+    """Two layers for tensor parallelism, and a norm that is replicated."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -155,7 +196,7 @@ class Block(nn.Module):
 
 
 def model_class(distribution: Any, options: Options) -> Any:
-    """The model, as a class of one distribution of Lightning."""
+    """Return the model class for one distribution of Lightning."""
 
     class Model(distribution.LightningModule):
         def __init__(self) -> None:
@@ -244,7 +285,7 @@ def model_class(distribution: Any, options: Options) -> Any:
 
 
 def data_class(distribution: Any, options: Options) -> Any:
-    """The data, as a class of one distribution of Lightning."""
+    """Return the data module class for one distribution of Lightning."""
 
     class Data(distribution.LightningDataModule):
         def __init__(self) -> None:
@@ -252,7 +293,7 @@ def data_class(distribution: Any, options: Options) -> Any:
             self.made = 0
 
         def shift(self) -> float:
-            """Shows when a dataloader was made."""
+            """Return a value that depends on when the dataloader is created."""
             self.made += 1
             trainer = self.trainer
             assert trainer is not None
@@ -299,7 +340,7 @@ def data_class(distribution: Any, options: Options) -> Any:
 
 
 def make_trainer(distribution: Any, options: Options, strategy: Any, extra_callbacks: tuple[Any, ...] = ()) -> Any:
-    """A trainer with the loggers, callbacks and limits that the options name."""
+    """Return a trainer with the loggers, callbacks and limits of the options."""
     loggers = {
         "csv": lambda: [distribution.loggers.CSVLogger(options.root)],
         "tensorboard": lambda: [distribution.loggers.TensorBoardLogger(options.root)],
@@ -350,7 +391,7 @@ def make_trainer(distribution: Any, options: Options, strategy: Any, extra_callb
 
 
 def make_run(options: Options, strategy: Any, extra_callbacks: tuple[Any, ...] = ()) -> tuple[Any, Any, Any]:
-    """Seed everything, then make trainer, model and data."""
+    """Seed everything, then create trainer, model and data."""
     distribution = importlib.import_module(options.distribution)
     distribution.seed_everything(options.seed, workers=True, verbose=False)
     trainer = make_trainer(distribution, options, strategy, extra_callbacks)

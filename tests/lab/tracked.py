@@ -1,4 +1,4 @@
-"""A script that logs to a tracking store, chosen by its argument, and the means to read that store back."""
+"""A script that logs to a tracking store, selected by its argument, and functions to read the store."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Row = tuple[int, tuple[tuple[str, float], ...]]
 
 @dataclass
 class Read:
-    """What a store holds of one run.
+    """The content of a store for one run.
 
     Args:
-        params: hyper-parameters by name.
-        rows: metrics by step, without our own, in the order of their steps.
-        status: how it ended; empty where the store does not say.
+        params: hyperparameters by name.
+        rows: metrics in the order of steps, without those of this package.
+        status: final status; empty if the store has none.
     """
 
     params: dict[str, str] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Read:
 
 
 class Journal(Logger):
-    """A logger of the user's own, whose store takes every row at once and for ever: a file per run."""
+    """A custom logger whose store is append-only: one file per run."""
 
     def __init__(self) -> None:
         self._run = ""
@@ -110,7 +110,6 @@ def make_logger(store: str) -> Any:
     if store == "mlflow":
         return MLFlowLogger(_experiment(Path()), tracking_uri="sqlite:///runs.db")
     if store == "mlflow-server":
-        # Where it is, a variable of its own says.
         return MLFlowLogger(_experiment(Path()), tracking_uri=os.environ["MLFLOW_TRACKING_URI"])
     return Journal()
 
@@ -139,12 +138,12 @@ def main(store: str, raise_at: int) -> None:
 
 
 def read_store(store: str, folder: Path) -> dict[str, Read]:
-    """The runs that a store in a folder holds, by their names."""
+    """Return the runs of a store in a folder, by name."""
     return {"wandb": _read_wandb, "mlflow": _read_mlflow, "journal": _read_journal}[store](folder)
 
 
 def _experiment(folder: Path) -> str:
-    """Name of the experiment of a run in a folder, among those of other runs in the same database."""
+    """Return the experiment name for a folder, unique within the database."""
     return folder.absolute().parent.parent.name
 
 
@@ -173,7 +172,7 @@ def _read_mlflow(folder: Path) -> dict[str, Read]:
 
 
 def read_mlflow_database(path: Path, folder: Path) -> dict[str, Read]:
-    """The runs of the script that ran in a folder. Its tables, without its client: that keeps the file open here."""
+    """Return the runs of a folder. Reads the tables directly, because MLflow's client would keep the file open."""
     with closing(sqlite3.connect(path)) as database:
         select = "SELECT run_uuid, status FROM runs JOIN experiments USING (experiment_id) WHERE experiments.name = ?"
         runs = {name: Read(status=status) for name, status in database.execute(select, [_experiment(folder)])}
@@ -206,20 +205,20 @@ def _read_wandb(folder: Path) -> dict[str, Read]:
 
 
 def _wandb_records(path: Path) -> Iterator[Any]:
-    """Records of W&B's own file: blocks of 32 KiB, and in them records in up to several pieces."""
+    """Yield the records of a W&B file: blocks of 32 KiB; a record may be split into several chunks."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at, whole = path.read_bytes(), 7, b""
+    data, at, record = path.read_bytes(), 7, b""
     while at + 7 <= len(data):
         if (left := 32768 - at % 32768) < 7:
             at += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
-        whole += data[at + 7 : at + 7 + length]
+        record += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
-            yield Record.FromString(whole)
-            whole = b""
+            yield Record.FromString(record)
+            record = b""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The lab's run as a script, as a user would write one."""
+"""The lab's run as a script."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parse() -> Options:
 
 
 def note_commit(path: Path, moment: str, version: Any) -> None:
-    """Note when this rank saw a version committed; a line is one write, so those of several ranks do not mix."""
+    """Record that this rank has committed a version; each line is one write, so lines of ranks do not mix."""
     if moment == "committed":
         line = {"at": time.time(), "step": version.optimizer_step, "validation_done": version.validation_done}
         with path.open("a") as file:
@@ -37,7 +37,7 @@ def note_commit(path: Path, moment: str, version: Any) -> None:
 
 
 def held_until_committed(distribution: Any, strategy: Any) -> Any:
-    """A callback in whose validation the version captured before it is committed."""
+    """Return a callback that holds validation until the version before it is committed."""
     committed: set[int] = set()
     changed = threading.Condition()
 
@@ -49,7 +49,7 @@ def held_until_committed(distribution: Any, strategy: Any) -> Any:
 
     class HoldValidation(distribution.callbacks.Callback):
         def on_validation_batch_start(self, trainer: Any, *_: Any) -> None:
-            # A version that was restored is not committed once more.
+            # A restored version is not committed again.
             if not trainer.sanity_checking and strategy.engine.generation == 1:
                 with changed:
                     assert changed.wait_for(lambda: trainer.global_step in committed, 60)
@@ -66,17 +66,17 @@ def main() -> None:
     if options.mesh:
         data, tensor = map(int, options.mesh.split("x"))
         sizes = {"data_parallel_size": data, "tensor_parallel_size": tensor}
-        made = ours.CkptlessModelParallelStrategy(**sizes, **strategy_options)
+        strategy = ours.CkptlessModelParallelStrategy(**sizes, **strategy_options)
     else:
-        made = ours.CkptlessStrategy(**strategy_options)
+        strategy = ours.CkptlessStrategy(**strategy_options)
     if options.slow_mirror_s:
-        made.probes.append(
+        strategy.probes.append(
             lambda moment, _: threading.Event().wait(options.slow_mirror_s * (moment == options.slow_mirror_at))
         )
     if options.commits:
-        made.probes.append(partial(note_commit, Path(options.commits)))
-    callbacks = (held_until_committed(distribution, made),) if options.validate_after_commit else ()
-    trainer, model, data = make_run(options, made, callbacks)
+        strategy.probes.append(partial(note_commit, Path(options.commits)))
+    callbacks = (held_until_committed(distribution, strategy),) if options.validate_after_commit else ()
+    trainer, model, data = make_run(options, strategy, callbacks)
     trainer.fit(model, datamodule=data, ckpt_path=Path(options.ckpt_path) if options.ckpt_path else None)
 
 

@@ -43,11 +43,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(site: Path, tmp_path: Path) -> Run:
-    """Run code in a new interpreter outside of the repository, and return the value passed to `tell`."""
+    """Run code in a new interpreter outside of the repository, and return the value passed to `emit`."""
 
     def fresh(code: str, *folders: Path, **variables: str) -> Any:
         path = os.pathsep.join(str(folder) for folder in folders or (site,))
-        program = f"import json\ndef tell(fact):\n    print('\\n>>>', json.dumps(fact))\n{code}"
+        program = f"import json\ndef emit(fact):\n    print('\\n>>>', json.dumps(fact))\n{code}"
         done = subprocess.run(
             [sys.executable, "-c", program],
             env={**os.environ, "PYTHONPATH": path, **variables},
@@ -59,8 +59,8 @@ def run(site: Path, tmp_path: Path) -> Run:
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        told = [line for line in done.stdout.splitlines() if line.startswith(">>> ")]
-        assert len(told) == 1, done.stdout
-        return json.loads(told[0][4:])
+        results = [line for line in done.stdout.splitlines() if line.startswith(">>> ")]
+        assert len(results) == 1, done.stdout
+        return json.loads(results[0][4:])
 
     return fresh

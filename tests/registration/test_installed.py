@@ -16,7 +16,7 @@ TRAINER = "accelerator='cpu', devices=2, logger=False, enable_checkpointing=Fals
 @pytest.mark.slow
 @pytest.mark.parametrize("distribution", [DISTRIBUTIONS[0], pytest.param(DISTRIBUTIONS[1], marks=pytest.mark.long)])
 def test_strategy_names_work_without_importing_the_package(run: Run, distribution: str) -> None:
-    told = run(f"""
+    result = run(f"""
 import sys
 from {distribution} import Trainer
 from {distribution}.strategies import DDPStrategy, ModelParallelStrategy
@@ -28,7 +28,7 @@ ddp = [
     for end in ("", "_find_unused_parameters_true", "_find_unused_parameters_false")
 ]
 import lightning_ckptless
-tell([
+emit([
     before,
     [type(made) is type(strategy) and "ddp" in made.strategy_name for made in ddp],
     [made._ddp_kwargs for made in ddp],
@@ -39,33 +39,33 @@ tell([
 ])
 """)
     options = [{}, {"find_unused_parameters": True}, {"find_unused_parameters": False}]
-    assert told == [[], [True] * 3, options, True, True, True, True]
+    assert result == [[], [True] * 3, options, True, True, True, True]
 
 
 @pytest.mark.slow
 def test_without_autoload_the_package_must_be_imported(run: Run) -> None:
     """Without the call by torch, the name is unknown until the package is imported."""
-    told = run(
+    result = run(
         """
 from lightning.pytorch.strategies import StrategyRegistry
 before = "ckptless" in StrategyRegistry
 import lightning_ckptless
-tell([before, "ckptless" in StrategyRegistry, StrategyRegistry["ckptless"]["description"]])
+emit([before, "ckptless" in StrategyRegistry, StrategyRegistry["ckptless"]["description"]])
 """,
         TORCH_DEVICE_BACKEND_AUTOLOAD="0",
     )
-    assert told == [False, True, "Data parallelism that survives the loss of any rank, bit for bit"]
+    assert result == [False, True, "Data parallelism that survives the loss of any rank, bit for bit"]
 
 
 @pytest.mark.long
 @pytest.mark.slow
 def test_the_package_can_be_imported_before_lightning(run: Run) -> None:
-    told = run(
+    result = run(
         "import lightning_ckptless\nfrom lightning.pytorch.strategies import StrategyRegistry\n"
-        "tell('ckptless' in StrategyRegistry)",
+        "emit('ckptless' in StrategyRegistry)",
         TORCH_DEVICE_BACKEND_AUTOLOAD="0",
     )
-    assert told is True
+    assert result is True
 
 
 @pytest.mark.slow
@@ -80,16 +80,16 @@ def test_a_broken_hook_does_not_affect_torch(run: Run, tmp_path: Path, breakage:
     for name in ("__init__.py", "_registration/__init__.py", "_registration/autoload.py"):
         shutil.copy(PACKAGE / name, package / name)
     (package / "_registration" / "names.py").write_text(breakage)
-    told = run("import sys, torch\ntell([torch.ones(2).sum().item(), 'lightning_ckptless' in sys.modules])", site)
-    assert told == [2.0, True]
+    result = run("import sys, torch\nemit([torch.ones(2).sum().item(), 'lightning_ckptless' in sys.modules])", site)
+    assert result == [2.0, True]
 
 
 @pytest.mark.slow
 def test_torch_imports_only_the_hook(run: Run) -> None:
-    told = run("import sys, torch\ntell(sorted(m for m in sys.modules if m.split('.')[0] == 'lightning_ckptless'))")
+    result = run("import sys, torch\nemit(sorted(m for m in sys.modules if m.split('.')[0] == 'lightning_ckptless'))")
     small = ("", "._registration", "._registration.autoload", "._registration.mlflow_tables", "._registration.names")
     used = (".environment", ".system", ".system.private_files")
-    assert told == [f"lightning_ckptless{name}" for name in (*small, *used)]
+    assert result == [f"lightning_ckptless{name}" for name in (*small, *used)]
 
 
 QUOTED = "'${trainer.max_epochs}'"
@@ -108,7 +108,7 @@ def options(*args, **kwargs):
 
 by_class = ["--trainer.strategy=lightning_ckptless.CkptlessStrategy", "--trainer.strategy.copies=0"]
 sharded = "--trainer.strategy=lightning_ckptless.CkptlessModelParallelStrategy"
-tell({{
+emit({{
     "string": options("--trainer.strategy=ckptless"),
     "file": options("--config=string.yaml"),
     "class": options(*by_class),
@@ -130,10 +130,10 @@ def test_strategies_work_with_the_lightning_cli(run: Run, tmp_path: Path, distri
     (tmp_path / "string.yaml").write_text("trainer: {strategy: ckptless}\n")
     (tmp_path / "class.yaml").write_text(f"trainer: {{strategy: {strategy % 0}}}\n")
     (tmp_path / "interpolation.yaml").write_text(f"trainer: {{max_epochs: 7, strategy: {strategy % QUOTED}}}\n")
-    told = run(CLI.format(distribution=distribution))
+    result = run(CLI.format(distribution=distribution))
     name = "CkptlessStrategy"
-    assert told["string"] == told["file"] == told["string, omegaconf"] == [name, 1, None]
-    assert told["class"][:2] == [name, 0]
-    assert told["sharded"] == ["CkptlessModelParallelStrategy", 0, 2]
-    assert told["class in a file"] == told["class in a file, omegaconf"] == [name, 0, True]
-    assert told["interpolation"] == [name, 7, True]
+    assert result["string"] == result["file"] == result["string, omegaconf"] == [name, 1, None]
+    assert result["class"][:2] == [name, 0]
+    assert result["sharded"] == ["CkptlessModelParallelStrategy", 0, 2]
+    assert result["class in a file"] == result["class in a file, omegaconf"] == [name, 0, True]
+    assert result["interpolation"] == [name, 7, True]

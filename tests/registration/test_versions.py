@@ -36,7 +36,7 @@ trainer.fit(BoringModel())
 
 @pytest.fixture
 def claim(tmp_path: Path) -> Claim:
-    """Creates a folder whose metadata claims that another version of a package is installed."""
+    """Return a function that creates a folder with metadata of another version of a package."""
 
     def make(name: str, version: str) -> Path:
         info = tmp_path / "claims" / f"{name}-{version}.dist-info"
@@ -48,29 +48,29 @@ def claim(tmp_path: Path) -> Claim:
 
 
 @pytest.mark.slow
-def test_an_old_torch_is_refused_when_the_package_is_imported(run: Run, site: Path, claim: Claim) -> None:
-    told = run(
+def test_an_old_torch_is_refused_on_import(run: Run, site: Path, claim: Claim) -> None:
+    result = run(
         """
 try:
     import lightning_ckptless
 except ImportError as error:
-    tell([type(error).__name__, str(error)])
+    emit([type(error).__name__, str(error)])
 """,
         claim("torch", "2.7.1"),
         site,
     )
-    assert told == ["VersionError", MESSAGE]
+    assert result == ["VersionError", MESSAGE]
 
 
 @pytest.mark.slow
 def test_a_refused_version_does_not_affect_torch(run: Run, site: Path, claim: Claim) -> None:
-    told = run(
+    result = run(
         f"""
 import torch
 from lightning.pytorch import Trainer
 {REFUSED}
 import lightning_ckptless
-tell([
+emit([
     torch.ones(2).sum().item(),
     refused(lambda: Trainer(strategy="ckptless", accelerator="cpu", devices=2)),
     refused(lambda: lightning_ckptless.CkptlessStrategy),
@@ -79,7 +79,7 @@ tell([
         claim("torch", "2.7.1"),
         site,
     )
-    assert told == [2.0, MESSAGE, MESSAGE]
+    assert result == [2.0, MESSAGE, MESSAGE]
 
 
 @pytest.mark.slow

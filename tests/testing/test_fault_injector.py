@@ -42,7 +42,7 @@ class Watch(pl.Callback):
         return any(not torch.equal(now[name], tensor) for name, tensor in self.before.items() if part in name)
 
 
-def struck(faults: str, tmp_path: Path, options: Options = BASE) -> tuple[Watch, str]:
+def run_until_fault(faults: str, tmp_path: Path, options: Options = BASE) -> tuple[Watch, str]:
     """Run until the fault; returns the progress and the traceback."""
     watch, injector = Watch(), fault_injector_class(LIGHTNING)(faults, tmp_path / "marks")
     with pytest.raises(InjectedError) as error:
@@ -51,7 +51,7 @@ def struck(faults: str, tmp_path: Path, options: Options = BASE) -> tuple[Watch,
 
 
 def test_a_fault_in_training_step(tmp_path: Path) -> None:
-    watch, where = struck("raise:rank=0:step=4", tmp_path)
+    watch, where = run_until_fault("raise:rank=0:step=4", tmp_path)
     assert watch.step == 3
     assert "in training_step" in where
     assert watch.changed("running_mean") and not watch.changed("weight")
@@ -59,46 +59,46 @@ def test_a_fault_in_training_step(tmp_path: Path) -> None:
 
 
 def test_a_fault_in_backward(tmp_path: Path) -> None:
-    watch, where = struck("raise:rank=0:step=4:at=backward", tmp_path)
+    watch, where = run_until_fault("raise:rank=0:step=4:at=backward", tmp_path)
     assert watch.step == 3
     assert "in backward" in where
     assert any(parameter.grad is None for parameter in watch.model.parameters())
 
 
 def test_a_fault_in_the_optimizer_step(tmp_path: Path) -> None:
-    watch, where = struck("raise:rank=0:step=4:at=optimizer_step", tmp_path)
+    watch, where = run_until_fault("raise:rank=0:step=4:at=optimizer_step", tmp_path)
     assert watch.step == 3 == watch.model.trainer.global_step
     assert "in optimizer_step" in where
     assert watch.changed("weight")
 
 
 def test_a_fault_between_step_and_commit(tmp_path: Path) -> None:
-    watch, where = struck("raise:rank=0:step=4:at=commit", tmp_path)
+    watch, where = run_until_fault("raise:rank=0:step=4:at=commit", tmp_path)
     assert watch.step == 3
     assert watch.model.trainer.global_step == 4
     assert "in on_train_batch_end" in where
 
 
 def test_a_fault_in_accumulation(tmp_path: Path) -> None:
-    watch, _ = struck("raise:rank=0:step=3:at=accumulation", tmp_path, replace(BASE, accumulate=2))
+    watch, _ = run_until_fault("raise:rank=0:step=3:at=accumulation", tmp_path, replace(BASE, accumulate=2))
     progress = watch.model.trainer.fit_loop.epoch_loop.batch_progress
     assert (watch.step, progress.current.ready) == (2, 5)
     assert any(parameter.grad is not None for parameter in watch.model.parameters())
 
 
 def test_a_step_of_accumulated_batches_commits_once(tmp_path: Path) -> None:
-    watch, _ = struck("raise:rank=0:step=2:at=commit", tmp_path, replace(BASE, accumulate=2))
+    watch, _ = run_until_fault("raise:rank=0:step=2:at=commit", tmp_path, replace(BASE, accumulate=2))
     assert watch.model.trainer.fit_loop.epoch_loop.batch_progress.current.ready == 4
 
 
 def test_a_fault_in_validation_skips_the_sanity_check(tmp_path: Path) -> None:
-    watch, where = struck("raise:rank=0:step=1:at=validation", tmp_path)
+    watch, where = run_until_fault("raise:rank=0:step=1:at=validation", tmp_path)
     assert watch.model.trainer.global_step == 6
     assert "on_validation_batch_start" in where
 
 
 def test_a_fault_at_the_end_of_the_epoch(tmp_path: Path) -> None:
-    watch, _ = struck("raise:rank=0:step=7:at=epoch_end", tmp_path)
+    watch, _ = run_until_fault("raise:rank=0:step=7:at=epoch_end", tmp_path)
     assert watch.model.trainer.global_step == 12
     assert watch.model.trainer.current_epoch == 1
 
@@ -106,12 +106,12 @@ def test_a_fault_at_the_end_of_the_epoch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("moment", ["training_step", "backward", "optimizer_step", "commit"])
 def test_a_fault_with_two_optimizers(moment: str, tmp_path: Path) -> None:
     """A batch makes two steps; faults in even steps are injected, too."""
-    watch, _ = struck(f"raise:rank=0:step=4:at={moment}", tmp_path, replace(BASE, optimization="two"))
+    watch, _ = run_until_fault(f"raise:rank=0:step=4:at={moment}", tmp_path, replace(BASE, optimization="two"))
     assert watch.step in {2, 4}
 
 
 def test_a_fault_is_injected_once(tmp_path: Path) -> None:
-    struck("raise:rank=0:step=4:at=backward", tmp_path)
+    run_until_fault("raise:rank=0:step=4:at=backward", tmp_path)
     injector = fault_injector_class(LIGHTNING)("raise:rank=0:step=4:at=backward", tmp_path / "marks")
     # In another generation, as after a relaunch.
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Run every project, or those whose programs are named, and print the table of docs/third-party.md.
+"""Run all projects, or those whose programs are given, and print the table of docs/third-party.md.
 
 python -m tests.third_party [--folder FOLDER] [PROGRAM ...]
 """
@@ -20,20 +20,20 @@ HEADER = """\
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("programs", nargs="*", metavar="PROGRAM", choices=[*(p.program for p in PROJECTS), []])
-    parser.add_argument("--folder", type=Path, help="keep the runs in here; a temporary folder if left out")
+    parser.add_argument("--folder", type=Path, help="folder for the runs (default: a temporary folder)")
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="third-party-"))
-    print(f"runs are kept in {folder}\n\n{HEADER}", flush=True)
-    found = [_row(project, folder / project.program) for project in PROJECTS if _wanted(project, args.programs)]
+    print(f"results are in {folder}\n\n{HEADER}", flush=True)
+    found = [_row(project, folder / project.program) for project in PROJECTS if _is_selected(project, args.programs)]
     print("\n" + "\n\n".join(problem for problems in found for problem in problems))
 
 
-def _wanted(project: Project, programs: list[str]) -> bool:
+def _is_selected(project: Project, programs: list[str]) -> bool:
     return not programs or project.program in programs
 
 
 def _row(project: Project, folder: Path) -> list[str]:
-    """Run a project and print its row; what went wrong is returned."""
+    """Run a project and print its row; return the problems."""
     if (versions := project.versions()) is None:
         return [f"{project.name} is not installed"]
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Projects from the package index that train with Lightning, and what is expected of each."""
+"""Projects from the package index that train with Lightning, and the expected results."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ PROGRAMS = Path(__file__).parent / "programs"
 
 @dataclass(frozen=True)
 class Project:
-    """One row: a project and the program that trains with it.
+    """A project and the program that trains with it: one row of the table.
 
     Args:
-        distributions: what is installed for it; the first gives the row its name.
-        program: file in `programs/`, without its ending.
-        does: what the program uses of the project.
-        faults: what the fault injector does to the second run.
+        distributions: required distributions; the first one names the row.
+        program: file in `programs/`, without suffix.
+        does: the features of the project that the program uses.
+        faults: fault script of the run with injected kills.
         killed_from: optimizer step from which a rank is killed from outside.
         victim: that rank.
-        ddp: Lightning's strategy that it is compared with.
-        refused: part of the reason for which it is refused before the first step; None where it must be identical.
+        ddp: Lightning's strategy to compare with.
+        refused: part of the reason for which the run is refused before the first step; None if it must be identical.
         note: what a program that uses the project must do or avoid.
     """
 
@@ -37,16 +37,16 @@ class Project:
 
     @property
     def name(self) -> str:
-        """Its name in the package index."""
+        """The name in the package index."""
         return self.distributions[0]
 
     @property
     def path(self) -> Path:
-        """The program's file."""
+        """The file of the program."""
         return PROGRAMS / f"{self.program}.py"
 
     def versions(self) -> str | None:
-        """Names and versions of what is installed; None where something is missing."""
+        """Return names and versions of the distributions; None if one is not installed."""
         try:
             return ", ".join(f"{name} {version(name)}" for name in self.distributions)
         except PackageNotFoundError:
@@ -63,8 +63,8 @@ PROJECTS = (
         ("darts",),
         "darts_nbeats",
         "N-BEATS, early stopping, checkpoints and rows by Lightning",
-        note="leave `save_checkpoints` and `log_tensorboard` off: with them and `force_reset=True` a new process "
-        "deletes the rows that were written, without `force_reset` it refuses to start",
+        note="leave `save_checkpoints` and `log_tensorboard` off: with them a new process deletes the rows written so "
+        "far (`force_reset=True`) or refuses to start (without it)",
     ),
     Project(
         ("neuralforecast",),
@@ -75,15 +75,15 @@ PROJECTS = (
         ("gluonts",),
         "gluonts_deepar",
         "DeepAR on random windows, drawn before training",
-        note="draw the windows before training: as it comes, gluonts takes them from a stream that cannot be wound "
-        "back, of which a line before the first step warns",
+        note="draw the windows before training: by default gluonts takes them from a stream that cannot be rewound, "
+        "and a line before the first step warns of it",
     ),
     Project(
         ("scvi-tools",),
         "scvi_vae",
         "variational autoencoder with its own sampler, logger and `SaveCheckpoint`",
         ddp="ddp_find_unused_parameters_true",
-        note="pass the strategy as an object or as `ckptless_ddp`: scvi-tools looks for `ddp` in the name",
+        note="pass the strategy as an object or as `ckptless_ddp`, since scvi-tools looks for `ddp` in the name",
     ),
     Project(
         ("chemprop",),

@@ -1,4 +1,4 @@
-"""Programs written for other people's projects give what they give under DDP, and the same after kills."""
+"""Programs for third-party projects give the same results as under DDP, also after kills."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def trial(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield Trial(project, tmp_path_factory.mktemp(project.program), parent)
 
 
-def test_undisturbed_is_as_under_ddp(trial: Trial) -> None:
+def test_the_undisturbed_run_matches_ddp(trial: Trial) -> None:
     if trial.project.refused is not None:
         assert trial.undisturbed.exit_code != 0
         assert trial.project.refused in trial.undisturbed.tail(60)
-        assert not list(trial.undisturbed.trace.glob("*.jsonl")), "it trained before it was refused"
+        assert not list(trial.undisturbed.trace.glob("*.jsonl")), "the run has trained before it was refused"
     else:
         assert trial.plain() == []
 

@@ -1,8 +1,8 @@
-"""Makes torchvision importable beside a CPU build of torch, by a change to the copy in this environment.
+"""Patches the installed torchvision so that it can be imported with a CPU build of torch.
 
-The package index has torchvision built for CUDA alone. Beside a CPU build of torch its compiled operators cannot be
-loaded, and importing it fails because it describes two of them that were never declared. Declared, they still raise
-torchvision's own error when they are called; the rest of the package is Python and works.
+The package index has CUDA builds of torchvision only. With a CPU build of torch, its compiled operators cannot be
+loaded, and the import fails because it registers two operators that were never declared. The patch declares them. They
+still raise torchvision's own error when they are called; the rest of the package is Python and works.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
         sys.exit("torchvision is not installed")
     found[0].write_text(found[0].read_text() + DECLARATION)
     if not _works():
-        sys.exit(f"{found[0].parent} cannot be imported, even with its operators declared")
+        sys.exit(f"{found[0].parent} cannot be imported, even with the operators declared")
 
 
 def _works() -> bool:

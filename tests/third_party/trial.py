@@ -1,4 +1,4 @@
-"""A trial of one project: under DDP, undisturbed, with injected kills, and with a SIGKILL from outside."""
+"""Runs of one project: under DDP, undisturbed, with injected kills, and with a SIGKILL from outside."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ ENVIRONMENT = {
 
 
 def parent_of(project: Project) -> ForkServer:
-    """A parent that imports what the project's program imports at its head, once for all runs of it."""
+    """Return a fork server that has the top-level imports of the project's program, for all its runs."""
     modules = (*usual_modules([str(project.path)]), *imports_of(project.path))
     return ForkServer(modules, path=(str(REPOSITORY),))
 
 
 def imports_of(program: Path) -> Iterator[str]:
-    """Modules that a file imports at its head."""
+    """Return the modules that a file imports at the top level."""
     for node in ast.parse(program.read_text()).body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -46,12 +46,12 @@ def imports_of(program: Path) -> Iterator[str]:
 
 
 class Trial:
-    """Runs a project's program in each of the ways, once.
+    """Runs the program of a project in each way.
 
     Args:
-        project: what is run.
-        folder: empty; receives a folder of each run.
-        parent: forks the workers of all runs under our strategy.
+        project: the project.
+        folder: an empty folder; receives a folder per run.
+        parent: the fork server of all runs with our strategy.
     """
 
     def __init__(self, project: Project, folder: Path, parent: ForkServer) -> None:
@@ -62,11 +62,11 @@ class Trial:
 
     @cached_property
     def undisturbed(self) -> Variant:
-        """The run under our strategy that nothing happens to."""
+        """The undisturbed run with our strategy."""
         return self._run("undisturbed")
 
     def plain(self) -> list[str]:
-        """How the undisturbed run differs from the one under Lightning's DDP, in sentences."""
+        """Return the differences between the undisturbed run and the run under Lightning's DDP."""
         folder = self.folder / "ddp"
         folder.mkdir()
         with (folder / "output").open("wb") as output:
@@ -76,14 +76,14 @@ class Trial:
                 words, cwd=folder, env=environment, stdout=output, stderr=output, timeout=TIMEOUT_S, check=False
             ).returncode
         if code:
-            return [f"ends with exit code {code} under {self.project.ddp}: {_end_of(folder / 'output')}"]
+            return [f"exit code {code} under {self.project.ddp}: {_tail_of(folder / 'output')}"]
         return self._failure(self.undisturbed) or [
             *_faults(self.undisturbed),
             *_differences(folder, self.undisturbed.folder / "cwd"),
         ]
 
     def injected(self) -> list[str]:
-        """What the drill with the project's faults finds."""
+        """Return the problems found by the drill with the project's faults."""
         if failure := self._failure(self.undisturbed):
             return failure
         report = run_drill(
@@ -101,7 +101,7 @@ class Trial:
         return [*report.problems, *weights]
 
     def outside(self) -> list[str]:
-        """How the run with a SIGKILL from outside differs from the undisturbed one."""
+        """Return the differences between the run with a SIGKILL from outside and the undisturbed run."""
         if failure := self._failure(self.undisturbed):
             return failure
         folder = self.folder / "outside"
@@ -134,19 +134,19 @@ class Trial:
     def _failure(variant: Variant) -> list[str]:
         if not variant.exit_code:
             return []
-        return [f"the {variant.folder.name} run ends with exit code {variant.exit_code}: {variant.tail()}"]
+        return [f"the run `{variant.folder.name}` ended with exit code {variant.exit_code}: {variant.tail()}"]
 
 
 class OutsideKill:
-    """Kills a rank once it has come to a step, by the process id in the run's ledger.
+    """Kills a rank once it has reached a step, by its process id in the ledger.
 
     Args:
-        folder: of the run.
-        project: names the rank and the step.
+        folder: folder of the run.
+        project: defines the rank and the step.
 
     Attributes:
-        pid: the process that was killed; None before.
-        after: the step that the run had reached when it was last looked at.
+        pid: the killed process; None before.
+        after: the step that the run had last reached.
     """
 
     def __init__(self, folder: Path, project: Project) -> None:
@@ -156,7 +156,7 @@ class OutsideKill:
         self.after = 0
 
     def __call__(self, progress: Progress) -> None:
-        """Look how far the run is."""
+        """Kill the rank if the run has reached the step."""
         self.after = progress.step
         if self.pid is not None or progress.done or progress.step < self._project.killed_from:
             return
@@ -169,15 +169,15 @@ class OutsideKill:
 
 def _faults(undisturbed: Variant) -> list[str]:
     faults = [event.fields for event in undisturbed.events if event.event == "fault"]
-    return [f"a rank failed though nothing was done to it: {fault}" for fault in faults]
+    return [f"a rank failed without an injected fault: {fault}" for fault in faults]
 
 
 def _differences(expected: Path, found: Path) -> list[str]:
     right, other = read_weights(expected), read_weights(found)
     if not right:
         return [f"no weights were recorded in {expected}"]
-    return [] if right == other else [f"the weights after the program differ: expected {right}, found {other}"]
+    return [] if right == other else [f"the final weights differ: expected {right}, found {other}"]
 
 
-def _end_of(output: Path, lines: int = 20) -> str:
+def _tail_of(output: Path, lines: int = 20) -> str:
     return "\n".join(output.read_text(errors="replace").splitlines()[-lines:])

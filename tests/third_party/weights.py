@@ -1,4 +1,4 @@
-"""The weights that a program ends with, recorded beside it under any strategy."""
+"""Records the final weights of a program, with any strategy."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lightning_ckptless.testing.digest import digest_tensors
 
 
 def record_weights(module: nn.Module) -> None:
-    """Write a digest of parameters and buffers into the working directory, one file for each rank."""
+    """Write a digest of parameters and buffers into the working directory, one file per rank."""
     digest = digest_tensors(dict(module.state_dict()))
     Path(f"weights-{os.environ.get('LOCAL_RANK', '0')}.txt").write_text(digest)
 
 
 def read_weights(folder: Path) -> dict[str, str]:
-    """The digests that `record_weights` wrote in a folder, by file."""
+    """Return the digests that `record_weights` wrote to a folder, by file name."""
     return {path.name: path.read_text() for path in sorted(folder.glob("weights-*.txt"))}

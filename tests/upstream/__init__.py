@@ -1,1 +1,1 @@
-"""Lightning's own tests, run with our strategy in the place of DDP and compared with DDP: `make test-lightning`."""
+"""Runs Lightning's own tests with our strategy in place of DDP and compares the outcomes: `make test-lightning`."""

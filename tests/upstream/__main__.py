@@ -1,4 +1,4 @@
-"""`python -m tests.upstream`: run Lightning's tests with DDP and with our strategy, and print what differs."""
+"""`python -m tests.upstream`: run Lightning's tests with DDP and with our strategy, and print the differences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from packaging.version import Version
 
-# Before torch is imported: small tensors gain nothing by more threads, and a process with one can be forked.
+# Set before torch is imported. Small tensors do not need more threads, and a single-threaded process can be forked.
 os.environ.update({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"})
 
 from tests.upstream.comparison import Comparison, comparable, compare, draft, read_expected, summary
@@ -30,7 +30,7 @@ DIFFERENT, NO_SOURCES, TERMINATED = 1, 2, 143
 
 
 def main() -> int:
-    """Run as the command line says; return the exit code."""
+    """Run the command; return the exit code."""
     args = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
@@ -45,7 +45,7 @@ def main() -> int:
     ours = Runner(sources, "ckptless", args.folder / label / "ckptless")
     tests = [test for test in args.list.read_text().splitlines() if is_chosen(test, args.tests)]
     if not tests:
-        print(f"no test of {args.list} begins with {' or '.join(args.tests)}", file=sys.stderr)
+        print(f"no test in {args.list} starts with {' or '.join(args.tests)}", file=sys.stderr)
         return NO_SOURCES
     print(f"{len(tests)} tests of Lightning {sources.tag} in {sources.tests}", flush=True)
     comparison = run_and_compare(base, ours, tests, args)
@@ -55,34 +55,38 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.upstream", description=__doc__)
-    parser.add_argument("tests", nargs="*", help="only tests whose ids begin so, such as `trainer/` or `a.py::test_b`")
+    parser.add_argument(
+        "tests", nargs="*", help="prefixes of test ids, such as `trainer/` or `a.py::test_b` (default: all)"
+    )
     parser.add_argument(
         "--lightning",
         type=Path,
         default=os.environ.get(LIGHTNING),
         metavar="PATH",
-        help=f"a clone of Lightning's repository, or a folder with its tests; else ${LIGHTNING}, else it is cloned",
+        help=f"a clone of Lightning's repository or a folder with its tests (default: ${LIGHTNING}, or a new clone)",
     )
-    parser.add_argument("--tag", help="the release whose tests are run (default: the newest up to the installed one)")
-    parser.add_argument("--folder", type=Path, default=Path("build/upstream"), help="receives sources and results")
+    parser.add_argument(
+        "--tag", help="release whose tests are run (default: the newest one up to the installed version)"
+    )
+    parser.add_argument("--folder", type=Path, default=Path("build/upstream"), help="folder for sources and results")
     parser.add_argument(
         "--list", type=Path, default=HERE / "tests.txt", help="file with the ids of the tests to compare"
     )
     parser.add_argument("--expected", type=Path, default=HERE / "expected.toml", help="file with expected differences")
     parser.add_argument(
-        "--resume", action="store_true", help="keep what an interrupted run has found with our strategy"
+        "--resume", action="store_true", help="reuse the outcomes of an interrupted run with our strategy"
     )
-    parser.add_argument("--draft", action="store_true", help="print the differences as a list of expected ones")
+    parser.add_argument("--draft", action="store_true", help="print the differences in the format of the expected ones")
     parser.add_argument(
-        "--discover", action="store_true", help="run all tests with DDP, and write the list of those to compare"
+        "--discover", action="store_true", help="run all tests with DDP and write the list of tests to compare"
     )
     return parser.parse_args()
 
 
 def run_and_compare(base: Runner, ours: Runner, tests: Sequence[str], args: argparse.Namespace) -> Comparison:
-    """Run the tests file by file with both strategies, and what differs unexpectedly once more."""
+    """Run the tests file by file with both strategies; repeat tests with unexpected differences once."""
     expected = read_expected(args.expected)
     outcomes: tuple[Outcomes, Outcomes] = ({}, {})
     for file, group in groupby(tests, file_of):
@@ -95,14 +99,14 @@ def run_and_compare(base: Runner, ours: Runner, tests: Sequence[str], args: argp
         unexpected = [difference.test for difference in compare(theirs, found, expected).unexpected]
         if unexpected:
             found |= ours.run(file, unexpected, trial="again-")
-        for all_of_them, of_file in zip(outcomes, (theirs, found), strict=True):
-            all_of_them.update(of_file)
+        for collected, of_file in zip(outcomes, (theirs, found), strict=True):
+            collected.update(of_file)
         print(line_of(file, compare(theirs, found, expected), time.monotonic() - began_at), flush=True)
     return compare(*outcomes, expected)
 
 
 def discover(sources: Sources, base: Runner, args: argparse.Namespace) -> int:
-    """Run all files of tests with DDP, and write the list of the tests that can be compared."""
+    """Run all test files with DDP, and write the list of tests that can be compared."""
     found = list[str]()
     for path in sorted(sources.tests.rglob("test_*.py")):
         file = str(path.relative_to(sources.tests))
@@ -117,29 +121,29 @@ def discover(sources: Sources, base: Runner, args: argparse.Namespace) -> int:
     return 0
 
 
-def is_chosen(test: str, beginnings: Sequence[str]) -> bool:
-    """Whether a test or file is one of those that were asked for."""
-    return not beginnings or test.startswith(tuple(beginnings))
+def is_chosen(test: str, prefixes: Sequence[str]) -> bool:
+    """Whether a test or file starts with one of the prefixes; true if there are none."""
+    return not prefixes or test.startswith(tuple(prefixes))
 
 
 def file_of(test: str) -> str:
-    """The file in which a test is."""
+    """Return the file of a test."""
     return test.partition("::")[0]
 
 
 def line_of(file: str, comparison: Comparison, seconds: float) -> str:
-    """What is printed when a file is finished."""
+    """Return the line that is printed when a file is finished."""
     counts = {
         "same": len(comparison.same),
         "expected": len(comparison.differences) - len(comparison.unexpected),
         "DIFFERENT": len(comparison.unexpected),
     }
-    said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    return f"{seconds:6.1f} s  {file}: {said or 'nothing to compare'}"
+    summarized = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    return f"{seconds:6.1f} s  {file}: {summarized or 'nothing to compare'}"
 
 
 def table(comparison: Comparison) -> str:
-    """The differences, and the count of the rest."""
+    """Return the report: all differences, stale entries, and the number of equal tests."""
     lines = list[str]()
     for title, group in (
         ("expected", [d for d in comparison.differences if d.is_expected]),

@@ -1,4 +1,4 @@
-"""What differs between two runs of the same tests, and which differences are expected."""
+"""The differences between two runs of the same tests, and which of them are expected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.upstream.runs import Outcome, Outcomes
 
-NOT_RUN = Outcome("not run", "the test was not found, or its file could not be imported: see what was printed")
+NOT_RUN = Outcome("not run", "the test was not found or its file could not be imported: see the output")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +19,9 @@ class Difference:
 
     Args:
         test: its id.
-        found: how it ended with our strategy.
-        entry: its id, or that without parameters where this is listed.
-        reason: why this is expected; empty where it is not.
+        found: outcome with our strategy.
+        entry: its id, or the id without parameters if that is listed.
+        reason: why the difference is expected; empty if it is not.
     """
 
     test: str
@@ -31,7 +31,7 @@ class Difference:
 
     @property
     def is_expected(self) -> bool:
-        """Whether the list of expected differences has it."""
+        """Whether the difference is in the list of expected ones."""
         return bool(self.reason)
 
 
@@ -40,9 +40,9 @@ class Comparison:
     """The result of the comparison.
 
     Args:
-        same: tests that pass with both.
-        differences: tests that pass with DDP alone.
-        stale: entries of the list of expected differences whose tests were compared and all pass with both.
+        same: tests that pass with both strategies.
+        differences: tests that pass with DDP only.
+        stale: expected differences whose tests were compared and all pass with both.
     """
 
     same: list[str] = field(default_factory=list)
@@ -61,7 +61,7 @@ def compare(base: Mapping[str, Outcome], ours: Mapping[str, Outcome], expected: 
     Args:
         base: outcomes with DDP.
         ours: outcomes with our strategy.
-        expected: reasons by the ids of tests; an id without its parameters stands for all parameters.
+        expected: reasons by test id; an id without parameters covers all parameters.
     """
     comparison, compared, differing = Comparison(), set[str](), set[str]()
     for test, outcome in base.items():
@@ -80,24 +80,24 @@ def compare(base: Mapping[str, Outcome], ours: Mapping[str, Outcome], expected: 
 
 
 def entry_for(test: str, expected: Mapping[str, str]) -> str:
-    """The entry of the list for a test: its own id, or that without parameters where only this is listed."""
+    """Return the entry for a test: its id, or the id without parameters if only that is listed."""
     bare = test.partition("[")[0]
     return test if test in expected or bare not in expected else bare
 
 
 def comparable(outcomes: Outcomes) -> list[str]:
-    """The tests that pass and have trained with the forced strategy: those that tell something about ours."""
+    """Return the tests that pass and have trained with the forced strategy."""
     return sorted(test for test, outcome in outcomes.items() if outcome.result == "passed" and outcome.trainers)
 
 
 def read_expected(path: Path) -> dict[str, str]:
-    """Read the list of expected differences: reasons by the ids of tests."""
+    """Read the list of expected differences: reasons by test id."""
     groups = tomllib.loads(path.read_text()).get("difference", [])
     return {test: group["reason"] for group in groups for test in group["tests"]}
 
 
 def draft(differences: Iterable[Difference]) -> str:
-    """A list of expected differences as it would have to be now; what has no reason yet is grouped by its error."""
+    """Return an up-to-date list of expected differences; those without a reason are grouped by error."""
     groups = defaultdict[str, set[str]](set)
     for difference in differences:
         groups[difference.reason or f"TODO: {summary(difference.found)}"].add(difference.entry)
@@ -110,11 +110,11 @@ def _group(reason: str, tests: Iterable[str]) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text as a basic string of TOML."""
+    """Return a text as a TOML basic string."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def summary(outcome: Outcome) -> str:
-    """The beginning of an error, in one line."""
+    """Return the start of an error message, on one line."""
     first = next(iter(outcome.message.splitlines()), "") or outcome.result
     return first if len(first) <= 160 else f"{first[:157]}..."

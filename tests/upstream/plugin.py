@@ -1,8 +1,8 @@
-"""A plugin for pytest that trains Lightning's tests with a strategy of our choice, and records how each test ends.
+"""A pytest plugin that runs Lightning's tests with a given strategy and records the outcome of each test.
 
-Wherever Lightning would train on one CPU device, by itself or by DDP, the strategy that the command line names is used
-instead. Everything else about the two runs that are compared is the same: every test has the environment of a worker
-of an agent of its own, for the process of a test cannot be replaced by an agent as a script's can.
+Where Lightning would train on one CPU device, with or without DDP, the strategy given on the command line is used
+instead. Everything else is the same in both runs. Every test has the environment of a worker of its own agent, because
+unlike the process of a script, the process of a test cannot be replaced by an agent.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ DDP_NAMES = {"ddp": {}, "ddp_find_unused_parameters_true": {"find_unused_paramet
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Which strategy, which tests, and where to record."""
+    """Add options for the strategy, the selection of tests and the record."""
     group = parser.getgroup("upstream")
-    group.addoption("--forced-strategy", choices=STRATEGIES, required=True, help="the strategy to train with")
-    group.addoption("--record", type=Path, required=True, help="file that receives a line when a test begins and ends")
+    group.addoption("--forced-strategy", choices=STRATEGIES, required=True, help="strategy to train with")
+    group.addoption("--record", type=Path, required=True, help="file that receives a line when a test starts and ends")
     group.addoption("--only", type=Path, help="file with the ids of the tests to run, one per line")
     group.addoption("--except", type=Path, dest="excluded", help="file with the ids of tests not to run, one per line")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Force the strategy from here on; register a marker that Lightning's tests have from another plugin."""
+    """Force the strategy from now on; register a marker of another plugin that Lightning's tests use."""
     config.addinivalue_line("markers", "flaky(reruns): may be run several times")
     config.pluginmanager.register(Upstream(config.option.forced_strategy, config.option.record))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is not to be run."""
+    """Deselect the tests that are not to be run."""
     if config.option.only is not None:
         only = set(config.option.only.read_text().splitlines())
         items[:] = [item for item in items if item.nodeid in only]
@@ -62,8 +62,8 @@ class Upstream:
     """Forces the strategy and records outcomes.
 
     Args:
-        name: of the strategy to train with.
-        record: file to which lines are added.
+        name: name of the strategy to train with.
+        record: file to which outcomes are appended.
     """
 
     def __init__(self, name: StrategyName, record: Path) -> None:
@@ -74,15 +74,13 @@ class Upstream:
         self._report: dict[str, str] = {}
         self._replace_methods()
 
-    # ------------------------------------------------------------------ the strategy
-
     def _replace_methods(self) -> None:
-        """Have Lightning's choice of a strategy end in ours; for the life of this process, which runs nothing else."""
+        """Patch Lightning's choice of the strategy, for the lifetime of this process, which runs nothing else."""
         plugin, connector = self, _AcceleratorConnector
         own_init, own_choice = connector.__init__, connector._init_strategy
 
         def init(self: Any, *args: Any, **kwargs: Any) -> None:
-            # Some tests empty the environment.
+            # Some tests clear the environment.
             for name, value in plugin._worker.items():
                 os.environ.setdefault(name, value)
             own_init(self, *args, **kwargs)
@@ -99,11 +97,9 @@ class Upstream:
         connector._init_strategy = choose  # type: ignore[method-assign]
         launcher.replace_by_agent = refuse_to_be_replaced  # type: ignore[attr-defined]
 
-    # ------------------------------------------------------------------ the record
-
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        """Run one test as a worker, and note that it has begun and how it has ended."""
+        """Run one test in the environment of a worker; record its start and its outcome."""
         self._forced, self._report = 0, {"result": "not run"}
         began_at = time.monotonic()
         self._write(began=item.nodeid)
@@ -114,7 +110,7 @@ class Upstream:
         return result
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep the first phase of a test that failed, else that of the test itself."""
+        """Keep the report of the first failed phase, or of the call if no phase failed."""
         if self._report["result"] == "failed" or (report.passed and report.when != "call"):
             return
         crash = getattr(report.longrepr, "reprcrash", None)
@@ -130,7 +126,7 @@ class Upstream:
 
 
 def trains_on_one_cpu(connector: Any) -> bool:
-    """Whether Lightning is about to train on a single CPU device, by DDP or without a strategy for several."""
+    """Whether Lightning is about to train on a single CPU device, with DDP or with the single-device strategy."""
     flag = connector._strategy_flag
     return isinstance(connector.accelerator, CPUAccelerator) and (
         type(flag) is SingleDeviceStrategy or (isinstance(flag, str) and flag in DDP_NAMES)
@@ -138,20 +134,20 @@ def trains_on_one_cpu(connector: Any) -> bool:
 
 
 def starts_processes(connector: Any) -> bool:
-    """Whether Lightning is about to train on the CPU in processes that it starts itself, which takes long here."""
+    """Whether Lightning is about to start processes for training on the CPU, which would take too long."""
     if not isinstance(connector.accelerator, CPUAccelerator):
         return False
     flag = connector._strategy_flag
-    is_multiplied = isinstance(flag, str) and flag.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook"))
-    return is_multiplied or connector._num_nodes_flag > 1 or len(connector._parallel_devices) > 1
+    is_launcher = isinstance(flag, str) and flag.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook"))
+    return is_launcher or connector._num_nodes_flag > 1 or len(connector._parallel_devices) > 1
 
 
 def make_strategy(name: StrategyName, asked: object) -> Any:
-    """The strategy to train with.
+    """Create the strategy to train with.
 
     Args:
-        name: of the strategy that is forced.
-        asked: what the test asked for.
+        name: name of the forced strategy.
+        asked: the strategy that the test asked for.
     """
     options: Mapping[str, Any] = DDP_NAMES.get(asked, {}) if isinstance(asked, str) else {}
     if name == "ddp":
@@ -160,15 +156,15 @@ def make_strategy(name: StrategyName, asked: object) -> Any:
 
 
 def refuse_to_be_replaced(**_: object) -> NoReturn:
-    """Stand in for the replacement of the process by an agent, which would end all tests."""
+    """Raise instead of replacing the process by an agent, which would end all tests."""
     raise RuntimeError("this test has removed the variables of its worker: the process would be replaced by an agent")
 
 
 @contextmanager
 def worker_environment() -> Iterator[dict[str, str]]:
-    """Have the environment of the only worker of an agent, as new as if there had been no test before.
+    """Set up a fresh environment of the only worker of an agent.
 
-    What a worker notes in its environment for itself is there too: Lightning's tests fail when a variable is left.
+    It includes the variables that a worker sets itself, because Lightning's tests fail if a new variable remains.
     """
     before = dict(os.environ)
     folder = Path(tempfile.mkdtemp(prefix="ckptless-upstream-"))
@@ -177,7 +173,7 @@ def worker_environment() -> Iterator[dict[str, str]]:
     variables = {
         "TORCHELASTIC_RUN_ID": uuid.uuid4().hex[:12],
         "TORCHELASTIC_RESTART_COUNT": "0",
-        # Nothing could run a test again, so what a test raises must be raised the first time.
+        # A test cannot be restarted, so its exceptions must be raised the first time.
         "TORCHELASTIC_MAX_RESTARTS": "0",
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -206,7 +202,7 @@ def worker_environment() -> Iterator[dict[str, str]]:
 
 
 def free_port() -> int:
-    """A port on which nothing listens now."""
+    """Return a port that is free now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

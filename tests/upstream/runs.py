@@ -1,7 +1,7 @@
-"""Files of tests, each run in a process of its own, forked from one that has imported what all of them need.
+"""Runs each test file in its own process, forked from a process that has imported the common dependencies.
 
-A test that ends its process, or that no time-out inside the process can end, is recorded as such, and the tests after
-it are run in a new process.
+If a test ends its process, or cannot be stopped by a timeout within the process, this is recorded as its outcome, and
+the remaining tests are run in a new process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STRATEGIES: tuple[StrategyName, ...] = ("ddp", "ckptless")
 TEST_TIMEOUT_S = 60
 FILE_TIMEOUT_S = 1200
 ALL = "all"
-# What many of the tests import, beside what the plugin does.
+# Modules that many tests import, and the plugin.
 PRELOADED = (
     "lightning_ckptless.trainer.strategy.strategies",
     "omegaconf",
@@ -38,14 +38,14 @@ PRELOADED = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How one test ended.
+    """The outcome of one test.
 
     Args:
-        result: `passed`, `failed`, `skipped`, or `died` where it took its process with it.
-        message: of the error.
+        result: `passed`, `failed`, `skipped`, or `died` if its process ended with it.
+        message: error message.
         place: file and line of the error.
-        trainers: how many trainers it has made to which the strategy was given.
-        seconds: how long it took.
+        trainers: number of trainers that were created with the forced strategy.
+        seconds: duration.
     """
 
     result: str
@@ -59,12 +59,12 @@ Outcomes = dict[str, Outcome]
 
 
 class Runner:
-    """Runs files of tests with one strategy, and remembers in a folder what was run.
+    """Runs test files with one strategy and keeps the outcomes in a folder.
 
     Args:
-        sources: of the tests.
-        strategy: to train with.
-        folder: receives per file of tests a record, `*.jsonl`, and what was printed, `*.txt`.
+        sources: sources of the tests.
+        strategy: strategy to train with.
+        folder: receives a record `*.jsonl` and the output `*.txt` per test file.
     """
 
     def __init__(self, sources: Sources, strategy: StrategyName, folder: Path) -> None:
@@ -74,11 +74,11 @@ class Runner:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def run(self, file: str, only: Sequence[str] = (), *, trial: str = "") -> Outcomes:
-        """Run the tests of a file, unless this was done before.
+        """Run the tests of a file, or return their outcomes if they have been run before.
 
         Args:
-            file: relative to the folder of the tests.
-            only: ids of the tests to run; all where there are none.
+            file: path relative to the folder of the tests.
+            only: ids of the tests to run; empty for all.
             trial: distinguishes several runs of the same file.
         """
         record, finished, output = (self._path(file, trial, kind) for kind in ("jsonl", "finished", "txt"))
@@ -99,12 +99,12 @@ class Runner:
         return read_record(record)
 
     def forget(self, file: str) -> None:
-        """Have a file run again the next time."""
+        """Discard the outcomes of a file, so that it is run again."""
         for path in self._folder.glob(f"{_name(file)}.*finished"):
             path.unlink()
 
     def _run_once(self, file: str, trial: str, only: Sequence[str], done: Iterable[str]) -> str:
-        """Run what is not done yet in a new process; return how that ended."""
+        """Run the remaining tests in a new process; return how the process ended."""
         record, excluded, included = (self._path(file, trial, kind) for kind in ("jsonl", "except", "only"))
         excluded.write_text("\n".join(done))
         arguments = [file, f"--record={record}", f"--except={excluded}"]
@@ -121,7 +121,7 @@ class Runner:
         return _wait(child)
 
     def _in_child(self, output: Path, arguments: Sequence[str]) -> int:
-        # Other plugins that are installed cost seconds per file.
+        # Loading other installed plugins takes seconds per file.
         os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         sys.pycache_prefix = str(self._folder.parent / "bytecode")
         os.setsid()
@@ -160,7 +160,7 @@ def _name(file: str) -> str:
 
 
 def read_record(record: Path) -> Outcomes:
-    """The tests that have ended, by their ids."""
+    """Return the outcomes of the tests that have ended, by test id."""
     return {line.pop("ended"): Outcome(**line) for line in _lines(record) if "ended" in line}
 
 
@@ -169,7 +169,7 @@ def _lines(record: Path) -> list[dict[str, Any]]:
 
 
 def _unfinished(record: Path) -> str | None:
-    """The test that has begun and not ended."""
+    """Return the test that has started and not ended."""
     ended = read_record(record)
     return next((str(line["began"]) for line in _lines(record) if line.get("began", "") not in {"", *ended}), None)
 
@@ -181,7 +181,7 @@ def _record_death(record: Path, test: str, status: str) -> None:
 
 
 def _wait(child: int) -> str:
-    """Wait for a process, end it when it takes too long, end all that it has started, and say how it ended."""
+    """Wait for a process, kill its process group at its end or at the timeout, and return how it ended."""
     is_late, descriptor = False, os.pidfd_open(child)
     try:
         is_late = not select.select([descriptor], [], [], FILE_TIMEOUT_S)[0]
@@ -192,4 +192,4 @@ def _wait(child: int) -> str:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if is_late:
         return f"took longer than {FILE_TIMEOUT_S} s for the file"
-    return f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"

@@ -1,4 +1,4 @@
-"""The sources of Lightning's tests, which no distribution on the package index contains."""
+"""The sources of Lightning's tests; no distribution on the package index contains them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ FOLDERS = ("tests/tests_pytorch", "tests/tests_fabric")
 
 
 class SourcesError(Exception):
-    """The sources of the tests cannot be had."""
+    """The sources of the tests cannot be obtained."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where the tests lie.
+    """The location of the tests.
 
     Args:
         root: folder with `tests/tests_pytorch` and the `pyproject.toml` that configures pytest for them.
-        tag: of the repository from which they come; empty where a folder was given that is no repository.
+        tag: their tag in the repository; empty for a folder that is not a repository.
     """
 
     root: Path
@@ -34,7 +34,7 @@ class Sources:
 
     @property
     def tests(self) -> Path:
-        """Folder of the tests, to which their ids are relative."""
+        """Folder of the tests; test ids are relative to it."""
         return self.root / TESTS
 
 
@@ -43,15 +43,15 @@ def find_sources(given: Path | None, cache: Path, installed: Version, tag: str |
 
     Args:
         given: a clone of Lightning's repository, bare or not, or a folder with its tests; None to fetch them.
-        cache: folder that receives the tests that are taken out of a repository.
-        installed: version of Lightning whose tests are wanted.
-        tag: of the repository, where it is not to be chosen by the version.
+        cache: folder that receives the tests extracted from a repository.
+        installed: installed version of Lightning.
+        tag: tag in the repository; None to choose it by the version.
 
     Raises:
-        SourcesError: they cannot be had.
+        SourcesError: the tests cannot be obtained.
     """
     if given is not None and not given.is_dir():
-        raise SourcesError(f"{given} is no folder: give a clone of {URL}")
+        raise SourcesError(f"{given} is not a folder: give a clone of {URL}")
     if given is not None and not _is_repository(given):
         if not (given / TESTS).is_dir():
             raise SourcesError(f"{given} is neither a repository nor a folder with {TESTS}: give a clone of {URL}")
@@ -59,20 +59,22 @@ def find_sources(given: Path | None, cache: Path, installed: Version, tag: str |
     tag = tag or nearest_tag(_tags(given), installed)
     root = cache.resolve() / f"lightning-{tag}"
     if not (root / TESTS).is_dir():
-        _take_out(given, tag, root)
+        _extract(given, tag, root)
     return Sources(root, tag)
 
 
 def nearest_tag(tags: Iterable[str], installed: Version) -> str:
-    """The newest release of the same minor version that is not newer than the installed one.
+    """Return the newest release of the same minor version that is not newer than the installed one.
 
     Raises:
-        SourcesError: there is none.
+        SourcesError: there is no such release.
     """
     releases = {Version(tag): tag for tag in tags if re.fullmatch(r"\d+\.\d+\.\d+(\.post\d+)?", tag)}
     near = [v for v in releases if v.release[:2] == installed.release[:2] and v <= installed]
     if not near:
-        raise SourcesError(f"no tag of the repository is a release {installed.major}.{installed.minor}.*: name one")
+        raise SourcesError(
+            f"no tag of the repository is a release {installed.major}.{installed.minor}.*: give one with --tag"
+        )
     return releases[max(near)]
 
 
@@ -87,8 +89,8 @@ def _tags(repository: Path | None) -> list[str]:
     return re.findall(r"refs/tags/(\S+)$", _git("ls-remote", "--tags", "--refs", URL), re.MULTILINE)
 
 
-def _take_out(repository: Path | None, tag: str, root: Path) -> None:
-    """Write the needed files of a tag to `root`: nothing is there unless all is."""
+def _extract(repository: Path | None, tag: str, root: Path) -> None:
+    """Write the needed files of a tag to `root`, atomically."""
     draft = root.with_name(root.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
     draft.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +109,7 @@ def _git(*arguments: str) -> str:
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
     except OSError as error:
-        raise SourcesError(f"git cannot be run ({error}): install it, or give a folder with {TESTS}") from error
+        raise SourcesError(f"cannot run git ({error}): install it, or give a folder with {TESTS}") from error
     if done.returncode:
         raise SourcesError(
             f"git {' '.join(arguments)} failed: {done.stderr.strip()}\nGive a clone of {URL} with --lightning PATH"

@@ -1,4 +1,4 @@
-"""What counts as a difference, and what the list of expected ones excuses."""
+"""Which outcomes are differences, and which of them the list of expected differences covers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_only_tests_that_pass_with_ddp_are_compared() -> None:
 
 
 @pytest.mark.parametrize("result", ["failed", "skipped", "died", "not run"])
-def test_everything_but_a_pass_is_a_difference(result: str) -> None:
+def test_anything_but_a_pass_is_a_difference(result: str) -> None:
     assert compare({"a": PASSED}, {"a": Outcome(result)}, {}).unexpected[0].found.result == result
 
 
@@ -36,34 +36,34 @@ def test_a_listed_difference_has_its_reason_and_is_expected() -> None:
     assert comparison.differences[0].reason == "because"
 
 
-def test_an_entry_without_parameters_stands_for_all_of_them() -> None:
+def test_an_entry_without_parameters_covers_all_parameters() -> None:
     base, ours = {"a[1]": PASSED, "a[2]": PASSED, "ab[1]": PASSED}, {"a[1]": FAILED, "a[2]": PASSED, "ab[1]": FAILED}
     comparison = compare(base, ours, {"a": "because"})
     assert [difference.test for difference in comparison.unexpected] == ["ab[1]"]
     assert comparison.stale == []
 
 
-def test_an_entry_that_is_no_longer_needed_is_named() -> None:
+def test_stale_entries_are_reported() -> None:
     base = {"a[1]": PASSED, "b": PASSED}
     assert compare(base, base, {"a": "because", "b": "because", "c": "was not run"}).stale == ["a", "b"]
 
 
-def test_the_draft_can_be_read_as_the_list(tmp_path: Path) -> None:
+def test_the_draft_is_a_valid_list(tmp_path: Path) -> None:
     comparison = compare(
         {"a": PASSED, "b[x\\n]": PASSED, "c": PASSED}, {"a": FAILED, "b[x\\n]": FAILED}, {"c": "because"}
     )
-    list_of_them = tmp_path / "expected.toml"
-    list_of_them.write_text(draft(comparison.differences))
-    expected = read_expected(list_of_them)
+    path = tmp_path / "expected.toml"
+    path.write_text(draft(comparison.differences))
+    expected = read_expected(path)
     todo = 'TODO: AssertionError: "a" \\ b'
     assert expected == {"a": todo, "b[x\\n]": todo, "c": "because"}
 
 
-def test_only_tests_that_train_with_the_forced_strategy_are_worth_comparing() -> None:
+def test_only_tests_that_train_with_the_forced_strategy_are_comparable() -> None:
     assert comparable({"b": PASSED, "a": PASSED, "c": Outcome("passed", trainers=0), "d": FAILED}) == ["a", "b"]
 
 
-def test_the_lists_agree() -> None:
+def test_every_expected_difference_is_a_listed_test() -> None:
     tests = (HERE / "tests.txt").read_text().splitlines()
     assert len(tests) == len(set(tests)) > 500
     groups = tomllib.loads((HERE / "expected.toml").read_text())["difference"]

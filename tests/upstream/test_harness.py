@@ -1,4 +1,4 @@
-"""The whole command, on a few tests of ours in the place of Lightning's."""
+"""The whole command, on a few tests of our own in place of Lightning's."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Failing(BoringModel):
         return super().training_step(batch, batch_idx)
 
 
-class Hearing(pl.Callback):
-    heard = ""
+class Recorder(pl.Callback):
+    message = ""
 
     def on_exception(self, trainer, module, exception):
-        self.heard = str(exception)
+        self.message = str(exception)
 
 
 def fit(folder, model, *callbacks, **options):
@@ -50,10 +50,10 @@ def test_that_is_equal(tmp_path):
 
 
 def test_that_raises(tmp_path):
-    callback = Hearing()
+    callback = Recorder()
     with pytest.raises(ValueError, match="the model's own"):
         fit(tmp_path, Failing(), callback)
-    assert callback.heard == "the model's own"
+    assert callback.message == "the model's own"
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp"])
@@ -89,10 +89,10 @@ tests = ["test_few.py::test_that_is_listed", "test_few.py::test_after_it"]
 
 
 class Harness:
-    """The command, with tests of its own.
+    """The command with its own set of tests.
 
     Args:
-        folder: receives everything.
+        folder: receives all files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -105,7 +105,7 @@ class Harness:
         self.expected.write_text(EXPECTED)
 
     def run(self, *options: str) -> subprocess.CompletedProcess[str]:
-        """Run it."""
+        """Run the command."""
         paths = {"lightning": self.folder / "lightning", "folder": self.folder / "results"}
         paths |= {"list": self.list, "expected": self.expected}
         given = [f"--{name}={path}" for name, path in paths.items()]
@@ -114,7 +114,7 @@ class Harness:
         return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, check=False)
 
     def result(self) -> dict[str, Any]:
-        """What the last comparison wrote."""
+        """Return the result of the last comparison."""
         found: dict[str, Any] = json.loads((self.folder / "results" / "result.json").read_text())
         return found
 
@@ -126,8 +126,8 @@ def test_differences_are_found_and_listed_ones_accepted(tmp_path: Path) -> None:
     found = harness.run("--discover")
     assert found.returncode == 0, found.stderr
     tests = [test.removeprefix("test_few.py::test_") for test in harness.list.read_text().splitlines()]
-    of_one = ["after_it", "that_differs[auto]", "that_differs[ddp]", "that_ends_its_process", "that_is_equal"]
-    assert tests == [*of_one, "that_is_listed", "that_raises"]
+    first = ["after_it", "that_differs[auto]", "that_differs[ddp]", "that_ends_its_process", "that_is_equal"]
+    assert tests == [*first, "that_is_listed", "that_raises"]
 
     compared = harness.run("--draft")
     assert compared.returncode == 1, compared.stderr

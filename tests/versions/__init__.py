@@ -1,1 +1,1 @@
-"""The versions of Python, torch and Lightning that are supported, each tried in an environment of its own."""
+"""Tests the supported versions of Python, torch and Lightning, each in its own environment: `make test-versions`."""

@@ -1,6 +1,6 @@
-"""What is tried: one file of requirements for each combination of versions, `requirements-LEG.txt`.
+"""The tested combinations of versions, one file `requirements-LEG.txt` each.
 
-Its first line names the version of Python; the others are pins, which replace those of `constraints.txt`.
+The first line of a file has the version of Python. The others are pins, which override those in `constraints.txt`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 USUAL = ("lowest", "middle", "newest")
-"""What `make test-versions` tries where no leg is named."""
+"""The legs of `make test-versions` if none are given."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Leg:
     """One combination of versions.
 
     Args:
-        name: of the leg.
-        python: first two numbers of its version.
-        pins: versions by name of the distribution.
+        name: name of the leg.
+        python: minor version of Python, such as 3.11.
+        pins: versions by distribution.
     """
 
     name: str
@@ -32,12 +32,12 @@ class Leg:
     pins: dict[str, str]
 
     def constraints(self) -> str:
-        """What pip may install: the pins of this leg, and those of `constraints.txt` for all else."""
+        """Return the constraints for pip: the pins of this leg, and those of `constraints.txt` for everything else."""
         usual = pins_of((REPOSITORY / "constraints.txt").read_text())
         return "".join(f"{name}=={version}\n" for name, version in (usual | self.pins).items())
 
     def interpreter(self) -> Path | None:
-        """A Python of the leg's version: of pyenv, whose shims need not be for it, or on the path."""
+        """Return a Python of the leg's version, from pyenv's versions or from PATH; None if there is none."""
         name = f"python{self.python}"
         versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
         on_path = shutil.which(name)
@@ -45,22 +45,22 @@ class Leg:
 
 
 def legs() -> dict[str, Leg]:
-    """All combinations, by name, from the lowest version of torch to the newest."""
+    """Return all legs by name, from the lowest version of torch to the newest."""
     found = [read(path) for path in HERE.glob("requirements-*.txt")]
     return {leg.name: leg for leg in sorted(found, key=lambda leg: numbers(leg.pins["torch"]))}
 
 
 def read(path: Path) -> Leg:
-    """A combination as its file has it."""
-    head, pins = path.read_text().split("\n", 1)
-    return Leg(path.stem.removeprefix("requirements-"), head.removeprefix("# Python "), pins_of(pins))
+    """Read a leg from its file."""
+    first, pins = path.read_text().split("\n", 1)
+    return Leg(path.stem.removeprefix("requirements-"), first.removeprefix("# Python "), pins_of(pins))
 
 
 def pins_of(text: str) -> dict[str, str]:
-    """The pinned versions in the text of a file of requirements or constraints, by name."""
+    """Return the pins in the text of a requirements or constraints file, by distribution."""
     return dict(re.findall(r"^([\w.-]+)==(\S+)$", text, re.MULTILINE))
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """A version for comparison."""
+    """Return a version as a sort key."""
     return tuple(map(int, re.findall(r"\d+", version)))

@@ -1,4 +1,4 @@
-"""The table of docs/compatibility.md: what was tried, and how it went."""
+"""The table in docs/compatibility.md: tested combinations and their results."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Row:
     """One combination of versions and its results.
 
     Args:
-        python: version.
-        torch: version.
-        lightning: version.
-        example: how the README's example ended.
-        tests: how the telling tests ended.
+        python: version of Python.
+        torch: version of torch.
+        lightning: version of Lightning.
+        example: result of the README's example.
+        tests: result of the selected tests.
     """
 
     python: str
@@ -35,24 +35,24 @@ class Row:
     tests: str = "not run"
 
     def found(self, python: str, torch: str, lightning: str) -> Row:
-        """With the versions that were installed."""
+        """Return the row with the installed versions."""
         return replace(self, python=python, torch=torch, lightning=lightning)
 
-    def with_example(self, how: str) -> Row:
-        """With the way in which the example has ended, `IDENTICAL` for bit for bit as without the kill."""
-        return replace(self, example=how, tests="fail" if how == IDENTICAL else "not run")
+    def with_example(self, result: str) -> Row:
+        """Return the row with the result of the example; `IDENTICAL` means bit for bit as without the kill."""
+        return replace(self, example=result, tests="fail" if result == IDENTICAL else "not run")
 
     def with_tests(self, summary: str) -> Row:
-        """With tests that passed.
+        """Return the row with passed tests.
 
         Args:
-            summary: how many, in pytest's words.
+            summary: pytest's counts.
         """
         return replace(self, tests=summary)
 
     @property
     def passed(self) -> bool:
-        """Whether everything did."""
+        """Whether the example and the tests passed."""
         return self.example == IDENTICAL and "passed" in self.tests
 
     @property
@@ -65,24 +65,24 @@ class Row:
 
 
 def row(leg: Leg) -> Row:
-    """A row without results."""
+    """Return a row without results."""
     return Row(leg.python, leg.pins["torch"], leg.pins["lightning"])
 
 
 def rows_of(text: str) -> list[Row]:
-    """The rows of the table in the text of a page."""
+    """Return the rows of the table in the text of a page."""
     lines = re.findall(r"^\|.*\|$", text.partition(HEADER)[2].split("\n\n")[0], re.MULTILINE)
     return [Row(*(cell.strip() for cell in line[1:-1].split("|"))) for line in lines]
 
 
 def merged(before: Iterable[Row], now: Iterable[Row]) -> list[Row]:
-    """The rows of before, but for those whose versions of torch were tried now, in order."""
+    """Merge new rows into old ones; a new row replaces the old one with the same version of torch."""
     by_torch = {made.torch: made for made in (*before, *now)}
     return sorted(by_torch.values(), key=lambda made: numbers(made.torch))
 
 
 def record(now: Iterable[Row], page: Path = PAGE) -> None:
-    """Put results into the table of a page."""
+    """Record results in the table of a page."""
     text = page.read_text()
     before = rows_of(text)
     old = "\n".join([HEADER, *map(str, before)])

@@ -1,7 +1,8 @@
-"""darts: an N-BEATS model whose checkpoints and log rows are left to Lightning.
+"""darts: an N-BEATS model; Lightning writes its checkpoints and logs.
 
-With `save_checkpoints=True` or `log_tensorboard=True` darts looks after the folder itself when the model is made, which
-a new process does again: with `force_reset=True` it deletes what the run has written, without it it refuses to start.
+With `save_checkpoints=True` or `log_tensorboard=True`, darts manages the folder itself when the model is constructed. A
+replacement constructs the model again: with `force_reset=True` it deletes the files of the run, without it it refuses
+to start.
 """
 
 from __future__ import annotations

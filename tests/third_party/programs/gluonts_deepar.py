@@ -1,7 +1,7 @@
 """gluonts: DeepAR on random windows that are drawn before training.
 
-As it comes, gluonts draws the windows while it trains, from a stream that goes through all epochs and that nothing can
-wind back: a new process could not come to the place where the lost one was.
+By default, gluonts draws the windows during training, from one stream over all epochs that cannot be rewound. A
+replacement could not resume at the position of the lost rank.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tests.third_party.weights import record_weights
 
 
-class DrawnBefore(DeepAREstimator):
+class PredrawnDeepAR(DeepAREstimator):
     def create_training_data_loader(self, *args: Any, **kwargs: Any) -> Any:
         batches: Any = list(super().create_training_data_loader(*args, **kwargs))
         return DataLoader(batches, batch_size=None, shuffle=True)
@@ -34,7 +34,7 @@ def main() -> None:
         {"start": pd.Period("2020-01-01", "D"), "target": 5 + np.sin(t / (3 + k)) + 0.1 * rng.standard_normal(100)}
         for k in range(6)
     ]
-    estimator = DrawnBefore(
+    estimator = PredrawnDeepAR(
         freq="D",
         prediction_length=5,
         context_length=10,

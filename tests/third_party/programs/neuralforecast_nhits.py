@@ -1,4 +1,4 @@
-"""neuralforecast: NHITS, whose trainer counts steps, with its own data module and early stopping."""
+"""neuralforecast: NHITS, limited by steps, with its own data module and early stopping."""
 
 from __future__ import annotations
 

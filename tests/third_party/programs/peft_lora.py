@@ -1,4 +1,4 @@
-"""transformers and peft: a tiny BERT, made from a configuration, of which low-rank adapters alone are trained."""
+"""transformers and peft: a tiny BERT, created from a configuration; only low-rank adapters are trained."""
 
 from __future__ import annotations
 

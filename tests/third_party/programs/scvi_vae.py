@@ -22,7 +22,7 @@ def main() -> None:
     cells.obs["batch"] = np.array(["a", "b"])[np.arange(240) % 2]
     scvi.model.SCVI.setup_anndata(cells, batch_key="batch")
     model = scvi.model.SCVI(cells, n_hidden=16, n_latent=4)
-    # It asks whether the strategy is DDP: by the word in its name, or by the class of the object.
+    # scvi-tools recognizes DDP by `ddp` in the name of the strategy or by the class of the object.
     strategy: Any = CkptlessStrategy(find_unused_parameters=True) if sys.argv[1] == "ckptless" else sys.argv[1]
     model.train(
         max_epochs=3,

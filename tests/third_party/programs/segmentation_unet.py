@@ -1,4 +1,4 @@
-"""segmentation-models-pytorch: a small U-Net with its loss and its statistics, gathered over an epoch in lists."""
+"""segmentation-models-pytorch: a small U-Net with its loss and its statistics, collected in lists over an epoch."""
 
 from __future__ import annotations
 

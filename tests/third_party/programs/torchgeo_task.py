@@ -1,4 +1,4 @@
-"""torchgeo: its classification task and data module as they are, with augmentation on the batch by kornia."""
+"""torchgeo: its classification task and data module unchanged, with batch augmentation by kornia."""
 
 from __future__ import annotations
 
