@@ -11,7 +11,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_ckptless._registration.autoload import autoload
-from lightning_ckptless.distributions import LIGHTNING, PYTORCH_LIGHTNING
 
 if TYPE_CHECKING:
     from lightning_ckptless.errors import (
@@ -98,6 +97,9 @@ def __dir__() -> list[str]:
 
 
 def _distribution() -> str:
+    # Imported here, because `import torch` imports this module and must not fail because of another one.
+    from lightning_ckptless.distributions import LIGHTNING, PYTORCH_LIGHTNING
+
     is_legacy = PYTORCH_LIGHTNING in sys.modules and LIGHTNING not in sys.modules
     return PYTORCH_LIGHTNING if is_legacy else LIGHTNING
 
