@@ -11,13 +11,14 @@ from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.harness.processes import ENVIRONMENT
 from benchmarks.soak.bounds import bounds_s, deadline_s, silent_s
 from benchmarks.soak.evidence import commits_of, lost_steps, outcome_of, recoveries_of, times_of
 from benchmarks.soak.outside import OutsideFaults, fill_disk, flip_bytes, limit_memory, send, sidecar_of
 from benchmarks.soak.processes import busy_cores, left_over
 from benchmarks.soak.results import Result
 from benchmarks.soak.scenario import OutsideFault, OutsideKind, Scenario
-from benchmarks.soak.stage import ENVIRONMENT, Place, Undisturbed, open_files, place_for, temporary_files_in
+from benchmarks.soak.stage import Place, Undisturbed, open_files, place_for, temporary_files_in
 from benchmarks.soak.stuck import dump_before
 from benchmarks.soak.watching import View, Watch
 from lightning_ckptless import environment

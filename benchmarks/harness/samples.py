@@ -1,4 +1,8 @@
-"""The samples that the ranks of an elastic job trained on: read line by line, then counted per epoch."""
+"""The samples that the ranks of a counted job trained on: read line by line, then counted per epoch.
+
+Apart from its only user, `benchmarks.elastic`, because it is pure and says what a finished, a replayed and a skipped
+step is.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +38,7 @@ class Row:
 
 @dataclass
 class Rows:
-    """Rows that are written while the job runs.
-
-    Args:
-        folder: folder into which each rank writes a file.
-        rows: rows read so far.
-    """
+    """The rows in a folder, into which each rank writes a file while the job runs."""
 
     folder: Path
     rows: list[Row] = field(default_factory=list)
@@ -62,14 +61,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step that all ranks of its world have finished.
-
-    Args:
-        attempt: number of its start or reconfiguration.
-        number: optimizer step, from 0.
-        world: number of ranks.
-        at: wall clock at which the last rank finished it.
-    """
+    """A step that all ranks of its world have finished, and when the last of them did."""
 
     attempt: int
     number: int
@@ -91,18 +83,12 @@ def first_of(steps: Sequence[Step], world: int, *, after: float) -> Step | None:
     return next((step for step in steps if step.world == world and step.at > after), None)
 
 
-def last_before(steps: Sequence[Step], at: float) -> Step:
-    """Return the last step that was finished before a moment."""
-    return [step for step in steps if step.at < at][-1]
-
-
 def counting(rows: Iterable[Row]) -> list[Row]:
     """Return the rows that contribute to the final weights.
 
     An attempt that begins at a step rolls back what earlier attempts did from that step on.
     """
-    rows = list(rows)
-    begins: dict[int, int] = {}
+    rows, begins = list(rows), dict[int, int]()
     for row in rows:
         begins[row.attempt] = min(row.step, begins.get(row.attempt, row.step))
     return [
@@ -112,13 +98,7 @@ def counting(rows: Iterable[Row]) -> list[Row]:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """How often samples were used.
-
-    Args:
-        due: samples of all epochs together.
-        twice: repeated uses of a sample within an epoch.
-        never: samples that an epoch did not use.
-    """
+    """The samples of all epochs together, repeated uses within an epoch, and samples that an epoch did not use."""
 
     due: int
     twice: int
@@ -126,13 +106,7 @@ class Tally:
 
 
 def tally(rows: Iterable[Row], *, samples: int, epochs: int) -> Tally:
-    """Count repeated and skipped samples, without rolled-back steps.
-
-    Args:
-        rows: rows of a job that has ended.
-        samples: size of the dataset.
-        epochs: number of epochs.
-    """
+    """Count repeated and skipped samples of a job that has ended, without rolled-back steps."""
     seen = [Counter[int]() for _ in range(epochs)]
     for row in counting(rows):
         seen[row.epoch].update(row.samples)

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from benchmarks.stage import in_turns, measure_staging
+from benchmarks.harness.staging import in_turns, measure_staging
 
 
 def test_a_staged_shard_is_measured_as_often_as_memcpy(tmp_path: Path) -> None:

@@ -9,21 +9,20 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from benchmarks.elastic_job import SLOW
-from benchmarks.machine import ROOT
-from benchmarks.processes import OWN_STORE, Command
-from benchmarks.samples import Row, Rows
+from benchmarks.harness.machine import ROOT
+from benchmarks.harness.processes import ENVIRONMENT, OWN_STORE, Command
+from benchmarks.harness.samples import Row, Rows
+from benchmarks.jobs.counted import SLOW
 from lightning_ckptless.ledger import Event, read_ledger
 from lightning_ckptless.replica.arena import find_arenas
 
 MAX_NODES = 4
 RUN = "elastic"
-SCRIPT = ROOT / "benchmarks" / "elastic_job.py"
+SCRIPT = str(ROOT / "benchmarks" / "jobs" / "counted.py")
 LOOK_S = 0.1
 END_S = 300.0
 
@@ -36,12 +35,9 @@ class NodesLostError(RuntimeError):
 
 @dataclass(frozen=True)
 class Bound:
-    """How long a node may be silent before it is lost.
+    """How long a node may be silent before it is lost: heartbeats that may be missing, seconds between two.
 
-    Args:
-        interval_s: seconds between two heartbeats.
-        attempts: heartbeats that may be missing.
-        last_call_s: seconds that the rendezvous waits for another node.
+    The rendezvous waits `last_call_s` for another node.
     """
 
     interval_s: int = 1
@@ -78,7 +74,11 @@ class Setup:
     def script(self, folder: Path, nodes: int, devices: int, *size: str) -> list[str]:
         """Return the script and its arguments."""
         words = [*self.words, *(("--sharded",) if self.sharded else ()), f"--checkpoint-every={self.checkpoint_every}"]
-        return [str(SCRIPT), f"--folder={folder}", f"--nodes={nodes}", f"--devices={devices}", *words, *size]
+        return [SCRIPT, f"--folder={folder}", f"--nodes={nodes}", f"--devices={devices}", *words, *size]
+
+
+def our_launcher(folder: Path, arenas: Path) -> list[str]:
+    return [sys.executable, "-m", "lightning_ckptless.runner", f"--run-root={folder / 'runs'}", f"--arena-dir={arenas}"]
 
 
 class Nodes:
@@ -105,16 +105,15 @@ class Nodes:
         folder = self.folder / f"node-{self._started}"
         folder.mkdir()
         self._started += 1
-        env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        env |= OWN_STORE if self.setup.checkpoint_every else {}
+        env = ENVIRONMENT | (OWN_STORE if self.setup.checkpoint_every else {})
         self._nodes[number] = node = self._stack.enter_context(Command(self._command(number), folder, env))
         return node.began_at
 
     def _command(self, number: int) -> list[str]:
-        ours = ["lightning_ckptless.runner", f"--run-root={self.folder / 'runs'}", f"--arena-dir={self.arenas}"]
-        theirs = ["torch.distributed.run", "--rdzv-backend=c10d", "--max-restarts=100"]
+        theirs = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--max-restarts=100"]
+        ours = [*our_launcher(self.folder, self.arenas), *self.setup.flags]
         return [
-            sys.executable, "-m", *(theirs if self.setup.checkpoint_every else [*ours, *self.setup.flags]),
+            *(theirs if self.setup.checkpoint_every else ours),
             f"--nnodes={MAX_NODES - 1}:{MAX_NODES}", "--nproc-per-node=1", f"--rdzv-id={RUN}",
             f"--rdzv-endpoint=127.0.0.1:{self._meeting.port}", f"--rdzv-conf={self.bound.conf}",
             f"--local-addr=127.0.0.{number + 1}", *self.setup.script(self.folder, MAX_NODES, 1, *self.size),
@@ -169,15 +168,12 @@ class Nodes:
         return read_ledger(self.folder / "runs" / RUN / "ledger.jsonl").events
 
     def output_tail(self) -> str:
-        """Return the end of each node's output."""
         return "\n".join(f"node {number}:\n{node.output_tail(6)}" for number, node in self._nodes.items())
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
 
@@ -187,9 +183,7 @@ def run_undisturbed(setup: Setup, folder: Path, arenas: Path, size: tuple[str, .
     Raises:
         NodesLostError: If it fails.
     """
-    words: list[Any] = [sys.executable, "-m", "lightning_ckptless.runner", f"--run-root={folder / 'runs'}"]
-    words += [f"--arena-dir={arenas}", f"--nproc-per-node={MAX_NODES}", *setup.script(folder, 1, MAX_NODES, *size)]
-    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    with Command(words, folder, env) as command:
-        if code := command.wait(END_S):
-            raise NodesLostError(f"the undisturbed run ended with exit code {code}:\n{command.output_tail()}")
+    script = setup.script(folder, 1, MAX_NODES, *size)
+    with Command([*our_launcher(folder, arenas), f"--nproc-per-node={MAX_NODES}", *script], folder, ENVIRONMENT) as run:
+        if code := run.wait(END_S):
+            raise NodesLostError(f"the undisturbed run ended with exit code {code}:\n{run.output_tail()}")

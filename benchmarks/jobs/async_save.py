@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-NOTES = "saves.jsonl"
+FOLDER, NOTES = "saves", "saves.jsonl"
 
 
 class AsyncSave(pl.Callback):
@@ -60,3 +60,9 @@ class AsyncSave(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         if self.pending is not None:
             self.pending.result()
+
+
+def saves_of(folder: Path) -> list[dict[str, float]]:
+    """Return the recorded durations and sizes of the saves of the job that ran in a folder."""
+    notes = folder / FOLDER / NOTES
+    return [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []

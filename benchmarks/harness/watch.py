@@ -1,4 +1,4 @@
-"""One kill of one rank, and the recovery as measured from outside."""
+"""Follow a job by the notes of its processes, kill one of its ranks, and measure the recovery from outside."""
 
 from __future__ import annotations
 
@@ -9,25 +9,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
-from benchmarks.processes import Command
-from benchmarks.quantiles import median
-from benchmarks.wire import Inbox, Note
+from benchmarks.harness.processes import Command
+from benchmarks.harness.wire import Inbox, Note
 
 START_S = 180.0
 _LOOK_S = 1.0
 _LAST_STEPS = 10
 _WITNESSES = 6
+"""Steps after a recovery whose fingerprints are compared."""
 
 
 class NoRecoveryError(RuntimeError):
-    """An awaited event did not occur in time, or the job has ended.
-
-    Args:
-        message: what happened instead.
-        victim: rank that had been killed; None if no rank had been.
-    """
+    """An awaited event did not occur in time, or the job has ended; `victim` is the rank that had been killed."""
 
     def __init__(self, message: str, victim: int | None = None) -> None:
         super().__init__(message)
@@ -56,8 +52,13 @@ class Life:
     committed: int = 0
     fingerprints: dict[int, int] = field(default_factory=dict)
 
+    @property
+    def step_s(self) -> float:
+        """Usual step time in seconds, from the last steps."""
+        times = sorted(self.steps.values())[-_LAST_STEPS:]
+        return median(after - before for before, after in pairwise(times)) if len(times) > 1 else 0.0
+
     def take(self, note: Note) -> None:
-        """Record a note."""
         self.moments.setdefault(note.moment, note.at)
         if note.moment == "step":
             self.last_step = note.fields["step"]
@@ -70,7 +71,7 @@ class Life:
 
 @dataclass
 class Watch:
-    """Follow a job by the notes of its processes.
+    """Follow a job.
 
     Args:
         inbox: receives the notes.
@@ -89,7 +90,6 @@ class Watch:
     pids: dict[int, int] = field(default_factory=dict)
 
     def take(self, note: Note) -> None:
-        """Record a note."""
         life = self.lives.setdefault(note.pid, Life())
         life.take(note)
         if note.rank != life.rank:
@@ -112,12 +112,15 @@ class Watch:
             if note is not None:
                 self.take(note)
             elif not self.command.running:
-                raise NoRecoveryError(
-                    f"the job ended before this was reached: {awaited}:\n{self.command.output_tail()}"
-                )
+                missed = f"the job ended before this was reached: {awaited}"
+                raise NoRecoveryError(f"{missed}:\n{self.command.output_tail()}")
             if time.monotonic() > deadline:
                 raise NoRecoveryError(f"{awaited} not reached within {timeout_s} s:\n{self.command.output_tail()}")
         return lives
+
+    def until_step(self, step: int, timeout_s: float) -> list[Life]:
+        """Follow the job until all ranks have finished a step."""
+        return self.until(lambda lives: min(life.last_step for life in lives) >= step, timeout_s, f"step {step}")
 
     def follow(self, seconds: float) -> None:
         """Follow the job for a number of seconds."""
@@ -150,12 +153,11 @@ def kill_one(
     watch.until(lambda lives: min(life.first_step for life in lives) > 0, START_S, "a first step")
     # Count from the last recovery: the newest process began with its first step.
     steps = max(life.first_step for life in watch.now()) - 1 + every_n_steps + chance.randrange(every_n_steps)
-    watch.until(lambda lives: min(life.last_step for life in lives) >= steps, START_S, f"step {steps}")
+    watch.until_step(steps, START_S)
     watch.follow(chance.random() * within_s)
-    victim, old, dying = chance.randrange(watch.ranks), dict(watch.pids), watch.now()
-    known = set(watch.lives)
+    victim, old, dying, known = chance.randrange(watch.ranks), dict(watch.pids), watch.now(), set(watch.lives)
     last, committed = max(life.last_step for life in dying), max(life.committed for life in dying)
-    step_s = _step_s(dying[victim])
+    step_s = dying[victim].step_s
     killed_at = time.time()
     os.kill(watch.pids[victim], signal.SIGKILL)
 
@@ -192,13 +194,5 @@ def kill_one(
 
 def _fingerprints(watch: Watch, steps: range, timeout_s: float) -> dict[int, list[int]]:
     """Follow the job through these steps, and return the fingerprints of its ranks after each."""
-    last = steps[-1]
-    lives = watch.until(lambda lives: min(life.last_step for life in lives) >= last, timeout_s, f"step {last}")
+    lives = watch.until_step(steps[-1], timeout_s)
     return {step: sorted({life.fingerprints[step] for life in lives}) for step in steps}
-
-
-def _step_s(life: Life) -> float:
-    """Return the usual step time in seconds, from a rank's last steps."""
-    times = sorted(life.steps.values())[-_LAST_STEPS:]
-    took_s = [after - before for before, after in pairwise(times)]
-    return median(took_s) if took_s else 0.0

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.fingerprint import fingerprint
-from benchmarks.gpt import GPT, random_tokens
-from benchmarks.job import JobOptions
-from benchmarks.stopwatch import Stopwatch
-from benchmarks.wire import Wire
+from benchmarks.harness.wire import Wire
+from benchmarks.jobs.gpt import GPT, fingerprint, random_tokens
+from benchmarks.jobs.job import JobOptions
+from benchmarks.jobs.stopwatch import Stopwatch
 
 SAMPLES = 4096
 
@@ -69,22 +69,13 @@ class StepReporter(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
         assert isinstance(pl_module, Trained)
-        self.wire.send(
-            "step", step=trainer.global_step, fingerprint=fingerprint(pl_module.model, trainer.optimizers[0])
-        )
-
-
-def _be_nice() -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-
-
-def _be_batch() -> None:
-    os.sched_setscheduler(threading.get_native_id(), os.SCHED_BATCH, os.sched_param(0))
+        found = fingerprint(pl_module.model, trainer.optimizers[0])
+        self.wire.send("step", step=trainer.global_step, fingerprint=found)
 
 
 MIRROR_SCHEDULING: dict[str, Callable[[], None]] = {
-    "nice": _be_nice,
-    "batch": _be_batch,
+    "nice": lambda: os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10),
+    "batch": lambda: os.sched_setscheduler(threading.get_native_id(), os.SCHED_BATCH, os.sched_param(0)),
     "one": lambda: torch.set_num_threads(1),
 }
 """What is applied to the mirror thread at its first probe: each variant tries to reduce its cost to training."""
@@ -167,41 +158,32 @@ def make_strategy(options: JobOptions) -> Any:
     return strategy
 
 
-def train(options: JobOptions, strategy: Any, wire: Wire) -> None:
-    """Train with the given options.
+def prepare(options: JobOptions) -> Callable[[Wire], None]:
+    """Return the function that trains with the given options."""
+    return partial(train, options, make_strategy(options))
 
-    Args:
-        options: options of the job.
-        strategy: result of `make_strategy`.
-        wire: connection to the benchmark.
-    """
+
+def train(options: JobOptions, strategy: Any, wire: Wire) -> None:
+    """Train with the given options and the result of `make_strategy`."""
     pl.seed_everything(11, verbose=False)
     callbacks: list[pl.Callback] = [Turns(wire) if options.turns else StepReporter(wire)]
     if options.checkpoint_every:
         folder = os.path.join(options.root, "checkpoints")
         callbacks.append(ModelCheckpoint(folder, every_n_train_steps=options.checkpoint_every, save_last=True))
     if options.async_save_every:
-        from benchmarks.async_save import AsyncSave  # noqa: PLC0415 - one variant only
+        from benchmarks.jobs.async_save import FOLDER, AsyncSave  # noqa: PLC0415 - one variant only
 
-        saves = Path("saves")
+        saves = Path(FOLDER)
         saves.mkdir(exist_ok=True)
         callbacks.append(AsyncSave(options.async_save_every, saves))
     trainer = pl.Trainer(
-        accelerator=options.accelerator,
-        devices=options.devices,
-        strategy=strategy,
-        max_steps=options.steps,
-        max_epochs=-1 if options.steps < 0 else None,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=bool(options.checkpoint_every),
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        accelerator=options.accelerator, devices=options.devices, strategy=strategy, max_steps=options.steps,
+        max_epochs=-1 if options.steps < 0 else None, callbacks=callbacks, logger=False,
+        enable_checkpointing=bool(options.checkpoint_every), enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=options.root,
-    )
+    )  # fmt: skip
     data = DataLoader(TensorDataset(random_tokens(SAMPLES)), batch_size=options.batch, shuffle=True)
     wire.send("fit")
-    trainer.fit(
-        Trained(options.size, sharded=options.sharded), data, ckpt_path="last" if options.checkpoint_every else None
-    )
+    model = Trained(options.size, sharded=options.sharded)
+    trainer.fit(model, data, ckpt_path="last" if options.checkpoint_every else None)
     wire.send("done")

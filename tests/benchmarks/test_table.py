@@ -1,20 +1,23 @@
 import io
 
+import pytest
 from rich.console import Console
 
-from benchmarks.machine import Busy, describe, facts
-from benchmarks.tables import Table, verdict
+from benchmarks.harness.machine import Busy, describe, facts
+from benchmarks.harness.table import Column, Table, percentile, verdict
 
 
 def table() -> Table:
-    found = Table("Times", ("what", "s"))
-    found.add("this", 1.5)
-    found.note("A sentence.")
-    return found
+    rows = [{"what": "this", "s": 1.5}, {"what": "that", "s": None}]
+    return Table.of(
+        "Times", rows, Column("what", "what"), Column("s", lambda row: row["s"], ".2f"), notes=["A sentence."]
+    )
 
 
 def test_a_table_as_markdown() -> None:
-    assert table().markdown() == "**Times**\n\n| what | s |\n| --- | ---: |\n| this | 1.5 |\n\n- A sentence.\n"
+    assert table().markdown() == (
+        "**Times**\n\n| what | s |\n| --- | ---: |\n| this | 1.50 |\n| that |  |\n\n- A sentence.\n"
+    )
 
 
 def test_a_table_on_a_terminal() -> None:
@@ -41,3 +44,9 @@ def test_cores_used_by_others_excludes_own_cpu_time() -> None:
 
     assert after.cores_used_by_others(before, own_cpu_s=11.0) == 0.5
     assert after.cores_used_by_others(before, own_cpu_s=99.0) == 0.0
+
+
+def test_percentiles_lie_between_their_neighbours() -> None:
+    assert percentile([4.0, 1.0, 2.0, 3.0], 50) == 2.5
+    assert percentile([0.0, 10.0], 95) == pytest.approx(9.5)
+    assert percentile([7.0], 95) == 7.0

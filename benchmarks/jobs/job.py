@@ -1,6 +1,6 @@
-"""The script that the benchmarks start with every launcher; `--strategy` says what is measured.
+"""The script of every job, ours and other tools'; `--strategy` says what is measured.
 
-It is separate from `training` so that the time of its first line is known before torch is imported.
+It is separate from what it imports so that the time of its first line is known before torch is imported.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ import argparse
 import json
 import os
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from importlib import import_module
 from typing import Any
 
-from benchmarks.wire import SOCKET, Wire
+from benchmarks.harness.wire import SOCKET, Wire
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class JobOptions:
     Args:
         size: model size, a key of `gpt.WIDTHS`.
         batch: samples per rank and step.
-        strategy: `ckptless` or `ddp`.
+        strategy: `ckptless` or `ddp`, or the module of another tool in `benchmarks.rivals`.
         strategy_options: options of the strategy.
         devices: number of ranks.
         steps: optimizer steps; -1 to train until stopped.
@@ -31,7 +32,7 @@ class JobOptions:
         turns: train only when it is this job's turn.
         async_save_every: steps between two calls of torch's `async_save`; 0 for none.
         accelerator: `cpu` or `gpu`.
-        mirror_scheduling: key of `training.MIRROR_SCHEDULING` for the mirror thread; empty for the default.
+        mirror_scheduling: key of `training.MIRROR_SCHEDULING`; empty for the default.
         sharded: whether FSDP2 shards the model over all ranks, with the corresponding model-parallel strategy.
     """
 
@@ -48,6 +49,10 @@ class JobOptions:
     accelerator: str = "cpu"
     sharded: bool = False
     mirror_scheduling: str = ""
+
+    def but(self, **changed: Any) -> JobOptions:
+        """Return the options with some of them changed."""
+        return replace(self, **changed)
 
     def to_arguments(self) -> list[str]:
         """Return the options as arguments of the script."""
@@ -67,12 +72,13 @@ def main() -> None:
     began_at = time.time()
     wire = Wire(os.environ[SOCKET])
     wire.send("script", at=began_at)
-    from benchmarks.training import make_strategy, train  # noqa: PLC0415 - this import is measured
-
     options = JobOptions.from_arguments()
-    strategy = make_strategy(options)
+    # These imports are measured.
+    ours = options.strategy in {"ckptless", "ddp"}
+    tool = import_module("benchmarks.jobs.training" if ours else f"benchmarks.rivals.{options.strategy}")
+    train = tool.prepare(options)
     wire.send("imported")
-    train(options, strategy, wire)
+    train(wire)
 
 
 if __name__ == "__main__":

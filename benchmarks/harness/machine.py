@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def facts() -> dict[str, Any]:
@@ -74,12 +74,7 @@ class Busy:
         return cls(times.user + times.system + getattr(times, "softirq", 0.0) + stolen, time.monotonic())
 
     def cores_used_by_others(self, since: Busy, own_cpu_s: float) -> float:
-        """Return the average number of cores that other processes used since then.
-
-        Args:
-            since: the earlier reading.
-            own_cpu_s: CPU time of the measured processes, in seconds.
-        """
+        """Return the average number of cores that processes other than the measured ones used since then."""
         return max(0.0, self.cpu_s - since.cpu_s - own_cpu_s) / max(1e-9, self.at - since.at)
 
 
@@ -92,10 +87,9 @@ def _cpu_model() -> str:
 
 def _commit() -> str:
     """Return the commit of the working tree, with a plus sign if the tree was modified."""
+    words = ["git", "describe", "--always", "--dirty=+"]
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks.durable import Plan, step_table, write_table
+from argparse import Namespace
+
+from benchmarks.durable import tables, variants
+from benchmarks.jobs.job import JobOptions
 
 STEADY, SLOWED = [[0.010, 0.010], [0.020, 0.020]], [[0.012, 0.012], [0.024, 0.026]]
 RESULTS = {
@@ -29,20 +32,23 @@ RESULTS = {
 
 
 def test_steps_are_compared_with_those_of_the_same_strategy() -> None:
-    rows = {row[1]: row for row in step_table(RESULTS).rows}
+    steps, _ = tables(Namespace(), RESULTS)
+    rows = {row[1]: row for row in steps.rows}
     assert rows["ddp"][-1] == rows["ckptless"][-1] == ""
     assert rows["ddp, async_save"][2:] == ("18.0", "18.5", "26.0", "+22.5%")
     assert rows["ckptless, durable"][-1] == "+0.0%"
 
 
 def test_only_variants_that_write_have_a_row() -> None:
-    assert [row[2:] for row in write_table(RESULTS).rows] == [
+    _, writes = tables(Namespace(), RESULTS)
+    assert [row[2:] for row in writes.rows] == [
         ("ddp, async_save", "1", "3.2", "20.0", "", "300.0"),
-        ("ckptless, durable", "1", "3.1", "0", "1.0", "200.0"),
+        ("ckptless, durable", "1", "3.1", "0.0", "1.0", "200.0"),
     ]
 
 
 def test_the_variants_differ_in_what_they_write() -> None:
-    assert [(variant.strategy, variant.every > 0) for variant in Plan().variants()] == [
+    jobs = variants(JobOptions(), 10).values()
+    assert [(job.strategy, bool(job.strategy_options or job.async_save_every)) for job in jobs] == [
         ("ddp", False), ("ddp", True), ("ckptless", False), ("ckptless", True),
     ]  # fmt: skip
