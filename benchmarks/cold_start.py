@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.harness.kills import Scenario, job
 from benchmarks.harness.processes import Scratch, ckptless_run, python, scratch, torchrun
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count
-from benchmarks.harness.table import Column, Table, verdict
+from benchmarks.harness.table import Column, Group, Table, count, each, name, verdict
 from benchmarks.harness.watch import START_S
 
 BASE = "python, ddp"
@@ -31,8 +31,6 @@ TARGETS = {"ckptless run": 1.0, "python, ckptless": 1.3}
 """Longest time allowed, as a multiple of `BASE`."""
 
 Start = dict[str, Any]
-Row = tuple[str, list[Start], list[Start]]
-"""Name, its starts, and those of `BASE` in the same rounds."""
 
 
 def start_once(scenario: Scenario, size: str, place: Scratch, name: str) -> Start:
@@ -67,36 +65,33 @@ def measure(args: Namespace, results: Results, steps: Steps) -> None:
                 steps.done()
 
 
-def quotient(row: Row) -> float:
-    return median(ours["seconds"] / base["seconds"] for ours, base in zip(row[1], row[2], strict=True))
+def quotients(group: Group) -> list[float]:
+    """Return the times as multiples of those of `BASE` in the same rounds."""
+    return [ours["seconds"] / base["seconds"] for ours, base in zip(group.items, group.context, strict=True)]
 
 
-def over_starts(of: Callable[[Any], float], quantity: Callable[[Start], float]) -> tuple[Callable[[Row], float], str]:
-    return lambda row: of([quantity(start) for start in row[1]]), ".2f"
+def milestone(moment: str) -> Callable[[Group], list[float]]:
+    return each(lambda start: max(rank[moment] for rank in start["ranks"]))
 
 
-def milestone(moment: str) -> tuple[Callable[[Row], float], str]:
-    return over_starts(median, lambda start: max(rank[moment] for rank in start["ranks"]))
-
-
-NAME = Column("launcher, strategy", lambda row: row[0])
+NAME = Column("launcher, strategy", name)
 STARTS = (
     NAME,
-    Column("starts", lambda row: len(row[1])),
-    Column("p50 s", *over_starts(median, lambda start: start["seconds"])),
-    Column("min s", *over_starts(min, lambda start: start["seconds"])),
-    Column("max s", *over_starts(max, lambda start: start["seconds"])),
-    Column(f"relative to {BASE}", quotient, ".2f"),
-    Column("to the end of the command s", *over_starts(median, lambda start: start["ended_s"])),
+    Column("starts", count),
+    Column("p50 s", each("seconds"), ".2f", median),
+    Column("min s", each("seconds"), ".2f", min),
+    Column("max s", each("seconds"), ".2f", max),
+    Column(f"relative to {BASE}", quotients, ".2f", median),
+    Column("to the end of the command s", each("ended_s"), ".2f", median),
 )
 MOMENTS = (
     NAME,
-    Column("first line of the script", *over_starts(median, lambda start: start["first_script"])),
-    Column("of the last rank", *milestone("script")),
-    Column("imported", *milestone("imported")),
-    Column("fit called", *milestone("fit")),
-    Column("training", *milestone("train")),
-    Column("first step done", *milestone("step")),
+    Column("first line of the script", each("first_script"), ".2f", median),
+    Column("of the last rank", milestone("script"), ".2f", median),
+    Column("imported", milestone("imported"), ".2f", median),
+    Column("fit called", milestone("fit"), ".2f", median),
+    Column("training", milestone("train"), ".2f", median),
+    Column("first step done", milestone("step"), ".2f", median),
 )
 MOMENTS_NOTE = (
     "With `python` the first process runs the script up to `fit`. There, with ddp, it is rank 0 and starts the other "
@@ -105,14 +100,15 @@ MOMENTS_NOTE = (
 
 
 def tables(_: Namespace, results: Results) -> list[Table]:
-    rows = [(name, starts, results[BASE]) for name, starts in results.items()]
+    groups = [Group(launcher, starts, results[BASE]) for launcher, starts in results.items()]
     notes = ["Relative: median over rounds of the quotient within the round."]
-    notes += [f"{row[0]}: {verdict(quotient(row), TARGETS[row[0]], f'x {BASE}')}" for row in rows if row[0] in TARGETS]
-    starts, moments = (
-        "Command to the first optimizer step finished by two ranks",
-        "Milestones, slowest rank, medians in s since the command",
-    )
-    return [Table.of(starts, rows, *STARTS, notes=notes), Table.of(moments, rows, *MOMENTS, notes=[MOMENTS_NOTE])]
+    for group in groups:
+        if group.name in TARGETS:
+            found = verdict(median(quotients(group)), TARGETS[group.name], f"x {BASE}")
+            notes.append(f"{group.name}: {found}")
+    starts = "Command to the first optimizer step finished by two ranks"
+    moments = "Milestones, slowest rank, medians in s since the command"
+    return [Table.of(starts, groups, *STARTS, notes=notes), Table.of(moments, groups, *MOMENTS, notes=[MOMENTS_NOTE])]
 
 
 def options(parser: ArgumentParser) -> None:

@@ -14,13 +14,12 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 
 from benchmarks.harness.machine import ROOT
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count
-from benchmarks.harness.table import Column, Table, percentile, verdict
+from benchmarks.harness.table import Column, Group, Table, count, each, p99, verdict
 from lightning_ckptless.membership.agent.workers import Workers
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.worker.program import Program as Script
@@ -83,30 +82,28 @@ def measure(args: Namespace, results: Results, steps: Steps) -> None:
                 steps.done()
 
 
-def over_kills(of: Callable[[list[float]], float], name: str) -> tuple[Callable[[Any], float], str]:
-    return lambda row: of([1e3 * kill[name] for kill in row[1]]), ".1f"
-
-
-def p99(values: list[float]) -> float:
-    return percentile(values, 99)
+def each_ms(quantity: str) -> Callable[[Group], list[float]]:
+    return each(lambda kill: 1e3 * kill[quantity])
 
 
 COLUMNS = (
-    Column("memory", lambda row: f"{row[0]} GiB"),
-    Column("kills", lambda row: len(row[1])),
-    Column("detected p50 ms", *over_kills(median, "detected_s")),
-    Column("p99 ms", *over_kills(p99, "detected_s")),
-    Column("max ms", *over_kills(max, "detected_s")),
-    Column("reported by the kernel p50 ms", *over_kills(median, "reported_s")),
-    Column("max ms", *over_kills(max, "reported_s")),
+    Column("memory", lambda group: f"{group.name} GiB"),
+    Column("kills", count),
+    Column("detected p50 ms", each_ms("detected_s"), ".1f", median),
+    Column("p99 ms", each_ms("detected_s"), ".1f", p99),
+    Column("max ms", each_ms("detected_s"), ".1f", max),
+    Column("reported by the kernel p50 ms", each_ms("reported_s"), ".1f", median),
+    Column("max ms", each_ms("reported_s"), ".1f", max),
 )
 
 
 def tables(_: Namespace, results: Results) -> list[Table]:
-    detected_ms = [1e3 * kill["detected_s"] for kills in results.values() for kill in kills]
+    groups = [Group(size, kills) for size, kills in results.items()]
+    detected_ms = [value for group in groups for value in each_ms("detected_s")(group)]
     notes = [f"Detected, p99 over all: {verdict(p99(detected_ms), TARGET_MS, 'ms')}"]
-    title = "SIGKILL to the first sign of the exit, by the memory of the worker"
-    return [Table.of(title, results.items(), *COLUMNS, notes=notes)]
+    return [
+        Table.of("SIGKILL to the first sign of the exit, by the memory of the worker", groups, *COLUMNS, notes=notes)
+    ]
 
 
 def options(parser: ArgumentParser) -> None:

@@ -49,16 +49,16 @@ def mean_ms(segment: Segment) -> float:
 
 
 def copy_gb_per_s(variant: Variant) -> float | None:
-    staged = [seconds for segment in variant.segments for seconds in segment["ranks"][0].get("stage_s", ())]
-    return variant.shard_mb / 1e3 / median(staged) if staged else None
+    staged_ms = variant.part_ms("stage_s")
+    return variant.shard_mb / median(staged_ms) if staged_ms else None
 
 
 COLUMNS = (
     *NAMES,
     Column("state MB", lambda variant: variant.state_mb, ".0f"),
     *(column for column in STEP[len(NAMES) :] if column.head in {"step ms", "over ddp ms", "over ddp"}),
-    Column("training thread ms", *part("commit_s")),
-    Column("copied after ms", *part("stage_s", ".1f")),
+    part("training thread ms", "commit_s"),
+    part("copied after ms", "stage_s", ".1f"),
     Column("copy GB/s", copy_gb_per_s, ".1f"),
 )
 NOTE = (

@@ -118,13 +118,10 @@ class Row:
         return [1e3 * step for step in chain(*self.steps_s)]
 
     @property
-    def over(self) -> float | None:
-        """Relative cost of saving: median over rounds of the quotient of the mean steps."""
-        quotients = [fmean(ours) / fmean(plain) for ours, plain in zip(self.steps_s, self.without_s, strict=True)]
-        return median(quotients) - 1 if "," in self.name else None
-
-    def write_ms(self, name: str) -> float | None:
-        return 1e3 * median(write[name] for write in self.writes) if name in self.writes[0] else None
+    def over(self) -> list[float]:
+        """Relative cost of saving, per round: the quotient of the mean steps, minus one; empty without saving."""
+        pairs = zip(self.steps_s, self.without_s, strict=True)
+        return [fmean(ours) / fmean(plain) - 1 for ours, plain in pairs] if "," in self.name else []
 
 
 def rows_of(results: Mapping[str, Any]) -> list[Row]:
@@ -136,27 +133,27 @@ def rows_of(results: Mapping[str, Any]) -> list[Row]:
     ]  # fmt: skip
 
 
-def write(name: str) -> tuple[Callable[[Row], float | None], str]:
-    return lambda row: row.write_ms(name), ".1f"
+def write_ms(name: str) -> Callable[[Row], list[float]]:
+    return lambda row: [1e3 * write[name] for write in row.writes if name in write]
 
 
 STEP = (
     Column("model", lambda row: row.size),
     Column("variant", lambda row: row.name),
-    Column("step p50 ms", lambda row: median(row.all_steps_ms), ".1f"),
-    Column("mean ms", lambda row: fmean(row.all_steps_ms), ".1f"),
-    Column("slowest ms", lambda row: max(row.all_steps_ms), ".1f"),
-    Column("mean over the same without saving", lambda row: row.over, "+.1%"),
+    Column("step p50 ms", lambda row: row.all_steps_ms, ".1f", median),
+    Column("mean ms", lambda row: row.all_steps_ms, ".1f", fmean),
+    Column("slowest ms", lambda row: row.all_steps_ms, ".1f", max),
+    Column("mean over the same without saving", lambda row: row.over, "+.1%", median),
 )
 WRITE = (
     Column("model", lambda row: row.size),
     Column("state MB", lambda row: row.state_bytes / 1e6, ".1f"),
     Column("variant", lambda row: row.name),
     Column("states", lambda row: len(row.writes)),
-    Column("MB on disk", lambda row: median(write["bytes"] for write in row.writes) / 1e6, ".1f"),
-    Column("training waits ms", lambda row: row.write_ms("blocked_s") or 0.0, ".1f"),
-    Column("copied ms", *write("copied_s")),
-    Column("on disk after ms", *write("total_s")),
+    Column("MB on disk", lambda row: [write["bytes"] / 1e6 for write in row.writes], ".1f", median),
+    Column("training waits ms", lambda row: write_ms("blocked_s")(row) or [0.0], ".1f", median),
+    Column("copied ms", write_ms("copied_s"), ".1f", median),
+    Column("on disk after ms", write_ms("total_s"), ".1f", median),
 )
 STEP_NOTE = "Mean over: median over rounds of the quotient of the mean steps of neighbouring segments."
 WRITE_NOTE = (

@@ -25,8 +25,8 @@ from benchmarks.harness.nodes import MAX_NODES, Bound, Nodes, NodesLostError, Se
 from benchmarks.harness.processes import Scratch, scratch
 from benchmarks.harness.report import Default, Program, Results, Steps, add_choice, add_count, console
 from benchmarks.harness.samples import Rows, Step, finished, first_of, tally
-from benchmarks.harness.table import Column, Table, median_or_none
-from benchmarks.recovery import PHASES
+from benchmarks.harness.table import Column, Group, Table, count, each, name
+from benchmarks.recovery import PHASES, phase
 from lightning_ckptless.ledger import Event
 
 EVERY = 50
@@ -212,52 +212,37 @@ def losses(folder: Path) -> dict[int, float]:
 
 # ---------------------------------------------------------------------- tables
 
-Row = tuple[str, Found, list[Found]]
-"""Name, what was found, and the losses or the returns."""
-Pick = Callable[[Row], object]
+
+def beyond_s(group: Group) -> list[float]:
+    """Return the seconds from the detection of each loss to the first step of the others."""
+    return [one["seconds"] - one["noticed_s"] for one in group.items if "noticed_s" in one]
 
 
-def p50(name: str) -> Pick:
-    return lambda row: median_or_none([one[name] for one in row[2] if name in one])
+def fact(key: str) -> Callable[[Group], object]:
+    return lambda group: group.context.get(key)
 
 
-def most(name: str) -> Pick:
-    return lambda row: max((one[name] for one in row[2] if name in one), default=None)
-
-
-def beyond(of: Callable[[list[float]], float]) -> Pick:
-    """Return the cell of a statistic over the seconds from the detection of a loss to the first step."""
-
-    def cell(row: Row) -> float | None:
-        seconds = [one["seconds"] - one["noticed_s"] for one in row[2] if "noticed_s" in one]
-        return of(seconds) if seconds else None
-
-    return cell
-
-
-def phase(name: str) -> Pick:
-    return lambda row: median((one["ledger"]["phases"] | one["ledger"])[name] for one in row[2])
-
-
-HOW = Column("how", lambda row: row[0])
-REPLAYED = (Column("steps replayed p50", p50("repeated_steps"), "g"), Column("max", most("repeated_steps"), "g"))
+HOW = Column("how", name)
+REPLAYED = (
+    Column("steps replayed p50", each("repeated_steps"), "g", median),
+    Column("max", each("repeated_steps"), "g", max),
+)
 SHRINK = (
     HOW,
-    Column("kills", lambda row: len(row[2])),
-    Column("p50 s", p50("seconds"), ".2f"),
-    Column("max s", most("seconds"), ".2f"),
-    Column("detected after p50 s", p50("noticed_s"), ".2f"),
-    Column("from there p50 s", beyond(median), ".2f"),
-    Column("max s", beyond(max), ".2f"),
-    Column("one step s", p50("step_s"), ".2f"),
+    Column("kills", count),
+    Column("p50 s", each("seconds"), ".2f", median),
+    Column("max s", each("seconds"), ".2f", max),
+    Column("detected after p50 s", each("noticed_s"), ".2f", median),
+    Column("from there p50 s", beyond_s, ".2f", median),
+    Column("max s", beyond_s, ".2f", max),
+    Column("one step s", each("step_s"), ".2f", median),
     *REPLAYED,
 )
 LEDGER = (
     HOW,
-    Column("change", lambda row: row[1]["change"]),
-    Column("recovery", lambda row: ", ".join(sorted({one["ledger"]["rung"] for one in row[2]}))),
-    *(Column(name.removesuffix("_s"), phase(name), ".3f") for name in PHASES),
-    Column("total", phase("total_s"), ".2f"),
+    Column("change", fact("change")),
+    Column("recovery", lambda group: ", ".join(sorted({one["ledger"]["rung"] for one in group.items}))),
+    *map(phase, (*PHASES, "total_s")),
 )
 LEDGER_NOTE = (
     "detect: from the last heartbeat of the lost node until the ranks are notified, or ended, which is after the "
@@ -265,23 +250,23 @@ LEDGER_NOTE = (
 )
 GROW = (
     HOW,
-    Column("returns", lambda row: len(row[2])),
-    Column("others paused p50 s", p50("paused_s"), ".2f"),
-    Column("max s", most("paused_s"), ".2f"),
-    Column("agent start to a step of all p50 s", p50("seconds"), ".2f"),
-    Column("max s", most("seconds"), ".2f"),
-    Column("steps of the others in the meantime p50", p50("steps_meanwhile"), "g"),
-    Column("max", most("steps_meanwhile"), "g"),
+    Column("returns", count),
+    Column("others paused p50 s", each("paused_s"), ".2f", median),
+    Column("max s", each("paused_s"), ".2f", max),
+    Column("agent start to a step of all p50 s", each("seconds"), ".2f", median),
+    Column("max s", each("seconds"), ".2f", max),
+    Column("steps of the others in the meantime p50", each("steps_meanwhile"), "g", median),
+    Column("max", each("steps_meanwhile"), "g", max),
     *REPLAYED,
 )
 SAMPLES = (
     HOW,
-    Column("kills", lambda row: len(row[2])),
-    Column("samples due", lambda row: row[1]["due"]),
-    Column("repeated", lambda row: row[1]["twice"]),
-    Column("skipped", lambda row: row[1]["never"]),
-    Column("largest difference of a weight", lambda row: row[1].get("weight"), ".1e"),
-    Column("of an epoch's loss, relative", lambda row: row[1].get("loss"), ".1e"),
+    Column("kills", count),
+    Column("samples due", fact("due")),
+    Column("repeated", fact("twice")),
+    Column("skipped", fact("never")),
+    Column("largest difference of a weight", fact("weight"), ".1e"),
+    Column("of an epoch's loss, relative", fact("loss"), ".1e"),
 )
 SAMPLES_NOTE = (
     "Counted from what each rank has recorded, without the steps that were rolled back. Repeated: a sample that an "
@@ -307,24 +292,24 @@ def shrink_notes(setups: Mapping[str, Found], bound: Bound) -> list[str]:
 def tables(args: Namespace, results: Results) -> list[Table]:
     setups: dict[str, Found] = results["setups"]
     losses_of, returns_of = (
-        [(name, found, [cycle[kind] for cycle in found["cycles"]]) for name, found in setups.items()]
+        [Group(setup, [cycle[kind] for cycle in found["cycles"]], found) for setup, found in setups.items()]
         for kind in ("shrink", "grow")
     )
     ledger = [
-        (name, {"change": change}, with_ledger)
-        for shrink, grow in zip(losses_of, returns_of, strict=True)
-        for (name, _, cycles), change in ((shrink, "4 to 3"), (grow, "3 to 4"))
-        if (with_ledger := [one for one in cycles if "ledger" in one])
+        Group(group.name, with_ledger, {"change": change})
+        for lost, came in zip(losses_of, returns_of, strict=True)
+        for group, change in ((lost, "4 to 3"), (came, "3 to 4"))
+        if (with_ledger := [one for one in group.items if "ledger" in one])
     ]
-    counted = [row for row in losses_of if "due" in row[1]]
+    counted = [group for group in losses_of if "due" in group.context]
     kill = "A node of four is killed, to the first step finished by all of the other three"
     samples = "Samples used in all epochs, and the result compared with an undisturbed run"
-    came = [row for row in returns_of if row[2]]
+    returned = [group for group in returns_of if group.items]
     paused = "Paused: from the last step of three ranks to the first of four, slowest rank."
     return [
         Table.of(kill, losses_of, *SHRINK, notes=shrink_notes(setups, bound_of(args))),
         Table.of("Phases according to the ledger, medians in s", ledger, *LEDGER, notes=[LEDGER_NOTE]),
-        Table.of("The node rejoins", came, *GROW, notes=[paused]),
+        Table.of("The node rejoins", returned, *GROW, notes=[paused]),
         Table.of(samples, counted, *SAMPLES, notes=[SAMPLES_NOTE]),
     ]
 

@@ -14,8 +14,8 @@ from benchmarks.harness import kills
 from benchmarks.harness.kills import Kill, Scenario, survived
 from benchmarks.harness.processes import ckptless_run
 from benchmarks.harness.report import Default, Program, Results
-from benchmarks.harness.table import Column, Table, verdict
-from benchmarks.recovery import over, phases_table, rows_of, seconds
+from benchmarks.harness.table import Column, Table, each, name, verdict
+from benchmarks.recovery import groups_of, phases_table
 
 SCENARIOS = tuple(
     Scenario(f"{ranks} ranks", ckptless_run(), ranks=ranks, every=10, strategy_options={"standbys": 1})
@@ -31,20 +31,20 @@ def regroup_and_restore_s(found: list[Kill]) -> float:
 
 def tables(_: Namespace, results: Results) -> list[Table]:
     """Return the table of recovery times, with regroup and restore relative to the fewest ranks, and of the phases."""
-    seconds_of = {name: regroup_and_restore_s(found) for name, found in results["kills"].items()}
+    seconds_of = {ranks: regroup_and_restore_s(found) for ranks, found in results["kills"].items()}
     ordered = [*seconds_of.values()]
     least, most = ordered[0], ordered[-1]
     columns = (
-        Column("ranks", lambda row: row[0]),
-        Column("kills", lambda row: len(row[1])),
-        Column("p50 s", over(seconds), ".2f"),
-        Column("max s", over(seconds, max), ".2f"),
-        Column("regroup + restore s", lambda row: seconds_of[row[0]], ".3f"),
-        Column("growth", lambda row: f"{seconds_of[row[0]] / least:.2f}x"),
+        Column("ranks", name),
+        Column("kills", lambda group: len(group.context)),
+        Column("p50 s", each("seconds"), ".2f", median),
+        Column("max s", each("seconds"), ".2f", max),
+        Column("regroup + restore s", lambda group: seconds_of[group.name], ".3f"),
+        Column("growth", lambda group: f"{seconds_of[group.name] / least:.2f}x"),
     )
     notes = [f"From {SCENARIOS[0].name} to {SCENARIOS[-1].name}: {verdict(most / least, TARGET, 'x')}"]
     title = "Recovery in place with a standby, by ranks"
-    return [Table.of(title, rows_of(results), *columns, notes=notes), phases_table(results)]
+    return [Table.of(title, groups_of(results), *columns, notes=notes), phases_table(results)]
 
 
 PROGRAM = Program(

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.harness.processes import scratch
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count
-from benchmarks.harness.table import Column, Table
+from benchmarks.harness.table import Table
 from benchmarks.harness.turns import alternate, running, segment_of
 from benchmarks.jobs.gpt import WIDTHS
 from benchmarks.jobs.job import JobOptions
@@ -46,7 +46,7 @@ def measure(args: Namespace, results: Results, steps: Steps) -> None:
 
 def tables(_: Namespace, results: Results) -> list[Table]:
     variants = [variant for pair in results["pairs"] for variant in variants_of(pair)]
-    columns = (*STEP, Column("staged after ms", *part("stage_s")), Column("committed after ms", *part("round_s")))
+    columns = (*STEP, part("staged after ms", "stage_s"), part("committed after ms", "round_s"))
     title = f"Cost of a mirrored step by scheduling of the mirror thread, {RANKS} CPU ranks, alternating"
     return [Table.of(title, variants, *columns, notes=[STEP_NOTE])]
 

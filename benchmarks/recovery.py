@@ -17,7 +17,7 @@ from benchmarks.harness import kills
 from benchmarks.harness.kills import Kill, Scenario, survived, with_files
 from benchmarks.harness.processes import ckptless_run, torchrun
 from benchmarks.harness.report import Program, Results, Steps, console
-from benchmarks.harness.table import Column, Table, percentile, verdict
+from benchmarks.harness.table import Column, Group, Table, count, each, name, p95, percentile, verdict
 from benchmarks.rivals.environment import DEFAULT_PYTHON, RivalsMissingError, rivals, versions
 
 RANKS = 4
@@ -81,56 +81,51 @@ def span_s(start: str | None, end: str) -> Callable[[Kill], float]:
 
 # ---------------------------------------------------------------------- tables
 
-Row = tuple[str, list[Kill], list[Kill]]
-"""Name, all kills, and those that were survived."""
+
+def groups_of(results: Results) -> list[Group]:
+    """Return the survived kills by scenario, with all kills as their context."""
+    return [Group(name, survived(found), found) for name, found in results["kills"].items()]
 
 
-def rows_of(results: Results) -> list[Row]:
-    return [(name, found, survived(found)) for name, found in results["kills"].items()]
+def phase(quantity: str) -> Column:
+    """Return the column of a phase, or of the total, according to the ledger."""
+
+    def values(group: Group) -> list[float]:
+        accounts = [item["ledger"] for item in group.items if "ledger" in item]
+        return [(account["phases"] | account)[quantity] for account in accounts]
+
+    return Column(quantity.removesuffix("_s"), values, ".2f" if quantity == "total_s" else ".3f", median)
 
 
-def over(quantity: Callable[[Kill], float], of: Callable[[list[float]], float] = median) -> Callable[[Row], object]:
-    """Return the cell of a statistic over the survived kills."""
-    return lambda row: of([quantity(kill) for kill in row[2]]) if row[2] else None
-
-
-def phase(name: str) -> Column:
-    def cell(row: Row) -> float:
-        accounts = [kill["ledger"] for kill in row[2] if "ledger" in kill]
-        return median((account["phases"] | account)[name] for account in accounts)
-
-    return Column(name.removesuffix("_s"), cell, ".2f" if name == "total_s" else ".3f")
-
-
-def survived_of(row: Row, victim: int) -> str:
-    found = [kill for kill in row[1] if kill.get("victim") == victim]
+def rank_0_survived(group: Group) -> str:
+    found = [kill for kill in group.context if kill.get("victim") == 0]
     return f"{len(survived(found))} of {len(found)}"
 
 
-def exact(row: Row) -> str | None:
-    compared = [kill["exact"] for kill in row[2] if "exact" in kill]
+def exact(group: Group) -> str | None:
+    compared = [kill["exact"] for kill in group.items if "exact" in kill]
     return f"{sum(compared)} of {len(compared)}" if compared else None
 
 
-def lost_steps(row: Row) -> int | None:
-    """Return the lost committed steps; without our strategy none are committed."""
-    return sum(kill["lost_committed_steps"] for kill in row[2]) if row[2] and "ddp" not in row[0] else None
+def lost_steps(group: Group) -> list[int]:
+    """Return the lost committed steps of each kill; without our strategy none are committed."""
+    return [kill["lost_committed_steps"] for kill in group.items if "ddp" not in group.name]
 
 
-HOW = Column("how", lambda row: row[0])
+HOW = Column("how", name)
 KILLS = (
     HOW,
-    Column("kills", lambda row: len(row[1])),
-    Column("survived", lambda row: len(row[2])),
-    Column("p50 s", over(seconds), ".2f"),
-    Column("p95 s", over(seconds, lambda values: percentile(values, 95)), ".2f"),
-    Column("max s", over(seconds, max), ".2f"),
-    Column("one step s", over(lambda kill: kill["step_s"]), ".2f"),
-    Column("steps replayed p50", over(lambda kill: kill["repeated_steps"]), "g"),
-    Column("max", over(lambda kill: kill["repeated_steps"], max), "g"),
-    Column("committed steps lost", lost_steps),
+    Column("kills", lambda group: len(group.context)),
+    Column("survived", count),
+    Column("p50 s", each("seconds"), ".2f", median),
+    Column("p95 s", each("seconds"), ".2f", p95),
+    Column("max s", each("seconds"), ".2f", max),
+    Column("one step s", each("step_s"), ".2f", median),
+    Column("steps replayed p50", each("repeated_steps"), "g", median),
+    Column("max", each("repeated_steps"), "g", max),
+    Column("committed steps lost", lost_steps, of=sum),
     Column("exact", exact),
-    Column("rank 0 survived", lambda row: survived_of(row, 0)),
+    Column("rank 0 survived", rank_0_survived),
 )
 KILLS_NOTE = (
     "Steps replayed are steps that had been finished. A committed step is one that a rank has seen committed on all "
@@ -146,12 +141,12 @@ PHASES_NOTE = (
 )
 MOMENTS = (
     HOW,
-    Column("kill to new script", over(span_s(None, "script")), ".3f"),
-    Column("imports", over(span_s("script", "imported")), ".3f"),
-    Column("model, trainer", over(span_s("imported", "fit")), ".3f"),
-    Column("fit to training", over(span_s("fit", "train")), ".3f"),
-    Column("first step", over(span_s("train", "step")), ".3f"),
-    Column("total", over(seconds), ".2f"),
+    Column("kill to new script", each(span_s(None, "script")), ".3f", median),
+    Column("imports", each(span_s("script", "imported")), ".3f", median),
+    Column("model, trainer", each(span_s("imported", "fit")), ".3f", median),
+    Column("fit to training", each(span_s("fit", "train")), ".3f", median),
+    Column("first step", each(span_s("train", "step")), ".3f", median),
+    Column("total", each("seconds"), ".2f", median),
 )
 MOMENTS_NOTE = (
     "fit to training: process group, restore, Lightning's setup. The sum of medians differs a little from the median "
@@ -166,36 +161,36 @@ STOCK = (
 STOCK_NOTE = "Without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which is set for the table above."
 
 
-def verdicts(rows: list[Row]) -> Iterator[str]:
+def verdicts(groups: list[Group]) -> Iterator[str]:
     """Yield the comparisons with the targets, in words."""
-    for name, _, good in rows:
-        what, quantity, targets = TARGETS.get(name, ("", seconds, {}))
-        values = [value for kill in good if (value := quantity(kill)) is not None]
+    for group in groups:
+        what, quantity, targets = TARGETS.get(group.name, ("", seconds, {}))
+        values = [value for kill in group.items if (value := quantity(kill)) is not None]
         for percent, target_s in targets.items() if values else ():
-            yield f"{name}{what}, p{percent}: {verdict(percentile(values, percent), target_s, 's')}"
+            yield f"{group.name}{what}, p{percent}: {verdict(percentile(values, percent), target_s, 's')}"
 
 
 def kills_table(results: Results, ranks: int) -> Table:
     """Return the table of the times and the replayed steps."""
-    rows, title = rows_of(results), f"SIGKILL of one of {ranks} ranks to the first step finished by all"
-    notes = [*verdicts(rows), KILLS_NOTE]
+    groups, title = groups_of(results), f"SIGKILL of one of {ranks} ranks to the first step finished by all"
+    notes = [*verdicts(groups), KILLS_NOTE]
     if installed := results.get("rivals"):
-        notes.append("Other tools: " + ", ".join(f"{name} {version}" for name, version in installed.items()) + ".")
-    return Table.of(title, rows, *KILLS, notes=notes)
+        notes.append("Other tools: " + ", ".join(map(" ".join, installed.items())) + ".")
+    return Table.of(title, groups, *KILLS, notes=notes)
 
 
 def phases_table(results: Results) -> Table:
     """Return the table of the phases according to the ledgers."""
-    rows = [row for row in rows_of(results) if any("ledger" in kill for kill in row[2])]
+    groups = [group for group in groups_of(results) if any("ledger" in kill for kill in group.items)]
     columns = [HOW, *map(phase, (*PHASES, "total_s"))]
-    return Table.of("Phases according to the ledger, medians in s", rows, *columns, notes=[PHASES_NOTE])
+    return Table.of("Phases according to the ledger, medians in s", groups, *columns, notes=[PHASES_NOTE])
 
 
 def moments_table(results: Results) -> Table:
     """Return the table of the recovery as seen by the script, which is measured alike for all scenarios."""
-    rows = [row for row in rows_of(results) if row[2]]
+    groups = [group for group in groups_of(results) if group.items]
     title = "The same as seen by the script, slowest rank, medians in s"
-    return Table.of(title, rows, *MOMENTS, notes=[MOMENTS_NOTE])
+    return Table.of(title, groups, *MOMENTS, notes=[MOMENTS_NOTE])
 
 
 def stock_table(results: Results) -> Table:

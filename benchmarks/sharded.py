@@ -9,6 +9,7 @@ Torch's `async_save` of the same state is measured in a separate job. Takes half
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -19,12 +20,11 @@ import torch
 from benchmarks.harness.processes import Scratch, scratch
 from benchmarks.harness.report import Program, Results, Steps, add_count, console
 from benchmarks.harness.staging import gb_per_s, measure_frozen, measure_staging, ratio_to_memcpy, verdict_on
-from benchmarks.harness.table import Column, Table, median_or_none
+from benchmarks.harness.table import Column, Table
 from benchmarks.harness.turns import JobLostError, running
 from benchmarks.jobs.async_save import saves_of
 from benchmarks.jobs.gpt import LAYERS, WIDTHS, parameter_count
 from benchmarks.jobs.job import JobOptions
-from benchmarks.steady_state import spread
 
 EVERY = 4
 """Steps between two versions: a version is taken at the end of the last step and copied during the first."""
@@ -169,12 +169,16 @@ def plain_step_ms(cell: Results) -> float:
     return 1e3 * median(step for at, step in enumerate(cell["steps_s"]) if at % EVERY in (1, 2))
 
 
-def part_ms(cell: Results, name: str) -> float | None:
-    return median_or_none([1e3 * value for rank in cell["rank_reports"] for value in rank.get(name, ())])
+def part_ms(name: str) -> Callable[[Results], list[float]]:
+    return lambda cell: [1e3 * value for rank in cell["rank_reports"] for value in rank.get(name, ())]
 
 
-def save_ms(cell: Results, name: str) -> float | None:
-    return median_or_none([1e3 * save[name] for save in cell["saves"]])
+def save_ms(name: str) -> Callable[[Results], list[float]]:
+    return lambda cell: [1e3 * save[name] for save in cell["saves"]]
+
+
+def spread(values: list[float]) -> str:
+    return f"{min(values):.0f} to {max(values):.0f}"
 
 
 def formula_mb(cell: Results) -> float:
@@ -202,13 +206,13 @@ BYTES_NOTE = (
 VERSION = (
     *CELL,
     Column("plain step ms", plain_step_ms, ".0f"),
-    Column("a version costs ms", lambda cell: median(version_costs_ms(cell)), ".0f"),
-    Column("min to max", lambda cell: spread(version_costs_ms(cell), ".0f")),
+    Column("a version costs ms", version_costs_ms, ".0f", median),
+    Column("min to max", version_costs_ms, of=spread),
     Column("share of a step", lambda cell: median(version_costs_ms(cell)) / plain_step_ms(cell), "+.1%"),
-    Column("staged ms", lambda cell: part_ms(cell, "stage_s"), ".0f"),
-    Column("committed ms", lambda cell: part_ms(cell, "round_s"), ".0f"),
-    Column("async_save: waits ms", lambda cell: save_ms(cell, "blocked_s"), ".0f"),
-    Column("on disk after ms", lambda cell: save_ms(cell, "total_s"), ".0f"),
+    Column("staged ms", part_ms("stage_s"), ".0f", median),
+    Column("committed ms", part_ms("round_s"), ".0f", median),
+    Column("async_save: waits ms", save_ms("blocked_s"), ".0f", median),
+    Column("on disk after ms", save_ms("total_s"), ".0f", median),
 )
 VERSION_NOTE = (
     "A version costs: the step at whose end it is taken plus the step during which it is copied, minus two other steps "

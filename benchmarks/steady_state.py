@@ -19,7 +19,7 @@ import torch
 from benchmarks.harness.processes import Scratch, scratch
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count, console
 from benchmarks.harness.staging import gb_per_s, measure_staging, ratio_to_memcpy, verdict_on
-from benchmarks.harness.table import Column, Table, median_or_none, verdict
+from benchmarks.harness.table import Column, Table, verdict
 from benchmarks.harness.turns import JobLostError, alternate, running, segment_of
 from benchmarks.jobs.gpt import WIDTHS, state_bytes
 from benchmarks.jobs.job import JobOptions
@@ -143,18 +143,17 @@ class Variant:
         pairs = zip(self.segments, self.ddp, strict=True)
         return [] if self.name == DDP else [quantity(ours) - quantity(theirs) for ours, theirs in pairs]
 
-    def part_ms(self, name: str) -> float | None:
-        """Return the median of one part of the steps in ms, over ranks and segments; None if it was never measured."""
-        values = [v for segment in self.segments for rank in segment["ranks"] for v in rank.get(name, ())]
-        return 1e3 * median(values) if values else None
+    def part_ms(self, name: str) -> list[float]:
+        """Return one part of the steps in ms, of all ranks and segments; empty if it was never measured."""
+        return [1e3 * v for segment in self.segments for rank in segment["ranks"] for v in rank.get(name, ())]
 
     def busy_ms(self, kind: str = "") -> float:
         """Return the time in ms that the training thread spends on a step, without waits; CPU time for `cpu_`.
 
         It captures the host state, packs it, hands it over, and stamps the new step.
         """
-        waits = 0.0 if kind else self.part_ms("stall_s") or 0.0
-        return (self.part_ms(f"commit_{kind}s") or 0.0) - waits + (self.part_ms(f"stamp_{kind}s") or 0.0)
+        commit, stamp = (median(self.part_ms(f"{name}_{kind}s")) for name in ("commit", "stamp"))
+        return commit + stamp - (0.0 if kind else median(self.part_ms("stall_s")))
 
     @property
     def shard_mb(self) -> float:
@@ -170,12 +169,17 @@ def variants_of(pair: Results, step: Quantity = step_ms) -> list[Variant]:
     return [Variant(pair["size"], pair["batch"], n, s, segments[DDP], state_mb, step) for n, s in segments.items()]
 
 
-def spread(values: list[float], form: str = ".2f") -> str | None:
-    return f"{min(values):{form}} to {max(values):{form}}" if values else None
+def spread(values: list[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}"
 
 
-def part(name: str, form: str = ".2f") -> tuple[Callable[[Variant], float | None], str]:
-    return lambda variant: variant.part_ms(name), form
+def part(head: str, name: str, form: str = ".2f") -> Column:
+    """Return the column of the median of a part of the steps, in ms."""
+    return Column(head, lambda variant: variant.part_ms(name), form, median)
+
+
+def part_or_zero(name: str) -> Callable[[Variant], float]:
+    return lambda variant: median(variant.part_ms(name) or [0.0])
 
 
 # ---------------------------------------------------------------------- tables
@@ -184,10 +188,10 @@ NAMES = (Column("model", lambda v: v.size), Column("batch", lambda v: v.batch), 
 STEP = (
     *NAMES,
     Column("step ms", lambda v: median(map(v.step, v.segments)), ".2f"),
-    Column("over ddp ms", lambda v: median_or_none(v.over_ms()), ".2f"),
-    Column("min to max", lambda v: spread(v.over_ms())),
+    Column("over ddp ms", lambda v: v.over_ms(), ".2f", median),
+    Column("min to max", lambda v: v.over_ms(), of=spread),
     Column("over ddp", lambda v: median(v.over_ms()) / median(map(v.step, v.ddp)) if v.over_ms() else None, "+.1%"),
-    Column("CPU over ddp ms", lambda v: median_or_none(v.over_ms(cpu_ms)), ".2f"),
+    Column("CPU over ddp ms", lambda v: v.over_ms(cpu_ms), ".2f", median),
     Column("cores used by others", lambda v: median(s["cores_used_by_others"] for s in v.segments), ".2f"),
 )
 STEP_NOTE = (
@@ -198,14 +202,14 @@ STEP_NOTE = (
 PARTS = (
     *NAMES,
     Column("MB staged", lambda v: v.shard_mb, ".1f"),
-    Column("commit", *part("commit_s")),
-    Column("commit CPU", *part("commit_cpu_s")),
-    Column("commit wait", *part("stall_s")),
-    Column("stamp", *part("stamp_s")),
-    Column("wait for copy", *part("wait_s")),
-    Column("mirror CPU", *part("mirror_cpu_s")),
-    Column("staged after", *part("stage_s")),
-    Column("round", *part("round_s")),
+    part("commit", "commit_s"),
+    part("commit CPU", "commit_cpu_s"),
+    part("commit wait", "stall_s"),
+    part("stamp", "stamp_s"),
+    part("wait for copy", "wait_s"),
+    part("mirror CPU", "mirror_cpu_s"),
+    part("staged after", "stage_s"),
+    part("round", "round_s"),
 )
 PARTS_NOTE = (
     "Training thread: commit (capture of the host state, hand-over, wait for the previous round), stamp of the new "
@@ -218,8 +222,8 @@ SPLIT: dict[str, Callable[[Variant], float]] = {
     "CPU time over ddp, all threads": lambda v: median(v.over_ms(cpu_ms)),
     "training thread, without waits": lambda v: v.busy_ms(),
     "training thread, CPU": lambda v: v.busy_ms("cpu_"),
-    "mirror thread, CPU": lambda v: v.part_ms("mirror_cpu_s") or 0.0,
-    "hand-over until staged": lambda v: v.part_ms("stage_s") or 0.0,
+    "mirror thread, CPU": part_or_zero("mirror_cpu_s"),
+    "hand-over until staged": part_or_zero("stage_s"),
 }
 STAGING = (
     Column("model", "size"),

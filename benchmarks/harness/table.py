@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from statistics import median, quantiles
+from statistics import quantiles
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -18,15 +18,56 @@ class Column(NamedTuple):
         head: heading.
         value: key of the row, or function of the row; None leaves the cell empty.
         form: format of the value.
+        of: statistic of the values, if there are several per row; the cell is empty if there are none.
     """
 
     head: str
-    value: str | Callable[[Any], object]
+    value: str | Callable[[Any], Any]
     form: str = ""
+    of: Callable[[Any], object] | None = None
 
     def cell(self, row: Any) -> str:
         value = row[self.value] if isinstance(self.value, str) else self.value(row)
+        if self.of is not None:
+            value = self.of(value) if value else None
         return "" if value is None else format(value, self.form)
+
+
+class Group(NamedTuple):
+    """A row that has several measurements of the same kind.
+
+    Args:
+        name: what was measured.
+        items: the measurements.
+        context: what else belongs to the row.
+    """
+
+    name: str
+    items: list[Any]
+    context: Any = None
+
+
+def name(group: Group) -> str:
+    return group.name
+
+
+def count(group: Group) -> int:
+    return len(group.items)
+
+
+def each(quantity: str | Callable[[Any], float]) -> Callable[[Group], list[float]]:
+    """Return a function that returns a quantity of each item of a group: a key, which may be missing, or a function."""
+    if isinstance(quantity, str):
+        return lambda group: [item[quantity] for item in group.items if quantity in item]
+    return lambda group: [quantity(item) for item in group.items]
+
+
+def p95(values: Sequence[float]) -> float:
+    return percentile(values, 95)
+
+
+def p99(values: Sequence[float]) -> float:
+    return percentile(values, 99)
 
 
 @dataclass(frozen=True)
@@ -61,11 +102,6 @@ class Table:
 def percentile(values: Sequence[float], percent: int) -> float:
     """Return a percentile of at least one value, interpolated between the two nearest ones."""
     return quantiles(values if len(values) > 1 else [*values, *values], n=100, method="inclusive")[percent - 1]
-
-
-def median_or_none(values: Sequence[float]) -> float | None:
-    """Return the median; None, which leaves a cell empty, if there are no values."""
-    return median(values) if values else None
 
 
 def verdict(measured: float, target: float, unit: str) -> str:

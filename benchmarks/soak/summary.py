@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.harness.table import Column, Table, percentile
+from benchmarks.harness.table import Column, Table, p95
 from benchmarks.soak.evidence import RUNGS
 from benchmarks.soak.results import Result
 
@@ -70,9 +70,9 @@ def recovery_table(results: Sequence[Result]) -> Table:
         Column("fault", _nth(1)),
         Column("recovery", _nth(0)),
         Column("count", lambda row: len(row[2])),
-        Column("p50 s", lambda row: median(row[2]), ".2f"),
-        Column("p95 s", lambda row: percentile(row[2], 95), ".2f"),
-        Column("max s", lambda row: max(row[2]), ".2f"),
+        Column("p50 s", _nth(2), ".2f", median),
+        Column("p95 s", _nth(2), ".2f", p95),
+        Column("max s", _nth(2), ".2f", max),
     )
 
 
