@@ -152,8 +152,11 @@ class Variant:
 
         It captures the host state, packs it, hands it over, and stamps the new step.
         """
-        commit, stamp = (median(self.part_ms(f"{name}_{kind}s")) for name in ("commit", "stamp"))
-        return commit + stamp - (0.0 if kind else median(self.part_ms("stall_s")))
+        whole = self.median_ms(f"commit_{kind}s") + self.median_ms(f"stamp_{kind}s")
+        return whole if kind else whole - self.median_ms("stall_s")
+
+    def median_ms(self, name: str) -> float:
+        return median(self.part_ms(name) or [0.0])
 
     @property
     def shard_mb(self) -> float:
@@ -176,10 +179,6 @@ def spread(values: list[float]) -> str:
 def part(head: str, name: str, form: str = ".2f") -> Column:
     """Return the column of the median of a part of the steps, in ms."""
     return Column(head, lambda variant: variant.part_ms(name), form, median)
-
-
-def part_or_zero(name: str) -> Callable[[Variant], float]:
-    return lambda variant: median(variant.part_ms(name) or [0.0])
 
 
 # ---------------------------------------------------------------------- tables
@@ -222,8 +221,8 @@ SPLIT: dict[str, Callable[[Variant], float]] = {
     "CPU time over ddp, all threads": lambda v: median(v.over_ms(cpu_ms)),
     "training thread, without waits": lambda v: v.busy_ms(),
     "training thread, CPU": lambda v: v.busy_ms("cpu_"),
-    "mirror thread, CPU": part_or_zero("mirror_cpu_s"),
-    "hand-over until staged": part_or_zero("stage_s"),
+    "mirror thread, CPU": lambda v: v.median_ms("mirror_cpu_s"),
+    "hand-over until staged": lambda v: v.median_ms("stage_s"),
 }
 STAGING = (
     Column("model", "size"),

@@ -6,11 +6,12 @@ step is.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.harness.tail import Tail
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,27 +37,20 @@ class Row:
     samples: tuple[int, ...]
 
 
-@dataclass
 class Rows:
     """The rows in a folder, into which each rank writes a file while the job runs."""
 
-    folder: Path
-    rows: list[Row] = field(default_factory=list)
-    _read: dict[Path, int] = field(default_factory=dict)
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._rows: list[Row] = []
+        self._tails: dict[Path, Tail] = {}
 
     def look(self) -> list[Row]:
         """Read new rows, and return all of them."""
-        for path in self.folder.glob("seen-*.jsonl"):
-            with path.open("rb") as file:
-                file.seek(self._read.get(path, 0))
-                new = file.read()
-            # An incomplete line is read the next time.
-            whole = new[: new.rfind(b"\n") + 1]
-            self._read[path] = self._read.get(path, 0) + len(whole)
-            for line in whole.splitlines():
-                values = json.loads(line)
-                self.rows.append(Row(**values | {"samples": tuple(values["samples"])}))
-        return self.rows
+        for path in self._folder.glob("seen-*.jsonl"):
+            for values in self._tails.setdefault(path, Tail(path)).read():
+                self._rows.append(Row(**values | {"samples": tuple(values["samples"])}))
+        return self._rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,7 @@ class Inbox:
     def _receive(self, wire: Connection) -> None:
         try:
             moment, at, pid, rank, fields = wire.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):
             self._notes.append(Note("disconnected", time.time(), *self._workers.pop(wire), {}, wire))
             wire.close()
         else:
@@ -111,7 +111,7 @@ class Wire:
         """Wait for a reply; exit if the benchmark has ended."""
         try:
             reply: dict[str, Any] = self._connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):
             raise SystemExit("the benchmark has ended") from None
         return reply
 
