@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.harness.kills import Scenario, job
 from benchmarks.harness.processes import Scratch, ckptless_run, python, scratch, torchrun
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count
-from benchmarks.harness.table import Column, Group, Table, count, each, name, verdict
+from benchmarks.harness.table import Column, Group, Table, count_of, each, name_of, verdict
 from benchmarks.harness.watch import START_S
 
 BASE = "python, ddp"
@@ -74,10 +74,10 @@ def milestone(moment: str) -> Callable[[Group], list[float]]:
     return each(lambda start: max(rank[moment] for rank in start["ranks"]))
 
 
-NAME = Column("launcher, strategy", name)
+NAME = Column("launcher, strategy", name_of)
 STARTS = (
     NAME,
-    Column("starts", count),
+    Column("starts", count_of),
     Column("p50 s", each("seconds"), ".2f", median),
     Column("min s", each("seconds"), ".2f", min),
     Column("max s", each("seconds"), ".2f", max),

@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 
 from benchmarks.harness.machine import ROOT
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count
-from benchmarks.harness.table import Column, Group, Table, count, each, p99, verdict
+from benchmarks.harness.table import Column, Group, Table, count_of, each, p99, verdict
 from lightning_ckptless.membership.agent.workers import Workers
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.worker.program import Program as Script
@@ -88,7 +88,7 @@ def each_ms(quantity: str) -> Callable[[Group], list[float]]:
 
 COLUMNS = (
     Column("memory", lambda group: f"{group.name} GiB"),
-    Column("kills", count),
+    Column("kills", count_of),
     Column("detected p50 ms", each_ms("detected_s"), ".1f", median),
     Column("p99 ms", each_ms("detected_s"), ".1f", p99),
     Column("max ms", each_ms("detected_s"), ".1f", max),

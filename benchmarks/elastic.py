@@ -25,7 +25,7 @@ from benchmarks.harness.nodes import MAX_NODES, Bound, Nodes, NodesLostError, Se
 from benchmarks.harness.processes import Scratch, scratch
 from benchmarks.harness.report import Default, Program, Results, Steps, add_choice, add_count, console
 from benchmarks.harness.samples import Rows, Step, finished, first_of, tally
-from benchmarks.harness.table import Column, Group, Table, count, each, name
+from benchmarks.harness.table import Column, Group, Table, count_of, each, name_of
 from benchmarks.recovery import PHASES, phase
 from lightning_ckptless.ledger import Event
 
@@ -222,14 +222,14 @@ def fact(key: str) -> Callable[[Group], object]:
     return lambda group: group.context.get(key)
 
 
-HOW = Column("how", name)
+HOW = Column("how", name_of)
 REPLAYED = (
     Column("steps replayed p50", each("repeated_steps"), "g", median),
     Column("max", each("repeated_steps"), "g", max),
 )
 SHRINK = (
     HOW,
-    Column("kills", count),
+    Column("kills", count_of),
     Column("p50 s", each("seconds"), ".2f", median),
     Column("max s", each("seconds"), ".2f", max),
     Column("detected after p50 s", each("noticed_s"), ".2f", median),
@@ -250,7 +250,7 @@ LEDGER_NOTE = (
 )
 GROW = (
     HOW,
-    Column("returns", count),
+    Column("returns", count_of),
     Column("others paused p50 s", each("paused_s"), ".2f", median),
     Column("max s", each("paused_s"), ".2f", max),
     Column("agent start to a step of all p50 s", each("seconds"), ".2f", median),
@@ -261,7 +261,7 @@ GROW = (
 )
 SAMPLES = (
     HOW,
-    Column("kills", count),
+    Column("kills", count_of),
     Column("samples due", fact("due")),
     Column("repeated", fact("twice")),
     Column("skipped", fact("never")),

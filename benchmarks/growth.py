@@ -14,7 +14,7 @@ from benchmarks.harness import kills
 from benchmarks.harness.kills import Kill, Scenario, survived
 from benchmarks.harness.processes import ckptless_run
 from benchmarks.harness.report import Default, Program, Results
-from benchmarks.harness.table import Column, Table, each, name, verdict
+from benchmarks.harness.table import Column, Table, each, name_of, verdict
 from benchmarks.recovery import groups_of, phases_table
 
 SCENARIOS = tuple(
@@ -35,7 +35,7 @@ def tables(_: Namespace, results: Results) -> list[Table]:
     ordered = [*seconds_of.values()]
     least, most = ordered[0], ordered[-1]
     columns = (
-        Column("ranks", name),
+        Column("ranks", name_of),
         Column("kills", lambda group: len(group.context)),
         Column("p50 s", each("seconds"), ".2f", median),
         Column("max s", each("seconds"), ".2f", max),

@@ -17,7 +17,7 @@ from benchmarks.harness import kills
 from benchmarks.harness.kills import Kill, Scenario, survived, with_files
 from benchmarks.harness.processes import ckptless_run, torchrun
 from benchmarks.harness.report import Program, Results, Steps, console
-from benchmarks.harness.table import Column, Group, Table, count, each, name, p95, percentile, verdict
+from benchmarks.harness.table import Column, Group, Table, count_of, each, name_of, p95, percentile, verdict
 from benchmarks.rivals.environment import DEFAULT_PYTHON, RivalsMissingError, rivals, versions
 
 RANKS = 4
@@ -112,11 +112,11 @@ def lost_steps(group: Group) -> list[int]:
     return [kill["lost_committed_steps"] for kill in group.items if "ddp" not in group.name]
 
 
-HOW = Column("how", name)
+HOW = Column("how", name_of)
 KILLS = (
     HOW,
     Column("kills", lambda group: len(group.context)),
-    Column("survived", count),
+    Column("survived", count_of),
     Column("p50 s", each("seconds"), ".2f", median),
     Column("p95 s", each("seconds"), ".2f", p95),
     Column("max s", each("seconds"), ".2f", max),

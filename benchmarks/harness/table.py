@@ -47,11 +47,11 @@ class Group(NamedTuple):
     context: Any = None
 
 
-def name(group: Group) -> str:
+def name_of(group: Group) -> str:
     return group.name
 
 
-def count(group: Group) -> int:
+def count_of(group: Group) -> int:
     return len(group.items)
 
 
