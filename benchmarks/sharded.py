@@ -166,7 +166,7 @@ def version_costs_ms(cell: Results) -> list[float]:
 
 def plain_step_ms(cell: Results) -> float:
     """Return the median of the steps that no version affects."""
-    return 1e3 * median(step for at, step in enumerate(cell["steps_s"]) if at % EVERY in (1, 2))
+    return float(1e3 * median(step for at, step in enumerate(cell["steps_s"]) if at % EVERY in (1, 2)))
 
 
 def part_ms(name: str) -> Callable[[Results], list[float]]:

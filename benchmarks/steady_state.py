@@ -117,7 +117,7 @@ def results_of(size: str, batch: int, segments: dict[str, list[Segment]]) -> Res
 
 def step_ms(segment: Segment) -> float:
     """Return the median step of a segment in ms, on the slower rank."""
-    return 1e3 * max(median(rank["steps_s"]) for rank in segment["ranks"])
+    return float(1e3 * max(median(rank["steps_s"]) for rank in segment["ranks"]))
 
 
 def cpu_ms(segment: Segment) -> float:

@@ -82,8 +82,9 @@ class Inbox:
 
     def close(self) -> None:
         """Close all connections."""
-        for end in (self._listener, *self._workers):
-            end.close()
+        self._listener.close()
+        for wire in self._workers:
+            wire.close()
         self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
