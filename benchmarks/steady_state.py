@@ -93,13 +93,9 @@ def train(
     size: str, batch: int, options: dict[str, dict[str, Any]], plan: Plan, rounds: int, place: Scratch, steps: Steps
 ) -> Results:
     """Train a model size with `ddp`, with our strategy, and with its options, alternating."""
-    variants = {DDP: (DDP, {}), CKPTLESS: (CKPTLESS, {})} | {
-        name: (CKPTLESS, chosen) for name, chosen in options.items()
-    }
-    jobs = {
-        name: JobOptions(size, batch, strategy, chosen, RANKS, root=str(place.files), turns=True)
-        for name, (strategy, chosen) in variants.items()
-    }
+    ddp = JobOptions(size, batch, DDP, devices=RANKS, root=str(place.files), turns=True)
+    ours = {name: ddp.but(strategy=CKPTLESS, strategy_options=chosen) for name, chosen in options.items()}
+    jobs = {DDP: ddp, CKPTLESS: ddp.but(strategy=CKPTLESS), **ours}
     with running(jobs, place) as started:
         first = [note for job in started.values() for note in job.train(WARM_UP_STEPS + 4)]
         step_s = median(step for note in first for step in note.fields["steps_s"][WARM_UP_STEPS:])
