@@ -1,11 +1,19 @@
-"""Benchmarks: each program prints a table and writes JSON with the machine, the versions and all repeats.
+"""Benchmarks: each program prints tables and writes JSON with the machine, the versions and all repeats.
 
 | Program | What it measures |
 |---|---|
 | `python -m benchmarks.steady_state` | the cost of mirroring every step while nothing fails |
-| `python -m benchmarks.recovery` | SIGKILL to the first step finished by all ranks, ours and other tools |
-| `python -m benchmarks.relaunch` | the same with a relaunch of all ranks |
-| `python -m benchmarks.cold_start` | command to the first optimizer step |
 | `python -m benchmarks.interference` | the cost of the mirror thread to training, by its scheduling |
 | `python -m benchmarks.sharded` | mirroring of large models, DDP and FSDP2: bytes, staging, steps |
+| `python -m benchmarks.durable` | the cost of durable states, and when they are on disk |
+| `python -m benchmarks.device` | the cost of mirroring on a CUDA device |
+| `python -m benchmarks.recovery` | SIGKILL to the first step finished by all ranks, ours and other tools |
+| `python -m benchmarks.relaunch` | the same on two ranks, with a relaunch of all ranks |
+| `python -m benchmarks.growth` | the same by number of ranks |
+| `python -m benchmarks.detection` | SIGKILL to its detection, by the memory of the worker |
+| `python -m benchmarks.elastic` | a node is lost and rejoins: times, samples |
+| `python -m benchmarks.cold_start` | command to the first optimizer step |
+
+A program names its scenarios, its quantities and the columns of its tables. `harness` has what they share, and `jobs`
+what runs in the processes of a job. `results` has the measured tables by date, and `plots` draws those of the page.
 """

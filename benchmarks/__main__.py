@@ -26,11 +26,10 @@ def main() -> int:
     Returns:
         Exit code.
     """
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=f"The benchmarks: {', '.join(PROGRAMS)}.")
     parser.add_argument("--quick", action="store_true", help="fewer repeats: a smoke test, not a measurement")
-    parser.add_argument(
-        "--folder", type=Path, default=Path("bench"), help="folder for JSON and tables (default: bench)"
-    )
+    about = "folder for JSON and tables (default: %(default)s)"
+    parser.add_argument("--folder", type=Path, default=Path("bench"), help=about)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     for program in PROGRAMS:

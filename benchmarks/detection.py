@@ -10,18 +10,19 @@ import os
 import signal
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from statistics import median
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 
-from benchmarks import machine
-from benchmarks.quantiles import median, quantile
-from benchmarks.report import Report, base_parser, progress_bar
-from benchmarks.tables import Table, verdict
+from benchmarks.harness.machine import ROOT
+from benchmarks.harness.report import Default, Program, Results, Steps, add_count
+from benchmarks.harness.table import Column, Group, Table, count_of, each, p99, verdict
 from lightning_ckptless.membership.agent.workers import Workers
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.worker.program import Program
+from lightning_ckptless.membership.worker.program import Program as Script
 
 TARGET_MS = 50.0
 SIZES_GIB = (0.0, 1.0, 4.0)
@@ -39,25 +40,16 @@ _READY_S = 120.0
 def kill_one(parent: ForkServer, folder: Path, size_gib: float, after_s: float) -> dict[str, float]:
     """Start a worker that holds `size_gib` of memory, kill it, and measure the time to its detection.
 
-    Args:
-        parent: fork server.
-        folder: folder for the worker's output.
-        size_gib: memory that the worker touches, in GiB.
-        after_s: pause before the kill in seconds, so that kills are spread over the polling interval.
+    The kill follows a pause of `after_s`, so that kills are spread over the polling interval.
     """
     script, sign = folder / "hold.py", folder / "ready"
     script.write_text(_HOLD)
     sign.unlink(missing_ok=True)
-    program = Program("script", str(script), (str(size_gib), str(sign)))
+    logs = DefaultLogsSpecs(log_dir=str(folder), redirects=Std.ALL)
     workers = Workers(
-        lambda: parent,
-        program,
-        {0: {}},
-        base_env=dict(os.environ),
-        cwd=str(folder),
-        fresh=False,
-        logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=Std.ALL),
-    )
+        lambda: parent, Script("script", str(script), (str(size_gib), str(sign))), {0: {}}, base_env=dict(os.environ),
+        cwd=str(folder), fresh=False, logs_specs=logs,
+    )  # fmt: skip
     workers.start()
     workers.inside.add(0)
     deadline = time.monotonic() + _READY_S
@@ -78,43 +70,47 @@ def kill_one(parent: ForkServer, folder: Path, size_gib: float, after_s: float) 
         workers.close(signal.SIGKILL)
 
 
-def detection_table(results: dict[str, list[dict[str, float]]]) -> Table:
-    """Return the table of detection times."""
-    table = Table(
-        "SIGKILL to the first sign of the exit, by the memory of the worker",
-        ("memory", "kills", "detected p50 ms", "p99 ms", "max ms", "reported by the kernel p50 ms", "max ms "),
-    )
-    for size, kills in results.items():
-        detected = [1e3 * kill["detected_s"] for kill in kills]
-        reported = [1e3 * kill["reported_s"] for kill in kills]
-        figures = (median(detected), quantile(detected, 0.99), max(detected), median(reported), max(reported))
-        table.add(f"{size} GiB", len(kills), *(f"{figure:.1f}" for figure in figures))
-    everything = [1e3 * kill["detected_s"] for kills in results.values() for kill in kills]
-    table.note(f"Detected, p99 over all: {verdict(quantile(everything, 0.99), TARGET_MS, 'ms')}")
-    return table
-
-
-def main() -> None:
-    """Read the command line, measure, report."""
-    parser = base_parser(__doc__)
-    parser.add_argument("--repeats", type=int, help="kills of each size (default: 40; 3 with --quick)")
-    args = parser.parse_args()
-    repeats = args.repeats or (3 if args.quick else 40)
-    report = Report(args)
-    results: dict[str, Any] = {f"{size:g}": [] for size in SIZES_GIB}
-    with (
-        progress_bar() as progress,
-        tempfile.TemporaryDirectory() as folder,
-        ForkServer(path=[str(machine.ROOT)]) as parent,
-    ):
-        task = progress.add_task("", total=repeats * len(SIZES_GIB))
-        for number in range(repeats):
+def measure(args: Namespace, results: Results, steps: Steps) -> None:
+    """Kill a worker of each size `args.repeats` times, alternating."""
+    results |= {f"{size:g}": [] for size in SIZES_GIB}
+    steps.expect(args.repeats * len(SIZES_GIB))
+    with tempfile.TemporaryDirectory() as folder, ForkServer(path=[str(ROOT)]) as parent:
+        for number in range(args.repeats):
             for size in SIZES_GIB:
-                progress.update(task, description=f"a worker with {size:g} GiB")
+                steps.begin(f"a worker with {size:g} GiB")
                 results[f"{size:g}"].append(kill_one(parent, Path(folder), size, 0.0007 * number))
-                progress.advance(task)
-    report.finish([detection_table(results)], results)
+                steps.done()
 
+
+def each_ms(quantity: str) -> Callable[[Group], list[float]]:
+    return each(lambda kill: 1e3 * kill[quantity])
+
+
+COLUMNS = (
+    Column("memory", lambda group: f"{group.name} GiB"),
+    Column("kills", count_of),
+    Column("detected p50 ms", each_ms("detected_s"), ".1f", median),
+    Column("p99 ms", each_ms("detected_s"), ".1f", p99),
+    Column("max ms", each_ms("detected_s"), ".1f", max),
+    Column("reported by the kernel p50 ms", each_ms("reported_s"), ".1f", median),
+    Column("max ms", each_ms("reported_s"), ".1f", max),
+)
+
+
+def tables(_: Namespace, results: Results) -> list[Table]:
+    groups = [Group(size, kills) for size, kills in results.items()]
+    detected_ms = [value for group in groups for value in each_ms("detected_s")(group)]
+    notes = [f"Detected, p99 over all: {verdict(p99(detected_ms), TARGET_MS, 'ms')}"]
+    return [
+        Table.of("SIGKILL to the first sign of the exit, by the memory of the worker", groups, *COLUMNS, notes=notes)
+    ]
+
+
+def options(parser: ArgumentParser) -> None:
+    add_count(parser, "--repeats", Default(40, 3), "kills of each size")
+
+
+PROGRAM = Program(__doc__, measure, tables, options)
 
 if __name__ == "__main__":
-    main()
+    PROGRAM.main()

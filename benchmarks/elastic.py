@@ -12,20 +12,21 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-from dataclasses import dataclass
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from rich.progress import Progress
 
-from benchmarks.elastic_nodes import MAX_NODES, Bound, Nodes, NodesLostError, Setup, run_undisturbed
-from benchmarks.elastic_tables import exactness_table, grow_table, phases_table, shrink_table
-from benchmarks.quantiles import median
-from benchmarks.report import Report, base_parser, console, progress_bar
-from benchmarks.samples import Row, Rows, Step, finished, first_of, last_before, tally
-from benchmarks.scratch import Scratch, scratch
+from benchmarks.harness.nodes import MAX_NODES, Bound, Nodes, NodesLostError, Setup, run_undisturbed
+from benchmarks.harness.processes import Scratch, scratch
+from benchmarks.harness.report import Default, Program, Results, Steps, add_choice, add_count, console
+from benchmarks.harness.samples import Rows, Step, finished, first_of, tally
+from benchmarks.harness.table import Column, Group, Table, count_of, each, name_of
+from benchmarks.recovery import PHASES, phase
 from lightning_ckptless.ledger import Event
 
 EVERY = 50
@@ -46,24 +47,78 @@ SETUPS = (
 Found = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Size:
-    """How much a job trains.
+# ---------------------------------------------------------------------- measurement
 
-    Args:
-        samples: size of the dataset.
-        epochs: number of epochs.
-        pace_s: seconds added to each step while nodes are missing.
-    """
 
-    samples: int
-    epochs: int
-    pace_s: float
+def measure(args: Namespace, results: Results, steps: Steps) -> None:
+    """Measure every setup, and store the results as they arrive."""
+    setups = [setup for setup in SETUPS if not args.only or setup.name in args.only]
+    chance = random.Random(args.seed)
+    results["setups"] = {}
+    steps.expect(len(setups) + 2)
+    with scratch() as place:
+        undisturbed: dict[bool, Path | None] = {}
+        for sharded in (False, True):
+            steps.begin(f"undisturbed, {'FSDP2' if sharded else 'DDP'}")
+            if any(setup.sharded == sharded for setup in setups):
+                undisturbed[sharded] = train_undisturbed(Setup("", sharded=sharded), place, size_of(args))
+            steps.done()
+        for setup in setups:
+            steps.begin(setup.name)
+            results["setups"][setup.name] = train(setup, args, place, chance, undisturbed[setup.sharded])
+            steps.done()
 
-    @property
-    def words(self) -> tuple[str, ...]:
-        """Arguments of the script."""
-        return f"--samples={self.samples}", f"--epochs={self.epochs}", f"--pace={self.pace_s}"
+
+def counts_of(args: Namespace) -> dict[str, int]:
+    """Return the size of the dataset, and the number of epochs."""
+    return {"samples": args.steps * MAX_NODES * 3, "epochs": args.repeats + 2}
+
+
+def size_of(args: Namespace) -> tuple[str, ...]:
+    """Return the arguments of the script that say how much it trains, and its pace while nodes are missing."""
+    return (*(f"--{name}={count}" for name, count in counts_of(args).items()), f"--pace={args.pace}")
+
+
+def train_undisturbed(setup: Setup, place: Scratch, size: tuple[str, ...]) -> Path | None:
+    """Return the folder of an undisturbed run; None if it failed."""
+    folder = place.files / f"undisturbed-{setup.sharded}"
+    folder.mkdir()
+    try:
+        run_undisturbed(setup, folder, place.arenas, size)
+    except (NodesLostError, subprocess.TimeoutExpired) as error:
+        console.print(f"nothing to compare with, the undisturbed run failed: {error}", markup=False)
+        return None
+    return folder
+
+
+def train(setup: Setup, args: Namespace, place: Scratch, chance: random.Random, undisturbed: Path | None) -> Found:
+    """Run one job with `args.repeats` losses and returns, then count samples and compare weights."""
+    folder = place.files / f"job-{SETUPS.index(setup)}"
+    folder.mkdir()
+    found: Found = {"cycles": [], "failed": ""}
+    with Nodes(setup, folder, place.arenas, size_of(args), bound_of(args)) as nodes:
+        try:
+            for number in range(MAX_NODES):
+                nodes.start(number)
+            after = 0.0
+            for number in range(args.repeats):
+                found["cycles"].append(cycle(nodes, 1 + number % (MAX_NODES - 1), chance, after))
+                after = found["cycles"][-1]["full_at"]
+            nodes.wait()
+            counted = tally(Rows(folder).look(), **counts_of(args))
+            found |= {"due": counted.due, "twice": counted.twice, "never": counted.never}
+            if undisturbed is not None:
+                found |= {"weight": furthest(folder, undisturbed), "loss": furthest_loss(folder, undisturbed)}
+        except (NodesLostError, subprocess.TimeoutExpired) as error:
+            console.print(f"{setup.name}: {error}", markup=False)
+            found["failed"] = str(error)
+        if not setup.checkpoint_every:
+            add_ledger(found["cycles"], nodes.events())
+    return found
+
+
+def bound_of(args: Namespace) -> Bound:
+    return Bound(args.keep_alive_interval, args.keep_alive_max_attempt)
 
 
 def cycle(nodes: Nodes, victim: int, chance: random.Random, after: float) -> Found:
@@ -78,61 +133,44 @@ def cycle(nodes: Nodes, victim: int, chance: random.Random, after: float) -> Fou
     Raises:
         NodesLostError: If the others, or later all nodes, do not continue.
     """
+    few, all_nodes = MAX_NODES - 1, MAX_NODES
 
-    def made(world: int, steps: int, since: float) -> bool | None:
-        return sum(step.world == world and step.at > since for step in finished(nodes.seen.look())) >= steps or None
+    def until_made(world: int, steps: int, since: float, timeout_s: float = START_S) -> None:
+        def made(_: object) -> bool | None:
+            return sum(step.world == world and step.at > since for step in finished(nodes.seen.look())) >= steps or None
 
-    begin = SPARE_STEPS + chance.randrange(RANDOM_STEPS)
-    nodes.until(lambda _: made(MAX_NODES, begin, after), START_S, f"{begin} steps of {MAX_NODES} ranks")
-    slowed_at = nodes.slow_down()
-    nodes.until(lambda _: made(MAX_NODES, SPARE_STEPS, slowed_at), START_S, "steps at the slower pace")
+        nodes.until(made, timeout_s, f"{steps} steps of {world} ranks")
+
+    def first_step(world: int, since: float) -> Step:
+        awaited = f"a step of {world} ranks"
+        return nodes.until(lambda rows: first_of(finished(rows), world, after=since), TIMEOUT_S, awaited)
+
+    until_made(all_nodes, SPARE_STEPS + chance.randrange(RANDOM_STEPS), after)
+    until_made(all_nodes, SPARE_STEPS, nodes.slow_down())
     killed_at = nodes.kill(victim)
-    small = nodes.until(
-        lambda rows: _first(rows, MAX_NODES - 1, killed_at), TIMEOUT_S, f"a step of {MAX_NODES - 1} ranks"
-    )
-    nodes.until(
-        lambda _: made(MAX_NODES - 1, SPARE_STEPS, killed_at), TIMEOUT_S, f"more steps of {MAX_NODES - 1} ranks"
-    )
+    small = first_step(few, killed_at)
+    until_made(few, SPARE_STEPS, killed_at, TIMEOUT_S)
     came_at = nodes.start(victim)
-    full = nodes.until(lambda rows: _first(rows, MAX_NODES, came_at), TIMEOUT_S, f"a step of {MAX_NODES} ranks again")
+    full = first_step(all_nodes, came_at)
     nodes.speed_up()
     steps = finished(nodes.seen.look())
-    return {
-        "victim": victim, "killed_at": killed_at, "came_at": came_at, "full_at": full.at,
-        "shrink": shrunk(steps, killed_at, small), "grow": grown(steps, came_at, full),
-    }  # fmt: skip
-
-
-def _first(rows: list[Row], world: int, after: float) -> Step | None:
-    return first_of(finished(rows), world, after=after)
+    moments = {"victim": victim, "killed_at": killed_at, "came_at": came_at, "full_at": full.at}
+    return {**moments, "shrink": shrunk(steps, killed_at, small), "grow": grown(steps, came_at, full)}
 
 
 def shrunk(steps: list[Step], killed_at: float, small: Step) -> Found:
-    """Return the cost of losing a node.
-
-    Args:
-        steps: finished steps, by time.
-        killed_at: wall clock of the kill.
-        small: first step of the remaining nodes.
-    """
+    """Return the cost of losing a node, given all finished steps and the first one of the remaining nodes."""
     before = [step for step in steps if step.at < killed_at][-SPARE_STEPS:]
-    took_s = [after.at - at.at for at, after in pairwise(before)]
     return {
         "seconds": small.at - killed_at,
-        "step_s": median(took_s),
+        "step_s": median(after.at - at.at for at, after in pairwise(before)),
         "repeated_steps": before[-1].number + 1 - small.number,
     }
 
 
 def grown(steps: list[Step], came_at: float, full: Step) -> Found:
-    """Return the cost of a node's return to the others.
-
-    Args:
-        steps: finished steps, by time.
-        came_at: wall clock at which its agent was started.
-        full: first step of all nodes.
-    """
-    last = last_before(steps, full.at)
+    """Return the cost of a node's return to the others, given all finished steps and the first one of all nodes."""
+    last = [step for step in steps if step.at < full.at][-1]
     return {
         "paused_s": full.at - last.at,
         "seconds": full.at - came_at,
@@ -141,61 +179,17 @@ def grown(steps: list[Step], came_at: float, full: Step) -> Found:
     }
 
 
-def with_accounts(cycles: list[Found], events: tuple[Event, ...]) -> None:
+def add_ledger(cycles: list[Found], events: tuple[Event, ...]) -> None:
     """Add to every cycle what the ledger recorded about it."""
     for found in cycles:
         kinds = {"shrink": (found["killed_at"], found["came_at"]), "grow": (found["came_at"], found["full_at"] + 5.0)}
         for kind, (begin, end) in kinds.items():
-            within = [event for event in events if begin < event.at < end]
-            noticed = [event.at - begin for event in within if event.event == "node_lost"]
-            accounts = [event.fields for event in within if event.event == "recovery"]
-            found[kind]["events"] = [
-                (event.event, round(event.at - begin, 3), event.fields.get("node")) for event in within
-            ]
+            within = [(event, event.at - begin) for event in events if begin < event.at < end]
+            noticed = [at for event, at in within if event.event == "node_lost"]
+            accounts = [event.fields for event, _ in within if event.event == "recovery"]
+            found[kind]["events"] = [(event.event, round(at, 3), event.fields.get("node")) for event, at in within]
             found[kind] |= {"noticed_s": min(noticed)} if noticed else {}
             found[kind] |= {"ledger": accounts[0]} if accounts else {}
-
-
-def job(setup: Setup, args: Any, size: Size, place: Scratch, chance: random.Random, undisturbed: Path | None) -> Found:
-    """Run one job with `args.repeats` losses and returns, then count samples and compare weights.
-
-    Args:
-        setup: how the job continues without a node.
-        args: options of the command line.
-        size: how much the job trains.
-        place: folders for its files and arenas.
-        chance: random generator for the moments.
-        undisturbed: folder of the undisturbed run; None if there is nothing to compare with.
-    """
-    folder = place.files / f"job-{SETUPS.index(setup)}"
-    folder.mkdir()
-    found: Found = {"cycles": [], "failed": ""}
-    bound = Bound(args.keep_alive_interval, args.keep_alive_max_attempt)
-    with Nodes(setup, folder, place.arenas, size.words, bound) as nodes:
-        try:
-            for number in range(MAX_NODES):
-                nodes.start(number)
-            after = 0.0
-            for number in range(args.repeats):
-                found["cycles"].append(cycle(nodes, 1 + number % (MAX_NODES - 1), chance, after))
-                after = found["cycles"][-1]["full_at"]
-            nodes.wait()
-            found |= ended(folder, undisturbed, size)
-        except (NodesLostError, subprocess.TimeoutExpired) as error:
-            console.print(f"{setup.name}: {error}", markup=False)
-            found["failed"] = str(error)
-        if not setup.checkpoint_every:
-            with_accounts(found["cycles"], nodes.events())
-    return found
-
-
-def ended(folder: Path, undisturbed: Path | None, size: Size) -> Found:
-    """Return the results of a job that has ended: samples, weights, losses."""
-    counted = tally(Rows(folder).look(), samples=size.samples, epochs=size.epochs)
-    found: Found = {"due": counted.due, "twice": counted.twice, "never": counted.never}
-    if undisturbed is not None:
-        found |= {"weight": furthest(folder, undisturbed), "loss": furthest_loss(folder, undisturbed)}
-    return found
 
 
 def furthest(left: Path, right: Path) -> float:
@@ -216,65 +210,122 @@ def losses(folder: Path) -> dict[int, float]:
     return {row["epoch"]: row["loss"] for row in rows}
 
 
-def run(args: Any, results: dict[str, Found], progress: Progress) -> None:
-    """Measure every setup, and store the results as they arrive."""
-    setups = [setup for setup in SETUPS if not args.only or setup.name in args.only]
-    size = Size(args.steps * MAX_NODES * 3, args.repeats + 2, args.pace)
-    chance = random.Random(args.seed)
-    task = progress.add_task("", total=len(setups) + 2)
-    with scratch() as place:
-        undisturbed: dict[bool, Path | None] = {False: None, True: None}
-        for sharded in undisturbed:
-            progress.update(task, description=f"undisturbed, {'FSDP2' if sharded else 'DDP'}")
-            if any(setup.sharded == sharded for setup in setups):
-                undisturbed[sharded] = _undisturbed(sharded, place, size)
-            progress.advance(task)
-        for setup in setups:
-            progress.update(task, description=setup.name)
-            results[setup.name] = job(setup, args, size, place, chance, undisturbed[setup.sharded])
-            progress.advance(task)
+# ---------------------------------------------------------------------- tables
 
 
-def _undisturbed(sharded: bool, place: Scratch, size: Size) -> Path | None:
-    folder = place.files / f"undisturbed-{'fsdp2' if sharded else 'ddp'}"
-    folder.mkdir()
-    try:
-        run_undisturbed(Setup("", sharded=sharded), folder, place.arenas, size.words)
-    except (NodesLostError, subprocess.TimeoutExpired) as error:
-        console.print(f"nothing to compare with, the undisturbed run failed: {error}", markup=False)
-        return None
-    return folder
+def beyond_s(group: Group) -> list[float]:
+    """Return the seconds from the detection of each loss to the first step of the others."""
+    return [one["seconds"] - one["noticed_s"] for one in group.items if "noticed_s" in one]
 
 
-def main() -> None:
-    """Read the command line, measure, report."""
-    parser = base_parser(__doc__)
-    parser.add_argument("--repeats", type=int, help="kills of each setup (default: 3; 1 with --quick)")
-    parser.add_argument("--steps", type=int, default=300, help="steps per epoch (default: 300)")
-    parser.add_argument(
-        "--pace", type=float, default=0.1, help="seconds between two steps while a node is missing (default: 0.1)"
+def fact(key: str) -> Callable[[Group], object]:
+    return lambda group: group.context.get(key)
+
+
+HOW = Column("how", name_of)
+REPLAYED = (
+    Column("steps replayed p50", each("repeated_steps"), "g", median),
+    Column("max", each("repeated_steps"), "g", max),
+)
+SHRINK = (
+    HOW,
+    Column("kills", count_of),
+    Column("p50 s", each("seconds"), ".2f", median),
+    Column("max s", each("seconds"), ".2f", max),
+    Column("detected after p50 s", each("noticed_s"), ".2f", median),
+    Column("from there p50 s", beyond_s, ".2f", median),
+    Column("max s", beyond_s, ".2f", max),
+    Column("one step s", each("step_s"), ".2f", median),
+    *REPLAYED,
+)
+LEDGER = (
+    HOW,
+    Column("change", fact("change")),
+    Column("recovery", lambda group: ", ".join(sorted({one["ledger"]["rung"] for one in group.items}))),
+    *map(phase, (*PHASES, "total_s")),
+)
+LEDGER_NOTE = (
+    "detect: from the last heartbeat of the lost node until the ranks are notified, or ended, which is after the "
+    "agents have re-rendezvoused; zero at the return of a node, since no rank is lost then."
+)
+GROW = (
+    HOW,
+    Column("returns", count_of),
+    Column("others paused p50 s", each("paused_s"), ".2f", median),
+    Column("max s", each("paused_s"), ".2f", max),
+    Column("agent start to a step of all p50 s", each("seconds"), ".2f", median),
+    Column("max s", each("seconds"), ".2f", max),
+    Column("steps of the others in the meantime p50", each("steps_meanwhile"), "g", median),
+    Column("max", each("steps_meanwhile"), "g", max),
+    *REPLAYED,
+)
+SAMPLES = (
+    HOW,
+    Column("kills", count_of),
+    Column("samples due", fact("due")),
+    Column("repeated", fact("twice")),
+    Column("skipped", fact("never")),
+    Column("largest difference of a weight", fact("weight"), ".1e"),
+    Column("of an epoch's loss, relative", fact("loss"), ".1e"),
+)
+SAMPLES_NOTE = (
+    "Counted from what each rank has recorded, without the steps that were rolled back. Repeated: a sample that an "
+    "epoch uses a second time. Skipped: a sample that an epoch does not use."
+)
+
+
+def shrink_notes(setups: Mapping[str, Found], bound: Bound) -> list[str]:
+    lost = (
+        f"A node is lost after {bound.interval_s * (bound.attempts + 1)} s without a heartbeat: "
+        f"keep_alive_interval={bound.interval_s} x keep_alive_max_attempt={bound.attempts} plus one interval, counted "
+        f"from its last heartbeat. Detected: the ledger's `node_lost`. {bound.last_call_s} s of the time from there is "
+        "last_call_timeout, during which the rendezvous waits for another node; its agents poll once a second."
     )
-    parser.add_argument(
-        "--keep-alive-interval", type=int, default=1, help="keep_alive_interval of the rendezvous, in s (default: 1)"
+    theirs = (
+        "torchrun's agents do not report when they detect the loss: their workers fail immediately, and the rendezvous "
+        f"waits {bound.interval_s * bound.attempts} s before it removes the lost node."
     )
-    parser.add_argument(
-        "--keep-alive-max-attempt", type=int, default=4, help="keep_alive_max_attempt of the rendezvous (default: 4)"
-    )
-    parser.add_argument("--seed", type=int, default=1, help="seed of the moments (default: 1)")
-    parser.add_argument("--only", nargs="+", choices=[setup.name for setup in SETUPS], help="setups (default: all)")
-    args = parser.parse_args()
-    args.repeats = args.repeats or (1 if args.quick else 3)
-    report = Report(args)
-    results: dict[str, Found] = {}
-    try:
-        with progress_bar() as progress:
-            run(args, results, progress)
-    finally:
-        # An interrupted run still reports what was measured until then.
-        bound = Bound(args.keep_alive_interval, args.keep_alive_max_attempt)
-        tables = [shrink_table(results, bound), phases_table(results), grow_table(results), exactness_table(results)]
-        report.finish(tables, {"setups": results})
+    failed = [f"{name}: {found['failed'].splitlines()[0]}" for name, found in setups.items() if found["failed"]]
+    return [lost, theirs, *failed]
 
+
+def tables(args: Namespace, results: Results) -> list[Table]:
+    setups: dict[str, Found] = results["setups"]
+    losses_of, returns_of = (
+        [Group(setup, [cycle[kind] for cycle in found["cycles"]], found) for setup, found in setups.items()]
+        for kind in ("shrink", "grow")
+    )
+    ledger = [
+        Group(group.name, with_ledger, {"change": change})
+        for lost, came in zip(losses_of, returns_of, strict=True)
+        for group, change in ((lost, "4 to 3"), (came, "3 to 4"))
+        if (with_ledger := [one for one in group.items if "ledger" in one])
+    ]
+    counted = [group for group in losses_of if "due" in group.context]
+    kill = "A node of four is killed, to the first step finished by all of the other three"
+    samples = "Samples used in all epochs, and the result compared with an undisturbed run"
+    returned = [group for group in returns_of if group.items]
+    paused = "Paused: from the last step of three ranks to the first of four, slowest rank."
+    return [
+        Table.of(kill, losses_of, *SHRINK, notes=shrink_notes(setups, bound_of(args))),
+        Table.of("Phases according to the ledger, medians in s", ledger, *LEDGER, notes=[LEDGER_NOTE]),
+        Table.of("The node rejoins", returned, *GROW, notes=[paused]),
+        Table.of(samples, counted, *SAMPLES, notes=[SAMPLES_NOTE]),
+    ]
+
+
+def options(parser: ArgumentParser) -> None:
+    add_count(parser, "--repeats", Default(3, 1), "kills of each setup")
+    add_count(parser, "--steps", 300, "steps per epoch")
+    about = "seconds between two steps while a node is missing (default: %(default)s)"
+    parser.add_argument("--pace", type=float, default=0.1, help=about)
+    add_count(parser, "--keep-alive-interval", 1, "keep_alive_interval of the rendezvous, in s")
+    add_count(parser, "--keep-alive-max-attempt", 4, "keep_alive_max_attempt of the rendezvous")
+    add_count(parser, "--seed", 1, "seed of the moments")
+    add_choice(parser, "--only", [setup.name for setup in SETUPS], "setups")
+
+
+PROGRAM = Program(__doc__, measure, tables, options, shows_parts=True)
 
 if __name__ == "__main__":
-    main()
+    PROGRAM.main()

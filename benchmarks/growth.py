@@ -6,58 +6,53 @@ for a core, also during recovery: the phases show what grows with the protocol a
 
 from __future__ import annotations
 
-from typing import Any
+from argparse import Namespace
+from functools import partial
+from statistics import median
 
-from benchmarks.kills import Opponent, add_options, complete, run
-from benchmarks.processes import with_ckptless_run
-from benchmarks.quantiles import median
-from benchmarks.recovery_tables import phases_of_kinds_table
-from benchmarks.relaunch_tables import survived
-from benchmarks.report import Report, base_parser, progress_bar
-from benchmarks.tables import Table, verdict
+from benchmarks.harness import kills
+from benchmarks.harness.kills import Kill, Scenario, survived
+from benchmarks.harness.processes import ckptless_run
+from benchmarks.harness.report import Default, Program, Results
+from benchmarks.harness.table import Column, Table, each, name_of, verdict
+from benchmarks.recovery import groups_of, phases_table
 
-EVERY = 10
-OPPONENTS = tuple(
-    Opponent(f"{ranks} ranks", with_ckptless_run, ranks=ranks, every=EVERY, strategy_options={"standbys": 1})
+SCENARIOS = tuple(
+    Scenario(f"{ranks} ranks", ckptless_run(), ranks=ranks, every=10, strategy_options={"standbys": 1})
     for ranks in (2, 4, 8)
 )
 TARGET = 1.3
 
 
-def growth_table(results: dict[str, Any]) -> Table:
-    """Return the table of recovery times, with regroup and restore relative to those of two ranks."""
-    table = Table(
-        "Recovery in place with a standby, by ranks",
-        ("ranks", "kills", "p50 s", "max s", "regroup + restore s", "growth"),
+def regroup_and_restore_s(found: list[Kill]) -> float:
+    phases = [kill["ledger"]["phases"] for kill in survived(found) if "ledger" in kill]
+    return float(median(phase["regroup_s"] + phase["restore_s"] for phase in phases))
+
+
+def tables(_: Namespace, results: Results) -> list[Table]:
+    """Return the table of recovery times, with regroup and restore relative to the fewest ranks, and of the phases."""
+    seconds_of = {ranks: regroup_and_restore_s(found) for ranks, found in results["kills"].items()}
+    ordered = [*seconds_of.values()]
+    least, most = ordered[0], ordered[-1]
+    columns = (
+        Column("ranks", name_of),
+        Column("kills", lambda group: len(group.context)),
+        Column("p50 s", each("seconds"), ".2f", median),
+        Column("max s", each("seconds"), ".2f", max),
+        Column("regroup + restore s", lambda group: seconds_of[group.name], ".3f"),
+        Column("growth", lambda group: f"{seconds_of[group.name] / least:.2f}x"),
     )
-    seconds = {name: _regroup_and_restore_s(kills) for name, kills in results["kills"].items()}
-    smallest_s = next(iter(seconds.values()))
-    for name, kills in results["kills"].items():
-        good = [kill["seconds"] for kill in survived(kills)]
-        grown = f"{seconds[name] / smallest_s:.2f}x" if good else ""
-        table.add(name, len(kills), f"{median(good):.2f}", f"{max(good):.2f}", f"{seconds[name]:.3f}", grown)
-    largest_s = [*seconds.values()][-1]
-    table.note(f"From {OPPONENTS[0].name} to {OPPONENTS[-1].name}: {verdict(largest_s / smallest_s, TARGET, 'x')}")
-    return table
+    notes = [f"From {SCENARIOS[0].name} to {SCENARIOS[-1].name}: {verdict(most / least, TARGET, 'x')}"]
+    title = "Recovery in place with a standby, by ranks"
+    return [Table.of(title, groups_of(results), *columns, notes=notes), phases_table(results)]
 
 
-def _regroup_and_restore_s(kills: list[Any]) -> float:
-    phases = [kill["ledger"]["phases"] for kill in survived(kills) if "ledger" in kill]
-    return median([phase["regroup_s"] + phase["restore_s"] for phase in phases])
-
-
-def main() -> None:
-    """Read the command line, measure, report."""
-    parser = base_parser(__doc__)
-    add_options(parser, OPPONENTS, repeats=12, block=4)
-    parser.set_defaults(size="tiny")
-    args = complete(parser.parse_args())
-    args.stock_tries = 0
-    report = Report(args)
-    with progress_bar() as progress:
-        results = run(args, OPPONENTS, progress)
-    report.finish([growth_table(results), phases_of_kinds_table(results)], results)
-
+PROGRAM = Program(
+    __doc__,
+    partial(kills.measure, every_scenario=SCENARIOS),
+    tables,
+    partial(kills.add_options, scenarios=SCENARIOS, repeats=12, block=4, size="tiny", tries=Default(0, 0)),
+)
 
 if __name__ == "__main__":
-    main()
+    PROGRAM.main()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from benchmarks.job import JobOptions
-from benchmarks.kills import EVERY, Opponent
-from benchmarks.machine import ROOT
+from benchmarks.harness.kills import CHECKPOINT_EVERY, Scenario
+from benchmarks.harness.machine import ROOT
+from benchmarks.jobs.job import JobOptions
 
 DEFAULT_PYTHON = ROOT / ".venv-rivals" / "bin" / "python"
-NVRX = f"nvidia-resiliency-ext in process, ddp + ModelCheckpoint({EVERY})"
+NVRX = f"nvidia-resiliency-ext in process, ddp + ModelCheckpoint({CHECKPOINT_EVERY})"
 TORCHFT, TORCHFT_UNMODIFIED = "torchft, with its gradient hook patched", "torchft, unmodified"
 PACKAGES = ("nvidia-resiliency-ext", "torchft", "lightning", "torch")
 _ASK = """
@@ -30,24 +31,16 @@ def with_supervisor(options: JobOptions, *, python: Path) -> list[str]:
     return [str(python), "-m", "benchmarks.rivals.supervisor", *options.to_arguments()]
 
 
-def rivals(python: Path, ranks: int, every: int) -> tuple[Opponent, ...]:
-    """Return the jobs of both rivals in their best configuration, and of torchft without our patch.
-
-    Args:
-        python: interpreter of their environment.
-        ranks: ranks of a job.
-        every: minimum steps between two kills, for jobs without checkpoint files.
-    """
+def rivals(python: Path, ranks: int, every: int) -> tuple[Scenario, ...]:
+    """Return the jobs of both rivals in their best configuration, and of torchft without our patch."""
     command = partial(with_supervisor, python=python)
     # Do not load this package there, and suppress the messages that the rivals' polling triggers in torch.
     env = (("TORCH_DEVICE_BACKEND_AUTOLOAD", "0"), ("TORCH_CPP_LOG_LEVEL", "ERROR"))
-    unmodified = {"patched": False}
+    patched = Scenario(TORCHFT, command, "torchft", env=env, ranks=ranks, every=every)
     return (
-        Opponent(NVRX, command, "nvrx", EVERY, env, ranks, kills_of_a_job=1),
-        Opponent(TORCHFT, command, "torchft", env=env, ranks=ranks, every=every),
-        Opponent(
-            TORCHFT_UNMODIFIED, command, "torchft", env=env, ranks=ranks, every=every, strategy_options=unmodified
-        ),
+        Scenario(NVRX, command, "nvrx", CHECKPOINT_EVERY, env, ranks, kills_of_a_job=1),
+        patched,
+        replace(patched, name=TORCHFT_UNMODIFIED, strategy_options={"patched": False}),
     )
 
 

@@ -7,7 +7,9 @@ Written as a user would: the wrapped function re-creates everything and resumes 
 
 import gc
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -17,11 +19,11 @@ from nvidia_resiliency_ext.inprocess.rank_assignment import FillGaps, MaxActiveW
 from torch.distributed import TCPStore, group, init_process_group  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 
-from benchmarks import training
-from benchmarks.gpt import random_tokens
-from benchmarks.job import JobOptions
+from benchmarks.harness.wire import Wire
+from benchmarks.jobs import training
+from benchmarks.jobs.gpt import random_tokens
+from benchmarks.jobs.job import JobOptions
 from benchmarks.rivals.supervisor import GROUP_PORT
-from benchmarks.wire import Wire
 
 POLL_INTERVAL = timedelta(milliseconds=50)
 """Polling interval of its threads and processes; the default is one second."""
@@ -29,8 +31,12 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=1)
 """Timeout of a collective. The wrapper cannot abort gloo, so a rank whose peer has left waits this long."""
 
 
+def prepare(options: JobOptions) -> Callable[[Wire], None]:
+    """Return the function that trains with the given options until stopped."""
+    return partial(train, options)
+
+
 def train(options: JobOptions, wire: Wire) -> None:
-    """Train with the given options until stopped."""
     warm_up(options)
     leads = os.environ["RANK"] == "0"
     base = TCPStore(os.environ["MASTER_ADDR"], int(os.environ[GROUP_PORT]), is_master=leads, wait_for_workers=False)

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
-from benchmarks.job import JobOptions
+from benchmarks.jobs.job import JobOptions
 
 LOOPBACK = "127.0.0.1"
 GROUP_PORT = "GROUP_PORT"
@@ -34,11 +34,7 @@ def adopt_orphans() -> None:
 def supervise(words: list[str], ranks: int, env: Mapping[str, str], *, again: bool) -> None:
     """Run one process per rank until all have exited; kill all of them if interrupted.
 
-    Args:
-        words: command line of each process, which receives `RANK` and `WORLD_SIZE`.
-        ranks: number of processes.
-        env: variables to add to those of this process.
-        again: whether to restart a process that has exited, whatever its exit code.
+    Each receives `RANK` and `WORLD_SIZE`. With `again`, one that has exited is restarted, whatever its exit code.
     """
     running: dict[int, int] = {}
 
@@ -87,7 +83,7 @@ def lighthouse(ranks: int) -> Iterator[str]:
 def main() -> None:
     """Supervise the job of a rival until it ends or this process is terminated."""
     options = JobOptions.from_arguments()
-    ranks, words = options.devices, [sys.executable, "-m", "benchmarks.rivals.job", *options.to_arguments()]
+    ranks, words = options.devices, [sys.executable, "-m", "benchmarks.jobs.job", *options.to_arguments()]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     adopt_orphans()
     if options.strategy == "torchft":

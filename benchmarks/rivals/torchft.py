@@ -8,7 +8,9 @@ committed is replayed with its own batch.
 # No postponed annotations: torch inspects those of the hook.
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,20 +20,22 @@ from torch.futures import Future
 from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
 from torchft.process_group import ProcessGroupDummy
 
-from benchmarks.fingerprint import fingerprint
-from benchmarks.gpt import GPT
-from benchmarks.job import JobOptions
-from benchmarks.rivals.batches import Batches
+from benchmarks.harness.wire import Wire
+from benchmarks.jobs.gpt import GPT, Batches, fingerprint
+from benchmarks.jobs.job import JobOptions
 from benchmarks.rivals.supervisor import LOOPBACK
-from benchmarks.wire import Wire
 
 SAMPLES = 4096
 COLLECTIVE_TIMEOUT = timedelta(seconds=5)
 """Timeout of a collective: a replica that is not a ring neighbour of the lost one waits this long."""
 
 
+def prepare(options: JobOptions) -> Callable[[Wire], None]:
+    """Return the function that trains with the given options until stopped."""
+    return partial(train, options)
+
+
 def train(options: JobOptions, wire: Wire) -> None:
-    """Train with the given options until stopped."""
     wire.send("fit")
     replica = int(os.environ["RANK"])
     torch.manual_seed(11)
@@ -47,16 +51,9 @@ def train(options: JobOptions, wire: Wire) -> None:
         ProcessGroupGloo(timeout=COLLECTIVE_TIMEOUT),
         load,
         lambda: {"model": model.state_dict(), "optimizer": adam.state_dict()},
-        min_replica_size=options.devices,
-        use_async_quorum=False,
-        init_sync=False,
-        rank=0,
-        world_size=1,
-        store_addr=LOOPBACK,
-        store_port=store.port,
-        hostname=LOOPBACK,
-        replica_id=f"replica-{replica}",
-    )
+        min_replica_size=options.devices, use_async_quorum=False, init_sync=False, rank=0, world_size=1,
+        store_addr=LOOPBACK, store_port=store.port, hostname=LOOPBACK, replica_id=f"replica-{replica}",
+    )  # fmt: skip
     patched = options.strategy_options.get("patched", True)
     wrapped = patched_ddp(manager, model) if patched else DistributedDataParallel(manager, model)
     optimizer = Optimizer(manager, adam)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from benchmarks.report import console, progress_bar
+from benchmarks.harness.report import console, progress_bar
 from benchmarks.soak import nodes, one_node
 from benchmarks.soak.draw import scenario
 from benchmarks.soak.processes import mark

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lightning_ckptless.ledger import Event
 from lightning_ckptless.protocol.versions import Version
@@ -151,8 +150,3 @@ def times_of(recoveries: Sequence[Recovered], bounds: dict[str, float], silent_s
         if one.total_s > bound_s:
             found.append(f"{one.kind}, {one.rung}: {one.total_s:.1f} s, more than {bound_s:.0f} s")
     return found
-
-
-def as_json(recoveries: Sequence[Recovered]) -> list[dict[str, Any]]:
-    """Return recoveries as values for JSON."""
-    return [vars(one) for one in recoveries]

@@ -11,13 +11,14 @@ from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.harness.processes import ENVIRONMENT
 from benchmarks.soak.bounds import bounds_s, deadline_s, silent_s
 from benchmarks.soak.evidence import commits_of, lost_steps, outcome_of, recoveries_of, times_of
-from benchmarks.soak.outside import OutsideFaults, fill_disk, flip_bytes, limit_memory, send, sidecar_of
+from benchmarks.soak.outside import Action, OutsideFaults, fill_disk, flip_bytes, limit_memory, send, sidecar_of
 from benchmarks.soak.processes import busy_cores, left_over
 from benchmarks.soak.results import Result
 from benchmarks.soak.scenario import OutsideFault, OutsideKind, Scenario
-from benchmarks.soak.stage import ENVIRONMENT, Place, Undisturbed, open_files, place_for, temporary_files_in
+from benchmarks.soak.stage import Place, Undisturbed, open_files, place_for, temporary_files_in
 from benchmarks.soak.stuck import dump_before
 from benchmarks.soak.watching import View, Watch
 from lightning_ckptless import environment
@@ -28,8 +29,6 @@ from lightning_ckptless.testing.drill import Ladder, Progress, Variant, run_vari
 from lightning_ckptless.testing.fault_marks import FaultMarks
 from tests.faults.conftest import command_for
 from tests.lab.parts import Options
-
-Action = Callable[[OutsideFault, View], str | None]
 
 
 def options_of(scenario: Scenario, place: Place) -> Options:
@@ -111,7 +110,7 @@ def _strike(
             )
         except TimeLimitError:
             found = None
-    return found, [one.fault for one in outside.struck]
+    return found, outside.struck
 
 
 def _actions(place: Place, parent: ForkServer, scenario: Scenario) -> dict[OutsideKind, Action]:
@@ -119,23 +118,22 @@ def _actions(place: Place, parent: ForkServer, scenario: Scenario) -> dict[Outsi
     chance = random.Random(f"bytes {scenario.seed}")
 
     def to_rank(number: signal.Signals) -> Action:
-        return lambda fault, view: send(view.pids.get(fault.rank), number, f"rank {fault.rank}")
+        return lambda fault, view: send(view.pids.get(fault.rank), number)
 
-    def flip(fault: OutsideFault, view: View) -> str | None:
-        done = flip_bytes(place.arenas, fault.rank, chance)
+    def flip(fault: OutsideFault, view: View) -> bool:
         # The source rank would overwrite the damage: it is killed, so that the copy is needed.
-        return done and send(view.pids.get(fault.rank), signal.SIGKILL, f"rank {fault.rank}") and done
+        return flip_bytes(place.arenas, fault.rank, chance) and send(view.pids.get(fault.rank), signal.SIGKILL)
 
     return {
         OutsideKind.KILL: to_rank(signal.SIGKILL),
         OutsideKind.STOP: to_rank(signal.SIGSTOP),
         OutsideKind.CRASH: to_rank(signal.SIGSEGV),
         OutsideKind.FLIP: flip,
-        OutsideKind.MEMORY: lambda fault, view: limit_memory(view.pids.get(fault.rank), fault.rank),
-        OutsideKind.STANDBY: lambda _, view: send(next(iter(view.standbys), None), signal.SIGKILL, "a standby"),
-        OutsideKind.FORK_SERVER: lambda *_: send(parent.pid, signal.SIGKILL, "the fork server"),
+        OutsideKind.MEMORY: lambda fault, view: limit_memory(view.pids.get(fault.rank)),
+        OutsideKind.STANDBY: lambda _, view: send(next(iter(view.standbys), None), signal.SIGKILL),
+        OutsideKind.FORK_SERVER: lambda *_: send(parent.pid, signal.SIGKILL),
         OutsideKind.SIDECAR: lambda _, view: send(
-            sidecar_of(parent.pid, [*view.pids.values(), *view.standbys]), signal.SIGKILL, "the sidecar"
+            sidecar_of(parent.pid, [*view.pids.values(), *view.standbys]), signal.SIGKILL
         ),
         OutsideKind.DISK_FULL: lambda *_: fill_disk(place.disk),
     }

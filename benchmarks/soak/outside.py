@@ -10,9 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import psutil
 
@@ -27,19 +26,8 @@ FULL_S = 1.0
 FLIPPED_BYTES = 3
 
 
-@dataclass(frozen=True)
-class Struck:
-    """A fault that was injected.
-
-    Args:
-        fault: the fault, in words.
-        at: wall clock.
-        what: what was done.
-    """
-
-    fault: str
-    at: float
-    what: str
+Action = Callable[[OutsideFault, View], bool]
+"""Causes a fault; returns whether it has a target."""
 
 
 def moment_of(fault: OutsideFault, view: View) -> float | None:
@@ -69,19 +57,19 @@ class OutsideFaults:
     Args:
         faults: faults to inject.
         watch: watch on the run.
-        actions: action for each kind; returns what was done, in words, or None if it has no target.
+        actions: action for each kind.
 
     Attributes:
-        struck: injected faults, in order.
+        struck: injected faults in words, in order.
     """
 
     def __init__(
         self,
         faults: Sequence[OutsideFault],
         watch: Watch,
-        actions: Mapping[OutsideKind, Callable[[OutsideFault, View], str | None]],
+        actions: Mapping[OutsideKind, Action],
     ) -> None:
-        self.struck: list[Struck] = []
+        self.struck: list[str] = []
         self._due: dict[OutsideFault, float | None] = dict.fromkeys(faults)
         self._watch = watch
         self._actions = actions
@@ -106,45 +94,35 @@ class OutsideFaults:
                 at = self._due[fault]
                 if at is not None and now >= at:
                     del self._due[fault]
-                    self._cause(fault, view)
-
-    def _cause(self, fault: OutsideFault, view: View) -> None:
-        what = self._actions[fault.kind](fault, view)
-        if what is not None:
-            self.struck.append(Struck(str(fault), time.time(), what))
+                    if self._actions[fault.kind](fault, view):
+                        self.struck.append(str(fault))
 
 
 # ---------------------------------------------------------------------- what is done
 
 
-def send(pid: int | None, number: signal.Signals, who: str) -> str | None:
-    """Send a signal to a process of this soak test.
-
-    Args:
-        pid: process id; None if there is no such process.
-        number: signal to send.
-        who: description of the process for the record.
-    """
+def send(pid: int | None, number: signal.Signals) -> bool:
+    """Send a signal to a process of this soak test, if there is such a process."""
     if pid is None or not is_descendant(pid):
-        return None
+        return False
     with suppress(ProcessLookupError):
         os.kill(pid, number)
-        return f"{number.name} to {who} (pid {pid})"
-    return None
+        return True
+    return False
 
 
-def limit_memory(pid: int | None, rank: int) -> str | None:
+def limit_memory(pid: int | None) -> bool:
     """Limit a worker's address space to its current size."""
     if pid is None or not is_descendant(pid):
-        return None
+        return False
     with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
         used_bytes = psutil.Process(pid).memory_info().vms
         resource.prlimit(pid, resource.RLIMIT_AS, (used_bytes, used_bytes))
-        return f"rank {rank} (pid {pid}) limited to {used_bytes} bytes of address space"
-    return None
+        return True
+    return False
 
 
-def flip_bytes(arenas: Path, shard: int, chance: random.Random) -> str | None:
+def flip_bytes(arenas: Path, shard: int, chance: random.Random) -> bool:
     """Flip bits in the newest committed version of a shard in its source rank's own slots.
 
     Args:
@@ -162,8 +140,8 @@ def flip_bytes(arenas: Path, shard: int, chance: random.Random) -> str | None:
             if header is not None and header.state.value == "committed":
                 found.append((header.stamp.version, path, header.bulk_bytes + header.blob_bytes))
     if not found:
-        return None
-    version, path, length = max(found)
+        return False
+    _, path, length = max(found)
     with path.open("r+b") as file:
         for _ in range(FLIPPED_BYTES):
             offset = HEADER_BYTES + chance.randrange(length)
@@ -171,19 +149,19 @@ def flip_bytes(arenas: Path, shard: int, chance: random.Random) -> str | None:
             old = file.read(1)
             file.seek(offset)
             file.write(bytes([old[0] ^ (1 << chance.randrange(8))]))
-    return f"{FLIPPED_BYTES} bits flipped in {version} of {path.name}"
+    return True
 
 
-def fill_disk(folder: Path) -> str | None:
+def fill_disk(folder: Path) -> bool:
     """Fill the disk of a folder for `FULL_S` seconds."""
     if not os.path.ismount(folder):
-        return None
+        return False
     ballast = folder / "ballast"
     with suppress(OSError), ballast.open("wb", buffering=0) as file:
         while file.write(b"\0" * 65536):
             pass
     threading.Timer(FULL_S, lambda: ballast.unlink(missing_ok=True)).start()
-    return f"{folder} full for {FULL_S:g} s"
+    return True
 
 
 def sidecar_of(fork_server: int | None, known: Sequence[int]) -> int | None:
@@ -200,8 +178,3 @@ def sidecar_of(fork_server: int | None, known: Sequence[int]) -> int | None:
         others = [child.pid for child in children if child.pid not in known and child.status() != psutil.STATUS_ZOMBIE]
         return others[0] if len(others) == 1 else None
     return None
-
-
-def facts(struck: Sequence[Struck]) -> list[dict[str, Any]]:
-    """Return the injected faults as values for JSON."""
-    return [vars(one) for one in struck]

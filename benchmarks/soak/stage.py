@@ -19,8 +19,7 @@ from pathlib import Path
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from benchmarks.machine import ROOT
-from benchmarks.scratch import SHARED_MEMORY
+from benchmarks.harness.processes import ENVIRONMENT, SHARED_MEMORY
 from lightning_ckptless.errors import LaunchError
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing.drill import Variant, run_variant
@@ -28,7 +27,6 @@ from tests.faults.conftest import command_for
 from tests.lab.parts import Options
 
 DISK_BYTES = 16 * 2**20
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 @dataclass(frozen=True)

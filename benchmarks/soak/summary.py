@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from statistics import median
+from typing import Any
 
-from benchmarks.quantiles import quantile
-from benchmarks.soak.evidence import RUNGS, Recovered
+from benchmarks.harness.table import Column, Table, p95
+from benchmarks.soak.evidence import RUNGS
 from benchmarks.soak.results import Result
-from benchmarks.tables import Table
 
 NUMBERS = re.compile(r"\d+(?:, \d+)*(?: and \d+)?")
 
@@ -21,62 +22,74 @@ def tables(results: Sequence[Result]) -> list[Table]:
 
 def totals(results: Sequence[Result]) -> Table:
     """Return the table of totals and failures."""
-    table = Table("Soak test", ("", "count"))
     outcomes = Counter(result.outcome for result in results)
-    seeds = [result.seed for result in results]
-    table.add("runs", len(results))
-    table.add("runs with loaded cores", sum(result.load for result in results))
-    table.add("faults injected", sum(len(result.struck) for result in results))
-    table.add("recoveries", sum(len(result.recoveries) for result in results))
-    table.add("committed steps lost", sum(result.lost_steps for result in results))
-    table.add("hangs", outcomes["hang"])
-    table.add("runs that ended", outcomes["ended"])
-    table.add("runs not identical", outcomes["different"])
-    table.add("recoveries beyond their bound", outcomes["late"])
-    table.add("leaks", sum(len(result.leaks) for result in results))
-    if seeds:
-        table.note(f"Seeds {_ranges(seeds)}.")
-    bad = [result for result in results if not result.good]
-    for result in bad:
-        table.note(f"Seed {result.seed}: {result.outcome}.")
-    return table
+    counts = {
+        "runs": len(results),
+        "runs with loaded cores": sum(result.load for result in results),
+        "faults injected": sum(len(result.struck) for result in results),
+        "recoveries": sum(len(result.recoveries) for result in results),
+        "committed steps lost": sum(result.lost_steps for result in results),
+        "hangs": outcomes["hang"],
+        "runs that ended": outcomes["ended"],
+        "runs not identical": outcomes["different"],
+        "recoveries beyond their bound": outcomes["late"],
+        "leaks": sum(len(result.leaks) for result in results),
+    }
+    notes = [f"Seeds {_ranges(result.seed for result in results)}."] if results else []
+    notes += [f"Seed {result.seed}: {result.outcome}." for result in results if not result.good]
+    return Table.of("Soak test", counts.items(), Column("", _nth(0)), Column("count", _nth(1)), notes=notes)
 
 
 def faults_table(results: Sequence[Result]) -> Table:
     """Return the table of planned and injected faults by kind, with their moments."""
-    table = Table("Faults by kind", ("kind", "planned", "injected", "moments"))
     asked = Counter(kind_of(fault) for result in results for fault in result.asked)
     struck = Counter(kind_of(fault) for result in results for fault in result.struck)
     moments: dict[str, set[str]] = {}
     for result in results:
         for fault in result.struck:
             moments.setdefault(kind_of(fault), set()).add(moment_of(fault))
-    for kind, count in sorted(asked.items()):
-        table.add(kind, count, struck[kind], ", ".join(sorted(moments.get(kind, ()))))
-    return table
+    return Table.of(
+        "Faults by kind",
+        sorted(asked.items()),
+        Column("kind", _nth(0)),
+        Column("planned", _nth(1)),
+        Column("injected", lambda row: struck[row[0]]),
+        Column("moments", lambda row: ", ".join(sorted(moments.get(row[0], ())))),
+    )
 
 
 def recovery_table(results: Sequence[Result]) -> Table:
     """Return the table of recovery times, by kind of fault and of recovery."""
-    heads = ("fault", "recovery", "count", "p50 s", "p95 s", "max s")
-    table = Table("From a fault to the end of the first step of all ranks", heads)
-    groups: dict[tuple[str, str], list[Recovered]] = {}
+    times: dict[tuple[str, str], list[float]] = {}
     for result in results:
         for one in result.recoveries:
-            groups.setdefault((one.kind, one.rung), []).append(one)
-    for (kind, rung), found in sorted(groups.items(), key=lambda group: (RUNGS.index(group[0][1]), group[0][0])):
-        times = [one.total_s for one in found]
-        table.add(kind, rung, len(found), *(f"{quantile(times, part):.2f}" for part in (0.5, 0.95, 1.0)))
-    return table
+            times.setdefault((one.rung, one.kind), []).append(one.total_s)
+    return Table.of(
+        "From a fault to the end of the first step of all ranks",
+        sorted(((*group, found) for group, found in times.items()), key=lambda row: (RUNGS.index(row[0]), row[1])),
+        Column("fault", _nth(1)),
+        Column("recovery", _nth(0)),
+        Column("count", lambda row: len(row[2])),
+        Column("p50 s", _nth(2), ".2f", median),
+        Column("p95 s", _nth(2), ".2f", p95),
+        Column("max s", _nth(2), ".2f", max),
+    )
 
 
 def rung_table(results: Sequence[Result]) -> Table:
     """Return the table of the kinds of recovery and their reasons."""
-    table = Table("Kinds of recovery", ("recovery", "reason", "count"))
     found = Counter((one.rung, NUMBERS.sub("N", one.reason)[:120]) for result in results for one in result.recoveries)
-    for (rung, why), count in sorted(found.items(), key=lambda entry: (RUNGS.index(entry[0][0]), -entry[1])):
-        table.add(rung, why or "not reported", count)
-    return table
+    return Table.of(
+        "Kinds of recovery",
+        sorted(((*kind, count) for kind, count in found.items()), key=lambda row: (RUNGS.index(row[0]), -row[2])),
+        Column("recovery", _nth(0)),
+        Column("reason", lambda row: row[1] or "not reported"),
+        Column("count", _nth(2)),
+    )
+
+
+def _nth(index: int) -> Callable[[Any], object]:
+    return lambda row: row[index]
 
 
 def kind_of(fault: str) -> str:

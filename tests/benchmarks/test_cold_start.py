@@ -1,7 +1,8 @@
+from argparse import Namespace
 from typing import Any
 
-from benchmarks.cold_start import BASE, moments_table, summary_table
-from benchmarks.job import JobOptions
+from benchmarks.cold_start import BASE, tables
+from benchmarks.jobs.job import JobOptions
 
 
 def start(seconds: float) -> dict[str, Any]:
@@ -17,7 +18,7 @@ RESULTS = {
 
 
 def test_quotients_are_taken_within_a_round() -> None:
-    table = summary_table(RESULTS)
+    table, _ = tables(Namespace(), RESULTS)
 
     assert [row[5] for row in table.rows] == ["1.00", "0.55", "1.40"]
     assert table.notes[1:] == [
@@ -27,7 +28,9 @@ def test_quotients_are_taken_within_a_round() -> None:
 
 
 def test_moments_are_those_of_the_slowest_rank() -> None:
-    assert moments_table(RESULTS).rows[0] == (BASE, "0.50", *5 * ("10.00",))
+    _, table = tables(Namespace(), RESULTS)
+
+    assert table.rows[0] == (BASE, "0.50", *5 * ("10.00",))
 
 
 def test_options_survive_the_command_line() -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.elastic import SETUPS, grown, shrunk, with_accounts
-from benchmarks.elastic_nodes import Bound
-from benchmarks.elastic_tables import exactness_table, grow_table, phases_table, shrink_table
-from benchmarks.samples import Row, Rows, Step, Tally, counting, finished, first_of, last_before, tally
+from benchmarks.elastic import SETUPS, add_ledger, grown, shrunk, tables
+from benchmarks.harness.samples import Row, Rows, Step, Tally, counting, finished, first_of, tally
 from lightning_ckptless.ledger import Event
+
+ARGS = Namespace(keep_alive_interval=1, keep_alive_max_attempt=4)
 
 
 def row(attempt: int, step: int, rank: int, world: int, at: float, *samples: int, epoch: int = 0) -> Row:
@@ -31,7 +32,6 @@ def test_a_step_is_finished_when_all_ranks_of_its_world_are_done() -> None:
     assert steps == [Step(0, 0, 2, 1.1), Step(1, 1, 1, 9.0)]
     assert first_of(steps, 1, after=2.0) == steps[1]
     assert first_of(steps, 2, after=2.0) is None
-    assert last_before(steps, 9.0) == steps[0]
 
 
 def test_steps_that_a_later_attempt_replays_count_once() -> None:
@@ -92,11 +92,12 @@ def account(at: float, rung: str) -> Event:
 def test_recovery_events_are_assigned_by_time() -> None:
     found = cycle()
     lost = [Event("node_lost", at, None, None, {"node": "a"}) for at in (107.0, 105.0)]
-    with_accounts([found], (*lost, account(110.0, "in place"), account(131.0, "relaunch")))
+    add_ledger([found], (*lost, account(110.0, "in place"), account(131.0, "relaunch")))
     assert found["shrink"]["noticed_s"] == 5.0
     assert found["shrink"]["ledger"]["rung"] == "in place" and found["grow"]["ledger"]["rung"] == "relaunch"
-    results = {"ours": {"cycles": [found], "failed": ""}}
-    assert [table_row[:3] for table_row in phases_table(results).rows] == [
+    results = {"setups": {"ours": {"cycles": [found], "failed": ""}}}
+    _, phases, _, _ = tables(ARGS, results)
+    assert [table_row[:3] for table_row in phases.rows] == [
         ("ours", "4 to 3", "in place"),
         ("ours", "3 to 4", "relaunch"),
     ]
@@ -108,18 +109,18 @@ def test_the_tables_show_median_and_maximum() -> None:
     late["shrink"] |= {"noticed_s": 6.0, "seconds": 12.0}
     late["grow"]["paused_s"] = 0.5
     counted = {"due": 100, "twice": 0, "never": 0, "weight": 1.2e-7, "loss": 2e-7}
-    results: dict[str, dict[str, Any]] = {
+    setups: dict[str, dict[str, Any]] = {
         "ours": {"cycles": [noticed, late], "failed": "", **counted},
         "theirs": {"cycles": [cycle()], "failed": "no sign\nof it"},
         "none": {"cycles": [], "failed": "never began"},
     }
-    shrink = shrink_table(results, Bound(1, 4))
+    shrink, _, grow, samples = tables(ARGS, {"setups": setups})
     assert shrink.rows[0] == ("ours", "2", "10.50", "12.00", "5.50", "5.00", "6.00", "0.10", "1", "1")
     assert shrink.rows[1][:7] == ("theirs", "1", "9.00", "9.00", "", "", "")
     assert shrink.rows[2][:3] == ("none", "0", "")
     assert shrink.notes[-2:] == ["theirs: no sign", "none: never began"]
-    assert grow_table(results).rows[0] == ("ours", "2", "0.40", "0.50", "10.00", "10.00", "50", "50", "0", "0")
-    assert exactness_table(results).rows == [("ours", "2", "100", "0", "0", "1.2e-07", "2.0e-07")]
+    assert grow.rows[0] == ("ours", "2", "0.40", "0.50", "10.00", "10.00", "50", "50", "0", "0")
+    assert samples.rows == [("ours", "2", "100", "0", "0", "1.2e-07", "2.0e-07")]
 
 
 def test_every_setup_has_its_own_command_line() -> None:

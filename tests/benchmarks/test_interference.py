@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
+from argparse import Namespace
 from typing import Any
 
-from benchmarks.interference import SCHEDULING, interference_table
-from benchmarks.job import JobOptions
-from benchmarks.training import MIRROR_SCHEDULING, SchedulingProbe, make_strategy
+from benchmarks.interference import SCHEDULING, tables
+from benchmarks.jobs.job import JobOptions
+from benchmarks.jobs.training import MIRROR_SCHEDULING, SchedulingProbe, make_strategy
 
 
 def test_scheduling_is_set_for_the_probed_thread_only() -> None:
@@ -45,5 +46,6 @@ def test_each_variant_is_compared_with_its_neighbouring_segment() -> None:
         "ddp": [segment(0.010, 0.02), segment(0.020, 0.02)],
         "nice 10": [segment(0.012, 0.023), segment(0.023, 0.024)],
     }
-    table = interference_table({"pairs": [{"size": "tiny", "batch": 2, "segments": segments}]})
-    assert table.rows[1] == ("tiny", "nice 10", "17.50", "2.50", "2.00 to 3.00", "3.50", "1.00", "4.00", "0.50")
+    (table,) = tables(Namespace(), {"pairs": [{"size": "tiny", "batch": 2, "segments": segments}]})
+    step, parts = ("17.50", "2.50", "2.00 to 3.00", "+16.7%", "3.50", "0.50"), ("1.00", "4.00")
+    assert table.rows[1] == ("tiny", "2", "nice 10", *step, *parts)

@@ -10,15 +10,12 @@ import pytest
 import torch
 
 from benchmarks import recovery
-from benchmarks.exactness import is_exact, reference_of
-from benchmarks.fingerprint import fingerprint
-from benchmarks.gpt import GPT, random_tokens
-from benchmarks.job import JobOptions
-from benchmarks.kills import Opponent, jobs
-from benchmarks.machine import ROOT
-from benchmarks.recovery_tables import ladder_table
+from benchmarks.harness.kills import Scenario, is_exact, jobs, reference_of
+from benchmarks.harness.machine import ROOT
+from benchmarks.jobs.gpt import GPT, Batches, fingerprint, random_tokens
+from benchmarks.jobs.job import JobOptions
+from benchmarks.recovery import kills_table
 from benchmarks.rivals import environment
-from benchmarks.rivals.batches import Batches
 from benchmarks.rivals.environment import NVRX, TORCHFT, RivalsMissingError, rivals, versions
 from benchmarks.rivals.supervisor import free_port
 
@@ -66,7 +63,7 @@ def test_exact_means_every_rank_in_every_step() -> None:
 
 
 def test_a_trainer_is_compared_with_ddp_and_a_loop_with_itself() -> None:
-    references = [reference_of(opponent) for opponent in (*recovery.OPPONENTS, NVRX_JOB)]
+    references = [reference_of(opponent) for opponent in (*recovery.SCENARIOS, NVRX_JOB)]
 
     assert {(reference.strategy, reference.checkpoint_every) for reference in references} == {("ddp", 0)}
     assert reference_of(TORCHFT_JOB) is TORCHFT_JOB
@@ -81,7 +78,7 @@ def test_the_table_shows_exactness_and_survived_kills_of_rank_0() -> None:
         NVRX: [kill(exact=False), kill(exact=True), {"failed": "no sign", "victim": 0}],
         TORCHFT: [{"failed": "no sign", "victim": 0}],
     }
-    table = ladder_table({"kills": kills, "rivals": {"torchft": "0.2.0"}}, 4)
+    table = kills_table({"kills": kills, "rivals": {"torchft": "0.2.0"}}, 4)
 
     place = table.columns.index("exact")
     assert [row[place] for row in table.rows] == ["1 of 2", ""]
@@ -109,37 +106,32 @@ def run_jobs(
     """The kills that each job was started for, and what came of five, where a job is lost after so many."""
     started: list[int] = []
 
-    def block(opponent: Any, size: str, kills: int, *others: Any) -> Any:
+    def block(scenario: Any, size: str, kills: int, *others: Any) -> list[Any]:
         survives = lost[len(started)] if len(started) < len(lost) else kills
         started.append(kills)
-        for _ in range(survives):
-            yield None
-            yield {}
-        if survives < kills:
-            yield {"failed": "", "victim": victim}
+        return [{} for _ in range(survives)] + [{"failed": "", "victim": victim}] * (survives < kills)
 
-    monkeypatch.setattr("benchmarks.kills.block", block)
-    opponent = Opponent("one", lambda _: [], kills_of_a_job=of_a_job)
+    monkeypatch.setattr("benchmarks.harness.kills.block", block)
+    scenario = Scenario("one", lambda _: [], kills_of_a_job=of_a_job)
     args: Any = SimpleNamespace(size="1M", timeout=1.0)
-    found = list(jobs(opponent, args, 5, None, "name", None))  # type: ignore[arg-type]
-    return started, [one for one in found if one is not None]
+    return started, jobs(scenario, args, 5, None, "name", None)  # type: ignore[arg-type]
 
 
 def test_without_their_environment_the_rivals_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RivalsMissingError, match="does not exist: `make bench-rivals` sets it up"):
         versions(tmp_path / "python")
-    opponents, installed = recovery.with_rivals(tmp_path / "python")
+    scenarios, installed = recovery.with_rivals(tmp_path / "python")
 
-    assert opponents == recovery.OPPONENTS and installed == {}
+    assert scenarios == recovery.SCENARIOS and installed == {}
     assert "torchft and nvidia-resiliency-ext are not measured:" in capsys.readouterr().out
 
 
 def test_with_their_environment_the_rivals_are_included(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "PACKAGES", ("torch",))
-    opponents, installed = recovery.with_rivals(Path(sys.executable))
+    scenarios, installed = recovery.with_rivals(Path(sys.executable))
 
-    assert [opponent.name for opponent in opponents[len(recovery.OPPONENTS) :]] == [
-        opponent.name for opponent in (NVRX_JOB, TORCHFT_JOB, AS_IT_IS_JOB)
+    assert [scenario.name for scenario in scenarios[len(recovery.SCENARIOS) :]] == [
+        scenario.name for scenario in (NVRX_JOB, TORCHFT_JOB, AS_IT_IS_JOB)
     ]
     assert installed == {"torch": torch.__version__}
 

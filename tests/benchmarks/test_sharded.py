@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
-from benchmarks.sharded import cells
-from benchmarks.sharded_cells import Cell, fit
-from benchmarks.sharded_tables import (
-    bytes_table,
-    frozen_table,
-    plain_step_s,
-    staging_table,
-    step_table,
-    version_costs_s,
-)
-from benchmarks.stage import measure_frozen
+from benchmarks.harness.staging import measure_frozen
+from benchmarks.sharded import Cell, cells, kept_shards, plain_step_ms, tables, version_costs_ms
 
 LARGE = Cell("300M", 300_000_000, 4, is_sharded=False)
 STEPS = [1.5, 1.0, 1.1, 1.3, 1.4, 1.0, 1.0, 1.2]
@@ -43,13 +35,11 @@ RESULTS = {
 
 
 def test_a_cell_keeps_shards_for_others_if_they_fit() -> None:
-    assert fit(LARGE, 64 * 10**9).kept == 1
-    assert fit(LARGE, 40 * 10**9).kept == 0
-    left_out = fit(LARGE, 20 * 10**9)
-    assert left_out.kept is None
-    assert left_out.reason == (
-        "300M, DDP, 4 ranks: 24.0 GB of training and 9.6 GB of arenas with 0 kept shards, 20.0 GB free"
-    )
+    assert kept_shards(LARGE, 64 * 10**9)[0] == 1
+    assert kept_shards(LARGE, 40 * 10**9)[0] == 0
+    kept, reason = kept_shards(LARGE, 20 * 10**9)
+    assert kept is None
+    assert reason == ("300M, DDP, 4 ranks: 24.0 GB of training and 9.6 GB of arenas with 0 kept shards, 20.0 GB free")
 
 
 def test_sharded_training_takes_less() -> None:
@@ -60,22 +50,19 @@ def test_sharded_training_takes_less() -> None:
 
 
 def test_a_version_costs_its_two_steps_minus_the_others() -> None:
-    assert [round(cost, 6) for cost in version_costs_s(STEPS)] == [0.7, 0.6]
-    assert plain_step_s(STEPS) == 1.0
+    cell = {"steps_s": STEPS}
+    assert [round(cost, 3) for cost in version_costs_ms(cell)] == [700.0, 600.0]
+    assert plain_step_ms(cell) == 1000.0
 
 
 def test_the_tables() -> None:
-    (row,) = bytes_table(RESULTS).rows
-    assert row == ("33M", "FSDP2", "2", "400", "1", "800", "802", "+0.25%", "200")
-    assert bytes_table(RESULTS).notes[-1] == "Left out: 300M, DDP, 4 ranks: too large"
-    (row,) = step_table(RESULTS).rows
-    assert row[3:] == ("1000", "650", "600 to 700", "+65.0%", "30", "300", "500", "2000")
-    (row,) = staging_table(RESULTS).rows
-    assert row[-1] == "83%" and staging_table(RESULTS).notes == [
-        "33M, 2 ranks: 1.20 x memcpy (target 1.25 x memcpy): met"
-    ]
-    (row,) = frozen_table(RESULTS).rows
-    assert row == ("33M", "200.0", "180.0", "21.0", "20.0", "10.0", "40.0", "25%")
+    of_bytes, versions, staging, frozen = tables(Namespace(), RESULTS)
+    assert of_bytes.rows == [("33M", "FSDP2", "2", "400", "1", "800", "802", "+0.25%", "200")]
+    assert of_bytes.notes[-1] == "Left out: 300M, DDP, 4 ranks: too large"
+    assert versions.rows[0][3:] == ("1000", "650", "600 to 700", "+65.0%", "30", "300", "500", "2000")
+    assert staging.rows[0][-1] == "83%"
+    assert staging.notes == ["33M, 2 ranks: 1.20 x memcpy (target 1.25 x memcpy): met"]
+    assert frozen.rows == [("33M", "200.0", "180.0", "21.0", "20.0", "10.0", "40.0", "25%")]
 
 
 def test_of_a_frozen_model_little_is_written_and_sent(tmp_path: Path) -> None:

@@ -1,0 +1,189 @@
+"""The training of a job: one Lightning run on random tokens, with a callback that reports each step."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.harness.wire import Wire
+from benchmarks.jobs.gpt import GPT, fingerprint, random_tokens
+from benchmarks.jobs.job import JobOptions
+from benchmarks.jobs.stopwatch import Stopwatch
+
+SAMPLES = 4096
+
+
+class Trained(pl.LightningModule):
+    """The model with its loss and optimizer."""
+
+    def __init__(self, size: str, *, sharded: bool = False) -> None:
+        super().__init__()
+        self.model = GPT(size)
+        self.sharded = sharded
+
+    def configure_model(self) -> None:
+        if self.sharded and self.device_mesh is not None:
+            from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - one variant only
+
+            for part in (*self.model.blocks, self.model):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
+        loss: Tensor = self.model(batch[0])
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), 1e-4)
+
+
+class StepReporter(pl.Callback):
+    """Report every finished step, and every version that is committed on all ranks."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        probes: list[Callable[[str, Any], None]] | None = getattr(trainer.strategy, "probes", None)
+        if probes is not None:
+            probes.append(self.mirrored)
+
+    def mirrored(self, moment: str, version: Any) -> None:
+        if moment == "committed":
+            self.wire.send("committed", step=version.optimizer_step)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        self.wire.send("train", step=trainer.global_step)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
+        assert isinstance(pl_module, Trained)
+        found = fingerprint(pl_module.model, trainer.optimizers[0])
+        self.wire.send("step", step=trainer.global_step, fingerprint=found)
+
+
+MIRROR_SCHEDULING: dict[str, Callable[[], None]] = {
+    "nice": lambda: os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10),
+    "batch": lambda: os.sched_setscheduler(threading.get_native_id(), os.SCHED_BATCH, os.sched_param(0)),
+    "one": lambda: torch.set_num_threads(1),
+}
+"""What is applied to the mirror thread at its first probe: each variant tries to reduce its cost to training."""
+
+
+class SchedulingProbe:
+    """A probe that sets the scheduling of each mirror thread, once."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.known: set[int] = set()
+
+    def __call__(self, moment: str, version: Any) -> None:  # noqa: ARG002 - the signature of probes
+        if threading.get_ident() not in self.known:
+            self.known.add(threading.get_ident())
+            MIRROR_SCHEDULING[self.name]()
+
+
+class Segment:
+    """The steps since the last turn; in a separate class, because a version would contain plain values."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+        self.began_cpu_s = time.process_time()
+        self.starts = [time.perf_counter()]
+
+
+class Turns(pl.Callback):
+    """Train in segments, and wait between two until it is this job's turn again.
+
+    The end of a segment is reported with the time of each step, from the start of its batch to the start of the next,
+    and the measurements of the stopwatch.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self.segment = Segment(0)
+        self.stopwatch: Stopwatch | None = None
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        self.segment.starts.append(time.perf_counter())
+        if not self.segment.left:
+            self.wait_for_turn(trainer)
+        self.segment.left -= 1
+
+    def wait_for_turn(self, trainer: pl.Trainer) -> None:
+        segment, ended_cpu_s = self.segment, time.process_time()
+        steps = len(segment.starts) - 1
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
+        self.wire.send(
+            "ready",
+            steps_s=[after - before for before, after in pairwise(segment.starts)],
+            mean_s=(time.perf_counter() - segment.starts[0]) / steps if steps else 0.0,
+            cpu_s=ended_cpu_s - segment.began_cpu_s,
+            **(self.stopwatch.take() if self.stopwatch else {}),
+        )
+        steps = int(self.wire.receive()["steps"])
+        if not steps:
+            trainer.should_stop = True
+            return
+        if hasattr(trainer.strategy, "engine"):
+            self.stopwatch = self.stopwatch or Stopwatch(trainer.strategy.engine)
+            self.stopwatch.attach()
+        self.segment = Segment(steps)
+
+
+def make_strategy(options: JobOptions) -> Any:
+    """Return the strategy to pass to the trainer; a run with Lightning's own strategy imports nothing of ours."""
+    sizes: dict[str, Any] = {"data_parallel_size": options.devices, "tensor_parallel_size": 1}
+    if options.strategy != "ckptless":
+        return ModelParallelStrategy(**sizes) if options.sharded else options.strategy
+    from lightning_ckptless import CkptlessModelParallelStrategy, CkptlessStrategy  # noqa: PLC0415
+
+    if options.sharded:
+        return CkptlessModelParallelStrategy(**sizes, **options.strategy_options)
+    strategy = CkptlessStrategy(**options.strategy_options)
+    if options.mirror_scheduling:
+        strategy.probes.append(SchedulingProbe(options.mirror_scheduling))
+    return strategy
+
+
+def prepare(options: JobOptions) -> Callable[[Wire], None]:
+    """Return the function that trains with the given options."""
+    return partial(train, options, make_strategy(options))
+
+
+def train(options: JobOptions, strategy: Any, wire: Wire) -> None:
+    """Train with the given options and the result of `make_strategy`."""
+    pl.seed_everything(11, verbose=False)
+    callbacks: list[pl.Callback] = [Turns(wire) if options.turns else StepReporter(wire)]
+    if options.checkpoint_every:
+        folder = os.path.join(options.root, "checkpoints")
+        callbacks.append(ModelCheckpoint(folder, every_n_train_steps=options.checkpoint_every, save_last=True))
+    if options.async_save_every:
+        from benchmarks.jobs.async_save import FOLDER, AsyncSave  # noqa: PLC0415 - one variant only
+
+        saves = Path(FOLDER)
+        saves.mkdir(exist_ok=True)
+        callbacks.append(AsyncSave(options.async_save_every, saves))
+    trainer = pl.Trainer(
+        accelerator=options.accelerator, devices=options.devices, strategy=strategy, max_steps=options.steps,
+        max_epochs=-1 if options.steps < 0 else None, callbacks=callbacks, logger=False,
+        enable_checkpointing=bool(options.checkpoint_every), enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=options.root,
+    )  # fmt: skip
+    data = DataLoader(TensorDataset(random_tokens(SAMPLES)), batch_size=options.batch, shuffle=True)
+    wire.send("fit")
+    model = Trained(options.size, sharded=options.sharded)
+    trainer.fit(model, data, ckpt_path="last" if options.checkpoint_every else None)
+    wire.send("done")
