@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_ckptless._registration.autoload import autoload
+from lightning_ckptless._registration.names import classes_for
 from lightning_ckptless.distributions import LIGHTNING, PYTORCH_LIGHTNING
 
 if TYPE_CHECKING:
@@ -24,17 +25,17 @@ if TYPE_CHECKING:
         StateMissingError,
         TimeLimitError,
         TransportError,
+        UnevenStepsError,
         UnfitNodeError,
         VersionError,
+        WorkerError,
         WorldSizeError,
     )
+    from lightning_ckptless.lightning_pytorch import CkptlessModelParallelStrategy, CkptlessStrategy, FaultInjector
     from lightning_ckptless.metrics import Goodput, RecoveryTime
     from lightning_ckptless.options import CkptlessOptions
     from lightning_ckptless.supported import UntestedVersionWarning
 
-    CkptlessModelParallelStrategy: Any
-    CkptlessStrategy: Any
-    FaultInjector: Any
     __version__: str
 
 __all__ = [
@@ -61,7 +62,7 @@ __all__ = [
     "WorldSizeError",
 ]
 
-_STRATEGIES = {"CkptlessStrategy": "ckptless", "CkptlessModelParallelStrategy": "ckptless_model_parallel"}
+_PER_DISTRIBUTION = {"CkptlessModelParallelStrategy", "CkptlessStrategy", "FaultInjector"}
 _HOMES = {
     "CkptlessOptions": "options",
     "Goodput": "metrics",
@@ -70,20 +71,14 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def _load(name: str) -> Any:
     """Load a public name on first access.
 
     The strategies and `FaultInjector` subclass the Lightning distribution in use: `lightning.pytorch`, or
     `pytorch_lightning` if only that one has been imported.
     """
-    if name in _STRATEGIES:
-        from lightning_ckptless._registration.assembly import strategy_for
-
-        return strategy_for(_distribution(), _STRATEGIES[name])
-    if name == "FaultInjector":
-        from lightning_ckptless.testing.fault_injector import fault_injector_class
-
-        return fault_injector_class(_distribution())
+    if name in _PER_DISTRIBUTION:
+        return getattr(classes_for(_distribution()), name)
     if name == "__version__":
         from importlib.metadata import version
 
@@ -91,6 +86,11 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if not TYPE_CHECKING:
+    # Type checkers would accept any name.
+    __getattr__ = _load
 
 
 def __dir__() -> list[str]:
