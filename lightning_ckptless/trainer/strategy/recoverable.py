@@ -96,7 +96,6 @@ class CkptlessMixin(LightningStrategy):
     """
 
     parts: ClassVar[Parts]
-    strategy_name: str
 
     def __init__(self, options: CkptlessOptions, **base_options: Any) -> None:
         super().__init__(**base_options)
