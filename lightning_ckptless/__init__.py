@@ -11,8 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_ckptless._registration.autoload import autoload
-from lightning_ckptless._registration.names import classes_for
-from lightning_ckptless.distributions import LIGHTNING, PYTORCH_LIGHTNING
+from lightning_ckptless.distributions import CLASSES, LIGHTNING, PYTORCH_LIGHTNING
 
 if TYPE_CHECKING:
     from lightning_ckptless.errors import (
@@ -78,7 +77,7 @@ def _load(name: str) -> Any:
     `pytorch_lightning` if only that one has been imported.
     """
     if name in _PER_DISTRIBUTION:
-        return getattr(classes_for(_distribution()), name)
+        return getattr(import_module(CLASSES[_distribution()]), name)
     if name == "__version__":
         from importlib.metadata import version
 
