@@ -23,17 +23,17 @@ if TYPE_CHECKING:
         StateMissingError,
         TimeLimitError,
         TransportError,
+        UnevenStepsError,
         UnfitNodeError,
         VersionError,
+        WorkerError,
         WorldSizeError,
     )
+    from lightning_ckptless.lightning_pytorch import CkptlessModelParallelStrategy, CkptlessStrategy, FaultInjector
     from lightning_ckptless.metrics import Goodput, RecoveryTime
     from lightning_ckptless.options import CkptlessOptions
     from lightning_ckptless.supported import UntestedVersionWarning
 
-    CkptlessModelParallelStrategy: Any
-    CkptlessStrategy: Any
-    FaultInjector: Any
     __version__: str
 
 __all__ = [
@@ -60,7 +60,7 @@ __all__ = [
     "WorldSizeError",
 ]
 
-_STRATEGIES = {"CkptlessStrategy": "ckptless", "CkptlessModelParallelStrategy": "ckptless_model_parallel"}
+_PER_DISTRIBUTION = {"CkptlessModelParallelStrategy", "CkptlessStrategy", "FaultInjector"}
 _HOMES = {
     "CkptlessOptions": "options",
     "Goodput": "metrics",
@@ -69,20 +69,14 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def _load(name: str) -> Any:
     """Load a public name on first access.
 
     The strategies and `FaultInjector` subclass the Lightning distribution in use: `lightning.pytorch`, or
     `pytorch_lightning` if only that one has been imported.
     """
-    if name in _STRATEGIES:
-        from lightning_ckptless._registration.assembly import strategy_for
-
-        return strategy_for(_distribution(), _STRATEGIES[name])
-    if name == "FaultInjector":
-        from lightning_ckptless.testing.fault_injector import fault_injector_class
-
-        return fault_injector_class(_distribution())
+    if name in _PER_DISTRIBUTION:
+        return getattr(import_module(_classes()), name)
     if name == "__version__":
         from importlib.metadata import version
 
@@ -92,16 +86,22 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+if not TYPE_CHECKING:
+    # Type checkers would accept any name.
+    __getattr__ = _load
+
+
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _distribution() -> str:
+def _classes() -> str:
+    """Name of the module with the classes for the distribution in use."""
     # Imported here, because `import torch` imports this module and must not fail because of another one.
-    from lightning_ckptless.distributions import LIGHTNING, PYTORCH_LIGHTNING
+    from lightning_ckptless.distributions import CLASSES, LIGHTNING, PYTORCH_LIGHTNING
 
     is_legacy = PYTORCH_LIGHTNING in sys.modules and LIGHTNING not in sys.modules
-    return PYTORCH_LIGHTNING if is_legacy else LIGHTNING
+    return CLASSES[PYTORCH_LIGHTNING if is_legacy else LIGHTNING]
 
 
 if "torch" not in sys.modules:

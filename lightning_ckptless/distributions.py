@@ -7,3 +7,5 @@ PYTORCH_LIGHTNING = "pytorch_lightning"
 DISTRIBUTIONS = (LIGHTNING, PYTORCH_LIGHTNING)
 """By the names of their top modules."""
 PYPI_NAMES = {LIGHTNING: "lightning", PYTORCH_LIGHTNING: "pytorch-lightning"}
+CLASSES = {LIGHTNING: "lightning_ckptless.lightning_pytorch", PYTORCH_LIGHTNING: "lightning_ckptless.pytorch_lightning"}
+"""Our modules with the public classes for each."""

@@ -10,20 +10,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from lightning_ckptless._registration import mlflow_tables
-from lightning_ckptless.distributions import DISTRIBUTIONS
+from lightning_ckptless.distributions import CLASSES, DISTRIBUTIONS
 
 
 class Registered(NamedTuple):
     """An entry of the registry.
 
     Args:
-        strategy: name of the strategy for `assembly.strategy_for`.
+        strategy: class of the strategy.
         options: options implied by the name.
         description: description shown by the registry.
     """
@@ -35,21 +36,25 @@ class Registered(NamedTuple):
 
 _DATA_PARALLEL = "Data parallelism that survives the loss of any rank, bit for bit"
 NAMES = {
-    "ckptless": Registered("ckptless", {}, _DATA_PARALLEL),
+    "ckptless": Registered("CkptlessStrategy", {}, _DATA_PARALLEL),
     # Scripts look for "ddp" in the name of a strategy, and for Lightning's names for options of DDP. The start methods
     # `ddp_notebook` and `ddp_fork` share one counterpart; `ddp_spawn` has none.
-    "ckptless_ddp": Registered("ckptless", {}, _DATA_PARALLEL),
+    "ckptless_ddp": Registered("CkptlessStrategy", {}, _DATA_PARALLEL),
     "ckptless_ddp_find_unused_parameters_true": Registered(
-        "ckptless", {"find_unused_parameters": True}, f"{_DATA_PARALLEL}; parameters may be unused in a step"
+        "CkptlessStrategy", {"find_unused_parameters": True}, f"{_DATA_PARALLEL}; parameters may be unused in a step"
     ),
     "ckptless_ddp_find_unused_parameters_false": Registered(
-        "ckptless", {"find_unused_parameters": False}, f"{_DATA_PARALLEL}; every parameter is used in every step"
+        "CkptlessStrategy",
+        {"find_unused_parameters": False},
+        f"{_DATA_PARALLEL}; every parameter is used in every step",
     ),
     "ckptless_notebook": Registered(
-        "ckptless", {"start_method": "fork"}, f"{_DATA_PARALLEL}; workers are forked from the notebook's process"
+        "CkptlessStrategy",
+        {"start_method": "fork"},
+        f"{_DATA_PARALLEL}; workers are forked from the notebook's process",
     ),
     "ckptless_model_parallel": Registered(
-        "ckptless_model_parallel",
+        "CkptlessModelParallelStrategy",
         {},
         "Sharded models (FSDP2, tensor parallel) that survive the loss of any rank, bit for bit",
     ),
@@ -75,17 +80,27 @@ def register_everywhere(again: Callable[[], None]) -> None:
         sys.meta_path.insert(0, RegistryFinder(again))
 
 
-def build_strategy(distribution: str, name: str, **options: Any) -> Any:
+def build_strategy(distribution: str, strategy: str, **options: Any) -> Any:
     """Create a strategy for one distribution of Lightning.
 
     Args:
         distribution: `lightning.pytorch` or `pytorch_lightning`.
-        name: name of the strategy.
-        **options: arguments of its class.
+        strategy: name of its class.
+        **options: arguments of the class.
     """
-    from lightning_ckptless._registration.assembly import strategy_for
+    return getattr(classes_for(distribution), strategy)(**options)
 
-    return strategy_for(distribution, name)(**options)
+
+def classes_for(distribution: str) -> ModuleType:
+    """Import our module with the public classes for one distribution of Lightning.
+
+    Args:
+        distribution: `lightning.pytorch` or `pytorch_lightning`.
+
+    Raises:
+        VersionError: Python, torch or Lightning is too old, or lacks a name that is used.
+    """
+    return import_module(CLASSES[distribution])
 
 
 class RegistryFinder(MetaPathFinder):

@@ -27,16 +27,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import lru_cache, wraps
+from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 
 from lightning_ckptless import environment
-from lightning_ckptless.distributions import DISTRIBUTIONS
 from lightning_ckptless.errors import OptionsError
-from lightning_ckptless.internals.lightning.distribution import module
 from lightning_ckptless.protocol.fault_script import Fault, Moment, parse_faults
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.testing.fault_marks import FaultMarks
@@ -45,76 +43,67 @@ from lightning_ckptless.trainer.state.sharding import sharded_modules
 Remove = Callable[[], None]
 
 
-def fault_injector_from_environment(distribution: str) -> Any | None:
-    """Return an injector for the faults in `CKPTLESS_FAULTS`; None if there are none.
+class FaultInjectorMixin:
+    """Injects faults into training, as a callback; see `lightning_ckptless.testing.fault_injector` for the moments.
+
+    Each fault is injected once per run, however often the workers are relaunched.
 
     Args:
-        distribution: `lightning.pytorch` or `pytorch_lightning`.
+        faults: faults as text (`kill:rank=1:step=7:at=backward`, several separated by commas), or as `Fault`
+            objects.
+        marker_dir: folder that records over relaunches which faults were injected; defaults to `faults` in the run
+            folder. Required with strategies other than ckptless.
 
     Raises:
         OptionsError: the faults cannot be parsed.
     """
-    text = os.environ.get(environment.FAULTS, "")
-    return fault_injector_class(distribution)(text) if text.strip() else None
 
+    ckptless_observer = True
 
-@lru_cache(maxsize=len(DISTRIBUTIONS))
-def fault_injector_class(distribution: str) -> type[Any]:
-    """Return the class `FaultInjector` for one distribution of Lightning.
+    def __init__(self, faults: str | Sequence[Fault], marker_dir: str | Path | None = None) -> None:
+        self._injection = Injection(_as_faults(faults), None if marker_dir is None else Path(marker_dir))
 
-    Args:
-        distribution: `lightning.pytorch` or `pytorch_lightning`.
-    """
-    base: Any = module(distribution, "callbacks").Callback
-
-    class FaultInjector(base):  # type: ignore[misc]
-        """Injects faults into training; see `lightning_ckptless.testing.fault_injector` for the moments.
-
-        Each fault is injected once per run, however often the workers are relaunched.
-
-        Args:
-            faults: faults as text (`kill:rank=1:step=7:at=backward`, several separated by commas), or as `Fault`
-                objects.
-            marker_dir: folder that records over relaunches which faults were injected; defaults to `faults` in the run
-                folder. Required with strategies other than ckptless.
+    @classmethod
+    def from_environment(cls) -> Self | None:
+        """Create an injector for the faults in `CKPTLESS_FAULTS`; None if there are none.
 
         Raises:
             OptionsError: the faults cannot be parsed.
         """
+        text = os.environ.get(environment.FAULTS, "")
+        return cls(text) if text.strip() else None
 
-        ckptless_observer = True
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Select the faults of this rank."""
+        self._injection.open(trainer)
 
-        def __init__(self, faults: str | Sequence[Fault], marker_dir: str | Path | None = None) -> None:
-            self._injection = Injection(_as_faults(faults), None if marker_dir is None else Path(marker_dir))
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Install hooks for faults within the batch."""
+        self._injection.arm(trainer, pl_module)
 
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            self._injection.open(trainer)
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
+        """Install hooks for faults within the backward pass of a sharded model."""
+        self._injection.arm_backward(trainer, pl_module, loss)
 
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            self._injection.arm(trainer, pl_module)
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Remove the hooks, and inject what is due after a batch."""
+        self._injection.disarm()
+        self._injection.after_batch(trainer, batch_idx)
 
-        def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
-            self._injection.arm_backward(trainer, pl_module, loss)
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Inject what is due in validation."""
+        if not trainer.sanity_checking:
+            self._injection.strike(Moment.VALIDATION, trainer.global_step)
 
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            self._injection.disarm()
-            self._injection.after_batch(trainer, batch_idx)
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Inject what is due at the end of an epoch."""
+        self._injection.strike(Moment.EPOCH_END, trainer.global_step)
 
-        def on_validation_batch_start(
-            self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-        ) -> None:
-            if not trainer.sanity_checking:
-                self._injection.strike(Moment.VALIDATION, trainer.global_step)
-
-        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            self._injection.strike(Moment.EPOCH_END, trainer.global_step)
-
-        def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-            self._injection.close()
-
-    FaultInjector.__module__ = "lightning_ckptless"
-    FaultInjector.__qualname__ = "FaultInjector"
-    return FaultInjector
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Remove all hooks."""
+        self._injection.close()
 
 
 def _as_faults(faults: str | Sequence[Fault]) -> tuple[Fault, ...]:

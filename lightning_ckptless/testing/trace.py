@@ -19,16 +19,14 @@ import os
 import random
 import time
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from lightning_ckptless import environment
-from lightning_ckptless.distributions import DISTRIBUTIONS
-from lightning_ckptless.internals.lightning.distribution import is_a, module
+from lightning_ckptless.internals.lightning.distribution import is_a
 from lightning_ckptless.testing.digest import digest_tensors, digest_values
 
 
@@ -59,63 +57,52 @@ OWN_PREFIX = "ckptless/"
 """Prefix of values that we log about ourselves, which depend on time."""
 
 
-def step_trace_from_environment(distribution: str) -> Any | None:
-    """Return a trace callback that writes to `CKPTLESS_TRACE_DIR`; None if it is unset.
+class StepTraceMixin:
+    """Writes a digest of every step, as a callback. Changes nothing in the trainer and draws no random numbers.
 
     Args:
-        distribution: `lightning.pytorch` or `pytorch_lightning`.
+        folder: folder of the traces; created if missing.
     """
-    folder = os.environ.get(environment.TRACE_DIR, "")
-    return step_trace_class(distribution)(folder) if folder else None
 
+    ckptless_observer = True
 
-@lru_cache(maxsize=len(DISTRIBUTIONS))
-def step_trace_class(distribution: str) -> type[Any]:
-    """Return the class `StepTrace` for one distribution of Lightning.
+    def __init__(self, folder: str | Path) -> None:
+        self._recorder = Recorder(Path(folder))
 
-    Args:
-        distribution: `lightning.pytorch` or `pytorch_lightning`.
-    """
-    base: Any = module(distribution, "callbacks").Callback
+    @classmethod
+    def from_environment(cls) -> Self | None:
+        """Create a trace in the folder `CKPTLESS_TRACE_DIR`; None if it is unset."""
+        folder = os.environ.get(environment.TRACE_DIR, "")
+        return cls(folder) if folder else None
 
-    class StepTrace(base):  # type: ignore[misc]
-        """Writes a digest of every step. Changes nothing in the trainer and draws no random numbers.
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Open the file of this rank and write `begin`."""
+        self._recorder.open(trainer)
+        self._recorder.write("begin", trainer, loggers=loggers_of(trainer))
 
-        Args:
-            folder: folder of the traces; created if missing.
-        """
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Write `batch`."""
+        digests = {"batch": digest_values(batch), **tensors_of(trainer), **generators()}
+        self._recorder.write("batch", trainer, batch=batch_idx, digests=digests, values=values_of(trainer))
 
-        ckptless_observer = True
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write `validation`."""
+        if not trainer.sanity_checking:
+            self._recorder.write("validation", trainer, digests=generators(), values=logged(trainer))
 
-        def __init__(self, folder: str | Path) -> None:
-            self._recorder = Recorder(Path(folder))
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write `epoch`."""
+        digests = {**parameters_of(trainer), **generators()}
+        self._recorder.write("epoch", trainer, digests=digests)
 
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            self._recorder.open(trainer)
-            self._recorder.write("begin", trainer, loggers=loggers_of(trainer))
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write `end`."""
+        digests = {**tensors_of(trainer), **generators(), **bookkeeping(trainer)}
+        self._recorder.write("end", trainer, digests=digests, values=values_of(trainer))
 
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            digests = {"batch": digest_values(batch), **tensors_of(trainer), **generators()}
-            self._recorder.write("batch", trainer, batch=batch_idx, digests=digests, values=values_of(trainer))
-
-        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-            if not trainer.sanity_checking:
-                self._recorder.write("validation", trainer, digests=generators(), values=logged(trainer))
-
-        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            digests = {**parameters_of(trainer), **generators()}
-            self._recorder.write("epoch", trainer, digests=digests)
-
-        def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-            digests = {**tensors_of(trainer), **generators(), **bookkeeping(trainer)}
-            self._recorder.write("end", trainer, digests=digests, values=values_of(trainer))
-
-        def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-            self._recorder.close()
-
-    StepTrace.__module__ = "lightning_ckptless.testing"
-    StepTrace.__qualname__ = "StepTrace"
-    return StepTrace
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Close the file."""
+        self._recorder.close()
 
 
 class Recorder:

@@ -202,7 +202,7 @@ def test_unsupported_settings_are_refused(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OptionsError, match=r"num_nodes=2: .*%%writefile train.py"):
         trainer_in(tmp_path, NOTEBOOK, num_nodes=2).fit(model, loader)
     with pytest.raises(OptionsError, match="start_method='spawn'"):
-        trainer_in(tmp_path, CkptlessStrategy(start_method="spawn")).fit(model, loader)
+        trainer_in(tmp_path, CkptlessStrategy(start_method="spawn")).fit(model, loader)  # type: ignore[arg-type]
     # Interactive interpreters set `sys.ps1`.
     monkeypatch.setattr("sys.ps1", ">>> ", raising=False)
     with pytest.raises(OptionsError, match=r"holds a part of the model, .*`!ckptless run --nproc-per-node 2 train.py`"):

@@ -27,6 +27,7 @@ CATCHES_EVERYTHING = {
 COMMON = {"os._exit", "pickle._Pickler", "sys._current_frames", "sys._getframe"}
 # What a subclass shares with its base, most of them another project's.
 INHERITED = {
+    f"{PACKAGE}/lightning_pytorch.py": {"lightning.pytorch.strategies.launchers.launcher._Launcher"},
     f"{PACKAGE}/membership/agent/agent.py": {"self._logs_specs"},
     f"{PACKAGE}/membership/agent/partition_guard.py": {
         "self._current_workers",
@@ -50,6 +51,7 @@ INHERITED = {
         "self._stop_workers",
         "self._take_positions",
     },
+    f"{PACKAGE}/pytorch_lightning.py": {"pytorch_lightning.strategies.launchers.launcher._Launcher"},
     f"{PACKAGE}/trainer/strategy/recoverable.py": {"self._get_process_group_backend", "self._timeout"},
 }
 HOSTS = (f"{PACKAGE}/internals/",)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.house.code import PACKAGE, Source, findings, sources
+import re
+
+from tests.house.code import PACKAGE, REPOSITORY, Source, findings, sources
 
 # What any room may use: it knows nothing of this package but itself.
 BASE = {"console", "distributions", "environment", "errors", "formats", "internals", "options", "system"}
@@ -34,14 +36,17 @@ MAY_IMPORT = {
     },
     "runner": {"trainer", "ledger", "membership", "replica", "protocol", *BASE},
     "_registration": {
-        "_registration", "distributions", "environment", "supported", "internals", "internals.lightning", "runner",
-        "testing", "trainer",
+        "_registration", "distributions", "environment", "supported", "internals", "internals.lightning",
     },
+    "lightning_pytorch": {"_registration", "runner", "testing", "trainer"},
+    "pytorch_lightning": {"_registration", "runner", "testing", "trainer"},
     "cli": {
         "cli", "runner", "testing", "durable", "membership", "replica", "protocol", "ledger", "metrics", "supported",
         "internals.lightning", *BASE,
     },
-    "__init__": {"_registration", "distributions", "errors", "metrics", "options", "supported", "testing"},
+    "__init__": {
+        "_registration", "distributions", "errors", "lightning_pytorch", "metrics", "options", "supported",
+    },
 }  # fmt: skip
 # `protocol` decides: it has no clock, opens nothing, and could be run in the head.
 PURE = {
@@ -74,9 +79,22 @@ def test_protocol_is_pure() -> None:
     assert findings((source for source in CODE if source.room == "protocol"), impure) == {}
 
 
-def test_lightning_is_imported_by_no_file() -> None:
-    """What is needed of it is loaded by name, because there are two distributions."""
-    assert findings(CODE, lambda source: [n for n in source.imports() if n.split(".")[0] in LIGHTNING]) == {}
+def test_each_distribution_of_lightning_is_imported_by_one_file() -> None:
+    """Elsewhere, what is needed of it is loaded by name, because there are two."""
+    found = findings(CODE, lambda source: {name.split(".")[0] for name in source.imports()} & LIGHTNING)
+    assert found == {
+        f"{PACKAGE}/lightning_pytorch.py": ["lightning"],
+        f"{PACKAGE}/pytorch_lightning.py": ["pytorch_lightning"],
+    }
+
+
+def test_the_files_of_the_distributions_are_the_same() -> None:
+    one, other = (
+        (REPOSITORY / PACKAGE / f"{name}.py").read_text() for name in ("lightning_pytorch", "pytorch_lightning")
+    )
+    swapped = {"lightning.pytorch": "pytorch_lightning", "pytorch_lightning.py": "lightning_pytorch.py"}
+    names = re.compile(r"pytorch_lightning\.py|lightning\.pytorch")
+    assert names.sub(lambda found: swapped[found[0]], one) == other
 
 
 def test_the_table_has_no_room_that_is_gone() -> None:

@@ -33,7 +33,6 @@ from lightning_ckptless.internals.lightning.launch import (
     fit_parameters,
     is_fit,
     is_stop,
-    launcher_base,
 )
 from lightning_ckptless.internals.lightning.logger_identity import private_attributes, set_identity
 from lightning_ckptless.internals.lightning.loops import FitLoops
@@ -150,7 +149,7 @@ def test_lengths_are_measured_by_a_function_of_fabric(distribution: str) -> None
 def test_fit_passes_its_checkpoint_path_to_the_launcher(distribution: str, tmp_path: Path) -> None:
     calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
-    class Recorder(launcher_base(distribution)):  # type: ignore[misc]
+    class Recorder:
         @property
         def is_interactive_compatible(self) -> bool:
             return True

@@ -77,7 +77,7 @@ def test_a_broken_hook_does_not_affect_torch(run: Run, tmp_path: Path, breakage:
     site = tmp_path / "broken"
     package = install_into(site)
     (package / "_registration").mkdir(parents=True)
-    for name in ("__init__.py", "_registration/__init__.py", "_registration/autoload.py"):
+    for name in ("__init__.py", "distributions.py", "_registration/__init__.py", "_registration/autoload.py"):
         shutil.copy(PACKAGE / name, package / name)
     (package / "_registration" / "names.py").write_text(breakage)
     result = run("import sys, torch\nemit([torch.ones(2).sum().item(), 'lightning_ckptless' in sys.modules])", site)

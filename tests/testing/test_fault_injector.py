@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +13,12 @@ import pytest
 import torch
 
 from lightning_ckptless import environment
+from lightning_ckptless._registration.names import classes_for
 from lightning_ckptless.errors import OptionsError
-from lightning_ckptless.testing.fault_injector import (
-    InjectedError,
-    fault_injector_class,
-    fault_injector_from_environment,
-)
+from lightning_ckptless.lightning_pytorch import FaultInjector
+from lightning_ckptless.testing.fault_injector import InjectedError
 from tests.lab.parts import Options
 from tests.testing.runs import BASE, fit
-
-LIGHTNING = "lightning.pytorch"
 
 
 class Watch(pl.Callback):
@@ -44,7 +41,7 @@ class Watch(pl.Callback):
 
 def run_until_fault(faults: str, tmp_path: Path, options: Options = BASE) -> tuple[Watch, str]:
     """Run until the fault; returns the progress and the traceback."""
-    watch, injector = Watch(), fault_injector_class(LIGHTNING)(faults, tmp_path / "marks")
+    watch, injector = Watch(), FaultInjector(faults, tmp_path / "marks")
     with pytest.raises(InjectedError) as error:
         fit(options, tmp_path, watch, injector)
     return watch, "\n".join(traceback.format_exception(error.value))
@@ -112,7 +109,7 @@ def test_a_fault_with_two_optimizers(moment: str, tmp_path: Path) -> None:
 
 def test_a_fault_is_injected_once(tmp_path: Path) -> None:
     run_until_fault("raise:rank=0:step=4:at=backward", tmp_path)
-    injector = fault_injector_class(LIGHTNING)("raise:rank=0:step=4:at=backward", tmp_path / "marks")
+    injector = FaultInjector("raise:rank=0:step=4:at=backward", tmp_path / "marks")
     # In another generation, as after a relaunch.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -123,7 +120,7 @@ def test_a_fault_is_injected_once(tmp_path: Path) -> None:
 
 def test_hooks_are_removed(tmp_path: Path) -> None:
     faults = ",".join(f"raise:rank=0:step=99:at={m}" for m in ("training_step", "backward", "optimizer_step", "commit"))
-    trainer, model = fit(BASE, tmp_path, fault_injector_class(LIGHTNING)(faults, tmp_path / "marks"))
+    trainer, model = fit(BASE, tmp_path, FaultInjector(faults, tmp_path / "marks"))
     assert "training_step" not in vars(model)
     assert not any(parameter._backward_hooks for parameter in model.parameters())
     assert not any(optimizer._optimizer_step_post_hooks for optimizer in trainer.optimizers)
@@ -131,24 +128,23 @@ def test_hooks_are_removed(tmp_path: Path) -> None:
 
 def test_a_fault_of_a_rank_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionsError, match="rank 1 does not exist, the world size is 1"):
-        fit(BASE, tmp_path, fault_injector_class(LIGHTNING)("raise:rank=1:step=4", tmp_path))
+        fit(BASE, tmp_path, FaultInjector("raise:rank=1:step=4", tmp_path))
 
 
 def test_other_strategies_need_a_marker_folder(tmp_path: Path) -> None:
     with pytest.raises(OptionsError, match="set marker_dir="):
-        fit(BASE, tmp_path, fault_injector_class(LIGHTNING)("raise:rank=0:step=4"))
+        fit(BASE, tmp_path, FaultInjector("raise:rank=0:step=4"))
 
 
 def test_invalid_faults_are_refused_at_once() -> None:
     with pytest.raises(OptionsError, match="did you mean 'kill'"):
-        fault_injector_class(LIGHTNING)("kil:rank=0:step=4")
+        FaultInjector("kil:rank=0:step=4")
 
 
-@pytest.mark.parametrize("distribution", [LIGHTNING, "pytorch_lightning"])
+@pytest.mark.parametrize("distribution", ["lightning.pytorch", "pytorch_lightning"])
 def test_faults_are_read_from_the_environment(distribution: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(environment.FAULTS, " ")
-    assert fault_injector_from_environment(distribution) is None
+    made_by = classes_for(distribution).FaultInjector.from_environment
+    assert made_by() is None
     monkeypatch.setenv(environment.FAULTS, "kill:rank=0:step=4")
-    injector = fault_injector_from_environment(distribution)
-    assert type(injector).__mro__[1].__module__.startswith(distribution)
-    assert type(injector) is fault_injector_class(distribution)
+    assert isinstance(made_by(), importlib.import_module(f"{distribution}.callbacks").Callback)

@@ -11,24 +11,21 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_ckptless.lightning_pytorch import StepTrace
 from lightning_ckptless.testing.compare import compare_traces
 from lightning_ckptless.testing.digest import digest_values
 from lightning_ckptless.testing.trace import (
     generators,
     optimizer_state,
     relative_paths,
-    step_trace_class,
-    step_trace_from_environment,
 )
 from lightning_ckptless.testing.traces import Trace, read_traces
 from tests.lab.parts import Options
 from tests.testing.runs import BASE, fit
 
-LIGHTNING = "lightning.pytorch"
-
 
 def traced(options: Options, root: Path) -> Trace:
-    fit(options, root, step_trace_class(LIGHTNING)(root / "trace"))
+    fit(options, root, StepTrace(root / "trace"))
     (trace,) = read_traces(root / "trace").values()
     return trace
 
@@ -76,7 +73,7 @@ def test_equal_runs_are_identical_and_another_seed_differs(tmp_path: Path) -> No
 def test_tracing_does_not_change_the_run(options: Options, tmp_path: Path) -> None:
     _, plain = fit(options, tmp_path / "plain")
     after_plain = generators()
-    _, watched = fit(options, tmp_path / "watched", step_trace_class(LIGHTNING)(tmp_path / "trace"))
+    _, watched = fit(options, tmp_path / "watched", StepTrace(tmp_path / "trace"))
     assert generators() == after_plain
     assert digest_values(plain.state_dict()) == digest_values(watched.state_dict())
     rows = [path.read_text() for path in sorted(tmp_path.rglob("metrics.csv"))]
@@ -132,6 +129,6 @@ def test_paths_do_not_depend_on_the_folder_of_the_run() -> None:
 
 def test_the_folder_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CKPTLESS_TRACE_DIR", raising=False)
-    assert step_trace_from_environment(LIGHTNING) is None
+    assert StepTrace.from_environment() is None
     monkeypatch.setenv("CKPTLESS_TRACE_DIR", str(tmp_path))
-    assert type(step_trace_from_environment("pytorch_lightning")) is step_trace_class("pytorch_lightning")
+    assert type(StepTrace.from_environment()) is StepTrace

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_ckptless._registration.assembly import strategy_for
+from lightning_ckptless._registration.names import classes_for
 from lightning_ckptless.internals.lightning import log_files as host_loggers
 from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.internals.lightning.sigterm import SigtermFlag
+from lightning_ckptless.lightning_pytorch import CkptlessStrategy
 from lightning_ckptless.trainer.commit.step_boundaries import StepBoundaries
 from lightning_ckptless.trainer.data.batch_log import BatchLog
 from tests.trainer.tiny import DISTRIBUTIONS, callback, tiny_module, tiny_trainer
@@ -47,10 +48,10 @@ class Batches:
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize("name", ["ckptless", "ckptless_model_parallel"])
+@pytest.mark.parametrize("name", ["CkptlessStrategy", "CkptlessModelParallelStrategy"])
 @pytest.mark.parametrize("way", WAYS)
 def test_an_unused_trainer_can_be_copied(way: str, name: str, distribution: str, tmp_path: Path) -> None:
-    strategy = strategy_for(distribution, name)(copies=0)
+    strategy = getattr(classes_for(distribution), name)(copies=0)
     trainer = importlib.import_module(distribution).Trainer(
         accelerator="cpu", devices=2, strategy=strategy, logger=False, default_root_dir=tmp_path
     )
@@ -61,7 +62,7 @@ def test_an_unused_trainer_can_be_copied(way: str, name: str, distribution: str,
     assert copied.strategy.world is strategy.world, "process groups belong to the process"
 
 
-class Derived(strategy_for(DISTRIBUTIONS[0])):  # type: ignore[misc]
+class Derived(CkptlessStrategy):
     """A strategy defined in a user's script."""
 
 

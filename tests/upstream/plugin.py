@@ -25,11 +25,10 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
 from lightning_ckptless import environment
-from lightning_ckptless._registration.assembly import strategy_for
+from lightning_ckptless.lightning_pytorch import CkptlessStrategy
 from lightning_ckptless.trainer.strategy import launcher
 from tests.upstream.runs import STRATEGIES, StrategyName
 
-FLAVOUR = "lightning.pytorch"
 DDP_NAMES = {"ddp": {}, "ddp_find_unused_parameters_true": {"find_unused_parameters": True}}
 
 
@@ -152,7 +151,7 @@ def make_strategy(name: StrategyName, asked: object) -> Any:
     options: Mapping[str, Any] = DDP_NAMES.get(asked, {}) if isinstance(asked, str) else {}
     if name == "ddp":
         return DDPStrategy(**options)
-    return strategy_for(FLAVOUR)(**options)
+    return CkptlessStrategy(**options)
 
 
 def refuse_to_be_replaced(**_: object) -> NoReturn:

@@ -29,7 +29,7 @@ FILE_TIMEOUT_S = 1200
 ALL = "all"
 # Modules that many tests import, and the plugin.
 PRELOADED = (
-    "lightning_ckptless.trainer.strategy.strategies",
+    "lightning_ckptless.lightning_pytorch",
     "omegaconf",
     "tests.upstream.plugin",
     "torch.utils.tensorboard",

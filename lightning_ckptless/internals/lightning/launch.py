@@ -24,11 +24,6 @@ def fit_parameters(distribution: str) -> list[str]:
     return list(inspect.signature(getattr(module(distribution).Trainer, FIT)).parameters)[1:]
 
 
-def launcher_base(distribution: str) -> Any:
-    """Return the base class of a distribution's launchers."""
-    return module(distribution, "strategies.launchers.launcher")._Launcher
-
-
 def is_stop(error: BaseException) -> bool:
     """Return whether an exception is a request to stop and not a fault."""
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):

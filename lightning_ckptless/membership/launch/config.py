@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning_ckptless import environment
-from lightning_ckptless.distributions import LIGHTNING, PYTORCH_LIGHTNING
+from lightning_ckptless.distributions import CLASSES, LIGHTNING, PYTORCH_LIGHTNING
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.worker.program import Program
@@ -38,20 +38,15 @@ def distribution_of(words: Iterable[str], env: Mapping[str, str] = os.environ) -
     return LIGHTNING
 
 
-DEFAULT_PRELOAD = (
-    "torch",
-    "torch.distributed",
-    "torch._dynamo",
-    LIGHTNING,
-    "lightning_ckptless.trainer.strategy.strategies",
-)
+DEFAULT_PRELOAD = ("torch", "torch.distributed", "torch._dynamo", LIGHTNING, CLASSES[LIGHTNING])
 """What workers usually import, in the fastest order."""
 
 
 def usual_modules(words: Sequence[str]) -> tuple[str, ...]:
     """Return what workers usually import, with the distribution of Lightning that a command line's script uses."""
     used = distribution_of(words)
-    return tuple(used if name == LIGHTNING else name for name in DEFAULT_PRELOAD)
+    chosen = {LIGHTNING: used, CLASSES[LIGHTNING]: CLASSES.get(used, CLASSES[LIGHTNING])}
+    return tuple(chosen.get(name, name) for name in DEFAULT_PRELOAD)
 
 
 DEFAULT_STOP_GRACE_S = 5.0

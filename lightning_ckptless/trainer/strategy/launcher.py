@@ -14,7 +14,7 @@ from typing import Any
 from lightning_ckptless import environment
 from lightning_ckptless.errors import OptionsError, UnfitNodeError
 from lightning_ckptless.internals.lightning.distribution import distribution_of
-from lightning_ckptless.internals.lightning.launch import CKPT_PATH_INDEX, is_stop, launcher_base
+from lightning_ckptless.internals.lightning.launch import CKPT_PATH_INDEX, is_stop
 from lightning_ckptless.internals.lightning.sigterm import give_exit_code
 from lightning_ckptless.internals.lightning.versions import without_beginning
 from lightning_ckptless.membership.channel.agent_channel import AgentChannel, is_standby, open_channel
@@ -33,6 +33,7 @@ from lightning_ckptless.trainer.session.identity import count_fit, fits_before, 
 from lightning_ckptless.trainer.session.run_folders import hydra_folder
 from lightning_ckptless.trainer.session.standby import wait_for_rank
 from lightning_ckptless.trainer.strategy.notebook import NotebookCall
+from lightning_ckptless.trainer.strategy.recoverable import CkptlessMixin
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class FitGuard:
         strategy: the strategy that is launched.
     """
 
-    def __init__(self, strategy: Any) -> None:
+    def __init__(self, strategy: CkptlessMixin) -> None:
         self.strategy = strategy
         self._is_observed = False
 
@@ -158,7 +159,8 @@ class FitGuard:
         if line is not None and engine.world_size > 1:
             strategy.watcher = Watcher(line, strategy.world.abort, int(os.environ.get(environment.REGROUPING, "0")))
         if not self._is_observed:
-            trainer.callbacks.extend(strategy.observers())
+            made = (observer() for observer in strategy.parts.observers)
+            trainer.callbacks.extend(callback for callback in made if callback is not None)
             self._is_observed = True
         try:
             return self._guarded(engine, call)
@@ -213,6 +215,7 @@ class FitGuard:
             # The replacement has no state to lose: the agent can relaunch all workers.
             traceback.print_exception(error)
             why = f"a new process failed before it joined the others in fit: {type(error).__name__}: {error}"
+            assert self.strategy.watcher is not None, "a process that joins others has an agent"
             self.strategy.watcher.send(CannotRecover(why, lasting=True))
             leave_process()
         if is_lost_peer(error):
@@ -247,23 +250,24 @@ def _wait_for_agent(engine: Engine) -> None:
         time.sleep(0.05)
 
 
-def launcher_class(distribution: str) -> type:
-    """Make the launcher class for one distribution of Lightning."""
+class LauncherMixin:
+    """Delegates to `FitGuard`; a class of Lightning that declares the interface follows in the order of bases.
 
-    class CkptlessLauncher(launcher_base(distribution)):  # type: ignore[misc]
-        """Delegates to `FitGuard`."""
+    Args:
+        strategy: the strategy that is launched.
+    """
 
-        def __init__(self, strategy: Any) -> None:
-            self.guard = FitGuard(strategy)
+    def __init__(self, strategy: CkptlessMixin) -> None:
+        self.guard = FitGuard(strategy)
 
-        @property
-        def is_interactive_compatible(self) -> bool:
-            return True
+    @property
+    def is_interactive_compatible(self) -> bool:
+        """Whether notebooks can be trained in."""
+        return True
 
-        def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
-            return self.guard.launch(function, *args, trainer=trainer, **kwargs)
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Run a trainer function; see `FitGuard.launch`."""
+        return self.guard.launch(function, *args, trainer=trainer, **kwargs)
 
-        def kill(self, signum: Any) -> None:
-            """Do nothing: the workers belong to their agent."""
-
-    return CkptlessLauncher
+    def kill(self, signum: Any) -> None:
+        """Do nothing: the workers belong to their agent."""

@@ -34,6 +34,7 @@ from lightning_ckptless.membership.forkserver.forked_call import THE_CALL, Forke
 from lightning_ckptless.membership.forkserver.output_relay import OutputRelay
 from lightning_ckptless.membership.forkserver.server import loses_cuda
 from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome
+from lightning_ckptless.trainer.strategy.recoverable import CkptlessMixin
 
 RUN_A_FILE = (
     "write the cells to a file and run that: put `%%writefile train.py` first in the cell, then run "
@@ -58,7 +59,7 @@ class NotebookCall:
         trainer: trainer that is called; None for a function without one.
     """
 
-    strategy: Any
+    strategy: CkptlessMixin
     launch: Callable[..., Any]
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -96,7 +97,7 @@ class NotebookCall:
                     OutputRelay() as relay,
                     ForkedParent(lambda: call.work(exchange), relay.output) as parent,
                 ):
-                    outcome = strategy.run_job(config, parent=parent)
+                    outcome = strategy.parts.run_job(config, parent=parent)
             except AskedToEnd:
                 self._restore_outcome(exchange)
                 raise KeyboardInterrupt from None
@@ -206,7 +207,7 @@ def _pickled(error: BaseException) -> bytes | None:
     return data
 
 
-def require_forks_can_train(strategy: Any) -> None:
+def require_forks_can_train(strategy: CkptlessMixin) -> None:
     """Refuse what cannot run in forks of this process.
 
     Args:

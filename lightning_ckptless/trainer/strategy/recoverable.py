@@ -1,4 +1,4 @@
-"""Base of all recoverable strategies: one of Lightning's own, with the engine attached.
+"""What all our strategies add to one of Lightning's own: the engine, and the recovery from lost ranks.
 
 Strategies differ in how they wrap the model, which process groups that needs, and what is identical on all ranks. They
 override the methods in the section "what subclasses override"; everything else is implemented here.
@@ -6,28 +6,21 @@ override the methods in the section "what subclasses override"; everything else 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, fields
+from importlib import import_module
+from typing import Any, ClassVar
 
 from lightning_ckptless.internals.lightning.ddp import start_method_of
 from lightning_ckptless.internals.lightning.process import prepare_without_group
+from lightning_ckptless.internals.lightning.strategy import LightningStrategy
 from lightning_ckptless.internals.lightning.virtual_ranks import logs_kept
+from lightning_ckptless.membership.launch.config import Outcome
 from lightning_ckptless.membership.worker.placeholder_group import refuse
 from lightning_ckptless.membership.worker.process_groups import use_loopback_on_one_node, world_of_process
 from lightning_ckptless.membership.worker.watcher import Watcher
-from lightning_ckptless.options import (
-    CheckpointHooks,
-    Checksum,
-    CkptlessOptions,
-    ElasticBatch,
-    EveryNSteps,
-    OnLate,
-    OnUnrecoverable,
-    Staging,
-)
+from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.hang_detection import Point
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.data.virtual_ranks import VirtualRanks
@@ -35,416 +28,402 @@ from lightning_ckptless.trainer.recovery.recovery_loop import run_through_faults
 from lightning_ckptless.trainer.reporting.checkpoint_files import removes_by_path
 from lightning_ckptless.trainer.session.engine import Engine
 from lightning_ckptless.trainer.strategy.compatibility import check_trainer
-from lightning_ckptless.trainer.strategy.launcher import launcher_class
 from lightning_ckptless.trainer.strategy.world_size import require_ranks
 
 BEFORE_SETUP = "pre_setup"
 """Name of Lightning's barrier before the setup hooks of the user's model and datamodule."""
 
 
-def recoverable(base: Any, distribution: str) -> type[Any]:
-    """Make a recoverable subclass of one of Lightning's distributed strategies.
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a strategy class is assembled from that `trainer` cannot import.
 
     Args:
-        base: Lightning's strategy class.
-        distribution: the distribution of Lightning that the class comes from.
+        module: name of the module that defines the class, from which copies are created.
+        launcher: makes the launcher of a strategy.
+        observers: each makes a callback that observes a call of `fit`, or none.
+        run_job: runs an agent in this process.
     """
-    launcher = launcher_class(distribution)
 
-    class Recoverable(base):  # type: ignore[misc]
-        """Lightning's strategy with fault tolerance.
+    module: str
+    launcher: Callable[[Any], Any]
+    observers: tuple[Callable[[], Any], ...]
+    run_job: Callable[..., Outcome]
 
-        Args:
-            mirror_every_n_steps: optimizer steps between mirrored versions; `auto` chooses by measured cost.
-            copies: replicas of each shard, besides the source rank's own copy.
-            failure_domain: unit that fails as a whole: `node`, `rank` to keep replicas among the ranks of one node, a
-                dimension of the device mesh, or a custom level such as `rack`, see `CKPTLESS_FAILURE_DOMAIN`.
-            arena_dir: directory of the arenas; None for `/dev/shm` if that exists.
-            max_recoveries_without_progress: recoveries without a newly committed step after which the run gives up.
-            max_recoveries_per_hour: recoveries within one hour after which the run gives up.
-            on_unrecoverable: if no complete version is left, `durable` resumes from the newest checkpoint file, `raise`
-                stops.
-            checksum: checksum algorithm that protects every replica: `xxh3`, `crc32` or `none`.
-            on_late: if the previous mirror is still in progress: `wait` for it or `skip` a version.
-            staging: `overlap` copies the state during the next forward and backward pass, `blocking` before them.
-            arena_keep_s: seconds to keep the arena of a dead run for a restart with the same run id.
-            in_place: after a fault replace only the lost ranks while the others stay in `fit`; else relaunch all ranks.
-            standbys: processes per node that have run the script up to `fit` and wait there to replace a lost rank.
-            preload_imports: import the modules that the script uses in training once, in the fork server, for all new
-                processes.
-            hang_timeout_s: seconds without progress on any rank after which the ranks that are furthest behind are
-                killed as hung; None derives the limit from step times, 0 disables it.
-            mirror_budget: with `auto`, the largest share by which mirroring may lengthen training.
-            failures_per_day: with `auto`, the expected number of failures of the whole run per day.
-            health_check: dotted name of a function that raises if a node is unfit to train; it is called in addition
-                to the built-in checks, before a worker joins the others.
-            durable_every_n_steps: optimizer steps between durable states, which are written in the background; None
-                disables the step schedule.
-            durable_every_s: seconds between durable states; None disables the time schedule.
-            durable_dir: directory of the durable states; None for `durable` in the run folder.
-            durable_keep: number of durable states to keep.
-            elastic_batch: with fewer ranks than at the start, `keep` runs the batches of the missing ranks on the
-                others; `scale` makes each step of one batch per remaining rank.
-            checkpoint_hooks: `every_version` calls the script's `on_save_checkpoint` hooks for each version and its
-                `on_load_checkpoint` hooks on each restore; `never` leaves them to Lightning.
-            stateless_callbacks: class names of callbacks whose `state_dict()` is not called for each version.
-            trusted_classes: dotted names of classes that states may contain, besides plain data, when they are read
-                from disk or from another node.
-            **base_options: options of Lightning's own strategy.
+
+class CkptlessMixin(LightningStrategy):
+    """Fault tolerance for a strategy of Lightning, which follows in the order of bases.
+
+    Args:
+        mirror_every_n_steps: optimizer steps between mirrored versions; `auto` chooses by measured cost.
+        copies: replicas of each shard, besides the source rank's own copy.
+        failure_domain: unit that fails as a whole: `node`, `rank` to keep replicas among the ranks of one node, a
+            dimension of the device mesh, or a custom level such as `rack`, see `CKPTLESS_FAILURE_DOMAIN`.
+        arena_dir: directory of the arenas; None for `/dev/shm` if that exists.
+        max_recoveries_without_progress: recoveries without a newly committed step after which the run gives up.
+        max_recoveries_per_hour: recoveries within one hour after which the run gives up.
+        on_unrecoverable: if no complete version is left, `durable` resumes from the newest checkpoint file, `raise`
+            stops.
+        checksum: checksum algorithm that protects every replica: `xxh3`, `crc32` or `none`.
+        on_late: if the previous mirror is still in progress: `wait` for it or `skip` a version.
+        staging: `overlap` copies the state during the next forward and backward pass, `blocking` before them.
+        arena_keep_s: seconds to keep the arena of a dead run for a restart with the same run id.
+        in_place: after a fault replace only the lost ranks while the others stay in `fit`; else relaunch all ranks.
+        standbys: processes per node that have run the script up to `fit` and wait there to replace a lost rank.
+        preload_imports: import the modules that the script uses in training once, in the fork server, for all new
+            processes.
+        hang_timeout_s: seconds without progress on any rank after which the ranks that are furthest behind are
+            killed as hung; None derives the limit from step times, 0 disables it.
+        mirror_budget: with `auto`, the largest share by which mirroring may lengthen training.
+        failures_per_day: with `auto`, the expected number of failures of the whole run per day.
+        health_check: dotted name of a function that raises if a node is unfit to train; it is called in addition
+            to the built-in checks, before a worker joins the others.
+        durable_every_n_steps: optimizer steps between durable states, which are written in the background; None
+            disables the step schedule.
+        durable_every_s: seconds between durable states; None disables the time schedule.
+        durable_dir: directory of the durable states; None for `durable` in the run folder.
+        durable_keep: number of durable states to keep.
+        elastic_batch: with fewer ranks than at the start, `keep` runs the batches of the missing ranks on the
+            others; `scale` makes each step of one batch per remaining rank.
+        checkpoint_hooks: `every_version` calls the script's `on_save_checkpoint` hooks for each version and its
+            `on_load_checkpoint` hooks on each restore; `never` leaves them to Lightning.
+        stateless_callbacks: class names of callbacks whose `state_dict()` is not called for each version.
+        trusted_classes: dotted names of classes that states may contain, besides plain data, when they are read
+            from disk or from another node.
+
+    Raises:
+        OptionsError: a value is out of range.
+    """
+
+    parts: ClassVar[Parts]
+
+    def __init__(self, options: CkptlessOptions, **base_options: Any) -> None:
+        super().__init__(**base_options)
+        self.options = options
+        self.start_method = start_method_of(self)
+        self.has_restored_outcome = False
+        self._virtual_rank: int | None = None
+        self.engine: Engine | None = None
+        self.world = world_of_process()
+        self.watcher: Watcher | None = None
+        self.joins_alone = False
+        self._acts_alone = False
+        self.obstacle_of_calls: str | None = None
+        self.is_in_call = False
+        self.probes: list[Callable[[str, Version], None]] = []
+
+    @contextmanager
+    def without_engine(self) -> Iterator[None]:
+        """Context in which the strategy is plain data parallelism: no versions and no checkpoint tracking."""
+        engine, self.engine = self.engine, None
+        try:
+            yield
+        finally:
+            self.engine = engine
+
+    # -------------------------------------------------------------- copies
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Name the module that defines the class: each distribution of Lightning has one of the same public name."""
+        cls = type(self)
+        if "parts" not in vars(cls):
+            # A user's subclass can be found by its own name.
+            return super().__reduce_ex__(protocol)
+        return blank, (cls.parts.module, cls.__name__), self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State of the strategy without what ties it to the current run; that cannot be copied."""
+        state: dict[str, Any] = super().__getstate__()
+        return state | {"engine": None, "watcher": None, "world": None, "probes": [], "_launcher": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.world = world_of_process()
+        self._configure_launcher()
+
+    # -------------------------------------------------------------- what subclasses override
+
+    replicates = True
+    """Whether all ranks hold identical values of everything that is neither sharded nor private to a rank."""
+
+    def mesh_sizes(self) -> tuple[int, int] | None:
+        """Ranks in each dimension of the device mesh; None without a mesh."""
+        return None
+
+    def check_options(self) -> None:
+        """Validate the strategy's own options before anything is started.
 
         Raises:
-            OptionsError: a value is out of range.
+            OptionsError: the options are invalid.
         """
 
-        observers: Callable[[], list[Any]] = staticmethod(list)
-        run_job: Callable[..., Any]
-        """Runs an agent in this process. Assigned at registration, like `observers`."""
-        blank: Callable[[str, str], Any]
-        """Creates an empty instance that a copy is filled into. Assigned where the class gets its public name."""
+    def obstacle_in_place(self) -> str | None:
+        """Why a lost rank could not be replaced in place; None if it can."""
+        return None
 
-        def __init__(
-            self,
-            mirror_every_n_steps: EveryNSteps = 1,
-            copies: int = 1,
-            failure_domain: str = "node",
-            arena_dir: str | Path | None = None,
-            max_recoveries_without_progress: int = 10,
-            max_recoveries_per_hour: int = 100,
-            on_unrecoverable: OnUnrecoverable = "durable",
-            checksum: Checksum = "xxh3",
-            on_late: OnLate = "wait",
-            staging: Staging = "overlap",
-            arena_keep_s: float = 3600.0,
-            in_place: bool = True,
-            standbys: int = 0,
-            preload_imports: bool = True,
-            hang_timeout_s: float | None = None,
-            health_check: str = "",
-            mirror_budget: float = 0.01,
-            failures_per_day: float = 1.0,
-            durable_every_n_steps: int | None = None,
-            durable_every_s: float | None = None,
-            durable_dir: str | Path | None = None,
-            durable_keep: int = 2,
-            elastic_batch: ElasticBatch = "keep",
-            checkpoint_hooks: CheckpointHooks = "never",
-            stateless_callbacks: Sequence[str] = (),
-            trusted_classes: Sequence[str] = (),
-            **base_options: Any,
-        ) -> None:
-            given = locals()
-            super().__init__(**base_options)
-            self.options = CkptlessOptions(**{field.name: given[field.name] for field in fields(CkptlessOptions)})
-            self.start_method = start_method_of(self)
-            self.has_restored_outcome = False
-            self._virtual_rank: int | None = None
-            self.engine: Engine | None = None
-            self.world = world_of_process()
-            self.watcher: Watcher | None = None
-            self.joins_alone = False
-            self._acts_alone = False
-            self.obstacle_of_calls: str | None = None
-            self.is_in_call = False
-            self.probes: list[Callable[[str, Version], None]] = []
+    def obstacle_to_another_world(self) -> str:
+        """Why the model could not continue with another number of ranks; empty if it can."""
+        return ""
 
-        @contextmanager
-        def without_engine(self) -> Iterator[None]:
-            """Context in which the strategy is plain data parallelism: no versions and no checkpoint tracking."""
-            engine, self.engine = self.engine, None
-            try:
-                yield
-            finally:
-                self.engine = engine
+    def use_new_groups(self) -> None:
+        """Switch the model to the process groups of a new generation."""
 
-        # -------------------------------------------------------------- copies
+    def place_among_virtual_ranks(self) -> tuple[int, int, int]:
+        """This rank's index among the data-parallel ranks, their number, and how many ranks share one place."""
+        return self.global_rank, self.world_size, 1
 
-        def __reduce_ex__(self, protocol: Any) -> Any:
-            """Name the factory of the class: each distribution of Lightning has one under the same name."""
-            cls = type(self)
-            if "blank" not in vars(cls):
-                # A user's subclass can be found by its own name.
-                return super().__reduce_ex__(protocol)
-            return cls.blank, (distribution, cls.strategy_name), self.__getstate__()
+    def requested_virtual_ranks(self) -> int:
+        """Number of virtual ranks when all requested ranks are present."""
+        return int(self.num_nodes * self.num_processes)
 
-        def __getstate__(self) -> dict[str, Any]:
-            """State of the strategy without what ties it to the current run; that cannot be copied."""
-            state: dict[str, Any] = super().__getstate__()
-            return state | {"engine": None, "watcher": None, "world": None, "probes": [], "_launcher": None}
+    def without_sync(self) -> AbstractContextManager[Any]:
+        """Context in which a backward pass does not reduce gradients over the ranks."""
+        return nullcontext()
 
-        def __setstate__(self, state: dict[str, Any]) -> None:
-            super().__setstate__(state)
-            self.world = world_of_process()
-            self._configure_launcher()
+    def sums_now(self) -> bool:
+        """Whether a backward pass currently reduces gradients over the ranks."""
+        return True
 
-        # -------------------------------------------------------------- what subclasses override
+    # -------------------------------------------------------------- processes
 
-        replicates = True
-        """Whether all ranks hold identical values of everything that is neither sharded nor private to a rank."""
+    def _configure_launcher(self) -> None:
+        self._launcher = self.parts.launcher(self)
 
-        def mesh_sizes(self) -> tuple[int, int] | None:
-            """Ranks in each dimension of the device mesh; None without a mesh."""
-            return None
+    def check_world(self) -> None:
+        """Compare the requested number of ranks with the number that the agent started.
 
-        def check_options(self) -> None:
-            """Validate the strategy's own options before anything is started.
+        Raises:
+            OptionsError: the numbers differ.
+        """
+        require_ranks(nodes=self.num_nodes, per_node=self.num_processes, found=self.cluster_environment.world_size())
 
-            Raises:
-                OptionsError: the options are invalid.
-            """
+    def make_virtual_ranks(self, trainer: Any) -> VirtualRanks:
+        """The virtual ranks that this rank runs at the start of a run."""
+        place, places, width = self.place_among_virtual_ranks()
+        count = self.requested_virtual_ranks() if self.options.elastic_batch == "keep" else places
+        return VirtualRanks(trainer, count=count, place=place, places=places, width=width)
 
-        def obstacle_in_place(self) -> str | None:
-            """Why a lost rank could not be replaced in place; None if it can."""
-            return None
+    @contextmanager
+    def as_virtual_rank(self, virtual_rank: int) -> Iterator[None]:
+        """Context in which dataloaders are set up for a virtual rank's share of the samples."""
+        self._virtual_rank = virtual_rank
+        try:
+            yield
+        finally:
+            self._virtual_rank = None
 
-        def obstacle_to_another_world(self) -> str:
-            """Why the model could not continue with another number of ranks; empty if it can."""
-            return ""
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Sampler arguments: the share of a virtual rank in training, this rank's own share otherwise."""
+        place, places, _ = self.place_among_virtual_ranks()
+        if self.engine is None or not self.engine.trainer.training:
+            return {"num_replicas": places, "rank": place}
+        virtual_rank, count = (
+            place if self._virtual_rank is None else self._virtual_rank,
+            self.engine.virtual_ranks.count,
+        )
+        return {"num_replicas": count, "rank": virtual_rank % count}
 
-        def use_new_groups(self) -> None:
-            """Switch the model to the process groups of a new generation."""
+    def join_generation(self) -> bool:
+        """Join the current generation, unless this process already has.
 
-        def place_among_virtual_ranks(self) -> tuple[int, int, int]:
-            """This rank's index among the data-parallel ranks, their number, and how many ranks share one place."""
-            return self.global_rank, self.world_size, 1
+        A replacement skips this: it meets the survivors in the training loop.
 
-        def requested_virtual_ranks(self) -> int:
-            """Number of virtual ranks when all requested ranks are present."""
-            return int(self.num_nodes * self.num_processes)
+        Returns:
+            Whether there is a process group.
+        """
+        use_loopback_on_one_node(self.num_processes, self.world_size)
+        if self.joins_alone:
+            prepare_without_group(self)
+            return False
+        if not (self.world.generation and self.world.is_open):
+            self.set_world_ranks()
+            self._open_world(0, lambda: False)
+        return True
 
-        def without_sync(self) -> AbstractContextManager[Any]:
-            """Context in which a backward pass does not reduce gradients over the ranks."""
-            return nullcontext()
+    def _open_world(
+        self, regrouping: int, is_over: Callable[[], bool], when_joined: Callable[[], None] = lambda: None
+    ) -> None:
+        self.world.open(
+            rank=self.global_rank,
+            world_size=self.world_size,
+            backend=self._get_process_group_backend(),
+            timeout=self._timeout,
+            device=self.root_device if self.root_device.type != "cpu" else None,
+            regrouping=regrouping,
+            is_over=is_over,
+            when_joined=when_joined,
+        )
 
-        def sums_now(self) -> bool:
-            """Whether a backward pass currently reduces gradients over the ranks."""
-            return True
+    def rejoin(self, regrouping: int, is_over: Callable[[], bool], when_joined: Callable[[], None]) -> None:
+        """Meet the other ranks of the next generation; the process groups of the previous one have been left.
 
-        # -------------------------------------------------------------- processes
+        Args:
+            regrouping: number of the rendezvous.
+            is_over: whether another fault was reported in the meantime.
+            when_joined: called when all ranks have arrived, before the process groups are created.
 
-        def _configure_launcher(self) -> None:
-            self._launcher = launcher(self)
+        Raises:
+            TransportError: not all ranks arrived.
+        """
+        self._open_world(regrouping, is_over, when_joined)
+        self.use_new_groups()
 
-        def check_world(self) -> None:
-            """Compare the requested number of ranks with the number that the agent started.
+    # -------------------------------------------------------------- acting without the other ranks
 
-            Raises:
-                OptionsError: the numbers differ.
-            """
-            require_ranks(
-                nodes=self.num_nodes, per_node=self.num_processes, found=self.cluster_environment.world_size()
-            )
+    @property
+    def is_alone(self) -> bool:
+        """Whether the other ranks do not take part in what this rank is doing."""
+        return self._acts_alone or (self.joins_alone and not self.world.generation)
 
-        def make_virtual_ranks(self, trainer: Any) -> VirtualRanks:
-            """The virtual ranks that this rank runs at the start of a run."""
-            place, places, width = self.place_among_virtual_ranks()
-            count = self.requested_virtual_ranks() if self.options.elastic_batch == "keep" else places
-            return VirtualRanks(trainer, count=count, place=place, places=places, width=width)
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Context in which Lightning's collectives do not wait for other ranks."""
+        before, self._acts_alone = self._acts_alone, True
+        try:
+            yield
+        finally:
+            self._acts_alone = before
 
-        @contextmanager
-        def as_virtual_rank(self, virtual_rank: int) -> Iterator[None]:
-            """Context in which dataloaders are set up for a virtual rank's share of the samples."""
-            self._virtual_rank = virtual_rank
-            try:
-                yield
-            finally:
-                self._virtual_rank = None
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for the other ranks."""
+        if not self.is_alone:
+            super().barrier(name)
+        elif name == BEFORE_SETUP and self.joins_alone:
+            # Not earlier: Lightning creates a process group of its own for `prepare_data`.
+            self.world.pretend_to_be(self.global_rank, self.world_size)
 
-        @property
-        def distributed_sampler_kwargs(self) -> dict[str, Any]:
-            """Sampler arguments: the share of a virtual rank in training, this rank's own share otherwise."""
-            place, places, _ = self.place_among_virtual_ranks()
-            if self.engine is None or not self.engine.trainer.training:
-                return {"num_replicas": places, "rank": place}
-            virtual_rank, count = (
-                place if self._virtual_rank is None else self._virtual_rank,
-                self.engine.virtual_ranks.count,
-            )
-            return {"num_replicas": count, "rank": virtual_rank % count}
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Broadcast an object from rank `src`; returns this rank's own object while it acts alone."""
+        self._require_call("broadcast")
+        return obj if self.is_alone else super().broadcast(obj, src)
 
-        def join_generation(self) -> bool:
-            """Join the current generation, unless this process already has.
+    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Reduce a tensor over all ranks; returns it unchanged while this rank acts alone."""
+        self._require_call("reduce")
+        return tensor if self.is_alone else super().reduce(tensor, *args, **kwargs)
 
-            A replacement skips this: it meets the survivors in the training loop.
+    def _require_call(self, operation: str) -> None:
+        """Refuse a collective that the script requests while the other ranks do not take part."""
+        if self.is_alone and not self.is_in_call:
+            raise refuse(f"{operation} of the strategy")
 
-            Returns:
-                Whether there is a process group.
-            """
-            use_loopback_on_one_node(self.num_processes, self.world_size)
-            if self.joins_alone:
-                prepare_without_group(self)
-                return False
-            if not (self.world.generation and self.world.is_open):
-                self.set_world_ranks()
-                self._open_world(0, lambda: False)
-            return True
+    def all_gather(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Gather a tensor from all ranks."""
+        if self.is_alone:
+            raise refuse("all_gather of the strategy")
+        return super().all_gather(tensor, *args, **kwargs)
 
-        def _open_world(
-            self, regrouping: int, is_over: Callable[[], bool], when_joined: Callable[[], None] = lambda: None
-        ) -> None:
-            self.world.open(
-                rank=self.global_rank,
-                world_size=self.world_size,
-                backend=self._get_process_group_backend(),
-                timeout=self._timeout,
-                device=self.root_device if self.root_device.type != "cpu" else None,
-                regrouping=regrouping,
-                is_over=is_over,
-                when_joined=when_joined,
-            )
+    # -------------------------------------------------------------- training
 
-        def rejoin(self, regrouping: int, is_over: Callable[[], bool], when_joined: Callable[[], None]) -> None:
-            """Meet the other ranks of the next generation; the process groups of the previous one have been left.
+    def setup(self, trainer: Any) -> None:
+        """Set up model and optimizers as Lightning does, then attach the engine and the recovery loop."""
+        super().setup(trainer)
+        if self.engine is not None and trainer.state.fn == "fit":
+            check_trainer(trainer, self.options.stateless_callbacks)
+            run_through_faults(self.engine, self.engine.attach())
 
-            Args:
-                regrouping: number of the rendezvous.
-                is_over: whether another fault was reported in the meantime.
-                when_joined: called when all ranks have arrived, before the process groups are created.
+    def on_train_start(self) -> None:
+        """Start watching objects for changes: the hooks of a starting fit have run in every process."""
+        super().on_train_start()
+        if self.engine is not None and self.engine.mirroring is not None:
+            self.engine.mirroring.watch_objects()
 
-            Raises:
-                TransportError: not all ranks arrived.
-            """
-            self._open_world(regrouping, is_over, when_joined)
-            self.use_new_groups()
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Record which step has begun."""
+        if self.engine is not None:
+            self.engine.at_batch_start()
+        super().on_train_batch_start(batch, batch_idx)
 
-        # -------------------------------------------------------------- acting without the other ranks
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward pass of this rank's own micro-batch; those of other virtual ranks follow its backward."""
+        virtual_ranks = self._others()
+        if virtual_ranks is None or not (virtual_ranks.extra_batches or virtual_ranks.is_running_for_nothing):
+            return super().training_step(*args, **kwargs)
+        with self.without_sync() if virtual_ranks.extra_batches else logs_kept(virtual_ranks.trainer):
+            return super().training_step(*args, **kwargs)
 
-        @property
-        def is_alone(self) -> bool:
-            """Whether the other ranks do not take part in what this rank is doing."""
-            return self._acts_alone or (self.joins_alone and not self.world.generation)
+    def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the backward pass, then the micro-batches of further virtual ranks."""
+        virtual_ranks = self._others()
+        if virtual_ranks is None or virtual_ranks.are_whole:
+            return super().backward(closure_loss, *args, **kwargs)
+        backward, share, sums = super().backward, virtual_ranks.share, self.sums_now()
+        if not virtual_ranks.extra_batches:
+            return backward(closure_loss * share, *args, **kwargs)
+        with self.without_sync():
+            loss = backward(closure_loss * share, *args, **kwargs)
+        virtual_ranks.run_others(lambda other: backward(other * share, *args, **kwargs), self.without_sync, sums=sums)
+        return loss
 
-        @contextmanager
-        def alone(self) -> Iterator[None]:
-            """Context in which Lightning's collectives do not wait for other ranks."""
-            before, self._acts_alone = self._acts_alone, True
-            try:
-                yield
-            finally:
-                self._acts_alone = before
+    @property
+    def runs_for_nothing(self) -> bool:
+        """Whether the current training step only keeps ranks in step, and its samples do not count."""
+        return self.engine is not None and self.engine.virtual_ranks.is_running_for_nothing
 
-        def barrier(self, name: str | None = None) -> None:
-            """Wait for the other ranks."""
-            if not self.is_alone:
-                super().barrier(name)
-            elif name == BEFORE_SETUP and self.joins_alone:
-                # Not earlier: Lightning creates a process group of its own for `prepare_data`.
-                self.world.pretend_to_be(self.global_rank, self.world_size)
+    def _others(self) -> VirtualRanks | None:
+        """The virtual ranks, if this micro-batch is the rank's own; None otherwise."""
+        virtual_ranks = None if self.engine is None else self.engine.virtual_ranks
+        return None if virtual_ranks is None or virtual_ranks.is_running_another else virtual_ranks
 
-        def broadcast(self, obj: Any, src: int = 0) -> Any:
-            """Broadcast an object from rank `src`; returns this rank's own object while it acts alone."""
-            self._require_call("broadcast")
-            return obj if self.is_alone else super().broadcast(obj, src)
+    def pre_backward(self, closure_loss: Any) -> None:
+        """Report that the forward pass is done."""
+        self._beat(Point.BACKWARD)
+        super().pre_backward(closure_loss)
 
-        def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-            """Reduce a tensor over all ranks; returns it unchanged while this rank acts alone."""
-            self._require_call("reduce")
-            return tensor if self.is_alone else super().reduce(tensor, *args, **kwargs)
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Report progress in validation."""
+        self._beat(Point.VALIDATION)
+        return super().validation_step(*args, **kwargs)
 
-        def _require_call(self, operation: str) -> None:
-            """Refuse a collective that the script requests while the other ranks do not take part."""
-            if self.is_alone and not self.is_in_call:
-                raise refuse(f"{operation} of the strategy")
+    def _beat(self, point: Point) -> None:
+        if self.engine is not None:
+            self.engine.beat(point)
 
-        def all_gather(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-            """Gather a tensor from all ranks."""
-            if self.is_alone:
-                raise refuse("all_gather of the strategy")
-            return super().all_gather(tensor, *args, **kwargs)
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Step as Lightning does, but only after the previous version has been copied."""
+        engine = self.engine
+        if engine is None:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
 
-        # -------------------------------------------------------------- training
+        def closure_then_wait() -> Any:
+            result = closure()
+            self._beat(Point.OPTIMIZER)
+            engine.before_optimizer_step()
+            return result
 
-        def setup(self, trainer: Any) -> None:
-            """Set up model and optimizers as Lightning does, then attach the engine and the recovery loop."""
-            super().setup(trainer)
-            if self.engine is not None and trainer.state.fn == "fit":
-                check_trainer(trainer, self.options.stateless_callbacks)
-                run_through_faults(self.engine, self.engine.attach())
+        return super().optimizer_step(optimizer, closure_then_wait, model, **kwargs)
 
-        def on_train_start(self) -> None:
-            """Start watching objects for changes: the hooks of a starting fit have run in every process."""
-            super().on_train_start()
-            if self.engine is not None and self.engine.mirroring is not None:
-                self.engine.mirroring.watch_objects()
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint file and record it: a fault may roll the run back to an earlier step."""
+        if self.engine is not None and self.is_global_zero:
+            self.engine.saving_checkpoint(str(filepath))
+        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+        if self.engine is not None and self.is_global_zero:
+            self.engine.saved_checkpoint(str(filepath))
 
-        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-            """Record which step has begun."""
-            if self.engine is not None:
-                self.engine.at_batch_start()
-            super().on_train_batch_start(batch, batch_idx)
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a checkpoint file, but keep a copy until a committed version includes the removal."""
+        engine = self.engine if self.is_global_zero and removes_by_path(self.checkpoint_io) else None
+        if engine is None or not engine.removing_checkpoint(str(filepath)):
+            super().remove_checkpoint(filepath)
 
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            """Run the forward pass of this rank's own micro-batch; those of other virtual ranks follow its backward."""
-            virtual_ranks = self._others()
-            if virtual_ranks is None or not (virtual_ranks.extra_batches or virtual_ranks.is_running_for_nothing):
-                return super().training_step(*args, **kwargs)
-            with self.without_sync() if virtual_ranks.extra_batches else logs_kept(virtual_ranks.trainer):
-                return super().training_step(*args, **kwargs)
 
-        def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
-            """Run the backward pass, then the micro-batches of further virtual ranks."""
-            virtual_ranks = self._others()
-            if virtual_ranks is None or virtual_ranks.are_whole:
-                return super().backward(closure_loss, *args, **kwargs)
-            backward, share, sums = super().backward, virtual_ranks.share, self.sums_now()
-            if not virtual_ranks.extra_batches:
-                return backward(closure_loss * share, *args, **kwargs)
-            with self.without_sync():
-                loss = backward(closure_loss * share, *args, **kwargs)
-            virtual_ranks.run_others(
-                lambda other: backward(other * share, *args, **kwargs), self.without_sync, sums=sums
-            )
-            return loss
+def options_of(arguments: Mapping[str, Any]) -> CkptlessOptions:
+    """Return the options among the arguments of a constructor.
 
-        @property
-        def runs_for_nothing(self) -> bool:
-            """Whether the current training step only keeps ranks in step, and its samples do not count."""
-            return self.engine is not None and self.engine.virtual_ranks.is_running_for_nothing
+    Raises:
+        OptionsError: a value is out of range.
+    """
+    return CkptlessOptions(**{field.name: arguments[field.name] for field in fields(CkptlessOptions)})
 
-        def _others(self) -> VirtualRanks | None:
-            """The virtual ranks, if this micro-batch is the rank's own; None otherwise."""
-            virtual_ranks = None if self.engine is None else self.engine.virtual_ranks
-            return None if virtual_ranks is None or virtual_ranks.is_running_another else virtual_ranks
 
-        def pre_backward(self, closure_loss: Any) -> None:
-            """Report that the forward pass is done."""
-            self._beat(Point.BACKWARD)
-            super().pre_backward(closure_loss)
+def blank(module: str, name: str) -> Any:
+    """Create an uninitialized strategy that a copy is filled into.
 
-        def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-            """Report progress in validation."""
-            self._beat(Point.VALIDATION)
-            return super().validation_step(*args, **kwargs)
-
-        def _beat(self, point: Point) -> None:
-            if self.engine is not None:
-                self.engine.beat(point)
-
-        def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-            """Step as Lightning does, but only after the previous version has been copied."""
-            engine = self.engine
-            if engine is None:
-                return super().optimizer_step(optimizer, closure, model, **kwargs)
-
-            def closure_then_wait() -> Any:
-                result = closure()
-                self._beat(Point.OPTIMIZER)
-                engine.before_optimizer_step()
-                return result
-
-            return super().optimizer_step(optimizer, closure_then_wait, model, **kwargs)
-
-        def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-            """Write a checkpoint file and record it: a fault may roll the run back to an earlier step."""
-            if self.engine is not None and self.is_global_zero:
-                self.engine.saving_checkpoint(str(filepath))
-            super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-            if self.engine is not None and self.is_global_zero:
-                self.engine.saved_checkpoint(str(filepath))
-
-        def remove_checkpoint(self, filepath: Any) -> None:
-            """Remove a checkpoint file, but keep a copy until a committed version includes the removal."""
-            engine = self.engine if self.is_global_zero and removes_by_path(self.checkpoint_io) else None
-            if engine is None or not engine.removing_checkpoint(str(filepath)):
-                super().remove_checkpoint(filepath)
-
-    return Recoverable
+    Args:
+        module: module that defines the class.
+        name: name of the class.
+    """
+    cls = getattr(import_module(module), name)
+    return cls.__new__(cls)

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
-from lightning_ckptless._registration.assembly import strategy_for
+from lightning_ckptless._registration.names import classes_for
 from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.lightning_pytorch import CkptlessStrategy
 from tests.trainer.tiny import DISTRIBUTIONS
 
 
 def sharded(root: Path, distribution: str = DISTRIBUTIONS[0], **options: Any) -> Any:
     """The strategy of a trainer with four ranks."""
-    return strategy_of(root, distribution, strategy=strategy_for(distribution, "ckptless_model_parallel")(**options))
+    strategy = classes_for(distribution).CkptlessModelParallelStrategy(**options)
+    return strategy_of(root, distribution, strategy=strategy)
 
 
 def strategy_of(root: Path, distribution: str, **options: Any) -> Any:
@@ -51,4 +53,4 @@ def test_a_precision_without_a_counterpart_for_shards_is_refused(tmp_path: Path)
 
 def test_the_options_of_both_strategies_are_the_same(tmp_path: Path) -> None:
     given: dict[str, Any] = {"copies": 0, "in_place": False, "mirror_every_n_steps": 3, "stateless_callbacks": ["One"]}
-    assert strategy_for(DISTRIBUTIONS[0])(**given).options == sharded(tmp_path, **given).options
+    assert CkptlessStrategy(**given).options == sharded(tmp_path, **given).options

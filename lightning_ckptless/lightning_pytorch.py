@@ -1,0 +1,58 @@
+"""The public classes for `lightning.pytorch`; `pytorch_lightning.py` has those for the other distribution.
+
+What they do is in mixins. Here these meet the classes of one distribution, and what `trainer` cannot import.
+"""
+
+from lightning_ckptless._registration.libraries import require_libraries
+
+require_libraries("lightning.pytorch")
+
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.launcher import _Launcher
+
+from lightning_ckptless.runner import run_job
+from lightning_ckptless.testing.fault_injector import FaultInjectorMixin
+from lightning_ckptless.testing.trace import StepTraceMixin
+from lightning_ckptless.trainer.strategy.data_parallel import DataParallelMixin
+from lightning_ckptless.trainer.strategy.launcher import LauncherMixin
+from lightning_ckptless.trainer.strategy.model_parallel import ModelParallelMixin
+from lightning_ckptless.trainer.strategy.recoverable import Parts
+
+
+class FaultInjector(FaultInjectorMixin, Callback):
+    """Callback that injects faults into training, each once per run."""
+
+    __module__ = "lightning_ckptless"
+
+
+class StepTrace(StepTraceMixin, Callback):
+    """Callback that writes a digest of every step."""
+
+
+class CkptlessLauncher(LauncherMixin, _Launcher):
+    """Launcher of our strategies."""
+
+
+# The trace comes first, so that a step is recorded before a fault is injected.
+PARTS = Parts(__name__, CkptlessLauncher, (StepTrace.from_environment, FaultInjector.from_environment), run_job)
+
+
+class CkptlessStrategy(DataParallelMixin, DDPStrategy):
+    """Data parallelism that survives the loss of any rank.
+
+    Lightning's `DDPStrategy` with the options of `CkptlessOptions`.
+    """
+
+    __module__ = "lightning_ckptless"
+    parts = PARTS
+
+
+class CkptlessModelParallelStrategy(ModelParallelMixin, ModelParallelStrategy):
+    """Sharded models that survive the loss of any rank: FSDP2 (`fully_shard`), tensor parallelism, and both.
+
+    Lightning's `ModelParallelStrategy` with the options of `CkptlessOptions`.
+    """
+
+    __module__ = "lightning_ckptless"
+    parts = PARTS
