@@ -21,12 +21,12 @@ _PYTORCH_LIGHTNING = re.compile(rb"^\s*(?:import|from)\s+pytorch_lightning\b", r
 
 
 def distribution_of(words: Iterable[str], env: Mapping[str, str] = os.environ) -> str:
-    """Return the distribution of Lightning that a command line's script imports; `lightning.pytorch` when in doubt.
+    """Return the distribution of Lightning that a script imports; `lightning.pytorch` when in doubt.
 
     The text of the script is searched; it is not run.
 
     Args:
-        words: the command line; the first Python file in it is searched.
+        words: the script and its arguments; the first Python file among them is searched.
         env: may name the distribution (`CKPTLESS_LIGHTNING`).
     """
     if named := env.get(environment.LIGHTNING):
@@ -49,7 +49,11 @@ DEFAULT_PRELOAD = (
 
 
 def usual_modules(words: Sequence[str]) -> tuple[str, ...]:
-    """Return what workers usually import, with the distribution of Lightning that a command line's script uses."""
+    """Return what workers usually import, with the distribution of Lightning that a script uses.
+
+    Args:
+        words: the script and its arguments.
+    """
     used = distribution_of(words)
     return tuple(used if name == LIGHTNING else name for name in DEFAULT_PRELOAD)
 
@@ -78,6 +82,7 @@ class LaunchConfig:
             endpoints on different nodes; when one is lost, the next is used.
         rdzv_conf: further settings of torch's c10d rendezvous, e.g. `{"join_timeout": 600}` (seconds).
         run_id: name of the run; must be given where there are several nodes, the same on all of them.
+        is_named: whether the user has chosen that name.
         max_restarts: recoveries in the life of the agent until the run gives up; None for any number.
         max_recoveries_without_progress: recoveries in a row without a new committed step until the run gives up; None
             to leave it to the strategy.
@@ -115,6 +120,7 @@ class LaunchConfig:
     rdzv_endpoint: str = ""
     rdzv_conf: Mapping[str, str | int] = field(default_factory=dict)
     run_id: str = field(default_factory=new_run_id)
+    is_named: bool = False
     max_restarts: int | None = None
     max_recoveries_without_progress: int | None = None
     max_recoveries_per_hour: int | None = None

@@ -150,17 +150,19 @@ def config_from_torchrun_args(argv: Sequence[str]) -> LaunchConfig:
     if args.rdzv_backend not in ("static", "c10d"):
         raise OptionsError(f"--rdzv-backend {args.rdzv_backend}: expected c10d")
     endpoint, conf = _meeting(args)
+    is_named = args.rdzv_id not in ("", "none")
     return LaunchConfig(
         program=_program(args),
         nproc=determine_local_world_size(args.nproc_per_node),
         nnodes="1" if args.standalone else args.nnodes,
         rdzv_endpoint=endpoint,
         rdzv_conf=conf,
-        run_id=_run_id(args.rdzv_id, endpoint),
+        run_id=args.rdzv_id if is_named else _run_id(endpoint),
+        is_named=is_named,
         max_restarts=args.max_restarts,
         max_recoveries_without_progress=args.max_recoveries_without_progress,
         max_recoveries_per_hour=args.max_recoveries_per_hour,
-        preload=(*usual_modules(argv), *args.preload),
+        preload=(*usual_modules([args.training_script, *args.training_script_args]), *args.preload),
         fresh=args.no_preload,
         env=_durable(args),
         run_root=args.run_root,
@@ -218,8 +220,6 @@ def _meeting(args: Namespace) -> tuple[str, dict[str, str | int]]:
     return "", conf
 
 
-def _run_id(rdzv_id: str, endpoint: str) -> str:
-    """Return the name of the run: as given, or else one that all nodes derive alike."""
-    if rdzv_id not in ("", "none"):
-        return rdzv_id
+def _run_id(endpoint: str) -> str:
+    """Return a name for a run without one; where there are several nodes, all of them derive the same."""
     return "at-" + re.sub(r"[^A-Za-z0-9.]+", "-", endpoint) if endpoint else new_run_id()

@@ -37,6 +37,18 @@ def test_the_run_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch
     assert read("--run-root /runs train.py").run_root == Path("/runs")
 
 
+def test_arguments_of_the_script_are_not_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = read("train.py --rdzv-id mine --no-preload --standbys 3")
+    assert (config.is_named, config.fresh, config.standbys) == (False, False, None)
+    assert config.program.args == ("--rdzv-id", "mine", "--no-preload", "--standbys", "3")
+    assert (read("--rdzv-id mine train.py").is_named, read("--rdzv-id mine train.py").run_id) == (True, "mine")
+    monkeypatch.setenv("PET_RDZV_ID", "mine")
+    assert read("train.py").is_named
+    monkeypatch.chdir(tmp_path)
+    Path("other.py").write_text("import pytorch_lightning")
+    assert read("--log-dir other.py train.py").preload == DEFAULT_PRELOAD
+
+
 def test_our_own_options() -> None:
     config = read("--preload a.b --preload c --no-preload --run-root /runs --arena-dir /shm --max-restarts 3 train.py")
     assert config.preload == (*DEFAULT_PRELOAD, "a.b", "c")
