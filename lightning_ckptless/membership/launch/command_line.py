@@ -6,28 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_ckptless.configuration.flags import switches
+from lightning_ckptless.membership.launch.config import LaunchConfig
+
 Source = Literal["script", "module", "command", "stdin"]
 
 _WITH_VALUE = "WX"
 _LONG_WITH_VALUE = "--check-hash-based-pycs"
 
-SWITCHES_OF_RUN = frozenset(
-    {
-        "-h",
-        "--help",
-        "-m",
-        "--module",
-        "--standalone",
-        "--no-python",
-        "--run-path",
-        "--virtual-local-rank",
-        "--no-preload",
-        "--in-place",
-        "--no-in-place",
-        "--preload-imports",
-        "--no-preload-imports",
-    }
+_SWITCHES_OF_TORCHRUN = frozenset(
+    {"-h", "--help", "-m", "--module", "--standalone", "--no-python", "--run-path", "--virtual-local-rank"}
 )
+SWITCHES_OF_RUN = _SWITCHES_OF_TORCHRUN | switches(LaunchConfig)
 """Options of `ckptless run` that take no value."""
 
 
