@@ -1,4 +1,7 @@
-"""Options in docstrings, in the format that `help()` and jsonargparse read."""
+"""Options in docstrings, in the format that `help()` and jsonargparse read.
+
+Apart from `option.py`, because declaring an option needs no knowledge of docstrings.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from lightning_ckptless import environment, errors, supported
 from lightning_ckptless.cli.app import app
 from lightning_ckptless.configuration.option import options_of
 from lightning_ckptless.errors import OptionsError, WorldSizeError
-from lightning_ckptless.membership.launch.torchrun import options_parser
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol import (
     conclusion,
@@ -277,18 +276,6 @@ def test_logged_values() -> None:
     names = {str(key.value) for key in values.keys if isinstance(key, ast.Constant)}
     phases = {f"_{field.name}" for field in fields(Phases)} - {"_detect_s"} | {"ckptless/recovery_detect_s"}
     assert first_words(table(page("watching"), "Name")) == {f"ckptless/{name}" for name in names} | phases
-
-
-def test_launch_options() -> None:
-    documented = {name.split()[0] for name in first_words(table(page("launching"), "Option"))}
-    ours = {
-        text
-        for group in options_parser()._action_groups
-        if group.title == "ckptless"
-        for action in group._group_actions
-        for text in action.option_strings
-    }
-    assert documented == ours
 
 
 def test_commands() -> None:
