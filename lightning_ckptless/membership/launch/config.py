@@ -116,6 +116,7 @@ class LaunchConfig(Options):
     preload: tuple[str, ...] = option(
         DEFAULT_PRELOAD, "additional module that the fork server imports", flag="--preload", metavar="MODULE"
     )
+    """All that it imports; the flag adds to the default."""
     fresh: bool = option(False, "start every worker as a new interpreter", flag="--no-preload")
     run_root: Path | None = option(
         None,
