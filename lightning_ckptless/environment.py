@@ -1,44 +1,4 @@
-"""All environment variables that lightning_ckptless reads and sets.
-
-Set by the user:
-
-| Variable | Meaning |
-|---|---|
-| `CKPTLESS_RUN_ROOT` | folder with one sub-folder per run, which holds its ledger (default `./ckptless`) |
-| `CKPTLESS_ARENA_DIR` | folder for shared memory, if the strategy does not set one (default `/dev/shm`) |
-| `CKPTLESS_FAULTS` | fault script for the run, e.g. `kill:rank=1:step=7` (separate several with commas) |
-| `CKPTLESS_TRACE_DIR` | folder that receives a digest of every step of every rank |
-| `CKPTLESS_LIGHTNING` | distribution to preload: `lightning.pytorch` or `pytorch_lightning` (default: the script's) |
-| `CKPTLESS_RDZV_ENDPOINT` | `host:port` of the rendezvous, for `python train.py` on several nodes |
-| `CKPTLESS_NNODES` | number of nodes, or `MIN:MAX`; set by our agent for its workers; set it yourself under torchrun |
-| `CKPTLESS_FAILURE_DOMAIN` | location of this node for a custom `failure_domain`: `rack7`, or `rack=rack7,row=b` |
-| `CKPTLESS_FAILURE_DOMAINS_FILE` | file with the locations of all nodes, one line `host rack7` per host |
-| `CKPTLESS_DURABLE_EVERY_N_STEPS` | optimizer steps between two durable states; overrides the strategy's option |
-| `CKPTLESS_DURABLE_EVERY_S` | seconds between two durable states; overrides the strategy's option |
-| `CKPTLESS_DURABLE_DIR` | folder of the durable states; overrides the strategy's option |
-| `CKPTLESS_UNTESTED_VERSIONS` | `1` silences the warning about untested versions; set to `warned` once it was shown |
-
-Set by the agent for its workers:
-
-| Variable | Meaning |
-|---|---|
-| `CKPTLESS_AGENT` | process id of our agent; absent under torchrun |
-| `CKPTLESS_NODE` | name of this node, unique within the run and stable for the life of its agent |
-| `CKPTLESS_FAULT_REPORT` | JSON: the fault that led to this generation (`FaultReport`); absent in the first |
-| `CKPTLESS_AGENT_DIR` | folder for exit reports, which can forbid a relaunch, and for records of trainer calls |
-| `CKPTLESS_SPAWNED_AT` | wall clock (seconds since the epoch) at which this worker was requested |
-| `CKPTLESS_GENERATION` | number of the generation that this worker has joined; set by the worker for itself |
-| `CKPTLESS_FIT_INDEX` | how many times this worker has entered `fit`; set by the worker for itself |
-| `CKPTLESS_MAIN_AT` | wall clock (seconds since the epoch) at which this worker entered the user's script |
-| `CKPTLESS_CHANNEL` | file descriptor of the channel to the agent; removed once the strategy has opened it |
-| `CKPTLESS_STANDBY` | set for a worker that has no rank yet |
-| `CKPTLESS_REGROUPING` | number of the rendezvous with the survivors of a fault; absent if all workers start together |
-| `CKPTLESS_OUTPUT_FILE` | file that receives this worker's output until it has joined the others |
-| `CKPTLESS_HIDDEN_STREAMS` | file descriptors of its real stdout and stderr until then |
-| `CKPTLESS_HYDRA` | Hydra's output folder for the run, `run=FOLDER` or `sweep=FOLDER`; removed at once |
-| `CKPTLESS_IMPORTS` | whether the agent had preloaded the script's imports when it started this worker |
-| `CKPTLESS_CALLS` | how often this worker has used its trainer; set by the worker for itself |
-"""
+"""All environment variables that lightning_ckptless reads and sets."""
 
 from __future__ import annotations
 
@@ -80,6 +40,45 @@ OUTPUT_FILE = "CKPTLESS_OUTPUT_FILE"
 HIDDEN_STREAMS = "CKPTLESS_HIDDEN_STREAMS"
 HYDRA = "CKPTLESS_HYDRA"
 IMPORTS = "CKPTLESS_IMPORTS"
+
+SET_BY_USER = {
+    RUN_ROOT: "folder with one sub-folder per run, which holds its ledger (default: `ckptless` in the trainer's "
+    "`default_root_dir`; with `ckptless run`, in the working directory)",
+    ARENA_DIR: "folder of the arenas, if the strategy names none (default: `/dev/shm`)",
+    FAULTS: "faults to inject, e.g. `kill:rank=1:step=7`; several are separated by commas",
+    TRACE_DIR: "folder for a digest of every step of every rank; set by `ckptless drill`",
+    LIGHTNING: "distribution of Lightning that workers find imported, `lightning.pytorch` or `pytorch_lightning` "
+    "(default: the one that the script imports)",
+    RDZV_ENDPOINT: "`host:port` of the rendezvous, for `python train.py` on several nodes",
+    NNODES: "number of nodes, or `min:max`, for `python train.py` on several nodes; under torchrun it allows fewer "
+    "nodes; `ckptless run` sets it for its workers",
+    FAILURE_DOMAIN: "location of this node, for a `failure_domain` of your own: `rack7`, or `rack=rack7,row=b`",
+    FAILURE_DOMAINS_FILE: "file with the locations of all nodes, one line `host rack7` per host",
+    UNTESTED_VERSIONS: "`1` suppresses the warning about untested versions; the package sets it to `warned` after it "
+    "has warned",
+}
+"""Variables that users set, with their meaning. Those that override an option are described in `options.py`."""
+
+SET_BY_AGENT = {
+    AGENT: "process id of our agent; absent under torchrun",
+    NODE: "name of this node, unique in the run, unchanged while its agent lives",
+    FAULT_REPORT: "the fault that led to this generation, in JSON (`FaultReport`); absent in the first generation",
+    AGENT_DIR: "folder for exit reports, which can forbid a relaunch, and for records of finished trainer calls",
+    SPAWNED_AT: "wall-clock time, in seconds, at which this worker was requested",
+    GENERATION: "number of the generation that this worker has joined; set by the worker for itself",
+    FIT_INDEX: "how many times this worker has entered `fit`; set by the worker for itself",
+    MAIN_AT: "wall-clock time, in seconds, at which this worker entered the script",
+    CHANNEL: "file descriptor of the channel to the agent; removed when the strategy has opened it",
+    STANDBY: "set for a worker that has no rank yet",
+    REGROUPING: "number of the rendezvous with the survivors of a fault; absent if all workers start together",
+    OUTPUT_FILE: "file for what this worker prints until it has joined the other ranks",
+    HIDDEN_STREAMS: "file descriptors of its real stdout and stderr until then",
+    HYDRA: "Hydra's output folder for the run, `run=FOLDER` or `sweep=FOLDER`; moved to the worker's command line and "
+    "removed",
+    IMPORTS: "how far the agent had got with importing the script's modules when it started this worker",
+    CALLS: "how many calls of its trainers other than `fit` this worker has made; set by the worker for itself",
+}
+"""Variables that the agent sets for its workers, with their meaning."""
 
 
 def run_root(env: Mapping[str, str] = os.environ) -> Path:

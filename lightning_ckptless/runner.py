@@ -25,8 +25,6 @@ from lightning_ckptless.protocol.conclusion import RunOutcome, conclude
 if TYPE_CHECKING:
     from lightning_ckptless.replica.arena import Arena
 
-_RUN_ID_OPTIONS = ("--rdzv-id", "--rdzv_id")
-
 
 def run_job(config: LaunchConfig, *, parent: ForkServer | None = None) -> Outcome:
     """Run a script on this node with the agent in the calling process, and remove its arenas at the end.
@@ -55,19 +53,19 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         Exit code.
     """
-    is_named = any(argument.startswith(_RUN_ID_OPTIONS) for argument in argv)
 
     def ended(config: LaunchConfig, outcome: Outcome | None) -> str:
         settle_checkpoint_files(config)
+        run_id = [] if config.is_named else [f"--rdzv-id={config.run_id}"]
         conclusion = conclude(
             RunOutcome(
                 is_asked_for=outcome is None or outcome.exit_code == SIGTERM_EXIT_CODE,
                 has_given_up=outcome is not None and outcome.has_given_up,
-                is_named=is_named,
+                is_named=config.is_named,
                 committed=_committed(config),
                 durable=_durable(config),
                 was_in_agent=any(arena.links_to_memory for arena in _arenas(config)),
-                command=shlex.join(["ckptless", "run", *([] if is_named else [f"--rdzv-id={config.run_id}"]), *argv]),
+                command=shlex.join(["ckptless", "run", *run_id, *argv]),
             )
         )
         if not conclusion.keeps_arenas:

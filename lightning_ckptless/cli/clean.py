@@ -5,15 +5,16 @@ Apart from `app`, because each sub-command has its own file.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lightning_ckptless.cli.flags import ArenaDir
+
 
 def clean(
     run: Annotated[str | None, typer.Argument(help="Run id (default: all runs).")] = None,
-    arena_dir: Annotated[Path | None, typer.Option(help="Folder of the shared memory (default: /dev/shm).")] = None,
+    arena_dir: ArenaDir = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be removed, without removing it.")
     ] = False,

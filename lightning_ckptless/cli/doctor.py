@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lightning_ckptless.cli.flags import DEFAULT_COPIES, DEFAULT_FAILURE_DOMAIN, ArenaDir, Copies, FailureDomain
+
 if TYPE_CHECKING:
     from lightning_ckptless.cli.checks.check import Check, Job
     from lightning_ckptless.cli.checks.imports import Target
@@ -41,9 +43,9 @@ def doctor(
         typer.Option(min=0, metavar="N", help="Optimizer tensors per parameter: 2 for Adam, 0 for SGD."),
     ] = 2,
     sharded: Annotated[bool, typer.Option("--sharded", help="The model is sharded (ckptless_model_parallel).")] = False,
-    copies: Annotated[int, typer.Option(min=0, metavar="N", help="Same as the strategy option.")] = 1,
-    failure_domain: Annotated[str, typer.Option(metavar="NAME", help="Same as the strategy option.")] = "node",
-    arena_dir: Annotated[Path | None, typer.Option(help="Folder of the shared memory (default: /dev/shm).")] = None,
+    copies: Copies = DEFAULT_COPIES,
+    failure_domain: FailureDomain = DEFAULT_FAILURE_DOMAIN,
+    arena_dir: ArenaDir = None,
     durable_dir: Annotated[
         Path | None, typer.Option(help="Folder for durable states, if the run is to write any.")
     ] = None,

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from lightning_ckptless.cli.flags import InPlace, Standbys
+
 if TYPE_CHECKING:
     from lightning_ckptless.testing.drill import DrillReport
     from lightning_ckptless.testing.starters import Ladder
@@ -60,13 +62,8 @@ def drill(
     ] = None,
     isolate: Annotated[bool, typer.Option("--isolate", help="Give each run its own working directory.")] = False,
     max_restarts: Annotated[int, typer.Option(min=0, metavar="N", help="Maximum number of recoveries.")] = 100,
-    in_place: Annotated[
-        bool | None,
-        typer.Option("--in-place/--no-in-place", help="Recover in place or not (default: the strategy's option)."),
-    ] = None,
-    standbys: Annotated[
-        int | None, typer.Option(min=0, metavar="K", help="Standby processes (default: the strategy's option).")
-    ] = None,
+    in_place: InPlace = None,
+    standbys: Standbys = None,
     timeout_s: TimeLimit = None,
     ignore: IgnoredValues = None,
 ) -> None:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from lightning_ckptless.cli.flags import ArenaDirOfRun, RunRoot
+
 
 class Format(StrEnum):
     """Format of the exported file."""
@@ -28,12 +30,8 @@ def export(
     ] = None,
     kind: Annotated[Format, typer.Option("--format", help="Format to write, see above.")] = Format.LIGHTNING,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")] = False,
-    run_root: Annotated[
-        Path | None, typer.Option(help="Folder of all runs (default: CKPTLESS_RUN_ROOT, or ./ckptless).")
-    ] = None,
-    arena_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the shared memory (default: the one in the ledger).")
-    ] = None,
+    run_root: RunRoot = None,
+    arena_dir: ArenaDirOfRun = None,
 ) -> None:
     """Write the state of a live or finished run to a file, without slowing a live run down.
 

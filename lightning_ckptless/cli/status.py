@@ -8,20 +8,17 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lightning_ckptless.cli.flags import ArenaDirOfRun, RunRoot
+
 
 def status(
     run: Annotated[str | None, typer.Argument(help="Run id or run folder (default: the newest run).")] = None,
-    run_root: Annotated[
-        Path | None, typer.Option(help="Folder of all runs (default: CKPTLESS_RUN_ROOT, or ./ckptless).")
-    ] = None,
-    arena_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the shared memory (default: the one in the ledger).")
-    ] = None,
+    run_root: RunRoot = None,
+    arena_dir: ArenaDirOfRun = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a run: versions, shards and their holders, sizes, commit lag and the last recoveries.

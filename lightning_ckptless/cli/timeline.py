@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lightning_ckptless.cli.flags import RunRoot
+
 if TYPE_CHECKING:
     from lightning_ckptless.cli.runs import Run
     from lightning_ckptless.cli.view.story import Step
@@ -20,9 +22,7 @@ def timeline(
         typer.Option("--output", "-o", help=".png or .html file; may be given several times (default: timeline.html)."),
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="Folder of the run's trace, to show every step.")] = None,
-    run_root: Annotated[
-        Path | None, typer.Option(help="Folder of all runs (default: CKPTLESS_RUN_ROOT, or ./ckptless).")
-    ] = None,
+    run_root: RunRoot = None,
 ) -> None:
     """Draw a run: steps, faults, recoveries with their phases, and goodput over time.
 

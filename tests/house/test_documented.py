@@ -15,8 +15,8 @@ from typer.main import get_command
 
 from lightning_ckptless import environment, errors, supported
 from lightning_ckptless.cli.app import app
+from lightning_ckptless.configuration.option import options_of
 from lightning_ckptless.errors import OptionsError, WorldSizeError
-from lightning_ckptless.membership.launch.torchrun import options_parser
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol import (
     conclusion,
@@ -193,20 +193,10 @@ def test_phases() -> None:
     assert documented == [field.name.removesuffix("_s") for field in fields(Phases)]
 
 
-def test_options() -> None:
-    text = page("configuration")
-    rows = {row[0]: row[1] for row in table(text, "Option")}
-    expected = {f"[`{f.name}`](#{f.name})": f"`{f.default}`" for f in fields(CkptlessOptions)}
-    assert rows == expected
-    assert re.findall(r"^### `(.*)`$", text, re.MULTILINE) == [f.name for f in fields(CkptlessOptions)]
-
-
 def test_environment_variables() -> None:
-    ours = {value for name, value in vars(environment).items() if name.isupper()}
-    documented = set().union(*(first_words(rows[1:]) for rows in tables(page("environment"))))
-    assert documented == ours
-    assert environment.__doc__ is not None
-    assert set(re.findall(r"CKPTLESS_\w+", environment.__doc__)) == ours
+    ours = {value for name, value in vars(environment).items() if name.isupper() and isinstance(value, str)}
+    overriding = {option.about.variable for option in options_of(CkptlessOptions).values()} - {""}
+    assert {*environment.SET_BY_USER, *environment.SET_BY_AGENT, *overriding} == ours
     assert set(re.findall(r"CKPTLESS_[A-Z_]+", ALL_TEXT)) <= ours
 
 
@@ -286,18 +276,6 @@ def test_logged_values() -> None:
     names = {str(key.value) for key in values.keys if isinstance(key, ast.Constant)}
     phases = {f"_{field.name}" for field in fields(Phases)} - {"_detect_s"} | {"ckptless/recovery_detect_s"}
     assert first_words(table(page("watching"), "Name")) == {f"ckptless/{name}" for name in names} | phases
-
-
-def test_launch_options() -> None:
-    documented = {name.split()[0] for name in first_words(table(page("launching"), "Option"))}
-    ours = {
-        text
-        for group in options_parser()._action_groups
-        if group.title == "ckptless"
-        for action in group._group_actions
-        for text in action.option_strings
-    }
-    assert documented == ours
 
 
 def test_commands() -> None:

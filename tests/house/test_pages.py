@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.launch.torchrun import config_from_torchrun_args, options_parser
+from tests.house import options
 from tests.house.code import PACKAGE, REPOSITORY, sources
 from tests.house.command_line import FROM_TORCHRUN, PAGE, REFUSED, WITHOUT_EFFECT, page_text
 
@@ -61,6 +63,14 @@ def most_alike(text: str, known: list[str]) -> str:
 
 def test_the_command_line_page_is_what_the_commands_say() -> None:
     assert PAGE.read_text() == page_text(), "write it again: python -m tests.house.command_line"
+
+
+@pytest.mark.parametrize(
+    ("path", "text_of"),
+    [(options.CONFIGURATION, options.configuration_text), (options.ENVIRONMENT, options.environment_text)],
+)
+def test_pages_repeat_what_is_declared_of_options_and_variables(path: Path, text_of: Callable[[str], str]) -> None:
+    assert path.read_text() == text_of(path.read_text()), "write it again: python -m tests.house.options"
 
 
 def test_every_option_of_torchrun_is_documented() -> None:

@@ -7,9 +7,12 @@ import re
 from tests.house.code import PACKAGE, REPOSITORY, Source, findings, sources
 
 # What any room may use: it knows nothing of this package but itself.
-BASE = {"console", "distributions", "environment", "errors", "formats", "internals", "options", "system"}
+BASE = {
+    "configuration", "console", "distributions", "environment", "errors", "formats", "internals", "options", "system",
+}  # fmt: skip
 # What each room may import from the package. A file of the top floor counts as a room, and so does one that is named.
 MAY_IMPORT = {
+    "configuration": {"configuration", "errors"},
     "console": set[str](),
     "distributions": set[str](),
     "environment": {"system"},
@@ -19,7 +22,7 @@ MAY_IMPORT = {
     "internals.lightning": {
         "internals", "internals.lightning", "console", "distributions", "errors", "formats", "protocol",
     },
-    "options": {"errors"},
+    "options": {"configuration", "environment", "errors"},
     "system": {"system"},
     "supported": {"distributions", "environment", "errors"},
     "protocol": {"protocol", "errors", "options"},

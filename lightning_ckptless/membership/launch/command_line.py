@@ -1,4 +1,4 @@
-"""How Python was started: its command line parsed, so that the same script can be started again."""
+"""Command lines, parsed without torch: that of the interpreter, and that of `ckptless run`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_ckptless.configuration.flags import switches
+from lightning_ckptless.membership.launch.config import LaunchConfig
+
 Source = Literal["script", "module", "command", "stdin"]
 
 _WITH_VALUE = "WX"
 _LONG_WITH_VALUE = "--check-hash-based-pycs"
+
+_SWITCHES_OF_TORCHRUN = frozenset(
+    {"-h", "--help", "-m", "--module", "--standalone", "--no-python", "--run-path", "--virtual-local-rank"}
+)
+SWITCHES_OF_RUN = _SWITCHES_OF_TORCHRUN | switches(LaunchConfig)
+"""Options of `ckptless run` that take no value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +36,38 @@ class CommandLine:
     source: Source
     target: str
     args: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunArguments:
+    """What follows `ckptless run`.
+
+    Args:
+        options: options of `ckptless run`, with their values.
+        script: the script or module and its own arguments.
+    """
+
+    options: tuple[str, ...]
+    script: tuple[str, ...]
+
+
+def split_run_arguments(words: Sequence[str]) -> RunArguments:
+    """Separate the options of `ckptless run` from the script and its arguments.
+
+    torchrun's parser does so as well, but importing it takes as long as importing torch.
+
+    Args:
+        words: what follows `ckptless run`.
+    """
+    at = 0
+    while at < len(words) and words[at].startswith("-"):
+        word, at = words[at], at + 1
+        if word == "--":
+            break
+        holds_value = "=" in word or (len(word) > 2 and not word.startswith("--"))
+        if not holds_value and word.replace("_", "-") not in SWITCHES_OF_RUN:
+            at += 1
+    return RunArguments(tuple(words[:at]), tuple(words[at:]))
 
 
 def parse_command_line(words: Sequence[str]) -> CommandLine:

@@ -9,24 +9,28 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lightning_ckptless import environment
+from lightning_ckptless.configuration.option import Options, about, option, option_of
+from lightning_ckptless.configuration.ranges import integer, number
 from lightning_ckptless.distributions import CLASSES, LIGHTNING, PYTORCH_LIGHTNING
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.worker.program import Program
+from lightning_ckptless.options import CkptlessOptions
 
 _LIGHTNING = re.compile(rb"^\s*(?:import|from)\s+lightning\b", re.MULTILINE)
 _PYTORCH_LIGHTNING = re.compile(rb"^\s*(?:import|from)\s+pytorch_lightning\b", re.MULTILINE)
 
 
 def distribution_of(words: Iterable[str], env: Mapping[str, str] = os.environ) -> str:
-    """Return the distribution of Lightning that a command line's script imports; `lightning.pytorch` when in doubt.
+    """Return the distribution of Lightning that a script imports; `lightning.pytorch` when in doubt.
 
     The text of the script is searched; it is not run.
 
     Args:
-        words: the command line; the first Python file in it is searched.
+        words: the script and its arguments; the first Python file among them is searched.
         env: may name the distribution (`CKPTLESS_LIGHTNING`).
     """
     if named := env.get(environment.LIGHTNING):
@@ -43,7 +47,11 @@ DEFAULT_PRELOAD = ("torch", "torch.distributed", "torch._dynamo", LIGHTNING, CLA
 
 
 def usual_modules(words: Sequence[str]) -> tuple[str, ...]:
-    """Return what workers usually import, with the distribution of Lightning that a command line's script uses."""
+    """Return what workers usually import, with the distribution of Lightning that a script uses.
+
+    Args:
+        words: the script and its arguments.
+    """
     used = distribution_of(words)
     chosen = {LIGHTNING: used, CLASSES[LIGHTNING]: CLASSES.get(used, CLASSES[LIGHTNING])}
     return tuple(chosen.get(name, name) for name in DEFAULT_PRELOAD)
@@ -61,94 +69,116 @@ def new_run_id() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaunchConfig:
+def _for_the_strategy(name: str) -> Any:
+    """Declare an option of the strategy that can be given to the launcher, which takes precedence."""
+    return option_of(CkptlessOptions, name, none="the strategy's", flag=f"--{name.replace('_', '-')}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig(Options):
     """One node's part of a run.
 
     Args:
         program: what the workers run.
-        nproc: workers on this node.
-        nnodes: number of nodes, or `min:max`.
-        rdzv_endpoint: `host:port` of the rendezvous; not needed on one node. Several, separated by commas, are
-            endpoints on different nodes; when one is lost, the next is used.
-        rdzv_conf: further settings of torch's c10d rendezvous, e.g. `{"join_timeout": 600}` (seconds).
-        run_id: name of the run; must be given where there are several nodes, the same on all of them.
-        max_restarts: recoveries in the life of the agent until the run gives up; None for any number.
-        max_recoveries_without_progress: recoveries in a row without a new committed step until the run gives up; None
-            to leave it to the strategy.
-        max_recoveries_per_hour: recoveries within an hour until the run gives up; None to leave it to the strategy.
-        preload: modules that the fork server imports.
-        fresh: start each worker as a new process, without a fork server.
-        run_root: parent folder of the run folder; passed to the workers.
-        arena_dir: folder of the arenas; passed to the workers.
-        env: environment variables of the workers, in addition to this process's.
-        cwd: working directory of the workers; None for this process's.
-        node_name: unique in the run; None for host name and process id.
-        local_addr: address under which other nodes reach this one; None to look it up.
-        log_dir: folder for the workers' output; None for no log files.
-        redirects: streams that go only to files, as in torchrun's `--redirects`.
-        tee: streams that are shown and also go to files, as in torchrun's `--tee`.
-        local_ranks_filter: local ranks whose output is shown; empty for all.
-        log_line_prefix: template of the prefix of each line of a stream in `tee`; None for torch's own.
-        role: torch elastic's name for the kind of worker.
-        stop_grace_s: time in seconds for workers to exit after SIGTERM, where they are asked to and not killed.
-        finish_grace_s: time in seconds for workers to finish a step and save when the agent receives SIGTERM.
-        exit_grace_s: time in seconds between an exception that ends a worker's script and the exit of its process,
-            which is killed then.
-        in_place: whether survivors recover in place; None to leave it to the strategy of the workers.
-        standbys: processes that wait for a rank; None to leave it to the strategy.
-        preload_imports: whether new processes preload what the script has imported; None to leave it to the strategy.
-        time_limit_s: time in seconds from the start of the agent after which the run is ended; None for no limit.
 
     Raises:
         OptionsError: a value is out of range, or several nodes have no rendezvous endpoint.
     """
 
     program: Program
-    nproc: int = 1
-    nnodes: str = "1"
-    rdzv_endpoint: str = ""
-    rdzv_conf: Mapping[str, str | int] = field(default_factory=dict)
-    run_id: str = field(default_factory=new_run_id)
-    max_restarts: int | None = None
-    max_recoveries_without_progress: int | None = None
-    max_recoveries_per_hour: int | None = None
-    preload: tuple[str, ...] = DEFAULT_PRELOAD
-    fresh: bool = False
-    run_root: Path | None = None
-    arena_dir: Path | None = None
-    env: Mapping[str, str] = field(default_factory=dict)
-    cwd: Path | None = None
-    node_name: str | None = None
-    local_addr: str | None = None
-    log_dir: Path | None = None
-    redirects: str = "0"
-    tee: str = "0"
-    local_ranks_filter: tuple[int, ...] = ()
-    log_line_prefix: str | None = None
-    role: str = "default"
-    stop_grace_s: float = DEFAULT_STOP_GRACE_S
-    finish_grace_s: float = DEFAULT_FINISH_GRACE_S
-    exit_grace_s: float = DEFAULT_EXIT_GRACE_S
-    in_place: bool | None = None
-    standbys: int | None = None
-    preload_imports: bool | None = None
-    time_limit_s: float | None = None
+    nproc: int = option(1, "workers on this node", integer(least=1))
+    nnodes: str = option("1", "number of nodes, or `min:max`")
+    rdzv_endpoint: str = option(
+        "",
+        "`host:port` of the rendezvous; not needed on one node. Several, separated by commas, are endpoints on "
+        "different nodes; when one is lost, the next is used",
+    )
+    rdzv_conf: Mapping[str, str | int] = field(
+        default_factory=dict,
+        metadata=about("further settings of torch's c10d rendezvous, e.g. `{'join_timeout': 600}`, in seconds"),
+    )
+    run_id: str = field(
+        default_factory=new_run_id,
+        metadata=about("name of the run; must be given where there are several nodes, the same on all of them"),
+    )
+    is_named: bool = option(False, "whether the user has chosen that name")
+    max_restarts: int | None = option(
+        None,
+        "recoveries in the life of the agent after which the run gives up",
+        integer(least=0),
+        none="any number",
+    )
+    preload: tuple[str, ...] = option(
+        DEFAULT_PRELOAD, "additional module that the fork server imports", flag="--preload", metavar="MODULE"
+    )
+    """All that it imports; the flag adds to the default."""
+    fresh: bool = option(False, "start every worker as a new interpreter", flag="--no-preload")
+    run_root: Path | None = option(
+        None,
+        "parent folder of the run folder",
+        none="CKPTLESS_RUN_ROOT, or ./ckptless",
+        flag="--run-root",
+        variable=environment.RUN_ROOT,
+    )
+    arena_dir: Path | None = option(
+        None,
+        "folder of the arenas, if the strategy names none",
+        none="CKPTLESS_ARENA_DIR, or /dev/shm",
+        flag="--arena-dir",
+        variable=environment.ARENA_DIR,
+    )
+    standbys: int | None = _for_the_strategy("standbys")
+    preload_imports: bool | None = _for_the_strategy("preload_imports")
+    in_place: bool | None = _for_the_strategy("in_place")
+    max_recoveries_without_progress: int | None = _for_the_strategy("max_recoveries_without_progress")
+    max_recoveries_per_hour: int | None = _for_the_strategy("max_recoveries_per_hour")
+    durable_every_n_steps: int | None = _for_the_strategy("durable_every_n_steps")
+    durable_every_s: float | None = _for_the_strategy("durable_every_s")
+    durable_dir: Path | None = _for_the_strategy("durable_dir")
+    finish_grace_s: float = option(
+        DEFAULT_FINISH_GRACE_S,
+        "on SIGTERM, time for workers to finish the current step and save",
+        number(0),
+        unit="seconds",
+        flag="--finish-grace",
+    )
+    stop_grace_s: float = option(
+        DEFAULT_STOP_GRACE_S,
+        "time for workers to exit after SIGTERM, where they are asked to and not killed",
+        number(0),
+        unit="seconds",
+    )
+    exit_grace_s: float = option(
+        DEFAULT_EXIT_GRACE_S,
+        "time between an exception that ends a worker's script and the exit of its process, which is killed then",
+        number(0),
+        unit="seconds",
+    )
+    env: Mapping[str, str] = field(
+        default_factory=dict,
+        metadata=about("environment variables of the workers, in addition to this process's"),
+    )
+    cwd: Path | None = option(None, "working directory of the workers", none="this process's")
+    node_name: str | None = option(None, "unique in the run", none="host name and process id")
+    local_addr: str | None = option(None, "address under which other nodes reach this one", none="looking it up")
+    log_dir: Path | None = option(None, "folder for the workers' output", none="no log files")
+    redirects: str = option("0", "streams that go only to files, as in torchrun's `--redirects`")
+    tee: str = option("0", "streams that are shown and also go to files, as in torchrun's `--tee`")
+    local_ranks_filter: tuple[int, ...] = option((), "local ranks whose output is shown; empty for all")
+    log_line_prefix: str | None = option(
+        None, "template of the prefix of each line of a stream in `tee`", none="torch's own"
+    )
+    role: str = option("default", "torch elastic's name for the kind of worker")
+    time_limit_s: float | None = option(
+        None,
+        "time from the start of the agent after which the run is ended",
+        number(0),
+        unit="seconds",
+        none="no limit",
+    )
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("nproc", 1),
-            ("max_restarts", 0),
-            ("max_recoveries_without_progress", 0),
-            ("max_recoveries_per_hour", 0),
-            ("stop_grace_s", 0),
-            ("finish_grace_s", 0),
-            ("exit_grace_s", 0),
-            ("standbys", 0),
-            ("time_limit_s", 0),
-        ):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise OptionsError(f"{name}={value!r}: expected at least {least}")
+        super().__post_init__()
         least_nodes, most_nodes = self.node_range
         if most_nodes > 1 and not self.rdzv_endpoint:
             raise OptionsError(f"nnodes={self.nnodes}: several nodes need a rendezvous; set rdzv_endpoint=HOST:PORT")

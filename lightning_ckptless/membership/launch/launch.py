@@ -12,7 +12,7 @@ from lightning_ckptless.errors import LaunchError, OptionsError
 from lightning_ckptless.internals import torch_names
 from lightning_ckptless.membership.agent.signals import AskedToEnd, raising_on_signals
 from lightning_ckptless.membership.forkserver.client import ForkServer
-from lightning_ckptless.membership.launch.command_line import parse_command_line
+from lightning_ckptless.membership.launch.command_line import parse_command_line, split_run_arguments
 from lightning_ckptless.membership.launch.config import DEFAULT_PRELOAD, LaunchConfig, Outcome, usual_modules
 from lightning_ckptless.membership.worker.program import script_path
 
@@ -73,7 +73,8 @@ def main(
         Exit code: the workers', 128 + number for a signal, 2 where the run cannot be started.
     """
     # The fork server starts before torch is imported here, so that both import at the same time.
-    modules = () if "--no-preload" in argv else usual_modules(argv)
+    given = split_run_arguments(argv)
+    modules = () if "--no-preload" in given.options else usual_modules(given.script)
     flags, last_words = parse_command_line(sys.orig_argv).flags, ""
     try:
         with raising_on_signals(), ForkServer(modules, flags=flags) as parent:

@@ -16,6 +16,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousPa
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
 
 from lightning_ckptless import environment
+from lightning_ckptless.configuration.variables import variables_of
 from lightning_ckptless.console import CONSOLE
 from lightning_ckptless.errors import LaunchError, UnfitNodeError
 from lightning_ckptless.membership.agent.agent import CkptlessAgent, Node
@@ -156,13 +157,10 @@ def _newcomer_outputs(config: LaunchConfig) -> Path | None:
 
 
 def _base_env(config: LaunchConfig) -> dict[str, str]:
-    env = {**os.environ, **config.env, environment.NNODES: config.nnodes}
+    env = {**os.environ, **config.env, **variables_of(config), environment.NNODES: config.nnodes}
     if config.nproc > 1:
         # As torchrun does; otherwise each worker would start as many threads as there are cores.
         env.setdefault("OMP_NUM_THREADS", "1")
-    for name, folder in ((environment.RUN_ROOT, config.run_root), (environment.ARENA_DIR, config.arena_dir)):
-        if folder is not None:
-            env[name] = str(folder.absolute())
     for name in _OF_ONE_WORKER:
         env.pop(name, None)
     return env

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from argparse import ArgumentError, ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import ArgumentError, ArgumentParser, Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,17 +14,16 @@ from typing import Any
 from torch.distributed.run import determine_local_world_size, get_args_parser
 
 from lightning_ckptless import environment
+from lightning_ckptless.configuration.flags import add_flags, given_flags
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.launch.command_line import parse_command_line
 from lightning_ckptless.membership.launch.config import (
-    DEFAULT_FINISH_GRACE_S,
     DEFAULT_STOP_GRACE_S,
     LaunchConfig,
     new_run_id,
     usual_modules,
 )
 from lightning_ckptless.membership.worker.program import Kind, Program
-from lightning_ckptless.options import CkptlessOptions
 
 _UNSUPPORTED: dict[str, object] = {
     "numa_binding": None,
@@ -42,86 +41,11 @@ def options_parser() -> ArgumentParser:
     parser.prog = "ckptless run"
     parser.description = "Run a training script on several ranks that survive the loss of any of them."
     ours = parser.add_argument_group("ckptless")
-    ours.add_argument(
-        "--preload",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="additional module that the fork server imports",
-    )
-    ours.add_argument("--no-preload", action="store_true", help="start every worker as a new interpreter")
-    ours.add_argument(
-        "--run-root",
-        type=Path,
-        default=environment.run_root(),
-        help="parent folder of the run folder (default: CKPTLESS_RUN_ROOT, or ./ckptless)",
-    )
-    ours.add_argument("--arena-dir", type=Path, default=None, help="folder of the arenas (default: /dev/shm)")
-    _add_recovery(ours)
-    _add_durable(ours)
-    ours.add_argument(
-        "--finish-grace",
-        type=float,
-        default=DEFAULT_FINISH_GRACE_S,
-        metavar="SECONDS",
-        help="on SIGTERM, time to finish the current step and save (default: %(default)s)",
-    )
+    add_flags(ours, LaunchConfig)
     _add_shutdown_timeout(ours)
     if "PET_MAX_RESTARTS" not in os.environ:
         parser.set_defaults(max_restarts=None)
     return parser
-
-
-def _add_recovery(ours: Any) -> None:
-    ours.add_argument(
-        "--standbys",
-        type=int,
-        default=None,
-        metavar="K",
-        help="spare processes that wait to replace a lost rank (default: the strategy's)",
-    )
-    ours.add_argument(
-        "--preload-imports",
-        action=BooleanOptionalAction,
-        default=None,
-        help="whether the fork server preloads what the script imports (default: the strategy's)",
-    )
-    ours.add_argument(
-        "--in-place",
-        action=BooleanOptionalAction,
-        default=None,
-        help="whether survivors of a fault continue without a restart (default: the strategy's)",
-    )
-    ours.add_argument(
-        "--max-recoveries-without-progress",
-        type=int,
-        metavar="N",
-        help="give up after N recoveries without a new step in between (default: the strategy's)",
-    )
-    ours.add_argument(
-        "--max-recoveries-per-hour",
-        type=int,
-        metavar="N",
-        help="give up after N recoveries within an hour (default: the strategy's)",
-    )
-
-
-def _add_durable(ours: Any) -> None:
-    ours.add_argument(
-        "--durable-every-n-steps",
-        type=int,
-        metavar="N",
-        help="write a durable state every N steps (default: the strategy's)",
-    )
-    ours.add_argument(
-        "--durable-every-s",
-        type=float,
-        metavar="S",
-        help="write a durable state every S seconds (default: the strategy's)",
-    )
-    ours.add_argument(
-        "--durable-dir", type=Path, metavar="FOLDER", help="folder of the durable states (default: the strategy's)"
-    )
 
 
 def _add_shutdown_timeout(ours: Any) -> None:
@@ -150,25 +74,23 @@ def config_from_torchrun_args(argv: Sequence[str]) -> LaunchConfig:
     if args.rdzv_backend not in ("static", "c10d"):
         raise OptionsError(f"--rdzv-backend {args.rdzv_backend}: expected c10d")
     endpoint, conf = _meeting(args)
+    is_named = args.rdzv_id not in ("", "none")
+    given = given_flags(args, LaunchConfig)
+    script = [args.training_script, *args.training_script_args]
     return LaunchConfig(
+        **{
+            **given,
+            "preload": (*usual_modules(script), *given.get("preload", ())),
+            "run_root": given.get("run_root") or environment.run_root(),
+        },
         program=_program(args),
         nproc=determine_local_world_size(args.nproc_per_node),
         nnodes="1" if args.standalone else args.nnodes,
         rdzv_endpoint=endpoint,
         rdzv_conf=conf,
-        run_id=_run_id(args.rdzv_id, endpoint),
+        run_id=args.rdzv_id if is_named else _run_id(endpoint),
+        is_named=is_named,
         max_restarts=args.max_restarts,
-        max_recoveries_without_progress=args.max_recoveries_without_progress,
-        max_recoveries_per_hour=args.max_recoveries_per_hour,
-        preload=(*usual_modules(argv), *args.preload),
-        fresh=args.no_preload,
-        env=_durable(args),
-        run_root=args.run_root,
-        arena_dir=args.arena_dir,
-        in_place=args.in_place,
-        standbys=args.standbys,
-        preload_imports=args.preload_imports,
-        finish_grace_s=args.finish_grace,
         local_addr=args.local_addr,
         log_dir=None if args.log_dir is None else Path(args.log_dir),
         redirects=args.redirects,
@@ -178,19 +100,6 @@ def config_from_torchrun_args(argv: Sequence[str]) -> LaunchConfig:
         role=args.role,
         stop_grace_s=DEFAULT_STOP_GRACE_S if args.shutdown_timeout is None else args.shutdown_timeout,
     )
-
-
-def _durable(args: Namespace) -> dict[str, str]:
-    """Return environment variables that override the strategy's settings of durable states."""
-    folder: Path | None = args.durable_dir
-    given = {
-        environment.DURABLE_EVERY_N_STEPS: args.durable_every_n_steps,
-        environment.DURABLE_EVERY_S: args.durable_every_s,
-        environment.DURABLE_DIR: None if folder is None else folder.absolute(),
-    }
-    # Refuse invalid values now, once, rather than in every worker.
-    CkptlessOptions(durable_every_n_steps=args.durable_every_n_steps, durable_every_s=args.durable_every_s)
-    return {name: str(value) for name, value in given.items() if value is not None}
 
 
 def _program(args: Namespace) -> Program:
@@ -218,8 +127,6 @@ def _meeting(args: Namespace) -> tuple[str, dict[str, str | int]]:
     return "", conf
 
 
-def _run_id(rdzv_id: str, endpoint: str) -> str:
-    """Return the name of the run: as given, or else one that all nodes derive alike."""
-    if rdzv_id not in ("", "none"):
-        return rdzv_id
+def _run_id(endpoint: str) -> str:
+    """Return a name for a run without one; where there are several nodes, all of them derive the same."""
     return "at-" + re.sub(r"[^A-Za-z0-9.]+", "-", endpoint) if endpoint else new_run_id()

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import subprocess
 import sys
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Collection, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_ckptless import environment
 from lightning_ckptless.durable.capture import ShardCopy
 from lightning_ckptless.durable.folder import DurableFolder, Manifest
 from lightning_ckptless.durable.order import MODULE, WriterOrder
@@ -42,26 +40,6 @@ from lightning_ckptless.trainer.session.member_set import MemberSet
 from lightning_ckptless.trainer.state.trust import how_to_trust
 
 log = logging.getLogger(__name__)
-
-
-def with_environment(options: CkptlessOptions, env: Mapping[str, str] = os.environ) -> CkptlessOptions:
-    """Override the strategy's durable options with those given to the launcher.
-
-    Raises:
-        OptionsError: a value is out of range or not a number.
-    """
-    given: dict[str, Any] = {}
-    for name, variable, kind in (
-        ("durable_every_n_steps", environment.DURABLE_EVERY_N_STEPS, int),
-        ("durable_every_s", environment.DURABLE_EVERY_S, float),
-        ("durable_dir", environment.DURABLE_DIR, Path),
-    ):
-        if text := env.get(variable):
-            try:
-                given[name] = kind(text)
-            except ValueError as error:
-                raise OptionsError(f"{variable}={text!r}: expected {kind.__name__}") from error
-    return replace(options, **given) if given else options
 
 
 class DurableRung:

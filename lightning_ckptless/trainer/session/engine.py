@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ckptless import environment
+from lightning_ckptless.configuration.variables import with_variables
 from lightning_ckptless.console import CONSOLE, Bar, WarningsOnConsole
 from lightning_ckptless.internals.lightning import progress_bar
 from lightning_ckptless.internals.lightning.loops import FitLoops
@@ -34,7 +35,7 @@ from lightning_ckptless.replica.arena_notes import ArenaNotes, RankFolders
 from lightning_ckptless.replica.transport import GlooTransport, SoloTransport, Transport
 from lightning_ckptless.system.reaper import MARKER
 from lightning_ckptless.trainer.commit.begun_step import BegunStep
-from lightning_ckptless.trainer.commit.durable import DurableRung, with_environment
+from lightning_ckptless.trainer.commit.durable import DurableRung
 from lightning_ckptless.trainer.commit.mirroring import Mirroring
 from lightning_ckptless.trainer.commit.step_boundaries import StepBoundaries
 from lightning_ckptless.trainer.data.batch_log import BatchLog
@@ -80,7 +81,7 @@ class Engine:
     def __init__(self, strategy: Any, trainer: Any, fit_index: int, line: AgentChannel | None = None) -> None:
         self.strategy = strategy
         self.trainer = trainer
-        self.options: CkptlessOptions = with_environment(strategy.options)
+        self.options: CkptlessOptions = with_variables(strategy.options)
         self.fit_index = fit_index
         self.probes: list[Callable[[str, Version], None]] = strategy.probes
         self.rank: int = trainer.global_rank

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any, ClassVar
 
+from lightning_ckptless.configuration.documentation import documented
 from lightning_ckptless.internals.lightning.ddp import start_method_of
 from lightning_ckptless.internals.lightning.process import prepare_without_group
 from lightning_ckptless.internals.lightning.strategy import LightningStrategy
@@ -51,45 +52,12 @@ class Parts:
     run_job: Callable[..., Outcome]
 
 
+@documented(CkptlessOptions)
 class CkptlessMixin(LightningStrategy):
     """Fault tolerance for a strategy of Lightning, which follows in the order of bases.
 
     Args:
-        mirror_every_n_steps: optimizer steps between mirrored versions; `auto` chooses by measured cost.
-        copies: replicas of each shard, besides the source rank's own copy.
-        failure_domain: unit that fails as a whole: `node`, `rank` to keep replicas among the ranks of one node, a
-            dimension of the device mesh, or a custom level such as `rack`, see `CKPTLESS_FAILURE_DOMAIN`.
-        arena_dir: directory of the arenas; None for `/dev/shm` if that exists.
-        max_recoveries_without_progress: recoveries without a newly committed step after which the run gives up.
-        max_recoveries_per_hour: recoveries within one hour after which the run gives up.
-        on_unrecoverable: if no complete version is left, `durable` resumes from the newest checkpoint file, `raise`
-            stops.
-        checksum: checksum algorithm that protects every replica: `xxh3`, `crc32` or `none`.
-        on_late: if the previous mirror is still in progress: `wait` for it or `skip` a version.
-        staging: `overlap` copies the state during the next forward and backward pass, `blocking` before them.
-        arena_keep_s: seconds to keep the arena of a dead run for a restart with the same run id.
-        in_place: after a fault replace only the lost ranks while the others stay in `fit`; else relaunch all ranks.
-        standbys: processes per node that have run the script up to `fit` and wait there to replace a lost rank.
-        preload_imports: import the modules that the script uses in training once, in the fork server, for all new
-            processes.
-        hang_timeout_s: seconds without progress on any rank after which the ranks that are furthest behind are
-            killed as hung; None derives the limit from step times, 0 disables it.
-        mirror_budget: with `auto`, the largest share by which mirroring may lengthen training.
-        failures_per_day: with `auto`, the expected number of failures of the whole run per day.
-        health_check: dotted name of a function that raises if a node is unfit to train; it is called in addition
-            to the built-in checks, before a worker joins the others.
-        durable_every_n_steps: optimizer steps between durable states, which are written in the background; None
-            disables the step schedule.
-        durable_every_s: seconds between durable states; None disables the time schedule.
-        durable_dir: directory of the durable states; None for `durable` in the run folder.
-        durable_keep: number of durable states to keep.
-        elastic_batch: with fewer ranks than at the start, `keep` runs the batches of the missing ranks on the
-            others; `scale` makes each step of one batch per remaining rank.
-        checkpoint_hooks: `every_version` calls the script's `on_save_checkpoint` hooks for each version and its
-            `on_load_checkpoint` hooks on each restore; `never` leaves them to Lightning.
-        stateless_callbacks: class names of callbacks whose `state_dict()` is not called for each version.
-        trusted_classes: dotted names of classes that states may contain, besides plain data, when they are read
-            from disk or from another node.
+        **base_options: options of Lightning's own strategy.
 
     Raises:
         OptionsError: a value is out of range.

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckptless.membership.launch.command_line import CommandLine, parse_command_line
+from lightning_ckptless.membership.launch.command_line import (
+    SWITCHES_OF_RUN,
+    CommandLine,
+    RunArguments,
+    parse_command_line,
+    split_run_arguments,
+)
 from lightning_ckptless.membership.launch.reexec import agent_command, why_not_again
+from lightning_ckptless.membership.launch.torchrun import options_parser
 
 LINES = [
     ("python train.py", CommandLine((), "script", "train.py", ())),
@@ -85,3 +92,25 @@ def test_which_scripts_can_be_run_again(line: str, reason: str | None, tmp_path:
     assert (found is None) is (reason is None)
     assert reason is None or (reason in str(found) and "python FILE.py" in str(found))
     assert ("ckptless_notebook" in str(found)) is (reason in ("passed with -c", "standard input"))
+
+
+@pytest.mark.parametrize(
+    ("options", "script"),
+    [
+        ("", "train.py --no-preload --rdzv-id x"),
+        ("--nproc-per-node 2 --no-preload", "train.py"),
+        ("--nproc_per_node=2 --no_python -t3 -r 3", "train.sh --standbys 1"),
+        ("--no-in-place -m --", "package.train fit"),
+        ("--rdzv-id train.py", "other.py"),
+        ("--standbys 1 --help", ""),
+    ],
+)
+def test_options_of_run_are_separated_from_the_script(options: str, script: str) -> None:
+    expected = RunArguments(tuple(options.split()), tuple(script.split()))
+    assert split_run_arguments([*options.split(), *script.split()]) == expected
+
+
+def test_switches_of_run_are_those_of_its_parser() -> None:
+    # Some versions of torchrun lack some of its own.
+    offered = {text for action in options_parser()._actions if action.nargs == 0 for text in action.option_strings}
+    assert {text.replace("_", "-") for text in offered} <= SWITCHES_OF_RUN

@@ -8,9 +8,11 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from lightning_ckptless import environment
+from lightning_ckptless.configuration.variables import variables_of, with_variables
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.launch.config import DEFAULT_PRELOAD, LaunchConfig
 from lightning_ckptless.membership.launch.torchrun import config_from_torchrun_args
+from lightning_ckptless.options import CkptlessOptions
 
 
 def read(line: str) -> LaunchConfig:
@@ -37,6 +39,18 @@ def test_the_run_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch
     assert read("--run-root /runs train.py").run_root == Path("/runs")
 
 
+def test_arguments_of_the_script_are_not_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = read("train.py --rdzv-id mine --no-preload --standbys 3")
+    assert (config.is_named, config.fresh, config.standbys) == (False, False, None)
+    assert config.program.args == ("--rdzv-id", "mine", "--no-preload", "--standbys", "3")
+    assert (read("--rdzv-id mine train.py").is_named, read("--rdzv-id mine train.py").run_id) == (True, "mine")
+    monkeypatch.setenv("PET_RDZV_ID", "mine")
+    assert read("train.py").is_named
+    monkeypatch.chdir(tmp_path)
+    Path("other.py").write_text("import pytorch_lightning")
+    assert read("--log-dir other.py train.py").preload == DEFAULT_PRELOAD
+
+
 def test_our_own_options() -> None:
     config = read("--preload a.b --preload c --no-preload --run-root /runs --arena-dir /shm --max-restarts 3 train.py")
     assert config.preload == (*DEFAULT_PRELOAD, "a.b", "c")
@@ -47,13 +61,18 @@ def test_our_own_options() -> None:
 
 
 def test_options_of_durable_states_are_passed_to_the_workers() -> None:
-    assert read("train.py").env == {}
+    assert set(variables_of(read("train.py"))) == {environment.RUN_ROOT}
     words = "--durable-every-n-steps 50 --durable-every-s 2.5 --durable-dir states"
-    assert read(f"{words} train.py").env == {
+    passed = variables_of(read(f"{words} train.py"))
+    assert passed.pop(environment.RUN_ROOT) == str(Path("ckptless").absolute())
+    assert passed == {
         environment.DURABLE_EVERY_N_STEPS: "50",
         environment.DURABLE_EVERY_S: "2.5",
         environment.DURABLE_DIR: str(Path("states").absolute()),
     }
+    assert with_variables(CkptlessOptions(), passed) == CkptlessOptions(
+        durable_every_n_steps=50, durable_every_s=2.5, durable_dir=Path("states").absolute()
+    )
     with pytest.raises(OptionsError, match="durable_every_n_steps=0: expected an integer of at least 1"):
         read("--durable-every-n-steps 0 train.py")
 

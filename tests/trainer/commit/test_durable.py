@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from lightning_ckptless import environment
+from lightning_ckptless.configuration.variables import with_variables
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.placement import place
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.transport import SoloTransport
-from lightning_ckptless.trainer.commit.durable import DurableRung, with_environment
+from lightning_ckptless.trainer.commit.durable import DurableRung
 from lightning_ckptless.trainer.session.identity import Identity
 from lightning_ckptless.trainer.session.member_set import MemberSet
 from tests.replica.conftest import arena, owner
@@ -39,13 +40,13 @@ def test_options_out_of_range_are_refused(name: str, value: Any) -> None:
 
 def test_options_of_the_launcher_take_precedence_over_the_strategy() -> None:
     options = CkptlessOptions(durable_every_n_steps=7, durable_keep=3)
-    assert with_environment(options, {}) is options
+    assert with_variables(options, {}) is options
     env = {environment.DURABLE_EVERY_N_STEPS: "9", environment.DURABLE_EVERY_S: "1.5", environment.DURABLE_DIR: "/x"}
-    changed = with_environment(options, env)
+    changed = with_variables(options, env)
     assert (changed.durable_every_n_steps, changed.durable_every_s) == (9, 1.5)
     assert (changed.durable_dir, changed.durable_keep) == (Path("/x"), 3)
-    with pytest.raises(OptionsError, match="CKPTLESS_DURABLE_EVERY_S='often': expected float"):
-        with_environment(options, {environment.DURABLE_EVERY_S: "often"})
+    with pytest.raises(OptionsError, match="CKPTLESS_DURABLE_EVERY_S='often': expected a number greater than 0"):
+        with_variables(options, {environment.DURABLE_EVERY_S: "often"})
 
 
 def identity(folder: Path) -> Identity:

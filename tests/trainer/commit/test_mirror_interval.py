@@ -98,7 +98,7 @@ def test_the_chosen_interval_is_part_of_the_version() -> None:
         ({"mirror_every_n_steps": "often"}, "mirror_every_n_steps='often': expected an integer of at least 1, or"),
         ({"mirror_every_n_steps": 0}, "mirror_every_n_steps=0: expected"),
         ({"mirror_every_n_steps": "auto", "on_late": "skip"}, "it never waits: choose one of the two"),
-        ({"mirror_budget": 0.0}, "mirror_budget=0.0: expected a share"),
+        ({"mirror_budget": 0.0}, "mirror_budget=0.0: expected a number greater than 0 and at most 1"),
         ({"failures_per_day": -1.0}, "failures_per_day=-1.0: expected"),
         ({"arena_dir": Path(), "mirror_budget": 2.0}, "mirror_budget=2.0"),
     ],
