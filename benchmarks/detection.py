@@ -19,9 +19,10 @@ from benchmarks import machine
 from benchmarks.quantiles import median, quantile
 from benchmarks.report import Report, base_parser, progress_bar
 from benchmarks.tables import Table, verdict
-from lightning_ckptless.membership.agent.workers import Workers
+from lightning_ckptless.membership.agent.worker_context import WorkerContext
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.worker.program import Program
+from lightning_ckptless.membership.worker.startup import Job
 
 TARGET_MS = 50.0
 SIZES_GIB = (0.0, 1.0, 4.0)
@@ -49,16 +50,14 @@ def kill_one(parent: ForkServer, folder: Path, size_gib: float, after_s: float) 
     script.write_text(_HOLD)
     sign.unlink(missing_ok=True)
     program = Program("script", str(script), (str(size_gib), str(sign)))
-    workers = Workers(
+    context = WorkerContext(
         lambda: parent,
-        program,
         {0: {}},
-        base_env=dict(os.environ),
-        cwd=str(folder),
-        fresh=False,
-        logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=Std.ALL),
+        lambda env: Job(program, {**os.environ, **env}, str(folder)),
+        DefaultLogsSpecs(log_dir=str(folder), redirects=Std.ALL),
     )
-    workers.start()
+    context.start()
+    workers = context.workers
     workers.inside.add(0)
     deadline = time.monotonic() + _READY_S
     while not sign.exists():
@@ -75,7 +74,7 @@ def kill_one(parent: ForkServer, folder: Path, size_gib: float, after_s: float) 
             workers.wait_for_end(1.0)
         return {"detected_s": seen_at - killed_at, "reported_s": time.time() - killed_at}
     finally:
-        workers.close(signal.SIGKILL)
+        context.close(signal.SIGKILL)
 
 
 def detection_table(results: dict[str, list[dict[str, float]]]) -> Table:

@@ -1,4 +1,4 @@
-"""The workers of one agent, as torch elastic sees them."""
+"""The worker processes of one agent: their starts, messages, exits and replacements."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ import signal
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
-
-from torch.distributed.elastic.multiprocessing import LogsSpecs
-from torch.distributed.elastic.multiprocessing.api import PContext, RunProcsResult
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from lightning_ckptless import environment
-from lightning_ckptless.internals.torch_internals import start_tails
 from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.forkserver.client import End, ForkError, ForkServer, ForkServerLostError
 from lightning_ckptless.membership.forkserver.process import Process
-from lightning_ckptless.membership.worker.program import Program
+from lightning_ckptless.membership.forkserver.standby import promote
+from lightning_ckptless.membership.rendezvous.regrouping import Regrouping
 from lightning_ckptless.membership.worker.startup import Job
 from lightning_ckptless.protocol.crash_loop import Stage
 from lightning_ckptless.protocol.messages import (
@@ -57,20 +52,14 @@ class Ending:
     at: AtEnd
 
 
-class Workers(PContext):
+class WorkerGroup:
     """Worker processes forked from a fork server.
-
-    Unlike torch's own contexts it installs no signal handlers, and `_poll` stops no process: the agent decides how.
 
     Args:
         parent: returns the fork server that forks the workers and reports their exits; it may be another one later.
-        program: what each of them runs.
-        envs: what each local rank's environment adds to `base_env`.
-        base_env: the environment that all workers share.
-        cwd: working directory.
-        fresh: start new interpreters instead of running inside the forks.
-        logs_specs: where stdout and stderr go.
-        log_line_prefixes: prefix of each line that is both shown and logged.
+        jobs: what each local rank runs.
+        stdouts: file for the output of each local rank; empty for this process's own.
+        stderrs: file for the error output of each local rank; empty for this process's own.
         first_wait_s: time in seconds for which the start of the others waits until the first worker reaches its
             trainer, with the run folder that Hydra made for it; 0 to start all at once.
 
@@ -84,25 +73,20 @@ class Workers(PContext):
     def __init__(
         self,
         parent: Callable[[], ForkServer],
-        program: Program,
-        envs: dict[int, dict[str, str]],
+        jobs: Mapping[int, Job],
         *,
-        base_env: Mapping[str, str],
-        cwd: str,
-        fresh: bool,
-        logs_specs: LogsSpecs,
-        log_line_prefixes: dict[int, str] | None = None,
+        stdouts: Mapping[int, str],
+        stderrs: Mapping[int, str],
         first_wait_s: float = 0.0,
     ) -> None:
-        args: dict[int, tuple[Any, ...]] = dict.fromkeys(envs, ())
-        super().__init__("worker", program.target, args, envs, logs_specs, log_line_prefixes)
         self.inside: set[int] = set()
-        self.stages: dict[int, Stage] = dict.fromkeys(envs, Stage.BEFORE)
+        self.stages: dict[int, Stage] = dict.fromkeys(jobs, Stage.BEFORE)
         self.at_end: dict[int, Ending] = {}
         self.ending: set[int] = set()
         self._parent = parent
-        # After super().__init__, which adds the name of each worker's error file to `envs`.
-        self._jobs = {rank: Job(program, {**base_env, **env}, cwd, fresh) for rank, env in envs.items()}
+        self._jobs = dict(jobs)
+        self._stdouts = stdouts
+        self._stderrs = stderrs
         self._processes: dict[int, Process] = {}
         self._running: set[int] = set()
         self._leaving: list[Process] = []
@@ -117,10 +101,6 @@ class Workers(PContext):
 
     def start(self) -> None:
         """Start all workers."""
-        self._start()
-        start_tails(self)
-
-    def _start(self) -> None:
         first, *others = self._jobs
         self._launch(first, self._jobs[first], os.O_TRUNC)
         folder = self._folder_of(first) if others else ""
@@ -139,17 +119,17 @@ class Workers(PContext):
         return ""
 
     def _launch(self, rank: int, job: Job, mode: int) -> None:
-        stdio = self.open_stdio(rank, mode)
+        stdio = self._open_stdio(rank, mode)
         try:
             self._processes[rank] = Process.start(self._parent(), job, stdio)
         finally:
             _close_files(stdio)
         self._running.add(rank)
 
-    def open_stdio(self, rank: int, mode: int = os.O_APPEND) -> list[int]:
+    def _open_stdio(self, rank: int, mode: int) -> list[int]:
         """Open stdin, stdout and stderr of a rank: its log files, or this process's own."""
         files = [0]
-        for number, path in ((1, self.stdouts[rank]), (2, self.stderrs[rank])):
+        for number, path in ((1, self._stdouts[rank]), (2, self._stderrs[rank])):
             files.append(os.open(path, os.O_WRONLY | os.O_CREAT | mode, 0o644) if path else number)
         return files
 
@@ -173,10 +153,22 @@ class Workers(PContext):
             self._ends[rank] = End(-signal.SIGKILL, time.time())
             raise
 
-    def put_in_place(self, rank: int, process: Process) -> None:
-        """Let a running process take the place of a lost worker."""
+    def promote(self, rank: int, standby: Process, env: Mapping[str, str], regrouping: Regrouping) -> None:
+        """Let a standby take the place of a lost worker.
+
+        Args:
+            rank: local rank of the lost worker.
+            standby: the process.
+            env: environment variables that give it the rank.
+            regrouping: in which it meets the other ranks.
+        """
+        stdio = self._open_stdio(rank, os.O_APPEND)
+        try:
+            promote(standby, dict(env), regrouping, stdio[1:])
+        finally:
+            _close_files(stdio)
         self._discard(rank)
-        self._processes[rank] = process
+        self._processes[rank] = standby
         self._running.add(rank)
 
     def _discard(self, rank: int) -> None:
@@ -263,6 +255,11 @@ class Workers(PContext):
                 self.send_to(rank, MayLeave(ending.number))
         self.ending.update(self.at_end)
         self.at_end.clear()
+
+    @property
+    def all_train(self) -> bool:
+        """Whether all workers run, are in the training loop and have not been allowed to leave it."""
+        return bool(self._running) and self._running == self._processes.keys() == self.inside - self.ending
 
     @property
     def all_at_end(self) -> bool:
@@ -416,19 +413,9 @@ class Workers(PContext):
         while self._running and (remaining_s := deadline - time.monotonic()) > 0:
             self.wait_for_end(remaining_s)
 
-    def _poll(self) -> RunProcsResult | None:
-        # Reports what was polled before, and nothing newer: the agent has decided on the same basis.
-        failed = self.failed()
-        if self._running and not failed:
-            return None
-        failures = {
-            rank: ProcessFailure(rank, self._processes[rank].pid, end.exit_code, self.error_files[rank])
-            for rank, end in failed.items()
-        }
-        return RunProcsResult(dict.fromkeys(range(self.nprocs)), failures, self.stdouts, self.stderrs)
-
-    def _close(self, death_sig: signal.Signals, timeout: float = 30) -> None:
-        self.stop(death_sig, timeout)
+    def close(self, death_signal: int, grace_s: float) -> None:
+        """Stop all workers as `stop` does, and release their channels."""
+        self.stop(death_signal, grace_s)
         for process in self._processes.values():
             process.channel.close()
         for process in self._leaving:
