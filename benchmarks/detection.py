@@ -19,6 +19,7 @@ from benchmarks import machine
 from benchmarks.quantiles import median, quantile
 from benchmarks.report import Report, base_parser, progress_bar
 from benchmarks.tables import Table, verdict
+from lightning_ckptless.membership.agent.process_control import ForkedProcesses
 from lightning_ckptless.membership.agent.worker_context import WorkerContext
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.worker.program import Program
@@ -51,7 +52,7 @@ def kill_one(parent: ForkServer, folder: Path, size_gib: float, after_s: float) 
     sign.unlink(missing_ok=True)
     program = Program("script", str(script), (str(size_gib), str(sign)))
     context = WorkerContext(
-        lambda: parent,
+        ForkedProcesses(lambda: parent),
         {0: {}},
         lambda env: Job(program, {**os.environ, **env}, str(folder)),
         DefaultLogsSpecs(log_dir=str(folder), redirects=Std.ALL),

@@ -33,20 +33,17 @@ from lightning_ckptless.membership.agent.fault_log import FaultLog
 from lightning_ckptless.membership.agent.hang_watch import HangWatch, LateExits
 from lightning_ckptless.membership.agent.held_memory import HeldMemory
 from lightning_ckptless.membership.agent.in_place import InPlaceRecovery
-from lightning_ckptless.membership.agent.logs import LogFiles
 from lightning_ckptless.membership.agent.loop_end import LoopEnd
 from lightning_ckptless.membership.agent.partition_guard import PartitionGuard
 from lightning_ckptless.membership.agent.positions import Positions
-from lightning_ckptless.membership.agent.reconfiguration import Meeting, Reconfiguration, agree
+from lightning_ckptless.membership.agent.reconfiguration import Meeting, Reconfiguration, agree, publish_standing
 from lightning_ckptless.membership.agent.recovery import Recovery
-from lightning_ckptless.membership.agent.scratch import ScratchFolder
 from lightning_ckptless.membership.agent.settings import NodeRun, NodeSettings
 from lightning_ckptless.membership.agent.signals import AskedToEnd
-from lightning_ckptless.membership.agent.starting import WorkerStarter
+from lightning_ckptless.membership.agent.starting import Starter
 from lightning_ckptless.membership.agent.worker_context import WorkerContext
 from lightning_ckptless.membership.agent.workers import WorkerGroup
 from lightning_ckptless.membership.channel.agent_channel import FromWorker
-from lightning_ckptless.membership.channel.worker_reports import ReportsInFolder
 from lightning_ckptless.membership.events import (
     EventSink,
     JoinedTooLate,
@@ -55,16 +52,13 @@ from lightning_ckptless.membership.events import (
     WorkersSpawned,
     WorldChanged,
 )
-from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.forkserver.process import Process
-from lightning_ckptless.membership.forkserver.sidecar import END_GRACE_S, SidecarLauncher, Sidecars
+from lightning_ckptless.membership.forkserver.sidecar import END_GRACE_S, Sidecars
 from lightning_ckptless.membership.rendezvous.regrouping import Regroupings
 from lightning_ckptless.membership.rendezvous.rounds import Round
 from lightning_ckptless.protocol.messages import AwaitRegroup, EnteredLoop, LeftLoop
-from lightning_ckptless.protocol.node_liveness import Bound
 from lightning_ckptless.protocol.reconfiguration import MovePlan, Standing
 from lightning_ckptless.protocol.recovery import Rung
-from lightning_ckptless.system.control_groups import OomKills
 
 _WAIT_S = 0.1
 
@@ -96,65 +90,52 @@ class _Members:
     reconfiguration: Reconfiguration
 
 
+@dataclass(frozen=True, slots=True)
+class AgentParts:
+    """The parts of an agent that last for all rounds; see the table above."""
+
+    starter: Starter
+    in_place: InPlaceRecovery
+    faults: FaultLog
+    recovery: Recovery
+    guard: PartitionGuard
+    hangs: HangWatch
+    late_exits: LateExits
+    memory: HeldMemory
+    sidecars: Sidecars
+
+
 class NodeAgent:
     """The agent of one node, for as long as its rendezvous exists.
 
     Args:
         settings: of the node.
         run: the run on this node, which earlier agents may have begun.
-        parent: fork server of the workers; stays open.
-        logs: where their output goes.
-        memory: that is held for them; stays held.
-        bound: how much silence between nodes is tolerated.
+        parts: of the agent.
         events: receives what happens.
         clock: of this node.
     """
 
     def __init__(
-        self,
-        settings: NodeSettings,
-        run: NodeRun,
-        parent: ForkServer,
-        logs: LogFiles,
-        memory: HeldMemory,
-        bound: Bound,
-        events: EventSink,
-        clock: Clock,
+        self, settings: NodeSettings, run: NodeRun, parts: AgentParts, events: EventSink, clock: Clock
     ) -> None:
         self._settings = settings
         self._run = run
-        self._memory = memory
+        self._starter = parts.starter
+        self._in_place = parts.in_place
+        self._faults = parts.faults
+        self._recovery = parts.recovery
+        self._guard = parts.guard
+        self._hangs = parts.hangs
+        self._late_exits = parts.late_exits
+        self._memory = parts.memory
+        self._sidecars = parts.sidecars
         self._events = events
         self._clock = clock
         self._started_at = clock.monotonic()
         self._stop_reason = ""
         self._workers: WorkerGroup | None = None
         self._round: _Members | None = None
-        self._scratch = ScratchFolder("agent")
-        folder, report = self._scratch.path, events.report
-        self._in_place = InPlaceRecovery(
-            in_place=settings.in_place,
-            standbys=settings.standbys,
-            preload_imports=settings.preload_imports,
-            folder=folder,
-            outputs=settings.newcomer_outputs or folder,
-            report=report,
-            clock=clock,
-        )
-        self._starter = WorkerStarter(
-            settings, run, parent, folder, logs, lambda: self._in_place.learns_imports, report, clock
-        )
-        self._faults = FaultLog(settings.name, run.faults, report, logs.why_full, clock)
-        self._recovery = Recovery(
-            settings, run, self._in_place, self._faults, ReportsInFolder(folder), OomKills().news, report, clock
-        )
-        self._guard = PartitionGuard(settings.name, bound, self._faults, report, clock)
-        self._hangs = HangWatch(folder, report)
-        self._late_exits = LateExits(folder, settings.exit_grace_s)
-        launcher = SidecarLauncher(
-            lambda: self._starter.parent, settings.env, settings.cwd, settings.program.flags, settings.fresh
-        )
-        self._sidecars = Sidecars(launcher, report)
 
     @property
     def has_started(self) -> bool:
@@ -179,11 +160,23 @@ class NodeAgent:
 
     # ---------------------------------------------------------------- rendezvous
 
-    def agree(self, store: object, node: int, nodes: int) -> MovePlan:
-        """Decide with the agents of all nodes whose workers stay.
+    def publish_standing(self, store: object, node: int) -> None:
+        """Publish the status of this node for a new round.
 
         Args:
-            store: of the agents, for the new round.
+            store: of the agents, for the round.
+            node: place of this node in the order in which the nodes have met.
+
+        Raises:
+            DistError: the store is lost.
+        """
+        publish_standing(store, self._standing(), node)
+
+    def agree(self, store: object, node: int, nodes: int) -> MovePlan:
+        """Decide with the agents of all nodes whose workers stay; waits until all have published their status.
+
+        Args:
+            store: of the agents, for the round.
             node: place of this node in the order in which they have met.
             nodes: how many there are.
         """
@@ -220,7 +213,7 @@ class NodeAgent:
             plan,
             Regroupings(store, rendezvous.nodes, plan.number if plan.stay else 0),
             positions,
-            LoopEnd(self._hangs, positions),
+            LoopEnd(self._hangs, positions, self._clock),
             Reconfiguration(plan, node, store, self._in_place, self._faults, positions),
         )
         if plan.stay:
@@ -433,4 +426,3 @@ class NodeAgent:
         """Release what is held for this agent alone."""
         self._guard.close()
         self._starter.close()
-        self._scratch.remove()

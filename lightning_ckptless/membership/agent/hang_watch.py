@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.positions import Positions
 from lightning_ckptless.membership.agent.workers import WorkerGroup
 from lightning_ckptless.membership.channel.agent_channel import FromWorker
@@ -76,19 +77,21 @@ class HangWatch:
     Args:
         folder: in which workers write their progress.
         report: receives events.
+        clock: of the workers' progress.
 
     Attributes:
         limit_s: silence in seconds after which ranks count as hung; None to learn it, 0 to disable.
         elsewhere: where the ranks of the other nodes stand, by rank, while no rank of any node makes progress.
     """
 
-    def __init__(self, folder: Path, report: Report) -> None:
+    def __init__(self, folder: Path, report: Report, clock: Clock) -> None:
         self.limit_s: float | None = None
         self.elsewhere: dict[int, RankProgress] = {}
         self._positions: Positions | None = None
         self._exchanged_at = 0.0
         self._folder = folder
         self._report = report
+        self._clock = clock
         self._looked_at = 0.0
         self._in_step = _Answers()
         self._idle: dict[int, Idleness] = {}
@@ -105,7 +108,7 @@ class HangWatch:
 
     def poll(self, workers: WorkerGroup) -> Hang | None:
         """Check for hangs, if it is time to; returns the ranks that hang."""
-        now = time.monotonic()
+        now = self._clock.monotonic()
         if now - self._looked_at < _POLL_EVERY_S:
             return None
         self._looked_at = now
@@ -155,7 +158,7 @@ class HangWatch:
 
     def poll_meeting(self, meeting: Meeting, workers: WorkerGroup) -> Hang | None:
         """Find ranks that keep the others from meeting after a fault; asks them what they do once they are late."""
-        now = time.monotonic()
+        now = self._clock.monotonic()
         if not meeting.is_late(now, self.limit_s):
             self._in_meeting.forget()
             return find_late(meeting, now=now, override_s=self.limit_s)
@@ -199,7 +202,7 @@ class HangWatch:
         """Record the stacks of hung workers, and kill them: their exits are detected as any other."""
         stacks = {rank: self._stacks(rank, workers) for rank in hang.ranks}
         self._report(HangFound(list(hang.ranks), hang.reason, stacks))
-        workers.kill_hung(hang.ranks, hang.reason, since=time.time() - hang.silent_s)
+        workers.kill_hung(hang.ranks, hang.reason, since=self._clock.wall() - hang.silent_s)
 
     def _stacks(self, rank: int, workers: WorkerGroup) -> str:
         path = stacks_path(self._folder, rank)
@@ -218,10 +221,10 @@ class LateExits:
     Args:
         folder: in which failures are reported.
         grace_s: time in seconds between the report of a failure and the exit of the process.
-        clock: seconds.
+        clock: of this node.
     """
 
-    def __init__(self, folder: Path, grace_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, folder: Path, grace_s: float, clock: Clock) -> None:
         self._folder = folder
         self._grace_s = grace_s
         self._clock = clock
@@ -233,7 +236,7 @@ class LateExits:
         Args:
             workers: of this node.
         """
-        now = self._clock()
+        now = self._clock.monotonic()
         failed = {int(path.stem.removeprefix("failure-")) for path in self._folder.glob("failure-*.json")}
         self._since = {pid: self._since.get(pid, now) for pid in failed}
         for rank, pid in workers.pids().items():
@@ -242,4 +245,4 @@ class LateExits:
                 failure = failure_of(self._folder, pid)
                 error = "" if failure is None else failure.error
                 reason = f"{error} was reported {waited_s:.0f} s ago, but the process has not exited"
-                workers.kill_hung([rank], reason, time.time())
+                workers.kill_hung([rank], reason, self._clock.wall())

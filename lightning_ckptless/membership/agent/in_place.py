@@ -379,8 +379,9 @@ class InPlaceRecovery:
         return self._round.regroupings.open(fault)
 
     def regroup(self, workers: WorkerControl, number: int, fault: FaultReport) -> None:
-        """Notify this node's workers of another world."""
-        self._notify(workers, Regrouping(number, fault), leave=frozenset())
+        """Notify this node's workers of another world, unless a later fault has: all ranks meet under its number."""
+        if number > self.number:
+            self._notify(workers, Regrouping(number, fault), leave=frozenset())
 
     def follow(self, workers: WorkerControl) -> None:
         """Forward to this node's workers the regrouping that another node's agent has opened."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from lightning_ckptless import environment
 from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.in_place import joining
 from lightning_ckptless.membership.agent.logs import LogFiles
+from lightning_ckptless.membership.agent.process_control import ForkedProcesses
 from lightning_ckptless.membership.agent.settings import NodeRun, NodeSettings
 from lightning_ckptless.membership.agent.worker_context import WorkerContext
 from lightning_ckptless.membership.agent.workers import WorkerGroup
@@ -27,8 +29,32 @@ from lightning_ckptless.protocol.messages import ProgramImported, ReachedTrainer
 from lightning_ckptless.protocol.newcomer import Imports
 
 
-class WorkerStarter:
-    """Starts the processes of one node.
+class Starter(Protocol):
+    """Starts the processes of one node; see `WorkerStarter`."""
+
+    def start(
+        self, rendezvous: Round, made: Callable[[WorkerContext], None], regrouping: Regrouping | None
+    ) -> WorkerGroup:
+        """Start all workers of a round."""
+
+    def start_standby(self, rendezvous: Round, workers: WorkerGroup, stdio: list[int]) -> Process:
+        """Start a process without a rank."""
+
+    def env_of(self, rendezvous: Round, local_rank: int) -> dict[str, str]:
+        """Return the environment variables that make a process a local rank."""
+
+    def receive(self, received: Sequence[FromWorker]) -> None:
+        """Take note of what workers have sent."""
+
+    def maintain_successor(self, received: Sequence[FromWorker], workers: WorkerGroup, *, trains: bool) -> None:
+        """Have later processes preload what the script imports."""
+
+    def close(self) -> None:
+        """Release what starts processes."""
+
+
+class WorkerStarter(Starter):
+    """Starts the processes of one node by forking a fork server.
 
     Args:
         settings: of the node.
@@ -55,6 +81,7 @@ class WorkerStarter:
         self._settings = settings
         self._run = run
         self._forks = ForkFallback(parent, report, fresh=settings.fresh)
+        self._control = ForkedProcesses(lambda: self.parent)
         self._folder = folder
         self._logs = logs
         self._learns_imports = learns_imports
@@ -85,7 +112,7 @@ class WorkerStarter:
 
         def make() -> WorkerContext:
             context = WorkerContext(
-                lambda: self.parent,
+                self._control,
                 envs,
                 lambda env: self._settings.job(env, fresh=self._forks.fresh),
                 self._logs,
@@ -110,7 +137,7 @@ class WorkerStarter:
         # Its rank is not known yet. The last rank is a placeholder, and speaks for no node.
         last = max(rendezvous.ranks)
         env = {**self.env_of(rendezvous, last), environment.STANDBY: "1"}
-        return Process.start(self.parent, workers.job(last, env), stdio)
+        return self._control.start(workers.job(last, env), stdio)
 
     def env_of(self, rendezvous: Round, local_rank: int) -> dict[str, str]:
         """Return the environment variables that make a process a local rank."""

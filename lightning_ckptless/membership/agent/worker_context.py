@@ -10,8 +10,8 @@ from torch.distributed.elastic.multiprocessing.api import LogsSpecs, PContext, R
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from lightning_ckptless.internals.torch_internals import start_tails
+from lightning_ckptless.membership.agent.process_control import ProcessControl
 from lightning_ckptless.membership.agent.workers import WorkerGroup
-from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.worker.startup import Job
 
 
@@ -21,7 +21,7 @@ class WorkerContext(PContext):
     Unlike torch's own contexts it installs no signal handlers, and `_poll` stops no process: the agent decides how.
 
     Args:
-        parent: returns the fork server that forks the workers.
+        control: starts the processes, and waits for them.
         envs: what each local rank's environment adds to that of all workers.
         make_job: returns what a worker with such an environment runs.
         logs_specs: where stdout and stderr go.
@@ -34,7 +34,7 @@ class WorkerContext(PContext):
 
     def __init__(
         self,
-        parent: Callable[[], ForkServer],
+        control: ProcessControl,
         envs: Mapping[int, Mapping[str, str]],
         make_job: Callable[[Mapping[str, str]], Job],
         logs_specs: LogsSpecs,
@@ -47,7 +47,7 @@ class WorkerContext(PContext):
         super().__init__("worker", "", args, named, logs_specs, log_line_prefixes)
         # After super().__init__, which adds the name of each worker's error file to `named`.
         jobs = {rank: make_job(env) for rank, env in named.items()}
-        self.workers = WorkerGroup(parent, jobs, stdouts=self.stdouts, stderrs=self.stderrs, first_wait_s=first_wait_s)
+        self.workers = WorkerGroup(control, jobs, stdouts=self.stdouts, stderrs=self.stderrs, first_wait_s=first_wait_s)
 
     def start(self) -> None:
         """Start all workers, and the threads that show what they write to their log files."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
-import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from lightning_ckptless import environment
+from lightning_ckptless.membership.agent.clock import Clock
+from lightning_ckptless.membership.agent.process_control import ProcessControl
 from lightning_ckptless.membership.channel.agent_channel import FromWorker
-from lightning_ckptless.membership.forkserver.client import End, ForkError, ForkServer, ForkServerLostError
+from lightning_ckptless.membership.forkserver.client import End, ForkError, ForkServerLostError
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.forkserver.standby import promote
 from lightning_ckptless.membership.rendezvous.regrouping import Regrouping
@@ -31,6 +31,7 @@ from lightning_ckptless.protocol.messages import (
 )
 from lightning_ckptless.protocol.uneven_steps import AtEnd, WhyEnded
 
+_CLOCK = Clock()
 _KILL_WAIT_S = 60.0
 _POLL_EVERY_S = 0.005
 """Between two checks whether a worker is dying: the kernel reports an exit only once it has freed the memory."""
@@ -56,12 +57,13 @@ class WorkerGroup:
     """Worker processes forked from a fork server.
 
     Args:
-        parent: returns the fork server that forks the workers and reports their exits; it may be another one later.
+        control: starts the processes, and waits for them.
         jobs: what each local rank runs.
         stdouts: file for the output of each local rank; empty for this process's own.
         stderrs: file for the error output of each local rank; empty for this process's own.
         first_wait_s: time in seconds for which the start of the others waits until the first worker reaches its
             trainer, with the run folder that Hydra made for it; 0 to start all at once.
+        clock: of this node.
 
     Attributes:
         inside: local ranks that are in the training loop, or on their way back into it.
@@ -72,18 +74,20 @@ class WorkerGroup:
 
     def __init__(
         self,
-        parent: Callable[[], ForkServer],
+        control: ProcessControl,
         jobs: Mapping[int, Job],
         *,
         stdouts: Mapping[int, str],
         stderrs: Mapping[int, str],
         first_wait_s: float = 0.0,
+        clock: Clock = _CLOCK,
     ) -> None:
         self.inside: set[int] = set()
         self.stages: dict[int, Stage] = dict.fromkeys(jobs, Stage.BEFORE)
         self.at_end: dict[int, Ending] = {}
         self.ending: set[int] = set()
-        self._parent = parent
+        self._control = control
+        self._clock = clock
         self._jobs = dict(jobs)
         self._stdouts = stdouts
         self._stderrs = stderrs
@@ -109,9 +113,9 @@ class WorkerGroup:
 
     def _folder_of(self, first: int) -> str:
         """Return the run folder that the first worker reports at its trainer; empty where none comes in time."""
-        deadline = time.monotonic() + self._first_wait_s
-        while first in self._running and (left_s := deadline - time.monotonic()) > 0:
-            self._wait(left_s, lines=True)
+        deadline = self._clock.monotonic() + self._first_wait_s
+        while first in self._running and (left_s := deadline - self._clock.monotonic()) > 0:
+            self._wait(left_s, for_messages=True)
             self._listen()
             for received in self._received:
                 if isinstance(received.message, ReachedTrainer):
@@ -121,7 +125,7 @@ class WorkerGroup:
     def _launch(self, rank: int, job: Job, mode: int) -> None:
         stdio = self._open_stdio(rank, mode)
         try:
-            self._processes[rank] = Process.start(self._parent(), job, stdio)
+            self._processes[rank] = self._control.start(job, stdio)
         finally:
             _close_files(stdio)
         self._running.add(rank)
@@ -148,9 +152,9 @@ class WorkerGroup:
         try:
             self._launch(rank, self.job(rank, env), os.O_APPEND)
         except ForkServerLostError:
-            self._ends[rank] = End(-signal.SIGKILL, time.time())
+            self._ends[rank] = End(-signal.SIGKILL, self._clock.wall())
         except ForkError:
-            self._ends[rank] = End(-signal.SIGKILL, time.time())
+            self._ends[rank] = End(-signal.SIGKILL, self._clock.wall())
             raise
 
     def promote(self, rank: int, standby: Process, env: Mapping[str, str], regrouping: Regrouping) -> None:
@@ -270,10 +274,10 @@ class WorkerGroup:
 
     def watch(self, timeout_s: float) -> None:
         """Wait until a worker exits, begins to die or sends a message, for at most `timeout_s` seconds."""
-        deadline = time.monotonic() + timeout_s
+        deadline = self._clock.monotonic() + timeout_s
         while True:
-            pause_s = min(_POLL_EVERY_S, max(0.0, deadline - time.monotonic()))
-            if self._wait(pause_s, lines=True) or time.monotonic() >= deadline:
+            pause_s = min(_POLL_EVERY_S, max(0.0, deadline - self._clock.monotonic()))
+            if self._wait(pause_s, for_messages=True) or self._clock.monotonic() >= deadline:
                 return
 
     def wait_for_end(self, timeout_s: float) -> bool:
@@ -281,27 +285,20 @@ class WorkerGroup:
         if not self._running:
             return False
         before = len(self._running)
-        self._wait(timeout_s, lines=False)
+        self._wait(timeout_s, for_messages=False)
         return len(self._running) < before
 
-    def _wait(self, timeout_s: float, *, lines: bool) -> bool:
+    def _wait(self, timeout_s: float, *, for_messages: bool) -> bool:
         """Poll processes and channels once; returns whether something has happened."""
-        poll, of_file = select.poll(), dict[int, int]()
-        for rank in self._running:
-            process = self._processes[rank]
-            of_file[process.pidfd] = rank
-            poll.register(process.pidfd, select.POLLIN)
-            if lines and not process.channel.ended:
-                poll.register(process.channel.fileno(), select.POLLIN)
-        ready = [number for number, _ in poll.poll(timeout_s * 1000)]
-        for number in ready:
-            if number in of_file:
-                self._record_end(of_file[number])
+        running = {rank: self._processes[rank] for rank in self._running}
+        ended, has_news = self._control.wait(running, timeout_s, for_messages=for_messages)
+        for rank in ended:
+            self._record_end(rank)
         self._leaving = [process for process in self._leaving if not process.has_ended()]
         dying = [rank for rank in self._running if self._processes[rank].is_dying()]
         for rank in dying:
-            self._first_signs.setdefault(rank, time.time())
-        return bool(ready) or bool(dying)
+            self._first_signs.setdefault(rank, self._clock.wall())
+        return has_news or bool(dying)
 
     def _record_end(self, rank: int) -> None:
         process = self._processes[rank]
@@ -345,9 +342,9 @@ class WorkerGroup:
             if rank in self._hang_reasons or (rank in self.inside and self._processes[rank].is_dying())
         ]
         for rank in dying:
-            self._first_signs.setdefault(rank, time.time())
-        deadline = time.monotonic() + _DYING_GRACE_S
-        while self._running.intersection(dying) and (left_s := deadline - time.monotonic()) > 0:
+            self._first_signs.setdefault(rank, self._clock.wall())
+        deadline = self._clock.monotonic() + _DYING_GRACE_S
+        while self._running.intersection(dying) and (left_s := deadline - self._clock.monotonic()) > 0:
             self.wait_for_end(left_s)
         self._listen()
         ends = {**self._reported_ends(dying), **self.failed()}
@@ -398,19 +395,19 @@ class WorkerGroup:
         """
         if not self._running <= self.inside:
             return grace_s
-        began = time.monotonic()
+        began = self._clock.monotonic()
         self._stopped |= self._running
         self.send(Finish())
         self._wait_all(grace_s)
-        return max(0.0, grace_s - (time.monotonic() - began))
+        return max(0.0, grace_s - (self._clock.monotonic() - began))
 
     def _signal_running(self, number: int) -> None:
         for rank in self._running:
             self._processes[rank].signal(number)
 
     def _wait_all(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while self._running and (remaining_s := deadline - time.monotonic()) > 0:
+        deadline = self._clock.monotonic() + timeout_s
+        while self._running and (remaining_s := deadline - self._clock.monotonic()) > 0:
             self.wait_for_end(remaining_s)
 
     def close(self, death_signal: int, grace_s: float) -> None:

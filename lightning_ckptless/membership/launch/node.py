@@ -18,10 +18,12 @@ from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, Rend
 from lightning_ckptless import environment
 from lightning_ckptless.errors import LaunchError, UnfitNodeError
 from lightning_ckptless.membership.agent.agent import NodeAgent
+from lightning_ckptless.membership.agent.assembly import assemble
 from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.elastic_agent import CkptlessAgent
 from lightning_ckptless.membership.agent.held_memory import HeldMemory
-from lightning_ckptless.membership.agent.logs import log_files
+from lightning_ckptless.membership.agent.logs import LogFiles, log_files
+from lightning_ckptless.membership.agent.scratch import ScratchFolder
 from lightning_ckptless.membership.agent.settings import NodeRun, NodeSettings
 from lightning_ckptless.membership.agent.signals import AskedToEnd
 from lightning_ckptless.membership.events import Announcement, EventSink, RendezvousLost
@@ -104,10 +106,12 @@ class _Runner:
         """
         config, run = self._config, self.run
         run.exit_code, run.has_given_up = 0, False
-        with _rendezvous(config, place) as handler, log_files(config) as logs:
-            agent = NodeAgent(
-                self._settings, run, self._parent, logs, self._memory, _bound(handler), self._events, Clock()
-            )
+        with (
+            _rendezvous(config, place) as handler,
+            log_files(config) as logs,
+            ScratchFolder("agent") as scratch,
+        ):
+            agent = self._make_agent(scratch.path, logs, _bound(handler))
             elastic = CkptlessAgent(_spec(config, handler), logs, agent, self._settings.stop_grace_s)
             try:
                 elastic.run()
@@ -123,6 +127,11 @@ class _Runner:
                 raise LaunchError(_no_meeting(config, error)) from error
             finally:
                 agent.close()
+
+    def _make_agent(self, folder: Path, logs: LogFiles, bound: Bound) -> NodeAgent:
+        settings, run, report, clock = self._settings, self.run, self._events.report, Clock()
+        parts = assemble(settings, run, self._parent, folder, logs, self._memory, bound, report, clock)
+        return NodeAgent(settings, run, parts, self._events, clock)
 
 
 def run_node(config: LaunchConfig, parent: ForkServer, events: EventSink) -> Outcome:
