@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from lightning_ckptless.errors import ProtocolError
 from lightning_ckptless.protocol.recovery import WorkerState
 from lightning_ckptless.protocol.slots import SlotView
 from tests.protocol.recovery_world import Process, World
@@ -39,7 +40,7 @@ def test_deaths_at_any_moment(layout: str, deaths: int, request: pytest.FixtureR
         try:
             world.run()
             _assert_finished(world)
-        except AssertionError as error:
+        except (AssertionError, ProtocolError) as error:
             raise AssertionError(f"--simulation-seed {seed}: {error}\n" + "\n".join(world.events_log)) from error
         if asked is not None:
             print("\n".join(world.events_log))
