@@ -463,6 +463,19 @@ class RendezvousLost(Event):
         return f"the rendezvous is lost; re-rendezvousing at {self.reason}"
 
 
+@dataclass(frozen=True, slots=True)
+class EntryIgnored(Event):
+    """Another agent has published something unreadable."""
+
+    key: str
+    error: Exception
+
+    @property
+    def sentence(self) -> str:
+        """What is ignored, and why."""
+        return f"ignoring {self.key} in the agents' store: {self.error}"
+
+
 # ---------------------------------------------------------------- what an agent holds for its workers
 
 

@@ -206,7 +206,7 @@ class NodeAgent:
         self._faults.lost_at = plan.lost_at
         # Nodes that stay continue to train among themselves until they meet the others.
         peers: Collection[int] = plan.stay if node in plan.stay else range(rendezvous.nodes)
-        positions = Positions(store, node, peers, rendezvous.ranks)
+        positions = Positions(store, node, peers, rendezvous.ranks, self._events.report)
         self._hangs.begin_round(positions)
         self._round = _Members(
             rendezvous,

@@ -37,22 +37,23 @@ class CkptlessAgent(LocalElasticAgent):
         super().__init__(spec, logs)
         self._agent = agent
         self._stop_grace_s = stop_grace_s
+        self._plan = MovePlan((), (), (), 0, "the nodes have not met yet")
 
     # ---------------------------------------------------------------- rendezvous
 
     def _rendezvous(self, worker_group: api.WorkerGroup) -> None:
         super()._rendezvous(worker_group)
         group: Any = worker_group
-        group.group_rank = self._node
+        group.group_rank = self._plan.node_ranks[group.group_rank]
         self._agent.begin_round(Round.of(worker_group), self._plan)
 
     def _assign_worker_ranks(
         self, store: Any, group_rank: int, group_world_size: int, spec: api.WorkerSpec
     ) -> list[api.Worker]:
         """Called when the nodes have met, in the order of their addresses, which is not the order of ranks."""
-        self._plan: MovePlan = self._agent.agree(store, group_rank, group_world_size)
-        self._node = self._plan.node_ranks[group_rank]
-        workers: list[api.Worker] = super()._assign_worker_ranks(store, self._node, group_world_size, spec)
+        self._plan = self._agent.agree(store, group_rank, group_world_size)
+        node = self._plan.node_ranks[group_rank]
+        workers: list[api.Worker] = super()._assign_worker_ranks(store, node, group_world_size, spec)
         return workers
 
     # ---------------------------------------------------------------- starting and stopping workers
