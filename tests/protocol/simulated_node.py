@@ -180,7 +180,6 @@ class SimulatedStarter(Starter):
     Args:
         machine: starts them.
         clock: of the node.
-        began: called when workers were started.
     """
 
     def __init__(self, machine: Machine, clock: Clock) -> None:

@@ -238,6 +238,8 @@ class NodeAgent:
         if not members.reconfiguration.stays:
             return False
         members.reconfiguration.keep_workers(world_before)
+        # Nothing was stopped: a later relaunch has another reason.
+        self._stop_reason = ""
         self._in_place.end_round()
         self._in_place.begin_round(members.regroupings, self._start_standby, env_of=self._env_of)
         self._run.recoveries_in_place += 1
@@ -262,6 +264,7 @@ class NodeAgent:
         try:
             regrouping = members.reconfiguration.joined_regrouping(rendezvous.world_size)
             workers = self._starter.start(rendezvous, keep, regrouping)
+            self._run.starts += 1
             self._in_place.begin_round(members.regroupings, self._start_standby)
             pids = workers.pids()
             by_rank = {rank: pids[local_rank] for local_rank, rank in rendezvous.ranks.items()}

@@ -122,9 +122,7 @@ class WorkerStarter(Starter):
             made(context)
             return context
 
-        context = self._forks.start(make)
-        self._run.starts += 1
-        return context.workers
+        return self._forks.start(make).workers
 
     def start_standby(self, rendezvous: Round, workers: WorkerGroup, stdio: list[int]) -> Process:
         """Start a process without a rank.
