@@ -79,7 +79,7 @@ class Found(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class _Members:
+class _RoundParts:
     """The parts of an agent that belong to one round of the rendezvous."""
 
     rendezvous: Round
@@ -135,7 +135,7 @@ class NodeAgent:
         self._started_at = clock.monotonic()
         self._stop_reason = ""
         self._workers: WorkerGroup | None = None
-        self._round: _Members | None = None
+        self._round: _RoundParts | None = None
 
     @property
     def has_started(self) -> bool:
@@ -149,7 +149,7 @@ class NodeAgent:
         return self._workers
 
     @property
-    def _members(self) -> _Members:
+    def _current(self) -> _RoundParts:
         assert self._round is not None
         return self._round
 
@@ -185,12 +185,12 @@ class NodeAgent:
     def _standing(self) -> Standing:
         if not self.has_started:
             return Standing()
-        members = self._members
+        current = self._current
         return Standing(
             trains=self.workers.all_train,
-            node_rank=members.rendezvous.node,
-            world_size=members.rendezvous.world_size,
-            number=members.regroupings.number,
+            node_rank=current.rendezvous.node,
+            world_size=current.rendezvous.world_size,
+            number=current.regroupings.number,
             obstacle=self._in_place.obstacle_to_world_change,
             lost_at=self._faults.lost_at,
         )
@@ -208,7 +208,7 @@ class NodeAgent:
         peers: Collection[int] = plan.stay if node in plan.stay else range(rendezvous.nodes)
         positions = Positions(store, node, peers, rendezvous.ranks, self._events.report)
         self._hangs.begin_round(positions)
-        self._round = _Members(
+        self._round = _RoundParts(
             rendezvous,
             plan,
             Regroupings(store, rendezvous.nodes, plan.number if plan.stay else 0),
@@ -234,16 +234,16 @@ class NodeAgent:
         Args:
             world_before: number of ranks before the round.
         """
-        members = self._members
-        if not members.reconfiguration.stays:
+        current = self._current
+        if not current.reconfiguration.stays:
             return False
-        members.reconfiguration.keep_workers(world_before)
+        current.reconfiguration.keep_workers(world_before)
         # Nothing was stopped: a later relaunch has another reason.
         self._stop_reason = ""
         self._in_place.end_round()
-        self._in_place.begin_round(members.regroupings, self._start_standby, env_of=self._env_of)
+        self._in_place.begin_round(current.regroupings, self._start_standby, env_of=self._env_of)
         self._run.recoveries_in_place += 1
-        self._events.report(WorldChanged(members.plan.reason, members.rendezvous.world_size))
+        self._events.report(WorldChanged(current.plan.reason, current.rendezvous.world_size))
         return True
 
     # ---------------------------------------------------------------- starting workers
@@ -259,13 +259,13 @@ class NodeAgent:
             self._workers = context.workers
             made(context)
 
-        members, rendezvous = self._members, self._members.rendezvous
+        current, rendezvous = self._current, self._current.rendezvous
         self._recovery.begin_round(rendezvous.ranks)
         try:
-            regrouping = members.reconfiguration.joined_regrouping(rendezvous.world_size)
+            regrouping = current.reconfiguration.joined_regrouping(rendezvous.world_size)
             workers = self._starter.start(rendezvous, keep, regrouping)
             self._run.starts += 1
-            self._in_place.begin_round(members.regroupings, self._start_standby)
+            self._in_place.begin_round(current.regroupings, self._start_standby)
             pids = workers.pids()
             by_rank = {rank: pids[local_rank] for local_rank, rank in rendezvous.ranks.items()}
             self._events.report(WorkersSpawned(self._settings.name, rendezvous.world_size, by_rank))
@@ -281,10 +281,10 @@ class NodeAgent:
         self._events.report(Relaunched(self._settings.name, fault, self._recovery.reason, world_size, count))
 
     def _start_standby(self, stdio: list[int]) -> Process:
-        return self._starter.start_standby(self._members.rendezvous, self.workers, stdio)
+        return self._starter.start_standby(self._current.rendezvous, self.workers, stdio)
 
     def _env_of(self, local_rank: int) -> dict[str, str]:
-        return self._starter.env_of(self._members.rendezvous, local_rank)
+        return self._starter.env_of(self._current.rendezvous, local_rank)
 
     # ---------------------------------------------------------------- watching workers
 
@@ -296,7 +296,7 @@ class NodeAgent:
             TimeLimitError: the run has exceeded its time limit.
             UnfitNodeError: this node cannot continue.
         """
-        workers, loop_end = self.workers, self._members.loop_end
+        workers, loop_end = self.workers, self._current.loop_end
         # Where all nodes end with the same error, one that has already ended is not a lost node.
         if not loop_end.is_failing and (reason := self._guard.poll(has_workers=bool(workers.running))):
             # Unless the run completes after all, e.g. where the other nodes have ended it.
@@ -315,7 +315,7 @@ class NodeAgent:
         loop_end.maintain(
             workers,
             number=self._in_place.number,
-            may_end=self._members.reconfiguration.may_end,
+            may_end=self._current.reconfiguration.may_end,
             has_recovered=has_recovered,
         )
         self._in_place.maintain_standbys()
@@ -325,7 +325,7 @@ class NodeAgent:
     def poll_nodes(self) -> Found:
         """Let workers that stay and workers that join meet; called after `poll` unless workers have failed."""
         workers = self.workers
-        match self._members.reconfiguration.poll(workers):
+        match self._current.reconfiguration.poll(workers):
             case Meeting.UNDER_WAY:
                 return Found.NOTHING_NEW
             case Meeting.WITHOUT_US:
@@ -358,7 +358,7 @@ class NodeAgent:
         """Kill workers that have failed and do not exit, that hang, or that keep the others from meeting."""
         self._late_exits.poll(workers)
         hang = self._hangs.poll(workers) or self._in_place.poll()
-        loop_end = self._members.loop_end
+        loop_end = self._current.loop_end
         if hang is not None and not loop_end.explains_hang(workers, has_recovered=has_recovered):
             self._hangs.kill(hang, workers)
             return
@@ -371,7 +371,7 @@ class NodeAgent:
         lost = workers.lost()
         for local_rank in lost:
             self._in_place.show_output_of(local_rank)
-        return self._recovery.recover(self._members.rendezvous, workers, lost, self._env_of) if lost else None
+        return self._recovery.recover(self._current.rendezvous, workers, lost, self._env_of) if lost else None
 
     def _enforce_time_limit(self) -> None:
         limit_s = self._settings.time_limit_s
@@ -388,7 +388,7 @@ class NodeAgent:
             # No worker failed: nodes have joined or left. The state is in the arenas, so there is nothing to wait for.
             at = self._clock.wall()
             workers.stop(signal.SIGKILL, 0)
-            self._faults.add(self._faults.of_change(self._members.rendezvous.world_size, at))
+            self._faults.add(self._faults.of_change(self._current.rendezvous.world_size, at))
             self._recovery.reason = "nodes have joined or left"
         if self._stop_reason:
             self._recovery.reason, self._stop_reason = self._stop_reason, ""
@@ -423,7 +423,7 @@ class NodeAgent:
 
     def note_lost_rendezvous(self) -> None:
         """Note that the rendezvous is lost: the next agent of this node continues elsewhere."""
-        self._faults.add_lost_rendezvous(self._members.rendezvous.world_size)
+        self._faults.add_lost_rendezvous(self._current.rendezvous.world_size)
 
     def close(self) -> None:
         """Release what is held for this agent alone."""
