@@ -20,9 +20,11 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from benchmarks.harness.machine import ROOT
 from benchmarks.harness.report import Default, Program, Results, Steps, add_count
 from benchmarks.harness.table import Column, Group, Table, count_of, each, p99, verdict
-from lightning_ckptless.membership.agent.workers import Workers
+from lightning_ckptless.membership.agent.process_control import ForkedProcesses
+from lightning_ckptless.membership.agent.worker_context import WorkerContext
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.worker.program import Program as Script
+from lightning_ckptless.membership.worker.startup import Job
 
 TARGET_MS = 50.0
 SIZES_GIB = (0.0, 1.0, 4.0)
@@ -45,12 +47,15 @@ def kill_one(parent: ForkServer, folder: Path, size_gib: float, after_s: float) 
     script, sign = folder / "hold.py", folder / "ready"
     script.write_text(_HOLD)
     sign.unlink(missing_ok=True)
-    logs = DefaultLogsSpecs(log_dir=str(folder), redirects=Std.ALL)
-    workers = Workers(
-        lambda: parent, Script("script", str(script), (str(size_gib), str(sign))), {0: {}}, base_env=dict(os.environ),
-        cwd=str(folder), fresh=False, logs_specs=logs,
-    )  # fmt: skip
-    workers.start()
+    program = Script("script", str(script), (str(size_gib), str(sign)))
+    context = WorkerContext(
+        ForkedProcesses(lambda: parent),
+        {0: {}},
+        lambda env: Job(program, {**os.environ, **env}, str(folder)),
+        DefaultLogsSpecs(log_dir=str(folder), redirects=Std.ALL),
+    )
+    context.start()
+    workers = context.workers
     workers.inside.add(0)
     deadline = time.monotonic() + _READY_S
     while not sign.exists():
@@ -67,7 +72,7 @@ def kill_one(parent: ForkServer, folder: Path, size_gib: float, after_s: float) 
             workers.wait_for_end(1.0)
         return {"detected_s": seen_at - killed_at, "reported_s": time.time() - killed_at}
     finally:
-        workers.close(signal.SIGKILL)
+        context.close(signal.SIGKILL)
 
 
 def measure(args: Namespace, results: Results, steps: Steps) -> None:

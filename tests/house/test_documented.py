@@ -17,6 +17,7 @@ from lightning_ckptless import environment, errors, supported
 from lightning_ckptless.cli.app import app
 from lightning_ckptless.configuration.option import options_of
 from lightning_ckptless.errors import OptionsError, WorldSizeError
+from lightning_ckptless.membership.events import Event
 from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol import (
     conclusion,
@@ -251,9 +252,10 @@ def test_faults_that_are_shown_can_be_read() -> None:
 
 
 def recorded_events() -> set[str]:
-    """Every event that is written into the ledger, by the calls that write it."""
+    """Every event in the ledger: those of agents by their classes, the others by the calls that write them."""
+    of_agents = {event.name for event in Event.__subclasses__() if event.name}
     calls = (node for source in sources(PACKAGE) for node in source.nodes if isinstance(node, ast.Call))
-    return {
+    return of_agents | {
         call.args[0].value
         for call in calls
         if dotted(call.func).split(".")[-1] in {"record", "_record"} and call.args

@@ -28,29 +28,6 @@ COMMON = {"os._exit", "pickle._Pickler", "sys._current_frames", "sys._getframe"}
 # What a subclass shares with its base, most of them another project's.
 INHERITED = {
     f"{PACKAGE}/lightning_pytorch.py": {"lightning.pytorch.strategies.launchers.launcher._Launcher"},
-    f"{PACKAGE}/membership/agent/agent.py": {"self._logs_specs"},
-    f"{PACKAGE}/membership/agent/partition_guard.py": {
-        "self._current_workers",
-        "self._loop_end",
-        "self._node",
-        "self._record",
-        "self._restart_workers",
-    },
-    f"{PACKAGE}/membership/agent/reconfiguration.py": {
-        "self._current_workers",
-        "self._in_place",
-        "self._lost_at",
-        "self._meeting_store",
-        "self._node",
-        "self._parent",
-        "self._positions",
-        "self._record_fault",
-        "self._record",
-        "self._regroupings",
-        "self._start_standby",
-        "self._stop_workers",
-        "self._take_positions",
-    },
     f"{PACKAGE}/pytorch_lightning.py": {"pytorch_lightning.strategies.launchers.launcher._Launcher"},
     f"{PACKAGE}/trainer/strategy/recoverable.py": {"self._get_process_group_backend", "self._timeout"},
 }

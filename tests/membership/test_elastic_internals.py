@@ -12,6 +12,8 @@ def test_overridden_names_exist_in_torch() -> None:
         "_rendezvous",
         "_assign_worker_ranks",
         "_start_workers",
+        "_restart_workers",
+        "_exit_barrier",
         "_monitor_workers",
         "_stop_workers",
         "_shutdown",

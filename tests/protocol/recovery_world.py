@@ -1,35 +1,66 @@
 """A simulation of a run that trains, mirrors, dies and recovers, in one thread with a simulated clock and a seed.
 
-The decisions are made by the code of a real run: the kind of recovery (`plan_recovery`), the worker states
-(`next_state`), the version (`newest_complete`), the slot (`target_slot`, `settle`, `advance`). The environment is
-simulated: delayed and lost messages, agents that detect deaths at different times, ranks that are ahead of others, and
-processes that may die between any two events.
+The agents are those of a real run, with all their parts (`simulated_node.py`). The workers are simulated; their
+decisions are made by the code of a real worker: its states (`next_state`), the version (`newest_complete`), the slot
+(`target_slot`, `settle`, `advance`). The environment is simulated: delayed messages, agents that detect deaths at
+different times, ranks that are ahead of others, and processes that may die between any two events.
 """
 
 from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable
+import signal
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
+from typing import Any
 
-from lightning_ckptless.protocol.crash_loop import Stage
-from lightning_ckptless.protocol.recovery import (
-    RecoveryPlan,
-    Rung,
-    Situation,
-    WorkerEvent,
-    WorkerState,
-    next_state,
-    plan_recovery,
+from lightning_ckptless.membership.forkserver.client import End
+from lightning_ckptless.protocol.messages import (
+    AskToLeave,
+    EnteredLoop,
+    FitReturned,
+    LeftLoop,
+    MayLeave,
+    Message,
+    ReachedFit,
+    Regroup,
+    Regrouped,
+    ReleasedGroups,
+    StepCommitted,
+    WaitingAtLoop,
 )
+from lightning_ckptless.protocol.recovery import WorkerEvent, WorkerState, next_state
 from lightning_ckptless.protocol.slots import SlotEvent, SlotView, advance, settle, target_slot
+from lightning_ckptless.protocol.uneven_steps import WhyEnded
 from lightning_ckptless.protocol.versions import Complete, Replica, SlotState, Snapshot, Version, newest_complete
+from tests.protocol.simulated_node import (
+    ROUND,
+    RoundStore,
+    SimulatedChannel,
+    SimulatedNode,
+    SimulatedProcess,
+    regrouping_of,
+)
 
 Meeting = tuple[int, int]
-"""Rendezvous round and number of the regrouping within it. Workers with the same meeting train together."""
+"""Round of the rendezvous and number of the regrouping within it. Workers with the same meeting train together."""
+ENTERED = EnteredLoop(
+    in_place=True,
+    standbys=0,
+    preload_imports=False,
+    hang_timeout_s=None,
+    max_recoveries_without_progress=1000,
+    max_recoveries_per_hour=1000,
+    obstacle=None,
+    bar="none",
+    fixed_world="",
+)
+_FIRST_PID = 1 << 23
+"""Larger than any process id of the system."""
 
 
 @dataclass
@@ -41,19 +72,36 @@ class SlotPair:
 
 @dataclass
 class Process:
-    """One worker."""
+    """One worker.
+
+    Attributes:
+        notified: newest meeting that it was notified of.
+        joins: whether it joins workers that train, rather than starting together with all.
+        end: how it has exited; None while it runs.
+    """
 
     name: int
     rank: int
     meeting: Meeting
+    joins: bool
     state: WorkerState = WorkerState.OUTSIDE
-    alive: bool = True
+    end: End | None = None
     step: int = 0
     generation: int = 0
     committed: Snapshot | None = None
-    notified: int = 0
+    notified: Meeting = (0, 0)
     round_is_open: bool = False
     then: Callable[[], None] | None = None
+    has_reported_commit: bool = False
+    to_worker: deque[Message] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.notified = self.meeting
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self.end is None
 
 
 @dataclass
@@ -75,13 +123,8 @@ class World:
     pace_s: float = 1.0
     now: float = 0.0
     round: int = 0
-    number: int = 0
-    tries: int = 0
-    generations: int = 0
     newest_committed: int = 0
-    relaunches: int = 0
-    in_place: int = 0
-    plans: list[RecoveryPlan] = field(default_factory=list)
+    recorded: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     events_log: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -91,8 +134,18 @@ class World:
         self.slot_pairs = [SlotPair() for _ in self.nodes]
         self.processes: list[Process] = []
         self._names = count()
+        self._channels: dict[int, SimulatedChannel] = {}
         self._waiting: dict[tuple[object, ...], dict[int, tuple[Process, Callable[[], None]]]] = {}
-        self._handled: set[int] = set()
+        self._changed = False
+        self._meeting: set[int] = set()
+        self.agents = [self._make_node(number) for number in sorted(set(self.nodes))]
+
+    def _make_node(self, number: int) -> SimulatedNode:
+        of_node = [rank for rank, node in enumerate(self.nodes) if node == number]
+        return SimulatedNode(number, dict(enumerate(of_node)), self.start, lambda: self.now, self._record, self.log)
+
+    def _record(self, event: str, **details: Any) -> None:
+        self.recorded.append((event, details))
 
     # ------------------------------------------------------------------ time
 
@@ -107,7 +160,9 @@ class World:
 
     def run(self, most_events: int = 200_000) -> None:
         """Run all events until none is left."""
-        self.start_all()
+        for node in self.agents:
+            node.meets = True
+        self.meet_nodes()
         for _ in range(self.deaths):
             self.later(self.pace_s * self.steps / 2, self.kill_one)
         for _ in range(most_events):
@@ -131,31 +186,41 @@ class World:
             newest[process.rank] = process
         return [newest[rank] for rank in sorted(newest)]
 
-    def start_all(self) -> None:
-        """Start a rendezvous round: every rank gets a new process."""
-        self.round, self.number, self.tries = self.round + 1, 0, 0
-        for rank in range(self.world_size):
-            self.start(rank)
+    def count(self, event: str) -> int:
+        """How often the agents have recorded an event."""
+        return sum(name == event for name, _ in self.recorded)
 
-    def start(self, rank: int) -> None:
+    def start(self, env: Mapping[str, str]) -> SimulatedProcess:
         """Start a process, which reaches the training loop after a delay."""
-        process = Process(next(self._names), rank, (self.round, self.number))
-        process.notified = self.number
+        meeting = regrouping_of(env)
+        process = Process(next(self._names), int(env["RANK"]), meeting, joins=meeting[1] > 0)
         self.processes.append(process)
+        self.log(f"rank {process.rank} ({process.name}) is started for {meeting}")
         self.later(0.3, lambda: self.arrive(process))
+        self._channels[process.name] = SimulatedChannel(partial(self._send_to_worker, process))
+        return SimulatedProcess(
+            _FIRST_PID + process.name,
+            self._channels[process.name],
+            lambda number: self._end(process, -number),
+            lambda: process.end,
+        )
+
+    def _end(self, process: Process, exit_code: int) -> None:
+        if process.end is None:
+            process.end = End(exit_code, self.now)
 
     def kill_one(self) -> None:
         """Kill a random process."""
-        living = [process for process in self.ranks() if process.alive and process.state is not WorkerState.ENDED]
+        living = [process for process in self.ranks() if process.alive]
         if living and min(process.step for process in living) < self.steps:
             self.die(self.chance.choice(living))
 
     def die(self, process: Process) -> None:
         """Kill a process; its agent detects that after a delay."""
         if process.alive:
-            process.alive = False
+            self._end(process, -signal.SIGKILL)
             self.log(f"rank {process.rank} ({process.name}) dies at step {process.step}, {process.state}")
-            self.later(0.02, lambda: self.agent_sees(process))
+            self.poll_soon(self.node_of(process), 0.02)
 
     def move(self, process: Process, event: WorkerEvent) -> None:
         """Move a worker to its next state, as the table allows."""
@@ -163,87 +228,114 @@ class World:
 
     # ------------------------------------------------------------------ agents
 
-    def agent_sees(self, lost: Process) -> None:
-        """The agent of a dead process chooses the kind of recovery."""
-        if lost.meeting[0] != self.round or lost.name in self._handled or lost is not self.ranks()[lost.rank]:
+    def node_of(self, process: Process) -> SimulatedNode:
+        """The node of a process."""
+        return self.agents[self.nodes[process.rank]]
+
+    def poll_soon(self, node: SimulatedNode, mean_s: float = 0.005) -> None:
+        """Let an agent react after a delay."""
+        self.later(mean_s, partial(self._poll, node))
+
+    def _poll(self, node: SimulatedNode) -> None:
+        self._changed = False
+        node.poll(lambda: bool(self._meeting), lambda: self._meet(node))
+        if self._changed:
+            for other in self.agents:
+                if other is not node:
+                    self.poll_soon(other)
+
+    def _note_change(self) -> None:
+        self._changed = True
+
+    def _meet(self, node: SimulatedNode) -> None:
+        """A node waits in a rendezvous, which completes when all do."""
+        self._changed = True
+        self.log(f"node {node.number} waits for the other nodes")
+        self._meeting.add(node.number)
+        if len(self._meeting) == len(self.agents):
+            self.later(0.05, self.meet_nodes)
+
+    def meet_nodes(self) -> None:
+        """Complete a rendezvous: the agents agree on what follows, and each acts after a delay."""
+        self.round += 1
+        self._meeting.clear()
+        store = RoundStore(self._note_change)
+        for node in self.agents:
+            node.publish_standing(store)
+        for node in self.agents:
+            self.later(0.01, partial(self._begin_round, node, store, self.round))
+
+    def _begin_round(self, node: SimulatedNode, store: RoundStore, number: int) -> None:
+        node.begin_round(store, number, len(self.agents), self.world_size)
+        self.poll_soon(node)
+
+    # ------------------------------------------------------------------ messages
+
+    def send(self, process: Process, message: Message) -> None:
+        """Send a message of a worker to its agent, which reads it after a delay."""
+        self._channels[process.name].arrive(message)
+        self.poll_soon(self.node_of(process))
+
+    def _send_to_worker(self, process: Process, message: Message) -> None:
+        process.to_worker.append(message)
+        self.later(0.005, partial(self._hear_next, process))
+
+    def _hear_next(self, process: Process) -> None:
+        message = process.to_worker.popleft()
+        if not process.alive:
             return
-        lost_here = [p for p in self.ranks() if not p.alive and self.nodes[p.rank] == self.nodes[lost.rank]]
-        self._handled |= {process.name for process in lost_here}
-        plan = plan_recovery(
-            Situation(
-                lost=tuple(process.rank for process in lost_here),
-                world_size=self.world_size,
-                final=None,
-                exhausted=None,
-                in_place=True,
-                obstacle=None,
-                outside=self._outside(self.nodes[lost.rank]),
-                tries=self.tries,
-            )
-        )
-        self.plans.append(plan)
-        self.log(f"node {self.nodes[lost.rank]}: {plan.rung}: {plan.reason}")
-        if plan.rung is Rung.IN_PLACE:
-            self.regroup(lost_here)
-        else:
-            self.relaunch()
-
-    def _outside(self, node: int) -> dict[int, Stage]:
-        first_time = (WorkerState.OUTSIDE,)
-        return {
-            p.rank: Stage.BEFORE
-            for p in self.ranks()
-            if self.nodes[p.rank] == node and p.state in first_time and p.meeting[1] == 0
-        }
-
-    def relaunch(self) -> None:
-        """Stop all processes and start new ones."""
-        self.relaunches += 1
-        for process in self.processes:
-            process.alive = False
-        self._waiting.clear()
-        self.start_all()
-
-    def regroup(self, lost: list[Process]) -> None:
-        """Start the next regrouping: replace the lost processes and notify the survivors, each after a delay."""
-        self.in_place += 1
-        self.tries += 1
-        self.number += 1
-        meeting = self.round, self.number
-        for process in lost:
-            self.start(process.rank)
-        for process in self.ranks():
-            if process.alive and process not in lost and process.meeting != meeting:
-                self.later(0.005, partial(self.hear, process, meeting))
+        match message:
+            case Regroup(number, _, env):
+                self.hear(process, (int(env.get(ROUND, process.notified[0])), number))
+            case MayLeave(number) if number == process.meeting[1] and process.state is WorkerState.TRAINING:
+                self.leave(process)
 
     def hear(self, process: Process, meeting: Meeting) -> None:
         """A worker is notified of a regrouping; only the newest counts."""
-        if not process.alive or meeting[0] != self.round or meeting[1] <= process.notified:
+        if meeting <= process.notified:
             return
-        process.notified = meeting[1]
+        process.notified = meeting
         if process.state in (WorkerState.TRAINING, WorkerState.REGROUPING, WorkerState.RESTORING):
             self.move(process, WorkerEvent.FAULT)
-            self.later(0.002, lambda: self.come(process, meeting))
+            self.later(0.002, lambda: self.come(process))
 
-    def come(self, process: Process, meeting: Meeting) -> None:
-        """A worker that released its groups joins the regrouping."""
-        if process.alive and process.state is WorkerState.CUT and process.notified == meeting[1]:
+    def come(self, process: Process) -> None:
+        """A worker that released its groups joins the newest regrouping."""
+        if process.alive and process.state is WorkerState.CUT:
+            self.send(process, ReleasedGroups())
             self.move(process, WorkerEvent.ASSIGN)
-            self.meet(process, meeting)
+            self.meet(process, process.notified)
 
     # ------------------------------------------------------------------ workers
 
     def arrive(self, process: Process) -> None:
         """A new process reaches the training loop."""
-        if not process.alive or process.meeting[0] != self.round:
+        if not process.alive:
             return
-        if process.meeting[1]:
+        self.send(process, ReachedFit())
+        if process.joins:
             self.move(process, WorkerEvent.ASSIGN)
         else:
             self.move(process, WorkerEvent.ENTER)
             self.move(process, WorkerEvent.FAULT)
             self.move(process, WorkerEvent.ASSIGN)
-        self.meet(process, (self.round, process.notified))
+        self.send(process, ENTERED)
+        if process.joins:
+            self.send(process, WaitingAtLoop())
+        if process.notified != process.meeting:
+            self.send(process, ReleasedGroups())
+        self.meet(process, process.notified)
+
+    def leave(self, process: Process) -> None:
+        """All ranks have made their last step: leave the training loop, and exit."""
+        self.move(process, WorkerEvent.LEAVE)
+        self.send(process, LeftLoop())
+        self.send(process, FitReturned())
+        self.later(0.01, lambda: self._exit(process))
+
+    def _exit(self, process: Process) -> None:
+        self._end(process, 0)
+        self.poll_soon(self.node_of(process))
 
     def together(self, key: tuple[object, ...], process: Process, action: Callable[[], None]) -> None:
         """Wait until all ranks have reached the same point of the same meeting; then all continue."""
@@ -264,6 +356,7 @@ class World:
         if process.state is not WorkerState.REGROUPING or process.meeting != meeting:
             return
         self.move(process, WorkerEvent.MEET)
+        self.send(process, Regrouped(meeting[1]))
         # No rank writes into the arenas between the meeting and the end of its restore.
         found = newest_complete(self.inventory())
         self.later(0.02, lambda: self.restored(process, meeting, found if isinstance(found, Complete) else None))
@@ -280,7 +373,7 @@ class World:
             process.committed = found.snapshot if found is not None else None
             process.step = found.snapshot.version.optimizer_step if found is not None else 0
             process.generation = self.generation_of(meeting)
-            process.round_is_open, process.then = False, None
+            process.round_is_open, process.then, process.has_reported_commit = False, None, False
             self.settle_slots(process)
             self.begin_step(process)
 
@@ -328,7 +421,8 @@ class World:
     def begin_step(self, process: Process) -> None:
         """Compute a step and reduce the gradients with all ranks."""
         if process.step >= self.steps:
-            self.after_round(process, lambda: self.move(process, WorkerEvent.LEAVE))
+            ask = AskToLeave(process.meeting[1], process.step, str(WhyEnded.NO_DATA))
+            self.after_round(process, lambda: self.send(process, ask))
             return
         generation, step = process.generation, process.step + 1
 
@@ -381,10 +475,18 @@ class World:
             return
         self.change(process, number, SlotEvent.COMMIT, snapshot)
         process.committed = snapshot
-        self.tries, process.round_is_open = 0, False
+        process.round_is_open = False
+        self.report_commit(process)
         then, process.then = process.then, None
         if then is not None:
             then()
+
+    def report_commit(self, process: Process) -> None:
+        """Report the first commit of a generation to the agent."""
+        if not process.has_reported_commit:
+            process.has_reported_commit = True
+            self.node_of(process).reports.has_begun = True
+            self.send(process, StepCommitted())
 
 
 def _if_alive(process: Process, then: Callable[[], None]) -> None:

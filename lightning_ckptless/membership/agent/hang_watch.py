@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.positions import Positions
-from lightning_ckptless.membership.agent.workers import Workers
+from lightning_ckptless.membership.agent.workers import WorkerGroup
 from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.channel.program_failure import failure_of
-from lightning_ckptless.membership.worker.progress import STACKS_SIGNAL, progress_path, read_progress, stacks_path
+from lightning_ckptless.membership.events import HangFound, Report, StepTimes, StragglerFound
+from lightning_ckptless.membership.worker.progress import STACKS_SIGNAL, read_progress, stacks_path
 from lightning_ckptless.protocol.hang_detection import (
     Hang,
     Idleness,
@@ -45,7 +47,7 @@ class _Answers:
         self._asked_at = 0.0
         self._given: dict[int, deque[bool]] = {}
 
-    def ask(self, workers: Workers, now: float) -> None:
+    def ask(self, workers: WorkerGroup, now: float) -> None:
         """Ask all workers, unless the last question is too recent."""
         if now - self._asked_at >= _POLL_EVERY_S:
             self._asked, self._asked_at = self._asked + 1, now
@@ -74,22 +76,22 @@ class HangWatch:
 
     Args:
         folder: in which workers write their progress.
-        record: receives events.
-        say: shows a message to the user.
+        report: receives events.
+        clock: of the workers' progress.
 
     Attributes:
         limit_s: silence in seconds after which ranks count as hung; None to learn it, 0 to disable.
         elsewhere: where the ranks of the other nodes stand, by rank, while no rank of any node makes progress.
     """
 
-    def __init__(self, folder: Path, record: Callable[..., None], say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, report: Report, clock: Clock) -> None:
         self.limit_s: float | None = None
         self.elsewhere: dict[int, RankProgress] = {}
         self._positions: Positions | None = None
         self._exchanged_at = 0.0
         self._folder = folder
-        self._record = record
-        self._say = say
+        self._report = report
+        self._clock = clock
         self._looked_at = 0.0
         self._in_step = _Answers()
         self._idle: dict[int, Idleness] = {}
@@ -104,13 +106,9 @@ class HangWatch:
         """
         self._positions, self.elsewhere = positions, {}
 
-    def forget(self, local_rank: int) -> None:
-        """Drop the progress of a worker that another process replaces."""
-        progress_path(self._folder, local_rank).unlink(missing_ok=True)
-
-    def poll(self, workers: Workers) -> Hang | None:
+    def poll(self, workers: WorkerGroup) -> Hang | None:
         """Check for hangs, if it is time to; returns the ranks that hang."""
-        now = time.monotonic()
+        now = self._clock.monotonic()
         if now - self._looked_at < _POLL_EVERY_S:
             return None
         self._looked_at = now
@@ -144,7 +142,7 @@ class HangWatch:
         own = () if found is None else tuple(rank for rank in silent if positions.ranks[rank] in found.ranks)
         return None if found is None or not own else replace(found, ranks=own)
 
-    def _ask(self, silent: dict[int, RankProgress], workers: Workers, now: float) -> dict[int, RankProgress]:
+    def _ask(self, silent: dict[int, RankProgress], workers: WorkerGroup, now: float) -> dict[int, RankProgress]:
         """Add to the progress of silent ranks whether each waits for others, and how long it has been idle."""
         for rank, pid in workers.pids().items():
             used = used_s(pid)
@@ -158,9 +156,9 @@ class HangWatch:
         self._in_step.ask(workers, now)
         return {rank: replace(rank_progress, waits=self._in_step.waits(rank)) for rank, rank_progress in found.items()}
 
-    def poll_meeting(self, meeting: Meeting, workers: Workers) -> Hang | None:
+    def poll_meeting(self, meeting: Meeting, workers: WorkerGroup) -> Hang | None:
         """Find ranks that keep the others from meeting after a fault; asks them what they do once they are late."""
-        now = time.monotonic()
+        now = self._clock.monotonic()
         if not meeting.is_late(now, self.limit_s):
             self._in_meeting.forget()
             return find_late(meeting, now=now, override_s=self.limit_s)
@@ -170,7 +168,7 @@ class HangWatch:
         waits = {rank: self._in_meeting.waits(rank) for rank in meeting.ready}
         return find_late(meeting, now=now, override_s=self.limit_s, stopped=stopped, waits=waits)
 
-    def progress(self, workers: Workers) -> dict[int, RankProgress]:
+    def progress(self, workers: WorkerGroup) -> dict[int, RankProgress]:
         """Return the progress of workers in the training loop, by local rank, as far as it is known."""
         found = {rank: read_progress(self._folder, rank, pid) for rank, pid in workers.pids().items()}
         return {
@@ -194,23 +192,19 @@ class HangWatch:
             return
         self._straggler_at = now
         own_ms = {rank: round(1e3 * rank_progress.own_s, 3) for rank, rank_progress in progress.items()}
-        self._record("step_times", own_ms=own_ms)
-        if (
-            found := find_straggler({rank: rank_progress.own_s for rank, rank_progress in progress.items()})
-        ) is not None:
+        self._report(StepTimes(own_ms))
+        found = find_straggler({rank: rank_progress.own_s for rank, rank_progress in progress.items()})
+        if found is not None:
             rank, ratio = found
-            self._say(
-                f"straggler: local rank {rank} takes {own_ms[rank]:.1f} ms per step, {ratio:.1f}x the median of the "
-                "other ranks"
-            )
+            self._report(StragglerFound(rank, own_ms[rank], ratio))
 
-    def kill(self, hang: Hang, workers: Workers) -> None:
+    def kill(self, hang: Hang, workers: WorkerGroup) -> None:
         """Record the stacks of hung workers, and kill them: their exits are detected as any other."""
         stacks = {rank: self._stacks(rank, workers) for rank in hang.ranks}
-        self._record("hang", local_ranks=list(hang.ranks), reason=hang.reason, stacks=stacks)
-        workers.kill_hung(hang.ranks, hang.reason, since=time.time() - hang.silent_s)
+        self._report(HangFound(list(hang.ranks), hang.reason, stacks))
+        workers.kill_hung(hang.ranks, hang.reason, since=self._clock.wall() - hang.silent_s)
 
-    def _stacks(self, rank: int, workers: Workers) -> str:
+    def _stacks(self, rank: int, workers: WorkerGroup) -> str:
         path = stacks_path(self._folder, rank)
         workers.signal_one(rank, STACKS_SIGNAL)
         deadline = time.monotonic() + _STACKS_WAIT_S
@@ -227,22 +221,22 @@ class LateExits:
     Args:
         folder: in which failures are reported.
         grace_s: time in seconds between the report of a failure and the exit of the process.
-        clock: seconds.
+        clock: of this node.
     """
 
-    def __init__(self, folder: Path, grace_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, folder: Path, grace_s: float, clock: Clock) -> None:
         self._folder = folder
         self._grace_s = grace_s
         self._clock = clock
         self._since: dict[int, float] = {}
 
-    def poll(self, workers: Workers) -> None:
+    def poll(self, workers: WorkerGroup) -> None:
         """Kill workers whose time is up.
 
         Args:
             workers: of this node.
         """
-        now = self._clock()
+        now = self._clock.monotonic()
         failed = {int(path.stem.removeprefix("failure-")) for path in self._folder.glob("failure-*.json")}
         self._since = {pid: self._since.get(pid, now) for pid in failed}
         for rank, pid in workers.pids().items():
@@ -251,4 +245,4 @@ class LateExits:
                 failure = failure_of(self._folder, pid)
                 error = "" if failure is None else failure.error
                 reason = f"{error} was reported {waited_s:.0f} s ago, but the process has not exited"
-                workers.kill_hung([rank], reason, time.time())
+                workers.kill_hung([rank], reason, self._clock.wall())

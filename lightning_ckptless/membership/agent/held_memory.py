@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_ckptless.errors import ArenaError
 from lightning_ckptless.membership.channel import socket_messages
 from lightning_ckptless.membership.channel.agent_channel import AgentChannel, FromWorker
+from lightning_ckptless.membership.events import MemoryHolderChosen, Report
 from lightning_ckptless.protocol.messages import HoldMemory, MemoryHeld
 from lightning_ckptless.system.memory_files import is_memory_file, make_memory_file
 
@@ -28,16 +29,14 @@ class HeldMemory:
 
     Args:
         node: its name.
-        record: receives events, as `record(event, **fields)`.
-        say: shows a message to the user.
+        report: receives events.
     """
 
-    def __init__(self, node: str, record: Callable[..., None], say: Callable[[str], None]) -> None:
+    def __init__(self, node: str, report: Report) -> None:
         self._node = node
-        self._record = record
-        self._say = say
+        self._report = report
         self._handles: dict[Path, int] = {}
-        self._has_said = False
+        self._has_reported = False
         self._released_at = time.monotonic()
 
     def maintain(self, received: Sequence[FromWorker]) -> None:
@@ -66,10 +65,9 @@ class HeldMemory:
             else:
                 refusal = ""
             AgentChannel(asker).send(MemoryHeld(refusal))
-        if not refusal and not self._has_said:
-            self._has_said = True
-            self._record("memory_held", node=self._node, pid=os.getpid(), reason=message.reason)
-            self._say(message.reason)
+        if not refusal and not self._has_reported:
+            self._has_reported = True
+            self._report(MemoryHolderChosen(self._node, os.getpid(), message.reason))
 
     def _make(self, paths: Sequence[Path]) -> None:
         self._release()

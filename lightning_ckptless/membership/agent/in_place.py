@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from lightning_ckptless import environment
-from lightning_ckptless.console import CONSOLE, Bar
-from lightning_ckptless.membership.agent.workers import Workers
+from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.channel.program_failure import without_numbers
+from lightning_ckptless.membership.events import (
+    NewcomerFailed,
+    Report,
+    StandbysChanged,
+    StandbysRefused,
+    StuckCollectiveReported,
+)
 from lightning_ckptless.membership.forkserver.client import ForkError, ForkServerLostError
 from lightning_ckptless.membership.forkserver.process import Process
-from lightning_ckptless.membership.forkserver.standby import Standbys, promote
+from lightning_ckptless.membership.forkserver.standby import Standbys
 from lightning_ckptless.membership.rendezvous.regrouping import Regrouping, Regroupings
 from lightning_ckptless.protocol.hang_detection import Hang, Meeting, find_unreleased
 from lightning_ckptless.protocol.messages import (
     CannotRecover,
     CreatedGroup,
     EnteredLoop,
-    LeftLoop,
+    Message,
     Regroup,
     Regrouped,
     ReleasedGroups,
@@ -34,8 +39,6 @@ from lightning_ckptless.protocol.messages import (
 from lightning_ckptless.protocol.retry_policy import RecoveryLimits
 
 _LINES_SHOWN = 40
-Record = Callable[..., None]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,75 @@ class RequestedOptions:
     fixed_world: str = ""
 
 
+class WorkerControl(Protocol):
+    """What a recovery in place needs of this node's workers; see `WorkerGroup`."""
+
+    @property
+    def running_ranks(self) -> tuple[int, ...]:
+        """Local ranks whose processes run."""
+
+    def send_to(self, rank: int, message: Message) -> None:
+        """Send a message to one local rank that runs."""
+
+    def replace(self, rank: int, env: Mapping[str, str]) -> None:
+        """Start a new worker in the place of a lost one."""
+
+    def promote(self, rank: int, standby: Process, env: Mapping[str, str], regrouping: Regrouping) -> None:
+        """Let a standby take the place of a lost worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """One round of the rendezvous.
+
+    Args:
+        regroupings: of the round.
+        start_standby: starts a process without a rank.
+        env_of: environment variables that give a local rank its rank in this round, for workers that have stayed from
+            the previous round; None where all workers were started together.
+    """
+
+    regroupings: Regroupings
+    start_standby: Callable[[list[int]], Process]
+    env_of: Callable[[int], dict[str, str]] | None
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What this node's workers have reported in one round; all ranks are local.
+
+    Args:
+        began_at: when the round began.
+        tries: recoveries in place since the last committed step in which the ranks have met. A meeting that another
+            fault has interrupted is not counted: it says nothing about what would have followed.
+        trains: whether a step was committed.
+        obstacle: why a worker cannot recover in place; None where none has reported that.
+        met: number of the last regrouping in which ranks have met.
+        waiting_at_loop: ranks that have reached the training loop and wait there for the other ranks.
+        notified_at: when ranks were notified that have yet to release their process groups.
+        coming: since when new processes are on their way to `fit`.
+        ready: since when ranks wait for the others to meet.
+        created: how many process groups ranks have created in the last regrouping, and since when.
+        have_met: ranks that have met in the last regrouping.
+        held: why ranks cannot release their process groups, as they report.
+        killed_for_wait: ranks that were killed for that.
+    """
+
+    began_at: float = 0.0
+    tries: int = 0
+    trains: bool = False
+    obstacle: str | None = None
+    met: int = 0
+    waiting_at_loop: set[int] = field(default_factory=set)
+    notified_at: dict[int, float] = field(default_factory=dict)
+    coming: dict[int, float] = field(default_factory=dict)
+    ready: dict[int, float] = field(default_factory=dict)
+    created: dict[int, tuple[int, float]] = field(default_factory=dict)
+    have_met: set[int] = field(default_factory=set)
+    held: dict[int, str] = field(default_factory=dict)
+    killed_for_wait: set[int] = field(default_factory=set)
+
+
 class InPlaceRecovery:
     """One agent's part in recoveries in place.
 
@@ -68,14 +140,10 @@ class InPlaceRecovery:
         preload_imports: from the command line; None to leave it to the strategy.
         folder: for the output of standbys.
         outputs: folder for the output of new processes until they have joined the other ranks.
-        record: receives events.
-        say: shows a message to the user.
+        report: receives events.
+        clock: of this node.
 
     Attributes:
-        tries: recoveries in place since the last committed step in which the ranks have met. A meeting that another
-            fault has interrupted is not counted: it says nothing about what would have followed.
-        waiting_at_loop: local ranks that have reached the training loop and wait there for the other ranks.
-        trains: whether a step was committed in this round.
         number: of the last regrouping that the workers were notified of.
     """
 
@@ -87,37 +155,23 @@ class InPlaceRecovery:
         preload_imports: bool | None,
         folder: Path,
         outputs: Path,
-        record: Record,
-        say: Say,
+        report: Report,
+        clock: Clock,
     ) -> None:
-        self.tries = 0
         self.number = 0
-        self.waiting_at_loop: set[int] = set()
-        self.trains = False
         self._given = in_place, standbys, preload_imports
         self._requested: RequestedOptions | None = None
         self._folder = folder
         self._outputs = outputs
         self._output_of: dict[int, Path] = {}
         self._shown: dict[str, int] = {}
-        self._record = record
-        self._say = say
-        self._obstacle: str | None = None
+        self._report = report
+        self._clock = clock
         self._lasting: str | None = None
-        self._regroupings: Regroupings | None = None
+        self._round: _Round | None = None
+        self._progress = _Progress()
         self._standbys: Standbys | None = None
-        self._start_standby: Callable[[list[int]], Process] | None = None
-        self._notified_at: dict[int, float] = {}
-        self._held: dict[int, str] = {}
-        self._ended_for_wait: set[int] = set()
-        self._env_of: Callable[[int], dict[str, str]] | None = None
-        self._coming: dict[int, float] = {}
-        self._ready: dict[int, float] = {}
-        self._created: dict[int, tuple[int, float]] = {}
-        self._have_met: set[int] = set()
-        self._met = 0
         self._startup_s = 0.0
-        self._began_at = 0.0
 
     # ------------------------------------------------------------------ rounds
 
@@ -136,30 +190,34 @@ class InPlaceRecovery:
             env_of: environment variables that give a local rank its rank in this round, for workers that have stayed
                 from the previous round; None where all workers were started together.
         """
-        self.tries, self._obstacle, self.trains, self._env_of = 0, None, False, env_of
-        self._met = 0
         if env_of is None:
             self.number = regroupings.number
-        self._notified_at.clear()
-        self._held.clear()
-        self._ended_for_wait.clear()
-        self._coming.clear()
-        self._ready.clear()
-        self._have_met.clear()
-        self._created.clear()
-        self._began_at = time.monotonic()
-        self.waiting_at_loop.clear()
-        self._regroupings = regroupings
-        self._start_standby = start_standby
+        self._round = _Round(regroupings, start_standby, env_of)
+        self._progress = _Progress(began_at=self._clock.monotonic())
 
     def end_round(self) -> None:
         """End the round: its workers have exited, or are about to."""
-        self._regroupings = None
+        self._round = None
         if self._standbys is not None:
             self._standbys.stop()
             self._standbys = None
 
     # ------------------------------------------------------------------ what is known
+
+    @property
+    def tries(self) -> int:
+        """Recoveries in place since the last committed step, counting those in which the ranks have met."""
+        return self._progress.tries
+
+    @property
+    def trains(self) -> bool:
+        """Whether a step was committed in this round."""
+        return self._progress.trains
+
+    @property
+    def waiting_at_loop(self) -> frozenset[int]:
+        """Local ranks that have reached the training loop and wait there for the other ranks."""
+        return frozenset(self._progress.waiting_at_loop)
 
     @property
     def is_wanted(self) -> bool:
@@ -197,70 +255,73 @@ class InPlaceRecovery:
     def obstacle(self) -> str | None:
         """Why a worker cannot recover in place, as it reported; None where none has."""
         unknown = None if self._requested is not None else "no worker has reached fit yet"
-        return self._lasting or self._obstacle or unknown
+        return self._lasting or self._progress.obstacle or unknown
 
     def receive(self, received: Sequence[FromWorker]) -> None:
         """Take note of what workers have sent."""
+        progress = self._progress
         for rank, message, _ in received:
             match message:
                 case EnteredLoop():
-                    if self._coming.pop(rank, None) is None and self._env_of is None and not self.trains:
-                        self._startup_s = max(self._startup_s, time.monotonic() - self._began_at)
-                    self._output_of.pop(rank, None)
+                    self._note_entered(rank)
                     self._take_requested(message)
                 case StepCommitted():
-                    self.tries, self.trains = 0, True
-                    self._ended_for_wait.clear()
+                    progress.tries, progress.trains = 0, True
+                    progress.killed_for_wait.clear()
                 case WaitingAtLoop():
-                    self.waiting_at_loop.add(rank)
+                    progress.waiting_at_loop.add(rank)
                 case ReleasedGroups():
-                    self._notified_at.pop(rank, None)
-                    self._ready[rank] = time.monotonic()
+                    progress.notified_at.pop(rank, None)
+                    progress.ready[rank] = self._clock.monotonic()
                 case CreatedGroup() | Regrouped():
                     self._note_meeting(rank, message)
                 case StuckCollective():
                     self._note_held(rank, message)
-                case LeftLoop():
-                    CONSOLE.bar = Bar.NONE
                 case CannotRecover(reason, lasting):
-                    self._obstacle = f"local rank {rank}: {reason}"
+                    progress.obstacle = f"local rank {rank}: {reason}"
                     if lasting:
-                        self._lasting = self._obstacle
+                        self._lasting = progress.obstacle
+
+    def _note_entered(self, rank: int) -> None:
+        progress, starts_together = self._progress, self._round is not None and self._round.env_of is None
+        if progress.coming.pop(rank, None) is None and starts_together and not progress.trains:
+            self._startup_s = max(self._startup_s, self._clock.monotonic() - progress.began_at)
+        self._output_of.pop(rank, None)
 
     def _note_meeting(self, rank: int, message: CreatedGroup | Regrouped) -> None:
-        is_current = self._regroupings is not None and message.number == self._regroupings.number
+        progress = self._progress
+        is_current = self._round is not None and message.number == self._round.regroupings.number
         if isinstance(message, CreatedGroup):
             if is_current:
-                self._created[rank] = message.created, time.monotonic()
+                progress.created[rank] = message.created, self._clock.monotonic()
             return
-        if message.number > self._met:
-            self.tries, self._met = self.tries + 1, message.number
+        if message.number > progress.met:
+            progress.tries, progress.met = progress.tries + 1, message.number
         if is_current:
-            self._ready.pop(rank, None)
-            self._have_met.add(rank)
+            progress.ready.pop(rank, None)
+            progress.have_met.add(rank)
 
     def _note_held(self, rank: int, message: StuckCollective) -> None:
         """Note that a worker reports a stuck collective, unless it was killed for one before and that did not help."""
-        believed = rank not in self._ended_for_wait
+        believed = rank not in self._progress.killed_for_wait
         if believed:
-            self._held[rank] = message.reason
-        self._record("stuck_collective", local_rank=rank, believed=believed, **asdict(message))
+            self._progress.held[rank] = message.reason
+        self._report(StuckCollectiveReported(rank, believed, message))
 
-    def meeting(self, workers: Workers) -> Meeting:
+    def meeting(self, workers: WorkerControl) -> Meeting:
         """Return how far this node's workers have met the other ranks."""
-        running = workers.running_ranks
+        running, progress = workers.running_ranks, self._progress
         return Meeting(
-            coming={rank: at for rank, at in self._coming.items() if rank in running},
-            ready={rank: at for rank, at in self._ready.items() if rank in running},
-            created={rank: created for rank, created in self._created.items() if rank in running},
-            met=self._have_met,
+            coming={rank: at for rank, at in progress.coming.items() if rank in running},
+            ready={rank: at for rank, at in progress.ready.items() if rank in running},
+            created={rank: created for rank, created in progress.created.items() if rank in running},
+            met=progress.have_met,
             startup_s=self._startup_s,
-            is_whole=self._regroupings is not None and not self._regroupings.is_shared,
+            is_whole=self._round is not None and not self._round.regroupings.is_shared,
         )
 
     def _take_requested(self, message: EnteredLoop) -> None:
         in_place, standbys, preload_imports = self._given
-        CONSOLE.bar = Bar(message.bar)
         self._requested = RequestedOptions(
             in_place=message.in_place if in_place is None else in_place,
             standbys=message.standbys if standbys is None else standbys,
@@ -273,31 +334,32 @@ class InPlaceRecovery:
 
     def poll(self) -> Hang | None:
         """Find survivors that do not release their process groups; one at a time where they report it themselves."""
+        progress = self._progress
         found = find_unreleased(
-            self._notified_at, now=time.monotonic(), override_s=self.hang_timeout_s, held=self._held
+            progress.notified_at, now=self._clock.monotonic(), override_s=self.hang_timeout_s, held=progress.held
         )
         if found is not None:
-            self._ended_for_wait.update(self._held.keys() & set(found.ranks))
+            progress.killed_for_wait.update(progress.held.keys() & set(found.ranks))
         return found
 
     def maintain_standbys(self) -> None:
         """Keep the requested number of standbys once training is under way."""
         wanted = self._requested.standbys if self._requested is not None and self.is_wanted else 0
-        if not wanted or not self.trains or self.obstacle is not None or self._start_standby is None:
+        if not wanted or not self.trains or self.obstacle is not None or self._round is None:
             return
         if self._standbys is None:
-            self._standbys = Standbys(wanted, self._start_standby, self._folder, self._say)
+            self._standbys = Standbys(wanted, self._round.start_standby, self._folder, self._report)
         try:
             has_changed = self._standbys.maintain()
         except ForkServerLostError:
             # All workers have died with it, which is detected next.
             return
         except ForkError as error:
-            self._say(f"continuing without standbys: {error}")
+            self._report(StandbysRefused(error))
             self._requested = None if self._requested is None else replace(self._requested, standbys=0)
             return
         if has_changed:
-            self._record("standbys", ready=self._standbys.ready, wanted=wanted, pids=list(self._standbys.pids))
+            self._report(StandbysChanged(self._standbys.ready, wanted, list(self._standbys.pids)))
 
     # ------------------------------------------------------------------ recovering
 
@@ -309,44 +371,47 @@ class InPlaceRecovery:
         lines = path.read_text(errors="replace").splitlines()[-_LINES_SHOWN:]
         outline = without_numbers("\n".join(lines))
         self._shown[outline] = count = self._shown.get(outline, 0) + 1
-        what = "a new process failed before it joined the other ranks"
-        if count > 1:
-            self._say(f"{what}; its output, in {path}, is the same as above, {count} times so far")
-        else:
-            self._say("\n  ".join([f"{what}; its output, in {path}:", *lines]))
+        self._report(NewcomerFailed(path, lines, count))
 
     def open(self, fault: FaultReport) -> Regrouping:
         """Open a regrouping for a fault of this node."""
-        assert self._regroupings is not None, "a round has begun"
-        return self._regroupings.open(fault)
+        assert self._round is not None, "a round has begun"
+        return self._round.regroupings.open(fault)
 
-    def regroup(self, workers: Workers, number: int, fault: FaultReport) -> None:
-        """Notify this node's workers of another world."""
-        self._notify(workers, Regrouping(number, fault), leave=frozenset())
+    def regroup(self, workers: WorkerControl, number: int, fault: FaultReport) -> None:
+        """Notify this node's workers of another world, unless a later fault has: all ranks meet under its number."""
+        if number > self.number:
+            self._notify(workers, Regrouping(number, fault), leave=frozenset())
 
-    def follow(self, workers: Workers) -> None:
+    def follow(self, workers: WorkerControl) -> None:
         """Forward to this node's workers the regrouping that another node's agent has opened."""
-        if self._regroupings is not None and (news := self._regroupings.news()) is not None:
+        if self._round is not None and (news := self._round.regroupings.news()) is not None:
             self._notify(workers, news, leave=frozenset())
 
-    def _notify(self, workers: Workers, regrouping: Regrouping, leave: frozenset[int]) -> None:
+    def _notify(self, workers: WorkerControl, regrouping: Regrouping, leave: frozenset[int]) -> None:
+        progress, env_of = self._progress, None if self._round is None else self._round.env_of
         self.number = regrouping.number
         notified = tuple(rank for rank in workers.running_ranks if rank not in leave)
         for rank in notified:
-            env = self._env_of(rank) if self._env_of is not None else {}
+            env = env_of(rank) if env_of is not None else {}
             workers.send_to(rank, Regroup(regrouping.number, asdict(regrouping.fault), env))
         for rank in leave:
-            self._notified_at.pop(rank, None)
-        self._held.clear()
-        self._ready.clear()
-        self._have_met.clear()
-        self._created.clear()
+            progress.notified_at.pop(rank, None)
+        progress.held.clear()
+        progress.ready.clear()
+        progress.have_met.clear()
+        progress.created.clear()
+        now = self._clock.monotonic()
         # Ranks on their way to `fit` have nothing to release, and may take their time.
-        self._coming |= dict.fromkeys(leave, time.monotonic())
-        self._notified_at |= dict.fromkeys((rank for rank in notified if rank not in self._coming), time.monotonic())
+        progress.coming |= dict.fromkeys(leave, now)
+        progress.notified_at |= dict.fromkeys((rank for rank in notified if rank not in progress.coming), now)
 
     def replace(
-        self, workers: Workers, lost: list[int], regrouping: Regrouping, env_of: Callable[[int], dict[str, str]]
+        self,
+        workers: WorkerControl,
+        lost: Sequence[int],
+        regrouping: Regrouping,
+        env_of: Callable[[int], dict[str, str]],
     ) -> dict[int, str]:
         """Notify the survivors, and start replacements for the lost ranks.
 
@@ -370,10 +435,10 @@ class InPlaceRecovery:
                 try:
                     workers.replace(rank, env | joining(regrouping) | {environment.OUTPUT_FILE: str(output)})
                 except ForkError as error:
-                    self._obstacle = str(error)
+                    self._progress.obstacle = str(error)
             else:
                 self._output_of[rank] = self._standbys.output_of(standby)
-                _promote(workers, rank, standby, env, regrouping)
+                workers.promote(rank, standby, env | joining(regrouping), regrouping)
             how[rank] = "new process" if standby is None else "standby"
         return how
 
@@ -384,14 +449,3 @@ def joining(regrouping: Regrouping) -> dict[str, str]:
         environment.REGROUPING: str(regrouping.number),
         environment.FAULT_REPORT: regrouping.fault.to_json(),
     }
-
-
-def _promote(workers: Workers, rank: int, standby: Process, env: dict[str, str], regrouping: Regrouping) -> None:
-    stdio = workers.open_stdio(rank)
-    try:
-        promote(standby, env | joining(regrouping), regrouping, stdio[1:])
-    finally:
-        for number in stdio:
-            if number > 2:
-                os.close(number)
-    workers.put_in_place(rank, standby)

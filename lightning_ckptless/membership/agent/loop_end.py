@@ -7,12 +7,12 @@ finds this first publishes the reason, and all agents have their workers raise i
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 
+from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.hang_watch import HangWatch
 from lightning_ckptless.membership.agent.positions import Positions
-from lightning_ckptless.membership.agent.workers import Workers
+from lightning_ckptless.membership.agent.workers import WorkerGroup
 from lightning_ckptless.protocol.hang_detection import Point, RankProgress
 from lightning_ckptless.protocol.messages import TrainingFailed
 from lightning_ckptless.protocol.uneven_steps import AtEnd, find_uneven, out_of_data
@@ -37,7 +37,7 @@ class LoopEnd:
         clock: of the workers' progress.
     """
 
-    def __init__(self, hangs: HangWatch, positions: Positions, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, hangs: HangWatch, positions: Positions, clock: Clock) -> None:
         self._hangs = hangs
         self._positions = positions
         self._clock = clock
@@ -55,7 +55,7 @@ class LoopEnd:
         """
         if self._waiting_since is None:
             return longest_s
-        waited_s = self._clock() - self._waiting_since
+        waited_s = self._clock.monotonic() - self._waiting_since
         return min(longest_s, max(_SHORTEST_PAUSE_S, _PAUSE_SHARE * waited_s))
 
     @property
@@ -63,9 +63,9 @@ class LoopEnd:
         """Whether training is known to be unable to continue, and workers have time left to raise the reason."""
         if not self._reason:
             return False
-        return self._sent_at is None or self._clock() - self._sent_at < _RAISE_S
+        return self._sent_at is None or self._clock.monotonic() - self._sent_at < _RAISE_S
 
-    def maintain(self, workers: Workers, *, number: int, may_end: Callable[[], bool], has_recovered: bool) -> None:
+    def maintain(self, workers: WorkerGroup, *, number: int, may_end: Callable[[], bool], has_recovered: bool) -> None:
         """Let workers that have made their last step leave together, or fail those that never can.
 
         Args:
@@ -86,7 +86,7 @@ class LoopEnd:
             self._adopt(self._positions.settled())
         self._send(workers)
 
-    def explains_hang(self, workers: Workers, *, has_recovered: bool) -> bool:
+    def explains_hang(self, workers: WorkerGroup, *, has_recovered: bool) -> bool:
         """Whether workers make no progress because one rank has run out of data and another has not.
 
         Args:
@@ -97,10 +97,10 @@ class LoopEnd:
         self._look_for_uneven(workers, out_of_data(progress), progress, has_recovered=has_recovered)
         return self.is_failing
 
-    def _let_leave(self, workers: Workers, may_end: Callable[[], bool]) -> None:
+    def _let_leave(self, workers: WorkerGroup, may_end: Callable[[], bool]) -> None:
         number = max(ending.number for ending in workers.at_end.values())
         if not self._positions.have_all_ended(number, self._ended(workers)):
-            self._waiting_since = self._clock() if self._waiting_since is None else self._waiting_since
+            self._waiting_since = self._clock.monotonic() if self._waiting_since is None else self._waiting_since
             self._adopt(self._positions.settled())
         elif may_end():
             self._waiting_since = None
@@ -108,7 +108,12 @@ class LoopEnd:
             self._positions.leave(number)
 
     def _look_for_uneven(
-        self, workers: Workers, ended: Mapping[int, AtEnd], progress: Mapping[int, RankProgress], *, has_recovered: bool
+        self,
+        workers: WorkerGroup,
+        ended: Mapping[int, AtEnd],
+        progress: Mapping[int, RankProgress],
+        *,
+        has_recovered: bool,
     ) -> None:
         if self._reason:
             return
@@ -118,18 +123,18 @@ class LoopEnd:
 
     def _adopt(self, reason: str) -> None:
         if reason and not self._reason:
-            self._reason, self._found_at = reason, self._clock()
+            self._reason, self._found_at = reason, self._clock.monotonic()
 
-    def _send(self, workers: Workers) -> None:
+    def _send(self, workers: WorkerGroup) -> None:
         if not self._reason or self._sent_at is not None:
             return
-        if self._positions.all_know() or self._clock() - self._found_at > _KNOW_S:
+        if self._positions.all_know() or self._clock.monotonic() - self._found_at > _KNOW_S:
             workers.send(TrainingFailed(self._reason))
-            self._sent_at = self._clock()
+            self._sent_at = self._clock.monotonic()
 
-    def _is_silent(self, workers: Workers) -> bool:
+    def _is_silent(self, workers: WorkerGroup) -> bool:
         """Whether it is time to check other nodes: all workers are in the loop, and none makes progress."""
-        now = self._clock()
+        now = self._clock.monotonic()
         if now - self._looked_at < _SILENT_S:
             return False
         self._looked_at = now
@@ -138,8 +143,8 @@ class LoopEnd:
             progress.point is not Point.OUTSIDE and now - progress.at > _SILENT_S for progress in progress.values()
         )
 
-    def _progress(self, workers: Workers) -> dict[int, RankProgress]:
+    def _progress(self, workers: WorkerGroup) -> dict[int, RankProgress]:
         return self._positions.by_rank(self._hangs.progress(workers))
 
-    def _ended(self, workers: Workers) -> dict[int, AtEnd]:
+    def _ended(self, workers: WorkerGroup) -> dict[int, AtEnd]:
         return {self._positions.ranks[local]: ending.at for local, ending in workers.at_end.items()}

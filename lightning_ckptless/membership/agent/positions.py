@@ -18,7 +18,6 @@ NUMBER is the regrouping that the workers belong to. FIT counts the calls of `fi
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -40,12 +39,11 @@ from lightning_ckptless.formats.schema import (
     text,
 )
 from lightning_ckptless.formats.sealed import parse
+from lightning_ckptless.membership.events import EntryIgnored, Report
 from lightning_ckptless.protocol.hang_detection import Point, RankProgress
 from lightning_ckptless.protocol.uneven_steps import AtEnd, WhyEnded
 
 Answer = TypeVar("Answer")
-
-log = logging.getLogger(__name__)
 
 _END = "ckptless/end/{}/{}"
 _ENDED = "ckptless/ended/{}/{}"
@@ -94,13 +92,17 @@ class Positions:
         node: number of this node.
         peers: numbers of the nodes whose workers train together, this one included.
         ranks: of this node's workers, by local rank.
+        report: receives events.
     """
 
-    def __init__(self, store: Store, node: int, peers: Collection[int], ranks: Mapping[int, int]) -> None:
+    def __init__(
+        self, store: Store, node: int, peers: Collection[int], ranks: Mapping[int, int], report: Report
+    ) -> None:
         self.peers = tuple(peers)
         self.ranks = dict(ranks)
         self._store = store
         self._node = node
+        self._report = report
         self._is_lost = False
         self._fits: dict[int, int] = {}
         self._counted: set[str] = set()
@@ -169,7 +171,7 @@ class Positions:
         found: dict[int, RankProgress] = {}
         nothing: list[bytes] = []
         for key, said in zip(others, self._answer(ask, otherwise=nothing), strict=False):
-            if (decoded := _decoded(key, said, _PROGRESS)) is None:
+            if (decoded := self._decoded(key, said, _PROGRESS)) is None:
                 return {}
             found |= {rank: replace(progress, at=now + progress.at) for rank, progress in decoded["ranks"].items()}
         return found
@@ -188,7 +190,7 @@ class Positions:
         said = (
             self._answer(lambda: self._store.compare_set(_UNEVEN, "", mine), otherwise=b"") if self.is_shared else b""
         )
-        decoded = _decoded(_UNEVEN, said, _REASON)
+        decoded = self._decoded(_UNEVEN, said, _REASON)
         return reason if decoded is None else str(decoded["reason"])
 
     def settled(self) -> str:
@@ -210,7 +212,7 @@ class Positions:
 
     def _read(self, key: str, check: Check) -> Any:
         said = self._answer(lambda: self._store.get(key) if self._store.check([key]) else b"", otherwise=b"")
-        return _decoded(key, said, check)
+        return self._decoded(key, said, check)
 
     def _answer(self, question: Callable[[], Answer], *, otherwise: Answer) -> Answer:
         if self._is_lost:
@@ -220,6 +222,16 @@ class Positions:
         except DistError:
             self._is_lost = True
             return otherwise
+
+    def _decoded(self, key: str, said: bytes, check: Check) -> Any:
+        """Return what another agent has published; None where that is nothing, or nothing readable."""
+        if not said:
+            return None
+        try:
+            return check(parse(said), "")
+        except SchemaError as error:
+            self._report(EntryIgnored(key, error))
+            return None
 
 
 def _encode_ends(ended: Mapping[int, AtEnd]) -> str:
@@ -244,14 +256,3 @@ def _encode_progress(progress: Mapping[int, RankProgress], now: float) -> str:
         for rank, progress in progress.items()
     }
     return json.dumps({"ranks": ranks})
-
-
-def _decoded(key: str, said: bytes, check: Check) -> Any:
-    """Return what another agent has published; None where that is nothing, or nothing readable."""
-    if not said:
-        return None
-    try:
-        return check(parse(said), "")
-    except SchemaError as error:
-        log.warning("ckptless: ignoring %s in the agents' store: %s", key, error)
-        return None

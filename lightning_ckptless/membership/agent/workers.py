@@ -1,25 +1,20 @@
-"""The workers of one agent, as torch elastic sees them."""
+"""The worker processes of one agent: their starts, messages, exits and replacements."""
 
 from __future__ import annotations
 
 import os
-import select
 import signal
-import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
-
-from torch.distributed.elastic.multiprocessing import LogsSpecs
-from torch.distributed.elastic.multiprocessing.api import PContext, RunProcsResult
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from lightning_ckptless import environment
-from lightning_ckptless.internals.torch_internals import start_tails
+from lightning_ckptless.membership.agent.clock import Clock
+from lightning_ckptless.membership.agent.process_control import ProcessControl
 from lightning_ckptless.membership.channel.agent_channel import FromWorker
-from lightning_ckptless.membership.forkserver.client import End, ForkError, ForkServer, ForkServerLostError
+from lightning_ckptless.membership.forkserver.client import End, ForkError, ForkServerLostError
 from lightning_ckptless.membership.forkserver.process import Process
-from lightning_ckptless.membership.worker.program import Program
+from lightning_ckptless.membership.forkserver.standby import promote
+from lightning_ckptless.membership.rendezvous.regrouping import Regrouping
 from lightning_ckptless.membership.worker.startup import Job
 from lightning_ckptless.protocol.crash_loop import Stage
 from lightning_ckptless.protocol.messages import (
@@ -36,6 +31,7 @@ from lightning_ckptless.protocol.messages import (
 )
 from lightning_ckptless.protocol.uneven_steps import AtEnd, WhyEnded
 
+_CLOCK = Clock()
 _KILL_WAIT_S = 60.0
 _POLL_EVERY_S = 0.005
 """Between two checks whether a worker is dying: the kernel reports an exit only once it has freed the memory."""
@@ -57,22 +53,17 @@ class Ending:
     at: AtEnd
 
 
-class Workers(PContext):
+class WorkerGroup:
     """Worker processes forked from a fork server.
 
-    Unlike torch's own contexts it installs no signal handlers, and `_poll` stops no process: the agent decides how.
-
     Args:
-        parent: returns the fork server that forks the workers and reports their exits; it may be another one later.
-        program: what each of them runs.
-        envs: what each local rank's environment adds to `base_env`.
-        base_env: the environment that all workers share.
-        cwd: working directory.
-        fresh: start new interpreters instead of running inside the forks.
-        logs_specs: where stdout and stderr go.
-        log_line_prefixes: prefix of each line that is both shown and logged.
+        control: starts the processes, and waits for them.
+        jobs: what each local rank runs.
+        stdouts: file for the output of each local rank; empty for this process's own.
+        stderrs: file for the error output of each local rank; empty for this process's own.
         first_wait_s: time in seconds for which the start of the others waits until the first worker reaches its
             trainer, with the run folder that Hydra made for it; 0 to start all at once.
+        clock: of this node.
 
     Attributes:
         inside: local ranks that are in the training loop, or on their way back into it.
@@ -83,26 +74,23 @@ class Workers(PContext):
 
     def __init__(
         self,
-        parent: Callable[[], ForkServer],
-        program: Program,
-        envs: dict[int, dict[str, str]],
+        control: ProcessControl,
+        jobs: Mapping[int, Job],
         *,
-        base_env: Mapping[str, str],
-        cwd: str,
-        fresh: bool,
-        logs_specs: LogsSpecs,
-        log_line_prefixes: dict[int, str] | None = None,
+        stdouts: Mapping[int, str],
+        stderrs: Mapping[int, str],
         first_wait_s: float = 0.0,
+        clock: Clock = _CLOCK,
     ) -> None:
-        args: dict[int, tuple[Any, ...]] = dict.fromkeys(envs, ())
-        super().__init__("worker", program.target, args, envs, logs_specs, log_line_prefixes)
         self.inside: set[int] = set()
-        self.stages: dict[int, Stage] = dict.fromkeys(envs, Stage.BEFORE)
+        self.stages: dict[int, Stage] = dict.fromkeys(jobs, Stage.BEFORE)
         self.at_end: dict[int, Ending] = {}
         self.ending: set[int] = set()
-        self._parent = parent
-        # After super().__init__, which adds the name of each worker's error file to `envs`.
-        self._jobs = {rank: Job(program, {**base_env, **env}, cwd, fresh) for rank, env in envs.items()}
+        self._control = control
+        self._clock = clock
+        self._jobs = dict(jobs)
+        self._stdouts = stdouts
+        self._stderrs = stderrs
         self._processes: dict[int, Process] = {}
         self._running: set[int] = set()
         self._leaving: list[Process] = []
@@ -117,10 +105,6 @@ class Workers(PContext):
 
     def start(self) -> None:
         """Start all workers."""
-        self._start()
-        start_tails(self)
-
-    def _start(self) -> None:
         first, *others = self._jobs
         self._launch(first, self._jobs[first], os.O_TRUNC)
         folder = self._folder_of(first) if others else ""
@@ -129,9 +113,9 @@ class Workers(PContext):
 
     def _folder_of(self, first: int) -> str:
         """Return the run folder that the first worker reports at its trainer; empty where none comes in time."""
-        deadline = time.monotonic() + self._first_wait_s
-        while first in self._running and (left_s := deadline - time.monotonic()) > 0:
-            self._wait(left_s, lines=True)
+        deadline = self._clock.monotonic() + self._first_wait_s
+        while first in self._running and (left_s := deadline - self._clock.monotonic()) > 0:
+            self._wait(left_s, for_messages=True)
             self._listen()
             for received in self._received:
                 if isinstance(received.message, ReachedTrainer):
@@ -139,17 +123,17 @@ class Workers(PContext):
         return ""
 
     def _launch(self, rank: int, job: Job, mode: int) -> None:
-        stdio = self.open_stdio(rank, mode)
+        stdio = self._open_stdio(rank, mode)
         try:
-            self._processes[rank] = Process.start(self._parent(), job, stdio)
+            self._processes[rank] = self._control.start(job, stdio)
         finally:
             _close_files(stdio)
         self._running.add(rank)
 
-    def open_stdio(self, rank: int, mode: int = os.O_APPEND) -> list[int]:
+    def _open_stdio(self, rank: int, mode: int) -> list[int]:
         """Open stdin, stdout and stderr of a rank: its log files, or this process's own."""
         files = [0]
-        for number, path in ((1, self.stdouts[rank]), (2, self.stderrs[rank])):
+        for number, path in ((1, self._stdouts[rank]), (2, self._stderrs[rank])):
             files.append(os.open(path, os.O_WRONLY | os.O_CREAT | mode, 0o644) if path else number)
         return files
 
@@ -168,15 +152,27 @@ class Workers(PContext):
         try:
             self._launch(rank, self.job(rank, env), os.O_APPEND)
         except ForkServerLostError:
-            self._ends[rank] = End(-signal.SIGKILL, time.time())
+            self._ends[rank] = End(-signal.SIGKILL, self._clock.wall())
         except ForkError:
-            self._ends[rank] = End(-signal.SIGKILL, time.time())
+            self._ends[rank] = End(-signal.SIGKILL, self._clock.wall())
             raise
 
-    def put_in_place(self, rank: int, process: Process) -> None:
-        """Let a running process take the place of a lost worker."""
+    def promote(self, rank: int, standby: Process, env: Mapping[str, str], regrouping: Regrouping) -> None:
+        """Let a standby take the place of a lost worker.
+
+        Args:
+            rank: local rank of the lost worker.
+            standby: the process.
+            env: environment variables that give it the rank.
+            regrouping: in which it meets the other ranks.
+        """
+        stdio = self._open_stdio(rank, os.O_APPEND)
+        try:
+            promote(standby, dict(env), regrouping, stdio[1:])
+        finally:
+            _close_files(stdio)
         self._discard(rank)
-        self._processes[rank] = process
+        self._processes[rank] = standby
         self._running.add(rank)
 
     def _discard(self, rank: int) -> None:
@@ -265,6 +261,11 @@ class Workers(PContext):
         self.at_end.clear()
 
     @property
+    def all_train(self) -> bool:
+        """Whether all workers run, are in the training loop and have not been allowed to leave it."""
+        return bool(self._running) and self._running == self._processes.keys() == self.inside - self.ending
+
+    @property
     def all_at_end(self) -> bool:
         """Whether every worker in the training loop has made its last step."""
         return bool(self.at_end) and self.inside <= self.at_end.keys() | self.ending
@@ -273,10 +274,10 @@ class Workers(PContext):
 
     def watch(self, timeout_s: float) -> None:
         """Wait until a worker exits, begins to die or sends a message, for at most `timeout_s` seconds."""
-        deadline = time.monotonic() + timeout_s
+        deadline = self._clock.monotonic() + timeout_s
         while True:
-            pause_s = min(_POLL_EVERY_S, max(0.0, deadline - time.monotonic()))
-            if self._wait(pause_s, lines=True) or time.monotonic() >= deadline:
+            pause_s = min(_POLL_EVERY_S, max(0.0, deadline - self._clock.monotonic()))
+            if self._wait(pause_s, for_messages=True) or self._clock.monotonic() >= deadline:
                 return
 
     def wait_for_end(self, timeout_s: float) -> bool:
@@ -284,27 +285,20 @@ class Workers(PContext):
         if not self._running:
             return False
         before = len(self._running)
-        self._wait(timeout_s, lines=False)
+        self._wait(timeout_s, for_messages=False)
         return len(self._running) < before
 
-    def _wait(self, timeout_s: float, *, lines: bool) -> bool:
+    def _wait(self, timeout_s: float, *, for_messages: bool) -> bool:
         """Poll processes and channels once; returns whether something has happened."""
-        poll, of_file = select.poll(), dict[int, int]()
-        for rank in self._running:
-            process = self._processes[rank]
-            of_file[process.pidfd] = rank
-            poll.register(process.pidfd, select.POLLIN)
-            if lines and not process.channel.ended:
-                poll.register(process.channel.fileno(), select.POLLIN)
-        ready = [number for number, _ in poll.poll(timeout_s * 1000)]
-        for number in ready:
-            if number in of_file:
-                self._record_end(of_file[number])
+        running = {rank: self._processes[rank] for rank in self._running}
+        ended, has_news = self._control.wait(running, timeout_s, for_messages=for_messages)
+        for rank in ended:
+            self._record_end(rank)
         self._leaving = [process for process in self._leaving if not process.has_ended()]
         dying = [rank for rank in self._running if self._processes[rank].is_dying()]
         for rank in dying:
-            self._first_signs.setdefault(rank, time.time())
-        return bool(ready) or bool(dying)
+            self._first_signs.setdefault(rank, self._clock.wall())
+        return has_news or bool(dying)
 
     def _record_end(self, rank: int) -> None:
         process = self._processes[rank]
@@ -348,9 +342,9 @@ class Workers(PContext):
             if rank in self._hang_reasons or (rank in self.inside and self._processes[rank].is_dying())
         ]
         for rank in dying:
-            self._first_signs.setdefault(rank, time.time())
-        deadline = time.monotonic() + _DYING_GRACE_S
-        while self._running.intersection(dying) and (left_s := deadline - time.monotonic()) > 0:
+            self._first_signs.setdefault(rank, self._clock.wall())
+        deadline = self._clock.monotonic() + _DYING_GRACE_S
+        while self._running.intersection(dying) and (left_s := deadline - self._clock.monotonic()) > 0:
             self.wait_for_end(left_s)
         self._listen()
         ends = {**self._reported_ends(dying), **self.failed()}
@@ -401,34 +395,24 @@ class Workers(PContext):
         """
         if not self._running <= self.inside:
             return grace_s
-        began = time.monotonic()
+        began = self._clock.monotonic()
         self._stopped |= self._running
         self.send(Finish())
         self._wait_all(grace_s)
-        return max(0.0, grace_s - (time.monotonic() - began))
+        return max(0.0, grace_s - (self._clock.monotonic() - began))
 
     def _signal_running(self, number: int) -> None:
         for rank in self._running:
             self._processes[rank].signal(number)
 
     def _wait_all(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while self._running and (remaining_s := deadline - time.monotonic()) > 0:
+        deadline = self._clock.monotonic() + timeout_s
+        while self._running and (remaining_s := deadline - self._clock.monotonic()) > 0:
             self.wait_for_end(remaining_s)
 
-    def _poll(self) -> RunProcsResult | None:
-        # Reports what was polled before, and nothing newer: the agent has decided on the same basis.
-        failed = self.failed()
-        if self._running and not failed:
-            return None
-        failures = {
-            rank: ProcessFailure(rank, self._processes[rank].pid, end.exit_code, self.error_files[rank])
-            for rank, end in failed.items()
-        }
-        return RunProcsResult(dict.fromkeys(range(self.nprocs)), failures, self.stdouts, self.stderrs)
-
-    def _close(self, death_sig: signal.Signals, timeout: float = 30) -> None:
-        self.stop(death_sig, timeout)
+    def close(self, death_signal: int, grace_s: float) -> None:
+        """Stop all workers as `stop` does, and release their channels."""
+        self.stop(death_signal, grace_s)
         for process in self._processes.values():
             process.channel.close()
         for process in self._leaving:

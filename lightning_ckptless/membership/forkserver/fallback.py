@@ -18,7 +18,8 @@ import signal
 import time
 from collections.abc import Callable
 
-from lightning_ckptless.membership.agent.workers import Workers
+from lightning_ckptless.membership.agent.worker_context import WorkerContext
+from lightning_ckptless.membership.events import ForkServerGivenUp, ForkServerReplaced, ForksRefused, Report
 from lightning_ckptless.membership.forkserver.client import ForkError, ForkServer, ForkServerLostError, UnsafeForkError
 from lightning_ckptless.membership.forkserver.succession import Succession
 
@@ -34,21 +35,18 @@ class ForkFallback:
     Args:
         parent: preloaded; its owner closes it.
         fresh: start new interpreters instead of forking it.
-        record: receives events.
-        say: shows a message to the user.
+        report: receives events.
 
     Attributes:
         succession: of the fork server, by one that has imported what the script imports.
         fresh: whether new interpreters are started.
     """
 
-    def __init__(
-        self, parent: ForkServer, *, fresh: bool, record: Callable[..., None], say: Callable[[str], None]
-    ) -> None:
-        self.succession = Succession(record, say)
+    def __init__(self, parent: ForkServer, report: Report, *, fresh: bool) -> None:
+        self.succession = Succession(report)
         self._first = parent
         self.fresh = fresh
-        self._say = say
+        self._report = report
         self._substitute: ForkServer | None = None
 
     @property
@@ -61,7 +59,7 @@ class ForkFallback:
         if not self.fresh:
             self.succession.maintain(self._first)
 
-    def start(self, make: Callable[[], Workers]) -> Workers:
+    def start(self, make: Callable[[], WorkerContext]) -> WorkerContext:
         """Start all workers, retrying as described above.
 
         Args:
@@ -72,36 +70,36 @@ class ForkFallback:
         """
         losses = refusals = 0
         while True:
-            workers = make()
+            context = make()
             try:
-                workers.start()
+                context.start()
             except UnsafeForkError as error:
-                workers.close(signal.SIGKILL)
+                context.close(signal.SIGKILL)
                 if not self.parent.executes:
                     raise
                 self._start_afresh(str(error))
             except ForkError as error:
-                workers.close(signal.SIGKILL)
+                context.close(signal.SIGKILL)
                 if refusals == _MOST_REFUSALS:
                     raise
                 pause_s = _PAUSE_S * 2**refusals
                 refusals += 1
-                self._say(f"{error}; starting all workers again in {pause_s:g} s")
+                self._report(ForksRefused(error, pause_s))
                 time.sleep(pause_s)
             except ForkServerLostError as error:
-                workers.close(signal.SIGKILL)
+                context.close(signal.SIGKILL)
                 losses += 1
                 if losses > _MOST_LOSSES and (self.fresh or not self.parent.executes):
                     raise
                 if losses == _MOST_LOSSES and self.parent.executes:
                     self._start_afresh(f"{error}, {losses} times in a row")
                 else:
-                    self._say(f"{error}; starting a new fork server and all workers")
+                    self._report(ForkServerReplaced(error))
             else:
-                return workers
+                return context
 
     def _start_afresh(self, why: str) -> None:
-        self._say(f"workers are started as new interpreters from now on, so a relaunch takes longer: {why}")
+        self._report(ForkServerGivenUp(why))
         self.fresh = True
         self.succession.close()
         self._first = self._substitute = ForkServer(flags=self._first.flags)

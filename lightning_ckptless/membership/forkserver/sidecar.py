@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from lightning_ckptless.errors import LaunchError
 from lightning_ckptless.membership.channel.agent_channel import FromWorker
+from lightning_ckptless.membership.events import Report, SidecarLost, WaitingForSidecars
 from lightning_ckptless.membership.forkserver.client import End, ForkServer, UnsafeForkError
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.worker.program import Program
@@ -23,7 +24,7 @@ from lightning_ckptless.protocol.messages import StartSidecar
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
 _POLL_EVERY_S = 0.02
-_SAY_AFTER_S = 2.0
+_REPORT_AFTER_S = 2.0
 _KILL_WAIT_S = 10.0
 END_GRACE_S = 600.0
 """For the last work of sidecars, where the end of the run is not urgent."""
@@ -84,22 +85,14 @@ class Sidecars:
 
     Args:
         where: starts them.
-        record: receives events.
-        say: shows a message to the user.
+        report: receives events.
         pause_s: pause in seconds before the first restart of a sidecar.
     """
 
-    def __init__(
-        self,
-        where: SidecarLauncher,
-        record: Callable[..., None],
-        say: Callable[[str], None],
-        pause_s: float = _FIRST_PAUSE_S,
-    ) -> None:
+    def __init__(self, where: SidecarLauncher, report: Report, pause_s: float = _FIRST_PAUSE_S) -> None:
         self._where = where
         self._pause_s = pause_s
-        self._record = record
-        self._say = say
+        self._report = report
         self._asked: dict[str, _Sidecar] = {}
 
     def maintain(self, received: Sequence[FromWorker]) -> None:
@@ -135,7 +128,7 @@ class Sidecars:
 
     def _lose(self, sidecar: _Sidecar, exit_code: int | None) -> None:
         sidecar.next_at = time.monotonic() + sidecar.pause_s
-        self._record("sidecar_lost", module=sidecar.module, exit_code=exit_code, again_after_s=sidecar.pause_s)
+        self._report(SidecarLost(sidecar.module, exit_code, sidecar.pause_s))
         sidecar.pause_s = min(2 * sidecar.pause_s, _LONGEST_PAUSE_S)
 
     def end(self, grace_s: float) -> None:
@@ -147,11 +140,11 @@ class Sidecars:
         running = self._running()
         for process in running:
             process.signal(signal.SIGTERM)
-        began, said = time.monotonic(), False
+        began, has_reported = time.monotonic(), False
         while running and (waited_s := time.monotonic() - began) < grace_s:
-            if waited_s > _SAY_AFTER_S and not said:
-                said = True
-                self._say(f"waiting up to {grace_s:.0f} s for the last durable state")
+            if waited_s > _REPORT_AFTER_S and not has_reported:
+                has_reported = True
+                self._report(WaitingForSidecars(grace_s))
             time.sleep(_POLL_EVERY_S)
             running = self._running()
         for sidecar in self._asked.values():

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from lightning_ckptless.membership.events import Report, StandbysExited
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.rendezvous.regrouping import Regrouping
 from lightning_ckptless.protocol.messages import AssignRank, StandbyReady
@@ -31,14 +32,14 @@ class Standbys:
         count: how many to keep ready.
         start: starts one.
         folder: for their output until they have a rank.
-        say: shows a message to the user.
+        report: receives events.
     """
 
-    def __init__(self, count: int, start: Start, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, count: int, start: Start, folder: Path, report: Report) -> None:
         self._count = count
         self._start = start
         self._folder = folder
-        self._say = say
+        self._report = report
         self._waiting: list[Process] = []
         self._dying: list[Process] = []
         self._coming: dict[int, tuple[Process, Path]] = {}
@@ -87,10 +88,7 @@ class Standbys:
         self._failures += 1
         if self._failures == _TRIES:
             said = output.read_bytes()[-_LAST_WORDS_BYTES:].decode(errors="replace").strip()
-            self._say(
-                f"{_TRIES} standbys exited before they were ready; continuing without standbys. "
-                f"Output of the last one:\n{said}"
-            )
+            self._report(StandbysExited(_TRIES, said))
 
     def take(self) -> Process | None:
         """Take a standby that waits for a rank; None where there is none."""

@@ -15,10 +15,10 @@ ready, and whenever it is lost, workers are forked from the first one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 from lightning_ckptless.errors import LaunchError
+from lightning_ckptless.membership.events import ImportsLearned, ImportsNotLearned, Report
 from lightning_ckptless.membership.forkserver.client import ForkServer, Successor
 from lightning_ckptless.membership.forkserver.learning import ImportRequest
 from lightning_ckptless.protocol.newcomer import Imports
@@ -34,17 +34,15 @@ class Succession:
     """The succession of one agent's fork server.
 
     Args:
-        record: receives events.
-        say: shows a message to the user.
+        report: receives events.
 
     Attributes:
         state: how far it is.
     """
 
-    def __init__(self, record: Callable[..., None], say: Callable[[str], None]) -> None:
+    def __init__(self, report: Report) -> None:
         self.state = Imports.WAITING
-        self._record = record
-        self._say = say
+        self._report = report
         self._request: ImportRequest | None = None
         self._successor: Successor | None = None
         self._tries = 0
@@ -117,14 +115,7 @@ class Succession:
     def _take_over(self, modules: int, took_s: float, left_out: dict[str, str]) -> None:
         assert self._successor is not None
         self.state = Imports.READY
-        self._record(
-            "imports_learned",
-            modules=modules,
-            left_out=left_out,
-            tries=self._tries,
-            took_s=round(took_s, 3),
-            pid=self._successor.pid,
-        )
+        self._report(ImportsLearned(modules, left_out, self._tries, round(took_s, 3), self._successor.pid))
 
     def _lose(self) -> None:
         self._losses += 1
@@ -136,8 +127,7 @@ class Succession:
     def _give_up(self, reason: str) -> None:
         self.close()
         self.state = Imports.GIVEN_UP
-        self._record("imports_not_learned", reason=reason, tries=self._tries)
-        self._say(f"new processes import the script's modules themselves, nothing is preloaded for them: {reason}")
+        self._report(ImportsNotLearned(reason, self._tries))
 
 
 def _named(modules: dict[str, str]) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from lightning_ckptless.console import CONSOLE
 from lightning_ckptless.errors import LaunchError, OptionsError
 from lightning_ckptless.internals import torch_names
 from lightning_ckptless.membership.agent.signals import AskedToEnd, raising_on_signals
+from lightning_ckptless.membership.events import Announcement, EventSink
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.command_line import parse_command_line, split_run_arguments
 from lightning_ckptless.membership.launch.config import DEFAULT_PRELOAD, LaunchConfig, Outcome, usual_modules
@@ -32,7 +32,7 @@ def run(config: LaunchConfig, *, parent: ForkServer | None = None, record: Calla
     Args:
         config: what to run.
         parent: a fork server that outlives the run; None to start one for the run.
-        record: receives events as `record(event, **fields)`: workers_spawned, fault, relaunch.
+        record: receives events as `record(event, **fields)`, see `events.py`.
 
     Raises:
         LaunchError: the workers cannot be started, or the rendezvous of the nodes fails.
@@ -44,7 +44,7 @@ def run(config: LaunchConfig, *, parent: ForkServer | None = None, record: Calla
         torch_names.require(torch_names.AGENT)
         from lightning_ckptless.membership.launch.node import run_node  # noqa: PLC0415
 
-        return run_node(config, forker, record)
+        return run_node(config, forker, EventSink(record))
 
 
 def make_parent(config: LaunchConfig) -> ForkServer:
@@ -75,7 +75,7 @@ def main(
     # The fork server starts before torch is imported here, so that both import at the same time.
     given = split_run_arguments(argv)
     modules = () if "--no-preload" in given.options else usual_modules(given.script)
-    flags, last_words = parse_command_line(sys.orig_argv).flags, ""
+    flags, last_words, events = parse_command_line(sys.orig_argv).flags, "", EventSink(_no_record)
     try:
         with raising_on_signals(), ForkServer(modules, flags=flags) as parent:
             from lightning_ckptless.membership.launch.torchrun import config_from_torchrun_args  # noqa: PLC0415
@@ -97,8 +97,8 @@ def main(
         last_words = "; ".join(filter(None, [f"{request}; all workers have exited", last_words]))
         exit_code = 128 + request.number
     except (LaunchError, OptionsError) as error:
-        CONSOLE.say(str(error))
+        events.report(Announcement(str(error)))
         exit_code = _CANNOT_START_EXIT_CODE
     if last_words:
-        CONSOLE.say(last_words)
+        events.report(Announcement(last_words))
     return exit_code

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,22 @@ from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, Rend
 
 from lightning_ckptless import environment
 from lightning_ckptless.configuration.variables import variables_of
-from lightning_ckptless.console import CONSOLE
 from lightning_ckptless.errors import LaunchError, UnfitNodeError
-from lightning_ckptless.membership.agent.agent import CkptlessAgent, Node
-from lightning_ckptless.membership.agent.logs import log_files
-from lightning_ckptless.membership.agent.partition_guard import PartitionGuardAgent
+from lightning_ckptless.membership.agent.agent import NodeAgent
+from lightning_ckptless.membership.agent.assembly import assemble
+from lightning_ckptless.membership.agent.clock import Clock
+from lightning_ckptless.membership.agent.elastic_agent import CkptlessAgent
+from lightning_ckptless.membership.agent.held_memory import HeldMemory
+from lightning_ckptless.membership.agent.logs import LogFiles, log_files
+from lightning_ckptless.membership.agent.scratch import ScratchFolder
+from lightning_ckptless.membership.agent.settings import NodeRun, NodeSettings
 from lightning_ckptless.membership.agent.signals import AskedToEnd
+from lightning_ckptless.membership.events import Announcement, EventSink, RendezvousLost
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome
 from lightning_ckptless.membership.rendezvous.failover import RendezvousFailover
 from lightning_ckptless.membership.rendezvous.handlers import one_machine, several_machines
+from lightning_ckptless.protocol.node_liveness import Bound
 from lightning_ckptless.protocol.rendezvous_failover import MeetingPlace
 
 # A replacement machine may take long to boot. A lost node is detected after 6 s; a busy one does not count as lost.
@@ -54,82 +60,110 @@ class _RendezvousLostError(Exception):
     """The node that hosts the rendezvous is lost."""
 
 
-def run_node(config: LaunchConfig, parent: ForkServer, record: Callable[..., None]) -> Outcome:
-    """Run this node's workers to their end; see `launch.run`."""
-    endpoints = config.endpoints
-    failover = RendezvousFailover(endpoints, config.local_addr) if len(endpoints) > 1 else None
-    place, agents = failover.next() if failover is not None else None, list[CkptlessAgent]()
-    try:
-        while True:
-            try:
-                _run_at(config, place, parent, record, agents)
-                break
-            except _RendezvousLostError as error:
-                assert failover is not None and place is not None
-                place = failover.next(lost=place)
-                record("rendezvous_lost", cause=str(error), next=place.endpoint, reason=place.reason)
-                CONSOLE.say(f"the rendezvous is lost; re-rendezvousing at {place.reason}")
-            except UnfitNodeError as error:
-                # The run may continue without this node: the rendezvous stays open for a replacement.
-                CONSOLE.say(str(error))
-                agents[-1].exit_code = 1
-                break
-    finally:
-        for agent in agents[-1:]:
-            agent.release_memory()
-    last = agents[-1]
-    in_place = sum(agent.recoveries_in_place for agent in agents)
-    relaunches = sum(agent.relaunches for agent in agents)
-    return Outcome(last.exit_code, relaunches, tuple(last.faults), in_place, last.has_given_up)
-
-
-def _run_at(
-    config: LaunchConfig,
-    place: MeetingPlace | None,
-    parent: ForkServer,
-    record: Callable[..., None],
-    agents: list[CkptlessAgent],
-) -> None:
-    """Run the workers for as long as the nodes can meet at one rendezvous endpoint.
+class _Runner:
+    """Runs one node's workers with one agent after another.
 
     Args:
         config: what to run.
-        place: the endpoint; None where there is only one.
         parent: fork server of the workers.
-        record: receives events.
-        agents: previous agents of this node; the new one is appended.
+        events: receives what happens.
     """
-    with _rendezvous(config, place) as handler, log_files(config) as logs:
-        spec = WorkerSpec(
-            role=config.role,
-            local_world_size=config.nproc,
-            entrypoint=config.program.target,
-            rdzv_handler=handler,
-            # Restarts are not counted by torch elastic: protocol/retry_policy.py decides.
-            max_restarts=_ANY_NUMBER,
-            monitor_interval=_MONITOR_INTERVAL_S,
-            local_addr=config.local_addr,
-        )
-        agent = PartitionGuardAgent(spec, _node(config), parent, logs, record, after=agents[-1] if agents else None)
-        agents.append(agent)
+
+    def __init__(self, config: LaunchConfig, parent: ForkServer, events: EventSink) -> None:
+        self.run = NodeRun()
+        self._config = config
+        self._settings = _settings(config)
+        self._parent = parent
+        self._events = events
+        self._memory = HeldMemory(self._settings.name, events.report)
+
+    def run_to_end(self) -> None:
+        """Run the workers to their end, at one rendezvous endpoint after another."""
+        endpoints = self._config.endpoints
+        failover = RendezvousFailover(endpoints, self._config.local_addr) if len(endpoints) > 1 else None
+        place = failover.next() if failover is not None else None
         try:
-            agent.run()
-        except RendezvousClosedError as error:
-            if not agent.faults:
-                raise LaunchError(f"run {config.run_id!r} was ended by another node") from error
-        except (RendezvousError, DistError) as error:
-            if place is not None and not place.hosts and agent.has_started:
-                raise _RendezvousLostError(agent.partition_reason or f"{type(error).__name__}: {error}") from error
-            if agent.partition_reason:
-                raise LaunchError(_partitioned(config, agent.partition_reason)) from error
-            raise LaunchError(_no_meeting(config, error)) from error
+            while True:
+                try:
+                    self._run_at(place)
+                except _RendezvousLostError as error:
+                    assert failover is not None and place is not None
+                    place = failover.next(lost=place)
+                    self._events.report(RendezvousLost(str(error), place.endpoint, place.reason))
+                else:
+                    return
+        except UnfitNodeError as error:
+            # The run may continue without this node: the rendezvous stays open for a replacement.
+            self._events.report(Announcement(str(error)))
+            self.run.exit_code = 1
         finally:
-            agent.close()
+            self._memory.close()
+
+    def _run_at(self, place: MeetingPlace | None) -> None:
+        """Run the workers for as long as the nodes can meet at one rendezvous endpoint.
+
+        Args:
+            place: the endpoint; None where there is only one.
+        """
+        config, run = self._config, self.run
+        run.exit_code, run.has_given_up = 0, False
+        with (
+            _rendezvous(config, place) as handler,
+            log_files(config) as logs,
+            ScratchFolder("agent") as scratch,
+        ):
+            agent = self._make_agent(scratch.path, logs, _bound(handler))
+            elastic = CkptlessAgent(_spec(config, handler), logs, agent, self._settings.stop_grace_s)
+            try:
+                elastic.run()
+            except RendezvousClosedError as error:
+                if not run.faults:
+                    raise LaunchError(f"run {config.run_id!r} was ended by another node") from error
+            except (RendezvousError, DistError) as error:
+                if place is not None and not place.hosts and agent.has_started:
+                    agent.note_lost_rendezvous()
+                    raise _RendezvousLostError(agent.partition_reason or f"{type(error).__name__}: {error}") from error
+                if agent.partition_reason:
+                    raise LaunchError(_partitioned(config, agent.partition_reason)) from error
+                raise LaunchError(_no_meeting(config, error)) from error
+            finally:
+                agent.close()
+
+    def _make_agent(self, folder: Path, logs: LogFiles, bound: Bound) -> NodeAgent:
+        settings, run, report, clock = self._settings, self.run, self._events.report, Clock()
+        parts = assemble(settings, run, self._parent, folder, logs, self._memory, bound, report, clock)
+        return NodeAgent(settings, run, parts, self._events, clock)
 
 
-def _node(config: LaunchConfig) -> Node:
+def run_node(config: LaunchConfig, parent: ForkServer, events: EventSink) -> Outcome:
+    """Run this node's workers to their end; see `launch.run`."""
+    runner = _Runner(config, parent, events)
+    runner.run_to_end()
+    run = runner.run
+    return Outcome(run.exit_code, run.relaunches, tuple(run.faults), run.recoveries_in_place, run.has_given_up)
+
+
+def _spec(config: LaunchConfig, handler: RendezvousHandler) -> WorkerSpec:
+    return WorkerSpec(
+        role=config.role,
+        local_world_size=config.nproc,
+        entrypoint=config.program.target,
+        rdzv_handler=handler,
+        # Restarts are not counted by torch elastic: protocol/retry_policy.py decides.
+        max_restarts=_ANY_NUMBER,
+        monitor_interval=_MONITOR_INTERVAL_S,
+        local_addr=config.local_addr,
+    )
+
+
+def _bound(handler: Any) -> Bound:
+    settings = handler.settings
+    return Bound(settings.keep_alive_interval.total_seconds(), settings.keep_alive_max_attempt)
+
+
+def _settings(config: LaunchConfig) -> NodeSettings:
     host = re.sub(r"[^A-Za-z0-9.]+", "-", socket.gethostname())
-    return Node(
+    return NodeSettings(
         name=config.node_name or f"{host}-{os.getpid()}",
         program=config.program,
         env=_base_env(config),

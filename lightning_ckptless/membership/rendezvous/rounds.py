@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from string import Template
-from typing import Any
+from typing import Any, Self
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import Worker, WorkerGroup
@@ -15,26 +17,77 @@ _TIMEOUT_S = 60.0
 _ROUNDS_KEY = "ckptless/rounds"
 
 
-def worker_store(worker_group: WorkerGroup) -> TCPStore:
-    """Connect to the store that the workers of a round meet in."""
-    group: Any = worker_group  # torch declares its fields as None, which they are before the first rendezvous
-    return TCPStore(group.master_addr, group.master_port, is_master=False, timeout=timedelta(seconds=_TIMEOUT_S))
-
-
-def number_generations(worker_group: WorkerGroup, store: TCPStore) -> None:
-    """Let generation numbers grow over the rounds, each of which has a new store."""
-    group: Any = worker_group
-    skip_generations(store, group.store.underlying_store.add(_ROUNDS_KEY, 1) - 1)
-
-
-def variables_of(worker_group: WorkerGroup, worker: Worker, *, restarts: int) -> dict[str, str]:
-    """Return the environment variables that torch elastic sets for a worker, named as torchrun names them.
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round of the rendezvous, as the nodes have met.
 
     Args:
-        worker_group: all workers of this node.
-        worker: one of them.
-        restarts: how many were used.
+        node: number of this node.
+        nodes: how many there are.
+        world_size: number of ranks on all nodes.
+        ranks: of this node's workers, by local rank.
+        store: of the agents, for this round.
+        master: address of the store in which the workers meet.
+        variables: environment variables that torch elastic sets for each local rank, except the count of restarts.
+        role: name of the workers' role.
+        run_id: id of the run.
+        uses_agent_store: whether the agent of node 0 listens for the workers' store.
     """
+
+    node: int
+    nodes: int
+    world_size: int
+    ranks: Mapping[int, int]
+    store: Any
+    master: tuple[str, int]
+    variables: Mapping[int, Mapping[str, str]]
+    role: str
+    run_id: str
+    uses_agent_store: bool
+
+    @classmethod
+    def of(cls, worker_group: WorkerGroup) -> Self:
+        """Return the round that torch elastic has met in."""
+        group: Any = worker_group  # torch declares its fields as None, which they are before the first rendezvous
+        handler = group.spec.rdzv_handler
+        return cls(
+            node=int(group.group_rank),
+            nodes=int(group.group_world_size),
+            world_size=group.workers[0].world_size,
+            ranks={worker.local_rank: worker.global_rank for worker in group.workers},
+            store=group.store,
+            master=(group.master_addr, group.master_port),
+            variables={worker.local_rank: _variables_of(worker_group, worker) for worker in group.workers},
+            role=group.spec.role,
+            run_id=handler.get_run_id(),
+            uses_agent_store=handler.use_agent_store,
+        )
+
+    def connect_worker_store(self) -> TCPStore:
+        """Connect to the store that the workers of the round meet in."""
+        store = TCPStore(*self.master, is_master=False, timeout=timedelta(seconds=_TIMEOUT_S))
+        if self.node == 0 and self.uses_agent_store:
+            # Generation numbers grow over the rounds, each of which has a new store.
+            skip_generations(store, self.store.underlying_store.add(_ROUNDS_KEY, 1) - 1)
+        return store
+
+    def line_prefixes(self, template: str | None) -> dict[int, str] | None:
+        """Return the prefix of each line of a worker's output, by local rank.
+
+        Args:
+            template: with `${role_name}`, `${rank}` and `${local_rank}`; None for torch's own.
+        """
+        if template is None:
+            return None
+        text = Template(template)
+        return {
+            local_rank: text.safe_substitute(role_name=self.role, rank=rank, local_rank=local_rank)
+            for local_rank, rank in self.ranks.items()
+        }
+
+
+def _variables_of(worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
+    """Return the environment variables of a worker, named as torchrun names them."""
     spec = worker_group.spec
     return {
         "LOCAL_RANK": str(worker.local_rank),
@@ -48,24 +101,7 @@ def variables_of(worker_group: WorkerGroup, worker: Worker, *, restarts: int) ->
         "ROLE_WORLD_SIZE": str(worker.role_world_size),
         "MASTER_ADDR": str(worker_group.master_addr),
         "MASTER_PORT": str(worker_group.master_port),
-        "TORCHELASTIC_RESTART_COUNT": str(restarts),
         "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
         "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
         "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),
-    }
-
-
-def line_prefixes(worker_group: WorkerGroup, template: str | None) -> dict[int, str] | None:
-    """Return the prefix of each line of a worker's output, by local rank.
-
-    Args:
-        worker_group: all workers of this node.
-        template: with `${role_name}`, `${rank}` and `${local_rank}`; None for torch's own.
-    """
-    if template is None:
-        return None
-    text, role = Template(template), worker_group.spec.role
-    return {
-        worker.local_rank: text.safe_substitute(role_name=role, rank=worker.global_rank, local_rank=worker.local_rank)
-        for worker in worker_group.workers
     }

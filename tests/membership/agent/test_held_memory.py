@@ -7,13 +7,13 @@ import select
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lightning_ckptless.errors import ArenaError
 from lightning_ckptless.membership.agent.held_memory import HeldMemory, request_memory
 from lightning_ckptless.membership.channel.agent_channel import AgentChannel, FromWorker
+from lightning_ckptless.membership.events import Event, MemoryHolderChosen
 from lightning_ckptless.system.memory_files import is_memory_file
 
 
@@ -22,9 +22,8 @@ class Agent:
 
     def __init__(self) -> None:
         self.channel, self.worker = AgentChannel.pair()
-        self.events: list[tuple[str, dict[str, Any]]] = []
-        self.said: list[str] = []
-        self.memory = HeldMemory("node0", lambda event, **fields: self.events.append((event, fields)), self.said.append)
+        self.events: list[Event] = []
+        self.memory = HeldMemory("node0", self.events.append)
 
     def serve(self, *paths: Path) -> None:
         """Let the worker request files, and answer it."""
@@ -55,8 +54,8 @@ def test_requested_memory_is_held_and_announced_once(agent: Agent, tmp_path: Pat
     agent.serve(*paths[:2])
     agent.serve(paths[2])
     assert all(is_memory_file(path) for path in paths)
-    assert agent.said == ["too small"]
-    assert agent.events == [("memory_held", {"node": "node0", "pid": os.getpid(), "reason": "too small"})]
+    assert agent.events == [MemoryHolderChosen("node0", os.getpid(), "too small")]
+    assert agent.events[0].sentence == "too small"
     agent.memory.close()
     assert agent.held() == 0 and not any(is_memory_file(path) for path in paths)
 
@@ -73,7 +72,7 @@ def test_memory_is_released_when_its_link_is_removed(agent: Agent, tmp_path: Pat
 def test_memory_that_cannot_be_created_is_refused_with_the_reason(agent: Agent, tmp_path: Path) -> None:
     with pytest.raises(ArenaError, match=r"the agent cannot hold 1 slots in anonymous memory: .*No such file"):
         agent.serve(tmp_path / "missing" / "slot")
-    assert agent.held() == 0 and not agent.said
+    assert agent.held() == 0 and not agent.events
 
 
 def test_a_worker_does_not_wait_for_an_agent_that_has_exited(agent: Agent, tmp_path: Path) -> None:

@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from lightning_ckptless.membership.agent.clock import Clock
+from lightning_ckptless.membership.agent.in_place import InPlaceRecovery, WorkerControl
+from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.config import LaunchConfig
 from lightning_ckptless.membership.launch.launch import run
+from lightning_ckptless.membership.rendezvous.regrouping import Regroupings
+from lightning_ckptless.protocol.messages import Message, Regroup
 from tests.membership.conftest import script
 
 # Rank 0 kills itself once all ranks have entered the loop; the others answer the agent's messages.
@@ -122,3 +128,26 @@ def test_a_rank_that_cannot_create_a_group_is_replaced(
         (0, ""),
         (1, "did not create a process group within 1.0 s of the other ranks"),
     ]
+
+
+def test_a_meeting_with_joining_nodes_does_not_replace_that_of_a_later_fault() -> None:
+    class Workers(WorkerControl):
+        running_ranks = (0, 1)
+
+        def send_to(self, rank: int, message: Message) -> None:
+            assert isinstance(message, Regroup)
+            sent.append((rank, message.number))
+
+    sent: list[tuple[int, int]] = []
+    fault = FaultReport(None, None, None, None, 1.0, 1.0, 1.0, 1, 4)
+    clock = Clock(lambda: 0.0, lambda: 0.0)
+    in_place = InPlaceRecovery(
+        in_place=None, standbys=None, preload_imports=None, folder=Path(), outputs=Path(), report=print, clock=clock
+    )
+    workers, store = Workers(), HashStore()
+    in_place.begin_round(Regroupings(store, 2, 5), lambda _: pytest.fail("no standby"), env_of=lambda _: {})
+    Regroupings(store, 2, 5).open(fault)
+    in_place.follow(workers)
+    in_place.regroup(workers, 5, fault)
+    assert sent == [(0, 6), (1, 6)]
+    assert in_place.number == 6

@@ -38,7 +38,7 @@ def join(store: PrefixStore) -> Join:
     """Makes what the agent of a node sees; of two nodes with two ranks each."""
 
     def make(node: int, peers: tuple[int, ...] = (0, 1)) -> Positions:
-        return Positions(store, node, peers, {0: 2 * node, 1: 2 * node + 1})
+        return Positions(store, node, peers, {0: 2 * node, 1: 2 * node + 1}, print)
 
     return make
 
@@ -52,7 +52,7 @@ def test_nodes_have_ended_when_the_last_one_has(join: Join) -> None:
 
 
 def test_a_node_that_trains_alone_asks_no_other() -> None:
-    alone = Positions(None, 3, (3,), {0: 5})  # type: ignore[arg-type]
+    alone = Positions(None, 3, (3,), {0: 5}, print)  # type: ignore[arg-type]
     assert alone.have_all_ended(0, {5: END})
     assert alone.settle("why") == "why"
     assert alone.all_know()
@@ -147,7 +147,7 @@ class LostStore:
 
 def test_a_lost_store_delays_no_agent_and_is_not_asked_again() -> None:
     store = LostStore()
-    first = Positions(store, 0, (0, 1), {0: 0})  # type: ignore[arg-type]
+    first = Positions(store, 0, (0, 1), {0: 0}, print)  # type: ignore[arg-type]
     assert not first.have_all_ended(0, {0: END}), "the rendezvous detects whether the other nodes have ended"
     assert first.first_ended(0) == {}
     assert first.exchange({0: AHEAD}, now=100.0) == {}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from lightning_ckptless.membership.channel.agent_channel import FromWorker
+from lightning_ckptless.membership.events import Event, SidecarLost
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.forkserver.sidecar import SidecarLauncher, Sidecars
 from lightning_ckptless.protocol.messages import StartSidecar
@@ -44,13 +45,12 @@ class Node:
 
     def __init__(self, parent: ForkServer, folder: Path, *, fresh: bool = False) -> None:
         self.folder = folder
-        self.events: list[tuple[str, dict[str, Any]]] = []
-        self.said: list[str] = []
+        self.events: list[Event] = []
         where = SidecarLauncher(lambda: parent, dict(os.environ), str(folder), (), fresh)
-        self.sidecars = Sidecars(where, self._record, self.said.append, pause_s=0.05)
+        self.sidecars = Sidecars(where, self.events.append, pause_s=0.05)
 
-    def _record(self, event: str, **fields: Any) -> None:
-        self.events.append((event, fields))
+    def details(self, name: str) -> list[Any]:
+        return [event.details()[name] for event in self.events]
 
     def ask(self, what: str) -> None:
         self.sidecars.maintain([FromWorker(0, StartSidecar("beside", what))])
@@ -115,19 +115,19 @@ def test_a_lost_sidecar_is_restarted(node: Node) -> None:
     node.ready("orderly")
     os.kill(node.seen("orderly")[0], signal.SIGKILL)
     node.until(lambda: len(node.seen("orderly")) == 2)
-    assert node.events == [("sidecar_lost", {"module": "beside", "exit_code": -9, "again_after_s": 0.05})]
+    assert node.events == [SidecarLost("beside", -9, 0.05)]
 
 
 def test_a_failing_sidecar_is_restarted_after_growing_pauses(node: Node) -> None:
     node.ask("fails")
     node.until(lambda: len(node.events) == 2)
-    assert [fields["again_after_s"] for _, fields in node.events] == [0.05, 0.1]
-    assert {fields["exit_code"] for _, fields in node.events} == {3}
+    assert node.details("again_after_s") == [0.05, 0.1]
+    assert set(node.details("exit_code")) == {3}
 
 
 def test_a_sidecar_that_cannot_be_started_does_not_fail_the_run(write: Write, tmp_path: Path) -> None:
     with ForkServer(("nowhere",)) as parent:
         node = Node(parent, tmp_path)
         node.ask("orderly")
-        assert [fields["exit_code"] for _, fields in node.events] == [None]
+        assert node.details("exit_code") == [None]
         node.sidecars.end(0.0)

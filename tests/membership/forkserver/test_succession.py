@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from lightning_ckptless.membership.events import Event
 from lightning_ckptless.membership.forkserver.client import ForkServer, ForkServerLostError, Successor
 from lightning_ckptless.membership.forkserver.imported import Imported, changed_variables, installed_modules
 from lightning_ckptless.membership.forkserver.learning import ImportRequest
@@ -22,13 +23,6 @@ from lightning_ckptless.protocol.newcomer import Imports
 from tests.membership.conftest import finish, run_forked, script, start, worker_env
 
 WAIT_S = 60.0
-
-
-class Events(list[tuple[str, dict[str, Any]]]):
-    """What was recorded."""
-
-    def __call__(self, event: str, **fields: Any) -> None:
-        self.append((event, fields))
 
 
 @pytest.fixture
@@ -44,13 +38,13 @@ def teach(write: Callable[..., Path], tmp_path: Path) -> Callable[..., ImportReq
 
 
 @pytest.fixture
-def succession(bare: ForkServer) -> Iterator[Callable[[ImportRequest], tuple[Succession, Events]]]:
+def succession(bare: ForkServer) -> Iterator[Callable[[ImportRequest], tuple[Succession, list[Event]]]]:
     """Follows a succession to its end."""
     made: list[Succession] = []
 
-    def follow(request: ImportRequest) -> tuple[Succession, Events]:
-        events = Events()
-        succession = Succession(events, lambda _: None)
+    def follow(request: ImportRequest) -> tuple[Succession, list[Event]]:
+        events: list[Event] = []
+        succession = Succession(events.append)
         made.append(succession)
         succession.learn(request)
         while succession.state in (Imports.WAITING, Imports.IMPORTING):
@@ -83,13 +77,13 @@ EFFECTS = {
 
 
 def test_modules_that_a_fork_could_not_share_are_left_out(
-    teach: Callable[..., ImportRequest], succession: Callable[[ImportRequest], tuple[Succession, Events]]
+    teach: Callable[..., ImportRequest], succession: Callable[[ImportRequest], tuple[Succession, list[Event]]]
 ) -> None:
     """All in one process, each recognized separately; modules that depend on one are left out with it."""
     texts = {f"unsafe{number}": text for number, text in enumerate(EFFECTS)}
     texts |= {"user": "try:\n    import unsafe2\nexcept ImportError:\n    unsafe2 = None\n", "safe": ""}
     followed, events = succession(teach(texts, {"HUB_HOME": "/elsewhere"}))
-    (event, fields) = events[-1]
+    event, fields = events[-1].name, events[-1].details()
     assert event == "imports_learned"
     expected = dict(zip(texts, EFFECTS.values(), strict=False))
     assert fields["left_out"] == {**expected, "user": "imports unsafe2"}
@@ -98,7 +92,7 @@ def test_modules_that_a_fork_could_not_share_are_left_out(
 
 def test_forks_have_the_modules_and_their_environment_changes(
     teach: Callable[..., ImportRequest],
-    succession: Callable[[ImportRequest], tuple[Succession, Events]],
+    succession: Callable[[ImportRequest], tuple[Succession, list[Event]]],
     write: Callable[..., Path],
     bare: ForkServer,
     tmp_path: Path,
@@ -125,25 +119,25 @@ def test_forks_have_the_modules_and_their_environment_changes(
 
 
 def test_a_module_that_is_found_elsewhere_is_left_out(
-    teach: Callable[..., ImportRequest], succession: Callable[[ImportRequest], tuple[Succession, Events]]
+    teach: Callable[..., ImportRequest], succession: Callable[[ImportRequest], tuple[Succession, list[Event]]]
 ) -> None:
     request = teach({"shadow": ""})
     request.imported.modules["shadow"] = "/elsewhere/site-packages/shadow.py"
     _, events = succession(request)
-    assert events[-1][1]["left_out"]["shadow"].startswith("is found in ")
+    assert events[-1].details()["left_out"]["shadow"].startswith("is found in ")
 
 
 def test_an_import_that_ends_the_process(
-    teach: Callable[..., ImportRequest], succession: Callable[[ImportRequest], tuple[Succession, Events]]
+    teach: Callable[..., ImportRequest], succession: Callable[[ImportRequest], tuple[Succession, list[Event]]]
 ) -> None:
     followed, events = succession(teach({"fatal": "import os; os._exit(1)"}))
     assert (followed.state, followed.successor) == (Imports.GIVEN_UP, None)
-    assert events[-1][0] == "imports_not_learned"
+    assert events[-1].name == "imports_not_learned"
 
 
 def test_after_the_loss_of_the_successor_the_first_fork_server_forks_until_there_is_another(
     teach: Callable[..., ImportRequest],
-    succession: Callable[[ImportRequest], tuple[Succession, Events]],
+    succession: Callable[[ImportRequest], tuple[Succession, list[Event]]],
     write: Callable[..., Path],
     bare: ForkServer,
     tmp_path: Path,

@@ -1,0 +1,78 @@
+"""The parts of a real agent: processes of a fork server, files in a folder, the kernel's reports.
+
+Apart from the agent, because the simulation of recovery assembles another one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_ckptless.membership.agent.agent import AgentParts
+from lightning_ckptless.membership.agent.clock import Clock
+from lightning_ckptless.membership.agent.fault_log import FaultLog
+from lightning_ckptless.membership.agent.hang_watch import HangWatch, LateExits
+from lightning_ckptless.membership.agent.held_memory import HeldMemory
+from lightning_ckptless.membership.agent.in_place import InPlaceRecovery
+from lightning_ckptless.membership.agent.logs import LogFiles
+from lightning_ckptless.membership.agent.partition_guard import PartitionGuard
+from lightning_ckptless.membership.agent.recovery import Recovery
+from lightning_ckptless.membership.agent.settings import NodeRun, NodeSettings
+from lightning_ckptless.membership.agent.starting import WorkerStarter
+from lightning_ckptless.membership.channel.worker_reports import ReportsInFolder
+from lightning_ckptless.membership.events import Report
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.forkserver.sidecar import SidecarLauncher, Sidecars
+from lightning_ckptless.protocol.node_liveness import Bound
+from lightning_ckptless.system.control_groups import OomKills
+
+
+def assemble(
+    settings: NodeSettings,
+    run: NodeRun,
+    parent: ForkServer,
+    folder: Path,
+    logs: LogFiles,
+    memory: HeldMemory,
+    bound: Bound,
+    report: Report,
+    clock: Clock,
+) -> AgentParts:
+    """Return the parts of an agent.
+
+    Args:
+        settings: of the node.
+        run: the run on this node.
+        parent: fork server of the workers; stays open.
+        folder: of the agent, in which workers leave their reports.
+        logs: where the workers' output goes.
+        memory: that is held for the workers; stays held.
+        bound: how much silence between nodes is tolerated.
+        report: receives events.
+        clock: of this node.
+    """
+    in_place = InPlaceRecovery(
+        in_place=settings.in_place,
+        standbys=settings.standbys,
+        preload_imports=settings.preload_imports,
+        folder=folder,
+        outputs=settings.newcomer_outputs or folder,
+        report=report,
+        clock=clock,
+    )
+    starter = WorkerStarter(settings, run, parent, folder, logs, lambda: in_place.learns_imports, report, clock)
+    faults = FaultLog(settings.name, run.faults, report, logs.why_full, clock)
+    reports, oom_kills = ReportsInFolder(folder), OomKills()
+    launcher = SidecarLauncher(
+        lambda: starter.parent, settings.env, settings.cwd, settings.program.flags, settings.fresh
+    )
+    return AgentParts(
+        starter=starter,
+        in_place=in_place,
+        faults=faults,
+        recovery=Recovery(settings, run, in_place, faults, reports, oom_kills.news, report, clock),
+        guard=PartitionGuard(settings.name, bound, faults, report, clock),
+        hangs=HangWatch(folder, report, clock),
+        late_exits=LateExits(folder, settings.exit_grace_s, clock),
+        memory=memory,
+        sidecars=Sidecars(launcher, report),
+    )
