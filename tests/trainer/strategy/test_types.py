@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ckptless.internals.lightning.strategy import DataParallelArguments
-from lightning_ckptless.lightning_pytorch import CkptlessModelParallelStrategy, CkptlessStrategy
+from lightning_ckptless.lightning_pytorch import CkptlessModelParallelStrategy
 from lightning_ckptless.options import CkptlessOptions
 
 REPOSITORY = Path(__file__).parents[3]
@@ -85,13 +85,6 @@ def test_correct_scripts_pass(complaints: dict[str, dict[int, str]]) -> None:
 @pytest.mark.parametrize("number", range(len(WRONG)), ids=list(WRONG))
 def test_a_wrong_line_is_named(number: int, complaints: dict[str, dict[int, str]]) -> None:
     assert re.search([*WRONG.values()][number], complaints["wrong.py"][number + 2])
-
-
-@pytest.mark.parametrize("strategy", [CkptlessStrategy, CkptlessModelParallelStrategy])
-def test_the_constructors_have_all_options(strategy: type[Any]) -> None:
-    parameters = inspect.signature(strategy).parameters
-    options = {field.name: field.default for field in fields(CkptlessOptions)}
-    assert {name: parameters[name].default for name in options} == options
 
 
 def test_the_arguments_of_lightning_are_known() -> None:
