@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -217,15 +218,15 @@ class SimulatedStarter(Starter):
         """Nothing is open."""
 
 
-class RoundStore(HashStore):
-    """The store of one round, for agents and workers.
+class RoundStore:
+    """The store of one round, for agents and workers, as far as they use it.
 
     Args:
         changed: called when an agent has written something.
     """
 
     def __init__(self, changed: Callable[[], None]) -> None:
-        super().__init__()
+        self._store = HashStore()
         self._changed = changed
 
     @property
@@ -233,22 +234,37 @@ class RoundStore(HashStore):
         """The store below the one that the agents of a round share."""
         return self
 
+    def get(self, key: str) -> bytes:
+        """Read a value."""
+        return bytes(self._store.get(key))
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all these keys have values."""
+        return bool(self._store.check(keys))
+
+    def wait(self, keys: list[str], _: timedelta) -> None:
+        """All agents have written before any waits."""
+        assert self.check(keys)
+
     def set(self, key: str, value: str) -> None:
         """Write a value."""
-        super().set(key, value)
+        self._store.set(key, value)
         self._changed()
 
     def compare_set(self, key: str, expected: str, desired: str) -> bytes:
         """Write a value in the place of an expected one."""
-        found: bytes = super().compare_set(key, expected, desired)
         self._changed()
-        return found
+        return bytes(self._store.compare_set(key, expected, desired))
 
     def add(self, key: str, amount: int) -> int:
         """Add to a number."""
         if amount:
             self._changed()
-        return int(super().add(key, amount))
+        return int(self._store.add(key, amount))
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """Read several values."""
+        return [self.get(key) for key in keys]
 
 
 @dataclass(frozen=True, slots=True)

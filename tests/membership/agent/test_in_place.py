@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.in_place import InPlaceRecovery, WorkerControl
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.launch.config import LaunchConfig
 from lightning_ckptless.membership.launch.launch import run
-from lightning_ckptless.membership.rendezvous.regrouping import Regroupings
+from lightning_ckptless.membership.rendezvous.regrouping import Regrouping, Regroupings
 from lightning_ckptless.protocol.messages import Message, Regroup
 from tests.membership.conftest import script
 
@@ -137,6 +138,12 @@ def test_a_meeting_with_joining_nodes_does_not_replace_that_of_a_later_fault() -
         def send_to(self, rank: int, message: Message) -> None:
             assert isinstance(message, Regroup)
             sent.append((rank, message.number))
+
+        def replace(self, rank: int, env: Mapping[str, str]) -> None:
+            raise NotImplementedError
+
+        def promote(self, rank: int, standby: Process, env: Mapping[str, str], regrouping: Regrouping) -> None:
+            raise NotImplementedError
 
     sent: list[tuple[int, int]] = []
     fault = FaultReport(None, None, None, None, 1.0, 1.0, 1.0, 1, 4)
