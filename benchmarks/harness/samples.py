@@ -1,8 +1,4 @@
-"""The samples that the ranks of a counted job trained on: read line by line, then counted per epoch.
-
-Apart from its only user, `benchmarks.elastic`, because it is pure and says what a finished, a replayed and a skipped
-step is.
-"""
+"""The samples that the ranks of a counted job trained on: read while the job runs, then counted per epoch."""
 
 from __future__ import annotations
 
