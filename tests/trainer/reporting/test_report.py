@@ -11,6 +11,7 @@ import pytest
 from lightning_ckptless.ledger import Ledger, read_ledger
 from lightning_ckptless.protocol.mirror_interval import Costs, plan_interval
 from lightning_ckptless.replica.mirror.mirror import MirrorStats
+from lightning_ckptless.trainer.reporting.rank_ledger import RankLedger
 from lightning_ckptless.trainer.reporting.report import RunReport
 from tests.trainer.tiny import tiny_trainer
 
@@ -18,7 +19,7 @@ from tests.trainer.tiny import tiny_trainer
 @pytest.mark.parametrize(("recoveries", "shown"), [(0, set[str]()), (1, {"goodput", "recoveries"})])
 def test_the_progress_bar_is_as_under_ddp_until_a_recovery(recoveries: int, shown: set[str], tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path)
-    report = RunReport(trainer, Ledger(tmp_path / "ledger.jsonl"), 1)
+    report = RunReport(trainer, RankLedger(Ledger(tmp_path / "ledger.jsonl"), lambda: 0, lambda: 1))
     report.resume({**report.state(), "recoveries": recoveries})
     report.taken(0.0, 0.0, cast("Any", SimpleNamespace(stats=MirrorStats())))
     report.step_done()
