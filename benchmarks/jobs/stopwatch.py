@@ -22,25 +22,25 @@ class Stopwatch:
         self.times: dict[str, list[float]] = {}
         self.mirror_cpu_s: float | None = None
         self.peak_arena_bytes = 0
-        engine.probes.append(self._probe)
+        engine.session.probes.append(self._probe)
 
     def attach(self) -> None:
         """Wrap what is not wrapped yet; a changed layout comes with a new mirror."""
         engine = self.engine
-        self._wrap(engine.boundaries, "commit", "commit")
+        self._wrap(engine.running.boundaries, "commit", "commit")
         self._wrap(engine, "at_batch_start", "stamp")
         self._wrap(engine, "before_optimizer_step", "wait")
-        if (mirror := engine.mirroring.mirror) is not None:
+        if (mirror := engine.running.mirroring.mirror) is not None:
             self._wrap(mirror, "submit", "submit", returned="stall_s")
 
     def take(self) -> dict[str, Any]:
         """Return all times since the last call, and the current sizes."""
         times, self.times = self.times, {}
-        mirror = self.engine.mirroring.mirror
+        mirror = self.engine.running.mirroring.mirror
         return times if mirror is None else {**times, **self._sizes(), "torn": mirror.stats.torn}
 
     def _sizes(self) -> dict[str, int]:
-        stats = self.engine.mirroring.mirror.stats
+        stats = self.engine.running.mirroring.mirror.stats
         rounds = max(1, stats.committed)
         return {
             "staged_bytes": stats.staged_bytes // rounds,
@@ -71,10 +71,10 @@ class Stopwatch:
 
     def _probe(self, moment: str, _version: Version) -> None:
         """Record the times of a round; runs in the mirror thread."""
-        if moment == "agree" and self.engine.mirroring.mirror.stats.committed < 3:
+        if moment == "agree" and self.engine.running.mirroring.mirror.stats.committed < 3:
             self.peak_arena_bytes = max(self.peak_arena_bytes, self._arena_bytes())
         if moment == "committed":
-            stats, cpu_s = self.engine.mirroring.mirror.stats, time.thread_time()
+            stats, cpu_s = self.engine.running.mirroring.mirror.stats, time.thread_time()
             if self.mirror_cpu_s is not None:
                 self._add("mirror_cpu_s", max(0.0, cpu_s - self.mirror_cpu_s))
             self.mirror_cpu_s = cpu_s
@@ -83,4 +83,4 @@ class Stopwatch:
 
     def _arena_bytes(self) -> int:
         """Return the bytes of shared memory used by the slots of all ranks of this node."""
-        return sum(path.stat().st_blocks * 512 for path in self.engine.arena.path.glob("shard-*"))
+        return sum(path.stat().st_blocks * 512 for path in self.engine.session.arena.path.glob("shard-*"))

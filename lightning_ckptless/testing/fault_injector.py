@@ -139,7 +139,8 @@ class Injection:
         rank = trainer.global_rank
         self._mine = tuple((i, fault) for i, fault in enumerate(self.faults) if fault.rank in (rank, "all"))
         engine = getattr(trainer.strategy, "engine", None)
-        folder = self._marker_dir or (None if engine is None else engine.run_folder / "faults")
+        session = None if engine is None else engine.session
+        folder = self._marker_dir or (None if session is None else session.run_folder / "faults")
         if folder is None:
             raise OptionsError(
                 f"FaultInjector with {type(trainer.strategy).__name__}: set marker_dir= to a folder that records over "
@@ -148,12 +149,12 @@ class Injection:
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         # Before the rendezvous, a process has no generation. Its process id serves as a unique number instead.
         no_generation = -os.getpid()
-        self._marks = FaultMarks(folder, lambda: (engine.generation or no_generation) if engine else restarts, rank)
-        if engine is not None:
-            self._record = lambda event, **fields: engine.ledger.record(
-                event, generation=engine.generation, rank=rank, **fields
+        self._marks = FaultMarks(folder, lambda: (session.generation or no_generation) if session else restarts, rank)
+        if session is not None:
+            self._record = lambda event, **fields: session.ledger.record(
+                event, generation=session.generation, rank=rank, **fields
             )
-            self._probes = engine.probes
+            self._probes = session.probes
             self._probes.append(self._probe)
 
     def close(self) -> None:

@@ -126,8 +126,8 @@ class Recorder:
         """Append a line; does nothing outside of `fit`."""
         if self._file is not None:
             where = {"epoch": trainer.current_epoch, "step": trainer.global_step, "at": time.time()}
-            engine = self._engine
-            who = {"fit": engine.fit_index if engine else 0, "generation": engine.generation if engine else 0}
+            session = self._engine.session if self._engine else None
+            who = {"fit": session.fit_index if session else 0, "generation": session.generation if session else 0}
             self._file.append({"kind": kind, **who, **where, **fields})
 
     def close(self) -> None:

@@ -83,10 +83,7 @@ class OneProcess(SingleDeviceStrategy):
         self.surroundings = Surroundings(trainer, lambda _: None)
         self.loops.after_setup_of_validation_data(self.surroundings.on_validation_data)
         if self.saved:
-            validation_done = self.saved["version"].validation_done
-            self.loops.fit.run = lambda: run_restored(
-                self.loops, validation_done=validation_done, restore=self.restore, settle=self.settle
-            )
+            self.loops.fit.run = lambda: run_restored(self.loops, self.restore)
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -108,7 +105,15 @@ class OneProcess(SingleDeviceStrategy):
             }
             raise Interruption
 
-    def restore(self) -> None:
+    def restore(self, start_hooks: Callable[[], None]) -> Version:
+        assert self.saved
+        self.fill()
+        start_hooks()
+        self.settle()
+        version: Version = self.saved["version"]
+        return version
+
+    def fill(self) -> None:
         assert self.saved
         restore_structure(self.trainer, unpack(self.saved["host_state"]))
         tensors = self.saved["tensors"]

@@ -12,21 +12,34 @@ class BegunStep:
 
     Args:
         arena: folder of the node's arena.
-        rank: this rank.
     """
 
-    def __init__(self, arena: Path, rank: int) -> None:
-        self._path = arena / f"begun-by-{rank:04d}"
-        self._last = -1
+    def __init__(self, arena: Path) -> None:
+        self._arena = arena
+        self._last = (-1, -1)
 
-    def stamp(self, step: int) -> None:
-        """Record that a step has begun; does nothing if it is already recorded."""
-        if step != self._last:
-            self._path.write_text(str(step))
-            self._last = step
+    def stamp(self, rank: int, step: int) -> None:
+        """Record that a step has begun; does nothing if it is already recorded.
+
+        Args:
+            rank: this rank, which a recovery may change.
+            step: the step.
+        """
+        if (rank, step) != self._last:
+            _path(self._arena, rank).write_text(str(step))
+            self._last = (rank, step)
 
 
 def step_in_flight(arena: Path, transport: Transport) -> int:
     """The last step that all ranks had begun when the last generation ended; 0 if nothing was stamped."""
     stamps = [path.read_text() for path in arena.glob("begun-by-*")]
     return min((int(s) for line in transport.gather(" ".join(stamps).encode()) for s in line.split()), default=0)
+
+
+def last_begun(arena: Path) -> int:
+    """The last step that any rank of this node has begun; 0 if nothing was stamped."""
+    return max((int(path.read_text() or 0) for path in arena.glob("begun-by-*")), default=0)
+
+
+def _path(arena: Path, rank: int) -> Path:
+    return arena / f"begun-by-{rank:04d}"

@@ -39,7 +39,7 @@ class VirtualRankLoader:
         self._fetched = 0
         with (
             trainer.strategy.as_virtual_rank(virtual_rank),
-            trainer.strategy.engine.data_hooks.as_made(),
+            trainer.strategy.engine.data.hooks.as_made(),
             self._own_rng(),
         ):
             self._loader = open_training_data(trainer)

@@ -30,8 +30,8 @@ from lightning_ckptless.replica.restore import fetch
 from lightning_ckptless.trainer.commit.mirroring import Mirroring
 from lightning_ckptless.trainer.data.position import at_the_beginning
 from lightning_ckptless.trainer.recovery.restoration import Restoration
-from lightning_ckptless.trainer.reporting.report import RunReport
 from lightning_ckptless.trainer.session.member_set import MemberSet
+from lightning_ckptless.trainer.session.session import Session
 from lightning_ckptless.trainer.state.layout_tensors import describe_state, make_room
 from lightning_ckptless.trainer.state.metric_merging import HostStateDict, clear, discard_computed, merge
 from lightning_ckptless.trainer.state.rng import apply_rng
@@ -92,16 +92,16 @@ class WorldChange(Restoration):
         discard_computed(self.state)
         self.host_states = {}
 
-    def resume(self, mirroring: Mirroring, report: RunReport, _: MemberSet) -> None:
+    def resume(self, session: Session, mirroring: Mirroring) -> None:
         """Mirror the version again with a layout for the current ranks, and continue from it. Collective."""
         assert self.index is not None
-        report.resume(self.host_state["report"])
+        session.report.resume(self.host_state["report"])
         mirroring.mirror_interval.begin(self.host_state["interval"])
         apply_rng(self.state["rng"])
         if self.change is not None:
-            tell_of_batch(mirroring.trainer, *self.change)
+            tell_of_batch(session.trainer, *self.change)
         mirroring.take_again(self.version)
-        report.world_changed(self.complete.snapshot.world_size, self.reason)
+        session.report.world_changed(self.complete.snapshot.world_size, self.reason)
 
 
 def take_over(

@@ -7,6 +7,10 @@ import sys
 from typing import NoReturn
 
 
+class CannotRecoverInPlaceError(Exception):
+    """Raised in a recovery that cannot continue in this process; its message is the reason, for the agent."""
+
+
 def leave_process() -> NoReturn:
     """Exit at once with status 1, after flushing stdout and stderr."""
     sys.stdout.flush()

@@ -5,44 +5,35 @@ Apart from `restoration`, because `elastic.world_change` makes restorations too 
 
 from __future__ import annotations
 
-from typing import Any
-
-from lightning_ckptless.options import ElasticBatch
 from lightning_ckptless.protocol.versions import Complete
 from lightning_ckptless.replica.restore import fetch, shared_layout
 from lightning_ckptless.trainer.commit.begun_step import step_in_flight
 from lightning_ckptless.trainer.data.virtual_ranks import VirtualRanks, obstacle_to_carrying
 from lightning_ckptless.trainer.elastic.world_change import take_over
+from lightning_ckptless.trainer.recovery.judgement import count_recovery
 from lightning_ckptless.trainer.recovery.restoration import Restoration, sum_over_ranks
-from lightning_ckptless.trainer.reporting.checkpoint_files import CheckpointFiles
-from lightning_ckptless.trainer.reporting.report import Moved, RunReport
-from lightning_ckptless.trainer.session.member_set import MemberSet
+from lightning_ckptless.trainer.reporting.report import Moved
+from lightning_ckptless.trainer.session.session import Session
 from lightning_ckptless.trainer.state.trust import host_state_of
 
 
-def fetch_version(
-    trainer: Any,
-    found: Complete,
-    members: MemberSet,
-    virtual_ranks: VirtualRanks,
-    batch: ElasticBatch,
-    report: RunReport,
-    files: CheckpointFiles,
-) -> Restoration:
+def fetch_version(session: Session, virtual_ranks: VirtualRanks, found: Complete) -> Restoration:
     """Fetch a version and roll the checkpoint files back to it. All ranks call it together.
 
+    Warns of log and checkpoint files that were lost since, so it has to be called before log files are truncated.
+
     Args:
-        trainer: trainer that will adopt the version.
+        session: session of this rank.
+        virtual_ranks: the virtual ranks that this rank runs; their number becomes that of the version.
         found: the version.
-        members: the member set.
-        virtual_ranks: the virtual ranks that this rank runs.
-        batch: how a step's batch is composed after a world change.
-        report: receives where the state came from.
-        files: checkpoint files, which are rolled back along with the run.
 
     Raises:
+        LaunchError: under a foreign agent: the limit on recoveries has been reached.
         WorldSizeError: another number of ranks wrote the version, and these ranks cannot continue from it.
     """
+    members, version = session.members, found.snapshot.version
+    if not session.identity.own_agent:
+        count_recovery(members, version, session.options)
     arena, transport = members.arena, members.transport
     layout = shared_layout(arena, transport, found.snapshot.layout)
     if found.snapshot.world_size == members.world_size:
@@ -50,13 +41,14 @@ def fetch_version(
         moved = sum_over_ranks(fetched, members)
         restoration = Restoration(found, layout, fetched.bulks, host_state_of(members.rank, fetched, members))
     else:
-        obstacle = obstacle_to_carrying(trainer)
+        obstacle, batch = obstacle_to_carrying(session.trainer), session.options.elastic_batch
         restoration, moved = take_over(found, layout, members, virtual_ranks.width, batch, obstacle), Moved(0, {})
     # Set before the state is restored: the dataloaders are set up first, and depend on it.
     virtual_ranks.count = restoration.host_state["virtual_ranks"]["count"]
-    report.fetched(found, moved, step_in_flight(arena.path, transport))
-    if trainer.is_global_zero:
-        files.roll_back(found.snapshot.version, generation=members.generation)
+    session.report.fetched(found, moved, step_in_flight(arena.path, transport))
+    if session.trainer.is_global_zero:
+        session.files.roll_back(version)
     else:
-        files.forget()
+        session.files.forget()
+    session.warn_of_lost_files(version, None if restoration.logs is None else restoration.logs["files"])
     return restoration

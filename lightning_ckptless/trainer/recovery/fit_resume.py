@@ -11,43 +11,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lightning_ckptless.internals.lightning.loops import FitLoops
+from lightning_ckptless.protocol.versions import Version
 
 
-def run_restored(
-    loops: FitLoops, *, validation_done: bool, restore: Callable[[], None], settle: Callable[[], None]
-) -> None:
-    """Run the fit loop from a restored state to its end.
+def run_restored(loops: FitLoops, restore: Callable[[Callable[[], None]], Version]) -> None:
+    """Run the fit loop of a new process from a restored version to its end.
 
     Args:
         loops: the loops of a trainer that is set up for `fit`.
-        validation_done: whether the restored state includes the validation phase after its step.
-        restore: restores tensors and host state.
-        settle: called after the hooks of a starting fit: restores the host state again, moves the data to its
-            position and sets the random number generators.
+        restore: called with a function that runs the hooks of a starting fit. Calls it once, restores the version, and
+            returns it.
     """
     fit = loops.fit
     fit.setup_data()
     fit.reset()
-    restore()
-    fit.on_run_start()
-    settle()
-    continue_fit(loops, validation_done=validation_done)
-
-
-def run_joined(loops: FitLoops, join: Callable[[], bool]) -> None:
-    """Run the fit loop of a replacement.
-
-    The hooks of a starting fit run in this process alone, without a process group: the survivors do not repeat them.
-
-    Args:
-        loops: the loops of a trainer that is set up for `fit`.
-        join: meets the survivors and restores the state; returns whether it includes the validation phase.
-    """
-    fit = loops.fit
-    fit.setup_data()
-    fit.reset()
-    fit.on_run_start()
-    continue_fit(loops, validation_done=join())
+    version = restore(fit.on_run_start)
+    continue_fit(loops, validation_done=version.validation_done)
 
 
 def continue_fit(loops: FitLoops, *, validation_done: bool) -> None:

@@ -16,44 +16,27 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable
-from dataclasses import astuple
 from typing import Any, NoReturn
 
 from lightning_ckptless import environment
-from lightning_ckptless.console import CONSOLE
 from lightning_ckptless.errors import CkptlessError, TransportError, UnevenStepsError, let_go
-from lightning_ckptless.internals.lightning import progress_bar
 from lightning_ckptless.internals.lightning.launch import is_stop
+from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.membership.channel.fault_report import FaultReport
-from lightning_ckptless.membership.forkserver.imported import take_imported
 from lightning_ckptless.membership.worker import hidden_output
 from lightning_ckptless.membership.worker.peer_errors import is_lost_peer
 from lightning_ckptless.membership.worker.placeholder_group import require_no_refusals
 from lightning_ckptless.membership.worker.watcher import Assignment, Watcher
-from lightning_ckptless.protocol.messages import (
-    CannotRecover,
-    CreatedGroup,
-    EnteredLoop,
-    LeftLoop,
-    ProgramImported,
-    Regrouped,
-    WaitingAtLoop,
-)
-from lightning_ckptless.protocol.newcomer import Arrival, Imports
+from lightning_ckptless.protocol.messages import CannotRecover, LeftLoop, WaitingAtLoop
 from lightning_ckptless.protocol.recovery import WorkerEvent, WorkerState, next_state
-from lightning_ckptless.protocol.versions import Complete, Version
-from lightning_ckptless.replica.restore import choose
-from lightning_ckptless.replica.transport import gather_json
-from lightning_ckptless.trainer.commit.mirroring import Mirroring
-from lightning_ckptless.trainer.commit.step_boundaries import StepBoundaries
-from lightning_ckptless.trainer.data.batch_log import BatchLog
-from lightning_ckptless.trainer.recovery.exits import leave_process
-from lightning_ckptless.trainer.recovery.fit_resume import continue_fit, run_joined
-from lightning_ckptless.trainer.recovery.restoration import Restoration
-from lightning_ckptless.trainer.session.engine import Engine
-from lightning_ckptless.trainer.session.member_set import form_member_set
+from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.trainer.recovery.announcements import announce_entry, announce_imports, arrival
+from lightning_ckptless.trainer.recovery.exits import CannotRecoverInPlaceError, leave_process
+from lightning_ckptless.trainer.recovery.fit_resume import continue_fit, run_restored
+from lightning_ckptless.trainer.recovery.regrouping import Regrouping
+from lightning_ckptless.trainer.reporting.step_progress import StepProgress
+from lightning_ckptless.trainer.session.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -67,28 +50,31 @@ class RecoveryLoop:
     """Runs the fit loop of one trainer through the faults of its peers.
 
     Args:
-        engine: engine of the trainer.
-        mirroring: captures the trainer's versions.
-        batches: batches in flight.
-        boundaries: the points at which versions are captured.
+        strategy: strategy of the trainer.
+        session: session of this rank.
+        loops: loops of the trainer.
+        progress: reports this rank's position in the step.
+        regrouping: meets the other ranks and restores a version.
+        watcher: listens to our agent; None under a foreign agent, or with a single rank.
     """
 
-    def __init__(self, engine: Engine, mirroring: Mirroring, batches: BatchLog, boundaries: StepBoundaries) -> None:
+    def __init__(
+        self,
+        strategy: Any,
+        session: Session,
+        loops: FitLoops,
+        progress: StepProgress,
+        regrouping: Regrouping,
+        watcher: Watcher | None,
+    ) -> None:
         self.state = WorkerState.OUTSIDE
-        self._engine = engine
-        self._strategy = engine.strategy
-        self._trainer = engine.trainer
-        self._loops = engine.loops
-        self._mirroring = mirroring
-        self._batches = batches
-        self._boundaries = boundaries
+        self._strategy = strategy
+        self._session = session
+        self._loops = loops
+        self._progress = progress
+        self._regrouping = regrouping
+        self._watcher = watcher
         self._has_trained = False
-        self._arrival: Arrival | None = None
-
-    @property
-    def _watcher(self) -> Watcher | None:
-        watcher: Watcher | None = self._strategy.watcher
-        return watcher
 
     # ------------------------------------------------------------------ entering
 
@@ -99,76 +85,30 @@ class RecoveryLoop:
             first: runs the loop, from its beginning or from a restored position.
         """
         self._move(WorkerEvent.ENTER)
-        self._say_entered()
-        self._say_imported()
+        if self._watcher is not None:
+            announce_entry(self._watcher, self._session.options, self._strategy)
+            announce_imports(self._watcher, self._session.options)
         self._has_trained = True
         self._run(first)
 
     def join_and_run(self) -> None:
         """Run the fit loop as the replacement of a lost rank."""
-        self._run(lambda: run_joined(self._loops, self._join))
+        self._run(lambda: run_restored(self._loops, self._join))
 
-    def _join(self) -> bool:
+    def _join(self, start_hooks: Callable[[], None]) -> Version:
+        # In this process alone, without a process group: the survivors do not repeat them.
+        start_hooks()
         # Cleared for good: after this `fit` the process is a regular member.
         require_no_refusals()
-        self._arrival = self._arrive()
+        self._regrouping.report_arrival(arrival())
         number, report = os.environ.pop(environment.REGROUPING), os.environ[environment.FAULT_REPORT]
         hidden_output.show()
-        self._say_entered()
         if self._watcher is not None:
+            announce_entry(self._watcher, self._session.options, self._strategy)
             self._watcher.send(WaitingAtLoop())
         fault = FaultReport.from_json(report)
         # The startup time of this process counts as regrouping, not as detection.
-        return self._restore_among_others(Assignment(int(number), fault, fault.stopped_at)).validation_done
-
-    @staticmethod
-    def _arrive() -> Arrival:
-        imported = take_imported()
-        spawned_at = float(os.environ.get(environment.SPAWNED_AT) or time.time())
-        modules = 0 if imported is None else len(imported.modules)
-        return Arrival(time.time() - spawned_at, modules, Imports(os.environ.get(environment.IMPORTS, Imports.OFF)))
-
-    def _take_arrival(self) -> tuple[Any, ...] | None:
-        """Startup figures of this process, for the first recovery that it takes part in."""
-        arrival, self._arrival = self._arrival, None
-        return None if arrival is None else astuple(arrival)
-
-    def _say_entered(self) -> None:
-        if self._watcher is not None:
-            options = self._engine.options
-            entered = EnteredLoop(
-                in_place=bool(options.in_place),
-                standbys=options.standbys,
-                preload_imports=bool(options.preload_imports),
-                hang_timeout_s=None if options.hang_timeout_s is None else float(options.hang_timeout_s),
-                max_recoveries_without_progress=options.max_recoveries_without_progress,
-                max_recoveries_per_hour=options.max_recoveries_per_hour,
-                obstacle=self._obstacle(),
-                bar=str(CONSOLE.bar),
-                fixed_world=self._strategy.obstacle_to_another_world(),
-            )
-            self._watcher.send(entered)
-
-    def _say_imported(self) -> None:
-        """Report to the agent what to import for new processes; one worker per node does so."""
-        if (
-            self._watcher is None
-            or os.environ.get("LOCAL_RANK", "0") != "0"
-            or not self._engine.options.preload_imports
-        ):
-            return
-        if (imported := take_imported()) is not None:
-            self._watcher.send(ProgramImported(imported.modules, imported.variables, imported.path))
-
-    def _obstacle(self) -> str | None:
-        """Why no new process could reach this point; None if one can."""
-        if obstacle := self._strategy.obstacle_of_calls:
-            return str(obstacle)
-        if obstacle := self._strategy.obstacle_in_place():
-            return str(obstacle)
-        if foreign := self._strategy.world.foreign_groups():
-            return f"the script has created {foreign} process groups of its own, which no new process could re-create"
-        return None
+        return self._restore_among_others(Assignment(int(number), fault, fault.stopped_at))
 
     # ------------------------------------------------------------------ running
 
@@ -187,7 +127,7 @@ class RecoveryLoop:
                 raise UnevenStepsError(self._failure)
             enter = self._recover(assignment)
         self._move(WorkerEvent.LEAVE)
-        self._engine.leave_loop()
+        self._progress.leave_loop()
         if self._watcher is not None:
             self._watcher.send(LeftLoop())
 
@@ -198,17 +138,17 @@ class RecoveryLoop:
             TransportError: a new generation is forming.
             UnevenStepsError: another rank has begun a further step.
         """
-        self._engine.leave_loop()
+        self._progress.leave_loop()
         may_leave = self._watcher is None or self._watcher.ask_to_leave(self._loops.at_end)
         if self._failure:
             raise UnevenStepsError(self._failure)
         if not may_leave:
             raise TransportError(
-                f"rank {self._engine.rank} was asked to join a new generation while it was leaving the training loop"
+                f"rank {self._session.rank} was asked to join a new generation while it was leaving the training loop"
             )
         # From here on only a relaunch can roll a rank back.
-        self._engine.loggers.flush()
-        self._engine.report.out_of_steps()
+        self._session.loggers.flush()
+        self._session.report.out_of_steps()
 
     @property
     def _failure(self) -> str:
@@ -221,7 +161,7 @@ class RecoveryLoop:
             return None
         if isinstance(error, CkptlessError) and not isinstance(error, TransportError):
             return None
-        log.debug("rank %d: asking the agent about %r", self._engine.rank, error)
+        log.debug("rank %d: asking the agent about %r", self._session.rank, error)
         return self._watcher.accept(LOST_PEER_WAIT_S if is_lost_peer(error) else ANY_ERROR_WAIT_S)
 
     def _recover(self, assignment: Assignment) -> Callable[[], None]:
@@ -237,6 +177,8 @@ class RecoveryLoop:
             self._move(WorkerEvent.ASSIGN)
             try:
                 return self._restore_once(assignment)
+            except CannotRecoverInPlaceError as error:
+                self._give_up(str(error))
             except Exception as error:
                 if not is_lost_peer(error):
                     raise
@@ -251,88 +193,12 @@ class RecoveryLoop:
             self._move(WorkerEvent.FAULT)
 
     def _restore_once(self, assignment: Assignment) -> Version:
-        engine, report = self._engine, self._engine.report
-        report.faulted(assignment)
-        engine.interrupt()
-        engine.adopt_rank(assignment.env)
-        self._mirroring.abandon()
-        if foreign := self._strategy.world.foreign_groups():
-            self._give_up(f"the script has created {foreign} process groups of its own, which cannot be re-created")
-        engine.probe_recovery("regroup")
-        self._strategy.world.leave()
-        if self._watcher is not None:
-            self._watcher.release()
-        self._strategy.rejoin(
-            assignment.number,
-            lambda: self._watcher is not None and self._watcher.is_over,
-            lambda: engine.probe_recovery("meet"),
-        )
-        assert engine.arena is not None
-        self._report_group(assignment, 1)
-        transport = engine.connect()
-        self._report_group(assignment, 2)
-        facts: list[Any] = [engine.identity.node, engine.has_moved, self._take_arrival()]
-        nodes, has_moved, arrivals = zip(*gather_json(transport, facts), strict=True)
-        generation, mesh = self._strategy.world.generation, self._strategy.mesh_sizes()
-        engine.members = form_member_set(
-            transport, engine.arena, nodes, engine.options, generation, record=engine.generation_record, mesh=mesh
-        )
-        self._strategy.world.renumber(engine.members.generation)
-        engine.loggers.identify_as_noted(engine.members)
+        meeting = self._regrouping.meet(assignment)
         self._move(WorkerEvent.MEET)
-        engine.restoring()
-        if self._watcher is not None:
-            self._watcher.send(Regrouped(assignment.number))
-        engine.durable.assign_writer(engine.members)
-        report.met(engine.members.generation, [Arrival(*arrival) for arrival in arrivals if arrival is not None])
-        found = choose(engine.arena, transport, nodes)
-        if not isinstance(found, Complete):
-            self._give_up(found.reason)
-        engine.restoring()
-        restoration = engine.fetch(found)
-        engine.restoring()
-        self._mirroring.join(engine.members)
-        engine.probe_recovery("restore")
-        self._put_back(restoration, moved=any(has_moved))
-        self._move(WorkerEvent.RESTORE)
-        return restoration.version
-
-    def _report_group(self, assignment: Assignment, created: int) -> None:
-        """Tell the agent how many groups this rank has created, so that it can name a rank that the others wait for."""
-        if self._watcher is not None:
-            self._watcher.send(CreatedGroup(assignment.number, created))
-
-    def _put_back(self, restoration: Restoration, *, moved: bool) -> None:
-        """Put a version into this rank's trainer, dataloaders and loggers.
-
-        Args:
-            restoration: the version.
-            moved: whether any process has changed its rank.
-        """
-        assert self._engine.members is not None
-        mirroring, version = self._mirroring, restoration.version
-        # After a change of ranks the local optimizer state belongs to the previous rank.
-        optimizers_hold = mirroring.optimizers_hold(version) and not moved
-        restoration.make_data(self._engine.data_hooks, self._strategy.alone)
-        restoration.fill(self._trainer, optimizers_hold=optimizers_hold, index=mirroring.index_of(restoration.layout))
-        self._mirroring.host_state.apply(restoration.state)
-        self._engine.check_files(restoration)
-        self._engine.loggers.restore(restoration.host_state["logs"])
-        virtual_ranks = self._engine.virtual_ranks
-        if moved:
-            self._engine.reopen_data()
-        elif virtual_ranks.opened_for != virtual_ranks.count:
-            self._engine.reopen_training_data()
-        restoration.open_virtual_ranks(virtual_ranks)
-        if moved or not self._batches.go_back_to(restoration.version):
-            self._loops.set_sampler_epochs()
-            restoration.move_data(self._loops)
-            self._batches.reset()
-        restoration.move_virtual_ranks(virtual_ranks)
-        self._boundaries.last = restoration.version
-        progress_bar.show_position(self._trainer, afresh=not self._has_trained)
+        version = self._regrouping.restore(assignment, meeting, survivor=self._has_trained)
         self._has_trained = True
-        restoration.resume(self._mirroring, self._engine.report, self._engine.members)
+        self._move(WorkerEvent.RESTORE)
+        return version
 
     def _give_up(self, reason: str) -> NoReturn:
         """Report the reason and end this process, so that the agent takes the next rung."""
@@ -343,19 +209,3 @@ class RecoveryLoop:
 
     def _move(self, event: WorkerEvent) -> None:
         self.state = next_state(self.state, event)
-
-
-def run_through_faults(engine: Engine, batches: BatchLog) -> None:
-    """Let a recovery loop run the fit loop of an engine's trainer.
-
-    Args:
-        engine: engine that is attached to its trainer.
-        batches: batches in flight.
-    """
-    assert engine.mirroring is not None and engine.boundaries is not None, "the engine is attached"
-    loop = RecoveryLoop(engine, engine.mirroring, batches, engine.boundaries)
-    engine.loops.before_end_of_run(loop.ask_to_leave)
-    if engine.members is None:
-        engine.loops.run_by(lambda _: loop.join_and_run())
-    else:
-        engine.loops.run_by(lambda run: loop.run(engine.entered_by(run)))

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.rereplicate import rereplicate
 from lightning_ckptless.replica.restore import Fetched
 from lightning_ckptless.trainer.commit.mirroring import Mirroring
-from lightning_ckptless.trainer.data.hooks import DataHooks
-from lightning_ckptless.trainer.data.position import move_data_to
-from lightning_ckptless.trainer.data.virtual_ranks import VirtualRanks
-from lightning_ckptless.trainer.reporting.report import Moved, RunReport
+from lightning_ckptless.trainer.reporting.loggers import Captured
+from lightning_ckptless.trainer.reporting.report import Moved
 from lightning_ckptless.trainer.session.member_set import MemberSet
+from lightning_ckptless.trainer.session.session import Session
 from lightning_ckptless.trainer.state.layout_tensors import fill_trainer
 from lightning_ckptless.trainer.state.parameter_groups import restore_groups
 from lightning_ckptless.trainer.state.rng import apply_rng
@@ -54,6 +50,12 @@ class Restoration:
         state: dict[str, Any] = self.host_state["state"]
         return state
 
+    @property
+    def logs(self) -> Captured | None:
+        """The state of the loggers; None for a rank that has logged nothing."""
+        logs: Captured | None = self.host_state["logs"]
+        return logs
+
     def fill(self, trainer: Any, *, optimizers_hold: bool = False, index: StateIndex | None = None) -> None:
         """Put the tensors into the trainer.
 
@@ -68,29 +70,14 @@ class Restoration:
             trainer, self.layout, self.bulks, rank=rank, optimizers_hold=optimizers_hold, index=index
         )
 
-    def make_data(self, hooks: DataHooks, alone: Callable[[], AbstractContextManager[None]]) -> None:
-        """Make the dataloaders of the version; their state is restored later."""
-        hooks.make_as(self.host_state["data_hooks"], alone)
-
-    def move_data(self, loops: FitLoops) -> None:
-        """Reopen the training data at the version's position."""
-        move_data_to(loops, self.state["data"])
-
-    def open_virtual_ranks(self, virtual_ranks: VirtualRanks) -> None:
-        """Set which virtual ranks this rank runs, before the training data is opened."""
-        virtual_ranks.open(self.host_state["virtual_ranks"])
-
-    def move_virtual_ranks(self, virtual_ranks: VirtualRanks) -> None:
-        """Move the additional virtual ranks to the version; the training data is set up."""
-        virtual_ranks.move_to(self.host_state["virtual_ranks"])
-
-    def resume(self, mirroring: Mirroring, report: RunReport, members: MemberSet) -> None:
+    def resume(self, session: Session, mirroring: Mirroring) -> None:
         """Resume mirroring, and rereplicate the version in the background. All ranks call it.
 
         The random number generators are restored last, because everything before may draw from them.
         """
         assert self.index is not None
         self.index.refresh()
+        report, members = session.report, session.members
 
         def protect() -> None:
             report.protected(

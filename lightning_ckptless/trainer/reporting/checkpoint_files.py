@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lightning_ckptless.ledger import Ledger, read_ledger
+from lightning_ckptless.ledger import read_ledger
 from lightning_ckptless.protocol.checkpoint_history import (
     BEGINNING,
     Action,
@@ -33,6 +33,7 @@ from lightning_ckptless.protocol.checkpoint_history import (
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.reporting.checkpoint_copies import Copies, is_whole
 from lightning_ckptless.trainer.reporting.lost_files import LostFile, lost_checkpoints, size_bytes
+from lightning_ckptless.trainer.reporting.rank_ledger import RankLedger
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class CheckpointFiles:
         lost: files that were missing or too short at the last rollback.
     """
 
-    def __init__(self, ledger: Ledger, fit: int, say: Callable[[str], None]) -> None:
+    def __init__(self, ledger: RankLedger, fit: int, say: Callable[[str], None]) -> None:
         self._ledger = ledger
         self._fit = fit
         self._say = say
@@ -64,28 +65,27 @@ class CheckpointFiles:
 
     # ------------------------------------------------------------------ while the trainer writes and removes files
 
-    def saving(self, path: str, after: Version | None, *, generation: int) -> None:
+    def saving(self, path: str, after: Version | None) -> None:
         """Record that a file is about to be written.
 
         Args:
             path: path as given by Lightning.
             after: the newest captured version; None before the first.
-            generation: generation of this rank.
         """
         if self._is_closed:
             # Between two fits the script rewrites its files itself.
             return
         path = absolute(path)
-        self._note(FileOperation(path, Action.SAVE, after or BEGINNING, _exists(path)), generation)
+        self._note(FileOperation(path, Action.SAVE, after or BEGINNING, _exists(path)))
         self._rewritten.add(path)
 
-    def written(self, path: str, *, generation: int) -> None:
+    def written(self, path: str) -> None:
         """Record that a file has been written."""
         path = absolute(path)
         if not self._is_closed and not is_remote(path) and (size := size_bytes(path)) is not None:
-            self._ledger.record("checkpoint", generation=generation, rank=0, **note_of_written(path, size, self._fit))
+            self._ledger.record("checkpoint", **note_of_written(path, size, self._fit))
 
-    def removing(self, path: str, after: Version | None, *, generation: int) -> bool:
+    def removing(self, path: str, after: Version | None) -> bool:
         """Called before a file is removed.
 
         Returns:
@@ -98,7 +98,7 @@ class CheckpointFiles:
         if path in self._of_later_fits and path not in self._rewritten:
             return True
         after = after or BEGINNING
-        self._note(FileOperation(path, Action.REMOVE, after, existed=True), generation)
+        self._note(FileOperation(path, Action.REMOVE, after, existed=True))
         copies = Copies(path, self._fit)
         if copies.is_held(after):
             return False
@@ -111,22 +111,21 @@ class CheckpointFiles:
         self._held.add((path, after))
         return True
 
-    def _note(self, operation: FileOperation, generation: int) -> None:
-        self._ledger.record("checkpoint", generation=generation, rank=0, **note_of(operation, self._fit))
+    def _note(self, operation: FileOperation) -> None:
+        self._ledger.record("checkpoint", **note_of(operation, self._fit))
 
     # ------------------------------------------------------------------ commits and rollbacks
 
-    def begin(self, *, generation: int, new_run: bool) -> None:
+    def begin(self, *, new_run: bool) -> None:
         """Start the fit without a version: none of the recorded operations will be replayed.
 
         Args:
-            generation: generation of this rank.
             new_run: whether the fit starts from scratch rather than from a checkpoint file of this run.
         """
         settle_fit(self._history(), self._fit)
-        self._ledger.record("checkpoint", generation=generation, rank=0, **note_of_begin(self._fit, new_run=new_run))
+        self._ledger.record("checkpoint", **note_of_begin(self._fit, new_run=new_run))
 
-    def roll_back(self, version: Version, *, generation: int) -> None:
+    def roll_back(self, version: Version) -> None:
         """Roll all files back to a version. Files of other fits are left alone."""
         self.forget()
         history = self._history()
@@ -137,7 +136,7 @@ class CheckpointFiles:
                 aside += [path] if self._return_path(path, history, version, first.get(path)) else []
             elif path in first and not history.is_saved_before(path, version):
                 remote.append(path)
-        self._ledger.record("checkpoint", generation=generation, rank=0, **note_of_rewind(version, self._fit))
+        self._ledger.record("checkpoint", **note_of_rewind(version, self._fit))
         undone = self._history()
         self._aside = {path: after for path in undone.paths if (after := undone.set_aside_after(path)) is not None}
         self._report(version, aside, remote)

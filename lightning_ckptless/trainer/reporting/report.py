@@ -12,7 +12,6 @@ from typing import Any
 from lightning_ckptless import environment
 from lightning_ckptless.internals.lightning import progress_bar
 from lightning_ckptless.internals.lightning.results import show_on_progress_bar
-from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.worker.watcher import Assignment
 from lightning_ckptless.protocol.goodput import PHASE_FIELDS, GoodputAccount, Phases, phases_from
@@ -25,6 +24,7 @@ from lightning_ckptless.protocol.startup import StartPlan
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.mirror.mirror import Mirror
 from lightning_ckptless.replica.rereplicate import Rereplicated
+from lightning_ckptless.trainer.reporting.rank_ledger import RankLedger
 from lightning_ckptless.trainer.session.identity import Identity
 from lightning_ckptless.trainer.session.member_set import MemberSet
 
@@ -52,14 +52,12 @@ class RunReport:
     Args:
         trainer: its loggers and progress bar receive the values.
         ledger: ledger of the run, shared by all its relaunches.
-        generation: number of the current generation.
         clock: returns seconds since the epoch.
     """
 
-    def __init__(self, trainer: Any, ledger: Ledger, generation: int, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, trainer: Any, ledger: RankLedger, clock: Callable[[], float] = time.time) -> None:
         self.trainer = trainer
         self.ledger = ledger
-        self.generation = generation
         self.clock = clock
         self.is_reporter: bool = trainer.global_rank == 0
         self.account = GoodputAccount(began_at=clock())
@@ -81,9 +79,6 @@ class RunReport:
         self._last_noted_at = 0.0
         self._plan: tuple[Placement, tuple[str, ...], tuple[int, ...]] | None = None
         self._is_plan_shown = False
-
-    def _record(self, event: str, **fields: Any) -> None:
-        self.ledger.record(event, generation=self.generation, rank=self.trainer.global_rank, **fields)
 
     def report_files(self, text: str) -> None:
         """Print a message about the run's checkpoint and log files."""
@@ -110,7 +105,7 @@ class RunReport:
         self._had_ended = had_ended
         if not self.is_reporter:
             return
-        self._record(
+        self.ledger.record(
             "run_started",
             run_id=identity.run_id,
             world_size=self.trainer.world_size,
@@ -119,7 +114,7 @@ class RunReport:
             placement=placement.reason,
             arena=str(arena),
         )
-        if self.generation == 1 and fit_index == 0:
+        if self.ledger.generation == 1 and fit_index == 0:
             self._say(f"run {identity.run_id}: {placement.reason}")
         which = f"call {fit_index + 1} of fit" if fit_index or had_ended else ""
         ended = " had returned before the fault, none of its steps is replayed" if had_ended else ""
@@ -138,7 +133,7 @@ class RunReport:
         if not self.is_reporter or plan == self._plan:
             return
         self._plan = plan
-        self._record(
+        self.ledger.record(
             "placement",
             kind=placement.kind,
             copies=placement.copies,
@@ -148,7 +143,7 @@ class RunReport:
             sizes_bytes=sizes_bytes,
             version=str(version),
         )
-        if placement.copies and version.optimizer_step and self.generation == 1 and not self._is_plan_shown:
+        if placement.copies and version.optimizer_step and self.ledger.generation == 1 and not self._is_plan_shown:
             self._is_plan_shown = True
             table = table_of(placement, sizes_bytes, kind=placement.kind)
             self._say("\n  ".join(["placement of the replicas:", *table.lines()]))
@@ -160,14 +155,13 @@ class RunReport:
         self._resumed_at = None
         self._in_place = True
 
-    def met(self, generation: int, arrivals: Sequence[Arrival] = ()) -> None:
+    def met(self, arrivals: Sequence[Arrival]) -> None:
         """Note that the ranks of the next generation have met.
 
         Args:
-            generation: its number.
             arrivals: startup figures of its new processes.
         """
-        self.generation, self._arrivals = generation, arrivals
+        self._arrivals = arrivals
         self._joined_at = self.clock()
 
     def fetched(self, found: Complete, moved: Moved, step_in_flight: int) -> None:
@@ -176,13 +170,15 @@ class RunReport:
         self._restored = found.snapshot.version
         self._replayed_now = max(0, step_in_flight - found.snapshot.version.optimizer_step)
         if self.is_reporter:
-            self._record("restored", version=str(self._restored), sources=moved.sources, moved_bytes=moved.moved_bytes)
+            self.ledger.record(
+                "restored", version=str(self._restored), sources=moved.sources, moved_bytes=moved.moved_bytes
+            )
 
     def protected(self, replenished: Rereplicated) -> None:
         """Report that the restored version has all its replicas again; silent if none was missing."""
         if not self.is_reporter or not replenished.pairs:
             return
-        self._record(
+        self.ledger.record(
             "protection",
             version=str(self._restored),
             copied_bytes=replenished.copied_bytes,
@@ -195,7 +191,7 @@ class RunReport:
     def world_changed(self, before: int, reason: str) -> None:
         """Report that a version of another world size has been adopted and mirrored by these ranks."""
         if self.is_reporter:
-            self._record("world_changed", before=before, world_size=self.trainer.world_size, reason=reason)
+            self.ledger.record("world_changed", before=before, world_size=self.trainer.world_size, reason=reason)
             self._say(reason)
 
     def resume(self, saved: dict[str, Any]) -> None:
@@ -222,7 +218,7 @@ class RunReport:
         """Report the mirror interval that all ranks have agreed on."""
         if self.is_reporter:
             costs = plan.costs
-            self._record(
+            self.ledger.record(
                 "mirror_interval",
                 interval=interval,
                 reason=plan.reason,
@@ -280,7 +276,7 @@ class RunReport:
         now = self.clock()
         if self.is_reporter and now - self._last_noted_at >= NOTE_EVERY_S:
             self._last_noted_at = now
-            self._record("committed", step=version.optimizer_step, validation_done=version.validation_done)
+            self.ledger.record("committed", step=version.optimizer_step, validation_done=version.validation_done)
         if self._restored is None:
             first, self._restored = True, version
             return first
@@ -323,7 +319,7 @@ class RunReport:
             return
         assert self._moved is not None
         named = {name: round(getattr(phases, name), 6) for name in PHASE_FIELDS}
-        self._record(
+        self.ledger.record(
             "recovery",
             rung=str(Rung.IN_PLACE if self._in_place else Rung.RELAUNCH),
             kind=fault.kind if fault else "lost",
@@ -363,21 +359,21 @@ class RunReport:
         """Report the end of `fit`."""
         if self.is_reporter:
             report = self.account.report(self.clock())
-            self._record("run_ended", goodput=report.goodput, recoveries=self.recoveries, wall_s=report.wall_s)
+            self.ledger.record("run_ended", goodput=report.goodput, recoveries=self.recoveries, wall_s=report.wall_s)
             recoveries = _count(self.recoveries, "recovery", "recoveries")
             self._say(f"fit ended: goodput {report.goodput:.1%} of {report.wall_s:.1f} s, {recoveries}")
 
     def stopped(self, error: BaseException) -> None:
         """Record that the run was asked to stop."""
-        self._record("stopped", cause=type(error).__name__)
+        self.ledger.record("stopped", cause=type(error).__name__)
 
     def peer_lost(self, error: Exception) -> None:
         """Record that another rank was lost; this one waits for its agent."""
-        self._record("peer_lost", cause=f"{type(error).__name__}: {error}"[:300])
+        self.ledger.record("peer_lost", cause=f"{type(error).__name__}: {error}"[:300])
 
     def raised(self, error: Exception) -> None:
         """Report an exception that the script raised for the first time at this step."""
-        self._record("raised", cause=f"{type(error).__name__}: {error}"[:300], final=False)
+        self.ledger.record("raised", cause=f"{type(error).__name__}: {error}"[:300], final=False)
         self._say(
             f"rank {self.trainer.global_rank}: {type(error).__name__} in the script; retrying once from the last "
             "version, and ending the run if it is raised again"
@@ -385,7 +381,7 @@ class RunReport:
 
     def failed(self, error: Exception, reason: str) -> None:
         """Report the exception that ends the run."""
-        self._record("raised", cause=f"{type(error).__name__}: {error}"[:300], final=True, reason=reason)
+        self.ledger.record("raised", cause=f"{type(error).__name__}: {error}"[:300], final=True, reason=reason)
         self._say(f"rank {self.trainer.global_rank}: not retried: {reason}")
 
 

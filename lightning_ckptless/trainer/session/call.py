@@ -25,7 +25,9 @@ from lightning_ckptless.trainer.state.surroundings import Surroundings
 
 if TYPE_CHECKING:
     from lightning_ckptless.replica.arena import Arena
+    from lightning_ckptless.trainer.data.training_data import TrainingData
     from lightning_ckptless.trainer.session.engine import Engine
+    from lightning_ckptless.trainer.session.running_fit import RunningFit
 
 MOST_RESULT_BYTES = 16_000_000
 """Largest result of a call that is recorded: predictions may exceed the size of the model."""
@@ -129,24 +131,24 @@ class Call:
                 self._note_loggers()
             result = stage()
             if self._past.are_kept:
-                recorded.append(self._record_fit(engine, engine.arena))
+                assert engine.running is not None, "the stage runs after the setup of the model"
+                recorded.append(self._record_fit(engine.data, engine.running, engine.session.arena))
             return result
 
         try:
             with around_stage(self.trainer, around):
                 result = self.function(*args, **self._kwargs)
         except Exception as error:
-            if ends_on_purpose(error) and self._past.are_kept and engine.mirroring is not None:
-                self._keep([self._record_fit(engine, None)], None, raised=error)
+            if ends_on_purpose(error) and self._past.are_kept and engine.running is not None:
+                self._keep([self._record_fit(engine.data, engine.running, None)], None, raised=error)
             raise
         engine.finish()
         self._keep(recorded, result)
         return result
 
-    def _record_fit(self, engine: Engine, arena: Arena | None) -> Record:
-        assert engine.mirroring is not None
-        engine.mirroring.settle()
-        return record_fit(self.trainer, engine.mirroring.host_state, engine.data_hooks.made, arena)
+    def _record_fit(self, data: TrainingData, running: RunningFit, arena: Arena | None) -> Record:
+        running.mirroring.settle()
+        return record_fit(self.trainer, running.rank_state.host_state, data.hooks.made, arena)
 
     def evaluate(self) -> Any:
         """Run `validate`, `test` or `predict` and record it."""

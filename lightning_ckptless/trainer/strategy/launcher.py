@@ -24,7 +24,7 @@ from lightning_ckptless.membership.worker.peer_errors import is_lost_peer
 from lightning_ckptless.membership.worker.process_groups import keep_through_device_errors
 from lightning_ckptless.membership.worker.watcher import Watcher
 from lightning_ckptless.protocol.messages import CannotRecover, FitReturned, ReachedFit, ReachedTrainer
-from lightning_ckptless.protocol.startup import StartAction, StartPlan
+from lightning_ckptless.protocol.startup import StartAction
 from lightning_ckptless.trainer.recovery.exits import leave_process
 from lightning_ckptless.trainer.session.call import Call
 from lightning_ckptless.trainer.session.engine import Engine
@@ -156,7 +156,7 @@ class FitGuard:
         strategy.setup_environment()
         engine = Engine(strategy, trainer, count_fit(), line)
         strategy.engine = engine
-        if line is not None and engine.world_size > 1:
+        if line is not None and trainer.world_size > 1:
             strategy.watcher = Watcher(line, strategy.world.abort, int(os.environ.get(environment.REGROUPING, "0")))
         if not self._is_observed:
             made = (observer() for observer in strategy.parts.observers)
@@ -166,7 +166,7 @@ class FitGuard:
             return self._guarded(engine, call)
         except BaseException as error:
             self._handle_error(engine, error)
-            engine.discard_empty_arena()
+            engine.session.discard_empty_arena()
             raise
         finally:
             engine.close()
@@ -188,8 +188,7 @@ class FitGuard:
     def _guarded(self, engine: Engine, call: Call) -> Any:
         trainer, args = engine.trainer, list(call.args)
         if self.strategy.joins_alone:
-            engine.begin_alone()
-            plan = StartPlan(StartAction.RESTORE, "replaces a lost rank")
+            plan = engine.begin_alone()
         else:
             asked = args[CKPT_PATH_INDEX]
             plan = engine.begin(None if asked is None else str(asked), call.first_positions)
@@ -207,7 +206,7 @@ class FitGuard:
         marks no run as failed and saves no checkpoint.
         """
         if is_stop(error) or not isinstance(error, Exception):
-            engine.report.stopped(error)
+            engine.session.report.stopped(error)
             engine.leave_verdict(f"stopped by {type(error).__name__}")
             give_exit_code(error)
             return
@@ -219,16 +218,16 @@ class FitGuard:
             self.strategy.watcher.send(CannotRecover(why, lasting=True))
             leave_process()
         if is_lost_peer(error):
-            engine.report.peer_lost(error)
-            if engine.identity.own_agent:
+            engine.session.report.peer_lost(error)
+            if engine.session.identity.own_agent:
                 _wait_for_agent(engine)
             leave_process()
         reason = engine.why_final(error) if may_be_restarted() else "the launcher allows no further restart"
         if reason is not None:
-            engine.report.failed(error, reason)
+            engine.session.report.failed(error, reason)
             engine.leave_verdict(reason)
             return
-        engine.report.raised(error)
+        engine.session.report.raised(error)
         traceback.print_exception(error)
         leave_process()
 

@@ -25,7 +25,6 @@ from lightning_ckptless.options import CkptlessOptions
 from lightning_ckptless.protocol.hang_detection import Point
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.data.virtual_ranks import VirtualRanks
-from lightning_ckptless.trainer.recovery.recovery_loop import run_through_faults
 from lightning_ckptless.trainer.reporting.checkpoint_files import removes_by_path
 from lightning_ckptless.trainer.session.engine import Engine
 from lightning_ckptless.trainer.strategy.compatibility import check_trainer
@@ -289,13 +288,13 @@ class CkptlessMixin(LightningStrategy):
         super().setup(trainer)
         if self.engine is not None and trainer.state.fn == "fit":
             check_trainer(trainer, self.options.stateless_callbacks)
-            run_through_faults(self.engine, self.engine.attach())
+            self.engine.attach()
 
     def on_train_start(self) -> None:
         """Start watching objects for changes: the hooks of a starting fit have run in every process."""
         super().on_train_start()
-        if self.engine is not None and self.engine.mirroring is not None:
-            self.engine.mirroring.watch_objects()
+        if self.engine is not None:
+            self.engine.on_train_start()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Record which step has begun."""

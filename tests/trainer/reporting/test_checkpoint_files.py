@@ -16,10 +16,16 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning_ckptless.ledger import Ledger
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.reporting.checkpoint_files import CheckpointFiles, removes_by_path, settle_run
+from lightning_ckptless.trainer.reporting.rank_ledger import RankLedger
 
 
 def after_validation(step: int) -> Version:
     return Version(step, validation_done=True)
+
+
+def ledger_in(folder: Path) -> RankLedger:
+    """The ledger in a folder, as rank 0 writes to it."""
+    return RankLedger(Ledger(folder / "ledger.jsonl"), lambda: 0, lambda: 1)
 
 
 @dataclass
@@ -45,8 +51,7 @@ class Program:
 
     def start(self) -> None:
         """Start over in a new process."""
-        ledger = Ledger(self.folder.parent / "ledger.jsonl")
-        self.files = CheckpointFiles(ledger, self.fit, self.said.append)
+        self.files = CheckpointFiles(ledger_in(self.folder.parent), self.fit, self.said.append)
 
     def operations(self, step: int) -> Iterator[None]:
         """Run a step; pauses before each operation and at its end."""
@@ -55,11 +60,11 @@ class Program:
             yield
             if letter.islower():
                 path = self._free_path(letter, last.get(letter))
-                self.files.saving(path, after, generation=1)
+                self.files.saving(path, after)
                 yield
                 Path(path).write_text(f"{self.fit}: {step}")
                 last[letter] = path
-            elif (known := last.pop(letter.lower(), None)) and not self.files.removing(known, after, generation=1):
+            elif (known := last.pop(letter.lower(), None)) and not self.files.removing(known, after):
                 Path(known).unlink(missing_ok=True)
         yield
         self.last[step], self.names[step] = last, self.visible()
@@ -112,7 +117,7 @@ def test_an_interrupted_run_leaves_the_files_of_an_uninterrupted_one(script: lis
             back = data.draw(st.integers(committed, fault - 1), "back to")
             if data.draw(st.booleans(), "in a new process"):
                 disturbed.start()
-            disturbed.files.roll_back(after_validation(back), generation=1)
+            disturbed.files.roll_back(after_validation(back))
             assert disturbed.visible() == plain.names[back]
             at, committed = back + 1, back
         disturbed.run(at)
@@ -123,10 +128,10 @@ def test_a_second_rollback_past_a_removal_leaves_no_copy_of_the_first(tmp_path: 
     program = Program(tmp_path / "files", ["", "", "a", "A", ""])
     for step in (1, 2, 3):
         list(program.operations(step))
-    program.files.roll_back(after_validation(2), generation=1)
+    program.files.roll_back(after_validation(2))
     for step in (3, 4):
         list(program.operations(step))
-    program.files.roll_back(after_validation(3), generation=2)
+    program.files.roll_back(after_validation(3))
     assert program.listing() == {"a.ckpt": "0: 3"}
     program.run(4)
     assert program.listing() == {}
@@ -136,7 +141,7 @@ def test_each_removal_of_a_name_is_held_separately(tmp_path: Path) -> None:
     program = Program(tmp_path / "files", ["a", "Aa", "A", ""])
     for step in (1, 2, 3):
         list(program.operations(step))
-    program.files.roll_back(after_validation(2), generation=1)
+    program.files.roll_back(after_validation(2))
     assert program.listing() == {"a.ckpt": "0: 2"}
     program.run(3)
     assert program.listing() == {}
@@ -146,7 +151,7 @@ def test_the_message_says_what_was_set_aside_and_why(tmp_path: Path) -> None:
     program = Program(tmp_path / "files", ["", "a", ""])
     for step in (1, 2):
         list(program.operations(step))
-    program.files.roll_back(after_validation(1), generation=1)
+    program.files.roll_back(after_validation(1))
     (text,) = program.said
     assert text == (
         f"set {tmp_path}/files/a.ckpt aside: it was written after step 1, to which the run rolls back; the replay "
@@ -160,7 +165,7 @@ def test_the_message_says_what_was_set_aside_and_why(tmp_path: Path) -> None:
 def test_a_file_that_the_replay_does_not_rewrite_is_restored(tmp_path: Path) -> None:
     program = Program(tmp_path / "files", ["a", "", ""])
     list(program.operations(1))
-    program.files.roll_back(after_validation(0), generation=1)
+    program.files.roll_back(after_validation(0))
     program.script[0] = ""
     program.run()
     assert program.listing() == {"a.ckpt": "0: 1"}
@@ -182,7 +187,7 @@ def test_no_fit_touches_the_files_of_another(tmp_path: Path) -> None:
     first.run()
     second = Program(tmp_path / "files", ["", "b", ""], fit=1)
     list(second.operations(1))
-    second.files.roll_back(after_validation(0), generation=1)
+    second.files.roll_back(after_validation(0))
     assert first.listing() == {"a.ckpt": "0: 3"}
 
 
@@ -194,7 +199,7 @@ def test_a_repeated_fit_keeps_its_files_as_a_later_fit_left_them(tmp_path: Path)
     list(second.operations(1))
     assert second.listing() == {"a.ckpt": "1: 1", "b.ckpt": "1: 1"}
     first.start()
-    first.files.roll_back(after_validation(1), generation=2)
+    first.files.roll_back(after_validation(1))
     first.run(2)
     assert second.listing() == {"a.ckpt": "1: 1", "b.ckpt": "1: 1"}
 
@@ -203,9 +208,9 @@ def test_no_copy_is_left_at_the_end_of_the_run(tmp_path: Path) -> None:
     program = Program(tmp_path / "files", ["a", "bA", ""])
     for step in (1, 2):
         list(program.operations(step))
-    program.files.roll_back(after_validation(1), generation=1)
+    program.files.roll_back(after_validation(1))
     list(program.operations(2))
-    program.files.roll_back(after_validation(1), generation=1)
+    program.files.roll_back(after_validation(1))
     assert program.listing() == {"a.ckpt": "0: 1", ".b.ckpt.ckptless-aside-0": "0: 2"}
     settle_run(tmp_path / "ledger.jsonl")
     assert program.listing() == {"a.ckpt": "0: 1", "b.ckpt": "0: 2"}
@@ -213,16 +218,16 @@ def test_no_copy_is_left_at_the_end_of_the_run(tmp_path: Path) -> None:
 
 def test_folders_of_sharded_models_are_moved_like_files(tmp_path: Path) -> None:
     folder = tmp_path / "step=1.ckpt"
-    files = CheckpointFiles(Ledger(tmp_path / "ledger.jsonl"), 0, print)
+    files = CheckpointFiles(ledger_in(tmp_path), 0, print)
 
     def write(*names: str) -> None:
-        files.saving(str(folder), after_validation(0), generation=1)
+        files.saving(str(folder), after_validation(0))
         folder.mkdir()
         for name in names:
             (folder / name).write_text("shard")
 
     write(".metadata", "meta.pt")
-    files.roll_back(after_validation(0), generation=1)
+    files.roll_back(after_validation(0))
     assert not folder.exists()
     # The next write is interrupted: the complete copy wins.
     write(".metadata")
@@ -233,10 +238,10 @@ def test_folders_of_sharded_models_are_moved_like_files(tmp_path: Path) -> None:
 
 def test_remote_files_are_left_alone_and_reported(tmp_path: Path) -> None:
     said: list[str] = []
-    files = CheckpointFiles(Ledger(tmp_path / "ledger.jsonl"), 0, said.append)
-    files.saving("s3://bucket/a.ckpt", after_validation(4), generation=1)
-    assert not files.removing("s3://bucket/a.ckpt", after_validation(4), generation=1)
-    files.roll_back(after_validation(4), generation=1)
+    files = CheckpointFiles(ledger_in(tmp_path), 0, said.append)
+    files.saving("s3://bucket/a.ckpt", after_validation(4))
+    assert not files.removing("s3://bucket/a.ckpt", after_validation(4))
+    files.roll_back(after_validation(4))
     (text,) = said
     assert text == (
         "s3://bucket/a.ckpt written after step 4 cannot be set aside, because the storage is not a local file system: "
@@ -246,22 +251,22 @@ def test_remote_files_are_left_alone_and_reported(tmp_path: Path) -> None:
 
 def test_the_longest_name_has_room_for_its_copy(tmp_path: Path) -> None:
     path = tmp_path / f"{'x' * 250}.ckpt"
-    files = CheckpointFiles(Ledger(tmp_path / "ledger.jsonl"), 0, print)
-    files.saving(str(path), after_validation(0), generation=1)
+    files = CheckpointFiles(ledger_in(tmp_path), 0, print)
+    files.saving(str(path), after_validation(0))
     path.touch()
-    files.roll_back(after_validation(0), generation=1)
+    files.roll_back(after_validation(0))
     assert not path.exists()
     files.close()
     assert path.exists()
 
 
 def test_a_relative_path_is_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = CheckpointFiles(Ledger(tmp_path / "ledger.jsonl"), 0, print)
+    files = CheckpointFiles(ledger_in(tmp_path), 0, print)
     monkeypatch.chdir(tmp_path)
-    files.saving("a.ckpt", after_validation(0), generation=1)
+    files.saving("a.ckpt", after_validation(0))
     Path("a.ckpt").touch()
     monkeypatch.chdir("/")
-    files.roll_back(after_validation(0), generation=1)
+    files.roll_back(after_validation(0))
     assert not (tmp_path / "a.ckpt").exists()
 
 

@@ -20,6 +20,7 @@ from lightning_ckptless.trainer.reporting.lost_files import (
     size_bytes,
     warning_of,
 )
+from lightning_ckptless.trainer.reporting.rank_ledger import RankLedger
 from tests.trainer.tiny import tiny_trainer
 
 VERSION = Version(4, True)
@@ -69,16 +70,16 @@ def test_a_long_list_is_shortened() -> None:
     ],
 )
 def test_a_rollback_reports_lost_checkpoints_that_it_needs(damage: Any, end: str | None, tmp_path: Path) -> None:
-    files = CheckpointFiles(Ledger(tmp_path / "ledger.jsonl"), 0, print)
+    files = CheckpointFiles(RankLedger(Ledger(tmp_path / "ledger.jsonl"), lambda: 0, lambda: 1), 0, print)
     for name, step in (("kept.ckpt", 2), ("later.ckpt", 4)):
         path = tmp_path / name
-        files.saving(str(path), Version(step, True), generation=1)
+        files.saving(str(path), Version(step, True))
         path.write_text("12345")
-        files.written(str(path), generation=1)
+        files.written(str(path))
     damage(tmp_path / "kept.ckpt")
     # The replay rewrites it.
     (tmp_path / "later.ckpt").unlink()
-    files.roll_back(VERSION, generation=1)
+    files.roll_back(VERSION)
     assert [str(lost) for lost in files.lost] == ([] if end is None else [f"{tmp_path}/kept.ckpt {end}"])
 
 

@@ -1,0 +1,76 @@
+"""The end of a run on request: after a step that all ranks have agreed on, at the point where Lightning ends it.
+
+A signal or the agent asks single ranks. The ranks vote with each version; the run ends with the first one whose vote
+has passed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_ckptless.internals.lightning.sigterm import SigtermFlag, sigterm_exception
+from lightning_ckptless.membership.worker.watcher import Watcher
+from lightning_ckptless.replica.mirror.mirror import Mirror
+
+
+class RunEnd:
+    """The requests of one rank to end the run, and the ranks' agreement on them.
+
+    Args:
+        trainer: trainer in `fit`, whose handling of SIGTERM is replaced until `remove`.
+        watcher: listens to our agent; None under a foreign agent, or with a single rank.
+    """
+
+    def __init__(self, trainer: Any, watcher: Watcher | None) -> None:
+        self._trainer = trainer
+        self._watcher = watcher
+        self._sigterm = SigtermFlag(trainer)
+
+    @property
+    def was_signalled(self) -> bool:
+        """Whether this process received SIGTERM."""
+        return self._sigterm.asked
+
+    def is_asked(self) -> bool:
+        """Whether a signal or the agent has asked this rank to end the run after the current step."""
+        return self._sigterm.asked or (self._watcher is not None and self._watcher.finish_asked)
+
+    def is_with(self, mirror: Mirror | None) -> bool:
+        """Whether the run ends with the version that may be captured now.
+
+        Args:
+            mirror: mirror of the generation; None before its first version, with which no run ends.
+        """
+        if mirror is None:
+            return False
+        return self.is_asked() if self._trainer.world_size == 1 else mirror.stop.passes()
+
+    def agree(self) -> None:
+        """End the run with the current step: all ranks have agreed to."""
+        self._sigterm.agree()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has ended on request, and its last hooks are running."""
+        return self._sigterm.agreed and bool(self._trainer.interrupted)
+
+    def end_if_agreed(self) -> None:
+        """End the run after a batch if all ranks have agreed to.
+
+        Raises:
+            SIGTERMException: Lightning's own exception, at the point where Lightning raises it.
+        """
+        if self._sigterm.agreed and not self._sigterm.is_training_done:
+            raise sigterm_exception(self._trainer)
+
+    def show_signal(self, trains: bool) -> None:
+        """Show a received signal to the script and Lightning, or hide it until the ranks have agreed.
+
+        Args:
+            trains: whether a batch is being trained on.
+        """
+        self._sigterm.show(trains)
+
+    def remove(self) -> None:
+        """Restore Lightning's own handling of SIGTERM."""
+        self._sigterm.remove()

@@ -1,0 +1,159 @@
+"""One attempt to recover in place: this rank meets the others in a new generation and restores a version with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from lightning_ckptless.membership.worker.watcher import Assignment, Watcher
+from lightning_ckptless.protocol.messages import CreatedGroup, Message, Regrouped
+from lightning_ckptless.protocol.newcomer import Arrival
+from lightning_ckptless.protocol.versions import Complete, Version
+from lightning_ckptless.replica.restore import choose
+from lightning_ckptless.replica.transport import gather_json
+from lightning_ckptless.trainer.commit.begun_step import last_begun
+from lightning_ckptless.trainer.data.training_data import TrainingData
+from lightning_ckptless.trainer.recovery.exits import CannotRecoverInPlaceError
+from lightning_ckptless.trainer.recovery.fetch import fetch_version
+from lightning_ckptless.trainer.recovery.restore_procedure import RestoreProcedure
+from lightning_ckptless.trainer.session.running_fit import RunningFit
+from lightning_ckptless.trainer.session.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """What the ranks have told each other when they met.
+
+    Args:
+        moved: whether any process has changed its rank.
+        arrivals: startup figures of the new processes.
+    """
+
+    moved: bool
+    arrivals: list[Arrival]
+
+
+class Regrouping:
+    """Meets the other ranks and restores a version, in any number of attempts.
+
+    Args:
+        strategy: strategy of the trainer.
+        session: session of this rank.
+        data: data of the trainer.
+        running: the fit.
+        procedure: puts the version into this rank.
+        watcher: listens to our agent; None under a foreign agent, or with a single rank.
+    """
+
+    def __init__(
+        self,
+        strategy: Any,
+        session: Session,
+        data: TrainingData,
+        running: RunningFit,
+        procedure: RestoreProcedure,
+        watcher: Watcher | None,
+    ) -> None:
+        self._strategy = strategy
+        self._session = session
+        self._data = data
+        self._running = running
+        self._procedure = procedure
+        self._watcher = watcher
+        self._arrival: Arrival | None = None
+
+    def report_arrival(self, arrival: Arrival) -> None:
+        """Report the startup figures of this process in the first meeting that it takes part in."""
+        self._arrival = arrival
+
+    def meet(self, assignment: Assignment) -> Meeting:
+        """Leave the ended generation and form the next one.
+
+        Args:
+            assignment: where to meet, and the rank of this process from now on.
+
+        Raises:
+            CannotRecoverInPlaceError: the script has process groups that nobody could re-create.
+            TransportError: not all ranks arrived, or another fault was reported.
+        """
+        session, world = self._session, self._session.world
+        session.report.faulted(assignment)
+        self._running.progress.interrupt()
+        self._adopt_rank(assignment.env)
+        self._running.mirroring.abandon()
+        if foreign := world.foreign_groups():
+            raise CannotRecoverInPlaceError(
+                f"the script has created {foreign} process groups of its own, which cannot be re-created"
+            )
+        self._probe("regroup")
+        world.leave()
+        if self._watcher is not None:
+            self._watcher.release()
+        self._strategy.rejoin(
+            assignment.number,
+            lambda: self._watcher is not None and self._watcher.is_over,
+            lambda: self._probe("meet"),
+        )
+        # The agent names a rank that has created fewer groups than the others, which wait for it.
+        self._tell(CreatedGroup(assignment.number, 1))
+        transport = session.connect()
+        self._tell(CreatedGroup(assignment.number, 2))
+        arrival, self._arrival = self._arrival, None
+        facts: list[Any] = [session.identity.node, self._data.has_moved, None if arrival is None else astuple(arrival)]
+        nodes, has_moved, arrivals = zip(*gather_json(transport, facts), strict=True)
+        members = session.meet(transport, nodes)
+        world.renumber(members.generation)
+        session.loggers.identify_as_noted(members)
+        return Meeting(any(has_moved), [Arrival(*figures) for figures in arrivals if figures is not None])
+
+    def restore(self, assignment: Assignment, meeting: Meeting, *, survivor: bool) -> Version:
+        """Restore the newest complete version together with the ranks that were met.
+
+        Args:
+            assignment: where they have met.
+            meeting: what they have told each other.
+            survivor: whether this process has trained before.
+
+        Raises:
+            CannotRecoverInPlaceError: there is no complete version.
+            TransportError: another rank was lost.
+        """
+        session, progress = self._session, self._running.progress
+        progress.restore()
+        self._tell(Regrouped(assignment.number))
+        session.durable.assign_writer(session.members)
+        session.report.met(meeting.arrivals)
+        found = choose(session.arena, session.members.transport, session.members.nodes)
+        if not isinstance(found, Complete):
+            raise CannotRecoverInPlaceError(found.reason)
+        progress.restore()
+        restoration = fetch_version(session, self._data.virtual_ranks, found)
+        progress.restore()
+        self._probe("restore")
+        return self._procedure.apply(restoration, survivor=survivor, moved=meeting.moved)
+
+    def _adopt_rank(self, env: Mapping[str, str]) -> None:
+        """Adopt the rank that the agent assigns; does nothing if this process already has it.
+
+        Args:
+            env: environment variables that define the rank.
+        """
+        trainer = self._session.trainer
+        before = trainer.global_rank, trainer.world_size
+        os.environ.update(env)
+        if (trainer.global_rank, trainer.world_size) == before:
+            return
+        self._strategy.set_world_ranks()
+        place, places, _ = self._strategy.place_among_virtual_ranks()
+        self._data.move_to(place, places)
+        self._session.loggers.hold(self._session.arena.path)
+
+    def _tell(self, message: Message) -> None:
+        if self._watcher is not None:
+            self._watcher.send(message)
+
+    def _probe(self, moment: str) -> None:
+        """Notify the probes of a moment; they receive the last step begun before it."""
+        self._session.probe(moment, Version(last_begun(self._session.arena.path), False))

@@ -1,0 +1,130 @@
+"""A fit whose model and loops are set up: what happens at each point of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lightning_ckptless.membership.channel.exit_report import mark_begun
+from lightning_ckptless.membership.worker.watcher import Watcher
+from lightning_ckptless.protocol.hang_detection import Point
+from lightning_ckptless.protocol.messages import StepCommitted
+from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.replica.arena_notes import ArenaNotes
+from lightning_ckptless.trainer.commit.begun_step import BegunStep
+from lightning_ckptless.trainer.commit.mirroring import Mirroring
+from lightning_ckptless.trainer.commit.rank_state import RankState
+from lightning_ckptless.trainer.commit.run_end import RunEnd
+from lightning_ckptless.trainer.commit.step_boundaries import StepBoundaries
+from lightning_ckptless.trainer.data.batch_log import BatchLog
+from lightning_ckptless.trainer.data.training_data import TrainingData
+from lightning_ckptless.trainer.reporting.step_progress import StepProgress
+from lightning_ckptless.trainer.session.rate_search import RateSearches
+from lightning_ckptless.trainer.session.session import Session
+
+
+class RunningFit:
+    """One fit from the setup of its model to its end.
+
+    Args:
+        session: session of this rank.
+        data: data of the trainer.
+        watcher: listens to our agent; None under a foreign agent, or with a single rank.
+        since: version that the run starts from; None if it starts from its beginning or joins a run in progress.
+        will_restore: returns whether this process is about to restore a version.
+
+    Attributes:
+        progress: reports this rank's position in the step.
+        batches: the batches in flight.
+        end: ends the run on request.
+        rank_state: captures what a version contains besides tensors.
+        mirroring: captures versions.
+        boundaries: the points at which versions are captured.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        data: TrainingData,
+        watcher: Watcher | None,
+        since: Version | None,
+        will_restore: Callable[[], bool],
+    ) -> None:
+        trainer, loops = session.trainer, data.loops
+        self.progress = StepProgress(session, loops, watcher)
+        # Twice the batches of a step: the previous step's copy may still be in progress.
+        every_step = session.options.mirror_every_n_steps == 1
+        self.batches = BatchLog(loops, lambda: (2 * trainer.accumulate_grad_batches + 2) * every_step)
+        self.end = RunEnd(trainer, watcher)
+        self.rank_state = RankState(session, data, self.batches)
+        mirroring = self.mirroring = Mirroring(session, self.rank_state, self.end, self._probe, since)
+        self.boundaries = StepBoundaries(
+            loops,
+            self._commit,
+            every_n_steps=lambda: mirroring.mirror_interval.interval,
+            since=since,
+            before_batch=self.batches.watch,
+            ends_here=mirroring.ends_here,
+            before_hooks=mirroring.wait_copied,
+            after_batch=mirroring.end_if_asked,
+            training=self.end.show_signal,
+        )
+        self._session = session
+        self._trainer = trainer
+        self._virtual_ranks = data.virtual_ranks
+        self._watcher = watcher
+        self._begun = BegunStep(session.arena.path)
+        self._stepped_in = 0
+        note = session.run_folder / f"search-{session.fit_index}"
+        self._searches = RateSearches(trainer, loops, data.hooks, will_restore, note)
+
+    # ------------------------------------------------------------------ the points of a step
+
+    def at_batch_start(self) -> None:
+        """Record which step has begun."""
+        self._begun.stamp(self._session.rank, self._trainer.global_step + 1)
+        self._virtual_ranks.fetch()
+        self.deliver_rows()
+        self.mirroring.mirror_interval.begin_step(self._trainer.global_step)
+        self.progress.beat(Point.BATCH)
+
+    def _commit(self, version: Version) -> None:
+        self.progress.beat(Point.COMMIT)
+        self.deliver_rows()
+        self.mirroring.commit(version)
+        self._session.files.settle(self.mirroring.committed)
+        if self.boundaries.closes_validation(version):
+            # Callers that read the metrics of a validation get them now, not a step later.
+            self.mirroring.settle()
+            self.deliver_rows()
+        if self._watcher is not None and self._stepped_in != self._session.generation:
+            self._stepped_in = self._session.generation
+            self._watcher.send(StepCommitted())
+
+    def deliver_rows(self) -> None:
+        """Deliver the rows of all committed steps to the loggers."""
+        if self.mirroring.mirror is not None:
+            self._session.loggers.deliver(self.mirroring.mirror.committed)
+
+    def _probe(self, moment: str, version: Version) -> None:
+        session = self._session
+        if moment == "committed" and session.report.committed(version):
+            mark_begun(session.rank)
+            # Done here because it waits for gloo's threads, and training does not wait for this thread.
+            session.world.release()
+            if session.acts_for_node:
+                session.arena.write_notes(ArenaNotes(committed=version))
+        session.probe(moment, version)
+
+    # ------------------------------------------------------------------ the end
+
+    def detach(self) -> None:
+        """Restore the original methods of the loops, the callbacks and the signal handling."""
+        self.boundaries.remove()
+        self._searches.give_back()
+        self.end.remove()
+
+    def close(self) -> None:
+        """Release threads and mappings."""
+        self.progress.close()
+        self.mirroring.close()
+        self.rank_state.release()

@@ -1,0 +1,25 @@
+"""Stamps of the steps that ranks have begun."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_ckptless.replica.transport import SoloTransport
+from lightning_ckptless.trainer.commit.begun_step import BegunStep, last_begun, step_in_flight
+
+
+def test_nothing_has_begun_before_the_first_stamp(tmp_path: Path) -> None:
+    assert (last_begun(tmp_path), step_in_flight(tmp_path, SoloTransport())) == (0, 0)
+
+
+def test_the_step_in_flight_is_the_last_that_all_ranks_have_begun(tmp_path: Path) -> None:
+    for rank, step in ((0, 5), (1, 4)):
+        BegunStep(tmp_path).stamp(rank, step)
+    assert (last_begun(tmp_path), step_in_flight(tmp_path, SoloTransport())) == (5, 4)
+
+
+def test_a_process_stamps_the_steps_of_the_rank_that_it_has(tmp_path: Path) -> None:
+    begun = BegunStep(tmp_path)
+    begun.stamp(1, 4)
+    begun.stamp(0, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun-by-0000", "begun-by-0001"]
