@@ -133,9 +133,10 @@ class Injection:
         Raises:
             OptionsError: a fault names a rank that does not exist, or there is no folder for the marks.
         """
+        most = _largest_world_size(trainer)
         for fault in self.faults:
-            if fault.rank != "all" and not 0 <= int(fault.rank) < trainer.world_size:
-                raise OptionsError(f"{fault}: rank {fault.rank} does not exist, the world size is {trainer.world_size}")
+            if fault.rank != "all" and not 0 <= int(fault.rank) < most:
+                raise OptionsError(f"{fault}: rank {fault.rank} does not exist, the world size is {most}")
         rank = trainer.global_rank
         self._mine = tuple((i, fault) for i, fault in enumerate(self.faults) if fault.rank in (rank, "all"))
         engine = getattr(trainer.strategy, "engine", None)
@@ -221,6 +222,13 @@ class Injection:
             if self._marks.claim(index, fault):
                 self._record("fault_injected", fault=str(fault), kind=str(fault.kind), moment=str(moment), step=step)
                 inject(fault, step)
+
+
+def _largest_world_size(trainer: Any) -> int:
+    """Number of ranks when all nodes of an elastic run are present; else the world size."""
+    _, _, most = os.environ.get(environment.NNODES, "").partition(":")
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(int(trainer.world_size), int(most) * per_node if most.isdigit() else 0)
 
 
 def _no_ledger(event: str, **fields: Any) -> None:

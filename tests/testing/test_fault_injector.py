@@ -131,6 +131,14 @@ def test_a_fault_of_a_rank_that_does_not_exist_is_refused(tmp_path: Path) -> Non
         fit(BASE, tmp_path, FaultInjector("raise:rank=1:step=4", tmp_path))
 
 
+def test_a_fault_of_a_rank_that_may_still_join_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CKPTLESS_NNODES", "1:3")
+    trainer, _ = fit(BASE, tmp_path, FaultInjector("raise:rank=2:step=4", tmp_path))
+    assert trainer.global_step == 12
+    with pytest.raises(OptionsError, match="rank 3 does not exist, the world size is 3"):
+        fit(BASE, tmp_path, FaultInjector("raise:rank=3:step=4", tmp_path))
+
+
 def test_other_strategies_need_a_marker_folder(tmp_path: Path) -> None:
     with pytest.raises(OptionsError, match="set marker_dir="):
         fit(BASE, tmp_path, FaultInjector("raise:rank=0:step=4"))
