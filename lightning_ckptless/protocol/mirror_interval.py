@@ -48,10 +48,11 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class IntervalPlan:
-    """An interval and the reason for it."""
+    """An interval, the reason for it, and the costs that led to it."""
 
     interval: int
     reason: str
+    costs: Costs
 
 
 def goodput(costs: Costs, interval: int) -> float:
@@ -88,7 +89,7 @@ def plan_interval(costs: Costs, budget: float) -> IntervalPlan:
         f"{_SECONDS_PER_DAY * costs.failures_per_s:.2g} failures a day the expected goodput is "
         f"{goodput(costs, chosen):.4%}"
     )
-    return IntervalPlan(chosen, reason)
+    return IntervalPlan(chosen, reason, costs)
 
 
 def failure_rate(expected_per_day: float, observed: int, observed_s: float) -> float:

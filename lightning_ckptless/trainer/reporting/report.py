@@ -221,7 +221,14 @@ class RunReport:
     def mirror_interval(self, interval: int, plan: IntervalPlan) -> None:
         """Report the mirror interval that all ranks have agreed on."""
         if self.is_reporter:
-            self._record("mirror_interval", interval=interval, reason=plan.reason)
+            costs = plan.costs
+            self._record(
+                "mirror_interval",
+                interval=interval,
+                reason=plan.reason,
+                step_s=costs.step_s,
+                version_s=costs.version_s,
+            )
             every = _count(interval, "step")
             self._say(f"a version is mirrored every {every} from now on; rank 0 proposed {plan.reason}")
 

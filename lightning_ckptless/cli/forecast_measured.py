@@ -1,0 +1,106 @@
+"""What the ledger of a run says about the inputs of a forecast."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from statistics import mean, median
+from typing import Any
+
+from lightning_ckptless.cli.runs import Run
+from lightning_ckptless.errors import OptionsError
+
+Measured = dict[str, tuple[Any, str]]
+"""By input: its value, and how it was measured."""
+
+_SECONDS_PER_DAY = 86400.0
+_RUNGS = {"in place": "in_place_s", "relaunch": "relaunch_s"}
+
+
+def measured_in(run: Run) -> Measured:
+    """Collect what a run has measured. What it has not measured is left out.
+
+    Args:
+        run: the run and its ledger.
+
+    Raises:
+        OptionsError: the ledger has no placement, so the run has not trained.
+    """
+    if not run.of("placement"):
+        raise OptionsError(
+            f"{run.folder}: the run has not mirrored a version yet, so there is nothing to forecast from"
+        )
+    return {**_cluster(run), **_steps(run), **_recoveries(run), **_durable(run), **_failures(run)}
+
+
+def _cluster(run: Run) -> Measured:
+    facts = run.of("placement")[-1].fields
+    per_node = Counter(facts["nodes"])
+    found: Measured = {
+        "nodes": (len(per_node), "nodes of the run"),
+        "ranks_per_node": (max(per_node.values()), "ranks on a node of the run"),
+        "state_bytes": (sum(facts["sizes_bytes"]), "size of all shards of the run"),
+    }
+    if facts["copies"]:
+        found["copies"] = (facts["copies"], "copies of the run")
+    if standbys := run.of("standbys"):
+        found["standbys"] = (standbys[-1].fields["wanted"], "standbys of the run, on the node that reported them last")
+    return found
+
+
+def _steps(run: Run) -> Measured:
+    intervals = run.of("mirror_interval")
+    if intervals and "step_s" in intervals[-1].fields:
+        facts = intervals[-1].fields
+        return {
+            "step_s": (facts["step_s"], "step without a version, measured by the run"),
+            "version_s": (facts["version_s"], "cost of a version, measured by the run"),
+            "mirror_every_n_steps": (facts["interval"], "interval that the run chose"),
+        }
+    pace_s = [
+        (after.at - before.at) / (after.fields["step"] - before.fields["step"])
+        for before, after in pairwise(run.of("committed"))
+        if after.generation == before.generation and after.fields["step"] > before.fields["step"]
+    ]
+    if not pace_s:
+        return {}
+    return {"step_s": (median(pace_s), "median time per committed step of the run, versions included")}
+
+
+def _recoveries(run: Run) -> Measured:
+    found: Measured = {}
+    recoveries = run.of("recovery")
+    for rung, name in _RUNGS.items():
+        down_s = [
+            e.fields["total_s"] - e.fields["phases"].get("replay_s", 0.0)
+            for e in recoveries
+            if e.fields["rung"] == rung
+        ]
+        if down_s:
+            found[name] = (
+                max(0.0, mean(down_s)),
+                f"mean of {len(down_s)} recoveries of the run ({rung}), replay excluded",
+            )
+    return found
+
+
+def _durable(run: Run) -> Measured:
+    written = [event.at for event in run.of("durable_written")]
+    if len(written) < 2:
+        return {}
+    every_s = median(after - before for before, after in pairwise(written))
+    return {"durable_every_s": (every_s, "median time between durable states of the run")}
+
+
+def _failures(run: Run) -> Measured:
+    faults = len(run.of("recovery"))
+    days = (run.events[-1].at - run.events[0].at) / _SECONDS_PER_DAY
+    if not faults or days <= 0:
+        return {}
+    nodes = len(set(run.of("placement")[-1].fields["nodes"]))
+    lost = len({name for event in run.of("node_lost") for name in event.fields.get("lost", ())})
+    share = 1 - min(lost, faults) / faults
+    return {
+        "rate": (1000 * faults / (nodes * days), f"{faults} recoveries of the run on {nodes} nodes in {days:.3g} days"),
+        "process_share": (share, f"{lost} nodes lost in {faults} recoveries of the run"),
+    }
