@@ -169,5 +169,6 @@ def _duration(seconds: float) -> str:
 def _table(title: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place == 0 or heading == "value" else "right")
+        is_name = place == 0 or heading == "value"
+        table.add_column(heading, justify="left" if is_name else "right", no_wrap=is_name)
     return table

@@ -1,4 +1,4 @@
-"""Draws a forecast with matplotlib: goodput over the size of the cluster. Apart from the tables, which need none of it."""
+"""Draws goodput over the size of the cluster. Apart from the tables of a forecast, because they need no matplotlib."""
 
 from __future__ import annotations
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from math import ceil, isfinite
+from math import isfinite
 from typing import Any
 
 from lightning_ckptless.errors import OptionsError
+from lightning_ckptless.protocol.forecast.coverage import domains_error
 from lightning_ckptless.protocol.forecast.failure_model import (
     SECONDS_PER_DAY,
     SECONDS_PER_HOUR,
@@ -235,12 +236,6 @@ def _check_cluster(inputs: Inputs) -> None:
             f"burst_nodes={inputs.burst_nodes}: expected at least 2 nodes and at most rack_nodes={inputs.rack_nodes}, "
             "or burst_share=0 for independent failures"
         )
-    domains = inputs.nodes if inputs.failure_domain == "node" else ceil(inputs.nodes / inputs.rack_nodes)
-    if 1 < domains <= inputs.copies:
-        raise OptionsError(
-            f"copies={inputs.copies} needs {inputs.copies + 1} {inputs.failure_domain}s (the writer's own and "
-            f"{inputs.copies} more), but the job has {domains}: set copies={domains - 1}"
-        )
     if inputs.repair_mean_h < inputs.repair_median_h or (inputs.repair_mean_h and not inputs.repair_median_h):
         raise OptionsError(
             f"repair_median_h={inputs.repair_median_h:g}, repair_mean_h={inputs.repair_mean_h:g}: repairs are skewed, "
@@ -256,7 +251,7 @@ def forecastable(inputs: Inputs, trace: Sequence[TraceLine] | None) -> Forecasta
         trace: failures of a recorded trace; None without one.
 
     Raises:
-        OptionsError: there is no failure rate, more than one, or the trace does not fit the other inputs.
+        OptionsError: there is no failure rate or more than one, or there are too few failure domains.
     """
     failures, text = _failures(inputs, trace)
     spares, every = inputs.spares, inputs.mirror_every_n_steps
@@ -272,6 +267,8 @@ def forecastable(inputs: Inputs, trace: Sequence[TraceLine] | None) -> Forecasta
         spares=spares,
         durable_every_s=inputs.durable_every_s or None,
     )
+    if (error := domains_error(cluster, choices)) is not None:
+        raise OptionsError(error)
     job = Job(cluster, choices, _costs(inputs))
     if isinstance(every, str):
         job = replace(

@@ -111,6 +111,28 @@ class Costs:
 
 
 @dataclass(frozen=True, slots=True)
+class Segment:
+    """What happens from one version to the next if there is no failure.
+
+    Args:
+        useful_s: productive time, in seconds.
+        mirror_s: delay by the version.
+        durable_s: delay by durable states, on average.
+        per_durable: versions from one durable state to the next; 0 without durable states.
+    """
+
+    useful_s: float
+    mirror_s: float
+    durable_s: float
+    per_durable: int
+
+    @property
+    def total_s(self) -> float:
+        """Duration, in seconds."""
+        return self.useful_s + self.mirror_s + self.durable_s
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """A job on a cluster with one choice of options."""
 
@@ -119,24 +141,11 @@ class Job:
     costs: Costs
 
     @property
-    def useful_s(self) -> float:
-        """Productive time between two versions, in seconds."""
-        return self.choices.mirror_every_n_steps * self.costs.step_s
-
-    @property
-    def segment_s(self) -> float:
-        """Time from one version to the next without failures, in seconds."""
-        return self.useful_s + self.costs.version_s + self.durable_s
-
-    @property
-    def durable_s(self) -> float:
-        """Delay by durable states from one version to the next, in seconds."""
-        return self.costs.durable_stall_s / self.durable_segments if self.durable_segments else 0.0
-
-    @property
-    def durable_segments(self) -> int:
-        """Versions from one durable state to the next; 0 without durable states."""
+    def segment(self) -> Segment:
+        """What happens from one version to the next."""
+        useful_s, version_s = self.choices.mirror_every_n_steps * self.costs.step_s, self.costs.version_s
         every_s = self.choices.durable_every_s
         if every_s is None:
-            return 0
-        return max(1, ceil(every_s / (self.useful_s + self.costs.version_s)))
+            return Segment(useful_s, version_s, 0.0, 0)
+        per_durable = max(1, ceil(every_s / (useful_s + version_s)))
+        return Segment(useful_s, version_s, self.costs.durable_stall_s / per_durable, per_durable)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_ckptless.protocol.forecast.coverage import Coverage, fits
+from lightning_ckptless.protocol.forecast.coverage import Coverage, domains_error
 from lightning_ckptless.protocol.forecast.failure_model import Incident, spares_needed
 from lightning_ckptless.protocol.forecast.job import Choices, Failures, Job
 from lightning_ckptless.protocol.forecast.renewal import closed_form
@@ -23,7 +23,7 @@ from lightning_ckptless.protocol.mirror_interval import INTERVALS
 TOLERANCE = 0.0005
 """Difference in efficiency below which the cheaper candidate is chosen."""
 ORDER = ("mirror_every_n_steps", "in_place", "failure_domain", "copies", "durable_every_s", "spares", "standbys")
-_DURABLE_S = (None, 86400.0, 28800.0, 14400.0, 7200.0, 3600.0, 1800.0, 600.0)
+_DURABLE_S = (86400.0, 28800.0, 14400.0, 7200.0, 3600.0, 1800.0, 600.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def recommend(
         of_option = []
         for value in candidates(option, replace(job, choices=best), failures):
             changed = replace(job, choices=replace(best, **{option: value}))
-            if not fits(job.cluster, changed.choices):
+            if domains_error(job.cluster, changed.choices) is not None:
                 continue
             given = value == getattr(job.choices, option)
             of_option.append(_examine(option, value, changed, failures, jobs, horizon_s, given=given))
@@ -108,7 +108,8 @@ def candidates(option: str, job: Job, failures: Failures) -> Iterator[Any]:
     elif option == "copies":
         found = sorted({0, 1, 2, 3, given})
     elif option == "durable_every_s":
-        found = [None, *sorted({given, *_DURABLE_S} - {None}, reverse=True)]
+        # None comes last: the model has no failure that takes the whole cluster, but a durable state survives it.
+        found = [*sorted({given, *_DURABLE_S} - {None}, reverse=True), None]
     elif option == "spares":
         usual = spares_needed(failures.node_losses_per_s(job.cluster.nodes), failures.repair)
         found = sorted({0, usual // 2, usual, usual + 1, usual + max(2, usual // 2), given})

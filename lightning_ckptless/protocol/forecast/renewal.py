@@ -85,9 +85,9 @@ def closed_form(job: Job, failures: Failures, *, bursts: bool, trace: bool) -> C
         bursts: whether several nodes may be lost at once.
         trace: whether the failures are a recorded trace.
     """
-    gaps, share = failures.gaps(job.cluster.nodes), failures.process_share
+    gaps, share, segment = failures.gaps(job.cluster.nodes), failures.process_share, job.segment
     ettr = sum(
-        weight * renewal_goodput(gaps, job.useful_s, job.segment_s, recovery_s)
+        weight * renewal_goodput(gaps, segment.useful_s, segment.total_s, recovery_s)
         for weight, recovery_s in ((share, process_recovery_s(job)), (1 - share, node_recovery_s(job)))
         if weight
     )

@@ -116,10 +116,10 @@ def checkpoint_goodput(gaps: Gaps, step_s: float, checkpoint_s: float, restart_s
 
 
 def _ours(job: Job, process_share: float, gaps: Gaps, nodes: int, *, in_place: bool) -> float:
-    sized = _with_nodes(job, nodes, in_place=in_place)
+    sized, segment = _with_nodes(job, nodes, in_place=in_place), job.segment
     recoveries = ((process_share, process_recovery_s(sized)), (1 - process_share, node_recovery_s(sized)))
     return sum(
-        share * renewal_goodput(gaps, sized.useful_s, sized.segment_s, recovery_s) for share, recovery_s in recoveries
+        share * renewal_goodput(gaps, segment.useful_s, segment.total_s, recovery_s) for share, recovery_s in recoveries
     )
 
 

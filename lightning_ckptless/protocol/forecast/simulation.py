@@ -89,6 +89,8 @@ class _Run:
 
     def __init__(self, job: Job, coverage: Coverage) -> None:
         self._job, self._coverage = job, coverage
+        self._segment = job.segment
+        self._full_s = self._segment.total_s
         self._spent = dict.fromkeys(Bucket, 0.0)
         self._now = 0.0
         self._wait_until = self._up_from = 0.0
@@ -117,7 +119,7 @@ class _Run:
         self._up_s += until - self._now
         self._partial_s += until - self._now
         self._now = until
-        segment_s = self._job.segment_s / self._share
+        segment_s = self._full_s / self._share
         count = int(self._partial_s / segment_s)
         if count:
             self._commit(count)
@@ -130,11 +132,12 @@ class _Run:
 
     def _commit(self, count: float) -> None:
         """Count versions, each at the end of its segment."""
-        job, spent = self._job, self._spent
-        spent[Bucket.TRAINING] += count * job.useful_s
-        spent[Bucket.MIRROR_STALL] += count * job.costs.version_s
-        spent[Bucket.CHECKPOINT_WAIT] += count * job.durable_s
-        spent[Bucket.FEWER_NODES] += count * job.segment_s * (1 / self._share - 1)
+        segment, spent = self._segment, self._spent
+        spent[Bucket.TRAINING] += count * segment.useful_s
+        spent[Bucket.MIRROR_STALL] += count * segment.mirror_s
+        spent[Bucket.CHECKPOINT_WAIT] += count * segment.durable_s
+        if self._vacant:
+            spent[Bucket.FEWER_NODES] += count * self._full_s * (1 / self._share - 1)
         self._versions += int(count)
         self._unprotected.clear()
         self._from_durable = False
@@ -161,9 +164,9 @@ class _Run:
 
     def _grow(self) -> None:
         """A repaired node joins while the others train; they finish the step in flight."""
-        done = self._partial_s / (self._job.segment_s / self._share)
+        done = self._partial_s / (self._full_s / self._share)
         self._vacant.pop()
-        partial_s = done * self._job.segment_s / self._share
+        partial_s = done * self._full_s / self._share
         self._spent[Bucket.FEWER_NODES] += self._partial_s - partial_s
         self._partial_s = partial_s
         self._pause, self._wait_until = Bucket.ELASTIC_TRANSITION, self._now
@@ -195,14 +198,14 @@ class _Run:
         """Roll back to the newest durable state, or to the start of the job."""
         self._uncovered += 1
         self._first_uncovered = self._now if self._first_uncovered is None else self._first_uncovered
-        job, every = self._job, self._job.durable_segments
+        segment, spent = self._segment, self._spent
+        every = segment.per_durable
         kept = self._versions // every * every if every else 0
-        count = self._versions - kept
-        self._versions = kept
-        self._spent[Bucket.TRAINING] -= count * job.useful_s
-        self._spent[Bucket.MIRROR_STALL] -= count * job.costs.version_s
-        self._spent[Bucket.CHECKPOINT_WAIT] -= count * job.durable_s
-        self._spent[Bucket.REPLAY] += count * job.segment_s
+        count, self._versions = self._versions - kept, kept
+        spent[Bucket.TRAINING] -= count * segment.useful_s
+        spent[Bucket.MIRROR_STALL] -= count * segment.mirror_s
+        spent[Bucket.CHECKPOINT_WAIT] -= count * segment.durable_s
+        spent[Bucket.REPLAY] += count * self._full_s
         self._from_durable = True
 
     def _replace(self, lost: Sequence[int], repairs_s: Sequence[float]) -> None:
@@ -237,7 +240,7 @@ class _Run:
     def end(self, horizon_s: float) -> Outcome:
         """Close the account. The segment in progress counts as far as it has come."""
         self._advance(horizon_s)
-        self._commit(self._partial_s / (self._job.segment_s / self._share))
+        self._commit(self._partial_s / (self._full_s / self._share))
         return Outcome(self._spent, self._incidents, self._uncovered, self._first_uncovered)
 
 
