@@ -22,6 +22,7 @@ GUIDES = {
     "run": "[Launching](launching.md)",
     "doctor": "[Checking a machine](doctor.md)",
     "drill": "[Fault injection](faults.md)",
+    "forecast": "[Forecast](forecast.md)",
     "status": "[Watching a run](watching.md)",
     "export": "[Exporting the state as a file](watching.md#the-state-as-a-file)",
     "clean": "[Shared memory after a run](launching.md#shared-memory-after-a-run)",

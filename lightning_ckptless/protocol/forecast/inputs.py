@@ -184,6 +184,8 @@ def inputs_from(given: Mapping[str, Any]) -> Inputs:
     inputs = Inputs(**given)
     _check_numbers(inputs)
     _check_cluster(inputs)
+    if not isinstance(inputs.in_place, bool):
+        raise OptionsError(f"in_place={inputs.in_place!r}: expected true or false")
     if inputs.failure_domain not in FAILURE_DOMAINS:
         raise OptionsError(f"failure_domain={inputs.failure_domain!r}: expected one of {', '.join(FAILURE_DOMAINS)}")
     return inputs
