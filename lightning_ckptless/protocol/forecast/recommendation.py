@@ -2,8 +2,8 @@
 
 Options are chosen one after the other. The candidates of an option are simulated under the same incidents, so their
 differences are not noise. They are compared by efficiency, the share of all paid node time that is productive: a spare
-node costs as much as a node that trains. The cheapest candidate within a small tolerance of the best is chosen. The
-mirror interval is chosen by the closed form, which is exact and smooth.
+node costs as much as a node that trains. Of options that cost memory or storage, the cheapest candidate that is almost
+as good as the best is chosen. The mirror interval is chosen by the closed form, which is exact and smooth.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from lightning_ckptless.protocol.forecast.simulation import simulate
 from lightning_ckptless.protocol.forecast.summary import summarize
 from lightning_ckptless.protocol.mirror_interval import INTERVALS
 
-TOLERANCE = 0.0005
-"""Difference in efficiency below which the cheaper candidate is chosen."""
+TOLERANCES = {"copies": 2e-4, "durable_every_s": 2e-4, "standbys": 2e-4}
+"""Difference in efficiency below which the cheaper candidate is chosen. These options cost memory or storage, which the
+efficiency does not contain; for the others the best candidate is chosen."""
 ORDER = ("mirror_every_n_steps", "in_place", "failure_domain", "copies", "durable_every_s", "spares", "standbys")
 _DURABLE_S = (86400.0, 28800.0, 14400.0, 7200.0, 3600.0, 1800.0, 600.0)
 
@@ -89,8 +90,8 @@ def recommend(
             of_option.append(_examine(option, value, changed, failures, jobs, horizon_s, given=given))
             tick()
         top = max(alternative.efficiency for alternative in of_option)
-        tolerance = 0.0 if option == "mirror_every_n_steps" else TOLERANCE
-        chosen = next(alternative for alternative in of_option if alternative.efficiency >= top - tolerance)
+        enough = top - TOLERANCES.get(option, 0.0)
+        chosen = next(alternative for alternative in of_option if alternative.efficiency >= enough)
         best = replace(best, **{option: chosen.value})
         found += [replace(alternative, chosen=alternative is chosen) for alternative in of_option]
     return Recommendation(best, tuple(found))

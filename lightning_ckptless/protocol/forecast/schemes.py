@@ -13,6 +13,7 @@ from math import ceil, sqrt
 from lightning_ckptless.protocol.forecast.failure_model import Gaps
 from lightning_ckptless.protocol.forecast.job import Cluster, Failures, Job
 from lightning_ckptless.protocol.forecast.renewal import node_recovery_s, process_recovery_s, renewal_goodput
+from lightning_ckptless.protocol.mirror_interval import INTERVALS
 
 RESTART_S = 1350.0
 """Restart of all workers from a checkpoint: 22.5 min, the middle of the 15 to 30 min that AWS names for 2,304 GPUs."""
@@ -70,7 +71,8 @@ def compare_schemes(job: Job, failures: Failures) -> Comparison:
         "step, since none is published"
     )
     process_s = process_recovery_s(_with_nodes(job, 2, in_place=True))
-    relaunch = f"{costs.relaunch_s:g} s per process, {max(costs.relaunch_s, costs.join_s):g} s per node"
+    node_s = max(costs.relaunch_s, costs.join_s)
+    relaunch = f"{costs.relaunch_s:g} s per process, {node_s:g} s per node, the best mirror interval for each size"
     schemes: tuple[tuple[str, str, Callable[[Gaps, int], float]], ...] = (
         (
             "checkpoint and restart",
@@ -89,7 +91,7 @@ def compare_schemes(job: Job, failures: Failures) -> Comparison:
         ),
         (
             "ckptless, in place",
-            f"{process_s:g} s per process, {costs.join_s:g} s per node",
+            f"{process_s:g} s per process, {costs.join_s:g} s per node, the best mirror interval for each size",
             lambda gaps, size: _ours(job, failures.process_share, gaps, size, in_place=True),
         ),
     )
@@ -116,11 +118,18 @@ def checkpoint_goodput(gaps: Gaps, step_s: float, checkpoint_s: float, restart_s
 
 
 def _ours(job: Job, process_share: float, gaps: Gaps, nodes: int, *, in_place: bool) -> float:
-    sized, segment = _with_nodes(job, nodes, in_place=in_place), job.segment
+    """Goodput of this package with the best mirror interval for this size."""
+    sized = _with_nodes(job, nodes, in_place=in_place)
     recoveries = ((process_share, process_recovery_s(sized)), (1 - process_share, node_recovery_s(sized)))
-    return sum(
-        share * renewal_goodput(gaps, segment.useful_s, segment.total_s, recovery_s) for share, recovery_s in recoveries
-    )
+
+    def ettr(interval: int) -> float:
+        segment = replace(sized, choices=replace(sized.choices, mirror_every_n_steps=interval)).segment
+        return sum(
+            share * renewal_goodput(gaps, segment.useful_s, segment.total_s, recovery_s)
+            for share, recovery_s in recoveries
+        )
+
+    return max(map(ettr, INTERVALS))
 
 
 def _with_nodes(job: Job, nodes: int, *, in_place: bool) -> Job:
