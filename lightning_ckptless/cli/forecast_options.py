@@ -131,7 +131,7 @@ WeibullShape = Annotated[
     float | None,
     typer.Option(
         metavar="K",
-        help="Weibull shape of the gaps; 1: exponential; less: clustered (default: that of the preset, or 1).",
+        help="Shape of Weibull gaps; 1: exponential; less: clustered (default: that of the preset, or 1).",
         rich_help_panel=_FAILURES,
     ),
 ]
@@ -151,31 +151,40 @@ RepairMedianH = Annotated[
     typer.Option(metavar=_HOURS, help="Median repair of a node (default: 20.4).", rich_help_panel=_FAILURES),
 ]
 RepairMeanH = Annotated[
-    float | None, typer.Option(metavar=_HOURS, help="Mean repair (default: 133).", rich_help_panel=_FAILURES)
+    float | None, typer.Option(metavar=_HOURS, help="Mean repair of a node (default: 133).", rich_help_panel=_FAILURES)
 ]
 
 InPlaceS = Annotated[
-    float | None, typer.Option(metavar=_SECONDS, help="In place (default: 0.3).", rich_help_panel=_RECOVERY)
+    float | None,
+    typer.Option(metavar=_SECONDS, help="Recovery in place of a process (default: 0.3).", rich_help_panel=_RECOVERY),
 ]
 StandbyS = Annotated[
     float | None,
-    typer.Option(metavar=_SECONDS, help="In place with a standby (default: 0.25).", rich_help_panel=_RECOVERY),
+    typer.Option(metavar=_SECONDS, help="The same with a standby (default: 0.25).", rich_help_panel=_RECOVERY),
 ]
 RelaunchS = Annotated[
     float | None,
-    typer.Option(metavar=_SECONDS, help="Relaunch of all workers (default: 8.5).", rich_help_panel=_RECOVERY),
+    typer.Option(
+        metavar=_SECONDS, help="Recovery by a relaunch of all workers (default: 8.5).", rich_help_panel=_RECOVERY
+    ),
 ]
 JoinS = Annotated[
     float | None,
-    typer.Option(metavar=_SECONDS, help="A spare replaces a node (default: 14).", rich_help_panel=_RECOVERY),
+    typer.Option(
+        metavar=_SECONDS, help="Recovery in which a spare replaces a node (default: 14).", rich_help_panel=_RECOVERY
+    ),
 ]
 ShrinkS = Annotated[
     float | None,
-    typer.Option(metavar=_SECONDS, help="Transition to fewer nodes (default: 9).", rich_help_panel=_RECOVERY),
+    typer.Option(
+        metavar=_SECONDS, help="Recovery in which an elastic job shrinks (default: 9).", rich_help_panel=_RECOVERY
+    ),
 ]
 GrowS = Annotated[
     float | None,
-    typer.Option(metavar=_SECONDS, help="Pause when a node rejoins (default: 0.3).", rich_help_panel=_RECOVERY),
+    typer.Option(
+        metavar=_SECONDS, help="Pause when a repaired node rejoins (default: 0.3).", rich_help_panel=_RECOVERY
+    ),
 ]
 DurableRestoreS = Annotated[
     float | None,

@@ -105,6 +105,10 @@ def _recommended(found: Forecast) -> Table:
     table.add_section()
     ettr, best_ettr = f"{found.expected.ettr:.2%}", f"{found.recommended.ettr:.2%}"
     table.add_row("expected ETTR", ettr, Text(best_ettr, style="bold"))
+    nodes = found.job.cluster.nodes
+    paid, best_paid = (nodes / (nodes + choices["spares"]) for choices in (given, best))
+    efficiency, best_efficiency = f"{found.expected.ettr * paid:.2%}", f"{found.recommended.ettr * best_paid:.2%}"
+    table.add_row("of all paid nodes", efficiency, Text(best_efficiency, style="bold"))
     return table
 
 

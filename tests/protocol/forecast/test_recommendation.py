@@ -26,7 +26,7 @@ def recommended(**changes: Any) -> Forecast:
 
 
 def test_bursts_call_for_copies_in_another_rack() -> None:
-    found = recommended(burst_share=0.2)
+    found = recommended(burst_share=0.2, repair_median_h=4.0, repair_mean_h=4.0)
     assert found.recommendation is not None and found.recommended is not None
     assert found.recommendation.choices.failure_domain == "rack"
     assert found.recommendation.choices.copies == 1

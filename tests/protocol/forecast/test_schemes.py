@@ -33,7 +33,7 @@ def test_the_claims_of_fast_recovery_follow_from_their_assumptions() -> None:
     measured, cluster = failures_of("rsc-jobs").gaps(288), failures_of("rsc-1").gaps(288)
     # At the failure rate that was measured for jobs of 1,024 GPUs, restarts cost a sixth of the time ...
     slow = [checkpoint_goodput(measured, 10.0, 20.0, minutes * 60.0) for minutes in (15, 30)]
-    assert slow == pytest.approx([0.884, 0.824], abs=0.005)
+    assert slow == pytest.approx([0.880, 0.819], abs=0.001)
     # ... and a recovery in two minutes, with a step replayed, keeps 99 %.
     assert renewal_goodput(measured, 10.0, 10.0, 120.0) == pytest.approx(0.990, abs=0.001)
     # At the rate of the whole cluster, restarts alone already keep 95 %: the claim needs the higher rate.
