@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +15,9 @@ import typer
 from lightning_ckptless.cli import forecast_options as options
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.console import Console
 
-    from lightning_ckptless.protocol.forecast.forecast import Forecast
+    from lightning_ckptless.protocol.forecast.forecast import Forecast, Tick
     from lightning_ckptless.protocol.forecast.inputs import Forecastable
 
 _SHOWN_AFTER_S = 1.0
@@ -92,11 +91,12 @@ def forecast(
     check_plot(plot)
     what, assumed = collect(given, config, trace, from_run, run_root)
     import numpy as np
+    from rich.console import Console
 
     from lightning_ckptless.cli.view.forecast import show_forecast
     from lightning_ckptless.protocol.forecast.forecast import forecast as run_forecast
 
-    with _progress() as tick:
+    with progress(Console(stderr=True)) as tick:
         found = run_forecast(what, np.random.default_rng(what.inputs.seed), tick, alternatives=alternatives)
     if plot is not None:
         from lightning_ckptless.cli.view.forecast_plot import draw_comparison
@@ -142,21 +142,26 @@ def check_plot(target: Path | None) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Any]:
-    """A progress bar on stderr that appears if the simulation takes longer than a second."""
-    from rich.console import Console
-    from rich.progress import Progress
+def progress(console: Console, clock: Callable[[], float] = time.monotonic) -> Iterator[Tick]:
+    """A progress bar that appears if the simulation takes longer than a second.
 
-    console = Console(stderr=True)
-    bar: Progress = Progress(console=console, transient=True, disable=not sys.stderr.isatty())
-    began_at = time.monotonic()
-    tasks: dict[str, Any] = {}
+    Args:
+        console: terminal to draw on; nothing is drawn if it is none.
+        clock: returns the time in seconds.
 
-    def tick(of: str) -> None:
+    Yields:
+        A function to be called after each piece of the simulation.
+    """
+    from rich.progress import Progress, TaskID
+
+    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+    began_at, tasks = clock(), dict[str, TaskID]()
+
+    def tick(of: str, total: int | None) -> None:
         if of not in tasks:
-            tasks[of] = bar.add_task(f"simulating {of}", total=None)
+            tasks[of] = bar.add_task(f"simulating {of}", total=total)
         bar.advance(tasks[of])
-        if not bar.live.is_started and time.monotonic() - began_at > _SHOWN_AFTER_S:
+        if not bar.live.is_started and clock() - began_at > _SHOWN_AFTER_S:
             bar.start()
 
     try:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from rich.console import Console
 from typer.core import TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from lightning_ckptless.cli.app import app
+from lightning_ckptless.cli.forecast import progress
 from lightning_ckptless.cli.forecast_measured import measured_in
 from lightning_ckptless.cli.runs import find_run
 from lightning_ckptless.cli.view.forecast_plot import COLOURS
@@ -206,6 +209,23 @@ def test_the_plot_has_a_curve_per_scheme(tmp_path: Path) -> None:
     for name in ("a.svg", "b.svg"):
         ask(*JOB, *QUICK, *MANY, "--plot", str(tmp_path / name))
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_a_progress_bar_appears_after_a_second() -> None:
+    out, now = StringIO(), [0.0]
+    with progress(Console(file=out, force_terminal=True), lambda: now[0]) as tick:
+        tick("the given options", 2)
+        assert out.getvalue() == ""
+        now[0] = 1.5
+        tick("the given options", 2)
+    assert "simulating the given options" in out.getvalue()
+
+
+def test_no_progress_bar_is_written_to_a_file() -> None:
+    out, now = StringIO(), iter(range(100))
+    with progress(Console(file=out), lambda: 10.0 * next(now)) as tick:
+        tick("the given options", 2)
+    assert out.getvalue() == ""
 
 
 # ---------------------------------------------------------------------- from a run

@@ -19,6 +19,8 @@ from lightning_ckptless.protocol.forecast.simulation import simulate
 from lightning_ckptless.protocol.forecast.summary import Summary, summarize
 
 _INCIDENTS_PER_CANDIDATE = 5000
+Tick = Callable[[str, int | None], None]
+"""Called with what is simulated and in how many pieces, if that is known, after each piece."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +46,13 @@ class Forecast:
     comparison: Comparison
 
 
-def forecast(
-    what: Forecastable, generator: np.random.Generator, tick: Callable[[str], None], *, alternatives: bool
-) -> Forecast:
+def forecast(what: Forecastable, generator: np.random.Generator, tick: Tick, *, alternatives: bool) -> Forecast:
     """Forecast a job.
 
     Args:
         what: checked inputs.
         generator: source of randomness.
-        tick: called with what was simulated, after each job and each candidate.
+        tick: called after each job and each candidate.
         alternatives: whether to recommend options.
     """
     job, failures, horizon_s = what.job, what.failures, what.inputs.days * SECONDS_PER_DAY
@@ -66,7 +66,7 @@ def forecast(
     if alternatives:
         per_job = max(1.0, sum(map(len, jobs)) / len(jobs))
         few = jobs[: max(3, int(_INCIDENTS_PER_CANDIDATE / per_job))]
-        recommendation = recommend(job, failures, few, horizon_s, lambda: tick("alternatives"))
+        recommendation = recommend(job, failures, few, horizon_s, lambda: tick("alternatives", None))
         best = replace(job, choices=recommendation.choices)
         recommended = _simulated(best, jobs, horizon_s, tick, "the recommended options")
     return Forecast(
@@ -84,13 +84,11 @@ def _draw(failures: Failures, job: Job, generator: np.random.Generator, horizon_
     return failures.draw(generator, job.cluster.nodes, job.cluster.rack_nodes, horizon_s)
 
 
-def _simulated(
-    job: Job, jobs: Sequence[Sequence[Incident]], horizon_s: float, tick: Callable[[str], None], of: str
-) -> Summary:
+def _simulated(job: Job, jobs: Sequence[Sequence[Incident]], horizon_s: float, tick: Tick, of: str) -> Summary:
     coverage, outcomes = Coverage(job.cluster, job.choices), []
     for incidents in jobs:
         outcomes.append(simulate(job, incidents, horizon_s, coverage))
-        tick(of)
+        tick(of, len(jobs))
     return summarize(outcomes)
 
 

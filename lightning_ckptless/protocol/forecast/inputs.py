@@ -26,6 +26,7 @@ from lightning_ckptless.protocol.mirror_interval import Costs as IntervalCosts
 from lightning_ckptless.protocol.mirror_interval import plan_interval
 
 AUTO = "auto"
+_MOST_INCIDENTS = 5e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +277,18 @@ def forecastable(inputs: Inputs, trace: Sequence[TraceLine] | None) -> Forecasta
         job = replace(
             job, choices=replace(choices, mirror_every_n_steps=_interval(job, failures, inputs.mirror_budget))
         )
+    _check_effort(inputs, failures)
     return Forecastable(inputs, job, failures, text)
+
+
+def _check_effort(inputs: Inputs, failures: Failures) -> None:
+    incidents = inputs.trials * inputs.days * SECONDS_PER_DAY / failures.gaps(inputs.nodes).mean_s
+    if incidents > _MOST_INCIDENTS:
+        raise OptionsError(
+            f"{inputs.trials} jobs of {inputs.days:g} days would have {incidents:.2g} incidents, which takes too long to "
+            f"simulate: reduce days or trials to at most {_MOST_INCIDENTS:.0e} incidents, e.g. "
+            f"--days {inputs.days * _MOST_INCIDENTS / incidents:.2g}"
+        )
 
 
 def _interval(job: Job, failures: Failures, budget: float) -> int:

@@ -52,6 +52,7 @@ def made(**changes: Any) -> Forecastable:
         ({"spares": "some"}, "spares='some': expected an integer of at least 0, or 'auto'"),
         ({"mirror_every_n_steps": 0}, "mirror_every_n_steps=0: expected an integer of at least 1, or 'auto'"),
         ({"node": 3}, "unknown input 'node': did you mean 'nodes'?"),
+        ({"rate": 1e9}, "which takes too long to simulate: reduce days or trials"),
         ({"in_place": "maybe"}, "in_place='maybe': expected true or false"),
     ],
 )

@@ -22,7 +22,7 @@ def recommended(**changes: Any) -> Forecast:
     """The forecast of a job of 256 nodes with many failures."""
     values = {"nodes": 256, "step_s": 10.0, "rate": 20.0, "trials": 10, "days": 20.0} | changes
     what = forecastable(inputs_from(values), None)
-    return forecast(what, np.random.default_rng(1), lambda _: None, alternatives=True)
+    return forecast(what, np.random.default_rng(1), lambda *_: None, alternatives=True)
 
 
 def test_bursts_call_for_copies_in_another_rack() -> None:

@@ -24,7 +24,7 @@ def node(at_s: float, *nodes: int, repair_s: float = 1000.0) -> Incident:
     return Incident(at_s, nodes, (repair_s,) * len(nodes))
 
 
-def spent(outcome: Outcome) -> dict[str, float]:
+def spent(outcome: Outcome) -> dict[str, Any]:
     """The buckets that have any time."""
     return {str(bucket): pytest.approx(seconds) for bucket, seconds in outcome.spent_s.items() if seconds}
 
