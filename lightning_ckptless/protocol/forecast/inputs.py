@@ -285,8 +285,8 @@ def _check_effort(inputs: Inputs, failures: Failures) -> None:
     incidents = inputs.trials * inputs.days * SECONDS_PER_DAY / failures.gaps(inputs.nodes).mean_s
     if incidents > _MOST_INCIDENTS:
         raise OptionsError(
-            f"{inputs.trials} jobs of {inputs.days:g} days would have {incidents:.2g} incidents, which takes too long to "
-            f"simulate: reduce days or trials to at most {_MOST_INCIDENTS:.0e} incidents, e.g. "
+            f"{inputs.trials} jobs of {inputs.days:g} days would have {incidents:.2g} incidents, which takes too long "
+            f"to simulate: reduce days or trials to at most {_MOST_INCIDENTS:.0e} incidents, e.g. "
             f"--days {inputs.days * _MOST_INCIDENTS / incidents:.2g}"
         )
 

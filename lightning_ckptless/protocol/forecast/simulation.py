@@ -136,7 +136,7 @@ class _Run:
         spent[Bucket.TRAINING] += count * segment.useful_s
         spent[Bucket.MIRROR_STALL] += count * segment.mirror_s
         spent[Bucket.CHECKPOINT_WAIT] += count * segment.durable_s
-        if self._vacant:
+        if self._vacant and count:
             spent[Bucket.FEWER_NODES] += count * self._full_s * (1 / self._share - 1)
         self._versions += int(count)
         self._unprotected.clear()
@@ -240,7 +240,7 @@ class _Run:
     def end(self, horizon_s: float) -> Outcome:
         """Close the account. The segment in progress counts as far as it has come."""
         self._advance(horizon_s)
-        self._commit(self._partial_s / (self._full_s / self._share))
+        self._commit(self._partial_s * self._share / self._full_s)
         return Outcome(self._spent, self._incidents, self._uncovered, self._first_uncovered)
 
 

@@ -67,6 +67,12 @@ def test_without_a_spare_the_job_waits_for_a_repair() -> None:
     assert spent(outcome) == {"training": 200.0, "recovery": 30.0, "node_wait": 200.0}
 
 
+def test_a_job_of_one_node_ends_while_it_waits_for_its_repair() -> None:
+    outcome = simulate(job_of(1), [node(100.0, 0, repair_s=5000.0)], 400.0)
+    # Nothing is left of its state, so what it had done is lost.
+    assert spent(outcome) == {"replay": 100.0, "node_wait": 300.0}
+
+
 def test_an_elastic_job_continues_on_fewer_nodes_and_grows_back() -> None:
     outcome = simulate(job_of(8, min_nodes=7), [node(100.0, 1, repair_s=115.0)], 318.0)
     # Seven of eight nodes train for 100 s, as much as eight in 87.5 s.
