@@ -90,22 +90,33 @@ def forecast(
 
     check_plot(plot)
     what, assumed = collect(given, config, trace, from_run, run_root)
-    import numpy as np
-    from rich.console import Console
-
-    from lightning_ckptless.cli.view.forecast import show_forecast
-    from lightning_ckptless.protocol.forecast.forecast import forecast as run_forecast
-
-    with progress(Console(stderr=True)) as tick:
-        found = run_forecast(what, np.random.default_rng(what.inputs.seed), tick, alternatives=alternatives)
+    found = simulate(what, alternatives=alternatives)
     if plot is not None:
         from lightning_ckptless.cli.view.forecast_plot import draw_comparison
 
         draw_comparison(found, what, plot)
     if as_json:
         typer.echo(json.dumps(as_dict(found, what, assumed), indent=1))
-    else:
-        show_forecast(found, what, assumed)
+        return
+    from lightning_ckptless.cli.view.forecast import show_forecast
+
+    show_forecast(found, what, assumed)
+
+
+def simulate(what: Forecastable, *, alternatives: bool) -> Forecast:
+    """Forecast a job, with a progress bar on stderr.
+
+    Args:
+        what: checked inputs.
+        alternatives: whether to recommend options.
+    """
+    import numpy as np
+    from rich.console import Console
+
+    from lightning_ckptless.protocol.forecast.forecast import forecast as run_forecast
+
+    with progress(Console(stderr=True)) as tick:
+        return run_forecast(what, np.random.default_rng(what.inputs.seed), tick, alternatives=alternatives)
 
 
 def as_dict(found: Forecast, what: Forecastable, assumed: Sequence[str]) -> dict[str, Any]:

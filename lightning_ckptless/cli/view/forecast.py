@@ -20,6 +20,7 @@ from lightning_ckptless.protocol.forecast.recommendation import Alternative
 from lightning_ckptless.protocol.forecast.simulation import Bucket
 from lightning_ckptless.protocol.forecast.summary import Summary
 
+_HOURS = 30 * 24
 _YEAR_S = 365.25 * SECONDS_PER_DAY
 
 
@@ -123,7 +124,9 @@ def _alternatives(found: Forecast, what: Forecastable) -> Table:
     chosen = {row.option: row for row in rows if row.chosen}
     last = ""
     for row in rows:
-        hours = (chosen[row.option].efficiency - row.efficiency) * 720 * cluster.nodes
+        lost = chosen[row.option].efficiency - row.efficiency
+        # Adding zero turns a rounded -0.0 into 0.0.
+        hours = round(lost * _HOURS * cluster.nodes, 1) + 0.0
         cells = [f"{row.ettr:.3%}", "" if row.uncovered is None else f"{row.uncovered:.2f}", f"{hours:+,.1f}"]
         if inputs.price is not None:
             cells.append(f"{hours * cluster.ranks_per_node * inputs.price:+,.0f}")
