@@ -90,17 +90,21 @@ def forecast(
 
     check_plot(plot)
     what, assumed = collect(given, config, trace, from_run, run_root)
-    found = simulate(what, alternatives=alternatives)
+    report(simulate(what, alternatives=alternatives), what, assumed, as_json=as_json, plot=plot)
+
+
+def report(found: Forecast, what: Forecastable, assumed: Sequence[str], *, as_json: bool, plot: Path | None) -> None:
+    """Print a forecast, as tables or JSON, and draw it if asked to."""
+    from lightning_ckptless.cli.view.forecast import show_forecast
+
     if plot is not None:
         from lightning_ckptless.cli.view.forecast_plot import draw_comparison
 
         draw_comparison(found, what, plot)
     if as_json:
         typer.echo(json.dumps(as_dict(found, what, assumed), indent=1))
-        return
-    from lightning_ckptless.cli.view.forecast import show_forecast
-
-    show_forecast(found, what, assumed)
+    else:
+        show_forecast(found, what, assumed)
 
 
 def simulate(what: Forecastable, *, alternatives: bool) -> Forecast:
