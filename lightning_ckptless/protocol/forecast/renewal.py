@@ -1,4 +1,4 @@
-r"""The closed form: goodput of a job as a renewal process.
+"""The closed form: goodput of a job as a renewal process.
 
 Between two incidents lies a gap X. The recovery of r seconds comes first, then segments of s seconds, each with u
 productive seconds, and the segment in which the next incident falls is lost. So a gap contributes `floor((X - r) / s)`
@@ -54,12 +54,11 @@ def _segments_per_gap(gaps: Gaps, segment_s: float, recovery_s: float) -> float:
     first = np.arange(1, _EXACT_TERMS + 1, dtype=np.float64)
     total = float(gaps.survival(recovery_s + first * segment_s).sum())
     at = float(_EXACT_TERMS + 1)
-    while (term := float(gaps.survival(np.array([recovery_s + at * segment_s]))[0])) > _NEGLIGIBLE:
+    while float(gaps.survival(np.array([recovery_s + at * segment_s]))[0]) > _NEGLIGIBLE:
         edges = np.floor(at * _GROWTH ** np.arange(257))
         middle = (edges[:-1] + edges[1:] - 1) / 2
         total += float((np.diff(edges) * gaps.survival(recovery_s + middle * segment_s)).sum())
         at = float(edges[-1])
-        assert term <= 1.0
     return total
 
 
