@@ -241,7 +241,12 @@ def write_run(root: Path, *, auto: bool = True) -> Path:
     """Write the ledger of a run of four ranks on two nodes with three recoveries, and return the run's folder."""
     folder = root / "measured"
     writer = Writer(folder)
-    place = {"kind": "node", "copies": 1, "holders": [[2], [3], [0], [1]], "nodes": ["a", "a", "b", "b"]}
+    place: dict[str, Any] = {
+        "kind": "node",
+        "copies": 1,
+        "holders": [[2], [3], [0], [1]],
+        "nodes": ["a", "a", "b", "b"],
+    }
     writer.at(0.0, "placement", **place, domains=["a", "a", "b", "b"], sizes_bytes=[25, 25, 25, 25])
     writer.at(1.0, "standbys", ready=1, wanted=2)
     if auto:
@@ -298,7 +303,13 @@ def test_the_command_takes_a_run_and_lets_options_replace_it(tmp_path: Path) -> 
 def test_a_run_without_failures_needs_a_rate(tmp_path: Path) -> None:
     folder = tmp_path / "quiet"
     writer = Writer(folder)
-    place = {"kind": "node", "copies": 1, "holders": [[1], [0]], "nodes": ["a", "b"], "domains": ["a", "b"]}
+    place: dict[str, Any] = {
+        "kind": "node",
+        "copies": 1,
+        "holders": [[1], [0]],
+        "nodes": ["a", "b"],
+        "domains": ["a", "b"],
+    }
     writer.at(0.0, "placement", **place, sizes_bytes=[1, 1])
     writer.at(1.0, "committed", generation=1, step=1)
     writer.at(2.0, "committed", generation=1, step=2)

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 
+from lightning_ckptless.internals.lightning import progress_bar
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.recovery import restore_procedure
 from lightning_ckptless.trainer.recovery.restore_procedure import RestoreProcedure
@@ -90,7 +91,7 @@ class Rank:
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Leave Lightning out; returns with which `afresh` the progress bar was shown."""
     values: list[bool] = []
-    monkeypatch.setattr(restore_procedure.progress_bar, "show_position", lambda _, *, afresh: values.append(afresh))
+    monkeypatch.setattr(progress_bar, "show_position", lambda _, *, afresh: values.append(afresh))
     monkeypatch.setattr(restore_procedure, "move_data_to", lambda loops, _: loops.move_data())
     return values
 
