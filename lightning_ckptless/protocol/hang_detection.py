@@ -370,6 +370,7 @@ def find_late(
     | no rank has met, and some are stopped | those that are stopped |
     | no rank has met, and some do not wait for others | those that do not wait |
     | no rank has met, all wait, and no other node has ranks | all |
+    | the same for twice as long, and it cannot be told whether all wait | all |
 
     Args:
         meeting: what is known about it.
@@ -388,12 +389,13 @@ def find_late(
     why = f"ranks that are ready to meet have not met within {_meeting_s(override_s):.1f} s"
     if meeting.met:
         return Hang(ranks, f"{why}, but others have", silent_s)
-    if held := tuple(rank for rank in ranks if rank in stopped):
+    if held := tuple(sorted(stopped)):
         return Hang(held, f"stopped by a signal; {why}", silent_s)
     if busy := tuple(rank for rank in ranks if waits.get(rank) is False):
         return Hang(busy, f"does not wait for the other ranks; {why}", silent_s)
     # No rank is known to be at fault, and the machine may be slow: the user's limit for a step does not apply.
-    if meeting.is_whole and silent_s > MEETING_S and all(waits.get(rank) for rank in ranks):
+    allowed_s = MEETING_S if all(waits.get(rank) for rank in ranks) else 2 * MEETING_S
+    if meeting.is_whole and silent_s > allowed_s:
         return Hang(ranks, f"all ranks wait for each other; {why}", silent_s)
     return None
 

@@ -297,6 +297,19 @@ def test_a_meeting_that_is_not_late_yet(why: str) -> None:
     assert find_late(meeting.get(why, READY), now=now, override_s=override_s, waits=waits) is None
 
 
+def test_a_stopped_rank_that_is_not_ready_prevents_a_meeting() -> None:
+    meeting = replace(READY, ready={0: 100.0, 1: 90.0})
+    found = find_late(meeting, now=OVERDUE, stopped=(2,), waits={0: True, 1: True})
+    assert found is not None and found.ranks == (2,)
+
+
+def test_a_meeting_ends_even_if_no_rank_says_what_it_does() -> None:
+    unknown = dict.fromkeys(ALL_WAIT)
+    assert find_late(READY, now=OVERDUE, waits=unknown) is None
+    found = find_late(READY, now=OVERDUE + MEETING_S, waits=unknown)
+    assert found is not None and found.ranks == (0, 1, 2)
+
+
 def test_a_new_process_has_longer_than_the_first_ones_took() -> None:
     meeting = replace(READY, coming={3: 100.0})
     hang = find_late(meeting, now=100.0 + STARTUP_S + 1.0)

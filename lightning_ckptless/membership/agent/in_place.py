@@ -284,7 +284,10 @@ class InPlaceRecovery:
 
     def _note_entered(self, rank: int) -> None:
         progress, starts_together = self._progress, self._round is not None and self._round.env_of is None
-        if progress.coming.pop(rank, None) is None and starts_together and not progress.trains:
+        if progress.coming.pop(rank, None) is not None:
+            # Its next message is the one that survivors send, too: it is watched as they are until then.
+            progress.notified_at[rank] = self._clock.monotonic()
+        elif starts_together and not progress.trains:
             self._startup_s = max(self._startup_s, self._clock.monotonic() - progress.began_at)
         self._output_of.pop(rank, None)
 

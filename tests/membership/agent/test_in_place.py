@@ -118,6 +118,32 @@ WITHOUT_GROUP = """
 """
 
 
+# Rank 0 kills itself; its first replacement reaches the training loop and then does nothing.
+SILENT_REPLACEMENT = WITHOUT_GROUP.replace(
+    """    while True:
+        if number:
+""",
+    """    while True:
+        if rank == "0" and number == 1:
+            time.sleep(60)
+        if number:
+""",
+)
+
+
+@pytest.mark.timeout(25)
+def test_a_replacement_that_stops_in_the_training_loop_is_replaced(
+    bare: ForkServer, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = LaunchConfig(program=script(write(SILENT_REPLACEMENT)), nproc=3, cwd=tmp_path, max_restarts=3)
+    outcome = run(config, parent=bare)
+    assert (outcome.exit_code, outcome.restarts, outcome.in_place) == (0, 0, 2)
+    assert [(fault.rank, fault.hung) for fault in outcome.faults] == [
+        (0, ""),
+        (0, "did not release its process groups within 1.0 s of the fault report"),
+    ]
+
+
 @pytest.mark.timeout(25)
 def test_a_rank_that_cannot_create_a_group_is_replaced(
     bare: ForkServer, write: Callable[..., Path], tmp_path: Path
