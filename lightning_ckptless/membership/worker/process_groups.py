@@ -185,9 +185,12 @@ class World:
         We abort and re-create them.
         """
         before = set(map(id, process_groups()))
-        with self._connections.opening(dist.get_world_size() if self.is_open else 0, self._meeting_store.sockets):
-            yield
-        self._own |= set(map(id, process_groups())) - before
+        try:
+            with self._connections.opening(dist.get_world_size() if self.is_open else 0, self._meeting_store.sockets):
+                yield
+        finally:
+            # Another fault may end the block when only some of its groups have been created.
+            self._own |= set(map(id, process_groups())) - before
 
     def abort(self) -> int:
         """Abort whatever a thread does in these groups, and in those being created. Callable from any thread.

@@ -71,6 +71,13 @@ def test_a_group_that_needs_other_ranks_fails_at_once(world: World) -> None:
         dist.new_group([0, 1], backend="gloo")
 
 
+def test_groups_of_a_block_that_fails_half_way_are_ours(world: World) -> None:
+    with pytest.raises(TransportError, match="another rank died"), world.making():
+        dist.new_group([0], backend="fake")
+        raise TransportError("another rank died")
+    assert world.foreign_groups() == 0
+
+
 def test_the_group_is_ours_and_leaves_nothing_behind(world: World) -> None:
     assert world.foreign_groups() == 0
     world.leave()
