@@ -59,7 +59,6 @@ class RunReport:
         self.trainer = trainer
         self.ledger = ledger
         self.clock = clock
-        self.is_reporter: bool = trainer.global_rank == 0
         self.account = GoodputAccount(began_at=clock())
         self.recoveries = 0
         self.steps_replayed = 0
@@ -79,6 +78,11 @@ class RunReport:
         self._last_noted_at = 0.0
         self._plan: tuple[Placement, tuple[str, ...], tuple[int, ...]] | None = None
         self._is_plan_shown = False
+
+    @property
+    def is_reporter(self) -> bool:
+        """Whether this rank reports for all. It is rank 0, which a world change may make another process."""
+        return int(self.trainer.global_rank) == 0
 
     def report_files(self, text: str) -> None:
         """Print a message about the run's checkpoint and log files."""

@@ -36,3 +36,14 @@ def test_the_ledger_keeps_the_costs_that_led_to_the_interval(tmp_path: Path) -> 
     report.mirror_interval(5, plan_interval(Costs(0.5, 0.01, 1e-5, 1.0), 0.01))
     (event,) = read_ledger(tmp_path / "ledger.jsonl", only="mirror_interval")
     assert (event.fields["interval"], event.fields["step_s"], event.fields["version_s"]) == (5, 0.5, 0.01)
+
+
+def test_a_process_that_a_world_change_makes_rank_0_reports_from_then_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = tiny_trainer(tmp_path)
+    report, plan = report_of(trainer, tmp_path), plan_interval(Costs(0.5, 0.01, 1e-5, 1.0), 0.01)
+    for rank, interval in ((1, 5), (0, 6), (2, 7)):
+        monkeypatch.setattr(type(trainer.strategy), "global_rank", rank)
+        report.mirror_interval(interval, plan)
+    assert [event.fields["interval"] for event in read_ledger(tmp_path / "ledger.jsonl")] == [6]
