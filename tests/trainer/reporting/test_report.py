@@ -44,6 +44,6 @@ def test_a_process_that_a_world_change_makes_rank_0_reports_from_then_on(
     trainer = tiny_trainer(tmp_path)
     report, plan = report_of(trainer, tmp_path), plan_interval(Costs(0.5, 0.01, 1e-5, 1.0), 0.01)
     for rank, interval in ((1, 5), (0, 6), (2, 7)):
-        monkeypatch.setattr(type(trainer.strategy), "global_rank", rank)
+        monkeypatch.setattr(trainer.strategy, "global_rank", rank)
         report.mirror_interval(interval, plan)
     assert [event.fields["interval"] for event in read_ledger(tmp_path / "ledger.jsonl")] == [6]
