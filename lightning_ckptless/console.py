@@ -13,7 +13,7 @@ from collections.abc import Callable
 from enum import StrEnum
 
 PREFIX = "ckptless: "
-_PACKAGE_LOG = logging.getLogger("lightning_ckptless")
+PACKAGE_LOG = logging.getLogger("lightning_ckptless")
 _CLEAR_LINE = "\r\x1b[K"
 _LINES_REDRAWN = 1
 """Most lines above the cursor that Lightning's live display (training and validation bars) overwrites."""
@@ -65,12 +65,12 @@ class WarningsOnConsole(logging.Handler):
 
     def attach(self) -> None:
         """Replace Python's last-resort handler, which would print into the middle of a progress bar."""
-        if not _PACKAGE_LOG.hasHandlers():
-            _PACKAGE_LOG.addHandler(self)
+        if not PACKAGE_LOG.hasHandlers():
+            PACKAGE_LOG.addHandler(self)
 
     def detach(self) -> None:
         """Return warnings to Python's default handling."""
-        _PACKAGE_LOG.removeHandler(self)
+        PACKAGE_LOG.removeHandler(self)
 
 
 def write(message: str) -> None:

@@ -69,9 +69,10 @@ class Ledger:
             self._append(seal_line(json.dumps(line, default=str).encode()) + b"\n")
         except OSError as error:
             if not self._warned:
+                # First, because a handler may record the warning in this ledger.
+                self._warned = True
                 # As text: a handler that keeps the log record must not keep the frames of the error alive.
                 log.warning("%s: cannot write, later events will be missing: %s", self.path, str(error))
-            self._warned = True
 
     def _append(self, line: bytes) -> None:
         if self._torn:

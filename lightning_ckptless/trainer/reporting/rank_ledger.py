@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lightning_ckptless.console import PACKAGE_LOG, PREFIX
 from lightning_ckptless.ledger import Ledger
 
 
@@ -41,3 +43,27 @@ class RankLedger:
             fields: details.
         """
         self._ledger.record(event, generation=self._generation(), rank=self._rank(), **fields)
+
+
+class WarningsInLedger(logging.Handler):
+    """Records this package's warnings as events, wherever else the script's logging shows them.
+
+    Args:
+        ledger: ledger of this rank.
+    """
+
+    def __init__(self, ledger: RankLedger) -> None:
+        super().__init__(logging.WARNING)
+        self._ledger = ledger
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Record a warning."""
+        self._ledger.record("warning", module=record.module, text=record.getMessage().removeprefix(PREFIX))
+
+    def attach(self) -> None:
+        """Record warnings from now on."""
+        PACKAGE_LOG.addHandler(self)
+
+    def detach(self) -> None:
+        """Record no more warnings."""
+        PACKAGE_LOG.removeHandler(self)

@@ -33,6 +33,7 @@ from lightning_ckptless.trainer.recovery.regrouping import Regrouping
 from lightning_ckptless.trainer.recovery.restoration import Restoration
 from lightning_ckptless.trainer.recovery.restore_procedure import RestoreProcedure
 from lightning_ckptless.trainer.reporting.loggers import Positions
+from lightning_ckptless.trainer.reporting.rank_ledger import WarningsInLedger
 from lightning_ckptless.trainer.session.entry import enter_alone, enter_together
 from lightning_ckptless.trainer.session.running_fit import RunningFit
 from lightning_ckptless.trainer.session.session import Session
@@ -61,6 +62,7 @@ class Engine:
         self.running: RunningFit | None = None
         self._restoration: Restoration | None = None
         self._warnings = WarningsOnConsole(partial(progress_bar.say, trainer))
+        self._recorded = WarningsInLedger(self.session.report.ledger)
 
     @property
     def virtual_ranks(self) -> VirtualRanks:
@@ -89,7 +91,9 @@ class Engine:
         trainer, session, loops, watcher = self.trainer, self.session, self.data.loops, self.strategy.watcher
         session.loggers.watch()
         CONSOLE.bar = progress_bar.bar_kind(trainer)
+        # In this order: the first does nothing if there is a handler already.
         self._warnings.attach()
+        self._recorded.attach()
         session.order_writer()
         session.note_folders()
         if session.has_met:
@@ -225,6 +229,7 @@ class Engine:
             self.running.detach()
         self.data.loops.give_back()
         self.session.loggers.release()
+        self._recorded.detach()
         self._warnings.detach()
         CONSOLE.bar = Bar.NONE
         if self.running is not None:
