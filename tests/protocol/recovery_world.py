@@ -322,8 +322,7 @@ class World:
         self.send(process, ENTERED)
         if process.joins:
             self.send(process, WaitingAtLoop())
-        if process.notified != process.meeting:
-            self.send(process, ReleasedGroups())
+        self.send(process, ReleasedGroups())
         self.meet(process, process.notified)
 
     def leave(self, process: Process) -> None:

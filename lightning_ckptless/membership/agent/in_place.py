@@ -270,6 +270,7 @@ class InPlaceRecovery:
                     progress.killed_for_wait.clear()
                 case WaitingAtLoop():
                     progress.waiting_at_loop.add(rank)
+                    progress.notified_at.pop(rank, None)
                 case ReleasedGroups():
                     progress.notified_at.pop(rank, None)
                     progress.ready[rank] = self._clock.monotonic()
