@@ -19,7 +19,9 @@ def timeline(
     run: Annotated[str | None, typer.Argument(help="Run id or run folder (default: the newest run).")] = None,
     output: Annotated[
         list[Path] | None,
-        typer.Option("--output", "-o", help=".png or .html file; may be given several times (default: timeline.html)."),
+        typer.Option(
+            "--output", "-o", help=".png, .svg or .html file; may be given several times (default: timeline.html)."
+        ),
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="Folder of the run's trace, to show every step.")] = None,
     run_root: RunRoot = None,
@@ -43,7 +45,7 @@ def write_timeline(run: Run, trace: Path | None, targets: Sequence[Path]) -> Non
     Args:
         run: the run and its ledger.
         trace: folder of its trace; None to use the ledger only.
-        targets: `.png` or `.html` files.
+        targets: `.png`, `.svg` or `.html` files.
 
     Raises:
         OptionsError: a file has another suffix, the ledger is empty, there is no trace, or matplotlib is missing.
@@ -54,17 +56,17 @@ def write_timeline(run: Run, trace: Path | None, targets: Sequence[Path]) -> Non
     from lightning_ckptless.errors import OptionsError
 
     for target in targets:
-        if target.suffix not in {".png", ".html"}:
-            raise OptionsError(f"{target}: expected a .png or .html file")
+        if target.suffix not in {".png", ".svg", ".html"}:
+            raise OptionsError(f"{target}: expected a .png, .svg or .html file")
     if not run.events:
         raise OptionsError(f"{run.folder}: the ledger has no events yet")
     story = story_of(run.run_id, run.events, steps_of_trace(trace) if trace is not None else ())
     for target in targets:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.suffix == ".png":
-            draw(story, target, "png")
-        else:
+        if target.suffix == ".html":
             target.write_text(page(story))
+        else:
+            draw(story, target, target.suffix[1:])
 
 
 def steps_of_trace(folder: Path) -> list[Step]:

@@ -91,8 +91,8 @@ def test_the_png_shows_curve_faults_and_phases(traced: bool, tmp_path: Path) -> 
 def test_the_same_run_gives_the_same_file(tmp_path: Path) -> None:
     run = find_run(str(write_ledger(tmp_path)), None)
     for name in ("a", "b"):
-        write_timeline(run, None, [tmp_path / f"{name}.png", tmp_path / f"{name}.html"])
-    for suffix in (".png", ".html"):
+        write_timeline(run, None, [tmp_path / f"{name}{suffix}" for suffix in (".png", ".svg", ".html")])
+    for suffix in (".png", ".svg", ".html"):
         assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
 
 
@@ -113,7 +113,7 @@ def test_the_command_writes_the_page(tmp_path: Path) -> None:
 
 def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
     run = find_run(str(write_ledger(tmp_path)), None)
-    with pytest.raises(OptionsError, match=r"run.pdf: expected a .png or .html file"):
+    with pytest.raises(OptionsError, match=r"run.pdf: expected a .png, .svg or .html file"):
         write_timeline(run, None, [Path("run.pdf")])
     with pytest.raises(OptionsError, match="no trace found"):
         write_timeline(run, tmp_path, [tmp_path / "run.png"])
