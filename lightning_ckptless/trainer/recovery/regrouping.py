@@ -75,7 +75,7 @@ class Regrouping:
             assignment: where to meet, and the rank of this process from now on.
 
         Raises:
-            CannotRecoverInPlaceError: the script has process groups that nobody could re-create.
+            CannotRecoverInPlaceError: the script has process groups that cannot be re-created.
             TransportError: not all ranks arrived, or another fault was reported.
         """
         session, world = self._session, self._session.world

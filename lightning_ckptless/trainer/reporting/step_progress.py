@@ -18,7 +18,7 @@ from lightning_ckptless.trainer.session.session import Session
 
 
 class StepProgress:
-    """The progress of one rank; without a watcher nobody reads it, and nothing is written.
+    """The progress of one rank; without a watcher it has no reader, and nothing is written.
 
     Args:
         session: session of this rank.
