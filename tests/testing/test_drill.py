@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lightning_ckptless.cli.view.drill import ProgressView, show_report
+from lightning_ckptless.cli.view.drill import ProgressView, short_cause, show_report
 from lightning_ckptless.errors import TimeLimitError
 from lightning_ckptless.formats.events import seal_line
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing import starters
-from lightning_ckptless.testing.drill import DrillReport, Variant, report_on, run_drill, run_variant
+from lightning_ckptless.testing.drill import DrillReport, Recovery, Variant, report_on, run_drill, run_variant
 from lightning_ckptless.testing.starters import LAUNCHERS, Launcher
 from lightning_ckptless.testing.watch import Progress
 from tests.testing.test_compare import batch, begin, end, write
@@ -126,6 +126,24 @@ def test_differences_before_the_first_fault_are_found_by_time(fault_at: float, b
     )
     assert report.differs_before_faults is before
     assert any("before the first fault" in problem for problem in report.problems) is before
+
+
+@pytest.mark.parametrize(
+    ("rank", "cause", "shown"),
+    [
+        (0, "died by SIGKILL", "rank 0: SIGKILL"),
+        (1, "exited with code 3", "rank 1: exit 3"),
+        (None, "the agent died", "the agent died"),
+        (
+            1,
+            "rank 0 (pid 7) died by SIGKILL; then rank 1 (pid 8) exited with code 1",
+            "rank 0: SIGKILL\nrank 1: exit 1",
+        ),
+    ],
+)
+def test_the_cause_of_a_recovery_is_short(rank: int | None, cause: str, shown: str) -> None:
+    recovery = Recovery(2, "killed", rank, cause, "step 3", 1, {}, 0.5, "in place", {}, 0, 1.0)
+    assert short_cause(recovery) == shown
 
 
 @pytest.mark.parametrize(("failed", "mark"), [(False, "✓"), (True, "✗")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import TracebackType
 from typing import Self
 
@@ -102,11 +103,18 @@ def recoveries_table(recoveries: tuple[Recovery, ...]) -> Table:
         # On a narrow terminal, fold the text columns instead of the numbers.
         table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
     for recovery in recoveries:
-        who = "" if recovery.culprit_rank is None else f"rank {recovery.culprit_rank}: "
-        cause = who + recovery.cause.removeprefix("died by ").replace("exited with code", "exit")
         phases = [f"{1e3 * recovery.phases.get(f'{name}_s', 0.0):.0f}" for name in shown]
-        table.add_row(cause, recovery.version, *phases, f"{1e3 * recovery.total_s:.0f}")
+        table.add_row(short_cause(recovery), recovery.version, *phases, f"{1e3 * recovery.total_s:.0f}")
     return table
+
+
+def short_cause(recovery: Recovery) -> str:
+    """What happened to which rank; one line for each of several faults."""
+    text = recovery.cause.replace("died by ", "").replace("exited with code", "exit")
+    if "; then " in text:
+        # Each fault names its rank, and the process, which is gone.
+        return re.sub(r" \(pid \d+\)", ":", text).replace("; then ", "\n")
+    return text if recovery.culprit_rank is None else f"rank {recovery.culprit_rank}: {text}"
 
 
 def comparison_table(report: DrillReport) -> Table:
