@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lightning_ckptless import environment
+from lightning_ckptless.ledger import read_ledger
 
 SCRIPT = """
 import logging
@@ -78,6 +79,9 @@ def test_kills_of_both_ranks_with_a_progress_bar(bar: str, tmp_path: Path) -> No
     messages = [match.start() for match in re.finditer("ckptless: ", text)]
     assert len(messages) >= 2 + 2 * 2
     assert text.count("ckptless: a warning in training") >= 2
+    (ledger,) = (tmp_path / "ckptless").glob("*/ledger.jsonl")
+    recorded = [e.rank for e in read_ledger(ledger, only="warning") if e.fields["text"] == "a warning in training"]
+    assert set(recorded) == {0, 1}
     for start in messages:
         assert ON_ITS_OWN_LINE.search(text[max(0, start - 300) : start]), text[max(0, start - 300) : start + 60]
     # Replacements run the script from the beginning, too; until they join, their output goes to files.
