@@ -39,16 +39,14 @@ class FitLoops:
         """Return whether the last batch ended an optimizer step, and did not just accumulate gradients."""
         return not self.epoch._should_accumulate()
 
-    def validation_is_due(self, fetcher: Any) -> bool:
-        """Return whether validation follows the last batch, if all ranks agree on it.
-
-        With a time-based interval, each rank has its own clock, so the answer may differ between ranks.
-        """
-        return not validates_by_clock(self.trainer) and self.validation_may_follow(fetcher)
+    @property
+    def ranks_agree_on_validation(self) -> bool:
+        """Whether validation follows the same batches on all ranks; with a time-based interval, each has its clock."""
+        return not validates_by_clock(self.trainer)
 
     def validation_may_follow(self, fetcher: Any) -> bool:
         """Return whether this rank may run validation after the last batch; by the clock, it is always possible."""
-        if validates_by_clock(self.trainer):
+        if not self.ranks_agree_on_validation:
             return True
         return bool(self.epoch._should_check_val_fx(fetcher)) and not self.epoch._skip_next_val
 

@@ -81,10 +81,11 @@ class StepBoundaries:
         self._training(True)
         self._advance(fetcher)
         self._training(False)
-        if self._step_is_new() and self.loops.validation_is_due(fetcher) and self._is_due(pending=1):
+        if not self.loops.validation_may_follow(fetcher):
+            return
+        if self._step_is_new() and self.loops.ranks_agree_on_validation and self._is_due(pending=1):
             self._take(validation_done=False)
-        if self.loops.validation_may_follow(fetcher):
-            self._before_hooks()
+        self._before_hooks()
 
     def on_advance_end(self, fetcher: Any) -> None:
         """Run what follows the batch, then capture a version."""
