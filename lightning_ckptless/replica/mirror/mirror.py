@@ -254,6 +254,7 @@ class Mirror:
         early = tensors.keys() if self._blocking else self._early.union(blocking_names)
         pending = self._stager.take(slot.bulk, tensors, early)
         compared = pending if self._is_to_be_compared() else None
+        self.stats.submitted += 1
         self._submitted = Round(version, began_at, slot, pending, compared, blob)
         self._enqueue(self._submitted)
         return stall_s
@@ -284,9 +285,8 @@ class Mirror:
         return waited_s
 
     def _is_to_be_compared(self) -> bool:
-        submitted = self.stats.submitted
-        self.stats.submitted += 1
-        return not self._blocking and (submitted < COMPARED_ROUNDS or submitted % COMPARE_EVERY_ROUNDS == 0)
+        earlier = self.stats.submitted
+        return not self._blocking and (earlier < COMPARED_ROUNDS or earlier % COMPARE_EVERY_ROUNDS == 0)
 
     def settle(self, timeout_s: float | None = None) -> Version | None:
         """Wait until the last round has ended.
