@@ -39,6 +39,7 @@ from lightning_ckptless.protocol.fault_script import Fault, Moment, parse_faults
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.testing.fault_marks import FaultMarks
 from lightning_ckptless.trainer.state.sharding import sharded_modules
+from lightning_ckptless.trainer.strategy.world_size import range_of_nodes
 
 Remove = Callable[[], None]
 
@@ -226,9 +227,8 @@ class Injection:
 
 def _largest_world_size(trainer: Any) -> int:
     """Number of ranks when all nodes of an elastic run are present; else the world size."""
-    _, _, most = os.environ.get(environment.NNODES, "").partition(":")
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(int(trainer.world_size), int(most) * per_node if most.isdigit() else 0)
+    _, most = range_of_nodes(1)
+    return max(int(trainer.world_size), most * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _no_ledger(event: str, **fields: Any) -> None:

@@ -25,13 +25,7 @@ def require_ranks(*, nodes: int, per_node: int, found: int, env: Mapping[str, st
         OptionsError: the numbers are inconsistent.
     """
     asked = nodes * per_node
-    least, _, most = env.get(environment.NNODES, "").partition(":")
-    try:
-        low, high = int(least or nodes), int(most or least or nodes)
-    except ValueError as error:
-        raise OptionsError(
-            f"{environment.NNODES}={env[environment.NNODES]!r}: expected a number of nodes, or MIN:MAX"
-        ) from error
+    low, high = range_of_nodes(nodes, env)
     if high * per_node != asked and low != high:
         raise OptionsError(
             f"Trainer(num_nodes={nodes}) and --nnodes {low}:{high} differ: num_nodes is the number of nodes when all "
@@ -43,3 +37,22 @@ def require_ranks(*, nodes: int, per_node: int, found: int, env: Mapping[str, st
         f"Trainer(num_nodes={nodes}, devices={per_node}) asks for {asked} ranks, the agents started {found}: start "
         f"with --nproc-per-node {per_node} --nnodes {nodes}, or --nnodes MIN:{nodes} to continue with fewer"
     )
+
+
+def range_of_nodes(nodes: int, env: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Return the fewest and the most nodes that the launcher accepts.
+
+    Args:
+        nodes: for a launcher that does not say.
+        env: environment variables of this process.
+
+    Raises:
+        OptionsError: the launcher's numbers cannot be parsed.
+    """
+    least, _, most = env.get(environment.NNODES, "").partition(":")
+    try:
+        return int(least or nodes), int(most or least or nodes)
+    except ValueError as error:
+        raise OptionsError(
+            f"{environment.NNODES}={env[environment.NNODES]!r}: expected a number of nodes, or MIN:MAX"
+        ) from error
