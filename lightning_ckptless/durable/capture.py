@@ -198,12 +198,3 @@ def copy_shard(by_node: dict[str, Arena], kept: Iterable[Replica], buffers: Copy
 def _is_unchanged(arena: Arena, replica: Replica) -> bool:
     """Return whether the slot has not been overwritten since its header was read; it may have been committed."""
     return any(replace(now, state=replica.state) == replica for now in arena.inventory())
-
-
-def attach_all(paths: Iterable[Path]) -> list[Arena]:
-    """Attach arenas for reading.
-
-    Raises:
-        ArenaError: one of them no longer exists.
-    """
-    return [Arena.attach(path) for path in paths]
