@@ -141,12 +141,12 @@ class DurableRung:
         if members.speaks_for_node:
             members.arena.write_notes(ArenaNotes(durable_share=share))
 
-    def order_writer(self, arena: Arena, line: AgentChannel | None) -> None:
+    def order_writer(self, arena: Arena, channel: AgentChannel | None) -> None:
         """Request a writer process from this node's agent, if this node writes any shards.
 
         Args:
             arena: arena of this node.
-            line: channel to our agent; None under a foreign agent.
+            channel: channel to our agent; None under a foreign agent.
         """
         share = arena.notes().durable_share
         if not self._is_on or share is None or not share.shards:
@@ -161,8 +161,8 @@ class DurableRung:
             every_s=self._options.durable_every_s,
             keep=self._options.durable_keep,
         )
-        if line is not None:
-            line.send(StartSidecar(MODULE, order.to_text()))
+        if channel is not None:
+            channel.send(StartSidecar(MODULE, order.to_text()))
         elif not self._identity.own_agent and arena.notes().writer_agent != order.agent_pid:
             _start_detached(order)
             arena.write_notes(ArenaNotes(writer_agent=order.agent_pid))

@@ -68,9 +68,9 @@ def register_with_reaper(arena: Arena, identity: Identity) -> None:
         arena.write_notes(ArenaNotes(reaper_agent=agent))
 
 
-def use_agent_memory(arena: Arena, line: AgentChannel | None) -> None:
+def use_agent_memory(arena: Arena, channel: AgentChannel | None) -> None:
     """Let our agent hold slots that do not fit into the arena's file system; without effect under a foreign agent."""
-    arena.hold = None if line is None else partial(request_memory, line)
+    arena.hold = None if channel is None else partial(request_memory, channel)
 
 
 def discard_if_empty(arena: Arena) -> None:

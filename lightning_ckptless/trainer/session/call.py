@@ -102,9 +102,9 @@ class Call:
             self._give_up(f"{type(error).__name__}: {error}")
 
     def _give_up(self, reason: str) -> NoReturn:
-        if (line := open_channel()) is not None:
+        if (channel := open_channel()) is not None:
             what = f"a new process could not replay call {self._number + 1} of the script's trainers"
-            line.send(CannotRecover(f"{what}: {reason}", lasting=True))
+            channel.send(CannotRecover(f"{what}: {reason}", lasting=True))
         leave_process()
 
     # ------------------------------------------------------------------ making the call

@@ -46,7 +46,7 @@ class Engine:
         strategy: strategy of the trainer; owns the process groups, and a watcher if one of our agents is listening.
         trainer: trainer in `fit`, before anything of it is set up.
         fit_index: number of earlier calls of `fit` in this process.
-        line: channel to one of our agents; None under a foreign agent.
+        channel: channel to one of our agents; None under a foreign agent.
 
     Attributes:
         session: this rank's part in the run.
@@ -54,10 +54,10 @@ class Engine:
         running: the fit; None until its model is set up.
     """
 
-    def __init__(self, strategy: Any, trainer: Any, fit_index: int, line: AgentChannel | None = None) -> None:
+    def __init__(self, strategy: Any, trainer: Any, fit_index: int, channel: AgentChannel | None = None) -> None:
         self.strategy = strategy
         self.trainer = trainer
-        self.session = Session(strategy, trainer, fit_index, line)
+        self.session = Session(strategy, trainer, fit_index, channel)
         self.data = TrainingData(trainer, strategy.make_virtual_ranks(trainer))
         self.running: RunningFit | None = None
         self._restoration: Restoration | None = None

@@ -58,14 +58,14 @@ class Session:
         strategy: strategy of the trainer; owns the process groups.
         trainer: trainer in `fit`, before anything of it is set up.
         fit_index: number of earlier calls of `fit` in this process.
-        line: channel to one of our agents; None under a foreign agent.
+        channel: channel to one of our agents; None under a foreign agent.
 
     Attributes:
         world: the process groups.
         probes: called with the moment and the version of each step of mirroring and recovery.
     """
 
-    def __init__(self, strategy: Any, trainer: Any, fit_index: int, line: AgentChannel | None = None) -> None:
+    def __init__(self, strategy: Any, trainer: Any, fit_index: int, channel: AgentChannel | None = None) -> None:
         self.trainer = trainer
         self.fit_index = fit_index
         self.options: CkptlessOptions = with_variables(strategy.options)
@@ -80,7 +80,7 @@ class Session:
         self.report = RunReport(trainer, own_events)
         self.files = CheckpointFiles(own_events, fit_index, self.report.report_files)
         self._mesh_sizes: Callable[[], tuple[int, int] | None] = strategy.mesh_sizes
-        self._line = line
+        self._channel = channel
         self._arena: Arena | None = None
         self._members: MemberSet | None = None
         self._outgoing: OutgoingCheck | None = None
@@ -140,7 +140,7 @@ class Session:
         self._arena, nodes = open_arena(
             self.identity, self.fit_index, self.options, transport, opens=opens, origin=origin
         )
-        use_agent_memory(self._arena, self._line)
+        use_agent_memory(self._arena, self._channel)
         if opens and not self.identity.own_agent:
             register_with_reaper(self._arena, self.identity)
         return nodes
@@ -148,12 +148,12 @@ class Session:
     def open_alone(self) -> None:
         """Open the arena in a process that has not met the other ranks."""
         self._arena = find_or_make_arena(self.identity, self.fit_index, self.options)
-        use_agent_memory(self._arena, self._line)
+        use_agent_memory(self._arena, self._channel)
 
     def order_writer(self) -> None:
         """Request a writer of durable states for this node, if it writes any."""
         if self.acts_for_node:
-            self.durable.order_writer(self.arena, self._line)
+            self.durable.order_writer(self.arena, self._channel)
 
     # ------------------------------------------------------------------ the generation
 

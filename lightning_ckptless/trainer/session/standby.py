@@ -14,16 +14,16 @@ from lightning_ckptless.protocol.messages import AssignRank, StandbyReady
 from lightning_ckptless.trainer.state.rng import apply_rng, capture_rng
 
 
-def wait_for_rank(line: AgentChannel, strategy: Any) -> None:
+def wait_for_rank(channel: AgentChannel, strategy: Any) -> None:
     """Wait until the agent assigns a rank to this process, and adopt it. Exits if the agent has exited.
 
     Args:
-        line: channel to the agent.
+        channel: channel to the agent.
         strategy: strategy of the trainer, set up for a placeholder rank.
     """
     warm_up(strategy.root_device)
-    line.send(StandbyReady())
-    received = line.receive()
+    channel.send(StandbyReady())
+    received = channel.receive()
     if received is None:
         sys.exit(0)
     message, files = received

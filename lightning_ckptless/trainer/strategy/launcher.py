@@ -60,29 +60,29 @@ class FitGuard:
                 call = NotebookCall(self.strategy, self.launch, function, args, kwargs, trainer)
                 return call.run(_run_root(trainer))
             self._become_agent(trainer)
-        if (line := open_channel()) is not None:
-            line.send(ReachedTrainer(hydra_folder()))
+        if (channel := open_channel()) is not None:
+            channel.send(ReachedTrainer(hydra_folder()))
         self.strategy.check_world()
         if is_standby():
-            assert line is not None, "a standby has a channel to its agent"
-            wait_for_rank(line, self.strategy)
+            assert channel is not None, "a standby has a channel to its agent"
+            wait_for_rank(channel, self.strategy)
         if trainer is None:
             self._refuse_replacement(function)
             return function(*args, **kwargs)
         self.strategy.is_in_call = True
         try:
-            return self._call(Call(self.strategy, trainer, function, args, kwargs), line)
+            return self._call(Call(self.strategy, trainer, function, args, kwargs), channel)
         finally:
             self.strategy.is_in_call = False
 
-    def _call(self, call: Call, line: AgentChannel | None) -> Any:
+    def _call(self, call: Call, channel: AgentChannel | None) -> Any:
         if call.is_recorded:
             return call.replay()
         call.begin()
-        if line is not None and fits_before():
-            line.send(FitReturned())
+        if channel is not None and fits_before():
+            channel.send(FitReturned())
         if call.is_fit:
-            return self._fit(call, line)
+            return self._fit(call, channel)
         self._refuse_replacement(call.function)
         withdraw_exit_report(self.strategy.global_rank)
         return call.evaluate()
@@ -131,33 +131,33 @@ class FitGuard:
     def _refuse_replacement(self, function: Callable[..., Any]) -> None:
         """Refuse to replace a lost rank in a call that a new process cannot reach alone."""
         if environment.REGROUPING in os.environ:
-            if (line := open_channel()) is not None:
+            if (channel := open_channel()) is not None:
                 reason = f"the script calls {function.__name__.strip('_')} where the other ranks train"
-                line.send(CannotRecover(reason, lasting=True))
+                channel.send(CannotRecover(reason, lasting=True))
             leave_process()
 
-    def _fit(self, call: Call, line: AgentChannel | None) -> Any:
-        if line is not None:
-            line.send(ReachedFit())
+    def _fit(self, call: Call, channel: AgentChannel | None) -> Any:
+        if channel is not None:
+            channel.send(ReachedFit())
         try:
-            return self._fit_as_rank(call, line)
+            return self._fit_as_rank(call, channel)
         finally:
             # Exceptions that the script raises from here on end the run.
-            if line is not None:
-                line.send(FitReturned())
+            if channel is not None:
+                channel.send(FitReturned())
 
-    def _fit_as_rank(self, call: Call, line: AgentChannel | None) -> Any:
+    def _fit_as_rank(self, call: Call, channel: AgentChannel | None) -> Any:
         strategy, trainer = self.strategy, call.trainer
         strategy.joins_alone = environment.REGROUPING in os.environ
         strategy.obstacle_of_calls = call.obstacle()
         self._require_health()
-        if line is not None and strategy.options.in_place:
+        if channel is not None and strategy.options.in_place:
             keep_through_device_errors()
         strategy.setup_environment()
-        engine = Engine(strategy, trainer, count_fit(), line)
+        engine = Engine(strategy, trainer, count_fit(), channel)
         strategy.engine = engine
-        if line is not None and trainer.world_size > 1:
-            strategy.watcher = Watcher(line, strategy.world.abort, int(os.environ.get(environment.REGROUPING, "0")))
+        if channel is not None and trainer.world_size > 1:
+            strategy.watcher = Watcher(channel, strategy.world.abort, int(os.environ.get(environment.REGROUPING, "0")))
         if not self._is_observed:
             made = (observer() for observer in strategy.parts.observers)
             trainer.callbacks.extend(callback for callback in made if callback is not None)
