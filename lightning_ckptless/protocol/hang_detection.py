@@ -394,9 +394,10 @@ def find_late(
     if busy := tuple(rank for rank in ranks if waits.get(rank) is False):
         return Hang(busy, f"does not wait for the other ranks; {why}", silent_s)
     # No rank is known to be at fault, and the machine may be slow: the user's limit for a step does not apply.
-    allowed_s = MEETING_S if all(waits.get(rank) for rank in ranks) else 2 * MEETING_S
-    if meeting.is_whole and silent_s > allowed_s:
-        return Hang(ranks, f"all ranks wait for each other; {why}", silent_s)
+    all_wait = all(waits.get(rank) for rank in ranks)
+    if meeting.is_whole and silent_s > (MEETING_S if all_wait else 2 * MEETING_S):
+        found = "all ranks wait for each other" if all_wait else "it is unknown which ranks wait for which"
+        return Hang(ranks, f"{found}; {why}", silent_s)
     return None
 
 
