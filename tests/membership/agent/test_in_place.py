@@ -132,29 +132,21 @@ SILENT_REPLACEMENT = WITHOUT_GROUP.replace(
 
 
 @pytest.mark.timeout(25)
-def test_a_replacement_that_stops_in_the_training_loop_is_replaced(
-    bare: ForkServer, write: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("worker", "rank", "reason"),
+    [
+        (SILENT_REPLACEMENT, 0, "did not release its process groups within 1.0 s of the fault report"),
+        (WITHOUT_GROUP, 1, "did not create a process group within 1.0 s of the other ranks"),
+    ],
+    ids=["replacement=silent_in_the_loop", "survivor=without_group"],
+)
+def test_a_rank_that_keeps_the_others_from_meeting_is_replaced(
+    worker: str, rank: int, reason: str, bare: ForkServer, write: Callable[..., Path], tmp_path: Path
 ) -> None:
-    config = LaunchConfig(program=script(write(SILENT_REPLACEMENT)), nproc=3, cwd=tmp_path, max_restarts=3)
+    config = LaunchConfig(program=script(write(worker)), nproc=3, cwd=tmp_path, max_restarts=3)
     outcome = run(config, parent=bare)
     assert (outcome.exit_code, outcome.restarts, outcome.in_place) == (0, 0, 2)
-    assert [(fault.rank, fault.hung) for fault in outcome.faults] == [
-        (0, ""),
-        (0, "did not release its process groups within 1.0 s of the fault report"),
-    ]
-
-
-@pytest.mark.timeout(25)
-def test_a_rank_that_cannot_create_a_group_is_replaced(
-    bare: ForkServer, write: Callable[..., Path], tmp_path: Path
-) -> None:
-    config = LaunchConfig(program=script(write(WITHOUT_GROUP)), nproc=3, cwd=tmp_path, max_restarts=3)
-    outcome = run(config, parent=bare)
-    assert (outcome.exit_code, outcome.restarts, outcome.in_place) == (0, 0, 2)
-    assert [(fault.rank, fault.hung) for fault in outcome.faults] == [
-        (0, ""),
-        (1, "did not create a process group within 1.0 s of the other ranks"),
-    ]
+    assert [(fault.rank, fault.hung) for fault in outcome.faults] == [(0, ""), (rank, reason)]
 
 
 def test_a_meeting_with_joining_nodes_does_not_replace_that_of_a_later_fault() -> None:
