@@ -396,8 +396,8 @@ def find_late(
     # No rank is known to be at fault, and the machine may be slow: the user's limit for a step does not apply.
     all_wait = all(waits.get(rank) for rank in ranks)
     if meeting.is_whole and silent_s > (MEETING_S if all_wait else 2 * MEETING_S):
-        found = "all ranks wait for each other" if all_wait else "it is unknown which ranks wait for which"
-        return Hang(ranks, f"{found}; {why}", silent_s)
+        waiting = "all ranks wait for each other" if all_wait else "it is unknown which ranks wait for which"
+        return Hang(ranks, f"{waiting}; {why}", silent_s)
     return None
 
 
