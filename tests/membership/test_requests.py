@@ -16,6 +16,7 @@ from lightning_ckptless.membership.requests import (
     Request,
     Requests,
     RewindRequest,
+    TakenRequest,
     submit,
 )
 
