@@ -35,6 +35,8 @@ MEETING_S = 60.0
 """For all ranks of a node that are ready to meet the other ranks to do so."""
 GROUP_S = 10.0
 """For the last ranks to create a process group that others have created already, in a meeting after a fault."""
+STOPPED_S = 10.0
+"""For a rank that a signal has stopped while the ranks recover; the others wait for it."""
 STARTUP_S = 60.0
 """Least time for a new process to reach `fit`; longer where the first processes took long."""
 STUCK_COLLECTIVE_S = 0.5
@@ -331,6 +333,7 @@ class Meeting:
 
     Args:
         coming: since when new processes have been on their way to `fit`, by rank.
+        unreleased: when survivors were notified of the fault that have not released their groups, by rank.
         ready: since when ranks have released their groups without having met the other ranks, by rank.
         created: how many process groups each rank has created for the meeting, and when the last one was, by rank.
         met: ranks that have met the others.
@@ -339,11 +342,17 @@ class Meeting:
     """
 
     coming: Mapping[int, float]
+    unreleased: Mapping[int, float]
     ready: Mapping[int, float]
     created: Mapping[int, tuple[int, float]]
     met: Collection[int]
     startup_s: float
     is_whole: bool
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a rank has yet to meet the others."""
+        return bool(self.coming or self.unreleased or self.ready)
 
     def is_late(self, now: float, override_s: float | None = None) -> bool:
         """Whether ranks that are ready to meet have not met within the limit."""
@@ -357,17 +366,17 @@ def find_late(
     *,
     now: float,
     override_s: float | None = None,
-    stopped: Collection[int] = (),
+    stopped: Mapping[int, float] | None = None,
     waits: Mapping[int, bool | None] | None = None,
 ) -> Hang | None:
     """Decide which ranks prevent a meeting.
 
     | For longer than the limit | Late are |
     |---|---|
+    | some ranks are stopped by a signal, and others are not | those that are stopped |
     | a new process is on its way to `fit` | this process |
     | some ranks have not met, and others have | those that have not |
     | some ranks have not created a group that others have | those that have not |
-    | no rank has met, and some are stopped | those that are stopped |
     | no rank has met, and some do not wait for others | those that do not wait |
     | no rank has met, all wait, and no other node has ranks | all |
     | the same for twice as long, and it cannot be told whether all wait | all |
@@ -376,21 +385,23 @@ def find_late(
         meeting: what is known about it.
         now: on the clock of its times.
         override_s: the user's limit; None for our own, 0 to disable detection.
-        stopped: ranks that a signal has stopped.
+        stopped: since when a signal has stopped ranks, by rank.
         waits: whether each rank waits for others; None where it was not asked.
     """
     waits = waits or {}
-    if override_s == 0.0:
+    if override_s == 0.0 or not meeting.is_under_way:
         return None
-    found = _late_start(meeting, now, override_s) or _without_group(meeting, now, override_s)
+    found = (
+        _stopped(meeting, now, override_s, stopped or {})
+        or _late_start(meeting, now, override_s)
+        or _without_group(meeting, now, override_s)
+    )
     if found is not None or not meeting.is_late(now, override_s):
         return found
     silent_s, ranks = now - max(meeting.ready.values()), tuple(meeting.ready)
     why = f"ranks that are ready to meet have not met within {_meeting_s(override_s):.1f} s"
     if meeting.met:
         return Hang(ranks, f"{why}, but others have", silent_s)
-    if held := tuple(sorted(stopped)):
-        return Hang(held, f"stopped by a signal; {why}", silent_s)
     if busy := tuple(rank for rank in ranks if waits.get(rank) is False):
         return Hang(busy, f"does not wait for the other ranks; {why}", silent_s)
     # No rank is known to be at fault, and the machine may be slow: the user's limit for a step does not apply.
@@ -399,6 +410,17 @@ def find_late(
         waiting = "all ranks wait for each other" if all_wait else "it is unknown which ranks wait for which"
         return Hang(ranks, f"{waiting}; {why}", silent_s)
     return None
+
+
+def _stopped(meeting: Meeting, now: float, override_s: float | None, stopped: Mapping[int, float]) -> Hang | None:
+    """Find ranks that a signal has stopped; none where it has stopped all, as for a suspended job."""
+    allowed_s = STOPPED_S if override_s is None else override_s
+    late = tuple(sorted(rank for rank, since in stopped.items() if now - since > allowed_s))
+    everyone = {*meeting.coming, *meeting.unreleased, *meeting.ready, *meeting.met}
+    if not late or everyone <= stopped.keys():
+        return None
+    stopped_s = now - min(stopped[rank] for rank in late)
+    return Hang(late, f"stopped by a signal for {stopped_s:.1f} s while the ranks recover", stopped_s)
 
 
 def _late_start(meeting: Meeting, now: float, override_s: float | None) -> Hang | None:

@@ -17,6 +17,7 @@ from lightning_ckptless.protocol.hang_detection import (
     MEETING_S,
     RELEASE_S,
     STARTUP_S,
+    STOPPED_S,
     STUCK_COLLECTIVE_S,
     Idleness,
     Meeting,
@@ -248,7 +249,15 @@ def test_a_straggler_is_named() -> None:
     assert find_straggler({0: 0.0, 1: 0.5}) is None
 
 
-READY = Meeting(coming={}, ready={0: 100.0, 1: 90.0, 2: 95.0}, created={}, met=(), startup_s=3.0, is_whole=True)
+READY = Meeting(
+    coming={},
+    unreleased={},
+    ready={0: 100.0, 1: 90.0, 2: 95.0},
+    created={},
+    met=(),
+    startup_s=3.0,
+    is_whole=True,
+)
 OVERDUE = 100.0 + MEETING_S + 1.0
 ALL_WAIT = {0: True, 1: True, 2: True}
 
@@ -257,7 +266,6 @@ def test_ranks_that_prevent_a_meeting_are_late() -> None:
     met = replace(READY, ready={1: 100.0}, met=(0, 2))
     found = {
         "others have met": find_late(met, now=OVERDUE),
-        "stopped": find_late(READY, now=OVERDUE, stopped=(1,), waits=ALL_WAIT),
         "busy": find_late(READY, now=OVERDUE, waits={**ALL_WAIT, 1: False}),
     }
     assert {name: hang.ranks for name, hang in found.items() if hang is not None} == dict.fromkeys(found, (1,))
@@ -297,10 +305,30 @@ def test_a_meeting_that_is_not_late_yet(why: str) -> None:
     assert find_late(meeting.get(why, READY), now=now, override_s=override_s, waits=waits) is None
 
 
-def test_a_stopped_rank_that_is_not_ready_prevents_a_meeting() -> None:
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"coming": {2: 100.0}},
+        {"unreleased": {2: 100.0}},
+        {"ready": {0: 100.0, 1: 90.0, 2: 95.0}},
+    ],
+    ids=lambda where: next(iter(where)),
+)
+def test_a_rank_that_a_signal_has_stopped_is_late_wherever_it_is(where: dict[str, dict[int, float]]) -> None:
     meeting = replace(READY, ready={0: 100.0, 1: 90.0})
-    found = find_late(meeting, now=OVERDUE, stopped=(2,), waits={0: True, 1: True})
+    meeting = replace(meeting, **where)  # type: ignore[arg-type]
+    found = find_late(meeting, now=101.0 + STOPPED_S, stopped={2: 100.5})
     assert found is not None and found.ranks == (2,)
+    assert found.reason == f"stopped by a signal for {STOPPED_S + 0.5} s while the ranks recover"
+    assert find_late(meeting, now=100.0 + STOPPED_S, stopped={2: 100.5}) is None
+    assert find_late(meeting, now=103.0, stopped={2: 100.5}, override_s=2.0) is not None
+    everyone = dict.fromkeys(range(3), 50.0)
+    assert find_late(meeting, now=101.0 + STOPPED_S, stopped=everyone) is None, "the job is suspended"
+    assert find_late(meeting, now=101.0 + STOPPED_S, stopped={2: 50.0}, override_s=0.0) is None
+
+
+def test_a_stopped_rank_that_takes_part_in_no_meeting_is_not_late() -> None:
+    assert find_late(replace(READY, ready={}, met=(0, 1)), now=1e6, stopped={2: 1.0}) is None
 
 
 def test_a_meeting_ends_even_if_no_rank_says_what_it_does() -> None:
@@ -319,5 +347,4 @@ def test_a_new_process_has_longer_than_the_first_ones_took() -> None:
 
 
 def test_the_limit_of_a_user_never_blames_all_ranks() -> None:
-    assert find_late(READY, now=103.0, override_s=2.0, stopped=(1,)) is not None
     assert find_late(READY, now=103.0, override_s=2.0, waits=ALL_WAIT) is None

@@ -96,6 +96,7 @@ class HangWatch:
         self._in_step = _Answers()
         self._idle: dict[int, Idleness] = {}
         self._in_meeting = _Answers()
+        self._stopped: dict[int, float] = {}
         self._straggler_at = 0.0
 
     def begin_round(self, positions: Positions) -> None:
@@ -159,14 +160,25 @@ class HangWatch:
     def poll_meeting(self, meeting: Meeting, workers: WorkerGroup) -> Hang | None:
         """Find ranks that keep the others from meeting after a fault; asks them what they do once they are late."""
         now = self._clock.monotonic()
+        stopped = self._note_stopped(workers if meeting.is_under_way else None, now)
         if not meeting.is_late(now, self.limit_s):
             self._in_meeting.forget()
-            return find_late(meeting, now=now, override_s=self.limit_s)
+            return find_late(meeting, now=now, override_s=self.limit_s, stopped=stopped)
         self._in_meeting.ask(workers, now)
-        fields = {rank: stat_fields(pid) for rank, pid in workers.pids().items()}
-        stopped = {rank for rank, found in fields.items() if found is not None and found[0] == "T"}
         waits = {rank: self._in_meeting.waits(rank) for rank in meeting.ready}
         return find_late(meeting, now=now, override_s=self.limit_s, stopped=stopped, waits=waits)
+
+    def _note_stopped(self, workers: WorkerGroup | None, now: float) -> dict[int, float]:
+        """Return since when each rank has been seen stopped by a signal.
+
+        Args:
+            workers: of this node; None where no meeting is under way.
+            now: on the clock.
+        """
+        fields = {} if workers is None else {rank: stat_fields(pid) for rank, pid in workers.pids().items()}
+        stopped = [rank for rank, found in fields.items() if found is not None and found[0] == "T"]
+        self._stopped = {rank: self._stopped.get(rank, now) for rank in stopped}
+        return self._stopped
 
     def progress(self, workers: WorkerGroup) -> dict[int, RankProgress]:
         """Return the progress of workers in the training loop, by local rank, as far as it is known."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -69,6 +69,10 @@ class WorkerControl(Protocol):
     def running_ranks(self) -> tuple[int, ...]:
         """Local ranks whose processes run."""
 
+    @property
+    def inside(self) -> Collection[int]:
+        """Local ranks that are in the training loop, or on their way back into it."""
+
     def send_to(self, rank: int, message: Message) -> None:
         """Send a message to one local rank that runs."""
 
@@ -109,6 +113,8 @@ class _Progress:
         waiting_at_loop: ranks that have reached the training loop and wait there for the other ranks.
         notified_at: when ranks were notified that have yet to release their process groups.
         coming: since when new processes are on their way to `fit`.
+        joining: first processes of a node that were notified before they had reached `fit`. They have no limit there,
+            as where all ranks start together.
         ready: since when ranks wait for the others to meet.
         created: how many process groups ranks have created in the last regrouping, and since when.
         have_met: ranks that have met in the last regrouping.
@@ -124,6 +130,7 @@ class _Progress:
     waiting_at_loop: set[int] = field(default_factory=set)
     notified_at: dict[int, float] = field(default_factory=dict)
     coming: dict[int, float] = field(default_factory=dict)
+    joining: set[int] = field(default_factory=set)
     ready: dict[int, float] = field(default_factory=dict)
     created: dict[int, tuple[int, float]] = field(default_factory=dict)
     have_met: set[int] = field(default_factory=set)
@@ -285,7 +292,8 @@ class InPlaceRecovery:
 
     def _note_entered(self, rank: int) -> None:
         progress, starts_together = self._progress, self._round is not None and self._round.env_of is None
-        if progress.coming.pop(rank, None) is not None:
+        if progress.coming.pop(rank, None) is not None or rank in progress.joining:
+            progress.joining.discard(rank)
             # Its next message is the one that survivors send, too: it is watched as they are until then.
             progress.notified_at[rank] = self._clock.monotonic()
         elif starts_together and not progress.trains:
@@ -317,6 +325,7 @@ class InPlaceRecovery:
         running, progress = workers.running_ranks, self._progress
         return Meeting(
             coming={rank: at for rank, at in progress.coming.items() if rank in running},
+            unreleased={rank: at for rank, at in progress.notified_at.items() if rank in running},
             ready={rank: at for rank, at in progress.ready.items() if rank in running},
             created={rank: created for rank, created in progress.created.items() if rank in running},
             met=progress.have_met,
@@ -408,7 +417,9 @@ class InPlaceRecovery:
         now = self._clock.monotonic()
         # Ranks on their way to `fit` have nothing to release, and may take their time.
         progress.coming |= dict.fromkeys(leave, now)
-        progress.notified_at |= dict.fromkeys((rank for rank in notified if rank not in progress.coming), now)
+        progress.joining = {rank for rank in notified if rank not in workers.inside}
+        holding = (rank for rank in notified if rank not in progress.coming and rank not in progress.joining)
+        progress.notified_at |= dict.fromkeys(holding, now)
 
     def replace(
         self,

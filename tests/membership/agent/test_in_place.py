@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from lightning_ckptless.console import Bar
 from lightning_ckptless.membership.agent.clock import Clock
-from lightning_ckptless.membership.agent.in_place import InPlaceRecovery, WorkerControl
+from lightning_ckptless.membership.agent.in_place import InPlaceRecovery
+from lightning_ckptless.membership.channel.agent_channel import FromWorker
 from lightning_ckptless.membership.channel.fault_report import FaultReport
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.launch.config import LaunchConfig
 from lightning_ckptless.membership.launch.launch import run
 from lightning_ckptless.membership.rendezvous.regrouping import Regrouping, Regroupings
-from lightning_ckptless.protocol.messages import Message, Regroup
+from lightning_ckptless.protocol.hang_detection import RELEASE_S
+from lightning_ckptless.protocol.messages import EnteredLoop, Message, Regroup, ReleasedGroups
 from tests.membership.conftest import script
+
+ENTERED = EnteredLoop(
+    in_place=True,
+    standbys=0,
+    preload_imports=False,
+    hang_timeout_s=None,
+    max_recoveries_without_progress=9,
+    max_recoveries_per_hour=9,
+    bar=Bar.NONE,
+    obstacle=None,
+    fixed_world="",
+)
 
 # Rank 0 kills itself once all ranks have entered the loop; the others answer the agent's messages.
 WORKER = """
@@ -149,30 +164,68 @@ def test_a_rank_that_keeps_the_others_from_meeting_is_replaced(
     assert [(fault.rank, fault.hung) for fault in outcome.faults] == [(0, ""), (rank, reason)]
 
 
-def test_a_meeting_with_joining_nodes_does_not_replace_that_of_a_later_fault() -> None:
-    class Workers(WorkerControl):
-        running_ranks = (0, 1)
+class Workers:
+    """Two local ranks that note what they are sent.
 
-        def send_to(self, rank: int, message: Message) -> None:
-            assert isinstance(message, Regroup)
-            sent.append((rank, message.number))
+    Args:
+        inside: those that are in the training loop.
+    """
 
-        def replace(self, rank: int, env: Mapping[str, str]) -> None:
-            raise NotImplementedError
+    running_ranks = (0, 1)
 
-        def promote(self, rank: int, standby: Process, env: Mapping[str, str], regrouping: Regrouping) -> None:
-            raise NotImplementedError
+    def __init__(self, inside: Collection[int] = running_ranks) -> None:
+        self.inside = inside
+        self.sent: list[tuple[int, int]] = []
 
-    sent: list[tuple[int, int]] = []
-    fault = FaultReport(None, None, None, None, 1.0, 1.0, 1.0, 1, 4)
-    clock = Clock(lambda: 0.0, lambda: 0.0)
-    in_place = InPlaceRecovery(
-        in_place=None, standbys=None, preload_imports=None, folder=Path(), outputs=Path(), report=print, clock=clock
+    def send_to(self, rank: int, message: Message) -> None:
+        assert isinstance(message, Regroup)
+        self.sent.append((rank, message.number))
+
+    def replace(self, rank: int, env: Mapping[str, str]) -> None:
+        raise NotImplementedError
+
+    def promote(self, rank: int, standby: Process, env: Mapping[str, str], regrouping: Regrouping) -> None:
+        raise NotImplementedError
+
+
+FAULT = FaultReport(None, None, None, None, 1.0, 1.0, 1.0, 1, 4)
+
+
+def in_place_at(now: Callable[[], float]) -> InPlaceRecovery:
+    return InPlaceRecovery(
+        in_place=None,
+        standbys=None,
+        preload_imports=None,
+        folder=Path(),
+        outputs=Path(),
+        report=print,
+        clock=Clock(now, now),
     )
-    workers, store = Workers(), HashStore()
+
+
+def test_a_meeting_with_joining_nodes_does_not_replace_that_of_a_later_fault() -> None:
+    in_place, workers, store = in_place_at(lambda: 0.0), Workers(), HashStore()
     in_place.begin_round(Regroupings(store, 2, 5), lambda _: pytest.fail("no standby"), env_of=lambda _: {})
-    Regroupings(store, 2, 5).open(fault)
+    Regroupings(store, 2, 5).open(FAULT)
     in_place.follow(workers)
-    in_place.regroup(workers, 5, fault)
-    assert sent == [(0, 6), (1, 6)]
+    in_place.regroup(workers, 5, FAULT)
+    assert workers.sent == [(0, 6), (1, 6)]
     assert in_place.number == 6
+
+
+def test_a_worker_notified_before_it_has_reached_fit_is_watched_from_there_on() -> None:
+    now = 100.0
+    in_place, workers, store = in_place_at(lambda: now), Workers(inside={0}), HashStore()
+    in_place.begin_round(Regroupings(store, 2, 5), lambda _: pytest.fail("no standby"))
+    Regroupings(store, 2, 5).open(FAULT)
+    in_place.follow(workers)
+    assert in_place.meeting(workers).unreleased == {0: 100.0}
+    in_place.receive([FromWorker(0, ReleasedGroups(), [])])
+    now += 10 * RELEASE_S
+    assert in_place.poll() is None, "it may still import"
+    in_place.receive([FromWorker(1, ENTERED, [])])
+    now += RELEASE_S - 1.0
+    assert in_place.poll() is None
+    now += 2.0
+    found = in_place.poll()
+    assert found is not None and found.ranks == (1,)
