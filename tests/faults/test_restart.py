@@ -123,6 +123,18 @@ def test_a_restart_resumes_from_the_newest_version(job: Run, undisturbed: Callab
     assert_identical(job, undisturbed(BASE))
 
 
+def test_a_fault_in_the_start_hooks_of_a_restart_relaunches_all_ranks(
+    job: Run, undisturbed: Callable[[Options], Variant], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A survivor would train without what the hooks had yet to set up."""
+    options, faults = replace(BASE, callback="dying"), "kill:rank=1:step=5"
+    assert job.start(options, faults).exit_code == 128 + 9
+    outcome = job.start(options, faults, max_restarts=3)
+    assert (outcome.exit_code, outcome.restarts, outcome.in_place) == (0, 1, 1)
+    assert "before this rank had run the start hooks of `fit`" in capfd.readouterr().err
+    assert_identical(job, undisturbed(options))
+
+
 def test_a_crash_loop_ends_the_run_and_a_restart_resumes_it(
     job: Run, undisturbed: Callable[[Options], Variant], capfd: pytest.CaptureFixture[str]
 ) -> None:

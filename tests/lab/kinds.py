@@ -157,7 +157,7 @@ def callback_of(kind: str, distribution: Any) -> Any:
     """Return a callback that changes schedulers or parameter groups during a run.
 
     Args:
-        kind: `averaging`, `finetuning` or `searching`.
+        kind: `averaging`, `finetuning`, `searching` or `dying`.
         distribution: the distribution of Lightning.
     """
     if kind == "averaging":
@@ -165,6 +165,8 @@ def callback_of(kind: str, distribution: Any) -> Any:
 
     if kind == "searching":
         return searching(distribution)
+    if kind == "dying":
+        return dying(distribution)
 
     class Finetuning(distribution.callbacks.BaseFinetuning):
         def freeze_before_training(self, pl_module: Any) -> None:
@@ -197,6 +199,25 @@ def searching(distribution: Any) -> Any:
                 del pl_module.on_train_start
 
     return Searching()
+
+
+def dying(distribution: Any) -> Any:
+    """Return a callback whose start hook meets the other ranks.
+
+    If faults are injected, rank 0 is killed in this hook once, in the second process that calls it.
+    """
+
+    class Dying(distribution.callbacks.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.is_global_zero and os.environ.get(environment.FAULTS):
+                calls = Path("calls_of_the_start_hook")
+                with calls.open("a") as file:
+                    file.write("called\n")
+                if len(calls.read_text().splitlines()) == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            trainer.strategy.barrier()
+
+    return Dying()
 
 
 def kill_once(rank: int, *_: Any) -> None:

@@ -64,8 +64,9 @@ class Options:
             CPU) or `compiled` (each layer, before it is sharded).
         block: middle block of a model that is not sharded: `adapted` (frozen, with low-rank adapters),
             `compiled:BACKEND` or `following:HOW` (a layer with a moving average).
-        callback: `averaging` (StochasticWeightAveraging), `finetuning` (a parameter group for the body from epoch 1 on)
-            or `searching` (LearningRateFinder before training and before epoch 1).
+        callback: `averaging` (StochasticWeightAveraging), `finetuning` (a parameter group for the body from epoch 1
+            on), `searching` (LearningRateFinder before training and before epoch 1) or `dying` (rank 0 dies in the
+            start hook of its second process).
         thaw_at: step until which the first layers are frozen.
         commits: file that receives a line per commit and rank.
         settings: other arguments of the trainer, a Python dictionary; plugins by class name.

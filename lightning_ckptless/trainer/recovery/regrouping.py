@@ -75,7 +75,8 @@ class Regrouping:
             assignment: where to meet, and the rank of this process from now on.
 
         Raises:
-            CannotRecoverInPlaceError: the script has process groups that cannot be re-created.
+            CannotRecoverInPlaceError: this process has not run all hooks of a starting fit, or the script has process
+                groups that cannot be re-created.
             TransportError: not all ranks arrived, or another fault was reported.
         """
         session, world = self._session, self._session.world
@@ -83,6 +84,9 @@ class Regrouping:
         self._running.progress.interrupt()
         self._adopt_rank(assignment.env)
         self._running.mirroring.abandon()
+        if not self._running.has_started:
+            # They may have been interrupted halfway, and a survivor does not call them.
+            raise CannotRecoverInPlaceError("the fault struck before this rank had run the start hooks of `fit`")
         if foreign := world.foreign_groups():
             raise CannotRecoverInPlaceError(
                 f"the script has created {foreign} process groups of its own, which cannot be re-created"

@@ -165,9 +165,9 @@ class Engine:
     # ------------------------------------------------------------------ calls of the strategy in the loop
 
     def on_train_start(self) -> None:
-        """Start watching objects for changes: the hooks of a starting fit have run in every process."""
+        """Called when the hooks of a starting fit have run in this process."""
         if self.running is not None:
-            self.running.rank_state.watch_objects()
+            self.running.note_start()
 
     def at_batch_start(self) -> None:
         """Record which step has begun."""

@@ -39,6 +39,7 @@ class RunningFit:
         rank_state: captures what a version contains besides tensors.
         mirroring: captures versions.
         boundaries: the points at which versions are captured.
+        has_started: whether all hooks of a starting fit have run in this process.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class RunningFit:
             after_batch=mirroring.end_if_asked,
             training=self.end.show_signal,
         )
+        self.has_started = False
         self._session = session
         self._trainer = trainer
         self._virtual_ranks = data.virtual_ranks
@@ -78,6 +80,11 @@ class RunningFit:
         self._searches = RateSearches(trainer, loops, data.hooks, will_restore, note)
 
     # ------------------------------------------------------------------ the points of a step
+
+    def note_start(self) -> None:
+        """Note that the hooks of a starting fit have run; objects are watched for changes from now on."""
+        self.has_started = True
+        self.rank_state.watch_objects()
 
     def at_batch_start(self) -> None:
         """Record which step has begun."""
