@@ -24,7 +24,7 @@ WIDTH = 100
 GUIDES = {
     environment.FAULTS: "[Fault injection](faults.md)",
     environment.TRACE_DIR: "[Fault injection](faults.md)",
-    environment.RDZV_ENDPOINT: "[Multiple nodes](launching.md#several-machines)",
+    environment.RDZV_ENDPOINT: "[Multiple nodes](launching.md#multiple-nodes)",
     environment.NNODES: "[Elastic runs](elastic.md)",
     environment.FAILURE_DOMAIN: "[Failure domains](nodes.md#failure-domains)",
     environment.FAILURE_DOMAINS_FILE: "[Failure domains](nodes.md#failure-domains)",

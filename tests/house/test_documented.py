@@ -81,7 +81,7 @@ def first_words(rows: list[Row]) -> set[str]:
 
 
 def test_slot_states() -> None:
-    head, *rows = next(rows for rows in tables(page("how-it-works")) if rows[0][0] == "State")
+    head, *rows = next(rows for rows in tables(page("mirroring")) if rows[0][0] == "State")
     events = [SlotEvent(name.strip("`")) for name in head[1:]]
     assert events == list(SlotEvent)
     documented = {
@@ -293,7 +293,7 @@ def test_commands() -> None:
 
 def test_quoted_messages() -> None:
     two_per_node = [f"node{rank // 2}" for rank in range(8)]
-    assert place(two_per_node, 1).reason in page("how-it-works")
+    assert place(two_per_node, 1).reason in page("mirroring")
     with pytest.raises(OptionsError) as refused:
         place([f"node{rank // 4}" for rank in range(8)], 2)
     assert str(refused.value) in page("errors")
