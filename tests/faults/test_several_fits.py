@@ -16,7 +16,7 @@ from lightning_ckptless.testing.variant import Variant
 from tests.faults.conftest import REPOSITORY
 
 SCRIPT = """
-import hashlib, json, os, signal, sys
+import hashlib, json, os, resource, signal, sys
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -96,6 +96,17 @@ def counted(name):
 for name in ("fit", "validate", "test", "predict"):
     counted(name)
 
+class WithoutMemory(L.Callback):
+    # From the end of training to the end of the call, the last rank gets no large piece of memory.
+    def on_train_end(self, trainer, module):
+        if trainer.global_rank == 1 and not os.path.exists("limited"):
+            open("limited", "w").close()
+            used_bytes = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used_bytes + 8_000_000, resource.RLIM_INFINITY))
+
+    def teardown(self, trainer, module, stage):
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
 def val_loss(of):
     results.append(float(of.callback_metrics["val_loss"]))
     return results[-1]
@@ -108,6 +119,12 @@ if FLOW == "validate, fit":
 elif FLOW == "fit, another fit":
     last.fit(model)
     val_loss(last)
+    model, last = Net(), trainer()
+    last.fit(model)
+elif FLOW == "fit without memory, fit":
+    model.register_buffer("large", torch.zeros(6_000_000))
+    last.callbacks.append(WithoutMemory())
+    last.fit(model)
     model, last = Net(), trainer()
     last.fit(model)
 elif FLOW == "fit, same trainer":
@@ -205,6 +222,7 @@ FAULTS = [
     Fault("validate, fit", 2, 3, "0", "in place"),
     Fault("fit, same trainer", 2, 2, "1", "in place"),
     Fault("fit, test best", 3, 2, "1", "relaunch", "after fit"),
+    Fault("fit without memory, fit", 2, 3, "0", "relaunch", "could not be recorded for new processes: Arena"),
 ]
 MORE_FAULTS = [
     Fault("validate, fit", 1, 2, "0", "relaunch", "no worker has reached fit"),

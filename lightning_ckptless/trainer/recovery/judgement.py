@@ -24,7 +24,7 @@ def why_final(error: Exception, *, rank: int, taken: Version | None, arena: Aren
     """
     if isinstance(error, UnevenStepsError):
         return str(error)
-    if isinstance(error, CkptlessError):
+    if isinstance(error, CkptlessError) and not isinstance(error, OSError):
         return "a retry would end the same way"
     if taken is None or arena is None:
         return "it was raised before the first step"

@@ -132,7 +132,8 @@ class Call:
             result = stage()
             if self._past.are_kept:
                 assert engine.running is not None, "the stage runs after the setup of the model"
-                recorded.append(self._record_fit(engine.data, engine.running, engine.session.arena))
+                engine.running.mirroring.settle()
+                recorded.extend(self._record_success(engine.data, engine.running, engine.session.arena))
             return result
 
         try:
@@ -140,6 +141,7 @@ class Call:
                 result = self.function(*args, **self._kwargs)
         except Exception as error:
             if ends_on_purpose(error) and self._past.are_kept and engine.running is not None:
+                engine.running.mirroring.settle()
                 self._keep([self._record_fit(engine.data, engine.running, None)], None, raised=error)
             raise
         engine.finish()
@@ -147,8 +149,17 @@ class Call:
         return result
 
     def _record_fit(self, data: TrainingData, running: RunningFit, arena: Arena | None) -> Record:
-        running.mirroring.settle()
         return record_fit(self.trainer, running.rank_state.host_state, data.hooks.made, arena)
+
+    def _record_success(self, data: TrainingData, running: RunningFit, arena: Arena) -> list[Record]:
+        """Record a call that has succeeded; empty if this process has not the means to, e.g. the memory."""
+        try:
+            return [self._record_fit(data, running, arena)]
+        except (OSError, MemoryError, RuntimeError) as error:
+            # Only a process that replaces a rank in a later call needs the record.
+            why = f"{type(error).__name__}: {error}"
+            self._past.refuse(self._number, f"{self._name} could not be recorded for new processes: {why}")
+            return []
 
     def evaluate(self) -> Any:
         """Run `validate`, `test` or `predict` and record it."""
@@ -174,6 +185,11 @@ class Call:
         self._keep(recorded, result)
         return result
 
+    @property
+    def _name(self) -> str:
+        name = self.function.__name__.split("_")[1]
+        return f"call {self._number + 1} of the script's trainers ({name})"
+
     def _keep(self, recorded: list[Record], result: Any, raised: Exception | None = None) -> None:
         if not recorded:
             return
@@ -182,12 +198,7 @@ class Call:
         if size_bytes is None or size_bytes > MOST_RESULT_BYTES:
             limit = f"more than {MOST_RESULT_BYTES // 1_000_000} MB"
             kind = "data other than plain values" if size_bytes is None else limit
-            name = self.function.__name__.split("_")[1]
-            self._past.refuse(
-                self._number,
-                f"call {self._number + 1} of the script's trainers ({name}) returned {kind}, which is not recorded "
-                "for new processes",
-            )
+            self._past.refuse(self._number, f"{self._name} returned {kind}, which is not recorded for new processes")
             return
         record |= {
             "result": result,

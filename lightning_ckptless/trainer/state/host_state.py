@@ -95,7 +95,8 @@ class HostState:
     def _heavy(self, owner: Any) -> frozenset[str]:
         """Return the names of attributes excluded for their size; searched for and logged once per owner."""
         if id(owner) not in self._heavy_names:
-            names = heavy_attributes(owner, HEAVY_BYTES)
+            leave = {id(self.module): self._module_baseline, id(self.trainer.datamodule): self._data_baseline}
+            names = heavy_attributes(owner, HEAVY_BYTES, leave=leave.get(id(owner), ()))
             self._heavy_names[id(owner)] = frozenset(names)
             for name in names:
                 log.warning(

@@ -69,12 +69,18 @@ def plain_attributes(owner: object, *, leave: Collection[str] = ()) -> dict[str,
     }
 
 
-def heavy_attributes(owner: object, limit_bytes: int) -> tuple[str, ...]:
-    """Return names of plain attributes too large to mirror with every step, e.g. an in-memory dataset."""
+def heavy_attributes(owner: object, limit_bytes: int, *, leave: Collection[str] = ()) -> tuple[str, ...]:
+    """Return names of plain attributes too large to mirror with every step, e.g. an in-memory dataset.
+
+    Args:
+        owner: a module, callback, datamodule or sampler.
+        limit_bytes: size from which an attribute is too large.
+        leave: names to exclude.
+    """
     return tuple(
         name
         for name, value in getattr(owner, "__dict__", {}).items()
-        if (size := measure(value, limit_bytes)) is not None and size > limit_bytes
+        if name not in leave and (size := measure(value, limit_bytes)) is not None and size > limit_bytes
     )
 
 
