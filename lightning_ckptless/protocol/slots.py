@@ -1,13 +1,15 @@
-"""The two-slot commit: the states of a slot, and which slot the next version is written to.
+"""The slot commit: the states of a slot, and which slot the next version is written to.
 
-Each copy of a shard, at its writer and at every holder, has two slots. A version is written into one of them while the
-other contains the last committed version. A rank *votes* for a version when its own copy and the copies that it keeps
-are sealed. The version is *committed* once all ranks have voted, and each rank *learns* that at a different time.
+Each copy of a shard, at its writer and at every holder, has a ring of slots: two, and one more for each version of the
+history. A version is written into one of them while another one contains the last committed version. A rank *votes* for
+a version when its own copy and the copies that it keeps are sealed. The version is *committed* once all ranks have
+voted, and each rank *learns* that at a different time.
 
-**The rule.** A slot is overwritten only if the other one is committed on all ranks and the writer has learned so.
+**The rule.** A slot is overwritten only if a newer version in another one is committed on all ranks and the writer has
+learned so.
 
 **Why it suffices.** Let v be the newest version that any rank knows to be committed. All ranks voted for v, so every
-copy of v was sealed at that time. A copy of v is overwritten only by v+2, whose writer has learned that v+1 is
+copy of v was sealed at that time. A copy of v is overwritten only by v+2 or later, whose writer has learned that v+1 is
 committed; but then v+1 is the newest known version, a contradiction. So whichever processes die, and whenever, the
 copies of v are intact in all remaining arenas. Version v+1 may be complete too, if all votes were cast and no rank
 survived to learn of it. It is newer and just as valid.
@@ -16,6 +18,11 @@ survived to learn of it. It is newer and just as valid.
 the missing copies are filled in and all ranks have voted for it, as for any other version. Until then, the newest
 snapshot that any header marks as committed must not be overwritten. If no copy is missing, the inventory that all ranks
 have read replaces the vote. In both cases the headers are updated before anything is overwritten.
+
+**History.** More than two slots change only which of the older versions is overwritten. Those that are at least
+`history_every` steps newer than the one kept before them are the history. The version to overwrite is the first of:
+the remains of an aborted round; a version newer than the committed one, which belongs to an abandoned branch; one that
+is not part of the history; the oldest one. The history therefore costs memory, but no further copy.
 
 **How weaker rules fail.**
 
@@ -48,7 +55,8 @@ class SlotEvent(StrEnum):
     - `BEGIN`: its contents are about to be overwritten.
     - `SEAL`: contents, checksums and header are written.
     - `COMMIT`: this rank has learned that all ranks voted for the version.
-    - `DISCARD`: a new generation finds a version in it that it does not restore.
+    - `DISCARD`: a new generation finds a version in it that it does not restore, or all ranks go back to an earlier
+      one.
     """
 
     BEGIN = "begin"
@@ -61,7 +69,7 @@ TRANSITIONS: Mapping[SlotState, Mapping[SlotEvent, SlotState]] = {
     SlotState.EMPTY: {SlotEvent.BEGIN: SlotState.WRITING},
     SlotState.WRITING: {SlotEvent.SEAL: SlotState.STAGED, SlotEvent.DISCARD: SlotState.EMPTY},
     SlotState.STAGED: {SlotEvent.COMMIT: SlotState.COMMITTED, SlotEvent.DISCARD: SlotState.EMPTY},
-    SlotState.COMMITTED: {SlotEvent.BEGIN: SlotState.WRITING},
+    SlotState.COMMITTED: {SlotEvent.BEGIN: SlotState.WRITING, SlotEvent.DISCARD: SlotState.EMPTY},
 }
 
 
@@ -100,17 +108,40 @@ def advance(state: SlotState, event: SlotEvent, *, shard: int, rank: int, versio
     return allowed[event]
 
 
-def target_slot(headers: tuple[SlotView, SlotView], committed: Snapshot | None) -> int:
-    """The slot to overwrite next: the one that does not contain the newest committed snapshot.
+def target_slot(headers: Sequence[SlotView], committed: Snapshot | None, history_every: int = 1) -> int:
+    """The slot to overwrite next; never the one that contains the newest committed snapshot.
 
     Args:
-        headers: headers of a slot pair.
+        headers: headers of the slots of one ring.
         committed: newest snapshot that the *writer* of the shard knows to be committed; None before the first.
+        history_every: optimizer steps between two versions of the history.
 
     Returns:
-        0 or 1; 0 if neither slot contains the snapshot.
+        Index of the slot.
     """
-    return 1 if committed is not None and headers[0].snapshot == committed else 0
+    others = [index for index, view in enumerate(headers) if committed is None or view.snapshot != committed]
+    for remains in ((SlotState.WRITING, SlotState.STAGED), (SlotState.EMPTY,)):
+        if found := [index for index in others if headers[index].state in remains]:
+            return found[0]
+    held = {view.snapshot: index for index, view in enumerate(headers) if view.snapshot is not None and index in others}
+    return held[_least_needed(sorted(held), committed, history_every)]
+
+
+def _least_needed(held: Sequence[Snapshot], committed: Snapshot | None, history_every: int) -> Snapshot:
+    """Of committed versions in ascending order, the one that the history can do without."""
+    if committed is not None and held[-1] > committed:
+        return held[-1]
+    kept = held[0]
+    following = (*held[1:], *((committed,) if committed is not None else ()))
+    for snapshot, newer in zip(held, following, strict=False):
+        if newer.version.optimizer_step == snapshot.version.optimizer_step:
+            # The state before a validation phase, of which the state after it is there as well.
+            return snapshot
+        if snapshot is not held[0]:
+            if snapshot.version.optimizer_step - kept.version.optimizer_step < history_every:
+                return snapshot
+            kept = snapshot
+    return held[0]
 
 
 def newest_committed(inventory: Iterable[Replica]) -> Snapshot | None:
@@ -157,19 +188,22 @@ def absent_copies(
     )
 
 
-def refill_slot(headers: tuple[SlotView, SlotView], restored: Snapshot, committed: Snapshot | None) -> int:
+def refill_slot(
+    headers: Sequence[SlotView], restored: Snapshot, committed: Snapshot | None, history_every: int = 1
+) -> int:
     """The slot into which a missing copy of a restored version is written.
 
     A slot whose header already names that version contains damaged or incomplete data. It must be the one that is
-    written: otherwise both slots would carry the same snapshot and be indistinguishable.
+    written: otherwise two slots would carry the same snapshot and be indistinguishable.
 
     Args:
-        headers: headers of the slot pair.
+        headers: headers of the slots of one ring.
         restored: snapshot that is filled in.
         committed: newest snapshot that any header marks as committed.
+        history_every: optimizer steps between two versions of the history.
 
     Returns:
-        0 or 1; never a slot with the committed snapshot, unless that is the restored one.
+        Index of the slot; never a slot with the committed snapshot, unless that is the restored one.
     """
     claims = [number for number, view in enumerate(headers) if view.snapshot == restored]
-    return claims[0] if claims else target_slot(headers, committed)
+    return claims[0] if claims else target_slot(headers, committed, history_every)

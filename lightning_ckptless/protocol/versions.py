@@ -51,7 +51,7 @@ class Replica:
         shard: index of the shard, 0 to `world_size - 1`; equal to the rank that wrote it.
         holder: rank that keeps this copy; equal to `shard` for the writer's own copy.
         node: name of the node whose arena contains the slot.
-        slot: 0 or 1.
+        slot: index of the slot in its ring.
         version: version of the copy.
         generation: generation that wrote it.
         world_size: number of shards of the version.

@@ -58,6 +58,9 @@ log = logging.getLogger(__name__)
 
 Hold = Callable[[Sequence[Path], str], None]
 
+LEAST_SLOTS = 2
+"""Slots of a ring without history: one for the committed version, one for the next."""
+
 __all__ = [
     "Arena",
     "ArenaInfo",
@@ -160,22 +163,25 @@ class Arena:
 
     # ------------------------------------------------------------------ slots
 
-    def slots(self, shard: int, holder: int, bulk_bytes: int, *, layout: str = "") -> tuple[Slot, Slot]:
-        """The two slots of a slot pair, created and pre-faulted if missing.
+    def slots(
+        self, shard: int, holder: int, bulk_bytes: int, *, layout: str = "", count: int = LEAST_SLOTS
+    ) -> tuple[Slot, ...]:
+        """The slots of a ring, created and pre-faulted if missing.
 
         Args:
             shard: index of the shard.
             holder: rank that keeps the copy.
             bulk_bytes: length of the tensor state in each slot.
             layout: digest of the layout; each layout has slots of its own.
+            count: number of slots.
 
         Raises:
             ArenaError: the file system has too little free space, and the agent cannot hold the slots in memory.
         """
-        paths = self._slot_paths(shard, holder, layout)
+        paths = self._slot_paths(shard, holder, layout, count)
         reason = self._require_room(dict.fromkeys(paths, slot_file_bytes(bulk_bytes)))
         missing = [path for path in paths if not is_there(path)]
-        # A decision made for the whole node also applies if these two slots alone would fit.
+        # A decision made for the whole node also applies if these slots alone would fit.
         if missing and (reason := self._reason or reason):
             assert self.hold is not None
             self.hold(missing, reason)
@@ -183,26 +189,26 @@ class Arena:
             # These may be links to memory of an agent that has exited.
             for path in missing:
                 path.unlink(missing_ok=True)
-        first = self._open(paths[0], bulk_bytes)
-        return first, self._open(paths[1], bulk_bytes)
+        return tuple(self._open(path, bulk_bytes) for path in paths)
 
-    def require_room_for(self, slot_pairs: Iterable[tuple[int, int]], layout: Layout) -> None:
+    def require_room_for(self, rings: Iterable[tuple[int, int]], layout: Layout, *, count: int = LEAST_SLOTS) -> None:
         """Check that the slots of all ranks of this node fit together.
 
         Every rank checks this before it creates its own slots. Otherwise each of them would find enough space for
         itself, and the last ones would fail halfway.
 
         Args:
-            slot_pairs: (shard, holder) of the slot pairs of all ranks of the node.
+            rings: (shard, holder) of the slot rings of all ranks of the node.
             layout: layout of the state.
+            count: number of slots of each ring.
 
         Raises:
             ArenaError: they fit neither into the file system nor into the agent's memory.
         """
         sizes = {
             path: slot_file_bytes(layout.bulk_bytes(shard))
-            for shard, holder in slot_pairs
-            for path in self._slot_paths(shard, holder, layout.digest)
+            for shard, holder in rings
+            for path in self._slot_paths(shard, holder, layout.digest, count)
         }
         self._reason = self._require_room(sizes)
 
@@ -235,8 +241,8 @@ class Arena:
             return f"only {available_bytes} bytes of memory are available on this machine or in this container"
         return ""
 
-    def _slot_paths(self, shard: int, holder: int, layout: str) -> list[Path]:
-        return [self.path / str(SlotName.of(shard, holder, layout, index)) for index in (0, 1)]
+    def _slot_paths(self, shard: int, holder: int, layout: str, count: int) -> list[Path]:
+        return [self.path / str(SlotName.of(shard, holder, layout, index)) for index in range(count)]
 
     def _open(self, path: Path, bulk_bytes: int) -> Slot:
         slot = Slot(path, self.run_id, bulk_bytes)
@@ -364,29 +370,30 @@ class Arena:
             path.unlink(missing_ok=True)
 
     def prune(self, keep: Collection[tuple[int, int]]) -> None:
-        """Remove all slot pairs except some.
+        """Remove all slot rings except some.
 
         Args:
-            keep: (shard, holder) of the slot pairs to keep.
+            keep: (shard, holder) of the rings to keep.
         """
         for path, name in self._slot_files():
             if (name.shard, name.holder) not in keep:
                 path.unlink(missing_ok=True)
 
-    def retain(self, layout: str, generation: int) -> None:
-        """Remove what a version committed on all ranks has superseded: other layouts and unused slot pairs.
+    def retain(self, layout: str, generation: int, *, count: int = LEAST_SLOTS) -> None:
+        """Remove what a version committed on all ranks has superseded: other layouts and unused slots.
 
         Args:
             layout: digest of the layout of that version.
-            generation: generation that wrote it. A slot pair without a slot of it belongs to an earlier placement.
+            generation: generation that wrote it. A ring without a slot of it belongs to an earlier placement.
+            count: number of slots of each ring. More of them are left from a start with a longer history.
         """
         slots = list(self._headers())
         live = {
-            name.slot_pair
+            name.ring
             for _, name, header in slots
             if header is not None and (header.stamp.layout, header.stamp.generation) == (layout, generation)
         }
-        for path in [path for path, name, _ in slots if name.slot_pair not in live]:
+        for path in [path for path, name, _ in slots if name.ring not in live or name.index >= count]:
             path.unlink(missing_ok=True)
         for path in self.path.glob("layout-*.json"):
             if path != self._layout_path(layout):

@@ -19,7 +19,7 @@ from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.protocol.slots import absent_copies, newest_committed, refill_slot
 from lightning_ckptless.protocol.transfers import Read, Send, Transfer, plan_copies
 from lightning_ckptless.protocol.versions import Complete, Replica, SlotState, Snapshot
-from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.replica.arena import LEAST_SLOTS, Arena
 from lightning_ckptless.replica.checksum import bytes_of
 from lightning_ckptless.replica.restore import gather_inventory, gather_replicas
 from lightning_ckptless.replica.slot import Slot
@@ -45,12 +45,18 @@ class Rereplicated:
 
 
 def rereplicate(
-    found: Complete, arena: Arena, transport: Transport, nodes: Sequence[str], placement: Placement
+    found: Complete,
+    arena: Arena,
+    transport: Transport,
+    nodes: Sequence[str],
+    placement: Placement,
+    *,
+    slots: int = LEAST_SLOTS,
 ) -> Rereplicated:
     """Fill in the copies that a restored version lacks, and commit them on all ranks or on none.
 
     Slots mapped for the restore are not modified: only slots without an intact copy are written. When this returns,
-    every slot pair that a mirror opens with this placement contains the version.
+    every slot ring that a mirror opens with this placement contains the version.
 
     Args:
         found: the version, as `choose` returned it on all ranks; nothing was written into the arenas since.
@@ -58,6 +64,7 @@ def rereplicate(
         transport: transport between all ranks.
         nodes: name of each rank's node.
         placement: placement of the shards.
+        slots: number of slots of each ring.
 
     Raises:
         StateMissingError: the last copy of a shard was damaged after the restore.
@@ -69,7 +76,7 @@ def rereplicate(
         return Rereplicated(0, 0, (), f"{found.snapshot.version} has all its copies")
     inventory = gather_inventory(arena, transport, reads=transport.rank == nodes.index(nodes[transport.rank]))
     with ExitStack() as opened:
-        written = _fill_in(plan, arena, transport, found.snapshot, newest_committed(inventory), opened)
+        written = _fill_in(plan, arena, transport, found.snapshot, newest_committed(inventory), opened, slots)
         agreed = transport.agree(True)
         assert agreed, "a rank that cannot fill in its copies raises"
         for slot in written:
@@ -112,6 +119,7 @@ def _fill_in(
     restored: Snapshot,
     committed: Snapshot | None,
     opened: ExitStack,
+    slots: int,
 ) -> list[Slot]:
     """Send this rank's part of the plan and seal the copies that it receives; returns their slots, still open."""
     rank = transport.rank
@@ -124,7 +132,7 @@ def _fill_in(
             sends += _messages(step.target_rank, source, arena.read_bulk(source), tensor_of(arena.read_blob(source)))
         if _target_rank(step) != rank:
             continue
-        slot = _begin(arena, source, rank, restored, committed)
+        slot = _begin(arena, source, rank, restored, committed, slots)
         opened.callback(slot.close)
         if isinstance(step, Send):
             blob = receive_buffer(source.blob_bytes)
@@ -143,11 +151,14 @@ def _messages(peer: int, replica: Replica, bulk: torch.Tensor, blob: torch.Tenso
     return [(peer, 2 * replica.shard, bulk), (peer, 2 * replica.shard + 1, blob)]
 
 
-def _begin(arena: Arena, source: Replica, rank: int, restored: Snapshot, committed: Snapshot | None) -> Slot:
-    pair = arena.slots(source.shard, rank, source.bulk_bytes, layout=source.layout)
-    number = refill_slot((pair[0].view, pair[1].view), restored, committed)
-    pair[1 - number].close()
-    slot = pair[number]
+def _begin(
+    arena: Arena, source: Replica, rank: int, restored: Snapshot, committed: Snapshot | None, slots: int
+) -> Slot:
+    ring = arena.slots(source.shard, rank, source.bulk_bytes, layout=source.layout, count=slots)
+    slot = ring[refill_slot([each.view for each in ring], restored, committed)]
+    for other in ring:
+        if other is not slot:
+            other.close()
     if slot.view.state in (SlotState.WRITING, SlotState.STAGED):
         slot.discard()
     slot.begin(_stamp(source, rank))

@@ -27,6 +27,7 @@ from lightning_ckptless.replica.slot_stamp import (
     CHECKSUM,
     GENERATION,
     LAYOUT,
+    MOST_SLOTS,
     VERSION,
     WORLD_SIZE,
     slot_state,
@@ -281,6 +282,6 @@ def _replica(**fields: Any) -> Replica:
 
 _REPLICAS = sequence(record(
     _replica,
-    shard=RANK, holder=RANK, node=NODE, slot=integer(0, 1), version=VERSION, generation=GENERATION,
+    shard=RANK, holder=RANK, node=NODE, slot=integer(0, MOST_SLOTS), version=VERSION, generation=GENERATION,
     world_size=WORLD_SIZE, layout=LAYOUT, state=slot_state, bulk_bytes=BYTES, blob_bytes=BYTES, checksum=CHECKSUM,
 ))  # fmt: skip

@@ -98,7 +98,7 @@ _HEADER = record(
     checksum=CHECKSUM,
 )
 
-_NAME = re.compile(r"shard-(\d+)\.held-by-(\d+)\.([^.]*)\.slot-([01])")
+_NAME = re.compile(r"shard-(\d+)\.held-by-(\d+)\.([^.]*)\.slot-(0|[1-9]\d{0,4})")
 _TAG_CHARS = 12
 
 
@@ -110,7 +110,7 @@ class SlotName:
         shard: index of the shard.
         holder: rank that keeps the copy.
         tag: first characters of the layout's digest, so that two layouts never share a file.
-        index: 0 or 1.
+        index: position in the ring.
     """
 
     shard: int
@@ -130,8 +130,8 @@ class SlotName:
         return found and cls(int(found[1]), int(found[2]), found[3], int(found[4]))
 
     @property
-    def slot_pair(self) -> tuple[int, int, str]:
-        """The parts of the name that both slots of a pair share."""
+    def ring(self) -> tuple[int, int, str]:
+        """The parts of the name that all slots of a ring share."""
         return self.shard, self.holder, self.tag
 
     def __str__(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from lightning_ckptless.formats.schema import MOST_RANKS, RANK, STEP, boolean, integer, one_of, record, text
 from lightning_ckptless.protocol.versions import SlotState, Snapshot, Version
 
+MOST_SLOTS = 99_999
 GENERATION = integer(0, 1 << 40)
 WORLD_SIZE = integer(1, MOST_RANKS)
 CHECKSUM = text(r"[\w:*+=]*", longest=256)

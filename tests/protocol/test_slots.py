@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_ckptless.errors import ProtocolError
 from lightning_ckptless.protocol.slots import (
@@ -60,6 +62,63 @@ def test_of_two_slots_with_one_version_the_committed_generation_is_spared() -> N
     earlier, later = SlotView(SlotState.STAGED, snapshot(5, 1)), SlotView(SlotState.STAGED, snapshot(5, 2))
     assert target_slot((earlier, later), snapshot(5, 1)) == 1
     assert target_slot((earlier, later), snapshot(5, 2)) == 0
+
+
+def steps_kept(steps: list[int], slots: int, every: int) -> list[int]:
+    """Write versions, each committed before the next; return the steps that are there in the end."""
+    ring, committed = [SlotView()] * slots, None
+    for step in steps:
+        index = target_slot(ring, committed, every)
+        assert committed is None or ring[index].snapshot != committed
+        committed = snapshot(step)
+        ring[index] = SlotView(SlotState.COMMITTED, committed)
+    return sorted(view.snapshot.version.optimizer_step for view in ring if view.snapshot is not None)
+
+
+def test_the_history_holds_versions_at_its_interval_and_the_two_newest() -> None:
+    assert steps_kept(list(range(1, 31)), slots=5, every=1) == [26, 27, 28, 29, 30]
+    assert steps_kept(list(range(1, 31)), slots=5, every=8) == [9, 17, 25, 29, 30]
+    assert steps_kept(list(range(1, 31)), slots=2, every=8) == [29, 30]
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=60), st.integers(0, 5), st.integers(1, 7))
+def test_the_history_reaches_back_as_far_as_promised(gaps: list[int], history: int, every: int) -> None:
+    steps = [sum(gaps[: index + 1]) for index in range(len(gaps))]
+    kept = steps_kept(steps, 2 + history, every)
+    assert kept[-1] == steps[-1]
+    # Wherever the first version was, the history covers its length once enough versions have been written.
+    reach = history * every
+    oldest_due = next((step for step in steps if step > steps[-1] - reach), steps[-1]) if history else steps[-1]
+    assert kept[0] <= oldest_due
+    due = [step for step in steps if step >= kept[0]]
+    assert all(any(0 <= step - older < every + max(gaps) for older in kept) for step in due)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(SlotState), st.integers(0, 6), st.integers(1, 3)), min_size=2, max_size=6),
+    st.integers(0, 6),
+    st.integers(1, 4),
+)
+def test_the_newest_committed_version_is_never_the_target(
+    slots: list[tuple[SlotState, int, int]], number: int, every: int
+) -> None:
+    views = [SlotView() if state is SlotState.EMPTY else SlotView(state, snapshot(*of)) for state, *of in slots]
+    held = sorted({view.snapshot for view in views if view.state is SlotState.COMMITTED and view.snapshot is not None})
+    committed = held[number % len(held)] if held else None
+    if [view.snapshot for view in views].count(committed) > 1:
+        return
+    found = target_slot(views, committed, every)
+    assert views[found].snapshot is None or views[found].snapshot != committed
+    if any(view.state is not SlotState.COMMITTED for view in views):
+        assert views[found].state is not SlotState.COMMITTED
+    elif committed is not None and held[-1] > committed:
+        assert views[found].snapshot == held[-1], "a version of an abandoned branch goes first"
+
+
+def test_the_state_before_a_validation_is_not_part_of_the_history() -> None:
+    before, after = Snapshot(Version(3, False), 1, 2, "layout"), snapshot(3)
+    ring = [SlotView(SlotState.COMMITTED, each) for each in (snapshot(1), snapshot(2), before, after)]
+    assert target_slot(ring, after) == 2
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,8 @@ class World:
         checksum: str = "xxh3",
         threads: int = 1,
         staging: str = "overlap",
+        slots: int = 2,
+        history_every: int = 1,
     ) -> World:
         """Start a new generation."""
         self.close()
@@ -80,7 +82,7 @@ class World:
                 generation=self.generation,
                 committed=committed,
                 probe=(probes or {}).get(rank),
-                settings=MirrorSettings(checksum, threads, staging),
+                settings=MirrorSettings(checksum, threads, staging, slots, history_every),
             )
             for rank in range(self.size)
         ]

@@ -1,9 +1,8 @@
 """Transfer shards from the slots of their writers into the slots of their holders.
 
-The static part of a shard is not sent if the holder's slot already contains it from an earlier version. Writer and
-holder alternate between their two slots in lockstep, because they see the same result of every round. So the writer
-knows the contents of the holder's slot from its own. It sends that assumption with the header, and the holder checks it
-against its own record.
+The static part of a shard is not sent if it is what the holder received in the round before. The writer sends the
+digest of what it omits with the header. A holder whose slot does not contain it yet copies it from the slot that it
+wrote last: which slots two ranks write differs once one of them has lost its history.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from lightning_ckptless.errors import TransportError
 from lightning_ckptless.replica.checksum import bytes_of
 from lightning_ckptless.replica.slot import HEADER_BYTES, Slot, SlotHeader
-from lightning_ckptless.replica.slot_pair import SlotPair
+from lightning_ckptless.replica.slot_ring import SlotRing
 from lightning_ckptless.replica.slot_stamp import Stamp
 from lightning_ckptless.replica.transport import Message, Transport, receive_buffer, tensor_of
 
@@ -60,18 +59,13 @@ class OutgoingShard:
         slot: sealed slot of the shard.
         blob: the host state.
         static: the static part.
-        is_static_sent: whether the holders already have the static part.
+        repeats_static: whether the static part is sent even if the holders already have it.
     """
 
     slot: Slot
     blob: bytes
     static: KnownPrefix
-    is_static_sent: bool
-
-    @property
-    def bulk(self) -> torch.Tensor:
-        """The part of the tensor state to send."""
-        return self.slot.bulk[self.static.length_bytes if self.is_static_sent else 0 :]
+    repeats_static: bool = False
 
 
 class ShardExchange:
@@ -80,13 +74,15 @@ class ShardExchange:
     Args:
         transport: transport between the ranks.
         holders: ranks that keep this rank's shard.
-        slot_pairs: slot pairs of this rank, by shard.
+        rings: slot rings of this rank, by shard.
     """
 
-    def __init__(self, transport: Transport, holders: Sequence[int], slot_pairs: Mapping[int, SlotPair]) -> None:
+    def __init__(self, transport: Transport, holders: Sequence[int], rings: Mapping[int, SlotRing]) -> None:
         self._transport = transport
         self._holders = holders
-        self._slot_pairs = {shard: slot_pair for shard, slot_pair in slot_pairs.items() if shard != transport.rank}
+        self._rings = {shard: ring for shard, ring in rings.items() if shard != transport.rank}
+        self._sent = KnownPrefix()
+        self._last: dict[int, Slot] = {}
         self._known: dict[Path, KnownPrefix] = {}
         self.sent_bytes = 0
 
@@ -104,13 +100,15 @@ class ShardExchange:
             TransportError: a peer is lost or sends unexpected data.
         """
         sends: list[Message] = []
+        omits = own is not None and own.static == self._sent and not own.repeats_static
         if own is not None:
-            parts = ((BULK, own.bulk), (BLOB, tensor_of(own.blob)))
+            parts = ((BULK, own.slot.bulk[own.static.length_bytes if omits else 0 :]), (BLOB, tensor_of(own.blob)))
+            self._sent = own.static
             sends = [(holder, *part) for holder in self._holders for part in parts]
             self.sent_bytes += sum(data.numel() for _, _, data in sends)
         receives: list[Message] = []
         arriving: dict[int, tuple[Slot, SlotHeader, KnownPrefix, torch.Tensor]] = {}
-        for source, (header, static, is_static_sent) in self._pages(own).items():
+        for source, (header, static, is_static_sent) in self._pages(own, omits=omits).items():
             slot = self._begin(source, header, stamp_of(source), static if is_static_sent else None)
             blob = receive_buffer(header.blob_bytes)
             bulk = slot.bulk[static.length_bytes if is_static_sent else 0 :]
@@ -120,16 +118,17 @@ class ShardExchange:
         for slot, header, static, blob in arriving.values():
             slot.seal(replace(header.stamp, holder=self._transport.rank), bytes_of(blob), header.checksum)
             self._known[slot.path] = static
+            self._last[header.stamp.shard] = slot
         kept = {source: slot for source, (slot, *_) in arriving.items()}
         return kept if own is None else {self._transport.rank: own.slot} | kept
 
-    def _pages(self, own: OutgoingShard | None) -> dict[int, tuple[SlotHeader, KnownPrefix, bool]]:
+    def _pages(self, own: OutgoingShard | None, *, omits: bool) -> dict[int, tuple[SlotHeader, KnownPrefix, bool]]:
         """Send the header page to holders and receive those of sources; an empty page announces no shard."""
         page = bytes(_PAGE_BYTES + 1)
         if own is not None:
             assert own.slot.header is not None
-            page = own.slot.header.encode() + own.static.encode() + bytes([own.is_static_sent])
-        sent, pages = tensor_of(page), {source: receive_buffer(len(page)) for source in self._slot_pairs}
+            page = own.slot.header.encode() + own.static.encode() + bytes([omits])
+        sent, pages = tensor_of(page), {source: receive_buffer(len(page)) for source in self._rings}
         self._transport.exchange(
             [(holder, PAGE, sent) for holder in self._holders], [(source, PAGE, page) for source, page in pages.items()]
         )
@@ -150,17 +149,20 @@ class ShardExchange:
             expected: expected stamp.
             omitted: prefix that the source does not send; None if it sends everything.
         """
-        slot, sent = self._slot_pairs[source].free(), replace(expected, holder=source)
+        slot, sent = self._rings[source].free(), replace(expected, holder=source)
         if header.stamp != sent or header.bulk_bytes != slot.bulk_bytes:
             raise TransportError(
                 f"rank {self._transport.rank}: rank {source} sends {header.stamp} of {header.bulk_bytes} bytes, "
                 f"expected {sent} of {slot.bulk_bytes} bytes"
             )
-        known = self._known.pop(slot.path, KnownPrefix())
+        last = self._last.get(source)
+        known = KnownPrefix() if last is None else self._known[last.path]
         if omitted is not None and omitted != known:
             raise TransportError(
                 f"rank {self._transport.rank}: rank {source} omits {omitted.length_bytes} bytes of {slot.path.name} "
                 f"({omitted.digest}), but {known.length_bytes} bytes are known here ({known.digest})"
             )
         slot.begin(expected)
+        if last is not None and omitted is not None and self._known.get(slot.path) != omitted:
+            slot.bulk[: omitted.length_bytes].copy_(last.bulk[: omitted.length_bytes])
         return slot

@@ -30,8 +30,8 @@ import torch
 
 from lightning_ckptless.errors import TransportError, let_go
 from lightning_ckptless.protocol.placement import Placement
-from lightning_ckptless.protocol.versions import Version
-from lightning_ckptless.replica.arena import Arena
+from lightning_ckptless.protocol.versions import Snapshot, Version
+from lightning_ckptless.replica.arena import LEAST_SLOTS, Arena
 from lightning_ckptless.replica.checksum import NO_CHECKSUM, bytes_of, digest, joined
 from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.mirror.coordinated_stop import CoordinatedStop
@@ -39,7 +39,7 @@ from lightning_ckptless.replica.mirror.exchange import KnownPrefix, OutgoingShar
 from lightning_ckptless.replica.mirror.round_vote import RoundVote
 from lightning_ckptless.replica.mirror.staging import PendingCopy, Stager
 from lightning_ckptless.replica.slot import Slot
-from lightning_ckptless.replica.slot_pair import SlotPair
+from lightning_ckptless.replica.slot_ring import SlotRing
 from lightning_ckptless.replica.slot_stamp import Stamp
 from lightning_ckptless.replica.transport import Transport
 
@@ -121,8 +121,8 @@ COMPARED_ROUNDS = 3
 COMPARE_EVERY_ROUNDS = 256
 """The first copies, and every so many later, are compared with the live tensors before these change."""
 
-REWRITE_ROUNDS = 200
-"""After this many rounds the static part is copied and sent again, into both slots."""
+REWRITE_ROUNDS = 100
+"""After this many rounds per slot, the static part is copied and sent again, into all slots."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,15 @@ class MirrorSettings:
         checksum: `xxh3`, `crc32` or `none`.
         threads: number of threads that compute a checksum.
         staging: `overlap`, or `blocking` to copy everything before `submit` returns.
+        slots: number of slots of each ring; those beyond two hold the history.
+        history_every: optimizer steps between two versions of the history.
     """
 
     checksum: str = "xxh3"
     threads: int = 1
     staging: str = "overlap"
+    slots: int = LEAST_SLOTS
+    history_every: int = 1
 
 
 _DEFAULT_SETTINGS = MirrorSettings()
@@ -158,7 +162,7 @@ class Mirror:
         settings: how versions are copied and verified.
         committed: version from which the state was restored; it is not overwritten until a newer one is committed.
         probe: called in the mirror thread with a moment and the version: `stage` (half of the data copied), `send`,
-            `agree`, `committed`.
+            `agree`, `committed`; and `go_back` in the thread of the caller, before versions of a ring are discarded.
         vote: returns this rank's vote at the end of a round, given whether it has all its copies. If it may not
             continue, the round starts a coordinated stop.
 
@@ -200,8 +204,8 @@ class Mirror:
         self._blocking = settings.staging == "blocking"
         self._early: frozenset[str] = frozenset()
         self._rank = transport.rank
-        self._slot_pairs = {shard: self._slot_pair(shard) for shard in (self._rank, *placement.sources(self._rank))}
-        self._exchange = ShardExchange(transport, placement.holders[self._rank], self._slot_pairs)
+        self._rings = {shard: self._ring(shard) for shard in (self._rank, *placement.sources(self._rank))}
+        self._exchange = ShardExchange(transport, placement.holders[self._rank], self._rings)
         self._stager = Stager(layout, self._rank)
         self._queue: queue.SimpleQueue[Round | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -209,9 +213,10 @@ class Mirror:
         self._submitted: Round | None = None
         self._failure: BaseException | None = None
 
-    def _slot_pair(self, shard: int) -> SlotPair:
-        bulk_bytes = self._layout.bulk_bytes(shard)
-        return SlotPair(self._arena.slots(shard, self._rank, bulk_bytes, layout=self._layout.digest), self.committed)
+    def _ring(self, shard: int) -> SlotRing:
+        bulk_bytes, layout, count = self._layout.bulk_bytes(shard), self._layout.digest, self._settings.slots
+        slots = self._arena.slots(shard, self._rank, bulk_bytes, layout=layout, count=count)
+        return SlotRing(slots, self.committed, self._settings.history_every)
 
     # ------------------------------------------------------------------ training thread
 
@@ -246,9 +251,14 @@ class Mirror:
         Raises:
             TransportError: a peer is lost.
         """
-        stall_s = self._wait(self._last.ended if self._last is not None else None)
         assert self.committed is None or version > self.committed, f"{version} after {self.committed} was committed"
-        slot = self._slot_pairs[self._rank].free()
+        return self._submit(version, tensors, blob, blocking_names)
+
+    def _submit(
+        self, version: Version, tensors: Mapping[str, torch.Tensor], blob: Blob, blocking_names: Collection[str]
+    ) -> float:
+        stall_s = self._wait(self._last.ended if self._last is not None else None)
+        slot = self._rings[self._rank].free()
         slot.begin(self._stamp(version, self._rank))
         began_at = perf_counter()
         early = tensors.keys() if self._blocking else self._early.union(blocking_names)
@@ -258,6 +268,41 @@ class Mirror:
         self._submitted = Round(version, began_at, slot, pending, compared, blob)
         self._enqueue(self._submitted)
         return stall_s
+
+    def go_back(
+        self,
+        version: Version,
+        tensors: Mapping[str, torch.Tensor],
+        blob: Blob,
+        *,
+        blocking_names: Collection[str] = (),
+    ) -> None:
+        """Make an earlier version, as it is now, the newest one. All ranks call it together, before any `submit`.
+
+        It is committed first, then all other versions from it on are discarded. So after a fault in between, either
+        the version that was the newest is complete, or this one is the newest complete version.
+
+        Args:
+            version: the version.
+            tensors: this rank's live tensors by name.
+            blob: this rank's host state.
+            blocking_names: see `submit`.
+
+        Raises:
+            TransportError: a peer is lost, or a rank has not all of its copies.
+        """
+        self._submit(version, tensors, blob, blocking_names)
+        self.wait_staged()
+        if self.settle() != version:
+            raise TransportError(
+                f"rank {self._rank}: {version}, to which all ranks go back, could not be mirrored: at least one rank "
+                "did not have all of it"
+            )
+        snapshot = Snapshot(version, self._generation, self._layout.world_size, self._layout.digest)
+        for ring in self._rings.values():
+            self._call_probe("go_back", version)
+            ring.go_back_to(snapshot)
+        self._transport.agree(True)
 
     def skip(self, version: Version) -> None:
         """Take part in the round of a version without data, which aborts it on all ranks. Does not wait."""
@@ -324,8 +369,8 @@ class Mirror:
             self._thread = None
         let_go(self._failure)
         self._stager.close()
-        for slot_pair in self._slot_pairs.values():
-            slot_pair.close()
+        for ring in self._rings.values():
+            ring.close()
 
     def _enqueue(self, round_: Round) -> None:
         if self._thread is None:
@@ -372,7 +417,7 @@ class Mirror:
         written = self._exchange.exchange(sealed, lambda source: self._stamp(round_.version, source))
         self.stats.sent_bytes = self._exchange.sent_bytes
         self._call_probe("agree", round_.version)
-        vote = self._vote(written.keys() == self._slot_pairs.keys())
+        vote = self._vote(written.keys() == self._rings.keys())
         outcome = vote.combine(self._transport.vote)
         if outcome.accepted_intervals is not None and self.interval_after is None:
             self.interval_after = round_.version, outcome.accepted_intervals
@@ -390,7 +435,9 @@ class Mirror:
         pending, slot = round_.pending, round_.slot
         if pending is None or slot is None:
             return None
-        if self.stats.rounds % REWRITE_ROUNDS < 2:
+        slots = self._settings.slots
+        is_rewritten = self.stats.rounds % (REWRITE_ROUNDS * slots) >= (REWRITE_ROUNDS - 1) * slots
+        if is_rewritten:
             pending.static.forget()
         unwritten_bytes = self._stager.finish(pending, lambda: self._call_probe("stage", round_.version))
         torn = pending.changed()
@@ -402,11 +449,11 @@ class Mirror:
             self._stage_blocking_from_now(torn, f"while {round_.version} was copied, so this version is discarded")
             return None
         self.stats.staged_bytes += slot.bulk_bytes - unwritten_bytes
-        is_unchanged = pending.static.settle()
+        pending.static.settle()
         static = KnownPrefix(self._layout.static_bytes(self._rank), pending.static.digest)
         checksum = self._checksum_of(slot, static, round_.pack())
         slot.seal(self._stamp(round_.version, self._rank), round_.pack(), checksum)
-        return OutgoingShard(slot, round_.pack(), static, is_unchanged)
+        return OutgoingShard(slot, round_.pack(), static, repeats_static=is_rewritten)
 
     def _checksum_of(self, slot: Slot, static: KnownPrefix, blob: bytes) -> str:
         if self._settings.checksum == NO_CHECKSUM:
@@ -428,11 +475,11 @@ class Mirror:
 
     def _commit(self, written: Mapping[int, Slot], version: Version) -> None:
         for shard, slot in written.items():
-            self._slot_pairs[shard].commit(slot)
+            self._rings[shard].commit(slot)
         self.committed = version
         self.stats.committed += 1
         if self.stats.committed == 1:
-            self._arena.retain(self._layout.digest, self._generation)
+            self._arena.retain(self._layout.digest, self._generation, count=self._settings.slots)
         self._call_probe("committed", version)
 
     def _stamp(self, version: Version, shard: int) -> Stamp:

@@ -1,8 +1,8 @@
 """The static part of a shard: tensors expected not to change, such as frozen weights. Only changed data is written.
 
-A slot still contains what was written into it two versions ago. At every version the live tensors are compared with
-that by a 128-bit digest, and only tensors that differ are copied. If nothing differs, the static part is not sent to
-the holders either. So a wrong guess about which tensors are static costs time, but never correctness.
+A slot still contains what was written into it before. At every version the live tensors are compared with that by a
+128-bit digest, and only tensors that differ are copied. A holder that already has the static part is not sent it again
+either. So a wrong guess about which tensors are static costs time, but never correctness.
 
 Cheaper criteria do not suffice. torch counts in-place writes per tensor, but neither writes through `.data`, which are
 common for averaged copies of a model, nor those of fused optimizers on CPUs. Disabled gradients do not exclude either.
@@ -90,12 +90,8 @@ class StaticPart:
                 pairs.append(span.pair)
         return pairs
 
-    def settle(self) -> bool:
-        """Record the contents of the slot after everything is copied.
-
-        Returns:
-            Whether they equal the contents at the previous call.
-        """
+    def settle(self) -> None:
+        """Record the contents of the slot after everything is copied."""
         same = bool(self.digest)
         for span in self._spans:
             if span.live is None or not span.digest:
@@ -104,7 +100,6 @@ class StaticPart:
                 span.digest = found
         if not same:
             self.digest = _digest(self._in_slot)
-        return same
 
     def forget(self) -> None:
         """Force all pieces to be written again, so that damage in shared memory is repaired."""

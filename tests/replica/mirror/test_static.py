@@ -63,7 +63,7 @@ def test_the_static_part_comes_first_and_both_parts_are_balanced() -> None:
 
 @pytest.mark.parametrize("staging", ["overlap", "blocking"])
 @pytest.mark.parametrize("checksum", ["xxh3", "none"])
-def test_frozen_bytes_are_sent_once_per_slot(world: MakeWorld, checksum: str, staging: str) -> None:
+def test_frozen_bytes_are_sent_once(world: MakeWorld, checksum: str, staging: str) -> None:
     layout = tuned_layout(2)
     ranks = world(2).begin(layout=layout, checksum=checksum, staging=staging)
     states = [tuned(0) for _ in range(2)]
@@ -71,7 +71,7 @@ def test_frozen_bytes_are_sent_once_per_slot(world: MakeWorld, checksum: str, st
     bulk, still = layout.bulk_bytes(0), layout.static_bytes(0)
     assert still > 0.88 * bulk
     blobs = sum(len(f"blob 0 {step}") for step in range(1, 11))
-    assert ranks.mirrors[0].stats.sent_bytes == 2 * bulk + 8 * (bulk - still) + blobs
+    assert ranks.mirrors[0].stats.sent_bytes == bulk + 9 * (bulk - still) + blobs
     staged = ranks.mirrors[0].stats.staged_bytes
     # Late tensors are compared in place; non-contiguous or small ones are copied anyway.
     assert staged == 10 * bulk if staging == "blocking" else staged < 2 * bulk + 8 * 0.25 * bulk
@@ -159,12 +159,12 @@ def test_a_new_generation_assumes_no_known_prefix(world: MakeWorld) -> None:
     for state in states:
         state["frozen"].fill_(4)
     train(ranks, states, range(4, 6))
-    assert ranks.mirrors[0].stats.sent_bytes > 2 * layout.bulk_bytes(0)
+    assert ranks.mirrors[0].stats.sent_bytes > layout.bulk_bytes(0)
     assert ranks.values() == {1.0, 4.0, 5.0}
 
 
 def test_damage_to_the_static_part_is_detected_and_repaired(world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror_module, "REWRITE_ROUNDS", 6)
+    monkeypatch.setattr(mirror_module, "REWRITE_ROUNDS", 3)
     ranks = world(2).begin(layout=(layout := tuned_layout(2)))
     for arena in ranks.arenas:
         arena.write_layout(layout)
@@ -179,11 +179,27 @@ def test_damage_to_the_static_part_is_detected_and_repaired(world: MakeWorld, mo
     assert ranks.values() == {1.0, 8.0}
 
 
+def test_a_holder_whose_ring_is_at_another_slot_copies_the_frozen_bytes_itself(world: MakeWorld) -> None:
+    ranks = world(2).begin(layout=(layout := tuned_layout(2)), slots=4)
+    for arena in ranks.arenas:
+        arena.write_layout(layout)
+    states = [tuned(0) for _ in range(2)]
+    train(ranks, states, range(1, 6))
+    for path in ranks.arenas[1].path.glob("shard-0000.*"):
+        path.unlink()
+    ranks.begin(layout=layout, committed=Version(5, True), slots=4)
+    train(ranks, states, range(6, 12))
+    blobs = sum(len(f"blob 0 {step}") for step in range(6, 12))
+    still = layout.static_bytes(0)
+    assert ranks.mirrors[0].stats.sent_bytes == 6 * (layout.bulk_bytes(0) - still) + still + blobs
+    assert all(arena.verify(replica) for arena in ranks.arenas for replica in arena.inventory())
+
+
 def test_a_holder_that_does_not_know_an_omitted_part_raises_an_error(world: MakeWorld) -> None:
     ranks = world(2).begin(layout=tuned_layout(2))
     states = [tuned(0) for _ in range(2)]
     train(ranks, states, range(1, 4))
-    ranks.mirrors[1]._exchange._known.clear()
+    ranks.mirrors[1]._exchange._last.clear()
     for rank, state in enumerate(states):
         ranks.mirrors[rank].submit(Version(4, True), state, b"")
     with pytest.raises(TransportError, match="rank 0 omits"):
