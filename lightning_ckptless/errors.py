@@ -12,6 +12,7 @@
     ├── StateMissingError     no complete version of the state exists, and no other way to recover is left
     ├── LayoutMismatchError   the relaunched script built a different model or optimizer
     ├── WorldSizeError        training cannot continue with this number of ranks
+    ├── RewindError           all ranks were to go back to an earlier step, and cannot
     ├── UnevenStepsError      one rank has finished training while another has started a further step
     ├── UnfitNodeError        this node failed its health check and was excluded
     └── WorkerError           cause of an exception raised in a notebook: the worker's own traceback
@@ -74,6 +75,10 @@ class LayoutMismatchError(CkptlessError, RuntimeError):
 
 class WorldSizeError(CkptlessError, RuntimeError):
     """Training cannot continue from the mirrored state with this number of ranks."""
+
+
+class RewindError(CkptlessError, RuntimeError):
+    """All ranks were to go back to an earlier step, and cannot: it is not in the history, or it does not help."""
 
 
 class UnevenStepsError(CkptlessError, RuntimeError):

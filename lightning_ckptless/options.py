@@ -54,6 +54,15 @@ class MirrorOptions(Options):
         "when the state is copied: `overlap` during the next forward and backward pass, `blocking` before them",
     )
     checksum: Checksum = option("xxh3", "algorithm of the checksum that protects every replica")
+    history: int = option(
+        0,
+        "earlier versions kept in memory, to which the run can be rewound; each needs as much memory as one version",
+        integer(least=0),
+        unit="versions",
+    )
+    history_every: int = option(
+        1, "optimizer steps between two versions of the history", integer(least=1), unit="optimizer steps"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

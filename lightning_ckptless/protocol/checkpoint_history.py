@@ -14,6 +14,7 @@ Operations are recorded per call of `fit`. The files of one fit are never touche
 | `written` | the file has been written; includes its size |
 | `remove` | a file is about to be removed |
 | `rewind` | the fit returned to a version, which undoes its later operations |
+| `abandon` | the run was rewound to a version on request: files written after it stay, and belong to no later step |
 | `begin` | the fit started without a version: notes of an earlier run with the same id are ignored |
 """
 
@@ -37,6 +38,7 @@ class Action(StrEnum):
     WRITTEN = "written"
     REMOVE = "remove"
     REWIND = "rewind"
+    ABANDON = "abandon"
     BEGIN = "begin"
 
 
@@ -87,6 +89,11 @@ class FileHistory:
             if operation.after >= version:
                 first.setdefault(operation.path, operation)
         return first
+
+    def written_after(self, version: Version) -> list[str]:
+        """Paths that were written after a version and not removed since, in order of their first operation."""
+        last = {operation.path: operation for operation in self.live if operation.after >= version}
+        return [path for path, operation in last.items() if operation.action is Action.SAVE]
 
     def is_saved_before(self, path: str, version: Version) -> bool:
         """Whether a version includes the writing of a file."""
@@ -149,6 +156,11 @@ def note_of_rewind(version: Version, fit: int) -> dict[str, Any]:
     return {"action": Action.REWIND.value, "fit": fit, **_version_fields(version)}
 
 
+def note_of_abandon(version: Version, fit: int) -> dict[str, Any]:
+    """The note that the run was rewound to a version on request."""
+    return {"action": Action.ABANDON.value, "fit": fit, **_version_fields(version)}
+
+
 def note_of_begin(fit: int, *, new_run: bool) -> dict[str, Any]:
     """The note that a fit starts without a version.
 
@@ -183,6 +195,9 @@ def read_history(notes: Iterable[Mapping[str, Any]], fit: int) -> FileHistory:
             returned_to = _version(note)
             undone += [operation for operation in live if operation.after >= returned_to]
             live = [operation for operation in live if operation.after < returned_to]
+        elif action is Action.ABANDON and of == fit:
+            # Nothing of the abandoned branch is written again, so none of its files is ever in the way.
+            live, undone, returned_to = [op for op in live if op.after < _version(note)], [], BEGINNING
         elif action is Action.WRITTEN:
             # The last writer determines the expected size, whichever fit it belongs to.
             sizes[note["path"]] = int(note["bytes"])

@@ -30,6 +30,7 @@ class Loss(StrEnum):
     RESTORE = "restore"
     REPLAY = "replay"
     MIRROR_STALL = "mirror_stall"
+    REWIND = "rewind"
     OTHER = "other"
 
 
@@ -171,6 +172,20 @@ class GoodputAccount:
         self._lose(Loss.REGROUP, phases.regroup_s)
         self._lose(Loss.RESTORE, phases.restore_s)
         self._lose(Loss.REPLAY, max(0.0, self._outage_s - phases.down_s))
+        self._outage_s = 0.0
+
+    def rewind_to(self, productive_s: float) -> None:
+        """Record that all ranks go back to an earlier version: the steps since then are lost.
+
+        Args:
+            productive_s: time of productive steps according to that version.
+        """
+        self._lose(Loss.REWIND, self.productive_s - productive_s)
+        self.productive_s, self._resumed = productive_s, True
+
+    def record_rewind(self) -> None:
+        """Record the time from the last step before a rewind to the first one after it."""
+        self._lose(Loss.REWIND, self._outage_s)
         self._outage_s = 0.0
 
     def report(self, now: float) -> GoodputReport:

@@ -24,11 +24,13 @@ it.
 | `StartSidecar` | worker | it needs a sidecar that runs this module with this argument |
 | `HoldMemory` | worker | it needs files of anonymous memory at these paths; carries a socket for the answer |
 | `StandbyReady` | worker | a standby has reached `fit` and waits for a rank |
+| `RewindDecided` | worker | all ranks have decided on a `Rewind`; carries whether they go back, and why |
 | `Regroup` | agent | a fault, or a world change: meet the other ranks under this number |
 | `AwaitRegroup` | agent | the nodes are re-rendezvousing: wait for the next `Regroup`, however long it takes |
 | `AssignRank` | agent | a standby takes a rank: as `Regroup`, and carries the rank's stdout and stderr |
 | `QueryBlocked` | agent | no worker makes progress: does the worker wait for other ranks? |
 | `MayLeave` | agent | every rank has made its last step: the training loop may be left |
+| `Rewind` | agent | another terminal asks that all ranks go back to an earlier step |
 | `Finish` | agent | the run is to end: commit the current step, save and leave |
 | `TrainingFailed` | agent | training cannot continue on any rank; carries the reason, which every worker raises |
 | `RunOver` | agent | the run has ended with a fault: no recovery follows |
@@ -253,6 +255,21 @@ class StandbyReady(Message):
     """Sent by a standby that has reached `fit` and waits for a rank."""
 
 
+@dataclass(frozen=True, slots=True)
+class RewindDecided(Message):
+    """Sent by a worker when all ranks have decided on a `Rewind`.
+
+    Args:
+        number: of the request.
+        accepted: whether all ranks go back.
+        reason: where to and why, or why not.
+    """
+
+    number: int
+    accepted: bool
+    reason: str
+
+
 # ---------------------------------------------------------------- from the agent
 
 
@@ -308,6 +325,23 @@ class MayLeave(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Rewind(Message):
+    """Sent by an agent that was asked, from another terminal, to take all ranks back to an earlier step.
+
+    Args:
+        number: of the request; grows over a run.
+        to_step: optimizer step to return to; None to count from the newest one.
+        steps: number of optimizer steps to go back; None if `to_step` is given.
+        skip_batches: batches of each rank to skip from there on.
+    """
+
+    number: int
+    to_step: int | None
+    steps: int | None
+    skip_batches: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finish(Message):
     """Sent by an agent that was asked to end (SIGTERM): commit the current step, save and leave."""
 
@@ -358,6 +392,7 @@ WORKER_MESSAGES: tuple[type[Message], ...] = (
     StartSidecar,
     HoldMemory,
     StandbyReady,
+    RewindDecided,
 )
 """Messages that workers send to their agent."""
 AGENT_MESSAGES: tuple[type[Message], ...] = (
@@ -366,6 +401,7 @@ AGENT_MESSAGES: tuple[type[Message], ...] = (
     AssignRank,
     QueryBlocked,
     MayLeave,
+    Rewind,
     Finish,
     TrainingFailed,
     RunOver,

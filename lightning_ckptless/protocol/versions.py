@@ -139,6 +139,21 @@ def newest_complete(inventory: Iterable[Replica], *, bad: Collection[Replica] = 
     return Missing(absent, newest.version, _lost(newest, absent, len(bad)))
 
 
+def complete_versions(inventory: Iterable[Replica], *, world_size: int, layout: str) -> list[Version]:
+    """All versions of which every shard has a readable replica, in ascending order.
+
+    Args:
+        inventory: contents of all live arenas.
+        world_size: consider only versions of this many shards.
+        layout: consider only versions written with this layout.
+    """
+    by_snapshot: dict[Snapshot, set[int]] = defaultdict(set)
+    for replica in inventory:
+        if replica.state in READABLE and (replica.world_size, replica.layout) == (world_size, layout):
+            by_snapshot[replica.snapshot].add(replica.shard)
+    return sorted({snapshot.version for snapshot, shards in by_snapshot.items() if len(shards) == world_size})
+
+
 def _by_shard(snapshot: Snapshot, replicas: Iterable[Replica]) -> tuple[tuple[Replica, ...], ...]:
     kept: list[list[Replica]] = [[] for _ in range(snapshot.world_size)]
     for replica in replicas:

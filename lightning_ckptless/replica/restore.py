@@ -17,7 +17,7 @@ from lightning_ckptless.formats.schema import BYTES, RANK, SchemaError, integer,
 from lightning_ckptless.formats.sealed import parse
 from lightning_ckptless.internals.torch_internals import foreach_copy
 from lightning_ckptless.protocol.transfers import Part, Read, Send, Transfer, plan_transfers
-from lightning_ckptless.protocol.versions import Complete, Missing, Replica, newest_complete
+from lightning_ckptless.protocol.versions import Complete, Missing, Replica, Version, newest_complete
 from lightning_ckptless.replica.arena import Arena
 from lightning_ckptless.replica.arena_metadata import NODE
 from lightning_ckptless.replica.checksum import bytes_of
@@ -88,7 +88,14 @@ def gather_replicas(mine: Iterable[Replica], transport: Transport) -> tuple[Repl
         raise TransportError(f"rank {transport.rank}: a peer sent an invalid inventory: {error}") from error
 
 
-def choose(arena: Arena, transport: Transport, nodes: Sequence[str], *, need: Need | None = None) -> Complete | Missing:
+def choose(
+    arena: Arena,
+    transport: Transport,
+    nodes: Sequence[str],
+    *,
+    need: Need | None = None,
+    newest: Version | None = None,
+) -> Complete | Missing:
     """Choose the newest version that is complete and undamaged.
 
     Only the replicas that the restore would use are verified. If one is damaged, the choice is repeated without it. If
@@ -99,6 +106,7 @@ def choose(arena: Arena, transport: Transport, nodes: Sequence[str], *, need: Ne
         transport: transport between all ranks.
         nodes: name of each rank's node.
         need: shards that each rank needs; None for those that contain its tensors.
+        newest: disregard newer versions than this one; None to consider all.
 
     Raises:
         StateMissingError: no arena contains the layout of the version.
@@ -106,6 +114,7 @@ def choose(arena: Arena, transport: Transport, nodes: Sequence[str], *, need: Ne
     rank = transport.rank
     neighbours = [other for other, node in enumerate(nodes) if node == nodes[rank]]
     inventory = gather_inventory(arena, transport, reads=rank == neighbours[0])
+    inventory = tuple(replica for replica in inventory if newest is None or replica.version <= newest)
     threads = threads_of_a_rank(len(neighbours), beside_training=False)
     bad: set[Replica] = set()
     good: set[Replica] = set()

@@ -45,6 +45,13 @@ class SlotRing:
         held = [view.snapshot for view in views if view.snapshot is not None and view.state in READABLE]
         return max((snapshot for snapshot in held if snapshot.version == version), default=None)
 
+    @property
+    def oldest(self) -> Version | None:
+        """The oldest committed version."""
+        views = [slot.view for slot in self._slots]
+        held = [view.snapshot.version for view in views if view.snapshot and view.state is SlotState.COMMITTED]
+        return min(held, default=None)
+
     def free(self) -> Slot:
         """The slot for the next version, after discarding the remains of an aborted round."""
         slot = self._slots[target_slot([slot.view for slot in self._slots], self._committed, self._history_every)]

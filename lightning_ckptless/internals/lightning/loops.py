@@ -244,6 +244,28 @@ class FitLoops:
             self.trainer.val_check_batch = max(1, int(most * interval))
 
     @property
+    def batches_begun(self) -> int:
+        """Number of batches that were begun since the start of the run."""
+        return int(self.epoch.batch_progress.total.ready)
+
+    def batches_in(self, counters: dict[str, Any]) -> tuple[int, int]:
+        """Return the batches done since the start of the run, and in the epoch, according to saved counters."""
+        progress = counters["fit_loop"]["epoch_loop.batch_progress"]
+        return int(progress["total"]["ready"]), int(progress["current"]["ready"])
+
+    def limited(self, length: int) -> int:
+        """Return how many batches of an epoch are used, given the length of its data."""
+        distribution = distribution_of(self.trainer)
+        stage = module(distribution, "trainer.states").RunningStage.TRAINING
+        parse = module(distribution, "trainer.connectors.data_connector")._parse_num_batches
+        return int(parse(stage, length, self.trainer.limit_train_batches))
+
+    def limit_batches(self, most: int) -> None:
+        """Set the number of batches of the iteration that is about to begin."""
+        self.combined_loader.limits = [most]
+        self.set_length(most)
+
+    @property
     def validation_loader(self) -> Any:
         """The validation data; None before it is set up."""
         return self.validation._combined_loader

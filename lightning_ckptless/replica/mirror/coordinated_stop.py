@@ -1,5 +1,7 @@
 """Coordinated stop: after one rank was asked to stop, all ranks stop at the same point, the next that none has passed.
 
+There they end the run, or decide on a rewind; each purpose has a stop of its own.
+
     training thread                     mirror thread
     passes a stopping point: count it
                                         the result of a round says that a rank was asked to stop
@@ -21,7 +23,7 @@ from concurrent.futures import Future
 
 
 class CoordinatedStop:
-    """One rank's part in a coordinated stop. It exists as long as the rank's mirror."""
+    """One rank's part in a coordinated stop. It exists no longer than the rank's mirror."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

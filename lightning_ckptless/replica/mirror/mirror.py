@@ -164,11 +164,12 @@ class Mirror:
         probe: called in the mirror thread with a moment and the version: `stage` (half of the data copied), `send`,
             `agree`, `committed`; and `go_back` in the thread of the caller, before versions of a ring are discarded.
         vote: returns this rank's vote at the end of a round, given whether it has all its copies. If it may not
-            continue, the round starts a coordinated stop.
+            continue, or asks for a rewind, the round starts a coordinated stop.
 
     Attributes:
         committed: newest version that all ranks have committed.
-        stop: the coordinated stop of the run.
+        stop: the coordinated stop at the end of the run.
+        rewind: the coordinated stop at which all ranks decide on a rewind.
         interval_after: first version in whose round all ranks sent the intervals that they accept, and the bitwise AND
             of those. All ranks know it after submitting the following version.
         stats: statistics so far.
@@ -191,7 +192,7 @@ class Mirror:
         vote: Callable[[bool], RoundVote] = RoundVote,
     ) -> None:
         self.committed = committed
-        self.stop = CoordinatedStop()
+        self.stop, self.rewind = CoordinatedStop(), CoordinatedStop()
         self.interval_after: tuple[Version, int] | None = None
         self.stats = MirrorStats()
         self._arena = arena
@@ -219,6 +220,16 @@ class Mirror:
         return SlotRing(slots, self.committed, self._settings.history_every)
 
     # ------------------------------------------------------------------ training thread
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the mirrored state."""
+        return self._layout
+
+    @property
+    def oldest(self) -> Version | None:
+        """The oldest committed version of the own shard."""
+        return self._rings[self._rank].oldest
 
     @property
     def busy(self) -> bool:
@@ -427,6 +438,8 @@ class Mirror:
             self.stats.aborted += 1
         if not outcome.may_continue and not self.stop.is_agreed:
             self.stop.agree(self._transport.gather)
+        if not outcome.no_rewind and not self.rewind.is_agreed:
+            self.rewind.agree(self._transport.gather)
         self.stats.last_round_s = perf_counter() - round_.began_at
         round_.ended.set_result(None)
 

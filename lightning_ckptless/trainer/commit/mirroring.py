@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
+
+from torch import Tensor
 
 from lightning_ckptless.durable.recipe import has_recipe, write_recipe
 from lightning_ckptless.errors import TransportError
@@ -12,16 +14,18 @@ from lightning_ckptless.formats.packing import pack
 from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.protocol.mirror_interval import agreed
 from lightning_ckptless.protocol.versions import Version
+from lightning_ckptless.replica.arena import LEAST_SLOTS
 from lightning_ckptless.replica.cores import threads_of_a_rank
 from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import from_message, to_message
-from lightning_ckptless.replica.mirror.mirror import Mirror, MirrorSettings
+from lightning_ckptless.replica.mirror.mirror import Blob, Mirror, MirrorSettings
 from lightning_ckptless.replica.mirror.round_vote import RoundVote
 from lightning_ckptless.trainer.commit.mirror_interval import MirrorInterval
 from lightning_ckptless.trainer.commit.rank_state import RankState
 from lightning_ckptless.trainer.commit.rereplication import Rereplication
 from lightning_ckptless.trainer.commit.run_end import RunEnd
+from lightning_ckptless.trainer.rewind.rewinding import Rewinding
 from lightning_ckptless.trainer.session.session import Session
 from lightning_ckptless.trainer.state.checkpoint_recipe import recipe_of
 from lightning_ckptless.trainer.state.device_pickle import pack_late
@@ -54,6 +58,7 @@ class Mirroring:
         session: session of this rank.
         rank_state: captures what a version contains besides tensors.
         end: ends the run with a version.
+        rewinding: the rewinds that this rank asks for.
         probe: called in the mirror thread with the moment of a round and its version.
         since: version that the run starts from; None if it starts from its beginning or joins a run in progress.
 
@@ -68,6 +73,7 @@ class Mirroring:
         session: Session,
         rank_state: RankState,
         end: RunEnd,
+        rewinding: Rewinding,
         probe: Callable[[str, Version], None],
         since: Version | None = None,
     ) -> None:
@@ -80,6 +86,7 @@ class Mirroring:
         self._report = session.report
         self._rank_state = rank_state
         self._end = end
+        self._rewinding = rewinding
         self._probe = probe
         self._ends_here = False
         self._mirror: Mirror | None = None
@@ -109,21 +116,29 @@ class Mirroring:
         """The newest version that this rank knows to be committed on all ranks."""
         return self._mirror.committed if self._mirror is not None else None
 
+    @property
+    def oldest(self) -> Version | None:
+        """The oldest version that the ranks can go back to: without history, the newest committed one."""
+        if self._mirror is None or not self._options.history:
+            return self.committed
+        return self._mirror.oldest
+
     # ------------------------------------------------------------------ generations
 
-    def resume(self, version: Version, layout: Layout, index: StateIndex, protect: Callable[[], None]) -> None:
+    def resume(self, version: Version, layout: Layout, index: StateIndex, protect: Callable[[], None] | None) -> None:
         """Resume from a restored version.
 
         Args:
             version: the version.
             layout: layout of its tensors.
             index: where its tensors are in this trainer.
-            protect: makes the replicas that it lacks; all ranks call it together.
+            protect: makes the replicas that it lacks, and all ranks call it together; None if the version is about to
+                be mirrored again.
         """
         planned = self._planned = Planned(layout, index)
         self.taken = self.optimizers_are_of = self._seen = version
         self._report_plan(planned, version)
-        self._rereplication = Rereplication(protect)
+        self._rereplication = None if protect is None else Rereplication(protect)
         if not has_recipe(self._session.arena.path):
             self._keep_recipe(planned)
 
@@ -158,7 +173,13 @@ class Mirroring:
     # ------------------------------------------------------------------ versions
 
     def ends_here(self) -> bool:
-        """Called when a version may be captured; returns whether the run ends with it."""
+        """Called when a version may be captured; returns whether the run ends with it.
+
+        Raises:
+            GoBackError: all ranks go back to an earlier version instead.
+            RewindError: they were to go back, and cannot.
+        """
+        self._rewinding.stop_if_due(self._mirror)
         self._ends_here = self._end.is_with(self._mirror)
         return self._ends_here
 
@@ -208,9 +229,11 @@ class Mirroring:
 
     def _submit(self, version: Version, planned: Planned, mirror: Mirror) -> float:
         tensors = planned.index.read()
+        return mirror.submit(version, tensors, self._blob(version, tensors), blocking_names=planned.index.private)
+
+    def _blob(self, version: Version, tensors: Mapping[str, Tensor]) -> Blob:
         blob = pack_late(self._rank_state.capture(version, tensors, self.mirror_interval.chosen))
-        blob = self._session.outgoing.checked(blob)
-        return mirror.submit(version, tensors, blob, blocking_names=planned.index.private)
+        return self._session.outgoing.checked(blob)
 
     def take_again(self, version: Version) -> None:
         """Mirror a version that other ranks wrote, and wait until it is committed. All ranks call it together."""
@@ -222,6 +245,19 @@ class Mirroring:
                 f"rank {self._trainer.global_rank}: {version} could not be mirrored by {self._trainer.world_size} "
                 "ranks before training resumes: at least one rank did not have all of it"
             )
+
+    def go_back(self, version: Version, newest: Version) -> None:
+        """Mirror a restored version as the newest one, in place of all that followed it. All ranks call it together.
+
+        Args:
+            version: the restored version.
+            newest: the newest version, which stays complete until this one is.
+        """
+        assert self._planned is not None
+        planned, mirror = self._planned, self._open(self._planned, committed=newest)
+        self._mirror = mirror
+        tensors = planned.index.read()
+        mirror.go_back(version, tensors, self._blob(version, tensors), blocking_names=planned.index.private)
 
     def wait_copied(self) -> None:
         """Wait until the current version has been copied, so that its tensors may change."""
@@ -269,9 +305,10 @@ class Mirroring:
             self._mirror.close()
         if members.speaks_for_node:
             members.arena.write_layout(layout)
-        ranks, placement = members.ranks_of_node, members.placement
+        ranks, placement, options = members.ranks_of_node, members.placement, self._options
+        slots = LEAST_SLOTS + options.history
         members.arena.require_room_for(
-            ((shard, rank) for rank in ranks for shard in (rank, *placement.sources(rank))), layout
+            ((shard, rank) for rank in ranks for shard in (rank, *placement.sources(rank))), layout, count=slots
         )
         mirror = Mirror(
             arena=members.arena,
@@ -280,13 +317,17 @@ class Mirroring:
             transport=members.transport,
             generation=members.generation,
             settings=MirrorSettings(
-                self._options.checksum,
+                options.checksum,
                 threads_of_a_rank(len(ranks), beside_training=True),
-                self._options.staging,
+                options.staging,
+                slots,
+                options.history_every,
             ),
             committed=committed,
             probe=self._probe,
-            vote=lambda complete: RoundVote(complete, not self._end.is_asked(), self.mirror_interval.word()),
+            vote=lambda complete: RoundVote(
+                complete, not self._end.is_asked(), self.mirror_interval.word(), not self._rewinding.is_asked
+            ),
         )
         mirror.bind(_written_by_hooks(planned))
         return mirror

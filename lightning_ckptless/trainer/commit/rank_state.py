@@ -7,6 +7,7 @@
 | `data_hooks` | the calls that created the current dataloaders | `DataHooks.make_as` |
 | `report` | the accounts of the run | `RunReport.resume` |
 | `interval` | the mirror interval | `MirrorInterval.begin` |
+| `rewinds` | what the script has asked for, and past rewinds | `Rewinding.restore` |
 | `logs` | positions of the log files, and rows held back | `RunLoggers.restore` |
 
 `recovery/restore_procedure.py` has the order.
@@ -23,6 +24,7 @@ from torch import Tensor
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.data.batch_log import BatchLog
 from lightning_ckptless.trainer.data.training_data import TrainingData
+from lightning_ckptless.trainer.rewind.rewinding import Rewinding
 from lightning_ckptless.trainer.session.session import Session
 from lightning_ckptless.trainer.state.host_state import HostState
 from lightning_ckptless.trainer.state.surroundings import Surroundings
@@ -44,13 +46,15 @@ class RankState:
         session: session of this rank.
         data: data of the trainer, which is set up for `fit`.
         batches: the batches in flight.
+        rewinding: the rewinds that this rank asks for.
     """
 
-    def __init__(self, session: Session, data: TrainingData, batches: BatchLog) -> None:
+    def __init__(self, session: Session, data: TrainingData, batches: BatchLog, rewinding: Rewinding) -> None:
         self._session = session
         self._trainer = session.trainer
         self._data = data
         self._batches = batches
+        self._rewinding = rewinding
         self._host_state: HostState | None = None
         self._surroundings = Surroundings(self._trainer, self._warn_of_loss)
         data.loops.after_setup_of_validation_data(self._surroundings.on_validation_data)
@@ -76,6 +80,7 @@ class RankState:
             "data_hooks": dict(self._data.hooks.made),
             "report": self._session.report.state(),
             "interval": interval,
+            "rewinds": self._rewinding.capture(),
             "logs": self._session.loggers.capture(version, self._session.outgoing.may_leave),
         }
 

@@ -61,6 +61,8 @@ class LoaderPosition:
         fetches: observations about the fetches of such a loader.
         dataset: state of the generators that the dataset owns.
         attributes: changes to the loader, its dataset, samplers and functions since they were created.
+        skipped: batches of this iteration that were skipped after a rewind, as if the sampler did not produce them.
+        skips_next: batches to skip at the start of the next iteration.
     """
 
     yielded: int
@@ -74,6 +76,8 @@ class LoaderPosition:
     fetches: Fetches
     dataset: dict[str, Any]
     attributes: Changed
+    skipped: int = 0
+    skips_next: int = 0
 
 
 class _WatchedIterator:
@@ -100,6 +104,11 @@ class _WatchedIterator:
 class LoaderTracker:
     """State of a resumable loader's current iteration.
 
+    Attributes:
+        skipped: batches of this iteration that were skipped.
+        skips_next: batches to skip at the start of the next iteration.
+        shortened_by: skipped batches by which the length of the epoch was reduced.
+
     References to the loader and its iterator are weak: worker processes end when the last reference to an iterator is
     dropped, not when the garbage collector finds a cycle.
     """
@@ -113,6 +122,7 @@ class LoaderTracker:
         self.iterates_itself = iterates_in_its_own_way(loader)
         self.by_index = torch_internals.is_map_style(loader) and not (self.states_itself or self.iterates_itself)
         self.resume: LoaderPosition | None = None
+        self.skipped = self.skips_next = self.shortened_by = 0
         self.yielded: int | None = None
         self.ended = False
         self.at_start = Packed()
@@ -153,7 +163,14 @@ class LoaderTracker:
             fetches=self._first.position(),
             dataset=owned_generators(self.dataset),
             attributes=self.attributes.capture(),
+            skipped=self.skipped,
+            skips_next=self.skips_next,
         )
+
+    @property
+    def will_have_skipped(self) -> int:
+        """The number of skipped batches once the next iterator is created at the position to resume."""
+        return self.skipped if self.resume is None else self.resume.skipped
 
     def on_order_made(self, sampler: Any, order: Order) -> None:
         """Called just before an iterator over the sampler is created."""
@@ -171,7 +188,9 @@ class LoaderTracker:
             apply_sampler(sampler, resume.at_sampler)
         self.at_sampler = dump_sampler(sampler)
         self.switched = {} if resume is None else dict(resume.switched)
-        return resume.yielded if resume is not None and self.by_index else 0
+        if not self.by_index:
+            return 0
+        return self.skipped + (0 if resume is None else resume.yielded)
 
     def fetch(self, inner: Callable[[], Any]) -> Callable[[], Any]:
         """Wrap the iterator's fetch: record generators before it, and unwrap the worker's generators after it."""
@@ -214,6 +233,7 @@ class LoaderTracker:
         self._prefetched |= not _has_length(loader)
         if resume is not None:
             return self._restart(loader, resume)
+        self.skipped, self.skips_next = self.skips_next, 0
         owned = [owned_generators(part) for part in self._holders(loader)]
         before = pack((capture_rng(), owned, self.attributes.capture()))
         self.at_sampler = None
@@ -250,6 +270,7 @@ class LoaderTracker:
 
     def _restart(self, loader: DataLoader[Any], resume: LoaderPosition) -> Any:
         self.at_start, self.workers = resume.at_start, dict(resume.workers)
+        self.skipped, self.skips_next = resume.skipped, resume.skips_next
         rng, owned, attributes = unpack(resume.at_start)
         self.attributes.apply(attributes)
         apply_rng(rng)

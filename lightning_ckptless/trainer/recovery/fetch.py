@@ -17,7 +17,9 @@ from lightning_ckptless.trainer.session.session import Session
 from lightning_ckptless.trainer.state.trust import host_state_of
 
 
-def fetch_version(session: Session, virtual_ranks: VirtualRanks, found: Complete) -> Restoration:
+def fetch_version(
+    session: Session, virtual_ranks: VirtualRanks, found: Complete, *, goes_back: bool = False
+) -> Restoration:
     """Fetch a version and roll the checkpoint files back to it. All ranks call it together.
 
     Warns of log and checkpoint files that were lost since, so it has to be called before log files are truncated.
@@ -26,13 +28,14 @@ def fetch_version(session: Session, virtual_ranks: VirtualRanks, found: Complete
         session: session of this rank.
         virtual_ranks: the virtual ranks that this rank runs; their number becomes that of the version.
         found: the version.
+        goes_back: whether all ranks rewind to it, rather than recover: checkpoint files written since stay.
 
     Raises:
         LaunchError: under a foreign agent: the limit on recoveries has been reached.
         WorldSizeError: another number of ranks wrote the version, and these ranks cannot continue from it.
     """
     members, version = session.members, found.snapshot.version
-    if not session.identity.own_agent:
+    if not session.identity.own_agent and not goes_back:
         count_recovery(members, version, session.options)
     arena, transport = members.arena, members.transport
     layout = shared_layout(arena, transport, found.snapshot.layout)
@@ -46,7 +49,9 @@ def fetch_version(session: Session, virtual_ranks: VirtualRanks, found: Complete
     # Set before the state is restored: the dataloaders are set up first, and depend on it.
     virtual_ranks.count = restoration.host_state["virtual_ranks"]["count"]
     session.report.fetched(found, moved, step_in_flight(arena.path, transport))
-    if session.trainer.is_global_zero:
+    if session.trainer.is_global_zero and goes_back:
+        session.files.abandon(version)
+    elif session.trainer.is_global_zero:
         session.files.roll_back(version)
     else:
         session.files.forget()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 from lightning_ckptless import environment
@@ -30,12 +31,15 @@ from lightning_ckptless.membership.worker.placeholder_group import require_no_re
 from lightning_ckptless.membership.worker.watcher import Assignment, Watcher
 from lightning_ckptless.protocol.messages import CannotRecover, LeftLoop, WaitingAtLoop
 from lightning_ckptless.protocol.recovery import WorkerEvent, WorkerState, next_state
+from lightning_ckptless.protocol.rewind import RewindPlan
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.trainer.recovery.announcements import announce_entry, announce_imports, arrival
 from lightning_ckptless.trainer.recovery.exits import CannotRecoverInPlaceError, leave_process
 from lightning_ckptless.trainer.recovery.fit_resume import continue_fit, run_restored
 from lightning_ckptless.trainer.recovery.regrouping import Regrouping
 from lightning_ckptless.trainer.reporting.step_progress import StepProgress
+from lightning_ckptless.trainer.rewind.going_back import GoingBack
+from lightning_ckptless.trainer.rewind.rewinding import GoBackError
 from lightning_ckptless.trainer.session.session import Session
 
 log = logging.getLogger(__name__)
@@ -55,6 +59,7 @@ class RecoveryLoop:
         loops: loops of the trainer.
         progress: reports this rank's position in the step.
         regrouping: meets the other ranks and restores a version.
+        going_back: carries out rewinds.
         watcher: listens to our agent; None under a foreign agent, or with a single rank.
     """
 
@@ -65,6 +70,7 @@ class RecoveryLoop:
         loops: FitLoops,
         progress: StepProgress,
         regrouping: Regrouping,
+        going_back: GoingBack,
         watcher: Watcher | None,
     ) -> None:
         self.state = WorkerState.OUTSIDE
@@ -73,6 +79,7 @@ class RecoveryLoop:
         self._loops = loops
         self._progress = progress
         self._regrouping = regrouping
+        self._going_back = going_back
         self._watcher = watcher
         self._has_trained = False
 
@@ -117,6 +124,11 @@ class RecoveryLoop:
             try:
                 enter()
                 break
+            except GoBackError as decided:
+                plan = decided.plan
+                let_go(decided)
+                enter = partial(self._go_back, plan)
+                continue
             except Exception as error:
                 assignment = self._peer_fault(error)
                 if assignment is None and (isinstance(error, UnevenStepsError) or not self._failure):
@@ -131,13 +143,21 @@ class RecoveryLoop:
         if self._watcher is not None:
             self._watcher.send(LeftLoop())
 
+    def _go_back(self, plan: RewindPlan) -> None:
+        """Roll back to an earlier version together with all other ranks, and run the rest of the loop."""
+        self._loops.tidy_up()
+        version = self._going_back.carry_out(plan)
+        continue_fit(self._loops, validation_done=version.validation_done)
+
     def ask_to_leave(self) -> None:
         """Called after the last epoch: proceed to the end of `fit`, or meet the ranks of the next generation.
 
         Raises:
             TransportError: a new generation is forming.
             UnevenStepsError: another rank has begun a further step.
+            GoBackError: all ranks go back to an earlier version.
         """
+        self._going_back.stop_if_due()
         self._progress.leave_loop()
         may_leave = self._watcher is None or self._watcher.ask_to_leave(self._loops.at_end)
         if self._failure:

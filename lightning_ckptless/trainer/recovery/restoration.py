@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_ckptless.protocol.versions import Complete, Version
+from lightning_ckptless.replica.arena import LEAST_SLOTS
 from lightning_ckptless.replica.layout.layout import Layout
 from lightning_ckptless.replica.rereplicate import rereplicate
 from lightning_ckptless.replica.restore import Fetched
@@ -70,7 +71,7 @@ class Restoration:
             trainer, self.layout, self.bulks, rank=rank, optimizers_hold=optimizers_hold, index=index
         )
 
-    def resume(self, session: Session, mirroring: Mirroring) -> None:
+    def resume(self, session: Session, mirroring: Mirroring, *, protects: bool = True) -> None:
         """Resume mirroring, and rereplicate the version in the background. All ranks call it.
 
         The random number generators are restored last, because everything before may draw from them.
@@ -81,12 +82,19 @@ class Restoration:
 
         def protect() -> None:
             report.protected(
-                rereplicate(self.complete, members.arena, members.transport, members.nodes, members.placement)
+                rereplicate(
+                    self.complete,
+                    members.arena,
+                    members.transport,
+                    members.nodes,
+                    members.placement,
+                    slots=session.options.history + LEAST_SLOTS,
+                )
             )
 
         report.resume(self.host_state["report"])
         mirroring.mirror_interval.begin(self.host_state["interval"])
-        mirroring.resume(self.version, self.layout, self.index, protect)
+        mirroring.resume(self.version, self.layout, self.index, protect if protects else None)
         apply_rng(self.state["rng"])
 
 

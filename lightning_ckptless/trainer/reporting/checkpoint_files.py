@@ -25,6 +25,7 @@ from lightning_ckptless.protocol.checkpoint_history import (
     moves_to_return,
     moves_to_settle,
     note_of,
+    note_of_abandon,
     note_of_begin,
     note_of_rewind,
     note_of_written,
@@ -144,13 +145,41 @@ class CheckpointFiles:
         due = {path: history.written_bytes.get(path, 0) for path in history.present() - first.keys()}
         self.lost = lost_checkpoints({path: size for path, size in due.items() if not is_remote(path)})
 
-    def settle(self, committed: Version | None) -> None:
-        """Remove the copies that were kept for steps which a committed version includes."""
-        if committed is None:
+    def abandon(self, version: Version) -> None:
+        """Go back to a version on request. Files written after it stay where they are, and are named to the user.
+
+        The replay may differ from what wrote them. Lightning gives a second file of the same name the suffix `-v1`.
+        """
+        history = self._history()
+        for path in list(self._aside):
+            self._settle(path)
+        for path in history.paths:
+            copies = Copies(path, self._fit)
+            if not is_remote(path) and (held := copies.first_held(history, version)) is not None and not _exists(path):
+                copies.carry_out([Move.PUT_HELD_BACK], held)
+        self.forget()
+        left = [path for path in history.written_after(version) if is_remote(path) or _exists(path)]
+        self._ledger.record("checkpoint", **note_of_abandon(version, self._fit))
+        if left:
+            self._ledger.record("abandoned_files", version=str(version), paths=left)
+            which = "was" if len(left) == 1 else "were"
+            self._say(
+                f"{_names(left)} {which} written after {version}, to which the run is rewound: the weights in "
+                f"{'it are' if len(left) == 1 else 'them are'} of the abandoned branch"
+            )
+
+    def settle(self, committed: Version | None, oldest: Version | None) -> None:
+        """Remove the copies that were kept for steps which a version includes.
+
+        Args:
+            committed: the newest committed version, which the replay after a fault includes.
+            oldest: the oldest version that the run can be rewound to: removed files are held until then.
+        """
+        if committed is None or oldest is None:
             return
         for path in [path for path, after in self._aside.items() if after < committed]:
             self._settle(path)
-        for path, after in [held for held in self._held if held[1] < committed]:
+        for path, after in [held for held in self._held if held[1] < oldest]:
             self._drop(path, after)
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from lightning_ckptless.protocol.newcomer import Arrival, why_slow
 from lightning_ckptless.protocol.placement import Placement
 from lightning_ckptless.protocol.placement_table import table_of
 from lightning_ckptless.protocol.recovery import Rung
+from lightning_ckptless.protocol.rewind import RewindPlan
 from lightning_ckptless.protocol.startup import StartPlan
 from lightning_ckptless.protocol.versions import Complete, Version
 from lightning_ckptless.replica.mirror.mirror import Mirror
@@ -60,13 +61,14 @@ class RunReport:
         self.ledger = ledger
         self.clock = clock
         self.account = GoodputAccount(began_at=clock())
-        self.recoveries = 0
+        self.recoveries = self.rewinds = 0
         self.steps_replayed = 0
         self.last_phases: Phases | None = None
         self._fault = _fault_report()
         self._notified_at: float | None = None
         self._arrivals: Sequence[Arrival] = ()
         self._in_place = False
+        self._rewind: tuple[RewindPlan, float] | None = None
         self._had_ended = False
         self._joined_at = clock()
         self._resumed_at: float | None = None
@@ -156,7 +158,7 @@ class RunReport:
         """Note a fault that this rank survived, or that it joins after."""
         self._fault = assignment.fault
         self._notified_at = assignment.told_at
-        self._resumed_at = None
+        self._resumed_at = self._rewind = None
         self._in_place = True
 
     def met(self, arrivals: Sequence[Arrival]) -> None:
@@ -200,10 +202,15 @@ class RunReport:
 
     def resume(self, saved: dict[str, Any]) -> None:
         """Adopt the accounts of the restored version; training is about to resume."""
-        self.account = GoodputAccount.from_dict(saved["account"])
-        self.recoveries, self.steps_replayed = saved["recoveries"], saved["steps_replayed"]
-        if saved["phases"]:
-            self.last_phases = Phases(**saved["phases"])
+        if self._rewind is not None:
+            # What was lost since then stays lost; only the steps are no longer productive.
+            self.account.rewind_to(GoodputAccount.from_dict(saved["account"]).productive_s)
+        else:
+            self.account = GoodputAccount.from_dict(saved["account"])
+            self.recoveries, self.steps_replayed = saved["recoveries"], saved["steps_replayed"]
+            self.rewinds = saved["rewinds"]
+            if saved["phases"]:
+                self.last_phases = Phases(**saved["phases"])
         self._resumed_at = self._step_began_at = self.clock()
 
     def state(self) -> dict[str, Any]:
@@ -212,6 +219,7 @@ class RunReport:
         return {
             "account": self.account.to_dict(),
             "recoveries": self.recoveries,
+            "rewinds": self.rewinds,
             "steps_replayed": self.steps_replayed,
             "phases": None if phases is None else asdict(phases),
         }
@@ -250,6 +258,7 @@ class RunReport:
         self._values = {
             "goodput": report.goodput,
             "recoveries": float(self.recoveries),
+            "rewinds": float(self.rewinds),
             "steps_replayed": float(self.steps_replayed),
             "mirror_ms": 1e3 * stats.last_round_s,
             "mirror_stall_ms": 1e3 * (stall_s + self._stall_s),
@@ -294,10 +303,48 @@ class RunReport:
         if self._resumed_at is not None and self._restored is not None:
             self._recovered()
 
+    # ------------------------------------------------------------------ rewinds
+
+    def rewinding(self, plan: RewindPlan) -> None:
+        """Note that all ranks begin to go back."""
+        self._rewind = plan, self.clock()
+
+    def rewound(self, skipped_batches: int) -> None:
+        """Report that the version of the plan is restored, and how many batches of each rank are skipped."""
+        assert self._rewind is not None
+        plan, began_at = self._rewind
+        self.rewinds += 1
+        if not self.is_reporter:
+            return
+        took_s = self.clock() - began_at
+        self.ledger.record(
+            "rewind",
+            from_step=plan.from_step,
+            version=str(plan.version),
+            skipped_batches=skipped_batches,
+            reason=plan.reason,
+            in_a_row=plan.past.count,
+            took_s=round(took_s, 6),
+        )
+        skips = (
+            f"; skipping the next {_count(skipped_batches, 'batch', 'batches')} of each rank" if skipped_batches else ""
+        )
+        self._say(f"rewound {plan.reason}{skips}; restored in {took_s:.2f} s")
+
+    def rewind_refused(self, reason: str) -> None:
+        """Report that a rewind is not carried out."""
+        if self.is_reporter:
+            self.ledger.record("rewind_refused", reason=reason)
+            self._say(f"not rewound: {reason}")
+
     # ------------------------------------------------------------------ recoveries
 
     def _recovered(self) -> None:
         assert self._restored is not None and self._resumed_at is not None
+        if self._rewind is not None:
+            self._rewind = self._resumed_at = None
+            self.account.record_rewind()
+            return
         if self._had_ended:
             # The fault struck a later part of the script, which reports its own recovery.
             self._resumed_at = None

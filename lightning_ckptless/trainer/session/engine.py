@@ -34,6 +34,7 @@ from lightning_ckptless.trainer.recovery.restoration import Restoration
 from lightning_ckptless.trainer.recovery.restore_procedure import RestoreProcedure
 from lightning_ckptless.trainer.reporting.loggers import Positions
 from lightning_ckptless.trainer.reporting.rank_ledger import WarningsInLedger
+from lightning_ckptless.trainer.rewind.going_back import GoingBack
 from lightning_ckptless.trainer.session.entry import enter_alone, enter_together
 from lightning_ckptless.trainer.session.running_fit import RunningFit
 from lightning_ckptless.trainer.session.session import Session
@@ -101,10 +102,11 @@ class Engine:
         since = None if self._restoration is None else self._restoration.version
         running = self.running = RunningFit(session, self.data, watcher, since, lambda: self._will_restore)
         self._begin_data_hooks(running)
-        loops.before_setup_of_data(self.virtual_ranks.begin_epoch)
+        loops.before_setup_of_data(self.data.begin_epoch)
         procedure = RestoreProcedure(session, self.data, running, self.strategy.alone)
         regrouping = Regrouping(self.strategy, session, self.data, running, procedure, watcher)
-        loop = RecoveryLoop(self.strategy, session, loops, running.progress, regrouping, watcher)
+        going_back = GoingBack(session, self.data, running, procedure)
+        loop = RecoveryLoop(self.strategy, session, loops, running.progress, regrouping, going_back, watcher)
         loops.before_end_of_run(loop.ask_to_leave)
         if session.has_met:
             loops.run_by(lambda run: loop.run(self._first(run, procedure)))

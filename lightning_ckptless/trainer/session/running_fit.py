@@ -7,7 +7,7 @@ from collections.abc import Callable
 from lightning_ckptless.membership.channel.exit_report import mark_begun
 from lightning_ckptless.membership.worker.watcher import Watcher
 from lightning_ckptless.protocol.hang_detection import Point
-from lightning_ckptless.protocol.messages import StepCommitted
+from lightning_ckptless.protocol.messages import RewindDecided, StepCommitted
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena_notes import ArenaNotes
 from lightning_ckptless.trainer.commit.begun_step import BegunStep
@@ -18,6 +18,7 @@ from lightning_ckptless.trainer.commit.step_boundaries import StepBoundaries
 from lightning_ckptless.trainer.data.batch_log import BatchLog
 from lightning_ckptless.trainer.data.training_data import TrainingData
 from lightning_ckptless.trainer.reporting.step_progress import StepProgress
+from lightning_ckptless.trainer.rewind.rewinding import Rewinding
 from lightning_ckptless.trainer.session.rate_search import RateSearches
 from lightning_ckptless.trainer.session.session import Session
 
@@ -36,6 +37,7 @@ class RunningFit:
         progress: reports this rank's position in the step.
         batches: the batches in flight.
         end: ends the run on request.
+        rewinding: takes the run back to an earlier step on request.
         rank_state: captures what a version contains besides tensors.
         mirroring: captures versions.
         boundaries: the points at which versions are captured.
@@ -56,8 +58,9 @@ class RunningFit:
         every_step = session.options.mirror_every_n_steps == 1
         self.batches = BatchLog(loops, lambda: (2 * trainer.accumulate_grad_batches + 2) * every_step)
         self.end = RunEnd(trainer, watcher)
-        self.rank_state = RankState(session, data, self.batches)
-        mirroring = self.mirroring = Mirroring(session, self.rank_state, self.end, self._probe, since)
+        self.rewinding = Rewinding(session, loops, self._answer)
+        self.rank_state = RankState(session, data, self.batches, self.rewinding)
+        mirroring = self.mirroring = Mirroring(session, self.rank_state, self.end, self.rewinding, self._probe, since)
         self.boundaries = StepBoundaries(
             loops,
             self._commit,
@@ -98,7 +101,7 @@ class RunningFit:
         self.progress.beat(Point.COMMIT)
         self.deliver_rows()
         self.mirroring.commit(version)
-        self._session.files.settle(self.mirroring.committed)
+        self._session.files.settle(self.mirroring.committed, self.mirroring.oldest)
         if self.boundaries.closes_validation(version):
             # Callers that read the metrics of a validation get them now, not a step later.
             self.mirroring.settle()
@@ -106,6 +109,10 @@ class RunningFit:
         if self._watcher is not None and self._stepped_in != self._session.generation:
             self._stepped_in = self._session.generation
             self._watcher.send(StepCommitted())
+
+    def _answer(self, request: int, accepted: bool, reason: str) -> None:
+        if self._watcher is not None:
+            self._watcher.send(RewindDecided(request, accepted, reason))
 
     def deliver_rows(self) -> None:
         """Deliver the rows of all committed steps to the loggers."""

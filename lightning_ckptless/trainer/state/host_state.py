@@ -69,7 +69,7 @@ class HostState:
         named = list(self.module.named_modules())
         self._modules = [m for _, m in named]
         # Fault injectors and trace writers are not part of the run: the next start may have different ones.
-        self._callbacks = [c for c in trainer.callbacks if not type(c).__module__.startswith("lightning_ckptless")]
+        self._callbacks = [c for c in trainer.callbacks if not hasattr(c, "ckptless_observer")]
         extra = (
             (f"{prefix}.{path}", m) for prefix, held in callback_modules(trainer) for path, m in held.named_modules()
         )

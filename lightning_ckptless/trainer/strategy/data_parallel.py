@@ -77,6 +77,8 @@ class DataParallelMixin(CkptlessMixin, LightningDataParallel):
         checkpoint_hooks: CheckpointHooks = "never",
         stateless_callbacks: Sequence[str] = (),
         trusted_classes: Sequence[str] = (),
+        history: int = 0,
+        history_every: int = 1,
         **base_options: Unpack[DataParallelArguments],
     ) -> None:
         super().__init__(options_of(locals()), **base_options)

@@ -90,6 +90,8 @@ class ModelParallelMixin(CkptlessMixin, LightningModelParallel):
         checkpoint_hooks: CheckpointHooks = "never",
         stateless_callbacks: Sequence[str] = (),
         trusted_classes: Sequence[str] = (),
+        history: int = 0,
+        history_every: int = 1,
         data_parallel_size: int | Literal["auto"] = "auto",
         tensor_parallel_size: int | Literal["auto"] = "auto",
         save_distributed_checkpoint: bool = True,

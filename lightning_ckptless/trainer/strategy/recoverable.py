@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any, ClassVar
 
 from lightning_ckptless.configuration.documentation import documented
+from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.internals.lightning.ddp import start_method_of
 from lightning_ckptless.internals.lightning.process import prepare_without_group
 from lightning_ckptless.internals.lightning.strategy import LightningStrategy
@@ -360,6 +361,36 @@ class CkptlessMixin(LightningStrategy):
             return result
 
         return super().optimizer_step(optimizer, closure_then_wait, model, **kwargs)
+
+    def rewind(self, *, to_step: int | None = None, steps: int | None = None, skip_batches: int | None = 0) -> None:
+        """Ask that all ranks go back to an earlier step, which the history contains.
+
+        May be called in any hook of training or validation, on any rank. All ranks decide together within the next
+        steps: the deepest target counts. During a recovery the decision waits for its end.
+
+        Args:
+            to_step: optimizer step to return to (`trainer.global_step` at that time); the newest version of the history
+                that is not after it.
+            steps: number of optimizer steps to go back instead.
+            skip_batches: batches of each rank to skip from there on, as if the sampler had not produced them; None for
+                all up to the current one.
+
+        Raises:
+            OptionsError: the strategy keeps no history, no such step exists, or batches of this dataloader cannot be
+                skipped.
+        """
+        self.ask_to_rewind("the script asked for it", to_step=to_step, steps=steps, skip_batches=skip_batches)
+
+    def ask_to_rewind(self, cause: str, **how: int | None) -> None:
+        """Ask for a rewind as `rewind` does.
+
+        Args:
+            cause: who asks, and why.
+            **how: arguments of `rewind`.
+        """
+        if self.engine is None or self.engine.running is None:
+            raise OptionsError("rewind() was called outside of `fit`: call it in a hook of training or validation")
+        self.engine.running.rewinding.ask(cause=cause, **how)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint file and record it: a fault may roll the run back to an earlier step."""

@@ -1,0 +1,1 @@
+"""Going back to an earlier step on all ranks, on request."""

@@ -1,0 +1,169 @@
+"""Rewinds as one rank asks for them, and the decision of all ranks.
+
+    any rank    asks, in any hook; its vote in the next round says so
+    all ranks   stop at the same point between two steps (`CoordinatedStop`), gather what was asked for, and decide
+                with a pure function (`protocol.rewind`): go back, train on, or end the run with an error
+
+What the script has asked for is part of the versions: a fault before the decision does not lose it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+from lightning_ckptless.errors import OptionsError, RewindError
+from lightning_ckptless.internals.lightning.loops import FitLoops
+from lightning_ckptless.protocol.rewind import (
+    PastRewinds,
+    RewindAsked,
+    RewindPlan,
+    RewindState,
+    plan_rewind,
+)
+from lightning_ckptless.protocol.versions import complete_versions
+from lightning_ckptless.replica.mirror.coordinated_stop import CoordinatedStop
+from lightning_ckptless.replica.mirror.mirror import Mirror
+from lightning_ckptless.replica.restore import gather_inventory
+from lightning_ckptless.trainer.data.skipping import obstacle_to_skipping
+from lightning_ckptless.trainer.session.session import Session
+
+
+class GoBackError(Exception):
+    """Ends the current attempt to run the fit loop: all ranks have decided to go back.
+
+    Args:
+        plan: the decision.
+    """
+
+    def __init__(self, plan: RewindPlan) -> None:
+        super().__init__(plan.reason)
+        self.plan = plan
+
+
+Decided = Callable[[int, bool, str], None]
+"""Called with the number of a request from another terminal, whether it is carried out, and the reason."""
+
+
+class Rewinding:
+    """The rewinds of one trainer.
+
+    Args:
+        session: session of this rank.
+        loops: loops of the trainer.
+        decided: called when a request from another terminal is decided.
+    """
+
+    def __init__(self, session: Session, loops: FitLoops, decided: Decided) -> None:
+        self._session = session
+        self._loops = loops
+        self._decided = decided
+        self._asked: list[RewindAsked] = []
+        self.past = PastRewinds()
+
+    # ------------------------------------------------------------------ asking
+
+    def ask(
+        self, *, to_step: int | None, steps: int | None, skip_batches: int | None, cause: str, request: int = 0
+    ) -> None:
+        """Ask for a rewind; it is decided within the next steps.
+
+        Args:
+            to_step: optimizer step to return to; None if `steps` is given.
+            steps: number of optimizer steps to go back; None if `to_step` is given.
+            skip_batches: batches to skip from there on; None for all up to the current one.
+            cause: who asks, and why.
+            request: number of the request from another terminal; 0 if the script asks.
+
+        Raises:
+            OptionsError: the rewind is not possible at all.
+        """
+        done = int(self._session.trainer.global_step)
+        if (to_step is None) == (steps is None):
+            raise OptionsError(f"rewind(to_step={to_step}, steps={steps}): set one of the two")
+        step = done - (steps or 0) if to_step is None else to_step
+        if step < 0 or (steps or 0) < 0:
+            raise OptionsError(f"rewind(to_step={to_step}, steps={steps}) at step {done}: there is no step {step}")
+        if skip_batches is not None and skip_batches < 0:
+            raise OptionsError(f"rewind(skip_batches={skip_batches}): expected 0 or more")
+        self.require_possible(skips=skip_batches != 0)
+        skip_to_batch = self._loops.batches_begun if skip_batches is None else 0
+        self._asked.append(RewindAsked(step, done, skip_batches or 0, skip_to_batch, cause, request))
+
+    def require_possible(self, *, skips: bool) -> None:
+        """Reject what no rewind of this run can do.
+
+        Args:
+            skips: whether batches are to be skipped.
+
+        Raises:
+            OptionsError: there is no history, or batches of this dataloader cannot be skipped.
+        """
+        if not self._session.options.history:
+            raise OptionsError("a rewind needs earlier versions in memory, but history=0: set history=1 or more")
+        if skips and (obstacle := obstacle_to_skipping(self._loops)):
+            raise OptionsError(f"batches cannot be skipped after a rewind: {obstacle}; set skip_batches=0")
+
+    # ------------------------------------------------------------------ deciding
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether this rank asks for a rewind; read in the mirror thread."""
+        return bool(self._asked)
+
+    def stop_if_due(self, mirror: Mirror | None, *, at_end: bool = False) -> None:
+        """Called by all ranks between two steps: decide if all ranks have agreed to stop here.
+
+        Args:
+            mirror: mirror of the generation; None before its first version.
+            at_end: whether no step follows, so that this is the last chance.
+
+        Raises:
+            GoBackError: all ranks go back.
+            RewindError: they cannot, and the run must not go on.
+        """
+        if mirror is None:
+            return
+        if at_end:
+            mirror.settle()
+        if mirror.rewind.is_agreed if at_end else mirror.rewind.passes():
+            mirror.settle()
+            self._decide(mirror)
+            mirror.rewind = CoordinatedStop()
+
+    def _decide(self, mirror: Mirror) -> None:
+        members, layout = self._session.members, mirror.layout
+        mine, self._asked = self._asked, []
+        asked = [RewindAsked(**each) for told in members.gather([asdict(each) for each in mine]) for each in told]
+        inventory = gather_inventory(members.arena, members.transport, reads=members.rank == members.ranks_of_node[0])
+        kept = complete_versions(inventory, world_size=members.world_size, layout=layout.digest)
+        committed = mirror.committed
+        kept = [version for version in kept if committed is not None and version <= committed]
+        found = plan_rewind(asked, kept, int(self._session.trainer.global_step), self.past)
+        for each in asked:
+            if each.request:
+                self._decided(each.request, isinstance(found, RewindPlan), found.reason)
+        if isinstance(found, RewindPlan):
+            raise GoBackError(found)
+        self._session.report.rewind_refused(found.reason)
+        if found.ends_run:
+            raise RewindError(f"rank {members.rank}: {found.reason}")
+
+    # ------------------------------------------------------------------ state
+
+    def capture(self) -> dict[str, Any]:
+        """Return what a version contains about rewinds."""
+        asked = tuple(each for each in self._asked if not each.request)
+        return RewindState(asked, self.past).to_dict()
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Restore what `capture` returned; requests from another terminal stay."""
+        state = RewindState.from_dict(saved)
+        self._asked = [*state.asked, *(each for each in self._asked if each.request)]
+        self.past = state.past
+
+
+def carried_out(saved: dict[str, Any], plan: RewindPlan) -> dict[str, Any]:
+    """The state of rewinds in the version that the ranks go back to."""
+    return replace(RewindState.from_dict(saved), asked=(), past=plan.past).to_dict()
