@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         LayoutMismatchError,
         OptionsError,
         ProtocolError,
+        RewindError,
         StateMissingError,
         TimeLimitError,
         TransportError,
@@ -29,7 +30,13 @@ if TYPE_CHECKING:
         WorkerError,
         WorldSizeError,
     )
-    from lightning_ckptless.lightning_pytorch import CkptlessModelParallelStrategy, CkptlessStrategy, FaultInjector
+    from lightning_ckptless.lightning_pytorch import (
+        CkptlessModelParallelStrategy,
+        CkptlessStrategy,
+        FaultInjector,
+        RewindOnNonFinite,
+        RewindOnSpike,
+    )
     from lightning_ckptless.metrics import Goodput, RecoveryTime
     from lightning_ckptless.options import CkptlessOptions
     from lightning_ckptless.supported import UntestedVersionWarning
@@ -49,6 +56,9 @@ __all__ = [
     "OptionsError",
     "ProtocolError",
     "RecoveryTime",
+    "RewindError",
+    "RewindOnNonFinite",
+    "RewindOnSpike",
     "StateMissingError",
     "TimeLimitError",
     "TransportError",
@@ -60,7 +70,13 @@ __all__ = [
     "WorldSizeError",
 ]
 
-_PER_DISTRIBUTION = {"CkptlessModelParallelStrategy", "CkptlessStrategy", "FaultInjector"}
+_PER_DISTRIBUTION = {
+    "CkptlessModelParallelStrategy",
+    "CkptlessStrategy",
+    "FaultInjector",
+    "RewindOnNonFinite",
+    "RewindOnSpike",
+}
 _HOMES = {
     "CkptlessOptions": "options",
     "Goodput": "metrics",
@@ -72,7 +88,7 @@ _HOMES = {
 def _load(name: str) -> Any:
     """Load a public name on first access.
 
-    The strategies and `FaultInjector` subclass the Lightning distribution in use: `lightning.pytorch`, or
+    The strategies and callbacks subclass the Lightning distribution in use: `lightning.pytorch`, or
     `pytorch_lightning` if only that one has been imported.
     """
     if name in _PER_DISTRIBUTION:

@@ -15,6 +15,7 @@ from pytorch_lightning.strategies.launchers.launcher import _Launcher
 from lightning_ckptless.runner import run_job
 from lightning_ckptless.testing.fault_injector import FaultInjectorMixin
 from lightning_ckptless.testing.trace import StepTraceMixin
+from lightning_ckptless.trainer.rewind.callbacks import RewindOnNonFiniteMixin, RewindOnSpikeMixin
 from lightning_ckptless.trainer.strategy.data_parallel import DataParallelMixin
 from lightning_ckptless.trainer.strategy.launcher import LauncherMixin
 from lightning_ckptless.trainer.strategy.model_parallel import ModelParallelMixin
@@ -23,6 +24,18 @@ from lightning_ckptless.trainer.strategy.recoverable import Parts
 
 class FaultInjector(FaultInjectorMixin, Callback):
     """Callback that injects faults into training, each once per run."""
+
+    __module__ = "lightning_ckptless"
+
+
+class RewindOnNonFinite(RewindOnNonFiniteMixin, Callback):
+    """Callback that rewinds all ranks when a value is NaN or infinite on any of them."""
+
+    __module__ = "lightning_ckptless"
+
+
+class RewindOnSpike(RewindOnSpikeMixin, Callback):
+    """Callback that rewinds all ranks when a value jumps on any of them."""
 
     __module__ = "lightning_ckptless"
 

@@ -1,10 +1,12 @@
 """Fault scripts: which fault to inject, on which rank, at which step and moment.
 
     kind:rank=R:step=S[:at=MOMENT][:times=N]        several faults are separated by commas
+    rewind:step=S:to=T[:skip=B][:rank=R]
 
     kill:rank=1:step=7                              SIGKILL to rank 1 during optimizer step 7
     raise:rank=all:step=3:at=backward               an exception on every rank, in the backward pass
     exit:rank=0:step=9:at=commit:times=2            rank 0 exits at step 9, and again when the step is replayed
+    rewind:step=20:to=12                            rank 0 asks after step 20 that all ranks go back to step 12
 
 Steps are counted from 1: `step=7` is the one after which `global_step` is 7.
 """
@@ -19,7 +21,7 @@ from typing import Literal, TypeVar
 
 from lightning_ckptless.errors import OptionsError
 
-GRAMMAR = "kind:rank=R:step=S[:at=MOMENT][:times=N]"
+GRAMMAR = "kind:rank=R:step=S[:at=MOMENT][:times=N], or rewind:step=S:to=T[:skip=B][:rank=R]"
 
 ALL: Literal["all"] = "all"
 """Every rank."""
@@ -36,6 +38,7 @@ class FaultKind(StrEnum):
     STOP = "stop"
     CRASH = "crash"
     NODE = "node"
+    REWIND = "rewind"
 
 
 class Moment(StrEnum):
@@ -52,6 +55,8 @@ class Moment(StrEnum):
     REGROUP = "regroup"
     MEET = "meet"
     RESTORE = "restore"
+    REWIND = "rewind"
+    GO_BACK = "go_back"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,8 @@ class Fault:
         step: optimizer step in progress, counted from 1.
         at: moment of the step.
         times: number of injections, counted over all replays of the step.
+        to: for a rewind, the step to return to; 0 otherwise.
+        skip: for a rewind, the number of batches of each rank to skip.
     """
 
     kind: FaultKind
@@ -71,8 +78,13 @@ class Fault:
     step: int
     at: Moment = Moment.TRAINING_STEP
     times: int = 1
+    to: int = 0
+    skip: int = 0
 
     def __str__(self) -> str:
+        if self.kind is FaultKind.REWIND:
+            skip = f":skip={self.skip}" if self.skip else ""
+            return f"{self.kind}:step={self.step}:to={self.to}{skip}:rank={self.rank}"
         at = "" if self.at is Moment.TRAINING_STEP else f":at={self.at}"
         times = "" if self.times == 1 else f":times={self.times}"
         return f"{self.kind}:rank={self.rank}:step={self.step}{at}{times}"
@@ -99,15 +111,21 @@ def _parse_fault(text: str) -> Fault:
     kind_name, *settings = text.split(":")
     kind = _one_of(FaultKind, kind_name, "kind", text)
     given: dict[str, str] = {}
+    names = _NAMES_OF_REWIND if kind is FaultKind.REWIND else _NAMES
     for setting in settings:
         name, equals, value = setting.partition("=")
-        if name not in _NAMES:
-            raise _error(text, f"unknown part {setting!r}{_nearest(name, _NAMES)}")
+        if name not in names:
+            raise _error(text, f"unknown part {setting!r}{_nearest(name, names)}")
         if not equals or name in given:
             raise _error(text, f"{setting!r} {'is given twice' if equals else 'has no value'}")
         given[name] = value
-    if missing := [name for name in ("rank", "step") if name not in given]:
+    if missing := [name for name in names[:2] if name not in given]:
         raise _error(text, f"{' and '.join(missing)} missing")
+    if kind is FaultKind.REWIND:
+        step, to, skip = (_number(name, given.get(name, "0"), 0, text) for name in ("step", "to", "skip"))
+        if to >= step:
+            raise _error(text, f"to={to}: expected a step before {step}")
+        return Fault(kind, _number("rank", given.get("rank", "0"), 0, text), step, Moment.COMMIT, to=to, skip=skip)
     return Fault(
         kind,
         ALL if given["rank"] == ALL else _number("rank", given["rank"], 0, text),
@@ -118,6 +136,7 @@ def _parse_fault(text: str) -> Fault:
 
 
 _NAMES = ("rank", "step", "at", "times")
+_NAMES_OF_REWIND = ("step", "to", "skip", "rank")
 _Word = TypeVar("_Word", bound=StrEnum)
 
 
@@ -147,5 +166,7 @@ def _error(text: str, problem: str) -> OptionsError:
         f"  kind    {', '.join(FaultKind)}\n"
         f"  R       a rank or {ALL!r}\n"
         f"  S       an optimizer step, counted from 1\n"
-        f"  MOMENT  {', '.join(Moment)}"
+        f"  MOMENT  {', '.join(Moment)}\n"
+        f"  T       the step to return to, before S\n"
+        f"  B       the number of batches of each rank to skip"
     )

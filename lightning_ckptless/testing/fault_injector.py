@@ -13,6 +13,8 @@
 | `regroup` | after another fault at this or a later step, before the rendezvous in place |
 | `meet` | all ranks have joined that rendezvous, and the others are creating the process groups |
 | `restore` | after that rendezvous, before the state is restored |
+| `rewind` | after all ranks have decided to rewind from this or a later step, before the state is restored |
+| `go_back` | the version that they go back to is committed again, those of the abandoned branch are being discarded |
 
 Steps count from 1 like `trainer.global_step`: with manual optimization and two optimizers, a batch makes two steps. A
 fault whose moment does not occur in its step (no validation follows it, its version is not mirrored) is injected at the
@@ -35,7 +37,7 @@ import torch
 
 from lightning_ckptless import environment
 from lightning_ckptless.errors import OptionsError
-from lightning_ckptless.protocol.fault_script import Fault, Moment, parse_faults
+from lightning_ckptless.protocol.fault_script import Fault, FaultKind, Moment, parse_faults
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.testing.fault_marks import FaultMarks
 from lightning_ckptless.trainer.state.sharding import sharded_modules
@@ -127,6 +129,8 @@ class Injection:
         self._record: Callable[..., None] = _no_ledger
         self._removers: list[Remove] = []
         self._probes: list[Callable[[str, Version], None]] = []
+        self._newest_step = 0
+        self._ask_to_rewind: Callable[..., None] = _no_ledger
 
     def open(self, trainer: Any) -> None:
         """Select the faults of this rank, and register for the moments of mirroring and recovery.
@@ -153,6 +157,7 @@ class Injection:
         no_generation = -os.getpid()
         self._marks = FaultMarks(folder, lambda: (session.generation or no_generation) if session else restarts, rank)
         if session is not None:
+            self._ask_to_rewind = trainer.strategy.ask_to_rewind
             self._record = lambda event, **fields: session.ledger.record(
                 event, generation=session.generation, rank=rank, **fields
             )
@@ -201,7 +206,7 @@ class Injection:
 
     def after_batch(self, trainer: Any, batch_idx: int) -> None:
         """Inject what is due after a batch, which ends an optimizer step unless gradients are accumulated."""
-        accumulated = trainer.accumulate_grad_batches
+        accumulated, self._newest_step = trainer.accumulate_grad_batches, trainer.global_step
         if (batch_idx + 1) % accumulated == 0 or trainer.is_last_batch:
             self.strike(Moment.COMMIT, trainer.global_step)
         else:
@@ -212,6 +217,8 @@ class Injection:
             self.strike(Moment.MIRROR, version.optimizer_step)
         elif moment in (Moment.REGROUP, Moment.MEET, Moment.RESTORE):
             self.strike(Moment(moment), version.optimizer_step)
+        elif moment in (Moment.REWIND, Moment.GO_BACK):
+            self.strike(Moment(moment), self._newest_step)
 
     def _due(self, moment: Moment, step: int) -> list[tuple[int, Fault]]:
         return [(i, fault) for i, fault in self._mine if fault.at == moment and fault.step <= step]
@@ -222,7 +229,10 @@ class Injection:
             assert self._marks is not None
             if self._marks.claim(index, fault):
                 self._record("fault_injected", fault=str(fault), kind=str(fault.kind), moment=str(moment), step=step)
-                inject(fault, step)
+                if fault.kind is FaultKind.REWIND:
+                    self._ask_to_rewind("injected", to_step=fault.to, steps=None, skip_batches=fault.skip)
+                else:
+                    inject(fault, step)
 
 
 def _largest_world_size(trainer: Any) -> int:

@@ -157,9 +157,11 @@ def callback_of(kind: str, distribution: Any) -> Any:
     """Return a callback that changes schedulers or parameter groups during a run.
 
     Args:
-        kind: `averaging`, `finetuning`, `searching` or `dying`.
+        kind: `averaging`, `finetuning`, `searching`, `dying` or `spiking`.
         distribution: the distribution of Lightning.
     """
+    if kind == "spiking":
+        return importlib.import_module("lightning_ckptless").RewindOnSpike("watched", factor=3.0, window=4, steps=2)
     if kind == "averaging":
         return distribution.callbacks.StochasticWeightAveraging(1e-2, swa_epoch_start=1)
 

@@ -15,7 +15,7 @@ import torch
 import torchmetrics
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from tests.lab.kinds import Thaw, block_of, callback_of, two_optimizers
 
@@ -30,8 +30,9 @@ class Options:
         num_nodes: number of nodes.
         epochs: number of epochs.
         samples: number of training samples.
-        data: `map`, `sampler`, `own_sampler`, `uneven`, `iterable`, `sized_iterable`, `stateful`, `combined`,
+        data: `map`, `dropping`, `sampler`, `own_sampler`, `uneven`, `iterable`, `sized_iterable`, `stateful`, `combined`,
             `combined_stream` or `plain`.
+        drop: batches that the sampler of each rank never produces, as `epoch:first:count`; with `dropping` data.
         reload_every: epochs between reloads of the dataloaders; 0 for never.
         workers: dataloader workers.
         persistent: whether dataloader workers are persistent.
@@ -65,8 +66,9 @@ class Options:
         block: middle block of a model that is not sharded: `adapted` (frozen, with low-rank adapters),
             `compiled:BACKEND` or `following:HOW` (a layer with a moving average).
         callback: `averaging` (StochasticWeightAveraging), `finetuning` (a parameter group for the body from epoch 1
-            on), `searching` (LearningRateFinder before training and before epoch 1) or `dying` (rank 0 dies in the
-            start hook of its second process).
+            on), `searching` (LearningRateFinder before training and before epoch 1), `dying` (rank 0 dies in the
+            start hook of its second process) or `spiking` (the loss that rank 1 reports once for batch 7 of epoch 0 is
+            a hundred times too high, and all ranks are rewound).
         thaw_at: step until which the first layers are frozen.
         commits: file that receives a line per commit and rank.
         settings: other arguments of the trainer, a Python dictionary; plugins by class name.
@@ -78,6 +80,7 @@ class Options:
     epochs: int = 2
     samples: int = 48
     data: str = "map"
+    drop: str = ""
     reload_every: int = 0
     workers: int = 0
     persistent: bool = False
@@ -118,6 +121,10 @@ def link_is_down() -> None:
     raise OSError("the link is down")
 
 
+SPIKED: list[int] = []
+"""Batches that have spiked in this process."""
+
+
 class Numbers(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Samples that encode their index, with random augmentation from every generator."""
 
@@ -130,6 +137,25 @@ class Numbers(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         noise = 0.1 * torch.rand(6) + 0.01 * random.random() + 0.01 * np.random.rand()
         return torch.full((6,), index / self.samples + self.shift) + noise, torch.tensor(index % 3)
+
+
+class Dropping(BatchSampler):
+    """The batches of one rank, without some of them."""
+
+    def __init__(self, numbers: Numbers, trainer: Any, drop: str) -> None:
+        sampler: Any = DistributedSampler(numbers, trainer.world_size, trainer.global_rank, shuffle=True, seed=5)
+        super().__init__(sampler, 4, drop_last=False)
+        self.drop = [int(number) for number in drop.split(":")] if drop else [-1, 0, 0]
+
+    def _dropped(self) -> range:
+        epoch, first, count = self.drop
+        return range(first, first + count) if self.sampler.epoch == epoch else range(0)  # type: ignore[attr-defined]
+
+    def __iter__(self) -> Any:
+        return (batch for index, batch in enumerate(super().__iter__()) if index not in self._dropped())
+
+    def __len__(self) -> int:
+        return super().__len__() - len(self._dropped())
 
 
 class Stream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -224,7 +250,7 @@ def model_class(distribution: Any, options: Options) -> Any:
             self.accuracy.update(logits, y)
             return nn.functional.cross_entropy(logits, y)
 
-        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor | None:
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
             if options.raise_at and self.global_step + 1 == options.raise_at and self.global_rank == 0:
                 raise ValueError(f"the program's own error at step {options.raise_at}")
             if (
@@ -240,6 +266,8 @@ def model_class(distribution: Any, options: Options) -> Any:
             self.log("loss", loss, on_step=True, on_epoch=True, prog_bar=True)
             self.log("largest", loss, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
             self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
+            if options.callback == "spiking":
+                return {"loss": loss, "watched": loss.item() * (100 if self.spikes(batch_idx) else 1)}
             if self.automatic_optimization:
                 return loss
             for optimizer in self.optimizers() if self.has_two else [self.optimizers()]:
@@ -251,6 +279,13 @@ def model_class(distribution: Any, options: Options) -> Any:
                 for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
                     scheduler.step()
             return None
+
+        def spikes(self, batch_idx: int) -> bool:
+            """Return whether this batch spikes, which it does once."""
+            if SPIKED or options.drop or (self.global_rank, self.current_epoch, batch_idx) != (1, 0, 7):
+                return False
+            SPIKED.append(batch_idx)
+            return True
 
         def on_train_epoch_end(self) -> None:
             self.log("seen", float(self.seen_batches))
@@ -308,17 +343,18 @@ def data_class(distribution: Any, options: Options) -> Any:
                 "pin_memory": options.pin_memory,
             }  # fmt: skip
             numbers = Numbers(options.samples, self.shift() if options.reload_every else 0.0)
-            if options.data == "own_sampler":
+            if options.data in ("own_sampler", "sampler"):
                 own: Any = DistributedSampler(numbers, shuffle=True)
+                if options.data == "sampler":
+                    own = DistributedSampler(numbers, trainer.world_size, trainer.global_rank, shuffle=True, seed=5)
                 return DataLoader(numbers, sampler=own, **common)
+            if options.data == "dropping":
+                return DataLoader(
+                    numbers, batch_sampler=Dropping(numbers, trainer, options.drop), num_workers=options.workers
+                )
             if options.data == "uneven":
                 mine = options.samples * (2 - trainer.global_rank)
                 return DataLoader(Stream(mine, trainer.global_rank, trainer.world_size), **common)
-            if options.data == "sampler":
-                sampler: Any = DistributedSampler(
-                    numbers, trainer.world_size, trainer.global_rank, shuffle=True, seed=5
-                )
-                return DataLoader(numbers, sampler=sampler, **common)
             if options.data in ("iterable", "sized_iterable"):
                 kind = Stream if options.data == "iterable" else SizedStream
                 return DataLoader(kind(options.samples, trainer.global_rank, trainer.world_size), **common)
