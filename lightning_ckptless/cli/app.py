@@ -11,6 +11,7 @@ from lightning_ckptless.cli.doctor import doctor
 from lightning_ckptless.cli.drill import drill
 from lightning_ckptless.cli.export import export
 from lightning_ckptless.cli.forecast import forecast
+from lightning_ckptless.cli.rewind import rewind
 from lightning_ckptless.cli.run import run
 from lightning_ckptless.cli.status import status
 from lightning_ckptless.cli.timeline import timeline
@@ -30,7 +31,7 @@ app = typer.Typer(
 # Everything after `run`, `--help` included, is parsed by torchrun's argument parser.
 _PASS_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}
 app.command(context_settings=_PASS_THROUGH)(run)
-for command in (doctor, drill, forecast, status, export, clean, timeline):
+for command in (doctor, drill, forecast, status, rewind, export, clean, timeline):
     app.command()(command)
 
 

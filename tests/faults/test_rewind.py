@@ -20,10 +20,8 @@ from tests.lab.parts import Options
 
 REWOUND = replace(BASE, strategy_options="{'history': 8}", logger="both")
 SHARDED = replace(REWOUND, mesh="2x1")
-DROPPING = replace(
-    REWOUND, data="dropping", samples=96, settings="{'use_distributed_sampler': False}", val_interval=0.5
-)
-"""Two ranks, twelve batches per epoch and rank, validation in the middle and at the end of an epoch."""
+DROPPING = replace(REWOUND, data="dropping", samples=96, settings="{'use_distributed_sampler': False}", val_interval=6)
+"""Two ranks, twelve batches per epoch and rank, validation after every six of them."""
 
 Run = Callable[..., Variant]
 
@@ -53,13 +51,16 @@ def events_of(variant: Variant, kind: str) -> list[Event]:
 
 
 def without_abandoned(variant: Variant) -> None:
-    """Keep only the last attempt at each point of a trace: the others belong to the abandoned branch."""
+    """Remove the lines of abandoned branches from the traces."""
+    back = [(event.generation or 0, int(event.fields["version"].split()[1])) for event in events_of(variant, "rewind")]
     for path in variant.trace.glob("trace-rank*.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        keys = [tuple(row.get(name) for name in ("kind", "fit", "epoch", "step", "batch")) for row in rows]
-        last = {key: index for index, key in enumerate(keys)}
-        kept = [row for index, row in enumerate(rows) if row["kind"] == "begin" or last[keys[index]] == index]
+        kept = [row for row in rows if row["kind"] == "begin" or not _is_abandoned(row, back)]
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _is_abandoned(row: dict[str, int], back: list[tuple[int, int]]) -> bool:
+    return any(row["generation"] < generation and row["step"] > step for generation, step in back)
 
 
 def against(reference: Variant, rewound: Variant) -> Comparison:

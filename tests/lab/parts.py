@@ -30,8 +30,8 @@ class Options:
         num_nodes: number of nodes.
         epochs: number of epochs.
         samples: number of training samples.
-        data: `map`, `dropping`, `sampler`, `own_sampler`, `uneven`, `iterable`, `sized_iterable`, `stateful`, `combined`,
-            `combined_stream` or `plain`.
+        data: `map`, `dropping`, `sampler`, `own_sampler`, `uneven`, `iterable`, `sized_iterable`, `stateful`,
+            `combined`, `combined_stream` or `plain`.
         drop: batches that the sampler of each rank never produces, as `epoch:first:count`; with `dropping` data.
         reload_every: epochs between reloads of the dataloaders; 0 for never.
         workers: dataloader workers.

@@ -26,6 +26,7 @@ from lightning_ckptless.membership.agent.in_place import InPlaceRecovery, joinin
 from lightning_ckptless.membership.agent.partition_guard import PartitionGuard
 from lightning_ckptless.membership.agent.process_control import ProcessControl, Waited
 from lightning_ckptless.membership.agent.recovery import Recovery
+from lightning_ckptless.membership.agent.rewind_requests import RewindRequests
 from lightning_ckptless.membership.agent.settings import NodeRun, NodeSettings
 from lightning_ckptless.membership.agent.starting import Starter
 from lightning_ckptless.membership.agent.worker_context import WorkerContext
@@ -424,6 +425,7 @@ def _parts(
         late_exits=LateExits(_NOWHERE, settings.exit_grace_s, clock),
         memory=HeldMemory(settings.name, report),
         sidecars=Sidecars(launcher, report),
+        rewinds=RewindRequests(lambda _: [], clock),
     )
 
 

@@ -14,6 +14,7 @@ its state; what two parts share is passed to both.
 | `HangWatch`, `LateExits` | kill workers that hang, or that have failed and do not exit |
 | `LoopEnd` | lets the workers of all nodes leave the training loop together |
 | `HeldMemory`, `Sidecars` | what the agent holds for its workers |
+| `RewindRequests` | passes rewinds that another terminal asks for on to the workers |
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from lightning_ckptless.membership.agent.partition_guard import PartitionGuard
 from lightning_ckptless.membership.agent.positions import Positions
 from lightning_ckptless.membership.agent.reconfiguration import Meeting, Reconfiguration, agree, publish_standing
 from lightning_ckptless.membership.agent.recovery import Recovery
+from lightning_ckptless.membership.agent.rewind_requests import RewindRequests
 from lightning_ckptless.membership.agent.settings import NodeRun, NodeSettings
 from lightning_ckptless.membership.agent.signals import AskedToEnd
 from lightning_ckptless.membership.agent.starting import Starter
@@ -103,6 +105,7 @@ class AgentParts:
     late_exits: LateExits
     memory: HeldMemory
     sidecars: Sidecars
+    rewinds: RewindRequests
 
 
 class NodeAgent:
@@ -130,6 +133,7 @@ class NodeAgent:
         self._late_exits = parts.late_exits
         self._memory = parts.memory
         self._sidecars = parts.sidecars
+        self._rewinds = parts.rewinds
         self._events = events
         self._clock = clock
         self._started_at = clock.monotonic()
@@ -351,6 +355,7 @@ class NodeAgent:
         self._in_place.receive(received)
         self._sidecars.maintain(received)
         self._memory.maintain(received)
+        self._rewinds.maintain(received, self.workers)
         self._hangs.receive(received)
         self._hangs.limit_s = self._in_place.hang_timeout_s
 

@@ -16,12 +16,14 @@ from lightning_ckptless.membership.agent.in_place import InPlaceRecovery
 from lightning_ckptless.membership.agent.logs import LogFiles
 from lightning_ckptless.membership.agent.partition_guard import PartitionGuard
 from lightning_ckptless.membership.agent.recovery import Recovery
+from lightning_ckptless.membership.agent.rewind_requests import RewindRequests
 from lightning_ckptless.membership.agent.settings import NodeRun, NodeSettings
 from lightning_ckptless.membership.agent.starting import WorkerStarter
 from lightning_ckptless.membership.channel.worker_reports import ReportsInFolder
 from lightning_ckptless.membership.events import Report
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.forkserver.sidecar import SidecarLauncher, Sidecars
+from lightning_ckptless.membership.requests import Requests
 from lightning_ckptless.protocol.node_liveness import Bound
 from lightning_ckptless.system.control_groups import OomKills
 
@@ -34,6 +36,7 @@ def assemble(
     logs: LogFiles,
     memory: HeldMemory,
     bound: Bound,
+    requests: Requests,
     report: Report,
     clock: Clock,
 ) -> AgentParts:
@@ -47,6 +50,7 @@ def assemble(
         logs: where the workers' output goes.
         memory: that is held for the workers; stays held.
         bound: how much silence between nodes is tolerated.
+        requests: to the run, from other terminals.
         report: receives events.
         clock: of this node.
     """
@@ -75,4 +79,5 @@ def assemble(
         late_exits=LateExits(folder, settings.exit_grace_s, clock),
         memory=memory,
         sidecars=Sidecars(launcher, report),
+        rewinds=RewindRequests(requests.take, clock),
     )

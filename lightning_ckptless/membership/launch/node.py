@@ -18,6 +18,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, Rend
 from lightning_ckptless import environment
 from lightning_ckptless.configuration.variables import variables_of
 from lightning_ckptless.errors import LaunchError, UnfitNodeError
+from lightning_ckptless.ledger import run_folder
 from lightning_ckptless.membership.agent.agent import NodeAgent
 from lightning_ckptless.membership.agent.assembly import assemble
 from lightning_ckptless.membership.agent.clock import Clock
@@ -32,6 +33,7 @@ from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome
 from lightning_ckptless.membership.rendezvous.failover import RendezvousFailover
 from lightning_ckptless.membership.rendezvous.handlers import one_machine, several_machines
+from lightning_ckptless.membership.requests import Requests
 from lightning_ckptless.protocol.node_liveness import Bound
 from lightning_ckptless.protocol.rendezvous_failover import MeetingPlace
 
@@ -131,7 +133,8 @@ class _Runner:
 
     def _make_agent(self, folder: Path, logs: LogFiles, bound: Bound) -> NodeAgent:
         settings, run, report, clock = self._settings, self.run, self._events.report, Clock()
-        parts = assemble(settings, run, self._parent, folder, logs, self._memory, bound, report, clock)
+        requests = Requests(run_folder(self._config.run_root or environment.run_root(), self._config.run_id))
+        parts = assemble(settings, run, self._parent, folder, logs, self._memory, bound, requests, report, clock)
         return NodeAgent(settings, run, parts, self._events, clock)
 
 

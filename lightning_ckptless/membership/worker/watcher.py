@@ -31,6 +31,8 @@ from lightning_ckptless.protocol.messages import (
     QueryBlocked,
     Regroup,
     ReleasedGroups,
+    Rewind,
+    RewindDecided,
     RunOver,
     StuckCollective,
     TrainingFailed,
@@ -69,10 +71,14 @@ class Watcher:
         abort: unblocks the training thread as far as possible, and returns how many connections still existed; called
             repeatedly from the news of a fault until `release`.
         number: regrouping that this worker belongs to; 0 before the first.
+
+    Attributes:
+        rewind: called with a rewind that another terminal asks for.
     """
 
     def __init__(self, channel: AgentChannel, abort: Callable[[], int], number: int = 0) -> None:
         self._channel = channel
+        self.rewind: Callable[[Rewind], None] = self.refuse_rewind
         self._abort = abort
         self._accepted = number
         self._is_leaving = False
@@ -138,6 +144,10 @@ class Watcher:
     def send(self, message: Message) -> None:
         """Send the agent a message."""
         self._channel.send(message)
+
+    def refuse_rewind(self, asked: Rewind) -> None:
+        """Refuse a rewind: this worker does not train."""
+        self.send(RewindDecided(asked.number, False, "the run does not train at the moment"))
 
     def accept(self, timeout_s: float) -> Assignment | None:
         """Accept the newest regrouping, waiting for it if there is none yet.
@@ -217,6 +227,9 @@ class Watcher:
             return
         if isinstance(received.message, QueryBlocked):
             self.send(Blocked(main_thread_waits()))
+            return
+        if isinstance(received.message, Rewind):
+            self.rewind(received.message)
             return
         with self._changed:
             self._take_in(received.message)

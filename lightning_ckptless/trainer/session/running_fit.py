@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.channel.exit_report import mark_begun
 from lightning_ckptless.membership.worker.watcher import Watcher
 from lightning_ckptless.protocol.hang_detection import Point
-from lightning_ckptless.protocol.messages import RewindDecided, StepCommitted
+from lightning_ckptless.protocol.messages import Rewind, RewindDecided, StepCommitted
 from lightning_ckptless.protocol.versions import Version
 from lightning_ckptless.replica.arena_notes import ArenaNotes
 from lightning_ckptless.trainer.commit.begun_step import BegunStep
@@ -77,6 +78,8 @@ class RunningFit:
         self._trainer = trainer
         self._virtual_ranks = data.virtual_ranks
         self._watcher = watcher
+        if watcher is not None:
+            watcher.rewind = self._ask_to_rewind
         self._begun = BegunStep(session.arena.path)
         self._stepped_in = 0
         note = session.run_folder / f"search-{session.fit_index}"
@@ -110,6 +113,19 @@ class RunningFit:
             self._stepped_in = self._session.generation
             self._watcher.send(StepCommitted())
 
+    def _ask_to_rewind(self, asked: Rewind) -> None:
+        """Ask for a rewind on behalf of another terminal; called in the watcher's thread."""
+        try:
+            self.rewinding.ask(
+                to_step=asked.to_step,
+                steps=asked.steps,
+                skip_batches=asked.skip_batches,
+                cause="asked for from another terminal",
+                request=asked.number,
+            )
+        except OptionsError as error:
+            self._answer(asked.number, False, str(error))
+
     def _answer(self, request: int, accepted: bool, reason: str) -> None:
         if self._watcher is not None:
             self._watcher.send(RewindDecided(request, accepted, reason))
@@ -133,6 +149,8 @@ class RunningFit:
 
     def detach(self) -> None:
         """Restore the original methods of the loops, the callbacks and the signal handling."""
+        if self._watcher is not None:
+            self._watcher.rewind = self._watcher.refuse_rewind
         self.boundaries.remove()
         self._searches.give_back()
         self.end.remove()
