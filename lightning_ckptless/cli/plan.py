@@ -19,7 +19,7 @@ def plan_of(run: Run) -> PlacementTable | None:
     if not events or not events[-1].fields["copies"]:
         return None
     facts = events[-1].fields
-    return table_of(_placement(events[-1]), facts["sizes_bytes"], kind=facts["kind"])
+    return table_of(_placement(events[-1]), facts["sizes_bytes"], kind=facts["kind"], slots=facts.get("slots", 2))
 
 
 def _placement(event: Event) -> Placement:

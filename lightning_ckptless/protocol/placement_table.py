@@ -14,6 +14,7 @@ MOST_ROWS = 16
 HEAD = ("shard", "writer", "holders", "domains", "bytes")
 LOSSES_HEAD = ("lost at once", "survived", "except for")
 _MOST_FATAL = 4
+_LEAST_SLOTS = 2
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
@@ -38,7 +39,12 @@ class PlacementTable:
 
 
 def table_of(
-    placement: Placement, sizes_bytes: Sequence[int], *, kind: str = "domain", most_rows: int = MOST_ROWS
+    placement: Placement,
+    sizes_bytes: Sequence[int],
+    *,
+    kind: str = "domain",
+    most_rows: int = MOST_ROWS,
+    slots: int = _LEAST_SLOTS,
 ) -> PlacementTable:
     """Build the table of a placement.
 
@@ -47,6 +53,7 @@ def table_of(
         sizes_bytes: size of each shard.
         kind: noun for a failure domain, e.g. `node`.
         most_rows: maximum number of shards to list.
+        slots: number of slots of each replica; those beyond two hold the history.
     """
     rows = tuple(
         (
@@ -61,6 +68,12 @@ def table_of(
     left = len(placement.holders) - len(rows)
     copies_bytes = sum(sizes_bytes) * (placement.copies + 1)
     more = f"and {left} more shards; all copies take {as_size(copies_bytes)}, twice that for two slots" if left else ""
+    if slots > _LEAST_SLOTS:
+        first = f"and {left} more shards; " if left else ""
+        more = (
+            f"{first}all copies take {as_size(copies_bytes)}, and {slots} times that, {as_size(slots * copies_bytes)}, "
+            f"with a history of {slots - _LEAST_SLOTS}"
+        )
     return PlacementTable(rows, more, _losses(placement, kind))
 
 

@@ -14,6 +14,7 @@ checksum match.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -211,6 +212,14 @@ class Arena:
             for path in self._slot_paths(shard, holder, layout.digest, count)
         }
         self._reason = self._require_room(sizes)
+
+    @property
+    def room_bytes(self) -> int:
+        """Memory that slots of this arena may use: in its file system, or instead held by the agent."""
+        taken = sum(taken_bytes(path) for path, _ in self._slot_files())
+        disk = os.statvfs(self.path)
+        in_memory = self.hold is not None and is_in_memory(self.path.parent)
+        return taken + max(disk.f_bavail * disk.f_frsize, available_memory_bytes() if in_memory else 0)
 
     def _require_room(self, sizes: Mapping[Path, int]) -> str:
         """Check that slots fit as files or in anonymous memory.

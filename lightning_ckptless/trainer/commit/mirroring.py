@@ -21,6 +21,7 @@ from lightning_ckptless.replica.layout.planner import plan_layout
 from lightning_ckptless.replica.layout.tensor_spec import from_message, to_message
 from lightning_ckptless.replica.mirror.mirror import Blob, Mirror, MirrorSettings
 from lightning_ckptless.replica.mirror.round_vote import RoundVote
+from lightning_ckptless.trainer.commit.history_room import expected_growth, require_room_for_history
 from lightning_ckptless.trainer.commit.mirror_interval import MirrorInterval
 from lightning_ckptless.trainer.commit.rank_state import RankState
 from lightning_ckptless.trainer.commit.rereplication import Rereplication
@@ -282,15 +283,25 @@ class Mirroring:
         mine = to_message(describe_state(index, replicated=self._trainer.strategy.replicates, static=static))
         layout = plan_layout([from_message(line) for line in self._session.members.transport.gather(mine)])
         planned = self._planned = Planned(layout, index)
+        if self._seen is None:
+            self._require_room_for_history(layout)
         committed = self._mirror.committed if self._mirror is not None else None
         mirror = self._mirror = self._open(planned, committed=committed)
         self._keep_recipe(planned)
         return planned, mirror
 
+    def _require_room_for_history(self, layout: Layout) -> None:
+        members, placement = self._session.members, self._session.members.placement
+        rings = [shard for rank in members.ranks_of_node for shard in (rank, *placement.sources(rank))]
+        weight_bytes = sum(layout.bulk_bytes(shard) for shard in range(layout.world_size))
+        growth = expected_growth(self._trainer.optimizers, weight_bytes)
+        sizes = [layout.bulk_bytes(shard) for shard in rings]
+        require_room_for_history(sizes, growth, self._options.history, members.arena.room_bytes)
+
     def _report_plan(self, planned: Planned, version: Version) -> None:
         layout = planned.layout
         sizes_bytes = [layout.bulk_bytes(shard) for shard in range(layout.world_size)]
-        self._report.planned(self._session.members, sizes_bytes, version)
+        self._report.planned(self._session.members, sizes_bytes, version, LEAST_SLOTS + self._options.history)
 
     def _keep_recipe(self, planned: Planned) -> None:
         """Store with the version what else a checkpoint file contains; it changes as rarely as the layout."""

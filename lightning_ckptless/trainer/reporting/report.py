@@ -126,13 +126,14 @@ class RunReport:
         ended = " had returned before the fault, none of its steps is replayed" if had_ended else ""
         self._say(": ".join(filter(None, [which + ended, plan.reason])))
 
-    def planned(self, members: MemberSet, sizes_bytes: Sequence[int], version: Version) -> None:
+    def planned(self, members: MemberSet, sizes_bytes: Sequence[int], version: Version, slots: int) -> None:
         """Report the placement once the layout of the state is known.
 
         Args:
             members: the member set.
             sizes_bytes: size of each shard.
             version: version with this layout; the first one has no optimizer state yet.
+            slots: number of slots of each replica.
         """
         placement = members.placement
         plan = (placement, members.nodes, tuple(sizes_bytes))
@@ -147,11 +148,12 @@ class RunReport:
             domains=placement.domains,
             nodes=members.nodes,
             sizes_bytes=sizes_bytes,
+            slots=slots,
             version=str(version),
         )
         if placement.copies and version.optimizer_step and self.ledger.generation == 1 and not self._is_plan_shown:
             self._is_plan_shown = True
-            table = table_of(placement, sizes_bytes, kind=placement.kind)
+            table = table_of(placement, sizes_bytes, kind=placement.kind, slots=slots)
             self._say("\n  ".join(["placement of the replicas:", *table.lines()]))
 
     def faulted(self, assignment: Assignment) -> None:
