@@ -74,7 +74,7 @@ def drill(
     * `ckptless drill train.py --fault kill:rank=1:step=7`
     * `ckptless drill train.py --nproc 4 --fault kill:rank=0:step=3:at=backward --fault raise:rank=2:step=9 -- --lr 0.1`
 
-    FAULT is `kind:rank=R:step=S[:at=MOMENT][:times=N]`.
+    FAULT is `kind:rank=R:step=S[:at=MOMENT][:times=N]`, or `rewind:step=S:to=T`.
 
     * kinds: kill, crash, raise, exit, leave, hang, stop
     * R: a rank, or `all`; S: the optimizer step in progress, counted from 1

@@ -21,7 +21,8 @@ from typing import Literal, TypeVar
 
 from lightning_ckptless.errors import OptionsError
 
-GRAMMAR = "kind:rank=R:step=S[:at=MOMENT][:times=N], or rewind:step=S:to=T[:skip=B][:rank=R]"
+GRAMMAR = "kind:rank=R:step=S[:at=MOMENT][:times=N]"
+GRAMMAR_OF_REWIND = "rewind:step=S:to=T[:skip=B][:rank=R]"
 
 ALL: Literal["all"] = "all"
 """Every rank."""
@@ -163,6 +164,7 @@ def _error(text: str, problem: str) -> OptionsError:
     return OptionsError(
         f"fault {text!r}: {problem}\n"
         f"expected {GRAMMAR}\n"
+        f"      or {GRAMMAR_OF_REWIND}\n"
         f"  kind    {', '.join(FaultKind)}\n"
         f"  R       a rank or {ALL!r}\n"
         f"  S       an optimizer step, counted from 1\n"
