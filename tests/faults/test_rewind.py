@@ -20,8 +20,16 @@ from tests.lab.parts import Options
 
 REWOUND = replace(BASE, strategy_options="{'history': 8}", logger="both")
 SHARDED = replace(REWOUND, mesh="2x1")
-DROPPING = replace(REWOUND, data="dropping", samples=96, settings="{'use_distributed_sampler': False}", val_interval=6)
-"""Two ranks, twelve batches per epoch and rank, validation after every six of them."""
+DROPPING = replace(
+    REWOUND,
+    data="dropping",
+    samples=96,
+    settings="{'use_distributed_sampler': False}",
+    val_interval=6,
+    reload_every=1,
+)
+"""Two ranks, twelve batches per epoch and rank, validation after every six of them. The dataloaders are made again in
+each epoch: otherwise Lightning takes the length of all epochs from the sampler of the first one."""
 
 Run = Callable[..., Variant]
 

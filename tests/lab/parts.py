@@ -140,22 +140,19 @@ class Numbers(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 class Dropping(BatchSampler):
-    """The batches of one rank, without some of them."""
+    """The batches of one rank in one epoch, without some of them."""
 
     def __init__(self, numbers: Numbers, trainer: Any, drop: str) -> None:
         sampler: Any = DistributedSampler(numbers, trainer.world_size, trainer.global_rank, shuffle=True, seed=5)
         super().__init__(sampler, 4, drop_last=False)
-        self.drop = [int(number) for number in drop.split(":")] if drop else [-1, 0, 0]
-
-    def _dropped(self) -> range:
-        epoch, first, count = self.drop
-        return range(first, first + count) if self.sampler.epoch == epoch else range(0)  # type: ignore[attr-defined]
+        epoch, first, count = (int(number) for number in drop.split(":")) if drop else (-1, 0, 0)
+        self.dropped = list(range(first, first + count)) if trainer.current_epoch == epoch else []
 
     def __iter__(self) -> Any:
-        return (batch for index, batch in enumerate(super().__iter__()) if index not in self._dropped())
+        return (batch for index, batch in enumerate(super().__iter__()) if index not in self.dropped)
 
     def __len__(self) -> int:
-        return super().__len__() - len(self._dropped())
+        return super().__len__() - len(self.dropped)
 
 
 class Stream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):

@@ -97,7 +97,7 @@ def test_a_trainer_can_be_copied_in_the_middle_of_training(
         loops, lambda version: calls.append(str(version)), every_n_steps=lambda: 1, since=None, before_batch=log.watch
     )
     SigtermFlag(trainer)
-    loops.before_setup_of_data(lambda: calls.append("setup"))
+    loops.around_setup_of_data(lambda: calls.append("setup"), lambda: None)
     loops.run_by(lambda run: run())
     trainer.fit(MODULES[distribution](), Batches())
     assert trainer.global_step == 3

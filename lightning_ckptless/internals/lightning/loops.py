@@ -279,9 +279,20 @@ class FitLoops:
 
         override = Override(self.validation, "setup_data", both)
 
-    def before_setup_of_data(self, do: Callable[[], None]) -> None:
-        """Call a function whenever the fit loop is about to set up its training data or keep existing data."""
-        self._precede("setup_data", do)
+    def around_setup_of_data(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """Call functions whenever the fit loop sets up its training data or keeps existing data.
+
+        Args:
+            before: called before that.
+            after: called after it; in an epoch other than the first, the data is not iterated over before.
+        """
+
+        def all_three() -> None:
+            before()
+            override.original()
+            after()
+
+        override = Override(self.fit, "setup_data", all_three)
 
     def before_end_of_run(self, do: Callable[[], None]) -> None:
         """Call a function after the last epoch, before the hooks for the end of the run."""

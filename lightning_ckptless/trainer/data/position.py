@@ -7,7 +7,7 @@ from typing import Any
 from lightning_ckptless.internals.lightning.combined_loader import stand_ins
 from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.trainer.data.loader import resume_at, tracker_of
-from lightning_ckptless.trainer.data.skipping import shorten
+from lightning_ckptless.trainer.data.skipping import continue_skipping
 from lightning_ckptless.trainer.state.changes import Changed
 
 
@@ -34,7 +34,7 @@ def move_data_to(loops: FitLoops, saved: dict[str, Any]) -> None:
     loaders = stand_ins(loops.combined_loader)
     for loader, position in zip(loaders, saved["loaders"], strict=True):
         resume_at(loader, position)
-    shorten(loops, begins_epoch=False)
+    continue_skipping(loops)
 
     def before_buffer() -> None:
         for loader, position in zip(loaders, saved["loaders"], strict=True):

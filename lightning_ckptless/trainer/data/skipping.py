@@ -13,7 +13,7 @@ from typing import Any
 from lightning_ckptless.internals.lightning.combined_loader import stand_ins
 from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.internals.lightning.virtual_ranks import hands_over_the_iterator
-from lightning_ckptless.trainer.data.loader import tracker_of
+from lightning_ckptless.trainer.data.loader import LoaderTracker, tracker_of
 
 
 def obstacle_to_skipping(loops: FitLoops) -> str:
@@ -45,7 +45,7 @@ def skip(host_state: dict[str, Any], count_of: Callable[[int, int], int], loops:
     [loader] = stand_ins(loops.combined_loader)
     [place] = position["loaders"]
     done, done_in_epoch = loops.batches_in(counters)
-    length = len(loader.loader)
+    length = len(loader)
     if done_in_epoch < loops.limited(length - place.skipped):
         count = count_of(done, length - place.skipped - place.yielded)
         position["loaders"] = [replace(place, skipped=place.skipped + count)]
@@ -56,20 +56,37 @@ def skip(host_state: dict[str, Any], count_of: Callable[[int, int], int], loops:
     return count
 
 
-def shorten(loops: FitLoops, *, begins_epoch: bool) -> None:
-    """Set the length of the epoch to what skipped batches leave of it.
+def skips_next(loops: FitLoops) -> int:
+    """Return the number of batches to skip at the start of the next epoch."""
+    return max((tracker.skips_next for _, tracker in _by_index(loops)), default=0)
+
+
+def begin_skipping(loops: FitLoops, count: int) -> None:
+    """Skip batches at the start of the epoch that begins, also if its dataloader is new.
 
     Args:
-        loops: loops of the trainer.
-        begins_epoch: whether the next iteration begins an epoch, rather than continuing one.
+        loops: loops of the trainer, with the data of the epoch.
+        count: number of batches to skip.
     """
+    for loader, tracker in _by_index(loops):
+        tracker.skips_next = count
+        _shorten(loops, loader, tracker, count)
+
+
+def continue_skipping(loops: FitLoops) -> None:
+    """Set the length of an epoch that is about to be continued at the position to resume."""
+    for loader, tracker in _by_index(loops):
+        _shorten(loops, loader, tracker, tracker.will_have_skipped)
+
+
+def _by_index(loops: FitLoops) -> list[tuple[Any, LoaderTracker]]:
     if loops.combined_loader is None:
-        return
-    for loader in stand_ins(loops.combined_loader):
-        tracker = tracker_of(loader)
-        if tracker is None or not tracker.by_index:
-            continue
-        skipped = tracker.skips_next if begins_epoch else tracker.will_have_skipped
-        if skipped != tracker.shortened_by:
-            tracker.shortened_by = skipped
-            loops.limit_batches(loops.limited(len(loader.loader) - skipped))
+        return []
+    loaders = [(loader, tracker_of(loader)) for loader in stand_ins(loops.combined_loader)]
+    return [(loader, tracker) for loader, tracker in loaders if tracker is not None and tracker.by_index]
+
+
+def _shorten(loops: FitLoops, loader: Any, tracker: LoaderTracker, skipped: int) -> None:
+    if skipped != tracker.shortened_by:
+        tracker.shortened_by = skipped
+        loops.limit_batches(loops.limited(len(loader) - skipped))

@@ -8,7 +8,7 @@ from lightning_ckptless.internals.lightning.loops import FitLoops
 from lightning_ckptless.internals.lightning.virtual_ranks import open_training_data
 from lightning_ckptless.trainer.data.hooks import DataHooks
 from lightning_ckptless.trainer.data.loader import make_resumable
-from lightning_ckptless.trainer.data.skipping import shorten
+from lightning_ckptless.trainer.data.skipping import begin_skipping, skips_next
 from lightning_ckptless.trainer.data.virtual_ranks import VirtualRanks
 
 
@@ -32,12 +32,17 @@ class TrainingData:
         self.loops.iterate_data_through(make_resumable)
         self.virtual_ranks = virtual_ranks
         self.has_moved = False
+        self._skips_next = 0
         self._trainer = trainer
 
-    def begin_epoch(self) -> None:
+    def before_setup(self) -> None:
         """Called whenever the fit loop is about to set up its training data or keep existing data."""
         self.virtual_ranks.begin_epoch()
-        shorten(self.loops, begins_epoch=True)
+        self._skips_next = skips_next(self.loops)
+
+    def after_setup(self) -> None:
+        """Called whenever the fit loop has set up its training data or kept existing data."""
+        begin_skipping(self.loops, self._skips_next)
 
     def move_to(self, place: int, places: int) -> None:
         """Change this rank's data-parallel index and their number; `reopen` follows once a version is known."""

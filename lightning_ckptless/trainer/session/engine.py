@@ -102,7 +102,7 @@ class Engine:
         since = None if self._restoration is None else self._restoration.version
         running = self.running = RunningFit(session, self.data, watcher, since, lambda: self._will_restore)
         self._begin_data_hooks(running)
-        loops.before_setup_of_data(self.data.begin_epoch)
+        loops.around_setup_of_data(self.data.before_setup, self.data.after_setup)
         procedure = RestoreProcedure(session, self.data, running, self.strategy.alone)
         regrouping = Regrouping(self.strategy, session, self.data, running, procedure, watcher)
         going_back = GoingBack(session, self.data, running, procedure)

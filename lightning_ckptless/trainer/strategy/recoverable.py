@@ -381,16 +381,18 @@ class CkptlessMixin(LightningStrategy):
         """
         self.ask_to_rewind("the script asked for it", to_step=to_step, steps=steps, skip_batches=skip_batches)
 
-    def ask_to_rewind(self, cause: str, **how: int | None) -> None:
+    def ask_to_rewind(self, cause: str, *, to_step: int | None, steps: int | None, skip_batches: int | None) -> None:
         """Ask for a rewind as `rewind` does.
 
         Args:
             cause: who asks, and why.
-            **how: arguments of `rewind`.
+            to_step: see `rewind`.
+            steps: see `rewind`.
+            skip_batches: see `rewind`.
         """
         if self.engine is None or self.engine.running is None:
             raise OptionsError("rewind() was called outside of `fit`: call it in a hook of training or validation")
-        self.engine.running.rewinding.ask(cause=cause, **how)
+        self.engine.running.rewinding.ask(to_step=to_step, steps=steps, skip_batches=skip_batches, cause=cause)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint file and record it: a fault may roll the run back to an earlier step."""
