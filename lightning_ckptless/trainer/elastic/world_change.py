@@ -92,7 +92,7 @@ class WorldChange(Restoration):
         discard_computed(self.state)
         self.host_states = {}
 
-    def resume(self, session: Session, mirroring: Mirroring, *, protects: bool = True) -> None:
+    def resume(self, session: Session, mirroring: Mirroring) -> None:
         """Mirror the version again with a layout for the current ranks, and continue from it. Collective."""
         assert self.index is not None
         session.report.resume(self.host_state["report"])

@@ -32,6 +32,7 @@ class Restoration:
         bulks: tensor part of each shard.
         host_state: this rank's host state, including the accounts of the run.
         index: where the version's tensors are in the trainer; None until it is filled.
+        is_mirrored_next: whether it is mirrored again before anything else, so that no replica is missing.
     """
 
     complete: Complete
@@ -39,6 +40,7 @@ class Restoration:
     bulks: dict[int, Any]
     host_state: dict[str, Any]
     index: StateIndex | None = None
+    is_mirrored_next: bool = False
 
     @property
     def version(self) -> Version:
@@ -71,7 +73,7 @@ class Restoration:
             trainer, self.layout, self.bulks, rank=rank, optimizers_hold=optimizers_hold, index=index
         )
 
-    def resume(self, session: Session, mirroring: Mirroring, *, protects: bool = True) -> None:
+    def resume(self, session: Session, mirroring: Mirroring) -> None:
         """Resume mirroring, and rereplicate the version in the background. All ranks call it.
 
         The random number generators are restored last, because everything before may draw from them.
@@ -94,7 +96,7 @@ class Restoration:
 
         report.resume(self.host_state["report"])
         mirroring.mirror_interval.begin(self.host_state["interval"])
-        mirroring.resume(self.version, self.layout, self.index, protect if protects else None)
+        mirroring.resume(self.version, self.layout, self.index, None if self.is_mirrored_next else protect)
         apply_rng(self.state["rng"])
 
 

@@ -59,7 +59,6 @@ class RestoreProcedure:
         survivor: bool,
         moved: bool = False,
         start_hooks: StartHooks | None = None,
-        protects: bool = True,
     ) -> Version:
         """Put a version into this rank and resume mirroring. All ranks call it together.
 
@@ -68,7 +67,6 @@ class RestoreProcedure:
             survivor: whether this process has trained before.
             moved: whether any process has changed its rank.
             start_hooks: the start hooks of the fit; None if they have run, or are not to be called.
-            protects: whether to make the replicas that the version lacks, in the background.
 
         Returns:
             The version.
@@ -90,7 +88,7 @@ class RestoreProcedure:
         self._move_data(restoration, moved=moved)
         self._running.boundaries.last = version
         progress_bar.show_position(session.trainer, afresh=not survivor)
-        restoration.resume(session, mirroring, protects=protects)
+        restoration.resume(session, mirroring)
         return version
 
     def _move_data(self, restoration: Restoration, *, moved: bool) -> None:

@@ -73,7 +73,7 @@ class GoingBack:
         if not isinstance(found, Complete):
             raise StateMissingError(f"rank {session.rank}: {plan.reason}: {found.reason}")
         restoration = fetch_version(session, self._data.virtual_ranks, found, goes_back=True)
-        state = restoration.host_state
+        restoration.is_mirrored_next, state = True, restoration.host_state
         state["rewinds"] = carried_out(state["rewinds"], plan)
         skipped = 0
         if plan.skip_batches or plan.skip_to_batch:
@@ -81,7 +81,7 @@ class GoingBack:
         # The batches in flight belong to the abandoned branch.
         self._running.batches.reset()
         self._running.progress.restore()
-        version = self._procedure.apply(restoration, survivor=True, protects=False)
+        version = self._procedure.apply(restoration, survivor=True)
         session.report.rewound(skipped)
         mirroring.go_back(version, newest)
         return version
