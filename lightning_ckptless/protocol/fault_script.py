@@ -1,7 +1,7 @@
 """Fault scripts: which fault to inject, on which rank, at which step and moment.
 
     kind:rank=R:step=S[:at=MOMENT][:times=N]        several faults are separated by commas
-    rewind:step=S:to=T[:skip=B][:rank=R]
+    rewind:step=S:to=T[:skip=B][:rank=R][:times=N]
 
     kill:rank=1:step=7                              SIGKILL to rank 1 during optimizer step 7
     raise:rank=all:step=3:at=backward               an exception on every rank, in the backward pass
@@ -22,7 +22,7 @@ from typing import Literal, TypeVar
 from lightning_ckptless.errors import OptionsError
 
 GRAMMAR = "kind:rank=R:step=S[:at=MOMENT][:times=N]"
-GRAMMAR_OF_REWIND = "rewind:step=S:to=T[:skip=B][:rank=R]"
+GRAMMAR_OF_REWIND = "rewind:step=S:to=T[:skip=B][:rank=R][:times=N]"
 
 ALL: Literal["all"] = "all"
 """Every rank."""
@@ -83,11 +83,11 @@ class Fault:
     skip: int = 0
 
     def __str__(self) -> str:
+        times = "" if self.times == 1 else f":times={self.times}"
         if self.kind is FaultKind.REWIND:
             skip = f":skip={self.skip}" if self.skip else ""
-            return f"{self.kind}:step={self.step}:to={self.to}{skip}:rank={self.rank}"
+            return f"{self.kind}:step={self.step}:to={self.to}{skip}:rank={self.rank}{times}"
         at = "" if self.at is Moment.TRAINING_STEP else f":at={self.at}"
-        times = "" if self.times == 1 else f":times={self.times}"
         return f"{self.kind}:rank={self.rank}:step={self.step}{at}{times}"
 
     def concerns(self, rank: int, step: int, at: Moment) -> bool:
@@ -122,22 +122,24 @@ def _parse_fault(text: str) -> Fault:
         given[name] = value
     if missing := [name for name in names[:2] if name not in given]:
         raise _error(text, f"{' and '.join(missing)} missing")
+    times = _number("times", given.get("times", "1"), 1, text)
     if kind is FaultKind.REWIND:
         step, to, skip = (_number(name, given.get(name, "0"), 0, text) for name in ("step", "to", "skip"))
         if to >= step:
             raise _error(text, f"to={to}: expected a step before {step}")
-        return Fault(kind, _number("rank", given.get("rank", "0"), 0, text), step, Moment.COMMIT, to=to, skip=skip)
+        rank = _number("rank", given.get("rank", "0"), 0, text)
+        return Fault(kind, rank, step, Moment.COMMIT, times, to, skip)
     return Fault(
         kind,
         ALL if given["rank"] == ALL else _number("rank", given["rank"], 0, text),
         _number("step", given["step"], 1, text),
         _one_of(Moment, given.get("at", Moment.TRAINING_STEP), "moment", text),
-        _number("times", given.get("times", "1"), 1, text),
+        times,
     )
 
 
 _NAMES = ("rank", "step", "at", "times")
-_NAMES_OF_REWIND = ("step", "to", "skip", "rank")
+_NAMES_OF_REWIND = ("step", "to", "skip", "rank", "times")
 _Word = TypeVar("_Word", bound=StrEnum)
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from lightning_ckptless.cli.app import app
 from lightning_ckptless.ledger import Event
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.testing.compare import Comparison, compare
@@ -172,6 +176,58 @@ def test_a_kill_after_a_rewind_does_not_lose_the_skip(run: Run) -> None:
     reference = run(replace(DROPPING, drop="0:4:3"), name="reference")
     assert against(reference, rewound).differences == ()
     assert len(events_of(rewound, "rewind")) == 1
+
+
+@pytest.mark.long
+def test_a_rewind_from_another_terminal(run: Run, tmp_path: Path) -> None:
+    options = replace(REWOUND, samples=400, epochs=1, slow_mirror_s=0.1)
+
+    def ask() -> list[tuple[int, str]]:
+        runs, answers = tmp_path / "run" / "runs", []
+        wait_until(lambda: any('"committed"' in ledger.read_text() for ledger in runs.glob("*/ledger.jsonl")))
+        [folder] = runs.glob("*")
+        for flags in (["--steps", "1"], ["--steps", "1000"], ["--to-step", "1", "--skip-batches", "2"]):
+            answer = CliRunner().invoke(app, ["rewind", str(folder), *flags])
+            answers.append((answer.exit_code, answer.output))
+        return answers
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask)
+        rewound = run(options)
+        answers = asked.result(60)
+    assert rewound.exit_code == 0, rewound.tail()
+    assert [code for code, _ in answers][:2] == [0, 1], answers
+    assert "asked for from another terminal" in answers[0][1]
+    assert "there is no step" in answers[1][1]
+    rewinds = events_of(rewound, "rewind")
+    assert "asked for from another terminal" in rewinds[0].fields["reason"]
+    assert [rewind.fields["skipped_batches"] for rewind in rewinds] == [0, 2][: len(rewinds)]
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    for _ in range(int(timeout_s / 0.05)):
+        if holds():
+            return
+        threading.Event().wait(0.05)
+    raise AssertionError(f"not within {timeout_s} s")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("faults", "options", "message"),
+    [
+        ("rewind:step=11:to=1", replace(REWOUND, strategy_options="{'history': 2}"), "the history has steps 8 to 11"),
+        ("rewind:step=4:to=1", replace(REWOUND, strategy_options="{}"), "history=0: set history=1 or more"),
+        ("rewind:step=4:to=1:skip=2", replace(REWOUND, data="iterable"), "the training data is an iterable"),
+        ("rewind:step=9:to=7:times=4", REWOUND, "rewound 3 times in a row without getting beyond step 9"),
+    ],
+)
+def test_a_rewind_that_is_not_possible_ends_the_run_with_the_reason(
+    faults: str, options: Options, message: str, run: Run
+) -> None:
+    ended = run(options, faults)
+    assert ended.exit_code != 0
+    assert message in "".join(path.read_text() for path in (ended.folder / "output").rglob("*") if path.is_file())
 
 
 def test_a_spike_on_one_rank_rewinds_all(run: Run) -> None:

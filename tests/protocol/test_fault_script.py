@@ -19,11 +19,12 @@ faults = st.builds(
 )
 
 rewinds = st.builds(
-    lambda rank, to, more, skip: Fault(FaultKind.REWIND, rank, to + more, Moment.COMMIT, to=to, skip=skip),
+    lambda rank, to, more, skip, times: Fault(FaultKind.REWIND, rank, to + more, Moment.COMMIT, times, to, skip),
     st.integers(0, 10**6),
     st.integers(0, 10**6),
     st.integers(1, 10**3),
     st.integers(0, 10**3),
+    st.integers(1, 9),
 )
 
 

@@ -310,12 +310,12 @@ class RunReport:
     def rewinding(self, plan: RewindPlan) -> None:
         """Note that all ranks begin to go back."""
         self._rewind = plan, self.clock()
+        self.rewinds += 1
 
     def rewound(self, skipped_batches: int) -> None:
-        """Report that the version of the plan is restored, and how many batches of each rank are skipped."""
+        """Report that training resumes from the version of the plan, with a number of batches of each rank skipped."""
         assert self._rewind is not None
         plan, began_at = self._rewind
-        self.rewinds += 1
         if not self.is_reporter:
             return
         took_s = self.clock() - began_at
@@ -331,7 +331,7 @@ class RunReport:
         skips = (
             f"; skipping the next {_count(skipped_batches, 'batch', 'batches')} of each rank" if skipped_batches else ""
         )
-        self._say(f"rewound {plan.reason}{skips}; restored in {took_s:.2f} s")
+        self._say(f"rewound {plan.reason}{skips}; it took {took_s:.2f} s")
 
     def rewind_refused(self, reason: str) -> None:
         """Report that a rewind is not carried out."""

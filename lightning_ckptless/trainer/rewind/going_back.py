@@ -82,6 +82,6 @@ class GoingBack:
         self._running.batches.reset()
         self._running.progress.restore()
         version = self._procedure.apply(restoration, survivor=True)
-        session.report.rewound(skipped)
         mirroring.go_back(version, newest)
+        session.report.rewound(skipped)
         return version
