@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "checksum=none": {"checksum": "none"},
     "mirror_every_n_steps=10": {"mirror_every_n_steps": 10},
     COPIES: {"failure_domain": "rank"},
+    "history=8": {"history": 8},
 }
 """The strategy options that affect its cost, compared for one size."""
 FIXED_TARGET_MS = 1.5
