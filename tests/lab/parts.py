@@ -339,7 +339,8 @@ def data_class(distribution: Any, options: Options) -> Any:
                 "batch_size": 4, "num_workers": options.workers, "persistent_workers": options.persistent,
                 "pin_memory": options.pin_memory,
             }  # fmt: skip
-            numbers = Numbers(options.samples, self.shift() if options.reload_every else 0.0)
+            is_shifted = options.reload_every and options.data != "dropping"
+            numbers = Numbers(options.samples, self.shift() if is_shifted else 0.0)
             if options.data in ("own_sampler", "sampler"):
                 own: Any = DistributedSampler(numbers, shuffle=True)
                 if options.data == "sampler":
