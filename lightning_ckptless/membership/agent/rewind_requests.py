@@ -2,6 +2,8 @@
 
 One rank that asks is enough for all ranks to decide. A request is taken only while all workers of this node train; one
 that comes during a recovery waits for its end.
+
+Apart from `agent.py`, because each part of the agent has its own file.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 The first version has no optimizer state yet. What the optimizers will hold is estimated by their kind, so that a run
 whose history does not fit is refused at once, and not when the first step is done.
+
+Apart from `mirroring`, because the arithmetic needs neither a trainer nor an arena.
 """
 
 from __future__ import annotations
