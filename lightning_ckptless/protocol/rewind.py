@@ -103,7 +103,9 @@ class NoRewind:
 def plan_rewind(
     asked: Sequence[RewindAsked], kept: Collection[Version], from_step: int, past: PastRewinds
 ) -> RewindPlan | NoRewind:
-    """Decide what follows from what the ranks have asked for. The deepest target counts.
+    """Decide what follows from what the ranks have asked for. The deepest target counts, with what it skips.
+
+    What is asked for later, on the way to the decision, often has the same cause: a loss stays NaN.
 
     Args:
         asked: what all ranks have asked for, at least once.
@@ -128,12 +130,12 @@ def plan_rewind(
     if not reachable:
         reason = _too_many(count, at_step, deepest) if count else _beyond(deepest, kept)
         return NoRewind(reason, ends_run or bool(count))
-    version = max(reachable)
+    version, first = max(reachable), [each for each in asked if each.step == deepest.step]
     return RewindPlan(
         version=version,
         from_step=from_step,
-        skip_batches=max(each.skip_batches for each in asked),
-        skip_to_batch=max(each.skip_to_batch for each in asked),
+        skip_batches=max(each.skip_batches for each in first),
+        skip_to_batch=max(each.skip_to_batch for each in first),
         past=PastRewinds(count + 1, at_step, version.optimizer_step),
         reason=_why(deepest, version, from_step, count, len(asked)),
     )

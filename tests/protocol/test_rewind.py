@@ -37,9 +37,9 @@ KEPT = versions(8, 12, 16, 19, 20)
 
 
 def test_the_deepest_target_counts() -> None:
-    asked = [RewindAsked(16, 20, skip_batches=3), RewindAsked(12, 21, skip_to_batch=40), RewindAsked(19, 20)]
+    asked = [RewindAsked(16, 20, skip_batches=3), RewindAsked(12, 21, skip_to_batch=40), RewindAsked(12, 20, 2, 7)]
     plan = planned(plan_rewind(asked, KEPT, 21, PastRewinds()))
-    assert (plan.version, plan.skip_batches, plan.skip_to_batch) == (Version(12, True), 3, 40)
+    assert (plan.version, plan.skip_batches, plan.skip_to_batch) == (Version(12, True), 2, 40)
     assert plan.reason == "from step 21 back to step 12: the script asked for it, the deepest of 3 that were asked for"
     assert plan.past == PastRewinds(1, 21, 12)
 
