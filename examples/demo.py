@@ -1,7 +1,8 @@
 """`make demo`: train the small GPT on two CPU ranks, kill ranks, and show that the results are identical.
 
 The same script runs twice, undisturbed and with faults. Then every step of every rank is compared bit for bit, and a
-timeline of the run with faults is drawn.
+timeline of the run with faults is drawn. Finally one rank gets a bad batch: the loss jumps, all ranks are rewound to
+the step before it, and the batch is skipped.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from rich.console import Console
 from lightning_ckptless.cli.drill import run_and_report
 from lightning_ckptless.cli.runs import find_run
 from lightning_ckptless.cli.timeline import write_timeline
+from lightning_ckptless.testing.drill import run_variant
 
 SCRIPT = Path(__file__).parent / "char_gpt" / "train.py"
 SIZES = ["--steps", "120", "--layers", "2", "--width", "96", "--batch-size", "8"]
@@ -25,6 +27,7 @@ FAULTS = {
     "raise:rank=0:step=75:at=optimizer_step": "rank 0 raises an exception in the optimizer step",
     "kill:rank=all:step=100": "both ranks are killed at once",
 }
+BAD_BATCH_AT = 40
 OUTPUT = Path("demo_output")
 
 
@@ -41,7 +44,19 @@ def main() -> int:
     console.print("\nTimeline of the run with faults:")
     for picture in pictures:
         console.print(f"  {picture.absolute()}", soft_wrap=True)
-    return 0 if report.identical else 1
+    return 0 if report.identical and show_rewind(console) else 1
+
+
+def show_rewind(console: Console) -> bool:
+    """Train once more with a bad batch; return whether the run was rewound and has skipped it."""
+    console.print(f"\n[bold]Rank 1 gets a batch with random targets in step {BAD_BATCH_AT}.[/bold]")
+    command = [str(SCRIPT), *SIZES, "--bad-batch-at", str(BAD_BATCH_AT)]
+    run = run_variant(command, OUTPUT / "rewound", nproc=2, isolate=True)
+    rewinds = [event.fields for event in run.events if event.event == "rewind"]
+    for rewind in rewinds:
+        console.print(f"  rewound {rewind['reason']}", soft_wrap=True)
+        console.print(f"  {rewind['skipped_batches']} batch of each rank skipped; {rewind['took_s']:.2f} s")
+    return run.exit_code == 0 and len(rewinds) == 1
 
 
 if __name__ == "__main__":

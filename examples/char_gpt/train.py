@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -201,10 +201,30 @@ class CharGPT(LightningModule):
         return "".join(ALPHABET[token] for token in text[0])
 
 
-def strategy(mesh: str) -> Any:
+class BadBatch(Callback):
+    """Gives the last rank a batch with random targets, once.
+
+    Args:
+        step: step with this batch.
+    """
+
+    happened = False
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        is_last_rank = trainer.global_rank == trainer.world_size - 1
+        if is_last_rank and trainer.global_step + 1 == self.step and not BadBatch.happened:
+            # On the class: attributes of the callback are rolled back when the run is rewound.
+            BadBatch.happened = True
+            batch[1].random_(len(ALPHABET))
+
+
+def strategy(mesh: str, history: int) -> Any:
     """Return the strategy for a mesh such as `2x1`, or for an empty string."""
     if not mesh:
-        return "ckptless"
+        return lightning_ckptless.CkptlessStrategy(history=history) if history else "ckptless"
     data, tensor = (int(size) for size in mesh.split("x"))
     return lightning_ckptless.CkptlessModelParallelStrategy(data_parallel_size=data, tensor_parallel_size=tensor)
 
@@ -225,15 +245,19 @@ def main() -> None:
         default="",
         help="shard the model over DATAxTENSOR ranks, such as 2x1 (default: do not shard)",
     )
+    parser.add_argument("--bad-batch-at", type=int, default=0, help="step with a bad batch, and rewind (default: none)")
     parser.add_argument("--folder", default=".", help="folder for logs and checkpoint files (default: current folder)")
     args = parser.parse_args()
 
     seed_everything(1, workers=True)
     model = CharGPT(layers=args.layers, width=args.width, context=args.context)
+    callbacks: list[Callback] = [ModelCheckpoint(monitor="val_loss")]
+    if args.bad_batch_at:
+        callbacks += [BadBatch(args.bad_batch_at), lightning_ckptless.RewindOnSpike("loss", factor=1.3, window=10)]
     trainer = Trainer(
         accelerator="cpu",
         devices=args.devices,
-        strategy=strategy(args.mesh),
+        strategy=strategy(args.mesh, history=8 if args.bad_batch_at else 0),
         max_steps=args.steps,
         val_check_interval=max(1, args.steps // 4),
         check_val_every_n_epoch=None,
@@ -242,7 +266,7 @@ def main() -> None:
         # torch cannot compute the norm of gradients if only some of them are tensor parallel.
         gradient_clip_algorithm="norm" if args.mesh in {"", f"{args.devices}x1"} else "value",
         logger=CSVLogger(args.folder),
-        callbacks=[ModelCheckpoint(monitor="val_loss")],
+        callbacks=callbacks,
         default_root_dir=args.folder,
     )
     trainer.fit(model, StandardLibrary(context=args.context, batch_size=args.batch_size))
