@@ -284,7 +284,7 @@ def test_commands() -> None:
     group = get_command(app)
     assert isinstance(group, TyperGroup)
     documented = {name.split()[1] for name in first_words(table(page("watching"), "Command"))}
-    assert documented | {"run", "doctor", "drill", "forecast"} == set(group.commands)
+    assert documented | {"run", "doctor", "drill", "forecast", "rewind"} == set(group.commands)
 
 
 def test_quoted_messages() -> None:

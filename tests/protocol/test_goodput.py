@@ -75,6 +75,7 @@ def test_a_recovery_costs_the_discarded_work_and_the_outage_but_not_the_replayed
         Loss.RESTORE: 7.0,
         Loss.REPLAY: 16.0,  # 10 to 25 thrown away, 39 to 40 before the step
         Loss.MIRROR_STALL: 0.0,
+        Loss.REWIND: 0.0,
         Loss.OTHER: 0.0,
     }
 
@@ -126,3 +127,21 @@ def test_all_times_sum_to_the_wall_time(
     assert fsum([report.productive_s, *report.lost.values()]) == pytest.approx(report.wall_s)
     assert all(lost_s >= -1e-6 for lost_s in report.lost.values())
     assert account.recoveries == sum(outage is not None for *_, outage in events)
+
+
+def test_a_rewind_costs_the_steps_since_its_version_and_the_time_until_the_next_step() -> None:
+    account = GoodputAccount(began_at=0.0)
+    account.record_step(0.0, 10.0)
+    then = account.productive_s
+    account.record_step(10.0, 16.0, stall_s=1.0)
+    account.rewind_to(then)
+    account.record_step(18.5, 20.5)
+    account.record_rewind()
+    report = account.report(21.0)
+    assert report.productive_s == 12.0
+    assert {loss: lost_s for loss, lost_s in report.lost.items() if lost_s} == {
+        Loss.MIRROR_STALL: 1.0,
+        Loss.REWIND: 5.0 + 2.5,
+        Loss.OTHER: 0.5,
+    }
+    assert report.productive_s + sum(report.lost.values()) == report.wall_s

@@ -18,7 +18,6 @@ from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, Rend
 from lightning_ckptless import environment
 from lightning_ckptless.configuration.variables import variables_of
 from lightning_ckptless.errors import LaunchError, UnfitNodeError
-from lightning_ckptless.ledger import run_folder
 from lightning_ckptless.membership.agent.agent import NodeAgent
 from lightning_ckptless.membership.agent.assembly import assemble
 from lightning_ckptless.membership.agent.clock import Clock
@@ -133,7 +132,7 @@ class _Runner:
 
     def _make_agent(self, folder: Path, logs: LogFiles, bound: Bound) -> NodeAgent:
         settings, run, report, clock = self._settings, self.run, self._events.report, Clock()
-        requests = Requests(run_folder(self._config.run_root or environment.run_root(), self._config.run_id))
+        requests = Requests((self._config.run_root or environment.run_root()) / self._config.run_id)
         parts = assemble(settings, run, self._parent, folder, logs, self._memory, bound, requests, report, clock)
         return NodeAgent(settings, run, parts, self._events, clock)
 
