@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -63,15 +64,24 @@ def events_of(variant: Variant, kind: str) -> list[Event]:
 
 
 def without_abandoned(variant: Variant) -> None:
-    """Remove the lines of abandoned branches from the traces."""
+    """Remove the lines of abandoned branches from the traces, and keep the last attempt at each point.
+
+    A rewind that a fault has cut short is not in the ledger, although it may be what the run continues from.
+    """
     back = [(event.generation or 0, int(event.fields["version"].split()[1])) for event in events_of(variant, "rewind")]
     for path in variant.trace.glob("trace-rank*.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         kept = [row for row in rows if row["kind"] == "begin" or not _is_abandoned(row, back)]
+        last = {_point(row): index for index, row in enumerate(kept)}
+        kept = [row for index, row in enumerate(kept) if row["kind"] == "begin" or last[_point(row)] == index]
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
 
-def _is_abandoned(row: dict[str, int], back: list[tuple[int, int]]) -> bool:
+def _point(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("kind", "fit", "epoch", "step", "batch"))
+
+
+def _is_abandoned(row: dict[str, Any], back: list[tuple[int, int]]) -> bool:
     return any(row["generation"] < generation and row["step"] > step for generation, step in back)
 
 

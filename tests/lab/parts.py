@@ -326,7 +326,9 @@ def data_class(distribution: Any, options: Options) -> Any:
             self.made = 0
 
         def shift(self) -> float:
-            """Return a value that depends on when the dataloader is created."""
+            """Return a value that depends on when the dataloader is created; 0 if it is not made again, or drops."""
+            if not options.reload_every or options.data == "dropping":
+                return 0.0
             self.made += 1
             trainer = self.trainer
             assert trainer is not None
@@ -339,8 +341,7 @@ def data_class(distribution: Any, options: Options) -> Any:
                 "batch_size": 4, "num_workers": options.workers, "persistent_workers": options.persistent,
                 "pin_memory": options.pin_memory,
             }  # fmt: skip
-            is_shifted = options.reload_every and options.data != "dropping"
-            numbers = Numbers(options.samples, self.shift() if is_shifted else 0.0)
+            numbers = Numbers(options.samples, self.shift())
             if options.data in ("own_sampler", "sampler"):
                 own: Any = DistributedSampler(numbers, shuffle=True)
                 if options.data == "sampler":
@@ -369,7 +370,7 @@ def data_class(distribution: Any, options: Options) -> Any:
             return DataLoader(numbers, shuffle=True, **common)
 
         def val_dataloader(self) -> Any:
-            return DataLoader(Numbers(16, self.shift() if options.reload_every else 0.0), batch_size=4)
+            return DataLoader(Numbers(16, self.shift()), batch_size=4)
 
     return Data
 
