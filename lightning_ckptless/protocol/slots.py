@@ -152,6 +152,9 @@ def newest_committed(inventory: Iterable[Replica]) -> Snapshot | None:
 def settle(found: SlotView, restored: Snapshot | None) -> SlotEvent | None:
     """What a new generation does with an existing slot, once all ranks agree on what to restore.
 
+    A committed version of a later generation than the restored one is left by a rewind that a fault has interrupted, or
+    was incomplete: nothing may continue from it any more.
+
     Args:
         found: the slot as the previous generation left it.
         restored: the snapshot that all ranks restore; None if they start from scratch.
@@ -161,7 +164,8 @@ def settle(found: SlotView, restored: Snapshot | None) -> SlotEvent | None:
     """
     torn = found.state is SlotState.WRITING
     passed_over = found.state is SlotState.STAGED and found.snapshot != restored
-    return SlotEvent.DISCARD if torn or passed_over else None
+    left = found.snapshot is not None and restored is not None and found.snapshot.generation > restored.generation
+    return SlotEvent.DISCARD if torn or passed_over or (left and found.state is SlotState.COMMITTED) else None
 
 
 def absent_copies(

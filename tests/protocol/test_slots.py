@@ -130,6 +130,8 @@ def test_the_state_before_a_validation_is_not_part_of_the_history() -> None:
         (SlotView(SlotState.STAGED, snapshot(6)), SlotEvent.DISCARD),
         (SlotView(SlotState.COMMITTED, snapshot(4)), None),
         (SlotView(SlotState.COMMITTED, snapshot(5)), None),
+        (SlotView(SlotState.COMMITTED, snapshot(4, 2)), SlotEvent.DISCARD),
+        (SlotView(SlotState.COMMITTED, snapshot(6, 2)), SlotEvent.DISCARD),
     ],
 )
 def test_a_new_generation_discards_torn_and_unrestored_versions(found: SlotView, event: SlotEvent | None) -> None:
