@@ -24,12 +24,14 @@ it.
 | `StartSidecar` | worker | it needs a sidecar that runs this module with this argument |
 | `HoldMemory` | worker | it needs files of anonymous memory at these paths; carries a socket for the answer |
 | `StandbyReady` | worker | a standby has reached `fit` and waits for a rank |
+| `HandedOver` | worker | all ranks have stopped at a committed step, and it exits to hand its rank over |
 | `Regroup` | agent | a fault, or a world change: meet the other ranks under this number |
 | `AwaitRegroup` | agent | the nodes are re-rendezvousing: wait for the next `Regroup`, however long it takes |
 | `AssignRank` | agent | a standby takes a rank: as `Regroup`, and carries the rank's stdout and stderr |
 | `QueryBlocked` | agent | no worker makes progress: does the worker wait for other ranks? |
 | `MayLeave` | agent | every rank has made its last step: the training loop may be left |
 | `Finish` | agent | the run is to end: commit the current step, save and leave |
+| `HandOver` | agent | another process is ready to take this rank: exit after a step that all ranks have committed |
 | `TrainingFailed` | agent | training cannot continue on any rank; carries the reason, which every worker raises |
 | `RunOver` | agent | the run has ended with a fault: no recovery follows |
 | `MemoryHeld` | agent | in answer to `HoldMemory`, on the socket that came with it: done, or why not |
@@ -253,6 +255,19 @@ class StandbyReady(Message):
     """Sent by a standby that has reached `fit` and waits for a rank."""
 
 
+@dataclass(frozen=True, slots=True)
+class HandedOver(Message):
+    """Sent by a worker that exits to hand its rank over; all ranks have stopped at a committed step.
+
+    Args:
+        step: the step.
+        reason: why, as the agent gave it.
+    """
+
+    step: int
+    reason: str
+
+
 # ---------------------------------------------------------------- from the agent
 
 
@@ -313,6 +328,17 @@ class Finish(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class HandOver(Message):
+    """Sent by an agent to a worker whose rank another process is ready to take.
+
+    Args:
+        reason: why the rank is drained.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingFailed(Message):
     """Sent by an agent when training cannot continue on any rank.
 
@@ -358,6 +384,7 @@ WORKER_MESSAGES: tuple[type[Message], ...] = (
     StartSidecar,
     HoldMemory,
     StandbyReady,
+    HandedOver,
 )
 """Messages that workers send to their agent."""
 AGENT_MESSAGES: tuple[type[Message], ...] = (
@@ -367,6 +394,7 @@ AGENT_MESSAGES: tuple[type[Message], ...] = (
     QueryBlocked,
     MayLeave,
     Finish,
+    HandOver,
     TrainingFailed,
     RunOver,
     MemoryHeld,

@@ -159,8 +159,8 @@ class Mirror:
         committed: version from which the state was restored; it is not overwritten until a newer one is committed.
         probe: called in the mirror thread with a moment and the version: `stage` (half of the data copied), `send`,
             `agree`, `committed`.
-        vote: returns this rank's vote at the end of a round, given whether it has all its copies. If it may not
-            continue, the round starts a coordinated stop.
+        vote: returns this rank's vote at the end of a round, given whether it has all its copies. If it is to stop,
+            the round starts a coordinated stop.
 
     Attributes:
         committed: newest version that all ranks have committed.
@@ -380,8 +380,8 @@ class Mirror:
             self._commit(written, round_.version)
         else:
             self.stats.aborted += 1
-        if not outcome.may_continue and not self.stop.is_agreed:
-            self.stop.agree(self._transport.gather)
+        if outcome.stop is not None and not self.stop.is_agreed:
+            self.stop.agree(self._transport.gather, outcome.stop)
         self.stats.last_round_s = perf_counter() - round_.began_at
         round_.ended.set_result(None)
 
