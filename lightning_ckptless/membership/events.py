@@ -256,6 +256,81 @@ class RecoveredInPlace(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class DrainAsked(Event):
+    """A rank is to be drained.
+
+    Args:
+        node: name of the node.
+        drained_rank: the rank.
+        action: what follows, as `draining.DrainAction` names it.
+        cause: why it is to be drained.
+        reason: what follows, in a sentence.
+    """
+
+    name: ClassVar[str] = "drain"
+    node: str
+    drained_rank: int
+    action: str
+    cause: str
+    reason: str
+
+    @property
+    def sentence(self) -> str:
+        """What follows, and why."""
+        return f"{self.reason} ({self.cause})"
+
+
+@dataclass(frozen=True, slots=True)
+class Drained(Event):
+    """A rank was handed over at a committed step.
+
+    Args:
+        node: name of the node.
+        drained_rank: the rank.
+        step: at which all ranks have stopped.
+        cause: why it was drained.
+        pid: process that had the rank.
+        exit_code: its exit code; None where it took longer to exit than its successor could wait.
+        new_pid: process that has the rank now.
+        kind: `standby` or `new process`.
+    """
+
+    name: ClassVar[str] = "drained"
+    node: str
+    drained_rank: int
+    step: int
+    cause: str
+    pid: int
+    exit_code: int | None
+    new_pid: int
+    kind: str
+
+    @property
+    def summary(self) -> str:
+        """What was done, for whoever has requested it."""
+        left = "has yet to exit" if self.exit_code is None else f"exited with code {self.exit_code}"
+        return (
+            f"rank {self.drained_rank} was handed over after step {self.step}: pid {self.pid} {left}, and pid "
+            f"{self.new_pid} ({self.kind}) has taken the rank"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DrainGivenUp(Event):
+    """A rank was not handed over, although draining it had begun."""
+
+    name: ClassVar[str] = "drain_given_up"
+    node: str
+    drained_rank: int
+    reason: str
+
+    @property
+    def sentence(self) -> str:
+        """The reason."""
+        return self.reason
+
+
+@dataclass(frozen=True, slots=True)
 class StandbysChanged(Event):
     """A standby has become ready, has exited or was started."""
 

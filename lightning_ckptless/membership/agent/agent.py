@@ -9,6 +9,7 @@ its state; what two parts share is passed to both.
 | `WorkerGroup` | the processes of this node: messages, exits, replacements |
 | `Recovery` | decides what follows the loss of workers, and does it |
 | `InPlaceRecovery` | replaces lost ranks while the survivors stay |
+| `Draining` | hands ranks over to processes that were made ready |
 | `Reconfiguration` | lets workers stay when nodes leave or join |
 | `PartitionGuard` | notices that this node or another one is partitioned |
 | `HangWatch`, `LateExits` | kill workers that hang, or that have failed and do not exit |
@@ -29,6 +30,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from lightning_ckptless.console import Bar
 from lightning_ckptless.errors import TimeLimitError
 from lightning_ckptless.membership.agent.clock import Clock
+from lightning_ckptless.membership.agent.draining import Draining
 from lightning_ckptless.membership.agent.fault_log import FaultLog
 from lightning_ckptless.membership.agent.hang_watch import HangWatch, LateExits
 from lightning_ckptless.membership.agent.held_memory import HeldMemory
@@ -96,6 +98,7 @@ class AgentParts:
 
     starter: Starter
     in_place: InPlaceRecovery
+    draining: Draining
     faults: FaultLog
     recovery: Recovery
     guard: PartitionGuard
@@ -123,6 +126,7 @@ class NodeAgent:
         self._run = run
         self._starter = parts.starter
         self._in_place = parts.in_place
+        self._draining = parts.draining
         self._faults = parts.faults
         self._recovery = parts.recovery
         self._guard = parts.guard
@@ -318,6 +322,7 @@ class NodeAgent:
             may_end=self._current.reconfiguration.may_end,
             has_recovered=has_recovered,
         )
+        self._draining.poll(self._current.rendezvous.ranks, self._current.rendezvous.world_size, workers)
         self._in_place.maintain_standbys()
         self._starter.maintain_successor(received, workers, trains=self._in_place.trains)
         return Found.OVER if rung is Rung.END else Found.NOTHING_NEW
@@ -427,5 +432,6 @@ class NodeAgent:
 
     def close(self) -> None:
         """Release what is held for this agent alone."""
+        self._draining.close()
         self._guard.close()
         self._starter.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lightning_ckptless.membership.agent.agent import AgentParts
 from lightning_ckptless.membership.agent.clock import Clock
+from lightning_ckptless.membership.agent.draining import Draining
 from lightning_ckptless.membership.agent.fault_log import FaultLog
 from lightning_ckptless.membership.agent.hang_watch import HangWatch, LateExits
 from lightning_ckptless.membership.agent.held_memory import HeldMemory
@@ -22,6 +23,7 @@ from lightning_ckptless.membership.channel.worker_reports import ReportsInFolder
 from lightning_ckptless.membership.events import Report
 from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.forkserver.sidecar import SidecarLauncher, Sidecars
+from lightning_ckptless.membership.requests import Requests
 from lightning_ckptless.protocol.node_liveness import Bound
 from lightning_ckptless.system.control_groups import OomKills
 
@@ -61,6 +63,7 @@ def assemble(
     )
     starter = WorkerStarter(settings, run, parent, folder, logs, lambda: in_place.learns_imports, report, clock)
     faults = FaultLog(settings.name, run.faults, report, logs.why_full, clock)
+    draining = Draining(settings.name, Requests(settings.run_folder), in_place, report, clock)
     reports, oom_kills = ReportsInFolder(folder), OomKills()
     launcher = SidecarLauncher(
         lambda: starter.parent, settings.env, settings.cwd, settings.program.flags, settings.fresh
@@ -68,8 +71,9 @@ def assemble(
     return AgentParts(
         starter=starter,
         in_place=in_place,
+        draining=draining,
         faults=faults,
-        recovery=Recovery(settings, run, in_place, faults, reports, oom_kills.news, report, clock),
+        recovery=Recovery(settings, run, in_place, draining, faults, reports, oom_kills.news, report, clock),
         guard=PartitionGuard(settings.name, bound, faults, report, clock),
         hangs=HangWatch(folder, report, clock),
         late_exits=LateExits(folder, settings.exit_grace_s, clock),

@@ -152,6 +152,7 @@ class InPlaceRecovery:
 
     Attributes:
         number: of the last regrouping that the workers were notified of.
+        wanted_for_drains: standbys that are needed for ranks to be drained, in addition to those requested.
     """
 
     def __init__(
@@ -166,6 +167,8 @@ class InPlaceRecovery:
         clock: Clock,
     ) -> None:
         self.number = 0
+        self.wanted_for_drains = 0
+        self._refusal = ""
         self._given = in_place, standbys, preload_imports
         self._requested: RequestedOptions | None = None
         self._folder = folder
@@ -355,13 +358,34 @@ class InPlaceRecovery:
             progress.killed_for_wait.update(progress.held.keys() & set(found.ranks))
         return found
 
+    @property
+    def ready_standbys(self) -> int:
+        """How many standbys wait for a rank."""
+        return 0 if self._standbys is None else self._standbys.ready
+
+    @property
+    def why_no_standby(self) -> str:
+        """Why no standby will become ready; empty where one may."""
+        if self.ready_standbys:
+            return ""
+        if self._standbys is not None and self._standbys.have_given_up:
+            return "standbys have exited before they were ready; the agent's output shows the last one's"
+        return self._refusal or self.obstacle or ""
+
+    @property
+    def _wanted_standbys(self) -> int:
+        if self._requested is None or not self.is_wanted:
+            return 0
+        return self._requested.standbys + self.wanted_for_drains
+
     def maintain_standbys(self) -> None:
         """Keep the requested number of standbys once training is under way."""
-        wanted = self._requested.standbys if self._requested is not None and self.is_wanted else 0
+        wanted = self._wanted_standbys
         if not wanted or not self.trains or self.obstacle is not None or self._round is None:
             return
         if self._standbys is None:
             self._standbys = Standbys(wanted, self._round.start_standby, self._folder, self._report)
+        self._standbys.count = wanted
         try:
             has_changed = self._standbys.maintain()
         except ForkServerLostError:
@@ -369,6 +393,7 @@ class InPlaceRecovery:
             return
         except ForkError as error:
             self._report(StandbysRefused(error))
+            self._refusal = str(error)
             self._requested = None if self._requested is None else replace(self._requested, standbys=0)
             return
         if has_changed:

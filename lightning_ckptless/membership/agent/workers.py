@@ -344,11 +344,13 @@ class WorkerGroup:
         neither a short wait nor the kernel reveals.
         """
         # A worker that has left the loop may exit as it likes, and take its time. Workers killed as hung are lost at
-        # once and together, even one that the kernel does not release yet.
+        # once and together, even one that the kernel does not release yet. So are those that hand their ranks over.
         dying = [
             rank
             for rank in self._running
-            if rank in self._hang_reasons or (rank in self.inside and self._processes[rank].is_dying())
+            if rank in self._hang_reasons
+            or rank in self.handed_over
+            or (rank in self.inside and self._processes[rank].is_dying())
         ]
         for rank in dying:
             self._first_signs.setdefault(rank, self._clock.wall())

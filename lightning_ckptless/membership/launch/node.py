@@ -172,6 +172,7 @@ def _settings(config: LaunchConfig) -> NodeSettings:
         stop_grace_s=config.stop_grace_s,
         finish_grace_s=config.finish_grace_s,
         exit_grace_s=config.exit_grace_s,
+        run_folder=(config.run_root or environment.run_root()).absolute() / config.run_id,
         max_restarts=config.max_restarts,
         max_recoveries_without_progress=config.max_recoveries_without_progress,
         max_recoveries_per_hour=config.max_recoveries_per_hour,

@@ -21,7 +21,7 @@ class RoundVote:
     | Bits | Field | In the vote of a rank | In the outcome |
     |---|---|---|---|
     | 0 | `complete` | the rank has all its copies of the version | every rank has: the version is committed |
-    | 1 | `stop` is not `END` | the rank was not asked to end the run | no rank was; otherwise a coordinated stop begins |
+    | 1 | `stop` is not `END` | the rank was not asked to end the run | no rank was; else all ranks stop |
     | 2 | `stop` is not `HAND_OVER` | the rank was not asked to hand over | the same |
     | 3 | `accepted_intervals` is not None | the rank knows which intervals it accepts | every rank knows |
     | 4 and up | `accepted_intervals` | one bit per interval that it accepts | the intervals that all accept |
