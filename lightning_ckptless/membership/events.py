@@ -477,6 +477,54 @@ class WorldChanged(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class NodeLeaves(Event):
+    """A node is drained: it has left the rendezvous, and its workers train until the others can meet without it.
+
+    Args:
+        node: name of the node.
+        action: what follows, as `draining.DrainAction` names it.
+        cause: why it is drained.
+        reason: what follows, in a sentence.
+    """
+
+    name: ClassVar[str] = "node_leaves"
+    node: str
+    action: str
+    cause: str
+    reason: str
+
+    @property
+    def sentence(self) -> str:
+        """What follows, and why."""
+        return f"{self.reason} ({self.cause})"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDrained(Event):
+    """The workers of a drained node have exited.
+
+    Args:
+        node: name of the node.
+        step: at which all ranks have stopped; None where the workers were not handed over.
+        exit_codes: of its workers, by local rank; None for one that has yet to exit.
+        reason: how its work was moved, in a sentence.
+        cause: why it was drained.
+    """
+
+    name: ClassVar[str] = "node_drained"
+    node: str
+    step: int | None
+    exit_codes: Mapping[int, int | None]
+    reason: str
+    cause: str
+
+    @property
+    def sentence(self) -> str:
+        """How its work was moved, and why."""
+        return f"{self.reason} ({self.cause})"
+
+
+@dataclass(frozen=True, slots=True)
 class JoinedTooLate(Event):
     """The workers of a node have reached the training loop after those of the other nodes had left it."""
 

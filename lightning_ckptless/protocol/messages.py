@@ -113,7 +113,13 @@ class EnteredLoop(Message):
 
 @dataclass(frozen=True, slots=True)
 class StepCommitted(Message):
-    """Sent by a worker when its generation has committed its first step."""
+    """Sent by a worker when its generation has committed its first step.
+
+    Args:
+        sole_shards: shards that no other node has a copy of.
+    """
+
+    sole_shards: list[int]
 
 
 @dataclass(frozen=True, slots=True)

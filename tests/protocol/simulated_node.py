@@ -39,6 +39,7 @@ from lightning_ckptless.membership.events import EventSink, Report
 from lightning_ckptless.membership.forkserver.client import End
 from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.forkserver.sidecar import SidecarLauncher, Sidecars
+from lightning_ckptless.membership.rendezvous.handlers import one_machine
 from lightning_ckptless.membership.rendezvous.regrouping import Regrouping
 from lightning_ckptless.membership.rendezvous.rounds import Round
 from lightning_ckptless.membership.requests import Requests
@@ -329,7 +330,7 @@ class SimulatedNode:
         self._world_before = 0
         clock, run = Clock(now, now), NodeRun()
         settings = NodeSettings(
-            f"node{number}", Program("script", "train.py", ()), {}, "", False, 1.0, 1.0, 1e9, _NOWHERE
+            f"node{number}", Program("script", "train.py", ()), {}, "", False, 1.0, 1.0, 1e9, _NOWHERE, 1
         )
         events = EventSink(record, _Log(lambda text: log(f"node {number}: {text}")))
         parts = _parts(settings, run, self.reports, Machine(start), events.report, clock)
@@ -417,7 +418,8 @@ def _parts(
         clock=clock,
     )
     faults = FaultLog(settings.name, run.faults, report, lambda: "", clock)
-    draining = Draining(settings.name, Requests(_NOWHERE), in_place, report, clock)
+    seat = one_machine("run", 1, 3)
+    draining = Draining(settings.name, settings.least_nodes, seat, Requests(_NOWHERE), in_place, report, clock)
     launcher = SidecarLauncher(_no_fork_server, {}, "", (), False)
     return AgentParts(
         starter=SimulatedStarter(machine, clock),

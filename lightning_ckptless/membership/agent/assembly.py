@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lightning_ckptless.membership.agent.agent import AgentParts
 from lightning_ckptless.membership.agent.clock import Clock
-from lightning_ckptless.membership.agent.draining import Draining
+from lightning_ckptless.membership.agent.draining import Draining, Seat
 from lightning_ckptless.membership.agent.fault_log import FaultLog
 from lightning_ckptless.membership.agent.hang_watch import HangWatch, LateExits
 from lightning_ckptless.membership.agent.held_memory import HeldMemory
@@ -36,6 +36,7 @@ def assemble(
     logs: LogFiles,
     memory: HeldMemory,
     bound: Bound,
+    seat: Seat,
     report: Report,
     clock: Clock,
 ) -> AgentParts:
@@ -49,6 +50,7 @@ def assemble(
         logs: where the workers' output goes.
         memory: that is held for the workers; stays held.
         bound: how much silence between nodes is tolerated.
+        seat: this node's place in the rendezvous.
         report: receives events.
         clock: of this node.
     """
@@ -63,7 +65,8 @@ def assemble(
     )
     starter = WorkerStarter(settings, run, parent, folder, logs, lambda: in_place.learns_imports, report, clock)
     faults = FaultLog(settings.name, run.faults, report, logs.why_full, clock)
-    draining = Draining(settings.name, Requests(settings.run_folder), in_place, report, clock)
+    requests = Requests(settings.run_folder)
+    draining = Draining(settings.name, settings.least_nodes, seat, requests, in_place, report, clock)
     reports, oom_kills = ReportsInFolder(folder), OomKills()
     launcher = SidecarLauncher(
         lambda: starter.parent, settings.env, settings.cwd, settings.program.flags, settings.fresh

@@ -86,16 +86,18 @@ class FaultLog:
             drained=drained,
         )
 
-    def of_change(self, world_size: int, detected_at: float | None = None) -> FaultReport:
+    def of_change(self, world_size: int, detected_at: float | None = None, *, drained: str = "") -> FaultReport:
         """Return the report of a change of the nodes, for which no worker of this node is the cause.
 
         Args:
             world_size: number of ranks before it.
             detected_at: wall clock at which it was noticed; None for now.
+            drained: why a node was drained; empty where none was.
         """
         now = self._clock.wall()
         at = now if detected_at is None else detected_at
-        return FaultReport(None, None, None, None, self.lost_at or at, at, now, len(self._faults) + 1, world_size)
+        died_at, count = self.lost_at or at, len(self._faults) + 1
+        return FaultReport(None, None, None, None, died_at, at, now, count, world_size, drained=drained)
 
     def add(self, fault: FaultReport) -> None:
         """Add a fault."""

@@ -120,6 +120,7 @@ class _Progress:
         have_met: ranks that have met in the last regrouping.
         held: why ranks cannot release their process groups, as they report.
         killed_for_wait: ranks that were killed for that.
+        sole_shards: shards that no other node has a copy of.
     """
 
     began_at: float = 0.0
@@ -136,6 +137,7 @@ class _Progress:
     have_met: set[int] = field(default_factory=set)
     held: dict[int, str] = field(default_factory=dict)
     killed_for_wait: set[int] = field(default_factory=set)
+    sole_shards: list[int] = field(default_factory=list)
 
 
 class InPlaceRecovery:
@@ -225,6 +227,11 @@ class InPlaceRecovery:
         return self._progress.trains
 
     @property
+    def sole_shards(self) -> list[int]:
+        """The shards that no other node has a copy of."""
+        return self._progress.sole_shards
+
+    @property
     def waiting_at_loop(self) -> frozenset[int]:
         """Local ranks that have reached the training loop and wait there for the other ranks."""
         return frozenset(self._progress.waiting_at_loop)
@@ -275,8 +282,8 @@ class InPlaceRecovery:
                 case EnteredLoop():
                     self._note_entered(rank)
                     self._take_requested(message)
-                case StepCommitted():
-                    progress.tries, progress.trains = 0, True
+                case StepCommitted(sole_shards):
+                    progress.tries, progress.trains, progress.sole_shards = 0, True, sole_shards
                     progress.killed_for_wait.clear()
                 case WaitingAtLoop():
                     progress.waiting_at_loop.add(rank)

@@ -21,6 +21,7 @@ from lightning_ckptless.errors import LaunchError, UnfitNodeError
 from lightning_ckptless.membership.agent.agent import NodeAgent
 from lightning_ckptless.membership.agent.assembly import assemble
 from lightning_ckptless.membership.agent.clock import Clock
+from lightning_ckptless.membership.agent.departure import DepartedError
 from lightning_ckptless.membership.agent.elastic_agent import CkptlessAgent
 from lightning_ckptless.membership.agent.held_memory import HeldMemory
 from lightning_ckptless.membership.agent.logs import LogFiles, log_files
@@ -96,6 +97,8 @@ class _Runner:
             # The run may continue without this node: the rendezvous stays open for a replacement.
             self._events.report(Announcement(str(error)))
             self.run.exit_code = 1
+        except DepartedError:
+            self.run.exit_code = 0
         finally:
             self._memory.close()
 
@@ -112,7 +115,7 @@ class _Runner:
             log_files(config) as logs,
             ScratchFolder("agent") as scratch,
         ):
-            agent = self._make_agent(scratch.path, logs, _bound(handler))
+            agent = self._make_agent(scratch.path, logs, handler)
             elastic = CkptlessAgent(_spec(config, handler), logs, agent, self._settings.stop_grace_s)
             try:
                 elastic.run()
@@ -129,9 +132,10 @@ class _Runner:
             finally:
                 agent.close()
 
-    def _make_agent(self, folder: Path, logs: LogFiles, bound: Bound) -> NodeAgent:
+    def _make_agent(self, folder: Path, logs: LogFiles, handler: Any) -> NodeAgent:
         settings, run, report, clock = self._settings, self.run, self._events.report, Clock()
-        parts = assemble(settings, run, self._parent, folder, logs, self._memory, bound, report, clock)
+        bound = _bound(handler)
+        parts = assemble(settings, run, self._parent, folder, logs, self._memory, bound, handler, report, clock)
         return NodeAgent(settings, run, parts, self._events, clock)
 
 
@@ -173,6 +177,7 @@ def _settings(config: LaunchConfig) -> NodeSettings:
         finish_grace_s=config.finish_grace_s,
         exit_grace_s=config.exit_grace_s,
         run_folder=(config.run_root or environment.run_root()).absolute() / config.run_id,
+        least_nodes=config.node_range[0],
         max_restarts=config.max_restarts,
         max_recoveries_without_progress=config.max_recoveries_without_progress,
         max_recoveries_per_hour=config.max_recoveries_per_hour,
@@ -208,7 +213,7 @@ def _rendezvous(config: LaunchConfig, place: MeetingPlace | None) -> Iterator[Re
     asked_to_end = False
     try:
         yield handler
-    except (AskedToEnd, KeyboardInterrupt, UnfitNodeError, _RendezvousLostError):
+    except (AskedToEnd, DepartedError, KeyboardInterrupt, UnfitNodeError, _RendezvousLostError):
         asked_to_end = True
         raise
     finally:

@@ -105,7 +105,7 @@ class RunningFit:
             self.deliver_rows()
         if self._watcher is not None and self._stepped_in != self._session.generation:
             self._stepped_in = self._session.generation
-            self._watcher.send(StepCommitted())
+            self._watcher.send(StepCommitted(self._session.members.sole_shards))
 
     def deliver_rows(self) -> None:
         """Deliver the rows of all committed steps to the loggers."""

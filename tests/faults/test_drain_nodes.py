@@ -1,0 +1,64 @@
+"""Draining a node: the others continue from a committed step, with a node that takes its place or without."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_ckptless.membership.forkserver.client import ForkServer
+from lightning_ckptless.membership.requests import Answer, DrainRequest, submit
+from tests.faults.cluster import END_S
+from tests.faults.counting import Account, account_of, largest_difference
+from tests.faults.elastic import BOUND, Nodes, run_undisturbed
+
+SAMPLES = ("--samples", "240")
+
+
+class Drained(Nodes):
+    """Nodes whose steps take long until one of them is drained."""
+
+    def __init__(self, folder: Path, stack: ExitStack, *, least: int, most: int) -> None:
+        self.is_over = folder / "drained"
+        super().__init__(
+            folder, stack, least=least, most=most, words=(*SAMPLES, "--pace", "0.25", "--pace-until", str(self.is_over))
+        )
+
+    def drain(self, node: int) -> Answer:
+        """Request that a node is drained, and wait for the answer."""
+        return submit(self.cluster.ledger.parent, DrainRequest(node=node), timeout_s=END_S)
+
+    def finish(self, world: int) -> Account:
+        """Let the run end once ranks of another world have completed a step."""
+        self.wait_for_world(world)
+        self.is_over.touch()
+        assert [agent.wait(timeout=END_S) for agent in self.agents] == [0] * len(self.agents), self.cluster.output()
+        return account_of(self.cluster.folder)
+
+    def only(self, kind: str) -> dict[str, Any]:
+        """Return the fields of the only event of a kind."""
+        (fields,) = self.cluster.events(kind)
+        return fields
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_others_continue_without_a_drained_node(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
+    nodes = Drained(tmp_path / "elastic", stack, least=2, most=3)
+    for number in range(3):
+        nodes.start(number)
+    nodes.wait_for_world(3)
+    answer = nodes.drain(2)
+    assert answer.accepted, answer.reason
+    found = nodes.finish(2)
+    assert found.sizes == [3, 2]
+    assert found.processes == 3, "the others keep their processes"
+    drained, recovery = nodes.only("node_drained"), nodes.only("recovery")
+    assert drained["exit_codes"] == {"0": 0}
+    assert (recovery["kind"], recovery["steps_replayed"]) == ("drained", 0)
+    assert recovery["version"] == f"step {drained['step']}"
+    expected = run_undisturbed(tmp_path / "undisturbed", parent, 3, *SAMPLES)
+    assert found.steps == expected.steps
+    assert largest_difference(expected, found) < BOUND
