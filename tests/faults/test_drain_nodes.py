@@ -62,3 +62,47 @@ def test_the_others_continue_without_a_drained_node(tmp_path: Path, stack: ExitS
     expected = run_undisturbed(tmp_path / "undisturbed", parent, 3, *SAMPLES)
     assert found.steps == expected.steps
     assert largest_difference(expected, found) < BOUND
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_waiting_node_takes_the_place_of_a_drained_one(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
+    nodes = Drained(tmp_path / "elastic", stack, least=2, most=2)
+    for number in range(2):
+        nodes.start(number)
+    nodes.wait_for_world(2)
+    refused = nodes.drain(1)
+    assert not refused.accepted
+    assert "2 - 1 + 0 waiting = 1 node would be left, and the run needs 2" in refused.reason
+    nodes.start(2)
+    nodes.wait_until(lambda: nodes.drain(1).accepted, "the third node does not wait for a place")
+    found = nodes.finish(2)
+    assert (found.sizes, found.processes) == ([2], 3)
+    drained, recovery = nodes.only("node_drained"), nodes.only("recovery")
+    assert drained["exit_codes"] == {"0": 0}
+    assert (recovery["kind"], recovery["steps_replayed"]) == ("drained", 0)
+    assert recovery["version"] == f"step {drained['step']}"
+    expected = run_undisturbed(tmp_path / "undisturbed", parent, 2, *SAMPLES)
+    assert found.steps == expected.steps
+    assert largest_difference(expected, found) == 0
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_node_of_rank_0_is_drained(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
+    """Another node takes over rank 0 with a new worker."""
+    nodes = Drained(tmp_path / "elastic", stack, least=2, most=3)
+    for number in range(3):
+        nodes.start(number)
+    nodes.wait_for_world(3)
+    answer = nodes.drain(0)
+    assert answer.accepted, answer.reason
+    found = nodes.finish(2)
+    assert (found.sizes, found.processes) == ([3, 2], 3 + 1)
+    assert nodes.only("node_drained")["exit_codes"] == {"0": 0}
+    assert [fields["steps_replayed"] for fields in nodes.cluster.events("recovery")] == [0]
+    expected = run_undisturbed(tmp_path / "undisturbed", parent, 3, *SAMPLES)
+    assert found.steps == expected.steps
+    assert largest_difference(expected, found) < BOUND
