@@ -477,6 +477,20 @@ class WorldChanged(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class NoticeFailed(Event):
+    """The function that gives notice of a preemption fails, or does not return."""
+
+    name: ClassVar[str] = "notice_failed"
+    function: str
+    reason: str
+
+    @property
+    def sentence(self) -> str:
+        """What has failed."""
+        return f"preemption notice: {self.function} fails: {self.reason}; training continues, and it is called again"
+
+
+@dataclass(frozen=True, slots=True)
 class NodeLeaves(Event):
     """A node is drained: it has left the rendezvous, and its workers train until the others can meet without it.
 

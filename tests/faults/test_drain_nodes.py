@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ SAMPLES = ("--samples", "240")
 class Drained(Nodes):
     """Nodes whose steps take long until one of them is drained."""
 
-    def __init__(self, folder: Path, stack: ExitStack, *, least: int, most: int) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, *, least: int, most: int, flags: tuple[str, ...] = ()) -> None:
         self.is_over = folder / "drained"
-        super().__init__(
-            folder, stack, least=least, most=most, words=(*SAMPLES, "--pace", "0.25", "--pace-until", str(self.is_over))
-        )
+        words = (*SAMPLES, "--pace", "0.25", "--pace-until", str(self.is_over))
+        super().__init__(folder, stack, least=least, most=most, words=words)
+        self.cluster.words += flags
 
     def drain(self, node: int) -> Answer:
         """Request that a node is drained, and wait for the answer."""
@@ -104,5 +105,24 @@ def test_the_node_of_rank_0_is_drained(tmp_path: Path, stack: ExitStack, parent:
     assert nodes.only("node_drained")["exit_codes"] == {"0": 0}
     assert [fields["steps_replayed"] for fields in nodes.cluster.events("recovery")] == [0]
     expected = run_undisturbed(tmp_path / "undisturbed", parent, 3, *SAMPLES)
+    assert found.steps == expected.steps
+    assert largest_difference(expected, found) < BOUND
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_sigterm_drains_one_of_two_nodes(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
+    nodes = Drained(tmp_path / "elastic", stack, least=1, most=2, flags=("--on-sigterm", "drain"))
+    agents = [nodes.start(number) for number in range(2)]
+    nodes.wait_for_world(2)
+    agents[1].send_signal(signal.SIGTERM)
+    assert agents[1].wait(timeout=END_S) == 0, nodes.cluster.output()
+    found = nodes.finish(1)
+    assert (found.sizes, found.processes) == ([2, 1], 2)
+    assert nodes.only("node_leaves")["cause"] == "the agent received SIGTERM"
+    assert nodes.only("node_drained")["exit_codes"] == {"0": 0}
+    assert [fields["steps_replayed"] for fields in nodes.cluster.events("recovery")] == [0]
+    expected = run_undisturbed(tmp_path / "undisturbed", parent, 2, *SAMPLES)
     assert found.steps == expected.steps
     assert largest_difference(expected, found) < BOUND

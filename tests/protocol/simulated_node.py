@@ -24,6 +24,7 @@ from lightning_ckptless.membership.agent.fault_log import FaultLog
 from lightning_ckptless.membership.agent.hang_watch import HangWatch, LateExits
 from lightning_ckptless.membership.agent.held_memory import HeldMemory
 from lightning_ckptless.membership.agent.in_place import InPlaceRecovery, joining
+from lightning_ckptless.membership.agent.notices import Notices, SigtermNotice
 from lightning_ckptless.membership.agent.partition_guard import PartitionGuard
 from lightning_ckptless.membership.agent.process_control import ProcessControl, Waited
 from lightning_ckptless.membership.agent.recovery import Recovery
@@ -432,6 +433,7 @@ def _parts(
         late_exits=LateExits(_NOWHERE, settings.exit_grace_s, clock),
         memory=HeldMemory(settings.name, report),
         sidecars=Sidecars(launcher, report),
+        notices=Notices(SigtermNotice(), "", None, report, clock),
     )
 
 

@@ -14,6 +14,7 @@ its state; what two parts share is passed to both.
 | `PartitionGuard` | notices that this node or another one is partitioned |
 | `HangWatch`, `LateExits` | kill workers that hang, or that have failed and do not exit |
 | `LoopEnd` | lets the workers of all nodes leave the training loop together |
+| `Notices` | learns that this node is about to be taken away |
 | `HeldMemory`, `Sidecars` | what the agent holds for its workers |
 """
 
@@ -37,6 +38,7 @@ from lightning_ckptless.membership.agent.hang_watch import HangWatch, LateExits
 from lightning_ckptless.membership.agent.held_memory import HeldMemory
 from lightning_ckptless.membership.agent.in_place import InPlaceRecovery
 from lightning_ckptless.membership.agent.loop_end import LoopEnd
+from lightning_ckptless.membership.agent.notices import Notices
 from lightning_ckptless.membership.agent.partition_guard import PartitionGuard
 from lightning_ckptless.membership.agent.positions import Positions
 from lightning_ckptless.membership.agent.reconfiguration import Meeting, Reconfiguration, agree, publish_standing
@@ -59,6 +61,7 @@ from lightning_ckptless.membership.forkserver.process import Process
 from lightning_ckptless.membership.forkserver.sidecar import END_GRACE_S, Sidecars
 from lightning_ckptless.membership.rendezvous.regrouping import Regroupings
 from lightning_ckptless.membership.rendezvous.rounds import Round
+from lightning_ckptless.protocol.draining import DrainAction
 from lightning_ckptless.protocol.messages import AwaitRegroup, EnteredLoop, LeftLoop
 from lightning_ckptless.protocol.reconfiguration import MovePlan, Standing
 from lightning_ckptless.protocol.recovery import Rung
@@ -108,6 +111,7 @@ class AgentParts:
     late_exits: LateExits
     memory: HeldMemory
     sidecars: Sidecars
+    notices: Notices
 
 
 class NodeAgent:
@@ -136,6 +140,7 @@ class NodeAgent:
         self._late_exits = parts.late_exits
         self._memory = parts.memory
         self._sidecars = parts.sidecars
+        self._notices = parts.notices
         self._events = events
         self._clock = clock
         self._started_at = clock.monotonic()
@@ -307,6 +312,7 @@ class NodeAgent:
             TimeLimitError: the run has exceeded its time limit.
             UnfitNodeError: this node cannot continue.
             DepartedError: this node was drained, and has left the run.
+            AskedToEnd: this node is about to be taken away, and nothing can take its work.
         """
         workers, loop_end = self.workers, self._current.loop_end
         if self._draining.leaving is not None:
@@ -336,6 +342,7 @@ class NodeAgent:
             has_recovered=has_recovered,
         )
         self._draining.poll(self._current.rendezvous, self._current.departure, workers)
+        self._heed_notice()
         if self._draining.leaving is not None:
             # The others exchange heartbeats without this node from now on.
             self._guard.leave()
@@ -343,6 +350,21 @@ class NodeAgent:
         self._in_place.maintain_standbys()
         self._starter.maintain_successor(received, workers, trains=self._in_place.trains)
         return Found.OVER if rung is Rung.END else Found.NOTHING_NEW
+
+    def _heed_notice(self) -> None:
+        """Let this node leave after a notice.
+
+        Raises:
+            AskedToEnd: nothing can take its work, so the run ends as on SIGTERM.
+        """
+        if not (reason := self._notices.take()):
+            return
+        current, wait_s = self._current, self._settings.finish_grace_s
+        plan = self._draining.drain_node(
+            current.rendezvous.node, reason, current.rendezvous, current.departure, wait_s=wait_s
+        )
+        if plan.action is DrainAction.REFUSE:
+            raise AskedToEnd(signal.SIGTERM)
 
     def _leave(self, workers: WorkerGroup) -> Found:
         """Watch workers that train until they are handed over."""
@@ -457,6 +479,7 @@ class NodeAgent:
 
     def close(self) -> None:
         """Release what is held for this agent alone."""
+        self._notices.close()
         self._draining.close("" if self._draining.leaving is None else self._draining.leaving.summary)
         self._guard.close()
         self._starter.close()

@@ -15,6 +15,7 @@ from lightning_ckptless.membership.agent.hang_watch import HangWatch, LateExits
 from lightning_ckptless.membership.agent.held_memory import HeldMemory
 from lightning_ckptless.membership.agent.in_place import InPlaceRecovery
 from lightning_ckptless.membership.agent.logs import LogFiles
+from lightning_ckptless.membership.agent.notices import Notices
 from lightning_ckptless.membership.agent.partition_guard import PartitionGuard
 from lightning_ckptless.membership.agent.recovery import Recovery
 from lightning_ckptless.membership.agent.settings import NodeRun, NodeSettings
@@ -37,6 +38,7 @@ def assemble(
     memory: HeldMemory,
     bound: Bound,
     seat: Seat,
+    notices: Notices,
     report: Report,
     clock: Clock,
 ) -> AgentParts:
@@ -51,6 +53,7 @@ def assemble(
         memory: that is held for the workers; stays held.
         bound: how much silence between nodes is tolerated.
         seat: this node's place in the rendezvous.
+        notices: that this node is about to be taken away.
         report: receives events.
         clock: of this node.
     """
@@ -81,5 +84,6 @@ def assemble(
         hangs=HangWatch(folder, report, clock),
         late_exits=LateExits(folder, settings.exit_grace_s, clock),
         memory=memory,
+        notices=notices,
         sidecars=Sidecars(launcher, report),
     )

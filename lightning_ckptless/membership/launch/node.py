@@ -25,6 +25,7 @@ from lightning_ckptless.membership.agent.departure import DepartedError
 from lightning_ckptless.membership.agent.elastic_agent import CkptlessAgent
 from lightning_ckptless.membership.agent.held_memory import HeldMemory
 from lightning_ckptless.membership.agent.logs import LogFiles, log_files
+from lightning_ckptless.membership.agent.notices import Notices, SigtermNotice, load_hook
 from lightning_ckptless.membership.agent.scratch import ScratchFolder
 from lightning_ckptless.membership.agent.settings import NodeRun, NodeSettings
 from lightning_ckptless.membership.agent.signals import AskedToEnd
@@ -33,6 +34,7 @@ from lightning_ckptless.membership.forkserver.client import ForkServer
 from lightning_ckptless.membership.launch.config import LaunchConfig, Outcome
 from lightning_ckptless.membership.rendezvous.failover import RendezvousFailover
 from lightning_ckptless.membership.rendezvous.handlers import one_machine, several_machines
+from lightning_ckptless.membership.worker.program import script_path
 from lightning_ckptless.protocol.node_liveness import Bound
 from lightning_ckptless.protocol.rendezvous_failover import MeetingPlace
 
@@ -68,10 +70,16 @@ class _Runner:
         config: what to run.
         parent: fork server of the workers.
         events: receives what happens.
+        sigterm: whether SIGTERM has asked to drain this node.
+
+    Raises:
+        OptionsError: `preemption_notice` names no function.
     """
 
-    def __init__(self, config: LaunchConfig, parent: ForkServer, events: EventSink) -> None:
+    def __init__(self, config: LaunchConfig, parent: ForkServer, events: EventSink, sigterm: SigtermNotice) -> None:
         self.run = NodeRun()
+        self._sigterm = sigterm
+        self._hook = load_hook(config.preemption_notice, script_path(config.program, config.working_dir))
         self._config = config
         self._settings = _settings(config)
         self._parent = parent
@@ -135,13 +143,16 @@ class _Runner:
     def _make_agent(self, folder: Path, logs: LogFiles, handler: Any) -> NodeAgent:
         settings, run, report, clock = self._settings, self.run, self._events.report, Clock()
         bound = _bound(handler)
-        parts = assemble(settings, run, self._parent, folder, logs, self._memory, bound, handler, report, clock)
+        notices = Notices(self._sigterm, self._config.preemption_notice, self._hook, report, clock)
+        parts = assemble(
+            settings, run, self._parent, folder, logs, self._memory, bound, handler, notices, report, clock
+        )
         return NodeAgent(settings, run, parts, self._events, clock)
 
 
-def run_node(config: LaunchConfig, parent: ForkServer, events: EventSink) -> Outcome:
+def run_node(config: LaunchConfig, parent: ForkServer, events: EventSink, sigterm: SigtermNotice) -> Outcome:
     """Run this node's workers to their end; see `launch.run`."""
-    runner = _Runner(config, parent, events)
+    runner = _Runner(config, parent, events, sigterm)
     runner.run_to_end()
     run = runner.run
     return Outcome(run.exit_code, run.relaunches, tuple(run.faults), run.recoveries_in_place, run.has_given_up)
