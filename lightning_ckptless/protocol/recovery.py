@@ -91,9 +91,12 @@ def plan_recovery(now: Situation) -> RecoveryPlan:
             Rung.RELAUNCH, f"recovery in place was tried {now.tries} times, and no step was completed since"
         )
     survivors = now.world_size - len(now.lost)
-    what, remained = ("handing over", "stay") if now.handed_over else ("recovering in place", "survived")
+    which = f"replacing {_ranks(now.lost)}"
     return RecoveryPlan(
-        Rung.IN_PLACE, f"{what}: {survivors} of {now.world_size} ranks {remained}, replacing {_ranks(now.lost)}"
+        Rung.IN_PLACE,
+        f"handing over: {survivors} of {now.world_size} ranks stay, {which}"
+        if now.handed_over
+        else f"recovering in place: {survivors} of {now.world_size} ranks survived, {which}",
     )
 
 

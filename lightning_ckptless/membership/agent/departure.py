@@ -28,7 +28,8 @@ from typing import Any, Protocol
 from torch.distributed import DistError
 
 from lightning_ckptless.membership.agent.clock import Clock
-from lightning_ckptless.membership.events import NodeDrained, Report
+from lightning_ckptless.membership.drain_events import NodeDrained
+from lightning_ckptless.membership.events import Report
 from lightning_ckptless.membership.forkserver.client import End
 from lightning_ckptless.protocol.messages import HandedOver, HandOver, Message
 

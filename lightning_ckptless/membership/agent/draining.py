@@ -15,7 +15,8 @@ from typing import Protocol
 from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.departure import Departure, Leaving
 from lightning_ckptless.membership.agent.in_place import InPlaceRecovery, WorkerControl
-from lightning_ckptless.membership.events import DrainAsked, Drained, DrainGivenUp, NodeLeaves, Report
+from lightning_ckptless.membership.drain_events import DrainAsked, Drained, DrainGivenUp, NodeLeaves
+from lightning_ckptless.membership.events import Report
 from lightning_ckptless.membership.rendezvous.rounds import Round
 from lightning_ckptless.membership.requests import DrainRequest, Request, Requests, TakenRequest
 from lightning_ckptless.protocol.draining import (

@@ -12,7 +12,8 @@ from importlib import import_module
 
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.agent.clock import Clock
-from lightning_ckptless.membership.events import NoticeFailed, Report
+from lightning_ckptless.membership.drain_events import NoticeFailed
+from lightning_ckptless.membership.events import Report
 
 CALL_EVERY_S = 5.0
 _SLOW_S = 30.0

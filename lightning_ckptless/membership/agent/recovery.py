@@ -20,7 +20,8 @@ from lightning_ckptless.membership.channel.exit_report import ExitReport
 from lightning_ckptless.membership.channel.fault_report import FaultReport, shell_code, split_exit
 from lightning_ckptless.membership.channel.program_failure import Failure
 from lightning_ckptless.membership.channel.worker_reports import WorkerReports
-from lightning_ckptless.membership.events import Drained, RecoveredInPlace, Report, RunEnded
+from lightning_ckptless.membership.drain_events import Drained
+from lightning_ckptless.membership.events import RecoveredInPlace, Report, RunEnded
 from lightning_ckptless.membership.forkserver.client import End
 from lightning_ckptless.membership.rendezvous.rounds import Round
 from lightning_ckptless.protocol.crash_loop import ProgramEnd, Stage, Starts, judge_end

@@ -12,7 +12,8 @@ import pytest
 from lightning_ckptless.errors import OptionsError
 from lightning_ckptless.membership.agent.clock import Clock
 from lightning_ckptless.membership.agent.notices import Notices, SigtermNotice, load_hook
-from lightning_ckptless.membership.events import Event, NoticeFailed
+from lightning_ckptless.membership.drain_events import NoticeFailed
+from lightning_ckptless.membership.events import Event
 
 Make = Callable[..., Notices]
 reported: list[Event] = []
