@@ -72,12 +72,13 @@ def test_a_kill_while_a_rank_is_drained(killed: int, job: Run, undisturbed: Call
 def test_what_cannot_be_drained_is_refused_while_the_run_continues(
     job: Run, undisturbed: Callable[[Options], Variant]
 ) -> None:
-    folder, answers = job.folder / "runs" / job.run_id, list[Answer]()
+    folder = job.folder / "runs" / job.run_id
     folder.mkdir(parents=True)
+    requests = DrainRequest(rank=2), DrainRequest(node=0), DrainRequest(node=1)
     with ThreadPoolExecutor(1) as terminal:
-        for request in (DrainRequest(rank=2), DrainRequest(node=0), DrainRequest(node=1)):
-            terminal.submit(lambda request=request: answers.append(submit(folder, request, timeout_s=100)))
+        asked = terminal.map(lambda request: submit(folder, request, timeout_s=100), requests)
         assert job.start(replace(LONG, slow_mirror_s=0.05)).exit_code == 0
+        answers = list(asked)
     assert [answer.accepted for answer in answers] == [False] * 3
     reasons = ["the run has 2 ranks", "it is the only node of the run", "the run has 1 node, numbered from 0"]
     assert all(reason in answer.reason for reason, answer in zip(reasons, answers, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -42,7 +43,7 @@ def test_a_rank_is_replaced_by_a_process_that_is_ready_or_started() -> None:
         ({"obstacle": "the script has a group"}, "no process could take its place: the script has a group"),
     ],
 )
-def test_a_rank_is_not_drained(changes: dict[str, object], expected: str) -> None:
+def test_a_rank_is_not_drained(changes: dict[str, Any], expected: str) -> None:
     plan = plan_rank_drain(replace(RANK, **changes))
     assert plan.action is DrainAction.REFUSE
     assert expected in plan.reason
@@ -67,7 +68,7 @@ def test_the_work_of_a_node_moves_to_a_waiting_one_or_to_the_others() -> None:
         ({"least_nodes": 4}, "4 - 1 + 0 waiting = 3 nodes would be left, and the run needs 4"),
     ],
 )
-def test_a_node_is_not_drained(changes: dict[str, object], expected: str) -> None:
+def test_a_node_is_not_drained(changes: dict[str, Any], expected: str) -> None:
     plan = plan_node_drain(replace(NODE, **changes))
     assert plan.action is DrainAction.REFUSE
     assert expected in plan.reason

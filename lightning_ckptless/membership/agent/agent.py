@@ -341,30 +341,29 @@ class NodeAgent:
             may_end=self._current.reconfiguration.may_end,
             has_recovered=has_recovered,
         )
-        self._draining.poll(self._current.rendezvous, self._current.departure, workers)
-        self._heed_notice()
-        if self._draining.leaving is not None:
-            # The others exchange heartbeats without this node from now on.
-            self._guard.leave()
+        if self._is_leaving_now(workers):
             return Found.REPLACED
         self._in_place.maintain_standbys()
         self._starter.maintain_successor(received, workers, trains=self._in_place.trains)
         return Found.OVER if rung is Rung.END else Found.NOTHING_NEW
 
-    def _heed_notice(self) -> None:
-        """Let this node leave after a notice.
+    def _is_leaving_now(self, workers: WorkerGroup) -> bool:
+        """Heed requests and notices; returns whether this node leaves from now on.
 
         Raises:
-            AskedToEnd: nothing can take its work, so the run ends as on SIGTERM.
+            AskedToEnd: it is about to be taken away, and nothing can take its work: the run ends as on SIGTERM.
         """
-        if not (reason := self._notices.take()):
-            return
-        current, wait_s = self._current, self._settings.finish_grace_s
-        plan = self._draining.drain_node(
-            current.rendezvous.node, reason, current.rendezvous, current.departure, wait_s=wait_s
-        )
-        if plan.action is DrainAction.REFUSE:
-            raise AskedToEnd(signal.SIGTERM)
+        rendezvous, departure = self._current.rendezvous, self._current.departure
+        self._draining.poll(rendezvous, departure, workers)
+        if self._draining.leaving is None and (reason := self._notices.take()):
+            wait_s = self._settings.finish_grace_s
+            plan = self._draining.drain_node(rendezvous.node, reason, rendezvous, departure, wait_s=wait_s)
+            if plan.action is DrainAction.REFUSE:
+                raise AskedToEnd(signal.SIGTERM)
+        if self._draining.leaving is not None:
+            # The others exchange heartbeats without this node from now on.
+            self._guard.leave()
+        return self._draining.leaving is not None
 
     def _leave(self, workers: WorkerGroup) -> Found:
         """Watch workers that train until they are handed over."""
