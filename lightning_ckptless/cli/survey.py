@@ -178,6 +178,8 @@ def _draining(run: Run) -> tuple[str, ...]:
                 pending[fields["node"], fields.get("drained_rank")] = fields["reason"]
             case "drained" | "drain_given_up" | "node_drained":
                 pending.pop((fields["node"], fields.get("drained_rank")), None)
+            case "run_ended":
+                pending.clear()
     return tuple(pending.values())
 
 

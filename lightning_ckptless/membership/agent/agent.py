@@ -75,7 +75,7 @@ class Found(Enum):
     NOTHING_NEW = auto()
     """Workers run or have exited; those that have failed are to be started again."""
     REPLACED = auto()
-    """Lost workers have been replaced, so their exits are no failures."""
+    """Lost workers have been replaced, or the node is leaving: the exits of its workers are no failures."""
     OVER = auto()
     """Workers have failed, and none is to be started again."""
     NODES_CHANGED = auto()

@@ -16,6 +16,7 @@ so the leaving node does not wait for the others to meet.
 |---|---|---|
 | `departure` | the leaving node | why it leaves |
 | `departure/met` | a node that stays | |
+| `departure/beat` | the leaving node, again and again | a number that grows |
 | `departure/finished` | the leaving node | |
 """
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 from torch.distributed import DistError
@@ -34,9 +36,11 @@ from lightning_ckptless.membership.forkserver.client import End
 from lightning_ckptless.protocol.messages import HandedOver, HandOver, Message
 
 _WHY, _MET, _FINISHED = "ckptless/departure", "ckptless/departure/met", "ckptless/departure/finished"
+_BEAT = "ckptless/departure/beat"
 _LOOK_EVERY_S = 0.05
-_FINISH_S = 30.0
-"""For the leaving node to hand over once the others can meet; a node that takes longer is lost."""
+_BEAT_EVERY_S = 1.0
+_SILENT_S = 10.0
+"""After this time without a beat, the leaving node is lost, and the others do not wait for it."""
 
 
 class DepartedError(Exception):
@@ -57,7 +61,9 @@ class Departure:
         self._clock = clock
         self._is_shared = is_shared
         self._looked_at = 0.0
-        self._met_at: float | None = None
+        self._beat_at = 0.0
+        self._heard = 0, 0.0
+        self._has_met = False
 
     def announce(self, why: str) -> str:
         """Announce that this node leaves; returns why another one does, if that was faster, else the given reason."""
@@ -74,22 +80,36 @@ class Departure:
 
     def meet(self) -> None:
         """Note that the workers of the other nodes can meet without those of the leaving one."""
-        if self._met_at is None:
-            self._met_at = self._clock.monotonic()
+        if not self._has_met:
+            self._has_met = True
+            self._heard = 0, self._clock.monotonic()
             self._set(_MET)
 
     def has_met(self) -> bool:
         """Whether the other nodes can meet; also where their store is lost."""
         return self._is_due() and self._is_set(_MET)
 
+    def beat(self) -> None:
+        """Note that the leaving node is alive; called often."""
+        now = self._clock.monotonic()
+        if now - self._beat_at >= _BEAT_EVERY_S:
+            self._beat_at = now
+            with suppress(DistError):
+                self._store.add(_BEAT, 1)
+
     def finish(self) -> None:
         """Note that the workers of the leaving node have exited."""
         self._set(_FINISHED)
 
     def is_finished(self) -> bool:
-        """Whether the leaving node has handed over, or has had its time; called after `meet`."""
-        is_late = self._met_at is not None and self._clock.monotonic() - self._met_at > _FINISH_S
-        return is_late or self._is_set(_FINISHED)
+        """Whether the leaving node has handed over, or is silent; called after `meet`."""
+        if self._is_set(_FINISHED):
+            return True
+        now = self._clock.monotonic()
+        with suppress(DistError):
+            if (beats := self._store.add(_BEAT, 0)) != self._heard[0]:
+                self._heard = beats, now
+        return now - self._heard[1] > _SILENT_S
 
     def _is_due(self) -> bool:
         now = self._clock.monotonic()
@@ -112,11 +132,9 @@ class Departure:
             return True
 
     def _set(self, key: str) -> None:
-        try:
+        # If the store is lost, nobody can be told.
+        with suppress(DistError):
             self._store.set(key, "1")
-        except DistError:
-            # Nobody can be told; the others wait for `_FINISH_S` at most.
-            self._met_at = self._clock.monotonic() if self._met_at is None else self._met_at
 
 
 class LeavingWorkers(Protocol):
@@ -185,6 +203,7 @@ class Leaving:
         Raises:
             DepartedError: the workers have exited.
         """
+        self._departure.beat()
         lost = workers.lost()
         steps = [message.step for message in workers.handed_over.values()]
         codes = {rank: None if end is None else end.exit_code for rank, end in lost.items()}
