@@ -104,7 +104,7 @@ def tables(args: Namespace, results: Results) -> list[Table]:
         phase("restore"),
     )
     pause_s = median(drain["pause_s"] for drain in drains)
-    notes = [f"Pause in addition to one step, median of all: {verdict(pause_s, TARGET_S, ' s')}"]
+    notes = [f"Pause in addition to one step, median of all: {verdict(pause_s, TARGET_S, 's')}"]
     return [Table.of(f"Draining one of {args.ranks} ranks", groups, *columns, notes=notes)]
 
 

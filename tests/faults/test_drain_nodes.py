@@ -27,9 +27,9 @@ class Drained(Nodes):
         super().__init__(folder, stack, least=least, most=most, words=words)
         self.cluster.words += flags
 
-    def drain(self, node: int) -> Answer:
-        """Request that a node is drained, and wait for the answer."""
-        return submit(self.cluster.ledger.parent, DrainRequest(node=node), timeout_s=END_S)
+    def drain(self, node: int | None = None, *, rank: int | None = None) -> Answer:
+        """Request that a node or a rank is drained, and wait for the answer."""
+        return submit(self.cluster.ledger.parent, DrainRequest(node, rank), timeout_s=END_S)
 
     def finish(self, world: int) -> Account:
         """Let the run end once ranks of another world have completed a step."""
@@ -126,3 +126,23 @@ def test_sigterm_drains_one_of_two_nodes(tmp_path: Path, stack: ExitStack, paren
     expected = run_undisturbed(tmp_path / "undisturbed", parent, 2, *SAMPLES)
     assert found.steps == expected.steps
     assert largest_difference(expected, found) < BOUND
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_rank_of_one_of_two_nodes_is_drained(tmp_path: Path, stack: ExitStack, parent: ForkServer) -> None:
+    nodes = Drained(tmp_path / "elastic", stack, least=2, most=2)
+    for number in range(2):
+        nodes.start(number)
+    nodes.wait_for_world(2)
+    answer = nodes.drain(rank=1)
+    assert answer.accepted, answer.reason
+    found = nodes.finish(2)
+    assert (found.sizes, found.processes) == ([2], 3)
+    drained, recovery = nodes.only("drained"), nodes.only("recovery")
+    assert (drained["drained_rank"], drained["exit_code"]) == (1, 0)
+    assert (recovery["kind"], recovery["steps_replayed"]) == ("drained", 0)
+    expected = run_undisturbed(tmp_path / "undisturbed", parent, 2, *SAMPLES)
+    assert found.steps == expected.steps
+    assert largest_difference(expected, found) == 0
