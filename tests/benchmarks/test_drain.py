@@ -27,4 +27,4 @@ def test_rank_0_has_a_row_of_its_own() -> None:
     text = table.markdown()
     assert "| rank 0 | 2 | 2 | 0 | 0.100 | 0.300 |" in text
     assert "| another rank | 2 | 2 | 0 | 0.100 | 0.100 |" in text
-    assert "median of all: 0.15 s (target 0.1 s: missed)" in text
+    assert "median of all: 0.15 s (target 0.1 s): missed" in text

@@ -63,7 +63,7 @@ class Departure:
         self._looked_at = 0.0
         self._beat_at = 0.0
         self._heard = 0, 0.0
-        self._has_met = False
+        self._may_meet = False
 
     def announce(self, why: str) -> str:
         """Announce that this node leaves; returns why another one does, if that was faster, else the given reason."""
@@ -80,8 +80,8 @@ class Departure:
 
     def meet(self) -> None:
         """Note that the workers of the other nodes can meet without those of the leaving one."""
-        if not self._has_met:
-            self._has_met = True
+        if not self._may_meet:
+            self._may_meet = True
             self._heard = 0, self._clock.monotonic()
             self._set(_MET)
 
