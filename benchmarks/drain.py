@@ -46,7 +46,7 @@ def drain_one(watch: Watch, run: Path, rank: int) -> Drain:
         watch.until(lambda _: asked.done(), TIMEOUT_S, f"the hand-over of rank {rank}")
     answer = asked.result()
     assert answer.accepted, answer.reason
-    drained = read_ledger(run / "ledger.jsonl", only="drained")[-1].fields
+    drained = read_ledger(run / "ledger.jsonl", only="drained").events[-1].fields
     step = int(drained["step"])
     lives = watch.until_step(step + 2, START_S)
     others = [life for life in lives if step in life.steps]

@@ -128,9 +128,8 @@ def test_the_tables_are_printed(tmp_path: Path, arena: Arena) -> None:
 
 def test_what_is_being_drained_is_shown(tmp_path: Path, arena: Arena) -> None:
     ledger = Ledger(write_ledger(tmp_path / "runs", arena=arena.path, ended=False) / "ledger.jsonl")
-    rank = {"node": "node-a", "drained_rank": 1}
-    reasons = {"action": "replace", "cause": "requested", "reason": "draining rank 1: a standby is ready"}
-    ledger.record("drain", **rank, **reasons)
+    rank: dict[str, Any] = {"node": "node-a", "drained_rank": 1}
+    ledger.record("drain", **rank, action="replace", reason="draining rank 1: a standby is ready")
     ledger.record("drain", node="node-a", drained_rank=7, action="refuse", reason="rank 7 is not drained")
     ledger.record("node_leaves", node="node-b", action="shrink", reason="draining node 1: no node waits")
     expected = ["draining rank 1: a standby is ready", "draining node 1: no node waits"]
